@@ -1,0 +1,1 @@
+"""Plain Flax models, and the loaders of their published weights."""
