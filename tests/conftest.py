@@ -1,0 +1,34 @@
+"""Strict in tests, free at run time.
+
+- Eight simulated CPU devices, so that sharding is tested on any machine.
+- Rank promotion raises: `[B, T, D] * [D]` by accident is a bug that a wrong shape hides behind.
+- Dtype promotion is strict: a float32 adapter that meets a bfloat16 weight must be cast by us, on
+  purpose. Two libraries cannot live under that rule (Flax's norms in bfloat16 multiply by float32
+  statistics, Optax's schedules divide an integer step), so the tests that go through them run under
+  the standard rule: the folders below, and whatever carries `@pytest.mark.standard_promotion`.
+- Grain's worker processes read absl flags, which nobody parses under pytest: it is done here.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+from absl import flags
+
+STANDARD_PROMOTION = ("models", "training", "data_pipeline")
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS(["pytest"])
+
+
+@pytest.fixture(autouse=True)
+def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Strict dtype promotion for the test, unless its folder or its marker says otherwise."""
+    room = request.path.parent.name
+    relaxed = room in STANDARD_PROMOTION or request.node.get_closest_marker("standard_promotion")
+    with jax.numpy_dtype_promotion("standard" if relaxed else "strict"):
+        yield
