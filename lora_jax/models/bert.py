@@ -1,0 +1,224 @@
+"""BERT (Devlin et al., arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) encoders."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lora_jax.models.attention import attend, positions_in, visible
+from lora_jax.models.config import BertConfig, check_choice
+from lora_jax.models.layers import INITIAL, dense, stack
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+POOLINGS = {
+    "mean": "the mean of the hidden states of the real tokens, one product",
+    "cls": "the hidden state of the first token, one product",
+    "roberta_head": "product, tanh, product on the first token: RoBERTa's head, BERT's pooler too",
+}
+
+
+def _norm(config: BertConfig, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name
+    )
+
+
+def _drop(config: BertConfig, deterministic: bool) -> nn.Dropout:
+    return nn.Dropout(config.dropout, deterministic=deterministic)
+
+
+class _Attention(nn.Module):
+    config: BertConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, seen: Array | None) -> Array:
+        config = self.config
+        heads = (*x.shape[:2], config.num_heads, config.hidden_size // config.num_heads)
+        query, key, value = (
+            dense(config, config.hidden_size, name, bias=True)(x).reshape(heads)
+            for name in ("query", "key", "value")
+        )
+        drop = None
+        if config.attention_dropout > 0 and not self.deterministic:
+            shape = (x.shape[0], config.num_heads, x.shape[1], x.shape[1])
+            drop = nn.Dropout(config.attention_dropout, deterministic=False)(jnp.ones(shape))
+        mixed = attend(query, key, value, seen, drop).reshape(x.shape)
+        return dense(config, config.hidden_size, "output", bias=True)(mixed)
+
+
+class _Mlp(nn.Module):
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        wide = dense(config, config.mlp_size, "up", bias=True)(x)
+        wide = ACTIVATIONS[config.activation](wide)
+        return dense(config, config.hidden_size, "down", bias=True)(wide)
+
+
+class _Layer(nn.Module):
+    config: BertConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, seen: Array | None) -> tuple[Array, None]:
+        drop = _drop(self.config, self.deterministic)
+        mixed = _Attention(self.config, self.deterministic, name="attention")(x, seen)
+        x = _norm(self.config, "attention_norm")(x + drop(mixed))
+        x = _norm(self.config, "mlp_norm")(x + drop(_Mlp(self.config, name="mlp")(x)))
+        return x, None
+
+
+class _Encoder(nn.Module):
+    config: BertConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, seen: Array | None) -> Array:
+        layers = stack(_Layer, self.config, "layer", deterministic=self.deterministic)
+        return layers(x, seen)
+
+
+class _Embeddings(nn.Module):
+    config: BertConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, input_ids: Array, positions: Array, token_types: Array | None) -> Array:
+        config = self.config
+        embed = functools.partial(
+            nn.Embed,
+            features=config.hidden_size,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=INITIAL,
+        )
+        rows = config.max_positions + config.position_offset
+        if token_types is None:
+            token_types = jnp.zeros((1, 1), jnp.int32)
+        x = embed(config.vocab_size, name="word")(input_ids)
+        x = x + embed(rows, name="position")(positions + config.position_offset)
+        x = x + embed(config.num_token_types, name="token_type")(token_types)
+        x = _norm(config, "norm")(x)
+        return _drop(config, self.deterministic)(x)
+
+
+class Bert(nn.Module):
+    """The encoder: token ids to hidden states.
+
+    Parameters: `embeddings/{word,position,token_type}/embedding`, `embeddings/norm`, and per
+    layer `encoder/layer_0/attention/{query,key,value,output}`, `attention_norm`,
+    `mlp/{up,down}`, `mlp_norm` (with `scan_layers`: `encoder/layers/...`, stacked).
+    """
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array,
+        mask: Array | None = None,
+        token_types: Array | None = None,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Hidden states [B, T, D] in `config.dtype`.
+
+        Args:
+            input_ids: [B, T] int.
+            mask: [B, T], True at real tokens; None: all are.
+            token_types: [B, T] int; None: all 0.
+            segment_ids: [B, T] int of packed rows: a token sees its own segment only.
+            positions: [B, T] int from 0 up; None: counted from the start of the row (of each
+                segment, in packed rows; of the real tokens, for RoBERTa).
+            deterministic: False drops out by `config.dropout`, with the rng named "dropout".
+
+        Raises:
+            ValueError: T is longer than `config.max_positions`, or an unknown activation.
+        """
+        config = self.config
+        check_choice("activation", config.activation, ACTIVATIONS)
+        length = input_ids.shape[1]
+        if positions is None:
+            if length > config.max_positions:
+                raise ValueError(
+                    f"input_ids: {length} tokens in a row, but the model has positions for "
+                    f"{config.max_positions}; cut the rows shorter"
+                )
+            positions = _positions(config, length, mask, segment_ids)
+        x = _Embeddings(config, deterministic, name="embeddings")(input_ids, positions, token_types)
+        seen = visible(length, mask, segment_ids)
+        return _Encoder(config, deterministic, name="encoder")(x, seen)
+
+
+def _positions(
+    config: BertConfig, length: int, mask: Array | None, segment_ids: Array | None
+) -> Array:
+    if segment_ids is not None:
+        return positions_in(segment_ids)
+    if mask is not None and config.position_offset:
+        # RoBERTa counts real tokens only, which matters for rows padded on the left.
+        return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+    return jnp.arange(length)[None]
+
+
+class _Head(nn.Module):
+    """The classification head, computed in float32 whatever the encoder's dtype."""
+
+    config: BertConfig
+    num_classes: int
+    pooling: str
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, hidden: Array, mask: Array | None) -> Array:
+        config = self.config
+        layer = functools.partial(
+            nn.Dense, dtype=jnp.float32, param_dtype=config.param_dtype, kernel_init=INITIAL
+        )
+        hidden = hidden.astype(jnp.float32)
+        if self.pooling != "mean":
+            pooled = hidden[:, 0]
+        elif mask is None:
+            pooled = hidden.mean(axis=1)
+        else:
+            real = mask.astype(jnp.float32)[:, :, None]
+            # A filler row has no real token: its mean is 0, not a division by 0.
+            pooled = (hidden * real).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1.0)
+        drop = _drop(config, self.deterministic)
+        if self.pooling == "roberta_head":
+            pooled = jnp.tanh(layer(config.hidden_size, name="dense")(drop(pooled)))
+        return layer(self.num_classes, name="out")(drop(pooled))
+
+
+class BertClassifier(nn.Module):
+    """The encoder with a classification head; parameters `bert/...` and `classifier/...`.
+
+    Args:
+        num_classes: 1 for regression.
+        pooling: one of `POOLINGS`. The head has `out/{kernel,bias}`, and `dense/{kernel,bias}`
+            with `"roberta_head"`.
+    """
+
+    config: BertConfig
+    num_classes: int
+    pooling: str = "mean"
+
+    @nn.compact
+    def __call__(
+        self, input_ids: Array, mask: Array | None = None, deterministic: bool = True
+    ) -> Array:
+        """Logits [B, num_classes], float32. Arguments as `Bert`'s."""
+        check_choice("pooling", self.pooling, POOLINGS)
+        hidden = Bert(self.config, name="bert")(input_ids, mask, deterministic=deterministic)
+        head = _Head(self.config, self.num_classes, self.pooling, deterministic, name="classifier")
+        return head(hidden, mask)
