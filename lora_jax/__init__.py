@@ -1,0 +1,24 @@
+"""LoRA for JAX: adapters are a plain pytree, applied by a transformation over frozen parameters.
+
+layout   = lora_jax.resolve(spec, f, params, x)
+adapters = lora_jax.init(key, layout)
+g        = lora_jax.adapt(layout, f)          # g(params, adapters, x)
+merged   = lora_jax.merge(layout, params, adapters)
+"""
+
+from lora_jax import frozen as frozen
+from lora_jax import paths as paths
+from lora_jax.adapters import Factors as Factors
+from lora_jax.adapters import count as count
+from lora_jax.adapters import init as init
+from lora_jax.checkpoint import restore as restore
+from lora_jax.checkpoint import save as save
+from lora_jax.errors import LoraError as LoraError
+from lora_jax.layout import Layout as Layout
+from lora_jax.layout import Target as Target
+from lora_jax.layout import resolve as resolve
+from lora_jax.merge import merge as merge
+from lora_jax.nnx import from_nnx as from_nnx
+from lora_jax.spec import LoraSpec as LoraSpec
+from lora_jax.spec import Rule as Rule
+from lora_jax.transform import adapt as adapt

@@ -1,0 +1,463 @@
+"""How a traced function consumes each parameter: which axes are stacked, input and output.
+
+The walk follows every parameter through the operations that only rearrange it (transpose,
+reshape, slice, cast, the layer axis that a scan slices off, ...) to the operations that consume
+it, and reads the axes' roles there:
+
+    dot_general    contracted -> input     batch -> stack      free -> output
+    convolution    window and channels in -> input             channels out -> output
+    gather         the looked-up axis -> input                 the row -> output
+    ragged_dot     contracted -> input     group -> stack      free -> output
+
+Beside it the walk answers "which product does every way to an output pass last?", which is
+what `"all-linear"` leaves out as the output head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lora_jax import program
+
+Atoms = frozenset[int]  # original axes of the parameter that one axis of a view consists of
+NONE: Atoms = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One operation that consumes a parameter.
+
+    stack, inputs, outputs are the parameter's own axes; all empty where the operation has no
+    low-rank rule. `barrier` names an operation with no low-rank rule between the parameter and
+    this use (or this use itself); such a use exists only in merged form.
+    """
+
+    kind: str
+    where: str
+    stack: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    barrier: str | None = None
+
+    @property
+    def is_product(self) -> bool:
+        return self.kind in PRODUCTS and bool(self.inputs) and bool(self.outputs)
+
+    @property
+    def has_axes(self) -> bool:
+        return self.kind in (*PRODUCTS, "gather") and bool(self.inputs) and bool(self.outputs)
+
+
+PRODUCTS = ("conv_general_dilated", "ragged_dot_general", "dot_general")
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A parameter on its way: the original axes behind each axis of the present value."""
+
+    path: str
+    dims: tuple[Atoms, ...]
+    stacked: Atoms = NONE  # axes taken off by a scan or an index: the layer axis
+    summed: Atoms = NONE
+    barrier: str | None = None
+
+    def with_dims(self, dims: Sequence[Atoms]) -> View:
+        return dataclasses.replace(self, dims=tuple(dims))
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What is known of a value: the parameter it is a view of, and the product it last passed.
+
+    `tail` is None (no product yet), the path of the one parameter whose product all ways to
+    this value passed last, or MIXED.
+    """
+
+    view: View | None = None
+    tail: str | None = None
+
+
+MIXED = "\0mixed"
+NOTHING = Flow()
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """The uses of every parameter (in program order), and the parameters that are output heads."""
+
+    uses: dict[str, tuple[Use, ...]]
+    heads: frozenset[str]
+
+
+def usage(traced: program.Program) -> Usage:
+    """Walk a traced call; see the module docstring."""
+    walker = _Walker({path: {} for path in traced.param_paths})
+    n = len(traced.param_paths)
+    flows = [
+        Flow(View(path, tuple(frozenset((i,)) for i in range(v.aval.ndim))))
+        for path, v in zip(traced.param_paths, traced.jaxpr.invars[:n], strict=True)
+    ]
+    flows += [NOTHING] * (len(traced.jaxpr.invars) - n)
+    outs = walker.walk(traced.jaxpr, flows)
+    for out in outs:
+        if out.view is not None:
+            walker.record(out.view, Use("output", "the function's return value"))
+    heads = frozenset(o.tail for o in outs if o.tail not in (None, MIXED))
+    return Usage({path: tuple(uses) for path, uses in walker.uses.items()}, heads)
+
+
+def join(flows: Sequence[Flow]) -> str | None:
+    """The tail of a value computed from all of `flows`."""
+    tails = {f.tail for f in flows if f.tail is not None}
+    return None if not tails else tails.pop() if len(tails) == 1 else MIXED
+
+
+class _Walker:
+    def __init__(self, uses: dict[str, dict[Use, None]]):
+        self.uses = uses  # an ordered set per path
+
+    def record(self, view: View, use: Use) -> None:
+        if view.barrier is not None:
+            use = dataclasses.replace(use, barrier=view.barrier)
+        self.uses[view.path].setdefault(use)
+
+    def walk(self, jaxpr: Any, flows: Sequence[Flow]) -> list[Flow]:
+        env = {v: f for v, f in zip(jaxpr.invars, flows, strict=True) if f is not NOTHING}
+
+        def read(atom: Any) -> Flow:
+            return NOTHING if isinstance(atom, program.core.Literal) else env.get(atom, NOTHING)
+
+        for eqn in jaxpr.eqns:
+            ins = [read(v) for v in eqn.invars]
+            if all(f is NOTHING for f in ins):
+                continue
+            for v, out in zip(eqn.outvars, self.step(eqn, ins), strict=True):
+                if out is not NOTHING:
+                    env[v] = out
+        return [read(v) for v in jaxpr.outvars]
+
+    def step(self, eqn: Any, ins: list[Flow]) -> list[Flow]:
+        name = eqn.primitive.name
+        control = CONTROL.get(name)
+        if control is not None:
+            return control(self, eqn, ins)
+        views = [f.view for f in ins if f.view is not None]
+        if not views:
+            return [Flow(tail=join(ins))] * len(eqn.outvars)
+        rearrange = REARRANGE.get(name)
+        if rearrange is not None and len(views) == 1:
+            moved = rearrange(views[0], eqn)
+            if moved is not None:
+                return moved if isinstance(moved, list) else [Flow(moved)]
+        consume = CONSUME.get(name)
+        if consume is not None and len(views) == 1:
+            return [consume(self, eqn, ins)]
+        return self.barrier(eqn, ins)
+
+    def barrier(self, eqn: Any, ins: list[Flow]) -> list[Flow]:
+        """An operation with no low-rank rule; followed on where it keeps the shape."""
+        outs = []
+        for flow in ins:
+            if flow.view is not None:
+                kind = eqn.primitive.name
+                self.record(flow.view, Use(kind, program.where(eqn), barrier=kind))
+        views = [f.view for f in ins if f.view is not None]
+        for v in eqn.outvars:
+            same = [w for w in views if len(w.dims) == v.aval.ndim]
+            follow = len(views) == 1 and same and _shape_of(eqn, ins, same[0]) == v.aval.shape
+            view = (
+                dataclasses.replace(same[0], barrier=program.operand_name(eqn)) if follow else None
+            )
+            outs.append(Flow(view, join(ins)))
+        return outs
+
+
+def _shape_of(eqn: Any, ins: list[Flow], view: View) -> tuple[int, ...]:
+    return next(v.aval.shape for v, f in zip(eqn.invars, ins, strict=True) if f.view is view)
+
+
+# --- operations that only rearrange a parameter: view, eqn -> view (or flows) or None -----------
+
+
+def _same(view: View, eqn: Any) -> View | None:
+    del eqn
+    return view
+
+
+def _cast(view: View, eqn: Any) -> View | None:
+    return view if program.is_float(eqn.outvars[0].aval.dtype) else None
+
+
+def _scaled(view: View, eqn: Any) -> View | None:
+    return view if min(v.aval.ndim for v in eqn.invars) == 0 else None
+
+
+def _transpose(view: View, eqn: Any) -> View:
+    return view.with_dims([view.dims[i] for i in eqn.params["permutation"]])
+
+
+def _reshape(view: View, eqn: Any) -> View | None:
+    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    dims: list[Atoms] = [NONE] * len(new)
+    for from_axes, to_axes in reshape_groups(old, new):
+        atoms = frozenset().union(*(view.dims[i] for i in from_axes))
+        for j in to_axes:
+            dims[j] = atoms if new[j] != 1 or len(from_axes) == len(to_axes) == 1 else NONE
+    return view.with_dims(dims)
+
+
+def reshape_groups(
+    old: Sequence[int], new: Sequence[int]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The smallest groups of axes of equal size that a reshape maps to each other, in order.
+
+    >>> reshape_groups((4, 6), (4, 2, 3))
+    [((0,), (0,)), ((1,), (1, 2))]
+    >>> reshape_groups((2, 1, 3), (6,))
+    [((0, 1, 2), (0,))]
+    """
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        i0, j0 = i, j
+        if i < len(old) and j < len(new):
+            i, j = i + 1, j + 1
+            while (p := math.prod(old[i0:i])) != (q := math.prod(new[j0:j])):
+                i, j = (i + 1, j) if p < q else (i, j + 1)
+        else:  # only axes of size 1 are left on one side
+            i, j = len(old), len(new)
+        groups.append((tuple(range(i0, i)), tuple(range(j0, j))))
+    return groups
+
+
+def _broadcast(view: View, eqn: Any) -> View | None:
+    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    dims: list[Atoms] = [NONE] * len(new)
+    for i, j in enumerate(eqn.params["broadcast_dimensions"]):
+        if old[i] != new[j] and view.dims[i]:
+            return None
+        dims[j] = view.dims[i]
+    return view.with_dims(dims)
+
+
+def _squeeze(view: View, eqn: Any) -> View:
+    gone = frozenset().union(*(view.dims[i] for i in eqn.params["dimensions"]))
+    dims = [d for i, d in enumerate(view.dims) if i not in eqn.params["dimensions"]]
+    return dataclasses.replace(view, dims=tuple(dims), stacked=view.stacked | gone)
+
+
+def _reduce_sum(view: View, eqn: Any) -> View:
+    gone = frozenset().union(*(view.dims[i] for i in eqn.params["axes"]))
+    dims = [d for i, d in enumerate(view.dims) if i not in eqn.params["axes"]]
+    return dataclasses.replace(view, dims=tuple(dims), summed=view.summed | gone)
+
+
+def _split(view: View, eqn: Any) -> list[Flow]:
+    return [Flow(view)] * len(eqn.outvars)
+
+
+REARRANGE: dict[str, Callable[[View, Any], View | list[Flow] | None]] = {
+    "convert_element_type": _cast,
+    "reduce_precision": _same,
+    "copy": _same,
+    "copy_p": _same,
+    "stop_gradient": _same,
+    "sharding_constraint": _same,
+    "name": _same,
+    "neg": _same,
+    "rev": _same,
+    "slice": _same,
+    "dynamic_slice": _same,
+    "mul": _scaled,
+    "div": _scaled,
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "broadcast_in_dim": _broadcast,
+    "squeeze": _squeeze,
+    "reduce_sum": _reduce_sum,
+    "split": _split,
+}
+
+
+# --- operations that consume a parameter: walker, eqn, ins -> flow -----------------------------
+
+
+def _roles(view: View, stack: Sequence[int], inputs: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Original axes by role, given the view's stack and input axes; {} where roles collide."""
+    s = frozenset().union(view.stacked, *(view.dims[i] for i in stack))
+    i = frozenset().union(*(view.dims[i] for i in inputs))
+    rest = [d for d in range(len(view.dims)) if d not in (*stack, *inputs)]
+    o = frozenset().union(view.summed, *(view.dims[d] for d in rest))
+    if (s & i) or (s & o) or (i & o):
+        return {}
+    return {"stack": tuple(sorted(s)), "inputs": tuple(sorted(i)), "outputs": tuple(sorted(o))}
+
+
+def _consumed(walker: _Walker, eqn: Any, view: View, roles: dict[str, tuple[int, ...]]) -> Flow:
+    use = Use(eqn.primitive.name, program.where(eqn), **roles)
+    walker.record(view, use)
+    return Flow(tail=view.path)
+
+
+def _dot(walker: _Walker, eqn: Any, ins: list[Flow]) -> Flow:
+    side = 0 if ins[0].view is not None else 1
+    contract, batch = eqn.params["dimension_numbers"]
+    view = ins[side].view
+    assert view is not None
+    return _consumed(walker, eqn, view, _roles(view, batch[side], contract[side]))
+
+
+def _conv(walker: _Walker, eqn: Any, ins: list[Flow]) -> Flow:
+    view = ins[1].view
+    if view is None or eqn.params["batch_group_count"] != 1:
+        return walker.barrier(eqn, ins)[0]
+    out = eqn.params["dimension_numbers"].rhs_spec[0]
+    inputs = [i for i in range(len(view.dims)) if i != out]
+    return _consumed(walker, eqn, view, _roles(view, (), inputs))
+
+
+def _ragged_dot(walker: _Walker, eqn: Any, ins: list[Flow]) -> Flow:
+    view = ins[1].view
+    dims = program.ragged_form(eqn)
+    if view is None or dims is None:
+        return walker.barrier(eqn, ins)[0]
+    return _consumed(walker, eqn, view, _roles(view, dims.group, dims.contract))
+
+
+def _gather(walker: _Walker, eqn: Any, ins: list[Flow]) -> Flow:
+    """A row lookup, or the choice of one layer or expert of a stack (two axes or more left)."""
+    view, dn = ins[0].view, eqn.params["dimension_numbers"]
+    if view is None or not whole_rows(eqn):
+        return walker.barrier(eqn, ins)[0]
+    looked_up, batching = dn.collapsed_slice_dims, dn.operand_batching_dims
+    rest = [i for i in range(len(view.dims)) if i not in (*looked_up, *batching)]
+    if len(rest) < 2:
+        return _consumed(walker, eqn, view, _roles(view, batching, looked_up))
+    gone = frozenset().union(*(view.dims[i] for i in (*looked_up, *batching)))
+    dims: list[Atoms] = [NONE] * eqn.outvars[0].aval.ndim
+    for i, j in zip(rest, dn.offset_dims, strict=True):
+        dims[j] = view.dims[i]
+    return Flow(dataclasses.replace(view, dims=tuple(dims), stacked=view.stacked | gone))
+
+
+def whole_rows(eqn: Any) -> bool:
+    """Whether a gather takes single indices of some axes and all of the others."""
+    dn, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    taken = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
+    sizes = eqn.params["slice_sizes"]
+    return all(sizes[i] == n for i, n in enumerate(shape) if i not in taken)
+
+
+CONSUME: dict[str, Callable[[_Walker, Any, list[Flow]], Flow]] = {
+    "dot_general": _dot,
+    "conv_general_dilated": _conv,
+    "ragged_dot_general": _ragged_dot,
+    "gather": _gather,
+}
+
+
+# --- control flow: walker, eqn, ins -> flows ---------------------------------------------------
+
+
+def _call(walker: _Walker, eqn: Any, ins: list[Flow]) -> list[Flow]:
+    jaxpr, _ = program.called(eqn)
+    return walker.walk(jaxpr, ins)
+
+
+def _custom_vjp(walker: _Walker, eqn: Any, ins: list[Flow]) -> list[Flow]:
+    """Entered only to find the axes: its own gradient rule forbids a low-rank operand."""
+    name = program.operand_name(eqn)
+    inside = []
+    for flow in ins:
+        if flow.view is not None:
+            walker.record(flow.view, Use(eqn.primitive.name, program.where(eqn), barrier=name))
+            flow = dataclasses.replace(flow, view=dataclasses.replace(flow.view, barrier=name))
+        inside.append(flow)
+    jaxpr, _ = program.opened(eqn.params["call_jaxpr"])
+    return walker.walk(jaxpr, inside)
+
+
+def _cond(walker: _Walker, eqn: Any, ins: list[Flow]) -> list[Flow]:
+    branches = [walker.walk(program.opened(b)[0], ins[1:]) for b in eqn.params["branches"]]
+    return [_plain(walker, eqn, *outs) for outs in zip(*branches, strict=True)]
+
+
+def _plain(walker: _Walker, eqn: Any, *flows: Flow) -> Flow:
+    for flow in flows:
+        if flow.view is not None:
+            name = eqn.primitive.name
+            walker.record(flow.view, Use(name, program.where(eqn), barrier=name))
+    return Flow(tail=join(flows))
+
+
+def _scan(walker: _Walker, eqn: Any, ins: list[Flow]) -> list[Flow]:
+    n_consts, n_carry = program.scan_arity(eqn)
+    jaxpr, _ = program.opened(eqn.params["jaxpr"])
+    xs = [_sliced(f) for f in ins[n_consts + n_carry :]]
+    carry = ins[n_consts : n_consts + n_carry]
+
+    def body(carry: list[Flow]) -> list[Flow]:
+        return walker.walk(jaxpr, [*ins[:n_consts], *carry, *xs])
+
+    invariant = program.invariant_carry(jaxpr, n_consts, n_carry)
+    carry = _settle(walker, eqn, body, carry, invariant)
+    ys = body(carry)[n_carry:]
+    return [*carry, *(_plain(walker, eqn, y) for y in ys)]
+
+
+def _sliced(flow: Flow) -> Flow:
+    if flow.view is None:
+        return flow
+    view = flow.view
+    stacked = view.stacked | view.dims[0]
+    return Flow(dataclasses.replace(view, dims=view.dims[1:], stacked=stacked))
+
+
+def _while(walker: _Walker, eqn: Any, ins: list[Flow]) -> list[Flow]:
+    nc, nb = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond, _ = program.opened(eqn.params["cond_jaxpr"])
+    jaxpr, _ = program.opened(eqn.params["body_jaxpr"])
+    carry = ins[nc + nb :]
+
+    def body(carry: list[Flow]) -> list[Flow]:
+        return walker.walk(jaxpr, [*ins[nc : nc + nb], *carry])
+
+    invariant = program.invariant_carry(jaxpr, nb, len(carry))
+    carry = _settle(walker, eqn, body, carry, invariant)
+    walker.walk(cond, [*ins[:nc], *carry])
+    return carry
+
+
+def _settle(
+    walker: _Walker,
+    eqn: Any,
+    body: Callable[[list[Flow]], list[Flow]],
+    carry: list[Flow],
+    invariant: Sequence[bool],
+) -> list[Flow]:
+    """Carries after any number of iterations: each is joined with itself until nothing changes."""
+    carry = [
+        f if keep else _plain(walker, eqn, f) for f, keep in zip(carry, invariant, strict=True)
+    ]
+    for _ in range(3):  # None -> one path -> MIXED: two steps reach the fixed point
+        outs = body(carry)
+        nxt = [
+            old if keep else Flow(tail=join((old, _plain(walker, eqn, out))))
+            for old, out, keep in zip(carry, outs, invariant, strict=False)
+        ]
+        if nxt == carry:
+            break
+        carry = nxt
+    return carry
+
+
+CONTROL: dict[str, Callable[[_Walker, Any, list[Flow]], list[Flow]]] = {
+    **dict.fromkeys(program.CALLS, _call),
+    "custom_vjp_call": _custom_vjp,
+    "cond": _cond,
+    "scan": _scan,
+    "while": _while,
+    "optimization_barrier": lambda walker, eqn, ins: ins,
+}

@@ -1,0 +1,28 @@
+"""The one error type users meet, and the search for what they probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraError(ValueError):
+    """Input that LoRA cannot be applied to; the message names the place and the cure."""
+
+
+def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
+    """The `n` candidates closest to `name`, best first.
+
+    >>> nearest("encoder/quary/kernel", ["encoder/query/kernel", "head/bias"], n=1)
+    ['encoder/query/kernel']
+    """
+    return difflib.get_close_matches(name, list(candidates), n=n, cutoff=0.0)
+
+
+def listed(items: Iterable[str], limit: int = 5) -> str:
+    """Items as an indented list, cut after `limit` with the number left out."""
+    items = list(items)
+    lines = [f"  {item}" for item in items[:limit]]
+    if len(items) > limit:
+        lines.append(f"  ... and {len(items) - limit} more")
+    return "\n".join(lines)

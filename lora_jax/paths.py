@@ -1,0 +1,108 @@
+"""Where a pytree path becomes text, and the one pattern language that matches it.
+
+A path is the keys from the root joined by `/`: `encoder/layer_0/query/kernel`. A pattern
+must match the **whole** path:
+
+    *        any characters inside one segment        layer_*/kernel
+    ?        one character inside one segment         layer_?/kernel
+    [ab]     one of these characters                  layer_[01]/kernel
+    {a,b}    either text (no nesting)                 {query,value}/kernel
+    **       any number of whole segments, also none  **/attention/**/kernel
+
+>>> match("encoder/layer_*/{query,value}/kernel", "encoder/layer_3/query/kernel")
+True
+>>> match("*/kernel", "encoder/layer_3/query/kernel")
+False
+>>> match("**/kernel", "encoder/layer_3/query/kernel")
+True
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from lora_jax.errors import LoraError
+
+Tree = Any  # a pytree
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+    """The text of a key path as `jax.tree_util` gives it."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Leaves of `tree` by path, in the tree's own order."""
+    return {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def replace(tree: Tree, leaves: dict[str, Any]) -> Tree:
+    """`tree` with the leaves at the given paths replaced, all others kept.
+
+    >>> replace({"a": 1, "b": 2}, {"b": 5})
+    {'a': 1, 'b': 5}
+    """
+    unknown = [p for p in leaves if p not in flatten(tree)]
+    if unknown:
+        raise LoraError(f"no leaf at {unknown[0]!r} in the tree; it has {list(flatten(tree))}")
+    return jax.tree_util.tree_map_with_path(lambda p, leaf: leaves.get(path_of(p), leaf), tree)
+
+
+def match(pattern: str, path: str) -> bool:
+    """Whether `pattern` matches the whole of `path`."""
+    return _compiled(pattern).fullmatch(path) is not None
+
+
+def matching(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The paths that `pattern` matches, in their order."""
+    regex = _compiled(pattern)
+    return [p for p in paths if regex.fullmatch(p)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    if not pattern:
+        raise LoraError("a pattern may not be empty; '**' matches every path")
+    segments = pattern.split("/")
+    out = ""
+    for i, segment in enumerate(segments):
+        last = i == len(segments) - 1
+        if segment == "**":
+            out += ".*" if last else "(?:[^/]+/)*"
+        else:
+            out += _segment(segment, pattern) + ("" if last else "/")
+    return re.compile(out)
+
+
+_TOKEN = re.compile(r"\*|\?|\[[^\[\]/]+\]|\{[^{}/]*\}|[^\[\]{}*?]")
+_WILD = {"*": "[^/]*", "?": "[^/]"}
+
+
+def _segment(segment: str, pattern: str) -> str:
+    out, position = "", 0
+    while position < len(segment):
+        token = _TOKEN.match(segment, position)
+        if token is None:
+            raise LoraError(
+                f"pattern {pattern!r} cannot be read at {segment[position:]!r}: "
+                "brackets must close inside one segment and may not nest"
+            )
+        out += _translate(token.group())
+        position = token.end()
+    return out
+
+
+def _translate(token: str) -> str:
+    if token in _WILD:
+        return _WILD[token]
+    if token[0] == "[" and len(token) > 1:
+        body = token[1:-1].replace("\\", "\\\\")
+        return "[" + ("^" + body[1:] if body[0] == "!" else body) + "]"
+    if token[0] == "{" and len(token) > 1:
+        return "(?:" + "|".join(re.escape(t) for t in token[1:-1].split(",")) + ")"
+    return re.escape(token)

@@ -1,0 +1,152 @@
+"""One call of the user's function as a flat program (a jaxpr), and what JAX versions differ in.
+
+Everything that reads JAX's intermediate language through names that have changed between
+releases is in this file; the rules elsewhere see one form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core, source_info_util
+
+from lora_jax import paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced call `f(params, *args, **kwargs)`.
+
+    The program's inputs are the array leaves of the call, parameters first; every other leaf
+    (`train=True`, `mutable=["batch_stats"]`, ...) is part of the program, as in a direct call.
+    """
+
+    jaxpr: core.Jaxpr
+    consts: Sequence[Any]
+    param_paths: tuple[str, ...]  # of the first inputs, in order
+    inputs: tuple[Any, ...]  # the array leaves, parameters first
+    out_tree: Any
+
+
+def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None) -> Program:
+    """Trace `f(params, *args, **kwargs)`; arrays may be `jax.ShapeDtypeStruct`s."""
+    keyed, treedef = jax.tree_util.tree_flatten_with_path((params, tuple(args), kwargs or {}))
+    leaves = [leaf for _, leaf in keyed]
+    dynamic = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    param_paths = tuple(paths.path_of(key[1:]) for i in dynamic if (key := keyed[i][0])[0].idx == 0)
+    out_tree = None
+
+    def flat(*arrays: Any) -> list[Any]:
+        nonlocal out_tree
+        full = list(leaves)
+        for i, array in zip(dynamic, arrays, strict=True):
+            full[i] = array
+        p, a, k = jax.tree.unflatten(treedef, full)
+        outs, out_tree = jax.tree.flatten(f(p, *a, **k))
+        return outs
+
+    inputs = tuple(leaves[i] for i in dynamic)
+    jaxpr, consts = opened(jax.make_jaxpr(flat)(*inputs))
+    return Program(jaxpr, consts, param_paths, inputs, out_tree)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def opened(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """The jaxpr and its constants: a ClosedJaxpr up to JAX 0.11, a Jaxpr with `.consts` after."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def run(jaxpr: core.Jaxpr, eqns: Sequence[Any], invars: Any, outvars: Any, ins: Any) -> list[Any]:
+    """Evaluate some equations of `jaxpr` as they stand, needing no knowledge of them."""
+    piece = core.Jaxpr((), invars, outvars, eqns, jaxpr.effects, _debug_info(jaxpr, invars))
+    return jax.core.eval_jaxpr(piece, (), *ins)
+
+
+def run_one(eqn: Any, ins: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation on other inputs, of the same shapes and dtypes."""
+    invars = [v for v in eqn.invars if not isinstance(v, core.Literal)]
+    arrays = [x for v, x in zip(eqn.invars, ins, strict=True) if not isinstance(v, core.Literal)]
+    unique = dict(zip(invars, arrays, strict=True))
+    piece = core.Jaxpr((), list(unique), eqn.outvars, [eqn], eqn.effects)
+    return jax.core.eval_jaxpr(piece, (), *unique.values())
+
+
+def _debug_info(jaxpr: core.Jaxpr, invars: Any) -> Any:
+    return jaxpr.debug_info._replace(arg_names=("",) * len(invars), result_paths=None)
+
+
+def bind(eqn: Any, *ins: Any) -> Any:
+    """Apply a first-order equation with one output to other inputs."""
+    return eqn.primitive.bind(*ins, **eqn.params)
+
+
+def scan_arity(eqn: Any) -> tuple[int, int]:
+    """How many constants and carries a scan has."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+CALLS = {  # primitives that call one jaxpr with their operands: name -> its parameter
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+REMATS = ("remat", "remat2", "checkpoint")
+
+
+def called(eqn: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """The jaxpr (and constants) that a call-like equation enters."""
+    return opened(eqn.params[CALLS[eqn.primitive.name]])
+
+
+def invariant_carry(body: core.Jaxpr, n_consts: int, n_carry: int) -> list[bool]:
+    """Which carries a loop body hands on unchanged: they are constants in all but name."""
+    ins, outs = body.invars[n_consts : n_consts + n_carry], body.outvars[:n_carry]
+    return [i is o for i, o in zip(ins, outs, strict=True)]
+
+
+class Ragged(NamedTuple):
+    """Axes of the right operand of a `ragged_dot`."""
+
+    group: tuple[int, ...]
+    contract: tuple[int, ...]
+
+
+def ragged_form(eqn: Any) -> Ragged | None:
+    """The right operand's axes where rows of the left are ragged (a bank of experts)."""
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    (lhs_contract, rhs_contract), (lhs_batch, _) = dims.dot_dimension_numbers
+    ragged = dims.lhs_ragged_dimensions[0]
+    if ragged in (*lhs_contract, *lhs_batch) or lhs_batch or eqn.params.get("group_offset"):
+        return None
+    return Ragged(tuple(dims.rhs_group_dimensions), tuple(rhs_contract))
+
+
+def is_float(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def where(eqn: Any) -> str:
+    """The line of the user's code that an equation comes from, or "an unknown line"."""
+    text = source_info_util.summarize(eqn.source_info)
+    return text if text and text != "unknown" else "an unknown line"
+
+
+def operand_name(eqn: Any) -> str:
+    """`dot_general at model.py:12 (f)`, for messages."""
+    return f"`{eqn.primitive.name}` at {where(eqn)}"

@@ -1,0 +1,143 @@
+"""Control flow that a weight enters: the body is interpreted, the construct stays what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from lora_jax import program
+from lora_jax.weight import AdaptedWeight, Named
+
+Ins = list[Any]
+Outs = list[Any] | None
+
+
+def _inline(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+    """A nested `jit` or `custom_jvp`: its equations, as if written in place.
+
+    A nested jit's output shardings, where it has any, are kept as constraints.
+    """
+    jaxpr, consts = program.called(eqn)
+    outs = interpreter.evaluate(jaxpr, consts, ins)
+    shardings = eqn.params.get("out_shardings", ())
+    if not any(isinstance(s, jax.sharding.Sharding) for s in shardings):
+        return outs
+    return [
+        lax.with_sharding_constraint(o, s) if isinstance(s, jax.sharding.Sharding) else o
+        for o, s in zip(outs, shardings, strict=True)
+    ]
+
+
+def _remat(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+    jaxpr, consts = program.called(eqn)
+
+    def body(ins: Ins) -> list[Any]:
+        return interpreter.evaluate(jaxpr, consts, ins)
+
+    p = eqn.params
+    return jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(ins)
+
+
+def _scan(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+    """Stacked weights are sliced with their factors; constants and unchanged carries closed over."""
+    n_consts, n_carry = program.scan_arity(eqn)
+    jaxpr, consts = program.opened(eqn.params["jaxpr"])
+    fixed, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
+    loop = _Carry(interpreter, eqn, carry, program.invariant_carry(jaxpr, n_consts, n_carry))
+    sliced = [_leading(interpreter, eqn, x) for x in xs]
+
+    def body(moving: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        xs = [_slice_names(x) for x in xs]
+        outs = interpreter.evaluate(jaxpr, consts, [*fixed, *loop.whole(moving), *xs])
+        ys = [interpreter.plain(eqn, y) for y in outs[n_carry:]]
+        return loop.moving(outs[:n_carry]), ys
+
+    p = eqn.params
+    moving, ys = lax.scan(
+        body, loop.moving(carry), sliced,
+        length=p["length"], reverse=p["reverse"], unroll=p["unroll"],
+    )  # fmt: skip
+    return [*loop.whole(moving), *ys]
+
+
+def _leading(interpreter: Any, eqn: Any, x: Any) -> Any:
+    """A weight with its scanned axis first in all three arrays; folded where that has no sense."""
+    if not isinstance(x, AdaptedWeight):
+        return x
+    name = x.w.names[0]
+    if not x.is_stack(name):
+        return interpreter.plain(eqn, x)
+    return AdaptedWeight(x.w, x.a.to_front((name,)), x.b.to_front((name,)), x.scale, x.target)
+
+
+def _slice_names(x: Any) -> Any:
+    """Inside the scan the arrays have lost their leading axis; so do the names."""
+    if not isinstance(x, AdaptedWeight):
+        return x
+    w, a, b = (Named(n.array, n.names[1:]) for n in (x.w, x.a, x.b))
+    return AdaptedWeight(w, a, b, x.scale, x.target)
+
+
+def _while(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond, cond_consts = program.opened(eqn.params["cond_jaxpr"])
+    jaxpr, consts = program.opened(eqn.params["body_jaxpr"])
+    cond_fixed, fixed, carry = ins[:n_cond], ins[n_cond : n_cond + n_body], ins[n_cond + n_body :]
+    loop = _Carry(interpreter, eqn, carry, program.invariant_carry(jaxpr, n_body, len(carry)))
+
+    def test(moving: list[Any]) -> Any:
+        return interpreter.evaluate(cond, cond_consts, [*cond_fixed, *loop.whole(moving)])[0]
+
+    def body(moving: list[Any]) -> list[Any]:
+        return loop.moving(interpreter.evaluate(jaxpr, consts, [*fixed, *loop.whole(moving)]))
+
+    return loop.whole(lax.while_loop(test, body, loop.moving(carry)))
+
+
+class _Carry:
+    """The carries of a loop, less the adapted weights that the body hands on unchanged."""
+
+    def __init__(self, interpreter: Any, eqn: Any, carry: Ins, invariant: Sequence[bool]):
+        self.interpreter, self.eqn = interpreter, eqn
+        self.fixed = [
+            v if keep and isinstance(v, AdaptedWeight) else None
+            for v, keep in zip(carry, invariant, strict=True)
+        ]
+
+    def moving(self, values: Sequence[Any]) -> list[Any]:
+        return [
+            self.interpreter.plain(self.eqn, v)
+            for v, fixed in zip(values, self.fixed, strict=True)
+            if fixed is None
+        ]
+
+    def whole(self, moving: Sequence[Any]) -> list[Any]:
+        rest = iter(moving)
+        return [next(rest) if fixed is None else fixed for fixed in self.fixed]
+
+
+def _cond(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+    index, *operands = ins
+
+    def branch(closed: Any) -> Callable[[Ins], list[Any]]:
+        jaxpr, consts = program.opened(closed)
+        return lambda ops: [
+            interpreter.plain(eqn, o) for o in interpreter.evaluate(jaxpr, consts, ops)
+        ]
+
+    if isinstance(index, AdaptedWeight):
+        return None
+    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], operands)
+
+
+RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
+    **{name: _inline for name in program.CALLS if name not in program.REMATS},
+    **dict.fromkeys(program.REMATS, _remat),
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "optimization_barrier": lambda interpreter, eqn, ins: lax.optimization_barrier(ins),
+}
