@@ -1,0 +1,198 @@
+"""What a run is: nested frozen dataclasses, every field with its default and its meaning.
+
+`Config` holds what every run has. A run on text adds a model and a data set
+(`lora_jax.training.text.TextConfig`); a model of your own adds whatever it needs in a subclass (see
+configs/own_model.py). Every field of every class can be set on the command line
+(`lora_jax.training.command`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+import tyro
+
+import lora_jax
+from lora_jax.training.workload import Workload
+
+
+class ConfigError(lora_jax.LoraError):
+    """A value that a config field cannot have; the message names the field."""
+
+
+def require(condition: bool, field: str, got: Any, expected: str) -> None:
+    """Raise `ConfigError` naming `field` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{field} must be {expected}, got {got!r}")
+
+
+def incidental(default: Any) -> Any:
+    """A field that does not change what a run computes, so it does not name the run either."""
+    return dataclasses.field(default=default, metadata={"incidental": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """The adapters: h = W0 x + (alpha / rank) B A x."""
+
+    rank: int = 8
+    """Inner dimension r of the update."""
+    alpha: float = 8.0
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Patterns of the parameters that get an adapter; the first that matches wins. `*` stays in
+    one path segment, `**` crosses them, `{a,b}` is either. `all-linear`: every product but the
+    output head. A pattern may carry its own rank and alpha: "**/mlp/*/kernel@rank=4,alpha=8".
+    None at all trains only what `beside` names."""
+    beside: tuple[str, ...] | None = None
+    """Patterns of base parameters trained in full beside the adapters. None: those the workload
+    names, its new head. "**" with no targets is full fine-tuning."""
+
+    def __post_init__(self) -> None:
+        require(self.rank > 0, "lora.rank", self.rank, "at least 1")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
+        for target in self.targets:
+            _rule(target)
+
+    @property
+    def spec(self) -> lora_jax.LoraSpec:
+        """The same, as the core asks for it."""
+        return lora_jax.LoraSpec(self.rank, self.alpha, tuple(_rule(t) for t in self.targets))
+
+
+def _rule(text: str) -> lora_jax.Rule:
+    """`pattern@rank=4,alpha=8` as a rule.
+
+    >>> _rule("**/kernel@rank=4")
+    Rule(pattern='**/kernel', rank=4, alpha=None)
+    """
+    pattern, _, settings = text.partition("@")
+    readers: dict[str, Callable[[str], Any]] = {"rank": int, "alpha": float}
+    values = {}
+    for setting in filter(None, settings.split(",")):
+        name, _, value = setting.partition("=")
+        try:
+            values[name] = readers[name](value)
+        except (KeyError, ValueError):
+            raise ConfigError(
+                f"lora.targets: cannot read {setting!r} of {text!r}; "
+                "a pattern's own settings are written pattern@rank=4,alpha=8"
+            ) from None
+    return lora_jax.Rule(pattern, **values)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on the adapters and the head."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of the base parameters trained beside the adapters. None: the same."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the warm-up: to zero in a line, to zero along a cosine, or none."""
+    warmup: float = 0.06
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip: float | None = 1.0
+    """Largest global norm of the gradient; None does not clip."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "head_learning_rate", "clip"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"optimizer.{name}", value, "above 0")
+        require(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "in [0, 1)")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+        for name in ("b1", "b2"):
+            require(
+                0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "in [0, 1)"
+            )
+        require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    workload: tyro.conf.Suppress[Callable[[Any], Workload]]
+    """What is trained: a function from this config to a `Workload`; set in the config file."""
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 0
+    """Of the adapters, the new head, dropout and the order of the data."""
+    evaluate_every: int = 100
+    """Steps between evaluations on the validation split, which also pick the best adapter."""
+    checkpoint_every: int = incidental(100)
+    """Steps between checkpoints. A killed run goes on from the last one."""
+    log_every: int = incidental(10)
+    """Steps between lines printed where there is no terminal for the progress bar."""
+    on_nonfinite: Literal["stop", "skip"] = incidental("stop")
+    """At a loss or gradient that is not finite: stop and name the step, or skip it and count."""
+    run_dir: str | None = incidental(None)
+    """Where the run is kept. None: runs/<config>-<hash of the values that matter>, so that the
+    same command goes on with its run and another never meets it."""
+    fresh: bool = incidental(False)
+    """Delete what an earlier run left in the run directory and start from step 0."""
+    lora: LoraConfig = LoraConfig()
+    """The adapters."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "evaluate_every", "checkpoint_every", "log_every"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+
+
+def to_dict(config: Any) -> Any:
+    """A config as JSON values; a function is written `module:name`."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = dataclasses.fields(config)
+        return {field.name: to_dict(getattr(config, field.name)) for field in fields}
+    if isinstance(config, dict):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_dict(value) for value in config]
+    if config is None or isinstance(config, bool | int | float | str):
+        return config
+    if callable(config):
+        return f"{config.__module__}:{config.__qualname__}"
+    return str(config)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The values that decide what a run computes: all but the incidental fields."""
+    incidentals = {f.name for f in dataclasses.fields(config) if f.metadata.get("incidental")}
+    return {name: value for name, value in to_dict(config).items() if name not in incidentals}
+
+
+def short_hash(config: Config) -> str:
+    """Eight characters that differ when `identity` does."""
+    text = json.dumps(identity(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Fields in which two config dictionaries differ, as `path: old -> new`.
+
+    >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
+    ['a.b: 1 -> 3']
+    """
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        inner = f"{path}.{key}" if path else key
+        found += differences(old.get(key), new.get(key), inner)
+    return found

@@ -1,0 +1,103 @@
+"""The run directory: which run it is, who is in it, and starting it afresh.
+
+config.json      the config that the run was started with
+metrics.jsonl    see `lora_jax.training.metrics`, with events.* for TensorBoard
+checkpoints/     see `lora_jax.training.checkpoints`
+adapters/        best and last, each restored by `lora_jax.restore`
+summary.json     written last: it says that the run is finished
+curves.png       loss and scores
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import filelock
+
+from lora_jax.errors import listed
+from lora_jax.training.config import Config, ConfigError, differences, identity, short_hash, to_dict
+
+
+def default(name: str, config: Config) -> pathlib.Path:
+    """runs/<config>-<hash of the values that matter>, or what the config says."""
+    return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(config)}")
+
+
+@contextlib.contextmanager
+def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
+    """The run directory, for this process alone until the block ends.
+
+    The lock is the operating system's: it goes with the process that holds it, so a killed run
+    leaves none behind.
+
+    Raises:
+      ConfigError: another process trains in it, or it holds a run of another config.
+    """
+    path = default(name, config)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError(
+            f"another process is training in {path}; wait for it or give --run-dir"
+        ) from None
+    try:
+        if config.fresh:
+            _clear(path)
+        _claim(path, config)
+        yield path
+    finally:
+        lock.release()
+
+
+def _clear(path: pathlib.Path) -> None:
+    """Delete what a run leaves, and only in a directory that a run has left."""
+    foreign = [p.name for p in path.iterdir() if not _ours(p)]
+    if foreign:
+        raise ConfigError(
+            f"--fresh would delete files in {path} that no run wrote:\n{listed(sorted(foreign))}"
+        )
+    for entry in path.iterdir():
+        if entry.name != "lock":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _ours(path: pathlib.Path) -> bool:
+    names = {"lock", "config.json", "config.json.tmp", "metrics.jsonl", "checkpoints", "adapters"}
+    names |= {"summary.json", "summary.json.tmp", "curves.png"}
+    return path.name in names or path.name.startswith("events.out.tfevents.")
+
+
+def _claim(path: pathlib.Path, config: Config) -> None:
+    """Write config.json, or check that the run there is of the same config."""
+    file = path / "config.json"
+    if file.is_file():
+        there = json.loads(file.read_text())
+        ours = identity(config)
+        changed = differences({name: there.get(name) for name in ours}, ours)
+        if changed:
+            raise ConfigError(
+                f"{path} holds a run of another config; it differs in\n{listed(changed, 20)}\n"
+                "give another --run-dir, or --fresh to delete that run"
+            )
+    else:
+        write_json(file, to_dict(config))
+
+
+def write_json(path: pathlib.Path, value: object) -> None:
+    """Write JSON whole or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def summary(path: pathlib.Path) -> dict[str, object] | None:
+    """The summary of a finished run, or None."""
+    file = path / "summary.json"
+    return json.loads(file.read_text()) if file.is_file() else None

@@ -1,0 +1,54 @@
+"""Scores over a split, and the check that merged and unmerged weights agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax
+from lora_jax.training.step import Trained
+from lora_jax.training.workload import Batch, Loss, Workload
+
+Tree = Any  # a pytree
+
+
+def evaluate(
+    step: Callable[[Trained, Tree, Batch], Loss],
+    workload: Workload,
+    batches: Iterable[Batch],
+    trained: Trained,
+    frozen: Tree,
+) -> dict[str, float]:
+    """`{"loss": mean, **workload.scores(...)}` over all batches, summed in float64 on the host."""
+    losses = jax.device_get([step(trained, frozen, batch) for batch in batches])
+    total = float(np.sum([loss.total for loss in losses], dtype=np.float64))
+    weight = float(np.sum([loss.weight for loss in losses], dtype=np.float64))
+    names = losses[0].sums if losses else ()
+    sums = {n: float(np.sum([x.sums[n] for x in losses], dtype=np.float64)) for n in names}
+    return {"loss": total / max(weight, 1e-9), **workload.scores(sums, weight)}
+
+
+def merged_difference(
+    workload: Workload, layout: lora_jax.Layout, trained: Trained, frozen: Tree, batch: Batch
+) -> float:
+    """Largest |output with merged weights - output with base and adapters| on one batch."""
+
+    def outputs(trained: Trained, frozen: Tree, batch: Any) -> jax.Array:
+        params = lora_jax.frozen.combine(trained["base"], frozen)
+        adapters = trained["adapters"]
+        adapted = lora_jax.adapt(layout, workload.apply)
+        beside = adapted(params, adapters, batch, train=False, key=None)
+        merged = lora_jax.merge(layout, params, adapters)
+        folded = workload.apply(merged, batch, train=False, key=None)
+        gaps = jax.tree.map(
+            lambda x, y: jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))),
+            beside,
+            folded,
+        )
+        return jnp.max(jnp.stack(jax.tree.leaves(gaps)))
+
+    return float(jax.jit(outputs)(trained, frozen, batch))

@@ -1,0 +1,134 @@
+"""What a run came to: a table at its end, and summary.json for whoever reads many of them."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import lora_jax
+from lora_jax.training import export
+from lora_jax.training.loop import Loop
+
+Summary = dict[str, Any]
+
+
+def summarise(
+    loop: Loop, tested: dict[str, dict[str, float]], difference: float, seconds: float
+) -> Summary:
+    """The numbers of a finished run.
+
+    Args:
+      loop: at its end.
+      tested: split -> numbers of the best adapter on the splits that did not pick it.
+      difference: largest |merged - unmerged| output on an evaluation batch.
+      seconds: since this process began the run; those of earlier processes are in its notes.
+    """
+    notes, path = loop.notes, loop.setup.path
+    spent = {name: round(value, 3) for name, value in notes.seconds.items()}
+    train = max(notes.seconds.get("train", 0.0), 1e-9)
+    best = {k: v for k, v in (notes.best or {}).items() if k != "step"}
+    after = {"validation": best} if best else {}
+    return {
+        "run": str(path),
+        "steps": int(loop.state.step),
+        "skipped_steps": int(loop.state.skipped),
+        **sizes(loop),
+        "steps_per_second": round(int(loop.state.step) / train, 4),
+        f"{loop.setup.workload.unit}_per_second": round(notes.units / train, 2),
+        "before": notes.before,
+        "after": {**after, **tested},
+        "best_step": None if notes.best is None else notes.best["step"],
+        "last_validation": notes.last,
+        "merged_difference": difference,
+        "compile_seconds": spent.get("compile", 0.0),
+        "train_seconds": spent.get("train", 0.0),
+        "evaluate_seconds": spent.get("evaluate", 0.0),
+        "total_seconds": round(seconds + notes.seconds.get("earlier", 0.0), 3),
+        "peak_memory_bytes": peak_memory(),
+        "device_peak_bytes": device_peak(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def sizes(loop: Loop) -> dict[str, int]:
+    """Parameters and bytes: of the base, of what is trained, and of what is kept on disk."""
+    state, frozen, path = loop.state, loop.setup.frozen, loop.setup.path
+    beside = state.trained["base"]
+    return {
+        "base_parameters": lora_jax.count(frozen) + lora_jax.count(beside),
+        "adapter_parameters": lora_jax.count(state.trained["adapters"]),
+        "beside_parameters": lora_jax.count(beside),
+        "adapter_file_bytes": export.size(export.folder(path, "last")),
+        "full_checkpoint_bytes": nbytes(frozen) + nbytes(beside),
+        "optimizer_bytes": nbytes(state.optimizer),
+    }
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of the arrays of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def device_peak() -> int | None:
+    """Largest use of the first device's own memory; None where it keeps no such count."""
+    stats = jax.local_devices()[0].memory_stats()
+    return None if stats is None else stats.get("peak_bytes_in_use")
+
+
+def show(summary: Summary, console: Console) -> None:
+    """Print the summary as a table."""
+    table = Table("", "", title=summary["run"], show_header=False)
+    for name, value in rows(summary):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def rows(summary: Summary) -> list[tuple[str, str]]:
+    """The table's lines: name and text."""
+    base, adapters = summary["base_parameters"], summary["adapter_parameters"]
+    trained = adapters + summary["beside_parameters"]
+    speed = next(name for name in summary if name.endswith("_per_second") and name[:6] != "steps_")
+    unit = speed.removesuffix("_per_second")
+    found = [
+        ("steps", f"{summary['steps']:,} ({summary['skipped_steps']} skipped)"),
+        ("base parameters", f"{base:,}"),
+        ("adapter parameters", f"{adapters:,}"),
+        ("trained beside them", f"{summary['beside_parameters']:,}"),
+        ("trained, of the base", f"{trained / base:.2%}"),
+        ("adapter on disk", _bytes(summary["adapter_file_bytes"])),
+        ("full checkpoint", _bytes(summary["full_checkpoint_bytes"])),
+        ("optimizer state", _bytes(summary["optimizer_bytes"])),
+        ("peak memory", _bytes(summary["peak_memory_bytes"])),
+        ("speed", f"{summary['steps_per_second']:.2f} steps/s, {summary[speed]:,.0f} {unit}/s"),
+        ("merged - unmerged", f"{summary['merged_difference']:.1e}"),
+        ("seconds", f"{summary['total_seconds']:.0f}, of them compiling "
+                    f"{summary['compile_seconds']:.0f}"),
+    ]  # fmt: skip
+    for split, before in summary["before"].items():
+        after = summary["after"].get(split, {})
+        for name, value in before.items():
+            then = f"{after[name]:.4f}" if name in after else "-"
+            found.append((f"{split} {name}", f"{value:.4f} -> {then}"))
+    return found
+
+
+def _bytes(count: int) -> str:
+    size, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while size >= 1000:
+        size, unit = size / 1000, next(units)
+    return f"{size:.2f} {unit}" if unit != "B" else f"{count} B"

@@ -1,0 +1,87 @@
+"""The one door through which a model, its data and its loss come into training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+Tree = Any  # a pytree
+Batch = Mapping[str, np.ndarray]
+
+
+class Loss(NamedTuple):
+    """What a loss gives for one batch; a mean is taken once, over everything that was summed.
+
+    total: [] float32, the sum of the losses of the batch's examples or tokens.
+    weight: [] float32, how many they are (their summed weights).
+    sums: name -> [] float32, other sums over the batch, read by `Workload.scores`.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+    sums: Mapping[str, jax.Array] = {}
+
+
+class TrainIterator(Protocol):
+    """Batches without end, with a state that goes to JSON; Grain's dataset iterators are such."""
+
+    def __next__(self) -> Batch: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+def ratios(sums: Mapping[str, float], weight: float) -> dict[str, float]:
+    """Each sum over the weight: what accuracy and other means need."""
+    return {name: total / max(weight, 1e-9) for name, total in sums.items()}
+
+
+def examples(batch: Batch) -> int:
+    """The length of the leading axis."""
+    return len(next(iter(batch.values())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model, its data and its loss. `Config.workload` is a function that builds one.
+
+    Attributes:
+      apply: `apply(params, batch, *, train, key) -> outputs`, pure; `key` is None in evaluation.
+        `train` is a Python bool. Nothing in it knows of LoRA.
+      loss: `loss(outputs, batch) -> Loss`.
+      params: the base parameters, or their `jax.ShapeDtypeStruct`s if `load` brings the arrays.
+      train: gives a fresh training iterator, at its first batch. Few batch shapes: each is
+        compiled once.
+      evaluation: split -> a function that gives one pass over it. "validation" picks the best
+        adapter; "test", if there is one, is evaluated at the start and at the end.
+      load: gives the parameter arrays, called once at the start of the run.
+      beside: patterns (`lora_jax.paths`) of parameters trained in full beside the adapters.
+      scores: `scores(sums, weight) -> name -> number`, from the summed `Loss.sums` of a split.
+      select: the evaluation number that picks the best adapter: "loss" or one of the scores.
+      better: whether a higher or a lower `select` is better.
+      size: how many units a batch holds (padding left out), for the throughput.
+      unit: what `size` counts.
+    """
+
+    apply: Callable[..., Any]
+    loss: Callable[[Any, Any], Loss]
+    params: Tree
+    train: Callable[[], TrainIterator]
+    evaluation: Mapping[str, Callable[[], Iterable[Batch]]] = dataclasses.field(
+        default_factory=dict
+    )
+    load: Callable[[], Tree] | None = None
+    beside: tuple[str, ...] = ()
+    scores: Callable[[Mapping[str, float], float], dict[str, float]] = ratios
+    select: str = "loss"
+    better: Literal["lower", "higher"] = "lower"
+    size: Callable[[Batch], int] = examples
+    unit: str = "examples"
+
+    def arrays(self) -> Tree:
+        """The parameter arrays: loaded, or those that `params` holds already."""
+        return self.params if self.load is None else self.load()
