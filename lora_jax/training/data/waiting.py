@@ -1,0 +1,37 @@
+"""Says that something long is under way, and nothing when it is short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import rich.console
+import rich.progress
+
+T = TypeVar("T")
+
+_LONG = 20_000  # items that take about a second
+
+
+def tracked(items: Iterable[T], description: str, total: int, size: int = 1) -> Iterator[T]:
+    """The items, with a progress bar on a terminal, or a line elsewhere, if they are many.
+
+    Args:
+        items: what is gone through.
+        description: what is being done, "tokenising train".
+        total: number of units in all.
+        size: units per item.
+    """
+    if total < _LONG:
+        yield from items
+        return
+    console = rich.console.Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"{description}: {total:,} ...", highlight=False)
+        yield from items
+        return
+    with rich.progress.Progress(console=console, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        for item in items:
+            yield item
+            bar.advance(task, size)
