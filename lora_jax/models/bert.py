@@ -102,11 +102,11 @@ class _Embeddings(nn.Module):
             embedding_init=INITIAL,
         )
         rows = config.max_positions + config.position_offset
-        if token_types is None:
-            token_types = jnp.zeros((1, 1), jnp.int32)
         x = embed(config.vocab_size, name="word")(input_ids)
         x = x + embed(rows, name="position")(positions + config.position_offset)
-        x = x + embed(config.num_token_types, name="token_type")(token_types)
+        if config.num_token_types:
+            types = jnp.zeros((1, 1), jnp.int32) if token_types is None else token_types
+            x = x + embed(config.num_token_types, name="token_type")(types)
         x = _norm(config, "norm")(x)
         return _drop(config, self.deterministic)(x)
 
