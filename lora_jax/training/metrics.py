@@ -63,7 +63,7 @@ class Record:
         self._file.write(json.dumps(line).encode() + b"\n")
         group = line.get("split", "train")
         for name, value in line.items():
-            if name not in ("step", "split"):
+            if name not in ("step", "split") and value is not None:
                 self._events.add_scalar(f"{group}/{name}", value, line["step"])
 
     def sync(self) -> int:

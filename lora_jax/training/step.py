@@ -82,7 +82,7 @@ def train_step(
         key = jax.random.fold_in(state.key, state.step)
         gradient = jax.value_and_grad(objective, has_aux=True)
         (loss, weight), grads = gradient(state.trained, frozen, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         go = finite if on_nonfinite == "skip" else finite & (state.skipped == 0)
         updates, optimizer = tx.update(grads, state.optimizer, state.trained)

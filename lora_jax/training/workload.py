@@ -9,6 +9,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from lora_jax import paths
+from lora_jax.errors import LoraError
+
 Tree = Any  # a pytree
 Batch = Mapping[str, np.ndarray]
 
@@ -58,7 +61,8 @@ class Workload:
         compiled once.
       evaluation: split -> a function that gives one pass over it. "validation" picks the best
         adapter; "test", if there is one, is evaluated at the start and at the end.
-      load: gives the parameter arrays, called once at the start of the run.
+      load: gives the parameter arrays, called once at the start of the run; checked against
+        the shapes.
       beside: patterns (`lora_jax.paths`) of parameters trained in full beside the adapters.
       scores: `scores(sums, weight) -> name -> number`, from the summed `Loss.sums` of a split.
       select: the evaluation number that picks the best adapter: "loss" or one of the scores.
@@ -84,4 +88,18 @@ class Workload:
 
     def arrays(self) -> Tree:
         """The parameter arrays: loaded, or those that `params` holds already."""
-        return self.params if self.load is None else self.load()
+        if self.load is None:
+            return self.params
+        loaded = self.load()
+        want, got = _shapes(self.params), _shapes(loaded)
+        for path in dict.fromkeys([*want, *got]):
+            if want.get(path) != got.get(path):
+                raise LoraError(
+                    f"Workload.load gave {got.get(path, 'nothing')} for the parameter {path!r}; "
+                    f"Workload.params has {want.get(path, 'none of that name')}"
+                )
+        return loaded
+
+
+def _shapes(tree: Tree) -> dict[str, str]:
+    return {p: f"{x.dtype}{list(x.shape)}" for p, x in paths.flatten(tree).items()}

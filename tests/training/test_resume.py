@@ -1,0 +1,105 @@
+"""A run that is killed and started again ends as if it had never been stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import signal
+import subprocess
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lora_jax.checkpoint import ocp
+from lora_jax.training import export, metrics
+from tests.training.runs import spawn
+
+LONG = ("--width", "16", "--batch-size", "32", "--steps", "1500", "--evaluate-every", "150")
+ARGUMENTS = (*LONG, "--checkpoint-every", "100")
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def checkpoints(path: pathlib.Path) -> list[int]:
+    folder = path / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def kill_after(process: subprocess.Popen[str], path: pathlib.Path, step: int) -> None:
+    """SIGKILL as soon as a checkpoint of at least `step` is there."""
+    deadline = time.monotonic() + 120
+    while not [s for s in checkpoints(path) if s >= step]:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathlib.Path, str]:
+    """One run never stopped, one killed twice on its way, and what the last start printed."""
+    folder = tmp_path_factory.mktemp("resume")
+    whole, killed = folder / "whole", folder / "killed"
+    finish(spawn(whole, *ARGUMENTS))
+    for step in (100, 700):
+        kill_after(spawn(killed, *ARGUMENTS), killed, step)
+        assert not (killed / "summary.json").exists(), "it was killed too late to test anything"
+        held = [line["step"] for line in metrics.read(killed) if "split" not in line]
+        assert held[: checkpoints(killed)[-1]] == list(range(1, checkpoints(killed)[-1] + 1))
+    return whole, killed, finish(spawn(killed, *ARGUMENTS))
+
+
+def assert_same(x: Any, y: Any) -> None:
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+Runs = tuple[pathlib.Path, pathlib.Path, str]
+
+
+def test_it_went_on_from_a_checkpoint(runs: Runs) -> None:
+    text = runs[2]
+    assert "Going on from the checkpoint of step" in text
+    assert int(text.partition("checkpoint of step ")[2].partition(".")[0]) >= 700
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_the_adapters_are_bit_identical(runs: Runs, name: str) -> None:
+    assert_same(export.load(runs[0], name), export.load(runs[1], name))
+
+
+def test_the_record_is_byte_identical(runs: Runs) -> None:
+    """Every step once, every evaluation once, and the same numbers in the same order."""
+    texts = [(path / "metrics.jsonl").read_bytes() for path in runs[:2]]
+    assert texts[0] == texts[1]
+    steps = [json.loads(line) for line in texts[0].splitlines()]
+    assert [x["step"] for x in steps if "split" not in x] == list(range(1, 1501))
+
+
+def test_optimizer_and_random_state_are_bit_identical(runs: Runs) -> None:
+    states = [ocp.load_checkpointables(p / "checkpoints/1500")["state"] for p in runs[:2]]
+    kept = [{k: v for k, v in state.items() if k != "key"} for state in states]
+    assert kept[0]["optimizer"], "nothing was compared"
+    assert_same(kept[0], kept[1])
+    assert_same(*(jax.random.key_data(state["key"]) for state in states))
+
+
+def test_the_summaries_agree_in_all_but_the_clock(runs: Runs) -> None:
+    found = [json.loads((path / "summary.json").read_text()) for path in runs[:2]]
+    for name in ("steps", "before", "after", "best_step", "merged_difference", "optimizer_bytes"):
+        assert found[0][name] == found[1][name], name
+
+
+def test_nothing_half_written_is_left(runs: Runs) -> None:
+    assert not [p for p in runs[1].rglob("*") if "tmp" in p.name]

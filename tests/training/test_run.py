@@ -1,0 +1,248 @@
+"""Whole runs of train.py on a small model of the user's own."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax
+import train
+from lora_jax.training import directory, export, metrics
+from lora_jax.training.checkpoints import ocp
+from tests.training.runs import OWN, SMALL, run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("finished") / "run"
+    run(path, *SMALL, "--checkpoint-every", "5")
+    return path
+
+
+def test_a_model_of_the_users_own_learns(tmp_path: pathlib.Path) -> None:
+    summary = run(tmp_path / "run", "--steps", "200", "--evaluate-every", "100")
+    before, after = summary["before"]["validation"], summary["after"]["validation"]
+    assert after["loss"] < 0.05 * before["loss"]
+    assert after["within_0.1"] > 0.5
+
+
+def test_the_summary_says_what_was_asked_of_it(finished: pathlib.Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    # first 2x16+16, second 16x16+16, head 16+1; rank 2 on the two kernels; Adam's two moments
+    # of what is trained, and three counters.
+    assert summary["base_parameters"] == 48 + 272 + 17
+    assert summary["adapter_parameters"] == 2 * (2 + 16) + 2 * (16 + 16)
+    assert summary["beside_parameters"] == 17
+    assert summary["full_checkpoint_bytes"] == 4 * summary["base_parameters"]
+    trained = summary["adapter_parameters"] + summary["beside_parameters"]
+    assert 8 * trained < summary["optimizer_bytes"] <= 8 * trained + 16
+    assert summary["adapter_file_bytes"] == export.size(finished / "adapters/last")
+    assert summary["steps"] == 12
+    assert summary["skipped_steps"] == 0
+    assert summary["merged_difference"] < 1e-5
+    positive = ("steps_per_second", "points_per_second", "compile_seconds", "total_seconds")
+    for name in (*positive, "peak_memory_bytes"):
+        assert summary[name] > 0, name
+    assert set(summary["before"]["validation"]) == {"loss", "within_0.1"}
+    assert set(summary["after"]["validation"]) == {"loss", "within_0.1"}
+
+
+def test_the_record_has_every_step_once_and_every_evaluation(finished: pathlib.Path) -> None:
+    lines = metrics.read(finished)
+    steps = [line for line in lines if "split" not in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    for name in ("loss", "learning_rate", "gradient_norm", "units", "skipped"):
+        assert all(name in line for line in steps), name
+    evaluations = [line["step"] for line in lines if line.get("split") == "validation"]
+    assert evaluations == [0, 4, 8, 12]
+    assert list(finished.glob("events.out.tfevents.*"))
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_says_so_and_is_not_run_again(
+    finished: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "summary.json").stat().st_mtime_ns
+    run(finished, *SMALL, "--checkpoint-every", "5")
+    text = capsys.readouterr().out
+    assert "is finished; --fresh deletes it" in text
+    assert "adapter parameters" in text
+    assert (finished / "summary.json").stat().st_mtime_ns == before
+
+
+def test_fresh_starts_again(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "run"
+    run(path, *SMALL)
+    first = (path / "metrics.jsonl").read_bytes()
+    (path / "summary.json").unlink()
+    run(path, *SMALL, "--fresh", "--seed", "3")
+    second = (path / "metrics.jsonl").read_bytes()
+    assert first != second
+    assert second.count(b"\n") == first.count(b"\n")
+
+
+def test_fresh_does_not_delete_what_no_run_wrote(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert train.main(["--config", OWN, "--run-dir", str(tmp_path), "--fresh"]) == 1
+    assert "thesis.tex" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_directory_of_another_config_is_an_error(
+    finished: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", OWN, "--run-dir", str(finished), *SMALL, "--lora.rank", "1"]
+    assert train.main(arguments) == 1
+    text = " ".join(capsys.readouterr().err.split())
+    assert "lora.rank: 2 -> 1" in text
+    assert "--fresh" in text
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path: pathlib.Path) -> None:
+    from lora_jax.training import command
+
+    name, config = command.parse(["--config", OWN, "--run-dir", str(tmp_path)], OWN, tmp_path)
+    with (
+        directory.enter(name, config),
+        pytest.raises(lora_jax.LoraError, match="another process is training"),
+        directory.enter(name, config),
+    ):
+        pass
+    with directory.enter(name, config):  # the lock went with its holder
+        pass
+
+
+def test_the_default_directory_is_named_by_what_matters() -> None:
+    from lora_jax.training import command
+
+    def path(*arguments: str) -> pathlib.Path:
+        return directory.default(*command.parse(["--config", OWN, *arguments], OWN, pathlib.Path()))
+
+    assert path() == path("--log-every", "3", "--checkpoint-every", "7", "--on-nonfinite", "skip")
+    assert path().parts[0] == "runs"
+    assert path().name.startswith("own_model-")
+    different = [path(), path("--lora.rank", "4"), path("--width", "8"), path("--seed", "1")]
+    assert len(set(different)) == 4
+
+
+def test_w0_is_bit_identical_after_training(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arrays that the loop holds as frozen, before and after."""
+    seen: dict[str, Any] = {}
+    original = train.Loop.__init__
+
+    def spy(self: Any, setup: Any, *rest: Any) -> None:
+        seen["frozen"] = setup.frozen
+        seen["before"] = jax.tree.map(np.array, setup.frozen)
+        original(self, setup, *rest)
+
+    monkeypatch.setattr(train.Loop, "__init__", spy)
+    run(tmp_path / "run", *SMALL)
+    assert len(jax.tree.leaves(seen["before"])) == 4
+    for x, y in zip(
+        jax.tree.leaves(seen["before"]), jax.tree.leaves(seen["frozen"]), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_no_base_weight_is_on_disk(finished: pathlib.Path) -> None:
+    """Frozen are [2, 16], [16], [16, 16], [16]; no saved array has one of the kernels' shapes."""
+    step = max((p for p in (finished / "checkpoints").iterdir()), key=lambda p: int(p.name))
+    frozen = {(2, 16), (16, 16), (16,)}
+    held = ocp.checkpointables_metadata(step).metadata["state"]
+    shapes = [tuple(x.shape) for x in jax.tree.leaves(held)]
+    assert len([s for s in shapes if s == (16, 2)]) == 3  # the second kernel's a, and its moments
+    # the first kernel's b is [2, 16] as the kernel itself is: only its own three may be there
+    assert shapes.count((2, 16)) == 2 * 3
+    assert not (frozen - {(2, 16)}) & set(shapes)
+    assert (16, 1) in shapes  # the head, trained in full
+
+
+def test_adapters_of_a_run_are_restored_alone(finished: pathlib.Path) -> None:
+    layout, adapters = lora_jax.restore(finished / "adapters/best")
+    assert list(adapters) == ["first/kernel", "second/kernel"]
+    assert layout.targets[0].rank == 2
+    assert list(export.load(finished, "best")["base"]) == ["head/bias", "head/kernel"]
+
+
+def test_best_is_kept_when_later_steps_are_worse(tmp_path: pathlib.Path) -> None:
+    """A learning rate that blows up: the best adapter is not the last."""
+    arguments = ("--optimizer.learning-rate", "3", "--optimizer.schedule", "constant")
+    summary = run(tmp_path / "run", *SMALL, "--evaluate-every", "1", *arguments)
+    losses = {
+        line["step"]: line["loss"]
+        for line in metrics.read(tmp_path / "run")
+        if line.get("split") == "validation" and line["step"] > 0
+    }
+    assert summary["best_step"] == min(losses, key=losses.__getitem__) != 12
+    assert summary["after"]["validation"]["loss"] == min(losses.values())
+    best, last = (export.load(tmp_path / "run", name) for name in ("best", "last"))
+    assert not np.array_equal(best["base"]["head/kernel"], last["base"]["head/kernel"])
+
+
+def test_without_targets_the_head_is_trained_alone(tmp_path: pathlib.Path) -> None:
+    summary = run(tmp_path / "run", *SMALL, "--lora.targets")
+    assert summary["adapter_parameters"] == 0
+    assert summary["beside_parameters"] == 17
+    assert summary["merged_difference"] == 0
+    assert lora_jax.restore(tmp_path / "run/adapters/last")[1] == {}
+
+
+def test_full_fine_tuning(tmp_path: pathlib.Path) -> None:
+    summary = run(tmp_path / "run", *SMALL, "--lora.targets", "--lora.beside", "**")
+    assert summary["beside_parameters"] == summary["base_parameters"]
+
+
+POISON = """
+import dataclasses, sys
+import numpy as np
+sys.path.insert(0, {folder!r})
+import own_model
+
+class Poisoned(own_model.Points):
+    def __next__(self):
+        batch = super().__next__()
+        return {{**batch, "x": batch["x"] * np.float32("nan")}} if self.position == 7 else batch
+
+def workload(config):
+    made = own_model.workload(config)
+    return dataclasses.replace(made, train=lambda: Poisoned(1, config.batch_size))
+
+config = dataclasses.replace(own_model.config, workload=workload)
+"""
+
+
+@pytest.fixture
+def poison(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    file = tmp_path / "poison.py"
+    file.write_text(POISON.format(folder=str(pathlib.Path(OWN).parent)))
+    monkeypatch.syspath_prepend(str(pathlib.Path(OWN).parent))
+    return str(file)
+
+
+def test_a_nonfinite_step_stops_the_run_and_is_named(
+    poison: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    arguments = ["--config", poison, "--run-dir", str(path), *SMALL, "--checkpoint-every", "2"]
+    assert train.main(arguments) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "step 7 is not finite: loss nan" in error
+    assert "step 6 is kept" in error
+    assert not (path / "summary.json").exists()
+    assert max(int(p.name) for p in (path / "checkpoints").iterdir()) == 6
+    # The same command may be told to go on past it.
+    summary = run(path, *SMALL, "--checkpoint-every", "2", "--on-nonfinite", "skip", config=poison)
+    assert (summary["steps"], summary["skipped_steps"]) == (12, 1)
+    lines = [line for line in metrics.read(path) if "split" not in line]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["step"] for line in lines if not line["finite"]] == [7]
+    assert [line["step"] for line in lines if line["loss"] is None] == [7]

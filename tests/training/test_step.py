@@ -1,0 +1,208 @@
+"""The step: what it moves, what it leaves, and what it does with a number that is not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax
+from lora_jax.training import optimizer, step
+from lora_jax.training.config import OptimizerConfig
+from lora_jax.training.workload import Loss, Workload, ratios
+
+BATCH = {"x": np.ones((6, 5), np.float32), "weight": np.ones(6, np.float32)}
+
+
+def apply(params: Any, batch: Any, *, train: bool, key: Any) -> jax.Array:
+    return jnp.tanh(batch["x"] @ params["body"]["kernel"]) @ params["head"]["kernel"]
+
+
+def loss(outputs: jax.Array, batch: Any) -> Loss:
+    each = jnp.square(outputs[:, 0] - 1) * batch["weight"]
+    return Loss(each.sum(), batch["weight"].sum())
+
+
+def parts(targets: tuple[str, ...] = ("body/kernel",), beside: tuple[str, ...] = ("head/**",)):
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "body": {"kernel": jax.random.normal(keys[0], (5, 4))},
+        "head": {"kernel": jax.random.normal(keys[1], (4, 1))},
+    }
+    workload = Workload(apply=apply, loss=loss, params=params, train=lambda: None, beside=beside)
+    spec = lora_jax.LoraSpec(rank=2, targets=targets)
+    layout = lora_jax.resolve(spec, apply, params, BATCH, train=True, key=None)
+    base, frozen = lora_jax.frozen.split(params, beside)
+    trained = {"adapters": lora_jax.init(jax.random.key(1), layout), "base": base}
+    return workload, layout, trained, frozen
+
+
+def run(count: int, tx: Any, batches: Any = None, on_nonfinite: Any = "stop", **kwargs: Any):
+    workload, layout, trained, frozen = parts(**kwargs)
+    take = jax.jit(step.train_step(workload, layout, tx, on_nonfinite))
+    state, found = step.create(trained, tx, jax.random.key(2)), []
+    for i in range(count):
+        state, metrics = take(state, frozen, BATCH if batches is None else batches[i])
+        found.append(jax.device_get(metrics))
+    return trained, state, found
+
+
+def same(x: Any, y: Any) -> bool:
+    return all(
+        np.array_equal(p, q) for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    )
+
+
+def test_it_learns_and_moves_adapters_and_head() -> None:
+    before, state, metrics = run(30, optax.adamw(1e-2))
+    assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
+    assert not same(before["base"], state.trained["base"])
+    for old, new in zip(
+        jax.tree.leaves(before["adapters"]), jax.tree.leaves(state.trained["adapters"]), strict=True
+    ):
+        assert not np.array_equal(old, new)
+
+
+def test_the_step_computes_no_gradient_of_a_frozen_weight() -> None:
+    """No product in the compiled step has the shape of W0 [5, 4]; with W0 trained, one has."""
+
+    def shapes(targets: tuple[str, ...], beside: tuple[str, ...]) -> set[tuple[int, ...]]:
+        workload, layout, trained, frozen = parts(targets, beside)
+        tx = optax.sgd(1e-2)
+        take = step.train_step(workload, layout, tx, "stop")
+        state = step.create(trained, tx, jax.random.key(2))
+        jaxpr = jax.make_jaxpr(take)(state, frozen, BATCH)
+        return {tuple(v.aval.shape) for e in equations(jaxpr.jaxpr) for v in e.outvars
+                if e.primitive.name == "dot_general"}  # fmt: skip
+
+    assert not shapes(("body/kernel",), ("head/**",)) & {(5, 4), (4, 5)}
+    assert shapes((), ("**",)) & {(5, 4), (4, 5)}
+
+
+def equations(jaxpr: Any) -> list[Any]:
+    found = []
+    for eqn in jaxpr.eqns:
+        found.append(eqn)
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if isinstance(inner, jax.extend.core.Jaxpr):
+                    found += equations(inner)
+    return found
+
+
+def test_a_padded_row_without_weight_changes_nothing() -> None:
+    padded = {
+        "x": np.concatenate([BATCH["x"], np.full((3, 5), 7, np.float32)]),
+        "weight": np.concatenate([BATCH["weight"], np.zeros(3, np.float32)]),
+    }
+    _, plain, _ = run(1, optax.sgd(0.1))
+    _, other, _ = run(1, optax.sgd(0.1), [padded])
+    for x, y in zip(jax.tree.leaves(plain.trained), jax.tree.leaves(other.trained), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def poisoned(at: int, count: int) -> list[dict[str, np.ndarray]]:
+    bad = {**BATCH, "x": np.where(np.arange(5) == 2, np.nan, BATCH["x"]).astype(np.float32)}
+    return [bad if i == at else BATCH for i in range(count)]
+
+
+def test_skip_passes_over_the_step_and_counts_it() -> None:
+    """Steps with a poisoned one among them end where the same steps without it end."""
+    tx = optax.sgd(0.1, momentum=0.9)
+    _, clean, _ = run(3, tx)
+    _, state, metrics = run(4, tx, poisoned(1, 4), "skip")
+    assert [bool(m["finite"]) for m in metrics] == [True, False, True, True]
+    assert (int(state.step), int(state.skipped)) == (4, 1)
+    assert same(clean.trained, state.trained)
+    assert same(clean.optimizer, state.optimizer)
+
+
+def test_stop_freezes_the_state_at_the_last_good_step() -> None:
+    """So that reading the metrics a few steps late loses nothing."""
+    tx = optax.sgd(0.1, momentum=0.9)
+    _, good, _ = run(1, tx)
+    _, state, _ = run(4, tx, poisoned(1, 4), "stop")
+    assert same(good.trained, state.trained)
+    assert same(good.optimizer, state.optimizer)
+
+
+def test_a_gradient_that_is_not_finite_counts_as_well() -> None:
+    workload, layout, trained, frozen = parts()
+    rooted = dataclasses.replace(
+        workload, loss=lambda out, _: Loss(jnp.sqrt(0.0 * out).sum(), jnp.float32(1))
+    )
+    tx = optax.sgd(0.1)
+    take = jax.jit(step.train_step(rooted, layout, tx, "skip"))
+    state, metrics = take(step.create(trained, tx, jax.random.key(0)), frozen, BATCH)
+    assert metrics["loss"] == 0.0
+    assert not metrics["finite"]
+    assert same(trained, state.trained)
+
+
+def test_no_targets_train_the_head_alone() -> None:
+    before, state, _ = run(3, optax.sgd(0.1), targets=())
+    assert state.trained["adapters"] == {}
+    assert list(state.trained["base"]) == ["head/kernel"]
+    assert not same(before, state.trained)
+
+
+def test_everything_beside_and_no_targets_is_full_fine_tuning() -> None:
+    """It equals plain gradient descent on all parameters."""
+    workload, _, _, _ = parts()
+    _, state, _ = run(1, optax.sgd(0.1), targets=(), beside=("**",))
+
+    def plain(params: Any) -> jax.Array:
+        return step.mean(loss(apply(params, BATCH, train=True, key=None), BATCH))
+
+    grads = jax.grad(plain)(workload.params)
+    wanted = jax.tree.map(lambda p, g: p - 0.1 * g, workload.params, grads)
+    for path, value in lora_jax.paths.flatten(wanted).items():
+        np.testing.assert_allclose(state.trained["base"][path], value, rtol=1e-6)
+
+
+def test_a_parameter_both_adapted_and_trained_is_an_error() -> None:
+    _, layout, trained, _ = parts(beside=("**",))
+    with pytest.raises(lora_jax.LoraError, match="'body/kernel' is both adapted"):
+        step.check_apart(layout, trained["base"])
+
+
+def test_the_optimizer_holds_nothing_of_a_frozen_shape() -> None:
+    _, _, trained, frozen = parts()
+    config = OptimizerConfig(head_learning_rate=1e-2, weight_decay=0.1)
+    state = optimizer.optimizer(config, 10).init(trained)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
+    assert (5, 2) in shapes  # of the adapter
+    assert not {leaf.shape for leaf in jax.tree.leaves(frozen)} & set(shapes)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_the_schedule_rises_to_its_peak_and_falls(kind: Any) -> None:
+    config = OptimizerConfig(learning_rate=2.0, schedule=kind, warmup=0.1)
+    rate = optimizer.schedule(config, 100)
+    values = [float(rate(i)) for i in range(101)]
+    assert values[0] == pytest.approx(2 / 11)
+    assert values[10] == pytest.approx(2.0)
+    assert max(values) == pytest.approx(2.0)
+    half = {"linear": 1.0, "cosine": 1.0, "constant": 2.0}[kind]
+    assert values[55] == pytest.approx(half)
+    assert values[100] == pytest.approx(2.0 if kind == "constant" else 0.0, abs=1e-6)
+
+
+def test_the_head_has_its_own_learning_rate() -> None:
+    same_rate = OptimizerConfig(learning_rate=1e-2, clip=None)
+    faster = dataclasses.replace(same_rate, head_learning_rate=3e-2)
+    before, slow, _ = run(1, optimizer.optimizer(same_rate, 10))
+    _, fast, _ = run(1, optimizer.optimizer(faster, 10))
+    assert same(slow.trained["adapters"], fast.trained["adapters"])
+    moved = [s.trained["base"]["head/kernel"] - before["base"]["head/kernel"] for s in (slow, fast)]
+    np.testing.assert_allclose(moved[1], 3 * moved[0], rtol=1e-4)
+
+
+def test_ratios_divide_each_sum_by_the_weight() -> None:
+    assert ratios({"correct": 3.0}, 4.0) == {"correct": 0.75}
