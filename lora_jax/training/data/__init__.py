@@ -1,1 +1,13 @@
 """From a source's name to batches: TFDS builders and plain files, read through Grain."""
+
+from lora_jax.training.data.batches import Batches as Batches
+from lora_jax.training.data.batches import Facts as Facts
+from lora_jax.training.data.batches import describe as describe
+from lora_jax.training.data.catalogue import open_source as open_source
+from lora_jax.training.data.classification import classification as classification
+from lora_jax.training.data.config import DataConfig as DataConfig
+from lora_jax.training.data.errors import DataError as DataError
+from lora_jax.training.data.labels import Labels as Labels
+from lora_jax.training.data.labels import labels_of as labels_of
+from lora_jax.training.data.language_modelling import language_modelling as language_modelling
+from lora_jax.training.data.source import Source as Source

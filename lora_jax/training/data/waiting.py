@@ -13,14 +13,13 @@ T = TypeVar("T")
 _LONG = 20_000  # items that take about a second
 
 
-def tracked(items: Iterable[T], description: str, total: int, size: int = 1) -> Iterator[T]:
+def tracked(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     """The items, with a progress bar on a terminal, or a line elsewhere, if they are many.
 
     Args:
         items: what is gone through.
         description: what is being done, "tokenising train".
-        total: number of units in all.
-        size: units per item.
+        total: their number.
     """
     if total < _LONG:
         yield from items
@@ -34,4 +33,4 @@ def tracked(items: Iterable[T], description: str, total: int, size: int = 1) -> 
         task = bar.add_task(description, total=total)
         for item in items:
             yield item
-            bar.advance(task, size)
+            bar.advance(task)

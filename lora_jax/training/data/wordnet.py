@@ -17,8 +17,8 @@ from lora_jax.training.data.sides import side
 
 SHARES = {"train": 0.96, "validation": 0.02, "test": 0.02}
 NOTE = (
-    "wordnet: WordNet 3.0, Copyright 2006 by Princeton University; one example per synset, split by "
-    "a hash of the headword, so no word is on two sides"
+    "wordnet: WordNet 3.0, Copyright 2006 by Princeton University; one example per synset, split "
+    "by a hash of the headword, so no word is on two sides"
 )
 
 _FOLDER = "wn/data/wordnet-3.0/"
@@ -45,7 +45,7 @@ class WordnetDefinitions(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        sides = {name: [] for name in SHARES}
+        sides: dict[str, list[tuple[str, dict[str, str]]]] = {name: [] for name in SHARES}
         for part, (name, sha256) in _FILES.items():
             path = locate("wn", "0.0.23", _FOLDER + name, sha256=sha256)
             for offset, row in read(path, part):
