@@ -1,0 +1,1 @@
+"""Measurements of the transform: FLOPs, step time, tracing time, and PyTorch + PEFT beside it."""
