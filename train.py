@@ -77,6 +77,7 @@ def train(config: Config, path: pathlib.Path, console: Console) -> summary.Summa
     trained = {"adapters": lora_jax.init(key, layout), "base": base}
     tx = optimizer.optimizer(config.optimizer, config.steps)
     state = step.create(trained, tx, key)
+    say(console, workload.facts)
     say(console, describe(path, layout, trained, params))
     setup = Setup(config, workload, layout, tx, frozen, path)
 
@@ -119,8 +120,9 @@ def describe(
 
 
 def say(console: Console, text: str) -> None:
-    """Print plain text."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print plain text, if there is any."""
+    if text:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

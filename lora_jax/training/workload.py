@@ -69,6 +69,7 @@ class Workload:
       better: whether a higher or a lower `select` is better.
       size: how many units a batch holds (padding left out), for the throughput.
       unit: what `size` counts.
+      facts: what a reader of the results should know of the data; printed as the run starts.
     """
 
     apply: Callable[..., Any]
@@ -85,6 +86,7 @@ class Workload:
     better: Literal["lower", "higher"] = "lower"
     size: Callable[[Batch], int] = examples
     unit: str = "examples"
+    facts: str = ""
 
     def arrays(self) -> Tree:
         """The parameter arrays: loaded, or those that `params` holds already."""

@@ -17,7 +17,7 @@ from lora_jax.checkpoint import ocp
 from lora_jax.training import export, metrics
 from tests.training.runs import spawn
 
-LONG = ("--width", "16", "--batch-size", "32", "--steps", "1500", "--evaluate-every", "150")
+LONG = ("--width", "16", "--batch-size", "32", "--steps", "1000", "--evaluate-every", "150")
 ARGUMENTS = (*LONG, "--checkpoint-every", "100")
 
 
@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathli
     folder = tmp_path_factory.mktemp("resume")
     whole, killed = folder / "whole", folder / "killed"
     finish(spawn(whole, *ARGUMENTS))
-    for step in (100, 700):
+    for step in (100, 500):
         kill_after(spawn(killed, *ARGUMENTS), killed, step)
         assert not (killed / "summary.json").exists(), "it was killed too late to test anything"
         held = [line["step"] for line in metrics.read(killed) if "split" not in line]
@@ -71,7 +71,7 @@ Runs = tuple[pathlib.Path, pathlib.Path, str]
 def test_it_went_on_from_a_checkpoint(runs: Runs) -> None:
     text = runs[2]
     assert "Going on from the checkpoint of step" in text
-    assert int(text.partition("checkpoint of step ")[2].partition(".")[0]) >= 700
+    assert int(text.partition("checkpoint of step ")[2].partition(".")[0]) >= 500
 
 
 @pytest.mark.parametrize("name", ["best", "last"])
@@ -84,11 +84,13 @@ def test_the_record_is_byte_identical(runs: Runs) -> None:
     texts = [(path / "metrics.jsonl").read_bytes() for path in runs[:2]]
     assert texts[0] == texts[1]
     steps = [json.loads(line) for line in texts[0].splitlines()]
-    assert [x["step"] for x in steps if "split" not in x] == list(range(1, 1501))
+    assert [x["step"] for x in steps if "split" not in x] == list(range(1, 1001))
 
 
+# Orbax warns that it takes the sharding from the file; two CPU arrays have no other.
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_optimizer_and_random_state_are_bit_identical(runs: Runs) -> None:
-    states = [ocp.load_checkpointables(p / "checkpoints/1500")["state"] for p in runs[:2]]
+    states = [ocp.load_checkpointables(p / "checkpoints/1000")["state"] for p in runs[:2]]
     kept = [{k: v for k, v in state.items() if k != "key"} for state in states]
     assert kept[0]["optimizer"], "nothing was compared"
     assert_same(kept[0], kept[1])

@@ -147,9 +147,7 @@ def test_w0_is_bit_identical_after_training(
     monkeypatch.setattr(train.Loop, "__init__", spy)
     run(tmp_path / "run", *SMALL)
     assert len(jax.tree.leaves(seen["before"])) == 4
-    for x, y in zip(
-        jax.tree.leaves(seen["before"]), jax.tree.leaves(seen["frozen"]), strict=True
-    ):
+    for x, y in zip(jax.tree.leaves(seen["before"]), jax.tree.leaves(seen["frozen"]), strict=True):
         np.testing.assert_array_equal(x, y)
 
 

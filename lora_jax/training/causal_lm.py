@@ -1,0 +1,83 @@
+"""The workload of a decoder that learns to continue prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax import models
+from lora_jax.training import scores, text
+from lora_jax.training.config import ConfigError
+from lora_jax.training.data.language_modelling import language_modelling as batches_of
+from lora_jax.training.text import TextConfig
+from lora_jax.training.workload import Batch, Loss, Workload
+
+Tree = Any  # a pytree
+
+
+def causal_lm(config: TextConfig) -> Workload:
+    """The decoder of `config.model` on the packed prompts and answers of `config.data`.
+
+    Raises:
+      ConfigError: the model is an encoder.
+      lora_jax.LoraError, ValueError: the model or the data is not as the config says.
+    """
+    source = models.open(config.model.reference)
+    if not isinstance(source.config, models.LlamaConfig):
+        raise ConfigError(
+            f"model.reference {config.model.reference!r} is an encoder; a causal language model "
+            "is a decoder, and lora_jax.training.classification takes encoders"
+        )
+    data, tokenizer = config.data, source.tokenizer()
+    train = batches_of(
+        data,
+        tokenizer,
+        data.train_split,
+        data.batch_size,
+        shuffle=True,
+        seed=config.seed,
+        epochs=None,
+    )
+    evaluation = text.evaluation_batches(data, batches_of, tokenizer)
+    model_config = config.model.apply_to(source.config)
+    select = config.select or "loss"
+    return Workload(
+        apply=apply_of(models.Llama(model_config)),
+        loss=token_loss,
+        params=models.shapes(model_config),
+        load=lambda: source.load(model_config),
+        train=lambda: iter(train),
+        evaluation=text.passes(evaluation),
+        scores=scores.token_scores,
+        select=select,
+        better="lower" if select in ("loss", "perplexity") else "higher",
+        size=real_tokens,
+        unit="tokens",
+        facts=text.facts(train, *evaluation.values()),
+    )
+
+
+def apply_of(model: models.Llama) -> Any:
+    """The model as `Workload.apply`: its logits [B, T, V] for a batch of packed rows."""
+
+    def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
+        packing = {name: batch[name] for name in ("segment_ids", "positions")}
+        return model.apply({"params": params}, batch["input_ids"], **packing)
+
+    return apply
+
+
+def token_loss(logits: jax.Array, batch: Any) -> Loss:
+    """Cross entropy of each token that is to be learned."""
+    weight = batch["loss_weight"]
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    total = jnp.sum(each * weight)
+    return Loss(total, jnp.sum(weight), {"nll": total})
+
+
+def real_tokens(batch: Batch) -> int:
+    """Tokens of the batch, padding left out."""
+    return int((batch["segment_ids"] > 0).sum())

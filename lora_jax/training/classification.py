@@ -1,0 +1,114 @@
+"""The workload of an encoder with a new classification head (or one output, for real numbers)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax import models
+from lora_jax.training import scores, text
+from lora_jax.training.config import ConfigError
+from lora_jax.training.data.classification import classification as batches_of
+from lora_jax.training.data.labels import Labels
+from lora_jax.training.text import TextConfig
+from lora_jax.training.workload import Batch, Loss, Workload
+
+Tree = Any  # a pytree
+
+
+def classification(config: TextConfig) -> Workload:
+    """The encoder of `config.model`, a new head, and the labelled texts of `config.data`.
+
+    Raises:
+      ConfigError: the model is a decoder.
+      lora_jax.LoraError, ValueError: the model or the data is not as the config says.
+    """
+    source = models.open(config.model.reference)
+    if not isinstance(source.config, models.BertConfig):
+        raise ConfigError(
+            f"model.reference {config.model.reference!r} is a decoder; classification takes a "
+            "BERT or RoBERTa encoder, and lora_jax.training.causal_lm takes decoders"
+        )
+    data, tokenizer = config.data, source.tokenizer()
+    train = batches_of(
+        data,
+        tokenizer,
+        data.train_split,
+        data.batch_size,
+        shuffle=True,
+        seed=config.seed,
+        epochs=None,
+    )
+    evaluation = text.evaluation_batches(data, batches_of, tokenizer)
+    labels = train.labels or Labels(())
+    model_config = config.model.apply_to(source.config)
+    model = models.BertClassifier(model_config, labels.outputs, config.model.pooling)
+    own = "pearson" if labels.regression else "accuracy"
+    select = config.select or own
+
+    def load() -> Tree:
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        return {"bert": source.load(model_config), "classifier": new_head(model, key)}
+
+    return Workload(
+        apply=apply_of(model),
+        loss=real_loss if labels.regression else class_loss,
+        params=models.shapes(model_config, models.Head(config.model.pooling, labels.outputs)),
+        load=load,
+        beside=("classifier/**",),
+        train=lambda: iter(train),
+        evaluation=text.passes(evaluation),
+        scores=scores.real_scores if labels.regression else scores.class_scores,
+        select=select,
+        better="lower" if select == "loss" else "higher",
+        size=real_tokens,
+        unit="tokens",
+        facts=text.facts(train, *evaluation.values()),
+    )
+
+
+def apply_of(model: models.BertClassifier) -> Any:
+    """The model as `Workload.apply`: its logits [B, C] for a batch."""
+    drops = model.config.dropout > 0 or model.config.attention_dropout > 0
+
+    def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
+        dropping = train and drops
+        rngs = {"dropout": key} if dropping else None
+        ids, mask = batch["input_ids"], batch["mask"]
+        return model.apply({"params": params}, ids, mask, deterministic=not dropping, rngs=rngs)
+
+    return apply
+
+
+def new_head(model: models.BertClassifier, key: jax.Array) -> Tree:
+    """Fresh parameters of the head. The encoder's are never computed: nothing asks for them."""
+
+    @jax.jit
+    def head(key: jax.Array) -> Tree:
+        return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]["classifier"]
+
+    return head(key)
+
+
+def class_loss(logits: jax.Array, batch: Any) -> Loss:
+    """Cross entropy of each example."""
+    weight = batch["weight"]
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    sums = scores.class_sums(logits, batch["label"], weight)
+    return Loss(jnp.sum(each * weight), jnp.sum(weight), sums)
+
+
+def real_loss(outputs: jax.Array, batch: Any) -> Loss:
+    """Squared error of each example."""
+    weight = batch["weight"]
+    each = jnp.square(outputs[:, 0] - batch["label"])
+    sums = scores.real_sums(outputs[:, 0], batch["label"], weight)
+    return Loss(jnp.sum(each * weight), jnp.sum(weight), sums)
+
+
+def real_tokens(batch: Batch) -> int:
+    """Tokens of the batch, padding left out."""
+    return int(batch["mask"].sum())

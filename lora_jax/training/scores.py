@@ -1,0 +1,64 @@
+"""Scores of a split from sums over its batches, so that no batch has to be kept.
+
+Each score comes as a pair: the sums that a batch contributes (in the loss, on the device) and the
+number that all the sums together give (on the host).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+Sums = Mapping[str, float]
+
+
+def class_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+    """How many are right; with two classes also the four cells of the confusion table.
+
+    logits [B, C], labels [B] int, weights [B], zero for a row that does not count.
+    """
+    guess = jnp.argmax(logits, axis=-1)
+    sums = {"correct": jnp.sum(weights * (guess == labels))}
+    if logits.shape[-1] == 2:
+        for name, g, y in (("tp", 1, 1), ("fp", 1, 0), ("fn", 0, 1), ("tn", 0, 0)):
+            sums[name] = jnp.sum(weights * (guess == g) * (labels == y))
+    return sums
+
+
+def class_scores(sums: Sums, weight: float) -> dict[str, float]:
+    """Accuracy; with two classes also F1 of class 1 and Matthews' correlation."""
+    scores = {"accuracy": sums["correct"] / max(weight, 1e-9)}
+    if "tp" in sums:
+        tp, fp, fn, tn = (sums[name] for name in ("tp", "fp", "fn", "tn"))
+        scores["f1"] = 2 * tp / max(2 * tp + fp + fn, 1e-9)
+        spread = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        scores["matthews"] = (tp * tn - fp * fn) / spread if spread else 0.0
+    return scores
+
+
+def real_sums(outputs: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+    """First and second moments of outputs [B] and labels [B]."""
+    x, y = outputs * weights, labels * weights
+    return {
+        "x": x.sum(),
+        "y": y.sum(),
+        "xx": (x * outputs).sum(),
+        "yy": (y * labels).sum(),
+        "xy": (x * labels).sum(),
+    }
+
+
+def real_scores(sums: Sums, weight: float) -> dict[str, float]:
+    """Pearson's correlation."""
+    n = max(weight, 1e-9)
+    x, y = sums["x"] / n, sums["y"] / n
+    spread = (sums["xx"] / n - x * x) * (sums["yy"] / n - y * y)
+    return {"pearson": (sums["xy"] / n - x * y) / math.sqrt(spread) if spread > 0 else 0.0}
+
+
+def token_scores(sums: Sums, weight: float) -> dict[str, float]:
+    """Perplexity, exp of the loss per token."""
+    return {"perplexity": math.exp(min(sums["nll"] / max(weight, 1e-9), 700.0))}
