@@ -36,7 +36,7 @@ def open_source(name: str, data_dir: str | None = None) -> Source:
     """
     if name in _OURS:
         builder, note = _OURS[name]
-        return Builder(builder(data_dir=folder(data_dir), file_format=FORMAT), name, (note,))
+        return Builder(builder(data_dir=folder(data_dir)), name, (note,))
     if name.startswith("tfds:"):
         return _tfds(name, folder(data_dir))
     if is_file(name):
@@ -53,7 +53,7 @@ def _tfds(name: str, data_dir: Path) -> Source:
     for package in _PACKAGES:
         importlib.import_module(f"tensorflow_datasets.{package}")
     try:
-        builder = tfds.builder(reference, data_dir=data_dir, file_format=FORMAT)
+        builder = tfds.builder(reference, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         near = nearest(reference.partition("/")[0].partition(":")[0], known)

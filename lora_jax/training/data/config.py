@@ -37,7 +37,7 @@ class DataConfig:
     max_length: int = 128
     """Longest example in tokens, and the row length when examples are packed. What it cuts is
     counted and reported."""
-    buckets: tuple[int, ...] = (32, 64, 128, 256, 512)
+    buckets: tuple[int, ...] = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
     """Classification: a batch is padded to the smallest of these that holds it, or to
     max_length. Each length that occurs is compiled once."""
     batch_size: int = 32
