@@ -1,16 +1,16 @@
 """A TFDS data set with the shapes of GLUE's, small enough to make in a test."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 
 class GlueStandIn(tfds.core.GeneratorBasedBuilder):
-    """`pair` is shaped like MRPC (test labels hidden), `score` like STS-B, `offline` cannot be had."""
+    """`pair` is shaped like MRPC (test labels hidden), `score` like STS-B, `offline` fails."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [
+    BUILDER_CONFIGS: ClassVar = [
         tfds.core.BuilderConfig(name=name, description=name)
         for name in ("pair", "score", "offline")
     ]

@@ -24,7 +24,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("split", SIZES)
 def test_every_example_comes_back(prepared: Path, config: str, split: str) -> None:
     examples = open_source(f"tfds:glue_stand_in/{config}:1.0.0", str(prepared)).examples(split)
-    wanted = {i: row for i, row in rows(config, split)}
+    wanted = dict(rows(config, split))
     assert len(examples) == SIZES[split]
     assert {row["idx"]: row for row in examples} == wanted
     assert sorted(examples[i]["idx"] for i in range(len(examples))) == sorted(wanted)

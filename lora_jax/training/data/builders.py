@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import rich.console
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 from lora_jax.errors import nearest
 from lora_jax.training.data.errors import DataError
 from lora_jax.training.data.source import Example
+from lora_jax.training.data.waiting import waiting
 
 FORMAT = "array_record"
 _CHUNK = 1024  # records read together
@@ -47,11 +47,8 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     if path.exists():
         _check_format(builder)
         return
-    rich.console.Console(stderr=True).print(
-        f"preparing {builder.info.full_name} once, into {path}", highlight=False, soft_wrap=True
-    )
     try:
-        with _quiet():
+        with waiting(f"preparing {builder.info.full_name} once, into {path}"), _quiet():
             builder.download_and_prepare(file_format=FORMAT)
     except OSError:
         if not path.exists():

@@ -77,17 +77,7 @@ class Encoder:
     """A tokenizer with its own padding and truncation set aside, and ours counted instead."""
 
     def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
-        """Copy the tokenizer, so that the caller's keeps its settings.
-
-        Raises:
-            DataError: `max_length` leaves no room beside the special tokens.
-        """
-        room = max_length - tokenizer.num_special_tokens_to_add(True)
-        if room < 1:
-            raise DataError(
-                f"data.max_length {max_length} leaves no room for text: the tokenizer adds up to "
-                f"{max_length - room} special tokens to an example"
-            )
+        """Copy the tokenizer, so that the caller's keeps its settings."""
         self.max_length = max_length
         self._whole = Tokenizer.from_str(tokenizer.to_str())
         self._whole.no_padding()
@@ -109,10 +99,14 @@ class Encoder:
 
         The tokenizer cuts before it adds its special tokens, from the end of a text, and from the
         longer one of a pair first.
+
+        Raises:
+            DataError: `max_length` leaves no room beside the special tokens.
         """
         encodings: list[Encoding] = self._whole.encode_batch_fast(list(texts))
         long = [i for i, e in enumerate(encodings) if len(e) > self.max_length]
         if long:
+            self._check_room(pair=isinstance(texts[0], tuple))
             self._whole.enable_truncation(self.max_length)
             short = self._whole.encode_batch_fast([texts[i] for i in long])
             self._whole.no_truncation()
@@ -121,6 +115,14 @@ class Encoder:
                 cut.tokens += len(encodings[i]) - len(encoding)
                 encodings[i] = encoding
         return encodings
+
+    def _check_room(self, pair: bool) -> None:
+        special = self._whole.num_special_tokens_to_add(pair)
+        if special >= self.max_length:
+            raise DataError(
+                f"data.max_length {self.max_length} leaves no room for text: the tokenizer adds "
+                f"{special} special tokens to an example"
+            )
 
 
 def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -11,6 +12,18 @@ import rich.progress
 T = TypeVar("T")
 
 _LONG = 20_000  # items that take about a second
+
+
+@contextlib.contextmanager
+def waiting(description: str) -> Iterator[None]:
+    """Shows `description` while the block runs: a spinner on a terminal, a line elsewhere."""
+    console = rich.console.Console(stderr=True)
+    if console.is_terminal:
+        with console.status(description):
+            yield
+    else:
+        console.print(description, highlight=False, soft_wrap=True)
+        yield
 
 
 def tracked(items: Iterable[T], description: str, total: int) -> Iterator[T]:

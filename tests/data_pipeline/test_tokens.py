@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+
+from lora_jax.training.data.tokens import collect, padding_id
+
+
+def test_rows_come_back_as_they_went_in() -> None:
+    rows = [
+        (np.arange(n, dtype=np.int32) * 70_000, np.full(n, n % 7, np.uint8)) for n in (3, 0, 1, 500)
+    ]
+    tokens = collect(iter(rows))
+    assert len(tokens) == 4
+    assert tokens.lengths.tolist() == [3, 0, 1, 500]
+    for (ids, marks), (kept_ids, kept_marks) in zip(rows, tokens, strict=True):
+        assert ids.tolist() == kept_ids.tolist()
+        assert marks.tolist() == kept_marks.tolist()
+    with pytest.raises(IndexError):
+        tokens[4]
+
+
+def test_no_rows() -> None:
+    assert len(collect(iter([]))) == 0
+
+
+@pytest.mark.parametrize(("name", "id"), [("<pad>", 1), ("[PAD]", 1), ("other", 0)])
+def test_padding(name: str, id: int) -> None:
+    assert padding_id(Tokenizer(models.WordLevel({"a": 0, name: 1}))) == id
+
+
+def test_padding_set_in_the_tokenizer(minilm: Tokenizer) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "[PAD]": 1}))
+    tokenizer.enable_padding(pad_id=7)
+    assert padding_id(tokenizer) == 7
+    assert padding_id(minilm) == 0
