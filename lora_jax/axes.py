@@ -242,12 +242,6 @@ def _broadcast(view: View, eqn: Any) -> View | None:
     return view.with_dims(dims)
 
 
-def _squeeze(view: View, eqn: Any) -> View:
-    gone = frozenset().union(*(view.dims[i] for i in eqn.params["dimensions"]))
-    dims = [d for i, d in enumerate(view.dims) if i not in eqn.params["dimensions"]]
-    return dataclasses.replace(view, dims=tuple(dims), stacked=view.stacked | gone)
-
-
 def _reduce_sum(view: View, eqn: Any) -> View:
     gone = frozenset().union(*(view.dims[i] for i in eqn.params["axes"]))
     dims = [d for i, d in enumerate(view.dims) if i not in eqn.params["axes"]]
@@ -275,7 +269,6 @@ REARRANGE: dict[str, Callable[[View, Any], View | list[Flow] | None]] = {
     "transpose": _transpose,
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast,
-    "squeeze": _squeeze,
     "reduce_sum": _reduce_sum,
     "split": _split,
 }
@@ -326,6 +319,18 @@ def _ragged_dot(walker: _Walker, eqn: Any, ins: list[Flow]) -> Flow:
     return _consumed(walker, eqn, view, _roles(view, dims.group, dims.contract))
 
 
+def _squeeze(walker: _Walker, eqn: Any, ins: list[Flow]) -> Flow:
+    """An axis indexed away: a layer of a stack, or, where one axis is left, a row looked up."""
+    view, axes = ins[0].view, eqn.params["dimensions"]
+    assert view is not None
+    rest = [d for i, d in enumerate(view.dims) if i not in axes]
+    gone = frozenset().union(*(view.dims[i] for i in axes))
+    if gone and sum(bool(d) for d in rest) == 1:
+        walker.record(view, Use("gather", program.where(eqn), **_roles(view, (), axes)))
+        return Flow(tail=view.path)
+    return Flow(dataclasses.replace(view, dims=tuple(rest), stacked=view.stacked | gone))
+
+
 def _gather(walker: _Walker, eqn: Any, ins: list[Flow]) -> Flow:
     """A row lookup, or the choice of one layer or expert of a stack (two axes or more left)."""
     view, dn = ins[0].view, eqn.params["dimension_numbers"]
@@ -355,6 +360,7 @@ CONSUME: dict[str, Callable[[_Walker, Any, list[Flow]], Flow]] = {
     "conv_general_dilated": _conv,
     "ragged_dot_general": _ragged_dot,
     "gather": _gather,
+    "squeeze": _squeeze,
 }
 
 

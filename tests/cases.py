@@ -1,0 +1,536 @@
+"""The table of programs that the transform must handle, Linen, NNX and bare side by side.
+
+Every dimension of a weight is chosen so that no activation has as many elements as the weight:
+the tests can then tell a product `a @ b` or a gradient of W by its size alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+import lora_jax
+
+B, T = 3, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    f: Callable[..., Any]  # f(params, *args, **kwargs) -> a tree of arrays
+    params: Any
+    args: tuple[Any, ...]
+    targets: tuple[str, ...]
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reverse: bool = True  # reverse-mode differentiable (a while_loop is not)
+    batched: bool = True  # JAX can vmap the function over its weights alone
+
+
+REGISTRY: dict[str, Callable[[], Case]] = {}
+
+
+def case(make: Callable[[], Any]) -> Callable[[], Case]:
+    """Register a builder; it returns (f, params, args, targets[, extras])."""
+    name = make.__name__
+
+    @functools.cache
+    def build() -> Case:
+        f, params, args, targets, *rest = make()
+        return Case(name, f, params, args, targets, **(rest[0] if rest else {}))
+
+    REGISTRY[name] = build
+    return build
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def linen(module: nn.Module, *args: Any, targets: tuple[str, ...], **kwargs: Any) -> Any:
+    variables = module.init(jax.random.key(0), *args, **kwargs)
+    variables = jax.tree.map(lambda x: jax.random.normal(jax.random.key(7), x.shape) / 3, variables)
+    return module.apply, variables, args, targets, {"kwargs": kwargs}
+
+
+def from_nnx(model: nnx.Module, *args: Any, targets: tuple[str, ...]) -> Any:
+    f, params, state = lora_jax.from_nnx(model)
+    return (lambda p, *a: f(p, state, *a)[0]), params, args, targets
+
+
+# --- bare ---------------------------------------------------------------------------------------
+
+
+@case
+def bare_matmul() -> Any:
+    return lambda p, x: x @ p["w"], {"w": normal(0, 10, 14)}, (normal(1, B, T, 10),), ("w",)
+
+
+@case
+def bare_transposed_left() -> Any:
+    return lambda p, x: p["w"].T @ x, {"w": normal(0, 10, 14)}, (normal(1, 10, 7),), ("w",)
+
+
+@case
+def bare_vector() -> Any:
+    return lambda p, x: p["w"] @ x, {"w": normal(0, 14, 10)}, (normal(1, 10),), ("w",)
+
+
+@case
+def bare_einsum_in_the_middle() -> Any:
+    f = lambda p, x: jnp.einsum("btd,hdk->bhtk", x, p["w"])  # noqa: E731
+    return f, {"w": normal(0, 2, 10, 7)}, (normal(1, B, T, 10),), ("w",)
+
+
+@case
+def bare_einsum_scrambled() -> Any:
+    f = lambda p, x: jnp.einsum("kdhg,tbgk->hbdt", p["w"], x)  # noqa: E731
+    return f, {"w": normal(0, 7, 4, 2, 5)}, (normal(1, T, B, 5, 7),), ("w",)
+
+
+@case
+def bare_einsum_summed_letter() -> Any:
+    f = lambda p, x: jnp.einsum("bd,dhk->bk", x, p["w"])  # noqa: E731
+    return f, {"w": normal(0, 10, 3, 7)}, (normal(1, B, 10),), ("w",)
+
+
+@case
+def bare_batched_product() -> Any:
+    f = lambda p, x: jnp.einsum("ebd,edk->ebk", x, p["w"])  # noqa: E731
+    return f, {"w": normal(0, 4, 10, 14)}, (normal(1, 4, B, 10),), ("w",)
+
+
+@case
+def bare_used_both_ways() -> Any:
+    def f(p: Any, x: Any) -> Any:  # tied by hand: encode, then decode with the transpose
+        return jnp.tanh(x @ p["w"]) @ p["w"].T
+
+    return f, {"w": normal(0, 10, 14)}, (normal(1, B, 10),), ("w",)
+
+
+@case
+def bare_ragged_dot() -> Any:
+    def f(p: Any, x: Any, sizes: Any) -> Any:
+        return jax.lax.ragged_dot(x, p["experts"], sizes)
+
+    args = (normal(1, 9, 10), jnp.array([4, 0, 3, 2]))
+    # JAX raises NotImplementedError where only the experts of a ragged_dot are batched.
+    return f, {"experts": normal(0, 4, 10, 14)}, args, ("experts",), {"batched": False}
+
+
+@case
+def bare_experts_by_index() -> Any:
+    def f(p: Any, x: Any, expert: Any) -> Any:
+        return jnp.einsum("bd,bdk->bk", x, p["experts"][expert])
+
+    args = (normal(1, B, 10), jnp.array([3, 0, 3]))
+    return f, {"experts": normal(0, 4, 10, 14)}, args, ("experts",)
+
+
+@case
+def bare_fused_split() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        q, k, v = jnp.split(p["qkv"], 3, axis=-1)
+        return (x @ q) * jnp.tanh(x @ k) + x @ v
+
+    return f, {"qkv": normal(0, 10, 24)}, (normal(1, B, 10),), ("qkv",)
+
+
+@case
+def bare_fused_reshape() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        w = p["qkv"].reshape(10, 3, 2, 4)
+        return jnp.einsum("bd,dshk->sbhk", x, w)
+
+    return f, {"qkv": normal(0, 10, 24)}, (normal(1, B, 10),), ("qkv",)
+
+
+@case
+def bare_sliced_scaled_reversed() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        w = 0.5 * -p["w"][::2, 1:]
+        return x @ jnp.flip(w, 0) / 3.0
+
+    return f, {"w": normal(0, 20, 15)}, (normal(1, B, 10),), ("w",)
+
+
+@case
+def bare_unrolled_stack() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        for i in range(3):
+            x = jnp.tanh(x @ p["layers"][i])
+        return x
+
+    return f, {"layers": normal(0, 3, 10, 10)}, (normal(1, 2, 10),), ("layers",)
+
+
+@case
+def bare_stop_gradient() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        return x @ jax.lax.stop_gradient(p["w"]) + jnp.sin(x @ p["w"])
+
+    return f, {"w": normal(0, 10, 14)}, (normal(1, B, 10),), ("w",)
+
+
+@case
+def bare_row_by_static_index() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        return x + p["table"][2][None]
+
+    return f, {"table": normal(0, 4, 10)}, (normal(1, 6, 10),), ("table",)
+
+
+# --- control flow -------------------------------------------------------------------------------
+
+
+@case
+def bare_scan() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        def layer(x: Any, w: Any) -> Any:
+            return jnp.tanh(x @ w["up"]) @ w["down"], x.sum()
+
+        return jax.lax.scan(layer, x, p)
+
+    params = {"up": normal(0, 3, 10, 14) / 4, "down": normal(1, 3, 14, 10) / 4}
+    return f, params, (normal(2, B, 10),), ("up", "down")
+
+
+@case
+def bare_scan_constant_weight() -> Any:
+    def f(p: Any, x: Any) -> Any:  # one weight for all steps, as in a recurrent cell
+        return jax.lax.scan(lambda h, x: (jnp.tanh(h @ p["w"] + x), h), jnp.zeros((2, 10)), x)
+
+    return f, {"w": normal(0, 10, 10)}, (normal(1, 4, 2, 10),), ("w",)
+
+
+@case
+def bare_scan_weight_in_carry() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        (_, y), _ = jax.lax.scan(
+            lambda c, _: ((c[0], jnp.tanh(c[1] @ c[0])), None), (p["w"], x), None, length=3
+        )
+        return y
+
+    return f, {"w": normal(0, 10, 10)}, (normal(1, 2, 10),), ("w",)
+
+
+@case
+def bare_while() -> Any:
+    def f(p: Any, x: Any, n: Any) -> Any:
+        def body(c: Any) -> Any:
+            return c[0] + 1, jnp.tanh(c[1] @ p["w"])
+
+        return jax.lax.while_loop(lambda c: c[0] < n, body, (0, x))[1]
+
+    args = (normal(1, 2, 10), jnp.int32(3))
+    return f, {"w": normal(0, 10, 10)}, args, ("w",), {"reverse": False}
+
+
+@case
+def bare_while_condition_reads_it() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        return jax.lax.while_loop(
+            lambda c: jnp.abs(c[1] @ p["w"]).sum() > 1.0,
+            lambda c: (c[0] + 1, 0.5 * jnp.tanh(c[1] @ p["w"])),
+            (0, x),
+        )
+
+    params = {"w": 0.1 * normal(0, 10, 10)}
+    return f, params, (normal(1, 2, 10),), ("w",), {"reverse": False}
+
+
+@case
+def bare_cond() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        yes, no = (lambda: x @ p["w"]), (lambda: jnp.sin(x) @ p["w"] * 2)
+        return jax.lax.cond(x.sum() > 0, yes, no) + jax.lax.cond(x.sum() < 0, yes, no)
+
+    return f, {"w": normal(0, 10, 14)}, (normal(1, B, 10),), ("w",)
+
+
+def _checkpointed(policy: Any) -> Any:
+    def f(p: Any, x: Any) -> Any:
+        @functools.partial(jax.checkpoint, policy=policy)
+        def layer(x: Any, w: Any) -> Any:
+            return jnp.tanh(checkpoint_name(x @ w, "product"))
+
+        return layer(layer(x, p["w"]), p["w"])
+
+    return f, {"w": normal(0, 10, 10)}, (normal(1, 2, 10),), ("w",)
+
+
+@case
+def bare_checkpoint() -> Any:
+    return _checkpointed(None)
+
+
+@case
+def bare_checkpoint_dots() -> Any:
+    return _checkpointed(jax.checkpoint_policies.dots_saveable)
+
+
+@case
+def bare_checkpoint_names() -> Any:
+    return _checkpointed(jax.checkpoint_policies.save_only_these_names("product"))
+
+
+@case
+def bare_nested_jit() -> Any:
+    inner = jax.jit(lambda w, x: jnp.tanh(x @ w))
+    f = lambda p, x: jax.jit(lambda p, x: inner(p["w"].T, x))(p, x)  # noqa: E731
+    return f, {"w": normal(0, 14, 10)}, (normal(1, B, 10),), ("w",)
+
+
+@case
+def bare_vmap_over_examples() -> Any:
+    f = lambda p, x: jax.vmap(lambda x: jnp.tanh(p["w"] @ x))(x)  # noqa: E731
+    return f, {"w": normal(0, 14, 10)}, (normal(1, B, 10),), ("w",)
+
+
+@case
+def bare_vmap_over_weights() -> Any:
+    f = lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"], x)  # noqa: E731
+    return f, {"w": normal(0, 4, 10, 14)}, (normal(1, 4, B, 10),), ("w",)
+
+
+@case
+def bare_vmap_over_tables() -> Any:
+    f = lambda p, ids: jax.vmap(lambda w, i: jnp.take(w, i, axis=0))(p["w"], ids)  # noqa: E731
+    return f, {"w": normal(0, 4, 10, 14)}, (jnp.arange(8).reshape(4, 2),), ("w",)
+
+
+@case
+def bare_custom_jvp() -> Any:
+    @jax.custom_jvp
+    def soft(w: Any, x: Any) -> Any:
+        return jnp.tanh(x @ w)
+
+    @soft.defjvp
+    def rule(primals: Any, tangents: Any) -> Any:
+        (w, x), (dw, dx) = primals, tangents
+        y = soft(w, x)
+        return y, (1 - y**2) * (x @ dw + dx @ w)
+
+    return lambda p, x: soft(p["w"], x), {"w": normal(0, 10, 14)}, (normal(1, B, 10),), ("w",)
+
+
+@case
+def bare_custom_jvp_beside() -> Any:
+    f = lambda p, x: jax.nn.relu(x @ p["w"])  # noqa: E731
+    return f, {"w": normal(0, 10, 14)}, (normal(1, B, 10),), ("w",)
+
+
+# --- Linen --------------------------------------------------------------------------------------
+
+
+@case
+def linen_dense() -> Any:
+    return linen(nn.Dense(14), normal(1, B, T, 10), targets=("params/kernel",))
+
+
+@case
+def linen_dense_general_outputs() -> Any:
+    return linen(nn.DenseGeneral((2, 7)), normal(1, B, T, 10), targets=("params/kernel",))
+
+
+@case
+def linen_dense_general_inputs() -> Any:
+    module = nn.DenseGeneral(14, axis=(-2, 1))
+    return linen(module, normal(1, B, 2, T, 4), targets=("params/kernel",))
+
+
+@case
+def linen_dense_general_batch() -> Any:
+    module = nn.DenseGeneral(14, axis=-1, batch_dims=(0,))
+    return linen(module, normal(1, 4, B, 10), targets=("params/kernel",))
+
+
+@case
+def linen_einsum() -> Any:
+    module = nn.Einsum((2, 10, 7), "btd,hdk->bthk", use_bias=False)
+    return linen(module, normal(1, B, T, 10), targets=("params/kernel",))
+
+
+@case
+def linen_conv_1d() -> Any:
+    return linen(nn.Conv(14, (3,)), normal(1, B, 8, 10), targets=("params/kernel",))
+
+
+@case
+def linen_conv_2d_strided() -> Any:
+    module = nn.Conv(14, (3, 2), strides=(2, 1), padding="VALID")
+    return linen(module, normal(1, 2, 7, 8, 5), targets=("params/kernel",))
+
+
+@case
+def linen_conv_grouped() -> Any:
+    module = nn.Conv(12, (3, 3), feature_group_count=3, kernel_dilation=(2, 1))
+    return linen(module, normal(1, 2, 8, 6, 9), targets=("params/kernel",))
+
+
+@case
+def linen_conv_transposed() -> Any:
+    module = nn.ConvTranspose(14, (3,), strides=(2,))
+    return linen(module, normal(1, B, 6, 10), targets=("params/kernel",))
+
+
+@case
+def linen_embed() -> Any:
+    ids = jnp.array([[3, 0, 21], [1, 1, 22]])
+    return linen(nn.Embed(23, 9), ids, targets=("params/embedding",))
+
+
+class _Tied(nn.Module):
+    @nn.compact
+    def __call__(self, ids: Any) -> Any:
+        table = nn.Embed(23, 9, name="table")
+        return table.attend(jnp.tanh(table(ids)))
+
+
+@case
+def linen_embed_tied() -> Any:
+    ids = jnp.array([[3, 0, 21, 7], [1, 1, 22, 2]])
+    return linen(_Tied(), ids, targets=("params/table/embedding",))
+
+
+@case
+def linen_attention() -> Any:
+    module = nn.MultiHeadDotProductAttention(2, qkv_features=14, out_features=11)
+    targets = ("params/{query,key,value,out}/kernel",)
+    return linen(module, normal(1, B, T, 10), targets=targets)
+
+
+class _Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, _: Any = None) -> Any:
+        h = nn.LayerNorm(name="norm")(x)
+        h = x + nn.MultiHeadDotProductAttention(2, name="attention")(h, h)
+        return h + nn.Dense(10, name="down")(nn.gelu(nn.Dense(26, name="up")(h))), None
+
+
+class _Scanned(nn.Module):
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        layer = nn.remat(_Layer) if self.remat else _Layer
+        stack = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return stack(name="layers")(x, None)[0]
+
+
+@case
+def linen_scan() -> Any:
+    targets = ("params/layers/**/kernel",)
+    return linen(_Scanned(remat=False), normal(1, B, T, 10), targets=targets)
+
+
+@case
+def linen_scan_remat() -> Any:
+    targets = ("params/layers/**/kernel",)
+    return linen(_Scanned(remat=True), normal(1, B, T, 10), targets=targets)
+
+
+class _BatchNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        x = nn.Dense(14, name="dense")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
+@case
+def linen_mutable_and_rngs() -> Any:
+    module, x = _BatchNormed(), normal(1, B, T, 10)
+    variables = module.init(jax.random.key(0), x, train=False)
+    kwargs = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(3)}}
+    return module.apply, variables, (x,), ("params/dense/kernel",), {"kwargs": kwargs}
+
+
+# --- NNX ----------------------------------------------------------------------------------------
+
+
+@case
+def nnx_linear() -> Any:
+    model = nnx.Linear(10, 14, rngs=nnx.Rngs(0))
+    return from_nnx(model, normal(1, B, T, 10), targets=("kernel",))
+
+
+@case
+def nnx_linear_general() -> Any:
+    model = nnx.LinearGeneral((2, 5), (3, 7), axis=(-2, -1), rngs=nnx.Rngs(0))
+    return from_nnx(model, normal(1, B, T, 2, 5), targets=("kernel",))
+
+
+@case
+def nnx_einsum() -> Any:
+    model = nnx.Einsum("btd,hdk->bthk", (2, 10, 7), rngs=nnx.Rngs(0))
+    return from_nnx(model, normal(1, B, T, 10), targets=("kernel",))
+
+
+@case
+def nnx_conv_1d() -> Any:
+    model = nnx.Conv(10, 14, (3,), rngs=nnx.Rngs(0))
+    return from_nnx(model, normal(1, B, 8, 10), targets=("kernel",))
+
+
+@case
+def nnx_conv_2d_grouped_strided() -> Any:
+    model = nnx.Conv(9, 12, (3, 2), strides=(1, 2), feature_group_count=3, rngs=nnx.Rngs(0))
+    return from_nnx(model, normal(1, 2, 7, 6, 9), targets=("kernel",))
+
+
+@case
+def nnx_embed() -> Any:
+    model = nnx.Embed(23, 9, rngs=nnx.Rngs(0))
+    return from_nnx(model, jnp.array([[3, 0, 21], [1, 1, 22]]), targets=("embedding",))
+
+
+class _NnxTied(nnx.Module):
+    def __init__(self) -> None:
+        self.table = nnx.Embed(23, 9, rngs=nnx.Rngs(0))
+
+    def __call__(self, ids: Any) -> Any:
+        return self.table.attend(jnp.tanh(self.table(ids)))
+
+
+@case
+def nnx_embed_tied() -> Any:
+    ids = jnp.array([[3, 0, 21, 7], [1, 1, 22, 2]])
+    return from_nnx(_NnxTied(), ids, targets=("table/embedding",))
+
+
+@case
+def nnx_attention() -> Any:
+    model = nnx.MultiHeadAttention(
+        2, 10, qkv_features=14, out_features=11, decode=False, rngs=nnx.Rngs(0)
+    )
+    return from_nnx(model, normal(1, B, T, 10), targets=("{query,key,value,out}/kernel",))
+
+
+class _NnxScanned(nnx.Module):
+    def __init__(self) -> None:
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def make(rngs: nnx.Rngs) -> nnx.Linear:
+            return nnx.Linear(10, 10, rngs=rngs)
+
+        self.layers = make(nnx.Rngs(0))
+
+    def __call__(self, x: Any) -> Any:
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def run(x: Any, layer: Any) -> Any:
+            return x + jnp.tanh(layer(x))
+
+        return run(x, self.layers)
+
+
+@case
+def nnx_scan() -> Any:
+    return from_nnx(_NnxScanned(), normal(1, 2, 10), targets=("layers/kernel",))
