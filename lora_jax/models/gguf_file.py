@@ -68,6 +68,9 @@ class GgufFile:
         heads = need("attention.head_count")
         hidden = need("embedding_length")
         head_dim = may("attention.key_length", hidden // heads)
+        turned = may("rope.dimension_count", head_dim)
+        if turned != head_dim:
+            raise ConfigError(f"{self.path}: rope turns {turned} of a head's {head_dim} numbers")
         return LlamaConfig(
             vocab_size=int(self._tensors["token_embd.weight"].shape[-1]),
             hidden_size=hidden,

@@ -72,6 +72,8 @@ def _llama(json: Json, origin: str) -> LlamaConfig:
     activation = json.get("hidden_act", "silu")
     _refuse(origin, "hidden_act", activation, activation not in ("silu", "swish"))
     _refuse(origin, "mlp_bias", True, json.get("mlp_bias", False))
+    partial = json.get("partial_rotary_factor", 1.0)
+    _refuse(origin, "partial_rotary_factor", partial, partial != 1.0)
     heads = json["num_attention_heads"]
     head_dim = json.get("head_dim") or json["hidden_size"] // heads
     theta, divisors = _rope(json, head_dim, origin)

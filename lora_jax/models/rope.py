@@ -27,7 +27,7 @@ def angles(
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if divisors is not None:
         frequencies = frequencies / jnp.asarray(divisors, jnp.float32)
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 

@@ -1,0 +1,52 @@
+"""Models that several tests need: loaded once."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import models
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of the stored inputs and outputs."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> models.Source:
+    """SmolLM2-135M-Instruct as GGUF; its metadata alone takes seconds to read."""
+    return models.open(models.SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def llama_config() -> models.LlamaConfig:
+    """A decoder small enough to compile in no time."""
+    return models.LlamaConfig(
+        vocab_size=19,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_size=20,
+        max_positions=32,
+    )
+
+
+@pytest.fixture(scope="session")
+def bert_config() -> models.BertConfig:
+    """An encoder small enough to compile in no time."""
+    return models.BertConfig(
+        vocab_size=19, hidden_size=16, num_layers=2, num_heads=4, mlp_size=20, max_positions=32
+    )
+
+
+@pytest.fixture(scope="session")
+def ids() -> jnp.ndarray:
+    """Two rows of eight tokens."""
+    return jnp.asarray(np.random.default_rng(0).integers(1, 19, (2, 8)), jnp.int32)

@@ -1,0 +1,88 @@
+"""Outputs against other frameworks: the real models, and a tiny one of every variant."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import models
+
+DECODERS = ["llama", "llama_biased", "mistral", "qwen2", "qwen3"]
+
+
+def test_minilm_hidden_states(data: Path) -> None:
+    golden = json.loads((data / "golden_minilm.json").read_text())
+    source = models.open(models.MINILM)
+    assert source.tokenizer().encode(golden["text"]).ids == golden["ids"]
+    params = source.load()
+    ids = jnp.asarray([golden["ids"]])
+    hidden = jax.jit(models.Bert(source.config).apply)({"params": params}, ids)[0]
+    np.testing.assert_allclose(hidden[0, :8], golden["hidden_cls_first8"], atol=1e-5)
+    mean = hidden.mean(axis=0)
+    pooled = mean / jnp.linalg.norm(mean)
+    np.testing.assert_allclose(pooled[:8], golden["mean_pooled_normalised_first8"], atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_smollm2_logits(data: Path, smollm2: models.Source, scan: bool) -> None:
+    golden = np.load(data / "golden_smollm2.npz")
+    config = dataclasses.replace(smollm2.config, scan_layers=scan)
+    params = smollm2.load(config)
+    ids = jnp.asarray(golden["ids"], jnp.int32)[None]
+    assert smollm2.tokenizer().decode(list(golden["ids"])) == "The capital of France is"
+    logits = jax.jit(models.Llama(config).apply)({"params": params}, ids)[0]
+    # Logits, never the top token alone: a wrong order of q's rows leaves that as it is.
+    np.testing.assert_allclose(logits[-1], golden["logits_last"], atol=1e-3)
+    np.testing.assert_allclose(logits[:, :5], golden["logits_first5"], atol=1e-3)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder_as_transformers(data: Path, name: str, scan: bool) -> None:
+    folder = data / "golden_models" / name
+    source = models.open(str(folder))
+    config = dataclasses.replace(source.config, scan_layers=scan)
+    golden = np.load(folder / "expected.npz")
+    mask = jnp.asarray(golden["attention_mask"], bool)
+    ids = jnp.asarray(golden["input_ids"], jnp.int32)
+    logits = jax.jit(models.Llama(config).apply)({"params": source.load(config)}, ids, mask)
+    np.testing.assert_allclose(logits[mask], golden["logits"][mask], atol=2e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_encoder_as_transformers(data: Path, name: str, scan: bool) -> None:
+    folder = data / "golden_models" / name
+    source = models.open(str(folder))
+    config = dataclasses.replace(source.config, scan_layers=scan)
+    golden = np.load(folder / "expected.npz")
+    ids, mask, types = (
+        jnp.asarray(golden[key], jnp.int32)
+        for key in ("input_ids", "attention_mask", "token_type_ids")
+    )
+    mask = mask.astype(bool)
+    hidden = jax.jit(models.Bert(config).apply)({"params": source.load(config)}, ids, mask, types)
+    np.testing.assert_allclose(hidden[mask], golden["hidden"][mask], atol=2e-5)
+
+    # On the first token even where RoBERTa's rows are padded on the left, as transformers does.
+    params = source.load(config, head=models.Head("roberta_head", num_classes=3))
+    model = models.BertClassifier(config, num_classes=3, pooling="roberta_head")
+    logits = jax.jit(model.apply)({"params": params}, ids, mask)
+    rows = slice(0, 1) if name == "roberta" else slice(None)
+    np.testing.assert_allclose(logits[rows], golden["logits"][rows], atol=2e-5)
+
+
+def test_variants_are_read_from_the_file(data: Path) -> None:
+    """What makes the variants differ is in their configurations, so the goldens test it."""
+    config = {name: models.open(str(data / "golden_models" / name)).config for name in DECODERS}
+    assert config["qwen2"].qkv_bias and not config["qwen2"].output_bias
+    assert config["llama_biased"].qkv_bias and config["llama_biased"].output_bias
+    assert config["qwen3"].qk_norm and not config["qwen2"].qk_norm
+    assert config["qwen2"].tied and not config["qwen3"].tied
+    assert config["mistral"].sliding_window == 4 and config["qwen2"].sliding_window is None
+    assert len(set(config["llama"].rope_divisors)) > 1
+    assert set(config["llama_biased"].rope_divisors) == {3.0}

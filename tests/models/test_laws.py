@@ -1,0 +1,186 @@
+"""What must hold for any weights: scan, remat, padding, packing, causality, dtypes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import models
+
+Config = models.BertConfig | models.LlamaConfig
+Apply = Callable[..., jax.Array]
+
+
+@pytest.fixture(params=["bert", "llama"])
+def config(request: pytest.FixtureRequest) -> Config:
+    return request.getfixturevalue(f"{request.param}_config")
+
+
+def _model(config: Config) -> models.Bert | models.Llama:
+    return models.Bert(config) if isinstance(config, models.BertConfig) else models.Llama(config)
+
+
+def _params(config: Config, head: models.Head | None = None) -> Any:
+    """Random parameters in which every one matters, norms and biases too."""
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        seed = sum(map(ord, jax.tree_util.keystr(path)))
+        noise = 0.5 * np.random.default_rng(seed).standard_normal(leaf.shape)
+        return jnp.asarray(noise + (path[-1].key == "scale"), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, models.shapes(config, head))
+
+
+def _apply(config: Config) -> Apply:
+    """The compiled model with random parameters."""
+    return functools.partial(jax.jit(_model(config).apply), {"params": _params(config)})
+
+
+def _stacked(params: Any, layers: int, prefix: str) -> Any:
+    """The tree of an unrolled model as that of a scanned one."""
+    each = [params[f"{prefix}_{index}"] for index in range(layers)]
+    rest = {name: value for name, value in params.items() if not name.startswith(f"{prefix}_")}
+    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)}
+
+
+def _scanned(params: Any, config: Config) -> Any:
+    if isinstance(config, models.BertConfig):
+        return {**params, "encoder": _stacked(params["encoder"], config.num_layers, "layer")}
+    return _stacked(params, config.num_layers, "layers")
+
+
+def test_scanned_is_unrolled(config: Config, ids: jax.Array) -> None:
+    params = _params(config)
+    plain = _apply(config)(ids)
+    scan = dataclasses.replace(config, scan_layers=True)
+    scanned = jax.jit(_model(scan).apply)({"params": _scanned(params, config)}, ids)
+    np.testing.assert_allclose(scanned, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("remat", "scan"), [("full", True), ("dots", False)], ids=["full, scanned", "dots, unrolled"]
+)
+def test_remat_changes_no_gradient(config: Config, ids: jax.Array, remat: str, scan: bool) -> None:
+    config = dataclasses.replace(config, scan_layers=scan)
+    params = _params(config)
+
+    def loss(config: Config) -> Callable[[Any], jax.Array]:
+        return lambda params: (_model(config).apply({"params": params}, ids) ** 2).mean()
+
+    again = loss(dataclasses.replace(config, remat=remat))
+    assert "remat" in str(jax.make_jaxpr(again)(params))  # or it would compare a thing with itself
+    assert "remat" not in str(jax.make_jaxpr(loss(config))(params))
+
+    def near(want: jax.Array, got: jax.Array) -> None:
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+    jax.tree.map(near, *(jax.jit(jax.grad(f))(params) for f in (loss(config), again)))
+
+
+def test_padding_does_not_leak(config: Config, ids: jax.Array) -> None:
+    apply = _apply(config)
+    mask = jnp.ones(ids.shape, bool).at[1, 5:].set(False)
+    one = apply(ids, mask)
+    other = apply(jnp.where(mask, ids, (ids + 7) % config.vocab_size), mask)
+    np.testing.assert_array_equal(one[mask], other[mask])
+    # And the real tokens come out as if the row had ended there.
+    np.testing.assert_allclose(one[1, :5], apply(ids[1:, :5])[0], atol=1e-5)
+    # Padding changes nothing only because of the mask, in the model that looks ahead.
+    if isinstance(config, models.BertConfig):
+        assert np.abs(apply(ids)[1, :5] - one[1, :5]).max() > 1e-2
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["positions counted", "positions given"])
+def test_packed_segments_are_separate_rows(config: Config, ids: jax.Array, given: bool) -> None:
+    apply = _apply(config)
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 2, 3, 3, 3, 0, 0]])
+    positions = jnp.asarray([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 0, 0, 1, 2, 0, 1]])
+    packed = apply(ids, segment_ids=segments, positions=positions if given else None)
+    for row, start, stop in [(0, 0, 3), (0, 3, 7), (1, 0, 2), (1, 2, 3), (1, 3, 6)]:
+        alone = apply(ids[row : row + 1, start:stop])[0]
+        np.testing.assert_allclose(packed[row, start:stop], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_causality(llama_config: models.LlamaConfig, window: int | None) -> None:
+    """An output's gradient is zero at every later token, and at those before the window."""
+    config = dataclasses.replace(
+        llama_config, tied=False, num_layers=1, vocab_size=8, sliding_window=window
+    )
+    params = _params(config)
+    tokens = jnp.arange(8)[None]  # every position has a row of the embedding to itself
+
+    def outputs(embedding: jax.Array) -> jax.Array:
+        tree = {**params, "embed": {"embedding": embedding}}
+        return models.Llama(config).apply({"params": tree}, tokens)[0, :, 0]
+
+    slopes = jax.jit(jax.jacobian(outputs))(params["embed"]["embedding"])
+    distance = np.subtract.outer(np.arange(8), np.arange(8))
+    want = (distance >= 0) & (distance < (window or 8))
+    np.testing.assert_array_equal(np.abs(slopes).max(axis=-1) > 0, want)
+
+
+def test_bfloat16_is_near_and_its_logits_are_float32(
+    llama_config: models.LlamaConfig, ids: jax.Array
+) -> None:
+    params = _params(llama_config)
+    half = dataclasses.replace(llama_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    logits = jax.jit(models.Llama(half).apply)({"params": low}, ids)
+    assert logits.dtype == jnp.float32
+    near = _apply(llama_config)(ids)
+    assert 0 < np.abs(logits - near).max() < 0.1 * np.abs(near).max()
+
+
+@pytest.mark.parametrize("only", ["dropout", "attention_dropout"])
+def test_dropout_only_where_asked(
+    bert_config: models.BertConfig, ids: jax.Array, only: str
+) -> None:
+    params = _params(bert_config)
+    model = models.Bert(dataclasses.replace(bert_config, **{only: 0.5}))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(deterministic: bool, key: jax.Array) -> jax.Array:
+        rngs = {"dropout": key}
+        return model.apply({"params": params}, ids, deterministic=deterministic, rngs=rngs)
+
+    still = _apply(bert_config)(ids)
+    np.testing.assert_allclose(run(True, jax.random.key(0)), still, atol=1e-6)
+    moved = run(False, jax.random.key(0))
+    assert np.abs(moved - still).max() > 1e-2
+    np.testing.assert_array_equal(run(False, jax.random.key(0)), moved)
+    assert np.abs(run(False, jax.random.key(1)) - moved).max() > 1e-2
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "roberta_head"])
+def test_head_ignores_padding(bert_config: models.BertConfig, ids: jax.Array, pooling: str) -> None:
+    model = models.BertClassifier(bert_config, num_classes=3, pooling=pooling)
+    params = _params(bert_config, models.Head(pooling, num_classes=3))
+    apply = functools.partial(jax.jit(model.apply), {"params": params})
+    mask = jnp.ones(ids.shape, bool).at[1, 5:].set(False)
+    logits = apply(ids, mask)
+    assert logits.shape == (2, 3) and logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits[1:], apply(ids[1:, :5]), atol=1e-6)
+    # The rows that fill up a batch have no real token at all.
+    assert np.isfinite(apply(ids, jnp.zeros(ids.shape, bool))).all()
+
+
+def test_rows_that_are_too_long_are_an_error(bert_config: models.BertConfig) -> None:
+    model = models.Bert(bert_config)
+    with pytest.raises(ValueError, match=r"33 tokens in a row.*positions for 32"):
+        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 33), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("remat", "dot"), ("activation", "swish")], ids=["remat", "activation"]
+)
+def test_unknown_choice_lists_the_choices(
+    bert_config: models.BertConfig, field: str, value: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{field}: got '{value}', expected one of"):
+        models.shapes(dataclasses.replace(bert_config, **{field: value}))
