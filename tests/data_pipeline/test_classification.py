@@ -96,6 +96,21 @@ def test_like_lengths_come_together(config: DataConfig, words: Tokenizer) -> Non
     assert mixed <= len(LENGTHS) - 1
 
 
+def test_batches_come_in_no_order_of_length(config: DataConfig, words: Tokenizer) -> None:
+    widths = [b["input_ids"].shape[1] for b in shuffled(config, words)]
+    assert sorted(set(widths)) == list(LENGTHS)
+    assert widths not in (sorted(widths), sorted(widths, reverse=True))
+
+
+def test_unshuffled_batches_go_from_short_to_long_and_by_place(
+    config: DataConfig, words: Tokenizer
+) -> None:
+    order = kept(classification(config, words, "train", 4))
+    rows = texts(43)
+    keys = [(int(np.searchsorted(LENGTHS, len(rows[i]["text"].split()) + 2)), i) for i in order]
+    assert keys == sorted(keys)
+
+
 def test_facts_agree_with_the_batches(config: DataConfig, words: Tokenizer) -> None:
     batches = shuffled(config, words)
     used = sum(int(b["mask"][b["weight"] > 0].sum()) for b in batches)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from lora_jax.training.data import Batches, DataConfig, DataError, language_modelling
 from tests.data_pipeline.conftest import WORDS
@@ -216,6 +216,15 @@ def test_an_example_as_long_as_a_row_is_not_cut(
     config = DataConfig(jsonl(train=rows), eos="<end>", max_length=24)
     facts = opened(config, words).facts
     assert (facts.cut.examples, facts.cut.tokens) == (1, 1)
+
+
+def test_one_token_alone_teaches_nothing(jsonl: Callable[..., str], words: Tokenizer) -> None:
+    bare = Tokenizer.from_str(words.to_str())
+    bare.post_processor = processors.Sequence([])
+    config = DataConfig(jsonl(train=[{"text": "w0"}, {"text": "w1 w2"}]), eos="")
+    batches = opened(config, bare)
+    assert unpacked(batches) == [((6, 7), (0, 1))]
+    assert batches.facts.cut.dropped == 1
 
 
 def test_limit(config: DataConfig, words: Tokenizer) -> None:

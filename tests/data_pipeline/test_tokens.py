@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from lora_jax.training.data.tokens import collect, padding_id
+from lora_jax.training.data.tokens import Cut, Encoder, collect, padding_id
 
 
 def test_rows_come_back_as_they_went_in() -> None:
@@ -17,6 +17,14 @@ def test_rows_come_back_as_they_went_in() -> None:
         assert marks.tolist() == kept_marks.tolist()
     with pytest.raises(IndexError):
         tokens[4]
+
+
+def test_each_chunk_is_cut_and_counted_alike(words: Tokenizer) -> None:
+    encoder, cut = Encoder(words, 5), Cut()
+    for chunk in (1, 2):
+        (short, long) = encoder.cut(["w0", "w0 w1 w2 w3 w4"], cut)
+        assert (len(short), len(long)) == (3, 5)
+        assert (cut.examples, cut.tokens) == (chunk, 2 * chunk)
 
 
 def test_no_rows() -> None:

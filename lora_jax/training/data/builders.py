@@ -147,7 +147,7 @@ class Builder:
 
 
 class Records(Sequence[Example]):
-    """TFDS records with text as `str` and numbers as Python's own."""
+    """TFDS records with text as `str`; numbers are Python's own already."""
 
     def __init__(self, records: Any) -> None:
         """Wrap what `builder.as_data_source` returned."""
@@ -177,12 +177,4 @@ class Records(Sequence[Example]):
 
 
 def _example(row: Mapping[str, Any]) -> Example:
-    return {name: _plain(value) for name, value in row.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
+    return {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()}

@@ -55,7 +55,7 @@ def classification(
         index        [B]    int32    the example's place in the split
 
     Every epoch has every example exactly once. B is always `batch_size`: a batch that would be
-    short is filled with copies of its first row, at weight 0. The texts are tokenised at once and
+    short is filled with copies of its rows, at weight 0. The texts are tokenised at once and
     kept in memory, five bytes a token.
 
     Args:
@@ -174,8 +174,7 @@ class Table:
         return plan
 
     def _batch(self, chosen: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        rows = np.resize(chosen, self.batch_size)
-        rows[len(chosen) :] = chosen[0]
+        rows = np.resize(chosen, self.batch_size)  # a short batch starts over
         shape = (self.batch_size, self.buckets[self.sizes[rows].max()])
         ids, types = np.full(shape, self.pad, np.int32), np.zeros(shape, np.int32)
         mask = np.zeros(shape, bool)

@@ -39,10 +39,8 @@ class Labels:
         """
         if self.regression:
             return _number(value, where)
-        if isinstance(value, bool):
-            value = int(value)
         if isinstance(value, int) and 0 <= value < len(self.names):
-            return value
+            return int(value)  # a bool is an int as well
         if str(value) in self.names:
             return self.names.index(str(value))
         if value == -1:
