@@ -23,9 +23,10 @@ def from_nnx(model: Any, method: str = "__call__") -> tuple[Callable[..., Any], 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> from flax import nnx
     >>> f, params, state = lora_jax.from_nnx(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
-    >>> layout = lora_jax.resolve(lora_jax.LoraSpec(2, targets="kernel"), f, params, state, jnp.ones((1, 4)))
+    >>> spec, x = lora_jax.LoraSpec(rank=2, targets="kernel"), jnp.ones((1, 4))
+    >>> layout = lora_jax.resolve(spec, f, params, state, x)
     >>> adapters = lora_jax.init(jax.random.key(0), layout)
-    >>> y, state = lora_jax.adapt(layout, f)(params, adapters, state, jnp.ones((1, 4)))
+    >>> y, state = lora_jax.adapt(layout, f)(params, adapters, state, x)
     >>> y.shape
     (1, 3)
     """

@@ -130,7 +130,7 @@ class _Interpreter:
         return program.run_one(eqn, [self.plain(eqn, v) for v in ins])
 
     def plain(self, eqn: Any, value: Any) -> Any:
-        """A value where only an array will do: the weight folded if that is allowed, else an error."""
+        """A value where only an array will do: a weight is folded if allowed, else refused."""
         if not isinstance(value, AdaptedWeight):
             return value
         target = value.target

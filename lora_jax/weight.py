@@ -54,6 +54,9 @@ class Named:
     def to_front(self, names: Names) -> Named:
         return self.moved((*names, *(n for n in self.names if n not in names)))
 
+    def renamed(self, new: dict[int, int]) -> Named:
+        return Named(self.array, tuple(new[n] for n in self.names))
+
     def astype(self, dtype: Any) -> Named:
         return Named(jnp.asarray(self.array, dtype), self.names)
 
@@ -98,7 +101,7 @@ class AdaptedWeight:
         return tuple(self.w.names[i] for i in dims)
 
     def is_stack(self, name: int) -> bool:
-        return name in self.a.names and name in self.b.names
+        return name in self.a.names and name in self.b.names and name != RANK
 
     def is_input(self, name: int) -> bool:
         return name in self.a.names and name not in self.b.names

@@ -42,7 +42,7 @@ def _remat(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _scan(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    """Stacked weights are sliced with their factors; constants and unchanged carries closed over."""
+    """Stacked weights are sliced with their factors; constant ones are closed over."""
     n_consts, n_carry = program.scan_arity(eqn)
     jaxpr, consts = program.opened(eqn.params["jaxpr"])
     fixed, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +25,7 @@ def _dot(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     interpreter.read(v.target)
     base = program.bind(eqn, *(v.w.array, other) if side == 0 else (other, v.w.array))
     x, out = _named_operands(v, other, eqn.params["dimension_numbers"], side)
-    delta = _low_rank(x, v, out, eqn.params["precision"])
-    return [base + jnp.broadcast_to(delta, base.shape).astype(base.dtype)]
+    return [lowrank.add(base, x, v, out, eqn.params["precision"])]
 
 
 def _named_operands(v: AdaptedWeight, other: Any, dims: Any, side: int) -> tuple[Named, Names]:
@@ -44,84 +42,6 @@ def _named_operands(v: AdaptedWeight, other: Any, dims: Any, side: int) -> tuple
     batch_names = v.names_at(w_batch)
     free = (*w_free, *x_free) if side == 0 else (*x_free, *w_free)
     return Named(other, tuple(names)), (*batch_names, *free)
-
-
-def _low_rank(x: Named, v: AdaptedWeight, out: Names, precision: Any) -> Any:
-    """`scale * x a b` with axes `out`, never forming `a b`.
-
-    The plain case is a matrix product: all input axes are contracted and none of the output
-    axes, or the other way round (a tied embedding, `W.T @ x`), the stack axes being batch axes.
-    Whatever else a program may do with a weight (contract over inputs and outputs, keep an input
-    axis, ...) takes two einsums: first the factor that more of the contraction runs over.
-    """
-    first, second = _order(x, v, out)
-    reduced = {n for n in x.names if n not in out}
-    mid = tuple(n for n in first.names if n in reduced)
-    last = tuple(n for n in second.names if n in out and n != RANK and not v.is_stack(n))
-    stack = tuple(n for n in first.names if v.is_stack(n))
-    plain = (
-        set(first.names) == {*stack, *mid, RANK}
-        and set(second.names) == {*stack, *last, RANK}
-        and all(n in out and n in x.names for n in stack)
-    )
-    if plain and all(n in first.names or n in out for n in x.names):
-        return _matrix_form(x, first, second, (stack, mid, last), out, v.scale, precision)
-    return _einsum_form(x, first, second, out, v.scale, precision)
-
-
-def _order(x: Named, v: AdaptedWeight, out: Names) -> tuple[Named, Named]:
-    def contracted(factor: Named) -> int:
-        return math.prod(factor.size(n) for n in factor.names if n in x.names and n not in out)
-
-    return (v.a, v.b) if contracted(v.a) >= contracted(v.b) else (v.b, v.a)
-
-
-def _matrix_form(
-    x: Named,
-    first: Named,
-    second: Named,
-    groups: tuple[Names, Names, Names],
-    out: Names,
-    scale: float,
-    precision: Any,
-) -> Any:
-    """X as [*stack, rows, in], the factors as [*stack, in, rank] and [*stack, rank, out]."""
-    stack, mid, last = groups
-    rows = tuple(n for n in x.names if n not in (*stack, *mid))
-
-    def matrix(named: Named, left: Names, right: Names) -> Any:
-        sizes = [named.size(n) for n in stack]
-        shape = (math.prod(map(named.size, left)), math.prod(map(named.size, right)))
-        return named.moved((*stack, *left, *right)).array.reshape(*sizes, *shape)
-
-    y = lowrank.product(
-        matrix(x, rows, mid),
-        matrix(first, mid, (RANK,)),
-        matrix(second, (RANK,), last),
-        scale,
-        precision,
-    )
-    names = (*stack, *rows, *last)
-    sizes = [*map(x.size, (*stack, *rows)), *map(second.size, last)]
-    return _placed(Named(y.reshape(sizes), names), out)
-
-
-def _einsum_form(
-    x: Named, first: Named, second: Named, out: Names, scale: float, precision: Any
-) -> Any:
-    later = {*second.names, *out}
-    kept = tuple(n for n in dict.fromkeys((*x.names, *first.names)) if n in later)
-    h = einsum(x, first.astype(x.array.dtype), kept, precision)
-    both = {*kept, *second.names}
-    names = tuple(n for n in out if n in both)
-    y = einsum(Named(h * scale, kept), second.astype(h.dtype), names, precision)
-    return _placed(Named(y, names), out)
-
-
-def _placed(y: Named, out: Names) -> Any:
-    """Axes in the order of `out`; names that y lacks (free axes of W) become axes of size 1."""
-    y = y.moved(tuple(n for n in out if n in y.names))
-    return jnp.expand_dims(y.array, [i for i, n in enumerate(out) if n not in y.names])
 
 
 def _conv(interpreter: Any, eqn: Any, ins: Ins) -> Outs:

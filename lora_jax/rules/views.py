@@ -1,4 +1,4 @@
-"""Operations that rearrange a weight: what they do to an axis, they do to each array that has it."""
+"""Operations that rearrange a weight: each array that has the axis is treated alike."""
 
 from __future__ import annotations
 
