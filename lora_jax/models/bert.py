@@ -1,6 +1,7 @@
 """BERT (Devlin et al., arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) encoders."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ from lora_jax.models.attention import attend, positions_in, visible
 from lora_jax.models.config import BertConfig, check_choice
 from lora_jax.models.layers import INITIAL, dense, stack
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,

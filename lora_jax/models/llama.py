@@ -126,8 +126,9 @@ class Llama(nn.Module):
         config = self.config
         length = input_ids.shape[1]
         if positions is None:
-            packed = segment_ids is not None
-            positions = positions_in(segment_ids) if packed else jnp.arange(length)[None]
+            positions = jnp.arange(length)[None]
+            if segment_ids is not None:
+                positions = positions_in(segment_ids)
         turn = angles(positions, config.head_dim, config.rope_theta, config.rope_divisors)
         window = config.sliding_window
         seen = visible(length, mask, segment_ids, causal=True, window=window)

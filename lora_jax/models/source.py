@@ -92,6 +92,6 @@ def _snapshot(name: str, revision: str | None) -> Path:
     except ImportError as error:
         raise ReferenceError(
             f"hub:{name} is read through huggingface_hub, which is not installed:\n"
-            "    pip install huggingface_hub"
+            "    pip install 'lora-jax[hub]'"
         ) from error
     return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_WANTED))

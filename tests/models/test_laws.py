@@ -76,10 +76,11 @@ def test_remat_changes_no_gradient(config: Config, ids: jax.Array, remat: str, s
     assert "remat" in str(jax.make_jaxpr(again)(params))  # or it would compare a thing with itself
     assert "remat" not in str(jax.make_jaxpr(loss(config))(params))
 
-    def near(want: jax.Array, got: jax.Array) -> None:
-        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
-
-    jax.tree.map(near, *(jax.jit(jax.grad(f))(params) for f in (loss(config), again)))
+    want, got = (jax.jit(jax.grad(f))(params) for f in (loss(config), again))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(want))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5 * largest), want, got
+    )
 
 
 def test_padding_does_not_leak(config: Config, ids: jax.Array) -> None:
@@ -98,10 +99,10 @@ def test_padding_does_not_leak(config: Config, ids: jax.Array) -> None:
 @pytest.mark.parametrize("given", [False, True], ids=["positions counted", "positions given"])
 def test_packed_segments_are_separate_rows(config: Config, ids: jax.Array, given: bool) -> None:
     apply = _apply(config)
-    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 2, 3, 3, 3, 0, 0]])
-    positions = jnp.asarray([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 0, 0, 1, 2, 0, 1]])
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2, 2, 0]])
+    positions = jnp.asarray([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 0, 1, 2, 0]])
     packed = apply(ids, segment_ids=segments, positions=positions if given else None)
-    for row, start, stop in [(0, 0, 3), (0, 3, 7), (1, 0, 2), (1, 2, 3), (1, 3, 6)]:
+    for row, start, stop in [(0, 0, 3), (0, 3, 7), (1, 0, 4), (1, 4, 7)]:
         alone = apply(ids[row : row + 1, start:stop])[0]
         np.testing.assert_allclose(packed[row, start:stop], alone, atol=1e-5)
 
