@@ -104,7 +104,8 @@ def usage(traced: program.Program) -> Usage:
     outs = walker.walk(traced.jaxpr, flows)
     for out in outs:
         if out.view is not None:
-            walker.record(out.view, Use("output", "the function's return value"))
+            use = Use("return", "the end of the function", barrier="return")
+            walker.record(out.view, use)
     heads = frozenset(o.tail for o in outs if o.tail not in (None, MIXED))
     return Usage({path: tuple(uses) for path, uses in walker.uses.items()}, heads)
 
@@ -144,7 +145,7 @@ class _Walker:
         control = CONTROL.get(name)
         if control is not None:
             return control(self, eqn, ins)
-        views = [f.view for f in ins if f.view is not None]
+        views = [f.view for f in ins if f.view is not None and f.view.dims]
         if not views:
             return [Flow(tail=join(ins))] * len(eqn.outvars)
         rearrange = REARRANGE.get(name)
@@ -153,7 +154,7 @@ class _Walker:
             if moved is not None:
                 return moved if isinstance(moved, list) else [Flow(moved)]
         consume = CONSUME.get(name)
-        if consume is not None and len(views) == 1:
+        if consume is not None:
             return [consume(self, eqn, ins)]
         return self.barrier(eqn, ins)
 
@@ -289,33 +290,42 @@ def _roles(view: View, stack: Sequence[int], inputs: Sequence[int]) -> dict[str,
 
 
 def _consumed(walker: _Walker, eqn: Any, view: View, roles: dict[str, tuple[int, ...]]) -> Flow:
-    use = Use(eqn.primitive.name, program.where(eqn), **roles)
-    walker.record(view, use)
+    walker.record(view, Use(eqn.primitive.name, program.where(eqn), **roles))
     return Flow(tail=view.path)
 
 
 def _dot(walker: _Walker, eqn: Any, ins: list[Flow]) -> Flow:
-    side = 0 if ins[0].view is not None else 1
     contract, batch = eqn.params["dimension_numbers"]
-    view = ins[side].view
-    assert view is not None
-    return _consumed(walker, eqn, view, _roles(view, batch[side], contract[side]))
+    outs = [
+        _consumed(walker, eqn, flow.view, _roles(flow.view, batch[side], contract[side]))
+        for side, flow in enumerate(ins)
+        if flow.view is not None
+    ]
+    return Flow(tail=join(outs))
+
+
+def _right_operand(walker: _Walker, eqn: Any, ins: list[Flow]) -> View | None:
+    """The weight of a convolution or ragged product; a parameter on the left has no rule."""
+    if ins[0].view is not None:
+        kind = eqn.primitive.name
+        walker.record(ins[0].view, Use(kind, program.where(eqn), barrier=kind))
+    return ins[1].view
 
 
 def _conv(walker: _Walker, eqn: Any, ins: list[Flow]) -> Flow:
-    view = ins[1].view
+    view = _right_operand(walker, eqn, ins)
     if view is None or eqn.params["batch_group_count"] != 1:
-        return walker.barrier(eqn, ins)[0]
+        return walker.barrier(eqn, [NOTHING, *ins[1:]])[0]
     out = eqn.params["dimension_numbers"].rhs_spec[0]
     inputs = [i for i in range(len(view.dims)) if i != out]
     return _consumed(walker, eqn, view, _roles(view, (), inputs))
 
 
 def _ragged_dot(walker: _Walker, eqn: Any, ins: list[Flow]) -> Flow:
-    view = ins[1].view
+    view = _right_operand(walker, eqn, ins)
     dims = program.ragged_form(eqn)
     if view is None or dims is None:
-        return walker.barrier(eqn, ins)[0]
+        return walker.barrier(eqn, [NOTHING, *ins[1:]])[0]
     return _consumed(walker, eqn, view, _roles(view, dims.group, dims.contract))
 
 

@@ -47,8 +47,13 @@ def merge(layout: Layout, params: Any, adapters: Adapters) -> Any:
 def merge_one(target: Target, w: Any, factors: Factors) -> Any:
     """`W + scale * a @ b` of one target; see `delta` for the axes."""
     w = jnp.asarray(w)
-    wide = jnp.promote_types(w.dtype, jnp.float32)
+    wide = wide_dtype(w.dtype)
     return (w.astype(wide) + delta(target, factors, wide)).astype(w.dtype)
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype in which the sum is formed: float32, or float64 over a float64 base."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def delta(target: Target, factors: Factors, dtype: Any = jnp.float32) -> Any:

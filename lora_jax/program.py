@@ -70,13 +70,12 @@ def run(jaxpr: core.Jaxpr, eqns: Sequence[Any], invars: Any, outvars: Any, ins: 
     return jax.core.eval_jaxpr(piece, (), *ins)
 
 
-def run_one(eqn: Any, ins: Sequence[Any]) -> list[Any]:
+def run_one(jaxpr: core.Jaxpr, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     """Evaluate one equation on other inputs, of the same shapes and dtypes."""
     invars = [v for v in eqn.invars if not isinstance(v, core.Literal)]
     arrays = [x for v, x in zip(eqn.invars, ins, strict=True) if not isinstance(v, core.Literal)]
     unique = dict(zip(invars, arrays, strict=True))
-    piece = core.Jaxpr((), list(unique), eqn.outvars, [eqn], eqn.effects)
-    return jax.core.eval_jaxpr(piece, (), *unique.values())
+    return run(jaxpr, [eqn], list(unique), eqn.outvars, list(unique.values()))
 
 
 def _debug_info(jaxpr: core.Jaxpr, invars: Any) -> Any:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters import Factors
 from lora_jax.layout import Target
+from lora_jax.merge import wide_dtype
 
 RANK = -1
 _fresh = itertools.count()
@@ -117,7 +118,7 @@ class AdaptedWeight:
 
     def update(self) -> Any:
         """`scale * a @ b` in W's present shape and in float32; only `folded` and rows need it."""
-        wide = jnp.promote_types(self.w.array.dtype, jnp.float32)
+        wide = wide_dtype(self.w.array.dtype)
         present = tuple(n for n in self.w.names if not self.is_free(n))
         delta = self.scale * einsum(
             self.a.astype(wide), self.b.astype(wide), present, precision="highest"

@@ -1,0 +1,47 @@
+"""Paths and patterns."""
+
+import pytest
+
+from lora_jax import LoraError, paths
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "hit"),
+    [
+        ("a/b", "a/b", True),
+        ("a/b", "a/b/c", False),
+        ("b", "a/b", False),
+        ("*/kernel", "x/kernel", True),
+        ("*/kernel", "x/y/kernel", False),
+        ("**/kernel", "kernel", True),
+        ("**/kernel", "x/y/kernel", True),
+        ("**/kernel", "x/kernels", False),
+        ("enc/**", "enc/a/b", True),
+        ("enc/**", "encoder/a", False),
+        ("enc/**/w", "enc/w", True),
+        ("layer_?/w", "layer_1/w", True),
+        ("layer_?/w", "layer_12/w", False),
+        ("layer_[0-3]/w", "layer_2/w", True),
+        ("layer_[!0]/w", "layer_0/w", False),
+        ("{query,value}/w", "value/w", True),
+        ("{query,value}/w", "key/w", False),
+        ("a.b/w", "axb/w", False),
+        ("**", "any/thing", True),
+    ],
+)
+def test_match(pattern: str, path: str, hit: bool) -> None:
+    """Red if `*` crosses a slash, `**` needs a segment, or a dot is a wild card."""
+    assert paths.match(pattern, path) is hit
+
+
+@pytest.mark.parametrize("pattern", ["", "a/{b", "a/[b", "a/b}", "{a/b}"])
+def test_patterns_that_cannot_be_read(pattern: str) -> None:
+    with pytest.raises(LoraError, match="pattern"):
+        paths.match(pattern, "a/b")
+
+
+def test_replace_keeps_the_rest_and_refuses_unknown_paths() -> None:
+    tree = {"a": [1, 2], "b": 3}
+    assert paths.replace(tree, {"a/1": 9}) == {"a": [1, 9], "b": 3}
+    with pytest.raises(LoraError, match="'c'"):
+        paths.replace(tree, {"c": 0})
