@@ -71,6 +71,11 @@ def test_installed_package_is_not_fetched(registry: Path) -> None:
     assert not (packages.cache() / "packages").exists()
 
 
+def test_another_installed_version_is_not_taken(registry: Path) -> None:
+    with pytest.raises(packages.PackageError, match=r"numpy==0\.0\.1 could not be fetched"):
+        packages.locate("numpy", "0.0.1", "numpy/__init__.py")
+
+
 def test_failed_fetch_says_the_cure_and_leaves_nothing(registry: Path) -> None:
     with pytest.raises(packages.PackageError) as failure:
         packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt")
