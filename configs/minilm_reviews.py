@@ -18,13 +18,13 @@ config = TextConfig(
     workload=classification,
     model=ModelConfig(reference=models.MINILM, pooling="mean"),
     data=DataConfig(
-        source="reviews", text_fields=("text",), max_length=64, buckets=(32, 64), batch_size=32
+        source="reviews", text_fields=("text",), max_length=64, buckets=(24, 32, 48, 64), batch_size=32
     ),
     lora=LoraConfig(
         rank=8, alpha=16.0, targets=("bert/encoder/layer*/attention/{query,value}/kernel",)
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="linear", warmup=0.06),
-    steps=600,
-    evaluate_every=200,
+    steps=560,
+    evaluate_every=140,
     checkpoint_every=100,
 )

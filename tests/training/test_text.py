@@ -1,0 +1,202 @@
+"""The built-in workloads, on tiny random models and stand-in data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax
+import train
+from lora_jax.training import command, scores
+from lora_jax.training.causal_lm import causal_lm
+from lora_jax.training.classification import classification
+from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
+from lora_jax.training.data.config import DataConfig
+from lora_jax.training.text import ModelConfig, TextConfig
+from tests.training import tiny
+from tests.training.runs import ROOT, run
+
+GLUE = "configs/glue_roberta.py"
+# Table 9 of the paper: learning rate, batch size, epochs; and the size of the training split.
+TABLE_9 = {
+    "mnli": (5e-4, 16, 30, 392_702),
+    "sst2": (5e-4, 16, 60, 67_349),
+    "mrpc": (4e-4, 16, 30, 3_668),
+    "cola": (4e-4, 32, 80, 8_551),
+    "qnli": (4e-4, 32, 25, 104_743),
+    "qqp": (5e-4, 16, 25, 363_846),
+    "rte": (5e-4, 32, 80, 2_490),
+    "stsb": (4e-4, 16, 40, 5_749),
+}
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "roberta", tiny.ROBERTA)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "llama", tiny.LLAMA)
+
+
+@pytest.mark.parametrize("name", TABLE_9)
+def test_glue_is_set_as_in_the_paper(name: str) -> None:
+    config: Any = command.load(f"{GLUE}:{name}", ROOT)[1]
+    rate, batch_size, epochs, size = TABLE_9[name]
+    assert config.optimizer.learning_rate == rate
+    assert config.data.batch_size == batch_size
+    assert config.steps == epochs * math.ceil(size / batch_size)
+    assert (config.optimizer.schedule, config.optimizer.warmup) == ("linear", 0.06)
+    assert (config.lora.rank, config.lora.alpha) == (8, 8.0)
+    assert config.data.max_length == 512
+    assert config.data.source == f"tfds:glue/{name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "outputs"),
+    [("mnli", int, 3), ("stsb", lambda kind: kind / 2, 1)],
+)
+def test_glue_runs_on_stand_ins(
+    name: str, label: Any, outputs: int, roberta: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The config as it stands, with a tiny RoBERTa and JSONL in GLUE's fields."""
+    config: Any = command.load(f"{GLUE}:{name}", ROOT)[1]
+    source = tiny.write_examples(tmp_path / "data", config.data.text_fields, label)
+    summary = run(
+        tmp_path / "run",
+        *("--model.reference", str(roberta), "--data.source", source),
+        *("--data.eval-split", "validation"),
+        *("--steps", "4", "--evaluate-every", "2"),
+        config=f"{GLUE}:{name}",
+    )
+    assert summary["adapter_parameters"] == 2 * 2 * 8 * (16 + 16)  # layers, q and v, r, in + out
+    assert summary["beside_parameters"] == 16 * 16 + 16 + 16 * outputs + outputs
+    score = {"stsb": "pearson"}.get(name, "accuracy")
+    assert score in summary["after"]["validation"]
+    head = lora_jax.checkpoint.restore_base(tmp_path / "run/adapters/best")
+    assert head["classifier/out/kernel"].shape == (16, outputs)
+
+
+def text_config(workload: Any, weights: pathlib.Path, source: str, **changes: Any) -> TextConfig:
+    data = DataConfig(
+        source=source,
+        prompt="{text}",
+        answer=" word1 word2 word3",
+        eos="</s>",
+        max_length=16,
+        batch_size=8,
+        eval_batch_size=16,
+    )
+    config = TextConfig(
+        workload=workload,
+        model=ModelConfig(reference=str(weights)),
+        data=data,
+        lora=LoraConfig(rank=4, targets=("**/attention/{query,value,q,v}/kernel",)),
+        optimizer=OptimizerConfig(learning_rate=3e-2),
+        steps=10,
+        evaluate_every=10,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def train_in(path: pathlib.Path, config: TextConfig) -> dict[str, Any]:
+    path.mkdir()
+    return train.train(config, path, train.Console(quiet=True))
+
+
+def test_an_encoder_learns_labels(roberta: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    source = tiny.write_examples(tmp_path / "data", ("text",), int)
+    config = text_config(classification, roberta, source, steps=30)
+    summary = train_in(tmp_path / "run", config)
+    before, after = summary["before"]["validation"], summary["after"]["validation"]
+    assert after["loss"] < 0.8 * before["loss"]
+    assert after["accuracy"] > before["accuracy"]
+    assert summary["merged_difference"] < 1e-5
+
+
+def test_a_decoder_learns_answers(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    source = tiny.write_examples(tmp_path / "data", ("text",), int)
+    lora = LoraConfig(rank=4, targets=("**/kernel",))
+    config = text_config(causal_lm, llama, source, lora=lora, steps=30)
+    summary = train_in(tmp_path / "run", config)
+    before, after = summary["before"]["validation"], summary["after"]["validation"]
+    assert after["loss"] < 0.9 * before["loss"]
+    assert after["perplexity"] == pytest.approx(math.exp(after["loss"]))
+    assert summary["beside_parameters"] == 0
+    assert summary["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_scanned_layers_have_stacked_adapters(
+    scan: bool, roberta: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source = tiny.write_examples(tmp_path / "data", ("text",), int)
+    model = ModelConfig(reference=str(roberta), scan_layers=scan, remat="full")
+    config = text_config(classification, roberta, source, model=model, steps=2)
+    summary = train_in(tmp_path / "run", config)
+    _, adapters = lora_jax.restore(tmp_path / "run/adapters/last")
+    shapes = {path: factors.a.shape for path, factors in adapters.items()}
+    stacked = {f"bert/encoder/layers/attention/{name}/kernel": (2, 16, 4) for name in _QV}
+    unrolled = {
+        f"bert/encoder/layer_{i}/attention/{name}/kernel": (16, 4) for i in (0, 1) for name in _QV
+    }
+    assert shapes == (stacked if scan else unrolled)
+    assert summary["adapter_parameters"] == 2 * 2 * 4 * 32
+
+
+_QV = ("query", "value")
+
+
+def test_dropout_needs_and_uses_the_key(roberta: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    source = tiny.write_examples(tmp_path / "data", ("text",), int)
+    model = ModelConfig(reference=str(roberta), dropout=0.5)
+    workload = classification(text_config(classification, roberta, source, model=model))
+    params, batch = workload.arrays(), next(workload.train())
+    keys = [jax.random.key(i) for i in range(2)]
+    dropped = [workload.apply(params, batch, train=True, key=key) for key in keys]
+    assert not np.array_equal(*dropped)
+    plain = [workload.apply(params, batch, train=False, key=None) for _ in keys]
+    np.testing.assert_array_equal(*plain)
+
+
+def test_the_wrong_kind_of_model_is_an_error(
+    roberta: pathlib.Path, llama: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source = tiny.write_examples(tmp_path / "data", ("text",), int)
+    with pytest.raises(ConfigError, match="is a decoder"):
+        classification(text_config(classification, llama, source))
+    with pytest.raises(ConfigError, match="is an encoder"):
+        causal_lm(text_config(causal_lm, roberta, source))
+
+
+def test_class_scores_are_those_of_the_textbook() -> None:
+    labels = np.array([1, 1, 1, 0, 0, 0, 0, 1], np.int32)
+    guesses = np.array([1, 1, 0, 0, 0, 1, 0, 0], np.int32)
+    weights = np.array([1, 1, 1, 1, 1, 1, 1, 0], np.float32)  # the last row is filler
+    logits = np.eye(2, dtype=np.float32)[guesses]
+    sums = {k: float(v) for k, v in scores.class_sums(logits, labels, weights).items()}
+    found = scores.class_scores(sums, float(weights.sum()))
+    y, g = labels[:7], guesses[:7]
+    assert found["accuracy"] == pytest.approx(np.mean(y == g))
+    assert found["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))  # tp 2, fp 1, fn 1
+    assert found["matthews"] == pytest.approx(np.corrcoef(y, g)[0, 1])
+
+
+def test_pearson_is_numpys_over_any_cut_into_batches() -> None:
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(2, 30)).astype(np.float32)
+    weights = np.ones(30, np.float32)
+    parts = [
+        scores.real_sums(x[cut], y[cut], weights[cut]) for cut in (slice(0, 11), slice(11, 30))
+    ]
+    sums = {name: float(sum(part[name] for part in parts)) for name in parts[0]}
+    assert scores.real_scores(sums, 30.0)["pearson"] == pytest.approx(
+        np.corrcoef(x, y)[0, 1], rel=1e-4
+    )

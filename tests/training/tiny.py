@@ -1,0 +1,103 @@
+"""Tiny random models in Hugging Face's layout, and stand-in data, written to a folder."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import tokenizers
+from tokenizers import models as kinds
+from tokenizers import pre_tokenizers, processors
+
+from lora_jax import models, paths
+from lora_jax.models import hf_config, names
+
+WORDS = [f"word{i}" for i in range(40)]
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+
+ROBERTA = {
+    "model_type": "roberta",
+    "vocab_size": len(SPECIAL) + len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 66,
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "layer_norm_eps": 1e-5,
+}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": len(SPECIAL) + len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+}
+
+
+def write_model(folder: pathlib.Path, description: dict[str, Any]) -> pathlib.Path:
+    """A model with random weights; RoBERTa or Llama by its description."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(description))
+    tokenizer(pair=description["model_type"] == "roberta").save(str(folder / "tokenizer.json"))
+    shapes = paths.flatten(models.shapes(hf_config.parse(description, "tiny")))
+    table = names.HF[description["model_type"]]
+    random, tensors = np.random.default_rng(0), {}
+    for row in table.rows:
+        for layer in range(description["num_hidden_layers"] if row.layered else 1):
+            path = row.path.format(layer=layer)
+            if path in shapes:
+                mean = 1.0 if path.endswith("/scale") else 0.0
+                value = random.normal(mean, 0.3, shapes[path].shape).astype(np.float32)
+                turned = value.T if row.form is names.Form.TRANSPOSED else value
+                tensors[row.hf.format(layer=layer)] = np.ascontiguousarray(turned)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def tokenizer(pair: bool) -> tokenizers.Tokenizer:
+    """A token for each word; for an encoder <s> text </s>, and pairs as RoBERTa has them."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    made = tokenizers.Tokenizer(kinds.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(SPECIAL)
+    if pair:
+        made.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>",
+            pair="<s> $A </s> </s> $B </s>",
+            special_tokens=[("<s>", 0), ("</s>", 2)],
+        )
+    made.enable_padding(pad_id=1, pad_token="<pad>")
+    return made
+
+
+def write_examples(folder: pathlib.Path, fields: tuple[str, ...], label: Any) -> str:
+    """{split}.jsonl of texts of three kinds, each with words of its own; the source's name.
+
+    An example of kind k has the label `label(k)`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(1)
+    for split, count in (("train", 96), ("validation", 40)):
+        lines = []
+        for i in range(count):
+            texts = [random.choice(WORDS[i % 3 : 12 : 3], random.integers(3, 9)) for _ in fields]
+            example = {f: " ".join(t) for f, t in zip(fields, texts, strict=True)}
+            lines.append(json.dumps({**example, "label": label(i % 3)}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder / "{split}.jsonl")
