@@ -80,16 +80,11 @@ class Setup:
     def arrays(self, seed: int = 0) -> tuple[Any, dict[str, jax.Array]]:
         """Random parameters and a random batch."""
         key = jax.random.key(seed)
-        leaves, tree = jax.tree.flatten(self.shapes)
-        keys = jax.random.split(key, len(leaves))
-        drawn = [
-            0.02 * jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)
-        ]
         batch = {
             name: jax.random.randint(key, s.shape, 0, self.bounds[name], s.dtype)
             for name, s in self.batch.items()
         }
-        return jax.tree.unflatten(tree, drawn), batch
+        return normal(self.shapes, seed), batch
 
 
 def minilm(rows: int = 32, length: int = 48, config: models.BertConfig = MINILM) -> Setup:
@@ -133,6 +128,16 @@ def smollm2(rows: int = 8, length: int = 48, config: models.LlamaConfig = SMOLLM
 SETUPS: dict[str, Callable[..., Setup]] = {"minilm": minilm, "smollm2": smollm2}
 
 
+def normal(shapes: Any, seed: int) -> Any:
+    """Arrays of these shapes, N(0, 0.02^2)."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [
+        0.02 * jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, drawn)
+
+
 def full_gradient(setup: Setup) -> Callable[..., Any]:
     """(params, batch) -> loss and its gradient with respect to every parameter."""
     return jax.value_and_grad(setup.loss)
@@ -147,6 +152,11 @@ def lora_gradient(setup: Setup, layout: lora_jax.Layout) -> Callable[..., Any]:
 def adapter_shapes(layout: lora_jax.Layout) -> Any:
     """The adapter tree of the layout as ShapeDtypeStructs."""
     return jax.eval_shape(lambda key: lora_jax.init(key, layout), jax.random.key(0))
+
+
+def adapters(layout: lora_jax.Layout) -> Any:
+    """Random adapters with a random b as well: that of the first step, zeros, is no usual one."""
+    return normal(adapter_shapes(layout), seed=1)
 
 
 def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

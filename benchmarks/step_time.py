@@ -1,0 +1,90 @@
+"""Seconds of one gradient and of one whole training step: LoRA over full fine-tuning.
+
+    python -m benchmarks.step_time
+
+Both sides are built from the same model and the same loss (see `common.py` and `flops.py` for what
+is differentiated), compiled apart and run in turns in one process; the numbers are medians. A step
+is the gradient, AdamW and the update, with donated state.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from benchmarks import common
+
+
+def gradients(setup: common.Setup) -> dict[str, Callable[[], Any]]:
+    """Compiled gradients, full and LoRA, on the same random parameters and batch."""
+    params, batch = setup.arrays()
+    full = jax.jit(common.full_gradient(setup))
+    runs: dict[str, Callable[[], Any]] = {"full": lambda: full(params, batch)}
+    for name, spec in setup.specs().items():
+        layout = setup.layout(spec)
+        lora = jax.jit(common.lora_gradient(setup, layout))
+        adapters = common.adapters(layout)
+        runs[name] = lambda lora=lora, adapters=adapters: lora(adapters, params, batch)  # type: ignore[misc]
+    return runs
+
+
+def steps(setup: common.Setup) -> dict[str, Callable[[], Any]]:
+    """Compiled training steps, full and LoRA; each keeps its own state."""
+    params, batch = setup.arrays()
+    full = common.full_gradient(setup)
+    # The step donates what it trains, and the LoRA runs still need the parameters: hence a copy.
+    runs = {"full": _stepping(full, jax.tree.map(lambda x: x.copy(), params), batch)}
+    for name, spec in setup.specs().items():
+        layout = setup.layout(spec)
+        adapters = common.adapters(layout)
+        runs[name] = _stepping(common.lora_gradient(setup, layout), adapters, params, batch)
+    return runs
+
+
+def _stepping(gradient: Callable[..., Any], trained: Any, *rest: Any) -> Callable[[], Any]:
+    tx = optax.adamw(1e-4)
+    state = (trained, jax.jit(tx.init)(trained))
+
+    def step(state: Any, *rest: Any) -> tuple[Any, jax.Array]:
+        trained, moments = state
+        loss, grads = gradient(trained, *rest)
+        updates, moments = tx.update(grads, moments, trained)
+        return (optax.apply_updates(trained, updates), moments), loss
+
+    compiled = jax.jit(step, donate_argnums=0)
+
+    def run() -> jax.Array:
+        nonlocal state
+        state, loss = compiled(state, *rest)
+        jax.block_until_ready(state)
+        return loss
+
+    return run
+
+
+def rows(setup: common.Setup, repeats: int) -> list[tuple[str, ...]]:
+    """Lines of the table for one model."""
+    lines = []
+    for what, build in (("gradient", gradients), ("gradient + AdamW", steps)):
+        seconds = common.interleaved(build(setup), repeats)
+        for name, taken in seconds.items():
+            speed = f"{setup.tokens / taken:,.0f}"
+            ratio = f"{taken / seconds['full']:.3f}"
+            lines.append((setup.name, what, name, f"{taken:.3f}", speed, ratio))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Step time: LoRA / full fine-tuning.")
+    parser.add_argument("--models", nargs="+", choices=common.SETUPS, default=list(common.SETUPS))
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    lines = [line for name in args.models for line in rows(common.SETUPS[name](), args.repeats)]
+    print(common.hardware(), end="\n\n")
+    print(common.table(("model", "timed", "trained", "s", "tokens/s", "/ full"), lines))
+
+
+if __name__ == "__main__":
+    main()
