@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import lora_jax
+from lora_jax import models
 from lora_jax.training import command, curves, directory, export, optimizer, step, summary
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
@@ -29,6 +30,15 @@ from lora_jax.training.loop import Loop, Setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DEFAULT = "configs/minilm_reviews.py"
+# What a user can put right; anything else is a fault of the program and shows its traceback.
+USER_ERRORS = (
+    lora_jax.LoraError,
+    models.ConfigError,
+    models.WeightsError,
+    models.source.ReferenceError,
+    models.packages.PackageError,
+    FileNotFoundError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 finished = train(config, path, console)
         summary.show(finished, console)
-    except lora_jax.LoraError as error:
+    except USER_ERRORS as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:
@@ -77,19 +87,17 @@ def train(config: Config, path: pathlib.Path, console: Console) -> summary.Summa
     trained = {"adapters": lora_jax.init(key, layout), "base": base}
     tx = optimizer.optimizer(config.optimizer, config.steps)
     state = step.create(trained, tx, key)
-    say(console, workload.facts)
-    say(console, describe(path, layout, trained, params))
-    setup = Setup(config, workload, layout, tx, frozen, path)
+    setup = Setup(config, workload, layout, tx, frozen, path, began)
+    del params, base, trained  # what is trained lives in the state, the rest in `frozen`
 
     # ---- the run
     with (
         Checkpoints(path / "checkpoints") as checkpoints,
         Loop(setup, state, data, checkpoints, console) as loop,
     ):
+        say(console, summary.opening(loop))
         if loop.start == 0:
             loop.evaluate_before()
-        else:
-            say(console, f"Going on from the checkpoint of step {loop.start}.")
         for n in loop.steps():
             loop.take(n)
             if n % config.evaluate_every == 0 or n == config.steps:
@@ -102,27 +110,15 @@ def train(config: Config, path: pathlib.Path, console: Console) -> summary.Summa
         best = export.load(path, "best" if loop.notes.best else "last")
         tested = loop.judge_best(config.steps, best)
         difference = merged_difference(workload, layout, best, frozen, example)
-    finished = summary.summarise(loop, tested, difference, time.monotonic() - began)
+    finished = summary.summarise(loop, tested, difference)
     curves.draw(path)
     directory.write_json(path / "summary.json", finished)
     return finished
 
 
-def describe(
-    path: pathlib.Path, layout: lora_jax.Layout, trained: step.Trained, params: object
-) -> str:
-    """One line on what is trained, and where."""
-    adapters, beside = (lora_jax.count(trained[part]) for part in ("adapters", "base"))
-    return (
-        f"{path}: {len(layout.targets)} adapted parameters with {adapters:,} numbers, "
-        f"{beside:,} trained beside them, base {lora_jax.count(params):,}"
-    )
-
-
 def say(console: Console, text: str) -> None:
-    """Print plain text, if there is any."""
-    if text:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print plain text."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

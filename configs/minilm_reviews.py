@@ -18,7 +18,11 @@ config = TextConfig(
     workload=classification,
     model=ModelConfig(reference=models.MINILM, pooling="mean"),
     data=DataConfig(
-        source="reviews", text_fields=("text",), max_length=64, buckets=(24, 32, 48, 64), batch_size=32
+        source="reviews",
+        text_fields=("text",),
+        max_length=64,
+        buckets=(24, 32, 48, 64),
+        batch_size=32,
     ),
     lora=LoraConfig(
         rank=8, alpha=16.0, targets=("bert/encoder/layer*/attention/{query,value}/kernel",)

@@ -35,7 +35,11 @@ def evaluate(
 def merged_difference(
     workload: Workload, layout: lora_jax.Layout, trained: Trained, frozen: Tree, batch: Batch
 ) -> float:
-    """Largest |output with merged weights - output with base and adapters| on one batch."""
+    """Largest |output with merged weights - output with base and adapters|.
+
+    On the first evaluation batch, or on `batch` where the workload has no evaluation.
+    """
+    batch = next((b for split in workload.evaluation.values() for b in split()), batch)
 
     def outputs(trained: Trained, frozen: Tree, batch: Any) -> jax.Array:
         params = lora_jax.frozen.combine(trained["base"], frozen)

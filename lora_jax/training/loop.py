@@ -39,6 +39,8 @@ class Setup:
     """What does not change while a run goes.
 
     frozen: the base parameters, with None where one is trained (`lora_jax.frozen.split`).
+    path: of the run directory.
+    began: `time.monotonic()` when this process began the run.
     """
 
     config: Config
@@ -47,6 +49,7 @@ class Setup:
     tx: optax.GradientTransformation
     frozen: Tree
     path: pathlib.Path
+    began: float
 
 
 @dataclasses.dataclass
@@ -118,6 +121,7 @@ class Loop:
         self.setup, self.state, self.notes = setup, state, Notes()
         self._data, self._checkpoints = data, checkpoints
         self._late, length = metrics.Late(), 0
+        self._earlier = 0.0
         if checkpoints.latest is not None:
             length = self._restore()
         self.start = int(self.state.step)
@@ -138,6 +142,11 @@ class Loop:
     def __exit__(self, *error: Any) -> None:
         self._display.__exit__(*error)
         self._record.close()
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the run so far, by the processes before this one too."""
+        return self._earlier + time.monotonic() - self.setup.began
 
     def steps(self) -> range:
         """The steps still to take; step n is the n-th, counted from one."""
@@ -185,6 +194,7 @@ class Loop:
         with self.notes.clock("checkpoint"):
             notes = {
                 "run": dataclasses.asdict(self.notes),
+                "seconds": self.seconds,
                 "data": self._data.get_state(),
                 "record_bytes": self._record.sync(),
                 "config": to_dict(self.setup.config),
@@ -208,6 +218,7 @@ class Loop:
             )
         self._data.set_state(notes["data"])
         self.notes = Notes(**notes["run"])
+        self._earlier = notes["seconds"]
         return notes["record_bytes"]
 
     def _settle(self) -> None:

@@ -55,7 +55,7 @@ class Record:
         """Open the record, cut to `length` bytes; events after `step` are marked as purged."""
         self._file = (directory / "metrics.jsonl").open("ab")
         self._file.truncate(length)
-        purge = step + 1 if step else None
+        purge = step + 1 if step else 0
         self._events = tensorboardX.SummaryWriter(str(directory), purge_step=purge)
 
     def write(self, line: Line) -> None:

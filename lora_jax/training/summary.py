@@ -18,16 +18,13 @@ from lora_jax.training.loop import Loop
 Summary = dict[str, Any]
 
 
-def summarise(
-    loop: Loop, tested: dict[str, dict[str, float]], difference: float, seconds: float
-) -> Summary:
+def summarise(loop: Loop, tested: dict[str, dict[str, float]], difference: float) -> Summary:
     """The numbers of a finished run.
 
     Args:
       loop: at its end.
       tested: split -> numbers of the best adapter on the splits that did not pick it.
       difference: largest |merged - unmerged| output on an evaluation batch.
-      seconds: since this process began the run; those of earlier processes are in its notes.
     """
     notes, path = loop.notes, loop.setup.path
     spent = {name: round(value, 3) for name, value in notes.seconds.items()}
@@ -49,13 +46,25 @@ def summarise(
         "compile_seconds": spent.get("compile", 0.0),
         "train_seconds": spent.get("train", 0.0),
         "evaluate_seconds": spent.get("evaluate", 0.0),
-        "total_seconds": round(seconds + notes.seconds.get("earlier", 0.0), 3),
+        "total_seconds": round(loop.seconds, 3),
         "peak_memory_bytes": peak_memory(),
         "device_peak_bytes": device_peak(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
+
+
+def opening(loop: Loop) -> str:
+    """What a run says of itself before its first step."""
+    setup, found = loop.setup, sizes(loop)
+    text = (
+        f"{setup.path}: {len(setup.layout.targets)} adapted parameters with "
+        f"{found['adapter_parameters']:,} numbers, {found['beside_parameters']:,} trained beside "
+        f"them, base {found['base_parameters']:,}"
+    )
+    going_on = f"Going on from the checkpoint of step {loop.start}." if loop.start else ""
+    return "\n".join(filter(None, (setup.workload.facts, text, going_on)))
 
 
 def sizes(loop: Loop) -> dict[str, int]:
