@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_jax import program
 
@@ -97,8 +97,8 @@ def usage(traced: program.Program) -> Usage:
     walker = _Walker({path: {} for path in traced.param_paths})
     n = len(traced.param_paths)
     flows = [
-        Flow(View(path, tuple(frozenset((i,)) for i in range(v.aval.ndim))))
-        for path, v in zip(traced.param_paths, traced.jaxpr.invars[:n], strict=True)
+        Flow(View(path, tuple(frozenset((i,)) for i in range(len(shape)))))
+        for path, shape in traced.param_shapes.items()
     ]
     flows += [NOTHING] * (len(traced.jaxpr.invars) - n)
     outs = walker.walk(traced.jaxpr, flows)
@@ -278,19 +278,25 @@ REARRANGE: dict[str, Callable[[View, Any], View | list[Flow] | None]] = {
 # --- operations that consume a parameter: walker, eqn, ins -> flow -----------------------------
 
 
-def _roles(view: View, stack: Sequence[int], inputs: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Original axes by role, given the view's stack and input axes; {} where roles collide."""
+class Roles(NamedTuple):
+    stack: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+
+def _roles(view: View, stack: Sequence[int], inputs: Sequence[int]) -> Roles:
+    """Original axes by role, given the view's stack and input axes; none where roles collide."""
     s = frozenset().union(view.stacked, *(view.dims[i] for i in stack))
     i = frozenset().union(*(view.dims[i] for i in inputs))
     rest = [d for d in range(len(view.dims)) if d not in (*stack, *inputs)]
     o = frozenset().union(view.summed, *(view.dims[d] for d in rest))
     if (s & i) or (s & o) or (i & o):
-        return {}
-    return {"stack": tuple(sorted(s)), "inputs": tuple(sorted(i)), "outputs": tuple(sorted(o))}
+        return Roles()
+    return Roles(tuple(sorted(s)), tuple(sorted(i)), tuple(sorted(o)))
 
 
-def _consumed(walker: _Walker, eqn: Any, view: View, roles: dict[str, tuple[int, ...]]) -> Flow:
-    walker.record(view, Use(eqn.primitive.name, program.where(eqn), **roles))
+def _consumed(walker: _Walker, eqn: Any, view: View, roles: Roles) -> Flow:
+    walker.record(view, Use(eqn.primitive.name, program.where(eqn), *roles))
     return Flow(tail=view.path)
 
 
@@ -336,7 +342,7 @@ def _squeeze(walker: _Walker, eqn: Any, ins: list[Flow]) -> Flow:
     rest = [d for i, d in enumerate(view.dims) if i not in axes]
     gone = frozenset().union(*(view.dims[i] for i in axes))
     if gone and sum(bool(d) for d in rest) == 1:
-        walker.record(view, Use("gather", program.where(eqn), **_roles(view, (), axes)))
+        walker.record(view, Use("gather", program.where(eqn), *_roles(view, (), axes)))
         return Flow(tail=view.path)
     return Flow(dataclasses.replace(view, dims=tuple(rest), stacked=view.stacked | gone))
 

@@ -151,7 +151,9 @@ class Layout:
                 )
 
     def __str__(self) -> str:
-        rows = [("path", "shape", "stack", "in", "out", "rank", "scale", "parameters")]
+        rows: list[tuple[str, ...]] = [
+            ("path", "shape", "stack", "in", "out", "rank", "scale", "parameters")
+        ]
         rows += [_row(t) for t in self.targets]
         rows += [("total", "", "", "", "", "", "", f"{self.size:,}")]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -212,11 +214,8 @@ def resolve(
     traced = program.trace(f, params, args, kwargs)
     found = axes.usage(traced)
     chosen = _choose(spec, found)
-    shapes = {
-        path: tuple(v.aval.shape)
-        for path, v in zip(traced.param_paths, traced.jaxpr.invars, strict=False)
-    }
-    fold = {path for pattern in spec.fold for path in _matching(pattern, found.uses)}
+    shapes = traced.param_shapes
+    fold = {path for pattern in spec.folded for path in _matching(pattern, found.uses)}
     return Layout(
         tuple(
             _target(path, shapes[path], found.uses[path], chosen[path], path in fold)

@@ -32,15 +32,15 @@ def from_nnx(model: Any, method: str = "__call__") -> tuple[Callable[..., Any], 
     """
     from flax import nnx  # 1.6 s of import time that only NNX users need
 
-    graphdef, param_state, rest_state = nnx.split(model, nnx.Param, ...)
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    param_state, rest_state = states
 
     def f(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         whole = nnx.merge(
             graphdef, _filled(nnx, param_state, params), _filled(nnx, rest_state, state)
         )
         out = getattr(whole, method)(*args, **kwargs)
-        _, _, new_state = nnx.split(whole, nnx.Param, ...)
-        return out, nnx.to_pure_dict(new_state)
+        return out, nnx.to_pure_dict(nnx.state(whole, nnx.Not(nnx.Param)))
 
     return f, nnx.to_pure_dict(param_state), nnx.to_pure_dict(rest_state)
 

@@ -7,6 +7,7 @@ releases is in this file; the rules elsewhere see one form.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,12 @@ class Program:
     param_paths: tuple[str, ...]  # of the first inputs, in order
     inputs: tuple[Any, ...]  # the array leaves, parameters first
     out_tree: Any
+
+    @property
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            path: tuple(x.shape) for path, x in zip(self.param_paths, self.inputs, strict=False)
+        }
 
 
 def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None) -> Program:
@@ -64,22 +71,24 @@ def opened(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def run(jaxpr: core.Jaxpr, eqns: Sequence[Any], invars: Any, outvars: Any, ins: Any) -> list[Any]:
-    """Evaluate some equations of `jaxpr` as they stand, needing no knowledge of them."""
-    piece = core.Jaxpr((), invars, outvars, eqns, jaxpr.effects, _debug_info(jaxpr, invars))
+def run(eqns: Sequence[Any], invars: Any, outvars: Any, ins: Any) -> list[Any]:
+    """Evaluate some equations as they stand, needing no knowledge of them."""
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    debug_info = _empty_debug_info()._replace(arg_names=("",) * len(invars))
+    piece = core.Jaxpr((), invars, outvars, eqns, effects, debug_info)
     return jax.core.eval_jaxpr(piece, (), *ins)
 
 
-def run_one(jaxpr: core.Jaxpr, eqn: Any, ins: Sequence[Any]) -> list[Any]:
+def run_one(eqn: Any, ins: Sequence[Any]) -> list[Any]:
     """Evaluate one equation on other inputs, of the same shapes and dtypes."""
-    invars = [v for v in eqn.invars if not isinstance(v, core.Literal)]
-    arrays = [x for v, x in zip(eqn.invars, ins, strict=True) if not isinstance(v, core.Literal)]
-    unique = dict(zip(invars, arrays, strict=True))
-    return run(jaxpr, [eqn], list(unique), eqn.outvars, list(unique.values()))
+    values = {v: x for v, x in zip(eqn.invars, ins, strict=True) if not isinstance(v, core.Literal)}
+    return run([eqn], list(values), eqn.outvars, list(values.values()))
 
 
-def _debug_info(jaxpr: core.Jaxpr, invars: Any) -> Any:
-    return jaxpr.debug_info._replace(arg_names=("",) * len(invars), result_paths=None)
+@functools.cache
+def _empty_debug_info() -> Any:
+    """A jaxpr must carry its origin; ours are pieces of one, so it says nothing."""
+    return opened(jax.make_jaxpr(lambda: ())())[0].debug_info._replace(result_paths=None)
 
 
 def bind(eqn: Any, *ins: Any) -> Any:
@@ -93,6 +102,28 @@ def scan_arity(eqn: Any) -> tuple[int, int]:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def jvp_of(eqn: Any) -> tuple[core.Jaxpr, Sequence[Any], list[int]]:
+    """The forward derivative of one equation, by whatever rule the equation brings.
+
+    Returns the jaxpr of `(*inputs, *tangents) -> (*outputs, *output tangents)`, its constants,
+    and which inputs have a tangent (the floating ones).
+    """
+    floating = [i for i, v in enumerate(eqn.invars) if is_float(v.aval.dtype)]
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+
+    def jvp(ins: list[Any], tangents: list[Any]) -> Any:
+        def primal(*moving: Any) -> list[Any]:
+            whole = list(ins)
+            for i, x in zip(floating, moving, strict=True):
+                whole[i] = x
+            return run_one(eqn, whole)
+
+        return jax.jvp(primal, [ins[i] for i in floating], tangents)
+
+    traced = jax.make_jaxpr(jvp)(shapes, [shapes[i] for i in floating])
+    return (*opened(traced), floating)
 
 
 CALLS = {  # primitives that call one jaxpr with their operands: name -> its parameter

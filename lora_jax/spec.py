@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from lora_jax.errors import LoraError
 
@@ -53,20 +54,23 @@ class LoraSpec:
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str | Rule, ...] | str = ALL_LINEAR
-    fold: tuple[str, ...] = ()
+    fold: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
         check_rank(self.rank, "LoraSpec")
         check_alpha(self.alpha, "LoraSpec")
-        targets = (self.targets,) if isinstance(self.targets, str | Rule) else tuple(self.targets)
-        fold = (self.fold,) if isinstance(self.fold, str) else tuple(self.fold)
-        object.__setattr__(self, "targets", targets)
-        object.__setattr__(self, "fold", fold)
+        object.__setattr__(self, "targets", _tuple_of(self.targets))
+        object.__setattr__(self, "fold", _tuple_of(self.fold))
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """The patterns of `fold` as a tuple."""
+        return _tuple_of(self.fold)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The targets as rules, in order, each with its rank and alpha filled in."""
-        rules = (t if isinstance(t, Rule) else Rule(t) for t in self.targets)
+        rules = (t if isinstance(t, Rule) else Rule(t) for t in _tuple_of(self.targets))
         return tuple(
             dataclasses.replace(
                 rule,
@@ -75,6 +79,10 @@ class LoraSpec:
             )
             for rule in rules
         )
+
+
+def _tuple_of(one_or_many: Any) -> tuple[Any, ...]:
+    return (one_or_many,) if isinstance(one_or_many, str | Rule) else tuple(one_or_many)
 
 
 def check_rank(rank: int, where: str) -> None:

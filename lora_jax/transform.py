@@ -100,7 +100,7 @@ class _Interpreter:
             self._run_plain(jaxpr, start, i, env, last_use)
             start = i + 1
             ins = [_read(env, v) for v in eqn.invars]
-            for v, out in zip(eqn.outvars, self._apply(jaxpr, eqn, ins), strict=True):
+            for v, out in zip(eqn.outvars, self._apply(eqn, ins), strict=True):
                 env[v] = out
                 if isinstance(out, AdaptedWeight):
                     adapted.add(v)
@@ -117,17 +117,17 @@ class _Interpreter:
             reads = [v for e in eqns for v in e.invars if not isinstance(v, program.core.Literal)]
             needed = [v for v in dict.fromkeys(reads) if v not in made]
             kept = [v for v in made if last_use.get(v, -1) >= stop]
-            outs = program.run(jaxpr, eqns, needed, kept, [env[v] for v in needed])
+            outs = program.run(eqns, needed, kept, [env[v] for v in needed])
             env.update(zip(kept, outs, strict=True))
         for v in [v for v in env if last_use.get(v, -1) < stop]:
             del env[v]
 
-    def _apply(self, jaxpr: Any, eqn: Any, ins: list[Any]) -> Sequence[Any]:
+    def _apply(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
         rule = RULES.get(eqn.primitive.name)
         outs = None if rule is None else rule(self, eqn, ins)
         if outs is not None:
             return outs
-        return program.run_one(jaxpr, eqn, [self.plain(eqn, v) for v in ins])
+        return program.run_one(eqn, [self.plain(eqn, v) for v in ins])
 
     def plain(self, eqn: Any, value: Any) -> Any:
         """A value where only an array will do: a weight is folded if allowed, else refused."""

@@ -322,6 +322,23 @@ def bare_custom_jvp() -> Any:
 
 
 @case
+def bare_custom_jvp_straight_through() -> Any:
+    """Its rule is not the derivative of its equations: entering it would lose the gradient of x."""
+
+    @jax.custom_jvp
+    def quantised(w: Any, x: Any) -> Any:
+        return jnp.round(x) @ w
+
+    @quantised.defjvp
+    def rule(primals: Any, tangents: Any) -> Any:
+        (w, x), (dw, dx) = primals, tangents
+        return quantised(w, x), 3 * jnp.sin(x) @ dw + dx @ w
+
+    f = lambda p, x: quantised(p["w"], x)  # noqa: E731
+    return f, {"w": normal(0, 10, 14)}, (3 * normal(1, B, 10),), ("w",)
+
+
+@case
 def bare_custom_jvp_beside() -> Any:
     f = lambda p, x: jax.nn.relu(x @ p["w"])  # noqa: E731
     return f, {"w": normal(0, 10, 14)}, (normal(1, B, 10),), ("w",)

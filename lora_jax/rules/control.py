@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import program
@@ -16,7 +17,7 @@ Outs = list[Any] | None
 
 
 def _inline(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    """A nested `jit` or `custom_jvp`: its equations, as if written in place.
+    """A nested `jit`: its equations, as if written in place.
 
     A nested jit's output shardings, where it has any, are kept as constraints.
     """
@@ -29,6 +30,51 @@ def _inline(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
         lax.with_sharding_constraint(o, s) if isinstance(s, jax.sharding.Sharding) else o
         for o, s in zip(outs, shardings, strict=True)
     ]
+
+
+def _custom_jvp(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+    """A function with its own derivative rule keeps that rule.
+
+    With W = w + s a b the tangent of W is `dw + s da b + s a db`, and the rule is linear in it:
+    its equations are interpreted for the two low-rank weights (dw, da, b) and (0, a, db), and
+    the two answers are added.
+    """
+    jaxpr, consts = program.called(eqn)
+
+    @jax.custom_jvp
+    def call(ins: Ins) -> list[Any]:
+        return [interpreter.plain(eqn, o) for o in interpreter.evaluate(jaxpr, consts, ins)]
+
+    @call.defjvp
+    def derivative(primals: Any, tangents: Any) -> Any:
+        (ins,), (tangent_ins,) = primals, tangents
+        rule, rule_consts, floating = program.jvp_of(eqn)
+
+        def push(tangents: Ins) -> list[Any]:
+            outs = interpreter.evaluate(rule, rule_consts, [*ins, *tangents])
+            return [interpreter.plain(eqn, o) for o in outs]
+
+        pairs = [(ins[i], tangent_ins[i]) for i in floating]
+        first, second = push([_along_a(*p) for p in pairs]), push([_along_b(*p) for p in pairs])
+        n = len(first) // 2
+        return first[:n], [x + y for x, y in zip(first[n:], second[n:], strict=True)]
+
+    return call(ins)
+
+
+def _along_a(value: Any, tangent: Any) -> Any:
+    """The part `dw + s da b` of a weight's tangent; all of any other tangent."""
+    if not isinstance(value, AdaptedWeight):
+        return tangent
+    return AdaptedWeight(tangent.w, tangent.a, value.b, value.scale, value.target)
+
+
+def _along_b(value: Any, tangent: Any) -> Any:
+    """The part `s a db` of a weight's tangent; nothing of any other tangent."""
+    if not isinstance(value, AdaptedWeight):
+        return jnp.zeros_like(tangent)
+    w = Named(jnp.zeros_like(tangent.w.array), value.w.names)
+    return AdaptedWeight(w, value.a, tangent.b, value.scale, value.target)
 
 
 def _remat(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
@@ -88,10 +134,10 @@ def _while(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     cond_fixed, fixed, carry = ins[:n_cond], ins[n_cond : n_cond + n_body], ins[n_cond + n_body :]
     loop = _Carry(interpreter, eqn, carry, program.invariant_carry(jaxpr, n_body, len(carry)))
 
-    def test(moving: list[Any]) -> Any:
+    def test(moving: Sequence[Any]) -> Any:
         return interpreter.evaluate(cond, cond_consts, [*cond_fixed, *loop.whole(moving)])[0]
 
-    def body(moving: list[Any]) -> list[Any]:
+    def body(moving: Sequence[Any]) -> Sequence[Any]:
         return loop.moving(interpreter.evaluate(jaxpr, consts, [*fixed, *loop.whole(moving)]))
 
     return loop.whole(lax.while_loop(test, body, loop.moving(carry)))
@@ -136,6 +182,7 @@ def _cond(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
     **{name: _inline for name in program.CALLS if name not in program.REMATS},
     **dict.fromkeys(program.REMATS, _remat),
+    "custom_jvp_call": _custom_jvp,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

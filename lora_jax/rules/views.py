@@ -121,8 +121,8 @@ def _dynamic_slice(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     def cut(n: Named) -> Named:
         whole = [at.get(x, (0, size)) for x, size in zip(n.names, n.array.shape, strict=True)]
         begin, sizes = zip(*whole, strict=True)
-        begin = [jnp.asarray(b, jnp.int32) for b in begin]
-        return Named(lax.dynamic_slice(n.array, begin, sizes), n.names)
+        starts = [jnp.asarray(b, jnp.int32) for b in begin]
+        return Named(lax.dynamic_slice(n.array, starts, sizes), n.names)
 
     return [_map(v, cut)]
 
