@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 finished = train(config, path, console)
         summary.show(finished, console)
     except USER_ERRORS as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        say(Console(stderr=True, style="red"), f"error: {error}")
         return 1
     except KeyboardInterrupt:
         say(console, "Stopped. The last checkpoint is kept: the same command goes on from it.")

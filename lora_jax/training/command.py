@@ -86,9 +86,9 @@ def _find(path: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
     for candidate in (path, root / path):
         if candidate.is_file():
             return candidate
-    folder = next((p for p in (path.parent, root / path.parent) if p.is_dir()), root / "configs")
-    there = sorted(str(p) for p in (*folder.glob("*.py"), *(root / "configs").glob("*.py")))
-    there = [p for p in dict.fromkeys(there) if not p.endswith("__init__.py")]
+    folder = next((p for p in (path.parent, root / path.parent) if p.is_dir()), root)
+    files = {p.resolve(): p for p in (*(root / "configs").glob("*.py"), *folder.glob("*.py"))}
+    there = sorted(str(p) for p in files.values() if p.name not in ("__init__.py", "train.py"))
     raise ConfigError(
         f"no config file {path}; nearest:\n{listed(nearest(str(path), there, n=1))}\n"
         f"there are:\n{listed(there, limit=20)}"

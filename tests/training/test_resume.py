@@ -33,26 +33,30 @@ def checkpoints(path: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def kill_after(process: subprocess.Popen[str], path: pathlib.Path, step: int) -> None:
-    """SIGKILL as soon as a checkpoint of at least `step` is there."""
+def stop_after(
+    process: subprocess.Popen[str], path: pathlib.Path, step: int, number: signal.Signals
+) -> str:
+    """Send the signal as soon as a checkpoint of at least `step` is there; what was printed."""
     deadline = time.monotonic() + 120
     while not [s for s in checkpoints(path) if s >= step]:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no checkpoint was written"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -number), output
+    return output
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathlib.Path, str]:
-    """One run never stopped, one killed twice on its way, and what the last start printed."""
+    """One run never stopped, one killed and then interrupted, and what the last start printed."""
     folder = tmp_path_factory.mktemp("resume")
     whole, killed = folder / "whole", folder / "killed"
     finish(spawn(whole, *ARGUMENTS))
-    for step in (100, 500):
-        kill_after(spawn(killed, *ARGUMENTS), killed, step)
+    for step, number in ((100, signal.SIGKILL), (500, signal.SIGINT)):
+        printed = stop_after(spawn(killed, *ARGUMENTS), killed, step, number)
+        assert ("The last checkpoint is kept" in printed) == (number == signal.SIGINT)
         assert not (killed / "summary.json").exists(), "it was killed too late to test anything"
         held = [line["step"] for line in metrics.read(killed) if "split" not in line]
         assert held[: checkpoints(killed)[-1]] == list(range(1, checkpoints(killed)[-1] + 1))
