@@ -1,0 +1,101 @@
+"""Their side: the same shapes and losses in PyTorch, `transformers` and PEFT. No JAX here.
+
+Dropout is 0 and weights are random, as on our side. Each run is there with both implementations of
+attention, `name/eager` and `name/sdpa`: the comparison takes the faster.
+"""
+
+import pathlib
+import sys
+
+import peft
+import torch
+import transformers
+from torch.nn import functional
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from benchmarks.peft.worker import serve
+
+QUERY_VALUE = {"minilm": r".*\.(query|value)", "smollm2": r".*\.(q_proj|v_proj)"}
+ALL_LINEAR = {
+    "minilm": r".*\.(query|key|value|dense)",
+    "smollm2": r".*\.(q|k|v|o|gate|up|down)_proj",
+}
+
+
+class Classifier(torch.nn.Module):
+    """BERT encoder, mean pooling, two classes."""
+
+    def __init__(self, attention):
+        super().__init__()
+        config = transformers.BertConfig(
+            vocab_size=30_522,
+            hidden_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            intermediate_size=1536,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            attn_implementation=attention,
+        )
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
+        self.head = torch.nn.Linear(384, 2)
+
+    def forward(self, input_ids):
+        return self.head(self.bert(input_ids=input_ids).last_hidden_state.mean(1))
+
+
+class Decoder(torch.nn.Module):
+    """Llama decoder with tied embeddings."""
+
+    def __init__(self, attention):
+        super().__init__()
+        config = transformers.LlamaConfig(
+            vocab_size=49_152,
+            hidden_size=576,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            intermediate_size=1536,
+            tie_word_embeddings=True,
+            attn_implementation=attention,
+        )
+        self.llama = transformers.LlamaForCausalLM(config)
+
+    def forward(self, input_ids):
+        return self.llama(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)
+
+
+BUILD = {"minilm": (Classifier, (32, 48), 30_522), "smollm2": (Decoder, (8, 48), 49_152)}
+
+
+def gradient(model, ids, labels):
+    """A function that takes the gradient of the mean cross entropy in all that requires one."""
+    model.train()
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        functional.cross_entropy(model(ids), labels).backward()
+
+    return run
+
+
+def main() -> None:
+    name, threads = sys.argv[1], int(sys.argv[2])
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    build, shape, vocabulary = BUILD[name]
+    ids = torch.randint(0, vocabulary, shape)
+    labels = torch.randint(0, 2, shape[:1]) if name == "minilm" else ids.flatten()
+    runs = {}
+    for attention in ("eager", "sdpa"):
+        runs[f"full/{attention}"] = gradient(build(attention), ids, labels)
+        for what, targets in (("q and v", QUERY_VALUE), ("all-linear", ALL_LINEAR)):
+            config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets[name])
+            model = peft.get_peft_model(build(attention), config)
+            runs[f"{what}/{attention}"] = gradient(model, ids, labels)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    serve(runs, f"{versions}, peft {peft.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""The protocol of the two workers: a name on standard input, its seconds on standard output."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+
+def serve(runs: Mapping[str, Callable[[], object]], versions: str) -> None:
+    """Warm each run up, say so, then time the run that each line of standard input names."""
+    for run in runs.values():
+        run()
+        run()
+    print("ready", versions, *runs, sep="\t", flush=True)
+    for line in sys.stdin:
+        run = runs[line.strip()]
+        start = time.perf_counter()
+        run()
+        print(time.perf_counter() - start, flush=True)
