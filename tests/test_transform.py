@@ -171,3 +171,20 @@ def test_resolve_needs_shapes_only(case: cases.Case) -> None:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case.params)
     spec = lora_jax.LoraSpec(RANK, 3.0 * RANK, case.targets)
     assert lora_jax.resolve(spec, case.f, shapes, *case.args, **case.kwargs) == layout
+
+
+@pytest.mark.parametrize("name", ["linen_attention", "bare_ragged_dot", "linen_conv_grouped"])
+def test_forward_mode_and_second_derivatives(name: str) -> None:
+    """Red if the fast path is a custom VJP: JAX then has no forward mode, so no curvature."""
+    case = cases.REGISTRY[name]()
+    layout, adapters = resolved(case)
+    fast, slow = both(case, layout)
+    tangent = jax.tree.map(jnp.cos, adapters)
+
+    def curvature(fn: Any) -> Any:
+        gradient = jax.grad(lambda ad: jnp.tanh(scalar(fn)(case.params, ad) / 50))
+        return jax.jvp(gradient, (adapters,), (tangent,))
+
+    assert_close(
+        jax.jit(curvature, static_argnums=0)(fast), jax.jit(curvature, static_argnums=0)(slow), 1e-4
+    )
