@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import axes, lowrank, program
+from lora_jax import lowrank, program, view
 from lora_jax.weight import RANK, AdaptedWeight, Named, Names, einsum, fresh
 
 Ins = list[Any]
@@ -109,7 +109,7 @@ def _ragged_dot(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
 def _gather(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     """Rows looked up (an embedding), or some layers or experts chosen from a stack."""
     v, indices = ins
-    if not isinstance(v, AdaptedWeight) or not axes.whole_rows(eqn):
+    if not isinstance(v, AdaptedWeight) or not view.whole_rows(eqn):
         return None
     dn = eqn.params["dimension_numbers"]
     looked_up = v.names_at(dn.collapsed_slice_dims)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import axes, program
+from lora_jax import program, view
 from lora_jax.weight import AdaptedWeight, Named, Names, fresh
 
 Ins = list[Any]
@@ -195,7 +195,7 @@ def _reshape(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     del interpreter
     v, new = ins[0], eqn.outvars[0].aval.shape
     names: list[int] = list(fresh(len(new)))
-    for old_axes, new_axes in axes.reshape_groups(v.shape, new):
+    for old_axes, new_axes in view.reshape_groups(v.shape, new):
         sizes = [new[j] for j in new_axes]
         if len(old_axes) == len(new_axes) == 1:
             names[new_axes[0]] = v.w.names[old_axes[0]]
