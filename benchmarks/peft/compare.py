@@ -3,9 +3,10 @@
     python -m benchmarks.peft.compare
 
 The first run makes an environment of its own (`benchmarks/peft/.venv`) with PyTorch,
-`transformers` and PEFT: 1 GB, or several where pip picks the build of PyTorch that brings CUDA. Two worker processes, one for each side, hold the same model with the same
-losses (see `ours.py`, `theirs.py`); they are asked in turns, on the same cores, while the other one
-waits. Numbers are medians, theirs of the faster of their two attentions.
+`transformers` and PEFT: 1 GB, or several where pip picks the build of PyTorch that brings CUDA.
+Two worker processes, one for each side, hold the same model with the same losses (see `ours.py`,
+`theirs.py`); they are asked in turns, on the same cores, while the other one waits. Numbers are
+medians, theirs of the faster of their two attentions.
 """
 
 import argparse

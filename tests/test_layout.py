@@ -1,0 +1,186 @@
+"""The house: who may import whom, and what a file may be. Imports inside functions count."""
+
+import ast
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import lora_jax
+import lora_jax.models
+import lora_jax.training.data
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lora_jax"
+
+# Room -> the rooms it may import, and does. A room is a module of the core, or a package; "" is
+# `lora_jax/__init__.py`. No room of the core may import `models` or `training`, or the facade.
+ARROWS = {
+    "": {"adapters", "checkpoint", "errors", "frozen", "layout", "merge", "nnx", "paths", "spec"}
+    | {"transform"},
+    "errors": set(),
+    "paths": {"errors"},
+    "spec": {"errors"},
+    "program": {"paths"},
+    "view": {"program"},
+    "axes": {"program", "view"},
+    "layout": {"axes", "errors", "paths", "program", "spec"},
+    "adapters": {"errors", "layout"},
+    "merge": {"adapters", "layout", "paths"},
+    "weight": {"adapters", "layout", "merge"},
+    "lowrank": {"weight"},
+    "rules": {"lowrank", "program", "view", "weight"},
+    "transform": {"adapters", "errors", "layout", "paths", "program", "rules", "weight"},
+    "frozen": {"errors", "paths"},
+    "checkpoint": {"adapters", "errors", "layout"},
+    "nnx": set(),
+    "models": set(),
+    "training": {"", "checkpoint", "errors", "models", "paths"},
+}
+# What the core needs beside JAX and NumPy, and where.
+CORE_LIBRARIES = {
+    "flax": {"nnx"},
+    "optax": {"frozen"},
+    "orbax": {"checkpoint"},
+    "etils": {"checkpoint"},
+}
+ORBAX = {"lora_jax/checkpoint.py"}  # its names still move: one file follows them
+CEILING = 400  # lines of a file
+
+# Distribution -> what it is imported as, where the two differ.
+IMPORT_NAMES = {
+    "absl-py": "absl",
+    "orbax-checkpoint": "orbax",
+    "tensorflow-datasets": "tensorflow_datasets",
+}
+
+
+def sources(*folders: str) -> list[pathlib.Path]:
+    found = [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py"))]
+    return [p for p in found if not any(part.startswith(".venv") for part in p.parts)]
+
+
+EVERYWHERE = [*sources("lora_jax", "configs", "benchmarks", "tests"), ROOT / "train.py"]
+
+
+def name_of(path: pathlib.Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Full dotted names of all that the file imports; `from a import b` is `a.b`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def libraries(path: pathlib.Path) -> set[str]:
+    ours = {"lora_jax", "configs", "train", "benchmarks", "tests"}
+    tops = {name.split(".")[0] for name in imports(path)}
+    return tops - set(sys.stdlib_module_names) - ours
+
+
+def room(path: pathlib.Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def room_of(imported: str) -> str:
+    """The room that holds `lora_jax.x.y`; what is not a module there is a name of the facade."""
+    first = imported.split(".")[1] if "." in imported else ""
+    return first if first in ARROWS else ""
+
+
+def rooms_imported(path: pathlib.Path) -> set[str]:
+    ours = {name for name in imports(path) if name.split(".")[0] == "lora_jax"}
+    return {room_of(name) for name in ours} - {room(path)}
+
+
+def test_every_file_is_in_a_room() -> None:
+    assert {room(path) for path in sources("lora_jax")} == set(ARROWS)
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_arrows(name: str) -> None:
+    files = [path for path in sources("lora_jax") if room(path) == name]
+    assert set().union(*map(rooms_imported, files)) == ARROWS[name]
+
+
+def test_arrows_have_no_cycle() -> None:
+    left = dict(ARROWS)
+    while left:
+        leaves = {name for name, targets in left.items() if not targets & set(left)}
+        assert leaves, f"a cycle among {sorted(left)}"
+        left = {name: targets for name, targets in left.items() if name not in leaves}
+
+
+def test_core_needs_little() -> None:
+    core = [path for path in sources("lora_jax") if room(path) not in ("models", "training")]
+    for path in core:
+        for library in libraries(path) - {"jax", "numpy"}:
+            assert room(path) in CORE_LIBRARIES.get(library, set()), f"{name_of(path)}: {library}"
+
+
+def test_orbax_in_one_file() -> None:
+    importing = {name_of(p) for p in sources("lora_jax") if "orbax" in libraries(p)}
+    assert importing == ORBAX
+
+
+def test_imported_libraries_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=\[; ]", line)[0] for line in project["dependencies"]}
+    optional = project["optional-dependencies"]["hub"]
+    declared |= {re.split(r"[<>=\[; ]", line)[0] for line in optional}
+    known = {IMPORT_NAMES.get(name, name) for name in declared}
+    used = set().union(*map(libraries, [*sources("lora_jax", "configs"), ROOT / "train.py"]))
+    assert used <= known
+
+
+@pytest.mark.parametrize("path", EVERYWHERE, ids=name_of)
+def test_public_jax_only(path: pathlib.Path) -> None:
+    assert "jax." + "_src" not in path.read_text()
+
+
+def test_no_tensorflow_and_no_backend_at_import() -> None:
+    """Importing all of it loads no other framework, and touches no device."""
+    modules = [
+        name_of(p).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        for p in sources("lora_jax")
+    ]
+    program = (
+        f"import importlib, sys\nfor m in {modules}: importlib.import_module(m)\n"
+        "bad = [m for m in ('tensorflow', 'torch', 'transformers') if m in sys.modules]\n"
+        "assert not bad, bad\n"
+        "import jax\njax.config.update('jax_num_cpu_devices', 3)  # raises once a backend is up\n"
+        "assert len(jax.devices('cpu')) == 3\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("path", sources("lora_jax"), ids=name_of)
+def test_manners(path: pathlib.Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= CEILING
+    called = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    assert "hasattr" not in called
+
+
+@pytest.mark.parametrize("module", [lora_jax, lora_jax.models, lora_jax.training.data])
+def test_public_names_are_documented(module: object) -> None:
+    public = {n: v for n, v in vars(module).items() if not n.startswith("_")}
+    assert public
+    for name, value in public.items():
+        if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
+            text = value.__doc__ or ""
+            # dataclasses and NamedTuples write `Name(field, ...)` where the author wrote nothing
+            assert text.strip(), f"{name} has no docstring"
+            assert not text.startswith(f"{name}("), f"{name} has no docstring of its own"
