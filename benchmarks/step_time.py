@@ -66,7 +66,7 @@ def _stepping(gradient: Callable[..., Any], trained: Any, *rest: Any) -> Callabl
 
 def rows(setup: common.Setup, repeats: int) -> list[tuple[str, ...]]:
     """Lines of the table for one model."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for what, build in (("gradient", gradients), ("gradient + AdamW", steps)):
         seconds = common.interleaved(build(setup), repeats)
         for name, taken in seconds.items():
