@@ -54,7 +54,7 @@ class Record:
     def __init__(self, directory: pathlib.Path, length: int = 0, step: int = 0) -> None:
         """Open the record, cut to `length` bytes; events after `step` are marked as purged."""
         self._file = (directory / "metrics.jsonl").open("ab")
-        self._file.truncate(length)
+        self._file.truncate(min(length, self._file.tell()))  # never longer than it is
         purge = step + 1 if step else 0
         self._events = tensorboardX.SummaryWriter(str(directory), purge_step=purge)
 
