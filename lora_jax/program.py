@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -89,6 +90,16 @@ def run_one(eqn: Any, ins: Sequence[Any]) -> list[Any]:
 def _empty_debug_info() -> Any:
     """A jaxpr must carry its origin; ours are pieces of one, so it says nothing."""
     return opened(jax.make_jaxpr(lambda: ())())[0].debug_info._replace(result_paths=None)
+
+
+def origin(eqn: Any) -> AbstractContextManager[None]:
+    """While this is entered, new equations say that they come from where `eqn` comes from.
+
+    Profiles, HLO dumps and error messages then name the user's modules and lines.
+    """
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    return source_info_util.user_context(info.traceback, name_stack=stack)
 
 
 def bind(eqn: Any, *ins: Any) -> Any:

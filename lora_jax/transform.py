@@ -124,10 +124,11 @@ class _Interpreter:
 
     def _apply(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
         rule = RULES.get(eqn.primitive.name)
-        outs = None if rule is None else rule(self, eqn, ins)
-        if outs is not None:
-            return outs
-        return program.run_one(eqn, [self.plain(eqn, v) for v in ins])
+        with program.origin(eqn):
+            outs = None if rule is None else rule(self, eqn, ins)
+            if outs is None:
+                outs = program.run_one(eqn, [self.plain(eqn, v) for v in ins])
+        return outs
 
     def plain(self, eqn: Any, value: Any) -> Any:
         """A value where only an array will do: a weight is folded if allowed, else refused."""

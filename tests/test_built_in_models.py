@@ -1,0 +1,80 @@
+"""The transform on the models of this package: what `"all-linear"` takes, and `adapt == merge`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax
+from lora_jax import models
+from tests.test_transform import assert_close, scalar
+
+pytestmark = pytest.mark.standard_promotion
+IDS = jnp.arange(12).reshape(2, 6)
+MASK = jnp.arange(6)[None] < jnp.array([[6], [4]])
+
+BERT = models.BertConfig(
+    vocab_size=31, hidden_size=12, num_layers=2, num_heads=2, mlp_size=26, max_positions=16
+)
+LLAMA = models.LlamaConfig(
+    vocab_size=31,
+    hidden_size=12,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_size=26,
+    max_positions=16,
+)
+
+
+def built(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """A function of (params, *args), its parameters, its arguments."""
+    if isinstance(config, models.BertConfig):
+        module: Any = models.BertClassifier(config, 3, "mean")
+        args: tuple[Any, ...] = (IDS, MASK)
+    else:
+        module, args = models.Llama(config), (IDS,)
+    params = module.init(jax.random.key(0), *args)["params"]
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(1), x.shape), params)
+    return (lambda p, *a: module.apply({"params": p}, *a)), params, args
+
+
+@pytest.mark.parametrize(
+    ("scan_layers", "remat"), [(False, "none"), (False, "dots"), (True, "none"), (True, "full")]
+)
+@pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
+def test_adapted_equals_merged(config: Any, scan_layers: bool, remat: str) -> None:
+    f, params, args = built(dataclasses.replace(config, scan_layers=scan_layers, remat=remat))
+    layout = lora_jax.resolve(lora_jax.LoraSpec(2, 4.0), f, params, *args)
+    assert len(layout.targets) == (6 if config is BERT else 7) * (1 if scan_layers else 2)
+    adapters = lora_jax.init(jax.random.key(1), layout)
+    adapters = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), adapters
+    )
+    g = lora_jax.adapt(layout, f)
+    fast = scalar(lambda p, ad: g(p, ad, *args))
+    slow = scalar(lambda p, ad: f(lora_jax.merge(layout, p, ad), *args))
+    got = jax.jit(jax.grad(fast, 1))(params, adapters)
+    assert_close(got, jax.jit(jax.grad(slow, 1))(params, adapters), tolerance=5e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_linear_leaves_out_the_language_models_head(tied: bool) -> None:
+    """Red if the tied table is taken for its product, or lm_head is not seen as the head."""
+    f, params, args = built(dataclasses.replace(LLAMA, tied=tied))
+    layout = lora_jax.resolve(lora_jax.LoraSpec(2), f, params, *args)
+    assert {t.path.split("/")[0] for t in layout.targets} == {"layers_0", "layers_1"}
+
+
+def test_profiles_name_the_users_modules() -> None:
+    """Red if the interpreter drops where an equation comes from."""
+    f, params, args = built(LLAMA)
+    layout = lora_jax.resolve(lora_jax.LoraSpec(2), f, params, *args)
+    adapters = lora_jax.init(jax.random.key(1), layout)
+    compiled = jax.jit(lora_jax.adapt(layout, f)).lower(params, adapters, *args).compile()
+    assert "Llama/layers_1/attention/q/jit(_add)/lora/" in compiled.as_text()
