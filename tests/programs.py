@@ -17,7 +17,8 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr)
+            list(eqn.params.values()),
+            is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr),
         ):
             if isinstance(inner, core.Jaxpr | core.ClosedJaxpr):
                 yield from equations(inner)
@@ -26,6 +27,4 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 def product_sizes(f: Any, *args: Any) -> set[int]:
     """The numbers of elements that products in `f(*args)` have in their results."""
     traced = jax.make_jaxpr(f)(*args)
-    return {
-        eqn.outvars[0].aval.size for eqn in equations(traced) if eqn.primitive.name in PRODUCTS
-    }
+    return {eqn.outvars[0].aval.size for eqn in equations(traced) if eqn.primitive.name in PRODUCTS}
