@@ -11,6 +11,7 @@ that, and `lora_jax.training` holds the parts.
 
 from __future__ import annotations
 
+import logging
 import pathlib
 import sys
 import time
@@ -43,6 +44,7 @@ USER_ERRORS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of parts without arrays
     console = Console()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
