@@ -216,10 +216,15 @@ class BertClassifier(nn.Module):
 
     @nn.compact
     def __call__(
-        self, input_ids: Array, mask: Array | None = None, deterministic: bool = True
+        self,
+        input_ids: Array,
+        mask: Array | None = None,
+        token_types: Array | None = None,
+        deterministic: bool = True,
     ) -> Array:
         """Logits [B, num_classes], float32. Arguments as `Bert`'s."""
         check_choice("pooling", self.pooling, POOLINGS)
-        hidden = Bert(self.config, name="bert")(input_ids, mask, deterministic=deterministic)
+        encoder = Bert(self.config, name="bert")
+        hidden = encoder(input_ids, mask, token_types, deterministic=deterministic)
         head = _Head(self.config, self.num_classes, self.pooling, deterministic, name="classifier")
         return head(hidden, mask)

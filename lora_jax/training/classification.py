@@ -77,8 +77,8 @@ def apply_of(model: models.BertClassifier) -> Any:
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
         dropping = train and drops
         rngs = {"dropout": key} if dropping else None
-        ids, mask = batch["input_ids"], batch["mask"]
-        return model.apply({"params": params}, ids, mask, deterministic=not dropping, rngs=rngs)
+        inputs = (batch["input_ids"], batch["mask"], batch.get("token_types"))
+        return model.apply({"params": params}, *inputs, deterministic=not dropping, rngs=rngs)
 
     return apply
 

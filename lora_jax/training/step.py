@@ -41,7 +41,7 @@ def create(trained: Trained, tx: optax.GradientTransformation, key: jax.Array) -
 def check_apart(layout: lora_jax.Layout, base: dict[str, Any]) -> None:
     """Raise unless no parameter is both adapted and trained in full.
 
-    The low-rank product takes no gradient with respect to W, so such a W would stand still.
+    An update beside W moves nothing that W itself does not move when it is trained too.
     """
     both = [target.path for target in layout.targets if target.path in base]
     if both:

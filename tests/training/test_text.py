@@ -13,9 +13,10 @@ import pytest
 
 import lora_jax
 import train
+from lora_jax import models
 from lora_jax.training import command, scores
 from lora_jax.training.causal_lm import causal_lm
-from lora_jax.training.classification import classification
+from lora_jax.training.classification import apply_of, classification
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
 from lora_jax.training.data.config import DataConfig
 from lora_jax.training.text import ModelConfig, TextConfig
@@ -44,6 +45,23 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tiny.write_model(tmp_path_factory.mktemp("models") / "llama", tiny.LLAMA)
+
+
+def test_pairs_are_told_apart_by_their_token_types() -> None:
+    """Red if the workload drops what the tokenizer says of the second text of a pair."""
+    config = models.BertConfig(
+        vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, mlp_size=8, max_positions=8
+    )
+    model = models.BertClassifier(config, 2)
+    ids = np.array([[1, 2, 3, 4]], np.int32)
+    batch = {"input_ids": ids, "mask": np.ones_like(ids, bool)}
+    params = model.init(jax.random.key(0), ids)["params"]
+    params["bert"]["embeddings"]["token_type"]["embedding"] *= 50  # it starts small
+    apply = apply_of(model)
+    one = apply(params, batch, train=False, key=None)
+    types = {"token_types": np.array([[0, 0, 1, 1]], np.int32)}
+    two = apply(params, batch | types, train=False, key=None)
+    assert np.abs(one - two).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", TABLE_9)
