@@ -1,0 +1,52 @@
+"""Accuracy on the review snippets: LoRA with a head, and the same head alone on the frozen encoder.
+
+    python -m benchmarks.reviews
+
+Each run is one command of `train.py`, which is printed; a run that is finished is read, not
+repeated. Test accuracy is that of the adapter that the validation split picked.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import statistics
+import subprocess
+import sys
+
+from benchmarks import common
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SETTINGS = {"LoRA r=8 on q and v, and the head": (), "the head alone": ("--lora.targets",)}
+
+
+def accuracy(arguments: tuple[str, ...], folder: pathlib.Path) -> tuple[float, float]:
+    """Validation and test accuracy of one run."""
+    command = ["train.py", *arguments, "--run-dir", str(folder)]
+    print("python", shlex.join(command), flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    after = json.loads((folder / "summary.json").read_text())["after"]
+    return after["validation"]["accuracy"], after["test"]["accuracy"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Review snippets: LoRA against the head alone.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "reviews")
+    args = parser.parse_args()
+    lines = []
+    for name, arguments in SETTINGS.items():
+        kind = "head" if arguments else "lora"
+        pairs = [
+            accuracy(("--seed", str(seed), *arguments), args.runs / f"{kind}-{seed}")
+            for seed in args.seeds
+        ]
+        for split, numbers in zip(("validation", "test"), zip(*pairs, strict=True), strict=True):
+            each = " ".join(f"{x:.4f}" for x in numbers)
+            lines.append((name, split, each, f"{statistics.mean(numbers):.4f}"))
+    print(f"\n{common.hardware()}\n")
+    print(common.table(("trained", "split", f"seeds {args.seeds}", "mean"), lines))
+
+
+if __name__ == "__main__":
+    main()
