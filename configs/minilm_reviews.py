@@ -28,7 +28,7 @@ config = TextConfig(
         rank=8, alpha=16.0, targets=("bert/encoder/layer*/attention/{query,value}/kernel",)
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="linear", warmup=0.06),
-    steps=1122,
-    evaluate_every=561,
+    steps=1288,
+    evaluate_every=322,
     checkpoint_every=100,
 )

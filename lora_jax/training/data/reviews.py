@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from lora_jax.models.packages import locate
 from lora_jax.training.data.sides import normalise, side
 
-SHARES = {"train": 0.70, "validation": 0.15, "test": 0.15}
+SHARES = {"train": 0.80, "validation": 0.10, "test": 0.10}
 LABELS = ("rotten", "fresh")
 Review = tuple[int, dict[str, str]]  # row number in the file, fields
 NOTE = (
@@ -34,7 +34,7 @@ _SHA256 = "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"
 class MovieReviews(tfds.core.GeneratorBasedBuilder):
     """Fields: text (one sentence), label (rotten or fresh), movie (its name as the file has it)."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
