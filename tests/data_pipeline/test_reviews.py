@@ -22,9 +22,9 @@ def test_sizes_and_balance(source: Source) -> None:
         for split in source.splits
     }
     assert counts == {
-        "train": {0: 3792, 1: 5175},
-        "validation": {0: 831, 1: 1130},
-        "test": {0: 782, 1: 1098},
+        "train": {0: 4342, 1: 5947},
+        "validation": {0: 547, 1: 713},
+        "test": {0: 516, 1: 743},
     }
     assert source.classes("label") == ("rotten", "fresh")
 
