@@ -31,4 +31,5 @@ config = TextConfig(
     steps=1288,
     evaluate_every=322,
     checkpoint_every=100,
+    log_every=50,
 )
