@@ -10,4 +10,5 @@ from lora_jax.training.data.errors import DataError as DataError
 from lora_jax.training.data.labels import Labels as Labels
 from lora_jax.training.data.labels import labels_of as labels_of
 from lora_jax.training.data.language_modelling import language_modelling as language_modelling
+from lora_jax.training.data.shard import Shard as Shard
 from lora_jax.training.data.source import Source as Source
