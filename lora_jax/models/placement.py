@@ -1,0 +1,107 @@
+"""How the built-in models lie on a mesh with the axes `fsdp` and `tensor`: a table of rules.
+
+Products in pairs (Shoeybi et al., arXiv 1909.08053): the first is cut by its outputs, the second
+by its inputs, so that a block needs one sum over `tensor` and the activations between the two
+products stay where they are. `fsdp` cuts the other axis of each kernel. A vocabulary that 64
+divides is cut over `tensor`, so that each device has the logits of its own tokens; another one
+(BERT's 30,522) stays whole and the hidden axis is cut by both.
+
+    first of a pair    query, key, value, up, gate     P(fsdp, tensor)      its bias P(tensor)
+    second of a pair   output, down                    P(tensor, fsdp)      its bias whole
+    embeddings         P(tensor, fsdp) or P(None, (fsdp, tensor))
+    untied head        the same, transposed
+    norms              whole
+"""
+
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.models.assemble import Head
+from lora_jax.models.config import BertConfig, Config, LlamaConfig
+
+Rule = tuple[str, P]
+
+_FIRST, _SECOND, _WHOLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
+_BOTH = ("fsdp", "tensor")
+_HIDDEN = P(None, _BOTH)  # of an embedding [rows, hidden]
+
+
+def rules(config: Config, head: Head | None = None) -> tuple[Rule, ...]:
+    """One rule for each kind of parameter that the model of `config` has, and none besides.
+
+    Args:
+        head: the classification head of an encoder; paths then begin with `bert/`, as in
+            `lora_jax.models.shapes`.
+    """
+    if isinstance(config, LlamaConfig):
+        return _llama(config)
+    before = "bert/" if head else ""
+    return (*((before + pattern, spec) for pattern, spec in _bert(config)), *_head(head))
+
+
+def _embedding(config: Config) -> P:
+    return P("tensor", "fsdp") if config.vocab_size % 64 == 0 else _HIDDEN
+
+
+def _llama(config: LlamaConfig) -> tuple[Rule, ...]:
+    layer = "layers" if config.scan_layers else "layers_*"
+    within = [
+        ("attention/{q,k,v}/kernel", _FIRST),
+        ("attention/o/kernel", _SECOND),
+        ("mlp/{gate,up}/kernel", _FIRST),
+        ("mlp/down/kernel", _SECOND),
+        ("{attention,mlp}_norm/scale", _WHOLE),
+    ]
+    if config.qkv_bias:
+        within.append(("attention/{q,k,v}/bias", P("tensor")))
+    if config.output_bias:
+        within.append(("attention/o/bias", _WHOLE))
+    if config.qk_norm:
+        within.append(("attention/{q,k}_norm/scale", _WHOLE))
+    out = [
+        ("embed/embedding", _embedding(config)),
+        ("norm/scale", _WHOLE),
+        *_layers(config, layer, within),
+    ]
+    if not config.tied:
+        out.append(("lm_head/kernel", P(*reversed(_embedding(config)))))
+    return tuple(out)
+
+
+def _bert(config: BertConfig) -> tuple[Rule, ...]:
+    layer = "encoder/layers" if config.scan_layers else "encoder/layer_*"
+    within = [
+        ("attention/{query,key,value}/kernel", _FIRST),
+        ("attention/{query,key,value}/bias", P("tensor")),
+        ("attention/output/kernel", _SECOND),
+        ("mlp/up/kernel", _FIRST),
+        ("mlp/up/bias", P("tensor")),
+        ("mlp/down/kernel", _SECOND),
+        ("{attention,mlp}/{output,down}/bias", _WHOLE),
+        ("{attention,mlp}_norm/{scale,bias}", _WHOLE),
+    ]
+    return (
+        ("embeddings/word/embedding", _embedding(config)),
+        ("embeddings/position/embedding", _HIDDEN),
+        *((("embeddings/token_type/embedding", _HIDDEN),) if config.num_token_types else ()),
+        ("embeddings/norm/{scale,bias}", _WHOLE),
+        *_layers(config, layer, within),
+    )
+
+
+def _layers(config: Config, layer: str, within: list[Rule]) -> list[Rule]:
+    """Rules of one layer for all of them; scanned ones have the layer axis first."""
+    stacked = lambda spec: P(None, *spec) if config.scan_layers else spec  # noqa: E731
+    return [(f"{layer}/{pattern}", stacked(spec)) for pattern, spec in within]
+
+
+def _head(head: Head | None) -> tuple[Rule, ...]:
+    """The number of classes is rarely divided: the last product is cut by its inputs."""
+    if head is None:
+        return ()
+    out: tuple[Rule, ...] = (
+        ("classifier/out/kernel", P(_BOTH)),
+        ("classifier/out/bias", _WHOLE),
+    )
+    if head.pooling != "roberta_head":
+        return out
+    return (*out, ("classifier/dense/kernel", _FIRST), ("classifier/dense/bias", P("tensor")))
