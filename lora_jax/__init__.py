@@ -14,6 +14,7 @@ from lora_jax.adapters import init as init
 from lora_jax.checkpoint import restore as restore
 from lora_jax.checkpoint import save as save
 from lora_jax.errors import LoraError as LoraError
+from lora_jax.fingerprint import fingerprint as fingerprint
 from lora_jax.layout import Layout as Layout
 from lora_jax.layout import Target as Target
 from lora_jax.layout import resolve as resolve

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "lora_jax"
 # Room -> the rooms it may import, and does. A room is a module of the core, or a package; "" is
 # `lora_jax/__init__.py`. No room of the core may import `models` or `training`, or the facade.
 ARROWS = {
-    "": {"adapters", "checkpoint", "errors", "frozen", "layout", "merge", "nnx", "paths", "spec"}
-    | {"transform"},
+    "": {"adapters", "checkpoint", "errors", "fingerprint", "frozen", "layout", "merge"}
+    | {"nnx", "paths", "spec", "transform"},
     "errors": set(),
     "paths": {"errors"},
     "spec": {"errors"},
@@ -36,6 +36,7 @@ ARROWS = {
     "rules": {"lowrank", "program", "view", "weight"},
     "transform": {"adapters", "errors", "layout", "paths", "program", "rules", "weight"},
     "frozen": {"errors", "paths"},
+    "fingerprint": {"errors", "paths"},
     "checkpoint": {"adapters", "errors", "layout"},
     "nnx": set(),
     "models": set(),

@@ -1,0 +1,170 @@
+"""Content hashes of arrays, computed where they lie: whatever the mesh, processes or float width.
+
+The hash of an array is two sums modulo 2^32 over its elements, each of
+
+    mix(bits of the element ^ mix(linear index of the element ^ seed))
+
+with murmur3's finalizer as `mix` and one seed for each sum. A sum does not ask for an order, so
+every device adds up its own shard, and two numbers from each are all that meets: no weight is
+gathered, and the result is the same on any mesh and any number of processes. `mix` is a
+bijection, so a change of one element always shows; any other one escapes with probability 2^-64.
+It finds accidents, not forgers: it is no cryptographic hash.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import paths
+from lora_jax.errors import LoraError, listed
+
+Fingerprint = Mapping[str, Mapping[str, Any]]  # path -> {"shape": [...], "hash": "16 hex digits"}
+
+_SEEDS = (0x9E3779B9, 0x7F4A7C15)
+
+
+def fingerprint(params: Any) -> dict[str, dict[str, Any]]:
+    """What tells one base from another: shape and content hash of every parameter.
+
+    Floats are rounded to bfloat16 first (and denormals to zero), so a bfloat16 copy of float32
+    weights has their fingerprint. It is JSON: `lora_jax.save(..., fingerprint=...)` keeps it
+    beside an adapter, and `lora_jax.restore(..., params=...)` compares it.
+
+    Args:
+      params: a pytree of arrays, sharded or not. None leaves are left out, so that
+        `fingerprint(frozen.split(params, ...)[1])` covers the frozen parameters alone.
+
+    Returns:
+      `{path: {"shape": [...], "hash": "16 hex digits"}}`
+
+    >>> import jax.numpy as jnp
+    >>> fingerprint({"w": jnp.ones((2, 3))})
+    {'w': {'shape': [2, 3], 'hash': '0c9455f738b5344d'}}
+    >>> wide, narrow = jnp.linspace(0, 1, 7), jnp.linspace(0, 1, 7).astype(jnp.bfloat16)
+    >>> fingerprint({"w": wide}) == fingerprint({"w": narrow})
+    True
+    """
+    leaves = paths.flatten(params)
+    hashes = _hashes(leaves, rounded=True)
+    return {p: {"shape": list(jnp.shape(leaves[p])), "hash": h} for p, h in hashes.items()}
+
+
+def digests(tree: Any) -> dict[str, str]:
+    """`{path: 16 hex digits}` of the exact bits of every leaf; PRNG keys by their key data.
+
+    The dtype is not part of it, but for its width: keep it beside.
+    """
+    return _hashes(paths.flatten(tree), rounded=False)
+
+
+def check_base(stored: Fingerprint, ours: Fingerprint, allow: bool, what: str) -> None:
+    """Raise `LoraError` unless two fingerprints are of one base, or `allow` is set.
+
+    Args:
+      stored: of the base that `what` was trained on.
+      ours: of the base here. Parameters trained beside the adapters belong to neither.
+      allow: accept another base.
+      what: names the checkpoint in the message.
+    """
+    found = differences(stored, ours)
+    if found and not allow:
+        raise LoraError(
+            f"{what} was trained on another base: {len(found)} of "
+            f"{len({*stored, *ours})} frozen parameters differ:\n{listed(found)}\n"
+            "Load the base that it was trained on; to go on with this one all the same, pass "
+            "allow_other_base=True (train.py: --allow-other-base)"
+        )
+
+
+def differences(stored: Fingerprint, ours: Fingerprint) -> list[str]:
+    """A line for each parameter in which two fingerprints differ."""
+    lines = (_difference(p, stored.get(p), ours.get(p)) for p in dict.fromkeys([*stored, *ours]))
+    return [line for line in lines if line]
+
+
+def _difference(
+    path: str, stored: Mapping[str, Any] | None, ours: Mapping[str, Any] | None
+) -> str | None:
+    if stored is None:
+        return f"{path}: there was none of that name"
+    if ours is None:
+        return f"{path}: there is none of that name here"
+    if list(stored["shape"]) != list(ours["shape"]):
+        return f"{path}: shape {list(stored['shape'])}, here {list(ours['shape'])}"
+    if stored["hash"] != ours["hash"]:
+        return f"{path}: other values (hash {stored['hash']}, here {ours['hash']})"
+    return None
+
+
+def _hashes(leaves: Mapping[str, Any], rounded: bool) -> dict[str, str]:
+    """Every leaf is sent off before the first result is waited for."""
+    sums = {path: _sums(_plain(leaf), rounded) for path, leaf in leaves.items()}
+    return {p: f"{int(h):08x}{int(g):08x}" for p, (h, g) in jax.device_get(sums).items()}
+
+
+def _plain(leaf: Any) -> Any:
+    key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if key else leaf
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sums(x: jax.Array, rounded: bool) -> tuple[jax.Array, ...]:
+    """Two [] uint32. The scalars are replicated, so that every process can read them."""
+    words = _rounded_words(x) if rounded else _words(x)
+    where = _linear_index(words.shape)
+    terms = tuple(_mix(words ^ _mix(where ^ jnp.uint32(seed))) for seed in _SEEDS)
+    # One reduction of both: XLA's CPU backend writes every term of a plain `sum` to memory first.
+    zeros = (jnp.uint32(0),) * len(terms)
+    return lax.reduce(terms, zeros, _add, tuple(range(words.ndim)))
+
+
+def _add(x: tuple[jax.Array, ...], y: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(i + j for i, j in zip(x, y, strict=True))
+
+
+def _rounded_words(x: jax.Array) -> jax.Array:
+    """The bits of floats rounded to bfloat16; of anything else, the bits as they are."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.stack([_rounded_words(x.real), _rounded_words(x.imag)], axis=-1)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return _words(x)
+    words = _words(x.astype(jnp.bfloat16))
+    # Some processors flush denormals (those with an exponent of zero) and some do not.
+    return jnp.where(words & jnp.uint32(0x7F80) == 0, jnp.uint32(0), words)
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """The bits as uint32: one word for each element, or more along a new last axis."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.stack([_words(x.real), _words(x.imag)], axis=-1)
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    bits = jax.dtypes.itemsize_bits(x.dtype)
+    if bits < 8:  # exact in the next wider type; sub-byte bitcasts are not available everywhere
+        x = x.astype(jnp.int8 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32)
+        bits = jax.dtypes.itemsize_bits(x.dtype)
+    unsigned = {8: jnp.uint8, 16: jnp.uint16}.get(bits, jnp.uint32)
+    return lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+def _linear_index(shape: tuple[int, ...]) -> jax.Array:
+    """Row-major, modulo 2^32."""
+    out = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = math.prod(shape[axis + 1 :]) % 2**32
+        out = out + lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    return out
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Murmur3's 32-bit finalizer: a bijection in which each bit reaches all others."""
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> jnp.uint32(16))
