@@ -1,4 +1,5 @@
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,3 +42,12 @@ def jsonl(tmp_path: Path) -> Callable[..., str]:
         return str(tmp_path / "data_{split}.jsonl")
 
     return write
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

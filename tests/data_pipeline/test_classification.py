@@ -52,7 +52,7 @@ def test_an_epoch_has_every_example_exactly_once(
 ) -> None:
     batches = classification(config, words, "train", batch_size, shuffle=shuffle, seed=1)
     assert sorted(kept(batches)) == list(range(43))
-    assert len(list(batches)) == batches.facts.batches == -(-43 // batch_size)
+    assert len(list(batches)) == batches.facts().batches == -(-43 // batch_size)
 
 
 def test_batches_hold_the_tokens_and_labels_of_their_examples(
@@ -115,7 +115,7 @@ def test_facts_agree_with_the_batches(config: DataConfig, words: Tokenizer) -> N
     batches = shuffled(config, words)
     used = sum(int(b["mask"][b["weight"] > 0].sum()) for b in batches)
     places = sum(b["mask"].size for b in batches)
-    facts = batches.facts
+    facts = batches.facts()
     assert (facts.tokens, facts.examples) == (used, 43)
     assert facts.padding == pytest.approx(1 - used / places)
     assert dict(facts.classes) == {"0": 15, "1": 14, "2": 14}
@@ -161,16 +161,16 @@ def test_truncation_is_counted(jsonl: Callable[..., str], words: Tokenizer) -> N
     rows = [{"text": " ".join(WORDS[:n]), "label": 0} for n in (3, 10, 14, 30)]
     config = DataConfig(jsonl(train=rows), max_length=12, buckets=())
     batches = classification(config, words, "train", 4)
-    assert (batches.facts.cut.examples, batches.facts.cut.tokens) == (2, 4 + 20)
+    assert (batches.facts().cut.examples, batches.facts().cut.tokens) == (2, 4 + 20)
     (batch,) = batches
     assert batch["mask"].sum(1).tolist() == [5, 12, 12, 12]
     assert (batch["input_ids"][1:, 11] == 3).all()  # [SEP] ends a cut text too
-    assert "max_length cut 24 tokens off 2 examples" in str(batches.facts)
+    assert "max_length cut 24 tokens off 2 examples" in str(batches.facts())
 
 
 def test_a_tokenizer_keeps_its_own_settings(config: DataConfig, minilm: Tokenizer) -> None:
     before = minilm.to_str()
-    facts = classification(config, minilm, "train", 4).facts
+    facts = classification(config, minilm, "train", 4).facts()
     assert minilm.to_str() == before
     assert facts.padding < 0.9  # its own padding to 128 is not in the way
 

@@ -88,7 +88,7 @@ def test_glue_shapes(tmp_path: Path, words: Tokenizer) -> None:
     pair = DataConfig("tfds:glue_stand_in/pair", **fields)  # type: ignore[arg-type]
     batches = classification(pair, words, "train", 32, shuffle=True)
     assert batches.labels == Labels(("different", "same"))
-    assert dict(batches.facts.classes) == {"different": 75, "same": 75}
+    assert dict(batches.facts().classes) == {"different": 75, "same": 75}
     assert sum(b["label"][b["weight"] > 0].sum() for b in batches) == 75
     with pytest.raises(DataError, match=r"split 'test', example 0: label -1 means hidden"):
         classification(pair, words, "test", 32)

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lora_jax.training.data.batches import IN_THREAD, Batches, Facts
+from lora_jax.training.data.batches import IN_THREAD, WHOLE, Batches, Facts, Part
 from lora_jax.training.data.catalogue import open_source
 from lora_jax.training.data.config import DataConfig
 from lora_jax.training.data.labels import Labels, labels_of
+from lora_jax.training.data.shard import Shard
 from lora_jax.training.data.source import Example, Source, field_of, read
 from lora_jax.training.data.tokens import (
     Cut,
@@ -56,7 +57,8 @@ def classification(
 
     Every epoch has every example exactly once. B is always `batch_size`: a batch that would be
     short is filled with copies of its rows, at weight 0. The texts are tokenised at once and
-    kept in memory, five bytes a token.
+    kept in memory, five bytes a token; by every process, because the lengths of all of them say
+    which come together. A process makes its own rows of a batch only.
 
     Args:
         config: the data.
@@ -87,8 +89,15 @@ def classification(
         pad=padding_id(tokenizer),
         types=len(config.text_fields) == 2 and _tells_apart(tokenizer),
     )
-    dataset = grain.MapDataset.source(table).to_iter_dataset(IN_THREAD)
-    return Batches(dataset, _facts(source, split, table, labels, cut), labels)
+    facts = _facts(source, split, table, labels, cut)
+
+    def part(shard: Shard) -> Part:
+        shard.rows(batch_size)  # raises if it cannot be
+        own = dataclasses.replace(table, shard=shard)
+        dataset = grain.MapDataset.source(own).to_iter_dataset(IN_THREAD)
+        return Part(dataset.__iter__, facts)
+
+    return Batches(functools.cache(part), labels)
 
 
 def _rows(
@@ -124,7 +133,7 @@ def _tells_apart(tokenizer: Tokenizer) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Every batch of every epoch by its number: the random-access source that Grain reads."""
+    """A shard of every batch of every epoch by its number: the random-access source of Grain."""
 
     tokens: Tokens
     values: NDArray[Any]
@@ -134,6 +143,7 @@ class Table:
     epochs: int
     pad: int
     types: bool
+    shard: Shard = WHOLE
 
     @functools.cached_property
     def sizes(self) -> NDArray[np.int64]:
@@ -174,8 +184,9 @@ class Table:
         return plan
 
     def _batch(self, chosen: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        rows = np.resize(chosen, self.batch_size)  # a short batch starts over
-        shape = (self.batch_size, self.buckets[self.sizes[rows].max()])
+        own = self.shard.rows(self.batch_size)
+        rows = np.resize(chosen, self.batch_size)[own]  # a short batch starts over
+        shape = (len(rows), self.buckets[self.sizes[chosen].max()])
         ids, types = np.full(shape, self.pad, np.int32), np.zeros(shape, np.int32)
         mask = np.zeros(shape, bool)
         for row, example in enumerate(rows.tolist()):
@@ -186,7 +197,7 @@ class Table:
         batch = {"input_ids": ids, "mask": mask, "label": self.values[rows]}
         if self.types:
             batch["token_types"] = types
-        batch["weight"] = (np.arange(self.batch_size) < len(chosen)).astype(np.float32)
+        batch["weight"] = (np.arange(self.batch_size) < len(chosen))[own].astype(np.float32)
         batch["index"] = rows.astype(np.int32)
         return batch
 

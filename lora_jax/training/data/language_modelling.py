@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import Any
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
-import grain
 import numpy as np
-from grain import experimental
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from lora_jax.errors import nearest
-from lora_jax.training.data.batches import IN_THREAD, Batches, Facts
+from lora_jax.training.data.batches import Batches, Facts, Part
 from lora_jax.training.data.catalogue import open_source
 from lora_jax.training.data.config import DataConfig
 from lora_jax.training.data.errors import DataError
+from lora_jax.training.data.shard import Shard
 from lora_jax.training.data.source import Example, Source
+from lora_jax.training.data.streams import Packing, Streams
 from lora_jax.training.data.templates import Template
-from lora_jax.training.data.tokens import Cut, Encoder, Row, chunks, collect, padding_id
+from lora_jax.training.data.tokens import CHUNK, Cut, Encoder, Row, Tokens, collect, padding_id
 from lora_jax.training.data.waiting import tracked
 
-AHEAD = 1_000_000  # up to so many examples are tokenised at once, more as they are read
+AHEAD = 1_000_000  # a process tokenises up to so many examples at once, more as they are read
 
-_BINS = 32  # rows that are filled side by side
-_SAMPLE = 2_000  # examples that the padding is estimated from
+_SAMPLE = 2_000  # examples that the facts are estimated from
 
 
 def language_modelling(
@@ -50,10 +49,14 @@ def language_modelling(
 
     An example of n tokens takes n - 1 places (its last token is only a target) in one row. One that
     is longer is cut at its end; one of which nothing to learn is left is left out; both are counted
-    in the facts. The last batch is filled up with copies of its first row at loss_weight 0.
+    in the facts.
 
-    Over all epochs every example comes exactly `epochs` times; since rows are filled side by side,
-    the end of one epoch and the start of the next may share some.
+    Row j of every batch comes from stream j, which has the examples j, j + B, j + 2B... and packs
+    them on its own (`lora_jax.training.data.streams`); a process reads and tokenises the streams
+    of its own rows only. Over all epochs every example comes exactly `epochs` times; since rows are
+    filled side by side, the end of one epoch and the start of the next may share some. A stream
+    that has come to its end before the others, or has no examples, gives rows of nothing but
+    padding, at loss_weight 0.
 
     Args:
         config: the data.
@@ -61,8 +64,8 @@ def language_modelling(
             are kept, those after it are not: `config.eos` says what ends an example.
         split: the name of a split.
         batch_size: rows of a batch.
-        shuffle: whether each epoch has an order of its own, drawn from `seed` and its number.
-        seed: of the order.
+        shuffle: whether each stream has an order of its own in each epoch, drawn from `seed`.
+        seed: of the orders.
         epochs: how often the split is gone through; None never ends.
 
     Raises:
@@ -71,45 +74,54 @@ def language_modelling(
     source = open_source(config.source, config.data_dir)
     examples = source.examples(split)
     count = min(len(examples), config.limit(split) or len(examples))
-    cut = Cut()
-    reader = Reader(config, tokenizer, f"{source.name}, split {split!r}", cut)
-    rows: Sequence[Row | None]
-    if count <= AHEAD:
-        rows = collect(_ahead(reader, examples, count, split))
-    else:
-        rows = Lazily(reader, examples, count)
-    if len(rows) == 0:
-        raise DataError(f"{reader.where}: no example of it has anything to learn")
-    pad = padding_id(tokenizer)
-    length = config.max_length
-    facts = _facts(source, split, rows, (batch_size, length, pad), cut)
-    dataset = grain.MapDataset.source(Shifted(rows))
-    if shuffle:
-        dataset = dataset.seed(seed).shuffle()
-    if epochs != 1:
-        dataset = dataset.repeat(epochs)
-    return Batches(pack(dataset, length, pad).batch(batch_size).map(Fill(batch_size)), facts)
+    where = f"{source.name}, split {split!r}"
+    reader = Reader(config, tokenizer, where)
+    for _ in reader.rows(examples[:1], Cut()):  # a wrong field is found before anything is loaded
+        pass
+    packing = Packing(
+        batch_size=batch_size,
+        length=config.max_length,
+        pad=padding_id(tokenizer),
+        seed=seed if shuffle else None,
+        epochs=epochs,
+    )
+
+    def part(shard: Shard) -> Part:
+        own = range(batch_size)[shard.rows(batch_size)]
+        dealt = {number: range(number, count, batch_size) for number in own}
+        cut = Cut()
+        rows = _read(reader, examples, dealt, cut, split)
+        streams = Streams(rows, packing, shard, where)
+        measured = _measure(rows, cut, count)
+        return Part(streams.begin, _facts(source, split, measured, streams, packing, shard))
+
+    return Batches(functools.cache(part))
 
 
 class Reader:
     """Turns examples into tokens and marks: 1 on those to be learned."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, where: str, cut: Cut) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, where: str) -> None:
         """Check the templates and the end token.
 
         Raises:
             DataError: one of them cannot be used.
         """
         self.where = where
-        self._cut = cut
         self._prompt = Template(config.prompt, "prompt")
         self._answer = Template(config.answer, "answer")
         self._end = _end(config, tokenizer)
         # A row has `max_length` inputs, and the last token of an example is a target only.
         self._encoder = Encoder(tokenizer, config.max_length + 1)
 
-    def rows(self, examples: Sequence[Example]) -> Iterator[Row | None]:
-        """A row for each example, or None where there is nothing to learn."""
+    def rows(self, examples: Sequence[Example], cut: Cut) -> Iterator[Row]:
+        """A row for each example, an empty one where there is nothing to learn.
+
+        What was lost is added to `cut`.
+
+        Raises:
+            DataError: an example lacks a field.
+        """
         start = self._encoder.start
         prompts = self._encoder.plain([self._prompt.fill(e, self.where) for e in examples])
         answers = self._encoder.plain([self._answer.fill(e, self.where) for e in examples])
@@ -117,18 +129,18 @@ class Reader:
             ids = np.array([*start, *prompt, *answer, *self._end], np.int32)
             marks = np.ones(len(ids), np.uint8)
             marks[: len(start) + (len(prompt) if self._answer.text else 0)] = 0
-            yield self._within((ids, marks))
+            yield self._within((ids, marks), cut)
 
-    def _within(self, row: Row) -> Row | None:
+    def _within(self, row: Row, cut: Cut) -> Row:
         ids, marks = row
         limit = self._encoder.max_length
         if len(ids) > limit:
-            self._cut.examples += 1
-            self._cut.tokens += len(ids) - limit
+            cut.examples += 1
+            cut.tokens += len(ids) - limit
             ids, marks = ids[:limit], marks[:limit]
         if not marks[1:].any():  # the first token is never a target
-            self._cut.dropped += 1
-            return None
+            cut.dropped += 1
+            return ids[:0], marks[:0]
         return ids, marks
 
 
@@ -150,99 +162,114 @@ def _end(config: DataConfig, tokenizer: Tokenizer) -> list[int]:
     return [found]
 
 
-def _ahead(reader: Reader, examples: Sequence[Example], count: int, split: str) -> Iterator[Row]:
-    read = tracked(islice(examples, count), f"tokenising {split}", count)
-    for chunk in chunks(read):
-        for row in reader.rows(chunk):
-            if row is not None:
-                yield row
+def _read(
+    reader: Reader,
+    examples: Sequence[Example],
+    dealt: Mapping[int, range],
+    cut: Cut,
+    split: str,
+) -> Mapping[int, Sequence[Row]]:
+    """The rows of each stream."""
+    total = sum(map(len, dealt.values()))
+    if total > AHEAD:
+        return {n: Lazily(reader, examples, places, cut) for n, places in dealt.items()}
+    rows: dict[int, list[Row]] = {n: [] for n in dealt}
+    every = _ahead(reader, examples, dealt, cut)
+    for number, row in tracked(every, f"tokenising {split}", total):
+        rows[number].append(row)
+    return {number: collect(found) for number, found in rows.items()}
+
+
+def _ahead(
+    reader: Reader, examples: Sequence[Example], dealt: Mapping[int, range], cut: Cut
+) -> Iterator[tuple[int, Row]]:
+    for number, places in dealt.items():
+        for start in range(0, len(places), CHUNK):
+            some = places[start : start + CHUNK]
+            for row in reader.rows(examples[some.start : some.stop : some.step], cut):
+                yield number, row
 
 
 @dataclasses.dataclass(frozen=True)
-class Lazily(Sequence[Row | None]):
+class Lazily(Sequence[Row]):
     """Rows tokenised when they are asked for."""
 
     reader: Reader
     examples: Sequence[Example]
-    total: int
+    places: range
+    cut: Cut
 
     def __len__(self) -> int:
-        return self.total
+        return len(self.places)
 
-    def __getitem__(self, index: int) -> Row | None:  # type: ignore[override]
-        if not 0 <= index < self.total:
-            raise IndexError(index)
-        return next(self.reader.rows([self.examples[index]]))
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        (row,) = self.reader.rows([self.examples[self.places[index]]], self.cut)
+        return row
 
 
 @dataclasses.dataclass(frozen=True)
-class Shifted(Sequence[dict[str, NDArray[Any]] | None]):
-    """Rows as inputs, targets and weights. Grain passes over a None."""
+class Measured:
+    """What the rows of a split are like; numbers of the whole split."""
 
-    rows: Sequence[Row | None]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, NDArray[Any]] | None:  # type: ignore[override]
-        row = self.rows[index]
-        if row is None:
-            return None
-        ids, marks = row
-        return {
-            "input_ids": ids[:-1],
-            "targets": ids[1:],
-            "loss_weight": marks[1:].astype(np.float32),
-        }
+    examples: int
+    """Those that are not left out."""
+    tokens: int
+    """Places they take in packed rows."""
+    cut: Cut
+    """What `max_length` cost."""
 
 
-def pack(dataset: grain.MapDataset, length: int, pad: int) -> grain.IterDataset:
-    """First-fit packing into rows of `length`, in the order of the data set."""
-    packed = experimental.FirstFitPackIterDataset(
-        dataset.to_iter_dataset(IN_THREAD),
-        length_struct={"input_ids": length, "targets": length, "loss_weight": length},
-        num_packing_bins=_BINS,
-        shuffle_bins=False,
-        padding_struct={"input_ids": pad, "targets": pad, "loss_weight": 0},
+def _measure(rows: Mapping[int, Sequence[Row]], cut: Cut, count: int) -> Measured:
+    """Measures the rows that are there, or a sample of those to come, and scales that up.
+
+    Args:
+        rows: of the streams of this process.
+        cut: what reading them cost so far.
+        count: the examples of the split.
+    """
+    each = -(-_SAMPLE // len(rows))
+    lengths = np.concatenate([_lengths(stream, each) for stream in rows.values()])
+    scale = count / max(1, len(lengths))  # exactly 1 where one process has tokenised everything
+    return Measured(
+        examples=round(np.count_nonzero(lengths) * scale),
+        tokens=round(int(np.maximum(lengths - 1, 0).sum()) * scale),
+        cut=Cut(*(round(number * scale) for number in dataclasses.astuple(cut))),
     )
-    return packed.map(_named)
 
 
-def _named(row: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    names = {"segment_ids": "input_ids_segment_ids", "positions": "input_ids_positions"}
-    names |= {name: name for name in ("input_ids", "targets", "loss_weight")}
-    return {name: row[key] for name, key in names.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Fill(grain.transforms.Map):
-    """Fills a short batch with copies of its first row that weigh nothing."""
-
-    batch_size: int
-
-    def map(self, element: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The batch with `batch_size` rows."""
-        short = self.batch_size - len(element["input_ids"])
-        if short == 0:
-            return element
-        full = {k: np.concatenate([v, np.repeat(v[:1], short, 0)]) for k, v in element.items()}
-        full["loss_weight"][-short:] = 0
-        return full
+def _lengths(rows: Sequence[Row], sample: int) -> NDArray[np.int64]:
+    if isinstance(rows, Tokens):
+        return rows.lengths
+    return np.array([len(rows[i][0]) for i in range(min(sample, len(rows)))], np.int64)
 
 
 def _facts(
     source: Source,
     split: str,
-    rows: Sequence[Row | None],
-    shape: tuple[int, int, int],
-    cut: Cut,
+    measured: Measured,
+    streams: Streams,
+    packing: Packing,
+    shard: Shard,
 ) -> Facts:
-    """Packs a sample to see how full the rows get."""
-    batch_size, length, pad = shape
-    sample = grain.MapDataset.source(Shifted(rows))[: min(len(rows), _SAMPLE)]
-    packed = [row["segment_ids"] > 0 for row in pack(sample, length, pad)]
-    used = sum(int(row.sum()) for row in packed)
-    tokens = round(used * len(rows) / len(sample))
-    full = used / (len(packed) * length)
-    batches = max(1, -(-round(tokens / full / length) // batch_size))
-    return Facts(source.name, split, len(rows), batches, tokens, 1 - full, cut, (), source.notes)
+    places = packing.batch_size * packing.length
+    if packing.epochs is None:
+        padding = 1 - streams.fill()
+        batches = max(1, math.ceil(measured.tokens / max(1e-9, 1 - padding) / places))
+    else:
+        batches = -(-streams.longest // packing.epochs)
+        padding = 1 - measured.tokens / max(1, batches * places)
+    notes = source.notes
+    if shard.count > 1:
+        notes += (
+            f"{split}: counted on 1/{shard.count} of the examples, one process's, and scaled up",
+        )
+    return Facts(
+        source=source.name,
+        split=split,
+        examples=measured.examples,
+        batches=batches,
+        tokens=measured.tokens,
+        padding=padding,
+        cut=measured.cut,
+        notes=notes,
+    )
