@@ -271,7 +271,7 @@ def _spread(
     inputs = sorted(role.inputs, key=lambda i: -shape[i])
     free = [*outputs, *inputs]
     ways: list[dict[int, Any]] = [{o: TENSOR, i: FSDP} for o in outputs for i in inputs]
-    ways += [{i: (FSDP, TENSOR)} for i in free]
+    ways += [{i: (TENSOR, FSDP)} for i in free]
     ways += [{i: TENSOR, j: FSDP} for i in free for j in free if i != j]
     for way in ways:
         sizes = {i: math.prod(parts[n] for n in names_of(entry)) for i, entry in way.items()}

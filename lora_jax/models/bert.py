@@ -10,7 +10,7 @@ from jax import Array
 
 from lora_jax.models.attention import attend, positions_in, visible
 from lora_jax.models.config import BertConfig, check_choice
-from lora_jax.models.layers import INITIAL, dense, stack
+from lora_jax.models.layers import INITIAL, Embed, by_rows, dense, stack, tensor_axis
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -73,8 +73,8 @@ class _Layer(nn.Module):
     def __call__(self, x: Array, seen: Array | None) -> tuple[Array, None]:
         drop = _drop(self.config, self.deterministic)
         mixed = _Attention(self.config, self.deterministic, name="attention")(x, seen)
-        x = _norm(self.config, "attention_norm")(x + drop(mixed))
-        x = _norm(self.config, "mlp_norm")(x + drop(_Mlp(self.config, name="mlp")(x)))
+        x = by_rows(_norm(self.config, "attention_norm")(x + drop(mixed)))
+        x = by_rows(_norm(self.config, "mlp_norm")(x + drop(_Mlp(self.config, name="mlp")(x))))
         return x, None
 
 
@@ -95,20 +95,13 @@ class _Embeddings(nn.Module):
     @nn.compact
     def __call__(self, input_ids: Array, positions: Array, token_types: Array | None) -> Array:
         config = self.config
-        embed = functools.partial(
-            nn.Embed,
-            features=config.hidden_size,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            embedding_init=INITIAL,
-        )
+        x = Embed(config, config.vocab_size, tensor_axis(config), name="word")(input_ids)
         rows = config.max_positions + config.position_offset
-        x = embed(config.vocab_size, name="word")(input_ids)
-        x = x + embed(rows, name="position")(positions + config.position_offset)
+        x = x + Embed(config, rows, 1, name="position")(positions + config.position_offset)
         if config.num_token_types:
             types = jnp.zeros((1, 1), jnp.int32) if token_types is None else token_types
-            x = x + embed(config.num_token_types, name="token_type")(types)
-        x = _norm(config, "norm")(x)
+            x = x + Embed(config, config.num_token_types, 1, name="token_type")(types)
+        x = _norm(config, "norm")(by_rows(x))
         return _drop(config, self.deterministic)(x)
 
 

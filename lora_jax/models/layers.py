@@ -1,11 +1,14 @@
 """A stack of equal layers, scanned or unrolled, with or without rematerialisation."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from lora_jax.models.config import Config, check_choice
 
@@ -31,6 +34,67 @@ def dense(config: Config, features: int, name: str, *, bias: bool) -> nn.Dense:
         kernel_init=INITIAL,
         name=name,
     )
+
+
+class Embed(nn.Module):
+    """A table [rows, D] that is looked up, and multiplied with where it is a tied head too.
+
+    Attributes:
+        tensor: the axis of the table that the mesh axis `tensor` divides.
+    """
+
+    config: Config
+    rows: int
+    tensor: int
+
+    def setup(self) -> None:
+        shape = (self.rows, self.config.hidden_size)
+        self.embedding = self.param("embedding", INITIAL, shape, self.config.param_dtype)
+
+    def __call__(self, index: Array) -> Array:
+        # Brought together over `fsdp` first: of a table in both ways in parts, and rows that lie
+        # over `fsdp` too, XLA replicates the activations.
+        table = divided(self.embedding, *([None] * self.tensor), "tensor")
+        # Looked up before the cast: casting the whole table would copy it.
+        return jnp.take(table, index, axis=0).astype(self.config.dtype)
+
+    def attend(self, x: Array) -> Array:
+        """Logits [B, T, rows] in float32."""
+        table = self.embedding.astype(self.config.dtype)
+        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+
+
+def tensor_axis(config: Config) -> int:
+    """Which axis of the token embedding `tensor` divides: the vocabulary where 64 divides it."""
+    return 0 if config.vocab_size % 64 == 0 else 1
+
+
+def by_rows(x: Array) -> Array:
+    """Activations [B, ...] with their rows divided over `data` and `fsdp`.
+
+    Without it XLA may lay the activations out like the weights: with kernels cut over `fsdp` it
+    gathers the batch and divides the hidden axis, and every device computes all of the attention.
+    """
+    return divided(x, ("data", "fsdp"))
+
+
+def divided(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """`x` with each axis divided over the mesh axes named for it, and over no other.
+
+    The mesh is the one in context (`jax.set_mesh`). Nothing is done without one, where it has none
+    of the names, for mesh axes that are not of type Auto (inside a `shard_map`), or where an axis
+    of x is not a multiple of its parts (a batch of one).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    known = {name for name, kind in types.items() if kind == jax.sharding.AxisType.Auto}
+    asked = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
+    kept = [tuple(name for name in names if name in known) for names in asked]
+    parts = [math.prod(mesh.shape[name] for name in names) for names in kept]
+    uneven = any(size % n for size, n in zip(x.shape, parts, strict=False))
+    if not any(kept) or uneven:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(names or None for names in kept)))
 
 
 def stack(block: type[nn.Module], config: Config, prefix: str, **fields: Any) -> Callable[..., Any]:

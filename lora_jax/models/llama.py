@@ -7,7 +7,7 @@ from jax import Array
 
 from lora_jax.models.attention import attend, positions_in, visible
 from lora_jax.models.config import LlamaConfig
-from lora_jax.models.layers import INITIAL, dense, stack
+from lora_jax.models.layers import INITIAL, Embed, by_rows, dense, stack, tensor_axis
 from lora_jax.models.rope import angles, rotate
 
 Turn = tuple[Array, Array]
@@ -58,28 +58,9 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, turn: Turn, seen: Array | None) -> tuple[Array, None]:
         normed = _norm(self.config, "attention_norm")(x)
-        x = x + _Attention(self.config, name="attention")(normed, turn, seen)
-        x = x + _Mlp(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x))
+        x = by_rows(x + _Attention(self.config, name="attention")(normed, turn, seen))
+        x = by_rows(x + _Mlp(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x)))
         return x, None
-
-
-class _Embed(nn.Module):
-    """The token embedding, as a lookup and as a tied head."""
-
-    config: LlamaConfig
-
-    def setup(self) -> None:
-        config = self.config
-        shape = (config.vocab_size, config.hidden_size)
-        self.embedding = self.param("embedding", INITIAL, shape, config.param_dtype)
-
-    def __call__(self, input_ids: Array) -> Array:
-        # Looked up before the cast: casting the whole table would copy it.
-        return jnp.take(self.embedding, input_ids, axis=0).astype(self.config.dtype)
-
-    def attend(self, x: Array) -> Array:
-        table = self.embedding.astype(self.config.dtype)
-        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
 
 
 class _Head(nn.Module):
@@ -132,7 +113,7 @@ class Llama(nn.Module):
         turn = angles(positions, config.head_dim, config.rope_theta, config.rope_divisors)
         window = config.sliding_window
         seen = visible(length, mask, segment_ids, causal=True, window=window)
-        embed = _Embed(config, name="embed")
-        x = stack(_Layer, config, "layers")(embed(input_ids), turn, seen)
+        embed = Embed(config, config.vocab_size, tensor_axis(config), name="embed")
+        x = stack(_Layer, config, "layers")(by_rows(embed(input_ids)), turn, seen)
         x = _norm(config, "norm")(x)
         return embed.attend(x) if config.tied else _Head(config, name="lm_head")(x)

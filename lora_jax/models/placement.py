@@ -8,7 +8,7 @@ divides is cut over `tensor`, so that each device has the logits of its own toke
 
     first of a pair    query, key, value, up, gate     P(fsdp, tensor)      its bias P(tensor)
     second of a pair   output, down                    P(tensor, fsdp)      its bias whole
-    embeddings         P(tensor, fsdp) or P(None, (fsdp, tensor))
+    embeddings         P(tensor, fsdp) or P(None, (tensor, fsdp))
     untied head        the same, transposed
     norms              whole
 """
@@ -17,11 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.models.assemble import Head
 from lora_jax.models.config import BertConfig, Config, LlamaConfig
+from lora_jax.models.layers import tensor_axis
 
 Rule = tuple[str, P]
 
 _FIRST, _SECOND, _WHOLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
-_BOTH = ("fsdp", "tensor")
+_BOTH = ("tensor", "fsdp")  # this way round, bringing together over `fsdp` moves nothing else
 _HIDDEN = P(None, _BOTH)  # of an embedding [rows, hidden]
 
 
@@ -39,7 +40,7 @@ def rules(config: Config, head: Head | None = None) -> tuple[Rule, ...]:
 
 
 def _embedding(config: Config) -> P:
-    return P("tensor", "fsdp") if config.vocab_size % 64 == 0 else _HIDDEN
+    return P("tensor", "fsdp") if tensor_axis(config) == 0 else _HIDDEN
 
 
 def _llama(config: LlamaConfig) -> tuple[Rule, ...]:
