@@ -20,6 +20,7 @@ from lora_jax.layout import Target as Target
 from lora_jax.layout import resolve as resolve
 from lora_jax.merge import merge as merge
 from lora_jax.nnx import from_nnx as from_nnx
+from lora_jax.sharding import partition_specs as partition_specs
 from lora_jax.spec import LoraSpec as LoraSpec
 from lora_jax.spec import Rule as Rule
 from lora_jax.transform import adapt as adapt

@@ -39,9 +39,9 @@ from lora_jax.view import (
 class Use:
     """One operation that consumes a parameter.
 
-    stack, inputs, outputs are the parameter's own axes; all empty where the operation has no
-    low-rank rule. `barrier` names an operation with no low-rank rule between the parameter and
-    this use (or this use itself); such a use exists only in merged form.
+    stack, inputs, outputs are the parameter's own axes; where the operation has no low-rank rule,
+    only stack is known. `barrier` names an operation with no low-rank rule between the parameter
+    and this use (or this use itself); such a use exists only in merged form.
     """
 
     kind: str
@@ -94,6 +94,8 @@ class _Walker:
         self.uses = uses  # an ordered set per path
 
     def record(self, view: View, use: Use) -> None:
+        if not (use.stack or use.inputs or use.outputs):  # a bias of a scanned layer
+            use = dataclasses.replace(use, stack=tuple(sorted(view.stacked)))
         if view.barrier is not None:
             use = dataclasses.replace(use, barrier=view.barrier)
         self.uses[view.path].setdefault(use)
@@ -328,11 +330,17 @@ def _settle(
     return carry
 
 
+def _shard_map(walker: _Walker, eqn: Any, ins: list[Flow]) -> list[Flow]:
+    form = program.shard_map_form(eqn)
+    return [_plain(walker, eqn, out) for out in walker.walk(form.jaxpr, ins)]
+
+
 CONTROL: dict[str, Callable[[_Walker, Any, list[Flow]], list[Flow]]] = {
     **dict.fromkeys(program.CALLS, _call),
     "custom_vjp_call": _custom_vjp,
     "cond": _cond,
     "scan": _scan,
     "while": _while,
+    "shard_map": _shard_map,
     "optimization_barrier": lambda walker, eqn, ins: ins,
 }

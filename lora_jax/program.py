@@ -155,6 +155,34 @@ def called(eqn: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
     return opened(eqn.params[CALLS[eqn.primitive.name]])
 
 
+class ShardMap(NamedTuple):
+    """A `shard_map` equation: its body, the placement of its operands, and how to write it anew."""
+
+    jaxpr: core.Jaxpr
+    consts: Sequence[Any]
+    in_specs: Sequence[Any]
+    call: Callable[[Callable[..., Any], Any], Callable[..., Any]]
+
+
+def shard_map_form(eqn: Any) -> ShardMap:
+    """`call(body, in_specs)` maps `body`, a function of one list, over the equation's mesh axes."""
+    p = eqn.params
+    jaxpr, consts = opened(p["jaxpr"])
+
+    def call(body: Callable[..., Any], in_specs: Any) -> Callable[..., Any]:
+        mapped = jax.shard_map(
+            body,
+            mesh=p["mesh"],
+            in_specs=(in_specs,),
+            out_specs=list(p["out_specs"]),
+            axis_names=set(p["newly_manual_axes"]),
+            check_vma=p["check_vma"],
+        )
+        return jax.jit(mapped)  # JAX cannot run it op by op where it maps over some axes only
+
+    return ShardMap(jaxpr, consts, p["in_specs"], call)
+
+
 def invariant_carry(body: core.Jaxpr, n_consts: int, n_carry: int) -> list[bool]:
     """Which carries a loop body hands on unchanged: they are constants in all but name."""
     ins, outs = body.invars[n_consts : n_consts + n_carry], body.outvars[:n_carry]

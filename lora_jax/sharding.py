@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from lora_jax import axes, paths, program
+from lora_jax import axes, metadata, paths, program
 from lora_jax.adapters import Factors
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout, Target
@@ -66,12 +66,7 @@ def _covering(rules: Sequence[Rule], leaves: Mapping[str, Any]) -> dict[str, lis
             )
         for path in covered:
             shape = tuple(leaves[path].shape)
-            if len(spec) > len(shape):
-                raise LoraError(
-                    f"{path!r}: the placement rule {_shown((pattern, spec))} has {len(spec)} "
-                    f"entries, but the shape {shape} has {len(shape)} axes; give it at most one "
-                    "entry per axis, or narrow its pattern"
-                )
+            _check_rank(path, shape, spec, f"the placement rule {_shown((pattern, spec))}")
             covering[path].append((pattern, spec))
     for path, hits in covering.items():
         if len(hits) > 1:
@@ -139,14 +134,16 @@ def place(
     """The placement of every parameter, checked against the mesh.
 
     A parameter takes the one of `own` that covers it; the others take their rule of `table`
-    where there is a table, and else what `named` says, and else what `automatic` finds.
+    where there is a table; where there is none, what their Flax metadata says, if they have any,
+    and else what `automatic` finds.
 
     Args:
       params: a tree of what has a shape and a dtype.
       sizes: of the mesh axes by name (`mesh.shape`).
       own: the user's rules. Each must cover something, no parameter may have two.
       table: of a known model; it must cover every parameter exactly once.
-      named: from the model's own Flax metadata (`lora_jax.metadata.named`).
+      named: of parameters whose Flax metadata is not in `params` any more (NNX), or is in logical
+        names that need rules: `lora_jax.metadata.named(model, mesh.axis_names, rules)`.
       call: (f, args) such that `f(params, *args)` uses the parameters, for `automatic`.
 
     Raises:
@@ -157,11 +154,30 @@ def place(
     if table is not None:
         base = specs(table, params)
     else:
-        fixed = {**(named or {}), **mine}
-        base = {**automatic(params, sizes, call=call, fixed=fixed), **(named or {})}
-    placed = {path: mine.get(path, base[path]) for path in leaves}
+        noted = {**metadata.named(params, tuple(sizes)), **(named or {})}
+        base = noted | automatic(params, sizes, call=call, fixed={**noted, **mine})
+        _known(noted, leaves)
+    placed = {path: (mine if path in mine else base)[path] for path in leaves}
     check_divides(placed, params, sizes)
     return placed
+
+
+def _known(named: Mapping[str, PartitionSpec], leaves: Mapping[str, Any]) -> None:
+    for path, spec in named.items():
+        if path not in leaves:
+            raise LoraError(
+                f"{path!r} is placed by Flax metadata, but there is no such parameter; the nearest "
+                f"paths are:\n{listed(nearest(path, leaves))}"
+            )
+        _check_rank(path, tuple(leaves[path].shape), spec, f"the Flax metadata {spec}")
+
+
+def _check_rank(path: str, shape: tuple[int, ...], spec: PartitionSpec, source: str) -> None:
+    if len(spec) > len(shape):
+        raise LoraError(
+            f"{path!r}: {source} has {len(spec)} entries, but the shape {shape} has {len(shape)} "
+            "axes; give it at most one entry per axis"
+        )
 
 
 def automatic(
@@ -316,11 +332,7 @@ def _follow(target: Target, flat: Mapping[str, Any]) -> Factors:
             f"{target.path!r} is adapted, but param_specs has {spec!r} for it and not a "
             f"PartitionSpec; the nearest paths are:\n{listed(nearest(target.path, flat))}"
         )
-    if len(spec) > len(target.shape):
-        raise LoraError(
-            f"{target.path!r}: {spec} has {len(spec)} entries, but the shape {target.shape} has "
-            f"{len(target.shape)} axes"
-        )
+    _check_rank(target.path, target.shape, spec, str(spec))
     whole = (*spec, *(None for _ in range(len(target.shape) - len(spec))))
     pick = lambda which: tuple(whole[i] for i in which)  # noqa: E731
     stack = pick(target.stack)

@@ -148,6 +148,10 @@ def _split(view: View, eqn: Any) -> list[Flow]:
     return [Flow(view)] * len(eqn.outvars)
 
 
+def _all_gather(view: View, eqn: Any) -> View | None:
+    return view if eqn.params["tiled"] else None
+
+
 REARRANGE: dict[str, Callable[[View, Any], View | list[Flow] | None]] = {
     "convert_element_type": _cast,
     "reduce_precision": _same,
@@ -155,6 +159,8 @@ REARRANGE: dict[str, Callable[[View, Any], View | list[Flow] | None]] = {
     "copy_p": _same,
     "stop_gradient": _same,
     "sharding_constraint": _same,
+    "pvary": _same,
+    "all_gather": _all_gather,
     "name": _same,
     "neg": _same,
     "rev": _same,

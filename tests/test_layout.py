@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lora_jax"
 # `lora_jax/__init__.py`. No room of the core may import `models` or `training`, or the facade.
 ARROWS = {
     "": {"adapters", "checkpoint", "errors", "fingerprint", "frozen", "layout", "merge"}
-    | {"nnx", "paths", "spec", "transform"},
+    | {"nnx", "paths", "sharding", "spec", "transform"},
     "errors": set(),
     "paths": {"errors"},
     "spec": {"errors"},
@@ -36,15 +36,18 @@ ARROWS = {
     "rules": {"lowrank", "program", "view", "weight"},
     "transform": {"adapters", "errors", "layout", "paths", "program", "rules", "weight"},
     "frozen": {"errors", "paths"},
+    "metadata": {"errors", "paths"},
+    "sharding": {"adapters", "axes", "errors", "layout", "metadata", "paths", "program"},
     "fingerprint": {"errors", "paths"},
-    "checkpoint": {"adapters", "errors", "layout"},
+    "manifest": {"errors", "fingerprint", "paths"},
+    "checkpoint": {"adapters", "errors", "fingerprint", "layout", "manifest", "paths"},
     "nnx": set(),
     "models": set(),
     "training": {"", "checkpoint", "errors", "models", "paths"},
 }
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {
-    "flax": {"nnx"},
+    "flax": {"metadata", "nnx"},
     "optax": {"frozen"},
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from lora_jax import program
 from lora_jax.weight import AdaptedWeight, Named
@@ -179,6 +181,37 @@ def _cond(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     return lax.switch(index, [branch(b) for b in eqn.params["branches"]], operands)
 
 
+def _shard_map(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+    """W, a and b go in as three operands; an axis of a or b is cut as the same axis of W is.
+
+    The rank is whole on every device. Where a product contracts over an axis that is cut, x a is
+    as partial as x W is, and being linear the update joins the same sum: the program's own `psum`
+    of `x W + scale (x a) b` makes both whole.
+    """
+    form = program.shard_map_form(eqn)
+    in_specs = [
+        _specs_of(v, spec) if isinstance(v, AdaptedWeight) else spec
+        for v, spec in zip(ins, form.in_specs, strict=True)
+    ]
+
+    def body(ins: Ins) -> list[Any]:
+        outs = interpreter.evaluate(form.jaxpr, form.consts, ins)
+        return [interpreter.plain(eqn, o) for o in outs]
+
+    return form.call(body, in_specs)(ins)
+
+
+def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
+    """The weight with PartitionSpecs in the place of its arrays."""
+    entries = dict(zip(v.w.names, spec, strict=False))
+    w, a, b = (Named(_spec(n, entries), n.names) for n in (v.w, v.a, v.b))
+    return dataclasses.replace(v, w=w, a=a, b=b)
+
+
+def _spec(named: Named, entries: dict[int, Any]) -> PartitionSpec:
+    return PartitionSpec(*(entries.get(name) for name in named.names))
+
+
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
     **{name: _inline for name in program.CALLS if name not in program.REMATS},
     **dict.fromkeys(program.REMATS, _remat),
@@ -186,5 +219,6 @@ RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "shard_map": _shard_map,
     "optimization_barrier": lambda interpreter, eqn, ins: lax.optimization_barrier(ins),
 }

@@ -232,12 +232,31 @@ def _regroup(
     return dataclasses.replace(v, a=regroup(v.a), b=regroup(v.b)), new
 
 
+def _all_gather(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+    """Inside a `shard_map`: W's parts put together along an axis, and the factors' along theirs."""
+    del interpreter
+    v, p = ins[0], eqn.params
+    if not p["tiled"]:
+        return None
+    name = v.w.names[p["all_gather_dimension"]]
+
+    def gathered(n: Named) -> Named:
+        if name not in n.names:
+            return n  # the same on every device of the axis
+        rest = {**p, "all_gather_dimension": n.names.index(name)}
+        return Named(eqn.primitive.bind(n.array, **rest), n.names)
+
+    return [dataclasses.replace(v, w=gathered(v.w), a=gathered(v.a), b=gathered(v.b))]
+
+
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
     "convert_element_type": _on_w,
     "reduce_precision": _on_w,
     "copy": _on_w,
     "copy_p": _on_w,
     "sharding_constraint": _on_w,
+    "pvary": _on_w,
+    "all_gather": _all_gather,
     "stop_gradient": _on_all,
     "name": _on_all,
     "neg": _neg,

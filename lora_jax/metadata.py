@@ -1,0 +1,114 @@
+"""Placements that a Flax model brings along: Linen's partitioning boxes, NNX's variables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from lora_jax import paths
+from lora_jax.errors import LoraError, listed, nearest
+
+AxisRules = Iterable[tuple[str, Any]]  # logical name -> mesh axis, several, or None: as Flax's
+
+
+def named(params: Any, mesh_axes: Sequence[str], rules: AxisRules = ()) -> dict[str, PartitionSpec]:
+    """The placement of the parameters that carry Flax partitioning metadata; the others are absent.
+
+    Args:
+      params: of Linen, variables with `nn.Partitioned` or `nn.LogicallyPartitioned` boxes in them
+        (what `init` gives, or `jax.eval_shape` of it); of NNX, a module or a state, whose
+        variables carry `out_sharding`. Linen's paths are those of the tree as it is
+        (`kernel/value`), NNX's those that `lora_jax.from_nnx` gives.
+      mesh_axes: a name that is one of them is taken as it is.
+      rules: (logical name, mesh axis | tuple of them | None), as Flax's; they come before those
+        that the metadata itself may carry.
+
+    Raises:
+      LoraError: a name that is neither a mesh axis nor in the rules.
+
+    >>> import flax.linen as nn, jax.numpy as jnp
+    >>> kernel = nn.with_partitioning(nn.initializers.zeros, ("embed", "tensor"))
+    >>> model = nn.Dense(8, kernel_init=kernel)
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 4)))
+    >>> named(variables, ("data", "fsdp", "tensor"), [("embed", "fsdp")])
+    {'params/kernel/value': P('fsdp', 'tensor')}
+    """
+    from flax import nnx  # only who asks for metadata pays for the import
+    from flax.core import meta
+
+    if isinstance(params, nnx.Module | nnx.State):
+        flat = nnx.to_flat_state(nnx.state(params) if isinstance(params, nnx.Module) else params)
+        found = {
+            "/".join(map(str, path)): (value.get_metadata("out_sharding", None), _own(value))
+            for path, value in flat
+            if isinstance(value, nnx.Variable)
+        }
+    else:
+        boxed = jax.tree_util.tree_leaves_with_path(
+            params, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
+        )
+        found = {
+            paths.path_of((*path, *inner)): (_names(box), getattr(box, "rules", None))
+            for path, box in boxed
+            if isinstance(box, meta.AxisMetadata)
+            for inner, _ in jax.tree_util.tree_leaves_with_path(box)
+        }
+    rules = list(rules)
+    return {
+        path: _translated(path, spec, mesh_axes, [*rules, *(own or ())])
+        for path, (spec, own) in found.items()
+        if spec is not None
+    }
+
+
+def _names(box: Any) -> Any:
+    """Of a Linen box; one that says nothing of partitioning has none."""
+    return getattr(box, "names", None)
+
+
+def _own(variable: Any) -> Any:
+    return variable.get_metadata("sharding_rules", None)
+
+
+def _translated(
+    path: str, spec: Iterable[Any], mesh_axes: Sequence[str], rules: AxisRules
+) -> PartitionSpec:
+    """Each name by the first rule for it whose mesh axes this parameter does not use yet."""
+    table: dict[str, list[Any]] = {}
+    for logical, axis in rules:
+        table.setdefault(logical, []).append(axis)
+    used: set[str] = set()
+    return PartitionSpec(*(_entry(path, entry, mesh_axes, table, used) for entry in spec))
+
+
+def _entry(
+    path: str,
+    entry: Any,
+    mesh_axes: Sequence[str],
+    table: Mapping[str, Sequence[Any]],
+    used: set[str],
+) -> Any:
+    names: list[str] = []
+    for name in _tuple(entry):
+        if name in mesh_axes:
+            names.append(name)
+        elif name in table:
+            free = (_tuple(axis) for axis in table[name])
+            names += next((axes for axes in free if not used & set(axes)), ())
+        else:
+            known = [*mesh_axes, *table]
+            raise LoraError(
+                f"{path!r}: its Flax metadata divides an axis over {name!r}, which is neither an "
+                f"axis of the mesh nor in the axis rules; the nearest are:\n"
+                f"{listed(nearest(name, known))}\n"
+                f"Add an axis rule: ({name!r}, 'tensor'), or ({name!r}, None) to leave it whole."
+            )
+    used.update(names)
+    return None if not names else names[0] if len(names) == 1 else tuple(names)
+
+
+def _tuple(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
