@@ -25,6 +25,8 @@ from lora_jax.training.data import (
 )
 from lora_jax.training.data.batches import BatchIterator
 from lora_jax.training.data.files import Files
+from lora_jax.training.data.streams import Packing, Streams
+from lora_jax.training.data.tokens import Row
 from tests.data_pipeline.test_classification import kept, texts
 from tests.data_pipeline.test_language_modelling import pairs, same, unpacked
 
@@ -155,6 +157,30 @@ def test_streams_without_an_example_weigh_nothing(
         assert len(unpacked(batches)) == len(streams)
 
 
+def test_each_stream_has_its_own_order(jsonl: Callable[..., str], words: Tokenizer) -> None:
+    rows = [row for row in pairs(30) for _ in range(ROWS)]  # the same 30 examples in every stream
+    make = packing(jsonl, words, rows)
+    first = next(iter(make()))["input_ids"].tolist()
+    assert first == first[:1] * ROWS
+    shuffled = next(iter(make(shuffle=True, seed=1)))["input_ids"].tolist()
+    assert len(set(map(tuple, shuffled))) == ROWS
+
+
+def test_the_emptiest_rows_of_the_streams_come_apart() -> None:
+    """Else every 32nd batch would have far fewer tokens than the others."""
+    random = np.random.default_rng(0)
+
+    def row() -> Row:
+        length = random.integers(10, 60)
+        return np.ones(length, np.int32), np.ones(length, np.uint8)
+
+    rows = {number: [row() for _ in range(500)] for number in range(ROWS)}
+    packing = Packing(batch_size=ROWS, length=128, pad=0, seed=1, epochs=None)
+    batches = itertools.islice(Streams(rows, packing, Shard(), "a split").begin(), 128)
+    full = np.array([(batch["segment_ids"] > 0).mean(1) for batch in batches])
+    assert full.mean(1).std() < 0.5 * full.std()  # independent: 1 / sqrt(ROWS)
+
+
 def merged(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The union of the states, through JSON, as a checkpoint has it."""
 
@@ -229,8 +255,9 @@ def test_lazily_read_shards_are_the_same(
     expected = list(make())
     module = importlib.import_module(language_modelling.__module__)
     monkeypatch.setattr(module, "AHEAD", 20)
-    for count in (2, 4):  # as they are read, and at once
-        assert same(whole(together(make, count)), expected)
+    assert same(whole(together(make, 4)), expected)  # 15 examples a shard: at once
+    monkeypatch.delattr(module, "collect")
+    assert same(whole(together(make, 2)), expected)  # 30: as they are read
 
 
 def test_facts_of_a_shard_speak_of_the_whole(jsonl: Callable[..., str], words: Tokenizer) -> None:
@@ -294,6 +321,10 @@ def test_two_processes_agree(jsonl: Callable[..., str], words: Tokenizer, free_p
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=100)[0] for process in running]
+    try:
+        said = [process.communicate(timeout=100)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0, 0]
     assert [json.loads(text.splitlines()[-1]) for text in said] == [[5, 10], [5, 10]]
