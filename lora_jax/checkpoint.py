@@ -2,22 +2,38 @@
 
 Orbax does the writing (atomic: a path exists only when it is whole). This is the one file of the
 core that names Orbax; what else needs it takes `ocp` from here, since its v1 names still move.
+
+Every array and the text beside it carry a hash (`lora_jax.manifest`), checked when they are read:
+a damaged adapter is an error, never other numbers. A folder from a stranger is safe to restore:
+JSON and arrays are read, nothing is unpickled or imported, nothing is written, and a folder that
+points out of itself or declares more than it can hold is refused before anything is allocated.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import logging
+import math
 import os
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from lora_jax import manifest as manifests
+from lora_jax import paths
 from lora_jax.adapters import Adapters, Factors, check
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, listed
+from lora_jax.fingerprint import Fingerprint, check_base
+from lora_jax.fingerprint import fingerprint as fingerprint_of
 from lora_jax.layout import Layout
+from lora_jax.manifest import DamagedError, Manifest
 
 Path = str | os.PathLike[str]
 
@@ -28,6 +44,7 @@ def save(
     adapters: Adapters,
     *,
     base: Mapping[str, Any] | None = None,
+    fingerprint: Fingerprint | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write one adapter to the folder `path`: the factors and the layout, no base weight.
@@ -38,97 +55,279 @@ def save(
       adapters: `{path: Factors(a, b)}`.
       base: base parameters trained beside the adapters (a head), as `frozen.split` gives them;
         `restore_base` reads them back.
-      overwrite: replace what is at `path`.
+      fingerprint: `lora_jax.fingerprint` of the parameters that the adapters were trained on, to
+        tell at `restore(params=...)` whether they are restored onto the same. What is in `base`
+        is left out of it.
+      overwrite: replace what is at `path`, once the new adapter is whole.
 
     Raises:
-      LoraError: the adapters do not fit the layout, or `path` exists.
+      LoraError: the adapters do not fit the layout, `path` exists, or it cannot be written.
     """
     check(layout, adapters)
     folder = _absolute(path)
+    _recover(folder)
     if folder.exists() and not overwrite:
         raise LoraError(f"{folder} exists; choose another path, or pass overwrite=True")
     trained = dict(base or {})
-    meta = {
-        "layout": layout.to_json(),
-        "dtypes": {p: [_dtype(f.a), _dtype(f.b)] for p, f in adapters.items()},
-        "base": {p: [list(jnp.shape(x)), _dtype(x)] for p, x in trained.items()},
-    }
-    tree = {"adapters": {p: {"a": f.a, "b": f.b} for p, f in adapters.items()}, "base": trained}
-    parts: dict[str, Any] = {"meta": meta}
+    tree = jax.tree.map(
+        manifests.canonical,
+        {"adapters": {p: {"a": f.a, "b": f.b} for p, f in adapters.items()}, "base": trained},
+    )
+    frozen = None if fingerprint is None else _without(fingerprint, trained)
+    notes = {"layout": layout.to_json(), "base": list(trained), "fingerprint": frozen}
+    parts: dict[str, Any] = {"meta": manifests.of(tree, notes).seal()}
     if adapters or trained:
         parts["arrays"] = {k: v for k, v in tree.items() if v}
-    ocp.save_checkpointables(folder, parts, overwrite=overwrite)
+    with writing(folder):
+        _replace(folder, lambda place: ocp.save_checkpointables(place, parts, overwrite=True))
 
 
-def restore(path: Path, shardings: Any = None) -> tuple[Layout, Adapters]:
+def restore(
+    path: Path,
+    shardings: Any = None,
+    *,
+    params: Any = None,
+    allow_other_base: bool = False,
+    max_bytes: float | None = None,
+) -> tuple[Layout, Adapters]:
     """Read what `save` wrote: `restore(save(x)) == x`, bit for bit.
 
     Args:
       path: the folder.
       shardings: where the factors go: None (one device), one `jax.sharding.Sharding` for all, or
         a tree like the adapters.
+      params: the base that they are restored onto, compared with the fingerprint that was saved.
+        Parameters that were trained beside the adapters may be new in it, or not there.
+      allow_other_base: go on where it differs.
+      max_bytes: the most that the arrays may take; `lora_jax.manifest` says what it is otherwise.
 
     Raises:
-      LoraError: no adapter at `path`, or its parts contradict each other.
+      LoraError: no adapter at `path`, its parts contradict each other, it was trained on another
+        base, or it declares more than it may (`lora_jax.manifest`).
+      DamagedError: (a LoraError) it is not as it was saved.
     """
-    folder, layout, meta = _read_meta(path)
+    folder, layout, manifest = _open(path, max_bytes)
+    if params is not None:
+        _check_base(folder, manifest, params, allow_other_base)
     target: dict[str, Any] = {}
     for t in layout.targets:
-        a_dtype, b_dtype = meta["dtypes"][t.path]
         place = shardings[t.path] if isinstance(shardings, Mapping) else shardings
-        a_place, b_place = place if isinstance(place, Factors) else (place, place)
+        places = place if isinstance(place, Factors) else (place, place)
         target[t.path] = {
-            "a": _struct(t.a_shape, a_dtype, a_place),
-            "b": _struct(t.b_shape, b_dtype, b_place),
+            name: _struct(manifest.arrays[f"adapters/{t.path}/{name}"], where)
+            for name, where in zip(("a", "b"), places, strict=True)
         }
-    loaded = _load(folder, "adapters", target)
+    loaded = _load(folder, manifest, "adapters", target)
     return layout, {p: Factors(**f) for p, f in loaded.items()}
 
 
-def restore_base(path: Path, shardings: Any = None) -> dict[str, Any]:
+def restore_base(
+    path: Path, shardings: Any = None, *, max_bytes: float | None = None
+) -> dict[str, Any]:
     """The base parameters that were saved beside the adapters: `{path: array}`, maybe empty."""
-    folder, _, meta = _read_meta(path)
+    folder, _, manifest = _open(path, max_bytes)
+    places = shardings if isinstance(shardings, Mapping) else None
     target = {
-        p: _struct(shape, dtype, shardings[p] if isinstance(shardings, Mapping) else shardings)
-        for p, (shape, dtype) in meta["base"].items()
+        p: _struct(manifest.arrays[f"base/{p}"], places[p] if places else shardings)
+        for p in manifest.notes["base"]
     }
-    return _load(folder, "base", target)
+    return _load(folder, manifest, "base", target)
 
 
 def restore_layout(path: Path) -> Layout:
     """The layout alone: small, and read without an array."""
-    return _read_meta(path)[1]
+    return _open(path, None)[1]
 
 
-def _read_meta(path: Path) -> tuple[epath.Path, Layout, dict[str, Any]]:
+def read_manifest(folder: epath.Path, max_bytes: float | None) -> Manifest:
+    """The manifest of a checkpoint that holds one as "meta"; checked, and no array read.
+
+    Raises:
+      LoraError, DamagedError: as `restore`.
+    """
+    local = "://" not in str(folder)
+    with reading(folder):
+        on_disk = manifests.check_folder(pathlib.Path(folder)) if local else None
+        found = manifests.unseal(ocp.load_checkpointables(folder, {"meta": None})["meta"])
+        manifests.check_declared(found, on_disk, max_bytes)
+    return found
+
+
+@contextlib.contextmanager
+def reading(folder: epath.Path) -> Iterator[None]:
+    """Whatever goes wrong while `folder` is read becomes an error that names it.
+
+    A lack of memory or of permission is no damage, and passes.
+    """
+    try:
+        with _quiet():
+            yield
+    except LoraError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    except Exception as error:
+        cause = _innermost(error)
+        if isinstance(cause, MemoryError | PermissionError | jax.errors.JaxRuntimeError):
+            raise
+        raise DamagedError(f"{folder} is damaged: {_said(cause)}") from error
+
+
+@contextlib.contextmanager
+def writing(folder: epath.Path) -> Iterator[None]:
+    """Whatever goes wrong while `folder` is written becomes an error that names it."""
+    try:
+        with _quiet():
+            yield
+    except LoraError:
+        raise
+    except Exception as error:
+        raise LoraError(f"{folder} cannot be written: {_said(_innermost(error))}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Of many operations under way Orbax reports the first that fails, and abandons the others.
+
+    As they are collected asyncio logs the traceback of each: pages that would bury the one message
+    that counts.
+    """
+    logger = logging.getLogger("asyncio")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    except Exception:
+        gc.collect()
+        raise
+    finally:
+        logger.disabled = disabled
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The first cause: Orbax reports what its libraries raise as something of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _said(error: BaseException) -> str:
+    """What TensorStore says, without the pages of settings that it puts after it."""
+    return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec')[0][:1000]}"
+
+
+def _replace(folder: epath.Path, write: Callable[[epath.Path], None]) -> None:
+    """Write to `folder`; what is there is kept until the new one is whole."""
+    if not folder.exists():
+        write(folder)
+        return
+    fresh, old = (folder.with_name(f"{folder.name}.{end}") for end in ("new", "old"))
+    write(fresh)
+    _once(lambda: (old.rmtree(missing_ok=True), folder.rename(old), fresh.rename(folder)))
+    _once(lambda: old.rmtree())
+
+
+def _recover(folder: epath.Path) -> None:
+    """Bring back what a kill between the two renames of `_replace` has left under another name."""
+    old = folder.with_name(f"{folder.name}.old")
+    _once(lambda: old.rename(folder) if old.exists() and not folder.exists() else None)
+
+
+def _once(act: Callable[[], Any]) -> None:
+    """By one process, while the others wait."""
+    if jax.process_index() == 0:
+        act()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("lora_jax.checkpoint")
+
+
+def _open(path: Path, max_bytes: float | None) -> tuple[epath.Path, Layout, Manifest]:
     folder = _absolute(path)
     if not folder.exists():
         near = [p.name for p in folder.parent.iterdir()] if folder.parent.exists() else []
         raise LoraError(f"no adapter at {folder}; its parent folder holds {sorted(near)[:10]}")
-    try:
-        meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
-        return folder, Layout.from_json(meta["layout"]), meta
-    except (ocp.errors.InvalidLayoutError, FileNotFoundError, KeyError, ValueError) as error:
-        raise LoraError(f"{folder} is not an adapter that lora_jax.save wrote: {error}") from error
+    if not (folder / "meta").exists():
+        raise LoraError(f"{folder} is not an adapter that lora_jax.save wrote: it has no meta")
+    manifest = read_manifest(folder, max_bytes)
+    with reading(folder):
+        layout = Layout.from_json(manifest.notes["layout"])
+        _check_layout(layout, manifest)
+    return folder, layout, manifest
 
 
-def _load(folder: epath.Path, part: str, target: dict[str, Any]) -> dict[str, Any]:
+def _check_layout(layout: Layout, manifest: Manifest) -> None:
+    """Raise `LoraError` unless the declared arrays are the layout's and the trained base's."""
+    declared = {p: entry.shape for p, entry in manifest.arrays.items()}
+    expected = {f"base/{p}": declared.get(f"base/{p}") for p in manifest.notes["base"]}
+    for t in layout.targets:
+        manifests.check_path(t.path)
+        manifests.check_shape(t.path, t.shape)
+        expected |= {f"adapters/{t.path}/a": t.a_shape, f"adapters/{t.path}/b": t.b_shape}
+    for path in dict.fromkeys([*expected, *declared]):
+        if path not in declared or expected.get(path) != declared[path]:
+            raise LoraError(
+                f"its parts contradict each other: {path} has the shape {declared.get(path)} in "
+                f"the list of arrays, and {expected.get(path)} by the layout"
+            )
+
+
+def _check_base(folder: epath.Path, manifest: Manifest, params: Any, allow: bool) -> None:
+    stored = manifest.notes["fingerprint"]
+    if stored is None and not allow:
+        raise LoraError(
+            f"{folder} has no fingerprint of its base to compare params with; pass fingerprint= "
+            "to lora_jax.save, or allow_other_base=True here"
+        )
+    if stored is not None and not allow:
+        ours = _without(fingerprint_of(params), manifest.notes["base"])
+        check_base(stored, ours, allow, str(folder))
+
+
+def _without(fingerprint: Fingerprint, trained: Any) -> dict[str, Any]:
+    return {p: value for p, value in fingerprint.items() if p not in trained}
+
+
+def _load(
+    folder: epath.Path, manifest: Manifest, part: str, target: dict[str, Any]
+) -> dict[str, Any]:
     if not target:
         return {}
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context:
-        return ocp.load_checkpointables(folder, {"arrays": {part: target}})["arrays"][part]
+    with reading(folder):
+        _check_stored(folder, manifest)
+        with context:
+            loaded = ocp.load_checkpointables(folder, {"arrays": {part: target}})["arrays"][part]
+        damaged = manifest.damaged(loaded, f"{part}/")
+        if damaged:
+            raise DamagedError(f"damaged:\n{listed(damaged)}")
+    return loaded
 
 
-def _struct(shape: Any, dtype: str, sharding: Any) -> jax.ShapeDtypeStruct:
+def _check_stored(folder: epath.Path, manifest: Manifest) -> None:
+    """Raise unless the arrays that lie there are those of the manifest, in chunks no larger."""
+    metadata = ocp.checkpointables_metadata(folder).metadata.get("arrays")
+    if metadata is None:
+        raise DamagedError("damaged: the description of its arrays cannot be read")
+    stored = paths.flatten(metadata)
+    for path, entry in manifest.arrays.items():
+        found = stored.get(path)
+        if found is None:
+            raise DamagedError(f"damaged: the array {path} is missing")
+        if (tuple(found.shape), jnp.dtype(found.dtype).name) != (entry.shape, entry.dtype):
+            raise DamagedError(
+                f"damaged: {path} is {found.dtype}{list(found.shape)}, and was saved as "
+                f"{entry.dtype}{list(entry.shape)}"
+            )
+        chunk = found.storage_metadata.chunk_shape if found.storage_metadata else entry.shape
+        if math.prod(chunk) > max(1, math.prod(entry.shape)):
+            raise LoraError(
+                f"{path} has the shape {list(entry.shape)}, and is stored in chunks of "
+                f"{list(chunk)}; a chunk may not be larger than its array"
+            )
+
+
+def _struct(entry: manifests.Entry, sharding: Any) -> jax.ShapeDtypeStruct:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)
-
-
-def _dtype(x: Any) -> str:
-    return jnp.dtype(jnp.asarray(x).dtype if isinstance(x, float | int) else x.dtype).name
+    return jax.ShapeDtypeStruct(entry.shape, jnp.dtype(entry.dtype), sharding=sharding)
 
 
 def _absolute(path: Path) -> epath.Path:

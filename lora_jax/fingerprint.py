@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
 
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed
@@ -105,12 +106,27 @@ def _difference(
 
 def _hashes(leaves: Mapping[str, Any], rounded: bool) -> dict[str, str]:
     """Every leaf is sent off before the first result is waited for."""
-    sums = {path: _sums(_plain(leaf), rounded) for path, leaf in leaves.items()}
+    sums = {path: _send(leaf, rounded) for path, leaf in leaves.items()}
     return {p: f"{int(h):08x}{int(g):08x}" for p, (h, g) in jax.device_get(sums).items()}
 
 
-def _plain(leaf: Any) -> Any:
-    key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _send(leaf: Any, rounded: bool) -> tuple[jax.Array, ...]:
+    """Under a mesh of the leaf's own devices: `jax.set_mesh` may have named others."""
+    if not isinstance(leaf, jax.Array):
+        return _sums(leaf, rounded)
+    with jax.set_mesh(_own_mesh(leaf.sharding)):
+        return _sums(_plain(leaf), rounded)
+
+
+def _own_mesh(place: jax.sharding.Sharding) -> Mesh:
+    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
+        return place.mesh
+    devices: Any = sorted(place.device_set, key=str)
+    return Mesh(devices, ("devices",))
+
+
+def _plain(leaf: jax.Array) -> jax.Array:
+    key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if key else leaf
 
 

@@ -43,7 +43,7 @@ ARROWS = {
     "checkpoint": {"adapters", "errors", "fingerprint", "layout", "manifest", "paths"},
     "nnx": set(),
     "models": set(),
-    "training": {"", "checkpoint", "errors", "models", "paths"},
+    "training": {"", "checkpoint", "errors", "fingerprint", "manifest", "models", "paths"},
 }
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {

@@ -2,35 +2,60 @@
 
 Each checkpoint holds the arrays of one `State` (adapters, parameters trained beside them,
 optimizer, step, PRNG key) and, as JSON that can be read without them, the notes: config, layout,
-iterator state, the best evaluation so far, the length of the record.
+fingerprint of the base, iterator state, the best evaluation so far, the length of the record.
+
+    checkpoints/7          what Orbax writes, in the background; it has this name once it is whole
+    checkpoints/damaged-9  set aside, since its bits were not those that were saved
+
+Which is which is found out when the newest one is restored (`lora_jax.manifest`). The arrays of a
+checkpoint do not know the mesh and the processes that wrote it: any others may restore it.
 """
 
 from __future__ import annotations
 
-import json
+import functools
+import logging
+import math
 import pathlib
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import jax
+from etils import epath
 
-from lora_jax.checkpoint import ocp
+from lora_jax import manifest as manifests
+from lora_jax import paths
+from lora_jax.checkpoint import ocp, read_manifest, reading, writing
+from lora_jax.errors import LoraError, listed
+from lora_jax.manifest import DamagedError, Manifest
+from lora_jax.training import processes
 from lora_jax.training.step import State
 
 Notes = dict[str, Any]  # JSON values
+
+_log = logging.getLogger(__name__)
 
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last one when it closes."""
 
-    def __init__(self, directory: pathlib.Path, keep: int = 2) -> None:
-        """Open the folder, made if need be; what a kill left half-written is deleted."""
-        policies = ocp.training.preservation_policies
-        self._orbax = ocp.training.Checkpointer(
-            directory.absolute(),
-            preservation_policy=policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        keep: int = 2,
+        report: Callable[[str], None] = _log.warning,
+    ) -> None:
+        """Make the folder if need be; what a kill left half-written goes at the first save.
+
+        Args:
+          directory: on a file system that all processes share.
+          keep: how many checkpoints stay; older ones are deleted.
+          report: is told which checkpoint was damaged and is not used.
+        """
+        self._directory, self._report, self._keep = directory.absolute(), report, keep
+        self._saving: int | None = None
+        processes.by_first(lambda: self._directory.mkdir(parents=True, exist_ok=True))
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -41,29 +66,182 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._orbax.close()
+        """Wait for the last save.
+
+        Raises:
+          LoraError: it failed. Where the block ends in an error already, that one goes on,
+            unless it only asks to stop: then a lost checkpoint is the worse news.
+        """
+        try:
+            self._wait()
+        except LoraError:
+            if not isinstance(error, Exception) or isinstance(error, processes.Preempted):
+                raise
+        finally:
+            self._close()
+
+    @functools.cached_property
+    def _orbax(self) -> Any:
+        """Opened at the first save: what is damaged is out of its way by then.
+
+        (With `lightweight_initialize`, Orbax 0.12 cannot save where there is a checkpoint already.)
+        """
+        policies = ocp.training.preservation_policies
+        return ocp.training.Checkpointer(
+            self._directory,
+            preservation_policy=policies.LatestN(self._keep),
+            cleanup_tmp_directories=True,
+        )
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint."""
-        return None if self._orbax.latest is None else self._orbax.latest.step
+        """The step of the newest checkpoint; it may yet turn out to be damaged."""
+        steps = self._steps()
+        return steps[-1] if steps else None
 
     def save(self, step: int, state: State, notes: Notes) -> None:
         """Copy the state off the device and write it in the background.
 
         The arrays may be donated as soon as this returns. It waits for an earlier save.
+
+        Raises:
+          LoraError: this or the earlier checkpoint cannot be written; the ones before it are
+            as they were.
         """
-        self._orbax.save_checkpointables_async(
-            step, {"state": state}, force=True, custom_metadata={"notes": json.dumps(notes)}
-        )
+        self._wait()
+        parts = {"state": state, "meta": manifests.of(state, notes).seal()}
+        self._saving = step
+        self._try(lambda: self._orbax.save_checkpointables_async(step, parts, force=True))
 
     def restore(self, like: State) -> tuple[State, Notes]:
-        """The newest checkpoint, in the structure, dtypes and shardings of `like`."""
-        abstract = jax.tree.map(_abstract, like)
-        step = self.latest
-        metadata = self._orbax.checkpointables_metadata(step).custom_metadata
-        state = self._orbax.load_checkpointables(step, {"state": abstract})["state"]
-        return state, json.loads(metadata["notes"])
+        """The newest whole checkpoint, in the structure, dtypes and shardings of `like`.
+
+        Newer ones that are damaged are reported and set aside, so that their steps can be saved
+        again.
+
+        Raises:
+          LoraError: none is whole (all are left where they are), or the newest is of another
+            structure than `like`.
+        """
+        abstract, damaged = jax.tree.map(_abstract, like), dict[int, str]()
+        for step in reversed(self._steps()):
+            found = self._restore(step, abstract)
+            if not isinstance(found, str):
+                self._set_aside(damaged, step)
+                return found
+            damaged[step] = found
+        raise LoraError(
+            f"no checkpoint in {self._directory} is whole:\n{listed(damaged.values())}\n"
+            "Bring one back from a copy, or give --fresh to delete this run and start again."
+        )
+
+    def _restore(self, step: int, abstract: State) -> tuple[State, Notes] | str:
+        """A checkpoint, or in what way it is damaged; every process comes to the same answer."""
+        folder = epath.Path(self._directory / str(step))
+        if jax.process_count() > 1:
+            # Read together, a damaged one would fail in some and leave the others waiting for them.
+            found = [
+                text for text in processes.everywhere(lambda: _damage(folder, abstract)) if text
+            ]
+            if found:
+                return found[0]
+        try:
+            return _read(folder, abstract)
+        except DamagedError as error:
+            if jax.process_count() == 1:
+                return str(error)
+            raise LoraError(f"{error}\nEach process could read it alone: try again.") from error
+
+    def _set_aside(self, damaged: dict[int, str], restored: int) -> None:
+        for step, text in damaged.items():
+            name = processes.by_first(functools.partial(self._rename, step))
+            self._report(
+                f"{text}\nIt is set aside as {name}, and the checkpoint of step {restored} is used "
+                "in its place."
+            )
+
+    def _rename(self, step: int) -> str:
+        names = (f"damaged-{step}" + (f"-{i}" if i else "") for i in range(1000))
+        free = next(name for name in names if not (self._directory / name).exists())
+        (self._directory / str(step)).rename(self._directory / free)
+        return free
+
+    def _steps(self) -> list[int]:
+        """Ascending. By the names alone, which Orbax gives to what is whole."""
+        names = [p.name for p in self._directory.iterdir()]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _wait(self) -> None:
+        if self._saving is not None:
+            self._try(self._orbax.wait)
+            self._saving = None
+
+    def _close(self) -> None:
+        if "_orbax" not in vars(self):
+            return
+        try:
+            self._orbax.close()
+        except Exception:
+            if self._saving is None:  # else `_wait` has said so already
+                raise
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            with writing(epath.Path(self._directory)):
+                act()
+        except LoraError as error:
+            latest = self.latest
+            kept = "there is none before it" if latest is None else f"that of step {latest} is kept"
+            raise LoraError(
+                f"the checkpoint of step {self._saving} is lost; {kept}. {error}\n"
+                "Once there is room for it, the same command goes on from what is kept."
+            ) from error
+
+
+def _read(folder: epath.Path, abstract: State) -> tuple[State, Notes]:
+    """Raises DamagedError; LoraError where the run has another structure than the checkpoint."""
+    manifest = read_manifest(folder, max_bytes=math.inf)
+    _check_structure(folder, manifest, abstract)
+    with reading(folder):
+        state = ocp.load_checkpointables(folder, {"state": abstract})["state"]
+        damaged = manifest.damaged(state)
+        if damaged:
+            raise DamagedError(f"damaged:\n{listed(damaged)}")
+    return state, manifest.notes
+
+
+def _damage(folder: epath.Path, abstract: State) -> str:
+    """What is wrong with a checkpoint, found by this process alone; "" if nothing.
+
+    Every process has to call it: Orbax counts its operations, and the counts have to agree.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+    context = ocp.Context()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    context.multiprocessing.primary_host = jax.process_index()
+    try:
+        with context:
+            _read(folder, target)
+    except DamagedError as error:
+        return str(error)
+    return ""
+
+
+def _check_structure(folder: epath.Path, manifest: Manifest, abstract: State) -> None:
+    stored = {p: f"{e.dtype}{list(e.shape)}" for p, e in manifest.arrays.items()}
+    ours = {p: f"{x.dtype}{list(x.shape)}" for p, x in paths.flatten(abstract).items()}
+    rows = [
+        f"{p}: {stored.get(p, 'nothing')} there, {ours.get(p, 'nothing')} in this run"
+        for p in dict.fromkeys([*stored, *ours])
+        if stored.get(p) != ours.get(p)
+    ]
+    if rows:
+        raise LoraError(
+            f"{folder} was written by a run with other arrays (adapters, parameters trained "
+            f"beside them, or optimizer); {len(rows)} differ:\n{listed(rows)}\n"
+            "Give that run's config, or start afresh with --fresh."
+        )
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

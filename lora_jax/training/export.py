@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+from typing import Any
 
 import lora_jax
 from lora_jax.checkpoint import restore_base
+from lora_jax.fingerprint import Fingerprint
+from lora_jax.training import processes
 from lora_jax.training.step import Trained
 
 
@@ -15,20 +18,54 @@ def folder(run: pathlib.Path, name: str) -> pathlib.Path:
     return run / "adapters" / name
 
 
-def save(run: pathlib.Path, name: str, layout: lora_jax.Layout, trained: Trained) -> None:
-    """Write adapters and the parameters trained beside them, replacing an earlier export."""
+def save(
+    run: pathlib.Path,
+    name: str,
+    layout: lora_jax.Layout,
+    trained: Trained,
+    fingerprint: Fingerprint | None = None,
+) -> None:
+    """Write adapters and the parameters trained beside them, replacing an earlier export.
+
+    Args:
+      run: the run directory.
+      name: of the adapter.
+      layout, trained: what is written.
+      fingerprint: of the frozen base.
+
+    Raises:
+      LoraError: it cannot be written; the earlier export is as it was.
+    """
     target = folder(run, name)
+    processes.by_first(lambda: _prepare(target))
+    lora_jax.save(
+        target,
+        layout,
+        trained["adapters"],
+        base=trained["base"],
+        fingerprint=fingerprint,
+        overwrite=True,
+    )
+
+
+def _prepare(target: pathlib.Path) -> None:
+    """Make the folder above `target`, and delete what a kill left half-written beside it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for partial in target.parent.glob(f"{name}.*"):  # what a kill left half-written
+    for partial in target.parent.glob(f"{target.name}*.orbax-checkpoint-tmp*"):
         shutil.rmtree(partial)
-    lora_jax.save(target, layout, trained["adapters"], base=trained["base"], overwrite=True)
 
 
-def load(run: pathlib.Path, name: str) -> Trained:
-    """What `save` wrote, bit for bit."""
-    path = folder(run, name)
-    _, adapters = lora_jax.restore(path)
-    return {"adapters": adapters, "base": restore_base(path)}
+def load(run: pathlib.Path, name: str, where: Any = None) -> Trained:
+    """What `save` wrote, bit for bit.
+
+    Args:
+      run: the run directory.
+      name: of the adapter.
+      where: shardings of it, a tree like it; None puts all on one device.
+    """
+    path, where = folder(run, name), where or {"adapters": None, "base": None}
+    _, adapters = lora_jax.restore(path, where["adapters"])
+    return {"adapters": adapters, "base": restore_base(path, where["base"])}
 
 
 def size(path: pathlib.Path) -> int:
