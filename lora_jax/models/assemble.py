@@ -5,13 +5,17 @@ differs: each is an error that lists both sides.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
+from lora_jax.models import shards
 from lora_jax.models.bert import Bert, BertClassifier
 from lora_jax.models.config import BertConfig, Config, LlamaConfig
 from lora_jax.models.llama import Llama
@@ -19,6 +23,7 @@ from lora_jax.models.names import Form, Row, Table
 
 Tree = dict[str, Any]
 _SHOWN = 40  # names that a message lists before it counts the rest
+_BLOCK = 4 * 1024 * 1024  # numbers that are read at once: what is held beside the result
 
 
 class WeightsError(ValueError):
@@ -41,16 +46,18 @@ class Stored:
         origin: where they are, for messages.
         table: what they are called.
         column: whose names of the table they bear.
-        names: all of them.
-        read: one array by name, in Hugging Face's layout (kernels [out, in], rotary pairs half
-            a head apart), in any float dtype.
+        shapes: the shape of every one by its name, in Hugging Face's layout: kernels [out, in],
+            rotary pairs half a head apart.
+        read: the part at an index (a slice with start and stop for each axis) of the one of that
+            name, in that layout and in any float dtype. Nothing else is read from the disk, as
+            far as the format allows.
     """
 
     origin: str
     table: Table
     column: Literal["hf", "gguf"]
-    names: tuple[str, ...]
-    read: Callable[[str, Row], np.ndarray]
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str, Row, shards.Index], np.ndarray]
 
 
 @dataclasses.dataclass
@@ -62,6 +69,11 @@ class _Leaf:
     row: Row
     sources: list[str]
     stacked: bool
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The parameter's shape; `shape` is that of one source, in our layout."""
+        return (len(self.sources), *self.shape) if self.stacked else self.shape
 
 
 def shapes(config: Config, head: Head | None = None) -> Tree:
@@ -91,57 +103,93 @@ def flatten(tree: Tree, before: str = "") -> dict[str, Any]:
 def assemble(
     stored: Stored, config: Config, head: Head | None = None, shardings: Tree | None = None
 ) -> Tree:
-    """The parameters of the model of `config`, read one tensor at a time.
+    """The parameters of the model of `config`, read in blocks straight to their places.
 
     Args:
         head: the classification head to load too; the tree is then {"bert", "classifier"}.
-        shardings: a tree of shardings like the result; each array goes to its devices as soon
-            as it is read. None puts everything on the default device.
+        shardings: a tree of shardings like the result: this process reads the parts that its
+            own devices hold, each once. None puts everything on the default device.
 
     Raises:
-        WeightsError: missing, unknown or misshapen tensors.
+        WeightsError: missing, unknown or misshapen tensors; a parameter without a sharding, or
+            with one that does not divide it. Nothing is read then.
     """
-    placed = flatten(shardings or {})
+    placed = None if shardings is None else flatten(shardings)
+    leaves = _plan(stored, config, head)
+    for leaf in leaves:
+        _check(stored, leaf, config)
+    places = [_place(leaf, placed) for leaf in leaves]
+    dtype = np.dtype(config.param_dtype)
     tree: Tree = {}
-    for leaf in _plan(stored, config, head):
-        array = _read(stored, leaf, config)
-        if shardings is None:
-            value = jnp.asarray(array)
-        elif leaf.path not in placed:
-            raise WeightsError(f"shardings has nothing at {leaf.path}; it has {sorted(placed)}")
-        else:
-            # Every process has the whole file and fills the shards of its own devices.
-            where = placed[leaf.path]
-            value = jax.make_array_from_callback(array.shape, where, array.__getitem__)
+    for leaf, place in zip(leaves, places, strict=True):
         *folders, name = leaf.path.split("/")
         branch = tree
         for folder in folders:
             branch = branch.setdefault(folder, {})
-        branch[name] = value
+        read = functools.partial(_read, stored, leaf, dtype)
+        branch[name] = shards.load(leaf.whole, place, read)
     return tree
 
 
-def _read(stored: Stored, leaf: _Leaf, config: Config) -> np.ndarray:
-    """The array of one parameter in `config.param_dtype`."""
-    shape = (len(leaf.sources), *leaf.shape) if leaf.stacked else leaf.shape
-    array = np.empty(shape, np.dtype(config.param_dtype))
-    for index, name in enumerate(leaf.sources):
-        value = stored.read(name, leaf.row)
-        value = value.T if leaf.row.form is Form.TRANSPOSED else value
-        if value.shape != leaf.shape:
+def _place(leaf: _Leaf, placed: Mapping[str, Sharding] | None) -> Sharding | None:
+    """Where the parameter goes; None: the default device."""
+    if placed is None:
+        return None
+    if leaf.path not in placed:
+        raise WeightsError(f"shardings has nothing at {leaf.path}; it has {sorted(placed)}")
+    try:
+        placed[leaf.path].shard_shape(leaf.whole)
+    except ValueError as error:
+        raise WeightsError(f"the sharding of {leaf.path}: {error}") from error
+    return placed[leaf.path]
+
+
+def _read(stored: Stored, leaf: _Leaf, dtype: np.dtype, index: shards.Index) -> np.ndarray:
+    """The part of one parameter at `index`, in `dtype`; no more than that is read."""
+    part = shards.empty(tuple(axis.stop - axis.start for axis in index), dtype)
+    names, inner = leaf.sources, index
+    if leaf.stacked:
+        names, inner = names[index[0]], index[1:]
+    for number, name in enumerate(names):
+        _copy(stored, leaf.row, name, inner, part[number] if leaf.stacked else part)
+    return part
+
+
+def _copy(stored: Stored, row: Row, name: str, index: shards.Index, into: np.ndarray) -> None:
+    """Fill `into` with the part at `index` of the parameter that one stored tensor is."""
+    if row.form is Form.TRANSPOSED:
+        into, index = into.T, index[::-1]
+    rows, inner = index[0], index[1:]
+    numbers = math.prod(stored.shapes[name][1:])
+    step = max(1, _BLOCK // max(1, numbers))
+    for start in range(rows.start, rows.stop, step):
+        block = slice(start, min(start + step, rows.stop))
+        value = stored.read(name, row, (block, *inner))
+        into[start - rows.start : block.stop - rows.start] = value
+
+
+def _check(stored: Stored, leaf: _Leaf, config: Config) -> None:
+    """Every tensor of the parameter has the shape that the configuration says."""
+    for name in leaf.sources:
+        shape = stored.shapes[name]
+        shape = shape[::-1] if leaf.row.form is Form.TRANSPOSED else shape
+        if shape != leaf.shape:
             raise WeightsError(
                 f"{stored.origin}: tensor {name} does not fit parameter {leaf.path}:\n"
                 f"  expected {leaf.shape}, as the configuration says\n"
-                f"  got      {value.shape}, in our layout\n"
+                f"  got      {shape}, in our layout\n"
                 f"the configuration: {config}"
             )
-        array[index if leaf.stacked else ...] = value
-    return array
 
 
 def _plan(stored: Stored, config: Config, head: Head | None) -> list[_Leaf]:
     """Which stored tensors make which parameter; every name of both sides is accounted for."""
     raw = _clean_names(stored)
+    if config.num_layers > len(raw):  # a number out of a file: no list of names is made of it yet
+        raise WeightsError(
+            f"{stored.origin} has {len(raw)} tensors, too few for {config.num_layers} layers.\n"
+            f"The configuration: {config}"
+        )
     leaves = _leaves(stored, config, head)
     wanted = {name: leaf.path for leaf in leaves for name in leaf.sources}
     missing = [f"{path} <- {name}" for name, path in wanted.items() if name not in raw]
@@ -164,7 +212,7 @@ def _plan(stored: Stored, config: Config, head: Head | None) -> list[_Leaf]:
 def _clean_names(stored: Stored) -> dict[str, str]:
     """Clean name -> the name in the file."""
     raw: dict[str, str] = {}
-    for name in stored.names:
+    for name in stored.shapes:
         clean = stored.table.clean(name)
         if clean in raw:
             raise WeightsError(f"{stored.origin}: {raw[clean]} and {name} are the same tensor")

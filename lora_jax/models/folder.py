@@ -1,21 +1,23 @@
 """A folder as Hugging Face lays it out: config.json, *.safetensors, tokenizer.json."""
 
-import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-import safetensors
 import tokenizers
 
+from lora_jax.models import safetensors_file
 from lora_jax.models.assemble import Head, Stored, Tree, WeightsError, assemble
 from lora_jax.models.config import Config
 from lora_jax.models.hf_config import parse
+from lora_jax.models.mapped import Region
 from lora_jax.models.names import HF, Row
+from lora_jax.models.shards import Index
 
 SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -72,20 +74,21 @@ class Folder:
         """The parameters, see `lora_jax.models.assemble.assemble`; None: of `self.config`."""
         config = self.config if config is None else config
         table = HF[self._json["model_type"]]
-        with contextlib.ExitStack() as stack:
-            # Memory-mapped: a tensor is read from the disk when it is asked for.
-            files = {
-                path: stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-                for path in _files(self.path)
-            }
-            holder = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
-            _check_index(self.path, holder)
+        held = _regions(_files(self.path))
+        _check_index(self.path, held)
 
-            def read(name: str, row: Row) -> np.ndarray:
-                return holder[name].get_tensor(name)
+        def read(name: str, row: Row, index: Index) -> np.ndarray:
+            region = held[name]
+            if not jnp.issubdtype(region.dtype, jnp.floating):
+                raise WeightsError(
+                    f"{region.path}: tensor {name} is stored as {region.dtype}, expected a float "
+                    "dtype: how such numbers are to be scaled is not known"
+                )
+            return region.read(index)
 
-            stored = Stored(str(self.path), table, "hf", tuple(holder), read)
-            return assemble(stored, config, head, shardings)
+        tensors = {name: region.shape for name, region in held.items()}
+        stored = Stored(str(self.path), table, "hf", tensors, read)
+        return assemble(stored, config, head, shardings)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -100,18 +103,44 @@ def _files(folder: Path) -> list[Path]:
             "Weights in another format are converted once with\n"
             "    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)"
         )
-    files = [folder / name for name in sorted(set(_object(index)["weight_map"].values()))]
+    files = [folder / name for name in sorted(set(_weight_map(index).values()))]
     absent = [path.name for path in files if not path.is_file()]
     if absent:
         raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}")
     return files
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> the file beside the index that holds it."""
+    found = _object(index).get("weight_map")
+    if not isinstance(found, dict):
+        raise WeightsError(f"{index}: weight_map is {type(found).__name__}, expected an object")
+    for name, file in found.items():
+        # The index may be anybody's: it names files of its own folder.
+        known = isinstance(file, str) and file.endswith(".safetensors")
+        if not known or Path(file).name != file:
+            raise WeightsError(
+                f"{index}: {name} is in {file!r}, expected a .safetensors file beside the index"
+            )
+    return found
+
+
+def _regions(files: Iterable[Path]) -> dict[str, Region]:
+    """Every tensor of all files, each of which one file holds."""
+    held: dict[str, Region] = {}
+    for path in files:
+        for name, region in safetensors_file.regions(path).items():
+            if name in held:
+                raise WeightsError(f"{name} is in {held[name].path} and in {path}")
+            held[name] = region
+    return held
+
+
 def _check_index(folder: Path, held: Container[str]) -> None:
     index = folder / _INDEX
     if (folder / SINGLE).is_file() or not index.is_file():
         return
-    lost = sorted(name for name in _object(index)["weight_map"] if name not in held)
+    lost = sorted(name for name in _weight_map(index) if name not in held)
     if lost:
         raise WeightsError(f"{index} lists tensors that no file holds: {', '.join(lost)}")
 

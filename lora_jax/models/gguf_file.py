@@ -9,12 +9,13 @@ import gguf
 import numpy as np
 import tokenizers
 
-from lora_jax.models import gguf_tokenizer
+from lora_jax.models import gguf_header, gguf_tokenizer
 from lora_jax.models.assemble import Head, Stored, Tree, WeightsError, assemble
 from lora_jax.models.config import Config, LlamaConfig
 from lora_jax.models.hf_config import ConfigError
 from lora_jax.models.names import GGUF, GGUF_TURNED, Row, Turned
 from lora_jax.models.rope import linear_divisors
+from lora_jax.models.shards import Index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +25,12 @@ class GgufFile:
     path: Path
 
     @functools.cached_property
-    def _reader(self) -> gguf.GGUFReader:
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} is not there")
-        return gguf.GGUFReader(self.path)
+    def _header(self) -> gguf_header.Header:
+        return gguf_header.read(self.path)
 
-    @functools.cached_property
-    def _tensors(self) -> dict[str, gguf.ReaderTensor]:
-        return {tensor.name: tensor for tensor in self._reader.tensors}
+    @property
+    def _tensors(self) -> dict[str, gguf_header.Quantised]:
+        return self._header.tensors
 
     @property
     def _kind(self) -> str:
@@ -44,8 +43,7 @@ class GgufFile:
         return kind
 
     def _value(self, key: str, default: Any = None) -> Any:
-        field = self._reader.fields.get(key)
-        return default if field is None else field.contents()
+        return self._header.fields.get(key, default)
 
     @functools.cached_property
     def config(self) -> Config:
@@ -72,7 +70,7 @@ class GgufFile:
         if turned != head_dim:
             raise ConfigError(f"{self.path}: rope turns {turned} of a head's {head_dim} numbers")
         return LlamaConfig(
-            vocab_size=int(self._tensors["token_embd.weight"].shape[-1]),
+            vocab_size=self._tensors["token_embd.weight"].shape[0],
             hidden_size=hidden,
             num_layers=need("block_count"),
             num_heads=heads,
@@ -95,7 +93,8 @@ class GgufFile:
 
     def _rope_divisors(self, head_dim: int) -> tuple[float, ...] | None:
         if "rope_freqs.weight" in self._tensors:
-            return tuple(map(float, self._array("rope_freqs.weight")))
+            count = self._tensors["rope_freqs.weight"].shape[0]
+            return tuple(map(float, self._read("rope_freqs.weight", (slice(0, count),))))
         kind = self._value(f"{self._kind}.rope.scaling.type", "none")
         if kind == "none":
             return None
@@ -126,23 +125,38 @@ class GgufFile:
         turned = self._kind in GGUF_TURNED
         heads = {Turned.QUERY: config.num_heads, Turned.KEY: config.num_kv_heads}
 
-        def read(name: str, row: Row) -> np.ndarray:
-            array = self._array(name)
-            return unturn(array, heads[row.turned]) if turned and row.turned in heads else array
+        def read(name: str, row: Row, index: Index) -> np.ndarray:
+            if not turned or row.turned not in heads:
+                return self._read(name, index)
+            return self._turned(name, heads[row.turned], index)
 
-        stored = Stored(str(self.path), GGUF[self._kind], "gguf", tuple(self._tensors), read)
+        shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        stored = Stored(str(self.path), GGUF[self._kind], "gguf", shapes, read)
         return assemble(stored, config, head, shardings)
 
-    def _array(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to float32 (float16 and float32 as they are)."""
+    def _turned(self, name: str, heads: int, index: Index) -> np.ndarray:
+        """A part of q or k with its rows in Hugging Face's order."""
+        rows = unturn(np.arange(self._tensors[name].shape[0]), heads)[index[0]]
+        # A head's rows are together in either order: of whole heads, no other row is read.
+        first, last = int(rows.min()), int(rows.max())
+        return self._read(name, (slice(first, last + 1), *index[1:]))[rows - first]
+
+    def _read(self, name: str, index: Index) -> np.ndarray:
+        """A part of one tensor, dequantised to float32; of the blocks only those it lies in."""
         tensor = self._tensors[name]
+        block = gguf.GGML_QUANT_SIZES[tensor.kind][0]
+        unit = tensor.region.shape[-1] * block // tensor.shape[-1]  # stored items of one block
+        *outer, last = index
+        first, end = last.start // block, -(-last.stop // block)
+        stored = tensor.region.read((*outer, slice(first * unit, end * unit)))
         try:
-            return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            numbers: np.ndarray = gguf.quants.dequantize(stored, tensor.kind)
         except NotImplementedError as error:
             raise WeightsError(
-                f"{self.path}: tensor {name} is quantised as {tensor.tensor_type.name}, which the "
-                "gguf package cannot expand"
+                f"{self.path}: tensor {name} is quantised as {tensor.kind.name}, which the gguf "
+                "package cannot expand"
             ) from error
+        return numbers[..., last.start - first * block : last.stop - first * block]
 
 
 def unturn(array: np.ndarray, heads: int) -> np.ndarray:

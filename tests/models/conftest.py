@@ -19,7 +19,7 @@ def data() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> models.Source:
-    """SmolLM2-135M-Instruct as GGUF; its metadata alone takes seconds to read."""
+    """SmolLM2-135M-Instruct as GGUF; its metadata is read once."""
     return models.open(models.SMOLLM2)
 
 
