@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -193,10 +194,13 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("asyncio")
     disabled, logger.disabled = logger.disabled, True
     try:
-        yield
-    except Exception:
-        gc.collect()
-        raise
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            try:
+                yield
+            except Exception:
+                gc.collect()
+                raise
     finally:
         logger.disabled = disabled
 
@@ -314,7 +318,7 @@ def _check_stored(folder: epath.Path, manifest: Manifest) -> None:
         if (tuple(found.shape), jnp.dtype(found.dtype).name) != (entry.shape, entry.dtype):
             raise DamagedError(
                 f"damaged: {path} is {found.dtype}{list(found.shape)}, and was saved as "
-                f"{entry.dtype}{list(entry.shape)}"
+                f"{entry.kind}"
             )
         chunk = found.storage_metadata.chunk_shape if found.storage_metadata else entry.shape
         if math.prod(chunk) > max(1, math.prod(entry.shape)):

@@ -56,6 +56,11 @@ class Entry:
     hash: str
 
     @property
+    def kind(self) -> str:
+        """`float32[2, 3]`"""
+        return f"{self.dtype}{list(self.shape)}"
+
+    @property
     def nbytes(self) -> int:
         """Bytes in memory; a PRNG key (whose dtype has no size) counts as one word an element."""
         item = 4 if self.dtype.startswith("key<") else jnp.dtype(self.dtype).itemsize
@@ -76,13 +81,18 @@ class Manifest:
         return {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
     def damaged(self, tree: Any, prefix: str = "") -> list[str]:
-        """A line for each leaf of `tree` whose bits are not those that were saved at its path."""
-        hashes = digests(tree)
-        return [
-            f"{prefix + p} holds other bits than were saved (hash {h}, saved {was})"
-            for p, h in hashes.items()
-            if (was := self.arrays[prefix + p].hash) != h
-        ]
+        """A line for each leaf of `tree` that is not the one that was saved at its path."""
+        found, lines = of(tree, None).arrays, []
+        for path, entry in found.items():
+            saved = self.arrays[prefix + path]
+            if (entry.shape, entry.dtype) != (saved.shape, saved.dtype):
+                lines.append(f"{prefix + path} is {entry.kind}, and was saved as {saved.kind}")
+            elif entry.hash != saved.hash:
+                lines.append(
+                    f"{prefix + path} holds other bits than were saved (hash {entry.hash}, saved "
+                    f"{saved.hash})"
+                )
+        return lines
 
 
 def of(tree: Any, notes: Any) -> Manifest:
@@ -154,7 +164,7 @@ def check_declared(manifest: Manifest, on_disk: int | None, max_bytes: float | N
         most = min(most, max(ANY_FOLDER, RATIO * on_disk))
     if declared > most:
         largest = sorted(manifest.arrays.items(), key=lambda item: -item[1].nbytes)
-        rows = [f"{p}: {e.dtype}{list(e.shape)}, {e.nbytes:,} bytes" for p, e in largest]
+        rows = [f"{p}: {e.kind}, {e.nbytes:,} bytes" for p, e in largest]
         raise LoraError(
             f"it declares arrays of {declared:,} bytes"
             + ("" if on_disk is None else f" in a folder of {on_disk:,} bytes")

@@ -207,7 +207,8 @@ def _read(folder: epath.Path, abstract: State) -> tuple[State, Notes]:
         damaged = manifest.damaged(state)
         if damaged:
             raise DamagedError(f"damaged:\n{listed(damaged)}")
-    return state, manifest.notes
+    # Orbax gives a scalar PRNG key the sharding of its data, which has an axis more.
+    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, abstract), manifest.notes
 
 
 def _damage(folder: epath.Path, abstract: State) -> str:
@@ -229,7 +230,7 @@ def _damage(folder: epath.Path, abstract: State) -> str:
 
 
 def _check_structure(folder: epath.Path, manifest: Manifest, abstract: State) -> None:
-    stored = {p: f"{e.dtype}{list(e.shape)}" for p, e in manifest.arrays.items()}
+    stored = {p: e.kind for p, e in manifest.arrays.items()}
     ours = {p: f"{x.dtype}{list(x.shape)}" for p, x in paths.flatten(abstract).items()}
     rows = [
         f"{p}: {stored.get(p, 'nothing')} there, {ours.get(p, 'nothing')} in this run"

@@ -1,0 +1,325 @@
+"""A damaged checkpoint is found and the one before it used; a full disk costs no earlier one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+from lora_jax import LoraError
+from lora_jax.training import export, processes
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.step import State
+from tests.training.runs import OWN, ROOT, SMALL
+
+ROWS = 16
+LAYOUT = lora_jax.Layout((lora_jax.Target("q", (ROWS, 8), (), (0,), (1,), 4, 4.0),))
+
+
+def state(step: int, rows: int = ROWS) -> State:
+    """One array of each kind that a state may hold."""
+    a = jax.random.normal(jax.random.key(step), (rows, 4))
+    factors = lora_jax.Factors(a, jnp.full((4, 8), step, jnp.bfloat16))
+    return State(
+        {"adapters": {"q": factors}, "base": {"head/w": jnp.arange(6, dtype=jnp.int8)}},
+        (jnp.int32(step), {"q": a * 2}),
+        jnp.int32(step),
+        jnp.int32(0),
+        jax.random.fold_in(jax.random.key(7), step),
+    )
+
+
+def bits(tree: Any) -> list[tuple[str, bytes]]:
+    def plain(x: Any) -> Any:
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    return [(str(x.dtype), np.asarray(plain(x)).tobytes()) for x in jax.tree.leaves(tree)]
+
+
+def write(folder: pathlib.Path, *steps: int) -> pathlib.Path:
+    with Checkpoints(folder) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state(step), {"step": step, "text": "naïve \n"})
+    return folder
+
+
+def read(folder: pathlib.Path) -> tuple[State, Any, list[str]]:
+    said: list[str] = []
+    with Checkpoints(folder, report=said.append) as checkpoints:
+        return *checkpoints.restore(state(0)), said
+
+
+def names(folder: pathlib.Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The checkpoints of steps 3 and 4."""
+    return write(tmp_path_factory.mktemp("whole") / "checkpoints", 3, 4)
+
+
+@pytest.fixture
+def copy(whole: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(whole, tmp_path / "checkpoints"))
+
+
+def flip(file: pathlib.Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def data_files(checkpoint: pathlib.Path) -> list[pathlib.Path]:
+    """Those that hold the arrays; their names are random."""
+    return [p for p in checkpoint.rglob("d/*") if "ocdbt.process" not in str(p)]
+
+
+def test_bit_for_bit(whole: pathlib.Path, copy: pathlib.Path) -> None:
+    """Red if a dtype, the key, or a character of the notes is lost on the way."""
+    found, notes, said = read(copy)
+    assert bits(found) == bits(state(4)) and not said
+    assert notes == {"step": 4, "text": "naïve \n"}
+    assert jax.tree.structure(found) == jax.tree.structure(state(4))
+
+
+def damages(file: pathlib.Path) -> Iterator[bytes | None]:
+    """None stands for a file that is gone."""
+    data = file.read_bytes()
+    yield from (None, data[: len(data) // 2], data[:-1])
+    for part in (0, 0.3, 0.6, 0.9):
+        bit = int(len(data) * 8 * part)
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        yield bytes(changed)
+
+
+def test_whatever_is_damaged(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Each file gone, cut, with a bit flipped: the exact state, or the one before and a word."""
+    results = set()
+    for file in sorted(p.relative_to(whole) for p in (whole / "4").rglob("*") if p.is_file()):
+        for data in damages(whole / file):
+            copy = pathlib.Path(shutil.copytree(whole, tmp_path / "copy"))
+            (copy / file).unlink()
+            if data is not None:
+                (copy / file).write_bytes(data)
+            found, notes, said = read(copy)
+            step = notes["step"]
+            assert bits(found) == bits(state(step)), file
+            assert len(said) == 4 - step, file
+            assert names(copy) == (["3", "4"] if step == 4 else ["3", "damaged-4"]), file
+            results.add((file.parts[1], step))
+            shutil.rmtree(copy)
+    assert {("state", 3), ("meta", 3), ("_CHECKPOINT_METADATA", 4)} <= results
+
+
+def test_what_is_said(copy: pathlib.Path) -> None:
+    (file,) = data_files(copy / "4")
+    flip(file, file.stat().st_size * 4)
+    *_, said = read(copy)
+    assert len(said) == 1 and f"{copy / '4'} is damaged" in said[0] and file.name in said[0]
+    assert "set aside as damaged-4, and the checkpoint of step 3 is used" in said[0]
+
+
+def test_hashes_find_what_no_checksum_does(copy: pathlib.Path) -> None:
+    """Another run's array of the same shape, whole by all checksums of its own."""
+    other = copy.parent / "other"
+    with Checkpoints(other) as checkpoints:
+        changed = state(4)
+        q = changed.trained["adapters"]["q"]
+        a = q.a.at[3, 1].set(jnp.nextafter(q.a[3, 1], jnp.float32(9)))
+        trained = {**changed.trained, "adapters": {"q": q._replace(a=a)}}
+        checkpoints.save(4, changed._replace(trained=trained), {"step": 4})
+    shutil.rmtree(copy / "4" / "state")
+    shutil.copytree(other / "4" / "state", copy / "4" / "state")
+    _, notes, said = read(copy)
+    assert notes["step"] == 3
+    assert "trained/adapters/q/a holds other bits than were saved" in said[0]
+    assert "adapters/q/b" not in said[0]
+
+
+def test_the_step_of_a_damaged_one_is_saved_again(copy: pathlib.Path) -> None:
+    """Twice, and the evidence of both is kept."""
+    for expected in (["3", "4", "damaged-4"], ["3", "4", "damaged-4", "damaged-4-1"]):
+        (file,) = data_files(copy / "4")
+        flip(file, 80)
+        with Checkpoints(copy, report=lambda _: None) as checkpoints:
+            _, notes = checkpoints.restore(state(0))
+            assert notes["step"] == 3
+            checkpoints.save(4, state(4), {"step": 4})
+        assert names(copy) == expected
+    assert read(copy)[1]["step"] == 4
+
+
+def test_none_is_whole(copy: pathlib.Path) -> None:
+    """An error as often as it is tried: never a silent start from zero."""
+    for step in ("3", "4"):
+        (file,) = data_files(copy / step)
+        file.unlink()
+    for _ in range(2):
+        with pytest.raises(LoraError, match=r"no checkpoint (.|\n)*/4 (.|\n)*/3 (.|\n)*--fresh"):
+            read(copy)
+        assert names(copy) == ["3", "4"]
+
+
+def test_another_structure_is_no_damage(copy: pathlib.Path) -> None:
+    """Another config: the checkpoint stays where it is."""
+    with Checkpoints(copy) as checkpoints:
+        match = r"trained/adapters/q/a: float32\[16, 4\] there, float32\[24, 4\] in this run"
+        with pytest.raises(LoraError, match=match):
+            checkpoints.restore(state(0, rows=24))
+    assert names(copy) == ["3", "4"]
+
+
+def test_other_meshes(tmp_path: pathlib.Path) -> None:
+    """(8, 1, 1) to (2, 2, 2) to one device."""
+    whole = state(5)
+
+    def on(*sizes: int) -> State:
+        devices = jax.devices()[: math.prod(sizes)]
+        axes = ("data", "fsdp", "tensor")
+        mesh = jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        row = "data" if sizes == (8, 1, 1) else ("fsdp", "tensor")
+        return jax.tree.map(
+            lambda x: jax.device_put(x, NamedSharding(mesh, P(row) if ROWS in x.shape else P())),
+            whole,
+        )
+
+    meshes = [on(8, 1, 1), on(2, 2, 2), on(1, 1, 1), whole]
+    with Checkpoints(tmp_path / "0") as checkpoints:
+        checkpoints.save(5, meshes[0], {})
+    for i, like in enumerate(meshes):
+        with Checkpoints(tmp_path / str(i)) as checkpoints:
+            found, _ = checkpoints.restore(like)
+            places = [[x.sharding for x in jax.tree.leaves(tree)] for tree in (found, like)]
+            assert places[0] == places[1]
+        assert bits(found) == bits(whole)
+        with Checkpoints(tmp_path / str(i + 1)) as checkpoints:
+            checkpoints.save(5, found, {})
+
+
+# ---- a full disk
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file in this process may grow past 64 kB: what a disk without room is, without a mount."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+LARGE = 2**14  # rows that the limit has no room for
+
+
+def save_without_room(folder: pathlib.Path, error: BaseException | None) -> None:
+    with full_disk(), Checkpoints(folder) as checkpoints:
+        checkpoints.save(5, state(5, rows=LARGE), {})
+        if error is not None:
+            raise error
+
+
+def test_a_full_disk_is_an_error_at_the_next_save(whole: pathlib.Path, copy: pathlib.Path) -> None:
+    with Checkpoints(copy) as checkpoints, full_disk():
+        checkpoints.save(5, state(5, rows=LARGE), {})
+        with pytest.raises(LoraError, match=r"step 5 is lost; that of step 4 is kept(.|\n)*/5"):
+            checkpoints.save(6, state(6), {})
+    assert names(copy)[:2] == ["3", "4"] and "5" not in names(copy)
+    assert bits(read(copy)[0]) == bits(state(4))
+
+
+@pytest.mark.parametrize("stop", [None, KeyboardInterrupt(), processes.Preempted("step 5")])
+def test_a_full_disk_is_an_error_at_the_end(copy: pathlib.Path, stop: Any) -> None:
+    """Also where the run only stops: it would say that its last step is saved."""
+    with pytest.raises(LoraError, match="step 5 is lost"):
+        save_without_room(copy, stop)
+    assert bits(read(copy)[0]) == bits(state(4))
+
+
+def test_an_error_of_the_run_goes_first(copy: pathlib.Path) -> None:
+    with pytest.raises(KeyError, match="mine"):
+        save_without_room(copy, KeyError("mine"))
+
+
+def test_a_full_disk_keeps_the_earlier_export(tmp_path: pathlib.Path) -> None:
+    trained = state(1).trained
+    export.save(tmp_path, "best", LAYOUT, trained)
+    large = {**trained, "base": {"head": jax.random.normal(jax.random.key(0), (LARGE, 4))}}
+    with full_disk(), pytest.raises(LoraError, match=r"best cannot be written"):
+        export.save(tmp_path, "best", LAYOUT, large)
+    assert bits(export.load(tmp_path, "best")) == bits(trained)
+    export.save(tmp_path, "best", LAYOUT, state(2).trained)
+    assert bits(export.load(tmp_path, "best")) == bits(state(2).trained)
+    assert names(tmp_path / "adapters") == ["best"]
+
+
+def test_a_kill_between_the_renames_of_an_export(tmp_path: pathlib.Path) -> None:
+    """Red if the old one is not brought back: then a run that goes on would have no best."""
+    export.save(tmp_path, "best", LAYOUT, state(1).trained)
+    (tmp_path / "adapters" / "best").rename(tmp_path / "adapters" / "best.old")
+    export.save(tmp_path, "best", LAYOUT, state(2).trained)
+    assert bits(export.load(tmp_path, "best")) == bits(state(2).trained)
+    assert names(tmp_path / "adapters") == ["best"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file system of 400 kB, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_real_full_disk(small_disk: pathlib.Path) -> None:
+    folder = write(small_disk / "checkpoints", 1)
+    with pytest.raises(LoraError, match="No space left on device"), Checkpoints(folder) as ours:
+        ours.save(2, state(2, rows=LARGE), {})
+    assert read(folder)[1]["step"] == 1
+
+
+def test_train_ends_with_an_error(tmp_path: pathlib.Path) -> None:
+    """In a process of its own: "error: ", status 1, no traceback, and then it goes on."""
+    path = tmp_path / "run"
+    arguments = ["--config", OWN, "--run-dir", str(path), *SMALL, "--checkpoint-every", "4"]
+    program = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from lora_jax.training import checkpoints\n"
+        "save = checkpoints.Checkpoints.save\n"
+        "def limited(self, step, state, notes):\n"
+        "    if step == 8: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+        "    save(self, step, state, {**notes, 'large': ' ' * 2**21 * (step == 8)})\n"
+        "checkpoints.Checkpoints.save = limited\n"
+        f"import train\nsys.exit(train.main({arguments!r}))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "error: " in ended.stderr and "of step 4 is kept" in ended.stderr, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "4" in names(path / "checkpoints") and "8" not in names(path / "checkpoints")
