@@ -23,6 +23,7 @@ Specs = dict[str, PartitionSpec]
 
 FSDP, TENSOR = "fsdp", "tensor"
 SMALL = 2**16  # numbers beside the stack axes: biases and norms, also those of a wide model
+TINY = 2**10  # numbers beside the stack axes that are not worth an error where nothing divides them
 SPARE = 0.04  # of a device's share of the bytes, that replicated small parameters may add to it
 
 
@@ -111,8 +112,8 @@ def _indivisible(
     given = " x ".join(f"{name}={sizes[name]}" for name in names)
     return (
         f"{path!r} of shape {shape}: its axis {axis} of {shape[axis]} cannot be cut into "
-        f"{given} = {math.prod(sizes[n] for n in names)} equal parts. Choose another size of that "
-        f"mesh axis, or leave the axis whole with a rule of your own: "
+        f"{math.prod(sizes[n] for n in names)} equal parts ({given}). Choose another size of that "
+        "mesh axis, or leave the axis whole with a rule of your own: "
         f"({path!r}, PartitionSpec({', '.join(['None'] * len(shape))}))"
     )
 
@@ -195,8 +196,8 @@ def automatic(
        before an input), or else any two axes take one each.
     3. Small parameters (fewer than 65,536 numbers beside the stack axes: biases, norms) are
        replicated, from the smallest up, as long as all of them together add at most 4 % to a
-       device's share of the bytes; beyond that they are sharded by 2. A small vector that
-       nothing divides is replicated.
+       device's share of the bytes; beyond that they are sharded by 2. Where nothing divides it,
+       a small vector, or anything of fewer than 1,024 numbers, is replicated.
     4. Anything else that nothing divides is an error.
 
     Roles are what a trace of `call` finds. Of a parameter without roles the two longest axes are
@@ -219,7 +220,7 @@ def automatic(
             continue
         shape = tuple(leaf.shape)
         spec = PartitionSpec() if path in whole else _spread(shape, roles[path], parts)
-        if spec is None and path in small and len(shape) - len(roles[path].stack) <= 1:
+        if spec is None and path in small and _is_modest(shape, roles[path]):
             spec = PartitionSpec()
         if spec is None:
             raise LoraError(
@@ -258,6 +259,10 @@ def _role(shape: tuple[int, ...], uses: Sequence[axes.Use]) -> axes.Use:
 
 def _slice_size(shape: Sequence[int], role: axes.Use) -> int:
     return math.prod(n for i, n in enumerate(shape) if i not in role.stack)
+
+
+def _is_modest(shape: tuple[int, ...], role: axes.Use) -> bool:
+    return len(shape) - len(role.stack) <= 1 or _slice_size(shape, role) < TINY
 
 
 def _replicated(

@@ -188,9 +188,9 @@ class _Head(nn.Module):
             real = mask.astype(jnp.float32)[:, :, None]
             # A filler row has no real token: its mean is 0, not a division by 0.
             pooled = (hidden * real).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1.0)
-        drop = _drop(config, self.deterministic)
+        drop, pooled = _drop(config, self.deterministic), by_rows(pooled)
         if self.pooling == "roberta_head":
-            pooled = jnp.tanh(layer(config.hidden_size, name="dense")(drop(pooled)))
+            pooled = by_rows(jnp.tanh(layer(config.hidden_size, name="dense")(drop(pooled))))
         return layer(self.num_classes, name="out")(drop(pooled))
 
 

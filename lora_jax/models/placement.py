@@ -23,6 +23,7 @@ Rule = tuple[str, P]
 
 _FIRST, _SECOND, _WHOLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
 _BOTH = ("tensor", "fsdp")  # this way round, bringing together over `fsdp` moves nothing else
+_FEW_CLASSES = 64
 _HIDDEN = P(None, _BOTH)  # of an embedding [rows, hidden]
 
 
@@ -96,11 +97,12 @@ def _layers(config: Config, layer: str, within: list[Rule]) -> list[Rule]:
 
 
 def _head(head: Head | None) -> tuple[Rule, ...]:
-    """The number of classes is rarely divided: the last product is cut by its inputs."""
+    """The number of classes is rarely divided. The last product of a few is whole on every device,
+    which is cheaper than a sum over them; that of many is cut by its inputs."""
     if head is None:
         return ()
     out: tuple[Rule, ...] = (
-        ("classifier/out/kernel", P(_BOTH)),
+        ("classifier/out/kernel", _WHOLE if head.num_classes <= _FEW_CLASSES else P(_BOTH)),
         ("classifier/out/bias", _WHOLE),
     )
     if head.pooling != "roberta_head":

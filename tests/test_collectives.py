@@ -1,0 +1,186 @@
+"""What the compiler makes of adapted models on a mesh, read from its output. Nothing is run.
+
+Every dimension is chosen so that sizes tell what an array is: activations have a factor 5 (the
+batch on a device, the length of a row), weights have none, the two ranks are 7 and 11.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+from lora_jax import models, paths, sharding
+from lora_jax.models.placement import rules
+from tests import hlo
+
+pytestmark = pytest.mark.standard_promotion  # Flax and jnp inside the models promote
+
+BATCH, LENGTH, RANKS = 40, 5, (7, 11)
+TENSOR, FSDP, ALL = (1, 1, 8), (1, 8, 1), (2, 2, 2)
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_layers": 1, "num_heads": 8, "mlp_size": 96}
+LLAMA = models.LlamaConfig(
+    vocab_size=192, num_kv_heads=8, head_dim=8, max_positions=16, scan_layers=True, **SIZES
+)
+BERT = models.BertConfig(vocab_size=187, max_positions=16, **SIZES)
+
+
+class _Block(nn.Module):
+    """A Megatron pair twice: attention and an MLP, in plain Linen."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        scale = self.param("scale", nn.initializers.ones, (64,))
+        x = x + nn.MultiHeadDotProductAttention(8, use_bias=False, name="attention")(
+            x * scale[None, None]
+        )
+        wide = nn.gelu(nn.Dense(96, use_bias=False, name="up")(x))
+        return x + nn.Dense(64, use_bias=False, name="down")(wide)
+
+
+BLOCK = (
+    ("params/scale", P()),
+    ("params/attention/{query,key,value}/kernel", P("fsdp", "tensor", None)),
+    ("params/attention/out/kernel", P("tensor", None, "fsdp")),
+    ("params/up/kernel", P("fsdp", "tensor")),
+    ("params/down/kernel", P("tensor", "fsdp")),
+)
+
+# name -> f(params, x), the parameters, x, the table, a base vector before all adapted products
+Built = tuple[Callable[..., Any], Any, Any, Any, str]
+
+
+def _llama() -> Built:
+    f = lambda p, ids: models.Llama(LLAMA).apply({"params": p}, ids)  # noqa: E731
+    ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    return f, models.shapes(LLAMA), ids, rules(LLAMA), "layers/attention_norm/scale"
+
+
+def _bert() -> Built:
+    head = models.Head("roberta_head", 3)
+    model = models.BertClassifier(BERT, 3, head.pooling)
+    f = lambda p, ids: model.apply({"params": p}, ids)  # noqa: E731
+    ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    return f, models.shapes(BERT, head), ids, rules(BERT, head), "bert/embeddings/norm/scale"
+
+
+def _block() -> Built:
+    x = jax.ShapeDtypeStruct((BATCH, LENGTH, 64), jnp.float32)
+    params = jax.eval_shape(_Block().init, jax.random.key(0), x)
+    return _Block().apply, params, x, BLOCK, "params/scale"
+
+
+MODELS: dict[str, Callable[[], Built]] = {"block": _block, "llama": _llama, "bert": _bert}
+
+
+def grid(sizes: tuple[int, int, int]) -> Mesh:
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def put(tree: Any, specs: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)),
+        tree,
+        specs,
+    )
+
+
+@functools.cache
+def gradient(name: str, sizes: tuple[int, int, int], rank: int | None) -> str:
+    """HLO of the gradient by the adapters, or, of the base alone, by the input (a base vector).
+
+    The vector stands before all products: its gradient needs that of every product's input.
+    """
+    f, params, x, table, vector = MODELS[name]()
+    mesh = grid(sizes)
+    specs = sharding.place(params, dict(mesh.shape), table=table)
+    placed = paths.flatten(params)
+    placed = put(placed, {path: specs[path] for path in placed}, mesh)
+    base, x = paths.replace(params, placed), put(x, P(("fsdp", "data")), mesh)
+
+    def loss(out: Any) -> Any:
+        return jnp.square(jax.nn.log_softmax(out)).mean()
+
+    with jax.set_mesh(mesh):
+        if rank is None:
+            by_vector = lambda v, p, x: loss(f(paths.replace(p, {vector: v}), x))  # noqa: E731
+            step = jax.jit(jax.grad(by_vector))
+            return step.lower(placed[vector], base, x).compile().as_text()
+        layout = lora_jax.resolve(lora_jax.LoraSpec(rank, 2.0), f, params, x)
+        where = lora_jax.partition_specs(layout, specs)
+        adapters = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), layout))
+        adapters = put(adapters, where, mesh)
+        kept = jax.tree.map(lambda leaf: leaf.sharding, adapters)
+        g = lora_jax.adapt(layout, f)
+        step = jax.jit(jax.grad(lambda ad, p, x: loss(g(p, ad, x))), out_shardings=kept)
+        return step.lower(adapters, base, x).compile().as_text()
+
+
+def whole_weights(name: str) -> set[int]:
+    """Numbers of elements of the kernels and embeddings; of one layer, where they are stacked."""
+    leaves = paths.flatten(MODELS[name]()[1])
+    slices = [x.shape[1:] if "layers/" in path else x.shape for path, x in leaves.items()]
+    return {math.prod(shape) for shape in slices if len(shape) > 1}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_collective_moves_a_whole_weight_over_tensor(name: str) -> None:
+    """Red if a kernel is laid out so that its product needs it whole (an axis that is not a
+    head's, an embedding looked up along a cut axis without the sum)."""
+    found = hlo.collectives(gradient(name, TENSOR, RANKS[0]))
+    assert found
+    assert not [(i.kind, i.operands) for i in found if {*i.sizes} & whole_weights(name)]
+    # The reader sees them where they are: over fsdp every weight is brought together.
+    gathered = [i for i in hlo.collectives(gradient(name, FSDP, None)) if i.kind == "all-gather"]
+    if name != "block":  # which does not keep its activations on the batch
+        assert {s for i in gathered for s in i.sizes} & whole_weights(name)
+
+
+@pytest.mark.parametrize("sizes", [TENSOR, ALL])
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_add_collectives_of_their_rank_alone(
+    name: str, sizes: tuple[int, int, int]
+) -> None:
+    """Red if the low-rank product is ordered so that activations of full width move for it."""
+    base = hlo.counted(hlo.collectives(gradient(name, sizes, None)))
+
+    def added(rank: int) -> Counter[Any]:
+        """The new collectives with the rank taken out of their shapes."""
+        new = hlo.counted(hlo.collectives(gradient(name, sizes, rank))) - base
+        assert new
+        out: Counter[Any] = Counter()
+        for (kind, ((_, dims),)), times in new.items():
+            assert rank in dims, (kind, dims)
+            out[kind, tuple("rank" if n == rank else n for n in dims)] += times
+        return out
+
+    first, second = map(added, RANKS)
+    assert first == second
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_gradient_of_a_weight(name: str) -> None:
+    """No product has the size of a weight, or of a device's part of one. Red if one is made."""
+    sizes = {size // n for size in whole_weights(name) for n in (1, 2, 4, 8)}
+    products = [i for i in hlo.instructions(gradient(name, ALL, RANKS[0])) if i.kind == "dot"]
+    assert products
+    assert not [i for i in products if math.prod(i.results[0][1]) in sizes]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_activations_stay_where_the_batch_is(name: str) -> None:
+    """Over fsdp alone only weights, factors and gradients of factors move. Red without `by_rows`,
+    or without the embedding brought together before it is looked up."""
+    found = hlo.collectives(gradient(name, FSDP, RANKS[0]))
+    assert found
+    assert not [(i.kind, i.operands) for i in found if any(size % LENGTH == 0 for size in i.sizes)]
