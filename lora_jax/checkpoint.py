@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import pathlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -188,11 +189,12 @@ def writing(folder: epath.Path) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Of many operations under way Orbax reports the first that fails, and abandons the others.
 
-    As they are collected asyncio logs the traceback of each: pages that would bury the one message
-    that counts.
+    Each of those leaves a traceback on stderr, as it is collected or finds its event loop closed:
+    pages that would bury the one message that counts.
     """
-    logger = logging.getLogger("asyncio")
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
     disabled, logger.disabled = logger.disabled, True
+    sys.unraisablehook = lambda what: None if _is_abandoned(what.exc_value) else hook(what)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -202,7 +204,11 @@ def _quiet() -> Iterator[None]:
                 gc.collect()
                 raise
     finally:
-        logger.disabled = disabled
+        logger.disabled, sys.unraisablehook = disabled, hook
+
+
+def _is_abandoned(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -27,6 +27,10 @@ from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.step import State
 from tests.training.runs import OWN, ROOT, SMALL
 
+# Of many reads under way Orbax reports the first that fails; the others complain when collected.
+ABANDONED = "ignore::pytest.PytestUnraisableExceptionWarning"
+pytestmark = pytest.mark.filterwarnings(ABANDONED)
+
 ROWS = 16
 LAYOUT = lora_jax.Layout((lora_jax.Target("q", (ROWS, 8), (), (0,), (1,), 4, 4.0),))
 
@@ -102,7 +106,7 @@ def damages(file: pathlib.Path) -> Iterator[bytes | None]:
     """None stands for a file that is gone."""
     data = file.read_bytes()
     yield from (None, data[: len(data) // 2], data[:-1])
-    for part in (0, 0.3, 0.6, 0.9):
+    for part in (0, 0.4, 0.8):
         bit = int(len(data) * 8 * part)
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
