@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import filelock
 
 from lora_jax.errors import listed
+from lora_jax.training import curves, processes
 from lora_jax.training.config import Config, ConfigError, differences, identity, short_hash, to_dict
 
 
@@ -30,15 +31,24 @@ def default(name: str, config: Config) -> pathlib.Path:
 
 @contextlib.contextmanager
 def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
-    """The run directory, for this process alone until the block ends.
+    """The run directory, for this run alone until the block ends.
 
     The lock is the operating system's: it goes with the process that holds it, so a killed run
-    leaves none behind.
+    leaves none behind. Process 0 holds it for all.
 
     Raises:
-      ConfigError: another process trains in it, or it holds a run of another config.
+      ConfigError: another run is in it, it holds a run of another config, or not all processes see
+        the same directory.
     """
     path = default(name, config)
+    with contextlib.ExitStack() as stack:
+        processes.by_first(lambda: _take(path, config, stack))
+        processes.everywhere(lambda: _check_shared(path))
+        yield path
+
+
+def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> None:
+    """Hold the lock until `stack` is closed, and make the directory this config's."""
     path.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path / "lock")
     try:
@@ -47,13 +57,19 @@ def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
         raise ConfigError(
             f"another process is training in {path}; wait for it or give --run-dir"
         ) from None
-    try:
-        if config.fresh:
-            _clear(path)
-        _claim(path, config)
-        yield path
-    finally:
-        lock.release()
+    stack.callback(lock.release)
+    if config.fresh:
+        _clear(path)
+    _claim(path, config)
+
+
+def _check_shared(path: pathlib.Path) -> None:
+    """Raise unless this process sees what process 0 has just written."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{path.absolute()} lacks the config.json that process 0 wrote: --run-dir must be on a "
+            "file system that all processes share"
+        )
 
 
 def _clear(path: pathlib.Path) -> None:
@@ -95,6 +111,12 @@ def write_json(path: pathlib.Path, value: object) -> None:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def finish(path: pathlib.Path, summary: dict[str, object]) -> None:
+    """Draw the curves, and then write the summary, which makes the run a finished one."""
+    curves.draw(path)
+    write_json(path / "summary.json", summary)
 
 
 def summary(path: pathlib.Path) -> dict[str, object] | None:

@@ -80,6 +80,23 @@ class Record:
         self._events.close()
 
 
+class Unwritten(Record):
+    """What a process keeps that is not the one to write: nothing."""
+
+    def __init__(self) -> None:
+        """Open nothing."""
+
+    def write(self, line: Line) -> None:
+        """Pass over the line."""
+
+    def sync(self) -> int:
+        """No bytes."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def read(directory: pathlib.Path) -> list[Line]:
     """The lines of a run's record; a last line cut short by a kill is left out."""
     path = directory / "metrics.jsonl"

@@ -1,0 +1,105 @@
+"""train.py in processes of their own, at the price of a fork: the imports are paid once.
+
+They are processes like those of a shell: with signals, exit statuses and output of their own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import train
+from lora_jax.training import processes
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([__name__])
+
+
+class Fork:
+    """`python train.py <arguments>` with a number of CPU devices; what it prints is in `log`."""
+
+    def __init__(
+        self,
+        arguments: tuple[str, ...],
+        log: pathlib.Path,
+        *,
+        cache: pathlib.Path,
+        devices: int = 1,
+        killed_before: str | None = None,
+    ) -> None:
+        """Start it.
+
+        Args:
+          arguments: of the command line.
+          log: where stdout and stderr go, after what is there.
+          cache: a folder that compiled programs are kept in.
+          devices: simulated CPU devices.
+          killed_before: kill it when it is about to rename a file to this name.
+        """
+        self.log = log
+        where = (str(log), str(cache), devices, killed_before)
+        self._process = _FORKS.Process(target=_main, args=(arguments, *where))
+        self._process.start()
+
+    @property
+    def status(self) -> int | None:
+        """None while it runs, the exit status, or minus the number of the signal that ended it."""
+        return self._process.exitcode
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def wait(self, seconds: float = 240) -> int:
+        """The exit status; it must end within `seconds`."""
+        self._process.join(seconds)
+        if self.status is None:
+            self._process.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.log.read_text()}")
+        return self.status
+
+    def until(self, condition: Callable[[], Any], seconds: float = 240) -> bool:
+        """Whether `condition` came to hold while it ran."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self.status is not None:
+                return False
+            assert time.monotonic() < deadline, f"waited {seconds} s:\n{self.log.read_text()}"
+            time.sleep(0.001)
+        return True
+
+    def kill_when(self, condition: Callable[[], Any]) -> None:
+        """`kill -9` at the moment that `condition` holds."""
+        assert self.until(condition), f"it ended before:\n{self.log.read_text()}"
+        self.send(signal.SIGKILL)
+        assert self.wait() == -signal.SIGKILL, self.log.read_text()
+
+
+def _main(
+    arguments: tuple[str, ...], log: str, cache: str, devices: int, killed_before: str | None
+) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, sys.stdout.fileno())
+    os.dup2(file, sys.stderr.fileno())
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+    def hook(event: str, values: tuple[Any, ...]) -> None:
+        if event == "os.rename" and os.fspath(values[1]).endswith(str(killed_before)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if killed_before is not None:
+        sys.addaudithook(hook)
+    processes.end(lambda: train.main(arguments))

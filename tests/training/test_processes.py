@@ -1,0 +1,340 @@
+"""Several processes as one run: the same curve, checkpoints that any number restores, loud ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import socket
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax.training import export, metrics, processes
+from lora_jax.training.config import ConfigError, ProcessesConfig
+from tests.training import tiny
+from tests.training.forks import Fork
+from tests.training.runs import OWN
+from tests.training.test_resume import checkpoints
+
+MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+SMALL = ("--config", OWN, "--width", "16", "--batch-size", "32", "--evaluate-every", "40")
+STEPS = 160
+RUN = (*SMALL, *MESH, "--steps", str(STEPS))
+SECONDS = 20  # heartbeat timeout: what it takes at most to notice that another process is gone
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
+
+
+class Place:
+    """A folder for runs, and how to start them: as one process of eight devices or two of four."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder, self._cache = folder, folder / "cache"
+
+    def one(self, name: str, *arguments: str) -> Fork:
+        log = self.folder / f"{name}.log"
+        line = (*arguments, "--run-dir", str(self.folder / name))
+        return Fork(line, log, cache=self._cache, devices=8)
+
+    def two(self, name: str, *arguments: str, each: tuple[tuple[str, ...], ...] = ()) -> list[Fork]:
+        port = free_port()
+        place = ("--run-dir", str(self.folder / name))
+        flags = ("--processes.coordinator", f"localhost:{port}", "--processes.count", "2")
+        flags = (*flags, "--processes.heartbeat-timeout", str(SECONDS))
+        forks = []
+        for index in range(2):
+            own = each[index] if each else ()
+            line = (*arguments, *place, *flags, "--processes.index", str(index), *own)
+            log = self.folder / f"{name}.{index}.log"
+            forks.append(Fork(line, log, cache=self._cache, devices=4))
+        return forks
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("processes"))
+
+
+def end_well(*forks: Fork) -> None:
+    for fork in forks:
+        assert fork.wait() == 0, fork.log.read_text()
+
+
+def losses(path: pathlib.Path) -> dict[tuple[int, str], float]:
+    lines = metrics.read(path)
+    found = {(line["step"], line.get("split", "train")): line["loss"] for line in lines}
+    assert len(found) == len(lines), "a step or an evaluation is there twice"
+    return found
+
+
+def assert_same_curve(one: pathlib.Path, two: pathlib.Path, steps: int) -> None:
+    expected, found = losses(one), losses(two)
+    assert [step for step, split in expected if split == "train"] == list(range(1, steps + 1))
+    assert list(found) == list(expected)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+class Broken:
+    """A run that is stopped in every way, and goes on with other processes each time.
+
+    after: what each stop left as the newest checkpoint.
+    printed: by the processes that were not killed themselves, in the order of the stops.
+    """
+
+    NAME = "broken"
+
+    def __init__(self, place: Place) -> None:
+        self.path = place.folder / self.NAME
+        self.after: list[int] = []
+        self.printed: list[str] = []
+        self.statuses: list[int] = []
+        self._often = (*RUN, "--checkpoint-every", "1")  # the steps are slow, and can be hit
+        for victim in (1, 0):
+            forks = place.two(self.NAME, *self._often)
+            self._reach(forks[0], 10)
+            forks[victim].send(signal.SIGKILL)
+            self._stopped([forks[1 - victim]])
+        fork = place.one(self.NAME, *self._often)
+        self._reach(fork, 10)
+        fork.send(signal.SIGTERM)
+        self._stopped([fork])
+        forks = place.two(self.NAME, *self._often)
+        self._reach(forks[0], 5)
+        forks[1].send(signal.SIGTERM)
+        self._stopped(forks)
+        end_well(*place.two(self.NAME, *RUN))
+
+    def _reach(self, fork: Fork, more: int) -> None:
+        wanted = max(checkpoints(self.path), default=0) + more
+        reached = fork.until(lambda: max(checkpoints(self.path), default=0) >= wanted)
+        assert reached, fork.log.read_text()
+
+    def _stopped(self, forks: list[Fork]) -> None:
+        for fork in forks:
+            self.statuses.append(fork.wait(SECONDS + 60))
+        self.printed.append("".join(fork.log.read_text() for fork in forks))
+        self.after.append(max(checkpoints(self.path)))
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place) -> pathlib.Path:
+    end_well(place.one("whole", *RUN))
+    return place.folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def broken(place: Place) -> Broken:
+    return Broken(place)
+
+
+def test_a_run_of_other_processes_each_time_has_the_same_curve(
+    whole: pathlib.Path, broken: Broken
+) -> None:
+    """Saved by two and restored by one, and the other way round: nothing is lost or repeated."""
+    assert_same_curve(whole, broken.path, STEPS)
+    here = {"adapters": None, "base": None}  # one device
+    for name in ("best", "last"):
+        one, other = (jax.tree.leaves(export.load(p, name, here)) for p in (whole, broken.path))
+        for x, y in zip(one, other, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
+def test_each_start_went_on_from_the_checkpoint_of_the_one_before(broken: Broken) -> None:
+    assert broken.after == sorted(set(broken.after)), broken.after
+    assert broken.after[-1] < STEPS, "it came to its end before it could be stopped"
+    text = "".join(p.read_text() for p in broken.path.parent.glob(f"{broken.NAME}*.log"))
+    for step in broken.after:
+        assert f"Going on from the checkpoint of step {step}." in text
+
+
+def test_a_killed_process_ends_the_other_with_a_clear_error(broken: Broken) -> None:
+    """In SECONDS and some; process 0 is told by the broken connection, process 1 by JAX's abort."""
+    assert all(status not in (0, processes.PREEMPTED) for status in broken.statuses[:2])
+    for index, text in enumerate(broken.printed[:2]):
+        assert f"error: process {index} of 2: " in text, text
+        assert "the same command: the run goes on from its last checkpoint" in text
+
+
+def test_sigterm_saves_the_step_in_hand_and_says_so(broken: Broken) -> None:
+    """One process was told on its own; of two only process 1 was, and both stopped together."""
+    assert broken.statuses[2:] == [143, 143, 143]
+    for text, step in zip(broken.printed[2:], broken.after[2:], strict=True):
+        assert f"SIGTERM: step {step} is saved" in text
+
+
+def test_only_process_0_prints_and_writes(broken: Broken) -> None:
+    log = broken.path.parent / f"{broken.NAME}.1.log"
+    lines = [line for line in log.read_text().splitlines() if "broken" in line]
+    assert not [line for line in lines if "adapted parameters" in line], lines
+    assert json.loads((broken.path / "summary.json").read_text())["processes"] == 2
+    names = {p.name for p in broken.path.iterdir() if not p.name.startswith("events.out")}
+    known = {"lock", "config.json", "metrics.jsonl", "checkpoints", "adapters", "summary.json"}
+    assert names == known | {"curves.png"}
+
+
+TEXT = """
+from lora_jax.training.causal_lm import causal_lm
+from lora_jax.training.config import LoraConfig, OptimizerConfig
+from lora_jax.training.data.config import DataConfig
+from lora_jax.training.text import ModelConfig, TextConfig
+
+config = TextConfig(
+    workload=causal_lm,
+    model=ModelConfig(reference={model!r}),
+    data=DataConfig(
+        source={data!r},
+        prompt="{{text}}",
+        answer=" {{label}} word1 word2",
+        eos="</s>",
+        batch_size=8,
+        eval_batch_size=16,
+        max_length=16,
+    ),
+    lora=LoraConfig(rank=4, targets=("**/kernel",)),
+    optimizer=OptimizerConfig(learning_rate=3e-2),
+    steps=8,
+    evaluate_every=4,
+)
+"""
+
+
+def test_a_text_model_has_the_same_curve_on_two_processes(place: Place) -> None:
+    """Its batches weigh unevenly: each loss is a mean over the tokens of both processes."""
+    description = tiny.LLAMA | {"num_key_value_heads": 2}  # which mesh.tensor divides
+    model = tiny.write_model(place.folder / "model", description)
+    data = tiny.write_examples(place.folder / "data", ("text",), int)
+    config = place.folder / "text.py"
+    config.write_text(TEXT.format(model=str(model), data=data))
+    line = ("--config", str(config), *MESH)
+    end_well(place.one("text-one", *line), *place.two("text-two", *line))
+    assert_same_curve(place.folder / "text-one", place.folder / "text-two", 8)
+
+
+def test_processes_that_were_started_differently_refuse_to_run(place: Place) -> None:
+    forks = place.two("unlike", *RUN, each=(("--seed", "1"), ("--seed", "2")))
+    assert [fork.wait() for fork in forks] != [0, 0]
+    text = "".join(fork.log.read_text() for fork in forks)
+    assert "seed: 1 -> 2" in text
+    assert not (place.folder / "unlike").exists(), "it began all the same"
+
+
+# ---- without other processes
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        (dict.fromkeys(processes._SLURM, "8"), "SLURM"),
+        (dict.fromkeys(processes._SLURM, "8") | {"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "8", "SLURM_NTASKS": "8"}, None),  # a batch script, not a step of srun
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, None),
+        ({"MEGASCALE_NUM_SLICES": "2"}, "Cloud TPU"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+    ],
+)
+def test_the_launcher_is_read_off_the_environment(
+    variables: dict[str, str], found: str | None
+) -> None:
+    assert processes.launcher({"TPU_SKIP_MDS_QUERY": "1"} | variables) == found
+
+
+def test_one_process_connects_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, and where it is told to be alone under a launcher."""
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it connects"))
+    processes.join(ProcessesConfig())
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    processes.join(ProcessesConfig(count=1))
+
+
+def test_a_launcher_or_the_flags_lead_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(processes, "LAST", processes.LastWords())
+    for name in processes._SLURM:
+        monkeypatch.setenv(name, "8")
+    processes.join(ProcessesConfig(connect_timeout=7))
+    processes.join(ProcessesConfig(coordinator="host:1", count=2, index=1))
+    processes.LAST.leave()
+    (detected, options), (told, more) = calls
+    assert detected == (None, None, None)
+    assert (options["cluster_detection_method"], options["initialization_timeout"]) == (None, 7)
+    assert told == ("host:1", 2, 1)
+    assert more["cluster_detection_method"] == "deactivate"
+
+
+def test_failing_to_meet_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(processes, "LAST", processes.LastWords())
+    with pytest.raises(ConfigError, match=r"(?s)no route to host.*--processes\.connect-timeout"):
+        processes.join(ProcessesConfig(coordinator="host:1", count=2, index=1))
+    processes.LAST.leave()
+
+
+@pytest.mark.parametrize(
+    ("variables", "package"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpi4py"),
+        ({"KUBERNETES_SERVICE_HOST": "1", "JOB_COMPLETION_INDEX": "0"}, "k8s"),
+    ],
+)
+def test_a_launcher_that_needs_a_package_says_which(
+    variables: dict[str, str], package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(processes, "LAST", processes.LastWords())
+    with pytest.raises(ConfigError, match=rf"(?s){package}.*--processes\.count 1"):
+        processes.join(ProcessesConfig())
+    processes.LAST.leave()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"count": 2},
+        {"coordinator": "host:1"},
+        {"coordinator": "host", "count": 2, "index": 0},
+        {"coordinator": "host:1", "count": 2, "index": 2},
+        {"heartbeat_timeout": 0},
+    ],
+)
+def test_flags_that_say_too_little_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="processes"):
+        ProcessesConfig(**values)
+
+
+def test_states_of_two_processes_are_put_together() -> None:
+    states = [{"step": 3, "at": {"0": [1, 2]}}, {"step": 3, "at": {"1": [4]}}]
+    assert processes.union(states) == {"step": 3, "at": {"0": [1, 2], "1": [4]}}
+    with pytest.raises(lora_jax.LoraError, match=r"3 and 4 for state\['step'\]"):
+        processes.union([{"step": 3}, {"step": 4}])
+
+
+def test_only_the_first_sigterm_is_noted() -> None:
+    """The second has its default effect again: it kills."""
+    before = signal.getsignal(signal.SIGTERM)
+    with processes.Preemption() as preemption:
+        assert not preemption.asked(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.asked(2)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
