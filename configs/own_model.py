@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.training.config import Config, LoraConfig, OptimizerConfig
+from lora_jax.training.data import Shard
 from lora_jax.training.workload import Batch, Loss, Workload
 
 
@@ -48,10 +49,13 @@ class Network(nn.Module):
 
 
 class Points:
-    """Random points and their targets: batch i depends on the seed and on i alone."""
+    """Random points and their targets: batch i depends on the seed and on i alone.
 
-    def __init__(self, seed: int, size: int) -> None:
-        self.seed, self.size, self.position = seed, size, 0
+    Of each batch it gives the rows of `shard`, those that this process holds.
+    """
+
+    def __init__(self, seed: int, size: int, shard: Shard) -> None:
+        self.seed, self.size, self.shard, self.position = seed, size, shard, 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -60,7 +64,7 @@ class Points:
         random = np.random.default_rng((self.seed, self.position))
         self.position += 1
         x = random.uniform(-2, 2, (self.size, 2)).astype(np.float32)
-        return {"x": x, "y": np.sin(x.sum(axis=1))}
+        return self.shard.take({"x": x, "y": np.sin(x.sum(axis=1))})
 
     def get_state(self) -> dict[str, Any]:
         """What a checkpoint holds of the data: JSON values."""
@@ -82,17 +86,17 @@ def workload(config: OwnConfig) -> Workload:
         error = jnp.square(outputs - batch["y"])
         return Loss(error.sum(), jnp.float32(error.size), {"within_0.1": (error < 0.01).sum()})
 
-    def load() -> Any:
+    def load(shardings: Any) -> Any:
         return network.init(jax.random.key(17), jnp.zeros((1, 2)))["params"]
 
     return Workload(
         apply=apply,
         loss=loss,
-        params=jax.eval_shape(load),
+        params=jax.eval_shape(load, None),
         load=load,
         beside=("head/**",),
-        train=lambda: Points(config.seed + 1, config.batch_size),
-        evaluation={"validation": lambda: [next(Points(0, 1024))]},
+        train=lambda shard: Points(config.seed + 1, config.batch_size, shard),
+        evaluation={"validation": lambda shard: [next(Points(0, 1024, shard))]},
         unit="points",
     )
 

@@ -70,12 +70,12 @@ def tensor_axis(config: Config) -> int:
 
 
 def by_rows(x: Array) -> Array:
-    """Activations [B, ...] with their rows divided over `data` and `fsdp`.
+    """Activations [B, ...] with their rows divided over `fsdp` and `data`.
 
     Without it XLA may lay the activations out like the weights: with kernels cut over `fsdp` it
     gathers the batch and divides the hidden axis, and every device computes all of the attention.
     """
-    return divided(x, ("data", "fsdp"))
+    return divided(x, ("fsdp", "data"))
 
 
 def divided(x: Array, *axes: str | tuple[str, ...] | None) -> Array:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax import models
+from lora_jax.models import placement
 from lora_jax.training import scores, text
-from lora_jax.training.config import ConfigError
 from lora_jax.training.data.language_modelling import language_modelling as batches_of
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Loss, Workload
@@ -25,39 +25,37 @@ def causal_lm(config: TextConfig) -> Workload:
       ConfigError: the model is an encoder.
       lora_jax.LoraError, ValueError: the model or the data is not as the config says.
     """
-    source = models.open(config.model.reference)
-    if not isinstance(source.config, models.LlamaConfig):
-        raise ConfigError(
-            f"model.reference {config.model.reference!r} is an encoder; a causal language model "
-            "is a decoder, and lora_jax.training.classification takes encoders"
-        )
-    data, tokenizer = config.data, source.tokenizer()
-    train = batches_of(
-        data,
-        tokenizer,
-        data.train_split,
-        data.batch_size,
-        shuffle=True,
-        seed=config.seed,
-        epochs=None,
+    source = text.open_model(
+        config.model.reference,
+        models.LlamaConfig,
+        "a causal language model is a decoder, and lora_jax.training.classification takes encoders",
     )
-    evaluation = text.evaluation_batches(data, batches_of, tokenizer)
+    data = text.open_text(config, batches_of, source.tokenizer())
     model_config = config.model.apply_to(source.config)
     select = config.select or "loss"
     return Workload(
         apply=apply_of(models.Llama(model_config)),
         loss=token_loss,
         params=models.shapes(model_config),
-        load=lambda: source.load(model_config),
-        train=lambda: iter(train),
-        evaluation=text.passes(evaluation),
+        load=lambda shardings: source.load(model_config, shardings=shardings),
+        placement=placement.rules(model_config),
+        example=batch_shapes(config.data.batch_size, config.data.max_length),
+        train=data.train.iterator,
+        evaluation=data.passes(),
         scores=scores.token_scores,
         select=select,
         better="lower" if select in ("loss", "perplexity") else "higher",
         size=real_tokens,
         unit="tokens",
-        facts=text.facts(train, *evaluation.values()),
+        facts=data.facts,
     )
+
+
+def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of packed rows, by shape."""
+    whole = ("input_ids", "targets", "segment_ids", "positions")
+    shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in whole}
+    return {**shapes, "loss_weight": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
 
 
 def apply_of(model: models.Llama) -> Any:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax import models
+from lora_jax.models import placement
 from lora_jax.training import scores, text
-from lora_jax.training.config import ConfigError
 from lora_jax.training.data.classification import classification as batches_of
 from lora_jax.training.data.labels import Labels
 from lora_jax.training.text import TextConfig
@@ -26,47 +26,41 @@ def classification(config: TextConfig) -> Workload:
       ConfigError: the model is a decoder.
       lora_jax.LoraError, ValueError: the model or the data is not as the config says.
     """
-    source = models.open(config.model.reference)
-    if not isinstance(source.config, models.BertConfig):
-        raise ConfigError(
-            f"model.reference {config.model.reference!r} is a decoder; classification takes a "
-            "BERT or RoBERTa encoder, and lora_jax.training.causal_lm takes decoders"
-        )
-    data, tokenizer = config.data, source.tokenizer()
-    train = batches_of(
-        data,
-        tokenizer,
-        data.train_split,
-        data.batch_size,
-        shuffle=True,
-        seed=config.seed,
-        epochs=None,
+    source = text.open_model(
+        config.model.reference,
+        models.BertConfig,
+        "classification takes a BERT or RoBERTa encoder, and lora_jax.training.causal_lm takes "
+        "decoders",
     )
-    evaluation = text.evaluation_batches(data, batches_of, tokenizer)
-    labels = train.labels or Labels(())
+    data = text.open_text(config, batches_of, source.tokenizer())
+    labels = data.train.labels or Labels(())
     model_config = config.model.apply_to(source.config)
     model = models.BertClassifier(model_config, labels.outputs, config.model.pooling)
     own = "pearson" if labels.regression else "accuracy"
     select = config.select or own
 
-    def load() -> Tree:
+    head = models.Head(config.model.pooling, labels.outputs)
+
+    def load(shardings: Tree) -> Tree:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        return {"bert": source.load(model_config), "classifier": new_head(model, key)}
+        bert = source.load(model_config, shardings=shardings["bert"])
+        return {"bert": bert, "classifier": new_head(model, key)}
 
     return Workload(
         apply=apply_of(model),
         loss=real_loss if labels.regression else class_loss,
-        params=models.shapes(model_config, models.Head(config.model.pooling, labels.outputs)),
+        params=models.shapes(model_config, head),
         load=load,
+        placement=placement.rules(model_config, head),
         beside=("classifier/**",),
-        train=lambda: iter(train),
-        evaluation=text.passes(evaluation),
+        train=data.train.iterator,
+        evaluation=data.passes(),
         scores=scores.real_scores if labels.regression else scores.class_scores,
         select=select,
         better="lower" if select == "loss" else "higher",
         size=real_tokens,
         unit="tokens",
-        facts=text.facts(train, *evaluation.values()),
+        facts=data.facts,
     )
 
 

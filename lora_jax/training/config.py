@@ -30,9 +30,12 @@ def require(condition: bool, field: str, got: Any, expected: str) -> None:
         raise ConfigError(f"{field} must be {expected}, got {got!r}")
 
 
+INCIDENTAL = {"incidental": True}
+
+
 def incidental(default: Any) -> Any:
     """A field that does not change what a run computes, so it does not name the run either."""
-    return dataclasses.field(default=default, metadata={"incidental": True})
+    return dataclasses.field(default=default, metadata=INCIDENTAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,60 @@ class OptimizerConfig:
         require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are laid out: data x fsdp x tensor of them, over all processes."""
+
+    data: int = -1
+    """Copies of the frozen weights, each for its part of the batch. -1: all devices left over."""
+    fsdp: int = 1
+    """Devices that share one copy of the weights, and each have their part of the batch too."""
+    tensor: int = 1
+    """Devices that share one copy of the weights and the products with it (Megatron's way)."""
+    rules: tuple[str, ...] = ()
+    """Placements of single parameters, before those of the workload: "**/embedding=fsdp,tensor"
+    puts a mesh axis on each dimension; `-` is none, `fsdp+tensor` is both on one dimension."""
+
+    def __post_init__(self) -> None:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            require(size == -1 or size > 0, f"mesh.{name}", size, "at least 1, or -1 for the rest")
+        free = [name for name, size in sizes.items() if size == -1]
+        require(len(free) <= 1, "mesh", " and ".join(free), "-1 (the rest) on one axis only")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessesConfig:
+    """The processes of the run. Needed only where no launcher says it: one process alone, SLURM,
+    Open MPI, Cloud TPU and Kubernetes are found out from the environment (docs/pods.md)."""
+
+    coordinator: str | None = None
+    """host:port of process 0, as all processes reach it."""
+    count: int | None = None
+    """How many there are. 1 without a coordinator: alone, whatever the environment says."""
+    index: int | None = None
+    """Which of them this is, from 0."""
+    connect_timeout: int = 300
+    """Seconds that the processes wait for each other at the start."""
+    heartbeat_timeout: int = 100
+    """Seconds without a sign of life after which a process counts as dead and all others end."""
+
+    def __post_init__(self) -> None:
+        given = [self.coordinator, self.count, self.index]
+        alone = self.count == 1 and self.coordinator is None and self.index is None
+        expected = "given together: coordinator, count and index (or count 1 alone)"
+        require(alone or given.count(None) in (0, 3), "processes", given, expected)
+        for name in ("connect_timeout", "heartbeat_timeout"):
+            require(getattr(self, name) > 0, f"processes.{name}", getattr(self, name), "above 0")
+        if self.coordinator is not None and self.count is not None and self.index is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            readable = bool(host) and port.isdecimal()
+            require(readable, "processes.coordinator", self.coordinator, "host:port")
+            require(self.count > 0, "processes.count", self.count, "at least 1")
+            known = 0 <= self.index < self.count
+            require(known, "processes.index", self.index, f"from 0 to {self.count - 1}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One training run."""
@@ -129,6 +186,9 @@ class Config:
     """What is trained: a function from this config to a `Workload`; set in the config file."""
     steps: int = 1000
     """Optimizer steps."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, one after the other on the devices; their gradients are
+    summed in float32 and weighted by tokens, so the step is that of the whole batch."""
     seed: int = 0
     """Of the adapters, the new head, dropout and the order of the data."""
     evaluate_every: int = 100
@@ -148,9 +208,13 @@ class Config:
     """The adapters."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
+    mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=INCIDENTAL)
+    """The layout of the devices. A run may go on with another one."""
+    processes: ProcessesConfig = dataclasses.field(default=ProcessesConfig(), metadata=INCIDENTAL)
+    """The processes of the run. It may go on with another number of them."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "checkpoint_every", "log_every"):
+        for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every"):
             require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
 

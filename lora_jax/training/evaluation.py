@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
+from lora_jax.training.mesh import Placement
 from lora_jax.training.step import Trained
 from lora_jax.training.workload import Batch, Loss, Workload
 
@@ -19,12 +20,13 @@ Tree = Any  # a pytree
 def evaluate(
     step: Callable[[Trained, Tree, Batch], Loss],
     workload: Workload,
+    place: Placement,
     batches: Iterable[Batch],
     trained: Trained,
     frozen: Tree,
 ) -> dict[str, float]:
     """`{"loss": mean, **workload.scores(...)}` over all batches, summed in float64 on the host."""
-    losses = jax.device_get([step(trained, frozen, batch) for batch in batches])
+    losses = jax.device_get([step(trained, frozen, place.batch(batch)) for batch in batches])
     total = float(np.sum([loss.total for loss in losses], dtype=np.float64))
     weight = float(np.sum([loss.weight for loss in losses], dtype=np.float64))
     names = losses[0].sums if losses else ()
@@ -33,13 +35,19 @@ def evaluate(
 
 
 def merged_difference(
-    workload: Workload, layout: lora_jax.Layout, trained: Trained, frozen: Tree, batch: Batch
+    workload: Workload,
+    place: Placement,
+    layout: lora_jax.Layout,
+    trained: Trained,
+    frozen: Tree,
+    batch: Batch,
 ) -> float:
     """Largest |output with merged weights - output with base and adapters|.
 
     On the first evaluation batch, or on `batch` where the workload has no evaluation.
     """
-    batch = next((b for split in workload.evaluation.values() for b in split()), batch)
+    splits = workload.evaluation.values()
+    batch = next((b for split in splits for b in split(place.shard)), batch)
 
     def outputs(trained: Trained, frozen: Tree, batch: Any) -> jax.Array:
         params = lora_jax.frozen.combine(trained["base"], frozen)
@@ -55,4 +63,5 @@ def merged_difference(
         )
         return jnp.max(jnp.stack(jax.tree.leaves(gaps)))
 
-    return float(jax.jit(outputs)(trained, frozen, batch))
+    compiled = jax.jit(outputs, out_shardings=place.whole)
+    return float(compiled(trained, frozen, place.batch(batch)))

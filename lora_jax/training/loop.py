@@ -19,12 +19,13 @@ import optax
 from rich.console import Console
 
 import lora_jax
-from lora_jax.training import export, metrics, optimizer
+from lora_jax.training import export, metrics, optimizer, processes
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config, to_dict
 from lora_jax.training.evaluation import evaluate
+from lora_jax.training.mesh import Placement
 from lora_jax.training.progress import Display
-from lora_jax.training.step import State, evaluation_step, train_step
+from lora_jax.training.step import State, compilation, evaluation_step, train_step
 from lora_jax.training.workload import TrainIterator, Workload
 
 Tree = Any  # a pytree
@@ -38,6 +39,7 @@ class NonFiniteError(lora_jax.LoraError):
 class Setup:
     """What does not change while a run goes.
 
+    place: where the arrays lie.
     frozen: the base parameters, with None where one is trained (`lora_jax.frozen.split`).
     path: of the run directory.
     began: `time.monotonic()` when this process began the run.
@@ -45,6 +47,7 @@ class Setup:
 
     config: Config
     workload: Workload
+    place: Placement
     layout: lora_jax.Layout
     tx: optax.GradientTransformation
     frozen: Tree
@@ -87,9 +90,9 @@ class Compiled:
     """A jitted function whose first call for each batch shape is counted as compiling."""
 
     def __init__(
-        self, function: Callable[..., Any], notes: Notes, within: str, donate: bool
+        self, function: Callable[..., Any], notes: Notes, within: str, **options: Any
     ) -> None:
-        self._call = jax.jit(function, donate_argnums=(0,) if donate else ())
+        self._call = jax.jit(function, **options)
         self._notes, self._within, self._seen = notes, within, set[Any]()
 
     def __call__(self, *arguments: Any) -> Any:
@@ -126,13 +129,18 @@ class Loop:
             length = self._restore()
         self.start = int(self.state.step)
         config, workload = setup.config, setup.workload
-        self._record = metrics.Record(setup.path, length, self.start)
+        self._record = (
+            metrics.Record(setup.path, length, self.start)
+            if processes.first()
+            else metrics.Unwritten()
+        )
         self._display = Display(console, config.steps, self.start, config.log_every, workload.unit)
         self._rate = optimizer.schedule(config.optimizer, config.steps)
-        step = train_step(workload, setup.layout, setup.tx, config.on_nonfinite)
-        judge = evaluation_step(workload, setup.layout)
-        self._step = Compiled(step, self.notes, "train", donate=True)
-        self._judge = Compiled(judge, self.notes, "evaluate", donate=False)
+        layout, whole = setup.layout, setup.place.whole
+        step = train_step(workload, layout, setup.tx, config.on_nonfinite, config.accumulate)
+        judge = evaluation_step(workload, layout)
+        self._step = Compiled(step, self.notes, "train", **compilation(self.state, setup.place))
+        self._judge = Compiled(judge, self.notes, "evaluate", out_shardings=whole)
         self._skipped = int(self.state.skipped)
 
     def __enter__(self) -> Loop:
@@ -155,9 +163,11 @@ class Loop:
     def take(self, step: int) -> None:
         """Send step `step` to the device, and report an earlier one."""
         with self.notes.clock("train"):
-            batch = next(self._data)
+            rows = next(self._data)
+            batch = self.setup.place.batch(rows)
             self.state, values = self._step(self.state, self.setup.frozen, batch)
-            units = self.setup.workload.size(batch)
+            # Other processes hold as many rows, and about as many units, as this one.
+            units = round(self.setup.workload.size(rows) / self.setup.place.shard.share)
             self.notes.units += units
             for line in self._late.push({"step": step, "units": units}, values):
                 self._report(line)
@@ -184,7 +194,8 @@ class Loop:
             return
         numbers = self.evaluate(step, "validation")
         self.notes.last = numbers
-        if self._is_better(numbers):
+        # One decision for all: where it differed, one process would save and wait for the others.
+        if processes.by_first(lambda: self._is_better(numbers)):
             self.notes.best = {"step": step, **numbers}
             export.save(self.setup.path, "best", self.setup.layout, self.state.trained)
 
@@ -195,7 +206,7 @@ class Loop:
             notes = {
                 "run": dataclasses.asdict(self.notes),
                 "seconds": self.seconds,
-                "data": self._data.get_state(),
+                "data": processes.union(processes.gather(self._data.get_state())),
                 "record_bytes": self._record.sync(),
                 "config": to_dict(self.setup.config),
                 "layout": self.setup.layout.to_json(),
@@ -249,9 +260,9 @@ class Loop:
 
     def _evaluate(self, step: int, split: str, trained: Any, note: str) -> dict[str, float]:
         with self.notes.clock("evaluate"):
-            batches = self.setup.workload.evaluation[split]()
-            workload, frozen = self.setup.workload, self.setup.frozen
-            numbers = evaluate(self._judge, workload, batches, trained, frozen)
+            workload, place = self.setup.workload, self.setup.place
+            batches = workload.evaluation[split](place.shard)
+            numbers = evaluate(self._judge, workload, place, batches, trained, self.setup.frozen)
         line = {"step": step, "split": split, **numbers}
         self._record.write({name: _json(value) for name, value in line.items()})
         self._display.evaluation(line, note)

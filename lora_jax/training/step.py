@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax
+from lora_jax.training.config import require
+from lora_jax.training.mesh import Placement
 from lora_jax.training.workload import Loss, Workload
 
 Tree = Any  # a pytree
@@ -33,9 +35,54 @@ class State(NamedTuple):
     key: jax.Array
 
 
-def create(trained: Trained, tx: optax.GradientTransformation, key: jax.Array) -> State:
-    """The state before the first step."""
-    return State(trained, tx.init(trained), jnp.int32(0), jnp.int32(0), key)
+def create(
+    layout: lora_jax.Layout,
+    base: dict[str, Any],
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    place: Placement,
+) -> State:
+    """The state before the first step, on its devices; it shares no memory with `base`.
+
+    The adapters lie as the weights they belong to, and the optimizer's state as the adapters.
+    Compiled as one program, so that no device ever holds more than its part.
+    """
+
+    where = jax.tree.map(lambda x: x.sharding, shapes(layout, base, tx, key, place))
+    return jax.jit(_fresh(layout, tx), out_shardings=where)(base, key)
+
+
+def shapes(
+    layout: lora_jax.Layout,
+    base: dict[str, Any],
+    tx: optax.GradientTransformation,
+    key: Any,
+    place: Placement,
+) -> State:
+    """The state as `create` makes it, by shape, dtype and sharding; nothing is computed."""
+    state = jax.eval_shape(_fresh(layout, tx), base, key)
+    where = place.following(state, state.trained, place.trained(layout, base))
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, where
+    )
+
+
+def _fresh(layout: lora_jax.Layout, tx: optax.GradientTransformation) -> Callable[..., State]:
+    def fresh(base: dict[str, Any], key: jax.Array) -> State:
+        trained = {"adapters": lora_jax.init(key, layout), "base": jax.tree.map(jnp.copy, base)}
+        return State(trained, tx.init(trained), jnp.int32(0), jnp.int32(0), key)
+
+    return fresh
+
+
+def compilation(state: State, place: Placement) -> dict[str, Any]:
+    """What `jax.jit` is to be told of the step: the state is given up, and stays where it is.
+
+    Args:
+      state: arrays, or what `shapes` gives.
+    """
+    kept = jax.tree.map(lambda x: x.sharding, state)
+    return {"donate_argnums": 0, "out_shardings": (kept, place.whole)}
 
 
 def check_apart(layout: lora_jax.Layout, base: dict[str, Any]) -> None:
@@ -52,16 +99,12 @@ def check_apart(layout: lora_jax.Layout, base: dict[str, Any]) -> None:
         )
 
 
-def mean(loss: Loss) -> jax.Array:
-    """Total / weight; zero for a batch without weight, whose gradient is zero too."""
-    return loss.total / jnp.where(loss.weight > 0, loss.weight, 1)
-
-
 def train_step(
     workload: Workload,
     layout: lora_jax.Layout,
     tx: optax.GradientTransformation,
     on_nonfinite: Literal["stop", "skip"],
+    parts: int = 1,
 ) -> Callable[[State, Tree, Any], tuple[State, dict[str, jax.Array]]]:
     """`step(state, frozen, batch) -> (state, metrics)`.
 
@@ -69,6 +112,10 @@ def train_step(
     gets none. A step whose loss or gradient is not finite changes no parameter and no optimizer
     state. With "stop" no later step does either, so that the host may read the metrics late and
     still finds the state as it was before the step that `metrics["finite"]` names.
+
+    With `parts` above 1 the batch is gone through in so many parts, one after the other, each with
+    its own random key; sums are kept in float32 and divided once, by the whole weight, so that
+    parts of unequal weight (tokens) count as they do in the whole batch.
     """
     adapted = lora_jax.adapt(layout, workload.apply)
 
@@ -76,12 +123,29 @@ def train_step(
         params = lora_jax.frozen.combine(trained["base"], frozen)
         outputs = adapted(params, trained["adapters"], batch, train=True, key=key)
         loss = workload.loss(outputs, batch)
-        return mean(loss), loss.weight
+        return loss.total.astype(jnp.float32), loss.weight.astype(jnp.float32)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def summed(trained: Trained, frozen: Tree, batch: Any, key: jax.Array) -> Any:
+        """((total, weight), gradient of the total) of the whole batch."""
+        if parts == 1:
+            return gradient(trained, frozen, batch, key)
+
+        def add(sums: Any, part: Any) -> Any:
+            batch, index = part
+            new = gradient(trained, frozen, batch, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, new), None
+
+        zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(_zeros, trained))
+        return jax.lax.scan(add, zeros, (divided(batch, parts), jnp.arange(parts)))[0]
 
     def step(state: State, frozen: Tree, batch: Any) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        gradient = jax.value_and_grad(objective, has_aux=True)
-        (loss, weight), grads = gradient(state.trained, frozen, batch, key)
+        (total, weight), grads = summed(state.trained, frozen, batch, key)
+        share = 1 / jnp.where(weight > 0, weight, 1)  # a batch without weight has no gradient
+        loss = total * share
+        grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         go = finite if on_nonfinite == "skip" else finite & (state.skipped == 0)
@@ -94,6 +158,32 @@ def train_step(
         return State(chosen[0], chosen[1], state.step + 1, skipped, state.key), metrics
 
     return step
+
+
+def _zeros(trained: jax.Array) -> jax.Array:
+    """Where gradients are summed: float32 at least."""
+    return jnp.zeros(trained.shape, jnp.promote_types(trained.dtype, jnp.float32))
+
+
+def divided(batch: Any, parts: int) -> Any:
+    """A batch [B, ...] as its parts [parts, B / parts, ...]; scalars go into each of them.
+
+    Part i takes the rows i, i + parts, i + 2 parts, ...: where B is divided over devices, each of
+    them has its even share of every part, and no row moves.
+
+    >>> import numpy as np
+    >>> divided({"x": np.arange(4)}, 2)["x"].tolist()
+    [[0, 2], [1, 3]]
+    """
+
+    def entry(x: Any) -> Any:
+        if jnp.ndim(x) == 0:
+            return jnp.broadcast_to(x, (parts,))
+        rows = len(x)
+        require(rows % parts == 0, "accumulate", parts, f"a divisor of the {rows} rows of a batch")
+        return x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(entry, batch)
 
 
 def evaluation_step(

@@ -50,6 +50,8 @@ def summarise(loop: Loop, tested: dict[str, dict[str, float]], difference: float
         "peak_memory_bytes": peak_memory(),
         "device_peak_bytes": device_peak(),
         "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
@@ -58,13 +60,14 @@ def summarise(loop: Loop, tested: dict[str, dict[str, float]], difference: float
 def opening(loop: Loop) -> str:
     """What a run says of itself before its first step."""
     setup, found = loop.setup, sizes(loop)
+    facts = setup.workload.facts(setup.place.shard)
     text = (
         f"{setup.path}: {len(setup.layout.targets)} adapted parameters with "
         f"{found['adapter_parameters']:,} numbers, {found['beside_parameters']:,} trained beside "
         f"them, base {found['base_parameters']:,}"
     )
     going_on = f"Going on from the checkpoint of step {loop.start}." if loop.start else ""
-    return "\n".join(filter(None, (setup.workload.facts, text, going_on)))
+    return "\n".join(filter(None, (facts, text, going_on)))
 
 
 def sizes(loop: Loop) -> dict[str, int]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from lora_jax import models
-from lora_jax.training.config import Config, require
+from lora_jax.training.config import Config, ConfigError, require
 from lora_jax.training.data.batches import Batches, describe
 from lora_jax.training.data.catalogue import open_source
 from lora_jax.training.data.config import DataConfig
+from lora_jax.training.data.shard import Shard
 from lora_jax.training.workload import Batch
 
 
@@ -73,24 +73,62 @@ class TextConfig(Config):
 Pipeline = Callable[..., Batches]  # lora_jax.training.data's classification or language_modelling
 
 
-def evaluation_batches(
-    config: DataConfig, pipeline: Pipeline, tokenizer: Any
-) -> dict[str, Batches]:
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The batches of a run."""
+
+    train: Batches
+    """Without end, shuffled."""
+    evaluation: dict[str, Batches]
     """One pass over the validation and the test split, as far as the source has them."""
-    there = open_source(config.source, config.data_dir).splits
-    named = {"validation": config.eval_split, "test": config.test_split}
-    return {
-        name: pipeline(config, tokenizer, split, config.eval_batch_size)
-        for name, split in named.items()
-        if split in there or name == "validation"
-    }
+
+    def passes(self) -> dict[str, Callable[[Shard], Iterable[Batch]]]:
+        """`Workload.evaluation`."""
+        return {name: batches.iterator for name, batches in self.evaluation.items()}
+
+    def facts(self, shard: Shard) -> str:
+        """`Workload.facts`."""
+        every = (self.train, *self.evaluation.values())
+        return describe(batches.facts(shard) for batches in every)
 
 
-def passes(batches: dict[str, Batches]) -> dict[str, Callable[[], Iterable[Batch]]]:
-    """A function for each split that begins a new pass over it."""
-    return {name: functools.partial(iter, found) for name, found in batches.items()}
+def open_text(config: TextConfig, pipeline: Pipeline, tokenizer: Any) -> Text:
+    """The batches that `pipeline` makes of `config.data`."""
+    data = config.data
+    there = open_source(data.source, data.data_dir).splits
+    named = {"validation": data.eval_split, "test": data.test_split}
+    return Text(
+        train=pipeline(
+            data,
+            tokenizer,
+            data.train_split,
+            data.batch_size,
+            shuffle=True,
+            seed=config.seed,
+            epochs=None,
+        ),
+        evaluation={
+            name: pipeline(data, tokenizer, split, data.eval_batch_size)
+            for name, split in named.items()
+            if split in there or name == "validation"
+        },
+    )
 
 
-def facts(*batches: Batches) -> str:
-    """What there is to say about the data, a line for each split."""
-    return describe(found.facts for found in batches)
+def open_model(reference: str, kind: type[Any], wanted: str) -> Any:
+    """The source of the pretrained model (`models.open`).
+
+    Args:
+      reference: see `ModelConfig.reference`.
+      kind: the configuration class of the models that the workload takes.
+      wanted: which those are, and who takes others, for the message.
+
+    Raises:
+      ConfigError: the model is of another kind.
+      lora_jax.LoraError: it cannot be had.
+    """
+    source = models.open(reference)
+    if not isinstance(source.config, kind):
+        got = "an encoder" if isinstance(source.config, models.BertConfig) else "a decoder"
+        raise ConfigError(f"model.reference {reference!r} is {got}; {wanted}")
+    return source

@@ -11,6 +11,8 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.errors import LoraError
+from lora_jax.sharding import Rule
+from lora_jax.training.data.shard import Shard
 
 Tree = Any  # a pytree
 Batch = Mapping[str, np.ndarray]
@@ -57,42 +59,55 @@ class Workload:
         `train` is a Python bool. Nothing in it knows of LoRA.
       loss: `loss(outputs, batch) -> Loss`.
       params: the base parameters, or their `jax.ShapeDtypeStruct`s if `load` brings the arrays.
-      train: gives a fresh training iterator, at its first batch. Few batch shapes: each is
-        compiled once.
-      evaluation: split -> a function that gives one pass over it. "validation" picks the best
-        adapter; "test", if there is one, is evaluated at the start and at the end.
-      load: gives the parameter arrays, called once at the start of the run; checked against
-        the shapes.
+      train: `train(shard)` gives a fresh training iterator, at its first batch, of this process's
+        rows of every batch (`shard.take` cuts them out of a whole one). The batches that the
+        processes hold together depend on the config alone. Few batch shapes: each is compiled
+        once.
+      evaluation: split -> `pass_over(shard)`, one pass over it, of this process's rows; the
+        batches are as many and as long in every process. "validation" picks the best adapter;
+        "test", if there is one, is evaluated at the start and at the end.
+      load: `load(shardings)` gives the parameter arrays, called once at the start of the run;
+        checked against the shapes. `shardings` is a tree like `params` that says where each is
+        to lie. A loader may read by it just what is needed, or pay no heed: what it returns is
+        put there.
+      example: one whole training batch (of all processes) as `jax.ShapeDtypeStruct`s, for
+        `train.py --plan`. None: the first batch is made and looked at.
+      placement: rules (pattern, PartitionSpec) that place each parameter on the mesh. None: by
+        Flax's partitioning metadata where there is some, else by the automatic rule (both in
+        `lora_jax.sharding`).
       beside: patterns (`lora_jax.paths`) of parameters trained in full beside the adapters.
       scores: `scores(sums, weight) -> name -> number`, from the summed `Loss.sums` of a split.
       select: the evaluation number that picks the best adapter: "loss" or one of the scores.
       better: whether a higher or a lower `select` is better.
       size: how many units a batch holds (padding left out), for the throughput.
       unit: what `size` counts.
-      facts: what a reader of the results should know of the data; printed as the run starts.
+      facts: `facts(shard)`: what a reader of the results should know of the data; printed as the
+        run starts. One process may ask alone.
     """
 
     apply: Callable[..., Any]
     loss: Callable[[Any, Any], Loss]
     params: Tree
-    train: Callable[[], TrainIterator]
-    evaluation: Mapping[str, Callable[[], Iterable[Batch]]] = dataclasses.field(
+    train: Callable[[Shard], TrainIterator]
+    evaluation: Mapping[str, Callable[[Shard], Iterable[Batch]]] = dataclasses.field(
         default_factory=dict
     )
-    load: Callable[[], Tree] | None = None
+    load: Callable[[Tree], Tree] | None = None
+    example: Mapping[str, jax.ShapeDtypeStruct] | None = None
+    placement: tuple[Rule, ...] | None = None
     beside: tuple[str, ...] = ()
     scores: Callable[[Mapping[str, float], float], dict[str, float]] = ratios
     select: str = "loss"
     better: Literal["lower", "higher"] = "lower"
     size: Callable[[Batch], int] = examples
     unit: str = "examples"
-    facts: str = ""
+    facts: Callable[[Shard], str] = lambda shard: ""
 
-    def arrays(self) -> Tree:
-        """The parameter arrays: loaded, or those that `params` holds already."""
+    def arrays(self, shardings: Tree) -> Tree:
+        """The parameter arrays where they are to lie: loaded, or those that `params` holds."""
         if self.load is None:
-            return self.params
-        loaded = self.load()
+            return jax.device_put(self.params, shardings)
+        loaded = self.load(shardings)
         want, got = _shapes(self.params), _shapes(loaded)
         for path in dict.fromkeys([*want, *got]):
             if want.get(path) != got.get(path):
@@ -100,7 +115,7 @@ class Workload:
                     f"Workload.load gave {got.get(path, 'nothing')} for the parameter {path!r}; "
                     f"Workload.params has {want.get(path, 'none of that name')}"
                 )
-        return loaded
+        return jax.device_put(loaded, shardings)
 
 
 def _shapes(tree: Tree) -> dict[str, str]:

@@ -38,7 +38,7 @@ COUNTS = (1, 2, 4)
 
 
 def shards(count: int) -> list[Shard]:
-    return [Shard(index, count) for index in range(count)]
+    return [Shard((index,), count) for index in range(count)]
 
 
 @pytest.fixture(params=["classification", "language_modelling"])
@@ -65,7 +65,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Callable[[Make, int], list[Batc
         asked: list[list[int]] = [[] for _ in range(count)]
 
         def ask(shard: Shard, n: int) -> int:
-            asked[shard.index].append(n)
+            asked[shard.parts[0]].append(n)
             return max(n, 1)
 
         monkeypatch.setattr(Shard, "most", ask)
@@ -73,7 +73,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Callable[[Make, int], list[Batc
             make().iterator(shard)
         most = [max(numbers) for numbers in zip(*asked, strict=True)]
         answers = [iter(most) for _ in range(count)]
-        monkeypatch.setattr(Shard, "most", lambda shard, n: next(answers[shard.index]))
+        monkeypatch.setattr(Shard, "most", lambda shard, n: next(answers[shard.parts[0]]))
         batches = make()
         return [batches.iterator(shard) for shard in shards(count)]
 
@@ -218,9 +218,9 @@ def test_a_state_saved_by_some_is_restored_by_others(
 
 def test_a_state_of_smaller_batches_is_refused(jsonl: Callable[..., str], words: Tokenizer) -> None:
     make = packing(jsonl, words, pairs(9))
-    state = make().iterator(Shard(0, 2)).get_state()
+    state = make().iterator(Shard((0,), 2)).get_state()
     with pytest.raises(DataError, match=r"(?s)lacks rows \[4, 5, 6, 7\].*it has 4 rows.*the batch"):
-        make().iterator(Shard(1, 2)).set_state(state)
+        make().iterator(Shard((1,), 2)).set_state(state)
 
 
 def test_a_shard_reads_its_own_examples_only(
@@ -239,7 +239,7 @@ def test_a_shard_reads_its_own_examples_only(
     batches = packing(jsonl, words, pairs(97))()
     assert read == {0}  # looked at for its fields
     read.clear()
-    list(batches.iterator(Shard(1, 4)))
+    list(batches.iterator(Shard((1,), 4)))
     assert read == {i for i in range(97) if i % ROWS in (2, 3)}
 
 
@@ -262,13 +262,13 @@ def test_lazily_read_shards_are_the_same(
 
 def test_facts_of_a_shard_speak_of_the_whole(jsonl: Callable[..., str], words: Tokenizer) -> None:
     batches = packing(jsonl, words, pairs(400))(shuffle=True, epochs=None)
-    exact, scaled = batches.facts(), batches.facts(Shard(1, 2))
+    exact, scaled = batches.facts(), batches.facts(Shard((1,), 2))
     assert scaled.examples == exact.examples == 400
     for name in ("tokens", "batches", "padding"):
         assert getattr(scaled, name) == pytest.approx(getattr(exact, name), rel=0.1, abs=0.03)
         assert getattr(exact, name) > 0
     assert not exact.notes
-    assert "1/2 of the examples" in scaled.notes[0]
+    assert "0.5 of the examples" in scaled.notes[0]
 
 
 def test_nothing_anywhere_is_an_error_and_nothing_here_is_not(
@@ -276,18 +276,18 @@ def test_nothing_anywhere_is_an_error_and_nothing_here_is_not(
 ) -> None:
     make = functools.partial(packing(jsonl, words, pairs(3)), epochs=None)
     with pytest.raises(DataError, match="'train': no example of it has anything to learn"):
-        make().iterator(Shard(3, 4))
+        make().iterator(Shard((3,), 4))
     monkeypatch.setattr(Shard, "most", lambda shard, n: max(n, 1))
-    assert not next(make().iterator(Shard(3, 4)))["loss_weight"].any()
+    assert not next(make().iterator(Shard((3,), 4)))["loss_weight"].any()
 
 
 def test_rows_that_cannot_be_dealt_out(pipeline: Any) -> None:
     with pytest.raises(DataError, match=r"(?s)8 rows.*3 parts.*batch size to 6 or 9"):
-        pipeline().iterator(Shard(0, 3))
+        pipeline().iterator(Shard((0,), 3))
     with pytest.raises(DataError, match=r"batch size to 16\."):
-        Shard(0, 16).rows(8)
-    with pytest.raises(DataError, match="no part 2 of 2"):
-        Shard(2, 2)
+        Shard((0,), 16).rows(8)
+    with pytest.raises(DataError, match=r"no parts \(2,\) of 2"):
+        Shard((2,), 2)
 
 
 PROGRAM = """
@@ -298,7 +298,7 @@ rank, port, config, tokenizer = int(sys.argv[1]), *sys.argv[2:]
 jax.config.update("jax_platforms", "cpu")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 from lora_jax.training.data import DataConfig, Shard, language_modelling
-shard = Shard(rank, 2)
+shard = Shard((rank,), 2)
 batches = language_modelling(
     DataConfig(config, eos="<end>", max_length=24), Tokenizer.from_str(tokenizer), "train", 2
 )

@@ -108,7 +108,7 @@ def test_a_directory_of_another_config_is_an_error(
 def test_two_processes_do_not_train_in_one_directory(tmp_path: pathlib.Path) -> None:
     from lora_jax.training import command
 
-    name, config = command.parse(["--config", OWN, "--run-dir", str(tmp_path)], OWN, tmp_path)
+    name, config, _ = command.parse(["--config", OWN, "--run-dir", str(tmp_path)], OWN, tmp_path)
     with (
         directory.enter(name, config),
         pytest.raises(lora_jax.LoraError, match="another process is training"),
@@ -123,7 +123,9 @@ def test_the_default_directory_is_named_by_what_matters() -> None:
     from lora_jax.training import command
 
     def path(*arguments: str) -> pathlib.Path:
-        return directory.default(*command.parse(["--config", OWN, *arguments], OWN, pathlib.Path()))
+        return directory.default(
+            *command.parse(["--config", OWN, *arguments], OWN, pathlib.Path())[:2]
+        )
 
     assert path() == path("--log-every", "3", "--checkpoint-every", "7", "--on-nonfinite", "skip")
     assert path().parts[0] == "runs"

@@ -87,7 +87,7 @@ def language_modelling(
     )
 
     def part(shard: Shard) -> Part:
-        own = range(batch_size)[shard.rows(batch_size)]
+        own = shard.rows(batch_size).tolist()
         dealt = {number: range(number, count, batch_size) for number in own}
         cut = Cut()
         rows = _read(reader, examples, dealt, cut, split)
@@ -259,9 +259,9 @@ def _facts(
         batches = -(-streams.longest // packing.epochs)
         padding = 1 - measured.tokens / max(1, batches * places)
     notes = source.notes
-    if shard.count > 1:
+    if shard.share < 1:
         notes += (
-            f"{split}: counted on 1/{shard.count} of the examples, one process's, and scaled up",
+            f"{split}: counted on {shard.share:.3g} of the examples, one process's, and scaled up",
         )
     return Facts(
         source=source.name,

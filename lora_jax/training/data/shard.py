@@ -17,25 +17,33 @@ Batch = Mapping[str, NDArray[np.generic]]
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count` equal parts; the default is the whole.
+    """Some of `count` equal parts of a batch, one after the other in it; the default is the whole.
 
-    A global batch is the same whatever the number of parts, and the parts lie in it in their order.
+    A global batch is the same whatever the number of parts.
 
-    >>> Shard(1, 2).rows(8)
-    slice(4, 8, None)
+    >>> Shard((1,), 2).rows(8).tolist()
+    [4, 5, 6, 7]
+    >>> Shard((0, 2), 4).rows(8).tolist()
+    [0, 1, 4, 5]
     """
 
-    index: int = 0
-    """Which part."""
+    parts: tuple[int, ...] = (0,)
+    """Which parts, in ascending order."""
     count: int = 1
     """Parts in all."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise DataError(f"there is no part {self.index} of {self.count}")
+        known = self.parts and self.parts[0] >= 0 and self.parts[-1] < self.count
+        if not known or list(self.parts) != sorted(set(self.parts)):
+            raise DataError(f"there are no parts {self.parts} of {self.count}")
 
-    def rows(self, total: int) -> slice:
-        """The rows of this part in a global batch of `total` rows.
+    @property
+    def share(self) -> float:
+        """Of the rows, how many are in this shard."""
+        return len(self.parts) / self.count
+
+    def rows(self, total: int) -> NDArray[np.int64]:
+        """The numbers of the rows of this shard in a global batch of `total` rows.
 
         Raises:
             DataError: `total` rows cannot be dealt out evenly.
@@ -44,17 +52,17 @@ class Shard:
             up = -(-total // self.count) * self.count
             down = total - total % self.count
             raise DataError(
-                f"a batch of {total} rows cannot be dealt out evenly to {self.count} parts, one "
-                "for each process.\n"
+                f"a batch of {total} rows cannot be dealt out evenly in {self.count} parts, one "
+                "for each of the devices that divide it.\n"
                 f"Set the batch size to {f'{down} or ' if down else ''}{up}."
             )
         size = total // self.count
-        return slice(self.index * size, (self.index + 1) * size)
+        return np.concatenate([np.arange(part * size, (part + 1) * size) for part in self.parts])
 
     def take(self, batch: Batch) -> dict[str, NDArray[np.generic]]:
-        """The rows of this part, of arrays that all have the global batch as their first axis.
+        """The rows of this shard, of arrays that all have the global batch as their first axis.
 
-        >>> Shard(1, 2).take({"x": np.arange(4)})
+        >>> Shard((1,), 2).take({"x": np.arange(4)})
         {'x': array([2, 3])}
 
         Raises:

@@ -1,0 +1,336 @@
+"""A run on a mesh is the run on one device: the same losses, and each device holds its part."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+from lora_jax import models, paths
+from lora_jax.models import placement
+from lora_jax.training import mesh, optimizer, step
+from lora_jax.training.causal_lm import causal_lm
+from lora_jax.training.classification import classification
+from lora_jax.training.config import Config, ConfigError, LoraConfig, MeshConfig
+from lora_jax.training.data.config import DataConfig
+from lora_jax.training.data.shard import Shard
+from lora_jax.training.text import ModelConfig, TextConfig
+from lora_jax.training.workload import Loss, Workload
+from tests.training import tiny
+
+STEPS = 20
+MESHES = [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8), MeshConfig(2, 2, 2)]
+Q_AND_V = LoraConfig(rank=2, alpha=4.0, targets=("**/{query,value,q,v}/kernel",))
+
+
+def text(folder: pathlib.Path, name: str) -> TextConfig:
+    """A tiny encoder that classifies, or a tiny decoder that learns to go on."""
+    if name == "bert":
+        model = tiny.write_model(folder / "model", {**tiny.ROBERTA, "hidden_size": 32})
+        source = tiny.write_examples(folder, ("text",), lambda kind: ["a", "b", "c"][kind])
+        data = DataConfig(source, text_fields=("text",), max_length=16, buckets=(16,), batch_size=8)
+        workload: Callable[..., Workload] = classification
+    else:
+        description = {**tiny.LLAMA, "hidden_size": 32, "vocab_size": 64}
+        model = tiny.write_model(folder / "model", description)
+        source = tiny.write_examples(folder, ("prompt", "answer"), lambda kind: kind)
+        data = DataConfig(
+            source, prompt="{prompt}", answer=" {answer}", eos="</s>", max_length=24, batch_size=8
+        )
+        workload = causal_lm
+    return TextConfig(
+        workload=workload, model=ModelConfig(reference=str(model)), data=data, lora=Q_AND_V
+    )
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return x + nn.Dense(32, name="out")(nn.tanh(nn.Dense(512, name="in")(x))), None
+
+
+class Foreign(nn.Module):
+    """Somebody's network: convolution, attention, a stack of scanned layers. No table knows it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Conv(32, (3,), name="conv")(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4, name="mix")(x, x)
+
+        scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x, _ = scan(name="blocks")(x, None)
+        return nn.Dense(1, name="head")(x.mean(axis=1))[:, 0]
+
+
+def foreign(config: Config) -> Workload:
+    def load(shardings: Any) -> Any:
+        return Foreign().init(jax.random.key(3), jnp.zeros((1, 12, 8)))["params"]
+
+    def apply(params: Any, batch: Any, *, train: bool, key: Any) -> Any:
+        return Foreign().apply({"params": params}, batch["x"])
+
+    def loss(outputs: Any, batch: Any) -> Loss:
+        return Loss(jnp.sum(jnp.square(outputs - batch["y"])), jnp.float32(outputs.size))
+
+    class Data:
+        def __init__(self, shard: Shard) -> None:
+            self.random, self.shard = np.random.default_rng(0), shard
+
+        def __next__(self) -> Any:
+            x = self.random.normal(size=(16, 12, 8)).astype(np.float32)
+            return self.shard.take({"x": x, "y": np.sin(x[:, 0, 0])})
+
+    return Workload(apply=apply, loss=loss, params=jax.eval_shape(load, None), load=load,
+                    train=Data)  # fmt: skip
+
+
+class Run(NamedTuple):
+    losses: list[float]
+    state: step.State
+    frozen: Any
+    place: mesh.Placement
+    trained: Any  # the shardings of what is trained
+
+
+def run(config: Config, sizes: MeshConfig, devices: int = 8) -> Run:
+    """Twenty steps, as train.py takes them."""
+    grid = mesh.make(sizes, jax.devices()[:devices])
+    workload = config.workload(config)
+    with jax.set_mesh(grid):
+        data = workload.train(mesh.shard_of(grid))
+        batches = [next(data) for _ in range(STEPS)]
+        place = mesh.place(workload, sizes, grid, batches[0])
+        params, key = workload.arrays(place.params), jax.random.key(0)
+        layout = lora_jax.resolve(
+            config.lora.spec, workload.apply, params, batches[0], train=True, key=key
+        )
+        base, frozen = lora_jax.frozen.split(params, workload.beside)
+        tx = optimizer.optimizer(config.optimizer, STEPS)
+        state = step.create(layout, base, tx, key, place)
+        kept = jax.tree.map(lambda x: x.sharding, state)
+        take = jax.jit(
+            step.train_step(workload, layout, tx, "stop", config.accumulate),
+            donate_argnums=0,
+            out_shardings=(kept, place.whole),
+        )
+        losses = []
+        for batch in batches:
+            state, values = take(state, frozen, place.batch(batch))
+            losses.append(float(values["loss"]))
+    return Run(losses, state, frozen, place, place.trained(layout, base))
+
+
+@pytest.fixture(scope="module", params=["bert", "llama", "foreign"])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    if request.param != "foreign":
+        return text(tmp_path_factory.mktemp(request.param), request.param)
+    targets = ("**/{query,value}/kernel", "blocks/in/kernel", "conv/kernel")
+    return Config(workload=foreign, lora=LoraConfig(rank=2, targets=targets))
+
+
+@pytest.fixture(scope="module")
+def alone(config: Config) -> Run:
+    return run(config, MeshConfig(), devices=1)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_losses_are_those_of_one_device(config: Config, alone: Run, sizes: MeshConfig) -> None:
+    found = run(config, sizes)
+    np.testing.assert_allclose(found.losses, alone.losses, rtol=1e-5)
+    assert len(set(alone.losses)) == STEPS  # it learns something
+    assert_placed(found)
+
+
+def assert_placed(found: Run) -> None:
+    """Each array lies where it should, and the optimizer's copies of it beside it."""
+    wanted = paths.flatten(found.place.params)
+    for path, leaf in paths.flatten(found.frozen).items():
+        assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
+    for tree in (found.state.trained, *_moments(found.state.optimizer)):
+        for x, where in zip(jax.tree.leaves(tree), jax.tree.leaves(found.trained), strict=True):
+            assert x.sharding.is_equivalent_to(where, x.ndim)
+
+
+def _moments(optimizer_state: Any) -> list[Any]:
+    holds = lambda x: isinstance(x, dict) and set(x) == {"adapters", "base"}  # noqa: E731
+    found = [x for x in jax.tree.leaves(optimizer_state, is_leaf=holds) if holds(x)]
+    assert len(found) == 2  # Adam's
+    return found
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("name", ["minilm", "smollm2", "foreign"])
+def test_bytes_of_the_base_on_a_device(name: str, sizes: MeshConfig) -> None:
+    """At most 1.05 times total / (fsdp x tensor), of the real models' shapes; nothing is read."""
+    grid = mesh.make(sizes)
+    example, workload = _shapes_only(name)
+    place = mesh.place(workload, sizes, grid, example)
+    total = here = 0
+    for x, where in zip(
+        jax.tree.leaves(workload.params), jax.tree.leaves(place.params), strict=True
+    ):
+        total += math.prod(x.shape) * x.dtype.itemsize
+        here += math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
+    assert here <= 1.05 * total / (grid.shape["fsdp"] * grid.shape["tensor"])
+
+
+def _shapes_only(name: str) -> tuple[Any, Workload]:
+    ids = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    if name == "foreign":
+        x = jax.ShapeDtypeStruct((8, 12, 8), jnp.float32)
+        return {"x": x}, foreign(Config(workload=foreign))
+    if name == "minilm":
+        config: Any = models.BertConfig(
+            vocab_size=30522, hidden_size=384, num_layers=6, num_heads=12, mlp_size=1536,
+            max_positions=512,
+        )  # fmt: skip
+        head: Any = models.Head("mean", 2)
+    else:
+        config = models.LlamaConfig(
+            vocab_size=49152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3,
+            head_dim=64, mlp_size=1536, max_positions=8192, tied=True,
+        )  # fmt: skip
+        head = None
+    params, table = models.shapes(config, head), placement.rules(config, head)
+    never = functools.partial(pytest.fail, "it has a table: nothing is traced")
+    return ids, Workload(apply=never, loss=never, params=params, train=never, placement=table)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "schedule_free", "adafactor", "inject"])
+def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
+    """Red if `following` looks at anything but the end of a path, or ignores the shape."""
+    grid = mesh.make(MeshConfig(2, 2, 2))
+    place = mesh.Placement(grid, {}, None)
+    trained = {"adapters": {"w": lora_jax.Factors(jnp.ones((64, 8)), jnp.ones((8, 32)))}}
+    specs = {"adapters": {"w": lora_jax.Factors(P("fsdp", None), P(None, "tensor"))}}
+    where = place.named(specs)
+    tx = {
+        "adamw": optax.adamw(1e-3),
+        "muon": optax.contrib.muon(1e-3),
+        "schedule_free": optax.contrib.schedule_free_adamw(1e-3),
+        "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=4),
+        "inject": optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3),
+    }[name]
+    state = jax.eval_shape(tx.init, trained)
+    found = place.following(state, trained, where)
+    for leaf, at in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
+        at.shard_shape(leaf.shape)  # raises if it does not divide
+        expected = {(64, 8): P("fsdp", None), (8, 32): P(None, "tensor")}.get(leaf.shape, P())
+        assert at.spec == expected, leaf.shape
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(config: Config, alone: Run) -> None:
+    """On one device and on eight. Red if the parts' means are averaged."""
+    if config.workload is not causal_lm:
+        pytest.skip("one model is enough")
+    parted = dataclasses.replace(config, accumulate=2)
+    for sizes, devices in ((MeshConfig(), 1), (MeshConfig(2, 2, 2), 8)):
+        found = run(parted, sizes, devices)
+        np.testing.assert_allclose(found.losses, alone.losses, rtol=1e-5)
+
+
+def test_parts_of_unequal_weight_count_by_their_tokens() -> None:
+    def apply(params: Any, batch: Any, *, train: bool, key: Any) -> Any:
+        return batch["x"] @ params["w"]
+
+    def loss(outputs: Any, batch: Any) -> Loss:
+        return Loss(jnp.sum(outputs[:, 0] * batch["weight"]), jnp.sum(batch["weight"]))
+
+    params = {"w": jnp.ones((4, 4))}
+    batch = {
+        "x": np.arange(16.0, dtype=np.float32).reshape(4, 4),
+        "weight": np.array([1, 5, 0, 2], np.float32),
+    }
+    never = functools.partial(pytest.fail, "not called")
+    workload = Workload(apply=apply, loss=loss, params=params, train=never)
+    layout = lora_jax.resolve(
+        lora_jax.LoraSpec(rank=1, alpha=1.0, targets="w"),
+        apply,
+        params,
+        batch,
+        train=True,
+        key=None,
+    )
+    place = mesh.place(workload, MeshConfig(), mesh.make(MeshConfig(), jax.devices()[:1]), batch)
+    tx = optax.sgd(1.0)
+    found = []
+    for parts in (1, 2, 4):
+        state = step.create(layout, {}, tx, jax.random.key(0), place)
+        take = step.train_step(workload, layout, tx, "stop", parts)
+        after, values = take(state, {**params}, batch)
+        found.append((float(values["loss"]), after.trained["adapters"]["w"].b))
+    for loss_, b in found[1:]:
+        assert loss_ == pytest.approx(found[0][0], rel=1e-6)
+        np.testing.assert_allclose(b, found[0][1], rtol=1e-6)
+
+
+def test_a_batch_that_the_parts_do_not_divide() -> None:
+    with pytest.raises(ConfigError, match="accumulate must be a divisor of the 4 rows"):
+        step.divided({"x": np.ones((4, 2))}, 3)
+
+
+def program(batch: P) -> float:
+    """Largest relative error of a gradient of a plain network on a 2 x 2 x 2 mesh."""
+    grid = jax.make_mesh((2, 2, 2), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
+    random = np.random.default_rng(0)
+    draw = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    x, w, v = draw(128, 16), draw(16, 64) / 4, draw(64, 64) / 8
+
+    def f(w: Any, v: Any, x: Any) -> Any:
+        return jnp.square(jnp.tanh(jnp.tanh(x @ w) @ v)).sum()
+
+    put = lambda x, spec: jax.device_put(x, NamedSharding(grid, spec))  # noqa: E731
+    kernel = P("fsdp", "tensor")
+    gradient = jax.jit(jax.grad(f))
+    found, true = gradient(put(w, kernel), put(v, kernel), put(x, batch)), gradient(w, v, x)
+    return float(jnp.abs(found - true).max() / jnp.abs(true).max())
+
+
+def test_rows_are_divided_in_the_order_that_the_partitioner_gets_right() -> None:
+    """Not our program: XLA's. Once the second line fails, `mesh.BATCH` may have either order."""
+    assert program(mesh.BATCH) < 1e-5
+    assert program(P(("data", "fsdp"))) > 0.1
+
+
+def test_sizes_must_multiply_to_the_devices() -> None:
+    with pytest.raises(ConfigError, match=r"fsdp 3.*8 devices"):
+        mesh.make(MeshConfig(fsdp=3))
+    with pytest.raises(ConfigError, match="one axis only"):
+        MeshConfig(data=-1, fsdp=-1)
+
+
+def test_a_batch_that_the_devices_do_not_divide() -> None:
+    place = mesh.Placement(mesh.make(MeshConfig(4, 2, 1)), {}, None)
+    with pytest.raises(ConfigError, match=r"12 rows.*multiple of 8"):
+        place.batch({"x": np.ones((12, 3))})
+
+
+def test_own_rules_come_before_the_table(config: Config) -> None:
+    if config.workload is not causal_lm:
+        pytest.skip("one model is enough")
+    workload = config.workload(config)
+    sizes = MeshConfig(2, 2, 2, rules=("layers_*/mlp/down/kernel=-,fsdp+tensor",))
+    place = mesh.place(workload, sizes, mesh.make(sizes), None)
+    assert place.specs["layers_1/mlp/down/kernel"] == P(None, ("fsdp", "tensor"))
+    assert place.specs["layers_1/mlp/up/kernel"] == P("fsdp", "tensor")
+    with pytest.raises(ConfigError, match=r"mesh\.rules"):
+        mesh.place(workload, MeshConfig(rules=("embed/*=data",)), mesh.make(sizes), None)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 2), (1, 2, 1), (2, 1, 1)])
+def test_one_process_holds_every_row(sizes: tuple[int, ...]) -> None:
+    grid = mesh.make(MeshConfig(*sizes), jax.devices()[:2])
+    assert mesh.shard_of(grid).rows(4).tolist() == [0, 1, 2, 3]
