@@ -43,7 +43,8 @@ ARROWS = {
     "checkpoint": {"adapters", "errors", "fingerprint", "layout", "manifest", "paths"},
     "nnx": set(),
     "models": set(),
-    "training": {"", "checkpoint", "errors", "fingerprint", "manifest", "models", "paths"},
+    "training": {"", "checkpoint", "errors", "fingerprint", "manifest", "models", "paths"}
+    | {"program", "sharding"},
 }
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {

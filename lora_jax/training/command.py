@@ -18,11 +18,14 @@ from typing import Annotated, Any
 import tyro
 
 from lora_jax.errors import listed, nearest
+from lora_jax.training import plan
 from lora_jax.training.config import Config, ConfigError
 
 
-def parse(arguments: Sequence[str], default: str, root: pathlib.Path) -> tuple[str, Config]:
-    """The config's name and its value with the command line's changes.
+def parse(
+    arguments: Sequence[str], default: str, root: pathlib.Path
+) -> tuple[str, Config, plan.Options]:
+    """The config's name, its value with the command line's changes, and what is to be planned.
 
     Args:
       arguments: what follows `train.py` on the command line.
@@ -44,6 +47,11 @@ def parse(arguments: Sequence[str], default: str, root: pathlib.Path) -> tuple[s
                 Annotated[type(config), tyro.conf.arg(name="")],
                 dataclasses.field(default=config),
             ),
+            (
+                "plan",
+                Annotated[plan.Options, tyro.conf.arg(name="")],
+                dataclasses.field(default=plan.Options()),
+            ),
         ],
     )
     given: Any = tyro.cli(
@@ -53,7 +61,7 @@ def parse(arguments: Sequence[str], default: str, root: pathlib.Path) -> tuple[s
         args=list(arguments),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return name, given.run
+    return name, given.run, given.plan
 
 
 _HELP = "The config file; `file.py:name` picks another value in it than `config`."

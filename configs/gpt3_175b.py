@@ -1,0 +1,156 @@
+"""GPT-3 175B with r=4 on q and v: the case of the LoRA article, to be planned and not run.
+
+Command:   python train.py --config configs/gpt3_175b.py --plan --plan-devices 64
+Hardware:  2 CPU cores for the plan; 64 GPUs of 80 GB for the run
+Minutes:   less than one for the plan (17 s of processor time)
+Result:    175 billion parameters, 18.9 million of them in adapters; a checkpoint of 75 MB (38 MB in
+           16 bits) in the place of 349 GB; 5.5 GB a device for weights, adapters and optimizer in
+           the place of 16.4 GB. docs/plan.md says what the article's figures become.
+
+There are no public weights of it, so it can only be planned. Shapes are the article's (table 2.1 of
+arXiv 2005.14165): 96 layers, width 12288, 96 heads, length 2048. The vocabulary of 50257 is padded
+to 50304, which `tensor` divides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NoReturn
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.models.attention import attend, visible
+from lora_jax.models.layers import by_rows, divided
+from lora_jax.training.config import Config, ConfigError, LoraConfig, MeshConfig, OptimizerConfig
+from lora_jax.training.workload import Loss, Workload
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GptConfig(Config):
+    """The sizes of the model and of a batch."""
+
+    layers: int = 96
+    """Decoder layers, scanned."""
+    width: int = 12288
+    """Of the residual stream; the MLP is four times as wide."""
+    heads: int = 96
+    """Attention heads."""
+    vocabulary: int = 50304
+    """Rows of the embedding, padding among them."""
+    length: int = 2048
+    """Tokens of a row, and positions that the model knows."""
+    batch_size: int = 128
+    """Rows of a batch."""
+
+
+BRAIN = jnp.dtype(jnp.bfloat16)  # of the weights and of the computation; norms inside are float32
+
+
+def dense(features: int, name: str) -> nn.Dense:
+    """A product with its bias."""
+    return nn.Dense(features, dtype=BRAIN, param_dtype=BRAIN, name=name)
+
+
+def norm(name: str) -> nn.LayerNorm:
+    """LayerNorm with scale and bias."""
+    return nn.LayerNorm(dtype=BRAIN, param_dtype=BRAIN, name=name)
+
+
+class Layer(nn.Module):
+    """Norm, attention, norm, MLP; [B, T, D] -> [B, T, D]."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: Array, seen: Array | None) -> tuple[Array, None]:
+        batch, length, width = x.shape
+        split = (batch, length, self.heads, width // self.heads)
+        normed = norm("attention_norm")(x)
+        query, key, value = (dense(width, name)(normed).reshape(split) for name in "qkv")
+        mixed = attend(query, key, value, seen).reshape(x.shape)
+        x = by_rows(x + dense(width, "o")(mixed))
+        hidden = nn.gelu(dense(4 * width, "up")(norm("mlp_norm")(x)))
+        return by_rows(x + dense(width, "down")(hidden)), None
+
+
+class Gpt(nn.Module):
+    """Token ids [B, T] -> logits [B, T, V] in float32, through tied embeddings."""
+
+    config: GptConfig
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        config, initial = self.config, nn.initializers.normal(0.02)
+        tokens = self.param("tokens", initial, (config.vocabulary, config.width), BRAIN)
+        positions = self.param("positions", initial, (config.length, config.width), BRAIN)
+        # Only `tensor` divides the table that is looked up in: `fsdp` divides the rows already.
+        x = jnp.take(divided(tokens, "tensor"), ids, axis=0) + positions[None, : ids.shape[1]]
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast,),
+            length=config.layers,
+        )
+        seen = visible(ids.shape[1], causal=True)
+        x, _ = layers(config.heads, name="layers")(by_rows(x), seen)
+        x = norm("norm")(x)
+        return jnp.einsum("btd,vd->btv", x, tokens, preferred_element_type=jnp.float32)
+
+
+# Products in pairs: the first is cut by its outputs, the second by its inputs.
+PLACEMENT = (
+    ("tokens", P("tensor", "fsdp")),
+    ("positions", P(None, ("fsdp", "tensor"))),
+    ("layers/{q,k,v,up}/kernel", P(None, "fsdp", "tensor")),
+    ("layers/{q,k,v,up}/bias", P(None, "tensor")),
+    ("layers/{o,down}/kernel", P(None, "tensor", "fsdp")),
+    ("layers/{o,down}/bias", P()),
+    ("layers/*_norm/*", P()),
+    ("norm/*", P()),
+)
+
+
+def workload(config: GptConfig) -> Workload:
+    """The decoder, by shape alone."""
+    model = Gpt(config)
+    ids = jax.ShapeDtypeStruct((config.batch_size, config.length), jnp.int32)
+
+    def apply(params: Any, batch: Any, *, train: bool, key: Any) -> Any:
+        return model.apply({"params": params}, batch["ids"])
+
+    def loss(logits: Array, batch: Any) -> Loss:
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        return Loss(each.sum(), jnp.float32(each.size))
+
+    def absent(_: Any) -> NoReturn:
+        raise ConfigError(
+            "there are no public weights of GPT-3 175B: it can only be planned, with --plan"
+        )
+
+    return Workload(
+        apply=apply,
+        loss=loss,
+        params=jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), int)))[
+            "params"
+        ],
+        train=absent,
+        load=absent,
+        example={"ids": ids, "targets": ids},
+        placement=PLACEMENT,
+    )
+
+
+config = GptConfig(
+    workload=workload,
+    steps=1000,
+    accumulate=2,
+    lora=LoraConfig(rank=4, alpha=4.0, targets=("layers/{q,v}/kernel",)),
+    optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=0.1),
+    mesh=MeshConfig(data=-1, fsdp=8, tensor=8),
+)

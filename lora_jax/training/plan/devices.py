@@ -1,0 +1,79 @@
+"""What the common accelerators have: memory, speed of products, of memory, and of their links.
+
+A device is what JAX shows as one. Speeds are the makers' peaks, for bfloat16 products without
+sparsity; links count one direction, since a ring sends and receives at once.
+
+Sources: the "System architecture" tables of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}
+(the inter-chip bandwidth there is of both directions), NVIDIA's data sheets of A100, H100, H200,
+B200 (HGX), L4 and the Ada GPU architecture whitepaper (RTX 4090). GPU memory is what nvidia-smi
+shows. What leaves a domain: 200 Gb/s a GPU for A100, 400 Gb/s from H100 on (DGX systems, a network
+card to each GPU), 25 Gb/s for L4 and RTX 4090 (an assumption: 200 Gb/s shared by eight); TPU: the
+data-centre network per chip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+GIB, MIB, GB, TERA = 2**30, 2**20, 1e9, 1e12
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One accelerator.
+
+    memory: bytes.
+    flops: peak of bfloat16 products, each second.
+    bandwidth: of its memory, bytes each second.
+    link: to the other devices of a domain, bytes each second, one direction.
+    domain: how many devices are joined so (a slice of a pod, or the GPUs of a machine).
+    network: beyond the domain, bytes each second, one direction.
+    """
+
+    memory: int
+    flops: float
+    bandwidth: float
+    link: float
+    domain: int
+    network: float
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether JAX takes only a part of its memory unless told otherwise."""
+        return self.domain == 8
+
+    def rate(self, group: tuple[int, ...]) -> float:
+        """Bytes each second that a device moves in a ring through the group.
+
+        In a group that spans domains each device brings its own network link: those of one domain
+        carry together what enters it.
+        """
+        home = [d for d in group if d // self.domain == group[0] // self.domain]
+        return self.link if len(home) == len(group) else min(self.link, len(home) * self.network)
+
+
+def _gpu(memory_mib: int, tflops: float, bandwidth: float, link: float, network: float) -> Device:
+    return Device(memory_mib * MIB, tflops * TERA, bandwidth * GB, link * GB, 8, network * GB)
+
+
+def _tpu(
+    memory_gib: int, tflops: float, bandwidth: float, link: float, pod: int, network: float
+) -> Device:
+    return Device(memory_gib * GIB, tflops * TERA, bandwidth * GB, link * GB, pod, network * GB)
+
+
+DEVICES: dict[str, Device] = {
+    "a100-40gb": _gpu(40_960, 312, 1555, 300, 25),
+    "a100-80gb": _gpu(81_920, 312, 2039, 300, 25),
+    "h100-80gb": _gpu(81_559, 989.4, 3350, 450, 50),
+    "h200-141gb": _gpu(143_771, 989.4, 4800, 450, 50),
+    "b200-180gb": _gpu(183_359, 2250, 7700, 900, 50),
+    "l4-24gb": _gpu(23_034, 121, 300, 32, 3.1),  # its link is PCIe 4.0 x16
+    "rtx4090-24gb": _gpu(24_564, 165.2, 1008, 32, 3.1),  # float32 accumulation; PCIe 4.0 x16
+    "tpu-v4": _tpu(32, 275, 1200, 270, 4096, 6.25),  # the all-reduce bandwidth of a pod, per chip
+    "tpu-v5e": _tpu(16, 197, 819, 200, 256, 3.1),
+    "tpu-v5p": _tpu(95, 459, 2765, 600, 8960, 6.25),
+    "tpu-v6e": _tpu(32, 918, 1638, 400, 256, 12.5),
+    # One chip shows as two devices, each with half of it.
+    "tpu-v7x": _tpu(96, 1153.5, 3690, 300, 2 * 9216, 6.25),
+}
