@@ -4,9 +4,14 @@
     python train.py --config configs/smollm2_definitions.py
     python train.py --steps 50 --lora.rank 4               any field of the config
     python train.py --help                                 all of them
+    python train.py --plan                                 what the run needs, without running it
 
-The same command goes on with a run that was stopped. No LoRA algebra is in here: `lora_jax` does
-that, and `lora_jax.training` holds the parts.
+The same command goes on with a run that was stopped. Started on many machines at once it is one
+run on all of them (docs/pods.md). No LoRA algebra is in here: `lora_jax` does that, and
+`lora_jax.training` holds the parts.
+
+Exit status: 0 finished, 1 an error that was printed, 2 a command line that cannot be read,
+130 stopped by Ctrl-C, 143 preempted (SIGTERM): the step in hand was finished and saved.
 """
 
 from __future__ import annotations
@@ -18,12 +23,21 @@ import time
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 
 import lora_jax
 from lora_jax import models
-from lora_jax.training import command, curves, directory, export, optimizer, step, summary
+from lora_jax.training import (
+    command,
+    directory,
+    export,
+    mesh,
+    optimizer,
+    plan,
+    processes,
+    step,
+    summary,
+)
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
 from lora_jax.training.evaluation import merged_difference
@@ -38,44 +52,58 @@ USER_ERRORS = (
     models.WeightsError,
     models.source.ReferenceError,
     models.packages.PackageError,
-    FileNotFoundError,
+    OSError,
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of parts without arrays
-    console = Console()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        name, config = command.parse(arguments, DEFAULT, ROOT)
+        name, config, planning = command.parse(arguments, DEFAULT, ROOT)
+        if planning.plan:
+            return show_plan(name, config, planning)
+        processes.join(config.processes)
+        processes.check_same(config)
+        console = Console(quiet=not processes.first())
         with directory.enter(name, config) as path:
-            finished = directory.summary(path)
+            finished = processes.by_first(lambda: directory.summary(path))
             if finished is not None:
                 say(console, f"{path} is finished; --fresh deletes it and starts again.")
             else:
-                finished = train(config, path, console)
+                grid = mesh.make(config.mesh)
+                with jax.set_mesh(grid):
+                    finished = train(config, grid, path, console)
         summary.show(finished, console)
-    except USER_ERRORS as error:
-        say(Console(stderr=True, style="red"), f"error: {error}")
+    except processes.ElsewhereError:
         return 1
+    except USER_ERRORS as error:
+        say(Console(stderr=True, style="red"), f"error: {processes.name()}{error}")
+        return 1
+    except processes.Preempted as stopped:
+        say(console, f"SIGTERM: {stopped} is saved: the same command goes on from it.")
+        return processes.PREEMPTED
     except KeyboardInterrupt:
-        say(console, "Stopped. The last checkpoint is kept: the same command goes on from it.")
+        say(Console(), "Stopped. The last checkpoint is kept: the same command goes on from it.")
         return 130
     return 0
 
 
-def train(config: Config, path: pathlib.Path, console: Console) -> summary.Summary:
+def train(
+    config: Config, grid: jax.sharding.Mesh, path: pathlib.Path, console: Console
+) -> summary.Summary:
     """One run in the directory `path`, from the beginning or from its last checkpoint."""
     began = time.monotonic()
 
-    # ---- the model and the data
+    # ---- the model and the data, and where they lie
     workload = config.workload(config)
-    params = workload.arrays()
-    data = workload.train()
+    data = workload.train(mesh.shard_of(grid))
     beginning = data.get_state()
     example = next(data)
     data.set_state(beginning)
+    place = mesh.place(workload, config.mesh, grid, example)
+    params = workload.arrays(place.params)
 
     # ---- what is trained: adapters on the targets, and a few base parameters beside them
     key = jax.random.key(config.seed)
@@ -85,17 +113,17 @@ def train(config: Config, path: pathlib.Path, console: Console) -> summary.Summa
     patterns = workload.beside if config.lora.beside is None else config.lora.beside
     base, frozen = lora_jax.frozen.split(params, patterns)
     step.check_apart(layout, base)
-    base = jax.tree.map(jnp.copy, base)  # the step donates its state; `params` keeps its own
-    trained = {"adapters": lora_jax.init(key, layout), "base": base}
     tx = optimizer.optimizer(config.optimizer, config.steps)
-    state = step.create(trained, tx, key)
-    setup = Setup(config, workload, layout, tx, frozen, path, began)
-    del params, base, trained  # what is trained lives in the state, the rest in `frozen`
+    state = step.create(layout, base, tx, key, place)
+    identity = lora_jax.fingerprint(frozen)
+    setup = Setup(config, workload, place, layout, tx, frozen, identity, path, began)
+    del params, base  # what is trained lives in the state, the rest in `frozen`
 
     # ---- the run
     with (
-        Checkpoints(path / "checkpoints") as checkpoints,
+        Checkpoints(path / "checkpoints", report=lambda text: say(console, text)) as checkpoints,
         Loop(setup, state, data, checkpoints, console) as loop,
+        processes.Preemption() as preemption,
     ):
         say(console, summary.opening(loop))
         if loop.start == 0:
@@ -104,18 +132,31 @@ def train(config: Config, path: pathlib.Path, console: Console) -> summary.Summa
             loop.take(n)
             if n % config.evaluate_every == 0 or n == config.steps:
                 loop.validate(n)
-            if n % config.checkpoint_every == 0 or n == config.steps:
+            stop = preemption.asked(n)
+            if stop or n % config.checkpoint_every == 0 or n == config.steps:
                 loop.checkpoint(n)
+            if stop:
+                raise processes.Preempted(f"step {n}")
         loop.finish()
 
         # ---- what it came to
-        best = export.load(path, "best" if loop.notes.best else "last")
+        where = place.trained(layout, loop.state.trained["base"])
+        best = export.load(path, "best" if loop.notes.best else "last", where)
         tested = loop.judge_best(config.steps, best)
-        difference = merged_difference(workload, layout, best, frozen, example)
+        difference = merged_difference(workload, place, layout, best, frozen, example)
     finished = summary.summarise(loop, tested, difference)
-    curves.draw(path)
-    directory.write_json(path / "summary.json", finished)
+    processes.by_first(lambda: directory.finish(path, finished))
     return finished
+
+
+def show_plan(name: str, config: Config, options: plan.Options) -> int:
+    """Plan the run and leave no trace of it but the plan; the exit status."""
+    made = plan.make(name, config, options)
+    run = directory.default(name, config)
+    file = pathlib.Path(options.plan_file or run.with_name(f"{run.name}.plan.json"))
+    plan.write(made, file)
+    say(Console(), f"{plan.text(made)}\n\n{file}")
+    return 0
 
 
 def say(console: Console, text: str) -> None:
@@ -124,4 +165,4 @@ def say(console: Console, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.end(main)

@@ -95,9 +95,12 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest checkpoint; it may yet turn out to be damaged."""
-        steps = self._steps()
-        return steps[-1] if steps else None
+        """The step of the newest checkpoint; it may yet turn out to be damaged.
+
+        It waits for the one that is being written.
+        """
+        self._wait()
+        return next(reversed(self._steps()), None)
 
     def save(self, step: int, state: State, notes: Notes) -> None:
         """Copy the state off the device and write it in the background.
@@ -190,7 +193,7 @@ class Checkpoints:
             with writing(epath.Path(self._directory)):
                 act()
         except LoraError as error:
-            latest = self.latest
+            latest = next(reversed(self._steps()), None)
             kept = "there is none before it" if latest is None else f"that of step {latest} is kept"
             raise LoraError(
                 f"the checkpoint of step {self._saving} is lost; {kept}. {error}\n"

@@ -204,6 +204,8 @@ class Config:
     same command goes on with its run and another never meets it."""
     fresh: bool = incidental(False)
     """Delete what an earlier run left in the run directory and start from step 0."""
+    allow_other_base: bool = incidental(False)
+    """Go on with a run although the frozen weights are others than those it began on."""
     lora: LoraConfig = LoraConfig()
     """The adapters."""
     optimizer: OptimizerConfig = OptimizerConfig()

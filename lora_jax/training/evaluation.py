@@ -18,7 +18,7 @@ Tree = Any  # a pytree
 
 
 def evaluate(
-    step: Callable[[Trained, Tree, Batch], Loss],
+    step: Callable[[Trained, Tree, Any], Loss],
     workload: Workload,
     place: Placement,
     batches: Iterable[Batch],

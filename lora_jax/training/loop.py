@@ -19,6 +19,7 @@ import optax
 from rich.console import Console
 
 import lora_jax
+from lora_jax.fingerprint import Fingerprint, check_base
 from lora_jax.training import export, metrics, optimizer, processes
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config, to_dict
@@ -41,6 +42,7 @@ class Setup:
 
     place: where the arrays lie.
     frozen: the base parameters, with None where one is trained (`lora_jax.frozen.split`).
+    fingerprint: of `frozen`; adapters and checkpoints carry it.
     path: of the run directory.
     began: `time.monotonic()` when this process began the run.
     """
@@ -51,6 +53,7 @@ class Setup:
     layout: lora_jax.Layout
     tx: optax.GradientTransformation
     frozen: Tree
+    fingerprint: Fingerprint
     path: pathlib.Path
     began: float
 
@@ -197,7 +200,7 @@ class Loop:
         # One decision for all: where it differed, one process would save and wait for the others.
         if processes.by_first(lambda: self._is_better(numbers)):
             self.notes.best = {"step": step, **numbers}
-            export.save(self.setup.path, "best", self.setup.layout, self.state.trained)
+            self._export("best")
 
     def checkpoint(self, step: int) -> None:
         """Write a checkpoint in the background, once every step up to this one is known good."""
@@ -210,13 +213,18 @@ class Loop:
                 "record_bytes": self._record.sync(),
                 "config": to_dict(self.setup.config),
                 "layout": self.setup.layout.to_json(),
+                "fingerprint": self.setup.fingerprint,
             }
             self._checkpoints.save(step, self.state, notes)
 
     def finish(self) -> None:
         """Wait for the last step and keep the last adapter."""
         self._settle()
-        export.save(self.setup.path, "last", self.setup.layout, self.state.trained)
+        self._export("last")
+
+    def _export(self, name: str) -> None:
+        setup = self.setup
+        export.save(setup.path, name, setup.layout, self.state.trained, setup.fingerprint)
 
     def _restore(self) -> int:
         """Go to the newest checkpoint; the length of the record there."""
@@ -227,6 +235,8 @@ class Loop:
                 f"{lora_jax.Layout.from_json(notes['layout'])}\nthis run resolves\n"
                 f"{self.setup.layout}\nstart afresh with --fresh"
             )
+        allow = self.setup.config.allow_other_base
+        check_base(notes["fingerprint"], self.setup.fingerprint, allow, str(self.setup.path))
         self._data.set_state(notes["data"])
         self.notes = Notes(**notes["run"])
         self._earlier = notes["seconds"]

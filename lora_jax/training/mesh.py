@@ -148,7 +148,7 @@ class Placement:
             return jax.device_put(value, where)
         place = {int(row): i for i, row in enumerate(shard.rows(total))}
 
-        def rows(index: tuple[slice, ...]) -> Any:
+        def rows(index: Any) -> Any:
             start = place[index[0].start or 0]
             return value[start : start + total // parts]
 

@@ -7,6 +7,7 @@ twice and none is missing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 import tensorboardX
+
+from lora_jax.errors import LoraError
 
 Line = dict[str, Any]
 
@@ -60,7 +63,8 @@ class Record:
 
     def write(self, line: Line) -> None:
         """Append a line that holds "step", and for an evaluation "split"."""
-        self._file.write(json.dumps(line).encode() + b"\n")
+        with self._named():
+            self._file.write(json.dumps(line).encode() + b"\n")
         group = line.get("split", "train")
         for name, value in line.items():
             if name not in ("step", "split") and value is not None:
@@ -68,10 +72,22 @@ class Record:
 
     def sync(self) -> int:
         """Put everything on disk; the length of the JSON lines in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._events.flush()
-        return self._file.tell()
+        with self._named():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._events.flush()
+            return self._file.tell()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """What the system says, with the path and the cure."""
+        try:
+            yield
+        except OSError as error:
+            raise LoraError(
+                f"{self._file.name} cannot be written: {error.strerror}. Make room, and start the "
+                "same command again: it goes on from the last checkpoint"
+            ) from error
 
     def close(self) -> None:
         """Put everything on disk and close."""

@@ -214,7 +214,7 @@ class Poisoned(own_model.Points):
 
 def workload(config):
     made = own_model.workload(config)
-    return dataclasses.replace(made, train=lambda: Poisoned(1, config.batch_size))
+    return dataclasses.replace(made, train=lambda shard: Poisoned(1, config.batch_size, shard))
 
 config = dataclasses.replace(own_model.config, workload=workload)
 """

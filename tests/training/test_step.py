@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 import lora_jax
-from lora_jax.training import optimizer, step
-from lora_jax.training.config import OptimizerConfig
+from lora_jax.training import mesh, optimizer, step
+from lora_jax.training.config import MeshConfig, OptimizerConfig
 from lora_jax.training.workload import Loss, Workload, ratios
 
 BATCH = {"x": np.ones((6, 5), np.float32), "weight": np.ones(6, np.float32)}
@@ -34,18 +35,27 @@ def parts(targets: tuple[str, ...] = ("body/kernel",), beside: tuple[str, ...] =
         "body": {"kernel": jax.random.normal(keys[0], (5, 4))},
         "head": {"kernel": jax.random.normal(keys[1], (4, 1))},
     }
-    workload = Workload(apply=apply, loss=loss, params=params, train=lambda: None, beside=beside)
+    workload = Workload(
+        apply=apply, loss=loss, params=params, train=lambda shard: None, beside=beside
+    )
     spec = lora_jax.LoraSpec(rank=2, targets=targets)
     layout = lora_jax.resolve(spec, apply, params, BATCH, train=True, key=None)
     base, frozen = lora_jax.frozen.split(params, beside)
-    trained = {"adapters": lora_jax.init(jax.random.key(1), layout), "base": base}
-    return workload, layout, trained, frozen
+    return workload, layout, base, frozen
+
+
+def start(layout: lora_jax.Layout, base: Any, tx: Any) -> step.State:
+    """A state before the first step, on one device."""
+    grid = mesh.make(MeshConfig(), jax.devices()[:1])
+    specs = {path: PartitionSpec() for path in ("body/kernel", "head/kernel")}
+    return step.create(layout, base, tx, jax.random.key(2), mesh.Placement(grid, specs, None))
 
 
 def run(count: int, tx: Any, batches: Any = None, on_nonfinite: Any = "stop", **kwargs: Any):
-    workload, layout, trained, frozen = parts(**kwargs)
+    workload, layout, base, frozen = parts(**kwargs)
     take = jax.jit(step.train_step(workload, layout, tx, on_nonfinite))
-    state, found = step.create(trained, tx, jax.random.key(2)), []
+    state, found = start(layout, base, tx), []
+    trained = state.trained
     for i in range(count):
         state, metrics = take(state, frozen, BATCH if batches is None else batches[i])
         found.append(jax.device_get(metrics))
@@ -72,11 +82,10 @@ def test_the_step_computes_no_gradient_of_a_frozen_weight() -> None:
     """No product in the compiled step has the shape of W0 [5, 4]; with W0 trained, one has."""
 
     def shapes(targets: tuple[str, ...], beside: tuple[str, ...]) -> set[tuple[int, ...]]:
-        workload, layout, trained, frozen = parts(targets, beside)
+        workload, layout, base, frozen = parts(targets, beside)
         tx = optax.sgd(1e-2)
         take = step.train_step(workload, layout, tx, "stop")
-        state = step.create(trained, tx, jax.random.key(2))
-        jaxpr = jax.make_jaxpr(take)(state, frozen, BATCH)
+        jaxpr = jax.make_jaxpr(take)(start(layout, base, tx), frozen, BATCH)
         return {tuple(v.aval.shape) for e in equations(jaxpr.jaxpr) for v in e.outvars
                 if e.primitive.name == "dot_general"}  # fmt: skip
 
@@ -133,16 +142,17 @@ def test_stop_freezes_the_state_at_the_last_good_step() -> None:
 
 
 def test_a_gradient_that_is_not_finite_counts_as_well() -> None:
-    workload, layout, trained, frozen = parts()
+    workload, layout, base, frozen = parts()
     rooted = dataclasses.replace(
         workload, loss=lambda out, _: Loss(jnp.sqrt(0.0 * out).sum(), jnp.float32(1))
     )
     tx = optax.sgd(0.1)
     take = jax.jit(step.train_step(rooted, layout, tx, "skip"))
-    state, metrics = take(step.create(trained, tx, jax.random.key(0)), frozen, BATCH)
+    before = start(layout, base, tx)
+    state, metrics = take(before, frozen, BATCH)
     assert metrics["loss"] == 0.0
     assert not metrics["finite"]
-    assert same(trained, state.trained)
+    assert same(before.trained, state.trained)
 
 
 def test_no_targets_train_the_head_alone() -> None:
@@ -158,7 +168,8 @@ def test_everything_beside_and_no_targets_is_full_fine_tuning() -> None:
     _, state, _ = run(1, optax.sgd(0.1), targets=(), beside=("**",))
 
     def plain(params: Any) -> jax.Array:
-        return step.mean(loss(apply(params, BATCH, train=True, key=None), BATCH))
+        found = loss(apply(params, BATCH, train=True, key=None), BATCH)
+        return found.total / found.weight
 
     grads = jax.grad(plain)(workload.params)
     wanted = jax.tree.map(lambda p, g: p - 0.1 * g, workload.params, grads)
@@ -167,15 +178,15 @@ def test_everything_beside_and_no_targets_is_full_fine_tuning() -> None:
 
 
 def test_a_parameter_both_adapted_and_trained_is_an_error() -> None:
-    _, layout, trained, _ = parts(beside=("**",))
+    _, layout, base, _ = parts(beside=("**",))
     with pytest.raises(lora_jax.LoraError, match="'body/kernel' is both adapted"):
-        step.check_apart(layout, trained["base"])
+        step.check_apart(layout, base)
 
 
 def test_the_optimizer_holds_nothing_of_a_frozen_shape() -> None:
-    _, _, trained, frozen = parts()
+    _, layout, base, frozen = parts()
     config = OptimizerConfig(head_learning_rate=1e-2, weight_decay=0.1)
-    state = optimizer.optimizer(config, 10).init(trained)
+    state = start(layout, base, optimizer.optimizer(config, 10)).optimizer
     shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
     assert (5, 2) in shapes  # of the adapter
     assert not {leaf.shape for leaf in jax.tree.leaves(frozen)} & set(shapes)

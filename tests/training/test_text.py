@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import lora_jax
 import train
 from lora_jax import models
-from lora_jax.training import command, scores
+from lora_jax.training import command, mesh, scores
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import apply_of, classification
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
 from lora_jax.training.data.config import DataConfig
+from lora_jax.training.data.shard import Shard
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.training import tiny
 from tests.training.runs import ROOT, run
@@ -125,8 +128,10 @@ def text_config(workload: Any, weights: pathlib.Path, source: str, **changes: An
 
 
 def train_in(path: pathlib.Path, config: TextConfig) -> dict[str, Any]:
-    path.mkdir()
-    return train.train(config, path, train.Console(quiet=True))
+    path.mkdir(exist_ok=True)
+    grid = mesh.make(config.mesh)
+    with jax.set_mesh(grid):
+        return train.train(config, grid, path, train.Console(quiet=True))
 
 
 def test_an_encoder_learns_labels(roberta: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -176,7 +181,9 @@ def test_dropout_needs_and_uses_the_key(roberta: pathlib.Path, tmp_path: pathlib
     source = tiny.write_examples(tmp_path / "data", ("text",), int)
     model = ModelConfig(reference=str(roberta), dropout=0.5)
     workload = classification(text_config(classification, roberta, source, model=model))
-    params, batch = workload.arrays(), next(workload.train())
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = workload.arrays(jax.tree.map(lambda _: where, workload.params))
+    batch = next(workload.train(Shard()))
     keys = [jax.random.key(i) for i in range(2)]
     dropped = [workload.apply(params, batch, train=True, key=key) for key in keys]
     assert not np.array_equal(*dropped)
@@ -218,3 +225,25 @@ def test_pearson_is_numpys_over_any_cut_into_batches() -> None:
     assert scores.real_scores(sums, 30.0)["pearson"] == pytest.approx(
         np.corrcoef(x, y)[0, 1], rel=1e-4
     )
+
+
+def test_another_base_is_refused(
+    llama: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights under the same reference have changed since the run began."""
+    weights = tmp_path / "model"
+    shutil.copytree(llama, weights)
+    source = tiny.write_examples(tmp_path / "data", ("text",), int)
+    config = text_config(causal_lm, weights, source, steps=4)
+    train_in(tmp_path / "run", config)
+    (tmp_path / "run/summary.json").unlink()  # so that it goes on from its last checkpoint
+    file = weights / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = "layers.1.mlp.up_proj.weight"
+    safetensors.numpy.save_file({**tensors, name: tensors[name] * 1.01}, file)
+    again = tmp_path / "run"
+    with pytest.raises(lora_jax.LoraError, match="layers_1/mlp/up/kernel: other values") as error:
+        train_in(again, config)
+    assert "1 of 20 frozen parameters differ" in str(error.value)
+    assert "--allow-other-base" in str(error.value)
+    train_in(again, dataclasses.replace(config, allow_other_base=True))
