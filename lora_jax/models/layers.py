@@ -58,11 +58,6 @@ class Embed(nn.Module):
         # Looked up before the cast: casting the whole table would copy it.
         return jnp.take(table, index, axis=0).astype(self.config.dtype)
 
-    def attend(self, x: Array) -> Array:
-        """Logits [B, T, rows] in float32."""
-        table = self.embedding.astype(self.config.dtype)
-        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
-
 
 def tensor_axis(config: Config) -> int:
     """Which axis of the token embedding `tensor` divides: the vocabulary where 64 divides it."""

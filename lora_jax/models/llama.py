@@ -7,6 +7,7 @@ from jax import Array
 
 from lora_jax.models.attention import attend, positions_in, visible
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.cross_entropy import chunked_cross_entropy
 from lora_jax.models.layers import INITIAL, Embed, by_rows, dense, stack, tensor_axis
 from lora_jax.models.rope import angles, rotate
 
@@ -64,17 +65,14 @@ class _Layer(nn.Module):
 
 
 class _Head(nn.Module):
-    """An untied head: kernel [D, V], no bias, logits in float32."""
+    """An untied head: kernel [D, V], no bias."""
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        config = self.config
-        shape = (config.hidden_size, config.vocab_size)
-        kernel = self.param("kernel", INITIAL, shape, config.param_dtype)
-        kernel = kernel.astype(config.dtype)
-        return jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=jnp.float32)
+    def __call__(self) -> Array:
+        shape = (self.config.hidden_size, self.config.vocab_size)
+        return self.param("kernel", INITIAL, shape, self.config.param_dtype)
 
 
 class Llama(nn.Module):
@@ -94,8 +92,10 @@ class Llama(nn.Module):
         mask: Array | None = None,
         segment_ids: Array | None = None,
         positions: Array | None = None,
+        targets: Array | None = None,
+        chunk: int = 0,
     ) -> Array:
-        """Logits [B, T, V], float32.
+        """Logits [B, T, V] in float32; with `targets`, the cross entropy [B, T] of each instead.
 
         Args:
             input_ids: [B, T] int.
@@ -103,6 +103,8 @@ class Llama(nn.Module):
             segment_ids: [B, T] int of packed rows: a token sees its own segment only.
             positions: [B, T] int from 0 up; None: counted from the start of the row (of each
                 segment, in packed rows). Only differences within a segment matter.
+            targets: [B, T] int, the token that follows.
+            chunk: with targets, the positions of a row whose logits exist at the same time.
         """
         config = self.config
         length = input_ids.shape[1]
@@ -116,4 +118,14 @@ class Llama(nn.Module):
         embed = Embed(config, config.vocab_size, tensor_axis(config), name="embed")
         x = stack(_Layer, config, "layers")(by_rows(embed(input_ids)), turn, seen)
         x = _norm(config, "norm")(x)
-        return embed.attend(x) if config.tied else _Head(config, name="lm_head")(x)
+        weight, form = (
+            (embed.embedding, "btd,vd->btv")
+            if config.tied
+            else (_Head(config, name="lm_head")(), "btd,dv->btv")
+        )
+
+        def head(x: Array) -> Array:
+            kernel = weight.astype(config.dtype)
+            return jnp.einsum(form, x, kernel, preferred_element_type=jnp.float32)
+
+        return head(x) if targets is None else chunked_cross_entropy(head, x, targets, chunk)

@@ -17,6 +17,8 @@ from lora_jax.training.workload import Batch, Loss, Workload
 
 Tree = Any  # a pytree
 
+_PACKING = ("segment_ids", "positions")
+
 
 def causal_lm(config: TextConfig) -> Workload:
     """The decoder of `config.model` on the packed prompts and answers of `config.data`.
@@ -34,7 +36,7 @@ def causal_lm(config: TextConfig) -> Workload:
     model_config = config.model.apply_to(source.config)
     select = config.select or "loss"
     return Workload(
-        apply=apply_of(models.Llama(model_config)),
+        apply=apply_of(models.Llama(model_config), config.model.loss_chunk),
         loss=token_loss,
         params=models.shapes(model_config),
         load=lambda shardings: source.load(model_config, shardings=shardings),
@@ -58,20 +60,25 @@ def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {**shapes, "loss_weight": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
 
 
-def apply_of(model: models.Llama) -> Any:
-    """The model as `Workload.apply`: its logits [B, T, V] for a batch of packed rows."""
+def apply_of(model: models.Llama, chunk: int | None = None) -> Any:
+    """The model as `Workload.apply` on a batch of packed rows.
+
+    It gives logits [B, T, V]; with a chunk, the cross entropy [B, T] of each token.
+    """
 
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
-        packing = {name: batch[name] for name in ("segment_ids", "positions")}
-        return model.apply({"params": params}, batch["input_ids"], **packing)
+        names = _PACKING if chunk is None else (*_PACKING, "targets")
+        inputs = {name: batch[name] for name in names}
+        return model.apply({"params": params}, batch["input_ids"], **inputs, chunk=chunk or 0)
 
     return apply
 
 
-def token_loss(logits: jax.Array, batch: Any) -> Loss:
+def token_loss(outputs: jax.Array, batch: Any) -> Loss:
     """Cross entropy of each token that is to be learned."""
-    weight = batch["loss_weight"]
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    weight, each = batch["loss_weight"], outputs
+    if outputs.ndim == 3:
+        each = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["targets"])
     total = jnp.sum(each * weight)
     return Loss(total, jnp.sum(weight), {"nll": total})
 

@@ -35,11 +35,17 @@ class ModelConfig:
     """Of the computation."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen parameters; the adapters stay in float32."""
+    loss_chunk: int | None = None
+    """A decoder's loss goes through so many positions of a row at a time, so that the logits of a
+    large vocabulary never exist at once; the output head is multiplied with once more. None: all
+    positions at once."""
     dropout: float = 0.0
     """Dropout rate inside an encoder, and before its head, while training."""
 
     def __post_init__(self) -> None:
         require(bool(self.reference), "model.reference", self.reference, "a model reference")
+        chunk = self.loss_chunk
+        require(chunk is None or chunk > 0, "model.loss_chunk", chunk, "at least 1")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
 
     def apply_to(self, config: Any) -> Any:
@@ -52,6 +58,9 @@ class ModelConfig:
         }
         if isinstance(config, models.BertConfig):
             settings |= {"dropout": self.dropout, "attention_dropout": self.dropout}
+            require(
+                self.loss_chunk is None, "model.loss_chunk", self.loss_chunk, "None for an encoder"
+            )
         else:
             require(self.dropout == 0, "model.dropout", self.dropout, "0 for a decoder")
         return dataclasses.replace(config, **settings)

@@ -1,0 +1,110 @@
+"""The loss in chunks is the loss at once, and the logits of all tokens are nowhere in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax
+from lora_jax import models
+from lora_jax.training.causal_lm import apply_of, token_loss
+
+B, T, V = 2, 10, 96
+CONFIG = models.LlamaConfig(
+    vocab_size=V, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
+    mlp_size=24, max_positions=32, tied=True,
+)  # fmt: skip
+
+
+def batch() -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    return {
+        "input_ids": random.integers(0, V, (B, T), np.int32),
+        "targets": random.integers(0, V, (B, T), np.int32),
+        "segment_ids": np.repeat([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0]], B, 0).astype(np.int32),
+        "positions": np.repeat([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0]], B, 0).astype(np.int32),
+        "loss_weight": random.integers(0, 2, (B, T)).astype(np.float32),
+    }
+
+
+def parts(tied: bool, scan: bool, chunk: int | None, targets: tuple[str, ...]) -> Any:
+    config = dataclasses.replace(CONFIG, tied=tied, scan_layers=scan)
+    model = models.Llama(config)
+    params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
+    apply = apply_of(model, chunk)
+    spec = lora_jax.LoraSpec(rank=2, alpha=4.0, targets=targets)
+    layout = lora_jax.resolve(spec, apply, params, batch(), train=True, key=None)
+    adapters = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 8,
+        lora_jax.init(jax.random.key(1), layout),
+    )
+    adapted = lora_jax.adapt(layout, apply)
+
+    def loss(adapters: Any, params: Any) -> Any:
+        outputs = adapted(params, adapters, batch(), train=True, key=None)
+        found = token_loss(outputs, batch())
+        return found.total / found.weight
+
+    return layout, adapters, params, loss
+
+
+@pytest.mark.parametrize(
+    ("tied", "scan", "targets", "chunk"),
+    [
+        (True, False, ("**/{q,v}/kernel",), 3),
+        (True, False, ("embed/*",), 5),
+        (False, True, ("**/{q,v}/kernel", "lm_head/*"), 3),
+        (False, False, ("lm_head/*",), 64),
+    ],
+)
+def test_it_is_the_loss_at_once(
+    tied: bool, scan: bool, targets: tuple[str, ...], chunk: int
+) -> None:
+    """Gradients too, and where the head itself is adapted. Red if the padding counts."""
+    _, adapters, params, whole = parts(tied, scan, None, targets)
+    _, _, _, in_chunks = parts(tied, scan, chunk, targets)
+    wanted, found = (jax.jit(jax.value_and_grad(f))(adapters, params) for f in (whole, in_chunks))
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    for x, y in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_linear_leaves_out_the_head_all_the_same(tied: bool) -> None:
+    """A chunk is a way to compute: it does not change what is adapted."""
+    whole, in_chunks = (parts(tied, False, chunk, ("all-linear",))[0] for chunk in (None, 4))
+    assert whole == in_chunks
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_no_array_holds_all_logits(chunk: int | None) -> None:
+    """Of the compiled gradient: nothing of B T V numbers, unless all is done at once."""
+    _, adapters, params, loss = parts(True, False, chunk, ("**/{q,v}/kernel",))
+    text = jax.jit(jax.grad(loss)).lower(adapters, params).compile().as_text()
+    sizes = {math.prod(map(int, dims.split(","))) for dims in shapes(text)}
+    assert (B * T * V in sizes) == (chunk is None)
+    assert max(sizes - {B * T * V}) <= max(V * 16, B * 5 * V, B * T * 24 * 2)
+
+
+def shapes(text: str) -> list[str]:
+    return re.findall(r"f32\[([\d,]+)\]", text)
+
+
+def test_any_chunk_will_do() -> None:
+    table = jax.random.normal(jax.random.key(0), (7, 4))
+    hidden = jax.random.normal(jax.random.key(1), (3, 5, 4))
+    targets = jnp.arange(15).reshape(3, 5) % 7
+    whole = optax.softmax_cross_entropy_with_integer_labels(hidden @ table.T, targets)
+    for chunk in (1, 2, 3, 4, 5, 9):
+        found = models.cross_entropy.chunked_cross_entropy(
+            lambda x: x @ table.T, hidden, targets, chunk
+        )
+        np.testing.assert_allclose(found, whole, rtol=1e-6)
