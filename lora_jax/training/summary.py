@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import sys
@@ -52,6 +53,7 @@ def summarise(loop: Loop, tested: dict[str, dict[str, float]], difference: float
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
+        "mesh": dict(loop.setup.place.mesh.shape),
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
@@ -80,6 +82,7 @@ def sizes(loop: Loop) -> dict[str, int]:
         "beside_parameters": lora_jax.count(beside),
         "adapter_file_bytes": export.size(export.folder(path, "last")),
         "full_checkpoint_bytes": nbytes(frozen) + nbytes(beside),
+        "base_bytes_per_device": on_each_device(frozen) + on_each_device(beside),
         "optimizer_bytes": nbytes(state.optimizer),
     }
 
@@ -87,6 +90,14 @@ def sizes(loop: Loop) -> dict[str, int]:
 def nbytes(tree: Any) -> int:
     """Bytes of the arrays of a tree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def on_each_device(tree: Any) -> int:
+    """Bytes of a tree's arrays on one device; every device has as many."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def peak_memory() -> int:
@@ -123,6 +134,7 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
         ("trained, of the base", f"{trained / base:.2%}"),
         ("adapter on disk", _bytes(summary["adapter_file_bytes"])),
         ("full checkpoint", _bytes(summary["full_checkpoint_bytes"])),
+        ("base on each device", _bytes(summary["base_bytes_per_device"])),
         ("optimizer state", _bytes(summary["optimizer_bytes"])),
         ("peak memory", _bytes(summary["peak_memory_bytes"])),
         ("speed", f"{summary['steps_per_second']:.2f} steps/s, {summary[speed]:,.0f} {unit}/s"),

@@ -39,6 +39,8 @@ def test_the_summary_says_what_was_asked_of_it(finished: pathlib.Path) -> None:
     assert summary["adapter_parameters"] == 2 * (2 + 16) + 2 * (16 + 16)
     assert summary["beside_parameters"] == 17
     assert summary["full_checkpoint_bytes"] == 4 * summary["base_parameters"]
+    assert summary["base_bytes_per_device"] == summary["full_checkpoint_bytes"]  # data alone
+    assert summary["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
     trained = summary["adapter_parameters"] + summary["beside_parameters"]
     assert 8 * trained < summary["optimizer_bytes"] <= 8 * trained + 16
     assert summary["adapter_file_bytes"] == export.size(finished / "adapters/last")
