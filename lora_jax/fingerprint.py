@@ -119,7 +119,7 @@ def _hashes(leaves: Mapping[str, Any], rounded: bool) -> dict[str, str]:
 
     for path, leaf in leaves.items():
         under_way.append((path, _send(leaf, rounded)))
-        if len(under_way) > 40:
+        if len(under_way) > 8:
             take()
     while under_way:
         take()
