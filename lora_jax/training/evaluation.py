@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,9 @@ from lora_jax.training.step import Trained
 from lora_jax.training.workload import Batch, Loss, Workload
 
 Tree = Any  # a pytree
+# Batches that the host may be ahead of the devices. They take memory there, and with several
+# processes JAX 0.10.2 hangs on CPU when more than 32 programs are under way.
+AHEAD = 4
 
 
 def evaluate(
@@ -26,7 +30,12 @@ def evaluate(
     frozen: Tree,
 ) -> dict[str, float]:
     """`{"loss": mean, **workload.scores(...)}` over all batches, summed in float64 on the host."""
-    losses = jax.device_get([step(trained, frozen, place.batch(batch)) for batch in batches])
+    losses, under_way = list[Loss](), deque[Loss]()
+    for batch in batches:
+        under_way.append(step(trained, frozen, place.batch(batch)))
+        if len(under_way) > AHEAD:
+            losses.append(jax.device_get(under_way.popleft()))
+    losses += jax.device_get(list(under_way))
     total = float(np.sum([loss.total for loss in losses], dtype=np.float64))
     weight = float(np.sum([loss.weight for loss in losses], dtype=np.float64))
     names = losses[0].sums if losses else ()
