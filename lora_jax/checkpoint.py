@@ -190,9 +190,13 @@ def _quiet() -> Iterator[None]:
     """Of many operations under way Orbax reports the first that fails, and abandons the others.
 
     Each of those leaves a traceback on stderr, as it is collected or finds its event loop closed:
-    pages that would bury the one message that counts.
+    pages that would bury the one message that counts. It also warns of a part that holds no array,
+    as ours that holds the manifest.
     """
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(max(level, logging.ERROR))
     disabled, logger.disabled = logger.disabled, True
     sys.unraisablehook = lambda what: None if _is_abandoned(what.exc_value) else hook(what)
     try:
@@ -205,6 +209,7 @@ def _quiet() -> Iterator[None]:
                 raise
     finally:
         logger.disabled, sys.unraisablehook = disabled, hook
+        absl.setLevel(level)
 
 
 def _is_abandoned(error: BaseException | None) -> bool:
