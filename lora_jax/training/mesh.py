@@ -176,11 +176,13 @@ def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> P
     def use(params: Tree, batch: Any) -> Any:
         return workload.apply(params, batch, train=False, key=None)
 
+    given = workload.placement
     specs = sharding.place(
         workload.params,
         dict(mesh.shape),
         own=[_rule(text) for text in config.rules],
-        table=workload.placement,
+        table=given if isinstance(given, tuple) else None,
+        named=given if isinstance(given, Mapping) else None,
         call=(use, (example,)),
     )
     tree = jax.tree.unflatten(jax.tree.structure(workload.params), list(specs.values()))
@@ -192,7 +194,7 @@ def _rule(text: str) -> sharding.Rule:
     """`pattern=axes` of `mesh.rules`.
 
     >>> _rule("**/embedding=-,fsdp+tensor")
-    ('**/embedding', PartitionSpec(None, ('fsdp', 'tensor')))
+    ('**/embedding', P(None, ('fsdp', 'tensor')))
     """
     pattern, equals, axes = text.rpartition("=")
     entries = []

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from lora_jax import paths
 from lora_jax.errors import LoraError
@@ -72,9 +73,10 @@ class Workload:
         put there.
       example: one whole training batch (of all processes) as `jax.ShapeDtypeStruct`s, for
         `train.py --plan`. None: the first batch is made and looked at.
-      placement: rules (pattern, PartitionSpec) that place each parameter on the mesh. None: by
-        Flax's partitioning metadata where there is some, else by the automatic rule (both in
-        `lora_jax.sharding`).
+      placement: rules (pattern, PartitionSpec), exactly one for each parameter, that place it on
+        the mesh; or a dict path -> PartitionSpec of some of them, such as
+        `lora_jax.metadata.named(nnx_model)` gives. What has no place by it has one by Linen's
+        partitioning metadata in `params`, or else by the automatic rule (`lora_jax.sharding`).
       beside: patterns (`lora_jax.paths`) of parameters trained in full beside the adapters.
       scores: `scores(sums, weight) -> name -> number`, from the summed `Loss.sums` of a split.
       select: the evaluation number that picks the best adapter: "loss" or one of the scores.
@@ -94,7 +96,7 @@ class Workload:
     )
     load: Callable[[Tree], Tree] | None = None
     example: Mapping[str, jax.ShapeDtypeStruct] | None = None
-    placement: tuple[Rule, ...] | None = None
+    placement: tuple[Rule, ...] | Mapping[str, PartitionSpec] | None = None
     beside: tuple[str, ...] = ()
     scores: Callable[[Mapping[str, float], float], dict[str, float]] = ratios
     select: str = "loss"

@@ -334,3 +334,45 @@ def test_own_rules_come_before_the_table(config: Config) -> None:
 def test_one_process_holds_every_row(sizes: tuple[int, ...]) -> None:
     grid = mesh.make(MeshConfig(*sizes), jax.devices()[:2])
     assert mesh.shard_of(grid).rows(4).tolist() == [0, 1, 2, 3]
+
+
+class Annotated(nn.Module):
+    """A network whose author said where its weights lie."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        put = functools.partial(nn.with_partitioning, nn.initializers.lecun_normal())
+        x = nn.tanh(nn.Dense(64, kernel_init=put((None, "tensor")), name="up")(x))
+        return nn.Dense(1, kernel_init=put(("tensor", None)), name="down")(x)[:, 0]
+
+
+def annotated(config: Config) -> Workload:
+    def load(shardings: Any) -> Any:
+        return Annotated().init(jax.random.key(3), jnp.zeros((1, 8)))["params"]
+
+    def apply(params: Any, batch: Any, *, train: bool, key: Any) -> Any:
+        return Annotated().apply({"params": params}, batch["x"][:, 0])
+
+    whole = foreign(config)
+    return dataclasses.replace(whole, apply=apply, params=jax.eval_shape(load, None), load=load)
+
+
+def test_a_models_own_annotations_place_it() -> None:
+    """Red if the automatic rule overrides them, or if boxed parameters cannot be trained."""
+    lora = LoraConfig(rank=2, targets=("up/kernel/value",))
+    config = Config(workload=annotated, lora=lora)
+    found, wanted = run(config, MeshConfig(2, 2, 2)), run(config, MeshConfig(), devices=1)
+    assert found.place.specs["up/kernel/value"] == P(None, "tensor")
+    assert found.place.specs["down/kernel/value"] == P("tensor", None)
+    np.testing.assert_allclose(found.losses, wanted.losses, rtol=1e-5)
+
+
+def test_placements_may_be_given_by_path() -> None:
+    workload = dataclasses.replace(
+        foreign(Config(workload=foreign)), placement={"conv/kernel": P(None, None, "fsdp")}
+    )
+    example = {"x": jax.ShapeDtypeStruct((8, 12, 8), jnp.float32)}
+    sizes = MeshConfig(2, 2, 2)
+    place = mesh.place(workload, sizes, mesh.make(sizes), example)
+    assert place.specs["conv/kernel"] == P(None, None, "fsdp")
+    assert place.specs["blocks/in/kernel"] == P(None, "fsdp", "tensor")
