@@ -135,14 +135,8 @@ class Placement:
         value, shard = np.asarray(value), self.shard
         if value.ndim == 0:
             return jax.device_put(value, self.whole)
-        parts = self.mesh.shape["fsdp"] * self.mesh.shape["data"]
-        total = round(len(value) / shard.share)
-        if total % parts:
-            raise ConfigError(
-                f"the batch's {name!r} has {total} rows, which mesh.data x mesh.fsdp = {parts} "
-                f"devices do not divide; take a batch size that is a multiple of {parts}, or a "
-                "larger mesh.tensor"
-            )
+        parts, total = self.parts, round(len(value) / shard.share)
+        check_rows(name, total, parts)
         where = NamedSharding(self.mesh, BATCH)
         if shard.share == 1:
             return jax.device_put(value, where)
@@ -155,9 +149,24 @@ class Placement:
         return jax.make_array_from_callback((total, *value.shape[1:]), where, rows)
 
     @property
+    def parts(self) -> int:
+        """In how many the rows of a batch are divided."""
+        return self.mesh.shape["fsdp"] * self.mesh.shape["data"]
+
+    @property
     def shard(self) -> Shard:
         """This process's part of each batch."""
         return shard_of(self.mesh)
+
+
+def check_rows(name: str, rows: int, parts: int) -> None:
+    """Raise `ConfigError` unless the rows of a batch's entry can be divided over the devices."""
+    if rows % parts:
+        raise ConfigError(
+            f"the batch's {name!r} has {rows} rows, which mesh.data x mesh.fsdp = {parts} devices "
+            f"do not divide; take a batch size that is a multiple of {parts}, or a larger "
+            "mesh.tensor"
+        )
 
 
 def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> Placement:
@@ -167,26 +176,36 @@ def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> P
     else by the automatic rule (`lora_jax.sharding.automatic`), which traces it on `example`.
 
     Args:
-      example: a batch, or its ShapeDtypeStructs.
+      example: this process's rows of a batch, or their ShapeDtypeStructs.
 
     Raises:
+      ConfigError: the devices do not divide the rows.
       lora_jax.LoraError: a parameter with no rule or several, or one that an axis does not divide.
     """
 
     def use(params: Tree, batch: Any) -> Any:
         return workload.apply(params, batch, train=False, key=None)
 
-    given = workload.placement
-    specs = sharding.place(
-        workload.params,
-        dict(mesh.shape),
-        own=[_rule(text) for text in config.rules],
-        table=given if isinstance(given, tuple) else None,
-        named=given if isinstance(given, Mapping) else None,
-        call=(use, (example,)),
-    )
+    own, given = [_rule(text) for text in config.rules], workload.placement
+    try:
+        specs = sharding.place(
+            workload.params,
+            dict(mesh.shape),
+            own=own,
+            table=given if isinstance(given, tuple) else None,
+            named=given if isinstance(given, Mapping) else None,
+            call=(use, (example,)),
+        )
+    except lora_jax.LoraError as error:
+        raise lora_jax.LoraError(
+            f"{error}\nFor train.py a rule is written --mesh.rules 'pattern=axis,axis', with `-` "
+            "for a dimension that is to stay whole"
+        ) from error
     tree = jax.tree.unflatten(jax.tree.structure(workload.params), list(specs.values()))
     unplaced = Placement(mesh, specs, None)
+    for name, rows in example.items():
+        if rows.ndim:
+            check_rows(name, round(len(rows) / unplaced.shard.share), unplaced.parts)
     return dataclasses.replace(unplaced, params=unplaced.named(tree))
 
 

@@ -206,7 +206,9 @@ def _shapes_only(name: str) -> tuple[Any, Workload]:
         head = None
     params, table = models.shapes(config, head), placement.rules(config, head)
     never = functools.partial(pytest.fail, "it has a table: nothing is traced")
-    return ids, Workload(apply=never, loss=never, params=params, train=never, placement=table)
+    return {"input_ids": ids}, Workload(
+        apply=never, loss=never, params=params, train=never, placement=table
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "schedule_free", "adafactor", "inject"])
@@ -316,6 +318,16 @@ def test_a_batch_that_the_devices_do_not_divide() -> None:
     place = mesh.Placement(mesh.make(MeshConfig(4, 2, 1)), {}, None)
     with pytest.raises(ConfigError, match=r"12 rows.*multiple of 8"):
         place.batch({"x": np.ones((12, 3))})
+    example = {"x": jax.ShapeDtypeStruct((12, 12, 8), jnp.float32)}
+    with pytest.raises(ConfigError, match=r"12 rows.*multiple of 8"):  # before weights are loaded
+        mesh.place(foreign(Config(workload=foreign)), MeshConfig(), place.mesh, example)
+
+
+def test_a_parameter_that_nothing_divides_names_the_flag() -> None:
+    example = {"x": jax.ShapeDtypeStruct((8, 12, 8), jnp.float32)}
+    grid = mesh.make(MeshConfig(1, 1, 7), jax.devices()[:7])
+    with pytest.raises(lora_jax.LoraError, match=r"(?s)no way to shard it.*--mesh\.rules"):
+        mesh.place(foreign(Config(workload=foreign)), MeshConfig(), grid, example)
 
 
 def test_own_rules_come_before_the_table(config: Config) -> None:
@@ -323,11 +335,13 @@ def test_own_rules_come_before_the_table(config: Config) -> None:
         pytest.skip("one model is enough")
     workload = config.workload(config)
     sizes = MeshConfig(2, 2, 2, rules=("layers_*/mlp/down/kernel=-,fsdp+tensor",))
-    place = mesh.place(workload, sizes, mesh.make(sizes), None)
+    place = mesh.place(workload, sizes, mesh.make(sizes), workload.example)
     assert place.specs["layers_1/mlp/down/kernel"] == P(None, ("fsdp", "tensor"))
     assert place.specs["layers_1/mlp/up/kernel"] == P("fsdp", "tensor")
     with pytest.raises(ConfigError, match=r"mesh\.rules"):
-        mesh.place(workload, MeshConfig(rules=("embed/*=data",)), mesh.make(sizes), None)
+        mesh.place(
+            workload, MeshConfig(rules=("embed/*=data",)), mesh.make(sizes), workload.example
+        )
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 2), (1, 2, 1), (2, 1, 1)])

@@ -148,10 +148,6 @@ def _compilable(sizes: dict[str, int]) -> list[dict[str, int]]:
 
 def _check_rows(batch: dict[str, tuple[int, ...]], sizes: dict[str, int]) -> None:
     """Every device must have its rows of a batch, as in a run (`Placement.batch`)."""
-    groups = sizes["data"] * sizes["fsdp"]
     for name, shape in batch.items():
-        if shape and shape[0] % groups:
-            raise ConfigError(
-                f"the batch's {name!r} has {shape[0]} rows, which mesh.data x mesh.fsdp = {groups} "
-                f"devices do not divide; take a batch size that is a multiple of {groups}"
-            )
+        if shape:
+            mesh.check_rows(name, shape[0], sizes["data"] * sizes["fsdp"])
