@@ -17,7 +17,7 @@ from lora_jax.training.text import ModelConfig, TextConfig
 
 config = TextConfig(
     workload=classification,
-    model=ModelConfig(reference=models.MINILM, pooling="mean", dropout=0.1),
+    model=ModelConfig(reference=models.MINILM, pooling="mean"),
     data=DataConfig(
         source="reviews",
         text_fields=("text",),
@@ -29,8 +29,8 @@ config = TextConfig(
         rank=8, alpha=16.0, targets=("bert/encoder/layer*/attention/{query,value}/kernel",)
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="linear", warmup=0.06),
-    steps=1932,
-    evaluate_every=644,
+    steps=1288,
+    evaluate_every=322,
     checkpoint_every=100,
     log_every=50,
 )
