@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -27,11 +28,16 @@ def spawn(path: pathlib.Path, *arguments: str, config: str = OWN) -> subprocess.
     """Start train.py as a process of its own, on one CPU device."""
     command = [sys.executable, str(ROOT / "train.py"), "--config", config]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*command, "--run-dir", str(path), *arguments],
-        cwd=path.parent,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    # A shell that starts the tests in the background has them ignore SIGINT, and so would the run.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [*command, "--run-dir", str(path), *arguments],
+            cwd=path.parent,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)

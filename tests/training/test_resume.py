@@ -17,7 +17,7 @@ from lora_jax.checkpoint import ocp
 from lora_jax.training import export, metrics
 from tests.training.runs import spawn
 
-LONG = ("--width", "16", "--batch-size", "32", "--steps", "2000", "--evaluate-every", "150")
+LONG = ("--width", "16", "--batch-size", "32", "--steps", "1000", "--evaluate-every", "150")
 ARGUMENTS = (*LONG, "--checkpoint-every", "100")
 
 
@@ -88,13 +88,13 @@ def test_the_record_is_byte_identical(runs: Runs) -> None:
     texts = [(path / "metrics.jsonl").read_bytes() for path in runs[:2]]
     assert texts[0] == texts[1]
     steps = [json.loads(line) for line in texts[0].splitlines()]
-    assert [x["step"] for x in steps if "split" not in x] == list(range(1, 2001))
+    assert [x["step"] for x in steps if "split" not in x] == list(range(1, 1001))
 
 
 # Orbax warns that it takes the sharding from the file; two CPU arrays have no other.
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_optimizer_and_random_state_are_bit_identical(runs: Runs) -> None:
-    states = [ocp.load_checkpointables(p / "checkpoints/2000")["state"] for p in runs[:2]]
+    states = [ocp.load_checkpointables(p / "checkpoints/1000")["state"] for p in runs[:2]]
     kept = [{k: v for k, v in state.items() if k != "key"} for state in states]
     assert kept[0]["optimizer"], "nothing was compared"
     assert_same(kept[0], kept[1])
