@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -14,10 +16,16 @@ from lora_jax.training.data.files import Files, is_file
 from lora_jax.training.data.reviews import NOTE as REVIEWS_NOTE
 from lora_jax.training.data.reviews import MovieReviews
 from lora_jax.training.data.source import Source
+from lora_jax.training.data.topics import CORPORA, Topics
 from lora_jax.training.data.wordnet import NOTE as WORDNET_NOTE
 from lora_jax.training.data.wordnet import WordnetDefinitions
 
-_OURS = {"reviews": (MovieReviews, REVIEWS_NOTE), "wordnet": (WordnetDefinitions, WORDNET_NOTE)}
+# Name -> what makes the builder, and what is to be known of the data.
+_OURS: dict[str, tuple[Callable[..., tfds.core.DatasetBuilder], str]] = {
+    "reviews": (MovieReviews, REVIEWS_NOTE),
+    "wordnet": (WordnetDefinitions, WORDNET_NOTE),
+    **{n: (functools.partial(Topics, config=n), corpus.note) for n, corpus in CORPORA.items()},
+}
 
 # TFDS registers these builders when their package is imported, and does so by itself only where
 # TensorFlow is installed.

@@ -13,8 +13,9 @@ class DataConfig:
     """The data: where examples come from and how they become batches."""
 
     source: str = "reviews"
-    """reviews (movie-review snippets), wordnet (word to definition), tfds:name/config:version, or
-    JSONL and CSV files: data/{split}.jsonl, or train=a.csv,validation=b.csv."""
+    """reviews (movie-review snippets), reuters8, reuters52 and newsgroups (texts by topic), wordnet
+    (word to definition), tfds:name/config:version, or JSONL and CSV files: data/{split}.jsonl, or
+    train=a.csv,validation=b.csv."""
     data_dir: str | None = None
     """Where TFDS keeps prepared data. None: LORA_JAX_CACHE or ~/.cache/lora_jax, below data/."""
     text_fields: tuple[str, ...] = ("text",)
