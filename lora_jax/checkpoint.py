@@ -47,6 +47,7 @@ def save(
     *,
     base: Mapping[str, Any] | None = None,
     fingerprint: Fingerprint | None = None,
+    about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write one adapter to the folder `path`: the factors and the layout, no base weight.
@@ -60,6 +61,8 @@ def save(
       fingerprint: `lora_jax.fingerprint` of the parameters that the adapters were trained on, to
         tell at `restore(params=...)` whether they are restored onto the same. What is in `base`
         is left out of it.
+      about: JSON values that whoever uses the adapters will want to know (the base's reference,
+        the names of the classes); `restore_about` reads them back.
       overwrite: replace what is at `path`, once the new adapter is whole.
 
     Raises:
@@ -76,7 +79,12 @@ def save(
         {"adapters": {p: {"a": f.a, "b": f.b} for p, f in adapters.items()}, "base": trained},
     )
     frozen = None if fingerprint is None else _without(fingerprint, trained)
-    notes = {"layout": layout.to_json(), "base": list(trained), "fingerprint": frozen}
+    notes = {
+        "layout": layout.to_json(),
+        "base": list(trained),
+        "fingerprint": frozen,
+        "about": dict(about or {}),
+    }
     parts: dict[str, Any] = {"meta": manifests.of(tree, notes).seal()}
     if adapters or trained:
         parts["arrays"] = {k: v for k, v in tree.items() if v}
@@ -110,7 +118,7 @@ def restore(
     """
     folder, layout, manifest = _open(path, max_bytes)
     if params is not None:
-        _check_base(folder, manifest, params, allow_other_base)
+        _check_base(folder, manifest, lambda: fingerprint_of(params), allow_other_base)
     target: dict[str, Any] = {}
     for t in layout.targets:
         place = shardings[t.path] if isinstance(shardings, Mapping) else shardings
@@ -139,6 +147,27 @@ def restore_base(
 def restore_layout(path: Path) -> Layout:
     """The layout alone: small, and read without an array."""
     return _open(path, None)[1]
+
+
+def restore_about(path: Path) -> dict[str, Any]:
+    """What was saved as `about`, maybe nothing. It is the writer's word: check what you use."""
+    about = _open(path, None)[2].notes.get("about")
+    return dict(about) if isinstance(about, Mapping) else {}
+
+
+def check_trained_on(path: Path, ours: Fingerprint, *, allow_other_base: bool = False) -> None:
+    """What `restore(params=...)` checks, by a fingerprint of `params` that was taken before.
+
+    Args:
+      path: the folder.
+      ours: `lora_jax.fingerprint` of the base here.
+      allow_other_base: check nothing.
+
+    Raises:
+      LoraError: the adapters were trained on another base, or do not say on which.
+    """
+    folder, _, manifest = _open(path, None)
+    _check_base(folder, manifest, lambda: ours, allow_other_base)
 
 
 def read_manifest(folder: epath.Path, max_bytes: float | None) -> Manifest:
@@ -283,7 +312,9 @@ def _check_layout(layout: Layout, manifest: Manifest) -> None:
             )
 
 
-def _check_base(folder: epath.Path, manifest: Manifest, params: Any, allow: bool) -> None:
+def _check_base(
+    folder: epath.Path, manifest: Manifest, take: Callable[[], Fingerprint], allow: bool
+) -> None:
     stored = manifest.notes["fingerprint"]
     if stored is None and not allow:
         raise LoraError(
@@ -291,7 +322,7 @@ def _check_base(folder: epath.Path, manifest: Manifest, params: Any, allow: bool
             "to lora_jax.save, or allow_other_base=True here"
         )
     if stored is not None and not allow:
-        ours = _without(fingerprint_of(params), manifest.notes["base"])
+        ours = _without(take(), manifest.notes["base"])
         check_base(stored, ours, allow, str(folder))
 
 

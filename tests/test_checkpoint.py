@@ -224,6 +224,23 @@ def test_no_fingerprint_to_compare_with(tmp_path: Path) -> None:
     lora_jax.restore(folder, params=BASE, allow_other_base=True)
 
 
+def test_a_fingerprint_taken_before_is_as_good_as_the_base(tmp_path: Path) -> None:
+    """Red if what was trained beside counts as base, or `allow_other_base` is not heeded."""
+    folder = saved(tmp_path / "a", fingerprint=lora_jax.fingerprint(BASE))
+    checkpoint.check_trained_on(folder, lora_jax.fingerprint({**BASE, "head": jnp.ones(9)}))
+    other = lora_jax.fingerprint({**BASE, "enc": {**BASE["enc"], "b": jnp.ones(4)}})
+    with pytest.raises(LoraError, match=r"enc/b: other values"):
+        checkpoint.check_trained_on(folder, other)
+    checkpoint.check_trained_on(folder, other, allow_other_base=True)
+
+
+def test_what_the_writer_says_comes_back(tmp_path: Path) -> None:
+    about = {"labels": ["no", "yes"], "model": {"reference": "hub:a/b"}}
+    folder = saved(tmp_path / "a", about=about)
+    assert checkpoint.restore_about(folder) == about
+    assert checkpoint.restore_about(saved(tmp_path / "b")) == {}
+
+
 # ---- what a stranger may send
 
 

@@ -50,6 +50,7 @@ def causal_lm(config: TextConfig) -> Workload:
         size=real_tokens,
         unit="tokens",
         facts=data.facts,
+        about=text.about(config, prompt=config.data.prompt, eos=config.data.eos),
     )
 
 

@@ -61,6 +61,12 @@ def classification(config: TextConfig) -> Workload:
         size=real_tokens,
         unit="tokens",
         facts=data.facts,
+        about=text.about(
+            config,
+            labels=labels.names,
+            text_fields=config.data.text_fields,
+            lengths=config.data.lengths,
+        ),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import lora_jax
@@ -24,6 +25,7 @@ def save(
     layout: lora_jax.Layout,
     trained: Trained,
     fingerprint: Fingerprint | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write adapters and the parameters trained beside them, replacing an earlier export.
 
@@ -32,6 +34,7 @@ def save(
       name: of the adapter.
       layout, trained: what is written.
       fingerprint: of the frozen base.
+      about: `Workload.about`.
 
     Raises:
       LoraError: it cannot be written; the earlier export is as it was.
@@ -44,6 +47,7 @@ def save(
         trained["adapters"],
         base=trained["base"],
         fingerprint=fingerprint,
+        about=about,
         overwrite=True,
     )
 

@@ -224,7 +224,8 @@ class Loop:
 
     def _export(self, name: str) -> None:
         setup = self.setup
-        export.save(setup.path, name, setup.layout, self.state.trained, setup.fingerprint)
+        trained, about = self.state.trained, setup.workload.about
+        export.save(setup.path, name, setup.layout, trained, setup.fingerprint, about)
 
     def _restore(self) -> int:
         """Go to the newest checkpoint; the length of the record there."""

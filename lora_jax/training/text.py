@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from lora_jax import models
-from lora_jax.training.config import Config, ConfigError, require
+from lora_jax.training.config import Config, ConfigError, require, to_dict
 from lora_jax.training.data.batches import Batches, describe
 from lora_jax.training.data.catalogue import open_source
 from lora_jax.training.data.config import DataConfig
@@ -122,6 +122,13 @@ def open_text(config: TextConfig, pipeline: Pipeline, tokenizer: Any) -> Text:
             if split in there or name == "validation"
         },
     )
+
+
+def about(config: TextConfig, **more: Any) -> dict[str, Any]:
+    """`Workload.about`: the settings of the model that change what it computes, and `more`."""
+    settings = ("reference", "pooling", "scan_layers", "dtype", "param_dtype")
+    model = {name: getattr(config.model, name) for name in settings}
+    return to_dict({"model": model, **more})
 
 
 def open_model(reference: str, kind: type[Any], wanted: str) -> Any:

@@ -85,6 +85,7 @@ class Workload:
       unit: what `size` counts.
       facts: `facts(shard)`: what a reader of the results should know of the data; printed as the
         run starts. One process may ask alone.
+      about: what whoever uses the adapters has to know, JSON values; exported with them.
     """
 
     apply: Callable[..., Any]
@@ -104,6 +105,7 @@ class Workload:
     size: Callable[[Batch], int] = examples
     unit: str = "examples"
     facts: Callable[[Shard], str] = lambda shard: ""
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def arrays(self, shardings: Tree) -> Tree:
         """The parameter arrays where they are to lie: loaded, or those that `params` holds."""
