@@ -13,6 +13,8 @@ from lora_jax.adapters import count as count
 from lora_jax.adapters import init as init
 from lora_jax.checkpoint import restore as restore
 from lora_jax.checkpoint import save as save
+from lora_jax.combine import combine as combine
+from lora_jax.combine import truncate as truncate
 from lora_jax.errors import LoraError as LoraError
 from lora_jax.fingerprint import fingerprint as fingerprint
 from lora_jax.layout import Layout as Layout

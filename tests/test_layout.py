@@ -20,7 +20,7 @@ PACKAGE = ROOT / "lora_jax"
 # Room -> the rooms it may import, and does. A room is a module of the core, or a package; "" is
 # `lora_jax/__init__.py`. No room of the core may import `models` or `training`, or the facade.
 ARROWS = {
-    "": {"adapters", "checkpoint", "errors", "fingerprint", "frozen", "layout", "merge"}
+    "": {"adapters", "checkpoint", "combine", "errors", "fingerprint", "frozen", "layout", "merge"}
     | {"nnx", "paths", "sharding", "spec", "transform"},
     "errors": set(),
     "paths": {"errors"},
@@ -31,6 +31,7 @@ ARROWS = {
     "layout": {"axes", "errors", "paths", "program", "spec"},
     "adapters": {"errors", "layout"},
     "merge": {"adapters", "layout", "paths"},
+    "combine": {"adapters", "errors", "layout", "merge", "spec"},
     "weight": {"adapters", "layout", "merge"},
     "lowrank": {"weight"},
     "rules": {"lowrank", "program", "view", "weight"},
