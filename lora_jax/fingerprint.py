@@ -81,7 +81,7 @@ def check_base(stored: Fingerprint, ours: Fingerprint, allow: bool, what: str) -
             f"{what} was trained on another base: {len(found)} of "
             f"{len({*stored, *ours})} frozen parameters differ:\n{listed(found)}\n"
             "Load the base that it was trained on; to go on with this one all the same, pass "
-            "allow_other_base=True (train.py: --allow-other-base)"
+            "allow_other_base=True (on a command line: --allow-other-base)"
         )
 
 

@@ -1,0 +1,1 @@
+"""Adapters at work: what `lora_jax.generate` and `lora_jax.predict` are made of."""
