@@ -113,8 +113,8 @@ def train(
     patterns = workload.beside if config.lora.beside is None else config.lora.beside
     base, frozen = lora_jax.frozen.split(params, patterns)
     step.check_apart(layout, base)
-    tx = optimizer.optimizer(config.optimizer, config.steps)
-    state = step.create(layout, base, tx, key, place)
+    tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
+    state = step.create(layout, base, tx, key, place, config.lora.init)
     identity = lora_jax.fingerprint(frozen)
     setup = Setup(config, workload, place, layout, tx, frozen, identity, path, began)
     del params, base  # what is trained lives in the state, the rest in `frozen`

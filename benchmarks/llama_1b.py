@@ -175,7 +175,7 @@ def measure(config: StepConfig, repeats: int) -> dict[str, float]:
         layout = lora_jax.resolve(
             config.lora.spec, made.apply, params, made.example, train=True, key=key
         )
-        tx = optimizer.optimizer(config.optimizer, config.steps)
+        tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
         state = step.create(layout, {}, tx, key, place)
         take = jax.jit(
             step.train_step(made, layout, tx, "stop", config.accumulate),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from rich.console import Console
 
@@ -138,7 +139,7 @@ class Loop:
             else metrics.Unwritten()
         )
         self._display = Display(console, config.steps, self.start, config.log_every, workload.unit)
-        self._rate = optimizer.schedule(config.optimizer, config.steps)
+        self._hyper = optimizer.hyper(config.optimizer, config.steps)
         layout, whole = setup.layout, setup.place.whole
         step = train_step(workload, layout, setup.tx, config.on_nonfinite, config.accumulate)
         judge = evaluation_step(workload, layout)
@@ -253,7 +254,8 @@ class Loop:
         """Write and show one step; stop at one that is not finite."""
         applied = values["step"] - 1 - self._skipped
         self._skipped += not values["finite"]
-        line = {"learning_rate": float(self._rate(applied)), **values, "skipped": self._skipped}
+        rate = float(optimizer.rate(self._hyper, applied, np))
+        line = {"learning_rate": rate, **values, "skipped": self._skipped}
         self._record.write({name: _json(value) for name, value in line.items()})
         if not values["finite"] and self.setup.config.on_nonfinite == "stop":
             self._record.sync()

@@ -1,42 +1,112 @@
-"""The learning-rate schedule and AdamW, composed from optax."""
+"""The learning-rate schedule and AdamW, composed from optax, with their settings as data.
+
+The settings are an argument and not part of the program: runs of any settings share one compiled
+step, and a `jax.vmap` over `Hyper` trains many of them at once (`lora_jax.training.group`).
+"""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lora_jax.training.config import OptimizerConfig
 
+KINDS = ("linear", "cosine", "constant")
 
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate: a linear rise over the warm-up, then the decay over the rest.
 
-    With `linear` and `cosine` the rate would reach zero at step `steps`, the first not taken.
+class Hyper(NamedTuple):
+    """Settings of the optimizer: scalars of NumPy or traced ones, or [N] of each for N runs.
+
+    All are float32 but `kind`: Adam computes 1 - b2, which in float32 is 5e-5 away from what a
+    Python float gives for 0.999. A run alone and the same one in a group have to agree on it.
+
+    peak: the largest learning rate.
+    head: what the parameters trained beside the adapters have in the place of 1 times the rate.
+    rise: steps of the warm-up.
+    steps: of the whole run.
+    kind: int32, the place in `KINDS` of the decay after the warm-up.
+    clip: largest global norm of the gradient; infinity where it is not clipped.
     """
-    peak = config.learning_rate
-    rise = round(config.warmup * steps)
-    rest = max(steps - rise, 1)
-    decay = {
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-        "constant": optax.constant_schedule(peak),
-    }[config.schedule]
+
+    peak: Any
+    head: Any
+    rise: Any
+    steps: Any
+    kind: Any
+    weight_decay: Any
+    clip: Any
+    b1: Any
+    b2: Any
+    eps: Any
+
+
+def hyper(config: OptimizerConfig, steps: int) -> Hyper:
+    """The settings of a run of so many steps."""
+    values: dict[str, float] = {
+        "peak": config.learning_rate,
+        "head": (config.head_learning_rate or config.learning_rate) / config.learning_rate,
+        "rise": round(config.warmup * steps),
+        "steps": steps,
+        "weight_decay": config.weight_decay,
+        "clip": np.inf if config.clip is None else config.clip,
+        "b1": config.b1,
+        "b2": config.b2,
+        "eps": config.eps,
+    }
+    kind = np.int32(KINDS.index(config.schedule))
+    return Hyper(kind=kind, **{name: np.float32(value) for name, value in values.items()})
+
+
+def rate(hyper: Hyper, count: Any, library: Any = jnp) -> Any:
+    """The learning rate of step `count`, from 0: a rise in a line, then the decay over the rest.
+
+    With `linear` and `cosine` it would reach zero at step `hyper.steps`, the first not taken.
+
+    Args:
+      hyper, count: scalars, or arrays of one shape.
+      library: `jax.numpy`; or `numpy`, where the numbers are on the host.
+    """
     # The first step must move: step i of the rise has (i + 1) / (rise + 1) of the peak.
-    warmup = optax.linear_schedule(peak / (rise + 1), peak, max(rise, 1))
-    return optax.join_schedules([warmup, decay], [rise])
+    rising = (count + 1) / (hyper.rise + 1)
+    rest = library.maximum(hyper.steps - hyper.rise, 1)
+    gone = library.clip((count - hyper.rise) / rest, 0, 1)
+    linear, cosine = 1 - gone, (1 + library.cos(np.float32(np.pi) * gone)) / 2
+    falling = library.where(hyper.kind == 0, linear, library.where(hyper.kind == 1, cosine, 1))
+    return hyper.peak * library.where(count < hyper.rise, rising, falling)
 
 
-def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def adamw(hyper: Hyper) -> optax.GradientTransformation:
     """AdamW over the trained tree `{"adapters": ..., "base": ...}`, after a clip by global norm.
 
     The base parameters in that tree are the few trained beside the adapters; the frozen ones are
-    not in it, so they have neither gradient nor state here.
+    not in it, so they have neither gradient nor state here. The state has one structure whatever
+    `hyper` says.
+
+    Args:
+      hyper: scalars, which may be traced.
     """
-    adamw = optax.adamw(
-        schedule(config, steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay
-    )
-    parts = [adamw] if config.clip is None else [optax.clip_by_global_norm(config.clip), adamw]
-    if config.head_learning_rate is not None:
-        ratio = config.head_learning_rate / config.learning_rate
+    return optax.chain(
+        _clip(hyper.clip),
+        optax.chain(
+            optax.scale_by_adam(hyper.b1, hyper.b2, hyper.eps),
+            optax.add_decayed_weights(hyper.weight_decay),
+            optax.scale_by_learning_rate(lambda count: rate(hyper, count)),
+        ),
         # Where this mask is False the update passes through as it is, which is what is meant here.
-        parts.append(optax.masked(optax.scale(ratio), {"adapters": False, "base": True}))
-    return optax.chain(*parts)
+        optax.masked(optax.scale(hyper.head), {"adapters": False, "base": True}),
+    )
+
+
+def _clip(largest: Any) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, which takes no float32 bound for gradients in bfloat16."""
+
+    def clipped(updates: Any, _: Any) -> Any:
+        norm = optax.tree.norm(updates)
+        factor = jnp.where(norm < largest, 1, largest / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
+
+    return optax.stateless(clipped)

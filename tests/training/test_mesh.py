@@ -118,7 +118,7 @@ def run(config: Config, sizes: MeshConfig, devices: int = 8) -> Run:
             config.lora.spec, workload.apply, params, batches[0], train=True, key=key
         )
         base, frozen = lora_jax.frozen.split(params, workload.beside)
-        tx = optimizer.optimizer(config.optimizer, STEPS)
+        tx = optimizer.adamw(optimizer.hyper(config.optimizer, STEPS))
         state = step.create(layout, base, tx, key, place)
         kept = jax.tree.map(lambda x: x.sharding, state)
         take = jax.jit(

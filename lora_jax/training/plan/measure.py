@@ -140,7 +140,7 @@ def measure(
     params = jax.tree.map(_placed, workload.params, place.params)
     base, frozen = lora_jax.frozen.split(params, patterns)
     step.check_apart(layout, base)
-    tx = optimizer.optimizer(config.optimizer, config.steps)
+    tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
     state = step.shapes(layout, base, tx, key, place)
     rows = {name: _placed(x, _of_rows(place, x)) for name, x in batch.items()}
     take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate)

@@ -1,0 +1,111 @@
+"""The optimizer's settings as data: what optax gives for the same settings as constants."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_jax.training import optimizer
+from lora_jax.training.config import OptimizerConfig
+
+CONFIGS = (
+    OptimizerConfig(learning_rate=3e-3, schedule="linear", weight_decay=0.1, clip=0.5),
+    OptimizerConfig(learning_rate=1e-2, schedule="cosine", clip=None, b1=0.8, b2=0.95, warmup=0),
+    OptimizerConfig(learning_rate=2e-3, schedule="constant", head_learning_rate=8e-3, eps=1e-5),
+    OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup=0.5, clip=100.0),
+)
+STEPS = 30
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """By optax's own parts."""
+    peak, rise = config.learning_rate, round(config.warmup * steps)
+    rest = max(steps - rise, 1)
+    decay = {
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    warmup = optax.linear_schedule(peak / (rise + 1), peak, max(rise, 1))
+    return optax.join_schedules([warmup, decay], [rise])
+
+
+def reference(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    rate = schedule(config, steps)
+    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
+    ratio = (config.head_learning_rate or config.learning_rate) / config.learning_rate
+    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+    mask = {"adapters": False, "base": True}
+    return optax.chain(clip, adamw, optax.masked(optax.scale(ratio), mask))
+
+
+def trained(dtype: Any = jnp.float32) -> Any:
+    keys = jax.random.split(jax.random.key(0))
+    return {
+        "adapters": {"w": jax.random.normal(keys[0], (5, 2))},
+        "base": {"v": jax.random.normal(keys[1], (3,)).astype(dtype)},
+    }
+
+
+def gradient(step: Any, like: Any) -> Any:
+    """Some gradient, of a norm that some of the configs clip."""
+    key = jax.random.fold_in(jax.random.key(1), step)
+    return jax.tree.map(lambda x: jax.random.normal(key, x.shape).astype(x.dtype) / 4, like)
+
+
+def run(tx: optax.GradientTransformation, like: Any) -> tuple[Any, Any]:
+    def step(carry: Any, count: Any) -> Any:
+        params, state = carry
+        updates, state = tx.update(gradient(count, params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (like, tx.init(like)), jnp.arange(STEPS))[0]
+
+
+@pytest.mark.parametrize("kind", optimizer.KINDS)
+@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 40), (0.1, 40), (0.06, 7), (0.99, 40)])
+def test_the_rates_are_those_of_optax(kind: Any, warmup: float, steps: int) -> None:
+    """Red when `rise + 1` loses its 1, or the decay is over `steps`."""
+    config = OptimizerConfig(learning_rate=2.0, schedule=kind, warmup=warmup)
+    counts = np.arange(steps + 3)
+    wanted = np.array([schedule(config, steps)(i) for i in counts])
+    settings = optimizer.hyper(config, steps)
+    np.testing.assert_allclose(optimizer.rate(settings, counts), wanted, atol=1e-6)
+    np.testing.assert_allclose(optimizer.rate(settings, counts, np), wanted, atol=1e-6)
+
+
+def test_all_kinds_in_one_program_are_adamw_of_optax() -> None:
+    """One vmapped program for all configs; red without any one of the settings in `adamw`.
+
+    optax computes 1 - 0.999 in float64 here and in float32 there (5e-5), hence the tolerance.
+    """
+    settings = [optimizer.hyper(config, STEPS) for config in CONFIGS]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *settings)
+    together, _ = jax.jit(jax.vmap(lambda h: run(optimizer.adamw(h), trained())))(stacked)
+    for i, config in enumerate(CONFIGS):
+        wanted, _ = jax.jit(lambda c=config: run(reference(c, STEPS), trained()))()
+        alone, _ = jax.jit(lambda h=settings[i]: run(optimizer.adamw(h), trained()))()
+        for x, y, z in zip(*map(jax.tree.leaves, (together, alone, wanted)), strict=True):
+            np.testing.assert_allclose(x[i], y, rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(x[i], z, rtol=1e-4, atol=1e-5)
+
+
+def test_the_state_has_one_structure_whatever_the_settings() -> None:
+    states = [optimizer.adamw(optimizer.hyper(c, STEPS)).init(trained()) for c in CONFIGS]
+    assert len({str(jax.tree.map(lambda x: (x.shape, x.dtype), s)) for s in states}) == 1
+
+
+def test_bfloat16_parameters_are_clipped_and_moved() -> None:
+    """Red with `optax.clip_by_global_norm`, which selects between bfloat16 and float32."""
+    config = dataclasses.replace(CONFIGS[0], clip=1e-3)
+    tx, like = optimizer.adamw(optimizer.hyper(config, STEPS)), trained(jnp.bfloat16)
+    updates, _ = tx.update(gradient(0, like), tx.init(like), like)
+    moved = optax.apply_updates(like, updates)
+    assert moved["base"]["v"].dtype == jnp.bfloat16
+    assert not np.array_equal(moved["base"]["v"], like["base"]["v"])
