@@ -1,0 +1,153 @@
+"""JSONL in and out: one JSON object a line; "-" is stdin or stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import IO, Any, Self, TypeVar
+
+from lora_jax.errors import LoraError
+
+T = TypeVar("T")
+STANDARD = "-"
+
+
+class LineError(LoraError):
+    """A line that cannot be used; the message says which."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One object.
+
+    where: the file and the line's number from 1, for messages.
+    size: bytes of the line, its end included.
+    """
+
+    value: Mapping[str, Any]
+    where: str
+    size: int = 0
+
+    def get(self, field: str, kind: type[T], default: T | None = None) -> T:
+        """The field, which has to be there unless `default` is given.
+
+        Raises:
+          LineError: it is missing, or not of the kind.
+        """
+        found = self.value.get(field, default)
+        if found is None:
+            there = ", ".join(map(repr, self.value)) or "none"
+            raise LineError(f"{self.where} has no field {field!r}; its fields: {there}")
+        if not isinstance(found, kind):
+            raise LineError(
+                f"{self.where}: {field!r} is {json.dumps(found)[:80]}, expected a {kind.__name__}"
+            )
+        return found
+
+
+def read(path: str) -> Iterator[Line]:
+    """The objects of a file, one at a time; empty lines are passed over.
+
+    Raises:
+      LineError: a line that is no JSON object in UTF-8.
+      OSError: the file cannot be read.
+    """
+    name = "stdin" if path == STANDARD else path
+    with _open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            if raw.strip():
+                where = f"{name}, line {number}"
+                yield Line(_object(raw, where), where, len(raw))
+
+
+def _object(raw: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
+        if rb"\ud" in raw.lower():  # an escaped half of a character that has two
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise LineError(f"{where} holds half a character (an unpaired surrogate)") from None
+    except UnicodeDecodeError as error:
+        raise LineError(f"{where} is not UTF-8 (byte {error.start}: {error.reason})") from None
+    except RecursionError:
+        raise LineError(f"{where} is nested too deeply") from None
+    except ValueError as error:
+        raise LineError(
+            f'{where} is not JSON: {error}\nexpected one object a line, like {{"text": "..."}}'
+        ) from None
+    if not isinstance(value, dict):
+        raise LineError(
+            f'{where} is {json.dumps(value)[:80]}; expected an object, like {{"text": "..."}}'
+        )
+    return value
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+class Writer:
+    """Writes objects as they come, each line whole: a killed run leaves no half of one."""
+
+    def __init__(self, path: str, *, reading: str | None = None) -> None:
+        """Open the file, and empty it.
+
+        Args:
+          path: of the file, or "-".
+          reading: what is read at the same time.
+
+        Raises:
+          LineError: the two are one file.
+          OSError: the file cannot be written.
+        """
+        if reading is not None and _same(path, reading):
+            raise LineError(f"{path} is read and written at once; give another file as --out")
+        self._stack = contextlib.ExitStack()
+        self._file = self._stack.enter_context(_open(path, "wb"))
+
+    def write(self, values: Iterable[Mapping[str, Any]]) -> None:
+        """Append the objects, and hand them to the operating system before returning."""
+        text = "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values)
+        self._file.write(text.encode())
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+@contextlib.contextmanager
+def _open(path: str, mode: str) -> Iterator[IO[bytes]]:
+    if path != STANDARD:
+        with open(path, mode) as file:
+            yield file
+    else:
+        yield sys.stdin.buffer if mode == "rb" else sys.stdout.buffer
+
+
+def _same(one: str, other: str) -> bool:
+    if STANDARD in (one, other):
+        return False
+    places = [pathlib.Path(path) for path in (one, other)]
+    return all(place.exists() for place in places) and places[0].samefile(places[1])
+
+
+def in_order(numbered: Iterable[tuple[int, T]]) -> Iterator[T]:
+    """Values by their numbers 0, 1, ..., each as soon as all before it have come.
+
+    >>> list(in_order([(1, "b"), (0, "a"), (2, "c")]))
+    ['a', 'b', 'c']
+    """
+    waiting: dict[int, T] = {}
+    due = 0
+    for number, value in numbered:
+        waiting[number] = value
+        while due in waiting:
+            yield waiting.pop(due)
+            due += 1
