@@ -1,17 +1,29 @@
 """The Llama family of decoders (Touvron et al., arXiv 2302.13971, and its descendants)."""
 
+import dataclasses
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lora_jax.models import cache as caches
 from lora_jax.models.attention import attend, positions_in, visible
+from lora_jax.models.cache import Cache, Past
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.cross_entropy import chunked_cross_entropy
 from lora_jax.models.layers import INITIAL, Embed, by_rows, dense, stack, tensor_axis
 from lora_jax.models.rope import angles, rotate
 
 Turn = tuple[Array, Array]
+
+
+class _Flow(NamedTuple):
+    """What goes from layer to layer; without a cache `past` is None."""
+
+    x: Array
+    past: Past | None = None
 
 
 def _norm(config: LlamaConfig, name: str) -> nn.RMSNorm:
@@ -24,7 +36,9 @@ class _Attention(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: Array, turn: Turn, seen: Array | None) -> Array:
+    def __call__(
+        self, x: Array, turn: Turn, seen: Array | None, past: Past | None
+    ) -> tuple[Array, Past | None]:
         config = self.config
 
         def heads(name: str, count: int) -> Array:
@@ -37,9 +51,12 @@ class _Attention(nn.Module):
         if config.qk_norm:
             query = _norm(config, "q_norm")(query)
             key = _norm(config, "k_norm")(key)
-        mixed = attend(rotate(query, turn), rotate(key, turn), value, seen)
+        query, key = rotate(query, turn), rotate(key, turn)
+        if past is not None and seen is not None:
+            past, key, value = past.extended(key, value, seen.shape[-1])
+        mixed = attend(query, key, value, seen)
         mixed = mixed.reshape(*x.shape[:2], config.num_heads * config.head_dim)
-        return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed)
+        return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed), past
 
 
 class _Mlp(nn.Module):
@@ -57,11 +74,13 @@ class _Layer(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: Array, turn: Turn, seen: Array | None) -> tuple[Array, None]:
+    def __call__(self, flow: _Flow, turn: Turn, seen: Array | None) -> tuple[_Flow, None]:
+        x, past = flow
         normed = _norm(self.config, "attention_norm")(x)
-        x = by_rows(x + _Attention(self.config, name="attention")(normed, turn, seen))
+        mixed, past = _Attention(self.config, name="attention")(normed, turn, seen, past)
+        x = by_rows(x + mixed)
         x = by_rows(x + _Mlp(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x)))
-        return x, None
+        return _Flow(x, past), None
 
 
 class _Head(nn.Module):
@@ -94,29 +113,48 @@ class Llama(nn.Module):
         positions: Array | None = None,
         targets: Array | None = None,
         chunk: int = 0,
-    ) -> Array:
+        cache: Cache | None = None,
+        slot: Array | int = 0,
+        last: int | None = None,
+    ) -> Array | tuple[Array, Cache]:
         """Logits [B, T, V] in float32; with `targets`, the cross entropy [B, T] of each instead.
+
+        With `cache` the tokens go on with the rows that are in it, and the result is
+        (logits, cache): the new one, since nothing is changed in place.
 
         Args:
             input_ids: [B, T] int.
             mask: [B, T], True at real tokens; None: all are.
             segment_ids: [B, T] int of packed rows: a token sees its own segment only.
             positions: [B, T] int from 0 up; None: counted from the start of the row (of each
-                segment, in packed rows). Only differences within a segment matter.
+                segment, in packed rows). Only differences within a segment matter. With a cache
+                they go on with the row's, and are -1 at padding.
             targets: [B, T] int, the token that follows.
             chunk: with targets, the positions of a row whose logits exist at the same time.
+            cache: from `lora_jax.models.cache.empty`, or from an earlier call.
+            slot: the first slot of the cache that is written, for all rows; slot + T may not go
+                beyond its capacity. A Python int (of a prompt: 0) says while tracing that there
+                is nothing behind slot + T, and attention goes no further.
+            last: how many positions from the end have their logits computed; None: all of them.
+
+        Raises:
+            ValueError: a cache together with segment_ids or targets.
         """
         config = self.config
-        length = input_ids.shape[1]
-        if positions is None:
-            positions = jnp.arange(length)[None]
-            if segment_ids is not None:
-                positions = positions_in(segment_ids)
-        turn = angles(positions, config.head_dim, config.rope_theta, config.rope_divisors)
-        window = config.sliding_window
-        seen = visible(length, mask, segment_ids, causal=True, window=window)
+        if cache is None:
+            past = None
+            turn, seen = self._whole(input_ids, mask, segment_ids, positions)
+        else:
+            if segment_ids is not None or targets is not None:
+                raise ValueError("a cache goes with neither segment_ids nor targets")
+            config = dataclasses.replace(config, remat="none")  # nothing is differentiated
+            past = Past(cache.keys, cache.values, 0, slot)
+            turn, seen, stored = self._following(input_ids, mask, positions, cache, slot)
         embed = Embed(config, config.vocab_size, tensor_axis(config), name="embed")
-        x = stack(_Layer, config, "layers")(by_rows(embed(input_ids)), turn, seen)
+        flow = _Flow(by_rows(embed(input_ids)), past)
+        x, past = stack(_Layer, config, "layers")(flow, turn, seen)
+        if last is not None:
+            x = x[:, -last:]
         x = _norm(config, "norm")(x)
         weight, form = (
             (embed.embedding, "btd,vd->btv")
@@ -128,4 +166,46 @@ class Llama(nn.Module):
             kernel = weight.astype(config.dtype)
             return jnp.einsum(form, x, kernel, preferred_element_type=jnp.float32)
 
+        if past is not None:
+            return head(x), Cache(past.keys, past.values, stored)
         return head(x) if targets is None else chunked_cross_entropy(head, x, targets, chunk)
+
+    def _whole(
+        self,
+        input_ids: Array,
+        mask: Array | None,
+        segment_ids: Array | None,
+        positions: Array | None,
+    ) -> tuple[Turn, Array | None]:
+        """The angles of whole rows, and who may look at whom in them."""
+        length = input_ids.shape[1]
+        if positions is None:
+            positions = jnp.arange(length)[None]
+            if segment_ids is not None:
+                positions = positions_in(segment_ids)
+        window = self.config.sliding_window
+        seen = visible(length, mask, segment_ids, causal=True, window=window)
+        return self._turn(positions), seen
+
+    def _following(
+        self,
+        input_ids: Array,
+        mask: Array | None,
+        positions: Array | None,
+        cache: Cache,
+        slot: Array | int,
+    ) -> tuple[Turn, Array, Array]:
+        """Of tokens that go on with a cache: angles, what they may look at, all positions."""
+        if mask is None:
+            mask = jnp.ones(input_ids.shape, bool)
+        if positions is None:
+            positions = caches.numbered(cache, mask)
+        positions = jnp.where(mask.astype(bool), positions, -1).astype(jnp.int32)
+        stored = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, 1)
+        reach = caches.reach(cache, slot, input_ids.shape[1])
+        seen = caches.visible_slots(positions, stored[:, :reach], self.config.sliding_window)
+        return self._turn(positions), seen, stored
+
+    def _turn(self, positions: Array) -> Turn:
+        config = self.config
+        return angles(positions, config.head_dim, config.rope_theta, config.rope_divisors)
