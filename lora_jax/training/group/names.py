@@ -1,0 +1,79 @@
+"""Readable names of a sweep's members: `rank=4,learning_rate=1e-3`. They are folders' names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_KEPT = 40  # characters of a text
+
+
+def names(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each point (path -> value), no two alike.
+
+    >>> names([{"lora.rank": 4, "seed": 0}, {"lora.rank": 4, "seed": 1}])
+    ['rank=4,seed=0', 'rank=4,seed=1']
+    """
+    paths = list(dict.fromkeys(path for point in points for path in point))
+    short = {path: shortest(path, paths) for path in paths}
+    found = [
+        ",".join(f"{short[path]}={label(value)}" for path, value in point.items()) or "base"
+        for point in points
+    ]
+    seen, times = Counter[str](), Counter(found)
+    for i, name in enumerate(found):
+        if times[name] > 1:  # values that are too long to be told apart
+            seen[name] += 1
+            found[i] = f"{name}#{seen[name]}"
+    return found
+
+
+def shortest(path: str, paths: Sequence[str]) -> str:
+    """As much of the path's end as no other path ends with.
+
+    >>> shortest("lora.rank", ["lora.rank", "seed"]), shortest("a.x", ["a.x", "b.x"])
+    ('rank', 'a.x')
+    """
+    parts = path.split(".")
+    ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+    others = [other for other in paths if other != path]
+    return next(
+        (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), path
+    )
+
+
+def label(value: Any) -> str:
+    """A value in a name; different numbers have different labels.
+
+    >>> label(1e-3), label(0.5), label(16.0), label(None), label(("a/{query,value}/kernel",))
+    ('1e-3', '0.5', '16', 'None', 'query+value')
+    """
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, tuple):
+        return "+".join(map(label, value)) or "none"
+    return _plain(value) if isinstance(value, str) else str(value)
+
+
+def number(value: float) -> str:
+    """The shorter of the plain and the scientific form; it reads back as the same number.
+
+    >>> [number(x) for x in (2e-3, 0.25, 100.0, 1e-5, 1e6, 1.5e-5)]
+    ['2e-3', '0.25', '100', '1e-5', '1e6', '1.5e-5']
+    """
+    plain = repr(value).removesuffix(".0")
+    digits = next(d for d in range(18) if float(f"{value:.{d}e}") == value)
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    short = f"{mantissa}e{int(exponent)}"
+    return plain if len(plain) <= len(short) and "e" not in plain else short
+
+
+def _plain(text: str) -> str:
+    """A text, or what a parameter pattern is about: its last segment that names something."""
+    pattern, at, settings = text.partition("@")
+    segments = [s for s in pattern.split("/") if s.strip("*") and s != "kernel"] or [pattern]
+    about = segments[-1] if "/" in pattern else pattern
+    kept = re.sub(r"[^\w.+-]+", "-", about.replace(",", "+").strip("{}*")).strip("-")
+    return (kept[:_KEPT] or "any") + at + settings.replace(",", "@").replace("=", "")
