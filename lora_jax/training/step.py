@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -112,6 +112,7 @@ def train_step(
     tx: optax.GradientTransformation,
     on_nonfinite: Literal["stop", "skip"],
     parts: int = 1,
+    scales: Mapping[str, jax.Array] | None = None,
 ) -> Callable[[State, Tree, Any], tuple[State, dict[str, jax.Array]]]:
     """`step(state, frozen, batch) -> (state, metrics)`.
 
@@ -123,12 +124,16 @@ def train_step(
     With `parts` above 1 the batch is gone through in so many parts, one after the other, each with
     its own random key; sums are kept in float32 and divided once, by the whole weight, so that
     parts of unequal weight (tokens) count as they do in the whole batch.
+
+    With `scales` ({path: [] float32}) the adapters are padded to `layout`, and these are their
+    scales in place of the layout's (`lora_jax.Scaled`).
     """
     adapted = lora_jax.adapt(layout, workload.apply)
 
     def objective(trained: Trained, frozen: Tree, batch: Any, key: jax.Array) -> Any:
         params = lora_jax.frozen.combine(trained["base"], frozen)
-        outputs = adapted(params, trained["adapters"], batch, train=True, key=key)
+        adapters = _scaled(trained["adapters"], scales)
+        outputs = adapted(params, adapters, batch, train=True, key=key)
         loss = workload.loss(outputs, batch)
         return loss.total.astype(jnp.float32), loss.weight.astype(jnp.float32)
 
@@ -194,15 +199,21 @@ def divided(batch: Any, parts: int) -> Any:
     return jax.tree.map(entry, batch)
 
 
+def _scaled(adapters: Any, scales: Mapping[str, jax.Array] | None) -> Any:
+    """What `lora_jax.adapt`'s function takes; gradients are with respect to the factors alone."""
+    return adapters if scales is None else lora_jax.Scaled(adapters, dict(scales))
+
+
 def evaluation_step(
-    workload: Workload, layout: lora_jax.Layout
+    workload: Workload, layout: lora_jax.Layout, scales: Mapping[str, jax.Array] | None = None
 ) -> Callable[[Trained, Tree, Any], Loss]:
-    """`evaluate(trained, frozen, batch) -> Loss`, without dropout."""
+    """`evaluate(trained, frozen, batch) -> Loss`, without dropout; `scales` as in `train_step`."""
     adapted = lora_jax.adapt(layout, workload.apply)
 
     def evaluate(trained: Trained, frozen: Tree, batch: Any) -> Loss:
         params = lora_jax.frozen.combine(trained["base"], frozen)
-        outputs = adapted(params, trained["adapters"], batch, train=False, key=None)
+        adapters = _scaled(trained["adapters"], scales)
+        outputs = adapted(params, adapters, batch, train=False, key=None)
         return workload.loss(outputs, batch)
 
     return evaluate
