@@ -41,6 +41,8 @@ def summarise(loop: Loop, tested: dict[str, dict[str, float]], difference: float
         f"{loop.setup.workload.unit}_per_second": round(notes.units / train, 2),
         "before": notes.before,
         "after": {**after, **tested},
+        "select": loop.setup.workload.select,
+        "better": loop.setup.workload.better,
         "best_step": None if notes.best is None else notes.best["step"],
         "last_validation": notes.last,
         "merged_difference": difference,
@@ -132,11 +134,11 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
         ("adapter parameters", f"{adapters:,}"),
         ("trained beside them", f"{summary['beside_parameters']:,}"),
         ("trained, of the base", f"{trained / base:.2%}"),
-        ("adapter on disk", _bytes(summary["adapter_file_bytes"])),
-        ("full checkpoint", _bytes(summary["full_checkpoint_bytes"])),
-        ("base on each device", _bytes(summary["base_bytes_per_device"])),
-        ("optimizer state", _bytes(summary["optimizer_bytes"])),
-        ("peak memory", _bytes(summary["peak_memory_bytes"])),
+        ("adapter on disk", in_units(summary["adapter_file_bytes"])),
+        ("full checkpoint", in_units(summary["full_checkpoint_bytes"])),
+        ("base on each device", in_units(summary["base_bytes_per_device"])),
+        ("optimizer state", in_units(summary["optimizer_bytes"])),
+        ("peak memory", in_units(summary["peak_memory_bytes"])),
         ("speed", f"{summary['steps_per_second']:.2f} steps/s, {summary[speed]:,.0f} {unit}/s"),
         ("merged - unmerged", f"{summary['merged_difference']:.1e}"),
         ("seconds", f"{summary['total_seconds']:.0f}, of them compiling "
@@ -150,9 +152,14 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
     return found
 
 
-def _bytes(count: int) -> str:
+def in_units(count: float) -> str:
+    """Bytes as a reader wants them.
+
+    >>> in_units(999), in_units(1_234_567)
+    ('999 B', '1.23 MB')
+    """
     size, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
     unit = next(units)
     while size >= 1000:
         size, unit = size / 1000, next(units)
-    return f"{size:.2f} {unit}" if unit != "B" else f"{count} B"
+    return f"{size:.2f} {unit}" if unit != "B" else f"{count:.0f} B"

@@ -1,0 +1,116 @@
+"""How many members a device's memory holds at once, and so how many groups it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from lora_jax.training.config import ConfigError
+from lora_jax.training.summary import in_units
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Members in as few groups as fit, each of `size` or, the last, of what is left.
+
+    members: how many there are. size: of a group.
+    bytes: that a group's step takes on a device. memory: that a device has.
+    """
+
+    members: int
+    size: int
+    bytes: float
+    memory: float
+
+    @property
+    def groups(self) -> int:
+        """How many."""
+        return -(-self.members // self.size)
+
+    def __str__(self) -> str:
+        members = f"{self.members} member{'s' if self.members > 1 else ''}"
+        taken = f"{in_units(self.bytes)} of {in_units(self.memory)}"
+        if self.groups == 1:
+            return f"{members} in 1 group: {taken}"
+        return f"{members} in {self.groups} groups of at most {self.size}: {taken} at a time"
+
+
+def fit(needed: float, shared: float, members: int, memory: float, total: int | None = None) -> Fit:
+    """The groups that `members` are trained in.
+
+    Args:
+      needed: bytes on a device of the step compiled for `members` of them (`of_step`).
+      shared: bytes on a device of what they share, the frozen base.
+      members: that the step was compiled for.
+      memory: bytes that a device has (`available`, or what the user allows).
+      total: members that are to be trained. None: as many.
+
+    Raises:
+      ConfigError: not one fits.
+
+    >>> print(fit(9e9, 1e9, members=16, memory=8e9))
+    16 members in 2 groups of at most 8: 5.00 GB of 8.00 GB at a time
+    """
+    total = members if total is None else total
+    each = max(needed - shared, 0) / members
+    most = total if not each else math.floor((memory - shared) / each)
+    if most < 1:
+        raise ConfigError(
+            f"one member needs {in_units(shared + each)}, and there are {in_units(memory)}. Lower "
+            "data.batch_size or data.max_length, raise accumulate, set model.remat, or say with "
+            "--memory that there is more"
+        )
+    groups = -(-total // min(most, total))
+    size = -(-total // groups)
+    return Fit(total, size, shared + size * each, memory)
+
+
+def of_step(compiled: jax.stages.Compiled) -> float:
+    """Bytes on a device that a compiled step takes: its arguments, its results, all in between."""
+    analysis: Any = compiled.memory_analysis()
+    fresh = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    return float(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + fresh)
+
+
+def available(held: float = 0.0) -> float:
+    """Bytes of a device's memory for a step, of which `held` hold its arguments already.
+
+    A CPU's is what the system says is free, divided among the devices that this process simulates.
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats is not None and "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    return held + free_memory() / jax.local_device_count()
+
+
+def free_memory(root: pathlib.Path = pathlib.Path("/")) -> float:
+    """Bytes that this process can still have: of the machine, and of its control group."""
+    found = [_of_machine(root / "proc/meminfo")]
+    for folder, limit, used, file in _CGROUPS:
+        group = root / "sys/fs/cgroup" / folder
+        text = (group / limit).read_text().strip() if (group / limit).is_file() else "max"
+        if text != "max":
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # Pages of files that were read and are not in use go when memory is wanted.
+            found.append(int(text) - int((group / used).read_text()) + int(stat.get(file, 0)))
+    return max(0.0, float(min(found)))
+
+
+# Version 2, version 1: folder, limit, use, and what of the use is no more than a cache of files.
+_CGROUPS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _of_machine(meminfo: pathlib.Path) -> int:
+    if not meminfo.is_file():  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
