@@ -25,4 +25,15 @@ from lora_jax.nnx import from_nnx as from_nnx
 from lora_jax.sharding import partition_specs as partition_specs
 from lora_jax.spec import LoraSpec as LoraSpec
 from lora_jax.spec import Rule as Rule
+from lora_jax.stacked import BASE as BASE
+from lora_jax.stacked import Scaled as Scaled
+from lora_jax.stacked import Selection as Selection
+from lora_jax.stacked import Stack as Stack
+from lora_jax.stacked import pad as pad
+from lora_jax.stacked import put as put
+from lora_jax.stacked import select as select
+from lora_jax.stacked import stack as stack
+from lora_jax.stacked import union as union
+from lora_jax.stacked import unpad as unpad
+from lora_jax.stacked import unstack as unstack
 from lora_jax.transform import adapt as adapt

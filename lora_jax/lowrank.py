@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weight import RANK, AdaptedWeight, Named, Names, einsum
+from lora_jax.weight import RANK, AdaptedWeight, Named, Names, einsum, scaled
+
+ROWS = -2  # the name of all axes that are rows of the product
+Scaling = Callable[[Named], Named]
 
 
 def add(base: Any, x: Named, v: AdaptedWeight, out: Names, precision: Any) -> Any:
@@ -37,19 +41,28 @@ def add(base: Any, x: Named, v: AdaptedWeight, out: Names, precision: Any) -> An
     names = dict.fromkeys((*x.names, *v.a.names, *v.b.names, *out))
     canonical = {n: RANK if n == RANK else i for i, n in enumerate(names)}
     x, a, b = (n.renamed(canonical) for n in (x, v.a, v.b))
+    gain = None if v.gain is None else v.gain.renamed(canonical)
     out = tuple(canonical[n] for n in out)
-    return _add(base, x, a, b, out=out, scale=v.scale, precision=precision)
+    return _add(base, x, a, b, gain, out=out, scale=v.scale, precision=precision)
 
 
 @functools.partial(jax.jit, static_argnames=("out", "scale", "precision"))
 def _add(
-    base: Any, x: Named, a: Named, b: Named, *, out: Names, scale: float, precision: Any
+    base: Any,
+    x: Named,
+    a: Named,
+    b: Named,
+    gain: Named | None,
+    *,
+    out: Names,
+    scale: float,
+    precision: Any,
 ) -> Any:
     with jax.named_scope("lora"):
         a, b = a.astype(x.array.dtype), b.astype(x.array.dtype)
         first, second = _ordered(x, a, b, out)
         form = _matrix_form if _is_matrix_product(x, first, second, out) else _einsum_form
-        y = form(x, first, second, out, scale, precision)
+        y = form(x, first, second, out, lambda h: scaled(h, scale, gain), precision)
         y = y.moved(tuple(n for n in out if n in y.names))
         constant = [i for i, n in enumerate(out) if n not in y.names]
         delta = jnp.expand_dims(y.array, constant).astype(base.dtype)
@@ -80,7 +93,7 @@ def _is_matrix_product(x: Named, first: Named, second: Named, out: Names) -> boo
 
 
 def _matrix_form(
-    x: Named, first: Named, second: Named, out: Names, scale: float, precision: Any
+    x: Named, first: Named, second: Named, out: Names, scaling: Scaling, precision: Any
 ) -> Named:
     """With x as [*stack, rows, in], the factors as [*stack, in, rank] and [*stack, rank, out]."""
     stack = tuple(n for n in first.names if n in second.names and n != RANK)
@@ -92,7 +105,8 @@ def _matrix_form(
         _matrix(first, stack, inputs, (RANK,)),
         precision=precision,
     )
-    y = jnp.matmul(h * scale, _matrix(second, stack, (RANK,), outputs), precision=precision)
+    h = scaling(Named(h, (*stack, ROWS, RANK))).array
+    y = jnp.matmul(h, _matrix(second, stack, (RANK,), outputs), precision=precision)
     sizes = [*map(x.size, (*stack, *rows)), *map(second.size, outputs)]
     return Named(y.reshape(sizes), (*stack, *rows, *outputs))
 
@@ -103,12 +117,12 @@ def _matrix(n: Named, stack: Names, left: Names, right: Names) -> Any:
 
 
 def _einsum_form(
-    x: Named, first: Named, second: Named, out: Names, scale: float, precision: Any
+    x: Named, first: Named, second: Named, out: Names, scaling: Scaling, precision: Any
 ) -> Named:
     """Whatever else a program may do: contract over inputs and outputs, keep an input axis, ..."""
     later = {*second.names, *out}
     kept = tuple(n for n in dict.fromkeys((*x.names, *first.names)) if n in later)
-    h = einsum(x, first, kept, precision) * scale
+    h = scaling(Named(einsum(x, first, kept, precision), kept))
     both = {*kept, *second.names}
     names = tuple(n for n in out if n in both)
-    return Named(einsum(Named(h, kept), second, names, precision), names)
+    return Named(einsum(h, second, names, precision), names)

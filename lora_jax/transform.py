@@ -7,15 +7,18 @@ from typing import Any
 
 import jax
 
-from lora_jax import paths, program
+from lora_jax import examples, paths, program
 from lora_jax.adapters import Adapters, check
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout, Target
 from lora_jax.rules import RULES
+from lora_jax.stacked import Scaled, Selection, take
 from lora_jax.weight import AdaptedWeight
 
 
-def adapt(layout: Layout, f: Callable[..., Any]) -> Callable[..., Any]:
+def adapt(
+    layout: Layout, f: Callable[..., Any], *, in_axes: Any = 0, out_axes: Any = 0
+) -> Callable[..., Any]:
     """`g(params, adapters, *args, **kwargs)`, equal to `f` on the merged parameters.
 
     `g(params, adapters, x) == f(merge(layout, params, adapters), x)` in outputs and in gradients
@@ -27,14 +30,25 @@ def adapt(layout: Layout, f: Callable[..., Any]) -> Callable[..., Any]:
     `jit`, `grad`, `vmap`, `scan`, `checkpoint`, ... like any function; put `jax.jit` around what
     you build with it.
 
+    In the place of `adapters` it also takes what `lora_jax.select` gives: one adapter of a stack,
+    by a number that may be traced, or a mixed batch, **each example with its own adapter**. Then
+    `f` is run on each example as a batch of one (a `jax.vmap`), so that
+    `g(params, select(stacked, ids), x)[i] == f(merge(layout_i, params, adapters_i), x[i:i+1])[0]`
+    holds for any `f`; the products with W have no example axis and stay one product for all.
+
     Args:
-      layout: from `lora_jax.resolve` (on `f`, or on a function that uses the same weights alike)
-        or `lora_jax.restore`.
+      layout: from `lora_jax.resolve` (on `f`, or on a function that uses the same weights alike),
+        `lora_jax.restore` or `lora_jax.stack`.
       f: a pure function whose first argument is the parameter tree.
+      in_axes: mixed batches: the axis of the examples in the arguments after the adapters, as in
+        `jax.vmap`: one for all array arguments (those of rank 0 are shared, but a scalar PRNG key
+        is folded with the example's number), or a tuple with an entry for each, None for shared.
+      out_axes: mixed batches: the axis of the examples in the outputs. A scalar becomes [B].
 
     Raises (when `g` is called):
       LoraError: the layout does not fit the parameters, the adapters do not fit the layout, an
-        operation that takes an adapted weight has no low-rank rule, or an adapter is never read.
+        operation that takes an adapted weight has no low-rank rule, an adapter is never read, or
+        in a mixed batch an argument has not as many examples as there are ids.
 
     >>> import jax.numpy as jnp, lora_jax
     >>> f = lambda params, x: jnp.tanh(x @ params["w"])
@@ -48,19 +62,37 @@ def adapt(layout: Layout, f: Callable[..., Any]) -> Callable[..., Any]:
     {'w': Factors(a=(8, 2), b=(2, 4))}
     """
 
-    def adapted(params: Any, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
+    def one(params: Any, adapters: Adapters | Scaled, *args: Any, **kwargs: Any) -> Any:
         layout.check_params(paths.flatten(params))
+        gains: dict[str, Any] = {}
+        if isinstance(adapters, Scaled):
+            adapters, gains = adapters.factors, adapters.scales
         check(layout, adapters)
         traced = program.trace(f, params, args, kwargs)
         interpreter = _Interpreter()
         ins = list(traced.inputs)
         position = {path: i for i, path in enumerate(traced.param_paths)}
         for t in layout.targets:
-            ins[position[t.path]] = AdaptedWeight.start(t, ins[position[t.path]], adapters[t.path])
+            w, gain = ins[position[t.path]], gains.get(t.path)
+            ins[position[t.path]] = AdaptedWeight.start(t, w, adapters[t.path], gain)
         outs = interpreter.evaluate(traced.jaxpr, traced.consts, ins)
         outs = [interpreter.returned(out) for out in outs]
         interpreter.check_all_read(layout)
         return jax.tree.unflatten(traced.out_tree, outs)
+
+    def adapted(
+        params: Any, adapters: Adapters | Scaled | Selection, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not isinstance(adapters, Selection):
+            return one(params, adapters, *args, **kwargs)
+        stacked, ids = adapters.stack, adapters.ids
+        if ids.ndim == 0:
+            return one(params, take(stacked, ids), *args, **kwargs)
+
+        def call(index: Any, *args: Any, **kwargs: Any) -> Any:
+            return one(params, take(stacked, index), *args, **kwargs)
+
+        return examples.each(call, ids, args, kwargs, in_axes, out_axes)
 
     return adapted
 

@@ -8,13 +8,14 @@ Every axis carries an integer name. An axis of W is
     free     its name is in `w` alone             the update is constant along it (size 1, mostly)
 
 so what an operation does to an axis of W, it does to each array that has the name. `a` and `b`
-share the name RANK.
+share the name RANK; `gain`, where there is one, has it too, or stack axes, or no axis at all.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,6 +56,11 @@ class Named:
     def to_front(self, names: Names) -> Named:
         return self.moved((*names, *(n for n in self.names if n not in names)))
 
+    def among(self, names: Names) -> Any:
+        """The array with axes `names`, of size 1 where it has none, to be broadcast."""
+        moved = self.moved(tuple(n for n in names if n in self.names))
+        return jnp.expand_dims(moved.array, [i for i, n in enumerate(names) if n not in self.names])
+
     def renamed(self, new: dict[int, int]) -> Named:
         return Named(self.array, tuple(new[n] for n in self.names))
 
@@ -70,19 +76,34 @@ def einsum(left: Named, right: Named, out: Names, precision: Any = None) -> Any:
     return jnp.einsum(left.array, left_list, right.array, right_list, out_list, precision=precision)
 
 
+def scaled(h: Named, scale: float, gain: Named | None) -> Named:
+    """`scale * gain * h` in h's dtype; h has every axis that gain has."""
+    array = h.array * scale
+    if gain is not None:
+        array = array * gain.astype(array.dtype).among(h.names)
+    return Named(array, h.names)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdaptedWeight:
-    """W, a and b with named axes; the value that stands for `w + scale * a @ b`."""
+    """W, a and b with named axes; the value that stands for `w + scale * a @ b`.
+
+    gain: what else the update is multiplied with, where that is data and not part of the layout:
+      the scale of an adapter that was chosen among several, or a factor for each rank. With one
+      the value is `w + scale * (a * gain) @ b`.
+    """
 
     w: Named
     a: Named
     b: Named
     scale: float = dataclasses.field(metadata={"static": True})
     target: Target = dataclasses.field(metadata={"static": True})
+    gain: Named | None = None
 
     @staticmethod
-    def start(target: Target, w: Any, factors: Factors) -> AdaptedWeight:
+    def start(target: Target, w: Any, factors: Factors, gain: Any = None) -> AdaptedWeight:
+        """The weight as a program gets it; `gain`: [] or [rank], or None."""
         names = fresh(len(target.shape))
         pick = lambda which: tuple(names[i] for i in which)  # noqa: E731
         stack = pick(target.stack)
@@ -92,7 +113,17 @@ class AdaptedWeight:
             Named(factors.b, (*stack, RANK, *pick(target.outputs))),
             target.scale,
             target,
+            None if gain is None else Named(gain, (RANK,) if jnp.ndim(gain) else ()),
         )
+
+    def map(self, fn: Callable[[Named], Named]) -> AdaptedWeight:
+        """`fn` of each of the arrays."""
+        gain = None if self.gain is None else fn(self.gain)
+        return dataclasses.replace(self, w=fn(self.w), a=fn(self.a), b=fn(self.b), gain=gain)
+
+    def scaled(self, h: Named) -> Named:
+        """See `scaled`."""
+        return scaled(h, self.scale, self.gain)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,9 +151,8 @@ class AdaptedWeight:
         """`scale * a @ b` in W's present shape and in float32; only `folded` and rows need it."""
         wide = wide_dtype(self.w.array.dtype)
         present = tuple(n for n in self.w.names if not self.is_free(n))
-        delta = self.scale * einsum(
-            self.a.astype(wide), self.b.astype(wide), present, precision="highest"
-        )
+        a = self.scaled(self.a.astype(wide))
+        delta = einsum(a, self.b.astype(wide), present, precision="highest")
         absent = [i for i, n in enumerate(self.w.names) if self.is_free(n)]
         return jnp.broadcast_to(jnp.expand_dims(delta, absent), self.shape)
 

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lora_jax"
 # `lora_jax/__init__.py`. No room of the core may import one that is around it, or the facade.
 ARROWS = {
     "": {"adapters", "checkpoint", "combine", "errors", "fingerprint", "frozen", "layout", "merge"}
-    | {"nnx", "paths", "sharding", "spec", "transform"},
+    | {"nnx", "paths", "sharding", "spec", "stacked", "transform"},
     "errors": set(),
     "paths": {"errors"},
     "spec": {"errors"},
@@ -35,7 +35,10 @@ ARROWS = {
     "weight": {"adapters", "layout", "merge"},
     "lowrank": {"weight"},
     "rules": {"lowrank", "program", "view", "weight"},
-    "transform": {"adapters", "errors", "layout", "paths", "program", "rules", "weight"},
+    "stacked": {"adapters", "errors", "layout"},
+    "examples": {"errors"},
+    "transform": {"adapters", "errors", "examples", "layout", "paths", "program", "rules"}
+    | {"stacked", "weight"},
     "frozen": {"errors", "paths"},
     "metadata": {"errors", "paths"},
     "sharding": {"adapters", "axes", "errors", "layout", "metadata", "paths", "program"},

@@ -39,7 +39,8 @@ def _custom_jvp(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
 
     With W = w + s a b the tangent of W is `dw + s da b + s a db`, and the rule is linear in it:
     its equations are interpreted for the two low-rank weights (dw, da, b) and (0, a, db), and
-    the two answers are added.
+    the two answers are added. Where the scale is data (a gain), it has a third part, (0, a, b)
+    with the gain's tangent.
     """
     jaxpr, consts = program.called(eqn)
 
@@ -57,9 +58,14 @@ def _custom_jvp(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
             return [interpreter.plain(eqn, o) for o in outs]
 
         pairs = [(ins[i], tangent_ins[i]) for i in floating]
-        first, second = push([_along_a(*p) for p in pairs]), push([_along_b(*p) for p in pairs])
-        n = len(first) // 2
-        return first[:n], [x + y for x, y in zip(first[n:], second[n:], strict=True)]
+        gains = any(isinstance(v, AdaptedWeight) and v.gain is not None for v in ins)
+        outs = push([_along_a(*p) for p in pairs])
+        n = len(outs) // 2
+        total = outs[n:]
+        for part in ("b", "gain") if gains else ("b",):
+            more = push([_along(part, *p) for p in pairs])[n:]
+            total = [x + y for x, y in zip(total, more, strict=True)]
+        return outs[:n], total
 
     return call(ins)
 
@@ -68,15 +74,18 @@ def _along_a(value: Any, tangent: Any) -> Any:
     """The part `dw + s da b` of a weight's tangent; all of any other tangent."""
     if not isinstance(value, AdaptedWeight):
         return tangent
-    return AdaptedWeight(tangent.w, tangent.a, value.b, value.scale, value.target)
+    return dataclasses.replace(value, w=tangent.w, a=tangent.a)
 
 
-def _along_b(value: Any, tangent: Any) -> Any:
-    """The part `s a db` of a weight's tangent; nothing of any other tangent."""
+def _along(part: str, value: Any, tangent: Any) -> Any:
+    """The part of a weight's tangent that `b` or `gain` brings; nothing of any other tangent."""
     if not isinstance(value, AdaptedWeight):
         return jnp.zeros_like(tangent)
     w = Named(jnp.zeros_like(tangent.w.array), value.w.names)
-    return AdaptedWeight(w, value.a, tangent.b, value.scale, value.target)
+    if part == "gain" and value.gain is None:
+        b = Named(jnp.zeros_like(value.b.array), value.b.names)
+        return dataclasses.replace(value, w=w, b=b)
+    return dataclasses.replace(value, w=w, **{part: tangent.gain if part == "gain" else tangent.b})
 
 
 def _remat(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
@@ -118,15 +127,19 @@ def _leading(interpreter: Any, eqn: Any, x: Any) -> Any:
     name = x.w.names[0]
     if not x.is_stack(name):
         return interpreter.plain(eqn, x)
-    return AdaptedWeight(x.w, x.a.to_front((name,)), x.b.to_front((name,)), x.scale, x.target)
+    gain = x.gain
+    if gain is not None and name not in gain.names:  # the same for every slice
+        length = x.w.array.shape[0]
+        array = jnp.broadcast_to(gain.array, (length, *gain.array.shape))
+        gain = Named(array, (name, *gain.names))
+    return dataclasses.replace(x, gain=gain).map(lambda n: n.to_front((name,)))
 
 
 def _slice_names(x: Any) -> Any:
     """Inside the scan the arrays have lost their leading axis; so do the names."""
     if not isinstance(x, AdaptedWeight):
         return x
-    w, a, b = (Named(n.array, n.names[1:]) for n in (x.w, x.a, x.b))
-    return AdaptedWeight(w, a, b, x.scale, x.target)
+    return x.map(lambda n: Named(n.array, n.names[1:]))
 
 
 def _while(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
@@ -204,12 +217,7 @@ def _shard_map(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
 def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
     """The weight with PartitionSpecs in the place of its arrays."""
     entries = dict(zip(v.w.names, spec, strict=False))
-    w, a, b = (Named(_spec(n, entries), n.names) for n in (v.w, v.a, v.b))
-    return dataclasses.replace(v, w=w, a=a, b=b)
-
-
-def _spec(named: Named, entries: dict[int, Any]) -> PartitionSpec:
-    return PartitionSpec(*(entries.get(name) for name in named.names))
+    return v.map(lambda n: Named(PartitionSpec(*map(entries.get, n.names)), n.names))
 
 
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {

@@ -64,11 +64,16 @@ def _conv(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     kernel = _conv_kernel(v, out, groups).astype(x.dtype)
     h = jnp.moveaxis(program.bind(eqn, x, kernel), dims.out_spec[1], -1)
     rank, channels = v.b.array.shape
-    h = h.reshape(*h.shape[:-1], groups, rank)
+    h = _scaled(v, h.reshape(*h.shape[:-1], groups, rank))
     b = v.b.array.reshape(rank, groups, channels // groups).astype(h.dtype)
-    y = jnp.einsum("...gr,rgo->...go", h * v.scale, b, precision=_one(eqn.params["precision"]))
+    y = jnp.einsum("...gr,rgo->...go", h, b, precision=_one(eqn.params["precision"]))
     y = jnp.moveaxis(y.reshape(*y.shape[:-2], channels), -1, dims.out_spec[1])
     return [base + y.astype(base.dtype)]
+
+
+def _scaled(v: AdaptedWeight, h: Any) -> Any:
+    """`x a` [..., rank] times the weight's scale, where no stack axis is left."""
+    return v.scaled(Named(h, (*fresh(h.ndim - 1), RANK))).array
 
 
 def _one(precision: Any) -> Any:
@@ -102,7 +107,7 @@ def _ragged_dot(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     a = v.a.moved((group, contract, RANK)).array.astype(x.dtype)
     b = v.b.moved((group, RANK, out)).array.astype(x.dtype)
     h = lax.ragged_dot(rows, a, sizes, precision=eqn.params["precision"])
-    y = lax.ragged_dot(h * v.scale, b, sizes, precision=eqn.params["precision"])
+    y = lax.ragged_dot(_scaled(v, h), b, sizes, precision=eqn.params["precision"])
     return [base + y.astype(base.dtype)]
 
 
@@ -139,7 +144,7 @@ def _looked_up(v: AdaptedWeight, eqn: Any, indices: Any, rest: Names) -> Any:
     batch_positions = [j for j in range(base.ndim) if j not in dn.offset_dims]
     for name, j in zip(h_names, batch_positions, strict=True):
         names[j] = name
-    h = Named(h.astype(base.dtype) * v.scale, (*h_names, RANK))
+    h = v.scaled(Named(h.astype(base.dtype), (*h_names, RANK)))
     return base + einsum(h, v.b.astype(base.dtype), tuple(names))
 
 
@@ -188,7 +193,11 @@ def _chosen(v: AdaptedWeight, eqn: Any, indices: Any) -> AdaptedWeight:
         rest = tuple(n for n in factor.names if n not in taken)
         return Named(array, (*stack, *rest))
 
-    return dataclasses.replace(v, w=Named(w, tuple(w_names)), a=choose(v.a), b=choose(v.b))
+    gain = v.gain
+    if gain is not None and any(n in gain.names for n in taken):
+        gain = choose(gain)
+    a, b = choose(v.a), choose(v.b)
+    return dataclasses.replace(v, w=Named(w, tuple(w_names)), a=a, b=b, gain=gain)
 
 
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {

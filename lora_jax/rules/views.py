@@ -38,9 +38,7 @@ def _on_all(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     v = _only(ins)
     if v is None:
         return None
-    arrays = (Named(program.bind(eqn, n.array), n.names) for n in (v.w, v.a, v.b))
-    w, a, b = arrays
-    return [dataclasses.replace(v, w=w, a=a, b=b)]
+    return [v.map(lambda n: Named(program.bind(eqn, n.array), n.names))]
 
 
 def _neg(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
@@ -85,11 +83,7 @@ def _rev(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     def rev(n: Named) -> Named:
         return Named(lax.rev(n.array, [i for i, x in enumerate(n.names) if x in names]), n.names)
 
-    return [_map(v, rev)]
-
-
-def _map(v: AdaptedWeight, fn: Callable[[Named], Named]) -> AdaptedWeight:
-    return dataclasses.replace(v, w=fn(v.w), a=fn(v.a), b=fn(v.b))
+    return [v.map(rev)]
 
 
 def _slice(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
@@ -108,7 +102,7 @@ def _slice(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
         whole = [cuts.get(x, (0, size, 1)) for x, size in zip(n.names, n.array.shape, strict=True)]
         return Named(lax.slice(n.array, *zip(*whole, strict=True)), n.names)
 
-    return [_map(v, cut)]
+    return [v.map(cut)]
 
 
 def _dynamic_slice(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
@@ -124,7 +118,7 @@ def _dynamic_slice(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
         starts = [jnp.asarray(b, jnp.int32) for b in begin]
         return Named(lax.dynamic_slice(n.array, starts, sizes), n.names)
 
-    return [_map(v, cut)]
+    return [v.map(cut)]
 
 
 def _split(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
@@ -139,7 +133,7 @@ def _split(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
             i = n.names.index(name)
             return Named(lax.slice_in_dim(n.array, start, start + size, axis=i), n.names)
 
-        outs.append(_map(v, cut))
+        outs.append(v.map(cut))
         start += int(size)
     return outs
 
@@ -153,7 +147,7 @@ def _squeeze(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
         dims = [i for i, x in enumerate(n.names) if x in gone]
         return Named(lax.squeeze(n.array, dims), tuple(x for x in n.names if x not in gone))
 
-    out = _map(v, squeeze)
+    out = v.map(squeeze)
     if rows and not any(out.is_input(n) for n in out.w.names):
         interpreter.read(v.target)  # one row looked up: no longer a weight but a value
         return [out.folded()]
@@ -172,7 +166,7 @@ def _reduce_sum(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
         return Named(n.array.sum(dims), tuple(x for x in n.names if x not in gone))
 
     copies = math.prod(v.w.size(n) for n in gone if v.is_free(n))
-    return [_map(v, total)] if copies == 1 else None
+    return [v.map(total)] if copies == 1 else None
 
 
 def _broadcast(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
@@ -229,7 +223,8 @@ def _regroup(
         rest = n.names[len(real) :]
         return Named(n.array.reshape((*sizes, *n.array.shape[len(real) :])), (*new, *rest))
 
-    return dataclasses.replace(v, a=regroup(v.a), b=regroup(v.b)), new
+    moved = v.map(lambda n: n if n is v.w else regroup(n))
+    return moved, new
 
 
 def _all_gather(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
@@ -246,7 +241,7 @@ def _all_gather(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
         rest = {**p, "all_gather_dimension": n.names.index(name)}
         return Named(eqn.primitive.bind(n.array, **rest), n.names)
 
-    return [dataclasses.replace(v, w=gathered(v.w), a=gathered(v.a), b=gathered(v.b))]
+    return [v.map(gathered)]
 
 
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
