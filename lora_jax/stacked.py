@@ -116,7 +116,8 @@ def stack(pairs: Sequence[Pair], *, size: int | None = None) -> tuple[Layout, St
     >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
     >>> def adapter(rank, value):
     ...     layout = lora_jax.resolve(lora_jax.LoraSpec(rank, targets="w"), f, params, x)
-    ...     return layout, {"w": lora_jax.Factors(*(value * jnp.ones(s) for s in ((4, rank), (rank, 3))))}
+    ...     ones = lora_jax.Factors(jnp.ones((4, rank)), jnp.ones((rank, 3)))
+    ...     return layout, {"w": jax.tree.map(lambda x: value * x, ones)}
     >>> layout, stacked = lora_jax.stack([adapter(1, 0.5), adapter(3, 2.0)])
     >>> stacked.factors["w"].a.shape  # two adapters of rank 3 at most, and the base
     (3, 4, 3)
