@@ -49,10 +49,11 @@ ARROWS = {
     "models": set(),
     "training": {"", "checkpoint", "errors", "fingerprint", "manifest", "models", "paths"}
     | {"program", "sharding"},
-    "serving": {"", "checkpoint", "errors", "models", "paths"},
+    "serving": {"", "checkpoint", "errors", "models", "paths", "training"},
+    "predict": {"errors", "models", "serving", "training"},
 }
 # What is no part of the core.
-AROUND = ("models", "training", "serving")
+AROUND = ("models", "training", "serving", "predict")
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {
     "flax": {"metadata", "nnx"},

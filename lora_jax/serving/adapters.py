@@ -200,7 +200,7 @@ def _there(folder: epath.Path) -> str:
     if not folder.exists():
         around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = nearest(folder.name, around)
-        beside = f"\nnearest in {folder.parent}:\n{listed(near)}" if near else ""
+        beside = f"\nnearest in {folder.parent.resolve()}:\n{listed(near)}" if near else ""
         return f"there is no such folder; {wanted}{beside}"
     if not folder.is_dir():
         return f"it is a file; {wanted}"

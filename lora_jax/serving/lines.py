@@ -33,13 +33,15 @@ class Line:
     size: int = 0
 
     def get(self, field: str, kind: type[T], default: T | None = None) -> T:
-        """The field, which has to be there unless `default` is given.
+        """The field, which has to be there, and not null, unless `default` is given.
 
         Raises:
           LineError: it is missing, or not of the kind.
         """
-        found = self.value.get(field, default)
-        if found is None:
+        found = self.value.get(field)
+        if found is None and default is not None:
+            return default
+        if field not in self.value:
             there = ", ".join(map(repr, self.value)) or "none"
             raise LineError(f"{self.where} has no field {field!r}; its fields: {there}")
         if not isinstance(found, kind):
