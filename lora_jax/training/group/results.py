@@ -1,0 +1,115 @@
+"""What a group came to: its members side by side, on the screen and in files.
+
+All of it is made of the members' own summaries and run directories, so runs that were trained one
+by one are compared in the same way.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_jax.training.directory import write_json
+from lora_jax.training.group import names
+from lora_jax.training.group.panels import draw
+from lora_jax.training.group.rows import Results, Row, gather
+from lora_jax.training.summary import Summary
+
+
+def show(summaries: Sequence[Summary], console: Console) -> None:
+    """Print the members; those of a sweep the best first, and marked."""
+    results = gather(summaries)
+    console.print(_of_tasks(results) if results.tasks else _of_sweep(results))
+
+
+def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
+    """Write results.csv, results.json and results.png into the folder `path`.
+
+    Args:
+      path: of the folder.
+      summaries: of finished runs (`lora_jax.training.summary.summarise`), in the order they are to
+        have; the directories that they name must be there.
+    """
+    results = gather(summaries)
+    write_json(
+        path / "results.json",
+        {
+            "best": None if results.best is None else results.best.name,
+            "varied": results.varied,
+            "members": [{"name": r.name, "values": r.values, **r.summary} for r in results.rows],
+        },
+    )
+    _write_csv(path / "results.csv", [_flat_row(row) for row in results.rows])
+    draw(path / "results.png", results)
+
+
+def _of_sweep(results: Results) -> Table:
+    best, select = results.best, results.rows[0].select
+    table = Table(title=f"{len(results.rows)} runs, best first by validation {select}")
+    for path in results.varied:
+        table.add_column(names.shortest(path, results.varied), justify="right")
+    for split in results.splits:
+        table.add_column(f"{split} {select}", justify="right")
+    for name in ("best step", "trained"):
+        table.add_column(name, justify="right")
+    for row in sorted(results.rows, key=lambda row: -row.rank):
+        values = [names.label(row.values[path]) for path in results.varied]
+        scores = [_number(row.score(split)) for split in results.splits]
+        style = "bold green" if row is best else None
+        table.add_row(*values, *scores, *_end(row), style=style)
+    return table
+
+
+def _of_tasks(results: Results) -> Table:
+    table = Table("task", "score", title=f"{len(results.rows)} tasks, before -> after training")
+    for name in (*results.splits, "best step", "trained"):
+        table.add_column(name, justify="right")
+    for row in results.rows:
+        scores = [
+            f"{_number(row.score(split, 'before'))} -> {_number(row.score(split))}"
+            for split in results.splits
+        ]
+        table.add_row(row.name, row.select, *scores, *_end(row))
+    return table
+
+
+def _end(row: Row) -> tuple[str, str]:
+    """When it was best, and how many numbers were trained."""
+    step, trained = row.summary["best_step"], row.summary["adapter_parameters"]
+    trained += row.summary["beside_parameters"]
+    return "-" if step is None else str(step), f"{trained:,}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _flat_row(row: Row) -> dict[str, Any]:
+    """A line of the CSV file; dots in a column's name for what is inside of what."""
+    values = {p: " ".join(v) if isinstance(v, tuple) else v for p, v in row.values.items()}
+    return {"name": row.name, **values, **_flat(row.summary)}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return found
+
+
+def _write_csv(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> None:
+    columns = dict.fromkeys(name for line in lines for name in line)
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(lines)
+    os.replace(partial, path)

@@ -1,0 +1,110 @@
+"""Finished runs side by side: what differs between their configs, and which is best."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax.training import metrics
+from lora_jax.training.config import INCIDENTAL, Config
+from lora_jax.training.summary import Summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run.
+
+    name: of its directory. values: field -> value, of the fields in which the runs differ.
+    curve: (step, `select`) of every evaluation on the validation split, "before" too.
+    """
+
+    name: str
+    values: dict[str, Any]
+    curve: tuple[tuple[int, float], ...]
+    summary: Summary
+
+    @property
+    def select(self) -> str:
+        """The number that picked its best adapter."""
+        return str(self.summary["select"])
+
+    @property
+    def sign(self) -> int:
+        """1 where more of it is better, -1 where less is."""
+        return 1 if self.summary["better"] == "higher" else -1
+
+    def score(self, split: str, when: str = "after") -> float | None:
+        """`select` on a split, "before" or "after" training; None where it is not known."""
+        value = self.summary[when].get(split, {}).get(self.select)
+        return None if value is None or not math.isfinite(value) else float(value)
+
+    @property
+    def rank(self) -> float:
+        """The higher the better, on the validation split; minus infinity where nothing is known."""
+        score = self.score("validation")
+        return -math.inf if score is None else self.sign * score
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All runs.
+
+    rows: in the order they were given.
+    varied: the fields in which they differ.
+    tasks: whether they learn different things, so that their scores are not to be compared.
+    """
+
+    rows: tuple[Row, ...]
+    varied: tuple[str, ...]
+    tasks: bool
+
+    @property
+    def best(self) -> Row | None:
+        """The run with the best validation score, the first of several. None: of tasks."""
+        known = [row for row in self.rows if row.rank > -math.inf]
+        return max(known, key=lambda row: row.rank) if known and not self.tasks else None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of which any score is known."""
+        found = dict.fromkeys(split for row in self.rows for split in row.summary["after"])
+        return tuple(s for s in found if any(row.score(s) is not None for row in self.rows))
+
+
+def gather(summaries: Sequence[Summary]) -> Results:
+    """The runs that left these summaries; their configs and records are read."""
+    paths = [pathlib.Path(summary["run"]) for summary in summaries]
+    configs = [_flat(json.loads((path / "config.json").read_text())) for path in paths]
+    fields = dict.fromkeys(field for config in configs for field in config)
+    varied = [f for f in fields if any(c.get(f) != configs[0].get(f) for c in configs)]
+    rows = tuple(
+        Row(path.name, {f: config.get(f) for f in varied}, _curve(path, summary), summary)
+        for path, config, summary in zip(paths, configs, summaries, strict=True)
+    )
+    data = any(f.startswith("data.") and f != "data.batch_size" for f in varied)
+    tasks = data or len({(row.select, row.sign) for row in rows}) > 1
+    return Results(rows, tuple(varied), tasks)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value, without the fields that do not change what a run computes."""
+    skipped = {f.name for f in dataclasses.fields(Config) if f.metadata == INCIDENTAL}
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if not prefix and name in skipped:
+            continue
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _curve(path: pathlib.Path, summary: Summary) -> tuple[tuple[int, float], ...]:
+    lines = [line for line in metrics.read(path) if line.get("split") == "validation"]
+    name = summary["select"]
+    return tuple((line["step"], line[name]) for line in lines if line.get(name) is not None)
