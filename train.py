@@ -30,7 +30,6 @@ from lora_jax import models
 from lora_jax.training import (
     command,
     directory,
-    export,
     mesh,
     optimizer,
     plan,
@@ -40,8 +39,9 @@ from lora_jax.training import (
 )
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
-from lora_jax.training.evaluation import merged_difference
-from lora_jax.training.loop import Loop, Setup
+from lora_jax.training.evaluation import first_batch, merged_difference
+from lora_jax.training.loop import Loop
+from lora_jax.training.run import Run, Setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DEFAULT = "configs/minilm_reviews.py"
@@ -116,17 +116,17 @@ def train(
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
     state = step.create(layout, base, tx, key, place, config.lora.init)
     identity = lora_jax.fingerprint(frozen)
-    setup = Setup(config, workload, place, layout, tx, frozen, identity, path, began)
+    setup = Setup(config, workload, place, layout, frozen, identity, path, began)
     del params, base  # what is trained lives in the state, the rest in `frozen`
 
     # ---- the run
     with (
         Checkpoints(path / "checkpoints", report=lambda text: say(console, text)) as checkpoints,
-        Loop(setup, state, data, checkpoints, console) as loop,
+        Loop(Run(setup, data, checkpoints), state, tx, console) as loop,
         processes.Preemption() as preemption,
     ):
-        say(console, summary.opening(loop))
-        if loop.start == 0:
+        say(console, summary.opening(loop.run, loop.state))
+        if loop.run.start == 0:
             loop.evaluate_before()
         for n in loop.steps():
             loop.take(n)
@@ -140,11 +140,12 @@ def train(
         loop.finish()
 
         # ---- what it came to
-        where = place.trained(layout, loop.state.trained["base"])
-        best = export.load(path, "best" if loop.notes.best else "last", where)
+        best = loop.run.best(loop.state.trained)
         tested = loop.judge_best(config.steps, best)
-        difference = merged_difference(workload, place, layout, best, frozen, example)
-    finished = summary.summarise(loop, tested, difference)
+        compare = jax.jit(merged_difference(workload, layout), out_shardings=place.whole)
+        batch = place.batch(first_batch(workload, place, example))
+        difference = float(compare(best, frozen, batch))
+    finished = summary.summarise(loop.run, loop.state, tested, difference)
     processes.by_first(lambda: directory.finish(path, finished))
     return finished
 

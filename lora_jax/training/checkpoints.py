@@ -17,6 +17,7 @@ import functools
 import logging
 import math
 import pathlib
+import shutil
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -93,6 +94,11 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
+    def steps(self) -> list[int]:
+        """Of the checkpoints, ascending; by the names alone, which Orbax gives to what is whole."""
+        self._wait()
+        return self._steps()
+
     @property
     def latest(self) -> int | None:
         """The step of the newest checkpoint; it may yet turn out to be damaged.
@@ -101,6 +107,15 @@ class Checkpoints:
         """
         self._wait()
         return next(reversed(self._steps()), None)
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps. To be called before anything is saved."""
+
+        def delete() -> None:
+            for later in [found for found in self._steps() if found > step]:
+                shutil.rmtree(self._directory / str(later))
+
+        processes.by_first(delete)
 
     def save(self, step: int, state: State, notes: Notes) -> None:
         """Copy the state off the device and write it in the background.

@@ -22,17 +22,12 @@ AHEAD = 4
 
 
 def evaluate(
-    step: Callable[[Trained, Tree, Any], Loss],
-    workload: Workload,
-    place: Placement,
-    batches: Iterable[Batch],
-    trained: Trained,
-    frozen: Tree,
+    judge: Callable[[Any], Loss], workload: Workload, place: Placement, batches: Iterable[Batch]
 ) -> dict[str, float]:
     """`{"loss": mean, **workload.scores(...)}` over all batches, summed in float64 on the host."""
     losses, under_way = list[Loss](), deque[Loss]()
     for batch in batches:
-        under_way.append(step(trained, frozen, place.batch(batch)))
+        under_way.append(judge(place.batch(batch)))
         if len(under_way) > AHEAD:
             losses.append(jax.device_get(under_way.popleft()))
     losses += jax.device_get(list(under_way))
@@ -43,20 +38,19 @@ def evaluate(
     return {"loss": total / max(weight, 1e-9), **workload.scores(sums, weight)}
 
 
-def merged_difference(
-    workload: Workload,
-    place: Placement,
-    layout: lora_jax.Layout,
-    trained: Trained,
-    frozen: Tree,
-    batch: Batch,
-) -> float:
-    """Largest |output with merged weights - output with base and adapters|.
-
-    On the first evaluation batch, or on `batch` where the workload has no evaluation.
-    """
+def first_batch(workload: Workload, place: Placement, otherwise: Batch) -> Batch:
+    """The first evaluation batch, or `otherwise` where the workload has no evaluation."""
     splits = workload.evaluation.values()
-    batch = next((b for split in splits for b in split(place.shard)), batch)
+    return next((b for split in splits for b in split(place.shard)), otherwise)
+
+
+def merged_difference(
+    workload: Workload, layout: lora_jax.Layout
+) -> Callable[[Trained, Tree, Any], jax.Array]:
+    """`difference(trained, frozen, batch)`, to be compiled: whether merging changes anything.
+
+    It is the largest |output with merged weights - output with base and adapters|, [] float32.
+    """
 
     def outputs(trained: Trained, frozen: Tree, batch: Any) -> jax.Array:
         params = lora_jax.frozen.combine(trained["base"], frozen)
@@ -72,5 +66,4 @@ def merged_difference(
         )
         return jnp.max(jnp.stack(jax.tree.leaves(gaps)))
 
-    compiled = jax.jit(outputs, out_shardings=place.whole)
-    return float(compiled(trained, frozen, place.batch(batch)))
+    return outputs

@@ -14,69 +14,72 @@ from rich.table import Table
 
 import lora_jax
 from lora_jax.training import export
-from lora_jax.training.loop import Loop
+from lora_jax.training.run import Run
+from lora_jax.training.step import State
 
 Summary = dict[str, Any]
 
 
-def summarise(loop: Loop, tested: dict[str, dict[str, float]], difference: float) -> Summary:
+def summarise(
+    run: Run, state: State, tested: dict[str, dict[str, float]], difference: float
+) -> Summary:
     """The numbers of a finished run.
 
     Args:
-      loop: at its end.
+      run, state: at its end.
       tested: split -> numbers of the best adapter on the splits that did not pick it.
       difference: largest |merged - unmerged| output on an evaluation batch.
     """
-    notes, path = loop.notes, loop.setup.path
+    notes, path = run.notes, run.setup.path
     spent = {name: round(value, 3) for name, value in notes.seconds.items()}
     train = max(notes.seconds.get("train", 0.0), 1e-9)
     best = {k: v for k, v in (notes.best or {}).items() if k != "step"}
     after = {"validation": best} if best else {}
     return {
         "run": str(path),
-        "steps": int(loop.state.step),
-        "skipped_steps": int(loop.state.skipped),
-        **sizes(loop),
-        "steps_per_second": round(int(loop.state.step) / train, 4),
-        f"{loop.setup.workload.unit}_per_second": round(notes.units / train, 2),
+        "steps": int(state.step),
+        "skipped_steps": int(state.skipped),
+        **sizes(run, state),
+        "steps_per_second": round(int(state.step) / train, 4),
+        f"{run.setup.workload.unit}_per_second": round(notes.units / train, 2),
         "before": notes.before,
         "after": {**after, **tested},
-        "select": loop.setup.workload.select,
-        "better": loop.setup.workload.better,
+        "select": run.setup.workload.select,
+        "better": run.setup.workload.better,
         "best_step": None if notes.best is None else notes.best["step"],
         "last_validation": notes.last,
         "merged_difference": difference,
         "compile_seconds": spent.get("compile", 0.0),
         "train_seconds": spent.get("train", 0.0),
         "evaluate_seconds": spent.get("evaluate", 0.0),
-        "total_seconds": round(loop.seconds, 3),
+        "total_seconds": round(run.seconds, 3),
         "peak_memory_bytes": peak_memory(),
         "device_peak_bytes": device_peak(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "mesh": dict(loop.setup.place.mesh.shape),
+        "mesh": dict(run.setup.place.mesh.shape),
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
 
 
-def opening(loop: Loop) -> str:
+def opening(run: Run, state: State) -> str:
     """What a run says of itself before its first step."""
-    setup, found = loop.setup, sizes(loop)
+    setup, found = run.setup, sizes(run, state)
     facts = setup.workload.facts(setup.place.shard)
     text = (
         f"{setup.path}: {len(setup.layout.targets)} adapted parameters with "
         f"{found['adapter_parameters']:,} numbers, {found['beside_parameters']:,} trained beside "
         f"them, base {found['base_parameters']:,}"
     )
-    going_on = f"Going on from the checkpoint of step {loop.start}." if loop.start else ""
+    going_on = f"Going on from the checkpoint of step {run.start}." if run.start else ""
     return "\n".join(filter(None, (facts, text, going_on)))
 
 
-def sizes(loop: Loop) -> dict[str, int]:
+def sizes(run: Run, state: State) -> dict[str, int]:
     """Parameters and bytes: of the base, of what is trained, and of what is kept on disk."""
-    state, frozen, path = loop.state, loop.setup.frozen, loop.setup.path
+    frozen, path = run.setup.frozen, run.setup.path
     beside = state.trained["base"]
     return {
         "base_parameters": lora_jax.count(frozen) + lora_jax.count(beside),

@@ -141,14 +141,14 @@ def test_w0_is_bit_identical_after_training(
 ) -> None:
     """The arrays that the loop holds as frozen, before and after."""
     seen: dict[str, Any] = {}
-    original = train.Loop.__init__
+    original = train.Run.__init__
 
     def spy(self: Any, setup: Any, *rest: Any) -> None:
         seen["frozen"] = setup.frozen
         seen["before"] = jax.tree.map(np.array, setup.frozen)
         original(self, setup, *rest)
 
-    monkeypatch.setattr(train.Loop, "__init__", spy)
+    monkeypatch.setattr(train.Run, "__init__", spy)
     run(tmp_path / "run", *SMALL)
     assert len(jax.tree.leaves(seen["before"])) == 4
     for x, y in zip(jax.tree.leaves(seen["before"]), jax.tree.leaves(seen["frozen"]), strict=True):

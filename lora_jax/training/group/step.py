@@ -60,10 +60,7 @@ def group_step(
         take = train_step(workload, layout, tx, "skip", parts, settings.scales)
         new, metrics = take(state, frozen, batch)
         go = active & (settings.skip | (state.skipped == 0))
-        kept = jax.tree.map(
-            lambda x, old: jnp.where(go, x, old), new._replace(key=None), state._replace(key=None)
-        )
-        return kept._replace(key=state.key), metrics
+        return jax.tree.map(lambda x, old: jnp.where(go, x, old), new, state), metrics
 
     return jax.vmap(member, in_axes=(0, 0, 0, None, 0))
 
