@@ -1,0 +1,355 @@
+"""Texts written by a decoder in mixed batches: every row with an adapter of its own, or none.
+
+A batch is read at once (prefill), then one compiled step writes a token to every row. What is
+compiled depends on shapes alone, and there are few of them:
+
+- prompts are padded on the left to the next of 16, 24, 32, 48, 64, 96, 128, 192, ... tokens;
+- the cache of a call to `generate` has room, rounded up alike, for the longest of its prompts and
+  all new tokens, so that all its batches share one step;
+- rows are filled up to `batch_size`, or to the next power of two where there are fewer prompts.
+
+Other prompts, other adapters of the stack, another temperature: the same programs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+import lora_jax
+from lora_jax import models
+from lora_jax.errors import LoraError
+from lora_jax.models import cache as caches
+from lora_jax.serving.sampling import GREEDY, Sampling, choose
+
+Tree = Any  # a pytree
+_SHORTEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What was written to one prompt.
+
+    tokens: without the stop token.
+    finish: "stop" at a stop token, "length" at the most that was asked for or that the model has
+        positions for.
+    """
+
+    tokens: list[int]
+    finish: str
+
+
+class Piece(NamedTuple):
+    """One step of one row.
+
+    row: the number of the prompt.
+    token: that was written; None: a stop token came instead.
+    finish: why the row is finished by it, as in `Generated`; None: it goes on.
+    """
+
+    row: int
+    token: int | None
+    finish: str | None
+
+
+@dataclasses.dataclass
+class Speed:
+    """What was done so far, and how long it took; compiling is left out."""
+
+    read: int = 0
+    """Tokens of prompts, padding left out."""
+    reading: float = 0.0
+    """Seconds."""
+    written: int = 0
+    """Tokens that decoding steps wrote to rows that went on; not the first of each, which comes
+    from its prompt."""
+    writing: float = 0.0
+    """Seconds."""
+
+
+class Decoder:
+    """A base, and maybe a stack of adapters on it, with the programs that write texts.
+
+    Attributes:
+      compiled: the programs so far, and how many seconds each took to compile.
+      speed: over all calls.
+    """
+
+    def __init__(
+        self,
+        config: models.LlamaConfig,
+        params: Tree,
+        layout: lora_jax.Layout | None = None,
+        stacked: lora_jax.Stack | None = None,
+    ) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+          config, params: of the base (or of a merged model).
+          layout, stacked: from `lora_jax.stack`; None: no adapters.
+        """
+        self.config = config
+        self.compiled: dict[tuple[Any, ...], float] = {}
+        self.speed = Speed()
+        self._params, self._stacked = params, stacked
+        self._programs: dict[tuple[Any, ...], Any] = {}
+        model = models.Llama(config)
+
+        def read(params: Tree, ids: Any, mask: Any, cache: Any) -> Any:
+            return model.apply({"params": params}, ids, mask, cache=cache, last=1)
+
+        def write(params: Tree, ids: Any, cache: Any, slot: Any) -> Any:
+            return model.apply({"params": params}, ids, cache=cache, slot=slot)
+
+        self._read, self._write = (_mixed(layout, f) for f in (read, write))
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise `LoraError` unless every id is that of an adapter, or BASE."""
+        size = 0 if self._stacked is None else self._stacked.size
+        for i in ids:
+            if not lora_jax.BASE <= i < size:
+                raise LoraError(
+                    f"no adapter {i}: there are {size}, counted from 0, and "
+                    f"{lora_jax.BASE} is the base"
+                )
+
+    def prefill(self, batch: Batch, capacity: int, sampling: Sampling) -> tuple[Any, Any]:
+        """(cache, first token [B]) of prompts that are all read at once."""
+
+        def run(params: Tree, stacked: Any, batch: Any, numbers: Any) -> Any:
+            cache = caches.empty(self.config, len(batch.rows), capacity)
+            tokens = (batch.ids, batch.ids_mask)
+            logits, cache = self._read(params, (stacked, batch.adapters), *tokens, cache)
+            return cache, choose(sampling.form, numbers, logits[:, -1], batch.rows, jnp.int32(0))
+
+        key = ("prefill", *batch.ids.shape, capacity, sampling.form)
+        program = self._compiled(key, run, (), batch, sampling.numbers)
+        started = time.monotonic()
+        cache, tokens = program(self._params, self._stacked, batch, sampling.numbers)
+        jax.block_until_ready(tokens)
+        self.speed.reading += time.monotonic() - started
+        return cache, tokens
+
+    def step(
+        self, batch: Batch, cache: Any, tokens: Any, slot: int, number: int, sampling: Sampling
+    ) -> tuple[Any, Any]:
+        """(cache, next token [B]); the given cache is used up. It does not wait for the result."""
+
+        def run(
+            params: Tree, stacked: Any, cache: Any, tokens: Any, at: Any, who: Any, numbers: Any
+        ) -> Any:
+            slot, number = at
+            adapters, rows = who
+            logits, cache = self._write(params, (stacked, adapters), tokens[:, None], cache, slot)
+            return cache, choose(sampling.form, numbers, logits[:, -1], rows, number)
+
+        at = (np.int32(slot), np.int32(number))
+        arguments = (cache, tokens, at, (batch.adapters, batch.rows), sampling.numbers)
+        key = ("step", len(batch.rows), cache.capacity, sampling.form)
+        return self._compiled(key, run, (2,), *arguments)(self._params, self._stacked, *arguments)
+
+    @contextlib.contextmanager
+    def timed(self, tokens: int) -> Iterator[None]:
+        """Count the time of a block that writes so many tokens, but not what it compiles."""
+        started, before = time.monotonic(), sum(self.compiled.values())
+        yield
+        compiling = sum(self.compiled.values()) - before
+        self.speed.writing += time.monotonic() - started - compiling
+        self.speed.written += tokens
+
+    def _compiled(
+        self,
+        key: tuple[Any, ...],
+        run: Callable[..., Any],
+        donated: tuple[int, ...],
+        *arguments: Any,
+    ) -> Any:
+        """The program of the key; `run` is traced and compiled where there is none yet."""
+        if key not in self._programs:
+            started = time.monotonic()
+            lowered = jax.jit(run, donate_argnums=donated).lower(
+                self._params, self._stacked, *arguments
+            )
+            self._programs[key] = lowered.compile()
+            self.compiled[key] = time.monotonic() - started
+        return self._programs[key]
+
+
+class Batch(NamedTuple):
+    """Prompts that are read together, padded on the left.
+
+    ids, ids_mask: [B, T] int32 and bool.
+    rows: [B] int32, the numbers of the prompts.
+    adapters: [B] int32.
+    """
+
+    ids: NDArray[np.int32]
+    ids_mask: NDArray[np.bool_]
+    rows: NDArray[np.int32]
+    adapters: NDArray[np.int32]
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[int] | None = None,
+    *,
+    max_new_tokens: int = 128,
+    stop: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    batch_size: int = 8,
+    on_piece: Callable[[Piece], None] | None = None,
+) -> list[Generated]:
+    """What the decoder writes to each prompt.
+
+    A row is written as it would be alone, and as by the base with its adapter merged in: in
+    greedy decoding token by token, up to rounding of the logits.
+
+    Args:
+      decoder: compiles as it goes; use one for all calls.
+      prompts: token ids, at least one each.
+      adapters: an id for each prompt (`lora_jax.stack`'s numbers; BASE: none). None: the base for
+        all.
+      max_new_tokens: to each prompt.
+      stop: token ids that end a row.
+      sampling: how tokens are chosen.
+      batch_size: rows that are written at the same time; more prompts wait.
+      on_piece: called with each token as it comes, row by row, and step by step.
+
+    Raises:
+      LoraError: an empty prompt, one longer than the model has positions, no such adapter.
+    """
+    found = [Generated([], "length") for _ in prompts]
+    settings = (max_new_tokens, stop, sampling, batch_size)
+    for piece in stream(decoder, prompts, adapters, *settings):
+        if on_piece is not None:
+            on_piece(piece)
+        if piece.token is not None:
+            found[piece.row].tokens.append(piece.token)
+        if piece.finish is not None:
+            found[piece.row] = dataclasses.replace(found[piece.row], finish=piece.finish)
+    return found
+
+
+def stream(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[int] | None = None,
+    max_new_tokens: int = 128,
+    stop: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    batch_size: int = 8,
+) -> Iterator[Piece]:
+    """As `generate`, piece by piece."""
+    adapters = [lora_jax.BASE] * len(prompts) if adapters is None else adapters
+    _check(decoder, prompts, adapters, max_new_tokens, batch_size)
+    limits = [min(max_new_tokens, decoder.config.max_positions - len(p)) for p in prompts]
+    rows = min(batch_size, 1 << max(0, len(prompts) - 1).bit_length())
+    longest = max(map(len, prompts), default=0)
+    capacity = rounded(rounded(longest) + max_new_tokens)
+    for start in range(0, len(prompts), rows):
+        chosen = range(start, min(start + rows, len(prompts)))
+        batch = _batch(prompts, adapters, chosen, rows)
+        decoder.speed.read += int(batch.ids_mask[: len(chosen)].sum())
+        yield from _written(decoder, batch, limits, chosen, capacity, frozenset(stop), sampling)
+
+
+def rounded(length: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: powers of two and the middles between them.
+
+    >>> [rounded(n) for n in (1, 16, 17, 33, 100)]
+    [16, 16, 24, 48, 128]
+    """
+    power = max(_SHORTEST, 1 << max(0, length - 1).bit_length())
+    middle = power * 3 // 4
+    return middle if power > _SHORTEST and length <= middle else power
+
+
+def _mixed(layout: lora_jax.Layout | None, f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f(params, *args)` as a function of (params, (stacked, ids), *args)."""
+    if layout is None:
+        return lambda params, chosen, *args: f(params, *args)
+    adapted = lora_jax.adapt(layout, f)
+    return lambda params, chosen, *args: adapted(params, lora_jax.select(*chosen), *args)
+
+
+def _batch(
+    prompts: Sequence[Sequence[int]], adapters: Sequence[int], chosen: range, count: int
+) -> Batch:
+    """The chosen prompts, and copies of them up to `count` rows."""
+    own = [chosen[row % len(chosen)] for row in range(count)]
+    length = rounded(max(len(prompts[i]) for i in chosen))
+    ids, mask = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
+    for row, i in enumerate(own):
+        ids[row, length - len(prompts[i]) :] = prompts[i]
+        mask[row, length - len(prompts[i]) :] = True
+    return Batch(
+        ids, mask, np.asarray(own, np.int32), np.asarray([adapters[i] for i in own], np.int32)
+    )
+
+
+def _written(
+    decoder: Decoder,
+    batch: Batch,
+    limits: Sequence[int],
+    chosen: range,
+    capacity: int,
+    stop: frozenset[int],
+    sampling: Sampling,
+) -> Iterator[Piece]:
+    """One batch, until all of its rows are finished.
+
+    The step after is under way before a token is looked at, so the device need not wait for us.
+    """
+    going = list(chosen)
+    most, length = max(limits[i] for i in chosen), batch.ids.shape[1]
+    cache, tokens = decoder.prefill(batch, capacity, sampling)
+    for n in range(most):
+        with decoder.timed(len(going) if n else 0):
+            ahead = tokens
+            if n + 1 < most:
+                cache, ahead = decoder.step(batch, cache, tokens, length + n, n + 1, sampling)
+            now, tokens = np.asarray(tokens), ahead
+        left = []
+        for i in going:
+            token = int(now[i - chosen.start])
+            if token in stop:
+                yield Piece(i, None, "stop")
+            elif n + 1 == limits[i]:
+                yield Piece(i, token, "length")
+            else:
+                yield Piece(i, token, None)
+                left.append(i)
+        going = left
+        if not going:
+            return
+
+
+def _check(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+) -> None:
+    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise LoraError(f"{name} must be at least 1, got {value}")
+    if len(adapters) != len(prompts):
+        raise LoraError(f"{len(prompts)} prompts, but adapters for {len(adapters)}")
+    decoder.check(adapters)
+    room = decoder.config.max_positions
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < room:
+            raise LoraError(
+                f"prompt {i} has {len(prompt)} tokens; expected from 1 to {room - 1}, as the model "
+                f"has positions for {room} and at least one is written"
+            )

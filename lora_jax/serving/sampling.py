@@ -1,0 +1,116 @@
+"""Which token comes next: the likeliest, or one drawn from the likely ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.errors import LoraError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    temperature: 0 takes the likeliest token; above it, the logits are divided by it and a token
+        is drawn.
+    top_k: draw from the so many likeliest only; None: from all.
+    top_p: draw from the fewest likeliest that have this probability together, of those that top_k
+        leaves; None: from all of them.
+    seed: of the draws. What a row draws depends on the seed and on the row's own number.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+          LoraError: a number out of its range.
+        """
+        _require(
+            0 <= self.temperature < float("inf"), "temperature", self.temperature, "at least 0"
+        )
+        _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
+        _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2^32 - 1")
+        if self.temperature == 0 and (self.top_k or self.top_p):
+            raise LoraError(
+                "top_k and top_p choose what is drawn from, and at temperature 0 nothing is drawn; "
+                "give a temperature above 0, such as 0.8, or leave them out"
+            )
+
+    @property
+    def form(self) -> tuple[bool, int | None, bool]:
+        """What a program is compiled for; temperature, top_p and seed are data."""
+        return self.temperature > 0, self.top_k, self.top_p is not None
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The data, as `choose` takes it."""
+        return {
+            "temperature": jnp.float32(self.temperature),
+            "top_p": jnp.float32(1.0 if self.top_p is None else self.top_p),
+            "seed": jnp.uint32(self.seed),
+        }
+
+
+def choose(
+    form: tuple[bool, int | None, bool], numbers: Any, logits: Any, rows: Any, step: Any
+) -> Any:
+    """The next token of each row, [B] int32.
+
+    Args:
+      form, numbers: of a `Sampling`.
+      logits: [B, V] float32.
+      rows: [B] int32, the number of each row, which its draws depend on.
+      step: [] int32, the number of the token in its row.
+    """
+    random, top_k, nucleus = form
+    if not random:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw(logits: Any, row: Any) -> Any:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(numbers["seed"]), row), step)
+        logits = logits / numbers["temperature"]
+        tokens = None
+        if top_k is not None:
+            logits, tokens = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
+        if nucleus:
+            logits = jnp.where(_nucleus(logits, numbers["top_p"]), logits, -jnp.inf)
+        drawn = jax.random.categorical(key, logits)
+        return drawn if tokens is None else tokens[drawn]
+
+    return jax.vmap(draw)(logits, rows).astype(jnp.int32)
+
+
+def _nucleus(logits: Any, top_p: Any) -> Any:
+    """Which tokens are among the fewest likeliest with probability `top_p` together: bool [V].
+
+    The least probability that is kept is found by halving, 32 times: a sort of a whole vocabulary
+    takes many times as long. Tokens as likely as the last one are kept too.
+    """
+    weights = jax.nn.softmax(logits)
+
+    def halve(_: Any, bounds: Any) -> Any:
+        low, high = bounds
+        middle = (low + high) / 2
+        enough = jnp.sum(weights, where=weights >= middle) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    bounds = (jnp.zeros_like(weights[0]), jnp.max(weights))
+    return weights >= jax.lax.fori_loop(0, 32, halve, bounds)[0]
+
+
+def _require(condition: bool, name: str, got: Any, expected: str) -> None:
+    if not condition:
+        raise LoraError(f"{name} must be {expected}, got {got!r}")
+
+
+GREEDY = Sampling()
+"""Always the likeliest token."""

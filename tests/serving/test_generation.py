@@ -1,0 +1,270 @@
+"""Generation: a mixed batch is each prompt alone with its own adapter, and compiles once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import models
+from lora_jax.errors import LoraError
+from lora_jax.models import cache as caches
+from lora_jax.serving.generation import Decoder, Generated, Piece, generate, rounded
+from lora_jax.serving.sampling import Sampling, choose
+from tests.serving import tiny
+from tests.serving.tiny import CONFIG, PROMPTS, SCANNED
+
+NEW = 9
+ADAPTERS = (0, 1, 2, lora_jax.BASE, 1)
+LIVELY = Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=4)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder(CONFIG, tiny.params(CONFIG), *tiny.stacked(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def mixed(decoder: Decoder) -> list[Generated]:
+    """All prompts in one batch."""
+    return generate(decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW)
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """The programs that XLA compiles during the test."""
+    found: list[str] = []
+
+    def listen(event: str, seconds: float, **more: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.clear_event_listeners()
+
+
+def whole_greedy(config: models.LlamaConfig, params: Any, prompt: list[int]) -> list[int]:
+    """Greedy decoding as it is defined: the whole text is read anew for every token."""
+    apply = jax.jit(models.Llama(config).apply)
+    tokens = list(prompt)
+    for _ in range(NEW):
+        padded = np.zeros((1, 24), np.int32)
+        padded[0, : len(tokens)] = tokens
+        tokens.append(int(apply({"params": params}, padded)[0, len(tokens) - 1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_a_mixed_batch_is_each_merged_model_alone(mixed: list[Generated]) -> None:
+    """Red if a row reads another's adapter, a slot of padding, or its place one token off."""
+    for found, prompt, adapter in zip(mixed, PROMPTS, ADAPTERS, strict=True):
+        assert found.finish == "length"
+        assert found.tokens == whole_greedy(CONFIG, tiny.merged(CONFIG, adapter), prompt)
+    assert mixed[0].tokens != mixed[4].tokens  # one prompt, two adapters
+
+
+def test_a_mixed_batch_is_each_row_alone(decoder: Decoder, mixed: list[Generated]) -> None:
+    for found, prompt, adapter in zip(mixed, PROMPTS, ADAPTERS, strict=True):
+        assert [found] == generate(decoder, [prompt], [adapter], max_new_tokens=NEW)
+
+
+def test_batches_one_after_another(decoder: Decoder, mixed: list[Generated]) -> None:
+    """Red if rows that fill up the last batch are given out, or numbers are those of the batch."""
+    pieces: list[Piece] = []
+    again = generate(
+        decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW, batch_size=2, on_piece=pieces.append
+    )
+    assert again == mixed
+    for row, found in enumerate(mixed):
+        own = [piece for piece in pieces if piece.row == row]
+        assert [piece.token for piece in own] == found.tokens
+        assert [piece.finish for piece in own] == [None] * (NEW - 1) + ["length"]
+
+
+def test_scanned_layers_and_no_adapters() -> None:
+    decoder = Decoder(SCANNED, tiny.params(SCANNED), *tiny.stacked(SCANNED))
+    mixed = generate(decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW)
+    plain = generate(Decoder(SCANNED, tiny.merged(SCANNED, 1)), PROMPTS, max_new_tokens=NEW)
+    for found, alone, adapter in zip(mixed, plain, ADAPTERS, strict=True):
+        assert (found == alone) == (adapter == 1)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SCANNED], ids=["unrolled", "scanned"])
+def test_logits_of_a_mixed_batch(config: models.LlamaConfig) -> None:
+    """Prefill and a step through `adapt`, against the merged weights without a cache."""
+    layout, stacked = tiny.stacked(config)
+    model, ids = models.Llama(config), jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    chosen = jnp.asarray([2, lora_jax.BASE, 1])
+
+    def first(params: Any, ids: Any, cache: Any) -> Any:
+        return model.apply({"params": params}, ids, cache=cache)
+
+    def then(params: Any, ids: Any, cache: Any, slot: Any) -> Any:
+        return model.apply({"params": params}, ids, cache=cache, slot=slot)
+
+    @jax.jit
+    def run(params: Any, stacked: Any, chosen: Any) -> Any:
+        selection = lora_jax.select(stacked, chosen)
+        cache = caches.empty(config, 3, 8)
+        one, cache = lora_jax.adapt(layout, first)(params, selection, ids[:, :2], cache)
+        step = lora_jax.adapt(layout, then)
+        two, _ = step(params, selection, ids[:, 2:], cache, jnp.int32(2))
+        return jnp.concatenate([one, two], axis=1)
+
+    got = run(tiny.params(config), stacked, chosen)
+    for row, adapter in enumerate(chosen.tolist()):
+        want = model.apply({"params": tiny.merged(config, adapter)}, ids[row : row + 1])[0]
+        np.testing.assert_allclose(got[row], want, atol=2e-5, rtol=1e-5)
+
+
+def test_other_prompts_and_adapters_compile_nothing(
+    decoder: Decoder, mixed: list[Generated], compilations: list[str]
+) -> None:
+    """Red if an id, a length within its bucket or a temperature becomes part of a program."""
+    warm = dataclasses.replace(LIVELY, temperature=0.7)
+    generate(decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW, sampling=warm)
+    before, programs = len(compilations), dict(decoder.compiled)
+    for shift in range(1, 4):
+        prompts = [[*p[shift:], *p[:shift], shift] for p in PROMPTS]
+        swapped = [(a + shift) % 3 for a in ADAPTERS]
+        generate(decoder, prompts, swapped, max_new_tokens=NEW)
+        other = dataclasses.replace(LIVELY, temperature=1.0 + shift, top_p=0.5, seed=shift)
+        generate(decoder, prompts[::-1], swapped, max_new_tokens=NEW, sampling=other)
+    assert len(compilations) == before
+    assert decoder.compiled == programs
+
+
+def test_one_prefill_and_one_step(compilations: list[str]) -> None:
+    decoder = Decoder(CONFIG, tiny.params(CONFIG), *tiny.stacked(CONFIG))
+    generate(decoder, PROMPTS[:2], ADAPTERS[:2], max_new_tokens=NEW)
+    assert [key[0] for key in decoder.compiled] == ["prefill", "step"]
+    assert len(compilations) == 2
+
+
+def test_the_step_holds_one_cache_and_no_second_base(decoder: Decoder) -> None:
+    """The cache is donated; what the step needs beside it does not grow with the base."""
+    cache = caches.empty(CONFIG, 8, 32)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    generate(decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW)
+    programs = [p for key, p in decoder._programs.items() if key[:3] == ("step", 8, 32)]
+    assert programs
+    for program in programs:
+        assert program.memory_analysis().alias_size_in_bytes >= held
+
+
+def test_stop_tokens(decoder: Decoder, mixed: list[Generated]) -> None:
+    """A row stops alone, its stop token is left out, and the others go on as before."""
+    stop = mixed[1].tokens[3]
+    found = generate(decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW, stop=[stop])
+    for got, whole in zip(found, mixed, strict=True):
+        place = whole.tokens.index(stop) if stop in whole.tokens else NEW
+        assert got == Generated(whole.tokens[:place], "stop" if place < NEW else "length")
+    assert found[1].finish == "stop"
+
+
+def test_the_last_position_ends_a_row(decoder: Decoder) -> None:
+    room = CONFIG.max_positions
+    (found,) = generate(decoder, [[1] * (room - 3)], [0], max_new_tokens=NEW)
+    assert len(found.tokens) == 3 and found.finish == "length"
+
+
+def test_a_row_draws_as_it_would_alone(decoder: Decoder) -> None:
+    """Red if a key is shared by the batch, or depends on the place in it."""
+    settings = {"max_new_tokens": NEW, "sampling": LIVELY}
+    both = generate(decoder, [PROMPTS[0], PROMPTS[1]], [0, 1], **settings)
+    assert generate(decoder, [PROMPTS[0]], [0], **settings) == both[:1]
+    one_at_a_time = generate(decoder, [PROMPTS[0], PROMPTS[1]], [0, 1], batch_size=1, **settings)
+    assert one_at_a_time == both
+    twins = generate(decoder, [PROMPTS[0]] * 2, [0, 0], **settings)
+    assert twins[0] == both[0] and twins[1] != twins[0]
+    other = dataclasses.replace(LIVELY, seed=5)
+    assert generate(decoder, [PROMPTS[0]], [0], max_new_tokens=NEW, sampling=other) != both[:1]
+
+
+PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(1.0), [0, 1, 2, 3, 4]),
+        (Sampling(1.0, top_k=2), [1, 3]),
+        (Sampling(1.0, top_k=99), [0, 1, 2, 3, 4]),
+        (Sampling(1.0, top_p=0.41), [1, 3]),
+        (Sampling(1.0, top_p=0.39), [1]),
+        (Sampling(1.0, top_p=0.71), [1, 3, 4]),
+        (Sampling(1.0, top_p=1.0), [0, 1, 2, 3, 4]),
+        (Sampling(1.0, top_k=3, top_p=0.8), [1, 3]),
+        (Sampling(), [1]),
+    ],
+)
+def test_draws_have_the_probabilities(sampling: Sampling, kept: list[int]) -> None:
+    """Of 20,000 draws; the bound is five standard deviations."""
+    count = 20_000
+    logits = jnp.broadcast_to(jnp.log(PROBABILITIES) + 3, (count, 5))
+    numbers = sampling.numbers
+    drawn = jax.jit(lambda *a: choose(sampling.form, numbers, *a))(
+        logits, jnp.arange(count), jnp.int32(0)
+    )
+    shares = np.bincount(drawn, minlength=5) / count
+    want = np.where(np.isin(np.arange(5), kept), PROBABILITIES, 0)
+    want = want / want.sum() if sampling.temperature else np.eye(5)[1]
+    np.testing.assert_array_equal(shares > 0, want > 0)
+    np.testing.assert_allclose(shares, want, atol=5 * 0.5 / count**0.5)
+
+
+def test_temperature_divides_the_logits() -> None:
+    count, sampling = 20_000, Sampling(2.0)
+    logits = jnp.broadcast_to(jnp.log(PROBABILITIES), (count, 5))
+    drawn = choose(sampling.form, sampling.numbers, logits, jnp.arange(count), jnp.int32(7))
+    want = PROBABILITIES**0.5 / (PROBABILITIES**0.5).sum()
+    shares = np.bincount(drawn, minlength=5) / count
+    np.testing.assert_allclose(shares, want, atol=5 * 0.5 / count**0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1"),
+        ({"temperature": 1.0, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"top_p": 0.9}, "at temperature 0 nothing is drawn; give a temperature"),
+        ({"seed": -1}, "seed must be from 0"),
+    ],
+)
+def test_settings_that_make_no_sense(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(LoraError, match=message):
+        Sampling(**change)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "adapters", "more", "message"),
+    [
+        ([[]], [0], {}, "prompt 0 has 0 tokens; expected from 1 to 63"),
+        ([[1], [1] * 64], [0, 0], {}, "prompt 1 has 64 tokens"),
+        ([[1]], [3], {}, "no adapter 3: there are 3, counted from 0"),
+        ([[1]], [0, 0], {}, "1 prompts, but adapters for 2"),
+        ([[1]], [0], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+    ],
+)
+def test_wrong_calls(
+    decoder: Decoder, prompts: Any, adapters: Any, more: dict[str, int], message: str
+) -> None:
+    with pytest.raises(LoraError, match=message):
+        generate(decoder, prompts, adapters, **more)
+
+
+def test_nothing_to_write(decoder: Decoder) -> None:
+    assert generate(decoder, []) == []
+
+
+def test_lengths_are_few_and_none_is_too_short() -> None:
+    lengths = [rounded(n) for n in range(1, 1025)]
+    assert all(length >= n for n, length in enumerate(lengths, 1))
+    assert sorted(set(lengths)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]

@@ -1,0 +1,76 @@
+"""A decoder small enough to compile in no time, and adapters on it that matter."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax
+from lora_jax import models
+
+CONFIG = models.LlamaConfig(
+    vocab_size=61,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_size=20,
+    max_positions=64,
+)
+SCANNED = models.LlamaConfig(**{**vars(CONFIG), "scan_layers": True})
+RANKS = (1, 4, 2)
+PROMPTS = ([3, 9, 27], [5, 25, 4, 20, 1, 7, 8], [11], [60, 2, 30, 7], [3, 9, 27])
+
+
+def noise(shape: Any, seed: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@functools.cache
+def params(config: models.LlamaConfig) -> Any:
+    """Random weights; the head is not so sure of itself that adapters change nothing."""
+    leaves, tree = jax.tree.flatten(models.shapes(config))
+    drawn = [(1 + noise(s.shape, i)) / 2 if len(s.shape) == 1 else noise(s.shape, i) / 2
+             for i, s in enumerate(leaves)]  # fmt: skip
+    return jax.tree.unflatten(tree, drawn)
+
+
+@functools.cache
+def pairs(config: models.LlamaConfig) -> tuple[Any, ...]:
+    """(layout, adapters) of unequal rank, alpha and targets."""
+
+    def apply(params: Any, ids: Any) -> Any:
+        return models.Llama(config).apply({"params": params}, ids)
+
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    every = []
+    for seed, rank in enumerate(RANKS):
+        targets = ("layers*/attention/{q,v}/kernel", "layers*/{attention,mlp}/*/kernel")[seed % 2]
+        spec = lora_jax.LoraSpec(rank, 3.0 * rank, targets=(targets,))
+        layout = lora_jax.resolve(spec, apply, models.shapes(config), ids)
+        start = lora_jax.init(jax.random.key(seed), layout)
+        adapters = {
+            path: lora_jax.Factors(f.a, 0.3 * noise(f.b.shape, seed + i))
+            for i, (path, f) in enumerate(start.items())
+        }
+        every.append((layout, adapters))
+    return tuple(every)
+
+
+@functools.cache
+def stacked(config: models.LlamaConfig) -> Any:
+    """(layout, stacked) of `pairs`."""
+    return lora_jax.stack(pairs(config))
+
+
+def merged(config: models.LlamaConfig, adapter: int) -> Any:
+    """The weights with one adapter in them."""
+    if adapter == lora_jax.BASE:
+        return params(config)
+    layout, adapters = pairs(config)[adapter]
+    return lora_jax.merge(layout, params(config), adapters)
