@@ -1,0 +1,106 @@
+"""Tiny classifiers, trained by train.py's own code for a few steps."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+import lora_jax
+import train
+from lora_jax.training import export, mesh
+from lora_jax.training.classification import classification
+from lora_jax.training.config import LoraConfig, OptimizerConfig
+from lora_jax.training.data.config import DataConfig
+from lora_jax.training.data.shard import Shard
+from lora_jax.training.text import ModelConfig, TextConfig
+from tests.training import tiny
+
+ATTENTION = "**/attention/{query,value}/kernel"
+
+
+def config_of(
+    weights: pathlib.Path,
+    source: str,
+    *,
+    rank: int = 4,
+    alpha: float = 8.0,
+    targets: tuple[str, ...] = (ATTENTION,),
+    fields: tuple[str, ...] = ("text",),
+    pooling: Any = "mean",
+    beside: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> TextConfig:
+    """Two steps on `source`, at a rate that makes them count."""
+    return TextConfig(
+        workload=classification,
+        model=ModelConfig(reference=str(weights), pooling=pooling),
+        data=DataConfig(
+            source=source,
+            text_fields=fields,
+            max_length=16,
+            buckets=(8,),
+            batch_size=16,
+            eval_batch_size=16,
+        ),
+        lora=LoraConfig(rank=rank, alpha=alpha, targets=targets, beside=beside),
+        optimizer=OptimizerConfig(learning_rate=0.1, schedule="constant", warmup=0.0),
+        steps=2,
+        evaluate_every=2,
+        seed=seed,
+    )
+
+
+def examples(folder: pathlib.Path, label: Any, fields: tuple[str, ...] = ("text",)) -> str:
+    """{split}.jsonl of 96 and 40 examples; the source's name."""
+    return tiny.write_examples(folder, fields, label)
+
+
+def train_in(path: pathlib.Path, config: TextConfig) -> pathlib.Path:
+    """A finished run in `path`, as train.py leaves it."""
+    path.mkdir(parents=True)
+    grid = mesh.make(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(grid):
+        train.train(config, grid, path, train.Console(quiet=True))
+    return path
+
+
+def export_in(path: pathlib.Path, config: TextConfig) -> pathlib.Path:
+    """What a run exports, with random numbers in the place of trained ones: quicker."""
+    workload = classification(config)
+    params, key = _arrays(workload), jax.random.key(config.seed)
+    example = next(workload.train(Shard()))
+    layout = lora_jax.resolve(
+        config.lora.spec, workload.apply, params, example, train=True, key=key
+    )
+    base, frozen = lora_jax.frozen.split(params, config.lora.beside or workload.beside)
+    fresh = {"adapters": lora_jax.init(key, layout), "base": base}
+    trained = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(key, x.shape), fresh)
+    export.save(path, "best", layout, trained, lora_jax.fingerprint(frozen), about=workload.about)
+    return path
+
+
+def _arrays(workload: Any) -> Any:
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return workload.arrays(jax.tree.map(lambda _: where, workload.params))
+
+
+def evaluated(run: pathlib.Path, config: TextConfig) -> np.ndarray:
+    """[N, C] outputs of the run's best adapter on its validation split, by training's own code."""
+    workload = classification(config)
+    params = _arrays(workload)
+    layout, adapters = lora_jax.restore(run / "adapters/best")
+    beside = lora_jax.checkpoint.restore_base(run / "adapters/best")
+    params = lora_jax.paths.replace(params, beside)
+    apply = jax.jit(
+        lambda batch: lora_jax.adapt(layout, workload.apply)(
+            params, adapters, batch, train=False, key=None
+        )
+    )
+    found: dict[int, Any] = {}
+    for batch in workload.evaluation["validation"](Shard()):
+        rows = zip(batch["index"].tolist(), np.asarray(apply(batch)), strict=True)
+        found |= dict(rows)
+    return np.stack([found[i] for i in range(len(found))])

@@ -1,0 +1,317 @@
+"""`python -m lora_jax.predict`: mixed == alone == what training's own evaluation computes."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import models, predict
+from lora_jax.serving import adapters, classifier, lines
+from lora_jax.training.text import TextConfig
+from tests.serving import classifiers
+from tests.training import tiny
+
+Opened = tuple[adapters.Served, classifier.Classifier]
+WORDS = " ".join(tiny.WORDS[:6])
+
+
+class Trained(NamedTuple):
+    weights: pathlib.Path
+    folder: pathlib.Path
+    configs: dict[str, TextConfig]
+
+    def given(self, *names: str) -> list[str]:
+        """--adapter for each of the runs."""
+        return [x for name in names for x in ("--adapter", str(self.folder / name))]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Three classes, two (other rank, scale and targets, a norm trained too), and a number."""
+    folder = tmp_path_factory.mktemp("serving")
+    weights = tiny.write_model(folder / "model", tiny.ROBERTA)
+    three = classifiers.examples(folder / "three", int)
+    two = classifiers.examples(folder / "two", lambda kind: ("no", "yes")[kind % 2])
+    number = classifiers.examples(folder / "number", lambda kind: kind / 2)
+    norm = "bert/encoder/layer_1/attention_norm/scale"
+    configs = {
+        "three": classifiers.config_of(weights, three),
+        "two": classifiers.config_of(
+            weights,
+            two,
+            rank=1,
+            alpha=3.0,
+            targets=("**/mlp/*/kernel",),
+            seed=1,
+            beside=("classifier/**", norm),
+        ),
+        "number": classifiers.config_of(weights, number, rank=2, seed=2),
+    }
+    for name, config in configs.items():
+        make = classifiers.train_in if name == "two" else classifiers.export_in
+        make(folder / "runs" / name, config)
+    return Trained(weights, folder / "runs", configs)
+
+
+def texts(trained: Trained, name: str) -> list[str]:
+    file = trained.folder.parent / name / "validation.jsonl"
+    return [json.loads(row)["text"] for row in file.read_text().splitlines()]
+
+
+def mixed(trained: Trained) -> list[dict[str, Any]]:
+    """Every validation text of every task, shuffled, with its adapter and a field of its own."""
+    rows = [
+        {"text": text, "adapter": name, "n": i}
+        for name in trained.configs
+        for i, text in enumerate(texts(trained, name))
+    ]
+    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+
+
+def predicted(
+    folder: pathlib.Path, rows: list[dict[str, Any]], *arguments: str
+) -> list[dict[str, Any]]:
+    source, out = folder / "in.jsonl", folder / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert predict.main(["--file", str(source), "--out", str(out), *arguments]) == 0
+    return [json.loads(row) for row in out.read_text().splitlines()]
+
+
+def close(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    if isinstance(one["prediction"], float):
+        assert one["prediction"] == pytest.approx(other["prediction"], abs=2e-5)
+    else:
+        assert one["prediction"] == other["prediction"]
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=2e-5)
+
+
+@pytest.fixture(scope="module")
+def opened(trained: Trained) -> Opened:
+    served = adapters.open_adapters(
+        [str(trained.folder / name) for name in trained.configs], models.BertConfig
+    )
+    return served, classifier.Classifier(served, 16)
+
+
+@pytest.fixture(scope="module")
+def answers(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of the mixed file, in windows shorter than it is."""
+    folder = tmp_path_factory.mktemp("mixed")
+    given = trained.given("three", "two", "number")
+    return predicted(folder, mixed(trained), *given, "--batch-size", "16", "--window", "50")
+
+
+def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> None:
+    """The same outputs, of every example: red if an example takes another head or adapter, or if
+    a parameter that was trained beside is left as the base has it."""
+    served, made = opened
+    rows = mixed(trained)
+    ids = [served.names.index(row["adapter"]) for row in rows]
+    found = dict(made.scores(ids, [row["text"] for row in rows]))
+    assert sorted(found) == list(range(len(rows)))
+    expected = {
+        name: classifiers.evaluated(trained.folder / name, config)
+        for name, config in trained.configs.items()
+    }
+    assert {name: outputs.shape[1] for name, outputs in expected.items()} == {
+        "three": 3,
+        "two": 2,
+        "number": 1,
+    }
+    for i, row in enumerate(rows):
+        wanted = expected[row["adapter"]][row["n"]]
+        assert found[i].shape == wanted.shape
+        np.testing.assert_allclose(found[i], wanted, atol=1e-5 * np.abs(wanted).max() + 1e-6)
+    # and they are not all alike: another adapter, or none, is told apart
+    two = dict(made.scores([1] * len(rows), [row["text"] for row in rows]))
+    assert max(np.abs(two[i][:1] - found[i][:1]).max() for i in range(len(rows))) > 0.05
+
+
+def test_mixed_is_each_alone(
+    trained: Trained, answers: list[dict[str, Any]], tmp_path: pathlib.Path
+) -> None:
+    """The exported folder alone has all that is needed, wherever it lies. Red if padded classes
+    take part: two of three outputs would not be alone."""
+    for name in trained.configs:
+        own = [row for row in mixed(trained) if row["adapter"] == name]
+        bare = [{"text": row["text"], "n": row["n"]} for row in own]  # one adapter: no need to say
+        moved = shutil.copytree(trained.folder / name / "adapters/best", tmp_path / name)
+        alone = predicted(tmp_path, bare, "--adapter", str(moved))
+        for one, other in zip(alone, [a for a in answers if a["adapter"] == name], strict=True):
+            close(one, other)
+
+
+def test_order_and_fields_are_kept(trained: Trained, answers: list[dict[str, Any]]) -> None:
+    rows = mixed(trained)
+    assert [{name: a[name] for name in ("text", "adapter", "n")} for a in answers] == rows
+    by_name = {a["adapter"]: a for a in answers}
+    assert list(by_name["two"]["probabilities"]) == ["no", "yes"]
+    assert list(by_name["three"]["probabilities"]) == ["0", "1", "2"]
+    assert "probabilities" not in by_name["number"]
+    for answer in answers:
+        if "probabilities" in answer:
+            shares = answer["probabilities"]
+            assert sum(shares.values()) == pytest.approx(1.0, abs=1e-5)
+            assert answer["prediction"] == max(shares, key=shares.__getitem__)
+
+
+def test_one_program_for_each_length(opened: Opened) -> None:
+    """Whatever adapters come, and however many texts: red if a batch has a shape of its own."""
+    made = classifier.Classifier(opened[0], 4)
+    short, long = "word1 word2", " ".join(["word3"] * 14)
+    for ids in ([0, 1, 2, 0], [2, 2, 2], [1], [0, 1] * 9):
+        for text in (short, long):
+            assert len(dict(made.scores(ids, [text] * len(ids)))) == len(ids)
+    assert sorted(made.compiled) == [8, 16]
+    assert made.cut.examples == 0
+    list(made.scores([0], [f"{long} {long}"]))
+    assert (made.cut.examples, made.cut.tokens) == (1, 14)
+    assert sorted(made.compiled) == [8, 16]
+
+
+def test_a_pair_is_read_from_its_two_fields(trained: Trained, tmp_path: pathlib.Path) -> None:
+    fields = ("premise", "hypothesis")
+    source = classifiers.examples(tmp_path / "data", int, fields)
+    config = classifiers.config_of(trained.weights, source, fields=fields, pooling="roberta_head")
+    run = classifiers.export_in(tmp_path / "pairs", config)
+    rows = [json.loads(r) for r in (tmp_path / "data/validation.jsonl").read_text().splitlines()]
+    found = predicted(tmp_path, rows, "--adapter", str(run))
+    for row, outputs in zip(found, classifiers.evaluated(run, config), strict=True):
+        shares = np.exp(outputs) / np.exp(outputs).sum()
+        assert list(row["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-5)
+    status = predict.main([*trained.given("two"), "--adapter", str(run), "--text", "a"])
+    assert status == 1  # their heads pool differently
+
+
+def test_texts_of_the_command_line(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each by every adapter."""
+    given = trained.given("three", "two")
+    assert predict.main([*given, "--text", "word1", "--text", WORDS]) == 0
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert [(row["text"], row["adapter"]) for row in rows] == [
+        (text, name) for text in ("word1", WORDS) for name in ("three", "two")
+    ]
+
+
+GOOD = {"text": "word1", "adapter": "two"}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "a"}, r"line 2 does not say which adapter(.|\n)*three(.|\n)*two"),
+        ({"text": "a", "adapter": "tow"}, r"line 2: no adapter is called 'tow'; nearest: 'two'"),
+        ({"text": "a", "adapter": 1}, "line 2: 'adapter' is 1, expected a str"),
+        ({"text": "a", "adapter": "base"}, "line 2: 'base' stands for no adapter, and the base"),
+        (
+            {"txt": "a", "adapter": "two"},
+            "line 2 has no field 'text'; its fields: 'txt', 'adapter'",
+        ),
+        ({"text": ["a"], "adapter": "two"}, r"line 2: 'text' is \[\"a\"\], expected a str"),
+        ({"text": None, "adapter": "two"}, "line 2: 'text' is null, expected a str"),
+        ([], r"line 2 is \[\]; expected an object"),
+    ],
+)
+def test_a_line_that_cannot_be_classified(
+    row: Any, said: str, opened: Opened, tmp_path: pathlib.Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(r) + "\n" for r in (GOOD, row)))
+    with pytest.raises(lora_jax.LoraError, match=said):
+        list(predict.predict(*opened, list(lines.read(str(source)))))
+
+
+def test_errors_are_lines_on_stderr(
+    trained: Trained, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 1, and an output that is there already stays as it was."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"text": "a"}\n{"text"\n')
+    out.write_text("kept")
+    asked = ["--file", str(source), "--out", str(out)]
+    cases = {
+        "line 2 is not JSON": [*trained.given("two"), *asked],
+        "no adapter: give --adapter PATH": asked,
+        "--batch-size must be at least 1, got 0": [*trained.given("two"), "--batch-size", "0"],
+        "exclude each other": [*trained.given("two"), *asked, "--text", "a"],
+        "No such file": [*trained.given("two"), "--file", str(tmp_path / "none.jsonl")],
+        "no adapter at nowhere": ["--adapter", "nowhere", "--text", "a"],
+    }
+    for said, arguments in cases.items():
+        assert predict.main(arguments) == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: "), captured.err
+        assert said in captured.err
+        assert captured.out == ""
+    assert out.read_text() == "kept"
+
+
+def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pathlib.Path) -> None:
+    """Red if they come out as a class like any other."""
+    member = adapters.read("broken", trained.folder / "two/adapters/best")
+    beside = jax.tree.map(lambda x: x * np.nan, member.base)
+    lora_jax.save(
+        tmp_path / "broken",
+        member.layout,
+        member.adapters,
+        base=beside,
+        about=member.about,
+    )
+    opened = adapters.open_adapters(
+        [str(tmp_path / "broken")], models.BertConfig, allow_other_base=True
+    )
+    made = classifier.Classifier(opened, 4)
+    with pytest.raises(lora_jax.LoraError, match=r"--text: adapter 'broken' gives scores that are"):
+        list(predict.predict(opened, made, [lines.Line({"text": "a"}, "--text")]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": None},
+        {"labels": ["a", 1]},
+        {"text_fields": []},
+        {"text_fields": ["a", "b", "c"]},
+        {"lengths": [16, 8]},
+        {"lengths": [0]},
+        {"lengths": "16"},
+    ],
+)
+def test_an_adapter_that_does_not_say_what_it_classifies(
+    change: dict[str, Any], trained: Trained
+) -> None:
+    """What it says may be anybody's word."""
+    member = adapters.read("two", trained.folder / "two/adapters/best")
+    wrong = adapters.Member(
+        member.name,
+        member.path,
+        member.layout,
+        member.adapters,
+        member.base,
+        {**member.about, **change},
+    )
+    with pytest.raises(lora_jax.LoraError, match=r"'two'(.|\n)*does not say what it classifies"):
+        classifier.task_of(wrong)
+    assert classifier.task_of(member) == classifier.Task(("no", "yes"), ("text",), (8, 16))
+
+
+def test_a_head_of_another_width_is_refused(trained: Trained) -> None:
+    member = adapters.read("two", trained.folder / "two/adapters/best")
+    wrong = adapters.Member(
+        member.name,
+        member.path,
+        member.layout,
+        member.adapters,
+        member.base,
+        {**member.about, "labels": ["a", "b", "c"]},
+    )
+    with pytest.raises(lora_jax.LoraError, match="needs a head of 3 outputs; it has 2"):
+        classifier.task_of(wrong)
