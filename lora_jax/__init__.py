@@ -16,7 +16,14 @@ from lora_jax.checkpoint import save as save
 from lora_jax.combine import combine as combine
 from lora_jax.combine import truncate as truncate
 from lora_jax.errors import LoraError as LoraError
+from lora_jax.experts import Mixture as Mixture
+from lora_jax.experts import Routed as Routed
+from lora_jax.experts import init_router as init_router
+from lora_jax.experts import mix as mix
+from lora_jax.experts import route as route
 from lora_jax.fingerprint import fingerprint as fingerprint
+from lora_jax.gate import Load as Load
+from lora_jax.gate import gates as gates
 from lora_jax.layout import Layout as Layout
 from lora_jax.layout import Target as Target
 from lora_jax.layout import resolve as resolve
@@ -37,3 +44,5 @@ from lora_jax.stacked import union as union
 from lora_jax.stacked import unpad as unpad
 from lora_jax.stacked import unstack as unstack
 from lora_jax.transform import adapt as adapt
+from lora_jax.usage import balance as balance
+from lora_jax.usage import load as load

@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weight import RANK, AdaptedWeight, Named, Names, einsum, scaled
+from lora_jax.gate import Gate
+from lora_jax.weight import MEMBER, RANK, ROWS, TALLY, AdaptedWeight, Named, Names, einsum, scaled
 
-ROWS = -2  # the name of all axes that are rows of the product
 Scaling = Callable[[Named], Named]
 
 
@@ -38,12 +38,15 @@ def add(base: Any, x: Named, v: AdaptedWeight, out: Names, precision: Any) -> An
         summed over; a name in none of them is an axis along which the update is constant.
       precision: of both products, as in `jax.lax.dot_general`.
     """
+    if any(n not in x.names or n in out for n in v.a.names if v.is_input(n)):
+        v.check_linear("a product with its transpose, or with a part of its inputs")
     names = dict.fromkeys((*x.names, *v.a.names, *v.b.names, *out))
-    canonical = {n: RANK if n == RANK else i for i, n in enumerate(names)}
-    x, a, b = (n.renamed(canonical) for n in (x, v.a, v.b))
-    gain = None if v.gain is None else v.gain.renamed(canonical)
+    canonical = {n: i if n >= 0 else n for i, n in enumerate((*names, MEMBER, TALLY))}
+    x = x.renamed(canonical)
+    v = v.map(lambda n: n if n is v.w else n.renamed(canonical))
     out = tuple(canonical[n] for n in out)
-    return _add(base, x, a, b, gain, out=out, scale=v.scale, precision=precision)
+    how: Any = {"out": out, "scale": v.scale, "precision": precision}
+    return _add(base, x, v.a, v.b, v.gain, v.gate, **how)
 
 
 @functools.partial(jax.jit, static_argnames=("out", "scale", "precision"))
@@ -53,6 +56,7 @@ def _add(
     a: Named,
     b: Named,
     gain: Named | None,
+    gate: Gate | None,
     *,
     out: Names,
     scale: float,
@@ -62,7 +66,7 @@ def _add(
         a, b = a.astype(x.array.dtype), b.astype(x.array.dtype)
         first, second = _ordered(x, a, b, out)
         form = _matrix_form if _is_matrix_product(x, first, second, out) else _einsum_form
-        y = form(x, first, second, out, lambda h: scaled(h, scale, gain), precision)
+        y = form(x, first, second, out, lambda h: scaled(h, scale, gain, gate), precision)
         y = y.moved(tuple(n for n in out if n in y.names))
         constant = [i for i, n in enumerate(out) if n not in y.names]
         delta = jnp.expand_dims(y.array, constant).astype(base.dtype)

@@ -72,6 +72,11 @@ class Selection:
     stack: Stack
     ids: Any
 
+    @property
+    def per_example(self) -> bool:
+        """Whether each example has its own."""
+        return jnp.ndim(self.ids) == 1
+
 
 def union(layouts: Iterable[Layout]) -> Layout:
     """The layout that adapters of all these fit into: every target, with the largest of its ranks.

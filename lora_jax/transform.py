@@ -10,6 +10,7 @@ import jax
 from lora_jax import examples, paths, program
 from lora_jax.adapters import Adapters, check
 from lora_jax.errors import LoraError
+from lora_jax.experts import Blend, Mixture, Routed, blend, blend_by_token
 from lora_jax.layout import Layout, Target
 from lora_jax.rules import RULES
 from lora_jax.stacked import Scaled, Selection, take
@@ -62,39 +63,57 @@ def adapt(
     {'w': Factors(a=(8, 2), b=(2, 4))}
     """
 
-    def one(params: Any, adapters: Adapters | Scaled, *args: Any, **kwargs: Any) -> Any:
+    def one(params: Any, adapters: Adapters | Scaled | Blend, *args: Any, **kwargs: Any) -> Any:
         layout.check_params(paths.flatten(params))
-        gains: dict[str, Any] = {}
-        if isinstance(adapters, Scaled):
-            adapters, gains = adapters.factors, adapters.scales
-        check(layout, adapters)
+        whole = _as_blend(layout, adapters)
         traced = program.trace(f, params, args, kwargs)
         interpreter = _Interpreter()
         ins = list(traced.inputs)
         position = {path: i for i, path in enumerate(traced.param_paths)}
         for t in layout.targets:
-            w, gain = ins[position[t.path]], gains.get(t.path)
-            ins[position[t.path]] = AdaptedWeight.start(t, w, adapters[t.path], gain)
+            gain, gate = whole.gains.get(t.path), whole.gates.get(t.path)
+            w, factors = ins[position[t.path]], whole.factors[t.path]
+            ins[position[t.path]] = AdaptedWeight.start(t, w, factors, gain, gate)
         outs = interpreter.evaluate(traced.jaxpr, traced.consts, ins)
         outs = [interpreter.returned(out) for out in outs]
         interpreter.check_all_read(layout)
         return jax.tree.unflatten(traced.out_tree, outs)
 
     def adapted(
-        params: Any, adapters: Adapters | Scaled | Selection, *args: Any, **kwargs: Any
+        params: Any,
+        adapters: Adapters | Scaled | Selection | Mixture | Routed,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        if not isinstance(adapters, Selection):
+        if isinstance(adapters, Routed):
+            return one(params, blend_by_token(layout, adapters), *args, **kwargs)
+        if not isinstance(adapters, Selection | Mixture):
             return one(params, adapters, *args, **kwargs)
-        stacked, ids = adapters.stack, adapters.ids
-        if ids.ndim == 0:
-            return one(params, take(stacked, ids), *args, **kwargs)
+        choice, chosen = _choice(layout, adapters)
 
-        def call(index: Any, *args: Any, **kwargs: Any) -> Any:
-            return one(params, take(stacked, index), *args, **kwargs)
+        def call(choice: Any, *args: Any, **kwargs: Any) -> Any:
+            return one(params, chosen(choice), *args, **kwargs)
 
-        return examples.each(call, ids, args, kwargs, in_axes, out_axes)
+        if not adapters.per_example:
+            return call(choice, *args, **kwargs)
+        return examples.each(call, choice, args, kwargs, in_axes, out_axes)
 
     return adapted
+
+
+def _choice(layout: Layout, of: Selection | Mixture) -> tuple[Any, Callable[[Any], Any]]:
+    """What is chosen (for one example or for each), and the adapters that one choice means."""
+    if isinstance(of, Selection):
+        return of.ids, lambda index: take(of.stack, index)
+    return of.weights, lambda weights: blend(layout, of.stack, weights)
+
+
+def _as_blend(layout: Layout, adapters: Adapters | Scaled | Blend) -> Blend:
+    if isinstance(adapters, Blend):
+        return adapters
+    scaled = adapters if isinstance(adapters, Scaled) else Scaled(adapters, {})
+    check(layout, scaled.factors)
+    return Blend(scaled.factors, scaled.scales, {})
 
 
 class _Interpreter:

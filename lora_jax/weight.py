@@ -9,6 +9,7 @@ Every axis carries an integer name. An axis of W is
 
 so what an operation does to an axis of W, it does to each array that has the name. `a` and `b`
 share the name RANK; `gain`, where there is one, has it too, or stack axes, or no axis at all.
+A router per token (`gate`) has its columns in `a`, after those of the rank.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import Factors
+from lora_jax.errors import LoraError
+from lora_jax.gate import Gate, counted, gates
 from lora_jax.layout import Target
 from lora_jax.merge import wide_dtype
 
-RANK = -1
+RANK, ROWS, MEMBER, TALLY = -1, -2, -3, -4  # names that are the same in all weights
 _fresh = itertools.count()
 
 Names = tuple[int, ...]
@@ -76,12 +79,35 @@ def einsum(left: Named, right: Named, out: Names, precision: Any = None) -> Any:
     return jnp.einsum(left.array, left_list, right.array, right_list, out_list, precision=precision)
 
 
-def scaled(h: Named, scale: float, gain: Named | None) -> Named:
-    """`scale * gain * h` in h's dtype; h has every axis that gain has."""
+def scaled(h: Named, scale: float, gain: Named | None, gate: Gate | None = None) -> Named:
+    """`scale * gain * gates * h` in h's dtype; h has every axis that gain has."""
+    if gate is not None:
+        h = _gated(h, gate)
     array = h.array * scale
     if gain is not None:
         array = array * gain.astype(array.dtype).among(h.names)
     return Named(array, h.names)
+
+
+def _gated(h: Named, gate: Gate) -> Named:
+    """`x a` for all experts, each weighted by the gate that the router's columns of it give."""
+    h = h.moved((*(n for n in h.names if n != RANK), RANK))
+    rank = h.array.shape[-1] - gate.n
+    weights = gates(h.array[..., rank:], gate.top)
+    if gate.probe is not None:
+        weights = _counted(Named(weights, (*h.names[:-1], MEMBER)), gate)
+    parts = h.array[..., :rank].reshape(*weights.shape, rank // gate.n)
+    weighted = parts * weights[..., None].astype(parts.dtype)
+    return Named(weighted.reshape(*h.array.shape[:-1], rank), h.names)
+
+
+def _counted(weights: Named, gate: Gate) -> Any:
+    """The gates again, counted slice by slice of the stack that the probe still has."""
+    front = weights.to_front(tuple(n for n in gate.probe.names if n in weights.names[:-1]))
+    stack = front.array.shape[: len(gate.probe.names) - 2]
+    rows = front.array.reshape(*stack, -1, gate.n)
+    array = counted(rows, gate.probe.array, gate.top).reshape(front.array.shape)
+    return Named(array, front.names).moved(weights.names).array
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +118,8 @@ class AdaptedWeight:
     gain: what else the update is multiplied with, where that is data and not part of the layout:
       the scale of an adapter that was chosen among several, or a factor for each rank. With one
       the value is `w + scale * (a * gain) @ b`.
+    gate: a router per token (`lora_jax.experts`). Then there is no such value, and the weight is
+      good for products with all of an input alone.
     """
 
     w: Named
@@ -100,13 +128,19 @@ class AdaptedWeight:
     scale: float = dataclasses.field(metadata={"static": True})
     target: Target = dataclasses.field(metadata={"static": True})
     gain: Named | None = None
+    gate: Gate | None = None
 
     @staticmethod
-    def start(target: Target, w: Any, factors: Factors, gain: Any = None) -> AdaptedWeight:
+    def start(
+        target: Target, w: Any, factors: Factors, gain: Any = None, gate: Gate | None = None
+    ) -> AdaptedWeight:
         """The weight as a program gets it; `gain`: [] or [rank], or None."""
         names = fresh(len(target.shape))
         pick = lambda which: tuple(names[i] for i in which)  # noqa: E731
         stack = pick(target.stack)
+        if gate is not None and gate.probe is not None:
+            probe = Named(gate.probe, (*stack, TALLY, MEMBER))
+            gate = dataclasses.replace(gate, probe=probe)
         return AdaptedWeight(
             Named(w, names),
             Named(factors.a, (*stack, *pick(target.inputs), RANK)),
@@ -114,16 +148,28 @@ class AdaptedWeight:
             target.scale,
             target,
             None if gain is None else Named(gain, (RANK,) if jnp.ndim(gain) else ()),
+            gate,
         )
 
     def map(self, fn: Callable[[Named], Named]) -> AdaptedWeight:
         """`fn` of each of the arrays."""
-        gain = None if self.gain is None else fn(self.gain)
-        return dataclasses.replace(self, w=fn(self.w), a=fn(self.a), b=fn(self.b), gain=gain)
+        gain, gate = None if self.gain is None else fn(self.gain), self.gate
+        if gate is not None and gate.probe is not None:
+            gate = dataclasses.replace(gate, probe=fn(gate.probe))
+        w, a, b = fn(self.w), fn(self.a), fn(self.b)
+        return dataclasses.replace(self, w=w, a=a, b=b, gain=gain, gate=gate)
 
     def scaled(self, h: Named) -> Named:
         """See `scaled`."""
-        return scaled(h, self.scale, self.gain)
+        return scaled(h, self.scale, self.gain, self.gate)
+
+    def check_linear(self, where: str) -> None:
+        """Raise `LoraError` if a router per token makes the update depend on the input."""
+        if self.gate is not None:
+            raise LoraError(
+                f"{self.target.path!r}: {where}, where a router per token has no whole input to "
+                "route by. Leave it out of the targets, or use weights per example: lora_jax.mix"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,6 +195,7 @@ class AdaptedWeight:
 
     def update(self) -> Any:
         """`scale * a @ b` in W's present shape and in float32; only `folded` and rows need it."""
+        self.check_linear("W + scale * a @ b itself is asked for")
         wide = wide_dtype(self.w.array.dtype)
         present = tuple(n for n in self.w.names if not self.is_free(n))
         a = self.scaled(self.a.astype(wide))

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "lora_jax"
 # Room -> the rooms it may import, and does. A room is a module of the core, or a package; "" is
 # `lora_jax/__init__.py`. No room of the core may import one that is around it, or the facade.
 ARROWS = {
-    "": {"adapters", "checkpoint", "combine", "errors", "fingerprint", "frozen", "layout", "merge"}
-    | {"nnx", "paths", "sharding", "spec", "stacked", "transform"},
+    "": {"adapters", "checkpoint", "combine", "errors", "experts", "fingerprint", "frozen", "gate"}
+    | {"layout", "merge", "nnx", "paths", "sharding", "spec", "stacked", "transform", "usage"},
     "errors": set(),
     "paths": {"errors"},
     "spec": {"errors"},
@@ -32,13 +32,16 @@ ARROWS = {
     "adapters": {"errors", "layout"},
     "merge": {"adapters", "layout", "paths"},
     "combine": {"adapters", "errors", "layout", "merge", "spec"},
-    "weight": {"adapters", "layout", "merge"},
-    "lowrank": {"weight"},
+    "gate": set(),
+    "weight": {"adapters", "errors", "gate", "layout", "merge"},
+    "lowrank": {"gate", "weight"},
     "rules": {"lowrank", "program", "view", "weight"},
     "stacked": {"adapters", "errors", "layout"},
     "examples": {"errors"},
-    "transform": {"adapters", "errors", "examples", "layout", "paths", "program", "rules"}
-    | {"stacked", "weight"},
+    "experts": {"adapters", "errors", "gate", "layout", "stacked"},
+    "transform": {"adapters", "errors", "examples", "experts", "layout", "paths", "program"}
+    | {"rules", "stacked", "weight"},
+    "usage": {"errors", "experts", "gate", "layout", "program", "transform"},
     "frozen": {"errors", "paths"},
     "metadata": {"errors", "paths"},
     "sharding": {"adapters", "axes", "errors", "layout", "metadata", "paths", "program"},

@@ -43,6 +43,9 @@ def _custom_jvp(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     with the gain's tangent.
     """
     jaxpr, consts = program.called(eqn)
+    for v in ins:
+        if isinstance(v, AdaptedWeight):
+            v.check_linear(f"{program.operand_name(eqn)} takes it")
 
     @jax.custom_jvp
     def call(ins: Ins) -> list[Any]:
@@ -217,6 +220,8 @@ def _shard_map(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
 def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
     """The weight with PartitionSpecs in the place of its arrays."""
     entries = dict(zip(v.w.names, spec, strict=False))
+    if any(v.is_input(name) and entries[name] for name in entries):
+        v.check_linear("a shard_map cuts the axis that its product contracts")
     return v.map(lambda n: Named(PartitionSpec(*map(entries.get, n.names)), n.names))
 
 

@@ -64,7 +64,7 @@ def _conv(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     kernel = _conv_kernel(v, out, groups).astype(x.dtype)
     h = jnp.moveaxis(program.bind(eqn, x, kernel), dims.out_spec[1], -1)
     rank, channels = v.b.array.shape
-    h = _scaled(v, h.reshape(*h.shape[:-1], groups, rank))
+    h = _scaled(v, h.reshape(*h.shape[:-1], groups, v.a.size(RANK)))
     b = v.b.array.reshape(rank, groups, channels // groups).astype(h.dtype)
     y = jnp.einsum("...gr,rgo->...go", h, b, precision=_one(eqn.params["precision"]))
     y = jnp.moveaxis(y.reshape(*y.shape[:-2], channels), -1, dims.out_spec[1])
@@ -189,15 +189,13 @@ def _chosen(v: AdaptedWeight, eqn: Any, indices: Any) -> AdaptedWeight:
         w_names[j] = name
 
     def choose(factor: Named) -> Named:
+        if factor is v.w or not any(n in factor.names for n in taken):
+            return factor
         array = _gather_like(factor, v, eqn, indices, last=True)
         rest = tuple(n for n in factor.names if n not in taken)
         return Named(array, (*stack, *rest))
 
-    gain = v.gain
-    if gain is not None and any(n in gain.names for n in taken):
-        gain = choose(gain)
-    a, b = choose(v.a), choose(v.b)
-    return dataclasses.replace(v, w=Named(w, tuple(w_names)), a=a, b=b, gain=gain)
+    return dataclasses.replace(v.map(choose), w=Named(w, tuple(w_names)))
 
 
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
