@@ -4,8 +4,8 @@ A batch is read at once (prefill), then one compiled step writes a token to ever
 compiled depends on shapes alone, and there are few of them:
 
 - prompts are padded on the left to the next of 16, 24, 32, 48, 64, 96, 128, 192, ... tokens;
-- the cache of a call to `generate` has room, rounded up alike, for the longest of its prompts and
-  all new tokens, so that all its batches share one step;
+- the cache has room for them and all new tokens, rounded up alike, or up to twice that where a
+  step has been compiled for it before;
 - rows are filled up to `batch_size`, or to the next power of two where there are fewer prompts.
 
 Other prompts, other adapters of the stack, another temperature: the same programs.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,20 @@ from lora_jax.serving.sampling import GREEDY, Sampling, choose
 
 Tree = Any  # a pytree
 _SHORTEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A text to go on with.
+
+    tokens: at least one.
+    adapter: its number (`lora_jax.stack`), or `lora_jax.BASE` for none.
+    stop: tokens that end what is written.
+    """
+
+    tokens: Sequence[int]
+    adapter: int = lora_jax.BASE
+    stop: Collection[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +125,30 @@ class Decoder:
 
         self._read, self._write = (_mixed(layout, f) for f in (read, write))
 
-    def check(self, ids: Sequence[int]) -> None:
-        """Raise `LoraError` unless every id is that of an adapter, or BASE."""
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise `LoraError` unless it can go on with every one of them."""
         size = 0 if self._stacked is None else self._stacked.size
-        for i in ids:
-            if not lora_jax.BASE <= i < size:
+        room = self.config.max_positions
+        for number, prompt in enumerate(prompts):
+            if not lora_jax.BASE <= prompt.adapter < size:
                 raise LoraError(
-                    f"no adapter {i}: there are {size}, counted from 0, and "
-                    f"{lora_jax.BASE} is the base"
+                    f"prompt {number}: no adapter {prompt.adapter}: there are {size}, counted from "
+                    f"0, and {lora_jax.BASE} is the base"
                 )
+            if not 0 < len(prompt.tokens) < room:
+                raise LoraError(
+                    f"prompt {number} has {len(prompt.tokens)} tokens; expected from 1 to "
+                    f"{room - 1}: the model has positions for {room}, and at least one is written"
+                )
+
+    def capacity(self, rows: int, need: int, sampling: Sampling) -> int:
+        """How many slots the cache of a batch gets that needs so many."""
+        known = [
+            key[2]
+            for key in self.compiled
+            if key[:2] == ("step", rows) and key[3] == sampling.form and need <= key[2] <= 2 * need
+        ]
+        return min(known, default=rounded(need))
 
     def prefill(self, batch: Batch, capacity: int, sampling: Sampling) -> tuple[Any, Any]:
         """(cache, first token [B]) of prompts that are all read at once."""
@@ -199,11 +228,9 @@ class Batch(NamedTuple):
 
 def generate(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    adapters: Sequence[int] | None = None,
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 128,
-    stop: Sequence[int] = (),
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
     on_piece: Callable[[Piece], None] | None = None,
@@ -215,21 +242,17 @@ def generate(
 
     Args:
       decoder: compiles as it goes; use one for all calls.
-      prompts: token ids, at least one each.
-      adapters: an id for each prompt (`lora_jax.stack`'s numbers; BASE: none). None: the base for
-        all.
+      prompts: each with an adapter of its own.
       max_new_tokens: to each prompt.
-      stop: token ids that end a row.
       sampling: how tokens are chosen.
       batch_size: rows that are written at the same time; more prompts wait.
-      on_piece: called with each token as it comes, row by row, and step by step.
+      on_piece: called with each token as it comes, step by step, and row by row in a step.
 
     Raises:
       LoraError: an empty prompt, one longer than the model has positions, no such adapter.
     """
     found = [Generated([], "length") for _ in prompts]
-    settings = (max_new_tokens, stop, sampling, batch_size)
-    for piece in stream(decoder, prompts, adapters, *settings):
+    for piece in stream(decoder, prompts, max_new_tokens, sampling, batch_size):
         if on_piece is not None:
             on_piece(piece)
         if piece.token is not None:
@@ -241,25 +264,20 @@ def generate(
 
 def stream(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    adapters: Sequence[int] | None = None,
+    prompts: Sequence[Prompt],
     max_new_tokens: int = 128,
-    stop: Sequence[int] = (),
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
 ) -> Iterator[Piece]:
     """As `generate`, piece by piece."""
-    adapters = [lora_jax.BASE] * len(prompts) if adapters is None else adapters
-    _check(decoder, prompts, adapters, max_new_tokens, batch_size)
-    limits = [min(max_new_tokens, decoder.config.max_positions - len(p)) for p in prompts]
+    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise LoraError(f"{name} must be at least 1, got {value}")
+    decoder.check(prompts)
     rows = min(batch_size, 1 << max(0, len(prompts) - 1).bit_length())
-    longest = max(map(len, prompts), default=0)
-    capacity = rounded(rounded(longest) + max_new_tokens)
     for start in range(0, len(prompts), rows):
-        chosen = range(start, min(start + rows, len(prompts)))
-        batch = _batch(prompts, adapters, chosen, rows)
-        decoder.speed.read += int(batch.ids_mask[: len(chosen)].sum())
-        yield from _written(decoder, batch, limits, chosen, capacity, frozenset(stop), sampling)
+        chosen = dict(enumerate(prompts[start : start + rows], start))
+        yield from _written(decoder, chosen, rows, max_new_tokens, sampling)
 
 
 def rounded(length: int) -> int:
@@ -281,75 +299,53 @@ def _mixed(layout: lora_jax.Layout | None, f: Callable[..., Any]) -> Callable[..
     return lambda params, chosen, *args: adapted(params, lora_jax.select(*chosen), *args)
 
 
-def _batch(
-    prompts: Sequence[Sequence[int]], adapters: Sequence[int], chosen: range, count: int
-) -> Batch:
-    """The chosen prompts, and copies of them up to `count` rows."""
-    own = [chosen[row % len(chosen)] for row in range(count)]
-    length = rounded(max(len(prompts[i]) for i in chosen))
+def _batch(prompts: Mapping[int, Prompt], count: int) -> Batch:
+    """The prompts, and copies of them up to `count` rows."""
+    numbers = list(prompts)
+    own = [numbers[row % len(numbers)] for row in range(count)]
+    length = rounded(max(len(prompt.tokens) for prompt in prompts.values()))
     ids, mask = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
-    for row, i in enumerate(own):
-        ids[row, length - len(prompts[i]) :] = prompts[i]
-        mask[row, length - len(prompts[i]) :] = True
-    return Batch(
-        ids, mask, np.asarray(own, np.int32), np.asarray([adapters[i] for i in own], np.int32)
-    )
+    for row, number in enumerate(own):
+        tokens = prompts[number].tokens
+        ids[row, length - len(tokens) :] = tokens
+        mask[row, length - len(tokens) :] = True
+    adapters = [prompts[number].adapter for number in own]
+    return Batch(ids, mask, np.array(own, np.int32), np.array(adapters, np.int32))
 
 
 def _written(
     decoder: Decoder,
-    batch: Batch,
-    limits: Sequence[int],
-    chosen: range,
-    capacity: int,
-    stop: frozenset[int],
+    prompts: Mapping[int, Prompt],
+    count: int,
+    max_new_tokens: int,
     sampling: Sampling,
 ) -> Iterator[Piece]:
     """One batch, until all of its rows are finished.
 
     The step after is under way before a token is looked at, so the device need not wait for us.
     """
-    going = list(chosen)
-    most, length = max(limits[i] for i in chosen), batch.ids.shape[1]
+    room = decoder.config.max_positions
+    limits = {i: min(max_new_tokens, room - len(p.tokens)) for i, p in prompts.items()}
+    most, batch = max(limits.values()), _batch(prompts, count)
+    length = batch.ids.shape[1]
+    capacity = decoder.capacity(count, length + max_new_tokens, sampling)
     cache, tokens = decoder.prefill(batch, capacity, sampling)
+    decoder.speed.read += sum(len(prompt.tokens) for prompt in prompts.values())
+    going = dict(enumerate(prompts))  # row of the batch -> number of the prompt
     for n in range(most):
         with decoder.timed(len(going) if n else 0):
             ahead = tokens
             if n + 1 < most:
                 cache, ahead = decoder.step(batch, cache, tokens, length + n, n + 1, sampling)
             now, tokens = np.asarray(tokens), ahead
-        left = []
-        for i in going:
-            token = int(now[i - chosen.start])
-            if token in stop:
-                yield Piece(i, None, "stop")
-            elif n + 1 == limits[i]:
-                yield Piece(i, token, "length")
+        for row, number in list(going.items()):
+            token, finish = int(now[row]), "length" if n + 1 == limits[number] else None
+            if token in prompts[number].stop:
+                yield Piece(number, None, "stop")
             else:
-                yield Piece(i, token, None)
-                left.append(i)
-        going = left
+                yield Piece(number, token, finish)
+                if finish is None:
+                    continue
+            del going[row]
         if not going:
             return
-
-
-def _check(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    adapters: Sequence[int],
-    max_new_tokens: int,
-    batch_size: int,
-) -> None:
-    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
-        if value < 1:
-            raise LoraError(f"{name} must be at least 1, got {value}")
-    if len(adapters) != len(prompts):
-        raise LoraError(f"{len(prompts)} prompts, but adapters for {len(adapters)}")
-    decoder.check(adapters)
-    room = decoder.config.max_positions
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < room:
-            raise LoraError(
-                f"prompt {i} has {len(prompt)} tokens; expected from 1 to {room - 1}, as the model "
-                f"has positions for {room} and at least one is written"
-            )

@@ -15,13 +15,14 @@ import lora_jax
 from lora_jax import models
 from lora_jax.errors import LoraError
 from lora_jax.models import cache as caches
-from lora_jax.serving.generation import Decoder, Generated, Piece, generate, rounded
+from lora_jax.serving.generation import Decoder, Generated, Piece, Prompt, generate, rounded
 from lora_jax.serving.sampling import Sampling, choose
 from tests.serving import tiny
 from tests.serving.tiny import CONFIG, PROMPTS, SCANNED
 
 NEW = 9
 ADAPTERS = (0, 1, 2, lora_jax.BASE, 1)
+ALL = tuple(Prompt(tokens, adapter) for tokens, adapter in zip(PROMPTS, ADAPTERS, strict=True))
 LIVELY = Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=4)
 
 
@@ -33,7 +34,7 @@ def decoder() -> Decoder:
 @pytest.fixture(scope="module")
 def mixed(decoder: Decoder) -> list[Generated]:
     """All prompts in one batch."""
-    return generate(decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW)
+    return generate(decoder, ALL, max_new_tokens=NEW)
 
 
 @pytest.fixture
@@ -70,16 +71,14 @@ def test_a_mixed_batch_is_each_merged_model_alone(mixed: list[Generated]) -> Non
 
 
 def test_a_mixed_batch_is_each_row_alone(decoder: Decoder, mixed: list[Generated]) -> None:
-    for found, prompt, adapter in zip(mixed, PROMPTS, ADAPTERS, strict=True):
-        assert [found] == generate(decoder, [prompt], [adapter], max_new_tokens=NEW)
+    for found, prompt in zip(mixed, ALL, strict=True):
+        assert [found] == generate(decoder, [prompt], max_new_tokens=NEW)
 
 
 def test_batches_one_after_another(decoder: Decoder, mixed: list[Generated]) -> None:
     """Red if rows that fill up the last batch are given out, or numbers are those of the batch."""
     pieces: list[Piece] = []
-    again = generate(
-        decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW, batch_size=2, on_piece=pieces.append
-    )
+    again = generate(decoder, ALL, max_new_tokens=NEW, batch_size=2, on_piece=pieces.append)
     assert again == mixed
     for row, found in enumerate(mixed):
         own = [piece for piece in pieces if piece.row == row]
@@ -89,8 +88,10 @@ def test_batches_one_after_another(decoder: Decoder, mixed: list[Generated]) -> 
 
 def test_scanned_layers_and_no_adapters() -> None:
     decoder = Decoder(SCANNED, tiny.params(SCANNED), *tiny.stacked(SCANNED))
-    mixed = generate(decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW)
-    plain = generate(Decoder(SCANNED, tiny.merged(SCANNED, 1)), PROMPTS, max_new_tokens=NEW)
+    mixed = generate(decoder, ALL, max_new_tokens=NEW)
+    plain = generate(
+        Decoder(SCANNED, tiny.merged(SCANNED, 1)), list(map(Prompt, PROMPTS)), max_new_tokens=NEW
+    )
     for found, alone, adapter in zip(mixed, plain, ADAPTERS, strict=True):
         assert (found == alone) == (adapter == 1)
 
@@ -128,21 +129,23 @@ def test_other_prompts_and_adapters_compile_nothing(
 ) -> None:
     """Red if an id, a length within its bucket or a temperature becomes part of a program."""
     warm = dataclasses.replace(LIVELY, temperature=0.7)
-    generate(decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW, sampling=warm)
+    generate(decoder, ALL, max_new_tokens=NEW, sampling=warm)
     before, programs = len(compilations), dict(decoder.compiled)
     for shift in range(1, 4):
-        prompts = [[*p[shift:], *p[:shift], shift] for p in PROMPTS]
-        swapped = [(a + shift) % 3 for a in ADAPTERS]
-        generate(decoder, prompts, swapped, max_new_tokens=NEW)
+        prompts = [
+            Prompt([*p.tokens[shift:], *p.tokens[:shift], shift], (p.adapter + shift) % 3)
+            for p in ALL
+        ]
+        generate(decoder, prompts, max_new_tokens=NEW)
         other = dataclasses.replace(LIVELY, temperature=1.0 + shift, top_p=0.5, seed=shift)
-        generate(decoder, prompts[::-1], swapped, max_new_tokens=NEW, sampling=other)
+        generate(decoder, prompts[::-1], max_new_tokens=NEW - shift, sampling=other)
     assert len(compilations) == before
     assert decoder.compiled == programs
 
 
 def test_one_prefill_and_one_step(compilations: list[str]) -> None:
     decoder = Decoder(CONFIG, tiny.params(CONFIG), *tiny.stacked(CONFIG))
-    generate(decoder, PROMPTS[:2], ADAPTERS[:2], max_new_tokens=NEW)
+    generate(decoder, ALL[:2], max_new_tokens=NEW)
     assert [key[0] for key in decoder.compiled] == ["prefill", "step"]
     assert len(compilations) == 2
 
@@ -151,7 +154,7 @@ def test_the_step_holds_one_cache_and_no_second_base(decoder: Decoder) -> None:
     """The cache is donated; what the step needs beside it does not grow with the base."""
     cache = caches.empty(CONFIG, 8, 32)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    generate(decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW)
+    generate(decoder, ALL, max_new_tokens=NEW)
     programs = [p for key, p in decoder._programs.items() if key[:3] == ("step", 8, 32)]
     assert programs
     for program in programs:
@@ -161,8 +164,10 @@ def test_the_step_holds_one_cache_and_no_second_base(decoder: Decoder) -> None:
 def test_stop_tokens(decoder: Decoder, mixed: list[Generated]) -> None:
     """A row stops alone, its stop token is left out, and the others go on as before."""
     stop = mixed[1].tokens[3]
-    found = generate(decoder, PROMPTS, ADAPTERS, max_new_tokens=NEW, stop=[stop])
-    for got, whole in zip(found, mixed, strict=True):
+    prompts = [dataclasses.replace(p, stop=[stop] if p is not ALL[0] else [77]) for p in ALL]
+    found = generate(decoder, prompts, max_new_tokens=NEW)
+    assert found[0] == mixed[0]
+    for got, whole in zip(found[1:], mixed[1:], strict=True):
         place = whole.tokens.index(stop) if stop in whole.tokens else NEW
         assert got == Generated(whole.tokens[:place], "stop" if place < NEW else "length")
     assert found[1].finish == "stop"
@@ -170,21 +175,20 @@ def test_stop_tokens(decoder: Decoder, mixed: list[Generated]) -> None:
 
 def test_the_last_position_ends_a_row(decoder: Decoder) -> None:
     room = CONFIG.max_positions
-    (found,) = generate(decoder, [[1] * (room - 3)], [0], max_new_tokens=NEW)
+    (found,) = generate(decoder, [Prompt([1] * (room - 3), 0)], max_new_tokens=NEW)
     assert len(found.tokens) == 3 and found.finish == "length"
 
 
 def test_a_row_draws_as_it_would_alone(decoder: Decoder) -> None:
     """Red if a key is shared by the batch, or depends on the place in it."""
     settings = {"max_new_tokens": NEW, "sampling": LIVELY}
-    both = generate(decoder, [PROMPTS[0], PROMPTS[1]], [0, 1], **settings)
-    assert generate(decoder, [PROMPTS[0]], [0], **settings) == both[:1]
-    one_at_a_time = generate(decoder, [PROMPTS[0], PROMPTS[1]], [0, 1], batch_size=1, **settings)
-    assert one_at_a_time == both
-    twins = generate(decoder, [PROMPTS[0]] * 2, [0, 0], **settings)
+    both = generate(decoder, ALL[:2], **settings)
+    assert generate(decoder, ALL[:1], **settings) == both[:1]
+    assert generate(decoder, ALL[:2], batch_size=1, **settings) == both
+    twins = generate(decoder, [ALL[0]] * 2, **settings)
     assert twins[0] == both[0] and twins[1] != twins[0]
     other = dataclasses.replace(LIVELY, seed=5)
-    assert generate(decoder, [PROMPTS[0]], [0], max_new_tokens=NEW, sampling=other) != both[:1]
+    assert generate(decoder, ALL[:1], max_new_tokens=NEW, sampling=other) != both[:1]
 
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
@@ -244,20 +248,17 @@ def test_settings_that_make_no_sense(change: dict[str, Any], message: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("prompts", "adapters", "more", "message"),
+    ("prompt", "more", "message"),
     [
-        ([[]], [0], {}, "prompt 0 has 0 tokens; expected from 1 to 63"),
-        ([[1], [1] * 64], [0, 0], {}, "prompt 1 has 64 tokens"),
-        ([[1]], [3], {}, "no adapter 3: there are 3, counted from 0"),
-        ([[1]], [0, 0], {}, "1 prompts, but adapters for 2"),
-        ([[1]], [0], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        (Prompt([]), {}, "prompt 0 has 0 tokens; expected from 1 to 63"),
+        (Prompt([1] * 64), {}, "prompt 0 has 64 tokens"),
+        (Prompt([1], 3), {}, "no adapter 3: there are 3, counted from 0"),
+        (Prompt([1]), {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     ],
 )
-def test_wrong_calls(
-    decoder: Decoder, prompts: Any, adapters: Any, more: dict[str, int], message: str
-) -> None:
+def test_wrong_calls(decoder: Decoder, prompt: Prompt, more: dict[str, int], message: str) -> None:
     with pytest.raises(LoraError, match=message):
-        generate(decoder, prompts, adapters, **more)
+        generate(decoder, [prompt], **more)
 
 
 def test_nothing_to_write(decoder: Decoder) -> None:
