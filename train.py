@@ -40,6 +40,9 @@ from lora_jax.training import (
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
 from lora_jax.training.evaluation import first_batch, merged_difference
+from lora_jax.training.group import loop as group
+from lora_jax.training.group import results
+from lora_jax.training.group.config import GroupConfig
 from lora_jax.training.loop import Loop
 from lora_jax.training.run import Run, Setup
 
@@ -62,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         name, config, planning = command.parse(arguments, DEFAULT, ROOT)
+        if isinstance(config, GroupConfig):
+            return train_group(name, config)
         if planning.plan:
             return show_plan(name, config, planning)
         processes.join(config.processes)
@@ -148,6 +153,25 @@ def train(
     finished = summary.summarise(loop.run, loop.state, tested, difference)
     processes.by_first(lambda: directory.finish(path, finished))
     return finished
+
+
+def train_group(name: str, config: GroupConfig) -> int:
+    """Many runs as one program, and their results side by side; the exit status."""
+    processes.join(config.processes)
+    console, path = Console(), group.folder(name, config)
+    grid, failed = mesh.make(config.mesh), None
+    with jax.set_mesh(grid):
+        try:
+            summaries = group.run(config, grid, path, console)
+        except group.StoppedError as error:
+            summaries, failed = error.summaries, error
+    if summaries:
+        results.show(summaries, console)
+        results.write(path, summaries)
+        say(console, f"{path}")
+    if failed is not None:
+        raise failed
+    return 0
 
 
 def show_plan(name: str, config: Config, options: plan.Options) -> int:

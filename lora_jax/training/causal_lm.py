@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from lora_jax.models import placement
 from lora_jax.training import scores, text
 from lora_jax.training.data.language_modelling import language_modelling as batches_of
 from lora_jax.training.text import TextConfig
-from lora_jax.training.workload import Batch, Loss, Workload
+from lora_jax.training.workload import Batch, Common, Loss, Workload
 
 Tree = Any  # a pytree
 
@@ -35,6 +36,7 @@ def causal_lm(config: TextConfig) -> Workload:
     data = text.open_text(config, batches_of, source.tokenizer())
     model_config = config.model.apply_to(source.config)
     select = config.select or "loss"
+    about = text.about(config, prompt=config.data.prompt, eos=config.data.eos)
     return Workload(
         apply=apply_of(models.Llama(model_config), config.model.loss_chunk),
         loss=token_loss,
@@ -50,7 +52,8 @@ def causal_lm(config: TextConfig) -> Workload:
         size=real_tokens,
         unit="tokens",
         facts=data.facts,
-        about=text.about(config, prompt=config.data.prompt, eos=config.data.eos),
+        about=about,
+        common=Common(json.dumps(about["model"]), dict),
     )
 
 

@@ -94,10 +94,13 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    def steps(self) -> list[int]:
-        """Of the checkpoints, ascending; by the names alone, which Orbax gives to what is whole."""
+    def wait(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+          LoraError: it failed.
+        """
         self._wait()
-        return self._steps()
 
     @property
     def latest(self) -> int | None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from lora_jax import models
+from lora_jax import models, paths
 from lora_jax.models import placement
 from lora_jax.training import scores, text
+from lora_jax.training.config import require
 from lora_jax.training.data.classification import classification as batches_of
 from lora_jax.training.data.labels import Labels
 from lora_jax.training.text import TextConfig
-from lora_jax.training.workload import Batch, Loss, Workload
+from lora_jax.training.workload import Batch, Common, Loss, Workload
 
 Tree = Any  # a pytree
 
@@ -41,33 +47,66 @@ def classification(config: TextConfig) -> Workload:
 
     head = models.Head(config.model.pooling, labels.outputs)
 
-    def load(shardings: Tree) -> Tree:
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        bert = source.load(model_config, shardings=shardings["bert"])
-        return {"bert": bert, "classifier": new_head(model, key)}
+    def fresh() -> Tree:
+        return {"classifier": new_head(model, jax.random.fold_in(jax.random.key(config.seed), 1))}
 
+    def load(shardings: Tree) -> Tree:
+        bert = source.load(model_config, shardings=shardings["bert"])
+        return {"bert": bert, **fresh()}
+
+    loss = real_loss if labels.regression else class_loss
+    about = text.about(
+        config,
+        labels=labels.names,
+        text_fields=config.data.text_fields,
+        lengths=config.data.lengths,
+    )
     return Workload(
         apply=apply_of(model),
-        loss=real_loss if labels.regression else class_loss,
+        loss=loss,
         params=models.shapes(model_config, head),
         load=load,
         placement=placement.rules(model_config, head),
         beside=("classifier/**",),
         train=data.train.iterator,
         evaluation=data.passes(),
-        scores=scores.real_scores if labels.regression else scores.class_scores,
+        scores=_SCORES.get(len(labels.names), scores.accuracy),
         select=select,
         better="lower" if select == "loss" else "higher",
         size=real_tokens,
         unit="tokens",
         facts=data.facts,
-        about=text.about(
-            config,
-            labels=labels.names,
-            text_fields=config.data.text_fields,
-            lengths=config.data.lengths,
+        about=about,
+        common=Common(
+            json.dumps(about["model"]),
+            lambda: paths.flatten(fresh()),
+            functools.partial(_joined, model),
+            {} if labels.regression else {"classes": np.int32(labels.outputs)},
         ),
     )
+
+
+# By the number of classes, if there are any.
+_SCORES = {0: scores.real_scores, 2: scores.class_scores}
+
+
+def _joined(model: models.BertClassifier, workloads: Sequence[Workload]) -> Workload:
+    """The first, of the model `model`, with as many classes as any of them has.
+
+    Raises:
+      ConfigError: some have classes, and some real numbers.
+    """
+    first = workloads[0]
+    require(
+        len({workload.loss for workload in workloads}) == 1,
+        "data.regression",
+        [workload.loss is real_loss for workload in workloads],
+        "the same for all members of a group",
+    )
+    widest = max(w.params["classifier"]["out"]["bias"].shape[0] for w in workloads)
+    wide = models.BertClassifier(model.config, widest, model.pooling)
+    params = models.shapes(model.config, models.Head(model.pooling, widest))
+    return dataclasses.replace(first, apply=apply_of(wide), params=params)
 
 
 def apply_of(model: models.BertClassifier) -> Any:
@@ -85,19 +124,31 @@ def apply_of(model: models.BertClassifier) -> Any:
 
 def new_head(model: models.BertClassifier, key: jax.Array) -> Tree:
     """Fresh parameters of the head. The encoder's are never computed: nothing asks for them."""
+    return _new_head(model)(key)
 
+
+@functools.cache  # compiled once for heads that differ in their key alone
+def _new_head(model: models.BertClassifier) -> Any:
     @jax.jit
     def head(key: jax.Array) -> Tree:
         return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]["classifier"]
 
-    return head(key)
+    return head
 
 
 def class_loss(logits: jax.Array, batch: Any) -> Loss:
-    """Cross entropy of each example."""
-    weight = batch["weight"]
+    """Cross entropy of each example.
+
+    Where the batch has "classes", [] int32, the logits beyond so many are those of other members
+    of the group: they do not count, and get no gradient.
+    """
+    weight, joined = batch["weight"], "classes" in batch
+    if joined:
+        own = jnp.arange(logits.shape[-1]) < batch["classes"]
+        logits = jnp.where(own, logits, -jnp.inf)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    sums = scores.class_sums(logits, batch["label"], weight)
+    two = joined or logits.shape[-1] == 2
+    sums = scores.class_sums(logits, batch["label"], weight, two)
     return Loss(jnp.sum(each * weight), jnp.sum(weight), sums)
 
 

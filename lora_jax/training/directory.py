@@ -6,6 +6,7 @@ checkpoints/     see `lora_jax.training.checkpoints`
 adapters/        best and last, each restored by `lora_jax.restore`
 summary.json     written last: it says that the run is finished
 curves.png       loss and scores
+error.txt        why a member of a group has stopped, if it has
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _clear(path: pathlib.Path) -> None:
 
 def _ours(path: pathlib.Path) -> bool:
     names = {"lock", "config.json", "config.json.tmp", "metrics.jsonl", "checkpoints", "adapters"}
-    names |= {"summary.json", "summary.json.tmp", "curves.png"}
+    names |= {"summary.json", "summary.json.tmp", "curves.png", "error.txt"}
     return path.name in names or path.name.startswith("events.out.tfevents.")
 
 

@@ -114,15 +114,12 @@ class Run:
         self._record: metrics.Record = metrics.Unwritten()
         self._screen: Screen | None = None
 
-    def begin(self, state: State, newest: int | None = None) -> State:
+    def begin(self, state: State) -> State:
         """The state to go on from: the newest checkpoint's, or `state` where there is none.
 
         Args:
-          state: before the first step.
-          newest: leave checkpoints of later steps than this aside, which deletes them.
+          state: before the first step; where there is a checkpoint, its shapes and shardings do.
         """
-        if newest is not None:
-            self.checkpoints.forget_after(newest)
         if self.checkpoints.latest is not None:
             state = self._restore(state)
         self.start, self._skipped = int(state.step), int(state.skipped)

@@ -15,28 +15,35 @@ import jax.numpy as jnp
 Sums = Mapping[str, float]
 
 
-def class_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-    """How many are right; with two classes also the four cells of the confusion table.
+def class_sums(
+    logits: jax.Array, labels: jax.Array, weights: jax.Array, two: bool
+) -> dict[str, jax.Array]:
+    """How many are right; with `two` classes also the four cells of the confusion table.
 
     logits [B, C], labels [B] int, weights [B], zero for a row that does not count.
     """
     guess = jnp.argmax(logits, axis=-1)
     sums = {"correct": jnp.sum(weights * (guess == labels))}
-    if logits.shape[-1] == 2:
+    if two:
         for name, g, y in (("tp", 1, 1), ("fp", 1, 0), ("fn", 0, 1), ("tn", 0, 0)):
             sums[name] = jnp.sum(weights * (guess == g) * (labels == y))
     return sums
 
 
+def accuracy(sums: Sums, weight: float) -> dict[str, float]:
+    """The share of those that are right."""
+    return {"accuracy": sums["correct"] / max(weight, 1e-9)}
+
+
 def class_scores(sums: Sums, weight: float) -> dict[str, float]:
-    """Accuracy; with two classes also F1 of class 1 and Matthews' correlation."""
-    scores = {"accuracy": sums["correct"] / max(weight, 1e-9)}
-    if "tp" in sums:
-        tp, fp, fn, tn = (sums[name] for name in ("tp", "fp", "fn", "tn"))
-        scores["f1"] = 2 * tp / max(2 * tp + fp + fn, 1e-9)
-        spread = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-        scores["matthews"] = (tp * tn - fp * fn) / spread if spread else 0.0
-    return scores
+    """Of two classes: accuracy, F1 of class 1, and Matthews' correlation."""
+    tp, fp, fn, tn = (sums[name] for name in ("tp", "fp", "fn", "tn"))
+    spread = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return {
+        **accuracy(sums, weight),
+        "f1": 2 * tp / max(2 * tp + fp + fn, 1e-9),
+        "matthews": (tp * tn - fp * fn) / spread if spread else 0.0,
+    }
 
 
 def real_sums(outputs: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:

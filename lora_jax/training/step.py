@@ -51,7 +51,7 @@ def create(
     """
 
     where = jax.tree.map(lambda x: x.sharding, shapes(layout, base, tx, key, place))
-    return jax.jit(_fresh(layout, tx, init), out_shardings=where)(base, key)
+    return jax.jit(fresh(layout, tx, init), out_shardings=where)(base, key)
 
 
 def shapes(
@@ -62,24 +62,26 @@ def shapes(
     place: Placement,
 ) -> State:
     """The state as `create` makes it, by shape, dtype and sharding; nothing is computed."""
-    state = jax.eval_shape(_fresh(layout, tx, "gaussian"), base, key)
+    state = jax.eval_shape(fresh(layout, tx, "gaussian"), base, key)
     where = place.following(state, state.trained, place.trained(layout, base))
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, where
     )
 
 
-def _fresh(
+def fresh(
     layout: lora_jax.Layout, tx: optax.GradientTransformation, init: initializers.Name
-) -> Callable[..., State]:
+) -> Callable[[dict[str, Any], jax.Array], State]:
+    """`begin(base, key)` gives the state before the first step; to be compiled."""
+
     a_init = initializers.INITIALIZERS[init]
 
-    def fresh(base: dict[str, Any], key: jax.Array) -> State:
+    def begin(base: dict[str, Any], key: jax.Array) -> State:
         adapters = lora_jax.init(key, layout, a_init=a_init)
         trained = {"adapters": adapters, "base": jax.tree.map(jnp.copy, base)}
         return State(trained, tx.init(trained), jnp.int32(0), jnp.int32(0), key)
 
-    return fresh
+    return begin
 
 
 def compilation(state: State, place: Placement) -> dict[str, Any]:

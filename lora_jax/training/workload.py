@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -52,6 +52,27 @@ def examples(batch: Batch) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Common:
+    """What a group of runs over one base has to know of a workload (`lora_jax.training.group`).
+
+    Attributes:
+      base: says which parameters `load` reads. Workloads that say the same have the same, but for
+        those of `fresh`, and the group loads them once.
+      fresh: `fresh()` gives {path: array}, the parameters that are not read but drawn (a new head).
+      join: `join(workloads)` is one with room for all of them, of which its own is the first: as
+        wide as the widest head. Each parameter of a member is a leading part of its own. None:
+        only workloads of the same shapes go together.
+      marks: entries that the batches of this workload have when it is joined, for the loss to tell
+        what of the outputs is its own: scalars.
+    """
+
+    base: str
+    fresh: Callable[[], Mapping[str, jax.Array]]
+    join: Callable[[Sequence[Workload]], Workload] | None = None
+    marks: Mapping[str, np.generic] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Workload:
     """A model, its data and its loss. `Config.workload` is a function that builds one.
 
@@ -85,6 +106,8 @@ class Workload:
       unit: what `size` counts.
       facts: `facts(shard)`: what a reader of the results should know of the data; printed as the
         run starts. One process may ask alone.
+      common: how runs of it over one base go together. None: every member of a group loads the
+        base, to see that it is the same, and all have the same shapes.
       about: what whoever uses the adapters has to know, JSON values; exported with them.
     """
 
@@ -106,6 +129,7 @@ class Workload:
     unit: str = "examples"
     facts: Callable[[Shard], str] = lambda shard: ""
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    common: Common | None = None
 
     def arrays(self, shardings: Tree) -> Tree:
         """The parameter arrays where they are to lie: loaded, or those that `params` holds."""

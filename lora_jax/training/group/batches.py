@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,7 +55,8 @@ def _filled(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
     out = np.zeros((len(arrays), *shape), known[0].dtype)
     for i, x in enumerate(arrays):
         if x is not None:
-            out[(i, *map(slice, np.shape(x)))] = x
+            part: tuple[Any, ...] = (i, *map(slice, np.shape(x)))
+            out[part] = x
     return out
 
 

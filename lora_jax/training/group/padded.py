@@ -11,7 +11,7 @@ are written, and compiles nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.training.step import State
+from lora_jax.training.step import State, Trained
 
 Tree = Any  # a pytree
 Host = dict[Any, np.ndarray]  # key path -> array
@@ -38,7 +38,8 @@ class Form:
         """A state of this form as arrays on the host."""
         found = {}
         for path, leaf in _leaves(state):
-            found[path] = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+            # A copy: on a CPU the array itself may be given up to the next step.
+            found[path] = np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
         return found
 
     def pad(self, arrays: Host) -> Host:
@@ -62,21 +63,37 @@ class Form:
 
     def state(self, arrays: Host) -> State:
         """Arrays of this form on their devices."""
-        return self._placed(arrays, lambda leaf: leaf.sharding)
+        placed: State = _placed(self.like, arrays, lambda leaf: leaf.sharding)
+        return placed
+
+    def trained(self, arrays: Host) -> Trained:
+        """What is trained of the arrays of this form, on its devices."""
+        placed: State = _placed(only_trained(self.like.trained), arrays, lambda x: x.sharding)
+        return placed.trained
 
     def stack(self, members: Sequence[Host], mesh: Mesh) -> State:
         """The states of N members, all of this form, as one with a leading axis [N]."""
         arrays = {path: np.stack([m[path] for m in members]) for path in members[0]}
-        return self._placed(arrays, lambda leaf: stacked_sharding(mesh, leaf.sharding))
+        placed: State = _placed(
+            self.like, arrays, lambda leaf: stacked_sharding(mesh, leaf.sharding)
+        )
+        return placed
 
-    def _placed(self, arrays: Host, where: Any) -> State:
-        def put(path: Any, leaf: Any) -> Any:
-            value: Any = arrays[path]
-            if _is_key(leaf):
-                value = jax.random.wrap_key_data(value)  # of the default kind, as all keys here
-            return jax.device_put(value, where(leaf))
 
-        return jax.tree_util.tree_map_with_path(put, self.like)
+def only_trained(trained: Trained) -> State:
+    """A state of nothing else, whose key paths are those of a whole one."""
+    nothing: Any = None
+    return State(trained, nothing, nothing, nothing, nothing)
+
+
+def _placed(like: Tree, arrays: Host, where: Callable[[Any], Any]) -> Tree:
+    def put(path: Any, leaf: Any) -> Any:
+        value: Any = arrays[path]
+        if _is_key(leaf):
+            value = jax.random.wrap_key_data(value)  # of the default kind, as all keys here
+        return jax.device_put(value, where(leaf))
+
+    return jax.tree_util.tree_map_with_path(put, like)
 
 
 def unstack(arrays: Host, index: int) -> Host:
