@@ -1,0 +1,293 @@
+"""A base and adapters on it, opened from folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lora_jax
+from lora_jax import LoraError, checkpoint, models, paths
+from lora_jax.serving import adapters
+from tests.training import tiny
+
+KIND = models.BertConfig
+QUERY, UP = "bert/encoder/layer_{}/attention/query/kernel", "bert/encoder/layer_{}/mlp/up/kernel"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "roberta", tiny.ROBERTA)
+
+
+@pytest.fixture(scope="module")
+def params(weights: pathlib.Path) -> Any:
+    return {"bert": models.open(str(weights)).load()}
+
+
+def random_adapter(params: Any, rank: int, *, targets: tuple[str, ...] = (QUERY,)) -> Any:
+    """(layout, adapters) of both layers, of that rank and of a scale that goes with it."""
+    flat = paths.flatten(params)
+    rows = [
+        lora_jax.Target(path, flat[path].shape, (), (0,), (1,), rank, 2.0 * rank + 1)
+        for path in (target.format(layer) for target in targets for layer in (0, 1))
+    ]
+    layout = lora_jax.Layout(tuple(rows))
+    random = np.random.default_rng(rank)
+    return layout, {
+        t.path: lora_jax.Factors(
+            *(jnp.asarray(random.normal(0, 0.2, s), jnp.float32) for s in (t.a_shape, t.b_shape))
+        )
+        for t in rows
+    }
+
+
+def save(folder: pathlib.Path, params: Any, reference: str, *, rank: int = 2, **model: Any) -> str:
+    """One as train.py exports it."""
+    about = {"model": {"reference": reference, "scan_layers": False, **model}}
+    lora_jax.save(
+        folder,
+        *random_adapter(params, rank),
+        base={"classifier/out/kernel": jnp.ones((16, rank))},
+        fingerprint=lora_jax.fingerprint(params),
+        about=about,
+    )
+    return str(folder)
+
+
+@pytest.fixture
+def runs(tmp_path: pathlib.Path, params: Any, weights: pathlib.Path) -> pathlib.Path:
+    """Run directories: one with best and last, one with last alone, one with none yet."""
+    save(tmp_path / "a/adapters/best", params, str(weights), rank=1)
+    save(tmp_path / "a/adapters/last", params, str(weights), rank=3)
+    save(tmp_path / "b/adapters/last", params, str(weights), rank=2)
+    (tmp_path / "c/checkpoints").mkdir(parents=True)
+    (tmp_path / "c/config.json").write_text("{}")
+    return tmp_path
+
+
+def test_what_is_given_is_found(runs: pathlib.Path, monkeypatch: Any) -> None:
+    """Red if the last is taken for the best, or a name is not the run's."""
+
+    def found(given: str) -> list[tuple[str, str]]:
+        return [(name, str(path.relative_to(runs))) for name, path in adapters.find(given)]
+
+    assert found(f"{runs}/a") == [("a", "a/adapters/best")]
+    assert found(f"{runs}/b") == [("b", "b/adapters/last")]
+    assert found(f"{runs}/a/adapters/last") == [("a", "a/adapters/last")]
+    assert found(f"x={runs}/a") == [("x", "a/adapters/best")]
+    assert found(str(runs)) == [("a", "a/adapters/best"), ("b", "b/adapters/last")]
+    shutil.copytree(runs / "a/adapters/best", runs / "mine")
+    assert found(f"{runs}/mine") == [("mine", "mine")]
+    (runs / "a").rename(runs / "lr=1")
+    assert found(f"{runs}/lr=1") == [("lr=1", "lr=1/adapters/best")]
+    monkeypatch.chdir(runs / "b")
+    assert adapters.find(".")[0][0] == "b"
+    assert adapters.find("adapters/last")[0][0] == "b"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{}/d", r"no adapter at .*/d: there is no such folder(.|\n)*nearest in (.|\n)*  [abc]"),
+        ("{}/c", "the run has not exported one yet"),
+        ("{}/c/checkpoints", "the folder holds nothing; expected a folder that lora_jax.save"),
+        ("{}/c/config.json", "it is a file; expected a folder"),
+        ("x={}", r"holds 2 runs, which cannot all be called 'x'(.|\n)*x=.*/a\n"),
+        ("={}/a", "given as PATH or NAME=PATH, got '=.*/a'"),
+    ],
+)
+def test_a_path_without_an_adapter(given: str, said: str, runs: pathlib.Path) -> None:
+    with pytest.raises(LoraError, match=said):
+        adapters.find(given.format(runs))
+
+
+def test_a_base_is_opened_with_all_that_is_on_it(
+    runs: pathlib.Path, params: Any, weights: pathlib.Path
+) -> None:
+    served = adapters.open_adapters([f"x={runs}/a", f"{runs}/b"], KIND)
+    assert served.names == ("x", "b")
+    jax.tree.map(np.testing.assert_array_equal, served.params, params)
+    layout, stacked = served.stack
+    assert [t.rank for t in layout.targets] == [2, 2]
+    for i, rank in enumerate((1, 2)):
+        own, wanted = random_adapter(params, rank)
+        jax.tree.map(np.testing.assert_array_equal, lora_jax.unstack(own, stacked, i), wanted)
+        assert served.members[i].base["classifier/out/kernel"].shape == (16, rank)
+    assert served.members[0].about["model"]["reference"] == str(weights)
+
+
+def test_settings_of_the_model_are_those_of_training(
+    tmp_path: pathlib.Path, params: Any, weights: pathlib.Path
+) -> None:
+    """bfloat16 weights have the fingerprint of the float32 ones."""
+    given = save(tmp_path / "a", params, str(weights), dtype="bfloat16", param_dtype="bfloat16")
+    served = adapters.open_adapters([given], KIND)
+    assert served.config.dtype == "bfloat16"
+    assert {x.dtype.name for x in jax.tree.leaves(served.params)} == {"bfloat16"}
+
+
+def test_ids_by_name(runs: pathlib.Path) -> None:
+    served = adapters.open_adapters([str(runs)], KIND)
+    assert [served.id_of(name, "here") for name in ("a", "b", "base")] == [0, 1, lora_jax.BASE]
+    with pytest.raises(LoraError, match=r"here: no adapter is called 'bb'; nearest: 'b'"):
+        served.id_of("bb", "here")
+    with pytest.raises(LoraError, match=r"here does not say which adapter(.|\n)*  a\n  b\n"):
+        served.id_of(None, "here")
+    one = dataclasses.replace(served, members=served.members[:1])
+    none = dataclasses.replace(served, members=())
+    assert (one.id_of(None, "here"), none.id_of(None, "here")) == (0, lora_jax.BASE)
+
+
+def test_no_adapter_is_the_base_alone(weights: pathlib.Path, params: Any) -> None:
+    served = adapters.open_adapters([], KIND, base=str(weights))
+    assert served.members == ()
+    jax.tree.map(np.testing.assert_array_equal, served.params, params)
+    with pytest.raises(LoraError, match="no base: name it with --base"):
+        adapters.open_adapters([], KIND)
+
+
+def test_names_are_told_apart(runs: pathlib.Path) -> None:
+    with pytest.raises(LoraError, match=r"two adapters are called 'a'(.|\n)*--adapter NAME=PATH"):
+        adapters.open_adapters([f"{runs}/a", f"a={runs}/b"], KIND)
+    with pytest.raises(LoraError, match=r"cannot be called 'base'"):
+        adapters.open_adapters([f"base={runs}/a"], KIND)
+
+
+def test_another_base_is_refused(
+    runs: pathlib.Path, weights: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Both sides are named. Red if what was trained beside is compared too."""
+    other = tmp_path / "model"
+    shutil.copytree(weights, other)
+    tensors = safetensors.numpy.load_file(other / "model.safetensors")
+    name = "encoder.layer.1.attention.self.query.weight"
+    safetensors.numpy.save_file({**tensors, name: tensors[name] * 1.1}, other / "model.safetensors")
+    said = (
+        rf"adapter 'b', trained on {weights}, is not for the base {other}:(.|\n)*"
+        r"layer_1/attention/query/kernel: other values(.|\n)*--allow-other-base"
+    )
+    with pytest.raises(LoraError, match=said):
+        adapters.open_adapters([f"{runs}/b"], KIND, base=str(other))
+    served = adapters.open_adapters([f"{runs}/b"], KIND, base=str(other), allow_other_base=True)
+    assert served.names == ("b",)
+
+
+def test_a_base_of_another_shape_does_not_fit(runs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    wide = tiny.write_model(tmp_path / "wide", {**tiny.ROBERTA, "hidden_size": 32})
+    with pytest.raises(LoraError, match=r"'b'(.|\n)*has shape \(32, 32\)"):
+        adapters.open_adapters([f"{runs}/b"], KIND, base=str(wide), allow_other_base=True)
+
+
+def test_adapters_of_two_models_are_not_mixed(
+    runs: pathlib.Path, params: Any, weights: pathlib.Path
+) -> None:
+    decoder = tiny.write_model(runs / "llama", tiny.LLAMA)
+    given = save(runs / "d", params, str(decoder))
+    with pytest.raises(LoraError, match=r"model.reference is '.*' for 'a' and '.*llama' for 'd'"):
+        adapters.open_adapters([f"{runs}/a", given], KIND)
+    with pytest.raises(LoraError, match=r"'d' is a decoder; .*python -m lora_jax.generate"):
+        adapters.open_adapters([given], KIND)
+    with pytest.raises(LoraError, match=r"'a' is an encoder; .*python -m lora_jax.predict"):
+        adapters.open_adapters([f"{runs}/a"], models.LlamaConfig)
+    scanned = save(runs / "e", params, str(weights), scan_layers=True)
+    with pytest.raises(LoraError, match=r"model.scan_layers is False for 'a' and True for 'e'"):
+        adapters.open_adapters([f"{runs}/a", scanned], KIND)
+
+
+def test_one_that_says_nothing_needs_the_base_said(
+    tmp_path: pathlib.Path, params: Any, weights: pathlib.Path
+) -> None:
+    path = tmp_path / "mine"
+    lora_jax.save(path, *random_adapter(params, 2), fingerprint=lora_jax.fingerprint(params))
+    with pytest.raises(LoraError, match=r"no base: (.|\n)*do not say(.|\n)*mine: .*mine"):
+        adapters.open_adapters([str(path)], KIND)
+    assert adapters.open_adapters([str(path)], KIND, base=str(weights)).names == ("mine",)
+
+
+@pytest.mark.parametrize("model", [{"dtype": "object"}, {"scan_layers": 1}, {"reference": []}])
+def test_what_a_stranger_says_of_the_model(model: Any, tmp_path: pathlib.Path, params: Any) -> None:
+    given = save(tmp_path / "a", params, **{"reference": "x", **model})
+    with pytest.raises(LoraError, match=f"a says model.{next(iter(model))} is"):
+        adapters.open_adapters([given], KIND)
+
+
+# ---- swapping
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """The names of the events of compilation while the test runs."""
+    found: list[str] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_hundred_swaps_compile_nothing(
+    tmp_path: pathlib.Path, params: Any, weights: pathlib.Path, compilations: list[str]
+) -> None:
+    """Adapters of eight ranks from 1 to 16, opened from folders, one after another in one slot.
+
+    Red if a scale or a rank is part of what is compiled.
+    """
+    given = []
+    for rank in (1, 2, 4, 5, 8, 11, 14, 16):
+        targets = (QUERY, UP) if rank % 2 else (UP,)
+        pair = random_adapter(params, rank, targets=targets)
+        lora_jax.save(tmp_path / f"r{rank}", *pair, fingerprint=lora_jax.fingerprint(params))
+        given.append(str(tmp_path / f"r{rank}"))
+    served = adapters.open_adapters(given, KIND, base=str(weights))
+    layout, stacked = served.stack
+    model = models.Bert(served.config)
+    ids = jnp.asarray(np.random.default_rng(0).integers(4, 40, (4, 6)), jnp.int32)
+
+    @jax.jit
+    def f(params: Any, ids: Any) -> Any:
+        return model.apply({"params": params["bert"]}, ids)
+
+    g = jax.jit(
+        lambda stacked, chosen: lora_jax.adapt(layout, f)(
+            served.params, lora_jax.select(stacked, chosen), ids
+        )
+    )
+    expected = {
+        m.name: f(lora_jax.merge(m.layout, params, m.adapters), ids) for m in served.members
+    }
+    chosen = np.array([3, lora_jax.BASE, 3, 5], np.int32)
+    for member in served.members:  # what is compiled once for each of the kinds of adapter
+        stacked = lora_jax.put(layout, stacked, 3, (member.layout, member.adapters))
+    g(stacked, chosen), g(stacked, np.int32(3))
+    base = f(params, ids)
+    compilations.clear()
+    for swap in range(100):
+        member = served.members[swap * 3 % 8]
+        stacked = lora_jax.put(layout, stacked, 3, (member.layout, member.adapters))
+        mixed = np.asarray(g(stacked, chosen))
+        alone = np.asarray(g(stacked, np.int32(3)))
+        wanted = np.asarray(expected[member.name])
+        np.testing.assert_allclose(alone, wanted, atol=2e-5)
+        np.testing.assert_allclose(mixed[[0, 2]], wanted[[0, 2]], atol=2e-5)
+        np.testing.assert_allclose(mixed[1], np.asarray(base)[1], atol=2e-5)
+    assert compilations == []
+    fresh = jax.jit(lambda x: x + 1)
+    fresh(jnp.ones(3))
+    assert compilations  # they are counted
+
+
+def test_the_checkpoint_tells_what_was_said(runs: pathlib.Path) -> None:
+    member = adapters.read("a", runs / "a/adapters/best")
+    assert member.about == checkpoint.restore_about(member.path)
