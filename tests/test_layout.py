@@ -54,9 +54,10 @@ ARROWS = {
     | {"program", "sharding"},
     "serving": {"", "checkpoint", "errors", "models", "paths", "training"},
     "predict": {"errors", "models", "serving", "training"},
+    "generate": {"errors", "models", "serving"},
 }
 # What is no part of the core.
-AROUND = ("models", "training", "serving", "predict")
+AROUND = ("models", "training", "serving", "predict", "generate")
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {
     "flax": {"metadata", "nnx"},

@@ -36,6 +36,16 @@ class Template:
                     "A brace of the text is written twice."
                 )
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that stand in it, each once.
+
+        >>> Template("{word} of {word}: {{", "prompt").fields
+        ('word',)
+        """
+        named = (field for _, field, _, _ in string.Formatter().parse(self.text))
+        return tuple(dict.fromkeys(field for field in named if field is not None))
+
     def fill(self, example: Example, where: str) -> str:
         """The text for an example.
 

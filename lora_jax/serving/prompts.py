@@ -1,0 +1,194 @@
+"""What is asked of a decoder: prompts as people write them, to prompts as tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+import lora_jax
+from lora_jax.errors import LoraError, nearest
+from lora_jax.serving import lines
+from lora_jax.serving.adapters import BASE_NAME, Member, Served
+from lora_jax.serving.generation import Prompt
+from lora_jax.serving.lines import Line, LineError
+from lora_jax.training.data.templates import Template
+from lora_jax.training.data.tokens import Encoder
+
+FIELD = "prompt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt for one adapter.
+
+    name: of the adapter, or "base".
+    text: of the prompt.
+    prompt: its tokens, its adapter's number, what stops it.
+    fields: of the line that it stood in.
+    size: bytes of that line, for a bar; of its last request only, where it has several.
+    """
+
+    name: str
+    text: str
+    prompt: Prompt
+    fields: Mapping[str, Any]
+    size: int = 0
+
+
+def read(path: str) -> Iterator[Line | str]:
+    """Objects of JSONL, or else plain lines, each of which is a prompt; "-" is stdin.
+
+    It is JSONL if the first character that is no space is an opening brace. Empty lines are
+    passed over.
+
+    Raises:
+      LineError: a line that is no JSON object in JSONL, or is not UTF-8.
+      OSError: the file cannot be read.
+    """
+    if _begins(path).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
+        yield from lines.read(path)
+        return
+    name = "stdin" if path == lines.STANDARD else path
+    raw = sys.stdin.buffer.read() if path == lines.STANDARD else pathlib.Path(path).read_bytes()
+    for number, line in enumerate(raw.splitlines(), 1):
+        try:
+            text = line.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise LineError(f"{name}, line {number} is not UTF-8 ({error.reason})") from None
+        if text.strip():
+            yield text
+
+
+def _begins(path: str) -> bytes:
+    """The first bytes; of stdin they are still there to be read afterwards."""
+    if path == lines.STANDARD:
+        buffer = sys.stdin.buffer
+        return buffer.peek(256) if isinstance(buffer, io.BufferedReader) else b""
+    with open(path, "rb") as file:
+        return file.read(256)
+
+
+class Prompts:
+    """Turns texts and lines into requests.
+
+    Attributes:
+      templates: of the adapters that were trained on a prompt with fields.
+    """
+
+    def __init__(self, served: Served, stop: Sequence[str] = (), base_too: bool = False) -> None:
+        """Find what stops each adapter: its `eos` of training, the model's, and `stop`.
+
+        Args:
+          stop: texts of one token each.
+          base_too: a plain text is for the base too, besides all adapters.
+
+        Raises:
+          LoraError: a stop of several tokens, or an adapter that says nonsense of its training.
+        """
+        tokenizer = served.source.tokenizer()
+        self._served, self._room = served, served.config.max_positions
+        self._encoder = Encoder(tokenizer, self._room)
+        common = {_stop_id(tokenizer, text) for text in stop}
+        if served.config.eos_id is not None:
+            common.add(served.config.eos_id)
+        self.templates = {m.name: t for m in served.members if (t := _template(m)) is not None}
+        self._stops = {m.name: common | _end_ids(tokenizer, m) for m in served.members}
+        self._stops[BASE_NAME] = common
+        self._plain = (*served.names, *([BASE_NAME] if base_too or not served.members else []))
+
+    def all(self, given: Sequence[Line | str], where: str) -> list[Request]:
+        """A request for each line that names its adapter, and one for every adapter of a text."""
+        found: list[Request] = []
+        for number, line in enumerate(given, 1):
+            if isinstance(line, Line):
+                found.append(self._of_line(line))
+                continue
+            place = f"{where} {number}"
+            found += [self._request(name, line, {FIELD: line}, place) for name in self._plain]
+            size = len(line.encode(errors="replace")) + 1
+            found[-1] = dataclasses.replace(found[-1], size=size)
+        return found
+
+    def _of_line(self, line: Line) -> Request:
+        number = self._served.id_of(line.get("adapter", str, "") or None, line.where)
+        name = BASE_NAME if number == lora_jax.BASE else self._served.names[number]
+        text = self._text_of(line, name)
+        return dataclasses.replace(
+            self._request(name, text, line.value, line.where), size=line.size
+        )
+
+    def _text_of(self, line: Line, name: str) -> str:
+        """The prompt that the adapter was trained on, filled in, or the line's own."""
+        template = self.templates.get(name)
+        lacking = [] if template is None else [f for f in template.fields if f not in line.value]
+        if template is None or (lacking and FIELD in line.value):
+            return line.get(FIELD, str)
+        if lacking:
+            there = ", ".join(map(repr, line.value)) or "none"
+            raise LineError(
+                f"{line.where} has no field {lacking[0]!r}: adapter {name!r} was trained on "
+                f"prompts of the form {template.text!r}. The line's fields: {there}. Give it that, "
+                f"or the whole text as {FIELD!r}"
+            )
+        return template.fill(line.value, line.where)
+
+    def _request(self, name: str, text: str, fields: Mapping[str, Any], where: str) -> Request:
+        try:
+            tokens = [*self._encoder.start, *self._encoder.plain([text])[0]]
+        except UnicodeEncodeError:
+            raise LineError(f"{where} holds half a character (an unpaired surrogate)") from None
+        if not tokens:
+            raise LineError(f"{where}: the prompt is empty; give it at least one character")
+        if len(tokens) >= self._room:
+            raise LineError(
+                f"{where}: the prompt has {len(tokens):,} tokens, and the model has positions for "
+                f"{self._room:,}, of which at least one is to be written; shorten it"
+            )
+        number = self._served.id_of(name, where)
+        return Request(name, text, Prompt(tokens, number, self._stops[name]), fields)
+
+
+def _template(member: Member) -> Template | None:
+    """The prompt that the adapter was trained on, where it has fields."""
+    said = member.about.get("prompt")
+    if said is None:
+        return None
+    if not isinstance(said, str):
+        raise LoraError(f"{member.path} says that its prompt is {str(said)[:80]!r}")
+    template = Template(said, "prompt")
+    return template if template.fields else None
+
+
+def _end_ids(tokenizer: Tokenizer, member: Member) -> set[int]:
+    """The token that ended the examples of its training, where there was one."""
+    said = member.about.get("eos")
+    if said is None or said == "":
+        return set()
+    found = tokenizer.token_to_id(said) if isinstance(said, str) else None
+    if found is None:
+        raise LoraError(
+            f"{member.path} says that its examples ended with {str(said)[:80]!r}, which is no "
+            "token of this base; is it the base that it was trained on?"
+        )
+    return {found}
+
+
+def _stop_id(tokenizer: Tokenizer, text: str) -> int:
+    """The one token that a text is, spelt as text or as the vocabulary spells it."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    named = tokenizer.token_to_id(text)
+    if named is not None:
+        return int(named)
+    if len(ids) == 1:
+        return int(ids[0])
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    near = (
+        f"; the special token nearest to it is {nearest(text, special, 1)[0]!r}" if special else ""
+    )
+    raise LoraError(f"--stop {text!r} is {len(ids)} tokens; give a text that is one token{near}")
