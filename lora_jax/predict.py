@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Annotated, Any
 
@@ -57,7 +57,7 @@ class Options:
     """Use adapters on another base than they were trained on."""
     batch_size: int = 64
     """Texts of a batch."""
-    window: int = 2048
+    window: int = 1024
     """Lines that are read ahead and sorted by length. A line's prediction may wait for so many."""
 
 
@@ -97,18 +97,25 @@ def run(options: Options, console: Console) -> None:
         screen.Bar(console, source, "texts") as bar,
     ):
         while window:
-            for line, answer in predict(served, classifier, window):
+            for answer in predict(served, classifier, window, bar.advance):
                 writer.write([answer])
-                bar.advance(line.size)
             count += len(window)
             window = list(islice(read, options.window))
     screen.say(console, _closing(classifier, count, time.monotonic() - began))
 
 
 def predict(
-    served: Served, classifier: Classifier, window: Sequence[Line]
-) -> Iterator[tuple[Line, dict[str, Any]]]:
-    """Each line with its answer, in the order of the lines.
+    served: Served,
+    classifier: Classifier,
+    window: Sequence[Line],
+    done: Callable[[int], None] = lambda size: None,
+) -> Iterator[dict[str, Any]]:
+    """Each line with its answer in it, in the order of the lines.
+
+    Args:
+      served, classifier: the adapters, and what runs them.
+      window: the lines; their texts are sorted by length and put into batches.
+      done: is told the size of each line as its scores come, in whatever order.
 
     Raises:
       LineError: a line that names no adapter, or one that is not there, or that has no text; scores
@@ -116,15 +123,20 @@ def predict(
     """
     ids = [_adapter_of(line, served) for line in window]
     texts = [_text_of(line, classifier.tasks[i]) for line, i in zip(window, ids, strict=True)]
-    ordered = lines.in_order(classifier.scores(ids, texts))
-    for line, i, scores in zip(window, ids, ordered, strict=True):
+
+    def found() -> Iterator[tuple[int, NDArray[np.float32]]]:
+        for number, scores in classifier.scores(ids, texts):
+            done(window[number].size)
+            yield number, scores
+
+    for line, i, scores in zip(window, ids, lines.in_order(found()), strict=True):
         name = served.names[i]
         if not np.isfinite(scores).all():
             raise LineError(
                 f"{line.where}: adapter {name!r} gives scores that are not finite: "
                 f"{scores[:5].tolist()}"
             )
-        yield line, {**line.value, "adapter": name, **answer_of(classifier.tasks[i], scores)}
+        yield {**line.value, "adapter": name, **answer_of(classifier.tasks[i], scores)}
 
 
 def answer_of(task: Task, scores: NDArray[np.float32]) -> dict[str, Any]:
@@ -205,8 +217,8 @@ def _closing(classifier: Classifier, count: int, seconds: float) -> str:
     compiling, programs = sum(classifier.compiled.values()), len(classifier.compiled)
     cut = classifier.cut
     said = [
-        f"{count:,} texts of {classifier.tokens:,} tokens in {seconds:.1f} s, of which "
-        f"{compiling:.1f} s to compile {programs} program{'s' * (programs != 1)}"
+        f"{count:,} text{'s' * (count != 1)}, {classifier.tokens:,} tokens, in {seconds:.1f} s, "
+        f"of which {compiling:.1f} s to compile {programs} program{'s' * (programs != 1)}"
     ]
     if count > classifier.batch_size:
         said.append(f"{count / max(seconds - compiling, 1e-9):,.0f} texts/s when compiled")

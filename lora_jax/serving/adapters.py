@@ -93,7 +93,7 @@ class Served:
         if name == BASE_NAME:
             return lora_jax.BASE
         if name not in self.names:
-            near = nearest(name, [*self.names, BASE_NAME], 1)[0]
+            near = nearest(name, self.names or [BASE_NAME], 1)[0]
             raise LoraError(
                 f"{where}: no adapter is called {name!r}; nearest: {near!r}. There are:\n"
                 f"{listed(self.names, 10)}\nanother one is opened with --adapter {name}=PATH"

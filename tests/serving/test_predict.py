@@ -229,6 +229,18 @@ def test_a_line_that_cannot_be_classified(
         list(predict.predict(*opened, list(lines.read(str(source)))))
 
 
+def test_progress_is_told_as_scores_come(trained: Trained, opened: Opened) -> None:
+    """Red if a bar waits for the first line: of what is sorted, it may come last."""
+    sized = [
+        lines.Line({"text": text, "adapter": "two"}, "here", size)
+        for size, text in ((100, WORDS), (1, "word1"))
+    ]
+    done: list[int] = []
+    served, made = opened[0], classifier.Classifier(opened[0], 1)
+    first = next(predict.predict(served, made, sized, done.append))
+    assert (first["text"], done) == (WORDS, [1, 100])
+
+
 def test_errors_are_lines_on_stderr(
     trained: Trained, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
