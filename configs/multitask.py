@@ -35,7 +35,7 @@ def task(source: str, lora: LoraConfig, optimizer: OptimizerConfig) -> TextConfi
             max_length=64,
             buckets=(32, 64),
             batch_size=8,
-            eval_limit=512,
+            eval_limit=256,
             test_limit=1024,
         ),
         lora=lora,

@@ -28,14 +28,16 @@ base = TextConfig(
         max_length=64,
         buckets=(24, 32, 48, 64),
         batch_size=8,
+        eval_limit=512,
+        test_limit=512,
     ),
     lora=LoraConfig(
         rank=8, alpha=16.0, targets=("bert/encoder/layer*/attention/{query,value}/kernel",)
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="linear", warmup=0.06),
     steps=150,
-    evaluate_every=75,
-    checkpoint_every=75,
+    evaluate_every=150,
+    checkpoint_every=50,
     log_every=50,
 )
 
