@@ -84,11 +84,14 @@ class Blend:
       gates, a has the router's n columns after its own.
     gains: `{path: [n * rank]}`, the scales times the weights.
     gates: `{path: Gate}`, for a router per token.
+    choice: where one of the adapters is yet to be chosen (`lora_jax.weight.Choice`); then every
+      array has a leading axis of them.
     """
 
     factors: Adapters
     gains: dict[str, Any]
     gates: dict[str, Gate]
+    choice: Any = None
 
 
 def mix(stacked: Stack, weights: Any) -> Mixture:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import grouped
 from lora_jax.gate import Gate
 from lora_jax.weight import MEMBER, RANK, ROWS, TALLY, AdaptedWeight, Named, Names, einsum, scaled
 
@@ -40,6 +41,10 @@ def add(base: Any, x: Named, v: AdaptedWeight, out: Names, precision: Any) -> An
     """
     if any(n not in x.names or n in out for n in v.a.names if v.is_input(n)):
         v.check_linear("a product with its transpose, or with a part of its inputs")
+    if v.choice is not None:
+        if _groups(x, v, out):
+            return _add_grouped(base, x, v, out, precision)
+        v = v.chosen()
     names = dict.fromkeys((*x.names, *v.a.names, *v.b.names, *out))
     canonical = {n: i if n >= 0 else n for i, n in enumerate((*names, MEMBER, TALLY))}
     x = x.renamed(canonical)
@@ -47,6 +52,31 @@ def add(base: Any, x: Named, v: AdaptedWeight, out: Names, precision: Any) -> An
     out = tuple(canonical[n] for n in out)
     how: Any = {"out": out, "scale": v.scale, "precision": precision}
     return _add(base, x, v.a, v.b, v.gain, v.gate, **how)
+
+
+def _groups(x: Named, v: AdaptedWeight, out: Names) -> bool:
+    """Whether it is a plain product of examples that are to be grouped by adapter."""
+    a, b = (Named(n.array[0], n.names[1:]) if n.names[0] == MEMBER else None for n in (v.a, v.b))
+    if v.choice is None or a is None or b is None or len(v.w.names) != 2:
+        return False
+    if not (_is_matrix_product(x, a, b, out) and set(out) == {*x.names, *b.names} - set(a.names)):
+        return False
+    rows = math.prod(x.size(n) for n in x.names if n in out)
+    return grouped.pays(v.choice.examples, v.a.size(MEMBER), rows, v.a.size(RANK))
+
+
+def _add_grouped(base: Any, x: Named, v: AdaptedWeight, out: Names, precision: Any) -> Any:
+    assert v.choice is not None and v.gain is not None
+    (inner,), (outer,) = ([n for n in f.names if n not in (MEMBER, RANK)] for f in (v.a, v.b))
+    rows = tuple(n for n in x.names if n in out)
+    dtype = x.array.dtype
+    a, b = v.a.moved((MEMBER, inner, RANK)).astype(dtype), v.b.moved((MEMBER, RANK, outer))
+    gain = v.gain.astype(dtype).array * v.scale
+    matrix = _matrix(x, (), rows, (inner,))
+    with jax.named_scope("lora"):
+        y = grouped.product(matrix, a.array, b.astype(dtype).array, gain, v.choice.index, precision)
+        named = Named(y.reshape(*map(x.size, rows), v.b.size(outer)), (*rows, outer))
+        return base + named.moved(out).array.astype(base.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("out", "scale", "precision"))

@@ -260,13 +260,19 @@ def select(stacked: Stack, ids: Any) -> Selection:
 
 def take(stacked: Stack, index: Any) -> Scaled:
     """One adapter by its number, [] int, maybe traced or under a vmap; NaN for one that is none."""
-    outside = stacked.size + 1
-    rows = jnp.where(index == BASE, stacked.size, jnp.where(index < 0, outside, index))
+    row = slot(stacked, index)
 
     def one(x: Any) -> Any:
-        return x.at[rows].get(mode="fill", fill_value=jnp.nan)
+        return x.at[row].get(mode="fill", fill_value=jnp.nan)
 
     return Scaled(jax.tree.map(one, stacked.factors), jax.tree.map(one, stacked.scales))
+
+
+def slot(stacked: Stack, ids: Any) -> Any:
+    """Where in the stack's arrays the adapters lie: from 0 to n, or n + 1 for what is no number."""
+    nowhere = stacked.size + 1
+    known = (ids >= BASE) & (ids < stacked.size)
+    return jnp.where(ids == BASE, stacked.size, jnp.where(known, ids, nowhere))
 
 
 def _check_dtypes(members: Sequence[Scaled | Stack]) -> None:

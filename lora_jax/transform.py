@@ -13,8 +13,8 @@ from lora_jax.errors import LoraError
 from lora_jax.experts import Blend, Mixture, Routed, blend, blend_by_token
 from lora_jax.layout import Layout, Target
 from lora_jax.rules import RULES
-from lora_jax.stacked import Scaled, Selection, take
-from lora_jax.weight import AdaptedWeight
+from lora_jax.stacked import Scaled, Selection, slot, take
+from lora_jax.weight import AdaptedWeight, Choice
 
 
 def adapt(
@@ -73,7 +73,7 @@ def adapt(
         for t in layout.targets:
             gain, gate = whole.gains.get(t.path), whole.gates.get(t.path)
             w, factors = ins[position[t.path]], whole.factors[t.path]
-            ins[position[t.path]] = AdaptedWeight.start(t, w, factors, gain, gate)
+            ins[position[t.path]] = AdaptedWeight.start(t, w, factors, gain, gate, whole.choice)
         outs = interpreter.evaluate(traced.jaxpr, traced.consts, ins)
         outs = [interpreter.returned(out) for out in outs]
         interpreter.check_all_read(layout)
@@ -104,8 +104,18 @@ def adapt(
 def _choice(layout: Layout, of: Selection | Mixture) -> tuple[Any, Callable[[Any], Any]]:
     """What is chosen (for one example or for each), and the adapters that one choice means."""
     if isinstance(of, Selection):
-        return of.ids, lambda index: take(of.stack, index)
+        if not of.per_example:
+            return of.ids, lambda index: take(of.stack, index)
+        check(layout, jax.tree.map(_without_first, of.stack.factors))
+        slots, count = slot(of.stack, of.ids), len(of.ids)
+        return slots, lambda index: Blend(
+            of.stack.factors, of.stack.scales, {}, Choice(index, count)
+        )
     return of.weights, lambda weights: blend(layout, of.stack, weights)
+
+
+def _without_first(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
 
 def _as_blend(layout: Layout, adapters: Adapters | Scaled | Blend) -> Blend:

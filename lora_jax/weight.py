@@ -9,6 +9,7 @@ Every axis carries an integer name. An axis of W is
 
 so what an operation does to an axis of W, it does to each array that has the name. `a` and `b`
 share the name RANK; `gain`, where there is one, has it too, or stack axes, or no axis at all.
+Where the adapter is yet to be chosen among several, the three also share the axis MEMBER.
 A router per token (`gate`) has its columns in `a`, after those of the rank.
 """
 
@@ -112,6 +113,15 @@ def _counted(weights: Named, gate: Gate) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which of several adapters it is, of one example among `examples` under a vmap."""
+
+    index: Any  # [] int along the axis MEMBER; NaN results from one that is outside
+    examples: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class AdaptedWeight:
     """W, a and b with named axes; the value that stands for `w + scale * a @ b`.
 
@@ -120,6 +130,7 @@ class AdaptedWeight:
       the value is `w + scale * (a * gain) @ b`.
     gate: a router per token (`lora_jax.experts`). Then there is no such value, and the weight is
       good for products with all of an input alone.
+    choice: which of the adapters along the axis MEMBER it is; None: there is no such axis.
     """
 
     w: Named
@@ -129,26 +140,37 @@ class AdaptedWeight:
     target: Target = dataclasses.field(metadata={"static": True})
     gain: Named | None = None
     gate: Gate | None = None
+    choice: Choice | None = None
 
     @staticmethod
     def start(
-        target: Target, w: Any, factors: Factors, gain: Any = None, gate: Gate | None = None
+        target: Target,
+        w: Any,
+        factors: Factors,
+        gain: Any = None,
+        gate: Gate | None = None,
+        choice: Choice | None = None,
     ) -> AdaptedWeight:
-        """The weight as a program gets it; `gain`: [] or [rank], or None."""
+        """The weight as a program gets it; `gain`: [] or [rank], or None.
+
+        With a choice the factors and the gain, [n], have a leading axis of adapters.
+        """
         names = fresh(len(target.shape))
         pick = lambda which: tuple(names[i] for i in which)  # noqa: E731
         stack = pick(target.stack)
+        several = () if choice is None else (MEMBER,)
         if gate is not None and gate.probe is not None:
             probe = Named(gate.probe, (*stack, TALLY, MEMBER))
             gate = dataclasses.replace(gate, probe=probe)
         return AdaptedWeight(
             Named(w, names),
-            Named(factors.a, (*stack, *pick(target.inputs), RANK)),
-            Named(factors.b, (*stack, RANK, *pick(target.outputs))),
+            Named(factors.a, (*several, *stack, *pick(target.inputs), RANK)),
+            Named(factors.b, (*several, *stack, RANK, *pick(target.outputs))),
             target.scale,
             target,
-            None if gain is None else Named(gain, (RANK,) if jnp.ndim(gain) else ()),
+            None if gain is None else Named(gain, several or (RANK,) * jnp.ndim(gain)),
             gate,
+            choice,
         )
 
     def map(self, fn: Callable[[Named], Named]) -> AdaptedWeight:
@@ -158,6 +180,21 @@ class AdaptedWeight:
             gate = dataclasses.replace(gate, probe=fn(gate.probe))
         w, a, b = fn(self.w), fn(self.a), fn(self.b)
         return dataclasses.replace(self, w=w, a=a, b=b, gain=gain, gate=gate)
+
+    def chosen(self) -> AdaptedWeight:
+        """The weight with the one adapter that was chosen for it."""
+        if self.choice is None:
+            return self
+        index = self.choice.index
+
+        def take(n: Named) -> Named:
+            if MEMBER not in n.names:
+                return n
+            axis = n.names.index(MEMBER)
+            array = jnp.take(n.array, index, axis=axis, mode="fill", fill_value=jnp.nan)
+            return Named(array, (*n.names[:axis], *n.names[axis + 1 :]))
+
+        return dataclasses.replace(self.map(take), choice=None)
 
     def scaled(self, h: Named) -> Named:
         """See `scaled`."""
@@ -195,6 +232,8 @@ class AdaptedWeight:
 
     def update(self) -> Any:
         """`scale * a @ b` in W's present shape and in float32; only `folded` and rows need it."""
+        if self.choice is not None:
+            return self.chosen().update()
         self.check_linear("W + scale * a @ b itself is asked for")
         wide = wide_dtype(self.w.array.dtype)
         present = tuple(n for n in self.w.names if not self.is_free(n))

@@ -10,6 +10,7 @@
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
@@ -32,3 +33,17 @@ def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     relaxed = room in STANDARD_PROMOTION or request.node.get_closest_marker("standard_promotion")
     with jax.numpy_dtype_promotion("standard" if relaxed else "strict"):
         yield
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """The names of the events of compilation while the test runs."""
+    found: list[str] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)

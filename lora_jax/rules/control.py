@@ -46,6 +46,7 @@ def _custom_jvp(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     for v in ins:
         if isinstance(v, AdaptedWeight):
             v.check_linear(f"{program.operand_name(eqn)} takes it")
+    ins = _all_chosen(ins)
 
     @jax.custom_jvp
     def call(ins: Ins) -> list[Any]:
@@ -71,6 +72,11 @@ def _custom_jvp(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
         return outs[:n], total
 
     return call(ins)
+
+
+def _all_chosen(ins: Ins) -> Ins:
+    """Each weight with the one adapter that was chosen for it, which has no integer in it."""
+    return [v.chosen() if isinstance(v, AdaptedWeight) else v for v in ins]
 
 
 def _along_a(value: Any, tangent: Any) -> Any:
@@ -130,6 +136,7 @@ def _leading(interpreter: Any, eqn: Any, x: Any) -> Any:
     name = x.w.names[0]
     if not x.is_stack(name):
         return interpreter.plain(eqn, x)
+    x = x.chosen()
     gain = x.gain
     if gain is not None and name not in gain.names:  # the same for every slice
         length = x.w.array.shape[0]
@@ -205,6 +212,7 @@ def _shard_map(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     of `x W + scale (x a) b` makes both whole.
     """
     form = program.shard_map_form(eqn)
+    ins = _all_chosen(ins)
     in_specs = [
         _specs_of(v, spec) if isinstance(v, AdaptedWeight) else spec
         for v, spec in zip(ins, form.in_specs, strict=True)

@@ -60,6 +60,7 @@ def _conv(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     if not v.is_output(out) or any(v.is_output(n) or v.is_stack(n) for n in inputs):
         return None
     interpreter.read(v.target)
+    v = v.chosen()
     base = program.bind(eqn, x, v.w.array)
     kernel = _conv_kernel(v, out, groups).astype(x.dtype)
     h = jnp.moveaxis(program.bind(eqn, x, kernel), dims.out_spec[1], -1)
@@ -101,6 +102,7 @@ def _ragged_dot(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     if not (v.is_stack(group) and v.is_input(contract) and v.is_output(out)):
         return None
     interpreter.read(v.target)
+    v = v.chosen()
     base = program.bind(eqn, x, v.w.array, sizes)
     (x_contract,), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0]
     rows = jnp.moveaxis(x, x_contract, -1)
@@ -116,6 +118,7 @@ def _gather(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     v, indices = ins
     if not isinstance(v, AdaptedWeight) or not view.whole_rows(eqn):
         return None
+    v = v.chosen()
     dn = eqn.params["dimension_numbers"]
     looked_up = v.names_at(dn.collapsed_slice_dims)
     if looked_up and all(v.is_stack(n) for n in looked_up) and not dn.operand_batching_dims:

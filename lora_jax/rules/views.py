@@ -99,6 +99,8 @@ def _slice(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     )
 
     def cut(n: Named) -> Named:
+        if not n.names:
+            return n
         whole = [cuts.get(x, (0, size, 1)) for x, size in zip(n.names, n.array.shape, strict=True)]
         return Named(lax.slice(n.array, *zip(*whole, strict=True)), n.names)
 
@@ -113,6 +115,8 @@ def _dynamic_slice(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     at = dict(zip(v.w.names, zip(starts, eqn.params["slice_sizes"], strict=True), strict=True))
 
     def cut(n: Named) -> Named:
+        if not n.names:
+            return n
         whole = [at.get(x, (0, size)) for x, size in zip(n.names, n.array.shape, strict=True)]
         begin, sizes = zip(*whole, strict=True)
         starts = [jnp.asarray(b, jnp.int32) for b in begin]

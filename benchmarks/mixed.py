@@ -1,0 +1,114 @@
+"""A batch whose examples have different adapters, against one adapter for all of it.
+
+    python -m benchmarks.mixed
+
+Encoder: 64 examples of 32 tokens on a MiniLM-shaped model, LoRA r=8 on q and v. "one adapter" is
+the ordinary program, with neither a stack nor ids; the mixed batches choose each example's adapter
+among 1, 8 or 64. Timed are the forward pass and a whole training step of the factors (gradient,
+AdamW), run in turns in one process; throughput is that of "one adapter" over the median.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lora_jax
+from benchmarks import common
+from lora_jax import models
+
+EXAMPLES, LENGTH = 64, 32
+COUNTS = (1, 8, 64)
+
+
+def build(adapters: int) -> tuple[Any, ...]:
+    """The model's function, its parameters, a batch, and a stack of random adapters."""
+    model = models.Bert(common.MINILM)
+    ids = jax.random.randint(jax.random.key(0), (EXAMPLES, LENGTH), 0, common.MINILM.vocab_size)
+
+    def f(params: Any, ids: Any) -> Any:
+        return model.apply({"params": params}, ids)
+
+    params = jax.jit(model.init)(jax.random.key(1), ids[:1])["params"]
+    spec = lora_jax.LoraSpec(8, 16.0, ("encoder/layer*/attention/{query,value}/kernel",))
+    layout = lora_jax.resolve(spec, f, params, ids)
+    members = [(layout, _random(layout, seed)) for seed in range(adapters)]
+    return f, params, ids, layout, members
+
+
+def _random(layout: lora_jax.Layout, seed: int) -> Any:
+    fresh = lora_jax.init(jax.random.key(seed), layout)
+    return jax.tree.map(
+        lambda x: 0.05 * jax.random.normal(jax.random.key(seed + 1), x.shape), fresh
+    )
+
+
+def runs(counts: tuple[int, ...]) -> dict[str, dict[str, Callable[[], Any]]]:
+    """What is timed -> side -> a call that runs it once."""
+    f, params, ids, layout, members = build(max(counts))
+    target = jax.random.normal(jax.random.key(2), jax.eval_shape(f, params, ids).shape)
+    out: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "training step": {}}
+
+    def add(name: str, trained: Any, call: Callable[[Any, Any, Any], Any]) -> None:
+        def loss(trained: Any, params: Any, ids: Any) -> Any:
+            return jnp.mean(jnp.square(call(trained, params, ids) - target))
+
+        forward = jax.jit(call)
+        out["forward"][name] = lambda: forward(trained, params, ids)
+        out["training step"][name] = _stepping(jax.value_and_grad(loss), trained, params, ids)
+
+    g = lora_jax.adapt(layout, f)
+    add("one adapter", members[0][1], lambda adapters, params, ids: g(params, adapters, ids))
+    for count in counts:
+        common_layout, stacked = lora_jax.stack(members[:count])
+        mixed = lora_jax.adapt(common_layout, f)
+        numbers = jnp.arange(EXAMPLES) % count
+
+        def call(stacked: Any, params: Any, ids: Any, mixed: Any = mixed, n: Any = numbers) -> Any:
+            return mixed(params, lora_jax.select(stacked, n), ids)
+
+        add(f"mixed, {count}", stacked, call)
+    return out
+
+
+def _stepping(gradient: Callable[..., Any], trained: Any, *rest: Any) -> Callable[[], Any]:
+    tx = optax.adamw(1e-4)
+    state = (jax.tree.map(jnp.copy, trained), jax.jit(tx.init)(trained))
+
+    def step(state: Any, *rest: Any) -> tuple[Any, jax.Array]:
+        trained, moments = state
+        loss, grads = gradient(trained, *rest)
+        updates, moments = tx.update(grads, moments, trained)
+        return (optax.apply_updates(trained, updates), moments), loss
+
+    compiled = jax.jit(step, donate_argnums=0)
+
+    def run() -> jax.Array:
+        nonlocal state
+        state, loss = compiled(state, *rest)
+        jax.block_until_ready(state)
+        return loss
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
+    args = parser.parse_args()
+    print(common.hardware(), end="\n\n")
+    lines = []
+    for what, sides in runs(tuple(args.counts)).items():
+        seconds = common.interleaved(sides, args.repeats)
+        for name, taken in seconds.items():
+            ratio = f"{seconds['one adapter'] / taken:.3f}"
+            lines.append((what, name, f"{taken:.3f}", f"{EXAMPLES / taken:,.0f}", ratio))
+    print(common.table(("timed", "adapters", "s", "examples/s", "/ one adapter"), lines))
+
+
+if __name__ == "__main__":
+    main()
