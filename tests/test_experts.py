@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lora_jax
-from lora_jax import Factors, Layout, LoraSpec
+from lora_jax import Factors, Layout, LoraError, LoraSpec, paths
+from lora_jax.checkpoint import restore_about, restore_base
 from lora_jax.gate import Load
+from lora_jax.usage import probe
 from tests import cases, programs
+from tests.test_built_in_models import BERT, LLAMA, built
 from tests.test_transform import assert_close, scalar
 
 pytestmark = pytest.mark.standard_promotion
@@ -220,3 +226,212 @@ def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
     assert_close((got_stack.factors, got_router), (want_stack.factors, want_router), 5e-5)
     learns = [bool(jnp.any(g != 0)) for g in jax.tree.leaves(got_router)]
     assert learns == [top != 1] * 2  # the one gate that is left is 1, whatever the logits
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_router_without_an_input_to_route_by_is_refused(name: str) -> None:
+    """Softmax is not linear: half an input would route otherwise, in silence."""
+    case = cases.REGISTRY[name]()
+    layout, stacked = lora_jax.stack(members_of(case))
+    routed = lora_jax.route(stacked, lora_jax.init_router(jax.random.key(0), layout, 3))
+    with pytest.raises(LoraError, match=r"a router per token has no whole input to route by"):
+        runs(case, layout)(case.params, routed)
+
+
+def test_the_gates_of_a_bfloat16_model_are_float32() -> None:
+    """Under strict promotion. Red if the logits are not cast, or the gates not cast back."""
+    f = lambda p, x: x @ p["w"]  # noqa: E731
+    params, x = {"w": jnp.ones((8, 4), jnp.bfloat16)}, jnp.ones((3, 8), jnp.bfloat16)
+    case = cases.Case("bfloat16", f, params, (x,), ("w",))
+    layout, stacked = lora_jax.stack(members_of(case))
+    router = lora_jax.init_router(jax.random.key(0), layout, 3)
+    with jax.numpy_dtype_promotion("strict"):
+        out = runs(case, layout)(params, lora_jax.route(stacked, router, 2))
+        shares = lora_jax.load(layout, f, params, lora_jax.route(stacked, router, 2), x)["w"]
+    assert out.dtype == jnp.bfloat16
+    assert shares.gate.dtype == jnp.float32
+    np.testing.assert_allclose(shares.gate.sum(), 1, atol=1e-6)
+
+
+def test_vmap_over_routers() -> None:
+    """Several routers at once, as in a sweep. Red if a rule needs an unbatched router."""
+    case = cases.REGISTRY["bare_scan"]()
+    layout, stacked = lora_jax.stack(members_of(case))
+    run = runs(case, layout)
+    routers = [lora_jax.init_router(jax.random.key(i), layout, 3) for i in range(2)]
+    one = lambda r: run(case.params, lora_jax.route(stacked, r, 2))  # noqa: E731
+    together = jax.jit(jax.vmap(one))(jax.tree.map(lambda *r: jnp.stack(r), *routers))
+    assert_close(together, jax.tree.map(lambda *y: jnp.stack(y), *map(one, routers)))
+
+
+# --- the models of this package -----------------------------------------------------------------
+
+
+TARGETS = ("**/{q,query,down}/kernel",)  # of either model
+
+
+def layer_of(path: str) -> tuple[str, int | None]:
+    """`layers_1/mlp/up` is slice 1 of `layers/mlp/up`."""
+    found = re.search(r"layers?_(\d+)", path)
+    return re.sub(r"layers?_\d+", "layers", path), int(found[1]) if found else None
+
+
+def scanned(tree: dict[str, Any], axis: int) -> dict[str, Any]:
+    """`{path: arrays}` of unrolled layers, the layers stacked along `axis`."""
+    slices: dict[str, list[Any]] = {}
+    for path, value in tree.items():
+        whole, layer = layer_of(path)
+        slices.setdefault(whole, []).append(value)
+        assert layer in (None, len(slices[whole]) - 1)
+    put = lambda *x: jnp.stack(x, axis) if len(x) > 1 else x[0]  # noqa: E731
+    return {path: jax.tree.map(put, *values) for path, values in slices.items()}
+
+
+@pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
+def test_scanned_layers_route_as_unrolled_ones(config: Any) -> None:
+    """With full remat: outputs, loads of each layer, and the gradient of the router."""
+    f, params, args = built(config)
+    case = cases.Case("", f, params, args, TARGETS)
+    members = members_of(case, (1, 2))
+    layout, stacked = lora_jax.stack(members)
+    router = lora_jax.init_router(jax.random.key(0), layout, 2)
+
+    deep, deep_params, _ = built(dataclasses.replace(config, scan_layers=True, remat="full"))
+    flat = scanned(paths.flatten(params), 0)
+    deep_params = paths.replace(deep_params, flat)
+    deep_case = cases.Case("", deep, deep_params, args, TARGETS)
+    deep_layout, deep_stacked = lora_jax.stack(members_of(deep_case, (1, 2)))
+    deep_stacked = dataclasses.replace(deep_stacked, factors=scanned(stacked.factors, 1))
+
+    def derived(layout: Layout, f: Any, params: Any, stacked: Any, router: Any) -> Any:
+        g = lora_jax.adapt(layout, f)
+
+        def values(router: Any, zeros: Any) -> Any:
+            routed = lora_jax.route(stacked, router, 2)
+            out = g(params, dataclasses.replace(routed, probe=zeros), *args)
+            return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
+
+        fn = jax.jit(jax.value_and_grad(values, (0, 1), has_aux=True))
+        (_, out), (gradient, sums) = fn(router, probe(layout, 2))
+        return out, gradient, {path: Load.from_tally(each) for path, each in sums.items()}
+
+    out, gradient, loads = derived(layout, f, params, stacked, router)
+    deep_router = scanned(router, 0)
+    deep_out, *rest = derived(deep_layout, deep, deep_params, deep_stacked, deep_router)
+    assert_close(deep_out, out, 2e-5)
+    assert_close(tuple(rest), (scanned(gradient, 0), scanned(loads, 0)), 5e-5)
+    routed = lora_jax.route(deep_stacked, deep_router, 2)
+    count = lambda p, r: lora_jax.load(deep_layout, deep, p, r, *args)  # noqa: E731
+    asked = jax.jit(count)(deep_params, routed)
+    assert_close(asked, rest[1])
+    assert all(jnp.allclose(x.sum(-1), 1, atol=1e-5) for x in jax.tree.leaves(asked))
+
+
+def test_weights_per_example_of_a_model() -> None:
+    """Scanned BERT, each example with its own blend. Red if a mask or an id is not divided."""
+    f, params, args = built(dataclasses.replace(BERT, scan_layers=True))
+    case = cases.Case("", f, params, args, TARGETS)
+    layout, stacked = lora_jax.stack(members_of(case, (1, 2)))
+    g, weights = lora_jax.adapt(layout, f), jnp.array([[0.3, 0.7], [1.0, -1.0]])
+    rows = [[x[i : i + 1] for x in args] for i in range(2)]
+    alone = [lambda i=i: g(params, lora_jax.mix(stacked, weights[i]), *rows[i]) for i in range(2)]
+    together = jax.jit(lambda w: g(params, lora_jax.mix(stacked, w), *args))(weights)
+    assert_close(together, jax.jit(lambda: jnp.concatenate([fn() for fn in alone]))(), 2e-5)
+
+
+# --- a router that learns, and one that is kept -------------------------------------------------
+
+
+def test_a_router_learns_which_expert_made_which_token() -> None:
+    """Two frozen experts, tokens of two kinds, each answered by its own expert.
+
+    Red if the router gets no gradient, or that of another target.
+    """
+    f = lambda p, x: jnp.tanh(x @ p["w"])  # noqa: E731
+    params = {"w": cases.normal(0, 8, 6) / 3}
+    kinds = jnp.arange(64) % 2
+    x = jnp.where(kinds[:, None] == 0, 1.0, -1.0) * jnp.eye(8)[:1] + cases.normal(1, 64, 8) / 4
+    case = cases.Case("", f, params, (x,), ("w",))
+    own, factors = members_of(case, (2,))[0]
+    members = [
+        (own, {"w": Factors(2 * ab.a, c * ab.b)}) for ab in factors.values() for c in (2, -2)
+    ]
+    layout, stacked = lora_jax.stack(members)
+    answers = [f(lora_jax.merge(own, params, ad), x) for own, ad in members]
+    wanted = jnp.where(kinds[:, None] == 0, *answers)
+    g, tx = lora_jax.adapt(layout, f), optax.adam(0.05)
+
+    def loss(router: Any) -> Any:
+        return ((g(params, lora_jax.route(stacked, router), x) - wanted) ** 2).mean()
+
+    def step(carry: Any, _: Any) -> Any:
+        router, state = carry
+        value, gradient = jax.value_and_grad(loss)(router)
+        updates, state = tx.update(gradient, state)
+        return (optax.apply_updates(router, updates), state), value
+
+    router = lora_jax.init_router(jax.random.key(0), layout, 2)
+    start = (router, tx.init(router))
+    (router, _), losses = jax.jit(lambda c: jax.lax.scan(step, c, length=300))(start)
+    assert losses[0] > 0.01
+    assert losses[-1] < losses[0] / 20
+    picked = jnp.argmax(x @ router["w"], axis=-1)
+    assert (picked == kinds).mean() > 0.95
+    served = lora_jax.load(layout, f, params, lora_jax.route(stacked, router, top=1), x)["w"]
+    np.testing.assert_allclose(served.share, 0.5, atol=0.05)
+
+
+def test_factors_and_router_train_together() -> None:
+    """One gradient for both; the base slot's zeros stay zeros, in the gradient too."""
+    case = cases.REGISTRY["bare_scan"]()
+    layout, stacked = lora_jax.stack(members_of(case))
+    router = lora_jax.init_router(jax.random.key(0), layout, 3)
+    loss = scalar(runs(case, layout))
+    both = jax.jit(jax.grad(lambda s, r: loss(case.params, lora_jax.route(s, r, 2)), (0, 1)))
+    of_stack, of_router = both(stacked, router)
+    for path in stacked.factors:
+        assert jnp.all(of_stack.factors[path].a[-1] == 0)
+        assert all(jnp.any(x[:-1] != 0) for x in of_stack.factors[path])
+        assert jnp.any(of_router[path] != 0)
+
+
+def test_experts_and_router_are_kept_as_adapters_are(tmp_path: Any) -> None:
+    """The recipe of `lora_jax.experts`: restore(save(x)) == x, bit for bit."""
+    case = cases.REGISTRY["bare_scan"]()
+    members = members_of(case)
+    layout, stacked = lora_jax.stack(members)
+    router = lora_jax.init_router(jax.random.key(0), layout, 3)
+    for i, (own, _) in enumerate(members):
+        lora_jax.save(tmp_path / str(i), own, lora_jax.unstack(own, stacked, i))
+    lora_jax.save(tmp_path / "router", Layout(), {}, base=router, about={"top": 2})
+    again, restored = lora_jax.stack([lora_jax.restore(tmp_path / str(i)) for i in range(3)])
+    assert again == layout
+    assert all(map(jnp.array_equal, *map(jax.tree.leaves, (restored, stacked))))
+    kept = restore_base(tmp_path / "router")
+    assert kept.keys() == router.keys()
+    assert all(jnp.array_equal(kept[p], router[p]) for p in router)
+    assert restore_about(tmp_path / "router") == {"top": 2}
+
+
+def test_errors_say_what_is_expected() -> None:
+    case = cases.REGISTRY["bare_scan"]()
+    layout, stacked = lora_jax.stack(members_of(case))
+    router = lora_jax.init_router(jax.random.key(0), layout, 3)
+    with pytest.raises(LoraError, match=r"must be \[3\] or \[examples, 3\]; got \[2\]"):
+        lora_jax.mix(stacked, [0.5, 0.5])
+    with pytest.raises(LoraError, match=r"floats, got int32; .* it is lora_jax.select"):
+        lora_jax.mix(stacked, [0, 1, 2])
+    with pytest.raises(LoraError, match="top must be from 1 to 3"):
+        lora_jax.route(stacked, router, top=4)
+    with pytest.raises(LoraError, match=r"the router has no 'down'; nearest in it:\n  up"):
+        lora_jax.route(stacked, {"up": router["up"]})
+    with pytest.raises(LoraError, match=r"the stack has no 'side'; nearest"):
+        lora_jax.route(stacked, router | {"side": router["up"]})
+    with pytest.raises(LoraError, match=r"\(3, 10, 2\), for 3 experts it must be \(3, 10, 3\)"):
+        lora_jax.route(stacked, router | {"up": router["up"][..., :2]})
+    f = lambda p, x: case.f(p, x)[0].argmax()  # noqa: E731
+    with pytest.raises(LoraError, match="no floating output"):
+        lora_jax.load(layout, f, case.params, lora_jax.route(stacked, router), *case.args)
+    wider, _ = lora_jax.stack(members_of(case, (1, 3)))
+    with pytest.raises(LoraError, match="the factors do not fit the layout"):
+        runs(case, wider)(case.params, lora_jax.mix(stacked, jnp.ones(3)))
