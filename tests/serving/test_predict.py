@@ -229,7 +229,7 @@ def test_a_line_that_cannot_be_classified(
         list(predict.predict(*opened, list(lines.read(str(source)))))
 
 
-def test_progress_is_told_as_scores_come(trained: Trained, opened: Opened) -> None:
+def test_progress_is_told_as_scores_come(opened: Opened) -> None:
     """Red if a bar waits for the first line: of what is sorted, it may come last."""
     sized = [
         lines.Line({"text": text, "adapter": "two"}, "here", size)
