@@ -104,6 +104,8 @@ class Group:
 
     def tick(self) -> list[Member]:
         """Every live member takes its next step; they are returned."""
+        if not self.live:
+            return []
         began, compiled = time.monotonic(), self.compile_seconds
         lines, rows = [], list[Any]()
         for index, member in enumerate(self.members):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
@@ -20,6 +21,7 @@ from lora_jax.fingerprint import Fingerprint, differences
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config, ConfigError, OptimizerConfig, to_dict
+from lora_jax.training.group import batches
 from lora_jax.training.group.padded import Form, Host, only_trained
 from lora_jax.training.group.step import Settings
 from lora_jax.training.run import Run, Setup
@@ -246,6 +248,37 @@ def joined(members: Sequence[Member], example: Any) -> tuple[Workload, bool]:
                 "classes and settings, and in nothing that the model computes (pooling, dropout)"
             )
     return whole, marked
+
+
+def check_padding(members: Sequence[Member], workload: Workload, marked: bool) -> None:
+    """Raise unless what fills up a batch has no weight in the loss.
+
+    Args:
+      workload, marked: as `joined` gives them.
+    """
+    names = [member.name for member in members]
+    filled = batches.together(names, [member.example for member in members])
+
+    @jax.jit
+    def weight(batch: Any) -> jax.Array:
+        # Nothing reads the parameters: the weight is of the batch, and the compiler finds it out.
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), workload.params)
+        outputs = workload.apply(params, batch, train=False, key=None)
+        return workload.loss(outputs, batch).weight
+
+    for index, member in enumerate(members):
+        batch = {name: x[index] for name, x in filled.items()}
+        if any(np.shape(x) != batch[name].shape for name, x in member.example.items()):
+            marks = member.marks if marked else {}
+            found = [float(weight({**rows, **marks})) for rows in (member.example, batch)]
+            if found[0] != found[1]:
+                raise ConfigError(
+                    f"the batches of {member.name!r} are smaller than those of others, and filling "
+                    f"them up with zeros changes the weight of its loss from {found[0]:g} to "
+                    f"{found[1]:g}. Give all members batches of one size, or the batches an entry "
+                    "(weights, a mask) that is zero for what does not count"
+                )
+            return
 
 
 def _join(workloads: Sequence[Workload]) -> Workload:

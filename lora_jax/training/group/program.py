@@ -14,7 +14,7 @@ from lora_jax.training.compiled import Compiled
 from lora_jax.training.config import MeshConfig, require
 from lora_jax.training.evaluation import merged_difference
 from lora_jax.training.group import batches
-from lora_jax.training.group.members import TX, Member, joined
+from lora_jax.training.group.members import TX, Member, check_padding, joined
 from lora_jax.training.group.padded import Form
 from lora_jax.training.group.step import group_evaluation, group_step
 from lora_jax.training.workload import Workload
@@ -81,6 +81,7 @@ def program(
     rows = batches.together(names, [member.example for member in members])
     example = {name: x[0] for name, x in rows.items()}
     workload, marked = joined(members, example)
+    check_padding(members, workload, marked)
     layout = lora_jax.union(member.run.setup.layout for member in members)
     place = mesh.place(workload, config, grid, example)
     first = members[0].form.like.trained["base"]
