@@ -6,6 +6,9 @@ Encoder: 64 examples of 32 tokens on a MiniLM-shaped model, LoRA r=8 on q and v.
 the ordinary program, with neither a stack nor ids; the mixed batches choose each example's adapter
 among 1, 8 or 64. Timed are the forward pass and a whole training step of the factors (gradient,
 AdamW), run in turns in one process; throughput is that of "one adapter" over the median.
+
+Single tokens: the forward pass of 256 or 1,024 examples of one token each, with 4, 64 and 1,000
+adapters, in both forms of the low-rank product (`lora_jax.grouped`) and by the rule between them.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import optax
 
 import lora_jax
 from benchmarks import common
-from lora_jax import models
+from lora_jax import grouped, models
 
 EXAMPLES, LENGTH = 64, 32
 COUNTS = (1, 8, 64)
@@ -95,6 +98,31 @@ def _stepping(gradient: Callable[..., Any], trained: Any, *rest: Any) -> Callabl
     return run
 
 
+def tokens(examples: int, adapters: int, repeats: int) -> tuple[str, ...]:
+    """A line of the second table: seconds of each form, and what the rule chooses."""
+    f, params, _, layout, members = build(1)
+    _, stacked = lora_jax.stack(members, size=adapters)
+    numbers = jax.random.randint(jax.random.key(0), (examples,), 0, adapters)
+    ids = jax.random.randint(jax.random.key(1), (examples, 1), 0, common.MINILM.vocab_size)
+    rule = grouped.pays
+    sides: dict[str, Callable[[], Any]] = {}
+    for name, pays in (("gather", False), ("grouped", True)):
+        grouped.pays = lambda *_, pays=pays, **__: pays  # type: ignore[assignment]
+        g = lora_jax.adapt(layout, f)
+        run = jax.jit(
+            lambda stacked, numbers, ids, g=g: g(params, lora_jax.select(stacked, numbers), ids)
+        )
+        jax.block_until_ready(run(stacked, numbers, ids))
+        sides[name] = lambda run=run: run(stacked, numbers, ids)  # type: ignore[misc]
+    grouped.pays = rule
+    plain = jax.jit(f)
+    sides["base"] = lambda: plain(params, ids)
+    seconds = common.interleaved(sides, repeats)
+    chosen = "grouped" if rule(examples, adapters + 1, rows=1, rank=8) else "gather"
+    numbers_ = (f"{seconds[name] * 1e3:.1f}" for name in ("base", "gather", "grouped"))
+    return (str(examples), str(adapters), *numbers_, chosen)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=11)
@@ -108,6 +136,10 @@ def main() -> None:
             ratio = f"{seconds['one adapter'] / taken:.3f}"
             lines.append((what, name, f"{taken:.3f}", f"{EXAMPLES / taken:,.0f}", ratio))
     print(common.table(("timed", "adapters", "s", "examples/s", "/ one adapter"), lines))
+    print()
+    header = ("examples of one token", "adapters", "base, ms", "gather", "grouped", "the rule")
+    cases = [(rows, n) for rows in (256, 1024) for n in (4, 64, 1000)]
+    print(common.table(header, [tokens(*case, args.repeats) for case in cases]))
 
 
 if __name__ == "__main__":
