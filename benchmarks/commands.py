@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,18 +29,21 @@ class Spent:
     bytes: int
 
 
-def train(*arguments: str) -> Spent:
-    """Print and run `python train.py ...` to its end.
+def train(*arguments: str, devices: int = 1) -> Spent:
+    """Print and run `python train.py ...` to its end, on so many devices if this is a CPU.
 
     Raises:
       SystemExit: it failed; its last words are said.
     """
     command = ["train.py", *arguments]
-    print("python", shlex.join(command), flush=True)
+    print(f"JAX_NUM_CPU_DEVICES={devices} python", shlex.join(command), flush=True)
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
     log = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"benchmark-{os.getpid()}.log"
     begun = time.monotonic()
     with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file
+        )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - begun
@@ -64,20 +67,38 @@ def summary(run: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def difference(one: pathlib.Path, two: pathlib.Path) -> float:
-    """Largest difference between what two runs trained, relative to the largest number.
+class Gap(NamedTuple):
+    """How far apart what two runs trained is, of the last adapters and what is beside them.
 
-    Of the last adapters and the parameters trained beside them, array by array.
+    norm: of the difference, relative to the norm of all numbers.
+    largest: of a single number, relative to the largest of its array. Adam divides a gradient by
+      its size, so where one is zero but for rounding, rounding decides which way a number goes.
     """
-    trained = []
-    for run in (one, two):
-        folder = run / "adapters/last"
-        adapters = lora_jax.restore(folder)[1]
-        arrays = {f"{p} {n}": x for p, f in adapters.items() for n, x in f._asdict().items()}
-        trained.append({n: np.asarray(x) for n, x in (arrays | restore_base(folder)).items()})
-    assert list(trained[0]) == list(trained[1])
-    gaps = [np.abs(x - trained[1][n]).max() / np.abs(x).max() for n, x in trained[0].items()]
-    return float(max(gaps))
+
+    norm: float
+    largest: float
+
+    def __str__(self) -> str:
+        return f"{self.norm:.1e} ({self.largest:.1e})"
+
+
+def gap(one: pathlib.Path, two: pathlib.Path) -> Gap:
+    """Between two run directories."""
+    first, second = trained(one), trained(two)
+    assert list(first) == list(second)
+    pairs = [(x, second[name]) for name, x in first.items()]
+    largest = max(np.abs(x - y).max() / np.abs(x).max() for x, y in pairs)
+    squares = [(np.square(x - y).sum(), np.square(x).sum()) for x, y in pairs]
+    apart, size = np.sum(squares, axis=0)
+    return Gap(float(np.sqrt(apart / size)), float(largest))
+
+
+def trained(run: pathlib.Path) -> dict[str, Any]:
+    """The arrays that a run trained, in float64."""
+    folder = run / "adapters/last"
+    adapters = lora_jax.restore(folder)[1]
+    arrays = {f"{p} {n}": x for p, f in adapters.items() for n, x in f._asdict().items()}
+    return {n: np.asarray(x, np.float64) for n, x in (arrays | restore_base(folder)).items()}
 
 
 def load() -> str:

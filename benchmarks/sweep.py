@@ -5,9 +5,9 @@
     python -m benchmarks.sweep --crossing           one step at several batch sizes
 
 Every run is a command of `train.py`, which is printed: configs/sweep.py, and members alone, spread
-over the sweep. For each there is the largest relative difference between what it trained alone and
-in the sweep. The time of 16 separate runs is that of those that were run, times 16 over how many
-they are.
+over the sweep. For each there is the gap between what it trained alone and in the sweep: the norm
+of the difference relative to the whole, and in brackets the largest of a single number. The time of
+16 separate runs is that of those that were run, times 16 over how many they are.
 
 With --crossing nothing but the step is timed: that of 16 members together against 16 times that of
 one alone, on random weights, at 24 tokens a row; a ratio of 1 is where batching stops paying.
@@ -60,14 +60,14 @@ def compare(steps: int, rows: int, solo: int) -> None:
             alone.append(
                 commands.train("--config", f"{CONFIG}:base", "--run-dir", str(run), *options)
             )
-            gap = commands.difference(run, folder / "sweep" / member.name)
+            gap = commands.gap(run, folder / "sweep" / member.name)
             scores = [
                 commands.summary(path / member.name)["after"]["test"]["accuracy"]
                 for path in (folder, folder / "sweep")
             ]
-            lines.append((member.name, f"{gap:.1e}", *(f"{x:.4f}" for x in scores)))
+            lines.append((member.name, str(gap), *(f"{x:.4f}" for x in scores)))
     print(f"\n{common.hardware()}\n{commands.load()}\n{steps} steps, {rows} rows of a split\n")
-    titles = ("member", "trained: largest relative gap", "test accuracy alone", "in the sweep")
+    titles = ("member", "gap: norm (largest)", "test accuracy alone", "in the sweep")
     print(common.table(titles, lines))
     share = len(members) / len(alone)
     seconds = [sum(s.seconds for s in alone) * share, sweep.seconds]
