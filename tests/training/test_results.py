@@ -178,7 +178,9 @@ def test_tasks_have_a_panel_each_and_none_is_best(tmp_path: pathlib.Path) -> Non
         f"{row.name}\ntest 0.5200 → 0.6900" for row in found.rows
     ]
     text = "\n".join(shown(summaries))
-    assert "3 tasks" in text
+    assert "3 tasks: accuracy before -> after training" in text
+    summaries[1]["select"] = "loss"
+    assert "source=reuters8 (loss)" in "\n".join(shown(summaries))
     assert "0.5000 -> 0.7000" in text
     assert "0.5200 -> 0.6900" in text
 

@@ -67,16 +67,19 @@ def _of_sweep(results: Results) -> Table:
 
 
 def _of_tasks(results: Results) -> Table:
-    table = Table("task", "score", title=f"{len(results.rows)} tasks, before -> after training")
+    scores = {row.select for row in results.rows}
+    what = scores.pop() if len(scores) == 1 else "score"
+    table = Table("task", title=f"{len(results.rows)} tasks: {what} before -> after training")
     for name in (*results.splits, "best step", "trained"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name in results.splits)
     for row in results.rows:
-        scores = [
-            f"{_number(row.score(split, 'before'))} -> {_number(row.score(split))}"
-            for split in results.splits
-        ]
-        table.add_row(row.name, row.select, *scores, *_end(row))
+        name = row.name if what == row.select else f"{row.name} ({row.select})"
+        table.add_row(name, *(_change(row, split) for split in results.splits), *_end(row))
     return table
+
+
+def _change(row: Row, split: str) -> str:
+    return f"{_number(row.score(split, 'before'))} -> {_number(row.score(split))}"
 
 
 def _end(row: Row) -> tuple[str, str]:
