@@ -270,6 +270,18 @@ def test_vmap_over_routers() -> None:
 TARGETS = ("**/{q,query,down}/kernel",)  # of either model
 
 
+def drawn(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """A model, parameters for it and its arguments; nothing is compiled for them."""
+    found: list[Any] = []
+
+    def shapes() -> Any:
+        found.extend(built(config))
+        return found[1]
+
+    params = jax.tree.map(lambda x: _wave(x.shape, x.size), jax.eval_shape(shapes))
+    return found[0], params, found[2]
+
+
 def layer_of(path: str) -> tuple[str, int | None]:
     """`layers_1/mlp/up` is slice 1 of `layers/mlp/up`."""
     found = re.search(r"layers?_(\d+)", path)
@@ -290,13 +302,13 @@ def scanned(tree: dict[str, Any], axis: int) -> dict[str, Any]:
 @pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
 def test_scanned_layers_route_as_unrolled_ones(config: Any) -> None:
     """With full remat: outputs, loads of each layer, and the gradient of the router."""
-    f, params, args = built(config)
+    f, params, args = drawn(config)
     case = cases.Case("", f, params, args, TARGETS)
     members = members_of(case, (1, 2))
     layout, stacked = lora_jax.stack(members)
     router = lora_jax.init_router(jax.random.key(0), layout, 2)
 
-    deep, deep_params, _ = built(dataclasses.replace(config, scan_layers=True, remat="full"))
+    deep, deep_params, _ = drawn(dataclasses.replace(config, scan_layers=True, remat="full"))
     flat = scanned(paths.flatten(params), 0)
     deep_params = paths.replace(deep_params, flat)
     deep_case = cases.Case("", deep, deep_params, args, TARGETS)
@@ -329,7 +341,7 @@ def test_scanned_layers_route_as_unrolled_ones(config: Any) -> None:
 
 def test_weights_per_example_of_a_model() -> None:
     """Scanned BERT, each example with its own blend. Red if a mask or an id is not divided."""
-    f, params, args = built(dataclasses.replace(BERT, scan_layers=True))
+    f, params, args = drawn(dataclasses.replace(BERT, scan_layers=True))
     case = cases.Case("", f, params, args, TARGETS)
     layout, stacked = lora_jax.stack(members_of(case, (1, 2)))
     g, weights = lora_jax.adapt(layout, f), jnp.array([[0.3, 0.7], [1.0, -1.0]])
