@@ -128,7 +128,7 @@ def open_adapters(
     settings = _settings(members, base)
     reference = settings.pop("reference")
     source = models.open(reference)
-    _check_kind(source, kind, members)
+    _check_kind(source, kind, reference)
     config = dataclasses.replace(source.config, **settings)
     params = source.load(config)
     params = {"bert": params} if isinstance(config, models.BertConfig) else params
@@ -262,7 +262,7 @@ def _said(member: Member) -> dict[str, Any]:
     return {name: model[name] for name in _SETTINGS if name in model}
 
 
-def _check_kind(source: models.Source, kind: type[Any], members: Sequence[Member]) -> None:
+def _check_kind(source: models.Source, kind: type[Any], reference: str) -> None:
     if isinstance(source.config, kind):
         return
     what, other = (
@@ -270,8 +270,7 @@ def _check_kind(source: models.Source, kind: type[Any], members: Sequence[Member
         if isinstance(source.config, models.BertConfig)
         else ("a decoder", "lora_jax.generate")
     )
-    whose = f" of {members[0].name!r}" if members else ""
-    raise LoraError(f"the base{whose} is {what}; that is what `python -m {other}` runs")
+    raise LoraError(f"the base {reference} is {what}; that is what `python -m {other}` runs")
 
 
 def _check_base(members: Sequence[Member], params: Tree, reference: str, allow: bool) -> None:

@@ -194,9 +194,13 @@ def test_adapters_of_two_models_are_not_mixed(
     given = save(runs / "d", params, str(decoder))
     with pytest.raises(LoraError, match=r"model.reference is '.*' for 'a' and '.*llama' for 'd'"):
         adapters.open_adapters([f"{runs}/a", given], KIND)
-    with pytest.raises(LoraError, match=r"'d' is a decoder; .*python -m lora_jax.generate"):
+    with pytest.raises(
+        LoraError, match=r"base .*llama is a decoder; .*python -m lora_jax.generate"
+    ):
         adapters.open_adapters([given], KIND)
-    with pytest.raises(LoraError, match=r"'a' is an encoder; .*python -m lora_jax.predict"):
+    with pytest.raises(
+        LoraError, match=r"base .*roberta is an encoder; .*python -m lora_jax.predict"
+    ):
         adapters.open_adapters([f"{runs}/a"], models.LlamaConfig)
     scanned = save(runs / "e", params, str(weights), scan_layers=True)
     with pytest.raises(LoraError, match=r"model.scan_layers is False for 'a' and True for 'e'"):
