@@ -6,7 +6,12 @@ from jax import Array
 
 
 def attend(
-    query: Array, key: Array, value: Array, mask: Array | None, drop: Array | None = None
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    drop: Array | None = None,
+    past: tuple[Array, Array] | None = None,
 ) -> Array:
     """softmax(query key^T / sqrt(H)) value, over grouped heads.
 
@@ -20,24 +25,31 @@ def attend(
         mask: bool, broadcastable to [B, 1, T, S]; True where a query may look. A row without
             any True attends to everything alike, and stays finite.
         drop: [B, N, T, S] factors that the weights are multiplied with (dropout), or None.
+        past: keys [B, K, H, P] and values [B, K, P, H] from before, which the mask has first:
+            its S is then P + S. They are not joined with the others, which would copy them.
 
     Returns:
         [B, T, N, H] in the dtype of `value`; scores and softmax are in float32.
     """
     batch, length, heads, width = query.shape
-    span, groups = key.shape[1], key.shape[2]
-    shape = (batch, groups, heads // groups, length, span)
+    groups, before = key.shape[2], 0 if past is None else past[0].shape[-1]
+    shape = (batch, groups, heads // groups, length, before + key.shape[1])
     rows = (query * width**-0.5).transpose(0, 2, 1, 3)
     rows = rows.reshape(batch, groups, heads // groups * length, width)
     scores = jnp.matmul(rows, key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    if past is not None:
+        first = jnp.matmul(rows, past[0], preferred_element_type=jnp.float32)
+        scores = jnp.concatenate([first, scores], axis=-1)
     scores = scores.reshape(shape)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if drop is not None:
         weights = weights * drop.reshape(shape)
-    weights = weights.astype(value.dtype).reshape(batch, groups, -1, span)
-    mixed = jnp.matmul(weights, value.transpose(0, 2, 1, 3))
+    weights = weights.astype(value.dtype).reshape(batch, groups, -1, shape[-1])
+    mixed = jnp.matmul(weights[..., before:], value.transpose(0, 2, 1, 3))
+    if past is not None:
+        mixed = mixed + jnp.matmul(weights[..., :before], past[1])
     return mixed.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
 
 

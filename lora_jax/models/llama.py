@@ -10,7 +10,7 @@ from jax import Array
 
 from lora_jax.models import cache as caches
 from lora_jax.models.attention import attend, positions_in, visible
-from lora_jax.models.cache import Cache, Past
+from lora_jax.models.cache import Cache, Fresh
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.cross_entropy import chunked_cross_entropy
 from lora_jax.models.layers import INITIAL, Embed, by_rows, dense, stack, tensor_axis
@@ -20,10 +20,10 @@ Turn = tuple[Array, Array]
 
 
 class _Flow(NamedTuple):
-    """What goes from layer to layer; without a cache `past` is None."""
+    """What goes from layer to layer; without a cache `fresh` is None."""
 
     x: Array
-    past: Past | None = None
+    fresh: Fresh | None = None
 
 
 def _norm(config: LlamaConfig, name: str) -> nn.RMSNorm:
@@ -37,9 +37,9 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, turn: Turn, seen: Array | None, past: Past | None
-    ) -> tuple[Array, Past | None]:
-        config = self.config
+        self, flow: _Flow, turn: Turn, seen: Array | None, cache: Cache | None
+    ) -> tuple[Array, Fresh | None]:
+        config, (x, fresh) = self.config, flow
 
         def heads(name: str, count: int) -> Array:
             flat = dense(config, count * config.head_dim, name, bias=config.qkv_bias)(x)
@@ -51,12 +51,13 @@ class _Attention(nn.Module):
         if config.qk_norm:
             query = _norm(config, "q_norm")(query)
             key = _norm(config, "k_norm")(key)
-        query, key = rotate(query, turn), rotate(key, turn)
-        if past is not None and seen is not None:
-            past, key, value = past.extended(key, value, seen.shape[-1])
-        mixed = attend(query, key, value, seen)
+        query, key, past = rotate(query, turn), rotate(key, turn), None
+        if fresh is not None and cache is not None:
+            past = cache.layer(fresh.at, like=key) if cache.capacity else None
+            fresh = fresh.extended(key, value)
+        mixed = attend(query, key, value, seen, past=past)
         mixed = mixed.reshape(*x.shape[:2], config.num_heads * config.head_dim)
-        return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed), past
+        return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed), fresh
 
 
 class _Mlp(nn.Module):
@@ -74,13 +75,14 @@ class _Layer(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, flow: _Flow, turn: Turn, seen: Array | None) -> tuple[_Flow, None]:
-        x, past = flow
-        normed = _norm(self.config, "attention_norm")(x)
-        mixed, past = _Attention(self.config, name="attention")(normed, turn, seen, past)
-        x = by_rows(x + mixed)
+    def __call__(
+        self, flow: _Flow, turn: Turn, seen: Array | None, cache: Cache | None
+    ) -> tuple[_Flow, None]:
+        normed = flow._replace(x=_norm(self.config, "attention_norm")(flow.x))
+        mixed, fresh = _Attention(self.config, name="attention")(normed, turn, seen, cache)
+        x = by_rows(flow.x + mixed)
         x = by_rows(x + _Mlp(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x)))
-        return _Flow(x, past), None
+        return _Flow(x, fresh), None
 
 
 class _Head(nn.Module):
@@ -114,13 +116,13 @@ class Llama(nn.Module):
         targets: Array | None = None,
         chunk: int = 0,
         cache: Cache | None = None,
-        slot: Array | int = 0,
         last: int | None = None,
     ) -> Array | tuple[Array, Cache]:
         """Logits [B, T, V] in float32; with `targets`, the cross entropy [B, T] of each instead.
 
         With `cache` the tokens go on with the rows that are in it, and the result is
-        (logits, cache): the new one, since nothing is changed in place.
+        (logits, new): a cache of these T tokens alone, to be written to the other by
+        `lora_jax.models.cache.written`.
 
         Args:
             input_ids: [B, T] int.
@@ -131,10 +133,7 @@ class Llama(nn.Module):
                 they go on with the row's, and are -1 at padding.
             targets: [B, T] int, the token that follows.
             chunk: with targets, the positions of a row whose logits exist at the same time.
-            cache: from `lora_jax.models.cache.empty`, or from an earlier call.
-            slot: the first slot of the cache that is written, for all rows; slot + T may not go
-                beyond its capacity. A Python int (of a prompt: 0) says while tracing that there
-                is nothing behind slot + T, and attention goes no further.
+            cache: from `lora_jax.models.cache`; prompts are read on one of capacity 0.
             last: how many positions from the end have their logits computed; None: all of them.
 
         Raises:
@@ -142,17 +141,17 @@ class Llama(nn.Module):
         """
         config = self.config
         if cache is None:
-            past = None
+            fresh = None
             turn, seen = self._whole(input_ids, mask, segment_ids, positions)
         else:
             if segment_ids is not None or targets is not None:
                 raise ValueError("a cache goes with neither segment_ids nor targets")
             config = dataclasses.replace(config, remat="none")  # nothing is differentiated
-            past = Past(cache.keys, cache.values, 0, slot)
-            turn, seen, stored = self._following(input_ids, mask, positions, cache, slot)
+            fresh = Fresh.start(config, input_ids)
+            positions, turn, seen = self._following(input_ids, mask, positions, cache)
         embed = Embed(config, config.vocab_size, tensor_axis(config), name="embed")
-        flow = _Flow(by_rows(embed(input_ids)), past)
-        x, past = stack(_Layer, config, "layers")(flow, turn, seen)
+        flow = _Flow(by_rows(embed(input_ids)), fresh)
+        x, fresh = stack(_Layer, config, "layers")(flow, turn, seen, cache)
         if last is not None:
             x = x[:, -last:]
         x = _norm(config, "norm")(x)
@@ -166,8 +165,8 @@ class Llama(nn.Module):
             kernel = weight.astype(config.dtype)
             return jnp.einsum(form, x, kernel, preferred_element_type=jnp.float32)
 
-        if past is not None:
-            return head(x), Cache(past.keys, past.values, stored)
+        if fresh is not None and positions is not None:
+            return head(x), Cache(fresh.keys, fresh.values, positions)
         return head(x) if targets is None else chunked_cross_entropy(head, x, targets, chunk)
 
     def _whole(
@@ -193,18 +192,16 @@ class Llama(nn.Module):
         mask: Array | None,
         positions: Array | None,
         cache: Cache,
-        slot: Array | int,
-    ) -> tuple[Turn, Array, Array]:
-        """Of tokens that go on with a cache: angles, what they may look at, all positions."""
+    ) -> tuple[Array, Turn, Array]:
+        """Of tokens that go on with a cache: positions, angles, and what they may look at."""
         if mask is None:
             mask = jnp.ones(input_ids.shape, bool)
         if positions is None:
             positions = caches.numbered(cache, mask)
         positions = jnp.where(mask.astype(bool), positions, -1).astype(jnp.int32)
-        stored = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, 1)
-        reach = caches.reach(cache, slot, input_ids.shape[1])
-        seen = caches.visible_slots(positions, stored[:, :reach], self.config.sliding_window)
-        return self._turn(positions), seen, stored
+        slots = jnp.concatenate([cache.positions, positions], axis=1)
+        seen = caches.visible_slots(positions, slots, self.config.sliding_window)
+        return positions, self._turn(positions), seen
 
     def _turn(self, positions: Array) -> Turn:
         config = self.config

@@ -120,10 +120,7 @@ class Decoder:
         def read(params: Tree, ids: Any, mask: Any, cache: Any) -> Any:
             return model.apply({"params": params}, ids, mask, cache=cache, last=1)
 
-        def write(params: Tree, ids: Any, cache: Any, slot: Any) -> Any:
-            return model.apply({"params": params}, ids, cache=cache, slot=slot)
-
-        self._read, self._write = (_mixed(layout, f) for f in (read, write))
+        self._read = _mixed(layout, read)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise `LoraError` unless it can go on with every one of them."""
@@ -154,9 +151,12 @@ class Decoder:
         """(cache, first token [B]) of prompts that are all read at once."""
 
         def run(params: Tree, stacked: Any, batch: Any, numbers: Any) -> Any:
-            cache = caches.empty(self.config, len(batch.rows), capacity)
+            nothing, cache = (
+                caches.empty(self.config, len(batch.rows), slots) for slots in (0, capacity)
+            )
             tokens = (batch.ids, batch.ids_mask)
-            logits, cache = self._read(params, (stacked, batch.adapters), *tokens, cache)
+            logits, new = self._read(params, (stacked, batch.adapters), *tokens, nothing)
+            cache = caches.written(cache, new, 0)
             return cache, choose(sampling.form, numbers, logits[:, -1], batch.rows, jnp.int32(0))
 
         key = ("prefill", *batch.ids.shape, capacity, sampling.form)
@@ -177,8 +177,10 @@ class Decoder:
         ) -> Any:
             slot, number = at
             adapters, rows = who
-            logits, cache = self._write(params, (stacked, adapters), tokens[:, None], cache, slot)
-            return cache, choose(sampling.form, numbers, logits[:, -1], rows, number)
+            ids, mask = tokens[:, None], jnp.ones((len(rows), 1), bool)
+            logits, new = self._read(params, (stacked, adapters), ids, mask, cache)
+            chosen = choose(sampling.form, numbers, logits[:, -1], rows, number)
+            return caches.written(cache, new, slot, after=chosen), chosen
 
         at = (np.int32(slot), np.int32(number))
         arguments = (cache, tokens, at, (batch.adapters, batch.rows), sampling.numbers)

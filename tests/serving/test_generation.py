@@ -103,19 +103,15 @@ def test_logits_of_a_mixed_batch(config: models.LlamaConfig) -> None:
     model, ids = models.Llama(config), jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     chosen = jnp.asarray([2, lora_jax.BASE, 1])
 
-    def first(params: Any, ids: Any, cache: Any) -> Any:
+    def read(params: Any, ids: Any, cache: Any) -> Any:
         return model.apply({"params": params}, ids, cache=cache)
-
-    def then(params: Any, ids: Any, cache: Any, slot: Any) -> Any:
-        return model.apply({"params": params}, ids, cache=cache, slot=slot)
 
     @jax.jit
     def run(params: Any, stacked: Any, chosen: Any) -> Any:
-        selection = lora_jax.select(stacked, chosen)
-        cache = caches.empty(config, 3, 8)
-        one, cache = lora_jax.adapt(layout, first)(params, selection, ids[:, :2], cache)
-        step = lora_jax.adapt(layout, then)
-        two, _ = step(params, selection, ids[:, 2:], cache, jnp.int32(2))
+        selection, g = lora_jax.select(stacked, chosen), lora_jax.adapt(layout, read)
+        one, new = g(params, selection, ids[:, :2], caches.empty(config, 3, 0))
+        cache = caches.written(caches.empty(config, 3, 8), new, 0)
+        two, _ = g(params, selection, ids[:, 2:], cache)
         return jnp.concatenate([one, two], axis=1)
 
     got = run(tiny.params(config), stacked, chosen)
