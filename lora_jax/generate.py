@@ -47,25 +47,23 @@ class Options:
     """The command line."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]PATH")] = ()
-    """A run directory of train.py, a folder of such, or an adapter that lora_jax.save wrote; once
-    for each. Without a name it has that of its directory."""
+    """A run directory of train.py, a folder of such, or what lora_jax.save wrote."""
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
-    """A text to go on with; once for each."""
+    """A text to go on with."""
     file: str | None = None
-    """JSONL, or a prompt a line; - is stdin, as is none where something is piped in."""
+    """JSONL, or a prompt on each line; - is stdin, and so is None where something is piped in."""
     out: str | None = None
     """Where the answers go as JSONL; - is stdout. None: as text to stdout."""
     base: str | None = None
     """The model, in the form of model.reference. None: the one that the adapters name."""
     base_too: bool = False
-    """Plain prompts are for the base too, to compare."""
+    """Plain prompts are for the base too, as a comparison."""
     allow_other_base: bool = False
     """Use adapters on another base than they were trained on."""
     max_new_tokens: int = 128
     """The most that is written to a prompt."""
     temperature: float = 0.0
-    """0 always takes the likeliest token; 1 draws with the model's probabilities, less evens them
-    out less."""
+    """0: always the likeliest token; 1: drawn with the model's probabilities, less: more surely."""
     top_k: int | None = None
     """Draw from the so many likeliest tokens."""
     top_p: float | None = None
@@ -73,9 +71,9 @@ class Options:
     seed: int = 0
     """Of the draws; a prompt's depend on its place among the prompts, not on the others."""
     stop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
-    """One more token that ends a text; once for each."""
+    """A text of one token that ends what is written, besides the usual ones."""
     batch_size: int = 8
-    """Prompts that are gone on with at the same time."""
+    """Prompts that are written to at the same time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
