@@ -12,7 +12,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -173,16 +173,31 @@ class Run:
             workload, place = self.setup.workload, self.setup.place
             batches = workload.evaluation[split](place.shard)
             numbers = evaluate(judge, workload, place, batches)
+        return self._evaluated(step, split, numbers, note)
+
+    def _evaluated(
+        self, step: int, split: str, numbers: dict[str, float], note: str
+    ) -> dict[str, float]:
         line = {"step": step, "split": split, **numbers}
         self._record.write({name: _json(value) for name, value in line.items()})
         if self._screen is not None:
             self._screen.evaluation(line, note)
         return numbers
 
-    def evaluate_before(self, judge: Judge) -> None:
-        """The numbers of the model as it is, before the first step, on every split."""
+    def evaluate_before(
+        self, judge: Judge, known: Mapping[str, dict[str, float]] | None = None
+    ) -> None:
+        """The numbers of the model as it is, before the first step, on every split.
+
+        Args:
+          known: the numbers, where they are known without an evaluation.
+        """
         for split in self.setup.workload.evaluation:
-            self.notes.before[split] = self.evaluate(0, split, judge, "  (before)")
+            note = "  (before)"
+            if known is None:
+                self.notes.before[split] = self.evaluate(0, split, judge, note)
+            else:
+                self.notes.before[split] = self._evaluated(0, split, known[split], note)
 
     def validate(self, step: int, judge: Judge, trained: Callable[[], Trained]) -> None:
         """Evaluate on the validation split if there is one, and keep the adapter if it is best.

@@ -55,6 +55,9 @@ def examples(batch: Batch) -> int:
 class Common:
     """What a group of runs over one base has to know of a workload (`lora_jax.training.group`).
 
+    A workload that has one depends on nothing in `lora`, `optimizer`, `steps` and `evaluate_every`
+    of its config: members that differ in these alone share it, and its data are read once.
+
     Attributes:
       base: says which parameters `load` reads. Workloads that say the same have the same, but for
         those of `fresh`, and the group loads them once.

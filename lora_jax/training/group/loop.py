@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -23,7 +24,7 @@ from lora_jax.training.group import fit
 from lora_jax.training.group.config import GroupConfig, short_hash
 from lora_jax.training.group.cuts import Cut, Cuts
 from lora_jax.training.group.group import Group
-from lora_jax.training.group.members import Member, Opener
+from lora_jax.training.group.members import Member, Opener, essence
 from lora_jax.training.group.progress import GroupDisplay
 from lora_jax.training.summary import Summary
 
@@ -118,6 +119,7 @@ class _Loop:
         self._config, self._grid, self._path, self._console = config, grid, path, console
         self._stack, self._cuts, self._said = contextlib.ExitStack(), Cuts(path), set[str]()
         self._members: list[Member] = []
+        self._before: dict[Any, dict[str, dict[str, float]]] = {}
 
     def __enter__(self) -> _Loop:
         return self
@@ -189,7 +191,10 @@ class _Loop:
                 self._display.say(line)
         self._said |= set(lines)
         if member.step == 0:
-            run.evaluate_before(group.judge(member))
+            # No adapter changes anything yet, so members of one head and one data have the same.
+            alike = (essence(member.config), member.config.seed, member.config.lora.beside)
+            run.evaluate_before(group.judge(member), self._before.get(alike))
+            self._before[alike] = run.notes.before
 
     def _train(self, group: Group, preemption: processes.Preemption) -> None:
         tick = 0

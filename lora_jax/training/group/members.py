@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
@@ -21,7 +19,6 @@ from lora_jax.fingerprint import Fingerprint, differences
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config, ConfigError, OptimizerConfig, to_dict
-from lora_jax.training.group import batches
 from lora_jax.training.group.padded import Form, Host, only_trained
 from lora_jax.training.group.step import Settings
 from lora_jax.training.run import Run, Setup
@@ -104,12 +101,27 @@ class Base:
     fingerprint: Fingerprint
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where members that differ in their adapters and settings alone have it all from.
+
+    example: the first training batch.
+    layouts: by their specs, as far as they were asked for.
+    """
+
+    workload: Workload
+    place: mesh.Placement
+    example: Batch
+    layouts: dict[lora_jax.LoraSpec, lora_jax.Layout] = dataclasses.field(default_factory=dict)
+
+
 class Opener:
     """Opens members, the first of which brings the base; it closes them as its block ends."""
 
     def __init__(self, grid: jax.sharding.Mesh, report: Callable[[str], None]) -> None:
         self._grid, self._report, self._stack = grid, report, contextlib.ExitStack()
         self._begin: dict[Any, Callable[..., State]] = {}
+        self._sources: dict[Any, Source] = {}
         self.base: Base | None = None
 
     def __enter__(self) -> Opener:
@@ -130,19 +142,17 @@ class Opener:
           ConfigError: it does not go together with the first.
         """
         began = time.monotonic()
-        workload = config.workload(config)
-        data = workload.train(mesh.shard_of(self._grid))
-        beginning = data.get_state()
-        example = next(data)
-        data.set_state(beginning)
-        place = mesh.place(workload, config.mesh, self._grid, example)
+        source = self._source(config)
+        workload, place, example = source.workload, source.place, source.example
         patterns = workload.beside if config.lora.beside is None else config.lora.beside
         beside = self._beside(name, workload, place, patterns)
         assert self.base is not None
-        key = jax.random.key(config.seed)
-        layout = lora_jax.resolve(
-            config.lora.spec, workload.apply, workload.params, example, train=True, key=key
-        )
+        key, spec = jax.random.key(config.seed), config.lora.spec
+        if spec not in source.layouts:
+            source.layouts[spec] = lora_jax.resolve(
+                spec, workload.apply, workload.params, example, train=True, key=key
+            )
+        layout = source.layouts[spec]
         step.check_apart(layout, beside)
         form = Form(step.shapes(layout, beside, TX, key, place))
         base = self.base
@@ -152,12 +162,24 @@ class Opener:
         )
         if newest is not None:
             checkpoints.forget_after(newest)
-        run = Run(setup, data, checkpoints)
+        run = Run(setup, workload.train(mesh.shard_of(self._grid)), checkpoints)
         self._stack.callback(run.close)
         state = run.begin(
             self._fresh(setup, form, beside, key) if checkpoints.latest is None else form.like
         )
         return Member(name, run, form, form.host(state), example, run.start)
+
+    def _source(self, config: Config) -> Source:
+        """Opened once for members that differ in their adapters and settings alone."""
+        known = (essence(config), config.seed)
+        if known in self._sources:
+            return self._sources[known]
+        workload = config.workload(config)
+        example = next(workload.train(mesh.shard_of(self._grid)))
+        source = Source(workload, mesh.place(workload, config.mesh, self._grid, example), example)
+        if workload.common is not None:
+            self._sources[known] = source
+        return source
 
     def _fresh(self, setup: Setup, form: Form, beside: dict[str, Any], key: jax.Array) -> State:
         """Compiled once for members that differ in settings and seed alone."""
@@ -195,7 +217,13 @@ class Opener:
                 f"{base.name!r} and {name!r} have not the same base: {first.base} and "
                 f"{common.base}; a group trains over one base"
             )
-        drawn = common.fresh()
+        drawn, known = common.fresh(), paths.flatten(base.frozen)
+        for path in drawn:
+            if path in known and not np.array_equal(drawn[path], known[path]):
+                raise ConfigError(
+                    f"{base.name!r} and {name!r} have not the same base: {path!r} is drawn from "
+                    "the seed and is not trained; train it (lora.beside), or give both one seed"
+                )
         return {p: drawn[p] if p in drawn else base.beside[p] for p in shapes}
 
 
@@ -219,115 +247,11 @@ def _check_alike(base: Base, name: str, beside: dict[str, Any], frozen: Tree) ->
             )
 
 
-def joined(members: Sequence[Member], example: Any) -> tuple[Workload, bool]:
-    """The workload of all members, and whether their batches have to be marked for it.
-
-    Args:
-      example: a batch in the members' common shapes, without marks.
-
-    Raises:
-      ConfigError: their models or losses are not the same.
-    """
-    workloads = [member.run.setup.workload for member in members]
-    marked = len({str(_shapes(workload)) for workload in workloads}) > 1
-    if marked:
-        _check_joinable(members)
-    whole = _join(workloads) if marked else workloads[0]
-    known = {_essence(members[0].config): None}
-    for member in members[1:]:
-        if _essence(member.config) in known:
-            continue
-        known[_essence(member.config)] = None
-        own = member.run.setup.workload
-        other = _join([own, *workloads]) if marked else own
-        batch = example | member.marks if marked else example
-        if _program(other, batch) != _program(whole, batch):
-            raise ConfigError(
-                f"the models or the losses of {members[0].name!r} and {member.name!r} are not the "
-                "same program; the members of a group may differ in their data, adapters, heads' "
-                "classes and settings, and in nothing that the model computes (pooling, dropout)"
-            )
-    return whole, marked
-
-
-def check_padding(members: Sequence[Member], workload: Workload, marked: bool) -> None:
-    """Raise unless what fills up a batch has no weight in the loss.
-
-    Args:
-      workload, marked: as `joined` gives them.
-    """
-    names = [member.name for member in members]
-    filled = batches.together(names, [member.example for member in members])
-
-    @jax.jit
-    def weight(batch: Any) -> jax.Array:
-        # Nothing reads the parameters: the weight is of the batch, and the compiler finds it out.
-        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), workload.params)
-        outputs = workload.apply(params, batch, train=False, key=None)
-        return workload.loss(outputs, batch).weight
-
-    for index, member in enumerate(members):
-        batch = {name: x[index] for name, x in filled.items()}
-        if any(np.shape(x) != batch[name].shape for name, x in member.example.items()):
-            marks = member.marks if marked else {}
-            found = [float(weight({**rows, **marks})) for rows in (member.example, batch)]
-            if found[0] != found[1]:
-                raise ConfigError(
-                    f"the batches of {member.name!r} are smaller than those of others, and filling "
-                    f"them up with zeros changes the weight of its loss from {found[0]:g} to "
-                    f"{found[1]:g}. Give all members batches of one size, or the batches an entry "
-                    "(weights, a mask) that is zero for what does not count"
-                )
-            return
-
-
-def _join(workloads: Sequence[Workload]) -> Workload:
-    common = workloads[0].common
-    assert common is not None and common.join is not None
-    return common.join(workloads)
-
-
-def _check_joinable(members: Sequence[Member]) -> None:
-    for member in members:
-        common = member.run.setup.workload.common
-        if common is None or common.join is None:
-            raise ConfigError(
-                f"the members' parameters differ in shape ({_unlike(members)}), and the workload "
-                f"of {member.name!r} does not say how such go together (Workload.common.join)"
-            )
-
-
-def _unlike(members: Sequence[Member]) -> str:
-    first = _shapes(members[0].run.setup.workload)
-    for member in members[1:]:
-        for path, shape in _shapes(member.run.setup.workload).items():
-            if first.get(path) != shape:
-                return (
-                    f"{path!r}: {first.get(path)} in {members[0].name!r}, {shape} in "
-                    f"{member.name!r}"
-                )
-    return ""
-
-
-def _shapes(workload: Workload) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(x.shape) for path, x in paths.flatten(workload.params).items()}
-
-
-def _essence(config: Config) -> str:
-    """What of a config may change the model's program: all but settings of the training."""
+def essence(config: Config) -> str:
+    """What of a config may change its model, data and loss: all but settings of the training."""
     values = to_dict(config)
     for field in dataclasses.fields(config):
         settings = ("lora", "optimizer", "seed", "steps", "evaluate_every")
         if field.metadata.get("incidental") or field.name in settings:
             del values[field.name]
     return str(values)
-
-
-def _program(workload: Workload, batch: Any) -> str:
-    """What the workload computes in training, as text."""
-
-    def loss(params: Tree, batch: Any, key: Any) -> Any:
-        return workload.loss(workload.apply(params, batch, train=True, key=key), batch)
-
-    text = str(jax.make_jaxpr(loss)(workload.params, batch, jax.random.key(0)))
-    return re.sub(r"0x[0-9a-f]+", "", text)  # addresses of Python functions

@@ -14,7 +14,8 @@ from lora_jax.training.compiled import Compiled
 from lora_jax.training.config import MeshConfig, require
 from lora_jax.training.evaluation import merged_difference
 from lora_jax.training.group import batches
-from lora_jax.training.group.members import TX, Member, check_padding, joined
+from lora_jax.training.group.joint import check_padding, joined
+from lora_jax.training.group.members import TX, Member
 from lora_jax.training.group.padded import Form
 from lora_jax.training.group.step import group_evaluation, group_step
 from lora_jax.training.workload import Workload
