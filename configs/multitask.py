@@ -2,6 +2,9 @@
 
 Command:   python train.py --config configs/multitask.py
 Hardware:  2 CPU cores, 2 GB of memory
+Minutes:   9 on two cores shared with other work; 8.6 minutes of processor time
+Result:    test accuracy, on 1,024 rows: reviews 0.523 -> 0.804, R8 0.261 -> 0.949,
+           R52 0.030 -> 0.933, newsgroups 0.064 -> 0.648
 
 Each task has its own data, rank, scale, targets, learning rate, schedule and head, and what comes
 of it is what the same config comes to alone; the frozen base is in memory once. A field of one
