@@ -74,7 +74,8 @@ def _product(precision: Any) -> Callable[..., Any]:
     @call.def_vmap
     def batched(size: int, divided: list[bool], *operands: Any) -> tuple[Any, bool]:
         if divided == [True, False, False, False, True]:
-            return _grouped(*operands, precision), True
+            x, a, b, gain, ids = operands
+            return _grouped(x, a, b, gain, ids, precision), True
         axes = [0 if is_divided else None for is_divided in divided]
         return jax.vmap(plain, in_axes=axes, axis_size=size)(*operands), True
 

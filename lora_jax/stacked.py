@@ -176,10 +176,11 @@ def pad(layout: Layout, own: Layout, adapters: Adapters) -> Scaled:
 
 def _padded(room: Target, factors: Factors | None, dtype: Any) -> Factors:
     if factors is None:
-        return Factors(jnp.zeros(room.a_shape, dtype), jnp.zeros(room.b_shape, dtype))
+        return Factors(np.zeros(room.a_shape, dtype), np.zeros(room.b_shape, dtype))
 
     def fill(x: Any, shape: tuple[int, ...]) -> Any:
-        return jnp.pad(x, [(0, n - have) for n, have in zip(shape, jnp.shape(x), strict=True)])
+        pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
+        return pad(x, [(0, n - have) for n, have in zip(shape, jnp.shape(x), strict=True)])
 
     return Factors(fill(factors.a, room.a_shape), fill(factors.b, room.b_shape))
 
@@ -211,9 +212,16 @@ def put(layout: Layout, stacked: Stack, index: int, pair: Pair) -> Stack:
     """
     if not 0 <= index < stacked.size:
         raise LoraError(f"no slot {index} in a stack of {stacked.size}; they count from 0")
-    member = pad(layout, *pair)
+    own, adapters = pair
+    # Filled up on the host: on the device, padding would compile for every rank that is new to it.
+    member = pad(layout, own, jax.tree.map(_on_host, adapters))
     _check_dtypes([member, stacked])
     return _put(stacked, member, jnp.int32(index))
+
+
+def _on_host(x: Any) -> Any:
+    whole = not isinstance(x, jax.Array) or x.is_fully_addressable
+    return np.asarray(x) if whole else x
 
 
 @functools.partial(jax.jit, donate_argnums=0)

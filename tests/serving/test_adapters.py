@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -225,20 +224,6 @@ def test_what_a_stranger_says_of_the_model(model: Any, tmp_path: pathlib.Path, p
 
 
 # ---- swapping
-
-
-@pytest.fixture
-def compilations() -> Iterator[list[str]]:
-    """The names of the events of compilation while the test runs."""
-    found: list[str] = []
-
-    def listen(event: str, seconds: float, **_: Any) -> None:
-        if event.endswith("backend_compile_duration"):
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_hundred_swaps_compile_nothing(

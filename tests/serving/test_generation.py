@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,20 +34,6 @@ def decoder() -> Decoder:
 def mixed(decoder: Decoder) -> list[Generated]:
     """All prompts in one batch."""
     return generate(decoder, ALL, max_new_tokens=NEW)
-
-
-@pytest.fixture
-def compilations() -> Iterator[list[str]]:
-    """The programs that XLA compiles during the test."""
-    found: list[str] = []
-
-    def listen(event: str, seconds: float, **more: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.clear_event_listeners()
 
 
 def whole_greedy(config: models.LlamaConfig, params: Any, prompt: list[int]) -> list[int]:
