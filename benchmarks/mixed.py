@@ -9,6 +9,9 @@ AdamW), run in turns in one process; throughput is that of "one adapter" over th
 
 Single tokens: the forward pass of 256 or 1,024 examples of one token each, with 4, 64 and 1,000
 adapters, in both forms of the low-rank product (`lora_jax.grouped`) and by the rule between them.
+
+Loading: `put` of another adapter into slot 0 of a stack of 10, and into slot 999 of one of 1,000;
+the bytes that each stack holds, against those of its adapters.
 """
 
 import argparse
@@ -17,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import lora_jax
@@ -107,7 +111,7 @@ def tokens(examples: int, adapters: int, repeats: int) -> tuple[str, ...]:
     rule = grouped.pays
     sides: dict[str, Callable[[], Any]] = {}
     for name, pays in (("gather", False), ("grouped", True)):
-        grouped.pays = lambda *_, pays=pays, **__: pays  # type: ignore[assignment]
+        grouped.pays = lambda *_, pays=pays, **__: pays
         g = lora_jax.adapt(layout, f)
         run = jax.jit(
             lambda stacked, numbers, ids, g=g: g(params, lora_jax.select(stacked, numbers), ids)
@@ -121,6 +125,28 @@ def tokens(examples: int, adapters: int, repeats: int) -> tuple[str, ...]:
     chosen = "grouped" if rule(examples, adapters + 1, rows=1, rank=8) else "gather"
     numbers_ = (f"{seconds[name] * 1e3:.1f}" for name in ("base", "gather", "grouped"))
     return (str(examples), str(adapters), *numbers_, chosen)
+
+
+def loading(slots: int, repeats: int) -> tuple[str, ...]:
+    """A line of the third table: milliseconds to fill the last slot, and the bytes of the stack."""
+    *_, layout, members = build(2)
+    layout, stacked = lora_jax.stack(members, size=slots)
+    adapters = jax.tree.map(np.asarray, members[1][1])
+
+    def load() -> Any:
+        nonlocal stacked
+        stacked = lora_jax.put(layout, stacked, slots - 1, (layout, adapters))
+        return stacked
+
+    seconds = common.interleaved({"put": load}, repeats)["put"]
+    held = sum(x.nbytes for x in jax.tree.leaves(stacked))
+    own = sum(x.nbytes for x in jax.tree.leaves(adapters))
+    return (
+        f"{slots - 1} of {slots:,}",
+        f"{seconds * 1e3:.2f}",
+        f"{held / 1e6:.1f}",
+        f"{held / own / slots:.4f}",
+    )
 
 
 def main() -> None:
@@ -140,6 +166,9 @@ def main() -> None:
     header = ("examples of one token", "adapters", "base, ms", "gather", "grouped", "the rule")
     cases = [(rows, n) for rows in (256, 1024) for n in (4, 64, 1000)]
     print(common.table(header, [tokens(*case, args.repeats) for case in cases]))
+    print()
+    slots = [loading(number, 5 * args.repeats) for number in (10, 100, 1000)]
+    print(common.table(("slot", "put, ms", "stack, MB", "/ its adapters' own bytes"), slots))
 
 
 if __name__ == "__main__":
