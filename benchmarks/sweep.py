@@ -9,8 +9,9 @@ over the sweep. For each there is the gap between what it trained alone and in t
 of the difference relative to the whole, and in brackets the largest of a single number. The time of
 16 separate runs is that of those that were run, times 16 over how many they are.
 
-With --crossing nothing but the step is timed: that of 16 members together against 16 times that of
-one alone, on random weights, at 24 tokens a row; a ratio of 1 is where batching stops paying.
+With --crossing nothing but the step is timed: that of 16 members together, some of them at once,
+over 16 times that of one alone, on random weights, at 24 tokens a row. A ratio of 1 is where
+batching stops paying.
 """
 
 import argparse
@@ -106,8 +107,10 @@ def batch_of(rows: int, length: int) -> dict[str, jax.Array]:
     }
 
 
-def steps(rows: int, length: int, seen: Workload) -> tuple[dict[str, Callable[[], Any]], float]:
-    """One step alone and one of all members, to be called; and the bytes of the latter."""
+def steps(
+    rows: int, length: int, seen: Workload, at_once: list[int]
+) -> tuple[dict[str, Callable[[], Any]], list[float]]:
+    """One step alone, and one of all members with so many at once; and the bytes of these."""
     batch, key = batch_of(rows, length), jax.random.key(0)
     beside, frozen = lora_jax.frozen.split(seen.params, seen.beside)
     layouts = [
@@ -134,34 +137,36 @@ def steps(rows: int, length: int, seen: Workload) -> tuple[dict[str, Callable[[]
     alone = (
         jax.jit(step.train_step(seen, layouts[-1], tx, "stop")).lower(one, frozen, batch).compile()
     )
-    together = jax.jit(group_step(seen, common_layout))
-    active = jnp.ones(len(pairs), bool)
-    compiled = together.lower(many, stacked, active, frozen, rows_of_all).compile()
-    runs: dict[str, Callable[[], Any]] = {
-        "alone": functools.partial(alone, one, frozen, batch),
-        "together": functools.partial(compiled, many, stacked, active, frozen, rows_of_all),
-    }
-    return runs, fit.of_step(compiled)
+    arguments = (many, stacked, jnp.ones(len(pairs), bool), frozen, rows_of_all)
+    runs: dict[str, Callable[[], Any]] = {"alone": functools.partial(alone, one, frozen, batch)}
+    needed = []
+    for size in at_once:
+        together = jax.jit(group_step(seen, common_layout, at_once=size))
+        compiled = together.lower(*arguments).compile()
+        runs[str(size)] = functools.partial(compiled, *arguments)
+        needed.append(fit.of_step(compiled).bytes)
+    return runs, needed
 
 
-def crossing(batches: list[int], length: int, repeats: int) -> None:
+def crossing(batches: list[int], length: int, at_once: list[int], repeats: int) -> None:
     """The step of all members against that of one, at several batch sizes."""
     seen, members = workload(), len(RANKS) * len(RATES)
     print(f"{common.hardware()}\n{commands.load()}\n", flush=True)
     lines = []
     for rows in batches:
-        runs, needed = steps(rows, length, seen)
+        runs, needed = steps(rows, length, seen, at_once)
         seconds = common.interleaved(runs, repeats)
         separate = seconds["alone"] * members
-        lines.append(
-            (str(rows), f"{1e3 * seconds['alone']:.0f}", f"{1e3 * separate:.0f}")
-            + (f"{1e3 * seconds['together']:.0f}", f"{seconds['together'] / separate:.2f}")
-            + (in_units(needed),)
-        )
+        cells = [str(rows), f"{1e3 * seconds['alone']:.0f}"]
+        for size, taken in zip(at_once, needed, strict=True):
+            cells += [f"{seconds[str(size)] / separate:.2f}", in_units(taken)]
+        lines.append(tuple(cells))
         print(lines[-1], flush=True)
-    titles = ("rows of a member", "one alone, ms", f"x {members}, ms", "together, ms", "ratio")
+    titles = ["rows of a member", "one alone, ms"]
+    for size in at_once:
+        titles += [f"{size} at once", "memory"]
     print(f"\n{length} tokens a row; {commands.load()}\n")
-    print(common.table((*titles, "memory of the step"), lines))
+    print(common.table(tuple(titles), lines))
 
 
 def main() -> None:
@@ -172,10 +177,11 @@ def main() -> None:
     parser.add_argument("--crossing", action="store_true", help="time the step alone")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--length", type=int, default=24, help="tokens of a row, for --crossing")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--repeats", type=int, default=5, help="for --crossing")
     args = parser.parse_args()
     if args.crossing:
-        crossing(args.batches, args.length, args.repeats)
+        crossing(args.batches, args.length, args.at_once, args.repeats)
     else:
         compare(args.steps, args.rows, args.solo)
 

@@ -176,8 +176,8 @@ def test_more_members_than_fit_train_one_after_the_other(
 ) -> None:
     """Red if those beyond the first group are forgotten."""
 
-    def fit(needed: float, shared: float, members: int, memory: float) -> Any:
-        return loop.fit.Fit(members, min(members, 2), needed, memory)
+    def fit(needed: Any, shared: float, members: int, memory: float, at_once: int) -> Any:
+        return loop.fit.Fit(members, min(members, 2), needed.bytes, memory)
 
     monkeypatch.setattr(loop.fit, "fit", fit)
     assert len(together(tmp_path, A, B, C)) == 3

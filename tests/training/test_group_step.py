@@ -126,14 +126,20 @@ def form(layout: lora_jax.Layout, base: Any, place: mesh.Placement) -> padded.Fo
 
 
 @functools.cache
-def compiled(layout: lora_jax.Layout, classes: int) -> Any:
-    return jax.jit(group_step(workload(classes), layout), donate_argnums=0)
+def compiled(layout: lora_jax.Layout, classes: int, at_once: int | None) -> Any:
+    step = group_step(workload(classes), layout, at_once=at_once)
+    return jax.jit(step, donate_argnums=0)
 
 
 class Together:
     """A group of the members, stepped by hand."""
 
-    def __init__(self, members: tuple[Member, ...] = MEMBERS, skip: bool = False) -> None:
+    def __init__(
+        self,
+        members: tuple[Member, ...] = MEMBERS,
+        skip: bool = False,
+        at_once: int | None = None,
+    ) -> None:
         self.members, self.parts = members, [parts(member) for member in members]
         self.layout = lora_jax.union(p.layout for p in self.parts)
         made = workload(max(member.classes for member in members))
@@ -153,7 +159,7 @@ class Together:
             jax.tree.map(lambda *xs: jnp.float32(xs), *scales),
             jnp.full(len(members), skip),
         )
-        self.step = compiled(self.layout, made.params["head"]["bias"].size)
+        self.step = compiled(self.layout, made.params["head"]["bias"].size, at_once)
         self.losses: list[list[float]] = [[] for _ in members]
 
     def take(self, each: list[dict[str, np.ndarray] | None]) -> None:
@@ -192,9 +198,10 @@ def close(got: Any, wanted: Any, bound: float = 1e-5) -> None:
         assert gap <= bound * size, f"{jax.tree_util.keystr(path)}: {gap / max(size, 1e-30):.1e}"
 
 
-@pytest.fixture(scope="module")
-def finished() -> Together:
-    group = Together()
+@pytest.fixture(scope="module", params=[None, 3])
+def finished(request: pytest.FixtureRequest) -> Together:
+    """All members at once, and three and then the fourth."""
+    group = Together(at_once=request.param)
     for i in range(STEPS):
         group.take([batch(m, i) if i < m.steps else None for m in group.members])
     return group

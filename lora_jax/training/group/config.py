@@ -49,6 +49,9 @@ class GroupOptions:
     memory: float | None = incidental(None)
     """Bytes of a device that a group may take; members beyond it train after the others. None:
     what the device has."""
+    at_once: int | None = incidental(None)
+    """Members that go through the model at once, the others after them in the same step: the same
+    results in less memory. None: 4 on a CPU, whose caches hold no more, and all elsewhere."""
     run_dir: str | None = incidental(None)
     """Where the members' run directories are. None: runs/<config>-<hash of the members>."""
     fresh: bool = incidental(False)
@@ -60,6 +63,7 @@ class GroupOptions:
 
     def __post_init__(self) -> None:
         require(self.memory is None or self.memory > 0, "memory", self.memory, "above 0")
+        require(self.at_once is None or self.at_once > 0, "at_once", self.at_once, "at least 1")
 
     def expand(self) -> GroupConfig:
         """The group that these options stand for."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -40,41 +39,66 @@ class Fit:
         return f"{members} in {self.groups} groups of at most {self.size}: {taken} at a time"
 
 
-def fit(needed: float, shared: float, members: int, memory: float, total: int | None = None) -> Fit:
+class Needed(NamedTuple):
+    """Bytes on a device that a compiled step takes.
+
+    bytes: its arguments, its results, and all in between.
+    between: of these, what is in between: that is there for the members at once only.
+    """
+
+    bytes: float
+    between: float = 0.0
+
+
+def fit(
+    needed: Needed,
+    shared: float,
+    members: int,
+    memory: float,
+    total: int | None = None,
+    at_once: int | None = None,
+) -> Fit:
     """The groups that `members` are trained in.
 
     Args:
-      needed: bytes on a device of the step compiled for `members` of them (`of_step`).
+      needed: of the step compiled for `members` of them (`of_step`).
       shared: bytes on a device of what they share, the frozen base.
       members: that the step was compiled for.
       memory: bytes that a device has (`available`, or what the user allows).
       total: members that are to be trained. None: as many.
+      at_once: as in `group_step`. None: all.
 
     Raises:
       ConfigError: not one fits.
 
-    >>> print(fit(9e9, 1e9, members=16, memory=8e9))
+    >>> print(fit(Needed(9e9), 1e9, members=16, memory=8e9))
     16 members in 2 groups of at most 8: 5.00 GB of 8.00 GB at a time
     """
     total = members if total is None else total
-    each = max(needed - shared, 0) / members
-    most = total if not each else math.floor((memory - shared) / each)
+    at_once = members if at_once is None else at_once
+    own = max(needed.bytes - needed.between - shared, 0) / members
+
+    def taken(size: int) -> float:
+        return shared + size * own + needed.between * min(size, at_once) / at_once
+
+    most = max((size for size in range(1, total + 1) if taken(size) <= memory), default=0)
     if most < 1:
         raise ConfigError(
-            f"one member needs {in_units(shared + each)}, and there are {in_units(memory)}. Lower "
+            f"one member needs {in_units(taken(1))}, and there are {in_units(memory)}. Lower "
             "data.batch_size or data.max_length, raise accumulate, set model.remat, or say with "
             "--memory that there is more"
         )
-    groups = -(-total // min(most, total))
+    groups = -(-total // most)
     size = -(-total // groups)
-    return Fit(total, size, shared + size * each, memory)
+    return Fit(total, size, taken(size), memory)
 
 
-def of_step(compiled: jax.stages.Compiled) -> float:
-    """Bytes on a device that a compiled step takes: its arguments, its results, all in between."""
+def of_step(compiled: jax.stages.Compiled) -> Needed:
+    """What a compiled step says of itself."""
     analysis: Any = compiled.memory_analysis()
     fresh = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-    return float(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + fresh)
+    between = float(analysis.temp_size_in_bytes)
+    return Needed(float(analysis.argument_size_in_bytes + fresh) + between, between)
 
 
 def available(held: float = 0.0) -> float:

@@ -25,6 +25,7 @@ from lora_jax.training.group import batches
 from lora_jax.training.group.members import Member
 from lora_jax.training.group.padded import Host, unstack
 from lora_jax.training.group.program import Program, program
+from lora_jax.training.group.step import CPU_MEMBERS
 from lora_jax.training.run import Judge, NonFiniteError
 from lora_jax.training.step import State, Trained
 from lora_jax.training.workload import Loss
@@ -42,12 +43,15 @@ class Group:
         frozen: Tree,
         grid: jax.sharding.Mesh,
         config: MeshConfig,
+        at_once: int | None = None,
         stopped: Callable[[Member], None] = lambda member: None,
     ) -> None:
         """Stack the members' states.
 
         Args:
           frozen: the base that they share.
+          at_once: members that a step takes through the model at once. None: `CPU_MEMBERS` on a
+            CPU, all of them elsewhere.
           stopped: is told of a member that a step which is not finite has stopped.
 
         Raises:
@@ -55,6 +59,8 @@ class Group:
         """
         self.members: list[Member] = []
         self._frozen, self._grid, self._config, self._stopped = frozen, grid, config, stopped
+        on_cpu = grid.devices.flat[0].platform == "cpu"
+        self._at_once = at_once or (CPU_MEMBERS if on_cpu else None)
         self._programs: dict[Any, Program] = {}
         self._program: Program
         self._judged: Member | None = None
@@ -62,6 +68,11 @@ class Group:
         self._held: Host | None = None
         self.compile_seconds = 0.0
         self._fill(members)
+
+    @property
+    def at_once(self) -> int:
+        """Members that a step takes through the model at once."""
+        return min(self._at_once or len(self.members), len(self.members))
 
     # ---- who is in it
 
@@ -194,7 +205,7 @@ class Group:
 
     def _program_of(self, members: Sequence[Member]) -> Program:
         """The one there is, where the members' common shapes are as before."""
-        found = program(members, self._grid, self._config, self._compiling)
+        found = program(members, self._grid, self._config, self._at_once, self._compiling)
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), found.form.like)
         known = (found.layout, found.marked, str(shapes))
         return self._programs.setdefault(known, found)

@@ -139,9 +139,9 @@ class _Loop:
         opener = self._stack.enter_context(Opener(self._grid, self._display.say))
         members = self._open(opener, configs)
         assert opener.base is not None
-        stopped = self._stopped
-        group = Group(members, opener.base.frozen, self._grid, self._config.mesh, stopped)
-        self._members = self._fitting(group, opener.base.frozen)
+        config, frozen = self._config, opener.base.frozen
+        group = Group(members, frozen, self._grid, config.mesh, config.at_once, self._stopped)
+        self._members = self._fitting(group, frozen)
         preemption = self._stack.enter_context(processes.Preemption())
         for member in self._members:
             if not self._is_finished(member.name):
@@ -173,7 +173,7 @@ class _Loop:
         shared = float(summary.on_each_device(frozen))
         needed, count = fit.of_step(group.compiled()), len(group.members)
         memory = self._config.memory or fit.available(held=shared)
-        found = fit.fit(needed, shared, count, memory)
+        found = fit.fit(needed, shared, count, memory, at_once=group.at_once)
         if count > 1:
             self._display.say(str(found))
         if found.size < count:

@@ -39,11 +39,12 @@ class Program:
         place: mesh.Placement,
         parts: int,
         marked: bool,
+        at_once: int | None,
         report: Report,
     ) -> None:
         self.layout, self.form, self.place, self.marked = layout, form, place, marked
         self._report, self._steps = report, dict[Any, jax.stages.Compiled]()
-        self._step = group_step(workload, layout, parts)
+        self._step = group_step(workload, layout, parts, at_once)
         self.judge = Compiled(group_evaluation(workload, layout), report, out_shardings=place.whole)
         # The members' scales are put into their factors, for the layout's scale is 1.
         self.difference = Compiled(
@@ -69,9 +70,13 @@ class Program:
 
 
 def program(
-    members: Sequence[Member], grid: jax.sharding.Mesh, config: MeshConfig, report: Report
+    members: Sequence[Member],
+    grid: jax.sharding.Mesh,
+    config: MeshConfig,
+    at_once: int | None,
+    report: Report,
 ) -> Program:
-    """The program of these members.
+    """The program of these members; `at_once` as in `group_step`.
 
     Raises:
       ConfigError: they do not go together.
@@ -89,4 +94,4 @@ def program(
     shapes = lora_jax.paths.flatten(workload.params)
     base = {path: jax.ShapeDtypeStruct(shapes[path].shape, x.dtype) for path, x in first.items()}
     form = Form(step.shapes(layout, base, TX, jax.random.key(0), place))
-    return Program(workload, layout, form, place, parts.pop(), marked, report)
+    return Program(workload, layout, form, place, parts.pop(), marked, at_once, report)

@@ -3,6 +3,10 @@
 What a member's step would do alone it does here, on its own slice: its loss is its own mean, its
 gradient is clipped by its own norm, its Adam counts its own steps. Only the base has no axis of
 members, so each product with a base weight is one product for all.
+
+A device that is kept busy by some members gains nothing from more of them, and a CPU loses: what
+they compute outgrows its caches. So the members may go through the step a few at a time, one after
+the other within the one program (`at_once`): the same numbers, and less memory.
 """
 
 from __future__ import annotations
@@ -35,8 +39,12 @@ class Settings(NamedTuple):
     skip: Any
 
 
+CPU_MEMBERS = 4
+"""Members at once on a CPU: `python -m benchmarks.sweep --crossing` has found none better."""
+
+
 def group_step(
-    workload: Workload, layout: lora_jax.Layout, parts: int = 1
+    workload: Workload, layout: lora_jax.Layout, parts: int = 1, at_once: int | None = None
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """`step(state, settings, active, frozen, batch) -> (state, metrics)` for N members.
 
@@ -51,6 +59,7 @@ def group_step(
       workload: joined (`Workload.join`), so that its parameters have the common shapes.
       layout: the union of the members' layouts.
       parts: as in `train_step`.
+      at_once: members that are stepped as one, after which the next are. None: all.
     """
 
     def member(
@@ -62,7 +71,19 @@ def group_step(
         go = active & (settings.skip | (state.skipped == 0))
         return jax.tree.map(lambda x, old: jnp.where(go, x, old), new, state), metrics
 
-    return jax.vmap(member, in_axes=(0, 0, 0, None, 0))
+    def step(
+        state: State, settings: Settings, active: jax.Array, frozen: Tree, batch: Any
+    ) -> tuple[State, dict[str, jax.Array]]:
+        def one(own: Any) -> tuple[State, dict[str, jax.Array]]:
+            state, settings, active, batch = own
+            return member(state, settings, active, frozen, batch)
+
+        own = (state, settings, active, batch)
+        if at_once is None or at_once >= len(active):
+            return jax.vmap(one)(own)
+        return jax.lax.map(one, own, batch_size=at_once)
+
+    return step
 
 
 def group_evaluation(workload: Workload, layout: lora_jax.Layout) -> Callable[..., Loss]:
