@@ -150,10 +150,10 @@ def _joined(path: str, rows: Sequence[tuple[Target, Factors, float]]) -> tuple[T
     """One target of the result, from what each member has there and its weight times scale."""
     first = rows[0][0]
     for target, _, _ in rows:
-        if _form(target) != _form(first):
+        if target.form != first.form:
             raise LoraError(
                 f"{path!r} is not the same parameter in all adapters: (shape, stack, inputs, "
-                f"outputs) is {_form(first)} in one and {_form(target)} in another; adapters that "
+                f"outputs) is {first.form} in one and {target.form} in another; adapters that "
                 "are combined must belong to one model, resolved alike"
             )
     dtypes = [jnp.asarray(x).dtype for _, factors, _ in rows for x in factors]
@@ -169,10 +169,6 @@ def _joined(path: str, rows: Sequence[tuple[Target, Factors, float]]) -> tuple[T
         factors, _ = _nearest(factors, n_stack, rank)
     fold = any(t.fold for t, _, _ in rows)
     return dataclasses.replace(first, rank=rank, alpha=float(rank), fold=fold), factors
-
-
-def _form(target: Target) -> tuple[Any, ...]:
-    return target.shape, target.stack, target.inputs, target.outputs
 
 
 def _nearest(factors: Factors, n_stack: int, rank: int) -> tuple[Factors, Cut]:

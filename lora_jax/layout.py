@@ -73,6 +73,11 @@ class Target:
         return math.prod(self.sizes(self.outputs))
 
     @property
+    def form(self) -> tuple[tuple[int, ...], ...]:
+        """(shape, stack, inputs, outputs): what adapters of one parameter have in common."""
+        return self.shape, self.stack, self.inputs, self.outputs
+
+    @property
     def a_shape(self) -> tuple[int, ...]:
         """[*stack, *inputs, rank]"""
         return (*self.sizes(self.stack), *self.sizes(self.inputs), self.rank)

@@ -90,19 +90,15 @@ def union(layouts: Iterable[Layout]) -> Layout:
     for index, layout in enumerate(layouts):
         for target in layout.targets:
             known = found.setdefault(target.path, target)
-            if _roles(known) != _roles(target):
+            if known.form != target.form:
                 raise LoraError(
                     f"{target.path!r} differs among the adapters: adapter {index} has "
-                    f"(shape, stack, inputs, outputs) = {_roles(target)}, one before it has "
-                    f"{_roles(known)}; they were made for different models"
+                    f"(shape, stack, inputs, outputs) = {target.form}, one before it has "
+                    f"{known.form}; they were made for different models"
                 )
             rank, fold = max(known.rank, target.rank), known.fold or target.fold
             found[target.path] = dataclasses.replace(known, rank=rank, fold=fold)
     return Layout(tuple(dataclasses.replace(t, alpha=float(t.rank)) for t in found.values()))
-
-
-def _roles(t: Target) -> tuple[Any, ...]:
-    return (t.shape, t.stack, t.inputs, t.outputs)
 
 
 def stack(pairs: Sequence[Pair], *, size: int | None = None) -> tuple[Layout, Stack]:
@@ -162,11 +158,11 @@ def pad(layout: Layout, own: Layout, adapters: Adapters) -> Scaled:
                 f"the stack has no room for the target {target.path!r}; nearest in it:\n"
                 f"{listed(nearest(target.path, known))}\nstack the adapters anew, with this one"
             )
-        if _roles(room) != _roles(target) or target.rank > room.rank:
+        if room.form != target.form or target.rank > room.rank:
             raise LoraError(
                 f"{target.path!r} does not fit into the stack: it has rank {target.rank} and "
-                f"(shape, stack, inputs, outputs) = {_roles(target)}; the stack has room for rank "
-                f"{room.rank} and {_roles(room)}. Stack the adapters anew, with this one"
+                f"(shape, stack, inputs, outputs) = {target.form}; the stack has room for rank "
+                f"{room.rank} and {room.form}. Stack the adapters anew, with this one"
             )
     dtype = next((f.a.dtype for f in adapters.values()), jnp.float32)
     factors = {t.path: _padded(t, adapters.get(t.path), dtype) for t in layout.targets}

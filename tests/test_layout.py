@@ -48,6 +48,7 @@ ARROWS = {
     "sharding": {"adapters", "axes", "errors", "layout", "metadata", "paths", "program"},
     "fingerprint": {"errors", "paths"},
     "manifest": {"errors", "fingerprint", "paths"},
+    "analysis": {"adapters", "combine", "errors", "layout", "paths", "spec"},
     "checkpoint": {"adapters", "errors", "fingerprint", "layout", "manifest", "paths"},
     "nnx": set(),
     "models": set(),

@@ -1,0 +1,54 @@
+"""The singular values of updates."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_jax.adapters import Adapters, check
+from lora_jax.analysis import matrices
+from lora_jax.analysis.matrices import Array
+from lora_jax.layout import Layout
+
+
+class Spectrum(NamedTuple):
+    """Of one target's update `scale * a @ b`.
+
+    values: its singular values, falling, [*stack, rank].
+    effective_rank: e to the entropy of values / sum(values), [*stack] (Roy and Vetterli, 2007):
+      r where r values are equal, 1 where one is all, 0 where all are zero.
+    energy: the sum of the values' squares, which is ||update||_F^2, [*stack].
+    """
+
+    values: Array
+    effective_rank: Array
+    energy: Array
+
+
+def spectrum(layout: Layout, adapters: Adapters) -> dict[str, Spectrum]:
+    """The spectrum of every update, by path.
+
+    Raises:
+      LoraError: adapters that do not fit the layout, or are not finite.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax import Factors, Target
+    >>> layout = Layout((Target("w", (4, 3), (), (0,), (1,), rank=2, alpha=4.0),))
+    >>> found = spectrum(layout, {"w": Factors(jnp.eye(4, 2), jnp.eye(2, 3))})["w"]
+    >>> found.values.tolist(), float(found.effective_rank), float(found.energy)
+    ([2.0, 2.0], 2.0, 8.0)
+    """
+    check(layout, adapters)
+    return {
+        t.path: of_values(matrices.update_svd(t, adapters[t.path]).values) for t in layout.targets
+    }
+
+
+def of_values(values: Array) -> Spectrum:
+    """The spectrum with these singular values, [*stack, rank]."""
+    total = values.sum(axis=-1, keepdims=True)
+    share = values / np.where(total > 0, total, 1)
+    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(axis=-1)
+    effective = np.where(total[..., 0] > 0, np.exp(entropy), 0.0)
+    return Spectrum(values, effective, (values**2).sum(axis=-1))

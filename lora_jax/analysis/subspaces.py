@@ -1,0 +1,118 @@
+"""How far two adapters share directions: the paper's phi (section 7.2, figures 3 and 4)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from lora_jax.adapters import Factors, check
+from lora_jax.analysis import matrices
+from lora_jax.analysis.matrices import Array
+from lora_jax.combine import Member
+from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.layout import Layout, Target
+
+Side = Literal["a", "b", "input", "output"]
+SIDES: tuple[Side, ...] = ("a", "b", "input", "output")
+
+
+def similarity(one: Member, two: Member, of: Side = "a") -> dict[str, Array]:
+    """phi(i, j) of every target: how much of the top i directions of one is in the top j of two.
+
+        phi(i, j) = ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j)          in [0, 1]
+
+    U1 and U2 have orthonormal columns, the most important direction first. 1 means that the
+    smaller subspace lies in the larger, 0 that they are orthogonal; two random subspaces of d
+    numbers have max(i, j) / d on average, which `lora_jax.init` with another key shows.
+    (In Appendix G the paper writes 1 - d(i, j)^2 with the projection metric's
+    d = sqrt(p - sum sigma^2); what it plots, and what is computed here, is 1 - d^2 / p,
+    p = min(i, j).)
+
+    Args:
+      one, two: (layout, adapters) with the same targets; the ranks may differ.
+      of: whose directions.
+        "a": the left-singular vectors of the factor `a` [in, rank]. The paper stores A = a^T and
+          calls them the right-singular vectors of A; its figures 3 and 4 show these.
+        "b": the right-singular vectors of `b`, in the output space.
+        "input", "output": the singular vectors of the update `a b` on either side. They span what
+          those of the factors span, in the order of what the update does.
+
+    Returns:
+      `{path: [*stack, rank of one, rank of two]}` in float64; entry [i - 1, j - 1] is phi(i, j).
+      NaN where i or j goes beyond the directions that exist: those whose singular value is above
+      float32's rounding of the largest. A `b` that is still zero has none.
+
+    Raises:
+      LoraError: adapters that do not fit their layout, other targets in one than in two, or the
+        same path with another shape or other roles.
+
+    >>> import jax.numpy as jnp
+    >>> layout = Layout((Target("w", (4, 3), (), (0,), (1,), rank=2, alpha=1.0),))
+    >>> axes = jnp.eye(4)
+    >>> one = {"w": Factors(jnp.stack([3 * axes[0], axes[1]], 1), jnp.ones((2, 3)))}
+    >>> two = {"w": Factors(jnp.stack([3 * axes[1], axes[2]], 1), jnp.ones((2, 3)))}
+    >>> similarity((layout, one), (layout, two))["w"]
+    array([[0. , 0. ],
+           [1. , 0.5]])
+    """
+    check_side(of)
+    check(*one)
+    check(*two)
+    _check_targets(one[0], two[0])
+    out = {}
+    for target in one[0].targets:
+        path = target.path
+        first = directions(target, one[1][path], of)
+        second = directions(two[0][path], two[1][path], of)
+        out[path] = phi(first, second)
+    return out
+
+
+def phi(one: Array, two: Array) -> Array:
+    """phi(i, j) for all i and j of two orthonormal bases [*stack, d, r1] and [*stack, d, r2].
+
+    A column of NaN is a direction that does not exist; from there on the result is NaN.
+    The squares are summed once: phi(i, j) min(i, j) is the sum of the upper left [i, j] block.
+    """
+    squares = (one.mT @ two) ** 2
+    sums = squares.cumsum(axis=-1).cumsum(axis=-2)
+    rows, columns = np.arange(1, sums.shape[-2] + 1), np.arange(1, sums.shape[-1] + 1)
+    return sums / np.minimum(rows[:, None], columns)
+
+
+def directions(target: Target, factors: Factors, of: Side) -> Array:
+    """The orthonormal directions that `similarity` compares, [*stack, d, rank]."""
+    a, b = matrices.of_factors(target, factors)
+    if of == "a":
+        found = matrices.tall_svd(a)
+    elif of == "b":
+        found = matrices.tall_svd(b.mT)
+    else:
+        found = matrices.update_svd(target, factors)
+    side = found.right if of == "output" else found.left
+    exist = matrices.defined(found.values)
+    return np.where(exist[..., None, :], side, np.nan)
+
+
+def check_side(of: Any) -> None:
+    if of not in SIDES:
+        raise LoraError(f"of must be one of {list(SIDES)}, got {of!r}")
+
+
+def _check_targets(one: Layout, two: Layout) -> None:
+    first, second = ({t.path: t for t in layout.targets} for layout in (one, two))
+    for path, target in {**first, **second}.items():
+        if path not in first or path not in second:
+            missing = second if path in first else first
+            raise LoraError(
+                f"only one of the two adapters has {path!r}; nearest in the other:\n"
+                f"{listed(nearest(path, missing))}\n"
+                "Compare the targets that both have: layout.subset(patterns), and the factors of "
+                "those paths."
+            )
+        if first[path].form != second[path].form:
+            raise LoraError(
+                f"{path!r} is not the same parameter in both adapters: (shape, stack, inputs, "
+                f"outputs) is {first[path].form} in one and {target.form} in the other"
+            )
