@@ -10,8 +10,8 @@ AdamW), run in turns in one process; throughput is that of "one adapter" over th
 Single tokens: the forward pass of 256 or 1,024 examples of one token each, with 4, 64 and 1,000
 adapters, in both forms of the low-rank product (`lora_jax.grouped`) and by the rule between them.
 
-Loading: `put` of another adapter into slot 0 of a stack of 10, and into slot 999 of one of 1,000;
-the bytes that each stack holds, against those of its adapters.
+Loading: `put` of another adapter into the last slot of stacks of 10, 100 and 1,000; the bytes that
+each stack holds, against those of its adapters.
 """
 
 import argparse

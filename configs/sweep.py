@@ -2,6 +2,10 @@
 
 Command:   python train.py --config configs/sweep.py
 Hardware:  2 CPU cores, 2 GB of memory
+Minutes:   6.2 on two cores; 11 minutes of processor time
+Result:    accuracy on 512 rows each of validation and test, 0.525 and 0.510 before: from 0.705 and
+           0.748 (rank 1, 5e-4) to 0.758 and 0.779 (rank 2, 4e-3); rank 8 at 4e-3 has the same on
+           validation. One standard error is 0.019
 
 Other fields, other values:
 

@@ -93,10 +93,13 @@ def _refuse(name: str) -> Any:
 
 
 class Writer:
-    """Writes objects as they come, each line whole: a killed run leaves no half of one."""
+    """Writes objects as they come, each line whole: a killed run leaves no half of one.
+
+    What a file held before goes when the first line comes; an error before that loses nothing.
+    """
 
     def __init__(self, path: str, *, reading: str | None = None) -> None:
-        """Open the file, and empty it.
+        """Open the file.
 
         Args:
           path: of the file, or "-".
@@ -109,10 +112,12 @@ class Writer:
         if reading is not None and _same(path, reading):
             raise LineError(f"{path} is read and written at once; give another file as --out")
         self._stack = contextlib.ExitStack()
-        self._file = self._stack.enter_context(_open(path, "wb"))
+        self._file = self._stack.enter_context(_open(path, "ab"))
+        self._old = pathlib.Path(path).is_file() and path != STANDARD
 
     def write(self, values: Iterable[Mapping[str, Any]]) -> None:
         """Append the objects, and hand them to the operating system before returning."""
+        self._forget()
         text = "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values)
         self._file.write(text.encode())
         self._file.flush()
@@ -120,8 +125,16 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self._forget()
         self._stack.close()
+
+    def _forget(self) -> None:
+        """Empty what was there before, once."""
+        if self._old:
+            self._file.truncate(0)
+            self._old = False
 
 
 @contextlib.contextmanager

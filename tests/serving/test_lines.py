@@ -74,6 +74,21 @@ def test_what_is_written_is_read_again(tmp_path: pathlib.Path) -> None:
     assert [line.value for line in lines.read(str(path))] == values
 
 
+def test_an_error_before_the_first_line_loses_nothing(tmp_path: pathlib.Path) -> None:
+    """Red if the file is emptied where it is opened, or if a run without answers leaves it."""
+    path = pathlib.Path(file(tmp_path, b'{"a": 1}\n'))
+    with pytest.raises(RuntimeError), lines.Writer(str(path)):
+        raise RuntimeError
+    assert path.read_bytes() == b'{"a": 1}\n'
+    with lines.Writer(str(path)) as writer:
+        writer.write([{"b": 2}])
+        writer.write([{"c": 3}])
+    assert path.read_bytes() == b'{"b": 2}\n{"c": 3}\n'
+    with lines.Writer(str(path)):
+        pass
+    assert path.read_bytes() == b""
+
+
 def test_stdin_and_stdout(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"a": 1}\n3\n')))
     reader = lines.read("-")
