@@ -50,8 +50,8 @@ def amplification(
 
     Returns:
       `{path: Amplification}`. Directions of the update that do not exist (singular values lost in
-      rounding) count as nothing. Where min(in, out) is above 1,024 `along_weight` is iterated
-      until it moves by less than 1e-6 of itself.
+      rounding) count as nothing. Where min(in, out) is above 1,024, products with W are float32 and
+      `along_weight` is iterated until it moves by less than 1e-3 of itself.
 
     Raises:
       LoraError: the layout does not fit the parameters or the adapters, or a rank out of range.
@@ -86,11 +86,11 @@ def _of_target(target: Target, weight: Any, found: Svd, rank: int) -> Amplificat
     norm, along, own = np.zeros(stack), np.zeros(stack), np.zeros(stack)
     exist = matrices.defined(found.values)
     for at in np.ndindex(stack):
-        w = weight[at].astype(np.float64)
+        w = matrices.wide(weight[at])
         keep = exist[at][:rank]
         left, right = found.left[at][:, :rank][:, keep], found.right[at][:, :rank][:, keep]
         norm[at] = np.linalg.norm(w)
-        along[at] = np.linalg.norm(left.T @ w @ right)
+        along[at] = np.linalg.norm(left.T @ (w @ right.astype(w.dtype)))
         own[at] = np.linalg.norm(matrices.top_svd(w, rank).values)
     update = np.linalg.norm(found.values, axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -99,29 +99,46 @@ def defined(values: Array) -> NDArray[np.bool_]:
     return values > floor
 
 
-EXACT = 1024  # up to this min(m, n) LAPACK takes a second at most
+EXACT = 1024  # up to this min(m, n) LAPACK takes a second at most, in float64
 
 
-def top_svd(matrix: Array, rank: int, tolerance: float = 1e-6) -> Svd:
+def wide(matrix: Any) -> Any:
+    """One [m, n] matrix of any dtype as it is computed with: float64, or float32 beyond `EXACT`."""
+    return matrix.astype(np.float64 if min(matrix.shape) <= EXACT else np.float32)
+
+
+def top_svd(matrix: Any, rank: int, tolerance: float = 1e-3) -> Svd:
     """The `rank` largest singular values of one [m, n] matrix, and their vectors.
 
-    Up to min(m, n) = 1024 that is LAPACK's. Beyond it a block of 2 rank + 8 random vectors goes
-    through `matrix^T matrix` until the norm of the values moves by less than `tolerance` of itself
-    (Halko, Martinsson and Tropp, 2011, algorithm 4.4 with a stop): the values come from below.
+    Up to min(m, n) = 1024 that is LAPACK's. Beyond it they are sought in a block Krylov space,
+
+        span(Q, G Q, G^2 Q, ...)        G = matrix^T matrix, Q random [n, rank + 8]
+
+    which grows until the norm of the values found moves by less than `tolerance` of itself (Musco
+    and Musco, 2015). They come from below. A spectrum that falls is found at once; a Gaussian
+    matrix, whose values lie close together, is the worst case.
     """
-    m, n = matrix.shape
-    block = 2 * rank + 8
-    if min(m, n) <= max(EXACT, block):
-        found = svd(matrix)
-    else:
-        narrow = matrix.astype(np.float32)
-        q = np.random.default_rng(0).standard_normal((n, block), np.float32)
-        norm = 0.0
-        for _ in range(100):
-            q = np.linalg.qr(narrow.T @ np.linalg.qr(narrow @ q)[0])[0]
-            found = tall_svd((narrow @ q).astype(np.float64))
-            found = found._replace(right=q @ found.right)
-            before, norm = norm, float(np.linalg.norm(found.values[:rank]))
-            if norm - before <= tolerance * norm:
-                break
-    return Svd(found.left[:, :rank], found.values[:rank], found.right[:, :rank])
+    block, limit = rank + 8, min(matrix.shape)
+    if limit <= max(EXACT, 2 * block):
+        found = svd(matrix.astype(np.float64))
+        return Svd(found.left[:, :rank], found.values[:rank], found.right[:, :rank])
+    matrix = matrix.astype(np.float32)
+    new: Any = np.random.default_rng(0).standard_normal((matrix.shape[1], block), np.float32)
+    basis: Any = np.zeros((matrix.shape[1], 0), np.float32)
+    image: Any = np.zeros((matrix.shape[0], 0), np.float32)  # matrix @ basis
+    before = 0.0
+    while True:
+        for _ in range(2):  # once leaves rounding along the basis, twice does not
+            new = new - basis @ (basis.T @ new)
+        basis = np.concatenate([basis, np.linalg.qr(new)[0]], axis=1)
+        image = np.concatenate([image, matrix @ basis[:, -block:]], axis=1)
+        squares, vectors = np.linalg.eigh((image.T @ image).astype(np.float64))
+        values = np.sqrt(np.maximum(squares[::-1][:rank], 0))
+        norm = float(np.linalg.norm(values))
+        if norm - before <= tolerance * norm or basis.shape[1] + block > limit:
+            break
+        before, new = norm, matrix.T @ image[:, -block:]
+    top = vectors[:, ::-1][:, :rank]
+    left = np.linalg.qr(image @ top)
+    signs = np.where(np.diagonal(left.R) < 0, -1.0, 1.0)
+    return Svd(left.Q * signs, values, basis @ top)

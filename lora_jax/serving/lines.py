@@ -125,8 +125,8 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None:
+    def __exit__(self, *error: object) -> None:
+        if not any(error):
             self._forget()
         self._stack.close()
 
