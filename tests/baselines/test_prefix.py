@@ -1,0 +1,116 @@
+"""Prefixes: where the learned vectors stand, and what the rest of the model sees of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import baselines, models
+from lora_jax.baselines import prefix
+from lora_jax.models.attention import visible
+from lora_jax.models.bert import _Embeddings, _Layer
+from tests.baselines.test_methods import BERT, IDS, MASK, model_of
+
+ROBERTA = dataclasses.replace(BERT, position_offset=2, num_token_types=1)
+LP, LI = 3, 2
+
+
+@pytest.mark.parametrize(("before", "behind"), [(3, 2), (0, 2), (3, 0)])
+def test_places_are_those_of_a_loop(before: int, behind: int) -> None:
+    """Red: `>` for `>=` where the infix begins, or its end left out of `real`."""
+    lengths = [4, 2, 0]
+    mask = jnp.arange(4)[None] < jnp.array(lengths)[:, None]
+    found = prefix.places(mask, before, behind)
+    for row, length in enumerate(lengths):
+        slots = [*range(before), *[-1] * length, *range(before, before + behind)]
+        size = 4 + before + behind
+        assert found.slot[row].tolist() == slots + [-1] * (size - len(slots))
+        assert found.real[row].tolist() == [i < len(slots) for i in range(size)]
+        assert found.token[row, before : before + length].tolist() == list(range(length))
+
+
+def laid_out(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows by hand, with the special tokens at the end of the vocabulary."""
+    special = list(range(vocabulary, vocabulary + LP + LI))
+    ids, mask = np.zeros((2, 8 + LP + LI), np.int32), np.zeros((2, 8 + LP + LI), bool)
+    for row, length in enumerate((8, 5)):
+        tokens = [*special[:LP], *np.asarray(IDS)[row, :length].tolist(), *special[LP:]]
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
+    return ids, mask
+
+
+def pooled(config: Any, hidden: jax.Array, params: Any) -> np.ndarray:
+    """Mean over the row's own tokens, and the head, by hand."""
+    out = params["classifier"]["out"]
+    rows = [hidden[row, LP : LP + length].mean(axis=0) for row, length in enumerate((8, 5))]
+    return np.stack(rows) @ out["kernel"] + out["bias"]
+
+
+@pytest.mark.parametrize("config", [BERT, ROBERTA], ids=["bert", "roberta"])
+def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> None:
+    """Red: the mask not extended, the infix at the end of the padded row, the mean over all."""
+    model, params = model_of(config)
+    method = baselines.prefix_embedding(config, LP, LI, 8)
+    extra = {"embedding": jax.random.normal(jax.random.key(5), (LP + LI, 16))}
+    found = method.apply(model, {**params, "extra": extra}, IDS, MASK)
+
+    larger = models.Bert(dataclasses.replace(config, vocab_size=19 + LP + LI))
+    embeddings = params["bert"]["embeddings"]
+    table = jnp.concatenate([embeddings["word"]["embedding"], extra["embedding"]])
+    whole = {**params["bert"], "embeddings": {**embeddings, "word": {"embedding": table}}}
+    hidden = larger.apply({"params": whole}, *laid_out(19))
+    np.testing.assert_allclose(found, pooled(config, hidden, params), atol=1e-4)
+
+
+def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
+    """Against the layers one by one. Red: one layer left out, or a layer's output replaced."""
+    model, params = model_of(BERT)
+    method = baselines.prefix_layer(BERT, LP, LI, 8)
+    keys = jax.random.split(jax.random.key(6), 3)
+    extra = {f"layer_{i}": jax.random.normal(k, (LP + LI, 16)) for i, k in enumerate(keys)}
+    found = method.apply(model, {**params, "extra": extra}, IDS, MASK)
+
+    ids, mask = laid_out(19)
+    bert, places = params["bert"], ids >= 19
+    order = np.where(places, ids - 19, 0)
+    positions = jnp.arange(ids.shape[1])[None]
+    x = _Embeddings(BERT).apply(
+        {"params": bert["embeddings"]}, jnp.where(places, 0, ids), positions, None
+    )
+    for i in range(3):
+        x = jnp.where(places[:, :, None], extra[f"layer_{i}"][order], x)
+        seen = visible(ids.shape[1], jnp.asarray(mask))
+        x, _ = _Layer(BERT).apply({"params": bert["encoder"][f"layer_{i}"]}, x, seen)
+    np.testing.assert_allclose(found, pooled(BERT, x, params), atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "roberta_head"])
+def test_padding_changes_nothing(pooling: str) -> None:
+    """A row alone, and the same row padded. Red: `hidden[:, :T]` for `hidden[:, lp : lp + T]`."""
+    model = models.BertClassifier(BERT, 2, pooling)
+    method = baselines.prefix_layer(BERT, LP, LI, 12)
+    params = model.init(jax.random.key(0), IDS)["params"]
+    whole = {**params, "extra": method.init(jax.random.key(1))["extra"]}
+    short = method.apply(model, whole, IDS)
+    padded = jnp.pad(IDS, ((0, 0), (0, 4)))
+    long = method.apply(model, whole, padded, jnp.arange(12)[None] < jnp.full((2, 1), 8))
+    np.testing.assert_allclose(short, long, atol=1e-5)
+
+
+def test_token_types_stay_with_their_tokens() -> None:
+    """Red: `token_types` passed on as they are, or dropped."""
+    model, params = model_of(BERT)
+    method = baselines.prefix_embedding(BERT, LP, 0, 8)
+    whole = {**params, "extra": method.init(jax.random.key(1))["extra"]}
+    zeros = jnp.zeros_like(IDS)
+    plain = method.apply(model, whole, IDS, MASK)
+    np.testing.assert_array_equal(method.apply(model, whole, IDS, MASK, zeros), plain)
+    second = zeros.at[:, 7].set(1)  # padding in the second row, a token in the first
+    typed = method.apply(model, whole, IDS, MASK, second)
+    np.testing.assert_array_equal(typed[1], plain[1])
+    assert np.abs(typed[0] - plain[0]).max() > 1e-4
