@@ -63,7 +63,9 @@ class Bottleneck:
             "down": {"kernel": _INITIAL(key, (d, r), jnp.float32), "bias": jnp.zeros(r)},
             "up": {"kernel": jnp.zeros((r, d)), "bias": jnp.zeros(d)},
         }
-        return {**layer, "norm": {"scale": jnp.ones(d), "bias": jnp.zeros(d)}} if self.norm else layer
+        return (
+            {**layer, "norm": {"scale": jnp.ones(d), "bias": jnp.zeros(d)}} if self.norm else layer
+        )
 
     def layer(self, params: Mapping[str, Any], x: Array) -> Array:
         """One adapter layer on x [B, T, D], in x's dtype."""

@@ -33,7 +33,7 @@ def adapter(width: int, size: int, adapters: int, norms: int = 0, per_norm: int 
 
 
 def prefix_embedding(width: int, tokens: int) -> int:
-    """d (lp + li).
+    """D (lp + li).
 
     >>> prefix_embedding(12288, 256 + 8)
     3244032

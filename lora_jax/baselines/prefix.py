@@ -80,7 +80,7 @@ class Prefix:
 
     @property
     def tokens(self) -> int:
-        """lp + li."""
+        """Lp + li."""
         return self.prefix + self.infix
 
     def init(self, key: Array) -> Tree:
@@ -145,6 +145,6 @@ def _moved(rows: Array, where: Places) -> Array:
 
 
 def _put(vectors: Array, slot: Array, x: Array) -> Array:
-    """x [B, T', D] with row `slot` of the vectors wherever slot is not -1."""
+    """X [B, T', D] with row `slot` of the vectors wherever slot is not -1."""
     learned = jnp.take(vectors.astype(x.dtype), jnp.maximum(slot, 0), axis=0)
     return jnp.where(slot[:, :, None] >= 0, learned, x)

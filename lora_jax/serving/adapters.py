@@ -152,10 +152,10 @@ def _check_method(
     own = [p for p in base if p.startswith(f"{baselines.EXTRA}/")]
     if own:
         raise LoraError(
-            f"{name!r} ({path}) was trained by the method {str(about.get('method'))[:80]}, which puts "
-            f"parameters of its own into the model:\n{listed(own)}\nHere LoRA adapters are taken, and "
-            "base parameters trained beside them. The run's summary.json has its scores; in Python, "
-            "`lora_jax.baselines.Method.apply` runs the model with them"
+            f"{name!r} ({path}) was trained by the method {str(about.get('method'))[:80]}, which "
+            f"puts parameters of its own into the model:\n{listed(own)}\nHere LoRA adapters are "
+            "taken, and base parameters trained beside them. The run's summary.json has its "
+            "scores; in Python, lora_jax.baselines.Method.apply runs the model with them"
         )
 
 

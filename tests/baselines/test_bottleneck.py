@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from lora_jax import baselines, models
-from tests.baselines.test_methods import BERT, IDS, LLAMA, MASK, model_of, noisy
+from tests.baselines.test_methods import BERT, IDS, LLAMA, MASK, model_of, noisy, run
 
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_layer_is_the_formula(norm: bool) -> None:
-    """x + up(relu(down(norm(x)))) in NumPy. Red: no residual, another activation, no norm."""
+    """It is x + up(relu(down(norm(x)))). Red: no residual, another activation, no norm."""
     made = baselines.Bottleneck(("site",), 4, 3, norm=norm)
     random = np.random.default_rng(0)
     shapes = made.init(jax.random.key(0))["site"]
@@ -46,15 +46,16 @@ def test_it_stands_before_the_residual(config: Any, layer: str, biases: dict[str
     """
     model, params = model_of(config)
     method = baselines.houlsby(config, 2)
-    shift = 0.5 * jax.random.normal(jax.random.key(3), (16,))
+    shift = np.random.default_rng(3).normal(0.0, 0.5, 16).astype(np.float32)
+    f, g = run(method, model), run(baselines.NONE, model)
+    base = g(params, IDS, MASK)
     for module, product in biases.items():
         extra = method.init(jax.random.key(0))["extra"]
         at(extra, f"{layer}/{module}")["up"]["bias"] = shift
-        found = method.apply(model, {**params, "extra": extra}, IDS, MASK)
-        biased = jax.tree.map(lambda x: x, params)
+        found = f({**params, "extra": extra}, IDS, MASK)
+        biased = jax.tree.map(np.copy, params)
         at(biased, f"{layer}/{module}/{product}")["bias"] += shift
-        want = model.apply({"params": biased}, IDS, MASK)
-        base = model.apply({"params": params}, IDS, MASK)
+        want = g(biased, IDS, MASK)
         np.testing.assert_allclose(found, want, atol=1e-5)
         assert np.abs(want - base).max() > 1e-3
 

@@ -14,7 +14,7 @@ from lora_jax import baselines, models
 from lora_jax.baselines import prefix
 from lora_jax.models.attention import visible
 from lora_jax.models.bert import _Embeddings, _Layer
-from tests.baselines.test_methods import BERT, IDS, MASK, model_of
+from tests.baselines.test_methods import BERT, IDS, MASK, model_of, noisy, run
 
 ROBERTA = dataclasses.replace(BERT, position_offset=2, num_token_types=1)
 LP, LI = 3, 2
@@ -48,7 +48,7 @@ def pooled(config: Any, hidden: jax.Array, params: Any) -> np.ndarray:
     """Mean over the row's own tokens, and the head, by hand."""
     out = params["classifier"]["out"]
     rows = [hidden[row, LP : LP + length].mean(axis=0) for row, length in enumerate((8, 5))]
-    return np.stack(rows) @ out["kernel"] + out["bias"]
+    return np.stack(rows) @ out["kernel"] + out["bias"][None]
 
 
 @pytest.mark.parametrize("config", [BERT, ROBERTA], ids=["bert", "roberta"])
@@ -56,14 +56,14 @@ def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> Non
     """Red: the mask not extended, the infix at the end of the padded row, the mean over all."""
     model, params = model_of(config)
     method = baselines.prefix_embedding(config, LP, LI, 8)
-    extra = {"embedding": jax.random.normal(jax.random.key(5), (LP + LI, 16))}
-    found = method.apply(model, {**params, "extra": extra}, IDS, MASK)
+    extra = noisy(method.shapes()["extra"], 5)
+    found = run(method, model)({**params, "extra": extra}, IDS, MASK)
 
     larger = models.Bert(dataclasses.replace(config, vocab_size=19 + LP + LI))
     embeddings = params["bert"]["embeddings"]
     table = jnp.concatenate([embeddings["word"]["embedding"], extra["embedding"]])
     whole = {**params["bert"], "embeddings": {**embeddings, "word": {"embedding": table}}}
-    hidden = larger.apply({"params": whole}, *laid_out(19))
+    hidden = run(baselines.NONE, larger)(whole, *laid_out(19))
     np.testing.assert_allclose(found, pooled(config, hidden, params), atol=1e-4)
 
 
@@ -71,21 +71,19 @@ def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
     """Against the layers one by one. Red: one layer left out, or a layer's output replaced."""
     model, params = model_of(BERT)
     method = baselines.prefix_layer(BERT, LP, LI, 8)
-    keys = jax.random.split(jax.random.key(6), 3)
-    extra = {f"layer_{i}": jax.random.normal(k, (LP + LI, 16)) for i, k in enumerate(keys)}
-    found = method.apply(model, {**params, "extra": extra}, IDS, MASK)
+    extra = noisy(method.shapes()["extra"], 6)
+    found = run(method, model)({**params, "extra": extra}, IDS, MASK)
 
     ids, mask = laid_out(19)
     bert, places = params["bert"], ids >= 19
     order = np.where(places, ids - 19, 0)
     positions = jnp.arange(ids.shape[1])[None]
-    x = _Embeddings(BERT).apply(
-        {"params": bert["embeddings"]}, jnp.where(places, 0, ids), positions, None
-    )
+    embed, layer = (jax.jit(module(BERT).apply) for module in (_Embeddings, _Layer))
+    x = embed({"params": bert["embeddings"]}, np.where(places, 0, ids), positions, None)
+    seen = visible(ids.shape[1], jnp.asarray(mask))
     for i in range(3):
-        x = jnp.where(places[:, :, None], extra[f"layer_{i}"][order], x)
-        seen = visible(ids.shape[1], jnp.asarray(mask))
-        x, _ = _Layer(BERT).apply({"params": bert["encoder"][f"layer_{i}"]}, x, seen)
+        x = np.where(places[:, :, None], extra[f"layer_{i}"][order], x)
+        x, _ = layer({"params": bert["encoder"][f"layer_{i}"]}, x, seen)
     np.testing.assert_allclose(found, pooled(BERT, x, params), atol=1e-4)
 
 
@@ -94,11 +92,10 @@ def test_padding_changes_nothing(pooling: str) -> None:
     """A row alone, and the same row padded. Red: `hidden[:, :T]` for `hidden[:, lp : lp + T]`."""
     model = models.BertClassifier(BERT, 2, pooling)
     method = baselines.prefix_layer(BERT, LP, LI, 12)
-    params = model.init(jax.random.key(0), IDS)["params"]
-    whole = {**params, "extra": method.init(jax.random.key(1))["extra"]}
-    short = method.apply(model, whole, IDS)
-    padded = jnp.pad(IDS, ((0, 0), (0, 4)))
-    long = method.apply(model, whole, padded, jnp.arange(12)[None] < jnp.full((2, 1), 8))
+    params = noisy(models.shapes(BERT, models.Head(pooling, 2)), 0)
+    whole, f = {**params, **noisy(method.shapes(), 1)}, run(method, model)
+    padded = np.pad(IDS, ((0, 0), (0, 4)))
+    short, long = f(whole, IDS), f(whole, padded, padded > 0)
     np.testing.assert_allclose(short, long, atol=1e-5)
 
 
@@ -106,11 +103,14 @@ def test_token_types_stay_with_their_tokens() -> None:
     """Red: `token_types` passed on as they are, or dropped."""
     model, params = model_of(BERT)
     method = baselines.prefix_embedding(BERT, LP, 0, 8)
-    whole = {**params, "extra": method.init(jax.random.key(1))["extra"]}
-    zeros = jnp.zeros_like(IDS)
-    plain = method.apply(model, whole, IDS, MASK)
-    np.testing.assert_array_equal(method.apply(model, whole, IDS, MASK, zeros), plain)
-    second = zeros.at[:, 7].set(1)  # padding in the second row, a token in the first
-    typed = method.apply(model, whole, IDS, MASK, second)
-    np.testing.assert_array_equal(typed[1], plain[1])
+    whole, f = {**params, **noisy(method.shapes(), 1)}, run(method, model)
+    zeros, second = np.zeros_like(IDS), np.zeros_like(IDS)
+    second[:, 7] = 1  # padding in the second row, a token in the first
+    plain, same, typed = (
+        f(whole, IDS, MASK),
+        f(whole, IDS, MASK, zeros),
+        f(whole, IDS, MASK, second),
+    )
+    np.testing.assert_allclose(same, plain, atol=1e-6)
+    np.testing.assert_allclose(typed[1], plain[1], atol=1e-6)
     assert np.abs(typed[0] - plain[0]).max() > 1e-4

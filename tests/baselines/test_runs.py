@@ -261,7 +261,7 @@ def test_a_run_goes_on_from_its_checkpoint(folder: pathlib.Path) -> None:
 def test_exports_with_parameters_of_their_own_are_refused(
     finished: Callable[[str], Finished], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red: the check in `lora_jax.serving.adapters.read` taken out: predict would leave them out."""
+    """Red: the check in `lora_jax.serving.adapters.read`: predict would leave them out."""
     path = finished("pfeiffer").path
     arguments = ["--adapter", str(path), "--text", "word1 word2"]
     assert predict.main(arguments) == 1
@@ -294,4 +294,3 @@ def test_exports_of_base_parameters_are_served(
     want = run.setup.workload.apply(params, batch, train=False, key=None)
     for row in range(2):
         np.testing.assert_allclose(scores[row], want[row], atol=1e-4)
-

@@ -237,8 +237,8 @@ def _check_alike(base: Base, name: str, beside: dict[str, Any], frozen: Tree) ->
     if list(beside) != list(base.beside):
         raise ConfigError(
             f"{base.name!r} and {name!r} train different parameters beside their adapters "
-            f"(lora.beside, or the method): {list(base.beside)} and {list(beside)}; in a group they "
-            "are the same"
+            f"(lora.beside, or the method): {list(base.beside)} and {list(beside)}; in a group "
+            "they are the same"
         )
     ours, theirs = forms(base.frozen), forms(frozen)
     for path in dict.fromkeys([*ours, *theirs]):
