@@ -66,12 +66,12 @@ def at(tree: Any, path: str) -> Any:
     return tree
 
 
-@pytest.mark.parametrize("kind", ["houlsby", "prefix_embedding", "prefix_layer"])
+@pytest.mark.parametrize("kind", ["houlsby", "prefix_layer"])
 def test_rematerialised_layers_are_the_same(kind: str) -> None:
     """Outputs and gradients. Red: an adapter layer that is gone through twice under remat."""
 
     def gradient(remat: str) -> Any:
-        config = dataclasses.replace(BERT, remat=remat)
+        config = dataclasses.replace(BERT, num_layers=2, remat=remat)
         model = models.BertClassifier(config, 2)
         method = (
             baselines.houlsby(config, 3)
@@ -86,7 +86,7 @@ def test_rematerialised_layers_are_the_same(kind: str) -> None:
 
         return jax.jit(jax.value_and_grad(loss))(extra)
 
-    params = model_of(BERT)[1]
+    params = model_of(dataclasses.replace(BERT, num_layers=2))[1]
     plain, again = gradient("none"), gradient("full")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), plain, again)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(plain[1]))

@@ -70,7 +70,6 @@ METHODS: dict[str, tuple[Make, int, int | None]] = {
     ),
 }  # fmt: skip
 DECODER = [name for name, (_, _, count) in METHODS.items() if count is not None]
-AS_THE_BASE = [name for name in METHODS if not name.startswith("prefix")]
 
 
 def trained(params: Any, method: baselines.Method) -> dict[str, Any]:
@@ -151,23 +150,30 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(1, 19, (2, 8)), jnp.int32)
 MASK = jnp.arange(8)[None] < jnp.array([[8], [5]])
 
 
-@pytest.mark.parametrize("config", [BERT, LLAMA], ids=["encoder", "decoder"])
-def test_step_0_is_the_base(config: Any) -> None:
-    """Within rounding, and not any more once what leads up is not zero.
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [(BERT, ("houlsby", "adapter_drop", "lin")), (LLAMA, ("houlsby",))],
+    ids=["encoder", "decoder"],
+)
+def test_step_0_is_the_base(config: Any, names: tuple[str, ...]) -> None:
+    """And not any more once what leads up is not zero.
 
     Red: `up` drawn like `down`; for the second part, an interceptor that meets no module.
     """
     model, params = model_of(config)
     base = run(baselines.NONE, model)(params, IDS, MASK)
-    for name in AS_THE_BASE if config is BERT else DECODER:
+    for name in names:
         method = METHODS[name][0](config)
-        whole = {**params, **method.init(jax.random.key(2))}
-        f = run(method, model)
-        np.testing.assert_allclose(f(whole, IDS, MASK), base, atol=1e-6, err_msg=name)
-        if method.extra is not None:
-            moved = noisy(whole["extra"], 3)
-            other = f({**params, "extra": moved}, IDS, MASK)
-            assert np.abs(other - base).max() > 1e-3, name
+        f, own = run(method, model), method.init(jax.random.key(2))
+        np.testing.assert_allclose(f({**params, **own}, IDS, MASK), base, atol=1e-6, err_msg=name)
+        other = f({**params, **noisy(own, 3)}, IDS, MASK)
+        assert np.abs(other - base).max() > 1e-3, name
+
+
+def test_patterns_put_nothing_into_the_model() -> None:
+    """So their step 0 is the base's. Red: a method of patterns with something in `extra`."""
+    for name in ("full", "top_layers", "bitfit", "head"):
+        assert METHODS[name][0](BERT).extra is None
 
 
 @pytest.mark.parametrize(

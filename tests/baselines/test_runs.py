@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,13 +18,14 @@ from lora_jax import checkpoint, models, paths, predict
 from lora_jax.baselines import counts
 from lora_jax.checkpoint import ocp
 from lora_jax.serving import adapters, classifier
-from lora_jax.training import mesh
+from lora_jax.training import export, mesh, optimizer, step
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, MeshConfig, OptimizerConfig
 from lora_jax.training.data.config import DataConfig
 from lora_jax.training.method import MethodConfig
 from lora_jax.training.text import ModelConfig, TextConfig
+from lora_jax.training.workload import Workload
 from tests.training import tiny
 
 # Orbax warns that it takes the sharding from the file; one CPU array has no other.
@@ -63,14 +64,6 @@ CASES = {
     "prefix_embedding": Case({"prefix": 3, "infix": 2}, extra, counts.prefix_embedding(D, 5)),
     "prefix_layer": Case({"prefix": 3, "infix": 2}, extra, counts.prefix_layer(D, 5, L)),
 }
-AS_THE_BASE = [name for name in CASES if not name.startswith("prefix")]
-
-
-class Finished(NamedTuple):
-    config: TextConfig
-    path: pathlib.Path
-    summary: dict[str, Any]
-    setup: Any
 
 
 @pytest.fixture(scope="module")
@@ -107,190 +100,178 @@ def config_of(folder: pathlib.Path, method: MethodConfig, **changes: Any) -> Tex
     return dataclasses.replace(config, **changes)
 
 
-def train_in(path: pathlib.Path, config: TextConfig, devices: int = 1) -> dict[str, Any]:
-    path.mkdir(parents=True, exist_ok=True)
+class Stepped(NamedTuple):
+    """What three steps of a run have made of it. start: path -> every parameter before them."""
+
+    workload: Workload
+    layout: lora_jax.Layout
+    start: dict[str, np.ndarray]
+    frozen: dict[str, Any]
+    trained: Any
+
+
+def stepped(config: TextConfig, devices: int = 1) -> Stepped:
+    """Three steps as train.py takes them, without its record."""
     grid = mesh.make(config.mesh, jax.devices()[:devices])
     with jax.set_mesh(grid):
-        return train.train(config, grid, path, train.Console(quiet=True))
+        workload, lora = config.workload(config), config.adaptation
+        data = workload.train(mesh.shard_of(grid))
+        rows = [next(data) for _ in range(3)]
+        place = mesh.place(workload, config.mesh, grid, rows[0])
+        params, key = workload.arrays(place.params), jax.random.key(0)
+        layout = lora_jax.resolve(lora.spec, workload.apply, params, rows[0], train=True, key=key)
+        assert lora.beside is None
+        base, frozen = lora_jax.frozen.split(params, workload.beside)
+        start = {path: np.array(x) for path, x in paths.flatten(params).items()}
+        tx = optimizer.adamw(optimizer.hyper(config.optimizer, 3))
+        state = step.create(layout, base, tx, key, place, lora.init)
+        take = jax.jit(
+            step.train_step(workload, layout, tx, "stop"), **step.compilation(state, place)
+        )
+        for batch in rows:
+            state, metrics = take(state, frozen, place.batch(batch))
+            assert metrics["finite"]
+    return Stepped(workload, layout, start, paths.flatten(frozen), state.trained)
 
 
-@pytest.fixture(scope="module")
-def finished(folder: pathlib.Path) -> Callable[[str], Finished]:
-    """The run by a method, once."""
-    known: dict[str, Finished] = {}
-
-    def run(name: str) -> Finished:
-        if name not in known:
-            settings = {} if name == "lora" else CASES[name].settings
-            config = config_of(folder, MethodConfig(name=name, **settings))
-            held: dict[str, Any] = {}
-
-            class Seen(train.Run):
-                def __init__(self, setup: Any, *rest: Any) -> None:
-                    held["setup"] = setup
-                    super().__init__(setup, *rest)
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train, "Run", Seen)
-                summary = train_in(folder / "runs" / name, config)
-            known[name] = Finished(config, folder / "runs" / name, summary, held["setup"])
-        return known[name]
-
-    return run
+def check_moved(found: Stepped) -> None:
+    """The base is bit-identical, and all that is trained has moved."""
+    for path, x in found.frozen.items():
+        np.testing.assert_array_equal(x, found.start[path])
+    base = found.trained["base"]
+    assert set(found.frozen) | set(base) == set(found.start)
+    # Adding to all keys of a row alike changes no attention, so a key's bias has no gradient.
+    still = [p for p, x in base.items() if np.array_equal(x, found.start[p])]
+    assert all(path.endswith("key/bias") for path in still)
 
 
-def weights(config: TextConfig) -> dict[str, np.ndarray]:
-    """What the file of the base holds, and the parameters that the run has drawn."""
-    workload = config.workload(config)
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = workload.arrays(jax.tree.map(lambda _: where, workload.params))
-    return {path: np.asarray(x) for path, x in paths.flatten(params).items()}
+def method_of(name: str) -> MethodConfig:
+    return MethodConfig(name, **CASES[name].settings)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_only_its_own_parameters_change(
-    name: str, finished: Callable[[str], Finished], folder: pathlib.Path
+    name: str, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """The base is bit-identical after the run, and all that is trained has moved.
+    """The export holds them and no others, and they are as many as the formula says.
 
-    Red: a pattern in lora_jax/baselines/methods.py that takes more, or `extra` left out of one.
+    Red: a pattern in lora_jax/baselines/methods.py that takes more, `extra` left out of one, a
+    method that trains LoRA's targets too, any shape in `Bottleneck.init` or `Prefix.init`.
     """
-    run, start = finished(name), weights(finished(name).config)
-    frozen = paths.flatten(run.setup.frozen)
-    for path, x in frozen.items():
-        np.testing.assert_array_equal(x, start[path])
-    last = checkpoint.restore_base(run.path / "adapters/last")
-    assert set(frozen) | set(last) == set(start)
-    # Adding to all keys of a row alike changes no attention, so a key's bias has no gradient.
-    still = {p for p, x in last.items() if np.array_equal(x, start[p])} - {
-        p for p in last if p.endswith("key/bias")
-    }
-    assert not still
+    found = stepped(config_of(folder, method_of(name)))
+    check_moved(found)
+    expected = {p for p in found.start if p.startswith("classifier/") or CASES[name].own(p)}
+    assert set(found.trained["base"]) == expected
+    assert found.layout.targets == () and found.trained["adapters"] == {}
+    count = CASES[name].count
+    whole = lora_jax.count(found.trained["base"])
+    assert whole == (sum(x.size for x in found.start.values()) if count is None else count + HEAD)
+    about = found.workload.about
+    export.save(tmp_path, "last", found.layout, found.trained, about=about)
+    kept = checkpoint.restore_base(tmp_path / "adapters/last")
+    assert set(kept) == expected
+    assert lora_jax.restore(tmp_path / "adapters/last")[1] == {}
+    said = checkpoint.restore_about(tmp_path / "adapters/last")["method"]
+    assert said == {"name": name, **CASES[name].settings}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_is_kept_is_what_is_trained(name: str, finished: Callable[[str], Finished]) -> None:
-    """In the export and in the checkpoint, with Adam's two moments of each.
+def test_all_methods_begin_with_the_head_of_lora(folder: pathlib.Path) -> None:
+    """Same seed, same head. Red: another key for the head beside a method's own parameters."""
 
-    Red: `beside=("**",)` in the workload, a method that trains LoRA's targets too.
-    """
-    run, case = finished(name), CASES[name]
-    expected = {p for p in weights(run.config) if p.startswith("classifier/") or case.own(p)}
-    for which in ("best", "last"):
-        layout, factors = lora_jax.restore(run.path / "adapters" / which)
-        assert layout.targets == () and factors == {}
-        assert set(checkpoint.restore_base(run.path / "adapters" / which)) == expected
-    step = max(p for p in (run.path / "checkpoints").iterdir())
-    state = paths.flatten(ocp.checkpointables_metadata(step).metadata["state"])
-    whole = [path for path, x in state.items() if len(x.shape) > 0 and x.shape != (2,)]
-    ends = {path.partition("base/")[2] for path in whole}
-    assert ends - {""} == expected
-    said = checkpoint.restore_about(run.path / "adapters/best")["method"]
-    assert said == {"name": name, **case.settings}
+    def head(method: MethodConfig) -> Any:
+        common = classification(config_of(folder, method)).common
+        assert common is not None
+        return {p: x for p, x in common.fresh().items() if not extra(p)}
+
+    lora = head(MethodConfig())
+    for name in ("bitfit", "lin", "prefix_layer"):
+        jax.tree.map(np.testing.assert_array_equal, head(method_of(name)), lora)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_its_count_is_the_formula(name: str, finished: Callable[[str], Finished]) -> None:
-    """Red: any shape in `Bottleneck.init` or `Prefix.init`, any pattern."""
-    summary, count = finished(name).summary, CASES[name].count
-    assert summary["adapter_parameters"] == 0
-    if count is None:
-        assert summary["beside_parameters"] == summary["base_parameters"]
-    else:
-        assert summary["beside_parameters"] == count + HEAD
-
-
-@pytest.mark.parametrize("name", AS_THE_BASE)
-def test_step_0_is_that_of_lora(name: str, finished: Callable[[str], Finished]) -> None:
-    """The same head on the same base. Red: another key for the head, `up` not zero."""
-    before = finished(name).summary["before"]["validation"]
-    assert before == pytest.approx(finished("lora").summary["before"]["validation"], rel=1e-6)
-
-
-def test_a_method_learns(folder: pathlib.Path) -> None:
-    """Red: the gradient of the method's own parameters stopped in its interceptor."""
-    method = MethodConfig(name="pfeiffer", size=8)
-    summary = train_in(folder / "learns", config_of(folder, method, steps=30, evaluate_every=30))
-    before, after = summary["before"]["validation"], summary["after"]["validation"]
-    assert after["loss"] < 0.8 * before["loss"]
+def test_on_a_mesh_that_divides_the_weights(folder: pathlib.Path) -> None:
+    """As on one device. Red: no placement rule for `extra/**`."""
+    config = config_of(folder, method_of("prefix_layer"))
+    one = stepped(config)
+    two = stepped(dataclasses.replace(config, mesh=MeshConfig(fsdp=2)), devices=2)
+    for path, x in two.trained["base"].items():
+        np.testing.assert_allclose(x, one.trained["base"][path], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["houlsby", "top_layers"])
 def test_decoders(name: str, folder: pathlib.Path) -> None:
     """Red: `workload.beside` not set in lora_jax/training/causal_lm.py."""
-    settings = {"houlsby": {"size": R}, "top_layers": {"top_layers": 1}}[name]
-    config = config_of(
-        folder,
-        MethodConfig(name=name, **settings),
-        workload=causal_lm,
-        model=ModelConfig(reference=str(folder / "llama")),
-    )
-    path = folder / f"llama-{name}"
-    summary = train_in(path, config)
+    model = ModelConfig(reference=str(folder / "llama"))
+    found = stepped(config_of(folder, method_of(name), workload=causal_lm, model=model))
+    check_moved(found)
     # Of two query heads and one of keys and values; no biases, and norms with a scale alone.
     layer = 2 * D * D + 2 * D * (D // 2) + 3 * D * M + 2 * D
     houlsby = counts.adapter(D, R, 2 * L, norms=2 * L + 1, per_norm=1)
-    assert summary["beside_parameters"] == {"houlsby": houlsby, "top_layers": layer}[name]
-    assert summary["adapter_parameters"] == 0
-    start, last = weights(config), checkpoint.restore_base(path / "adapters/last")
-    assert all(not np.array_equal(start[p], x) for p, x in last.items())
+    whole = lora_jax.count(found.trained["base"])
+    assert whole == {"houlsby": houlsby, "top_layers": layer}[name]
 
 
-def test_a_run_goes_on_from_its_checkpoint(folder: pathlib.Path) -> None:
-    """On a mesh of two devices that share the weights, too: the same bits as without a stop.
+def train_in(path: pathlib.Path, config: TextConfig) -> dict[str, Any]:
+    path.mkdir(parents=True, exist_ok=True)
+    grid = mesh.make(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(grid):
+        return train.train(config, grid, path, train.Console(quiet=True))
 
-    Red: no placement rule for `extra/**`.
+
+def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It learns, its checkpoint holds what is trained and Adam's moments of it, and
+    `python -m lora_jax.predict` refuses the export.
+
+    Red: `beside=("**",)` in the workload; the check in lora_jax/serving/adapters.py taken out, and
+    predict would leave the adapter layers out without a word.
     """
-    method = MethodConfig(name="prefix_layer", prefix=1, infix=1)
-    grid = MeshConfig(fsdp=2)
-    config = config_of(folder, method, mesh=grid, checkpoint_every=2)
-    straight = folder / "straight"
-    train_in(straight, config, devices=2)
-    newest = max((straight / "checkpoints").iterdir(), key=lambda p: int(p.name))
-    assert newest.name == "4"
-    want = checkpoint.restore_base(straight / "adapters/last")
-    shutil.rmtree(newest)
-    (straight / "summary.json").unlink()
-    train_in(straight, config, devices=2)
-    found = checkpoint.restore_base(straight / "adapters/last")
-    assert list(found) == list(want)
-    for path in want:
-        np.testing.assert_array_equal(found[path], want[path])
+    path = folder / "houlsby"
+    config = config_of(folder, method_of("houlsby"), steps=12, evaluate_every=12)
+    summary = train_in(path, config)
+    count = CASES["houlsby"].count
+    assert count is not None
+    assert (summary["adapter_parameters"], summary["beside_parameters"]) == (0, count + HEAD)
+    before, after = summary["before"]["validation"], summary["after"]["validation"]
+    assert after["loss"] < before["loss"]
+    (newest,) = (path / "checkpoints").iterdir()
+    state = paths.flatten(ocp.checkpointables_metadata(newest).metadata["state"])
+    ends = [p.partition("base/")[2] for p in state if "base/" in p]
+    kept = checkpoint.restore_base(path / "adapters/best")
+    assert sorted(ends) == sorted([*kept] * 3)
+    others = [x.shape for p, x in state.items() if "base/" not in p]
+    assert all(len(shape) == 0 or shape == (2,) for shape in others)  # counters, and the key
 
-
-def test_exports_with_parameters_of_their_own_are_refused(
-    finished: Callable[[str], Finished], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Red: the check in `lora_jax.serving.adapters.read`: predict would leave them out."""
-    path = finished("pfeiffer").path
-    arguments = ["--adapter", str(path), "--text", "word1 word2"]
-    assert predict.main(arguments) == 1
+    assert predict.main(["--adapter", str(path), "--text", "word1 word2"]) == 1
     error = " ".join(capsys.readouterr().err.split())
-    assert "trained by the method {'name': 'pfeiffer', 'size': 4}" in error
-    assert "extra/bert/encoder/layer_0/mlp/down/bias" in error
+    assert "trained by the method {'name': 'houlsby', 'size': 4}" in error
+    assert "extra/bert/encoder/layer_0/attention/down/bias" in error
 
 
-@pytest.mark.parametrize("name", ["bitfit", "full"])
 def test_exports_of_base_parameters_are_served(
-    name: str, finished: Callable[[str], Finished]
+    folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """`predict`'s outputs are those of the workload with what was trained.
 
     Red: parameters trained in full left out in lora_jax/serving/classifier.py.
     """
-    run = finished(name)
-    served = adapters.open_adapters([str(run.path)], models.BertConfig)
+    found = stepped(config_of(folder, method_of("bitfit")))
+    frozen = lora_jax.fingerprint(found.frozen)
+    about = found.workload.about
+    export.save(tmp_path, "best", found.layout, found.trained, frozen, about)
+    served = adapters.open_adapters([str(tmp_path)], models.BertConfig)
     texts = ["word1 word2 word3", "word4"]
-    made = classifier.Classifier(served, batch_size=2)
-    scores = dict(made.scores([0, 0], texts))
-    best = checkpoint.restore_base(run.path / "adapters/best")
-    params = lora_jax.frozen.combine(best, run.setup.frozen)
+    scores = dict(classifier.Classifier(served, batch_size=2).scores([0, 0], texts))
     ids, mask = np.full((2, 12), 1, np.int32), np.zeros((2, 12), bool)
-    tokenizer = served.source.tokenizer()
     for row, text in enumerate(texts):
-        tokens = tokenizer.encode(text).ids
+        tokens = served.source.tokenizer().encode(text).ids
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
-    batch = {"input_ids": ids, "mask": mask}
-    want = run.setup.workload.apply(params, batch, train=False, key=None)
+    params: dict[str, Any] = {}
+    for path, x in {**found.frozen, **found.trained["base"]}.items():
+        *folders, name = path.split("/")
+        branch = params
+        for part in folders:
+            branch = branch.setdefault(part, {})
+        branch[name] = x
+    apply = jax.jit(functools.partial(found.workload.apply, train=False, key=None))
+    want = apply(params, {"input_ids": ids, "mask": mask})
     for row in range(2):
         np.testing.assert_allclose(scores[row], want[row], atol=1e-4)
