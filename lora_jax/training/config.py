@@ -232,6 +232,16 @@ class Config:
         return self.lora
 
 
+def check_lora_counts(config: Config, given: str) -> None:
+    """Raise `ConfigError` where settings of `lora` were `given` beside another method."""
+    if config.adaptation != config.lora:
+        raise ConfigError(
+            f"{given} sets something of lora, but the config trains by another method "
+            "(method.name), with which nothing of lora counts: leave it out, or name the method "
+            "'lora'"
+        )
+
+
 def to_dict(config: Any) -> Any:
     """A config as JSON values; a function is written `module:name`."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):

@@ -118,6 +118,23 @@ def test_what_does_not_go_with_the_model(
         (causal_lm if kind == "llama" else classification)(config)
 
 
+def test_lora_settings_beside_another_method_are_refused() -> None:
+    """Those of the config file are not; on the command line, and in a sweep, they would be lost.
+
+    Red: `check_lora_counts` not called in command.py, or in sweep.py.
+    """
+    line = ["--method.name", "bitfit", "--lora.rank", "2"]
+    with pytest.raises(ConfigError, match="the command line sets something of lora"):
+        command.parse(line, "configs/minilm_reviews.py", ROOT)
+    line = ["--base.method.name", "bitfit", "--base.lora.alpha", "2", "--grid", "seed=0,1"]
+    with pytest.raises(ConfigError, match="the command line sets something of lora"):
+        command.parse(line, "configs/sweep.py", ROOT)
+    with pytest.raises(ConfigError, match=r"lora\.rank sets something of lora"):
+        SweepConfig(base=BITFIT, grid={"lora.rank": (1, 2)})
+    cases = ({"method.name": "bitfit"}, {"method.name": "pfeiffer", "method.size": 4}, {})
+    assert len(SweepConfig(base=LORA, cases=cases).expand().members) == 3
+
+
 def together(path: pathlib.Path, group: GroupConfig) -> list[dict[str, Any]]:
     grid = mesh.make(group.mesh, jax.devices()[:1])
     with jax.set_mesh(grid):
