@@ -53,7 +53,7 @@ def pooled(config: Any, hidden: jax.Array, params: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("config", [BERT, ROBERTA], ids=["bert", "roberta"])
 def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> None:
-    """Red: the mask not extended, the infix at the end of the padded row, the mean over all."""
+    """Red: the mask not extended, `hidden[:, :T]` for `hidden[:, lp : lp + T]`."""
     model, params = model_of(config)
     method = baselines.prefix_embedding(config, LP, LI, 8)
     extra = noisy(method.shapes()["extra"], 5)
@@ -89,7 +89,8 @@ def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "roberta_head"])
 def test_padding_changes_nothing(pooling: str) -> None:
-    """A row alone, and the same row padded. Red: `hidden[:, :T]` for `hidden[:, lp : lp + T]`."""
+    """A row alone, and the same row padded. Red: the infix behind the padding
+    (`length` for `own` in `places`)."""
     model = models.BertClassifier(BERT, 2, pooling)
     method = baselines.prefix_layer(BERT, LP, LI, 12)
     params = noisy(models.shapes(BERT, models.Head(pooling, 2)), 0)
