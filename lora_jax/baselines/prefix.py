@@ -127,7 +127,6 @@ class Prefix:
             if path in words:
                 return _put(words[path], slot, call(*args, **kwargs))
             if path in inputs:
-                # Under remat it is called once more inside, which replaces the same by the same.
                 return call(_put(inputs[path], slot, args[0]), *args[1:], **kwargs)
             return call(*args, **kwargs)
 

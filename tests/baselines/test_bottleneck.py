@@ -68,8 +68,8 @@ def at(tree: Any, path: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["houlsby", "prefix_layer"])
 def test_rematerialised_layers_are_the_same(kind: str) -> None:
-    """Outputs and gradients. Red: adapter layers on the layers themselves, which remat
-    calls twice."""
+    """Outputs and gradients. Red: `stop_gradient` on what is put in; or a Flax that intercepts
+    rematerialised modules under another path, or twice."""
 
     def gradient(remat: str) -> Any:
         config = dataclasses.replace(BERT, num_layers=2, remat=remat)
