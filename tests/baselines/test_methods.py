@@ -152,7 +152,7 @@ MASK = jnp.arange(8)[None] < jnp.array([[8], [5]])
 
 @pytest.mark.parametrize(
     ("config", "names"),
-    [(BERT, ("houlsby", "lin")), (LLAMA, ("pfeiffer",))],
+    [(BERT, ("lin",)), (LLAMA, ("pfeiffer",))],
     ids=["encoder", "decoder"],
 )
 def test_step_0_is_the_base(config: Any, names: tuple[str, ...]) -> None:

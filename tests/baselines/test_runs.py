@@ -149,9 +149,23 @@ def method_of(name: str) -> MethodConfig:
     return MethodConfig(name, **CASES[name].settings)
 
 
+@pytest.fixture(scope="module")
+def steps(folder: pathlib.Path) -> Callable[[str], Stepped]:
+    """What `stepped` gives for a method, once."""
+
+    @functools.cache
+    def by(name: str) -> Stepped:
+        config = config_of(folder, method_of(name))
+        if name == "prefix_layer":  # on a mesh that divides the weights, too
+            return stepped(dataclasses.replace(config, mesh=MeshConfig(fsdp=2)), devices=2)
+        return stepped(config)
+
+    return by
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_only_its_own_parameters_change(
-    name: str, folder: pathlib.Path, tmp_path: pathlib.Path
+    name: str, steps: Callable[[str], Stepped], tmp_path: pathlib.Path
 ) -> None:
     """The export holds them and no others, and they are as many as the formula says.
 
@@ -159,13 +173,10 @@ def test_only_its_own_parameters_change(
     method that trains LoRA's targets too, any shape in `Bottleneck.init` or `Prefix.init`, no
     placement of `extra/**`.
     """
-    config = config_of(folder, method_of(name))
-    if name == "prefix_layer":  # on a mesh that divides the weights, too
-        found = stepped(dataclasses.replace(config, mesh=MeshConfig(fsdp=2)), devices=2)
-        assert all(x.sharding.is_fully_replicated for x in found.trained["base"].values())
-    else:
-        found = stepped(config)
+    found = steps(name)
     check_moved(found)
+    own = [x for path, x in found.trained["base"].items() if extra(path)]
+    assert all(x.sharding.is_fully_replicated for x in own)
     expected = {p for p in found.start if p.startswith("classifier/") or CASES[name].own(p)}
     assert set(found.trained["base"]) == expected
     assert found.layout.targets == () and found.trained["adapters"] == {}
@@ -240,13 +251,13 @@ def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_exports_of_base_parameters_are_served(
-    folder: pathlib.Path, tmp_path: pathlib.Path
+    steps: Callable[[str], Stepped], tmp_path: pathlib.Path
 ) -> None:
     """`predict`'s outputs are those of the workload with what was trained.
 
     Red: parameters trained in full left out in lora_jax/serving/classifier.py.
     """
-    found = stepped(config_of(folder, method_of("bitfit")))
+    found = steps("bitfit")
     frozen = lora_jax.fingerprint(found.frozen)
     about = found.workload.about
     export.save(tmp_path, "best", found.layout, found.trained, frozen, about)
