@@ -111,15 +111,13 @@ def train(
     params = workload.arrays(place.params)
 
     # ---- what is trained: adapters on the targets, and a few base parameters beside them
-    key = jax.random.key(config.seed)
-    layout = lora_jax.resolve(
-        config.lora.spec, workload.apply, params, example, train=True, key=key
-    )
-    patterns = workload.beside if config.lora.beside is None else config.lora.beside
+    key, lora = jax.random.key(config.seed), config.adaptation
+    layout = lora_jax.resolve(lora.spec, workload.apply, params, example, train=True, key=key)
+    patterns = workload.beside if lora.beside is None else lora.beside
     base, frozen = lora_jax.frozen.split(params, patterns)
     step.check_apart(layout, base)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
-    state = step.create(layout, base, tx, key, place, config.lora.init)
+    state = step.create(layout, base, tx, key, place, lora.init)
     identity = lora_jax.fingerprint(frozen)
     setup = Setup(config, workload, place, layout, frozen, identity, path, began)
     del params, base  # what is trained lives in the state, the rest in `frozen`

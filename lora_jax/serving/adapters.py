@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 import lora_jax
-from lora_jax import checkpoint, models, paths
+from lora_jax import baselines, checkpoint, models, paths
 from lora_jax.errors import LoraError, listed, nearest
 
 Tree = Any  # a pytree
@@ -139,8 +139,24 @@ def open_adapters(
 def read(name: str, path: str | epath.Path) -> Member:
     """One adapter from the folder that `lora_jax.save` wrote."""
     layout, adapters = lora_jax.restore(path)
-    about = checkpoint.restore_about(path)
-    return Member(name, str(path), layout, adapters, checkpoint.restore_base(path), about)
+    about, base = checkpoint.restore_about(path), checkpoint.restore_base(path)
+    _check_method(name, path, base, about)
+    return Member(name, str(path), layout, adapters, base, about)
+
+
+def _check_method(
+    name: str, path: str | epath.Path, base: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Raise where a method has put parameters of its own into the model, which nobody reads here:
+    without them the outputs would be those of another model."""
+    own = [p for p in base if p.startswith(f"{baselines.EXTRA}/")]
+    if own:
+        raise LoraError(
+            f"{name!r} ({path}) was trained by the method {str(about.get('method'))[:80]}, which "
+            f"puts parameters of its own into the model:\n{listed(own)}\nHere LoRA adapters are "
+            "taken, and base parameters trained beside them. The run's summary.json has its "
+            "scores; in Python, lora_jax.baselines.Method.apply runs the model with them"
+        )
 
 
 def find(given: str) -> list[tuple[str, epath.Path]]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax import models
+from lora_jax import baselines, models, paths
 from lora_jax.models import placement
 from lora_jax.training import scores, text
 from lora_jax.training.data.language_modelling import language_modelling as batches_of
@@ -35,14 +35,21 @@ def causal_lm(config: TextConfig) -> Workload:
     )
     data = text.open_text(config, batches_of, source.tokenizer())
     model_config = config.model.apply_to(source.config)
+    method = config.method.on(model_config, config.data.max_length)
+
+    def load(shardings: Tree) -> Tree:
+        base = source.load(model_config, shardings=shardings)
+        return {**base, **text.method_parameters(config, method)}
+
     select = config.select or "loss"
     about = text.about(config, prompt=config.data.prompt, eos=config.data.eos)
     return Workload(
-        apply=apply_of(models.Llama(model_config), config.model.loss_chunk),
+        apply=apply_of(models.Llama(model_config), config.model.loss_chunk, method),
         loss=token_loss,
-        params=models.shapes(model_config),
-        load=lambda shardings: source.load(model_config, shardings=shardings),
-        placement=placement.rules(model_config),
+        params={**models.shapes(model_config), **method.shapes()},
+        load=load,
+        placement=(*placement.rules(model_config), *method.placement()),
+        beside=method.trained,
         example=batch_shapes(config.data.batch_size, config.data.max_length),
         train=data.train.iterator,
         evaluation=data.passes(),
@@ -53,7 +60,10 @@ def causal_lm(config: TextConfig) -> Workload:
         unit="tokens",
         facts=data.facts,
         about=about,
-        common=Common(json.dumps(about["model"]), dict),
+        common=Common(
+            json.dumps(about["model"]),
+            lambda: paths.flatten(text.method_parameters(config, method)),
+        ),
     )
 
 
@@ -64,7 +74,11 @@ def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {**shapes, "loss_weight": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
 
 
-def apply_of(model: models.Llama, chunk: int | None = None) -> Any:
+def apply_of(
+    model: models.Llama,
+    chunk: int | None = None,
+    method: baselines.Method = baselines.NONE,
+) -> Any:
     """The model as `Workload.apply` on a batch of packed rows.
 
     It gives logits [B, T, V]; with a chunk, the cross entropy [B, T] of each token.
@@ -73,7 +87,7 @@ def apply_of(model: models.Llama, chunk: int | None = None) -> Any:
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
         names = _PACKING if chunk is None else (*_PACKING, "targets")
         inputs = {name: batch[name] for name in names}
-        return model.apply({"params": params}, batch["input_ids"], **inputs, chunk=chunk or 0)
+        return method.apply(model, params, batch["input_ids"], **inputs, chunk=chunk or 0)
 
     return apply
 

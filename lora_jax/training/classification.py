@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax import models, paths
+from lora_jax import baselines, models, paths
 from lora_jax.models import placement
 from lora_jax.training import scores, text
-from lora_jax.training.config import require
+from lora_jax.training.config import ConfigError, require
 from lora_jax.training.data.classification import classification as batches_of
 from lora_jax.training.data.labels import Labels
 from lora_jax.training.text import TextConfig
@@ -46,9 +46,11 @@ def classification(config: TextConfig) -> Workload:
     select = config.select or own
 
     head = models.Head(config.model.pooling, labels.outputs)
+    method = config.method.on(model_config, config.data.lengths[-1])
 
     def fresh() -> Tree:
-        return {"classifier": new_head(model, jax.random.fold_in(jax.random.key(config.seed), 1))}
+        drawn = new_head(model, jax.random.fold_in(jax.random.key(config.seed), 1))
+        return {"classifier": drawn, **text.method_parameters(config, method)}
 
     def load(shardings: Tree) -> Tree:
         bert = source.load(model_config, shardings=shardings["bert"])
@@ -62,12 +64,12 @@ def classification(config: TextConfig) -> Workload:
         lengths=config.data.lengths,
     )
     return Workload(
-        apply=apply_of(model),
+        apply=apply_of(model, method),
         loss=loss,
-        params=models.shapes(model_config, head),
+        params={**models.shapes(model_config, head), **method.shapes()},
         load=load,
-        placement=placement.rules(model_config, head),
-        beside=("classifier/**",),
+        placement=(*placement.rules(model_config, head), *method.placement()),
+        beside=(baselines.HEAD, *method.trained),
         train=data.train.iterator,
         evaluation=data.passes(),
         scores=_SCORES.get(len(labels.names), scores.accuracy),
@@ -80,7 +82,7 @@ def classification(config: TextConfig) -> Workload:
         common=Common(
             json.dumps(about["model"]),
             lambda: paths.flatten(fresh()),
-            functools.partial(_joined, model),
+            functools.partial(_joined, model, method),
             {} if labels.regression else {"classes": np.int32(labels.outputs)},
         ),
     )
@@ -90,11 +92,13 @@ def classification(config: TextConfig) -> Workload:
 _SCORES = {0: scores.real_scores, 2: scores.class_scores}
 
 
-def _joined(model: models.BertClassifier, workloads: Sequence[Workload]) -> Workload:
-    """The first, of the model `model`, with as many classes as any of them has.
+def _joined(
+    model: models.BertClassifier, method: baselines.Method, workloads: Sequence[Workload]
+) -> Workload:
+    """The first, of the model `model` and by `method`, with as many classes as any of them has.
 
     Raises:
-      ConfigError: some have classes, and some real numbers.
+      ConfigError: some have classes, and some real numbers; or other methods.
     """
     first = workloads[0]
     require(
@@ -103,13 +107,21 @@ def _joined(model: models.BertClassifier, workloads: Sequence[Workload]) -> Work
         [workload.loss is real_loss for workload in workloads],
         "the same for all members of a group",
     )
+    own = [paths.flatten(w.params.get(baselines.EXTRA, {})) for w in workloads]
+    sizes = [{path: x.shape for path, x in one.items()} for one in own]
+    if any(one != sizes[0] for one in sizes):
+        raise ConfigError(
+            "method must be the same for all members of a group, down to its sizes; give each "
+            "method a group of its own"
+        )
     widest = max(w.params["classifier"]["out"]["bias"].shape[0] for w in workloads)
     wide = models.BertClassifier(model.config, widest, model.pooling)
     params = models.shapes(model.config, models.Head(model.pooling, widest))
-    return dataclasses.replace(first, apply=apply_of(wide), params=params)
+    whole = {**params, **method.shapes()}
+    return dataclasses.replace(first, apply=apply_of(wide, method), params=whole)
 
 
-def apply_of(model: models.BertClassifier) -> Any:
+def apply_of(model: models.BertClassifier, method: baselines.Method = baselines.NONE) -> Any:
     """The model as `Workload.apply`: its logits [B, C] for a batch."""
     drops = model.config.dropout > 0 or model.config.attention_dropout > 0
 
@@ -117,7 +129,7 @@ def apply_of(model: models.BertClassifier) -> Any:
         dropping = train and drops
         rngs = {"dropout": key} if dropping else None
         inputs = (batch["input_ids"], batch["mask"], batch.get("token_types"))
-        return model.apply({"params": params}, *inputs, deterministic=not dropping, rngs=rngs)
+        return method.apply(model, params, *inputs, deterministic=not dropping, rngs=rngs)
 
     return apply
 

@@ -21,8 +21,9 @@ import tyro
 
 from lora_jax.errors import listed, nearest
 from lora_jax.training import plan
-from lora_jax.training.config import Config, ConfigError
+from lora_jax.training.config import Config, ConfigError, check_lora_counts
 from lora_jax.training.group.config import GroupConfig, GroupOptions
+from lora_jax.training.group.sweep import SweepConfig
 
 Runnable = Config | GroupOptions
 
@@ -68,11 +69,27 @@ def parse(
             for i, member in enumerate(members)
         ]
         run = dataclasses.replace(run, members=tuple(changed))
+    for before, after in _pairs(config, run):
+        if before.lora != after.lora:
+            check_lora_counts(after, "the command line")
     if not isinstance(run, GroupOptions):
         return name, run, given.plan
     if given.plan.plan:
         raise ConfigError("--plan is of one run: give it with the config of one member")
     return name, run.expand(), given.plan
+
+
+def _pairs(before: Runnable, after: Runnable) -> list[tuple[Config, Config]]:
+    """Each run in the file, and what the command line has made of it."""
+    match before, after:
+        case Config(), Config():
+            return [(before, after)]
+        case SweepConfig(), SweepConfig():
+            return [(before.base, after.base)]
+        case GroupConfig(), GroupConfig():
+            both = zip(before.members, after.members, strict=True)
+            return [(one.config, two.config) for one, two in both]
+    raise TypeError(f"{type(before)} and {type(after)}")
 
 
 def _field(name: str, prefix: str, value: Any) -> tuple[str, Any, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import tyro
@@ -32,6 +32,8 @@ def require(condition: bool, field: str, got: Any, expected: str) -> None:
 
 
 INCIDENTAL = {"incidental": True}
+# A field that came later: at its default it names no run, so runs from before are found again.
+LATER = {"later": True}
 
 
 def incidental(default: Any) -> Any:
@@ -224,6 +226,21 @@ class Config:
             require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
 
+    @property
+    def adaptation(self) -> LoraConfig:
+        """The adapters of the run: `lora`, unless a subclass trains by another method."""
+        return self.lora
+
+
+def check_lora_counts(config: Config, given: str) -> None:
+    """Raise `ConfigError` where settings of `lora` were `given` beside another method."""
+    if config.adaptation != config.lora:
+        raise ConfigError(
+            f"{given} sets something of lora, but the config trains by another method "
+            "(method.name), with which nothing of lora counts: leave it out, or name the method "
+            "'lora'"
+        )
+
 
 def to_dict(config: Any) -> Any:
     """A config as JSON values; a function is written `module:name`."""
@@ -243,8 +260,25 @@ def to_dict(config: Any) -> Any:
 
 def identity(config: Config) -> dict[str, Any]:
     """The values that decide what a run computes: all but the incidental fields."""
-    incidentals = {f.name for f in dataclasses.fields(config) if f.metadata.get("incidental")}
-    return {name: value for name, value in to_dict(config).items() if name not in incidentals}
+    left_out = {f.name for f in dataclasses.fields(config) if f.metadata.get("incidental")}
+    left_out |= {name for name, value in _later(config).items() if getattr(config, name) == value}
+    return {name: value for name, value in to_dict(config).items() if name not in left_out}
+
+
+def changes(there: Mapping[str, Any], config: Config) -> list[str]:
+    """In which of the values that decide what it computes a stored config is another.
+
+    Args:
+      there: what `to_dict` gave of it, maybe before some fields came.
+    """
+    defaults = {name: to_dict(value) for name, value in _later(config).items()}
+    ours = {**defaults, **identity(config)}
+    return differences({name: there.get(name, defaults.get(name)) for name in ours}, ours)
+
+
+def _later(config: Config) -> dict[str, Any]:
+    """The fields that came later, with their defaults."""
+    return {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
 
 
 def short_hash(config: Config) -> str:

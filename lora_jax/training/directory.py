@@ -22,7 +22,7 @@ import filelock
 
 from lora_jax.errors import listed
 from lora_jax.training import curves, processes
-from lora_jax.training.config import Config, ConfigError, differences, identity, short_hash, to_dict
+from lora_jax.training.config import Config, ConfigError, changes, short_hash, to_dict
 
 
 def default(name: str, config: Config) -> pathlib.Path:
@@ -96,8 +96,7 @@ def _claim(path: pathlib.Path, config: Config) -> None:
     file = path / "config.json"
     if file.is_file():
         there = json.loads(file.read_text())
-        ours = identity(config)
-        changed = differences({name: there.get(name) for name in ours}, ours)
+        changed = changes(there, config)
         if changed:
             raise ConfigError(
                 f"{path} holds a run of another config; it differs in\n{listed(changed, 20)}\n"

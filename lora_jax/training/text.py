@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
-from lora_jax import models
-from lora_jax.training.config import Config, ConfigError, require, to_dict
+from lora_jax import baselines, models
+from lora_jax.training.config import LATER, Config, ConfigError, LoraConfig, require, to_dict
 from lora_jax.training.data.batches import Batches, describe
 from lora_jax.training.data.catalogue import open_source
 from lora_jax.training.data.config import DataConfig
 from lora_jax.training.data.shard import Shard
+from lora_jax.training.method import LORA, MethodConfig
 from lora_jax.training.workload import Batch
 
 
@@ -77,6 +79,21 @@ class TextConfig(Config):
     select: str | None = None
     """The validation number that picks the best adapter, such as loss or accuracy. None: the
     workload's own choice."""
+    method: MethodConfig = dataclasses.field(default=MethodConfig(), metadata=LATER)
+    """LoRA, or a method that it is compared with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method.name != LORA and self.lora.beside is not None:
+            raise ConfigError(
+                f"lora.beside is {self.lora.beside}, but the method {self.method.name!r} says "
+                "itself what is trained: leave lora.beside at None, or method.name at 'lora'"
+            )
+
+    @property
+    def adaptation(self) -> LoraConfig:
+        """`lora`; with another method no adapters, and beside them what the workload names."""
+        return self.lora if self.method.name == LORA else LoraConfig(targets=())
 
 
 Pipeline = Callable[..., Batches]  # lora_jax.training.data's classification or language_modelling
@@ -125,10 +142,21 @@ def open_text(config: TextConfig, pipeline: Pipeline, tokenizer: Any) -> Text:
 
 
 def about(config: TextConfig, **more: Any) -> dict[str, Any]:
-    """`Workload.about`: the settings of the model that change what it computes, and `more`."""
+    """`Workload.about`: the settings of the model that change what it computes, and `more`.
+
+    A method other than LoRA is said by its name, with its settings.
+    """
     settings = ("reference", "pooling", "scan_layers", "dtype", "param_dtype")
     model = {name: getattr(config.model, name) for name in settings}
-    return to_dict({"model": model, **more})
+    name, own = config.method.name, config.method.settings
+    method = {} if name == LORA else {"method": {"name": name, **own}}
+    return to_dict({"model": model, **method, **more})
+
+
+def method_parameters(config: TextConfig, method: baselines.Method) -> Any:
+    """A method's own parameters as they are before the first step: drawn from the seed."""
+    # The new head is drawn with 1.
+    return method.init(jax.random.fold_in(jax.random.key(config.seed), 2))
 
 
 def open_model(reference: str, kind: type[Any], wanted: str) -> Any:

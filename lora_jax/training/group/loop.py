@@ -192,7 +192,7 @@ class _Loop:
         self._said |= set(lines)
         if member.step == 0:
             # No adapter changes anything yet, so members of one head and one data have the same.
-            alike = (essence(member.config), member.config.seed, member.config.lora.beside)
+            alike = (essence(member.config), member.config.seed, member.config.adaptation.beside)
             run.evaluate_before(group.judge(member), self._before.get(alike))
             self._before[alike] = run.notes.before
 

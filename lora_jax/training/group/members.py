@@ -144,10 +144,11 @@ class Opener:
         began = time.monotonic()
         source = self._source(config)
         workload, place, example = source.workload, source.place, source.example
-        patterns = workload.beside if config.lora.beside is None else config.lora.beside
+        lora = config.adaptation
+        patterns = workload.beside if lora.beside is None else lora.beside
         beside = self._beside(name, workload, place, patterns)
         assert self.base is not None
-        key, spec = jax.random.key(config.seed), config.lora.spec
+        key, spec = jax.random.key(config.seed), lora.spec
         if spec not in source.layouts:
             source.layouts[spec] = lora_jax.resolve(
                 spec, workload.apply, workload.params, example, train=True, key=key
@@ -183,7 +184,7 @@ class Opener:
 
     def _fresh(self, setup: Setup, form: Form, beside: dict[str, Any], key: jax.Array) -> State:
         """Compiled once for members that differ in settings and seed alone."""
-        init = setup.config.lora.init
+        init = setup.config.adaptation.init
         known = (setup.layout, init, tuple((p, x.shape) for p, x in beside.items()))
         if known not in self._begin:
             where = jax.tree.map(lambda x: x.sharding, form.like)
@@ -236,7 +237,8 @@ def _check_alike(base: Base, name: str, beside: dict[str, Any], frozen: Tree) ->
     if list(beside) != list(base.beside):
         raise ConfigError(
             f"{base.name!r} and {name!r} train different parameters beside their adapters "
-            f"(lora.beside): {list(base.beside)} and {list(beside)}; in a group they are the same"
+            f"(lora.beside, or the method): {list(base.beside)} and {list(beside)}; in a group "
+            "they are the same"
         )
     ours, theirs = forms(base.frozen), forms(frozen)
     for path in dict.fromkeys([*ours, *theirs]):

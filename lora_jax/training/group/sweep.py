@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from lora_jax.training.config import Config, ConfigError, require
+from lora_jax.training.config import Config, ConfigError, check_lora_counts, require
 from lora_jax.training.group import names, values
 from lora_jax.training.group.config import GroupConfig, GroupOptions, Member
 
@@ -110,6 +110,9 @@ class SweepConfig(GroupOptions):
         config = self.base
         for path, value in point.items():
             config = values.replaced(config, path, value)
+        for path in point:
+            if path.startswith("lora."):
+                check_lora_counts(config, path)
         return config
 
     def _listed(self, path: str, found: Sequence[Any] | str) -> list[Any]:

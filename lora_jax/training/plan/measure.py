@@ -15,8 +15,10 @@ import lora_jax
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.config import Config
 from lora_jax.training.data.shard import Shard
+from lora_jax.training.method import MethodConfig
 from lora_jax.training.plan import collectives, half, hlo, kept
 from lora_jax.training.plan.devices import Device
+from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Workload
 
 Tree = Any  # a pytree
@@ -132,11 +134,11 @@ def measure(
     """Lower and compile the step of `config` for the mesh `grid`, and measure it."""
     batch = example(workload)
     place = mesh.place(workload, config.mesh, grid, batch)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key, lora = jax.eval_shape(lambda: jax.random.key(0)), config.adaptation
     layout = lora_jax.resolve(
-        config.lora.spec, workload.apply, workload.params, batch, train=True, key=key
+        lora.spec, workload.apply, workload.params, batch, train=True, key=key
     )
-    patterns = workload.beside if config.lora.beside is None else config.lora.beside
+    patterns = workload.beside if lora.beside is None else lora.beside
     params = jax.tree.map(_placed, workload.params, place.params)
     base, frozen = lora_jax.frozen.split(params, patterns)
     step.check_apart(layout, base)
@@ -279,7 +281,10 @@ def seconds(kind: str, operand: int, group: tuple[int, ...], device: Device) -> 
 def full(config: Config) -> Config:
     """The same run as full fine-tuning."""
     lora = dataclasses.replace(config.lora, targets=(), beside=("**",))
-    return dataclasses.replace(config, lora=lora)
+    changes: dict[str, Any] = {"lora": lora}
+    if isinstance(config, TextConfig):
+        changes["method"] = MethodConfig()  # no other takes a lora.beside
+    return dataclasses.replace(config, **changes)
 
 
 def extrapolated(first: Measured, second: Measured, at: tuple[int, int, int]) -> Measured:

@@ -1,0 +1,149 @@
+"""Learned vectors in the place of tokens, before a row's tokens and behind them.
+
+Prefix-embedding and prefix-layer tuning as the LoRA article has them in section 5.1, after Li and
+Liang (arXiv 2101.00190): the former learns the word embeddings of lp + li special tokens, the
+latter their activations at the input of every layer too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Tree = Any  # a pytree
+Context = Any  # what Flax tells an interceptor: the module and the name of its method
+
+_INITIAL = nn.initializers.normal(0.02)
+
+
+class Places(NamedTuple):
+    """What stands where in rows of T' = lp + T + li places; [B, T'] each.
+
+    token: the index of the row's own token that stands there; where none does, any.
+    slot: the number of the learned vector that stands there; -1 where none does.
+    real: bool, whether either does. The rest is padding.
+    """
+
+    token: Array
+    slot: Array
+    real: Array
+
+
+def places(mask: Array, prefix: int, infix: int) -> Places:
+    """Rows with `prefix` places before their real tokens and `infix` behind the last of them.
+
+    Args:
+      mask: [B, T] bool, True at real tokens, which are the first of their row.
+
+    >>> found = places(jnp.array([[True, True, False]]), prefix=1, infix=2)
+    >>> found.slot.tolist(), found.real.tolist()
+    ([[0, -1, -1, 1, 2, -1]], [[True, True, True, True, True, False]])
+    """
+    length = mask.shape[1]
+    index = jnp.arange(prefix + length + infix)[None] - prefix
+    own = mask.sum(axis=1, keepdims=True, dtype=index.dtype)
+    index = jnp.broadcast_to(index, (mask.shape[0], index.shape[1]))
+    behind = jnp.broadcast_to(own, index.shape)
+    after = index - behind  # the number of the infix that stands there
+    is_infix = (after >= 0) & (after < infix)
+    slot = jnp.where(index < 0, index + prefix, jnp.where(is_infix, prefix + after, -1))
+    real = index < behind + infix
+    return Places(jnp.clip(index, 0, length - 1), slot, real)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Learned vectors in the rows of a `models.Bert` encoder.
+
+    The parameters are float32 [lp + li, d]: `embedding`, or with `layers` one under the path of
+    each of them. The encoder gives the hidden states of the row's own tokens alone, where they
+    were, so whatever pools them knows nothing of the rest. Positions are counted over all.
+
+    Attributes:
+      encoder: path of the encoder.
+      width: d.
+      prefix, infix: lp and li, the places before a row's tokens and behind them.
+      layers: paths of all layers, whose inputs are replaced. None at all: the word embeddings are.
+    """
+
+    encoder: str
+    width: int
+    prefix: int
+    infix: int
+    layers: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Lp + li."""
+        return self.prefix + self.infix
+
+    def init(self, key: Array) -> Tree:
+        """Fresh parameters."""
+        names = [path.rpartition("/")[2] for path in self.layers] or ["embedding"]
+        shape = (self.tokens, self.width)
+        return {
+            name: _INITIAL(jax.random.fold_in(key, index), shape, jnp.float32)
+            for index, name in enumerate(names)
+        }
+
+    def around(self, params: Tree) -> AbstractContextManager[None]:
+        """Within it a call of the model has the learned vectors in its rows."""
+
+        def longer(call: Any, args: Any, kwargs: Any, context: Context) -> Any:
+            if context.method_name != "__call__" or _path(context) != self.encoder:
+                return call(*args, **kwargs)
+
+            def encode(
+                input_ids: Array,
+                mask: Array | None = None,
+                token_types: Array | None = None,
+                **rest: Any,
+            ) -> Array:
+                mask = jnp.ones(input_ids.shape, bool) if mask is None else mask.astype(bool)
+                where = places(mask, self.prefix, self.infix)
+                types = None if token_types is None else _moved(token_types, where)
+                with nn.intercept_methods(self._replacing(params, where.slot)):
+                    hidden = call(_moved(input_ids, where), where.real, types, **rest)
+                own: Array = hidden[:, self.prefix : self.prefix + input_ids.shape[1]]
+                return own
+
+            return encode(*args, **kwargs)
+
+        return nn.intercept_methods(longer)
+
+    def _replacing(self, params: Tree, slot: Array) -> Any:
+        """Puts the learned vectors where they belong; `slot` as in `Places`."""
+        inputs = {path: params[path.rpartition("/")[2]] for path in self.layers}
+        words = {} if self.layers else {f"{self.encoder}/embeddings/word": params["embedding"]}
+
+        def replace(call: Any, args: Any, kwargs: Any, context: Context) -> Any:
+            path = _path(context) if context.method_name == "__call__" else ""
+            if path in words:
+                return _put(words[path], slot, call(*args, **kwargs))
+            if path in inputs:
+                return call(_put(inputs[path], slot, args[0]), *args[1:], **kwargs)
+            return call(*args, **kwargs)
+
+        return replace
+
+
+def _path(context: Context) -> str:
+    return "/".join(context.module.path)
+
+
+def _moved(rows: Array, where: Places) -> Array:
+    """[B, T] ids as [B, T'], with 0 where no token of the row's own stands."""
+    moved = jnp.take_along_axis(rows, where.token, axis=1)
+    return jnp.where(where.real & (where.slot < 0), moved, 0)
+
+
+def _put(vectors: Array, slot: Array, x: Array) -> Array:
+    """X [B, T', D] with row `slot` of the vectors wherever slot is not -1."""
+    learned = jnp.take(vectors.astype(x.dtype), jnp.maximum(slot, 0), axis=0)
+    return jnp.where(slot[:, :, None] >= 0, learned, x)

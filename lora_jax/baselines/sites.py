@@ -1,0 +1,55 @@
+"""Where things are in the built-in models: paths of modules and patterns of parameters.
+
+An encoder is the `bert` of a `models.BertClassifier`, a decoder is the whole tree.
+"""
+
+from __future__ import annotations
+
+from lora_jax.errors import LoraError
+from lora_jax.models import BertConfig, LlamaConfig
+
+ENCODER = "bert"
+HEAD = "classifier/**"  # of an encoder; new, and so trained by every method
+
+Config = BertConfig | LlamaConfig
+
+
+def layers(config: Config) -> tuple[str, ...]:
+    """The path of each layer, the one nearest to the input first.
+
+    Raises:
+      LoraError: the layers are one scan, in which they are not to be told apart.
+    """
+    if config.scan_layers:
+        raise LoraError(
+            "the layers have to be told apart, and model.scan_layers rolls them into one; leave "
+            "it at False"
+        )
+    before = f"{ENCODER}/encoder/layer_" if isinstance(config, BertConfig) else "layers_"
+    return tuple(f"{before}{i}" for i in range(config.num_layers))
+
+
+def biases(config: Config) -> str:
+    """The pattern of all bias vectors, those of the norms too.
+
+    Raises:
+      LoraError: the model has none.
+    """
+    if isinstance(config, LlamaConfig) and not (config.qkv_bias or config.output_bias):
+        raise LoraError(
+            "this decoder has no bias vectors, so there is nothing to train; take another method, "
+            "or a model with biases (Qwen2)"
+        )
+    return f"{ENCODER}/**/bias" if isinstance(config, BertConfig) else "**/bias"
+
+
+def norms(config: Config) -> str:
+    """The pattern of all layer norms' parameters; norms of queries and keys are not among them."""
+    pattern = "**/{norm,attention_norm,mlp_norm}/*"
+    return f"{ENCODER}/{pattern}" if isinstance(config, BertConfig) else pattern
+
+
+def check_encoder(config: Config, why: str) -> None:
+    """Raise `LoraError` that says why, unless the model is an encoder."""
+    if not isinstance(config, BertConfig):
+        raise LoraError(why)

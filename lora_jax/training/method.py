@@ -1,0 +1,97 @@
+"""Which method a run trains by: LoRA, or one of those that it is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lora_jax import baselines
+from lora_jax.errors import LoraError
+from lora_jax.models import BertConfig, LlamaConfig
+from lora_jax.training.config import ConfigError, require
+
+LORA = "lora"
+# Method -> what makes it, and its settings with their values where none are given.
+_METHODS: dict[str, tuple[Callable[..., baselines.Method], dict[str, int]]] = {
+    LORA: (lambda config: baselines.NONE, {}),
+    "full": (baselines.full, {}),
+    "top_layers": (baselines.top_layers, {"top_layers": 2}),
+    "bitfit": (baselines.bitfit, {}),
+    "head": (baselines.head, {}),
+    "houlsby": (baselines.houlsby, {"size": 64}),
+    "pfeiffer": (baselines.pfeiffer, {"size": 64}),
+    "adapter_drop": (baselines.adapter_drop, {"size": 64, "drop": 1}),
+    "lin": (baselines.lin, {"size": 64}),
+    "prefix_embedding": (baselines.prefix_embedding, {"prefix": 8, "infix": 8}),
+    "prefix_layer": (baselines.prefix_layer, {"prefix": 8, "infix": 8}),
+}
+_LEAST = {"size": 1, "top_layers": 1, "prefix": 0, "infix": 0, "drop": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """The method (docs/methods.md). With any other than LoRA nothing of `lora` counts."""
+
+    name: Literal[
+        "lora",
+        "full",
+        "top_layers",
+        "bitfit",
+        "head",
+        "houlsby",
+        "pfeiffer",
+        "adapter_drop",
+        "lin",
+        "prefix_embedding",
+        "prefix_layer",
+    ] = "lora"
+    """lora; full fine-tuning; the top layers; bitfit, all biases; head, nothing but the new head;
+    adapter layers by houlsby, pfeiffer, adapter_drop or lin; prefix_embedding and prefix_layer."""
+    size: int | None = None
+    """Adapter layers: width of the bottleneck. None: 64."""
+    top_layers: int | None = None
+    """top_layers: how many, from the output down. None: 2."""
+    prefix: int | None = None
+    """Prefixes: learned tokens before the text. None: 8."""
+    infix: int | None = None
+    """Prefixes: learned tokens behind the text. None: 8."""
+    drop: int | None = None
+    """adapter_drop: layers without an adapter, from the input up. None: 1."""
+
+    def __post_init__(self) -> None:
+        for field, least in _LEAST.items():
+            value = getattr(self, field)
+            if value is None:
+                continue
+            if field not in _METHODS[self.name][1]:
+                having = [name for name, (_, settings) in _METHODS.items() if field in settings]
+                raise ConfigError(
+                    f"method.{field} is a setting of {', '.join(having)}, and method.name is "
+                    f"{self.name!r}: leave it out, or name one of them"
+                )
+            require(value >= least, f"method.{field}", value, f"at least {least}")
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """Those that the method has, by name."""
+        defaults = _METHODS[self.name][1]
+        given = {field: getattr(self, field) for field in defaults}
+        return {f: defaults[f] if value is None else value for f, value in given.items()}
+
+    def on(self, config: BertConfig | LlamaConfig, length: int) -> baselines.Method:
+        """The method on the model of `config`; for LoRA, one that trains nothing of its own.
+
+        Args:
+          length: tokens of the longest row.
+
+        Raises:
+          ConfigError: it does not go with the model.
+        """
+        make, settings = _METHODS[self.name][0], dict[str, Any](self.settings)
+        if "prefix" in settings:
+            settings["length"] = length
+        try:
+            return make(config, **settings)
+        except LoraError as error:
+            raise ConfigError(f"method.name {self.name!r}: {error}") from error

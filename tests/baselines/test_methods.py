@@ -1,0 +1,214 @@
+"""Every method on the models themselves: what it trains, how many numbers, and where it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import baselines, models, paths
+from lora_jax.baselines import counts
+
+BERT = models.BertConfig(
+    vocab_size=19, hidden_size=16, num_layers=3, num_heads=4, mlp_size=20, max_positions=32
+)
+LLAMA = models.LlamaConfig(
+    vocab_size=19, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4,
+    mlp_size=20, max_positions=32, qkv_bias=True,
+)  # fmt: skip
+D, M, L, R = 16, 20, 3, 5
+HEAD = models.Head("mean", 2)
+Make = Callable[[Any], baselines.Method]
+
+
+def size_of(tree: Any) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+ALL = size_of(models.shapes(BERT))
+LLAMA_LAYER = size_of(models.shapes(LLAMA)["layers_0"])
+ADAPTER = 2 * D * R + R + D
+
+# Method, its count on the encoder and on the decoder (None: it does not go there).
+METHODS: dict[str, tuple[Make, int, int | None]] = {
+    "full": (baselines.full, ALL, size_of(models.shapes(LLAMA))),
+    "top_layers": (
+        lambda config: baselines.top_layers(config, 2), 2 * counts.layer(D, M), 2 * LLAMA_LAYER
+    ),
+    "bitfit": (baselines.bitfit, counts.biases(D, M, L), L * (16 + 8 + 8)),
+    "head": (baselines.head, 0, None),
+    "houlsby": (
+        lambda config: baselines.houlsby(config, R),
+        counts.adapter(D, R, 2 * L, norms=2 * L + 1),
+        counts.adapter(D, R, 2 * L, norms=2 * L + 1, per_norm=1),
+    ),
+    "pfeiffer": (lambda config: baselines.pfeiffer(config, R), L * ADAPTER, L * ADAPTER),
+    "adapter_drop": (
+        lambda config: baselines.adapter_drop(config, R, 2), ADAPTER, ADAPTER
+    ),
+    "lin": (
+        lambda config: baselines.lin(config, R),
+        counts.adapter(D, R, L, norms=L),
+        counts.adapter(D, R, L, norms=L),
+    ),
+    "prefix_embedding": (
+        lambda config: baselines.prefix_embedding(config, 3, 2, 8),
+        counts.prefix_embedding(D, 3 + 2),
+        None,
+    ),
+    "prefix_layer": (
+        lambda config: baselines.prefix_layer(config, 3, 2, 8),
+        counts.prefix_layer(D, 3 + 2, L),
+        None,
+    ),
+}  # fmt: skip
+DECODER = [name for name, (_, _, count) in METHODS.items() if count is not None]
+
+
+def trained(params: Any, method: baselines.Method) -> dict[str, Any]:
+    return lora_jax.frozen.split({**params, **method.shapes()}, method.trained)[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_counts_of_an_encoder(name: str) -> None:
+    """Red: a pattern of lora_jax/baselines/sites.py that takes more or less, a shape in `init`."""
+    make, count, _ = METHODS[name]
+    found = trained(models.shapes(BERT, HEAD), make(BERT))
+    own = {path: x for path, x in found.items() if not path.startswith("classifier/")}
+    assert size_of(own) == count
+    assert (len(own) < len(found)) == (name == "full")  # which names the head too
+
+
+@pytest.mark.parametrize("name", DECODER)
+def test_counts_of_a_decoder(name: str) -> None:
+    """Red: as above, in the decoder's branches."""
+    make, _, count = METHODS[name]
+    assert size_of(trained(models.shapes(LLAMA), make(LLAMA))) == count
+
+
+def test_counts_of_a_real_model() -> None:
+    """RoBERTa base by shape: the article's 0.1M of BitFit, and adapters at width 64.
+
+    Red: `**/bias` narrowed to the biases of products.
+    """
+    config = dataclasses.replace(
+        BERT, hidden_size=768, num_layers=12, num_heads=12, mlp_size=3072, vocab_size=50265
+    )
+    params = models.shapes(config, HEAD)
+    assert size_of(trained(params, baselines.bitfit(config))) == counts.biases(768, 3072, 12)
+    found = size_of(trained(params, baselines.pfeiffer(config, 64)))
+    assert found == counts.adapter(768, 64, adapters=12)
+
+
+def test_which_parameters() -> None:
+    """Red: the lowest layers for the top ones, `layers()[:drop]` for `layers()[drop:]`."""
+    params = models.shapes(BERT, HEAD)
+    folders = {p.split("/")[2] for p in trained(params, baselines.top_layers(BERT, 2))}
+    assert folders == {"layer_1", "layer_2"}
+    folders = {p.split("/")[3] for p in trained(params, baselines.adapter_drop(BERT, R, 1))}
+    assert folders == {"layer_1", "layer_2"}
+    assert {p.rpartition("/")[2] for p in trained(params, baselines.bitfit(BERT))} == {"bias"}
+    houlsby = trained(params, baselines.houlsby(BERT, R))
+    base = {p for p in houlsby if not p.startswith("extra/")}
+    assert base == {p for p in paths.flatten(params) if "norm/" in p}
+
+
+def noisy(tree: Any, seed: int) -> Any:
+    """All arrays (or their shapes) with random numbers in them, or added to them.
+
+    A constant would not do: layer norms take it out.
+    """
+    random = np.random.default_rng(seed)
+
+    def number(x: Any) -> np.ndarray:
+        noise = random.normal(0.0, 0.3, x.shape).astype(np.float32)
+        return noise if isinstance(x, jax.ShapeDtypeStruct) else np.asarray(x) + noise
+
+    return jax.tree.map(number, tree)
+
+
+def model_of(config: Any) -> tuple[nn.Module, Any]:
+    """With random numbers everywhere, the biases too."""
+    encoder = isinstance(config, models.BertConfig)
+    model: nn.Module = models.BertClassifier(config, 2) if encoder else models.Llama(config)
+    return model, noisy(models.shapes(config, HEAD if encoder else None), 1)
+
+
+def run(method: baselines.Method, model: nn.Module) -> Any:
+    """`f(params, *inputs)`, compiled: as it is, each operation would be compiled alone."""
+    return jax.jit(lambda params, *inputs: method.apply(model, params, *inputs))
+
+
+IDS = jnp.asarray(np.random.default_rng(0).integers(1, 19, (2, 8)), jnp.int32)
+MASK = jnp.arange(8)[None] < jnp.array([[8], [5]])
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [(BERT, ("lin",)), (LLAMA, ("pfeiffer",))],
+    ids=["encoder", "decoder"],
+)
+def test_step_0_is_the_base(config: Any, names: tuple[str, ...]) -> None:
+    """And not any more once what leads up is not zero.
+
+    Red: `up` drawn like `down`; for the second part, an interceptor that meets no module.
+    """
+    model, params = model_of(config)
+    base = run(baselines.NONE, model)(params, IDS, MASK)
+    for name in names:
+        method = METHODS[name][0](config)
+        f, own = run(method, model), method.init(jax.random.key(2))
+        np.testing.assert_allclose(f({**params, **own}, IDS, MASK), base, atol=1e-6, err_msg=name)
+        other = f({**params, **noisy(own, 3)}, IDS, MASK)
+        assert np.abs(other - base).max() > 1e-3, name
+
+
+def test_patterns_put_nothing_into_the_model() -> None:
+    """So their step 0 is the base's. Red: a method of patterns with something in `extra`."""
+    for name in ("full", "top_layers", "bitfit", "head"):
+        assert METHODS[name][0](BERT).extra is None
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: baselines.top_layers(BERT, 4), "top_layers must be from 1 to 3, got 4"),
+        (lambda: baselines.adapter_drop(BERT, R, 3), "drop must be from 1 to 2.*got 3"),
+        (lambda: baselines.bitfit(dataclasses.replace(LLAMA, qkv_bias=False)), "no bias vectors"),
+        (lambda: baselines.head(LLAMA), "a decoder has no new head"),
+        (lambda: baselines.prefix_embedding(LLAMA, 1, 1, 8), "packed rows.*houlsby"),
+        (lambda: baselines.prefix_layer(BERT, 0, 0, 8), "must be at least 1"),
+        (
+            lambda: baselines.prefix_embedding(BERT, 5, 4, 24),
+            r"24 tokens with 5 \+ 4 .* the 32 positions.*--data.max-length to 23",
+        ),
+    ],
+)
+def test_what_does_not_go_is_said(make: Callable[[], Any], says: str) -> None:
+    """Red: any of the checks in lora_jax/baselines/methods.py taken out."""
+    with pytest.raises(lora_jax.LoraError, match=f"(?s){says}"):
+        make()
+
+
+@pytest.mark.parametrize("name", ["top_layers", "houlsby", "adapter_drop", "lin", "prefix_layer"])
+def test_scanned_layers_are_refused(name: str) -> None:
+    """Red: the check in `sites.layers` taken out."""
+    config = dataclasses.replace(BERT, scan_layers=True)
+    with pytest.raises(lora_jax.LoraError, match=r"model\.scan_layers"):
+        METHODS[name][0](config)
+
+
+@pytest.mark.parametrize("name", ["full", "bitfit"])
+def test_patterns_go_with_scanned_layers(name: str) -> None:
+    """Red: `bert/encoder/layer_*/**` in the pattern of the biases."""
+    config = dataclasses.replace(BERT, scan_layers=True)
+    found = trained(models.shapes(config, HEAD), METHODS[name][0](config))
+    own = [x for path, x in found.items() if not path.startswith("classifier/")]
+    assert size_of(own) == METHODS[name][1]
