@@ -57,9 +57,10 @@ ARROWS = {
     "serving": {"", "checkpoint", "errors", "models", "paths", "training"},
     "predict": {"errors", "models", "serving", "training"},
     "generate": {"errors", "models", "serving"},
+    "report": {"", "analysis", "checkpoint", "errors", "layout", "serving", "training"},
 }
 # What is no part of the core.
-AROUND = ("models", "training", "serving", "predict", "generate")
+AROUND = ("models", "training", "serving", "predict", "generate", "report")
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {
     "flax": {"metadata", "nnx"},
