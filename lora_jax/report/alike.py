@@ -171,7 +171,7 @@ def _counted(
         own = [place for place in there if place.matrix == name]
         values = np.array([phis[place][0, 0] for place in own])
         known = values[np.isfinite(values)]
-        cells = [f"{f(known):.3f}" if known.size else digits.NONE for f in (np.mean, min, max)]
+        cells = [f"{f(known):.4f}" if known.size else digits.NONE for f in (np.mean, min, max)]
         shared = f"{(known > _SHARED).sum()} of {len(own)}"
         rows.append((name, *cells, shared, f"{1 / widest[own[0].path]:.4f}"))
     return Table(
@@ -230,7 +230,7 @@ def _last(place: Place) -> str:
 
 
 def _chance(layout: lora_jax.Layout, place: Place) -> Any:
-    """phi of two adapters as they are before training, with keys of their own."""
+    """The same of two adapters as they are before training, with keys of their own."""
     layout = lora_jax.Layout((layout[place.path],))
     one, two = (lora_jax.init(jax.random.key(seed), layout) for seed in (0, 1))
     return analysis.similarity((layout, one), (layout, two))[place.path][place.at]

@@ -18,8 +18,9 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+_LARGER = 1.2  # than it was drawn, at most
 INK = "#010203"  # stands for the colour of the text
-_STYLE = {
+_STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
@@ -86,5 +87,7 @@ def inline(element: str, name: str, alternative: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', element)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = text.replace("url(#", f"url(#{name}-").replace(INK, "currentColor")
+    points = float(text.split(' width="')[1].split("pt")[0])
+    widest = f"max-width: {points * _LARGER:.0f}pt"
     label = html.escape(alternative)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" style="{widest}" ', 1)

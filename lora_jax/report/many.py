@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from lora_jax.report import alike, digits, ink, settings, single, update
 from lora_jax.report.document import (
@@ -20,10 +21,11 @@ from lora_jax.report.document import (
 from lora_jax.report.read import Left
 from lora_jax.report.update import Base
 from lora_jax.training.group import names, panels, results
-from lora_jax.training.group.rows import Results, Row, gather
+from lora_jax.training.group.rows import Results, Row, flat, gather
 from lora_jax.training.summary import in_units
 
 _TASKS = 8  # that have a number of their own at the top
+_VALUES = 8  # of a field that are listed
 _NOTES = 4  # of runs that have not finished; the table has them all
 
 
@@ -62,10 +64,24 @@ def report(title: str, runs: Sequence[Left], base: Base) -> Report:
 
 
 def _lead(runs: Sequence[Left]) -> str:
-    config = settings.in_words(runs[0].config)
-    if all(settings.in_words(left.config) == config for left in runs):
-        return f"{len(runs)} runs: {config}"
-    return f"{len(runs)} runs; the first of them, {runs[0].name}: {config}"
+    """What they have in common, and the values of what they have not."""
+    configs = [flat(left.config) for left in runs]
+    fields = dict.fromkeys(field for config in configs for field in config)
+    varied = [f for f in fields if any(c.get(f) != configs[0].get(f) for c in configs)]
+    each = []
+    for field in varied:
+        values = sorted({config.get(field) for config in configs}, key=_order)
+        said = [names.label(value) for value in values[:_VALUES]]
+        more = f" and {len(values) - _VALUES} more" if len(values) > _VALUES else ""
+        each.append(f"{names.shortest(field, varied)} {', '.join(said)}{more}")
+    what = f"They vary {'; '.join(each)}." if each else "Their settings are the same."
+    return f"{len(runs)} runs of {settings.in_words([left.config for left in runs])}. {what}"
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """Numbers by size, before all else."""
+    number = isinstance(value, int | float)
+    return (not number, value if number else 0.0, str(value))
 
 
 def _results(found: Results) -> tuple[Block, ...]:
@@ -140,8 +156,7 @@ def _best(best: Row | None, base: Base) -> tuple[Section, ...]:
     if best is None:
         text = "Each task has an update of its own: python -m lora_jax.report GROUP/TASK shows it."
         return (Section("What the updates are made of", (Text(text),)),)
-    found = update.sections(pathlib.Path(best.summary["run"]), base)
-    return tuple(Section(f"{s.title} ({best.name})", s.blocks) for s in found)
+    return update.sections(pathlib.Path(best.summary["run"]), base)
 
 
 def _progress(runs: Sequence[Left]) -> Section:

@@ -28,9 +28,7 @@ def table(configs: Sequence[dict[str, Any]]) -> Table:
     common = {f: v for f, v in every[0].items() if all(c.get(f, ...) == v for c in every)}
     first = [field for field in _ALWAYS if field in common]
     rest = [field for field in common if field not in first and _is_own(field, common[field])]
-    rows = tuple(
-        (field, digits.value(common[field]), _default(field)) for field in [*first, *rest]
-    )
+    rows = tuple((field, digits.value(common[field]), _default(field)) for field in [*first, *rest])
     shared = " that all runs share" if len(configs) > 1 else ""
     return Table(
         f"Settings{shared}: the main ones, and whatever is not the default.",
@@ -40,17 +38,23 @@ def table(configs: Sequence[dict[str, Any]]) -> Table:
     )
 
 
-def in_words(config: dict[str, Any]) -> str:
-    """What is trained, on what, and how, in a line."""
-    found = flat(config)
-    model = found.get("model.reference", found.get("workload", "a model"))
-    data = f" on {found['data.source']}" if "data.source" in found else ""
-    lora = config["lora"]
-    targets = digits.value(lora.get("targets"))
-    return (
-        f"{model}{data}: rank {lora.get('rank')}, alpha {digits.value(lora.get('alpha'))}, "
-        f"targets {targets}, {config['steps']:,} steps"
-    )
+def in_words(configs: Sequence[dict[str, Any]]) -> str:
+    """What is trained, on what, and how, in a line: as much as these configs have in common."""
+    every = [flat(config) for config in configs]
+
+    def common(field: str, text: str) -> str:
+        found = every[0].get(field)
+        alike = found is not None and all(config.get(field) == found for config in every)
+        return text.format(digits.value(found)) if alike else ""
+
+    model = common("model.reference", "{}") or common("workload", "{}") or "several models"
+    parts = [
+        model + common("data.source", " on {}"),
+        *(common(f"lora.{name}", name + " {}") for name in ("rank", "alpha", "targets")),
+        common("optimizer.learning_rate", "learning rate {}"),
+        common("steps", "{} steps"),
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _is_own(field: str, value: Any) -> bool:

@@ -17,7 +17,7 @@ def report(left: Left, base: Base) -> Report:
     return Report(
         kind="LoRA run",
         title=left.name,
-        lead=settings.in_words(left.config),
+        lead=settings.in_words([left.config]),
         facts=(*_scored(left), *([] if left.summary is None else costed(left.summary))),
         sections=(
             Section("Scores", (_scores(left),)),

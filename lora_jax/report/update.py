@@ -45,7 +45,8 @@ def sections(run: pathlib.Path, base: Base) -> tuple[Section, ...]:
     if not member.layout.targets:
         return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
     there = places(member.layout)
-    spectra = Section(f"{_TITLE}: adapters/{folder.name}", _spectra(there, found, member.layout))
+    whose = Text(f"Of adapters/{folder.name} of {run.name}.")
+    spectra = Section(_TITLE, (whose, *_spectra(there, found, member.layout)))
     return spectra, Section("What of W it amplifies", _amplified(run, base, there))
 
 

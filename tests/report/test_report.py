@@ -75,7 +75,7 @@ def test_every_figure_is_there_as_png_and_svg(written: Written, which: str) -> N
     for name in images:
         pixels = matplotlib.image.imread(path / name)
         assert min(pixels.shape[:2]) > 200, name
-        assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 10, name
+        assert len(np.unique(pixels[::3, ::3, :3])) > 10, name
         drawn = xml.fromstring((path / name.replace(".png", ".svg")).read_text())
         assert len(list(drawn.iter("{http://www.w3.org/2000/svg}path"))) > 10, name
 
@@ -110,7 +110,7 @@ def test_the_numbers_of_a_run_are_its_summary(written: Written) -> None:
     """Red: `left.after` in the place of `left.before` in `_scores` of single.py."""
     path, summary = folder(written, "solo"), json.loads((written.solo / "summary.json").read_text())
     expected = [
-        [split, name, f"{old:.4f}", f"{(new := summary['after'][split][name]):.4f}"]
+        [split, name, f"{old:.4f}", f"{summary['after'][split][name]:.4f}"]
         for split, scores in summary["before"].items()
         for name, old in scores.items()
     ]
@@ -171,7 +171,7 @@ def test_a_sweep_has_the_best_first(written: Written) -> None:
     facts = {fact[0]: fact[1:] for fact in left.page(path / "report.html").facts}
     assert facts["best of 3 runs"][0] == "seed 0, rank 4"
     assert facts["validation accuracy"][0].endswith("→ 0.7500")
-    assert "(r4)" in (path / "report.md").read_text()
+    assert "Of adapters/best of r4." in (path / "report.md").read_text()
 
 
 def test_shared_directions_against_matrices_that_are_formed(written: Written) -> None:
