@@ -18,7 +18,7 @@ from lora_jax import models
 from lora_jax.report.__main__ import main
 from lora_jax.training.config import to_dict
 from lora_jax.training.summary import costs, in_units
-from tests.report import left
+from tests.report import browser, left
 from tests.report.conftest import Written, of_rank
 
 BOTH = pytest.mark.parametrize("which", ["solo", "sweep"])
@@ -334,3 +334,39 @@ def test_what_is_no_run_is_an_error(
     assert main([]) == 1
     assert "no run directory" in capsys.readouterr().err
     assert not (model / "report").exists()
+
+
+@browser.NEEDED
+@BOTH
+@pytest.mark.parametrize("width", [400, 1400])
+def test_all_is_drawn_and_nothing_wider_than_the_window(
+    written: Written, which: str, width: int, tmp_path: pathlib.Path
+) -> None:
+    """Red: no `overflow-x` of `.table` in report.css, or `.panel { min-width: 30rem }`."""
+    page = folder(written, which) / "report.html"
+    found = browser.measured(page, width, tmp_path)
+    assert found["width"] == width
+    assert found["scrolls"] <= width
+    assert found["loaded"] == []
+    assert len(found["sizes"]) == len(left.page(page).alternatives)
+    for size in found["sizes"]:
+        assert min(size) > 80
+    assert min(found["scales"]) > 0.75  # letters of 10 points have 10 pixels at least
+    assert max(found["tables"]) <= width
+
+
+@browser.NEEDED
+@BOTH
+def test_it_opens_without_a_word_and_without_a_request(
+    written: Written, which: str, tmp_path: pathlib.Path
+) -> None:
+    """The page's own policy forbids every load, and the console says so of one that is tried.
+
+    Red: `<img src="http://localhost/x.png">` in report.html.j2, with the policy or without.
+    """
+    said, asked, shot = browser.opened(folder(written, which) / "report.html", tmp_path)
+    assert "CONSOLE" not in said
+    assert asked == []
+    pixels = matplotlib.image.imread(shot)
+    assert pixels.shape[:2] == (2000, 1400)
+    assert len(np.unique(pixels[..., :3])) > 50
