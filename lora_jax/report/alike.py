@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -65,7 +66,7 @@ def section(runs: Sequence[Left]) -> Section:
     else:
         blocks += _compared(ranks, "ranks")
     if seeds is None:
-        blocks.append(Text("No two runs differ in nothing but the seed."))
+        blocks.append(Text("No two runs differ in the seed alone."))
     else:
         blocks += _compared(seeds, "seeds")
     return Section(_TITLE, tuple(blocks))
@@ -151,7 +152,7 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
         panel = Panel(
             f"top-{what}",
             f"φ(1, 1) by layer, a line for each matrix: {digits.span(every)}",
-            charts.by_layer(top, labels, "φ(1, 1)", (chance, "random"), 1.02),
+            charts.by_layer(top, labels, "φ(1, 1)", (chance, "random"), _tenth(every)),
         )
         blocks.append(Figure(f"The most important direction of each: {ones}, {twos}.", (panel,)))
     blocks.append(_counted(there, phis, widest, f"{ones} against {twos}"))
@@ -193,14 +194,18 @@ def _maps(
     layer = middle(there)
     chosen = _chosen([place for place in there if place.layer == layer])
     where = "" if layer is None else f", layer {layer}"
+    maps = [phis[place] for place in chosen]
+    if what == "seeds":
+        maps.append(_chance(layout, chosen[0]))
+    scale = _tenth(np.concatenate([found.ravel() for found in maps]))  # one for all panels
     panels = []
     for number, place in enumerate(chosen):
         title = f"{place.matrix}{where}"
-        panels.append(_panel(f"{what}-{number + 1}", phis[place], names, title))
+        panels.append(_panel(f"{what}-{number + 1}", phis[place], names, title, scale))
     caption = f"φ(i, j){where}: {' and '.join(place.matrix for place in chosen)}"
     if what == "seeds":
-        chance = _chance(layout, chosen[0])
-        panels.append(_panel("seeds-random", chance, ("one", "the other"), "two random Gaussians"))
+        both = ("one", "the other")
+        panels.append(_panel("seeds-random", maps[-1], both, "two random Gaussians", scale))
         return Figure(f"{caption}, and two random matrices of the same size.", tuple(panels))
     small = min(phis[chosen[0]].shape)
     if small == 1:
@@ -209,14 +214,20 @@ def _maps(
         lower = np.tril(np.ones((small, small), bool))
         zoomed = np.where(lower, phis[place][:small, :small], np.nan)
         title = f"{place.matrix}{where}: j ≤ i"
-        panels.append(_panel(f"{what}-{number + 1}-zoomed", zoomed, names, title))
+        panels.append(_panel(f"{what}-{number + 1}-zoomed", zoomed, names, title, scale))
     return Figure(f"{caption}; then the lower left triangle of each, larger.", tuple(panels))
 
 
-def _panel(name: str, found: Any, names: tuple[str, str], title: str) -> Panel:
+def _panel(name: str, found: Any, names: tuple[str, str], title: str, scale: float) -> Panel:
     rows, columns = found.shape
     text = f"Heat map of φ(i, j), {title}, {rows} x {columns}: {digits.span(found.ravel())}"
-    return Panel(f"phi-{name}", text, charts.phi(found, *names, title))
+    return Panel(f"phi-{name}", text, charts.phi(found, *names, title, scale))
+
+
+def _tenth(values: Any) -> float:
+    """The largest, rounded up to a tenth."""
+    known = np.asarray(values)[np.isfinite(values)]
+    return max(math.ceil(10 * known.max()) / 10, 0.1) if known.size else 1.0
 
 
 def _chosen(own: Sequence[Place]) -> list[Place]:

@@ -124,12 +124,12 @@ def _layers(axis: Any, layers: Sequence[str]) -> None:
 def heat(found: Array, rows: Sequence[str], columns: Sequence[str], title: str) -> Figure:
     """[row, column] as colours, with the numbers where there is room; NaN is left open."""
     with ink.style():
-        figure, axis = ink.new(max(3.4, 1.6 + 0.62 * len(columns)), 1.3 + 0.3 * len(rows))
+        figure, axis = ink.new(max(4.6, 1.6 + 0.62 * len(columns)), 1.3 + 0.3 * len(rows))
         image = axis.imshow(
             found, aspect="auto", interpolation="none", cmap=_SHADES, vmin=0, vmax=_top(found)
         )
         if found.size <= _WRITTEN:
-            _write(axis, found)
+            _write(axis, found, _top(found))
         axis.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 4 else 0)
         every = -(-len(rows) // 32)
         axis.set_yticks(range(0, len(rows), every), rows[::every])
@@ -139,8 +139,8 @@ def heat(found: Array, rows: Sequence[str], columns: Sequence[str], title: str) 
     return figure
 
 
-def phi(found: Array, one: str, two: str, title: str) -> Figure:
-    """phi(i, j), [i, j], from 0 to 1; i grows downwards. NaN is left open.
+def phi(found: Array, one: str, two: str, title: str, top: float) -> Figure:
+    """phi(i, j), [i, j], from 0 to `top`; i grows downwards. NaN is left open.
 
     one, two: what i and j count.
     """
@@ -153,24 +153,23 @@ def phi(found: Array, one: str, two: str, title: str) -> Figure:
             interpolation="none",
             cmap=_SHADES,
             vmin=0,
-            vmax=1,
+            vmax=top,
             extent=(0.5, columns + 0.5, rows + 0.5, 0.5),
         )
         if found.size <= _WRITTEN:
-            _write(axis, found, 1)
-        axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-        axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+            _write(axis, found, top, 1)
+        axis.set_xticks(range(1, columns + 1, -(-columns // 10)))
+        axis.set_yticks(range(1, rows + 1, -(-rows // 8)))
         axis.set(xlabel=f"j: {two}", ylabel=f"i: {one}", title=title)
         _bare(axis)
         figure.colorbar(image, ax=axis)
     return figure
 
 
-def _write(axis: Any, found: Array, first: int = 0) -> None:
-    top = _top(found) if first == 0 else 1.0
+def _write(axis: Any, found: Array, top: float, first: int = 0) -> None:
     for (i, j), number in np.ndenumerate(found):
         if np.isfinite(number):
-            dark = number > 0.6 * top  # the shades are light there
+            dark = number > 0.55 * top  # the shades are light there
             text = f"{number:.2f}" if top < 10 else f"{number:.0f}"
             color = "black" if dark else "white"
             axis.text(j + first, i + first, text, ha="center", va="center", color=color, size=8)

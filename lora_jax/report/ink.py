@@ -22,7 +22,7 @@ _LARGER = 1.2  # than it was drawn, at most
 INK = "#010203"  # stands for the colour of the text
 _STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
-    **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -30,7 +30,8 @@ _STYLE: Any = {
     "font.size": 10,
     "legend.fontsize": 9,
     "legend.frameon": False,
-    "grid.alpha": 0.15,
+    "grid.alpha": 0.3,
+    "grid.color": "#7c8796",  # between light and dark
     "svg.fonttype": "path",
     "svg.hashsalt": "lora_jax",  # the same report twice is the same file twice
     "text.parse_math": False,  # names are names: a `$` in one begins no formula
