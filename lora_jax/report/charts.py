@@ -90,7 +90,7 @@ def values(found: Array, layers: Sequence[str], title: str) -> Figure:
         rank = found.shape[1]
         if len(layers) > 1:
             for i in range(rank):
-                shade = _SHADES(0.9 * i / max(rank - 1, 1))
+                shade = _shade(i, rank)
                 axis.plot(range(len(layers)), found[:, i], marker="o", markersize=4, color=shade)
             _layers(axis, layers)
             _key(figure, axis, rank)
@@ -104,11 +104,16 @@ def values(found: Array, layers: Sequence[str], title: str) -> Figure:
     return figure
 
 
+def _shade(i: int, count: int) -> Any:
+    """From dark to light, neither so much that a page of the same kind swallows it."""
+    return _SHADES(0.3 + 0.55 * i / max(count - 1, 1))
+
+
 def _key(figure: Figure, axis: Any, rank: int) -> None:
     """Which shade is which i."""
     if rank > 1:
         norm = BoundaryNorm(np.arange(rank + 1) + 0.5, rank)
-        shades = ListedColormap([_SHADES(0.9 * i / (rank - 1)) for i in range(rank)])
+        shades = ListedColormap([_shade(i, rank) for i in range(rank)])
         key = ScalarMappable(norm, shades)
         ticks = sorted({1, rank} if rank > 10 else range(1, rank + 1))
         figure.colorbar(key, ax=axis, label="i", ticks=ticks)

@@ -139,7 +139,7 @@ def _amplified(run: pathlib.Path, base: Base, there: Sequence[Place]) -> tuple[B
         return (
             Note(
                 "This needs the weights of the base, and they cannot be had here; all else does "
-                f"without. {error}"
+                f"without. --base names another, --allow-other-base takes it as it is. {error}"
             ),
         )
     ours = [_at(found[place.path], place) for place in there]

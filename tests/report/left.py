@@ -78,7 +78,7 @@ class Page(html.parser.HTMLParser):
             self._begin(self.facts[-1])
         elif tag == "dd":
             self._begin(self.facts[-1])
-        elif tag in ("p", "h1", "h2", "caption", "figcaption"):
+        elif tag in ("p", "h1", "h2", "figcaption"):
             self._begin(self.paragraphs)
 
     def _begin(self, into: list[str]) -> None:
@@ -90,7 +90,7 @@ class Page(html.parser.HTMLParser):
             self._into[-1] += data
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in ("th", "td", "dt", "dd", "p", "h1", "h2", "caption", "figcaption"):
+        if tag in ("th", "td", "dt", "dd", "p", "h1", "h2", "figcaption"):
             self._into = None
 
 

@@ -132,7 +132,7 @@ def _styles(groups: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
     shades = mpl.colormaps["viridis"]
     return [
         {
-            "color": shades(0.9 * first.index(values[:1]) / max(len(first) - 1, 1)),
+            "color": shades(0.3 + 0.55 * first.index(values[:1]) / max(len(first) - 1, 1)),
             "linestyle": _DASHES[rest.index(values[1:]) % len(_DASHES)],
         }
         for values in groups
