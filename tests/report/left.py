@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import html.parser
 import json
@@ -19,11 +20,15 @@ HOSTILE = "<b>&_x_|`$"  # as a member's name: HTML, Markdown, and the beginning 
 
 
 def trained(folder: pathlib.Path) -> tuple[pathlib.Path, TextConfig]:
-    """A run of two steps on a tiny encoder, as train.py leaves it, and its config."""
+    """A run of two steps on a tiny encoder with its layers in a stack, as train.py leaves it.
+
+    With it comes the same config with a parameter for each layer.
+    """
     weights = tiny.write_model(folder / "model", tiny.ROBERTA)
     config = classifiers.config_of(weights, classifiers.examples(folder / "data", int))
-    solo = classifiers.train_in(folder / "solo", config)
-    (solo / "config.json").write_text(json.dumps(to_dict(config)))
+    scanned = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True))
+    solo = classifiers.train_in(folder / "solo", scanned)
+    (solo / "config.json").write_text(json.dumps(to_dict(scanned)))
     return solo, config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -137,29 +138,33 @@ def test_settings_are_those_that_are_no_default(written: Written) -> None:
 
 
 def test_the_update_against_matrices_that_are_formed(written: Written) -> None:
-    """Spectrum and Table 7, computed again from `a @ b` and W.
+    """Spectrum and Table 7, computed again from `a @ b` and W; the layers are in a stack.
 
-    Red: `place.at` swapped for `()` in `update._at`, or two columns of its tables exchanged.
+    Red: `part[0]` for `part[place.at]` in `update._at`, or two columns of its tables exchanged.
     """
     path = folder(written, "solo")
     layout, adapters = lora_jax.restore(written.solo / "adapters/best")
-    weights = models.open(written.config.model.reference)
-    params = lora_jax.paths.flatten({"bert": weights.load(weights.config)})
+    source = models.open(written.config.model.reference)
+    weights = source.load(dataclasses.replace(source.config, scan_layers=True))
+    params = lora_jax.paths.flatten({"bert": weights})
     rows = table(path, "layer", "effective rank"), table(path, "layer", "factor")
-    assert len(rows[0]) == len(rows[1]) == len(layout.targets) == 4
-    for target, spectrum, table7 in zip(layout.targets, *rows, strict=True):
-        f, w = adapters[target.path], np.asarray(params[target.path], np.float64)
-        update = target.scale * np.asarray(f.a, np.float64) @ np.asarray(f.b, np.float64)
+    there = [(layer, target) for layer in range(2) for target in layout.targets]
+    assert len(rows[0]) == len(rows[1]) == len(there) == 4
+    for (layer, target), spectrum, table7 in zip(there, *rows, strict=True):
+        assert spectrum[0] == table7[0] == str(layer)
+        assert f"layers/attention/{spectrum[1]}/kernel" in target.path
+        a, b, w = (
+            np.asarray(x[layer], np.float64) for x in (*adapters[target.path], params[target.path])
+        )
+        update = target.scale * a @ b
         u, s, vt = np.linalg.svd(update)
-        own = np.linalg.svd(w)[1]
-        assert f"layer_{spectrum[0]}/attention/{spectrum[1]}/kernel" in target.path
-        shares = s[: target.rank] / s.sum()
+        own, r = np.linalg.svd(w)[1], target.rank
+        shares = s[:r] / s.sum()
         expected = [np.exp(-(shares * np.log(shares)).sum()), s[0], np.linalg.norm(update)]
         np.testing.assert_allclose(numbers(spectrum[4:7]), expected, rtol=2e-3)
-        along = np.linalg.norm(u[:, : target.rank].T @ w @ vt[: target.rank].T)
-        expected = [np.linalg.norm(w), np.linalg.norm(update), along]
-        expected += [np.linalg.norm(own[: target.rank]), target.rank * np.linalg.norm(w) / 16]
-        expected += [np.linalg.norm(update) / along]
+        along = np.linalg.norm(u[:, :r].T @ w @ vt[:r].T)
+        expected = [np.linalg.norm(w), np.linalg.norm(update), along, np.linalg.norm(own[:r])]
+        expected += [r * np.linalg.norm(w) / 16, np.linalg.norm(update) / along]
         np.testing.assert_allclose(numbers(table7[3:]), expected, rtol=2e-2)
     assert sum(numbers([row[-1] for row in rows[0]])) == pytest.approx(100, abs=0.3)
 
