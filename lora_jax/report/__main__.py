@@ -1,5 +1,4 @@
-"""A page about a run of train.py, or about a group of runs: scores, curves, and what the update
-is made of.
+"""A page about a run of train.py, or many: scores, curves, and what the update is made of.
 
     python -m lora_jax.report runs/reviews
     python -m lora_jax.report runs/sweep-1a2b3c4d

@@ -16,7 +16,7 @@ from etils import epath
 import lora_jax
 from lora_jax import analysis, checkpoint
 from lora_jax.errors import LoraError
-from lora_jax.report import charts, digits
+from lora_jax.report import charts, digits, update
 from lora_jax.report.document import Block, Figure, Note, Panel, Section, Table, Text
 from lora_jax.report.places import Place, layers, matrices, middle, places
 from lora_jax.report.read import Left
@@ -148,13 +148,15 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
     chance = 1 / max(widest.values())
     if len(rows) > 1:
         labels = [Place("", (), row, "").label for row in rows]
+        caption = f"The most important direction of each: {ones}, {twos}."
         every = [value for values in top.values() for value in values]
+        drawn = {name: top[name] for name in names[: update.MOST]}
         panel = Panel(
             f"top-{what}",
             f"φ(1, 1) by layer, a line for each matrix: {digits.span(every)}",
-            charts.by_layer(top, labels, "φ(1, 1)", (chance, "random"), _tenth(every)),
+            charts.by_layer(drawn, labels, "φ(1, 1)", (chance, "random"), _tenth(every)),
         )
-        blocks.append(Figure(f"The most important direction of each: {ones}, {twos}.", (panel,)))
+        blocks.append(Figure(f"{caption}{update.cut(names)}", (panel,)))
     blocks.append(_counted(there, phis, widest, f"{ones} against {twos}"))
     return blocks
 

@@ -68,7 +68,8 @@ def costed(summary: Summary) -> list[Fact]:
     trained = summary["adapter_parameters"] + summary["beside_parameters"]
     base, full = summary["base_parameters"], summary["full_checkpoint_bytes"]
     kept = summary["adapter_file_bytes"]
-    times = f", {full / kept:,.0f} times as much" if kept else ""
+    many = full / kept if kept else 0.0
+    times = f", {many:,.0f} times as much" if many >= 10 else f", {many:.1f} times as much"
     speed = dict(costs(summary))["speed"].split(", ", 1)
     step = summary["best_step"]
     return [

@@ -17,7 +17,7 @@ from lora_jax.report.places import Place, layers, matrices, places
 from lora_jax.serving import adapters, screen
 
 _TITLE = "What the update is made of"
-_HEATS = 24  # columns of a heat map that have names one can read
+MOST = 24  # matrices that are drawn: as many as have names one can read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _pictures(there: Sequence[Place], ours: Sequence[Any], energy: float) -> lis
     rows, names = layers(there), matrices(there)
     labels = [Place("", (), row, "").label for row in rows]
     panels = []
-    for number, name in enumerate(names[:_HEATS]):
+    for number, name in enumerate(names[:MOST]):
         every = zip(there, ours, strict=True)
         own = [(place.layer, one.values) for place, one in every if place.matrix == name]
         found = np.full((len(rows), max(len(v) for _, v in own)), np.nan)
@@ -100,9 +100,8 @@ def _pictures(there: Sequence[Place], ours: Sequence[Any], energy: float) -> lis
             [least, most]
         )
         panels.append(Panel(f"values-{number + 1}", text, charts.values(found, labels, name)))
-    figures = [
-        Figure("Singular values of the update, from dark (the largest) to light.", tuple(panels))
-    ]
+    caption = f"Singular values of the update, from dark (the largest) to light.{cut(names)}"
+    figures = [Figure(caption, tuple(panels))]
     if len(there) > 1:
         shares = _grid(there, [one.energy / (energy or 1) for one in ours])
         ranks = _grid(there, [one.effective_rank for one in ours])
@@ -111,12 +110,20 @@ def _pictures(there: Sequence[Place], ours: Sequence[Any], energy: float) -> lis
             Panel(
                 name,
                 f"Heat map of the {what} by layer and matrix: {digits.span(grid.ravel())}",
-                charts.heat(grid[:, :_HEATS], labels, names[:_HEATS], what),
+                charts.heat(grid[:, :MOST], labels, names[:MOST], what),
             )
             for what, grid, name in drawn
         )
-        figures.append(Figure("Where the update is, and of how many directions.", heats))
+        figures.append(
+            Figure(f"Where the update is, and of how many directions.{cut(names)}", heats)
+        )
     return figures
+
+
+def cut(names: Sequence[str]) -> str:
+    """What a caption adds where not all matrices are drawn."""
+    more = f" The first {MOST} of {len(names)} matrices; the table has all."
+    return more if len(names) > MOST else ""
 
 
 def _grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
@@ -166,15 +173,16 @@ def _amplified(run: pathlib.Path, base: Base, there: Sequence[Place]) -> tuple[B
     known = factors[np.isfinite(factors)]
     middle = digits.column([np.median(known)])[0] if known.size else digits.NONE
     text = f"Median of the factor over {len(factors)} matrices: {middle}; {digits.span(factors)}."
-    rows, lines = layers(there), _grid(there, factors.tolist()).T[:_HEATS]
+    rows, lines = layers(there), _grid(there, factors.tolist()).T[:MOST]
+    named = matrices(there)
     blocks: list[Block] = [Text(text)]
     if len(rows) > 1:
         labels = [Place("", (), row, "").label for row in rows]
-        drawn = dict(zip(matrices(there), lines, strict=False))
+        drawn = dict(zip(named, lines, strict=False))
         panel = Panel(
             "amplification",
             f"Amplification factor by layer, a line for each matrix: {digits.span(factors)}",
             charts.by_layer(drawn, labels, "amplification factor"),
         )
-        blocks.append(Figure("Amplification factor of each layer.", (panel,)))
+        blocks.append(Figure(f"Amplification factor of each layer.{cut(named)}", (panel,)))
     return (*blocks, table)
