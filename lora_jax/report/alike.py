@@ -18,7 +18,7 @@ from lora_jax import analysis, checkpoint
 from lora_jax.errors import LoraError
 from lora_jax.report import charts, digits, update
 from lora_jax.report.document import Block, Figure, Note, Panel, Section, Table, Text
-from lora_jax.report.places import Place, layers, matrices, middle, places
+from lora_jax.report.places import Place, label, layers, matrices, middle, places
 from lora_jax.report.read import Left
 from lora_jax.serving import adapters
 from lora_jax.training.group.rows import flat
@@ -147,7 +147,7 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
     widest = {t.path: t.fan_in for t in one.layout.targets}
     chance = 1 / max(widest.values())
     if len(rows) > 1:
-        labels = [Place("", (), row, "").label for row in rows]
+        labels = [label(row) for row in rows]
         caption = f"The most important direction of each: {ones}, {twos}."
         every = [value for values in top.values() for value in values]
         drawn = {name: top[name] for name in names[: update.MOST]}

@@ -30,7 +30,7 @@ class Place:
     @property
     def label(self) -> str:
         """Its layer, as a row of a table has it."""
-        return "-" if self.layer is None else str(self.layer)
+        return label(self.layer)
 
 
 def places(layout: Layout) -> tuple[Place, ...]:
@@ -53,6 +53,11 @@ def places(layout: Layout) -> tuple[Place, ...]:
     return tuple(dataclasses.replace(place, matrix=short[place.matrix]) for place in ordered)
 
 
+def label(layer: int | None) -> str:
+    """What a layer is called."""
+    return "-" if layer is None else str(layer)
+
+
 def layers(found: Iterable[Place]) -> list[int | None]:
     """The layers there are, in order."""
     return list(dict.fromkeys(place.layer for place in found))
@@ -70,16 +75,17 @@ def middle(found: Sequence[Place]) -> int | None:
 
 
 def _split(path: str) -> tuple[int | None, str]:
-    """
+    """The layer, and the path without it.
+
     >>> _split("bert/encoder/layer_3/attention/query/kernel"), _split("first/kernel")
-    ((3, 'attention/query'), (None, 'first'))
+    ((3, 'bert/encoder/attention/query'), (None, 'first'))
     """
     segments = path.split("/")
     if len(segments) > 1 and segments[-1] in ("kernel", "embedding"):
         segments.pop()
     for number, segment in enumerate(segments[:-1]):
         if match := _NUMBERED.fullmatch(segment):
-            return int(match[1]), "/".join(segments[number + 1 :])
+            return int(match[1]), "/".join([*segments[:number], *segments[number + 1 :]])
     return None, "/".join(segments)
 
 

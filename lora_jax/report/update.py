@@ -11,9 +11,10 @@ import numpy as np
 
 from lora_jax import analysis
 from lora_jax.errors import LoraError
+from lora_jax.layout import Layout
 from lora_jax.report import charts, digits
 from lora_jax.report.document import Block, Figure, Note, Panel, Section, Table, Text
-from lora_jax.report.places import Place, layers, matrices, places
+from lora_jax.report.places import Place, label, layers, matrices, places
 from lora_jax.serving import adapters, screen
 
 _TITLE = "What the update is made of"
@@ -51,7 +52,7 @@ def sections(run: pathlib.Path, base: Base) -> tuple[Section, ...]:
 
 
 def _spectra(
-    there: Sequence[Place], found: dict[str, analysis.Spectrum], layout: Any
+    there: Sequence[Place], found: dict[str, analysis.Spectrum], layout: Layout
 ) -> tuple[Block, ...]:
     ours = [_at(found[place.path], place) for place in there]
     energy = sum(float(one.energy) for one in ours)
@@ -87,7 +88,7 @@ def _at(found: Any, place: Place) -> Any:
 
 def _pictures(there: Sequence[Place], ours: Sequence[Any], energy: float) -> list[Figure]:
     rows, names = layers(there), matrices(there)
-    labels = [Place("", (), row, "").label for row in rows]
+    labels = [label(row) for row in rows]
     panels = []
     for number, name in enumerate(names[:MOST]):
         every = zip(there, ours, strict=True)
@@ -150,10 +151,35 @@ def _amplified(run: pathlib.Path, base: Base, there: Sequence[Place]) -> tuple[B
             ),
         )
     ours = [_at(found[place.path], place) for place in there]
+    factors = np.array([one.factor for one in ours])
+    known = factors[np.isfinite(factors)]
+    middle = digits.column([np.median(known)])[0] if known.size else digits.NONE
+    text = f"Median of the factor over {len(factors)} matrices: {middle}; {digits.span(factors)}."
+    return Text(text), *_factors(there, factors), _table7(there, ours, member.layout)
+
+
+def _factors(there: Sequence[Place], factors: Any) -> list[Figure]:
+    rows, names = layers(there), matrices(there)
+    if len(rows) == 1:
+        return []
+    lines = _grid(there, factors.tolist()).T
+    panel = Panel(
+        "amplification",
+        f"Amplification factor by layer, a line for each matrix: {digits.span(factors)}",
+        charts.by_layer(
+            dict(zip(names[:MOST], lines, strict=False)),
+            [label(row) for row in rows],
+            "amplification factor",
+        ),
+    )
+    return [Figure(f"Amplification factor of each layer.{cut(names)}", (panel,))]
+
+
+def _table7(there: Sequence[Place], ours: Sequence[Any], layout: Layout) -> Table:
     columns = [
         [place.label for place in there],
         [place.matrix for place in there],
-        [str(member.layout[place.path].rank) for place in there],
+        [str(layout[place.path].rank) for place in there],
         digits.column(one.weight for one in ours),
         digits.column(one.update for one in ours),
         digits.column(one.along_update for one in ours),
@@ -162,27 +188,10 @@ def _amplified(run: pathlib.Path, base: Base, there: Sequence[Place]) -> tuple[B
         digits.column(one.factor for one in ours),
     ]
     names = ("layer", "matrix", "r", "‖W‖", "‖ΔW‖", "of ΔW", "of W", "random", "factor")
-    table = Table(
+    return Table(
         "‖UᵀWV‖ where U and V hold the top r directions of ΔW, of W itself, or random ones; the "
         "factor is ‖ΔW‖ over the first of the three (the paper's Table 7).",
         names,
         tuple(zip(*columns, strict=True)),
         ("matrix",),
     )
-    factors = np.array([one.factor for one in ours])
-    known = factors[np.isfinite(factors)]
-    middle = digits.column([np.median(known)])[0] if known.size else digits.NONE
-    text = f"Median of the factor over {len(factors)} matrices: {middle}; {digits.span(factors)}."
-    rows, lines = layers(there), _grid(there, factors.tolist()).T[:MOST]
-    named = matrices(there)
-    blocks: list[Block] = [Text(text)]
-    if len(rows) > 1:
-        labels = [Place("", (), row, "").label for row in rows]
-        drawn = dict(zip(named, lines, strict=False))
-        panel = Panel(
-            "amplification",
-            f"Amplification factor by layer, a line for each matrix: {digits.span(factors)}",
-            charts.by_layer(drawn, labels, "amplification factor"),
-        )
-        blocks.append(Figure(f"Amplification factor of each layer.{cut(named)}", (panel,)))
-    return (*blocks, table)

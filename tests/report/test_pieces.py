@@ -56,6 +56,10 @@ def test_layers_by_number_and_by_stack() -> None:
     stacked = places(Layout((target("layers/attention/q/kernel", stack=3),)))
     assert [(p.layer, p.at, p.matrix) for p in stacked] == [(i, (i,), "q") for i in range(3)]
     assert middle(stacked) == 1
+    both = places(
+        Layout(tuple(target(f"{x}/layer_0/query/kernel") for x in ("encoder", "decoder")))
+    )
+    assert [(p.layer, p.matrix) for p in both] == [(0, "encoder/query"), (0, "decoder/query")]
     (bare,) = places(Layout((target("first/kernel"),)))
     assert (bare.layer, bare.label, bare.matrix) == (None, "-", "first")
 
