@@ -16,7 +16,7 @@ import jax
 import pytest
 from absl import flags
 
-STANDARD_PROMOTION = ("models", "baselines", "training", "data_pipeline", "serving")
+STANDARD_PROMOTION = ("models", "baselines", "training", "data_pipeline", "serving", "report")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -59,9 +59,10 @@ ARROWS = {
     "serving": {"", "baselines", "checkpoint", "errors", "models", "paths", "training"},
     "predict": {"errors", "models", "serving", "training"},
     "generate": {"errors", "models", "serving"},
+    "report": {"", "analysis", "checkpoint", "errors", "layout", "serving", "training"},
 }
 # What is no part of the core.
-AROUND = ("models", "baselines", "training", "serving", "predict", "generate")
+AROUND = ("models", "baselines", "training", "serving", "predict", "generate", "report")
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {
     "flax": {"metadata", "nnx"},

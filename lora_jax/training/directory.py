@@ -7,6 +7,7 @@ adapters/        best and last, each restored by `lora_jax.restore`
 summary.json     written last: it says that the run is finished
 curves.png       loss and scores
 error.txt        why a member of a group has stopped, if it has
+report/          what `python -m lora_jax.report` made of all this, if it was asked to
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _clear(path: pathlib.Path) -> None:
 
 def _ours(path: pathlib.Path) -> bool:
     names = {"lock", "config.json", "config.json.tmp", "metrics.jsonl", "checkpoints", "adapters"}
-    names |= {"summary.json", "summary.json.tmp", "curves.png", "error.txt"}
+    names |= {"summary.json", "summary.json.tmp", "curves.png", "error.txt", "report"}
     return path.name in names or path.name.startswith("events.out.tfevents.")
 
 

@@ -127,11 +127,22 @@ def show(summary: Summary, console: Console) -> None:
 
 def rows(summary: Summary) -> list[tuple[str, str]]:
     """The table's lines: name and text."""
+    found = costs(summary)
+    for split, before in summary["before"].items():
+        after = summary["after"].get(split, {})
+        for name, value in before.items():
+            then = f"{after[name]:.4f}" if name in after else "-"
+            found.append((f"{split} {name}", f"{value:.4f} -> {then}"))
+    return found
+
+
+def costs(summary: Summary) -> list[tuple[str, str]]:
+    """What a run took, of parameters, bytes and time: name and text."""
     base, adapters = summary["base_parameters"], summary["adapter_parameters"]
     trained = adapters + summary["beside_parameters"]
     speed = next(name for name in summary if name.endswith("_per_second") and name[:6] != "steps_")
     unit = speed.removesuffix("_per_second")
-    found = [
+    return [
         ("steps", f"{summary['steps']:,} ({summary['skipped_steps']} skipped)"),
         ("base parameters", f"{base:,}"),
         ("adapter parameters", f"{adapters:,}"),
@@ -147,12 +158,6 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
         ("seconds", f"{summary['total_seconds']:.0f}, of them compiling "
                     f"{summary['compile_seconds']:.0f}"),
     ]  # fmt: skip
-    for split, before in summary["before"].items():
-        after = summary["after"].get(split, {})
-        for name, value in before.items():
-            then = f"{after[name]:.4f}" if name in after else "-"
-            found.append((f"{split} {name}", f"{value:.4f} -> {then}"))
-    return found
 
 
 def in_units(count: float) -> str:

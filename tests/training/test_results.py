@@ -192,3 +192,31 @@ def test_runs_without_any_evaluation(tmp_path: pathlib.Path) -> None:
     results.write(tmp_path, summaries)
     assert gather(summaries).best is None
     assert len([line for line in shown(summaries) if line.startswith("│")]) == 9
+
+
+def test_runs_that_only_their_names_tell_apart(tmp_path: pathlib.Path) -> None:
+    """Red: `alike = False` in `_of_sweep`."""
+    twice = [left_behind(tmp_path, name, minilm_reviews.config, 0.7) for name in ("one", "other")]
+    found = results.listing(gather(twice))
+    assert found.columns[0] == "run"
+    assert [row[0] for row in found.rows] == ["one", "other"]
+
+
+def test_each_panel_alone_is_the_panel_of_the_picture(
+    swept: list[dict[str, Any]], tmp_path: pathlib.Path
+) -> None:
+    """Red: `_splits(results)[0]` for `split` in `figures_of`."""
+    found = gather(swept)
+    together = panels.figure_of(found).axes
+    alone = panels.figures_of(found)
+    assert [name for name, _ in alone] == ["validation", "test"]
+    for (name, figure), panel in zip(alone, together, strict=True):
+        (axis,) = figure.axes
+        assert axis.get_title() == panel.get_title() == name
+        for one, other in zip(axis.get_lines(), panel.get_lines(), strict=True):
+            assert one.get_label() == other.get_label()
+            np.testing.assert_array_equal(one.get_xydata(), other.get_xydata())
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    bars = finished(inner, {"lora.init": ("gaussian", "uniform")}, lambda config: 0.7)
+    assert [name for name, _ in panels.figures_of(gather(bars))] == ["all runs"]

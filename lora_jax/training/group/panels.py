@@ -40,6 +40,27 @@ def figure_of(results: Results) -> Figure:
     return _bars(results) if along is None else _lines(results, along)
 
 
+def figures_of(results: Results) -> list[tuple[str, Figure]]:
+    """The same, each panel a picture of its own: (the split or the task in it, the picture)."""
+    along = _along(results)
+    if results.tasks:
+        found = [(row.name, _new(4.6, 3.6)) for row in results.rows]
+        for row, (_, figure) in zip(results.rows, found, strict=True):
+            _task(figure.subplots(), row)
+        return found
+    if along is None:
+        return [("all runs", _bars(results))]
+    found = [(split, _new(4.6, 3.8)) for split in _splits(results)]
+    for split, figure in found:
+        panel = figure.subplots()
+        _split(panel, results, along, split)
+        panel.set_ylabel(results.rows[0].select)
+        if _has_legend(results, along):
+            handles = panel.get_legend_handles_labels()
+            figure.legend(*handles, loc="outside lower center", ncols=3)
+    return found
+
+
 def _along(results: Results) -> str | None:
     """The field along the axis, a number in every run: the learning rate if it was varied."""
 
@@ -57,28 +78,51 @@ def _new(width: float, height: float) -> Figure:
 
 
 def _lines(results: Results, along: str) -> Figure:
-    others = [path for path in results.varied if path not in (along, "seed")]
-    groups = defaultdict[tuple[Any, ...], list[Row]](list)
-    for row in results.rows:
-        groups[tuple(row.values[path] for path in others)].append(row)
-    splits = results.splits or ("validation",)
-    figure = _new(5.2 * len(splits) + (1.2 if others else 0), 4.2)
+    splits, legend = _splits(results), _has_legend(results, along)
+    figure = _new(5.2 * len(splits) + (1.2 if _others(results, along) else 0), 4.2)
     panels = figure.subplots(1, len(splits), squeeze=False, sharey=True)[0]
-    short = {path: names.shortest(path, results.varied) for path in results.varied}
     for panel, split in zip(panels, splits, strict=True):
-        for style, (values, rows) in zip(_styles(list(groups)), groups.items(), strict=True):
-            label = ", ".join(
-                f"{short[p]} {names.label(v)}" for p, v in zip(others, values, strict=True)
-            )
-            _line(panel, rows, along, split, label=label, **style)
-        _mark(panel, results, along, split)
-        _scale(panel, sorted({row.values[along] for row in results.rows}))
-        panel.set(xlabel=short[along].replace("_", " "), title=split)
-        panel.grid(alpha=0.3)
+        _split(panel, results, along, split)
     panels[0].set_ylabel(results.rows[0].select)
-    if others and len(groups) <= _LINES:
+    if legend:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     return figure
+
+
+def _splits(results: Results) -> tuple[str, ...]:
+    return results.splits or ("validation",)
+
+
+def _others(results: Results, along: str) -> list[str]:
+    """The fields that tell the lines apart."""
+    return [path for path in results.varied if path not in (along, "seed")]
+
+
+def _groups(results: Results, along: str) -> dict[tuple[Any, ...], list[Row]]:
+    """The runs of each line, by its values of those fields."""
+    groups = defaultdict[tuple[Any, ...], list[Row]](list)
+    for row in results.rows:
+        groups[tuple(row.values[path] for path in _others(results, along))].append(row)
+    return groups
+
+
+def _has_legend(results: Results, along: str) -> bool:
+    return bool(_others(results, along)) and len(_groups(results, along)) <= _LINES
+
+
+def _split(panel: Any, results: Results, along: str, split: str) -> None:
+    """The lines of one split."""
+    short = {path: names.shortest(path, results.varied) for path in results.varied}
+    groups, others = _groups(results, along), _others(results, along)
+    for style, (values, rows) in zip(_styles(list(groups)), groups.items(), strict=True):
+        label = ", ".join(
+            f"{short[p]} {names.label(v)}" for p, v in zip(others, values, strict=True)
+        )
+        _line(panel, rows, along, split, label=label, **style)
+    _mark(panel, results, along, split)
+    _scale(panel, sorted({row.values[along] for row in results.rows}))
+    panel.set(xlabel=short[along].replace("_", " "), title=split)
+    panel.grid(alpha=0.3)
 
 
 def _styles(groups: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
@@ -88,7 +132,7 @@ def _styles(groups: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
     shades = mpl.colormaps["viridis"]
     return [
         {
-            "color": shades(0.9 * first.index(values[:1]) / max(len(first) - 1, 1)),
+            "color": shades(0.3 + 0.55 * first.index(values[:1]) / max(len(first) - 1, 1)),
             "linestyle": _DASHES[rest.index(values[1:]) % len(_DASHES)],
         }
         for values in groups

@@ -7,6 +7,7 @@ by one are compared in the same way.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
@@ -24,8 +25,36 @@ from lora_jax.training.summary import Summary
 
 def show(summaries: Sequence[Summary], console: Console) -> None:
     """Print the members; those of a sweep the best first, and marked."""
-    results = gather(summaries)
-    console.print(_of_tasks(results) if results.tasks else _of_sweep(results))
+    found = listing(gather(summaries))
+    table = Table(title=found.title)
+    for name in found.columns:
+        text = name in found.texts
+        whole = name in found.whole
+        table.add_column(name, justify="left" if text else "right", no_wrap=whole)
+    for number, row in enumerate(found.rows):
+        table.add_row(*row, style="bold green" if number == found.best else None)
+    console.print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The members as a table of texts.
+
+    texts: the columns that are no numbers. whole: those whose cells are not to be broken.
+    best: the number of the row of the best member, if one is.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    texts: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    best: int | None = None
+
+
+def listing(results: Results) -> Listing:
+    """The members side by side: those of a sweep the best first, tasks as they were given."""
+    return _of_tasks(results) if results.tasks else _of_sweep(results)
 
 
 def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
@@ -49,33 +78,47 @@ def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
     draw(path / "results.png", results)
 
 
-def _of_sweep(results: Results) -> Table:
+def _of_sweep(results: Results) -> Listing:
     best, select = results.best, results.rows[0].select
-    table = Table(title=f"{len(results.rows)} runs, best first by validation {select}")
-    for path in results.varied:
-        table.add_column(names.shortest(path, results.varied), justify="right")
-    for split in results.splits:
-        table.add_column(f"{split} {select}", justify="right")
-    for name in ("best step", "trained"):
-        table.add_column(name, justify="right")
-    for row in sorted(results.rows, key=lambda row: -row.rank):
-        values = [names.label(row.values[path]) for path in results.varied]
-        scores = [_number(row.score(split)) for split in results.splits]
-        style = "bold green" if row is best else None
-        table.add_row(*values, *scores, *_end(row), style=style)
-    return table
+    ordered = sorted(results.rows, key=lambda row: -row.rank)
+    varied = [names.shortest(path, results.varied) for path in results.varied]
+    values = [tuple(names.label(row.values[p]) for p in results.varied) for row in ordered]
+    alike = len(set(values)) < len(values)  # then only their names tell them apart
+    scores = [f"{split} {select}" for split in results.splits]
+    return Listing(
+        title=f"{len(results.rows)} runs, best first by validation {select}",
+        columns=(*["run"] * alike, *varied, *scores, "best step", "trained"),
+        rows=tuple(
+            (
+                *[row.name] * alike,
+                *own,
+                *(_number(row.score(split)) for split in results.splits),
+                *_end(row),
+            )
+            for row, own in zip(ordered, values, strict=True)
+        ),
+        texts=("run",),
+        best=None if best is None else ordered.index(best),
+    )
 
 
-def _of_tasks(results: Results) -> Table:
+def _of_tasks(results: Results) -> Listing:
     scores = {row.select for row in results.rows}
     what = scores.pop() if len(scores) == 1 else "score"
-    table = Table("task", title=f"{len(results.rows)} tasks: {what} before -> after training")
-    for name in (*results.splits, "best step", "trained"):
-        table.add_column(name, justify="right", no_wrap=name in results.splits)
-    for row in results.rows:
-        name = row.name if what == row.select else f"{row.name} ({row.select})"
-        table.add_row(name, *(_change(row, split) for split in results.splits), *_end(row))
-    return table
+
+    def name(row: Row) -> str:
+        return row.name if what == row.select else f"{row.name} ({row.select})"
+
+    return Listing(
+        title=f"{len(results.rows)} tasks: {what} before -> after training",
+        columns=("task", *results.splits, "best step", "trained"),
+        rows=tuple(
+            (name(row), *(_change(row, split) for split in results.splits), *_end(row))
+            for row in results.rows
+        ),
+        texts=("task",),
+        whole=results.splits,
+    )
 
 
 def _change(row: Row, split: str) -> str:

@@ -78,7 +78,7 @@ class Results:
 def gather(summaries: Sequence[Summary]) -> Results:
     """The runs that left these summaries; their configs and records are read."""
     paths = [pathlib.Path(summary["run"]) for summary in summaries]
-    configs = [_flat(json.loads((path / "config.json").read_text())) for path in paths]
+    configs = [flat(json.loads((path / "config.json").read_text())) for path in paths]
     fields = dict.fromkeys(field for config in configs for field in config)
     varied = [f for f in fields if any(c.get(f) != configs[0].get(f) for c in configs)]
     rows = tuple(
@@ -90,7 +90,7 @@ def gather(summaries: Sequence[Summary]) -> Results:
     return Results(rows, tuple(varied), tasks)
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted path -> value, without the fields that do not change what a run computes."""
     skipped = {f.name for f in dataclasses.fields(Config) if f.metadata == INCIDENTAL}
     found: dict[str, Any] = {}
@@ -98,7 +98,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if not prefix and name in skipped:
             continue
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
             found[prefix + name] = tuple(value) if isinstance(value, list) else value
     return found

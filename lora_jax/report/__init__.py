@@ -1,0 +1,17 @@
+"""A run, or many side by side, as a page: report.html, report.md, and the figures as files.
+
+    python -m lora_jax.report runs/reviews
+
+`document` says what a report is, `render` writes one; the other files fill it from what runs have
+left in their directories.
+"""
+
+from lora_jax.report.document import Fact as Fact
+from lora_jax.report.document import Figure as Figure
+from lora_jax.report.document import Note as Note
+from lora_jax.report.document import Panel as Panel
+from lora_jax.report.document import Report as Report
+from lora_jax.report.document import Section as Section
+from lora_jax.report.document import Table as Table
+from lora_jax.report.document import Text as Text
+from lora_jax.report.render import write as write

@@ -1,0 +1,190 @@
+"""The pictures of a report, each one set of axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lora_jax.report import ink
+from lora_jax.training import curves, metrics
+
+Array = Any  # of NumPy
+
+_POINTS = 600  # of a training curve: more than a screen has columns for
+_WRITTEN = 84  # cells of a heat map that have their numbers in them
+_SHADES = mpl.colormaps["viridis"]
+
+
+def curve(lines: Sequence[metrics.Line], name: str) -> Figure:
+    """One number of the record over the steps; of the loss, every step and their running mean."""
+    with ink.style():
+        figure, axis = ink.new()
+        curves.plot(axis, _thinned(lines), name)
+        training = axis.lines[0]
+        steps, losses = training.get_xdata(), np.asarray(training.get_ydata(), float)
+        width = max(len(losses) // 20, 1)
+        if name == "loss" and width > 1:
+            training.set_alpha(0.45)
+            mean = np.convolve(losses, np.ones(width) / width, mode="valid")
+            middle = steps[width // 2 : width // 2 + len(mean)]
+            label = "training, running mean"
+            axis.plot(middle, mean, color=training.get_color(), label=label)
+        axis.legend()
+        axis.grid()
+    return figure
+
+
+def _thinned(lines: Sequence[metrics.Line]) -> list[metrics.Line]:
+    """All evaluations; of the steps the mean loss of every few."""
+    steps = [x for x in lines if "split" not in x and x.get("loss") is not None]
+    every = -(-len(steps) // _POINTS) or 1
+    parts = [steps[i : i + every] for i in range(0, len(steps), every)]
+    means = [
+        {"step": part[len(part) // 2]["step"], "loss": sum(x["loss"] for x in part) / len(part)}
+        for part in parts
+    ]
+    return [*means, *(line for line in lines if "split" in line)]
+
+
+def by_layer(
+    found: Mapping[str, Sequence[float]],
+    layers: Sequence[str],
+    label: str,
+    level: tuple[float, str] | None = None,
+    top: float | None = None,
+) -> Figure:
+    """A line for each name over the layers.
+
+    Args:
+      found: name -> a number for each layer, NaN where there is none.
+      layers: what they are called.
+      label: of the numbers.
+      level: a height to compare with, and what it is.
+      top: where the axis ends.
+    """
+    with ink.style():
+        figure, axis = ink.new()
+        for name, values in found.items():
+            axis.plot(range(len(layers)), values, marker="o", markersize=4, label=name)
+        if level is not None:
+            axis.axhline(level[0], color=ink.INK, alpha=0.6, linestyle="--", label=level[1])
+        _layers(axis, layers)
+        axis.set(ylabel=label)
+        axis.set_ylim(bottom=0, top=top)
+        axis.grid()
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def values(found: Array, layers: Sequence[str], title: str) -> Figure:
+    """Singular values [layer, i]: a line for each i over the layers, or over i for one layer."""
+    with ink.style():
+        figure, axis = ink.new()
+        rank = found.shape[1]
+        if len(layers) > 1:
+            for i in range(rank):
+                shade = _shade(i, rank)
+                axis.plot(range(len(layers)), found[:, i], marker="o", markersize=4, color=shade)
+            _layers(axis, layers)
+            _key(figure, axis, rank)
+        else:
+            axis.plot(range(1, rank + 1), found[0], marker="o", color=_SHADES(0.45))
+            axis.set(xlabel="i")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set(ylabel="singular value", title=title)
+        axis.set_ylim(bottom=0)
+        axis.grid()
+    return figure
+
+
+def _shade(i: int, count: int) -> Any:
+    """From dark to light, neither so much that a page of the same kind swallows it."""
+    return _SHADES(0.3 + 0.55 * i / max(count - 1, 1))
+
+
+def _key(figure: Figure, axis: Any, rank: int) -> None:
+    """Which shade is which i."""
+    if rank > 1:
+        norm = BoundaryNorm(np.arange(rank + 1) + 0.5, rank)
+        shades = ListedColormap([_shade(i, rank) for i in range(rank)])
+        key = ScalarMappable(norm, shades)
+        ticks = sorted({1, rank} if rank > 10 else range(1, rank + 1))
+        figure.colorbar(key, ax=axis, label="i", ticks=ticks)
+
+
+def _layers(axis: Any, layers: Sequence[str]) -> None:
+    every = -(-len(layers) // 16)
+    places = range(0, len(layers), every)
+    axis.set_xticks(list(places), [layers[i] for i in places])
+    axis.set(xlabel="layer")
+
+
+def heat(found: Array, rows: Sequence[str], columns: Sequence[str], title: str) -> Figure:
+    """[row, column] as colours, with the numbers where there is room; NaN is left open."""
+    with ink.style():
+        figure, axis = ink.new(max(4.6, 1.6 + 0.62 * len(columns)), 1.3 + 0.3 * len(rows))
+        image = axis.imshow(
+            found, aspect="auto", interpolation="none", cmap=_SHADES, vmin=0, vmax=_top(found)
+        )
+        if found.size <= _WRITTEN:
+            _write(axis, found, _top(found))
+        axis.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 4 else 0)
+        every = -(-len(rows) // 32)
+        axis.set_yticks(range(0, len(rows), every), rows[::every])
+        axis.set(ylabel="layer", title=title)
+        _bare(axis)
+        figure.colorbar(image, ax=axis)
+    return figure
+
+
+def phi(found: Array, one: str, two: str, title: str, top: float) -> Figure:
+    """phi(i, j), [i, j], from 0 to `top`; i grows downwards. NaN is left open.
+
+    one, two: what i and j count.
+    """
+    rows, columns = found.shape
+    with ink.style():
+        figure, axis = ink.new(4.6, 1.7 + min(2.4, max(0.35 * rows, 0.35)))
+        image = axis.imshow(
+            found,
+            aspect="auto",
+            interpolation="none",
+            cmap=_SHADES,
+            vmin=0,
+            vmax=top,
+            extent=(0.5, columns + 0.5, rows + 0.5, 0.5),
+        )
+        if found.size <= _WRITTEN:
+            _write(axis, found, top, 1)
+        axis.set_xticks(range(1, columns + 1, -(-columns // 10)))
+        axis.set_yticks(range(1, rows + 1, -(-rows // 8)))
+        axis.set(xlabel=f"j: {two}", ylabel=f"i: {one}", title=title)
+        _bare(axis)
+        figure.colorbar(image, ax=axis)
+    return figure
+
+
+def _write(axis: Any, found: Array, top: float, first: int = 0) -> None:
+    for (i, j), number in np.ndenumerate(found):
+        if np.isfinite(number):
+            dark = number > 0.55 * top  # the shades are light there
+            text = f"{number:.2f}" if top < 10 else f"{number:.0f}"
+            color = "black" if dark else "white"
+            axis.text(j + first, i + first, text, ha="center", va="center", color=color, size=8)
+
+
+def _top(found: Array) -> float:
+    finite = found[np.isfinite(found)]
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
+def _bare(axis: Any) -> None:
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)

@@ -1,0 +1,106 @@
+"""A report as files: report.html, which needs no other file, report.md, and the pictures.
+
+Both are made by templates that stand beside this file. HTML is escaped by the template engine;
+Markdown by `_plain`.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+
+import jinja2
+
+from lora_jax.report import ink
+from lora_jax.report.document import Figure, Report, Table
+
+HTML, MARKDOWN = "report.html", "report.md"
+_SIGNS = re.compile(r"([\\`*|\[\]~])|(?<![A-Za-z0-9])(_)|(_)(?![A-Za-z0-9])")
+
+
+def write(report: Report, folder: pathlib.Path) -> pathlib.Path:
+    """Write all files into `folder`, which is made; report.html comes last.
+
+    Returns:
+      The path of report.html.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    inline: dict[str, str] = {}
+    for panel in report.panels:
+        element = ink.svg(panel.drawing)
+        inline[panel.name] = ink.inline(element, panel.name, panel.alternative)
+        _put(folder / f"{panel.name}.svg", ink.standalone(element).encode())
+        _put(folder / f"{panel.name}.png", ink.png(panel.drawing))
+    _put(folder / MARKDOWN, markdown(report).encode())
+    _put(folder / HTML, html(report, inline).encode())
+    return folder / HTML
+
+
+def html(report: Report, inline: dict[str, str]) -> str:
+    """The page.
+
+    Args:
+      report: what it says.
+      inline: the SVG of each panel, by its name.
+    """
+    template = _environment(autoescape=True).get_template("report.html.j2")
+    return template.render(report=report, drawings=inline)
+
+
+def markdown(report: Report) -> str:
+    """The same as Markdown, which shows the PNG files beside it."""
+    environment = _environment(autoescape=False)
+    environment.filters |= {"plain": _plain, "table": _table, "images": _images}
+    text = environment.get_template("report.md.j2").render(report=report)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _environment(autoescape: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lora_jax.report"),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["kind"] = lambda block: type(block).__name__
+    return environment
+
+
+def _plain(text: str) -> str:
+    r"""Text that Markdown shows as it is, in one line.
+
+    >>> _plain("<b>&|*"), _plain("learning_rate _x_")
+    ('&lt;b&gt;&amp;\\|\\*', 'learning_rate \\_x\\_')
+    """
+    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _SIGNS.sub(r"\\\g<0>", line)
+
+
+def _table(table: Table) -> str:
+    """Columns as wide as what is in them, so that it can be read as it stands, too."""
+    lines = [tuple(map(_plain, line)) for line in (table.columns, *table.rows)]
+    if table.marked is not None:
+        lines[table.marked + 1] = tuple(f"**{cell}**" for cell in lines[table.marked + 1])
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(table.columns))]
+    left = [name in table.texts for name in table.columns]
+
+    def row(cells: tuple[str, ...]) -> str:
+        places = zip(cells, widths, left, strict=True)
+        return f"| {' | '.join(c.ljust(w) if first else c.rjust(w) for c, w, first in places)} |"
+
+    dashes = ["-" * (w - 1) for w in widths]
+    rule = (f":{d}" if first else f"{d}:" for d, first in zip(dashes, left, strict=True))
+    return "\n".join([row(lines[0]), f"| {' | '.join(rule)} |", *map(row, lines[1:])])
+
+
+def _images(figure: Figure) -> str:
+    return "\n".join(f"![{_plain(p.alternative)}]({p.name}.png)" for p in figure.panels)
+
+
+def _put(path: pathlib.Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(content)
+    os.replace(partial, path)

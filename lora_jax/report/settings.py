@@ -1,0 +1,87 @@
+"""The settings of runs: what makes them other than the defaults, and than each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax.report import digits
+from lora_jax.report.document import Table
+from lora_jax.training.config import to_dict
+from lora_jax.training.group.rows import flat
+from lora_jax.training.text import TextConfig
+
+# What is shown whether or not it is the default.
+_ALWAYS = (
+    "workload",
+    *("model.reference", "data.source", "steps", "data.batch_size", "seed"),
+    *("lora.rank", "lora.alpha", "lora.targets", "optimizer.learning_rate"),
+)
+
+
+def table(configs: Sequence[dict[str, Any]]) -> Table:
+    """What all of these configs have in common, as far as it is no default; some in any case."""
+    every = [flat(config) for config in configs]
+    common = {f: v for f, v in every[0].items() if all(c.get(f, ...) == v for c in every)}
+    first = [field for field in _ALWAYS if field in common]
+    rest = [field for field in common if field not in first and _is_own(field, common[field])]
+    rows = tuple((field, digits.value(common[field]), _default(field)) for field in [*first, *rest])
+    shared = " that all runs share" if len(configs) > 1 else ""
+    return Table(
+        f"Settings{shared}: the main ones, and whatever is not the default.",
+        ("field", "value", "default"),
+        rows,
+        ("field", "value", "default"),
+    )
+
+
+def in_words(configs: Sequence[dict[str, Any]]) -> str:
+    """What is trained, on what, and how, in a line: as much as these configs have in common."""
+    every = [flat(config) for config in configs]
+
+    def common(field: str, text: str) -> str:
+        found = every[0].get(field)
+        alike = found is not None and all(config.get(field) == found for config in every)
+        return text.format(digits.value(found)) if alike else ""
+
+    model = common("model.reference", "{}") or common("workload", "{}") or "several models"
+    parts = [
+        model + common("data.source", " on {}"),
+        *(common(f"lora.{name}", name + " {}") for name in ("rank", "alpha", "targets")),
+        common("optimizer.learning_rate", "learning rate {}"),
+        common("steps", "{} steps"),
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _is_own(field: str, value: Any) -> bool:
+    known = _defaults()
+    return field not in known or known[field] != value
+
+
+def _default(field: str) -> str:
+    known = _defaults()
+    return digits.value(known[field]) if field in known else digits.NONE
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return flat(_of(TextConfig))
+
+
+def _of(kind: Any) -> dict[str, Any]:
+    """The defaults of a config class, of the fields that have one; its field `workload` has none.
+
+    >>> _of(TextConfig)["lora"]["rank"], "reference" in _of(TextConfig)["model"]
+    (8, False)
+    """
+    hints, found = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found[field.name] = _of(hints[field.name])
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = to_dict(field.default)
+    return found

@@ -1,0 +1,95 @@
+"""Which runs are compared, and where in a model a matrix is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from etils import epath
+
+from lora_jax import LoraError, Target
+from lora_jax.layout import Layout
+from lora_jax.report import Table, charts, ink, render
+from lora_jax.report.alike import One, of_ranks, of_seeds
+from lora_jax.report.places import middle, places
+
+
+def target(path: str, rank: int = 2, stack: int = 0) -> Target:
+    shape = (*[stack] * bool(stack), 8, 8)
+    axes = range(len(shape))
+    return Target(path, shape, tuple(axes[:-2]), (axes[-2],), (axes[-1],), rank, 4.0)
+
+
+def one(name: str, rank: int, paths: tuple[str, ...] = ("q",), **config: Any) -> One:
+    layout = Layout(tuple(target(path, rank) for path in paths))
+    return One(name, {"lora.rank": rank, **config}, epath.Path(name), layout, rank)
+
+
+def test_ranks_that_differ_in_little_else_are_compared() -> None:
+    """Red: `len(_differences(...))` left out of the cost in `of_ranks`."""
+    runs = [one("a", 8, lr=1), one("b", 2, lr=2), one("c", 1, lr=3), one("d", 1, lr=1)]
+    pair = of_ranks(runs)
+    assert pair is not None
+    assert [x.name for x in pair] == ["d", "a"]
+    assert of_ranks(runs[:1]) is None
+    assert of_ranks([one("a", 1), one("b", 2, ("q", "v"))]) is None
+
+
+def test_seeds_that_differ_in_nothing_else_are_compared() -> None:
+    """Red: `min` for `max` in `of_seeds`."""
+    runs = [one("a", 2, seed=0), one("b", 2, seed=1), one("c", 4, seed=0), one("d", 4, seed=1)]
+    pair = of_seeds(runs)
+    assert pair is not None
+    assert [x.name for x in pair] == ["c", "d"]
+    assert of_seeds([one("a", 2, seed=0), one("b", 2, seed=1, lr=1)]) is None
+    assert of_seeds([one("a", 2, seed=0), one("b", 4, seed=1)]) is None
+
+
+def test_layers_by_number_and_by_stack() -> None:
+    """Red: no `at[0]` in `places`: a stack of layers would be one layer of many matrices."""
+    paths = [f"bert/layer_{i}/{name}/kernel" for i in (10, 2) for name in ("att/query", "mlp/up")]
+    found = places(Layout(tuple(target(path) for path in paths)))
+    assert [(p.layer, p.matrix) for p in found] == [
+        *((2, "query"), (2, "up"), (10, "query"), (10, "up"))
+    ]
+    stacked = places(Layout((target("layers/attention/q/kernel", stack=3),)))
+    assert [(p.layer, p.at, p.matrix) for p in stacked] == [(i, (i,), "q") for i in range(3)]
+    assert middle(stacked) == 1
+    both = places(
+        Layout(tuple(target(f"{x}/layer_0/query/kernel") for x in ("encoder", "decoder")))
+    )
+    assert [(p.layer, p.matrix) for p in both] == [(0, "encoder/query"), (0, "decoder/query")]
+    (bare,) = places(Layout((target("first/kernel"),)))
+    assert (bare.layer, bare.label, bare.matrix) == (None, "-", "first")
+
+
+def test_a_name_is_no_formula() -> None:
+    r"""Red: no `text.parse_math` in `ink`: matplotlib cannot read `$\x$`, and raises."""
+    drawn = charts.by_layer({r"$\x$ --><b>": [0.1, 0.2]}, ["0", "1"], "y", (0.1, "$_$"))
+    text = ink.inline(ink.svg(drawn), "name", 'of "a" & <b>')
+    assert "<b>" not in text
+    assert 'aria-label="of &quot;a&quot; &amp; &lt;b&gt;"' in text
+
+
+def test_a_drawing_takes_the_colour_of_the_page() -> None:
+    """Red: no `.replace(INK, "currentColor")` in `ink.inline`."""
+    element = ink.svg(charts.heat(np.eye(2), ["0", "1"], ["a", "b"], "t"))
+    assert ink.INK in element
+    text = ink.inline(element, "name", "")
+    assert ink.INK not in text
+    assert text.count("currentColor") > 4
+    assert ink.svg(charts.heat(np.eye(2), ["0", "1"], ["a", "b"], "t")) == element
+
+
+def test_tables_of_markdown_are_aligned() -> None:
+    """Red: `c.ljust(w)` for every cell in `_table` of render.py."""
+    table = Table("", ("name", "n"), (("a|b", "1"), ("c", "1,000")), ("name",), marked=1)
+    assert render._table(table).splitlines() == [
+        "| name  |         n |",
+        "| :---- | --------: |",
+        "| a\\|b  |         1 |",
+        "| **c** | **1,000** |",
+    ]
+    with pytest.raises(LoraError, match="has 1 cells"):
+        Table("", ("a", "b"), (("1",),))
