@@ -1,0 +1,68 @@
+"""The paper's experiments are what they say they are: settings, seeds and budgets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax
+from configs.paper import matrices, rank
+from lora_jax import models
+from lora_jax.training import classification
+from lora_jax.training.group.config import Member
+
+# all-MiniLM-L6-v2 by shape.
+MINILM = models.BertConfig(
+    vocab_size=30_522, hidden_size=384, num_layers=6, num_heads=12, mlp_size=1536,
+    max_positions=512,
+)  # fmt: skip
+
+
+def members(config: Any) -> tuple[Member, ...]:
+    found: tuple[Member, ...] = config.expand().members
+    return found
+
+
+def layout(member: Member) -> lora_jax.Layout:
+    """The member's targets on the shapes of the model."""
+    apply = classification.apply_of(models.BertClassifier(MINILM, 2, "mean"))
+    params = models.shapes(MINILM, models.Head("mean", 2))
+    batch = {
+        "input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((1, 8), jnp.bool_),
+    }
+    spec = member.config.lora.spec
+    return lora_jax.resolve(spec, apply, params, batch, train=False, key=None)
+
+
+@pytest.fixture(scope="module")
+def layouts() -> dict[str, lora_jax.Layout]:
+    """Of every member of seed 0, by its name."""
+    every = (*members(matrices.config), *members(rank.config))
+    return {m.name: layout(m) for m in every if m.config.seed == 0}
+
+
+def test_all_choices_of_matrices_have_one_budget(layouts: dict[str, lora_jax.Layout]) -> None:
+    """Red: rank 16 in the place of 20 for one matrix, or a pattern that misses a layer."""
+    names = [m.name for m in members(matrices.config) if m.config.seed == 0]
+    assert len(names) == 10
+    assert {layouts[name].size for name in names} == {6 * 15_360}
+    assert {t.scale for name in names for t in layouts[name].targets} == {2.0}
+
+
+def test_ranks_differ_in_nothing_else(layouts: dict[str, lora_jax.Layout]) -> None:
+    """Red: an alpha that does not follow the rank."""
+    found = [layouts[m.name] for m in members(rank.config) if m.config.seed == 0]
+    counts = {(len(own.targets) // 6, own.targets[0].rank) for own in found}
+    assert counts == {(n, r) for n in (1, 2, 4) for r in (1, 2, 4, 8, 64)}
+    assert {t.scale for own in found for t in own.targets} == {2.0}
+
+
+def test_every_setting_has_three_seeds() -> None:
+    """66 runs are Tables 5 and 6; nine more are what the paper left open, the MLP."""
+    assert len(members(matrices.config)) + len(members(rank.config)) == 66 + 9
+    for config in (matrices.config, rank.config):
+        assert {m.config.seed for m in members(config)} == {0, 1, 2}
