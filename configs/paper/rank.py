@@ -10,7 +10,8 @@ means the same at every rank.
 Not run yet in full.
 """
 
-from configs.paper.matrices import ATTENTION, base
+from configs.paper.matrices import ATTENTION
+from configs.sweep import base
 from lora_jax.training.group.sweep import SweepConfig
 
 config = SweepConfig(
