@@ -60,9 +60,10 @@ ARROWS = {
     "predict": {"errors", "models", "serving", "training"},
     "generate": {"errors", "models", "serving"},
     "report": {"", "analysis", "checkpoint", "errors", "layout", "serving", "training"},
+    "paper": {"", "analysis", "baselines", "errors", "models", "report", "serving", "training"},
 }
 # What is no part of the core.
-AROUND = ("models", "baselines", "training", "serving", "predict", "generate", "report")
+AROUND = ("models", "baselines", "training", "serving", "predict", "generate", "report", "paper")
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {
     "flax": {"metadata", "nnx"},

@@ -1,0 +1,11 @@
+"""The paper's questions, asked of a model that a laptop can train: `python -m lora_jax.paper`.
+
+    experiments   what is run: commands, and what of the report they make
+    costs         what a command took, and on what machine
+    published     the paper's own numbers
+    settings      runs that differ in the seed alone, as one line of a table
+    latency, benefits   what is measured rather than trained
+    sections      what the report says of each question
+
+`configs/paper` holds the runs themselves, which `train.py` trains.
+"""

@@ -1,0 +1,36 @@
+"""What is run for each of the paper's questions, and what of the report it makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+from lora_jax.report.document import Section
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One command, and the folder that what it leaves is in.
+
+    arguments: what follows `python`.
+    """
+
+    folder: pathlib.Path
+    arguments: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One question.
+
+    name: of its folder, and on the command line.
+    asks: the question, in a line.
+    tasks: folder of the experiment -> its commands, in order.
+    sections: folder of the experiment -> what the report says of it, of as much as is there.
+    """
+
+    name: str
+    asks: str
+    tasks: Callable[[pathlib.Path], Sequence[Task]]
+    sections: Callable[[pathlib.Path], Sequence[Section]]
