@@ -7,15 +7,18 @@ import datetime
 import json
 import os
 import pathlib
+import platform
 import resource
 import shlex
 import subprocess
 import sys
 import time
 
+import jax
+
 from lora_jax.errors import LoraError
 from lora_jax.paper.experiments import Task
-from lora_jax.paper.measured import machine
+from lora_jax.paper.measured import cores, processor
 from lora_jax.training.directory import write_json
 
 FILE = "cost.json"  # beside what the command leaves
@@ -79,7 +82,7 @@ def run(task: Task, root: pathlib.Path) -> bool:
                 usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
                 before.peak_bytes if before else 0,
             ),
-            machine=machine(),
+            machine=_machine(),
             finished=status == 0,
             day=datetime.date.today().isoformat(),
         ),
@@ -92,6 +95,12 @@ def run(task: Task, root: pathlib.Path) -> bool:
             "why above. What is finished is kept: run the same command again when that is right"
         )
     return True
+
+
+def _machine() -> str:
+    """In a line; no device is asked, which would take its memory from the command."""
+    versions = f"Python {platform.python_version()}, JAX {jax.__version__}"
+    return f"{processor()}, {cores()} cores; {versions}"
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, resource.struct_rusage]:
