@@ -206,9 +206,7 @@ def test_a_damaged_cost_is_an_error(counting: Task, tmp_path: pathlib.Path) -> N
         costs.run(counting, tmp_path)
 
 
-def test_list_says_what_is_done(
-    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_list_says_what_is_done(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Red: `done = len(found)` and a cost that is not finished."""
     cost = costs.Cost(("train.py",), 120.0, 200.0, 1, "a machine", True, "2026-01-01")
     costs._write(folder / "rank", cost)
@@ -255,5 +253,3 @@ def test_the_committed_formats_hold_the_same() -> None:
     for _, name in plain.images:
         assert (COMMITTED / name).is_file()
         assert (COMMITTED / name.replace(".png", ".svg")).is_file()
-
-

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax
-from configs.paper import matrices, rank
+from benchmarks.common import SMOLLM2
+from configs.paper import definitions, directions, matrices, rank
 from lora_jax import models
-from lora_jax.training import classification
+from lora_jax.training import causal_lm, classification
 from lora_jax.training.group.config import Member
 
 # all-MiniLM-L6-v2 by shape.
@@ -66,3 +67,26 @@ def test_every_setting_has_three_seeds() -> None:
     assert len(members(matrices.config)) + len(members(rank.config)) == 66 + 9
     for config in (matrices.config, rank.config):
         assert {m.config.seed for m in members(config)} == {0, 1, 2}
+
+
+def test_a_decoder_has_one_budget_over_its_matrices() -> None:
+    """And three ranks beside. Red: rank 12 in the place of 15 for v, as if it were as wide as q."""
+    apply = causal_lm.apply_of(models.Llama(SMOLLM2))
+    params, batch = models.shapes(SMOLLM2), causal_lm.batch_shapes(1, 8)
+    found = [
+        lora_jax.resolve(m.config.lora.spec, apply, params, batch, train=False, key=None)
+        for m in members(definitions.config)
+        if m.config.seed == 0
+    ]
+    sizes = [own.size for own in found]
+    assert sizes[:4] == [30 * 11_520] * 4
+    assert [own.targets[0].rank for own in found[4:]] == [1, 8, 64]
+    assert {t.scale for own in found for t in own.targets} == {4.0}
+
+
+def test_directions_are_compared_at_one_scale() -> None:
+    """Red: no (64, 1), which leaves figure 4 without its pair."""
+    found = members(directions.config)
+    pairs = {(m.config.lora.rank, m.config.seed) for m in found}
+    assert pairs == {(4, 0), (8, 0), (8, 1), (64, 0), (64, 1)}
+    assert {m.config.lora.alpha / m.config.lora.rank for m in found} == {2.0}
