@@ -3,10 +3,10 @@
 Command:   python train.py --config configs/paper/directions.py
 Hardware:  2 CPU cores, 3 GB of memory
 
-Ranks 8 and 64 with two seeds for the figures, rank 4 beside 64 for the table, on q and v. A begins at
-random, and what is learned has to outgrow that before its directions are those of A: so there are
-more and larger batches than in the other experiments, a higher learning rate, and the smaller of the
-usual initial values (loralib's).
+Ranks 8 and 64 with two seeds for the figures, rank 4 beside 64 for the table, on q and v. A begins
+at random, and what is learned has to outgrow that before its directions are those of A: so there
+are more and larger batches than in the other experiments, a higher learning rate, and the smaller
+of the usual initial values (loralib's).
 """
 
 import dataclasses
