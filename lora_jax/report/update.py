@@ -141,7 +141,7 @@ class Amplified(NamedTuple):
 
     layout: Layout
     there: tuple[Place, ...]
-    ours: list[analysis.Amplification]
+    ours: list[Any]  # of analysis.Amplification, for one matrix each
 
 
 def amplified(run: pathlib.Path, base: Base) -> Amplified:
