@@ -146,11 +146,12 @@ def _small(matrix: Any, rank: int) -> bool:
 def _krylov(matrix: Any, rank: int, tolerance: float) -> tuple[Array, Any, Array]:
     """Of a float32 matrix: values, an orthonormal basis [n, k], the upper half of basis^T G basis.
 
-    Nearly all of it is G times a block, which XLA does twice as fast as NumPy's OpenBLAS. Blocks of
-    half the rank reach as far with three quarters of the columns that blocks of `rank` need;
-    smaller ones leave the cores idle. Where the basis holds G times a block already, all that is left
-    is rounding, perhaps along the basis; random noise above it makes that new columns instead, so
-    the basis stays orthonormal and a value is found as often as it occurs.
+    Nearly all of it is G times a block, on JAX's default device: XLA's product with a block is
+    twice as fast as OpenBLAS's. Blocks of half the rank reach as far with three quarters of the
+    columns that blocks of `rank` need; smaller ones leave the cores idle. Where the basis holds G
+    times a block already, all that is left is rounding, perhaps along the basis. Random noise above
+    it makes that new columns: the basis stays orthonormal, and values are found as often as they
+    occur.
     """
     block, limit = max(16, rank // 2), min(matrix.shape)
     every = -(-rank // block) * block
@@ -193,7 +194,7 @@ def _turned(w: Any) -> Any:
 
 
 def _orthonormal(columns: Any) -> Any:
-    """Of the same span, in float32, by way of their Gram matrix: LAPACK's QR uses no cache."""
+    """Of the same span, in float32, by products: the threads of a thin QR wait for one another."""
     columns = columns.astype(np.float64)
     squares, turn = np.linalg.eigh(columns.T @ columns)
     least = max(1e-15 * squares[-1], np.finfo(np.float64).tiny)
