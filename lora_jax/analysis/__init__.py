@@ -9,7 +9,8 @@ start    = principal(layout, params)             factors from W's own top direct
 All of it runs on the host in float64, on numbers of the adapters' own size: the singular values of
 `a b` are those of a [rank, rank] matrix (see `lora_jax.analysis.matrices`). Stacked layers and
 experts are done as a batch, and every result carries their axes first. Only what is asked of W
-itself, or of a full update, reads a matrix of the size of W, one at a time.
+itself, or of a full update, reads a matrix of the size of W, one at a time; W's largest directions
+are sought on JAX's default device, in float32.
 """
 
 from lora_jax.analysis.amplify import Amplification as Amplification

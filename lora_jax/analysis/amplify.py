@@ -51,7 +51,8 @@ def amplification(
     Returns:
       `{path: Amplification}`. Directions of the update that do not exist (singular values lost in
       rounding) count as nothing. Where min(in, out) is above 1,024, products with W are float32 and
-      `along_weight` is iterated until it moves by less than 1e-3 of itself.
+      `along_weight` is iterated, to 1e-3 of itself or so: see
+      `lora_jax.analysis.matrices.top_svd`.
 
     Raises:
       LoraError: the layout does not fit the parameters or the adapters, or a rank out of range.
@@ -91,7 +92,7 @@ def _of_target(target: Target, weight: Any, found: Svd, rank: int) -> Amplificat
         left, right = found.left[at][:, :rank][:, keep], found.right[at][:, :rank][:, keep]
         norm[at] = np.linalg.norm(w)
         along[at] = np.linalg.norm(left.T @ (w @ right.astype(w.dtype)))
-        own[at] = np.linalg.norm(matrices.top_svd(w, rank).values)
+        own[at] = np.linalg.norm(matrices.top_values(w, rank))
     update = np.linalg.norm(found.values, axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = update / along

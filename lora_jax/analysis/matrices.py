@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -104,41 +105,97 @@ EXACT = 1024  # up to this min(m, n) LAPACK takes a second at most, in float64
 
 def wide(matrix: Any) -> Any:
     """One [m, n] matrix of any dtype as it is computed with: float64, or float32 beyond `EXACT`."""
-    return matrix.astype(np.float64 if min(matrix.shape) <= EXACT else np.float32)
+    dtype = np.float64 if min(matrix.shape) <= EXACT else np.float32
+    return matrix.astype(dtype, copy=False)
+
+
+def top_values(matrix: Any, rank: int, tolerance: float = 1e-3) -> Array:
+    """The `rank` largest singular values of one [m, n] matrix; see `top_svd`."""
+    if _small(matrix, rank):
+        return np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[:rank]
+    return _krylov(wide(matrix), rank, tolerance)[0]
 
 
 def top_svd(matrix: Any, rank: int, tolerance: float = 1e-3) -> Svd:
-    """The `rank` largest singular values of one [m, n] matrix, and their vectors.
+    """The same with their vectors.
 
     Up to min(m, n) = 1024 that is LAPACK's. Beyond it they are sought in a block Krylov space,
 
-        span(Q, G Q, G^2 Q, ...)        G = matrix^T matrix, Q random [n, rank + 8]
+        span(Q, G Q, G^2 Q, ...)        G = matrix^T matrix, Q random
 
-    which grows until the norm of the values found moves by less than `tolerance` of itself (Musco
-    and Musco, 2015). They come from below. A spectrum that falls is found at once; a Gaussian
-    matrix, whose values lie close together, is the worst case.
+    which grows until `rank` more columns move the norm of the values found by less than `tolerance`
+    of itself (Musco and Musco, 2015). They come from below, and their error is the square of the
+    vectors'. A spectrum that falls is found at once; a Gaussian matrix, whose values lie close
+    together, is the worst case.
     """
-    block, limit = rank + 8, min(matrix.shape)
-    if limit <= max(EXACT, 2 * block):
+    if _small(matrix, rank):
         found = svd(matrix.astype(np.float64))
         return Svd(found.left[:, :rank], found.values[:rank], found.right[:, :rank])
-    matrix = matrix.astype(np.float32)
-    new: Any = np.random.default_rng(0).standard_normal((matrix.shape[1], block), np.float32)
-    basis: Any = np.zeros((matrix.shape[1], 0), np.float32)
-    image: Any = np.zeros((matrix.shape[0], 0), np.float32)  # matrix @ basis
-    before = 0.0
-    while True:
-        for _ in range(2):  # once leaves rounding along the basis, twice does not
-            new = new - basis @ (basis.T @ new)
-        basis = np.concatenate([basis, np.linalg.qr(new)[0]], axis=1)
-        image = np.concatenate([image, matrix @ basis[:, -block:]], axis=1)
-        squares, vectors = np.linalg.eigh((image.T @ image).astype(np.float64))
-        values = np.sqrt(np.maximum(squares[::-1][:rank], 0))
-        norm = float(np.linalg.norm(values))
-        if norm - before <= tolerance * norm or basis.shape[1] + block > limit:
-            break
-        before, new = norm, matrix.T @ image[:, -block:]
-    top = vectors[:, ::-1][:, :rank]
-    left = np.linalg.qr(image @ top)
+    matrix = wide(matrix)
+    values, basis, gram = _krylov(matrix, rank, tolerance)
+    right = basis @ np.linalg.eigh(gram, UPLO="U")[1][:, ::-1][:, :rank]
+    left = np.linalg.qr(matrix @ right.astype(np.float32))
     signs = np.where(np.diagonal(left.R) < 0, -1.0, 1.0)
-    return Svd(left.Q * signs, values, basis @ top)
+    return Svd(left.Q * signs, values, right)
+
+
+def _small(matrix: Any, rank: int) -> bool:
+    return min(matrix.shape) <= max(EXACT, 2 * (rank + 8))
+
+
+def _krylov(matrix: Any, rank: int, tolerance: float) -> tuple[Array, Any, Array]:
+    """Of a float32 matrix: values, an orthonormal basis [n, k], the upper half of basis^T G basis.
+
+    Nearly all of it is G times a block, on JAX's default device: XLA's product with a block is
+    twice as fast as OpenBLAS's. Blocks of half the rank reach as far with three quarters of the
+    columns that blocks of `rank` need; smaller ones leave the cores idle. Where the basis holds G
+    times a block already, all that is left is rounding, perhaps along the basis. Random noise above
+    it makes that new columns: the basis stays orthonormal, and values are found as often as they
+    occur.
+    """
+    block, limit = max(16, rank // 2), min(matrix.shape)
+    every = -(-rank // block) * block
+    pair = jnp.asarray(matrix), jnp.asarray(_turned(matrix))
+    basis: Any = np.empty((limit, matrix.shape[1]), np.float32).T  # memory is taken when written
+    gram = np.zeros((limit, limit))
+    rng = np.random.default_rng(0)
+    new: Any = _orthonormal(rng.standard_normal((matrix.shape[1], block), np.float32))
+    size, before = 0, 0.0
+    while True:
+        basis[:, size : size + block] = new
+        size += block
+        held, new = basis[:, :size], np.asarray(_squared(*pair, new))
+        along = held.T @ new
+        gram[:size, size - block : size] = along
+        full = size + block > limit
+        if size % every == 0 or full:
+            squares = np.linalg.eigvalsh(gram[:size, :size], UPLO="U")[::-1][:rank]
+            norm = float(np.sqrt(np.maximum(squares, 0).sum()))
+            if full or norm - before <= tolerance * norm:
+                return np.sqrt(np.maximum(squares, 0)), held, gram[:size, :size]
+            before = norm
+        least = 1e-6 * max(float(np.abs(new).max()), 1e-30)
+        noise = least * rng.standard_normal(new.shape, np.float32)
+        new = _orthonormal(new - held @ along + noise)
+        new = _orthonormal(new - held @ (held.T @ new))  # once leaves rounding along the basis
+
+
+@jax.jit
+def _squared(w: jax.Array, turned: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.matmul(turned, jnp.matmul(w, x, precision="highest"), precision="highest")
+
+
+def _turned(w: Any) -> Any:
+    """A copy of w^T by strips that stay in the cache, in half the time of NumPy's."""
+    out = np.empty(w.shape[::-1], w.dtype)
+    for i in range(0, len(w), 64):
+        out[:, i : i + 64] = w[i : i + 64].T
+    return out
+
+
+def _orthonormal(columns: Any) -> Any:
+    """Of the same span, in float32, by products: the threads of a thin QR wait for one another."""
+    columns = columns.astype(np.float64)
+    squares, turn = np.linalg.eigh(columns.T @ columns)
+    least = max(1e-15 * squares[-1], np.finfo(np.float64).tiny)
+    return (columns @ (turn / np.sqrt(np.maximum(squares, least)))).astype(np.float32)

@@ -217,6 +217,35 @@ def test_iterated_directions_are_those_of_lapack(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(found.values, exact.values[:6], rtol=1e-3)
 
 
+def test_iterated_values_of_a_slow_spectrum() -> None:
+    """Gaussian of 1536, no gap: the norm is 1.8e-4 too low for r=64, 3.9e-4 for r=8.
+
+    Red: a tolerance of 1e-2; a check after every block, which is half of `rank` columns.
+    """
+    matrix = np.random.default_rng(4).standard_normal((1536, 1536), np.float32)
+    exact = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    for rank in (64, 8):
+        found = analysis.matrices.top_values(matrix, rank)
+        error = 1 - np.linalg.norm(found) / np.linalg.norm(exact[:rank])
+        assert 0 < error < 4.2e-4
+
+
+def test_iterated_directions_where_the_space_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red: no noise, and the basis repeats columns: `ones` has a value twice its own."""
+    monkeypatch.setattr(analysis.matrices, "EXACT", 16)
+    rng = np.random.default_rng(5)
+    q = np.linalg.qr(rng.standard_normal((300, 200)))[0]
+    steep = q * 0.5 ** np.arange(200) @ np.linalg.qr(rng.standard_normal((200, 200)))[0]
+    for matrix in (np.ones((300, 200)), np.eye(300, 200), q, steep, np.zeros((300, 200))):
+        for rank in (6, 40):
+            exact, found = np.linalg.svd(matrix)[1], analysis.matrices.top_svd(matrix, rank)
+            norms = np.linalg.norm(found.values), np.linalg.norm(exact[:rank])
+            np.testing.assert_allclose(*norms, rtol=1e-5)
+            np.testing.assert_allclose(found.values, exact[:rank], atol=2e-3 * exact[0])
+            np.testing.assert_allclose(found.right.T @ found.right, np.eye(rank), atol=1e-5)
+            np.testing.assert_allclose(found.values, analysis.matrices.top_values(matrix, rank))
+
+
 @pytest.mark.parametrize("rank", [None, 1, 4])
 def test_extract_is_as_near_as_any_adapter(rank: int | None) -> None:
     """Red: the scale applied twice; slices in another order; the square of the norm."""
