@@ -19,16 +19,19 @@ import dataclasses
 
 from configs.paper import methods
 from lora_jax.training.group.sweep import SweepConfig
+from lora_jax.training.text import TextConfig
 
 EXAMPLES = (100, 1_000, None)
 
 
 def _sweep(same: SweepConfig) -> SweepConfig:
     """That method on each number of examples."""
-    rate = methods.LEARNING_RATES[same.base.method.name][1]
+    text = same.base
+    assert isinstance(text, TextConfig)
+    rate = methods.LEARNING_RATES[text.method.name][1]
     base = dataclasses.replace(
-        same.base,
-        optimizer=dataclasses.replace(same.base.optimizer, learning_rate=rate),
+        text,
+        optimizer=dataclasses.replace(text.optimizer, learning_rate=rate),
         steps=300,
         evaluate_every=50,
     )
