@@ -1,45 +1,24 @@
-"""The set-ups that all benchmarks share: two published model shapes, their losses, and timing.
+"""The set-ups that all benchmarks share: the losses of two published model shapes, and tables.
 
 Weights are random: neither FLOPs nor time depends on their values. Layers are unrolled, because
 XLA's `cost_analysis` counts the body of a scan once.
 """
 
 import dataclasses
-import os
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
 
 import lora_jax
 from lora_jax import models
-
-MINILM = models.BertConfig(
-    vocab_size=30_522,
-    hidden_size=384,
-    num_layers=6,
-    num_heads=12,
-    mlp_size=1536,
-    max_positions=512,
-)
-SMOLLM2 = models.LlamaConfig(
-    vocab_size=49_152,
-    hidden_size=576,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    mlp_size=1536,
-    max_positions=2048,
-    rope_theta=100_000.0,
-)
+from lora_jax.paper.measured import hardware as hardware
+from lora_jax.paper.measured import interleaved as interleaved
+from lora_jax.paper.shapes import MINILM as MINILM
+from lora_jax.paper.shapes import SMOLLM2 as SMOLLM2
+from lora_jax.paper.shapes import normal as normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +107,6 @@ def smollm2(rows: int = 8, length: int = 48, config: models.LlamaConfig = SMOLLM
 SETUPS: dict[str, Callable[..., Setup]] = {"minilm": minilm, "smollm2": smollm2}
 
 
-def normal(shapes: Any, seed: int) -> Any:
-    """Arrays of these shapes, N(0, 0.02^2)."""
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [
-        0.02 * jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, drawn)
-
-
 def full_gradient(setup: Setup) -> Callable[..., Any]:
     """(params, batch) -> loss and its gradient with respect to every parameter."""
     return jax.value_and_grad(setup.loss)
@@ -157,36 +126,6 @@ def adapter_shapes(layout: lora_jax.Layout) -> Any:
 def adapters(layout: lora_jax.Layout) -> Any:
     """Random adapters with a random b as well: that of the first step, zeros, is no usual one."""
     return normal(adapter_shapes(layout), seed=1)
-
-
-def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each run; every repeat runs all of them, so a busy moment hits all."""
-    for run in runs.values():
-        jax.block_until_ready(run())
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) for name, s in seconds.items()}
-
-
-def hardware(*more: str) -> str:
-    """One line: processor, cores that this process may use, and versions."""
-    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    versions = [f"Python {platform.python_version()}", f"JAX {jax.__version__}"]
-    versions += [f"Flax {flax.__version__}", *more]
-    return f"{_processor()}, {usable} cores, {jax.default_backend()}; {', '.join(versions)}"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            models_named = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    except OSError:
-        models_named = []
-    return models_named[0] if models_named else platform.processor() or platform.machine()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -5,6 +5,9 @@
     published     the paper's own numbers
     settings      runs that differ in the seed alone, as one line of a table
     latency, benefits   what is measured rather than trained
+    forward, trained    the programs that they measure
+    measured    on what machine, in turns, and kept as JSON
+    shapes      published models with random weights
     sections      what the report says of each question
 
 `configs/paper` holds the runs themselves, which `train.py` trains.

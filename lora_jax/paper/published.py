@@ -157,6 +157,9 @@ LATENCY: dict[tuple[int, int], dict[str, Latency]] = {
     },
 }
 
+# Table 1's |Θ|: millions of numbers that the adapter layers of either kind have in that column.
+LATENCY_MILLIONS: dict[tuple[int, int], float] = {(32, 512): 0.5, (16, 256): 11.0, (1, 128): 11.0}
+
 
 class Benefit(NamedTuple):
     """Section 4.2, "Practical benefits": GPT-3 175B, full fine-tuning and LoRA (r = 4, q and v)."""
