@@ -106,7 +106,8 @@ def tasks(folder: pathlib.Path) -> Sequence[Task]:
 
 
 def sections(folder: pathlib.Path) -> Sequence[Section]:
-    """What the report says of the runs in the folder, as far as they have finished.
+    """What the report says of the runs in the folder, as far as they have finished; nothing where
+    there are none.
 
     Raises:
       LoraError: what a run has left cannot be read.
@@ -117,7 +118,7 @@ def sections(folder: pathlib.Path) -> Sequence[Section]:
     blocks: list[Block] = []
     if found:
         blocks = [*_results(found), *_differences(found), _rates(found)]
-    return (Section("LoRA and the methods beside it", (*blocks, *notes)),)
+    return (Section("LoRA and the methods beside it", (*blocks, *notes)),) if runs else ()
 
 
 def tuned(runs: sweeps.Runs) -> list[Tuned]:

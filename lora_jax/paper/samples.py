@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure as Drawing
-
-from lora_jax.paper import published, settings, sweeps
+from lora_jax.paper import charts, published, settings, sweeps
 from lora_jax.paper.experiments import Task
 from lora_jax.paper.settings import Setting
-from lora_jax.report import digits, ink
+from lora_jax.report import digits
 from lora_jax.report.document import Block, Figure, Panel, Section, Table
 from lora_jax.training.group import names
 
@@ -19,9 +16,6 @@ METHODS = ("full", "prefix_embedding", "prefix_layer", "lora")
 FILE = "configs/paper/samples.py"
 ALL = 10_289  # rows of the training split of the reviews, for the axis
 _RATE, _LIMIT = "optimizer.learning_rate", "data.train_limit"
-_APART = 1.06  # the factor by which the bars of methods are moved apart
-_MARKERS = "osD^v"
-_COLOURS = ("#3f78b5", "#c79a2b", "#4f9d69", "#c8553d", "#8a63b5")  # readable on light and dark
 
 Limits = dict[int | None, Setting]  # training examples, None: all
 Found = dict[str, Limits]  # by the methods' names
@@ -33,7 +27,8 @@ def tasks(folder: pathlib.Path) -> Sequence[Task]:
 
 
 def sections(folder: pathlib.Path) -> Sequence[Section]:
-    """What the report says of the runs in the folder, as far as they have finished.
+    """What the report says of the runs in the folder, as far as they have finished; nothing where
+    there are none.
 
     Raises:
       LoraError: what a run has left cannot be read.
@@ -42,7 +37,7 @@ def sections(folder: pathlib.Path) -> Sequence[Section]:
     notes = sweeps.notes(tasks(folder), runs)
     found = by_limit(runs)
     blocks: list[Block] = [*_results(found)] if found else []
-    return (Section("Few examples and many", (*blocks, *notes)),)
+    return (Section("Few examples and many", (*blocks, *notes)),) if runs else ()
 
 
 def by_limit(runs: sweeps.Runs) -> Found:
@@ -87,7 +82,7 @@ def _results(found: Found) -> list[Block]:
         ("method", "learning rate"),
         next((i for i, method in enumerate(found) if method == "lora"), None),
     )
-    return [table, Figure(_CAPTION, (Panel("samples", _said(found), draw(found)),))]
+    return [table, Figure(_CAPTION, (_panel(found),))]
 
 
 _CAPTION = (
@@ -96,37 +91,18 @@ _CAPTION = (
 )
 
 
-def _said(found: Found) -> str:
-    lines = []
-    for method, own in found.items():
-        points = [f"{_count(x):,}: {100 * one.mean('test'):.1f}" for x, one in own.items()]
-        lines.append(f"{method} {', '.join(points)}")
-    return f"Test accuracy in per cent by training examples: {'; '.join(lines)}"
-
-
-def draw(found: Found) -> Drawing:
-    """A line for each method over the examples, the spreads as bars."""
-    counts = sorted({_count(limit) for own in found.values() for limit in own})
-    with ink.style():
-        figure, axis = ink.new(4.6, 3.8)
-        for number, (method, own) in enumerate(found.items()):
-            shift = _APART ** (number - (len(found) - 1) / 2)
-            spreads = [100 * one.spread("test") for one in own.values()]
-            axis.errorbar(
-                [_count(limit) * shift for limit in own],
-                [100 * one.mean("test") for one in own.values()],
-                yerr=[s if math.isfinite(s) else 0.0 for s in spreads],
-                color=_COLOURS[number % len(_COLOURS)],
-                marker=_MARKERS[number % len(_MARKERS)],
-                markersize=5,
-                elinewidth=1.2,
-                capsize=2.5,
-                label=method,
-            )
-        axis.set_xscale("log")
-        axis.set_xticks(counts, [f"{count:,}" for count in counts])
-        axis.minorticks_off()
-        axis.set(xlabel="training examples", ylabel="test accuracy in per cent")
-        axis.grid()
-        figure.legend(loc="outside lower center", ncols=2)
-    return figure
+def _panel(found: Found) -> Panel:
+    """A line for each method."""
+    lines = {
+        method: {_count(x): [100 * v for v in one.scores("test")] for x, one in own.items()}
+        for method, own in found.items()
+    }
+    said = "; ".join(
+        f"{method} {', '.join(f'{x:,}: {settings.mean(v):.1f}' for x, v in line.items())}"
+        for method, line in lines.items()
+    )
+    return Panel(
+        "samples",
+        f"Test accuracy in per cent by training examples: {said}",
+        charts.lines(lines, "training examples", "test accuracy, %", "few examples and many"),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,9 @@ from lora_jax.paper import methods, published, samples, scatter
 from lora_jax.paper.experiments import Task
 from lora_jax.report.document import Figure, Note, Section, Table, Text
 from lora_jax.training.config import to_dict
+from lora_jax.training.group import values
 from lora_jax.training.group.sweep import SweepConfig
+from tests.paper import runs
 
 WIDTH, MLP, LAYERS = 384, 1_536, 6  # of MiniLM
 BUDGET = counts.lora(8, [(WIDTH, WIDTH)] * 2 * LAYERS)
@@ -85,9 +86,9 @@ def test_every_method_has_a_grid_of_nine() -> None:
 def test_methods_differ_in_nothing_but_method_and_rate() -> None:
     bases = []
     for method in methods.METHODS:
-        values = to_dict(sweep(config, method).base)
-        del values["method"]
-        bases.append(values)
+        own = to_dict(sweep(config, method).base)
+        del own["method"]
+        bases.append(own)
     assert all(base == bases[0] for base in bases)
 
 
@@ -142,37 +143,14 @@ def test_commands_name_what_is_there(module: Any, tmp_path: pathlib.Path) -> Non
 # ---- what the sections say of runs
 
 
-def run(folder: pathlib.Path, base: Any, changes: dict[str, Any], scores: Any) -> None:
-    """What a finished run leaves, as far as it is read; without scores one that has not."""
-    values = to_dict(base)
-    for path, value in changes.items():
-        inner = values
-        *heads, last = path.split(".")
-        for head in heads:
-            inner = inner[head]
-        inner[last] = value
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(values))
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 7, "loss": 0.5}) + "\n")
+def run(path: pathlib.Path, base: Any, point: dict[str, Any], scores: Any) -> None:
+    """A run of `base` with some values; without scores one that has not finished."""
+    changed = base
+    for field, value in point.items():
+        changed = values.replaced(changed, field, value)
+    runs.finished(path, to_dict(changed), *(scores or (0.0, 0.0)))
     if scores is None:
-        return
-    after = {s: {"accuracy": v} for s, v in zip(("validation", "test"), scores, strict=True)}
-    numbers = (
-        "skipped_steps base_parameters beside_parameters adapter_file_bytes optimizer_bytes "
-        "full_checkpoint_bytes base_bytes_per_device peak_memory_bytes steps_per_second "
-        "merged_difference compile_seconds total_seconds tokens_per_second"
-    )
-    summary = {
-        **dict.fromkeys(numbers.split(), 1),
-        "steps": values["steps"],
-        "best_step": 50,
-        "adapter_parameters": 1_233,
-        "select": "accuracy",
-        "better": "higher",
-        "before": after,
-        "after": after,
-    }
-    (folder / "summary.json").write_text(json.dumps(summary))
+        (path / "summary.json").unlink()
 
 
 Scores = dict[float, list[tuple[float, float]]]  # learning rate -> (validation, test) of each seed
@@ -223,7 +201,7 @@ def test_validation_picks_the_learning_rate(folder: pathlib.Path) -> None:
     """Red: to pick by test, by the best run, or without the seeds' mean."""
     first, *_ = tables(methods.sections(folder))
     assert first["lora"]["learning rate"] == "2e-3"
-    assert first["lora"]["trained"] == "1,234"
+    assert first["lora"]["trained"] == "8,001"
     assert first["lora"]["seeds"] == "3"
     for split, place in {"validation": 0, "test": 1}.items():
         known = 100 * np.array([one[place] for one in LORA[2e-3]])
@@ -267,12 +245,15 @@ def test_one_seed_has_no_error(folder: pathlib.Path) -> None:
 
 
 def test_what_is_missing_is_said_with_its_command(tmp_path: pathlib.Path) -> None:
+    """Of no run at all the page says it; of some methods the section does."""
     for module in (methods, samples):
-        (section,) = module.sections(tmp_path / "none")
-        (note,) = section.blocks
-        assert isinstance(note, Note)
-        assert all(method in note.text for method in module.METHODS)
-        assert f"python train.py --config {module.FILE}:{module.METHODS[0]} --run-dir" in note.text
+        assert module.sections(tmp_path) == ()
+    group(tmp_path, "lora", LORA)
+    (note,) = texts(methods.sections(tmp_path), Note)
+    first, *others = [method for method in methods.METHODS if method != "lora"]
+    assert f"There are no runs of {first}, {', '.join(others)}." in note
+    command = f"python train.py --config {methods.FILE}:{first} --run-dir {tmp_path / first};"
+    assert command in note
 
 
 def test_unfinished_runs_are_not_counted(tmp_path: pathlib.Path) -> None:
@@ -288,7 +269,7 @@ def test_unfinished_runs_are_not_counted(tmp_path: pathlib.Path) -> None:
     assert every["lora"]["highest"] == "4e-3: 99.0"
     notes = texts(found, Note)
     assert [n.startswith("waiting") for n in notes] == [False, True, True]
-    assert "step 7 of 150" in notes[1]
+    assert "step 1 of 150" in notes[1]
 
 
 def test_samples_are_by_their_number(tmp_path: pathlib.Path) -> None:
