@@ -2,7 +2,7 @@
 
 Command:   python train.py --config configs/paper/samples.py            LoRA
            python train.py --config configs/paper/samples.py:full       and so with every other
-Hardware:  2 CPU cores, 4 GB of memory; `full` 10 GB, and 5 GB of disk
+Hardware:  2 CPU cores, 4 GB of memory; `full` 9 GB, and 5 GB of disk
 Minutes:   TO BE FILLED IN
 
 Three sizes of the training split, three seeds: nine runs for each method, a group of their own. The
@@ -36,7 +36,7 @@ def _sweep(same: SweepConfig) -> SweepConfig:
         evaluate_every=50,
     )
     grid = {"data.train_limit": EXAMPLES, "seed": methods.SEEDS}
-    return SweepConfig(base=base, grid=grid, at_once=same.at_once)
+    return SweepConfig(base=base, grid=grid, memory=same.memory, at_once=same.at_once)
 
 
 config = lora = _sweep(methods.lora)
