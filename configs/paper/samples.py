@@ -1,0 +1,45 @@
+"""How many examples? Four methods on 100, on 1,000 and on all of them (the paper's Table 16).
+
+Command:   python train.py --config configs/paper/samples.py            LoRA
+           python train.py --config configs/paper/samples.py:full       and so with every other
+Hardware:  2 CPU cores, 4 GB of memory; `full` 9 GB, and 5 GB of disk
+Minutes:   TO BE FILLED IN
+
+Three sizes of the training split, three seeds: nine runs for each method, a group of their own. The
+methods and sizes are those of configs/paper/methods.py, each at the middle one of its learning
+rates, whatever the number of examples.
+
+The 100 and the 1,000 examples are the first ones of the split, the same for every seed; the seed
+draws the adapters, the head and the order. All take 300 steps of 8 rows: 23 passes over the 100
+examples, 2.4 over the 1,000, less than a quarter of one over all 10,289. The best of six
+evaluations is kept.
+"""
+
+import dataclasses
+
+from configs.paper import methods
+from lora_jax.training.group.sweep import SweepConfig
+from lora_jax.training.text import TextConfig
+
+EXAMPLES = (100, 1_000, None)
+
+
+def _sweep(same: SweepConfig) -> SweepConfig:
+    """That method on each number of examples."""
+    text = same.base
+    assert isinstance(text, TextConfig)
+    rate = methods.LEARNING_RATES[text.method.name][1]
+    base = dataclasses.replace(
+        text,
+        optimizer=dataclasses.replace(text.optimizer, learning_rate=rate),
+        steps=300,
+        evaluate_every=50,
+    )
+    grid = {"data.train_limit": EXAMPLES, "seed": methods.SEEDS}
+    return SweepConfig(base=base, grid=grid, memory=same.memory, at_once=same.at_once)
+
+
+config = lora = _sweep(methods.lora)
+full = _sweep(methods.full)
+prefix_embedding = _sweep(methods.prefix_embedding)
+prefix_layer = _sweep(methods.prefix_layer)
