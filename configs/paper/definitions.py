@@ -31,9 +31,9 @@ config = SweepConfig(
             smollm2_definitions.config.data, max_length=32, eval_limit=64, test_limit=128
         ),
         optimizer=dataclasses.replace(smollm2_definitions.config.optimizer, learning_rate=2e-3),
-        steps=60,
-        evaluate_every=60,
-        checkpoint_every=30,
+        steps=40,
+        evaluate_every=40,
+        checkpoint_every=40,
     ),
     cases=tuple(
         {"lora.rank": rank, "lora.alpha": 4.0 * rank, "lora.targets": (targets,)}
