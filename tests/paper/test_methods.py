@@ -121,7 +121,7 @@ def test_samples_are_the_same_methods_on_three_sizes() -> None:
         assert found == {(n, seed) for n in (100, 1_000, None) for seed in (0, 1, 2)}
         rates = {m.config.optimizer.learning_rate for m in members}
         assert rates == {sorted(config.LEARNING_RATES[method])[1]}
-        assert {m.config.steps for m in members} == {300}
+        assert {m.config.steps for m in members} == {150}
         same = sweep(config, method).base.method
         assert {m.config.method for m in members} == {same}
     assert set(samples.METHODS) == set(published.SAMPLES)
