@@ -29,7 +29,7 @@ class Cost:
     """What a command took, over all times that it was started.
 
     arguments: what followed `python`.
-    seconds, processor_seconds: from start to end, and of all cores together.
+    seconds, processor_seconds: from start to end, and of all cores together (NaN: not known).
     peak_bytes: the largest resident size.
     machine: processor, cores, versions. finished: whether it came to its end. day: of its end.
     """

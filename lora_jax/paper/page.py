@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from lora_jax.errors import LoraError
 from lora_jax.paper import agreement, costs
 from lora_jax.paper.experiments import Experiment
 from lora_jax.paper.settings import there
+from lora_jax.report import digits
 from lora_jax.report.document import Fact, Note, Report, Section, Table
 from lora_jax.training.summary import in_units
 
@@ -43,7 +45,7 @@ def make(experiments: Sequence[Experiment], runs: pathlib.Path) -> Report:
             Fact(
                 "time",
                 f"{sum(cost.seconds for cost in spent) / 60:,.0f} minutes",
-                f"{sum(cost.processor_seconds for cost in spent) / 60:,.0f} of processor time",
+                "of all commands, one after the other",
             ),
             *agreement.facts(runs),
         ),
@@ -64,12 +66,16 @@ def _costs(experiment: Experiment, runs: pathlib.Path) -> list[costs.Cost]:
     return [cost for task in tasks if (cost := costs.read(task.folder)) is not None]
 
 
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}" if math.isfinite(seconds) else digits.NONE
+
+
 def _how(spent: Sequence[costs.Cost]) -> Section:
     rows = tuple(
         (
             cost.command,
             f"{cost.seconds / 60:.1f}",
-            f"{cost.processor_seconds / 60:.1f}",
+            _minutes(cost.processor_seconds),
             in_units(cost.peak_bytes),
             cost.day,
             cost.machine,
@@ -80,8 +86,8 @@ def _how(spent: Sequence[costs.Cost]) -> Section:
         "How it was run",
         (
             Table(
-                "Every command, with all times that it was started: minutes from start to end, and "
-                "of all cores together.",
+                "Every command, with all times that it was started: minutes from start to end, which "
+                "are more where the machine had other work, and of all cores together.",
                 ("command", "minutes", "processor", "memory", "day", "machine"),
                 rows,
                 ("command", "day", "machine"),
