@@ -6,9 +6,9 @@ import math
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from lora_jax.paper import published
+from lora_jax.paper import methods, published
 from lora_jax.paper.matrices import label
-from lora_jax.paper.settings import Setting, settings, spread, there
+from lora_jax.paper.settings import Setting, settings, there
 from lora_jax.report import digits
 from lora_jax.report.document import Fact, Section, Table, Text
 
@@ -45,14 +45,12 @@ def section(runs: pathlib.Path) -> Section:
 
 def difference(one: Setting, two: Setting, split: str = "test") -> str:
     """One less two, in the unit of their scores, and its standard error."""
-    first, second = one.shown(split), two.shown(split)
-    if not first or not second:
+    found = methods.difference(one.shown(split), two.shown(split))
+    if not math.isfinite(found.value):
         return digits.NONE
-    apart = sum(first) / len(first) - sum(second) / len(second)
-    error = math.sqrt(sum(spread(v) ** 2 / len(v) for v in (first, second)))
     decimals = one.unit.decimals
-    plus = f" ± {error:.{decimals}f}" if math.isfinite(error) else ""
-    return f"{apart:+.{decimals}f}{plus}"
+    plus = f" ± {found.error:.{decimals}f}" if math.isfinite(found.error) else ""
+    return f"{found.value:+.{decimals}f}{plus}"
 
 
 def _matrices(found: Sequence[Setting]) -> Iterator[Row]:

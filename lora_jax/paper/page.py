@@ -86,8 +86,8 @@ def _how(spent: Sequence[costs.Cost]) -> Section:
         "How it was run",
         (
             Table(
-                "Every command, with all times that it was started: minutes from start to end, which "
-                "are more where the machine had other work, and of all cores together.",
+                "Every command, with all times that it was started: minutes from start to end, "
+                "which are more where the machine had other work, and of all cores together.",
                 ("command", "minutes", "processor", "memory", "day", "machine"),
                 rows,
                 ("command", "day", "machine"),

@@ -91,7 +91,7 @@ def test_a_budget_of_a_decoder_is_a_table_of_its_own(written: pathlib.Path) -> N
 
 
 def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
-    """Red: a `+` for the `/ len(v)` in `difference`, or the two exchanged."""
+    """Red: no `/ len(x)` in `difference` of methods.py, or the two exchanged."""
     found = settings(there(folder / "rank"))
     one, two = found[0], found[1]
     first, second = (np.array(x.scores("test")) * 100 for x in (one, two))
