@@ -4,7 +4,7 @@ Command:   python train.py --config configs/paper/definitions.py
 Hardware:  2 CPU cores, 4 GB of memory
 
 Four choices of matrices with 11,520 numbers in every layer (the paper's Table 5), and three ranks
-on q and v (Tables 6 and 18), three seeds each. The scale alpha / rank is 4 throughout. The value
+on q and v (Tables 6 and 18), two seeds each. The scale alpha / rank is 4 throughout. The value
 and key projections of SmolLM2 have a third of the outputs that q has, so q and v of one rank do not
 cost the same.
 """
@@ -39,5 +39,5 @@ config = SweepConfig(
         {"lora.rank": rank, "lora.alpha": 4.0 * rank, "lora.targets": (targets,)}
         for rank, targets in (*CHOICES, *RANKS)
     ),
-    grid={"seed": (0, 1, 2)},
+    grid={"seed": (0, 1)},
 )
