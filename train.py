@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(Console(stderr=True, style="red"), f"error: {processes.name()}{error}")
         return 1
     except processes.Preempted as stopped:
+        console = Console(quiet=not processes.first())  # a group has its own
         say(console, f"SIGTERM: {stopped} is saved: the same command goes on from it.")
         return processes.PREEMPTED
     except KeyboardInterrupt:

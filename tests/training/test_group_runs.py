@@ -129,6 +129,18 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
         same_files(tmp_path / one.name, whole / one.name, one.config.steps)
 
 
+def test_a_group_that_is_preempted_says_so(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Red: the console of a single run in `main` of train.py, which a group does not make."""
+    config = GroupConfig(members=(A,), run_dir=str(tmp_path))
+    monkeypatch.setattr(train.command, "parse", lambda *_: ("group", config, None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes.Preemption, "asked", lambda self, n: n == 2)
+        assert train.main([]) == processes.PREEMPTED
+    assert f"SIGTERM: every member of {tmp_path} is saved" in capsys.readouterr().out
+
+
 def test_a_member_goes_on_alone_and_back(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Its checkpoints are those of a run alone, both ways: group, then alone, then group."""
     with stopped(7):
