@@ -52,10 +52,9 @@ class Machine:
 
 def machine() -> Machine:
     """This one."""
-    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     return Machine(
-        processor=_processor(),
-        cores=usable or 1,
+        processor=processor(),
+        cores=cores(),
         backend=jax.default_backend(),
         device=jax.devices()[0].device_kind,
         python=platform.python_version(),
@@ -69,7 +68,14 @@ def hardware(*more: str) -> str:
     return machine().line(*more)
 
 
-def _processor() -> str:
+def cores() -> int:
+    """That this process may use."""
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    return usable or 1
+
+
+def processor() -> str:
+    """Of the host, by its name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             named = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]

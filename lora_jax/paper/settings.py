@@ -7,11 +7,22 @@ import math
 import pathlib
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_jax.report import digits
 from lora_jax.report.read import Left, is_run, read
 from lora_jax.training.group.rows import flat
+
+
+class Unit(NamedTuple):
+    """How a score is shown: times `factor`, with so many decimals."""
+
+    label: str
+    factor: float
+    decimals: int
+
+
+PER_CENT = Unit("accuracy, %", 100.0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +35,32 @@ class Setting:
     config: dict[str, Any]
     runs: tuple[Left, ...]
 
+    @property
+    def select(self) -> str:
+        """The number that picked the best adapters."""
+        summary = self.runs[0].summary
+        assert summary is not None
+        return str(summary["select"])
+
+    @property
+    def unit(self) -> Unit:
+        """How that number is shown."""
+        return PER_CENT if self.select == "accuracy" else Unit(self.select, 1.0, 3)
+
+    def shown(self, split: str) -> list[float]:
+        """The scores of a split in this unit."""
+        return [self.unit.factor * value for value in self.scores(split)]
+
+    def text(self, split: str) -> str:
+        """Their mean and standard deviation in this unit."""
+        return text(self.scores(split), self.unit.factor, self.unit.decimals)
+
     def scores(self, split: str, name: str | None = None) -> list[float]:
         """A number of the evaluation after training, of each run that has it; None: what picked
         the best adapter."""
         found = []
         for left in self.runs:
-            assert left.summary is not None
-            value = left.after.get(split, {}).get(name or left.summary["select"])
+            value = left.after.get(split, {}).get(name or self.select)
             if value is not None and math.isfinite(value):
                 found.append(float(value))
         return found

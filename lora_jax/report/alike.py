@@ -157,7 +157,9 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
             charts.by_layer(drawn, labels, "φ(1, 1)", (chance, "random"), _tenth(every)),
         )
         blocks.append(Figure(f"{caption}{update.cut(names)}", (panel,)))
-    blocks.append(_counted(there, phis, widest, f"{ones} against {twos}"))
+    updates = analysis.similarity(first, second, of="input")
+    sides = {"A": phis, "ΔW": {place: updates[place.path][place.at] for place in there}}
+    blocks.append(_counted(there, sides, widest, f"{ones} against {twos}"))
     return blocks
 
 
@@ -167,21 +169,27 @@ def _top(phis: dict[Place, Any], there: Sequence[Place], row: int | None, name: 
 
 
 def _counted(
-    there: Sequence[Place], phis: dict[Place, Any], widest: dict[str, int], what: str
+    there: Sequence[Place],
+    sides: dict[str, dict[Place, Any]],
+    widest: dict[str, int],
+    what: str,
 ) -> Table:
     rows = []
     for name in matrices(there):
         own = [place for place in there if place.matrix == name]
-        values = np.array([phis[place][0, 0] for place in own])
-        known = values[np.isfinite(values)]
-        cells = [f"{f(known):.4f}" if known.size else digits.NONE for f in (np.mean, min, max)]
-        shared = f"{(known > _SHARED).sum()} of {len(own)}"
-        rows.append((name, *cells, shared, f"{1 / widest[own[0].path]:.4f}"))
+        for side, phis in sides.items():
+            values = np.array([phis[place][0, 0] for place in own])
+            known = values[np.isfinite(values)]
+            cells = [f"{f(known):.4f}" if known.size else digits.NONE for f in (np.mean, min, max)]
+            shared = f"{(known > _SHARED).sum()} of {len(own)}"
+            rows.append((name, side, *cells, shared, f"{1 / widest[own[0].path]:.4f}"))
     return Table(
-        f"φ(1, 1), {what}, over the layers; random is 1/d.",
-        ("matrix", "mean", "least", "most", f"layers above {_SHARED}", "random"),
+        f"φ(1, 1), {what}, over the layers; random is 1/d. Of A are the directions that the maps "
+        "show; of ΔW those of the update's input side, in the order of what the update does, "
+        "which B has a say in.",
+        ("matrix", "of", "mean", "least", "most", f"layers above {_SHARED}", "random"),
         tuple(rows),
-        ("matrix",),
+        ("matrix", "of"),
     )
 
 

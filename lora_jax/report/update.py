@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,7 +48,7 @@ def sections(run: pathlib.Path, base: Base) -> tuple[Section, ...]:
     there = places(member.layout)
     whose = Text(f"Of adapters/{folder.name} of {run.name}.")
     spectra = Section(_TITLE, (whose, *_spectra(there, found, member.layout)))
-    return spectra, Section("What of W it amplifies", _amplified(run, base, there))
+    return spectra, Section("What of W it amplifies", _amplified(run, base))
 
 
 def _spectra(
@@ -136,13 +136,32 @@ def _grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
     return found
 
 
-def _amplified(run: pathlib.Path, base: Base, there: Sequence[Place]) -> tuple[Block, ...]:
+class Amplified(NamedTuple):
+    """What of W an adapter amplifies: a number of each kind for every matrix, in one order."""
+
+    layout: Layout
+    there: tuple[Place, ...]
+    ours: list[analysis.Amplification]
+
+
+def amplified(run: pathlib.Path, base: Base) -> Amplified:
+    """Of the best adapter in a run directory.
+
+    Raises:
+      screen.USER_ERRORS: the adapter or its base cannot be had.
+    """
+    served = adapters.open_adapters(
+        [str(run)], object, base=base.reference, allow_other_base=base.allow_other
+    )
+    (member,) = served.members
+    found = analysis.amplification(member.layout, served.params, member.adapters)
+    there = places(member.layout)
+    return Amplified(member.layout, there, [_at(found[place.path], place) for place in there])
+
+
+def _amplified(run: pathlib.Path, base: Base) -> tuple[Block, ...]:
     try:
-        served = adapters.open_adapters(
-            [str(run)], object, base=base.reference, allow_other_base=base.allow_other
-        )
-        (member,) = served.members
-        found = analysis.amplification(member.layout, served.params, member.adapters)
+        found = amplified(run, base)
     except screen.USER_ERRORS as error:
         return (
             Note(
@@ -150,12 +169,11 @@ def _amplified(run: pathlib.Path, base: Base, there: Sequence[Place]) -> tuple[B
                 f"without. --base names another, --allow-other-base takes it as it is. {error}"
             ),
         )
-    ours = [_at(found[place.path], place) for place in there]
-    factors = np.array([one.factor for one in ours])
+    factors = np.array([one.factor for one in found.ours])
     known = factors[np.isfinite(factors)]
     middle = digits.column([np.median(known)])[0] if known.size else digits.NONE
     text = f"Median of the factor over {len(factors)} matrices: {middle}; {digits.span(factors)}."
-    return Text(text), *_factors(there, factors), _table7(there, ours, member.layout)
+    return Text(text), *_factors(found.there, factors), table7(found)
 
 
 def _factors(there: Sequence[Place], factors: Any) -> list[Figure]:
@@ -175,11 +193,13 @@ def _factors(there: Sequence[Place], factors: Any) -> list[Figure]:
     return [Figure(f"Amplification factor of each layer.{cut(names)}", (panel,))]
 
 
-def _table7(there: Sequence[Place], ours: Sequence[Any], layout: Layout) -> Table:
+def table7(found: Amplified) -> Table:
+    """All matrices."""
+    there, ours = found.there, found.ours
     columns = [
         [place.label for place in there],
         [place.matrix for place in there],
-        [str(layout[place.path].rank) for place in there],
+        [str(found.layout[place.path].rank) for place in there],
         digits.column(one.weight for one in ours),
         digits.column(one.update for one in ours),
         digits.column(one.along_update for one in ours),

@@ -180,7 +180,7 @@ def test_a_sweep_has_the_best_first(written: Written) -> None:
 
 
 def test_shared_directions_against_matrices_that_are_formed(written: Written) -> None:
-    """Red: `[0, 0]` swapped for `[-1, -1]` in `_counted` of alike.py."""
+    """Red: `[-1, -1]` for `[0, 0]` in `_counted` of alike.py; `of="output"` for "input"."""
     pairs = [("r2", "r4"), ("r4", left.HOSTILE)]
     tables = [t for t in left.page(folder(written, "sweep") / "report.html").tables
               if "random" in t[0] and "mean" in t[0]]  # fmt: skip
@@ -190,13 +190,14 @@ def test_shared_directions_against_matrices_that_are_formed(written: Written) ->
         _, two = lora_jax.restore(written.sweep / names[1] / "adapters/best")
         for row in found[1:]:
             paths = [t.path for t in layout.targets if f"/{row[0]}/" in t.path]
-            tops = [[np.linalg.svd(np.asarray(x[p].a, np.float64))[0][:, 0] for x in (one, two)]
-                    for p in paths]  # fmt: skip
+            formed = {"A": lambda f: f.a, "ΔW": lambda f: np.asarray(f.a) @ np.asarray(f.b)}[row[1]]
+            tops = [[np.linalg.svd(np.asarray(formed(x[p]), np.float64))[0][:, 0]
+                     for x in (one, two)] for p in paths]  # fmt: skip
             phi = [float(u @ v) ** 2 for u, v in tops]
             expected = [np.mean(phi), min(phi), max(phi)]
-            np.testing.assert_allclose(numbers(row[1:4]), expected, atol=6e-4)
-            assert row[4] == f"{sum(p > 0.5 for p in phi)} of 2"
-            assert float(row[5]) == pytest.approx(1 / 16, abs=1e-4)
+            np.testing.assert_allclose(numbers(row[2:5]), expected, atol=6e-4)
+            assert row[5] == f"{sum(p > 0.5 for p in phi)} of 2"
+            assert float(row[6]) == pytest.approx(1 / 16, abs=1e-4)
     text = (folder(written, "sweep") / "report.md").read_text()
     images = [name for _, name in left.Markdown(text).images]
     maps = ["ranks-1", "ranks-2", "ranks-1-zoomed", "ranks-2-zoomed"]

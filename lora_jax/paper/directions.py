@@ -1,0 +1,108 @@
+"""Which directions an update has (figures 3 and 4), and what of W it amplifies (Table 7)."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_jax.paper import published
+from lora_jax.paper.settings import there
+from lora_jax.report import alike, charts, digits, update
+from lora_jax.report.document import Block, Figure, Note, Panel, Section, Table, Text
+from lora_jax.report.places import label, layers, matrices, middle
+from lora_jax.report.read import Left
+from lora_jax.serving import screen
+
+_COMPARED = (8, 64)  # the ranks of figure 3
+_AMPLIFIED = (4, 64)  # those of Table 7
+_GAIN = published.AMPLIFICATION
+
+
+def sections(folder: pathlib.Path, base: update.Base) -> Sequence[Section]:
+    """Of the runs in a folder; none where there is none that has finished."""
+    runs = [left for left in there(folder) if left.summary is not None]
+    if not runs:
+        return ()
+    compared = [left for left in runs if _rank(left) in _COMPARED]
+    return alike.section(compared), Section("What of W it amplifies", tuple(_gains(runs, base)))
+
+
+def _rank(left: Left) -> int:
+    return int(left.config["lora"]["rank"])
+
+
+def _gains(runs: Sequence[Left], base: update.Base) -> list[Block]:
+    found: dict[int, update.Amplified] = {}
+    for rank in _AMPLIFIED:
+        own = [left for left in runs if _rank(left) == rank]
+        try:
+            found |= {rank: update.amplified(own[0].path, base)} if own else {}
+        except screen.USER_ERRORS as error:
+            return [Note(f"This needs the weights of the base, and they cannot be had: {error}")]
+    if not found:
+        return [Note(f"No run of rank {' or '.join(map(str, _AMPLIFIED))} has finished.")]
+    blocks: list[Block] = [
+        Text(
+            "The factor is ‖ΔW‖ over ‖UᵀWV‖, U and V being the top r directions of ΔW: how much "
+            "more of them the update brings than W had. 1 would be doubling what is there."
+        ),
+        _middle(found),
+    ]
+    for rank, one in found.items():
+        blocks += [_factors(rank, one), update.table7(one)]
+    return blocks
+
+
+def _middle(found: dict[int, update.Amplified]) -> Table:
+    """The first matrix of the middle layer, as the paper has it, with its numbers beside."""
+    rows = []
+    for rank, one in found.items():
+        layer = middle(one.there)
+        at = next(i for i, place in enumerate(one.there) if place.layer == layer)
+        ours, paper = one.ours[at], _GAIN[rank]
+        numbers = (
+            ("of ΔW", ours.along_update, paper.along_update),
+            ("of W", ours.along_weight, paper.along_weight),
+            ("random", ours.along_random, paper.along_random),
+            ("‖W‖", ours.weight, paper.weight),
+            ("‖ΔW‖", ours.update, paper.update),
+            ("factor", ours.factor, paper.update / paper.along_update),
+        )
+        place = f"{one.there[at].matrix}, layer {label(layer)}"
+        rows += [
+            (f"r = {rank}", place, name, f"{mine:.4g}", f"{its:.4g}") for name, mine, its in numbers
+        ]
+    return Table(
+        "‖UᵀWV‖ with the directions of ΔW, of W and random ones, and the norms: ours, and W_q of "
+        "the 48th of GPT-3's 96 layers (the paper's Table 7).",
+        ("rank", "matrix", "", "ours", "paper"),
+        tuple(rows),
+        ("rank", "matrix", ""),
+    )
+
+
+def _factors(rank: int, one: update.Amplified) -> Figure:
+    rows, names = layers(one.there), matrices(one.there)
+    lines = {
+        name: [
+            next(
+                (
+                    float(ours.factor)
+                    for place, ours in zip(one.there, one.ours, strict=True)
+                    if place.layer == row and place.matrix == name
+                ),
+                float("nan"),
+            )
+            for row in rows
+        ]
+        for name in names
+    }
+    every = np.array([value for line in lines.values() for value in line])
+    panel = Panel(
+        f"amplification-{rank}",
+        f"Amplification factor by layer at rank {rank}: {digits.span(every)}",
+        charts.by_layer(lines, [label(row) for row in rows], f"amplification factor, r = {rank}"),
+    )
+    return Figure(f"Amplification factor of every layer, rank {rank}.", (panel,))

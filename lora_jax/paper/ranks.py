@@ -1,0 +1,91 @@
+"""Which rank is enough (the paper's Tables 6 and 18)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lora_jax.paper import charts, published
+from lora_jax.paper.matrices import label
+from lora_jax.paper.settings import Setting, matrices
+from lora_jax.report import digits
+from lora_jax.report.document import Block, Figure, Panel, Table
+
+Published = Mapping[tuple[str, ...], Mapping[int, tuple[float, float]]]
+
+
+def blocks(found: Sequence[Setting], name: str) -> list[Block]:
+    """A table and a picture of settings that differ in rank and matrices; none of none.
+
+    Beside accuracies are those of Table 6, beside losses those of Table 18.
+
+    Args:
+      name: of the pictures.
+    """
+    if not found:
+        return []
+    unit = found[0].unit
+    classified = unit.factor != 1.0
+    ordered = sorted(found, key=lambda s: (len(matrices(s)), s.config["lora.rank"]))
+    rows = []
+    for setting in ordered:
+        rank = setting.config["lora.rank"]
+        if classified:
+            paper = published.RANKS.get(matrices(setting), {}).get(rank, ())
+            texts = [f"{value:.1f}" for value in paper] or [digits.NONE] * 2
+        else:
+            loss, bleu = published.GENERATION.get(rank, (None, None))
+            texts = [digits.NONE] * 2 if loss is None else [f"{loss:.2f}", f"{bleu:.1f}"]
+        rows.append(
+            (
+                label(setting),
+                str(rank),
+                f"{setting.trained:,}",
+                setting.text("validation"),
+                setting.text("test"),
+                str(len(setting.runs)),
+                *texts,
+            )
+        )
+    theirs = ("WikiSQL", "MNLI") if classified else ("GPT-2 M loss", "GPT-2 M BLEU")
+    columns = ("matrices", "r", "trained", "validation", "test", "seeds")
+    table = Table(
+        f"{unit.label}, mean ± standard deviation over seeds.",
+        (*columns, *(f"paper: {x}" for x in theirs)),
+        tuple(rows),
+        ("matrices",),
+    )
+    ours: dict[str, dict[int, Sequence[float]]] = {}
+    for setting in ordered:
+        ours.setdefault(label(setting), {})[setting.config["lora.rank"]] = setting.shown("test")
+    paper_lines, what, unit_of_theirs = _theirs(classified)
+    values = [v for line in ours.values() for each in line.values() for v in each]
+    panels = (
+        Panel(
+            f"{name}-ours",
+            f"Test {unit.label} over the rank, a line for each choice of matrices: "
+            + digits.span(values),
+            charts.lines(ours, "rank r", unit.label, "test"),
+        ),
+        Panel(
+            f"{name}-paper",
+            f"{what} over the rank: "
+            + digits.span(
+                v for line in paper_lines.values() for each in line.values() for v in each
+            ),
+            charts.lines(paper_lines, "rank r", unit_of_theirs, what),
+        ),
+    )
+    return [Figure("Over the rank; bars are a standard deviation over seeds.", panels), table]
+
+
+def _theirs(classified: bool) -> tuple[dict[str, dict[int, tuple[float]]], str, str]:
+    """The paper's lines, what they are of, and their unit."""
+    if classified:
+        short = {1: "q", 2: "q+v", 4: "q+k+v+o"}
+        lines = {
+            short[len(names)]: {rank: (value[0],) for rank, value in line.items()}
+            for names, line in published.RANKS.items()
+        }
+        return lines, "the paper: GPT-3, WikiSQL", "accuracy, %"
+    line = {rank: (value[0],) for rank, value in published.GENERATION.items()}
+    return {"validation loss": line}, "the paper: GPT-2 medium, E2E", "loss"
