@@ -201,7 +201,7 @@ def _figure(found: Latencies) -> Figure:
     width = 0.8 / len(methods)
     said = []
     with ink.style():
-        drawing, axis = ink.new(7.2, 3.8)
+        drawing, axis = ink.new()
         for number, method in enumerate(methods):
             places = [
                 x + (number - (len(methods) - 1) / 2) * width for x in range(len(found.shapes))
@@ -212,15 +212,17 @@ def _figure(found: Latencies) -> Figure:
                 places, ours, 0.9 * width, yerr=errors, color=color, ecolor=ink.INK, capsize=2,
                 error_kw={"alpha": 0.6}, label=NAMES[method],
             )  # fmt: skip
-            axis.plot(places, theirs, "D", color=color, markeredgecolor=ink.INK)
+            axis.plot(places, theirs, "D", color=color, markeredgecolor=ink.INK, markersize=5)
             said.append(f"{NAMES[method]} {', '.join(f'{x:+.1f}%' for x in ours)}")
-        axis.plot([], [], "D", color="none", markeredgecolor=ink.INK, label="the paper's")
+        axis.plot(
+            [], [], "D", color="none", markeredgecolor=ink.INK, markersize=5, label="the paper's"
+        )
         axis.axhline(0, color=ink.INK, alpha=0.6, linewidth=0.8)
         shapes = [f"{at.batch} x {at.length}" for at in found.shapes]
         axis.set_xticks(range(len(shapes)), shapes)
         axis.set(xlabel="batch x length", ylabel="time over the base, %")
         axis.grid(axis="y")
-        drawing.legend(loc="outside lower center", ncols=5)
+        drawing.legend(loc="outside lower center", ncols=3)
     text = f"Time over the base at {', '.join(shapes)}: {'; '.join(said)}"
     caption = "Time of one forward pass over the base's, in per cent; diamonds are the paper's."
     return Figure(caption, (Panel("latency", text, drawing),))
