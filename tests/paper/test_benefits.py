@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -55,6 +56,11 @@ def made() -> dict[str, dict[str, Side]]:
         }
 
 
+def fresh(side: Side) -> Side:
+    """With a state that steps may take, and nobody else has."""
+    return side._replace(state=jax.tree.map(jnp.copy, side.state))
+
+
 def on_disk(folder: pathlib.Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -102,7 +108,7 @@ def test_steps_and_checkpoints(
     Red: the first state in place of the newest in `stepping`; `side.frozen` in the export too.
     """
     for side, one in made[name].items():
-        again = one._replace(state=jax.tree.map(jnp.copy, one.state))  # steps take it
+        again = fresh(one)
         take = trained.stepping(again)
         before = jax.tree.map(np.array, again.state.trained)
         take()
@@ -123,12 +129,15 @@ def test_steps_and_checkpoints(
 
 
 def test_the_command(
+    made: dict[str, dict[str, Side]],
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Red: `options.models` not read; `counts["lora"]` for `parameters`."""
     monkeypatch.setattr(benefits, "CASES", TINY)
+    sides = {name: functools.partial(fresh, one) for name, one in made["smollm2"].items()}
+    monkeypatch.setattr(trained, "sides", {TINY["smollm2"]: sides}.__getitem__)
     out = tmp_path / "benefits.json"
     assert benefits.main(["--out", str(out), "--models", "smollm2", "--steps", "3"]) == 0
     found = measured.read(out, Benefits, "")
