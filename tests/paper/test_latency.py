@@ -85,6 +85,8 @@ def test_a_program_is_more_than_where_it_comes_from(programs: dict[str, Any]) ->
     found = [f.lower(np.ones(3, np.float32)).compile() for f in (first, jax.jit(one))]
     assert found[0].as_text() != found[1].as_text()
     assert forward.text(found[0]) == forward.text(found[1])
+    assert "metadata=" in programs[LIN].as_text()
+    assert "metadata=" not in forward.text(programs[LIN])
     module = hlo.parse(forward.text(programs[LIN]))
     assert forward.instructions(programs[LIN]) == sum(map(len, module.computations.values()))
     assert forward.instructions(programs[LIN]) > forward.instructions(programs[BASE]) > 0
