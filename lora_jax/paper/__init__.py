@@ -6,6 +6,7 @@
     settings      runs that differ in the seed alone, as one line of a table
     latency, benefits   what is measured rather than trained
     forward, trained    the programs that they measure
+    latencies   what the first of them keeps, and what the report says of it
     measured    on what machine, in turns, and kept as JSON
     shapes      published models with random weights
     sections      what the report says of each question

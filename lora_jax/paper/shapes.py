@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lora_jax import models
 
@@ -43,9 +45,7 @@ MEDIUM = models.BertConfig(
 
 def normal(shapes: Any, seed: int) -> Any:
     """Arrays of these shapes, N(0, 0.02^2)."""
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [
-        0.02 * jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, drawn)
+    random = np.random.default_rng(seed)  # jax.random would compile a program for each shape
+    return jax.tree.map(
+        lambda s: jnp.asarray(0.02 * random.standard_normal(s.shape, np.float32), s.dtype), shapes
+    )
