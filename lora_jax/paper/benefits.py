@@ -35,7 +35,7 @@ from lora_jax.errors import LoraError
 from lora_jax.paper import measured, tables, trained
 from lora_jax.paper.published import CHECKPOINT, MEMORY, SPEED, Benefit
 from lora_jax.paper.trained import CASES, SIDES, Bytes, Case
-from lora_jax.report.document import Note, Section, Table, Text
+from lora_jax.report.document import Section, Table, Text
 from lora_jax.serving import screen
 from lora_jax.training.summary import in_units
 
@@ -158,7 +158,7 @@ def measure(case: Case, steps: int, console: Console) -> Compared:
 
 
 def sections(folder: pathlib.Path) -> Sequence[Section]:
-    """What benefits.json in `folder` says; a note with the command where there is none.
+    """What benefits.json in `folder` says; nothing where there is none.
 
     Raises:
       LoraError: it is damaged.
@@ -167,7 +167,7 @@ def sections(folder: pathlib.Path) -> Sequence[Section]:
     command = _COMMAND.format(file)
     found = measured.read(file, Benefits, command)
     if found is None:
-        return (Section(_TITLE, (Note(f"Not measured yet: {command}"),)),)
+        return ()
     return (Section(_TITLE, (*_texts(found), _ratios(found), _memory(found))),)
 
 

@@ -13,7 +13,7 @@ from lora_jax.paper import measured
 from lora_jax.paper.forward import BASE, HOULSBY, LIN, MERGED, METHODS, UNMERGED
 from lora_jax.paper.published import LATENCY, Latency
 from lora_jax.report import digits, ink
-from lora_jax.report.document import Figure, Note, Panel, Section, Table, Text
+from lora_jax.report.document import Figure, Panel, Section, Table, Text
 
 FILE = "latency.json"
 NAMES = {
@@ -103,7 +103,7 @@ class Latencies:
 
 
 def sections(folder: pathlib.Path) -> Sequence[Section]:
-    """What latency.json in `folder` says; a note with the command where there is none.
+    """What latency.json in `folder` says; nothing where there is none.
 
     Raises:
       LoraError: it is damaged.
@@ -112,7 +112,7 @@ def sections(folder: pathlib.Path) -> Sequence[Section]:
     command = _COMMAND.format(file)
     found = measured.read(file, Latencies, command)
     if found is None:
-        return (Section(_TITLE, (Note(f"Not measured yet: {command}"),)),)
+        return ()
     return (Section(_TITLE, (*_texts(found), _figure(found), table(found))),)
 
 

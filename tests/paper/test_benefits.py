@@ -20,7 +20,7 @@ from lora_jax.checkpoint import restore_base
 from lora_jax.paper import benefits, measured, trained
 from lora_jax.paper.benefits import Benefits, Compared, Trained
 from lora_jax.paper.trained import CASES, Bytes, Case, Side
-from lora_jax.report import Note, Table
+from lora_jax.report import Table
 
 pytestmark = pytest.mark.standard_promotion  # Optax's schedules
 
@@ -191,13 +191,9 @@ def test_the_tables_are_the_numbers(tmp_path: pathlib.Path) -> None:
     )
 
 
-def test_nothing_measured_is_a_note(tmp_path: pathlib.Path) -> None:
-    """Red: `_COMMAND` without its file."""
-    (section,) = benefits.sections(tmp_path)
-    (note,) = section.blocks
-    assert isinstance(note, Note)
-    file = tmp_path / "benefits.json"
-    assert f"python -m lora_jax.paper.benefits --out {file}" in note.text
+def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
+    """page.py names what is missing. Red: no `if found is None` in `sections`."""
+    assert benefits.sections(tmp_path) == ()
 
 
 @pytest.mark.parametrize(

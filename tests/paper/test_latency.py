@@ -18,7 +18,7 @@ from lora_jax.paper.forward import BASE, HOULSBY, LIN, MERGED, METHODS, UNMERGED
 from lora_jax.paper.latencies import Latencies, Timed, Timings, table
 from lora_jax.paper.published import LATENCY_MILLIONS
 from lora_jax.paper.shapes import MEDIUM
-from lora_jax.report import Figure, Note, Table
+from lora_jax.report import Figure, Table
 from lora_jax.training.plan import hlo
 
 BATCH, LENGTH, D, LAYERS = 2, 8, 128, 2
@@ -214,13 +214,9 @@ def test_what_is_written_is_what_is_read(tmp_path: pathlib.Path) -> None:
     assert "Adapter^L +50.0%" in figure.panels[0].alternative
 
 
-def test_nothing_measured_is_a_note(tmp_path: pathlib.Path) -> None:
-    """Red: `_COMMAND` without its file."""
-    (section,) = latency.sections(tmp_path / "none")
-    (note,) = section.blocks
-    assert isinstance(note, Note)
-    file = tmp_path / "none" / "latency.json"
-    assert f"python -m lora_jax.paper.latency --out {file}" in note.text
+def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
+    """page.py names what is missing. Red: no `if found is None` in `sections`."""
+    assert latency.sections(tmp_path / "none") == ()
 
 
 @pytest.mark.parametrize(
