@@ -59,12 +59,12 @@ def test_ranks_differ_in_nothing_else(layouts: dict[str, lora_jax.Layout]) -> No
     found = [layouts[m.name] for m in members(rank.config) if m.config.seed == 0]
     counts = {(len(own.targets) // 6, own.targets[0].rank) for own in found}
     assert counts == {(n, r) for n in (1, 2, 4) for r in (1, 2, 4, 8, 64)}
-    assert {t.scale for own in found for t in own.targets} == {2.0}
+    assert {t.scale for own in found for t in own.targets} == {2.0, 0.25}
 
 
 def test_every_setting_has_three_seeds() -> None:
-    """66 runs are Tables 5 and 6; nine more are what the paper left open, the MLP."""
-    assert len(members(matrices.config)) + len(members(rank.config)) == 66 + 9
+    """66 runs are Tables 5 and 6; nine more are the MLP, and nine rank 64 with another alpha."""
+    assert len(members(matrices.config)) + len(members(rank.config)) == 66 + 9 + 9
     for config in (matrices.config, rank.config):
         assert {m.config.seed for m in members(config)} == {0, 1, 2}
 
@@ -84,9 +84,9 @@ def test_a_decoder_has_one_budget_over_its_matrices() -> None:
     assert {t.scale for own in found for t in own.targets} == {4.0}
 
 
-def test_directions_are_compared_at_one_scale() -> None:
+def test_directions_are_compared_at_one_alpha() -> None:
     """Red: no (64, 1), which leaves figure 4 without its pair."""
     found = members(directions.config)
     pairs = {(m.config.lora.rank, m.config.seed) for m in found}
     assert pairs == {(4, 0), (8, 0), (8, 1), (64, 0), (64, 1)}
-    assert {m.config.lora.alpha / m.config.lora.rank for m in found} == {2.0}
+    assert {m.config.lora.alpha for m in found if m.config.lora.rank != 4} == {16.0}
