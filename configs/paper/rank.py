@@ -5,8 +5,8 @@ Command:   python train.py --config configs/paper/rank.py
 Hardware:  2 CPU cores, 4 GB of memory
 
 Fifteen settings, three seeds. The scale alpha / rank is 2 throughout. Rank 64 is there a second
-time with the alpha of rank 8, as the paper has one alpha for all ranks: at a scale of 2 its update is
-eight times as strong at the same learning rate.
+time with the alpha of rank 8, as the paper has one alpha for all ranks: at a scale of 2 its update
+is eight times as strong at the same learning rate.
 """
 
 from configs.paper.matrices import ATTENTION

@@ -72,7 +72,9 @@ def _matrices(found: Sequence[Setting]) -> Iterator[Row]:
 
 
 def _ranks(found: Sequence[Setting]) -> Iterator[Row]:
-    ours = {(label(setting), setting.config["lora.rank"]): setting for setting in found}
+    # Of two with one rank the one with the smaller alpha: the paper has one alpha for all ranks.
+    alphas = sorted(found, key=lambda setting: -setting.config["lora.alpha"])
+    ours = {(label(setting), setting.config["lora.rank"]): setting for setting in alphas}
     for one, two in ((1, 8), (64, 8)):
         for name, its in (("q", ("query",)), ("q+v", ("query", "value")), ("q+k+v+o", _ALL)):
             if (name, one) in ours and (name, two) in ours:
@@ -114,7 +116,9 @@ def facts(runs: pathlib.Path) -> list[Fact]:
         found.append(Fact("q and v, test accuracy", f"{ours['q+v'].text('test')} %", note))
     by_rank = {
         setting.config["lora.rank"]: setting
-        for setting in settings(there(runs / "rank"))
+        for setting in sorted(
+            settings(there(runs / "rank")), key=lambda setting: -setting.config["lora.alpha"]
+        )
         if label(setting) == "q+v"
     }
     if 1 in by_rank and 64 in by_rank:

@@ -149,8 +149,8 @@ _MATRICES = (
     "the movie reviews. The paper left the MLP open; here it is beside the others."
 )
 _RANKS = (
-    "MiniLM on the movie reviews, the scale alpha / r the same at every rank, so that a learning "
-    "rate means the same."
+    "MiniLM on the movie reviews. The scale alpha / r is the same at every rank, and rank 64 is "
+    "there a second time with the alpha of rank 8: the paper has one alpha for all ranks."
 )
 _DEFINITIONS = (
     "SmolLM2-135M from a word to its WordNet definition; the score is the loss per token, and less "

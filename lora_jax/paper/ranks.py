@@ -25,7 +25,11 @@ def blocks(found: Sequence[Setting], name: str) -> list[Block]:
         return []
     unit = found[0].unit
     classified = unit.factor != 1.0
-    ordered = sorted(found, key=lambda s: (len(matrices(s)), s.config["lora.rank"]))
+    ordered = sorted(
+        found, key=lambda s: (len(matrices(s)), s.config["lora.rank"], -s.config["lora.alpha"])
+    )
+    scales = [_scale(setting) for setting in ordered]
+    common = max(dict.fromkeys(scales), key=scales.count)
     rows = []
     for setting in ordered:
         rank = setting.config["lora.rank"]
@@ -39,6 +43,7 @@ def blocks(found: Sequence[Setting], name: str) -> list[Block]:
             (
                 label(setting),
                 str(rank),
+                f"{setting.config['lora.alpha']:g}",
                 f"{setting.trained:,}",
                 setting.text("validation"),
                 setting.text("test"),
@@ -47,7 +52,7 @@ def blocks(found: Sequence[Setting], name: str) -> list[Block]:
             )
         )
     theirs = ("WikiSQL", "MNLI") if classified else ("GPT-2 M loss", "GPT-2 M BLEU")
-    columns = ("matrices", "r", "trained", "validation", "test", "seeds")
+    columns = ("matrices", "r", "alpha", "trained", "validation", "test", "seeds")
     table = Table(
         f"{unit.label}, mean ± standard deviation over seeds.",
         (*columns, *(f"paper: {x}" for x in theirs)),
@@ -56,7 +61,9 @@ def blocks(found: Sequence[Setting], name: str) -> list[Block]:
     )
     ours: dict[str, dict[int, Sequence[float]]] = {}
     for setting in ordered:
-        ours.setdefault(label(setting), {})[setting.config["lora.rank"]] = setting.shown("test")
+        other = "" if _scale(setting) == common else f", alpha {setting.config['lora.alpha']:g}"
+        line = ours.setdefault(f"{label(setting)}{other}", {})
+        line[setting.config["lora.rank"]] = setting.shown("test")
     paper_lines, what, unit_of_theirs = _theirs(classified)
     values = [v for line in ours.values() for each in line.values() for v in each]
     panels = (
@@ -76,6 +83,10 @@ def blocks(found: Sequence[Setting], name: str) -> list[Block]:
         ),
     )
     return [Figure("Over the rank; bars are a standard deviation over seeds.", panels), table]
+
+
+def _scale(setting: Setting) -> float:
+    return float(setting.config["lora.alpha"] / setting.config["lora.rank"])
 
 
 def _theirs(classified: bool) -> tuple[dict[str, dict[int, tuple[float]]], str, str]:

@@ -76,8 +76,10 @@ def test_ranks_have_the_papers_beside_them(written: pathlib.Path) -> None:
     found, losses = tables(written, "r", "paper: WikiSQL", "seeds")[-1], tables(
         written, "paper: GPT-2 M loss"
     )[0]  # fmt: skip
-    assert len(found) == 15
-    assert {(row[0], row[1]): row[-2:] for row in found}["q+v", "64"] == ["73.5", "91.4"]
+    assert len(found) == 18
+    paper = {tuple(row[:3]): row[-2:] for row in found}
+    assert paper["q+v", "64", "16"] == paper["q+v", "64", "128"] == ["73.5", "91.4"]
+    assert paper["q", "1", "2"] == ["68.8", "90.7"]
     assert {row[1]: row[-2] for row in losses} == {"1": "1.23", "6": "-", "8": "1.17", "64": "1.16"}
 
 
