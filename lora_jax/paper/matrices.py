@@ -40,7 +40,8 @@ def blocks(found: Sequence[Setting], published: Published, name: str) -> list[Bl
     columns = ("matrices", "r", "trained", "validation", "test", "seeds")
     theirs = ("paper: WikiSQL", "paper: MNLI") if published else ()
     table = Table(
-        f"{unit.label}, mean ± standard deviation over seeds; trained numbers with the head's.",
+        f"Scores are {unit.label}: mean ± standard deviation over seeds. Trained numbers are with "
+        "those of the head.",
         (*columns, *theirs),
         tuple(rows),
         ("matrices",),

@@ -54,7 +54,7 @@ def blocks(found: Sequence[Setting], name: str) -> list[Block]:
     theirs = ("WikiSQL", "MNLI") if classified else ("GPT-2 M loss", "GPT-2 M BLEU")
     columns = ("matrices", "r", "alpha", "trained", "validation", "test", "seeds")
     table = Table(
-        f"{unit.label}, mean ± standard deviation over seeds.",
+        f"Scores are {unit.label}: mean ± standard deviation over seeds.",
         (*columns, *(f"paper: {x}" for x in theirs)),
         tuple(rows),
         ("matrices",),
