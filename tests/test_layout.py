@@ -60,7 +60,7 @@ ARROWS = {
     "predict": {"errors", "models", "serving", "training"},
     "generate": {"errors", "models", "serving"},
     "report": {"", "analysis", "checkpoint", "errors", "layout", "serving", "training"},
-    "paper": {"", "analysis", "baselines", "errors", "models", "report", "serving", "training"},
+    "paper": {"", "baselines", "errors", "models", "report", "serving", "training"},
 }
 # What is no part of the core.
 AROUND = ("models", "baselines", "training", "serving", "predict", "generate", "report", "paper")
