@@ -1,12 +1,24 @@
 """Which matrices and which rank, of a decoder: SmolLM2-135M from a word to its definition.
 
 Command:   python train.py --config configs/paper/definitions.py
-Hardware:  2 CPU cores, 4 GB of memory
+Hardware:  2 CPU cores, 6 GB of memory
+Minutes:   22 of processor time
 
 Four choices of matrices with 11,520 numbers in every layer (the paper's Table 5), and three ranks
 on q and v (Tables 6 and 18), two seeds each. The scale alpha / rank is 4 throughout. The value
 and key projections of SmolLM2 have a third of the outputs that q has, so q and v of one rank do not
 cost the same.
+
+Result: test loss per token, mean and standard deviation of the two seeds; 4.98 before.
+
+    matrices         rank      test
+    q                  10    3.755 ± 0.030
+    v                  15    3.378 ± 0.018
+    q, v                6    3.401 ± 0.017
+    q, k, v, o          3    3.366 ± 0.012
+    q, v                1    3.578 ± 0.010
+    q, v                8    3.399 ± 0.026
+    q, v               64    3.346 ± 0.013
 """
 
 import dataclasses
