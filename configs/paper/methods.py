@@ -3,7 +3,7 @@
 Command:   python train.py --config configs/paper/methods.py            LoRA
            python train.py --config configs/paper/methods.py:bitfit     and so with every other
 Hardware:  2 CPU cores, 4 GB of memory; `full` 9 GB, and 5 GB of disk
-Minutes:   TO BE FILLED IN
+Minutes:   107 of processor time for all: 4 (head) to 21 (full), 8 for LoRA
 
 Eleven methods, each with a grid of three learning rates, three seeds: nine runs each, which are a
 group of their own. The validation split picks the learning rate, the test split says what it is
@@ -23,6 +23,22 @@ that is nearest to it, without the 770 of the new head:
     head                   0
     top_layers     3,548,928   two layers
     full          22,565,376
+
+Result: accuracy in per cent at the learning rate with the best validation accuracy, mean and
+standard deviation of the three seeds; * is the edge of a grid. Trained numbers are with the head's.
+
+    method                trained   learning rate validation      test
+    full               22,566,146   0.0003  *  77.0 ± 0.5    79.6 ± 1.5
+    top_layers          3,549,698   0.0003     75.3 ± 0.8    77.1 ± 0.7
+    bitfit                 26,498   0.003      74.4 ± 1.4    79.4 ± 0.6
+    head                      770   0.03       74.0 ± 0.7    74.1 ± 2.4
+    houlsby                70,730   0.004   *  77.0 ± 0.8    79.3 ± 0.3
+    pfeiffer               72,284   0.004   *  75.9 ± 0.1    78.9 ± 1.0
+    adapter_drop           75,745   0.002      75.5 ± 0.9    77.7 ± 1.8
+    lin                    72,278   0.004   *  75.9 ± 0.8    78.9 ± 0.6
+    prefix_embedding       13,058   0.01    *  72.9 ± 0.2    77.4 ± 0.6
+    prefix_layer           74,498   0.01       73.6 ± 1.1    78.5 ± 1.7
+    lora                   74,498   0.004   *  76.3 ± 0.7    79.6 ± 2.0
 """
 
 import dataclasses
