@@ -2,7 +2,7 @@
 
 Command:   python train.py --config configs/paper/methods.py            LoRA
            python train.py --config configs/paper/methods.py:bitfit     and so with every other
-Hardware:  2 CPU cores, 4 GB of memory; `full` 9 GB, and 5 GB of disk
+Hardware:  2 CPU cores, 4 GB of memory; `full` 12 GB, and 5 GB of disk
 Minutes:   107 of processor time for all: 4 (head) to 21 (full), 8 for LoRA
 
 Eleven methods, each with a grid of three learning rates, three seeds: nine runs each, which are a
