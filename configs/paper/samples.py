@@ -13,6 +13,13 @@ The 100 and the 1,000 examples are the first ones of the split, the same for eve
 draws the adapters, the head and the order. All take 150 steps of 8 rows: 12 passes over the 100
 examples, 1.2 over the 1,000, an eighth of one over all 10,289. The better of two evaluations on 256
 rows is kept.
+
+Result: test accuracy in per cent, mean and standard deviation of the three seeds, at a learning rate
+that was not tuned for 100 examples; what is not there has not been run.
+
+                  100            1,000            all
+    full    74.3 ± 0.3      79.5 ± 1.7
+    lora    71.9 ± 0.1      79.0 ± 1.5     79.1 ± 3.0
 """
 
 import dataclasses
