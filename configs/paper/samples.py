@@ -14,8 +14,8 @@ draws the adapters, the head and the order. All take 150 steps of 8 rows: 12 pas
 examples, 1.2 over the 1,000, an eighth of one over all 10,289. The better of two evaluations on 256
 rows is kept.
 
-Result: test accuracy in per cent, mean and standard deviation of the three seeds, at a learning rate
-that was not tuned for 100 examples; what is not there has not been run.
+Result: test accuracy in per cent, mean and standard deviation of the three seeds, at a learning
+rate that was not tuned for 100 examples; what is not there has not been run.
 
                   100            1,000            all
     full    74.3 ± 0.3      79.5 ± 1.7
