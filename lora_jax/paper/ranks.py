@@ -32,23 +32,16 @@ def blocks(found: Sequence[Setting], name: str) -> list[Block]:
     common = max(dict.fromkeys(scales), key=scales.count)
     rows = []
     for setting in ordered:
-        rank = setting.config["lora.rank"]
-        if classified:
-            paper = published.RANKS.get(matrices(setting), {}).get(rank, ())
-            texts = [f"{value:.1f}" for value in paper] or [digits.NONE] * 2
-        else:
-            loss, bleu = published.GENERATION.get(rank, (None, None))
-            texts = [digits.NONE] * 2 if loss is None else [f"{loss:.2f}", f"{bleu:.1f}"]
         rows.append(
             (
                 label(setting),
-                str(rank),
+                str(setting.config["lora.rank"]),
                 f"{setting.config['lora.alpha']:g}",
                 f"{setting.trained:,}",
                 setting.text("validation"),
                 setting.text("test"),
                 str(len(setting.runs)),
-                *texts,
+                *_paper(setting, classified),
             )
         )
     theirs = ("WikiSQL", "MNLI") if classified else ("GPT-2 M loss", "GPT-2 M BLEU")
@@ -83,6 +76,19 @@ def blocks(found: Sequence[Setting], name: str) -> list[Block]:
         ),
     )
     return [Figure("Over the rank; bars are a standard deviation over seeds.", panels), table]
+
+
+def _paper(setting: Setting, classified: bool) -> list[str]:
+    """The paper's two scores at this rank, and on these matrices."""
+    rank = setting.config["lora.rank"]
+    if classified:
+        found = published.RANKS.get(matrices(setting), {}).get(rank)
+        return [digits.NONE] * 2 if found is None else [f"{value:.1f}" for value in found]
+    loss_and_bleu = published.GENERATION.get(rank)
+    if loss_and_bleu is None:
+        return [digits.NONE] * 2
+    loss, bleu = loss_and_bleu
+    return [f"{loss:.2f}", f"{bleu:.1f}"]
 
 
 def _scale(setting: Setting) -> float:

@@ -244,6 +244,7 @@ def test_the_committed_page_is_drawn(width: int, tmp_path: pathlib.Path) -> None
 @browser.NEEDED
 def test_the_committed_page_asks_for_nothing(tmp_path: pathlib.Path) -> None:
     """Red: `<img src="https://...">` in the page."""
+    assert (COMMITTED / "report.html").is_file()  # a page of the browser's own asks for nothing
     said, asked, _ = browser.opened(COMMITTED / "report.html", tmp_path)
     assert "CONSOLE" not in said
     assert asked == []
