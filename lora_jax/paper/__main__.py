@@ -8,7 +8,8 @@
 Runs go into `runs/paper/EXPERIMENT`. What has finished is not run again, and what was stopped goes
 on where it was. The report is of all that is there: report.html, which needs no other file,
 report.md and the figures, with the paper's numbers beside ours, and every command with its time and
-its machine.
+its machine. Of an experiment that has no runs here, what an earlier report in the same folder says
+is kept.
 
 It is started in a checkout of the repository: it runs `train.py` with `configs/paper`.
 
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_jax.errors import LoraError
-from lora_jax.paper import costs, page, questions
+from lora_jax.paper import answers, costs, page, questions
 from lora_jax.paper.experiments import Experiment
 from lora_jax.report import render
 from lora_jax.report.update import Base
@@ -89,9 +90,28 @@ def run(options: Options, root: pathlib.Path) -> None:
         _check(root)
         for experiment in chosen:
             _train(experiment, runs / experiment.name, root)
-    made = page.make(questions.experiments(base), runs)
     out = runs / "report" if options.out is None else pathlib.Path(options.out).expanduser()
-    screen.say(Console(), str(render.write(made, out)))
+    screen.say(Console(), str(_report(questions.experiments(base), runs, out)))
+
+
+def _report(
+    experiments: Sequence[Experiment], runs: pathlib.Path, out: pathlib.Path
+) -> pathlib.Path:
+    """Write the page of all that there is; its path."""
+    found, kept = answers.gather(experiments, runs, answers.read(out))
+    if not found:
+        raise LoraError(
+            f"{runs.resolve()} holds nothing of any experiment: run `python -m lora_jax.paper` "
+            "first, or name another folder with --runs"
+        )
+    if kept:
+        screen.say(
+            Console(stderr=True),
+            f"no runs of {', '.join(kept)} in {runs}: kept as they are in {out / answers.FILE}",
+        )
+    path = render.write(page.make(experiments, found), out)
+    answers.write(found, out)
+    return path
 
 
 def _check(root: pathlib.Path) -> None:

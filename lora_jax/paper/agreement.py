@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lora_jax.paper import methods, published
+from lora_jax.paper.experiments import Claims, Row
 from lora_jax.paper.matrices import label
 from lora_jax.paper.settings import Setting, settings, there
 from lora_jax.report import digits
 from lora_jax.report.document import Fact, Section, Table, Text
 
-Row = tuple[str, str, str]  # claim, the paper's number, ours
-
 _ALL = ("query", "key", "value", "output")
 
 
-def section(runs: pathlib.Path) -> Section:
-    """As much as can be said of the experiments in the folders of `runs`."""
-    rows = [
-        *_matrices(settings(there(runs / "matrices"))),
-        *_ranks(settings(there(runs / "rank"))),
-        *_examples(settings(there(runs / "samples"))),
-    ]
+def section(rows: Sequence[Row]) -> Section:
+    """The claims of all experiments."""
     return Section(
         "The paper's claims, in numbers",
         (
@@ -53,8 +47,36 @@ def difference(one: Setting, two: Setting, split: str = "test") -> str:
     return f"{found.value:+.{decimals}f}{plus}"
 
 
-def _matrices(found: Sequence[Setting]) -> Iterator[Row]:
-    ours = {label(setting): setting for setting in found}
+def of_matrices(folder: pathlib.Path) -> Claims:
+    """Of Table 5; the fact is on the paper's choice."""
+    ours = {label(setting): setting for setting in settings(there(folder))}
+    facts = []
+    if "q+v" in ours:
+        best = max(ours.values(), key=lambda setting: setting.mean("validation"))
+        note = f"best on validation: {label(best)}, {best.text('test')}"
+        facts.append(Fact("q and v, test accuracy", f"{ours['q+v'].text('test')} %", note))
+    return tuple(_matrices(ours)), facts
+
+
+def of_ranks(folder: pathlib.Path) -> Claims:
+    """Of Table 6; the fact is on the largest rank and the smallest."""
+    # Of two with one rank the one with the smaller alpha: the paper has one alpha for all ranks.
+    found = sorted(settings(there(folder)), key=lambda setting: -setting.config["lora.alpha"])
+    ours = {(label(setting), setting.config["lora.rank"]): setting for setting in found}
+    facts = []
+    if ("q+v", 1) in ours and ("q+v", 64) in ours:
+        apart = difference(ours["q+v", 64], ours["q+v", 1])
+        note = "test accuracy on q and v; the paper's: +0.1 on WikiSQL and on MNLI"
+        facts.append(Fact("rank 64 over rank 1", f"{apart} points", note))
+    return tuple(_ranks(ours)), facts
+
+
+def of_samples(folder: pathlib.Path) -> Claims:
+    """Of Table 16."""
+    return tuple(_examples(settings(there(folder)))), ()
+
+
+def _matrices(ours: Mapping[str, Setting]) -> Iterator[Row]:
     paper = published.MATRICES
     pairs = (
         ("q+v", ("query", "value"), "q", ("query",)),
@@ -71,10 +93,7 @@ def _matrices(found: Sequence[Setting]) -> Iterator[Row]:
             )
 
 
-def _ranks(found: Sequence[Setting]) -> Iterator[Row]:
-    # Of two with one rank the one with the smaller alpha: the paper has one alpha for all ranks.
-    alphas = sorted(found, key=lambda setting: -setting.config["lora.alpha"])
-    ours = {(label(setting), setting.config["lora.rank"]): setting for setting in alphas}
+def _ranks(ours: Mapping[tuple[str, int], Setting]) -> Iterator[Row]:
     for one, two in ((1, 8), (64, 8)):
         for name, its in (("q", ("query",)), ("q+v", ("query", "value")), ("q+k+v+o", _ALL)):
             if (name, one) in ours and (name, two) in ours:
@@ -104,25 +123,3 @@ def _examples(found: Sequence[Setting]) -> Iterator[Row]:
                 f"{its:+.1f} MNLI",
                 difference(ours["lora", limit], ours["full", limit]),
             )
-
-
-def facts(runs: pathlib.Path) -> list[Fact]:
-    """The numbers that one comes for, as far as they are there."""
-    found = []
-    ours = {label(setting): setting for setting in settings(there(runs / "matrices"))}
-    if "q+v" in ours:
-        best = max(ours.values(), key=lambda setting: setting.mean("validation"))
-        note = f"best on validation: {label(best)}, {best.text('test')}"
-        found.append(Fact("q and v, test accuracy", f"{ours['q+v'].text('test')} %", note))
-    by_rank = {
-        setting.config["lora.rank"]: setting
-        for setting in sorted(
-            settings(there(runs / "rank")), key=lambda setting: -setting.config["lora.alpha"]
-        )
-        if label(setting) == "q+v"
-    }
-    if 1 in by_rank and 64 in by_rank:
-        apart = difference(by_rank[64], by_rank[1])
-        note = "test accuracy on q and v; the paper's: +0.1 on WikiSQL and on MNLI"
-        found.append(Fact("rank 64 over rank 1", f"{apart} points", note))
-    return found

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 
@@ -124,13 +125,21 @@ def read(folder: pathlib.Path) -> Cost | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text())
-        return Cost(**{**found, "arguments": tuple(found["arguments"])})
+        return parsed(json.loads(file.read_text()))
     except (ValueError, TypeError, KeyError) as error:
         raise LoraError(
             f"{file} cannot be read: {error}; delete it, and its command is run again: what that "
             "has finished is kept"
         ) from error
+
+
+def parsed(found: Any) -> Cost:
+    """A cost's fields as values of JSON.
+
+    Raises:
+      TypeError, KeyError: they are something else.
+    """
+    return Cost(**{**found, "arguments": tuple(found["arguments"])})
 
 
 def _write(folder: pathlib.Path, cost: Cost) -> None:

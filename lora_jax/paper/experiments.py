@@ -6,7 +6,10 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
-from lora_jax.report.document import Section
+from lora_jax.report.document import Fact, Section
+
+Row = tuple[str, str, str]  # a claim, the paper's number, ours
+Claims = tuple[Sequence[Row], Sequence[Fact]]  # and what of them is for the top of the page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +31,11 @@ class Experiment:
     asks: the question, in a line.
     tasks: folder of the experiment -> its commands, in order.
     sections: folder of the experiment -> what the report says of it, of as much as is there.
+    claims: folder of the experiment -> what the paper claims of it, in numbers.
     """
 
     name: str
     asks: str
     tasks: Callable[[pathlib.Path], Sequence[Task]]
     sections: Callable[[pathlib.Path], Sequence[Section]]
+    claims: Callable[[pathlib.Path], Claims] = lambda folder: ((), ())

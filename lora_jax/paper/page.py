@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Sequence
 
-from lora_jax.errors import LoraError
 from lora_jax.paper import agreement, costs
+from lora_jax.paper.answers import Answers
 from lora_jax.paper.experiments import Experiment
-from lora_jax.paper.settings import there
 from lora_jax.report import digits
 from lora_jax.report.document import Fact, Note, Report, Section, Table
 from lora_jax.training.summary import in_units
 
 
-def make(experiments: Sequence[Experiment], runs: pathlib.Path) -> Report:
-    """Of the folders in `runs`; an experiment of which there is nothing is named in a note.
-
-    Raises:
-      LoraError: there is nothing at all, or what is there cannot be read.
-    """
-    found = {one.name: tuple(one.sections(runs / one.name)) for one in experiments}
-    missing = [one for one in experiments if not found[one.name]]
-    if len(missing) == len(experiments):
-        raise LoraError(
-            f"{runs.resolve()} holds nothing of any experiment: run `python -m lora_jax.paper` "
-            "first, or name another folder with --runs"
-        )
-    members = [left for one in experiments for left in there(runs / one.name)]
-    finished = [left for left in members if left.summary is not None]
-    spent = [cost for one in experiments for cost in _costs(one, runs)]
-    claims = agreement.section(runs)
+def make(experiments: Sequence[Experiment], answers: Answers) -> Report:
+    """Of these answers; an experiment that has none is named in a note."""
+    missing = [one for one in experiments if one.name not in answers]
+    found = [answers[one.name] for one in experiments if one.name in answers]
+    spent = [cost for answer in found for cost in answer.spent]
+    claims = [row for answer in found for row in answer.claims]
     return Report(
         kind="The paper's questions",
         title="LoRA's questions, asked of small models",
@@ -41,17 +28,21 @@ def make(experiments: Sequence[Experiment], runs: pathlib.Path) -> Report:
             "two CPU cores, with the paper's numbers beside ours."
         ),
         facts=(
-            Fact("runs", f"{len(finished):,}", f"in {len(experiments) - len(missing)} experiments"),
+            Fact(
+                "runs",
+                f"{sum(answer.runs for answer in found):,}",
+                f"in {len(found)} experiments",
+            ),
             Fact(
                 "time",
                 f"{sum(cost.seconds for cost in spent) / 60:,.0f} minutes",
                 "of all commands, one after the other",
             ),
-            *agreement.facts(runs),
+            *(fact for answer in found for fact in answer.facts),
         ),
         sections=(
-            claims,
-            *(section for sections in found.values() for section in sections),
+            agreement.section(claims),
+            *(section for answer in found for section in answer.sections),
             _how(spent),
         ),
         notes=tuple(
@@ -59,11 +50,6 @@ def make(experiments: Sequence[Experiment], runs: pathlib.Path) -> Report:
             for one in missing
         ),
     )
-
-
-def _costs(experiment: Experiment, runs: pathlib.Path) -> list[costs.Cost]:
-    tasks = experiment.tasks(runs / experiment.name)
-    return [cost for task in tasks if (cost := costs.read(task.folder)) is not None]
 
 
 def _minutes(seconds: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.paper import (
+    agreement,
     benefits,
     directions,
     latency,
@@ -38,12 +39,14 @@ def experiments(base: Base) -> tuple[Experiment, ...]:
             "Which matrices? Table 5: one budget over q, k, v, o and the MLP",
             _swept("matrices"),
             _section("Which matrices?", _MATRICES, _matrices),
+            agreement.of_matrices,
         ),
         Experiment(
             "rank",
             "Which rank? Tables 6 and 18: r = 1, 2, 4, 8, 64",
             _swept("rank"),
             _section("Which rank?", _RANKS, lambda found: ranks.blocks(found, "ranks")),
+            agreement.of_ranks,
         ),
         Experiment(
             "directions",
@@ -62,6 +65,7 @@ def experiments(base: Base) -> tuple[Experiment, ...]:
             "Table 16: 100, 1,000 and all examples",
             samples.tasks,
             samples.sections,
+            agreement.of_samples,
         ),
         Experiment(
             "definitions",

@@ -8,6 +8,7 @@ place. Letters are drawn as outlines: a page looks the same where it has none of
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import html
 import io
 import re
@@ -36,6 +37,7 @@ _STYLE: Any = {
     "svg.hashsalt": "lora_jax",  # the same report twice is the same file twice
     "text.parse_math": False,  # names are names: a `$` in one begins no formula
 }
+_ON_WHITE = '<svg style="background: white" '
 _NOTHING = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
@@ -51,6 +53,21 @@ def new(width: float = 4.6, height: float = 3.4) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a drawing became: `svg`, an element that stands alone, and `png`, a file's bytes."""
+
+    svg: str
+    png: bytes
+
+
+def drawn(drawing: Figure | Drawn) -> Drawn:
+    """A drawing in both formats."""
+    if isinstance(drawing, Drawn):
+        return drawing
+    return Drawn(svg(drawing), png(drawing))
 
 
 def png(drawing: Figure) -> bytes:
@@ -74,7 +91,12 @@ def svg(drawing: Figure) -> str:
 
 def standalone(element: str) -> str:
     """The SVG of `svg` as a file, dark on white."""
-    return element.replace("<svg ", '<svg style="background: white" ', 1) + "\n"
+    return element.replace("<svg ", _ON_WHITE, 1) + "\n"
+
+
+def element(file: str) -> str:
+    """The SVG of `svg`, from the text of the file that `standalone` made of it."""
+    return file.replace(_ON_WHITE, "<svg ", 1).removesuffix("\n")
 
 
 def inline(element: str, name: str, alternative: str) -> str:

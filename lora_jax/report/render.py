@@ -28,10 +28,10 @@ def write(report: Report, folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     inline: dict[str, str] = {}
     for panel in report.panels:
-        element = ink.svg(panel.drawing)
-        inline[panel.name] = ink.inline(element, panel.name, panel.alternative)
-        _put(folder / f"{panel.name}.svg", ink.standalone(element).encode())
-        _put(folder / f"{panel.name}.png", ink.png(panel.drawing))
+        drawn = ink.drawn(panel.drawing)
+        inline[panel.name] = ink.inline(drawn.svg, panel.name, panel.alternative)
+        _put(folder / f"{panel.name}.svg", ink.standalone(drawn.svg).encode())
+        _put(folder / f"{panel.name}.png", drawn.png)
     _put(folder / MARKDOWN, markdown(report).encode())
     _put(folder / HTML, html(report, inline).encode())
     return folder / HTML

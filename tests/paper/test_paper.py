@@ -11,7 +11,7 @@ import pytest
 
 from configs.paper import definitions, matrices, rank
 from lora_jax.errors import LoraError
-from lora_jax.paper import agreement, costs, page, published, questions
+from lora_jax.paper import agreement, answers, costs, page, published, questions
 from lora_jax.paper.__main__ import main
 from lora_jax.paper.experiments import Task
 from lora_jax.paper.settings import settings, there
@@ -128,7 +128,7 @@ def test_both_formats_hold_the_same(written: pathlib.Path) -> None:
 def test_nothing_at_all_is_an_error(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red: no `if len(missing) == len(experiments)` in page.py."""
+    """Red: no `if not found` in `_report`."""
     assert main(["--report-only", "--runs", str(tmp_path)]) == 1
     assert "holds nothing of any experiment" in " ".join(capsys.readouterr().err.split())
 
@@ -216,7 +216,8 @@ def test_list_says_what_is_done(folder: pathlib.Path, capsys: pytest.CaptureFixt
     costs._write(folder / "rank", cost)
     assert main(["rank", "--list", "--runs", str(folder)]) == 0
     assert "2.0" in capsys.readouterr().out
-    found = page.make(questions.experiments(Base()), folder)
+    experiments = questions.experiments(Base())
+    found = page.make(experiments, answers.gather(experiments, folder, {})[0])
     how = found.sections[-1].blocks[0]
     assert isinstance(how, Table)
     assert how.rows[0][0] == "python train.py"
