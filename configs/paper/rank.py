@@ -2,8 +2,8 @@
 
 Command:   python train.py --config configs/paper/rank.py
            python -m lora_jax.report RUN_DIR     with figures 3 and 4, and Table 7 of the best
-Hardware:  2 CPU cores, 5 GB of memory
-Minutes:   49 of processor time, 40 of them for the first 45 runs
+Hardware:  2 CPU cores, 6 GB of memory
+Minutes:   29 on two cores; 52 of processor time
 
 Fifteen settings, three seeds. The scale alpha / rank is 2 throughout. Rank 64 is there a second
 time with the alpha of rank 8, as the paper has one alpha for all ranks: at a scale of 2 its update
