@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from lora_jax.paper import published
+from lora_jax.paper import published, sweeps
+from lora_jax.paper.experiments import Task
 from lora_jax.paper.settings import there
 from lora_jax.report import alike, charts, digits, update
 from lora_jax.report.document import Block, Figure, Note, Panel, Section, Table, Text
@@ -15,18 +17,48 @@ from lora_jax.report.places import label, layers, matrices, middle
 from lora_jax.report.read import Left
 from lora_jax.serving import screen
 
+FILE = "configs/paper/directions.py"
+MODELS = {"encoder": "MiniLM", "decoder": "SmolLM2"}  # attribute of that file -> its model
 _COMPARED = (8, 64)  # the ranks of figure 3
 _AMPLIFIED = (4, 64)  # those of Table 7
 _GAIN = published.AMPLIFICATION
+_ROWS = (
+    "Runs of one seed are trained on the same rows in the same order, and begin with factors that "
+    "have no more in common than any two random ones; another seed has another order, too."
+)
+
+
+def tasks(folder: pathlib.Path) -> Sequence[Task]:
+    """A group for each model."""
+    return sweeps.tasks(folder, FILE, tuple(MODELS))
 
 
 def sections(folder: pathlib.Path, base: update.Base) -> Sequence[Section]:
-    """Of the runs in a folder; none where there is none that has finished."""
-    runs = [left for left in there(folder) if left.summary is not None]
-    if not runs:
-        return ()
-    compared = [left for left in runs if _rank(left) in _COMPARED]
-    return alike.section(compared), Section("What of W it amplifies", tuple(_gains(runs, base)))
+    """Of the runs in a folder, two for each model; none where there is none that has finished."""
+    found = []
+    for attribute, model in MODELS.items():
+        runs = [left for left in there(folder / attribute) if left.summary is not None]
+        if runs:
+            compared = [left for left in runs if _rank(left) in _COMPARED]
+            shared = alike.section(compared)
+            shared = dataclasses.replace(shared, blocks=(*shared.blocks, Text(_ROWS)))
+            gains = Section("What of W it amplifies", tuple(_gains(runs, base)))
+            found += [_of(one, attribute, model) for one in (shared, gains)]
+    return found
+
+
+def _of(section: Section, attribute: str, model: str) -> Section:
+    """With the model in its title, and pictures of other names than those of other models."""
+    blocks = [
+        Figure(
+            block.caption,
+            tuple(dataclasses.replace(p, name=f"{attribute}-{p.name}") for p in block.panels),
+        )
+        if isinstance(block, Figure)
+        else block
+        for block in section.blocks
+    ]
+    return Section(f"{section.title}: {model}", tuple(blocks))
 
 
 def _rank(left: Left) -> int:

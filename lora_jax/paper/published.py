@@ -1,8 +1,8 @@
 """The numbers of the paper that the report has beside ours.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, version 2. Scores
-are in the paper's units: per cent of accuracy for MNLI, SST-2 and WikiSQL, BLEU for E2E. All numbers
-here were compared with the text of that version.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, version 2, whose
+text all of them were compared with. Scores are in the paper's units: per cent of accuracy for MNLI,
+SST-2 and WikiSQL, BLEU for E2E.
 """
 
 from __future__ import annotations

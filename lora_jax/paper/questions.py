@@ -51,7 +51,7 @@ def experiments(base: Base) -> tuple[Experiment, ...]:
         Experiment(
             "directions",
             "What is in an update? Figures 3 and 4, Table 7",
-            _swept("directions"),
+            directions.tasks,
             lambda folder: directions.sections(folder, base),
         ),
         Experiment(

@@ -112,6 +112,14 @@ class Report:
     sections: tuple[Section, ...]
     notes: tuple[Note, ...] = ()
 
+    def __post_init__(self) -> None:
+        names = [panel.name for panel in self.panels]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise LoraError(
+                f"report {self.title!r}: more than one picture is named {', '.join(twice)}, and "
+                "each needs files of its own"
+            )
+
     @property
     def panels(self) -> tuple[Panel, ...]:
         """Every picture, in order."""

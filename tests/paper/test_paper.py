@@ -11,11 +11,11 @@ import pytest
 
 from configs.paper import definitions, matrices, rank
 from lora_jax.errors import LoraError
-from lora_jax.paper import agreement, answers, costs, page, published, questions
+from lora_jax.paper import agreement, answers, costs, directions, page, published, questions
 from lora_jax.paper.__main__ import main
 from lora_jax.paper.experiments import Task
 from lora_jax.paper.settings import settings, there
-from lora_jax.report.document import Table
+from lora_jax.report.document import Figure, Panel, Report, Section, Table, Text
 from lora_jax.report.update import Base
 from lora_jax.training.config import to_dict
 from tests.paper import runs
@@ -157,6 +157,15 @@ def test_every_sweep_is_a_config_that_is_there() -> None:
         for task in experiment.tasks(pathlib.Path("runs/x")):
             if task.arguments[0] == "train.py":
                 assert (ROOT / task.arguments[2].split(":")[0]).is_file(), task
+
+
+def test_two_models_have_titles_and_pictures_of_their_own() -> None:
+    """Red: `name=p.name` in `_of` of directions.py."""
+    section = Section("Shared", (Figure("maps", (Panel("phi-ranks-1", "a map", None),)), Text("")))
+    found = [directions._of(section, name, model) for name, model in directions.MODELS.items()]
+    assert [one.title for one in found] == ["Shared: MiniLM", "Shared: SmolLM2"]
+    report = Report("", "", "", (), tuple(found))
+    assert [p.name for p in report.panels] == ["encoder-phi-ranks-1", "decoder-phi-ranks-1"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from etils import epath
 
 from lora_jax import LoraError, Target
 from lora_jax.layout import Layout
-from lora_jax.report import Table, charts, ink, render
+from lora_jax.report import Figure, Panel, Report, Section, Table, charts, ink, render
 from lora_jax.report.alike import One, of_ranks, of_seeds
 from lora_jax.report.places import middle, places
 
@@ -93,3 +93,10 @@ def test_tables_of_markdown_are_aligned() -> None:
     ]
     with pytest.raises(LoraError, match="has 1 cells"):
         Table("", ("a", "b"), (("1",),))
+
+
+def test_two_pictures_of_one_name_are_an_error() -> None:
+    """The second would be written over the first. Red: no `__post_init__` of Report."""
+    figure = Figure("", (Panel("phi", "", None),))
+    with pytest.raises(LoraError, match="more than one picture is named phi"):
+        Report("", "", "", (), (Section("a", (figure,)), Section("b", (figure,))))

@@ -86,7 +86,9 @@ def test_a_decoder_has_one_budget_over_its_matrices() -> None:
 
 def test_directions_are_compared_at_one_alpha() -> None:
     """Red: no (64, 1), which leaves figure 4 without its pair."""
-    found = members(directions.config)
-    pairs = {(m.config.lora.rank, m.config.seed) for m in found}
-    assert pairs == {(4, 0), (8, 0), (8, 1), (64, 0), (64, 1)}
-    assert {m.config.lora.alpha for m in found if m.config.lora.rank != 4} == {16.0}
+    both = (directions.encoder, 16.0, {(8, 1)}), (directions.decoder, 32.0, set())
+    for config, alpha, more in both:
+        found = members(config)
+        pairs = {(m.config.lora.rank, m.config.seed) for m in found}
+        assert pairs == {(4, 0), (8, 0), (64, 0), (64, 1)} | more
+        assert {m.config.lora.alpha for m in found if m.config.lora.rank != 4} == {alpha}
