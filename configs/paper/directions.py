@@ -2,8 +2,8 @@
 
 Command:   python train.py --config configs/paper/directions.py            MiniLM, reviews
            python train.py --config configs/paper/directions.py:decoder    SmolLM2, definitions
-Hardware:  2 CPU cores; 3 GB of memory, `decoder` 8 GB
-Minutes:   17 of processor time, `decoder` 18
+Hardware:  2 CPU cores; 3 GB of memory, `decoder` 4 GB
+Minutes:   19 of processor time, `decoder` 18
 
 Ranks 8 and 64 for the figures, with two seeds (of SmolLM2 64 alone), and rank 4 beside 64 for the
 table, on q and v. A begins at random, and what is learned has to outgrow that before its directions
