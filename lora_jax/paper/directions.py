@@ -34,16 +34,21 @@ def tasks(folder: pathlib.Path) -> Sequence[Task]:
 
 
 def sections(folder: pathlib.Path, base: update.Base) -> Sequence[Section]:
-    """Of the runs in a folder, two for each model; none where there is none that has finished."""
-    found = []
+    """Of the runs in a folder, two for each model, and what is not there in the last of them; none
+    where there is none that has finished."""
+    found: list[Section] = []
+    runs = {attribute: list(there(folder / attribute)) for attribute in MODELS}
     for attribute, model in MODELS.items():
-        runs = [left for left in there(folder / attribute) if left.summary is not None]
-        if runs:
-            compared = [left for left in runs if _rank(left) in _COMPARED]
+        finished = [left for left in runs[attribute] if left.summary is not None]
+        if finished:
+            compared = [left for left in finished if _rank(left) in _COMPARED]
             shared = alike.section(compared)
             shared = dataclasses.replace(shared, blocks=(*shared.blocks, Text(_ROWS)))
-            gains = Section("What of W it amplifies", tuple(_gains(runs, base)))
+            gains = Section("What of W it amplifies", tuple(_gains(finished, base)))
             found += [_of(one, attribute, model) for one in (shared, gains)]
+    if found:
+        notes = sweeps.notes(tasks(folder), {name: lefts for name, lefts in runs.items() if lefts})
+        found[-1] = dataclasses.replace(found[-1], blocks=(*found[-1].blocks, *notes))
     return found
 
 

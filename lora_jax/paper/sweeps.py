@@ -1,6 +1,7 @@
-"""Experiments that train a group for each method: their commands, their runs, and what is missing.
+"""Experiments of several groups: their commands, their runs, and what is missing.
 
-The group of a method is in the folder of its name, and an attribute of that name is its config.
+A group, such as that of a method or of a model, is in the folder of its name, and an attribute of
+that name is its config.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from lora_jax.report.document import Note
 from lora_jax.report.read import Left
 
 _NOTES = 4  # of runs that have not finished; more are counted
-Runs = dict[str, list[Left]]  # method -> its runs
+Runs = dict[str, list[Left]]  # name of the group -> its runs
 
 
-def tasks(folder: pathlib.Path, file: str, methods: Sequence[str]) -> list[Task]:
+def tasks(folder: pathlib.Path, file: str, groups: Sequence[str]) -> list[Task]:
     """The commands.
 
     Args:
       file: the config file, below the repository's root.
-      methods: the attributes of it.
+      groups: the attributes of it.
     """
     return [
         Task(
-            folder / method,
-            ("train.py", "--config", f"{file}:{method}", "--run-dir", str(folder / method)),
+            folder / group,
+            ("train.py", "--config", f"{file}:{group}", "--run-dir", str(folder / group)),
         )
-        for method in methods
+        for group in groups
     ]
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from configs.paper import definitions, matrices, rank
+from configs.paper import directions as directions_config
 from lora_jax.errors import LoraError
 from lora_jax.paper import agreement, answers, costs, directions, page, published, questions
 from lora_jax.paper.__main__ import main
 from lora_jax.paper.experiments import Task
 from lora_jax.paper.settings import settings, there
-from lora_jax.report.document import Figure, Panel, Report, Section, Table, Text
+from lora_jax.report.document import Figure, Note, Panel, Report, Section, Table, Text
 from lora_jax.report.update import Base
 from lora_jax.training.config import to_dict
 from tests.paper import runs
@@ -166,6 +167,22 @@ def test_two_models_have_titles_and_pictures_of_their_own() -> None:
     assert [one.title for one in found] == ["Shared: MiniLM", "Shared: SmolLM2"]
     report = Report("", "", "", (), tuple(found))
     assert [p.name for p in report.panels] == ["encoder-phi-ranks-1", "decoder-phi-ranks-1"]
+
+
+def test_a_model_that_has_not_run_is_a_note(tmp_path: pathlib.Path) -> None:
+    """The runs have no adapters, and their sections are notes as well.
+
+    Red: no `sweeps.notes` in `sections` of directions.py.
+    """
+    assert directions.sections(tmp_path, Base()) == []
+    for member in runs.members(directions_config.encoder):
+        runs.finished(tmp_path / "encoder" / member.name, to_dict(member.config), 0.7, 0.7)
+    found = directions.sections(tmp_path, Base())
+    assert [one.title.split(": ")[1] for one in found] == ["MiniLM", "MiniLM"]
+    note = found[-1].blocks[-1]
+    assert isinstance(note, Note)
+    assert "no runs of decoder" in note.text
+    assert "--config configs/paper/directions.py:decoder" in note.text
 
 
 @pytest.fixture
