@@ -1,0 +1,130 @@
+"""What an earlier lora_jax wrote is read, found again and gone on with, for ever.
+
+`v1` was written at commit 12a1ad2 (JAX 0.10.2, Orbax 0.12.8) by the commands in each test. Nothing
+in it is ever made again; a new format gets a folder of its own beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+import train
+from lora_jax import predict
+from lora_jax.checkpoint import restore_about, restore_base
+from lora_jax.report import __main__ as report
+from tests.training import tiny
+
+HERE = pathlib.Path(__file__).parent
+V1 = HERE / "v1"
+SMALL = str(HERE / "small.py")
+RUN, SWEEP = "runs/small-dc24168e", "runs/small-sweep-f748f202"
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """A working directory with a copy of the runs, which reading must not change."""
+    shutil.copytree(V1 / "run_directories", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def arrays(run: pathlib.Path, name: str) -> dict[str, np.ndarray]:
+    """The numbers of an exported adapter, by path."""
+    _, adapters = lora_jax.restore(run / "adapters" / name)
+    flat = {f"{p}/{n}": getattr(f, n) for p, f in adapters.items() for n in ("a", "b")}
+    return {
+        path: np.asarray(x) for path, x in (flat | restore_base(run / "adapters" / name)).items()
+    }
+
+
+def forget_the_end(run: pathlib.Path) -> None:
+    """Make of a finished run one that was stopped after its first checkpoint."""
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "adapters/last")
+    shutil.rmtree(run / "checkpoints/8")
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        # On the machine that wrote them they are the same bits; another CPU rounds otherwise.
+        np.testing.assert_allclose(found[path], value, rtol=2e-5, atol=1e-6, err_msg=path)
+
+
+def test_adapter() -> None:
+    layout, adapters = lora_jax.restore(V1 / "adapter")
+    saved = np.load(V1 / "adapter.npz")
+    for path, factors in adapters.items():
+        for name in ("a", "b"):
+            value = np.asarray(getattr(factors, name).astype(jnp.float32))
+            np.testing.assert_array_equal(value, saved[f"{path}/{name}"])
+    assert adapters["q"].a.dtype == jnp.bfloat16
+    base = restore_base(V1 / "adapter")
+    np.testing.assert_array_equal(base["bias"], saved["base/bias"])
+    assert restore_about(V1 / "adapter") == {"made": "by hand"}
+    assert layout == lora_jax.Layout.from_json((V1 / "layout.json").read_text())
+    assert (layout["layers"].stack, layout["q"].outputs, layout["q"].fold) == ((0,), (1, 2), True)
+    params = {"layers": jnp.ones((3, 4, 4)), "q": jnp.ones((4, 2, 3)), "bias": jnp.zeros(3)}
+    lora_jax.restore(V1 / "adapter", params=params)  # the fingerprint of the base still counts
+    with pytest.raises(lora_jax.LoraError, match="layers"):
+        lora_jax.restore(V1 / "adapter", params={**params, "layers": jnp.zeros((3, 4, 4))})
+
+
+def test_a_finished_run_is_found(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--config", SMALL]) == 0
+    assert f"{RUN} is finished" in capsys.readouterr().out
+    assert [p.name for p in (folder / "runs").glob("small-*")].count("small-dc24168e") == 1
+    assert len(list((folder / "runs").glob("small-*"))) == 2
+
+
+@pytest.mark.standard_promotion
+def test_a_stopped_run_goes_on(folder: pathlib.Path) -> None:
+    expected = arrays(folder / RUN, "last")
+    forget_the_end(folder / RUN)
+    assert train.main(["--config", SMALL]) == 0
+    assert_same(arrays(folder / RUN, "last"), expected)
+    lines = [json.loads(line) for line in (folder / RUN / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "split" not in x] == list(range(1, 9))
+    assert len(list((folder / "runs").glob("small-*"))) == 2
+
+
+@pytest.mark.standard_promotion
+def test_a_stopped_sweep_goes_on(folder: pathlib.Path) -> None:
+    members = [folder / SWEEP / name for name in ("rank=1", "rank=2")]
+    expected = [arrays(member, "last") for member in members]
+    for member in members:
+        forget_the_end(member)
+    assert train.main(["--config", f"{SMALL}:sweep"]) == 0
+    for member, saved in zip(members, expected, strict=True):
+        assert_same(arrays(member, "last"), saved)
+    assert len(list((folder / "runs").glob("small-*"))) == 2
+
+
+def test_a_classifier_predicts(folder: pathlib.Path) -> None:
+    tiny.write_model(folder / "model", tiny.ROBERTA)
+    arguments = ["--file", str(V1 / "texts.jsonl"), "--out", "out.jsonl", "--adapter", "runs/text"]
+    assert predict.main(arguments) == 0
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    wanted = [json.loads(line) for line in (V1 / "predicted.jsonl").read_text().splitlines()]
+    assert [row["prediction"] for row in rows] == [row["prediction"] for row in wanted]
+    for row, other in zip(rows, wanted, strict=True):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5),
+            row["probabilities"],
+            other["probabilities"],
+        )
+
+
+def test_a_report_is_written(folder: pathlib.Path) -> None:
+    tiny.write_model(folder / "model", tiny.ROBERTA)
+    for run in ("runs/text", RUN, SWEEP):
+        assert report.main([run]) == 0
+        assert (folder / run / "report/report.html").is_file()
