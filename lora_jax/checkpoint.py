@@ -5,16 +5,17 @@ core that names Orbax; what else needs it takes `ocp` from here, since its v1 na
 
 Every array and the text beside it carry a hash (`lora_jax.manifest`), checked when they are read:
 a damaged adapter is an error, never other numbers. A folder from a stranger is safe to restore:
-JSON and arrays are read, nothing is unpickled or imported, nothing is written, and a folder that
-points out of itself or declares more than it can hold is refused before anything is allocated.
+JSON and arrays are read, nothing is unpickled or imported, nothing is written. A folder that
+points out of itself, declares more than it can hold, or holds an array that its manifest does not
+list is refused before an array is read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
-import math
 import os
 import pathlib
 import sys
@@ -170,8 +171,16 @@ def check_trained_on(path: Path, ours: Fingerprint, *, allow_other_base: bool = 
     _check_base(folder, manifest, lambda: ours, allow_other_base)
 
 
-def read_manifest(folder: epath.Path, max_bytes: float | None) -> Manifest:
+def read_manifest(folder: epath.Path, max_bytes: float | None, part: str = "arrays") -> Manifest:
     """The manifest of a checkpoint that holds one as "meta"; checked, and no array read.
+
+    Whoever has it may load what it lists: `folder` holds these arrays, as they are declared, and
+    no other.
+
+    Args:
+      folder: of the checkpoint.
+      max_bytes: as for `restore`.
+      part: the only other part of the checkpoint, which holds the arrays.
 
     Raises:
       LoraError, DamagedError: as `restore`.
@@ -179,9 +188,22 @@ def read_manifest(folder: epath.Path, max_bytes: float | None) -> Manifest:
     local = "://" not in str(folder)
     with reading(folder):
         on_disk = manifests.check_folder(pathlib.Path(folder)) if local else None
-        found = manifests.unseal(ocp.load_checkpointables(folder, {"meta": None})["meta"])
+        found = manifests.unseal(_sealed(folder))
         manifests.check_declared(found, on_disk, max_bytes)
+        _check_stored(folder, found, part)
     return found
+
+
+def _sealed(folder: epath.Path) -> Any:
+    """The strings in "meta", from the file that Orbax keeps them in.
+
+    Orbax would load every array that it finds there, whatever its size.
+    """
+    file = folder / "meta" / "_strings.json"
+    if not file.exists():
+        return None
+    manifests.check_json(file, file.stat().length)
+    return json.loads(file.read_text())
 
 
 @contextlib.contextmanager
@@ -338,7 +360,6 @@ def _load(
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with reading(folder):
-        _check_stored(folder, manifest)
         with context:
             loaded = ocp.load_checkpointables(folder, {"arrays": {part: target}})["arrays"][part]
         damaged = manifest.damaged(loaded, f"{part}/")
@@ -347,27 +368,17 @@ def _load(
     return loaded
 
 
-def _check_stored(folder: epath.Path, manifest: Manifest) -> None:
-    """Raise unless the arrays that lie there are those of the manifest, in chunks no larger."""
-    metadata = ocp.checkpointables_metadata(folder).metadata.get("arrays")
-    if metadata is None:
-        raise DamagedError("damaged: the description of its arrays cannot be read")
-    stored = paths.flatten(metadata)
-    for path, entry in manifest.arrays.items():
-        found = stored.get(path)
-        if found is None:
-            raise DamagedError(f"damaged: the array {path} is missing")
-        if (tuple(found.shape), jnp.dtype(found.dtype).name) != (entry.shape, entry.dtype):
-            raise DamagedError(
-                f"damaged: {path} is {found.dtype}{list(found.shape)}, and was saved as "
-                f"{entry.kind}"
-            )
-        chunk = found.storage_metadata.chunk_shape if found.storage_metadata else entry.shape
-        if math.prod(chunk) > max(1, math.prod(entry.shape)):
-            raise LoraError(
-                f"{path} has the shape {list(entry.shape)}, and is stored in chunks of "
-                f"{list(chunk)}; a chunk may not be larger than its array"
-            )
+def _check_stored(folder: epath.Path, manifest: Manifest, part: str) -> None:
+    """Raise unless the parts of `folder` are those, and hold what the manifest lists."""
+    parts = {child.name for child in folder.iterdir() if child.is_dir()}
+    if other := sorted(n for n in parts - {"meta", part} if not n.startswith(".")):
+        raise DamagedError(f"it holds {listed(other)}\nexpected no folder but meta and {part}")
+    found = ocp.checkpointables_metadata(folder).metadata
+    if not isinstance(found["meta"], Mapping) or set(found["meta"]) != manifests.SEALED:
+        raise DamagedError(f"its meta does not hold {sorted(manifests.SEALED)} and nothing else")
+    if part in parts and found[part] is None:
+        raise DamagedError(f"damaged: the description of its {part} cannot be read")
+    manifests.check_stored(manifest, paths.flatten(found.get(part, {})))
 
 
 def _struct(entry: manifests.Entry, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -58,6 +58,8 @@ class Options:
     """The model, in the form of model.reference. None: the one that the adapters name."""
     base_too: bool = False
     """Plain prompts are for the base too, as a comparison."""
+    trust_base: bool = False
+    """Fetch the base that an adapter names, also if it is none that lora_jax knows the sum of."""
     allow_other_base: bool = False
     """Use adapters on another base than they were trained on."""
     max_new_tokens: int = 128
@@ -107,6 +109,7 @@ def run(options: Options, console: Console, aside: Console) -> None:
             options.adapter,
             models.LlamaConfig,
             base=options.base,
+            trust_base=options.trust_base,
             allow_other_base=options.allow_other_base,
         )
         decoder = _decoder(served)
@@ -194,14 +197,15 @@ def _sink(
 def _opening(served: Served, asked: Prompts) -> str:
     names = served.names
     if not names:
-        return "the base alone, no adapter"
+        return f"{served.reference} alone, no adapter"
     each = [
         f"{name}: trained on prompts like {asked.templates[name].text!r}"
         if name in asked.templates
         else name
         for name in names
     ]
-    return f"{len(names)} adapter{'s' * (len(names) > 1)}\n{listed(each, 10)}"
+    many = "s" * (len(names) > 1)
+    return f"{len(names)} adapter{many} on {served.reference}\n{listed(each, 10)}"
 
 
 def _closing(decoder: Decoder, count: int) -> str:

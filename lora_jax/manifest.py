@@ -4,13 +4,15 @@ A manifest lists every array with shape, dtype and content hash (`fingerprint.di
 the notes of whoever saved: JSON values. It is stored as one text beside the SHA-256 of that text,
 so a bit that flips in either is found, as one in an array is found by its hash.
 
-What is read may come from a stranger. Nothing is allocated for an array before `check_folder` and
-`check_declared` have passed, and they refuse, naming what was declared and the limit:
+What is read may come from a stranger. Nothing is allocated for an array before `check_folder`,
+`check_declared` and `check_stored` have passed. They refuse, naming what was declared and the
+limit:
 
     a link that leads out of the folder, and anything that is neither file nor folder;
     a file of JSON above 64 MiB, and more than 100,000 files;
     a path with a segment `..` or `.`, an absolute one, one with a NUL character;
     more than 32 dimensions, a dimension that is no integer or is negative;
+    an array in the folder that the manifest does not list, or that is of another shape or dtype;
     arrays of more bytes in all than `max_bytes`. Where the caller names no other limit that is
     16 GiB, and 1,000 times the bytes on disk or 256 MiB, whichever of these two is more.
 """
@@ -35,9 +37,11 @@ from lora_jax.errors import LoraError, listed
 from lora_jax.fingerprint import digests
 
 FORMAT = 2
+SEALED = {"text", "sha256"}  # the fields of a sealed manifest
 JSON_BYTES = 2**26
 FILES = 100_000
 DIMENSIONS = 32
+KEY_WORDS = 4  # of JAX's largest PRNG key
 MOST_BYTES = 2**34
 ANY_FOLDER = 2**28  # bytes that a folder of any size may declare
 RATIO = 1_000  # bytes declared for each on disk; arrays of zeros compress well
@@ -110,6 +114,8 @@ def unseal(stored: Any) -> Manifest:
     """
     if not isinstance(stored, Mapping) or not isinstance(stored.get("text"), str):
         raise DamagedError("its meta has no manifest: torn, or written by an older lora_jax")
+    if set(stored) != SEALED:
+        raise DamagedError(f"its meta does not hold {sorted(SEALED)} and nothing else")
     text = stored["text"]
     found = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
     if found != stored.get("sha256"):
@@ -173,6 +179,43 @@ def check_declared(manifest: Manifest, on_disk: int | None, max_bytes: float | N
         )
 
 
+def check_stored(manifest: Manifest, stored: Mapping[str, Any]) -> None:
+    """Raise unless what is stored is what the manifest lists, in chunks no larger than its arrays.
+
+    Args:
+      manifest: `check_declared` has passed it.
+      stored: what Orbax says of each array by its path: `shape`, `dtype`, `storage_metadata`.
+
+    Raises:
+      DamagedError: an array too many, one that is missing, one of another shape or dtype.
+      LoraError: a chunk larger than its array.
+    """
+    if extra := [path for path in stored if path not in manifest.arrays]:
+        raise DamagedError(f"it holds arrays that its manifest does not list:\n{listed(extra)}")
+    for path, entry in manifest.arrays.items():
+        if path not in stored:
+            raise DamagedError(f"damaged: the array {path} is missing")
+        _check_array(path, entry, stored[path])
+
+
+def _check_array(path: str, entry: Entry, found: Any) -> None:
+    shape, dtype = tuple(found.shape), jnp.dtype(found.dtype).name
+    if entry.dtype.startswith("key<"):  # a PRNG key is stored as its words, in one more dimension
+        fits = dtype == "uint32" and shape[:-1] == entry.shape and shape[-1] <= KEY_WORDS
+    else:
+        fits = (shape, dtype) == (entry.shape, entry.dtype)
+    if not fits:
+        raise DamagedError(
+            f"damaged: {path} is {found.dtype}{list(shape)}, and was saved as {entry.kind}"
+        )
+    chunk = found.storage_metadata.chunk_shape if found.storage_metadata else shape
+    if math.prod(chunk) > max(1, math.prod(shape)):
+        raise LoraError(
+            f"{path} has the shape {list(shape)}, and is stored in chunks of {list(chunk)}; a "
+            "chunk may not be larger than its array"
+        )
+
+
 def check_folder(folder: pathlib.Path) -> int:
     """The bytes of all files in a local folder.
 
@@ -200,9 +243,15 @@ def _size(file: pathlib.Path) -> int:
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
         raise LoraError(f"{file} is neither a file nor a folder")
-    if found.st_size > JSON_BYTES and file.parent.name != "d":  # Orbax keeps arrays in folders d
-        raise LoraError(f"{file} has {found.st_size:,} bytes; the limit of JSON is {JSON_BYTES:,}")
+    if file.parent.name != "d":  # Orbax keeps arrays in folders d
+        check_json(file, found.st_size)
     return found.st_size
+
+
+def check_json(file: os.PathLike[str], size: int) -> None:
+    """Raise `LoraError` for a file of JSON that is too large to be read."""
+    if size > JSON_BYTES:
+        raise LoraError(f"{file} has {size:,} bytes; the limit of JSON is {JSON_BYTES:,}")
 
 
 def canonical(x: Any) -> jax.Array:

@@ -53,6 +53,8 @@ class Options:
     """Where the predictions go; - is stdout."""
     base: str | None = None
     """The model, in the form of model.reference. None: the one that the adapters name."""
+    trust_base: bool = False
+    """Fetch the base that an adapter names, also if it is none that lora_jax knows the sum of."""
     allow_other_base: bool = False
     """Use adapters on another base than they were trained on."""
     batch_size: int = 64
@@ -86,6 +88,7 @@ def run(options: Options, console: Console) -> None:
         options.adapter,
         models.BertConfig,
         base=options.base,
+        trust_base=options.trust_base,
         allow_other_base=options.allow_other_base,
     )
     classifier = Classifier(served, options.batch_size)
@@ -210,7 +213,7 @@ def _text_of(line: Line, task: Task) -> Text:
 def _opening(served: Served, tasks: Sequence[Task]) -> str:
     kinds = [f"{len(task.labels)} classes" if task.labels else "a number" for task in tasks]
     each = [f"{name}: {kind}" for name, kind in zip(served.names, kinds, strict=True)]
-    return f"{len(each)} adapter{'s' * (len(each) > 1)}\n{listed(each, 10)}"
+    return f"{len(each)} adapter{'s' * (len(each) > 1)} on {served.reference}\n{listed(each, 10)}"
 
 
 def _closing(classifier: Classifier, count: int, seconds: float) -> str:

@@ -282,7 +282,7 @@ def huge_layout(data: Any) -> None:
         (declare("base/x", [[1], "no dtype", "0"]), "no dtype"),
         (declare("base/x", [[1], "O", "0"]), "."),
         (declare("base/x", "row"), "."),
-        (declare("base/x", [[1], "float32", "0"]), "contradict"),
+        (declare("base/x", [[1], "float32", "0"]), "array base/x is missing"),
         (declare("base/../../x", [[1], "float32", "0"]), "lead out of its folder"),
         (declare("/etc/passwd", [[1], "float32", "0"]), "lead out of its folder"),
         (lambda data: data["notes"].update(base=["../../x"]), "contradict"),

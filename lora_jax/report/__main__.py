@@ -48,6 +48,8 @@ class Options:
     """Where the files go. None: RUN_DIR/report."""
     base: str | None = None
     """The model, in the form of model.reference. None: the one that the adapter names."""
+    trust_base: bool = False
+    """Fetch the base that an adapter names, also if it is none that lora_jax knows the sum of."""
     allow_other_base: bool = False
     """Compare with another base than the adapter was trained on."""
 
@@ -77,7 +79,7 @@ def run(options: Options, console: Console) -> None:
         raise LoraError(
             f"{len(given)} run directories are compared in one report: say where it goes, --out DIR"
         )
-    made = make(given, Base(options.base, options.allow_other_base))
+    made = make(given, Base(options.base, options.trust_base, options.allow_other_base))
     for note in notes(made):
         screen.say(console, f"note: {note.text}")
     out = given[0].expanduser() / "report" if options.out is None else pathlib.Path(options.out)

@@ -25,10 +25,12 @@ MOST = 24  # matrices that are drawn: as many as have names one can read
 class Base:
     """Which base adapters are compared with.
 
-    reference: None: the one that they name. allow_other: also if they were trained on another.
+    reference: None: the one that they name. trust: fetch that one, whatever it is. allow_other:
+    also if they were trained on another.
     """
 
     reference: str | None = None
+    trust: bool = False
     allow_other: bool = False
 
 
@@ -151,7 +153,11 @@ def amplified(run: pathlib.Path, base: Base) -> Amplified:
       screen.USER_ERRORS: the adapter or its base cannot be had.
     """
     served = adapters.open_adapters(
-        [str(run)], object, base=base.reference, allow_other_base=base.allow_other
+        [str(run)],
+        object,
+        base=base.reference,
+        trust_base=base.trust,
+        allow_other_base=base.allow_other,
     )
     (member,) = served.members
     found = analysis.amplification(member.layout, served.params, member.adapters)

@@ -1,13 +1,16 @@
 """A base and any number of adapters on it, opened from where training left them.
 
-What is opened may come from a stranger: `lora_jax.checkpoint` reads it as such. But an adapter
-also names its base, and that is then fetched; whoever does not trust it says `base` himself.
+What is opened may come from a stranger: `lora_jax.checkpoint` reads it as such. An adapter also
+names its base. Such a base is opened if it is a path of this machine or a package whose sum
+lora_jax knows (`models.source.is_safe`). Any other is fetched only if the user names it (`base`),
+or says that the adapter is to be believed (`trust_base`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +24,7 @@ Tree = Any  # a pytree
 BASE_NAME = "base"  # who asks for it gets no adapter
 # What all that share a base agree on, and what may be said there.
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
-    "reference": lambda value: isinstance(value, str),
+    "reference": lambda value: isinstance(value, str) and value.isprintable(),
     "scan_layers": lambda value: isinstance(value, bool),
     "dtype": lambda value: value in ("float32", "bfloat16"),
     "param_dtype": lambda value: value in ("float32", "bfloat16"),
@@ -51,12 +54,14 @@ class Member:
 class Served:
     """A base, loaded once, and the adapters on it.
 
+    reference: of the base, as the user or the adapters name it.
     source: the model as it was opened: its tokenizer, its chat template.
     config: the model's configuration, with the settings that the adapters were trained with.
     params: the frozen base: `{"bert": ...}` without a head for an encoder, the whole of a decoder.
     members: the adapters; their places are their ids.
     """
 
+    reference: str
     source: models.Source
     config: Any
     params: Tree
@@ -106,6 +111,7 @@ def open_adapters(
     kind: type[Any],
     *,
     base: str | None = None,
+    trust_base: bool = False,
     allow_other_base: bool = False,
 ) -> Served:
     """The base and the adapters.
@@ -117,23 +123,27 @@ def open_adapters(
       kind: `models.BertConfig` or `models.LlamaConfig`: what the caller can run.
       base: reference of the base (`lora_jax.models.source`). None: what the adapters were trained
         on.
+      trust_base: fetch the base that the adapters name, whatever it is.
       allow_other_base: go on where the base is not the one that an adapter was trained on.
 
     Raises:
       LoraError: a path without an adapter, two adapters with one name, adapters of different
-        bases or settings, a model of another kind, another base.
+        bases or settings, a model of another kind, another base, a base that only the adapters name
+        and that would be fetched.
       models.WeightsError, models.ConfigError, OSError, ...: the base cannot be had.
     """
     members = _members(adapters)
     settings = _settings(members, base)
     reference = settings.pop("reference")
+    if base is None and not trust_base:
+        _check_named(members, reference)
     source = models.open(reference)
     _check_kind(source, kind, reference)
     config = dataclasses.replace(source.config, **settings)
     params = source.load(config)
     params = {"bert": params} if isinstance(config, models.BertConfig) else params
     _check_base(members, params, reference, allow_other_base)
-    return Served(source, config, params, members)
+    return Served(reference, source, config, params, members)
 
 
 def read(name: str, path: str | epath.Path) -> Member:
@@ -276,6 +286,19 @@ def _said(member: Member) -> dict[str, Any]:
         if name in model and not fits(model[name]):
             raise LoraError(f"{member.path} says model.{name} is {str(model[name])[:80]!r}")
     return {name: model[name] for name in _SETTINGS if name in model}
+
+
+def _check_named(members: Sequence[Member], reference: str) -> None:
+    """Raise where a base would be fetched on the word of the adapters alone."""
+    if models.source.is_safe(reference):
+        return
+    whose = listed(f"{member.name}: {member.path}" for member in members)
+    raise LoraError(
+        f"the base {reference!r} is named by the adapters alone, and would be fetched:\n{whose}\n"
+        "An adapter may come from anyone, so its base is fetched only if you name it, or say that "
+        "you believe what the adapter says:\n"
+        f"  --base {shlex.quote(reference)}\n  --trust-base"
+    )
 
 
 def _check_kind(source: models.Source, kind: type[Any], reference: str) -> None:

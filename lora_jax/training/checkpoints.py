@@ -221,7 +221,7 @@ class Checkpoints:
 
 def _read(folder: epath.Path, abstract: State) -> tuple[State, Notes]:
     """Raises DamagedError; LoraError where the run has another structure than the checkpoint."""
-    manifest = read_manifest(folder, max_bytes=math.inf)
+    manifest = read_manifest(folder, math.inf, "state")
     _check_structure(folder, manifest, abstract)
     with reading(folder):
         state = ocp.load_checkpointables(folder, {"state": abstract})["state"]

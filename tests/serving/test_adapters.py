@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
 import shutil
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 import safetensors.numpy
 
 import lora_jax
-from lora_jax import LoraError, checkpoint, models, paths
+from lora_jax import LoraError, checkpoint, generate, models, paths, predict
+from lora_jax.report import update
 from lora_jax.serving import adapters
 from tests.training import tiny
 
@@ -280,3 +282,61 @@ def test_a_hundred_swaps_compile_nothing(
 def test_the_checkpoint_tells_what_was_said(runs: pathlib.Path) -> None:
     member = adapters.read("a", runs / "a/adapters/best")
     assert member.about == checkpoint.restore_about(member.path)
+
+
+STRANGERS = ("hub:someone/model", "pypi:evil==1.0/model", f"{models.MINILM}#sha256={'0' * 64}")
+
+
+@pytest.mark.parametrize("reference", STRANGERS)
+def test_a_base_is_not_fetched_on_the_word_of_an_adapter(
+    reference: str, tmp_path: pathlib.Path, params: Any, monkeypatch: Any
+) -> None:
+    """Red if it is; the user may name it, or believe the adapter."""
+    opened: list[str] = []
+    monkeypatch.setattr(models, "open", lambda reference: opened.append(reference) or 1 / 0)
+    given = save(tmp_path / "a", params, reference)
+    with pytest.raises(LoraError) as caught:
+        adapters.open_adapters([given], KIND)
+    assert not opened and f"a: {given}" in str(caught.value)
+    assert f"  --base {shlex.quote(reference)}\n  --trust-base" in str(caught.value)
+    for options in ({"base": reference}, {"trust_base": True}):
+        with pytest.raises(ZeroDivisionError):
+            adapters.open_adapters([given], KIND, **options)
+    assert opened == [reference] * 2
+
+
+def test_a_known_base_is_fetched(tmp_path: pathlib.Path, params: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(models, "open", lambda reference: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        adapters.open_adapters([save(tmp_path / "a", params, models.MINILM)], KIND)
+
+
+def test_a_reference_is_one_line_of_text(tmp_path: pathlib.Path, params: Any) -> None:
+    """It is shown, and so may not write to the terminal what it likes."""
+    with pytest.raises(LoraError, match=r"says model\.reference is 'hub:a/b.x1b\["):
+        adapters.open_adapters([save(tmp_path / "a", params, "hub:a/b\x1b[2J")], KIND)
+
+
+@pytest.mark.parametrize("command", ["predict", "generate", "report"])
+def test_commands_ask_for_trust(
+    command: str, tmp_path: pathlib.Path, params: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    """Red if one of them does not hand its flag on."""
+    given = save(tmp_path / "run/adapters/best", params, "hub:someone/model")
+    monkeypatch.setattr(models, "open", lambda reference: _missing(reference))
+    for trust in ([], ["--trust-base"]):
+        if command == "report":
+            blocks = update._amplified(tmp_path / "run", update.Base(trust=bool(trust)))
+            said = blocks[0].text
+        else:
+            main, more = (
+                (predict.main, "--text") if command == "predict" else (generate.main, "--prompt")
+            )
+            assert main(["--adapter", given, more, "x", *trust]) == 1
+            said = capsys.readouterr().err
+        assert ("was fetched" in said) == bool(trust)
+        assert ("--base hub:someone/model" in said) == (not trust)
+
+
+def _missing(reference: str) -> Any:
+    raise OSError(f"{reference} was fetched")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import pathlib
 import resource
@@ -136,8 +138,21 @@ def test_what_is_said(copy: pathlib.Path) -> None:
     (file,) = data_files(copy / "4")
     flip(file, file.stat().st_size * 4)
     *_, said = read(copy)
-    assert len(said) == 1 and f"{copy / '4'} is damaged" in said[0] and file.name in said[0]
+    assert len(said) == 1
+    assert f"{copy / '4'}: damaged: the description of its state cannot be read" in said[0]
     assert "set aside as damaged-4, and the checkpoint of step 3 is used" in said[0]
+
+
+def test_an_array_that_is_not_listed(copy: pathlib.Path) -> None:
+    """The manifest has the right sum, and does not list what would take memory."""
+    file = copy / "4" / "meta" / "_strings.json"
+    data = json.loads(json.loads(file.read_text())["text"])
+    del data["arrays"]["trained/adapters/q/a"]
+    text = json.dumps(data)
+    sealed = {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    file.write_text(json.dumps(sealed))
+    *_, said = read(copy)
+    assert "does not list:\n  trained/adapters/q/a" in said[0]
 
 
 def test_hashes_find_what_no_checksum_does(copy: pathlib.Path) -> None:
@@ -176,7 +191,7 @@ def test_none_is_whole(copy: pathlib.Path) -> None:
         (file,) = data_files(copy / step)
         file.unlink()
     for _ in range(2):
-        with pytest.raises(LoraError, match=r"no checkpoint (.|\n)*/4 (.|\n)*/3 (.|\n)*--fresh"):
+        with pytest.raises(LoraError, match=r"no checkpoint (.|\n)*/4: (.|\n)*/3: (.|\n)*--fresh"):
             read(copy)
         assert names(copy) == ["3", "4"]
 
