@@ -23,48 +23,30 @@ import time
 from collections.abc import Sequence
 
 import jax
-from rich.console import Console
 
 import lora_jax
-from lora_jax import models
-from lora_jax.training import (
-    command,
-    directory,
-    mesh,
-    optimizer,
-    plan,
-    processes,
-    step,
-    summary,
-)
+from lora_jax import command_line, planner
+from lora_jax.console import USER_ERRORS, Console, say
+from lora_jax.groups import loop as group
+from lora_jax.groups import results
+from lora_jax.groups.config import GroupConfig
+from lora_jax.training import directory, mesh, optimizer, processes, step, summary
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
 from lora_jax.training.evaluation import first_batch, merged_difference
-from lora_jax.training.group import loop as group
-from lora_jax.training.group import results
-from lora_jax.training.group.config import GroupConfig
 from lora_jax.training.loop import Loop
 from lora_jax.training.run import Run, Setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DEFAULT = "configs/minilm_reviews.py"
-# What a user can put right; anything else is a fault of the program and shows its traceback.
-USER_ERRORS = (
-    lora_jax.LoraError,
-    models.ConfigError,
-    models.WeightsError,
-    models.source.ReferenceError,
-    models.packages.PackageError,
-    OSError,
-)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+def main(arguments: Sequence[str] | None = None, program: str = "train.py") -> int:
+    """Run the command line, which `--help` calls `program`, and return its exit status."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        name, config, planning = command.parse(arguments, DEFAULT, ROOT)
+        name, config, planning = command_line.parse(arguments, DEFAULT, ROOT, program)
         if isinstance(config, GroupConfig):
             return train_group(name, config)
         if planning.plan:
@@ -173,19 +155,14 @@ def train_group(name: str, config: GroupConfig) -> int:
     return 0
 
 
-def show_plan(name: str, config: Config, options: plan.Options) -> int:
+def show_plan(name: str, config: Config, options: planner.Options) -> int:
     """Plan the run and leave no trace of it but the plan; the exit status."""
-    made = plan.make(name, config, options)
+    made = planner.make(name, config, options)
     run = directory.default(name, config)
     file = pathlib.Path(options.plan_file or run.with_name(f"{run.name}.plan.json"))
-    plan.write(made, file)
-    say(Console(), f"{plan.text(made)}\n\n{file}")
+    planner.write(made, file)
+    say(Console(), f"{planner.text(made)}\n\n{file}")
     return 0
-
-
-def say(console: Console, text: str) -> None:
-    """Print plain text."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

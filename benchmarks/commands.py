@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lora_jax
-from lora_jax.checkpoint import restore_base
-from lora_jax.training import command
-from lora_jax.training.group.config import GroupConfig, Member
+from lora_jax import command_line
+from lora_jax.checkpoint.adapter import restore_base
+from lora_jax.groups.config import GroupConfig, Member
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -56,7 +56,7 @@ def train(*arguments: str, devices: int = 1) -> Spent:
 
 def members(config: str) -> tuple[Member, ...]:
     """Those of the group in a config file."""
-    group = command.parse((), config, ROOT)[1]
+    group = command_line.parse((), config, ROOT)[1]
     assert isinstance(group, GroupConfig)
     return group.members
 

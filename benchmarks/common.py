@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax
+from experiments.paper.measured import hardware as hardware
+from experiments.paper.measured import interleaved as interleaved
+from experiments.paper.shapes import MINILM as MINILM
+from experiments.paper.shapes import SMOLLM2 as SMOLLM2
+from experiments.paper.shapes import normal as normal
 from lora_jax import models
-from lora_jax.paper.measured import hardware as hardware
-from lora_jax.paper.measured import interleaved as interleaved
-from lora_jax.paper.shapes import MINILM as MINILM
-from lora_jax.paper.shapes import SMOLLM2 as SMOLLM2
-from lora_jax.paper.shapes import normal as normal
 
 
 @dataclasses.dataclass(frozen=True)

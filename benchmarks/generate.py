@@ -29,7 +29,7 @@ def runs(rows: int, capacity: int, params: Any, members: Any) -> dict[str, Calla
     """Side -> a call that writes one token to each row, half of the cache being full."""
     config = common.SMOLLM2
     model = models.Llama(config)
-    layout, stacked = lora_jax.stack(members[:rows])
+    layout, stacked = lora_jax.multi.stack(members[:rows])
     tokens, slot = jnp.ones((rows, 1), jnp.int32), jnp.int32(capacity // 2)
 
     def read(params: Any, tokens: Any, cache: Any) -> Any:
@@ -56,7 +56,7 @@ def runs(rows: int, capacity: int, params: Any, members: Any) -> dict[str, Calla
     adapted = lora_jax.adapt(layout, read)
 
     def mixed(params: Any, stacked: Any, ids: Any, *rest: Any) -> Any:
-        return adapted(params, lora_jax.select(stacked, ids), *rest)
+        return adapted(params, lora_jax.multi.select(stacked, ids), *rest)
 
     return {
         "merged": side(read),

@@ -29,12 +29,12 @@ import numpy as np
 import lora_jax
 from benchmarks import common
 from lora_jax import models
+from lora_jax.data.process_slice import Shard
 from lora_jax.models import placement
+from lora_jax.planner.devices import DEVICES
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.causal_lm import apply_of, batch_shapes, token_loss
 from lora_jax.training.config import Config, LoraConfig
-from lora_jax.training.data.shard import Shard
-from lora_jax.training.plan.devices import DEVICES
 from lora_jax.training.workload import Batch, Workload
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

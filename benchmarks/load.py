@@ -27,9 +27,9 @@ from jax.sharding import AxisType, NamedSharding
 
 from benchmarks.common import hardware, table
 from lora_jax import models, sharding
-from lora_jax.models import hf_config, names
-from lora_jax.models.assemble import flatten
 from lora_jax.models.placement import rules
+from lora_jax.models.weights import hf_config, names
+from lora_jax.models.weights.assemble import flatten
 
 # dtype or kind in the file - dtype of the parameters
 FORMS = ["float32-float32", "float32-bfloat16", "bfloat16-bfloat16", "Q8_0-bfloat16"]

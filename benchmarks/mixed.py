@@ -8,7 +8,7 @@ among 1, 8 or 64. Timed are the forward pass and a whole training step of the fa
 AdamW), run in turns in one process; throughput is that of "one adapter" over the median.
 
 Single tokens: the forward pass of 256 or 1,024 examples of one token each, with 4, 64 and 1,000
-adapters, in both forms of the low-rank product (`lora_jax.grouped`) and by the rule between them.
+adapters, in both forms of the low-rank product (`lora_jax.multi.segmented_matmul`) and by the rule between them.
 
 Loading: `put` of another adapter into the last slot of stacks of 10, 100 and 1,000; the bytes that
 each stack holds, against those of its adapters.
@@ -25,7 +25,8 @@ import optax
 
 import lora_jax
 from benchmarks import common
-from lora_jax import grouped, models
+from lora_jax import models
+from lora_jax.multi import segmented_matmul
 
 EXAMPLES, LENGTH = 64, 32
 COUNTS = (1, 8, 64)
@@ -70,12 +71,12 @@ def runs(counts: tuple[int, ...]) -> dict[str, dict[str, Callable[[], Any]]]:
     g = lora_jax.adapt(layout, f)
     add("one adapter", members[0][1], lambda adapters, params, ids: g(params, adapters, ids))
     for count in counts:
-        common_layout, stacked = lora_jax.stack(members[:count])
+        common_layout, stacked = lora_jax.multi.stack(members[:count])
         mixed = lora_jax.adapt(common_layout, f)
         numbers = jnp.arange(EXAMPLES) % count
 
         def call(stacked: Any, params: Any, ids: Any, mixed: Any = mixed, n: Any = numbers) -> Any:
-            return mixed(params, lora_jax.select(stacked, n), ids)
+            return mixed(params, lora_jax.multi.select(stacked, n), ids)
 
         add(f"mixed, {count}", stacked, call)
     return out
@@ -105,20 +106,22 @@ def _stepping(gradient: Callable[..., Any], trained: Any, *rest: Any) -> Callabl
 def tokens(examples: int, adapters: int, repeats: int) -> tuple[str, ...]:
     """A line of the second table: seconds of each form, and what the rule chooses."""
     f, params, _, layout, members = build(1)
-    _, stacked = lora_jax.stack(members, size=adapters)
+    _, stacked = lora_jax.multi.stack(members, size=adapters)
     numbers = jax.random.randint(jax.random.key(0), (examples,), 0, adapters)
     ids = jax.random.randint(jax.random.key(1), (examples, 1), 0, common.MINILM.vocab_size)
-    rule = grouped.pays
+    rule = segmented_matmul.pays
     sides: dict[str, Callable[[], Any]] = {}
     for name, pays in (("gather", False), ("grouped", True)):
-        grouped.pays = lambda *_, pays=pays, **__: pays
+        segmented_matmul.pays = lambda *_, pays=pays, **__: pays
         g = lora_jax.adapt(layout, f)
         run = jax.jit(
-            lambda stacked, numbers, ids, g=g: g(params, lora_jax.select(stacked, numbers), ids)
+            lambda stacked, numbers, ids, g=g: g(
+                params, lora_jax.multi.select(stacked, numbers), ids
+            )
         )
         jax.block_until_ready(run(stacked, numbers, ids))
         sides[name] = lambda run=run: run(stacked, numbers, ids)  # type: ignore[misc]
-    grouped.pays = rule
+    segmented_matmul.pays = rule
     plain = jax.jit(f)
     sides["base"] = lambda: plain(params, ids)
     seconds = common.interleaved(sides, repeats)
@@ -130,12 +133,12 @@ def tokens(examples: int, adapters: int, repeats: int) -> tuple[str, ...]:
 def loading(slots: int, repeats: int) -> tuple[str, ...]:
     """A line of the third table: milliseconds to fill the last slot, and the bytes of the stack."""
     *_, layout, members = build(2)
-    layout, stacked = lora_jax.stack(members, size=slots)
+    layout, stacked = lora_jax.multi.stack(members, size=slots)
     adapters = jax.tree.map(np.asarray, members[1][1])
 
     def load() -> Any:
         nonlocal stacked
-        stacked = lora_jax.put(layout, stacked, slots - 1, (layout, adapters))
+        stacked = lora_jax.multi.put(layout, stacked, slots - 1, (layout, adapters))
         return stacked
 
     seconds = common.interleaved({"put": load}, repeats)["put"]

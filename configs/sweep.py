@@ -17,10 +17,10 @@ same as if it had been trained alone. Beside them are results.csv, results.json 
 """
 
 from lora_jax import models
+from lora_jax.data.config import DataConfig
+from lora_jax.groups.sweep import SweepConfig
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, OptimizerConfig
-from lora_jax.training.data.config import DataConfig
-from lora_jax.training.group.sweep import SweepConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 
 base = TextConfig(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,47 @@ class Factors(NamedTuple):
 
 
 Adapters = dict[str, Factors]
+
+
+class Adapter(NamedTuple):
+    """One adapter: everything that is saved, stacked or handed on together.
+
+    layout: which parameters are adapted, and the roles of their axes.
+    parameters: `{path: Factors(a, b)}`, in the layout's shapes.
+    trainable: `{path: array}`, base parameters that were trained in full with the factors, such
+      as a new head (PEFT's `modules_to_save`). Put them into the parameter tree with
+      `lora_jax.paths.replace(params, adapter.trainable)`.
+
+    It unpacks: `layout, adapters, trainable = lora_jax.restore(path)`. Where a function takes an
+    `Adapter`, a plain tuple `(layout, adapters)` will do.
+    """
+
+    layout: Layout
+    parameters: Adapters
+    trainable: Mapping[str, Any] = {}
+
+
+def factors_alone(adapter: Adapter, doing: str) -> Adapter:
+    """Return the adapter, a plain tuple made one, if it has no trainable base parameters.
+
+    Args:
+      adapter: an `Adapter`, or a tuple of its first two or three fields.
+      doing: what cannot be done with base parameters, for the message: "stacked".
+
+    Raises:
+      LoraError: it has some, which would be lost.
+    """
+    adapter = Adapter(*adapter)
+    if adapter.trainable:
+        raise LoraError(
+            f"an adapter that also trained base parameters cannot be {doing}, since only factors "
+            f"can:\n{listed(adapter.trainable)}\n"
+            "Pass adapter._replace(trainable={}), and put these into the parameters yourself: "
+            "lora_jax.paths.replace(params, adapter.trainable)"
+        )
+    return adapter
+
+
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
@@ -106,3 +147,8 @@ def check_factors(target: Target, factors: Factors) -> None:
             f"  b: got {got[1]}, the layout has {target.b_shape}\n"
             f"The layout has rank {target.rank}; were the adapters made with another spec?"
         )
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype in which the sum is formed: float32, or float64 over a float64 base."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32

@@ -5,7 +5,7 @@ the adapters and the trained part alone, and no gradient of a frozen weight is e
 
     trained, rest = frozen.split(params, ("classifier/**",))
     def loss(trainable, x):
-        base = frozen.combine(trainable["base"], rest)
+        base = frozen.join(trainable["base"], rest)
         return objective(g(base, trainable["adapters"], x))
     grads = jax.grad(loss)({"adapters": adapters, "base": trained}, x)
 
@@ -17,13 +17,15 @@ does not freeze: where its mask is False the raw gradient passes through as the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import optax
 
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
+
+if TYPE_CHECKING:
+    import optax
 
 
 def trained_mask(tree: Any, patterns: Iterable[str]) -> Any:
@@ -53,7 +55,7 @@ def trained_mask(tree: Any, patterns: Iterable[str]) -> Any:
 def split(params: Any, patterns: Iterable[str]) -> tuple[dict[str, Any], Any]:
     """The trained leaves as `{path: leaf}`, and `params` with None in their places.
 
-    `combine` is its inverse.
+    `join` is its inverse.
 
     >>> split({"body": 1, "head": 2}, ("head",))
     ({'head': 2}, {'body': 1, 'head': None})
@@ -69,13 +71,13 @@ def split(params: Any, patterns: Iterable[str]) -> tuple[dict[str, Any], Any]:
     return trained, jax.tree.map(lambda leaf, keep: None if keep else leaf, params, mask)
 
 
-def combine(trained: dict[str, Any], rest: Any) -> Any:
+def join(trained: dict[str, Any], rest: Any) -> Any:
     """`params` again, from the two parts that `split` made.
 
     Raises:
       LoraError: the trained leaves and the holes do not correspond.
 
-    >>> combine({"head": 2}, {"body": 1, "head": None})
+    >>> join({"head": 2}, {"body": 1, "head": None})
     {'body': 1, 'head': 2}
     """
     leaves = jax.tree_util.tree_leaves_with_path(rest, is_leaf=lambda x: x is None)
@@ -107,6 +109,8 @@ def partition(
     Raises:
       LoraError: a pattern that matches nothing.
     """
+    import optax  # only who asks for an optimizer pays for the import
+
     labels = jax.tree.map(
         lambda train: "trained" if train else "frozen", trained_mask(tree, patterns)
     )

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.adapters import Adapters, Factors, check
+from lora_jax.adapters import Adapters, Factors, check, wide_dtype
 from lora_jax.layout import Layout, Target
 
 
@@ -49,11 +49,6 @@ def merge_one(target: Target, w: Any, factors: Factors) -> Any:
     w = jnp.asarray(w)
     wide = wide_dtype(w.dtype)
     return (w.astype(wide) + delta(target, factors, wide)).astype(w.dtype)
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """The dtype in which the sum is formed: float32, or float64 over a float64 base."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def delta(target: Target, factors: Factors, dtype: Any = jnp.float32) -> Any:

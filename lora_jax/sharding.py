@@ -13,10 +13,11 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from lora_jax import axes, metadata, paths, program
+from lora_jax import flax_partitioning, paths
 from lora_jax.adapters import Factors
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout, Target
+from lora_jax.primitives import axis_roles, jaxprs
 
 Rule = tuple[str, PartitionSpec]  # a pattern in the language of `lora_jax.paths`, and its placement
 Specs = dict[str, PartitionSpec]
@@ -144,7 +145,7 @@ def place(
       own: the user's rules. Each must cover something, no parameter may have two.
       table: of a known model; it must cover every parameter exactly once.
       named: of parameters whose Flax metadata is not in `params` any more (NNX), or is in logical
-        names that need rules: `lora_jax.metadata.named(model, mesh.axis_names, rules)`.
+        names that need rules: `lora_jax.flax_partitioning.named(model, mesh.axis_names, rules)`.
       call: (f, args) such that `f(params, *args)` uses the parameters, for `automatic`.
 
     Raises:
@@ -155,7 +156,7 @@ def place(
     if table is not None:
         base = specs(table, params)
     else:
-        noted = {**metadata.named(params, tuple(sizes)), **(named or {})}
+        noted = {**flax_partitioning.named(params, tuple(sizes)), **(named or {})}
         base = noted | automatic(params, sizes, call=call, fixed={**noted, **mine})
         _known(noted, leaves)
     placed = {path: (mine if path in mine else base)[path] for path in leaves}
@@ -235,18 +236,18 @@ def automatic(
 
 def _roles(
     params: Any, call: tuple[Callable[..., Any], tuple[Any, ...]] | None
-) -> dict[str, axes.Use]:
+) -> dict[str, axis_roles.Use]:
     """The use of each parameter whose axes count; without one, its two longest axes."""
-    uses: Mapping[str, Sequence[axes.Use]] = {}
+    uses: Mapping[str, Sequence[axis_roles.Use]] = {}
     if call is not None:
-        uses = axes.usage(program.trace(call[0], params, call[1])).uses
+        uses = axis_roles.usage(jaxprs.trace(call[0], params, call[1])).uses
     return {
         path: _role(tuple(leaf.shape), uses.get(path, ()))
         for path, leaf in paths.flatten(params).items()
     }
 
 
-def _role(shape: tuple[int, ...], uses: Sequence[axes.Use]) -> axes.Use:
+def _role(shape: tuple[int, ...], uses: Sequence[axis_roles.Use]) -> axis_roles.Use:
     complete = [u for u in uses if u.has_axes]
     if complete:
         return min(complete, key=lambda u: u.kind != "gather")  # a tied embedding is a lookup
@@ -254,14 +255,14 @@ def _role(shape: tuple[int, ...], uses: Sequence[axes.Use]) -> axes.Use:
     free = [i for i in range(len(shape)) if i not in stack]
     longest = sorted(sorted(free, key=lambda i: shape[i])[-2:])
     inputs = tuple(i for i in free if i != longest[-1]) if longest else ()
-    return axes.Use("unknown", "", stack, inputs, tuple(longest[-1:]))
+    return axis_roles.Use("unknown", "", stack, inputs, tuple(longest[-1:]))
 
 
-def _slice_size(shape: Sequence[int], role: axes.Use) -> int:
+def _slice_size(shape: Sequence[int], role: axis_roles.Use) -> int:
     return math.prod(n for i, n in enumerate(shape) if i not in role.stack)
 
 
-def _is_modest(shape: tuple[int, ...], role: axes.Use) -> bool:
+def _is_modest(shape: tuple[int, ...], role: axis_roles.Use) -> bool:
     return len(shape) - len(role.stack) <= 1 or _slice_size(shape, role) < TINY
 
 
@@ -285,7 +286,7 @@ def _bytes(leaf: Any) -> int:
 
 
 def _spread(
-    shape: tuple[int, ...], role: axes.Use, parts: Mapping[str, int]
+    shape: tuple[int, ...], role: axis_roles.Use, parts: Mapping[str, int]
 ) -> PartitionSpec | None:
     """The first of the ways of rule 2 in which every axis is divided."""
     outputs = role.outputs

@@ -7,14 +7,16 @@ from typing import Any
 
 import jax
 
-from lora_jax import examples, paths, program
+from lora_jax import paths
 from lora_jax.adapters import Adapters, check
 from lora_jax.errors import LoraError
-from lora_jax.experts import Blend, Mixture, Routed, blend, blend_by_token
 from lora_jax.layout import Layout, Target
-from lora_jax.rules import RULES
-from lora_jax.stacked import Scaled, Selection, slot, take
-from lora_jax.weight import AdaptedWeight, Choice
+from lora_jax.multi import per_example
+from lora_jax.multi.blend import Blend, Choosing
+from lora_jax.multi.stack import Scaled
+from lora_jax.primitives import jaxprs
+from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.table import RULES
 
 
 def adapt(
@@ -31,7 +33,7 @@ def adapt(
     `jit`, `grad`, `vmap`, `scan`, `checkpoint`, ... like any function; put `jax.jit` around what
     you build with it.
 
-    In the place of `adapters` it also takes what `lora_jax.select` gives: one adapter of a stack,
+    In the place of `adapters` it also takes what `lora_jax.multi.select` gives: one adapter of a stack,
     by a number that may be traced, or a mixed batch, **each example with its own adapter**. Then
     `f` is run on each example as a batch of one (a `jax.vmap`), so that
     `g(params, select(stacked, ids), x)[i] == f(merge(layout_i, params, adapters_i), x[i:i+1])[0]`
@@ -39,7 +41,7 @@ def adapt(
 
     Args:
       layout: from `lora_jax.resolve` (on `f`, or on a function that uses the same weights alike),
-        `lora_jax.restore` or `lora_jax.stack`.
+        `lora_jax.restore` or `lora_jax.multi.stack`.
       f: a pure function whose first argument is the parameter tree.
       in_axes: mixed batches: the axis of the examples in the arguments after the adapters, as in
         `jax.vmap`: one for all array arguments (those of rank 0 are shared, but a scalar PRNG key
@@ -63,67 +65,38 @@ def adapt(
     {'w': Factors(a=(8, 2), b=(2, 4))}
     """
 
-    def one(params: Any, adapters: Adapters | Scaled | Blend, *args: Any, **kwargs: Any) -> Any:
+    def one(params: Any, update: Blend, *args: Any, **kwargs: Any) -> Any:
         layout.check_params(paths.flatten(params))
-        whole = _as_blend(layout, adapters)
-        traced = program.trace(f, params, args, kwargs)
+        traced = jaxprs.trace(f, params, args, kwargs)
         interpreter = _Interpreter()
         ins = list(traced.inputs)
         position = {path: i for i, path in enumerate(traced.param_paths)}
         for t in layout.targets:
-            gain, gate = whole.gains.get(t.path), whole.gates.get(t.path)
-            w, factors = ins[position[t.path]], whole.factors[t.path]
-            ins[position[t.path]] = AdaptedWeight.start(t, w, factors, gain, gate, whole.choice)
+            gain, gate = update.gains.get(t.path), update.gates.get(t.path)
+            w, factors = ins[position[t.path]], update.factors[t.path]
+            ins[position[t.path]] = AdaptedWeight.start(t, w, factors, gain, gate, update.choice)
         outs = interpreter.evaluate(traced.jaxpr, traced.consts, ins)
         outs = [interpreter.returned(out) for out in outs]
         interpreter.check_all_read(layout)
         return jax.tree.unflatten(traced.out_tree, outs)
 
     def adapted(
-        params: Any,
-        adapters: Adapters | Scaled | Selection | Mixture | Routed,
-        *args: Any,
-        **kwargs: Any,
+        params: Any, adapters: Adapters | Scaled | Choosing, *args: Any, **kwargs: Any
     ) -> Any:
-        if isinstance(adapters, Routed):
-            return one(params, blend_by_token(layout, adapters), *args, **kwargs)
-        if not isinstance(adapters, Selection | Mixture):
-            return one(params, adapters, *args, **kwargs)
-        choice, chosen = _choice(layout, adapters)
+        if not isinstance(adapters, Choosing):
+            update = adapters.blend() if isinstance(adapters, Scaled) else Blend(adapters)
+            check(layout, update.factors)
+            return one(params, update, *args, **kwargs)
 
         def call(choice: Any, *args: Any, **kwargs: Any) -> Any:
-            return one(params, chosen(choice), *args, **kwargs)
+            return one(params, adapters.blend(layout, choice), *args, **kwargs)
 
+        choice = adapters.choice(layout)
         if not adapters.per_example:
             return call(choice, *args, **kwargs)
-        return examples.each(call, choice, args, kwargs, in_axes, out_axes)
+        return per_example.each(call, choice, args, kwargs, in_axes, out_axes)
 
     return adapted
-
-
-def _choice(layout: Layout, of: Selection | Mixture) -> tuple[Any, Callable[[Any], Any]]:
-    """What is chosen (for one example or for each), and the adapters that one choice means."""
-    if isinstance(of, Selection):
-        if not of.per_example:
-            return of.ids, lambda index: take(of.stack, index)
-        check(layout, jax.tree.map(_without_first, of.stack.factors))
-        slots, count = slot(of.stack, of.ids), len(of.ids)
-        return slots, lambda index: Blend(
-            of.stack.factors, of.stack.scales, {}, Choice(index, count)
-        )
-    return of.weights, lambda weights: blend(layout, of.stack, weights)
-
-
-def _without_first(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-
-
-def _as_blend(layout: Layout, adapters: Adapters | Scaled | Blend) -> Blend:
-    if isinstance(adapters, Blend):
-        return adapters
-    scaled = adapters if isinstance(adapters, Scaled) else Scaled(adapters, {})
-    check(layout, scaled.factors)
-    return Blend(scaled.factors, scaled.scales, {})
 
 
 class _Interpreter:
@@ -156,7 +129,7 @@ class _Interpreter:
         adapted = {v for v, x in env.items() if isinstance(x, AdaptedWeight)}
         start = 0
         for i, eqn in enumerate(jaxpr.eqns):
-            if not any(v in adapted for v in eqn.invars if not isinstance(v, program.core.Literal)):
+            if not any(v in adapted for v in eqn.invars if not isinstance(v, jaxprs.core.Literal)):
                 continue
             self._run_plain(jaxpr, start, i, env, last_use)
             start = i + 1
@@ -175,20 +148,20 @@ class _Interpreter:
         if start < stop:
             eqns = jaxpr.eqns[start:stop]
             made = {v: None for e in eqns for v in e.outvars}
-            reads = [v for e in eqns for v in e.invars if not isinstance(v, program.core.Literal)]
+            reads = [v for e in eqns for v in e.invars if not isinstance(v, jaxprs.core.Literal)]
             needed = [v for v in dict.fromkeys(reads) if v not in made]
             kept = [v for v in made if last_use.get(v, -1) >= stop]
-            outs = program.run(eqns, needed, kept, [env[v] for v in needed])
+            outs = jaxprs.run(eqns, needed, kept, [env[v] for v in needed])
             env.update(zip(kept, outs, strict=True))
         for v in [v for v in env if last_use.get(v, -1) < stop]:
             del env[v]
 
     def _apply(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
         rule = RULES.get(eqn.primitive.name)
-        with program.origin(eqn):
+        with jaxprs.origin(eqn):
             outs = None if rule is None else rule(self, eqn, ins)
             if outs is None:
-                outs = program.run_one(eqn, [self.plain(eqn, v) for v in ins])
+                outs = jaxprs.run_one(eqn, [self.plain(eqn, v) for v in ins])
         return outs
 
     def plain(self, eqn: Any, value: Any) -> Any:
@@ -198,7 +171,7 @@ class _Interpreter:
         target = value.target
         if not target.fold:
             raise LoraError(
-                f"{target.path!r}: {program.operand_name(eqn)} takes this adapted weight and has "
+                f"{target.path!r}: {jaxprs.operand_name(eqn)} takes this adapted weight and has "
                 "no low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be "
                 f"formed there: LoraSpec(..., fold=({target.path!r},))"
             )
@@ -219,7 +192,7 @@ class _Interpreter:
 
 
 def _read(env: dict[Any, Any], atom: Any) -> Any:
-    return atom.val if isinstance(atom, program.core.Literal) else env[atom]
+    return atom.val if isinstance(atom, jaxprs.core.Literal) else env[atom]
 
 
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
@@ -227,9 +200,9 @@ def _last_uses(jaxpr: Any) -> dict[Any, int]:
     last = {}
     for i, eqn in enumerate(jaxpr.eqns):
         for v in eqn.invars:
-            if not isinstance(v, program.core.Literal):
+            if not isinstance(v, jaxprs.core.Literal):
                 last[v] = i
     for v in jaxpr.outvars:
-        if not isinstance(v, program.core.Literal):
+        if not isinstance(v, jaxprs.core.Literal):
             last[v] = len(jaxpr.eqns)
     return last

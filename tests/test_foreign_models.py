@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax
-from lora_jax.models import packages
+from lora_jax.models.weights import packages
 from tests import programs
 from tests.test_transform import assert_close, scalar
 

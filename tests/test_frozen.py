@@ -38,7 +38,7 @@ def test_split_and_combine_are_inverses() -> None:
     trained, rest = frozen.split(PARAMS, ("head/**", "**/norm"))
     assert sorted(trained) == ["body/norm", "head/w"]
     assert shapes(rest) == {(6, 8)}
-    again = frozen.combine(trained, rest)
+    again = frozen.join(trained, rest)
     assert jax.tree.structure(again) == jax.tree.structure(PARAMS)
     assert all(x is y for x, y in zip(*map(jax.tree.leaves, (again, PARAMS)), strict=True))
 
@@ -47,7 +47,7 @@ def test_split_and_combine_are_inverses() -> None:
 def test_combine_refuses_parts_that_do_not_fit(change: Any) -> None:
     trained, rest = frozen.split(PARAMS, ("head/w",))
     with pytest.raises(LoraError, match=r"(head|body)/w"):
-        frozen.combine(change(trained), rest)
+        frozen.join(change(trained), rest)
 
 
 def test_a_pattern_that_matches_nothing() -> None:
@@ -64,7 +64,7 @@ def test_training_adapters_and_head_leaves_w0_bit_identical(tx: Any) -> None:
     g = lora_jax.adapt(LAYOUT, model)
 
     def loss(trainable: Any) -> Any:
-        base = frozen.combine(trainable["base"], rest)
+        base = frozen.join(trainable["base"], rest)
         return (g(base, trainable["adapters"], X) ** 2).mean()
 
     state = tx.init(trainable)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax import metadata, paths, sharding
+from lora_jax import flax_partitioning, paths, sharding
 from lora_jax.adapters import Factors
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
@@ -170,25 +170,29 @@ def test_metadata_of_linen_is_honoured() -> None:
     placed = sharding.place(boxed, sizes((1, 2, 4)))
     assert placed["params/kernel/value"] == P("tensor", None)
     assert "params/bias" in placed
-    turned = metadata.named(linen(rules=LOGICAL), AXES, [("embed", "tensor"), ("mlp", None)])
+    turned = flax_partitioning.named(
+        linen(rules=LOGICAL), AXES, [("embed", "tensor"), ("mlp", None)]
+    )
     assert turned == {"params/kernel/value": P("tensor", None)}
-    assert metadata.named(linen(rules=LOGICAL), AXES) == {"params/kernel/value": P(*AXES[1:])}
+    assert flax_partitioning.named(linen(rules=LOGICAL), AXES) == {
+        "params/kernel/value": P(*AXES[1:])
+    }
 
 
 def test_metadata_of_nnx_is_honoured() -> None:
     init = nnx.with_partitioning(nnx.initializers.zeros_init(), ("embed", "mlp"))
     with nnx.use_eager_sharding(False):
         model = nnx.Linear(8, 16, kernel_init=init, rngs=nnx.Rngs(0))
-    named = metadata.named(model, AXES, LOGICAL)
+    named = flax_partitioning.named(model, AXES, LOGICAL)
     assert named == {"kernel": P("fsdp", "tensor")}
-    assert metadata.named(nnx.state(model), AXES, LOGICAL) == named
+    assert flax_partitioning.named(nnx.state(model), AXES, LOGICAL) == named
     placed = sharding.place({"kernel": shape(8, 16)}, sizes((1, 2, 4)), named={"kernel": P()})
     assert placed == {"kernel": P()}
 
 
 def test_an_unknown_name_in_metadata_is_an_error() -> None:
     with pytest.raises(lora_jax.LoraError, match=r"(?s)'params/kernel/value'.*'embed'.*axis rule"):
-        metadata.named(linen(), AXES, [("mlp", "tensor")])
+        flax_partitioning.named(linen(), AXES, [("mlp", "tensor")])
 
 
 # --- the adapters follow ------------------------------------------------------------------------

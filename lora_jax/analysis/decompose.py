@@ -10,29 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapters import Adapters, Factors
+from lora_jax.adapters import Adapter, Adapters, Factors
 from lora_jax.analysis import matrices
 from lora_jax.analysis.matrices import Array, Svd
-from lora_jax.combine import Cut
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout, Target
+from lora_jax.multi.combine import Truncation
 from lora_jax.spec import check_rank
 
 
 class Extraction(NamedTuple):
     """The best adapter of a full fine-tuning, and what it leaves out.
 
-    layout, adapters: an ordinary pair, of scale 1; what `merge`, `adapt`, `save` take.
-    cuts: `{path: Cut}`, the norm of the singular values that were cut off, over all of a stack,
-      and relative to the whole difference.
-    beside: the norm of the difference of every parameter that changed and is no target, by path:
-      biases, norms, matrices outside of the layout. No adapter of this layout can hold them.
+    adapter: an ordinary adapter, of scale 1.
+    truncation: `{path: Truncation}`, the norm of the singular values that were cut off, over all
+      of a stack, and relative to the whole difference.
+    outside: `{path: norm}`, the norm of the difference of every parameter that changed and is not
+      a target: biases, norms, matrices outside of the layout. No adapter of this layout can hold
+      them.
     """
 
-    layout: Layout
-    adapters: Adapters
-    cuts: dict[str, Cut]
-    beside: dict[str, float]
+    adapter: Adapter
+    truncation: dict[str, Truncation]
+    outside: dict[str, float]
 
 
 class Principal(NamedTuple):
@@ -63,7 +63,7 @@ def extract(layout: Layout, base: Any, finetuned: Any, rank: int | None = None) 
     >>> base = {"w": jnp.zeros((3, 3)), "bias": jnp.zeros(3)}
     >>> tuned = {"w": jnp.diag(jnp.array([4.0, 3.0, 0.0])), "bias": jnp.array([0.0, 2.0, 0.0])}
     >>> found = extract(layout, base, tuned)
-    >>> float(found.cuts["w"].error), float(found.cuts["w"].relative), found.beside
+    >>> float(found.truncation["w"].error), float(found.truncation["w"].relative), found.outside
     (3.0, 0.6, {'bias': 2.0})
     """
     before, after = paths.flatten(base), paths.flatten(finetuned)
@@ -83,8 +83,8 @@ def extract(layout: Layout, base: Any, finetuned: Any, rank: int | None = None) 
         for path in before
         if path not in adapters
     }
-    beside = {path: norm for path, norm in moved.items() if norm != 0}
-    return Extraction(Layout(tuple(targets)), adapters, cuts, beside)
+    outside = {path: norm for path, norm in moved.items() if norm != 0}
+    return Extraction(Adapter(Layout(tuple(targets)), adapters), cuts, outside)
 
 
 def principal(layout: Layout, params: Any) -> Principal:
@@ -131,7 +131,7 @@ def principal(layout: Layout, params: Any) -> Principal:
     return Principal(paths.replace(params, rest), adapters)
 
 
-def _nearest(target: Target, before: Any, after: Any) -> tuple[Factors, Cut]:
+def _nearest(target: Target, before: Any, after: Any) -> tuple[Factors, Truncation]:
     """The truncated decomposition of every slice of `after - before`."""
     stack = before.shape[:-2]
     a = np.zeros((*stack, target.fan_in, target.rank), np.float32)
@@ -145,7 +145,7 @@ def _nearest(target: Target, before: Any, after: Any) -> tuple[Factors, Cut]:
         whole += float((found.values**2).sum())
     relative = (lost / whole) ** 0.5 if whole > 0 else 0.0
     factors = matrices.to_factors(target, jnp.asarray(a), jnp.asarray(b))
-    return factors, Cut(np.float64(lost**0.5), np.float64(relative))
+    return factors, Truncation(np.float64(lost**0.5), np.float64(relative))
 
 
 def _shared(top: Svd, scale: float) -> tuple[Array, Array]:

@@ -6,10 +6,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_jax.adapters import Factors, check
+from lora_jax.adapters import Adapter, Factors, check
 from lora_jax.analysis import matrices
 from lora_jax.analysis.matrices import Array
-from lora_jax.combine import Member
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout, Target
 
@@ -17,7 +16,7 @@ Side = Literal["a", "b", "input", "output"]
 SIDES: tuple[Side, ...] = ("a", "b", "input", "output")
 
 
-def similarity(one: Member, two: Member, of: Side = "a") -> dict[str, Array]:
+def similarity(one: Adapter, two: Adapter, of: Side = "a") -> dict[str, Array]:
     """phi(i, j) of every target: how much of the top i directions of one is in the top j of two.
 
         phi(i, j) = ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j)          in [0, 1]
@@ -30,7 +29,7 @@ def similarity(one: Member, two: Member, of: Side = "a") -> dict[str, Array]:
     p = min(i, j).)
 
     Args:
-      one, two: (layout, adapters) with the same targets; the ranks may differ.
+      one, two: adapters with the same targets; the ranks may differ.
       of: whose directions.
         "a": the left-singular vectors of the factor `a` [in, rank]. The paper stores A = a^T and
           calls them the right-singular vectors of A; its figures 3 and 4 show these.
@@ -57,14 +56,15 @@ def similarity(one: Member, two: Member, of: Side = "a") -> dict[str, Array]:
            [1. , 0.5]])
     """
     check_side(of)
-    check(*one)
-    check(*two)
-    _check_targets(one[0], two[0])
+    one, two = Adapter(*one), Adapter(*two)
+    check(one.layout, one.parameters)
+    check(two.layout, two.parameters)
+    _check_targets(one.layout, two.layout)
     out = {}
-    for target in one[0].targets:
+    for target in one.layout.targets:
         path = target.path
-        first = directions(target, one[1][path], of)
-        second = directions(two[0][path], two[1][path], of)
+        first = directions(target, one.parameters[path], of)
+        second = directions(two.layout[path], two.parameters[path], of)
         out[path] = phi(first, second)
     return out
 

@@ -1,15 +1,16 @@
 """Plain Flax models that have never heard of LoRA, and the loaders of their published weights."""
 
-from lora_jax.models.assemble import Head as Head
-from lora_jax.models.assemble import WeightsError as WeightsError
-from lora_jax.models.assemble import shapes as shapes
 from lora_jax.models.bert import Bert as Bert
 from lora_jax.models.bert import BertClassifier as BertClassifier
 from lora_jax.models.config import BertConfig as BertConfig
 from lora_jax.models.config import LlamaConfig as LlamaConfig
-from lora_jax.models.hf_config import ConfigError as ConfigError
+from lora_jax.models.errors import ModelConfigError as ModelConfigError
+from lora_jax.models.errors import ModelError as ModelError
+from lora_jax.models.errors import WeightsError as WeightsError
 from lora_jax.models.llama import Llama as Llama
-from lora_jax.models.source import MINILM as MINILM
-from lora_jax.models.source import SMOLLM2 as SMOLLM2
-from lora_jax.models.source import Source as Source
-from lora_jax.models.source import open as open
+from lora_jax.models.weights.assemble import Head as Head
+from lora_jax.models.weights.assemble import shapes as shapes
+from lora_jax.models.weights.source import MINILM as MINILM
+from lora_jax.models.weights.source import SMOLLM2 as SMOLLM2
+from lora_jax.models.weights.source import Source as Source
+from lora_jax.models.weights.source import open as open

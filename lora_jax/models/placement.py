@@ -15,9 +15,9 @@ divides is cut over `tensor`, so that each device has the logits of its own toke
 
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.assemble import Head
 from lora_jax.models.config import BertConfig, Config, LlamaConfig
 from lora_jax.models.layers import tensor_axis
+from lora_jax.models.weights.assemble import Head
 
 Rule = tuple[str, P]
 

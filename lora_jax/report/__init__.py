@@ -1,10 +1,15 @@
 """A run, or many side by side, as a page: report.html, report.md, and the figures as files.
 
-    python -m lora_jax.report runs/reviews
+    lora-jax report runs/reviews
 
 `document` says what a report is, `render` writes one; the other files fill it from what runs have
 left in their directories.
 """
+
+from lora_jax.extras import require
+
+require("train", __name__)
+require("report", __name__)
 
 from lora_jax.report.document import Fact as Fact
 from lora_jax.report.document import Figure as Figure

@@ -12,7 +12,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lora_jax.report import ink
+from lora_jax.report import svg
 from lora_jax.training import curves, metrics
 
 Array = Any  # of NumPy
@@ -24,8 +24,8 @@ _SHADES = mpl.colormaps["viridis"]
 
 def curve(lines: Sequence[metrics.Line], name: str) -> Figure:
     """One number of the record over the steps; of the loss, every step and their running mean."""
-    with ink.style():
-        figure, axis = ink.new()
+    with svg.style():
+        figure, axis = svg.new()
         curves.plot(axis, _thinned(lines), name)
         training = axis.lines[0]
         steps, losses = training.get_xdata(), np.asarray(training.get_ydata(), float)
@@ -69,12 +69,12 @@ def by_layer(
       level: a height to compare with, and what it is.
       top: where the axis ends.
     """
-    with ink.style():
-        figure, axis = ink.new()
+    with svg.style():
+        figure, axis = svg.new()
         for name, values in found.items():
             axis.plot(range(len(layers)), values, marker="o", markersize=4, label=name)
         if level is not None:
-            axis.axhline(level[0], color=ink.INK, alpha=0.6, linestyle="--", label=level[1])
+            axis.axhline(level[0], color=svg.INK, alpha=0.6, linestyle="--", label=level[1])
         _layers(axis, layers)
         axis.set(ylabel=label)
         axis.set_ylim(bottom=0, top=top)
@@ -85,8 +85,8 @@ def by_layer(
 
 def values(found: Array, layers: Sequence[str], title: str) -> Figure:
     """Singular values [layer, i]: a line for each i over the layers, or over i for one layer."""
-    with ink.style():
-        figure, axis = ink.new()
+    with svg.style():
+        figure, axis = svg.new()
         rank = found.shape[1]
         if len(layers) > 1:
             for i in range(rank):
@@ -128,8 +128,8 @@ def _layers(axis: Any, layers: Sequence[str]) -> None:
 
 def heat(found: Array, rows: Sequence[str], columns: Sequence[str], title: str) -> Figure:
     """[row, column] as colours, with the numbers where there is room; NaN is left open."""
-    with ink.style():
-        figure, axis = ink.new(max(4.6, 1.6 + 0.62 * len(columns)), 1.3 + 0.3 * len(rows))
+    with svg.style():
+        figure, axis = svg.new(max(4.6, 1.6 + 0.62 * len(columns)), 1.3 + 0.3 * len(rows))
         image = axis.imshow(
             found, aspect="auto", interpolation="none", cmap=_SHADES, vmin=0, vmax=_top(found)
         )
@@ -150,8 +150,8 @@ def phi(found: Array, one: str, two: str, title: str, top: float) -> Figure:
     one, two: what i and j count.
     """
     rows, columns = found.shape
-    with ink.style():
-        figure, axis = ink.new(4.6, 1.7 + min(2.4, max(0.35 * rows, 0.35)))
+    with svg.style():
+        figure, axis = svg.new(4.6, 1.7 + min(2.4, max(0.35 * rows, 0.35)))
         image = axis.imshow(
             found,
             aspect="auto",

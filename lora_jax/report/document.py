@@ -67,8 +67,8 @@ class Panel:
 
     name: of its files; letters, digits, `-` and `_`.
     alternative: what it shows, in words and numbers, for those who do not see it.
-    drawing: a matplotlib Figure, made within `lora_jax.report.ink.style()`, or what an earlier
-      report drew, a `lora_jax.report.ink.Drawn`.
+    drawing: a matplotlib Figure, made within `lora_jax.report.svg.style()`, or what an earlier
+      report drew, a `lora_jax.report.svg.Drawn`.
     """
 
     name: str

@@ -12,7 +12,7 @@ import re
 
 import jinja2
 
-from lora_jax.report import ink
+from lora_jax.report import svg
 from lora_jax.report.document import Figure, Report, Table
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -28,9 +28,9 @@ def write(report: Report, folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     inline: dict[str, str] = {}
     for panel in report.panels:
-        drawn = ink.drawn(panel.drawing)
-        inline[panel.name] = ink.inline(drawn.svg, panel.name, panel.alternative)
-        _put(folder / f"{panel.name}.svg", ink.standalone(drawn.svg).encode())
+        drawn = svg.drawn(panel.drawing)
+        inline[panel.name] = svg.inline(drawn.svg, panel.name, panel.alternative)
+        _put(folder / f"{panel.name}.svg", svg.standalone(drawn.svg).encode())
         _put(folder / f"{panel.name}.png", drawn.png)
     _put(folder / MARKDOWN, markdown(report).encode())
     _put(folder / HTML, html(report, inline).encode())

@@ -8,10 +8,10 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.report import digits
+from lora_jax.groups.comparison import flat
+from lora_jax.report import formatting
 from lora_jax.report.document import Table
 from lora_jax.training.config import to_dict
-from lora_jax.training.group.rows import flat
 from lora_jax.training.text import TextConfig
 
 # What is shown whether or not it is the default.
@@ -28,7 +28,9 @@ def table(configs: Sequence[dict[str, Any]]) -> Table:
     common = {f: v for f, v in every[0].items() if all(c.get(f, ...) == v for c in every)}
     first = [field for field in _ALWAYS if field in common]
     rest = [field for field in common if field not in first and _is_own(field, common[field])]
-    rows = tuple((field, digits.value(common[field]), _default(field)) for field in [*first, *rest])
+    rows = tuple(
+        (field, formatting.value(common[field]), _default(field)) for field in [*first, *rest]
+    )
     shared = " that all runs share" if len(configs) > 1 else ""
     return Table(
         f"Settings{shared}: the main ones, and whatever is not the default.",
@@ -45,7 +47,7 @@ def in_words(configs: Sequence[dict[str, Any]]) -> str:
     def common(field: str, text: str) -> str:
         found = every[0].get(field)
         alike = found is not None and all(config.get(field) == found for config in every)
-        return text.format(digits.value(found)) if alike else ""
+        return text.format(formatting.value(found)) if alike else ""
 
     model = common("model.reference", "{}") or common("workload", "{}") or "several models"
     parts = [
@@ -64,7 +66,7 @@ def _is_own(field: str, value: Any) -> bool:
 
 def _default(field: str) -> str:
     known = _defaults()
-    return digits.value(known[field]) if field in known else digits.NONE
+    return formatting.value(known[field]) if field in known else formatting.NONE
 
 
 @functools.cache

@@ -1,1 +1,5 @@
-"""Adapters at work: what `lora_jax.generate` and `lora_jax.predict` are made of."""
+"""Adapters in use: the commands `predict` and `generate`, and what they are made of."""
+
+from lora_jax.extras import require
+
+require("train", __name__)

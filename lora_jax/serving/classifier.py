@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-import lora_jax
 from lora_jax import models, paths
+from lora_jax.data.tokens import Cut, Encoder, Text, padding_id
 from lora_jax.errors import LoraError, listed
-from lora_jax.serving.adapters import Member, Served
-from lora_jax.training.data.tokens import Cut, Encoder, Text, padding_id
+from lora_jax.layout import Layout
+from lora_jax.multi.stack import Stack, select
+from lora_jax.serving.served_adapters import Member, Served
+from lora_jax.transform import adapt
 
 Tree = Any  # a pytree
 _HEAD = "classifier/out/"
@@ -196,7 +198,7 @@ class Classifier:
             yield i, row[: self.tasks[adapters[i]].outputs]
 
 
-def _mixed(layout: lora_jax.Layout, model: models.BertClassifier) -> Any:
+def _mixed(layout: Layout, model: models.BertClassifier) -> Any:
     """`run(params, stacked, beside, ids [B], batch)`, the outputs [B, C] of a mixed batch."""
 
     def one(params: Tree, own: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> Any:
@@ -205,11 +207,11 @@ def _mixed(layout: lora_jax.Layout, model: models.BertClassifier) -> Any:
         inputs = (batch["input_ids"], batch["mask"], batch["token_types"])
         return model.apply({"params": whole}, *inputs)
 
-    adapted = lora_jax.adapt(layout, one)
+    adapted = adapt(layout, one)
 
-    def run(params: Tree, stacked: lora_jax.Stack, beside: Any, ids: Any, batch: Any) -> Any:
+    def run(params: Tree, stacked: Stack, beside: Any, ids: Any, batch: Any) -> Any:
         own = {path: x[ids] for path, x in beside.items()}
-        return adapted(params, lora_jax.select(stacked, ids), own, batch)
+        return adapted(params, select(stacked, ids), own, batch)
 
     return run
 
@@ -266,7 +268,7 @@ def _pooling(members: Sequence[Member]) -> str:
     return next(iter(said.values()))
 
 
-def _check_apart(layout: lora_jax.Layout, beside: Mapping[str, Any]) -> None:
+def _check_apart(layout: Layout, beside: Mapping[str, Any]) -> None:
     both = [target.path for target in layout.targets if target.path in beside]
     if both:
         raise LoraError(

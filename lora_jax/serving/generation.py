@@ -24,11 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-import lora_jax
 from lora_jax import models
 from lora_jax.errors import LoraError
+from lora_jax.layout import Layout
 from lora_jax.models import cache as caches
+from lora_jax.multi.stack import BASE, Stack, select
 from lora_jax.serving.sampling import GREEDY, Sampling, choose
+from lora_jax.transform import adapt
 
 Tree = Any  # a pytree
 _SHORTEST = 16
@@ -39,12 +41,12 @@ class Prompt:
     """A text to go on with.
 
     tokens: at least one.
-    adapter: its number (`lora_jax.stack`), or `lora_jax.BASE` for none.
+    adapter: its number (`lora_jax.multi.stack`), or `lora_jax.multi.BASE` for none.
     stop: tokens that end what is written.
     """
 
     tokens: Sequence[int]
-    adapter: int = lora_jax.BASE
+    adapter: int = BASE
     stop: Collection[int] = ()
 
 
@@ -101,14 +103,14 @@ class Decoder:
         self,
         config: models.LlamaConfig,
         params: Tree,
-        layout: lora_jax.Layout | None = None,
-        stacked: lora_jax.Stack | None = None,
+        layout: Layout | None = None,
+        stacked: Stack | None = None,
     ) -> None:
         """Nothing is compiled yet.
 
         Args:
           config, params: of the base (or of a merged model).
-          layout, stacked: from `lora_jax.stack`; None: no adapters.
+          layout, stacked: from `lora_jax.multi.stack`; None: no adapters.
         """
         self.config = config
         self.compiled: dict[tuple[Any, ...], float] = {}
@@ -127,10 +129,10 @@ class Decoder:
         size = 0 if self._stacked is None else self._stacked.size
         room = self.config.max_positions
         for number, prompt in enumerate(prompts):
-            if not lora_jax.BASE <= prompt.adapter < size:
+            if not BASE <= prompt.adapter < size:
                 raise LoraError(
                     f"prompt {number}: no adapter {prompt.adapter}: there are {size}, counted from "
-                    f"0, and {lora_jax.BASE} is the base"
+                    f"0, and {BASE} is the base"
                 )
             if not 0 < len(prompt.tokens) < room:
                 raise LoraError(
@@ -293,12 +295,12 @@ def rounded(length: int) -> int:
     return middle if power > _SHORTEST and length <= middle else power
 
 
-def _mixed(layout: lora_jax.Layout | None, f: Callable[..., Any]) -> Callable[..., Any]:
+def _mixed(layout: Layout | None, f: Callable[..., Any]) -> Callable[..., Any]:
     """`f(params, *args)` as a function of (params, (stacked, ids), *args)."""
     if layout is None:
         return lambda params, chosen, *args: f(params, *args)
-    adapted = lora_jax.adapt(layout, f)
-    return lambda params, chosen, *args: adapted(params, lora_jax.select(*chosen), *args)
+    adapted = adapt(layout, f)
+    return lambda params, chosen, *args: adapted(params, select(*chosen), *args)
 
 
 def _batch(prompts: Mapping[int, Prompt], count: int) -> Batch:

@@ -11,14 +11,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-import lora_jax
+from lora_jax.data.templates import Template
+from lora_jax.data.tokens import Encoder
 from lora_jax.errors import LoraError, nearest
-from lora_jax.serving import lines
-from lora_jax.serving.adapters import BASE_NAME, Member, Served
+from lora_jax.multi.stack import BASE
+from lora_jax.serving import jsonl
 from lora_jax.serving.generation import Prompt
-from lora_jax.serving.lines import Line, LineError
-from lora_jax.training.data.templates import Template
-from lora_jax.training.data.tokens import Encoder
+from lora_jax.serving.jsonl import Line, LineError
+from lora_jax.serving.served_adapters import BASE_NAME, Member, Served
 
 FIELD = "prompt"
 
@@ -52,10 +52,10 @@ def read(path: str) -> Iterator[Line | str]:
       OSError: the file cannot be read.
     """
     if _begins(path).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
-        yield from lines.read(path)
+        yield from jsonl.read(path)
         return
-    name = "stdin" if path == lines.STANDARD else path
-    raw = sys.stdin.buffer.read() if path == lines.STANDARD else pathlib.Path(path).read_bytes()
+    name = "stdin" if path == jsonl.STANDARD else path
+    raw = sys.stdin.buffer.read() if path == jsonl.STANDARD else pathlib.Path(path).read_bytes()
     for number, line in enumerate(raw.splitlines(), 1):
         try:
             text = line.decode("utf-8-sig")
@@ -67,7 +67,7 @@ def read(path: str) -> Iterator[Line | str]:
 
 def _begins(path: str) -> bytes:
     """The first bytes; of stdin they are still there to be read afterwards."""
-    if path == lines.STANDARD:
+    if path == jsonl.STANDARD:
         buffer = sys.stdin.buffer
         return buffer.peek(256) if isinstance(buffer, io.BufferedReader) else b""
     with open(path, "rb") as file:
@@ -117,7 +117,7 @@ class Prompts:
 
     def _of_line(self, line: Line) -> Request:
         number = self._served.id_of(line.get("adapter", str, "") or None, line.where)
-        name = BASE_NAME if number == lora_jax.BASE else self._served.names[number]
+        name = BASE_NAME if number == BASE else self._served.names[number]
         text = self._text_of(line, name)
         return dataclasses.replace(
             self._request(name, text, line.value, line.where), size=line.size

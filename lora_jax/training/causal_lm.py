@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax import baselines, models, paths
+from lora_jax.data.language_modelling import language_modelling as batches_of
 from lora_jax.models import placement
 from lora_jax.training import scores, text
-from lora_jax.training.data.language_modelling import language_modelling as batches_of
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Common, Loss, Workload
 

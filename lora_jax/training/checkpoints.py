@@ -7,7 +7,7 @@ fingerprint of the base, iterator state, the best evaluation so far, the length 
     checkpoints/7          what Orbax writes, in the background; it has this name once it is whole
     checkpoints/damaged-9  set aside, since its bits were not those that were saved
 
-Which is which is found out when the newest one is restored (`lora_jax.manifest`). The arrays of a
+Which is which is found out when the newest one is restored (`lora_jax.checkpoint.manifest`). The arrays of a
 checkpoint do not know the mesh and the processes that wrote it: any others may restore it.
 """
 
@@ -25,11 +25,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from lora_jax import manifest as manifests
 from lora_jax import paths
-from lora_jax.checkpoint import ocp, read_manifest, reading, writing
+from lora_jax.checkpoint import manifest as manifests
+from lora_jax.checkpoint.adapter import ocp, read_manifest, reading, writing
+from lora_jax.checkpoint.manifest import DamagedError, Manifest
 from lora_jax.errors import LoraError, listed
-from lora_jax.manifest import DamagedError, Manifest
 from lora_jax.training import processes
 from lora_jax.training.step import State
 

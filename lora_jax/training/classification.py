@@ -14,11 +14,11 @@ import numpy as np
 import optax
 
 from lora_jax import baselines, models, paths
+from lora_jax.data.classification import classification as batches_of
+from lora_jax.data.labels import Labels
 from lora_jax.models import placement
 from lora_jax.training import scores, text
 from lora_jax.training.config import ConfigError, require
-from lora_jax.training.data.classification import classification as batches_of
-from lora_jax.training.data.labels import Labels
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Common, Loss, Workload
 

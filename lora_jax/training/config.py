@@ -3,7 +3,7 @@
 `Config` holds what every run has. A run on text adds a model and a data set
 (`lora_jax.training.text.TextConfig`); a model of your own adds whatever it needs in a subclass (see
 configs/own_model.py). Every field of every class can be set on the command line
-(`lora_jax.training.command`).
+(`lora_jax.command_line`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import tyro
 
-import lora_jax
+from lora_jax.errors import LoraError
+from lora_jax.spec import LoraSpec, Rule
 from lora_jax.training import initializers
 from lora_jax.training.workload import Workload
 
 
-class ConfigError(lora_jax.LoraError):
+class ConfigError(LoraError):
     """A value that a config field cannot have; the message names the field."""
 
 
@@ -68,12 +69,12 @@ class LoraConfig:
             _rule(target)
 
     @property
-    def spec(self) -> lora_jax.LoraSpec:
+    def spec(self) -> LoraSpec:
         """The same, as the core asks for it."""
-        return lora_jax.LoraSpec(self.rank, self.alpha, tuple(_rule(t) for t in self.targets))
+        return LoraSpec(self.rank, self.alpha, tuple(_rule(t) for t in self.targets))
 
 
-def _rule(text: str) -> lora_jax.Rule:
+def _rule(text: str) -> Rule:
     """`pattern@rank=4,alpha=8` as a rule.
 
     >>> _rule("**/kernel@rank=4")
@@ -91,7 +92,7 @@ def _rule(text: str) -> lora_jax.Rule:
                 f"lora.targets: cannot read {setting!r} of {text!r}; "
                 "a pattern's own settings are written pattern@rank=4,alpha=8"
             ) from None
-    return lora_jax.Rule(pattern, **values)
+    return Rule(pattern, **values)
 
 
 @dataclasses.dataclass(frozen=True)

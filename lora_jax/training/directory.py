@@ -7,7 +7,7 @@ adapters/        best and last, each restored by `lora_jax.restore`
 summary.json     written last: it says that the run is finished
 curves.png       loss and scores
 error.txt        why a member of a group has stopped, if it has
-report/          what `python -m lora_jax.report` made of all this, if it was asked to
+report/          what `lora-jax report` made of all this, if it was asked to
 """
 
 from __future__ import annotations

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lora_jax
+from lora_jax.frozen import join
+from lora_jax.layout import Layout
+from lora_jax.merge import merge
 from lora_jax.training.mesh import Placement
 from lora_jax.training.step import Trained
 from lora_jax.training.workload import Batch, Loss, Workload
+from lora_jax.transform import adapt
 
 Tree = Any  # a pytree
 # Batches that the host may be ahead of the devices. They take memory there, and with several
@@ -45,7 +48,7 @@ def first_batch(workload: Workload, place: Placement, otherwise: Batch) -> Batch
 
 
 def merged_difference(
-    workload: Workload, layout: lora_jax.Layout
+    workload: Workload, layout: Layout
 ) -> Callable[[Trained, Tree, Any], jax.Array]:
     """`difference(trained, frozen, batch)`, to be compiled: whether merging changes anything.
 
@@ -53,11 +56,11 @@ def merged_difference(
     """
 
     def outputs(trained: Trained, frozen: Tree, batch: Any) -> jax.Array:
-        params = lora_jax.frozen.combine(trained["base"], frozen)
+        params = join(trained["base"], frozen)
         adapters = trained["adapters"]
-        adapted = lora_jax.adapt(layout, workload.apply)
+        adapted = adapt(layout, workload.apply)
         beside = adapted(params, adapters, batch, train=False, key=None)
-        merged = lora_jax.merge(layout, params, adapters)
+        merged = merge(layout, params, adapters)
         folded = workload.apply(merged, batch, train=False, key=None)
         gaps = jax.tree.map(
             lambda x, y: jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))),

@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import lora_jax
-from lora_jax.checkpoint import restore_base
-from lora_jax.fingerprint import Fingerprint
+from lora_jax.checkpoint import save as save_adapter
+from lora_jax.checkpoint.adapter import restore, restore_base
+from lora_jax.checkpoint.fingerprint import Fingerprint
+from lora_jax.layout import Layout
 from lora_jax.training import processes
 from lora_jax.training.step import Trained
 
@@ -22,7 +23,7 @@ def folder(run: pathlib.Path, name: str) -> pathlib.Path:
 def save(
     run: pathlib.Path,
     name: str,
-    layout: lora_jax.Layout,
+    layout: Layout,
     trained: Trained,
     fingerprint: Fingerprint | None = None,
     about: Mapping[str, Any] | None = None,
@@ -41,7 +42,7 @@ def save(
     """
     target = folder(run, name)
     processes.by_first(lambda: _prepare(target))
-    lora_jax.save(
+    save_adapter(
         target,
         layout,
         trained["adapters"],
@@ -68,7 +69,7 @@ def load(run: pathlib.Path, name: str, where: Any = None) -> Trained:
       where: shardings of it, a tree like it; None puts all on one device.
     """
     path, where = folder(run, name), where or {"adapters": None, "base": None}
-    _, adapters = lora_jax.restore(path, where["adapters"])
+    _, adapters = restore(path, where["adapters"])
     return {"adapters": adapters, "base": restore_base(path, where["base"])}
 
 

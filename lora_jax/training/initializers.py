@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import jax
 
-import lora_jax
+from lora_jax.layout import Target
 
 Name = Literal["gaussian", "uniform", "orthogonal"]
-Initializer = Callable[[jax.Array, lora_jax.Target, Any], jax.Array]
+Initializer = Callable[[jax.Array, Target, Any], jax.Array]
 
 
-def uniform(key: jax.Array, target: lora_jax.Target, dtype: Any) -> jax.Array:
+def uniform(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
     """U(-s, s) with s = 1/sqrt(fan_in): loralib's and PEFT's kaiming_uniform_(a=sqrt(5)).
 
     A third of the variance of N(0, 1/fan_in).
@@ -27,7 +27,7 @@ def uniform(key: jax.Array, target: lora_jax.Target, dtype: Any) -> jax.Array:
     return jax.random.uniform(key, target.a_shape, dtype, -bound, bound)
 
 
-def orthogonal(key: jax.Array, target: lora_jax.Target, dtype: Any) -> jax.Array:
+def orthogonal(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
     """Orthonormal columns: as long as those of N(0, 1/fan_in) on average, and at right angles.
 
     Of every slice of a stacked parameter its own.

@@ -18,10 +18,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import lora_jax
 from lora_jax import sharding
+from lora_jax.data.process_slice import Shard
+from lora_jax.errors import LoraError
+from lora_jax.layout import Layout
 from lora_jax.training.config import ConfigError, MeshConfig, require
-from lora_jax.training.data.shard import Shard
 from lora_jax.training.workload import Batch, Workload
 
 Tree = Any  # a pytree
@@ -91,7 +92,7 @@ class Placement:
         """The whole array on every device."""
         return NamedSharding(self.mesh, P())
 
-    def trained(self, layout: lora_jax.Layout, base: Mapping[str, Any]) -> Tree:
+    def trained(self, layout: Layout, base: Mapping[str, Any]) -> Tree:
         """Shardings of `{"adapters": ..., "base": ...}`: those of the weights they belong to."""
         specs = {
             "adapters": sharding.partition_specs(layout, self.specs),
@@ -196,8 +197,8 @@ def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> P
             named=given if isinstance(given, Mapping) else None,
             call=(use, (example,)),
         )
-    except lora_jax.LoraError as error:
-        raise lora_jax.LoraError(
+    except LoraError as error:
+        raise LoraError(
             f"{error}\nFor train.py a rule is written --mesh.rules 'pattern=axis,axis', with `-` "
             "for a dimension that is to stay whole"
         ) from error

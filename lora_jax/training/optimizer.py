@@ -1,7 +1,7 @@
 """The learning-rate schedule and AdamW, composed from optax, with their settings as data.
 
 The settings are an argument and not part of the program: runs of any settings share one compiled
-step, and a `jax.vmap` over `Hyper` trains many of them at once (`lora_jax.training.group`).
+step, and a `jax.vmap` over `Hyper` trains many of them at once (`lora_jax.groups`).
 """
 
 from __future__ import annotations

@@ -29,8 +29,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-import lora_jax
-from lora_jax.errors import listed
+from lora_jax.errors import LoraError, listed
 from lora_jax.training.config import Config, ConfigError, ProcessesConfig, differences, to_dict
 
 PREEMPTED = 128 + signal.SIGTERM  # 143, the status of a run that SIGTERM stopped and that saved
@@ -38,7 +37,7 @@ PREEMPTED = 128 + signal.SIGTERM  # 143, the status of a run that SIGTERM stoppe
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
-class ElsewhereError(lora_jax.LoraError):
+class ElsewhereError(LoraError):
     """An error of another process, which prints it; the message says which."""
 
 
@@ -181,7 +180,7 @@ def everywhere(action: Callable[[], Any]) -> list[Any]:
     value, error = None, None
     try:
         value = action()
-    except (lora_jax.LoraError, OSError) as caught:
+    except (LoraError, OSError) as caught:
         error = caught
     found = gather({"value": value, "error": None if error is None else str(error)})
     if error is not None:
@@ -228,7 +227,7 @@ def union(states: Sequence[Any], path: str = "state") -> Any:
         return {k: union([s[k] for s in states if k in s], f"{path}[{k!r}]") for k in keys}
     if any(state != states[0] for state in states):
         different = next(state for state in states if state != states[0])
-        raise lora_jax.LoraError(
+        raise LoraError(
             f"the training iterators of two processes give {states[0]!r} and {different!r} for "
             f"{path}: what differs between processes must have a key of its own in get_state()"
         )

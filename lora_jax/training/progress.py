@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from lora_jax.console import Bar
 
 _NUMBERS = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]}"
 
 
-class Display:
+class Display(Bar):
     """Shows the newest line of the record, and evaluations as they come; a context manager."""
 
     def __init__(self, console: Console, steps: int, start: int, every: int, unit: str) -> None:
         """Show steps `start` to `steps`; without a terminal, a line each `every` steps."""
-        self._console, self._steps, self._every, self._unit = console, steps, every, unit
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(_NUMBERS),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(_NUMBERS), TimeRemainingColumn())
+        super().__init__(console, *columns)
+        self._steps, self._every, self._unit = steps, every, unit
         fields: dict[str, Any] = {"loss": "-", "rate": "-", "speed": "-"}
-        self._task = self._bar.add_task("train", total=steps, completed=start, **fields)
+        self._task = self.bar.add_task("train", total=steps, completed=start, **fields)
         self._recent = deque([(time.monotonic(), start, 0)], maxlen=50)  # (time, step, units)
-
-    def __enter__(self) -> Display:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
 
     def step(self, line: dict[str, Any]) -> None:
         """Show one training line of the record."""
@@ -53,11 +37,11 @@ class Display:
             "rate": f"{line['learning_rate']:.2e}",
             "speed": f"{(units - from_units) / elapsed:,.0f} {self._unit}/s",
         }
-        self._bar.update(self._task, completed=step, **numbers)
+        self.bar.update(self._task, completed=step, **numbers)
         due = step % self._every == 0 or step == self._steps
-        if due and not self._console.is_terminal:
+        if due and not self.console.is_terminal:
             left = (self._steps - step) * elapsed / (step - from_step)
-            self._say(
+            self.say(
                 f"step {step}/{self._steps}  loss {numbers['loss']}  "
                 f"lr {numbers['rate']}  {numbers['speed']}  {left:.0f} s left"
             )
@@ -65,7 +49,4 @@ class Display:
     def evaluation(self, line: dict[str, Any], note: str = "") -> None:
         """Show one evaluation line of the record."""
         numbers = (f"{k} {v:.4f}" for k, v in line.items() if k not in ("step", "split"))
-        self._say(f"step {line['step']}  {line['split']}: {'  '.join(numbers)}{note}")
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.say(f"step {line['step']}  {line['split']}: {'  '.join(numbers)}{note}")

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-import lora_jax
-from lora_jax.fingerprint import Fingerprint, check_base
+from lora_jax.checkpoint.fingerprint import Fingerprint, check_base
+from lora_jax.errors import LoraError
+from lora_jax.layout import Layout
 from lora_jax.training import export, metrics, optimizer, processes
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config, to_dict
@@ -31,7 +32,7 @@ Tree = Any  # a pytree
 Judge = Callable[[Any], Loss]  # of a batch on the devices, by some trained parameters
 
 
-class NonFiniteError(lora_jax.LoraError):
+class NonFiniteError(LoraError):
     """A loss or gradient that is not finite; the message names the step."""
 
 
@@ -56,7 +57,7 @@ class Setup:
     config: Config
     workload: Workload
     place: Placement
-    layout: lora_jax.Layout
+    layout: Layout
     frozen: Tree
     fingerprint: Fingerprint
     path: pathlib.Path
@@ -252,9 +253,9 @@ class Run:
         """Go to the newest checkpoint."""
         state, notes = self.checkpoints.restore(like)
         if notes["layout"] != self.setup.layout.to_json():
-            raise lora_jax.LoraError(
+            raise LoraError(
                 f"the checkpoint in {self.setup.path} was written for another layout:\n"
-                f"{lora_jax.Layout.from_json(notes['layout'])}\nthis run resolves\n"
+                f"{Layout.from_json(notes['layout'])}\nthis run resolves\n"
                 f"{self.setup.layout}\nstart afresh with --fresh"
             )
         allow = self.setup.config.allow_other_base
@@ -276,7 +277,7 @@ class Run:
     def _is_better(self, numbers: dict[str, float]) -> bool:
         name = self.setup.workload.select
         if name not in numbers:
-            raise lora_jax.LoraError(
+            raise LoraError(
                 f"the workload picks the best adapter by {name!r}, but an evaluation gives "
                 f"{list(numbers)}; set Workload.select to one of them"
             )

@@ -9,11 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import lora_jax
+from lora_jax.adapters import init as init_adapters
+from lora_jax.errors import LoraError
+from lora_jax.frozen import join
+from lora_jax.layout import Layout
+from lora_jax.multi.stack import Scaled
 from lora_jax.training import initializers
 from lora_jax.training.config import require
 from lora_jax.training.mesh import Placement
 from lora_jax.training.workload import Loss, Workload
+from lora_jax.transform import adapt
 
 Tree = Any  # a pytree
 Trained = dict[str, Any]  # {"adapters": {path: Factors}, "base": {path: array}}
@@ -37,7 +42,7 @@ class State(NamedTuple):
 
 
 def create(
-    layout: lora_jax.Layout,
+    layout: Layout,
     base: dict[str, Any],
     tx: optax.GradientTransformation,
     key: jax.Array,
@@ -55,7 +60,7 @@ def create(
 
 
 def shapes(
-    layout: lora_jax.Layout,
+    layout: Layout,
     base: dict[str, Any],
     tx: optax.GradientTransformation,
     key: Any,
@@ -70,14 +75,14 @@ def shapes(
 
 
 def fresh(
-    layout: lora_jax.Layout, tx: optax.GradientTransformation, init: initializers.Name
+    layout: Layout, tx: optax.GradientTransformation, init: initializers.Name
 ) -> Callable[[dict[str, Any], jax.Array], State]:
     """`begin(base, key)` gives the state before the first step; to be compiled."""
 
     a_init = initializers.INITIALIZERS[init]
 
     def begin(base: dict[str, Any], key: jax.Array) -> State:
-        adapters = lora_jax.init(key, layout, a_init=a_init)
+        adapters = init_adapters(key, layout, a_init=a_init)
         trained = {"adapters": adapters, "base": jax.tree.map(jnp.copy, base)}
         return State(trained, tx.init(trained), jnp.int32(0), jnp.int32(0), key)
 
@@ -94,14 +99,14 @@ def compilation(state: State, place: Placement) -> dict[str, Any]:
     return {"donate_argnums": 0, "out_shardings": (kept, place.whole)}
 
 
-def check_apart(layout: lora_jax.Layout, base: dict[str, Any]) -> None:
+def check_apart(layout: Layout, base: dict[str, Any]) -> None:
     """Raise unless no parameter is both adapted and trained in full.
 
     An update beside W moves nothing that W itself does not move when it is trained too.
     """
     both = [target.path for target in layout.targets if target.path in base]
     if both:
-        raise lora_jax.LoraError(
+        raise LoraError(
             f"{both[0]!r} is both adapted (lora.targets) and trained in full (lora.beside), as are "
             f"{len(both) - 1} more; narrow one of the two, for instance --lora.targets to the "
             "encoder's part of the tree"
@@ -110,7 +115,7 @@ def check_apart(layout: lora_jax.Layout, base: dict[str, Any]) -> None:
 
 def train_step(
     workload: Workload,
-    layout: lora_jax.Layout,
+    layout: Layout,
     tx: optax.GradientTransformation,
     on_nonfinite: Literal["stop", "skip"],
     parts: int = 1,
@@ -128,12 +133,12 @@ def train_step(
     parts of unequal weight (tokens) count as they do in the whole batch.
 
     With `scales` ({path: [] float32}) the adapters are padded to `layout`, and these are their
-    scales in place of the layout's (`lora_jax.Scaled`).
+    scales in place of the layout's (`lora_jax.multi.Scaled`).
     """
-    adapted = lora_jax.adapt(layout, workload.apply)
+    adapted = adapt(layout, workload.apply)
 
     def objective(trained: Trained, frozen: Tree, batch: Any, key: jax.Array) -> Any:
-        params = lora_jax.frozen.combine(trained["base"], frozen)
+        params = join(trained["base"], frozen)
         adapters = _scaled(trained["adapters"], scales)
         outputs = adapted(params, adapters, batch, train=True, key=key)
         loss = workload.loss(outputs, batch)
@@ -203,17 +208,17 @@ def divided(batch: Any, parts: int) -> Any:
 
 def _scaled(adapters: Any, scales: Mapping[str, jax.Array] | None) -> Any:
     """What `lora_jax.adapt`'s function takes; gradients are with respect to the factors alone."""
-    return adapters if scales is None else lora_jax.Scaled(adapters, dict(scales))
+    return adapters if scales is None else Scaled(adapters, dict(scales))
 
 
 def evaluation_step(
-    workload: Workload, layout: lora_jax.Layout, scales: Mapping[str, jax.Array] | None = None
+    workload: Workload, layout: Layout, scales: Mapping[str, jax.Array] | None = None
 ) -> Callable[[Trained, Tree, Any], Loss]:
     """`evaluate(trained, frozen, batch) -> Loss`, without dropout; `scales` as in `train_step`."""
-    adapted = lora_jax.adapt(layout, workload.apply)
+    adapted = adapt(layout, workload.apply)
 
     def evaluate(trained: Trained, frozen: Tree, batch: Any) -> Loss:
-        params = lora_jax.frozen.combine(trained["base"], frozen)
+        params = join(trained["base"], frozen)
         adapters = _scaled(trained["adapters"], scales)
         outputs = adapted(params, adapters, batch, train=False, key=None)
         return workload.loss(outputs, batch)

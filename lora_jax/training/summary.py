@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-import lora_jax
+from lora_jax.adapters import count
 from lora_jax.training import export
 from lora_jax.training.run import Run
 from lora_jax.training.step import State
@@ -82,9 +82,9 @@ def sizes(run: Run, state: State) -> dict[str, int]:
     frozen, path = run.setup.frozen, run.setup.path
     beside = state.trained["base"]
     return {
-        "base_parameters": lora_jax.count(frozen) + lora_jax.count(beside),
-        "adapter_parameters": lora_jax.count(state.trained["adapters"]),
-        "beside_parameters": lora_jax.count(beside),
+        "base_parameters": count(frozen) + count(beside),
+        "adapter_parameters": count(state.trained["adapters"]),
+        "beside_parameters": count(beside),
         "adapter_file_bytes": export.size(export.folder(path, "last")),
         "full_checkpoint_bytes": nbytes(frozen) + nbytes(beside),
         "base_bytes_per_device": on_each_device(frozen) + on_each_device(beside),

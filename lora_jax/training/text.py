@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import baselines, models
+from lora_jax.data.batches import Batches, describe
+from lora_jax.data.catalogue import open_source
+from lora_jax.data.config import DataConfig
+from lora_jax.data.process_slice import Shard
 from lora_jax.training.config import LATER, Config, ConfigError, LoraConfig, require, to_dict
-from lora_jax.training.data.batches import Batches, describe
-from lora_jax.training.data.catalogue import open_source
-from lora_jax.training.data.config import DataConfig
-from lora_jax.training.data.shard import Shard
 from lora_jax.training.method import LORA, MethodConfig
 from lora_jax.training.workload import Batch
 
@@ -96,7 +96,7 @@ class TextConfig(Config):
         return self.lora if self.method.name == LORA else LoraConfig(targets=())
 
 
-Pipeline = Callable[..., Batches]  # lora_jax.training.data's classification or language_modelling
+Pipeline = Callable[..., Batches]  # lora_jax.data's classification or language_modelling
 
 
 @dataclasses.dataclass(frozen=True)

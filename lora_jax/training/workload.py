@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lora_jax import paths
+from lora_jax.data.process_slice import Shard
 from lora_jax.errors import LoraError
 from lora_jax.sharding import Rule
-from lora_jax.training.data.shard import Shard
 
 Tree = Any  # a pytree
 Batch = Mapping[str, np.ndarray]
@@ -53,7 +53,7 @@ def examples(batch: Batch) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """What a group of runs over one base has to know of a workload (`lora_jax.training.group`).
+    """What a group of runs over one base has to know of a workload (`lora_jax.groups`).
 
     A workload that has one depends on nothing in `lora`, `optimizer`, `steps` and `evaluate_every`
     of its config: members that differ in these alone share it, and its data are read once.
@@ -99,7 +99,7 @@ class Workload:
         `train.py --plan`. None: the first batch is made and looked at.
       placement: rules (pattern, PartitionSpec), exactly one for each parameter, that place it on
         the mesh; or a dict path -> PartitionSpec of some of them, such as
-        `lora_jax.metadata.named(nnx_model)` gives. What has no place by it has one by Linen's
+        `lora_jax.flax_partitioning.named(nnx_model)` gives. What has no place by it has one by Linen's
         partitioning metadata in `params`, or else by the automatic rule (`lora_jax.sharding`).
       beside: patterns (`lora_jax.paths`) of parameters trained in full beside the adapters.
       scores: `scores(sums, weight) -> name -> number`, from the summed `Loss.sums` of a split.

@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax
 from lora_jax import Factors, Layout, LoraError, LoraSpec, Target, analysis
-from tests.test_combine import FORMS, MEMBERS, member
+from tests.multi.test_combine import FORMS, MEMBERS, member
 
 RANDOM = MEMBERS[0]  # a matrix, one with a stack, one with heads, a convolution; rank 1
 WIDE = member(5, 3, 8.0, "matrix", "stacked", "heads", "kernel")
@@ -252,19 +252,19 @@ def test_extract_is_as_near_as_any_adapter(rank: int | None) -> None:
     layout = OTHER[0]
     base, tuned = weights(layout, 1), weights(layout, 2)
     found = analysis.extract(layout, base, tuned, rank)
-    merged = lora_jax.merge(found.layout, base, found.adapters)
-    assert found.beside == {}
+    merged = lora_jax.merge(found.adapter.layout, base, found.adapter.parameters)
+    assert found.outside == {}
     for target in layout.targets:
         path, kept = target.path, rank or target.rank
-        assert found.layout[path].rank == kept
+        assert found.adapter.layout[path].rank == kept
         full = np.asarray(tuned[path], np.float64) - np.asarray(base[path], np.float64)
         values = [np.linalg.svd(x)[1] for x in slices(target, full)]
         lost = np.sqrt(sum((v[kept:] ** 2).sum() for v in values))
         left = np.linalg.norm(np.asarray(tuned[path], np.float64) - np.asarray(merged[path]))
-        np.testing.assert_allclose(float(found.cuts[path].error), lost, rtol=1e-5)
+        np.testing.assert_allclose(float(found.truncation[path].error), lost, rtol=1e-5)
         np.testing.assert_allclose(left, lost, rtol=1e-5)
         relative = lost / np.linalg.norm(full)
-        np.testing.assert_allclose(float(found.cuts[path].relative), relative, rtol=1e-5)
+        np.testing.assert_allclose(float(found.truncation[path].relative), relative, rtol=1e-5)
 
 
 def test_extract_gives_an_adapter_back() -> None:
@@ -274,9 +274,9 @@ def test_extract_gives_an_adapter_back() -> None:
     merged = lora_jax.merge(layout, base, adapters)
     found = analysis.extract(layout, base, merged)
     for target in layout.targets:
-        again = dense(found.layout[target.path], found.adapters[target.path])
+        again = dense(found.adapter.layout[target.path], found.adapter.parameters[target.path])
         np.testing.assert_allclose(again, dense(target, adapters[target.path]), atol=1e-5)
-        assert float(found.cuts[target.path].relative) < 1e-6
+        assert float(found.truncation[target.path].relative) < 1e-6
 
 
 def test_extract_says_what_no_adapter_holds() -> None:
@@ -284,7 +284,7 @@ def test_extract_says_what_no_adapter_holds() -> None:
     layout = WIDE[0]
     base = {**weights(layout), "bias": jnp.zeros(3), "norm": jnp.ones(2)}
     tuned = {**base, "bias": jnp.array([3.0, 0.0, 4.0])}
-    assert analysis.extract(layout, base, tuned).beside == {"bias": 5.0}
+    assert analysis.extract(layout, base, tuned).outside == {"bias": 5.0}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -313,7 +313,7 @@ def test_what_principal_learnt_moves_to_the_original_base() -> None:
     at_start = lora_jax.adapt(layout, f)(rest, start, x)
     np.testing.assert_allclose(at_start, f(base, x), atol=1e-5)
     learnt = jax.tree.map(lambda x: x + 0.1, start)
-    both, moved = lora_jax.combine([(layout, learnt), (layout, start)], [1.0, -1.0])
+    both, moved, _ = lora_jax.multi.combine([(layout, learnt), (layout, start)], [1.0, -1.0])
     want = lora_jax.merge(layout, rest, learnt)["w"]
     np.testing.assert_allclose(lora_jax.merge(both, base, moved)["w"], want, atol=1e-5)
 

@@ -12,14 +12,15 @@ import pytest
 
 import train
 from configs import minilm_reviews
-from lora_jax import checkpoint
-from lora_jax.training import command, mesh
+from lora_jax import command_line
+from lora_jax.checkpoint import adapter
+from lora_jax.groups import loop
+from lora_jax.groups.config import GroupConfig, Member
+from lora_jax.groups.sweep import SweepConfig
+from lora_jax.training import mesh
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
 from lora_jax.training.config import ConfigError, LoraConfig, changes, identity, to_dict
-from lora_jax.training.group import loop
-from lora_jax.training.group.config import GroupConfig, Member
-from lora_jax.training.group.sweep import SweepConfig
 from lora_jax.training.method import MethodConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.baselines.test_runs import config_of, train_in
@@ -89,7 +90,7 @@ def test_runs_from_before_are_found_again() -> None:
 def test_the_command_line() -> None:
     """Red: the field's type or its docstrings not such that tyro reads them."""
     line = ["--method.name", "adapter_drop", "--method.drop", "2", "--method.size", "16"]
-    config: Any = command.parse(line, "configs/minilm_reviews.py", ROOT)[1]
+    config: Any = command_line.parse(line, "configs/minilm_reviews.py", ROOT)[1]
     assert config.method == MethodConfig("adapter_drop", size=16, drop=2)
     assert config.method.settings == {"size": 16, "drop": 2}
 
@@ -121,14 +122,14 @@ def test_what_does_not_go_with_the_model(
 def test_lora_settings_beside_another_method_are_refused() -> None:
     """Those of the config file are not; on the command line, and in a sweep, they would be lost.
 
-    Red: `check_lora_counts` not called in command.py, or in sweep.py.
+    Red: `check_lora_counts` not called in command_line.py, or in sweep.py.
     """
     line = ["--method.name", "bitfit", "--lora.rank", "2"]
     with pytest.raises(ConfigError, match="the command line sets something of lora"):
-        command.parse(line, "configs/minilm_reviews.py", ROOT)
+        command_line.parse(line, "configs/minilm_reviews.py", ROOT)
     line = ["--base.method.name", "bitfit", "--base.lora.alpha", "2", "--grid", "seed=0,1"]
     with pytest.raises(ConfigError, match="the command line sets something of lora"):
-        command.parse(line, "configs/sweep.py", ROOT)
+        command_line.parse(line, "configs/sweep.py", ROOT)
     with pytest.raises(ConfigError, match=r"lora\.rank sets something of lora"):
         SweepConfig(base=BITFIT, grid={"lora.rank": (1, 2)})
     cases = ({"method.name": "bitfit"}, {"method.name": "pfeiffer", "method.size": 4}, {})
@@ -155,7 +156,7 @@ def test_a_sweep_is_its_members_alone(folder: pathlib.Path) -> None:
     alone = train_in(folder / "alone", last.config)["after"]["validation"]
     assert summaries[-1]["after"]["validation"] == pytest.approx(alone, rel=1e-3)
     found, want = (
-        checkpoint.restore_base(where / "adapters/last")
+        adapter.restore_base(where / "adapters/last")
         for where in (folder / "sweep" / last.name, folder / "alone")
     )
     assert list(found) == list(want)

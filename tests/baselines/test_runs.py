@@ -14,15 +14,16 @@ import pytest
 
 import lora_jax
 import train
-from lora_jax import checkpoint, models, paths, predict
+from lora_jax import models, paths
 from lora_jax.baselines import counts
-from lora_jax.checkpoint import ocp
-from lora_jax.serving import adapters, classifier
+from lora_jax.checkpoint import adapter
+from lora_jax.checkpoint.adapter import ocp
+from lora_jax.data.config import DataConfig
+from lora_jax.serving import classifier, predict, served_adapters
 from lora_jax.training import export, mesh, optimizer, step
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, MeshConfig, OptimizerConfig
-from lora_jax.training.data.config import DataConfig
 from lora_jax.training.method import MethodConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 from lora_jax.training.workload import Workload
@@ -185,10 +186,10 @@ def test_only_its_own_parameters_change(
     assert whole == (sum(x.size for x in found.start.values()) if count is None else count + HEAD)
     about = found.workload.about
     export.save(tmp_path, "last", found.layout, found.trained, about=about)
-    kept = checkpoint.restore_base(tmp_path / "adapters/last")
+    kept = adapter.restore_base(tmp_path / "adapters/last")
     assert set(kept) == expected
     assert lora_jax.restore(tmp_path / "adapters/last")[1] == {}
-    said = checkpoint.restore_about(tmp_path / "adapters/last")["method"]
+    said = adapter.restore_about(tmp_path / "adapters/last")["method"]
     assert said == {"name": name, **CASES[name].settings}
 
 
@@ -223,9 +224,9 @@ def train_in(path: pathlib.Path, config: TextConfig) -> dict[str, Any]:
 
 def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It learns, its checkpoint holds what is trained and Adam's moments of it, and
-    `python -m lora_jax.predict` refuses the export.
+    `lora-jax predict` refuses the export.
 
-    Red: `beside=("**",)` in the workload; the check in lora_jax/serving/adapters.py taken out, and
+    Red: `beside=("**",)` in the workload; the check in lora_jax/serving/served_adapters.py taken out, and
     predict would leave the adapter layers out without a word.
     """
     path = folder / "houlsby"
@@ -239,7 +240,7 @@ def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -
     (newest,) = (path / "checkpoints").iterdir()
     state = paths.flatten(ocp.checkpointables_metadata(newest).metadata["state"])
     ends = [p.partition("base/")[2] for p in state if "base/" in p]
-    kept = checkpoint.restore_base(path / "adapters/best")
+    kept = adapter.restore_base(path / "adapters/best")
     assert sorted(ends) == sorted([*kept] * 3)
     others = [x.shape for p, x in state.items() if "base/" not in p]
     assert all(len(shape) == 0 or shape == (2,) for shape in others)  # counters, and the key
@@ -261,7 +262,7 @@ def test_exports_of_base_parameters_are_served(
     frozen = lora_jax.fingerprint(found.frozen)
     about = found.workload.about
     export.save(tmp_path, "best", found.layout, found.trained, frozen, about)
-    served = adapters.open_adapters([str(tmp_path)], models.BertConfig)
+    served = served_adapters.open_adapters([str(tmp_path)], models.BertConfig)
     texts = ["word1 word2 word3", "word4"]
     scores = dict(classifier.Classifier(served, batch_size=2).scores([0, 0], texts))
     ids, mask = np.full((2, 12), 1, np.int32), np.zeros((2, 12), bool)

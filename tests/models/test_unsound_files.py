@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from lora_jax import models
-from lora_jax.models import gguf_header, safetensors_file
+from lora_jax.models.weights import gguf_header, safetensors_file
 
 # ---- safetensors -----------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lora_jax.report.__main__ import main
+from lora_jax.report.command import main
 from lora_jax.training.config import LoraConfig
 from lora_jax.training.text import TextConfig
 from tests.report import left

@@ -10,9 +10,9 @@ from etils import epath
 
 from lora_jax import LoraError, Target
 from lora_jax.layout import Layout
-from lora_jax.report import Figure, Panel, Report, Section, Table, charts, ink, render
-from lora_jax.report.alike import One, of_ranks, of_seeds
-from lora_jax.report.places import middle, places
+from lora_jax.report import Figure, Panel, Report, Section, Table, charts, render, svg
+from lora_jax.report.module_index import middle, places
+from lora_jax.report.subspace_similarity import One, of_ranks, of_seeds
 
 
 def target(path: str, rank: int = 2, stack: int = 0) -> Target:
@@ -67,19 +67,19 @@ def test_layers_by_number_and_by_stack() -> None:
 def test_a_name_is_no_formula() -> None:
     r"""Red: no `text.parse_math` in `ink`: matplotlib cannot read `$\x$`, and raises."""
     drawn = charts.by_layer({r"$\x$ --><b>": [0.1, 0.2]}, ["0", "1"], "y", (0.1, "$_$"))
-    text = ink.inline(ink.svg(drawn), "name", 'of "a" & <b>')
+    text = svg.inline(svg.svg(drawn), "name", 'of "a" & <b>')
     assert "<b>" not in text
     assert 'aria-label="of &quot;a&quot; &amp; &lt;b&gt;"' in text
 
 
 def test_a_drawing_takes_the_colour_of_the_page() -> None:
     """Red: no `.replace(INK, "currentColor")` in `ink.inline`."""
-    element = ink.svg(charts.heat(np.eye(2), ["0", "1"], ["a", "b"], "t"))
-    assert ink.INK in element
-    text = ink.inline(element, "name", "")
-    assert ink.INK not in text
+    element = svg.svg(charts.heat(np.eye(2), ["0", "1"], ["a", "b"], "t"))
+    assert svg.INK in element
+    text = svg.inline(element, "name", "")
+    assert svg.INK not in text
     assert text.count("currentColor") > 4
-    assert ink.svg(charts.heat(np.eye(2), ["0", "1"], ["a", "b"], "t")) == element
+    assert svg.svg(charts.heat(np.eye(2), ["0", "1"], ["a", "b"], "t")) == element
 
 
 def test_tables_of_markdown_are_aligned() -> None:

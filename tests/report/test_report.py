@@ -1,4 +1,4 @@
-"""`python -m lora_jax.report`: what is in the files, and that both formats say the same."""
+"""`lora-jax report`: what is in the files, and that both formats say the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 import lora_jax
 from lora_jax import models
-from lora_jax.report.__main__ import main
+from lora_jax.report.command import main
 from lora_jax.training.config import to_dict
 from lora_jax.training.summary import costs, in_units
 from tests.report import browser, left

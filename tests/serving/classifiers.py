@@ -10,11 +10,11 @@ import numpy as np
 
 import lora_jax
 import train
+from lora_jax.data.config import DataConfig
+from lora_jax.data.process_slice import Shard
 from lora_jax.training import export, mesh
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, OptimizerConfig
-from lora_jax.training.data.config import DataConfig
-from lora_jax.training.data.shard import Shard
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.training import tiny
 

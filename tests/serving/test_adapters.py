@@ -15,9 +15,10 @@ import pytest
 import safetensors.numpy
 
 import lora_jax
-from lora_jax import LoraError, checkpoint, generate, models, paths, predict
-from lora_jax.report import update
-from lora_jax.serving import adapters
+from lora_jax import LoraError, models, paths
+from lora_jax.checkpoint import adapter
+from lora_jax.report import update_analysis
+from lora_jax.serving import generate, predict, served_adapters
 from tests.training import tiny
 
 KIND = models.BertConfig
@@ -79,7 +80,7 @@ def test_what_is_given_is_found(runs: pathlib.Path, monkeypatch: Any) -> None:
     """Red if the last is taken for the best, or a name is not the run's."""
 
     def found(given: str) -> list[tuple[str, str]]:
-        return [(name, str(path.relative_to(runs))) for name, path in adapters.find(given)]
+        return [(name, str(path.relative_to(runs))) for name, path in served_adapters.find(given)]
 
     assert found(f"{runs}/a") == [("a", "a/adapters/best")]
     assert found(f"{runs}/b") == [("b", "b/adapters/last")]
@@ -91,8 +92,8 @@ def test_what_is_given_is_found(runs: pathlib.Path, monkeypatch: Any) -> None:
     (runs / "a").rename(runs / "lr=1")
     assert found(f"{runs}/lr=1") == [("lr=1", "lr=1/adapters/best")]
     monkeypatch.chdir(runs / "b")
-    assert adapters.find(".")[0][0] == "b"
-    assert adapters.find("adapters/last")[0][0] == "b"
+    assert served_adapters.find(".")[0][0] == "b"
+    assert served_adapters.find("adapters/last")[0][0] == "b"
 
 
 @pytest.mark.parametrize(
@@ -108,20 +109,20 @@ def test_what_is_given_is_found(runs: pathlib.Path, monkeypatch: Any) -> None:
 )
 def test_a_path_without_an_adapter(given: str, said: str, runs: pathlib.Path) -> None:
     with pytest.raises(LoraError, match=said):
-        adapters.find(given.format(runs))
+        served_adapters.find(given.format(runs))
 
 
 def test_a_base_is_opened_with_all_that_is_on_it(
     runs: pathlib.Path, params: Any, weights: pathlib.Path
 ) -> None:
-    served = adapters.open_adapters([f"x={runs}/a", f"{runs}/b"], KIND)
+    served = served_adapters.open_adapters([f"x={runs}/a", f"{runs}/b"], KIND)
     assert served.names == ("x", "b")
     jax.tree.map(np.testing.assert_array_equal, served.params, params)
     layout, stacked = served.stack
     assert [t.rank for t in layout.targets] == [2, 2]
     for i, rank in enumerate((1, 2)):
         own, wanted = random_adapter(params, rank)
-        jax.tree.map(np.testing.assert_array_equal, lora_jax.unstack(own, stacked, i), wanted)
+        jax.tree.map(np.testing.assert_array_equal, lora_jax.multi.unstack(own, stacked, i), wanted)
         assert served.members[i].base["classifier/out/kernel"].shape == (16, rank)
     assert served.members[0].about["model"]["reference"] == str(weights)
 
@@ -131,36 +132,40 @@ def test_settings_of_the_model_are_those_of_training(
 ) -> None:
     """bfloat16 weights have the fingerprint of the float32 ones."""
     given = save(tmp_path / "a", params, str(weights), dtype="bfloat16", param_dtype="bfloat16")
-    served = adapters.open_adapters([given], KIND)
+    served = served_adapters.open_adapters([given], KIND)
     assert served.config.dtype == "bfloat16"
     assert {x.dtype.name for x in jax.tree.leaves(served.params)} == {"bfloat16"}
 
 
 def test_ids_by_name(runs: pathlib.Path) -> None:
-    served = adapters.open_adapters([str(runs)], KIND)
-    assert [served.id_of(name, "here") for name in ("a", "b", "base")] == [0, 1, lora_jax.BASE]
+    served = served_adapters.open_adapters([str(runs)], KIND)
+    assert [served.id_of(name, "here") for name in ("a", "b", "base")] == [
+        0,
+        1,
+        lora_jax.multi.BASE,
+    ]
     with pytest.raises(LoraError, match=r"here: no adapter is called 'bb'; nearest: 'b'"):
         served.id_of("bb", "here")
     with pytest.raises(LoraError, match=r"here does not say which adapter(.|\n)*  a\n  b\n"):
         served.id_of(None, "here")
     one = dataclasses.replace(served, members=served.members[:1])
     none = dataclasses.replace(served, members=())
-    assert (one.id_of(None, "here"), none.id_of(None, "here")) == (0, lora_jax.BASE)
+    assert (one.id_of(None, "here"), none.id_of(None, "here")) == (0, lora_jax.multi.BASE)
 
 
 def test_no_adapter_is_the_base_alone(weights: pathlib.Path, params: Any) -> None:
-    served = adapters.open_adapters([], KIND, base=str(weights))
+    served = served_adapters.open_adapters([], KIND, base=str(weights))
     assert served.members == ()
     jax.tree.map(np.testing.assert_array_equal, served.params, params)
     with pytest.raises(LoraError, match="no base: name it with --base"):
-        adapters.open_adapters([], KIND)
+        served_adapters.open_adapters([], KIND)
 
 
 def test_names_are_told_apart(runs: pathlib.Path) -> None:
     with pytest.raises(LoraError, match=r"two adapters are called 'a'(.|\n)*--adapter NAME=PATH"):
-        adapters.open_adapters([f"{runs}/a", f"a={runs}/b"], KIND)
+        served_adapters.open_adapters([f"{runs}/a", f"a={runs}/b"], KIND)
     with pytest.raises(LoraError, match=r"cannot be called 'base'"):
-        adapters.open_adapters([f"base={runs}/a"], KIND)
+        served_adapters.open_adapters([f"base={runs}/a"], KIND)
 
 
 def test_another_base_is_refused(
@@ -177,15 +182,17 @@ def test_another_base_is_refused(
         r"layer_1/attention/query/kernel: other values(.|\n)*--allow-other-base"
     )
     with pytest.raises(LoraError, match=said):
-        adapters.open_adapters([f"{runs}/b"], KIND, base=str(other))
-    served = adapters.open_adapters([f"{runs}/b"], KIND, base=str(other), allow_other_base=True)
+        served_adapters.open_adapters([f"{runs}/b"], KIND, base=str(other))
+    served = served_adapters.open_adapters(
+        [f"{runs}/b"], KIND, base=str(other), allow_other_base=True
+    )
     assert served.names == ("b",)
 
 
 def test_a_base_of_another_shape_does_not_fit(runs: pathlib.Path, tmp_path: pathlib.Path) -> None:
     wide = tiny.write_model(tmp_path / "wide", {**tiny.ROBERTA, "hidden_size": 32})
     with pytest.raises(LoraError, match=r"'b'(.|\n)*has shape \(32, 32\)"):
-        adapters.open_adapters([f"{runs}/b"], KIND, base=str(wide), allow_other_base=True)
+        served_adapters.open_adapters([f"{runs}/b"], KIND, base=str(wide), allow_other_base=True)
 
 
 def test_adapters_of_two_models_are_not_mixed(
@@ -194,18 +201,14 @@ def test_adapters_of_two_models_are_not_mixed(
     decoder = tiny.write_model(runs / "llama", tiny.LLAMA)
     given = save(runs / "d", params, str(decoder))
     with pytest.raises(LoraError, match=r"model.reference is '.*' for 'a' and '.*llama' for 'd'"):
-        adapters.open_adapters([f"{runs}/a", given], KIND)
-    with pytest.raises(
-        LoraError, match=r"base .*llama is a decoder; .*python -m lora_jax.generate"
-    ):
-        adapters.open_adapters([given], KIND)
-    with pytest.raises(
-        LoraError, match=r"base .*roberta is an encoder; .*python -m lora_jax.predict"
-    ):
-        adapters.open_adapters([f"{runs}/a"], models.LlamaConfig)
+        served_adapters.open_adapters([f"{runs}/a", given], KIND)
+    with pytest.raises(LoraError, match=r"base .*llama is a decoder; .*lora-jax generate"):
+        served_adapters.open_adapters([given], KIND)
+    with pytest.raises(LoraError, match=r"base .*roberta is an encoder; .*lora-jax predict"):
+        served_adapters.open_adapters([f"{runs}/a"], models.LlamaConfig)
     scanned = save(runs / "e", params, str(weights), scan_layers=True)
     with pytest.raises(LoraError, match=r"model.scan_layers is False for 'a' and True for 'e'"):
-        adapters.open_adapters([f"{runs}/a", scanned], KIND)
+        served_adapters.open_adapters([f"{runs}/a", scanned], KIND)
 
 
 def test_one_that_says_nothing_needs_the_base_said(
@@ -214,15 +217,15 @@ def test_one_that_says_nothing_needs_the_base_said(
     path = tmp_path / "mine"
     lora_jax.save(path, *random_adapter(params, 2), fingerprint=lora_jax.fingerprint(params))
     with pytest.raises(LoraError, match=r"no base: (.|\n)*do not say(.|\n)*mine: .*mine"):
-        adapters.open_adapters([str(path)], KIND)
-    assert adapters.open_adapters([str(path)], KIND, base=str(weights)).names == ("mine",)
+        served_adapters.open_adapters([str(path)], KIND)
+    assert served_adapters.open_adapters([str(path)], KIND, base=str(weights)).names == ("mine",)
 
 
 @pytest.mark.parametrize("model", [{"dtype": "object"}, {"scan_layers": 1}, {"reference": []}])
 def test_what_a_stranger_says_of_the_model(model: Any, tmp_path: pathlib.Path, params: Any) -> None:
     given = save(tmp_path / "a", params, **{"reference": "x", **model})
     with pytest.raises(LoraError, match=f"a says model.{next(iter(model))} is"):
-        adapters.open_adapters([given], KIND)
+        served_adapters.open_adapters([given], KIND)
 
 
 # ---- swapping
@@ -241,7 +244,7 @@ def test_a_hundred_swaps_compile_nothing(
         pair = random_adapter(params, rank, targets=targets)
         lora_jax.save(tmp_path / f"r{rank}", *pair, fingerprint=lora_jax.fingerprint(params))
         given.append(str(tmp_path / f"r{rank}"))
-    served = adapters.open_adapters(given, KIND, base=str(weights))
+    served = served_adapters.open_adapters(given, KIND, base=str(weights))
     layout, stacked = served.stack
     model = models.Bert(served.config)
     ids = jnp.asarray(np.random.default_rng(0).integers(4, 40, (4, 6)), jnp.int32)
@@ -252,21 +255,21 @@ def test_a_hundred_swaps_compile_nothing(
 
     g = jax.jit(
         lambda stacked, chosen: lora_jax.adapt(layout, f)(
-            served.params, lora_jax.select(stacked, chosen), ids
+            served.params, lora_jax.multi.select(stacked, chosen), ids
         )
     )
     expected = {
         m.name: f(lora_jax.merge(m.layout, params, m.adapters), ids) for m in served.members
     }
-    chosen = np.array([3, lora_jax.BASE, 3, 5], np.int32)
+    chosen = np.array([3, lora_jax.multi.BASE, 3, 5], np.int32)
     for member in served.members:  # what is compiled once for each of the kinds of adapter
-        stacked = lora_jax.put(layout, stacked, 3, (member.layout, member.adapters))
+        stacked = lora_jax.multi.put(layout, stacked, 3, (member.layout, member.adapters))
     g(stacked, chosen), g(stacked, np.int32(3))
     base = f(params, ids)
     compilations.clear()
     for swap in range(100):
         member = served.members[swap * 3 % 8]
-        stacked = lora_jax.put(layout, stacked, 3, (member.layout, member.adapters))
+        stacked = lora_jax.multi.put(layout, stacked, 3, (member.layout, member.adapters))
         mixed = np.asarray(g(stacked, chosen))
         alone = np.asarray(g(stacked, np.int32(3)))
         wanted = np.asarray(expected[member.name])
@@ -280,8 +283,8 @@ def test_a_hundred_swaps_compile_nothing(
 
 
 def test_the_checkpoint_tells_what_was_said(runs: pathlib.Path) -> None:
-    member = adapters.read("a", runs / "a/adapters/best")
-    assert member.about == checkpoint.restore_about(member.path)
+    member = served_adapters.read("a", runs / "a/adapters/best")
+    assert member.about == adapter.restore_about(member.path)
 
 
 STRANGERS = ("hub:someone/model", "pypi:evil==1.0/model", f"{models.MINILM}#sha256={'0' * 64}")
@@ -296,25 +299,25 @@ def test_a_base_is_not_fetched_on_the_word_of_an_adapter(
     monkeypatch.setattr(models, "open", lambda reference: opened.append(reference) or 1 / 0)
     given = save(tmp_path / "a", params, reference)
     with pytest.raises(LoraError) as caught:
-        adapters.open_adapters([given], KIND)
+        served_adapters.open_adapters([given], KIND)
     assert not opened and f"a: {given}" in str(caught.value)
     assert f"  --base {shlex.quote(reference)}\n  --trust-base" in str(caught.value)
     for options in ({"base": reference}, {"trust_base": True}):
         with pytest.raises(ZeroDivisionError):
-            adapters.open_adapters([given], KIND, **options)
+            served_adapters.open_adapters([given], KIND, **options)
     assert opened == [reference] * 2
 
 
 def test_a_known_base_is_fetched(tmp_path: pathlib.Path, params: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(models, "open", lambda reference: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        adapters.open_adapters([save(tmp_path / "a", params, models.MINILM)], KIND)
+        served_adapters.open_adapters([save(tmp_path / "a", params, models.MINILM)], KIND)
 
 
 def test_a_reference_is_one_line_of_text(tmp_path: pathlib.Path, params: Any) -> None:
     """It is shown, and so may not write to the terminal what it likes."""
     with pytest.raises(LoraError, match=r"says model\.reference is 'hub:a/b.x1b\["):
-        adapters.open_adapters([save(tmp_path / "a", params, "hub:a/b\x1b[2J")], KIND)
+        served_adapters.open_adapters([save(tmp_path / "a", params, "hub:a/b\x1b[2J")], KIND)
 
 
 @pytest.mark.parametrize("command", ["predict", "generate", "report"])
@@ -326,7 +329,9 @@ def test_commands_ask_for_trust(
     monkeypatch.setattr(models, "open", lambda reference: _missing(reference))
     for trust in ([], ["--trust-base"]):
         if command == "report":
-            blocks = update._amplified(tmp_path / "run", update.Base(trust=bool(trust)))
+            blocks = update_analysis._amplified(
+                tmp_path / "run", update_analysis.Base(trust=bool(trust))
+            )
             said = blocks[0].text
         else:
             main, more = (

@@ -1,4 +1,4 @@
-"""`python -m lora_jax.generate`: prompts in, texts out, and what goes wrong on the way."""
+"""`lora-jax generate`: prompts in, texts out, and what goes wrong on the way."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 import lora_jax
-from lora_jax import generate, models
-from lora_jax.serving import page
+from lora_jax import models
+from lora_jax.serving import generate, output
 from lora_jax.serving.generation import Piece, Prompt
 from lora_jax.serving.prompts import Request
 from tests.training import tiny
@@ -146,12 +146,12 @@ def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=60, height=20)
     requests = [Request("one", "word1", Prompt([5], 0), {}) for _ in range(count)]
-    sink: Any = page.Typed(console, requests[0])
+    sink: Any = output.Typed(console, requests[0])
     if count > 1:
-        sink = page.Blocks(console, requests)
+        sink = output.Blocks(console, requests)
     seen = []
     with sink:
-        transcript = page.Page(requests, tiny.tokenizer(pair=False), sink)
+        transcript = output.Page(requests, tiny.tokenizer(pair=False), sink)
         for step, finish in ((8, None), (9, "length")):
             for row in reversed(range(count)):
                 transcript.add(Piece(row, step + row, finish))
@@ -166,8 +166,8 @@ def test_answers_wait_for_those_before_them() -> None:
     """Red if a text that is finished first comes out first."""
     file = io.StringIO()
     requests = [Request(n, "word1", Prompt([5], 0), {}) for n in ("one", "two")]
-    with page.Blocks(Console(file=file), requests) as sink:
-        transcript = page.Page(requests, tiny.tokenizer(pair=False), sink)
+    with output.Blocks(Console(file=file), requests) as sink:
+        transcript = output.Page(requests, tiny.tokenizer(pair=False), sink)
         transcript.add(Piece(1, None, "stop"))
         assert file.getvalue() == ""
         transcript.add(Piece(0, 8, "length"))

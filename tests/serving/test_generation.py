@@ -20,7 +20,7 @@ from tests.serving import tiny
 from tests.serving.tiny import CONFIG, PROMPTS, SCANNED
 
 NEW = 9
-ADAPTERS = (0, 1, 2, lora_jax.BASE, 1)
+ADAPTERS = (0, 1, 2, lora_jax.multi.BASE, 1)
 ALL = tuple(Prompt(tokens, adapter) for tokens, adapter in zip(PROMPTS, ADAPTERS, strict=True))
 LIVELY = Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=4)
 
@@ -86,14 +86,14 @@ def test_logits_of_a_mixed_batch(config: models.LlamaConfig) -> None:
     """Prefill and a step through `adapt`, against the merged weights without a cache."""
     layout, stacked = tiny.stacked(config)
     model, ids = models.Llama(config), jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    chosen = jnp.asarray([2, lora_jax.BASE, 1])
+    chosen = jnp.asarray([2, lora_jax.multi.BASE, 1])
 
     def read(params: Any, ids: Any, cache: Any) -> Any:
         return model.apply({"params": params}, ids, cache=cache)
 
     @jax.jit
     def run(params: Any, stacked: Any, chosen: Any) -> Any:
-        selection, g = lora_jax.select(stacked, chosen), lora_jax.adapt(layout, read)
+        selection, g = lora_jax.multi.select(stacked, chosen), lora_jax.adapt(layout, read)
         one, new = g(params, selection, ids[:, :2], caches.empty(config, 3, 0))
         cache = caches.written(caches.empty(config, 3, 8), new, 0)
         two, _ = g(params, selection, ids[:, 2:], cache)

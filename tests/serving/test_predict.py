@@ -1,4 +1,4 @@
-"""`python -m lora_jax.predict`: mixed == alone == what training's own evaluation computes."""
+"""`lora-jax predict`: mixed == alone == what training's own evaluation computes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import models, predict
-from lora_jax.serving import adapters, classifier, lines
+from lora_jax import models
+from lora_jax.serving import classifier, jsonl, predict, served_adapters
 from lora_jax.training.text import TextConfig
 from tests.serving import classifiers
 from tests.training import tiny
 
-Opened = tuple[adapters.Served, classifier.Classifier]
+Opened = tuple[served_adapters.Served, classifier.Classifier]
 WORDS = " ".join(tiny.WORDS[:6])
 
 
@@ -95,7 +95,7 @@ def close(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def opened(trained: Trained) -> Opened:
-    served = adapters.open_adapters(
+    served = served_adapters.open_adapters(
         [str(trained.folder / name) for name in trained.configs], models.BertConfig
     )
     return served, classifier.Classifier(served, 16)
@@ -226,13 +226,13 @@ def test_a_line_that_cannot_be_classified(
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(r) + "\n" for r in (GOOD, row)))
     with pytest.raises(lora_jax.LoraError, match=said):
-        list(predict.predict(*opened, list(lines.read(str(source)))))
+        list(predict.predict(*opened, list(jsonl.read(str(source)))))
 
 
 def test_progress_is_told_as_scores_come(opened: Opened) -> None:
     """Red if a bar waits for the first line: of what is sorted, it may come last."""
     sized = [
-        lines.Line({"text": text, "adapter": "two"}, "here", size)
+        jsonl.Line({"text": text, "adapter": "two"}, "here", size)
         for size, text in ((100, WORDS), (1, "word1"))
     ]
     done: list[int] = []
@@ -268,7 +268,7 @@ def test_errors_are_lines_on_stderr(
 
 def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pathlib.Path) -> None:
     """Red if they come out as a class like any other."""
-    member = adapters.read("broken", trained.folder / "two/adapters/best")
+    member = served_adapters.read("broken", trained.folder / "two/adapters/best")
     beside = jax.tree.map(lambda x: x * np.nan, member.base)
     lora_jax.save(
         tmp_path / "broken",
@@ -277,12 +277,12 @@ def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pat
         base=beside,
         about=member.about,
     )
-    opened = adapters.open_adapters(
+    opened = served_adapters.open_adapters(
         [str(tmp_path / "broken")], models.BertConfig, allow_other_base=True
     )
     made = classifier.Classifier(opened, 4)
     with pytest.raises(lora_jax.LoraError, match=r"--text: adapter 'broken' gives scores that are"):
-        list(predict.predict(opened, made, [lines.Line({"text": "a"}, "--text")]))
+        list(predict.predict(opened, made, [jsonl.Line({"text": "a"}, "--text")]))
 
 
 @pytest.mark.parametrize(
@@ -301,8 +301,8 @@ def test_an_adapter_that_does_not_say_what_it_classifies(
     change: dict[str, Any], trained: Trained
 ) -> None:
     """What it says may be anybody's word."""
-    member = adapters.read("two", trained.folder / "two/adapters/best")
-    wrong = adapters.Member(
+    member = served_adapters.read("two", trained.folder / "two/adapters/best")
+    wrong = served_adapters.Member(
         member.name,
         member.path,
         member.layout,
@@ -316,8 +316,8 @@ def test_an_adapter_that_does_not_say_what_it_classifies(
 
 
 def test_a_head_of_another_width_is_refused(trained: Trained) -> None:
-    member = adapters.read("two", trained.folder / "two/adapters/best")
-    wrong = adapters.Member(
+    member = served_adapters.read("two", trained.folder / "two/adapters/best")
+    wrong = served_adapters.Member(
         member.name,
         member.path,
         member.layout,

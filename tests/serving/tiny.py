@@ -65,12 +65,12 @@ def pairs(config: models.LlamaConfig) -> tuple[Any, ...]:
 @functools.cache
 def stacked(config: models.LlamaConfig) -> Any:
     """(layout, stacked) of `pairs`."""
-    return lora_jax.stack(pairs(config))
+    return lora_jax.multi.stack(pairs(config))
 
 
 def merged(config: models.LlamaConfig, adapter: int) -> Any:
     """The weights with one adapter in them."""
-    if adapter == lora_jax.BASE:
+    if adapter == lora_jax.multi.BASE:
         return params(config)
     layout, adapters = pairs(config)[adapter]
     return lora_jax.merge(layout, params(config), adapters)

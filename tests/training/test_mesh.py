@@ -20,13 +20,13 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import models, paths
+from lora_jax.data.config import DataConfig
+from lora_jax.data.process_slice import Shard
 from lora_jax.models import placement
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
 from lora_jax.training.config import Config, ConfigError, LoraConfig, MeshConfig
-from lora_jax.training.data.config import DataConfig
-from lora_jax.training.data.shard import Shard
 from lora_jax.training.text import ModelConfig, TextConfig
 from lora_jax.training.workload import Loss, Workload
 from tests.training import tiny

@@ -184,7 +184,7 @@ def test_only_process_0_prints_and_writes(broken: Broken) -> None:
 TEXT = """
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.config import LoraConfig, OptimizerConfig
-from lora_jax.training.data.config import DataConfig
+from lora_jax.data.config import DataConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 
 config = TextConfig(

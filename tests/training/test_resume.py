@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.checkpoint import ocp
+from lora_jax.checkpoint.adapter import ocp
 from lora_jax.training import export, metrics
 from tests.training.runs import spawn
 

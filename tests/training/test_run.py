@@ -108,9 +108,11 @@ def test_a_directory_of_another_config_is_an_error(
 
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path: pathlib.Path) -> None:
-    from lora_jax.training import command
+    from lora_jax import command_line
 
-    name, config, _ = command.parse(["--config", OWN, "--run-dir", str(tmp_path)], OWN, tmp_path)
+    name, config, _ = command_line.parse(
+        ["--config", OWN, "--run-dir", str(tmp_path)], OWN, tmp_path
+    )
     with (
         directory.enter(name, config),
         pytest.raises(lora_jax.LoraError, match="another process is training"),
@@ -122,11 +124,11 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: pathlib.Path) -> 
 
 
 def test_the_default_directory_is_named_by_what_matters() -> None:
-    from lora_jax.training import command
+    from lora_jax import command_line
 
     def path(*arguments: str) -> pathlib.Path:
         return directory.default(
-            *command.parse(["--config", OWN, *arguments], OWN, pathlib.Path())[:2]
+            *command_line.parse(["--config", OWN, *arguments], OWN, pathlib.Path())[:2]
         )
 
     assert path() == path("--log-every", "3", "--checkpoint-every", "7", "--on-nonfinite", "skip")

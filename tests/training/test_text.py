@@ -15,13 +15,13 @@ import safetensors.numpy
 
 import lora_jax
 import train
-from lora_jax import models
-from lora_jax.training import command, mesh, scores
+from lora_jax import command_line, models
+from lora_jax.data.config import DataConfig
+from lora_jax.data.process_slice import Shard
+from lora_jax.training import mesh, scores
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import apply_of, classification
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
-from lora_jax.training.data.config import DataConfig
-from lora_jax.training.data.shard import Shard
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.training import tiny
 from tests.training.runs import ROOT, run
@@ -69,7 +69,7 @@ def test_pairs_are_told_apart_by_their_token_types() -> None:
 
 @pytest.mark.parametrize("name", TABLE_9)
 def test_glue_is_set_as_in_the_paper(name: str) -> None:
-    config: Any = command.load(f"{GLUE}:{name}", ROOT)[1]
+    config: Any = command_line.load(f"{GLUE}:{name}", ROOT)[1]
     rate, batch_size, epochs, size = TABLE_9[name]
     assert config.optimizer.learning_rate == rate
     assert config.data.batch_size == batch_size
@@ -88,7 +88,7 @@ def test_glue_runs_on_stand_ins(
     name: str, label: Any, outputs: int, roberta: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """The config as it stands, with a tiny RoBERTa and JSONL in GLUE's fields."""
-    config: Any = command.load(f"{GLUE}:{name}", ROOT)[1]
+    config: Any = command_line.load(f"{GLUE}:{name}", ROOT)[1]
     source = tiny.write_examples(tmp_path / "data", config.data.text_fields, label)
     summary = run(
         tmp_path / "run",

@@ -13,7 +13,7 @@ from tokenizers import models as kinds
 from tokenizers import pre_tokenizers, processors
 
 from lora_jax import models, paths
-from lora_jax.models import hf_config, names
+from lora_jax.models.weights import hf_config, names
 
 WORDS = [f"word{i}" for i in range(40)]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]

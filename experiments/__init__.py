@@ -1,0 +1,1 @@
+"""Experiments that need a checkout of the repository: they are not in the wheel."""

@@ -1,0 +1,148 @@
+"""The paper's questions, asked of a model that a laptop can train.
+
+    python -m experiments.paper                       all experiments, then the report
+    python -m experiments.paper matrices rank         some of them
+    python -m experiments.paper --list                what there is, and what is done
+    python -m experiments.paper --report-only         the report of what is there
+
+Runs go into `runs/paper/EXPERIMENT`. What has finished is not run again, and what was stopped goes
+on where it was. The report is of all that is there: report.html, which needs no other file,
+report.md and the figures, with the paper's numbers beside ours, and every command with its time and
+its machine. Of an experiment that has no runs here, what an earlier report in the same folder says
+is kept.
+
+It is started in a checkout of the repository: it runs `train.py` with `experiments/paper/configs`.
+
+Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
+by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.paper import costs, page, questions, result_cache
+from experiments.paper.experiments import Experiment
+from lora_jax.console import guarded, say
+from lora_jax.errors import LoraError
+from lora_jax.report import render
+from lora_jax.report.update_analysis import Base
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    experiments: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[EXPERIMENT ...]")
+    ] = ()
+    """Which: matrices, rank, directions, methods, samples, definitions, latency, benefits. None:
+    all."""
+    runs: str = "runs/paper"
+    """Where the runs are, a folder for each experiment."""
+    out: str | None = None
+    """Where the report goes. None: RUNS/report."""
+    list: bool = False
+    """Say what there is and what it took, and do nothing."""
+    report_only: bool = False
+    """Run nothing, and write the report of what is there."""
+    base: str | None = None
+    """The model that Table 7 reads W from, in the form of model.reference. None: the one that the
+    adapter names."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = tyro.cli(
+        Options,
+        prog="python -m experiments.paper",
+        description=__doc__,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return guarded(lambda: run(options, pathlib.Path.cwd()))
+
+
+def run(options: Options, root: pathlib.Path) -> None:
+    """Run what has not finished and write the report; the page's path goes to stdout.
+
+    Args:
+      root: the checkout.
+
+    Raises:
+      LoraError, OSError: a user's error.
+    """
+    base = Base(options.base)
+    chosen = questions.chosen(options.experiments, base)
+    runs = pathlib.Path(options.runs).expanduser()
+    if options.list:
+        _list(chosen, runs)
+        return
+    if not options.report_only:
+        _check(root)
+        for experiment in chosen:
+            _train(experiment, runs / experiment.name, root)
+    out = runs / "report" if options.out is None else pathlib.Path(options.out).expanduser()
+    say(Console(), str(_report(questions.experiments(base), runs, out)))
+
+
+def _report(
+    experiments: Sequence[Experiment], runs: pathlib.Path, out: pathlib.Path
+) -> pathlib.Path:
+    """Write the page of all that there is; its path."""
+    found, kept = result_cache.gather(experiments, runs, result_cache.read(out))
+    if not found:
+        raise LoraError(
+            f"{runs.resolve()} holds nothing of any experiment: run `python -m experiments.paper` "
+            "first, or name another folder with --runs"
+        )
+    if kept:
+        say(
+            Console(stderr=True),
+            f"no runs of {', '.join(kept)} in {runs}: kept as they are in {out / result_cache.FILE}",
+        )
+    path = render.write(page.make(experiments, found), out)
+    result_cache.write(found, out)
+    return path
+
+
+def _check(root: pathlib.Path) -> None:
+    missing = [name for name in ("train.py", "configs/paper") if not (root / name).exists()]
+    if missing:
+        raise LoraError(
+            f"{root} has no {' and no '.join(missing)}: start this command in a checkout of the "
+            "repository, which holds the experiments"
+        )
+
+
+def _train(experiment: Experiment, folder: pathlib.Path, root: pathlib.Path) -> None:
+    console = Console(stderr=True)
+    tasks = experiment.tasks(folder)
+    for number, task in enumerate(tasks, 1):
+        words = " ".join(task.arguments)
+        say(console, f"{experiment.name} {number}/{len(tasks)}: python {words}")
+        if not costs.run(task, root):
+            say(console, f"finished before; delete {task.folder} to run it again")
+
+
+def _list(chosen: Sequence[Experiment], runs: pathlib.Path) -> None:
+    table = Table("experiment", "", "commands", "done", "minutes")
+    for experiment in chosen:
+        tasks = experiment.tasks(runs / experiment.name)
+        found = [cost for task in tasks if (cost := costs.read(task.folder)) is not None]
+        done = sum(cost.finished for cost in found)
+        minutes = f"{sum(cost.seconds for cost in found) / 60:.1f}" if found else "-"
+        table.add_row(experiment.name, experiment.asks, str(len(tasks)), str(done), minutes)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

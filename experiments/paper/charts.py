@@ -1,0 +1,71 @@
+"""Pictures of scores that have a spread: of several seeds, or one number of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from experiments.paper.settings import mean, spread
+from lora_jax.report import svg
+
+
+def dots(found: Mapping[str, Sequence[float]], label: str, title: str) -> Figure:
+    """A line for each name, the first on top: every value, their mean and standard deviation.
+
+    Args:
+      found: name -> values; none where there is nothing to draw.
+      label: of the values.
+    """
+    with svg.style():
+        figure, axis = svg.new(4.6, 1.1 + 0.3 * max(len(found), 3))
+        for row, values in enumerate(found.values()):
+            if not values:
+                continue
+            axis.scatter(values, [row] * len(values), s=16, color="C0", alpha=0.45, linewidths=0)
+            apart = spread(values) if len(values) > 1 else None
+            axis.errorbar(mean(values), row, xerr=apart, fmt="o", color="C0", capsize=3)
+        axis.set_yticks(range(len(found)), list(found))
+        axis.set_ylim(len(found) - 0.5, -0.5)
+        axis.set(xlabel=label, title=title)
+        axis.grid(axis="x")
+    return figure
+
+
+def lines(
+    found: Mapping[str, Mapping[int, Sequence[float]]],
+    xlabel: str,
+    label: str,
+    title: str,
+) -> Figure:
+    """A line for each name over a whole number, which is drawn to a logarithmic scale.
+
+    Args:
+      found: name -> number -> values; drawn are their means and standard deviations.
+      xlabel, label: of the numbers and of the values.
+    """
+    with svg.style():
+        figure, axis = svg.new()
+        places = sorted({x for line in found.values() for x, values in line.items() if values})
+        for number, (name, line) in enumerate(found.items()):
+            own = [(x, values) for x, values in sorted(line.items()) if values]
+            shift = 1 + 0.04 * (number - (len(found) - 1) / 2)  # so that bars do not hide bars
+            axis.errorbar(
+                [x * shift for x, _ in own],
+                [mean(values) for _, values in own],
+                yerr=[spread(v) if len(v) > 1 else 0.0 for _, v in own],
+                marker="o",
+                markersize=4,
+                capsize=3,
+                label=name,
+            )
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks(places[:: -(-len(places) // 8) or 1])
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axis.set(xlabel=xlabel, ylabel=label, title=title)
+        axis.grid()
+        if len(found) > 1:
+            figure.legend(loc="outside lower center", ncols=3)
+    return figure

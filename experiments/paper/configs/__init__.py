@@ -1,0 +1,1 @@
+"""The runs of the paper's questions, as configs of train.py."""

@@ -1,0 +1,145 @@
+"""Which directions an update has (figures 3 and 4), and what of W it amplifies (Table 7)."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.paper import published, sweeps
+from experiments.paper.experiments import Task
+from experiments.paper.settings import there
+from lora_jax.console import USER_ERRORS
+from lora_jax.report import charts, formatting, subspace_similarity, update_analysis
+from lora_jax.report.document import Block, Figure, Note, Panel, Section, Table, Text
+from lora_jax.report.module_index import label, layers, matrices, middle
+from lora_jax.report.run_files import Left
+
+FILE = "experiments/paper/configs/directions.py"
+MODELS = {"encoder": "MiniLM", "decoder": "SmolLM2"}  # attribute of that file -> its model
+_COMPARED = (8, 64)  # the ranks of figure 3
+_AMPLIFIED = (4, 64)  # those of Table 7
+_GAIN = published.AMPLIFICATION
+_ROWS = (
+    "Runs of one seed are trained on the same rows in the same order, and begin with factors that "
+    "have no more in common than any two random ones; another seed has another order, too."
+)
+
+
+def tasks(folder: pathlib.Path) -> Sequence[Task]:
+    """A group for each model."""
+    return sweeps.tasks(folder, FILE, tuple(MODELS))
+
+
+def sections(folder: pathlib.Path, base: update_analysis.Base) -> Sequence[Section]:
+    """Of the runs in a folder, two for each model, and what is not there in the last of them; none
+    where there is none that has finished."""
+    found: list[Section] = []
+    runs = {attribute: list(there(folder / attribute)) for attribute in MODELS}
+    for attribute, model in MODELS.items():
+        finished = [left for left in runs[attribute] if left.summary is not None]
+        if finished:
+            compared = [left for left in finished if _rank(left) in _COMPARED]
+            shared = subspace_similarity.section(compared)
+            shared = dataclasses.replace(shared, blocks=(*shared.blocks, Text(_ROWS)))
+            gains = Section("What of W it amplifies", tuple(_gains(finished, base)))
+            found += [_of(one, attribute, model) for one in (shared, gains)]
+    if found:
+        notes = sweeps.notes(tasks(folder), {name: lefts for name, lefts in runs.items() if lefts})
+        found[-1] = dataclasses.replace(found[-1], blocks=(*found[-1].blocks, *notes))
+    return found
+
+
+def _of(section: Section, attribute: str, model: str) -> Section:
+    """With the model in its title, and pictures of other names than those of other models."""
+    blocks = [
+        Figure(
+            block.caption,
+            tuple(dataclasses.replace(p, name=f"{attribute}-{p.name}") for p in block.panels),
+        )
+        if isinstance(block, Figure)
+        else block
+        for block in section.blocks
+    ]
+    return Section(f"{section.title}: {model}", tuple(blocks))
+
+
+def _rank(left: Left) -> int:
+    return int(left.config["lora"]["rank"])
+
+
+def _gains(runs: Sequence[Left], base: update_analysis.Base) -> list[Block]:
+    found: dict[int, update_analysis.Amplified] = {}
+    for rank in _AMPLIFIED:
+        own = [left for left in runs if _rank(left) == rank]
+        try:
+            found |= {rank: update_analysis.amplified(own[0].path, base)} if own else {}
+        except USER_ERRORS as error:
+            return [Note(f"This needs the weights of the base, and they cannot be had: {error}")]
+    if not found:
+        return [Note(f"No run of rank {' or '.join(map(str, _AMPLIFIED))} has finished.")]
+    blocks: list[Block] = [
+        Text(
+            "The factor is ‖ΔW‖ over ‖UᵀWV‖, U and V being the top r directions of ΔW: how much "
+            "more of them the update brings than W had. 1 would be doubling what is there."
+        ),
+        _middle(found),
+    ]
+    for rank, one in found.items():
+        blocks += [_factors(rank, one), update_analysis.table7(one)]
+    return blocks
+
+
+def _middle(found: dict[int, update_analysis.Amplified]) -> Table:
+    """The first matrix of the middle layer, as the paper has it, with its numbers beside."""
+    rows = []
+    for rank, one in found.items():
+        layer = middle(one.there)
+        at = next(i for i, place in enumerate(one.there) if place.layer == layer)
+        ours, paper = one.ours[at], _GAIN[rank]
+        numbers = (
+            ("of ΔW", ours.along_update, paper.along_update),
+            ("of W", ours.along_weight, paper.along_weight),
+            ("random", ours.along_random, paper.along_random),
+            ("‖W‖", ours.weight, paper.weight),
+            ("‖ΔW‖", ours.update, paper.update),
+            ("factor", ours.factor, paper.update / paper.along_update),
+        )
+        place = f"{one.there[at].matrix}, layer {label(layer)}"
+        rows += [
+            (f"r = {rank}", place, name, f"{mine:.4g}", f"{its:.4g}") for name, mine, its in numbers
+        ]
+    return Table(
+        "‖UᵀWV‖ with the directions of ΔW, of W and random ones, and the norms: ours, and W_q of "
+        "the 48th of GPT-3's 96 layers (the paper's Table 7).",
+        ("rank", "matrix", "", "ours", "paper"),
+        tuple(rows),
+        ("rank", "matrix", ""),
+    )
+
+
+def _factors(rank: int, one: update_analysis.Amplified) -> Figure:
+    rows, names = layers(one.there), matrices(one.there)
+    lines = {
+        name: [
+            next(
+                (
+                    float(ours.factor)
+                    for place, ours in zip(one.there, one.ours, strict=True)
+                    if place.layer == row and place.matrix == name
+                ),
+                float("nan"),
+            )
+            for row in rows
+        ]
+        for name in names
+    }
+    every = np.array([value for line in lines.values() for value in line])
+    panel = Panel(
+        f"amplification-{rank}",
+        f"Amplification factor by layer at rank {rank}: {formatting.span(every)}",
+        charts.by_layer(lines, [label(row) for row in rows], f"amplification factor, r = {rank}"),
+    )
+    return Figure(f"Amplification factor of every layer, rank {rank}.", (panel,))

@@ -1,0 +1,142 @@
+"""One model's forward pass in the ways of the paper's Table 1, each a compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import lora_jax
+from experiments.paper.shapes import normal
+from lora_jax import baselines, models
+from lora_jax.baselines import counts
+from lora_jax.baselines.sites import ENCODER
+from lora_jax.errors import LoraError
+from lora_jax.planner import hlo
+
+Tree = Any  # a pytree
+
+BASE, MERGED, UNMERGED, LIN, HOULSBY = METHODS = ("base", "merged", "unmerged", "lin", "houlsby")
+QUERY_VALUE = f"{ENCODER}/encoder/layer_*/attention/{{query,value}}/kernel"
+
+_METADATA = re.compile(r', metadata=\{(?:[^"}]|"[^"]*")*\}')
+_TABLES = re.compile(r"(?ms)^(FileNames|FunctionNames|FileLocations|StackFrames)\n.*?(\n\n|\Z)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is put beside the weights: LoRA's rank on query and value, widths of adapter layers."""
+
+    rank: int
+    lin: int
+    houlsby: int
+
+
+def added(config: models.BertConfig, sizes: Sizes) -> dict[str, int]:
+    """How many numbers each method puts beside the weights.
+
+    The article's |Θ|. The layer norms of the model that Houlsby's method trains too are not among
+    them: they are there anyhow, and cost no time.
+    """
+    d, layers = config.hidden_size, config.num_layers
+    lora = counts.lora(sizes.rank, [(d, d)] * 2 * layers)
+    return {
+        BASE: 0,
+        MERGED: lora,
+        UNMERGED: lora,
+        LIN: counts.adapter(d, sizes.lin, layers, norms=layers),
+        HOULSBY: counts.adapter(d, sizes.houlsby, 2 * layers),
+    }
+
+
+class Variant(NamedTuple):
+    """A way: `call(weights, ids [B, T]) -> [B, 2]`."""
+
+    call: Callable[[Tree, Array], Array]
+    weights: Tree
+
+
+def variants(config: models.BertConfig, sizes: Sizes) -> dict[str, Variant]:
+    """All of `METHODS` over the same random weights; no factor and no adapter layer is zero.
+
+    The encoder with a mean over its tokens and two classes, so that all hidden states count. The
+    merged weights go into the base's own function.
+    """
+    model = models.BertClassifier(config, 2, "mean")
+    params = normal(models.shapes(config, models.Head("mean", 2)), 0)
+
+    def through(method: baselines.Method) -> Callable[[Tree, Array], Array]:
+        return lambda weights, ids: method.apply(model, weights, ids)
+
+    base = through(baselines.NONE)
+    spec = lora_jax.LoraSpec(sizes.rank, float(sizes.rank), (QUERY_VALUE,))
+    layout = lora_jax.resolve(spec, base, params, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    factors = normal(jax.eval_shape(lambda key: lora_jax.init(key, layout), jax.random.key(0)), 1)
+    adapted = lora_jax.adapt(layout, base)
+    layers = {
+        LIN: baselines.lin(config, sizes.lin),
+        HOULSBY: baselines.houlsby(config, sizes.houlsby),
+    }
+    return {
+        BASE: Variant(base, params),
+        MERGED: Variant(base, lora_jax.merge(layout, params, factors)),
+        UNMERGED: Variant(lambda both, ids: adapted(*both, ids), (params, factors)),
+        **{
+            name: Variant(through(method), {**params, **normal(method.shapes(), 2)})
+            for name, method in layers.items()
+        },
+    }
+
+
+def compiled(variant: Variant, batch: int, length: int) -> jax.stages.Compiled:
+    """The program of a variant for ids of this shape, compiled anew each time."""
+
+    def forward(weights: Tree, ids: Array) -> Array:  # another one at each call: no cache knows it
+        return variant.call(weights, ids)
+
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    return jax.jit(forward).lower(variant.weights, ids).compile()
+
+
+def check_merged(programs: Mapping[str, jax.stages.Compiled]) -> None:
+    """Raise `LoraError` unless merged LoRA is the base's own program, to the letter."""
+    base, merged = (text(programs[name]).splitlines() for name in (BASE, MERGED))
+    if base == merged:
+        return
+    pairs = zip(base, merged, strict=False)  # of programs of two lengths, the first of the rest
+    first = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+    raise LoraError(
+        f"merged LoRA does not compile to the base's own program: {len(base)} lines of HLO and "
+        f"{len(merged)}; the first that differ are\n{first[0].strip()}\n{first[1].strip()}"
+    )
+
+
+def text(program: jax.stages.Compiled) -> str:
+    """The HLO, without the names and places in the source that it comes from."""
+    return _TABLES.sub("", _METADATA.sub("", str(program.as_text())))
+
+
+def flops(program: jax.stages.Compiled) -> float:
+    """FLOPs of one run as XLA counts them, not those of exponentials and the like.
+
+    Raises:
+      LoraError: this backend does not count them.
+    """
+    analysis = program.cost_analysis()
+    if not analysis or "flops" not in analysis:
+        raise LoraError(
+            f"the backend {jax.default_backend()} does not count FLOPs; take another, such as "
+            "JAX_PLATFORMS=cpu"
+        )
+    return float(analysis["flops"])
+
+
+def instructions(program: jax.stages.Compiled) -> int:
+    """How many instructions the program has, fused ones too."""
+    module = hlo.parse(str(program.as_text()))
+    return sum(len(computation) for computation in module.computations.values())

@@ -1,0 +1,158 @@
+"""The time of one forward pass: the base, LoRA merged and not, adapter layers (Table 1).
+
+    python -m experiments.paper.latency --out runs/paper/latency/latency.json
+    python -m experiments.paper.latency --out latency.json --layers 24 --shapes 1x128
+
+The model has GPT-2 medium's shape. Of the built-in ones the BERT encoder is what comes nearest: its
+layer has the same products, biases, norms and GELU, and with no token types it has the very number
+of parameters, 354,823,168. It differs in two ways that cost no FLOPs to speak of: norms come after
+the residual and not before, and no causal mask is laid over the scores. The product with the
+vocabulary is left out: it is the same whatever the method, and in a model of few layers it would
+hide what is per layer. On a CPU two of the 24 layers are the default; what the methods add is per
+layer too, so relative numbers carry over. Weights are random.
+
+All programs are compiled apart and run in turns in one process. Merged LoRA is compared with the
+base: if its compiled program is not the base's own, to the letter, that is an error.
+
+Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
+by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+
+from experiments.paper import forward, measured, tables
+from experiments.paper.forward import Sizes
+from experiments.paper.latencies import Latencies, Timed, Timings, table
+from experiments.paper.latencies import sections as sections
+from experiments.paper.published import LATENCY_MILLIONS
+from experiments.paper.shapes import MEDIUM
+from lora_jax import models
+from lora_jax.console import guarded, say
+from lora_jax.errors import LoraError
+
+_LAYERS = 2  # on a CPU
+_TRIALS = 100  # the paper's
+_LEAST, _TOKENS = 3, 40_000  # on a CPU: repeats, and tokens of all repeats together
+# Rank 4 on query and value; the widths that come nearest to 0.5M and 11M numbers in 24 layers.
+SMALL, LARGE = Sizes(4, lin=9, houlsby=5), Sizes(4, lin=224, houlsby=112)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    out: str
+    """The JSON file to write."""
+    layers: int | None = None
+    """Of the model. None: 2 on a CPU, and all 24 elsewhere."""
+    repeats: int | None = None
+    """Timed passes of each method. None: 100; on a CPU as many as have 40,000 tokens, from 3 on."""
+    shapes: tuple[str, ...] = ("32x512", "16x256", "1x128")
+    """Batch x length."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = tyro.cli(
+        Options, prog="python -m experiments.paper.latency", description=__doc__, args=arguments
+    )
+    return guarded(lambda: run(options, Console(stderr=True)))
+
+
+def run(options: Options, console: Console) -> None:
+    """Measure and write; the table goes to stdout, progress to `console`.
+
+    Raises:
+      LoraError, OSError: a user's error.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    layers = _LAYERS if on_cpu else MEDIUM.num_layers
+    if options.layers is not None:
+        layers = options.layers
+    if min(layers, 1 if options.repeats is None else options.repeats, len(options.shapes)) < 1:
+        raise LoraError("--layers, --repeats and the number of --shapes must be at least 1")
+    shapes = [_shape(text) for text in options.shapes]
+    out = measured.prepared(options.out)
+    config = dataclasses.replace(MEDIUM, num_layers=layers)
+    start = time.monotonic()
+    found = []
+    for batch, length in shapes:
+        many = max(_LEAST, min(_TRIALS, _TOKENS // (batch * length))) if on_cpu else _TRIALS
+        sizes = SMALL if LATENCY_MILLIONS.get((batch, length), 11.0) < 1 else LARGE
+        found.append(measure(config, sizes, batch, length, options.repeats or many, console))
+    whole = MEDIUM.num_layers
+    taken = round(time.monotonic() - start, 1)
+    result = Latencies(measured.machine(), layers, whole, True, taken, tuple(found))
+    measured.write(out, result)
+    say(Console(), f"{result.machine.line()}\n\n{tables.plain(table(result))}")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """`32x512` as its numbers."""
+    batch, _, length = text.partition("x")
+    if not (batch.isdecimal() and length.isdecimal() and int(batch) and int(length)):
+        raise LoraError(f"--shapes {text!r}: expected batch x length, such as 32x512")
+    if int(length) > MEDIUM.max_positions:
+        raise LoraError(f"--shapes {text!r}: the model has {MEDIUM.max_positions} positions")
+    return int(batch), int(length)
+
+
+def measure(
+    config: models.BertConfig,
+    sizes: Sizes,
+    batch: int,
+    length: int,
+    repeats: int,
+    console: Console,
+    whole: int = MEDIUM.num_layers,
+) -> Timings:
+    """Compile and time all methods at one shape.
+
+    Args:
+      whole: layers of the whole model.
+
+    Raises:
+      LoraError: merged LoRA is not the base's own program.
+    """
+    say(console, f"{batch} x {length}: {config.num_layers} layers, {repeats} repeats")
+    made = forward.variants(config, sizes)
+    programs = {name: forward.compiled(one, batch, length) for name, one in made.items()}
+    forward.check_merged(programs)
+    ids = jax.random.randint(
+        jax.random.key(0), (batch, length), 0, config.vocab_size, dtype=jnp.int32
+    )
+    runs = {name: functools.partial(programs[name], one.weights, ids) for name, one in made.items()}
+    with measured.bar(console, f"{batch} x {length}", len(runs) * (repeats + 1)) as ran:
+        seconds = measured.timings(runs, repeats, ran)
+    added = forward.added(config, sizes)
+    wholly = forward.added(dataclasses.replace(config, num_layers=whole), sizes)
+    return Timings(
+        batch,
+        length,
+        tuple(
+            Timed(
+                method=name,
+                added=added[name],
+                added_whole=wholly[name],
+                seconds=tuple(seconds[name]),
+                flops=forward.flops(program),
+                instructions=forward.instructions(program),
+            )
+            for name, program in programs.items()
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The report of all experiments that there is anything of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from experiments.paper import agreement, costs
+from experiments.paper.experiments import Experiment
+from experiments.paper.result_cache import Answers
+from lora_jax.report import formatting
+from lora_jax.report.document import Fact, Note, Report, Section, Table
+from lora_jax.training.summary import in_units
+
+
+def make(experiments: Sequence[Experiment], answers: Answers) -> Report:
+    """Of these answers; an experiment that has none is named in a note."""
+    missing = [one for one in experiments if one.name not in answers]
+    found = [answers[one.name] for one in experiments if one.name in answers]
+    spent = [cost for answer in found for cost in answer.spent]
+    claims = [row for answer in found for row in answer.claims]
+    return Report(
+        kind="The paper's questions",
+        title="LoRA's questions, asked of small models",
+        lead=(
+            "Which matrices to adapt, which rank, what an update is made of, and what else could "
+            "be trained: the experiments of Hu et al. (arXiv 2106.09685) on models that train on "
+            "two CPU cores, with the paper's numbers beside ours."
+        ),
+        facts=(
+            Fact(
+                "runs",
+                f"{sum(answer.runs for answer in found):,}",
+                f"in {len(found)} experiments",
+            ),
+            Fact(
+                "time",
+                f"{sum(cost.seconds for cost in spent) / 60:,.0f} minutes",
+                "of all commands, one after the other",
+            ),
+            *(fact for answer in found for fact in answer.facts),
+        ),
+        sections=(
+            agreement.section(claims),
+            *(section for answer in found for section in answer.sections),
+            _how(spent),
+        ),
+        notes=tuple(
+            Note(
+                f"Nothing of {one.name} ({one.asks}): run `python -m experiments.paper {one.name}`."
+            )
+            for one in missing
+        ),
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}" if math.isfinite(seconds) else formatting.NONE
+
+
+def _how(spent: Sequence[costs.Cost]) -> Section:
+    rows = tuple(
+        (
+            cost.command,
+            f"{cost.seconds / 60:.1f}",
+            _minutes(cost.processor_seconds),
+            in_units(cost.peak_bytes),
+            cost.day,
+            cost.machine,
+        )
+        for cost in spent
+    )
+    return Section(
+        "How it was run",
+        (
+            Table(
+                "Every command, with all times that it was started: minutes from start to end, "
+                "which are more where the machine had other work, and of all cores together.",
+                ("command", "minutes", "processor", "memory", "day", "machine"),
+                rows,
+                ("command", "day", "machine"),
+            ),
+        ),
+    )

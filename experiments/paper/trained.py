@@ -1,0 +1,185 @@
+"""Full fine-tuning and LoRA of one model: the training step of train.py, compiled on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import lora_jax
+from experiments.paper.shapes import MINILM, SMOLLM2, normal
+from lora_jax import baselines, models
+from lora_jax.groups import memory_fit
+from lora_jax.training import causal_lm, classification, export, optimizer, step
+from lora_jax.training.config import OptimizerConfig
+from lora_jax.training.summary import nbytes
+from lora_jax.training.workload import Loss, Workload
+
+Tree = Any  # a pytree
+
+SIDES = ("full", "lora")
+_STEPS = 1000  # of the schedule; how many does not matter
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, and the batches it is trained on.
+
+    targets: query and value.
+    beside: what LoRA trains with its factors, a new head.
+    """
+
+    name: str
+    config: models.BertConfig | models.LlamaConfig
+    rows: int
+    length: int
+    targets: str
+    beside: tuple[str, ...] = ()
+    rank: int = 4
+
+    @property
+    def tokens(self) -> int:
+        """Of one batch."""
+        return self.rows * self.length
+
+
+CASES = {
+    "minilm": Case(
+        "MiniLM", MINILM, 32, 48, "bert/encoder/layer_*/attention/{query,value}/kernel",
+        (baselines.HEAD,),
+    ),
+    "smollm2": Case("SmolLM2", SMOLLM2, 8, 48, "layers_*/attention/{q,v}/kernel"),
+}  # fmt: skip
+
+
+class Side(NamedTuple):
+    """One of `SIDES`, ready to take its steps.
+
+    layout: of LoRA; without targets where there is none.
+    state: before the first step. The program takes it, and gives the next: it is not to be used
+      after that.
+    frozen: the parameters that are not trained.
+    program: the step, `program(state, frozen, batch) -> (state, metrics)`.
+    """
+
+    layout: lora_jax.Layout
+    state: step.State
+    frozen: Tree
+    batch: Mapping[str, jax.Array]
+    program: jax.stages.Compiled
+
+
+def sides(case: Case) -> dict[str, Callable[[], Side]]:
+    """What makes each side; they share the random parameters and the batch."""
+    workload, batch = _workload(case), _batch(case)
+    spec = lora_jax.LoraSpec(case.rank, 2.0 * case.rank, (case.targets,))
+    key = jax.random.key(0)
+    layout = lora_jax.resolve(
+        spec, workload.apply, workload.params, batch, train=True, key=jax.random.key(0)
+    )
+    trained = {"full": (lora_jax.Layout(()), ("**",)), "lora": (layout, case.beside)}
+
+    def make(layout: lora_jax.Layout, beside: tuple[str, ...]) -> Side:
+        base, frozen = lora_jax.frozen.split(workload.params, beside)
+        tx = optimizer.adamw(optimizer.hyper(OptimizerConfig(), _STEPS))
+        state = jax.jit(step.fresh(layout, tx, "gaussian"))(base, key)
+        take = step.train_step(workload, layout, tx, "stop")
+        program = jax.jit(take, donate_argnums=0).lower(state, frozen, batch).compile()
+        return Side(layout, state, frozen, batch, program)
+
+    return {name: (lambda name=name: make(*trained[name])) for name in SIDES}  # type: ignore[misc]
+
+
+def _workload(case: Case) -> Workload:
+    """The model with random weights, and its loss; it has no data."""
+    loss: Callable[[Any, Any], Loss]
+    if isinstance(case.config, models.LlamaConfig):
+        shapes = models.shapes(case.config)
+        apply, loss = causal_lm.apply_of(models.Llama(case.config)), causal_lm.token_loss
+    else:
+        shapes = models.shapes(case.config, models.Head("mean", 2))
+        model = models.BertClassifier(case.config, 2, "mean")
+        apply, loss = classification.apply_of(model), classification.class_loss
+    return Workload(
+        apply=apply,
+        loss=loss,
+        params=normal(shapes, 0),
+        train=lambda shard: iter(()),  # type: ignore[arg-type, return-value]
+    )
+
+
+def _batch(case: Case) -> dict[str, jax.Array]:
+    """Random tokens without padding."""
+    shape, (one, two) = (case.rows, case.length), jax.random.split(jax.random.key(1))
+    words = case.config.vocab_size
+    ids = jax.random.randint(one, shape, 0, words, dtype=jnp.int32)
+    if isinstance(case.config, models.BertConfig):
+        labels = jax.random.randint(two, (case.rows,), 0, 2, dtype=jnp.int32)
+        weight = jnp.ones(case.rows, jnp.float32)
+        return {"input_ids": ids, "mask": jnp.ones(shape, bool), "label": labels, "weight": weight}
+    return {
+        "input_ids": ids,
+        "targets": jax.random.randint(two, shape, 0, words, dtype=jnp.int32),
+        "segment_ids": jnp.ones(shape, jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(case.length, dtype=jnp.int32), shape),
+        "loss_weight": jnp.ones(shape, jnp.float32),
+    }
+
+
+def stepping(side: Side) -> Callable[[], Any]:
+    """A function that takes one step each time it is called; it gives the new state."""
+    state = side.state
+
+    def take() -> step.State:
+        nonlocal state
+        state, _ = side.program(state, side.frozen, side.batch)
+        return state
+
+    return take
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Of a step on its device, by XLA's own account of the compiled program.
+
+    total: arguments, results that are not written over them, and temporaries.
+    weights: all parameters, trained or not, LoRA's factors among them.
+    optimizer: Adam's two moments of what is trained.
+    gradients: one for each trained number; among the temporaries.
+    """
+
+    total: int
+    weights: int
+    optimizer: int
+    gradients: int
+
+    @property
+    def rest(self) -> int:
+        """Activations and other temporaries, and the batch."""
+        return self.total - self.weights - self.optimizer - self.gradients
+
+
+def memory(side: Side) -> Bytes:
+    """What one step takes. To be called before the first one."""
+    trained = nbytes(side.state.trained)
+    return Bytes(
+        total=round(memory_fit.of_step(side.program).bytes),
+        weights=trained + nbytes(side.frozen),
+        optimizer=nbytes(side.state.optimizer),
+        gradients=trained,
+    )
+
+
+def written(side: Side, state: step.State, folder: pathlib.Path, name: str) -> int:
+    """Bytes on disk of what is trained, as train.py exports it: with the base's fingerprint.
+
+    Args:
+      folder: a run directory; the export is its adapters/`name`.
+    """
+    identity = lora_jax.fingerprint(side.frozen)
+    export.save(folder, name, side.layout, state.trained, identity)
+    return export.size(export.folder(folder, name))

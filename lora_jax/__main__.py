@@ -1,0 +1,90 @@
+"""The command line of the package: `lora-jax COMMAND`, which is `python -m lora_jax COMMAND`.
+
+    train       fine-tune a model, or plan it; the same program as train.py of the repository
+    predict     classify texts with trained adapters
+    generate    continue texts with trained adapters
+    report      write a page about one run, or many side by side
+
+`lora-jax COMMAND --help` lists the options of a command.
+
+Exit status: that of the command; 2 where there is no such command.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lora_jax.errors import nearest
+from lora_jax.extras import MissingExtraError
+
+Command = Callable[[Sequence[str]], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names, and return its exit status."""
+    name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    rest = rest[:-1]
+    if name in ("", "-h", "--help"):
+        sys.stdout.write(f"{__doc__}")
+        return 0 if name else 2
+    if name not in COMMANDS:
+        (other,) = nearest(name, COMMANDS, n=1)
+        sys.stderr.write(f"error: no command {name!r}; nearest: {other!r}\n\n{__doc__}")
+        return 2
+    try:
+        return COMMANDS[name](rest)
+    except MissingExtraError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from lora_jax.training import processes
+
+    train = _train_script()
+    processes.end(lambda: train.main(arguments, "lora-jax train"))
+
+
+def _train_script() -> Any:
+    """Import train.py: from the package, where the wheel puts it, or from the checkout around it."""
+    package = pathlib.Path(__file__).resolve().parent
+    path = next(p for p in (package / "train.py", package.parent / "train.py") if p.is_file())
+    spec = importlib.util.spec_from_file_location("train", path)
+    assert spec is not None and spec.loader is not None  # the file is there
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _predict(arguments: Sequence[str]) -> int:
+    from lora_jax.serving import predict
+
+    return predict.main(arguments)
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    from lora_jax.serving import generate
+
+    return generate.main(arguments)
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from lora_jax.report import command
+
+    return command.main(arguments)
+
+
+COMMANDS: dict[str, Command] = {
+    "train": _train,
+    "predict": _predict,
+    "generate": _generate,
+    "report": _report,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

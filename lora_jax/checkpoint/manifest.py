@@ -1,0 +1,258 @@
+"""What a checkpoint says of itself, and the limits within which it is believed.
+
+A manifest lists every array with shape, dtype and content hash (`fingerprint.digests`), and holds
+the notes of whoever saved: JSON values. It is stored as one text beside the SHA-256 of that text,
+so a bit that flips in either is found, as one in an array is found by its hash.
+
+What is read may come from a stranger. Nothing is allocated for an array before `check_folder`,
+`check_declared` and `check_stored` have passed, and they refuse, naming what was declared and the limit:
+
+    a link that leads out of the folder, and anything that is neither file nor folder;
+    a file of JSON above 64 MiB, and more than 100,000 files;
+    a path with a segment `..` or `.`, an absolute one, one with a NUL character;
+    more than 32 dimensions, a dimension that is no integer or is negative;
+    an array in the folder that the manifest does not list, or that is of another shape or dtype;
+    arrays of more bytes in all than `max_bytes`. Where the caller names no other limit that is
+    16 GiB, and 1,000 times the bytes on disk or 256 MiB, whichever of these two is more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import stat
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import paths
+from lora_jax.checkpoint.fingerprint import digests
+from lora_jax.errors import LoraError, listed
+
+FORMAT = 2
+SEALED = {"text", "sha256"}  # the fields of a sealed manifest
+JSON_BYTES = 2**26
+FILES = 100_000
+DIMENSIONS = 32
+KEY_WORDS = 4  # of JAX's largest PRNG key
+MOST_BYTES = 2**34
+ANY_FOLDER = 2**28  # bytes that a folder of any size may declare
+RATIO = 1_000  # bytes declared for each on disk; arrays of zeros compress well
+
+
+class DamagedError(LoraError):
+    """What is stored is not what was saved; the message names the array or the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One array: its shape, the name of its dtype, the hash of its bits."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    hash: str
+
+    @property
+    def kind(self) -> str:
+        """`float32[2, 3]`"""
+        return f"{self.dtype}{list(self.shape)}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory; a PRNG key (whose dtype has no size) counts as one word an element."""
+        item = 4 if self.dtype.startswith("key<") else jnp.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * item
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The arrays by path, and the notes saved beside them."""
+
+    arrays: dict[str, Entry]
+    notes: Any
+
+    def seal(self) -> dict[str, str]:
+        """The JSON value that is stored."""
+        arrays = {p: [list(e.shape), e.dtype, e.hash] for p, e in self.arrays.items()}
+        text = json.dumps({"format": FORMAT, "arrays": arrays, "notes": self.notes})
+        return {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+    def damaged(self, tree: Any, prefix: str = "") -> list[str]:
+        """A line for each leaf of `tree` that is not the one that was saved at its path."""
+        found, lines = of(tree, None).arrays, []
+        for path, entry in found.items():
+            saved = self.arrays[prefix + path]
+            if (entry.shape, entry.dtype) != (saved.shape, saved.dtype):
+                lines.append(f"{prefix + path} is {entry.kind}, and was saved as {saved.kind}")
+            elif entry.hash != saved.hash:
+                lines.append(
+                    f"{prefix + path} holds other bits than were saved (hash {entry.hash}, saved "
+                    f"{saved.hash})"
+                )
+        return lines
+
+
+def of(tree: Any, notes: Any) -> Manifest:
+    """The manifest of the arrays in `tree`, hashed on their devices."""
+    leaves, hashes = paths.flatten(tree), digests(tree)
+    return Manifest({p: Entry(x.shape, str(x.dtype), hashes[p]) for p, x in leaves.items()}, notes)
+
+
+def unseal(stored: Any) -> Manifest:
+    """The inverse of `Manifest.seal`.
+
+    Raises:
+      DamagedError: `stored` is no sealed manifest, or not as it was sealed.
+      LoraError: another format, or arrays that no checkpoint holds.
+    """
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("text"), str):
+        raise DamagedError("its meta has no manifest: torn, or written by an older lora_jax")
+    if set(stored) != SEALED:
+        raise DamagedError(f"its meta does not hold {sorted(SEALED)} and nothing else")
+    text = stored["text"]
+    found = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    if found != stored.get("sha256"):
+        raise DamagedError(
+            f"its meta is not what was saved (SHA-256 {found}, saved {stored.get('sha256')})"
+        )
+    data = json.loads(text)
+    if data.get("format") != FORMAT:
+        raise LoraError(
+            f"it has format {data.get('format')}, this lora_jax reads {FORMAT}; use the lora_jax "
+            "that wrote it, or a newer one"
+        )
+    return Manifest({p: _entry(p, row) for p, row in data["arrays"].items()}, data["notes"])
+
+
+def _entry(path: str, row: Any) -> Entry:
+    check_path(path)
+    shape, dtype, digest = row
+    check_shape(path, shape)
+    if not isinstance(dtype, str) or not isinstance(digest, str):
+        raise LoraError(f"{path!r} is declared as {row!r}; expected [shape, dtype, hash]")
+    return Entry(tuple(shape), dtype, digest)
+
+
+def check_path(path: str) -> None:
+    """Raise `LoraError` for a path that could lead out of a folder."""
+    if path.startswith("/") or "\0" in path or {"..", "."} & set(path.split("/")):
+        raise LoraError(f"it names a parameter {path!r}, which could lead out of its folder")
+
+
+def check_shape(path: str, shape: Any) -> None:
+    """Raise `LoraError` unless `shape` is one that an array can have."""
+    sizes = isinstance(shape, list | tuple) and all(type(n) is int and n >= 0 for n in shape)
+    if not sizes or len(shape) > DIMENSIONS:
+        raise LoraError(
+            f"{path!r} is declared with the shape {str(shape)[:80]}; expected at most "
+            f"{DIMENSIONS} dimensions, each an integer of at least 0"
+        )
+
+
+def check_declared(manifest: Manifest, on_disk: int | None, max_bytes: float | None) -> None:
+    """Raise `LoraError` where the declared arrays take more memory than may be believed.
+
+    Args:
+      manifest: nothing of it has been read yet.
+      on_disk: bytes in the folder; None where they are not known (remote storage).
+      max_bytes: the caller's own limit, in place of the documented ones.
+    """
+    declared = sum(entry.nbytes for entry in manifest.arrays.values())
+    most = MOST_BYTES if max_bytes is None else max_bytes
+    if max_bytes is None and on_disk is not None:
+        most = min(most, max(ANY_FOLDER, RATIO * on_disk))
+    if declared > most:
+        largest = sorted(manifest.arrays.items(), key=lambda item: -item[1].nbytes)
+        rows = [f"{p}: {e.kind}, {e.nbytes:,} bytes" for p, e in largest]
+        raise LoraError(
+            f"it declares arrays of {declared:,} bytes"
+            + ("" if on_disk is None else f" in a folder of {on_disk:,} bytes")
+            + f"; the limit is {most:,}:\n{listed(rows, 3)}\n"
+            f"If that is meant, pass max_bytes={declared} or more."
+        )
+
+
+def check_stored(manifest: Manifest, stored: Mapping[str, Any]) -> None:
+    """Raise unless what is stored is what the manifest lists, in chunks no larger than its arrays.
+
+    Args:
+      manifest: `check_declared` has passed it.
+      stored: what Orbax says of each array by its path: `shape`, `dtype`, `storage_metadata`.
+
+    Raises:
+      DamagedError: an array too many, one that is missing, one of another shape or dtype.
+      LoraError: a chunk larger than its array.
+    """
+    if extra := [path for path in stored if path not in manifest.arrays]:
+        raise DamagedError(f"it holds arrays that its manifest does not list:\n{listed(extra)}")
+    for path, entry in manifest.arrays.items():
+        if path not in stored:
+            raise DamagedError(f"damaged: the array {path} is missing")
+        _check_array(path, entry, stored[path])
+
+
+def _check_array(path: str, entry: Entry, found: Any) -> None:
+    shape, dtype = tuple(found.shape), jnp.dtype(found.dtype).name
+    if entry.dtype.startswith("key<"):  # a PRNG key is stored as its words, in one more dimension
+        fits = dtype == "uint32" and shape[:-1] == entry.shape and shape[-1] <= KEY_WORDS
+    else:
+        fits = (shape, dtype) == (entry.shape, entry.dtype)
+    if not fits:
+        raise DamagedError(
+            f"damaged: {path} is {found.dtype}{list(shape)}, and was saved as {entry.kind}"
+        )
+    chunk = found.storage_metadata.chunk_shape if found.storage_metadata else shape
+    if math.prod(chunk) > max(1, math.prod(shape)):
+        raise LoraError(
+            f"{path} has the shape {list(shape)}, and is stored in chunks of {list(chunk)}; a "
+            "chunk may not be larger than its array"
+        )
+
+
+def check_folder(folder: pathlib.Path) -> int:
+    """The bytes of all files in a local folder.
+
+    Raises:
+      LoraError: a link out of it, a special file, too many files, too large a file of JSON.
+    """
+    root, total, files = folder.resolve(), 0, 0
+    for parent, names, inside in os.walk(folder):
+        for name in (*names, *inside):
+            entry = pathlib.Path(parent, name)
+            if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+                raise LoraError(
+                    f"{entry} is a link to {entry.resolve()}, out of its folder; if you trust it, "
+                    "copy the folder with its links followed (cp -rL)"
+                )
+        for name in inside:
+            entry, files = pathlib.Path(parent, name), files + 1
+            total += _size(entry)
+            if files > FILES:
+                raise LoraError(f"{folder} holds more than {FILES:,} files")
+    return total
+
+
+def _size(file: pathlib.Path) -> int:
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise LoraError(f"{file} is neither a file nor a folder")
+    if file.parent.name != "d":  # Orbax keeps arrays in folders d
+        check_json(file, found.st_size)
+    return found.st_size
+
+
+def check_json(file: os.PathLike[str], size: int) -> None:
+    """Raise `LoraError` for a file of JSON that is too large to be read."""
+    if size > JSON_BYTES:
+        raise LoraError(f"{file} has {size:,} bytes; the limit of JSON is {JSON_BYTES:,}")
+
+
+def canonical(x: Any) -> jax.Array:
+    """A leaf as the JAX array that is hashed and stored: a NumPy float64 becomes a float32."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)

@@ -1,0 +1,102 @@
+"""What a command shows a person: messages, the errors that a user can put right, progress bars."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, Self
+
+from lora_jax.extras import require
+
+require("train", __name__)
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
+
+from lora_jax.errors import LoraError
+from lora_jax.models.errors import ModelError
+
+# What a user can put right; anything else is a fault of the program and shows its traceback.
+USER_ERRORS = (LoraError, ModelError, OSError)
+
+
+def say(console: Console, text: str) -> None:
+    """Print plain text: no markup in it is read, no number is coloured, no line is wrapped."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """Run a command and return its exit status.
+
+    0: done, also where the reader of stdout wants no more. 1: an error that is printed on stderr.
+    130: Ctrl-C.
+    """
+    try:
+        run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What Python flushes as it ends would be an error once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except USER_ERRORS as error:
+        say(Console(stderr=True, style="red"), f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say(Console(stderr=True), "Stopped. What was written before is whole.")
+        return 130
+    return 0
+
+
+class Bar:
+    """A progress bar on a terminal, and nothing elsewhere; a context manager."""
+
+    def __init__(
+        self,
+        console: Console,
+        *columns: ProgressColumn,
+        shown: bool = True,
+        transient: bool = False,
+    ) -> None:
+        self.console = console
+        visible = shown and console.is_terminal
+        self.bar = Progress(*columns, console=console, transient=transient, disable=not visible)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print plain text, above the bar."""
+        say(self.console, text)
+
+
+class _Rate(ProgressColumn):
+    """How many of a unit are done in a second."""
+
+    def render(self, task: Task) -> Text:
+        """`1,234 texts  56/s`, of what the bar has counted."""
+        count, seconds = task.fields["count"], max(task.elapsed or 0.0, 1e-9)
+        return Text(f"{count:,} {task.fields['unit']}  {count / seconds:,.0f}/s")
+
+
+class FileBar(Bar):
+    """A bar for the lines of a file, as long as the file where its size is known."""
+
+    def __init__(self, console: Console, file: str | None, unit: str) -> None:
+        """Show a bar for `file`, each line of which is one `unit`; None shows none."""
+        columns: list[Any] = [BarColumn(), _Rate(), TimeRemainingColumn()]
+        super().__init__(console, *columns, shown=file is not None, transient=True)
+        path = None if file is None else pathlib.Path(file)
+        total = path.stat().st_size if path is not None and path.is_file() else None
+        self._task = self.bar.add_task("", total=total, unit=unit, count=0)
+        self._count = 0
+
+    def advance(self, size: int) -> None:
+        """Note that one more line, of `size` bytes, is done."""
+        self._count += 1
+        self.bar.update(self._task, advance=size, count=self._count)

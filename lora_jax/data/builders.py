@@ -1,0 +1,180 @@
+"""TFDS builders without TensorFlow: prepared once as array_record, read with random access.
+
+TFDS's other formats are of no use here: tfrecord needs TensorFlow, and parquet (4.9.10) loses rows
+in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
+
+from lora_jax.data.errors import DataError
+from lora_jax.data.source import Example
+from lora_jax.data.status import waiting
+from lora_jax.errors import nearest
+
+FORMAT = "array_record"
+_CHUNK = 1024  # records read together
+
+
+def folder(data_dir: str | None) -> Path:
+    """Where prepared data is kept: `data_dir`, or the cache folder's `data/`."""
+    if data_dir is not None:
+        return Path(data_dir).expanduser()
+    cache = os.environ.get("LORA_JAX_CACHE") or "~/.cache/lora_jax"
+    return Path(cache).expanduser() / "data"
+
+
+def prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Write the builder's data as array_record unless that has been done.
+
+    TFDS writes into a folder of its own beside the final one and renames it at the end, so a killed
+    preparation leaves nothing that a later one would read; of two at once, the first to end wins.
+
+    Raises:
+        DataError: the data is there in a format that needs TensorFlow.
+    """
+    path = Path(builder.data_path)
+    if path.exists():
+        _check_format(builder)
+        return
+    try:
+        with waiting(f"preparing {builder.info.full_name} once, into {path}"), _quiet():
+            builder.download_and_prepare(file_format=FORMAT)
+    except OSError:
+        if not path.exists():
+            raise
+    builder.info.read_from_directory(path)
+
+
+def _check_format(builder: tfds.core.DatasetBuilder) -> None:
+    found = builder.info.file_format
+    if found is None or found.value == FORMAT:
+        return
+    raise DataError(
+        f"{builder.info.full_name} is prepared as {found.value} in {builder.data_path}; "
+        f"without TensorFlow only {FORMAT} can be read.\n"
+        "Point data.data_dir at another folder, where it will be prepared anew."
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS without its nested bars and its line on stdout; its warnings still come through."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+
+
+class Builder:
+    """A prepared TFDS builder as a source (`lora_jax.data.source.Source`)."""
+
+    def __init__(
+        self, builder: tfds.core.DatasetBuilder, name: str, notes: tuple[str, ...] = ()
+    ) -> None:
+        """Prepare the builder if need be.
+
+        Args:
+            builder: any TFDS builder.
+            name: as a user would write it.
+            notes: see `Source.notes`.
+        """
+        prepare(builder)
+        self._builder = builder
+        self.name = name
+        self.notes = notes
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits; a slice of one, `train[:90%]`, can be read too."""
+        return tuple(self._builder.info.splits)
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """See `Source.examples`."""
+        info = self._builder.info
+        try:
+            expected = info.splits[split].num_examples
+        except (KeyError, ValueError) as error:
+            raise DataError(
+                f"{self.name} has no split {split!r}.\n  there are: {', '.join(self.splits)}\n"
+                f"  nearest: {', '.join(nearest(split, self.splits, 1))}"
+            ) from error
+        for name in self.splits:
+            if name in split:  # a slice or a sum of splits names them too
+                self._count(name)
+        records = Records(self._builder.as_data_source(split))
+        assert len(records) == expected, (len(records), expected)
+        return records
+
+    def _count(self, split: str) -> None:
+        """Compare the records in the files with what the metadata says was written.
+
+        TFDS takes a data source's length from the metadata, so that says nothing.
+        """
+        info = self._builder.info.splits[split]
+        for path, expected in zip(info.filepaths, info.shard_lengths, strict=True):
+            reader = ArrayRecordReader(str(path))
+            found = reader.num_records()
+            reader.close()
+            if found != expected:
+                raise DataError(
+                    f"{self.name}: {found} records in {path}, but {expected} were written.\n"
+                    f"Delete {self._builder.data_path}; the next run prepares it anew."
+                )
+
+    def classes(self, field: str) -> tuple[str, ...] | None:
+        """See `Source.classes`."""
+        feature = dict(self._builder.info.features).get(field)
+        if isinstance(feature, tfds.features.ClassLabel):
+            if feature.names:
+                return tuple(feature.names)
+            return tuple(map(str, range(feature.num_classes))) if feature.num_classes else None
+        if feature is not None and np.issubdtype(feature.np_dtype, np.floating):
+            return ()
+        return None
+
+
+class Records(Sequence[Example]):
+    """TFDS records with text as `str`; numbers are Python's own already."""
+
+    def __init__(self, records: Any) -> None:
+        """Wrap what `builder.as_data_source` returned."""
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            # One call reads neighbours together: five times as fast as one by one.
+            rows = self._records.__getitems__(range(*index.indices(len(self))))
+            return [_example(row) for row in rows]
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # what ends an iteration over a sequence
+        return _example(self._records[index])
+
+    def __iter__(self) -> Iterator[Example]:
+        for start in range(0, len(self), _CHUNK):
+            yield from self[start : start + _CHUNK]
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    return {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()}

@@ -1,0 +1,86 @@
+"""Every kind of source by its name."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from lora_jax.data.builders import FORMAT, Builder, folder
+from lora_jax.data.errors import DataError
+from lora_jax.data.files import Files, is_file
+from lora_jax.data.reviews import NOTE as REVIEWS_NOTE
+from lora_jax.data.reviews import MovieReviews
+from lora_jax.data.source import Source
+from lora_jax.data.topics import CORPORA, Topics
+from lora_jax.data.wordnet import NOTE as WORDNET_NOTE
+from lora_jax.data.wordnet import WordnetDefinitions
+from lora_jax.errors import nearest
+
+# Name -> what makes the builder, and what is to be known of the data.
+_OURS: dict[str, tuple[Callable[..., tfds.core.DatasetBuilder], str]] = {
+    "reviews": (MovieReviews, REVIEWS_NOTE),
+    "wordnet": (WordnetDefinitions, WORDNET_NOTE),
+    **{n: (functools.partial(Topics, config=n), corpus.note) for n, corpus in CORPORA.items()},
+}
+
+# TFDS registers these builders when their package is imported, and does so by itself only where
+# TensorFlow is installed.
+_PACKAGES = ("text", "question_answering", "summarization", "translate", "text_simplification")
+
+
+def open_source(name: str, data_dir: str | None = None) -> Source:
+    """The source of that name; prepared, if it has to be.
+
+    Args:
+        name: see `DataConfig.source`.
+        data_dir: see `DataConfig.data_dir`.
+
+    Raises:
+        DataError: no such source, or its data cannot be had.
+    """
+    if name in _OURS:
+        builder, note = _OURS[name]
+        return Builder(builder(data_dir=folder(data_dir)), name, (note,))
+    if name.startswith("tfds:"):
+        return _tfds(name, folder(data_dir))
+    if is_file(name):
+        return Files(name)
+    raise DataError(
+        f"no data source {name!r}.\n  nearest: {', '.join(nearest(name, _OURS, 1))}\n"
+        f"There are: {', '.join(_OURS)}; tfds:name/config:version; and files that end in .jsonl or "
+        ".csv, as data/{split}.jsonl or train=a.csv,validation=b.csv"
+    )
+
+
+def _tfds(name: str, data_dir: Path) -> Source:
+    reference = name.removeprefix("tfds:")
+    for package in _PACKAGES:
+        importlib.import_module(f"tensorflow_datasets.{package}")
+    try:
+        builder = tfds.builder(reference, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
+        near = nearest(reference.partition("/")[0].partition(":")[0], known)
+        raise DataError(
+            f"TFDS {tfds.__version__} has no data set {reference!r}, nor is one prepared in "
+            f"{data_dir}.\n  nearest: {', '.join(near)}"
+        ) from None
+    except (ValueError, KeyError, AssertionError) as error:  # an unknown config or version
+        raise DataError(f"{name}: {error}") from error
+    try:
+        return Builder(builder, name)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{name}: its data could not be downloaded and prepared:\n"
+            f"  {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            "Where there is no network, prepare it on a machine that has one and copy the folder "
+            f"{builder.data_path} here:\n"
+            f'  python -c "import tensorflow_datasets as t; t.builder({reference!r}, '
+            f"file_format='{FORMAT}').download_and_prepare()\""
+        ) from error

@@ -1,0 +1,210 @@
+"""Batches for classification and regression: texts of like length together, padded to buckets."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from lora_jax.data.batches import IN_THREAD, WHOLE, Batches, Facts, Part
+from lora_jax.data.catalogue import open_source
+from lora_jax.data.config import DataConfig
+from lora_jax.data.labels import Labels, labels_of
+from lora_jax.data.process_slice import Shard
+from lora_jax.data.source import Example, Source, field_of, read
+from lora_jax.data.status import tracked
+from lora_jax.data.tokens import Cut, Encoder, Row, Text, Tokens, chunks, collect, padding_id
+
+_ENDLESS = 2**31  # epochs
+
+
+def classification(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    split: str,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    epochs: int | None = 1,
+) -> Batches:
+    """Batches of tokenised texts with their labels.
+
+    A batch holds, for B rows of T tokens (T is the smallest bucket that holds the longest of them):
+
+        input_ids    [B, T] int32
+        mask         [B, T] bool     True on tokens, False on padding
+        token_types  [B, T] int32    only for pairs whose tokenizer tells the two texts apart
+        label        [B]    int32    class id, or float32 for real numbers
+        weight       [B]    float32  1, or 0 for a row that only fills up the batch
+        index        [B]    int32    the example's place in the split
+
+    Every epoch has every example exactly once. B is always `batch_size`: a batch that would be
+    short is filled with copies of its rows, at weight 0. The texts are tokenised at once and
+    kept in memory, five bytes a token; by every process, because the lengths of all of them say
+    which come together. A process makes its own rows of a batch only.
+
+    Args:
+        config: the data.
+        tokenizer: makes the tokens; its post-processor adds the special ones.
+        split: the name of a split.
+        batch_size: rows of a batch.
+        shuffle: whether each epoch has an order of its own, drawn from `seed` and its number.
+            Without it batches go from short to long texts.
+        seed: of the order.
+        epochs: how often the split is gone through; None never ends.
+
+    Raises:
+        DataError: the source, a field or a label is not as the config says.
+    """
+    source = open_source(config.source, config.data_dir)
+    labels = labels_of(config, source)
+    examples = read(source, split, config.limit(split))
+    cut = Cut()
+    tokens = collect(_rows(config, examples, Encoder(tokenizer, config.max_length), cut, split))
+    values = _values(config, examples, labels, f"{source.name}, split {split!r}")
+    table = Table(
+        tokens,
+        values,
+        buckets=config.lengths,
+        batch_size=batch_size,
+        seed=seed if shuffle else None,
+        epochs=_ENDLESS if epochs is None else epochs,
+        pad=padding_id(tokenizer),
+        types=len(config.text_fields) == 2 and _tells_apart(tokenizer),
+    )
+    facts = _facts(source, split, table, labels, cut)
+
+    def part(shard: Shard) -> Part:
+        shard.rows(batch_size)  # raises if it cannot be
+        own = dataclasses.replace(table, shard=shard)
+        dataset = grain.MapDataset.source(own).to_iter_dataset(IN_THREAD)
+        return Part(dataset.__iter__, facts)
+
+    return Batches(functools.cache(part), labels)
+
+
+def _rows(
+    config: DataConfig, examples: Sequence[Example], encoder: Encoder, cut: Cut, split: str
+) -> Iterator[Row]:
+    """Token ids and token types."""
+    texts = (_text(config, example, f"split {split!r}") for example in examples)
+    for chunk in chunks(tracked(texts, f"tokenising {split}", len(examples))):
+        for encoding in encoder.cut(chunk, cut):
+            yield np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.uint8)
+
+
+def _text(config: DataConfig, example: Example, where: str) -> Text:
+    parts = [str(field_of(example, f, "text_fields", where)) for f in config.text_fields]
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def _values(
+    config: DataConfig, examples: Sequence[Example], labels: Labels, where: str
+) -> NDArray[Any]:
+    values = [
+        labels.encode(
+            field_of(example, config.label_field, "label_field", where), f"{where}, example {i}"
+        )
+        for i, example in enumerate(examples)
+    ]
+    return np.array(values, np.float32 if labels.regression else np.int32)
+
+
+def _tells_apart(tokenizer: Tokenizer) -> bool:
+    return 1 in tokenizer.encode("a", "a").type_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A shard of every batch of every epoch by its number: the random-access source of Grain."""
+
+    tokens: Tokens
+    values: NDArray[Any]
+    buckets: tuple[int, ...]
+    batch_size: int
+    seed: int | None
+    epochs: int
+    pad: int
+    types: bool
+    shard: Shard = WHOLE
+
+    @functools.cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """The bucket of each example, as its number."""
+        return np.searchsorted(self.buckets, self.tokens.lengths)
+
+    @functools.cached_property
+    def _plans(self) -> Callable[[int], list[NDArray[np.int64]]]:
+        """`plan`, remembering the epoch in hand."""
+        return functools.lru_cache(maxsize=1)(self.plan)
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.tokens) // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.per_epoch * self.epochs
+
+    def __getitem__(self, number: int) -> dict[str, NDArray[Any]]:
+        epoch, place = divmod(int(number), self.per_epoch)
+        return self._batch(self._plans(epoch)[place])
+
+    def plan(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The examples of each batch of an epoch.
+
+        The split in the epoch's order, sorted stably by bucket, is cut into batches; then the
+        batches are shuffled. So all but a few batches hold one bucket's examples only.
+        """
+        order = np.arange(len(self.tokens))
+        random = None if self.seed is None else np.random.default_rng((self.seed, epoch))
+        if random is not None:
+            random.shuffle(order)
+        order = order[np.argsort(self.sizes[order], kind="stable")]
+        plan = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        if random is not None:
+            plan = [plan[i] for i in random.permutation(len(plan))]
+        return plan
+
+    def _batch(self, chosen: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        own = self.shard.rows(self.batch_size)
+        rows = np.resize(chosen, self.batch_size)[own]  # a short batch starts over
+        shape = (len(rows), self.buckets[self.sizes[chosen].max()])
+        ids, types = np.full(shape, self.pad, np.int32), np.zeros(shape, np.int32)
+        mask = np.zeros(shape, bool)
+        for row, example in enumerate(rows.tolist()):
+            row_ids, row_types = self.tokens[example]
+            ids[row, : len(row_ids)] = row_ids
+            types[row, : len(row_ids)] = row_types
+            mask[row, : len(row_ids)] = True
+        batch = {"input_ids": ids, "mask": mask, "label": self.values[rows]}
+        if self.types:
+            batch["token_types"] = types
+        batch["weight"] = (np.arange(self.batch_size) < len(chosen))[own].astype(np.float32)
+        batch["index"] = rows.astype(np.int32)
+        return batch
+
+
+def _facts(source: Source, split: str, table: Table, labels: Labels, cut: Cut) -> Facts:
+    counts = Counter(table.values.tolist())
+    tokens = int(table.tokens.lengths.sum())
+    shapes = [table.buckets[table.sizes[rows].max()] for rows in table.plan(0)]
+    return Facts(
+        source=source.name,
+        split=split,
+        examples=len(table.tokens),
+        batches=table.per_epoch,
+        tokens=tokens,
+        padding=1 - tokens / (table.batch_size * sum(shapes)),
+        cut=cut,
+        classes=tuple((name, counts[i]) for i, name in enumerate(labels.names)),
+        notes=source.notes,
+    )

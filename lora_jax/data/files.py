@@ -1,0 +1,145 @@
+"""Plain JSONL and CSV files as a source."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_jax.data.errors import DataError
+from lora_jax.data.source import Example
+from lora_jax.errors import nearest
+
+_SUFFIXES = (".jsonl", ".csv")
+
+
+def is_file(name: str) -> bool:
+    """Whether a source's name speaks of files.
+
+    >>> is_file("data/{split}.jsonl"), is_file("train=a.csv,test=b.csv"), is_file("reviews")
+    (True, True, False)
+    """
+    return name.endswith(_SUFFIXES)
+
+
+class Files:
+    """JSONL or CSV files, one for each split (`lora_jax.data.source.Source`).
+
+    A name is a path with `{split}` in it, or `split=path` parts with commas between them, or a
+    single path, which is the train split.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Find the files.
+
+        Raises:
+            DataError: there are none.
+        """
+        self.name = name
+        self.notes: tuple[str, ...] = ()
+        self._paths = _paths(name)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits."""
+        return tuple(self._paths)
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """See `Source.examples`; the file is read whole."""
+        if split not in self._paths:
+            raise DataError(
+                f"{self.name} has no split {split!r}.\n"
+                f"  there are: {', '.join(f'{s} ({p})' for s, p in self._paths.items())}\n"
+                f"  nearest: {', '.join(nearest(split, self._paths, 1))}\n"
+                "Name a file for each split: data/{split}.jsonl, or train=a.csv,validation=b.csv"
+            )
+        path = self._paths[split]
+        rows = _jsonl(path) if path.suffix == ".jsonl" else _csv(path)
+        if not rows:
+            raise DataError(f"{path}: no examples in it")
+        return rows
+
+    def classes(self, field: str) -> tuple[str, ...] | None:
+        """None: a file declares nothing."""
+        return None
+
+
+def _paths(name: str) -> dict[str, Path]:
+    if "=" in name:
+        pairs = [part.partition("=") for part in name.split(",")]
+        paths = {split.strip(): Path(path.strip()).expanduser() for split, _, path in pairs}
+    elif "{split}" in name:
+        paths = _globbed(name)
+    else:
+        paths = {"train": Path(name).expanduser()}
+    for split, path in paths.items():
+        if path.suffix not in _SUFFIXES:
+            raise DataError(f"{path} ({split}): expected a file that ends in .jsonl or .csv")
+        if not path.is_file():
+            beside = [p.name for p in path.parent.glob("*") if p.suffix in _SUFFIXES]
+            raise DataError(
+                f"{path} ({split}): no such file.\n"
+                f"  nearest: {', '.join(nearest(path.name, beside)) or 'none in that folder'}"
+            )
+    return paths
+
+
+def _globbed(name: str) -> dict[str, Path]:
+    pattern = Path(name).expanduser()
+    if "{split}" not in pattern.name or pattern.name.count("{split}") > 1:
+        raise DataError(f"{name}: {{split}} has to stand once, in the file's name")
+    before, after = pattern.name.split("{split}")
+    found = sorted(p for p in pattern.parent.glob("*") if _fits(p.name, before, after))
+    if not found:
+        there = sorted(p.name for p in pattern.parent.glob("*"))[:5]
+        raise DataError(
+            f"{name}: no file fits.\n  in {pattern.parent}: {', '.join(there) or 'nothing'}"
+        )
+    return {p.name[len(before) : len(p.name) - len(after)]: p for p in found}
+
+
+def _fits(name: str, before: str, after: str) -> bool:
+    longer = len(name) > len(before) + len(after)
+    return longer and name.startswith(before) and name.endswith(after)
+
+
+def _jsonl(path: Path) -> list[Example]:
+    rows: list[Example] = []
+    fields: set[str] = set()
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                got = type(row).__name__
+                raise DataError(f"{path}:{number}: expected an object {{...}}, got a {got}")
+            fields = fields or set(row)
+            if set(row) != fields:
+                raise DataError(
+                    f"{path}:{number}: fields {sorted(row)}, but before it {sorted(fields)}"
+                )
+            rows.append(row)
+    return rows
+
+
+def _csv(path: Path) -> list[Example]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        header = next(reader, [])
+        rows: list[Example] = []
+        try:
+            for values in reader:
+                if len(values) != len(header):
+                    raise DataError(
+                        f"{path}:{reader.line_num}: {len(values)} values, but the header names "
+                        f"{len(header)}: {', '.join(header)}"
+                    )
+                rows.append(dict(zip(header, values, strict=True)))
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: {error}") from error
+    return rows

@@ -1,0 +1,105 @@
+"""What the labels of a data set are: classes with names, or real numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lora_jax.data.config import DataConfig
+from lora_jax.data.errors import DataError
+from lora_jax.data.source import Source, field_of
+from lora_jax.errors import nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The classes in the order of their ids; none for real numbers."""
+
+    names: tuple[str, ...]
+
+    @property
+    def regression(self) -> bool:
+        """Whether a label is a real number."""
+        return not self.names
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs a head needs."""
+        return len(self.names) or 1
+
+    def encode(self, value: Any, where: str) -> int | float:
+        """The label as a class id or a float.
+
+        Args:
+            value: a class id, a class name, or a number.
+            where: the example, for the message.
+
+        Raises:
+            DataError: it is none of these; -1 is how GLUE hides the labels of its test sets.
+        """
+        if self.regression:
+            return _number(value, where)
+        if isinstance(value, int) and 0 <= value < len(self.names):
+            return int(value)  # a bool is an int as well
+        if str(value) in self.names:
+            return self.names.index(str(value))
+        if value == -1:
+            raise DataError(f"{where}: label -1 means hidden labels; this split has none to use")
+        raise DataError(
+            f"{where}: label {value!r} is not one of the {len(self.names)} classes "
+            f"{', '.join(self.names[:10])}.\n"
+            f"  nearest: {', '.join(nearest(str(value), self.names, 1))}\n"
+            "data.label_names sets the classes; data.regression=True takes labels as real numbers."
+        )
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: label {value!r} is not a number (data.regression)") from None
+
+
+def labels_of(config: DataConfig, source: Source) -> Labels:
+    """The labels: as the config says, else as the source declares, else as the training split has.
+
+    Found classes are ordered as numbers if all are, else as text. Found real numbers (floats in
+    JSONL) mean regression.
+
+    Raises:
+        DataError: the labels are of mixed kinds, or there are as many as examples.
+    """
+    if config.regression:
+        return Labels(())
+    if config.label_names:
+        return Labels(config.label_names)
+    declared = source.classes(config.label_field)
+    if declared is not None:
+        return Labels(declared)
+    where = f"{source.name}, split {config.train_split!r}"
+    values = {
+        field_of(e, config.label_field, "label_field", where)
+        for e in source.examples(config.train_split)
+    }
+    if all(isinstance(v, float) for v in values):
+        return Labels(())
+    if all(isinstance(v, int) for v in values):
+        low, high = min(map(int, values)), max(map(int, values))
+        if low < 0:
+            raise DataError(f"{where}: label {low}; class ids start at 0")
+        return Labels(tuple(map(str, range(high + 1))))
+    if not all(isinstance(v, str) for v in values):
+        kinds = sorted({type(v).__name__ for v in values})
+        raise DataError(f"{where}: labels of more than one kind: {', '.join(kinds)}")
+    return Labels(_ordered(values, where))
+
+
+def _ordered(values: set[str], where: str) -> tuple[str, ...]:
+    if len(values) > 1000:
+        raise DataError(
+            f"{where}: {len(values)} different labels. Real numbers need data.regression=True; "
+            "that many classes have to be named in data.label_names."
+        )
+    if all(v.lstrip("-").isdigit() for v in values):
+        return tuple(sorted(values, key=int))
+    return tuple(sorted(values))

@@ -1,0 +1,275 @@
+"""Packed rows for causal language modelling: prompt, answer, end; nothing split over two rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from lora_jax.data.batches import Batches, Facts, Part
+from lora_jax.data.catalogue import open_source
+from lora_jax.data.config import DataConfig
+from lora_jax.data.errors import DataError
+from lora_jax.data.packing import Packing, Streams
+from lora_jax.data.process_slice import Shard
+from lora_jax.data.source import Example, Source
+from lora_jax.data.status import tracked
+from lora_jax.data.templates import Template
+from lora_jax.data.tokens import CHUNK, Cut, Encoder, Row, Tokens, collect, padding_id
+from lora_jax.errors import nearest
+
+AHEAD = 1_000_000  # a process tokenises up to so many examples at once, more as they are read
+
+_SAMPLE = 2_000  # examples that the facts are estimated from
+
+
+def language_modelling(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    split: str,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    epochs: int | None = 1,
+) -> Batches:
+    """Batches of packed rows of T = `config.max_length` tokens.
+
+        input_ids    [B, T] int32
+        targets      [B, T] int32    the token that follows
+        loss_weight  [B, T] float32  1 where the target is to be learned: the answer and the end, or
+                                     everything where there is no answer; else 0
+        segment_ids  [B, T] int32    which example of the row, from 1; 0 is padding
+        positions    [B, T] int32    place within the example, from 0
+
+    An example of n tokens takes n - 1 places (its last token is only a target) in one row. One that
+    is longer is cut at its end; one of which nothing to learn is left is left out; both are counted
+    in the facts.
+
+    Row j of every batch comes from stream j, which has the examples j, j + B, j + 2B... and packs
+    them on its own (`lora_jax.data.packing`); a process reads and tokenises the streams
+    of its own rows only. Over all epochs every example comes exactly `epochs` times; since rows are
+    filled side by side, the end of one epoch and the start of the next may share some. A stream
+    that has come to its end before the others, or has no examples, gives rows of nothing but
+    padding, at loss_weight 0.
+
+    Args:
+        config: the data.
+        tokenizer: makes the tokens. The special tokens that its post-processor puts before a text
+            are kept, those after it are not: `config.eos` says what ends an example.
+        split: the name of a split.
+        batch_size: rows of a batch.
+        shuffle: whether each stream has an order of its own in each epoch, drawn from `seed`.
+        seed: of the orders.
+        epochs: how often the split is gone through; None never ends.
+
+    Raises:
+        DataError: the source or a field is not as the config says, or `config.eos` is not said.
+    """
+    source = open_source(config.source, config.data_dir)
+    examples = source.examples(split)
+    count = min(len(examples), config.limit(split) or len(examples))
+    where = f"{source.name}, split {split!r}"
+    reader = Reader(config, tokenizer, where)
+    for _ in reader.rows(examples[:1], Cut()):  # a wrong field is found before anything is loaded
+        pass
+    packing = Packing(
+        batch_size=batch_size,
+        length=config.max_length,
+        pad=padding_id(tokenizer),
+        seed=seed if shuffle else None,
+        epochs=epochs,
+    )
+
+    def part(shard: Shard) -> Part:
+        own = shard.rows(batch_size).tolist()
+        dealt = {number: range(number, count, batch_size) for number in own}
+        cut = Cut()
+        rows = _read(reader, examples, dealt, cut, split)
+        streams = Streams(rows, packing, shard, where)
+        measured = _measure(rows, cut, count)
+        return Part(streams.begin, _facts(source, split, measured, streams, packing, shard))
+
+    return Batches(functools.cache(part))
+
+
+class Reader:
+    """Turns examples into tokens and marks: 1 on those to be learned."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, where: str) -> None:
+        """Check the templates and the end token.
+
+        Raises:
+            DataError: one of them cannot be used.
+        """
+        self.where = where
+        self._prompt = Template(config.prompt, "prompt")
+        self._answer = Template(config.answer, "answer")
+        self._end = _end(config, tokenizer)
+        # A row has `max_length` inputs, and the last token of an example is a target only.
+        self._encoder = Encoder(tokenizer, config.max_length + 1)
+
+    def rows(self, examples: Sequence[Example], cut: Cut) -> Iterator[Row]:
+        """A row for each example, an empty one where there is nothing to learn.
+
+        What was lost is added to `cut`.
+
+        Raises:
+            DataError: an example lacks a field.
+        """
+        start = self._encoder.start
+        prompts = self._encoder.plain([self._prompt.fill(e, self.where) for e in examples])
+        answers = self._encoder.plain([self._answer.fill(e, self.where) for e in examples])
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = np.array([*start, *prompt, *answer, *self._end], np.int32)
+            marks = np.ones(len(ids), np.uint8)
+            marks[: len(start) + (len(prompt) if self._answer.text else 0)] = 0
+            yield self._within((ids, marks), cut)
+
+    def _within(self, row: Row, cut: Cut) -> Row:
+        ids, marks = row
+        limit = self._encoder.max_length
+        if len(ids) > limit:
+            cut.examples += 1
+            cut.tokens += len(ids) - limit
+            ids, marks = ids[:limit], marks[:limit]
+        if not marks[1:].any():  # the first token is never a target
+            cut.dropped += 1
+            return ids[:0], marks[:0]
+        return ids, marks
+
+
+def _end(config: DataConfig, tokenizer: Tokenizer) -> list[int]:
+    special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+    if config.eos is None:
+        raise DataError(
+            "data.eos has to name the token that ends an example, or be empty for none.\n"
+            f"  this tokenizer's special tokens: {', '.join(special[:20])}"
+        )
+    if not config.eos:
+        return []
+    found = tokenizer.token_to_id(config.eos)
+    if found is None:
+        raise DataError(
+            f"data.eos {config.eos!r} is not in the tokenizer's vocabulary.\n"
+            f"  nearest: {', '.join(nearest(config.eos, special or tokenizer.get_vocab()))}"
+        )
+    return [found]
+
+
+def _read(
+    reader: Reader,
+    examples: Sequence[Example],
+    dealt: Mapping[int, range],
+    cut: Cut,
+    split: str,
+) -> Mapping[int, Sequence[Row]]:
+    """The rows of each stream."""
+    total = sum(map(len, dealt.values()))
+    if total > AHEAD:
+        return {n: Lazily(reader, examples, places, cut) for n, places in dealt.items()}
+    rows: dict[int, list[Row]] = {n: [] for n in dealt}
+    every = _ahead(reader, examples, dealt, cut)
+    for number, row in tracked(every, f"tokenising {split}", total):
+        rows[number].append(row)
+    return {number: collect(found) for number, found in rows.items()}
+
+
+def _ahead(
+    reader: Reader, examples: Sequence[Example], dealt: Mapping[int, range], cut: Cut
+) -> Iterator[tuple[int, Row]]:
+    for number, places in dealt.items():
+        for start in range(0, len(places), CHUNK):
+            some = places[start : start + CHUNK]
+            for row in reader.rows(examples[some.start : some.stop : some.step], cut):
+                yield number, row
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazily(Sequence[Row]):
+    """Rows tokenised when they are asked for."""
+
+    reader: Reader
+    examples: Sequence[Example]
+    places: range
+    cut: Cut
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        (row,) = self.reader.rows([self.examples[self.places[index]]], self.cut)
+        return row
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the rows of a split are like; numbers of the whole split."""
+
+    examples: int
+    """Those that are not left out."""
+    tokens: int
+    """Places they take in packed rows."""
+    cut: Cut
+    """What `max_length` cost."""
+
+
+def _measure(rows: Mapping[int, Sequence[Row]], cut: Cut, count: int) -> Measured:
+    """Measures the rows that are there, or a sample of those to come, and scales that up.
+
+    Args:
+        rows: of the streams of this process.
+        cut: what reading them cost so far.
+        count: the examples of the split.
+    """
+    each = -(-_SAMPLE // len(rows))
+    lengths = np.concatenate([_lengths(stream, each) for stream in rows.values()])
+    scale = count / max(1, len(lengths))  # exactly 1 where one process has tokenised everything
+    return Measured(
+        examples=round(np.count_nonzero(lengths) * scale),
+        tokens=round(int(np.maximum(lengths - 1, 0).sum()) * scale),
+        cut=Cut(*(round(number * scale) for number in dataclasses.astuple(cut))),
+    )
+
+
+def _lengths(rows: Sequence[Row], sample: int) -> NDArray[np.int64]:
+    if isinstance(rows, Tokens):
+        return rows.lengths
+    return np.array([len(rows[i][0]) for i in range(min(sample, len(rows)))], np.int64)
+
+
+def _facts(
+    source: Source,
+    split: str,
+    measured: Measured,
+    streams: Streams,
+    packing: Packing,
+    shard: Shard,
+) -> Facts:
+    places = packing.batch_size * packing.length
+    if packing.epochs is None:
+        padding = 1 - streams.fill()
+        batches = max(1, math.ceil(measured.tokens / max(1e-9, 1 - padding) / places))
+    else:
+        batches = -(-streams.longest // packing.epochs)
+        padding = 1 - measured.tokens / max(1, batches * places)
+    notes = source.notes
+    if shard.share < 1:
+        notes += (
+            f"{split}: counted on {shard.share:.3g} of the examples, one process's, and scaled up",
+        )
+    return Facts(
+        source=source.name,
+        split=split,
+        examples=measured.examples,
+        batches=batches,
+        tokens=measured.tokens,
+        padding=padding,
+        cut=measured.cut,
+        notes=notes,
+    )

@@ -1,0 +1,222 @@
+"""Packed batches as streams: row j of every batch comes from stream j, whoever holds it.
+
+The examples of a split are dealt out to as many streams as a batch has rows. A stream has its own
+order and packs its examples on its own, so the batches do not depend on which process holds which
+streams, and a process reads the examples of its own streams only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import grain
+import numpy as np
+from grain import experimental
+from numpy.typing import NDArray
+
+from lora_jax.data.batches import IN_THREAD
+from lora_jax.data.errors import DataError
+from lora_jax.data.process_slice import Shard
+from lora_jax.data.tokens import Row
+
+_BINS = 32  # rows that are filled side by side
+_SAMPLE = 8  # times so many rows: what the padding of streams without end is estimated from
+
+_ENDLESS = 2**31  # epochs
+
+Batch = dict[str, NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How the streams become batches."""
+
+    batch_size: int
+    """Rows of a batch; as many streams there are."""
+    length: int
+    """Places of a row."""
+    pad: int
+    """The token id in places that hold nothing."""
+    seed: int | None
+    """Of the orders; None: as they come."""
+    epochs: int | None
+    """How often a stream is gone through; None never ends."""
+
+    def blank(self) -> Batch:
+        """A row with nothing in it; it weighs nothing."""
+        names = ("input_ids", "targets", "segment_ids", "positions")
+        row: Batch = {name: np.zeros(self.length, np.int32) for name in names}
+        row["input_ids"] += self.pad
+        row["targets"] += self.pad
+        return row | {"loss_weight": np.zeros(self.length, np.float32)}
+
+    def pack(self, number: int, rows: Sequence[Row]) -> grain.IterDataset:
+        """First-fit packing of stream `number`; a few rows are filled side by side."""
+        seed = None if self.seed is None else (self.seed, number)
+        stream = Stream(rows, seed, _ENDLESS if self.epochs is None else self.epochs)
+        dataset = grain.MapDataset.source(stream).to_iter_dataset(IN_THREAD)
+        packed = experimental.FirstFitPackIterDataset(
+            dataset,
+            length_struct=dict.fromkeys(("input_ids", "targets", "loss_weight"), self.length),
+            num_packing_bins=_BINS,
+            # The last of them are the emptiest. All streams fill as many, so without this the last
+            # ones of all streams would come together in one batch.
+            shuffle_bins=seed is not None,
+            seed=0 if seed is None else int(np.random.SeedSequence(seed).generate_state(1)[0]),
+            padding_struct={"input_ids": self.pad, "targets": self.pad, "loss_weight": 0},
+        )
+        return packed.map(_named)
+
+
+def _named(row: Batch) -> Batch:
+    names = {"segment_ids": "input_ids_segment_ids", "positions": "input_ids_positions"}
+    names |= {name: name for name in ("input_ids", "targets", "loss_weight")}
+    return {name: row[key] for name, key in names.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream(Sequence[Batch | None]):
+    """The rows of every epoch as inputs, targets and weights: the source that Grain reads.
+
+    Grain passes over a None. Its own shuffle takes a millisecond a row where rows are few.
+    """
+
+    rows: Sequence[Row]
+    seed: tuple[int, ...] | None
+    epochs: int
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.epochs
+
+    def __getitem__(self, index: int) -> Batch | None:  # type: ignore[override]
+        epoch, place = divmod(int(index), len(self.rows))
+        ids, marks = self.rows[int(self._orders(epoch)[place])]
+        if len(ids) == 0:
+            return None
+        return {
+            "input_ids": ids[:-1],
+            "targets": ids[1:],
+            "loss_weight": marks[1:].astype(np.float32),
+        }
+
+    @functools.cached_property
+    def _orders(self) -> Callable[[int], Sequence[int] | NDArray[np.int64]]:
+        """`_order`, remembering the epoch in hand."""
+        return functools.lru_cache(maxsize=1)(self._order)
+
+    def _order(self, epoch: int) -> Sequence[int] | NDArray[np.int64]:
+        if self.seed is None:
+            return range(len(self.rows))
+        return np.random.default_rng((*self.seed, epoch)).permutation(len(self.rows))
+
+
+class Streams:
+    """The streams of one process."""
+
+    def __init__(
+        self, rows: Mapping[int, Sequence[Row]], packing: Packing, shard: Shard, where: str
+    ) -> None:
+        """Nothing is packed yet.
+
+        Args:
+            rows: those of each stream by its number; an empty row is left out.
+            packing: how they become batches.
+            shard: which streams these are.
+            where: source and split, for messages.
+        """
+        self._packing, self._shard, self._where = packing, shard, where
+        # Grain would look for ever for the next row of an endless stream that has none.
+        self._rows = {n: r if any(len(ids) for ids, _ in r) else () for n, r in rows.items()}
+
+    def begin(self) -> Rows:
+        """An iterator before the first batch. Every process must ask for it, or all wait.
+
+        Raises:
+            DataError: no stream of any process has an example.
+        """
+        if not self._anything:
+            raise DataError(f"{self._where}: no example of it has anything to learn")
+        return Rows(self._iterators(), self._packing.blank(), self._batches)
+
+    @functools.cached_property
+    def _anything(self) -> bool:
+        return self._shard.most(sum(map(len, self._rows.values()))) > 0
+
+    @functools.cached_property
+    def _batches(self) -> int | None:
+        return None if self._packing.epochs is None else self._shard.most(self.longest)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Rows of the longest stream here; not for streams without end.
+
+        Only packing tells. It takes as long as a pass over the batches.
+        """
+        assert self._packing.epochs is not None
+        return max(sum(1 for _ in rows) for rows in self._iterators().values())
+
+    def fill(self) -> float:
+        """The share of the places that is used, in streams without end; from a sample."""
+        used = [item for item in self._rows.items() if item[1]]
+        if not used:
+            return 0.0
+        some = used[:: -(-len(used) // _SAMPLE)]
+        each = _BINS * -(-_SAMPLE // len(some))
+        rows = chain.from_iterable(islice(self._packing.pack(*item), each) for item in some)
+        full = np.mean([np.mean(row["segment_ids"] > 0) for row in rows])
+        return float(full) * len(used) / len(self._rows)
+
+    def _iterators(self) -> dict[int, grain.DatasetIterator]:
+        return {n: iter(self._packing.pack(n, rows)) for n, rows in self._rows.items()}
+
+
+class Rows:
+    """Batches from streams (`lora_jax.data.batches.BatchIterator`)."""
+
+    def __init__(
+        self, streams: Mapping[int, grain.DatasetIterator], blank: Batch, total: int | None
+    ) -> None:
+        """Stand before the first batch.
+
+        Args:
+            streams: the streams by their numbers.
+            blank: the row of a stream that has ended.
+            total: the number of batches; None: without end.
+        """
+        self._streams, self._blank, self._total = streams, blank, total
+        self._batch = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batch == self._total:
+            raise StopIteration
+        self._batch += 1
+        rows = [next(stream, self._blank) for stream in self._streams.values()]
+        return {name: np.stack([row[name] for row in rows]) for name in self._blank}
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of batches given, and the state of each stream."""
+        rows = {str(number): stream.get_state() for number, stream in self._streams.items()}
+        return {"batch": self._batch, "rows": rows}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where `get_state` was called.
+
+        Raises:
+            DataError: the state lacks a stream of this process.
+        """
+        missing = [n for n in self._streams if str(n) not in state["rows"]]
+        if missing:
+            raise DataError(
+                f"the saved state of the data lacks rows {missing} of a batch; it has "
+                f"{len(state['rows'])} rows.\nGo on with the batch size of the run that saved it."
+            )
+        self._batch = state["batch"]
+        for number, stream in self._streams.items():
+            stream.set_state(state["rows"][str(number)])

@@ -1,0 +1,58 @@
+"""Templates with an example's fields in braces: `Define {word}:`."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+
+from lora_jax.data.errors import DataError
+from lora_jax.data.source import Example, missing
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A text in which `{field}` stands for a field of an example, and `{{` for a brace.
+
+    >>> Template("Define {word}:", "prompt").fill({"word": "tree"}, "wordnet")
+    'Define tree:'
+    """
+
+    text: str
+    """The template."""
+    option: str
+    """The config's option that holds it, for messages."""
+
+    def __post_init__(self) -> None:
+        try:
+            parts = list(string.Formatter().parse(self.text))
+        except ValueError as error:
+            raise DataError(
+                f"data.{self.option} {self.text!r}: {error}. A brace of the text is written twice."
+            ) from error
+        for _, field, form, conversion in parts:
+            if field is not None and (not field.isidentifier() or form or conversion):
+                raise DataError(
+                    f"data.{self.option} {self.text!r}: {{{field}}} is not the name of a field. "
+                    "A brace of the text is written twice."
+                )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that stand in it, each once.
+
+        >>> Template("{word} of {word}: {{", "prompt").fields
+        ('word',)
+        """
+        named = (field for _, field, _, _ in string.Formatter().parse(self.text))
+        return tuple(dict.fromkeys(field for field in named if field is not None))
+
+    def fill(self, example: Example, where: str) -> str:
+        """The text for an example.
+
+        Raises:
+            DataError: the example lacks a field.
+        """
+        try:
+            return self.text.format_map(example)
+        except KeyError as error:
+            raise missing(error.args[0], example, self.option, where) from None

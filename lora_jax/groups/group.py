@@ -1,0 +1,247 @@
+"""Members that step together. Who is among them may change between two steps.
+
+    group = Group(members, frozen, grid, config)
+    group.tick()            every live member takes its next step
+    group.pause("a")        compiles nothing; its slot stays, and nothing in it changes
+    group.join(member)      compiles the step once more, for one member more
+    group.leave("b")        likewise, for one less
+
+A slot costs its share of every step, whether its member is live or not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.groups import batches
+from lora_jax.groups.group_program import Program, program
+from lora_jax.groups.members import Member
+from lora_jax.groups.padded_state import Host, unstack
+from lora_jax.groups.step import CPU_MEMBERS
+from lora_jax.training.config import MeshConfig
+from lora_jax.training.run import Judge, NonFiniteError
+from lora_jax.training.step import State, Trained
+from lora_jax.training.workload import Loss
+
+Tree = Any  # a pytree
+_LATE = 2  # ticks that the host is ahead of the numbers it reads
+
+
+class Group:
+    """The members' states as one, and the programs that move them."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        frozen: Tree,
+        grid: jax.sharding.Mesh,
+        config: MeshConfig,
+        at_once: int | None = None,
+        stopped: Callable[[Member], None] = lambda member: None,
+    ) -> None:
+        """Stack the members' states.
+
+        Args:
+          frozen: the base that they share.
+          at_once: members that a step takes through the model at once. None: `CPU_MEMBERS` on a
+            CPU, all of them elsewhere.
+          stopped: is told of a member that a step which is not finite has stopped.
+
+        Raises:
+          ConfigError: the members do not go together.
+        """
+        self.members: list[Member] = []
+        self._frozen, self._grid, self._config, self._stopped = frozen, grid, config, stopped
+        on_cpu = grid.devices.flat[0].platform == "cpu"
+        self._at_once = at_once or (CPU_MEMBERS if on_cpu else None)
+        self._programs: dict[Any, Program] = {}
+        self._program: Program
+        self._judged: Member | None = None
+        self._pending: deque[tuple[list[tuple[int, Member, int, int]], Any]] = deque()
+        self._held: Host | None = None
+        self.compile_seconds = 0.0
+        self._fill(members)
+
+    @property
+    def at_once(self) -> int:
+        """Members that a step takes through the model at once."""
+        return min(self._at_once or len(self.members), len(self.members))
+
+    # ---- who is in it
+
+    def join(self, member: Member) -> None:
+        """Give it a slot, after the others'.
+
+        Raises:
+          ConfigError: it does not go together with the others; the group is as it was.
+        """
+        self._fill([*self.members, member])
+
+    def leave(self, *names: str) -> list[Member]:
+        """Take these members out, with their states as they are now."""
+        gone = [self.member(name) for name in names]
+        self._fill([member for member in self.members if member not in gone])
+        return gone
+
+    def pause(self, name: str) -> None:
+        """It takes no step until `resume`."""
+        self.member(name).paused = True
+
+    def resume(self, name: str) -> None:
+        """It takes steps again."""
+        self.member(name).paused = False
+
+    def member(self, name: str) -> Member:
+        """By its name."""
+        for member in self.members:
+            if member.name == name:
+                return member
+        known = [member.name for member in self.members]
+        raise LoraError(f"no member {name!r}; nearest:\n{listed(nearest(name, known))}")
+
+    # ---- steps
+
+    @property
+    def live(self) -> list[Member]:
+        """Those that take the next step."""
+        return [member for member in self.members if member.live]
+
+    def tick(self) -> list[Member]:
+        """Every live member takes its next step; they are returned."""
+        if not self.live:
+            return []
+        began, compiled = time.monotonic(), self.compile_seconds
+        lines, rows = [], list[Any]()
+        for index, member in enumerate(self.members):
+            if not member.live:
+                rows.append(None)
+                continue
+            batch = next(member.run.data)
+            member.step += 1
+            lines.append((index, member, member.step, member.run.count(batch)))
+            rows.append(self._marked(member, batch))
+        state, values = self._program.step(*self._arguments(rows))
+        self._state, self._held = state, None
+        self._pending.append((lines, values))
+        self._report(_LATE)
+        spent = time.monotonic() - began - (self.compile_seconds - compiled)
+        for _, member, *_ in lines:
+            member.run.notes.add("train", spent)
+        return [member for _, member, *_ in lines]
+
+    def settle(self) -> None:
+        """Report every step taken so far, which waits for the devices."""
+        began = time.monotonic()
+        moving = {id(m): m for lines, _ in self._pending for _, m, *_ in lines}
+        self._report(0)
+        for member in moving.values():
+            member.run.notes.add("train", time.monotonic() - began)
+
+    def compiled(self) -> jax.stages.Compiled:
+        """The step, compiled for the members' first batches."""
+        rows = [self._marked(member, member.example) for member in self.members]
+        return self._program.compiled(*self._arguments(rows))
+
+    # ---- single members
+
+    def state(self, member: Member) -> State:
+        """Its state, in its own shapes."""
+        return member.form.state(member.form.unpad(self._slot(member)))
+
+    def trained(self, member: Member) -> Trained:
+        """What it trains, in its own shapes."""
+        return member.form.trained(member.form.unpad(self._slot(member)))
+
+    def judge(self, member: Member, trained: Trained | None = None) -> Judge:
+        """How `Run` judges a member: by what it trains now, or by `trained`, in its own shapes."""
+        form, place = self._program.form, self._program.place
+        arrays = self._slot(member) if trained is None else form.pad(member.trained_host(trained))
+        ours = form.trained(arrays)
+        scales = jax.device_put(member.settings(self._program.layout).scales, place.whole)
+        marks = jax.device_put(member.marks if self._program.marked else {}, place.whole)
+        program, frozen = self._program, self._frozen
+
+        def judge(batch: Any) -> Loss:
+            self._judged = member
+            found: Loss = program.judge(ours, scales, frozen, {**batch, **marks})
+            self._judged = None
+            return found
+
+        return judge
+
+    def difference(self, member: Member, trained: Trained, batch: Any) -> float:
+        """Largest |merged - unmerged| output of a member with `trained`, on a placed batch."""
+        form, scales = self._program.form, member.settings(self._program.layout).scales
+        ours = form.trained(form.pad(member.trained_host(trained)))
+        adapters = {p: f._replace(b=f.b * scales[p]) for p, f in ours["adapters"].items()}
+        ours = {**ours, "adapters": adapters}
+        return float(self._program.difference(ours, self._frozen, batch))
+
+    # ---- within
+
+    def _fill(self, members: Sequence[Member]) -> None:
+        """Give the members their slots, in this order."""
+        if self.members:
+            self.settle()
+            for member in self.members:
+                member.host = member.form.unpad(self._slot(member))
+        if not members:
+            self.members = []
+            return
+        found = self._program_of(members)
+        padded = [found.form.pad(member.host) for member in members]
+        state = found.form.stack(padded, self._grid)
+        scalars = [member.settings(found.layout) for member in members]
+        settings = jax.tree.map(lambda *xs: np.stack(xs), *scalars)
+        self._settings = jax.device_put(settings, found.place.whole)
+        self._state, self._program, self.members, self._held = state, found, list(members), None
+
+    def _program_of(self, members: Sequence[Member]) -> Program:
+        """The one there is, where the members' common shapes are as before."""
+        found = program(members, self._grid, self._config, self._at_once, self._compiling)
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), found.form.like)
+        known = (found.layout, found.marked, str(shapes))
+        return self._programs.setdefault(known, found)
+
+    def _compiling(self, seconds: float) -> None:
+        self.compile_seconds += seconds
+        if self._judged is not None:
+            self._judged.run.notes.compiling("evaluate")(seconds)
+        else:
+            for member in self.members:
+                member.run.notes.add("compile", seconds)
+
+    def _marked(self, member: Member, batch: Any) -> Any:
+        return {**batch, **member.marks} if self._program.marked else batch
+
+    def _arguments(self, rows: Sequence[Any]) -> tuple[Any, ...]:
+        names, place = [member.name for member in self.members], self._program.place
+        active = jax.device_put(np.array([row is not None for row in rows]), place.whole)
+        batch = batches.placed(place, batches.together(names, rows))
+        return (self._state, self._settings, active, self._frozen, batch)
+
+    def _slot(self, member: Member) -> Host:
+        """Its state in the common shapes; all states are read at once, and once after a tick."""
+        if self._held is None:
+            self._held = self._program.form.host(self._state)
+        return unstack(self._held, self.members.index(member))
+
+    def _report(self, keep: int) -> None:
+        while len(self._pending) > keep:
+            lines, values = self._pending.popleft()
+            read = {name: np.asarray(value) for name, value in values.items()}
+            for index, member, step, units in lines:
+                if member.error is None:
+                    own = {name: value[index].item() for name, value in read.items()}
+                    try:
+                        member.run.report({"step": step, "units": units, **own})
+                    except NonFiniteError as error:
+                        member.error = str(error)
+                        self._stopped(member)

@@ -1,0 +1,124 @@
+"""Whether members go together, and the one workload that has room for all of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.groups import batches
+from lora_jax.groups.members import Member, essence
+from lora_jax.training.config import ConfigError
+from lora_jax.training.workload import Workload
+
+Tree = Any  # a pytree
+
+
+def joined(members: Sequence[Member], example: Any) -> tuple[Workload, bool]:
+    """The workload of all members, and whether their batches have to be marked for it.
+
+    Args:
+      example: a batch in the members' common shapes, without marks.
+
+    Raises:
+      ConfigError: their models or losses are not the same.
+    """
+    workloads = [member.run.setup.workload for member in members]
+    marked = len({str(_shapes(workload)) for workload in workloads}) > 1
+    if marked:
+        _check_joinable(members)
+    whole = _join(workloads) if marked else workloads[0]
+    known = {essence(members[0].config): None}
+    for member in members[1:]:
+        if essence(member.config) in known:
+            continue
+        known[essence(member.config)] = None
+        own = member.run.setup.workload
+        other = _join([own, *workloads]) if marked else own
+        batch = example | member.marks if marked else example
+        if _program(other, batch) != _program(whole, batch):
+            raise ConfigError(
+                f"the models or the losses of {members[0].name!r} and {member.name!r} are not the "
+                "same program; the members of a group may differ in their data, adapters, heads' "
+                "classes and settings, and in nothing that the model computes (pooling, dropout)"
+            )
+    return whole, marked
+
+
+def check_padding(members: Sequence[Member], workload: Workload, marked: bool) -> None:
+    """Raise unless what fills up a batch has no weight in the loss.
+
+    Args:
+      workload, marked: as `joined` gives them.
+    """
+    names = [member.name for member in members]
+    filled = batches.together(names, [member.example for member in members])
+
+    @jax.jit
+    def weight(batch: Any) -> jax.Array:
+        # Nothing reads the parameters: the weight is of the batch, and the compiler finds it out.
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), workload.params)
+        outputs = workload.apply(params, batch, train=False, key=None)
+        return workload.loss(outputs, batch).weight
+
+    for index, member in enumerate(members):
+        batch = {name: x[index] for name, x in filled.items()}
+        if any(np.shape(x) != batch[name].shape for name, x in member.example.items()):
+            marks = member.marks if marked else {}
+            found = [float(weight({**rows, **marks})) for rows in (member.example, batch)]
+            if not math.isclose(*found, rel_tol=1e-5):
+                raise ConfigError(
+                    f"the batches of {member.name!r} are smaller than those of others, and filling "
+                    f"them up with zeros changes the weight of its loss from {found[0]:g} to "
+                    f"{found[1]:g}. Give all members batches of one size, or the batches an entry "
+                    "(weights, a mask) that is zero for what does not count"
+                )
+            return
+
+
+def _join(workloads: Sequence[Workload]) -> Workload:
+    common = workloads[0].common
+    assert common is not None and common.join is not None
+    return common.join(workloads)
+
+
+def _check_joinable(members: Sequence[Member]) -> None:
+    for member in members:
+        common = member.run.setup.workload.common
+        if common is None or common.join is None:
+            raise ConfigError(
+                f"the members' parameters differ in shape ({_unlike(members)}), and the workload "
+                f"of {member.name!r} does not say how such go together (Workload.common.join)"
+            )
+
+
+def _unlike(members: Sequence[Member]) -> str:
+    first = _shapes(members[0].run.setup.workload)
+    for member in members[1:]:
+        for path, shape in _shapes(member.run.setup.workload).items():
+            if first.get(path) != shape:
+                return (
+                    f"{path!r}: {first.get(path)} in {members[0].name!r}, {shape} in "
+                    f"{member.name!r}"
+                )
+    return ""
+
+
+def _shapes(workload: Workload) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(x.shape) for path, x in paths.flatten(workload.params).items()}
+
+
+def _program(workload: Workload, batch: Any) -> str:
+    """What the workload computes in training, as text."""
+
+    def loss(params: Tree, batch: Any, key: Any) -> Any:
+        return workload.loss(workload.apply(params, batch, train=True, key=key), batch)
+
+    text = str(jax.make_jaxpr(loss)(workload.params, batch, jax.random.key(0)))
+    return re.sub(r"0x[0-9a-f]+", "", text)  # addresses of Python functions

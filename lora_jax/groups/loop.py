@@ -1,0 +1,281 @@
+"""A whole group, from its config to the members' summaries.
+
+What each member leaves in its directory is what it leaves alone: the record, checkpoints that
+`train.py` goes on from, exported adapters, the summary and the curves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from lora_jax.errors import LoraError
+from lora_jax.groups import memory_fit
+from lora_jax.groups.config import GroupConfig, short_hash
+from lora_jax.groups.group import Group
+from lora_jax.groups.group_checkpoints import Cut, Cuts
+from lora_jax.groups.members import Member, Opener, essence
+from lora_jax.groups.progress import GroupDisplay
+from lora_jax.training import directory, processes, summary
+from lora_jax.training.config import Config, ConfigError, MeshConfig
+from lora_jax.training.evaluation import first_batch
+from lora_jax.training.summary import Summary
+
+# Steps of free slots, all together, that are worth a compilation of the group without them.
+WORTH = 200
+
+
+class StoppedError(LoraError):
+    """Some members have stopped at a step that is not finite; the others are finished.
+
+    summaries: of those that are.
+    """
+
+    def __init__(self, message: str, summaries: list[Summary]) -> None:
+        super().__init__(message)
+        self.summaries = summaries
+
+
+def folder(name: str, config: GroupConfig) -> pathlib.Path:
+    """runs/<config>-<hash of the members>, or what the config says."""
+    return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(config)}")
+
+
+def run(
+    config: GroupConfig, grid: jax.sharding.Mesh, path: pathlib.Path, console: Console
+) -> list[Summary]:
+    """Train the members that are neither finished nor paused.
+
+    Args:
+      path: the group's directory; each member has its own in it, by its name.
+
+    Returns:
+      The summaries of all finished members, in their order.
+
+    Raises:
+      ConfigError: the members do not go together, or a directory is not to be had.
+      StoppedError: some have stopped; it has the summaries of the others.
+      processes.Preempted: SIGTERM came, and every member is saved.
+    """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"a group trains in one process, and there are {jax.process_count()}; start it with "
+            "--processes.count 1, on the devices of one machine"
+        )
+    errors: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        waiting = {}
+        for name, own in _configs(config, path).items():
+            stack.enter_context(directory.enter(name, own))
+            if directory.summary(path / name) is None:
+                waiting[name] = own
+        while waiting:
+            with _Loop(config, grid, path, console) as loop:
+                done = loop.run(waiting)
+            errors |= {member.name: member.error for member in done if member.error}
+            waiting = {n: own for n, own in waiting.items() if n not in {m.name for m in done}}
+    found = [directory.summary(path / member.name) for member in config.members]
+    summaries: list[Summary] = [summary for summary in found if summary is not None]
+    if errors:
+        lines = "\n".join(f"{name}: {error}" for name, error in errors.items())
+        raise StoppedError(
+            f"{len(errors)} of {len(config.members)} members stopped:\n{lines}", summaries
+        )
+    return summaries
+
+
+def _configs(config: GroupConfig, path: pathlib.Path) -> dict[str, Config]:
+    """Each member that is not paused, as a run of its own in its directory."""
+    found = {}
+    for member in config.members:
+        own = member.config
+        plain = own.run_dir is None and own.mesh == MeshConfig() and not own.fresh
+        if not plain:
+            raise ConfigError(
+                f"run_dir, mesh and fresh are said of a group as a whole, not of its member "
+                f"{member.name!r}: give --run-dir, --mesh.* and --fresh"
+            )
+        if not member.paused:
+            where = str(path / member.name)
+            found[member.name] = dataclasses.replace(
+                own, run_dir=where, mesh=config.mesh, fresh=config.fresh
+            )
+    return found
+
+
+class _Loop:
+    """Members that train together until all have come to their end."""
+
+    def __init__(
+        self, config: GroupConfig, grid: jax.sharding.Mesh, path: pathlib.Path, console: Console
+    ) -> None:
+        self._config, self._grid, self._path, self._console = config, grid, path, console
+        self._stack, self._cuts, self._said = contextlib.ExitStack(), Cuts(path), set[str]()
+        self._members: list[Member] = []
+        self._before: dict[Any, dict[str, dict[str, float]]] = {}
+
+    def __enter__(self) -> _Loop:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def run(self, configs: dict[str, Config]) -> list[Member]:
+        """Train as many of these as fit, to their end; they are returned."""
+        every = min(config.log_every for config in configs.values())
+        self._display = self._stack.enter_context(GroupDisplay(self._console, every))
+        opener = self._stack.enter_context(Opener(self._grid, self._display.say))
+        members = self._open(opener, configs)
+        assert opener.base is not None
+        config, frozen = self._config, opener.base.frozen
+        group = Group(members, frozen, self._grid, config.mesh, config.at_once, self._stopped)
+        self._members = self._fitting(group, frozen)
+        preemption = self._stack.enter_context(processes.Preemption())
+        for member in self._members:
+            if not self._is_finished(member.name):
+                self._begin(group, member)
+        self._train(group, preemption)
+        return self._members
+
+    def _open(self, opener: Opener, configs: dict[str, Config]) -> list[Member]:
+        """The members, at a moment of the past that all share if there is one."""
+        there = {name: _steps(self._path / name) for name in configs}
+        cut = self._cuts.newest({name: steps for name, steps in there.items() if steps})
+        slots = [] if cut is None else cut.slots
+        steps = {} if cut is None else cut.steps
+        # Who had a slot has it again, also if it has come to its end since: so the programs are
+        # those of before.
+        members = {m.name: m.config for m in self._config.members}
+        ended = {n: members[n] for n in slots if n in members and self._is_finished(n)}
+        names = dict.fromkeys(name for name in slots if name in configs or name in ended)
+        found = []
+        for name in dict.fromkeys([*names, *configs]):
+            own, newest = configs.get(name), steps.get(name)
+            if own is None:
+                own, newest = dataclasses.replace(ended[name], mesh=self._config.mesh), None
+            found.append(opener.open(name, own, self._path / name, newest))
+        return found
+
+    def _fitting(self, group: Group, frozen: object) -> list[Member]:
+        """The members that the devices hold at once; the others leave the group."""
+        shared = float(summary.on_each_device(frozen))
+        needed, count = memory_fit.of_step(group.compiled()), len(group.members)
+        memory = self._config.memory or memory_fit.available(held=shared)
+        found = memory_fit.fit(needed, shared, count, memory, at_once=group.at_once)
+        if count > 1:
+            self._display.say(str(found))
+        if found.size < count:
+            going = sorted(group.members, key=lambda member: member.left == 0)
+            group.leave(*(member.name for member in going[found.size :]))
+        return list(group.members)
+
+    def _begin(self, group: Group, member: Member) -> None:
+        run = member.run
+        (run.setup.path / "error.txt").unlink(missing_ok=True)
+        run.open(self._display.of(member.name))
+        lines = summary.opening(run, group.state(member)).split("\n")
+        for line in lines:
+            if line not in self._said:  # members of a sweep have the same data
+                self._display.say(line)
+        self._said |= set(lines)
+        if member.step == 0:
+            # No adapter changes anything yet, so members of one head and one data have the same.
+            alike = (essence(member.config), member.config.seed, member.config.adaptation.beside)
+            run.evaluate_before(group.judge(member), self._before.get(alike))
+            self._before[alike] = run.notes.before
+
+    def _train(self, group: Group, preemption: processes.Preemption) -> None:
+        tick = 0
+        while True:
+            for member in group.members:
+                ended = member.left == 0 and member.error is None
+                if ended and not self._is_finished(member.name):
+                    self._finish(group, member)
+            slots = _slots(group.members)
+            if not slots:
+                return
+            gone = [m.name for m in group.members if m.name not in slots]
+            if gone:
+                group.leave(*gone)
+            tick += 1
+            moved = group.tick()
+            steps = [(member.step, member.config.steps) for member in self._members]
+            self._display.tick(tick, steps, [member.name for member in moved])
+            due = [m for m in moved if m.step % m.config.evaluate_every == 0 or m.left == 0]
+            stop = preemption.asked(tick)
+            save = stop or any(m.step % m.config.checkpoint_every == 0 for m in moved)
+            if due or save or any(m.left == 0 for m in moved):
+                group.settle()
+            for member in due:
+                if member.error is None:
+                    self._validate(group, member)
+            if save or any(m.left == 0 for m in moved):
+                self._save(group)
+            if stop:
+                raise processes.Preempted(f"every member of {self._path}")
+
+    def _validate(self, group: Group, member: Member) -> None:
+        member.run.validate(member.step, group.judge(member), lambda: group.trained(member))
+
+    def _save(self, group: Group) -> None:
+        """Checkpoint every member that goes on or has just come to its end."""
+        saved = [m for m in group.members if m.error is None and not self._is_finished(m.name)]
+        steps = {member.name: member.step for member in saved}
+        self._cuts.add(Cut(steps, _slots(group.members)))
+        for member in saved:
+            member.run.checkpoint(member.step, group.state(member))
+        if any(member.left == 0 for member in saved):
+            for member in saved:  # a summary says that there is nothing to go on from
+                member.run.checkpoints.wait()
+
+    def _finish(self, group: Group, member: Member) -> None:
+        """What a member leaves at its end; its summary last."""
+        run, setup = member.run, member.run.setup
+        run.export("last", group.trained(member))
+        best = run.best(group.trained(member))
+        tested = run.judge_best(member.step, group.judge(member, best))
+        batch = setup.place.batch(first_batch(setup.workload, setup.place, member.example))
+        difference = group.difference(member, best, batch)
+        found = summary.summarise(run, group.state(member), tested, difference)
+        directory.finish(setup.path, found)
+
+    def _is_finished(self, name: str) -> bool:
+        return directory.summary(self._path / name) is not None
+
+    def _stopped(self, member: Member) -> None:
+        text = f"{member.name} stops: {member.error}"
+        (member.run.setup.path / "error.txt").write_text(text + "\n")
+        self._display.say(text)
+
+
+def _slots(members: Sequence[Member]) -> list[str]:
+    """The members that keep their slots for the steps to come.
+
+    Those at their end do while few steps are left to the others: a smaller program is compiled only
+    where free slots would cost `WORTH` steps or more.
+    """
+    left = [member.left for member in members]
+    free = sum(steps == 0 for steps in left)
+    if not any(left):
+        return []
+    worth = free * max(left) >= WORTH
+    return [m.name for m, steps in zip(members, left, strict=True) if steps or not worth]
+
+
+def _steps(run: pathlib.Path) -> list[int]:
+    """The steps of a run's whole checkpoints."""
+    folder = run / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())

@@ -1,0 +1,215 @@
+"""A group's results as a picture."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from lora_jax.groups import member_names
+from lora_jax.groups.comparison import Results, Row
+
+_FIRST = "optimizer.learning_rate"  # what lies along the axis, if it is among what was varied
+_LINES = 16  # more have no legend that can be read
+_DASHES = ("-", "--", ":", "-.")
+_COLUMNS = 4
+_BEST = {"marker": "*", "markersize": 18, "color": "gold", "markeredgecolor": "black", "zorder": 5}
+
+
+def draw(path: pathlib.Path, results: Results) -> None:
+    """Write the picture."""
+    figure_of(results).savefig(path, dpi=120)
+
+
+def figure_of(results: Results) -> Figure:
+    """The picture.
+
+    Of a sweep: the score over the learning rate (or another number), a line for each combination of
+    the other fields; over seeds the mean, and the range as a band. Of tasks: a panel each.
+    """
+    along = _along(results)
+    if results.tasks:
+        return _tasks(results)
+    return _bars(results) if along is None else _lines(results, along)
+
+
+def figures_of(results: Results) -> list[tuple[str, Figure]]:
+    """The same, each panel a picture of its own: (the split or the task in it, the picture)."""
+    along = _along(results)
+    if results.tasks:
+        found = [(row.name, _new(4.6, 3.6)) for row in results.rows]
+        for row, (_, figure) in zip(results.rows, found, strict=True):
+            _task(figure.subplots(), row)
+        return found
+    if along is None:
+        return [("all runs", _bars(results))]
+    found = [(split, _new(4.6, 3.8)) for split in _splits(results)]
+    for split, figure in found:
+        panel = figure.subplots()
+        _split(panel, results, along, split)
+        panel.set_ylabel(results.rows[0].select)
+        if _has_legend(results, along):
+            handles = panel.get_legend_handles_labels()
+            figure.legend(*handles, loc="outside lower center", ncols=3)
+    return found
+
+
+def _along(results: Results) -> str | None:
+    """The field along the axis, a number in every run: the learning rate if it was varied."""
+
+    def fits(path: str) -> bool:
+        found = [row.values[path] for row in results.rows]
+        return path != "seed" and all(type(v) in (int, float) for v in found)
+
+    return next((p for p in (_FIRST, *results.varied) if p in results.varied and fits(p)), None)
+
+
+def _new(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _lines(results: Results, along: str) -> Figure:
+    splits, legend = _splits(results), _has_legend(results, along)
+    figure = _new(5.2 * len(splits) + (1.2 if _others(results, along) else 0), 4.2)
+    panels = figure.subplots(1, len(splits), squeeze=False, sharey=True)[0]
+    for panel, split in zip(panels, splits, strict=True):
+        _split(panel, results, along, split)
+    panels[0].set_ylabel(results.rows[0].select)
+    if legend:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def _splits(results: Results) -> tuple[str, ...]:
+    return results.splits or ("validation",)
+
+
+def _others(results: Results, along: str) -> list[str]:
+    """The fields that tell the lines apart."""
+    return [path for path in results.varied if path not in (along, "seed")]
+
+
+def _groups(results: Results, along: str) -> dict[tuple[Any, ...], list[Row]]:
+    """The runs of each line, by its values of those fields."""
+    groups = defaultdict[tuple[Any, ...], list[Row]](list)
+    for row in results.rows:
+        groups[tuple(row.values[path] for path in _others(results, along))].append(row)
+    return groups
+
+
+def _has_legend(results: Results, along: str) -> bool:
+    return bool(_others(results, along)) and len(_groups(results, along)) <= _LINES
+
+
+def _split(panel: Any, results: Results, along: str, split: str) -> None:
+    """The lines of one split."""
+    short = {path: member_names.shortest(path, results.varied) for path in results.varied}
+    groups, others = _groups(results, along), _others(results, along)
+    for style, (values, rows) in zip(_styles(list(groups)), groups.items(), strict=True):
+        label = ", ".join(
+            f"{short[p]} {member_names.label(v)}" for p, v in zip(others, values, strict=True)
+        )
+        _line(panel, rows, along, split, label=label, **style)
+    _mark(panel, results, along, split)
+    _scale(panel, sorted({row.values[along] for row in results.rows}))
+    panel.set(xlabel=short[along].replace("_", " "), title=split)
+    panel.grid(alpha=0.3)
+
+
+def _styles(groups: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """A colour for each value of the first field, from dark to light; a dash for all the others."""
+    first = list(dict.fromkeys(values[:1] for values in groups))
+    rest = list(dict.fromkeys(values[1:] for values in groups))
+    shades = mpl.colormaps["viridis"]
+    return [
+        {
+            "color": shades(0.3 + 0.55 * first.index(values[:1]) / max(len(first) - 1, 1)),
+            "linestyle": _DASHES[rest.index(values[1:]) % len(_DASHES)],
+        }
+        for values in groups
+    ]
+
+
+def _line(panel: Any, rows: Sequence[Row], along: str, split: str, **style: Any) -> None:
+    found = defaultdict[float, list[float]](list)
+    for row in rows:
+        if (score := row.score(split)) is not None:
+            found[row.values[along]].append(score)
+    places = sorted(found)
+    means = [math.fsum(found[x]) / len(found[x]) for x in places]
+    panel.plot(places, means, marker="o", **style)
+    if any(len(scores) > 1 for scores in found.values()):
+        low, high = ([f(found[x]) for x in places] for f in (min, max))
+        panel.fill_between(places, low, high, alpha=0.15, color=style["color"], linewidth=0)
+
+
+def _mark(panel: Any, results: Results, along: str, split: str) -> None:
+    """A star on the run that the validation split picks, in every panel."""
+    best = results.best
+    if best is not None and (score := best.score(split)) is not None:
+        panel.plot([best.values[along]], [score], linestyle="none", label="best", **_BEST)
+        place = (best.values[along], score)
+        panel.annotate(f"{score:.4f}", place, (0, 12), textcoords="offset points", ha="center")
+        panel.margins(x=0.07, y=0.15)
+
+
+def _scale(panel: Any, places: Sequence[float]) -> None:
+    """A tick at each value; a logarithmic axis for values that grow by factors."""
+    if places[0] > 0 and places[-1] / places[0] >= 4:
+        panel.set_xscale("log")
+    panel.xaxis.set_major_locator(FixedLocator(places))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_xticklabels([member_names.label(float(x)) for x in places])
+
+
+def _bars(results: Results) -> Figure:
+    """Where nothing that was varied is a number: a dot for each run, the best on top."""
+    rows = sorted(results.rows, key=lambda row: row.rank)
+    figure = _new(7, 1.2 + 0.35 * len(rows))
+    panel = figure.subplots()
+    for split, marker in zip(results.splits, "oxs", strict=False):
+        scores = [math.nan if (s := row.score(split)) is None else s for row in rows]
+        panel.plot(scores, range(len(rows)), marker, label=split)
+    panel.set_yticks(range(len(rows)), [row.name for row in rows])
+    panel.set(xlabel=rows[0].select)
+    panel.grid(alpha=0.3)
+    panel.legend()
+    return figure
+
+
+def _tasks(results: Results) -> Figure:
+    columns = min(len(results.rows), _COLUMNS)
+    lines = -(-len(results.rows) // columns)
+    figure = _new(4 * columns, 3.6 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel, row in zip(panels, results.rows, strict=False):
+        _task(panel, row)
+    for panel in panels[len(results.rows) :]:
+        panel.set_axis_off()
+    return figure
+
+
+def _task(panel: Any, row: Row) -> None:
+    """The validation score at every evaluation, and the test score before and after."""
+    if row.curve:
+        steps, scores = zip(*row.curve, strict=True)
+        panel.plot(steps, scores, marker="o", label="validation")
+        panel.axhline(scores[0], color="gray", linewidth=0.8, linestyle=":", label="before")
+    best, score = row.summary["best_step"], row.score("validation")
+    if best is not None and score is not None:
+        panel.plot([best], [score], linestyle="none", label=f"best: {score:.4f}", **_BEST)
+    before, after = row.score("test", "before"), row.score("test")
+    tested = "" if before is None or after is None else f"\ntest {before:.4f} → {after:.4f}"
+    panel.set(title=f"{row.name}{tested}", xlabel="step", ylabel=row.select)
+    panel.grid(alpha=0.3)
+    panel.margins(y=0.12)
+    panel.legend()

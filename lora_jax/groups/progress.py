@@ -1,0 +1,81 @@
+"""What the user sees while a group goes: one bar for all, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from lora_jax.console import Bar
+
+_NUMBERS = "loss {task.fields[loss]}  {task.fields[speed]}  {task.fields[live]}"
+
+
+class GroupDisplay(Bar):
+    """Steps of all members together, the mean of their losses, and evaluations as they come."""
+
+    def __init__(self, console: Console, every: int) -> None:
+        """Without a terminal, show a line each `every` ticks."""
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(_NUMBERS), TimeRemainingColumn())
+        super().__init__(console, *columns)
+        self._every = every
+        fields: dict[str, Any] = {"loss": "-", "speed": "-", "live": ""}
+        self._task = self.bar.add_task("train", total=None, **fields)
+        self._losses: dict[str, float] = {}
+        self._recent = deque[tuple[float, int]](maxlen=50)  # (time, steps of all members)
+
+    def of(self, name: str) -> Lines:
+        """Where the run of a member shows its lines."""
+        return Lines(self, name)
+
+    def loss(self, name: str, value: float) -> None:
+        """Note the newest loss of a member."""
+        self._losses[name] = value
+
+    def tick(self, tick: int, steps: Sequence[tuple[int, int]], live: Sequence[str]) -> None:
+        """Show where the group is.
+
+        Args:
+          tick: of the group, from 1.
+          steps: (taken, all) of each member.
+          live: the members that took a step.
+        """
+        taken, total = (sum(column) for column in zip(*steps, strict=True))
+        now = time.monotonic()
+        self._recent.append((now, taken))
+        since, before = self._recent[0]  # the first tick, which compiles, is not counted
+        speed = (taken - before) / max(now - since, 1e-9)
+        losses = [self._losses[name] for name in live if name in self._losses]
+        numbers: dict[str, Any] = {
+            "loss": f"{statistics.fmean(losses):.4f}" if losses else "-",
+            "speed": f"{speed:,.1f} steps/s" if speed else "-",
+            "live": f"{len(live)} of {len(steps)} members",
+        }
+        self.bar.update(self._task, completed=taken, total=total, **numbers)
+        if not self.console.is_terminal and (tick % self._every == 0 or taken == total):
+            self.say(
+                f"step {taken}/{total} of all  mean loss {numbers['loss']}  {numbers['speed']}  "
+                f"{numbers['live']}"
+            )
+
+
+class Lines:
+    """What one member says."""
+
+    def __init__(self, display: GroupDisplay, name: str) -> None:
+        self._display, self._name = display, name
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Note one training line of the record."""
+        self._display.loss(self._name, line["loss"])
+
+    def evaluation(self, line: dict[str, Any], note: str = "") -> None:
+        """Show one evaluation line of the record."""
+        numbers = (f"{k} {v:.4f}" for k, v in line.items() if k not in ("step", "split"))
+        text = f"{line['split']}: {'  '.join(numbers)}{note}"
+        self._display.say(f"{self._name}  step {line['step']}  {text}")

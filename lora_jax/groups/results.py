@@ -1,0 +1,161 @@
+"""What a group came to: its members side by side, on the screen and in files.
+
+All of it is made of the members' own summaries and run directories, so runs that were trained one
+by one are compared in the same way.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_jax.groups import member_names
+from lora_jax.groups.comparison import Results, Row, gather
+from lora_jax.groups.plots import draw
+from lora_jax.training.directory import write_json
+from lora_jax.training.summary import Summary
+
+
+def show(summaries: Sequence[Summary], console: Console) -> None:
+    """Print the members; those of a sweep the best first, and marked."""
+    found = listing(gather(summaries))
+    table = Table(title=found.title)
+    for name in found.columns:
+        text = name in found.texts
+        whole = name in found.whole
+        table.add_column(name, justify="left" if text else "right", no_wrap=whole)
+    for number, row in enumerate(found.rows):
+        table.add_row(*row, style="bold green" if number == found.best else None)
+    console.print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The members as a table of texts.
+
+    texts: the columns that are no numbers. whole: those whose cells are not to be broken.
+    best: the number of the row of the best member, if one is.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    texts: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    best: int | None = None
+
+
+def listing(results: Results) -> Listing:
+    """The members side by side: those of a sweep the best first, tasks as they were given."""
+    return _of_tasks(results) if results.tasks else _of_sweep(results)
+
+
+def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
+    """Write results.csv, results.json and results.png into the folder `path`.
+
+    Args:
+      path: of the folder.
+      summaries: of finished runs (`lora_jax.training.summary.summarise`), in the order they are to
+        have; the directories that they name must be there.
+    """
+    results = gather(summaries)
+    write_json(
+        path / "results.json",
+        {
+            "best": None if results.best is None else results.best.name,
+            "varied": results.varied,
+            "members": [{"name": r.name, "values": r.values, **r.summary} for r in results.rows],
+        },
+    )
+    _write_csv(path / "results.csv", [_flat_row(row) for row in results.rows])
+    draw(path / "results.png", results)
+
+
+def _of_sweep(results: Results) -> Listing:
+    best, select = results.best, results.rows[0].select
+    ordered = sorted(results.rows, key=lambda row: -row.rank)
+    varied = [member_names.shortest(path, results.varied) for path in results.varied]
+    values = [tuple(member_names.label(row.values[p]) for p in results.varied) for row in ordered]
+    alike = len(set(values)) < len(values)  # then only their names tell them apart
+    scores = [f"{split} {select}" for split in results.splits]
+    return Listing(
+        title=f"{len(results.rows)} runs, best first by validation {select}",
+        columns=(*["run"] * alike, *varied, *scores, "best step", "trained"),
+        rows=tuple(
+            (
+                *[row.name] * alike,
+                *own,
+                *(_number(row.score(split)) for split in results.splits),
+                *_end(row),
+            )
+            for row, own in zip(ordered, values, strict=True)
+        ),
+        texts=("run",),
+        best=None if best is None else ordered.index(best),
+    )
+
+
+def _of_tasks(results: Results) -> Listing:
+    scores = {row.select for row in results.rows}
+    what = scores.pop() if len(scores) == 1 else "score"
+
+    def name(row: Row) -> str:
+        return row.name if what == row.select else f"{row.name} ({row.select})"
+
+    return Listing(
+        title=f"{len(results.rows)} tasks: {what} before -> after training",
+        columns=("task", *results.splits, "best step", "trained"),
+        rows=tuple(
+            (name(row), *(_change(row, split) for split in results.splits), *_end(row))
+            for row in results.rows
+        ),
+        texts=("task",),
+        whole=results.splits,
+    )
+
+
+def _change(row: Row, split: str) -> str:
+    return f"{_number(row.score(split, 'before'))} -> {_number(row.score(split))}"
+
+
+def _end(row: Row) -> tuple[str, str]:
+    """When it was best, and how many numbers were trained."""
+    step, trained = row.summary["best_step"], row.summary["adapter_parameters"]
+    trained += row.summary["beside_parameters"]
+    return "-" if step is None else str(step), f"{trained:,}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _flat_row(row: Row) -> dict[str, Any]:
+    """A line of the CSV file; dots in a column's name for what is inside of what."""
+    values = {p: " ".join(v) if isinstance(v, tuple) else v for p, v in row.values.items()}
+    return {"name": row.name, **values, **_flat(row.summary)}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return found
+
+
+def _write_csv(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> None:
+    columns = dict.fromkeys(name for line in lines for name in line)
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(lines)
+    os.replace(partial, path)

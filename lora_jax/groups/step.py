@@ -1,0 +1,95 @@
+"""The step of a group: that of one run, vmapped over the members.
+
+What a member's step would do alone it does here, on its own slice: its loss is its own mean, its
+gradient is clipped by its own norm, its Adam counts its own steps. Only the base has no axis of
+members, so each product with a base weight is one product for all.
+
+A device that is kept busy by some members gains nothing from more of them, and a CPU loses: what
+they compute outgrows its caches. So the members may go through the step a few at a time, one after
+the other within the one program (`at_once`): the same numbers, and less memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.layout import Layout
+from lora_jax.training.optimizer import Hyper, adamw
+from lora_jax.training.step import State, Trained, evaluation_step, train_step
+from lora_jax.training.workload import Loss, Workload
+
+Tree = Any  # a pytree
+Scales = dict[str, Any]  # path -> alpha / rank; 0 where a member does not adapt the path
+
+
+class Settings(NamedTuple):
+    """What differs between members and does not change; each leaf is [N] for N of them.
+
+    hyper: of the optimizer.
+    scales: of the adapters.
+    skip: bool; whether a step that is not finite is passed over, or is the last that counts.
+    """
+
+    hyper: Hyper
+    scales: Scales
+    skip: Any
+
+
+CPU_MEMBERS = 4
+"""Members at once on a CPU: `python -m benchmarks.sweep --crossing` has found none better."""
+
+
+def group_step(
+    workload: Workload, layout: Layout, parts: int = 1, at_once: int | None = None
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """`step(state, settings, active, frozen, batch) -> (state, metrics)` for N members.
+
+    Args of the step: all but `frozen` have a leading axis of members.
+      state: in the common shapes (`lora_jax.groups.padded_state`).
+      settings: `Settings`.
+      active: [N] bool. Of a member that is not, nothing changes: no count, no decay, no key.
+      frozen: the base that all share.
+      batch: each member's, padded to common shapes.
+
+    Args:
+      workload: joined (`Workload.join`), so that its parameters have the common shapes.
+      layout: the union of the members' layouts.
+      parts: as in `train_step`.
+      at_once: members that are stepped as one, after which the next are. None: all.
+    """
+
+    def member(
+        state: State, settings: Settings, active: jax.Array, frozen: Tree, batch: Any
+    ) -> tuple[State, dict[str, jax.Array]]:
+        tx = adamw(settings.hyper)
+        take = train_step(workload, layout, tx, "skip", parts, settings.scales)
+        new, metrics = take(state, frozen, batch)
+        go = active & (settings.skip | (state.skipped == 0))
+        return jax.tree.map(lambda x, old: jnp.where(go, x, old), new, state), metrics
+
+    def step(
+        state: State, settings: Settings, active: jax.Array, frozen: Tree, batch: Any
+    ) -> tuple[State, dict[str, jax.Array]]:
+        def one(own: Any) -> tuple[State, dict[str, jax.Array]]:
+            state, settings, active, batch = own
+            return member(state, settings, active, frozen, batch)
+
+        own = (state, settings, active, batch)
+        if at_once is None or at_once >= len(active):
+            return jax.vmap(one)(own)
+        return jax.lax.map(one, own, batch_size=at_once)
+
+    return step
+
+
+def group_evaluation(workload: Workload, layout: Layout) -> Callable[..., Loss]:
+    """`evaluate(trained, scales, frozen, batch) -> Loss` for one member in the common shapes."""
+
+    def evaluate(trained: Trained, scales: Scales, frozen: Tree, batch: Any) -> Loss:
+        return evaluation_step(workload, layout, scales)(trained, frozen, batch)
+
+    return evaluate

@@ -1,0 +1,140 @@
+"""Sweeps: one config, and the values that its fields are to be tried with."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from lora_jax.groups import config_fields, member_names
+from lora_jax.groups.config import GroupConfig, GroupOptions, Member
+from lora_jax.training.config import Config, ConfigError, check_lora_counts, require
+
+Grid = Mapping[str, Sequence[Any] | str]
+Point = dict[str, Any]  # path -> value
+# What is said of a group as a whole, and so not of its members.
+_OF_GROUP = ("run_dir", "fresh", "mesh", "processes")
+
+
+def _from_line(words: list[str]) -> Grid:
+    grid = {}
+    for word in words:
+        path, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is not PATH=VALUE,VALUE,...")
+        grid[path] = text
+    return grid
+
+
+def _to_line(grid: Grid) -> list[str]:
+    return [f"{path}={_text(found)}" for path, found in grid.items()]
+
+
+def _text(found: Sequence[Any] | str) -> str:
+    if isinstance(found, str):
+        return found
+    several = any(isinstance(value, list | tuple) for value in found)
+    return (";" if several else ",").join(map(_one, found))
+
+
+def _one(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+_ON_THE_LINE = tyro.constructors.PrimitiveConstructorSpec[Any](
+    nargs="*",
+    metavar="[PATH=VALUE,VALUE,...]",
+    instance_from_str=_from_line,
+    is_instance=lambda grid: isinstance(grid, Mapping),
+    str_from_instance=_to_line,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig(GroupOptions):
+    """A config trained once for each combination of values of some of its fields.
+
+    A member is exactly what `train.py --config <base> --lora.rank 4 ...` is with its values.
+    """
+
+    base: Config
+    """The config that all members share."""
+    grid: Annotated[Grid, _ON_THE_LINE] = dataclasses.field(default_factory=dict)
+    """Field -> values, all combinations of them: lora.rank=1,2,4 optimizer.learning_rate=1e-3,3e-3.
+    Where a value holds commas, semicolons stand between values; the patterns of one value of
+    lora.targets stand apart: "lora.targets=**/query/kernel;**/query/kernel **/value/kernel"."""
+    cases: tyro.conf.Suppress[tuple[Mapping[str, Any], ...]] = ()
+    """Field -> value, each a case of its own; with a grid, all of it in each case."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        default = Config(workload=self.base.workload)
+        for name in _OF_GROUP:
+            if getattr(self.base, name) != getattr(default, name):
+                option = name.replace("_", "-")
+                raise ConfigError(f"base.{name} is said of the sweep as a whole: give --{option}")
+        self.expand()
+
+    def points(self) -> list[Point]:
+        """The values of each member.
+
+        Raises:
+          ConfigError: a field that is not there, a value of another type, the same member twice.
+        """
+        grid = {path: self._listed(path, found) for path, found in self.grid.items()}
+        cases = [{p: self._value(p, v, "cases") for p, v in case.items()} for case in self.cases]
+        both = [path for case in cases for path in case if path in grid]
+        require(not both, "grid", both, "of other fields than cases")
+        combined = itertools.product(*grid.values())
+        tried = [dict(zip(grid, point, strict=True)) for point in combined]
+        found = [{**case, **point} for case in cases or [{}] for point in tried]
+        twice = [text for text, times in Counter(map(str, found)).items() if times > 1]
+        require(not twice, "grid and cases", twice, "members that differ")
+        return found
+
+    def expand(self) -> GroupConfig:
+        """The group of all members, named by their values."""
+        points = self.points()
+        members = tuple(
+            Member(name, self._with(point))
+            for name, point in zip(member_names.names(points), points, strict=True)
+        )
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(GroupOptions)}
+        return GroupConfig(members=members, **options).expand()
+
+    def _with(self, point: Point) -> Config:
+        config = self.base
+        for path, value in point.items():
+            config = config_fields.replaced(config, path, value)
+        for path in point:
+            if path.startswith("lora."):
+                check_lora_counts(config, path)
+        return config
+
+    def _listed(self, path: str, found: Sequence[Any] | str) -> list[Any]:
+        hint = config_fields.kind(self.base, path, "grid")
+        if isinstance(found, str):
+            apart = ";" if ";" in found or config_fields.several(hint) else ","
+            found = [self._read(path, text.strip(), hint) for text in found.split(apart)]
+        require(bool(found), f"grid: {path}", found, "at least one value")
+        return [self._value(path, value, "grid") for value in found]
+
+    def _read(self, path: str, text: str, hint: Any) -> Any:
+        try:
+            return config_fields.read(text, hint)
+        except (TypeError, ValueError):
+            raise self._misfit(path, text, hint, "grid") from None
+
+    def _value(self, path: str, value: Any, where: str) -> Any:
+        hint = config_fields.kind(self.base, path, where)
+        try:
+            return config_fields.fitting(value, hint)
+        except TypeError:
+            raise self._misfit(path, value, hint, where) from None
+
+    def _misfit(self, path: str, value: Any, hint: Any, where: str) -> ConfigError:
+        return ConfigError(f"{where}: {path} must be {config_fields.said(hint)}, got {value!r}")

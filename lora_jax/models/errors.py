@@ -1,0 +1,25 @@
+"""The errors of everything that finds, reads or checks a model. A user can put each of them right."""
+
+
+class ModelError(ValueError):
+    """A model that cannot be used; the message says why, and the cure."""
+
+
+class ModelConfigError(ModelError):
+    """A `config.json`, or GGUF metadata, that describes no model that is supported here."""
+
+
+class WeightsError(ModelError):
+    """Stored tensors that are damaged, or are not those of the model; the message names them."""
+
+
+class TokenizerError(ModelError):
+    """A tokenizer that cannot be read out of a file."""
+
+
+class ModelReferenceError(ModelError):
+    """A reference to a model that cannot be read; the message shows the forms there are."""
+
+
+class PackageError(ModelError):
+    """A file of a published package could not be found, fetched or trusted."""

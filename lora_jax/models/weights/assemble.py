@@ -1,0 +1,256 @@
+"""Stored tensors to a parameter tree: names matched, shapes checked, layers stacked.
+
+It is strict. A tensor that no row claims, a parameter that no tensor fills, a shape that
+differs: each is an error that lists both sides.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from lora_jax.models.bert import Bert, BertClassifier
+from lora_jax.models.config import BertConfig, Config, LlamaConfig
+from lora_jax.models.errors import WeightsError
+from lora_jax.models.llama import Llama
+from lora_jax.models.weights import shards
+from lora_jax.models.weights.names import Form, Row, Table
+
+Tree = dict[str, Any]
+_SHOWN = 40  # names that a message lists before it counts the rest
+_BLOCK = 4 * 1024 * 1024  # numbers that are read at once: what is held beside the result
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A classification head that is to be loaded together with the encoder."""
+
+    pooling: str
+    num_classes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The tensors of one checkpoint.
+
+    Attributes:
+        origin: where they are, for messages.
+        table: what they are called.
+        column: whose names of the table they bear.
+        shapes: the shape of every one by its name, in Hugging Face's layout: kernels [out, in],
+            rotary pairs half a head apart.
+        read: the part at an index (a slice with start and stop for each axis) of the one of that
+            name, in that layout and in any float dtype. Nothing else is read from the disk, as
+            far as the format allows.
+    """
+
+    origin: str
+    table: Table
+    column: Literal["hf", "gguf"]
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str, Row, shards.Index], np.ndarray]
+
+
+@dataclasses.dataclass
+class _Leaf:
+    """One parameter to be, and the stored tensors it is made of (several where stacked)."""
+
+    path: str
+    shape: tuple[int, ...]
+    row: Row
+    sources: list[str]
+    stacked: bool
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The parameter's shape; `shape` is that of one source, in our layout."""
+        return (len(self.sources), *self.shape) if self.stacked else self.shape
+
+
+def shapes(config: Config, head: Head | None = None) -> Tree:
+    """The parameters of the model of `config` as ShapeDtypeStructs; nothing is allocated."""
+    model: Bert | BertClassifier | Llama
+    if isinstance(config, LlamaConfig):
+        if head is not None:
+            raise WeightsError(f"a classification head is for encoders; got {head} for {config}")
+        model = Llama(config)
+    elif head is None:
+        model = Bert(config)
+    else:
+        model = BertClassifier(config, head.num_classes, head.pooling)
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+
+
+def flatten(tree: Tree, before: str = "") -> dict[str, Any]:
+    """A nested dict as a flat one of `a/b/c` paths."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = before + name
+        found |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
+    return found
+
+
+def assemble(
+    stored: Stored, config: Config, head: Head | None = None, shardings: Tree | None = None
+) -> Tree:
+    """The parameters of the model of `config`, read in blocks straight to their places.
+
+    Args:
+        head: the classification head to load too; the tree is then {"bert", "classifier"}.
+        shardings: a tree of shardings like the result: this process reads the parts that its
+            own devices hold, each once. None puts everything on the default device.
+
+    Raises:
+        WeightsError: missing, unknown or misshapen tensors; a parameter without a sharding, or
+            with one that does not divide it. Nothing is read then.
+    """
+    placed = None if shardings is None else flatten(shardings)
+    leaves = _plan(stored, config, head)
+    for leaf in leaves:
+        _check(stored, leaf, config)
+    places = [_place(leaf, placed) for leaf in leaves]
+    dtype = np.dtype(config.param_dtype)
+    tree: Tree = {}
+    for leaf, place in zip(leaves, places, strict=True):
+        *folders, name = leaf.path.split("/")
+        branch = tree
+        for folder in folders:
+            branch = branch.setdefault(folder, {})
+        read = functools.partial(_read, stored, leaf, dtype)
+        branch[name] = shards.load(leaf.whole, place, read)
+    return tree
+
+
+def _place(leaf: _Leaf, placed: Mapping[str, Sharding] | None) -> Sharding | None:
+    """Where the parameter goes; None: the default device."""
+    if placed is None:
+        return None
+    if leaf.path not in placed:
+        raise WeightsError(f"shardings has nothing at {leaf.path}; it has {sorted(placed)}")
+    try:
+        placed[leaf.path].shard_shape(leaf.whole)
+    except ValueError as error:
+        raise WeightsError(f"the sharding of {leaf.path}: {error}") from error
+    return placed[leaf.path]
+
+
+def _read(stored: Stored, leaf: _Leaf, dtype: np.dtype, index: shards.Index) -> np.ndarray:
+    """The part of one parameter at `index`, in `dtype`; no more than that is read."""
+    part = shards.empty(tuple(axis.stop - axis.start for axis in index), dtype)
+    names, inner = leaf.sources, index
+    if leaf.stacked:
+        names, inner = names[index[0]], index[1:]
+    for number, name in enumerate(names):
+        _copy(stored, leaf.row, name, inner, part[number] if leaf.stacked else part)
+    return part
+
+
+def _copy(stored: Stored, row: Row, name: str, index: shards.Index, into: np.ndarray) -> None:
+    """Fill `into` with the part at `index` of the parameter that one stored tensor is."""
+    if row.form is Form.TRANSPOSED:
+        into, index = into.T, index[::-1]
+    rows, inner = index[0], index[1:]
+    numbers = math.prod(stored.shapes[name][1:])
+    step = max(1, _BLOCK // max(1, numbers))
+    for start in range(rows.start, rows.stop, step):
+        block = slice(start, min(start + step, rows.stop))
+        value = stored.read(name, row, (block, *inner))
+        into[start - rows.start : block.stop - rows.start] = value
+
+
+def _check(stored: Stored, leaf: _Leaf, config: Config) -> None:
+    """Every tensor of the parameter has the shape that the configuration says."""
+    for name in leaf.sources:
+        shape = stored.shapes[name]
+        shape = shape[::-1] if leaf.row.form is Form.TRANSPOSED else shape
+        if shape != leaf.shape:
+            raise WeightsError(
+                f"{stored.origin}: tensor {name} does not fit parameter {leaf.path}:\n"
+                f"  expected {leaf.shape}, as the configuration says\n"
+                f"  got      {shape}, in our layout\n"
+                f"the configuration: {config}"
+            )
+
+
+def _plan(stored: Stored, config: Config, head: Head | None) -> list[_Leaf]:
+    """Which stored tensors make which parameter; every name of both sides is accounted for."""
+    raw = _clean_names(stored)
+    if config.num_layers > len(raw):  # a number out of a file: no list of names is made of it yet
+        raise WeightsError(
+            f"{stored.origin} has {len(raw)} tensors, too few for {config.num_layers} layers.\n"
+            f"The configuration: {config}"
+        )
+    leaves = _leaves(stored, config, head)
+    wanted = {name: leaf.path for leaf in leaves for name in leaf.sources}
+    missing = [f"{path} <- {name}" for name, path in wanted.items() if name not in raw]
+    unknown = [raw[name] for name in raw if name not in wanted and not stored.table.skips(name)]
+    if isinstance(config, LlamaConfig) and config.tied:
+        # Some files repeat the embedding under the name of the head that is tied to it.
+        unknown = [name for name in unknown if name != "lm_head.weight"]
+    if missing or unknown:
+        raise WeightsError(
+            f"{stored.origin} does not fit the configuration.\n"
+            f"Parameters with no tensor in the file ({len(missing)}):{_listed(missing)}\n"
+            f"Tensors in the file with no parameter ({len(unknown)}):{_listed(unknown)}\n"
+            f"The configuration: {config}"
+        )
+    for leaf in leaves:
+        leaf.sources = [raw[name] for name in leaf.sources]
+    return leaves
+
+
+def _clean_names(stored: Stored) -> dict[str, str]:
+    """Clean name -> the name in the file."""
+    raw: dict[str, str] = {}
+    for name in stored.shapes:
+        clean = stored.table.clean(name)
+        if clean in raw:
+            raise WeightsError(f"{stored.origin}: {raw[clean]} and {name} are the same tensor")
+        raw[clean] = name
+    return raw
+
+
+def _leaves(stored: Stored, config: Config, head: Head | None) -> list[_Leaf]:
+    """Every parameter of the model, with the clean names of what it is made of."""
+    # Traced with scanned layers: one layer, not all of them.
+    traced = dataclasses.replace(config, scan_layers=True, remat="none")
+    left = flatten(shapes(traced, head))
+    rows = [("bert/" if head else "", row) for row in stored.table.rows]
+    rows += [("", row) for row in (stored.table.heads[head.pooling] if head else ())]
+    leaves = []
+    for before, row in rows:
+        stacked_path = before + row.stacked_path
+        if stacked_path not in left:
+            continue  # a bias, a norm or a head that this configuration does not have
+        shape = left.pop(stacked_path).shape
+        name = row.hf if stored.column == "hf" else row.gguf
+        if not row.layered:
+            leaves.append(_Leaf(stacked_path, shape, row, [name], False))
+            continue
+        names = [name.format(layer=layer) for layer in range(config.num_layers)]
+        if config.scan_layers:
+            leaves.append(_Leaf(stacked_path, shape[1:], row, names, True))
+            continue
+        for layer, one in enumerate(names):
+            path = before + row.path.format(layer=layer)
+            leaves.append(_Leaf(path, shape[1:], row, [one], False))
+    if left:
+        kind = "encoder" if isinstance(config, BertConfig) else "decoder"
+        raise WeightsError(
+            f"{stored.origin} is of another architecture than {kind} {config}: it has no names "
+            f"for{_listed(left)}"
+        )
+    return leaves
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return "".join(f"\n  {name}" for name in [*names[:_SHOWN], *more]) or " none"

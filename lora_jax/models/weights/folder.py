@@ -1,0 +1,156 @@
+"""A folder as Hugging Face lays it out: config.json, *.safetensors, tokenizer.json."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Container, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from lora_jax.models.config import Config
+from lora_jax.models.errors import WeightsError
+from lora_jax.models.weights import safetensors_file
+from lora_jax.models.weights.assemble import Head, Stored, Tree, assemble
+from lora_jax.models.weights.hf_config import parse
+from lora_jax.models.weights.memory_mapped import Region
+from lora_jax.models.weights.names import HF, Row
+from lora_jax.models.weights.shards import Index
+
+SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A model in a folder; nothing of its weights is read before `load`."""
+
+    path: Path
+
+    @functools.cached_property
+    def _json(self) -> dict[str, Any]:
+        return _object(self.path / "config.json")
+
+    @functools.cached_property
+    def config(self) -> Config:
+        """The configuration that config.json describes."""
+        return parse(self._json, str(self.path / "config.json"))
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer of tokenizer.json, which neither pads nor cuts: that is the data's."""
+        path = self.path / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is not there. Write it once with\n"
+                "    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text that turns a conversation into a prompt; None if there is none."""
+        alone = self.path / "chat_template.jinja"
+        if alone.is_file():
+            return alone.read_text(encoding="utf-8")
+        settings = self.path / "tokenizer_config.json"
+        found = _object(settings).get("chat_template") if settings.is_file() else None
+        if isinstance(found, list):
+            named = {entry["name"]: entry["template"] for entry in found}
+            found = named.get("default")
+        return found
+
+    def load(
+        self,
+        config: Config | None = None,
+        *,
+        head: Head | None = None,
+        shardings: Tree | None = None,
+    ) -> Tree:
+        """The parameters, see `lora_jax.models.weights.assemble.assemble`; None: of `self.config`."""
+        config = self.config if config is None else config
+        table = HF[self._json["model_type"]]
+        held = _regions(_files(self.path))
+        _check_index(self.path, held)
+
+        def read(name: str, row: Row, index: Index) -> np.ndarray:
+            region = held[name]
+            if not jnp.issubdtype(region.dtype, jnp.floating):
+                raise WeightsError(
+                    f"{region.path}: tensor {name} is stored as {region.dtype}, expected a float "
+                    "dtype: how such numbers are to be scaled is not known"
+                )
+            return region.read(index)
+
+        tensors = {name: region.shape for name, region in held.items()}
+        stored = Stored(str(self.path), table, "hf", tensors, read)
+        return assemble(stored, config, head, shardings)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The weight files: the single one, or the ones that the index names."""
+    single, index = folder / SINGLE, folder / _INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        there = sorted(path.name for path in folder.iterdir())
+        raise FileNotFoundError(
+            f"{folder} has neither {SINGLE} nor {_INDEX}; it has {', '.join(there)}.\n"
+            "Weights in another format are converted once with\n"
+            "    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)"
+        )
+    files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+    absent = [path.name for path in files if not path.is_file()]
+    if absent:
+        raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}")
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> the file beside the index that holds it."""
+    found = _object(index).get("weight_map")
+    if not isinstance(found, dict):
+        raise WeightsError(f"{index}: weight_map is {type(found).__name__}, expected an object")
+    for name, file in found.items():
+        # The index may be anybody's: it names files of its own folder.
+        known = isinstance(file, str) and file.endswith(".safetensors")
+        if not known or Path(file).name != file:
+            raise WeightsError(
+                f"{index}: {name} is in {file!r}, expected a .safetensors file beside the index"
+            )
+    return found
+
+
+def _regions(files: Iterable[Path]) -> dict[str, Region]:
+    """Every tensor of all files, each of which one file holds."""
+    held: dict[str, Region] = {}
+    for path in files:
+        for name, region in safetensors_file.regions(path).items():
+            if name in held:
+                raise WeightsError(f"{name} is in {held[name].path} and in {path}")
+            held[name] = region
+    return held
+
+
+def _check_index(folder: Path, held: Container[str]) -> None:
+    index = folder / _INDEX
+    if (folder / SINGLE).is_file() or not index.is_file():
+        return
+    lost = sorted(name for name in _weight_map(index) if name not in held)
+    if lost:
+        raise WeightsError(f"{index} lists tensors that no file holds: {', '.join(lost)}")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; a model's folder needs it")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found

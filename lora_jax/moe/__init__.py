@@ -1,0 +1,11 @@
+"""Mixtures of LoRA experts: fixed weights or routers, and how a router divides its tokens."""
+
+from lora_jax.moe.router import Mixture as Mixture
+from lora_jax.moe.router import Routed as Routed
+from lora_jax.moe.router import init_router as init_router
+from lora_jax.moe.router import mix as mix
+from lora_jax.moe.router import route as route
+from lora_jax.moe.statistics import Load as Load
+from lora_jax.moe.statistics import balance as balance
+from lora_jax.moe.statistics import router_load as router_load
+from lora_jax.primitives.gating import gates as gates

@@ -1,0 +1,103 @@
+"""How a router per token divides the tokens among its experts, target by target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.errors import LoraError
+from lora_jax.layout import Layout
+from lora_jax.moe.router import Routed
+from lora_jax.primitives import jaxprs
+from lora_jax.primitives.gating import tally
+from lora_jax.transform import adapt
+
+
+class Load(NamedTuple):
+    """How a router divides its rows (tokens or examples) among n experts; each sums to 1.
+
+    share: [..., n], of the choices: how often the expert is among the `top` of a row, divided by
+      `top`. A dense router chooses the largest gate of each row.
+    gate: [..., n], the mean of its gate over all rows.
+    """
+
+    share: Any
+    gate: Any
+
+    @staticmethod
+    def of(gates: Any, top: int | None = None) -> Load:
+        """The load of gates [rows, n] that are at hand, as those of one router per example."""
+        return Load.from_tally(tally(gates, top))
+
+    @staticmethod
+    def from_tally(sums: Any) -> Load:
+        """The load from sums over rows [..., 2, n]; NaN where there was no row."""
+        mean = sums / sums.sum(-1, keepdims=True)
+        return Load(mean[..., 0, :], mean[..., 1, :])
+
+
+def router_load(
+    layout: Layout, f: Callable[..., Any], params: Any, routed: Routed, *args: Any, **kwargs: Any
+) -> dict[str, Load]:
+    """The share of the tokens and the mean gate of each expert, in `f(params, ..., *args)`.
+
+    Every row that a product multiplies counts, padding too. The gates are counted as the gradient
+    of a probe (`lora_jax.primitives.gating.counted`), which works through `scan`, `checkpoint` and the rest,
+    and costs a backward pass; where gradients are computed anyway, differentiate with respect to
+    `Routed.probe` too, from `probe`, and read `Load.from_tally` for nothing.
+
+    Args:
+      layout, f, params, routed, *args, **kwargs: as `adapt(layout, f)(params, routed, ...)`.
+
+    Returns:
+      `{path: Load(share [*stack, n], gate [*stack, n])}`; NaN for a target whose product reaches
+      no floating output that could be differentiated.
+
+    Raises:
+      LoraError: f has no floating output; what `adapt` and `route` raise.
+
+    >>> import lora_jax
+    >>> f = lambda params, x: x @ params["w"]
+    >>> params, x = {"w": jnp.ones((2, 3))}, jnp.eye(2)[jnp.array([0, 0, 0, 1])]
+    >>> own = lora_jax.resolve(lora_jax.LoraSpec(1, targets="w"), f, params, x)
+    >>> one = lora_jax.init(jax.random.key(0), own)
+    >>> layout, stacked = lora_jax.multi.stack([(own, one), (own, one)])
+    >>> routed = lora_jax.moe.route(stacked, {"w": jnp.eye(2)}, top=1)
+    >>> router_load(layout, f, params, routed, x)["w"].share.tolist()
+    [0.75, 0.25]
+    """
+    g = adapt(layout, f)
+
+    def outputs(probes: Any) -> list[Any]:
+        out = g(params, dataclasses.replace(routed, probe=probes), *args, **kwargs)
+        return [x for x in jax.tree.leaves(out) if jaxprs.is_float(jnp.asarray(x).dtype)]
+
+    outs, backward = jax.vjp(outputs, probe(layout, routed.stack.size))
+    if not outs:
+        raise LoraError(
+            "the load is counted in a backward pass, and the function has no floating output to "
+            "go back from; count it on a function that returns the logits, say"
+        )
+    (sums,) = backward(jax.tree.map(jnp.zeros_like, outs))
+    return {path: Load.from_tally(s) for path, s in sums.items()}
+
+
+def probe(layout: Layout, n: int) -> dict[str, Any]:
+    """The zeros `{path: [*stack, 2, n]}` whose gradient in `Routed.probe` counts the load."""
+    return {t.path: jnp.zeros((*t.sizes(t.stack), 2, n)) for t in layout.targets}
+
+
+def balance(loads: dict[str, Load]) -> Any:
+    """The load-balancing loss of Switch Transformers (arXiv 2101.03961, equation 4), averaged.
+
+    `n * sum_i share_i * gate_i` of each target and layer, 1 where the load is even and n where one
+    expert has all. Its gradient goes through the mean gates.
+    """
+    each = [
+        (load.share * load.gate).sum(-1).ravel() * load.share.shape[-1] for load in loads.values()
+    ]
+    return jnp.concatenate(each).mean()

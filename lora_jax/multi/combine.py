@@ -1,0 +1,191 @@
+"""Several adapters made into one: `sum_i w_i * scale_i * a_i @ b_i`, exactly or at a lower rank.
+
+A product of sums is not a sum of products. Adding up the factors themselves, as other libraries
+offer under the name "linear", gives
+
+    (sum_i a_i) @ (sum_j b_j) = sum_i a_i @ b_i  +  sum_{i != j} a_i @ b_j
+
+whose cross terms mean nothing and are as large as what was asked for, so it is not offered here.
+Side by side the factors do multiply to the sum,
+
+    [a_1 a_2 ...] @ [c_1 b_1; c_2 b_2; ...] = sum_i c_i a_i @ b_i        c_i = w_i * scale_i
+
+at the cost of a rank that is the sum of the ranks. `truncate` lowers it again, as well as any
+matrix of that rank can.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from lora_jax.adapters import Adapter, Factors, check, factors_alone, wide_dtype
+from lora_jax.errors import LoraError
+from lora_jax.layout import Layout, Target
+from lora_jax.spec import check_rank
+
+
+class Truncation(NamedTuple):
+    """What `truncate` left out of one target's update, over all of its stack.
+
+    error: its Frobenius norm, the root of the sum of squares of the singular values cut off.
+    relative: that divided by the norm of the whole update; 0 where the update is 0.
+    """
+
+    error: Any
+    relative: Any
+
+
+def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Return one adapter whose update is `sum_i weights[i] * (the update of adapters[i])`.
+
+    Ranks, alphas and targets may differ: a target has the sum of the ranks of the adapters that
+    adapt it. Weights and scales are folded into `b`, so every scale of the result is 1. Where the
+    ranks add up to more than min(in, out) the factors are rewritten at that rank, which holds any
+    update in full; an update is never lost here.
+
+    Args:
+      adapters: adapters of one model.
+      weights: one finite number for each, of any sign; they need not sum to 1.
+
+    Returns:
+      An ordinary `Adapter`, which `save`, `stack` and `truncate` take. The
+      factors are float32 (float64 where an adapter's are).
+
+    Raises:
+      LoraError: no adapter, another number of weights than of adapters, a weight that is not
+        finite, adapters that do not fit their layout, that have trainable base parameters, or that
+        adapt one path as parameters of different shapes or roles.
+
+    >>> import jax, lora_jax
+    >>> f = lambda params, x: x @ params["w"]
+    >>> params, x = {"w": jnp.zeros((6, 5))}, jnp.ones((2, 6))
+    >>> layout = lora_jax.resolve(lora_jax.LoraSpec(2, 2.0, "w"), f, params, x)
+    >>> one = {"w": Factors(jnp.ones((6, 2)), jnp.ones((2, 5)))}
+    >>> two = {"w": Factors(jnp.ones((6, 2)), 10 * jnp.ones((2, 5)))}
+    >>> both, adapters, _ = combine([(layout, one), (layout, two)], [0.5, 1.0])
+    >>> both["w"].rank, float(lora_jax.merge(both, params, adapters)["w"][0, 0])
+    (4, 21.0)
+    """
+    members = [factors_alone(adapter, "combined") for adapter in adapters]
+    _check(members, weights)
+    parts: dict[str, list[tuple[Target, Factors, float]]] = {}
+    for member, weight in zip(members, weights, strict=True):
+        for target in member.layout.targets:
+            factors = member.parameters[target.path]
+            parts.setdefault(target.path, []).append((target, factors, weight * target.scale))
+    joined = [_joined(path, rows) for path, rows in parts.items()]
+    layout = Layout(tuple(t for t, _ in joined))
+    return Adapter(layout, {t.path: factors for t, factors in joined})
+
+
+def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Truncation]]:
+    """Return the nearest adapter of at most `rank` (Eckart-Young), and what that cost, target by target.
+
+    The singular values come from the two thin QR factorisations of `a` and `b` and a square
+    matrix of the present rank, never from an [in, out] matrix; layers and experts are done as a
+    batch. A target whose rank is not above `rank` stays as it is, bit for bit.
+
+    Args:
+      adapter: trained at a higher rank, or made by `combine`.
+      rank: the highest rank that is kept.
+
+    Returns:
+      (adapter, {path: Truncation}): where something was cut the scale is 1, and each singular
+      value is shared evenly by `a` and `b`. The factors keep their dtypes; the work is done in
+      float32 (float64 for float64).
+
+    Raises:
+      LoraError: a rank below 1, or adapters that do not fit the layout.
+
+    >>> from lora_jax.layout import Target
+    >>> layout = Layout((Target("w", (3, 4), (), (0,), (1,), rank=2, alpha=2.0),))
+    >>> factors = Factors(jnp.diag(jnp.array([4.0, 3.0, 0.0]))[:, :2], jnp.eye(2, 4))
+    >>> smaller, lost = truncate(Adapter(layout, {"w": factors}), 1)
+    >>> smaller.layout["w"].rank, round(float(lost["w"].error), 5), round(float(lost["w"].relative), 5)
+    (1, 3.0, 0.6)
+    """
+    check_rank(rank, "truncate")
+    adapter = Adapter(*adapter)
+    layout, adapters = adapter.layout, adapter.parameters
+    check(layout, adapters)
+    targets, kept, cuts = [], {}, {}
+    for target in layout.targets:
+        factors, path = adapters[target.path], target.path
+        if target.rank > rank:
+            a, b = jnp.asarray(factors.a), jnp.asarray(factors.b)
+            wide = wide_dtype(jnp.promote_types(a.dtype, b.dtype))
+            exact = Factors(a.astype(wide), target.scale * b.astype(wide))
+            small, cuts[path] = _nearest(exact, len(target.stack), rank)
+            factors = Factors(small.a.astype(a.dtype), small.b.astype(b.dtype))
+            target = dataclasses.replace(target, rank=rank, alpha=float(rank))
+        else:
+            cuts[path] = Truncation(jnp.zeros(()), jnp.zeros(()))
+        targets.append(target)
+        kept[path] = factors
+    return adapter._replace(layout=Layout(tuple(targets)), parameters=kept), cuts
+
+
+def _check(members: Sequence[Adapter], weights: Sequence[float]) -> None:
+    if not members:
+        raise LoraError("there is nothing to combine: pass at least one Adapter(layout, adapters)")
+    if len(members) != len(weights):
+        raise LoraError(
+            f"combine needs one weight for each adapter: got {len(members)} adapters and "
+            f"{len(weights)} weights"
+        )
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise LoraError(f"the weights must be finite numbers, got {list(weights)}")
+    for layout, adapters, _ in members:
+        check(layout, adapters)
+
+
+def _joined(path: str, rows: Sequence[tuple[Target, Factors, float]]) -> tuple[Target, Factors]:
+    """One target of the result, from what each member has there and its weight times scale."""
+    first = rows[0][0]
+    for target, _, _ in rows:
+        if target.form != first.form:
+            raise LoraError(
+                f"{path!r} is not the same parameter in all adapters: (shape, stack, inputs, "
+                f"outputs) is {first.form} in one and {target.form} in another; adapters that "
+                "are combined must belong to one model, resolved alike"
+            )
+    dtypes = [jnp.asarray(x).dtype for _, factors, _ in rows for x in factors]
+    wide = jnp.float64 if jnp.float64 in dtypes else jnp.float32
+    n_stack = len(first.stack)
+    factors = Factors(
+        jnp.concatenate([jnp.asarray(f.a, wide) for _, f, _ in rows], axis=-1),
+        jnp.concatenate([c * jnp.asarray(f.b, wide) for _, f, c in rows], axis=n_stack),
+    )
+    full = min(first.fan_in, first.fan_out)
+    rank = min(full, sum(t.rank for t, _, _ in rows))
+    if rank < factors.a.shape[-1]:
+        factors, _ = _nearest(factors, n_stack, rank)
+    fold = any(t.fold for t, _, _ in rows)
+    return dataclasses.replace(first, rank=rank, alpha=float(rank), fold=fold), factors
+
+
+def _nearest(factors: Factors, n_stack: int, rank: int) -> tuple[Factors, Truncation]:
+    """The best approximation of `a @ b` by factors of `rank`, for every slice of the stack.
+
+    With a = Qa Ra and b^T = Qb Rb the singular values of `a b` are those of the small `Ra Rb^T`.
+    """
+    stack = factors.a.shape[:n_stack]
+    a = factors.a.reshape(*stack, -1, factors.a.shape[-1])
+    b = factors.b.reshape(*stack, factors.b.shape[n_stack], -1)
+    (qa, ra), (qb, rb) = jnp.linalg.qr(a), jnp.linalg.qr(b.mT)
+    core = jnp.matmul(ra, rb.mT, precision="highest")
+    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    small_a = jnp.matmul(qa, u[..., :rank] * root[..., None, :], precision="highest")
+    small_b = jnp.matmul(root[..., None] * vt[..., :rank, :], qb.mT, precision="highest")
+    error, whole = jnp.linalg.norm(s[..., rank:]), jnp.linalg.norm(s)
+    relative = jnp.where(whole > 0, error / jnp.where(whole > 0, whole, 1), 0)
+    shape_a = (*factors.a.shape[:-1], rank)
+    shape_b = (*stack, rank, *factors.b.shape[n_stack + 1 :])
+    return Factors(small_a.reshape(shape_a), small_b.reshape(shape_b)), Truncation(error, relative)

@@ -1,0 +1,309 @@
+"""Many adapters as one: stacked along a leading axis, and selected by a number.
+
+    layout, stacked = stack([Adapter(layout_0, adapters_0), Adapter(layout_1, adapters_1), ...])
+    g = lora_jax.adapt(layout, f)
+    g(params, select(stacked, 1), x)              adapter 1 for all of x
+    g(params, select(stacked, [0, 1, BASE]), x)   one for each example of x; BASE is none at all
+
+The members may differ in rank, alpha and targets. Ranks are filled up with exact zeros, a target
+that a member does not adapt is zero in it, and each member's scale (alpha / rank) travels with it
+as data. So whichever is chosen, the arrays have the same shapes: **one compiled program serves all
+of them**, and the base is not copied. The base itself is the last slot, zeros, which is why its
+number is -1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters import Adapter, Adapters, Factors, check, check_factors, factors_alone
+from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.layout import Layout, Target
+from lora_jax.multi.blend import Blend, Choice, Choosing
+
+BASE = -1
+"""The number of no adapter: the base model as it is."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """One adapter in the shapes of a common layout, its scales being data.
+
+    factors: `{path: Factors(a, b)}`, filled up with zeros to the common ranks.
+    scales: `{path: alpha / rank}`, [] float32 each; 0 where the adapter does not adapt the path.
+    """
+
+    factors: Adapters
+    scales: dict[str, Any]
+
+    def blend(self) -> Blend:
+        """The same, as the interpreter takes it."""
+        return Blend(self.factors, self.scales)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """n adapters in the shapes of a common layout, and the base as the last; arrays only.
+
+    factors: `{path: Factors(a [n + 1, *stack, *inputs, rank], b [n + 1, *stack, rank, *outputs])}`.
+    scales: `{path: [n + 1] float32}`.
+    size: n, the base not counted.
+    """
+
+    factors: Adapters
+    scales: dict[str, Any]
+    size: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection(Choosing):
+    """Adapters chosen from a stack, as `lora_jax.adapt` takes them; nothing is copied yet.
+
+    ids: [] or [B] int, from 0 to n - 1, or BASE.
+    """
+
+    stack: Stack
+    ids: Any
+
+    @property
+    def per_example(self) -> bool:
+        return jnp.ndim(self.ids) == 1
+
+    def choice(self, layout: Layout) -> Any:
+        check(layout, jax.tree.map(_without_first, self.stack.factors))
+        return slot(self.stack, self.ids) if self.per_example else self.ids
+
+    def blend(self, layout: Layout, choice: Any) -> Blend:
+        if not self.per_example:
+            return take(self.stack, choice).blend()
+        return Blend(self.stack.factors, self.stack.scales, choice=Choice(choice, len(self.ids)))
+
+
+def union(layouts: Iterable[Layout]) -> Layout:
+    """The layout that adapters of all these fit into: every target, with the largest of its ranks.
+
+    Its targets' alpha is their rank, so that their scale is 1: the members' scales are data.
+
+    Raises:
+      LoraError: two of them disagree about a parameter's shape or the roles of its axes.
+    """
+    found: dict[str, Target] = {}
+    for index, layout in enumerate(layouts):
+        for target in layout.targets:
+            known = found.setdefault(target.path, target)
+            if known.form != target.form:
+                raise LoraError(
+                    f"{target.path!r} differs among the adapters: adapter {index} has "
+                    f"(shape, stack, inputs, outputs) = {target.form}, one before it has "
+                    f"{known.form}; they were made for different models"
+                )
+            rank, fold = max(known.rank, target.rank), known.fold or target.fold
+            found[target.path] = dataclasses.replace(known, rank=rank, fold=fold)
+    return Layout(tuple(dataclasses.replace(t, alpha=float(t.rank)) for t in found.values()))
+
+
+def stack(adapters: Sequence[Adapter], *, size: int | None = None) -> tuple[Layout, Stack]:
+    """Return one layout and one stack that hold all of `adapters`.
+
+    Args:
+      adapters: in the order of their numbers, 0, 1, ... All factors of a path have one dtype.
+      size: how many slots there are, for those that `put` is to bring later; the empty ones are
+        zeros, the base. None: as many as there are adapters.
+
+    Raises:
+      LoraError: no adapters, some that do not fit their layout or each other or that have
+        trainable base parameters, a size too small.
+
+    >>> import lora_jax
+    >>> f = lambda params, x: x @ params["w"]
+    >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    >>> def adapter(rank, value):
+    ...     layout = lora_jax.resolve(lora_jax.LoraSpec(rank, targets="w"), f, params, x)
+    ...     ones = lora_jax.Factors(jnp.ones((4, rank)), jnp.ones((rank, 3)))
+    ...     return layout, {"w": jax.tree.map(lambda x: value * x, ones)}
+    >>> layout, stacked = lora_jax.multi.stack([adapter(1, 0.5), adapter(3, 2.0)])
+    >>> stacked.factors["w"].a.shape  # two adapters of rank 3 at most, and the base
+    (3, 4, 3)
+    >>> g = lora_jax.adapt(layout, f)
+    >>> g(params, lora_jax.multi.select(stacked, jnp.array([1, lora_jax.multi.BASE])), x)[:, 0].tolist()
+    [260.0, 4.0]
+    """
+    if not adapters:
+        raise LoraError("no adapters to stack: pass at least one Adapter(layout, adapters)")
+    count = len(adapters) if size is None else size
+    if count < len(adapters):
+        raise LoraError(f"{len(adapters)} adapters do not fit into size={count} slots")
+    given = [factors_alone(adapter, "stacked") for adapter in adapters]
+    layout = union(adapter.layout for adapter in given)
+    members = [pad(layout, adapter.layout, adapter.parameters) for adapter in given]
+    _check_dtypes(members)
+    empty = jax.tree.map(jnp.zeros_like, members[0])
+    members += [empty] * (count + 1 - len(adapters))
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
+    return layout, Stack(stacked.factors, stacked.scales, count)
+
+
+def pad(layout: Layout, own: Layout, adapters: Adapters) -> Scaled:
+    """An adapter of the layout `own` in the shapes of `layout`, which has room for it.
+
+    Zeros fill it up. They stay zero in training: where a's column and b's row of some rank are
+    both zero, so are their gradients.
+
+    Raises:
+      LoraError: the adapters do not fit `own`, or `own` does not fit into `layout`.
+    """
+    check(own, adapters)
+    known = {t.path: t for t in layout.targets}
+    for target in own.targets:
+        room = known.get(target.path)
+        if room is None:
+            raise LoraError(
+                f"the stack has no room for the target {target.path!r}; nearest in it:\n"
+                f"{listed(nearest(target.path, known))}\nstack the adapters anew, with this one"
+            )
+        if room.form != target.form or target.rank > room.rank:
+            raise LoraError(
+                f"{target.path!r} does not fit into the stack: it has rank {target.rank} and "
+                f"(shape, stack, inputs, outputs) = {target.form}; the stack has room for rank "
+                f"{room.rank} and {room.form}. Stack the adapters anew, with this one"
+            )
+    dtype = next((f.a.dtype for f in adapters.values()), jnp.float32)
+    factors = {t.path: _padded(t, adapters.get(t.path), dtype) for t in layout.targets}
+    scales = {t.path: 0.0 for t in layout.targets} | {t.path: t.scale for t in own.targets}
+    return Scaled(factors, {path: jnp.float32(scale) for path, scale in scales.items()})
+
+
+def _padded(room: Target, factors: Factors | None, dtype: Any) -> Factors:
+    if factors is None:
+        return Factors(np.zeros(room.a_shape, dtype), np.zeros(room.b_shape, dtype))
+
+    def fill(x: Any, shape: tuple[int, ...]) -> Any:
+        pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
+        return pad(x, [(0, n - have) for n, have in zip(shape, jnp.shape(x), strict=True)])
+
+    return Factors(fill(factors.a, room.a_shape), fill(factors.b, room.b_shape))
+
+
+def unpad(own: Layout, factors: Mapping[str, Factors]) -> Adapters:
+    """The adapter of the layout `own` again, from factors that were filled up; bit for bit."""
+    out = {}
+    for t in own.targets:
+        if t.path not in factors:
+            raise LoraError(
+                f"the factors hold no {t.path!r}; nearest:\n{listed(nearest(t.path, factors))}"
+            )
+        a, b = factors[t.path]
+        ranks = (slice(None),) * len(t.stack) + (slice(t.rank),)
+        out[t.path] = Factors(a[..., : t.rank], b[ranks])
+        check_factors(t, out[t.path])
+    return out
+
+
+def put(layout: Layout, stacked: Stack, index: int, adapter: Adapter) -> Stack:
+    """The stack with another adapter in the slot `index`: for a server that swaps them in and out.
+
+    The given stack is used up (its arrays are donated), and only the slot is written: it takes as
+    long for the thousandth adapter as for the first, and what was compiled for the stack serves
+    the new one.
+
+    Raises:
+      LoraError: no such slot, or the adapter does not fit the stack's layout or has trainable base
+        parameters.
+    """
+    if not 0 <= index < stacked.size:
+        raise LoraError(f"no slot {index} in a stack of {stacked.size}; they count from 0")
+    own, adapters, _ = factors_alone(adapter, "put into a stack")
+    # Filled up on the host: on the device, padding would compile for every rank that is new to it.
+    member = pad(layout, own, jax.tree.map(_on_host, adapters))
+    _check_dtypes([member, stacked])
+    return _put(stacked, member, jnp.int32(index))
+
+
+def _on_host(x: Any) -> Any:
+    whole = not isinstance(x, jax.Array) or x.is_fully_addressable
+    return np.asarray(x) if whole else x
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stacked: Stack, member: Scaled, index: Any) -> Stack:
+    new = Stack(member.factors, member.scales, stacked.size)
+    return jax.tree.map(lambda all, one: all.at[index].set(one), stacked, new)
+
+
+def unstack(own: Layout, stacked: Stack, index: int) -> Adapters:
+    """Adapter `index`, of the layout `own`, as it went in; bit for bit."""
+    if not 0 <= index < stacked.size:
+        raise LoraError(f"no slot {index} in a stack of {stacked.size}; they count from 0")
+    return unpad(own, jax.tree.map(lambda x: x[index], stacked.factors))
+
+
+def select(stacked: Stack, ids: Any) -> Selection:
+    """Adapters of a stack, to be given to what `lora_jax.adapt` makes in the place of one.
+
+    Args:
+      stacked: from `stack`.
+      ids: an integer for all, or [B] integers, one for each example; BASE is no adapter. They may
+        be traced: what is compiled for some serves all. A number that is no slot gives NaN, since
+        no error can be raised from inside a compiled program; outside of one it is an error.
+
+    Raises:
+      LoraError: ids that are no integers, of another rank, or of no slot.
+    """
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim > 1:
+        raise LoraError(
+            f"ids must be an integer or a vector of integers, one for each example; got "
+            f"{ids.dtype}{list(ids.shape)}"
+        )
+    if not isinstance(ids, jax.core.Tracer) and ids.size:
+        found = np.asarray(ids)
+        if found.min() < BASE or found.max() >= stacked.size:
+            bad = int(found.min() if found.min() < BASE else found.max())
+            raise LoraError(
+                f"no adapter {bad} in a stack of {stacked.size}: numbers go from 0 to "
+                f"{stacked.size - 1}, and {BASE} is the base"
+            )
+    return Selection(stacked, ids)
+
+
+def take(stacked: Stack, index: Any) -> Scaled:
+    """One adapter by its number, [] int, maybe traced or under a vmap; NaN for one that is none."""
+    row = slot(stacked, index)
+
+    def one(x: Any) -> Any:
+        return x.at[row].get(mode="fill", fill_value=jnp.nan)
+
+    return Scaled(jax.tree.map(one, stacked.factors), jax.tree.map(one, stacked.scales))
+
+
+def slot(stacked: Stack, ids: Any) -> Any:
+    """Where in the stack's arrays the adapters lie: from 0 to n, or n + 1 for what is no number."""
+    nowhere = stacked.size + 1
+    known = (ids >= BASE) & (ids < stacked.size)
+    return jnp.where(ids == BASE, stacked.size, jnp.where(known, ids, nowhere))
+
+
+def _without_first(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+
+def _check_dtypes(members: Sequence[Scaled | Stack]) -> None:
+    kinds = [{p: (f.a.dtype, f.b.dtype) for p, f in m.factors.items()} for m in members]
+    for index, kind in enumerate(kinds):
+        for path, dtypes in kind.items():
+            if dtypes != kinds[0][path]:
+                raise LoraError(
+                    f"{path!r} has dtypes {[d.name for d in dtypes]} in adapter {index}, and "
+                    f"{[d.name for d in kinds[0][path]]} in the first; cast them to one: "
+                    "jax.tree.map(lambda x: x.astype(...), adapters)"
+                )

@@ -1,0 +1,197 @@
+"""A reader of compiled HLO, and the products in it.
+
+XLA's own `cost_analysis` counts the body of a loop once; here everything is counted as often as its
+loop runs. All sizes are those of one device: after partitioning, the program is one device's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+LORA = "/lora/"  # in the origin of what `lora_jax.primitives.lowrank` does, forward and backward
+VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")  # of an array, or its copy
+_TWO = ("s16", "u16", "bf16", "f16")
+_FOUR, _EIGHT = ("s32", "u32", "f32"), ("s64", "u64", "f64", "c64")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0, "c128": 128}
+_BITS |= dict.fromkeys(_TWO, 16) | dict.fromkeys(_FOUR, 32) | dict.fromkeys(_EIGHT, 64)
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
+_CALLS = re.compile(
+    r"(calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_DIMS = r"{}=\{{([\d,]*)\}}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array type, such as f32[8,128]."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers."""
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """Packed: two int4 to a byte. Eight-bit floats of every kind count one."""
+        return (self.size * _BITS.get(self.dtype, 8) + 7) // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO. `origin` is the name that JAX gave the operation it comes from."""
+
+    name: str
+    kind: str
+    results: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    origin: str
+    root: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of all results."""
+        return sum(shape.bytes for shape in self.results)
+
+    @property
+    def called(self) -> Iterator[tuple[str, str]]:
+        """(role, computation) of every computation that it runs."""
+        for role, names in _CALLS.findall(self.attributes):
+            for name in _OPERAND.findall(names):
+                yield role, name
+
+    @property
+    def trips(self) -> int | None:
+        """Of a loop: how often it goes round, where XLA knows."""
+        found = _TRIPS.search(self.attributes)
+        return int(found[1]) if found else None
+
+    def dims(self, name: str) -> tuple[int, ...]:
+        """The numbers of an attribute such as lhs_contracting_dims."""
+        found = re.search(_DIMS.format(name), self.attributes)
+        return tuple(int(n) for n in found[1].split(",") if n) if found else ()
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program: its computations, callees before callers, the entry last."""
+
+    computations: dict[str, Computation]
+    entry: str
+    devices: int
+
+    @functools.cached_property
+    def times(self) -> dict[str, int]:
+        """How often each computation runs in one run of the program."""
+        times = dict.fromkeys(self.computations, 0)
+        times[self.entry] = 1
+        for name in reversed(self.computations):
+            for instruction in self.computations[name].values():
+                for role, callee in instruction.called:
+                    loop = role in ("body", "condition") and instruction.kind == "while"
+                    trips = (instruction.trips or 1) if loop else 1
+                    times[callee] = times.get(callee, 0) + times[name] * trips
+        return times
+
+    @property
+    def unknown_loops(self) -> list[str]:
+        """Origins of the loops whose number of rounds XLA does not know; they count once."""
+        every = (i for c in self.computations.values() for i in c.values())
+        return [i.origin or i.name for i in every if i.kind == "while" and i.trips is None]
+
+
+def parse(text: str) -> Module:
+    """Read `compiled.as_text()`.
+
+    >>> lines = ["ENTRY %f (x: f32[4,2]) -> f32[4,4] {",
+    ...          "  %x = f32[4,2]{1,0} parameter(0)",
+    ...          "  ROOT %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}",
+    ...          "}"]
+    >>> [(p.flops, p.bytes) for p in products(parse(chr(10).join(lines)))]
+    [(64, 128)]
+    """
+    computations: dict[str, Computation] = {}
+    current: Computation = {}
+    entry = ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif found := _LINE.match(line):
+            instruction = _instruction(*found.groups())
+            current[instruction.name] = instruction
+    devices = re.search(r"num_partitions=(\d+)", text)
+    return Module(computations, entry, int(devices[1]) if devices else 1)
+
+
+def _instruction(root: str | None, name: str, result: str, kind: str, rest: str) -> Instruction:
+    end = closing(rest)
+    attributes = rest[end + 1 :]
+    origin = _ORIGIN.search(attributes)
+    results = tuple(
+        Shape(dtype, tuple(int(d) for d in dims.split(",") if d))
+        for dtype, dims in _ARRAY.findall(result)
+    )
+    operands = tuple(_OPERAND.findall(rest[:end]))
+    return Instruction(
+        name, kind, results, operands, attributes, origin[1] if origin else "", bool(root)
+    )
+
+
+def closing(text: str) -> int:
+    """Where the parenthesis closes that is open at the beginning."""
+    depth = 1
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return i
+    return len(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A dot or a convolution. flops and bytes are of one run; it runs `times` times."""
+
+    origin: str
+    flops: int
+    bytes: int
+    times: int
+
+
+def products(module: Module) -> list[Product]:
+    """Every product: 2 FLOPs for each multiply-add; bytes of its operands and its result."""
+    found = []
+    for name, computation in module.computations.items():
+        for i in computation.values():
+            if i.kind in ("dot", "convolution") and module.times[name]:
+                lhs, rhs = (computation[o].results[0] for o in i.operands)
+                out = i.results[0]
+                if i.kind == "dot":
+                    each = math.prod(lhs.dims[d] for d in i.dims("lhs_contracting_dims"))
+                else:
+                    each = rhs.size // max(_outputs(i, rhs), 1)
+                moved = lhs.bytes + rhs.bytes + out.bytes
+                found.append(Product(i.origin, 2 * out.size * each, moved, module.times[name]))
+    return found
+
+
+def _outputs(convolution: Instruction, kernel: Shape) -> int:
+    """The output features of a kernel, by `dim_labels=b01f_01io->b01f`."""
+    labels = re.search(r"dim_labels=\w+_(\w+)->", convolution.attributes)
+    return kernel.dims[labels[1].index("o")] if labels else 1

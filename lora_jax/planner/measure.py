@@ -1,0 +1,323 @@
+"""The step of a run, compiled for a mesh and measured. Nothing is computed and nothing loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.data.process_slice import Shard
+from lora_jax.frozen import split
+from lora_jax.planner import bf16_lowering, collectives, hlo, residuals
+from lora_jax.planner.devices import Device
+from lora_jax.resolve import resolve
+from lora_jax.training import mesh, optimizer, step
+from lora_jax.training.config import Config
+from lora_jax.training.method import MethodConfig
+from lora_jax.training.text import TextConfig
+from lora_jax.training.workload import Workload
+
+Tree = Any  # a pytree
+Of = Literal["base", "adapters", "update"]
+
+# What XLA does for CPUs alone would hide what an accelerator does: it computes 16-bit products in
+# float32, and hands reductions to a library that keeps its results in float32. Memory, not
+# parallelism, decides the order of the program.
+OPTIONS: dict[str, str | bool] = {
+    "xla_disable_hlo_passes": "change-op-data-type",
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Of one device.
+
+    weights: the base parameters, those trained in full among them.
+    adapters, optimizer: what is trained beside them, and the optimizer's state of all that is.
+    batch: the rows of the device.
+    activations: what the forward pass keeps for the backward pass.
+    temporaries: all else that the step needs while it runs: gathered weights, gradients.
+    """
+
+    weights: float
+    adapters: float
+    optimizer: float
+    batch: float
+    activations: float
+    temporaries: float
+
+    @property
+    def total(self) -> float:
+        """All of it: what the device's memory must hold."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """All collectives of a kind and a cause, in one step of one device.
+
+    of: "base" (there without LoRA too), "adapters" (LoRA adds them) or "update" (the gradient's
+      norm, the optimizer).
+    times: how many.
+    bytes: of their operands, together.
+    seconds: that they take at the speed of the device's links, one after the other.
+    """
+
+    kind: str
+    of: Of
+    times: float
+    bytes: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array that goes through a collective: `times` times in a step."""
+
+    kind: str
+    of: Of
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    group: int
+    times: int
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one step needs.
+
+    parameters: of the base. trained: adapter parameters, and base parameters trained in full.
+    state: bytes of a checkpoint of all parameters, and of one of what is trained.
+    flops: of the products of one device in a step; of the low-rank ones among them.
+    moved: bytes that those products read and write.
+    unknown_loops: loops that count once, since XLA does not know how often they go round.
+    """
+
+    parameters: int
+    adapter_parameters: int
+    base_parameters_trained: int
+    checkpoint_full: int
+    checkpoint_trained: int
+    bytes: Bytes
+    flops: float
+    flops_adapters: float
+    moved: float
+    traffic: tuple[Traffic, ...]
+    arrays: tuple[Array, ...]
+    unknown_loops: tuple[str, ...]
+
+    @property
+    def communication(self) -> float:
+        """Seconds of all collectives."""
+        return sum(t.seconds for t in self.traffic)
+
+
+def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
+    """One whole training batch, by shape; read off the first where the workload does not say."""
+    batch: Mapping[str, Any] = (
+        next(workload.train(Shard())) if workload.example is None else workload.example
+    )
+    return {name: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for name, x in batch.items()}
+
+
+def measure(
+    config: Config, workload: Workload, grid: jax.sharding.Mesh, device: Device
+) -> Measured:
+    """Lower and compile the step of `config` for the mesh `grid`, and measure it."""
+    batch = example(workload)
+    place = mesh.place(workload, config.mesh, grid, batch)
+    key, lora = jax.eval_shape(lambda: jax.random.key(0)), config.adaptation
+    layout = resolve(lora.spec, workload.apply, workload.params, batch, train=True, key=key)
+    patterns = workload.beside if lora.beside is None else lora.beside
+    params = jax.tree.map(_placed, workload.params, place.params)
+    base, frozen = split(params, patterns)
+    step.check_apart(layout, base)
+    tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
+    state = step.shapes(layout, base, tx, key, place)
+    rows = {name: _placed(x, _of_rows(place, x)) for name, x in batch.items()}
+    take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate)
+    compiled, brain = _compile(take, place, state, frozen, rows)
+    module = hlo.parse(compiled.as_text())
+    found = collectives.collectives(module)
+    arrays = tuple(_array(c, brain) for c in found)
+    products = hlo.products(module)
+    trained = jax.tree.leaves(state.trained)
+    return Measured(
+        parameters=_count(params),
+        adapter_parameters=_count(state.trained["adapters"]),
+        base_parameters_trained=_count(state.trained["base"]),
+        checkpoint_full=sum(map(_whole, jax.tree.leaves(params))),
+        checkpoint_trained=sum(map(_whole, trained)),
+        bytes=_bytes(compiled, residuals.kept(module), state, frozen, rows),
+        flops=sum(p.flops * p.times for p in products),
+        flops_adapters=sum(p.flops * p.times for p in products if hlo.LORA in p.origin),
+        moved=sum(p.bytes * p.times for p in products),
+        traffic=_traffic(arrays, [c.group for c in found], device),
+        arrays=arrays,
+        unknown_loops=tuple(module.unknown_loops),
+    )
+
+
+def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _of_rows(place: mesh.Placement, x: Any) -> jax.sharding.NamedSharding:
+    """As `Placement.batch` does it."""
+    return jax.sharding.NamedSharding(place.mesh, mesh.BATCH) if x.shape else place.whole
+
+
+def _compile(take: Any, place: mesh.Placement, *arguments: Any) -> tuple[Any, bool]:
+    """As `Loop` compiles it; where it has bfloat16, with float16 for that (see `half`)."""
+    options = step.compilation(arguments[0], place)
+    halved = bf16_lowering.halved(take, *arguments)
+    if halved is None:
+        return jax.jit(take, **options).lower(*arguments).compile(OPTIONS), False
+    lowered = jax.jit(halved, **options).lower(*bf16_lowering.shapes(arguments))
+    return lowered.compile(OPTIONS), True
+
+
+def _bytes(compiled: Any, held: int, state: step.State, frozen: Tree, rows: Tree) -> Bytes:
+    """From the shardings, exactly; what the step needs besides, from XLA.
+
+    Not `peak_memory_in_bytes`, which leaves out the temporaries under sharding.
+    """
+    analysis = compiled.memory_analysis()
+    fresh = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    needed = analysis.temp_size_in_bytes + fresh
+    held = min(held, needed)
+    return Bytes(
+        weights=_local(frozen) + _local(state.trained["base"]),
+        adapters=_local(state.trained["adapters"]),
+        optimizer=_local(state.optimizer),
+        batch=_local(rows),
+        activations=held,
+        temporaries=needed - held,
+    )
+
+
+def _local(tree: Tree) -> int:
+    """Bytes of one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def _whole(x: Any) -> int:
+    return math.prod(x.shape) * int(x.dtype.itemsize)
+
+
+def _count(tree: Tree) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def _array(c: collectives.Collective, brain: bool) -> Array:
+    dtype = "bf16" if brain and c.operand.dtype == "f16" else c.operand.dtype
+    return Array(
+        c.kind,
+        cause(c.origin),
+        dtype,
+        c.operand.dims,
+        c.operand.bytes,
+        len(c.group),
+        c.times,
+        c.origin,
+    )
+
+
+def cause(origin: str) -> Of:
+    """What a collective is there for, by the name of the operation or argument it comes from.
+
+    >>> cause("jit(step)/jvp(f)/q/jit(_add)/lora/dot_general"), cause("jit(step)/reduce_sum")
+    ('adapters', 'update')
+    """
+    if hlo.LORA in origin or ".trained['adapters']" in origin.replace("\\'", "'"):
+        return "adapters"
+    of_update = origin.startswith("jit(") or ".optimizer" in origin
+    return "update" if of_update and "jvp(" not in origin else "base"
+
+
+def _traffic(
+    arrays: tuple[Array, ...], groups: list[tuple[int, ...]], device: Device
+) -> tuple[Traffic, ...]:
+    sums: dict[tuple[str, Of], list[float]] = {}
+    for array, group in zip(arrays, groups, strict=True):
+        total = sums.setdefault((array.kind, array.of), [0, 0, 0])
+        total[0] += array.times
+        total[1] += array.bytes * array.times
+        total[2] += seconds(array.kind, array.bytes, group, device) * array.times
+    order = sorted(sums, key=lambda key: -sums[key][1])
+    return tuple(Traffic(kind, of, *sums[kind, of]) for kind, of in order)
+
+
+def seconds(kind: str, operand: int, group: tuple[int, ...], device: Device) -> float:
+    """Of one collective, as a ring does it: how often a device passes its operand on.
+
+    >>> from lora_jax.planner.devices import DEVICES
+    >>> seconds("all-gather", 450_000_000, tuple(range(4)), DEVICES["h100-80gb"])
+    0.003
+    """
+    n = len(group)
+    if n == 1:
+        return 0.0
+    passes = {
+        "all-gather": n - 1.0,
+        "all-reduce": 2 * (n - 1) / n,
+        "collective-permute": 1.0,
+        "collective-broadcast": 1.0,
+    }.get(kind, (n - 1) / n)
+    return passes * operand / device.rate(group)
+
+
+def full(config: Config) -> Config:
+    """The same run as full fine-tuning."""
+    lora = dataclasses.replace(config.lora, targets=(), beside=("**",))
+    changes: dict[str, Any] = {"lora": lora}
+    if isinstance(config, TextConfig):
+        changes["method"] = MethodConfig()  # no other takes a lora.beside
+    return dataclasses.replace(config, **changes)
+
+
+def extrapolated(first: Measured, second: Measured, at: tuple[int, int, int]) -> Measured:
+    """What more devices need, from two measured numbers of them: each number is a + b / devices.
+
+    So it is exactly for all that the devices share evenly or hold alike, with the batch as it is.
+
+    Args:
+      at: the number of devices of the first, of the second, and that which is asked for.
+    """
+    line = functools.partial(_line, at=at)
+    pairs: Mapping[Any, Traffic] = {(t.kind, t.of): t for t in first.traffic}
+    traffic = []
+    for t in second.traffic:
+        before = pairs.get((t.kind, t.of), t)
+        numbers = (line(getattr(before, n), getattr(t, n)) for n in ("times", "bytes", "seconds"))
+        traffic.append(Traffic(t.kind, t.of, *numbers))
+    both = zip(dataclasses.astuple(first.bytes), dataclasses.astuple(second.bytes), strict=True)
+    return dataclasses.replace(
+        second,
+        bytes=Bytes(*(line(x, y) for x, y in both)),
+        flops=line(first.flops, second.flops),
+        flops_adapters=line(first.flops_adapters, second.flops_adapters),
+        moved=line(first.moved, second.moved),
+        traffic=tuple(traffic),
+        arrays=(),
+    )
+
+
+def _line(x: float, y: float, at: tuple[int, int, int]) -> float:
+    """The value at 1 / at[2] of the line through (1 / at[0], x) and (1 / at[1], y).
+
+    >>> _line(30.0, 20.0, (1, 2, 4))
+    15.0
+    """
+    one, two, asked = (1 / n for n in at)
+    return max(0.0, y + (y - x) * (asked - two) / (two - one))

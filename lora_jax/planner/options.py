@@ -1,0 +1,30 @@
+"""What `--plan` can be told."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lora_jax.planner.devices import DEVICES
+from lora_jax.training.config import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """A plan in the place of a run."""
+
+    plan: bool = False
+    """Plan the run and do not run it: compile its step for the devices of `mesh`, which need not
+    be here, and say what it needs of memory, time and network. No weight is read."""
+    plan_device: str = "h100-80gb"
+    """The device to plan for: a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-180gb, l4-24gb,
+    rtx4090-24gb, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e or tpu-v7x."""
+    plan_devices: int | None = None
+    """How many of them. None: the product of the mesh's sizes."""
+    plan_file: str | None = None
+    """Where the plan is written as JSON. None: beside the run directory, with .plan.json."""
+
+    def __post_init__(self) -> None:
+        known = self.plan_device in DEVICES
+        require(known, "plan_device", self.plan_device, f"one of {', '.join(DEVICES)}")
+        if self.plan_devices is not None:
+            require(self.plan_devices > 0, "plan_devices", self.plan_devices, "at least 1")

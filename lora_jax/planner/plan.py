@@ -1,0 +1,153 @@
+"""The plan of a run: what its step needs on each device, beside full fine-tuning of the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from lora_jax.planner import measure, simulated_devices
+from lora_jax.planner.devices import DEVICES, Device
+from lora_jax.planner.measure import Measured
+from lora_jax.planner.options import Options
+from lora_jax.training import mesh
+from lora_jax.training.config import Config, ConfigError, MeshConfig
+from lora_jax.training.workload import Workload
+
+LORA, FULL = "lora", "full"  # the run itself, and the same run with every parameter trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The shortest time of a step: of these three the longest, the others hidden behind it.
+
+    compute: the products, at the device's peak.
+    memory: what the products read and write, at the bandwidth of the device's memory.
+    communication: the collectives, at the speed of the links.
+    """
+
+    compute: float
+    memory: float
+    communication: float
+
+    @property
+    def seconds(self) -> float:
+        """Of one step."""
+        return max(dataclasses.astuple(self))
+
+    @property
+    def bound(self) -> str:
+        """Which of the three it is."""
+        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was found.
+
+    sizes: of the mesh. device: its name in `DEVICES`.
+    runs: "lora" (the run as it is configured) and "full" (full fine-tuning of the same).
+    compiled: the numbers of devices that were compiled; where `devices` is not among them, all
+      numbers of the runs are extrapolated.
+    batch: name -> shape of the entries of a whole batch. parts: that it goes through in.
+    first_batch: whether it is the first that the data gave, so that others may be longer.
+    """
+
+    name: str
+    sizes: dict[str, int]
+    device: str
+    runs: dict[str, Measured]
+    compiled: tuple[int, ...]
+    batch: dict[str, tuple[int, ...]]
+    first_batch: bool
+    parts: int
+
+    @property
+    def devices(self) -> int:
+        """How many it is for."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def extrapolated(self) -> bool:
+        """Whether so many devices could not be compiled for."""
+        return self.devices not in self.compiled
+
+    def fits(self, run: str) -> bool:
+        """Whether a device's memory holds the run."""
+        return self.runs[run].bytes.total <= DEVICES[self.device].memory
+
+    def roofline(self, run: str) -> Roofline:
+        """The shortest time of a step."""
+        device, found = DEVICES[self.device], self.runs[run]
+        return Roofline(
+            found.flops / device.flops, found.moved / device.bandwidth, found.communication
+        )
+
+
+def make(name: str, config: Config, options: Options) -> Plan:
+    """Compile the step for the devices of `options`, or for fewer if they are too many.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices or the batch, or JAX is in use already.
+      lora_jax.LoraError: as a run raises it.
+    """
+    sizes = simulated_devices.sizes(config.mesh, options.plan_devices)
+    compiled = _compilable(sizes)
+    there = simulated_devices.devices(max(math.prod(s.values()) for s in compiled))
+    workload = config.workload(config)
+    batch = {name: tuple(x.shape) for name, x in measure.example(workload).items()}
+    _check_rows(batch, sizes)
+    device = DEVICES[options.plan_device]
+    runs = {}
+    for run, of in ((LORA, config), (FULL, measure.full(config))):
+        *smaller, largest = (_measure(of, workload, s, there, device) for s in compiled)
+        runs[run] = largest
+        if smaller:
+            one, two = (math.prod(s.values()) for s in compiled)
+            at = (one, two, math.prod(sizes.values()))
+            runs[run] = measure.extrapolated(smaller[0], largest, at)
+    numbers = tuple(math.prod(s.values()) for s in compiled)
+    first = workload.example is None
+    return Plan(name, sizes, options.plan_device, runs, numbers, batch, first, config.accumulate)
+
+
+def _measure(
+    config: Config,
+    workload: Workload,
+    sizes: dict[str, int],
+    there: list[jax.Device],
+    device: Device,
+) -> Measured:
+    shape = MeshConfig(**sizes, rules=config.mesh.rules)
+    config = dataclasses.replace(config, mesh=shape)
+    grid = mesh.make(config.mesh, there[: math.prod(sizes.values())])
+    with jax.set_mesh(grid):
+        return measure.measure(config, workload, grid, device)
+
+
+def _compilable(sizes: dict[str, int]) -> list[dict[str, int]]:
+    """The mesh itself, or the two largest with fewer copies that the simulation can have.
+
+    >>> _compilable({"data": 64, "fsdp": 8, "tensor": 8})
+    [{'data': 16, 'fsdp': 8, 'tensor': 8}, {'data': 32, 'fsdp': 8, 'tensor': 8}]
+    """
+    if math.prod(sizes.values()) <= simulated_devices.LIMIT:
+        return [sizes]
+    copy = math.prod(sizes.values()) // sizes["data"]
+    smaller = [n for n in range(1, simulated_devices.LIMIT // copy + 1) if sizes["data"] % n == 0]
+    if len(smaller) < 2:
+        raise ConfigError(
+            f"--plan-devices {math.prod(sizes.values())}: at most {simulated_devices.LIMIT} devices can be "
+            "simulated, and beyond that a plan is extrapolated from two smaller values of "
+            f"mesh.data that divide it; with fsdp x tensor = {copy} and data = {sizes['data']} "
+            "there are none. Make fsdp x tensor smaller"
+        )
+    return [{**sizes, "data": n} for n in smaller[-2:]]
+
+
+def _check_rows(batch: dict[str, tuple[int, ...]], sizes: dict[str, int]) -> None:
+    """Every device must have its rows of a batch, as in a run (`Placement.batch`)."""
+    for name, shape in batch.items():
+        if shape:
+            mesh.check_rows(name, shape[0], sizes["data"] * sizes["fsdp"])

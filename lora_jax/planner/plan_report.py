@@ -1,0 +1,202 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from lora_jax.planner.devices import DEVICES
+from lora_jax.planner.measure import Measured
+from lora_jax.planner.plan import FULL, LORA, Plan
+from lora_jax.training.directory import write_json
+
+FORMAT = 1
+CAUSES = {
+    "base": "of the frozen model",
+    "adapters": "added by LoRA",
+    "update": "of the update",
+}
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values; bytes, FLOPs and seconds are of one device and one step."""
+    device = DEVICES[plan.device]
+    return {
+        "format": FORMAT,
+        "config": plan.name,
+        "mesh": plan.sizes,
+        "devices": plan.devices,
+        "compiled_for": list(plan.compiled),
+        "extrapolated": plan.extrapolated,
+        "first_batch": plan.first_batch,
+        "batch": {name: list(shape) for name, shape in plan.batch.items()},
+        "accumulate": plan.parts,
+        "device": {"name": plan.device, **dataclasses.asdict(device)},
+        "runs": {run: _run(plan, run) for run in plan.runs},
+        "notes": notes(plan),
+    }
+
+
+def write(plan: Plan, path: pathlib.Path) -> None:
+    """The plan as a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, to_json(plan))
+
+
+def _run(plan: Plan, run: str) -> dict[str, Any]:
+    found, roof = plan.runs[run], plan.roofline(run)
+    return {
+        "parameters": found.parameters,
+        "adapter_parameters": found.adapter_parameters,
+        "base_parameters_trained": found.base_parameters_trained,
+        "checkpoint_bytes": found.checkpoint_trained,
+        "full_checkpoint_bytes": found.checkpoint_full,
+        "bytes": {**dataclasses.asdict(found.bytes), "total": found.bytes.total},
+        "flops": found.flops,
+        "flops_adapters": found.flops_adapters,
+        "flops_all_devices": found.flops * plan.devices,
+        "collectives": [dataclasses.asdict(t) for t in found.traffic],
+        "arrays": [{**dataclasses.asdict(a), "shape": list(a.shape)} for a in found.arrays],
+        "fits": plan.fits(run),
+        "roofline": {**dataclasses.asdict(roof), "seconds": roof.seconds, "bound": roof.bound},
+    }
+
+
+def notes(plan: Plan) -> list[str]:
+    """What a reader must know who takes the numbers for true."""
+    out = []
+    if plan.extrapolated:
+        out.append(
+            f"extrapolated: {plan.devices} devices are too many to compile for. Every number is "
+            f"a + b / devices, through those of {plan.compiled[0]} and {plan.compiled[1]}."
+        )
+    if plan.first_batch:
+        out.append("The batch is the first of the data; a longer one needs more.")
+    out += [
+        "Weights, adapters and optimizer are exact. Activations (what the forward pass keeps) and "
+        "temporaries are those of XLA's program for a CPU; that of an accelerator fuses and "
+        "orders otherwise. bfloat16 is compiled as float16, since XLA would widen it on a CPU.",
+        "On a CPU, XLA has no reduce-scatter: where each device needs only its part of a sum, as "
+        "of the gradients of full fine-tuning under fsdp, the all-reduce counts twice what "
+        "an accelerator sends.",
+        "The roofline is the device's peak for bfloat16, with everything hidden behind the slowest "
+        "of three; a run at half of it is a good one.",
+    ]
+    loops = {loop for found in plan.runs.values() for loop in found.unknown_loops}
+    if loops:
+        out.append(f"Loops of unknown length count once: {', '.join(sorted(loops))}.")
+    return out
+
+
+def text(plan: Plan) -> str:
+    """The plan for a terminal."""
+    grid = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items())
+    shape = next(iter(plan.batch.values()), ())
+    parts = f" in {plan.parts} parts" if plan.parts > 1 else ""
+    marked = " (EXTRAPOLATED)" if plan.extrapolated else ""
+    lines = [
+        f"Plan of {plan.name} on {plan.devices} x {plan.device}{marked}: {grid}",
+        f"a batch of {' x '.join(map(str, shape))}{parts}",
+        "",
+        *_table(plan),
+        "",
+        *_collectives(plan.runs[LORA]),
+        "",
+        *(_verdict(plan, run) for run in plan.runs),
+        "",
+        *(f"- {note}" for note in notes(plan)),
+    ]
+    return "\n".join(lines)
+
+
+def _table(plan: Plan) -> list[str]:
+    of: Callable[[Callable[[Measured], str]], list[str]] = lambda f: [  # noqa: E731
+        f(plan.runs[run]) for run in (LORA, FULL)
+    ]
+    n, copy = plan.devices, plan.devices // plan.sizes["data"]
+    state = lambda m: m.bytes.weights + m.bytes.adapters + m.bytes.optimizer  # noqa: E731
+    rows = [
+        ["", "this run", "full fine-tuning"],
+        ["parameters", *of(lambda m: f"{m.parameters:,}")],
+        ["  of adapters", *of(lambda m: f"{m.adapter_parameters:,}")],
+        ["  trained in full", *of(lambda m: f"{m.base_parameters_trained:,}")],
+        ["checkpoint of what is trained", *of(lambda m: size(m.checkpoint_trained))],
+        ["checkpoint of everything", *of(lambda m: size(m.checkpoint_full))],
+        ["each device", "", ""],
+        ["  weights", *of(lambda m: size(m.bytes.weights))],
+        ["  adapters", *of(lambda m: size(m.bytes.adapters))],
+        ["  optimizer", *of(lambda m: size(m.bytes.optimizer))],
+        ["  activations", *of(lambda m: size(m.bytes.activations))],
+        ["  temporaries", *of(lambda m: size(m.bytes.temporaries + m.bytes.batch))],
+        ["  total", *of(lambda m: size(m.bytes.total))],
+        ["one copy, on fsdp x tensor devices", "", ""],
+        ["  weights, adapters, optimizer", *of(lambda m: size(state(m) * copy))],
+        ["all devices", "", ""],
+        ["  FLOPs of a step", *of(lambda m: scaled(m.flops * n, "FLOP"))],
+        ["    of the adapters", *of(lambda m: scaled(m.flops_adapters * n, "FLOP"))],
+        ["  against full", *of(lambda m: f"{m.flops / plan.runs[FULL].flops:.3f}")],
+    ]
+    return _aligned(rows)
+
+
+def _collectives(found: Measured) -> list[str]:
+    rows = [["collectives of this run", "times", "bytes", "seconds"]]
+    for cause, meaning in CAUSES.items():
+        there = [t for t in found.traffic if t.of == cause]
+        rows += [[f"{meaning}", "", "", ""]] if there else []
+        rows += [
+            [f"  {t.kind}", f"{t.times:,.0f}", size(t.bytes), f"{t.seconds:.3g}"] for t in there
+        ]
+    if len(rows) == 1:
+        return ["no collectives"]
+    return _aligned(rows)
+
+
+def _verdict(plan: Plan, run: str) -> str:
+    device, total, roof = DEVICES[plan.device], plan.runs[run].bytes.total, plan.roofline(run)
+    name = "this run" if run == LORA else "full fine-tuning"
+    fits = "fits" if plan.fits(run) else "does NOT fit"
+    share = total / device.memory
+    hint = ""
+    if device.is_gpu and 0.75 < share <= 1:
+        hint = " (JAX takes 75 % of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION=.95)"
+    return (
+        f"{name} {fits} {plan.device}: {size(total)} of {size(device.memory)}, {share:.0%}{hint}; "
+        f"a step takes at least {roof.seconds:.3g} s, bound by {roof.bound} (compute "
+        f"{roof.compute:.3g}, memory {roof.memory:.3g}, communication {roof.communication:.3g})"
+    )
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def size(bytes: float) -> str:
+    """Bytes, in powers of ten.
+
+    >>> size(75_497_472)
+    '75.5 MB'
+    """
+    return scaled(bytes, "B") if bytes else "-"
+
+
+def scaled(number: float, unit: str) -> str:
+    """Three digits and a prefix.
+
+    >>> scaled(2.541e17, "FLOP")
+    '254 PFLOP'
+    """
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(number) < 999.5:
+            return f"{number:.3g} {prefix}{unit}"
+        number /= 1000
+    return f"{number:.3g} E{unit}"

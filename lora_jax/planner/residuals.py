@@ -1,0 +1,81 @@
+"""What the forward pass keeps for the backward pass, in a compiled program."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from lora_jax.planner.hlo import VIEWS, Computation, Instruction, Module
+
+_INDEX = re.compile(r"index=(\d+)")
+
+
+def kept(module: Module) -> int:
+    """Bytes of the arrays that the forward pass makes and the backward pass reads.
+
+    JAX names what comes from the one `jvp(...)`, and from the other `transpose(jvp(...))`.
+    Arguments are not counted, nor what is only another view of them. Of a batch that is gone
+    through in parts, one part.
+    """
+    return _kept(module, module.entry)
+
+
+def _kept(module: Module, name: str) -> int:
+    computation = module.computations[name]
+    buffers: dict[tuple[str, int], int] = {}
+    inner = 0
+    for i in computation.values():
+        if i.kind == "while" and "jvp(" not in i.origin:
+            body = next(callee for role, callee in i.called if role == "body")
+            inner = max(inner, _kept(module, body))
+        if "transpose(" in i.origin:
+            for operand in i.operands:
+                for key, size in _sources(module, computation, operand):
+                    buffers[key] = size
+    return sum(buffers.values()) + inner
+
+
+def _sources(
+    module: Module, computation: Computation, operand: str
+) -> Iterator[tuple[tuple[str, int], int]]:
+    """The buffers of the forward pass that an operand stands for, with their bytes."""
+    i = computation.get(operand)
+    if i is None or i.kind in ("parameter", "constant", "iota"):
+        return
+    if i.kind == "tuple":
+        for part in i.operands:
+            yield from _sources(module, computation, part)
+    elif i.kind == "get-tuple-element":
+        yield from _element(module, computation, i)
+    elif i.kind in VIEWS:
+        yield from _sources(module, computation, i.operands[0])
+    elif "jvp(" in i.origin and "transpose(" not in i.origin:
+        yield (i.name, 0), i.bytes
+
+
+def _element(
+    module: Module, computation: Computation, i: Instruction
+) -> Iterator[tuple[tuple[str, int], int]]:
+    found = _INDEX.search(i.attributes)
+    index = int(found[1]) if found else 0
+    source = computation[i.operands[0]]
+    if source.kind != "while":
+        if "jvp(" in source.origin and "transpose(" not in source.origin:
+            yield (source.name, index), i.bytes
+        return
+    body = module.computations[next(callee for role, callee in source.called if role == "body")]
+    root = next(x for x in body.values() if x.root)
+    through = body.get(root.operands[index]) if root.kind == "tuple" else None
+    if through is not None and _passes(body, through, index):
+        start = computation[source.operands[0]]
+        if start.kind == "tuple":
+            yield from _sources(module, computation, start.operands[index])
+    elif "jvp(" in source.origin and "transpose(" not in source.origin:
+        yield (source.name, index), i.bytes
+
+
+def _passes(body: Computation, i: Instruction, index: int) -> bool:
+    """Whether a loop hands the element on as it came."""
+    own = i.kind == "get-tuple-element" and body[i.operands[0]].kind == "parameter"
+    found = _INDEX.search(i.attributes)
+    return own and found is not None and int(found[1]) == index

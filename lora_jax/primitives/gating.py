@@ -1,0 +1,86 @@
+"""What a router does with its logits: weights that sum to 1, over all experts or the best few.
+
+Arrays only; `lora_jax.moe.router` says what the weights are for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def gates(logits: Any, top: int | None = None) -> Any:
+    """`softmax(logits)` along the last axis; with `top`, over the `top` largest alone, others 0.
+
+    That is the softmax over all, with what is not chosen left out and the rest divided by its sum.
+
+    Args:
+      logits: [..., n]. The work is done in float32, and the gates are float32.
+      top: how many experts each row gets, from 1 to n; None: all of them.
+
+    >>> gates(jnp.array([0.0, 0.0, -100.0])).tolist()
+    [0.5, 0.5, 0.0]
+    >>> gates(jnp.array([2.0, 0.0, 1.0]), top=1).tolist()
+    [1.0, 0.0, 0.0]
+    """
+    logits = jnp.asarray(logits, jnp.float32)
+    if top is not None:
+        logits = jnp.where(_chosen(logits, top), logits, -jnp.inf)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def tally(gates: Any, top: int | None) -> Any:
+    """[..., rows, n] -> [..., 2, n]: the sums over rows of the choices / top, and of the gates."""
+    chosen = _chosen(gates, top or 1).astype(gates.dtype) / (top or 1)
+    return jnp.stack([chosen.sum(-2), gates.sum(-2)], axis=-2)
+
+
+def _chosen(values: Any, top: int) -> Any:
+    """Whether each entry is among the `top` largest of its row; of equals, the first."""
+    _, best = lax.top_k(lax.stop_gradient(values), top)
+    return jax.nn.one_hot(best, values.shape[-1], dtype=jnp.bool_).any(-2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def counted(gates: Any, probe: Any, top: int | None) -> Any:
+    """`gates` [..., rows, n] as they are; the "gradient" of `probe` [..., 2, n] is their `tally`.
+
+    Nothing can be handed out of a `scan` or a `checkpoint` that was not written to hand it out,
+    except a cotangent: it is summed over all the places that read the probe, and a scan that
+    slices the probe stacks it.
+    """
+    del probe, top
+    return gates
+
+
+def _counted_forward(gates: Any, probe: Any, top: int | None) -> tuple[Any, Any]:
+    del probe, top
+    return gates, gates
+
+
+def _counted_backward(top: int | None, gates: Any, cotangent: Any) -> tuple[Any, Any]:
+    return cotangent, tally(gates, top)
+
+
+counted.defvjp(_counted_forward, _counted_backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """A router per token in an adapted weight: the last `n` columns of its `a` give the logits.
+
+    So x is multiplied with the factors of all experts and with the router in one product, and
+    whatever a program does to `a` on its way it does to the router.
+
+    probe: None, or a `lora_jax.primitives.adapted_weight.Named` of zeros to count with (see `counted`).
+    """
+
+    n: int = dataclasses.field(metadata={"static": True})
+    top: int | None = dataclasses.field(metadata={"static": True})
+    probe: Any = None

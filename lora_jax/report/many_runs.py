@@ -1,0 +1,185 @@
+"""The report of several runs side by side: a sweep, tasks, or runs that are given one by one."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax.groups import member_names, plots, results
+from lora_jax.groups.comparison import Results, Row, flat, gather
+from lora_jax.report import (
+    formatting,
+    settings,
+    single_run,
+    subspace_similarity,
+    svg,
+    update_analysis,
+)
+from lora_jax.report.document import Block, Fact, Figure, Note, Panel, Report, Section, Table, Text
+from lora_jax.report.run_files import Left
+from lora_jax.report.update_analysis import Base
+from lora_jax.training.summary import in_units
+
+_TASKS = 8  # that have a number of their own at the top
+_VALUES = 8  # of a field that are listed
+_NOTES = 4  # of runs that have not finished; the table has them all
+
+
+def report(title: str, runs: Sequence[Left], base: Base) -> Report:
+    """How they compare, which directions they share, and what the best update is made of."""
+    finished = [left for left in runs if left.summary is not None]
+    if not finished:
+        return Report(
+            kind="LoRA runs",
+            title=title,
+            lead=_lead(runs),
+            facts=(Fact("runs", str(len(runs)), "none of them has finished"),),
+            sections=(_progress(runs), subspace_similarity.section(runs), _settings(runs)),
+            notes=_unfinished(runs),
+        )
+    found = gather([left.summary for left in finished if left.summary is not None])
+    best = found.best
+    there = {str(left.path): left for left in finished}
+    ordered = sorted(found.rows, key=lambda row: -row.rank)
+    lefts = [there[row.summary["run"]] for row in ordered]
+    waiting = [left for left in runs if left.summary is None]
+    return Report(
+        kind="LoRA tasks" if found.tasks else "LoRA sweep",
+        title=title,
+        lead=_lead(runs),
+        facts=_of_tasks(found) if best is None else _of_best(found, best),
+        sections=(
+            Section("Results", _results(found)),
+            *([_progress(runs)] if waiting else []),
+            subspace_similarity.section([*lefts, *waiting]),
+            *_best(best, base),
+            _settings(runs),
+        ),
+        notes=_unfinished(runs),
+    )
+
+
+def _lead(runs: Sequence[Left]) -> str:
+    """What they have in common, and the values of what they have not."""
+    configs = [flat(left.config) for left in runs]
+    fields = dict.fromkeys(field for config in configs for field in config)
+    varied = [f for f in fields if any(c.get(f) != configs[0].get(f) for c in configs)]
+    each = []
+    for field in varied:
+        values = sorted({config.get(field) for config in configs}, key=_order)
+        said = [member_names.label(value) for value in values[:_VALUES]]
+        more = f" and {len(values) - _VALUES} more" if len(values) > _VALUES else ""
+        each.append(f"{member_names.shortest(field, varied)} {', '.join(said)}{more}")
+    what = f"They vary {'; '.join(each)}." if each else "Their settings are the same."
+    return f"{len(runs)} runs of {settings.in_words([left.config for left in runs])}. {what}"
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """Numbers by size, before all else."""
+    number = isinstance(value, int | float)
+    return (not number, value if number else 0.0, str(value))
+
+
+def _results(found: Results) -> tuple[Block, ...]:
+    listing = results.listing(found)
+    table = Table(listing.title, listing.columns, listing.rows, listing.texts, listing.best)
+    with svg.style():
+        drawn = plots.figures_of(found)
+    pictures = tuple(
+        Panel(f"results-{number + 1}", f"{what}: {_range(found, what)}", drawing)
+        for number, (what, drawing) in enumerate(drawn)
+    )
+    if found.tasks:
+        return table, Figure("Validation score of each task over the steps.", pictures)
+    mean = " The mean over seeds, and their range." if "seed" in found.varied else ""
+    star = " The star is the run that the validation split picks."
+    return Figure(f"Score of each run.{mean}{star}", pictures), table
+
+
+def _range(found: Results, what: str) -> str:
+    """The scores in a picture, in words: of a split over all runs, or of a task's own run."""
+    for row in found.rows if found.tasks else ():
+        if row.name == what:
+            scores = formatting.change(row.score("validation", "before"), row.score("validation"))
+            return f"validation {row.select} {scores}"
+    splits = [what] if what in found.splits else found.splits
+    known = [s for row in found.rows for split in splits if (s := row.score(split)) is not None]
+    return f"{found.rows[0].select} of {len(found.rows)} runs, {formatting.span(known)}"
+
+
+def _of_tasks(found: Results) -> tuple[Fact, ...]:
+    """The tasks one by one while they are few, and what they train together."""
+    facts = []
+    for row in found.rows[:_TASKS]:
+        split = "test" if row.score("test") is not None else "validation"
+        scores = formatting.change(row.score(split, "before"), row.score(split))
+        facts.append(Fact(row.name, scores, f"{split} {row.select}, before and after training"))
+    trained = sum(_trained(row) for row in found.rows)
+    base = found.rows[0].summary["base_parameters"]
+    note = f"by {len(found.rows)} tasks, over one base of {base:,}"
+    return (*facts, Fact("trained parameters", f"{trained:,}", note))
+
+
+def _of_best(found: Results, best: Row) -> tuple[Fact, ...]:
+    values = ", ".join(
+        f"{member_names.shortest(path, found.varied)} {member_names.label(best.values[path])}"
+        for path in found.varied
+    )
+    facts = [Fact(f"best of {len(found.rows)} runs", values or best.name,
+                  f"by validation {best.select}")]  # fmt: skip
+    for split in sorted(found.splits, key=lambda s: s != "test"):
+        scores = formatting.change(best.score(split, "before"), best.score(split))
+        known = [s for row in found.rows if (s := row.score(split)) is not None]
+        note = f"of the best; all runs: {formatting.score(min(known))} to {formatting.score(max(known))}"
+        facts.append(Fact(f"{split} {best.select}", scores, note))
+    trained = sorted(_trained(row) for row in found.rows)
+    share = _trained(best) / best.summary["base_parameters"]
+    note = f"{share:.2%} of {best.summary['base_parameters']:,}; all runs: "
+    span = f"{trained[0]:,} to {trained[-1]:,}"
+    facts.append(Fact("trained by the best", f"{_trained(best):,}", f"{note}{span}"))
+    kept, full = (in_units(best.summary[f"{x}_bytes"]) for x in ("adapter_file", "full_checkpoint"))
+    facts.append(Fact("its adapter on disk", kept, f"a full checkpoint: {full}"))
+    speed = f"{best.summary['steps_per_second']:.2f} steps/s"
+    return (*facts, Fact("speed", speed, "of the best; runs of a group step together"))
+
+
+def _trained(row: Row) -> int:
+    return int(row.summary["adapter_parameters"] + row.summary["beside_parameters"])
+
+
+def _best(best: Row | None, base: Base) -> tuple[Section, ...]:
+    """What the best run's update is made of; tasks have no best, and a report each."""
+    if best is None:
+        text = "Each task has an update of its own: lora-jax report GROUP/TASK shows it."
+        return (Section("What the updates are made of", (Text(text),)),)
+    return update_analysis.sections(pathlib.Path(best.summary["run"]), base)
+
+
+def _progress(runs: Sequence[Left]) -> Section:
+    rows = []
+    for left in runs:
+        state = "finished" if left.summary is not None else left.error or "not finished"
+        score = left.after.get("validation", {}).get(single_run.select(left))
+        rows.append(
+            (left.name, f"{left.step:,}", f"{left.steps:,}", formatting.score(score), state)
+        )
+    table = Table(
+        "How far each run is, and its last validation score.",
+        ("run", "step", "of", "validation", "state"),
+        tuple(rows),
+        ("run", "state"),
+    )
+    return Section("Progress", (table,))
+
+
+def _settings(runs: Sequence[Left]) -> Section:
+    return Section("Settings", (settings.table([left.config for left in runs]),))
+
+
+def _unfinished(runs: Sequence[Left]) -> tuple[Note, ...]:
+    notes = [note for left in runs for note in single_run.unfinished(left)]
+    if len(notes) <= _NOTES:
+        return tuple(notes)
+    text = f"{len(notes)} of {len(runs)} runs have not finished; see Progress."
+    return (Note(text),)

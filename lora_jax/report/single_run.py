@@ -1,0 +1,148 @@
+"""The report of one run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_jax.report import charts, formatting, settings, update_analysis
+from lora_jax.report.document import Block, Fact, Figure, Note, Panel, Report, Section, Table
+from lora_jax.report.run_files import Left
+from lora_jax.report.update_analysis import Base
+from lora_jax.training import curves
+from lora_jax.training.summary import Summary, costs, in_units
+
+
+def report(left: Left, base: Base) -> Report:
+    """What the run is, what it came to, and what its best adapter is made of."""
+    return Report(
+        kind="LoRA run",
+        title=left.name,
+        lead=settings.in_words([left.config]),
+        facts=(*_scored(left), *([] if left.summary is None else costed(left.summary))),
+        sections=(
+            Section("Scores", (_scores(left),)),
+            Section("Curves", _curves(left)),
+            *update_analysis.sections(left.path, base),
+            Section("Settings", (settings.table([left.config]),)),
+            Section("Time and memory", _costs(left)),
+        ),
+        notes=unfinished(left),
+    )
+
+
+def unfinished(left: Left) -> tuple[Note, ...]:
+    """What is to be known of a run that has no summary."""
+    if left.summary is not None:
+        return ()
+    why = f" It has stopped: {left.error}." if left.error else ""
+    return (
+        Note(
+            f"{left.name} has not finished: its record ends at step {left.step:,} of "
+            f"{left.steps:,}.{why} What is there is shown; the same command goes on with it."
+        ),
+    )
+
+
+def select(left: Left) -> str:
+    """The number that picks the best adapter; of a run that has not finished, a good guess."""
+    if left.summary is not None:
+        return str(left.summary["select"])
+    known = curves.names(left.lines)
+    return str(left.config.get("select") or known[min(1, len(known) - 1)])
+
+
+def _scored(left: Left) -> list[Fact]:
+    name = select(left)
+    what = "of the best adapter" if left.summary is not None else "at the last evaluation"
+    found = []
+    for split in sorted({**left.before, **left.after}, key=lambda s: s != "test"):
+        before, after = (scores.get(split, {}).get(name) for scores in (left.before, left.after))
+        if before is not None or after is not None:
+            value = formatting.change(before, after)
+            found.append(Fact(f"{split} {name}", value, f"before and after training, {what}"))
+    return found
+
+
+def costed(summary: Summary) -> list[Fact]:
+    """What a finished run trained, keeps and took."""
+    trained = summary["adapter_parameters"] + summary["beside_parameters"]
+    base, full = summary["base_parameters"], summary["full_checkpoint_bytes"]
+    kept = summary["adapter_file_bytes"]
+    many = full / kept if kept else 0.0
+    times = f", {many:,.0f} times as much" if many >= 10 else f", {many:.1f} times as much"
+    speed = dict(costs(summary))["speed"].split(", ", 1)
+    step = summary["best_step"]
+    return [
+        Fact("trained parameters", f"{trained:,}", f"{trained / base:.2%} of {base:,}"),
+        Fact("adapter on disk", in_units(kept), f"a full checkpoint has {in_units(full)}{times}"),
+        Fact("speed", speed[0], f"{speed[1]}; {summary['total_seconds']:,.0f} s in all"),
+        Fact("best at step", formatting.NONE if step is None else f"{step:,}",
+             f"of {summary['steps']:,}, by validation {summary['select']}"),
+    ]  # fmt: skip
+
+
+def _scores(left: Left) -> Block:
+    before, after = left.before, left.after
+    rows = []
+    for split in dict.fromkeys([*before, *after]):
+        old, new = before.get(split, {}), after.get(split, {})
+        for name in dict.fromkeys([*old, *new]):
+            pair = old.get(name), new.get(name)
+            known = None not in pair
+            change = f"{pair[1] - pair[0]:+.4f}" if known else formatting.NONE  # type: ignore[operator]
+            rows.append((split, name, *map(formatting.score, pair), change))
+    if not rows:
+        return Note("No evaluation has been made yet.")
+    what = "best adapter" if left.summary is not None else "last evaluation"
+    return Table(
+        f"Before the first step, and with the {what}.",
+        ("split", "number", "before", "after", "change"),
+        tuple(rows),
+        ("split", "number"),
+    )
+
+
+def _curves(left: Left) -> tuple[Block, ...]:
+    if not left.lines:
+        return (Note("There is no metrics.jsonl, or nothing in it, so there are no curves."),)
+    panels = []
+    for number, name in enumerate(curves.names(left.lines)):
+        text = f"{name} over {left.step:,} steps: {_ends(left, name)}"
+        panels.append(Panel(f"curve-{number + 1}", text, charts.curve(left.lines, name)))
+    return (Figure("Over the steps.", tuple(panels)),)
+
+
+def _ends(left: Left, name: str) -> str:
+    """The first and the last number of a curve, in words."""
+    found = []
+    for what, lines in (
+        ("training", [x for x in left.lines if "split" not in x]),
+        ("validation", [x for x in left.lines if x.get("split") == "validation"]),
+    ):
+        values = [x[name] for x in lines if x.get(name) is not None]
+        if values:
+            found.append(
+                f"{what} from {formatting.score(values[0])} to {formatting.score(values[-1])}"
+            )
+    return "; ".join(found) or "nothing yet"
+
+
+def _costs(left: Left) -> tuple[Block, ...]:
+    summary = left.summary
+    if summary is None:
+        return (Note("These are known when the run has finished."),)
+    more: dict[str, Any] = {
+        "training": _seconds(summary, "train_seconds"),
+        "evaluating": _seconds(summary, "evaluate_seconds"),
+        "devices": f"{summary.get('devices', '-')} x {summary.get('device', '-')}",
+        "processes": str(summary.get("processes", formatting.NONE)),
+        "JAX, Python": f"{summary.get('jax', '-')}, {summary.get('python', '-')}",
+    }
+    rows = [*costs(summary), *more.items()]
+    return (Table("As summary.json has it.", ("", "value"), tuple(rows), ("", "value")),)
+
+
+def _seconds(summary: Summary, name: str) -> str:
+    return (
+        f"{summary[name]:,.0f} s" if isinstance(summary.get(name), int | float) else formatting.NONE
+    )

@@ -1,0 +1,262 @@
+"""How far two runs have found the same directions: the paper's figures 3 and 4."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from lora_jax import analysis
+from lora_jax.adapters import Factors, init
+from lora_jax.checkpoint import adapter
+from lora_jax.checkpoint.adapter import restore
+from lora_jax.errors import LoraError
+from lora_jax.groups.comparison import flat
+from lora_jax.layout import Layout
+from lora_jax.report import charts, formatting, update_analysis
+from lora_jax.report.document import Block, Figure, Note, Panel, Section, Table, Text
+from lora_jax.report.module_index import Place, label, layers, matrices, middle, places
+from lora_jax.report.run_files import Left
+from lora_jax.serving import served_adapters
+
+_TITLE = "Directions that runs share"
+_RANK = ("lora.rank", "lora.alpha")  # what goes together when ranks are compared
+_SHARED = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class One:
+    """A run that has exported an adapter.
+
+    config: dotted path -> value, of what decides the result.
+    folder: of the adapter. rank: the largest of its layout.
+    """
+
+    name: str
+    config: dict[str, Any]
+    folder: epath.Path
+    layout: Layout
+    rank: int
+
+    @property
+    def pair(self) -> tuple[Layout, dict[str, Factors]]:
+        """As `analysis.similarity` takes it."""
+        return restore(self.folder)
+
+
+def section(runs: Sequence[Left]) -> Section:
+    """The smallest rank against the largest, and two seeds beside chance, where there are such."""
+    blocks: list[Block] = [
+        Text(
+            "φ(i, j) is the part of the i most important directions of one adapter's A that lies "
+            "in the j most important of the other's: 0 where they are orthogonal, 1 where the "
+            "smaller space lies in the larger. Two random spaces of d numbers have about "
+            "max(i, j)/d."
+        )
+    ]
+    found, lost = _open(runs)
+    blocks += lost
+    ranks, seeds = of_ranks(found), of_seeds(found)
+    if ranks is None:
+        blocks.append(Text("No two runs adapt the same matrices with different ranks."))
+    else:
+        blocks += _compared(ranks, "ranks")
+    if seeds is None:
+        blocks.append(Text("No two runs differ in the seed alone."))
+    else:
+        blocks += _compared(seeds, "seeds")
+    return Section(_TITLE, tuple(blocks))
+
+
+def of_ranks(found: Sequence[One]) -> tuple[One, One] | None:
+    """Two runs on the same matrices, of the smallest and the largest rank, that differ in as
+    little else as can be; of several such pairs the first."""
+    best: tuple[tuple[float, int], tuple[One, One]] | None = None
+    for ones in _same_targets(found):
+        low, high = min(one.rank for one in ones), max(one.rank for one in ones)
+        pairs = itertools.product(
+            (one for one in ones if one.rank == low), (one for one in ones if one.rank == high)
+        )
+        for pair in pairs:
+            cost = (-high / low, len(_differences(*pair, _RANK)))
+            if low < high and (best is None or cost < best[0]):
+                best = (cost, pair)
+    return None if best is None else best[1]
+
+
+def of_seeds(found: Sequence[One]) -> tuple[One, One] | None:
+    """Two runs that differ in the seed alone, of the largest rank that has them."""
+    pairs = [
+        pair
+        for ones in _same_targets(found)
+        for pair in itertools.combinations(ones, 2)
+        if _differences(*pair, ()) == ["seed"]
+    ]
+    return max(pairs, key=lambda pair: pair[0].rank) if pairs else None
+
+
+def _same_targets(found: Sequence[One]) -> list[list[One]]:
+    groups = defaultdict[Any, list[One]](list)
+    for one in found:
+        groups[tuple((t.path, t.form) for t in one.layout.targets)].append(one)
+    return [ones for ones in groups.values() if ones[0].layout.targets]
+
+
+def _differences(one: One, two: One, without: Sequence[str]) -> list[str]:
+    fields = dict.fromkeys([*one.config, *two.config])
+    differ = (f for f in fields if one.config.get(f) != two.config.get(f))
+    return [field for field in differ if field not in without]
+
+
+def _open(runs: Sequence[Left]) -> tuple[list[One], list[Note]]:
+    found, lost = [], []
+    for left in runs:
+        try:
+            _, folder = served_adapters.find(str(left.path))[0]
+            layout = adapter.restore_layout(folder)
+        except LoraError as error:
+            lost.append(Note(f"{left.name} is left out: {error}"))
+            continue
+        rank = max((target.rank for target in layout.targets), default=0)
+        found.append(One(left.name, flat(left.config), folder, layout, rank))
+    return found, lost
+
+
+def _compared(pair: tuple[One, One], what: str) -> list[Block]:
+    """Table and pictures of one pair; `what` they differ in names the files."""
+    one, two = pair
+    try:
+        first, second = one.pair, two.pair
+        found = analysis.similarity(first, second)
+    except LoraError as error:
+        return [Note(f"{one.name} and {two.name} cannot be compared: {error}")]
+    there = places(one.layout)
+    phis = {place: found[place.path][place.at] for place in there}
+    ones = f"rank {one.rank}" if what == "ranks" else f"seed {one.config.get('seed')}"
+    twos = f"rank {two.rank}" if what == "ranks" else f"seed {two.config.get('seed')}"
+    blocks: list[Block] = [Text(f"{ones} against {twos}: {one.name} and {two.name}.")]
+    blocks.append(_maps(there, phis, (ones, twos), what, one.layout))
+    rows, names = layers(there), matrices(there)
+    top = {
+        name: [_top(phis, there, row, name) for row in rows] for name in names
+    }  # phi(1, 1), [layer]
+    widest = {t.path: t.fan_in for t in one.layout.targets}
+    chance = 1 / max(widest.values())
+    if len(rows) > 1:
+        labels = [label(row) for row in rows]
+        caption = f"The most important direction of each: {ones}, {twos}."
+        every = [value for values in top.values() for value in values]
+        drawn = {name: top[name] for name in names[: update_analysis.MOST]}
+        panel = Panel(
+            f"top-{what}",
+            f"φ(1, 1) by layer, a line for each matrix: {formatting.span(every)}",
+            charts.by_layer(drawn, labels, "φ(1, 1)", (chance, "random"), _tenth(every)),
+        )
+        blocks.append(Figure(f"{caption}{update_analysis.cut(names)}", (panel,)))
+    updates = analysis.similarity(first, second, of="input")
+    sides = {"A": phis, "ΔW": {place: updates[place.path][place.at] for place in there}}
+    blocks.append(_counted(there, sides, widest, f"{ones} against {twos}"))
+    return blocks
+
+
+def _top(phis: dict[Place, Any], there: Sequence[Place], row: int | None, name: str) -> float:
+    own = [phis[p][0, 0] for p in there if p.layer == row and p.matrix == name]
+    return float(own[0]) if own else float("nan")
+
+
+def _counted(
+    there: Sequence[Place],
+    sides: dict[str, dict[Place, Any]],
+    widest: dict[str, int],
+    what: str,
+) -> Table:
+    rows = []
+    for name in matrices(there):
+        own = [place for place in there if place.matrix == name]
+        for side, phis in sides.items():
+            values = np.array([phis[place][0, 0] for place in own])
+            known = values[np.isfinite(values)]
+            cells = [
+                f"{f(known):.4f}" if known.size else formatting.NONE for f in (np.mean, min, max)
+            ]
+            shared = f"{(known > _SHARED).sum()} of {len(own)}"
+            rows.append((name, side, *cells, shared, f"{1 / widest[own[0].path]:.4f}"))
+    return Table(
+        f"φ(1, 1), {what}, over the layers; random is 1/d. Of A are the directions that the maps "
+        "show; of ΔW those of the update's input side, in the order of what the update does, "
+        "which B has a say in.",
+        ("matrix", "of", "mean", "least", "most", f"layers above {_SHARED}", "random"),
+        tuple(rows),
+        ("matrix", "of"),
+    )
+
+
+def _maps(
+    there: Sequence[Place],
+    phis: dict[Place, Any],
+    names: tuple[str, str],
+    what: str,
+    layout: Layout,
+) -> Figure:
+    """The maps of two matrices of the middle layer, and what belongs beside them."""
+    layer = middle(there)
+    chosen = _chosen([place for place in there if place.layer == layer])
+    where = "" if layer is None else f", layer {layer}"
+    maps = [phis[place] for place in chosen]
+    if what == "seeds":
+        maps.append(_chance(layout, chosen[0]))
+    scale = _tenth(np.concatenate([found.ravel() for found in maps]))  # one for all panels
+    panels = []
+    for number, place in enumerate(chosen):
+        title = f"{place.matrix}{where}"
+        panels.append(_panel(f"{what}-{number + 1}", phis[place], names, title, scale))
+    caption = f"φ(i, j){where}: {' and '.join(place.matrix for place in chosen)}"
+    if what == "seeds":
+        both = ("one", "the other")
+        panels.append(_panel("seeds-random", maps[-1], both, "two random Gaussians", scale))
+        return Figure(f"{caption}, and two random matrices of the same size.", tuple(panels))
+    small = min(phis[chosen[0]].shape)
+    if small == 1:
+        return Figure(f"{caption}.", tuple(panels))
+    for number, place in enumerate(chosen):
+        lower = np.tril(np.ones((small, small), bool))
+        zoomed = np.where(lower, phis[place][:small, :small], np.nan)
+        title = f"{place.matrix}{where}: j ≤ i"
+        panels.append(_panel(f"{what}-{number + 1}-zoomed", zoomed, names, title, scale))
+    return Figure(f"{caption}; then the lower left triangle of each, larger.", tuple(panels))
+
+
+def _panel(name: str, found: Any, names: tuple[str, str], title: str, scale: float) -> Panel:
+    rows, columns = found.shape
+    text = f"Heat map of φ(i, j), {title}, {rows} x {columns}: {formatting.span(found.ravel())}"
+    return Panel(f"phi-{name}", text, charts.phi(found, *names, title, scale))
+
+
+def _tenth(values: Any) -> float:
+    """The largest, rounded up to a tenth."""
+    known = np.asarray(values)[np.isfinite(values)]
+    return max(math.ceil(10 * known.max()) / 10, 0.1) if known.size else 1.0
+
+
+def _chosen(own: Sequence[Place]) -> list[Place]:
+    """Query and value, as in the paper; the first matrices where there are none such."""
+    wanted = [p for ending in ("query", "q", "value", "v") for p in own if _last(p) == ending]
+    return (wanted if len(wanted) >= 2 else list(own))[:2]
+
+
+def _last(place: Place) -> str:
+    return place.matrix.split("/")[-1]
+
+
+def _chance(layout: Layout, place: Place) -> Any:
+    """The same of two adapters as they are before training, with keys of their own."""
+    layout = Layout((layout[place.path],))
+    one, two = (init(jax.random.key(seed), layout) for seed in (0, 1))
+    return analysis.similarity((layout, one), (layout, two))[place.path][place.at]

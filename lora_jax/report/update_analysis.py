@@ -1,0 +1,227 @@
+"""What one adapter's update is made of: its spectrum, and what of W it amplifies."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax import analysis
+from lora_jax.console import USER_ERRORS
+from lora_jax.errors import LoraError
+from lora_jax.layout import Layout
+from lora_jax.report import charts, formatting
+from lora_jax.report.document import Block, Figure, Note, Panel, Section, Table, Text
+from lora_jax.report.module_index import Place, label, layers, matrices, places
+from lora_jax.serving import served_adapters
+
+_TITLE = "What the update is made of"
+MOST = 24  # matrices that are drawn: as many as have names one can read
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """Which base adapters are compared with.
+
+    reference: None: the one that they name. trust: fetch that one, whatever it is. allow_other:
+    also if they were trained on another.
+    """
+
+    reference: str | None = None
+    trust: bool = False
+    allow_other: bool = False
+
+
+def sections(run: pathlib.Path, base: Base) -> tuple[Section, ...]:
+    """Of the best adapter in a run directory, or of the last if there is no best.
+
+    What cannot be had (an adapter, its base) is a note, and the rest is there.
+    """
+    try:
+        _, folder = served_adapters.find(str(run))[0]
+        member = served_adapters.read(run.name, folder)
+        found = analysis.spectrum(member.layout, member.adapters)
+    except LoraError as error:
+        return (Section(_TITLE, (Note(f"The adapter cannot be analysed: {error}"),)),)
+    if not member.layout.targets:
+        return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
+    there = places(member.layout)
+    whose = Text(f"Of adapters/{folder.name} of {run.name}.")
+    spectra = Section(_TITLE, (whose, *_spectra(there, found, member.layout)))
+    return spectra, Section("What of W it amplifies", _amplified(run, base))
+
+
+def _spectra(
+    there: Sequence[Place], found: dict[str, analysis.Spectrum], layout: Layout
+) -> tuple[Block, ...]:
+    ours = [_at(found[place.path], place) for place in there]
+    energy = sum(float(one.energy) for one in ours)
+    columns = [
+        [place.label for place in there],
+        [place.matrix for place in there],
+        [f"{layout[p.path].fan_in:,} x {layout[p.path].fan_out:,}" for p in there],
+        [str(layout[place.path].rank) for place in there],
+        formatting.column(one.effective_rank for one in ours),
+        formatting.column(one.values[0] for one in ours),
+        formatting.column(np.sqrt(one.energy) for one in ours),
+        [f"{one.energy / energy:.1%}" if energy else formatting.NONE for one in ours],
+    ]
+    names = ("layer", "matrix", "in x out", "rank", "effective rank", "σ₁", "‖ΔW‖", "energy")
+    table = Table(
+        "Each matrix of the update ΔW = (alpha/r) B A; energy is its share of all ‖ΔW‖².",
+        names,
+        tuple(zip(*columns, strict=True)),
+        ("matrix",),
+    )
+    text = (
+        "Effective rank is e to the entropy of the singular values' shares of their sum: r where "
+        "all r are equal, 1 where one is all. Norms are Frobenius norms, σ₁ is the largest "
+        "singular value."
+    )
+    return Text(text), *_pictures(there, ours, energy), table
+
+
+def _at(found: Any, place: Place) -> Any:
+    """One matrix of what an analysis gives for a target with stacked axes."""
+    return type(found)(*(part[place.at] for part in found))
+
+
+def _pictures(there: Sequence[Place], ours: Sequence[Any], energy: float) -> list[Figure]:
+    rows, names = layers(there), matrices(there)
+    labels = [label(row) for row in rows]
+    panels = []
+    for number, name in enumerate(names[:MOST]):
+        every = zip(there, ours, strict=True)
+        own = [(place.layer, one.values) for place, one in every if place.matrix == name]
+        found = np.full((len(rows), max(len(v) for _, v in own)), np.nan)
+        for layer, values in own:
+            found[rows.index(layer), : len(values)] = values
+        least, most = np.nanmin(found[:, 0]), np.nanmax(found[:, 0])
+        text = (
+            f"Singular values of the update of {name}: the largest of a layer is "
+            + formatting.span([least, most])
+        )
+        panels.append(Panel(f"values-{number + 1}", text, charts.values(found, labels, name)))
+    caption = f"Singular values of the update, from dark (the largest) to light.{cut(names)}"
+    figures = [Figure(caption, tuple(panels))]
+    if len(there) > 1:
+        shares = _grid(there, [one.energy / (energy or 1) for one in ours])
+        ranks = _grid(there, [one.effective_rank for one in ours])
+        drawn = [("share of the energy", shares, "energy"), ("effective rank", ranks, "ranks")]
+        heats = tuple(
+            Panel(
+                name,
+                f"Heat map of the {what} by layer and matrix: {formatting.span(grid.ravel())}",
+                charts.heat(grid[:, :MOST], labels, names[:MOST], what),
+            )
+            for what, grid, name in drawn
+        )
+        figures.append(
+            Figure(f"Where the update is, and of how many directions.{cut(names)}", heats)
+        )
+    return figures
+
+
+def cut(names: Sequence[str]) -> str:
+    """What a caption adds where not all matrices are drawn."""
+    more = f" The first {MOST} of {len(names)} matrices; the table has all."
+    return more if len(names) > MOST else ""
+
+
+def _grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
+    """[layer, matrix], NaN where there is no such matrix."""
+    rows, names = layers(there), matrices(there)
+    found = np.full((len(rows), len(names)), np.nan)
+    for place, number in zip(there, numbers, strict=True):
+        found[rows.index(place.layer), names.index(place.matrix)] = number
+    return found
+
+
+class Amplified(NamedTuple):
+    """What of W an adapter amplifies: a number of each kind for every matrix, in one order."""
+
+    layout: Layout
+    there: tuple[Place, ...]
+    ours: list[Any]  # of analysis.Amplification, for one matrix each
+
+
+def amplified(run: pathlib.Path, base: Base) -> Amplified:
+    """Of the best adapter in a run directory.
+
+    Raises:
+      screen.USER_ERRORS: the adapter or its base cannot be had.
+    """
+    served = served_adapters.open_adapters(
+        [str(run)],
+        object,
+        base=base.reference,
+        trust_base=base.trust,
+        allow_other_base=base.allow_other,
+    )
+    (member,) = served.members
+    found = analysis.amplification(member.layout, served.params, member.adapters)
+    there = places(member.layout)
+    return Amplified(member.layout, there, [_at(found[place.path], place) for place in there])
+
+
+def _amplified(run: pathlib.Path, base: Base) -> tuple[Block, ...]:
+    try:
+        found = amplified(run, base)
+    except USER_ERRORS as error:
+        return (
+            Note(
+                "This needs the weights of the base, and they cannot be had here; all else does "
+                f"without. --base names another, --allow-other-base takes it as it is. {error}"
+            ),
+        )
+    factors = np.array([one.factor for one in found.ours])
+    known = factors[np.isfinite(factors)]
+    middle = formatting.column([np.median(known)])[0] if known.size else formatting.NONE
+    text = (
+        f"Median of the factor over {len(factors)} matrices: {middle}; {formatting.span(factors)}."
+    )
+    return Text(text), *_factors(found.there, factors), table7(found)
+
+
+def _factors(there: Sequence[Place], factors: Any) -> list[Figure]:
+    rows, names = layers(there), matrices(there)
+    if len(rows) == 1:
+        return []
+    lines = _grid(there, factors.tolist()).T
+    panel = Panel(
+        "amplification",
+        f"Amplification factor by layer, a line for each matrix: {formatting.span(factors)}",
+        charts.by_layer(
+            dict(zip(names[:MOST], lines, strict=False)),
+            [label(row) for row in rows],
+            "amplification factor",
+        ),
+    )
+    return [Figure(f"Amplification factor of each layer.{cut(names)}", (panel,))]
+
+
+def table7(found: Amplified) -> Table:
+    """All matrices."""
+    there, ours = found.there, found.ours
+    columns = [
+        [place.label for place in there],
+        [place.matrix for place in there],
+        [str(found.layout[place.path].rank) for place in there],
+        formatting.column(one.weight for one in ours),
+        formatting.column(one.update for one in ours),
+        formatting.column(one.along_update for one in ours),
+        formatting.column(one.along_weight for one in ours),
+        formatting.column(one.along_random for one in ours),
+        formatting.column(one.factor for one in ours),
+    ]
+    names = ("layer", "matrix", "r", "‖W‖", "‖ΔW‖", "of ΔW", "of W", "random", "factor")
+    return Table(
+        "‖UᵀWV‖ where U and V hold the top r directions of ΔW, of W itself, or random ones; the "
+        "factor is ‖ΔW‖ over the first of the three (the paper's Table 7).",
+        names,
+        tuple(zip(*columns, strict=True)),
+        ("matrix",),
+    )

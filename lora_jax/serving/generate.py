@@ -1,0 +1,224 @@
+"""Go on with prompts, by a decoder and adapters that train.py has trained, many in one batch.
+
+    lora-jax generate --adapter runs/definitions --prompt "tree:"
+    lora-jax generate --adapter runs/a --adapter b=runs/b2 --file in.jsonl --out out.jsonl
+    lora-jax generate --base REFERENCE --prompt "Once upon a time" --temperature 0.8
+
+A prompt of --prompt, and a plain line of a file or of stdin, is gone on with by every adapter (by
+the base, where there is none). A line of JSONL says itself what it wants:
+
+    {"prompt": "tree:", "adapter": "definitions"}
+    {"word": "tree", "adapter": "definitions"}
+
+The second gives the fields of the prompt that the adapter was trained on. "base" is no adapter,
+and one that is alone need not be named. With --out the answers are JSONL: the line itself, and
+
+    prompt, adapter    what was gone on with, and by which
+    text, tokens       what was written, and how many tokens that took
+    finish             "stop" at a stop token, "length" at --max-new-tokens
+
+A text ends at the model's own end token, and at the one that ended the examples of the adapter's
+training. Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read,
+130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from lora_jax import models
+from lora_jax.console import FileBar, guarded, say
+from lora_jax.errors import LoraError, listed
+from lora_jax.serving import jsonl, output, prompts
+from lora_jax.serving.generation import Decoder, stream
+from lora_jax.serving.prompts import Prompts, Request
+from lora_jax.serving.sampling import Sampling
+from lora_jax.serving.served_adapters import Served, open_adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]PATH")] = ()
+    """A run directory of train.py, a folder of such, or what lora_jax.save wrote."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
+    """A text to go on with."""
+    file: str | None = None
+    """JSONL, or a prompt on each line; - is stdin, and so is None where something is piped in."""
+    out: str | None = None
+    """Where the answers go as JSONL; - is stdout. None: as text to stdout."""
+    base: str | None = None
+    """The model, in the form of model.reference. None: the one that the adapters name."""
+    base_too: bool = False
+    """Plain prompts are for the base too, as a comparison."""
+    trust_base: bool = False
+    """Fetch the base that an adapter names, also if it is none that lora_jax knows the sum of."""
+    allow_other_base: bool = False
+    """Use adapters on another base than they were trained on."""
+    max_new_tokens: int = 128
+    """The most that is written to a prompt."""
+    temperature: float = 0.0
+    """0: always the likeliest token; 1: drawn with the model's probabilities, less: more surely."""
+    top_k: int | None = None
+    """Draw from the so many likeliest tokens."""
+    top_p: float | None = None
+    """Draw from the likeliest tokens that have this probability together."""
+    seed: int = 0
+    """Of the draws; a prompt's depend on its place among the prompts, not on the others."""
+    stop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
+    """A text of one token that ends what is written, besides the usual ones."""
+    batch_size: int = 8
+    """Prompts that are written to at the same time."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = tyro.cli(
+        Options,
+        prog="lora-jax generate",
+        description=__doc__,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
+    )
+    return guarded(lambda: run(options, Console(), Console(stderr=True)))
+
+
+def run(options: Options, console: Console, aside: Console) -> None:
+    """Read, generate and write.
+
+    Args:
+      console: where texts go.
+      aside: what is said besides.
+
+    Raises:
+      LoraError, OSError, ...: a user's error.
+    """
+    source = _check(options)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    # Before the model, so that their errors come at once.
+    given = list(prompts.read(source)) if source else list(options.prompt)
+    with _busy(aside, "opening the model"):
+        served = open_adapters(
+            options.adapter,
+            models.LlamaConfig,
+            base=options.base,
+            trust_base=options.trust_base,
+            allow_other_base=options.allow_other_base,
+        )
+        decoder = _decoder(served)
+    asked = Prompts(served, options.stop, options.base_too)
+    requests = asked.all(given, f"{source}, line" if source else "--prompt")
+    say(aside, _opening(served, asked))
+    tokenizer = served.source.tokenizer()
+    pieces = stream(
+        decoder,
+        [request.prompt for request in requests],
+        options.max_new_tokens,
+        sampling,
+        options.batch_size,
+    )
+    with _busy(aside, "reading the prompts; the first time this compiles"):
+        first = next(pieces, None)
+    with _sink(options, source, requests, console, aside) as sink:
+        transcript = output.Page(requests, tokenizer, sink)
+        if first is not None:
+            transcript.add(first)
+        for piece in pieces:
+            transcript.add(piece)
+    say(aside, _closing(decoder, len(requests)))
+
+
+def _check(options: Options) -> str | None:
+    """The file that is read, or None: then the prompts are on the command line."""
+    for flag, value in (
+        ("--batch-size", options.batch_size),
+        ("--max-new-tokens", options.max_new_tokens),
+    ):
+        if value < 1:
+            raise LoraError(f"{flag} must be at least 1, got {value}")
+    if not options.adapter and options.base is None:
+        raise LoraError(
+            "no model: give --adapter PATH, a run directory of train.py, or --base REFERENCE, such "
+            f"as\n  --base {models.SMOLLM2}"
+        )
+    if options.prompt and options.file:
+        raise LoraError("--prompt and --file exclude each other: drop one")
+    if options.prompt or options.file:
+        return options.file
+    if sys.stdin.isatty():
+        raise LoraError("nothing to go on with: give --prompt TEXT or --file FILE, or pipe it in")
+    return jsonl.STANDARD
+
+
+def _decoder(served: Served) -> Decoder:
+    for member in served.members:
+        if member.base:
+            raise LoraError(
+                f"adapter {member.name!r} ({member.path}) was trained together with parameters of "
+                f"the base itself, which cannot be mixed in a batch:\n{listed(member.base)}\n"
+                "train it by LoRA with --lora.beside left empty, or merge it in Python: "
+                "lora_jax.merge"
+            )
+    return Decoder(served.config, served.params, *(served.stack if served.members else ()))
+
+
+@contextlib.contextmanager
+def _busy(aside: Console, what: str) -> Iterator[None]:
+    """Say on a terminal what is waited for."""
+    if not aside.is_terminal:
+        yield
+        return
+    with aside.status(f"{what} ..."):
+        yield
+
+
+def _sink(
+    options: Options,
+    source: str | None,
+    requests: Sequence[Request],
+    console: Console,
+    aside: Console,
+) -> output.Sink:
+    if options.out is not None:
+        writer = jsonl.Writer(options.out, reading=source)
+        return output.Records(writer, FileBar(aside, source, "texts"), requests)
+    if len(requests) == 1 and console.is_terminal:
+        return output.Typed(console, requests[0])
+    return output.Blocks(console, requests)
+
+
+def _opening(served: Served, asked: Prompts) -> str:
+    names = served.names
+    if not names:
+        return f"{served.reference} alone, no adapter"
+    each = [
+        f"{name}: trained on prompts like {asked.templates[name].text!r}"
+        if name in asked.templates
+        else name
+        for name in names
+    ]
+    many = "s" * (len(names) > 1)
+    return f"{len(names)} adapter{many} on {served.reference}\n{listed(each, 10)}"
+
+
+def _closing(decoder: Decoder, count: int) -> str:
+    speed, programs = decoder.speed, len(decoder.compiled)
+    said = [f"{count:,} prompt{'s' * (count != 1)}"]
+    if speed.read:
+        rate = speed.read / max(speed.reading, 1e-9)
+        said.append(f"{speed.read:,} tokens read at {rate:,.0f}/s")
+    if speed.written:
+        rate = speed.written / max(speed.writing, 1e-9)
+        said.append(f"{speed.written:,} written at {rate:,.1f}/s")
+    if programs:
+        seconds = sum(decoder.compiled.values())
+        said.append(f"{seconds:.1f} s to compile {programs} program{'s' * (programs != 1)}")
+    return ", ".join(said)

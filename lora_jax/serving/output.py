@@ -1,0 +1,185 @@
+"""Where texts go as they are written: a terminal, plain lines, or JSONL.
+
+Texts that are finished come out in the order of their prompts. On a terminal one text alone
+grows token by token; of several, those that are not finished grow below the finished ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from lora_jax.console import FileBar
+from lora_jax.serving.generation import Piece
+from lora_jax.serving.jsonl import Writer
+from lora_jax.serving.prompts import FIELD, Request
+
+
+class Sink(Protocol):
+    """Takes texts; a context manager."""
+
+    def grow(self, number: int, text: str) -> None:
+        """More of the text to prompt `number`."""
+
+    def finish(self, number: int, answer: Mapping[str, Any]) -> None:
+        """It is finished, and so are all before it."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class Page:
+    """Turns the tokens of all texts into text, and hands it to a sink."""
+
+    def __init__(self, requests: Sequence[Request], tokenizer: Tokenizer, sink: Sink) -> None:
+        """Nothing is written yet."""
+        self._requests, self._tokenizer, self._sink = requests, tokenizer, sink
+        # A token's text may depend on what is before it (a space at the start of a word).
+        self._streams: dict[int, DecodeStream] = {}
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._due = 0
+
+    def add(self, piece: Piece) -> None:
+        """A token more."""
+        number = piece.row
+        answer = self._answers.setdefault(number, {"text": "", "tokens": 0, "finish": None})
+        if piece.token is not None:
+            if number not in self._streams:
+                read = list(self._requests[number].prompt.tokens)
+                self._streams[number] = DecodeStream(ids=read, skip_special_tokens=True)
+            more = self._streams[number].step(self._tokenizer, piece.token) or ""
+            answer["text"] += more
+            answer["tokens"] += 1
+            self._sink.grow(number, more)
+        if piece.finish is not None:
+            answer["finish"] = piece.finish
+            self._streams.pop(number, None)
+            self._finish()
+
+    def _finish(self) -> None:
+        while (answer := self._answers.get(self._due)) is not None and answer["finish"]:
+            self._sink.finish(self._due, self._answers.pop(self._due))
+            self._due += 1
+
+
+class Typed:
+    """One text on a terminal, as it comes."""
+
+    def __init__(self, console: Console, request: Request) -> None:
+        """Of one request."""
+        self._console, self._request = console, request
+
+    def __enter__(self) -> Self:
+        self._say(Text(printable(self._request.text), style="dim"))
+        return self
+
+    def grow(self, number: int, text: str) -> None:
+        """See `Sink`."""
+        self._say(Text(printable(text)))
+
+    def finish(self, number: int, answer: Mapping[str, Any]) -> None:
+        """See `Sink`."""
+
+    def __exit__(self, *error: object) -> None:
+        self._say(Text("\n"))
+
+    def _say(self, text: Text) -> None:
+        self._console.print(text, end="", soft_wrap=True)
+
+
+class Blocks:
+    """Several texts, each as a block behind its adapter's name, where there are several."""
+
+    def __init__(self, console: Console, requests: Sequence[Request]) -> None:
+        """Of some requests; what is unfinished is shown on a terminal only."""
+        self._console, self._requests = console, requests
+        self._named = len({request.name for request in requests}) > 1
+        self._growing: dict[int, str] = {}
+        self._last = -1  # the number that grew last
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def grow(self, number: int, text: str) -> None:
+        """See `Sink`."""
+        if self._console.is_terminal:
+            self._growing[number] = self._growing.get(number, "") + text
+            # Once for each step: with its first row.
+            self._live.update(self._unfinished(), refresh=number <= self._last)
+            self._last = number
+
+    def finish(self, number: int, answer: Mapping[str, Any]) -> None:
+        """See `Sink`."""
+        self._growing.pop(number, None)
+        request = self._requests[number]
+        label = f"[{request.name}] " if self._named else ""
+        if self._console.is_terminal:
+            self._live.update(self._unfinished())
+            parts = ((label, "bold"), (printable(request.text), "dim"), printable(answer["text"]))
+            self._console.print(Text.assemble(*parts), soft_wrap=True)
+        else:
+            self._console.file.write(f"{label}{request.text}{answer['text']}\n")
+            self._console.file.flush()
+
+    def __exit__(self, *error: object) -> None:
+        if self._console.is_terminal:
+            self._live.update(Group(), refresh=True)
+            self._live.stop()
+
+    def _unfinished(self) -> Group:
+        """A line for each: as much of its end as fits."""
+        shown = []
+        for number, text in sorted(self._growing.items())[: max(1, self._console.height - 2)]:
+            request = self._requests[number]
+            label = f"[{request.name}] " if self._named else ""
+            room = max(8, self._console.width - len(label) - 1)
+            line = " ".join(printable(request.text + text).split())
+            line = line if len(line) <= room else f"…{line[1 - room :]}"
+            shown.append(Text.assemble((label, "bold"), (line, "dim"), no_wrap=True))
+        return Group(*shown)
+
+
+class Records:
+    """JSONL, and a bar meanwhile."""
+
+    def __init__(self, writer: Writer, bar: FileBar, requests: Sequence[Request]) -> None:
+        """To an open file."""
+        self._writer, self._bar, self._requests = writer, bar, requests
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        self._bar.__enter__()
+        return self
+
+    def grow(self, number: int, text: str) -> None:
+        """See `Sink`."""
+
+    def finish(self, number: int, answer: Mapping[str, Any]) -> None:
+        """See `Sink`."""
+        request = self._requests[number]
+        own = {FIELD: request.text, "adapter": request.name}
+        self._writer.write([{**request.fields, **own, **answer}])
+        self._bar.advance(request.size)
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)
+        self._writer.__exit__(*error)
+
+
+def printable(text: str) -> str:
+    r"""Text without the control characters by which it could command a terminal.
+
+    >>> printable("a\tb\n\x1b[2Jc")
+    'a\tb\n\ufffd[2Jc'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" or ord(c) > 159 else "\ufffd" for c in text)

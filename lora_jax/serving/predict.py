@@ -1,0 +1,231 @@
+"""Classify texts with adapters that train.py has trained; every text may name its own.
+
+    lora-jax predict --adapter runs/reviews --text "A warm, funny film."
+    lora-jax predict --adapter runs/reviews --file in.jsonl --out out.jsonl
+    lora-jax predict --adapter runs/reviews --adapter topics=other/best --file in.jsonl
+
+A line is {"text": "...", "adapter": "reviews"}; the adapter may be left out where there is one
+only, and the text stands in the fields that the adapter was trained on. It comes out again, in
+the same place, with what it held and with
+
+    adapter          the one that was used
+    prediction       the class, or the number that was predicted
+    probabilities    of every class
+
+Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
+by Ctrl-C. Lines written before an error or a stop are whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+
+from lora_jax import models
+from lora_jax.console import FileBar, guarded, say
+from lora_jax.data.tokens import Text
+from lora_jax.errors import LoraError, listed
+from lora_jax.serving import jsonl
+from lora_jax.serving.classifier import Classifier, Task
+from lora_jax.serving.jsonl import Line, LineError
+from lora_jax.serving.served_adapters import BASE_NAME, Served, open_adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]PATH")] = ()
+    """A run directory of train.py, a folder of such, or what lora_jax.save wrote."""
+    text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
+    """A text to classify, with every adapter."""
+    file: str | None = None
+    """JSONL to classify; - is stdin, as is none where something is piped in."""
+    out: str = jsonl.STANDARD
+    """Where the predictions go; - is stdout."""
+    base: str | None = None
+    """The model, in the form of model.reference. None: the one that the adapters name."""
+    trust_base: bool = False
+    """Fetch the base that an adapter names, also if it is none that lora_jax knows the sum of."""
+    allow_other_base: bool = False
+    """Use adapters on another base than they were trained on."""
+    batch_size: int = 64
+    """Texts of a batch."""
+    window: int = 1024
+    """Lines that are read ahead and sorted by length. A line's prediction may wait for so many."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = tyro.cli(
+        Options,
+        prog="lora-jax predict",
+        description=__doc__,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
+    )
+    return guarded(lambda: run(options, Console(stderr=True)))
+
+
+def run(options: Options, console: Console) -> None:
+    """Read, classify and write; what is said besides goes to `console`.
+
+    Raises:
+      LoraError, OSError, ...: a user's error.
+    """
+    source = _check(options)
+    read = jsonl.read(source) if source else iter(())
+    first = list(islice(read, options.window))  # before the model, so that its errors come at once
+    served = open_adapters(
+        options.adapter,
+        models.BertConfig,
+        base=options.base,
+        trust_base=options.trust_base,
+        allow_other_base=options.allow_other_base,
+    )
+    classifier = Classifier(served, options.batch_size)
+    say(console, _opening(served, classifier.tasks))
+    window = first if source else _typed(options.text, served, classifier.tasks)
+    began, count = time.monotonic(), 0
+    with (
+        jsonl.Writer(options.out, reading=source) as writer,
+        FileBar(console, source, "texts") as bar,
+    ):
+        while window:
+            for answer in predict(served, classifier, window, bar.advance):
+                writer.write([answer])
+            count += len(window)
+            window = list(islice(read, options.window))
+    say(console, _closing(classifier, count, time.monotonic() - began))
+
+
+def predict(
+    served: Served,
+    classifier: Classifier,
+    window: Sequence[Line],
+    done: Callable[[int], None] = lambda size: None,
+) -> Iterator[dict[str, Any]]:
+    """Each line with its answer in it, in the order of the lines.
+
+    Args:
+      served, classifier: the adapters, and what runs them.
+      window: the lines; their texts are sorted by length and put into batches.
+      done: is told the size of each line as its scores come, in whatever order.
+
+    Raises:
+      LineError: a line that names no adapter, or one that is not there, or that has no text; scores
+        that are not finite.
+    """
+    ids = [_adapter_of(line, served) for line in window]
+    texts = [_text_of(line, classifier.tasks[i]) for line, i in zip(window, ids, strict=True)]
+
+    def found() -> Iterator[tuple[int, NDArray[np.float32]]]:
+        for number, scores in classifier.scores(ids, texts):
+            done(window[number].size)
+            yield number, scores
+
+    for line, i, scores in zip(window, ids, jsonl.in_order(found()), strict=True):
+        name = served.names[i]
+        if not np.isfinite(scores).all():
+            raise LineError(
+                f"{line.where}: adapter {name!r} gives scores that are not finite: "
+                f"{scores[:5].tolist()}"
+            )
+        yield {**line.value, "adapter": name, **answer_of(classifier.tasks[i], scores)}
+
+
+def answer_of(task: Task, scores: NDArray[np.float32]) -> dict[str, Any]:
+    """The fields that a line is given.
+
+    >>> answer_of(Task(("no", "yes"), ("text",), (32,)), np.zeros(2, np.float32))
+    {'prediction': 'no', 'probabilities': {'no': 0.5, 'yes': 0.5}}
+    >>> answer_of(Task((), ("text",), (32,)), np.ones(1, np.float32))
+    {'prediction': 1.0}
+    """
+    if not task.labels:
+        return {"prediction": round(float(scores[0]), 6)}
+    powers = np.exp((scores - scores.max()).astype(np.float64))
+    shares = (powers / powers.sum()).round(6).tolist()
+    best = task.labels[int(scores.argmax())]
+    return {"prediction": best, "probabilities": dict(zip(task.labels, shares, strict=True))}
+
+
+def _check(options: Options) -> str | None:
+    """The file that is read, or None: then the texts are on the command line."""
+    if not options.adapter:
+        raise LoraError("no adapter: give --adapter PATH, a run directory of train.py")
+    for flag, value in (("--batch-size", options.batch_size), ("--window", options.window)):
+        if value < 1:
+            raise LoraError(f"{flag} must be at least 1, got {value}")
+    if options.text and options.file:
+        raise LoraError("--text and --file exclude each other: drop one")
+    if options.text or options.file:
+        return options.file
+    if sys.stdin.isatty():
+        raise LoraError("nothing to classify: give --text TEXT or --file FILE, or pipe JSONL in")
+    return jsonl.STANDARD
+
+
+def _typed(texts: Sequence[str], served: Served, tasks: Sequence[Task]) -> list[Line]:
+    """The texts of the command line, each for every adapter."""
+    for name, task in zip(served.names, tasks, strict=True):
+        if len(task.fields) > 1:
+            raise LoraError(
+                f"adapter {name!r} takes two texts, {task.fields[0]!r} and {task.fields[1]!r}; "
+                "give them as fields of a line: --file FILE"
+            )
+    return [
+        Line({task.fields[0]: text, "adapter": name}, f"--text {text[:40]!r}")
+        for text in texts
+        for name, task in zip(served.names, tasks, strict=True)
+    ]
+
+
+def _adapter_of(line: Line, served: Served) -> int:
+    name = line.get("adapter", str, "")
+    if name == BASE_NAME:
+        raise LineError(
+            f"{line.where}: {name!r} stands for no adapter, and the base has no head to classify "
+            f"with. There are:\n{listed(served.names, 10)}"
+        )
+    return served.id_of(name or None, line.where)
+
+
+def _text_of(line: Line, task: Task) -> Text:
+    """Numbers are read as training reads them, as text."""
+    found = []
+    for field in task.fields:
+        value = line.get(field, object)
+        if not isinstance(value, str | int | float):
+            line.get(field, str)  # raises
+        found.append(str(value))
+    return found[0] if len(found) == 1 else (found[0], found[1])
+
+
+def _opening(served: Served, tasks: Sequence[Task]) -> str:
+    kinds = [f"{len(task.labels)} classes" if task.labels else "a number" for task in tasks]
+    each = [f"{name}: {kind}" for name, kind in zip(served.names, kinds, strict=True)]
+    return f"{len(each)} adapter{'s' * (len(each) > 1)} on {served.reference}\n{listed(each, 10)}"
+
+
+def _closing(classifier: Classifier, count: int, seconds: float) -> str:
+    compiling, programs = sum(classifier.compiled.values()), len(classifier.compiled)
+    cut = classifier.cut
+    said = [
+        f"{count:,} text{'s' * (count != 1)}, {classifier.tokens:,} tokens, in {seconds:.1f} s, "
+        f"of which {compiling:.1f} s to compile {programs} program{'s' * (programs != 1)}"
+    ]
+    if count > classifier.batch_size:
+        said.append(f"{count / max(seconds - compiling, 1e-9):,.0f} texts/s when compiled")
+    if cut.examples:
+        said.append(f"{cut.examples:,} texts were too long and lost {cut.tokens:,} tokens")
+    return "\n".join(said)

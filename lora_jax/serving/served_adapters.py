@@ -1,0 +1,334 @@
+"""A base and any number of adapters on it, opened from where training left them.
+
+What is opened may come from a stranger: `lora_jax.checkpoint` reads it as such. An adapter also
+names its base. Such a base is opened if it is a path of this machine or a package whose sum
+lora_jax knows (`models.weights.source.is_safe`). Any other is fetched only if the user names it (`base`),
+or says that the adapter is to be believed (`trust_base`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from lora_jax import baselines, models, paths
+from lora_jax.adapters import Factors
+from lora_jax.checkpoint import adapter
+from lora_jax.checkpoint.adapter import restore
+from lora_jax.checkpoint.fingerprint import fingerprint
+from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.layout import Layout
+from lora_jax.multi.stack import BASE, Stack
+from lora_jax.multi.stack import stack as stack_adapters
+
+Tree = Any  # a pytree
+BASE_NAME = "base"  # who asks for it gets no adapter
+# What all that share a base agree on, and what may be said there.
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "reference": lambda value: isinstance(value, str) and value.isprintable(),
+    "scan_layers": lambda value: isinstance(value, bool),
+    "dtype": lambda value: value in ("float32", "bfloat16"),
+    "param_dtype": lambda value: value in ("float32", "bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One adapter.
+
+    name: what it is called by.
+    path: the folder that `lora_jax.save` wrote.
+    layout, adapters: as `lora_jax.restore` gives them.
+    base: the base parameters that were trained beside it (`lora_jax.checkpoint.restore_base`).
+    about: what its training said of it (`Workload.about`); nothing, if it was saved by hand.
+    """
+
+    name: str
+    path: str
+    layout: Layout
+    adapters: dict[str, Factors]
+    base: dict[str, Any]
+    about: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A base, loaded once, and the adapters on it.
+
+    reference: of the base, as the user or the adapters name it.
+    source: the model as it was opened: its tokenizer, its chat template.
+    config: the model's configuration, with the settings that the adapters were trained with.
+    params: the frozen base: `{"bert": ...}` without a head for an encoder, the whole of a decoder.
+    members: the adapters; their places are their ids.
+    """
+
+    reference: str
+    source: models.Source
+    config: Any
+    params: Tree
+    members: tuple[Member, ...]
+
+    @functools.cached_property
+    def stack(self) -> tuple[Layout, Stack]:
+        """`(layout, stacked)` of all adapters, of which there is at least one."""
+        return stack_adapters([(m.layout, m.adapters) for m in self.members])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters, in the order of their ids."""
+        return tuple(member.name for member in self.members)
+
+    def id_of(self, name: str | None, where: str) -> int:
+        """The id of an adapter by its name.
+
+        Args:
+          name: "base" is `lora_jax.multi.BASE`; None is the only adapter there is, or the base where
+            there is none.
+          where: who asks, for the message.
+
+        Raises:
+          LoraError: no adapter of that name, or none said and several to choose from.
+        """
+        if name is None and len(self.members) <= 1:
+            return 0 if self.members else BASE
+        if name is None:
+            raise LoraError(
+                f"{where} does not say which adapter it is for, and there are several:\n"
+                f'{listed(self.names)}\nadd "adapter": {self.names[0]!r} or another of them'
+            )
+        if name == BASE_NAME:
+            return BASE
+        if name not in self.names:
+            near = nearest(name, self.names or [BASE_NAME], 1)[0]
+            raise LoraError(
+                f"{where}: no adapter is called {name!r}; nearest: {near!r}. There are:\n"
+                f"{listed(self.names, 10)}\nanother one is opened with --adapter {name}=PATH"
+            )
+        return self.names.index(name)
+
+
+def open_adapters(
+    adapters: Sequence[str],
+    kind: type[Any],
+    *,
+    base: str | None = None,
+    trust_base: bool = False,
+    allow_other_base: bool = False,
+) -> Served:
+    """The base and the adapters.
+
+    Args:
+      adapters: each `[NAME=]PATH`: a folder that `lora_jax.save` wrote; a run directory of
+        train.py, whose adapters/best it is, or adapters/last if there is no best; or a directory
+        of such run directories, all of which are opened. A run's name is that of its directory.
+      kind: `models.BertConfig` or `models.LlamaConfig`: what the caller can run.
+      base: reference of the base (`lora_jax.models.weights.source`). None: what the adapters were trained
+        on.
+      trust_base: fetch the base that the adapters name, whatever it is.
+      allow_other_base: go on where the base is not the one that an adapter was trained on.
+
+    Raises:
+      LoraError: a path without an adapter, two adapters with one name, adapters of different
+        bases or settings, a model of another kind, another base, a base that only the adapters name
+        and that would be fetched.
+      models.WeightsError, models.ModelConfigError, OSError, ...: the base cannot be had.
+    """
+    members = _members(adapters)
+    settings = _settings(members, base)
+    reference = settings.pop("reference")
+    if base is None and not trust_base:
+        _check_named(members, reference)
+    source = models.open(reference)
+    _check_kind(source, kind, reference)
+    config = dataclasses.replace(source.config, **settings)
+    params = source.load(config)
+    params = {"bert": params} if isinstance(config, models.BertConfig) else params
+    _check_base(members, params, reference, allow_other_base)
+    return Served(reference, source, config, params, members)
+
+
+def read(name: str, path: str | epath.Path) -> Member:
+    """One adapter from the folder that `lora_jax.save` wrote."""
+    layout, adapters = restore(path)
+    about, base = adapter.restore_about(path), adapter.restore_base(path)
+    _check_method(name, path, base, about)
+    return Member(name, str(path), layout, adapters, base, about)
+
+
+def _check_method(
+    name: str, path: str | epath.Path, base: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Raise where a method has put parameters of its own into the model, which nobody reads here:
+    without them the outputs would be those of another model."""
+    own = [p for p in base if p.startswith(f"{baselines.EXTRA}/")]
+    if own:
+        raise LoraError(
+            f"{name!r} ({path}) was trained by the method {str(about.get('method'))[:80]}, which "
+            f"puts parameters of its own into the model:\n{listed(own)}\nHere LoRA adapters are "
+            "taken, and base parameters trained beside them. The run's summary.json has its "
+            "scores; in Python, lora_jax.baselines.Method.apply runs the model with them"
+        )
+
+
+def find(given: str) -> list[tuple[str, epath.Path]]:
+    """(name, folder) of each adapter that `[NAME=]PATH` stands for.
+
+    Raises:
+      LoraError: there is none, or one name for several.
+    """
+    name, path = _name_of(given)
+    folder = epath.Path(path).expanduser()
+    own = _adapter_in(folder)
+    if own is not None:
+        return [(name or _own_name(own), own)]
+    runs = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [(run.name, own) for run in runs if (own := _adapter_in(run)) is not None]
+    if not found:
+        raise LoraError(f"no adapter at {path}: {_there(folder)}")
+    if name is not None:
+        raise LoraError(
+            f"{path} holds {len(found)} runs, which cannot all be called {name!r}; leave the name "
+            f"out, or open one of them:\n{listed(f'{name}={folder / n}' for n, _ in found)}"
+        )
+    return found
+
+
+def _name_of(given: str) -> tuple[str | None, str]:
+    """
+    >>> _name_of("reviews=runs/a"), _name_of("runs/lr=1e-3")
+    (('reviews', 'runs/a'), (None, 'runs/lr=1e-3'))
+    """
+    name, equals, path = given.partition("=")
+    if not equals or "/" in name:
+        return None, given
+    if not name or not path:
+        raise LoraError(f"an adapter is given as PATH or NAME=PATH, got {given!r}")
+    return name, path
+
+
+def _adapter_in(folder: epath.Path) -> epath.Path | None:
+    """`folder` itself, or the best or last adapter of the run that it is."""
+    places = (folder, folder / "adapters" / "best", folder / "adapters" / "last")
+    return next((place for place in places if (place / "meta").exists()), None)
+
+
+def _own_name(folder: epath.Path) -> str:
+    """`run` for run/adapters/best, else the folder's own name."""
+    resolved = folder.resolve()
+    inside = resolved.parent.name == "adapters" and resolved.name in ("best", "last")
+    return resolved.parent.parent.name if inside else resolved.name
+
+
+def _there(folder: epath.Path) -> str:
+    wanted = (
+        "expected a folder that lora_jax.save wrote, or a run directory of train.py with "
+        "adapters/best or adapters/last in it"
+    )
+    if not folder.exists():
+        around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = nearest(folder.name, around)
+        beside = f"\nnearest in {folder.parent.resolve()}:\n{listed(near)}" if near else ""
+        return f"there is no such folder; {wanted}{beside}"
+    if not folder.is_dir():
+        return f"it is a file; {wanted}"
+    inside = sorted(p.name for p in folder.iterdir())
+    if "config.json" in inside and "checkpoints" in inside:
+        return "the run has not exported one yet; it does at its first evaluation"
+    return f"the folder holds {', '.join(inside[:10]) or 'nothing'}; {wanted}"
+
+
+def _members(adapters: Sequence[str]) -> tuple[Member, ...]:
+    """What is given, read; every name once."""
+    found = [pair for given in adapters for pair in find(given)]
+    places: dict[str, epath.Path] = {}
+    for name, path in found:
+        if name == BASE_NAME:
+            raise LoraError(
+                f"{path} cannot be called {BASE_NAME!r}: that stands for no adapter; give "
+                "--adapter NAME=PATH with another name"
+            )
+        if name in places:
+            raise LoraError(
+                f"two adapters are called {name!r}:\n{listed(map(str, (places[name], path)))}\n"
+                "give one of them another name: --adapter NAME=PATH"
+            )
+        places[name] = path
+    return tuple(read(name, path) for name, path in places.items())
+
+
+def _settings(members: Iterable[Member], base: str | None) -> dict[str, Any]:
+    """The base's reference, and the settings of the model that all members agree on."""
+    said: dict[str, tuple[Any, str]] = {} if base is None else {"reference": (base, "--base")}
+    for member in members:
+        for name, value in _said(member).items():
+            if name == "reference" and base is not None:
+                continue
+            first, by = said.setdefault(name, (value, member.name))
+            if first != value:
+                cure = ", or name one base for all with --base" if name == "reference" else ""
+                raise LoraError(
+                    f"the adapters do not share one model: model.{name} is {first!r} for {by!r} "
+                    f"and {value!r} for {member.name!r}; open them one by one{cure}"
+                )
+    if "reference" not in said:
+        whose = listed(f"{member.name}: {member.path}" for member in members)
+        silent = f"\nThese adapters do not say what they were trained on:\n{whose}"
+        raise LoraError(
+            "no base: name it with --base, in the form that configs have in model.reference"
+            + (silent if members else "")
+        )
+    return {name: value for name, (value, _) in said.items()}
+
+
+def _said(member: Member) -> dict[str, Any]:
+    """What an adapter says of its model, maybe nothing."""
+    model = member.about.get("model", {})
+    for name, fits in _SETTINGS.items():
+        if name in model and not fits(model[name]):
+            raise LoraError(f"{member.path} says model.{name} is {str(model[name])[:80]!r}")
+    return {name: model[name] for name in _SETTINGS if name in model}
+
+
+def _check_named(members: Sequence[Member], reference: str) -> None:
+    """Raise where a base would be fetched on the word of the adapters alone."""
+    if models.source.is_safe(reference):
+        return
+    whose = listed(f"{member.name}: {member.path}" for member in members)
+    raise LoraError(
+        f"the base {reference!r} is named by the adapters alone, and would be fetched:\n{whose}\n"
+        "An adapter may come from anyone, so its base is fetched only if you name it, or say that "
+        "you believe what the adapter says:\n"
+        f"  --base {shlex.quote(reference)}\n  --trust-base"
+    )
+
+
+def _check_kind(source: models.Source, kind: type[Any], reference: str) -> None:
+    if isinstance(source.config, kind):
+        return
+    what, other = (
+        ("an encoder", "lora_jax.serving.predict")
+        if isinstance(source.config, models.BertConfig)
+        else ("a decoder", "lora_jax.serving.generate")
+    )
+    raise LoraError(f"the base {reference} is {what}; that is what `python -m {other}` runs")
+
+
+def _check_base(members: Sequence[Member], params: Tree, reference: str, allow: bool) -> None:
+    """Every adapter was trained on these parameters, or at least fits them."""
+    flat = paths.flatten(params)
+    ours = {} if allow or not members else fingerprint(params)
+    for member in members:
+        trained_on = _said(member).get("reference", "a base that it does not name")
+        try:
+            adapter.check_trained_on(member.path, ours, allow_other_base=allow)
+            member.layout.check_params(flat)
+        except LoraError as error:
+            raise LoraError(
+                f"adapter {member.name!r}, trained on {trained_on}, is not for the base "
+                f"{reference}:\n{error}"
+            ) from error

@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+
+from lora_jax.data.tokens import Cut, Encoder, collect, padding_id
+
+
+def test_rows_come_back_as_they_went_in() -> None:
+    rows = [
+        (np.arange(n, dtype=np.int32) * 70_000, np.full(n, n % 7, np.uint8)) for n in (3, 0, 1, 500)
+    ]
+    tokens = collect(iter(rows))
+    assert len(tokens) == 4
+    assert tokens.lengths.tolist() == [3, 0, 1, 500]
+    for (ids, marks), (kept_ids, kept_marks) in zip(rows, tokens, strict=True):
+        assert ids.tolist() == kept_ids.tolist()
+        assert marks.tolist() == kept_marks.tolist()
+    with pytest.raises(IndexError):
+        tokens[4]
+
+
+def test_each_chunk_is_cut_and_counted_alike(words: Tokenizer) -> None:
+    encoder, cut = Encoder(words, 5), Cut()
+    for chunk in (1, 2):
+        (short, long) = encoder.cut(["w0", "w0 w1 w2 w3 w4"], cut)
+        assert (len(short), len(long)) == (3, 5)
+        assert (cut.examples, cut.tokens) == (chunk, 2 * chunk)
+
+
+def test_no_rows() -> None:
+    assert len(collect(iter([]))) == 0
+
+
+@pytest.mark.parametrize(("name", "id"), [("<pad>", 1), ("[PAD]", 1), ("other", 0)])
+def test_padding(name: str, id: int) -> None:
+    assert padding_id(Tokenizer(models.WordLevel({"a": 0, name: 1}))) == id
+
+
+def test_padding_set_in_the_tokenizer(minilm: Tokenizer) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "[PAD]": 1}))
+    tokenizer.enable_padding(pad_id=7)
+    assert padding_id(tokenizer) == 7
+    assert padding_id(minilm) == 0

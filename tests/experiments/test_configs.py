@@ -1,0 +1,94 @@
+"""The paper's experiments are what they say they are: settings, seeds and budgets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax
+from benchmarks.common import SMOLLM2
+from experiments.paper.configs import definitions, directions, matrices, rank
+from lora_jax import models
+from lora_jax.groups.config import Member
+from lora_jax.training import causal_lm, classification
+
+# all-MiniLM-L6-v2 by shape.
+MINILM = models.BertConfig(
+    vocab_size=30_522, hidden_size=384, num_layers=6, num_heads=12, mlp_size=1536,
+    max_positions=512,
+)  # fmt: skip
+
+
+def members(config: Any) -> tuple[Member, ...]:
+    found: tuple[Member, ...] = config.expand().members
+    return found
+
+
+def layout(member: Member) -> lora_jax.Layout:
+    """The member's targets on the shapes of the model."""
+    apply = classification.apply_of(models.BertClassifier(MINILM, 2, "mean"))
+    params = models.shapes(MINILM, models.Head("mean", 2))
+    batch = {
+        "input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((1, 8), jnp.bool_),
+    }
+    spec = member.config.lora.spec
+    return lora_jax.resolve(spec, apply, params, batch, train=False, key=None)
+
+
+@pytest.fixture(scope="module")
+def layouts() -> dict[str, lora_jax.Layout]:
+    """Of every member of seed 0, by its name."""
+    every = (*members(matrices.config), *members(rank.config))
+    return {m.name: layout(m) for m in every if m.config.seed == 0}
+
+
+def test_all_choices_of_matrices_have_one_budget(layouts: dict[str, lora_jax.Layout]) -> None:
+    """Red: rank 16 in the place of 20 for one matrix, or a pattern that misses a layer."""
+    names = [m.name for m in members(matrices.config) if m.config.seed == 0]
+    assert len(names) == 10
+    assert {layouts[name].size for name in names} == {6 * 15_360}
+    assert {t.scale for name in names for t in layouts[name].targets} == {2.0}
+
+
+def test_ranks_differ_in_nothing_else(layouts: dict[str, lora_jax.Layout]) -> None:
+    """Red: an alpha that does not follow the rank."""
+    found = [layouts[m.name] for m in members(rank.config) if m.config.seed == 0]
+    counts = {(len(own.targets) // 6, own.targets[0].rank) for own in found}
+    assert counts == {(n, r) for n in (1, 2, 4) for r in (1, 2, 4, 8, 64)}
+    assert {t.scale for own in found for t in own.targets} == {2.0, 0.25}
+
+
+def test_every_setting_has_three_seeds() -> None:
+    """66 runs are Tables 5 and 6; nine more are the MLP, and nine rank 64 with another alpha."""
+    assert len(members(matrices.config)) + len(members(rank.config)) == 66 + 9 + 9
+    for config in (matrices.config, rank.config):
+        assert {m.config.seed for m in members(config)} == {0, 1, 2}
+
+
+def test_a_decoder_has_one_budget_over_its_matrices() -> None:
+    """And three ranks beside. Red: rank 12 in the place of 15 for v, as if it were as wide as q."""
+    apply = causal_lm.apply_of(models.Llama(SMOLLM2))
+    params, batch = models.shapes(SMOLLM2), causal_lm.batch_shapes(1, 8)
+    found = [
+        lora_jax.resolve(m.config.lora.spec, apply, params, batch, train=False, key=None)
+        for m in members(definitions.config)
+        if m.config.seed == 0
+    ]
+    sizes = [own.size for own in found]
+    assert sizes[:4] == [30 * 11_520] * 4
+    assert [own.targets[0].rank for own in found[4:]] == [1, 8, 64]
+    assert {t.scale for own in found for t in own.targets} == {4.0}
+
+
+def test_directions_are_compared_at_one_alpha() -> None:
+    """Red: no (64, 1), which leaves figure 4 without its pair."""
+    both = (directions.encoder, 16.0, {(8, 1)}), (directions.decoder, 32.0, set())
+    for config, alpha, more in both:
+        found = members(config)
+        pairs = {(m.config.lora.rank, m.config.seed) for m in found}
+        assert pairs == {(4, 0), (8, 0), (64, 0), (64, 1)} | more
+        assert {m.config.lora.alpha for m in found if m.config.lora.rank != 4} == {alpha}

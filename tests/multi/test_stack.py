@@ -1,0 +1,384 @@
+"""Many adapters as one: `select(stack(xs), i) == xs[i]`, alone and in a mixed batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+from lora_jax import Factors, LoraError, LoraSpec, models
+from lora_jax.multi import segmented_matmul
+from tests import cases, programs
+from tests.test_built_in_models import BERT, LLAMA
+from tests.test_transform import assert_close, scalar
+
+pytestmark = pytest.mark.standard_promotion
+
+Pair = tuple[lora_jax.Layout, Any]
+# One for each rule and each kind of control flow that a weight can meet.
+TABLE = (
+    "bare_batched_product", "bare_ragged_dot", "bare_experts_by_index", "bare_fused_reshape",
+    "bare_sliced_scaled_reversed", "bare_unrolled_stack", "bare_row_by_static_index", "bare_while",
+    "bare_cond", "bare_custom_jvp", "bare_custom_jvp_straight_through", "shard_map_all_gather",
+    "linen_conv_grouped", "linen_embed_tied", "linen_scan_remat",
+)  # fmt: skip
+
+
+def adapter(layout: lora_jax.Layout, seed: int) -> Pair:
+    """Random factors, b too."""
+    fresh = lora_jax.init(jax.random.key(seed), layout)
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
+    drawn = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return layout, jax.tree.unflatten(tree, drawn)
+
+
+def three(f: Any, params: Any, args: Any, targets: Any, kwargs: Any = None) -> list[Pair]:
+    """Adapters of unequal rank, alpha and, where there are several, targets."""
+    resolved = [
+        lora_jax.resolve(LoraSpec(rank, alpha, targets), f, params, *args, **(kwargs or {}))
+        for rank, alpha in ((1, 3.0), (2, 1.0), (2, 5.0))
+    ]
+    if len(resolved[0].targets) > 1:
+        resolved[0] = lora_jax.Layout(resolved[0].targets[1:])
+    return [adapter(layout, seed) for seed, layout in enumerate(resolved)]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_one_of_a_stack_is_that_adapter(name: str) -> None:
+    """Outputs and gradients. Red if a rule forgets the gain, or the padding is not zero."""
+    case = cases.REGISTRY[name]()
+    pairs = three(case.f, case.params, case.args, case.targets, case.kwargs)
+    layout, stacked = lora_jax.multi.stack(pairs)
+    g = lora_jax.adapt(layout, case.f)
+
+    def chosen(params: Any, stacked: Any, index: Any) -> Any:
+        return g(params, lora_jax.multi.select(stacked, index), *case.args, **case.kwargs)
+
+    run = jax.jit(chosen)
+    gradient = None
+    if case.reverse:
+        loss = lambda s, p, i: scalar(lambda p, s: chosen(p, s, i))(p, s)  # noqa: E731
+        gradient = jax.jit(jax.grad(loss))
+    for index, (own, adapters) in enumerate(pairs[1:], 1):
+
+        def alone(params: Any, adapters: Any, own: Any = own) -> Any:
+            return case.f(lora_jax.merge(own, params, adapters), *case.args, **case.kwargs)
+
+        assert_close(run(case.params, stacked, index), jax.jit(alone)(case.params, adapters))
+        if gradient is not None and index == 1:
+            got = gradient(stacked, case.params, index).factors
+            want = jax.jit(jax.grad(scalar(alone), 1))(case.params, adapters)
+            mine = lora_jax.multi.unpad(own, jax.tree.map(lambda x: x[1], got))
+            assert_close(mine, want, tolerance=3e-5)
+            others = jax.tree.map(lambda x: jnp.delete(x, 1, axis=0), got)
+            assert not any(jnp.any(x != 0) for x in jax.tree.leaves(others))
+    base = run(case.params, stacked, lora_jax.multi.BASE)
+    assert_close(base, case.f(case.params, *case.args, **case.kwargs))
+
+
+def model(config: Any, **changes: Any) -> tuple[Any, Any, Any]:
+    """A built-in model as a function, its parameters, and five examples with their masks."""
+    ids = jnp.arange(30).reshape(5, 6) % 29
+    if isinstance(config, models.BertConfig):
+        module: Any = models.BertClassifier(dataclasses.replace(config, **changes), 3, "mean")
+        args: Any = (ids, jnp.arange(6)[None] < jnp.array([6, 4, 5, 2, 6])[:, None])
+    else:
+        module, args = models.Llama(dataclasses.replace(config, **changes)), (ids,)
+    params = module.init(jax.random.key(0), *args)["params"]
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(1), x.shape), params)
+    return (lambda p, *a: module.apply({"params": p}, *a)), params, args
+
+
+def of_case(name: str) -> Callable[[], tuple[Any, Any, Any]]:
+    def make() -> tuple[Any, Any, Any]:
+        case = cases.REGISTRY[name]()
+        return case.f, case.params, case.args
+
+    return make
+
+
+MIXED: dict[str, tuple[Callable[[], tuple[Any, Any, Any]], Any]] = {
+    "bert": (lambda: model(BERT), "all-linear"),
+    "llama_scanned": (lambda: model(LLAMA, scan_layers=True, remat="full"), "all-linear"),
+    "linen_conv_2d_strided": (of_case("linen_conv_2d_strided"), "**/kernel"),
+    "linen_embed_tied": (of_case("linen_embed_tied"), "**/embedding"),
+    "nnx_attention": (of_case("nnx_attention"), "all-linear"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_mixed_batch_is_its_examples_one_at_a_time(name: str) -> None:
+    """Outputs and gradients, the base among them. Red if ids and examples are not kept together."""
+    make, targets = MIXED[name]
+    f, params, args = make()
+    pairs = three(f, params, args, targets)
+    layout, stacked = lora_jax.multi.stack(pairs)
+    count = len(args[0])
+    ids = jnp.array([2, 0, lora_jax.multi.BASE, 2, 1])[:count]
+    g = lora_jax.adapt(layout, f)
+
+    def mixed(params: Any, stacked: Any, ids: Any) -> Any:
+        return g(params, lora_jax.multi.select(stacked, ids), *args)
+
+    def one(params: Any, stacked: Any, n: Any, index: Any) -> Any:
+        row = [jax.lax.dynamic_slice_in_dim(x, n, 1) for x in args]
+        return g(params, lora_jax.multi.select(stacked, index), *row)
+
+    def alone(params: Any, stacked: Any, ids: Any) -> Any:
+        rows = jax.lax.map(lambda x: one(params, stacked, *x), (jnp.arange(count), ids))
+        return jax.tree.map(lambda x: x[:, 0], rows)
+
+    assert_close(jax.jit(mixed)(params, stacked, ids), jax.jit(alone)(params, stacked, ids))
+    got, want = (
+        jax.jit(jax.grad(lambda s, fn=fn: scalar(lambda p, s: fn(p, s, ids))(params, s)))(stacked)
+        for fn in (mixed, alone)
+    )
+    assert_close(got.factors, want.factors, tolerance=5e-5)
+    assert any(jnp.any(x != 0) for x in jax.tree.leaves(got.factors))
+
+
+def test_the_base_product_stays_one_for_all_examples() -> None:
+    """No product of a base weight has the examples as a batch axis. Red without the vmap's gift."""
+    f, params, args = model(BERT)
+    layout, stacked = lora_jax.multi.stack(three(f, params, args, "all-linear"))
+    g = lora_jax.adapt(layout, f)
+    ids = jnp.arange(5) % 3
+    traced = jax.make_jaxpr(lambda p: g(p, lora_jax.multi.select(stacked, ids), *args))(params)
+    shapes = {t.shape for t in layout.targets}
+    found = 0
+    for eqn in programs.equations(traced):
+        if eqn.primitive.name == "dot_general" and eqn.invars[1].aval.shape in shapes:
+            assert eqn.params["dimension_numbers"][1] == ((), ())
+            assert eqn.outvars[0].aval.shape[0] == 5
+            found += 1
+    assert found == len(layout.targets)
+
+
+def test_single_tokens_with_few_adapters_are_grouped() -> None:
+    """As when texts are continued. Red if the rule never groups, which no value would show."""
+    f, params, _ = model(LLAMA)
+    ids = jax.random.randint(jax.random.key(0), (64, 1), 0, 29)
+    specs = [LoraSpec(rank, 2.0 * rank + 1) for rank in (6, 5, 6)]
+    layouts = [lora_jax.resolve(spec, f, params, ids[:1]) for spec in specs]
+    layout, stacked = lora_jax.multi.stack([adapter(own, seed) for seed, own in enumerate(layouts)])
+    g = lora_jax.adapt(layout, f)
+    choice = jax.random.randint(jax.random.key(1), (64,), 0, 4) - 1
+
+    def mixed(stacked: Any, choice: Any) -> Any:
+        return g(params, lora_jax.multi.select(stacked, choice), ids)
+
+    run, alone = jax.jit(mixed), jax.jit(lambda chosen, ids: g(params, chosen, ids))
+    blocks = segmented_matmul.blocks(64, 4)
+    target = layout["layers_0/mlp/gate/kernel"]
+    text = run.lower(stacked, choice).as_text()
+    assert f"tensor<{blocks}x{target.fan_in}x{target.rank}xf32>" in text
+    got = run(stacked, choice)
+    for index in (-1, 2):
+        rows = np.flatnonzero(np.asarray(choice) == index)[:5]
+        want = alone(lora_jax.multi.select(stacked, index), ids[rows])
+        assert_close(got[rows], want)
+
+
+def test_a_hundred_swaps_compile_nothing(compilations: list[str]) -> None:
+    """Ranks 1 to 16, by number and by `put`. Red if a scale or a rank is part of the program."""
+    f, params, args = model(BERT, hidden_size=16)
+    targets = "**/{query,value}/kernel"
+    pairs = []
+    for rank in range(1, 17):
+        layout = lora_jax.resolve(LoraSpec(rank, 2.0 + rank, targets), f, params, *args)
+        pairs.append(adapter(layout, rank))
+    layout, stacked = lora_jax.multi.stack([pairs[-1], *pairs[:11]], size=16)
+    g = lora_jax.adapt(layout, f)
+    run = jax.jit(lambda stacked, ids: g(params, lora_jax.multi.select(stacked, ids), *args))
+    one = run(stacked, 0)
+    run(stacked, jnp.zeros(5, jnp.int32))
+    stacked = lora_jax.multi.put(layout, stacked, 15, pairs[0])
+    jax.block_until_ready(run(stacked, lora_jax.multi.BASE))
+    ready = [(jnp.full(5, i, jnp.int32), pair) for i, pair in enumerate(pairs)]
+    jax.block_until_ready(ready)
+    compilations.clear()
+    for swap in range(100):
+        ids, pair = ready[swap % len(ready)]
+        stacked = lora_jax.multi.put(layout, stacked, 15, pair)  # of a rank new to the process
+        run(stacked, swap % 12)
+        run(stacked, ids)
+        run(stacked, 15)
+    assert compilations == []
+    np.testing.assert_array_equal(run(stacked, 0), one)
+
+
+def test_resident_adapters_cost_their_own_bytes_alone() -> None:
+    """And no time: the program for 1,000 has the temporaries of that for 64, and its FLOPs."""
+    f, params, args = model(BERT)
+    layout = lora_jax.resolve(LoraSpec(2, 4.0, "**/{query,value}/kernel"), f, params, *args)
+    g = lora_jax.adapt(layout, f)
+    found = []
+    for count in (64, 1000):
+        _, stacked = lora_jax.multi.stack([adapter(layout, 0)], size=count)
+        run = jax.jit(lambda s, ids: g(params, lora_jax.multi.select(s, ids), *args))
+        compiled = run.lower(stacked, jnp.zeros(5, jnp.int32)).compile()
+        memory, own = compiled.memory_analysis(), 4 * layout.size + 4 * len(layout.targets)
+        found.append((memory.temp_size_in_bytes, compiled.cost_analysis()["flops"]))
+        assert abs(memory.argument_size_in_bytes - (count + 1) * own) < 1000
+    assert found[0] == found[1]
+
+
+def test_put_writes_one_slot_and_unstack_reads_it_back() -> None:
+    """Bit for bit; the other slots are as they were. Red if a scale is folded into b."""
+    f, params, args = model(BERT)
+    pairs = three(f, params, args, "all-linear")
+    layout, stacked = lora_jax.multi.stack(pairs, size=5)
+    assert stacked.size == 5
+    before = jax.tree.map(np.asarray, stacked.factors)
+    stacked = lora_jax.multi.put(layout, stacked, 4, pairs[1])
+    for index, (own, adapters) in ((0, pairs[0]), (2, pairs[2]), (4, pairs[1])):
+        got = lora_jax.multi.unstack(own, stacked, index)
+        jax.tree.map(np.testing.assert_array_equal, got, adapters)
+    for path, factors in stacked.factors.items():
+        np.testing.assert_array_equal(factors.a[:4], before[path].a[:4])
+        np.testing.assert_array_equal(factors.a[5], 0)  # the base
+    scale = stacked.scales[pairs[1][0].targets[0].path]
+    assert scale.shape == (6,) and float(scale[4]) == 0.5 and float(scale[5]) == 0
+
+
+def test_padding_stays_zero_under_adamw_with_decay() -> None:
+    import optax
+
+    f, params, args = model(BERT)
+    own, adapters = three(f, params, args, "all-linear")[0]
+    layout = lora_jax.resolve(LoraSpec(6, 4.0), f, params, *args)
+    whole = lora_jax.multi.pad(layout, own, adapters)
+    g = lora_jax.adapt(layout, f)
+    tx = optax.adamw(1e-2, weight_decay=0.1)
+
+    @jax.jit
+    def step(factors: Any, state: Any) -> Any:
+        def loss(factors: Any) -> Any:
+            return jnp.square(g(params, dataclasses.replace(whole, factors=factors), *args)).mean()
+
+        updates, state = tx.update(jax.grad(loss)(factors), state, factors)
+        return optax.apply_updates(factors, updates), state
+
+    factors, state = whole.factors, tx.init(whole.factors)
+    for _ in range(3):
+        factors, state = step(factors, state)
+    trained = lora_jax.multi.unpad(own, factors)
+    again = lora_jax.multi.pad(layout, own, trained).factors
+    jax.tree.map(np.testing.assert_array_equal, factors, again)
+    moved = [not np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (trained, adapters)))]  # noqa: B905
+    assert all(moved)
+
+
+def test_examples_draw_apart_from_each_other() -> None:
+    """A scalar key is folded with the example's number. Red if it is shared as it is."""
+    f = lambda p, x, key: x @ p["w"] * jax.random.bernoulli(key, 0.5, (1, 8))  # noqa: E731
+    params, x = {"w": jnp.ones((4, 8))}, jnp.ones((6, 4))
+    args = (x[:1], jax.random.key(0))
+    layout, stacked = lora_jax.multi.stack(three(f, params, args, "w"))
+    g = lora_jax.adapt(layout, f)
+    y = g(params, lora_jax.multi.select(stacked, jnp.zeros(6, jnp.int32)), x, jax.random.key(0))
+    assert len({row.tobytes() for row in np.asarray(y != 0)}) > 3
+
+
+def test_axes_of_the_examples() -> None:
+    """Red if in_axes or out_axes are dropped on the way."""
+
+    def f(p: Any, x: Any, table: Any) -> Any:  # x [T, B, D], time first
+        return {"y": x @ p["w"] + table, "loss": jnp.sum(x @ p["w"])}
+
+    params, x = {"w": jnp.ones((4, 8))}, jax.random.normal(jax.random.key(0), (3, 5, 4))
+    table = jnp.ones((1, 1, 8))
+    layout, stacked = lora_jax.multi.stack(three(f, params, (x, table), "w"))
+    g = lora_jax.adapt(layout, f, in_axes=(1, None), out_axes=1)
+    ids = jnp.array([0, 1, 2, -1, 1])
+    out = g(params, lora_jax.multi.select(stacked, ids), x, table)
+    assert out["y"].shape == (3, 5, 8) and out["loss"].shape == (5,)
+    for n, index in enumerate(ids):
+        want = g(params, lora_jax.multi.select(stacked, index), x[:, n : n + 1], table)
+        assert_close(out["y"][:, n : n + 1], want["y"])
+        assert_close(out["loss"][n], want["loss"])
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4)])
+def test_on_a_mesh(sizes: tuple[int, int]) -> None:
+    """Rows over `data`, weights over `tensor`: the numbers of one device. Red if ids are not cut
+    as the rows are."""
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh(sizes, ("data", "tensor"), axis_types=axes)
+    f, params, _ = model(BERT)
+    rows = jnp.arange(48).reshape(8, 6) % 29
+    args = (rows, jnp.ones((8, 6), bool))
+    layout, stacked = lora_jax.multi.stack(three(f, params, args, "all-linear"))
+    ids = jnp.array([0, 1, 2, -1, 2, 2, 0, 1])
+    g = lora_jax.adapt(layout, f)
+
+    def loss(stacked: Any, params: Any, ids: Any, *args: Any) -> Any:
+        return scalar(lambda p, s: g(p, lora_jax.multi.select(s, ids), *args))(params, stacked)
+
+    gradient = jax.jit(jax.grad(loss))
+    want = gradient(stacked, params, ids, *args)
+
+    def place(path: Any, x: Any) -> Any:
+        cut = x.ndim == 2 and x.shape[1] % sizes[1] == 0
+        return jax.device_put(x, NamedSharding(mesh, P(None, "tensor") if cut else P()))
+
+    params = jax.tree_util.tree_map_with_path(place, params)
+    stacked = jax.device_put(stacked, NamedSharding(mesh, P()))
+    ids, *args = jax.device_put((ids, *args), NamedSharding(mesh, P("data")))  # type: ignore[assignment]
+    assert_close(gradient(stacked, params, ids, *args).factors, want.factors, tolerance=5e-5)
+
+
+def test_errors_say_what_to_do() -> None:
+    f = lambda p, x: x @ p["w"]  # noqa: E731
+    params, x = {"w": jnp.ones((4, 8))}, jnp.ones((3, 4))
+    pairs = three(f, params, (x,), "w")
+    layout, stacked = lora_jax.multi.stack(pairs)
+    g = lora_jax.adapt(layout, f)
+    with pytest.raises(LoraError, match="no adapters to stack"):
+        lora_jax.multi.stack([])
+    with pytest.raises(LoraError, match="do not fit into size=2"):
+        lora_jax.multi.stack(pairs, size=2)
+    with pytest.raises(LoraError, match=r"no adapter 3 in a stack of 3.*-1 is the base"):
+        lora_jax.multi.select(stacked, jnp.array([0, 3, 1]))
+    with pytest.raises(LoraError, match="no adapter -2"):
+        lora_jax.multi.select(stacked, -2)
+    with pytest.raises(LoraError, match="ids must be an integer"):
+        lora_jax.multi.select(stacked, jnp.array([0.0]))
+    with pytest.raises(LoraError, match=r"2 adapter ids.*in_axes"):
+        g(params, lora_jax.multi.select(stacked, jnp.array([0, 1])), x)
+    whole = lora_jax.adapt(layout, lambda p, x: (x @ p["w"])[0, :5])
+    with pytest.raises(LoraError, match="out_axes"):
+        whole(params, lora_jax.multi.select(stacked, jnp.array([0, 1, 1])), x)
+    with pytest.raises(LoraError, match="no slot 3"):
+        lora_jax.multi.put(layout, stacked, 3, pairs[0])
+    big = adapter(lora_jax.resolve(LoraSpec(4, targets="w"), f, params, x), 0)
+    with pytest.raises(LoraError, match=r"rank 4.*room for rank 2"):
+        lora_jax.multi.put(layout, stacked, 0, big)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), pairs[0][1])
+    with pytest.raises(LoraError, match="bfloat16"):
+        lora_jax.multi.stack([(pairs[0][0], half), pairs[1]])
+    other = lora_jax.Layout((dataclasses.replace(layout.targets[0], inputs=(1,), outputs=(0,)),))
+    with pytest.raises(LoraError, match="differs among the adapters"):
+        lora_jax.multi.union([layout, other])
+    renamed = lora_jax.Layout((dataclasses.replace(layout.targets[0], path="v"),))
+    with pytest.raises(LoraError, match="no room for the target 'v'"):
+        lora_jax.multi.pad(layout, renamed, {"v": Factors(jnp.ones((4, 2)), jnp.ones((2, 8)))})
+
+
+def test_a_number_that_is_no_slot_gives_nan_in_a_compiled_program() -> None:
+    f = lambda p, x: x @ p["w"]  # noqa: E731
+    params, x = {"w": jnp.ones((4, 8))}, jnp.ones((3, 4))
+    layout, stacked = lora_jax.multi.stack(three(f, params, (x,), "w"))
+    g = lora_jax.adapt(layout, f)
+    run = jax.jit(lambda ids: g(params, lora_jax.multi.select(stacked, ids), x))
+    assert np.isnan(run(3)).all() and np.isnan(run(-2)).all()
+    np.testing.assert_array_equal(np.isnan(run(jnp.array([-1, -2, 3]))).all(1), [False, True, True])

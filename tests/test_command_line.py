@@ -1,0 +1,133 @@
+"""The command line: what it takes, and what it says of what it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import pytest
+
+import train
+from lora_jax import command_line
+from lora_jax.training import config
+from tests.training.runs import OWN, ROOT
+
+
+def parse(*arguments: str) -> config.Config:
+    return command_line.parse(arguments, OWN, ROOT)[1]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the user reads, boxes and line breaks taken out."""
+    with pytest.raises(SystemExit) as stop:
+        parse(*arguments)
+    assert stop.value.code == 2
+    output = capsys.readouterr()
+    return " ".join((output.out + output.err).replace("│", " ").split())
+
+
+def test_any_field_is_set_by_its_path() -> None:
+    found = parse("--steps", "50", "--lora.rank", "4", "--optimizer.learning-rate", "0.5")
+    assert (found.steps, found.lora.rank, found.optimizer.learning_rate) == (50, 4, 0.5)
+    changed = config.differences(config.to_dict(parse()), config.to_dict(found))
+    assert [line.partition(":")[0] for line in changed] == [
+        "steps", "lora.rank", "optimizer.learning_rate",
+    ]  # fmt: skip
+
+
+def test_a_field_that_the_config_file_adds() -> None:
+    assert vars(parse("--width", "32"))["width"] == 32
+
+
+def test_targets_may_be_empty_and_may_carry_their_own_rank() -> None:
+    assert parse("--lora.targets").lora.spec.targets == ()
+    rule = parse("--lora.targets", "**/kernel@rank=1,alpha=3").lora.spec.rules[0]
+    assert (rule.pattern, rule.rank, rule.alpha) == ("**/kernel", 1, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--stesp", "3"), ["--stesp", "Perhaps you meant", "--steps INT"]),
+        (("--lora.rnak", "3"), ["--lora.rnak", "Perhaps you meant", "--lora.rank INT"]),
+        (("--conifg", "x.py"), ["--conifg", "Perhaps you meant", "--config STR"]),
+        (("--steps", "3.5"), ["--steps", "3.5", "int"]),
+        (("--optimizer.schedule", "liner"), ["liner", "--optimizer.schedule", "'linear'"]),
+        (("--lora.rank", "0"), ["lora.rank must be at least 1, got 0"]),
+        (("--lora.alpha", "-1"), ["lora.alpha must be above 0, got -1.0"]),
+        (("--optimizer.warmup", "1"), ["optimizer.warmup must be in [0, 1), got 1.0"]),
+        (("--optimizer.clip", "0"), ["optimizer.clip must be above 0, got 0.0"]),
+        (("--lora.targets", "**@rnak=1"), ["lora.targets", "rnak=1", "pattern@rank=4,alpha=8"]),
+    ],
+)
+def test_refused_at_once(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: list[str]
+) -> None:
+    text = refused(capsys, *arguments)
+    for part in says:
+        assert part in text
+
+
+def test_a_top_level_value_is_refused_as_well() -> None:
+    with pytest.raises(config.ConfigError, match="steps must be at least 1, got 0"):
+        parse("--steps", "0")
+
+
+def test_help_names_every_field_with_default_and_meaning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for option in ("--steps", "--lora.rank", "--optimizer.schedule", "--width", "--fresh"):
+        assert option in text
+    assert "Inner dimension r of the update. (default: 2)" in text
+    assert "--workload" not in text
+
+
+def every_field(kind: type, prefix: str = "") -> list[str]:
+    found = []
+    for field in dataclasses.fields(kind):
+        found.append(prefix + field.name)
+        if dataclasses.is_dataclass(field.default):
+            found += every_field(type(field.default), f"{prefix}{field.name}.")
+    return found
+
+
+def test_every_field_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    """A field without a docstring shows as its name with nothing but a default behind it."""
+    with pytest.raises(SystemExit):
+        parse("--help")
+    blocks = capsys.readouterr().out.replace("│", " ").split("--")
+    nested = {"workload", "lora", "optimizer", "mesh", "processes"}
+    for field in set(every_field(config.Config)) - nested:
+        option = field.replace("_", "-")
+        block = next(" ".join(b.split()) for b in blocks if b.startswith(f"{option} "))
+        meaning = block.partition("(default")[0].removeprefix(option)
+        assert len([w for w in meaning.split() if w.islower()]) >= 1, block
+
+
+def test_a_missing_config_file_lists_those_there_are(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(config.ConfigError) as error:
+        command_line.load("configs/minilm_revews.py", ROOT)
+    assert "no config file configs/minilm_revews.py" in str(error.value)
+    assert "own_model.py" in str(error.value)
+
+
+def test_a_file_without_a_config_names_what_it_holds(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("x = 1\n")
+    with pytest.raises(config.ConfigError, match="this one holds none"):
+        command_line.load(str(file), ROOT)
+    with pytest.raises(config.ConfigError, match="no config named 'other'"):
+        command_line.load(f"{OWN}:other", ROOT)
+    name, found = command_line.load(f"{OWN}:config", ROOT)
+    assert name == "own_model-config"
+    assert found.steps == 500
+
+
+def test_errors_reach_the_user_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--config", "nothing.py"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: no config file nothing.py")
+    assert "Traceback" not in captured.err + captured.out

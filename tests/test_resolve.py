@@ -1,0 +1,216 @@
+"""Spec and layout: which parameters are chosen, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax
+from lora_jax import LoraError, LoraSpec, Rule, resolve
+
+PARAMS = {
+    "body": {"first": jnp.ones((6, 8)), "second": jnp.ones((8, 6)), "bias": jnp.ones((1, 8))},
+    "head": jnp.ones((6, 5)),
+    "unused": jnp.ones((3, 3)),
+}
+X = jnp.ones((2, 6))
+
+
+def mlp(p: Any, x: Any) -> Any:
+    h = jnp.tanh(x @ p["body"]["first"] + p["body"]["bias"])
+    return (x + h @ p["body"]["second"]) @ p["head"]
+
+
+def resolved(*targets: Any, rank: int = 2, f: Any = mlp, **kwargs: Any) -> lora_jax.Layout:
+    return resolve(LoraSpec(rank, 4.0, targets, **kwargs), f, PARAMS, X)
+
+
+def paths_of(layout: lora_jax.Layout) -> list[str]:
+    return [t.path for t in layout.targets]
+
+
+def test_all_linear_takes_every_product_but_the_output_head() -> None:
+    """Red if the head is taken, or a bias, or the residual's second product is left out."""
+    assert paths_of(resolved("all-linear")) == ["body/first", "body/second"]
+
+
+def test_a_residual_stream_has_no_output_head() -> None:
+    """An encoder that ends in a residual sum: its last product is not a head."""
+
+    def encoder(p: Any, x: Any) -> Any:
+        x = x @ p["head"] @ p["head"].T
+        h = x + jnp.tanh(x @ p["body"]["first"]) @ p["body"]["second"]
+        return (h - h.mean(-1, keepdims=True)) / h.std(-1, keepdims=True)
+
+    layout = resolve(LoraSpec(2, 4.0), encoder, PARAMS, X)
+    assert paths_of(layout) == ["body/first", "body/second", "head"]
+
+
+def test_the_head_is_found_behind_a_loss_and_inside_calls() -> None:
+    def loss(p: Any, x: Any, labels: Any) -> Any:
+        logits = jax.checkpoint(jax.jit(mlp))(p, x)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels, axis=-1).mean()
+
+    layout = resolve(LoraSpec(2, 4.0), loss, PARAMS, X, jnp.zeros((2, 1), int))
+    assert paths_of(layout) == ["body/first", "body/second"]
+
+
+def test_the_first_matching_rule_wins() -> None:
+    """Red if a later rule overwrites an earlier one, or a rule's rank or alpha is dropped."""
+    layout = resolved(Rule("**/first", rank=3, alpha=1.5), Rule("body/{first,second}", alpha=8.0))
+    first, second = layout.targets
+    assert (first.rank, first.scale) == (3, 0.5)
+    assert (second.rank, second.scale) == (2, 4.0)
+
+
+def test_no_targets_is_an_empty_layout() -> None:
+    layout = resolved()
+    assert layout.targets == ()
+    adapters = lora_jax.init(jax.random.key(0), layout)
+    assert adapters == {}
+    assert (lora_jax.adapt(layout, mlp)(PARAMS, adapters, X) == mlp(PARAMS, X)).all()
+
+
+def test_json_round_trip_and_hash() -> None:
+    """`from_json(to_json(x)) == x`. Red if a field is left out of the text."""
+    layout = resolved(Rule("body/first", rank=3), "head", fold=("head",))
+    again = lora_jax.Layout.from_json(layout.to_json())
+    assert again == layout
+    assert hash(again) == hash(layout)
+    assert again["head"].fold
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"format": 99, "targets": []}', '{"format": 1, "targets": [{"path": "x"}]}']
+)
+def test_json_that_is_no_layout(text: str) -> None:
+    with pytest.raises(LoraError, match="layout"):
+        lora_jax.Layout.from_json(text)
+
+
+def test_the_table_counts() -> None:
+    layout = resolved("body/first", "head")
+    assert str(layout).splitlines()[-1].split() == ["total", str(2 * (6 + 8) + 2 * (6 + 5))]
+    assert layout.size == lora_jax.count(lora_jax.init(jax.random.key(0), layout))
+
+
+def test_a_pattern_that_matches_nothing_names_the_nearest_paths() -> None:
+    with pytest.raises(LoraError, match=r"'body/frist' matches no parameter(.|\n)*body/first"):
+        resolved("body/frist")
+    with pytest.raises(LoraError, match="matches no parameter"):
+        resolved("body/first", fold=("nowhere",))
+
+
+def test_a_match_that_no_product_consumes() -> None:
+    with pytest.raises(LoraError, match=r"'body/bias'(.|\n)*`add` at .*test_resolve"):
+        resolved("body/*")
+    with pytest.raises(LoraError, match=r"'unused'(.|\n)*nothing reads it"):
+        resolved("unused")
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True])
+def test_ranks_that_are_none(rank: Any) -> None:
+    with pytest.raises(LoraError, match="rank must be"):
+        LoraSpec(rank=rank)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "16"])
+def test_alphas_that_are_none(alpha: Any) -> None:
+    with pytest.raises(LoraError, match="alpha must be"):
+        LoraSpec(alpha=alpha)
+
+
+def test_a_rank_above_the_smaller_side() -> None:
+    with pytest.raises(LoraError, match=r"'head': rank 6 is above min\(in, out\) = min\(6, 5\)"):
+        resolved("head", rank=6)
+    assert resolved("head", rank=5).targets[0].rank == 5
+
+
+def test_an_operation_without_a_rule_names_itself_and_the_cure() -> None:
+    """Red if the weight is folded unasked, or left out in silence."""
+
+    def regularised(p: Any, x: Any) -> Any:
+        return mlp(p, x).sum() + (p["body"]["first"] ** 2).sum()
+
+    with pytest.raises(
+        LoraError,
+        match=r"'body/first'.*`(integer_pow|square|mul)` at .*test_resolve(.|\n)*fold=",
+    ):
+        resolved("body/first", f=regularised)
+
+
+def test_folding_is_done_where_it_is_asked_for() -> None:
+    """Weight normalisation reads all of W: outputs and gradients equal the merged ones."""
+
+    def normalised(p: Any, x: Any) -> Any:
+        w = p["body"]["first"]
+        return x @ (w / jnp.sqrt((w * w).sum(0, keepdims=True)))
+
+    with pytest.raises(LoraError, match="fold="):
+        resolved("body/first", f=normalised)
+    layout = resolved("body/first", f=normalised, fold=("body/first",))
+    adapters = jax.tree.map(jnp.ones_like, lora_jax.init(jax.random.key(0), layout))
+    g = lora_jax.adapt(layout, normalised)
+    want = normalised(lora_jax.merge(layout, PARAMS, adapters), X)
+    assert jnp.allclose(g(PARAMS, adapters, X), want, rtol=1e-6)
+
+
+def test_a_custom_vjp_is_refused_unless_folded() -> None:
+    """Entering it would lose its own gradient rule; here the rule doubles the gradient."""
+
+    @jax.custom_vjp
+    def product(w: Any, x: Any) -> Any:
+        return x @ w
+
+    product.defvjp(lambda w, x: (x @ w, (w, x)), lambda r, g: (2 * r[1].T @ g, 2 * g @ r[0].T))
+    f = lambda p, x: product(p["head"], x)  # noqa: E731
+    with pytest.raises(LoraError, match=r"'head'.*`custom_vjp_call` at(.|\n)*fold=\('head',\)"):
+        resolved("head", f=f)
+    layout = resolved("head", f=f, fold=("head",))
+    adapters = jax.tree.map(jnp.ones_like, lora_jax.init(jax.random.key(0), layout))
+    g = lora_jax.adapt(layout, f)
+    got = jax.grad(lambda ad: g(PARAMS, ad, X).sum())(adapters)
+    want = jax.grad(lambda ad: f(lora_jax.merge(layout, PARAMS, ad), X).sum())(adapters)
+    assert jax.tree.all(jax.tree.map(lambda x, y: jnp.allclose(x, y, rtol=1e-6), got, want))
+
+
+def test_two_adapted_weights_in_one_product_are_refused() -> None:
+    f = lambda p, x: x @ (p["body"]["first"] @ p["body"]["second"])  # noqa: E731
+    one = resolved("body/first", f=f)
+    ones = jax.tree.map(jnp.ones_like, lora_jax.init(jax.random.key(0), one))
+    want = f(lora_jax.merge(one, PARAMS, ones), X)
+    assert jnp.allclose(lora_jax.adapt(one, f)(PARAMS, ones, X), want, rtol=1e-5)
+    layout = resolved("body/first", "body/second", f=f)
+    adapters = lora_jax.init(jax.random.key(0), layout)
+    with pytest.raises(LoraError, match="dot_general"):
+        lora_jax.adapt(layout, f)(PARAMS, adapters, X)
+
+
+def test_returning_an_adapted_weight_is_refused() -> None:
+    f = lambda p, x: (x @ p["head"], p["head"])  # noqa: E731
+    with pytest.raises(LoraError, match="'head'"):
+        resolved("head", f=f)
+
+
+def test_an_adapter_that_is_never_read() -> None:
+    layout = resolved("body/first", "head")
+    adapters = lora_jax.init(jax.random.key(0), layout)
+    encode = lambda p, x: x @ p["body"]["first"]  # noqa: E731
+    with pytest.raises(LoraError, match=r"never reads the adapter of 'head'(.|\n)*subset"):
+        lora_jax.adapt(layout, encode)(PARAMS, adapters, X)
+    part = layout.subset("body/**")
+    g = lora_jax.adapt(part, encode)
+    assert g(PARAMS, {"body/first": adapters["body/first"]}, X).shape == (2, 8)
+
+
+def test_parameters_that_do_not_fit_the_layout() -> None:
+    layout = resolved("head")
+    adapters = lora_jax.init(jax.random.key(0), layout)
+    g = lora_jax.adapt(layout, mlp)
+    with pytest.raises(LoraError, match=r"no 'head'(.|\n)*params/head"):
+        g({"params": PARAMS}, adapters, X)
+    with pytest.raises(LoraError, match=r"'head' has shape \(6, 7\)"):
+        lora_jax.merge(layout, {**PARAMS, "head": jnp.ones((6, 7))}, adapters)
