@@ -16,7 +16,6 @@ Exit status: 0 finished, 1 an error that was printed, 2 a command line that cann
 
 from __future__ import annotations
 
-import logging
 import pathlib
 import sys
 import time
@@ -26,7 +25,7 @@ import jax
 
 import lora_jax
 from lora_jax import command_line, planner
-from lora_jax.console import USER_ERRORS, Console, say
+from lora_jax.console import USER_ERRORS, Console, quiet_storage, say
 from lora_jax.groups import loop as group
 from lora_jax.groups import results
 from lora_jax.groups.config import GroupConfig
@@ -43,8 +42,13 @@ DEFAULT = "configs/minilm_reviews.py"
 
 def main(arguments: Sequence[str] | None = None, program: str = "train.py") -> int:
     """Run the command line, which `--help` calls `program`, and return its exit status."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises
     arguments = sys.argv[1:] if arguments is None else arguments
+    with quiet_storage():
+        return run(arguments, program)
+
+
+def run(arguments: Sequence[str], program: str) -> int:
+    """Train, plan or train a group, as the command line says, and return the exit status."""
     try:
         name, config, planning = command_line.parse(arguments, DEFAULT, ROOT, program)
         if isinstance(config, GroupConfig):

@@ -14,7 +14,6 @@ import numpy as np
 
 import lora_jax
 from lora_jax import command_line
-from lora_jax.checkpoint.adapter import restore_base
 from lora_jax.groups.config import GroupConfig, Member
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -96,9 +95,9 @@ def gap(one: pathlib.Path, two: pathlib.Path) -> Gap:
 def trained(run: pathlib.Path) -> dict[str, Any]:
     """The arrays that a run trained, in float64."""
     folder = run / "adapters/last"
-    adapters = lora_jax.restore(folder)[1]
+    _, adapters, trainable = lora_jax.restore(folder)
     arrays = {f"{p} {n}": x for p, f in adapters.items() for n, x in f._asdict().items()}
-    return {n: np.asarray(x, np.float64) for n, x in (arrays | restore_base(folder)).items()}
+    return {n: np.asarray(x, np.float64) for n, x in {**arrays, **trainable}.items()}
 
 
 def load() -> str:

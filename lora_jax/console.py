@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import logging
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from lora_jax.extras import require
@@ -28,6 +32,36 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+@contextlib.contextmanager
+def quiet_storage() -> Iterator[None]:
+    """Keep Orbax's pages of tracebacks off the screen while a command runs.
+
+    Of many operations under way Orbax raises the first that fails, and abandons the others. Each
+    of those leaves a traceback on stderr when it is collected, and they would bury the one error
+    that counts. These settings belong to the whole process, so they are a command's to make, not
+    the library's.
+    """
+    hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("asyncio", "absl")]
+    levels = [logger.level for logger in loggers]
+
+    def shown(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            hook(what)
+
+    sys.unraisablehook = shown
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
+    finally:
+        gc.collect()  # what was abandoned is collected while nobody listens
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def guarded(run: Callable[[], None]) -> int:
     """Run a command and return its exit status.
 
@@ -35,7 +69,8 @@ def guarded(run: Callable[[], None]) -> int:
     130: Ctrl-C.
     """
     try:
-        run()
+        with quiet_storage():
+            run()
         sys.stdout.flush()
     except BrokenPipeError:
         # What Python flushes as it ends would be an error once more.

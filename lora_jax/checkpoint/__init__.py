@@ -2,7 +2,6 @@
 
 from lora_jax.checkpoint.adapter import restore as restore
 from lora_jax.checkpoint.adapter import restore_about as restore_about
-from lora_jax.checkpoint.adapter import restore_base as restore_base
 from lora_jax.checkpoint.adapter import restore_layout as restore_layout
 from lora_jax.checkpoint.adapter import save as save
 from lora_jax.checkpoint.fingerprint import fingerprint as fingerprint

@@ -83,16 +83,16 @@ class Manifest:
         text = json.dumps({"format": FORMAT, "arrays": arrays, "notes": self.notes})
         return {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
-    def damaged(self, tree: Any, prefix: str = "") -> list[str]:
+    def damaged(self, tree: Any) -> list[str]:
         """A line for each leaf of `tree` that is not the one that was saved at its path."""
         found, lines = of(tree, None).arrays, []
         for path, entry in found.items():
-            saved = self.arrays[prefix + path]
+            saved = self.arrays[path]
             if (entry.shape, entry.dtype) != (saved.shape, saved.dtype):
-                lines.append(f"{prefix + path} is {entry.kind}, and was saved as {saved.kind}")
+                lines.append(f"{path} is {entry.kind}, and was saved as {saved.kind}")
             elif entry.hash != saved.hash:
                 lines.append(
-                    f"{prefix + path} holds other bits than were saved (hash {entry.hash}, saved "
+                    f"{path} holds other bits than were saved (hash {entry.hash}, saved "
                     f"{saved.hash})"
                 )
         return lines

@@ -16,11 +16,11 @@ computed once, and the rest is two products whatever n is. The gates come from o
 and all are given to what `lora_jax.adapt` makes in the place of the adapters. The router's arrays
 are a tree of their own, `{path: array}`; differentiate with respect to it, to the stack, or both.
 
-An expert is saved as any adapter, and a router as base parameters beside no adapter:
+An expert is saved as any adapter, and a router as trainable parameters of an empty one:
 
-    lora_jax.save(folder / "0", layout_0, lora_jax.multi.unstack(layout_0, stacked, 0))
-    lora_jax.save(folder / "router", Layout(), {}, base=router, about={"top": 2})
-    router = lora_jax.checkpoint.restore_base(folder / "router")
+    lora_jax.save(folder / "0", (layout_0, lora_jax.multi.unstack(layout_0, stacked, 0)))
+    lora_jax.save(folder / "router", Adapter(Layout(), {}, router), about={"top": 2})
+    router = lora_jax.restore(folder / "router").trainable
 """
 
 from __future__ import annotations

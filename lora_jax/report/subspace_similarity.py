@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from lora_jax import analysis
-from lora_jax.adapters import Factors, init
+from lora_jax.adapters import Adapter, init
 from lora_jax.checkpoint import adapter
 from lora_jax.checkpoint.adapter import restore
+from lora_jax.checkpoint.storage import Folder
 from lora_jax.errors import LoraError
 from lora_jax.groups.comparison import flat
 from lora_jax.layout import Layout
@@ -41,13 +41,13 @@ class One:
 
     name: str
     config: dict[str, Any]
-    folder: epath.Path
+    folder: Folder
     layout: Layout
     rank: int
 
     @property
-    def pair(self) -> tuple[Layout, dict[str, Factors]]:
-        """As `analysis.similarity` takes it."""
+    def pair(self) -> Adapter:
+        """The adapter, read from its folder."""
         return restore(self.folder)
 
 

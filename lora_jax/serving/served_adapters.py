@@ -14,13 +14,12 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from lora_jax import baselines, models, paths
 from lora_jax.adapters import Factors
-from lora_jax.checkpoint import adapter
+from lora_jax.checkpoint import adapter, storage
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import fingerprint
+from lora_jax.checkpoint.storage import Folder, Path
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.multi.stack import BASE, Stack
@@ -44,7 +43,7 @@ class Member:
     name: what it is called by.
     path: the folder that `lora_jax.save` wrote.
     layout, adapters: as `lora_jax.restore` gives them.
-    base: the base parameters that were trained beside it (`lora_jax.checkpoint.restore_base`).
+    base: the base parameters that were trained beside it (`Adapter.trainable`).
     about: what its training said of it (`Workload.about`); nothing, if it was saved by hand.
     """
 
@@ -152,17 +151,15 @@ def open_adapters(
     return Served(reference, source, config, params, members)
 
 
-def read(name: str, path: str | epath.Path) -> Member:
+def read(name: str, path: Path) -> Member:
     """One adapter from the folder that `lora_jax.save` wrote."""
-    layout, adapters = restore(path)
-    about, base = adapter.restore_about(path), adapter.restore_base(path)
+    layout, adapters, base = restore(path)
+    about = adapter.restore_about(path)
     _check_method(name, path, base, about)
     return Member(name, str(path), layout, adapters, base, about)
 
 
-def _check_method(
-    name: str, path: str | epath.Path, base: Mapping[str, Any], about: Mapping[str, Any]
-) -> None:
+def _check_method(name: str, path: Path, base: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Raise where a method has put parameters of its own into the model, which nobody reads here:
     without them the outputs would be those of another model."""
     own = [p for p in base if p.startswith(f"{baselines.EXTRA}/")]
@@ -175,14 +172,14 @@ def _check_method(
         )
 
 
-def find(given: str) -> list[tuple[str, epath.Path]]:
+def find(given: str) -> list[tuple[str, Folder]]:
     """(name, folder) of each adapter that `[NAME=]PATH` stands for.
 
     Raises:
       LoraError: there is none, or one name for several.
     """
     name, path = _name_of(given)
-    folder = epath.Path(path).expanduser()
+    folder = storage.folder_at(path)
     own = _adapter_in(folder)
     if own is not None:
         return [(name or _own_name(own), own)]
@@ -211,20 +208,20 @@ def _name_of(given: str) -> tuple[str | None, str]:
     return name, path
 
 
-def _adapter_in(folder: epath.Path) -> epath.Path | None:
+def _adapter_in(folder: Folder) -> Folder | None:
     """`folder` itself, or the best or last adapter of the run that it is."""
     places = (folder, folder / "adapters" / "best", folder / "adapters" / "last")
     return next((place for place in places if (place / "meta").exists()), None)
 
 
-def _own_name(folder: epath.Path) -> str:
+def _own_name(folder: Folder) -> str:
     """`run` for run/adapters/best, else the folder's own name."""
     resolved = folder.resolve()
     inside = resolved.parent.name == "adapters" and resolved.name in ("best", "last")
     return resolved.parent.parent.name if inside else resolved.name
 
 
-def _there(folder: epath.Path) -> str:
+def _there(folder: Folder) -> str:
     wanted = (
         "expected a folder that lora_jax.save wrote, or a run directory of train.py with "
         "adapters/best or adapters/last in it"
@@ -245,7 +242,7 @@ def _there(folder: epath.Path) -> str:
 def _members(adapters: Sequence[str]) -> tuple[Member, ...]:
     """What is given, read; every name once."""
     found = [pair for given in adapters for pair in find(given)]
-    places: dict[str, epath.Path] = {}
+    places: dict[str, Folder] = {}
     for name, path in found:
         if name == BASE_NAME:
             raise LoraError(

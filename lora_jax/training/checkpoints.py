@@ -23,12 +23,12 @@ from types import TracebackType
 from typing import Any
 
 import jax
-from etils import epath
 
 from lora_jax import paths
 from lora_jax.checkpoint import manifest as manifests
-from lora_jax.checkpoint.adapter import ocp, read_manifest, reading, writing
+from lora_jax.checkpoint import storage
 from lora_jax.checkpoint.manifest import DamagedError, Manifest
+from lora_jax.checkpoint.storage import Folder, read_manifest, writing
 from lora_jax.errors import LoraError, listed
 from lora_jax.training import processes
 from lora_jax.training.step import State
@@ -87,6 +87,7 @@ class Checkpoints:
 
         (With `lightweight_initialize`, Orbax 0.12 cannot save where there is a checkpoint already.)
         """
+        ocp = storage.orbax()
         policies = ocp.training.preservation_policies
         return ocp.training.Checkpointer(
             self._directory,
@@ -158,7 +159,7 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract: State) -> tuple[State, Notes] | str:
         """A checkpoint, or in what way it is damaged; every process comes to the same answer."""
-        folder = epath.Path(self._directory / str(step))
+        folder = storage.absolute(self._directory / str(step))
         if jax.process_count() > 1:
             # Read together, a damaged one would fail in some and leave the others waiting for them.
             found = [
@@ -208,7 +209,7 @@ class Checkpoints:
 
     def _try(self, act: Callable[[], object]) -> None:
         try:
-            with writing(epath.Path(self._directory)):
+            with writing(storage.absolute(self._directory)):
                 act()
         except LoraError as error:
             latest = next(reversed(self._steps()), None)
@@ -219,27 +220,23 @@ class Checkpoints:
             ) from error
 
 
-def _read(folder: epath.Path, abstract: State) -> tuple[State, Notes]:
+def _read(folder: Folder, abstract: State) -> tuple[State, Notes]:
     """Raises DamagedError; LoraError where the run has another structure than the checkpoint."""
     manifest = read_manifest(folder, math.inf, "state")
     _check_structure(folder, manifest, abstract)
-    with reading(folder):
-        state = ocp.load_checkpointables(folder, {"state": abstract})["state"]
-        damaged = manifest.damaged(state)
-        if damaged:
-            raise DamagedError(f"damaged:\n{listed(damaged)}")
+    state = storage.load(folder, manifest, "state", abstract)
     # Orbax gives a scalar PRNG key the sharding of its data, which has an axis more.
     return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, abstract), manifest.notes
 
 
-def _damage(folder: epath.Path, abstract: State) -> str:
+def _damage(folder: Folder, abstract: State) -> str:
     """What is wrong with a checkpoint, found by this process alone; "" if nothing.
 
     Every process has to call it: Orbax counts its operations, and the counts have to agree.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-    context = ocp.Context()
+    context = storage.orbax().Context()
     context.multiprocessing.active_processes = {jax.process_index()}
     context.multiprocessing.primary_host = jax.process_index()
     try:
@@ -250,7 +247,7 @@ def _damage(folder: epath.Path, abstract: State) -> str:
     return ""
 
 
-def _check_structure(folder: epath.Path, manifest: Manifest, abstract: State) -> None:
+def _check_structure(folder: Folder, manifest: Manifest, abstract: State) -> None:
     stored = {p: e.kind for p, e in manifest.arrays.items()}
     ours = {p: f"{x.dtype}{list(x.shape)}" for p, x in paths.flatten(abstract).items()}
     rows = [

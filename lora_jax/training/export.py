@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.adapters import Adapter
 from lora_jax.checkpoint import save as save_adapter
-from lora_jax.checkpoint.adapter import restore, restore_base
+from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import Fingerprint
 from lora_jax.layout import Layout
 from lora_jax.training import processes
@@ -44,9 +45,7 @@ def save(
     processes.by_first(lambda: _prepare(target))
     save_adapter(
         target,
-        layout,
-        trained["adapters"],
-        base=trained["base"],
+        Adapter(layout, trained["adapters"], trained["base"]),
         fingerprint=fingerprint,
         about=about,
         overwrite=True,
@@ -68,9 +67,9 @@ def load(run: pathlib.Path, name: str, where: Any = None) -> Trained:
       name: of the adapter.
       where: shardings of it, a tree like it; None puts all on one device.
     """
-    path, where = folder(run, name), where or {"adapters": None, "base": None}
-    _, adapters = restore(path, where["adapters"])
-    return {"adapters": adapters, "base": restore_base(path, where["base"])}
+    places = None if where is None else {**where["adapters"], **where["base"]}
+    _, adapters, trainable = restore(folder(run, name), places)
+    return {"adapters": adapters, "base": trainable}
 
 
 def size(path: pathlib.Path) -> int:

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+import lora_jax
 import train
 from configs import minilm_reviews
 from lora_jax import command_line
-from lora_jax.checkpoint import adapter
 from lora_jax.groups import loop
 from lora_jax.groups.config import GroupConfig, Member
 from lora_jax.groups.sweep import SweepConfig
@@ -156,7 +156,7 @@ def test_a_sweep_is_its_members_alone(folder: pathlib.Path) -> None:
     alone = train_in(folder / "alone", last.config)["after"]["validation"]
     assert summaries[-1]["after"]["validation"] == pytest.approx(alone, rel=1e-3)
     found, want = (
-        adapter.restore_base(where / "adapters/last")
+        lora_jax.restore(where / "adapters/last").trainable
         for where in (folder / "sweep" / last.name, folder / "alone")
     )
     assert list(found) == list(want)

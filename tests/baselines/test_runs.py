@@ -186,7 +186,7 @@ def test_only_its_own_parameters_change(
     assert whole == (sum(x.size for x in found.start.values()) if count is None else count + HEAD)
     about = found.workload.about
     export.save(tmp_path, "last", found.layout, found.trained, about=about)
-    kept = adapter.restore_base(tmp_path / "adapters/last")
+    kept = lora_jax.restore(tmp_path / "adapters/last").trainable
     assert set(kept) == expected
     assert lora_jax.restore(tmp_path / "adapters/last")[1] == {}
     said = adapter.restore_about(tmp_path / "adapters/last")["method"]
@@ -240,7 +240,7 @@ def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -
     (newest,) = (path / "checkpoints").iterdir()
     state = paths.flatten(ocp.checkpointables_metadata(newest).metadata["state"])
     ends = [p.partition("base/")[2] for p in state if "base/" in p]
-    kept = adapter.restore_base(path / "adapters/best")
+    kept = lora_jax.restore(path / "adapters/best").trainable
     assert sorted(ends) == sorted([*kept] * 3)
     others = [x.shape for p, x in state.items() if "base/" not in p]
     assert all(len(shape) == 0 or shape == (2,) for shape in others)  # counters, and the key

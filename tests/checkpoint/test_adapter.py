@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax import LoraError, LoraSpec
+from lora_jax import Adapter, LoraError, LoraSpec
 from lora_jax.checkpoint import adapter
 from lora_jax.checkpoint.manifest import DamagedError
 
@@ -49,8 +49,8 @@ def folder_bytes(path: Path) -> int:
 def test_restore_is_the_inverse_of_save(tmp_path: Path, trained: Any) -> None:
     """Red if a dtype, a factor or a field of the layout is lost on the way."""
     layout, adapters = trained
-    lora_jax.save(tmp_path / "a", layout, adapters)
-    again_layout, again = lora_jax.restore(tmp_path / "a")
+    lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
+    again_layout, again, _ = lora_jax.restore(tmp_path / "a")
     assert again_layout == layout
     chex.assert_trees_all_equal_shapes_and_dtypes(again, adapters)
     chex.assert_trees_all_equal(again, adapters)
@@ -59,7 +59,7 @@ def test_restore_is_the_inverse_of_save(tmp_path: Path, trained: Any) -> None:
 def test_no_base_weight_is_on_disk(tmp_path: Path, trained: Any) -> None:
     """Noise does not compress: the folder holds the factors and little else."""
     layout, adapters = trained
-    lora_jax.save(tmp_path / "a", layout, adapters)
+    lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     factors = sum(x.nbytes for x in jax.tree.leaves(adapters))
     assert folder_bytes(tmp_path / "a") < factors + 20_000 < PARAMS["enc"]["q"].nbytes
 
@@ -67,51 +67,53 @@ def test_no_base_weight_is_on_disk(tmp_path: Path, trained: Any) -> None:
 def test_the_head_travels_beside_the_adapters(tmp_path: Path, trained: Any) -> None:
     layout, adapters = trained
     head, _ = lora_jax.frozen.split(PARAMS, ("head",))
-    lora_jax.save(tmp_path / "a", layout, adapters, base=head)
-    chex.assert_trees_all_equal(adapter.restore_base(tmp_path / "a"), head)
+    lora_jax.save(tmp_path / "a", Adapter(layout, adapters, head))
+    chex.assert_trees_all_equal(lora_jax.restore(tmp_path / "a").trainable, head)
     chex.assert_trees_all_equal(lora_jax.restore(tmp_path / "a")[1], adapters)
 
 
 def test_an_empty_layout_and_a_head_alone(tmp_path: Path) -> None:
     layout = lora_jax.Layout()
-    lora_jax.save(tmp_path / "none", layout, {})
-    assert lora_jax.restore(tmp_path / "none") == (layout, {})
-    lora_jax.save(tmp_path / "head", layout, {}, base={"head": PARAMS["head"]})
-    assert lora_jax.restore(tmp_path / "head") == (layout, {})
-    chex.assert_trees_all_equal(adapter.restore_base(tmp_path / "head"), {"head": PARAMS["head"]})
+    lora_jax.save(tmp_path / "none", Adapter(layout, {}))
+    assert lora_jax.restore(tmp_path / "none") == (layout, {}, {})
+    lora_jax.save(tmp_path / "head", Adapter(layout, {}, {"head": PARAMS["head"]}))
+    assert lora_jax.restore(tmp_path / "head")[:2] == (layout, {})
+    chex.assert_trees_all_equal(
+        lora_jax.restore(tmp_path / "head").trainable, {"head": PARAMS["head"]}
+    )
 
 
 def test_restore_onto_a_mesh(tmp_path: Path, trained: Any) -> None:
     """Red if the shardings argument is ignored."""
     layout, adapters = trained
-    lora_jax.save(tmp_path / "a", layout, adapters)
+    lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=auto, devices=jax.devices()[:4])
     rows, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
-    _, again = lora_jax.restore(tmp_path / "a", shardings=whole)
+    _, again, _ = lora_jax.restore(tmp_path / "a", shardings=whole)
     assert all(x.sharding == whole for x in jax.tree.leaves(again))
     places = {
         "enc/q": lora_jax.Factors(rows, whole),
         "enc/v": lora_jax.Factors(whole, whole),
     }
-    _, again = lora_jax.restore(tmp_path / "a", shardings=places)
+    _, again, _ = lora_jax.restore(tmp_path / "a", shardings=places)
     assert again["enc/q"].a.sharding == rows
     chex.assert_trees_all_equal(again, adapters)
 
 
 def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path, trained: Any) -> None:
     layout, adapters = trained
-    lora_jax.save(tmp_path / "a", layout, adapters)
+    lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     with pytest.raises(LoraError, match="overwrite=True"):
-        lora_jax.save(tmp_path / "a", layout, adapters)
+        lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     zeros = jax.tree.map(jnp.zeros_like, adapters)
-    lora_jax.save(tmp_path / "a", layout, zeros, overwrite=True)
+    lora_jax.save(tmp_path / "a", Adapter(layout, zeros), overwrite=True)
     chex.assert_trees_all_equal(lora_jax.restore(tmp_path / "a")[1], zeros)
 
 
 def test_paths_without_an_adapter(tmp_path: Path, trained: Any) -> None:
     layout, adapters = trained
-    lora_jax.save(tmp_path / "best", layout, adapters)
+    lora_jax.save(tmp_path / "best", Adapter(layout, adapters))
     with pytest.raises(LoraError, match=r"no adapter at .*bets(.|\n)*best"):
         lora_jax.restore(tmp_path / "bets")
     (tmp_path / "junk").mkdir()
@@ -123,7 +125,7 @@ def test_paths_without_an_adapter(tmp_path: Path, trained: Any) -> None:
 def test_adapters_that_do_not_fit_are_not_written(tmp_path: Path, trained: Any) -> None:
     layout, adapters = trained
     with pytest.raises(LoraError, match="no factors"):
-        lora_jax.save(tmp_path / "a", layout, {"enc/q": adapters["enc/q"]})
+        lora_jax.save(tmp_path / "a", Adapter(layout, {"enc/q": adapters["enc/q"]}))
     assert not (tmp_path / "a").exists()
 
 
@@ -135,7 +137,7 @@ ABANDONED = "ignore::pytest.PytestUnraisableExceptionWarning"
 
 def saved(folder: Path, **options: Any) -> Path:
     """A small adapter and a head."""
-    lora_jax.save(folder, SMALL, small_adapters(), base={"head": jnp.arange(3.0)}, **options)
+    lora_jax.save(folder, Adapter(SMALL, small_adapters(), {"head": jnp.arange(3.0)}), **options)
     return folder
 
 
@@ -148,8 +150,7 @@ def small_adapters() -> dict[str, lora_jax.Factors]:
 
 
 def everything(folder: Path) -> tuple[Any, Any, Any]:
-    layout, adapters = lora_jax.restore(folder)
-    return layout, adapters, adapter.restore_base(folder)
+    return lora_jax.restore(folder)
 
 
 @pytest.mark.filterwarnings(ABANDONED)
@@ -179,17 +180,20 @@ def test_an_array_of_another_adapter_is_named(tmp_path: Path) -> None:
     """Whole by its own checksums, and not what was saved."""
     ours, other = saved(tmp_path / "ours"), tmp_path / "other"
     zeros = jax.tree.map(jnp.zeros_like, small_adapters())
-    lora_jax.save(other, SMALL, {"enc/q": zeros["enc/q"]._replace(b=small_adapters()["enc/q"].b)})
+    lora_jax.save(
+        other,
+        Adapter(SMALL, {"enc/q": zeros["enc/q"]._replace(b=small_adapters()["enc/q"].b)}),
+    )
     shutil.rmtree(ours / "arrays")
     shutil.copytree(other / "arrays", ours / "arrays")
     with pytest.raises(DamagedError, match="base/head is missing"):
         lora_jax.restore(ours)
-    lora_jax.save(other, SMALL, zeros, base={"head": jnp.arange(3.0)}, overwrite=True)
+    lora_jax.save(other, Adapter(SMALL, zeros, {"head": jnp.arange(3.0)}), overwrite=True)
     shutil.rmtree(ours / "arrays")
     shutil.copytree(other / "arrays", ours / "arrays")
     with pytest.raises(DamagedError, match=r"adapters/enc/q/a holds other bits(.|\n)*q/b holds"):
         lora_jax.restore(ours)
-    chex.assert_trees_all_equal(adapter.restore_base(ours), {"head": jnp.arange(3.0)})
+    chex.assert_trees_all_equal(lora_jax.restore(ours).trainable, {"head": jnp.arange(3.0)})
 
 
 # ---- the base
@@ -360,5 +364,5 @@ def test_restoring_neither_unpickles_nor_writes(
     for name in ("load", "loads", "Unpickler", "_load", "_loads", "_Unpickler"):
         monkeypatch.setattr(pickle, name, poison)
     lora_jax.restore(folder, params=BASE)
-    adapter.restore_base(folder)
+    lora_jax.restore(folder)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before

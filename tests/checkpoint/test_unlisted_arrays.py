@@ -35,7 +35,7 @@ except lora_jax.LoraError as error:
 
 def saved(folder: Path, *, meta: dict[str, Any] | None = None, **parts: Any) -> Path:
     """An adapter with more in it than `lora_jax.save` writes."""
-    lora_jax.save(folder.with_name("sound"), LAYOUT, ADAPTERS)
+    lora_jax.save(folder.with_name("sound"), lora_jax.Adapter(LAYOUT, ADAPTERS))
     sealed = json.loads((folder.with_name("sound") / "meta" / "_strings.json").read_text())
     arrays = {"adapters": {"w": {"a": ADAPTERS["w"].a, "b": ADAPTERS["w"].b}}}
     parts = {"meta": {**sealed, **(meta or {})}, "arrays": arrays, **parts}
@@ -90,7 +90,7 @@ def test_what_is_not_listed_is_refused(
 
 
 def test_the_helper_writes_what_is_read(tmp_path: Path) -> None:
-    layout, adapters = lora_jax.restore(saved(tmp_path / "a"))
+    layout, adapters, _ = lora_jax.restore(saved(tmp_path / "a"))
     assert layout == LAYOUT and (adapters["w"].b == 1).all()
     (tmp_path / "a" / ".cache").mkdir()  # some tools leave one
     lora_jax.restore(tmp_path / "a")

@@ -19,7 +19,6 @@ from experiments.paper.benefits import Benefits, Compared, Trained
 from experiments.paper.trained import CASES, Bytes, Case, Side
 from lora_jax import LoraError, models, paths
 from lora_jax.baselines import counts
-from lora_jax.checkpoint.adapter import restore_base
 from lora_jax.report import Table
 
 pytestmark = pytest.mark.standard_promotion  # Optax's schedules
@@ -121,8 +120,8 @@ def test_steps_and_checkpoints(
         size = trained.written(again, state, tmp_path, side)
         folder = tmp_path / "adapters" / side
         assert size == on_disk(folder)
-        _, adapters = lora_jax.restore(folder)
-        kept = {"adapters": adapters, "base": restore_base(folder)}
+        _, adapters, _ = lora_jax.restore(folder)
+        kept = {"adapters": adapters, "base": lora_jax.restore(folder).trainable}
         assert lora_jax.count(kept) == lora_jax.count(state.trained)
         for path, array in paths.flatten(kept).items():
             assert (np.asarray(array) == paths.flatten(state.trained)[path]).all(), path

@@ -17,7 +17,7 @@ import pytest
 
 import lora_jax
 import train
-from lora_jax.checkpoint.adapter import restore_about, restore_base
+from lora_jax.checkpoint.adapter import restore_about
 from lora_jax.report import command as report
 from lora_jax.serving import predict
 from tests.training import tiny
@@ -38,10 +38,11 @@ def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.P
 
 def arrays(run: pathlib.Path, name: str) -> dict[str, np.ndarray]:
     """The numbers of an exported adapter, by path."""
-    _, adapters = lora_jax.restore(run / "adapters" / name)
+    _, adapters, _ = lora_jax.restore(run / "adapters" / name)
     flat = {f"{p}/{n}": getattr(f, n) for p, f in adapters.items() for n in ("a", "b")}
     return {
-        path: np.asarray(x) for path, x in (flat | restore_base(run / "adapters" / name)).items()
+        path: np.asarray(x)
+        for path, x in (flat | lora_jax.restore(run / "adapters" / name).trainable).items()
     }
 
 
@@ -60,14 +61,14 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def test_adapter() -> None:
-    layout, adapters = lora_jax.restore(V1 / "adapter")
+    layout, adapters, _ = lora_jax.restore(V1 / "adapter")
     saved = np.load(V1 / "adapter.npz")
     for path, factors in adapters.items():
         for name in ("a", "b"):
             value = np.asarray(getattr(factors, name).astype(jnp.float32))
             np.testing.assert_array_equal(value, saved[f"{path}/{name}"])
     assert adapters["q"].a.dtype == jnp.bfloat16
-    base = restore_base(V1 / "adapter")
+    base = lora_jax.restore(V1 / "adapter").trainable
     np.testing.assert_array_equal(base["bias"], saved["base/bias"])
     assert restore_about(V1 / "adapter") == {"made": "by hand"}
     assert layout == lora_jax.Layout.from_json((V1 / "layout.json").read_text())

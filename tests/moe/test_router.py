@@ -14,7 +14,7 @@ import pytest
 
 import lora_jax
 from lora_jax import Factors, Layout, LoraError, LoraSpec, paths
-from lora_jax.checkpoint.adapter import restore_about, restore_base
+from lora_jax.checkpoint.adapter import restore_about
 from lora_jax.moe.statistics import Load, probe
 from tests import cases, programs
 from tests.test_built_in_models import BERT, LLAMA, built
@@ -420,12 +420,14 @@ def test_experts_and_router_are_kept_as_adapters_are(tmp_path: Any) -> None:
     layout, stacked = lora_jax.multi.stack(members)
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 3)
     for i, (own, _) in enumerate(members):
-        lora_jax.save(tmp_path / str(i), own, lora_jax.multi.unstack(own, stacked, i))
-    lora_jax.save(tmp_path / "router", Layout(), {}, base=router, about={"top": 2})
+        lora_jax.save(
+            tmp_path / str(i), lora_jax.Adapter(own, lora_jax.multi.unstack(own, stacked, i))
+        )
+    lora_jax.save(tmp_path / "router", lora_jax.Adapter(Layout(), {}, router), about={"top": 2})
     again, restored = lora_jax.multi.stack([lora_jax.restore(tmp_path / str(i)) for i in range(3)])
     assert again == layout
     assert all(map(jnp.array_equal, *map(jax.tree.leaves, (restored, stacked))))
-    kept = restore_base(tmp_path / "router")
+    kept = lora_jax.restore(tmp_path / "router").trainable
     assert kept.keys() == router.keys()
     assert all(jnp.array_equal(kept[p], router[p]) for p in router)
     assert restore_about(tmp_path / "router") == {"top": 2}

@@ -183,7 +183,7 @@ def test_the_result_is_an_ordinary_adapter(name: str, tmp_path: Any) -> None:
     g = lora_jax.adapt(layout, case.f)
     got = jax.jit(lambda ad: g(case.params, ad, *case.args, **case.kwargs))(adapters)
     assert_close(got, jax.jit(lambda p: case.f(p, *case.args, **case.kwargs))(merged))
-    lora_jax.save(tmp_path / "both", layout, adapters)
+    lora_jax.save(tmp_path / "both", lora_jax.Adapter(layout, adapters))
     assert lora_jax.restore(tmp_path / "both")[0] == layout
 
 

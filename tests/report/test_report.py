@@ -143,7 +143,7 @@ def test_the_update_against_matrices_that_are_formed(written: Written) -> None:
     Red: `part[0]` for `part[place.at]` in `update._at`, or two columns of its tables exchanged.
     """
     path = folder(written, "solo")
-    layout, adapters = lora_jax.restore(written.solo / "adapters/best")
+    layout, adapters, _ = lora_jax.restore(written.solo / "adapters/best")
     source = models.open(written.config.model.reference)
     weights = source.load(dataclasses.replace(source.config, scan_layers=True))
     params = lora_jax.paths.flatten({"bert": weights})
@@ -186,8 +186,8 @@ def test_shared_directions_against_matrices_that_are_formed(written: Written) ->
               if "random" in t[0] and "mean" in t[0]]  # fmt: skip
     assert len(tables) == 2
     for names, found in zip(pairs, tables, strict=True):
-        layout, one = lora_jax.restore(written.sweep / names[0] / "adapters/best")
-        _, two = lora_jax.restore(written.sweep / names[1] / "adapters/best")
+        layout, one, _ = lora_jax.restore(written.sweep / names[0] / "adapters/best")
+        _, two, _ = lora_jax.restore(written.sweep / names[1] / "adapters/best")
         for row in found[1:]:
             paths = [t.path for t in layout.targets if f"/{row[0]}/" in t.path]
             formed = {"A": lambda f: f.a, "ΔW": lambda f: np.asarray(f.a) @ np.asarray(f.b)}[row[1]]

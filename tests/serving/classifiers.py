@@ -91,8 +91,8 @@ def evaluated(run: pathlib.Path, config: TextConfig) -> np.ndarray:
     """[N, C] outputs of the run's best adapter on its validation split, by training's own code."""
     workload = classification(config)
     params = _arrays(workload)
-    layout, adapters = lora_jax.restore(run / "adapters/best")
-    beside = lora_jax.checkpoint.restore_base(run / "adapters/best")
+    layout, adapters, _ = lora_jax.restore(run / "adapters/best")
+    beside = lora_jax.restore(run / "adapters/best").trainable
     params = lora_jax.paths.replace(params, beside)
     apply = jax.jit(
         lambda batch: lora_jax.adapt(layout, workload.apply)(

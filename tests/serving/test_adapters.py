@@ -57,8 +57,9 @@ def save(folder: pathlib.Path, params: Any, reference: str, *, rank: int = 2, **
     about = {"model": {"reference": reference, "scan_layers": False, **model}}
     lora_jax.save(
         folder,
-        *random_adapter(params, rank),
-        base={"classifier/out/kernel": jnp.ones((16, rank))},
+        lora_jax.Adapter(
+            *random_adapter(params, rank), {"classifier/out/kernel": jnp.ones((16, rank))}
+        ),
         fingerprint=lora_jax.fingerprint(params),
         about=about,
     )
@@ -215,7 +216,7 @@ def test_one_that_says_nothing_needs_the_base_said(
     tmp_path: pathlib.Path, params: Any, weights: pathlib.Path
 ) -> None:
     path = tmp_path / "mine"
-    lora_jax.save(path, *random_adapter(params, 2), fingerprint=lora_jax.fingerprint(params))
+    lora_jax.save(path, random_adapter(params, 2), fingerprint=lora_jax.fingerprint(params))
     with pytest.raises(LoraError, match=r"no base: (.|\n)*do not say(.|\n)*mine: .*mine"):
         served_adapters.open_adapters([str(path)], KIND)
     assert served_adapters.open_adapters([str(path)], KIND, base=str(weights)).names == ("mine",)
@@ -242,7 +243,7 @@ def test_a_hundred_swaps_compile_nothing(
     for rank in (1, 2, 4, 5, 8, 11, 14, 16):
         targets = (QUERY, UP) if rank % 2 else (UP,)
         pair = random_adapter(params, rank, targets=targets)
-        lora_jax.save(tmp_path / f"r{rank}", *pair, fingerprint=lora_jax.fingerprint(params))
+        lora_jax.save(tmp_path / f"r{rank}", pair, fingerprint=lora_jax.fingerprint(params))
         given.append(str(tmp_path / f"r{rank}"))
     served = served_adapters.open_adapters(given, KIND, base=str(weights))
     layout, stacked = served.stack

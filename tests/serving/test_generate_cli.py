@@ -58,8 +58,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
         }
         lora_jax.save(
             folder / name,
-            layout,
-            adapters,
+            lora_jax.Adapter(layout, adapters),
             fingerprint=lora_jax.fingerprint(params),
             about={**about, **more},
         )

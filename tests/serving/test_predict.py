@@ -272,9 +272,7 @@ def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pat
     beside = jax.tree.map(lambda x: x * np.nan, member.base)
     lora_jax.save(
         tmp_path / "broken",
-        member.layout,
-        member.adapters,
-        base=beside,
+        lora_jax.Adapter(member.layout, member.adapters, beside),
         about=member.about,
     )
     opened = served_adapters.open_adapters(

@@ -171,7 +171,7 @@ def test_no_base_weight_is_on_disk(finished: pathlib.Path) -> None:
 
 
 def test_adapters_of_a_run_are_restored_alone(finished: pathlib.Path) -> None:
-    layout, adapters = lora_jax.restore(finished / "adapters/best")
+    layout, adapters, _ = lora_jax.restore(finished / "adapters/best")
     assert list(adapters) == ["first/kernel", "second/kernel"]
     assert layout.targets[0].rank == 2
     assert list(export.load(finished, "best")["base"]) == ["head/bias", "head/kernel"]

@@ -101,7 +101,7 @@ def test_glue_runs_on_stand_ins(
     assert summary["beside_parameters"] == 16 * 16 + 16 + 16 * outputs + outputs
     score = {"stsb": "pearson"}.get(name, "accuracy")
     assert score in summary["after"]["validation"]
-    head = lora_jax.checkpoint.restore_base(tmp_path / "run/adapters/best")
+    head = lora_jax.restore(tmp_path / "run/adapters/best").trainable
     assert head["classifier/out/kernel"].shape == (16, outputs)
 
 
@@ -164,7 +164,7 @@ def test_scanned_layers_have_stacked_adapters(
     model = ModelConfig(reference=str(roberta), scan_layers=scan, remat="full")
     config = text_config(classification, roberta, source, model=model, steps=2)
     summary = train_in(tmp_path / "run", config)
-    _, adapters = lora_jax.restore(tmp_path / "run/adapters/last")
+    _, adapters, _ = lora_jax.restore(tmp_path / "run/adapters/last")
     shapes = {path: factors.a.shape for path, factors in adapters.items()}
     stacked = {f"bert/encoder/layers/attention/{name}/kernel": (2, 16, 4) for name in _QV}
     unrolled = {

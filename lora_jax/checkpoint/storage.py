@@ -1,0 +1,184 @@
+"""Folders that Orbax writes: reading them with distrust, writing them whole, and what goes wrong.
+
+This is the one file that names Orbax, since its v1 names still move. Orbax is imported when it is
+used: `import lora_jax` does not pay for it.
+
+A folder from a stranger is safe to read: JSON and arrays are read, nothing is unpickled or
+imported, nothing is written, and a folder that points out of itself, holds what its manifest does
+not list or declares more than it can hold is refused before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from lora_jax import paths
+from lora_jax.checkpoint import manifest as manifests
+from lora_jax.checkpoint.manifest import DamagedError, Manifest
+from lora_jax.errors import LoraError, listed
+
+Path = str | os.PathLike[str]
+Folder = Any  # etils' epath.Path, which also stands for remote folders (gs://...)
+
+
+def orbax() -> Any:
+    """Orbax's API, version 1."""
+    from orbax.checkpoint import v1
+
+    return v1
+
+
+def folder_at(path: Path) -> Folder:
+    """The folder at `path`, local or remote."""
+    from etils import epath  # comes with Orbax, whose paths are these
+
+    return epath.Path(path).expanduser()
+
+
+def absolute(path: Path) -> Folder:
+    """The same as Orbax takes it: absolute."""
+    return folder_at(path if "://" in str(path) else os.path.abspath(os.path.expanduser(path)))
+
+
+def read_manifest(folder: Folder, max_bytes: float | None, part: str = "arrays") -> Manifest:
+    """The manifest of a checkpoint that holds one as "meta"; checked, and no array read.
+
+    Whoever has it may load what it lists: `folder` holds these arrays, as they are declared, and
+    no other.
+
+    Args:
+      folder: of the checkpoint.
+      max_bytes: as for `restore`.
+      part: the only other part of the checkpoint, which holds the arrays.
+
+    Raises:
+      LoraError, DamagedError: as `restore`.
+    """
+    local = "://" not in str(folder)
+    with reading(folder):
+        on_disk = manifests.check_folder(pathlib.Path(folder)) if local else None
+        found = manifests.unseal(_sealed(folder))
+        manifests.check_declared(found, on_disk, max_bytes)
+        _check_stored(folder, found, part)
+    return found
+
+
+def _sealed(folder: Folder) -> Any:
+    """The strings in "meta", from the file that Orbax keeps them in.
+
+    Orbax would load every array that it finds there, whatever its size.
+    """
+    file = folder / "meta" / "_strings.json"
+    if not file.exists():
+        return None
+    manifests.check_json(file, file.stat().length)
+    return json.loads(file.read_text())
+
+
+def _check_stored(folder: Folder, manifest: Manifest, part: str) -> None:
+    """Raise unless the parts of `folder` are those, and hold what the manifest lists."""
+    parts = {child.name for child in folder.iterdir() if child.is_dir()}
+    if other := sorted(n for n in parts - {"meta", part} if not n.startswith(".")):
+        raise DamagedError(f"it holds {listed(other)}\nexpected no folder but meta and {part}")
+    found = orbax().checkpointables_metadata(folder).metadata
+    if not isinstance(found["meta"], Mapping) or set(found["meta"]) != manifests.SEALED:
+        raise DamagedError(f"its meta does not hold {sorted(manifests.SEALED)} and nothing else")
+    if part in parts and found[part] is None:
+        raise DamagedError(f"damaged: the description of its {part} cannot be read")
+    manifests.check_stored(manifest, paths.flatten(found.get(part, {})))
+
+
+def load(folder: Folder, manifest: Manifest, part: str, target: Any) -> Any:
+    """Read arrays of one part of a checkpoint, and check them against their hashes.
+
+    Args:
+      folder, manifest: from `read_manifest`.
+      part: "arrays", say.
+      target: a tree of `jax.ShapeDtypeStruct` with shardings, like the part.
+
+    Raises:
+      DamagedError: the arrays are not those that were saved.
+    """
+    with reading(folder):
+        loaded = orbax().load_checkpointables(folder, {part: target})[part]
+        damaged = manifest.damaged(loaded)
+        if damaged:
+            raise DamagedError(f"damaged:\n{listed(damaged)}")
+    return loaded
+
+
+@contextlib.contextmanager
+def reading(folder: Folder) -> Iterator[None]:
+    """Whatever goes wrong while `folder` is read becomes an error that names it.
+
+    A lack of memory or of permission is no damage, and passes.
+    """
+    try:
+        yield
+    except LoraError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    except Exception as error:
+        cause = _innermost(error)
+        if isinstance(cause, MemoryError | PermissionError | jax.errors.JaxRuntimeError):
+            raise
+        raise DamagedError(f"{folder} is damaged: {_said(cause)}") from error
+
+
+@contextlib.contextmanager
+def writing(folder: Folder) -> Iterator[None]:
+    """Whatever goes wrong while `folder` is written becomes an error that names it."""
+    try:
+        yield
+    except LoraError:
+        raise
+    except Exception as error:
+        raise LoraError(f"{folder} cannot be written: {_said(_innermost(error))}") from error
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The first cause: Orbax reports what its libraries raise as something of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _said(error: BaseException) -> str:
+    """What TensorStore says, without the pages of settings that it puts after it."""
+    return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec')[0][:1000]}"
+
+
+def write(folder: Folder, parts: Mapping[str, Any]) -> None:
+    """Write the parts of a checkpoint; what is at `folder` is kept until the new one is whole."""
+
+    def save(place: Folder) -> None:
+        orbax().save_checkpointables(place, parts, overwrite=True)
+
+    if not folder.exists():
+        save(folder)
+        return
+    fresh, old = (folder.with_name(f"{folder.name}.{end}") for end in ("new", "old"))
+    save(fresh)
+    _once(lambda: (old.rmtree(missing_ok=True), folder.rename(old), fresh.rename(folder)))
+    _once(lambda: old.rmtree())
+
+
+def recover(folder: Folder) -> None:
+    """Bring back what a kill between the two renames of `_replace` has left under another name."""
+    old = folder.with_name(f"{folder.name}.old")
+    _once(lambda: old.rename(folder) if old.exists() and not folder.exists() else None)
+
+
+def _once(act: Callable[[], Any]) -> None:
+    """By one process, while the others wait."""
+    if jax.process_index() == 0:
+        act()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("lora_jax.checkpoint")
