@@ -1,6 +1,7 @@
 """The house: who may import whom, and what a file may be. Imports inside functions count."""
 
 import ast
+import importlib.util
 import inspect
 import pathlib
 import re
@@ -14,6 +15,7 @@ import lora_jax
 import lora_jax.baselines
 import lora_jax.data
 import lora_jax.models
+from lora_jax.extras import EXTRAS, MissingExtraError, require
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_jax"
@@ -21,8 +23,8 @@ PACKAGE = ROOT / "lora_jax"
 # Room -> the rooms it may import, and does. A room is a top-level module or a package; "" is the
 # facade, `lora_jax/__init__.py`, which nothing in the package imports.
 ARROWS = {
-    "": {"adapters", "checkpoint", "errors", "frozen", "layout", "merge", "moe", "multi", "nnx"}
-    | {"paths", "resolve", "sharding", "spec", "transform"},
+    "": {"adapters", "checkpoint", "errors", "frozen", "layout", "merge", "moe"}
+    | {"multi", "nnx", "paths", "resolve", "sharding", "spec", "transform"},
     # the core: the transform and what it is used with
     "errors": set(),
     "paths": {"errors"},
@@ -41,25 +43,30 @@ ARROWS = {
     "checkpoint": {"adapters", "errors", "layout", "paths"},
     "nnx": set(),
     "analysis": {"adapters", "errors", "layout", "multi", "paths", "spec"},
+    "extras": set(),
     # models and methods: they have never heard of LoRA
     "models": set(),
     "baselines": {"errors", "models"},
+    # what a person sees
+    "console": {"errors", "extras", "models"},
     # training and what is done with its results
-    "data": {"errors", "models"},
-    "training": {"adapters", "baselines", "checkpoint", "data", "errors", "frozen", "layout"}
-    | {"merge", "models", "multi", "paths", "sharding", "spec", "transform"},
-    "groups": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve", "spec"}
-    | {"training"},
-    "planner": {"data", "errors", "frozen", "primitives", "resolve", "training"},
-    "serving": {"adapters", "baselines", "checkpoint", "data", "errors", "layout", "models"}
-    | {"multi", "paths", "transform"},
-    "report": {"adapters", "analysis", "checkpoint", "errors", "groups", "layout", "serving"}
-    | {"training"},
-    "command_line": {"errors", "groups", "planner", "training"},
+    "data": {"errors", "extras", "models"},
+    "training": {"adapters", "baselines", "checkpoint", "console", "data", "errors", "extras"}
+    | {"frozen", "layout", "merge", "models", "multi", "paths", "sharding", "spec"}
+    | {"transform"},
+    "groups": {"checkpoint", "console", "errors", "extras", "frozen", "layout", "multi"}
+    | {"paths", "resolve", "spec", "training"},
+    "planner": {"data", "errors", "extras", "frozen", "primitives", "resolve", "training"},
+    "serving": {"adapters", "baselines", "checkpoint", "console", "data", "errors", "extras"}
+    | {"layout", "models", "multi", "paths", "transform"},
+    "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
+    | {"layout", "serving", "training"},
+    "command_line": {"errors", "extras", "groups", "planner", "training"},
+    "__main__": {"errors", "extras", "report", "serving", "training"},
 }
 # What is not part of the core.
 AROUND = ("models", "baselines", "data", "training", "groups", "planner", "serving", "report")
-AROUND = (*AROUND, "command_line")
+AROUND = (*AROUND, "command_line", "console", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
 # What the core needs beside JAX and NumPy, and where.
@@ -67,9 +74,9 @@ CORE_LIBRARIES = {
     "flax": {"flax_partitioning", "nnx"},
     "optax": {"frozen"},
     "orbax": {"checkpoint"},
-    "etils": {"checkpoint"},
+    "etils": {"checkpoint"},  # comes with Orbax
 }
-ORBAX = {"lora_jax/checkpoint/adapter.py"}  # its names still move: one file follows them
+ORBAX = {"lora_jax/checkpoint/storage.py"}  # its names still move: one file follows them
 CEILING = 400  # lines of a file
 
 # Distribution -> what it is imported as, where the two differ.
@@ -202,11 +209,46 @@ def test_orbax_in_one_file() -> None:
 def test_imported_libraries_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=\[; ]", line)[0] for line in project["dependencies"]}
-    optional = project["optional-dependencies"]["hub"]
-    declared |= {re.split(r"[<>=\[; ]", line)[0] for line in optional}
+    for extra in ("train", "report", "gguf", "hub"):
+        lines = project["optional-dependencies"][extra]
+        declared |= {re.split(r"[<>=\[; ]", line)[0] for line in lines}
     known = {IMPORT_NAMES.get(name, name) for name in declared}
     used = set().union(*map(libraries, [*sources("lora_jax", "configs"), ROOT / "train.py"]))
-    assert used <= known
+    assert used - {"etils"} <= known
+
+
+def test_five_libraries_are_required() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {re.split(r"[<>=\[; ]", line)[0] for line in project["dependencies"]}
+    assert required == {"flax", "jax", "numpy", "optax", "orbax-checkpoint"}
+    for extra, modules in EXTRAS.items():
+        lines = project["optional-dependencies"][extra]
+        installed = {re.split(r"[<>=\[; ]", line)[0] for line in lines}
+        assert set(modules) <= {IMPORT_NAMES.get(name, name) for name in installed}
+
+
+def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a room that needs an extra does not say so before it imports anything of it."""
+    for room in ("training", "data", "groups", "planner", "serving", "report"):
+        assert "require(" in (PACKAGE / room / "__init__.py").read_text()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "tyro" else find(n))
+    with pytest.raises(MissingExtraError, match=r"(?s)needs tyro.*pip install 'lora-jax\[train\]'"):
+        require("train", "lora_jax.training")
+
+
+def test_importing_it_loads_only_what_jax_and_numpy_load() -> None:
+    """Red if optax, Flax, Orbax or etils is imported before it is used."""
+    program = (
+        "import sys, jax, numpy, jax.numpy, jax.experimental\n"
+        "before = {name.split('.')[0] for name in sys.modules}\n"
+        "import lora_jax\n"
+        "after = {name.split('.')[0] for name in sys.modules} - before\n"
+        "print(sorted(after - set(sys.stdlib_module_names) - {'lora_jax'}))\n"
+    )
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("path", EVERYWHERE, ids=name_of)
