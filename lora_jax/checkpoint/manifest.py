@@ -5,7 +5,8 @@ the notes of whoever saved: JSON values. It is stored as one text beside the SHA
 so a bit that flips in either is found, as one in an array is found by its hash.
 
 What is read may come from a stranger. Nothing is allocated for an array before `check_folder`,
-`check_declared` and `check_stored` have passed, and they refuse, naming what was declared and the limit:
+`check_declared` and `check_stored` have passed. They refuse, naming what was declared and the
+limit:
 
     a link that leads out of the folder, and anything that is neither file nor folder;
     a file of JSON above 64 MiB, and more than 100,000 files;
