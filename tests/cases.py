@@ -204,6 +204,14 @@ def bare_scan() -> Any:
 
 
 @case
+def bare_scan_reversed() -> Any:
+    def f(p: Any, x: Any) -> Any:  # the last layer first
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x.sum()), x, p["w"], reverse=True)
+
+    return f, {"w": normal(0, 3, 10, 10)}, (normal(1, B, 10),), ("w",)
+
+
+@case
 def bare_scan_constant_weight() -> Any:
     def f(p: Any, x: Any) -> Any:  # one weight for all steps, as in a recurrent cell
         return jax.lax.scan(lambda h, x: (jnp.tanh(h @ p["w"] + x), h), jnp.zeros((2, 10)), x)

@@ -32,6 +32,7 @@ from lora_jax import LoraError, paths
 def test_match(pattern: str, path: str, hit: bool) -> None:
     """Red if `*` crosses a slash, `**` needs a segment, or a dot is a wild card."""
     assert paths.match(pattern, path) is hit
+    assert paths.matching(pattern, [path]) == [path] * hit
 
 
 @pytest.mark.parametrize("pattern", ["", "a/{b", "a/[b", "a/b}", "{a/b}"])

@@ -228,6 +228,15 @@ def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
     assert learns == [top != 1] * 2  # the one gate that is left is 1, whatever the logits
 
 
+def test_the_balance_is_of_shares_and_gates() -> None:
+    """Against numbers by hand. Red: the gates squared, which would ask for no even share."""
+    shares, gates = jnp.array([[0.5, 0.5], [1.0, 0.0]]), jnp.array([[0.6, 0.4], [0.7, 0.3]])
+    one = {"w": Load(shares[0], gates[0])}
+    assert float(lora_jax.moe.balance(one)) == pytest.approx(2 * (0.5 * 0.6 + 0.5 * 0.4))
+    layers = {"w": Load(shares, gates)}
+    assert float(lora_jax.moe.balance(layers)) == pytest.approx((1.0 + 2 * 0.7) / 2)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_router_without_an_input_to_route_by_is_refused(name: str) -> None:
     """Softmax is not linear: half an input would route otherwise, in silence."""

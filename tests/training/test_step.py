@@ -120,6 +120,25 @@ def test_a_padded_row_without_weight_changes_nothing() -> None:
         np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
+def test_each_part_draws_from_a_key_of_its_own() -> None:
+    """Red with one key for all: dropout would leave out the same places in every part."""
+    workload, layout, base, frozen = parts()
+
+    def noise(params: Any, batch: Any, *, train: bool, key: Any) -> jax.Array:
+        outputs = apply(params, batch, train=train, key=key)
+        return 0 * outputs + jax.random.uniform(key, outputs.shape)
+
+    drawn = dataclasses.replace(
+        workload, apply=noise, loss=lambda out, _: Loss(out.sum(), jnp.float32(len(out)))
+    )
+    tx = optax.sgd(0.1)
+    state = start(layout, base, tx)
+    _, metrics = jax.jit(step.train_step(drawn, layout, tx, "stop", parts=2))(state, frozen, BATCH)
+    key = jax.random.fold_in(state.key, state.step)
+    each = [jax.random.uniform(jax.random.fold_in(key, i), (3, 1)) for i in range(2)]
+    np.testing.assert_allclose(metrics["loss"], np.mean(each), rtol=1e-6)
+
+
 def poisoned(at: int, count: int) -> list[dict[str, np.ndarray]]:
     bad = {**BATCH, "x": np.where(np.arange(5) == 2, np.nan, BATCH["x"]).astype(np.float32)}
     return [bad if i == at else BATCH for i in range(count)]
