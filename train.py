@@ -97,10 +97,10 @@ def train(
     place = mesh.place(workload, config.mesh, grid, example)
     params = workload.arrays(place.params)
 
-    # ---- what is trained: adapters on the targets, and a few base parameters beside them
+    # ---- what is trained: adapters on the targets, and a few base parameters in full
     key, lora = jax.random.key(config.seed), config.adaptation
     layout = lora_jax.resolve(lora.spec, workload.apply, params, example, train=True, key=key)
-    patterns = workload.beside if lora.beside is None else lora.beside
+    patterns = workload.trainable if lora.trainable is None else lora.trainable
     base, frozen = lora_jax.frozen.split(params, patterns)
     step.check_apart(layout, base)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
@@ -131,7 +131,7 @@ def train(
 
         # ---- what it came to
         best = loop.run.best(loop.state.trained)
-        tested = loop.judge_best(config.steps, best)
+        tested = loop.evaluate_best(config.steps, best)
         compare = jax.jit(merged_difference(workload, layout), out_shardings=place.whole)
         batch = place.batch(first_batch(workload, place, example))
         difference = float(compare(best, frozen, batch))
@@ -159,7 +159,7 @@ def train_group(name: str, config: GroupConfig) -> int:
     return 0
 
 
-def show_plan(name: str, config: Config, options: planner.Options) -> int:
+def show_plan(name: str, config: Config, options: planner.PlanOptions) -> int:
     """Plan the run and leave no trace of it but the plan; the exit status."""
     made = planner.make(name, config, options)
     run = directory.default(name, config)

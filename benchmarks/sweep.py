@@ -92,7 +92,7 @@ def workload() -> Workload:
         loss=classification.class_loss,
         params=common.normal(common.minilm().shapes, 0),
         train=lambda shard: iter(()),  # type: ignore[arg-type, return-value]
-        beside=("classifier/**",),
+        trainable=("classifier/**",),
     )
 
 
@@ -112,7 +112,7 @@ def steps(
 ) -> tuple[dict[str, Callable[[], Any]], list[float]]:
     """One step alone, and one of all members with so many at once; and the bytes of these."""
     batch, key = batch_of(rows, length), jax.random.key(0)
-    beside, frozen = lora_jax.frozen.split(seen.params, seen.beside)
+    trainable, frozen = lora_jax.frozen.split(seen.params, seen.trainable)
     layouts = [
         lora_jax.resolve(
             lora_jax.LoraSpec(rank, 16.0, TARGETS), seen.apply, seen.params, batch,
@@ -129,10 +129,10 @@ def steps(
     ]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *settings)
     tx = optimizer.adamw(hypers[0])
-    one = jax.jit(step.fresh(layouts[-1], tx, "gaussian"))(beside, key)
+    one = jax.jit(step.fresh(layouts[-1], tx, "gaussian"))(trainable, key)
     keys = jax.random.split(key, len(pairs))
     fresh = jax.vmap(step.fresh(common_layout, tx, "gaussian"), in_axes=(None, 0))
-    many = jax.jit(fresh)(beside, keys)
+    many = jax.jit(fresh)(trainable, keys)
     rows_of_all = jax.tree.map(lambda x: jnp.stack([x] * len(pairs)), batch)
     alone = (
         jax.jit(step.train_step(seen, layouts[-1], tx, "stop")).lower(one, frozen, batch).compile()

@@ -94,7 +94,7 @@ def workload(config: OwnConfig) -> Workload:
         loss=loss,
         params=jax.eval_shape(load, None),
         load=load,
-        beside=("head/**",),
+        trainable=("head/**",),
         train=lambda shard: Points(config.seed + 1, config.batch_size, shard),
         evaluation={"validation": lambda shard: [next(Points(0, 1024, shard))]},
         unit="points",

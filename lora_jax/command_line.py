@@ -34,7 +34,7 @@ Runnable = Config | GroupOptions
 
 def parse(
     arguments: Sequence[str], default: str, root: pathlib.Path, program: str = "train.py"
-) -> tuple[str, Config | GroupConfig, planner.Options]:
+) -> tuple[str, Config | GroupConfig, planner.PlanOptions]:
     """The config's name, its value with the command line's changes, and what is to be planned.
 
     A sweep is given as the group of its members.
@@ -57,7 +57,7 @@ def parse(
     fields = [
         ("config", Annotated[str, tyro.conf.arg(help=_HELP)], reference),
         _field("run", "", config),
-        _field("plan", "", planner.Options()),
+        _field("plan", "", planner.PlanOptions()),
         *(_field(f"member{i}", member.name, member.config) for i, member in enumerate(shown)),
     ]
     given: Any = tyro.cli(

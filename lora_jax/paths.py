@@ -1,4 +1,4 @@
-"""Where a pytree path becomes text, and the one pattern language that matches it.
+"""The text of a pytree path, and the pattern language that matches it.
 
 A path is the keys from the root joined by `/`: `encoder/layer_0/query/kernel`. A pattern
 must match the **whole** path:
@@ -37,19 +37,29 @@ def path_of(key_path: tuple[Any, ...]) -> str:
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Leaves of `tree` by path, in the tree's own order."""
+    """Return the leaves of `tree` by path, in the tree's own order."""
     return {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def shapes(tree: Tree) -> dict[str, str]:
+    """Return dtype and shape of each leaf by path, as messages show them.
+
+    >>> shapes({"w": jax.ShapeDtypeStruct((2, 3), "float32")})
+    {'w': 'float32[2, 3]'}
+    """
+    return {path: f"{x.dtype}{list(x.shape)}" for path, x in flatten(tree).items()}
+
+
 def replace(tree: Tree, leaves: dict[str, Any]) -> Tree:
-    """`tree` with the leaves at the given paths replaced, all others kept.
+    """Return `tree` with the leaves at the given paths replaced and all others kept.
 
     >>> replace({"a": 1, "b": 2}, {"b": 5})
     {'a': 1, 'b': 5}
     """
-    unknown = [p for p in leaves if p not in flatten(tree)]
+    known = flatten(tree)
+    unknown = [path for path in leaves if path not in known]
     if unknown:
-        raise LoraError(f"no leaf at {unknown[0]!r} in the tree; it has {list(flatten(tree))}")
+        raise LoraError(f"no leaf at {unknown[0]!r} in the tree; it has {list(known)}")
     return jax.tree_util.tree_map_with_path(lambda p, leaf: leaves.get(path_of(p), leaf), tree)
 
 

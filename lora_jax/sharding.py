@@ -19,7 +19,9 @@ from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout, Target
 from lora_jax.primitives import axis_roles, jaxprs
 
-Rule = tuple[str, PartitionSpec]  # a pattern in the language of `lora_jax.paths`, and its placement
+ShardingRule = tuple[
+    str, PartitionSpec
+]  # a pattern in the language of `lora_jax.paths`, and its placement
 Specs = dict[str, PartitionSpec]
 
 FSDP, TENSOR = "fsdp", "tensor"
@@ -28,7 +30,7 @@ TINY = 2**10  # numbers beside the stack axes that are not worth an error where 
 SPARE = 0.04  # of a device's share of the bytes, that replicated small parameters may add to it
 
 
-def specs(rules: Sequence[Rule], params: Any) -> Specs:
+def specs(rules: Sequence[ShardingRule], params: Any) -> Specs:
     """The placement of each parameter: every one is covered by exactly one rule.
 
     The order of the rules has no meaning.
@@ -54,9 +56,11 @@ def specs(rules: Sequence[Rule], params: Any) -> Specs:
     return {path: hits[0][1] for path, hits in covering.items()}
 
 
-def _covering(rules: Sequence[Rule], leaves: Mapping[str, Any]) -> dict[str, list[Rule]]:
+def _covering(
+    rules: Sequence[ShardingRule], leaves: Mapping[str, Any]
+) -> dict[str, list[ShardingRule]]:
     """The rule, if any, of each parameter. Two are an error, and so is a rule that covers none."""
-    covering: dict[str, list[Rule]] = {path: [] for path in leaves}
+    covering: dict[str, list[ShardingRule]] = {path: [] for path in leaves}
     for pattern, spec in rules:
         covered = paths.matching(pattern, leaves)
         if not covered:
@@ -79,7 +83,7 @@ def _covering(rules: Sequence[Rule], leaves: Mapping[str, Any]) -> dict[str, lis
     return covering
 
 
-def _shown(rule: Rule) -> str:
+def _shown(rule: ShardingRule) -> str:
     return f"({rule[0]!r}, {rule[1]})"
 
 
@@ -128,8 +132,8 @@ def place(
     params: Any,
     sizes: Mapping[str, int],
     *,
-    own: Sequence[Rule] = (),
-    table: Sequence[Rule] | None = None,
+    own: Sequence[ShardingRule] = (),
+    table: Sequence[ShardingRule] | None = None,
     named: Mapping[str, PartitionSpec] | None = None,
     call: tuple[Callable[..., Any], tuple[Any, ...]] | None = None,
 ) -> Specs:

@@ -16,7 +16,8 @@ import jax
 import pytest
 from absl import flags
 
-STANDARD_PROMOTION = ("models", "baselines", "training", "data_pipeline", "serving", "report")
+STANDARD_PROMOTION = ("models", "baselines", "data", "training", "groups", "planner")
+STANDARD_PROMOTION += ("serving", "report")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import models, paths, sharding
 from lora_jax.models.placement import rules
-from tests import hlo
+from lora_jax.planner import hlo
+from lora_jax.planner.collectives import Collective, collectives
 
 pytestmark = pytest.mark.standard_promotion  # Flax and jnp inside the models promote
 
@@ -96,7 +97,7 @@ def put(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 @functools.cache
-def gradient(name: str, sizes: tuple[int, int, int], rank: int | None) -> str:
+def gradient(name: str, sizes: tuple[int, int, int], rank: int | None) -> hlo.Module:
     """HLO of the gradient by the adapters, or, of the base alone, by the input (a base vector).
 
     The vector stands before all products: its gradient needs that of every product's input.
@@ -115,7 +116,7 @@ def gradient(name: str, sizes: tuple[int, int, int], rank: int | None) -> str:
         if rank is None:
             by_vector = lambda v, p, x: loss(f(paths.replace(p, {vector: v}), x))  # noqa: E731
             step = jax.jit(jax.grad(by_vector))
-            return step.lower(placed[vector], base, x).compile().as_text()
+            return hlo.parse(step.lower(placed[vector], base, x).compile().as_text())
         layout = lora_jax.resolve(lora_jax.LoraSpec(rank, 2.0), f, params, x)
         where = lora_jax.partition_specs(layout, specs)
         adapters = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), layout))
@@ -123,7 +124,11 @@ def gradient(name: str, sizes: tuple[int, int, int], rank: int | None) -> str:
         kept = jax.tree.map(lambda leaf: leaf.sharding, adapters)
         g = lora_jax.adapt(layout, f)
         step = jax.jit(jax.grad(lambda ad, p, x: loss(g(p, ad, x))), out_shardings=kept)
-        return step.lower(adapters, base, x).compile().as_text()
+        return hlo.parse(step.lower(adapters, base, x).compile().as_text())
+
+
+def sizes_of(moved: Collective) -> set[int]:
+    return {moved.operand.size, moved.result.size}
 
 
 def whole_weights(name: str) -> set[int]:
@@ -137,13 +142,13 @@ def whole_weights(name: str) -> set[int]:
 def test_no_collective_moves_a_whole_weight_over_tensor(name: str) -> None:
     """Red if a kernel is laid out so that its product needs it whole (an axis that is not a
     head's, an embedding looked up along a cut axis without the sum)."""
-    found = hlo.collectives(gradient(name, TENSOR, RANKS[0]))
+    found = collectives(gradient(name, TENSOR, RANKS[0]))
     assert found
-    assert not [(i.kind, i.operands) for i in found if {*i.sizes} & whole_weights(name)]
+    assert not [i for i in found if sizes_of(i) & whole_weights(name)]
     # The reader sees them where they are: over fsdp every weight is brought together.
-    gathered = [i for i in hlo.collectives(gradient(name, FSDP, None)) if i.kind == "all-gather"]
+    gathered = [i for i in collectives(gradient(name, FSDP, None)) if i.kind == "all-gather"]
     if name != "block":  # which does not keep its activations on the batch
-        assert {s for i in gathered for s in i.sizes} & whole_weights(name)
+        assert {s for i in gathered for s in sizes_of(i)} & whole_weights(name)
 
 
 @pytest.mark.parametrize("sizes", [TENSOR, ALL])
@@ -152,16 +157,18 @@ def test_adapters_add_collectives_of_their_rank_alone(
     name: str, sizes: tuple[int, int, int]
 ) -> None:
     """Red if the low-rank product is ordered so that activations of full width move for it."""
-    base = hlo.counted(hlo.collectives(gradient(name, sizes, None)))
+
+    def counted(rank: int | None) -> Counter[Any]:
+        return Counter((i.kind, i.operand) for i in collectives(gradient(name, sizes, rank)))
 
     def added(rank: int) -> Counter[Any]:
         """The new collectives with the rank taken out of their shapes."""
-        new = hlo.counted(hlo.collectives(gradient(name, sizes, rank))) - base
+        new = counted(rank) - counted(None)
         assert new
         out: Counter[Any] = Counter()
-        for (kind, ((_, dims),)), times in new.items():
-            assert rank in dims, (kind, dims)
-            out[kind, tuple("rank" if n == rank else n for n in dims)] += times
+        for (kind, shape), times in new.items():
+            assert rank in shape.dims, (kind, shape)
+            out[kind, tuple("rank" if n == rank else n for n in shape.dims)] += times
         return out
 
     first, second = map(added, RANKS)
@@ -172,15 +179,15 @@ def test_adapters_add_collectives_of_their_rank_alone(
 def test_no_gradient_of_a_weight(name: str) -> None:
     """No product has the size of a weight, or of a device's part of one. Red if one is made."""
     sizes = {size // n for size in whole_weights(name) for n in (1, 2, 4, 8)}
-    products = [i for i in hlo.instructions(gradient(name, ALL, RANKS[0])) if i.kind == "dot"]
+    products = [i for i in gradient(name, ALL, RANKS[0]).instructions if i.kind == "dot"]
     assert products
-    assert not [i for i in products if math.prod(i.results[0][1]) in sizes]
+    assert not [i for i in products if i.results[0].size in sizes]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_activations_stay_where_the_batch_is(name: str) -> None:
     """Over fsdp alone only weights, factors and gradients of factors move. Red without `by_rows`,
     or without the embedding brought together before it is looked up."""
-    found = hlo.collectives(gradient(name, FSDP, RANKS[0]))
+    found = collectives(gradient(name, FSDP, RANKS[0]))
     assert found
-    assert not [(i.kind, i.operands) for i in found if any(size % LENGTH == 0 for size in i.sizes)]
+    assert not [i for i in found if any(size % LENGTH == 0 for size in sizes_of(i))]

@@ -9,11 +9,12 @@ import pytest
 
 import train
 from lora_jax import command_line
-from lora_jax.training import config
+from lora_jax.training.config import Config, ConfigError
+from lora_jax.training.config_json import differences, to_dict
 from tests.training.runs import OWN, ROOT
 
 
-def parse(*arguments: str) -> config.Config:
+def parse(*arguments: str) -> Config:
     return command_line.parse(arguments, OWN, ROOT)[1]
 
 
@@ -29,7 +30,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_any_field_is_set_by_its_path() -> None:
     found = parse("--steps", "50", "--lora.rank", "4", "--optimizer.learning-rate", "0.5")
     assert (found.steps, found.lora.rank, found.optimizer.learning_rate) == (50, 4, 0.5)
-    changed = config.differences(config.to_dict(parse()), config.to_dict(found))
+    changed = differences(to_dict(parse()), to_dict(found))
     assert [line.partition(":")[0] for line in changed] == [
         "steps", "lora.rank", "optimizer.learning_rate",
     ]  # fmt: skip
@@ -69,7 +70,7 @@ def test_refused_at_once(
 
 
 def test_a_top_level_value_is_refused_as_well() -> None:
-    with pytest.raises(config.ConfigError, match="steps must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
         parse("--steps", "0")
 
 
@@ -100,7 +101,7 @@ def test_every_field_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
         parse("--help")
     blocks = capsys.readouterr().out.replace("│", " ").split("--")
     nested = {"workload", "lora", "optimizer", "mesh", "processes"}
-    for field in set(every_field(config.Config)) - nested:
+    for field in set(every_field(Config)) - nested:
         option = field.replace("_", "-")
         block = next(" ".join(b.split()) for b in blocks if b.startswith(f"{option} "))
         meaning = block.partition("(default")[0].removeprefix(option)
@@ -108,7 +109,7 @@ def test_every_field_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_missing_config_file_lists_those_there_are(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(config.ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         command_line.load("configs/minilm_revews.py", ROOT)
     assert "no config file configs/minilm_revews.py" in str(error.value)
     assert "own_model.py" in str(error.value)
@@ -117,9 +118,9 @@ def test_a_missing_config_file_lists_those_there_are(tmp_path: pathlib.Path) -> 
 def test_a_file_without_a_config_names_what_it_holds(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("x = 1\n")
-    with pytest.raises(config.ConfigError, match="this one holds none"):
+    with pytest.raises(ConfigError, match="this one holds none"):
         command_line.load(str(file), ROOT)
-    with pytest.raises(config.ConfigError, match="no config named 'other'"):
+    with pytest.raises(ConfigError, match="no config named 'other'"):
         command_line.load(f"{OWN}:other", ROOT)
     name, found = command_line.load(f"{OWN}:config", ROOT)
     assert name == "own_model-config"

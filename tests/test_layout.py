@@ -280,6 +280,34 @@ def test_manners(path: pathlib.Path) -> None:
     assert "hasattr" not in called
 
 
+# Names that several modules may define, with the reason.
+SHARED_NAMES = {"Tree": "`Tree = Any`: what every module calls a pytree"}
+# Left until the rooms models, baselines, serving, report and multi are gone through.
+SHARED_NAMES |= dict.fromkeys(("Array", "Batch", "Config", "Context", "Line", "Member"), "pending")
+SHARED_NAMES |= dict.fromkeys(("Options", "Rule", "Table"), "pending")
+
+
+def defined_types(path: pathlib.Path) -> set[str]:
+    """Public classes of the file, and names that it gives to types (`Line = dict[str, Any]`)."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found.add(node.targets[0].id)
+    return {n for n in found if re.fullmatch(r"[A-Z]\w*[a-z]\w*", n)} - set(SHARED_NAMES)
+
+
+def test_one_type_for_each_name() -> None:
+    """Red: a second class `Options`, or a second `Batch = ...`, anywhere in the package."""
+    where: dict[str, list[str]] = {}
+    for path in sources("lora_jax"):
+        for name in defined_types(path):
+            where.setdefault(name, []).append(name_of(path))
+    twice = [f"{name}: {', '.join(found)}" for name, found in where.items() if len(found) > 1]
+    assert not twice, "\n".join(sorted(twice))
+
+
 PUBLIC = [
     lora_jax,
     lora_jax.multi,

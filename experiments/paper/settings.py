@@ -78,7 +78,7 @@ class Setting:
         """Trained numbers, those of a new head with them."""
         summary = self.runs[0].summary
         assert summary is not None
-        return int(summary["adapter_parameters"] + summary["beside_parameters"])
+        return int(summary["adapter_parameters"] + summary["trainable_parameters"])
 
 
 def mean(values: Sequence[float]) -> float:

@@ -30,7 +30,7 @@ class Case:
     """A model, and the batches it is trained on.
 
     targets: query and value.
-    beside: what LoRA trains with its factors, a new head.
+    trainable: what LoRA trains with its factors, a new head.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Case:
     rows: int
     length: int
     targets: str
-    beside: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
     rank: int = 4
 
     @property
@@ -81,10 +81,10 @@ def sides(case: Case) -> dict[str, Callable[[], Side]]:
     layout = lora_jax.resolve(
         spec, workload.apply, workload.params, batch, train=True, key=jax.random.key(0)
     )
-    trained = {"full": (lora_jax.Layout(()), ("**",)), "lora": (layout, case.beside)}
+    trained = {"full": (lora_jax.Layout(()), ("**",)), "lora": (layout, case.trainable)}
 
-    def make(layout: lora_jax.Layout, beside: tuple[str, ...]) -> Side:
-        base, frozen = lora_jax.frozen.split(workload.params, beside)
+    def make(layout: lora_jax.Layout, trainable: tuple[str, ...]) -> Side:
+        base, frozen = lora_jax.frozen.split(workload.params, trainable)
         tx = optimizer.adamw(optimizer.hyper(OptimizerConfig(), _STEPS))
         state = jax.jit(step.fresh(layout, tx, "gaussian"))(base, key)
         take = step.train_step(workload, layout, tx, "stop")

@@ -25,14 +25,14 @@ class Extraction(NamedTuple):
     adapter: an ordinary adapter, of scale 1.
     truncation: `{path: Truncation}`, the norm of the singular values that were cut off, over all
       of a stack, and relative to the whole difference.
-    outside: `{path: norm}`, the norm of the difference of every parameter that changed and is not
+    untargeted: `{path: norm}`, the norm of the difference of every parameter that changed and is not
       a target: biases, norms, matrices outside of the layout. No adapter of this layout can hold
       them.
     """
 
     adapter: Adapter
     truncation: dict[str, Truncation]
-    outside: dict[str, float]
+    untargeted: dict[str, float]
 
 
 class Principal(NamedTuple):
@@ -63,7 +63,7 @@ def extract(layout: Layout, base: Any, finetuned: Any, rank: int | None = None) 
     >>> base = {"w": jnp.zeros((3, 3)), "bias": jnp.zeros(3)}
     >>> tuned = {"w": jnp.diag(jnp.array([4.0, 3.0, 0.0])), "bias": jnp.array([0.0, 2.0, 0.0])}
     >>> found = extract(layout, base, tuned)
-    >>> float(found.truncation["w"].error), float(found.truncation["w"].relative), found.outside
+    >>> float(found.truncation["w"].error), float(found.truncation["w"].relative), found.untargeted
     (3.0, 0.6, {'bias': 2.0})
     """
     before, after = paths.flatten(base), paths.flatten(finetuned)
@@ -83,8 +83,8 @@ def extract(layout: Layout, base: Any, finetuned: Any, rank: int | None = None) 
         for path in before
         if path not in adapters
     }
-    outside = {path: norm for path, norm in moved.items() if norm != 0}
-    return Extraction(Adapter(Layout(tuple(targets)), adapters), cuts, outside)
+    untargeted = {path: norm for path, norm in moved.items() if norm != 0}
+    return Extraction(Adapter(Layout(tuple(targets)), adapters), cuts, untargeted)
 
 
 def principal(layout: Layout, params: Any) -> Principal:

@@ -1,4 +1,4 @@
-"""From a source's name to batches: TFDS builders and plain files, read through Grain."""
+"""The data: from the name of a source to batches, with TFDS and Grain."""
 
 from lora_jax.extras import require
 
@@ -15,4 +15,4 @@ from lora_jax.data.labels import Labels as Labels
 from lora_jax.data.labels import labels_of as labels_of
 from lora_jax.data.language_modelling import language_modelling as language_modelling
 from lora_jax.data.process_slice import Shard as Shard
-from lora_jax.data.source import Source as Source
+from lora_jax.data.source import DataSource as DataSource

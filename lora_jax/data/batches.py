@@ -1,4 +1,4 @@
-"""Batches and what there is to say about them."""
+"""Batches, their iterators, and the facts about a split."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lora_jax.data.labels import Labels
 from lora_jax.data.process_slice import Shard
-from lora_jax.data.tokens import Cut
+from lora_jax.data.tokens import TextTruncation
 
 # A batch takes a fraction of a millisecond to make, less than handing it to another thread.
 IN_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -34,7 +34,7 @@ class Facts:
     """Tokens of an epoch, without padding; of large sets, as estimated from a sample."""
     padding: float
     """Share of the batches' positions that hold padding."""
-    cut: Cut
+    truncation: TextTruncation
     """What `max_length` cost; of large sets, as estimated from a sample."""
     classes: tuple[tuple[str, int], ...] = ()
     """Examples of each class."""
@@ -48,12 +48,11 @@ class Facts:
         )
         if self.classes:
             text += "; " + ", ".join(f"{name} {n:,}" for name, n in self.classes[:10])
-        if self.cut.examples:
-            text += (
-                f"; max_length cut {self.cut.tokens:,} tokens off {self.cut.examples:,} examples"
-            )
-        if self.cut.dropped:
-            text += f"; {self.cut.dropped:,} left out, with nothing to learn in them"
+        lost = self.truncation
+        if lost.examples:
+            text += f"; max_length cut {lost.tokens:,} tokens off {lost.examples:,} examples"
+        if lost.dropped:
+            text += f"; {lost.dropped:,} left out, with nothing to learn in them"
         return text
 
 
@@ -80,7 +79,7 @@ class BatchIterator(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ShardBatches:
     """A shard of the batches."""
 
     begin: Callable[[], BatchIterator]
@@ -97,7 +96,7 @@ class Batches:
     are the rows of the whole. Every shard has as many batches as every other.
     """
 
-    part: Callable[[Shard], Part]
+    part: Callable[[Shard], ShardBatches]
     """Reads a shard, once."""
     labels: Labels | None = None
     """What the labels are; None without labels."""

@@ -1,4 +1,4 @@
-"""TFDS builders without TensorFlow: prepared once as array_record, read with random access.
+"""TFDS builders without TensorFlow, prepared once as array_record and read with random access.
 
 TFDS's other formats are of no use here: tfrecord needs TensorFlow, and parquet (4.9.10) loses rows
 in silence.
@@ -19,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from lora_jax.data.errors import DataError
 from lora_jax.data.source import Example
-from lora_jax.data.status import waiting
+from lora_jax.data.status import status
 from lora_jax.errors import nearest
 
 FORMAT = "array_record"
@@ -48,7 +48,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
         _check_format(builder)
         return
     try:
-        with waiting(f"preparing {builder.info.full_name} once, into {path}"), _quiet():
+        with status(f"preparing {builder.info.full_name} once, into {path}"), _quiet():
             builder.download_and_prepare(file_format=FORMAT)
     except OSError:
         if not path.exists():
@@ -89,7 +89,7 @@ class Builder:
         Args:
             builder: any TFDS builder.
             name: as a user would write it.
-            notes: see `Source.notes`.
+            notes: see `DataSource.notes`.
         """
         prepare(builder)
         self._builder = builder
@@ -102,7 +102,7 @@ class Builder:
         return tuple(self._builder.info.splits)
 
     def examples(self, split: str) -> Sequence[Example]:
-        """See `Source.examples`."""
+        """See `DataSource.examples`."""
         info = self._builder.info
         try:
             expected = info.splits[split].num_examples
@@ -114,7 +114,7 @@ class Builder:
         for name in self.splits:
             if name in split:  # a slice or a sum of splits names them too
                 self._count(name)
-        records = Records(self._builder.as_data_source(split))
+        records = ArrayRecords(self._builder.as_data_source(split))
         assert len(records) == expected, (len(records), expected)
         return records
 
@@ -135,7 +135,7 @@ class Builder:
                 )
 
     def classes(self, field: str) -> tuple[str, ...] | None:
-        """See `Source.classes`."""
+        """See `DataSource.classes`."""
         feature = dict(self._builder.info.features).get(field)
         if isinstance(feature, tfds.features.ClassLabel):
             if feature.names:
@@ -146,7 +146,7 @@ class Builder:
         return None
 
 
-class Records(Sequence[Example]):
+class ArrayRecords(Sequence[Example]):
     """TFDS records with text as `str`; numbers are Python's own already."""
 
     def __init__(self, records: Any) -> None:

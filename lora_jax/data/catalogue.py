@@ -1,4 +1,4 @@
-"""Every kind of source by its name."""
+"""The catalogue of sources: opens each kind of source by its name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_jax.data.errors import DataError
 from lora_jax.data.files import Files, is_file
 from lora_jax.data.reviews import NOTE as REVIEWS_NOTE
 from lora_jax.data.reviews import MovieReviews
-from lora_jax.data.source import Source
+from lora_jax.data.source import DataSource
 from lora_jax.data.topics import CORPORA, Topics
 from lora_jax.data.wordnet import NOTE as WORDNET_NOTE
 from lora_jax.data.wordnet import WordnetDefinitions
@@ -32,7 +32,7 @@ _OURS: dict[str, tuple[Callable[..., tfds.core.DatasetBuilder], str]] = {
 _PACKAGES = ("text", "question_answering", "summarization", "translate", "text_simplification")
 
 
-def open_source(name: str, data_dir: str | None = None) -> Source:
+def open_source(name: str, data_dir: str | None = None) -> DataSource:
     """The source of that name; prepared, if it has to be.
 
     Args:
@@ -56,7 +56,7 @@ def open_source(name: str, data_dir: str | None = None) -> Source:
     )
 
 
-def _tfds(name: str, data_dir: Path) -> Source:
+def _tfds(name: str, data_dir: Path) -> DataSource:
     reference = name.removeprefix("tfds:")
     for package in _PACKAGES:
         importlib.import_module(f"tensorflow_datasets.{package}")

@@ -1,4 +1,4 @@
-"""Batches for classification and regression: texts of like length together, padded to buckets."""
+"""Batches for classification and regression, of texts of similar length, padded to buckets."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lora_jax.data.batches import IN_THREAD, WHOLE, Batches, Facts, Part
+from lora_jax.data.batches import IN_THREAD, WHOLE, Batches, Facts, ShardBatches
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.config import DataConfig
 from lora_jax.data.labels import Labels, labels_of
 from lora_jax.data.process_slice import Shard
-from lora_jax.data.source import Example, Source, field_of, read
+from lora_jax.data.source import DataSource, Example, field_of, read
 from lora_jax.data.status import tracked
-from lora_jax.data.tokens import Cut, Encoder, Row, Text, Tokens, chunks, collect, padding_id
+from lora_jax.data.tokens import (
+    Encoder,
+    TextOrPair,
+    TextTruncation,
+    TokenRow,
+    Tokens,
+    chunks,
+    collect,
+    padding_id,
+)
 
 _ENDLESS = 2**31  # epochs
 
@@ -67,10 +76,12 @@ def classification(
     source = open_source(config.source, config.data_dir)
     labels = labels_of(config, source)
     examples = read(source, split, config.limit(split))
-    cut = Cut()
-    tokens = collect(_rows(config, examples, Encoder(tokenizer, config.max_length), cut, split))
+    truncation = TextTruncation()
+    tokens = collect(
+        _rows(config, examples, Encoder(tokenizer, config.max_length), truncation, split)
+    )
     values = _values(config, examples, labels, f"{source.name}, split {split!r}")
-    table = Table(
+    table = ExampleTable(
         tokens,
         values,
         buckets=config.lengths,
@@ -80,28 +91,32 @@ def classification(
         pad=padding_id(tokenizer),
         types=len(config.text_fields) == 2 and _tells_apart(tokenizer),
     )
-    facts = _facts(source, split, table, labels, cut)
+    facts = _facts(source, split, table, labels, truncation)
 
-    def part(shard: Shard) -> Part:
+    def part(shard: Shard) -> ShardBatches:
         shard.rows(batch_size)  # raises if it cannot be
         own = dataclasses.replace(table, shard=shard)
         dataset = grain.MapDataset.source(own).to_iter_dataset(IN_THREAD)
-        return Part(dataset.__iter__, facts)
+        return ShardBatches(dataset.__iter__, facts)
 
     return Batches(functools.cache(part), labels)
 
 
 def _rows(
-    config: DataConfig, examples: Sequence[Example], encoder: Encoder, cut: Cut, split: str
-) -> Iterator[Row]:
+    config: DataConfig,
+    examples: Sequence[Example],
+    encoder: Encoder,
+    truncation: TextTruncation,
+    split: str,
+) -> Iterator[TokenRow]:
     """Token ids and token types."""
     texts = (_text(config, example, f"split {split!r}") for example in examples)
     for chunk in chunks(tracked(texts, f"tokenising {split}", len(examples))):
-        for encoding in encoder.cut(chunk, cut):
+        for encoding in encoder.truncate(chunk, truncation):
             yield np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.uint8)
 
 
-def _text(config: DataConfig, example: Example, where: str) -> Text:
+def _text(config: DataConfig, example: Example, where: str) -> TextOrPair:
     parts = [str(field_of(example, f, "text_fields", where)) for f in config.text_fields]
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
@@ -123,7 +138,7 @@ def _tells_apart(tokenizer: Tokenizer) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class ExampleTable:
     """A shard of every batch of every epoch by its number: the random-access source of Grain."""
 
     tokens: Tokens
@@ -193,7 +208,9 @@ class Table:
         return batch
 
 
-def _facts(source: Source, split: str, table: Table, labels: Labels, cut: Cut) -> Facts:
+def _facts(
+    source: DataSource, split: str, table: ExampleTable, labels: Labels, truncation: TextTruncation
+) -> Facts:
     counts = Counter(table.values.tolist())
     tokens = int(table.tokens.lengths.sum())
     shapes = [table.buckets[table.sizes[rows].max()] for rows in table.plan(0)]
@@ -204,7 +221,7 @@ def _facts(source: Source, split: str, table: Table, labels: Labels, cut: Cut) -
         batches=table.per_epoch,
         tokens=tokens,
         padding=1 - tokens / (table.batch_size * sum(shapes)),
-        cut=cut,
+        truncation=truncation,
         classes=tuple((name, counts[i]) for i, name in enumerate(labels.names)),
         notes=source.notes,
     )

@@ -1,4 +1,4 @@
-"""What is read, how a batch is made of it."""
+"""The config of the data: what is read, and how batches are made of it."""
 
 from __future__ import annotations
 

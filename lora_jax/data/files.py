@@ -1,4 +1,4 @@
-"""Plain JSONL and CSV files as a source."""
+"""JSONL and CSV files as a source. (The standard library reads both; errors name the line.)"""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Files:
         return tuple(self._paths)
 
     def examples(self, split: str) -> Sequence[Example]:
-        """See `Source.examples`; the file is read whole."""
+        """See `DataSource.examples`; the file is read whole."""
         if split not in self._paths:
             raise DataError(
                 f"{self.name} has no split {split!r}.\n"
@@ -77,10 +77,10 @@ def _paths(name: str) -> dict[str, Path]:
         if path.suffix not in _SUFFIXES:
             raise DataError(f"{path} ({split}): expected a file that ends in .jsonl or .csv")
         if not path.is_file():
-            beside = [p.name for p in path.parent.glob("*") if p.suffix in _SUFFIXES]
+            neighbours = [p.name for p in path.parent.glob("*") if p.suffix in _SUFFIXES]
             raise DataError(
                 f"{path} ({split}): no such file.\n"
-                f"  nearest: {', '.join(nearest(path.name, beside)) or 'none in that folder'}"
+                f"  nearest: {', '.join(nearest(path.name, neighbours)) or 'none in that folder'}"
             )
     return paths
 

@@ -1,4 +1,4 @@
-"""What the labels of a data set are: classes with names, or real numbers."""
+"""The labels of a data set: named classes, or real numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_jax.data.config import DataConfig
 from lora_jax.data.errors import DataError
-from lora_jax.data.source import Source, field_of
+from lora_jax.data.source import DataSource, field_of
 from lora_jax.errors import nearest
 
 
@@ -60,7 +60,7 @@ def _number(value: Any, where: str) -> float:
         raise DataError(f"{where}: label {value!r} is not a number (data.regression)") from None
 
 
-def labels_of(config: DataConfig, source: Source) -> Labels:
+def labels_of(config: DataConfig, source: DataSource) -> Labels:
     """The labels: as the config says, else as the source declares, else as the training split has.
 
     Found classes are ordered as numbers if all are, else as text. Found real numbers (floats in

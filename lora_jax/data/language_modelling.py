@@ -1,4 +1,4 @@
-"""Packed rows for causal language modelling: prompt, answer, end; nothing split over two rows."""
+"""Packed rows for causal language modelling; no example is split over two rows."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lora_jax.data.batches import Batches, Facts, Part
+from lora_jax.data.batches import Batches, Facts, ShardBatches
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.config import DataConfig
 from lora_jax.data.errors import DataError
 from lora_jax.data.packing import Packing, Streams
 from lora_jax.data.process_slice import Shard
-from lora_jax.data.source import Example, Source
+from lora_jax.data.source import DataSource, Example
 from lora_jax.data.status import tracked
 from lora_jax.data.templates import Template
-from lora_jax.data.tokens import CHUNK, Cut, Encoder, Row, Tokens, collect, padding_id
+from lora_jax.data.tokens import (
+    CHUNK,
+    Encoder,
+    TextTruncation,
+    TokenRow,
+    Tokens,
+    collect,
+    padding_id,
+)
 from lora_jax.errors import nearest
 
 AHEAD = 1_000_000  # a process tokenises up to so many examples at once, more as they are read
@@ -76,7 +84,9 @@ def language_modelling(
     count = min(len(examples), config.limit(split) or len(examples))
     where = f"{source.name}, split {split!r}"
     reader = Reader(config, tokenizer, where)
-    for _ in reader.rows(examples[:1], Cut()):  # a wrong field is found before anything is loaded
+    for _ in reader.rows(
+        examples[:1], TextTruncation()
+    ):  # a wrong field is found before anything is loaded
         pass
     packing = Packing(
         batch_size=batch_size,
@@ -86,14 +96,14 @@ def language_modelling(
         epochs=epochs,
     )
 
-    def part(shard: Shard) -> Part:
+    def part(shard: Shard) -> ShardBatches:
         own = shard.rows(batch_size).tolist()
         dealt = {number: range(number, count, batch_size) for number in own}
-        cut = Cut()
-        rows = _read(reader, examples, dealt, cut, split)
+        truncation = TextTruncation()
+        rows = _read(reader, examples, dealt, truncation, split)
         streams = Streams(rows, packing, shard, where)
-        measured = _measure(rows, cut, count)
-        return Part(streams.begin, _facts(source, split, measured, streams, packing, shard))
+        measured = _measure(rows, truncation, count)
+        return ShardBatches(streams.begin, _facts(source, split, measured, streams, packing, shard))
 
     return Batches(functools.cache(part))
 
@@ -114,10 +124,10 @@ class Reader:
         # A row has `max_length` inputs, and the last token of an example is a target only.
         self._encoder = Encoder(tokenizer, config.max_length + 1)
 
-    def rows(self, examples: Sequence[Example], cut: Cut) -> Iterator[Row]:
+    def rows(self, examples: Sequence[Example], truncation: TextTruncation) -> Iterator[TokenRow]:
         """A row for each example, an empty one where there is nothing to learn.
 
-        What was lost is added to `cut`.
+        What was lost is added to `truncation`.
 
         Raises:
             DataError: an example lacks a field.
@@ -129,17 +139,17 @@ class Reader:
             ids = np.array([*start, *prompt, *answer, *self._end], np.int32)
             marks = np.ones(len(ids), np.uint8)
             marks[: len(start) + (len(prompt) if self._answer.text else 0)] = 0
-            yield self._within((ids, marks), cut)
+            yield self._within((ids, marks), truncation)
 
-    def _within(self, row: Row, cut: Cut) -> Row:
+    def _within(self, row: TokenRow, truncation: TextTruncation) -> TokenRow:
         ids, marks = row
         limit = self._encoder.max_length
         if len(ids) > limit:
-            cut.examples += 1
-            cut.tokens += len(ids) - limit
+            truncation.examples += 1
+            truncation.tokens += len(ids) - limit
             ids, marks = ids[:limit], marks[:limit]
         if not marks[1:].any():  # the first token is never a target
-            cut.dropped += 1
+            truncation.dropped += 1
             return ids[:0], marks[:0]
         return ids, marks
 
@@ -166,87 +176,94 @@ def _read(
     reader: Reader,
     examples: Sequence[Example],
     dealt: Mapping[int, range],
-    cut: Cut,
+    truncation: TextTruncation,
     split: str,
-) -> Mapping[int, Sequence[Row]]:
+) -> Mapping[int, Sequence[TokenRow]]:
     """The rows of each stream."""
     total = sum(map(len, dealt.values()))
     if total > AHEAD:
-        return {n: Lazily(reader, examples, places, cut) for n, places in dealt.items()}
-    rows: dict[int, list[Row]] = {n: [] for n in dealt}
-    every = _ahead(reader, examples, dealt, cut)
+        return {n: LazyRows(reader, examples, places, truncation) for n, places in dealt.items()}
+    rows: dict[int, list[TokenRow]] = {n: [] for n in dealt}
+    every = _ahead(reader, examples, dealt, truncation)
     for number, row in tracked(every, f"tokenising {split}", total):
         rows[number].append(row)
     return {number: collect(found) for number, found in rows.items()}
 
 
 def _ahead(
-    reader: Reader, examples: Sequence[Example], dealt: Mapping[int, range], cut: Cut
-) -> Iterator[tuple[int, Row]]:
+    reader: Reader,
+    examples: Sequence[Example],
+    dealt: Mapping[int, range],
+    truncation: TextTruncation,
+) -> Iterator[tuple[int, TokenRow]]:
     for number, places in dealt.items():
         for start in range(0, len(places), CHUNK):
             some = places[start : start + CHUNK]
-            for row in reader.rows(examples[some.start : some.stop : some.step], cut):
+            for row in reader.rows(examples[some.start : some.stop : some.step], truncation):
                 yield number, row
 
 
 @dataclasses.dataclass(frozen=True)
-class Lazily(Sequence[Row]):
+class LazyRows(Sequence[TokenRow]):
     """Rows tokenised when they are asked for."""
 
     reader: Reader
     examples: Sequence[Example]
     places: range
-    cut: Cut
+    truncation: TextTruncation
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
-        (row,) = self.reader.rows([self.examples[self.places[index]]], self.cut)
+    def __getitem__(self, index: int) -> TokenRow:  # type: ignore[override]
+        (row,) = self.reader.rows([self.examples[self.places[index]]], self.truncation)
         return row
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class RowStatistics:
     """What the rows of a split are like; numbers of the whole split."""
 
     examples: int
     """Those that are not left out."""
     tokens: int
     """Places they take in packed rows."""
-    cut: Cut
+    truncation: TextTruncation
     """What `max_length` cost."""
 
 
-def _measure(rows: Mapping[int, Sequence[Row]], cut: Cut, count: int) -> Measured:
+def _measure(
+    rows: Mapping[int, Sequence[TokenRow]], truncation: TextTruncation, count: int
+) -> RowStatistics:
     """Measures the rows that are there, or a sample of those to come, and scales that up.
 
     Args:
         rows: of the streams of this process.
-        cut: what reading them cost so far.
+        truncation: what reading them cost so far.
         count: the examples of the split.
     """
     each = -(-_SAMPLE // len(rows))
     lengths = np.concatenate([_lengths(stream, each) for stream in rows.values()])
     scale = count / max(1, len(lengths))  # exactly 1 where one process has tokenised everything
-    return Measured(
+    return RowStatistics(
         examples=round(np.count_nonzero(lengths) * scale),
         tokens=round(int(np.maximum(lengths - 1, 0).sum()) * scale),
-        cut=Cut(*(round(number * scale) for number in dataclasses.astuple(cut))),
+        truncation=TextTruncation(
+            *(round(number * scale) for number in dataclasses.astuple(truncation))
+        ),
     )
 
 
-def _lengths(rows: Sequence[Row], sample: int) -> NDArray[np.int64]:
+def _lengths(rows: Sequence[TokenRow], sample: int) -> NDArray[np.int64]:
     if isinstance(rows, Tokens):
         return rows.lengths
     return np.array([len(rows[i][0]) for i in range(min(sample, len(rows)))], np.int64)
 
 
 def _facts(
-    source: Source,
+    source: DataSource,
     split: str,
-    measured: Measured,
+    measured: RowStatistics,
     streams: Streams,
     packing: Packing,
     shard: Shard,
@@ -270,6 +287,6 @@ def _facts(
         batches=batches,
         tokens=measured.tokens,
         padding=padding,
-        cut=measured.cut,
+        truncation=measured.truncation,
         notes=notes,
     )

@@ -1,4 +1,4 @@
-"""Packed batches as streams: row j of every batch comes from stream j, whoever holds it.
+"""Packed batches from streams: row j of every batch comes from stream j.
 
 The examples of a split are dealt out to as many streams as a batch has rows. A stream has its own
 order and packs its examples on its own, so the batches do not depend on which process holds which
@@ -21,14 +21,13 @@ from numpy.typing import NDArray
 from lora_jax.data.batches import IN_THREAD
 from lora_jax.data.errors import DataError
 from lora_jax.data.process_slice import Shard
-from lora_jax.data.tokens import Row
+from lora_jax.data.tokens import TokenRow
 
+_Arrays = dict[str, NDArray[Any]]  # of one packed row, or of a batch of them
 _BINS = 32  # rows that are filled side by side
 _SAMPLE = 8  # times so many rows: what the padding of streams without end is estimated from
 
 _ENDLESS = 2**31  # epochs
-
-Batch = dict[str, NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +45,15 @@ class Packing:
     epochs: int | None
     """How often a stream is gone through; None never ends."""
 
-    def blank(self) -> Batch:
+    def blank(self) -> _Arrays:
         """A row with nothing in it; it weighs nothing."""
         names = ("input_ids", "targets", "segment_ids", "positions")
-        row: Batch = {name: np.zeros(self.length, np.int32) for name in names}
+        row: _Arrays = {name: np.zeros(self.length, np.int32) for name in names}
         row["input_ids"] += self.pad
         row["targets"] += self.pad
         return row | {"loss_weight": np.zeros(self.length, np.float32)}
 
-    def pack(self, number: int, rows: Sequence[Row]) -> grain.IterDataset:
+    def pack(self, number: int, rows: Sequence[TokenRow]) -> grain.IterDataset:
         """First-fit packing of stream `number`; a few rows are filled side by side."""
         seed = None if self.seed is None else (self.seed, number)
         stream = Stream(rows, seed, _ENDLESS if self.epochs is None else self.epochs)
@@ -72,27 +71,27 @@ class Packing:
         return packed.map(_named)
 
 
-def _named(row: Batch) -> Batch:
+def _named(row: _Arrays) -> _Arrays:
     names = {"segment_ids": "input_ids_segment_ids", "positions": "input_ids_positions"}
     names |= {name: name for name in ("input_ids", "targets", "loss_weight")}
     return {name: row[key] for name, key in names.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream(Sequence[Batch | None]):
+class Stream(Sequence[_Arrays | None]):
     """The rows of every epoch as inputs, targets and weights: the source that Grain reads.
 
     Grain passes over a None. Its own shuffle takes a millisecond a row where rows are few.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[TokenRow]
     seed: tuple[int, ...] | None
     epochs: int
 
     def __len__(self) -> int:
         return len(self.rows) * self.epochs
 
-    def __getitem__(self, index: int) -> Batch | None:  # type: ignore[override]
+    def __getitem__(self, index: int) -> _Arrays | None:  # type: ignore[override]
         epoch, place = divmod(int(index), len(self.rows))
         ids, marks = self.rows[int(self._orders(epoch)[place])]
         if len(ids) == 0:
@@ -118,7 +117,7 @@ class Streams:
     """The streams of one process."""
 
     def __init__(
-        self, rows: Mapping[int, Sequence[Row]], packing: Packing, shard: Shard, where: str
+        self, rows: Mapping[int, Sequence[TokenRow]], packing: Packing, shard: Shard, where: str
     ) -> None:
         """Nothing is packed yet.
 
@@ -132,7 +131,7 @@ class Streams:
         # Grain would look for ever for the next row of an endless stream that has none.
         self._rows = {n: r if any(len(ids) for ids, _ in r) else () for n, r in rows.items()}
 
-    def begin(self) -> Rows:
+    def begin(self) -> PackedBatches:
         """An iterator before the first batch. Every process must ask for it, or all wait.
 
         Raises:
@@ -140,7 +139,7 @@ class Streams:
         """
         if not self._anything:
             raise DataError(f"{self._where}: no example of it has anything to learn")
-        return Rows(self._iterators(), self._packing.blank(), self._batches)
+        return PackedBatches(self._iterators(), self._packing.blank(), self._batches)
 
     @functools.cached_property
     def _anything(self) -> bool:
@@ -174,11 +173,11 @@ class Streams:
         return {n: iter(self._packing.pack(n, rows)) for n, rows in self._rows.items()}
 
 
-class Rows:
+class PackedBatches:
     """Batches from streams (`lora_jax.data.batches.BatchIterator`)."""
 
     def __init__(
-        self, streams: Mapping[int, grain.DatasetIterator], blank: Batch, total: int | None
+        self, streams: Mapping[int, grain.DatasetIterator], blank: _Arrays, total: int | None
     ) -> None:
         """Stand before the first batch.
 
@@ -190,10 +189,10 @@ class Rows:
         self._streams, self._blank, self._total = streams, blank, total
         self._batch = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[_Arrays]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> _Arrays:
         if self._batch == self._total:
             raise StopIteration
         self._batch += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from lora_jax.data.errors import DataError
 
-Batch = Mapping[str, NDArray[np.generic]]
+Batch = Mapping[str, NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Shard:
         size = total // self.count
         return np.concatenate([np.arange(part * size, (part + 1) * size) for part in self.parts])
 
-    def take(self, batch: Batch) -> dict[str, NDArray[np.generic]]:
+    def take(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """The rows of this shard, of arrays that all have the global batch as their first axis.
 
         >>> Shard((1,), 2).take({"x": np.arange(4)})

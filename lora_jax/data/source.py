@@ -1,4 +1,4 @@
-"""What a source of examples is: named splits of random-access sequences of dictionaries."""
+"""The protocol of a source: named splits, each a random-access sequence of dictionaries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_jax.errors import nearest
 Example = Mapping[str, Any]  # field name to str, int, float or bool
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """A data set: what is read is the same on every opening, in the same order."""
 
     @property
@@ -45,7 +45,7 @@ class Source(Protocol):
         ...
 
 
-def read(source: Source, split: str, limit: int | None) -> list[Example]:
+def read(source: DataSource, split: str, limit: int | None) -> list[Example]:
     """The first `limit` examples of a split (None: all), in memory."""
     examples = source.examples(split)
     total = len(examples) if limit is None else min(limit, len(examples))

@@ -1,4 +1,4 @@
-"""Which side of a split a text falls on: a function of its normalised text and nothing else."""
+"""The split that a text belongs to: a function of its normalised text and of nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIGNS = re.compile(r"[\W_]+")
 
 
 def normalise(text: str) -> str:
-    """What is left of a text when case, white space, punctuation and accents do not count.
+    """Return what is left of a text without case, white space, punctuation and accents.
 
     A text of nothing else is left as it is.
 
@@ -23,12 +23,12 @@ def normalise(text: str) -> str:
     return _SIGNS.sub("", plain.casefold()) or text
 
 
-def side(text: str, shares: Mapping[str, float]) -> str:
-    """The split of `text`, drawn with probabilities `shares` by a hash of its normalised form.
+def split_of(text: str, shares: Mapping[str, float]) -> str:
+    """Return the split of `text`, drawn with probabilities `shares` by a hash of its `normalise`.
 
-    The same on every machine and for ever; texts that `normalise` alike fall on one side.
+    It is the same on every machine and for ever; texts that `normalise` alike share a split.
 
-    >>> side("Obvious.", {"train": 1.0})
+    >>> split_of("Obvious.", {"train": 1.0})
     'train'
     """
     digest = hashlib.sha256(normalise(text).encode()).digest()

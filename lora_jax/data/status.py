@@ -1,4 +1,4 @@
-"""Says that something long is under way, and nothing when it is short."""
+"""Progress messages for reading data: shown when it takes long, and silent when it is short."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _LONG = 20_000  # items that take about a second
 
 
 @contextlib.contextmanager
-def waiting(description: str) -> Iterator[None]:
-    """Shows `description` while the block runs: a spinner on a terminal, a line elsewhere."""
+def status(description: str) -> Iterator[None]:
+    """Show `description` while the block runs: a spinner on a terminal, a line elsewhere."""
     console = rich.console.Console(stderr=True)
     if console.is_terminal:
         with console.status(description):
@@ -27,7 +27,7 @@ def waiting(description: str) -> Iterator[None]:
 
 
 def tracked(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """The items, with a progress bar on a terminal, or a line elsewhere, if they are many.
+    """Yield the items, with a progress bar on a terminal, or a line elsewhere, if they are many.
 
     Args:
         items: what is gone through.

@@ -1,4 +1,4 @@
-"""Templates with an example's fields in braces: `Define {word}:`."""
+"""Templates with the fields of an example in braces, such as `Define {word}:`."""
 
 from __future__ import annotations
 

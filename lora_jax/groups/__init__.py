@@ -1,4 +1,4 @@
-"""Many runs over one base, as one program: each keeps what it would have alone."""
+"""Groups: many runs over one base, trained as one program, each with the result it has alone."""
 
 from lora_jax.extras import require
 

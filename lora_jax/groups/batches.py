@@ -1,4 +1,4 @@
-"""The batches of a tick, one for each member, as one."""
+"""The batches of all members for one step, padded to one shape and stacked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finished runs side by side: what differs between their configs, and which is best."""
+"""The comparison of finished runs: in which fields their configs differ, and which is best."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 from lora_jax.training import metrics
 from lora_jax.training.config import INCIDENTAL, Config
-from lora_jax.training.summary import Summary
+from lora_jax.training.config_json import upgrade
+from lora_jax.training.directory import Summary
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ComparedRun:
     """One run.
 
     name: of its directory. values: field -> value, of the fields in which the runs differ.
@@ -58,12 +59,12 @@ class Results:
     tasks: whether they learn different things, so that their scores are not to be compared.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ComparedRun, ...]
     varied: tuple[str, ...]
     tasks: bool
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> ComparedRun | None:
         """The run with the best validation score, the first of several. None: of tasks."""
         known = [row for row in self.rows if row.rank > -math.inf]
         return max(known, key=lambda row: row.rank) if known and not self.tasks else None
@@ -78,11 +79,11 @@ class Results:
 def gather(summaries: Sequence[Summary]) -> Results:
     """The runs that left these summaries; their configs and records are read."""
     paths = [pathlib.Path(summary["run"]) for summary in summaries]
-    configs = [flat(json.loads((path / "config.json").read_text())) for path in paths]
+    configs = [flat(upgrade(json.loads((path / "config.json").read_text()))) for path in paths]
     fields = dict.fromkeys(field for config in configs for field in config)
     varied = [f for f in fields if any(c.get(f) != configs[0].get(f) for c in configs)]
     rows = tuple(
-        Row(path.name, {f: config.get(f) for f in varied}, _curve(path, summary), summary)
+        ComparedRun(path.name, {f: config.get(f) for f in varied}, _curve(path, summary), summary)
         for path, config, summary in zip(paths, configs, summaries, strict=True)
     )
     data = any(f.startswith("data.") and f != "data.batch_size" for f in varied)
@@ -90,17 +91,23 @@ def gather(summaries: Sequence[Summary]) -> Results:
     return Results(rows, tuple(varied), tasks)
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> value, without the fields that do not change what a run computes."""
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that decide what a run computes, by dotted path."""
     skipped = {f.name for f in dataclasses.fields(Config) if f.metadata == INCIDENTAL}
+    kept = dotted({name: value for name, value in config.items() if name not in skipped})
+    return {path: tuple(v) if isinstance(v, list) else v for path, v in kept.items()}
+
+
+def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested dictionaries by dotted path.
+
+    >>> dotted({"a": {"b": 1}, "c": 2})
+    {'a.b': 1, 'c': 2}
+    """
     found: dict[str, Any] = {}
-    for name, value in config.items():
-        if not prefix and name in skipped:
-            continue
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = tuple(value) if isinstance(value, list) else value
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        found |= dotted(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return found
 
 

@@ -1,13 +1,10 @@
-"""What a group is: named runs, each an ordinary `Config`, that train over one base together."""
+"""The config of a group: named runs, each an ordinary `Config`, that share one base."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import hashlib
-import json
 from collections import Counter
-from typing import Any
 
 import tyro
 
@@ -18,10 +15,11 @@ from lora_jax.training.config import (
     ConfigError,
     MeshConfig,
     ProcessesConfig,
-    identity,
     incidental,
     require,
 )
+from lora_jax.training.config_json import short_hash as hash_of
+from lora_jax.training.config_json import stable_identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +101,6 @@ class GroupConfig(GroupOptions):
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.only)
 
 
-def members_identity(config: GroupConfig) -> dict[str, Any]:
-    """The values that decide what a group computes: those of its members, by name."""
-    return {member.name: identity(member.config) for member in config.members}
-
-
 def short_hash(config: GroupConfig) -> str:
-    """Eight characters that differ when `members_identity` does; the members' order is nothing."""
-    text = json.dumps(members_identity(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    """Return eight characters that differ when a member's name or identity does, in any order."""
+    return hash_of({member.name: stable_identity(member.config) for member in config.members})

@@ -1,17 +1,20 @@
-"""A config's fields by dotted path, and values that fit them.
+"""The fields of a config by dotted path, and the conversion of values to their types.
 
 >>> from lora_jax.training.config import LoraConfig
->>> replaced(LoraConfig(), "rank", 2).rank
+>>> with_field(LoraConfig(), "rank", 2).rank
 2
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import types
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+import tyro
 
 from lora_jax.errors import listed, nearest
 from lora_jax.training.config import ConfigError
@@ -19,11 +22,11 @@ from lora_jax.training.config import ConfigError
 C = TypeVar("C")
 
 
-def kinds(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Path -> type of every field that decides what a run computes, in their order.
+def field_types(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return path -> type of every field that decides what a run computes, in their order.
 
     >>> from lora_jax.training.config import LoraConfig
-    >>> kinds(LoraConfig())["alpha"]
+    >>> field_types(LoraConfig())["alpha"]
     <class 'float'>
     """
     hints = get_type_hints(type(config), include_extras=True)
@@ -33,19 +36,19 @@ def kinds(config: Any, prefix: str = "") -> dict[str, Any]:
         if field.metadata.get("incidental") or get_origin(hints[field.name]) is Annotated:
             continue  # the latter: what no command line can set
         if dataclasses.is_dataclass(value):
-            found |= kinds(value, f"{path}.")
+            found |= field_types(value, f"{path}.")
         else:
             found[path] = hints[field.name]
     return found
 
 
-def kind(config: Any, path: str, where: str) -> Any:
-    """The type of the field at `path`.
+def field_type(config: Any, path: str, where: str) -> Any:
+    """Return the type of the field at `path`.
 
     Raises:
       ConfigError: there is none; the message has `where` the path was read and the nearest ones.
     """
-    known = kinds(config)
+    known = field_types(config)
     if path in known:
         return known[path]
     near = nearest(path, known)
@@ -56,16 +59,16 @@ def kind(config: Any, path: str, where: str) -> Any:
     )
 
 
-def replaced(config: C, path: str, value: Any) -> C:
-    """The config with one field changed; its own checks are made."""
+def with_field(config: C, path: str, value: Any) -> C:
+    """Return the config with one field changed, after the config's own checks."""
     name, _, rest = path.partition(".")
-    inner = replaced(getattr(config, name), rest, value) if rest else value
+    inner = with_field(getattr(config, name), rest, value) if rest else value
     changes: dict[str, Any] = {name: inner}
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
-def fitting(value: Any, hint: Any) -> Any:
-    """`value` as the command line would have made it for a field of type `hint`.
+def converted(value: Any, hint: Any) -> Any:
+    """Return `value` as the command line would have made it for a field of type `hint`.
 
     Raises:
       TypeError: it is of another type.
@@ -73,11 +76,11 @@ def fitting(value: Any, hint: Any) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     options = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
-        return _first(options, lambda option: fitting(value, option))
+        return _first(options, lambda option: converted(value, option))
     if get_origin(hint) is Literal and value in options:
         return value
     if get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(fitting(v, options[0]) for v in value)
+        return tuple(converted(v, options[0]) for v in value)
     if hint is float and type(value) is int:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
@@ -86,25 +89,20 @@ def fitting(value: Any, hint: Any) -> Any:
 
 
 def read(text: str, hint: Any) -> Any:
-    """What `text` says, for a field of type `hint`; the parts of a tuple stand apart.
+    """Return the value that `text` has for a field of type `hint`; spaces divide a tuple.
 
     >>> read("1e-3", float), read("None", float | None), read("a b", tuple[str, ...])
     (0.001, None, ('a', 'b'))
 
     Raises:
-      TypeError, ValueError: it says nothing of that type.
+      ValueError: it is no value of that type.
     """
-    options = get_args(hint)
-    if get_origin(hint) in (Union, types.UnionType):
-        ordered = sorted(options, key=lambda option: option is not types.NoneType)
-        return _first(ordered, lambda option: read(text, option))
-    if get_origin(hint) is Literal:
-        return fitting(text, hint)
-    if get_origin(hint) is tuple:
-        return tuple(read(part, options[0]) for part in text.split())
-    if hint in (bool, types.NoneType):
-        return fitting({"True": True, "False": False, "None": None}.get(text, text), hint)
-    return hint(text)
+    words = text.split() if may_be_tuple(hint) else [text]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # our caller says what is wrong
+            return tyro.cli(hint, args=["--", *words], console_outputs=False)
+    except SystemExit:
+        raise ValueError(text) from None
 
 
 def _first(options: Any, attempt: Any) -> Any:
@@ -116,26 +114,26 @@ def _first(options: Any, attempt: Any) -> Any:
     raise TypeError(options)
 
 
-def several(hint: Any) -> bool:
-    """Whether a value of the type may be a tuple.
+def may_be_tuple(hint: Any) -> bool:
+    """Return whether a value of the type may be a tuple.
 
-    >>> several(tuple[str, ...] | None), several(str)
+    >>> may_be_tuple(tuple[str, ...] | None), may_be_tuple(str)
     (True, False)
     """
     return get_origin(hint) is tuple or any(get_origin(h) is tuple for h in get_args(hint))
 
 
-def said(hint: Any) -> str:
-    """A type as a user would say it.
+def type_name(hint: Any) -> str:
+    """Return a type in the words of a user.
 
-    >>> said(float | None), said(tuple[str, ...]), said(Literal["a", "b"])
+    >>> type_name(float | None), type_name(tuple[str, ...]), type_name(Literal["a", "b"])
     ('float or None', 'str, several', "'a' or 'b'")
     """
     options = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(map(said, options))
+        return " or ".join(map(type_name, options))
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, options))
     if get_origin(hint) is tuple:
-        return f"{said(options[0])}, several"
+        return f"{type_name(options[0])}, several"
     return "None" if hint is types.NoneType else str(hint.__name__)

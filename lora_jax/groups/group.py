@@ -1,4 +1,4 @@
-"""Members that step together. Who is among them may change between two steps.
+"""The group: members that take their steps together. They may change between two steps.
 
     group = Group(members, frozen, grid, config)
     group.tick()            every live member takes its next step
@@ -21,13 +21,13 @@ import numpy as np
 
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.groups import batches
-from lora_jax.groups.group_program import Program, program
-from lora_jax.groups.members import Member
-from lora_jax.groups.padded_state import Host, unstack
+from lora_jax.groups.group_program import GroupProgram, program
+from lora_jax.groups.members import OpenMember
+from lora_jax.groups.padded_state import HostState, unstack
 from lora_jax.groups.step import CPU_MEMBERS
 from lora_jax.training.config import MeshConfig
-from lora_jax.training.run import Judge, NonFiniteError
-from lora_jax.training.step import State, Trained
+from lora_jax.training.run import BatchLoss, NonFiniteError
+from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Loss
 
 Tree = Any  # a pytree
@@ -39,12 +39,12 @@ class Group:
 
     def __init__(
         self,
-        members: Sequence[Member],
+        members: Sequence[OpenMember],
         frozen: Tree,
         grid: jax.sharding.Mesh,
         config: MeshConfig,
         at_once: int | None = None,
-        stopped: Callable[[Member], None] = lambda member: None,
+        stopped: Callable[[OpenMember], None] = lambda member: None,
     ) -> None:
         """Stack the members' states.
 
@@ -57,15 +57,15 @@ class Group:
         Raises:
           ConfigError: the members do not go together.
         """
-        self.members: list[Member] = []
+        self.members: list[OpenMember] = []
         self._frozen, self._grid, self._config, self._stopped = frozen, grid, config, stopped
         on_cpu = grid.devices.flat[0].platform == "cpu"
         self._at_once = at_once or (CPU_MEMBERS if on_cpu else None)
-        self._programs: dict[Any, Program] = {}
-        self._program: Program
-        self._judged: Member | None = None
-        self._pending: deque[tuple[list[tuple[int, Member, int, int]], Any]] = deque()
-        self._held: Host | None = None
+        self._programs: dict[Any, GroupProgram] = {}
+        self._program: GroupProgram
+        self._evaluated_member: OpenMember | None = None
+        self._pending: deque[tuple[list[tuple[int, OpenMember, int, int]], Any]] = deque()
+        self._held: HostState | None = None
         self.compile_seconds = 0.0
         self._fill(members)
 
@@ -76,7 +76,7 @@ class Group:
 
     # ---- who is in it
 
-    def join(self, member: Member) -> None:
+    def join(self, member: OpenMember) -> None:
         """Give it a slot, after the others'.
 
         Raises:
@@ -84,7 +84,7 @@ class Group:
         """
         self._fill([*self.members, member])
 
-    def leave(self, *names: str) -> list[Member]:
+    def leave(self, *names: str) -> list[OpenMember]:
         """Take these members out, with their states as they are now."""
         gone = [self.member(name) for name in names]
         self._fill([member for member in self.members if member not in gone])
@@ -98,7 +98,7 @@ class Group:
         """It takes steps again."""
         self.member(name).paused = False
 
-    def member(self, name: str) -> Member:
+    def member(self, name: str) -> OpenMember:
         """By its name."""
         for member in self.members:
             if member.name == name:
@@ -109,11 +109,11 @@ class Group:
     # ---- steps
 
     @property
-    def live(self) -> list[Member]:
+    def live(self) -> list[OpenMember]:
         """Those that take the next step."""
         return [member for member in self.members if member.live]
 
-    def tick(self) -> list[Member]:
+    def tick(self) -> list[OpenMember]:
         """Every live member takes its next step; they are returned."""
         if not self.live:
             return []
@@ -151,74 +151,81 @@ class Group:
 
     # ---- single members
 
-    def state(self, member: Member) -> State:
+    def state(self, member: OpenMember) -> State:
         """Its state, in its own shapes."""
-        return member.form.state(member.form.unpad(self._slot(member)))
+        return member.state_shapes.state(member.state_shapes.unpad(self._slot(member)))
 
-    def trained(self, member: Member) -> Trained:
+    def trained(self, member: OpenMember) -> Trained:
         """What it trains, in its own shapes."""
-        return member.form.trained(member.form.unpad(self._slot(member)))
+        return member.state_shapes.trained(member.state_shapes.unpad(self._slot(member)))
 
-    def judge(self, member: Member, trained: Trained | None = None) -> Judge:
-        """How `Run` judges a member: by what it trains now, or by `trained`, in its own shapes."""
-        form, place = self._program.form, self._program.place
-        arrays = self._slot(member) if trained is None else form.pad(member.trained_host(trained))
-        ours = form.trained(arrays)
+    def batch_loss(self, member: OpenMember, trained: Trained | None = None) -> BatchLoss:
+        """Return the loss of a batch for a member, by its parameters now or by `trained`."""
+        state_shapes, place = self._program.state_shapes, self._program.place
+        arrays = (
+            self._slot(member)
+            if trained is None
+            else state_shapes.pad(member.trained_host(trained))
+        )
+        ours = state_shapes.trained(arrays)
         scales = jax.device_put(member.settings(self._program.layout).scales, place.whole)
         marks = jax.device_put(member.marks if self._program.marked else {}, place.whole)
         program, frozen = self._program, self._frozen
 
-        def judge(batch: Any) -> Loss:
-            self._judged = member
-            found: Loss = program.judge(ours, scales, frozen, {**batch, **marks})
-            self._judged = None
+        def batch_loss(batch: Any) -> Loss:
+            self._evaluated_member = member
+            found: Loss = program.batch_loss(ours, scales, frozen, {**batch, **marks})
+            self._evaluated_member = None
             return found
 
-        return judge
+        return batch_loss
 
-    def difference(self, member: Member, trained: Trained, batch: Any) -> float:
+    def difference(self, member: OpenMember, trained: Trained, batch: Any) -> float:
         """Largest |merged - unmerged| output of a member with `trained`, on a placed batch."""
-        form, scales = self._program.form, member.settings(self._program.layout).scales
-        ours = form.trained(form.pad(member.trained_host(trained)))
+        state_shapes, scales = (
+            self._program.state_shapes,
+            member.settings(self._program.layout).scales,
+        )
+        ours = state_shapes.trained(state_shapes.pad(member.trained_host(trained)))
         adapters = {p: f._replace(b=f.b * scales[p]) for p, f in ours["adapters"].items()}
         ours = {**ours, "adapters": adapters}
         return float(self._program.difference(ours, self._frozen, batch))
 
     # ---- within
 
-    def _fill(self, members: Sequence[Member]) -> None:
+    def _fill(self, members: Sequence[OpenMember]) -> None:
         """Give the members their slots, in this order."""
         if self.members:
             self.settle()
             for member in self.members:
-                member.host = member.form.unpad(self._slot(member))
+                member.host = member.state_shapes.unpad(self._slot(member))
         if not members:
             self.members = []
             return
         found = self._program_of(members)
-        padded = [found.form.pad(member.host) for member in members]
-        state = found.form.stack(padded, self._grid)
+        padded = [found.state_shapes.pad(member.host) for member in members]
+        state = found.state_shapes.stack(padded, self._grid)
         scalars = [member.settings(found.layout) for member in members]
         settings = jax.tree.map(lambda *xs: np.stack(xs), *scalars)
         self._settings = jax.device_put(settings, found.place.whole)
         self._state, self._program, self.members, self._held = state, found, list(members), None
 
-    def _program_of(self, members: Sequence[Member]) -> Program:
+    def _program_of(self, members: Sequence[OpenMember]) -> GroupProgram:
         """The one there is, where the members' common shapes are as before."""
         found = program(members, self._grid, self._config, self._at_once, self._compiling)
-        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), found.form.like)
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), found.state_shapes.like)
         known = (found.layout, found.marked, str(shapes))
         return self._programs.setdefault(known, found)
 
     def _compiling(self, seconds: float) -> None:
         self.compile_seconds += seconds
-        if self._judged is not None:
-            self._judged.run.notes.compiling("evaluate")(seconds)
+        if self._evaluated_member is not None:
+            self._evaluated_member.run.notes.compiling("evaluate")(seconds)
         else:
             for member in self.members:
                 member.run.notes.add("compile", seconds)
 
-    def _marked(self, member: Member, batch: Any) -> Any:
+    def _marked(self, member: OpenMember, batch: Any) -> Any:
         return {**batch, **member.marks} if self._program.marked else batch
 
     def _arguments(self, rows: Sequence[Any]) -> tuple[Any, ...]:
@@ -227,10 +234,10 @@ class Group:
         batch = batches.placed(place, batches.together(names, rows))
         return (self._state, self._settings, active, self._frozen, batch)
 
-    def _slot(self, member: Member) -> Host:
+    def _slot(self, member: OpenMember) -> HostState:
         """Its state in the common shapes; all states are read at once, and once after a tick."""
         if self._held is None:
-            self._held = self._program.form.host(self._state)
+            self._held = self._program.state_shapes.host(self._state)
         return unstack(self._held, self.members.index(member))
 
     def _report(self, keep: int) -> None:

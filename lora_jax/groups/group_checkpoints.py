@@ -1,4 +1,4 @@
-"""Checkpoints of all members at one moment, so that a group goes on exactly where it was.
+"""Checkpoints of a whole group: which checkpoints of its members belong together.
 
 Each member has its own checkpoints, as when it trains alone. If the group is killed while they are
 written, some have that of the last moment and some only that of the one before. cuts.json says
@@ -17,42 +17,43 @@ from collections.abc import Mapping, Sequence
 
 from lora_jax.training.directory import write_json
 
-_KEPT = 3  # moments; the checkpoints of the last two are kept
+_LISTED = 3  # the members keep their last two checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """One moment.
+class GroupCheckpoint:
+    """The checkpoints of the members at one moment.
 
-    steps: of each member that was checkpointed at it.
-    slots: the members that had a slot after it, in their order; some may have taken all steps.
+    steps: member -> the step of its checkpoint.
+    slots: the members that had a slot in the group afterwards, in their order; some of them may
+      have taken all their steps.
     """
 
     steps: dict[str, int]
     slots: list[str]
 
 
-class Cuts:
-    """The last moments of a group, in cuts.json of its directory."""
+class GroupCheckpoints:
+    """The last checkpoints of a group, as cuts.json in its directory lists them."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        """Read those that an earlier run of the group has left, if any."""
+        """Read the list that an earlier run of the group has left, if there is one."""
         self._file = path / "cuts.json"
         text = self._file.read_text() if self._file.is_file() else "[]"
-        self._cuts = [Cut(**cut) for cut in json.loads(text)]
+        self._checkpoints = [GroupCheckpoint(**checkpoint) for checkpoint in json.loads(text)]
 
-    def add(self, cut: Cut) -> None:
-        """Say which checkpoints will belong together, before they are written."""
-        self._cuts = [*self._cuts, cut][-_KEPT:]
-        write_json(self._file, [dataclasses.asdict(cut) for cut in self._cuts])
+    def add(self, checkpoint: GroupCheckpoint) -> None:
+        """List a checkpoint, before the members write theirs."""
+        self._checkpoints = [*self._checkpoints, checkpoint][-_LISTED:]
+        write_json(self._file, [dataclasses.asdict(checkpoint) for checkpoint in self._checkpoints])
 
-    def newest(self, there: Mapping[str, Sequence[int]]) -> Cut | None:
-        """The newest moment that all these members can go back to.
+    def newest(self, there: Mapping[str, Sequence[int]]) -> GroupCheckpoint | None:
+        """Return the newest checkpoint that all these members have, or None.
 
         Args:
           there: member -> the steps of its checkpoints, of all that are to go on and have one.
         """
-        for cut in reversed(self._cuts if there else []):
-            if all(cut.steps.get(name) in steps for name, steps in there.items()):
-                return cut
+        for checkpoint in reversed(self._checkpoints if there else []):
+            if all(checkpoint.steps.get(name) in steps for name, steps in there.items()):
+                return checkpoint
         return None

@@ -1,4 +1,4 @@
-"""What is compiled for a group: its step, one evaluation, and the check of merged weights."""
+"""The compiled functions of a group: its step, its evaluation, and the check of merged weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jax
 from lora_jax import paths
 from lora_jax.groups import batches
 from lora_jax.groups.joint_workload import check_padding, joined
-from lora_jax.groups.members import TX, Member
-from lora_jax.groups.padded_state import Form
+from lora_jax.groups.members import TX, OpenMember
+from lora_jax.groups.padded_state import StateShapes
 from lora_jax.groups.step import group_evaluation, group_step
 from lora_jax.layout import Layout
 from lora_jax.multi.stack import union
@@ -23,10 +23,9 @@ from lora_jax.training.evaluation import merged_difference
 from lora_jax.training.workload import Workload
 
 Tree = Any  # a pytree
-Report = Callable[[float], None]
 
 
-class Program:
+class GroupProgram:
     """The programs of a common layout and workload, each compiled for the shapes that it meets.
 
     form: of one member's state in the common shapes.
@@ -37,17 +36,24 @@ class Program:
         self,
         workload: Workload,
         layout: Layout,
-        form: Form,
+        state_shapes: StateShapes,
         place: mesh.Placement,
         parts: int,
         marked: bool,
         at_once: int | None,
-        report: Report,
+        report: Callable[[float], None],
     ) -> None:
-        self.layout, self.form, self.place, self.marked = layout, form, place, marked
+        self.layout, self.state_shapes, self.place, self.marked = (
+            layout,
+            state_shapes,
+            place,
+            marked,
+        )
         self._report, self._steps = report, dict[Any, jax.stages.Compiled]()
         self._step = group_step(workload, layout, parts, at_once)
-        self.judge = Compiled(group_evaluation(workload, layout), report, out_shardings=place.whole)
+        self.batch_loss = Compiled(
+            group_evaluation(workload, layout), report, out_shardings=place.whole
+        )
         # The members' scales are put into their factors, for the layout's scale is 1.
         self.difference = Compiled(
             merged_difference(workload, layout), report, out_shardings=place.whole
@@ -72,12 +78,12 @@ class Program:
 
 
 def program(
-    members: Sequence[Member],
+    members: Sequence[OpenMember],
     grid: jax.sharding.Mesh,
     config: MeshConfig,
     at_once: int | None,
-    report: Report,
-) -> Program:
+    report: Callable[[float], None],
+) -> GroupProgram:
     """The program of these members; `at_once` as in `group_step`.
 
     Raises:
@@ -92,8 +98,8 @@ def program(
     check_padding(members, workload, marked)
     layout = union(member.run.setup.layout for member in members)
     place = mesh.place(workload, config, grid, example)
-    first = members[0].form.like.trained["base"]
+    first = members[0].state_shapes.like.trained["base"]
     shapes = paths.flatten(workload.params)
     base = {path: jax.ShapeDtypeStruct(shapes[path].shape, x.dtype) for path, x in first.items()}
-    form = Form(step.shapes(layout, base, TX, jax.random.key(0), place))
-    return Program(workload, layout, form, place, parts.pop(), marked, at_once, report)
+    state_shapes = StateShapes(step.shapes(layout, base, TX, jax.random.key(0), place))
+    return GroupProgram(workload, layout, state_shapes, place, parts.pop(), marked, at_once, report)

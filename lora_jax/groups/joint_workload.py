@@ -1,4 +1,4 @@
-"""Whether members go together, and the one workload that has room for all of them."""
+"""The workload of a group, with room for every member, and the checks that members fit together."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.groups import batches
-from lora_jax.groups.members import Member, essence
+from lora_jax.groups.members import OpenMember, workload_settings
 from lora_jax.training.config import ConfigError
 from lora_jax.training.workload import Workload
 
 Tree = Any  # a pytree
 
 
-def joined(members: Sequence[Member], example: Any) -> tuple[Workload, bool]:
+def joined(members: Sequence[OpenMember], example: Any) -> tuple[Workload, bool]:
     """The workload of all members, and whether their batches have to be marked for it.
 
     Args:
@@ -30,15 +30,15 @@ def joined(members: Sequence[Member], example: Any) -> tuple[Workload, bool]:
       ConfigError: their models or losses are not the same.
     """
     workloads = [member.run.setup.workload for member in members]
-    marked = len({str(_shapes(workload)) for workload in workloads}) > 1
+    marked = len({str(paths.shapes(workload.params)) for workload in workloads}) > 1
     if marked:
         _check_joinable(members)
     whole = _join(workloads) if marked else workloads[0]
-    known = {essence(members[0].config): None}
+    known = {workload_settings(members[0].config): None}
     for member in members[1:]:
-        if essence(member.config) in known:
+        if workload_settings(member.config) in known:
             continue
-        known[essence(member.config)] = None
+        known[workload_settings(member.config)] = None
         own = member.run.setup.workload
         other = _join([own, *workloads]) if marked else own
         batch = example | member.marks if marked else example
@@ -51,7 +51,7 @@ def joined(members: Sequence[Member], example: Any) -> tuple[Workload, bool]:
     return whole, marked
 
 
-def check_padding(members: Sequence[Member], workload: Workload, marked: bool) -> None:
+def check_padding(members: Sequence[OpenMember], workload: Workload, marked: bool) -> None:
     """Raise unless what fills up a batch has no weight in the loss.
 
     Args:
@@ -88,7 +88,7 @@ def _join(workloads: Sequence[Workload]) -> Workload:
     return common.join(workloads)
 
 
-def _check_joinable(members: Sequence[Member]) -> None:
+def _check_joinable(members: Sequence[OpenMember]) -> None:
     for member in members:
         common = member.run.setup.workload.common
         if common is None or common.join is None:
@@ -98,20 +98,16 @@ def _check_joinable(members: Sequence[Member]) -> None:
             )
 
 
-def _unlike(members: Sequence[Member]) -> str:
-    first = _shapes(members[0].run.setup.workload)
+def _unlike(members: Sequence[OpenMember]) -> str:
+    first = paths.shapes(members[0].run.setup.workload.params)
     for member in members[1:]:
-        for path, shape in _shapes(member.run.setup.workload).items():
+        for path, shape in paths.shapes(member.run.setup.workload.params).items():
             if first.get(path) != shape:
                 return (
                     f"{path!r}: {first.get(path)} in {members[0].name!r}, {shape} in "
                     f"{member.name!r}"
                 )
     return ""
-
-
-def _shapes(workload: Workload) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(x.shape) for path, x in paths.flatten(workload.params).items()}
 
 
 def _program(workload: Workload, batch: Any) -> str:

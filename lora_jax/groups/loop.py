@@ -1,4 +1,4 @@
-"""A whole group, from its config to the members' summaries.
+"""The training of a group, from its config to the summaries of its members.
 
 What each member leaves in its directory is what it leaves alone: the record, checkpoints that
 `train.py` goes on from, exported adapters, the summary and the curves.
@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -20,13 +19,13 @@ from lora_jax.errors import LoraError
 from lora_jax.groups import memory_fit
 from lora_jax.groups.config import GroupConfig, short_hash
 from lora_jax.groups.group import Group
-from lora_jax.groups.group_checkpoints import Cut, Cuts
-from lora_jax.groups.members import Member, Opener, essence
+from lora_jax.groups.group_checkpoints import GroupCheckpoint, GroupCheckpoints
+from lora_jax.groups.members import Opener, OpenMember, workload_settings
 from lora_jax.groups.progress import GroupDisplay
 from lora_jax.training import directory, processes, summary
 from lora_jax.training.config import Config, ConfigError, MeshConfig
+from lora_jax.training.directory import Summary
 from lora_jax.training.evaluation import first_batch
-from lora_jax.training.summary import Summary
 
 # Steps of free slots, all together, that are worth a compilation of the group without them.
 WORTH = 200
@@ -110,51 +109,43 @@ def _configs(config: GroupConfig, path: pathlib.Path) -> dict[str, Config]:
     return found
 
 
-class _Loop:
+class _Loop(contextlib.ExitStack):
     """Members that train together until all have come to their end."""
 
     def __init__(
         self, config: GroupConfig, grid: jax.sharding.Mesh, path: pathlib.Path, console: Console
     ) -> None:
+        super().__init__()
         self._config, self._grid, self._path, self._console = config, grid, path, console
-        self._stack, self._cuts, self._said = contextlib.ExitStack(), Cuts(path), set[str]()
-        self._members: list[Member] = []
+        self._checkpoints, self._said = GroupCheckpoints(path), set[str]()
+        self._members: list[OpenMember] = []
         self._before: dict[Any, dict[str, dict[str, float]]] = {}
 
-    def __enter__(self) -> _Loop:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
-
-    def run(self, configs: dict[str, Config]) -> list[Member]:
+    def run(self, configs: dict[str, Config]) -> list[OpenMember]:
         """Train as many of these as fit, to their end; they are returned."""
         every = min(config.log_every for config in configs.values())
-        self._display = self._stack.enter_context(GroupDisplay(self._console, every))
-        opener = self._stack.enter_context(Opener(self._grid, self._display.say))
+        self._display = self.enter_context(GroupDisplay(self._console, every))
+        opener = self.enter_context(Opener(self._grid, self._display.say))
         members = self._open(opener, configs)
         assert opener.base is not None
         config, frozen = self._config, opener.base.frozen
         group = Group(members, frozen, self._grid, config.mesh, config.at_once, self._stopped)
         self._members = self._fitting(group, frozen)
-        preemption = self._stack.enter_context(processes.Preemption())
+        preemption = self.enter_context(processes.Preemption())
         for member in self._members:
             if not self._is_finished(member.name):
                 self._begin(group, member)
         self._train(group, preemption)
         return self._members
 
-    def _open(self, opener: Opener, configs: dict[str, Config]) -> list[Member]:
+    def _open(self, opener: Opener, configs: dict[str, Config]) -> list[OpenMember]:
         """The members, at a moment of the past that all share if there is one."""
         there = {name: _steps(self._path / name) for name in configs}
-        cut = self._cuts.newest({name: steps for name, steps in there.items() if steps})
-        slots = [] if cut is None else cut.slots
-        steps = {} if cut is None else cut.steps
+        checkpoint = self._checkpoints.newest(
+            {name: steps for name, steps in there.items() if steps}
+        )
+        slots = [] if checkpoint is None else checkpoint.slots
+        steps = {} if checkpoint is None else checkpoint.steps
         # Who had a slot has it again, also if it has come to its end since: so the programs are
         # those of before.
         members = {m.name: m.config for m in self._config.members}
@@ -168,7 +159,7 @@ class _Loop:
             found.append(opener.open(name, own, self._path / name, newest))
         return found
 
-    def _fitting(self, group: Group, frozen: object) -> list[Member]:
+    def _fitting(self, group: Group, frozen: object) -> list[OpenMember]:
         """The members that the devices hold at once; the others leave the group."""
         shared = float(summary.on_each_device(frozen))
         needed, count = memory_fit.of_step(group.compiled()), len(group.members)
@@ -181,7 +172,7 @@ class _Loop:
             group.leave(*(member.name for member in going[found.size :]))
         return list(group.members)
 
-    def _begin(self, group: Group, member: Member) -> None:
+    def _begin(self, group: Group, member: OpenMember) -> None:
         run = member.run
         (run.setup.path / "error.txt").unlink(missing_ok=True)
         run.open(self._display.of(member.name))
@@ -192,8 +183,12 @@ class _Loop:
         self._said |= set(lines)
         if member.step == 0:
             # No adapter changes anything yet, so members of one head and one data have the same.
-            alike = (essence(member.config), member.config.seed, member.config.adaptation.beside)
-            run.evaluate_before(group.judge(member), self._before.get(alike))
+            alike = (
+                workload_settings(member.config),
+                member.config.seed,
+                member.config.adaptation.trainable,
+            )
+            run.evaluate_before(group.batch_loss(member), self._before.get(alike))
             self._before[alike] = run.notes.before
 
     def _train(self, group: Group, preemption: processes.Preemption) -> None:
@@ -226,26 +221,26 @@ class _Loop:
             if stop:
                 raise processes.Preempted(f"every member of {self._path}")
 
-    def _validate(self, group: Group, member: Member) -> None:
-        member.run.validate(member.step, group.judge(member), lambda: group.trained(member))
+    def _validate(self, group: Group, member: OpenMember) -> None:
+        member.run.validate(member.step, group.batch_loss(member), lambda: group.trained(member))
 
     def _save(self, group: Group) -> None:
         """Checkpoint every member that goes on or has just come to its end."""
         saved = [m for m in group.members if m.error is None and not self._is_finished(m.name)]
         steps = {member.name: member.step for member in saved}
-        self._cuts.add(Cut(steps, _slots(group.members)))
+        self._checkpoints.add(GroupCheckpoint(steps, _slots(group.members)))
         for member in saved:
             member.run.checkpoint(member.step, group.state(member))
         if any(member.left == 0 for member in saved):
             for member in saved:  # a summary says that there is nothing to go on from
                 member.run.checkpoints.wait()
 
-    def _finish(self, group: Group, member: Member) -> None:
+    def _finish(self, group: Group, member: OpenMember) -> None:
         """What a member leaves at its end; its summary last."""
         run, setup = member.run, member.run.setup
         run.export("last", group.trained(member))
         best = run.best(group.trained(member))
-        tested = run.judge_best(member.step, group.judge(member, best))
+        tested = run.evaluate_best(member.step, group.batch_loss(member, best))
         batch = setup.place.batch(first_batch(setup.workload, setup.place, member.example))
         difference = group.difference(member, best, batch)
         found = summary.summarise(run, group.state(member), tested, difference)
@@ -254,13 +249,13 @@ class _Loop:
     def _is_finished(self, name: str) -> bool:
         return directory.summary(self._path / name) is not None
 
-    def _stopped(self, member: Member) -> None:
+    def _stopped(self, member: OpenMember) -> None:
         text = f"{member.name} stops: {member.error}"
         (member.run.setup.path / "error.txt").write_text(text + "\n")
         self._display.say(text)
 
 
-def _slots(members: Sequence[Member]) -> list[str]:
+def _slots(members: Sequence[OpenMember]) -> list[str]:
     """The members that keep their slots for the steps to come.
 
     Those at their end do while few steps are left to the others: a smaller program is compiled only

@@ -1,4 +1,4 @@
-"""Readable names of a sweep's members: `rank=4,learning_rate=1e-3`. They are folders' names."""
+"""Readable names of a sweep's members, such as `rank=4,learning_rate=1e-3`; they name folders."""
 
 from __future__ import annotations
 

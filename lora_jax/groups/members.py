@@ -1,4 +1,4 @@
-"""The members of a group, opened: each its own run over the base that all share."""
+"""The open members of a group: each is a run of its own over the shared base."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from lora_jax.checkpoint.fingerprint import Fingerprint, differences
 from lora_jax.checkpoint.fingerprint import fingerprint as fingerprint_of
 from lora_jax.errors import listed
 from lora_jax.frozen import split
-from lora_jax.groups.padded_state import Form, Host, only_trained
+from lora_jax.groups.padded_state import HostState, StateShapes, only_trained
 from lora_jax.groups.step import Settings
 from lora_jax.layout import Layout
 from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.checkpoints import Checkpoints
-from lora_jax.training.config import Config, ConfigError, OptimizerConfig, to_dict
+from lora_jax.training.config import Config, ConfigError, OptimizerConfig
+from lora_jax.training.config_json import to_dict
 from lora_jax.training.run import Run, Setup
-from lora_jax.training.step import State, Trained
+from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Batch, Workload
 
 Tree = Any  # a pytree
@@ -36,7 +37,7 @@ TX = optimizer.adamw(optimizer.hyper(OptimizerConfig(), 1))
 
 
 @dataclasses.dataclass(eq=False)
-class Member:
+class OpenMember:
     """A member under way.
 
     form: of its state, in its own shapes.
@@ -49,8 +50,8 @@ class Member:
 
     name: str
     run: Run
-    form: Form
-    host: Host
+    state_shapes: StateShapes
+    host: HostState
     example: Batch
     step: int
     paused: bool = False
@@ -86,27 +87,27 @@ class Member:
             np.bool_(self.config.on_nonfinite == "skip"),
         )
 
-    def trained_host(self, trained: Trained) -> Host:
+    def trained_host(self, trained: Trained) -> HostState:
         """Trained parameters of this member as arrays on the host."""
-        return self.form.host(only_trained(trained))
+        return self.state_shapes.host(only_trained(trained))
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
+class SharedBase:
     """What the first member has brought, and all share.
 
-    beside: the first's parameters that are trained beside the adapters.
+    trainable: the parameters that the first member trains in full.
     """
 
     name: str
     workload: Workload
-    beside: dict[str, Any]
+    trainable: dict[str, Any]
     frozen: Tree
     fingerprint: Fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class OpenedWorkload:
     """Where members that differ in their adapters and settings alone have it all from.
 
     example: the first training batch.
@@ -119,24 +120,19 @@ class Source:
     layouts: dict[LoraSpec, Layout] = dataclasses.field(default_factory=dict)
 
 
-class Opener:
+class Opener(contextlib.ExitStack):
     """Opens members, the first of which brings the base; it closes them as its block ends."""
 
     def __init__(self, grid: jax.sharding.Mesh, report: Callable[[str], None]) -> None:
-        self._grid, self._report, self._stack = grid, report, contextlib.ExitStack()
+        super().__init__()
+        self._grid, self._report = grid, report
         self._begin: dict[Any, Callable[..., State]] = {}
-        self._sources: dict[Any, Source] = {}
-        self.base: Base | None = None
-
-    def __enter__(self) -> Opener:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+        self._sources: dict[Any, OpenedWorkload] = {}
+        self.base: SharedBase | None = None
 
     def open(
         self, name: str, config: Config, path: pathlib.Path, newest: int | None = None
-    ) -> Member:
+    ) -> OpenMember:
         """The member in the run directory `path`, at its newest checkpoint or its beginning.
 
         Args:
@@ -149,8 +145,8 @@ class Opener:
         source = self._source(config)
         workload, place, example = source.workload, source.place, source.example
         lora = config.adaptation
-        patterns = workload.beside if lora.beside is None else lora.beside
-        beside = self._beside(name, workload, place, patterns)
+        patterns = workload.trainable if lora.trainable is None else lora.trainable
+        trainable = self._trainable(name, workload, place, patterns)
         assert self.base is not None
         key, spec = jax.random.key(config.seed), lora.spec
         if spec not in source.layouts:
@@ -158,65 +154,69 @@ class Opener:
                 spec, workload.apply, workload.params, example, train=True, key=key
             )
         layout = source.layouts[spec]
-        step.check_apart(layout, beside)
-        form = Form(step.shapes(layout, beside, TX, key, place))
+        step.check_apart(layout, trainable)
+        state_shapes = StateShapes(step.shapes(layout, trainable, TX, key, place))
         base = self.base
         setup = Setup(config, workload, place, layout, base.frozen, base.fingerprint, path, began)
-        checkpoints = self._stack.enter_context(
-            Checkpoints(path / "checkpoints", report=self._report)
-        )
+        checkpoints = self.enter_context(Checkpoints(path / "checkpoints", report=self._report))
         if newest is not None:
             checkpoints.forget_after(newest)
         run = Run(setup, workload.train(mesh.shard_of(self._grid)), checkpoints)
-        self._stack.callback(run.close)
+        self.callback(run.close)
         state = run.begin(
-            self._fresh(setup, form, beside, key) if checkpoints.latest is None else form.like
+            self._fresh(setup, state_shapes, trainable, key)
+            if checkpoints.latest is None
+            else state_shapes.like
         )
-        return Member(name, run, form, form.host(state), example, run.start)
+        return OpenMember(name, run, state_shapes, state_shapes.host(state), example, run.start)
 
-    def _source(self, config: Config) -> Source:
+    def _source(self, config: Config) -> OpenedWorkload:
         """Opened once for members that differ in their adapters and settings alone."""
-        known = (essence(config), config.seed)
+        known = (workload_settings(config), config.seed)
         if known in self._sources:
             return self._sources[known]
         workload = config.workload(config)
         example = next(workload.train(mesh.shard_of(self._grid)))
-        source = Source(workload, mesh.place(workload, config.mesh, self._grid, example), example)
+        source = OpenedWorkload(
+            workload, mesh.place(workload, config.mesh, self._grid, example), example
+        )
         if workload.common is not None:
             self._sources[known] = source
         return source
 
-    def _fresh(self, setup: Setup, form: Form, beside: dict[str, Any], key: jax.Array) -> State:
+    def _fresh(
+        self, setup: Setup, state_shapes: StateShapes, trainable: dict[str, Any], key: jax.Array
+    ) -> State:
         """Compiled once for members that differ in settings and seed alone."""
         init = setup.config.adaptation.init
-        known = (setup.layout, init, tuple((p, x.shape) for p, x in beside.items()))
+        known = (setup.layout, init, tuple((p, x.shape) for p, x in trainable.items()))
         if known not in self._begin:
-            where = jax.tree.map(lambda x: x.sharding, form.like)
+            where = jax.tree.map(lambda x: x.sharding, state_shapes.like)
             self._begin[known] = jax.jit(step.fresh(setup.layout, TX, init), out_shardings=where)
-        return self._begin[known](beside, key)
+        return self._begin[known](trainable, key)
 
-    def _beside(
+    def _trainable(
         self, name: str, workload: Workload, place: mesh.Placement, patterns: Sequence[str]
     ) -> dict[str, Any]:
-        """The parameters that the member trains beside its adapters; the first brings the base."""
+        """The parameters that the member trains in full; the first brings the base."""
         base = self.base
         if base is None:
             params = workload.arrays(place.params)
-            beside, frozen = split(params, patterns)
+            trainable, frozen = split(params, patterns)
             found = fingerprint_of(frozen)
-            self.base = Base(name, workload, beside, frozen, found)
-            return beside
+            self.base = SharedBase(name, workload, trainable, frozen, found)
+            return trainable
         shapes, frozen = split(workload.params, patterns)
         _check_alike(base, name, shapes, frozen)
         common, first = workload.common, base.workload.common
         if common is None or first is None:
-            beside, frozen = split(workload.arrays(place.params), patterns)
+            trainable, frozen = split(workload.arrays(place.params), patterns)
             if changed := differences(base.fingerprint, fingerprint_of(frozen)):
                 raise ConfigError(
                     f"{base.name!r} and {name!r} have not the same base: {len(changed)} of its "
                     f"parameters differ:\n{listed(changed)}\na group trains over one base"
                 )
-            return beside
+            return trainable
         if common.base != first.base:
             raise ConfigError(
                 f"{base.name!r} and {name!r} have not the same base: {first.base} and "
@@ -227,24 +227,20 @@ class Opener:
             if path in known and not np.array_equal(drawn[path], known[path]):
                 raise ConfigError(
                     f"{base.name!r} and {name!r} have not the same base: {path!r} is drawn from "
-                    "the seed and is not trained; train it (lora.beside), or give both one seed"
+                    "the seed and is not trained; train it (lora.trainable), or give both one seed"
                 )
-        return {p: drawn[p] if p in drawn else base.beside[p] for p in shapes}
+        return {p: drawn[p] if p in drawn else base.trainable[p] for p in shapes}
 
 
-def _check_alike(base: Base, name: str, beside: dict[str, Any], frozen: Tree) -> None:
+def _check_alike(base: SharedBase, name: str, trainable: dict[str, Any], frozen: Tree) -> None:
     """Raise unless the frozen parameters have the paths and shapes of the first's."""
-
-    def forms(tree: Tree) -> dict[str, str]:
-        return {p: f"{x.dtype}{list(x.shape)}" for p, x in paths.flatten(tree).items()}
-
-    if list(beside) != list(base.beside):
+    if list(trainable) != list(base.trainable):
         raise ConfigError(
-            f"{base.name!r} and {name!r} train different parameters beside their adapters "
-            f"(lora.beside, or the method): {list(base.beside)} and {list(beside)}; in a group "
-            "they are the same"
+            f"{base.name!r} and {name!r} train different parameters in full "
+            f"(lora.trainable, or the method): {list(base.trainable)} and {list(trainable)}; in a "
+            "group they are the same"
         )
-    ours, theirs = forms(base.frozen), forms(frozen)
+    ours, theirs = paths.shapes(base.frozen), paths.shapes(frozen)
     for path in dict.fromkeys([*ours, *theirs]):
         if ours.get(path) != theirs.get(path):
             raise ConfigError(
@@ -253,7 +249,7 @@ def _check_alike(base: Base, name: str, beside: dict[str, Any], frozen: Tree) ->
             )
 
 
-def essence(config: Config) -> str:
+def workload_settings(config: Config) -> str:
     """What of a config may change its model, data and loss: all but settings of the training."""
     values = to_dict(config)
     for field in dataclasses.fields(config):

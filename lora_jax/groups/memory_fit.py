@@ -1,4 +1,4 @@
-"""How many members a device's memory holds at once, and so how many groups it takes."""
+"""The number of members that fit into a device's memory, and so the number of groups."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Fit:
         return f"{members} in {self.groups} groups of at most {self.size}: {taken} at a time"
 
 
-class Needed(NamedTuple):
+class StepMemory(NamedTuple):
     """Bytes on a device that a compiled step takes.
 
     bytes: its arguments, its results, and all in between.
@@ -51,7 +51,7 @@ class Needed(NamedTuple):
 
 
 def fit(
-    needed: Needed,
+    needed: StepMemory,
     shared: float,
     members: int,
     memory: float,
@@ -71,7 +71,7 @@ def fit(
     Raises:
       ConfigError: not one fits.
 
-    >>> print(fit(Needed(9e9), 1e9, members=16, memory=8e9))
+    >>> print(fit(StepMemory(9e9), 1e9, members=16, memory=8e9))
     16 members in 2 groups of at most 8: 5.00 GB of 8.00 GB at a time
     """
     total = members if total is None else total
@@ -93,12 +93,12 @@ def fit(
     return Fit(total, size, taken(size), memory)
 
 
-def of_step(compiled: jax.stages.Compiled) -> Needed:
+def of_step(compiled: jax.stages.Compiled) -> StepMemory:
     """What a compiled step says of itself."""
     analysis: Any = compiled.memory_analysis()
     fresh = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
     between = float(analysis.temp_size_in_bytes)
-    return Needed(float(analysis.argument_size_in_bytes + fresh) + between, between)
+    return StepMemory(float(analysis.argument_size_in_bytes + fresh) + between, between)
 
 
 def available(held: float = 0.0) -> float:

@@ -1,4 +1,4 @@
-"""States of unequal shapes in common ones, filled up with zeros, and back, bit for bit.
+"""States of different shapes, padded with zeros to common shapes, and cut back bit for bit.
 
 A zero that fills up stays zero in training: where a column of `a` and the row of `b` that meets it
 are both zero, so are their gradients; a head's column whose logit the loss leaves out has none; and
@@ -19,14 +19,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.training.step import State, Trained
+from lora_jax.training.state import State, Trained
 
 Tree = Any  # a pytree
-Host = dict[Any, np.ndarray]  # key path -> array
+HostState = dict[Any, np.ndarray]  # key path -> array
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class StateShapes:
     """The shapes, dtypes and shardings of one state: `like` is of jax.ShapeDtypeStructs.
 
     Of an array that another form has too, but smaller, every axis is filled up at its end.
@@ -34,7 +34,7 @@ class Form:
 
     like: State
 
-    def host(self, state: State) -> Host:
+    def host(self, state: State) -> HostState:
         """A state of this form as arrays on the host."""
         found = {}
         for path, leaf in _leaves(state):
@@ -42,7 +42,7 @@ class Form:
             found[path] = np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
         return found
 
-    def pad(self, arrays: Host) -> Host:
+    def pad(self, arrays: HostState) -> HostState:
         """Arrays of another form in this one: filled up with zeros, all zeros if not there."""
         found = {}
         for path, leaf in _leaves(self.like):
@@ -53,7 +53,7 @@ class Form:
                 found[path][tuple(map(slice, own.shape))] = own
         return found
 
-    def unpad(self, arrays: Host) -> Host:
+    def unpad(self, arrays: HostState) -> HostState:
         """The arrays of this form out of ones that were filled up."""
         found = {}
         for path, leaf in _leaves(self.like):
@@ -61,17 +61,17 @@ class Form:
             found[path] = arrays[path][tuple(map(slice, shape))]
         return found
 
-    def state(self, arrays: Host) -> State:
+    def state(self, arrays: HostState) -> State:
         """Arrays of this form on their devices."""
         placed: State = _placed(self.like, arrays, lambda leaf: leaf.sharding)
         return placed
 
-    def trained(self, arrays: Host) -> Trained:
+    def trained(self, arrays: HostState) -> Trained:
         """What is trained of the arrays of this form, on its devices."""
         placed: State = _placed(only_trained(self.like.trained), arrays, lambda x: x.sharding)
         return placed.trained
 
-    def stack(self, members: Sequence[Host], mesh: Mesh) -> State:
+    def stack(self, members: Sequence[HostState], mesh: Mesh) -> State:
         """The states of N members, all of this form, as one with a leading axis [N]."""
         arrays = {path: np.stack([m[path] for m in members]) for path in members[0]}
         placed: State = _placed(
@@ -86,7 +86,7 @@ def only_trained(trained: Trained) -> State:
     return State(trained, nothing, nothing, nothing, nothing)
 
 
-def _placed(like: Tree, arrays: Host, where: Callable[[Any], Any]) -> Tree:
+def _placed(like: Tree, arrays: HostState, where: Callable[[Any], Any]) -> Tree:
     def put(path: Any, leaf: Any) -> Any:
         value: Any = arrays[path]
         if _is_key(leaf):
@@ -96,7 +96,7 @@ def _placed(like: Tree, arrays: Host, where: Callable[[Any], Any]) -> Tree:
     return jax.tree_util.tree_map_with_path(put, like)
 
 
-def unstack(arrays: Host, index: int) -> Host:
+def unstack(arrays: HostState, index: int) -> HostState:
     """Member `index` of a stack."""
     return {path: array[index] for path, array in arrays.items()}
 

@@ -1,4 +1,4 @@
-"""A group's results as a picture."""
+"""The picture of a group's results, results.png."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lora_jax.groups import member_names
-from lora_jax.groups.comparison import Results, Row
+from lora_jax.groups.comparison import ComparedRun, Results
 
 _FIRST = "optimizer.learning_rate"  # what lies along the axis, if it is among what was varied
 _LINES = 16  # more have no legend that can be read
@@ -98,9 +98,9 @@ def _others(results: Results, along: str) -> list[str]:
     return [path for path in results.varied if path not in (along, "seed")]
 
 
-def _groups(results: Results, along: str) -> dict[tuple[Any, ...], list[Row]]:
+def _groups(results: Results, along: str) -> dict[tuple[Any, ...], list[ComparedRun]]:
     """The runs of each line, by its values of those fields."""
-    groups = defaultdict[tuple[Any, ...], list[Row]](list)
+    groups = defaultdict[tuple[Any, ...], list[ComparedRun]](list)
     for row in results.rows:
         groups[tuple(row.values[path] for path in _others(results, along))].append(row)
     return groups
@@ -139,7 +139,7 @@ def _styles(groups: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
     ]
 
 
-def _line(panel: Any, rows: Sequence[Row], along: str, split: str, **style: Any) -> None:
+def _line(panel: Any, rows: Sequence[ComparedRun], along: str, split: str, **style: Any) -> None:
     found = defaultdict[float, list[float]](list)
     for row in rows:
         if (score := row.score(split)) is not None:
@@ -198,7 +198,7 @@ def _tasks(results: Results) -> Figure:
     return figure
 
 
-def _task(panel: Any, row: Row) -> None:
+def _task(panel: Any, row: ComparedRun) -> None:
     """The validation score at every evaluation, and the test score before and after."""
     if row.curve:
         steps, scores = zip(*row.curve, strict=True)

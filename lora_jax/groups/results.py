@@ -1,4 +1,4 @@
-"""What a group came to: its members side by side, on the screen and in files.
+"""The results of a group: its members in a table, on the screen and in files.
 
 All of it is made of the members' own summaries and run directories, so runs that were trained one
 by one are compared in the same way.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import os
+import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_jax.groups import member_names
-from lora_jax.groups.comparison import Results, Row, gather
+from lora_jax.groups.comparison import ComparedRun, Results, dotted, gather
 from lora_jax.groups.plots import draw
-from lora_jax.training.directory import write_json
-from lora_jax.training.summary import Summary
+from lora_jax.training.directory import Summary, write_json, write_whole
 
 
 def show(summaries: Sequence[Summary], console: Console) -> None:
@@ -106,7 +105,7 @@ def _of_tasks(results: Results) -> Listing:
     scores = {row.select for row in results.rows}
     what = scores.pop() if len(scores) == 1 else "score"
 
-    def name(row: Row) -> str:
+    def name(row: ComparedRun) -> str:
         return row.name if what == row.select else f"{row.name} ({row.select})"
 
     return Listing(
@@ -121,14 +120,14 @@ def _of_tasks(results: Results) -> Listing:
     )
 
 
-def _change(row: Row, split: str) -> str:
+def _change(row: ComparedRun, split: str) -> str:
     return f"{_number(row.score(split, 'before'))} -> {_number(row.score(split))}"
 
 
-def _end(row: Row) -> tuple[str, str]:
+def _end(row: ComparedRun) -> tuple[str, str]:
     """When it was best, and how many numbers were trained."""
     step, trained = row.summary["best_step"], row.summary["adapter_parameters"]
-    trained += row.summary["beside_parameters"]
+    trained += row.summary["trainable_parameters"]
     return "-" if step is None else str(step), f"{trained:,}"
 
 
@@ -136,26 +135,16 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _flat_row(row: Row) -> dict[str, Any]:
+def _flat_row(row: ComparedRun) -> dict[str, Any]:
     """A line of the CSV file; dots in a column's name for what is inside of what."""
     values = {p: " ".join(v) if isinstance(v, tuple) else v for p, v in row.values.items()}
-    return {"name": row.name, **values, **_flat(row.summary)}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return found
+    return {"name": row.name, **values, **dotted(row.summary)}
 
 
 def _write_csv(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> None:
     columns = dict.fromkeys(name for line in lines for name in line)
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(lines)
-    os.replace(partial, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns))
+    writer.writeheader()
+    writer.writerows(lines)
+    write_whole(path, text.getvalue())

@@ -1,4 +1,4 @@
-"""The step of a group: that of one run, vmapped over the members.
+"""The step of a group: the step of one run, vmapped over the members.
 
 What a member's step would do alone it does here, on its own slice: its loss is its own mean, its
 gradient is clipped by its own norm, its Adam counts its own steps. Only the base has no axis of
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from lora_jax.layout import Layout
 from lora_jax.training.optimizer import Hyper, adamw
-from lora_jax.training.step import State, Trained, evaluation_step, train_step
+from lora_jax.training.state import State, Trained
+from lora_jax.training.step import evaluation_step, train_step
 from lora_jax.training.workload import Loss, Workload
 
 Tree = Any  # a pytree

@@ -1,4 +1,4 @@
-"""Sweeps: one config, and the values that its fields are to be tried with."""
+"""Sweeps: a config, and the values to try for some of its fields."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tyro
 from lora_jax.groups import config_fields, member_names
 from lora_jax.groups.config import GroupConfig, GroupOptions, Member
 from lora_jax.training.config import Config, ConfigError, check_lora_counts, require
+from lora_jax.training.config_json import first_name
 
 Grid = Mapping[str, Sequence[Any] | str]
 Point = dict[str, Any]  # path -> value
@@ -99,9 +100,11 @@ class SweepConfig(GroupOptions):
     def expand(self) -> GroupConfig:
         """The group of all members, named by their values."""
         points = self.points()
+        # The names are folders, which must be found again after a field has got a new name.
+        named = [{first_name(path): value for path, value in point.items()} for point in points]
         members = tuple(
             Member(name, self._with(point))
-            for name, point in zip(member_names.names(points), points, strict=True)
+            for name, point in zip(member_names.names(named), points, strict=True)
         )
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(GroupOptions)}
         return GroupConfig(members=members, **options).expand()
@@ -109,16 +112,16 @@ class SweepConfig(GroupOptions):
     def _with(self, point: Point) -> Config:
         config = self.base
         for path, value in point.items():
-            config = config_fields.replaced(config, path, value)
+            config = config_fields.with_field(config, path, value)
         for path in point:
             if path.startswith("lora."):
                 check_lora_counts(config, path)
         return config
 
     def _listed(self, path: str, found: Sequence[Any] | str) -> list[Any]:
-        hint = config_fields.kind(self.base, path, "grid")
+        hint = config_fields.field_type(self.base, path, "grid")
         if isinstance(found, str):
-            apart = ";" if ";" in found or config_fields.several(hint) else ","
+            apart = ";" if ";" in found or config_fields.may_be_tuple(hint) else ","
             found = [self._read(path, text.strip(), hint) for text in found.split(apart)]
         require(bool(found), f"grid: {path}", found, "at least one value")
         return [self._value(path, value, "grid") for value in found]
@@ -126,15 +129,17 @@ class SweepConfig(GroupOptions):
     def _read(self, path: str, text: str, hint: Any) -> Any:
         try:
             return config_fields.read(text, hint)
-        except (TypeError, ValueError):
+        except ValueError:
             raise self._misfit(path, text, hint, "grid") from None
 
     def _value(self, path: str, value: Any, where: str) -> Any:
-        hint = config_fields.kind(self.base, path, where)
+        hint = config_fields.field_type(self.base, path, where)
         try:
-            return config_fields.fitting(value, hint)
+            return config_fields.converted(value, hint)
         except TypeError:
             raise self._misfit(path, value, hint, where) from None
 
     def _misfit(self, path: str, value: Any, hint: Any, where: str) -> ConfigError:
-        return ConfigError(f"{where}: {path} must be {config_fields.said(hint)}, got {value!r}")
+        return ConfigError(
+            f"{where}: {path} must be {config_fields.type_name(hint)}, got {value!r}"
+        )

@@ -1,10 +1,10 @@
-"""What a run will need, found by compiling its step for devices that need not be there."""
+"""The planner: what a run needs, found by compiling its step for devices that need not be there."""
 
 from lora_jax.extras import require
 
 require("train", __name__)
 
-from lora_jax.planner.options import Options as Options
+from lora_jax.planner.options import PlanOptions as PlanOptions
 from lora_jax.planner.plan import make as make
 from lora_jax.planner.plan_report import text as text
 from lora_jax.planner.plan_report import write as write

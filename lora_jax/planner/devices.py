@@ -1,4 +1,4 @@
-"""What the common accelerators have: memory, speed of products, of memory, and of their links.
+"""Common accelerators: memory, peak FLOPs, and bandwidth of memory and links.
 
 A device is what JAX shows as one. Speeds are the makers' peaks, for bfloat16 products without
 sparsity; links count one direction, since a ring sends and receives at once.

@@ -1,4 +1,4 @@
-"""The step of a run, compiled for a mesh and measured. Nothing is computed and nothing loaded."""
+"""The costs of a run's step, compiled for a mesh. Nothing is computed or loaded."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from lora_jax.planner.devices import Device
 from lora_jax.resolve import resolve
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.config import Config
-from lora_jax.training.method import MethodConfig
-from lora_jax.training.text import TextConfig
+from lora_jax.training.state import State
 from lora_jax.training.workload import Workload
 
 Tree = Any  # a pytree
-Of = Literal["base", "adapters", "update"]
+Cause = Literal["base", "adapters", "update"]
 
 # What XLA does for CPUs alone would hide what an accelerator does: it computes 16-bit products in
 # float32, and hands reductions to a library that keeps its results in float32. Memory, not
@@ -36,7 +35,7 @@ OPTIONS: dict[str, str | bool] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Bytes:
+class DeviceBytes:
     """Of one device.
 
     weights: the base parameters, those trained in full among them.
@@ -71,18 +70,18 @@ class Traffic:
     """
 
     kind: str
-    of: Of
+    of: Cause
     times: float
     bytes: float
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
+class CollectiveArray:
     """One array that goes through a collective: `times` times in a step."""
 
     kind: str
-    of: Of
+    of: Cause
     dtype: str
     shape: tuple[int, ...]
     bytes: int
@@ -92,7 +91,7 @@ class Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class StepCosts:
     """What one step needs.
 
     parameters: of the base. trained: adapter parameters, and base parameters trained in full.
@@ -107,12 +106,12 @@ class Measured:
     base_parameters_trained: int
     checkpoint_full: int
     checkpoint_trained: int
-    bytes: Bytes
+    bytes: DeviceBytes
     flops: float
     flops_adapters: float
     moved: float
     traffic: tuple[Traffic, ...]
-    arrays: tuple[Array, ...]
+    arrays: tuple[CollectiveArray, ...]
     unknown_loops: tuple[str, ...]
 
     @property
@@ -131,13 +130,13 @@ def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
 
 def measure(
     config: Config, workload: Workload, grid: jax.sharding.Mesh, device: Device
-) -> Measured:
+) -> StepCosts:
     """Lower and compile the step of `config` for the mesh `grid`, and measure it."""
     batch = example(workload)
     place = mesh.place(workload, config.mesh, grid, batch)
     key, lora = jax.eval_shape(lambda: jax.random.key(0)), config.adaptation
     layout = resolve(lora.spec, workload.apply, workload.params, batch, train=True, key=key)
-    patterns = workload.beside if lora.beside is None else lora.beside
+    patterns = workload.trainable if lora.trainable is None else lora.trainable
     params = jax.tree.map(_placed, workload.params, place.params)
     base, frozen = split(params, patterns)
     step.check_apart(layout, base)
@@ -145,19 +144,19 @@ def measure(
     state = step.shapes(layout, base, tx, key, place)
     rows = {name: _placed(x, _of_rows(place, x)) for name, x in batch.items()}
     take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate)
-    compiled, brain = _compile(take, place, state, frozen, rows)
+    compiled, bfloat16 = _compile(take, place, state, frozen, rows)
     module = hlo.parse(compiled.as_text())
     found = collectives.collectives(module)
-    arrays = tuple(_array(c, brain) for c in found)
+    arrays = tuple(_array(c, bfloat16) for c in found)
     products = hlo.products(module)
     trained = jax.tree.leaves(state.trained)
-    return Measured(
+    return StepCosts(
         parameters=_count(params),
         adapter_parameters=_count(state.trained["adapters"]),
         base_parameters_trained=_count(state.trained["base"]),
         checkpoint_full=sum(map(_whole, jax.tree.leaves(params))),
         checkpoint_trained=sum(map(_whole, trained)),
-        bytes=_bytes(compiled, residuals.kept(module), state, frozen, rows),
+        bytes=_bytes(compiled, residuals.residual_bytes(module), state, frozen, rows),
         flops=sum(p.flops * p.times for p in products),
         flops_adapters=sum(p.flops * p.times for p in products if hlo.LORA in p.origin),
         moved=sum(p.bytes * p.times for p in products),
@@ -179,14 +178,14 @@ def _of_rows(place: mesh.Placement, x: Any) -> jax.sharding.NamedSharding:
 def _compile(take: Any, place: mesh.Placement, *arguments: Any) -> tuple[Any, bool]:
     """As `Loop` compiles it; where it has bfloat16, with float16 for that (see `half`)."""
     options = step.compilation(arguments[0], place)
-    halved = bf16_lowering.halved(take, *arguments)
+    halved = bf16_lowering.in_float16(take, *arguments)
     if halved is None:
         return jax.jit(take, **options).lower(*arguments).compile(OPTIONS), False
     lowered = jax.jit(halved, **options).lower(*bf16_lowering.shapes(arguments))
     return lowered.compile(OPTIONS), True
 
 
-def _bytes(compiled: Any, held: int, state: step.State, frozen: Tree, rows: Tree) -> Bytes:
+def _bytes(compiled: Any, held: int, state: State, frozen: Tree, rows: Tree) -> DeviceBytes:
     """From the shardings, exactly; what the step needs besides, from XLA.
 
     Not `peak_memory_in_bytes`, which leaves out the temporaries under sharding.
@@ -195,7 +194,7 @@ def _bytes(compiled: Any, held: int, state: step.State, frozen: Tree, rows: Tree
     fresh = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
     needed = analysis.temp_size_in_bytes + fresh
     held = min(held, needed)
-    return Bytes(
+    return DeviceBytes(
         weights=_local(frozen) + _local(state.trained["base"]),
         adapters=_local(state.trained["adapters"]),
         optimizer=_local(state.optimizer),
@@ -219,9 +218,9 @@ def _count(tree: Tree) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
-def _array(c: collectives.Collective, brain: bool) -> Array:
-    dtype = "bf16" if brain and c.operand.dtype == "f16" else c.operand.dtype
-    return Array(
+def _array(c: collectives.Collective, bfloat16: bool) -> CollectiveArray:
+    dtype = "bf16" if bfloat16 and c.operand.dtype == "f16" else c.operand.dtype
+    return CollectiveArray(
         c.kind,
         cause(c.origin),
         dtype,
@@ -233,7 +232,7 @@ def _array(c: collectives.Collective, brain: bool) -> Array:
     )
 
 
-def cause(origin: str) -> Of:
+def cause(origin: str) -> Cause:
     """What a collective is there for, by the name of the operation or argument it comes from.
 
     >>> cause("jit(step)/jvp(f)/q/jit(_add)/lora/dot_general"), cause("jit(step)/reduce_sum")
@@ -246,9 +245,9 @@ def cause(origin: str) -> Of:
 
 
 def _traffic(
-    arrays: tuple[Array, ...], groups: list[tuple[int, ...]], device: Device
+    arrays: tuple[CollectiveArray, ...], groups: list[tuple[int, ...]], device: Device
 ) -> tuple[Traffic, ...]:
-    sums: dict[tuple[str, Of], list[float]] = {}
+    sums: dict[tuple[str, Cause], list[float]] = {}
     for array, group in zip(arrays, groups, strict=True):
         total = sums.setdefault((array.kind, array.of), [0, 0, 0])
         total[0] += array.times
@@ -277,16 +276,7 @@ def seconds(kind: str, operand: int, group: tuple[int, ...], device: Device) -> 
     return passes * operand / device.rate(group)
 
 
-def full(config: Config) -> Config:
-    """The same run as full fine-tuning."""
-    lora = dataclasses.replace(config.lora, targets=(), beside=("**",))
-    changes: dict[str, Any] = {"lora": lora}
-    if isinstance(config, TextConfig):
-        changes["method"] = MethodConfig()  # no other takes a lora.beside
-    return dataclasses.replace(config, **changes)
-
-
-def extrapolated(first: Measured, second: Measured, at: tuple[int, int, int]) -> Measured:
+def extrapolated(first: StepCosts, second: StepCosts, at: tuple[int, int, int]) -> StepCosts:
     """What more devices need, from two measured numbers of them: each number is a + b / devices.
 
     So it is exactly for all that the devices share evenly or hold alike, with the batch as it is.
@@ -304,7 +294,7 @@ def extrapolated(first: Measured, second: Measured, at: tuple[int, int, int]) ->
     both = zip(dataclasses.astuple(first.bytes), dataclasses.astuple(second.bytes), strict=True)
     return dataclasses.replace(
         second,
-        bytes=Bytes(*(line(x, y) for x, y in both)),
+        bytes=DeviceBytes(*(line(x, y) for x, y in both)),
         flops=line(first.flops, second.flops),
         flops_adapters=line(first.flops_adapters, second.flops_adapters),
         moved=line(first.moved, second.moved),

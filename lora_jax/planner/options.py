@@ -1,4 +1,4 @@
-"""What `--plan` can be told."""
+"""The options of `--plan`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_jax.training.config import require
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class PlanOptions:
     """A plan in the place of a run."""
 
     plan: bool = False

@@ -1,4 +1,4 @@
-"""The plan of a run: what its step needs on each device, beside full fine-tuning of the same."""
+"""The plan of a run: the costs of its step on each device, and those of full fine-tuning."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 
 from lora_jax.planner import measure, simulated_devices
 from lora_jax.planner.devices import DEVICES, Device
-from lora_jax.planner.measure import Measured
-from lora_jax.planner.options import Options
+from lora_jax.planner.measure import StepCosts
+from lora_jax.planner.options import PlanOptions
 from lora_jax.training import mesh
 from lora_jax.training.config import Config, ConfigError, MeshConfig
 from lora_jax.training.workload import Workload
@@ -57,7 +57,7 @@ class Plan:
     name: str
     sizes: dict[str, int]
     device: str
-    runs: dict[str, Measured]
+    runs: dict[str, StepCosts]
     compiled: tuple[int, ...]
     batch: dict[str, tuple[int, ...]]
     first_batch: bool
@@ -85,7 +85,7 @@ class Plan:
         )
 
 
-def make(name: str, config: Config, options: Options) -> Plan:
+def make(name: str, config: Config, options: PlanOptions) -> Plan:
     """Compile the step for the devices of `options`, or for fewer if they are too many.
 
     Raises:
@@ -100,7 +100,7 @@ def make(name: str, config: Config, options: Options) -> Plan:
     _check_rows(batch, sizes)
     device = DEVICES[options.plan_device]
     runs = {}
-    for run, of in ((LORA, config), (FULL, measure.full(config))):
+    for run, of in ((LORA, config), (FULL, config.full_fine_tuning())):
         *smaller, largest = (_measure(of, workload, s, there, device) for s in compiled)
         runs[run] = largest
         if smaller:
@@ -118,7 +118,7 @@ def _measure(
     sizes: dict[str, int],
     there: list[jax.Device],
     device: Device,
-) -> Measured:
+) -> StepCosts:
     shape = MeshConfig(**sizes, rules=config.mesh.rules)
     config = dataclasses.replace(config, mesh=shape)
     grid = mesh.make(config.mesh, there[: math.prod(sizes.values())])
@@ -138,9 +138,9 @@ def _compilable(sizes: dict[str, int]) -> list[dict[str, int]]:
     smaller = [n for n in range(1, simulated_devices.LIMIT // copy + 1) if sizes["data"] % n == 0]
     if len(smaller) < 2:
         raise ConfigError(
-            f"--plan-devices {math.prod(sizes.values())}: at most {simulated_devices.LIMIT} devices can be "
-            "simulated, and beyond that a plan is extrapolated from two smaller values of "
-            f"mesh.data that divide it; with fsdp x tensor = {copy} and data = {sizes['data']} "
+            f"--plan-devices {math.prod(sizes.values())}: at most {simulated_devices.LIMIT} "
+            "devices can be simulated; for more, a plan is extrapolated from two smaller values "
+            f"of mesh.data that divide it; with fsdp x tensor = {copy} and data = {sizes['data']} "
             "there are none. Make fsdp x tensor smaller"
         )
     return [{**sizes, "data": n} for n in smaller[-2:]]

@@ -1,4 +1,4 @@
-"""A plan as text and as JSON."""
+"""The plan of a run as text for a terminal, and as JSON."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_jax.planner.devices import DEVICES
-from lora_jax.planner.measure import Measured
+from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.plan import FULL, LORA, Plan
 from lora_jax.training.directory import write_json
+from lora_jax.training.summary import in_units
 
 FORMAT = 1
 CAUSES = {
@@ -112,7 +113,7 @@ def text(plan: Plan) -> str:
 
 
 def _table(plan: Plan) -> list[str]:
-    of: Callable[[Callable[[Measured], str]], list[str]] = lambda f: [  # noqa: E731
+    of: Callable[[Callable[[StepCosts], str]], list[str]] = lambda f: [  # noqa: E731
         f(plan.runs[run]) for run in (LORA, FULL)
     ]
     n, copy = plan.devices, plan.devices // plan.sizes["data"]
@@ -122,32 +123,32 @@ def _table(plan: Plan) -> list[str]:
         ["parameters", *of(lambda m: f"{m.parameters:,}")],
         ["  of adapters", *of(lambda m: f"{m.adapter_parameters:,}")],
         ["  trained in full", *of(lambda m: f"{m.base_parameters_trained:,}")],
-        ["checkpoint of what is trained", *of(lambda m: size(m.checkpoint_trained))],
-        ["checkpoint of everything", *of(lambda m: size(m.checkpoint_full))],
+        ["checkpoint of what is trained", *of(lambda m: in_units(m.checkpoint_trained))],
+        ["checkpoint of everything", *of(lambda m: in_units(m.checkpoint_full))],
         ["each device", "", ""],
-        ["  weights", *of(lambda m: size(m.bytes.weights))],
-        ["  adapters", *of(lambda m: size(m.bytes.adapters))],
-        ["  optimizer", *of(lambda m: size(m.bytes.optimizer))],
-        ["  activations", *of(lambda m: size(m.bytes.activations))],
-        ["  temporaries", *of(lambda m: size(m.bytes.temporaries + m.bytes.batch))],
-        ["  total", *of(lambda m: size(m.bytes.total))],
+        ["  weights", *of(lambda m: in_units(m.bytes.weights))],
+        ["  adapters", *of(lambda m: in_units(m.bytes.adapters))],
+        ["  optimizer", *of(lambda m: in_units(m.bytes.optimizer))],
+        ["  activations", *of(lambda m: in_units(m.bytes.activations))],
+        ["  temporaries", *of(lambda m: in_units(m.bytes.temporaries + m.bytes.batch))],
+        ["  total", *of(lambda m: in_units(m.bytes.total))],
         ["one copy, on fsdp x tensor devices", "", ""],
-        ["  weights, adapters, optimizer", *of(lambda m: size(state(m) * copy))],
+        ["  weights, adapters, optimizer", *of(lambda m: in_units(state(m) * copy))],
         ["all devices", "", ""],
-        ["  FLOPs of a step", *of(lambda m: scaled(m.flops * n, "FLOP"))],
-        ["    of the adapters", *of(lambda m: scaled(m.flops_adapters * n, "FLOP"))],
+        ["  FLOPs of a step", *of(lambda m: in_units(m.flops * n, "FLOP"))],
+        ["    of the adapters", *of(lambda m: in_units(m.flops_adapters * n, "FLOP"))],
         ["  against full", *of(lambda m: f"{m.flops / plan.runs[FULL].flops:.3f}")],
     ]
     return _aligned(rows)
 
 
-def _collectives(found: Measured) -> list[str]:
+def _collectives(found: StepCosts) -> list[str]:
     rows = [["collectives of this run", "times", "bytes", "seconds"]]
     for cause, meaning in CAUSES.items():
         there = [t for t in found.traffic if t.of == cause]
         rows += [[f"{meaning}", "", "", ""]] if there else []
         rows += [
-            [f"  {t.kind}", f"{t.times:,.0f}", size(t.bytes), f"{t.seconds:.3g}"] for t in there
+            [f"  {t.kind}", f"{t.times:,.0f}", in_units(t.bytes), f"{t.seconds:.3g}"] for t in there
         ]
     if len(rows) == 1:
         return ["no collectives"]
@@ -163,13 +164,15 @@ def _verdict(plan: Plan, run: str) -> str:
     if device.is_gpu and 0.75 < share <= 1:
         hint = " (JAX takes 75 % of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION=.95)"
     return (
-        f"{name} {fits} {plan.device}: {size(total)} of {size(device.memory)}, {share:.0%}{hint}; "
+        f"{name} {fits} {plan.device}: {in_units(total)} of "
+        f"{in_units(device.memory)}, {share:.0%}{hint}; "
         f"a step takes at least {roof.seconds:.3g} s, bound by {roof.bound} (compute "
         f"{roof.compute:.3g}, memory {roof.memory:.3g}, communication {roof.communication:.3g})"
     )
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
+    """Align the columns. Rich would fold them to the width of the terminal."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -178,25 +181,3 @@ def _aligned(rows: list[list[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def size(bytes: float) -> str:
-    """Bytes, in powers of ten.
-
-    >>> size(75_497_472)
-    '75.5 MB'
-    """
-    return scaled(bytes, "B") if bytes else "-"
-
-
-def scaled(number: float, unit: str) -> str:
-    """Three digits and a prefix.
-
-    >>> scaled(2.541e17, "FLOP")
-    '254 PFLOP'
-    """
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if abs(number) < 999.5:
-            return f"{number:.3g} {prefix}{unit}"
-        number /= 1000
-    return f"{number:.3g} E{unit}"

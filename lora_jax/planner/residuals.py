@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass, in a compiled program."""
+"""The residuals of a compiled program: what the forward pass keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from lora_jax.planner.hlo import VIEWS, Computation, Instruction, Module
 _INDEX = re.compile(r"index=(\d+)")
 
 
-def kept(module: Module) -> int:
-    """Bytes of the arrays that the forward pass makes and the backward pass reads.
+def residual_bytes(module: Module) -> int:
+    """Return the bytes of the arrays that the forward pass makes and the backward pass reads.
 
     JAX names what comes from the one `jvp(...)`, and from the other `transpose(jvp(...))`.
     Arguments are not counted, nor what is only another view of them. Of a batch that is gone
     through in parts, one part.
     """
-    return _kept(module, module.entry)
+    return _residual_bytes(module, module.entry)
 
 
-def _kept(module: Module, name: str) -> int:
+def _residual_bytes(module: Module, name: str) -> int:
     computation = module.computations[name]
     buffers: dict[tuple[str, int], int] = {}
     inner = 0
     for i in computation.values():
         if i.kind == "while" and "jvp(" not in i.origin:
             body = next(callee for role, callee in i.called if role == "body")
-            inner = max(inner, _kept(module, body))
+            inner = max(inner, _residual_bytes(module, body))
         if "transpose(" in i.origin:
             for operand in i.operands:
                 for key, size in _sources(module, computation, operand):

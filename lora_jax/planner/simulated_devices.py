@@ -1,4 +1,4 @@
-"""Devices that are not there: a CPU that JAX shows as many."""
+"""Simulated devices: one CPU that JAX shows as many."""
 
 from __future__ import annotations
 

@@ -32,6 +32,8 @@ RANK, ROWS, MEMBER, TALLY = -1, -2, -3, -4  # names that are the same in all wei
 _fresh = itertools.count()
 
 Names = tuple[int, ...]
+Ins = list[Any]  # of one equation, adapted weights among them
+Outs = list[Any] | None  # None: the rule does not apply
 
 
 def fresh(n: int) -> Names:

@@ -71,7 +71,7 @@ class Usage:
     heads: frozenset[str]
 
 
-def usage(traced: jaxprs.Program) -> Usage:
+def usage(traced: jaxprs.TracedCall) -> Usage:
     """Walk a traced call; see the module docstring."""
     walker = _Walker({path: {} for path in traced.param_paths})
     n = len(traced.param_paths)

@@ -12,10 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Named
-
-Ins = list[Any]
-Outs = list[Any] | None
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Named, Outs
 
 
 def _inline(interpreter: Any, eqn: Any, ins: Ins) -> Outs:

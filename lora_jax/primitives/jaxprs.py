@@ -21,7 +21,7 @@ from lora_jax import paths
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TracedCall:
     """A traced call `f(params, *args, **kwargs)`.
 
     The program's inputs are the array leaves of the call, parameters first; every other leaf
@@ -41,7 +41,7 @@ class Program:
         }
 
 
-def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None) -> Program:
+def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None) -> TracedCall:
     """Trace `f(params, *args, **kwargs)`; arrays may be `jax.ShapeDtypeStruct`s."""
     keyed, treedef = jax.tree_util.tree_flatten_with_path((params, tuple(args), kwargs or {}))
     leaves = [leaf for _, leaf in keyed]
@@ -60,7 +60,7 @@ def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None
 
     inputs = tuple(leaves[i] for i in dynamic)
     jaxpr, consts = opened(jax.make_jaxpr(flat)(*inputs))
-    return Program(jaxpr, consts, param_paths, inputs, out_tree)
+    return TracedCall(jaxpr, consts, param_paths, inputs, out_tree)
 
 
 def _is_array(leaf: Any) -> bool:

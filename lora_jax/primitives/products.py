@@ -10,10 +10,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.primitives import axis_tracking, jaxprs, lowrank
-from lora_jax.primitives.adapted_weight import RANK, AdaptedWeight, Named, Names, einsum, fresh
-
-Ins = list[Any]
-Outs = list[Any] | None
+from lora_jax.primitives.adapted_weight import (
+    RANK,
+    AdaptedWeight,
+    Ins,
+    Named,
+    Names,
+    Outs,
+    einsum,
+    fresh,
+)
 
 
 def _dot(interpreter: Any, eqn: Any, ins: Ins) -> Outs:

@@ -11,10 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.primitives import axis_tracking, jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Named, Names, fresh
-
-Ins = list[Any]
-Outs = list[Any] | None
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Named, Names, Outs, fresh
 
 
 def _only(ins: Ins) -> AdaptedWeight | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.groups import member_names, plots, results
-from lora_jax.groups.comparison import Results, Row, flat, gather
+from lora_jax.groups.comparison import ComparedRun, Results, flat, gather
 from lora_jax.report import (
     formatting,
     settings,
@@ -121,7 +121,7 @@ def _of_tasks(found: Results) -> tuple[Fact, ...]:
     return (*facts, Fact("trained parameters", f"{trained:,}", note))
 
 
-def _of_best(found: Results, best: Row) -> tuple[Fact, ...]:
+def _of_best(found: Results, best: ComparedRun) -> tuple[Fact, ...]:
     values = ", ".join(
         f"{member_names.shortest(path, found.varied)} {member_names.label(best.values[path])}"
         for path in found.varied
@@ -144,11 +144,11 @@ def _of_best(found: Results, best: Row) -> tuple[Fact, ...]:
     return (*facts, Fact("speed", speed, "of the best; runs of a group step together"))
 
 
-def _trained(row: Row) -> int:
-    return int(row.summary["adapter_parameters"] + row.summary["beside_parameters"])
+def _trained(row: ComparedRun) -> int:
+    return int(row.summary["adapter_parameters"] + row.summary["trainable_parameters"])
 
 
-def _best(best: Row | None, base: Base) -> tuple[Section, ...]:
+def _best(best: ComparedRun | None, base: Base) -> tuple[Section, ...]:
     """What the best run's update is made of; tasks have no best, and a report each."""
     if best is None:
         text = "Each task has an update of its own: lora-jax report GROUP/TASK shows it."

@@ -11,7 +11,8 @@ from typing import Any
 
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.training import metrics
-from lora_jax.training.summary import Summary
+from lora_jax.training.config_json import upgrade
+from lora_jax.training.directory import Summary
 
 Scores = dict[str, dict[str, float]]  # split -> name -> number
 
@@ -19,7 +20,7 @@ Scores = dict[str, dict[str, float]]  # split -> name -> number
 _NUMBER = (int, float)
 _SUMMARY: dict[str, Any] = {
     **dict.fromkeys(("steps", "skipped_steps", "base_parameters", "adapter_parameters"), _NUMBER),
-    **dict.fromkeys(("beside_parameters", "adapter_file_bytes", "optimizer_bytes"), _NUMBER),
+    **dict.fromkeys(("trainable_parameters", "adapter_file_bytes", "optimizer_bytes"), _NUMBER),
     **dict.fromkeys(("full_checkpoint_bytes", "base_bytes_per_device"), _NUMBER),
     **dict.fromkeys(("peak_memory_bytes", "steps_per_second", "merged_difference"), _NUMBER),
     **dict.fromkeys(("compile_seconds", "total_seconds"), _NUMBER),
@@ -174,7 +175,7 @@ def _json(file: pathlib.Path, cure: str) -> dict[str, Any]:
         raise LoraError(f"{file} cannot be read: {error}; {cure}") from error
     if not isinstance(found, dict):
         raise LoraError(f"{file} holds no fields; {cure}")
-    return found
+    return upgrade(found)
 
 
 def every(paths: Sequence[pathlib.Path]) -> tuple[Left, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 from lora_jax.groups.comparison import flat
 from lora_jax.report import formatting
 from lora_jax.report.document import Table
-from lora_jax.training.config import to_dict
+from lora_jax.training.config_json import to_dict
 from lora_jax.training.text import TextConfig
 
 # What is shown whether or not it is the default.

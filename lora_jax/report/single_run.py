@@ -9,7 +9,8 @@ from lora_jax.report.document import Block, Fact, Figure, Note, Panel, Report, S
 from lora_jax.report.run_files import Left
 from lora_jax.report.update_analysis import Base
 from lora_jax.training import curves
-from lora_jax.training.summary import Summary, costs, in_units
+from lora_jax.training.directory import Summary
+from lora_jax.training.summary import costs, in_units
 
 
 def report(left: Left, base: Base) -> Report:
@@ -65,7 +66,7 @@ def _scored(left: Left) -> list[Fact]:
 
 def costed(summary: Summary) -> list[Fact]:
     """What a finished run trained, keeps and took."""
-    trained = summary["adapter_parameters"] + summary["beside_parameters"]
+    trained = summary["adapter_parameters"] + summary["trainable_parameters"]
     base, full = summary["base_parameters"], summary["full_checkpoint_bytes"]
     kept = summary["adapter_file_bytes"]
     many = full / kept if kept else 0.0

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_jax import models, paths
-from lora_jax.data.tokens import Cut, Encoder, Text, padding_id
+from lora_jax.data.tokens import Encoder, TextOrPair, TextTruncation, padding_id
 from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
 from lora_jax.multi.stack import Stack, select
@@ -111,7 +111,7 @@ class Classifier:
         """
         self.tasks = tuple(task_of(member) for member in served.members)
         self.batch_size = batch_size
-        self.cut, self.tokens, self.compiled = Cut(), 0, dict[int, float]()
+        self.cut, self.tokens, self.compiled = TextTruncation(), 0, dict[int, float]()
         self.lengths = sorted({length for task in self.tasks for length in task.lengths})
         _check_positions(served, self.lengths[-1])
         tokenizer = served.source.tokenizer()
@@ -121,15 +121,15 @@ class Classifier:
         width = max(task.outputs for task in self.tasks)
         model = models.BertClassifier(served.config, width, _pooling(served.members))
         layout, stacked = served.stack
-        beside = _beside(served.members, paths.flatten(served.params), width)
-        _check_apart(layout, beside)
-        self._arguments = (served.params, stacked, beside)
+        trainable = _trainable(served.members, paths.flatten(served.params), width)
+        _check_apart(layout, trainable)
+        self._arguments = (served.params, stacked, trainable)
         self._run = jax.jit(_mixed(layout, model))
         self._programs: dict[int, Any] = {}
         self._rows: int | None = None
 
     def scores(
-        self, adapters: Sequence[int], texts: Sequence[Text]
+        self, adapters: Sequence[int], texts: Sequence[TextOrPair]
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """(i, outputs [C] of texts[i] by its adapter's head), batch by batch, short texts first.
 
@@ -150,7 +150,7 @@ class Classifier:
         while under_way:
             yield from self._taken(adapters, *under_way.popleft())
 
-    def _encode(self, adapters: Sequence[int], texts: Sequence[Text]) -> list[Any]:
+    def _encode(self, adapters: Sequence[int], texts: Sequence[TextOrPair]) -> list[Any]:
         """The tokens of each text, cut to the limit of its adapter's task."""
         limits = [self.tasks[adapter].lengths[-1] for adapter in adapters]
         encoded: list[Any] = [None] * len(texts)
@@ -161,7 +161,7 @@ class Classifier:
                     for i in range(len(texts))
                     if limits[i] == limit and isinstance(texts[i], tuple) == pair
                 ]
-                found = encoder.cut([texts[i] for i in own], self.cut) if own else []
+                found = encoder.truncate([texts[i] for i in own], self.cut) if own else []
                 for i, encoding in zip(own, found, strict=True):
                     encoded[i] = encoding
         self.tokens += sum(len(encoding.ids) for encoding in encoded)
@@ -209,8 +209,8 @@ def _mixed(layout: Layout, model: models.BertClassifier) -> Any:
 
     adapted = adapt(layout, one)
 
-    def run(params: Tree, stacked: Stack, beside: Any, ids: Any, batch: Any) -> Any:
-        own = {path: x[ids] for path, x in beside.items()}
+    def run(params: Tree, stacked: Stack, trainable: Any, ids: Any, batch: Any) -> Any:
+        own = {path: x[ids] for path, x in trainable.items()}
         return adapted(params, select(stacked, ids), own, batch)
 
     return run
@@ -228,7 +228,7 @@ def _with(params: Tree, leaves: Mapping[str, Any]) -> Tree:
     return tree
 
 
-def _beside(
+def _trainable(
     members: Sequence[Member], params: Mapping[str, Any], width: int
 ) -> dict[str, jax.Array]:
     """What any member trained beside its adapter, of every member: `{path: [n, ...]}`.
@@ -268,8 +268,8 @@ def _pooling(members: Sequence[Member]) -> str:
     return next(iter(said.values()))
 
 
-def _check_apart(layout: Layout, beside: Mapping[str, Any]) -> None:
-    both = [target.path for target in layout.targets if target.path in beside]
+def _check_apart(layout: Layout, trainable: Mapping[str, Any]) -> None:
+    both = [target.path for target in layout.targets if target.path in trainable]
     if both:
         raise LoraError(
             f"the adapters cannot share a batch: {both[0]!r} is adapted by one and trained in "

@@ -164,7 +164,7 @@ def _decoder(served: Served) -> Decoder:
             raise LoraError(
                 f"adapter {member.name!r} ({member.path}) was trained together with parameters of "
                 f"the base itself, which cannot be mixed in a batch:\n{listed(member.base)}\n"
-                "train it by LoRA with --lora.beside left empty, or merge it in Python: "
+                "train it by LoRA with --lora.trainable left empty, or merge it in Python: "
                 "lora_jax.merge"
             )
     return Decoder(served.config, served.params, *(served.stack if served.members else ()))

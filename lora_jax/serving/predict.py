@@ -32,7 +32,7 @@ from rich.console import Console
 
 from lora_jax import models
 from lora_jax.console import FileBar, guarded, say
-from lora_jax.data.tokens import Text
+from lora_jax.data.tokens import TextOrPair
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
 from lora_jax.serving.classifier import Classifier, Task
@@ -200,7 +200,7 @@ def _adapter_of(line: Line, served: Served) -> int:
     return served.id_of(name or None, line.where)
 
 
-def _text_of(line: Line, task: Task) -> Text:
+def _text_of(line: Line, task: Task) -> TextOrPair:
     """Numbers are read as training reads them, as text."""
     found = []
     for field in task.fields:

@@ -1,4 +1,4 @@
-"""What `train.py` is made of: the config, the workload, the step, the loop, and what is kept."""
+"""The training of one run: its config, workload, step, loop, metrics and checkpoints."""
 
 from lora_jax.extras import require
 

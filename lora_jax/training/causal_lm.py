@@ -49,7 +49,7 @@ def causal_lm(config: TextConfig) -> Workload:
         params={**models.shapes(model_config), **method.shapes()},
         load=load,
         placement=(*placement.rules(model_config), *method.placement()),
-        beside=method.trained,
+        trainable=method.trained,
         example=batch_shapes(config.data.batch_size, config.data.max_length),
         train=data.train.iterator,
         evaluation=data.passes(),

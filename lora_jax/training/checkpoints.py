@@ -1,4 +1,4 @@
-"""Where a killed run goes on: the trained arrays, the optimizer, and notes. Never a base weight.
+"""Checkpoints of a run: the trained arrays, the optimizer's state and notes. Never a base weight.
 
 Each checkpoint holds the arrays of one `State` (adapters, parameters trained beside them,
 optimizer, step, PRNG key) and, as JSON that can be read without them, the notes: config, layout,
@@ -7,7 +7,7 @@ fingerprint of the base, iterator state, the best evaluation so far, the length 
     checkpoints/7          what Orbax writes, in the background; it has this name once it is whole
     checkpoints/damaged-9  set aside, since its bits were not those that were saved
 
-Which is which is found out when the newest one is restored (`lora_jax.checkpoint.manifest`). The arrays of a
+Restoring the newest one finds out which it is (`lora_jax.checkpoint.manifest`). The arrays of a
 checkpoint do not know the mesh and the processes that wrote it: any others may restore it.
 """
 
@@ -31,9 +31,9 @@ from lora_jax.checkpoint.manifest import DamagedError, Manifest
 from lora_jax.checkpoint.storage import Folder, read_manifest, writing
 from lora_jax.errors import LoraError, listed
 from lora_jax.training import processes
-from lora_jax.training.step import State
+from lora_jax.training.state import State
 
-Notes = dict[str, Any]  # JSON values
+CheckpointNotes = dict[str, Any]  # JSON values
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Checkpoints:
 
         processes.by_first(delete)
 
-    def save(self, step: int, state: State, notes: Notes) -> None:
+    def save(self, step: int, state: State, notes: CheckpointNotes) -> None:
         """Copy the state off the device and write it in the background.
 
         The arrays may be donated as soon as this returns. It waits for an earlier save.
@@ -135,7 +135,7 @@ class Checkpoints:
         self._saving = step
         self._try(lambda: self._orbax.save_checkpointables_async(step, parts, force=True))
 
-    def restore(self, like: State) -> tuple[State, Notes]:
+    def restore(self, like: State) -> tuple[State, CheckpointNotes]:
         """The newest whole checkpoint, in the structure, dtypes and shardings of `like`.
 
         Newer ones that are damaged are reported and set aside, so that their steps can be saved
@@ -157,7 +157,7 @@ class Checkpoints:
             "Bring one back from a copy, or give --fresh to delete this run and start again."
         )
 
-    def _restore(self, step: int, abstract: State) -> tuple[State, Notes] | str:
+    def _restore(self, step: int, abstract: State) -> tuple[State, CheckpointNotes] | str:
         """A checkpoint, or in what way it is damaged; every process comes to the same answer."""
         folder = storage.absolute(self._directory / str(step))
         if jax.process_count() > 1:
@@ -220,7 +220,7 @@ class Checkpoints:
             ) from error
 
 
-def _read(folder: Folder, abstract: State) -> tuple[State, Notes]:
+def _read(folder: Folder, abstract: State) -> tuple[State, CheckpointNotes]:
     """Raises DamagedError; LoraError where the run has another structure than the checkpoint."""
     manifest = read_manifest(folder, math.inf, "state")
     _check_structure(folder, manifest, abstract)

@@ -69,7 +69,7 @@ def classification(config: TextConfig) -> Workload:
         params={**models.shapes(model_config, head), **method.shapes()},
         load=load,
         placement=(*placement.rules(model_config, head), *method.placement()),
-        beside=(baselines.HEAD, *method.trained),
+        trainable=(baselines.HEAD, *method.trained),
         train=data.train.iterator,
         evaluation=data.passes(),
         scores=_SCORES.get(len(labels.names), scores.accuracy),

@@ -1,4 +1,4 @@
-"""A compiled function that says how long its compilations took."""
+"""A jitted function that reports how long each of its compilations took."""
 
 from __future__ import annotations
 

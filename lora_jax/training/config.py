@@ -1,4 +1,4 @@
-"""What a run is: nested frozen dataclasses, every field with its default and its meaning.
+"""The config of a run: nested frozen dataclasses, every field with its default and its meaning.
 
 `Config` holds what every run has. A run on text adds a model and a data set
 (`lora_jax.training.text.TextConfig`); a model of your own adds whatever it needs in a subclass (see
@@ -9,9 +9,7 @@ configs/own_model.py). Every field of every class can be set on the command line
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import tyro
@@ -54,12 +52,12 @@ class LoraConfig:
     """Patterns of the parameters that get an adapter; the first that matches wins. `*` stays in
     one path segment, `**` crosses them, `{a,b}` is either. `all-linear`: every product but the
     output head. A pattern may carry its own rank and alpha: "**/mlp/*/kernel@rank=4,alpha=8".
-    None at all trains only what `beside` names."""
-    init: initializers.Name = "gaussian"
+    None at all trains only what `trainable` names."""
+    init: initializers.InitName = "gaussian"
     """How A begins (B begins at zero): N(0, 1/inputs), uniform within 1/sqrt(inputs) (loralib,
     PEFT), or with orthonormal columns."""
-    beside: tuple[str, ...] | None = None
-    """Patterns of base parameters trained in full beside the adapters. None: those the workload
+    trainable: tuple[str, ...] | None = None
+    """Patterns of base parameters trained in full (PEFT: modules_to_save). None: those the workload
     names, its new head. "**" with no targets is full fine-tuning."""
 
     def __post_init__(self) -> None:
@@ -102,7 +100,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     head_learning_rate: float | None = None
-    """Peak learning rate of the base parameters trained beside the adapters. None: the same."""
+    """Peak learning rate of the base parameters trained in full. None: the same."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the warm-up: to zero in a line, to zero along a cosine, or none."""
     warmup: float = 0.06
@@ -232,72 +230,17 @@ class Config:
         """The adapters of the run: `lora`, unless a subclass trains by another method."""
         return self.lora
 
+    def full_fine_tuning(self, **changes: Any) -> Config:
+        """Return the same run with all parameters trained and no adapters, to compare with."""
+        lora = dataclasses.replace(self.lora, targets=(), trainable=("**",))
+        return dataclasses.replace(self, lora=lora, **changes)
+
 
 def check_lora_counts(config: Config, given: str) -> None:
-    """Raise `ConfigError` where settings of `lora` were `given` beside another method."""
+    """Raise `ConfigError` where settings of `lora` are `given` with another method."""
     if config.adaptation != config.lora:
         raise ConfigError(
             f"{given} sets something of lora, but the config trains by another method "
             "(method.name), with which nothing of lora counts: leave it out, or name the method "
             "'lora'"
         )
-
-
-def to_dict(config: Any) -> Any:
-    """A config as JSON values; a function is written `module:name`."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        fields = dataclasses.fields(config)
-        return {field.name: to_dict(getattr(config, field.name)) for field in fields}
-    if isinstance(config, dict):
-        return {str(key): to_dict(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [to_dict(value) for value in config]
-    if config is None or isinstance(config, bool | int | float | str):
-        return config
-    if callable(config):
-        return f"{config.__module__}:{config.__qualname__}"
-    return str(config)
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """The values that decide what a run computes: all but the incidental fields."""
-    left_out = {f.name for f in dataclasses.fields(config) if f.metadata.get("incidental")}
-    left_out |= {name for name, value in _later(config).items() if getattr(config, name) == value}
-    return {name: value for name, value in to_dict(config).items() if name not in left_out}
-
-
-def changes(there: Mapping[str, Any], config: Config) -> list[str]:
-    """In which of the values that decide what it computes a stored config is another.
-
-    Args:
-      there: what `to_dict` gave of it, maybe before some fields came.
-    """
-    defaults = {name: to_dict(value) for name, value in _later(config).items()}
-    ours = {**defaults, **identity(config)}
-    return differences({name: there.get(name, defaults.get(name)) for name in ours}, ours)
-
-
-def _later(config: Config) -> dict[str, Any]:
-    """The fields that came later, with their defaults."""
-    return {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
-
-
-def short_hash(config: Config) -> str:
-    """Eight characters that differ when `identity` does."""
-    text = json.dumps(identity(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Fields in which two config dictionaries differ, as `path: old -> new`.
-
-    >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
-    ['a.b: 1 -> 3']
-    """
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
-    found = []
-    for key in dict.fromkeys([*old, *new]):
-        inner = f"{path}.{key}" if path else key
-        found += differences(old.get(key), new.get(key), inner)
-    return found

@@ -1,4 +1,4 @@
-"""The record of a run as a picture."""
+"""The picture of a run's metrics, curves.png."""
 
 from __future__ import annotations
 

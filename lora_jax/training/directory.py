@@ -1,4 +1,4 @@
-"""The run directory: which run it is, who is in it, and starting it afresh.
+"""The run directory: its lock, its config and its summary.
 
 config.json      the config that the run was started with
 metrics.jsonl    see `lora_jax.training.metrics`, with events.* for TensorBoard
@@ -18,17 +18,21 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import filelock
 
 from lora_jax.errors import listed
 from lora_jax.training import curves, processes
-from lora_jax.training.config import Config, ConfigError, changes, short_hash, to_dict
+from lora_jax.training.config import Config, ConfigError
+from lora_jax.training.config_json import changes, short_hash, stable_identity, to_dict, upgrade
+
+Summary = dict[str, Any]  # summary.json, as `lora_jax.training.summary.summarise` makes it
 
 
 def default(name: str, config: Config) -> pathlib.Path:
     """runs/<config>-<hash of the values that matter>, or what the config says."""
-    return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(config)}")
+    return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(stable_identity(config))}")
 
 
 @contextlib.contextmanager
@@ -96,8 +100,7 @@ def _claim(path: pathlib.Path, config: Config) -> None:
     """Write config.json, or check that the run there is of the same config."""
     file = path / "config.json"
     if file.is_file():
-        there = json.loads(file.read_text())
-        changed = changes(there, config)
+        changed = changes(json.loads(file.read_text()), config)
         if changed:
             raise ConfigError(
                 f"{path} holds a run of another config; it differs in\n{listed(changed, 20)}\n"
@@ -109,18 +112,23 @@ def _claim(path: pathlib.Path, config: Config) -> None:
 
 def write_json(path: pathlib.Path, value: object) -> None:
     """Write JSON whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Write a file whole or not at all, without changing its line ends."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(text, newline="")
     os.replace(partial, path)
 
 
-def finish(path: pathlib.Path, summary: dict[str, object]) -> None:
+def finish(path: pathlib.Path, summary: Summary) -> None:
     """Draw the curves, and then write the summary, which makes the run a finished one."""
     curves.draw(path)
     write_json(path / "summary.json", summary)
 
 
-def summary(path: pathlib.Path) -> dict[str, object] | None:
+def summary(path: pathlib.Path) -> Summary | None:
     """The summary of a finished run, or None."""
     file = path / "summary.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return upgrade(json.loads(file.read_text())) if file.is_file() else None

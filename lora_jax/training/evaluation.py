@@ -1,4 +1,4 @@
-"""Scores over a split, and the check that merged and unmerged weights agree."""
+"""Evaluation over a split, and the check that merged and unmerged weights agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_jax.frozen import join
 from lora_jax.layout import Layout
 from lora_jax.merge import merge
 from lora_jax.training.mesh import Placement
-from lora_jax.training.step import Trained
+from lora_jax.training.state import Trained
 from lora_jax.training.workload import Batch, Loss, Workload
 from lora_jax.transform import adapt
 
@@ -25,12 +25,15 @@ AHEAD = 4
 
 
 def evaluate(
-    judge: Callable[[Any], Loss], workload: Workload, place: Placement, batches: Iterable[Batch]
+    batch_loss: Callable[[Any], Loss],
+    workload: Workload,
+    place: Placement,
+    batches: Iterable[Batch],
 ) -> dict[str, float]:
     """`{"loss": mean, **workload.scores(...)}` over all batches, summed in float64 on the host."""
     losses, under_way = list[Loss](), deque[Loss]()
     for batch in batches:
-        under_way.append(judge(place.batch(batch)))
+        under_way.append(batch_loss(place.batch(batch)))
         if len(under_way) > AHEAD:
             losses.append(jax.device_get(under_way.popleft()))
     losses += jax.device_get(list(under_way))
@@ -59,12 +62,12 @@ def merged_difference(
         params = join(trained["base"], frozen)
         adapters = trained["adapters"]
         adapted = adapt(layout, workload.apply)
-        beside = adapted(params, adapters, batch, train=False, key=None)
+        unmerged = adapted(params, adapters, batch, train=False, key=None)
         merged = merge(layout, params, adapters)
         folded = workload.apply(merged, batch, train=False, key=None)
         gaps = jax.tree.map(
             lambda x, y: jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))),
-            beside,
+            unmerged,
             folded,
         )
         return jnp.max(jnp.stack(jax.tree.leaves(gaps)))

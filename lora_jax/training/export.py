@@ -1,4 +1,4 @@
-"""The adapters of a run, alone: what is kept of it when its checkpoints are deleted."""
+"""The exported adapters of a run, which remain when its checkpoints are deleted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import Fingerprint
 from lora_jax.layout import Layout
 from lora_jax.training import processes
-from lora_jax.training.step import Trained
+from lora_jax.training.state import Trained
 
 
 def folder(run: pathlib.Path, name: str) -> pathlib.Path:
@@ -29,12 +29,12 @@ def save(
     fingerprint: Fingerprint | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write adapters and the parameters trained beside them, replacing an earlier export.
+    """Write the adapters and the parameters trained in full, replacing an earlier export.
 
     Args:
       run: the run directory.
       name: of the adapter.
-      layout, trained: what is written.
+      layout, trained: what is written, `State.trained` of the run.
       fingerprint: of the frozen base.
       about: `Workload.about`.
 
@@ -53,7 +53,7 @@ def save(
 
 
 def _prepare(target: pathlib.Path) -> None:
-    """Make the folder above `target`, and delete what a kill left half-written beside it."""
+    """Make the folder above `target`, and delete what a kill left half-written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for partial in target.parent.glob(f"{target.name}*.orbax-checkpoint-tmp*"):
         shutil.rmtree(partial)

@@ -1,4 +1,4 @@
-"""How `a` may begin; `b` begins at zero, so that the first output is always the base's.
+"""Initial values of `a`. `b` begins at zero, so the first output is always that of the base.
 
 All are of the same scale per column up to a constant, whatever the width of the input: what differs
 is the distribution.
@@ -14,8 +14,8 @@ import jax
 
 from lora_jax.layout import Target
 
-Name = Literal["gaussian", "uniform", "orthogonal"]
-Initializer = Callable[[jax.Array, Target, Any], jax.Array]
+InitName = Literal["gaussian", "uniform", "orthogonal"]
+TargetInitializer = Callable[[jax.Array, Target, Any], jax.Array]
 
 
 def uniform(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
@@ -39,7 +39,7 @@ def orthogonal(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
     return drawn.reshape(target.a_shape)
 
 
-INITIALIZERS: dict[Name, Initializer | None] = {
+INITIALIZERS: dict[InitName, TargetInitializer | None] = {
     "gaussian": None,  # `lora_jax.init`'s own
     "uniform": uniform,
     "orthogonal": orthogonal,

@@ -1,4 +1,4 @@
-"""A run alone under way: it takes its steps one after the other. `train.py` says in which order."""
+"""The training loop of a single run; `train.py` calls its parts in order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from rich.console import Console
 from lora_jax.training import metrics
 from lora_jax.training.compiled import Compiled
 from lora_jax.training.progress import Display
-from lora_jax.training.run import Judge, Run
-from lora_jax.training.step import State, Trained, compilation, evaluation_step, train_step
+from lora_jax.training.run import BatchLoss, Run
+from lora_jax.training.state import State, Trained
+from lora_jax.training.step import compilation, evaluation_step, train_step
 
 
 class Loop:
@@ -21,15 +22,17 @@ class Loop:
         self, run: Run, state: State, tx: optax.GradientTransformation, console: Console
     ) -> None:
         """Begin at `state`, or at the newest checkpoint if there is one."""
-        self.run, self.state, self._late = run, run.begin(state), metrics.Late()
+        self.run, self.state, self._delayed = run, run.begin(state), metrics.DelayedMetrics()
         setup = run.setup
         config, workload, layout = setup.config, setup.workload, setup.layout
         self._display = Display(console, config.steps, run.start, config.log_every, workload.unit)
         run.open(self._display)
         step = train_step(workload, layout, tx, config.on_nonfinite, config.accumulate)
-        judge, notes, place = evaluation_step(workload, layout), run.notes, setup.place
+        batch_loss, notes, place = evaluation_step(workload, layout), run.notes, setup.place
         self._step = Compiled(step, notes.compiling("train"), **compilation(self.state, place))
-        self._judge = Compiled(judge, notes.compiling("evaluate"), out_shardings=place.whole)
+        self._batch_loss = Compiled(
+            batch_loss, notes.compiling("evaluate"), out_shardings=place.whole
+        )
 
     def __enter__(self) -> Loop:
         self._display.__enter__()
@@ -50,7 +53,7 @@ class Loop:
             rows = next(run.data)
             batch = run.setup.place.batch(rows)
             self.state, values = self._step(self.state, run.setup.frozen, batch)
-            for line in self._late.push({"step": step, "units": run.count(rows)}, values):
+            for line in self._delayed.push({"step": step, "units": run.count(rows)}, values):
                 run.report(line)
 
     def evaluate_before(self) -> None:
@@ -63,9 +66,9 @@ class Loop:
         trained = self.state.trained
         self.run.validate(step, self._of(trained), lambda: trained)
 
-    def judge_best(self, step: int, trained: Trained) -> dict[str, dict[str, float]]:
+    def evaluate_best(self, step: int, trained: Trained) -> dict[str, dict[str, float]]:
         """The numbers of the exported best adapter on the splits that did not pick it."""
-        return self.run.judge_best(step, self._of(trained))
+        return self.run.evaluate_best(step, self._of(trained))
 
     def checkpoint(self, step: int) -> None:
         """Write a checkpoint in the background, once every step up to this one is known good."""
@@ -77,11 +80,11 @@ class Loop:
         self._settle()
         self.run.export("last", self.state.trained)
 
-    def _of(self, trained: Trained) -> Judge:
-        return lambda batch: self._judge(trained, self.run.setup.frozen, batch)
+    def _of(self, trained: Trained) -> BatchLoss:
+        return lambda batch: self._batch_loss(trained, self.run.setup.frozen, batch)
 
     def _settle(self) -> None:
         """Report every step taken so far, which waits for the device."""
         with self.run.notes.clock("train"):
-            for line in self._late.flush():
+            for line in self._delayed.flush():
                 self.run.report(line)

@@ -1,4 +1,4 @@
-"""The mesh of devices, and where on it each array of a run lies.
+"""The mesh of devices, and the place of each array of a run on it.
 
 Axes: `data`, `fsdp` and `tensor`. The batch is divided over `data` and `fsdp`; the frozen weights
 over `fsdp` and `tensor`, by the table of their model (`Workload.placement`); the adapters follow
@@ -210,7 +210,7 @@ def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> P
     return dataclasses.replace(unplaced, params=unplaced.named(tree))
 
 
-def _rule(text: str) -> sharding.Rule:
+def _rule(text: str) -> sharding.ShardingRule:
     """`pattern=axes` of `mesh.rules`.
 
     >>> _rule("**/embedding=-,fsdp+tensor")

@@ -1,4 +1,4 @@
-"""Which method a run trains by: LoRA, or one of those that it is compared with."""
+"""The method that a run trains by: LoRA, or one that it is compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of a run: one JSON line per step and per evaluation, and TensorBoard events.
+"""The metrics of a run: one JSON line per step and per evaluation, and TensorBoard events.
 
 `metrics.jsonl` is the record; the events are a view of it. A checkpoint holds the length of the
 file at its step, and a run that goes on cuts the file there first, so that no line is ever there
@@ -24,7 +24,7 @@ from lora_jax.errors import LoraError
 Line = dict[str, Any]
 
 
-class Late:
+class DelayedMetrics:
     """Device values read a few steps after they were asked for, when they are there already.
 
     Reading the loss of the step just sent would wait for it, and the device would then wait for
@@ -96,8 +96,8 @@ class Record:
         self._events.close()
 
 
-class Unwritten(Record):
-    """What a process keeps that is not the one to write: nothing."""
+class NoRecord(Record):
+    """The record of a process that does not write: it drops every line."""
 
     def __init__(self) -> None:
         """Open nothing."""

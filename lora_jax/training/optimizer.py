@@ -1,7 +1,8 @@
 """The learning-rate schedule and AdamW, composed from optax, with their settings as data.
 
-The settings are an argument and not part of the program: runs of any settings share one compiled
-step, and a `jax.vmap` over `Hyper` trains many of them at once (`lora_jax.groups`).
+Optax's own schedules branch in Python on the kind and the numbers of steps, so they cannot be
+traced. Here the settings are an argument and not part of the program: runs of any settings share
+one compiled step, and a `jax.vmap` over `Hyper` trains many of them at once (`lora_jax.groups`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Hyper(NamedTuple):
     Python float gives for 0.999. A run alone and the same one in a group have to agree on it.
 
     peak: the largest learning rate.
-    head: what the parameters trained beside the adapters have in the place of 1 times the rate.
+    head: what the parameters trained in full have in the place of 1 times the rate.
     rise: steps of the warm-up.
     steps: of the whole run.
     kind: int32, the place in `KINDS` of the decay after the warm-up.
@@ -82,7 +83,7 @@ def rate(hyper: Hyper, count: Any, library: Any = jnp) -> Any:
 def adamw(hyper: Hyper) -> optax.GradientTransformation:
     """AdamW over the trained tree `{"adapters": ..., "base": ...}`, after a clip by global norm.
 
-    The base parameters in that tree are the few trained beside the adapters; the frozen ones are
+    The base parameters in that tree are the few trained in full; the frozen ones are
     not in it, so they have neither gradient nor state here. The state has one structure whatever
     `hyper` says.
 

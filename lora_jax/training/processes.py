@@ -1,4 +1,4 @@
-"""Many processes as one run: how they meet, agree, make way and end.
+"""Several processes as one run: how they connect, agree, are preempted and end.
 
 Every process runs the same command. Together they take part in each compiled step, in each save and
 in each restore; only process 0 prints, writes files and holds the lock of the run directory. With
@@ -30,7 +30,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lora_jax.errors import LoraError, listed
-from lora_jax.training.config import Config, ConfigError, ProcessesConfig, differences, to_dict
+from lora_jax.training.config import Config, ConfigError, ProcessesConfig
+from lora_jax.training.config_json import differences, to_dict
 
 PREEMPTED = 128 + signal.SIGTERM  # 143, the status of a run that SIGTERM stopped and that saved
 

@@ -1,4 +1,4 @@
-"""One run's record, notes, evaluations, exports and checkpoints, alone or in a group.
+"""A run without its steps: metrics, notes, evaluations, exports and checkpoints.
 
 Everything that a later step or the summary depends on is either in the `State` on the device or in
 the `Notes` here, and both go into every checkpoint. Who takes the steps holds the state, and hands
@@ -22,14 +22,15 @@ from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.training import export, metrics, optimizer, processes
 from lora_jax.training.checkpoints import Checkpoints
-from lora_jax.training.config import Config, to_dict
+from lora_jax.training.config import Config
+from lora_jax.training.config_json import to_dict
 from lora_jax.training.evaluation import evaluate
 from lora_jax.training.mesh import Placement
-from lora_jax.training.step import State, Trained
+from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Batch, Loss, TrainIterator, Workload
 
 Tree = Any  # a pytree
-Judge = Callable[[Any], Loss]  # of a batch on the devices, by some trained parameters
+BatchLoss = Callable[[Any], Loss]  # of a batch on the devices, with some trained parameters
 
 
 class NonFiniteError(LoraError):
@@ -112,7 +113,7 @@ class Run:
         self.start = 0
         self._skipped, self._earlier, self._length = 0, 0.0, 0
         self._hyper = optimizer.hyper(setup.config.optimizer, setup.config.steps)
-        self._record: metrics.Record = metrics.Unwritten()
+        self._record: metrics.Record = metrics.NoRecord()
         self._screen: Screen | None = None
 
     def begin(self, state: State) -> State:
@@ -168,12 +169,14 @@ class Run:
         if self._screen is not None:
             self._screen.step(line)
 
-    def evaluate(self, step: int, split: str, judge: Judge, note: str = "") -> dict[str, float]:
-        """The numbers of `judge` on `split`, written and shown."""
+    def evaluate(
+        self, step: int, split: str, batch_loss: BatchLoss, note: str = ""
+    ) -> dict[str, float]:
+        """Return the numbers on `split`, after writing and showing them."""
         with self.notes.clock("evaluate"):
             workload, place = self.setup.workload, self.setup.place
             batches = workload.evaluation[split](place.shard)
-            numbers = evaluate(judge, workload, place, batches)
+            numbers = evaluate(batch_loss, workload, place, batches)
         return self._evaluated(step, split, numbers, note)
 
     def _evaluated(
@@ -186,7 +189,7 @@ class Run:
         return numbers
 
     def evaluate_before(
-        self, judge: Judge, known: Mapping[str, dict[str, float]] | None = None
+        self, batch_loss: BatchLoss, known: Mapping[str, dict[str, float]] | None = None
     ) -> None:
         """The numbers of the model as it is, before the first step, on every split.
 
@@ -196,29 +199,31 @@ class Run:
         for split in self.setup.workload.evaluation:
             note = "  (before)"
             if known is None:
-                self.notes.before[split] = self.evaluate(0, split, judge, note)
+                self.notes.before[split] = self.evaluate(0, split, batch_loss, note)
             else:
                 self.notes.before[split] = self._evaluated(0, split, known[split], note)
 
-    def validate(self, step: int, judge: Judge, trained: Callable[[], Trained]) -> None:
+    def validate(self, step: int, batch_loss: BatchLoss, trained: Callable[[], Trained]) -> None:
         """Evaluate on the validation split if there is one, and keep the adapter if it is best.
 
         Args:
-          trained: gives what `judge` judges, in the run's own shapes.
+          trained: gives the parameters that `batch_loss` uses, in the run's own shapes.
         """
         if "validation" not in self.setup.workload.evaluation:
             return
-        numbers = self.evaluate(step, "validation", judge)
+        numbers = self.evaluate(step, "validation", batch_loss)
         self.notes.last = numbers
         # One decision for all: where it differed, one process would save and wait for the others.
         if processes.by_first(lambda: self._is_better(numbers)):
             self.notes.best = {"step": step, **numbers}
             self.export("best", trained())
 
-    def judge_best(self, step: int, judge: Judge) -> dict[str, dict[str, float]]:
+    def evaluate_best(self, step: int, batch_loss: BatchLoss) -> dict[str, dict[str, float]]:
         """The numbers of the exported best adapter on the splits that did not pick it."""
         splits = [name for name in self.setup.workload.evaluation if name != "validation"]
-        return {split: self.evaluate(step, split, judge, "  (best adapter)") for split in splits}
+        return {
+            split: self.evaluate(step, split, batch_loss, "  (best adapter)") for split in splits
+        }
 
     def checkpoint(self, step: int, state: State) -> None:
         """Write a checkpoint in the background; every step up to this one is known good."""

@@ -1,7 +1,8 @@
-"""Scores of a split from sums over its batches, so that no batch has to be kept.
+"""Scores of a split, computed from sums over its batches.
 
 Each score comes as a pair: the sums that a batch contributes (in the loss, on the device) and the
-number that all the sums together give (on the host).
+number that all the sums together give (on the host). The metrics of scikit-learn need all outputs
+and labels at once, on one host.
 """
 
 from __future__ import annotations

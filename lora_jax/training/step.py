@@ -1,9 +1,9 @@
-"""One optimizer step and one evaluation step, as pure functions to be compiled."""
+"""The optimizer step and the evaluation step, as pure functions to be compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +17,11 @@ from lora_jax.multi.stack import Scaled
 from lora_jax.training import initializers
 from lora_jax.training.config import require
 from lora_jax.training.mesh import Placement
+from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Loss, Workload
 from lora_jax.transform import adapt
 
 Tree = Any  # a pytree
-Trained = dict[str, Any]  # {"adapters": {path: Factors}, "base": {path: array}}
-
-
-class State(NamedTuple):
-    """All that a step changes, and nothing of the frozen base: this is what a checkpoint holds.
-
-    trained: {"adapters": {path: Factors(a, b)}, "base": {path: parameter trained in full}}.
-    optimizer: the optax state of `trained`.
-    step: [] int32, steps taken, skipped ones included.
-    skipped: [] int32, steps whose loss or gradient was not finite.
-    key: the PRNG key of the run; step i uses it folded with i.
-    """
-
-    trained: Trained
-    optimizer: Any
-    step: jax.Array
-    skipped: jax.Array
-    key: jax.Array
 
 
 def create(
@@ -47,7 +30,7 @@ def create(
     tx: optax.GradientTransformation,
     key: jax.Array,
     place: Placement,
-    init: initializers.Name = "gaussian",
+    init: initializers.InitName = "gaussian",
 ) -> State:
     """The state before the first step, on its devices; it shares no memory with `base`.
 
@@ -75,7 +58,7 @@ def shapes(
 
 
 def fresh(
-    layout: Layout, tx: optax.GradientTransformation, init: initializers.Name
+    layout: Layout, tx: optax.GradientTransformation, init: initializers.InitName
 ) -> Callable[[dict[str, Any], jax.Array], State]:
     """`begin(base, key)` gives the state before the first step; to be compiled."""
 
@@ -102,13 +85,13 @@ def compilation(state: State, place: Placement) -> dict[str, Any]:
 def check_apart(layout: Layout, base: dict[str, Any]) -> None:
     """Raise unless no parameter is both adapted and trained in full.
 
-    An update beside W moves nothing that W itself does not move when it is trained too.
+    An adapter adds nothing where W itself is trained.
     """
     both = [target.path for target in layout.targets if target.path in base]
     if both:
         raise LoraError(
-            f"{both[0]!r} is both adapted (lora.targets) and trained in full (lora.beside), as are "
-            f"{len(both) - 1} more; narrow one of the two, for instance --lora.targets to the "
+            f"{both[0]!r} is both adapted (lora.targets) and trained in full (lora.trainable), as "
+            f"are {len(both) - 1} more; narrow one of the two, for instance --lora.targets to the "
             "encoder's part of the tree"
         )
 

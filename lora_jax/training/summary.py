@@ -1,4 +1,4 @@
-"""What a run came to: a table at its end, and summary.json for whoever reads many of them."""
+"""The summary of a finished run: the table at its end and the values of summary.json."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from rich.table import Table
 
 from lora_jax.adapters import count
 from lora_jax.training import export
+from lora_jax.training.directory import Summary
 from lora_jax.training.run import Run
-from lora_jax.training.step import State
-
-Summary = dict[str, Any]
+from lora_jax.training.state import State
 
 
 def summarise(
@@ -70,8 +69,8 @@ def opening(run: Run, state: State) -> str:
     facts = setup.workload.facts(setup.place.shard)
     text = (
         f"{setup.path}: {len(setup.layout.targets)} adapted parameters with "
-        f"{found['adapter_parameters']:,} numbers, {found['beside_parameters']:,} trained beside "
-        f"them, base {found['base_parameters']:,}"
+        f"{found['adapter_parameters']:,} numbers, {found['trainable_parameters']:,} trained in "
+        f"full, base {found['base_parameters']:,}"
     )
     going_on = f"Going on from the checkpoint of step {run.start}." if run.start else ""
     return "\n".join(filter(None, (facts, text, going_on)))
@@ -80,14 +79,14 @@ def opening(run: Run, state: State) -> str:
 def sizes(run: Run, state: State) -> dict[str, int]:
     """Parameters and bytes: of the base, of what is trained, and of what is kept on disk."""
     frozen, path = run.setup.frozen, run.setup.path
-    beside = state.trained["base"]
+    trainable = state.trained["base"]
     return {
-        "base_parameters": count(frozen) + count(beside),
+        "base_parameters": count(frozen) + count(trainable),
         "adapter_parameters": count(state.trained["adapters"]),
-        "beside_parameters": count(beside),
+        "trainable_parameters": count(trainable),
         "adapter_file_bytes": export.size(export.folder(path, "last")),
-        "full_checkpoint_bytes": nbytes(frozen) + nbytes(beside),
-        "base_bytes_per_device": on_each_device(frozen) + on_each_device(beside),
+        "full_checkpoint_bytes": nbytes(frozen) + nbytes(trainable),
+        "base_bytes_per_device": on_each_device(frozen) + on_each_device(trainable),
         "optimizer_bytes": nbytes(state.optimizer),
     }
 
@@ -139,14 +138,14 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
 def costs(summary: Summary) -> list[tuple[str, str]]:
     """What a run took, of parameters, bytes and time: name and text."""
     base, adapters = summary["base_parameters"], summary["adapter_parameters"]
-    trained = adapters + summary["beside_parameters"]
+    trained = adapters + summary["trainable_parameters"]
     speed = next(name for name in summary if name.endswith("_per_second") and name[:6] != "steps_")
     unit = speed.removesuffix("_per_second")
     return [
         ("steps", f"{summary['steps']:,} ({summary['skipped_steps']} skipped)"),
         ("base parameters", f"{base:,}"),
         ("adapter parameters", f"{adapters:,}"),
-        ("trained beside them", f"{summary['beside_parameters']:,}"),
+        ("trained in full", f"{summary['trainable_parameters']:,}"),
         ("trained, of the base", f"{trained / base:.2%}"),
         ("adapter on disk", in_units(summary["adapter_file_bytes"])),
         ("full checkpoint", in_units(summary["full_checkpoint_bytes"])),
@@ -160,14 +159,14 @@ def costs(summary: Summary) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def in_units(count: float) -> str:
-    """Bytes as a reader wants them.
+def in_units(number: float, unit: str = "B") -> str:
+    """Return bytes, or another quantity, with the decimal prefix that a reader wants.
 
-    >>> in_units(999), in_units(1_234_567)
-    ('999 B', '1.23 MB')
+    >>> in_units(999), in_units(1_234_567), in_units(2.541e17, "FLOP")
+    ('999 B', '1.23 MB', '254.10 PFLOP')
     """
-    size, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while size >= 1000:
-        size, unit = size / 1000, next(units)
-    return f"{size:.2f} {unit}" if unit != "B" else f"{count:.0f} B"
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000:
+            return f"{number:.2f} {prefix}{unit}" if prefix else f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:.2f} P{unit}"

@@ -14,7 +14,8 @@ from lora_jax.data.batches import Batches, describe
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.config import DataConfig
 from lora_jax.data.process_slice import Shard
-from lora_jax.training.config import LATER, Config, ConfigError, LoraConfig, require, to_dict
+from lora_jax.training.config import LATER, Config, ConfigError, LoraConfig, require
+from lora_jax.training.config_json import to_dict
 from lora_jax.training.method import LORA, MethodConfig
 from lora_jax.training.workload import Batch
 
@@ -84,23 +85,27 @@ class TextConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method.name != LORA and self.lora.beside is not None:
+        if self.method.name != LORA and self.lora.trainable is not None:
             raise ConfigError(
-                f"lora.beside is {self.lora.beside}, but the method {self.method.name!r} says "
-                "itself what is trained: leave lora.beside at None, or method.name at 'lora'"
+                f"lora.trainable is {self.lora.trainable}, but the method {self.method.name!r} "
+                "says itself what is trained: leave it at None, or method.name at 'lora'"
             )
 
     @property
     def adaptation(self) -> LoraConfig:
-        """`lora`; with another method no adapters, and beside them what the workload names."""
+        """`lora`; with another method no adapters, and in full what the workload names."""
         return self.lora if self.method.name == LORA else LoraConfig(targets=())
+
+    def full_fine_tuning(self, **changes: Any) -> Config:
+        """See `Config`; the method is LoRA's, since no other takes `lora.trainable`."""
+        return super().full_fine_tuning(method=MethodConfig(), **changes)
 
 
 Pipeline = Callable[..., Batches]  # lora_jax.data's classification or language_modelling
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class TextBatches:
     """The batches of a run."""
 
     train: Batches
@@ -118,12 +123,12 @@ class Text:
         return describe(batches.facts(shard) for batches in every)
 
 
-def open_text(config: TextConfig, pipeline: Pipeline, tokenizer: Any) -> Text:
+def open_text(config: TextConfig, pipeline: Pipeline, tokenizer: Any) -> TextBatches:
     """The batches that `pipeline` makes of `config.data`."""
     data = config.data
     there = open_source(data.source, data.data_dir).splits
     named = {"validation": data.eval_split, "test": data.test_split}
-    return Text(
+    return TextBatches(
         train=pipeline(
             data,
             tokenizer,

@@ -1,4 +1,4 @@
-"""The one door through which a model, its data and its loss come into training."""
+"""The workload: the model, its data and its loss, as a run takes them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lora_jax import paths
+from lora_jax.data.process_slice import Batch as Batch
 from lora_jax.data.process_slice import Shard
 from lora_jax.errors import LoraError
-from lora_jax.sharding import Rule
 
 Tree = Any  # a pytree
-Batch = Mapping[str, np.ndarray]
 
 
 class Loss(NamedTuple):
@@ -98,10 +97,11 @@ class Workload:
       example: one whole training batch (of all processes) as `jax.ShapeDtypeStruct`s, for
         `train.py --plan`. None: the first batch is made and looked at.
       placement: rules (pattern, PartitionSpec), exactly one for each parameter, that place it on
-        the mesh; or a dict path -> PartitionSpec of some of them, such as
-        `lora_jax.flax_partitioning.named(nnx_model)` gives. What has no place by it has one by Linen's
-        partitioning metadata in `params`, or else by the automatic rule (`lora_jax.sharding`).
-      beside: patterns (`lora_jax.paths`) of parameters trained in full beside the adapters.
+        the mesh; or a dict path -> PartitionSpec of some of them, as
+        `lora_jax.flax_partitioning.named(nnx_model)` gives it. A parameter without a place there
+        has it by Linen's partitioning metadata in `params`, or else by the automatic rule
+        (`lora_jax.sharding`).
+      trainable: patterns (`lora_jax.paths`) of parameters trained in full (PEFT: modules_to_save).
       scores: `scores(sums, weight) -> name -> number`, from the summed `Loss.sums` of a split.
       select: the evaluation number that picks the best adapter: "loss" or one of the scores.
       better: whether a higher or a lower `select` is better.
@@ -123,8 +123,8 @@ class Workload:
     )
     load: Callable[[Tree], Tree] | None = None
     example: Mapping[str, jax.ShapeDtypeStruct] | None = None
-    placement: tuple[Rule, ...] | Mapping[str, PartitionSpec] | None = None
-    beside: tuple[str, ...] = ()
+    placement: tuple[tuple[str, PartitionSpec], ...] | Mapping[str, PartitionSpec] | None = None
+    trainable: tuple[str, ...] = ()
     scores: Callable[[Mapping[str, float], float], dict[str, float]] = ratios
     select: str = "loss"
     better: Literal["lower", "higher"] = "lower"
@@ -139,7 +139,7 @@ class Workload:
         if self.load is None:
             return jax.device_put(self.params, shardings)
         loaded = self.load(shardings)
-        want, got = _shapes(self.params), _shapes(loaded)
+        want, got = paths.shapes(self.params), paths.shapes(loaded)
         for path in dict.fromkeys([*want, *got]):
             if want.get(path) != got.get(path):
                 raise LoraError(
@@ -147,7 +147,3 @@ class Workload:
                     f"Workload.params has {want.get(path, 'none of that name')}"
                 )
         return jax.device_put(loaded, shardings)
-
-
-def _shapes(tree: Tree) -> dict[str, str]:
-    return {p: f"{x.dtype}{list(x.shape)}" for p, x in paths.flatten(tree).items()}

@@ -253,7 +253,7 @@ def test_extract_is_as_near_as_any_adapter(rank: int | None) -> None:
     base, tuned = weights(layout, 1), weights(layout, 2)
     found = analysis.extract(layout, base, tuned, rank)
     merged = lora_jax.merge(found.adapter.layout, base, found.adapter.parameters)
-    assert found.outside == {}
+    assert found.untargeted == {}
     for target in layout.targets:
         path, kept = target.path, rank or target.rank
         assert found.adapter.layout[path].rank == kept
@@ -280,11 +280,11 @@ def test_extract_gives_an_adapter_back() -> None:
 
 
 def test_extract_says_what_no_adapter_holds() -> None:
-    """Red: `beside` left empty."""
+    """Red: `untargeted` left empty."""
     layout = WIDE[0]
     base = {**weights(layout), "bias": jnp.zeros(3), "norm": jnp.ones(2)}
     tuned = {**base, "bias": jnp.array([3.0, 0.0, 4.0])}
-    assert analysis.extract(layout, base, tuned).outside == {"bias": 5.0}
+    assert analysis.extract(layout, base, tuned).untargeted == {"bias": 5.0}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

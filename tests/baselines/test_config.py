@@ -20,7 +20,8 @@ from lora_jax.groups.sweep import SweepConfig
 from lora_jax.training import mesh
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
-from lora_jax.training.config import ConfigError, LoraConfig, changes, identity, to_dict
+from lora_jax.training.config import ConfigError, LoraConfig
+from lora_jax.training.config_json import changes, identity, to_dict
 from lora_jax.training.method import MethodConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.baselines.test_runs import config_of, train_in
@@ -61,8 +62,8 @@ def test_settings_of_another_method_are_refused(settings: dict[str, Any], says: 
 
 def test_what_a_method_trains_is_not_said_twice() -> None:
     """Red: the check in TextConfig taken out; the method's own patterns would be lost."""
-    lora = LoraConfig(beside=("classifier/**",))
-    with pytest.raises(ConfigError, match=r"lora\.beside is .*'bitfit' says itself"):
+    lora = LoraConfig(trainable=("classifier/**",))
+    with pytest.raises(ConfigError, match=r"lora\.trainable is .*'bitfit' says itself"):
         dataclasses.replace(BITFIT, lora=lora)
 
 
@@ -70,7 +71,7 @@ def test_nothing_of_lora_counts_beside_another_method() -> None:
     """Red: `adaptation` of TextConfig taken out: LoRA would be trained too."""
     assert LORA.adaptation == LORA.lora
     assert LORA.lora.targets
-    assert (BITFIT.adaptation.targets, BITFIT.adaptation.beside) == ((), None)
+    assert (BITFIT.adaptation.targets, BITFIT.adaptation.trainable) == ((), None)
 
 
 def test_runs_from_before_are_found_again() -> None:

@@ -121,8 +121,8 @@ def stepped(config: TextConfig, devices: int = 1) -> Stepped:
         place = mesh.place(workload, config.mesh, grid, rows[0])
         params, key = workload.arrays(place.params), jax.random.key(0)
         layout = lora_jax.resolve(lora.spec, workload.apply, params, rows[0], train=True, key=key)
-        assert lora.beside is None
-        base, frozen = lora_jax.frozen.split(params, workload.beside)
+        assert lora.trainable is None
+        base, frozen = lora_jax.frozen.split(params, workload.trainable)
         start = {path: np.array(x) for path, x in paths.flatten(params).items()}
         tx = optimizer.adamw(optimizer.hyper(config.optimizer, 3))
         state = step.create(layout, base, tx, key, place, lora.init)
@@ -207,7 +207,7 @@ def test_all_methods_begin_with_the_head_of_lora(folder: pathlib.Path) -> None:
 
 
 def test_a_decoder(folder: pathlib.Path) -> None:
-    """Red: `workload.beside` not set in lora_jax/training/causal_lm.py."""
+    """Red: `workload.trainable` not set in lora_jax/training/causal_lm.py."""
     model = ModelConfig(reference=str(folder / "llama"))
     found = stepped(config_of(folder, method_of("houlsby"), workload=causal_lm, model=model))
     check_moved(found)
@@ -226,7 +226,7 @@ def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -
     """It learns, its checkpoint holds what is trained and Adam's moments of it, and
     `lora-jax predict` refuses the export.
 
-    Red: `beside=("**",)` in the workload; the check in lora_jax/serving/served_adapters.py taken out, and
+    Red: `trainable=("**",)` in the workload; the check in lora_jax/serving/served_adapters.py taken out, and
     predict would leave the adapter layers out without a word.
     """
     path = folder / "houlsby"
@@ -234,7 +234,7 @@ def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -
     summary = train_in(path, config)
     count = CASES["houlsby"].count
     assert count is not None
-    assert (summary["adapter_parameters"], summary["beside_parameters"]) == (0, count + HEAD)
+    assert (summary["adapter_parameters"], summary["trainable_parameters"]) == (0, count + HEAD)
     before, after = summary["before"]["validation"], summary["after"]["validation"]
     assert after["loss"] < before["loss"]
     (newest,) = (path / "checkpoints").iterdir()

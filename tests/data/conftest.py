@@ -1,3 +1,5 @@
+"""Fixtures of the data tests: a small tokenizer and data sets in files."""
+
 import json
 import socket
 from collections.abc import Callable

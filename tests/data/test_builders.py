@@ -1,3 +1,5 @@
+"""TFDS builders: prepared once, read whole, and never with TensorFlow."""
+
 import os
 import shutil
 import signal
@@ -137,7 +139,7 @@ def test_what_a_failed_preparation_left_does_not_count(tmp_path: Path) -> None:
 
 SLOW = """
 import os, sys, time
-from tests.data_pipeline import stand_in
+from tests.data import stand_in
 from lora_jax.data import open_source
 def slowly(config, split):
     for row in rows(config, split):
@@ -184,7 +186,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 looked_up = importlib.util.find_spec  # TFDS asks with it whether TensorFlow is there: it is not
 importlib.util.find_spec = lambda n, p=None: None if n == "tensorflow" else looked_up(n, p)
-from tests.data_pipeline import stand_in
+from tests.data import stand_in
 from lora_jax.data import open_source
 source = open_source("tfds:glue_stand_in/pair", sys.argv[1])
 rows = list(source.examples("train"))

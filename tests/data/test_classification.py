@@ -1,3 +1,5 @@
+"""Batches for classification: every example once, in buckets, in a seeded order."""
+
 import collections
 import dataclasses
 import json
@@ -161,7 +163,7 @@ def test_truncation_is_counted(jsonl: Callable[..., str], words: Tokenizer) -> N
     rows = [{"text": " ".join(WORDS[:n]), "label": 0} for n in (3, 10, 14, 30)]
     config = DataConfig(jsonl(train=rows), max_length=12, buckets=())
     batches = classification(config, words, "train", 4)
-    assert (batches.facts().cut.examples, batches.facts().cut.tokens) == (2, 4 + 20)
+    assert (batches.facts().truncation.examples, batches.facts().truncation.tokens) == (2, 4 + 20)
     (batch,) = batches
     assert batch["mask"].sum(1).tolist() == [5, 12, 12, 12]
     assert (batch["input_ids"][1:, 11] == 3).all()  # [SEP] ends a cut text too

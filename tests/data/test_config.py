@@ -1,3 +1,5 @@
+"""The data's config: values that it refuses."""
+
 import dataclasses
 import inspect
 from typing import Any

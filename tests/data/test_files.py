@@ -1,3 +1,5 @@
+"""JSONL and CSV files: what is read, and what is an error."""
+
 import re
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Labels: classes from a source, from a config or from the data, and real numbers."""
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,3 +1,5 @@
+"""Packed rows: every example whole and once, with its loss weights."""
+
 import collections
 import dataclasses
 import importlib
@@ -167,7 +169,7 @@ def test_what_is_left_out_is_left_out_lazily_too(
     ahead = opened(short, words)
     lazily = _lazily(short, words, monkeypatch)
     assert collections.Counter(unpacked(lazily)) == collections.Counter(unpacked(ahead))
-    assert lazily.facts().cut.dropped >= ahead.facts().cut.dropped > 0
+    assert lazily.facts().truncation.dropped >= ahead.facts().truncation.dropped > 0
 
 
 def _lazily(config: DataConfig, words: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Batches:
@@ -203,8 +205,8 @@ def test_what_max_length_cuts_is_counted(config: DataConfig, words: Tokenizer) -
     assert collections.Counter(unpacked(batches)) == collections.Counter(kept)
     longer = [len(t) - limit - 1 for t, _ in expected(words) if len(t) > limit + 1]
     facts = batches.facts()
-    assert (facts.cut.examples, facts.cut.tokens) == (len(longer), sum(longer))
-    assert facts.cut.dropped == len(cut) - len(kept) > 0
+    assert (facts.truncation.examples, facts.truncation.tokens) == (len(longer), sum(longer))
+    assert facts.truncation.dropped == len(cut) - len(kept) > 0
     assert facts.examples == len(kept)
     assert f"cut {sum(longer):,} tokens off {len(longer)} examples" in str(facts)
 
@@ -215,7 +217,7 @@ def test_an_example_as_long_as_a_row_is_not_cut(
     rows = [{"text": " ".join(WORDS[:n])} for n in (22, 23, 24)]  # and [CLS], <end>
     config = DataConfig(jsonl(train=rows), eos="<end>", max_length=24)
     facts = opened(config, words).facts()
-    assert (facts.cut.examples, facts.cut.tokens) == (1, 1)
+    assert (facts.truncation.examples, facts.truncation.tokens) == (1, 1)
 
 
 def test_one_token_alone_teaches_nothing(jsonl: Callable[..., str], words: Tokenizer) -> None:
@@ -224,7 +226,7 @@ def test_one_token_alone_teaches_nothing(jsonl: Callable[..., str], words: Token
     config = DataConfig(jsonl(train=[{"text": "w0"}, {"text": "w1 w2"}]), eos="")
     batches = opened(config, bare)
     assert unpacked(batches) == [((6, 7), (0, 1))]
-    assert batches.facts().cut.dropped == 1
+    assert batches.facts().truncation.dropped == 1
 
 
 def test_limit(config: DataConfig, words: Tokenizer) -> None:

@@ -1,3 +1,5 @@
+"""The movie reviews: sizes, balance and disjoint splits."""
+
 import bz2
 import collections
 import csv
@@ -7,16 +9,16 @@ import pytest
 
 from lora_jax.data import open_source
 from lora_jax.data.reviews import agreed, read
-from lora_jax.data.source import Source
+from lora_jax.data.source import DataSource
 from lora_jax.data.split import normalise
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> DataSource:
     return open_source("reviews", str(tmp_path_factory.mktemp("reviews")))
 
 
-def test_sizes_and_balance(source: Source) -> None:
+def test_sizes_and_balance(source: DataSource) -> None:
     counts = {
         split: collections.Counter(row["label"] for row in source.examples(split))
         for split in source.splits
@@ -29,7 +31,7 @@ def test_sizes_and_balance(source: Source) -> None:
     assert source.classes("label") == ("rotten", "fresh")
 
 
-def test_splits_are_disjoint_under_normalisation(source: Source) -> None:
+def test_splits_are_disjoint_under_normalisation(source: DataSource) -> None:
     texts = {
         split: {normalise(row["text"]) for row in source.examples(split)} for split in source.splits
     }
@@ -38,7 +40,7 @@ def test_splits_are_disjoint_under_normalisation(source: Source) -> None:
     assert not texts["validation"] & texts["test"]
 
 
-def test_nothing_is_lost(source: Source) -> None:
+def test_nothing_is_lost(source: DataSource) -> None:
     rows = [row for split in source.splits for row in source.examples(split)]
     assert len(rows) == 12_808
     # 58 texts occur more than once, on one side each; they would show as a leak were it otherwise.

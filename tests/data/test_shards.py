@@ -19,7 +19,7 @@ from lora_jax.data import Batches, DataConfig, DataError, Shard, classification,
 from lora_jax.data.batches import BatchIterator
 from lora_jax.data.files import Files
 from lora_jax.data.packing import Packing, Streams
-from lora_jax.data.tokens import Row
+from lora_jax.data.tokens import TokenRow
 from tests.data.test_classification import kept, texts
 from tests.data.test_language_modelling import pairs, same, unpacked
 
@@ -163,7 +163,7 @@ def test_the_emptiest_rows_of_the_streams_come_apart() -> None:
     """Else every 32nd batch would have far fewer tokens than the others."""
     random = np.random.default_rng(0)
 
-    def row() -> Row:
+    def row() -> TokenRow:
         length = random.integers(10, 60)
         return np.ones(length, np.int32), np.ones(length, np.uint8)
 

@@ -1,8 +1,10 @@
+"""Tokenised rows, and the count of what truncation cut off."""
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from lora_jax.data.tokens import Cut, Encoder, collect, padding_id
+from lora_jax.data.tokens import Encoder, TextTruncation, collect, padding_id
 
 
 def test_rows_come_back_as_they_went_in() -> None:
@@ -20,9 +22,9 @@ def test_rows_come_back_as_they_went_in() -> None:
 
 
 def test_each_chunk_is_cut_and_counted_alike(words: Tokenizer) -> None:
-    encoder, cut = Encoder(words, 5), Cut()
+    encoder, cut = Encoder(words, 5), TextTruncation()
     for chunk in (1, 2):
-        (short, long) = encoder.cut(["w0", "w0 w1 w2 w3 w4"], cut)
+        (short, long) = encoder.truncate(["w0", "w0 w1 w2 w3 w4"], cut)
         assert (len(short), len(long)) == (3, 5)
         assert (cut.examples, cut.tokens) == (chunk, 2 * chunk)
 

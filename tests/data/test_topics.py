@@ -1,10 +1,12 @@
+"""Reuters and 20 Newsgroups: official sizes, classes and splits."""
+
 import collections
 from pathlib import Path
 
 import pytest
 
 from lora_jax.data import DataError, open_source
-from lora_jax.data.source import Source
+from lora_jax.data.source import DataSource
 from lora_jax.data.split import normalise
 from lora_jax.data.topics import CORPORA, divided, read
 
@@ -17,11 +19,11 @@ OFFICIAL = {
 
 
 @pytest.fixture(scope="module", params=CORPORA)
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DataSource:
     return open_source(request.param, str(tmp_path_factory.mktemp("topics")))
 
 
-def test_official_sizes_and_classes(source: Source) -> None:
+def test_official_sizes_and_classes(source: DataSource) -> None:
     train, test, classes = OFFICIAL[source.name]
     sizes = {split: len(source.examples(split)) for split in source.splits}
     assert sizes["train"] + sizes["validation"] == train
@@ -35,7 +37,7 @@ def test_official_sizes_and_classes(source: Source) -> None:
         assert {row["label"] for row in source.examples(split)} == set(range(classes))
 
 
-def test_no_text_is_empty_and_the_sides_share_none(source: Source) -> None:
+def test_no_text_is_empty_and_the_sides_share_none(source: DataSource) -> None:
     texts = {
         split: {normalise(row["text"]) for row in source.examples(split)} for split in source.splits
     }

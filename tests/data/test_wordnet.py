@@ -1,25 +1,27 @@
+"""WordNet definitions: sizes, splits by word, clean texts."""
+
 import itertools
 
 import pytest
 
 from lora_jax.data import open_source
-from lora_jax.data.source import Source
+from lora_jax.data.source import DataSource
 from lora_jax.data.split import normalise
 from lora_jax.data.wordnet import parse
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> DataSource:
     return open_source("wordnet", str(tmp_path_factory.mktemp("wordnet")))
 
 
-def test_sizes(source: Source) -> None:
+def test_sizes(source: DataSource) -> None:
     sizes = {split: len(source.examples(split)) for split in source.splits}
     assert sizes == {"train": 112_874, "validation": 2_363, "test": 2_422}
     assert sum(sizes.values()) == 117_659
 
 
-def test_no_word_is_on_two_sides(source: Source) -> None:
+def test_no_word_is_on_two_sides(source: DataSource) -> None:
     words = {
         split: {normalise(row["word"]) for row in source.examples(split)} for split in source.splits
     }
@@ -27,7 +29,7 @@ def test_no_word_is_on_two_sides(source: Source) -> None:
         assert not one & other
 
 
-def test_definitions_are_clean(source: Source) -> None:
+def test_definitions_are_clean(source: DataSource) -> None:
     for row in source.examples("test"):
         assert row["word"].strip()
         assert "_" not in row["word"]

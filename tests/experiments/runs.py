@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_jax.groups.config import Member
 from lora_jax.groups.sweep import SweepConfig
-from lora_jax.training.config import to_dict
+from lora_jax.training.config_json import to_dict
 
 
 def write(folder: pathlib.Path, members: Sequence[Member], scores: Mapping[str, Any]) -> None:
@@ -30,7 +30,7 @@ def finished(
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
     (path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\n")
-    numbers = ("steps", "skipped_steps", "base_parameters", "beside_parameters", "optimizer_bytes",
+    numbers = ("steps", "skipped_steps", "base_parameters", "trainable_parameters", "optimizer_bytes",
                "adapter_file_bytes", "full_checkpoint_bytes", "base_bytes_per_device",
                "peak_memory_bytes", "steps_per_second", "tokens_per_second", "merged_difference",
                "compile_seconds", "total_seconds")  # fmt: skip

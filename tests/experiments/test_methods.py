@@ -19,7 +19,7 @@ from lora_jax.errors import LoraError
 from lora_jax.groups import config_fields
 from lora_jax.groups.sweep import SweepConfig
 from lora_jax.report.document import Figure, Note, Section, Table, Text
-from lora_jax.training.config import to_dict
+from lora_jax.training.config_json import to_dict
 from tests.experiments import runs
 
 WIDTH, MLP, LAYERS = 384, 1_536, 6  # of MiniLM
@@ -147,7 +147,7 @@ def run(path: pathlib.Path, base: Any, point: dict[str, Any], scores: Any) -> No
     """A run of `base` with some values; without scores one that has not finished."""
     changed = base
     for field, value in point.items():
-        changed = config_fields.replaced(changed, field, value)
+        changed = config_fields.with_field(changed, field, value)
     runs.finished(path, to_dict(changed), *(scores or (0.0, 0.0)))
     if scores is None:
         (path / "summary.json").unlink()

@@ -18,7 +18,7 @@ from experiments.paper.settings import settings, there
 from lora_jax.errors import LoraError
 from lora_jax.report.document import Figure, Note, Panel, Report, Section, Table, Text
 from lora_jax.report.update_analysis import Base
-from lora_jax.training.config import to_dict
+from lora_jax.training.config_json import to_dict
 from tests.experiments import runs
 from tests.report import browser, left
 

@@ -78,7 +78,7 @@ def workload(config: SmallConfig) -> Workload:
         loss=loss,
         params=jax.eval_shape(load, None),
         load=load,
-        beside=("head/**",),
+        trainable=("head/**",),
         train=lambda shard: Points(config.seed + 1, shard),
         evaluation={"validation": lambda shard: [next(Points(0, shard))]},
         unit="points",

@@ -6,6 +6,7 @@ in it is ever made again; a new format gets a folder of its own beside it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -18,8 +19,13 @@ import pytest
 import lora_jax
 import train
 from lora_jax.checkpoint.adapter import restore_about
+from lora_jax.groups.loop import folder as group_folder
+from lora_jax.groups.sweep import SweepConfig
 from lora_jax.report import command as report
+from lora_jax.report import run_files
 from lora_jax.serving import predict
+from lora_jax.training import config_json, directory
+from tests.formats import small
 from tests.training import tiny
 
 HERE = pathlib.Path(__file__).parent
@@ -107,6 +113,33 @@ def test_a_stopped_sweep_goes_on(folder: pathlib.Path) -> None:
     for member, saved in zip(members, expected, strict=True):
         assert_same(arrays(member, "last"), saved)
     assert len(list((folder / "runs").glob("small-*"))) == 2
+
+
+def test_an_old_name_of_a_field_is_read_and_found_again() -> None:
+    """`lora.trainable` was `lora.beside`: the hashes are those of commit 12a1ad2.
+
+    Red: `upgrade` left out of `changes`; `identity` hashed in place of `stable_identity`; the
+    members of a sweep named by the new name.
+    """
+    lora = dataclasses.replace(small.config.lora, trainable=("first/bias",))
+    config = dataclasses.replace(small.config, lora=lora)
+    stored = config_json.to_dict(config)
+    stored["lora"]["beside"] = stored["lora"].pop("trainable")
+    assert config_json.changes(stored, config) == []
+    assert config_json.changes(stored, small.config) == ["lora.trainable: ['first/bias'] -> None"]
+    assert directory.default("small", config).name == "small-2982c42e"
+    sweep = SweepConfig(base=small.config, grid={"lora.trainable": (("first/bias",), None)})
+    assert group_folder("small", sweep.expand()).name == "small-15e1bc4e"
+    assert [member.name for member in sweep.expand().members] == ["beside=bias", "beside=None"]
+
+
+def test_an_old_summary_has_the_names_of_today() -> None:
+    """Red: `upgrade` left out of `directory.summary`, or of the report's reading."""
+    found = directory.summary(V1 / "run_directories/small-dc24168e")
+    assert found is not None and found["trainable_parameters"] == 5
+    (left,) = run_files.read(V1 / "run_directories/small-dc24168e")
+    assert left.config["lora"]["trainable"] is None
+    assert left.summary is not None and left.summary["trainable_parameters"] == 5
 
 
 def test_a_classifier_predicts(folder: pathlib.Path) -> None:

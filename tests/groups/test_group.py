@@ -135,7 +135,7 @@ def test_a_member_leaves_what_it_leaves_alone(
         got = {name: line[name] for name in numbers}
         assert got == pytest.approx(numbers, rel=1e-5, abs=1e-7)
     assert summaries[index].keys() == summary.keys()
-    for name in ("adapter_parameters", "beside_parameters", "best_step", "optimizer_bytes"):
+    for name in ("adapter_parameters", "trainable_parameters", "best_step", "optimizer_bytes"):
         assert summaries[index][name] == summary[name], name
     assert summaries[index]["merged_difference"] < 1e-5
     for name in ("adapters/best", "adapters/last", "curves.png", "config.json", "summary.json"):

@@ -263,7 +263,7 @@ def test_members_that_come_and_go_are_what_they_are_alone(
             assert found.left == 0
             assert len(found.host) > 0
             close(group.state(found).trained, last(whole, one))
-        close(b.form.state(b.host).trained, last(whole, B))
+        close(b.state_shapes.state(b.host).trained, last(whole, B))
 
 
 def last(path: pathlib.Path, one: Member) -> Any:

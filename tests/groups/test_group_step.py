@@ -17,6 +17,7 @@ from lora_jax.groups import batches, padded_state
 from lora_jax.groups.step import Settings, group_step
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.config import LoraConfig, MeshConfig, OptimizerConfig
+from lora_jax.training.state import State
 from lora_jax.training.workload import Loss, Workload
 
 STEPS, WIDTH = 50, 8
@@ -54,7 +55,7 @@ def workload(classes: int) -> Workload:
         loss=loss,
         params=params["params"],
         train=lambda shard: None,
-        beside=("head/**",),
+        trainable=("head/**",),
     )
 
 
@@ -97,7 +98,7 @@ def batch(member: Member, index: int) -> dict[str, np.ndarray]:
 
 class Parts(NamedTuple):
     layout: lora_jax.Layout
-    state: step.State
+    state: State
     frozen: Any
     hyper: optimizer.Hyper
     place: mesh.Placement
@@ -114,15 +115,15 @@ def parts(member: Member, classes: int = 0) -> Parts:
     layout = lora_jax.resolve(
         member.lora.spec, made.apply, made.params, example, train=True, key=key
     )
-    base, frozen = lora_jax.frozen.split(made.params, made.beside)
+    base, frozen = lora_jax.frozen.split(made.params, made.trainable)
     hyper, place = optimizer.hyper(member.optimizer, member.steps), place_of(made)
     state = step.create(layout, base, optimizer.adamw(hyper), key, place)
     return Parts(layout, state, frozen, hyper, place)
 
 
-def form(layout: lora_jax.Layout, base: Any, place: mesh.Placement) -> padded_state.Form:
+def form(layout: lora_jax.Layout, base: Any, place: mesh.Placement) -> padded_state.StateShapes:
     tx = optimizer.adamw(optimizer.hyper(OptimizerConfig(), 1))
-    return padded_state.Form(step.shapes(layout, base, tx, jax.random.key(0), place))
+    return padded_state.StateShapes(step.shapes(layout, base, tx, jax.random.key(0), place))
 
 
 @functools.cache
@@ -143,7 +144,7 @@ class Together:
         self.members, self.parts = members, [parts(member) for member in members]
         self.layout = lora_jax.multi.union(p.layout for p in self.parts)
         made = workload(max(member.classes for member in members))
-        base, self.frozen = lora_jax.frozen.split(made.params, made.beside)
+        base, self.frozen = lora_jax.frozen.split(made.params, made.trainable)
         self.place = place_of(made)
         self.form = form(self.layout, base, self.place)
         self.own = [form(p.layout, p.state.trained["base"], p.place) for p in self.parts]
@@ -170,12 +171,12 @@ class Together:
         for i in np.flatnonzero(active):
             self.losses[i].append(float(values["loss"][i]))
 
-    def member(self, index: int) -> step.State:
+    def member(self, index: int) -> State:
         arrays = padded_state.unstack(self.form.host(self.state), index)
         return self.own[index].state(self.own[index].unpad(arrays))
 
 
-def alone(member: Member) -> tuple[step.State, list[float]]:
+def alone(member: Member) -> tuple[State, list[float]]:
     p, made, losses = parts(member), workload(member.classes), []
     take = jax.jit(step.train_step(made, p.layout, optimizer.adamw(p.hyper), "stop"))
     state = p.state

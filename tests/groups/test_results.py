@@ -19,7 +19,8 @@ from configs import minilm_reviews
 from lora_jax.groups import plots, results
 from lora_jax.groups.comparison import gather
 from lora_jax.groups.sweep import SweepConfig
-from lora_jax.training.config import Config, to_dict
+from lora_jax.training.config import Config
+from lora_jax.training.config_json import to_dict
 
 Score = Callable[[Config], float]
 
@@ -40,7 +41,7 @@ def left_behind(folder: pathlib.Path, name: str, config: Config, score: float) -
         "select": "accuracy",
         "better": "higher",
         "adapter_parameters": 1000,
-        "beside_parameters": 24,
+        "trainable_parameters": 24,
         "before": {
             "validation": {"accuracy": 0.5, "loss": 0.7},
             "test": {"accuracy": 0.52, "loss": 0.7},

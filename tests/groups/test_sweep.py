@@ -14,7 +14,8 @@ from lora_jax import command_line
 from lora_jax.groups import member_names
 from lora_jax.groups.config import GroupConfig, Member, short_hash
 from lora_jax.groups.sweep import SweepConfig
-from lora_jax.training.config import Config, ConfigError, identity
+from lora_jax.training.config import Config, ConfigError
+from lora_jax.training.config_json import identity
 from tests.training.runs import ROOT
 
 BASE = minilm_reviews.config
@@ -57,7 +58,7 @@ def test_a_member_is_what_the_command_line_makes_of_the_base(base: str) -> None:
         "lora.alpha": (4,),  # an int for a float
         "lora.init": ("orthogonal",),
         "lora.targets": (["**/kernel@rank=1", "**/bias"],),
-        "lora.beside": (None,),
+        "lora.trainable": (None,),
         "optimizer.schedule": ("constant",),
         "optimizer.clip": (None,),
         "optimizer.learning_rate": np.logspace(-3, -3, 1),
@@ -68,7 +69,7 @@ def test_a_member_is_what_the_command_line_makes_of_the_base(base: str) -> None:
     (member,) = SweepConfig(base=config, grid=grid).expand().members
     line = [
         *("--lora.rank", "2", "--lora.alpha", "4", "--lora.init", "orthogonal"),
-        *("--lora.targets", "**/kernel@rank=1", "**/bias", "--lora.beside", "None"),
+        *("--lora.targets", "**/kernel@rank=1", "**/bias", "--lora.trainable", "None"),
         *("--optimizer.schedule", "constant", "--optimizer.clip", "None"),
         *("--optimizer.learning-rate", "1e-3", "--seed", "7"),
     ]

@@ -13,7 +13,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.models import cache as caches
-from tests import hlo
+from lora_jax.planner import hlo
 from tests.programs import equations
 
 CAPACITY = 16
@@ -169,9 +169,8 @@ def test_a_step_writes_in_place(llama_config: models.LlamaConfig, form: str, map
     # The scores, and with scanned layers the layer in hand; but never all of the cache.
     assert memory.temp_size_in_bytes < (0.8 if config.scan_layers else 0.4) * held
     sizes = {leaf.size for leaf in jax.tree.leaves((cache.keys, cache.values))}
-    copied = {
-        size for i in hlo.instructions(compiled.as_text()) if i.kind == "copy" for size in i.sizes
-    }
+    instructions = hlo.parse(compiled.as_text()).instructions
+    copied = {i.results[0].size for i in instructions if i.kind == "copy"}
     assert not sizes & copied
 
 

@@ -33,7 +33,7 @@ from lora_jax.planner import (
     simulated_devices,
 )
 from lora_jax.planner.devices import DEVICES
-from lora_jax.planner.options import Options
+from lora_jax.planner.options import PlanOptions
 from lora_jax.training import directory, mesh
 from lora_jax.training.config import ConfigError, MeshConfig
 from tests.training import tiny
@@ -72,7 +72,7 @@ def gpt() -> plan.Plan:
     return planned(GPT, *SIZES, "--mesh.fsdp=2", "--mesh.tensor=2", "--plan-devices=8")
 
 
-def measured() -> measure.Measured:
+def measured() -> measure.StepCosts:
     return gpt().runs["lora"]
 
 
@@ -164,7 +164,7 @@ def test_half_has_no_bfloat16_left_and_the_same_shapes() -> None:
         jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=None),
         jax.ShapeDtypeStruct((3, 16, 16), jnp.bfloat16, sharding=None),
     ]
-    halved = bf16_lowering.halved(f, *shapes)
+    halved = bf16_lowering.in_float16(f, *shapes)
     assert halved is not None
     lowered = jax.jit(halved).lower(*bf16_lowering.shapes(shapes))
     assert "bf16" in jax.jit(f).lower(*shapes).as_text()
@@ -172,7 +172,7 @@ def test_half_has_no_bfloat16_left_and_the_same_shapes() -> None:
     assert jax.tree.map(jnp.shape, jax.eval_shape(f, *shapes)) == jax.tree.map(
         jnp.shape, jax.eval_shape(halved, *bf16_lowering.shapes(shapes))
     )
-    assert bf16_lowering.halved(jnp.sin, shapes[0]) is None
+    assert bf16_lowering.in_float16(jnp.sin, shapes[0]) is None
 
 
 # ---- the step
@@ -221,7 +221,7 @@ def test_what_lora_adds_grows_with_the_rank_and_nothing_else_does() -> None:
         large = measure.measure(config, config.workload(config), on, H100)
     small = measured()
 
-    def sums(found: measure.Measured, of: str) -> int:
+    def sums(found: measure.StepCosts, of: str) -> int:
         return sum(a.bytes * a.times for a in found.arrays if a.of == of)
 
     assert 0 < 2 * sums(small, "adapters") == sums(large, "adapters")
@@ -382,7 +382,7 @@ def test_what_cannot_be_planned_is_said(arguments: tuple[str, ...], says: str) -
 
 def test_an_unknown_device_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"plan_device must be one of a100-40gb, .*tpu-v7x"):
-        Options(plan_device="h100")
+        PlanOptions(plan_device="h100")
 
 
 def test_help_lists_the_flags_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import re
 import shutil
 from typing import Any
 
-from lora_jax.training.config import to_dict
+from lora_jax.training.config_json import to_dict
 from lora_jax.training.text import TextConfig
 from tests.serving import classifiers
 from tests.training import tiny

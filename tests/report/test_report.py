@@ -17,7 +17,7 @@ import pytest
 import lora_jax
 from lora_jax import models
 from lora_jax.report.command import main
-from lora_jax.training.config import to_dict
+from lora_jax.training.config_json import to_dict
 from lora_jax.training.summary import costs, in_units
 from tests.report import browser, left
 from tests.report.conftest import Written, of_rank
@@ -119,7 +119,7 @@ def test_the_numbers_of_a_run_are_its_summary(written: Written) -> None:
     facts = {fact[0]: fact[1:] for fact in left.page(path / "report.html").facts}
     before, after = (summary[when]["validation"]["accuracy"] for when in ("before", "after"))
     assert facts["validation accuracy"][0] == f"{before:.4f} → {after:.4f}"
-    trained = summary["adapter_parameters"] + summary["beside_parameters"]
+    trained = summary["adapter_parameters"] + summary["trainable_parameters"]
     assert facts["trained parameters"][0] == f"{trained:,}"
     assert facts["adapter on disk"][0] == in_units(summary["adapter_file_bytes"])
     assert f"{summary['steps_per_second']:.2f} steps/s" == facts["speed"][0]

@@ -30,7 +30,7 @@ def config_of(
     targets: tuple[str, ...] = (ATTENTION,),
     fields: tuple[str, ...] = ("text",),
     pooling: Any = "mean",
-    beside: tuple[str, ...] | None = None,
+    trainable: tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> TextConfig:
     """Two steps on `source`, at a rate that makes them count."""
@@ -45,7 +45,7 @@ def config_of(
             batch_size=16,
             eval_batch_size=16,
         ),
-        lora=LoraConfig(rank=rank, alpha=alpha, targets=targets, beside=beside),
+        lora=LoraConfig(rank=rank, alpha=alpha, targets=targets, trainable=trainable),
         optimizer=OptimizerConfig(learning_rate=0.1, schedule="constant", warmup=0.0),
         steps=2,
         evaluate_every=2,
@@ -75,7 +75,7 @@ def export_in(path: pathlib.Path, config: TextConfig) -> pathlib.Path:
     layout = lora_jax.resolve(
         config.lora.spec, workload.apply, params, example, train=True, key=key
     )
-    base, frozen = lora_jax.frozen.split(params, config.lora.beside or workload.beside)
+    base, frozen = lora_jax.frozen.split(params, config.lora.trainable or workload.trainable)
     fresh = {"adapters": lora_jax.init(key, layout), "base": base}
     trained = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(key, x.shape), fresh)
     export.save(path, "best", layout, trained, lora_jax.fingerprint(frozen), about=workload.about)

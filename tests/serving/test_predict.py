@@ -50,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             alpha=3.0,
             targets=("**/mlp/*/kernel",),
             seed=1,
-            beside=("classifier/**", norm),
+            trainable=("classifier/**", norm),
         ),
         "number": classifiers.config_of(weights, number, rank=2, seed=2),
     }
@@ -269,10 +269,10 @@ def test_errors_are_lines_on_stderr(
 def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pathlib.Path) -> None:
     """Red if they come out as a class like any other."""
     member = served_adapters.read("broken", trained.folder / "two/adapters/best")
-    beside = jax.tree.map(lambda x: x * np.nan, member.base)
+    trainable = jax.tree.map(lambda x: x * np.nan, member.base)
     lora_jax.save(
         tmp_path / "broken",
-        lora_jax.Adapter(member.layout, member.adapters, beside),
+        lora_jax.Adapter(member.layout, member.adapters, trainable),
         about=member.about,
     )
     opened = served_adapters.open_adapters(

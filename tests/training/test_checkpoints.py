@@ -26,7 +26,7 @@ import lora_jax
 from lora_jax import LoraError
 from lora_jax.training import export, processes
 from lora_jax.training.checkpoints import Checkpoints
-from lora_jax.training.step import State
+from lora_jax.training.state import State
 from tests.training.runs import OWN, ROOT, SMALL
 
 # Of many reads under way Orbax reports the first that fails; the others complain when collected.

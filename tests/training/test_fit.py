@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lora_jax.groups.memory_fit import Fit, Needed, available, fit, free_memory, of_step
+from lora_jax.groups.memory_fit import Fit, StepMemory, available, fit, free_memory, of_step
 from lora_jax.training.config import ConfigError
 
 
@@ -23,25 +23,27 @@ from lora_jax.training.config import ConfigError
     ],
 )
 def test_as_few_groups_as_fit(memory: float, groups: int, size: int) -> None:
-    found = fit(Needed(17.0), shared=1.0, members=16, memory=memory)
+    found = fit(StepMemory(17.0), shared=1.0, members=16, memory=memory)
     assert (found.groups, found.size) == (groups, size)
     assert found.bytes == 1 + size <= memory
 
 
 def test_what_was_compiled_for_few_says_what_many_take() -> None:
-    assert fit(Needed(5.0), 1.0, members=4, memory=9.0, total=16) == Fit(16, 8, 9.0, 9.0)
+    assert fit(StepMemory(5.0), 1.0, members=4, memory=9.0, total=16) == Fit(16, 8, 9.0, 9.0)
 
 
 def test_not_even_one() -> None:
     with pytest.raises(ConfigError, match=r"(?s)needs 2\.00 GB, and there are 1\.50 GB.*--memory"):
-        fit(Needed(17e9), 1e9, members=16, memory=1.5e9)
+        fit(StepMemory(17e9), 1e9, members=16, memory=1.5e9)
 
 
 def test_the_line() -> None:
-    assert str(fit(Needed(1.2e9), 0.1e9, 16, 20e9)) == "16 members in 1 group: 1.20 GB of 20.00 GB"
-    assert str(fit(Needed(1.0), 1.0, 1, 5.0)) == "1 member in 1 group: 1 B of 5 B"
+    assert (
+        str(fit(StepMemory(1.2e9), 0.1e9, 16, 20e9)) == "16 members in 1 group: 1.20 GB of 20.00 GB"
+    )
+    assert str(fit(StepMemory(1.0), 1.0, 1, 5.0)) == "1 member in 1 group: 1 B of 5 B"
     assert "16 members in 2 groups of at most 8: 9 B of 9 B at a time" in str(
-        fit(Needed(17), 1, 16, 9)
+        fit(StepMemory(17), 1, 16, 9)
     )
 
 
@@ -49,7 +51,7 @@ def test_bytes_of_a_step() -> None:
     """N members: the base once, and of each its state, its row and what is in between."""
     base = jax.ShapeDtypeStruct((256, 256), jnp.float32)
 
-    def needed(members: int) -> Needed:
+    def needed(members: int) -> StepMemory:
         state = jax.ShapeDtypeStruct((members, 256, 256), jnp.float32)
 
         def step(state: jax.Array, base: jax.Array) -> jax.Array:
@@ -66,7 +68,7 @@ def test_bytes_of_a_step() -> None:
 
 def test_what_is_in_between_is_there_for_the_members_at_once() -> None:
     """1 shared, 1 each, and 8 in between for 4 at once: 5, 10, 13, ... Red: 8 shared by all."""
-    needed = Needed(25.0, 8.0)
+    needed = StepMemory(25.0, 8.0)
     for size, memory in ((16, 25.0), (8, 17.0), (4, 13.0), (2, 7.0), (1, 4.0)):
         found = fit(needed, 1.0, 16, memory, at_once=4)
         assert (found.size, found.bytes) == (size, memory)

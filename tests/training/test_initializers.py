@@ -20,7 +20,7 @@ STACKED = lora_jax.Target("w", (3, 20, 5, 30), (0,), (1, 2), (3,), rank=8, alpha
 
 @pytest.mark.parametrize("name", initializers.INITIALIZERS)
 @pytest.mark.parametrize("target", [FLAT, STACKED])
-def test_shape_dtype_and_spread(name: initializers.Name, target: lora_jax.Target) -> None:
+def test_shape_dtype_and_spread(name: initializers.InitName, target: lora_jax.Target) -> None:
     layout = lora_jax.Layout((target,))
     a = lora_jax.init(jax.random.key(0), layout, a_init=initializers.INITIALIZERS[name])["w"].a
     assert a.shape == target.a_shape

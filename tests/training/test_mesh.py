@@ -27,6 +27,7 @@ from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
 from lora_jax.training.config import Config, ConfigError, LoraConfig, MeshConfig
+from lora_jax.training.state import State
 from lora_jax.training.text import ModelConfig, TextConfig
 from lora_jax.training.workload import Loss, Workload
 from tests.training import tiny
@@ -99,7 +100,7 @@ def foreign(config: Config) -> Workload:
 
 class Run(NamedTuple):
     losses: list[float]
-    state: step.State
+    state: State
     frozen: Any
     place: mesh.Placement
     trained: Any  # the shardings of what is trained
@@ -117,7 +118,7 @@ def run(config: Config, sizes: MeshConfig, devices: int = 8) -> Run:
         layout = lora_jax.resolve(
             config.lora.spec, workload.apply, params, batches[0], train=True, key=key
         )
-        base, frozen = lora_jax.frozen.split(params, workload.beside)
+        base, frozen = lora_jax.frozen.split(params, workload.trainable)
         tx = optimizer.adamw(optimizer.hyper(config.optimizer, STEPS))
         state = step.create(layout, base, tx, key, place)
         kept = jax.tree.map(lambda x: x.sharding, state)

@@ -37,11 +37,11 @@ def test_the_summary_says_what_was_asked_of_it(finished: pathlib.Path) -> None:
     # of what is trained, and three counters.
     assert summary["base_parameters"] == 48 + 272 + 17
     assert summary["adapter_parameters"] == 2 * (2 + 16) + 2 * (16 + 16)
-    assert summary["beside_parameters"] == 17
+    assert summary["trainable_parameters"] == 17
     assert summary["full_checkpoint_bytes"] == 4 * summary["base_parameters"]
     assert summary["base_bytes_per_device"] == summary["full_checkpoint_bytes"]  # data alone
     assert summary["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
-    trained = summary["adapter_parameters"] + summary["beside_parameters"]
+    trained = summary["adapter_parameters"] + summary["trainable_parameters"]
     assert 8 * trained < summary["optimizer_bytes"] <= 8 * trained + 16
     assert summary["adapter_file_bytes"] == export.size(finished / "adapters/last")
     assert summary["steps"] == 12
@@ -195,14 +195,14 @@ def test_best_is_kept_when_later_steps_are_worse(tmp_path: pathlib.Path) -> None
 def test_without_targets_the_head_is_trained_alone(tmp_path: pathlib.Path) -> None:
     summary = run(tmp_path / "run", *SMALL, "--lora.targets")
     assert summary["adapter_parameters"] == 0
-    assert summary["beside_parameters"] == 17
+    assert summary["trainable_parameters"] == 17
     assert summary["merged_difference"] == 0
     assert lora_jax.restore(tmp_path / "run/adapters/last")[1] == {}
 
 
 def test_full_fine_tuning(tmp_path: pathlib.Path) -> None:
-    summary = run(tmp_path / "run", *SMALL, "--lora.targets", "--lora.beside", "**")
-    assert summary["beside_parameters"] == summary["base_parameters"]
+    summary = run(tmp_path / "run", *SMALL, "--lora.targets", "--lora.trainable", "**")
+    assert summary["trainable_parameters"] == summary["base_parameters"]
 
 
 POISON = """

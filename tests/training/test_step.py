@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 import lora_jax
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.config import MeshConfig, OptimizerConfig
+from lora_jax.training.state import State
 from lora_jax.training.workload import Loss, Workload, ratios
 
 BATCH = {"x": np.ones((6, 5), np.float32), "weight": np.ones(6, np.float32)}
@@ -29,22 +30,22 @@ def loss(outputs: jax.Array, batch: Any) -> Loss:
     return Loss(each.sum(), batch["weight"].sum())
 
 
-def parts(targets: tuple[str, ...] = ("body/kernel",), beside: tuple[str, ...] = ("head/**",)):
+def parts(targets: tuple[str, ...] = ("body/kernel",), trainable: tuple[str, ...] = ("head/**",)):
     keys = jax.random.split(jax.random.key(0))
     params = {
         "body": {"kernel": jax.random.normal(keys[0], (5, 4))},
         "head": {"kernel": jax.random.normal(keys[1], (4, 1))},
     }
     workload = Workload(
-        apply=apply, loss=loss, params=params, train=lambda shard: None, beside=beside
+        apply=apply, loss=loss, params=params, train=lambda shard: None, trainable=trainable
     )
     spec = lora_jax.LoraSpec(rank=2, targets=targets)
     layout = lora_jax.resolve(spec, apply, params, BATCH, train=True, key=None)
-    base, frozen = lora_jax.frozen.split(params, beside)
+    base, frozen = lora_jax.frozen.split(params, trainable)
     return workload, layout, base, frozen
 
 
-def start(layout: lora_jax.Layout, base: Any, tx: Any) -> step.State:
+def start(layout: lora_jax.Layout, base: Any, tx: Any) -> State:
     """A state before the first step, on one device."""
     grid = mesh.make(MeshConfig(), jax.devices()[:1])
     specs = {path: PartitionSpec() for path in ("body/kernel", "head/kernel")}
@@ -85,8 +86,8 @@ def test_it_learns_and_moves_adapters_and_head() -> None:
 def test_the_step_computes_no_gradient_of_a_frozen_weight() -> None:
     """No product in the compiled step has the shape of W0 [5, 4]; with W0 trained, one has."""
 
-    def shapes(targets: tuple[str, ...], beside: tuple[str, ...]) -> set[tuple[int, ...]]:
-        workload, layout, base, frozen = parts(targets, beside)
+    def shapes(targets: tuple[str, ...], trainable: tuple[str, ...]) -> set[tuple[int, ...]]:
+        workload, layout, base, frozen = parts(targets, trainable)
         tx = optax.sgd(1e-2)
         take = step.train_step(workload, layout, tx, "stop")
         jaxpr = jax.make_jaxpr(take)(start(layout, base, tx), frozen, BATCH)
@@ -188,7 +189,7 @@ def test_no_targets_train_the_head_alone() -> None:
 def test_everything_beside_and_no_targets_is_full_fine_tuning() -> None:
     """It equals plain gradient descent on all parameters."""
     workload, _, _, _ = parts()
-    _, state, _ = run(1, optax.sgd(0.1), targets=(), beside=("**",))
+    _, state, _ = run(1, optax.sgd(0.1), targets=(), trainable=("**",))
 
     def plain(params: Any) -> jax.Array:
         found = loss(apply(params, BATCH, train=True, key=None), BATCH)
@@ -201,7 +202,7 @@ def test_everything_beside_and_no_targets_is_full_fine_tuning() -> None:
 
 
 def test_a_parameter_both_adapted_and_trained_is_an_error() -> None:
-    _, layout, base, _ = parts(beside=("**",))
+    _, layout, base, _ = parts(trainable=("**",))
     with pytest.raises(lora_jax.LoraError, match="'body/kernel' is both adapted"):
         step.check_apart(layout, base)
 

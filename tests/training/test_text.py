@@ -98,7 +98,7 @@ def test_glue_runs_on_stand_ins(
         config=f"{GLUE}:{name}",
     )
     assert summary["adapter_parameters"] == 2 * 2 * 8 * (16 + 16)  # layers, q and v, r, in + out
-    assert summary["beside_parameters"] == 16 * 16 + 16 + 16 * outputs + outputs
+    assert summary["trainable_parameters"] == 16 * 16 + 16 + 16 * outputs + outputs
     score = {"stsb": "pearson"}.get(name, "accuracy")
     assert score in summary["after"]["validation"]
     head = lora_jax.restore(tmp_path / "run/adapters/best").trainable
@@ -152,7 +152,7 @@ def test_a_decoder_learns_answers(llama: pathlib.Path, tmp_path: pathlib.Path) -
     before, after = summary["before"]["validation"], summary["after"]["validation"]
     assert after["loss"] < 0.9 * before["loss"]
     assert after["perplexity"] == pytest.approx(math.exp(after["loss"]))
-    assert summary["beside_parameters"] == 0
+    assert summary["trainable_parameters"] == 0
     assert summary["tokens_per_second"] > 0
 
 

@@ -1,8 +1,10 @@
+"""The split of a text: stable, and equal for texts that are alike."""
+
 import collections
 
 import pytest
 
-from lora_jax.data.split import normalise, side
+from lora_jax.data.split import normalise, split_of
 
 SHARES = {"train": 0.7, "validation": 0.2, "test": 0.1}
 
@@ -19,7 +21,7 @@ SHARES = {"train": 0.7, "validation": 0.2, "test": 0.1}
 )
 def test_case_space_punctuation_accents_and_width_do_not_count(variant: str) -> None:
     assert normalise(variant) == normalise("A well-made film")
-    assert side(variant, SHARES) == side("A well-made film", SHARES)
+    assert split_of(variant, SHARES) == split_of("A well-made film", SHARES)
 
 
 @pytest.mark.parametrize("other", ["a well made films", "a well made", "film made well a"])
@@ -32,12 +34,12 @@ def test_texts_of_signs_only_are_told_apart() -> None:
 
 
 def test_shares_are_met() -> None:
-    counts = collections.Counter(side(f"text {i}", SHARES) for i in range(20_000))
+    counts = collections.Counter(split_of(f"text {i}", SHARES) for i in range(20_000))
     for name, share in SHARES.items():
         assert counts[name] / 20_000 == pytest.approx(share, abs=0.01)
 
 
 def test_sides_are_fixed_for_ever() -> None:
     # Were these to change, test examples of old runs would be in the training split of new ones.
-    sides = "".join(side(text, SHARES)[:2] + " " for text in (*"abcdefgh", ""))
+    sides = "".join(split_of(text, SHARES)[:2] + " " for text in (*"abcdefgh", ""))
     assert sides == "va tr tr tr tr tr va tr va "
