@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from benchmarks import common
-from lora_jax import Factors, Layout, Target, analysis
+from lora_jax import Adapter, Factors, Layout, Target, analysis
 
 
-def member(rank: int, layers: int, width: int) -> tuple[Layout, dict[str, Factors]]:
-    """Adapters of every layer's q and v, not zero anywhere."""
+def adapter(rank: int, layers: int, width: int) -> Adapter:
+    """Return an adapter of every layer's q and v, not zero anywhere."""
     rng = np.random.default_rng(rank)
     targets = tuple(
         Target(f"layers_{i}/attention/{name}/kernel", (width, width), (), (0,), (1,), rank, 16.0)
@@ -32,7 +32,7 @@ def member(rank: int, layers: int, width: int) -> tuple[Layout, dict[str, Factor
         t.path: Factors(normal(t.a_shape, np.float32), 1e-3 * normal(t.b_shape, np.float32))
         for t in targets
     }
-    return Layout(targets), adapters
+    return Adapter(Layout(targets), adapters)
 
 
 def main() -> None:
@@ -42,22 +42,26 @@ def main() -> None:
     parser.add_argument("--weights", action="store_true", help="also what reads W: draws one each")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    small, large = (member(rank, args.layers, args.width) for rank in (8, 64))
+    small, large = (adapter(rank, args.layers, args.width) for rank in (8, 64))
     runs: dict[str, Callable[[], Any]] = {
         "phi of a, r=8 against r=64": lambda: analysis.similarity(small, large),
         "phi of the updates' input side": lambda: analysis.similarity(small, large, "input"),
-        "spectra, r=64": lambda: analysis.spectrum(*large),
+        "spectra, r=64": lambda: analysis.spectrum(large.layout, large.parameters),
     }
     if args.weights:
         keys = jax.random.split(jax.random.key(0), 2 * args.layers)
         shape = (args.width, args.width)
         params = {
             t.path: np.asarray(jax.random.normal(key, shape))
-            for t, key in zip(large[0].targets, keys, strict=True)
+            for t, key in zip(large.layout.targets, keys, strict=True)
         }
-        runs["amplification, r=8"] = lambda: analysis.amplification(small[0], params, small[1])
-        runs["amplification, r=64"] = lambda: analysis.amplification(large[0], params, large[1])
-        runs["principal, r=8"] = lambda: analysis.principal(small[0], params)
+        runs["amplification, r=8"] = lambda: analysis.amplification(
+            small.layout, params, small.parameters
+        )
+        runs["amplification, r=64"] = lambda: analysis.amplification(
+            large.layout, params, large.parameters
+        )
+        runs["principal, r=8"] = lambda: analysis.principal(small.layout, params)
     print(f"{common.hardware()}\n{2 * args.layers} matrices of {args.width} x {args.width}\n")
     lines = []
     for name, call in runs.items():

@@ -1,4 +1,4 @@
-"""Commands of `train.py`, timed from outside, and what they leave compared."""
+"""Time commands of `train.py` from outside, and compare what they leave."""
 
 import dataclasses
 import json

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax
-from experiments.paper.measured import hardware as hardware
-from experiments.paper.measured import interleaved as interleaved
-from experiments.paper.shapes import MINILM as MINILM
-from experiments.paper.shapes import SMOLLM2 as SMOLLM2
-from experiments.paper.shapes import normal as normal
 from lora_jax import models
+from measuring.published_models import MINILM as MINILM
+from measuring.published_models import SMOLLM2 as SMOLLM2
+from measuring.published_models import normal as normal
+from measuring.timing import hardware as hardware
+from measuring.timing import interleaved as interleaved
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class ModelSetup:
     """A model, a batch shape and a loss.
 
     Attributes:
@@ -66,7 +66,7 @@ class Setup:
         return normal(self.shapes, seed), batch
 
 
-def minilm(rows: int = 32, length: int = 48, config: models.BertConfig = MINILM) -> Setup:
+def minilm(rows: int = 32, length: int = 48, config: models.BertConfig = MINILM) -> ModelSetup:
     """Sentence classification: BERT encoder, mean pooling, two classes; mean cross entropy."""
     model = models.BertClassifier(config, 2, "mean")
 
@@ -75,7 +75,7 @@ def minilm(rows: int = 32, length: int = 48, config: models.BertConfig = MINILM)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    return Setup(
+    return ModelSetup(
         name=f"MiniLM {rows} x {length}",
         loss=loss,
         shapes=jax.eval_shape(model.init, jax.random.key(0), ids)["params"],
@@ -85,7 +85,7 @@ def minilm(rows: int = 32, length: int = 48, config: models.BertConfig = MINILM)
     )
 
 
-def smollm2(rows: int = 8, length: int = 48, config: models.LlamaConfig = SMOLLM2) -> Setup:
+def smollm2(rows: int = 8, length: int = 48, config: models.LlamaConfig = SMOLLM2) -> ModelSetup:
     """Language modelling: Llama decoder with tied embeddings; cross entropy over all tokens."""
     model = models.Llama(config)
 
@@ -94,7 +94,7 @@ def smollm2(rows: int = 8, length: int = 48, config: models.LlamaConfig = SMOLLM
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
 
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    return Setup(
+    return ModelSetup(
         name=f"SmolLM2 {rows} x {length}",
         loss=loss,
         shapes=jax.eval_shape(model.init, jax.random.key(0), ids)["params"],
@@ -104,15 +104,15 @@ def smollm2(rows: int = 8, length: int = 48, config: models.LlamaConfig = SMOLLM
     )
 
 
-SETUPS: dict[str, Callable[..., Setup]] = {"minilm": minilm, "smollm2": smollm2}
+SETUPS: dict[str, Callable[..., ModelSetup]] = {"minilm": minilm, "smollm2": smollm2}
 
 
-def full_gradient(setup: Setup) -> Callable[..., Any]:
+def full_gradient(setup: ModelSetup) -> Callable[..., Any]:
     """(params, batch) -> loss and its gradient with respect to every parameter."""
     return jax.value_and_grad(setup.loss)
 
 
-def lora_gradient(setup: Setup, layout: lora_jax.Layout) -> Callable[..., Any]:
+def lora_gradient(setup: ModelSetup, layout: lora_jax.Layout) -> Callable[..., Any]:
     """(adapters, params, batch) -> loss and its gradient with respect to the adapters alone."""
     adapted = lora_jax.adapt(layout, setup.loss)
     return jax.value_and_grad(lambda adapters, params, batch: adapted(params, adapters, batch))

@@ -26,7 +26,7 @@ def compiled_flops(f: Callable[..., Any], *shapes: Any) -> float:
     return float(analysis["flops"])
 
 
-def ratios(setup: common.Setup) -> tuple[float, dict[str, float]]:
+def ratios(setup: common.ModelSetup) -> tuple[float, dict[str, float]]:
     """FLOPs of the full gradient, and those of the LoRA gradients by the names of the specs."""
     full = compiled_flops(common.full_gradient(setup), setup.shapes, setup.batch)
     lora = {}

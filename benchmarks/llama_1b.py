@@ -85,7 +85,7 @@ class StepConfig(Config):
         )
 
 
-class Tokens:
+class RandomTokens:
     """Random tokens; batch i depends on i alone."""
 
     def __init__(self, config: StepConfig, shard: Shard) -> None:
@@ -142,7 +142,7 @@ def workload(config: StepConfig) -> Workload:
         load=load,
         placement=placement.rules(config.model),
         example=batch_shapes(config.rows, config.length),
-        train=lambda shard: Tokens(config, shard),
+        train=lambda shard: RandomTokens(config, shard),
         size=lambda batch: int(batch["loss_weight"].sum()),
         unit="tokens",
     )

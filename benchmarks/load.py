@@ -26,10 +26,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from benchmarks.common import hardware, table
-from lora_jax import models, sharding
+from lora_jax import models, paths, sharding
 from lora_jax.models.placement import rules
 from lora_jax.models.weights import hf_config, names
-from lora_jax.models.weights.assemble import flatten
 
 # dtype or kind in the file - dtype of the parameters
 FORMS = ["float32-float32", "float32-bfloat16", "bfloat16-bfloat16", "Q8_0-bfloat16"]
@@ -117,7 +116,7 @@ def _shardings(config: Any, shapes: Any, sizes: tuple[int, ...]) -> Any:
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     specs = sharding.specs(rules(config), shapes)
     leaves, tree = jax.tree.flatten(shapes)
-    in_order = (specs[path] for path in flatten(jax.tree.unflatten(tree, leaves)))
+    in_order = (specs[path] for path in paths.flatten(jax.tree.unflatten(tree, leaves)))
     return jax.tree.unflatten(tree, [NamedSharding(mesh, spec) for spec in in_order])
 
 
@@ -186,12 +185,12 @@ def _write_gguf(path: Path, json_: dict[str, Any]) -> None:
 def _tensors(json_: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Hugging Face's name of each tensor, and its stored shape."""
     config = hf_config.parse(json_, "")
-    shapes, found = flatten(models.shapes(config)), {}
+    shapes, found = paths.flatten(models.shapes(config)), {}
     for row in names.HF["llama"].rows:
         for layer in range(config.num_layers if row.layered else 1):
             leaf = shapes.get(row.path.format(layer=layer))
             if leaf is not None:
-                kernel = row.form is names.Form.TRANSPOSED
+                kernel = row.form is names.StoredForm.TRANSPOSED
                 shape = leaf.shape[::-1] if kernel else leaf.shape
                 found[row.hf.format(layer=layer)] = shape
     return found

@@ -8,7 +8,8 @@ among 1, 8 or 64. Timed are the forward pass and a whole training step of the fa
 AdamW), run in turns in one process; throughput is that of "one adapter" over the median.
 
 Single tokens: the forward pass of 256 or 1,024 examples of one token each, with 4, 64 and 1,000
-adapters, in both forms of the low-rank product (`lora_jax.multi.segmented_matmul`) and by the rule between them.
+adapters, in both forms of the low-rank product (`lora_jax.multi.segmented_matmul`) and by the rule
+between them.
 
 Loading: `put` of another adapter into the last slot of stacks of 10, 100 and 1,000; the bytes that
 each stack holds, against those of its adapters.
@@ -138,7 +139,7 @@ def loading(slots: int, repeats: int) -> tuple[str, ...]:
 
     def load() -> Any:
         nonlocal stacked
-        stacked = lora_jax.multi.put(layout, stacked, slots - 1, (layout, adapters))
+        stacked = lora_jax.multi.put(layout, stacked, slots - 1, lora_jax.Adapter(layout, adapters))
         return stacked
 
     seconds = common.interleaved({"put": load}, repeats)["put"]

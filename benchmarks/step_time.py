@@ -17,7 +17,7 @@ import optax
 from benchmarks import common
 
 
-def gradients(setup: common.Setup) -> dict[str, Callable[[], Any]]:
+def gradients(setup: common.ModelSetup) -> dict[str, Callable[[], Any]]:
     """Compiled gradients, full and LoRA, on the same random parameters and batch."""
     params, batch = setup.arrays()
     full = jax.jit(common.full_gradient(setup))
@@ -30,7 +30,7 @@ def gradients(setup: common.Setup) -> dict[str, Callable[[], Any]]:
     return runs
 
 
-def steps(setup: common.Setup) -> dict[str, Callable[[], Any]]:
+def steps(setup: common.ModelSetup) -> dict[str, Callable[[], Any]]:
     """Compiled training steps, full and LoRA; each keeps its own state."""
     params, batch = setup.arrays()
     full = common.full_gradient(setup)
@@ -64,7 +64,7 @@ def _stepping(gradient: Callable[..., Any], trained: Any, *rest: Any) -> Callabl
     return run
 
 
-def rows(setup: common.Setup, repeats: int) -> list[tuple[str, ...]]:
+def rows(setup: common.ModelSetup, repeats: int) -> list[tuple[str, ...]]:
     """Lines of the table for one model."""
     lines: list[tuple[str, ...]] = []
     for what, build in (("gradient", gradients), ("gradient + AdamW", steps)):

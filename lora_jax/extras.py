@@ -9,7 +9,7 @@ import importlib.util
 # Extra -> the modules that it installs, by the names they are imported under.
 EXTRAS = {
     "train": ("array_record", "filelock", "grain", "matplotlib", "rich", "tensorboardX")
-    + ("tensorflow_datasets", "tokenizers", "tyro"),
+    + ("safetensors", "tensorflow_datasets", "tokenizers", "tyro"),
     "report": ("jinja2", "matplotlib"),
     "gguf": ("gguf",),
     "hub": ("huggingface_hub",),

@@ -30,8 +30,9 @@ if not flags.FLAGS.is_parsed():
 @pytest.fixture(autouse=True)
 def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     """Strict dtype promotion for the test, unless its folder or its marker says otherwise."""
-    room = request.path.parent.name
-    relaxed = room in STANDARD_PROMOTION or request.node.get_closest_marker("standard_promotion")
+    folders = request.path.relative_to(request.config.rootpath).parts
+    relaxed = not {*folders}.isdisjoint(STANDARD_PROMOTION)
+    relaxed = relaxed or request.node.get_closest_marker("standard_promotion") is not None
     with jax.numpy_dtype_promotion("standard" if relaxed else "strict"):
         yield
 

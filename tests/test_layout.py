@@ -93,7 +93,7 @@ def sources(*folders: str) -> list[pathlib.Path]:
 
 
 EVERYWHERE = [
-    *sources("lora_jax", "configs", "experiments", "benchmarks", "tests"),
+    *sources("lora_jax", "configs", "experiments", "benchmarks", "measuring", "tests"),
     ROOT / "train.py",
 ]
 
@@ -115,7 +115,7 @@ def imports(path: pathlib.Path) -> set[str]:
 
 
 def libraries(path: pathlib.Path) -> set[str]:
-    ours = {"lora_jax", "configs", "train", "experiments", "benchmarks", "tests"}
+    ours = {"lora_jax", "configs", "train", "experiments", "benchmarks", "measuring", "tests"}
     tops = {name.split(".")[0] for name in imports(path)}
     return tops - set(sys.stdlib_module_names) - ours
 
@@ -148,6 +148,25 @@ def test_arrows(name: str) -> None:
 
 def test_nothing_in_the_package_imports_the_facade() -> None:
     assert not [name for name, targets in ARROWS.items() if "" in targets]
+
+
+# Folder -> the other folders of a checkout that it may import, beside `lora_jax`.
+CHECKOUT: dict[str, set[str]] = {
+    "lora_jax": set(),
+    "configs": set(),
+    "measuring": set(),
+    "benchmarks": {"measuring", "configs", "train"},
+    "experiments": {"measuring", "configs"},
+}
+
+
+@pytest.mark.parametrize("folder", CHECKOUT)
+def test_folders_of_a_checkout(folder: str) -> None:
+    """The wheel holds `lora_jax` alone. Red: benchmarks that import from experiments."""
+    known = {"configs", "train", "experiments", "benchmarks", "measuring", "tests"}
+    for path in sources(folder):
+        others = {name.split(".")[0] for name in imports(path)} & known
+        assert others <= CHECKOUT[folder] | {folder}, name_of(path)
 
 
 def chains() -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ ALL_LINEAR = {
 }
 
 
-class Classifier(torch.nn.Module):
+class TorchClassifier(torch.nn.Module):
     """BERT encoder, mean pooling, two classes."""
 
     def __init__(self, attention):
@@ -44,7 +44,7 @@ class Classifier(torch.nn.Module):
         return self.head(self.bert(input_ids=input_ids).last_hidden_state.mean(1))
 
 
-class Decoder(torch.nn.Module):
+class TorchDecoder(torch.nn.Module):
     """Llama decoder with tied embeddings."""
 
     def __init__(self, attention):
@@ -65,7 +65,7 @@ class Decoder(torch.nn.Module):
         return self.llama(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)
 
 
-BUILD = {"minilm": (Classifier, (32, 48), 30_522), "smollm2": (Decoder, (8, 48), 49_152)}
+BUILD = {"minilm": (TorchClassifier, (32, 48), 30_522), "smollm2": (TorchDecoder, (8, 48), 49_152)}
 
 
 def gradient(model, ids, labels):

@@ -6,10 +6,9 @@
     python -m experiments.paper --report-only         the report of what is there
 
 Runs go into `runs/paper/EXPERIMENT`. What has finished is not run again, and what was stopped goes
-on where it was. The report is of all that is there: report.html, which needs no other file,
-report.md and the figures, with the paper's numbers beside ours, and every command with its time and
-its machine. Of an experiment that has no runs here, what an earlier report in the same folder says
-is kept.
+on where it was. The report is of all that is there: report.html, which needs no other file, and
+report.md, with the paper's numbers beside ours, and every command with its time and its machine. An
+experiment that has no runs here keeps its part of an earlier report in the same folder.
 
 It is started in a checkout of the repository: it runs `train.py` with `experiments/paper/configs`.
 
@@ -34,11 +33,11 @@ from experiments.paper.experiments import Experiment
 from lora_jax.console import guarded, say
 from lora_jax.errors import LoraError
 from lora_jax.report import render
-from lora_jax.report.update_analysis import Base
+from lora_jax.report.update_analysis import BaseChoice
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class PaperOptions:
     """The command line."""
 
     experiments: Annotated[
@@ -62,7 +61,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = tyro.cli(
-        Options,
+        PaperOptions,
         prog="python -m experiments.paper",
         description=__doc__,
         args=arguments,
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(lambda: run(options, pathlib.Path.cwd()))
 
 
-def run(options: Options, root: pathlib.Path) -> None:
+def run(options: PaperOptions, root: pathlib.Path) -> None:
     """Run what has not finished and write the report; the page's path goes to stdout.
 
     Args:
@@ -80,7 +79,7 @@ def run(options: Options, root: pathlib.Path) -> None:
     Raises:
       LoraError, OSError: a user's error.
     """
-    base = Base(options.base)
+    base = BaseChoice(options.base)
     chosen = questions.chosen(options.experiments, base)
     runs = pathlib.Path(options.runs).expanduser()
     if options.list:
@@ -107,15 +106,17 @@ def _report(
     if kept:
         say(
             Console(stderr=True),
-            f"no runs of {', '.join(kept)} in {runs}: kept as they are in {out / result_cache.FILE}",
+            f"no runs of {', '.join(kept)} in {runs}: kept as they are in "
+            f"{out / result_cache.FILE}",
         )
-    path = render.write(page.make(experiments, found), out)
+    path = render.write(page.make(experiments, found), out, figure_files=False)
     result_cache.write(found, out)
     return path
 
 
 def _check(root: pathlib.Path) -> None:
-    missing = [name for name in ("train.py", "configs/paper") if not (root / name).exists()]
+    needed = ("train.py", "experiments/paper/configs")
+    missing = [name for name in needed if not (root / name).exists()]
     if missing:
         raise LoraError(
             f"{root} has no {' and no '.join(missing)}: start this command in a checkout of the "

@@ -1,4 +1,4 @@
-"""What the paper claims, in its numbers and in ours."""
+"""Compare the paper's claims in numbers with our results."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from experiments.paper import methods, published
-from experiments.paper.experiments import Claims, Row
+from experiments.paper.experiments import Claim, Claims
 from experiments.paper.matrices import label
 from experiments.paper.settings import Setting, settings, there
 from lora_jax.report import formatting
-from lora_jax.report.document import Fact, Section, Table, Text
+from lora_jax.report.document import Fact, Paragraph, Section, Table
 
 _ALL = ("query", "key", "value", "output")
 
 
-def section(rows: Sequence[Row]) -> Section:
+def section(rows: Sequence[Claim]) -> Section:
     """The claims of all experiments."""
     return Section(
         "The paper's claims, in numbers",
         (
-            Text(
+            Paragraph(
                 "Differences are in points of test accuracy, and ± is the standard error of a "
                 "difference of two means over seeds. The paper's models are a thousand times as "
                 "large and its tasks are others: what can be compared is the sign, and whether a "
@@ -76,7 +76,7 @@ def of_samples(folder: pathlib.Path) -> Claims:
     return tuple(_examples(settings(there(folder)))), ()
 
 
-def _matrices(ours: Mapping[str, Setting]) -> Iterator[Row]:
+def _matrices(ours: Mapping[str, Setting]) -> Iterator[Claim]:
     paper = published.MATRICES
     pairs = (
         ("q+v", ("query", "value"), "q", ("query",)),
@@ -93,7 +93,7 @@ def _matrices(ours: Mapping[str, Setting]) -> Iterator[Row]:
             )
 
 
-def _ranks(ours: Mapping[tuple[str, int], Setting]) -> Iterator[Row]:
+def _ranks(ours: Mapping[tuple[str, int], Setting]) -> Iterator[Claim]:
     for one, two in ((1, 8), (64, 8)):
         for name, its in (("q", ("query",)), ("q+v", ("query", "value")), ("q+k+v+o", _ALL)):
             if (name, one) in ours and (name, two) in ours:
@@ -109,7 +109,7 @@ def _two(one: tuple[float, float], two: tuple[float, float]) -> str:
     return f"{one[0] - two[0]:+.1f} WikiSQL, {one[1] - two[1]:+.1f} MNLI"
 
 
-def _examples(found: Sequence[Setting]) -> Iterator[Row]:
+def _examples(found: Sequence[Setting]) -> Iterator[Claim]:
     ours = {
         (setting.config["method.name"], setting.config["data.train_limit"]): setting
         for setting in found

@@ -31,13 +31,15 @@ import tyro
 from rich.console import Console
 
 import lora_jax
-from experiments.paper import measured, tables, trained
+from experiments.paper import measurement_file, trained
 from experiments.paper.published import CHECKPOINT, MEMORY, SPEED, Benefit
-from experiments.paper.trained import CASES, SIDES, Bytes, Case
+from experiments.paper.trained import CASES, SIDES, Case, StepBytes
 from lora_jax.console import guarded, say
 from lora_jax.errors import LoraError
-from lora_jax.report.document import Section, Table, Text
+from lora_jax.report import render
+from lora_jax.report.document import Paragraph, Section, Table
 from lora_jax.training.summary import in_units
+from measuring import timing
 
 FILE = "benefits.json"
 _TITLE = "Practical benefits: memory, checkpoint and speed"
@@ -45,7 +47,7 @@ _COMMAND = "python -m experiments.paper.benefits --out {}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class MeasuredSide:
     """One side.
 
     trained: numbers that are trained. checkpoint: bytes on disk of them.
@@ -54,7 +56,7 @@ class Trained:
 
     side: str
     trained: int
-    memory: Bytes
+    memory: StepBytes
     checkpoint: int
     seconds: tuple[float, ...]
 
@@ -78,14 +80,14 @@ class Compared:
     rows: int
     length: int
     parameters: int
-    sides: tuple[Trained, ...]
+    sides: tuple[MeasuredSide, ...]
 
     def __post_init__(self) -> None:
         found = tuple(one.side for one in self.sides)
         if found != SIDES:
             raise LoraError(f"sides are {found}, expected {SIDES}")
 
-    def speed(self, one: Trained) -> float:
+    def speed(self, one: MeasuredSide) -> float:
         """Tokens in a second."""
         return self.rows * self.length / one.median
 
@@ -94,13 +96,13 @@ class Compared:
 class Benefits:
     """What benefits.json holds. seconds: that the measuring took."""
 
-    machine: measured.Machine
+    machine: timing.Machine
     seconds: float
     models: tuple[Compared, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class BenefitsOptions:
     """The command line."""
 
     out: str
@@ -114,12 +116,15 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = tyro.cli(
-        Options, prog="python -m experiments.paper.benefits", description=__doc__, args=arguments
+        BenefitsOptions,
+        prog="python -m experiments.paper.benefits",
+        description=__doc__,
+        args=arguments,
     )
     return guarded(lambda: run(options, Console(stderr=True)))
 
 
-def run(options: Options, console: Console) -> None:
+def run(options: BenefitsOptions, console: Console) -> None:
     """Measure and write; the tables go to stdout, progress to `console`.
 
     Raises:
@@ -127,13 +132,13 @@ def run(options: Options, console: Console) -> None:
     """
     if options.steps < 1 or not options.models:
         raise LoraError("--steps and the number of --models must be at least 1")
-    out = measured.prepared(options.out)
+    out = measurement_file.prepared(options.out)
     start = time.monotonic()
     found = tuple(measure(CASES[name], options.steps, console) for name in options.models)
-    result = Benefits(measured.machine(), round(time.monotonic() - start, 1), found)
-    measured.write(out, result)
-    shown = "\n\n".join(tables.plain(table) for table in (_ratios(result), _memory(result)))
-    say(Console(), f"{result.machine.line()}\n\n{shown}")
+    result = Benefits(timing.machine(), round(time.monotonic() - start, 1), found)
+    measurement_file.write(out, result)
+    shown = map(render.markdown_table, (_ratios(result), _memory(result)))
+    say(Console(), "\n\n".join((result.machine.line(), *shown)))
 
 
 def measure(case: Case, steps: int, console: Console) -> Compared:
@@ -143,15 +148,15 @@ def measure(case: Case, steps: int, console: Console) -> Compared:
     memory = {name: trained.memory(side) for name, side in made.items()}
     counts = {name: lora_jax.count(side.state.trained) for name, side in made.items()}
     runs = {name: trained.stepping(side) for name, side in made.items()}
-    with measured.bar(console, case.name, len(runs) * (steps + 1)) as ran:
-        seconds = measured.timings(runs, steps, ran)
+    with measurement_file.bar(console, case.name, len(runs) * (steps + 1)) as ran:
+        seconds = timing.timings(runs, steps, ran)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder)
         sizes = {
             name: trained.written(side, runs[name](), path, name) for name, side in made.items()
         }
     parts = tuple(
-        Trained(name, counts[name], memory[name], sizes[name], tuple(seconds[name]))
+        MeasuredSide(name, counts[name], memory[name], sizes[name], tuple(seconds[name]))
         for name in SIDES
     )
     return Compared(case.name, case.rows, case.length, counts["full"], parts)
@@ -165,23 +170,23 @@ def sections(folder: pathlib.Path) -> Sequence[Section]:
     """
     file = folder / FILE
     command = _COMMAND.format(file)
-    found = measured.read(file, Benefits, command)
+    found = measurement_file.read(file, Benefits, command)
     if found is None:
         return ()
     return (Section(_TITLE, (*_texts(found), _ratios(found), _memory(found))),)
 
 
-def _texts(found: Benefits) -> tuple[Text, ...]:
+def _texts(found: Benefits) -> tuple[Paragraph, ...]:
     steps = len(found.models[0].sides[0].seconds)
     saved = 1 - SPEED.full / SPEED.lora
     return (
-        Text(
+        Paragraph(
             "The training step of train.py with random weights, LoRA with rank 4 on query and "
             f"value and the head of a classifier, against all parameters; medians of {steps} "
             f"steps, in turns in one process, on {found.machine.line()}, in {found.seconds:,.0f} "
             "seconds. Checkpoints are what train.py exports, weighed on disk."
         ),
-        Text(
+        Paragraph(
             "The paper's 350 GB are two bytes for each parameter, so activations do not show in "
             "them; here they do. Its tokens a second are of one V100, and the 25% of its footnote "
             f"5 are time saved: 1 - {SPEED.full} / {SPEED.lora} is {saved:.1%}."

@@ -1,4 +1,4 @@
-"""Pictures of scores that have a spread: of several seeds, or one number of the paper."""
+"""Charts of scores with their spread over seeds, and of the paper's single numbers."""
 
 from __future__ import annotations
 

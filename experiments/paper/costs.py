@@ -1,4 +1,4 @@
-"""Running the commands of an experiment, and what each of them took."""
+"""Run the commands of an experiment, and record what each of them cost."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from typing import Any
 import jax
 
 from experiments.paper.experiments import Task
-from experiments.paper.measured import cores, processor
 from lora_jax.errors import LoraError
 from lora_jax.training.directory import write_json
+from measuring.timing import cores, processor
 
 FILE = "cost.json"  # beside what the command leaves
 

@@ -13,9 +13,9 @@ from experiments.paper.experiments import Task
 from experiments.paper.settings import there
 from lora_jax.console import USER_ERRORS
 from lora_jax.report import charts, formatting, subspace_similarity, update_analysis
-from lora_jax.report.document import Block, Figure, Note, Panel, Section, Table, Text
+from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import label, layers, matrices, middle
-from lora_jax.report.run_files import Left
+from lora_jax.report.run_files import SavedRun
 
 FILE = "experiments/paper/configs/directions.py"
 MODELS = {"encoder": "MiniLM", "decoder": "SmolLM2"}  # attribute of that file -> its model
@@ -33,21 +33,21 @@ def tasks(folder: pathlib.Path) -> Sequence[Task]:
     return sweeps.tasks(folder, FILE, tuple(MODELS))
 
 
-def sections(folder: pathlib.Path, base: update_analysis.Base) -> Sequence[Section]:
+def sections(folder: pathlib.Path, base: update_analysis.BaseChoice) -> Sequence[Section]:
     """Of the runs in a folder, two for each model, and what is not there in the last of them; none
     where there is none that has finished."""
     found: list[Section] = []
     runs = {attribute: list(there(folder / attribute)) for attribute in MODELS}
     for attribute, model in MODELS.items():
-        finished = [left for left in runs[attribute] if left.summary is not None]
+        finished = [run for run in runs[attribute] if run.summary is not None]
         if finished:
-            compared = [left for left in finished if _rank(left) in _COMPARED]
+            compared = [run for run in finished if _rank(run) in _COMPARED]
             shared = subspace_similarity.section(compared)
-            shared = dataclasses.replace(shared, blocks=(*shared.blocks, Text(_ROWS)))
+            shared = dataclasses.replace(shared, blocks=(*shared.blocks, Paragraph(_ROWS)))
             gains = Section("What of W it amplifies", tuple(_gains(finished, base)))
             found += [_of(one, attribute, model) for one in (shared, gains)]
     if found:
-        notes = sweeps.notes(tasks(folder), {name: lefts for name, lefts in runs.items() if lefts})
+        notes = sweeps.notes(tasks(folder), {name: saved for name, saved in runs.items() if saved})
         found[-1] = dataclasses.replace(found[-1], blocks=(*found[-1].blocks, *notes))
     return found
 
@@ -66,14 +66,14 @@ def _of(section: Section, attribute: str, model: str) -> Section:
     return Section(f"{section.title}: {model}", tuple(blocks))
 
 
-def _rank(left: Left) -> int:
-    return int(left.config["lora"]["rank"])
+def _rank(run: SavedRun) -> int:
+    return int(run.config["lora"]["rank"])
 
 
-def _gains(runs: Sequence[Left], base: update_analysis.Base) -> list[Block]:
-    found: dict[int, update_analysis.Amplified] = {}
+def _gains(runs: Sequence[SavedRun], base: update_analysis.BaseChoice) -> list[Block]:
+    found: dict[int, update_analysis.AmplifiedUpdate] = {}
     for rank in _AMPLIFIED:
-        own = [left for left in runs if _rank(left) == rank]
+        own = [run for run in runs if _rank(run) == rank]
         try:
             found |= {rank: update_analysis.amplified(own[0].path, base)} if own else {}
         except USER_ERRORS as error:
@@ -81,7 +81,7 @@ def _gains(runs: Sequence[Left], base: update_analysis.Base) -> list[Block]:
     if not found:
         return [Note(f"No run of rank {' or '.join(map(str, _AMPLIFIED))} has finished.")]
     blocks: list[Block] = [
-        Text(
+        Paragraph(
             "The factor is ‖ΔW‖ over ‖UᵀWV‖, U and V being the top r directions of ΔW: how much "
             "more of them the update brings than W had. 1 would be doubling what is there."
         ),
@@ -92,7 +92,7 @@ def _gains(runs: Sequence[Left], base: update_analysis.Base) -> list[Block]:
     return blocks
 
 
-def _middle(found: dict[int, update_analysis.Amplified]) -> Table:
+def _middle(found: dict[int, update_analysis.AmplifiedUpdate]) -> Table:
     """The first matrix of the middle layer, as the paper has it, with its numbers beside."""
     rows = []
     for rank, one in found.items():
@@ -120,7 +120,7 @@ def _middle(found: dict[int, update_analysis.Amplified]) -> Table:
     )
 
 
-def _factors(rank: int, one: update_analysis.Amplified) -> Figure:
+def _factors(rank: int, one: update_analysis.AmplifiedUpdate) -> Figure:
     rows, names = layers(one.there), matrices(one.there)
     lines = {
         name: [

@@ -1,4 +1,4 @@
-"""What is run for each of the paper's questions, and what of the report it makes."""
+"""The type of an experiment: its commands, and the functions that make its part of the report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from lora_jax.report.document import Fact, Section
 
-Row = tuple[str, str, str]  # a claim, the paper's number, ours
-Claims = tuple[Sequence[Row], Sequence[Fact]]  # and what of them is for the top of the page
+Claim = tuple[str, str, str]  # a claim, the paper's number, ours
+Claims = tuple[Sequence[Claim], Sequence[Fact]]  # and what of them is for the top of the page
 
 
 @dataclasses.dataclass(frozen=True)

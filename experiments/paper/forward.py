@@ -1,25 +1,24 @@
-"""One model's forward pass in the ways of the paper's Table 1, each a compiled program."""
+"""Compile one model's forward pass in each of the ways of the paper's Table 1."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 import lora_jax
-from experiments.paper.shapes import normal
 from lora_jax import baselines, models
 from lora_jax.baselines import counts
 from lora_jax.baselines.sites import ENCODER
 from lora_jax.errors import LoraError
+from lora_jax.paths import Tree
 from lora_jax.planner import hlo
-
-Tree = Any  # a pytree
+from measuring.published_models import normal
 
 BASE, MERGED, UNMERGED, LIN, HOULSBY = METHODS = ("base", "merged", "unmerged", "lin", "houlsby")
 QUERY_VALUE = f"{ENCODER}/encoder/layer_*/attention/{{query,value}}/kernel"

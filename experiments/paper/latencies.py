@@ -1,4 +1,4 @@
-"""What latency.json holds, and what the report says of it."""
+"""The contents of latency.json, and their section of the report."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import pathlib
 import statistics
 from collections.abc import Sequence
 
-from experiments.paper import measured
+from experiments.paper import measurement_file
 from experiments.paper.forward import BASE, HOULSBY, LIN, MERGED, METHODS, UNMERGED
 from experiments.paper.published import LATENCY, Latency
 from lora_jax.errors import LoraError
 from lora_jax.report import formatting, svg
-from lora_jax.report.document import Figure, Panel, Section, Table, Text
+from lora_jax.report.document import Figure, Panel, Paragraph, Section, Table
+from measuring import timing
 
 FILE = "latency.json"
 NAMES = {
@@ -90,7 +91,7 @@ class Latencies:
       LoraError: it is not.
     """
 
-    machine: measured.Machine
+    machine: timing.Machine
     layers: int
     whole_layers: int
     merged_is_base: bool
@@ -110,24 +111,24 @@ def sections(folder: pathlib.Path) -> Sequence[Section]:
     """
     file = folder / FILE
     command = _COMMAND.format(file)
-    found = measured.read(file, Latencies, command)
+    found = measurement_file.read(file, Latencies, command)
     if found is None:
         return ()
     return (Section(_TITLE, (*_texts(found), _figure(found), table(found))),)
 
 
-def _texts(found: Latencies) -> tuple[Text, ...]:
+def _texts(found: Latencies) -> tuple[Paragraph, ...]:
     base, whole = found.shapes[0].base, found.whole_layers
     layers = f"{found.layers} of its {whole}" if found.layers != whole else f"all {whole}"
     return (
-        Text(
+        Paragraph(
             f"A BERT encoder of GPT-2 medium's shape (the same products, biases and norms, and no "
             f"causal mask), {layers} layers and no product with the vocabulary, random weights; on "
             f"{found.machine.line()}, in {found.seconds:,.0f} seconds. The paper's are of GPT-2 "
             "medium on a Quadro RTX8000. Programs are compiled apart and run in turns; times are "
             "medians and standard deviations."
         ),
-        Text(
+        Paragraph(
             "LoRA has rank 4 on query and value. Merged it is the base's own program at every "
             f"shape, compared line by line ({base.instructions:,} HLO instructions at "
             f"{found.shapes[0].batch} x {found.shapes[0].length}), so what its time differs by is "

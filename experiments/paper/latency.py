@@ -31,15 +31,17 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
-from experiments.paper import forward, measured, tables
+from experiments.paper import forward, measurement_file
 from experiments.paper.forward import Sizes
 from experiments.paper.latencies import Latencies, Timed, Timings, table
 from experiments.paper.latencies import sections as sections
 from experiments.paper.published import LATENCY_MILLIONS
-from experiments.paper.shapes import MEDIUM
 from lora_jax import models
 from lora_jax.console import guarded, say
 from lora_jax.errors import LoraError
+from lora_jax.report import render
+from measuring import timing
+from measuring.published_models import MEDIUM
 
 _LAYERS = 2  # on a CPU
 _TRIALS = 100  # the paper's
@@ -49,7 +51,7 @@ SMALL, LARGE = Sizes(4, lin=9, houlsby=5), Sizes(4, lin=224, houlsby=112)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class LatencyOptions:
     """The command line."""
 
     out: str
@@ -65,12 +67,15 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = tyro.cli(
-        Options, prog="python -m experiments.paper.latency", description=__doc__, args=arguments
+        LatencyOptions,
+        prog="python -m experiments.paper.latency",
+        description=__doc__,
+        args=arguments,
     )
     return guarded(lambda: run(options, Console(stderr=True)))
 
 
-def run(options: Options, console: Console) -> None:
+def run(options: LatencyOptions, console: Console) -> None:
     """Measure and write; the table goes to stdout, progress to `console`.
 
     Raises:
@@ -83,7 +88,7 @@ def run(options: Options, console: Console) -> None:
     if min(layers, 1 if options.repeats is None else options.repeats, len(options.shapes)) < 1:
         raise LoraError("--layers, --repeats and the number of --shapes must be at least 1")
     shapes = [_shape(text) for text in options.shapes]
-    out = measured.prepared(options.out)
+    out = measurement_file.prepared(options.out)
     config = dataclasses.replace(MEDIUM, num_layers=layers)
     start = time.monotonic()
     found = []
@@ -93,9 +98,9 @@ def run(options: Options, console: Console) -> None:
         found.append(measure(config, sizes, batch, length, options.repeats or many, console))
     whole = MEDIUM.num_layers
     taken = round(time.monotonic() - start, 1)
-    result = Latencies(measured.machine(), layers, whole, True, taken, tuple(found))
-    measured.write(out, result)
-    say(Console(), f"{result.machine.line()}\n\n{tables.plain(table(result))}")
+    result = Latencies(timing.machine(), layers, whole, True, taken, tuple(found))
+    measurement_file.write(out, result)
+    say(Console(), f"{result.machine.line()}\n\n{render.markdown_table(table(result))}")
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -133,8 +138,8 @@ def measure(
         jax.random.key(0), (batch, length), 0, config.vocab_size, dtype=jnp.int32
     )
     runs = {name: functools.partial(programs[name], one.weights, ids) for name, one in made.items()}
-    with measured.bar(console, f"{batch} x {length}", len(runs) * (repeats + 1)) as ran:
-        seconds = measured.timings(runs, repeats, ran)
+    with measurement_file.bar(console, f"{batch} x {length}", len(runs) * (repeats + 1)) as ran:
+        seconds = timing.timings(runs, repeats, ran)
     added = forward.added(config, sizes)
     wholly = forward.added(dataclasses.replace(config, num_layers=whole), sizes)
     return Timings(

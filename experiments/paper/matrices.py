@@ -1,4 +1,4 @@
-"""Which matrices are to be adapted, at one number of trained parameters (the paper's Table 5)."""
+"""Compare choices of matrices at one number of trained parameters (the paper's Table 5)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from experiments.paper.settings import Setting, matrices
 from lora_jax.report import formatting, svg
 from lora_jax.report.document import Block, Figure, Panel, Table
 
-Published = Mapping[tuple[str, ...], tuple[float, float]]  # matrices -> WikiSQL, MNLI
+MatrixScores = Mapping[tuple[str, ...], tuple[float, float]]  # matrices -> WikiSQL, MNLI
 
 
-def blocks(found: Sequence[Setting], published: Published, name: str) -> list[Block]:
+def blocks(found: Sequence[Setting], published: MatrixScores, name: str) -> list[Block]:
     """A table and a picture of settings that differ in their matrices; none of none.
 
     Args:

@@ -1,4 +1,4 @@
-"""LoRA beside the other methods, at matched parameters: the paper's Tables 2 and 3, Figure 2."""
+"""Compare LoRA with other methods at matched parameters: the paper's Tables 2 and 3, Figure 2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.paper.experiments import Task
 from experiments.paper.settings import Setting
 from lora_jax.groups import member_names
 from lora_jax.report import formatting
-from lora_jax.report.document import Block, Figure, Panel, Section, Table, Text
+from lora_jax.report.document import Block, Figure, Panel, Paragraph, Section, Table
 
 METHODS = (
     "full",
@@ -164,7 +164,7 @@ def _results(found: Sequence[Tuned]) -> list[Block]:
         marked,
     )
     points = [
-        seed_scatter.Point(one.method, one.best.trained, 100 * settings.mean(one.test),
+        seed_scatter.NamedPoint(one.method, one.best.trained, 100 * settings.mean(one.test),
                       100 * _finite(settings.spread(one.test)))
         for one in found
         if one.test
@@ -185,7 +185,7 @@ def _results(found: Sequence[Tuned]) -> list[Block]:
     edges = [f"{one.method} (the {one.edge})" for one in found if one.edge]
     if edges:
         blocks.append(
-            Text(
+            Paragraph(
                 f"At the edge of what was tried is the learning rate of {', '.join(edges)}; what "
                 "lies beyond it is not known."
             )
@@ -253,7 +253,7 @@ def _differences(found: Sequence[Tuned]) -> list[Block]:
         rows,
         ("method", *paper),
     )
-    return [table, Text(_agreement(known))]
+    return [table, Paragraph(_agreement(known))]
 
 
 def _agreement(known: dict[str, Difference]) -> str:

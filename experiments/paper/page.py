@@ -1,4 +1,4 @@
-"""The report of all experiments that there is anything of."""
+"""Make the report of all experiments that have results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of the paper that the report has beside ours.
+"""The paper's own numbers, which the report compares with ours.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, version 2, whose
 text all of them were compared with. Scores are in the paper's units: per cent of accuracy for MNLI,
@@ -61,7 +61,7 @@ GENERATION: dict[int, tuple[float, float]] = {
 }
 
 
-class Amplified(NamedTuple):
+class PublishedAmplification(NamedTuple):
     """A column pair of Table 7: ‖UᵀWV‖ by whose directions U and V are, ‖W‖ and ‖ΔW‖."""
 
     along_update: float
@@ -72,9 +72,9 @@ class Amplified(NamedTuple):
 
 
 # Table 7: W_q of the 48th layer of GPT-3; rank -> norms.
-AMPLIFICATION: dict[int, Amplified] = {
-    4: Amplified(0.32, 21.67, 0.02, 61.95, 6.91),
-    64: Amplified(1.90, 37.71, 0.33, 61.95, 3.57),
+AMPLIFICATION: dict[int, PublishedAmplification] = {
+    4: PublishedAmplification(0.32, 21.67, 0.02, 61.95, 6.91),
+    64: PublishedAmplification(1.90, 37.71, 0.33, 61.95, 3.57),
 }
 
 

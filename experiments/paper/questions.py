@@ -19,15 +19,15 @@ from experiments.paper import (
 from experiments.paper.experiments import Experiment, Task
 from experiments.paper.settings import Setting, settings, there
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.report.document import Block, Section, Text
-from lora_jax.report.update_analysis import Base
+from lora_jax.report.document import Block, Paragraph, Section
+from lora_jax.report.update_analysis import BaseChoice
 
 NAMES = (
     "matrices", "rank", "directions", "methods", "samples", "definitions", "latency", "benefits",
 )  # fmt: skip
 
 
-def experiments(base: Base) -> tuple[Experiment, ...]:
+def experiments(base: BaseChoice) -> tuple[Experiment, ...]:
     """All of them.
 
     Args:
@@ -90,7 +90,7 @@ def experiments(base: Base) -> tuple[Experiment, ...]:
     return every
 
 
-def chosen(names: Sequence[str], base: Base) -> tuple[Experiment, ...]:
+def chosen(names: Sequence[str], base: BaseChoice) -> tuple[Experiment, ...]:
     """Those of these names, all of none.
 
     Raises:
@@ -127,7 +127,7 @@ def _section(
 
     def sections(folder: pathlib.Path) -> Sequence[Section]:
         found = blocks(settings(there(folder)))
-        return (Section(title, (Text(text), *found)),) if found else ()
+        return (Section(title, (Paragraph(text), *found)),) if found else ()
 
     return sections
 

@@ -1,4 +1,4 @@
-"""Which rank is enough (the paper's Tables 6 and 18)."""
+"""Compare ranks (the paper's Tables 6 and 18)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from experiments.paper.settings import Setting, matrices
 from lora_jax.report import formatting
 from lora_jax.report.document import Block, Figure, Panel, Table
 
-Published = Mapping[tuple[str, ...], Mapping[int, tuple[float, float]]]
+RankScores = Mapping[tuple[str, ...], Mapping[int, tuple[float, float]]]
 
 
 def blocks(found: Sequence[Setting], name: str) -> list[Block]:

@@ -1,25 +1,25 @@
-"""What the report says of each experiment, and how it is kept for the next report.
+"""What the report says of each experiment, kept for the next report into the same folder.
 
 The runs of all experiments are gigabytes, and no machine has to hold them at once: a report leaves
-what it says in report.json, and the next one into the same folder takes from there what it finds no
-runs of.
+its texts and tables in report.json, one line an experiment, and its figures in report.html. The
+next report takes from there what it finds no runs of.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.paper import costs
-from experiments.paper.experiments import Experiment, Row
+from experiments.paper import costs, saved_sections
+from experiments.paper.experiments import Claim, Experiment
 from experiments.paper.settings import there
 from lora_jax.errors import LoraError
-from lora_jax.report import saved_sections
+from lora_jax.report import render
 from lora_jax.report.document import Fact, Section
-from lora_jax.training.directory import write_json
 
 FILE = "report.json"  # beside the page
 
@@ -34,7 +34,7 @@ class Answer:
     """
 
     sections: tuple[Section, ...]
-    claims: tuple[Row, ...]
+    claims: tuple[Claim, ...]
     facts: tuple[Fact, ...]
     runs: int
     spent: tuple[costs.Cost, ...]
@@ -91,25 +91,32 @@ def gather(
 
 
 def write(answers: Answers, folder: pathlib.Path) -> None:
-    """Leave them beside the page and its pictures."""
-    write_json(folder / FILE, {name: _plain(answer) for name, answer in answers.items()})
+    """Write them into the folder of the page."""
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(_plain(answer), ensure_ascii=False)}"
+        for name, answer in answers.items()
+    ]
+    partial = folder / f"{FILE}.tmp"
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    os.replace(partial, folder / FILE)
 
 
 def read(folder: pathlib.Path) -> dict[str, Answer]:
     """What `write` left in a folder; nothing where there is no such file.
 
     Raises:
-      LoraError: it cannot be read, or a picture is not beside it.
+      LoraError: it cannot be read, or the page has not all of its figures.
     """
     file = folder / FILE
     if not file.is_file():
         return {}
     try:
         found = json.loads(file.read_text())
-        return {name: _answer(value, folder) for name, value in found.items()}
+        drawings = render.drawings((folder / render.HTML).read_text())
+        return {name: _answer(value, drawings) for name, value in found.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise LoraError(
-            f"{file} cannot be read: {error}; put it and the pictures beside it back as they were "
+            f"{file} and {render.HTML} cannot be read: {error}; put both back as they were "
             "(in a checkout: `git checkout` of the folder), or write the report to another folder "
             "with --out: it is what this report keeps of experiments that have no runs here"
         ) from error
@@ -125,9 +132,9 @@ def _plain(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _answer(found: Any, folder: pathlib.Path) -> Answer:
+def _answer(found: Any, drawings: Mapping[str, str]) -> Answer:
     return Answer(
-        sections=tuple(saved_sections.read(section, folder) for section in found["sections"]),
+        sections=tuple(saved_sections.read(section, drawings) for section in found["sections"]),
         claims=tuple((claim, paper, ours) for claim, paper, ours in found["claims"]),
         facts=tuple(Fact(**fact) for fact in found["facts"]),
         runs=int(found["runs"]),

@@ -1,4 +1,4 @@
-"""Few examples and many: the paper's Table 16."""
+"""Compare methods on few and on many examples (the paper's Table 16)."""
 
 from __future__ import annotations
 

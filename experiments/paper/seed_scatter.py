@@ -1,4 +1,4 @@
-"""Named points over a number that grows by factors: no name lies on another."""
+"""Draw named points over a logarithmic axis, with labels that do not overlap."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINE = 0.062  # of the axis' height, that a name needs
 _COLOURS = ("#3f78b5", "#c8553d")  # readable on light and dark; the second is the one that counts
 
 
-class Point(NamedTuple):
+class NamedPoint(NamedTuple):
     """One method.
 
     trained: along the axis, at least 1. spread: of the height, in its units.
@@ -31,11 +31,11 @@ class Point(NamedTuple):
 
 
 class _Placed(NamedTuple):
-    point: Point
+    point: NamedPoint
     x: float
 
 
-def draw(points: Sequence[Point], along: str, up: str, counts: str = "lora") -> Figure:
+def draw(points: Sequence[NamedPoint], along: str, up: str, counts: str = "lora") -> Figure:
     """The points, with their spreads as bars.
 
     Args:
@@ -73,7 +73,7 @@ def draw(points: Sequence[Point], along: str, up: str, counts: str = "lora") -> 
     return figure
 
 
-def _groups(ordered: Sequence[Point]) -> list[list[Point]]:
+def _groups(ordered: Sequence[NamedPoint]) -> list[list[NamedPoint]]:
     """Points that are near each other, together."""
     groups = [[ordered[0]]]
     for last, point in itertools.pairwise(ordered):
@@ -84,12 +84,12 @@ def _groups(ordered: Sequence[Point]) -> list[list[Point]]:
     return groups
 
 
-def _gap(groups: Sequence[Sequence[Point]], number: int) -> float:
+def _gap(groups: Sequence[Sequence[NamedPoint]], number: int) -> float:
     """Between a group and the next, in powers of ten."""
     return math.log10(groups[number + 1][0].trained / groups[number][-1].trained)
 
 
-def _apart(group: Sequence[Point]) -> list[_Placed]:
+def _apart(group: Sequence[NamedPoint]) -> list[_Placed]:
     """Each at its place, but as far from the one before as its bar is to be seen."""
     places = [math.log10(point.trained) for point in group]
     moved = [places[0]]

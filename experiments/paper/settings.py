@@ -1,4 +1,4 @@
-"""Runs that differ in the seed alone, as one line of a table: their mean and their spread."""
+"""Group runs that differ in the seed alone, and give their mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lora_jax.groups.comparison import flat
 from lora_jax.report import formatting
-from lora_jax.report.run_files import Left, is_run, read
+from lora_jax.report.run_files import SavedRun, is_run, read
 
 
 class Unit(NamedTuple):
@@ -33,7 +33,7 @@ class Setting:
     """
 
     config: dict[str, Any]
-    runs: tuple[Left, ...]
+    runs: tuple[SavedRun, ...]
 
     @property
     def select(self) -> str:
@@ -59,8 +59,8 @@ class Setting:
         """A number of the evaluation after training, of each run that has it; None: what picked
         the best adapter."""
         found = []
-        for left in self.runs:
-            value = left.after.get(split, {}).get(name or self.select)
+        for run in self.runs:
+            value = run.after.get(split, {}).get(name or self.select)
             if value is not None and math.isfinite(value):
                 found.append(float(value))
         return found
@@ -104,18 +104,18 @@ def text(values: Sequence[float], factor: float = 100.0, decimals: int = 1) -> s
     return f"{middle:.{decimals}f}{plus}"
 
 
-def settings(runs: Sequence[Left]) -> list[Setting]:
+def settings(runs: Sequence[SavedRun]) -> list[Setting]:
     """The finished runs by their configs, in the order of the first of each."""
-    found: dict[tuple[Any, ...], list[Left]] = {}
-    for left in runs:
-        if left.summary is not None:
-            config = flat(left.config)
+    found: dict[tuple[Any, ...], list[SavedRun]] = {}
+    for run in runs:
+        if run.summary is not None:
+            config = flat(run.config)
             config.pop("seed", None)
-            found.setdefault(tuple(config.items()), []).append(left)
-    return [Setting(dict(key), tuple(lefts)) for key, lefts in found.items()]
+            found.setdefault(tuple(config.items()), []).append(run)
+    return [Setting(dict(key), tuple(saved)) for key, saved in found.items()]
 
 
-def there(folder: pathlib.Path) -> tuple[Left, ...]:
+def there(folder: pathlib.Path) -> tuple[SavedRun, ...]:
     """The runs in a folder, also those in folders of it; none where there is none yet.
 
     Raises:
@@ -126,7 +126,7 @@ def there(folder: pathlib.Path) -> tuple[Left, ...]:
     if is_run(folder):
         return read(folder)
     inner = sorted(path for path in folder.iterdir() if path.is_dir())
-    return tuple(left for path in inner for left in there(path))
+    return tuple(run for path in inner for run in there(path))
 
 
 def matrices(setting: Setting) -> tuple[str, ...]:

@@ -13,10 +13,10 @@ from experiments.paper.experiments import Task
 from experiments.paper.settings import there
 from lora_jax.report import single_run
 from lora_jax.report.document import Note
-from lora_jax.report.run_files import Left
+from lora_jax.report.run_files import SavedRun
 
 _NOTES = 4  # of runs that have not finished; more are counted
-Runs = dict[str, list[Left]]  # name of the group -> its runs
+Runs = dict[str, list[SavedRun]]  # name of the group -> its runs
 
 
 def tasks(folder: pathlib.Path, file: str, groups: Sequence[str]) -> list[Task]:
@@ -44,10 +44,10 @@ def runs(folder: pathlib.Path, methods: Sequence[str]) -> Runs:
       LoraError: what a run has left cannot be read.
     """
     found: Runs = {method: [] for method in methods}
-    for left in there(folder):
-        name = left.config.get("method", {}).get("name", "lora")
-        found.setdefault(name, []).append(left)
-    return {method: lefts for method, lefts in found.items() if lefts}
+    for run in there(folder):
+        name = run.config.get("method", {}).get("name", "lora")
+        found.setdefault(name, []).append(run)
+    return {method: saved for method, saved in found.items() if saved}
 
 
 def notes(tasks: Sequence[Task], found: Runs) -> list[Note]:
@@ -58,11 +58,11 @@ def notes(tasks: Sequence[Task], found: Runs) -> list[Note]:
       found: what `runs` gives.
     """
     missing = [task for task in tasks if task.folder.name not in found]
-    waiting = [left for lefts in found.values() for left in lefts if left.summary is None]
+    waiting = [run for saved in found.values() for run in saved if run.summary is None]
     many = len(waiting) > _NOTES
     said = [
         *_missing(missing),
-        *([] if many else [note for left in waiting for note in single_run.unfinished(left)]),
+        *([] if many else [note for run in waiting for note in single_run.unfinished(run)]),
     ]
     if many:
         counts = [f"{sum(x.summary is None for x in found[m])} of {m}" for m in found]

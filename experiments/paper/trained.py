@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax
-from experiments.paper.shapes import MINILM, SMOLLM2, normal
 from lora_jax import baselines, models
 from lora_jax.groups import memory_fit
+from lora_jax.paths import Tree
 from lora_jax.training import causal_lm, classification, export, optimizer, step
 from lora_jax.training.config import OptimizerConfig
 from lora_jax.training.summary import nbytes
 from lora_jax.training.workload import Loss, Workload
-
-Tree = Any  # a pytree
+from measuring.published_models import MINILM, SMOLLM2, normal
 
 SIDES = ("full", "lora")
 _STEPS = 1000  # of the schedule; how many does not matter
@@ -56,7 +55,7 @@ CASES = {
 }  # fmt: skip
 
 
-class Side(NamedTuple):
+class TrainingSide(NamedTuple):
     """One of `SIDES`, ready to take its steps.
 
     layout: of LoRA; without targets where there is none.
@@ -73,7 +72,7 @@ class Side(NamedTuple):
     program: jax.stages.Compiled
 
 
-def sides(case: Case) -> dict[str, Callable[[], Side]]:
+def sides(case: Case) -> dict[str, Callable[[], TrainingSide]]:
     """What makes each side; they share the random parameters and the batch."""
     workload, batch = _workload(case), _batch(case)
     spec = lora_jax.LoraSpec(case.rank, 2.0 * case.rank, (case.targets,))
@@ -83,13 +82,13 @@ def sides(case: Case) -> dict[str, Callable[[], Side]]:
     )
     trained = {"full": (lora_jax.Layout(()), ("**",)), "lora": (layout, case.trainable)}
 
-    def make(layout: lora_jax.Layout, trainable: tuple[str, ...]) -> Side:
+    def make(layout: lora_jax.Layout, trainable: tuple[str, ...]) -> TrainingSide:
         base, frozen = lora_jax.frozen.split(workload.params, trainable)
         tx = optimizer.adamw(optimizer.hyper(OptimizerConfig(), _STEPS))
         state = jax.jit(step.fresh(layout, tx, "gaussian"))(base, key)
         take = step.train_step(workload, layout, tx, "stop")
         program = jax.jit(take, donate_argnums=0).lower(state, frozen, batch).compile()
-        return Side(layout, state, frozen, batch, program)
+        return TrainingSide(layout, state, frozen, batch, program)
 
     return {name: (lambda name=name: make(*trained[name])) for name in SIDES}  # type: ignore[misc]
 
@@ -130,7 +129,7 @@ def _batch(case: Case) -> dict[str, jax.Array]:
     }
 
 
-def stepping(side: Side) -> Callable[[], Any]:
+def stepping(side: TrainingSide) -> Callable[[], Any]:
     """A function that takes one step each time it is called; it gives the new state."""
     state = side.state
 
@@ -143,7 +142,7 @@ def stepping(side: Side) -> Callable[[], Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bytes:
+class StepBytes:
     """Of a step on its device, by XLA's own account of the compiled program.
 
     total: arguments, results that are not written over them, and temporaries.
@@ -163,10 +162,10 @@ class Bytes:
         return self.total - self.weights - self.optimizer - self.gradients
 
 
-def memory(side: Side) -> Bytes:
+def memory(side: TrainingSide) -> StepBytes:
     """What one step takes. To be called before the first one."""
     trained = nbytes(side.state.trained)
-    return Bytes(
+    return StepBytes(
         total=round(memory_fit.of_step(side.program).bytes),
         weights=trained + nbytes(side.frozen),
         optimizer=nbytes(side.state.optimizer),
@@ -174,7 +173,7 @@ def memory(side: Side) -> Bytes:
     )
 
 
-def written(side: Side, state: step.State, folder: pathlib.Path, name: str) -> int:
+def written(side: TrainingSide, state: step.State, folder: pathlib.Path, name: str) -> int:
     """Bytes on disk of what is trained, as train.py exports it: with the base's fingerprint.
 
     Args:

@@ -1,4 +1,4 @@
-"""What an update is made of: subspaces, spectra, amplification, and adapters out of full updates.
+"""Analyse updates: subspaces, spectra, amplification, and low-rank factors of full updates.
 
 phi      = similarity(one, two)                  how far two adapters share directions (paper 7.2)
 spectra  = spectrum(layout, adapters)            singular values, effective rank, energy

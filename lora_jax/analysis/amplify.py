@@ -1,4 +1,4 @@
-"""How an update relates to W: which of W's directions it amplifies (paper 7.3, Table 7)."""
+"""Measure which of W's directions an update amplifies (paper 7.3, Table 7)."""
 
 from __future__ import annotations
 

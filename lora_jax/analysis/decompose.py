@@ -1,4 +1,4 @@
-"""Factors out of full matrices: of a full fine-tuning's difference, and of W itself."""
+"""Decompose full matrices into low-rank factors: a fine-tuning's difference, or W itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Targets as stacks of plain float64 matrices, and the thin singular value decompositions of them.
+"""Targets as stacks of float64 matrices, and their thin singular value decompositions.
 
 An update `a b` of rank r is decomposed without being formed. With the QR factorisations a = Qa Ra
 and b^T = Qb Rb,

@@ -1,4 +1,4 @@
-"""How far two adapters share directions: the paper's phi (section 7.2, figures 3 and 4)."""
+"""Measure how similar the subspaces of two adapters are: the paper's phi (section 7.2)."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.module import InterceptorContext
 from jax import Array
 
-Tree = Any  # a pytree
-Context = Any  # what Flax tells an interceptor: the module and the name of its method
+from lora_jax.baselines.sites import Tree
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
 _INITIAL = nn.initializers.normal(0.02)
@@ -77,7 +77,7 @@ class Bottleneck:
         """Within it a call of the model goes through the adapter layers."""
         here = {site: _at(params, site) for site in self.sites}
 
-        def through(call: Any, args: Any, kwargs: Any, context: Context) -> Any:
+        def through(call: Any, args: Any, kwargs: Any, context: InterceptorContext) -> Any:
             out = call(*args, **kwargs)
             if context.method_name != "__call__":
                 return out

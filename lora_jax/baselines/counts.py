@@ -1,4 +1,4 @@
-"""How many parameters a method trains: the formulae of the article (section 5.1), and ours beside.
+"""The number of parameters that a method trains, by the article's formulae (section 5.1) and ours.
 
 Heads are not counted, here or there. d is the width of the model, L the number of its layers.
 """

@@ -13,11 +13,9 @@ from jax.sharding import PartitionSpec
 from lora_jax.baselines import sites
 from lora_jax.baselines.bottleneck import Bottleneck
 from lora_jax.baselines.prefix import Prefix
-from lora_jax.baselines.sites import Config
+from lora_jax.baselines.sites import Tree
 from lora_jax.errors import LoraError
-from lora_jax.models import BertConfig
-
-Tree = Any  # a pytree
+from lora_jax.models.config import BertConfig, BuiltInConfig
 
 EXTRA = "extra"  # the key of a method's own parameters, beside those of the model
 
@@ -65,12 +63,12 @@ class Method:
 NONE = Method()
 
 
-def full(config: Config) -> Method:
+def full(config: BuiltInConfig) -> Method:
     """Every parameter: full fine-tuning."""
     return Method(("**",))
 
 
-def top_layers(config: Config, top_layers: int) -> Method:
+def top_layers(config: BuiltInConfig, top_layers: int) -> Method:
     """The `top_layers` layers farthest from the input (FT-Top2 of Li and Liang, arXiv 2101.00190).
 
     Raises:
@@ -82,7 +80,7 @@ def top_layers(config: Config, top_layers: int) -> Method:
     return Method(tuple(f"{layer}/**" for layer in layers[-top_layers:]))
 
 
-def bitfit(config: Config) -> Method:
+def bitfit(config: BuiltInConfig) -> Method:
     """Every bias vector, those of the norms too (Ben-Zaken et al., arXiv 2106.10199).
 
     Raises:
@@ -91,7 +89,7 @@ def bitfit(config: Config) -> Method:
     return Method((sites.biases(config),))
 
 
-def head(config: Config) -> Method:
+def head(config: BuiltInConfig) -> Method:
     """Nothing but the new head: a probe of the frozen model.
 
     Raises:
@@ -103,7 +101,7 @@ def head(config: Config) -> Method:
     return Method()
 
 
-def houlsby(config: Config, size: int) -> Method:
+def houlsby(config: BuiltInConfig, size: int) -> Method:
     """Adapter layers after attention and after the MLP, before the residual; all norms trained.
 
     Adapter^H: Houlsby et al., arXiv 1902.00751. Gelu, as in their code.
@@ -116,7 +114,7 @@ def houlsby(config: Config, size: int) -> Method:
     return Method((f"{EXTRA}/**", sites.norms(config)), extra)
 
 
-def pfeiffer(config: Config, size: int) -> Method:
+def pfeiffer(config: BuiltInConfig, size: int) -> Method:
     """Adapter layers after the MLP, before the residual.
 
     Adapter^P: Pfeiffer et al., arXiv 2005.00247.
@@ -127,7 +125,7 @@ def pfeiffer(config: Config, size: int) -> Method:
     return _after_mlp(config, size)
 
 
-def adapter_drop(config: Config, size: int, drop: int) -> Method:
+def adapter_drop(config: BuiltInConfig, size: int, drop: int) -> Method:
     """`pfeiffer` without the adapter layers of the `drop` layers nearest to the input.
 
     Adapter^D: Rücklé et al., arXiv 2010.11918.
@@ -144,7 +142,7 @@ def adapter_drop(config: Config, size: int, drop: int) -> Method:
     return _after_mlp(config, size, drop)
 
 
-def lin(config: Config, size: int) -> Method:
+def lin(config: BuiltInConfig, size: int) -> Method:
     """Adapter layers after the MLP, before the residual, each with a layer norm of its own.
 
     Adapter^L: Lin et al., arXiv 2004.03829.
@@ -155,12 +153,12 @@ def lin(config: Config, size: int) -> Method:
     return _after_mlp(config, size, norm=True)
 
 
-def _after_mlp(config: Config, size: int, drop: int = 0, norm: bool = False) -> Method:
+def _after_mlp(config: BuiltInConfig, size: int, drop: int = 0, norm: bool = False) -> Method:
     modules = tuple(f"{layer}/mlp" for layer in sites.layers(config)[drop:])
     return Method((f"{EXTRA}/**",), Bottleneck(modules, config.hidden_size, size, norm=norm))
 
 
-def prefix_embedding(config: Config, prefix: int, infix: int, length: int) -> Method:
+def prefix_embedding(config: BuiltInConfig, prefix: int, infix: int, length: int) -> Method:
     """Learned word embeddings of `prefix` special tokens before a row and `infix` behind it.
 
     Args:
@@ -172,7 +170,7 @@ def prefix_embedding(config: Config, prefix: int, infix: int, length: int) -> Me
     return _prefix(config, prefix, infix, length)
 
 
-def prefix_layer(config: Config, prefix: int, infix: int, length: int) -> Method:
+def prefix_layer(config: BuiltInConfig, prefix: int, infix: int, length: int) -> Method:
     """`prefix_embedding` with learned vectors at the input of every layer.
 
     Raises:
@@ -182,7 +180,7 @@ def prefix_layer(config: Config, prefix: int, infix: int, length: int) -> Method
 
 
 def _prefix(
-    config: Config, prefix: int, infix: int, length: int, layers: tuple[str, ...] = ()
+    config: BuiltInConfig, prefix: int, infix: int, length: int, layers: tuple[str, ...] = ()
 ) -> Method:
     sites.check_encoder(
         config,

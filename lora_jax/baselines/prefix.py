@@ -1,4 +1,4 @@
-"""Learned vectors in the place of tokens, before a row's tokens and behind them.
+"""Prefix tuning: learned vectors before and after the tokens of a row.
 
 Prefix-embedding and prefix-layer tuning as the LoRA article has them in section 5.1, after Li and
 Liang (arXiv 2101.00190): the former learns the word embeddings of lp + li special tokens, the
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.module import InterceptorContext
 from jax import Array
 
-Tree = Any  # a pytree
-Context = Any  # what Flax tells an interceptor: the module and the name of its method
+from lora_jax.baselines.sites import Tree
 
 _INITIAL = nn.initializers.normal(0.02)
 
@@ -95,7 +95,7 @@ class Prefix:
     def around(self, params: Tree) -> AbstractContextManager[None]:
         """Within it a call of the model has the learned vectors in its rows."""
 
-        def longer(call: Any, args: Any, kwargs: Any, context: Context) -> Any:
+        def longer(call: Any, args: Any, kwargs: Any, context: InterceptorContext) -> Any:
             if context.method_name != "__call__" or _path(context) != self.encoder:
                 return call(*args, **kwargs)
 
@@ -122,7 +122,7 @@ class Prefix:
         inputs = {path: params[path.rpartition("/")[2]] for path in self.layers}
         words = {} if self.layers else {f"{self.encoder}/embeddings/word": params["embedding"]}
 
-        def replace(call: Any, args: Any, kwargs: Any, context: Context) -> Any:
+        def replace(call: Any, args: Any, kwargs: Any, context: InterceptorContext) -> Any:
             path = _path(context) if context.method_name == "__call__" else ""
             if path in words:
                 return _put(words[path], slot, call(*args, **kwargs))
@@ -133,7 +133,7 @@ class Prefix:
         return replace
 
 
-def _path(context: Context) -> str:
+def _path(context: InterceptorContext) -> str:
     return "/".join(context.module.path)
 
 

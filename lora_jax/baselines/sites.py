@@ -1,20 +1,21 @@
-"""Where things are in the built-in models: paths of modules and patterns of parameters.
+"""Paths of modules and patterns of parameters in the built-in models.
 
 An encoder is the `bert` of a `models.BertClassifier`, a decoder is the whole tree.
 """
 
 from __future__ import annotations
 
-from lora_jax.errors import LoraError
-from lora_jax.models import BertConfig, LlamaConfig
+from typing import Any
 
+from lora_jax.errors import LoraError
+from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
+
+Tree = Any  # a pytree
 ENCODER = "bert"
 HEAD = "classifier/**"  # of an encoder; new, and so trained by every method
 
-Config = BertConfig | LlamaConfig
 
-
-def layers(config: Config) -> tuple[str, ...]:
+def layers(config: BuiltInConfig) -> tuple[str, ...]:
     """The path of each layer, the one nearest to the input first.
 
     Raises:
@@ -29,7 +30,7 @@ def layers(config: Config) -> tuple[str, ...]:
     return tuple(f"{before}{i}" for i in range(config.num_layers))
 
 
-def biases(config: Config) -> str:
+def biases(config: BuiltInConfig) -> str:
     """The pattern of all bias vectors, those of the norms too.
 
     Raises:
@@ -43,13 +44,13 @@ def biases(config: Config) -> str:
     return f"{ENCODER}/**/bias" if isinstance(config, BertConfig) else "**/bias"
 
 
-def norms(config: Config) -> str:
+def norms(config: BuiltInConfig) -> str:
     """The pattern of all layer norms' parameters; norms of queries and keys are not among them."""
     pattern = "**/{norm,attention_norm,mlp_norm}/*"
     return f"{ENCODER}/{pattern}" if isinstance(config, BertConfig) else pattern
 
 
-def check_encoder(config: Config, why: str) -> None:
+def check_encoder(config: BuiltInConfig, why: str) -> None:
     """Raise `LoraError` that says why, unless the model is an encoder."""
     if not isinstance(config, BertConfig):
         raise LoraError(why)

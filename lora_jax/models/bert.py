@@ -34,7 +34,7 @@ def _drop(config: BertConfig, deterministic: bool) -> nn.Dropout:
     return nn.Dropout(config.dropout, deterministic=deterministic)
 
 
-class _Attention(nn.Module):
+class _BertAttention(nn.Module):
     config: BertConfig
     deterministic: bool = True
 
@@ -54,7 +54,7 @@ class _Attention(nn.Module):
         return dense(config, config.hidden_size, "output", bias=True)(mixed)
 
 
-class _Mlp(nn.Module):
+class _BertMlp(nn.Module):
     config: BertConfig
 
     @nn.compact
@@ -65,16 +65,16 @@ class _Mlp(nn.Module):
         return dense(config, config.hidden_size, "down", bias=True)(wide)
 
 
-class _Layer(nn.Module):
+class _BertLayer(nn.Module):
     config: BertConfig
     deterministic: bool = True
 
     @nn.compact
     def __call__(self, x: Array, seen: Array | None) -> tuple[Array, None]:
         drop = _drop(self.config, self.deterministic)
-        mixed = _Attention(self.config, self.deterministic, name="attention")(x, seen)
+        mixed = _BertAttention(self.config, self.deterministic, name="attention")(x, seen)
         x = by_rows(_norm(self.config, "attention_norm")(x + drop(mixed)))
-        x = by_rows(_norm(self.config, "mlp_norm")(x + drop(_Mlp(self.config, name="mlp")(x))))
+        x = by_rows(_norm(self.config, "mlp_norm")(x + drop(_BertMlp(self.config, name="mlp")(x))))
         return x, None
 
 
@@ -84,7 +84,7 @@ class _Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, seen: Array | None) -> Array:
-        layers = stack(_Layer, self.config, "layer", deterministic=self.deterministic)
+        layers = stack(_BertLayer, self.config, "layer", deterministic=self.deterministic)
         return layers(x, seen)
 
 
@@ -165,7 +165,7 @@ def _positions(
     return jnp.arange(length)[None]
 
 
-class _Head(nn.Module):
+class _BertHead(nn.Module):
     """The classification head, computed in float32 whatever the encoder's dtype."""
 
     config: BertConfig
@@ -219,5 +219,7 @@ class BertClassifier(nn.Module):
         check_choice("pooling", self.pooling, POOLINGS)
         encoder = Bert(self.config, name="bert")
         hidden = encoder(input_ids, mask, token_types, deterministic=deterministic)
-        head = _Head(self.config, self.num_classes, self.pooling, deterministic, name="classifier")
+        head = _BertHead(
+            self.config, self.num_classes, self.pooling, deterministic, name="classifier"
+        )
         return head(hidden, mask)

@@ -1,4 +1,4 @@
-"""What a decoder remembers of the tokens it has read: keys and values, as plain arguments.
+"""The key-value cache of a decoder, a plain argument and result of its call.
 
     logits, new = model.apply(variables, ids, mask, cache=cache)
     token = argmax(logits[:, -1])

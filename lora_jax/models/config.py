@@ -1,4 +1,4 @@
-"""The static description of the two model families: sizes, variants, and how to compile them."""
+"""The configurations of the two model families: sizes, variants, and how to compile them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -83,7 +83,7 @@ class LlamaConfig:
             )
 
 
-Config = BertConfig | LlamaConfig
+BuiltInConfig = BertConfig | LlamaConfig
 
 
 def check_choice(field: str, value: str, choices: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""The errors of everything that finds, reads or checks a model. A user can put each of them right."""
+"""The errors of finding, reading and checking a model; a user can correct the cause of each."""
 
 
 class ModelError(ValueError):

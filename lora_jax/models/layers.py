@@ -1,4 +1,4 @@
-"""A stack of equal layers, scanned or unrolled, with or without rematerialisation."""
+"""Stack equal layers, scanned or unrolled, with or without rematerialisation."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from lora_jax.models.config import Config, check_choice
+from lora_jax.models.config import BuiltInConfig, check_choice
 
 _POLICIES: dict[str, Any] = {
     "full": None,  # jax.checkpoint's default: save nothing but the layer's input
@@ -24,7 +24,7 @@ _POLICIES: dict[str, Any] = {
 INITIAL = nn.initializers.normal(0.02)
 
 
-def dense(config: Config, features: int, name: str, *, bias: bool) -> nn.Dense:
+def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.Dense:
     """A product with a 2-D kernel [in, out], in the dtypes of the configuration."""
     return nn.Dense(
         features,
@@ -43,7 +43,7 @@ class Embed(nn.Module):
         tensor: the axis of the table that the mesh axis `tensor` divides.
     """
 
-    config: Config
+    config: BuiltInConfig
     rows: int
     tensor: int
 
@@ -59,7 +59,7 @@ class Embed(nn.Module):
         return jnp.take(table, index, axis=0).astype(self.config.dtype)
 
 
-def tensor_axis(config: Config) -> int:
+def tensor_axis(config: BuiltInConfig) -> int:
     """Which axis of the token embedding `tensor` divides: the vocabulary where 64 divides it."""
     return 0 if config.vocab_size % 64 == 0 else 1
 
@@ -92,7 +92,9 @@ def divided(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(names or None for names in kept)))
 
 
-def stack(block: type[nn.Module], config: Config, prefix: str, **fields: Any) -> Callable[..., Any]:
+def stack(
+    block: type[nn.Module], config: BuiltInConfig, prefix: str, **fields: Any
+) -> Callable[..., Any]:
     """The layers of a model as one function of (x, *shared); call it inside `@nn.compact`.
 
     Args:

@@ -32,7 +32,7 @@ def _norm(config: LlamaConfig, name: str) -> nn.RMSNorm:
     )
 
 
-class _Attention(nn.Module):
+class _LlamaAttention(nn.Module):
     config: LlamaConfig
 
     @nn.compact
@@ -60,7 +60,7 @@ class _Attention(nn.Module):
         return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed), fresh
 
 
-class _Mlp(nn.Module):
+class _LlamaMlp(nn.Module):
     config: LlamaConfig
 
     @nn.compact
@@ -71,7 +71,7 @@ class _Mlp(nn.Module):
         return dense(config, config.hidden_size, "down", bias=False)(gate * up)
 
 
-class _Layer(nn.Module):
+class _LlamaLayer(nn.Module):
     config: LlamaConfig
 
     @nn.compact
@@ -79,13 +79,13 @@ class _Layer(nn.Module):
         self, flow: _Flow, turn: Turn, seen: Array | None, cache: Cache | None
     ) -> tuple[_Flow, None]:
         normed = flow._replace(x=_norm(self.config, "attention_norm")(flow.x))
-        mixed, fresh = _Attention(self.config, name="attention")(normed, turn, seen, cache)
+        mixed, fresh = _LlamaAttention(self.config, name="attention")(normed, turn, seen, cache)
         x = by_rows(flow.x + mixed)
-        x = by_rows(x + _Mlp(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x)))
+        x = by_rows(x + _LlamaMlp(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x)))
         return _Flow(x, fresh), None
 
 
-class _Head(nn.Module):
+class _LlamaHead(nn.Module):
     """An untied head: kernel [D, V], no bias."""
 
     config: LlamaConfig
@@ -151,14 +151,14 @@ class Llama(nn.Module):
             positions, turn, seen = self._following(input_ids, mask, positions, cache)
         embed = Embed(config, config.vocab_size, tensor_axis(config), name="embed")
         flow = _Flow(by_rows(embed(input_ids)), fresh)
-        x, fresh = stack(_Layer, config, "layers")(flow, turn, seen, cache)
+        x, fresh = stack(_LlamaLayer, config, "layers")(flow, turn, seen, cache)
         if last is not None:
             x = x[:, -last:]
         x = _norm(config, "norm")(x)
         weight, form = (
             (embed.embedding, "btd,vd->btv")
             if config.tied
-            else (_Head(config, name="lm_head")(), "btd,dv->btv")
+            else (_LlamaHead(config, name="lm_head")(), "btd,dv->btv")
         )
 
         def head(x: Array) -> Array:

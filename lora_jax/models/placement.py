@@ -1,4 +1,4 @@
-"""How the built-in models lie on a mesh with the axes `fsdp` and `tensor`: a table of rules.
+"""Rules that shard the built-in models over a mesh with the axes `fsdp` and `tensor`.
 
 Products in pairs (Shoeybi et al., arXiv 1909.08053): the first is cut by its outputs, the second
 by its inputs, so that a block needs one sum over `tensor` and the activations between the two
@@ -15,11 +15,11 @@ divides is cut over `tensor`, so that each device has the logits of its own toke
 
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.config import BertConfig, Config, LlamaConfig
+from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
 from lora_jax.models.layers import tensor_axis
 from lora_jax.models.weights.assemble import Head
 
-Rule = tuple[str, P]
+PlacementRule = tuple[str, P]
 
 _FIRST, _SECOND, _WHOLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
 _BOTH = ("tensor", "fsdp")  # this way round, bringing together over `fsdp` moves nothing else
@@ -27,7 +27,7 @@ _FEW_CLASSES = 64
 _HIDDEN = P(None, _BOTH)  # of an embedding [rows, hidden]
 
 
-def rules(config: Config, head: Head | None = None) -> tuple[Rule, ...]:
+def rules(config: BuiltInConfig, head: Head | None = None) -> tuple[PlacementRule, ...]:
     """One rule for each kind of parameter that the model of `config` has, and none besides.
 
     Args:
@@ -40,11 +40,11 @@ def rules(config: Config, head: Head | None = None) -> tuple[Rule, ...]:
     return (*((before + pattern, spec) for pattern, spec in _bert(config)), *_head(head))
 
 
-def _embedding(config: Config) -> P:
+def _embedding(config: BuiltInConfig) -> P:
     return P("tensor", "fsdp") if tensor_axis(config) == 0 else _HIDDEN
 
 
-def _llama(config: LlamaConfig) -> tuple[Rule, ...]:
+def _llama(config: LlamaConfig) -> tuple[PlacementRule, ...]:
     layer = "layers" if config.scan_layers else "layers_*"
     within = [
         ("attention/{q,k,v}/kernel", _FIRST),
@@ -69,7 +69,7 @@ def _llama(config: LlamaConfig) -> tuple[Rule, ...]:
     return tuple(out)
 
 
-def _bert(config: BertConfig) -> tuple[Rule, ...]:
+def _bert(config: BertConfig) -> tuple[PlacementRule, ...]:
     layer = "encoder/layers" if config.scan_layers else "encoder/layer_*"
     within = [
         ("attention/{query,key,value}/kernel", _FIRST),
@@ -90,18 +90,18 @@ def _bert(config: BertConfig) -> tuple[Rule, ...]:
     )
 
 
-def _layers(config: Config, layer: str, within: list[Rule]) -> list[Rule]:
+def _layers(config: BuiltInConfig, layer: str, within: list[PlacementRule]) -> list[PlacementRule]:
     """Rules of one layer for all of them; scanned ones have the layer axis first."""
     stacked = lambda spec: P(None, *spec) if config.scan_layers else spec  # noqa: E731
     return [(f"{layer}/{pattern}", stacked(spec)) for pattern, spec in within]
 
 
-def _head(head: Head | None) -> tuple[Rule, ...]:
+def _head(head: Head | None) -> tuple[PlacementRule, ...]:
     """The number of classes is rarely divided. The last product of a few is whole on every device,
     which is cheaper than a sum over them; that of many is cut by its inputs."""
     if head is None:
         return ()
-    out: tuple[Rule, ...] = (
+    out: tuple[PlacementRule, ...] = (
         ("classifier/out/kernel", _WHOLE if head.num_classes <= _FEW_CLASSES else P(_BOTH)),
         ("classifier/out/bias", _WHOLE),
     )

@@ -1,4 +1,4 @@
-"""A run, or many side by side, as a page: report.html, report.md, and the figures as files.
+"""Write a page about one run, or about several side by side: report.html, report.md and figures.
 
     lora-jax report runs/reviews
 
@@ -15,8 +15,8 @@ from lora_jax.report.document import Fact as Fact
 from lora_jax.report.document import Figure as Figure
 from lora_jax.report.document import Note as Note
 from lora_jax.report.document import Panel as Panel
+from lora_jax.report.document import Paragraph as Paragraph
 from lora_jax.report.document import Report as Report
 from lora_jax.report.document import Section as Section
 from lora_jax.report.document import Table as Table
-from lora_jax.report.document import Text as Text
 from lora_jax.report.render import write as write

@@ -1,4 +1,4 @@
-"""The pictures of a report, each one set of axes."""
+"""The charts of a report, each a matplotlib figure with one set of axes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from lora_jax.report import svg
 from lora_jax.training import curves, metrics
-
-Array = Any  # of NumPy
 
 _POINTS = 600  # of a training curve: more than a screen has columns for
 _WRITTEN = 84  # cells of a heat map that have their numbers in them
@@ -83,7 +82,7 @@ def by_layer(
     return figure
 
 
-def values(found: Array, layers: Sequence[str], title: str) -> Figure:
+def values(found: NDArray[np.floating], layers: Sequence[str], title: str) -> Figure:
     """Singular values [layer, i]: a line for each i over the layers, or over i for one layer."""
     with svg.style():
         figure, axis = svg.new()
@@ -126,7 +125,9 @@ def _layers(axis: Any, layers: Sequence[str]) -> None:
     axis.set(xlabel="layer")
 
 
-def heat(found: Array, rows: Sequence[str], columns: Sequence[str], title: str) -> Figure:
+def heat(
+    found: NDArray[np.floating], rows: Sequence[str], columns: Sequence[str], title: str
+) -> Figure:
     """[row, column] as colours, with the numbers where there is room; NaN is left open."""
     with svg.style():
         figure, axis = svg.new(max(4.6, 1.6 + 0.62 * len(columns)), 1.3 + 0.3 * len(rows))
@@ -144,7 +145,7 @@ def heat(found: Array, rows: Sequence[str], columns: Sequence[str], title: str) 
     return figure
 
 
-def phi(found: Array, one: str, two: str, title: str, top: float) -> Figure:
+def phi(found: NDArray[np.floating], one: str, two: str, title: str, top: float) -> Figure:
     """phi(i, j), [i, j], from 0 to `top`; i grows downwards. NaN is left open.
 
     one, two: what i and j count.
@@ -171,7 +172,7 @@ def phi(found: Array, one: str, two: str, title: str, top: float) -> Figure:
     return figure
 
 
-def _write(axis: Any, found: Array, top: float, first: int = 0) -> None:
+def _write(axis: Any, found: NDArray[np.floating], top: float, first: int = 0) -> None:
     for (i, j), number in np.ndenumerate(found):
         if np.isfinite(number):
             dark = number > 0.55 * top  # the shades are light there
@@ -180,7 +181,7 @@ def _write(axis: Any, found: Array, top: float, first: int = 0) -> None:
             axis.text(j + first, i + first, text, ha="center", va="center", color=color, size=8)
 
 
-def _top(found: Array) -> float:
+def _top(found: NDArray[np.floating]) -> float:
     finite = found[np.isfinite(found)]
     return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
 

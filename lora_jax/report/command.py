@@ -32,11 +32,11 @@ from lora_jax.console import guarded, say
 from lora_jax.errors import LoraError
 from lora_jax.report import many_runs, render, run_files, single_run
 from lora_jax.report.document import Note, Report
-from lora_jax.report.update_analysis import Base
+from lora_jax.report.update_analysis import BaseChoice
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ReportOptions:
     """The command line."""
 
     run_dir: Annotated[
@@ -56,7 +56,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = tyro.cli(
-        Options,
+        ReportOptions,
         prog="lora-jax report",
         description=__doc__,
         args=arguments,
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(lambda: run(options, Console(stderr=True)))
 
 
-def run(options: Options, console: Console) -> None:
+def run(options: ReportOptions, console: Console) -> None:
     """Read, analyse and write; the page's path goes to stdout, what is missing to `console`.
 
     Raises:
@@ -78,14 +78,14 @@ def run(options: Options, console: Console) -> None:
         raise LoraError(
             f"{len(given)} run directories are compared in one report: say where it goes, --out DIR"
         )
-    made = make(given, Base(options.base, options.trust_base, options.allow_other_base))
+    made = make(given, BaseChoice(options.base, options.trust_base, options.allow_other_base))
     for note in notes(made):
         say(console, f"note: {note.text}")
     out = given[0].expanduser() / "report" if options.out is None else pathlib.Path(options.out)
     say(Console(), str(render.write(made, out.expanduser())))
 
 
-def make(given: Sequence[pathlib.Path], base: Base) -> Report:
+def make(given: Sequence[pathlib.Path], base: BaseChoice) -> Report:
     """The report of what is in these directories."""
     runs = run_files.every(given)
     if len(given) == 1 and run_files.is_run(given[0].expanduser()):

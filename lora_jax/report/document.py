@@ -1,4 +1,4 @@
-"""What a report is, before it is HTML or Markdown: plain values, and pictures not yet drawn.
+"""The parts of a report before it is HTML or Markdown: sections, paragraphs, tables, figures.
 
 All text is plain text: a name with `<`, `&`, `*` or `|` in it is shown as it is, whatever the
 format. Numbers are texts already, so that every format has the same digits.
@@ -25,7 +25,7 @@ class Fact:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class Paragraph:
     """A paragraph."""
 
     text: str
@@ -67,8 +67,8 @@ class Panel:
 
     name: of its files; letters, digits, `-` and `_`.
     alternative: what it shows, in words and numbers, for those who do not see it.
-    drawing: a matplotlib Figure, made within `lora_jax.report.svg.style()`, or what an earlier
-      report drew, a `lora_jax.report.svg.Drawn`.
+    drawing: a matplotlib Figure, made within `lora_jax.report.svg.style()`, or the SVG that an
+      earlier page holds, a string of `lora_jax.report.render.drawings`.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Figure:
     panels: tuple[Panel, ...]
 
 
-Block = Text | Note | Table | Figure
+Block = Paragraph | Note | Table | Figure
 
 
 @dataclasses.dataclass(frozen=True)

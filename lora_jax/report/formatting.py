@@ -1,4 +1,4 @@
-"""Numbers as texts."""
+"""Format numbers and settings as text."""
 
 from __future__ import annotations
 

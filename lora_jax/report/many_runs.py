@@ -1,4 +1,4 @@
-"""The report of several runs side by side: a sweep, tasks, or runs that are given one by one."""
+"""Make the report of several runs side by side: a sweep, tasks, or runs given one by one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,19 @@ from lora_jax.report import (
     svg,
     update_analysis,
 )
-from lora_jax.report.document import Block, Fact, Figure, Note, Panel, Report, Section, Table, Text
-from lora_jax.report.run_files import Left
-from lora_jax.report.update_analysis import Base
+from lora_jax.report.document import (
+    Block,
+    Fact,
+    Figure,
+    Note,
+    Panel,
+    Paragraph,
+    Report,
+    Section,
+    Table,
+)
+from lora_jax.report.run_files import SavedRun
+from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.training.summary import in_units
 
 _TASKS = 8  # that have a number of their own at the top
@@ -26,9 +36,9 @@ _VALUES = 8  # of a field that are listed
 _NOTES = 4  # of runs that have not finished; the table has them all
 
 
-def report(title: str, runs: Sequence[Left], base: Base) -> Report:
+def report(title: str, runs: Sequence[SavedRun], base: BaseChoice) -> Report:
     """How they compare, which directions they share, and what the best update is made of."""
-    finished = [left for left in runs if left.summary is not None]
+    finished = [run for run in runs if run.summary is not None]
     if not finished:
         return Report(
             kind="LoRA runs",
@@ -38,12 +48,12 @@ def report(title: str, runs: Sequence[Left], base: Base) -> Report:
             sections=(_progress(runs), subspace_similarity.section(runs), _settings(runs)),
             notes=_unfinished(runs),
         )
-    found = gather([left.summary for left in finished if left.summary is not None])
+    found = gather([run.summary for run in finished if run.summary is not None])
     best = found.best
-    there = {str(left.path): left for left in finished}
+    there = {str(run.path): run for run in finished}
     ordered = sorted(found.rows, key=lambda row: -row.rank)
-    lefts = [there[row.summary["run"]] for row in ordered]
-    waiting = [left for left in runs if left.summary is None]
+    saved = [there[row.summary["run"]] for row in ordered]
+    waiting = [run for run in runs if run.summary is None]
     return Report(
         kind="LoRA tasks" if found.tasks else "LoRA sweep",
         title=title,
@@ -52,7 +62,7 @@ def report(title: str, runs: Sequence[Left], base: Base) -> Report:
         sections=(
             Section("Results", _results(found)),
             *([_progress(runs)] if waiting else []),
-            subspace_similarity.section([*lefts, *waiting]),
+            subspace_similarity.section([*saved, *waiting]),
             *_best(best, base),
             _settings(runs),
         ),
@@ -60,9 +70,9 @@ def report(title: str, runs: Sequence[Left], base: Base) -> Report:
     )
 
 
-def _lead(runs: Sequence[Left]) -> str:
+def _lead(runs: Sequence[SavedRun]) -> str:
     """What they have in common, and the values of what they have not."""
-    configs = [flat(left.config) for left in runs]
+    configs = [flat(run.config) for run in runs]
     fields = dict.fromkeys(field for config in configs for field in config)
     varied = [f for f in fields if any(c.get(f) != configs[0].get(f) for c in configs)]
     each = []
@@ -72,7 +82,7 @@ def _lead(runs: Sequence[Left]) -> str:
         more = f" and {len(values) - _VALUES} more" if len(values) > _VALUES else ""
         each.append(f"{member_names.shortest(field, varied)} {', '.join(said)}{more}")
     what = f"They vary {'; '.join(each)}." if each else "Their settings are the same."
-    return f"{len(runs)} runs of {settings.in_words([left.config for left in runs])}. {what}"
+    return f"{len(runs)} runs of {settings.in_words([run.config for run in runs])}. {what}"
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
@@ -131,7 +141,8 @@ def _of_best(found: Results, best: ComparedRun) -> tuple[Fact, ...]:
     for split in sorted(found.splits, key=lambda s: s != "test"):
         scores = formatting.change(best.score(split, "before"), best.score(split))
         known = [s for row in found.rows if (s := row.score(split)) is not None]
-        note = f"of the best; all runs: {formatting.score(min(known))} to {formatting.score(max(known))}"
+        least, most = formatting.score(min(known)), formatting.score(max(known))
+        note = f"of the best; all runs: {least} to {most}"
         facts.append(Fact(f"{split} {best.select}", scores, note))
     trained = sorted(_trained(row) for row in found.rows)
     share = _trained(best) / best.summary["base_parameters"]
@@ -148,22 +159,20 @@ def _trained(row: ComparedRun) -> int:
     return int(row.summary["adapter_parameters"] + row.summary["trainable_parameters"])
 
 
-def _best(best: ComparedRun | None, base: Base) -> tuple[Section, ...]:
+def _best(best: ComparedRun | None, base: BaseChoice) -> tuple[Section, ...]:
     """What the best run's update is made of; tasks have no best, and a report each."""
     if best is None:
         text = "Each task has an update of its own: lora-jax report GROUP/TASK shows it."
-        return (Section("What the updates are made of", (Text(text),)),)
+        return (Section("What the updates are made of", (Paragraph(text),)),)
     return update_analysis.sections(pathlib.Path(best.summary["run"]), base)
 
 
-def _progress(runs: Sequence[Left]) -> Section:
+def _progress(runs: Sequence[SavedRun]) -> Section:
     rows = []
-    for left in runs:
-        state = "finished" if left.summary is not None else left.error or "not finished"
-        score = left.after.get("validation", {}).get(single_run.select(left))
-        rows.append(
-            (left.name, f"{left.step:,}", f"{left.steps:,}", formatting.score(score), state)
-        )
+    for run in runs:
+        state = "finished" if run.summary is not None else run.error or "not finished"
+        score = run.after.get("validation", {}).get(single_run.select(run))
+        rows.append((run.name, f"{run.step:,}", f"{run.steps:,}", formatting.score(score), state))
     table = Table(
         "How far each run is, and its last validation score.",
         ("run", "step", "of", "validation", "state"),
@@ -173,12 +182,12 @@ def _progress(runs: Sequence[Left]) -> Section:
     return Section("Progress", (table,))
 
 
-def _settings(runs: Sequence[Left]) -> Section:
-    return Section("Settings", (settings.table([left.config for left in runs]),))
+def _settings(runs: Sequence[SavedRun]) -> Section:
+    return Section("Settings", (settings.table([run.config for run in runs]),))
 
 
-def _unfinished(runs: Sequence[Left]) -> tuple[Note, ...]:
-    notes = [note for left in runs for note in single_run.unfinished(left)]
+def _unfinished(runs: Sequence[SavedRun]) -> tuple[Note, ...]:
+    notes = [note for run in runs for note in single_run.unfinished(run)]
     if len(notes) <= _NOTES:
         return tuple(notes)
     text = f"{len(notes)} of {len(runs)} runs have not finished; see Progress."

@@ -1,4 +1,4 @@
-"""Where in a model an adapted matrix is: its layer and what it is called there."""
+"""Find the layer of each adapted matrix, and a short name for it within the layer."""
 
 from __future__ import annotations
 

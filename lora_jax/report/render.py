@@ -1,7 +1,7 @@
-"""A report as files: report.html, which needs no other file, report.md, and the pictures.
+"""Write a report as files: report.html, which needs no other file, report.md, and the figures.
 
-Both are made by templates that stand beside this file. HTML is escaped by the template engine;
-Markdown by `_plain`.
+Jinja2 makes both from the templates in `templates`, and escapes HTML. Markdown is escaped here, by
+`_plain`: tabulate's Markdown tables leave a `|` in a cell as it is, which ends the cell.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ HTML, MARKDOWN = "report.html", "report.md"
 _SIGNS = re.compile(r"([\\`*|\[\]~])|(?<![A-Za-z0-9])(_)|(_)(?![A-Za-z0-9])")
 
 
-def write(report: Report, folder: pathlib.Path) -> pathlib.Path:
+def write(report: Report, folder: pathlib.Path, *, figure_files: bool = True) -> pathlib.Path:
     """Write all files into `folder`, which is made; report.html comes last.
+
+    Args:
+      report: what is written.
+      folder: where to.
+      figure_files: write each figure as SVG and PNG too, which report.md shows. Without them
+        report.md says what each figure shows, and refers to report.html.
 
     Returns:
       The path of report.html.
@@ -28,11 +34,16 @@ def write(report: Report, folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     inline: dict[str, str] = {}
     for panel in report.panels:
-        drawn = svg.drawn(panel.drawing)
-        inline[panel.name] = svg.inline(drawn.svg, panel.name, panel.alternative)
-        _put(folder / f"{panel.name}.svg", svg.standalone(drawn.svg).encode())
-        _put(folder / f"{panel.name}.png", drawn.png)
-    _put(folder / MARKDOWN, markdown(report).encode())
+        if isinstance(panel.drawing, str):
+            assert not figure_files, f"{panel.name} is kept as a part of a page, not as a figure"
+            inline[panel.name] = panel.drawing
+            continue
+        drawn = svg.svg(panel.drawing)
+        inline[panel.name] = svg.inline(drawn, panel.name, panel.alternative)
+        if figure_files:
+            _put(folder / f"{panel.name}.svg", svg.standalone(drawn).encode())
+            _put(folder / f"{panel.name}.png", svg.png(panel.drawing))
+    _put(folder / MARKDOWN, markdown(report, figure_files).encode())
     _put(folder / HTML, html(report, inline).encode())
     return folder / HTML
 
@@ -48,10 +59,16 @@ def html(report: Report, inline: dict[str, str]) -> str:
     return template.render(report=report, drawings=inline)
 
 
-def markdown(report: Report) -> str:
-    """The same as Markdown, which shows the PNG files beside it."""
+def drawings(page: str) -> dict[str, str]:
+    """Return the SVG of each panel of a page that `html` made, by the panel's name."""
+    return dict(re.findall(r'<div class="panel" id="([\w-]+)">(.*?)</div>', page, re.DOTALL))
+
+
+def markdown(report: Report, figure_files: bool = True) -> str:
+    """Return the report as Markdown, which shows the PNG files in its folder if there are any."""
     environment = _environment(autoescape=False)
-    environment.filters |= {"plain": _plain, "table": _table, "images": _images}
+    images = _images if figure_files else _alternatives
+    environment.filters |= {"plain": _plain, "table": markdown_table, "images": images}
     text = environment.get_template("report.md.j2").render(report=report)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -78,7 +95,7 @@ def _plain(text: str) -> str:
     return _SIGNS.sub(r"\\\g<0>", line)
 
 
-def _table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
     """Columns as wide as what is in them, so that it can be read as it stands, too."""
     lines = [tuple(map(_plain, line)) for line in (table.columns, *table.rows)]
     if table.marked is not None:
@@ -97,6 +114,11 @@ def _table(table: Table) -> str:
 
 def _images(figure: Figure) -> str:
     return "\n".join(f"![{_plain(p.alternative)}]({p.name}.png)" for p in figure.panels)
+
+
+def _alternatives(figure: Figure) -> str:
+    shown = [f"- {_plain(p.alternative)}" for p in figure.panels]
+    return "\n".join([f"Drawn in [{HTML}]({HTML}):", "", *shown])
 
 
 def _put(path: pathlib.Path, content: bytes) -> None:

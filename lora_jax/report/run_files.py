@@ -1,4 +1,4 @@
-"""What runs have left in their directories, finished or not, checked before it is believed."""
+"""Read and check the files in run directories, of finished and of unfinished runs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _SUMMARY: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Left:
-    """What one run has left.
+class SavedRun:
+    """The files of one run, read and checked.
 
     config: config.json.
     lines: metrics.jsonl.
@@ -84,7 +84,7 @@ class Left:
         return found
 
 
-def read(path: pathlib.Path) -> tuple[Left, ...]:
+def read(path: pathlib.Path) -> tuple[SavedRun, ...]:
     """The run in `path`, or the runs in the directories in it.
 
     Raises:
@@ -117,7 +117,7 @@ def is_run(path: pathlib.Path) -> bool:
     )
 
 
-def _read(path: pathlib.Path) -> Left:
+def _read(path: pathlib.Path) -> SavedRun:
     config = _json(path / "config.json", "it was written by train.py; take it from a copy")
     if not isinstance(config.get("steps"), int) or not isinstance(config.get("lora"), dict):
         raise LoraError(f"{path / 'config.json'} is no config of train.py: no steps and lora in it")
@@ -126,7 +126,7 @@ def _read(path: pathlib.Path) -> Left:
         summary = {**_summary(path / "summary.json"), "run": str(path)}
     error = path / "error.txt"
     said = error.read_text().strip() if error.is_file() else None
-    return Left(path, config, _lines(path), summary, said)
+    return SavedRun(path, config, _lines(path), summary, said)
 
 
 def _lines(path: pathlib.Path) -> list[metrics.Line]:
@@ -178,7 +178,7 @@ def _json(file: pathlib.Path, cure: str) -> dict[str, Any]:
     return upgrade(found)
 
 
-def every(paths: Sequence[pathlib.Path]) -> tuple[Left, ...]:
+def every(paths: Sequence[pathlib.Path]) -> tuple[SavedRun, ...]:
     """What is in all of these directories; a run that is named twice is there once."""
-    found = {left.path: left for path in paths for left in read(path)}
+    found = {run.path: run for path in paths for run in read(path)}
     return tuple(found.values())

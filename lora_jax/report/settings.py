@@ -1,4 +1,4 @@
-"""The settings of runs: what makes them other than the defaults, and than each other."""
+"""The settings of runs: those that differ from the defaults, and those that the runs share."""
 
 from __future__ import annotations
 

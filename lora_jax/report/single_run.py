@@ -1,4 +1,4 @@
-"""The report of one run."""
+"""Make the report of one run."""
 
 from __future__ import annotations
 
@@ -6,58 +6,58 @@ from typing import Any
 
 from lora_jax.report import charts, formatting, settings, update_analysis
 from lora_jax.report.document import Block, Fact, Figure, Note, Panel, Report, Section, Table
-from lora_jax.report.run_files import Left
-from lora_jax.report.update_analysis import Base
+from lora_jax.report.run_files import SavedRun
+from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.training import curves
 from lora_jax.training.directory import Summary
 from lora_jax.training.summary import costs, in_units
 
 
-def report(left: Left, base: Base) -> Report:
+def report(run: SavedRun, base: BaseChoice) -> Report:
     """What the run is, what it came to, and what its best adapter is made of."""
     return Report(
         kind="LoRA run",
-        title=left.name,
-        lead=settings.in_words([left.config]),
-        facts=(*_scored(left), *([] if left.summary is None else costed(left.summary))),
+        title=run.name,
+        lead=settings.in_words([run.config]),
+        facts=(*_scored(run), *([] if run.summary is None else costed(run.summary))),
         sections=(
-            Section("Scores", (_scores(left),)),
-            Section("Curves", _curves(left)),
-            *update_analysis.sections(left.path, base),
-            Section("Settings", (settings.table([left.config]),)),
-            Section("Time and memory", _costs(left)),
+            Section("Scores", (_scores(run),)),
+            Section("Curves", _curves(run)),
+            *update_analysis.sections(run.path, base),
+            Section("Settings", (settings.table([run.config]),)),
+            Section("Time and memory", _costs(run)),
         ),
-        notes=unfinished(left),
+        notes=unfinished(run),
     )
 
 
-def unfinished(left: Left) -> tuple[Note, ...]:
+def unfinished(run: SavedRun) -> tuple[Note, ...]:
     """What is to be known of a run that has no summary."""
-    if left.summary is not None:
+    if run.summary is not None:
         return ()
-    why = f" It has stopped: {left.error}." if left.error else ""
+    why = f" It has stopped: {run.error}." if run.error else ""
     return (
         Note(
-            f"{left.name} has not finished: its record ends at step {left.step:,} of "
-            f"{left.steps:,}.{why} What is there is shown; the same command goes on with it."
+            f"{run.name} has not finished: its record ends at step {run.step:,} of "
+            f"{run.steps:,}.{why} What is there is shown; the same command goes on with it."
         ),
     )
 
 
-def select(left: Left) -> str:
+def select(run: SavedRun) -> str:
     """The number that picks the best adapter; of a run that has not finished, a good guess."""
-    if left.summary is not None:
-        return str(left.summary["select"])
-    known = curves.names(left.lines)
-    return str(left.config.get("select") or known[min(1, len(known) - 1)])
+    if run.summary is not None:
+        return str(run.summary["select"])
+    known = curves.names(run.lines)
+    return str(run.config.get("select") or known[min(1, len(known) - 1)])
 
 
-def _scored(left: Left) -> list[Fact]:
-    name = select(left)
-    what = "of the best adapter" if left.summary is not None else "at the last evaluation"
+def _scored(run: SavedRun) -> list[Fact]:
+    name = select(run)
+    what = "of the best adapter" if run.summary is not None else "at the last evaluation"
     found = []
-    for split in sorted({**left.before, **left.after}, key=lambda s: s != "test"):
-        before, after = (scores.get(split, {}).get(name) for scores in (left.before, left.after))
+    for split in sorted({**run.before, **run.after}, key=lambda s: s != "test"):
+        before, after = (scores.get(split, {}).get(name) for scores in (run.before, run.after))
         if before is not None or after is not None:
             value = formatting.change(before, after)
             found.append(Fact(f"{split} {name}", value, f"before and after training, {what}"))
@@ -82,8 +82,8 @@ def costed(summary: Summary) -> list[Fact]:
     ]  # fmt: skip
 
 
-def _scores(left: Left) -> Block:
-    before, after = left.before, left.after
+def _scores(run: SavedRun) -> Block:
+    before, after = run.before, run.after
     rows = []
     for split in dict.fromkeys([*before, *after]):
         old, new = before.get(split, {}), after.get(split, {})
@@ -94,7 +94,7 @@ def _scores(left: Left) -> Block:
             rows.append((split, name, *map(formatting.score, pair), change))
     if not rows:
         return Note("No evaluation has been made yet.")
-    what = "best adapter" if left.summary is not None else "last evaluation"
+    what = "best adapter" if run.summary is not None else "last evaluation"
     return Table(
         f"Before the first step, and with the {what}.",
         ("split", "number", "before", "after", "change"),
@@ -103,22 +103,22 @@ def _scores(left: Left) -> Block:
     )
 
 
-def _curves(left: Left) -> tuple[Block, ...]:
-    if not left.lines:
+def _curves(run: SavedRun) -> tuple[Block, ...]:
+    if not run.lines:
         return (Note("There is no metrics.jsonl, or nothing in it, so there are no curves."),)
     panels = []
-    for number, name in enumerate(curves.names(left.lines)):
-        text = f"{name} over {left.step:,} steps: {_ends(left, name)}"
-        panels.append(Panel(f"curve-{number + 1}", text, charts.curve(left.lines, name)))
+    for number, name in enumerate(curves.names(run.lines)):
+        text = f"{name} over {run.step:,} steps: {_ends(run, name)}"
+        panels.append(Panel(f"curve-{number + 1}", text, charts.curve(run.lines, name)))
     return (Figure("Over the steps.", tuple(panels)),)
 
 
-def _ends(left: Left, name: str) -> str:
+def _ends(run: SavedRun, name: str) -> str:
     """The first and the last number of a curve, in words."""
     found = []
     for what, lines in (
-        ("training", [x for x in left.lines if "split" not in x]),
-        ("validation", [x for x in left.lines if x.get("split") == "validation"]),
+        ("training", [x for x in run.lines if "split" not in x]),
+        ("validation", [x for x in run.lines if x.get("split") == "validation"]),
     ):
         values = [x[name] for x in lines if x.get(name) is not None]
         if values:
@@ -128,8 +128,8 @@ def _ends(left: Left, name: str) -> str:
     return "; ".join(found) or "nothing yet"
 
 
-def _costs(left: Left) -> tuple[Block, ...]:
-    summary = left.summary
+def _costs(run: SavedRun) -> tuple[Block, ...]:
+    summary = run.summary
     if summary is None:
         return (Note("These are known when the run has finished."),)
     more: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""How far two runs have found the same directions: the paper's figures 3 and 4."""
+"""Compare the subspaces that two runs have found, as the paper's figures 3 and 4 do."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lora_jax.errors import LoraError
 from lora_jax.groups.comparison import flat
 from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting, update_analysis
-from lora_jax.report.document import Block, Figure, Note, Panel, Section, Table, Text
+from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import Place, label, layers, matrices, middle, places
-from lora_jax.report.run_files import Left
+from lora_jax.report.run_files import SavedRun
 from lora_jax.serving import served_adapters
 
 _TITLE = "Directions that runs share"
@@ -46,15 +46,15 @@ class One:
     rank: int
 
     @property
-    def pair(self) -> Adapter:
-        """The adapter, read from its folder."""
+    def adapter(self) -> Adapter:
+        """The adapter itself, restored."""
         return restore(self.folder)
 
 
-def section(runs: Sequence[Left]) -> Section:
+def section(runs: Sequence[SavedRun]) -> Section:
     """The smallest rank against the largest, and two seeds beside chance, where there are such."""
     blocks: list[Block] = [
-        Text(
+        Paragraph(
             "φ(i, j) is the part of the i most important directions of one adapter's A that lies "
             "in the j most important of the other's: 0 where they are orthogonal, 1 where the "
             "smaller space lies in the larger. Two random spaces of d numbers have about "
@@ -65,11 +65,11 @@ def section(runs: Sequence[Left]) -> Section:
     blocks += lost
     ranks, seeds = of_ranks(found), of_seeds(found)
     if ranks is None:
-        blocks.append(Text("No two runs adapt the same matrices with different ranks."))
+        blocks.append(Paragraph("No two runs adapt the same matrices with different ranks."))
     else:
         blocks += _compared(ranks, "ranks")
     if seeds is None:
-        blocks.append(Text("No two runs differ in the seed alone."))
+        blocks.append(Paragraph("No two runs differ in the seed alone."))
     else:
         blocks += _compared(seeds, "seeds")
     return Section(_TITLE, tuple(blocks))
@@ -115,17 +115,17 @@ def _differences(one: One, two: One, without: Sequence[str]) -> list[str]:
     return [field for field in differ if field not in without]
 
 
-def _open(runs: Sequence[Left]) -> tuple[list[One], list[Note]]:
+def _open(runs: Sequence[SavedRun]) -> tuple[list[One], list[Note]]:
     found, lost = [], []
-    for left in runs:
+    for run in runs:
         try:
-            _, folder = served_adapters.find(str(left.path))[0]
+            _, folder = served_adapters.find(str(run.path))[0]
             layout = adapter.restore_layout(folder)
         except LoraError as error:
-            lost.append(Note(f"{left.name} is left out: {error}"))
+            lost.append(Note(f"{run.name} is left out: {error}"))
             continue
         rank = max((target.rank for target in layout.targets), default=0)
-        found.append(One(left.name, flat(left.config), folder, layout, rank))
+        found.append(One(run.name, flat(run.config), folder, layout, rank))
     return found, lost
 
 
@@ -133,7 +133,7 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
     """Table and pictures of one pair; `what` they differ in names the files."""
     one, two = pair
     try:
-        first, second = one.pair, two.pair
+        first, second = one.adapter, two.adapter
         found = analysis.similarity(first, second)
     except LoraError as error:
         return [Note(f"{one.name} and {two.name} cannot be compared: {error}")]
@@ -141,7 +141,7 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
     phis = {place: found[place.path][place.at] for place in there}
     ones = f"rank {one.rank}" if what == "ranks" else f"seed {one.config.get('seed')}"
     twos = f"rank {two.rank}" if what == "ranks" else f"seed {two.config.get('seed')}"
-    blocks: list[Block] = [Text(f"{ones} against {twos}: {one.name} and {two.name}.")]
+    blocks: list[Block] = [Paragraph(f"{ones} against {twos}: {one.name} and {two.name}.")]
     blocks.append(_maps(there, phis, (ones, twos), what, one.layout))
     rows, names = layers(there), matrices(there)
     top = {
@@ -259,4 +259,4 @@ def _chance(layout: Layout, place: Place) -> Any:
     """The same of two adapters as they are before training, with keys of their own."""
     layout = Layout((layout[place.path],))
     one, two = (init(jax.random.key(seed), layout) for seed in (0, 1))
-    return analysis.similarity((layout, one), (layout, two))[place.path][place.at]
+    return analysis.similarity(Adapter(layout, one), Adapter(layout, two))[place.path][place.at]

@@ -1,4 +1,4 @@
-"""How pictures are drawn, and how a drawing becomes the SVG of a page.
+"""The style of the figures, and their conversion to PNG and to SVG for a page.
 
 On a page text and axes have the colour of the text around them, so that one drawing serves light
 and dark: they are drawn in a colour that nothing else has, and `inline` puts `currentColor` in its
@@ -8,7 +8,6 @@ place. Letters are drawn as outlines: a page looks the same where it has none of
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import html
 import io
 import re
@@ -37,7 +36,6 @@ _STYLE: Any = {
     "svg.hashsalt": "lora_jax",  # the same report twice is the same file twice
     "text.parse_math": False,  # names are names: a `$` in one begins no formula
 }
-_ON_WHITE = '<svg style="background: white" '
 _NOTHING = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
@@ -53,21 +51,6 @@ def new(width: float = 4.6, height: float = 3.4) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What a drawing became: `svg`, an element that stands alone, and `png`, a file's bytes."""
-
-    svg: str
-    png: bytes
-
-
-def drawn(drawing: Figure | Drawn) -> Drawn:
-    """A drawing in both formats."""
-    if isinstance(drawing, Drawn):
-        return drawing
-    return Drawn(svg(drawing), png(drawing))
 
 
 def png(drawing: Figure) -> bytes:
@@ -91,12 +74,7 @@ def svg(drawing: Figure) -> str:
 
 def standalone(element: str) -> str:
     """The SVG of `svg` as a file, dark on white."""
-    return element.replace("<svg ", _ON_WHITE, 1) + "\n"
-
-
-def element(file: str) -> str:
-    """The SVG of `svg`, from the text of the file that `standalone` made of it."""
-    return file.replace(_ON_WHITE, "<svg ", 1).removesuffix("\n")
+    return element.replace("<svg ", '<svg style="background: white" ', 1) + "\n"
 
 
 def inline(element: str, name: str, alternative: str) -> str:

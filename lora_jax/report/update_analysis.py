@@ -1,4 +1,4 @@
-"""What one adapter's update is made of: its spectrum, and what of W it amplifies."""
+"""The part of a report about one adapter's update: its spectrum, and what of W it amplifies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_jax.console import USER_ERRORS
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting
-from lora_jax.report.document import Block, Figure, Note, Panel, Section, Table, Text
+from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import Place, label, layers, matrices, places
 from lora_jax.serving import served_adapters
 
@@ -23,7 +23,7 @@ MOST = 24  # matrices that are drawn: as many as have names one can read
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
+class BaseChoice:
     """Which base adapters are compared with.
 
     reference: None: the one that they name. trust: fetch that one, whatever it is. allow_other:
@@ -35,7 +35,7 @@ class Base:
     allow_other: bool = False
 
 
-def sections(run: pathlib.Path, base: Base) -> tuple[Section, ...]:
+def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
     """Of the best adapter in a run directory, or of the last if there is no best.
 
     What cannot be had (an adapter, its base) is a note, and the rest is there.
@@ -49,7 +49,7 @@ def sections(run: pathlib.Path, base: Base) -> tuple[Section, ...]:
     if not member.layout.targets:
         return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
     there = places(member.layout)
-    whose = Text(f"Of adapters/{folder.name} of {run.name}.")
+    whose = Paragraph(f"Of adapters/{folder.name} of {run.name}.")
     spectra = Section(_TITLE, (whose, *_spectra(there, found, member.layout)))
     return spectra, Section("What of W it amplifies", _amplified(run, base))
 
@@ -81,7 +81,7 @@ def _spectra(
         "all r are equal, 1 where one is all. Norms are Frobenius norms, σ₁ is the largest "
         "singular value."
     )
-    return Text(text), *_pictures(there, ours, energy), table
+    return Paragraph(text), *_pictures(there, ours, energy), table
 
 
 def _at(found: Any, place: Place) -> Any:
@@ -140,7 +140,7 @@ def _grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
     return found
 
 
-class Amplified(NamedTuple):
+class AmplifiedUpdate(NamedTuple):
     """What of W an adapter amplifies: a number of each kind for every matrix, in one order."""
 
     layout: Layout
@@ -148,7 +148,7 @@ class Amplified(NamedTuple):
     ours: list[Any]  # of analysis.Amplification, for one matrix each
 
 
-def amplified(run: pathlib.Path, base: Base) -> Amplified:
+def amplified(run: pathlib.Path, base: BaseChoice) -> AmplifiedUpdate:
     """Of the best adapter in a run directory.
 
     Raises:
@@ -164,10 +164,10 @@ def amplified(run: pathlib.Path, base: Base) -> Amplified:
     (member,) = served.members
     found = analysis.amplification(member.layout, served.params, member.adapters)
     there = places(member.layout)
-    return Amplified(member.layout, there, [_at(found[place.path], place) for place in there])
+    return AmplifiedUpdate(member.layout, there, [_at(found[place.path], place) for place in there])
 
 
-def _amplified(run: pathlib.Path, base: Base) -> tuple[Block, ...]:
+def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:
     try:
         found = amplified(run, base)
     except USER_ERRORS as error:
@@ -183,7 +183,7 @@ def _amplified(run: pathlib.Path, base: Base) -> tuple[Block, ...]:
     text = (
         f"Median of the factor over {len(factors)} matrices: {middle}; {formatting.span(factors)}."
     )
-    return Text(text), *_factors(found.there, factors), table7(found)
+    return Paragraph(text), *_factors(found.there, factors), table7(found)
 
 
 def _factors(there: Sequence[Place], factors: Any) -> list[Figure]:
@@ -203,7 +203,7 @@ def _factors(there: Sequence[Place], factors: Any) -> list[Figure]:
     return [Figure(f"Amplification factor of each layer.{cut(names)}", (panel,))]
 
 
-def table7(found: Amplified) -> Table:
+def table7(found: AmplifiedUpdate) -> Table:
     """All matrices."""
     there, ours = found.there, found.ours
     columns = [

@@ -1,4 +1,4 @@
-"""Texts to class scores, in mixed batches: each text by its own adapter and its own head.
+"""Score texts in mixed batches: each text by its own adapter and its own head.
 
 The base and the stack of adapters are `lora_jax.adapt`'s business. The heads, and whatever else
 was trained beside the adapters, are stacked here likewise, filled up with zeros to the widest;
@@ -23,16 +23,16 @@ from lora_jax.data.tokens import Encoder, TextOrPair, TextTruncation, padding_id
 from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
 from lora_jax.multi.stack import Stack, select
-from lora_jax.serving.served_adapters import Member, Served
+from lora_jax.paths import Tree
+from lora_jax.serving.served_adapters import Served, ServedAdapter
 from lora_jax.transform import adapt
 
-Tree = Any  # a pytree
 _HEAD = "classifier/out/"
 _AHEAD = 2  # batches that the host prepares while the device is at one
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class ClassifierTask:
     """What an adapter was trained for.
 
     labels: the names of the classes in the order of the outputs; none for a real number.
@@ -50,7 +50,7 @@ class Task:
         return len(self.labels) or 1
 
 
-def task_of(member: Member) -> Task:
+def task_of(member: ServedAdapter) -> ClassifierTask:
     """What `lora_jax.training.classification` said of the adapter as it was exported.
 
     Raises:
@@ -74,7 +74,7 @@ def task_of(member: Member) -> Task:
             'lora_jax.save(..., about={"labels": ["no", "yes"], "text_fields": ["text"], '
             '"lengths": [32, 64], "model": {"reference": ..., "pooling": "mean"}})'
         )
-    task = Task(*(tuple(found[name]) for name in ("labels", "text_fields", "lengths")))
+    task = ClassifierTask(*(tuple(found[name]) for name in ("labels", "text_fields", "lengths")))
     kernel = member.base.get(f"{_HEAD}kernel")
     if kernel is None or kernel.shape[-1] != task.outputs:
         raise LoraError(
@@ -229,7 +229,7 @@ def _with(params: Tree, leaves: Mapping[str, Any]) -> Tree:
 
 
 def _trainable(
-    members: Sequence[Member], params: Mapping[str, Any], width: int
+    members: Sequence[ServedAdapter], params: Mapping[str, Any], width: int
 ) -> dict[str, jax.Array]:
     """What any member trained beside its adapter, of every member: `{path: [n, ...]}`.
 
@@ -253,7 +253,7 @@ def _trainable(
     return stacked
 
 
-def _pooling(members: Sequence[Member]) -> str:
+def _pooling(members: Sequence[ServedAdapter]) -> str:
     """What all heads read."""
     said = {member.name: member.about.get("model", {}).get("pooling", "mean") for member in members}
     for name, pooling in said.items():

@@ -44,7 +44,7 @@ from lora_jax.serving.served_adapters import Served, open_adapters
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class GenerateOptions:
     """The command line."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]PATH")] = ()
@@ -82,7 +82,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = tyro.cli(
-        Options,
+        GenerateOptions,
         prog="lora-jax generate",
         description=__doc__,
         args=arguments,
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(lambda: run(options, Console(), Console(stderr=True)))
 
 
-def run(options: Options, console: Console, aside: Console) -> None:
+def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     """Read, generate and write.
 
     Args:
@@ -128,7 +128,7 @@ def run(options: Options, console: Console, aside: Console) -> None:
     with _busy(aside, "reading the prompts; the first time this compiles"):
         first = next(pieces, None)
     with _sink(options, source, requests, console, aside) as sink:
-        transcript = output.Page(requests, tokenizer, sink)
+        transcript = output.Transcript(requests, tokenizer, sink)
         if first is not None:
             transcript.add(first)
         for piece in pieces:
@@ -136,7 +136,7 @@ def run(options: Options, console: Console, aside: Console) -> None:
     say(aside, _closing(decoder, len(requests)))
 
 
-def _check(options: Options) -> str | None:
+def _check(options: GenerateOptions) -> str | None:
     """The file that is read, or None: then the prompts are on the command line."""
     for flag, value in (
         ("--batch-size", options.batch_size),
@@ -181,7 +181,7 @@ def _busy(aside: Console, what: str) -> Iterator[None]:
 
 
 def _sink(
-    options: Options,
+    options: GenerateOptions,
     source: str | None,
     requests: Sequence[Request],
     console: Console,
@@ -189,10 +189,10 @@ def _sink(
 ) -> output.Sink:
     if options.out is not None:
         writer = jsonl.Writer(options.out, reading=source)
-        return output.Records(writer, FileBar(aside, source, "texts"), requests)
+        return output.JsonlSink(writer, FileBar(aside, source, "texts"), requests)
     if len(requests) == 1 and console.is_terminal:
-        return output.Typed(console, requests[0])
-    return output.Blocks(console, requests)
+        return output.TypedSink(console, requests[0])
+    return output.BlockSink(console, requests)
 
 
 def _opening(served: Served, asked: Prompts) -> str:

@@ -1,4 +1,4 @@
-"""Texts written by a decoder in mixed batches: every row with an adapter of its own, or none.
+"""Generate text with a decoder in mixed batches: each row has its own adapter, or none.
 
 A batch is read at once (prefill), then one compiled step writes a token to every row. What is
 compiled depends on shapes alone, and there are few of them:
@@ -29,10 +29,10 @@ from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.models import cache as caches
 from lora_jax.multi.stack import BASE, Stack, select
+from lora_jax.paths import Tree
 from lora_jax.serving.sampling import GREEDY, Sampling, choose
 from lora_jax.transform import adapt
 
-Tree = Any  # a pytree
 _SHORTEST = 16
 
 
@@ -149,7 +149,7 @@ class Decoder:
         ]
         return min(known, default=rounded(need))
 
-    def prefill(self, batch: Batch, capacity: int, sampling: Sampling) -> tuple[Any, Any]:
+    def prefill(self, batch: DecodingBatch, capacity: int, sampling: Sampling) -> tuple[Any, Any]:
         """(cache, first token [B]) of prompts that are all read at once."""
 
         def run(params: Tree, stacked: Any, batch: Any, numbers: Any) -> Any:
@@ -170,7 +170,13 @@ class Decoder:
         return cache, tokens
 
     def step(
-        self, batch: Batch, cache: Any, tokens: Any, slot: int, number: int, sampling: Sampling
+        self,
+        batch: DecodingBatch,
+        cache: Any,
+        tokens: Any,
+        slot: int,
+        number: int,
+        sampling: Sampling,
     ) -> tuple[Any, Any]:
         """(cache, next token [B]); the given cache is used up. It does not wait for the result."""
 
@@ -216,7 +222,7 @@ class Decoder:
         return self._programs[key]
 
 
-class Batch(NamedTuple):
+class DecodingBatch(NamedTuple):
     """Prompts that are read together, padded on the left.
 
     ids, ids_mask: [B, T] int32 and bool.
@@ -303,7 +309,7 @@ def _mixed(layout: Layout | None, f: Callable[..., Any]) -> Callable[..., Any]:
     return lambda params, chosen, *args: adapted(params, select(*chosen), *args)
 
 
-def _batch(prompts: Mapping[int, Prompt], count: int) -> Batch:
+def _batch(prompts: Mapping[int, Prompt], count: int) -> DecodingBatch:
     """The prompts, and copies of them up to `count` rows."""
     numbers = list(prompts)
     own = [numbers[row % len(numbers)] for row in range(count)]
@@ -314,7 +320,7 @@ def _batch(prompts: Mapping[int, Prompt], count: int) -> Batch:
         ids[row, length - len(tokens) :] = tokens
         mask[row, length - len(tokens) :] = True
     adapters = [prompts[number].adapter for number in own]
-    return Batch(ids, mask, np.array(own, np.int32), np.array(adapters, np.int32))
+    return DecodingBatch(ids, mask, np.array(own, np.int32), np.array(adapters, np.int32))
 
 
 def _written(

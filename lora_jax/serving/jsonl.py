@@ -1,4 +1,8 @@
-"""JSONL in and out: one JSON object a line; "-" is stdin or stdout."""
+"""Read and write JSONL, one JSON object a line; "-" is stdin or stdout.
+
+The jsonlines package gives neither a line's size in bytes, which the progress bar needs, nor a
+reader of stdin that refuses NaN and half characters.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ class LineError(LoraError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class JsonLine:
     """One object.
 
     where: the file and the line's number from 1, for messages.
@@ -51,7 +55,7 @@ class Line:
         return found
 
 
-def read(path: str) -> Iterator[Line]:
+def read(path: str) -> Iterator[JsonLine]:
     """The objects of a file, one at a time; empty lines are passed over.
 
     Raises:
@@ -63,7 +67,7 @@ def read(path: str) -> Iterator[Line]:
         for number, raw in enumerate(file, 1):
             if raw.strip():
                 where = f"{name}, line {number}"
-                yield Line(_object(raw, where), where, len(raw))
+                yield JsonLine(_object(raw, where), where, len(raw))
 
 
 def _object(raw: bytes, where: str) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Where texts go as they are written: a terminal, plain lines, or JSONL.
+"""Write texts while they are generated: to a terminal, as plain lines, or as JSONL.
 
 Texts that are finished come out in the order of their prompts. On a terminal one text alone
 grows token by token; of several, those that are not finished grow below the finished ones.
@@ -35,7 +35,7 @@ class Sink(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-class Page:
+class Transcript:
     """Turns the tokens of all texts into text, and hands it to a sink."""
 
     def __init__(self, requests: Sequence[Request], tokenizer: Tokenizer, sink: Sink) -> None:
@@ -69,7 +69,7 @@ class Page:
             self._due += 1
 
 
-class Typed:
+class TypedSink:
     """One text on a terminal, as it comes."""
 
     def __init__(self, console: Console, request: Request) -> None:
@@ -94,7 +94,7 @@ class Typed:
         self._console.print(text, end="", soft_wrap=True)
 
 
-class Blocks:
+class BlockSink:
     """Several texts, each as a block behind its adapter's name, where there are several."""
 
     def __init__(self, console: Console, requests: Sequence[Request]) -> None:
@@ -149,7 +149,7 @@ class Blocks:
         return Group(*shown)
 
 
-class Records:
+class JsonlSink:
     """JSONL, and a bar meanwhile."""
 
     def __init__(self, writer: Writer, bar: FileBar, requests: Sequence[Request]) -> None:

@@ -35,13 +35,13 @@ from lora_jax.console import FileBar, guarded, say
 from lora_jax.data.tokens import TextOrPair
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
-from lora_jax.serving.classifier import Classifier, Task
-from lora_jax.serving.jsonl import Line, LineError
+from lora_jax.serving.classifier import Classifier, ClassifierTask
+from lora_jax.serving.jsonl import JsonLine, LineError
 from lora_jax.serving.served_adapters import BASE_NAME, Served, open_adapters
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class PredictOptions:
     """The command line."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]PATH")] = ()
@@ -67,7 +67,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = tyro.cli(
-        Options,
+        PredictOptions,
         prog="lora-jax predict",
         description=__doc__,
         args=arguments,
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(lambda: run(options, Console(stderr=True)))
 
 
-def run(options: Options, console: Console) -> None:
+def run(options: PredictOptions, console: Console) -> None:
     """Read, classify and write; what is said besides goes to `console`.
 
     Raises:
@@ -111,7 +111,7 @@ def run(options: Options, console: Console) -> None:
 def predict(
     served: Served,
     classifier: Classifier,
-    window: Sequence[Line],
+    window: Sequence[JsonLine],
     done: Callable[[int], None] = lambda size: None,
 ) -> Iterator[dict[str, Any]]:
     """Each line with its answer in it, in the order of the lines.
@@ -143,12 +143,12 @@ def predict(
         yield {**line.value, "adapter": name, **answer_of(classifier.tasks[i], scores)}
 
 
-def answer_of(task: Task, scores: NDArray[np.float32]) -> dict[str, Any]:
+def answer_of(task: ClassifierTask, scores: NDArray[np.float32]) -> dict[str, Any]:
     """The fields that a line is given.
 
-    >>> answer_of(Task(("no", "yes"), ("text",), (32,)), np.zeros(2, np.float32))
+    >>> answer_of(ClassifierTask(("no", "yes"), ("text",), (32,)), np.zeros(2, np.float32))
     {'prediction': 'no', 'probabilities': {'no': 0.5, 'yes': 0.5}}
-    >>> answer_of(Task((), ("text",), (32,)), np.ones(1, np.float32))
+    >>> answer_of(ClassifierTask((), ("text",), (32,)), np.ones(1, np.float32))
     {'prediction': 1.0}
     """
     if not task.labels:
@@ -159,7 +159,7 @@ def answer_of(task: Task, scores: NDArray[np.float32]) -> dict[str, Any]:
     return {"prediction": best, "probabilities": dict(zip(task.labels, shares, strict=True))}
 
 
-def _check(options: Options) -> str | None:
+def _check(options: PredictOptions) -> str | None:
     """The file that is read, or None: then the texts are on the command line."""
     if not options.adapter:
         raise LoraError("no adapter: give --adapter PATH, a run directory of train.py")
@@ -175,7 +175,7 @@ def _check(options: Options) -> str | None:
     return jsonl.STANDARD
 
 
-def _typed(texts: Sequence[str], served: Served, tasks: Sequence[Task]) -> list[Line]:
+def _typed(texts: Sequence[str], served: Served, tasks: Sequence[ClassifierTask]) -> list[JsonLine]:
     """The texts of the command line, each for every adapter."""
     for name, task in zip(served.names, tasks, strict=True):
         if len(task.fields) > 1:
@@ -184,13 +184,13 @@ def _typed(texts: Sequence[str], served: Served, tasks: Sequence[Task]) -> list[
                 "give them as fields of a line: --file FILE"
             )
     return [
-        Line({task.fields[0]: text, "adapter": name}, f"--text {text[:40]!r}")
+        JsonLine({task.fields[0]: text, "adapter": name}, f"--text {text[:40]!r}")
         for text in texts
         for name, task in zip(served.names, tasks, strict=True)
     ]
 
 
-def _adapter_of(line: Line, served: Served) -> int:
+def _adapter_of(line: JsonLine, served: Served) -> int:
     name = line.get("adapter", str, "")
     if name == BASE_NAME:
         raise LineError(
@@ -200,7 +200,7 @@ def _adapter_of(line: Line, served: Served) -> int:
     return served.id_of(name or None, line.where)
 
 
-def _text_of(line: Line, task: Task) -> TextOrPair:
+def _text_of(line: JsonLine, task: ClassifierTask) -> TextOrPair:
     """Numbers are read as training reads them, as text."""
     found = []
     for field in task.fields:
@@ -211,7 +211,7 @@ def _text_of(line: Line, task: Task) -> TextOrPair:
     return found[0] if len(found) == 1 else (found[0], found[1])
 
 
-def _opening(served: Served, tasks: Sequence[Task]) -> str:
+def _opening(served: Served, tasks: Sequence[ClassifierTask]) -> str:
     kinds = [f"{len(task.labels)} classes" if task.labels else "a number" for task in tasks]
     each = [f"{name}: {kind}" for name, kind in zip(served.names, kinds, strict=True)]
     return f"{len(each)} adapter{'s' * (len(each) > 1)} on {served.reference}\n{listed(each, 10)}"

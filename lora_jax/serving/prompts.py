@@ -1,4 +1,4 @@
-"""What is asked of a decoder: prompts as people write them, to prompts as tokens."""
+"""Read prompts as people write them, and turn them into tokens for a decoder."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lora_jax.errors import LoraError, nearest
 from lora_jax.multi.stack import BASE
 from lora_jax.serving import jsonl
 from lora_jax.serving.generation import Prompt
-from lora_jax.serving.jsonl import Line, LineError
-from lora_jax.serving.served_adapters import BASE_NAME, Member, Served
+from lora_jax.serving.jsonl import JsonLine, LineError
+from lora_jax.serving.served_adapters import BASE_NAME, Served, ServedAdapter
 
 FIELD = "prompt"
 
@@ -41,7 +41,7 @@ class Request:
     size: int = 0
 
 
-def read(path: str) -> Iterator[Line | str]:
+def read(path: str) -> Iterator[JsonLine | str]:
     """Objects of JSONL, or else plain lines, each of which is a prompt; "-" is stdin.
 
     It is JSONL if the first character that is no space is an opening brace. Empty lines are
@@ -102,11 +102,11 @@ class Prompts:
         self._stops[BASE_NAME] = common
         self._plain = (*served.names, *([BASE_NAME] if base_too or not served.members else []))
 
-    def all(self, given: Sequence[Line | str], where: str) -> list[Request]:
+    def all(self, given: Sequence[JsonLine | str], where: str) -> list[Request]:
         """A request for each line that names its adapter, and one for every adapter of a text."""
         found: list[Request] = []
         for number, line in enumerate(given, 1):
-            if isinstance(line, Line):
+            if isinstance(line, JsonLine):
                 found.append(self._of_line(line))
                 continue
             place = f"{where} {number}"
@@ -115,7 +115,7 @@ class Prompts:
             found[-1] = dataclasses.replace(found[-1], size=size)
         return found
 
-    def _of_line(self, line: Line) -> Request:
+    def _of_line(self, line: JsonLine) -> Request:
         number = self._served.id_of(line.get("adapter", str, "") or None, line.where)
         name = BASE_NAME if number == BASE else self._served.names[number]
         text = self._text_of(line, name)
@@ -123,7 +123,7 @@ class Prompts:
             self._request(name, text, line.value, line.where), size=line.size
         )
 
-    def _text_of(self, line: Line, name: str) -> str:
+    def _text_of(self, line: JsonLine, name: str) -> str:
         """The prompt that the adapter was trained on, filled in, or the line's own."""
         template = self.templates.get(name)
         lacking = [] if template is None else [f for f in template.fields if f not in line.value]
@@ -154,7 +154,7 @@ class Prompts:
         return Request(name, text, Prompt(tokens, number, self._stops[name]), fields)
 
 
-def _template(member: Member) -> Template | None:
+def _template(member: ServedAdapter) -> Template | None:
     """The prompt that the adapter was trained on, where it has fields."""
     said = member.about.get("prompt")
     if said is None:
@@ -165,7 +165,7 @@ def _template(member: Member) -> Template | None:
     return template if template.fields else None
 
 
-def _end_ids(tokenizer: Tokenizer, member: Member) -> set[int]:
+def _end_ids(tokenizer: Tokenizer, member: ServedAdapter) -> set[int]:
     """The token that ended the examples of its training, where there was one."""
     said = member.about.get("eos")
     if said is None or said == "":

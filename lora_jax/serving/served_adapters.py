@@ -2,8 +2,8 @@
 
 What is opened may come from a stranger: `lora_jax.checkpoint` reads it as such. An adapter also
 names its base. Such a base is opened if it is a path of this machine or a package whose sum
-lora_jax knows (`models.weights.source.is_safe`). Any other is fetched only if the user names it (`base`),
-or says that the adapter is to be believed (`trust_base`).
+lora_jax knows (`models.weights.source.is_safe`). Any other is fetched only if the user names it
+(`base`), or says that the adapter is to be believed (`trust_base`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax import baselines, models, paths
-from lora_jax.adapters import Factors
+from lora_jax.adapters import Adapter, Factors
 from lora_jax.checkpoint import adapter, storage
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import fingerprint
 from lora_jax.checkpoint.storage import Folder, Path
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
+from lora_jax.models.weights.source import is_safe
 from lora_jax.multi.stack import BASE, Stack
 from lora_jax.multi.stack import stack as stack_adapters
+from lora_jax.paths import Tree
 
-Tree = Any  # a pytree
 BASE_NAME = "base"  # who asks for it gets no adapter
 # What all that share a base agree on, and what may be said there.
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
@@ -37,7 +38,7 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
+class ServedAdapter:
     """One adapter.
 
     name: what it is called by.
@@ -70,12 +71,12 @@ class Served:
     source: models.Source
     config: Any
     params: Tree
-    members: tuple[Member, ...]
+    members: tuple[ServedAdapter, ...]
 
     @functools.cached_property
     def stack(self) -> tuple[Layout, Stack]:
         """`(layout, stacked)` of all adapters, of which there is at least one."""
-        return stack_adapters([(m.layout, m.adapters) for m in self.members])
+        return stack_adapters([Adapter(m.layout, m.adapters) for m in self.members])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,8 +87,8 @@ class Served:
         """The id of an adapter by its name.
 
         Args:
-          name: "base" is `lora_jax.multi.BASE`; None is the only adapter there is, or the base where
-            there is none.
+          name: "base" is `lora_jax.multi.BASE`; None is the only adapter there is, or the base
+            where there is none.
           where: who asks, for the message.
 
         Raises:
@@ -126,8 +127,8 @@ def open_adapters(
         train.py, whose adapters/best it is, or adapters/last if there is no best; or a directory
         of such run directories, all of which are opened. A run's name is that of its directory.
       kind: `models.BertConfig` or `models.LlamaConfig`: what the caller can run.
-      base: reference of the base (`lora_jax.models.weights.source`). None: what the adapters were trained
-        on.
+      base: reference of the base (`lora_jax.models.weights.source`). None: what the adapters were
+        trained on.
       trust_base: fetch the base that the adapters name, whatever it is.
       allow_other_base: go on where the base is not the one that an adapter was trained on.
 
@@ -151,12 +152,12 @@ def open_adapters(
     return Served(reference, source, config, params, members)
 
 
-def read(name: str, path: Path) -> Member:
+def read(name: str, path: Path) -> ServedAdapter:
     """One adapter from the folder that `lora_jax.save` wrote."""
     layout, adapters, base = restore(path)
     about = adapter.restore_about(path)
     _check_method(name, path, base, about)
-    return Member(name, str(path), layout, adapters, base, about)
+    return ServedAdapter(name, str(path), layout, adapters, base, about)
 
 
 def _check_method(name: str, path: Path, base: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -239,7 +240,7 @@ def _there(folder: Folder) -> str:
     return f"the folder holds {', '.join(inside[:10]) or 'nothing'}; {wanted}"
 
 
-def _members(adapters: Sequence[str]) -> tuple[Member, ...]:
+def _members(adapters: Sequence[str]) -> tuple[ServedAdapter, ...]:
     """What is given, read; every name once."""
     found = [pair for given in adapters for pair in find(given)]
     places: dict[str, Folder] = {}
@@ -258,7 +259,7 @@ def _members(adapters: Sequence[str]) -> tuple[Member, ...]:
     return tuple(read(name, path) for name, path in places.items())
 
 
-def _settings(members: Iterable[Member], base: str | None) -> dict[str, Any]:
+def _settings(members: Iterable[ServedAdapter], base: str | None) -> dict[str, Any]:
     """The base's reference, and the settings of the model that all members agree on."""
     said: dict[str, tuple[Any, str]] = {} if base is None else {"reference": (base, "--base")}
     for member in members:
@@ -282,7 +283,7 @@ def _settings(members: Iterable[Member], base: str | None) -> dict[str, Any]:
     return {name: value for name, (value, _) in said.items()}
 
 
-def _said(member: Member) -> dict[str, Any]:
+def _said(member: ServedAdapter) -> dict[str, Any]:
     """What an adapter says of its model, maybe nothing."""
     model = member.about.get("model", {})
     for name, fits in _SETTINGS.items():
@@ -291,9 +292,9 @@ def _said(member: Member) -> dict[str, Any]:
     return {name: model[name] for name in _SETTINGS if name in model}
 
 
-def _check_named(members: Sequence[Member], reference: str) -> None:
+def _check_named(members: Sequence[ServedAdapter], reference: str) -> None:
     """Raise where a base would be fetched on the word of the adapters alone."""
-    if models.source.is_safe(reference):
+    if is_safe(reference):
         return
     whose = listed(f"{member.name}: {member.path}" for member in members)
     raise LoraError(
@@ -315,7 +316,9 @@ def _check_kind(source: models.Source, kind: type[Any], reference: str) -> None:
     raise LoraError(f"the base {reference} is {what}; that is what `python -m {other}` runs")
 
 
-def _check_base(members: Sequence[Member], params: Tree, reference: str, allow: bool) -> None:
+def _check_base(
+    members: Sequence[ServedAdapter], params: Tree, reference: str, allow: bool
+) -> None:
     """Every adapter was trained on these parameters, or at least fits them."""
     flat = paths.flatten(params)
     ours = {} if allow or not members else fingerprint(params)

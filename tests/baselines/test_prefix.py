@@ -13,7 +13,7 @@ import pytest
 from lora_jax import baselines, models
 from lora_jax.baselines import prefix
 from lora_jax.models.attention import visible
-from lora_jax.models.bert import _Embeddings, _Layer
+from lora_jax.models.bert import _BertLayer, _Embeddings
 from tests.baselines.test_methods import BERT, IDS, MASK, model_of, noisy, run
 
 ROBERTA = dataclasses.replace(BERT, position_offset=2, num_token_types=1)
@@ -78,7 +78,7 @@ def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
     bert, places = params["bert"], ids >= 19
     order = np.where(places, ids - 19, 0)
     positions = jnp.arange(ids.shape[1])[None]
-    embed, layer = (jax.jit(module(BERT).apply) for module in (_Embeddings, _Layer))
+    embed, layer = (jax.jit(module(BERT).apply) for module in (_Embeddings, _BertLayer))
     x = embed({"params": bert["embeddings"]}, np.where(places, 0, ids), positions, None)
     seen = visible(ids.shape[1], jnp.asarray(mask))
     for i in range(3):

@@ -17,7 +17,7 @@ import train
 from lora_jax import models, paths
 from lora_jax.baselines import counts
 from lora_jax.checkpoint import adapter
-from lora_jax.checkpoint.adapter import ocp
+from lora_jax.checkpoint.storage import orbax
 from lora_jax.data.config import DataConfig
 from lora_jax.serving import classifier, predict, served_adapters
 from lora_jax.training import export, mesh, optimizer, step
@@ -226,8 +226,8 @@ def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -
     """It learns, its checkpoint holds what is trained and Adam's moments of it, and
     `lora-jax predict` refuses the export.
 
-    Red: `trainable=("**",)` in the workload; the check in lora_jax/serving/served_adapters.py taken out, and
-    predict would leave the adapter layers out without a word.
+    Red: `trainable=("**",)` in the workload; the check in lora_jax/serving/served_adapters.py taken
+    out, and predict would leave the adapter layers out without a word.
     """
     path = folder / "houlsby"
     config = config_of(folder, method_of("houlsby"), steps=12, evaluate_every=12)
@@ -238,7 +238,7 @@ def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -
     before, after = summary["before"]["validation"], summary["after"]["validation"]
     assert after["loss"] < before["loss"]
     (newest,) = (path / "checkpoints").iterdir()
-    state = paths.flatten(ocp.checkpointables_metadata(newest).metadata["state"])
+    state = paths.flatten(orbax().checkpointables_metadata(newest).metadata["state"])
     ends = [p.partition("base/")[2] for p in state if "base/" in p]
     kept = lora_jax.restore(path / "adapters/best").trainable
     assert sorted(ends) == sorted([*kept] * 3)

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import lora_jax
-from experiments.paper import benefits, measured, trained
-from experiments.paper.benefits import Benefits, Compared, Trained
-from experiments.paper.trained import CASES, Bytes, Case, Side
+from experiments.paper import benefits, measurement_file, trained
+from experiments.paper.benefits import Benefits, Compared, MeasuredSide
+from experiments.paper.trained import CASES, Case, StepBytes, TrainingSide
 from lora_jax import LoraError, models, paths
 from lora_jax.baselines import counts
 from lora_jax.report import Table
+from measuring import timing
 
 pytestmark = pytest.mark.standard_promotion  # Optax's schedules
 
@@ -42,11 +43,11 @@ FACTORS = {
     "smollm2": counts.lora(RANK, [(D, D), (D, D // 2)] * LAYERS),
 }
 HEAD = {"minilm": 2 * D + 2, "smollm2": 0}
-MACHINE = measured.Machine("a processor", 2, "cpu", "cpu", "3", "1", "2")
+MACHINE = timing.Machine("a processor", 2, "cpu", "cpu", "3", "1", "2")
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str, dict[str, Side]]:
+def made() -> dict[str, dict[str, TrainingSide]]:
     """Model -> side."""
     with jax.numpy_dtype_promotion("standard"):
         return {
@@ -55,7 +56,7 @@ def made() -> dict[str, dict[str, Side]]:
         }
 
 
-def fresh(side: Side) -> Side:
+def fresh(side: TrainingSide) -> TrainingSide:
     """With a state that steps may take, and nobody else has."""
     return side._replace(state=jax.tree.map(jnp.copy, side.state))
 
@@ -65,7 +66,7 @@ def on_disk(folder: pathlib.Path) -> int:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_what_is_trained(name: str, made: dict[str, dict[str, Side]]) -> None:
+def test_what_is_trained(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
     """Red: `case.trainable` left out of LoRA's side, or a pattern other than `**` for the full one."""
     full, lora = made[name].values()
     head = models.Head("mean", 2) if name == "minilm" else None
@@ -79,7 +80,7 @@ def test_what_is_trained(name: str, made: dict[str, dict[str, Side]]) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_memory(name: str, made: dict[str, dict[str, Side]]) -> None:
+def test_memory(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
     """Red: `donate_argnums=0` left out of `sides`: the state would be there twice."""
     found = {side: trained.memory(one) for side, one in made[name].items()}
     for side, one in made[name].items():
@@ -100,7 +101,7 @@ def test_memory(name: str, made: dict[str, dict[str, Side]]) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_steps_and_checkpoints(
-    name: str, made: dict[str, dict[str, Side]], tmp_path: pathlib.Path
+    name: str, made: dict[str, dict[str, TrainingSide]], tmp_path: pathlib.Path
 ) -> None:
     """Each call is a step, and what is weighed on disk is what was trained, and nothing else.
 
@@ -128,7 +129,7 @@ def test_steps_and_checkpoints(
 
 
 def test_the_command(
-    made: dict[str, dict[str, Side]],
+    made: dict[str, dict[str, TrainingSide]],
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -139,7 +140,7 @@ def test_the_command(
     monkeypatch.setattr(trained, "sides", {TINY["smollm2"]: sides}.__getitem__)
     out = tmp_path / "benefits.json"
     assert benefits.main(["--out", str(out), "--models", "smollm2", "--steps", "3"]) == 0
-    found = measured.read(out, Benefits, "")
+    found = measurement_file.read(out, Benefits, "")
     assert found is not None
     (model,) = found.models
     full, lora = model.sides
@@ -168,15 +169,17 @@ def test_errors_of_the_command_line(
 
 
 def by_hand() -> Benefits:
-    full = Trained("full", 1000, Bytes(40_000, 4_000, 8_000, 4_000), 4_000, (2.0, 4.0, 9.0))
-    lora = Trained("lora", 10, Bytes(10_000, 4_040, 80, 40), 40, (1.0, 2.0, 3.0))
+    full = MeasuredSide(
+        "full", 1000, StepBytes(40_000, 4_000, 8_000, 4_000), 4_000, (2.0, 4.0, 9.0)
+    )
+    lora = MeasuredSide("lora", 10, StepBytes(10_000, 4_040, 80, 40), 40, (1.0, 2.0, 3.0))
     return Benefits(MACHINE, 60.0, (Compared("MiniLM", 2, 8, 1000, (full, lora)),))
 
 
 def test_the_tables_are_the_numbers(tmp_path: pathlib.Path) -> None:
     """Red: full over LoRA in `_ratio`; a mean in place of the median."""
-    measured.write(tmp_path / "benefits.json", by_hand())
-    assert measured.read(tmp_path / "benefits.json", Benefits, "") == by_hand()
+    measurement_file.write(tmp_path / "benefits.json", by_hand())
+    assert measurement_file.read(tmp_path / "benefits.json", Benefits, "") == by_hand()
     (section,) = benefits.sections(tmp_path)
     ratios, memory = (block for block in section.blocks if isinstance(block, Table))
     assert [row[1:] for row in ratios.rows] == [
@@ -207,7 +210,7 @@ def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
 def test_a_damaged_file_is_named(change: Any, said: str, tmp_path: pathlib.Path) -> None:
     """Red: `__post_init__` of Compared left out, or a check of `_as`."""
     file = tmp_path / "benefits.json"
-    measured.write(file, by_hand())
+    measurement_file.write(file, by_hand())
     found = json.loads(file.read_text())
     change(found)
     file.write_text(json.dumps(found))

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax
-from benchmarks.common import SMOLLM2
 from experiments.paper.configs import definitions, directions, matrices, rank
 from lora_jax import models
 from lora_jax.groups.config import Member
 from lora_jax.training import causal_lm, classification
+from measuring.published_models import SMOLLM2
 
 # all-MiniLM-L6-v2 by shape.
 MINILM = models.BertConfig(

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 import lora_jax
-from experiments.paper import forward, latency, measured
+from experiments.paper import forward, latency, measurement_file
 from experiments.paper.forward import BASE, HOULSBY, LIN, MERGED, METHODS, UNMERGED, Sizes
 from experiments.paper.latencies import Latencies, Timed, Timings, table
 from experiments.paper.published import LATENCY_MILLIONS
-from experiments.paper.shapes import MEDIUM
 from lora_jax import LoraError, baselines, models
 from lora_jax.planner import hlo
 from lora_jax.report import Figure, Table
+from measuring import timing
+from measuring.published_models import MEDIUM
 
 BATCH, LENGTH, D, LAYERS = 2, 8, 128, 2
 TINY = dataclasses.replace(
@@ -27,7 +28,7 @@ TINY = dataclasses.replace(
     max_positions=16,
 )  # fmt: skip
 SIZES = Sizes(rank=16, lin=64, houlsby=48)
-MACHINE = measured.Machine("a processor", 2, "cpu", "cpu", "3", "1", "2")
+MACHINE = timing.Machine("a processor", 2, "cpu", "cpu", "3", "1", "2")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
     out = tmp_path / "a" / "latency.json"
     given = ["--layers", "1", "--repeats", "3", "--shapes", "2x8"]
     assert latency.main(["--out", str(out), *given]) == 0
-    found = measured.read(out, Latencies, "")
+    found = measurement_file.read(out, Latencies, "")
     assert found is not None
     assert (found.layers, found.whole_layers, found.merged_is_base) == (1, 24, True)
     assert [(at.batch, at.length) for at in found.shapes] == [(2, 8)]
@@ -204,8 +205,8 @@ def test_the_table_has_the_papers_numbers_beside_ours() -> None:
 def test_what_is_written_is_what_is_read(tmp_path: pathlib.Path) -> None:
     """Red: a field left out of `asdict`, or no tuple made of a list in `_as`."""
     found = by_hand()
-    measured.write(tmp_path / "latency.json", found)
-    assert measured.read(tmp_path / "latency.json", Latencies, "") == found
+    measurement_file.write(tmp_path / "latency.json", found)
+    assert measurement_file.read(tmp_path / "latency.json", Latencies, "") == found
     assert [path.name for path in tmp_path.iterdir()] == ["latency.json"]
     (section,) = latency.sections(tmp_path)
     kinds = [type(block) for block in section.blocks]
@@ -236,7 +237,7 @@ def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
 def test_a_damaged_file_is_named(change: Any, said: str, tmp_path: pathlib.Path) -> None:
     """Red: any check of `_as` or of the dataclasses left out."""
     file = tmp_path / "latency.json"
-    measured.write(file, by_hand())
+    measurement_file.write(file, by_hand())
     found = json.loads(file.read_text())
     change(found)
     file.write_text(json.dumps(found))
@@ -248,7 +249,7 @@ def test_a_damaged_file_is_named(change: Any, said: str, tmp_path: pathlib.Path)
 
 
 def test_half_a_file_is_named(tmp_path: pathlib.Path) -> None:
-    """Red: no `except ValueError` in `measured.read`."""
+    """Red: no `except ValueError` in `measurement_file.read`."""
     file = tmp_path / "latency.json"
     file.write_text('{"machine": {')
     with pytest.raises(LoraError, match=r"latency\.json cannot be read: .*make it anew"):

@@ -18,7 +18,7 @@ from lora_jax.baselines import counts
 from lora_jax.errors import LoraError
 from lora_jax.groups import config_fields
 from lora_jax.groups.sweep import SweepConfig
-from lora_jax.report.document import Figure, Note, Section, Table, Text
+from lora_jax.report.document import Figure, Note, Paragraph, Section, Table
 from lora_jax.training.config_json import to_dict
 from tests.experiments import runs
 
@@ -193,7 +193,7 @@ def tables(found: Sequence[Section]) -> list[dict[str, dict[str, str]]]:
     ]
 
 
-def texts(found: Sequence[Section], kind: type[Text | Note]) -> list[str]:
+def texts(found: Sequence[Section], kind: type[Paragraph | Note]) -> list[str]:
     return [b.text for section in found for b in section.blocks if isinstance(b, kind)]
 
 
@@ -214,7 +214,7 @@ def test_a_rate_at_the_edge_is_marked(folder: pathlib.Path) -> None:
     found = methods.sections(folder)
     first, *_, every = tables(found)
     assert first["bitfit"]["learning rate"] == "0.01 (highest)"
-    (edges,) = [text for text in texts(found, Text) if "edge" in text]
+    (edges,) = [text for text in texts(found, Paragraph) if "edge" in text]
     assert "bitfit (the highest)" in edges
     assert "lora" not in edges
     assert every["bitfit"]["highest"].startswith("0.01: 66.0 ± 1.0")
@@ -229,7 +229,7 @@ def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
     assert second["bitfit"]["less LoRA"] == f"{100 * (ours.mean() - lora.mean()):+.1f}"
     assert second["bitfit"]["standard error"] == f"{100 * error:.1f}"
     assert second["bitfit"]["paper: SST-2, RoBERTa"] == "-1.4 (base, 0.1M)"
-    (said,) = [text for text in texts(found, Text) if "standard errors" in text]
+    (said,) = [text for text in texts(found, Paragraph) if "standard errors" in text]
     assert "below LoRA: 1 (bitfit); above: none; within: none" in said
     assert "1 with our sign, 0 with the other" in said
 
@@ -240,7 +240,7 @@ def test_one_seed_has_no_error(folder: pathlib.Path) -> None:
     found = methods.sections(folder)
     _, second, _ = tables(found)
     assert second["head"]["standard error"] == "-"
-    (said,) = [text for text in texts(found, Text) if "standard errors" in text]
+    (said,) = [text for text in texts(found, Paragraph) if "standard errors" in text]
     assert "within: none; with too few seeds for an error: 1 (head)." in said
 
 
@@ -294,11 +294,13 @@ def test_samples_are_by_their_number(tmp_path: pathlib.Path) -> None:
 
 def test_names_of_points_do_not_meet() -> None:
     """Six methods with the same number of parameters and the same accuracy are six names."""
-    near = [seed_scatter.Point(f"method_{i}", 70_000 + i, 75.0 + 0.01 * i, 1.0) for i in range(6)]
+    near = [
+        seed_scatter.NamedPoint(f"method_{i}", 70_000 + i, 75.0 + 0.01 * i, 1.0) for i in range(6)
+    ]
     points = [
         *near,
-        seed_scatter.Point("full", 22_000_000, 78.0, 0.5),
-        seed_scatter.Point("head", 770, 60, 1),
+        seed_scatter.NamedPoint("full", 22_000_000, 78.0, 0.5),
+        seed_scatter.NamedPoint("head", 770, 60, 1),
     ]
     figure = seed_scatter.draw(points, "along", "up")
     figure.canvas.draw()

@@ -16,11 +16,11 @@ from experiments.paper.configs import directions as directions_config
 from experiments.paper.experiments import Task
 from experiments.paper.settings import settings, there
 from lora_jax.errors import LoraError
-from lora_jax.report.document import Figure, Note, Panel, Report, Section, Table, Text
-from lora_jax.report.update_analysis import Base
+from lora_jax.report.document import Figure, Note, Panel, Paragraph, Report, Section, Table
+from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.training.config_json import to_dict
 from tests.experiments import runs
-from tests.report import browser, left
+from tests.report import browser, saved_runs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs/paper"
@@ -53,7 +53,9 @@ def written(folder: pathlib.Path) -> pathlib.Path:
 
 
 def tables(path: pathlib.Path, *columns: str) -> list[list[list[str]]]:
-    return [t[1:] for t in left.page(path / "report.html").tables if set(columns) <= set(t[0])]
+    return [
+        t[1:] for t in saved_runs.page(path / "report.html").tables if set(columns) <= set(t[0])
+    ]
 
 
 def test_seeds_are_one_line(folder: pathlib.Path, written: pathlib.Path) -> None:
@@ -90,7 +92,7 @@ def test_ranks_have_the_papers_beside_them(written: pathlib.Path) -> None:
 def test_a_budget_of_a_decoder_is_a_table_of_its_own(written: pathlib.Path) -> None:
     """Red: `alike = list(found)` in `_definitions` of questions.py."""
     columns = ["matrices", "r", "trained", "validation", "test", "seeds"]
-    (own,) = [t[1:] for t in left.page(written / "report.html").tables if t[0] == columns]
+    (own,) = [t[1:] for t in saved_runs.page(written / "report.html").tables if t[0] == columns]
     assert [row[0] for row in own] == ["q", "v", "q+v", "q+k+v+o"]
     assert {row[2] for row in own} == {"345,601"}
 
@@ -121,9 +123,9 @@ def test_what_is_missing_is_a_note_with_its_command(written: pathlib.Path) -> No
 
 
 def test_both_formats_hold_the_same(written: pathlib.Path) -> None:
-    """Red: `table.rows[1:]` in `_table` of render.py."""
-    found = left.page(written / "report.html")
-    assert found.tables == left.Markdown((written / "report.md").read_text()).tables
+    """Red: `table.rows[1:]` in `markdown_table` of render.py."""
+    found = saved_runs.page(written / "report.html")
+    assert found.tables == saved_runs.Markdown((written / "report.md").read_text()).tables
 
 
 def test_nothing_at_all_is_an_error(
@@ -137,8 +139,8 @@ def test_nothing_at_all_is_an_error(
 def test_another_name_is_an_error_with_the_nearest() -> None:
     """Red: `continue` in the place of the `raise` in `chosen`."""
     with pytest.raises(LoraError, match="nearest:\n  matrices"):
-        questions.chosen(["matrixes"], Base())
-    assert [one.name for one in questions.chosen(["rank"], Base())] == ["rank"]
+        questions.chosen(["matrixes"], BaseChoice())
+    assert [one.name for one in questions.chosen(["rank"], BaseChoice())] == ["rank"]
 
 
 def test_outside_of_a_checkout_it_says_so(
@@ -148,13 +150,13 @@ def test_outside_of_a_checkout_it_says_so(
     monkeypatch.chdir(tmp_path)
     assert main(["matrices"]) == 1
     err = " ".join(capsys.readouterr().err.split())
-    assert "has no train.py and no configs/paper" in err
+    assert "has no train.py and no experiments/paper/configs" in err
     assert not (tmp_path / "runs").exists()
 
 
 def test_every_sweep_is_a_config_that_is_there() -> None:
     """Red: `configs/{name}.py` in `_swept`."""
-    for experiment in questions.experiments(Base()):
+    for experiment in questions.experiments(BaseChoice()):
         for task in experiment.tasks(pathlib.Path("runs/x")):
             if task.arguments[0] == "train.py":
                 assert (ROOT / task.arguments[2].split(":")[0]).is_file(), task
@@ -162,7 +164,9 @@ def test_every_sweep_is_a_config_that_is_there() -> None:
 
 def test_two_models_have_titles_and_pictures_of_their_own() -> None:
     """Red: `name=p.name` in `_of` of directions.py."""
-    section = Section("Shared", (Figure("maps", (Panel("phi-ranks-1", "a map", None),)), Text("")))
+    section = Section(
+        "Shared", (Figure("maps", (Panel("phi-ranks-1", "a map", None),)), Paragraph(""))
+    )
     found = [directions._of(section, name, model) for name, model in directions.MODELS.items()]
     assert [one.title for one in found] == ["Shared: MiniLM", "Shared: SmolLM2"]
     report = Report("", "", "", (), tuple(found))
@@ -174,10 +178,10 @@ def test_a_model_that_has_not_run_is_a_note(tmp_path: pathlib.Path) -> None:
 
     Red: no `sweeps.notes` in `sections` of directions.py.
     """
-    assert directions.sections(tmp_path, Base()) == []
+    assert directions.sections(tmp_path, BaseChoice()) == []
     for member in runs.members(directions_config.encoder):
         runs.finished(tmp_path / "encoder" / member.name, to_dict(member.config), 0.7, 0.7)
-    found = directions.sections(tmp_path, Base())
+    found = directions.sections(tmp_path, BaseChoice())
     assert [one.title.split(": ")[1] for one in found] == ["MiniLM", "MiniLM"]
     note = found[-1].blocks[-1]
     assert isinstance(note, Note)
@@ -242,7 +246,7 @@ def test_list_says_what_is_done(folder: pathlib.Path, capsys: pytest.CaptureFixt
     costs._write(folder / "rank", cost)
     assert main(["rank", "--list", "--runs", str(folder)]) == 0
     assert "2.0" in capsys.readouterr().out
-    experiments = questions.experiments(Base())
+    experiments = questions.experiments(BaseChoice())
     found = page.make(experiments, result_cache.gather(experiments, folder, {})[0])
     how = found.sections[-1].blocks[0]
     assert isinstance(how, Table)
@@ -279,9 +283,12 @@ def test_the_committed_page_asks_for_nothing(tmp_path: pathlib.Path) -> None:
 
 def test_the_committed_formats_hold_the_same() -> None:
     """Red: a table that is edited by hand in one of the two."""
-    found = left.page(COMMITTED / "report.html")
-    plain = left.Markdown((COMMITTED / "report.md").read_text())
+    found = saved_runs.page(COMMITTED / "report.html")
+    plain = saved_runs.Markdown((COMMITTED / "report.md").read_text())
     assert found.tables == plain.tables
-    for _, name in plain.images:
-        assert (COMMITTED / name).is_file()
-        assert (COMMITTED / name.replace(".png", ".svg")).is_file()
+    assert plain.images == []
+    assert {file.name for file in COMMITTED.iterdir()} == {
+        "report.html",
+        "report.md",
+        "report.json",
+    }

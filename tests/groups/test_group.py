@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import train
-from lora_jax.checkpoint.adapter import ocp
+from lora_jax.checkpoint.storage import orbax
 from lora_jax.data.config import DataConfig
 from lora_jax.groups import loop
 from lora_jax.groups.config import GroupConfig, Member
@@ -88,7 +88,7 @@ def alone(path: pathlib.Path, member: Member) -> dict[str, Any]:
 
 
 def state(run: pathlib.Path, step: int) -> Any:
-    return ocp.load_checkpointables(run / f"checkpoints/{step}")["state"]
+    return orbax().load_checkpointables(run / f"checkpoints/{step}")["state"]
 
 
 def losses(run: pathlib.Path) -> list[float]:

@@ -17,7 +17,7 @@ import pytest
 
 import train
 from lora_jax import command_line
-from lora_jax.checkpoint.adapter import ocp
+from lora_jax.checkpoint.storage import orbax
 from lora_jax.groups import loop
 from lora_jax.groups.config import GroupConfig, Member
 from lora_jax.groups.group import Group
@@ -88,7 +88,7 @@ def no_pictures() -> Iterator[None]:
 
 
 def state(run: pathlib.Path, step: int) -> Any:
-    return ocp.load_checkpointables(run / f"checkpoints/{step}")["state"]
+    return orbax().load_checkpointables(run / f"checkpoints/{step}")["state"]
 
 
 def steps_of(run: pathlib.Path) -> list[int]:

@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax import models
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="session")

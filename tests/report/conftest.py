@@ -11,7 +11,7 @@ import pytest
 from lora_jax.report.command import main
 from lora_jax.training.config import LoraConfig
 from lora_jax.training.text import TextConfig
-from tests.report import left
+from tests.report import saved_runs
 from tests.serving.classifiers import ATTENTION
 
 
@@ -31,11 +31,11 @@ def of_rank(config: TextConfig, rank: int, seed: int) -> TextConfig:
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     folder = tmp_path_factory.mktemp("report")
-    solo, config = left.trained(folder)
+    solo, config = saved_runs.trained(folder)
     sweep = folder / "sweep"
-    members = {"r2": (2, 0, 0.5), "r4": (4, 0, 0.75), left.HOSTILE: (4, 1, 0.625)}
+    members = {"r2": (2, 0, 0.5), "r4": (4, 0, 0.75), saved_runs.HOSTILE: (4, 1, 0.625)}
     for name, (rank, seed, score) in members.items():
-        left.member(sweep / name, solo, of_rank(config, rank, seed), score)
+        saved_runs.member(sweep / name, solo, of_rank(config, rank, seed), score)
     assert main([str(solo)]) == 0
     assert main([str(sweep)]) == 0
     return Written(solo, sweep, config)

@@ -83,9 +83,9 @@ def test_a_drawing_takes_the_colour_of_the_page() -> None:
 
 
 def test_tables_of_markdown_are_aligned() -> None:
-    """Red: `c.ljust(w)` for every cell in `_table` of render.py."""
+    """Red: `c.ljust(w)` for every cell in `markdown_table` of render.py."""
     table = Table("", ("name", "n"), (("a|b", "1"), ("c", "1,000")), ("name",), marked=1)
-    assert render._table(table).splitlines() == [
+    assert render.markdown_table(table).splitlines() == [
         "| name  |         n |",
         "| :---- | --------: |",
         "| a\\|b  |         1 |",

@@ -19,7 +19,7 @@ from lora_jax import models
 from lora_jax.report.command import main
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.summary import costs, in_units
-from tests.report import browser, left
+from tests.report import browser, saved_runs
 from tests.report.conftest import Written, of_rank
 
 BOTH = pytest.mark.parametrize("which", ["solo", "sweep"])
@@ -31,14 +31,14 @@ def folder(written: Written, which: str) -> pathlib.Path:
 
 def table(path: pathlib.Path, *columns: str) -> list[list[str]]:
     """The rows below the header of the table that has these columns."""
-    for found in left.page(path / "report.html").tables:
+    for found in saved_runs.page(path / "report.html").tables:
         if set(columns) <= set(found[0]):
             return found[1:]
     raise AssertionError(f"no table with {columns}")
 
 
 def column(path: pathlib.Path, name: str, *others: str) -> list[str]:
-    for found in left.page(path / "report.html").tables:
+    for found in saved_runs.page(path / "report.html").tables:
         if {name, *others} <= set(found[0]):
             return [row[found[0].index(name)] for row in found[1:]]
     raise AssertionError(f"no column {name}")
@@ -50,14 +50,17 @@ def numbers(texts: Sequence[str]) -> list[float]:
 
 @BOTH
 def test_both_formats_hold_the_same(written: Written, which: str) -> None:
-    """Red: in `_table` of render.py, `for line in (table.columns, *table.rows[1:])`."""
+    """Red: in `markdown_table` of render.py, `for line in (table.columns, *table.rows[1:])`."""
     path = folder(written, which)
-    page, plain = left.page(path / "report.html"), left.Markdown((path / "report.md").read_text())
+    page, plain = (
+        saved_runs.page(path / "report.html"),
+        saved_runs.Markdown((path / "report.md").read_text()),
+    )
     assert len(page.tables) >= 5
     assert page.tables == plain.tables
     assert [[*fact, ""][:3] for fact in page.facts] == plain.facts
-    assert page.alternatives == [left._read(text) for text, _ in plain.images]
-    text = left._read(re.sub(r"\\(.)", r"\1", (path / "report.md").read_text()))
+    assert page.alternatives == [saved_runs._read(text) for text, _ in plain.images]
+    text = saved_runs._read(re.sub(r"\\(.)", r"\1", (path / "report.md").read_text()))
     for paragraph in page.paragraphs:
         assert " ".join(paragraph.split()) in text, paragraph
 
@@ -66,7 +69,7 @@ def test_both_formats_hold_the_same(written: Written, which: str) -> None:
 def test_every_figure_is_there_as_png_and_svg(written: Written, which: str) -> None:
     """Red: `drawing.savefig(file, ...)` left out of `ink.png`."""
     path = folder(written, which)
-    images = [name for _, name in left.Markdown((path / "report.md").read_text()).images]
+    images = [name for _, name in saved_runs.Markdown((path / "report.md").read_text()).images]
     assert len(images) == len(set(images)) >= 6
     assert {p.name for p in path.iterdir()} == {
         *("report.html", "report.md"),
@@ -85,7 +88,7 @@ def test_every_figure_is_there_as_png_and_svg(written: Written, which: str) -> N
 def test_the_page_needs_nothing_but_itself(written: Written, which: str) -> None:
     """Red: `<link rel="stylesheet" href="report.css">` in report.html.j2."""
     path = folder(written, which) / "report.html"
-    page = left.page(path)
+    page = saved_runs.page(path)
     assert not {"script", "iframe", "object", "embed", "base", "img"} & set(page.tags)
     outside = [x for x in page.references if not x.startswith(("#", "data:"))]
     assert not outside
@@ -100,7 +103,7 @@ def test_no_two_figures_share_an_id(written: Written, which: str) -> None:
 
     A clip path or a marker of one figure would be used in another.
     """
-    page = left.page(folder(written, which) / "report.html")
+    page = saved_runs.page(folder(written, which) / "report.html")
     assert len(page.ids) == len(set(page.ids))
     inner = {x[1:] for x in page.references if x.startswith("#")}
     assert inner <= set(page.ids)
@@ -116,14 +119,14 @@ def test_the_numbers_of_a_run_are_its_summary(written: Written) -> None:
         for name, old in scores.items()
     ]
     assert [row[:4] for row in table(path, "split", "before", "after")] == expected
-    facts = {fact[0]: fact[1:] for fact in left.page(path / "report.html").facts}
+    facts = {fact[0]: fact[1:] for fact in saved_runs.page(path / "report.html").facts}
     before, after = (summary[when]["validation"]["accuracy"] for when in ("before", "after"))
     assert facts["validation accuracy"][0] == f"{before:.4f} → {after:.4f}"
     trained = summary["adapter_parameters"] + summary["trainable_parameters"]
     assert facts["trained parameters"][0] == f"{trained:,}"
     assert facts["adapter on disk"][0] == in_units(summary["adapter_file_bytes"])
     assert f"{summary['steps_per_second']:.2f} steps/s" == facts["speed"][0]
-    cells = left.page(path / "report.html").tables[-1]
+    cells = saved_runs.page(path / "report.html").tables[-1]
     assert [list(row) for row in costs(summary)] == cells[1 : len(costs(summary)) + 1]
 
 
@@ -173,7 +176,7 @@ def test_a_sweep_has_the_best_first(written: Written) -> None:
     """Red: no `sorted` in `_of_sweep` of results.py."""
     path = folder(written, "sweep")
     assert numbers(column(path, "validation accuracy", "rank", "seed")) == [0.75, 0.625, 0.5]
-    facts = {fact[0]: fact[1:] for fact in left.page(path / "report.html").facts}
+    facts = {fact[0]: fact[1:] for fact in saved_runs.page(path / "report.html").facts}
     assert facts["best of 3 runs"][0] == "seed 0, rank 4"
     assert facts["validation accuracy"][0].endswith("→ 0.7500")
     assert "Of adapters/best of r4." in (path / "report.md").read_text()
@@ -181,8 +184,8 @@ def test_a_sweep_has_the_best_first(written: Written) -> None:
 
 def test_shared_directions_against_matrices_that_are_formed(written: Written) -> None:
     """Red: `[-1, -1]` for `[0, 0]` in `_counted` of alike.py; `of="output"` for "input"."""
-    pairs = [("r2", "r4"), ("r4", left.HOSTILE)]
-    tables = [t for t in left.page(folder(written, "sweep") / "report.html").tables
+    pairs = [("r2", "r4"), ("r4", saved_runs.HOSTILE)]
+    tables = [t for t in saved_runs.page(folder(written, "sweep") / "report.html").tables
               if "random" in t[0] and "mean" in t[0]]  # fmt: skip
     assert len(tables) == 2
     for names, found in zip(pairs, tables, strict=True):
@@ -199,7 +202,7 @@ def test_shared_directions_against_matrices_that_are_formed(written: Written) ->
             assert row[5] == f"{sum(p > 0.5 for p in phi)} of 2"
             assert float(row[6]) == pytest.approx(1 / 16, abs=1e-4)
     text = (folder(written, "sweep") / "report.md").read_text()
-    images = [name for _, name in left.Markdown(text).images]
+    images = [name for _, name in saved_runs.Markdown(text).images]
     maps = ["ranks-1", "ranks-2", "ranks-1-zoomed", "ranks-2-zoomed"]
     maps += ["seeds-1", "seeds-2", "seeds-random"]
     assert [name for name in images if name.startswith("phi-")] == [f"phi-{m}.png" for m in maps]
@@ -208,9 +211,9 @@ def test_shared_directions_against_matrices_that_are_formed(written: Written) ->
 def test_hostile_names_are_text(written: Written) -> None:
     """Red: `autoescape=False` in `html` of render.py; `_plain` that returns its text."""
     path = folder(written, "sweep")
-    page = left.page(path / "report.html")
+    page = saved_runs.page(path / "report.html")
     assert "b" not in page.tags
-    assert any(left.HOSTILE in text for text in page.paragraphs)
+    assert any(saved_runs.HOSTILE in text for text in page.paragraphs)
     assert "<b>" not in (path / "report.md").read_text()
     assert r"&lt;b&gt;&amp;\_x\_\|\`$" in (path / "report.md").read_text()
 
@@ -225,7 +228,7 @@ def test_a_run_under_way_is_shown_as_far_as_it_is(
     (run / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:10])  # killed as it wrote
     assert main([str(run)]) == 0
     assert "has not finished" in capsys.readouterr().err
-    page = left.page(run / "report/report.html")
+    page = saved_runs.page(run / "report/report.html")
     assert any("has not finished" in text for text in page.paragraphs)
     assert table(run / "report", "split", "before")
     assert table(run / "report", "layer", "effective rank")
@@ -245,7 +248,7 @@ def test_a_base_that_cannot_be_had_is_said(
     arguments = [str(written.solo), "--out", str(tmp_path), "--base", str(tmp_path / "none")]
     assert main(arguments) == 0
     assert "cannot be had here" in capsys.readouterr().err
-    page = left.page(tmp_path / "report.html")
+    page = saved_runs.page(tmp_path / "report.html")
     assert any("cannot be had here" in text for text in page.paragraphs)
     assert not any("factor" in found[0] for found in page.tables)
     assert table(tmp_path, "layer", "effective rank")
@@ -262,10 +265,10 @@ def test_members_that_have_not_finished(written: Written, tmp_path: pathlib.Path
     rows = {row[0]: row[1:] for row in table(group / "report", "run", "state")}
     assert rows["r2"][-1] == "r2 stops: step 2 is not finite"
     assert rows["r4"][-1] == "finished"
-    for name in ("r4", left.HOSTILE):
+    for name in ("r4", saved_runs.HOSTILE):
         (group / name / "summary.json").unlink()
     assert main([str(group), "--out", str(tmp_path / "none")]) == 0
-    assert left.page(tmp_path / "none/report.html").facts[0][:2] == ["runs", "3"]
+    assert saved_runs.page(tmp_path / "none/report.html").facts[0][:2] == ["runs", "3"]
 
 
 def test_tasks_have_a_picture_each_and_no_best(written: Written, tmp_path: pathlib.Path) -> None:
@@ -273,12 +276,12 @@ def test_tasks_have_a_picture_each_and_no_best(written: Written, tmp_path: pathl
     for name in ("one", "two"):
         config = to_dict(of_rank(written.config, 4, 0))
         config["data"]["source"] = name
-        left.record(tmp_path / "tasks" / name, written.solo, config, 0.7)
+        saved_runs.record(tmp_path / "tasks" / name, written.solo, config, 0.7)
     assert main([str(tmp_path / "tasks")]) == 0
     path = tmp_path / "tasks/report"
     assert [row[0] for row in table(path, "task")] == ["one", "two"]
     assert {"results-1.png", "results-2.png"} <= {p.name for p in path.iterdir()}
-    assert [fact[0] for fact in left.page(path / "report.html").facts[:2]] == ["one", "two"]
+    assert [fact[0] for fact in saved_runs.page(path / "report.html").facts[:2]] == ["one", "two"]
 
 
 def test_runs_given_one_by_one(
@@ -354,7 +357,7 @@ def test_all_is_drawn_and_nothing_wider_than_the_window(
     assert found["width"] == width
     assert found["scrolls"] <= width
     assert found["loaded"] == []
-    assert len(found["sizes"]) == len(left.page(page).alternatives)
+    assert len(found["sizes"]) == len(saved_runs.page(page).alternatives)
     for size in found["sizes"]:
         assert min(size) > 80
     assert min(found["scales"]) > 0.75  # letters of 10 points have 10 pixels at least

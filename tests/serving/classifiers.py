@@ -92,8 +92,8 @@ def evaluated(run: pathlib.Path, config: TextConfig) -> np.ndarray:
     workload = classification(config)
     params = _arrays(workload)
     layout, adapters, _ = lora_jax.restore(run / "adapters/best")
-    beside = lora_jax.restore(run / "adapters/best").trainable
-    params = lora_jax.paths.replace(params, beside)
+    trainable = lora_jax.restore(run / "adapters/best").trainable
+    params = lora_jax.paths.replace(params, trainable)
     apply = jax.jit(
         lambda batch: lora_jax.adapt(layout, workload.apply)(
             params, adapters, batch, train=False, key=None

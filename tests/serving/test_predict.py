@@ -232,7 +232,7 @@ def test_a_line_that_cannot_be_classified(
 def test_progress_is_told_as_scores_come(opened: Opened) -> None:
     """Red if a bar waits for the first line: of what is sorted, it may come last."""
     sized = [
-        jsonl.Line({"text": text, "adapter": "two"}, "here", size)
+        jsonl.JsonLine({"text": text, "adapter": "two"}, "here", size)
         for size, text in ((100, WORDS), (1, "word1"))
     ]
     done: list[int] = []
@@ -280,7 +280,7 @@ def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pat
     )
     made = classifier.Classifier(opened, 4)
     with pytest.raises(lora_jax.LoraError, match=r"--text: adapter 'broken' gives scores that are"):
-        list(predict.predict(opened, made, [jsonl.Line({"text": "a"}, "--text")]))
+        list(predict.predict(opened, made, [jsonl.JsonLine({"text": "a"}, "--text")]))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_an_adapter_that_does_not_say_what_it_classifies(
 ) -> None:
     """What it says may be anybody's word."""
     member = served_adapters.read("two", trained.folder / "two/adapters/best")
-    wrong = served_adapters.Member(
+    wrong = served_adapters.ServedAdapter(
         member.name,
         member.path,
         member.layout,
@@ -310,12 +310,14 @@ def test_an_adapter_that_does_not_say_what_it_classifies(
     )
     with pytest.raises(lora_jax.LoraError, match=r"'two'(.|\n)*does not say what it classifies"):
         classifier.task_of(wrong)
-    assert classifier.task_of(member) == classifier.Task(("no", "yes"), ("text",), (8, 16))
+    assert classifier.task_of(member) == classifier.ClassifierTask(
+        ("no", "yes"), ("text",), (8, 16)
+    )
 
 
 def test_a_head_of_another_width_is_refused(trained: Trained) -> None:
     member = served_adapters.read("two", trained.folder / "two/adapters/best")
-    wrong = served_adapters.Member(
+    wrong = served_adapters.ServedAdapter(
         member.name,
         member.path,
         member.layout,

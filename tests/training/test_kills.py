@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.checkpoint.adapter import ocp
+from lora_jax.checkpoint.storage import orbax
 from lora_jax.training import export, metrics
 from tests.training.forks import Fork
 from tests.training.runs import OWN
@@ -125,7 +125,7 @@ def test_the_record_is_byte_identical(runs: Runs) -> None:
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_the_optimizer_is_bit_identical(runs: Runs) -> None:
     paths = (runs.whole, runs.killed)
-    states = [ocp.load_checkpointables(p / f"checkpoints/{STEPS}")["state"] for p in paths]
+    states = [orbax().load_checkpointables(p / f"checkpoints/{STEPS}")["state"] for p in paths]
     kept = [{k: v for k, v in state.items() if k != "key"} for state in states]
     assert any(np.any(leaf) for leaf in jax.tree.leaves(kept[0]["optimizer"]))
     assert_same(kept[0], kept[1])

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.checkpoint.adapter import ocp
+from lora_jax.checkpoint.storage import orbax
 from lora_jax.training import export, metrics
 from tests.training.runs import spawn
 
@@ -94,7 +94,7 @@ def test_the_record_is_byte_identical(runs: Runs) -> None:
 # Orbax warns that it takes the sharding from the file; two CPU arrays have no other.
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_optimizer_and_random_state_are_bit_identical(runs: Runs) -> None:
-    states = [ocp.load_checkpointables(p / "checkpoints/1000")["state"] for p in runs[:2]]
+    states = [orbax().load_checkpointables(p / "checkpoints/1000")["state"] for p in runs[:2]]
     kept = [{k: v for k, v in state.items() if k != "key"} for state in states]
     assert kept[0]["optimizer"], "nothing was compared"
     assert_same(kept[0], kept[1])

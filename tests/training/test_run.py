@@ -12,8 +12,8 @@ import pytest
 
 import lora_jax
 import train
+from lora_jax.checkpoint.storage import orbax
 from lora_jax.training import directory, export, metrics
-from lora_jax.training.checkpoints import ocp
 from tests.training.runs import OWN, SMALL, run
 
 
@@ -161,7 +161,7 @@ def test_no_base_weight_is_on_disk(finished: pathlib.Path) -> None:
     """Frozen are [2, 16], [16], [16, 16], [16]; no saved array has one of the kernels' shapes."""
     step = max((p for p in (finished / "checkpoints").iterdir()), key=lambda p: int(p.name))
     frozen = {(2, 16), (16, 16), (16,)}
-    held = ocp.checkpointables_metadata(step).metadata["state"]
+    held = orbax().checkpointables_metadata(step).metadata["state"]
     shapes = [tuple(x.shape) for x in jax.tree.leaves(held)]
     assert len([s for s in shapes if s == (16, 2)]) == 3  # the second kernel's a, and its moments
     # the first kernel's b is [2, 16] as the kernel itself is: only its own three may be there

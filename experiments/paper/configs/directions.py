@@ -1,7 +1,7 @@
 """Which directions does an update have? Longer runs at three ranks (figures 3 and 4, Table 7).
 
-Command:   python train.py --config experiments/paper/configs/directions.py            MiniLM, reviews
-           python train.py --config experiments/paper/configs/directions.py:decoder    SmolLM2, definitions
+Command:   python train.py --config experiments/paper/configs/directions.py    MiniLM
+           python train.py --config experiments/paper/configs/directions.py:decoder
 Hardware:  2 CPU cores; 3 GB of memory, `decoder` 4 GB
 Minutes:   19 of processor time, `decoder` 18
 

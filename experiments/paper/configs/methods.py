@@ -1,7 +1,7 @@
 """LoRA or another method? All of docs/methods.md at matched parameters (the paper's Tables 2, 3).
 
-Command:   python train.py --config experiments/paper/configs/methods.py            LoRA
-           python train.py --config experiments/paper/configs/methods.py:bitfit     and so with every other
+Command:   python train.py --config experiments/paper/configs/methods.py    LoRA
+           python train.py --config experiments/paper/configs/methods.py:bitfit    and the others
 Hardware:  2 CPU cores, 4 GB of memory; `full` 12 GB, and 5 GB of disk
 Minutes:   107 of processor time for all: 4 (head) to 21 (full), 8 for LoRA
 

@@ -1,13 +1,13 @@
 """How many examples? Four methods on 100, on 1,000 and on all of them (the paper's Table 16).
 
-Command:   python train.py --config experiments/paper/configs/samples.py            LoRA
-           python train.py --config experiments/paper/configs/samples.py:full       and so with every other
+Command:   python train.py --config experiments/paper/configs/samples.py    LoRA
+           python train.py --config experiments/paper/configs/samples.py:full      and the others
 Hardware:  2 CPU cores, 4 GB of memory; `full` 12 GB, and 5 GB of disk
 Minutes:   68 of processor time: 22 `full`, 18 each of the prefixes, 10 LoRA
 
 Three sizes of the training split, three seeds: nine runs for each method, a group of their own. The
-methods and sizes are those of experiments/paper/configs/methods.py, each at the middle one of its learning
-rates, whatever the number of examples.
+methods and sizes are those of experiments/paper/configs/methods.py, each at the middle one of its
+learning rates, whatever the number of examples.
 
 The 100 and the 1,000 examples are the first ones of the split, the same for every seed; the seed
 draws the adapters, the head and the order. All take 150 steps of 8 rows: 12 passes over the 100

@@ -1,1 +1,1 @@
-"""Published weights: where they are found, and how they become parameter trees."""
+"""Find published weights, and load them as parameter trees."""

@@ -1,4 +1,4 @@
-"""Stored tensors to a parameter tree: names matched, shapes checked, layers stacked.
+"""Assemble a parameter tree from stored tensors: match names, check shapes, stack layers.
 
 It is strict. A tensor that no row claims, a parameter that no tensor fills, a shape that
 differs: each is an error that lists both sides.
@@ -13,16 +13,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
 from lora_jax.models.bert import Bert, BertClassifier
-from lora_jax.models.config import BertConfig, Config, LlamaConfig
+from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
 from lora_jax.models.errors import WeightsError
 from lora_jax.models.llama import Llama
 from lora_jax.models.weights import shards
-from lora_jax.models.weights.names import Form, Row, Table
+from lora_jax.models.weights.names import StoredForm, TensorName, TensorNames
 
-Tree = dict[str, Any]
+ParameterTree = dict[str, Any]
 _SHOWN = 40  # names that a message lists before it counts the rest
 _BLOCK = 4 * 1024 * 1024  # numbers that are read at once: what is held beside the result
 
@@ -51,10 +52,10 @@ class Stored:
     """
 
     origin: str
-    table: Table
+    table: TensorNames
     column: Literal["hf", "gguf"]
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str, Row, shards.Index], np.ndarray]
+    read: Callable[[str, TensorName, shards.Index], np.ndarray]
 
 
 @dataclasses.dataclass
@@ -63,7 +64,7 @@ class _Leaf:
 
     path: str
     shape: tuple[int, ...]
-    row: Row
+    row: TensorName
     sources: list[str]
     stacked: bool
 
@@ -73,7 +74,7 @@ class _Leaf:
         return (len(self.sources), *self.shape) if self.stacked else self.shape
 
 
-def shapes(config: Config, head: Head | None = None) -> Tree:
+def shapes(config: BuiltInConfig, head: Head | None = None) -> ParameterTree:
     """The parameters of the model of `config` as ShapeDtypeStructs; nothing is allocated."""
     model: Bert | BertClassifier | Llama
     if isinstance(config, LlamaConfig):
@@ -88,18 +89,12 @@ def shapes(config: Config, head: Head | None = None) -> Tree:
     return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
 
 
-def flatten(tree: Tree, before: str = "") -> dict[str, Any]:
-    """A nested dict as a flat one of `a/b/c` paths."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = before + name
-        found |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
-    return found
-
-
 def assemble(
-    stored: Stored, config: Config, head: Head | None = None, shardings: Tree | None = None
-) -> Tree:
+    stored: Stored,
+    config: BuiltInConfig,
+    head: Head | None = None,
+    shardings: ParameterTree | None = None,
+) -> ParameterTree:
     """The parameters of the model of `config`, read in blocks straight to their places.
 
     Args:
@@ -111,21 +106,17 @@ def assemble(
         WeightsError: missing, unknown or misshapen tensors; a parameter without a sharding, or
             with one that does not divide it. Nothing is read then.
     """
-    placed = None if shardings is None else flatten(shardings)
+    placed = None if shardings is None else flatten_dict(shardings, sep="/")
     leaves = _plan(stored, config, head)
     for leaf in leaves:
         _check(stored, leaf, config)
     places = [_place(leaf, placed) for leaf in leaves]
     dtype = np.dtype(config.param_dtype)
-    tree: Tree = {}
-    for leaf, place in zip(leaves, places, strict=True):
-        *folders, name = leaf.path.split("/")
-        branch = tree
-        for folder in folders:
-            branch = branch.setdefault(folder, {})
-        read = functools.partial(_read, stored, leaf, dtype)
-        branch[name] = shards.load(leaf.whole, place, read)
-    return tree
+    tree = {
+        leaf.path: shards.load(leaf.whole, place, functools.partial(_read, stored, leaf, dtype))
+        for leaf, place in zip(leaves, places, strict=True)
+    }
+    return unflatten_dict(tree, sep="/")
 
 
 def _place(leaf: _Leaf, placed: Mapping[str, Sharding] | None) -> Sharding | None:
@@ -152,9 +143,11 @@ def _read(stored: Stored, leaf: _Leaf, dtype: np.dtype, index: shards.Index) -> 
     return part
 
 
-def _copy(stored: Stored, row: Row, name: str, index: shards.Index, into: np.ndarray) -> None:
+def _copy(
+    stored: Stored, row: TensorName, name: str, index: shards.Index, into: np.ndarray
+) -> None:
     """Fill `into` with the part at `index` of the parameter that one stored tensor is."""
-    if row.form is Form.TRANSPOSED:
+    if row.form is StoredForm.TRANSPOSED:
         into, index = into.T, index[::-1]
     rows, inner = index[0], index[1:]
     numbers = math.prod(stored.shapes[name][1:])
@@ -165,11 +158,11 @@ def _copy(stored: Stored, row: Row, name: str, index: shards.Index, into: np.nda
         into[start - rows.start : block.stop - rows.start] = value
 
 
-def _check(stored: Stored, leaf: _Leaf, config: Config) -> None:
+def _check(stored: Stored, leaf: _Leaf, config: BuiltInConfig) -> None:
     """Every tensor of the parameter has the shape that the configuration says."""
     for name in leaf.sources:
         shape = stored.shapes[name]
-        shape = shape[::-1] if leaf.row.form is Form.TRANSPOSED else shape
+        shape = shape[::-1] if leaf.row.form is StoredForm.TRANSPOSED else shape
         if shape != leaf.shape:
             raise WeightsError(
                 f"{stored.origin}: tensor {name} does not fit parameter {leaf.path}:\n"
@@ -179,7 +172,7 @@ def _check(stored: Stored, leaf: _Leaf, config: Config) -> None:
             )
 
 
-def _plan(stored: Stored, config: Config, head: Head | None) -> list[_Leaf]:
+def _plan(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_Leaf]:
     """Which stored tensors make which parameter; every name of both sides is accounted for."""
     raw = _clean_names(stored)
     if config.num_layers > len(raw):  # a number out of a file: no list of names is made of it yet
@@ -217,11 +210,11 @@ def _clean_names(stored: Stored) -> dict[str, str]:
     return raw
 
 
-def _leaves(stored: Stored, config: Config, head: Head | None) -> list[_Leaf]:
+def _leaves(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_Leaf]:
     """Every parameter of the model, with the clean names of what it is made of."""
     # Traced with scanned layers: one layer, not all of them.
     traced = dataclasses.replace(config, scan_layers=True, remat="none")
-    left = flatten(shapes(traced, head))
+    left = flatten_dict(shapes(traced, head), sep="/")
     rows = [("bert/" if head else "", row) for row in stored.table.rows]
     rows += [("", row) for row in (stored.table.heads[head.pooling] if head else ())]
     leaves = []

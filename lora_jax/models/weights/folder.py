@@ -1,4 +1,4 @@
-"""A folder as Hugging Face lays it out: config.json, *.safetensors, tokenizer.json."""
+"""Load a model from a Hugging Face folder: config.json, *.safetensors, tokenizer.json."""
 
 import dataclasses
 import functools
@@ -7,17 +7,16 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from lora_jax.models.config import Config
+from lora_jax.models.config import BuiltInConfig
 from lora_jax.models.errors import WeightsError
 from lora_jax.models.weights import safetensors_file
-from lora_jax.models.weights.assemble import Head, Stored, Tree, assemble
+from lora_jax.models.weights.assemble import Head, ParameterTree, Stored, assemble
 from lora_jax.models.weights.hf_config import parse
-from lora_jax.models.weights.memory_mapped import Region
-from lora_jax.models.weights.names import HF, Row
+from lora_jax.models.weights.names import HF, TensorName
+from lora_jax.models.weights.safetensors_file import StoredTensor
 from lora_jax.models.weights.shards import Index
 
 SINGLE = "model.safetensors"
@@ -35,7 +34,7 @@ class Folder:
         return _object(self.path / "config.json")
 
     @functools.cached_property
-    def config(self) -> Config:
+    def config(self) -> BuiltInConfig:
         """The configuration that config.json describes."""
         return parse(self._json, str(self.path / "config.json"))
 
@@ -67,28 +66,29 @@ class Folder:
 
     def load(
         self,
-        config: Config | None = None,
+        config: BuiltInConfig | None = None,
         *,
         head: Head | None = None,
-        shardings: Tree | None = None,
-    ) -> Tree:
-        """The parameters, see `lora_jax.models.weights.assemble.assemble`; None: of `self.config`."""
+        shardings: ParameterTree | None = None,
+    ) -> ParameterTree:
+        """Return the parameters, as `assemble.assemble` does; None stands for `self.config`."""
         config = self.config if config is None else config
         table = HF[self._json["model_type"]]
-        held = _regions(_files(self.path))
+        held = _tensors(_files(self.path))
         _check_index(self.path, held)
 
-        def read(name: str, row: Row, index: Index) -> np.ndarray:
-            region = held[name]
-            if not jnp.issubdtype(region.dtype, jnp.floating):
+        def read(name: str, row: TensorName, index: Index) -> np.ndarray:
+            tensor = held[name]
+            if tensor.dtype not in safetensors_file.FLOATS:
                 raise WeightsError(
-                    f"{region.path}: tensor {name} is stored as {region.dtype}, expected a float "
-                    "dtype: how such numbers are to be scaled is not known"
+                    f"{tensor.path}: tensor {name} is stored as {tensor.dtype}, expected one of "
+                    f"{', '.join(safetensors_file.FLOATS)}: how other numbers are to be scaled is "
+                    "not known"
                 )
-            return region.read(index)
+            return tensor.read(index)
 
-        tensors = {name: region.shape for name, region in held.items()}
-        stored = Stored(str(self.path), table, "hf", tensors, read)
+        shapes = {name: tensor.shape for name, tensor in held.items()}
+        stored = Stored(str(self.path), table, "hf", shapes, read)
         return assemble(stored, config, head, shardings)
 
 
@@ -126,14 +126,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def _regions(files: Iterable[Path]) -> dict[str, Region]:
-    """Every tensor of all files, each of which one file holds."""
-    held: dict[str, Region] = {}
+def _tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Return every tensor of all files; no two files may hold the same one."""
+    held: dict[str, StoredTensor] = {}
     for path in files:
-        for name, region in safetensors_file.regions(path).items():
+        for name, tensor in safetensors_file.tensors(path).items():
             if name in held:
                 raise WeightsError(f"{name} is in {held[name].path} and in {path}")
-            held[name] = region
+            held[name] = tensor
     return held
 
 

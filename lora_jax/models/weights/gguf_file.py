@@ -1,4 +1,4 @@
-"""A model in one GGUF file, of the Llama family: metadata, tokenizer, quantised weights."""
+"""Load a Llama-family model from one GGUF file: metadata, tokenizer, quantised weights."""
 
 import dataclasses
 import functools
@@ -9,12 +9,12 @@ import gguf
 import numpy as np
 import tokenizers
 
-from lora_jax.models.config import Config, LlamaConfig
+from lora_jax.models.config import BuiltInConfig, LlamaConfig
 from lora_jax.models.errors import ModelConfigError, WeightsError
 from lora_jax.models.rope import linear_divisors
 from lora_jax.models.weights import gguf_header, gguf_tokenizer
-from lora_jax.models.weights.assemble import Head, Stored, Tree, assemble
-from lora_jax.models.weights.names import GGUF, GGUF_TURNED, Row, Turned
+from lora_jax.models.weights.assemble import Head, ParameterTree, Stored, assemble
+from lora_jax.models.weights.names import GGUF, GGUF_PERMUTED, Permuted, TensorName
 from lora_jax.models.weights.shards import Index
 
 
@@ -46,7 +46,7 @@ class GgufFile:
         return self._header.fields.get(key, default)
 
     @functools.cached_property
-    def config(self) -> Config:
+    def config(self) -> BuiltInConfig:
         """The configuration that the metadata describes.
 
         Raises:
@@ -66,10 +66,10 @@ class GgufFile:
         heads = need("attention.head_count")
         hidden = need("embedding_length")
         head_dim = may("attention.key_length", hidden // heads)
-        turned = may("rope.dimension_count", head_dim)
-        if turned != head_dim:
+        rotary = may("rope.dimension_count", head_dim)
+        if rotary != head_dim:
             raise ModelConfigError(
-                f"{self.path}: rope turns {turned} of a head's {head_dim} numbers"
+                f"{self.path}: rope turns {rotary} of a head's {head_dim} numbers"
             )
         return LlamaConfig(
             vocab_size=self._tensors["token_embd.weight"].shape[0],
@@ -115,30 +115,30 @@ class GgufFile:
 
     def load(
         self,
-        config: Config | None = None,
+        config: BuiltInConfig | None = None,
         *,
         head: Head | None = None,
-        shardings: Tree | None = None,
-    ) -> Tree:
-        """The parameters, see `lora_jax.models.weights.assemble.assemble`; None: of `self.config`."""
+        shardings: ParameterTree | None = None,
+    ) -> ParameterTree:
+        """Return the parameters, as `assemble.assemble` does; None stands for `self.config`."""
         config = self.config if config is None else config
         if not isinstance(config, LlamaConfig):
             raise WeightsError(f"{self.path} holds a decoder, but the configuration is {config}")
-        turned = self._kind in GGUF_TURNED
-        heads = {Turned.QUERY: config.num_heads, Turned.KEY: config.num_kv_heads}
+        permuted = self._kind in GGUF_PERMUTED
+        heads = {Permuted.QUERY: config.num_heads, Permuted.KEY: config.num_kv_heads}
 
-        def read(name: str, row: Row, index: Index) -> np.ndarray:
-            if not turned or row.turned not in heads:
+        def read(name: str, row: TensorName, index: Index) -> np.ndarray:
+            if not permuted or row.permuted not in heads:
                 return self._read(name, index)
-            return self._turned(name, heads[row.turned], index)
+            return self._unpermuted(name, heads[row.permuted], index)
 
         shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         stored = Stored(str(self.path), GGUF[self._kind], "gguf", shapes, read)
         return assemble(stored, config, head, shardings)
 
-    def _turned(self, name: str, heads: int, index: Index) -> np.ndarray:
+    def _unpermuted(self, name: str, heads: int, index: Index) -> np.ndarray:
         """A part of q or k with its rows in Hugging Face's order."""
-        rows = unturn(np.arange(self._tensors[name].shape[0]), heads)[index[0]]
+        rows = unpermute(np.arange(self._tensors[name].shape[0]), heads)[index[0]]
         # A head's rows are together in either order: of whole heads, no other row is read.
         first, last = int(rows.min()), int(rows.max())
         return self._read(name, (slice(first, last + 1), *index[1:]))[rows - first]
@@ -161,7 +161,7 @@ class GgufFile:
         return numbers[..., last.start - first * block : last.stop - first * block]
 
 
-def unturn(array: np.ndarray, heads: int) -> np.ndarray:
+def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
     """Rows of q or k from GGUF's order to Hugging Face's.
 
     The Llama architecture's GGUF files store the rotary pairs of a head in adjacent rows

@@ -1,4 +1,7 @@
-"""A byte-level BPE tokenizer out of a GGUF file's metadata."""
+"""Build a byte-level BPE tokenizer from a GGUF file's metadata.
+
+The tokenizers package runs it, but reads no GGUF; transformers does, and needs torch for it.
+"""
 
 import enum
 from collections.abc import Callable

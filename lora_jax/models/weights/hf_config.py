@@ -1,9 +1,13 @@
-"""A Hugging Face `config.json` to a configuration of ours."""
+"""Convert a Hugging Face `config.json` to a model configuration.
+
+Written here because the library that parses all of them, transformers, accepts fields that the
+models of this package do not have; here each of those is an error.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.config import BertConfig, Config, LlamaConfig
+from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
 from lora_jax.models.errors import ModelConfigError
 from lora_jax.models.rope import linear_divisors, llama3_divisors
 from lora_jax.models.weights.names import HF
@@ -13,7 +17,7 @@ _ACTIVATIONS["relu"] = "relu"
 Json = Mapping[str, Any]
 
 
-def parse(json: Json, origin: str) -> Config:
+def parse(json: Json, origin: str) -> BuiltInConfig:
     """The configuration that a `config.json` describes.
 
     Raises:

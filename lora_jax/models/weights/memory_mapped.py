@@ -1,4 +1,4 @@
-"""An array that lies in a file: parts of it are memory-mapped, and only while they are looked at.
+"""Arrays in a file, of which one part at a time is memory-mapped, and only while it is in use.
 
 A file that stays mapped keeps the pages that were read in this process's resident memory. Here each
 read maps the rows it is asked for and nothing else, and the mapping ends with the array it gave.
@@ -6,7 +6,6 @@ read maps the rows it is asked for and nothing else, and the mapping ends with t
 
 import dataclasses
 import math
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,16 +42,8 @@ class Region:
         if count == 0:  # which cannot be mapped
             return np.empty([axis.stop - axis.start for axis in index], self.dtype)
         first = self.offset + rows.start * row * self.dtype.itemsize
-        skipped = first % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as file:
-            window = mmap.mmap(
-                file.fileno(),
-                skipped + count * self.dtype.itemsize,
-                access=mmap.ACCESS_READ,
-                offset=first - skipped,
-            )
-        flat = np.frombuffer(window, self.dtype, count, skipped)
-        return flat.reshape(-1, *self.shape[1:])[(slice(None), *inner)]
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        return np.memmap(self.path, self.dtype, "r", first, shape)[(slice(None), *inner)]
 
 
 def unsound(path: Path, what: str, got: object, limit: object) -> WeightsError:

@@ -1,4 +1,4 @@
-"""What every tensor is called: in our parameter trees, in Hugging Face's files, in GGUF.
+"""The name of every tensor in our parameter trees, in Hugging Face's files and in GGUF.
 
 One row per tensor; `{layer}` stands for the layer's number. A row whose path the model of a
 given configuration does not have (a bias, a q/k norm, an untied head) is not looked for.
@@ -10,14 +10,14 @@ import fnmatch
 import re
 
 
-class Form(enum.Enum):
+class StoredForm(enum.Enum):
     """How a stored array becomes a parameter."""
 
     SAME = "same"
     TRANSPOSED = "transposed"  # a kernel: stored [out, in], ours [in, out]
 
 
-class Turned(enum.Enum):
+class Permuted(enum.Enum):
     """Whose rotary pairs are stored interleaved in GGUF files of the Llama architecture."""
 
     NO = "no"
@@ -26,14 +26,14 @@ class Turned(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TensorName:
     """One tensor (of each layer): our path, Hugging Face's name, GGUF's name."""
 
     path: str
     hf: str
     gguf: str = ""
-    form: Form = Form.SAME
-    turned: Turned = Turned.NO
+    form: StoredForm = StoredForm.SAME
+    permuted: Permuted = Permuted.NO
 
     @property
     def layered(self) -> bool:
@@ -47,7 +47,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class TensorNames:
     """The rows of one architecture, and how its Hugging Face files vary.
 
     Attributes:
@@ -58,8 +58,8 @@ class Table:
         renamed: endings of old files and what they are called now.
     """
 
-    rows: tuple[Row, ...]
-    heads: dict[str, tuple[Row, ...]] = dataclasses.field(default_factory=dict)
+    rows: tuple[TensorName, ...]
+    heads: dict[str, tuple[TensorName, ...]] = dataclasses.field(default_factory=dict)
     prefixes: tuple[str, ...] = ("",)
     skipped: tuple[str, ...] = ()
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -80,26 +80,34 @@ class Table:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skipped)
 
 
-def _linear(path: str, hf: str, gguf: str = "", turned: Turned = Turned.NO) -> tuple[Row, Row]:
+def _linear(
+    path: str, hf: str, gguf: str = "", permuted: Permuted = Permuted.NO
+) -> tuple[TensorName, TensorName]:
     return (
-        Row(f"{path}/kernel", f"{hf}.weight", gguf and f"{gguf}.weight", Form.TRANSPOSED, turned),
-        Row(f"{path}/bias", f"{hf}.bias", gguf and f"{gguf}.bias", turned=turned),
+        TensorName(
+            f"{path}/kernel",
+            f"{hf}.weight",
+            gguf and f"{gguf}.weight",
+            StoredForm.TRANSPOSED,
+            permuted,
+        ),
+        TensorName(f"{path}/bias", f"{hf}.bias", gguf and f"{gguf}.bias", permuted=permuted),
     )
 
 
-def _layer_norm(path: str, hf: str) -> tuple[Row, Row]:
-    return Row(f"{path}/scale", f"{hf}.weight"), Row(f"{path}/bias", f"{hf}.bias")
+def _layer_norm(path: str, hf: str) -> tuple[TensorName, TensorName]:
+    return TensorName(f"{path}/scale", f"{hf}.weight"), TensorName(f"{path}/bias", f"{hf}.bias")
 
 
-def _scale(path: str, hf: str, gguf: str) -> Row:
-    return Row(f"{path}/scale", f"{hf}.weight", f"{gguf}.weight")
+def _scale(path: str, hf: str, gguf: str) -> TensorName:
+    return TensorName(f"{path}/scale", f"{hf}.weight", f"{gguf}.weight")
 
 
 _BERT_LAYER, _HF_BERT_LAYER = "encoder/layer_{layer}", "encoder.layer.{layer}"
 _BERT_ROWS = (
-    Row("embeddings/word/embedding", "embeddings.word_embeddings.weight"),
-    Row("embeddings/position/embedding", "embeddings.position_embeddings.weight"),
-    Row("embeddings/token_type/embedding", "embeddings.token_type_embeddings.weight"),
+    TensorName("embeddings/word/embedding", "embeddings.word_embeddings.weight"),
+    TensorName("embeddings/position/embedding", "embeddings.position_embeddings.weight"),
+    TensorName("embeddings/token_type/embedding", "embeddings.token_type_embeddings.weight"),
     *_layer_norm("embeddings/norm", "embeddings.LayerNorm"),
     *_linear(f"{_BERT_LAYER}/attention/query", f"{_HF_BERT_LAYER}.attention.self.query"),
     *_linear(f"{_BERT_LAYER}/attention/key", f"{_HF_BERT_LAYER}.attention.self.key"),
@@ -113,7 +121,7 @@ _BERT_ROWS = (
 _SINGLE_HEAD = _linear("classifier/out", "classifier")
 _TF_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
-BERT = Table(
+BERT = TensorNames(
     rows=_BERT_ROWS,
     heads={
         "mean": _SINGLE_HEAD,
@@ -125,7 +133,7 @@ BERT = Table(
     renamed=_TF_ENDINGS,
 )
 
-ROBERTA = Table(
+ROBERTA = TensorNames(
     rows=_BERT_ROWS,
     heads={
         "mean": _SINGLE_HEAD,
@@ -141,20 +149,20 @@ ROBERTA = Table(
 )
 
 _LAYER, _HF_LAYER, _BLOCK = "layers_{layer}", "layers.{layer}", "blk.{layer}"
-LLAMA = Table(
+LLAMA = TensorNames(
     rows=(
-        Row("embed/embedding", "embed_tokens.weight", "token_embd.weight"),
+        TensorName("embed/embedding", "embed_tokens.weight", "token_embd.weight"),
         *_linear(
             f"{_LAYER}/attention/q",
             f"{_HF_LAYER}.self_attn.q_proj",
             f"{_BLOCK}.attn_q",
-            Turned.QUERY,
+            Permuted.QUERY,
         ),
         *_linear(
             f"{_LAYER}/attention/k",
             f"{_HF_LAYER}.self_attn.k_proj",
             f"{_BLOCK}.attn_k",
-            Turned.KEY,
+            Permuted.KEY,
         ),
         *_linear(f"{_LAYER}/attention/v", f"{_HF_LAYER}.self_attn.v_proj", f"{_BLOCK}.attn_v"),
         *_linear(f"{_LAYER}/attention/o", f"{_HF_LAYER}.self_attn.o_proj", f"{_BLOCK}.attn_output"),
@@ -170,7 +178,7 @@ LLAMA = Table(
         *_linear(f"{_LAYER}/mlp/down", f"{_HF_LAYER}.mlp.down_proj", f"{_BLOCK}.ffn_down"),
         _scale(f"{_LAYER}/mlp_norm", f"{_HF_LAYER}.post_attention_layernorm", f"{_BLOCK}.ffn_norm"),
         _scale("norm", "norm", "output_norm"),
-        Row("lm_head/kernel", "lm_head.weight", "output.weight", Form.TRANSPOSED),
+        TensorName("lm_head/kernel", "lm_head.weight", "output.weight", StoredForm.TRANSPOSED),
     ),
     prefixes=("", "model."),
     # rope_freqs holds the frequencies' divisors: they are read into the configuration.
@@ -187,4 +195,4 @@ HF = {
     "qwen3": LLAMA,
 }
 GGUF = {"llama": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
-GGUF_TURNED = frozenset({"llama"})  # the architectures that store q and k with interleaved pairs
+GGUF_PERMUTED = frozenset({"llama"})  # the architectures that store q and k with interleaved pairs

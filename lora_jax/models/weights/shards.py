@@ -1,4 +1,8 @@
-"""Arrays that are read shard by shard: each process reads what its own devices hold, once."""
+"""Load an array shard by shard: each process reads what its own devices hold, once.
+
+`jax.make_array_from_callback` would read a part that two devices hold twice (8 calls for 4 parts on
+8 devices), and does not wait for one part before it reads the next.
+"""
 
 import math
 from collections.abc import Callable

@@ -1,0 +1,97 @@
+"""Measurements as a JSON file, checked when it is read, and a progress bar while they are taken.
+
+The check is written here: the JSON is a plain dataclass, and a library that validates one (msgspec,
+pydantic) would be one more dependency for the 25 lines of `_as`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_jax.errors import LoraError
+from lora_jax.training.directory import write_json
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def bar(console: Console, text: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar on a terminal, nothing elsewhere; yield the function to call after each step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    shown = console.is_terminal
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not shown
+    ) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda: progress.advance(task)
+
+
+def prepared(out: str) -> pathlib.Path:
+    """Return the file for the results, after making its folder, before anything is measured.
+
+    Raises:
+      LoraError: it is a folder. OSError: the folder cannot be made.
+    """
+    file = pathlib.Path(out).expanduser()
+    if file.is_dir():
+        raise LoraError(f"--out {out} is a folder; give a file in it, such as {file / 'out.json'}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def write(file: pathlib.Path, found: Any) -> None:
+    """Write a dataclass as JSON, whole or not at all."""
+    write_json(file, dataclasses.asdict(found))
+
+
+def read(file: pathlib.Path, kind: type[T], command: str) -> T | None:
+    """Return what `write` wrote, after checking it; None if there is no such file.
+
+    Args:
+      file: JSON.
+      kind: the dataclass; its fields are numbers, texts, bools, dataclasses and tuples of these.
+        A tuple has at least one entry.
+      command: that makes the file, for the message.
+
+    Raises:
+      LoraError: it is not what `write` wrote.
+    """
+    if not file.is_file():
+        return None
+    try:
+        found: T = _as(kind, json.loads(file.read_text()), "")
+    except ValueError as error:
+        raise LoraError(
+            f"{file} cannot be read: {error}; delete it and make it anew: {command}"
+        ) from error
+    return found
+
+
+def _as(kind: Any, value: Any, name: str) -> Any:
+    """Return a value of JSON as a `kind`; raise a ValueError that names the field if it is not."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind)
+        if not isinstance(value, dict) or value.keys() != hints.keys():
+            got = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{name or 'it'} has {got or 'nothing'}, expected {', '.join(hints)}")
+        inner = {field: _as(hint, value[field], field) for field, hint in hints.items()}
+        return kind(**inner)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{name} is {str(value)[:80]!r}, expected a list with entries")
+        return tuple(_as(typing.get_args(kind)[0], entry, name) for entry in value)
+    wanted = (int, float) if kind is float else kind
+    fits = isinstance(value, wanted) and isinstance(value, bool) == (kind is bool)
+    if not fits or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{name} is {str(value)[:80]!r}, expected a {kind.__name__}")
+    return value

@@ -1,0 +1,61 @@
+"""Sections of a report as values of JSON, and back.
+
+Figures are not in them: they are read from the page, report.html.
+
+>>> section = Section("Scores", (Paragraph("Of one run."), Table("All", ("split",), (("test",),))))
+>>> read(plain(section), {}) == section
+True
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
+
+
+def plain(section: Section) -> dict[str, Any]:
+    """As values of JSON."""
+    return {"title": section.title, "blocks": [_plain(block) for block in section.blocks]}
+
+
+def read(found: Any, drawings: Mapping[str, str]) -> Section:
+    """Return the section that `plain` gave, after it has been through JSON.
+
+    Args:
+      found: the values of JSON.
+      drawings: the SVG of each panel, by its name.
+
+    Raises:
+      KeyError, TypeError, ValueError: it is something else, or a panel has no drawing.
+    """
+    return Section(found["title"], tuple(_block(block, drawings) for block in found["blocks"]))
+
+
+def _plain(block: Block) -> dict[str, Any]:
+    if isinstance(block, Figure):
+        panels = [{"name": p.name, "alternative": p.alternative} for p in block.panels]
+        return {"kind": "Figure", "caption": block.caption, "panels": panels}
+    return {"kind": type(block).__name__, **dataclasses.asdict(block)}
+
+
+def _block(found: Any, drawings: Mapping[str, str]) -> Block:
+    fields = {name: value for name, value in found.items() if name != "kind"}
+    match found["kind"]:
+        case "Paragraph":
+            return Paragraph(**fields)
+        case "Note":
+            return Note(**fields)
+        case "Table":
+            rows = tuple(map(tuple, fields.pop("rows")))
+            columns, texts = tuple(fields.pop("columns")), tuple(fields.pop("texts"))
+            return Table(**fields, columns=columns, rows=rows, texts=texts)
+        case "Figure":
+            panels = tuple(
+                Panel(**panel, drawing=drawings[panel["name"]]) for panel in fields["panels"]
+            )
+            return Figure(fields["caption"], panels)
+        case kind:
+            raise ValueError(f"no block is a {kind!r}")

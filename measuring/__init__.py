@@ -1,0 +1,1 @@
+"""What `benchmarks` and `experiments` share: timing, and published models by their shapes."""

@@ -1,0 +1,350 @@
+"""Folders, GGUF files and references: what is read, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax import models
+from lora_jax.models.weights import gguf_file, hf_config, packages, source
+from lora_jax.paths import flatten
+
+
+@pytest.fixture
+def folder(data: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a tiny model that a test may spoil."""
+
+    def copy(name: str) -> Path:
+        shutil.copytree(data / "golden_models" / name, tmp_path / name)
+        return tmp_path / name
+
+    return copy
+
+
+def _edit(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> models.Source:
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+    return models.open(str(folder))
+
+
+def _equal(one: Any, other: Any) -> None:
+    one, other = flatten(one), flatten(other)
+    assert one.keys() == other.keys()
+    for path, value in one.items():
+        np.testing.assert_array_equal(value, other[path], err_msg=path)
+
+
+# ---- folders ---------------------------------------------------------------------------------
+
+
+def test_missing_and_unknown_tensors_are_both_listed(folder: Callable[[str], Path]) -> None:
+    def rename(tensors: dict[str, np.ndarray]) -> None:
+        old = "model.layers.1.self_attn.q_proj.weight"
+        tensors["model.layers.1.self_attn.query.weight"] = tensors.pop(old)
+
+    with pytest.raises(models.WeightsError) as failure:
+        _edit(folder("qwen3"), rename).load()
+    text = str(failure.value)
+    assert "layers_1/attention/q/kernel <- layers.1.self_attn.q_proj.weight" in text
+    assert "no parameter (1):\n  model.layers.1.self_attn.query.weight" in text
+
+
+def test_misshapen_tensor_names_both_shapes(folder: Callable[[str], Path]) -> None:
+    def cut(tensors: dict[str, np.ndarray]) -> None:
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:-1].copy()
+
+    with pytest.raises(models.WeightsError) as failure:
+        _edit(folder("llama"), cut).load()
+    text = str(failure.value)
+    assert "layers_0/mlp/up/kernel" in text and "(16, 12)" in text and "(16, 11)" in text
+
+
+def test_configuration_that_differs_from_the_file(data: Path) -> None:
+    model = models.open(str(data / "golden_models" / "qwen2"))
+    for change in ({"qkv_bias": False}, {"tied": False}, {"num_layers": 1}, {"qk_norm": True}):
+        with pytest.raises(models.WeightsError, match="does not fit the configuration"):
+            model.load(dataclasses.replace(model.config, **change))
+    bert = models.open(str(data / "golden_models" / "bert"))
+    with pytest.raises(models.WeightsError, match="another architecture"):
+        model.load(bert.config)
+
+
+def test_known_names_are_skipped_and_no_others(folder: Callable[[str], Path]) -> None:
+    def more(name: str) -> Callable[[dict[str, np.ndarray]], None]:
+        return lambda tensors: tensors.update({name: np.zeros(3, np.float32)})
+
+    path = folder("roberta")
+    plain = models.open(str(path)).load()
+    _equal(_edit(path, more("roberta.embeddings.position_ids")).load(), plain)
+    with pytest.raises(models.WeightsError, match=r"roberta\.embeddings\.position_idz"):
+        _edit(path, more("roberta.embeddings.position_idz")).load()
+
+
+def test_prefixes_and_old_endings(folder: Callable[[str], Path]) -> None:
+    path = folder("roberta")
+    plain = models.open(str(path)).load()
+
+    def old(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            new = name.removeprefix("roberta.")
+            new = new.replace("LayerNorm.weight", "LayerNorm.gamma")
+            tensors[new.replace("LayerNorm.bias", "LayerNorm.beta")] = tensors.pop(name)
+
+    _equal(_edit(path, old).load(), plain)
+
+
+def test_one_tensor_under_two_names(folder: Callable[[str], Path]) -> None:
+    def twice(tensors: dict[str, np.ndarray]) -> None:
+        tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+
+    with pytest.raises(models.WeightsError, match="are the same tensor"):
+        _edit(folder("llama"), twice).load()
+
+
+def test_head_is_loaded_only_when_asked_for(folder: Callable[[str], Path]) -> None:
+    path = folder("roberta")
+    head = models.Head("roberta_head", num_classes=3)
+    whole = models.open(str(path)).load(head=head)
+    assert set(whole) == {"bert", "classifier"}
+    _equal(whole["bert"], models.open(str(path)).load())
+
+    def behead(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["classifier.out_proj.bias"]
+
+    with pytest.raises(models.WeightsError, match=r"classifier/out/bias <- classifier\.out_proj"):
+        _edit(path, behead).load(head=head)
+
+
+def test_index_and_files_must_agree(folder: Callable[[str], Path]) -> None:
+    path = folder("bert")
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["bert.lost"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(models.WeightsError, match=r"no file holds: bert\.lost"):
+        models.open(str(path)).load()
+    (path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00002\.safetensors"):
+        models.open(str(path)).load()
+
+
+def test_bfloat16_files_and_dtypes(folder: Callable[[str], Path]) -> None:
+    def halve(tensors: dict[str, np.ndarray]) -> None:
+        tensors.update({name: value.astype(jnp.bfloat16) for name, value in tensors.items()})
+
+    path = folder("llama")
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models.open(str(path)).load())
+    model = _edit(path, halve)
+    low = model.load(dataclasses.replace(model.config, param_dtype=jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves(low)} == {jnp.dtype(jnp.bfloat16)}
+    _equal(low, rounded)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.load())} == {jnp.dtype(jnp.float32)}
+
+
+def test_weights_go_straight_to_their_devices(data: Path) -> None:
+    model = models.open(str(data / "golden_models" / "llama"))
+    config = dataclasses.replace(model.config, scan_layers=True)
+    devices = np.array(jax.devices()[:4])
+    mesh = jax.sharding.Mesh(devices, ("model",))
+
+    def shard(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        split = leaf.ndim > 1 and leaf.shape[-1] % 4 == 0
+        spec = [None] * (leaf.ndim - 1) + ["model" if split else None]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    shardings = jax.tree.map(shard, models.shapes(config))
+    params = model.load(config, shardings=shardings)
+    _equal(params, model.load(config))
+    assert jax.tree.all(jax.tree.map(lambda leaf, at: leaf.sharding == at, params, shardings))
+    up = params["layers"]["mlp"]["up"]["kernel"]
+    assert up.addressable_shards[0].data.shape == (2, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "gemma"}, "'gemma'; the loaders know"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type is 'yarn'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"hidden_size": None}, "no field 'hidden_size'"),
+    ],
+)
+def test_what_the_models_lack_is_refused(data: Path, change: dict[str, Any], says: str) -> None:
+    json_ = json.loads((data / "golden_models" / "llama" / "config.json").read_text())
+    changed = {name: value for name, value in (json_ | change).items() if value is not None}
+    with pytest.raises(models.ModelConfigError, match=says):
+        hf_config.parse(changed, "config.json")
+
+
+def test_old_spelling_of_rope(data: Path) -> None:
+    new = json.loads((data / "golden_models" / "llama" / "config.json").read_text())
+    old = dict(new)
+    rope = dict(old.pop("rope_parameters"))
+    old["rope_theta"] = rope.pop("rope_theta")
+    old["rope_scaling"] = rope
+    assert hf_config.parse(old, "") == hf_config.parse(new, "")
+
+
+# ---- GGUF ------------------------------------------------------------------------------------
+
+
+def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The rows as llama.cpp's converter writes them."""
+    shape = weight.shape
+    halves = weight.reshape(heads, 2, shape[0] // heads // 2, *shape[1:])
+    return halves.swapaxes(1, 2).reshape(shape)
+
+
+def _write_gguf(folder: Path, path: Path, arch: str, *, drop: str = "", more: str = "") -> Path:
+    """A tiny Hugging Face folder as GGUF in float32."""
+    hf = json.loads((folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_block_count(hf["num_hidden_layers"])
+    writer.add_context_length(hf["max_position_embeddings"])
+    writer.add_embedding_length(hf["hidden_size"])
+    writer.add_feed_forward_length(hf["intermediate_size"])
+    writer.add_head_count(hf["num_attention_heads"])
+    writer.add_head_count_kv(hf["num_key_value_heads"])
+    writer.add_key_length(hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"])
+    writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+    writer.add_rope_freq_base(hf["rope_parameters"]["rope_theta"])
+    divisors = models.open(str(folder)).config.rope_divisors
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(divisors, np.float32))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], hf["num_hidden_layers"])
+    for name, tensor in safetensors.numpy.load_file(folder / "model.safetensors").items():
+        if arch == "llama" and "q_proj" in name:
+            tensor = _permuted(tensor, hf["num_attention_heads"])
+        if arch == "llama" and "k_proj" in name:
+            tensor = _permuted(tensor, hf["num_key_value_heads"])
+        if name != drop:
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor)
+    if more:
+        writer.add_tensor(more, np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_biased", "qwen2", "qwen3"])
+def test_gguf_is_the_folder(data: Path, tmp_path: Path, name: str) -> None:
+    folder = data / "golden_models" / name
+    path = _write_gguf(folder, tmp_path / "model.gguf", name.removesuffix("_biased"))
+    file, hf = models.open(str(path)), models.open(str(folder))
+    ids = {"pad_id": None, "bos_id": None, "eos_id": None}
+    got, want = (dataclasses.replace(model.config, **ids) for model in (file, hf))
+    same = {"norm_eps": want.norm_eps, "rope_divisors": want.rope_divisors}
+    assert got.norm_eps == pytest.approx(want.norm_eps)
+    assert got.rope_divisors == pytest.approx(want.rope_divisors)
+    assert dataclasses.replace(got, **same) == want
+    _equal(file.load(), hf.load())
+
+
+def test_permutation_left_in_shows_in_the_logits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The goldens can tell: rows of q and k in GGUF's order move the logits far."""
+    folder = data / "golden_models" / "llama"
+    golden = np.load(folder / "expected.npz")
+    file = models.open(str(_write_gguf(folder, tmp_path / "model.gguf", "llama")))
+    monkeypatch.setattr(gguf_file, "unpermute", lambda array, heads: array)
+    ids = jnp.asarray(golden["input_ids"][:1], jnp.int32)
+    logits = jax.jit(models.Llama(file.config).apply)({"params": file.load()}, ids)
+    assert np.abs(logits - golden["logits"][:1]).max() > 1e-2
+
+
+def test_gguf_names_missing_and_unknown(data: Path, tmp_path: Path) -> None:
+    path = _write_gguf(
+        data / "golden_models" / "qwen3",
+        tmp_path / "model.gguf",
+        "qwen3",
+        drop="model.layers.1.mlp.up_proj.weight",
+        more="blk.1.ffn_new.weight",
+    )
+    with pytest.raises(models.WeightsError) as failure:
+        models.open(str(path)).load()
+    text = str(failure.value)
+    assert "layers_1/mlp/up/kernel <- blk.1.ffn_up.weight" in text
+    assert "no parameter (1):\n  blk.1.ffn_new.weight" in text
+
+
+def test_gguf_tokenizer(smollm2: models.Source) -> None:
+    tokenizer = smollm2.tokenizer()
+    text = "In 2024 I don't like   spaces\n<|im_start|>user é 日本<|im_end|>"
+    encoded = tokenizer.encode(text)
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
+    assert tokenizer.decode(encoded.ids) == text.replace("<|im_start|>", "").removesuffix(
+        "<|im_end|>"
+    )
+    # Digits one by one, contractions apart, special tokens whole.
+    assert encoded.tokens[1:6] == ["Ġ", "2", "0", "2", "4"]
+    assert "'t" in encoded.tokens and encoded.ids[-1] == smollm2.config.eos_id
+    assert smollm2.chat_template.startswith("{% for message in messages %}")
+
+
+# ---- references ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reference", ["pypi:numpy/x", "s3:bucket/model", "hub:name", "pypi:a==1", "x.gguf#sha256=12"]
+)
+def test_other_references_show_the_forms(reference: str) -> None:
+    with pytest.raises(source.ModelReferenceError, match=r"pypi:package==version|64 hexadecimal"):
+        models.open(reference)
+
+
+def test_path_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="neither a folder nor"):
+        models.open(str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        models.open(str(tmp_path))
+
+
+def test_sum_in_a_reference_is_checked(data: Path) -> None:
+    with pytest.raises(packages.PackageError, match="expected sha256 0000"):
+        models.open(f"{data / 'golden_models' / 'llama'}#sha256={'0' * 64}")
+
+
+def test_known_packages_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(source.KNOWN, models.MINILM, "0" * 64)
+    with pytest.raises(packages.PackageError, match=r"got +sha256 53aa51172d14"):
+        models.open(models.MINILM)
+
+
+def test_hub_is_asked_for_the_revision(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(name: str, **how: Any) -> str:
+            asked.append((name, how["revision"], "*.safetensors" in how["allow_patterns"]))
+            return str(data / "golden_models" / "qwen2")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    assert models.open("hub:some/model@v1").config.qkv_bias
+    models.open("hub:some/model")
+    assert asked == [("some/model", "v1", True), ("some/model", None, True)]
+
+
+def test_hub_without_its_package_says_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(source.ModelReferenceError, match="pip install"):
+        models.open("hub:some/model")

@@ -1,0 +1,194 @@
+"""A file of a package that is fetched without its dependencies, with no network involved.
+
+Nothing of a package is run, whatever is in it: tests/models/test_archive.py has the archives.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from lora_jax import models
+from lora_jax.models.weights import download, packages, source
+
+TEXT = b"forty-two\n"
+SHA256 = hashlib.sha256(TEXT).hexdigest()
+
+
+def _wheel(folder: Path, version: str = "1.0") -> None:
+    """A wheel that carries one file, and needs a package that no registry has."""
+    info = f"lora_jax_test_asset-{version}.dist-info"
+    files = {
+        "test_asset/data/answer.txt": TEXT,
+        f"{info}/METADATA": (
+            f"Metadata-Version: 2.1\nName: lora-jax-test-asset\nVersion: {version}\n"
+            "Requires-Dist: lora-jax-test-no-such-package\n"
+        ).encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    names = [*files, f"{info}/RECORD"]
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in names).encode()
+    with zipfile.ZipFile(folder / f"lora_jax_test_asset-{version}-py3-none-any.whl", "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry that is a folder; the cache is empty."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+    for tool in ("PIP", "UV"):
+        monkeypatch.setenv(f"{tool}_NO_INDEX", "1")
+        monkeypatch.setenv(f"{tool}_FIND_LINKS", str(wheels))
+    return wheels
+
+
+def test_fetches_once_without_dependencies(registry: Path) -> None:
+    _wheel(registry)
+    path = packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt", SHA256)
+    assert path.read_bytes() == TEXT
+    # The second call finds it in the cache: the registry is empty by then.
+    next(registry.iterdir()).unlink()
+    again = packages.locate("Lora_Jax.Test-Asset", "1.0", "test_asset/data/answer.txt", SHA256)
+    assert again == path
+    assert [entry.name for entry in (packages.cache() / "packages").iterdir()] == [
+        "lora-jax-test-asset-1.0"
+    ]
+
+
+def test_only_the_named_version(registry: Path) -> None:
+    _wheel(registry, "1.0")
+    packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt")
+    with pytest.raises(packages.PackageError, match=r"lora-jax-test-asset==1\.1"):
+        packages.locate("lora-jax-test-asset", "1.1", "test_asset/data/answer.txt")
+
+
+def test_installed_package_is_not_fetched(registry: Path) -> None:
+    version = importlib.metadata.version("numpy")
+    path = packages.locate("numpy", version, "numpy/__init__.py")
+    assert path.is_file()
+    assert not (packages.cache() / "packages").exists()
+
+
+def test_another_installed_version_is_not_taken(registry: Path) -> None:
+    with pytest.raises(packages.PackageError, match=r"numpy==0\.0\.1 could not be fetched"):
+        packages.locate("numpy", "0.0.1", "numpy/__init__.py")
+
+
+def test_failed_fetch_says_the_cure_and_leaves_nothing(registry: Path) -> None:
+    with pytest.raises(packages.PackageError) as failure:
+        packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt")
+    assert "pip install --only-binary=:all: --no-deps lora-jax-test-asset==1.0" in str(
+        failure.value
+    )
+    assert "LORA_JAX_CACHE" in str(failure.value)
+    assert list((packages.cache() / "packages").iterdir()) == []
+
+
+def test_missing_file_names_the_nearest(registry: Path) -> None:
+    _wheel(registry)
+    with pytest.raises(packages.PackageError, match=r"nearest: test_asset/data/answer\.txt"):
+        packages.locate("lora-jax-test-asset", "1.0", "test_asset/answer.txt")
+
+
+def test_wrong_sum_is_an_error_with_both_sums(registry: Path) -> None:
+    _wheel(registry)
+    wrong = "0" * 64
+    with pytest.raises(packages.PackageError) as failure:
+        packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt", wrong)
+    assert wrong in str(failure.value) and SHA256 in str(failure.value)
+
+
+def test_remembered_sum_dies_with_the_file(registry: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(TEXT)
+    packages.verify(file, SHA256.upper())
+    file.write_bytes(TEXT[::-1])
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(packages.PackageError, match="not the one"):
+        packages.verify(file, SHA256)
+
+
+def _source(folder: Path, mark: Path) -> Path:
+    """A source distribution that leaves a mark when it is built, or only asked for its name."""
+    top = folder / "lora_jax_test_asset-1.0"
+    (top / "test_asset" / "data").mkdir(parents=True)
+    (top / "test_asset" / "data" / "answer.txt").write_bytes(TEXT)
+    (top / "setup.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    (top / "PKG-INFO").write_text(
+        "Metadata-Version: 2.1\nName: lora-jax-test-asset\nVersion: 1.0\n"
+    )
+    path = folder / "lora_jax_test_asset-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(top, top.name)
+    shutil.rmtree(top)
+    return path
+
+
+def test_a_source_distribution_is_not_built(registry: Path, tmp_path: Path) -> None:
+    """Red without --only-binary."""
+    _source(registry, tmp_path / "mark")
+    with pytest.raises(packages.PackageError, match="Only wheels are fetched"):
+        models.open("pypi:lora-jax-test-asset==1.0/test_asset/data")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_listed_source_distribution_is_unpacked_and_not_built(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _source(registry, tmp_path / "mark")
+    for sum_of in (TEXT, path.read_bytes()):
+        sha256 = hashlib.sha256(sum_of).hexdigest()
+        monkeypatch.setitem(download._SOURCES, "lora-jax-test-asset==1.0", sha256)
+        arguments = ("Lora_Jax.test-asset", "1.0", "test_asset/data/answer.txt", SHA256)
+        if sum_of == TEXT:
+            with pytest.raises(packages.PackageError, match="not the file that was asked for"):
+                packages.locate(*arguments)
+        else:
+            assert packages.locate(*arguments).read_bytes() == TEXT
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["-r==x/y", "--index-url==1.0/y", "a==x/y", "a==-r/y", "a==1.0;b/y", "a==1.0 -r x/y",
+     "a-==1/y", "a==1.0.zip/y", "a==1.0/../y", "a==1.0//etc/passwd", "a==1.0/./y"],
+)  # fmt: skip
+def test_what_is_no_package_is_an_error_before_anything_starts(
+    reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red without the grammar: pip takes `-r==x` for an option, and reads the file `==x`."""
+    started: list[object] = []
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: started.append(args))
+    with pytest.raises((packages.PackageError, source.ModelReferenceError)) as failure:
+        models.open(f"pypi:{reference}")
+    assert reference.partition("/")[0][:10] in str(failure.value)
+    assert not started
+
+
+@pytest.mark.parametrize(
+    "version", ["0", "1.0", "2!1.0rc1", "1.0.post1.dev2", "2024.01.05", "1+a.1"]
+)
+def test_versions_of_the_registry(version: str, registry: Path) -> None:
+    with pytest.raises(packages.PackageError, match="could not be fetched"):
+        packages.locate("lora-jax-test-asset", version, "x")
+
+
+def test_files_of_the_working_directory_are_not_read(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red if the tool starts there: Python would run this module in place of pip."""
+    _wheel(registry)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "pip.py").write_text("open('mark', 'w').close()\n")
+    monkeypatch.chdir(tmp_path / "work")
+    packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt", SHA256)
+    assert not (tmp_path / "work" / "mark").exists()

@@ -1,0 +1,234 @@
+"""`lora-jax generate`: prompts in, texts out, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+import lora_jax
+from lora_jax import models
+from lora_jax.serving import generate, output
+from lora_jax.serving.generation import Piece, Prompt
+from lora_jax.serving.prompts import Request
+from tests.training import tiny
+
+NEW = 6
+EOS = "word14"
+
+
+class Setup(NamedTuple):
+    base: pathlib.Path
+    encoder: pathlib.Path
+    folder: pathlib.Path
+
+    def given(self, *names: str) -> list[str]:
+        """--adapter for each."""
+        return [x for name in names for x in ("--adapter", str(self.folder / name))]
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    """A base, and two adapters of unequal rank; `one` knows its prompt and its end."""
+    folder = tmp_path_factory.mktemp("generate")
+    base = tiny.write_model(folder / "base", tiny.LLAMA)
+    source = models.open(str(base))
+    params = source.load()
+
+    def apply(params: Any, ids: Any) -> Any:
+        return models.Llama(source.config).apply({"params": params}, ids)
+
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    about: dict[str, Any] = {"model": {"reference": str(base)}}
+    for name, rank, more in (("one", 1, {"prompt": "{word} word2", "eos": EOS}), ("two", 3, {})):
+        spec = lora_jax.LoraSpec(rank, 2.0 * rank, targets=("layers_*/attention/*/kernel",))
+        layout = lora_jax.resolve(spec, apply, params, ids)
+        random = np.random.default_rng(rank)
+        adapters = {
+            path: lora_jax.Factors(f.a, jnp.asarray(random.normal(size=f.b.shape), jnp.float32))
+            for path, f in lora_jax.init(jax.random.key(rank), layout).items()
+        }
+        lora_jax.save(
+            folder / name,
+            lora_jax.Adapter(layout, adapters),
+            fingerprint=lora_jax.fingerprint(params),
+            about={**about, **more},
+        )
+    return Setup(base, tiny.write_model(folder / "encoder", tiny.ROBERTA), folder)
+
+
+def answers(tmp_path: pathlib.Path, rows: Any, *arguments: str) -> list[dict[str, Any]]:
+    """What comes out as JSONL; the rows are objects, or lines of text."""
+    source, out = tmp_path / "in", tmp_path / "out.jsonl"
+    source.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    files = ("--file", str(source), "--out", str(out))
+    assert generate.main([*files, "--max-new-tokens", str(NEW), *arguments]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_every_line_by_its_own_adapter(setup: Setup, tmp_path: pathlib.Path) -> None:
+    """Red if a line takes another's adapter, or its template is not filled in."""
+    rows = [
+        {"prompt": "word1 word2", "adapter": "two", "n": 0},
+        {"word": "word1", "adapter": "one"},
+        {"prompt": "word1 word2", "adapter": "base"},
+        {"prompt": "word3", "adapter": "two"},
+    ]
+    mixed = answers(tmp_path, rows, *setup.given("one", "two"))
+    assert [(a["adapter"], a["prompt"]) for a in mixed] == [
+        ("two", "word1 word2"),
+        ("one", "word1 word2"),
+        ("base", "word1 word2"),
+        ("two", "word3"),
+    ]
+    assert list(mixed[0]) == ["prompt", "adapter", "n", "text", "tokens", "finish"]
+    assert len({a["text"] for a in mixed[:3]}) == 3
+    for answer in mixed:
+        assert len(answer["text"].split()) == answer["tokens"] <= NEW
+        assert (answer["finish"] == "length") == (answer["tokens"] == NEW)
+    for name in ("two", "base"):
+        alone = answers(
+            tmp_path,
+            [row["prompt"] for row in mixed if row["adapter"] == name],
+            *(setup.given(name) if name != "base" else ("--base", str(setup.base))),
+        )
+        own = [a for a in mixed if a["adapter"] == name]
+        assert [a["text"] for a in alone] == [a["text"] for a in own]
+
+
+def test_plain_prompts_are_for_every_adapter(
+    setup: Setup, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line and from stdin the same, and as plain lines off a terminal."""
+    shared = [*setup.given("one", "two"), "--base-too", "--max-new-tokens", str(NEW)]
+    assert generate.main([*shared, "--prompt", "word1", "--prompt", "word5 word6"]) == 0
+    typed = capsys.readouterr()
+    heads = ["[one] word1 ", "[two] word1 ", "[base] word1 "]
+    heads += [head.replace("word1", "word5 word6") for head in heads]
+    for line, head in zip(typed.out.splitlines(), heads, strict=True):
+        assert line.startswith(head) and len(line) > len(head)
+    assert "one: trained on prompts like '{word} word2'" in typed.err
+    assert "6 prompts" in typed.err and "2 programs" in typed.err
+    piped = io.BytesIO(b"word1\n\nword5 word6\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(piped)))
+    assert generate.main(shared) == 0
+    assert capsys.readouterr().out == typed.out
+
+
+def test_a_text_ends_where_training_ended_it(setup: Setup, tmp_path: pathlib.Path) -> None:
+    """`one` stops at its own end, and `two` at what is asked for."""
+    long = ["--max-new-tokens", "60"]
+    rows = [{"prompt": f"word{i}", "adapter": name} for name in ("one", "two") for i in range(8)]
+    free = answers(tmp_path, rows, *setup.given("one", "two"), *long, "--batch-size", "16")
+    mine, others = free[:8], free[8:]
+    assert any(EOS in a["text"].split() for a in others)  # a word that is written, but not ...
+    assert not any(EOS in a["text"].split() for a in mine)  # ... as part of a text that it ends
+    assert any(a["finish"] == "stop" for a in mine)
+    word = next(a["text"].split()[1] for a in others if a["tokens"] > 2)
+    again = answers(tmp_path, rows[8:], *setup.given("two"), *long, "--stop", word)
+    for answer in again:
+        assert word not in answer["text"].split()
+    assert any(answer["finish"] == "stop" for answer in again)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
+    """One alone is typed; of several the unfinished stand below, and none is left behind."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=60, height=20)
+    requests = [Request("one", "word1", Prompt([5], 0), {}) for _ in range(count)]
+    sink: Any = output.TypedSink(console, requests[0])
+    if count > 1:
+        sink = output.BlockSink(console, requests)
+    seen = []
+    with sink:
+        transcript = output.Transcript(requests, tiny.tokenizer(pair=False), sink)
+        for step, finish in ((8, None), (9, "length")):
+            for row in reversed(range(count)):
+                transcript.add(Piece(row, step + row, finish))
+                seen.append(file.getvalue())
+    assert all("word4" in text for text in seen) if count == 1 else "word5" in seen[2]
+    assert "word4 word5" not in seen[0]
+    text = seen[-1]
+    assert text.index("word1") < text.index("word4")
+
+
+def test_answers_wait_for_those_before_them() -> None:
+    """Red if a text that is finished first comes out first."""
+    file = io.StringIO()
+    requests = [Request(n, "word1", Prompt([5], 0), {}) for n in ("one", "two")]
+    with output.BlockSink(Console(file=file), requests) as sink:
+        transcript = output.Transcript(requests, tiny.tokenizer(pair=False), sink)
+        transcript.add(Piece(1, None, "stop"))
+        assert file.getvalue() == ""
+        transcript.add(Piece(0, 8, "length"))
+    assert file.getvalue() == "[one] word1 word4\n[two] word1\n"
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no model: give --adapter PATH, a run directory of train.py, or --base"),
+        (["--base", "BASE", "--prompt", "a", "--file", "b"], "exclude each other: drop one"),
+        (["--base", "BASE", "--file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--base", "BASE", "--prompt", "a", "--batch-size", "0"], "--batch-size must be at least"),
+        (["--base", "BASE", "--prompt", "a", "--top-k", "5"], "give a temperature above 0"),
+        (["--base", "BASE", "--prompt", ""], "--prompt 1: the prompt is empty"),
+        (["--base", "BASE", "--prompt", "w " * 70], "--prompt 1: the prompt has 70 tokens, and"),
+        (["--base", "BASE", "--prompt", "a", "--stop", "word1 word2"], "is 2 tokens; give a text"),
+        (["--base", "ENCODER", "--prompt", "a"], "is an encoder; that is what `python -m lora"),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_do_wrong(
+    setup: Setup, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    places = {"BASE": str(setup.base), "ENCODER": str(setup.encoder)}
+    assert generate.main([places.get(a, a) for a in arguments]) == 1
+    error = said(capsys)
+    assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt": "a", "adapter": "tow"}, "no adapter is called 'tow'; nearest: 'two'"),
+        ({"prompt": "a"}, "does not say which adapter it is for, and there are several"),
+        ({"adapter": "one", "wrd": "a"}, "has no field 'word': adapter 'one' was trained on"),
+        ({"adapter": "two", "text": "a"}, "has no field 'prompt'; its fields: 'adapter', 'text'"),
+        ({"adapter": "two", "prompt": 3}, "'prompt' is 3, expected a str"),
+    ],
+)
+def test_lines_that_cannot_be_used(
+    setup: Setup,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    line: dict[str, Any],
+    message: str,
+) -> None:
+    source = tmp_path / "in.jsonl"
+    good = {"prompt": "a", "adapter": "two"}
+    source.write_text(json.dumps(good) + "\n" + json.dumps(line) + "\n")
+    assert generate.main([*setup.given("one", "two"), "--file", str(source)]) == 1
+    error = said(capsys)
+    assert f"{source}, line 2" in error and message in error
+
+
+def test_an_adapter_of_another_base(
+    setup: Setup, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny.write_model(tmp_path / "other", {**tiny.LLAMA, "intermediate_size": 48})
+    arguments = [*setup.given("one"), "--base", str(other), "--prompt", "word1"]
+    assert generate.main(arguments) == 1
+    assert "adapter 'one', trained on" in (error := said(capsys)) and "is not for the base" in error
