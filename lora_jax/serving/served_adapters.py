@@ -52,7 +52,7 @@ class ServedAdapter:
     path: str
     layout: Layout
     adapters: dict[str, Factors]
-    base: dict[str, Any]
+    base: Mapping[str, Any]
     about: Mapping[str, Any]
 
 
