@@ -19,6 +19,7 @@ import pytest
 import lora_jax
 import train
 from lora_jax.checkpoint.adapter import restore_about
+from lora_jax.groups.comparison import gather
 from lora_jax.groups.loop import folder as group_folder
 from lora_jax.groups.sweep import SweepConfig
 from lora_jax.report import command as report
@@ -140,6 +141,19 @@ def test_an_old_summary_has_the_names_of_today() -> None:
     (left,) = run_files.read(V1 / "run_directories/small-dc24168e")
     assert left.config["lora"]["trainable"] is None
     assert left.summary is not None and left.summary["trainable_parameters"] == 5
+
+
+def test_an_old_run_is_compared_with_a_new_one(tmp_path: pathlib.Path) -> None:
+    """Red: `upgrade` left out of `comparison.gather`, and the two differ in a field."""
+    old = json.loads((V1 / "run_directories/small-dc24168e/config.json").read_text())
+    old["lora"]["beside"] = ["head/**"]
+    summary = directory.summary(V1 / "run_directories/small-dc24168e")
+    assert summary is not None
+    for name, config in (("old", old), ("new", config_json.upgrade(old))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    runs = [{**summary, "run": str(tmp_path / name)} for name in ("old", "new")]
+    assert gather(runs).varied == ()
 
 
 def test_a_classifier_predicts(folder: pathlib.Path) -> None:
