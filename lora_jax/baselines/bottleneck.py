@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
+from flax.traverse_util import unflatten_dict
 from jax import Array
 
 from lora_jax.baselines.sites import Tree
@@ -49,13 +50,11 @@ class Bottleneck:
 
     def init(self, key: Array) -> Tree:
         """Fresh parameters: a nested dict by the paths of the modules."""
-        tree: Tree = {}
-        for index, site in enumerate(self.sites):
-            branch = tree
-            for name in site.split("/"):
-                branch = branch.setdefault(name, {})
-            branch.update(self._layer(jax.random.fold_in(key, index)))
-        return tree
+        layers = {
+            site: self._layer(jax.random.fold_in(key, index))
+            for index, site in enumerate(self.sites)
+        }
+        return unflatten_dict(layers, sep="/")
 
     def _layer(self, key: Array) -> Tree:
         d, r = self.width, self.size
