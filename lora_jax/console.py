@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from lora_jax.extras import require
+from lora_jax.extras import MissingExtraError, require
 
 require("train", __name__)
 
@@ -24,7 +24,7 @@ from lora_jax.errors import LoraError
 from lora_jax.models.errors import ModelError
 
 # What a user can put right; anything else is a fault of the program and shows its traceback.
-USER_ERRORS = (LoraError, ModelError, OSError)
+USER_ERRORS = (LoraError, ModelError, MissingExtraError, OSError)
 
 
 def say(console: Console, text: str) -> None:

@@ -20,14 +20,16 @@ class MissingExtraError(ImportError):
     """A library that an extra brings is not installed; the message gives the pip command."""
 
 
-def require(extra: str, user: str) -> None:
-    """Raise `MissingExtraError` unless every module of the extra is installed.
+def require(extra: str, user: str, *modules: str) -> None:
+    """Raise `MissingExtraError` unless the modules that an extra brings are installed.
 
     Args:
       extra: a key of `EXTRAS`.
       user: what needs it, for the message: "lora_jax.training".
+      *modules: those of the extra that are needed; none named: all.
     """
-    missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    wanted = modules or EXTRAS[extra]
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(
             f"{user} needs {', '.join(missing)}, which the extra {extra!r} installs:\n"

@@ -45,7 +45,7 @@ ARROWS = {
     "analysis": {"adapters", "errors", "layout", "multi", "paths", "spec"},
     "extras": set(),
     # models and methods: they have never heard of LoRA
-    "models": set(),
+    "models": {"extras"},
     "baselines": {"errors", "models"},
     # what a person sees
     "console": {"errors", "extras", "models"},

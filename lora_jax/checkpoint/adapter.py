@@ -18,7 +18,7 @@ from lora_jax.checkpoint import storage
 from lora_jax.checkpoint.fingerprint import Fingerprint, check_base
 from lora_jax.checkpoint.fingerprint import fingerprint as fingerprint_of
 from lora_jax.checkpoint.manifest import Manifest
-from lora_jax.checkpoint.storage import Folder, Path
+from lora_jax.checkpoint.storage import Path, RemotePath
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 
@@ -148,7 +148,7 @@ def check_trained_on(path: Path, ours: Fingerprint, *, allow_other_base: bool = 
     _check_base(folder, manifest, lambda: ours, allow_other_base)
 
 
-def _open(path: Path, max_bytes: float | None) -> tuple[Folder, Layout, Manifest]:
+def _open(path: Path, max_bytes: float | None) -> tuple[RemotePath, Layout, Manifest]:
     folder = storage.absolute(path)
     if not folder.exists():
         near = [p.name for p in folder.parent.iterdir()] if folder.parent.exists() else []
@@ -179,7 +179,7 @@ def _check_layout(layout: Layout, manifest: Manifest) -> None:
 
 
 def _check_base(
-    folder: Folder, manifest: Manifest, take: Callable[[], Fingerprint], allow: bool
+    folder: RemotePath, manifest: Manifest, take: Callable[[], Fingerprint], allow: bool
 ) -> None:
     stored = manifest.notes["fingerprint"]
     if stored is None and not allow:

@@ -26,7 +26,7 @@ from lora_jax.checkpoint.manifest import DamagedError, Manifest
 from lora_jax.errors import LoraError, listed
 
 Path = str | os.PathLike[str]
-Folder = Any  # etils' epath.Path, which also stands for remote folders (gs://...)
+RemotePath = Any  # etils' epath.Path: a local folder, or a remote one (gs://...)
 
 
 def orbax() -> Any:
@@ -36,19 +36,19 @@ def orbax() -> Any:
     return v1
 
 
-def folder_at(path: Path) -> Folder:
+def folder_at(path: Path) -> RemotePath:
     """The folder at `path`, local or remote."""
     from etils import epath  # comes with Orbax, whose paths are these
 
     return epath.Path(path).expanduser()
 
 
-def absolute(path: Path) -> Folder:
+def absolute(path: Path) -> RemotePath:
     """The same as Orbax takes it: absolute."""
     return folder_at(path if "://" in str(path) else os.path.abspath(os.path.expanduser(path)))
 
 
-def read_manifest(folder: Folder, max_bytes: float | None, part: str = "arrays") -> Manifest:
+def read_manifest(folder: RemotePath, max_bytes: float | None, part: str = "arrays") -> Manifest:
     """The manifest of a checkpoint that holds one as "meta"; checked, and no array read.
 
     Whoever has it may load what it lists: `folder` holds these arrays, as they are declared, and
@@ -71,7 +71,7 @@ def read_manifest(folder: Folder, max_bytes: float | None, part: str = "arrays")
     return found
 
 
-def _sealed(folder: Folder) -> Any:
+def _sealed(folder: RemotePath) -> Any:
     """The strings in "meta", from the file that Orbax keeps them in.
 
     Orbax would load every array that it finds there, whatever its size.
@@ -83,7 +83,7 @@ def _sealed(folder: Folder) -> Any:
     return json.loads(file.read_text())
 
 
-def _check_stored(folder: Folder, manifest: Manifest, part: str) -> None:
+def _check_stored(folder: RemotePath, manifest: Manifest, part: str) -> None:
     """Raise unless the parts of `folder` are those, and hold what the manifest lists."""
     parts = {child.name for child in folder.iterdir() if child.is_dir()}
     if other := sorted(n for n in parts - {"meta", part} if not n.startswith(".")):
@@ -96,7 +96,7 @@ def _check_stored(folder: Folder, manifest: Manifest, part: str) -> None:
     manifests.check_stored(manifest, paths.flatten(found.get(part, {})))
 
 
-def load(folder: Folder, manifest: Manifest, part: str, target: Any) -> Any:
+def load(folder: RemotePath, manifest: Manifest, part: str, target: Any) -> Any:
     """Read arrays of one part of a checkpoint, and check them against their hashes.
 
     Args:
@@ -116,7 +116,7 @@ def load(folder: Folder, manifest: Manifest, part: str, target: Any) -> Any:
 
 
 @contextlib.contextmanager
-def reading(folder: Folder) -> Iterator[None]:
+def reading(folder: RemotePath) -> Iterator[None]:
     """Whatever goes wrong while `folder` is read becomes an error that names it.
 
     A lack of memory or of permission is no damage, and passes.
@@ -133,7 +133,7 @@ def reading(folder: Folder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(folder: Folder) -> Iterator[None]:
+def writing(folder: RemotePath) -> Iterator[None]:
     """Whatever goes wrong while `folder` is written becomes an error that names it."""
     try:
         yield
@@ -155,10 +155,10 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec')[0][:1000]}"
 
 
-def write(folder: Folder, parts: Mapping[str, Any]) -> None:
+def write(folder: RemotePath, parts: Mapping[str, Any]) -> None:
     """Write the parts of a checkpoint; what is at `folder` is kept until the new one is whole."""
 
-    def save(place: Folder) -> None:
+    def save(place: RemotePath) -> None:
         orbax().save_checkpointables(place, parts, overwrite=True)
 
     if not folder.exists():
@@ -170,7 +170,7 @@ def write(folder: Folder, parts: Mapping[str, Any]) -> None:
     _once(lambda: old.rmtree())
 
 
-def recover(folder: Folder) -> None:
+def recover(folder: RemotePath) -> None:
     """Bring back what a kill between the two renames of `_replace` has left under another name."""
     old = folder.with_name(f"{folder.name}.old")
     _once(lambda: old.rename(folder) if old.exists() and not folder.exists() else None)

@@ -16,7 +16,7 @@ from lora_jax import analysis
 from lora_jax.adapters import Adapter, init
 from lora_jax.checkpoint import adapter
 from lora_jax.checkpoint.adapter import restore
-from lora_jax.checkpoint.storage import Folder
+from lora_jax.checkpoint.storage import RemotePath
 from lora_jax.errors import LoraError
 from lora_jax.groups.comparison import flat
 from lora_jax.layout import Layout
@@ -41,7 +41,7 @@ class One:
 
     name: str
     config: dict[str, Any]
-    folder: Folder
+    folder: RemotePath
     layout: Layout
     rank: int
 

@@ -19,7 +19,7 @@ from lora_jax.adapters import Adapter, Factors
 from lora_jax.checkpoint import adapter, storage
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import fingerprint
-from lora_jax.checkpoint.storage import Folder, Path
+from lora_jax.checkpoint.storage import Path, RemotePath
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.models.weights.source import is_safe
@@ -173,7 +173,7 @@ def _check_method(name: str, path: Path, base: Mapping[str, Any], about: Mapping
         )
 
 
-def find(given: str) -> list[tuple[str, Folder]]:
+def find(given: str) -> list[tuple[str, RemotePath]]:
     """(name, folder) of each adapter that `[NAME=]PATH` stands for.
 
     Raises:
@@ -209,20 +209,20 @@ def _name_of(given: str) -> tuple[str | None, str]:
     return name, path
 
 
-def _adapter_in(folder: Folder) -> Folder | None:
+def _adapter_in(folder: RemotePath) -> RemotePath | None:
     """`folder` itself, or the best or last adapter of the run that it is."""
     places = (folder, folder / "adapters" / "best", folder / "adapters" / "last")
     return next((place for place in places if (place / "meta").exists()), None)
 
 
-def _own_name(folder: Folder) -> str:
+def _own_name(folder: RemotePath) -> str:
     """`run` for run/adapters/best, else the folder's own name."""
     resolved = folder.resolve()
     inside = resolved.parent.name == "adapters" and resolved.name in ("best", "last")
     return resolved.parent.parent.name if inside else resolved.name
 
 
-def _there(folder: Folder) -> str:
+def _there(folder: RemotePath) -> str:
     wanted = (
         "expected a folder that lora_jax.save wrote, or a run directory of train.py with "
         "adapters/best or adapters/last in it"
@@ -243,7 +243,7 @@ def _there(folder: Folder) -> str:
 def _members(adapters: Sequence[str]) -> tuple[ServedAdapter, ...]:
     """What is given, read; every name once."""
     found = [pair for given in adapters for pair in find(given)]
-    places: dict[str, Folder] = {}
+    places: dict[str, RemotePath] = {}
     for name, path in found:
         if name == BASE_NAME:
             raise LoraError(

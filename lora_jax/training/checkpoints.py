@@ -28,7 +28,7 @@ from lora_jax import paths
 from lora_jax.checkpoint import manifest as manifests
 from lora_jax.checkpoint import storage
 from lora_jax.checkpoint.manifest import DamagedError, Manifest
-from lora_jax.checkpoint.storage import Folder, read_manifest, writing
+from lora_jax.checkpoint.storage import RemotePath, read_manifest, writing
 from lora_jax.errors import LoraError, listed
 from lora_jax.training import processes
 from lora_jax.training.state import State
@@ -220,7 +220,7 @@ class Checkpoints:
             ) from error
 
 
-def _read(folder: Folder, abstract: State) -> tuple[State, CheckpointNotes]:
+def _read(folder: RemotePath, abstract: State) -> tuple[State, CheckpointNotes]:
     """Raises DamagedError; LoraError where the run has another structure than the checkpoint."""
     manifest = read_manifest(folder, math.inf, "state")
     _check_structure(folder, manifest, abstract)
@@ -229,7 +229,7 @@ def _read(folder: Folder, abstract: State) -> tuple[State, CheckpointNotes]:
     return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, abstract), manifest.notes
 
 
-def _damage(folder: Folder, abstract: State) -> str:
+def _damage(folder: RemotePath, abstract: State) -> str:
     """What is wrong with a checkpoint, found by this process alone; "" if nothing.
 
     Every process has to call it: Orbax counts its operations, and the counts have to agree.
@@ -247,7 +247,7 @@ def _damage(folder: Folder, abstract: State) -> str:
     return ""
 
 
-def _check_structure(folder: Folder, manifest: Manifest, abstract: State) -> None:
+def _check_structure(folder: RemotePath, manifest: Manifest, abstract: State) -> None:
     stored = {p: e.kind for p, e in manifest.arrays.items()}
     ours = {p: f"{x.dtype}{list(x.shape)}" for p, x in paths.flatten(abstract).items()}
     rows = [

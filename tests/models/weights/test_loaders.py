@@ -17,6 +17,7 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import models
+from lora_jax.extras import MissingExtraError
 from lora_jax.models.weights import gguf_file, hf_config, packages, source
 from lora_jax.paths import flatten
 
@@ -333,6 +334,8 @@ def test_hub_is_asked_for_the_revision(data: Path, monkeypatch: pytest.MonkeyPat
     asked = []
 
     class Hub:
+        __spec__ = "a stand-in"
+
         @staticmethod
         def snapshot_download(name: str, **how: Any) -> str:
             asked.append((name, how["revision"], "*.safetensors" in how["allow_patterns"]))
@@ -346,5 +349,5 @@ def test_hub_is_asked_for_the_revision(data: Path, monkeypatch: pytest.MonkeyPat
 
 def test_hub_without_its_package_says_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(source.ModelReferenceError, match="pip install"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'lora-jax\[hub\]'"):
         models.open("hub:some/model")
