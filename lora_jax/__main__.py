@@ -50,7 +50,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _train_script() -> Any:
-    """Import train.py: from the package, where the wheel puts it, or from the checkout around it."""
+    """Import train.py, which the wheel puts into the package; in a checkout it is above it."""
     package = pathlib.Path(__file__).resolve().parent
     path = next(p for p in (package / "train.py", package.parent / "train.py") if p.is_file())
     spec = importlib.util.spec_from_file_location("train", path)

@@ -1,4 +1,4 @@
-"""Optional dependencies: what each extra of the package installs, and the error for what is missing.
+"""Optional dependencies: what each extra installs, and the error for what is missing.
 
 The transform needs five libraries. Training, reports and some file formats need more, which
 `pip install 'lora-jax[train]'` and the like bring.

@@ -1,4 +1,4 @@
-"""From a spec to a layout: a trace finds the targets in the function and the roles of their axes."""
+"""From a spec to a layout: a trace finds the targets and the roles of their axes."""
 
 from __future__ import annotations
 

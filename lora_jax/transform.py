@@ -33,8 +33,8 @@ def adapt(
     `jit`, `grad`, `vmap`, `scan`, `checkpoint`, ... like any function; put `jax.jit` around what
     you build with it.
 
-    In the place of `adapters` it also takes what `lora_jax.multi.select` gives: one adapter of a stack,
-    by a number that may be traced, or a mixed batch, **each example with its own adapter**. Then
+    In the place of `adapters` it also takes what `lora_jax.multi.select` gives: one adapter of a
+    stack, by a number that may be traced, or a mixed batch, **each example with its own adapter**. Then
     `f` is run on each example as a batch of one (a `jax.vmap`), so that
     `g(params, select(stacked, ids), x)[i] == f(merge(layout_i, params, adapters_i), x[i:i+1])[0]`
     holds for any `f`; the products with W have no example axis and stay one product for all.
@@ -129,7 +129,7 @@ class _Interpreter:
         adapted = {v for v, x in env.items() if isinstance(x, AdaptedWeight)}
         start = 0
         for i, eqn in enumerate(jaxpr.eqns):
-            if not any(v in adapted for v in eqn.invars if not isinstance(v, jaxprs.core.Literal)):
+            if not any(v in adapted for v in eqn.invars if not jaxprs.is_literal(v)):
                 continue
             self._run_plain(jaxpr, start, i, env, last_use)
             start = i + 1
@@ -148,7 +148,7 @@ class _Interpreter:
         if start < stop:
             eqns = jaxpr.eqns[start:stop]
             made = {v: None for e in eqns for v in e.outvars}
-            reads = [v for e in eqns for v in e.invars if not isinstance(v, jaxprs.core.Literal)]
+            reads = [v for e in eqns for v in e.invars if not jaxprs.is_literal(v)]
             needed = [v for v in dict.fromkeys(reads) if v not in made]
             kept = [v for v in made if last_use.get(v, -1) >= stop]
             outs = jaxprs.run(eqns, needed, kept, [env[v] for v in needed])
@@ -192,7 +192,7 @@ class _Interpreter:
 
 
 def _read(env: dict[Any, Any], atom: Any) -> Any:
-    return atom.val if isinstance(atom, jaxprs.core.Literal) else env[atom]
+    return atom.val if jaxprs.is_literal(atom) else env[atom]
 
 
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
@@ -200,9 +200,9 @@ def _last_uses(jaxpr: Any) -> dict[Any, int]:
     last = {}
     for i, eqn in enumerate(jaxpr.eqns):
         for v in eqn.invars:
-            if not isinstance(v, jaxprs.core.Literal):
+            if not jaxprs.is_literal(v):
                 last[v] = i
     for v in jaxpr.outvars:
-        if not isinstance(v, jaxprs.core.Literal):
+        if not jaxprs.is_literal(v):
             last[v] = len(jaxpr.eqns)
     return last

@@ -25,8 +25,8 @@ class Extraction(NamedTuple):
     adapter: an ordinary adapter, of scale 1.
     truncation: `{path: Truncation}`, the norm of the singular values that were cut off, over all
       of a stack, and relative to the whole difference.
-    untargeted: `{path: norm}`, the norm of the difference of every parameter that changed and is not
-      a target: biases, norms, matrices outside of the layout. No adapter of this layout can hold
+    untargeted: `{path: norm}`, the norm of the difference of every parameter that changed and is
+      not a target: biases, norms, matrices outside of the layout. No adapter of this layout can hold
       them.
     """
 

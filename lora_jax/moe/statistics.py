@@ -46,8 +46,8 @@ def router_load(
     """The share of the tokens and the mean gate of each expert, in `f(params, ..., *args)`.
 
     Every row that a product multiplies counts, padding too. The gates are counted as the gradient
-    of a probe (`lora_jax.primitives.gating.counted`), which works through `scan`, `checkpoint` and the rest,
-    and costs a backward pass; where gradients are computed anyway, differentiate with respect to
+    of a probe (`lora_jax.primitives.gating.counted`), which works through `scan`, `checkpoint` and
+    the rest, and costs a backward pass; where gradients are computed anyway, differentiate with respect to
     `Routed.probe` too, from `probe`, and read `Load.from_tally` for nothing.
 
     Args:

@@ -135,7 +135,7 @@ def stack(adapters: Sequence[Adapter], *, size: int | None = None) -> tuple[Layo
     >>> stacked.factors["w"].a.shape  # two adapters of rank 3 at most, and the base
     (3, 4, 3)
     >>> g = lora_jax.adapt(layout, f)
-    >>> g(params, lora_jax.multi.select(stacked, jnp.array([1, lora_jax.multi.BASE])), x)[:, 0].tolist()
+    >>> g(params, select(stacked, jnp.array([1, BASE])), x)[:, 0].tolist()
     [260.0, 4.0]
     """
     if not adapters:

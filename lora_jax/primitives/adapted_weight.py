@@ -197,7 +197,7 @@ class AdaptedWeight:
         if self.gate is not None:
             raise LoraError(
                 f"{self.target.path!r}: {where}, where a router per token has no whole input to "
-                "route by. Leave it out of the targets, or use weights per example: lora_jax.moe.mix"
+                "route by. Leave it out of the targets, or use weights per example: moe.mix"
             )
 
     @property

@@ -104,7 +104,7 @@ class _Walker:
         env = {v: f for v, f in zip(jaxpr.invars, flows, strict=True) if f is not NOTHING}
 
         def read(atom: Any) -> Flow:
-            return NOTHING if isinstance(atom, jaxprs.core.Literal) else env.get(atom, NOTHING)
+            return NOTHING if jaxprs.is_literal(atom) else env.get(atom, NOTHING)
 
         for eqn in jaxpr.eqns:
             ins = [read(v) for v in eqn.invars]

@@ -78,7 +78,7 @@ class Gate:
     So x is multiplied with the factors of all experts and with the router in one product, and
     whatever a program does to `a` on its way it does to the router.
 
-    probe: None, or a `lora_jax.primitives.adapted_weight.Named` of zeros to count with (see `counted`).
+    probe: None, or a `Named` array of zeros to count with (see `counted`).
     """
 
     n: int = dataclasses.field(metadata={"static": True})

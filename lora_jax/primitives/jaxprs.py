@@ -10,14 +10,29 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core, source_info_util
 
 from lora_jax import paths
+
+if TYPE_CHECKING:
+    from jax.extend.core import Jaxpr
+
+
+@functools.cache
+def jax_core() -> Any:
+    """`jax.extend.core`, imported at the first trace: a fifth of the time of `import lora_jax`."""
+    from jax.extend import core
+
+    return core
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an operand of an equation is a constant and not a variable."""
+    return isinstance(atom, jax_core().Literal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +43,7 @@ class TracedCall:
     (`train=True`, `mutable=["batch_stats"]`, ...) is part of the program, as in a direct call.
     """
 
-    jaxpr: core.Jaxpr
+    jaxpr: Jaxpr
     consts: Sequence[Any]
     param_paths: tuple[str, ...]  # of the first inputs, in order
     inputs: tuple[Any, ...]  # the array leaves, parameters first
@@ -67,7 +82,7 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def opened(jaxpr: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
+def opened(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
     """The jaxpr and its constants: a ClosedJaxpr up to JAX 0.11, a Jaxpr with `.consts` after."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
@@ -76,13 +91,13 @@ def run(eqns: Sequence[Any], invars: Any, outvars: Any, ins: Any) -> list[Any]:
     """Evaluate some equations as they stand, needing no knowledge of them."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     debug_info = _empty_debug_info()._replace(arg_names=("",) * len(invars))
-    piece = core.Jaxpr((), invars, outvars, eqns, effects, debug_info)
+    piece = jax_core().Jaxpr((), invars, outvars, eqns, effects, debug_info)
     return jax.core.eval_jaxpr(piece, (), *ins)
 
 
 def run_one(eqn: Any, ins: Sequence[Any]) -> list[Any]:
     """Evaluate one equation on other inputs, of the same shapes and dtypes."""
-    values = {v: x for v, x in zip(eqn.invars, ins, strict=True) if not isinstance(v, core.Literal)}
+    values = {v: x for v, x in zip(eqn.invars, ins, strict=True) if not is_literal(v)}
     return run([eqn], list(values), eqn.outvars, list(values.values()))
 
 
@@ -97,6 +112,8 @@ def origin(eqn: Any) -> AbstractContextManager[None]:
 
     Profiles, HLO dumps and error messages then name the user's modules and lines.
     """
+    from jax.extend import source_info_util
+
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
     return source_info_util.user_context(info.traceback, name_stack=stack)
@@ -115,7 +132,7 @@ def scan_arity(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def jvp_of(eqn: Any) -> tuple[core.Jaxpr, Sequence[Any], list[int]]:
+def jvp_of(eqn: Any) -> tuple[Jaxpr, Sequence[Any], list[int]]:
     """The forward derivative of one equation, by whatever rule the equation brings.
 
     Returns the jaxpr of `(*inputs, *tangents) -> (*outputs, *output tangents)`, its constants,
@@ -150,7 +167,7 @@ CALLS = {  # primitives that call one jaxpr with their operands: name -> its par
 REMATS = ("remat", "remat2", "checkpoint")
 
 
-def called(eqn: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
+def called(eqn: Any) -> tuple[Jaxpr, Sequence[Any]]:
     """The jaxpr (and constants) that a call-like equation enters."""
     return opened(eqn.params[CALLS[eqn.primitive.name]])
 
@@ -158,7 +175,7 @@ def called(eqn: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
 class ShardMap(NamedTuple):
     """A `shard_map` equation: its body, the placement of its operands, and how to write it anew."""
 
-    jaxpr: core.Jaxpr
+    jaxpr: Jaxpr
     consts: Sequence[Any]
     in_specs: Sequence[Any]
     call: Callable[[Callable[..., Any], Any], Callable[..., Any]]
@@ -183,7 +200,7 @@ def shard_map_form(eqn: Any) -> ShardMap:
     return ShardMap(jaxpr, consts, p["in_specs"], call)
 
 
-def invariant_carry(body: core.Jaxpr, n_consts: int, n_carry: int) -> list[bool]:
+def invariant_carry(body: Jaxpr, n_consts: int, n_carry: int) -> list[bool]:
     """Which carries a loop body hands on unchanged: they are constants in all but name."""
     ins, outs = body.invars[n_consts : n_consts + n_carry], body.outvars[:n_carry]
     return [i is o for i, o in zip(ins, outs, strict=True)]
@@ -212,6 +229,8 @@ def is_float(dtype: Any) -> bool:
 
 def where(eqn: Any) -> str:
     """The line of the user's code that an equation comes from, or "an unknown line"."""
+    from jax.extend import source_info_util
+
     text = source_info_util.summarize(eqn.source_info)
     return text if text and text != "unknown" else "an unknown line"
 

