@@ -34,8 +34,8 @@ def adapt(
     you build with it.
 
     In the place of `adapters` it also takes what `lora_jax.multi.select` gives: one adapter of a
-    stack, by a number that may be traced, or a mixed batch, **each example with its own adapter**. Then
-    `f` is run on each example as a batch of one (a `jax.vmap`), so that
+    stack, by a number that may be traced, or a mixed batch, **each example with its own adapter**.
+    Then `f` is run on each example as a batch of one (a `jax.vmap`), so that
     `g(params, select(stacked, ids), x)[i] == f(merge(layout_i, params, adapters_i), x[i:i+1])[0]`
     holds for any `f`; the products with W have no example axis and stay one product for all.
 

@@ -26,8 +26,8 @@ class Extraction(NamedTuple):
     truncation: `{path: Truncation}`, the norm of the singular values that were cut off, over all
       of a stack, and relative to the whole difference.
     untargeted: `{path: norm}`, the norm of the difference of every parameter that changed and is
-      not a target: biases, norms, matrices outside of the layout. No adapter of this layout can hold
-      them.
+      not a target: biases, norms, matrices outside of the layout. No adapter of this layout can
+      hold them.
     """
 
     adapter: Adapter

@@ -47,8 +47,8 @@ def router_load(
 
     Every row that a product multiplies counts, padding too. The gates are counted as the gradient
     of a probe (`lora_jax.primitives.gating.counted`), which works through `scan`, `checkpoint` and
-    the rest, and costs a backward pass; where gradients are computed anyway, differentiate with respect to
-    `Routed.probe` too, from `probe`, and read `Load.from_tally` for nothing.
+    the rest, and costs a backward pass; where gradients are computed anyway, differentiate with
+    respect to `Routed.probe` too, from `probe`, and read `Load.from_tally` for nothing.
 
     Args:
       layout, f, params, routed, *args, **kwargs: as `adapt(layout, f)(params, routed, ...)`.

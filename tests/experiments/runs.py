@@ -31,7 +31,8 @@ def finished(
     (path / "config.json").write_text(json.dumps(config))
     (path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\n")
     numbers = ("steps", "skipped_steps", "base_parameters", "trainable_parameters",
-               "optimizer_bytes", "adapter_file_bytes", "full_checkpoint_bytes", "base_bytes_per_device",
+               "optimizer_bytes", "adapter_file_bytes", "full_checkpoint_bytes",
+               "base_bytes_per_device",
                "peak_memory_bytes", "steps_per_second", "tokens_per_second", "merged_difference",
                "compile_seconds", "total_seconds")  # fmt: skip
     summary = {

@@ -67,7 +67,7 @@ def on_disk(folder: pathlib.Path) -> int:
 
 @pytest.mark.parametrize("name", TINY)
 def test_what_is_trained(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
-    """Red: `case.trainable` left out of LoRA's side, or another pattern than `**` for the full one."""
+    """Red: `case.trainable` left out of LoRA's side, or not `**` for the full one."""
     full, lora = made[name].values()
     head = models.Head("mean", 2) if name == "minilm" else None
     assert lora_jax.count(full.state.trained) == lora_jax.count(
