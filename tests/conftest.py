@@ -7,8 +7,17 @@
   statistics, Optax's schedules divide an integer step), so the tests that go through them run under
   the standard rule: the folders below, and whatever carries `@pytest.mark.standard_promotion`.
 - Grain's worker processes read absl flags, which nobody parses under pytest: it is done here.
+- XLA leaves out its expensive optimisations: most of the suite's time was spent compiling programs
+  that run once, on small arrays. The machine code is worse; the HLO, which tests read products,
+  FLOPs, collectives and memory from, is the same. Processes that tests start inherit the settings,
+  so that a run in one of them can be compared with one in this process bit for bit.
+- A worker stays small: compiled programs are dropped when it passes a gigabyte.
 """
 
+import contextlib
+import ctypes
+import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,12 +28,31 @@ from absl import flags
 STANDARD_PROMOTION = ("models", "baselines", "data", "training", "groups", "planner")
 STANDARD_PROMOTION += ("serving", "report")
 
+MOST_RESIDENT = 10**9  # bytes; without programs a worker has about 0.4e9
+
+# XLA reads its flags when the backend starts. This one chooses the older of its two generators of
+# CPU code, which takes a third of the time.
+FLAGS = (os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(FLAGS)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of other processes: here JAX is imported
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS(["pytest"])
+
+
+@pytest.fixture(autouse=True)
+def small_worker() -> Iterator[None]:
+    """Drop all compiled programs after a test that leaves the process too large."""
+    yield
+    with contextlib.suppress(OSError):  # no /proc, or another libc: nothing is dropped
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        if pages * os.sysconf("SC_PAGE_SIZE") > MOST_RESIDENT:
+            jax.clear_caches()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps what is freed
 
 
 @pytest.fixture(autouse=True)
