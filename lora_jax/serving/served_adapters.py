@@ -309,11 +309,11 @@ def _check_kind(source: models.Source, kind: type[Any], reference: str) -> None:
     if isinstance(source.config, kind):
         return
     what, other = (
-        ("an encoder", "lora_jax.serving.predict")
+        ("an encoder", "lora-jax predict")
         if isinstance(source.config, models.BertConfig)
-        else ("a decoder", "lora_jax.serving.generate")
+        else ("a decoder", "lora-jax generate")
     )
-    raise LoraError(f"the base {reference} is {what}; that is what `python -m {other}` runs")
+    raise LoraError(f"the base {reference} is {what}; that is what `{other}` runs")
 
 
 def _check_base(

@@ -331,7 +331,7 @@ def test_commands_ask_for_trust(
     for trust in ([], ["--trust-base"]):
         if command == "report":
             blocks = update_analysis._amplified(
-                tmp_path / "run", update_analysis.Base(trust=bool(trust))
+                tmp_path / "run", update_analysis.BaseChoice(trust=bool(trust))
             )
             said = blocks[0].text
         else:
