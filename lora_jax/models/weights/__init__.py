@@ -1,4 +1,4 @@
-"""Published weights: where they are found, and how they become parameter trees."""
+"""Find published weights, and load them as parameter trees."""
 
 from lora_jax.extras import require
 
