@@ -193,7 +193,6 @@ def test_an_array_of_another_adapter_is_named(tmp_path: Path) -> None:
     shutil.copytree(other / "arrays", ours / "arrays")
     with pytest.raises(DamagedError, match=r"adapters/enc/q/a holds other bits(.|\n)*q/b holds"):
         lora_jax.restore(ours)
-    chex.assert_trees_all_equal(lora_jax.restore(ours).trainable, {"head": jnp.arange(3.0)})
 
 
 # ---- the base
