@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from lora_jax.models.errors import WeightsError
-from lora_jax.models.weights.memory_mapped import shown
+from lora_jax.models.errors import damaged, shown
 from lora_jax.models.weights.shards import Index
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # the format's names of dtypes
@@ -57,7 +56,4 @@ def _opened(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
-        raise WeightsError(
-            f"{path} is damaged, or is not what its name says: {shown(error)}\n"
-            "Fetch the file again, from someone you trust."
-        ) from error
+        raise damaged(path, shown(error)) from error
