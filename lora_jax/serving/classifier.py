@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import NDArray
 
 from lora_jax import models, paths
@@ -203,9 +204,9 @@ def _mixed(layout: Layout, model: models.BertClassifier) -> Any:
 
     def one(params: Tree, own: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> Any:
         """Outputs [1, C] of a batch of one; `own` has the axis of the batch too."""
-        whole = _with(params, {path: x[0] for path, x in own.items()})
+        leaves = {**flatten_dict(params, sep="/"), **{path: x[0] for path, x in own.items()}}
         inputs = (batch["input_ids"], batch["mask"], batch["token_types"])
-        return model.apply({"params": whole}, *inputs)
+        return model.apply({"params": unflatten_dict(leaves, sep="/")}, *inputs)
 
     adapted = adapt(layout, one)
 
@@ -214,18 +215,6 @@ def _mixed(layout: Layout, model: models.BertClassifier) -> Any:
         return adapted(params, select(stacked, ids), own, batch)
 
     return run
-
-
-def _with(params: Tree, leaves: Mapping[str, Any]) -> Tree:
-    """A nested dict with leaves put in, or in the place of others."""
-    tree = jax.tree.map(lambda x: x, params)  # new dicts
-    for path, leaf in leaves.items():
-        *folders, name = path.split("/")
-        branch = tree
-        for folder in folders:
-            branch = branch.setdefault(folder, {})
-        branch[name] = leaf
-    return tree
 
 
 def _trainable(

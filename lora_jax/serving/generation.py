@@ -243,7 +243,6 @@ def generate(
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
-    on_piece: Callable[[Piece], None] | None = None,
 ) -> list[Generated]:
     """What the decoder writes to each prompt.
 
@@ -256,15 +255,12 @@ def generate(
       max_new_tokens: to each prompt.
       sampling: how tokens are chosen.
       batch_size: rows that are written at the same time; more prompts wait.
-      on_piece: called with each token as it comes, step by step, and row by row in a step.
 
     Raises:
       LoraError: an empty prompt, one longer than the model has positions, no such adapter.
     """
     found = [Generated([], "length") for _ in prompts]
     for piece in stream(decoder, prompts, max_new_tokens, sampling, batch_size):
-        if on_piece is not None:
-            on_piece(piece)
         if piece.token is not None:
             found[piece.row].tokens.append(piece.token)
         if piece.finish is not None:
@@ -279,7 +275,7 @@ def stream(
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
 ) -> Iterator[Piece]:
-    """As `generate`, piece by piece."""
+    """As `generate`, token by token as they come: step by step, and row by row in a step."""
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise LoraError(f"{name} must be at least 1, got {value}")

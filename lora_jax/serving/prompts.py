@@ -51,11 +51,11 @@ def read(path: str) -> Iterator[JsonLine | str]:
       LineError: a line that is no JSON object in JSONL, or is not UTF-8.
       OSError: the file cannot be read.
     """
-    if _begins(path).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
-        yield from jsonl.read(path)
-        return
     name = "stdin" if path == jsonl.STANDARD else path
     raw = sys.stdin.buffer.read() if path == jsonl.STANDARD else pathlib.Path(path).read_bytes()
+    if raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
+        yield from jsonl.objects(io.BytesIO(raw), name)
+        return
     for number, line in enumerate(raw.splitlines(), 1):
         try:
             text = line.decode("utf-8-sig")
@@ -63,15 +63,6 @@ def read(path: str) -> Iterator[JsonLine | str]:
             raise LineError(f"{name}, line {number} is not UTF-8 ({error.reason})") from None
         if text.strip():
             yield text
-
-
-def _begins(path: str) -> bytes:
-    """The first bytes; of stdin they are still there to be read afterwards."""
-    if path == jsonl.STANDARD:
-        buffer = sys.stdin.buffer
-        return buffer.peek(256) if isinstance(buffer, io.BufferedReader) else b""
-    with open(path, "rb") as file:
-        return file.read(256)
 
 
 class Prompts:
