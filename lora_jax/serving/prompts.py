@@ -110,9 +110,7 @@ class Prompts:
         number = self._served.id_of(line.get("adapter", str, "") or None, line.where)
         name = BASE_NAME if number == BASE else self._served.names[number]
         text = self._text_of(line, name)
-        return dataclasses.replace(
-            self._request(name, text, line.value, line.where), size=line.size
-        )
+        return self._request(name, text, line.value, line.where, line.size)
 
     def _text_of(self, line: JsonLine, name: str) -> str:
         """The prompt that the adapter was trained on, filled in, or the line's own."""
@@ -129,7 +127,9 @@ class Prompts:
             )
         return template.fill(line.value, line.where)
 
-    def _request(self, name: str, text: str, fields: Mapping[str, Any], where: str) -> Request:
+    def _request(
+        self, name: str, text: str, fields: Mapping[str, Any], where: str, size: int = 0
+    ) -> Request:
         try:
             tokens = [*self._encoder.start, *self._encoder.plain([text])[0]]
         except UnicodeEncodeError:
@@ -142,7 +142,7 @@ class Prompts:
                 f"{self._room:,}, of which at least one is to be written; shorten it"
             )
         number = self._served.id_of(name, where)
-        return Request(name, text, Prompt(tokens, number, self._stops[name]), fields)
+        return Request(name, text, Prompt(tokens, number, self._stops[name]), fields, size)
 
 
 def _template(member: ServedAdapter) -> Template | None:

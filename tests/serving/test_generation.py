@@ -14,10 +14,10 @@ import lora_jax
 from lora_jax import models
 from lora_jax.errors import LoraError
 from lora_jax.models import cache as caches
-from lora_jax.serving.generation import Decoder, Generated, Prompt, generate, rounded, stream
+from lora_jax.serving.generation import Decoder, Prompt, rounded, stream
 from lora_jax.serving.sampling import Sampling, choose
 from tests.serving import tiny
-from tests.serving.tiny import CONFIG, PROMPTS, SCANNED
+from tests.serving.tiny import CONFIG, PROMPTS, SCANNED, Generated, generate
 
 NEW = 9
 ADAPTERS = (0, 1, 2, lora_jax.multi.BASE, 1)

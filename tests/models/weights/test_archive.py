@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.models.weights import archive
 from lora_jax.models.errors import PackageError
+from lora_jax.models.weights import archive
 from lora_jax.models.weights.archive import unpack
 
 
