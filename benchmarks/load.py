@@ -190,7 +190,7 @@ def _tensors(json_: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         for layer in range(config.num_layers if row.layered else 1):
             leaf = shapes.get(row.path.format(layer=layer))
             if leaf is not None:
-                kernel = row.form is names.StoredForm.TRANSPOSED
+                kernel = row.transposed
                 shape = leaf.shape[::-1] if kernel else leaf.shape
                 found[row.hf.format(layer=layer)] = shape
     return found

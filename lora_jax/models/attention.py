@@ -1,5 +1,8 @@
 """Softmax attention, and the masks of padded and of packed rows."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -80,12 +83,7 @@ def visible(
         parts.append(mask.astype(bool)[:, None, None, :])
     if segment_ids is not None:
         parts.append((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None])
-    if not parts:
-        return None
-    seen = parts[0]
-    for part in parts[1:]:
-        seen = seen & part
-    return seen
+    return functools.reduce(operator.and_, parts) if parts else None
 
 
 def positions_in(segment_ids: Array) -> Array:

@@ -1,5 +1,9 @@
 """The errors of finding, reading and checking a model; a user can correct the cause of each."""
 
+from pathlib import Path
+
+_SHOWN = 200  # characters of a file's own text in a message: a name may have millions
+
 
 class ModelError(ValueError):
     """A model that cannot be used; the message says why, and the cure."""
@@ -23,3 +27,17 @@ class ModelReferenceError(ModelError):
 
 class PackageError(ModelError):
     """A file of a published package could not be found, fetched or trusted."""
+
+
+def damaged(path: Path, what: str) -> WeightsError:
+    """The error for a file of weights that contradicts itself."""
+    return WeightsError(
+        f"{path} is damaged, or is not what its name says: {what}\n"
+        "Fetch the file again, from someone you trust."
+    )
+
+
+def shown(value: object) -> str:
+    """A value out of a file, cut to what a message can hold."""
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"

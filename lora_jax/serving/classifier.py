@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import NDArray
 
 from lora_jax import models, paths
@@ -204,10 +204,9 @@ def _mixed(layout: Layout, model: models.BertClassifier) -> Any:
 
     def one(params: Tree, own: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> Any:
         """Outputs [1, C] of a batch of one; `own` has the axis of the batch too."""
-        new = {path: x[0] for path, x in own.items()}
-        whole = unflatten_dict({**paths.flatten(params), **new}, sep="/")
+        leaves = {**flatten_dict(params, sep="/"), **{path: x[0] for path, x in own.items()}}
         inputs = (batch["input_ids"], batch["mask"], batch["token_types"])
-        return model.apply({"params": whole}, *inputs)
+        return model.apply({"params": unflatten_dict(leaves, sep="/")}, *inputs)
 
     adapted = adapt(layout, one)
 

@@ -24,10 +24,10 @@ training. Exit status: 0 done, 1 an error that was printed, 2 a command line tha
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Annotated
 
 import tyro
@@ -105,7 +105,7 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     # Before the model, so that their errors come at once.
     given = list(prompts.read(source)) if source else list(options.prompt)
-    with _busy(aside, "opening the model"):
+    with aside.status("opening the model ..."):
         served = open_adapters(
             options.adapter,
             models.LlamaConfig,
@@ -117,7 +117,6 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     asked = Prompts(served, options.stop, options.base_too)
     requests = asked.all(given, f"{source}, line" if source else "--prompt")
     say(aside, _opening(served, asked))
-    tokenizer = served.source.tokenizer()
     pieces = stream(
         decoder,
         [request.prompt for request in requests],
@@ -125,14 +124,10 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
         sampling,
         options.batch_size,
     )
-    with _busy(aside, "reading the prompts; the first time this compiles"):
-        first = next(pieces, None)
+    with aside.status("reading the prompts; the first time this compiles ..."):
+        first = list(islice(pieces, 1))
     with _sink(options, source, requests, console, aside) as sink:
-        transcript = output.Transcript(requests, tokenizer, sink)
-        if first is not None:
-            transcript.add(first)
-        for piece in pieces:
-            transcript.add(piece)
+        output.transcribe(chain(first, pieces), requests, served.source.tokenizer(), sink)
     say(aside, _closing(decoder, len(requests)))
 
 
@@ -168,16 +163,6 @@ def _decoder(served: Served) -> Decoder:
                 "lora_jax.merge"
             )
     return Decoder(served.config, served.params, *(served.stack if served.members else ()))
-
-
-@contextlib.contextmanager
-def _busy(aside: Console, what: str) -> Iterator[None]:
-    """Say on a terminal what is waited for."""
-    if not aside.is_terminal:
-        yield
-        return
-    with aside.status(f"{what} ..."):
-        yield
 
 
 def _sink(

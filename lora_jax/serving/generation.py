@@ -50,25 +50,13 @@ class Prompt:
     stop: Collection[int] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """What was written to one prompt.
-
-    tokens: without the stop token.
-    finish: "stop" at a stop token, "length" at the most that was asked for or that the model has
-        positions for.
-    """
-
-    tokens: list[int]
-    finish: str
-
-
 class Piece(NamedTuple):
     """One step of one row.
 
     row: the number of the prompt.
     token: that was written; None: a stop token came instead.
-    finish: why the row is finished by it, as in `Generated`; None: it goes on.
+    finish: why the row is finished by it: "stop" at a stop token, "length" at the most that was
+        asked for or that the model has positions for; None: it goes on.
     """
 
     row: int
@@ -236,16 +224,14 @@ class DecodingBatch(NamedTuple):
     adapters: NDArray[np.int32]
 
 
-def generate(
+def stream(
     decoder: Decoder,
     prompts: Sequence[Prompt],
-    *,
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
-    on_piece: Callable[[Piece], None] | None = None,
-) -> list[Generated]:
-    """What the decoder writes to each prompt.
+) -> Iterator[Piece]:
+    """What the decoder writes to each prompt, step by step, and row by row in a step.
 
     A row is written as it would be alone, and as by the base with its adapter merged in: in
     greedy decoding token by token, up to rounding of the logits.
@@ -256,30 +242,10 @@ def generate(
       max_new_tokens: to each prompt.
       sampling: how tokens are chosen.
       batch_size: rows that are written at the same time; more prompts wait.
-      on_piece: called with each token as it comes, step by step, and row by row in a step.
 
     Raises:
       LoraError: an empty prompt, one longer than the model has positions, no such adapter.
     """
-    found = [Generated([], "length") for _ in prompts]
-    for piece in stream(decoder, prompts, max_new_tokens, sampling, batch_size):
-        if on_piece is not None:
-            on_piece(piece)
-        if piece.token is not None:
-            found[piece.row].tokens.append(piece.token)
-        if piece.finish is not None:
-            found[piece.row] = dataclasses.replace(found[piece.row], finish=piece.finish)
-    return found
-
-
-def stream(
-    decoder: Decoder,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int = 128,
-    sampling: Sampling = GREEDY,
-    batch_size: int = 8,
-) -> Iterator[Piece]:
-    """As `generate`, piece by piece."""
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise LoraError(f"{name} must be at least 1, got {value}")

@@ -62,12 +62,16 @@ def read(path: str) -> Iterator[JsonLine]:
       LineError: a line that is no JSON object in UTF-8.
       OSError: the file cannot be read.
     """
-    name = "stdin" if path == STANDARD else path
     with _open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if raw.strip():
-                where = f"{name}, line {number}"
-                yield JsonLine(_object(raw, where), where, len(raw))
+        yield from objects(file, "stdin" if path == STANDARD else path)
+
+
+def objects(lines: Iterable[bytes], name: str) -> Iterator[JsonLine]:
+    """As `read`, of the lines of a file that is open, or has been read."""
+    for number, raw in enumerate(lines, 1):
+        if raw.strip():
+            where = f"{name}, line {number}"
+            yield JsonLine(_object(raw, where), where, len(raw))
 
 
 def _object(raw: bytes, where: str) -> Mapping[str, Any]:

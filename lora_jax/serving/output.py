@@ -6,8 +6,8 @@ grows token by token; of several, those that are not finished grow below the fin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,12 +17,12 @@ from tokenizers.decoders import DecodeStream
 
 from lora_jax.console import FileBar
 from lora_jax.serving.generation import Piece
-from lora_jax.serving.jsonl import Writer
+from lora_jax.serving.jsonl import Writer, in_order
 from lora_jax.serving.prompts import FIELD, Request
 
 
-class Sink(Protocol):
-    """Takes texts; a context manager."""
+class Sink:
+    """Takes texts, and drops them; a context manager. The classes below show or write them."""
 
     def grow(self, number: int, text: str) -> None:
         """More of the text to prompt `number`."""
@@ -30,46 +30,41 @@ class Sink(Protocol):
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
         """It is finished, and so are all before it."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *error: object) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
-class Transcript:
-    """Turns the tokens of all texts into text, and hands it to a sink."""
+def transcribe(
+    pieces: Iterable[Piece], requests: Sequence[Request], tokenizer: Tokenizer, sink: Sink
+) -> None:
+    """Turn the tokens of all texts into text, and hand it to `sink` as it comes."""
 
-    def __init__(self, requests: Sequence[Request], tokenizer: Tokenizer, sink: Sink) -> None:
-        """Nothing is written yet."""
-        self._requests, self._tokenizer, self._sink = requests, tokenizer, sink
+    def finished() -> Iterator[tuple[int, dict[str, Any]]]:
         # A token's text may depend on what is before it (a space at the start of a word).
-        self._streams: dict[int, DecodeStream] = {}
-        self._answers: dict[int, dict[str, Any]] = {}
-        self._due = 0
+        going: dict[int, tuple[DecodeStream, dict[str, Any]]] = {}
+        for row, token, finish in pieces:
+            if row not in going:
+                read = list(requests[row].prompt.tokens)
+                stream = DecodeStream(ids=read, skip_special_tokens=True)
+                going[row] = stream, {"text": "", "tokens": 0}
+            stream, answer = going[row]
+            if token is not None:
+                more = stream.step(tokenizer, token) or ""
+                answer["text"] += more
+                answer["tokens"] += 1
+                sink.grow(row, more)
+            if finish is not None:
+                del going[row]
+                yield row, {**answer, "finish": finish}
 
-    def add(self, piece: Piece) -> None:
-        """A token more."""
-        number = piece.row
-        answer = self._answers.setdefault(number, {"text": "", "tokens": 0, "finish": None})
-        if piece.token is not None:
-            if number not in self._streams:
-                read = list(self._requests[number].prompt.tokens)
-                self._streams[number] = DecodeStream(ids=read, skip_special_tokens=True)
-            more = self._streams[number].step(self._tokenizer, piece.token) or ""
-            answer["text"] += more
-            answer["tokens"] += 1
-            self._sink.grow(number, more)
-        if piece.finish is not None:
-            answer["finish"] = piece.finish
-            self._streams.pop(number, None)
-            self._finish()
-
-    def _finish(self) -> None:
-        while (answer := self._answers.get(self._due)) is not None and answer["finish"]:
-            self._sink.finish(self._due, self._answers.pop(self._due))
-            self._due += 1
+    for number, answer in enumerate(in_order(finished())):
+        sink.finish(number, answer)
 
 
-class TypedSink:
+class TypedSink(Sink):
     """One text on a terminal, as it comes."""
 
     def __init__(self, console: Console, request: Request) -> None:
@@ -84,9 +79,6 @@ class TypedSink:
         """See `Sink`."""
         self._say(Text(printable(text)))
 
-    def finish(self, number: int, answer: Mapping[str, Any]) -> None:
-        """See `Sink`."""
-
     def __exit__(self, *error: object) -> None:
         self._say(Text("\n"))
 
@@ -94,7 +86,7 @@ class TypedSink:
         self._console.print(text, end="", soft_wrap=True)
 
 
-class BlockSink:
+class BlockSink(Sink):
     """Several texts, each as a block behind its adapter's name, where there are several."""
 
     def __init__(self, console: Console, requests: Sequence[Request]) -> None:
@@ -106,8 +98,7 @@ class BlockSink:
         self._live = Live(console=console, transient=True, auto_refresh=False)
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live.start()
+        self._live.start()  # nothing of it is shown off a terminal
         return self
 
     def grow(self, number: int, text: str) -> None:
@@ -132,9 +123,8 @@ class BlockSink:
             self._console.file.flush()
 
     def __exit__(self, *error: object) -> None:
-        if self._console.is_terminal:
-            self._live.update(Group(), refresh=True)
-            self._live.stop()
+        self._live.update(Group(), refresh=True)
+        self._live.stop()
 
     def _unfinished(self) -> Group:
         """A line for each: as much of its end as fits."""
@@ -149,7 +139,7 @@ class BlockSink:
         return Group(*shown)
 
 
-class JsonlSink:
+class JsonlSink(Sink):
     """JSONL, and a bar meanwhile."""
 
     def __init__(self, writer: Writer, bar: FileBar, requests: Sequence[Request]) -> None:
@@ -160,9 +150,6 @@ class JsonlSink:
         self._writer.__enter__()
         self._bar.__enter__()
         return self
-
-    def grow(self, number: int, text: str) -> None:
-        """See `Sink`."""
 
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
         """See `Sink`."""

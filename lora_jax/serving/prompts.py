@@ -51,11 +51,11 @@ def read(path: str) -> Iterator[JsonLine | str]:
       LineError: a line that is no JSON object in JSONL, or is not UTF-8.
       OSError: the file cannot be read.
     """
-    if _begins(path).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
-        yield from jsonl.read(path)
-        return
     name = "stdin" if path == jsonl.STANDARD else path
     raw = sys.stdin.buffer.read() if path == jsonl.STANDARD else pathlib.Path(path).read_bytes()
+    if raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
+        yield from jsonl.objects(io.BytesIO(raw), name)
+        return
     for number, line in enumerate(raw.splitlines(), 1):
         try:
             text = line.decode("utf-8-sig")
@@ -63,15 +63,6 @@ def read(path: str) -> Iterator[JsonLine | str]:
             raise LineError(f"{name}, line {number} is not UTF-8 ({error.reason})") from None
         if text.strip():
             yield text
-
-
-def _begins(path: str) -> bytes:
-    """The first bytes; of stdin they are still there to be read afterwards."""
-    if path == jsonl.STANDARD:
-        buffer = sys.stdin.buffer
-        return buffer.peek(256) if isinstance(buffer, io.BufferedReader) else b""
-    with open(path, "rb") as file:
-        return file.read(256)
 
 
 class Prompts:
@@ -119,9 +110,7 @@ class Prompts:
         number = self._served.id_of(line.get("adapter", str, "") or None, line.where)
         name = BASE_NAME if number == BASE else self._served.names[number]
         text = self._text_of(line, name)
-        return dataclasses.replace(
-            self._request(name, text, line.value, line.where), size=line.size
-        )
+        return self._request(name, text, line.value, line.where, line.size)
 
     def _text_of(self, line: JsonLine, name: str) -> str:
         """The prompt that the adapter was trained on, filled in, or the line's own."""
@@ -138,7 +127,9 @@ class Prompts:
             )
         return template.fill(line.value, line.where)
 
-    def _request(self, name: str, text: str, fields: Mapping[str, Any], where: str) -> Request:
+    def _request(
+        self, name: str, text: str, fields: Mapping[str, Any], where: str, size: int = 0
+    ) -> Request:
         try:
             tokens = [*self._encoder.start, *self._encoder.plain([text])[0]]
         except UnicodeEncodeError:
@@ -151,7 +142,7 @@ class Prompts:
                 f"{self._room:,}, of which at least one is to be written; shorten it"
             )
         number = self._served.id_of(name, where)
-        return Request(name, text, Prompt(tokens, number, self._stops[name]), fields)
+        return Request(name, text, Prompt(tokens, number, self._stops[name]), fields, size)
 
 
 def _template(member: ServedAdapter) -> Template | None:

@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -149,12 +150,15 @@ def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
     if count > 1:
         sink = output.BlockSink(console, requests)
     seen = []
-    with sink:
-        transcript = output.Transcript(requests, tiny.tokenizer(pair=False), sink)
+
+    def pieces() -> Iterator[Piece]:
         for step, finish in ((8, None), (9, "length")):
             for row in reversed(range(count)):
-                transcript.add(Piece(row, step + row, finish))
+                yield Piece(row, step + row, finish)
                 seen.append(file.getvalue())
+
+    with sink:
+        output.transcribe(pieces(), requests, tiny.tokenizer(pair=False), sink)
     assert all("word4" in text for text in seen) if count == 1 else "word5" in seen[2]
     assert "word4 word5" not in seen[0]
     text = seen[-1]
@@ -165,11 +169,14 @@ def test_answers_wait_for_those_before_them() -> None:
     """Red if a text that is finished first comes out first."""
     file = io.StringIO()
     requests = [Request(n, "word1", Prompt([5], 0), {}) for n in ("one", "two")]
-    with output.BlockSink(Console(file=file), requests) as sink:
-        transcript = output.Transcript(requests, tiny.tokenizer(pair=False), sink)
-        transcript.add(Piece(1, None, "stop"))
+
+    def pieces() -> Iterator[Piece]:
+        yield Piece(1, None, "stop")
         assert file.getvalue() == ""
-        transcript.add(Piece(0, 8, "length"))
+        yield Piece(0, 8, "length")
+
+    with output.BlockSink(Console(file=file), requests) as sink:
+        output.transcribe(pieces(), requests, tiny.tokenizer(pair=False), sink)
     assert file.getvalue() == "[one] word1 word4\n[two] word1\n"
 
 

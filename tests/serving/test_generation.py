@@ -14,10 +14,10 @@ import lora_jax
 from lora_jax import models
 from lora_jax.errors import LoraError
 from lora_jax.models import cache as caches
-from lora_jax.serving.generation import Decoder, Generated, Piece, Prompt, generate, rounded
+from lora_jax.serving.generation import Decoder, Prompt, rounded, stream
 from lora_jax.serving.sampling import Sampling, choose
 from tests.serving import tiny
-from tests.serving.tiny import CONFIG, PROMPTS, SCANNED
+from tests.serving.tiny import CONFIG, PROMPTS, SCANNED, Generated, generate
 
 NEW = 9
 ADAPTERS = (0, 1, 2, lora_jax.multi.BASE, 1)
@@ -62,9 +62,8 @@ def test_a_mixed_batch_is_each_row_alone(decoder: Decoder, mixed: list[Generated
 
 def test_batches_one_after_another(decoder: Decoder, mixed: list[Generated]) -> None:
     """Red if rows that fill up the last batch are given out, or numbers are those of the batch."""
-    pieces: list[Piece] = []
-    again = generate(decoder, ALL, max_new_tokens=NEW, batch_size=2, on_piece=pieces.append)
-    assert again == mixed
+    assert generate(decoder, ALL, max_new_tokens=NEW, batch_size=2) == mixed
+    pieces = list(stream(decoder, ALL, max_new_tokens=NEW, batch_size=2))
     for row, found in enumerate(mixed):
         own = [piece for piece in pieces if piece.row == row]
         assert [piece.token for piece in own] == found.tokens

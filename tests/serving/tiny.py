@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 
 import lora_jax
 from lora_jax import models
+from lora_jax.serving.generation import Decoder, Prompt, stream
 
 CONFIG = models.LlamaConfig(
     vocab_size=61,
@@ -74,3 +77,21 @@ def merged(config: models.LlamaConfig, adapter: int) -> Any:
         return params(config)
     layout, adapters = pairs(config)[adapter]
     return lora_jax.merge(layout, params(config), adapters)
+
+
+@dataclasses.dataclass
+class Generated:
+    """All that was written to one prompt, without the stop token, and why it ended."""
+
+    tokens: list[int]
+    finish: str | None
+
+
+def generate(decoder: Decoder, prompts: Sequence[Prompt], **how: Any) -> list[Generated]:
+    """What `stream` writes, prompt by prompt."""
+    found = [Generated([], None) for _ in prompts]
+    for piece in stream(decoder, prompts, **how):
+        if piece.token is not None:
+            found[piece.row].tokens.append(piece.token)
+        found[piece.row].finish = piece.finish
+    return found

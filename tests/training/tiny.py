@@ -64,7 +64,7 @@ def write_model(folder: pathlib.Path, description: dict[str, Any]) -> pathlib.Pa
             if path in shapes:
                 mean = 1.0 if path.endswith("/scale") else 0.0
                 value = random.normal(mean, 0.3, shapes[path].shape).astype(np.float32)
-                turned = value.T if row.form is names.StoredForm.TRANSPOSED else value
+                turned = value.T if row.transposed else value
                 tensors[row.hf.format(layer=layer)] = np.ascontiguousarray(turned)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     return folder

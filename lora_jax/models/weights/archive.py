@@ -15,6 +15,8 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from lora_jax.models.errors import PackageError
+
 FILES = 100_000
 MOST_BYTES = 2**34
 ANY_ARCHIVE = 2**28  # bytes that an archive of any size may unpack to
@@ -26,10 +28,6 @@ _BROKEN = (
 )
 
 
-class ArchiveError(ValueError):
-    """An archive that cannot be unpacked, or may not be; the message says why."""
-
-
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack `archive` into `folder`, which is made and must not exist.
 
@@ -38,7 +36,7 @@ def unpack(archive: Path, folder: Path) -> None:
         folder: on an error, it may hold a part of the files.
 
     Raises:
-        ArchiveError: the archive is damaged, or one that is refused.
+        PackageError: the archive is damaged, or one that is refused.
     """
     folder.mkdir()
     try:
@@ -54,21 +52,21 @@ def unpack(archive: Path, folder: Path) -> None:
             for child in list(top.iterdir()):
                 child.rename(folder / child.name)
     except _BROKEN as error:
-        raise ArchiveError(f"{archive.name} is damaged: {type(error).__name__}: {error}") from error
+        raise PackageError(f"{archive.name} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _check(archive: Path, members: Mapping[str, int]) -> None:
     """Raise unless the members, by path with their declared bytes, may be unpacked."""
     if len(members) > FILES:
-        raise ArchiveError(f"{archive.name} holds {len(members):,} files; the limit is {FILES:,}")
+        raise PackageError(f"{archive.name} holds {len(members):,} files; the limit is {FILES:,}")
     size, declared = archive.stat().st_size, sum(members.values())
     most = min(MOST_BYTES, max(ANY_ARCHIVE, RATIO * size))
     if declared > most:
-        raise ArchiveError(
+        raise PackageError(
             f"{archive.name} has {size:,} bytes and declares {declared:,} unpacked; the limit is "
             f"{most:,}"
         )
     for name in members:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or set("\\:\0") & set(name):
-            raise ArchiveError(f"{archive.name}: {name[:200]!r} could lead out of its folder")
+            raise PackageError(f"{archive.name}: {name[:200]!r} could lead out of its folder")

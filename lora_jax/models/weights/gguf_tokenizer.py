@@ -3,11 +3,11 @@
 The tokenizers package runs it, but reads no GGUF; transformers does, and needs torch for it.
 """
 
-import enum
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
+from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from lora_jax.models.errors import TokenizerError
@@ -21,86 +21,66 @@ _LLAMA3 = (
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
-def _words(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-_CUTS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": _gpt2,
-    "llama-bpe": lambda: _words(_LLAMA3),
-    "qwen2": lambda: _words(_QWEN2),
-    "smollm": _smollm,
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_CUTS: dict[str, list[Any]] = {
+    "gpt-2": [_GPT2],
+    "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"), _BYTES],
+    "qwen2": [pre_tokenizers.Split(Regex(_QWEN2), behavior="isolated"), _BYTES],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), _GPT2],
 }
 
 
-class _Kind(enum.IntEnum):
-    """GGUF's token types that are not plain pieces of text."""
-
-    CONTROL = 3
-    USER_DEFINED = 4
-
-
-def build(value: Callable[..., Any], origin: str) -> tokenizers.Tokenizer:
+def build(fields: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
     """The tokenizer, with its special tokens; it puts bos and eos where the file says so.
 
     Args:
-        value: (key, default=None) -> the metadata under that key.
+        fields: the metadata.
         origin: the file, for messages.
 
     Raises:
         TokenizerError: another kind than byte-level BPE, or an unknown way to cut words.
     """
-    kind, cut = value("tokenizer.ggml.model"), value("tokenizer.ggml.pre", "gpt-2")
+    kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or cut not in _CUTS:
         raise TokenizerError(
             f"{origin}: the tokenizer is {kind!r} with words cut as {cut!r}; expected 'gpt2' with "
             f"one of {', '.join(sorted(_CUTS))}.\nUse the model's own tokenizer.json instead "
             "(tokenizers.Tokenizer.from_file)."
         )
-    tokens: list[str] = value("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in value("tokenizer.ggml.merges")]
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     # Llama 3 takes a word that is a token whole, without asking the merges.
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
     tokenizer = tokenizers.Tokenizer(model)
     if cut == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _CUTS[cut]()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_CUTS[cut])
     tokenizer.decoder = decoders.ByteLevel()
-    types = value("tokenizer.ggml.token_type", [])
+    types = fields.get("tokenizer.ggml.token_type", [])
     added = [
-        AddedToken(token, special=kind == _Kind.CONTROL, normalized=False)
+        AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)
         for token, kind in zip(tokens, types, strict=bool(types))
-        if kind in tuple(_Kind)
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
     ]
     tokenizer.add_tokens(added)
-    tokenizer.post_processor = _ends(value, tokens)
+    tokenizer.post_processor = _ends(fields, tokens)
     return tokenizer
 
 
-def _ends(value: Callable[..., Any], tokens: list[str]) -> processors.PostProcessor:
+def _ends(fields: Mapping[str, Any], tokens: list[str]) -> processors.PostProcessor:
     """What stands before and after every text."""
-    first, last = value("tokenizer.ggml.bos_token_id"), value("tokenizer.ggml.eos_token_id")
-    before = [tokens[first]] if value("tokenizer.ggml.add_bos_token", False) else []
-    after = [tokens[last]] if value("tokenizer.ggml.add_eos_token", False) else []
+    before, after = (
+        [tokens[fields[f"tokenizer.ggml.{end}_token_id"]]]
+        if fields.get(f"tokenizer.ggml.add_{end}_token", False)
+        else []
+        for end in ("bos", "eos")
+    )
     if not before and not after:
         return processors.ByteLevel(trim_offsets=True)
-    ids = {token: index for index, token in ((first, tokens[first]), (last, tokens[last]))}
     return processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *before, "$B:1", *after],
-        special_tokens=list(ids.items()),
+        special_tokens=[(token, tokens.index(token)) for token in {*before, *after}],
     )

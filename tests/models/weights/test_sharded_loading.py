@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax import models, sharding
 from lora_jax.models.placement import rules
-from lora_jax.models.weights import hf_config, memory_mapped, names, safetensors_file
+from lora_jax.models.weights import gguf_header, hf_config, names, safetensors_file
 from lora_jax.models.weights.shards import Index
 from lora_jax.paths import flatten
 
@@ -69,7 +69,7 @@ def _tensors(json_: dict[str, Any]) -> dict[str, np.ndarray]:
             leaf = shapes.get(row.path.format(layer=layer))
             if leaf is not None:
                 value = rng.standard_normal(leaf.shape, np.float32)
-                kernel = row.form is names.StoredForm.TRANSPOSED
+                kernel = row.transposed
                 found[row.hf.format(layer=layer)] = (value.T if kernel else value).copy()
     return found
 
@@ -218,7 +218,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return count
 
-    for kind in (memory_mapped.Region, safetensors_file.StoredTensor):
+    for kind in (gguf_header.Quantised, safetensors_file.StoredTensor):
         monkeypatch.setattr(kind, "read", counting(kind.read))
     return sizes
 

@@ -164,18 +164,19 @@ def _info(shape: tuple[int, ...], kind: int = 0, offset: int = 0, name: str = "w
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"GG", "got    2 bytes"),
+        (b"GG", "magic number at byte 0: bytes\n  got    4\n  limit  2"),
         (b"GGML" + bytes(64), r"first bytes are\n  got    b'GGML'"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "got    50331648"),
-        (_gguf(counts=(2**63, 0)), "tensors at byte 16:\n  got    9223372036854775808\n  limit  3"),
-        (_gguf(counts=(0, 2**64 - 1)), "fields at byte 24:\n  got    18446744073709551615"),
+        (_gguf(counts=(2**63, 0)), "axes of tensor :\n  got    0"),
+        (_gguf(counts=(0, 2**64 - 1)), "twice"),
+        (_gguf(_field(0, b"\0"), counts=(0, 2**64 - 1))[:38], "name of a field at byte .*limit"),
         (
             _gguf(struct.pack("<Q", 2**50), counts=(0, 1)),
             "name of a field.*got    1125899906842624",
         ),
         (_gguf(_field(8, struct.pack("<Q", 10 * 2**30)), counts=(0, 1)), "got    10737418240"),
-        (_gguf(_list(8, 2**60), counts=(0, 1)), "values of x.*got    1152921504606846976"),
-        (_gguf(_list(0, 2**60), counts=(0, 1)), "values of x.*got    1152921504606846976"),
+        (_gguf(_list(8, 2**60), counts=(0, 1)), "field x at byte .*got    8\n  limit"),
+        (_gguf(_list(0, 2**60), counts=(0, 1)), "field x at byte .*got    1152921504606846976"),
         (_gguf(_list(9, 1), counts=(0, 1)), "lists in a list"),
         (_gguf(_field(99, b""), counts=(0, 1)), "kind of field x is\n  got    99\n  limit  12"),
         (_gguf(_field(7, b"\x01") * 2, counts=(0, 2)), "twice"),
@@ -184,9 +185,12 @@ def _info(shape: tuple[int, ...], kind: int = 0, offset: int = 0, name: str = "w
             _gguf(_field(4, struct.pack("<I", 3), "general.alignment"), counts=(0, 1)),
             "alignment is\n  got    3",
         ),
-        (_gguf(infos=_info((1,) * 9), counts=(1, 0)), "axes of tensor w:\n  got    9\n  limit  4"),
+        (
+            _gguf(infos=_info((1,) * 9), counts=(1, 0)),
+            "axes of tensor w:\n  got    9\n  limit  1 to 4",
+        ),
         (_gguf(infos=_info((2**63, 2**63)), counts=(1, 0)), "ends at.*limit  the file's"),
-        (_gguf(infos=_info((17,)), counts=(1, 0)), r"tensor w of shape \(17,\), float32, ends at"),
+        (_gguf(infos=_info((17,)), counts=(1, 0)), r"tensor w of shape \(17,\), F32, ends at"),
         (_gguf(infos=_info((16,), offset=2**62), counts=(1, 0)), "ends at"),
         (_gguf(infos=_info((16,), kind=77), counts=(1, 0)), "kind of tensor w is\n  got    77"),
         (_gguf(infos=_info((33,), kind=8), counts=(1, 0)), "limit  multiples of Q8_0's 32"),
@@ -211,7 +215,7 @@ def test_sound_gguf_by_hand(tmp_path: Path) -> None:
     path.write_bytes(_gguf(fields, _info((16,)), counts=(1, 2)))
     found = gguf_header.read(path)
     assert found.fields == {"x": True, "y": [3, -4]}
-    assert found.tensors["w"].shape == (16,) and found.tensors["w"].region.offset % 32 == 0
+    assert found.tensors["w"].shape == (16,) and found.tensors["w"].offset % 32 == 0
 
 
 def test_header_is_that_of_the_library(smollm2: models.Source) -> None:
@@ -225,8 +229,8 @@ def test_header_is_that_of_the_library(smollm2: models.Source) -> None:
     for tensor in reader.tensors:
         ours = found.tensors[tensor.name]
         assert ours.shape == tuple(tensor.shape.tolist())[::-1]
-        assert (ours.kind, ours.region.offset) == (tensor.tensor_type, tensor.data_offset)
-        assert (ours.region.shape, ours.region.dtype) == (tensor.data.shape, tensor.data.dtype)
+        assert (ours.kind, ours.offset) == (tensor.tensor_type, tensor.data_offset)
+        assert ours.end == tensor.data_offset + tensor.n_bytes
 
 
 @pytest.mark.parametrize("cut", [1, 100, 1000])
