@@ -209,7 +209,7 @@ def test_shared_directions_against_matrices_that_are_formed(written: Written) ->
 
 
 def test_hostile_names_are_text(written: Written) -> None:
-    """Red: `autoescape=False` in `html` of render.py; `_plain` that returns its text."""
+    """Red: `autoescape=False` in `html` of render.py; `plain` that returns its text."""
     path = folder(written, "sweep")
     page = saved_runs.page(path / "report.html")
     assert "b" not in page.tags
