@@ -92,7 +92,10 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
       ConfigError: the mesh does not fit the devices or the batch, or JAX is in use already.
       lora_jax.LoraError: as a run raises it.
     """
-    sizes = simulated_devices.sizes(config.mesh, options.plan_devices)
+    try:
+        sizes = mesh.sizes(config.mesh, options.plan_devices)
+    except ConfigError as error:
+        raise ConfigError(f"--plan-devices {options.plan_devices}: {error}") from None
     compiled = _compilable(sizes)
     there = simulated_devices.devices(max(math.prod(s.values()) for s in compiled))
     workload = config.workload(config)
