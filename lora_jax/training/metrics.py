@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 from collections import deque
@@ -63,6 +64,7 @@ class Record:
 
     def write(self, line: Line) -> None:
         """Append a line that holds "step", and for an evaluation "split"."""
+        line = {name: _json(value) for name, value in line.items()}
         with self._named():
             self._file.write(json.dumps(line).encode() + b"\n")
         group = line.get("split", "train")
@@ -96,21 +98,9 @@ class Record:
         self._events.close()
 
 
-class NoRecord(Record):
-    """The record of a process that does not write: it drops every line."""
-
-    def __init__(self) -> None:
-        """Open nothing."""
-
-    def write(self, line: Line) -> None:
-        """Pass over the line."""
-
-    def sync(self) -> int:
-        """No bytes."""
-        return 0
-
-    def close(self) -> None:
-        """Nothing is open."""
+def _json(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(directory: pathlib.Path) -> list[Line]:
