@@ -101,11 +101,6 @@ class StepCosts:
     arrays: tuple[Collective, ...]
     unknown_loops: tuple[str, ...]
 
-    @property
-    def communication(self) -> float:
-        """Seconds of all collectives."""
-        return sum(t.seconds for t in self.traffic)
-
 
 def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
     """One whole training batch, by shape; read off the first where the workload does not say."""

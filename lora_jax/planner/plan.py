@@ -80,9 +80,8 @@ class Plan:
     def roofline(self, run: str) -> Roofline:
         """The shortest time of a step."""
         device, found = DEVICES[self.device], self.runs[run]
-        return Roofline(
-            found.flops / device.flops, found.moved / device.bandwidth, found.communication
-        )
+        communication = sum(t.seconds for t in found.traffic)
+        return Roofline(found.flops / device.flops, found.moved / device.bandwidth, communication)
 
 
 def make(name: str, config: Config, options: PlanOptions) -> Plan:

@@ -18,7 +18,7 @@ from experiments.paper import benefits, counts, measurement_file, trained
 from experiments.paper.benefits import Benefits, Compared, MeasuredSide
 from experiments.paper.trained import CASES, Case, StepBytes, TrainingSide
 from lora_jax import LoraError, models, paths
-from lora_jax.report import Table
+from lora_jax.report.document import Table
 from measuring import timing
 
 pytestmark = pytest.mark.standard_promotion  # Optax's schedules

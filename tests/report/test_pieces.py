@@ -10,7 +10,8 @@ from etils import epath
 
 from lora_jax import LoraError, Target
 from lora_jax.layout import Layout
-from lora_jax.report import Figure, Panel, Report, Section, Table, charts, render, svg
+from lora_jax.report import charts, render, svg
+from lora_jax.report.document import Figure, Panel, Report, Section, Table
 from lora_jax.report.module_index import middle, places
 from lora_jax.report.subspace_similarity import One, of_ranks, of_seeds
 
