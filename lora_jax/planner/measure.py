@@ -124,7 +124,8 @@ def measure(
     step.check_apart(layout, base)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
     state = step.shapes(layout, base, tx, key, place)
-    rows = {name: _placed(x, _of_rows(place, x)) for name, x in batch.items()}
+    divided = jax.sharding.NamedSharding(grid, mesh.BATCH)  # as `Placement.batch` does it
+    rows = {name: _placed(x, divided if x.shape else place.whole) for name, x in batch.items()}
     take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate)
     compiled, bfloat16 = _compile(take, place, state, frozen, rows)
     module = hlo.parse(compiled.as_text())
@@ -149,11 +150,6 @@ def measure(
 
 def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-
-def _of_rows(place: mesh.Placement, x: Any) -> jax.sharding.NamedSharding:
-    """As `Placement.batch` does it."""
-    return jax.sharding.NamedSharding(place.mesh, mesh.BATCH) if x.shape else place.whole
 
 
 def _compile(take: Any, place: mesh.Placement, *arguments: Any) -> tuple[Any, bool]:

@@ -99,7 +99,9 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
     there = simulated_devices.devices(max(math.prod(s.values()) for s in compiled))
     workload = config.workload(config)
     batch = {name: tuple(x.shape) for name, x in measure.example(workload).items()}
-    _check_rows(batch, sizes)
+    for entry, shape in batch.items():  # every device must have its rows, as in a run
+        if shape:
+            mesh.check_rows(entry, shape[0], sizes["data"] * sizes["fsdp"])
     device = DEVICES[options.plan_device]
     runs = {}
     for run, of in ((LORA, config), (FULL, config.full_fine_tuning())):
@@ -146,10 +148,3 @@ def _compilable(sizes: dict[str, int]) -> list[dict[str, int]]:
             "there are none. Make fsdp x tensor smaller"
         )
     return [{**sizes, "data": n} for n in smaller[-2:]]
-
-
-def _check_rows(batch: dict[str, tuple[int, ...]], sizes: dict[str, int]) -> None:
-    """Every device must have its rows of a batch, as in a run (`Placement.batch`)."""
-    for name, shape in batch.items():
-        if shape:
-            mesh.check_rows(name, shape[0], sizes["data"] * sizes["fsdp"])

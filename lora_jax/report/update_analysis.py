@@ -60,7 +60,7 @@ def _spectra(
     ours = [_at(found[place.path], place) for place in there]
     energy = sum(float(one.energy) for one in ours)
     columns = [
-        [place.label for place in there],
+        [label(place.layer) for place in there],
         [place.matrix for place in there],
         [f"{layout[p.path].fan_in:,} x {layout[p.path].fan_out:,}" for p in there],
         [str(layout[place.path].rank) for place in there],
@@ -207,7 +207,7 @@ def table7(found: AmplifiedUpdate) -> Table:
     """All matrices."""
     there, ours = found.there, found.ours
     columns = [
-        [place.label for place in there],
+        [label(place.layer) for place in there],
         [place.matrix for place in there],
         [str(found.layout[place.path].rank) for place in there],
         formatting.column(one.weight for one in ours),
