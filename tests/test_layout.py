@@ -56,7 +56,8 @@ ARROWS = {
     | {"transform"},
     "groups": {"checkpoint", "console", "errors", "extras", "frozen", "layout", "multi"}
     | {"paths", "resolve", "spec", "training"},
-    "planner": {"data", "errors", "extras", "frozen", "primitives", "resolve", "training"},
+    "planner": {"adapters", "data", "errors", "extras", "frozen", "primitives", "resolve"}
+    | {"training"},
     "serving": {"adapters", "baselines", "checkpoint", "console", "data", "errors", "extras"}
     | {"layout", "models", "multi", "paths", "transform"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}

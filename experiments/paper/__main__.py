@@ -28,11 +28,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.paper import costs, page, questions, result_cache
+from experiments.paper import costs, page, page_files, questions, result_cache
 from experiments.paper.experiments import Experiment
 from lora_jax.console import guarded, say
 from lora_jax.errors import LoraError
-from lora_jax.report import render
 from lora_jax.report.update_analysis import BaseChoice
 
 
@@ -109,7 +108,7 @@ def _report(
             f"no runs of {', '.join(kept)} in {runs}: kept as they are in "
             f"{out / result_cache.FILE}",
         )
-    path = render.write(page.make(experiments, found), out, figure_files=False)
+    path = page_files.write(page.make(experiments, found), out)
     result_cache.write(found, out)
     return path
 

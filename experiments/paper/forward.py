@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 import lora_jax
+from experiments.paper import counts
 from lora_jax import baselines, models
-from lora_jax.baselines import counts
 from lora_jax.baselines.sites import ENCODER
 from lora_jax.errors import LoraError
 from lora_jax.paths import Tree

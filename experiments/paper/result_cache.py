@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.paper import costs, saved_sections
+from experiments.paper import costs, page_files, saved_sections
 from experiments.paper.experiments import Claim, Experiment
 from experiments.paper.settings import there
 from lora_jax.errors import LoraError
@@ -112,7 +112,7 @@ def read(folder: pathlib.Path) -> dict[str, Answer]:
         return {}
     try:
         found = json.loads(file.read_text())
-        drawings = render.drawings((folder / render.HTML).read_text())
+        drawings = page_files.drawings((folder / render.HTML).read_text())
         return {name: _answer(value, drawings) for name, value in found.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise LoraError(

@@ -2,8 +2,8 @@
 
 Full fine-tuning, the top layers, BitFit and the head alone are patterns of base parameters.
 Adapter layers and prefixes have parameters of their own, a small tree beside the base under the key
-`EXTRA`; the model is the same unmodified one, whose calls are intercepted. `counts` has the
-article's formulae. docs/methods.md says what each is and where it comes from.
+`EXTRA`; the model is the same unmodified one, whose calls are intercepted.
+docs/methods.md says what each is and where it comes from.
 """
 
 from lora_jax.baselines.bottleneck import Bottleneck as Bottleneck

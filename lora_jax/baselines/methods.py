@@ -95,9 +95,8 @@ def head(config: BuiltInConfig) -> Method:
     Raises:
       LoraError: a decoder, which has no new head.
     """
-    sites.check_encoder(
-        config, "a decoder has no new head to be trained alone; take another method"
-    )
+    if not isinstance(config, BertConfig):
+        raise LoraError("a decoder has no new head to be trained alone; take another method")
     return Method()
 
 
@@ -182,13 +181,12 @@ def prefix_layer(config: BuiltInConfig, prefix: int, infix: int, length: int) ->
 def _prefix(
     config: BuiltInConfig, prefix: int, infix: int, length: int, layers: tuple[str, ...] = ()
 ) -> Method:
-    sites.check_encoder(
-        config,
-        "prefixes are for encoders: a decoder trains on packed rows, each of several prompts, and "
-        "there they are not built. On a decoder full, top_layers, bitfit, houlsby, pfeiffer, lin "
-        "and adapter_drop work",
-    )
-    assert isinstance(config, BertConfig)
+    if not isinstance(config, BertConfig):
+        raise LoraError(
+            "prefixes are for encoders: a decoder trains on packed rows, each of several prompts, "
+            "and there they are not built. On a decoder full, top_layers, bitfit, houlsby, "
+            "pfeiffer, lin and adapter_drop work"
+        )
     if prefix + infix < 1:
         raise LoraError("method.prefix + method.infix must be at least 1, got 0")
     if length + prefix + infix > config.max_positions:

@@ -78,15 +78,10 @@ class Prefix:
     infix: int
     layers: tuple[str, ...] = ()
 
-    @property
-    def tokens(self) -> int:
-        """Lp + li."""
-        return self.prefix + self.infix
-
     def init(self, key: Array) -> Tree:
         """Fresh parameters."""
         names = [path.rpartition("/")[2] for path in self.layers] or ["embedding"]
-        shape = (self.tokens, self.width)
+        shape = (self.prefix + self.infix, self.width)
         return {
             name: _INITIAL(jax.random.fold_in(key, index), shape, jnp.float32)
             for index, name in enumerate(names)

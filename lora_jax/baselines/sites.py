@@ -48,9 +48,3 @@ def norms(config: BuiltInConfig) -> str:
     """The pattern of all layer norms' parameters; norms of queries and keys are not among them."""
     pattern = "**/{norm,attention_norm,mlp_norm}/*"
     return f"{ENCODER}/{pattern}" if isinstance(config, BertConfig) else pattern
-
-
-def check_encoder(config: BuiltInConfig, why: str) -> None:
-    """Raise `LoraError` that says why, unless the model is an encoder."""
-    if not isinstance(config, BertConfig):
-        raise LoraError(why)

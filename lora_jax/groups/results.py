@@ -147,4 +147,4 @@ def _write_csv(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(columns))
     writer.writeheader()
     writer.writerows(lines)
-    write_whole(path, text.getvalue())
+    write_whole(path, text.getvalue().encode())

@@ -23,14 +23,12 @@ FLOAT16, BFLOAT16 = np.dtype(np.float16), jnp.dtype(jnp.bfloat16)
 
 def shapes(tree: Any) -> Any:
     """Return ShapeDtypeStructs with float16 in place of bfloat16 and the same shardings."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype(x.dtype), sharding=x.sharding), tree
-    )
 
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        dtype = FLOAT16 if x.dtype == BFLOAT16 else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
-def dtype(given: Any) -> Any:
-    """Return float16 for bfloat16, and any other dtype as it is."""
-    return FLOAT16 if given == BFLOAT16 else given
+    return jax.tree.map(shape, tree)
 
 
 def in_float16(f: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | None:

@@ -6,12 +6,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from lora_jax.errors import LoraError
 from lora_jax.planner.hlo import LORA, VIEWS, Computation, Instruction, Module, Shape, closing
+
+Cause = Literal["base", "adapters", "update"]
 
 COLLECTIVES = (
     "all-gather",
@@ -26,14 +28,34 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One array that goes through a collective. `group` holds the devices of the first group."""
+    """One array that goes through a collective, `times` times in a step.
+
+    group: the devices of the first group.
+    origin: the name of the operation or argument that it comes from.
+    """
 
     kind: str
     operand: Shape
-    result: Shape
     group: tuple[int, ...]
     origin: str
     times: int
+
+    @property
+    def of(self) -> Cause:
+        """What it is there for: see `Traffic`."""
+        return cause(self.origin)
+
+
+def cause(origin: str) -> Cause:
+    """What a collective is there for, by the name of the operation or argument it comes from.
+
+    >>> cause("jit(step)/jvp(f)/q/jit(_add)/lora/dot_general"), cause("jit(step)/reduce_sum")
+    ('adapters', 'update')
+    """
+    if LORA in origin or ".trained['adapters']" in origin.replace("\\'", "'"):
+        return "adapters"
+    of_update = origin.startswith("jit(") or ".optimizer" in origin
+    return "update" if of_update and "jvp(" not in origin else "base"
 
 
 def collectives(module: Module) -> list[Collective]:
@@ -59,11 +81,10 @@ def _arrays(
     shapes = [computation[o].results[0] for o in i.operands]
     if kind == "all-to-all" and len(shapes) > 1:  # one array, given in pieces
         whole = Shape(shapes[0].dtype, (len(shapes), *shapes[0].dims))
-        yield Collective(kind, whole, whole, group, origins[0], times)
+        yield Collective(kind, whole, group, origins[0], times)
         return
-    results = i.results[-len(shapes) :]  # an asynchronous one gives its operands back first
-    for shape, result, origin in zip(shapes, results, origins, strict=True):
-        yield Collective(kind, shape, result, group, origin, times)
+    for shape, origin in zip(shapes, origins, strict=True):
+        yield Collective(kind, shape, group, origin, times)
 
 
 _MOVES = ("all-gather", "all-to-all", "collective-broadcast", "collective-permute")

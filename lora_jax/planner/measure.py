@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapters import count
 from lora_jax.data.process_slice import Shard
 from lora_jax.frozen import split
 from lora_jax.planner import bf16_lowering, collectives, hlo, residuals
+from lora_jax.planner.collectives import Cause, Collective
 from lora_jax.planner.devices import Device
 from lora_jax.resolve import resolve
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.config import Config
 from lora_jax.training.state import State
+from lora_jax.training.summary import nbytes, on_each_device
 from lora_jax.training.workload import Workload
 
 Tree = Any  # a pytree
-Cause = Literal["base", "adapters", "update"]
 
 # What XLA does for CPUs alone would hide what an accelerator does: it computes 16-bit products in
 # float32, and hands reductions to a library that keeps its results in float32. Memory, not
@@ -77,20 +78,6 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True)
-class CollectiveArray:
-    """One array that goes through a collective: `times` times in a step."""
-
-    kind: str
-    of: Cause
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-    group: int
-    times: int
-    origin: str
-
-
-@dataclasses.dataclass(frozen=True)
 class StepCosts:
     """What one step needs.
 
@@ -111,13 +98,8 @@ class StepCosts:
     flops_adapters: float
     moved: float
     traffic: tuple[Traffic, ...]
-    arrays: tuple[CollectiveArray, ...]
+    arrays: tuple[Collective, ...]
     unknown_loops: tuple[str, ...]
-
-    @property
-    def communication(self) -> float:
-        """Seconds of all collectives."""
-        return sum(t.seconds for t in self.traffic)
 
 
 def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
@@ -142,25 +124,25 @@ def measure(
     step.check_apart(layout, base)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
     state = step.shapes(layout, base, tx, key, place)
-    rows = {name: _placed(x, _of_rows(place, x)) for name, x in batch.items()}
+    divided = jax.sharding.NamedSharding(grid, mesh.BATCH)  # as `Placement.batch` does it
+    rows = {name: _placed(x, divided if x.shape else place.whole) for name, x in batch.items()}
     take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate)
     compiled, bfloat16 = _compile(take, place, state, frozen, rows)
     module = hlo.parse(compiled.as_text())
     found = collectives.collectives(module)
-    arrays = tuple(_array(c, bfloat16) for c in found)
+    arrays = tuple(map(_in_bfloat16, found) if bfloat16 else found)
     products = hlo.products(module)
-    trained = jax.tree.leaves(state.trained)
     return StepCosts(
-        parameters=_count(params),
-        adapter_parameters=_count(state.trained["adapters"]),
-        base_parameters_trained=_count(state.trained["base"]),
-        checkpoint_full=sum(map(_whole, jax.tree.leaves(params))),
-        checkpoint_trained=sum(map(_whole, trained)),
+        parameters=count(params),
+        adapter_parameters=count(state.trained["adapters"]),
+        base_parameters_trained=count(state.trained["base"]),
+        checkpoint_full=nbytes(params),
+        checkpoint_trained=nbytes(state.trained),
         bytes=_bytes(compiled, residuals.residual_bytes(module), state, frozen, rows),
         flops=sum(p.flops * p.times for p in products),
         flops_adapters=sum(p.flops * p.times for p in products if hlo.LORA in p.origin),
         moved=sum(p.bytes * p.times for p in products),
-        traffic=_traffic(arrays, [c.group for c in found], device),
+        traffic=_traffic(arrays, device),
         arrays=arrays,
         unknown_loops=tuple(module.unknown_loops),
     )
@@ -168,11 +150,6 @@ def measure(
 
 def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-
-def _of_rows(place: mesh.Placement, x: Any) -> jax.sharding.NamedSharding:
-    """As `Placement.batch` does it."""
-    return jax.sharding.NamedSharding(place.mesh, mesh.BATCH) if x.shape else place.whole
 
 
 def _compile(take: Any, place: mesh.Placement, *arguments: Any) -> tuple[Any, bool]:
@@ -195,64 +172,28 @@ def _bytes(compiled: Any, held: int, state: State, frozen: Tree, rows: Tree) -> 
     needed = analysis.temp_size_in_bytes + fresh
     held = min(held, needed)
     return DeviceBytes(
-        weights=_local(frozen) + _local(state.trained["base"]),
-        adapters=_local(state.trained["adapters"]),
-        optimizer=_local(state.optimizer),
-        batch=_local(rows),
+        weights=on_each_device(frozen) + on_each_device(state.trained["base"]),
+        adapters=on_each_device(state.trained["adapters"]),
+        optimizer=on_each_device(state.optimizer),
+        batch=on_each_device(rows),
         activations=held,
         temporaries=needed - held,
     )
 
 
-def _local(tree: Tree) -> int:
-    """Bytes of one device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+def _in_bfloat16(c: Collective) -> Collective:
+    """The float16 that was compiled stands for bfloat16."""
+    dtype = "bf16" if c.operand.dtype == "f16" else c.operand.dtype
+    return dataclasses.replace(c, operand=hlo.Shape(dtype, c.operand.dims))
 
 
-def _whole(x: Any) -> int:
-    return math.prod(x.shape) * int(x.dtype.itemsize)
-
-
-def _count(tree: Tree) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-
-def _array(c: collectives.Collective, bfloat16: bool) -> CollectiveArray:
-    dtype = "bf16" if bfloat16 and c.operand.dtype == "f16" else c.operand.dtype
-    return CollectiveArray(
-        c.kind,
-        cause(c.origin),
-        dtype,
-        c.operand.dims,
-        c.operand.bytes,
-        len(c.group),
-        c.times,
-        c.origin,
-    )
-
-
-def cause(origin: str) -> Cause:
-    """What a collective is there for, by the name of the operation or argument it comes from.
-
-    >>> cause("jit(step)/jvp(f)/q/jit(_add)/lora/dot_general"), cause("jit(step)/reduce_sum")
-    ('adapters', 'update')
-    """
-    if hlo.LORA in origin or ".trained['adapters']" in origin.replace("\\'", "'"):
-        return "adapters"
-    of_update = origin.startswith("jit(") or ".optimizer" in origin
-    return "update" if of_update and "jvp(" not in origin else "base"
-
-
-def _traffic(
-    arrays: tuple[CollectiveArray, ...], groups: list[tuple[int, ...]], device: Device
-) -> tuple[Traffic, ...]:
+def _traffic(arrays: tuple[Collective, ...], device: Device) -> tuple[Traffic, ...]:
     sums: dict[tuple[str, Cause], list[float]] = {}
-    for array, group in zip(arrays, groups, strict=True):
-        total = sums.setdefault((array.kind, array.of), [0, 0, 0])
-        total[0] += array.times
-        total[1] += array.bytes * array.times
-        total[2] += seconds(array.kind, array.bytes, group, device) * array.times
+    for c in arrays:
+        total = sums.setdefault((c.kind, c.of), [0, 0, 0])
+        total[0] += c.times
+        total[1] += c.operand.bytes * c.times
+        total[2] += seconds(c.kind, c.operand.bytes, c.group, device) * c.times
     order = sorted(sums, key=lambda key: -sums[key][1])
     return tuple(Traffic(kind, of, *sums[kind, of]) for kind, of in order)
 

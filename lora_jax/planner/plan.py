@@ -80,9 +80,8 @@ class Plan:
     def roofline(self, run: str) -> Roofline:
         """The shortest time of a step."""
         device, found = DEVICES[self.device], self.runs[run]
-        return Roofline(
-            found.flops / device.flops, found.moved / device.bandwidth, found.communication
-        )
+        communication = sum(t.seconds for t in found.traffic)
+        return Roofline(found.flops / device.flops, found.moved / device.bandwidth, communication)
 
 
 def make(name: str, config: Config, options: PlanOptions) -> Plan:
@@ -92,12 +91,17 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
       ConfigError: the mesh does not fit the devices or the batch, or JAX is in use already.
       lora_jax.LoraError: as a run raises it.
     """
-    sizes = simulated_devices.sizes(config.mesh, options.plan_devices)
+    try:
+        sizes = mesh.sizes(config.mesh, options.plan_devices)
+    except ConfigError as error:
+        raise ConfigError(f"--plan-devices {options.plan_devices}: {error}") from None
     compiled = _compilable(sizes)
     there = simulated_devices.devices(max(math.prod(s.values()) for s in compiled))
     workload = config.workload(config)
     batch = {name: tuple(x.shape) for name, x in measure.example(workload).items()}
-    _check_rows(batch, sizes)
+    for entry, shape in batch.items():  # every device must have its rows, as in a run
+        if shape:
+            mesh.check_rows(entry, shape[0], sizes["data"] * sizes["fsdp"])
     device = DEVICES[options.plan_device]
     runs = {}
     for run, of in ((LORA, config), (FULL, config.full_fine_tuning())):
@@ -144,10 +148,3 @@ def _compilable(sizes: dict[str, int]) -> list[dict[str, int]]:
             "there are none. Make fsdp x tensor smaller"
         )
     return [{**sizes, "data": n} for n in smaller[-2:]]
-
-
-def _check_rows(batch: dict[str, tuple[int, ...]], sizes: dict[str, int]) -> None:
-    """Every device must have its rows of a batch, as in a run (`Placement.batch`)."""
-    for name, shape in batch.items():
-        if shape:
-            mesh.check_rows(name, shape[0], sizes["data"] * sizes["fsdp"])

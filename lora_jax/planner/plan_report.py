@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from lora_jax.planner.collectives import Collective
 from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.plan import FULL, LORA, Plan
@@ -59,9 +60,22 @@ def _run(plan: Plan, run: str) -> dict[str, Any]:
         "flops_adapters": found.flops_adapters,
         "flops_all_devices": found.flops * plan.devices,
         "collectives": [dataclasses.asdict(t) for t in found.traffic],
-        "arrays": [{**dataclasses.asdict(a), "shape": list(a.shape)} for a in found.arrays],
+        "arrays": list(map(_array, found.arrays)),
         "fits": plan.fits(run),
         "roofline": {**dataclasses.asdict(roof), "seconds": roof.seconds, "bound": roof.bound},
+    }
+
+
+def _array(c: Collective) -> dict[str, Any]:
+    return {
+        "kind": c.kind,
+        "of": c.of,
+        "dtype": c.operand.dtype,
+        "shape": list(c.operand.dims),
+        "bytes": c.operand.bytes,
+        "group": len(c.group),
+        "times": c.times,
+        "origin": c.origin,
     }
 
 
@@ -113,33 +127,30 @@ def text(plan: Plan) -> str:
 
 
 def _table(plan: Plan) -> list[str]:
-    of: Callable[[Callable[[StepCosts], str]], list[str]] = lambda f: [  # noqa: E731
-        f(plan.runs[run]) for run in (LORA, FULL)
-    ]
     n, copy = plan.devices, plan.devices // plan.sizes["data"]
     state = lambda m: m.bytes.weights + m.bytes.adapters + m.bytes.optimizer  # noqa: E731
-    rows = [
-        ["", "this run", "full fine-tuning"],
-        ["parameters", *of(lambda m: f"{m.parameters:,}")],
-        ["  of adapters", *of(lambda m: f"{m.adapter_parameters:,}")],
-        ["  trained in full", *of(lambda m: f"{m.base_parameters_trained:,}")],
-        ["checkpoint of what is trained", *of(lambda m: in_units(m.checkpoint_trained))],
-        ["checkpoint of everything", *of(lambda m: in_units(m.checkpoint_full))],
-        ["each device", "", ""],
-        ["  weights", *of(lambda m: in_units(m.bytes.weights))],
-        ["  adapters", *of(lambda m: in_units(m.bytes.adapters))],
-        ["  optimizer", *of(lambda m: in_units(m.bytes.optimizer))],
-        ["  activations", *of(lambda m: in_units(m.bytes.activations))],
-        ["  temporaries", *of(lambda m: in_units(m.bytes.temporaries + m.bytes.batch))],
-        ["  total", *of(lambda m: in_units(m.bytes.total))],
-        ["one copy, on fsdp x tensor devices", "", ""],
-        ["  weights, adapters, optimizer", *of(lambda m: in_units(state(m) * copy))],
-        ["all devices", "", ""],
-        ["  FLOPs of a step", *of(lambda m: in_units(m.flops * n, "FLOP"))],
-        ["    of the adapters", *of(lambda m: in_units(m.flops_adapters * n, "FLOP"))],
-        ["  against full", *of(lambda m: f"{m.flops / plan.runs[FULL].flops:.3f}")],
+    lines: list[tuple[str, Callable[[StepCosts], str]]] = [
+        ("parameters", lambda m: f"{m.parameters:,}"),
+        ("  of adapters", lambda m: f"{m.adapter_parameters:,}"),
+        ("  trained in full", lambda m: f"{m.base_parameters_trained:,}"),
+        ("checkpoint of what is trained", lambda m: in_units(m.checkpoint_trained)),
+        ("checkpoint of everything", lambda m: in_units(m.checkpoint_full)),
+        ("each device", lambda m: ""),
+        ("  weights", lambda m: in_units(m.bytes.weights)),
+        ("  adapters", lambda m: in_units(m.bytes.adapters)),
+        ("  optimizer", lambda m: in_units(m.bytes.optimizer)),
+        ("  activations", lambda m: in_units(m.bytes.activations)),
+        ("  temporaries", lambda m: in_units(m.bytes.temporaries + m.bytes.batch)),
+        ("  total", lambda m: in_units(m.bytes.total)),
+        ("one copy, on fsdp x tensor devices", lambda m: ""),
+        ("  weights, adapters, optimizer", lambda m: in_units(state(m) * copy)),
+        ("all devices", lambda m: ""),
+        ("  FLOPs of a step", lambda m: in_units(m.flops * n, "FLOP")),
+        ("    of the adapters", lambda m: in_units(m.flops_adapters * n, "FLOP")),
+        ("  against full", lambda m: f"{m.flops / plan.runs[FULL].flops:.3f}"),
     ]
-    return _aligned(rows)
+    rows = [[name, *(said(plan.runs[run]) for run in (LORA, FULL))] for name, said in lines]
+    return _aligned([["", "this run", "full fine-tuning"], *rows])
 
 
 def _collectives(found: StepCosts) -> list[str]:

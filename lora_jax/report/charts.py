@@ -131,17 +131,11 @@ def heat(
     """[row, column] as colours, with the numbers where there is room; NaN is left open."""
     with svg.style():
         figure, axis = svg.new(max(4.6, 1.6 + 0.62 * len(columns)), 1.3 + 0.3 * len(rows))
-        image = axis.imshow(
-            found, aspect="auto", interpolation="none", cmap=_SHADES, vmin=0, vmax=_top(found)
-        )
-        if found.size <= _WRITTEN:
-            _write(axis, found, _top(found))
+        _cells(figure, axis, found, _top(found))
         axis.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 4 else 0)
         every = -(-len(rows) // 32)
         axis.set_yticks(range(0, len(rows), every), rows[::every])
         axis.set(ylabel="layer", title=title)
-        _bare(axis)
-        figure.colorbar(image, ax=axis)
     return figure
 
 
@@ -153,39 +147,41 @@ def phi(found: NDArray[np.floating], one: str, two: str, title: str, top: float)
     rows, columns = found.shape
     with svg.style():
         figure, axis = svg.new(4.6, 1.7 + min(2.4, max(0.35 * rows, 0.35)))
-        image = axis.imshow(
-            found,
-            aspect="auto",
-            interpolation="none",
-            cmap=_SHADES,
-            vmin=0,
-            vmax=top,
-            extent=(0.5, columns + 0.5, rows + 0.5, 0.5),
-        )
-        if found.size <= _WRITTEN:
-            _write(axis, found, top, 1)
+        _cells(figure, axis, found, top, 1)
         axis.set_xticks(range(1, columns + 1, -(-columns // 10)))
         axis.set_yticks(range(1, rows + 1, -(-rows // 8)))
         axis.set(xlabel=f"j: {two}", ylabel=f"i: {one}", title=title)
-        _bare(axis)
-        figure.colorbar(image, ax=axis)
     return figure
 
 
-def _write(axis: Any, found: NDArray[np.floating], top: float, first: int = 0) -> None:
+def _cells(
+    figure: Figure, axis: Any, found: NDArray[np.floating], top: float, first: int = 0
+) -> None:
+    """Shade the cells from 0 to `top`, and write the numbers where there is room.
+
+    first: the number of the first row and of the first column.
+    """
+    rows, columns = found.shape
+    image = axis.imshow(
+        found,
+        aspect="auto",
+        interpolation="none",
+        cmap=_SHADES,
+        vmin=0,
+        vmax=top,
+        extent=(first - 0.5, first + columns - 0.5, first + rows - 0.5, first - 0.5),
+    )
     for (i, j), number in np.ndenumerate(found):
-        if np.isfinite(number):
+        if found.size <= _WRITTEN and np.isfinite(number):
             dark = number > 0.55 * top  # the shades are light there
             text = f"{number:.2f}" if top < 10 else f"{number:.0f}"
             color = "black" if dark else "white"
             axis.text(j + first, i + first, text, ha="center", va="center", color=color, size=8)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axis)
 
 
 def _top(found: NDArray[np.floating]) -> float:
     finite = found[np.isfinite(found)]
     return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-
-
-def _bare(axis: Any) -> None:
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)

@@ -67,8 +67,7 @@ class Panel:
 
     name: of its files; letters, digits, `-` and `_`.
     alternative: what it shows, in words and numbers, for those who do not see it.
-    drawing: a matplotlib Figure, made within `lora_jax.report.svg.style()`, or the SVG that an
-      earlier page holds, a string of `lora_jax.report.render.drawings`.
+    drawing: a matplotlib Figure, made within `lora_jax.report.svg.style()`.
     """
 
     name: str

@@ -27,11 +27,6 @@ class Place:
     layer: int | None
     matrix: str
 
-    @property
-    def label(self) -> str:
-        """Its layer, as a row of a table has it."""
-        return label(self.layer)
-
 
 def places(layout: Layout) -> tuple[Place, ...]:
     """Every matrix of the layout, the layers in order.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -26,10 +25,12 @@ def table(configs: Sequence[dict[str, Any]]) -> Table:
     """What all of these configs have in common, as far as it is no default; some in any case."""
     every = [flat(config) for config in configs]
     common = {f: v for f, v in every[0].items() if all(c.get(f, ...) == v for c in every)}
-    first = [field for field in _ALWAYS if field in common]
-    rest = [field for field in common if field not in first and _is_own(field, common[field])]
+    first, known = [field for field in _ALWAYS if field in common], flat(_defaults(TextConfig))
+    rest = [f for f, value in common.items() if f not in first and known.get(f, ...) != value]
+    defaults = {field: formatting.value(value) for field, value in known.items()}
     rows = tuple(
-        (field, formatting.value(common[field]), _default(field)) for field in [*first, *rest]
+        (field, formatting.value(common[field]), defaults.get(field, formatting.NONE))
+        for field in [*first, *rest]
     )
     shared = " that all runs share" if len(configs) > 1 else ""
     return Table(
@@ -59,31 +60,16 @@ def in_words(configs: Sequence[dict[str, Any]]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _is_own(field: str, value: Any) -> bool:
-    known = _defaults()
-    return field not in known or known[field] != value
-
-
-def _default(field: str) -> str:
-    known = _defaults()
-    return formatting.value(known[field]) if field in known else formatting.NONE
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    return flat(_of(TextConfig))
-
-
-def _of(kind: Any) -> dict[str, Any]:
+def _defaults(kind: Any) -> dict[str, Any]:
     """The defaults of a config class, of the fields that have one; its field `workload` has none.
 
-    >>> _of(TextConfig)["lora"]["rank"], "reference" in _of(TextConfig)["model"]
+    >>> _defaults(TextConfig)["lora"]["rank"], "reference" in _defaults(TextConfig)["model"]
     (8, False)
     """
     hints, found = typing.get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[field.name]):
-            found[field.name] = _of(hints[field.name])
+            found[field.name] = _defaults(hints[field.name])
         elif field.default is not dataclasses.MISSING:
             found[field.name] = to_dict(field.default)
     return found

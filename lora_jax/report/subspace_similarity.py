@@ -45,11 +45,6 @@ class One:
     layout: Layout
     rank: int
 
-    @property
-    def adapter(self) -> Adapter:
-        """The adapter itself, restored."""
-        return restore(self.folder)
-
 
 def section(runs: Sequence[SavedRun]) -> Section:
     """The smallest rank against the largest, and two seeds beside chance, where there are such."""
@@ -133,7 +128,7 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
     """Table and pictures of one pair; `what` they differ in names the files."""
     one, two = pair
     try:
-        first, second = one.adapter, two.adapter
+        first, second = restore(one.folder), restore(two.folder)
         found = analysis.similarity(first, second)
     except LoraError as error:
         return [Note(f"{one.name} and {two.name} cannot be compared: {error}")]
@@ -144,31 +139,23 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
     blocks: list[Block] = [Paragraph(f"{ones} against {twos}: {one.name} and {two.name}.")]
     blocks.append(_maps(there, phis, (ones, twos), what, one.layout))
     rows, names = layers(there), matrices(there)
-    top = {
-        name: [_top(phis, there, row, name) for row in rows] for name in names
-    }  # phi(1, 1), [layer]
+    top = update_analysis.grid(there, [phis[place][0, 0] for place in there])
     widest = {t.path: t.fan_in for t in one.layout.targets}
     chance = 1 / max(widest.values())
     if len(rows) > 1:
         labels = [label(row) for row in rows]
         caption = f"The most important direction of each: {ones}, {twos}."
-        every = [value for values in top.values() for value in values]
-        drawn = {name: top[name] for name in names[: update_analysis.MOST]}
+        drawn = dict(zip(names[: update_analysis.MOST], top.T, strict=False))
         panel = Panel(
             f"top-{what}",
-            f"φ(1, 1) by layer, a line for each matrix: {formatting.span(every)}",
-            charts.by_layer(drawn, labels, "φ(1, 1)", (chance, "random"), _tenth(every)),
+            f"φ(1, 1) by layer, a line for each matrix: {formatting.span(top.ravel())}",
+            charts.by_layer(drawn, labels, "φ(1, 1)", (chance, "random"), _tenth(top)),
         )
         blocks.append(Figure(f"{caption}{update_analysis.cut(names)}", (panel,)))
     updates = analysis.similarity(first, second, of="input")
     sides = {"A": phis, "ΔW": {place: updates[place.path][place.at] for place in there}}
     blocks.append(_counted(there, sides, widest, f"{ones} against {twos}"))
     return blocks
-
-
-def _top(phis: dict[Place, Any], there: Sequence[Place], row: int | None, name: str) -> float:
-    own = [phis[p][0, 0] for p in there if p.layer == row and p.matrix == name]
-    return float(own[0]) if own else float("nan")
 
 
 def _counted(
@@ -247,12 +234,9 @@ def _tenth(values: Any) -> float:
 
 def _chosen(own: Sequence[Place]) -> list[Place]:
     """Query and value, as in the paper; the first matrices where there are none such."""
-    wanted = [p for ending in ("query", "q", "value", "v") for p in own if _last(p) == ending]
+    endings = ("query", "q", "value", "v")
+    wanted = [p for end in endings for p in own if p.matrix.rpartition("/")[2] == end]
     return (wanted if len(wanted) >= 2 else list(own))[:2]
-
-
-def _last(place: Place) -> str:
-    return place.matrix.split("/")[-1]
 
 
 def _chance(layout: Layout, place: Place) -> Any:

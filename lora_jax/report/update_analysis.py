@@ -60,7 +60,7 @@ def _spectra(
     ours = [_at(found[place.path], place) for place in there]
     energy = sum(float(one.energy) for one in ours)
     columns = [
-        [place.label for place in there],
+        [label(place.layer) for place in there],
         [place.matrix for place in there],
         [f"{layout[p.path].fan_in:,} x {layout[p.path].fan_out:,}" for p in there],
         [str(layout[place.path].rank) for place in there],
@@ -108,16 +108,16 @@ def _pictures(there: Sequence[Place], ours: Sequence[Any], energy: float) -> lis
     caption = f"Singular values of the update, from dark (the largest) to light.{cut(names)}"
     figures = [Figure(caption, tuple(panels))]
     if len(there) > 1:
-        shares = _grid(there, [one.energy / (energy or 1) for one in ours])
-        ranks = _grid(there, [one.effective_rank for one in ours])
+        shares = grid(there, [one.energy / (energy or 1) for one in ours])
+        ranks = grid(there, [one.effective_rank for one in ours])
         drawn = [("share of the energy", shares, "energy"), ("effective rank", ranks, "ranks")]
         heats = tuple(
             Panel(
                 name,
-                f"Heat map of the {what} by layer and matrix: {formatting.span(grid.ravel())}",
-                charts.heat(grid[:, :MOST], labels, names[:MOST], what),
+                f"Heat map of the {what} by layer and matrix: {formatting.span(shown.ravel())}",
+                charts.heat(shown[:, :MOST], labels, names[:MOST], what),
             )
-            for what, grid, name in drawn
+            for what, shown, name in drawn
         )
         figures.append(
             Figure(f"Where the update is, and of how many directions.{cut(names)}", heats)
@@ -131,7 +131,7 @@ def cut(names: Sequence[str]) -> str:
     return more if len(names) > MOST else ""
 
 
-def _grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
+def grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
     """[layer, matrix], NaN where there is no such matrix."""
     rows, names = layers(there), matrices(there)
     found = np.full((len(rows), len(names)), np.nan)
@@ -190,7 +190,7 @@ def _factors(there: Sequence[Place], factors: Any) -> list[Figure]:
     rows, names = layers(there), matrices(there)
     if len(rows) == 1:
         return []
-    lines = _grid(there, factors.tolist()).T
+    lines = grid(there, factors.tolist()).T
     panel = Panel(
         "amplification",
         f"Amplification factor by layer, a line for each matrix: {formatting.span(factors)}",
@@ -207,7 +207,7 @@ def table7(found: AmplifiedUpdate) -> Table:
     """All matrices."""
     there, ours = found.there, found.ours
     columns = [
-        [place.label for place in there],
+        [label(place.layer) for place in there],
         [place.matrix for place in there],
         [str(found.layout[place.path].rank) for place in there],
         formatting.column(one.weight for one in ours),

@@ -19,7 +19,6 @@ import math
 import pathlib
 import shutil
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -61,12 +60,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Wait for the last save.
 
         Raises:
@@ -74,7 +68,7 @@ class Checkpoints:
             unless it only asks to stop: then a lost checkpoint is the worse news.
         """
         try:
-            self._wait()
+            self.wait()
         except LoraError:
             if not isinstance(error, Exception) or isinstance(error, processes.Preempted):
                 raise
@@ -101,7 +95,9 @@ class Checkpoints:
         Raises:
           LoraError: it failed.
         """
-        self._wait()
+        if self._saving is not None:
+            self._try(self._orbax.wait)
+            self._saving = None
 
     @property
     def latest(self) -> int | None:
@@ -109,8 +105,8 @@ class Checkpoints:
 
         It waits for the one that is being written.
         """
-        self._wait()
-        return next(reversed(self._steps()), None)
+        self.wait()
+        return max(self._steps(), default=None)
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints of later steps. To be called before anything is saved."""
@@ -130,7 +126,7 @@ class Checkpoints:
           LoraError: this or the earlier checkpoint cannot be written; the ones before it are
             as they were.
         """
-        self._wait()
+        self.wait()
         parts = {"state": state, "meta": manifests.of(state, notes).seal()}
         self._saving = step
         self._try(lambda: self._orbax.save_checkpointables_async(step, parts, force=True))
@@ -193,18 +189,13 @@ class Checkpoints:
         names = [p.name for p in self._directory.iterdir()]
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def _wait(self) -> None:
-        if self._saving is not None:
-            self._try(self._orbax.wait)
-            self._saving = None
-
     def _close(self) -> None:
         if "_orbax" not in vars(self):
             return
         try:
             self._orbax.close()
         except Exception:
-            if self._saving is None:  # else `_wait` has said so already
+            if self._saving is None:  # else `wait` has said so already
                 raise
 
     def _try(self, act: Callable[[], object]) -> None:
@@ -212,7 +203,7 @@ class Checkpoints:
             with writing(storage.absolute(self._directory)):
                 act()
         except LoraError as error:
-            latest = next(reversed(self._steps()), None)
+            latest = max(self._steps(), default=None)
             kept = "there is none before it" if latest is None else f"that of step {latest} is kept"
             raise LoraError(
                 f"the checkpoint of step {self._saving} is lost; {kept}. {error}\n"

@@ -134,18 +134,10 @@ def apply_of(model: models.BertClassifier, method: baselines.Method = baselines.
     return apply
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def new_head(model: models.BertClassifier, key: jax.Array) -> Tree:
     """Fresh parameters of the head. The encoder's are never computed: nothing asks for them."""
-    return _new_head(model)(key)
-
-
-@functools.cache  # compiled once for heads that differ in their key alone
-def _new_head(model: models.BertClassifier) -> Any:
-    @jax.jit
-    def head(key: jax.Array) -> Tree:
-        return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]["classifier"]
-
-    return head
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]["classifier"]
 
 
 def class_loss(logits: jax.Array, batch: Any) -> Loss:

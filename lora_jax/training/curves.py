@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lora_jax.training import metrics
@@ -16,7 +15,6 @@ def draw(run: pathlib.Path) -> None:
     lines = metrics.read(run)
     shown = names(lines)
     figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
-    FigureCanvasAgg(figure)
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         plot(axis, lines, name)
     figure.savefig(run / "curves.png", dpi=100)

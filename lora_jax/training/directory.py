@@ -112,13 +112,13 @@ def _claim(path: pathlib.Path, config: Config) -> None:
 
 def write_json(path: pathlib.Path, value: object) -> None:
     """Write JSON whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Write a file whole or not at all, without changing its line ends."""
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, newline="")
+    partial.write_bytes(content)
     os.replace(partial, path)
 
 

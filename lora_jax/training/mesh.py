@@ -36,6 +36,28 @@ BATCH = P(("fsdp", "data"))
 BASE_AXES = ("fsdp", "tensor")  # what a weight may be divided over
 
 
+def sizes(config: MeshConfig, count: int | None) -> dict[str, int]:
+    """The size of each axis over `count` devices; without a count, -1 stands for 1.
+
+    >>> sizes(MeshConfig(data=-1, fsdp=4, tensor=2), 32)
+    {'data': 4, 'fsdp': 4, 'tensor': 2}
+
+    Raises:
+      ConfigError: the sizes do not multiply to the count.
+    """
+    asked = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in asked.values() if size != -1)
+    count = fixed if count is None else count
+    found = {axis: count // fixed if size == -1 else size for axis, size in asked.items()}
+    if math.prod(found.values()) != count:
+        named = ", ".join(f"{axis} {size}" for axis, size in asked.items())
+        raise ConfigError(
+            f"mesh ({named}) does not use {count} devices: the sizes must "
+            f"multiply to {count}; -1 on one axis takes what the others leave"
+        )
+    return found
+
+
 def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (None: all devices of all processes).
 
@@ -43,19 +65,9 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
-    fixed = math.prod(size for size in sizes if size != -1)
-    whole = [size if size != -1 else len(devices) // fixed for size in sizes]
-    if math.prod(whole) != len(devices):
-        asked = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise ConfigError(
-            f"mesh ({asked}) does not use the {len(devices)} devices there are: the sizes must "
-            f"multiply to {len(devices)}; -1 on one axis takes what the others leave"
-        )
+    shape = tuple(sizes(config, len(devices)).values())
     # Auto: the partitioner decides what the specs below leave open. (JAX's default is Explicit.)
-    return jax.make_mesh(
-        tuple(whole), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def shard_of(mesh: Mesh) -> Shard:

@@ -9,46 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 import tensorboardX
 
 from lora_jax.errors import LoraError
 
 Line = dict[str, Any]
-
-
-class DelayedMetrics:
-    """Device values read a few steps after they were asked for, when they are there already.
-
-    Reading the loss of the step just sent would wait for it, and the device would then wait for
-    the host to send the next one.
-    """
-
-    def __init__(self, depth: int = 2) -> None:
-        self._depth = depth
-        self._pending: deque[tuple[Line, Mapping[str, jax.Array]]] = deque()
-
-    def push(self, line: Line, values: Mapping[str, jax.Array]) -> Iterator[Line]:
-        """Keep one step's host line and device values; give the lines that are due."""
-        self._pending.append((line, values))
-        yield from self._drain(self._depth)
-
-    def flush(self) -> Iterator[Line]:
-        """All that is pending, waiting for it."""
-        yield from self._drain(0)
-
-    def _drain(self, keep: int) -> Iterator[Line]:
-        while len(self._pending) > keep:
-            line, values = self._pending.popleft()
-            read = {name: np.asarray(value).item() for name, value in values.items()}
-            yield line | read
 
 
 class Record:
@@ -63,6 +34,7 @@ class Record:
 
     def write(self, line: Line) -> None:
         """Append a line that holds "step", and for an evaluation "split"."""
+        line = {name: _json(value) for name, value in line.items()}
         with self._named():
             self._file.write(json.dumps(line).encode() + b"\n")
         group = line.get("split", "train")
@@ -96,21 +68,9 @@ class Record:
         self._events.close()
 
 
-class NoRecord(Record):
-    """The record of a process that does not write: it drops every line."""
-
-    def __init__(self) -> None:
-        """Open nothing."""
-
-    def write(self, line: Line) -> None:
-        """Pass over the line."""
-
-    def sync(self) -> int:
-        """No bytes."""
-        return 0
-
-    def close(self) -> None:
-        """Nothing is open."""
+def _json(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(directory: pathlib.Path) -> list[Line]:

@@ -113,7 +113,7 @@ class Run:
         self.start = 0
         self._skipped, self._earlier, self._length = 0, 0.0, 0
         self._hyper = optimizer.hyper(setup.config.optimizer, setup.config.steps)
-        self._record: metrics.Record = metrics.NoRecord()
+        self._record: metrics.Record | None = None  # of a process that does not write
         self._screen: Screen | None = None
 
     def begin(self, state: State) -> State:
@@ -135,7 +135,8 @@ class Run:
 
     def close(self) -> None:
         """Put the record on disk and close it."""
-        self._record.close()
+        if self._record is not None:
+            self._record.close()
 
     @property
     def seconds(self) -> float:
@@ -162,9 +163,9 @@ class Run:
         self._skipped += not values["finite"]
         rate = float(optimizer.rate(self._hyper, applied, np))
         line = {"learning_rate": rate, **values, "skipped": self._skipped}
-        self._record.write({name: _json(value) for name, value in line.items()})
+        self._write(line)
         if not values["finite"] and self.setup.config.on_nonfinite == "stop":
-            self._record.sync()
+            self._sync()
             raise NonFiniteError(self._nonfinite(values))
         if self._screen is not None:
             self._screen.step(line)
@@ -183,7 +184,7 @@ class Run:
         self, step: int, split: str, numbers: dict[str, float], note: str
     ) -> dict[str, float]:
         line = {"step": step, "split": split, **numbers}
-        self._record.write({name: _json(value) for name, value in line.items()})
+        self._write(line)
         if self._screen is not None:
             self._screen.evaluation(line, note)
         return numbers
@@ -232,7 +233,7 @@ class Run:
                 "run": dataclasses.asdict(self.notes),
                 "seconds": self.seconds,
                 "data": processes.union(processes.gather(self.data.get_state())),
-                "record_bytes": self._record.sync(),
+                "record_bytes": self._sync(),
                 "config": to_dict(self.setup.config),
                 "layout": self.setup.layout.to_json(),
                 "fingerprint": self.setup.fingerprint,
@@ -270,6 +271,14 @@ class Run:
         self._earlier, self._length = notes["seconds"], notes["record_bytes"]
         return state
 
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._record is not None:
+            self._record.write(line)
+
+    def _sync(self) -> int:
+        """Put the record on disk; its length in bytes."""
+        return 0 if self._record is None else self._record.sync()
+
     def _nonfinite(self, values: dict[str, Any]) -> str:
         kept = self.checkpoints.latest
         kept_text = "no checkpoint was written yet" if kept is None else f"step {kept} is kept"
@@ -289,8 +298,3 @@ class Run:
         sign = 1 if self.setup.workload.better == "higher" else -1
         best = -math.inf if self.notes.best is None else sign * self.notes.best[name]
         return sign * numbers[name] > best  # never true of a NaN
-
-
-def _json(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

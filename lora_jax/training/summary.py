@@ -92,8 +92,8 @@ def sizes(run: Run, state: State) -> dict[str, int]:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of the arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes of the arrays of a tree, or of their ShapeDtypeStructs."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def on_each_device(tree: Any) -> int:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import lora_jax
+from experiments.paper import counts
 from lora_jax import baselines, models, paths
-from lora_jax.baselines import counts
 
 BERT = models.BertConfig(
     vocab_size=19, hidden_size=16, num_layers=3, num_heads=4, mlp_size=20, max_positions=32

@@ -14,8 +14,8 @@ import pytest
 
 import lora_jax
 import train
+from experiments.paper import counts
 from lora_jax import models, paths
-from lora_jax.baselines import counts
 from lora_jax.checkpoint import adapter
 from lora_jax.checkpoint.storage import orbax
 from lora_jax.data.config import DataConfig

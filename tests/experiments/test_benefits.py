@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 
 import lora_jax
-from experiments.paper import benefits, measurement_file, trained
+from experiments.paper import benefits, counts, measurement_file, trained
 from experiments.paper.benefits import Benefits, Compared, MeasuredSide
 from experiments.paper.trained import CASES, Case, StepBytes, TrainingSide
 from lora_jax import LoraError, models, paths
-from lora_jax.baselines import counts
-from lora_jax.report import Table
+from lora_jax.report.document import Table
 from measuring import timing
 
 pytestmark = pytest.mark.standard_promotion  # Optax's schedules

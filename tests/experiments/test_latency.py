@@ -18,7 +18,7 @@ from experiments.paper.latencies import Latencies, Timed, Timings, table
 from experiments.paper.published import LATENCY_MILLIONS
 from lora_jax import LoraError, baselines, models
 from lora_jax.planner import hlo
-from lora_jax.report import Figure, Table
+from lora_jax.report.document import Figure, Table
 from measuring import timing
 from measuring.published_models import MEDIUM
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from matplotlib.text import Text as Letters
 
-from experiments.paper import methods, published, samples, seed_scatter
+from experiments.paper import counts, methods, published, samples, seed_scatter
 from experiments.paper.configs import methods as config
 from experiments.paper.configs import samples as few
 from experiments.paper.experiments import Task
-from lora_jax.baselines import counts
 from lora_jax.errors import LoraError
 from lora_jax.groups import config_fields
 from lora_jax.groups.sweep import SweepConfig

@@ -8,11 +8,10 @@ import shutil
 
 import pytest
 
-from experiments.paper import page, questions, result_cache
+from experiments.paper import page, page_files, questions, result_cache
 from experiments.paper.__main__ import main
 from experiments.paper.configs import matrices, rank
 from lora_jax.errors import LoraError
-from lora_jax.report import render
 from lora_jax.report.update_analysis import BaseChoice
 from tests.experiments import runs
 from tests.report import saved_runs
@@ -109,7 +108,7 @@ def test_the_committed_page_is_what_is_kept_of_it(tmp_path: pathlib.Path) -> Non
     found = result_cache.read(COMMITTED)
     assert set(found) == set(questions.NAMES)
     made = page.make(questions.experiments(BaseChoice()), found)
-    render.write(made, tmp_path, figure_files=False)
+    page_files.write(made, tmp_path)
     result_cache.write(found, tmp_path)
     assert files(tmp_path) == files(COMMITTED)
     assert json.loads((COMMITTED / result_cache.FILE).read_text())["rank"]["runs"] == 54

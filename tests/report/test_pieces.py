@@ -10,8 +10,9 @@ from etils import epath
 
 from lora_jax import LoraError, Target
 from lora_jax.layout import Layout
-from lora_jax.report import Figure, Panel, Report, Section, Table, charts, render, svg
-from lora_jax.report.module_index import middle, places
+from lora_jax.report import charts, render, svg
+from lora_jax.report.document import Figure, Panel, Report, Section, Table
+from lora_jax.report.module_index import label, middle, places
 from lora_jax.report.subspace_similarity import One, of_ranks, of_seeds
 
 
@@ -61,7 +62,7 @@ def test_layers_by_number_and_by_stack() -> None:
     )
     assert [(p.layer, p.matrix) for p in both] == [(0, "encoder/query"), (0, "decoder/query")]
     (bare,) = places(Layout((target("first/kernel"),)))
-    assert (bare.layer, bare.label, bare.matrix) == (None, "-", "first")
+    assert (bare.layer, label(bare.layer), bare.matrix) == (None, "-", "first")
 
 
 def test_a_name_is_no_formula() -> None:

@@ -131,7 +131,7 @@ def test_the_numbers_of_a_run_are_its_summary(written: Written) -> None:
 
 
 def test_settings_are_those_that_are_no_default(written: Written) -> None:
-    """Red: `_is_own` that returns True."""
+    """Red: `!= value` left out of `rest` in settings.py."""
     rows = {row[0]: row[1:] for row in table(folder(written, "solo"), "field", "default")}
     assert rows["data.max_length"] == ["16", "128"]
     assert rows["lora.rank"] == ["4", "8"]
@@ -209,7 +209,7 @@ def test_shared_directions_against_matrices_that_are_formed(written: Written) ->
 
 
 def test_hostile_names_are_text(written: Written) -> None:
-    """Red: `autoescape=False` in `html` of render.py; `_plain` that returns its text."""
+    """Red: `autoescape=False` in `html` of render.py; `plain` that returns its text."""
     path = folder(written, "sweep")
     page = saved_runs.page(path / "report.html")
     assert "b" not in page.tags

@@ -1,13 +1,13 @@
 """The article's own numbers of trained parameters, from its formulae; in millions, as it has them.
 
-Red: any factor of a formula changed in lora_jax/baselines/counts.py.
+Red: any factor of a formula changed in experiments/paper/counts.py.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from lora_jax.baselines import counts
+from experiments.paper import counts
 
 GPT3 = {"width": 12288, "layers": 96}
 MEDIUM, LARGE = {"width": 1024, "layers": 24}, {"width": 1280, "layers": 36}  # GPT-2
