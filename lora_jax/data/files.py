@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.data.errors import DataError
-from lora_jax.data.source import Example
+from lora_jax.data.source import DataSource, Example
 from lora_jax.errors import nearest
 
 _SUFFIXES = (".jsonl", ".csv")
@@ -23,8 +24,8 @@ def is_file(name: str) -> bool:
     return name.endswith(_SUFFIXES)
 
 
-class Files:
-    """JSONL or CSV files, one for each split (`lora_jax.data.source.Source`).
+class Files(DataSource):
+    """JSONL or CSV files, one for each split.
 
     A name is a path with `{split}` in it, or `split=path` parts with commas between them, or a
     single path, which is the train split.
@@ -37,13 +38,8 @@ class Files:
             DataError: there are none.
         """
         self.name = name
-        self.notes: tuple[str, ...] = ()
         self._paths = _paths(name)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The names of the splits."""
-        return tuple(self._paths)
+        self.splits = tuple(self._paths)
 
     def examples(self, split: str) -> Sequence[Example]:
         """See `DataSource.examples`; the file is read whole."""
@@ -59,10 +55,6 @@ class Files:
         if not rows:
             raise DataError(f"{path}: no examples in it")
         return rows
-
-    def classes(self, field: str) -> tuple[str, ...] | None:
-        """None: a file declares nothing."""
-        return None
 
 
 def _paths(name: str) -> dict[str, Path]:
@@ -89,19 +81,15 @@ def _globbed(name: str) -> dict[str, Path]:
     pattern = Path(name).expanduser()
     if "{split}" not in pattern.name or pattern.name.count("{split}") > 1:
         raise DataError(f"{name}: {{split}} has to stand once, in the file's name")
-    before, after = pattern.name.split("{split}")
-    found = sorted(p for p in pattern.parent.glob("*") if _fits(p.name, before, after))
-    if not found:
-        there = sorted(p.name for p in pattern.parent.glob("*"))[:5]
+    before, after = map(re.escape, pattern.name.split("{split}"))
+    found = {p: re.fullmatch(f"{before}(.+){after}", p.name) for p in pattern.parent.glob("*")}
+    paths = {fit.group(1): p for p, fit in sorted(found.items()) if fit}
+    if not paths:
+        there = sorted(p.name for p in found)[:5]
         raise DataError(
             f"{name}: no file fits.\n  in {pattern.parent}: {', '.join(there) or 'nothing'}"
         )
-    return {p.name[len(before) : len(p.name) - len(after)]: p for p in found}
-
-
-def _fits(name: str, before: str, after: str) -> bool:
-    longer = len(name) > len(before) + len(after)
-    return longer and name.startswith(before) and name.endswith(after)
+    return paths
 
 
 def _jsonl(path: Path) -> list[Example]:
