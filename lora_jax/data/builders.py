@@ -79,7 +79,7 @@ def _quiet() -> Iterator[None]:
         tfds.enable_progress_bar()
 
 
-class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class TextBuilder(tfds.core.GeneratorBasedBuilder):
     """The base of our own builders: they say their fields, and give their splits as lists."""
 
     def fields(self) -> dict[str, Any]:
