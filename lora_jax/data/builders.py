@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -22,6 +21,7 @@ from lora_jax.data.errors import DataError
 from lora_jax.data.source import DataSource, Example
 from lora_jax.data.status import status
 from lora_jax.errors import nearest
+from lora_jax.models.weights.packages import cache
 
 FORMAT = "array_record"
 _CHUNK = 1024  # records read together
@@ -29,10 +29,7 @@ _CHUNK = 1024  # records read together
 
 def folder(data_dir: str | None) -> Path:
     """Where prepared data is kept: `data_dir`, or the cache folder's `data/`."""
-    if data_dir is not None:
-        return Path(data_dir).expanduser()
-    cache = os.environ.get("LORA_JAX_CACHE") or "~/.cache/lora_jax"
-    return Path(cache).expanduser() / "data"
+    return cache() / "data" if data_dir is None else Path(data_dir).expanduser()
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
@@ -169,13 +166,7 @@ class ArrayRecords(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._records)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             # One call reads neighbours together: five times as fast as one by one.
             rows = self._records.__getitems__(range(*index.indices(len(self))))

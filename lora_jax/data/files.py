@@ -12,16 +12,7 @@ from lora_jax.data.errors import DataError
 from lora_jax.data.source import DataSource, Example
 from lora_jax.errors import nearest
 
-_SUFFIXES = (".jsonl", ".csv")
-
-
-def is_file(name: str) -> bool:
-    """Whether a source's name speaks of files.
-
-    >>> is_file("data/{split}.jsonl"), is_file("train=a.csv,test=b.csv"), is_file("reviews")
-    (True, True, False)
-    """
-    return name.endswith(_SUFFIXES)
+SUFFIXES = (".jsonl", ".csv")
 
 
 class Files(DataSource):
@@ -66,10 +57,10 @@ def _paths(name: str) -> dict[str, Path]:
     else:
         paths = {"train": Path(name).expanduser()}
     for split, path in paths.items():
-        if path.suffix not in _SUFFIXES:
+        if path.suffix not in SUFFIXES:
             raise DataError(f"{path} ({split}): expected a file that ends in .jsonl or .csv")
         if not path.is_file():
-            neighbours = [p.name for p in path.parent.glob("*") if p.suffix in _SUFFIXES]
+            neighbours = [p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES]
             raise DataError(
                 f"{path} ({split}): no such file.\n"
                 f"  nearest: {', '.join(nearest(path.name, neighbours)) or 'none in that folder'}"

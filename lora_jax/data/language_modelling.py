@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,24 +181,15 @@ def _read(
     total = sum(map(len, dealt.values()))
     if total > AHEAD:
         return {n: LazyRows(reader, examples, places, truncation) for n, places in dealt.items()}
-    rows: dict[int, list[TokenRow]] = {n: [] for n in dealt}
-    every = _ahead(reader, examples, dealt, truncation)
-    for number, row in tracked(every, f"tokenising {split}", total):
-        rows[number].append(row)
-    return {number: collect(found) for number, found in rows.items()}
 
-
-def _ahead(
-    reader: Reader,
-    examples: Sequence[Example],
-    dealt: Mapping[int, range],
-    truncation: TextTruncation,
-) -> Iterator[tuple[int, TokenRow]]:
-    for number, places in dealt.items():
+    def rows(places: range) -> Iterator[TokenRow]:
         for start in range(0, len(places), CHUNK):
             some = places[start : start + CHUNK]
-            for row in reader.rows(examples[some.start : some.stop : some.step], truncation):
-                yield number, row
+            yield from reader.rows(examples[some.start : some.stop : some.step], truncation)
+
+    all_rows = chain.from_iterable(map(rows, dealt.values()))
+    every = tracked(all_rows, f"tokenising {split}", total)
+    return {number: collect(islice(every, len(places))) for number, places in dealt.items()}
 
 
 @dataclasses.dataclass(frozen=True)
