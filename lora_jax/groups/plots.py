@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,11 +22,6 @@ _LINES = 17  # with the best of them; more have no legend that can be read
 _DASHES = ("-", "--", ":", "-.")
 _COLUMNS = 4
 _BEST = {"marker": "*", "markersize": 18, "color": "gold", "markeredgecolor": "black", "zorder": 5}
-
-
-def draw(path: pathlib.Path, results: Results) -> None:
-    """Write the picture."""
-    figure_of(results).savefig(path, dpi=120)
 
 
 def figure_of(results: Results) -> Figure:
