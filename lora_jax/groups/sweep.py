@@ -108,7 +108,7 @@ class SweepConfig(GroupOptions):
             for name, point in zip(member_names.names(named), points, strict=True)
         )
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(GroupOptions)}
-        return GroupConfig(members=members, **options).expand()
+        return GroupConfig(members=members, **options)
 
     def _with(self, point: Point) -> Config:
         config = self.base

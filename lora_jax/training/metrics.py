@@ -47,7 +47,7 @@ class DelayedMetrics:
     def _drain(self, keep: int) -> Iterator[Line]:
         while len(self._pending) > keep:
             line, values = self._pending.popleft()
-            read = {name: np.asarray(value).item() for name, value in values.items()}
+            read = {name: np.asarray(value).tolist() for name, value in values.items()}
             yield line | read
 
 
