@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import grain
-from numpy.typing import NDArray
 
 from lora_jax.data.labels import Labels
-from lora_jax.data.process_slice import Shard
+from lora_jax.data.process_slice import Batch, Shard
 from lora_jax.data.tokens import TextTruncation
 
 # A batch takes a fraction of a millisecond to make, less than handing it to another thread.
@@ -64,10 +63,10 @@ def describe(facts: Iterable[Facts]) -> str:
 
 
 class BatchIterator(Protocol):
-    """Goes through batches (dictionaries of NumPy arrays), and can be put anywhere among them."""
+    """Goes through batches (entry -> NumPy array), and can be put anywhere among them."""
 
-    def __next__(self) -> dict[str, NDArray[Any]]: ...
-    def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]: ...
+    def __next__(self) -> Batch: ...
+    def __iter__(self) -> Iterator[Batch]: ...
 
     def get_state(self) -> dict[str, Any]:
         """A small JSON value. Those of all shards, merged by union, are the state of the whole."""
@@ -78,14 +77,8 @@ class BatchIterator(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardBatches:
-    """A shard of the batches."""
-
-    begin: Callable[[], BatchIterator]
-    """Gives an iterator that stands before the first batch."""
-    facts: Facts
-    """What there is to say about the whole split, as far as this shard shows it."""
+# What gives an iterator before the first batch of a shard, and what the shard shows of the split.
+ShardBatches = tuple[Callable[[], BatchIterator], Facts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +102,13 @@ class Batches:
         Raises:
             DataError: the rows cannot be dealt out evenly, or the data cannot be used.
         """
-        return self.part(shard).begin()
+        begin, _ = self.part(shard)
+        return begin()
 
     def facts(self, shard: Shard = WHOLE) -> Facts:
         """What there is to say about the split, as far as `shard` shows it; waits for nobody."""
-        return self.part(shard).facts
+        _, facts = self.part(shard)
+        return facts
 
     def __iter__(self) -> BatchIterator:
         return self.iterator()

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 from lora_jax.data.errors import DataError
-from lora_jax.data.source import Example
+from lora_jax.data.source import DataSource, Example
 from lora_jax.data.status import status
 from lora_jax.errors import nearest
+from lora_jax.models.weights.packages import cache
 
 FORMAT = "array_record"
 _CHUNK = 1024  # records read together
@@ -28,10 +29,7 @@ _CHUNK = 1024  # records read together
 
 def folder(data_dir: str | None) -> Path:
     """Where prepared data is kept: `data_dir`, or the cache folder's `data/`."""
-    if data_dir is not None:
-        return Path(data_dir).expanduser()
-    cache = os.environ.get("LORA_JAX_CACHE") or "~/.cache/lora_jax"
-    return Path(cache).expanduser() / "data"
+    return cache() / "data" if data_dir is None else Path(data_dir).expanduser()
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
@@ -78,8 +76,24 @@ def _quiet() -> Iterator[None]:
         tfds.enable_progress_bar()
 
 
-class Builder:
-    """A prepared TFDS builder as a source (`lora_jax.data.source.Source`)."""
+class TextBuilder(tfds.core.GeneratorBasedBuilder):
+    """The base of our own builders: they say their fields, and give their splits as lists."""
+
+    def fields(self) -> dict[str, Any]:
+        """The TFDS features by their names."""
+        raise NotImplementedError
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = sys.modules[type(self).__module__].__doc__
+        features = tfds.features.FeaturesDict(self.fields())
+        return tfds.core.DatasetInfo(builder=self, description=text, features=features)
+
+    def _generate_examples(self, pipeline: Any) -> Any:  # TFDS wants it; the splits are lists
+        raise NotImplementedError
+
+
+class Builder(DataSource):
+    """A prepared TFDS builder as a source; a slice of a split, `train[:90%]`, can be read too."""
 
     def __init__(
         self, builder: tfds.core.DatasetBuilder, name: str, notes: tuple[str, ...] = ()
@@ -95,11 +109,7 @@ class Builder:
         self._builder = builder
         self.name = name
         self.notes = notes
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The names of the splits; a slice of one, `train[:90%]`, can be read too."""
-        return tuple(self._builder.info.splits)
+        self.splits = tuple(builder.info.splits)
 
     def examples(self, split: str) -> Sequence[Example]:
         """See `DataSource.examples`."""
@@ -156,13 +166,7 @@ class ArrayRecords(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._records)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             # One call reads neighbours together: five times as fast as one by one.
             rows = self._records.__getitems__(range(*index.indices(len(self))))

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from lora_jax.data.builders import FORMAT, Builder, folder
 from lora_jax.data.errors import DataError
-from lora_jax.data.files import Files, is_file
+from lora_jax.data.files import SUFFIXES, Files
 from lora_jax.data.reviews import NOTE as REVIEWS_NOTE
 from lora_jax.data.reviews import MovieReviews
 from lora_jax.data.source import DataSource
@@ -47,7 +47,7 @@ def open_source(name: str, data_dir: str | None = None) -> DataSource:
         return Builder(builder(data_dir=folder(data_dir)), name, (note,))
     if name.startswith("tfds:"):
         return _tfds(name, folder(data_dir))
-    if is_file(name):
+    if name.endswith(SUFFIXES):
         return Files(name)
     raise DataError(
         f"no data source {name!r}.\n  nearest: {', '.join(nearest(name, _OURS, 1))}\n"

@@ -97,7 +97,7 @@ def classification(
         shard.rows(batch_size)  # raises if it cannot be
         own = dataclasses.replace(table, shard=shard)
         dataset = grain.MapDataset.source(own).to_iter_dataset(IN_THREAD)
-        return ShardBatches(dataset.__iter__, facts)
+        return dataset.__iter__, facts
 
     return Batches(functools.cache(part), labels)
 

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.data.errors import DataError
-from lora_jax.data.source import Example
+from lora_jax.data.source import DataSource, Example
 from lora_jax.errors import nearest
 
-_SUFFIXES = (".jsonl", ".csv")
+SUFFIXES = (".jsonl", ".csv")
 
 
-def is_file(name: str) -> bool:
-    """Whether a source's name speaks of files.
-
-    >>> is_file("data/{split}.jsonl"), is_file("train=a.csv,test=b.csv"), is_file("reviews")
-    (True, True, False)
-    """
-    return name.endswith(_SUFFIXES)
-
-
-class Files:
-    """JSONL or CSV files, one for each split (`lora_jax.data.source.Source`).
+class Files(DataSource):
+    """JSONL or CSV files, one for each split.
 
     A name is a path with `{split}` in it, or `split=path` parts with commas between them, or a
     single path, which is the train split.
@@ -37,13 +29,8 @@ class Files:
             DataError: there are none.
         """
         self.name = name
-        self.notes: tuple[str, ...] = ()
         self._paths = _paths(name)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The names of the splits."""
-        return tuple(self._paths)
+        self.splits = tuple(self._paths)
 
     def examples(self, split: str) -> Sequence[Example]:
         """See `DataSource.examples`; the file is read whole."""
@@ -60,10 +47,6 @@ class Files:
             raise DataError(f"{path}: no examples in it")
         return rows
 
-    def classes(self, field: str) -> tuple[str, ...] | None:
-        """None: a file declares nothing."""
-        return None
-
 
 def _paths(name: str) -> dict[str, Path]:
     if "=" in name:
@@ -74,10 +57,10 @@ def _paths(name: str) -> dict[str, Path]:
     else:
         paths = {"train": Path(name).expanduser()}
     for split, path in paths.items():
-        if path.suffix not in _SUFFIXES:
+        if path.suffix not in SUFFIXES:
             raise DataError(f"{path} ({split}): expected a file that ends in .jsonl or .csv")
         if not path.is_file():
-            neighbours = [p.name for p in path.parent.glob("*") if p.suffix in _SUFFIXES]
+            neighbours = [p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES]
             raise DataError(
                 f"{path} ({split}): no such file.\n"
                 f"  nearest: {', '.join(nearest(path.name, neighbours)) or 'none in that folder'}"
@@ -89,19 +72,15 @@ def _globbed(name: str) -> dict[str, Path]:
     pattern = Path(name).expanduser()
     if "{split}" not in pattern.name or pattern.name.count("{split}") > 1:
         raise DataError(f"{name}: {{split}} has to stand once, in the file's name")
-    before, after = pattern.name.split("{split}")
-    found = sorted(p for p in pattern.parent.glob("*") if _fits(p.name, before, after))
-    if not found:
-        there = sorted(p.name for p in pattern.parent.glob("*"))[:5]
+    before, after = map(re.escape, pattern.name.split("{split}"))
+    found = {p: re.fullmatch(f"{before}(.+){after}", p.name) for p in pattern.parent.glob("*")}
+    paths = {fit.group(1): p for p, fit in sorted(found.items()) if fit}
+    if not paths:
+        there = sorted(p.name for p in found)[:5]
         raise DataError(
             f"{name}: no file fits.\n  in {pattern.parent}: {', '.join(there) or 'nothing'}"
         )
-    return {p.name[len(before) : len(p.name) - len(after)]: p for p in found}
-
-
-def _fits(name: str, before: str, after: str) -> bool:
-    longer = len(name) > len(before) + len(after)
-    return longer and name.startswith(before) and name.endswith(after)
+    return paths
 
 
 def _jsonl(path: Path) -> list[Example]:

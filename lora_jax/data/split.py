@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+KeyedRow = tuple[Any, dict[str, str]]  # a key that no other row has, fields
 
 _SIGNS = re.compile(r"[\W_]+")
 
@@ -39,3 +42,13 @@ def split_of(text: str, shares: Mapping[str, float]) -> str:
         if position < reached:
             return name
     return name  # rounding: the shares add up to a hair below 1
+
+
+def dealt(
+    rows: Iterable[KeyedRow], shares: Mapping[str, float], field: str
+) -> dict[str, list[KeyedRow]]:
+    """Return the rows of each split, which `split_of` draws by a field of theirs."""
+    splits: dict[str, list[KeyedRow]] = {name: [] for name in shares}
+    for key, row in rows:
+        splits[split_of(row[field], shares)].append((key, row))
+    return splits

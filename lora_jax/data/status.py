@@ -18,11 +18,9 @@ _LONG = 20_000  # items that take about a second
 def status(description: str) -> Iterator[None]:
     """Show `description` while the block runs: a spinner on a terminal, a line elsewhere."""
     console = rich.console.Console(stderr=True)
-    if console.is_terminal:
-        with console.status(description):
-            yield
-    else:
+    if not console.is_terminal:
         console.print(description, highlight=False, soft_wrap=True)
+    with console.status(description):
         yield
 
 
@@ -40,10 +38,6 @@ def tracked(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     console = rich.console.Console(stderr=True)
     if not console.is_terminal:
         console.print(f"{description}: {total:,} ...", highlight=False)
-        yield from items
-        return
-    with rich.progress.Progress(console=console, transient=True) as bar:
-        task = bar.add_task(description, total=total)
-        for item in items:
-            yield item
-            bar.advance(task)
+    yield from rich.progress.track(
+        items, description, total, console=console, transient=True, disable=not console.is_terminal
+    )

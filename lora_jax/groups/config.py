@@ -88,17 +88,13 @@ class GroupConfig(GroupOptions):
                 )
 
     def expand(self) -> GroupConfig:
-        """The same, with all members paused that `only` leaves out."""
-        if not self.only:
-            return self
-        members = tuple(
-            dataclasses.replace(member, paused=member.paused or not self._chosen(member.name))
-            for member in self.members
-        )
-        return dataclasses.replace(self, members=members, only=())
+        """The group itself."""
+        return self
 
-    def _chosen(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.only)
+    def waits(self, member: Member) -> bool:
+        """Whether a member is paused, or left out by `only`."""
+        chosen = not self.only or any(fnmatch.fnmatchcase(member.name, p) for p in self.only)
+        return member.paused or not chosen
 
 
 def short_hash(config: GroupConfig) -> str:

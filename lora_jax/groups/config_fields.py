@@ -71,21 +71,14 @@ def converted(value: Any, hint: Any) -> Any:
     """Return `value` as the command line would have made it for a field of type `hint`.
 
     Raises:
-      TypeError: it is of another type.
+      ValueError: it is of another type.
     """
     value = value.item() if isinstance(value, np.generic) else value
-    options = get_args(hint)
-    if get_origin(hint) in (Union, types.UnionType):
-        return _first(options, lambda option: converted(value, option))
-    if get_origin(hint) is Literal and value in options:
-        return value
-    if get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(converted(v, options[0]) for v in value)
-    if hint is float and type(value) is int:
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    raise TypeError(value)
+    value = tuple(value) if isinstance(value, list) else value
+    found = _parsed([str(v) for v in (value if isinstance(value, tuple) else (value,))], hint)
+    if found != value:  # a text that reads as a number is none
+        raise ValueError(value)
+    return found
 
 
 def read(text: str, hint: Any) -> Any:
@@ -97,21 +90,15 @@ def read(text: str, hint: Any) -> Any:
     Raises:
       ValueError: it is no value of that type.
     """
-    words = text.split() if may_be_tuple(hint) else [text]
+    return _parsed(text.split() if may_be_tuple(hint) else [text], hint)
+
+
+def _parsed(words: list[str], hint: Any) -> Any:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # our caller says what is wrong
             return tyro.cli(hint, args=["--", *words], console_outputs=False)
     except SystemExit:
-        raise ValueError(text) from None
-
-
-def _first(options: Any, attempt: Any) -> Any:
-    for option in options:
-        try:
-            return attempt(option)
-        except (TypeError, ValueError):
-            continue
-    raise TypeError(options)
+        raise ValueError(words) from None
 
 
 def may_be_tuple(hint: Any) -> bool:

@@ -2,7 +2,7 @@
 
     group = Group(members, frozen, grid, config)
     group.tick()            every live member takes its next step
-    group.pause("a")        compiles nothing; its slot stays, and nothing in it changes
+    group.member("a").paused = True    compiles nothing; nothing in its slot changes
     group.join(member)      compiles the step once more, for one member more
     group.leave("b")        likewise, for one less
 
@@ -12,7 +12,6 @@ A slot costs its share of every step, whether its member is live or not.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,17 +20,18 @@ import numpy as np
 
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.groups import batches
-from lora_jax.groups.group_program import GroupProgram, program
+from lora_jax.groups.group_program import GroupProgram
 from lora_jax.groups.members import OpenMember
-from lora_jax.groups.padded_state import HostState, unstack
+from lora_jax.groups.padded_state import HostState, only_trained, unstack
 from lora_jax.groups.step import CPU_MEMBERS
+from lora_jax.multi.stack import Scaled
 from lora_jax.training.config import MeshConfig
+from lora_jax.training.metrics import DelayedMetrics
 from lora_jax.training.run import BatchLoss, NonFiniteError
 from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Loss
 
 Tree = Any  # a pytree
-_LATE = 2  # ticks that the host is ahead of the numbers it reads
 
 
 class Group:
@@ -64,7 +64,7 @@ class Group:
         self._programs: dict[Any, GroupProgram] = {}
         self._program: GroupProgram
         self._evaluated_member: OpenMember | None = None
-        self._pending: deque[tuple[list[tuple[int, OpenMember, int, int]], Any]] = deque()
+        self._delayed = DelayedMetrics()
         self._held: HostState | None = None
         self.compile_seconds = 0.0
         self._fill(members)
@@ -89,14 +89,6 @@ class Group:
         gone = [self.member(name) for name in names]
         self._fill([member for member in self.members if member not in gone])
         return gone
-
-    def pause(self, name: str) -> None:
-        """It takes no step until `resume`."""
-        self.member(name).paused = True
-
-    def resume(self, name: str) -> None:
-        """It takes steps again."""
-        self.member(name).paused = False
 
     def member(self, name: str) -> OpenMember:
         """By its name."""
@@ -129,8 +121,8 @@ class Group:
             rows.append(self._marked(member, batch))
         state, values = self._program.step(*self._arguments(rows))
         self._state, self._held = state, None
-        self._pending.append((lines, values))
-        self._report(_LATE)
+        for line in self._delayed.push({"moved": lines}, values):
+            self._report(**line)
         spent = time.monotonic() - began - (self.compile_seconds - compiled)
         for _, member, *_ in lines:
             member.run.notes.add("train", spent)
@@ -139,9 +131,11 @@ class Group:
     def settle(self) -> None:
         """Report every step taken so far, which waits for the devices."""
         began = time.monotonic()
-        moving = {id(m): m for lines, _ in self._pending for _, m, *_ in lines}
-        self._report(0)
-        for member in moving.values():
+        moving = set[OpenMember]()
+        for line in self._delayed.flush():
+            self._report(**line)
+            moving |= {member for _, member, *_ in line["moved"]}
+        for member in moving:
             member.run.notes.add("train", time.monotonic() - began)
 
     def compiled(self) -> jax.stages.Compiled:
@@ -161,20 +155,17 @@ class Group:
 
     def batch_loss(self, member: OpenMember, trained: Trained | None = None) -> BatchLoss:
         """Return the loss of a batch for a member, by its parameters now or by `trained`."""
-        state_shapes, place = self._program.state_shapes, self._program.place
-        arrays = (
-            self._slot(member)
-            if trained is None
-            else state_shapes.pad(member.trained_host(trained))
-        )
-        ours = state_shapes.trained(arrays)
-        scales = jax.device_put(member.settings(self._program.layout).scales, place.whole)
-        marks = jax.device_put(member.marks if self._program.marked else {}, place.whole)
         program, frozen = self._program, self._frozen
+        scales = member.settings(program.layout).scales
+        scales, marks = jax.device_put(
+            (scales, member.marks if program.marked else {}), program.place.whole
+        )
+        ours = self._padded(member, trained)
+        scaled = {**ours, "adapters": Scaled(ours["adapters"], scales)}
 
         def batch_loss(batch: Any) -> Loss:
             self._evaluated_member = member
-            found: Loss = program.batch_loss(ours, scales, frozen, {**batch, **marks})
+            found: Loss = program.batch_loss(scaled, frozen, {**batch, **marks})
             self._evaluated_member = None
             return found
 
@@ -182,14 +173,10 @@ class Group:
 
     def difference(self, member: OpenMember, trained: Trained, batch: Any) -> float:
         """Largest |merged - unmerged| output of a member with `trained`, on a placed batch."""
-        state_shapes, scales = (
-            self._program.state_shapes,
-            member.settings(self._program.layout).scales,
-        )
-        ours = state_shapes.trained(state_shapes.pad(member.trained_host(trained)))
+        scales = member.settings(self._program.layout).scales
+        ours = self._padded(member, trained)
         adapters = {p: f._replace(b=f.b * scales[p]) for p, f in ours["adapters"].items()}
-        ours = {**ours, "adapters": adapters}
-        return float(self._program.difference(ours, self._frozen, batch))
+        return float(self._program.difference({**ours, "adapters": adapters}, self._frozen, batch))
 
     # ---- within
 
@@ -212,7 +199,7 @@ class Group:
 
     def _program_of(self, members: Sequence[OpenMember]) -> GroupProgram:
         """The one there is, where the members' common shapes are as before."""
-        found = program(members, self._grid, self._config, self._at_once, self._compiling)
+        found = GroupProgram(members, self._grid, self._config, self._at_once, self._compiling)
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), found.state_shapes.like)
         known = (found.layout, found.marked, str(shapes))
         return self._programs.setdefault(known, found)
@@ -240,15 +227,20 @@ class Group:
             self._held = self._program.state_shapes.host(self._state)
         return unstack(self._held, self.members.index(member))
 
-    def _report(self, keep: int) -> None:
-        while len(self._pending) > keep:
-            lines, values = self._pending.popleft()
-            read = {name: np.asarray(value) for name, value in values.items()}
-            for index, member, step, units in lines:
-                if member.error is None:
-                    own = {name: value[index].item() for name, value in read.items()}
-                    try:
-                        member.run.report({"step": step, "units": units, **own})
-                    except NonFiniteError as error:
-                        member.error = str(error)
-                        self._stopped(member)
+    def _padded(self, member: OpenMember, trained: Trained | None) -> Trained:
+        """`trained`, or what the member trains now, in the common shapes."""
+        shapes = self._program.state_shapes
+        if trained is None:
+            return shapes.trained(self._slot(member))
+        return shapes.trained(shapes.pad(member.state_shapes.host(only_trained(trained))))
+
+    def _report(self, moved: list[tuple[int, OpenMember, int, int]], **values: list[Any]) -> None:
+        """Write one tick: who moved (slot, member, step, units), and the values of all slots."""
+        for index, member, step, units in moved:
+            if member.error is None:
+                own = {name: value[index] for name, value in values.items()}
+                try:
+                    member.run.report({"step": step, "units": units, **own})
+                except NonFiniteError as error:
+                    member.error = str(error)
+                    self._stopped(member)

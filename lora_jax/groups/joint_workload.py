@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.groups import batches
 from lora_jax.groups.members import OpenMember, workload_settings
 from lora_jax.training.config import ConfigError
 from lora_jax.training.workload import Workload
@@ -51,14 +50,18 @@ def joined(members: Sequence[OpenMember], example: Any) -> tuple[Workload, bool]
     return whole, marked
 
 
-def check_padding(members: Sequence[OpenMember], workload: Workload, marked: bool) -> None:
+def check_padding(
+    members: Sequence[OpenMember],
+    filled: Mapping[str, np.ndarray],
+    workload: Workload,
+    marked: bool,
+) -> None:
     """Raise unless what fills up a batch has no weight in the loss.
 
     Args:
+      filled: the members' first batches, as `batches.together` gives them.
       workload, marked: as `joined` gives them.
     """
-    names = [member.name for member in members]
-    filled = batches.together(names, [member.example for member in members])
 
     @jax.jit
     def weight(batch: Any) -> jax.Array:
@@ -99,15 +102,15 @@ def _check_joinable(members: Sequence[OpenMember]) -> None:
 
 
 def _unlike(members: Sequence[OpenMember]) -> str:
-    first = paths.shapes(members[0].run.setup.workload.params)
-    for member in members[1:]:
-        for path, shape in paths.shapes(member.run.setup.workload.params).items():
-            if first.get(path) != shape:
-                return (
-                    f"{path!r}: {first.get(path)} in {members[0].name!r}, {shape} in "
-                    f"{member.name!r}"
-                )
-    return ""
+    own = {m.name: paths.shapes(m.run.setup.workload.params) for m in members}
+    first, known = next(iter(own.items()))
+    unlike = (
+        f"{path!r}: {known.get(path)} in {first!r}, {shape} in {name!r}"
+        for name, shapes in own.items()
+        for path, shape in shapes.items()
+        if known.get(path) != shape
+    )
+    return next(unlike, "")
 
 
 def _program(workload: Workload, batch: Any) -> str:

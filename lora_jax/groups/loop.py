@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from lora_jax.groups.group_checkpoints import GroupCheckpoint, GroupCheckpoints
 from lora_jax.groups.members import Opener, OpenMember, workload_settings
 from lora_jax.groups.progress import GroupDisplay
 from lora_jax.training import directory, processes, summary
+from lora_jax.training.checkpoints import steps_in
 from lora_jax.training.config import Config, ConfigError, MeshConfig
 from lora_jax.training.directory import Summary
 from lora_jax.training.evaluation import first_batch
@@ -91,7 +93,7 @@ def run(
 
 
 def _configs(config: GroupConfig, path: pathlib.Path) -> dict[str, Config]:
-    """Each member that is not paused, as a run of its own in its directory."""
+    """Each member that does not wait, as a run of its own in its directory."""
     found = {}
     for member in config.members:
         own = member.config
@@ -140,10 +142,8 @@ class _Loop(contextlib.ExitStack):
 
     def _open(self, opener: Opener, configs: dict[str, Config]) -> list[OpenMember]:
         """The members, at a moment of the past that all share if there is one."""
-        there = {name: _steps(self._path / name) for name in configs}
-        checkpoint = self._checkpoints.newest(
-            {name: steps for name, steps in there.items() if steps}
-        )
+        there = {name: steps_in(self._path / name / "checkpoints") for name in configs}
+        checkpoint = self._checkpoints.newest({n: steps for n, steps in there.items() if steps})
         slots = [] if checkpoint is None else checkpoint.slots
         steps = {} if checkpoint is None else checkpoint.steps
         # Who had a slot has it again, also if it has come to its end since: so the programs are
@@ -215,14 +215,12 @@ class _Loop(contextlib.ExitStack):
                 group.settle()
             for member in due:
                 if member.error is None:
-                    self._validate(group, member)
+                    run, trained = member.run, functools.partial(group.trained, member)
+                    run.validate(member.step, group.batch_loss(member), trained)
             if save or any(m.left == 0 for m in moved):
                 self._save(group)
             if stop:
                 raise processes.Preempted(f"every member of {self._path}")
-
-    def _validate(self, group: Group, member: OpenMember) -> None:
-        member.run.validate(member.step, group.batch_loss(member), lambda: group.trained(member))
 
     def _save(self, group: Group) -> None:
         """Checkpoint every member that goes on or has just come to its end."""
@@ -267,10 +265,3 @@ def _slots(members: Sequence[OpenMember]) -> list[str]:
         return []
     worth = free * max(left) >= WORTH
     return [m.name for m, steps in zip(members, left, strict=True) if steps or not worth]
-
-
-def _steps(run: pathlib.Path) -> list[int]:
-    """The steps of a run's whole checkpoints."""
-    folder = run / "checkpoints"
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal())

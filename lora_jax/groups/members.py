@@ -17,7 +17,7 @@ from lora_jax.checkpoint.fingerprint import Fingerprint, differences
 from lora_jax.checkpoint.fingerprint import fingerprint as fingerprint_of
 from lora_jax.errors import listed
 from lora_jax.frozen import split
-from lora_jax.groups.padded_state import HostState, StateShapes, only_trained
+from lora_jax.groups.padded_state import HostState, StateShapes
 from lora_jax.groups.step import Settings
 from lora_jax.layout import Layout
 from lora_jax.resolve import resolve
@@ -27,7 +27,6 @@ from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config, ConfigError, OptimizerConfig
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.run import Run, Setup
-from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Batch, Workload
 
 Tree = Any  # a pytree
@@ -87,10 +86,6 @@ class OpenMember:
             np.bool_(self.config.on_nonfinite == "skip"),
         )
 
-    def trained_host(self, trained: Trained) -> HostState:
-        """Trained parameters of this member as arrays on the host."""
-        return self.state_shapes.host(only_trained(trained))
-
 
 @dataclasses.dataclass(frozen=True)
 class SharedBase:
@@ -126,7 +121,6 @@ class Opener(contextlib.ExitStack):
     def __init__(self, grid: jax.sharding.Mesh, report: Callable[[str], None]) -> None:
         super().__init__()
         self._grid, self._report = grid, report
-        self._begin: dict[Any, Callable[..., State]] = {}
         self._sources: dict[Any, OpenedWorkload] = {}
         self.base: SharedBase | None = None
 
@@ -163,11 +157,10 @@ class Opener(contextlib.ExitStack):
             checkpoints.forget_after(newest)
         run = Run(setup, workload.train(mesh.shard_of(self._grid)), checkpoints)
         self.callback(run.close)
-        state = run.begin(
-            self._fresh(setup, state_shapes, trainable, key)
-            if checkpoints.latest is None
-            else state_shapes.like
-        )
+        where = jax.tree.map(lambda x: x.sharding, state_shapes.like)
+        fresh = jax.jit(step.fresh(layout, TX, lora.init), out_shardings=where)
+        new = checkpoints.latest is None
+        state = run.begin(fresh(trainable, key) if new else state_shapes.like)
         return OpenMember(name, run, state_shapes, state_shapes.host(state), example, run.start)
 
     def _source(self, config: Config) -> OpenedWorkload:
@@ -183,17 +176,6 @@ class Opener(contextlib.ExitStack):
         if workload.common is not None:
             self._sources[known] = source
         return source
-
-    def _fresh(
-        self, setup: Setup, state_shapes: StateShapes, trainable: dict[str, Any], key: jax.Array
-    ) -> State:
-        """Compiled once for members that differ in settings and seed alone."""
-        init = setup.config.adaptation.init
-        known = (setup.layout, init, tuple((p, x.shape) for p, x in trainable.items()))
-        if known not in self._begin:
-            where = jax.tree.map(lambda x: x.sharding, state_shapes.like)
-            self._begin[known] = jax.jit(step.fresh(setup.layout, TX, init), out_shardings=where)
-        return self._begin[known](trainable, key)
 
     def _trainable(
         self, name: str, workload: Workload, place: mesh.Placement, patterns: Sequence[str]

@@ -51,21 +51,15 @@ class StepMemory(NamedTuple):
 
 
 def fit(
-    needed: StepMemory,
-    shared: float,
-    members: int,
-    memory: float,
-    total: int | None = None,
-    at_once: int | None = None,
+    needed: StepMemory, shared: float, members: int, memory: float, at_once: int | None = None
 ) -> Fit:
     """The groups that `members` are trained in.
 
     Args:
       needed: of the step compiled for `members` of them (`of_step`).
       shared: bytes on a device of what they share, the frozen base.
-      members: that the step was compiled for.
+      members: that the step was compiled for, and that are to be trained.
       memory: bytes that a device has (`available`, or what the user allows).
-      total: members that are to be trained. None: as many.
       at_once: as in `group_step`. None: all.
 
     Raises:
@@ -74,23 +68,22 @@ def fit(
     >>> print(fit(StepMemory(9e9), 1e9, members=16, memory=8e9))
     16 members in 2 groups of at most 8: 5.00 GB of 8.00 GB at a time
     """
-    total = members if total is None else total
     at_once = members if at_once is None else at_once
     own = max(needed.bytes - needed.between - shared, 0) / members
 
     def taken(size: int) -> float:
         return shared + size * own + needed.between * min(size, at_once) / at_once
 
-    most = max((size for size in range(1, total + 1) if taken(size) <= memory), default=0)
+    most = max((size for size in range(1, members + 1) if taken(size) <= memory), default=0)
     if most < 1:
         raise ConfigError(
             f"one member needs {in_units(taken(1))}, and there are {in_units(memory)}. Lower "
             "data.batch_size or data.max_length, raise accumulate, set model.remat, or say with "
             "--memory that there is more"
         )
-    groups = -(-total // most)
-    size = -(-total // groups)
-    return Fit(total, size, taken(size), memory)
+    groups = -(-members // most)
+    size = -(-members // groups)
+    return Fit(members, size, taken(size), memory)
 
 
 def of_step(compiled: jax.stages.Compiled) -> StepMemory:

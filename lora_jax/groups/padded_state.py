@@ -63,21 +63,17 @@ class StateShapes:
 
     def state(self, arrays: HostState) -> State:
         """Arrays of this form on their devices."""
-        placed: State = _placed(self.like, arrays, lambda leaf: leaf.sharding)
-        return placed
+        return _placed(self.like, arrays, lambda leaf: leaf.sharding)
 
     def trained(self, arrays: HostState) -> Trained:
         """What is trained of the arrays of this form, on its devices."""
-        placed: State = _placed(only_trained(self.like.trained), arrays, lambda x: x.sharding)
-        return placed.trained
+        return _placed(only_trained(self.like.trained), arrays, lambda x: x.sharding).trained
 
     def stack(self, members: Sequence[HostState], mesh: Mesh) -> State:
         """The states of N members, all of this form, as one with a leading axis [N]."""
         arrays = {path: np.stack([m[path] for m in members]) for path in members[0]}
-        placed: State = _placed(
-            self.like, arrays, lambda leaf: stacked_sharding(mesh, leaf.sharding)
-        )
-        return placed
+        # Each device has its part of every member.
+        return _placed(self.like, arrays, lambda x: NamedSharding(mesh, P(None, *x.sharding.spec)))
 
 
 def only_trained(trained: Trained) -> State:
@@ -86,24 +82,20 @@ def only_trained(trained: Trained) -> State:
     return State(trained, nothing, nothing, nothing, nothing)
 
 
-def _placed(like: Tree, arrays: HostState, where: Callable[[Any], Any]) -> Tree:
+def _placed(like: State, arrays: HostState, where: Callable[[Any], Any]) -> State:
     def put(path: Any, leaf: Any) -> Any:
         value: Any = arrays[path]
         if _is_key(leaf):
             value = jax.random.wrap_key_data(value)  # of the default kind, as all keys here
         return jax.device_put(value, where(leaf))
 
-    return jax.tree_util.tree_map_with_path(put, like)
+    placed: State = jax.tree_util.tree_map_with_path(put, like)
+    return placed
 
 
 def unstack(arrays: HostState, index: int) -> HostState:
     """Member `index` of a stack."""
     return {path: array[index] for path, array in arrays.items()}
-
-
-def stacked_sharding(mesh: Mesh, sharding: NamedSharding) -> NamedSharding:
-    """Where the stack of arrays lies that lie so alone: each device has its part of all."""
-    return NamedSharding(mesh, P(None, *sharding.spec))
 
 
 def _leaves(tree: Tree) -> list[tuple[Any, Any]]:

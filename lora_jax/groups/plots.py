@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import pathlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lora_jax.groups import member_names
 from lora_jax.groups.comparison import ComparedRun, Results
 
+DrawPanel = Callable[[Any], None]  # draws into a set of axes
+
 _FIRST = "optimizer.learning_rate"  # what lies along the axis, if it is among what was varied
-_LINES = 16  # more have no legend that can be read
+_LINES = 17  # with the best of them; more have no legend that can be read
 _DASHES = ("-", "--", ":", "-.")
 _COLUMNS = 4
 _BEST = {"marker": "*", "markersize": 18, "color": "gold", "markeredgecolor": "black", "zorder": 5}
-
-
-def draw(path: pathlib.Path, results: Results) -> None:
-    """Write the picture."""
-    figure_of(results).savefig(path, dpi=120)
 
 
 def figure_of(results: Results) -> Figure:
@@ -34,31 +30,39 @@ def figure_of(results: Results) -> Figure:
     Of a sweep: the score over the learning rate (or another number), a line for each combination of
     the other fields; over seeds the mean, and the range as a band. Of tasks: a panel each.
     """
-    along = _along(results)
-    if results.tasks:
-        return _tasks(results)
-    return _bars(results) if along is None else _lines(results, along)
+    return _figure(results, [draw for _, draw in _panels(results)])
 
 
 def figures_of(results: Results) -> list[tuple[str, Figure]]:
     """The same, each panel a picture of its own: (the split or the task in it, the picture)."""
-    along = _along(results)
+    return [(name, _figure(results, [draw])) for name, draw in _panels(results)]
+
+
+def _panels(results: Results) -> list[tuple[str, DrawPanel]]:
+    """What each panel is called, and what draws it into a set of axes."""
     if results.tasks:
-        found = [(row.name, _new(4.6, 3.6)) for row in results.rows]
-        for row, (_, figure) in zip(results.rows, found, strict=True):
-            _task(figure.subplots(), row)
-        return found
+        return [(row.name, functools.partial(_task, row=row)) for row in results.rows]
+    along = _along(results)
     if along is None:
-        return [("all runs", _bars(results))]
-    found = [(split, _new(4.6, 3.8)) for split in _splits(results)]
-    for split, figure in found:
-        panel = figure.subplots()
-        _split(panel, results, along, split)
-        panel.set_ylabel(results.rows[0].select)
-        if _has_legend(results, along):
-            handles = panel.get_legend_handles_labels()
-            figure.legend(*handles, loc="outside lower center", ncols=3)
-    return found
+        return [("all runs", functools.partial(_dots, results=results))]
+    draw = functools.partial(_split, results=results, along=along)
+    splits = results.splits or ("validation",)
+    return [(split, functools.partial(draw, split=split)) for split in splits]
+
+
+def _figure(results: Results, panels: Sequence[DrawPanel]) -> Figure:
+    columns = min(len(panels), _COLUMNS)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.8 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=not results.tasks).flatten()
+    for axis, draw in zip(axes, panels, strict=False):
+        draw(axis)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    handles, labels = axes[0].get_legend_handles_labels()
+    if axes[0].get_legend() is None and 1 < len(labels) <= _LINES:
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
 
 
 def _along(results: Results) -> str | None:
@@ -71,49 +75,13 @@ def _along(results: Results) -> str | None:
     return next((p for p in (_FIRST, *results.varied) if p in results.varied and fits(p)), None)
 
 
-def _new(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _lines(results: Results, along: str) -> Figure:
-    splits, legend = _splits(results), _has_legend(results, along)
-    figure = _new(5.2 * len(splits) + (1.2 if _others(results, along) else 0), 4.2)
-    panels = figure.subplots(1, len(splits), squeeze=False, sharey=True)[0]
-    for panel, split in zip(panels, splits, strict=True):
-        _split(panel, results, along, split)
-    panels[0].set_ylabel(results.rows[0].select)
-    if legend:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-def _splits(results: Results) -> tuple[str, ...]:
-    return results.splits or ("validation",)
-
-
-def _others(results: Results, along: str) -> list[str]:
-    """The fields that tell the lines apart."""
-    return [path for path in results.varied if path not in (along, "seed")]
-
-
-def _groups(results: Results, along: str) -> dict[tuple[Any, ...], list[ComparedRun]]:
-    """The runs of each line, by its values of those fields."""
+def _split(panel: Any, results: Results, along: str, split: str) -> None:
+    """The lines of one split, each of the runs that differ in nothing but `along` and the seed."""
+    short = {path: member_names.shortest(path, results.varied) for path in results.varied}
+    others = [path for path in results.varied if path not in (along, "seed")]
     groups = defaultdict[tuple[Any, ...], list[ComparedRun]](list)
     for row in results.rows:
-        groups[tuple(row.values[path] for path in _others(results, along))].append(row)
-    return groups
-
-
-def _has_legend(results: Results, along: str) -> bool:
-    return bool(_others(results, along)) and len(_groups(results, along)) <= _LINES
-
-
-def _split(panel: Any, results: Results, along: str, split: str) -> None:
-    """The lines of one split."""
-    short = {path: member_names.shortest(path, results.varied) for path in results.varied}
-    groups, others = _groups(results, along), _others(results, along)
+        groups[tuple(row.values[path] for path in others)].append(row)
     for style, (values, rows) in zip(_styles(list(groups)), groups.items(), strict=True):
         label = ", ".join(
             f"{short[p]} {member_names.label(v)}" for p, v in zip(others, values, strict=True)
@@ -121,7 +89,8 @@ def _split(panel: Any, results: Results, along: str, split: str) -> None:
         _line(panel, rows, along, split, label=label, **style)
     _mark(panel, results, along, split)
     _scale(panel, sorted({row.values[along] for row in results.rows}))
-    panel.set(xlabel=short[along].replace("_", " "), title=split)
+    panel.set(xlabel=short[along].replace("_", " "), ylabel=results.rows[0].select, title=split)
+    panel.label_outer()
     panel.grid(alpha=0.3)
 
 
@@ -171,11 +140,10 @@ def _scale(panel: Any, places: Sequence[float]) -> None:
     panel.set_xticklabels([member_names.label(float(x)) for x in places])
 
 
-def _bars(results: Results) -> Figure:
+def _dots(panel: Any, results: Results) -> None:
     """Where nothing that was varied is a number: a dot for each run, the best on top."""
     rows = sorted(results.rows, key=lambda row: row.rank)
-    figure = _new(7, 1.2 + 0.35 * len(rows))
-    panel = figure.subplots()
+    panel.figure.set_size_inches(7, 1.2 + 0.35 * len(rows))
     for split, marker in zip(results.splits, "oxs", strict=False):
         scores = [math.nan if (s := row.score(split)) is None else s for row in rows]
         panel.plot(scores, range(len(rows)), marker, label=split)
@@ -183,19 +151,6 @@ def _bars(results: Results) -> Figure:
     panel.set(xlabel=rows[0].select)
     panel.grid(alpha=0.3)
     panel.legend()
-    return figure
-
-
-def _tasks(results: Results) -> Figure:
-    columns = min(len(results.rows), _COLUMNS)
-    lines = -(-len(results.rows) // columns)
-    figure = _new(4 * columns, 3.6 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    for panel, row in zip(panels, results.rows, strict=False):
-        _task(panel, row)
-    for panel in panels[len(results.rows) :]:
-        panel.set_axis_off()
-    return figure
 
 
 def _task(panel: Any, row: ComparedRun) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +25,6 @@ class GroupDisplay(Bar):
         fields: dict[str, Any] = {"loss": "-", "speed": "-", "live": ""}
         self._task = self.bar.add_task("train", total=None, **fields)
         self._losses: dict[str, float] = {}
-        self._recent = deque[tuple[float, int]](maxlen=50)  # (time, steps of all members)
 
     def of(self, name: str) -> Lines:
         """Where the run of a member shows its lines."""
@@ -46,17 +43,15 @@ class GroupDisplay(Bar):
           live: the members that took a step.
         """
         taken, total = (sum(column) for column in zip(*steps, strict=True))
-        now = time.monotonic()
-        self._recent.append((now, taken))
-        since, before = self._recent[0]  # the first tick, which compiles, is not counted
-        speed = (taken - before) / max(now - since, 1e-9)
+        self.bar.update(self._task, completed=taken, total=total)
+        speed = self.bar.tasks[0].speed  # the first tick, which compiles, is not counted
         losses = [self._losses[name] for name in live if name in self._losses]
         numbers: dict[str, Any] = {
             "loss": f"{statistics.fmean(losses):.4f}" if losses else "-",
             "speed": f"{speed:,.1f} steps/s" if speed else "-",
             "live": f"{len(live)} of {len(steps)} members",
         }
-        self.bar.update(self._task, completed=taken, total=total, **numbers)
+        self.bar.update(self._task, **numbers)
         if not self.console.is_terminal and (tick % self._every == 0 or taken == total):
             self.say(
                 f"step {taken}/{total} of all  mean loss {numbers['loss']}  {numbers['speed']}  "

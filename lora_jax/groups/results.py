@@ -18,18 +18,18 @@ from rich.table import Table
 
 from lora_jax.groups import member_names
 from lora_jax.groups.comparison import ComparedRun, Results, dotted, gather
-from lora_jax.groups.plots import draw
+from lora_jax.groups.plots import figure_of
 from lora_jax.training.directory import Summary, write_json, write_whole
 
 
 def show(summaries: Sequence[Summary], console: Console) -> None:
     """Print the members; those of a sweep the best first, and marked."""
-    found = listing(gather(summaries))
+    results = gather(summaries)
+    found = listing(results)
     table = Table(title=found.title)
     for name in found.columns:
-        text = name in found.texts
-        whole = name in found.whole
-        table.add_column(name, justify="left" if text else "right", no_wrap=whole)
+        justify: Any = "left" if name in found.texts else "right"
+        table.add_column(name, justify=justify, no_wrap=name in results.splits)
     for number, row in enumerate(found.rows):
         table.add_row(*row, style="bold green" if number == found.best else None)
     console.print(table)
@@ -39,7 +39,7 @@ def show(summaries: Sequence[Summary], console: Console) -> None:
 class Listing:
     """The members as a table of texts.
 
-    texts: the columns that are no numbers. whole: those whose cells are not to be broken.
+    texts: the columns that are no numbers.
     best: the number of the row of the best member, if one is.
     """
 
@@ -47,7 +47,6 @@ class Listing:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     texts: tuple[str, ...] = ()
-    whole: tuple[str, ...] = ()
     best: int | None = None
 
 
@@ -74,7 +73,7 @@ def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
         },
     )
     _write_csv(path / "results.csv", [_flat_row(row) for row in results.rows])
-    draw(path / "results.png", results)
+    figure_of(results).savefig(path / "results.png", dpi=120)
 
 
 def _of_sweep(results: Results) -> Listing:
@@ -116,7 +115,6 @@ def _of_tasks(results: Results) -> Listing:
             for row in results.rows
         ),
         texts=("task",),
-        whole=results.splits,
     )
 
 

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from lora_jax.layout import Layout
 from lora_jax.training.optimizer import Hyper, adamw
-from lora_jax.training.state import State, Trained
-from lora_jax.training.step import evaluation_step, train_step
-from lora_jax.training.workload import Loss, Workload
+from lora_jax.training.state import State
+from lora_jax.training.step import train_step
+from lora_jax.training.workload import Workload
 
 Tree = Any  # a pytree
 Scales = dict[str, Any]  # path -> alpha / rank; 0 where a member does not adapt the path
@@ -63,34 +63,20 @@ def group_step(
       at_once: members that are stepped as one, after which the next are. None: all.
     """
 
-    def member(
-        state: State, settings: Settings, active: jax.Array, frozen: Tree, batch: Any
-    ) -> tuple[State, dict[str, jax.Array]]:
-        tx = adamw(settings.hyper)
-        take = train_step(workload, layout, tx, "skip", parts, settings.scales)
-        new, metrics = take(state, frozen, batch)
-        go = active & (settings.skip | (state.skipped == 0))
-        return jax.tree.map(lambda x, old: jnp.where(go, x, old), new, state), metrics
-
     def step(
         state: State, settings: Settings, active: jax.Array, frozen: Tree, batch: Any
     ) -> tuple[State, dict[str, jax.Array]]:
-        def one(own: Any) -> tuple[State, dict[str, jax.Array]]:
+        def member(own: Any) -> tuple[State, dict[str, jax.Array]]:
             state, settings, active, batch = own
-            return member(state, settings, active, frozen, batch)
+            tx = adamw(settings.hyper)
+            take = train_step(workload, layout, tx, "skip", parts, settings.scales)
+            new, metrics = take(state, frozen, batch)
+            go = active & (settings.skip | (state.skipped == 0))
+            return jax.tree.map(lambda x, old: jnp.where(go, x, old), new, state), metrics
 
         own = (state, settings, active, batch)
         if at_once is None or at_once >= len(active):
-            return jax.vmap(one)(own)
-        return jax.lax.map(one, own, batch_size=at_once)
+            return jax.vmap(member)(own)
+        return jax.lax.map(member, own, batch_size=at_once)
 
     return step
-
-
-def group_evaluation(workload: Workload, layout: Layout) -> Callable[..., Loss]:
-    """`evaluate(trained, scales, frozen, batch) -> Loss` for one member in the common shapes."""
-
-    def evaluate(trained: Trained, scales: Scales, frozen: Tree, batch: Any) -> Loss:
-        return evaluation_step(workload, layout, scales)(trained, frozen, batch)
-
-    return evaluate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -16,6 +16,7 @@ from lora_jax.training.config import Config, ConfigError, check_lora_counts, req
 from lora_jax.training.config_json import first_name
 
 Grid = Mapping[str, Sequence[Any] | str]
+Converter = Callable[[Any, Any], Any]  # (value or text, type) -> value
 Point = dict[str, Any]  # path -> value
 # What is said of a group as a whole, and so not of its members.
 _OF_GROUP = ("run_dir", "fresh", "mesh", "processes")
@@ -87,7 +88,7 @@ class SweepConfig(GroupOptions):
           ConfigError: a field that is not there, a value of another type, the same member twice.
         """
         grid = {path: self._listed(path, found) for path, found in self.grid.items()}
-        cases = [{p: self._value(p, v, "cases") for p, v in case.items()} for case in self.cases]
+        cases = [{p: self._made(p, v, "cases") for p, v in case.items()} for case in self.cases]
         both = [path for case in cases for path in case if path in grid]
         require(not both, "grid", both, "of other fields than cases")
         combined = itertools.product(*grid.values())
@@ -107,7 +108,7 @@ class SweepConfig(GroupOptions):
             for name, point in zip(member_names.names(named), points, strict=True)
         )
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(GroupOptions)}
-        return GroupConfig(members=members, **options).expand()
+        return GroupConfig(members=members, **options)
 
     def _with(self, point: Point) -> Config:
         config = self.base
@@ -119,27 +120,21 @@ class SweepConfig(GroupOptions):
         return config
 
     def _listed(self, path: str, found: Sequence[Any] | str) -> list[Any]:
-        hint = config_fields.field_type(self.base, path, "grid")
+        make: Converter = config_fields.converted
         if isinstance(found, str):
+            hint = config_fields.field_type(self.base, path, "grid")
             apart = ";" if ";" in found or config_fields.may_be_tuple(hint) else ","
-            found = [self._read(path, text.strip(), hint) for text in found.split(apart)]
-        require(bool(found), f"grid: {path}", found, "at least one value")
-        return [self._value(path, value, "grid") for value in found]
+            make, found = config_fields.read, [text.strip() for text in found.split(apart)]
+        require(len(found) > 0, f"grid: {path}", found, "at least one value")
+        return [self._made(path, value, "grid", make) for value in found]
 
-    def _read(self, path: str, text: str, hint: Any) -> Any:
-        try:
-            return config_fields.read(text, hint)
-        except ValueError:
-            raise self._misfit(path, text, hint, "grid") from None
-
-    def _value(self, path: str, value: Any, where: str) -> Any:
+    def _made(
+        self, path: str, value: Any, where: str, make: Converter = config_fields.converted
+    ) -> Any:
         hint = config_fields.field_type(self.base, path, where)
         try:
-            return config_fields.converted(value, hint)
-        except TypeError:
-            raise self._misfit(path, value, hint, where) from None
-
-    def _misfit(self, path: str, value: Any, hint: Any, where: str) -> ConfigError:
-        return ConfigError(
-            f"{where}: {path} must be {config_fields.type_name(hint)}, got {value!r}"
-        )
+            return make(value, hint)
+        except ValueError:
+            raise ConfigError(
+                f"{where}: {path} must be {config_fields.type_name(hint)}, got {value!r}"
+            ) from None

@@ -37,6 +37,14 @@ CheckpointNotes = dict[str, Any]  # JSON values
 _log = logging.getLogger(__name__)
 
 
+def steps_in(directory: pathlib.Path) -> list[int]:
+    """The steps of a run's checkpoints, ascending; a directory that is not there has none.
+
+    By the names alone, which Orbax gives to what is whole.
+    """
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last one when it closes."""
 
@@ -106,13 +114,13 @@ class Checkpoints:
         It waits for the one that is being written.
         """
         self.wait()
-        return max(self._steps(), default=None)
+        return max(steps_in(self._directory), default=None)
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints of later steps. To be called before anything is saved."""
 
         def delete() -> None:
-            for later in [found for found in self._steps() if found > step]:
+            for later in [found for found in steps_in(self._directory) if found > step]:
                 shutil.rmtree(self._directory / str(later))
 
         processes.by_first(delete)
@@ -142,7 +150,7 @@ class Checkpoints:
             structure than `like`.
         """
         abstract, damaged = jax.tree.map(_abstract, like), dict[int, str]()
-        for step in reversed(self._steps()):
+        for step in reversed(steps_in(self._directory)):
             found = self._restore(step, abstract)
             if not isinstance(found, str):
                 self._set_aside(damaged, step)
@@ -184,11 +192,6 @@ class Checkpoints:
         (self._directory / str(step)).rename(self._directory / free)
         return free
 
-    def _steps(self) -> list[int]:
-        """Ascending. By the names alone, which Orbax gives to what is whole."""
-        names = [p.name for p in self._directory.iterdir()]
-        return sorted(int(name) for name in names if name.isdecimal())
-
     def _close(self) -> None:
         if "_orbax" not in vars(self):
             return
@@ -203,7 +206,7 @@ class Checkpoints:
             with writing(storage.absolute(self._directory)):
                 act()
         except LoraError as error:
-            latest = max(self._steps(), default=None)
+            latest = max(steps_in(self._directory), default=None)
             kept = "there is none before it" if latest is None else f"that of step {latest} is kept"
             raise LoraError(
                 f"the checkpoint of step {self._saving} is lost; {kept}. {error}\n"

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
-import numpy as np
 import optax
 from rich.console import Console
 
+from lora_jax.training import metrics
 from lora_jax.training.compiled import Compiled
 from lora_jax.training.progress import Display
 from lora_jax.training.run import BatchLoss, Run
 from lora_jax.training.state import State, Trained
 from lora_jax.training.step import compilation, evaluation_step, train_step
-
-# Steps that the host may be ahead of what it reads: reading the loss of the step just sent would
-# wait for it, and the device would then wait for the host to send the next one.
-AHEAD = 2
 
 
 class Loop:
@@ -27,7 +22,7 @@ class Loop:
         self, run: Run, state: State, tx: optax.GradientTransformation, console: Console
     ) -> None:
         """Begin at `state`, or at the newest checkpoint if there is one."""
-        self.run, self.state, self._pending = run, run.begin(state), deque[Any]()
+        self.run, self.state, self._delayed = run, run.begin(state), metrics.DelayedMetrics()
         setup = run.setup
         config, workload, layout = setup.config, setup.workload, setup.layout
         self._display = Display(console, config.steps, run.start, config.log_every, workload.unit)
@@ -58,8 +53,8 @@ class Loop:
             rows = next(run.data)
             batch = run.setup.place.batch(rows)
             self.state, values = self._step(self.state, run.setup.frozen, batch)
-            self._pending.append(({"step": step, "units": run.count(rows)}, values))
-            self._report(AHEAD)
+            for line in self._delayed.push({"step": step, "units": run.count(rows)}, values):
+                run.report(line)
 
     def evaluate_before(self) -> None:
         """The numbers of the model as it is, before the first step, on every split."""
@@ -91,10 +86,5 @@ class Loop:
     def _settle(self) -> None:
         """Report every step taken so far, which waits for the device."""
         with self.run.notes.clock("train"):
-            self._report(0)
-
-    def _report(self, keep: int) -> None:
-        while len(self._pending) > keep:
-            line, values = self._pending.popleft()
-            read = {name: np.asarray(value).item() for name, value in values.items()}
-            self.run.report(line | read)
+            for line in self._delayed.flush():
+                self.run.report(line)

@@ -12,14 +12,44 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 import tensorboardX
 
 from lora_jax.errors import LoraError
 
 Line = dict[str, Any]
+
+
+class DelayedMetrics:
+    """Device values read a few steps after they were asked for, when they are there already.
+
+    Reading the loss of the step just sent would wait for it, and the device would then wait for
+    the host to send the next one.
+    """
+
+    def __init__(self, depth: int = 2) -> None:
+        self._depth = depth
+        self._pending: deque[tuple[Line, Mapping[str, jax.Array]]] = deque()
+
+    def push(self, line: Line, values: Mapping[str, jax.Array]) -> Iterator[Line]:
+        """Keep one step's host line and device values; give the lines that are due."""
+        self._pending.append((line, values))
+        yield from self._drain(self._depth)
+
+    def flush(self) -> Iterator[Line]:
+        """All that is pending, waiting for it."""
+        yield from self._drain(0)
+
+    def _drain(self, keep: int) -> Iterator[Line]:
+        while len(self._pending) > keep:
+            line, values = self._pending.popleft()
+            read = {name: np.asarray(value).tolist() for name, value in values.items()}
+            yield line | read
 
 
 class Record:

@@ -27,7 +27,7 @@ from lora_jax.training.config_json import to_dict
 from lora_jax.training.evaluation import evaluate
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import State, Trained
-from lora_jax.training.workload import Batch, Loss, TrainIterator, Workload
+from lora_jax.training.workload import Batch, BatchIterator, Loss, Workload
 
 Tree = Any  # a pytree
 BatchLoss = Callable[[Any], Loss]  # of a batch on the devices, with some trained parameters
@@ -108,7 +108,7 @@ class Notes:
 class Run:
     """One run under way, but for its steps."""
 
-    def __init__(self, setup: Setup, data: TrainIterator, checkpoints: Checkpoints) -> None:
+    def __init__(self, setup: Setup, data: BatchIterator, checkpoints: Checkpoints) -> None:
         self.setup, self.data, self.checkpoints, self.notes = setup, data, checkpoints, Notes()
         self.start = 0
         self._skipped, self._earlier, self._length = 0, 0.0, 0

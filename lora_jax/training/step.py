@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -57,10 +58,14 @@ def shapes(
     )
 
 
+@functools.lru_cache(maxsize=16)
 def fresh(
     layout: Layout, tx: optax.GradientTransformation, init: initializers.InitName
 ) -> Callable[[dict[str, Any], jax.Array], State]:
-    """`begin(base, key)` gives the state before the first step; to be compiled."""
+    """`begin(base, key)` gives the state before the first step; to be compiled.
+
+    The same arguments give the same function, so that JAX compiles it once for many runs.
+    """
 
     a_init = initializers.INITIALIZERS[init]
 
@@ -122,7 +127,9 @@ def train_step(
 
     def objective(trained: Trained, frozen: Tree, batch: Any, key: jax.Array) -> Any:
         params = join(trained["base"], frozen)
-        adapters = _scaled(trained["adapters"], scales)
+        adapters: Any = trained["adapters"]
+        if scales is not None:  # gradients are with respect to the factors alone
+            adapters = Scaled(adapters, dict(scales))
         outputs = adapted(params, adapters, batch, train=True, key=key)
         loss = workload.loss(outputs, batch)
         return loss.total.astype(jnp.float32), loss.weight.astype(jnp.float32)
@@ -189,21 +196,15 @@ def divided(batch: Any, parts: int) -> Any:
     return jax.tree.map(entry, batch)
 
 
-def _scaled(adapters: Any, scales: Mapping[str, jax.Array] | None) -> Any:
-    """What `lora_jax.adapt`'s function takes; gradients are with respect to the factors alone."""
-    return adapters if scales is None else Scaled(adapters, dict(scales))
-
-
 def evaluation_step(
-    workload: Workload, layout: Layout, scales: Mapping[str, jax.Array] | None = None
-) -> Callable[[Trained, Tree, Any], Loss]:
-    """`evaluate(trained, frozen, batch) -> Loss`, without dropout; `scales` as in `train_step`."""
+    workload: Workload, layout: Layout
+) -> Callable[[Mapping[str, Any], Tree, Any], Loss]:
+    """`evaluate(trained, frozen, batch) -> Loss`, without dropout."""
     adapted = adapt(layout, workload.apply)
 
-    def evaluate(trained: Trained, frozen: Tree, batch: Any) -> Loss:
+    def evaluate(trained: Mapping[str, Any], frozen: Tree, batch: Any) -> Loss:
         params = join(trained["base"], frozen)
-        adapters = _scaled(trained["adapters"], scales)
-        outputs = adapted(params, adapters, batch, train=False, key=None)
+        outputs = adapted(params, trained["adapters"], batch, train=False, key=None)
         return workload.loss(outputs, batch)
 
     return evaluate

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from lora_jax import paths
+from lora_jax.data.batches import BatchIterator as BatchIterator
 from lora_jax.data.process_slice import Batch as Batch
 from lora_jax.data.process_slice import Shard
 from lora_jax.errors import LoraError
@@ -29,15 +30,6 @@ class Loss(NamedTuple):
     total: jax.Array
     weight: jax.Array
     sums: Mapping[str, jax.Array] = {}
-
-
-class TrainIterator(Protocol):
-    """Batches without end, with a state that goes to JSON; Grain's dataset iterators are such."""
-
-    def __next__(self) -> Batch: ...
-    def __iter__(self) -> Iterator[Batch]: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 def ratios(sums: Mapping[str, float], weight: float) -> dict[str, float]:
@@ -117,7 +109,7 @@ class Workload:
     apply: Callable[..., Any]
     loss: Callable[[Any, Any], Loss]
     params: Tree
-    train: Callable[[Shard], TrainIterator]
+    train: Callable[[Shard], BatchIterator]
     evaluation: Mapping[str, Callable[[Shard], Iterable[Batch]]] = dataclasses.field(
         default_factory=dict
     )

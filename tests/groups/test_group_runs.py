@@ -190,9 +190,9 @@ def test_more_members_than_fit_train_one_after_the_other(
     """Red if those beyond the first group are forgotten."""
 
     def fit(needed: Any, shared: float, members: int, memory: float, at_once: int) -> Any:
-        return loop.fit.Fit(members, min(members, 2), needed.bytes, memory)
+        return loop.memory_fit.Fit(members, min(members, 2), needed.bytes, memory)
 
-    monkeypatch.setattr(loop.fit, "fit", fit)
+    monkeypatch.setattr(loop.memory_fit, "fit", fit)
     assert len(together(tmp_path, A, B, C)) == 3
     assert "3 members in 2 groups of at most 2" in capsys.readouterr().out
     for one in (A, B, C):
@@ -228,9 +228,9 @@ def test_joining_leaving_and_finishing_compile_once_and_pausing_never(
 
     with grouped(tmp_path, B, A) as (group, opener):
         assert ticks(3) == 1
-        group.pause("a")
+        group.member("a").paused = True
         assert ticks(3) == 0
-        group.resume("a")
+        group.member("a").paused = False
         assert ticks(2) == 0
         new = opener.open("c", C.config, tmp_path / "c")
         group.join(new)
@@ -252,10 +252,10 @@ def test_members_that_come_and_go_are_what_they_are_alone(
                 group.tick()
 
         ticks(5)
-        group.pause("a")
+        group.member("a").paused = True
         ticks(5)
         group.join(opener.open("c", C.config, tmp_path / "c"))
-        group.resume("a")
+        group.member("a").paused = False
         ticks(30)  # b has taken 40, c 25 and then none, a 35
         (b,) = group.leave("b")
         ticks(10)
@@ -379,7 +379,7 @@ def test_a_group_has_its_own_line_in_train_py(
     file = tmp_path / "two.py"
     file.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from tests.training.test_group_runs import A, B\n"
+        "from tests.groups.test_group_runs import A, B\n"
         "from lora_jax.groups.config import GroupConfig\n"
         "config = GroupConfig(members=(A, B))\n"
     )

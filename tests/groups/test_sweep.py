@@ -163,7 +163,7 @@ def test_names_are_folders() -> None:
 
 def test_only_some_members_train() -> None:
     group = sweep({"lora.rank": (1, 2), "seed": (0, 1)}, only=("rank=2,*", "rank=1,seed=0"))
-    assert [m.paused for m in group.members] == [False, True, False, False]
+    assert [group.waits(m) for m in group.members] == [False, True, False, False]
     everyone = sweep({"lora.rank": (1, 2), "seed": (0, 1)})
     assert short_hash(group) == short_hash(everyone)  # so it goes on in the same directory
     assert short_hash(sweep({"lora.rank": (1, 2)})) != short_hash(everyone)
@@ -192,7 +192,7 @@ def test_the_command_line_of_a_sweep() -> None:
 def test_the_command_line_of_tasks() -> None:
     group = parse("--r8.lora.rank", "2", "--only", "r8", "reviews", config=TASKS)
     assert called(group) == ["reviews", "r8", "r52", "newsgroups"]
-    assert [m.paused for m in group.members] == [False, False, True, True]
+    assert [group.waits(m) for m in group.members] == [False, False, True, True]
     untouched = parse(config=TASKS)
     changed = [
         (one.name, one.config.lora.rank, two.config.lora.rank)
