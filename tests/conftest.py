@@ -12,6 +12,7 @@
   FLOPs, collectives and memory from, is the same. Processes that tests start inherit the settings,
   so that a run in one of them can be compared with one in this process bit for bit.
 - A worker stays small: compiled programs are dropped when it passes a gigabyte.
+- The files that take longest go first, so that no worker is left with one of them at the end.
 """
 
 import contextlib
@@ -28,6 +29,13 @@ from absl import flags
 STANDARD_PROMOTION = ("models", "baselines", "data", "training", "groups", "planner")
 STANDARD_PROMOTION += ("serving", "report")
 
+# Files by seconds (waits count too), longest first; the others take less than 20 seconds each.
+LONGEST = (
+    "test_kills", "test_processes", "test_stacked", "test_group_runs", "test_mesh", "test_text",
+    "test_transform", "test_checkpoints", "test_experts", "test_group", "test_report",
+    "test_resume", "test_generation", "test_built_in_models", "test_checkpoint", "test_predict",
+)  # fmt: skip
+
 MOST_RESIDENT = 10**9  # bytes; without programs a worker has about 0.4e9
 
 # XLA reads its flags when the backend starts. This one chooses the older of its two generators of
@@ -42,6 +50,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS(["pytest"])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have pytest-xdist keep the order of the files; it would take those with most tests first."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax
@@ -16,175 +18,181 @@ RANK = 2
 pytestmark = pytest.mark.standard_promotion  # Flax and jnp inside the models promote
 
 
-@pytest.fixture(params=sorted(cases.REGISTRY))
-def case(request: pytest.FixtureRequest) -> cases.Case:
-    return cases.REGISTRY[request.param]()
+class Law:
+    """A case, adapters whose `b` is not zero, and both sides of the law as one program each."""
+
+    def __init__(self, case: cases.Case) -> None:
+        self.case = case
+        spec = lora_jax.LoraSpec(RANK, 3.0 * RANK, case.targets)
+        self.layout = lora_jax.resolve(spec, case.f, case.params, *case.args, **case.kwargs)
+        shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(1), self.layout))
+        draw = np.random.default_rng(2).standard_normal
+        self.adapters = jax.tree.map(lambda x: jnp.asarray(0.3 * draw(x.shape), x.dtype), shapes)
+        self._adapted = lora_jax.adapt(self.layout, case.f)
+        floating = [i for i, x in enumerate(case.args) if jnp.issubdtype(x.dtype, jnp.floating)]
+        self.position = floating[0] if floating and case.reverse else None
+        self.x = None if self.position is None else case.args[self.position]
+        self.derive_fast = jax.jit(self._derive(self.fast))
+        self.derive_slow = jax.jit(self._derive(self.slow))
+
+    def fast(self, params: Any, adapters: Any, x: Any = None) -> Any:
+        """The fast path, with `x` in place of the first floating argument."""
+        return self._adapted(params, adapters, *self._args(x), **self.case.kwargs)
+
+    def slow(self, params: Any, adapters: Any, x: Any = None) -> Any:
+        """The definition, with `x` in place of the first floating argument."""
+        merged = lora_jax.merge(self.layout, params, adapters)
+        return self.case.f(merged, *self._args(x), **self.case.kwargs)
+
+    def base(self) -> Any:
+        """The outputs without adapters, not compiled."""
+        return self.case.f(self.case.params, *self.case.args, **self.case.kwargs)
+
+    def _args(self, x: Any) -> tuple[Any, ...]:
+        args = list(self.case.args)
+        if x is not None:
+            args[self.position] = x
+        return tuple(args)
+
+    def _derive(self, fn: Any) -> Any:
+        """A function of (params, adapters, x): outputs, derivative by adapters, gradient of x."""
+
+        def loss(params: Any, adapters: Any, x: Any) -> Any:
+            out = fn(params, adapters, x)
+            return weighted(out), out
+
+        def reverse(params: Any, adapters: Any, x: Any) -> Any:
+            (_, out), gradients = jax.value_and_grad(loss, (1, 2), True)(params, adapters, x)
+            return out, *gradients
+
+        def forward(params: Any, adapters: Any, x: Any) -> Any:
+            tangent = jax.tree.map(jnp.cos, adapters)
+            one = lambda adapters: loss(params, adapters, x)  # noqa: E731
+            _, slope, out = jax.jvp(one, (adapters,), (tangent,), has_aux=True)
+            return out, slope, None
+
+        return reverse if self.case.reverse else forward
+
+    @functools.cached_property
+    def got(self) -> tuple[Any, Any, Any]:
+        """Outputs, derivative by the adapters, and gradient of x, of the fast path."""
+        return self.derive_fast(self.case.params, self.adapters, self.x)
+
+    @functools.cached_property
+    def want(self) -> tuple[Any, Any, Any]:
+        """The same of the definition."""
+        return self.derive_slow(self.case.params, self.adapters, self.x)
 
 
-def resolved(case: cases.Case, rank: int = RANK) -> tuple[lora_jax.Layout, Any]:
-    """The layout, and adapters whose `b` is not zero."""
-    spec = lora_jax.LoraSpec(rank, 3.0 * rank, case.targets)
-    layout = lora_jax.resolve(spec, case.f, case.params, *case.args, **case.kwargs)
-    adapters = lora_jax.init(jax.random.key(1), layout)
-    leaves, tree = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    leaves = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return layout, jax.tree.unflatten(tree, leaves)
+@pytest.fixture(scope="module", params=sorted(cases.REGISTRY))
+def law(request: pytest.FixtureRequest) -> Law:
+    """Of the module, so that all tests of a case come together and share its programs."""
+    return Law(cases.REGISTRY[request.param]())
 
 
-def both(case: cases.Case, layout: lora_jax.Layout) -> tuple[Any, Any]:
-    """The fast path and the definition, as functions of (params, adapters)."""
-    g = lora_jax.adapt(layout, case.f)
-    fast = lambda p, ad: g(p, ad, *case.args, **case.kwargs)  # noqa: E731
-    slow = lambda p, ad: case.f(lora_jax.merge(layout, p, ad), *case.args, **case.kwargs)  # noqa: E731
-    return jax.jit(fast), jax.jit(slow)
+def weighted(out: Any) -> Any:
+    """A number that depends on every floating output, on no two of them alike."""
+    leaves = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return sum(
+        (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum() for x in leaves
+    )
 
 
 def scalar(fn: Any) -> Any:
-    """A loss that reads every output, none of them alike."""
-
-    def loss(params: Any, adapters: Any) -> Any:
-        leaves = [
-            x
-            for x in jax.tree.leaves(fn(params, adapters))
-            if jnp.issubdtype(x.dtype, jnp.floating)
-        ]
-        return sum(
-            (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum() for x in leaves
-        )
-
-    return loss
+    """The function (params, adapters) as a loss."""
+    return lambda params, adapters: weighted(fn(params, adapters))
 
 
 def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
     """Equal within `tolerance` of the largest entry of each array."""
     chex.assert_trees_all_equal_structs(got, want)
+    got, want = jax.device_get((got, want))  # NumPy compiles nothing
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        limit = tolerance * max(float(jnp.abs(y).max()), 1e-3)
+        limit = tolerance * max(float(np.abs(y).max()), 1e-3)
         chex.assert_trees_all_close(x, y, rtol=0, atol=limit)
 
 
-def test_outputs_equal_those_of_the_merged_weights(case: cases.Case) -> None:
+def test_outputs_equal_those_of_the_merged_weights(law: Law) -> None:
     """Red if a rule drops the scale, or contracts the wrong axis of a or b."""
-    layout, adapters = resolved(case)
-    fast, slow = both(case, layout)
-    want = slow(case.params, adapters)
-    assert_close(fast(case.params, adapters), want)
-    base = case.f(case.params, *case.args, **case.kwargs)
-    moved = [
-        not jnp.allclose(x, y) for x, y in zip(*map(jax.tree.leaves, (base, want)), strict=True)
-    ]
+    want = law.want[0]
+    assert_close(law.got[0], want)
+    outputs = zip(*map(jax.tree.leaves, (law.base(), want)), strict=True)
+    moved = [not np.allclose(x, y) for x, y in outputs]
     assert any(moved), "the adapters change nothing: this case proves nothing"
 
 
-def test_gradients_equal_those_of_the_merged_weights(case: cases.Case) -> None:
+def test_gradients_equal_those_of_the_merged_weights(law: Law) -> None:
     """Red if a rule cuts the tape (a stop_gradient on h, a wrong custom rule)."""
-    layout, adapters = resolved(case)
-    fast, slow = both(case, layout)
-    if not case.reverse:
-        tangent = jax.tree.map(jnp.cos, adapters)
-        got, want = (
-            jax.jvp(lambda ad, fn=fn: scalar(fn)(case.params, ad), (adapters,), (tangent,))
-            for fn in (fast, slow)
-        )
-    else:
-        got, want = (jax.jit(jax.grad(scalar(fn), 1))(case.params, adapters) for fn in (fast, slow))
-    assert_close(got, want)
-    assert any(jnp.any(x != 0) for x in jax.tree.leaves(got))
+    assert_close(law.got[1], law.want[1])
+    assert any(np.any(x) for x in jax.tree.leaves(law.got[1]))
 
 
-def test_gradients_of_the_inputs_equal_those_of_the_merged_weights(case: cases.Case) -> None:
+def test_gradients_of_the_inputs_equal_those_of_the_merged_weights(law: Law) -> None:
     """Red if the low-rank product hands no (or a wrong) cotangent to x."""
-    floating = [i for i, x in enumerate(case.args) if jnp.issubdtype(x.dtype, jnp.floating)]
-    if not floating or not case.reverse:
+    if law.x is None:
         pytest.skip("no floating input, or no reverse mode")
-    layout, adapters = resolved(case)
-    i = floating[0]
-
-    def of_input(fn: Any) -> Any:
-        def loss(x: Any) -> Any:
-            args = (*case.args[:i], x, *case.args[i + 1 :])
-            return scalar(lambda p, ad: fn(p, ad, args))(case.params, adapters)
-
-        return jax.jit(jax.grad(loss))(case.args[i])
-
-    g = lora_jax.adapt(layout, case.f)
-    got = of_input(lambda p, ad, args: g(p, ad, *args, **case.kwargs))
-    want = of_input(lambda p, ad, args: case.f(lora_jax.merge(layout, p, ad), *args, **case.kwargs))
-    assert_close(got, want)
+    assert_close(law.got[2], law.want[2])
 
 
-def test_no_product_has_the_shape_of_a_weight(case: cases.Case) -> None:
+def test_no_product_has_the_shape_of_a_weight(law: Law) -> None:
     """Neither a @ b nor a gradient of W, forward or backward. Red if a rule folds its weight.
 
     The same count on the merged weights finds both, so the test can see them.
     """
-    layout, adapters = resolved(case)
-    sizes = {t.fan_in * t.fan_out for t in layout.targets}
-    fast, slow = both(case, layout)
+    targets = law.layout.targets
+    sizes = {t.fan_in * t.fan_out for t in targets}
 
     def made(fn: Any) -> set[int]:
-        if not case.reverse:
-            return programs.product_sizes(fn, case.params, adapters)
-        return programs.product_sizes(jax.grad(scalar(fn), 1), case.params, adapters)
+        if law.case.reverse:
+            fn = jax.grad(scalar(fn), 1)
+        return programs.product_sizes(fn, law.case.params, law.adapters)
 
-    stacked = {t.fan_in * t.fan_out * s for t in layout.targets for s in t.sizes(t.stack)}
-    assert not made(fast) & (sizes | stacked)
-    assert made(slow) & (sizes | stacked)
+    stacked = {t.fan_in * t.fan_out * s for t in targets for s in t.sizes(t.stack)}
+    assert not made(law.fast) & (sizes | stacked)
+    assert made(law.slow) & (sizes | stacked)
 
 
-def test_composes_with_outer_transformations(case: cases.Case) -> None:
+def test_composes_with_outer_transformations(law: Law) -> None:
     """Eager, `eval_shape`, `vmap` over adapters of one base. Red if a rule needs values."""
-    layout, adapters = resolved(case)
-    fast, slow = both(case, layout)
-    eager = lora_jax.adapt(layout, case.f)(case.params, adapters, *case.args, **case.kwargs)
-    assert_close(eager, slow(case.params, adapters))
-    chex.assert_trees_all_equal_shapes_and_dtypes(
-        jax.eval_shape(fast, case.params, adapters), jax.eval_shape(slow, case.params, adapters)
-    )
-    if not case.batched:
+    params, adapters = law.case.params, law.adapters
+    assert_close(law.fast(params, adapters), law.want[0])
+    same_shapes = chex.assert_trees_all_equal_shapes_and_dtypes
+    same_shapes(*(jax.eval_shape(fn, params, adapters) for fn in (law.fast, law.slow)))
+    if not law.case.batched:
         return
-    many = jax.tree.map(lambda x: jnp.stack([x, -x, 0 * x]), adapters)
-    in_axes = (None, 0)
-    assert_close(
-        jax.jit(jax.vmap(fast, in_axes))(case.params, many),
-        jax.jit(jax.vmap(slow, in_axes))(case.params, many),
-    )
+    negative = jax.tree.map(np.negative, adapters)
+    many = jax.tree.map(lambda x, y: np.stack([x, y, np.zeros_like(x)]), adapters, negative)
+    fast, slow = (jax.vmap(fn, (None, 0)) for fn in (law.fast, law.slow))
+    same_shapes(*(jax.eval_shape(fn, params, many) for fn in (fast, slow)))
+    each = (law.want[0], law.derive_slow(params, negative, law.x)[0], law.base())
+    want = jax.tree.map(lambda *x: np.stack(x), *each)
+    assert_close(jax.jit(fast)(params, many), want)
 
 
-def test_the_first_output_is_the_base(case: cases.Case) -> None:
+def test_the_first_output_is_the_base(law: Law) -> None:
     """With b = 0. Red if b starts elsewhere, or the base product is computed otherwise."""
-    spec = lora_jax.LoraSpec(RANK, 1.0, case.targets)
-    layout = lora_jax.resolve(spec, case.f, case.params, *case.args, **case.kwargs)
-    g = lora_jax.adapt(layout, case.f)
-    fresh = lora_jax.init(jax.random.key(0), layout)
-    assert_close(
-        g(case.params, fresh, *case.args, **case.kwargs),
-        case.f(case.params, *case.args, **case.kwargs),
-        tolerance=1e-6,
-    )
+    fresh = lora_jax.init(jax.random.key(0), law.layout)
+    assert_close(law.fast(law.case.params, fresh), law.base(), tolerance=1e-6)
 
 
-def test_resolve_needs_shapes_only(case: cases.Case) -> None:
+def test_resolve_needs_shapes_only(law: Law) -> None:
     """Red if resolve touches a value of a parameter."""
-    layout, _ = resolved(case)
+    case = law.case
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case.params)
     spec = lora_jax.LoraSpec(RANK, 3.0 * RANK, case.targets)
-    assert lora_jax.resolve(spec, case.f, shapes, *case.args, **case.kwargs) == layout
+    assert lora_jax.resolve(spec, case.f, shapes, *case.args, **case.kwargs) == law.layout
 
 
 @pytest.mark.parametrize("name", ["linen_attention", "bare_ragged_dot", "linen_conv_grouped"])
 def test_forward_mode_and_second_derivatives(name: str) -> None:
     """Red if the fast path is a custom VJP: JAX then has no forward mode, so no curvature."""
-    case = cases.REGISTRY[name]()
-    layout, adapters = resolved(case)
-    fast, slow = both(case, layout)
-    tangent = jax.tree.map(jnp.cos, adapters)
+    law = Law(cases.REGISTRY[name]())
+    tangent = jax.tree.map(jnp.cos, law.adapters)
 
     def curvature(fn: Any) -> Any:
-        gradient = jax.grad(lambda ad: jnp.tanh(scalar(fn)(case.params, ad) / 50))
-        return jax.jvp(gradient, (adapters,), (tangent,))
+        def loss(adapters: Any) -> Any:
+            return jnp.tanh(scalar(fn)(law.case.params, adapters) / 50)
 
-    assert_close(
-        jax.jit(curvature, static_argnums=0)(fast), jax.jit(curvature, static_argnums=0)(slow), 1e-4
-    )
+        return jax.jit(lambda ad: jax.jvp(jax.grad(loss), (ad,), (tangent,)))(law.adapters)
+
+    assert_close(curvature(law.fast), curvature(law.slow), 1e-4)

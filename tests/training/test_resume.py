@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import signal
-import subprocess
-import time
 from typing import Any
 
 import jax
@@ -15,16 +13,11 @@ import pytest
 
 from lora_jax.checkpoint.storage import orbax
 from lora_jax.training import export, metrics
-from tests.training.runs import spawn
+from tests.training.forks import Fork
+from tests.training.runs import OWN
 
 LONG = ("--width", "16", "--batch-size", "32", "--steps", "1000", "--evaluate-every", "150")
-ARGUMENTS = (*LONG, "--checkpoint-every", "100")
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+RUN = ("--config", OWN, *LONG, "--checkpoint-every", "100")
 
 
 def checkpoints(path: pathlib.Path) -> list[int]:
@@ -33,19 +26,12 @@ def checkpoints(path: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def stop_after(
-    process: subprocess.Popen[str], path: pathlib.Path, step: int, number: signal.Signals
-) -> str:
-    """Send the signal as soon as a checkpoint of at least `step` is there; what was printed."""
-    deadline = time.monotonic() + 120
-    while not [s for s in checkpoints(path) if s >= step]:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -number), output
-    return output
+def stop_after(fork: Fork, path: pathlib.Path, step: int, number: signal.Signals) -> None:
+    """Send the signal as soon as a checkpoint of at least `step` is there."""
+    assert fork.until(lambda: max(checkpoints(path), default=0) >= step), fork.log.read_text()
+    fork.send(number)
+    expected = 130 if number == signal.SIGINT else -number
+    assert fork.wait() == expected, fork.log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +39,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathli
     """One run never stopped, one killed and then interrupted, and what the last start printed."""
     folder = tmp_path_factory.mktemp("resume")
     whole, killed = folder / "whole", folder / "killed"
-    finish(spawn(whole, *ARGUMENTS))
+
+    def start(path: pathlib.Path, log: str) -> Fork:
+        return Fork((*RUN, "--run-dir", str(path)), folder / log, cache=folder / "cache")
+
+    assert start(whole, "whole.log").wait() == 0, (folder / "whole.log").read_text()
     for step, number in ((100, signal.SIGKILL), (500, signal.SIGINT)):
-        printed = stop_after(spawn(killed, *ARGUMENTS), killed, step, number)
-        assert ("The last checkpoint is kept" in printed) == (number == signal.SIGINT)
+        fork = start(killed, f"{step}.log")
+        stop_after(fork, killed, step, number)
+        said = "The last checkpoint is kept" in fork.log.read_text()
+        assert said == (number == signal.SIGINT)
         assert not (killed / "summary.json").exists(), "it was killed too late to test anything"
         held = [line["step"] for line in metrics.read(killed) if "split" not in line]
         assert held[: checkpoints(killed)[-1]] == list(range(1, checkpoints(killed)[-1] + 1))
-    return whole, killed, finish(spawn(killed, *ARGUMENTS))
+    fork = start(killed, "last.log")
+    assert fork.wait() == 0, fork.log.read_text()
+    return whole, killed, fork.log.read_text()
 
 
 def assert_same(x: Any, y: Any) -> None:
