@@ -31,9 +31,9 @@ STANDARD_PROMOTION += ("serving", "report")
 
 # Files by seconds (waits count too), longest first; the others take less than 20 seconds each.
 LONGEST = (
-    "test_kills", "test_processes", "test_stacked", "test_group_runs", "test_mesh", "test_text",
-    "test_transform", "test_checkpoints", "test_experts", "test_group", "test_report",
-    "test_resume", "test_generation", "test_built_in_models", "test_checkpoint", "test_predict",
+    "test_kills", "test_processes", "test_stack", "test_group_runs", "test_mesh", "test_text",
+    "test_transform", "test_checkpoints", "test_router", "test_group", "test_report",
+    "test_resume", "test_generation", "test_built_in_models", "test_adapter", "test_predict",
 )  # fmt: skip
 
 MOST_RESIDENT = 10**9  # bytes; without programs a worker has about 0.4e9
