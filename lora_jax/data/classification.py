@@ -89,7 +89,7 @@ def classification(
         seed=seed if shuffle else None,
         epochs=_ENDLESS if epochs is None else epochs,
         pad=padding_id(tokenizer),
-        types=len(config.text_fields) == 2 and _tells_apart(tokenizer),
+        types=len(config.text_fields) == 2 and 1 in tokenizer.encode("a", "a").type_ids,
     )
     facts = _facts(source, split, table, labels, truncation)
 
@@ -131,10 +131,6 @@ def _values(
         for i, example in enumerate(examples)
     ]
     return np.array(values, np.float32 if labels.regression else np.int32)
-
-
-def _tells_apart(tokenizer: Tokenizer) -> bool:
-    return 1 in tokenizer.encode("a", "a").type_ids
 
 
 @dataclasses.dataclass(frozen=True)

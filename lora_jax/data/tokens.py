@@ -106,7 +106,12 @@ class Encoder:
         encodings: list[Encoding] = self._whole.encode_batch_fast(list(texts))
         long = [i for i, e in enumerate(encodings) if len(e) > self.max_length]
         if long:
-            self._check_room(pair=isinstance(texts[0], tuple))
+            special = self._whole.num_special_tokens_to_add(is_pair=isinstance(texts[0], tuple))
+            if special >= self.max_length:
+                raise DataError(
+                    f"data.max_length {self.max_length} leaves no room for text: the tokenizer "
+                    f"adds {special} special tokens to an example"
+                )
             self._whole.enable_truncation(self.max_length)
             short = self._whole.encode_batch_fast([texts[i] for i in long])
             self._whole.no_truncation()
@@ -115,14 +120,6 @@ class Encoder:
                 truncation.tokens += len(encodings[i]) - len(encoding)
                 encodings[i] = encoding
         return encodings
-
-    def _check_room(self, pair: bool) -> None:
-        special = self._whole.num_special_tokens_to_add(pair)
-        if special >= self.max_length:
-            raise DataError(
-                f"data.max_length {self.max_length} leaves no room for text: the tokenizer adds "
-                f"{special} special tokens to an example"
-            )
 
 
 def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:

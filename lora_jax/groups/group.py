@@ -100,14 +100,9 @@ class Group:
 
     # ---- steps
 
-    @property
-    def live(self) -> list[OpenMember]:
-        """Those that take the next step."""
-        return [member for member in self.members if member.live]
-
     def tick(self) -> list[OpenMember]:
         """Every live member takes its next step; they are returned."""
-        if not self.live:
+        if not any(member.live for member in self.members):
             return []
         began, compiled = time.monotonic(), self.compile_seconds
         lines, rows = [], list[Any]()

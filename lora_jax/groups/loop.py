@@ -22,7 +22,7 @@ from lora_jax.groups.config import GroupConfig, short_hash
 from lora_jax.groups.group import Group
 from lora_jax.groups.group_checkpoints import GroupCheckpoint, GroupCheckpoints
 from lora_jax.groups.members import Opener, OpenMember, workload_settings
-from lora_jax.groups.progress import GroupDisplay
+from lora_jax.groups.progress import GroupDisplay, Lines
 from lora_jax.training import directory, processes, summary
 from lora_jax.training.checkpoints import steps_in
 from lora_jax.training.config import Config, ConfigError, MeshConfig
@@ -175,7 +175,7 @@ class _Loop(contextlib.ExitStack):
     def _begin(self, group: Group, member: OpenMember) -> None:
         run = member.run
         (run.setup.path / "error.txt").unlink(missing_ok=True)
-        run.open(self._display.of(member.name))
+        run.open(Lines(self._display, member.name))
         lines = summary.opening(run, group.state(member)).split("\n")
         for line in lines:
             if line not in self._said:  # members of a sweep have the same data

@@ -39,7 +39,7 @@ TX = optimizer.adamw(optimizer.hyper(OptimizerConfig(), 1))
 class OpenMember:
     """A member under way.
 
-    form: of its state, in its own shapes.
+    state_shapes: of its state, in its own shapes.
     host: its state while no group holds it.
     example: its first batch.
     step: the steps it has taken.
@@ -101,18 +101,8 @@ class SharedBase:
     fingerprint: Fingerprint
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenedWorkload:
-    """Where members that differ in their adapters and settings alone have it all from.
-
-    example: the first training batch.
-    layouts: by their specs, as far as they were asked for.
-    """
-
-    workload: Workload
-    place: mesh.Placement
-    example: Batch
-    layouts: dict[LoraSpec, Layout] = dataclasses.field(default_factory=dict)
+# A workload, its placement, its first training batch, and the layouts on it by their specs.
+OpenedWorkload = tuple[Workload, mesh.Placement, Batch, dict[LoraSpec, Layout]]
 
 
 class Opener(contextlib.ExitStack):
@@ -121,7 +111,7 @@ class Opener(contextlib.ExitStack):
     def __init__(self, grid: jax.sharding.Mesh, report: Callable[[str], None]) -> None:
         super().__init__()
         self._grid, self._report = grid, report
-        self._sources: dict[Any, OpenedWorkload] = {}
+        self._workloads: dict[Any, OpenedWorkload] = {}
         self.base: SharedBase | None = None
 
     def open(
@@ -136,18 +126,17 @@ class Opener(contextlib.ExitStack):
           ConfigError: it does not go together with the first.
         """
         began = time.monotonic()
-        source = self._source(config)
-        workload, place, example = source.workload, source.place, source.example
+        workload, place, example, layouts = self._opened(config)
         lora = config.adaptation
         patterns = workload.trainable if lora.trainable is None else lora.trainable
         trainable = self._trainable(name, workload, place, patterns)
         assert self.base is not None
         key, spec = jax.random.key(config.seed), lora.spec
-        if spec not in source.layouts:
-            source.layouts[spec] = resolve(
+        if spec not in layouts:
+            layouts[spec] = resolve(
                 spec, workload.apply, workload.params, example, train=True, key=key
             )
-        layout = source.layouts[spec]
+        layout = layouts[spec]
         step.check_apart(layout, trainable)
         state_shapes = StateShapes(step.shapes(layout, trainable, TX, key, place))
         base = self.base
@@ -163,19 +152,18 @@ class Opener(contextlib.ExitStack):
         state = run.begin(fresh(trainable, key) if new else state_shapes.like)
         return OpenMember(name, run, state_shapes, state_shapes.host(state), example, run.start)
 
-    def _source(self, config: Config) -> OpenedWorkload:
+    def _opened(self, config: Config) -> OpenedWorkload:
         """Opened once for members that differ in their adapters and settings alone."""
         known = (workload_settings(config), config.seed)
-        if known in self._sources:
-            return self._sources[known]
+        if known in self._workloads:
+            return self._workloads[known]
         workload = config.workload(config)
         example = next(workload.train(mesh.shard_of(self._grid)))
-        source = OpenedWorkload(
-            workload, mesh.place(workload, config.mesh, self._grid, example), example
-        )
+        place = mesh.place(workload, config.mesh, self._grid, example)
+        opened = workload, place, example, dict[LoraSpec, Layout]()
         if workload.common is not None:
-            self._sources[known] = source
-        return source
+            self._workloads[known] = opened
+        return opened
 
     def _trainable(
         self, name: str, workload: Workload, place: mesh.Placement, patterns: Sequence[str]

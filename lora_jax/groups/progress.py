@@ -24,15 +24,7 @@ class GroupDisplay(Bar):
         self._every = every
         fields: dict[str, Any] = {"loss": "-", "speed": "-", "live": ""}
         self._task = self.bar.add_task("train", total=None, **fields)
-        self._losses: dict[str, float] = {}
-
-    def of(self, name: str) -> Lines:
-        """Where the run of a member shows its lines."""
-        return Lines(self, name)
-
-    def loss(self, name: str, value: float) -> None:
-        """Note the newest loss of a member."""
-        self._losses[name] = value
+        self.losses: dict[str, float] = {}  # the newest of each member
 
     def tick(self, tick: int, steps: Sequence[tuple[int, int]], live: Sequence[str]) -> None:
         """Show where the group is.
@@ -45,7 +37,7 @@ class GroupDisplay(Bar):
         taken, total = (sum(column) for column in zip(*steps, strict=True))
         self.bar.update(self._task, completed=taken, total=total)
         speed = self.bar.tasks[0].speed  # the first tick, which compiles, is not counted
-        losses = [self._losses[name] for name in live if name in self._losses]
+        losses = [self.losses[name] for name in live if name in self.losses]
         numbers: dict[str, Any] = {
             "loss": f"{statistics.fmean(losses):.4f}" if losses else "-",
             "speed": f"{speed:,.1f} steps/s" if speed else "-",
@@ -60,14 +52,14 @@ class GroupDisplay(Bar):
 
 
 class Lines:
-    """What one member says."""
+    """Where the run of one member shows its lines."""
 
     def __init__(self, display: GroupDisplay, name: str) -> None:
         self._display, self._name = display, name
 
     def step(self, line: dict[str, Any]) -> None:
         """Note one training line of the record."""
-        self._display.loss(self._name, line["loss"])
+        self._display.losses[self._name] = line["loss"]
 
     def evaluation(self, line: dict[str, Any], note: str = "") -> None:
         """Show one evaluation line of the record."""

@@ -72,7 +72,7 @@ def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
             "members": [{"name": r.name, "values": r.values, **r.summary} for r in results.rows],
         },
     )
-    _write_csv(path / "results.csv", [_flat_row(row) for row in results.rows])
+    _write_csv(path / "results.csv", results.rows)
     figure_of(results).savefig(path / "results.png", dpi=120)
 
 
@@ -133,16 +133,14 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _flat_row(row: ComparedRun) -> dict[str, Any]:
-    """A line of the CSV file; dots in a column's name for what is inside of what."""
-    values = {p: " ".join(v) if isinstance(v, tuple) else v for p, v in row.values.items()}
-    return {"name": row.name, **values, **dotted(row.summary)}
-
-
-def _write_csv(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> None:
-    columns = dict.fromkeys(name for line in lines for name in line)
+def _write_csv(path: pathlib.Path, rows: Sequence[ComparedRun]) -> None:
+    """Write a line for each run; dots in a column's name for what is inside of what."""
+    lines = []
+    for row in rows:
+        values = {p: " ".join(v) if isinstance(v, tuple) else v for p, v in row.values.items()}
+        lines.append({"name": row.name, **values, **dotted(row.summary)})
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(columns))
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))
     writer.writeheader()
     writer.writerows(lines)
     write_whole(path, text.getvalue().encode())

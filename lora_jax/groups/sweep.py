@@ -33,18 +33,13 @@ def _from_line(words: list[str]) -> Grid:
 
 
 def _to_line(grid: Grid) -> list[str]:
-    return [f"{path}={_text(found)}" for path, found in grid.items()]
+    return [f"{path}={v if isinstance(v, str) else _joined(v)}" for path, v in grid.items()]
 
 
-def _text(found: Sequence[Any] | str) -> str:
-    if isinstance(found, str):
-        return found
-    several = any(isinstance(value, list | tuple) for value in found)
-    return (";" if several else ",").join(map(_one, found))
-
-
-def _one(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _joined(values: Sequence[Any]) -> str:
+    several = any(isinstance(value, list | tuple) for value in values)
+    texts = (" ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in values)
+    return (";" if several else ",").join(texts)
 
 
 _ON_THE_LINE = tyro.constructors.PrimitiveConstructorSpec[Any](
