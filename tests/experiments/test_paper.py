@@ -255,6 +255,7 @@ def test_list_says_what_is_done(folder: pathlib.Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.slow
 @browser.NEEDED
 def test_the_committed_page_is_drawn(width: int, tmp_path: pathlib.Path) -> None:
     """docs/paper/report.html at a phone's and a screen's width: all figures, nothing loaded.
@@ -272,6 +273,7 @@ def test_the_committed_page_is_drawn(width: int, tmp_path: pathlib.Path) -> None
     assert max(found["tables"]) <= width
 
 
+@pytest.mark.slow
 @browser.NEEDED
 def test_the_committed_page_asks_for_nothing(tmp_path: pathlib.Path) -> None:
     """Red: `<img src="https://...">` in the page."""

@@ -398,6 +398,7 @@ def test_help_lists_the_flags_of_the_plan(capsys: pytest.CaptureFixture[str]) ->
     assert all(name in text for name in DEVICES)
 
 
+@pytest.mark.slow
 def test_gpt3_175b(tmp_path: pathlib.Path) -> None:
     """The article's case on 64 devices, in a process that has as many."""
     file = tmp_path / "plan.json"

@@ -345,6 +345,7 @@ def test_what_is_no_run_is_an_error(
     assert not (model / "report").exists()
 
 
+@pytest.mark.slow
 @browser.NEEDED
 @BOTH
 @pytest.mark.parametrize("width", [400, 1400])
@@ -364,6 +365,7 @@ def test_all_is_drawn_and_nothing_wider_than_the_window(
     assert max(found["tables"]) <= width
 
 
+@pytest.mark.slow
 @browser.NEEDED
 @BOTH
 def test_it_opens_without_a_word_and_without_a_request(

@@ -18,6 +18,7 @@ from tests.training.forks import Fork
 from tests.training.runs import OWN
 from tests.training.test_resume import assert_same, checkpoints
 
+pytestmark = pytest.mark.slow
 STEPS, EVERY = 600, 10
 # It learns slowly, so that each evaluation is the best and exports an adapter.
 SLOWLY = ("--optimizer.schedule", "constant", "--optimizer.learning-rate", "5e-4")
