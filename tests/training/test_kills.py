@@ -112,8 +112,7 @@ def test_the_kills_were_spread_over_the_run(runs: Runs) -> None:
 
 @pytest.mark.parametrize("name", ["best", "last"])
 def test_the_adapters_are_bit_identical(runs: Runs, name: str) -> None:
-    here = {"adapters": None, "base": None}  # one device
-    assert_same(export.load(runs.whole, name, here), export.load(runs.killed, name, here))
+    assert_same(export.load(runs.whole, name), export.load(runs.killed, name))
 
 
 def test_the_record_is_byte_identical(runs: Runs) -> None:

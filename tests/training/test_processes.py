@@ -141,7 +141,6 @@ def test_a_run_of_other_processes_each_time_has_the_same_curve(
 ) -> None:
     """Saved by two and restored by one, and the other way round: nothing is lost or repeated."""
     assert_same_curve(whole, broken.path, STEPS)
-    here = {"adapters": None, "base": None}  # one device
     for name in ("best", "last"):
         one, other = (jax.tree.leaves(export.load(p, name)) for p in (whole, broken.path))
         for x, y in zip(one, other, strict=True):
