@@ -57,6 +57,16 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+def near_ones_and_zeros(shapes: Any) -> Any:
+    """Parameters for a model: norms' scales about one, the rest about zero, all of them random."""
+
+    def draw(path: Any, leaf: Any) -> jax.Array:
+        seed = sum(map(ord, jax.tree_util.keystr(path)))
+        return 0.3 * normal(seed, *leaf.shape) + (getattr(path[-1], "key", "") == "scale")
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def linen(module: nn.Module, *args: Any, targets: tuple[str, ...], **kwargs: Any) -> Any:
     shapes = jax.eval_shape(functools.partial(module.init, **kwargs), jax.random.key(0), *args)
     variables = jax.tree.map(lambda x: normal(7, *x.shape) / 3, shapes)

@@ -11,6 +11,7 @@ import pytest
 
 import lora_jax
 from lora_jax import models
+from tests import cases
 from tests.test_transform import assert_close, scalar
 
 pytestmark = pytest.mark.standard_promotion
@@ -39,8 +40,8 @@ def built(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
         args: tuple[Any, ...] = (IDS, MASK)
     else:
         module, args = models.Llama(config), (IDS,)
-    params = module.init(jax.random.key(0), *args)["params"]
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(1), x.shape), params)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+    params = cases.near_ones_and_zeros(shapes)
     return (lambda p, *a: module.apply({"params": p}, *a)), params, args
 
 
@@ -52,10 +53,8 @@ def test_adapted_equals_merged(config: Any, scan_layers: bool, remat: str) -> No
     f, params, args = built(dataclasses.replace(config, scan_layers=scan_layers, remat=remat))
     layout = lora_jax.resolve(lora_jax.LoraSpec(2, 4.0), f, params, *args)
     assert len(layout.targets) == (6 if config is BERT else 7) * (1 if scan_layers else 2)
-    adapters = lora_jax.init(jax.random.key(1), layout)
-    adapters = jax.tree.map(
-        lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), adapters
-    )
+    shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(1), layout))
+    adapters = cases.near_ones_and_zeros(shapes)
     g = lora_jax.adapt(layout, f)
     fast = scalar(lambda p, ad: g(p, ad, *args))
     slow = scalar(lambda p, ad: f(lora_jax.merge(layout, p, ad), *args))

@@ -18,7 +18,7 @@ from lora_jax import Factors, LoraError, LoraSpec, models
 from lora_jax.multi import segmented_matmul
 from tests import cases, programs
 from tests.test_built_in_models import BERT, LLAMA
-from tests.test_transform import assert_close, scalar
+from tests.test_transform import assert_close, scalar, weighted
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -34,11 +34,13 @@ TABLE = (
 
 def adapter(layout: lora_jax.Layout, seed: int) -> Pair:
     """Random factors, b too."""
-    fresh = lora_jax.init(jax.random.key(seed), layout)
-    leaves, tree = jax.tree.flatten(fresh)
-    keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-    drawn = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return layout, jax.tree.unflatten(tree, drawn)
+    leaves, tree = jax.tree.flatten(
+        jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), layout))
+    )
+    draw = np.random.default_rng(seed).standard_normal
+    return layout, jax.tree.unflatten(
+        tree, [jnp.asarray(0.3 * draw(x.shape), x.dtype) for x in leaves]
+    )
 
 
 def three(f: Any, params: Any, args: Any, targets: Any, kwargs: Any = None) -> list[Pair]:
@@ -93,8 +95,8 @@ def model(config: Any, **changes: Any) -> tuple[Any, Any, Any]:
         args: Any = (ids, jnp.arange(6)[None] < jnp.array([6, 4, 5, 2, 6])[:, None])
     else:
         module, args = models.Llama(dataclasses.replace(config, **changes)), (ids,)
-    params = module.init(jax.random.key(0), *args)["params"]
-    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(1), x.shape), params)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+    params = cases.near_ones_and_zeros(shapes)
     return (lambda p, *a: module.apply({"params": p}, *a)), params, args
 
 
@@ -137,11 +139,17 @@ def test_a_mixed_batch_is_its_examples_one_at_a_time(name: str) -> None:
         rows = jax.lax.map(lambda x: one(params, stacked, *x), (jnp.arange(count), ids))
         return jax.tree.map(lambda x: x[:, 0], rows)
 
-    assert_close(jax.jit(mixed)(params, stacked, ids), jax.jit(alone)(params, stacked, ids))
-    got, want = (
-        jax.jit(jax.grad(lambda s, fn=fn: scalar(lambda p, s: fn(p, s, ids))(params, s)))(stacked)
-        for fn in (mixed, alone)
-    )
+    def derived(fn: Any) -> Any:
+        """(gradient of the stack, outputs)"""
+
+        def loss(stacked: Any) -> Any:
+            out = fn(params, stacked, ids)
+            return weighted(out), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(stacked)
+
+    (got, outputs), (want, expected) = map(derived, (mixed, alone))
+    assert_close(outputs, expected)
     assert_close(got.factors, want.factors, tolerance=5e-5)
     assert any(jnp.any(x != 0) for x in jax.tree.leaves(got.factors))
 
