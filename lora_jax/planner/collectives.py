@@ -36,6 +36,7 @@ class Collective:
 
     kind: str
     operand: Shape
+    result: Shape
     group: tuple[int, ...]
     origin: str
     times: int
@@ -81,10 +82,11 @@ def _arrays(
     shapes = [computation[o].results[0] for o in i.operands]
     if kind == "all-to-all" and len(shapes) > 1:  # one array, given in pieces
         whole = Shape(shapes[0].dtype, (len(shapes), *shapes[0].dims))
-        yield Collective(kind, whole, group, origins[0], times)
+        yield Collective(kind, whole, whole, group, origins[0], times)
         return
-    for shape, origin in zip(shapes, origins, strict=True):
-        yield Collective(kind, shape, group, origin, times)
+    results = i.results[-len(shapes) :]  # an asynchronous one gives its operands back first
+    for shape, result, origin in zip(shapes, results, origins, strict=True):
+        yield Collective(kind, shape, result, group, origin, times)
 
 
 _MOVES = ("all-gather", "all-to-all", "collective-broadcast", "collective-permute")

@@ -110,10 +110,15 @@ class Module:
         return times
 
     @property
+    def instructions(self) -> Iterator[Instruction]:
+        """All instructions, those of fusions and loops too."""
+        return (i for c in self.computations.values() for i in c.values())
+
+    @property
     def unknown_loops(self) -> list[str]:
         """Origins of the loops whose number of rounds XLA does not know; they count once."""
-        every = (i for c in self.computations.values() for i in c.values())
-        return [i.origin or i.name for i in every if i.kind == "while" and i.trips is None]
+        loops = (i for i in self.instructions if i.kind == "while")
+        return [i.origin or i.name for i in loops if i.trips is None]
 
 
 def parse(text: str) -> Module:

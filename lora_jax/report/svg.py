@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _LARGER = 1.2  # than it was drawn, at most
@@ -48,6 +49,7 @@ def style() -> Iterator[None]:
 def new(width: float = 4.6, height: float = 3.4) -> tuple[Figure, Any]:
     """A drawing of one set of axes, in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # measures texts, for whoever keeps them apart
     return figure, figure.subplots()
 
 
