@@ -302,9 +302,6 @@ def test_manners(path: pathlib.Path) -> None:
 
 # Names that several modules may define, with the reason.
 SHARED_NAMES = {"Tree": "`Tree = Any`: what every module calls a pytree"}
-# Left until the rooms models, baselines, serving, report and multi are gone through.
-SHARED_NAMES |= dict.fromkeys(("Array", "Batch", "Config", "Context", "Line", "Member"), "pending")
-SHARED_NAMES |= dict.fromkeys(("Options", "Rule", "Table"), "pending")
 
 
 def defined_types(path: pathlib.Path) -> set[str]:
