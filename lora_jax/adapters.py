@@ -68,9 +68,6 @@ def factors_alone(adapter: Adapter, doing: str) -> Adapter:
     return adapter
 
 
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
-
-
 def init(
     key: jax.Array,
     layout: Layout,
