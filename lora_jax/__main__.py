@@ -7,7 +7,7 @@
 
 `lora-jax COMMAND --help` lists the options of a command.
 
-Exit status: that of the command; 2 where there is no such command.
+The exit status is that of the command, or 2 if no command or an unknown one is named.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Command = Callable[[Sequence[str]], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names, and return its exit status."""
-    name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
-    rest = rest[:-1]
-    if name in ("", "-h", "--help"):
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if not given or given[0] in ("-h", "--help"):
         sys.stdout.write(f"{__doc__}")
-        return 0 if name else 2
+        return 0 if given else 2
+    name, rest = given[0], given[1:]
     if name not in COMMANDS:
         (other,) = nearest(name, COMMANDS, n=1)
         sys.stderr.write(f"error: no command {name!r}; nearest: {other!r}\n\n{__doc__}")

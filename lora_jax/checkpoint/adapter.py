@@ -128,13 +128,13 @@ def restore_layout(path: Path) -> Layout:
 
 
 def restore_about(path: Path) -> dict[str, Any]:
-    """What was saved as `about`, maybe nothing. It is the writer's word: check what you use."""
+    """Return the `about` that was saved, or {}. Nobody has checked it: check the values you use."""
     about = _open(path, None)[2].notes.get("about")
     return dict(about) if isinstance(about, Mapping) else {}
 
 
 def check_trained_on(path: Path, ours: Fingerprint, *, allow_other_base: bool = False) -> None:
-    """What `restore(params=...)` checks, by a fingerprint of `params` that was taken before.
+    """Check the base as `restore(params=...)` does, given its fingerprint.
 
     Args:
       path: the folder.

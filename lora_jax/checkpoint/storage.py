@@ -117,9 +117,9 @@ def load(folder: RemotePath, manifest: Manifest, part: str, target: Any) -> Any:
 
 @contextlib.contextmanager
 def reading(folder: RemotePath) -> Iterator[None]:
-    """Whatever goes wrong while `folder` is read becomes an error that names it.
+    """Turn any error of the block into one that names `folder`, which the block reads.
 
-    A lack of memory or of permission is no damage, and passes.
+    Errors of memory and of permission are raised as they are: the folder is not damaged then.
     """
     try:
         yield
@@ -134,7 +134,7 @@ def reading(folder: RemotePath) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(folder: RemotePath) -> Iterator[None]:
-    """Whatever goes wrong while `folder` is written becomes an error that names it."""
+    """Turn any error of the block into one that names `folder`, which the block writes."""
     try:
         yield
     except LoraError:
@@ -151,7 +151,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _said(error: BaseException) -> str:
-    """What TensorStore says, without the pages of settings that it puts after it."""
+    """Return the type and text of an error, without the settings that TensorStore appends."""
     return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec')[0][:1000]}"
 
 

@@ -30,7 +30,7 @@ from lora_jax.spec import check_rank
 
 
 class Truncation(NamedTuple):
-    """What `truncate` left out of one target's update, over all of its stack.
+    """The part of one target's update that `truncate` cut off, over all of its stack.
 
     error: its Frobenius norm, the root of the sum of squares of the singular values cut off.
     relative: that divided by the norm of the whole update; 0 where the update is 0.

@@ -287,7 +287,7 @@ def take(stacked: Stack, index: Any) -> Scaled:
 
 
 def slot(stacked: Stack, ids: Any) -> Any:
-    """Where in the stack's arrays the adapters lie: from 0 to n, or n + 1 for what is no number."""
+    """Return the rows of the stack's arrays: 0 to n, or n + 1 where an id is not a slot."""
     nowhere = stacked.size + 1
     known = (ids >= BASE) & (ids < stacked.size)
     return jnp.where(ids == BASE, stacked.size, jnp.where(known, ids, nowhere))
