@@ -48,8 +48,10 @@ def unpack(archive: Path, folder: Path) -> None:
             with tarfile.open(archive, "r:gz") as source:
                 _check(archive, {member.name: member.size for member in source})
                 source.extractall(folder, filter="data")  # refuses links out of the folder, devices
-            (top,) = folder.iterdir()
-            for child in list(top.iterdir()):
+            tops = list(folder.iterdir())
+            if len(tops) != 1 or not tops[0].is_dir():
+                raise PackageError(f"{archive.name} does not hold one folder at its top")
+            for child in list(tops[0].iterdir()):
                 child.rename(folder / child.name)
     except _BROKEN as error:
         raise PackageError(f"{archive.name} is damaged: {type(error).__name__}: {error}") from error

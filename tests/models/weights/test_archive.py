@@ -41,6 +41,12 @@ def test_files_are_placed_as_in_site_packages(tmp_path: Path) -> None:
     assert (tmp_path / "other/a/b.txt").read_bytes() == b"x"
 
 
+def test_a_source_archive_has_one_folder_at_its_top(tmp_path: Path) -> None:
+    """Red if a file at the top is taken for that folder."""
+    with pytest.raises(PackageError, match="one folder at its top"):
+        unpack(source(tmp_path / "a.tar.gz", "file"), tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "a\\..\\x", "C:x", "a/.."])
 def test_paths_out_of_the_folder(tmp_path: Path, name: str) -> None:
     paths = [wheel(tmp_path / "a.whl", "ok", name)]
