@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.base import is_base
 from lora_jax.errors import LoraError
 
 Tree = Any  # a pytree
@@ -37,8 +38,9 @@ def path_of(key_path: tuple[Any, ...]) -> str:
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Return the leaves of `tree` by path, in the tree's own order."""
-    return {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """Return the leaves of `tree` by path, in the tree's own order; a quantised base is one leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_base)
+    return {path_of(p): leaf for p, leaf in leaves}
 
 
 def shapes(tree: Tree) -> dict[str, str]:
@@ -60,7 +62,9 @@ def replace(tree: Tree, leaves: dict[str, Any]) -> Tree:
     unknown = [path for path in leaves if path not in known]
     if unknown:
         raise LoraError(f"no leaf at {unknown[0]!r} in the tree; it has {list(known)}")
-    return jax.tree_util.tree_map_with_path(lambda p, leaf: leaves.get(path_of(p), leaf), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda p, leaf: leaves.get(path_of(p), leaf), tree, is_leaf=is_base
+    )
 
 
 def match(pattern: str, path: str) -> bool:

@@ -27,7 +27,8 @@ ARROWS = {
     | {"multi", "nnx", "paths", "resolve", "sharding", "spec", "transform"},
     # the core: the transform and what it is used with
     "errors": set(),
-    "paths": {"errors"},
+    "base": set(),
+    "paths": {"base", "errors"},
     "spec": {"errors"},
     "layout": {"errors", "paths", "spec"},
     "adapters": {"errors", "layout"},
