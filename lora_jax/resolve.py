@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout, Target
-from lora_jax.primitives import axis_roles, jaxprs
+from lora_jax.primitives import jaxprs, roles
+from lora_jax.primitives.dependence import Dependence, dependence
 from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule
 
 
@@ -43,7 +44,7 @@ def resolve(
     total                                              32
     """
     traced = jaxprs.trace(f, params, args, kwargs)
-    found = axis_roles.usage(traced)
+    found = _Found(roles.uses(traced), dependence(traced))
     chosen = _choose(spec, found)
     shapes = traced.param_shapes
     fold = {path for pattern in spec.folded for path in _matching(pattern, found.uses)}
@@ -56,7 +57,14 @@ def resolve(
     )
 
 
-def _choose(spec: LoraSpec, found: axis_roles.Usage) -> dict[str, Rule]:
+class _Found(NamedTuple):
+    """What a trace tells: how each parameter is used, and what depends on what."""
+
+    uses: dict[str, tuple[roles.Use, ...]]
+    dependence: Dependence
+
+
+def _choose(spec: LoraSpec, found: _Found) -> dict[str, Rule]:
     """The first matching rule of each parameter. Every rule must match something."""
     chosen: dict[str, Rule] = {}
     for rule in spec.rules:
@@ -65,11 +73,11 @@ def _choose(spec: LoraSpec, found: axis_roles.Usage) -> dict[str, Rule]:
     return chosen
 
 
-def _matching_rule(rule: Rule, found: axis_roles.Usage) -> list[str]:
+def _matching_rule(rule: Rule, found: _Found) -> list[str]:
     if rule.pattern != ALL_LINEAR:
         return _matching(rule.pattern, found.uses)
     linear = [path for path, uses in found.uses.items() if any(u.is_product for u in uses)]
-    kept = [path for path in linear if path not in found.heads]
+    kept = [path for path in linear if path not in found.dependence.heads]
     if not kept:
         raise LoraError(
             f"{ALL_LINEAR!r} matches nothing: the products consume {linear or 'no parameter'}, "
@@ -91,7 +99,7 @@ def _matching(pattern: str, known: Mapping[str, Any]) -> list[str]:
 
 
 def _target(
-    path: str, shape: tuple[int, ...], uses: tuple[axis_roles.Use, ...], rule: Rule, fold: bool
+    path: str, shape: tuple[int, ...], uses: tuple[roles.Use, ...], rule: Rule, fold: bool
 ) -> Target:
     if not fold:
         _refuse_barriers(path, uses)
@@ -102,7 +110,7 @@ def _target(
     )
 
 
-def _refuse_barriers(path: str, uses: tuple[axis_roles.Use, ...]) -> None:
+def _refuse_barriers(path: str, uses: tuple[roles.Use, ...]) -> None:
     for use in uses:
         if use.barrier is not None and _adapted_elsewhere(uses):
             raise LoraError(
@@ -112,14 +120,14 @@ def _refuse_barriers(path: str, uses: tuple[axis_roles.Use, ...]) -> None:
             )
 
 
-def _adapted_elsewhere(uses: tuple[axis_roles.Use, ...]) -> bool:
+def _adapted_elsewhere(uses: tuple[roles.Use, ...]) -> bool:
     """A parameter that meets products and barriers; one that meets no product fails later."""
     return any(u.has_axes for u in uses)
 
 
 def _canonical(
-    path: str, shape: tuple[int, ...], uses: tuple[axis_roles.Use, ...]
-) -> axis_roles.Use:
+    path: str, shape: tuple[int, ...], uses: tuple[roles.Use, ...]
+) -> roles.Use:
     """The use whose axes count: convolutions and lookups before products, then the first."""
     complete = [u for u in uses if u.has_axes and _covers(u, shape)]
     if not complete:
@@ -133,5 +141,5 @@ def _canonical(
     return min(complete, key=lambda u: order.index(u.kind))
 
 
-def _covers(use: axis_roles.Use, shape: tuple[int, ...]) -> bool:
+def _covers(use: roles.Use, shape: tuple[int, ...]) -> bool:
     return sorted((*use.stack, *use.inputs, *use.outputs)) == list(range(len(shape)))

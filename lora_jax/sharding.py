@@ -17,7 +17,8 @@ from lora_jax import flax_partitioning, paths
 from lora_jax.adapters import Factors
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout, Target
-from lora_jax.primitives import axis_roles, jaxprs
+from lora_jax.primitives import jaxprs
+from lora_jax.primitives.roles import Use, uses
 
 ShardingRule = tuple[
     str, PartitionSpec
@@ -240,18 +241,18 @@ def automatic(
 
 def _roles(
     params: Any, call: tuple[Callable[..., Any], tuple[Any, ...]] | None
-) -> dict[str, axis_roles.Use]:
+) -> dict[str, Use]:
     """The use of each parameter whose axes count; without one, its two longest axes."""
-    uses: Mapping[str, Sequence[axis_roles.Use]] = {}
+    found: Mapping[str, Sequence[Use]] = {}
     if call is not None:
-        uses = axis_roles.usage(jaxprs.trace(call[0], params, call[1])).uses
+        found = uses(jaxprs.trace(call[0], params, call[1]))
     return {
-        path: _role(tuple(leaf.shape), uses.get(path, ()))
+        path: _role(tuple(leaf.shape), found.get(path, ()))
         for path, leaf in paths.flatten(params).items()
     }
 
 
-def _role(shape: tuple[int, ...], uses: Sequence[axis_roles.Use]) -> axis_roles.Use:
+def _role(shape: tuple[int, ...], uses: Sequence[Use]) -> Use:
     complete = [u for u in uses if u.has_axes]
     if complete:
         return min(complete, key=lambda u: u.kind != "gather")  # a tied embedding is a lookup
@@ -259,14 +260,14 @@ def _role(shape: tuple[int, ...], uses: Sequence[axis_roles.Use]) -> axis_roles.
     free = [i for i in range(len(shape)) if i not in stack]
     longest = sorted(sorted(free, key=lambda i: shape[i])[-2:])
     inputs = tuple(i for i in free if i != longest[-1]) if longest else ()
-    return axis_roles.Use("unknown", "", stack, inputs, tuple(longest[-1:]))
+    return Use("unknown", "", stack, inputs, tuple(longest[-1:]))
 
 
-def _slice_size(shape: Sequence[int], role: axis_roles.Use) -> int:
+def _slice_size(shape: Sequence[int], role: Use) -> int:
     return math.prod(n for i, n in enumerate(shape) if i not in role.stack)
 
 
-def _is_modest(shape: tuple[int, ...], role: axis_roles.Use) -> bool:
+def _is_modest(shape: tuple[int, ...], role: Use) -> bool:
     return len(shape) - len(role.stack) <= 1 or _slice_size(shape, role) < TINY
 
 
@@ -290,7 +291,7 @@ def _bytes(leaf: Any) -> int:
 
 
 def _spread(
-    shape: tuple[int, ...], role: axis_roles.Use, parts: Mapping[str, int]
+    shape: tuple[int, ...], role: Use, parts: Mapping[str, int]
 ) -> PartitionSpec | None:
     """The first of the ways of rule 2 in which every axis is divided."""
     outputs = role.outputs
