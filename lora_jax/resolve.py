@@ -7,9 +7,10 @@ from typing import Any
 
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
 from lora_jax.primitives import axis_roles, jaxprs
 from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule
+from lora_jax.target import Target
 
 
 def resolve(

@@ -14,10 +14,11 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from lora_jax import flax_partitioning, paths
-from lora_jax.adapters import Factors
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
 from lora_jax.primitives import axis_roles, jaxprs
+from lora_jax.target import Target
+from lora_jax.updates.kind import Factors
 
 ShardingRule = tuple[
     str, PartitionSpec

@@ -10,13 +10,14 @@ import jax
 from lora_jax import paths
 from lora_jax.adapters import Adapters, check
 from lora_jax.errors import LoraError
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
 from lora_jax.multi import per_example
 from lora_jax.multi.blend import Blend, Choosing
 from lora_jax.multi.stack import Scaled
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.table import RULES
+from lora_jax.target import Target
 
 
 def adapt(

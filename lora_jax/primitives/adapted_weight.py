@@ -23,10 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import Factors, wide_dtype
 from lora_jax.errors import LoraError
-from lora_jax.layout import Target
 from lora_jax.primitives.gating import Gate, counted, gates
+from lora_jax.target import Target
+from lora_jax.updates.kind import Factors, wide_dtype
 
 RANK, ROWS, MEMBER, TALLY = -1, -2, -3, -4  # names that are the same in all weights
 _fresh = itertools.count()
