@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs, roles
 from lora_jax.primitives.dependence import Dependence, dependence
 from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule
+from lora_jax.target import Target
 
 
 def resolve(
@@ -125,9 +126,7 @@ def _adapted_elsewhere(uses: tuple[roles.Use, ...]) -> bool:
     return any(u.has_axes for u in uses)
 
 
-def _canonical(
-    path: str, shape: tuple[int, ...], uses: tuple[roles.Use, ...]
-) -> roles.Use:
+def _canonical(path: str, shape: tuple[int, ...], uses: tuple[roles.Use, ...]) -> roles.Use:
     """The use whose axes count: convolutions and lookups before products, then the first."""
     complete = [u for u in uses if u.has_axes and _covers(u, shape)]
     if not complete:

@@ -14,11 +14,12 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from lora_jax import flax_partitioning, paths
-from lora_jax.adapters import Factors
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.roles import Use, uses
+from lora_jax.target import Target
+from lora_jax.updates.kind import Factors
 
 ShardingRule = tuple[
     str, PartitionSpec
@@ -239,9 +240,7 @@ def automatic(
     return out
 
 
-def _roles(
-    params: Any, call: tuple[Callable[..., Any], tuple[Any, ...]] | None
-) -> dict[str, Use]:
+def _roles(params: Any, call: tuple[Callable[..., Any], tuple[Any, ...]] | None) -> dict[str, Use]:
     """The use of each parameter whose axes count; without one, its two longest axes."""
     found: Mapping[str, Sequence[Use]] = {}
     if call is not None:
@@ -290,9 +289,7 @@ def _bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * int(leaf.dtype.itemsize)
 
 
-def _spread(
-    shape: tuple[int, ...], role: Use, parts: Mapping[str, int]
-) -> PartitionSpec | None:
+def _spread(shape: tuple[int, ...], role: Use, parts: Mapping[str, int]) -> PartitionSpec | None:
     """The first of the ways of rule 2 in which every axis is divided."""
     outputs = role.outputs
     inputs = sorted(role.inputs, key=lambda i: -shape[i])

@@ -13,7 +13,7 @@ from lora_jax import paths
 from lora_jax.adapters import Adapters, check
 from lora_jax.base import Base
 from lora_jax.errors import LoraError
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
 from lora_jax.multi import per_example
 from lora_jax.multi.blend import Blend, Choosing
 from lora_jax.multi.stack import Scaled
@@ -24,7 +24,9 @@ from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.primitives.held import held
 from lora_jax.primitives.lowrank import LowRank
 from lora_jax.primitives.named import MEMBER, RANK, TALLY, Named
-from lora_jax.primitives.update import Zero
+from lora_jax.primitives.update import OutputGain, Zero
+from lora_jax.target import Target
+from lora_jax.updates.kind import kind_of
 
 
 def adapt(
@@ -108,27 +110,30 @@ def adapt(
     return adapted
 
 
-def _adapted(evaluator: Evaluator, target: Target, w: Any, blend: Blend) -> AdaptedWeight:
-    """The weight of a target as the program gets it.
-
-    With a choice the factors and the gain, [n], have a leading axis of adapters.
-    """
+def _adapted(evaluator: Evaluator, target: Target, w: Any, blend: Blend) -> Any:
+    """The weight of a target as the program gets it; an array, if its update has no low rank."""
+    kind, parameters = kind_of(target), blend.factors[target.path]
+    factors = kind.factors(target, parameters)
+    if factors is None:
+        evaluator.paths_read.add(target.path)
+        return kind.merged(target, parameters, w)
     names = evaluator.fresh(len(target.shape))
     pick = lambda which: tuple(names[i] for i in which)  # noqa: E731
     stack, several = pick(target.stack), () if blend.choice is None else (MEMBER,)
-    factors, gain = blend.factors[target.path], blend.gains.get(target.path)
-    gate = blend.gates.get(target.path)
-    update: Any = LowRank(
-        Named(factors.a, (*several, *stack, *pick(target.inputs), RANK)),
-        Named(factors.b, (*several, *stack, RANK, *pick(target.outputs))),
-        target.scale,
-        None if gain is None else Named(gain, several or (RANK,) * jnp.ndim(gain)),
-    )
+    a = Named(factors.a, (*several, *stack, *pick(target.inputs), RANK))
+    b = Named(factors.b, (*several, *stack, RANK, *pick(target.outputs)))
+    gain, gate = blend.gains.get(target.path), blend.gates.get(target.path)
+    if gain is not None:
+        gain = Named(gain, several or (RANK,) * jnp.ndim(gain))
+    update: Any = LowRank(a, b, kind.scale(target), gain)
     if gate is not None:
         if gate.probe is not None:
             probe = Named(gate.probe, (*stack, TALLY, MEMBER))
             gate = dataclasses.replace(gate, probe=probe)
-        update = Gated(update.a, update.b, update.scale, update.gain, gate)
+        update = Gated(a, b, update.scale, gain, gate)
+    output_gain = kind.output_gain(target, parameters, w)
+    if output_gain is not None:
+        update = OutputGain(update, Named(output_gain, (*stack, *pick(target.outputs))))
     if blend.choice is not None:
         update = Chosen(update, blend.choice.index, blend.choice.examples)
     return AdaptedWeight(held(w), update, names, target.path, target.fold)

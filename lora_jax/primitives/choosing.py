@@ -14,7 +14,7 @@ from lora_jax.errors import LoraError
 from lora_jax.multi import segmented_matmul
 from lora_jax.primitives.gating import Gate, counted, gates
 from lora_jax.primitives.lowrank import LowRank, is_matrix_product
-from lora_jax.primitives.named import MEMBER, RANK, Named, Names, without
+from lora_jax.primitives.named import MEMBER, RANK, Named, without
 from lora_jax.primitives.update import Operation, Update
 
 

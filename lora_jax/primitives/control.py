@@ -200,9 +200,7 @@ def _cond(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
     def branch(closed: Any) -> Callable[[Ins], list[Any]]:
         jaxpr, consts = jaxprs.opened(closed)
-        return lambda ops: [
-            evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxpr, consts, ops)
-        ]
+        return lambda ops: [evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxpr, consts, ops)]
 
     if isinstance(index, AdaptedWeight):
         return None

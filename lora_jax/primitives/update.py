@@ -47,7 +47,7 @@ class Update(abc.ABC):
 
     @abc.abstractmethod
     def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        """`fn` of each of the arrays: what is done to W's axes is done to those of the same name."""
+        """`fn` of each array: what is done to axes of W is done to those of the same name."""
 
     @abc.abstractmethod
     def role(self, name: int) -> str | None:
