@@ -23,7 +23,7 @@ PACKAGE = ROOT / "lora_jax"
 # Room -> the rooms it may import, and does. A room is a top-level module or a package; "" is the
 # facade, `lora_jax/__init__.py`, which nothing in the package imports.
 ARROWS = {
-    "": {"adapters", "checkpoint", "errors", "frozen", "layout", "merge", "moe"}
+    "": {"adapters", "bases", "checkpoint", "errors", "frozen", "layout", "merge", "moe"}
     | {"multi", "nnx", "paths", "resolve", "sharding", "spec", "transform"},
     # the core: the transform and what it is used with
     "errors": set(),
@@ -31,6 +31,7 @@ ARROWS = {
     "paths": {"base", "errors"},
     "spec": {"errors"},
     "layout": {"errors", "paths", "spec"},
+    "bases": {"base", "errors", "layout", "paths"},
     "adapters": {"errors", "layout"},
     "merge": {"adapters", "layout", "paths"},
     "multi": {"adapters", "errors", "layout", "spec"},
