@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.adapters import Adapters, check
-from lora_jax.base import dense
+from lora_jax.base import dense, wide_dtype
 from lora_jax.layout import Layout
-from lora_jax.updates.kind import kind_of, wide_dtype
+from lora_jax.updates.kind import kind_of
 
 
 def merge(layout: Layout, params: Any, adapters: Adapters) -> Any:

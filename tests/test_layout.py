@@ -23,7 +23,7 @@ PACKAGE = ROOT / "lora_jax"
 # Room -> the rooms it may import, and does. A room is a top-level module or a package; "" is the
 # facade, `lora_jax/__init__.py`, which nothing in the package imports.
 ARROWS = {
-    "": {"adapters", "checkpoint", "errors", "frozen", "layout", "merge", "moe"}
+    "": {"adapters", "bases", "checkpoint", "errors", "frozen", "layout", "merge", "moe"}
     | {"multi", "nnx", "paths", "resolve", "sharding", "spec", "target", "transform", "updates"},
     # the core: the transform and what it is used with
     "errors": set(),
@@ -33,10 +33,11 @@ ARROWS = {
     "target": {"errors", "spec"},
     "updates": {"base", "errors", "target"},
     "layout": {"base", "errors", "paths", "target", "updates"},
+    "bases": {"base", "errors", "layout", "paths"},
     "adapters": {"errors", "layout", "paths", "target", "updates"},
     "merge": {"adapters", "base", "layout", "paths", "updates"},
-    "multi": {"adapters", "errors", "layout", "spec", "target", "updates"},
-    "primitives": {"base", "errors", "multi", "paths", "updates"},
+    "multi": {"adapters", "base", "errors", "layout", "spec", "target", "updates"},
+    "primitives": {"base", "errors", "multi", "paths"},
     "resolve": {"errors", "layout", "paths", "primitives", "spec", "target"},
     "transform": {"adapters", "base", "errors", "layout", "multi", "paths", "primitives", "target"}
     | {"updates"},

@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from lora_jax.adapters import Adapter, as_lora, factors_alone
+from lora_jax.base import wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.spec import check_rank
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, wide_dtype
+from lora_jax.updates.kind import Factors
 
 
 class Truncation(NamedTuple):

@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.base import wide_dtype
 from lora_jax.primitives.named import RANK, ROWS, Named, Names, einsum
 from lora_jax.primitives.update import Operation, Update
-from lora_jax.updates.kind import wide_dtype
 
 
 @jax.tree_util.register_dataclass

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.base import dense
+from lora_jax.base import dense, wide_dtype
 from lora_jax.target import Target
-from lora_jax.updates.kind import Kind, TargetInitializer, check_no_parts, wide_dtype
+from lora_jax.updates.kind import Kind, TargetInitializer, check_no_parts
 
 
 class Shift(NamedTuple):

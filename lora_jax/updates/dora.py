@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.base import Base, dense
+from lora_jax.base import Base, dense, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer, in_w_order, wide_dtype
+from lora_jax.updates.kind import Factors, Kind, TargetInitializer, in_w_order
 
 
 class Directed(NamedTuple):

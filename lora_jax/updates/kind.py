@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.base import dense
+from lora_jax.base import dense, wide_dtype
 from lora_jax.errors import LoraError, listed
 from lora_jax.target import Target
 
@@ -192,13 +192,6 @@ def check_no_parts(kind: Kind, target: Target) -> None:
             f"{target.path!r}: the kind {kind.name!r} has no parts; only kind='lora' takes slices "
             "of an output axis"
         )
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """The dtype in which a sum with W is formed: float32, or W's own where that is wider."""
-    if jnp.issubdtype(dtype, jnp.complexfloating) or dtype == jnp.float64:
-        return dtype
-    return jnp.float32
 
 
 def in_w_order(target: Target, values: Any) -> Any:

@@ -1,0 +1,102 @@
+"""Scales in 8 bits: what bitsandbytes calls double quantisation, or nested statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.base import Base
+
+BLOCK = 256  # scales that share a scale of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic(Base):
+    """Float32 scales as 8-bit codes of a dynamic map (arXiv 1511.04561).
+
+    `scale[i] = table[codes[i]] * scales[i // 256] + offset`, over a slice's scales in order.
+
+    Attributes:
+      codes: uint8 [*lead, rows, blocks].
+      scales: float32 [*lead, ceil(rows * blocks / 256)].
+      offset: float32 [*lead], the mean of the scales before they were quantised.
+      table: float32 [*lead, 256]; a file brings its own.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    offset: jax.Array
+    table: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return jnp.dtype(jnp.float32)
+
+    def dense(self) -> jax.Array:
+        *lead, rows, blocks = self.codes.shape
+        index = self.codes.reshape(*lead, rows * blocks).astype(jnp.int32)
+        values = jnp.take_along_axis(self.table, index, axis=-1, mode="promise_in_bounds")
+        scales = jnp.repeat(self.scales, BLOCK, axis=-1)[..., : rows * blocks]
+        return (values * scales + self.offset[..., None]).reshape(self.shape)
+
+
+jax.tree_util.register_dataclass(Dynamic, ["codes", "scales", "offset", "table"], [])
+
+
+def quantise(scales: jax.Array) -> Dynamic:
+    """Quantise the scales of one slice, float32 [rows, blocks].
+
+    The nearest entry of the table is taken, and the lower one of two that are equally near. This
+    is the rule of the bitsandbytes kernels for GPUs, which wrote the published checkpoints; the
+    one for CPUs looks up a rounded value, and differs from them in a few codes of a hundred.
+    """
+    offset = jnp.mean(scales)
+    flat = (scales - offset).reshape(-1)
+    groups = -(-flat.size // BLOCK)
+    blocks = jnp.pad(flat, (0, groups * BLOCK - flat.size)).reshape(groups, BLOCK)
+    absmax = jnp.max(jnp.abs(blocks), axis=1)
+    table = jnp.asarray(dynamic_map())
+    scaled = jnp.clip(blocks * reciprocal(absmax)[:, None], -1, 1)
+    # `left` counts the midpoints that are below: a tie takes the lower entry.
+    middles = (table[:-1] + table[1:]) * np.float32(0.5)
+    codes = jnp.searchsorted(middles, scaled, side="left").astype(jnp.uint8)
+    return Dynamic(codes.reshape(-1)[: flat.size].reshape(scales.shape), absmax, offset, table)
+
+
+def reciprocal(absmax: jax.Array) -> jax.Array:
+    """Return 1 / absmax, and 0 for a block of zeros or of numbers too small to have one."""
+    tiny = np.finfo(np.float32).tiny
+    return jnp.where(absmax < tiny, jnp.zeros_like(absmax), 1 / jnp.maximum(absmax, tiny))
+
+
+@functools.cache
+def dynamic_map() -> np.ndarray:
+    """Return the 256 signed values of bitsandbytes' `create_dynamic_map`, sorted.
+
+    Seven decades from 1e-6 to 1; decade i has 2**i values of each sign, evenly spaced over the
+    upper nine tenths of the decade. 0 and 1 complete the table.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = _linspace(2**decade + 1)
+        means = (edges[:-1] + edges[1:]) / np.float32(2)
+        scaled = np.float32(10.0 ** (decade - 6)) * means
+        values += [*scaled.tolist(), *(-scaled).tolist()]
+    return np.array(sorted(values), np.float32)
+
+
+def _linspace(steps: int) -> np.ndarray:
+    """Return values from 0.1 to 1 as torch computes them: from both ends, each rounded once."""
+    start, end = np.float32(0.1), np.float32(1)
+    step = np.float64((end - start) / np.float32(steps - 1))
+    index = np.arange(steps)
+    forward, backward = start + step * index, end - step * (steps - 1 - index)
+    return np.where(index < steps // 2, forward, backward).astype(np.float32)

@@ -1,0 +1,113 @@
+"""NF4, the 4-bit NormalFloat of QLoRA, byte for byte as bitsandbytes stores it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.base import dense
+from lora_jax.bases import dynamic
+from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.errors import LoraError
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# arXiv 2305.14314, appendix E: quantiles of a normal distribution, with an exact zero.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FourBit(QuantisedMatrix):
+    """A weight in 4-bit codes of a table, with one scale for each block of numbers.
+
+    `w = table[code] * scale`, in float32, then cast. A row holds whole blocks: it is an output
+    where `block` divides the number of inputs, and a whole slice where it does not. In the latter
+    case blocks run on over the ends of the outputs, and the last one may be short.
+
+    Attributes:
+      codes: uint8 [*lead, rows, bytes], two codes a byte, the first in the high four bits.
+      scales: float32 [*lead, rows, blocks], or the same as `Dynamic`.
+      block: numbers that share a scale.
+      table: the 16 values.
+    """
+
+    codes: jax.Array
+    scales: jax.Array | dynamic.Dynamic
+    block: int
+    table: tuple[float, ...] = NF4
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape[:-2])
+
+    def numbers(self) -> jax.Array:
+        # A byte looks up both of its numbers: half the lookups, and no shifts.
+        values = np.array(self.table, np.float32)
+        pairs = jnp.asarray(np.stack([np.repeat(values, 16), np.tile(values, 16)], axis=1))
+        found = pairs.at[self.codes].get(mode="promise_in_bounds")
+        found = found.reshape(*self.codes.shape[:-1], -1)
+        return scaled(found, dense(self.scales), self.block, math.prod(self.sizes))
+
+
+def scaled(values: jax.Array, scales: jax.Array, block: int, size: int) -> jax.Array:
+    """Return each block of `values` times its scale.
+
+    Args:
+      values: float32 [*lead, rows, columns], where columns may end with half a byte of padding.
+      scales: float32 [*lead, rows, blocks].
+      size: numbers of a slice, `rows * columns` without that padding.
+    """
+    *start, blocks = scales.shape
+    missing = blocks * block - values.shape[-1]  # of a short last block
+    if missing:
+        values = jnp.pad(values, [(0, 0)] * len(start) + [(0, missing)])
+    product = values.reshape(*start, blocks, block) * scales[..., None]
+    return product.reshape(*start, blocks * block)[..., : size // start[-1]]
+
+
+jax.tree_util.register_dataclass(
+    FourBit, ["codes", "scales"], ["sizes", "order", "float_dtype", "block", "table"]
+)
+
+
+def quantise(
+    x: jax.Array, block: int, double: bool
+) -> tuple[jax.Array, jax.Array | dynamic.Dynamic]:
+    """Return the codes and scales of one slice.
+
+    A number is multiplied by `1 / absmax`, the reciprocal rounded to float32, and gets the nearest
+    value of the table, the lower one of two that are equally near: the midpoint must be exceeded.
+
+    Args:
+      x: float32 [fan_out, fan_in].
+    """
+    rows = x.shape[0] if x.shape[1] % block == 0 else 1
+    x = x.reshape(rows, x.size // rows)
+    columns = x.shape[1]
+    blocks = -(-columns // block)
+    x = jnp.pad(x, [(0, 0), (0, blocks * block - columns)]).reshape(rows, blocks, block)
+    scales = jnp.max(jnp.abs(x), axis=-1)
+    x = x * dynamic.reciprocal(scales)[..., None]
+    values = np.array(NF4, np.float32)
+    codes = jnp.zeros(x.shape, jnp.uint8)
+    for middle in (values[:-1] + values[1:]) * np.float32(0.5):
+        codes += (x > middle).astype(jnp.uint8)
+    pairs = codes.reshape(rows, -1, 2)[:, : -(-columns // 2)]
+    packed = pairs[..., 0] * np.uint8(16) + pairs[..., 1]
+    return packed, dynamic.quantise(scales) if double else scales
+
+
+def check_block(block: int, path: str) -> None:
+    """Raise `LoraError` unless bitsandbytes has blocks of this size."""
+    if block not in BLOCKS:
+        sizes = ", ".join(map(str, BLOCKS))
+        raise LoraError(f"{path!r}: nf4 has no blocks of {block} numbers; a block has {sizes}")
