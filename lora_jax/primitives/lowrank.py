@@ -72,10 +72,10 @@ class LowRank(Update):
     def times(self, factor: Named) -> Update | None:
         real = tuple(n for n in factor.names if factor.size(n) > 1)
         factor = Named(factor.array.reshape([factor.size(n) for n in real]), real)
-        for name in ("b", "a"):
-            n: Named = getattr(self, name)
-            if set(real) <= set(n.names):
-                return dataclasses.replace(self, **{name: n.times(factor)})
+        if set(real) <= set(self.b.names):
+            return dataclasses.replace(self, b=self.b.times(factor))
+        if set(real) <= set(self.a.names):
+            return dataclasses.replace(self, a=self.a.times(factor))
         return None
 
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
@@ -102,13 +102,13 @@ def add(base: Any, x: Named, update: LowRank, out: Names, precision: Any) -> Any
     """
     names = dict.fromkeys((*x.names, *update.a.names, *update.b.names, *out))
     canonical = dict(zip([n for n in names if n >= 0], range(len(names)), strict=False))
-    x, update = x.renamed(canonical), update.map(lambda n: n.renamed(canonical))
+    moved = update.map(lambda n: n.renamed(canonical))
     out = tuple(canonical.get(n, n) for n in out)
-    return _add(base, x, update, out=out, precision=precision)
+    return _add(base, x.renamed(canonical), moved, out=out, precision=precision)
 
 
 @functools.partial(jax.jit, static_argnames=("out", "precision"))
-def _add(base: Any, x: Named, update: LowRank, *, out: Names, precision: Any) -> Any:
+def _add(base: Any, x: Named, update: Any, *, out: Names, precision: Any) -> Any:
     with jax.named_scope("lora"):
         a, b = update.a.astype(x.array.dtype), update.b.astype(x.array.dtype)
         first, second = _ordered(x, a, b, out)

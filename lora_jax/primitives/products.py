@@ -21,9 +21,10 @@ from lora_jax.primitives.update import Operation
 
 def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """`dot_general` with the weight on either side, over any of its axes."""
-    ins = evaluator.with_one_weight(eqn, ins)
-    if ins is None:
+    one = evaluator.with_one_weight(eqn, ins)
+    if one is None:
         return None
+    ins = one
     side = 0 if isinstance(ins[0], AdaptedWeight) else 1
     v, other = ins[side], ins[1 - side]
     (contract, batch), precision = eqn.params["dimension_numbers"], eqn.params["precision"]

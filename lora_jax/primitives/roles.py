@@ -137,8 +137,8 @@ class Recorder(Update):
             s = i = o = NONE
         elif any(f & i and f & o for f in self.factors):
             barrier = "mul"
-        roles = (frozenset(s), frozenset(i), frozenset(o))
-        return Use(eqn.primitive.name, jaxprs.where(eqn), *map(_sorted, roles), barrier)
+        where = jaxprs.where(eqn)
+        return Use(eqn.primitive.name, where, _sorted(s), _sorted(i), _sorted(o), barrier)
 
 
 def _sorted(atoms: Atoms) -> Any:
@@ -158,13 +158,12 @@ class Recording(Evaluator):
         if not (use.stack or use.inputs or use.outputs):  # a bias of a scanned layer
             use = dataclasses.replace(use, stack=_sorted(update.stacked))
         for path in update.paths:
-            own = (
-                tuple(axis for p, axis in atoms if p == path)
-                for atoms in (use.stack, use.inputs, use.outputs)
-            )
-            stack, inputs, outputs = own
-            mine = dataclasses.replace(use, stack=stack, inputs=inputs, outputs=outputs)
-            self.uses[path].setdefault(mine)
+
+            def own(atoms: Any, path: str = path) -> tuple[int, ...]:
+                return tuple(axis for p, axis in atoms if p == path)
+
+            roles = dict(stack=own(use.stack), inputs=own(use.inputs), outputs=own(use.outputs))
+            self.uses[path].setdefault(dataclasses.replace(use, **roles))
 
     def consume(
         self, eqn: Any, v: AdaptedWeight, stack: Names, inputs: Names, outputs: Names
@@ -190,9 +189,10 @@ class Recording(Evaluator):
 
     def _settled(self, v: Any) -> Any:
         """A looked-up row that goes on into something that no weight goes into: it is a value."""
-        if not isinstance(v, AdaptedWeight) or (lookup := v.update.lookup) is None:  # type: ignore[attr-defined]
+        update: Any = v.update if isinstance(v, AdaptedWeight) else None
+        if update is None or update.lookup is None:
             return v
-        self.record(v, lookup)
+        self.record(v, update.lookup)
         return v.merged()
 
     def _maybe_rows(self, eqn: Any, v: Any, out: Any) -> Any:
@@ -268,7 +268,8 @@ def _behind(v: Any, barrier: str) -> Any:
     """The weight, behind an operation that has no rule."""
     if not isinstance(v, AdaptedWeight):
         return v
-    return dataclasses.replace(v, update=dataclasses.replace(v.update, barrier=barrier))  # type: ignore[type-var]
+    update: Any = v.update
+    return dataclasses.replace(v, update=dataclasses.replace(update, barrier=barrier))
 
 
 def uses(traced: jaxprs.TracedCall) -> dict[str, tuple[Use, ...]]:
