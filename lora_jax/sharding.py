@@ -19,7 +19,7 @@ from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.roles import Use, uses
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors
+from lora_jax.updates.kind import kind_of
 
 ShardingRule = tuple[
     str, PartitionSpec
@@ -304,11 +304,12 @@ def _spread(shape: tuple[int, ...], role: Use, parts: Mapping[str, int]) -> Part
     return None
 
 
-def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Factors]:
+def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Any]:
     """The placement of the adapters, read off that of the parameters.
 
     `a` [*stack, *inputs, rank] takes the mesh axes of W's stack and input axes, `b`
-    [*stack, rank, *outputs] those of its stack and output axes; the rank is never sharded. So
+    [*stack, rank, *outputs] those of its stack and output axes; the rank is never sharded. The
+    arrays of another kind follow the axes of W that it says they have (`updates.Kind.axes`). So
     what a device holds of the factors is what it needs beside its part of W.
 
     Args:
@@ -333,7 +334,7 @@ def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Factors]:
     return {target.path: _follow(target, flat) for target in layout.targets}
 
 
-def _follow(target: Target, flat: Mapping[str, Any]) -> Factors:
+def _follow(target: Target, flat: Mapping[str, Any]) -> Any:
     spec = flat.get(target.path)
     if not isinstance(spec, PartitionSpec):
         raise LoraError(
@@ -342,9 +343,9 @@ def _follow(target: Target, flat: Mapping[str, Any]) -> Factors:
         )
     _check_rank(target.path, target.shape, spec, str(spec))
     whole = (*spec, *(None for _ in range(len(target.shape) - len(spec))))
-    pick = lambda which: tuple(whole[i] for i in which)  # noqa: E731
-    stack = pick(target.stack)
-    return Factors(
-        PartitionSpec(*stack, *pick(target.inputs), None),
-        PartitionSpec(*stack, None, *pick(target.outputs)),
-    )
+    kind = kind_of(target)
+
+    def place(axes: tuple[int | None, ...]) -> PartitionSpec:
+        return PartitionSpec(*(None if i is None else whole[i] for i in axes))
+
+    return kind.fields(*map(place, kind.axes(target)))

@@ -57,6 +57,27 @@ class Use:
         return self.kind in (*PRODUCTS, "gather") and bool(self.inputs) and bool(self.outputs)
 
 
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """A use of all the parameters that a weight is made of, each axis with its parameter's path."""
+
+    kind: str
+    where: str
+    stack: Atoms = NONE
+    inputs: Atoms = NONE
+    outputs: Atoms = NONE
+    barrier: str | None = None
+
+    def of(self, path: str) -> Use:
+        """The use of one of the parameters."""
+
+        def own(atoms: Atoms) -> tuple[int, ...]:
+            return tuple(sorted(axis for p, axis in atoms if p == path))
+
+        roles = own(self.stack), own(self.inputs), own(self.outputs)
+        return Use(self.kind, self.where, *roles, self.barrier)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Recorder(Update):
@@ -128,8 +149,8 @@ class Recorder(Update):
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
         return [(dw, self)]
 
-    def use(self, eqn: Any, stack: Names, inputs: Names, outputs: Names) -> Use:
-        """The use with these roles, of all the paths."""
+    def meets(self, eqn: Any, stack: Names, inputs: Names, outputs: Names) -> Meeting:
+        """The use that an operation makes of the weight, these axes having these roles."""
         s, i = self.stacked | self.of(stack), self.of(inputs)
         o = self.summed | self.of(outputs)
         barrier = self.barrier
@@ -137,12 +158,7 @@ class Recorder(Update):
             s = i = o = NONE
         elif any(f & i and f & o for f in self.factors):
             barrier = "mul"
-        where = jaxprs.where(eqn)
-        return Use(eqn.primitive.name, where, _sorted(s), _sorted(i), _sorted(o), barrier)
-
-
-def _sorted(atoms: Atoms) -> Any:
-    return tuple(sorted(atoms))
+        return Meeting(eqn.primitive.name, jaxprs.where(eqn), s, i, o, barrier)
 
 
 class Recording(Evaluator):
@@ -152,24 +168,19 @@ class Recording(Evaluator):
         super().__init__()
         self.uses: dict[str, dict[Use, None]] = {path: {} for path in paths}  # ordered sets
 
-    def record(self, v: AdaptedWeight, use: Use) -> None:
-        """Add the use to each of the weight's parameters, each with its own axes."""
+    def record(self, v: AdaptedWeight, met: Meeting) -> None:
+        """Add the use to each of the weight's parameters."""
         update: Any = v.update
-        if not (use.stack or use.inputs or use.outputs):  # a bias of a scanned layer
-            use = dataclasses.replace(use, stack=_sorted(update.stacked))
+        if not (met.stack or met.inputs or met.outputs):  # a bias of a scanned layer
+            met = dataclasses.replace(met, stack=update.stacked)
         for path in update.paths:
-
-            def own(atoms: Any, path: str = path) -> tuple[int, ...]:
-                return tuple(axis for p, axis in atoms if p == path)
-
-            roles = dict(stack=own(use.stack), inputs=own(use.inputs), outputs=own(use.outputs))
-            self.uses[path].setdefault(dataclasses.replace(use, **roles))
+            self.uses[path].setdefault(met.of(path))
 
     def consume(
         self, eqn: Any, v: AdaptedWeight, stack: Names, inputs: Names, outputs: Names
     ) -> None:
         update: Any = v.update
-        self.record(v, update.use(eqn, stack, inputs, outputs))
+        self.record(v, update.meets(eqn, stack, inputs, outputs))
 
     def apply(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
         if not self._goes_on(eqn, ins):
@@ -204,16 +215,17 @@ class Recording(Evaluator):
         gone = [n for n in v.names if n not in out.names and update.of((n,))]
         if len(rest) != 1 or not gone or update.lookup is not None:
             return out
-        use = update.use(eqn, (), tuple(gone), tuple(rest))
-        use = dataclasses.replace(use, kind="gather")
-        return dataclasses.replace(out, update=dataclasses.replace(out.update, lookup=use))
+        met = update.meets(eqn, (), tuple(gone), tuple(rest))
+        after: Any = out.update
+        after = dataclasses.replace(after, lookup=dataclasses.replace(met, kind="gather"))
+        return dataclasses.replace(out, update=after)
 
     def opaque(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
         """An operation with no low-rank rule; a weight is followed on where it keeps its shape."""
         weights = [v for v in ins if isinstance(v, AdaptedWeight)]
         kind, name = eqn.primitive.name, jaxprs.operand_name(eqn)
         for v in weights:
-            self.record(v, Use(kind, jaxprs.where(eqn), barrier=kind))
+            self.record(v, Meeting(kind, jaxprs.where(eqn), barrier=kind))
         if kind == "custom_vjp_call":  # entered to find the axes only
             behind = [_behind(v, name) for v in ins]
             jaxpr, consts = jaxprs.opened(eqn.params["call_jaxpr"])
@@ -234,13 +246,13 @@ class Recording(Evaluator):
             value = self._settled(value)
         if isinstance(value, AdaptedWeight):
             kind = eqn.primitive.name
-            self.record(value, Use(kind, jaxprs.where(eqn), barrier=kind))
+            self.record(value, Meeting(kind, jaxprs.where(eqn), barrier=kind))
         return self._array(value)
 
     def returned(self, value: Any) -> Any:
         value = self._settled(value)
         if isinstance(value, AdaptedWeight):
-            self.record(value, Use("return", "the end of the function", barrier="return"))
+            self.record(value, Meeting("return", "the end of the function", barrier="return"))
         return self._array(value)
 
     def with_one_weight(self, eqn: Any, ins: Ins) -> Any:
