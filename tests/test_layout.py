@@ -43,6 +43,7 @@ ARROWS = {
     | {"updates"},
     "moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
     "frozen": {"errors", "paths"},
+    "labels": {"adapters", "errors", "paths"},
     "flax_partitioning": {"errors", "paths"},
     "sharding": {"errors", "flax_partitioning", "layout", "paths", "primitives", "target"}
     | {"updates"},
@@ -58,7 +59,7 @@ ARROWS = {
     # training and what is done with its results
     "data": {"errors", "extras", "models"},
     "training": {"adapters", "baselines", "checkpoint", "console", "data", "errors", "extras"}
-    | {"frozen", "layout", "merge", "models", "multi", "paths", "sharding", "spec"}
+    | {"frozen", "labels", "layout", "merge", "models", "multi", "paths", "sharding", "spec"}
     | {"target", "transform", "updates"},
     "groups": {"checkpoint", "console", "errors", "extras", "frozen", "layout", "multi"}
     | {"paths", "resolve", "spec", "training"},
@@ -79,7 +80,7 @@ LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {
     "flax": {"flax_partitioning", "nnx"},
-    "optax": {"frozen"},
+    "optax": {"frozen", "labels"},
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},  # comes with Orbax
 }

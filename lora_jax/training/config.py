@@ -33,6 +33,15 @@ def require(condition: bool, field: str, got: Any, expected: str) -> None:
 INCIDENTAL = {"incidental": True}
 # A field that came later: at its default it names no run, so runs from before are found again.
 LATER = {"later": True}
+# A field whose entries mean the same in any order, unless one has settings of its own (`@`).
+UNORDERED = {"unordered": True}
+# Labels (`lora_jax.labels`) of arrays that weight decay may leave out.
+NO_DECAY = ("bias", "norm", "magnitude")
+
+
+def later(default: Any) -> Any:
+    """A field that came later (`LATER`)."""
+    return dataclasses.field(default=default, metadata=LATER)
 
 
 def incidental(default: Any) -> Any:
@@ -48,7 +57,7 @@ class LoraConfig:
     """Inner dimension r of the update."""
     alpha: float = 8.0
     """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: tuple[str, ...] = dataclasses.field(default=("all-linear",), metadata=UNORDERED)
     """Patterns of the parameters that get an adapter; the first that matches wins. `*` stays in
     one path segment, `**` crosses them, `{a,b}` is either. `all-linear`: every product but the
     output head. A pattern may carry its own rank and alpha: "**/mlp/*/kernel@rank=4,alpha=8".
@@ -56,7 +65,7 @@ class LoraConfig:
     init: initializers.InitName = "gaussian"
     """How A begins (B begins at zero): N(0, 1/inputs), uniform within 1/sqrt(inputs) (loralib,
     PEFT), or with orthonormal columns."""
-    trainable: tuple[str, ...] | None = None
+    trainable: tuple[str, ...] | None = dataclasses.field(default=None, metadata=UNORDERED)
     """Patterns of base parameters trained in full (PEFT: modules_to_save). None: those the workload
     names, its new head. "**" with no targets is full fine-tuning."""
 
@@ -115,9 +124,14 @@ class OptimizerConfig:
     """Decay of the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    loraplus_lr_ratio: float = later(1.0)
+    """The learning rate of B divided by that of A. LoRA+ (arXiv 2402.12354) recommends 16."""
+    no_decay: tuple[Literal["bias", "norm", "magnitude"], ...] = later(())
+    """What weight decay leaves out: biases and norms that are trained in full, magnitudes of
+    DoRA."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "head_learning_rate", "clip"):
+        for name in ("learning_rate", "head_learning_rate", "loraplus_lr_ratio", "clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"optimizer.{name}", value, "above 0")
         require(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "in [0, 1)")
