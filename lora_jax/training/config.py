@@ -244,6 +244,11 @@ class Config:
         """The adapters of the run: `lora`, unless a subclass trains by another method."""
         return self.lora
 
+    @property
+    def group_key(self) -> tuple[Any, ...]:
+        """What members of a group have in common that train at once; others train after them."""
+        return ()
+
     def full_fine_tuning(self, **changes: Any) -> Config:
         """Return the same run with all parameters trained and no adapters, to compare with."""
         lora = dataclasses.replace(self.lora, targets=(), trainable=("**",))
