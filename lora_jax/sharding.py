@@ -23,7 +23,7 @@ from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.roles import Use, uses
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors
+from lora_jax.updates.kind import kind_of
 
 ShardingRule = tuple[
     str, PartitionSpec
@@ -343,12 +343,13 @@ def _spread(shape: tuple[int, ...], role: Use, parts: Mapping[str, int]) -> Part
     return None
 
 
-def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Factors]:
+def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Any]:
     """The placement of the adapters, read off that of the parameters.
 
     `a` [*stack, *inputs, rank] takes the mesh axes of W's stack and input axes, `b`
     [*stack, rank, *outputs] those of its stack and output axes; the rank is never sharded. So
-    what a device holds of the factors is what it needs beside its part of W.
+    what a device holds of the factors is what it needs beside its part of W. Arrays of other kinds
+    of update follow the axes of W that they run along (`Kind.axes`).
 
     Args:
       layout: from `lora_jax.resolve`.
@@ -356,7 +357,7 @@ def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Factors]:
         layout does not adapt is ignored.
 
     Returns:
-      `{path: Factors(a, b)}` of PartitionSpecs, a tree like that of `lora_jax.init`.
+      A tree like that of `lora_jax.init`, `{path: Factors(a, b)}` for LoRA, of PartitionSpecs.
 
     Raises:
       LoraError: a target without a PartitionSpec, or with one that has too many entries.
@@ -372,7 +373,7 @@ def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Factors]:
     return {target.path: _follow(target, flat) for target in layout.targets}
 
 
-def _follow(target: Target, flat: Mapping[str, Any]) -> Factors:
+def _follow(target: Target, flat: Mapping[str, Any]) -> Any:
     spec = flat.get(target.path)
     if not isinstance(spec, PartitionSpec):
         raise LoraError(
@@ -381,9 +382,10 @@ def _follow(target: Target, flat: Mapping[str, Any]) -> Factors:
         )
     _check_rank(target.path, target.shape, spec, str(spec))
     whole = (*spec, *(None for _ in range(len(target.shape) - len(spec))))
-    pick = lambda which: tuple(whole[i] for i in which)  # noqa: E731
-    stack = pick(target.stack)
-    return Factors(
-        PartitionSpec(*stack, *pick(target.inputs), None),
-        PartitionSpec(*stack, None, *pick(target.outputs)),
+    kind = kind_of(target)
+    return kind.fields(
+        *(
+            PartitionSpec(*(None if i is None else whole[i] for i in own))
+            for own in kind.axes(target)
+        )
     )

@@ -138,8 +138,9 @@ class Opener(contextlib.ExitStack):
             )
         layout = layouts[spec]
         step.check_apart(layout, trainable)
-        state_shapes = StateShapes(step.shapes(layout, trainable, TX, key, place))
         base = self.base
+        weights = step.adapted_weights(layout, base.frozen)
+        state_shapes = StateShapes(step.shapes(layout, trainable, TX, key, place, weights))
         setup = Setup(config, workload, place, layout, base.frozen, base.fingerprint, path, began)
         checkpoints = self.enter_context(Checkpoints(path / "checkpoints", report=self._report))
         if newest is not None:
@@ -149,7 +150,7 @@ class Opener(contextlib.ExitStack):
         where = jax.tree.map(lambda x: x.sharding, state_shapes.like)
         fresh = jax.jit(step.fresh(layout, TX, lora.init), out_shardings=where)
         new = checkpoints.latest is None
-        state = run.begin(fresh(trainable, key) if new else state_shapes.like)
+        state = run.begin(fresh(trainable, key, weights) if new else state_shapes.like)
         return OpenMember(name, run, state_shapes, state_shapes.host(state), example, run.start)
 
     def _opened(self, config: Config) -> OpenedWorkload:

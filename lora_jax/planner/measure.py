@@ -127,7 +127,7 @@ def measure(
     base, frozen = split(params, patterns)
     step.check_apart(layout, base)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
-    state = step.shapes(layout, base, tx, key, place)
+    state = step.shapes(layout, base, tx, key, place, step.adapted_weights(layout, params))
     divided = jax.sharding.NamedSharding(grid, mesh.BATCH)  # as `Placement.batch` does it
     rows = {name: _placed(x, divided if x.shape else place.whole) for name, x in batch.items()}
     take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate)

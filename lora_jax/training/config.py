@@ -56,11 +56,12 @@ class LoraConfig:
     rank: int = 8
     """Inner dimension r of the update."""
     alpha: float = 8.0
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank, or as `scaling` says."""
     targets: tuple[str, ...] = dataclasses.field(default=("all-linear",), metadata=UNORDERED)
     """Patterns of the parameters that get an adapter; the first that matches wins. `*` stays in
     one path segment, `**` crosses them, `{a,b}` is either. `all-linear`: every product but the
-    output head. A pattern may carry its own rank and alpha: "**/mlp/*/kernel@rank=4,alpha=8".
+    output head. A pattern may carry settings of its own: "**/mlp/*/kernel@rank=4,alpha=8", and
+    kind, scaling, parts (start:size of slices of the last output axis, joined by +: "@parts=0:64").
     None at all trains only what `trainable` names."""
     init: initializers.InitName = "gaussian"
     """How A begins (B begins at zero): N(0, 1/inputs), uniform within 1/sqrt(inputs) (loralib,
@@ -68,6 +69,11 @@ class LoraConfig:
     trainable: tuple[str, ...] | None = dataclasses.field(default=None, metadata=UNORDERED)
     """Patterns of base parameters trained in full (PEFT: modules_to_save). None: those the workload
     names, its new head. "**" with no targets is full fine-tuning."""
+    kind: str = later("lora")
+    """The kind of update: lora, dora, vera, loha, lokr, bias, or one that the config's file has
+    registered (lora_jax.updates)."""
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = later("alpha/r")
+    """What the update is scaled by; "alpha/sqrt(r)" is rsLoRA (arXiv 2312.03732)."""
 
     def __post_init__(self) -> None:
         require(self.rank > 0, "lora.rank", self.rank, "at least 1")
@@ -78,17 +84,30 @@ class LoraConfig:
     @property
     def spec(self) -> LoraSpec:
         """The same, as the core asks for it."""
-        return LoraSpec(self.rank, self.alpha, tuple(_rule(t) for t in self.targets))
+        rules = tuple(_rule(t) for t in self.targets)
+        return LoraSpec(self.rank, self.alpha, rules, kind=self.kind, scaling=self.scaling)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every update is LoRA of a whole weight, which members of a group can share."""
+        rules = self.spec.rules
+        return all(rule.kind == "lora" and not rule.parts for rule in rules)
 
 
 def _rule(text: str) -> Rule:
     """`pattern@rank=4,alpha=8` as a rule.
 
-    >>> _rule("**/kernel@rank=4")
-    Rule(pattern='**/kernel', rank=4, alpha=None)
+    >>> _rule("qkv@rank=4,parts=0:64+128:64").parts
+    ((0, 64), (128, 64))
     """
     pattern, _, settings = text.partition("@")
-    readers: dict[str, Callable[[str], Any]] = {"rank": int, "alpha": float}
+    readers: dict[str, Callable[[str], Any]] = {
+        "rank": int,
+        "alpha": float,
+        "kind": str,
+        "scaling": str,
+        "parts": lambda value: tuple(map(_slice, value.split("+"))),
+    }
     values = {}
     for setting in filter(None, settings.split(",")):
         name, _, value = setting.partition("=")
@@ -100,6 +119,11 @@ def _rule(text: str) -> Rule:
                 "a pattern's own settings are written pattern@rank=4,alpha=8"
             ) from None
     return Rule(pattern, **values)
+
+
+def _slice(text: str) -> tuple[int, int]:
+    start, _, size = text.partition(":")
+    return int(start), int(size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +271,11 @@ class Config:
     @property
     def group_key(self) -> tuple[Any, ...]:
         """What members of a group have in common that train at once; others train after them."""
-        return ()
+        return (
+            ()
+            if self.adaptation.is_plain
+            else (dataclasses.replace(self.adaptation, init="gaussian"),)
+        )
 
     def full_fine_tuning(self, **changes: Any) -> Config:
         """Return the same run with all parameters trained and no adapters, to compare with."""
