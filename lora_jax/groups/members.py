@@ -18,7 +18,7 @@ from lora_jax.checkpoint.fingerprint import fingerprint as fingerprint_of
 from lora_jax.errors import listed
 from lora_jax.frozen import split
 from lora_jax.groups.padded_state import HostState, StateShapes
-from lora_jax.groups.step import Settings
+from lora_jax.groups.step import Settings, is_plain
 from lora_jax.layout import Layout
 from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec
@@ -80,9 +80,10 @@ class OpenMember:
     def settings(self, layout: Layout) -> Settings:
         """Its settings, as scalars on the host, for the common layout."""
         own = {t.path: t.scale for t in self.run.setup.layout.targets}
+        scales = {t.path: np.float32(own.get(t.path, 0)) for t in layout.targets}
         return Settings(
             optimizer.hyper(self.config.optimizer, self.config.steps),
-            {t.path: np.float32(own.get(t.path, 0)) for t in layout.targets},
+            scales if is_plain(layout) else {},
             np.bool_(self.config.on_nonfinite == "skip"),
         )
 
