@@ -11,9 +11,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax import flax_partitioning, paths
+from lora_jax.base import is_base
+from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.bases.placement import placed
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs
@@ -123,6 +127,41 @@ def _indivisible(
         "mesh axis, or leave the axis whole with a rule of your own: "
         f"({path!r}, PartitionSpec({', '.join(['None'] * len(shape))}))"
     )
+
+
+def tree_of(specs: Mapping[str, PartitionSpec], params: Any, sizes: Mapping[str, int]) -> Any:
+    """Return a tree like `params` of PartitionSpecs; a quantised weight has one for each array.
+
+    Of a base of a kind that the package does not know, an array of W's shape lies as W does, and
+    the others are cut along the leading axes that they have in common with W.
+
+    Args:
+      specs: the placement, by path.
+      params: a tree of arrays or their ShapeDtypeStructs, and of quantised weights of such.
+      sizes: of the mesh axes by name (`mesh.shape`).
+
+    Raises:
+      LoraError: the placement would cut a block of a quantised weight.
+    """
+
+    def of(key_path: Any, leaf: Any) -> Any:
+        path = paths.path_of(key_path)
+        spec = specs[path]
+        if isinstance(leaf, QuantisedMatrix):
+            return placed(leaf, spec, sizes, path)
+        if is_base(leaf):
+            return jax.tree.map(lambda x: _leading(tuple(leaf.shape), tuple(x.shape), spec), leaf)
+        return spec
+
+    return jax.tree_util.tree_map_with_path(of, params, is_leaf=is_base)
+
+
+def _leading(shape: tuple[int, ...], own: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
+    """The entries of the leading axes that an array has in common with the weight."""
+    same = 0
+    while same < min(len(shape), len(own)) and shape[same] == own[same]:
+        same += 1
+    return PartitionSpec(*spec[:same])
 
 
 def names_of(entry: Any) -> tuple[str, ...]:
@@ -318,7 +357,7 @@ def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Any]:
         layout does not adapt is ignored.
 
     Returns:
-      `{path: Factors(a, b)}` of PartitionSpecs, a tree like that of `lora_jax.init`.
+      A tree like that of `lora_jax.init`, `{path: Factors(a, b)}` for LoRA, of PartitionSpecs.
 
     Raises:
       LoraError: a target without a PartitionSpec, or with one that has too many entries.

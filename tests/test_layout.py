@@ -42,10 +42,11 @@ ARROWS = {
     "transform": {"adapters", "base", "errors", "layout", "multi", "paths", "primitives", "target"}
     | {"updates"},
     "moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
-    "frozen": {"errors", "paths"},
+    "frozen": {"base", "errors", "paths"},
+    "labels": {"adapters", "errors", "paths"},
     "flax_partitioning": {"errors", "paths"},
-    "sharding": {"errors", "flax_partitioning", "layout", "paths", "primitives", "target"}
-    | {"updates"},
+    "sharding": {"base", "bases", "errors", "flax_partitioning", "layout", "paths", "primitives"}
+    | {"target", "updates"},
     "checkpoint": {"adapters", "errors", "layout", "paths", "updates"},
     "nnx": set(),
     "analysis": {"adapters", "errors", "layout", "multi", "paths", "spec", "target", "updates"},
@@ -57,13 +58,13 @@ ARROWS = {
     "console": {"errors", "extras", "models"},
     # training and what is done with its results
     "data": {"errors", "extras", "models"},
-    "training": {"adapters", "baselines", "checkpoint", "console", "data", "errors", "extras"}
-    | {"frozen", "layout", "merge", "models", "multi", "paths", "sharding", "spec"}
-    | {"target", "transform", "updates"},
+    "training": {"adapters", "base", "baselines", "bases", "checkpoint", "console", "data"}
+    | {"errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi", "paths"}
+    | {"resolve", "sharding", "spec", "target", "transform", "updates"},
     "groups": {"checkpoint", "console", "errors", "extras", "frozen", "layout", "multi"}
     | {"paths", "resolve", "spec", "training"},
-    "planner": {"adapters", "data", "errors", "extras", "frozen", "primitives", "resolve"}
-    | {"training"},
+    "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
+    | {"primitives", "resolve", "training"},
     "serving": {"adapters", "baselines", "checkpoint", "console", "data", "errors", "extras"}
     | {"layout", "models", "multi", "paths", "transform", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
@@ -79,7 +80,7 @@ LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {
     "flax": {"flax_partitioning", "nnx"},
-    "optax": {"frozen"},
+    "optax": {"frozen", "labels"},
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},  # comes with Orbax
 }
