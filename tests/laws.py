@@ -11,7 +11,7 @@ import numpy as np
 
 import lora_jax
 from tests import oracle
-from tests.test_transform import assert_close, scalar
+from tests.test_transform import assert_close, weighted
 
 
 def drawn_adapters(layout: lora_jax.Layout) -> Any:
@@ -33,7 +33,10 @@ def assert_adapt_equals_merge(
     g = lora_jax.adapt(layout, f)
 
     def both(fn: Callable[[Any, Any], Any]) -> Any:
-        loss = lambda ad, p: (scalar(fn)(p, ad), fn(p, ad))  # noqa: E731
+        def loss(adapters: Any, params: Any) -> Any:
+            out = [x for x in jax.tree.leaves(fn(params, adapters)) if is_float(x)]
+            return weighted(out), out
+
         (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapters, params)
         return out, gradients
 
@@ -48,6 +51,10 @@ def flat(params: Any) -> dict[str, Any]:
     """The parameters by path."""
     keyed = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(k, simple=True, separator="/"): x for k, x in keyed}
+
+
+def is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def left_out(layout: lora_jax.Layout) -> dict[str, str]:
