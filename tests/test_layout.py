@@ -47,7 +47,7 @@ ARROWS = {
     "analysis": {"adapters", "errors", "layout", "multi", "paths", "spec"},
     "extras": set(),
     # models and methods: they have never heard of LoRA
-    "models": {"extras"},
+    "models": {"bases", "extras"},
     "baselines": {"errors", "models"},
     # what a person sees
     "console": {"errors", "extras", "models"},
