@@ -52,7 +52,7 @@ ARROWS = {
     "analysis": {"adapters", "errors", "layout", "multi", "paths", "spec", "target", "updates"},
     "extras": set(),
     # models and methods: they have never heard of LoRA
-    "models": {"extras"},
+    "models": {"bases", "extras"},
     "baselines": {"errors", "models"},
     # what a person sees
     "console": {"errors", "extras", "models"},

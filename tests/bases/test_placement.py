@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax import sharding
 from lora_jax.base import Base
-from lora_jax.training.quantised import weight_spec
 from lora_jax.bases.quantise import quantize
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout, Target
+from lora_jax.training.quantised import weight_spec
 
 SIZES = {"fsdp": 4, "tensor": 2}
 Axes = tuple[int, ...]

@@ -1,7 +1,11 @@
-"""Writes ../bases/data/bitsandbytes.npz with bitsandbytes, in an environment of its own.
+"""Writes what bitsandbytes makes of matrices and of a tiny model, in an environment of its own.
 
-    python -m venv env && env/bin/pip install bitsandbytes==0.50.2 torch==2.13.0 numpy
+    python -m venv env
+    env/bin/pip install bitsandbytes==0.50.2 torch==2.13.0 numpy safetensors
     env/bin/python tests/golden/make_bitsandbytes.py
+
+Matrices go to ../bases/data/bitsandbytes.npz, folders as transformers saves them to
+golden_models/llama_nf4, llama_nf4_double (whose bytes are viewed as bfloat16) and llama_int8.
 
 The operators are those that it has for devices without kernels of their own, in torch. Two of its
 kernels for CPUs are of no use here: `quantize_blockwise` first rounds a number to one of 65,536,
@@ -16,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 
 KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -90,7 +95,51 @@ def cases() -> dict[str, tuple[torch.Tensor, int, bool]]:
     }
 
 
+def write_folder(name: str, linear: Callable[..., torch.nn.Module], how: dict[str, Any]) -> None:
+    """The golden Llama with its layers' kernels quantised, as transformers saves such a model."""
+    models = pathlib.Path(__file__).parent / "golden_models"
+    tensors = safetensors.torch.load_file(models / "llama" / "model.safetensors")
+    saved = {}
+    for key, w in tensors.items():
+        if not key.endswith("_proj.weight"):
+            saved[key] = w.bfloat16()
+            continue
+        layer = linear(w.shape[1], w.shape[0])
+        layer.weight.data = w.bfloat16()
+        layer = layer.to("cpu")
+        stem = key.removesuffix("weight")
+        saved |= {stem + k: x.contiguous() for k, x in layer.state_dict().items()}
+    (models / name).mkdir(exist_ok=True)
+    safetensors.torch.save_file(saved, models / name / "model.safetensors", {"format": "pt"})
+    config = json.loads((models / "llama" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", **how}
+    (models / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_folders() -> None:
+    def four(double: bool, storage: torch.dtype) -> Callable[..., torch.nn.Module]:
+        return lambda inputs, outputs: bitsandbytes.nn.Linear4bit(
+            inputs,
+            outputs,
+            bias=False,
+            compress_statistics=double,
+            quant_type="nf4",
+            quant_storage=storage,
+        )
+
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    write_folder("llama_nf4", four(False, torch.uint8), how)
+    double = {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "bfloat16"}
+    write_folder("llama_nf4_double", four(True, torch.bfloat16), how | double)
+
+    def eight(inputs: int, outputs: int) -> torch.nn.Module:
+        return bitsandbytes.nn.Linear8bitLt(inputs, outputs, bias=False, has_fp16_weights=False)
+
+    write_folder("llama_int8", eight, {"load_in_8bit": True})
+
+
 def main() -> None:
+    write_folders()
     found = {}
     for name, (w, block, double) in cases().items():
         for key, x in written(w, block, double).items():

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Sharding
 
+from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.bert import Bert, BertClassifier
 from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
 from lora_jax.models.errors import WeightsError
 from lora_jax.models.llama import Llama
-from lora_jax.models.weights import shards
+from lora_jax.models.weights import kept, shards
 from lora_jax.models.weights.names import TensorName, TensorNames
 
 ParameterTree = dict[str, Any]
@@ -49,6 +49,9 @@ class Stored:
         read: the part at an index (a slice with start and stop for each axis) of the one of that
             name, in that layout and in any float dtype. Nothing else is read from the disk, as
             far as the format allows.
+        keep: the base, in that layout transposed if the row says so, of the quantised tensor of
+            that name, for a parameter of that dtype; its arrays are `kept.ArrayOnDisk`. None for
+            a tensor of floats.
     """
 
     origin: str
@@ -56,6 +59,7 @@ class Stored:
     column: Literal["hf", "gguf"]
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str, TensorName, shards.Index], np.ndarray]
+    keep: Callable[[str, TensorName, np.dtype], QuantisedMatrix | None]
 
 
 @dataclasses.dataclass
@@ -94,42 +98,68 @@ def assemble(
     config: BuiltInConfig,
     head: Head | None = None,
     shardings: ParameterTree | None = None,
+    keep_quantised: bool = False,
 ) -> ParameterTree:
     """The parameters of the model of `config`, read in blocks straight to their places.
 
     Args:
         head: the classification head to load too; the tree is then {"bert", "classifier"}.
         shardings: a tree of shardings like the result: this process reads the parts that its
-            own devices hold, each once. None puts everything on the default device.
+            own devices hold, each once. None puts everything on the default device. For a weight
+            that stays quantised, that of the weight or a base of those of its arrays.
+        keep_quantised: hold the quantised tensors as they are, see `lora_jax.base`.
 
     Raises:
         WeightsError: missing, unknown or misshapen tensors; a parameter without a sharding, or
             with one that does not divide it. Nothing is read then.
     """
     placed = None if shardings is None else flatten_dict(shardings, sep="/")
-    leaves = _plan(stored, config, head)
-    for leaf in leaves:
-        _check(stored, leaf, config)
-    places = [_place(leaf, placed) for leaf in leaves]
-    dtype = np.dtype(config.param_dtype)
-    tree = {
-        leaf.path: shards.load(leaf.whole, place, functools.partial(_read, stored, leaf, dtype))
-        for leaf, place in zip(leaves, places, strict=True)
-    }
+    leaves, dtype = _plan(stored, config, head), np.dtype(config.param_dtype)
+    bases = _bases(stored, leaves, dtype) if keep_quantised else {}
+    places = [_place(leaf, bases.get(leaf.path), placed) for leaf in leaves]
+    tree: ParameterTree = {}
+    for leaf, place in zip(leaves, places, strict=True):
+        if leaf.path in bases:
+            tree[leaf.path] = kept.load(bases[leaf.path], place)
+        else:
+            read = functools.partial(_read, stored, leaf, dtype)
+            tree[leaf.path] = shards.load(leaf.whole, place, read)
     return unflatten_dict(tree, sep="/")
 
 
-def _place(leaf: _Leaf, placed: Mapping[str, Sharding] | None) -> Sharding | None:
-    """Where the parameter goes; None: the default device."""
+def stored_shapes(stored: Stored, config: BuiltInConfig, head: Head | None = None) -> ParameterTree:
+    """What `assemble` loads with `keep_quantised`, as ShapeDtypeStructs; no number is read."""
+    leaves, dtype = _plan(stored, config, head), np.dtype(config.param_dtype)
+    tree: ParameterTree = {leaf.path: jax.ShapeDtypeStruct(leaf.whole, dtype) for leaf in leaves}
+    for path, base in _bases(stored, leaves, dtype).items():
+        tree[path] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
+    return unflatten_dict(tree, sep="/")
+
+
+def _bases(stored: Stored, leaves: Iterable[_Leaf], dtype: np.dtype) -> dict[str, QuantisedMatrix]:
+    """The parameters that are quantised in the file, by path; their arrays are on the disk."""
+    found = {}
+    for leaf in leaves:
+        layers = {name: stored.keep(name, leaf.row, dtype) for name in leaf.sources}
+        if any(base is not None for base in layers.values()):
+            found[leaf.path] = kept.stack(layers, leaf.path, leaf.stacked)
+    return found
+
+
+def _place(leaf: _Leaf, base: QuantisedMatrix | None, placed: Mapping[str, Any] | None) -> Any:
+    """The sharding of the parameter, or a base of those of its arrays; None: the default device."""
     if placed is None:
         return None
     if leaf.path not in placed:
         raise WeightsError(f"shardings has nothing at {leaf.path}; it has {sorted(placed)}")
+    where = placed[leaf.path]
+    if isinstance(where, QuantisedMatrix):
+        return where
     try:
-        placed[leaf.path].shard_shape(leaf.whole)
+        where.shard_shape(leaf.whole)
+        return where if base is None else kept.shardings(base, where, leaf.path)
     except ValueError as error:
         raise WeightsError(f"the sharding of {leaf.path}: {error}") from error
-    return placed[leaf.path]
 
 
 def _read(stored: Stored, leaf: _Leaf, dtype: np.dtype, index: shards.Index) -> np.ndarray:
@@ -196,6 +226,7 @@ def _plan(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_Lea
         )
     for leaf in leaves:
         leaf.sources = [raw[name] for name in leaf.sources]
+        _check(stored, leaf, config)
     return leaves
 
 

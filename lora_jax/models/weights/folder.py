@@ -9,10 +9,18 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.config import BuiltInConfig
 from lora_jax.models.errors import WeightsError
-from lora_jax.models.weights import safetensors_file
-from lora_jax.models.weights.assemble import Head, ParameterTree, Stored, assemble
+from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file
+from lora_jax.models.weights.assemble import (
+    Head,
+    ParameterTree,
+    Stored,
+    assemble,
+    stored_shapes,
+)
+from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
 from lora_jax.models.weights.hf_config import parse
 from lora_jax.models.weights.names import HF, TensorName
 from lora_jax.models.weights.safetensors_file import StoredTensor
@@ -69,18 +77,41 @@ class Folder:
         *,
         head: Head | None = None,
         shardings: ParameterTree | None = None,
+        keep_quantised: bool = False,
     ) -> ParameterTree:
         """Return the parameters, as `assemble.assemble` does; None stands for `self.config`."""
         config = self.config if config is None else config
+        return assemble(self._stored(), config, head, shardings, keep_quantised)
+
+    def shapes(
+        self, config: BuiltInConfig | None = None, *, head: Head | None = None
+    ) -> ParameterTree:
+        """What `load` returns with `keep_quantised`, as ShapeDtypeStructs."""
+        return stored_shapes(self._stored(), self.config if config is None else config, head)
+
+    def _stored(self) -> Stored:
         table = HF[self._json["model_type"]]
-        held = _tensors(self.path)
+        plain, quantised = bitsandbytes_tensors.split(_tensors(self.path))
+        method = (self._json.get("quantization_config") or {}).get("quant_method")
+        for name, tensor in plain.items():
+            if not table.skips(table.clean(name)):
+                bitsandbytes_tensors.check_floats(tensor, method)
 
         def read(name: str, row: TensorName, index: Index) -> np.ndarray:
-            return held[name].read(index)
+            return plain[name].read(index) if name in plain else _numbers(quantised[name])[index]
 
-        shapes = {name: tensor.shape for name, tensor in held.items()}
-        stored = Stored(str(self.path), table, "hf", shapes, read)
-        return assemble(stored, config, head, shardings)
+        def keep(name: str, row: TensorName, dtype: np.dtype) -> QuantisedMatrix | None:
+            return quantised[name].base(row.transposed, dtype) if name in quantised else None
+
+        shapes = {name: tensor.shape for name, tensor in plain.items()}
+        shapes |= {name: tensor.shape for name, tensor in quantised.items()}
+        return Stored(str(self.path), table, "hf", shapes, read, keep)
+
+
+@functools.lru_cache(maxsize=1)
+def _numbers(tensor: QuantisedTensor) -> np.ndarray:
+    """The floats of a quantised tensor, of which parts are asked for one after the other."""
+    return tensor.numbers()
 
 
 def _tensors(folder: Path) -> dict[str, StoredTensor]:

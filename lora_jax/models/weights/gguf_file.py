@@ -8,11 +8,18 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.config import BuiltInConfig, LlamaConfig
 from lora_jax.models.errors import ModelConfigError, WeightsError
 from lora_jax.models.rope import linear_divisors
-from lora_jax.models.weights import gguf_header, gguf_tokenizer
-from lora_jax.models.weights.assemble import Head, ParameterTree, Stored, assemble
+from lora_jax.models.weights import gguf_blocks, gguf_header, gguf_tokenizer
+from lora_jax.models.weights.assemble import (
+    Head,
+    ParameterTree,
+    Stored,
+    assemble,
+    stored_shapes,
+)
 from lora_jax.models.weights.names import GGUF, TensorName
 from lora_jax.models.weights.shards import Index
 
@@ -104,28 +111,46 @@ class GgufFile:
         *,
         head: Head | None = None,
         shardings: ParameterTree | None = None,
+        keep_quantised: bool = False,
     ) -> ParameterTree:
         """Return the parameters, as `assemble.assemble` does; None stands for `self.config`."""
+        config = self._decoder(config)
+        return assemble(self._stored(config), config, head, shardings, keep_quantised)
+
+    def shapes(
+        self, config: BuiltInConfig | None = None, *, head: Head | None = None
+    ) -> ParameterTree:
+        """What `load` returns with `keep_quantised`, as ShapeDtypeStructs."""
+        config = self._decoder(config)
+        return stored_shapes(self._stored(config), config, head)
+
+    def _decoder(self, config: BuiltInConfig | None) -> LlamaConfig:
         config = self.config if config is None else config
         if not isinstance(config, LlamaConfig):
             raise WeightsError(f"{self.path} holds a decoder, but the configuration is {config}")
+        return config
+
+    def _stored(self, config: LlamaConfig) -> Stored:
         tensors = self._header.tensors
         permuted = {"q": config.num_heads, "k": config.num_kv_heads}
 
-        def read(name: str, row: TensorName, index: Index) -> np.ndarray:
+        def order(name: str, row: TensorName) -> np.ndarray:
+            """Which row of the file is each row in Hugging Face's order."""
+            rows = np.arange(tensors[name].shape[0])
             heads = permuted.get(row.path.split("/")[-2]) if self._kind == "llama" else None
-            return tensors[name].read(index) if heads is None else _unpermuted(name, heads, index)
+            return rows if heads is None else unpermute(rows, heads)
 
-        def _unpermuted(name: str, heads: int, index: Index) -> np.ndarray:
-            """A part of q or k with its rows in Hugging Face's order."""
-            rows = unpermute(np.arange(tensors[name].shape[0]), heads)[index[0]]
+        def read(name: str, row: TensorName, index: Index) -> np.ndarray:
+            rows = order(name, row)[index[0]]
             # A head's rows are together in either order: of whole heads, no other row is read.
             first, last = int(rows.min()), int(rows.max())
             return tensors[name].read((slice(first, last + 1), *index[1:]))[rows - first]
 
+        def keep(name: str, row: TensorName, dtype: np.dtype) -> QuantisedMatrix | None:
+            return gguf_blocks.base(tensors[name], order(name, row), row.transposed, dtype)
+
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        stored = Stored(str(self.path), GGUF[self._kind], "gguf", shapes, read)
-        return assemble(stored, config, head, shardings)
+        return Stored(str(self.path), GGUF[self._kind], "gguf", shapes, read, keep)
 
 
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:

@@ -71,6 +71,12 @@ class Quantised:
         numbers: np.ndarray = part[..., last.start - first * block : last.stop - first * block]
         return numbers
 
+    def blocks(self, record: np.dtype) -> np.ndarray:
+        """The blocks of a matrix as the file has them: `record` [rows, blocks], mapped."""
+        rows, columns = self.shape
+        shape = (rows, columns // GGML_QUANT_SIZES[self.kind][0])
+        return np.memmap(self.path, record, "r", self.offset, shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Header:

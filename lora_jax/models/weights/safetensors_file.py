@@ -38,12 +38,22 @@ class StoredTensor:
                 f"{self.path}: tensor {self.name} is stored as {self.dtype}, expected one of "
                 f"{', '.join(FLOATS)}: how other numbers are to be scaled is not known"
             )
+        return self.part(index)
+
+    def part(self, index: Index) -> np.ndarray:
+        """Return a copy of the part at `index`, of whatever numbers."""
         sizes = [axis.stop - axis.start for axis in index]
         if 0 in sizes:  # the package refuses an empty slice
             return np.empty(sizes, np.float32)
         with _opened(self.path) as file:
             part: np.ndarray = file.get_slice(self.name)[index]
         return part
+
+    def whole(self) -> np.ndarray:
+        """Return a copy of all of it, of whatever numbers."""
+        with _opened(self.path) as file:
+            array: np.ndarray = file.get_tensor(self.name)
+        return array
 
 
 def tensors(path: Path) -> dict[str, StoredTensor]:
