@@ -1,4 +1,4 @@
-"""Every kernel of a traced function, found by a walk that knows nothing of lora_jax.
+"""Every kernel and every output head of a traced function, by a walk that knows no lora_jax.
 
 A kernel is a parameter of two axes or more that takes part in the weight side of a product. A
 product is an equation that multiplies and sums: `dot_general`, `conv_general_dilated`,
@@ -6,6 +6,11 @@ product is an equation that multiplies and sums: `dot_general`, `conv_general_di
 one-hot rows. Its weight side is an operand computed from parameters and constants alone, where
 another operand is computed from the function's arguments. What picks among values (indices, a
 predicate, the index of a `cond`) decides which of them it is and does not become a part of them.
+
+A head is a kernel whose product feeds no other product of a parameter, and which every way to some
+output passes last. Ways begin at arguments of floating dtype and end in integers; a product ends
+all ways to it and begins one. Where ways meet, those from an argument that has passed no product
+count in a sum of equal shapes alone (a residual); elsewhere (a mask, a loss's target) they do not.
 
 The walk is written from the documentation of JAX's primitives and shares no code with the package:
 it follows dependence alone, so it loses no kernel behind an operation that has no rule.
@@ -18,15 +23,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+Way = frozenset[str]  # the parameters of the product (or the lookup) that it passed last
+RAW: Way = frozenset()  # an argument that has passed none
+
 
 class Value(NamedTuple):
-    """What a value is computed from: parameters (by path), and whether arguments as well."""
+    """What a value is computed from: parameters (by path), and whether arguments as well.
+
+    ways: the products that the ways to it passed last. spread: it has been broadcast.
+    """
 
     params: frozenset[str] = frozenset()
     data: bool = False
+    ways: frozenset[Way] = frozenset()
+    spread: bool = False
 
 
 @dataclasses.dataclass
@@ -36,43 +50,63 @@ class Reference:
     value: Value
 
 
-CONSTANT, ARGUMENT = Value(), Value(data=True)
+class Found(NamedTuple):
+    """Kernels with the names of their products, and the output heads among them."""
+
+    kernels: dict[str, set[str]]
+    heads: set[str]
+
+
+CONSTANT = Value()
 PRODUCTS = {"dot_general": 2, "conv_general_dilated": 2, "ragged_dot_general": 2}
 PICKS = {"gather": (0,), "dynamic_slice": (0,), "dynamic_update_slice": (0, 1)}
+SUMS = ("add", "add_any")
 
 
-def kernels(f: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, set[str]]:
-    """Return the kernels of `f(params, *args, **kwargs)`: path -> names of their products."""
+def walk(f: Callable[..., Any], params: Any, *args: Any) -> Found:
+    """Find the kernels and heads of `f(params, *args)`."""
     keyed = jax.tree_util.tree_leaves_with_path(params)
     paths = [jax.tree_util.keystr(key, simple=True, separator="/") for key, _ in keyed]
     matrices = {path for path, (_, x) in zip(paths, keyed, strict=True) if np.ndim(x) >= 2}
-    leaves, tree = jax.tree.flatten((args, kwargs))
+    leaves, tree = jax.tree.flatten(args)
     moving = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)]
 
     def flat(arrays: Any, moved: Any) -> Any:
         whole = list(leaves)
         for i, x in zip(moving, moved, strict=True):
             whole[i] = x
-        inner_args, inner_kwargs = jax.tree.unflatten(tree, whole)
-        return f(
-            jax.tree.unflatten(jax.tree.structure(params), arrays), *inner_args, **inner_kwargs
-        )
+        return f(jax.tree.unflatten(jax.tree.structure(params), arrays), *tree.unflatten(whole))
 
     moved = [leaves[i] for i in moving]
     closed = jax.make_jaxpr(flat)([x for _, x in keyed], moved)
-    walk = _Walk({})
-    walk.jaxpr(closed, [*(Value(frozenset((p,))) for p in paths), *([ARGUMENT] * len(moved))])
-    return {path: names for path, names in walk.found.items() if path in matrices}
+    arguments = [_cut(Value(data=True, ways=frozenset((RAW,))), x) for x in moved]
+    walker = _Walk()
+    outs = walker.jaxpr(closed, [*(Value(frozenset((p,))) for p in paths), *arguments])
+    last = {path for v in outs if len(v.ways) == 1 for path in next(iter(v.ways))}
+    kernels = {path: names for path, names in walker.found.items() if path in matrices}
+    return Found(kernels, last & set(kernels) - walker.fed)
 
 
-def _join(values: Sequence[Any]) -> Value:
+def _cut(value: Value, x: Any) -> Value:
+    """Ways end in integers, predicates and keys."""
+    floating = jnp.issubdtype(x.dtype, jnp.inexact)
+    return value if floating else value._replace(ways=frozenset())
+
+
+def _join(values: Sequence[Any], residual: bool = True) -> Value:
     values = [v.value if isinstance(v, Reference) else v for v in values]
-    return Value(frozenset().union(*(v.params for v in values)), any(v.data for v in values))
+    params = frozenset().union(*(v.params for v in values))
+    ways = frozenset().union(*(v.ways for v in values))
+    if not residual and len(ways) > 1:
+        ways -= {RAW}
+    moving = [v for v in values if v.data]
+    return Value(params, bool(moving), ways, bool(moving) and all(v.spread for v in moving))
 
 
 class _Walk:
-    def __init__(self, found: dict[str, set[str]]):
-        self.found = found
+    def __init__(self) -> None:
+        self.found: dict[str, set[str]] = {}
+        self.fed: set[str] = set()
 
     def jaxpr(self, jaxpr: Any, ins: Sequence[Any]) -> list[Any]:
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -84,7 +118,9 @@ class _Walk:
 
         for eqn in jaxpr.eqns:
             outs = self.equation(eqn, [read(v) for v in eqn.invars])
-            env.update(zip(eqn.outvars, outs, strict=True))
+            for v, out in zip(eqn.outvars, outs, strict=True):
+                plain = hasattr(v.aval, "dtype") and isinstance(out, Value)
+                env[v] = _cut(out, v.aval) if plain else out
         return [read(v) for v in jaxpr.outvars]
 
     def equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
@@ -93,42 +129,48 @@ class _Walk:
         if enter is not None:
             return enter(eqn, ins)
         if name in PRODUCTS:
-            self.product(name, ins[: PRODUCTS[name]])
-            return [_join(ins[: PRODUCTS[name]])]
+            return [self.product(name, ins[: PRODUCTS[name]])]
         if name in PICKS:
             return [self.pick(eqn, ins)]
         inner = [p[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in p]
         if inner and len(getattr(inner[0], "jaxpr", inner[0]).invars) == len(ins):
             return self.jaxpr(inner[0], ins)
-        return [_join(ins)] * len(eqn.outvars)
+        residual = name in SUMS and not any(v.spread for v in ins)
+        return [_join(ins, residual)] * len(eqn.outvars)
 
-    def product(self, name: str, operands: Sequence[Value]) -> None:
-        if any(v.data for v in operands):
-            for v in operands:
-                if not v.data:
-                    self.record(name, v)
-
-    def record(self, name: str, value: Value) -> None:
-        for path in value.params:
+    def product(self, name: str, operands: Sequence[Value]) -> Value:
+        out = _join(operands, residual=False)
+        weights = frozenset().union(*(v.params for v in operands if not v.data))
+        if not out.data or not weights:
+            return out
+        for path in weights:
             self.found.setdefault(path, set()).add(name)
+        self.fed |= frozenset().union(*out.ways)
+        return Value(out.params, True, frozenset((weights,)))
 
     def pick(self, eqn: Any, ins: list[Any]) -> Value:
         """A choice by indices: of rows (a lookup, whose result is data), or of whole matrices."""
-        which = PICKS[eqn.primitive.name]
+        name = eqn.primitive.name
+        which = PICKS[name]
         value = _join([ins[i] for i in which])
         by_data = any(v.data for i, v in enumerate(ins) if i not in which)
         if not by_data or value.data or not value.params or len(which) == 2:
             return value
-        if eqn.primitive.name == "gather":
-            dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        kept = list(eqn.params["slice_sizes"])
+        if name == "gather":
+            dims = eqn.params["dimension_numbers"]
             gone = {*dims.collapsed_slice_dims, *dims.operand_batching_dims}
-            kept = [n for i, n in enumerate(sizes) if i not in gone]
-        else:
-            kept = list(eqn.params["slice_sizes"])
+            kept = [n for i, n in enumerate(kept) if i not in gone]
         if sum(n > 1 for n in kept) >= 2:
             return value
-        self.record(eqn.primitive.name, value)
-        return value._replace(data=True)
+        for path in value.params:
+            self.found.setdefault(path, set()).add(name)
+        looked_up = frozenset(f"rows of {path}" for path in value.params)
+        return Value(value.params, True, frozenset((looked_up,)))
+
+    def _broadcast_in_dim(self, eqn: Any, ins: list[Any]) -> list[Any]:
+        grown = np.prod(eqn.invars[0].aval.shape) < np.prod(eqn.outvars[0].aval.shape)
+        return [ins[0]._replace(spread=ins[0].spread or bool(grown))]
 
     # --- choices and control flow ----------------------------------------------------------
 
@@ -146,22 +188,24 @@ class _Walk:
         else:
             consts, carry, _ = p["ft_in"].unpack()
             fixed, n = len(consts), len(carry)
-        return self.loop(p["jaxpr"], ins[:fixed], ins[fixed : fixed + n], ins[fixed + n :])
+        carry, xs = ins[fixed : fixed + n], ins[fixed + n :]
+        carry = self.settled(p["jaxpr"], ins[:fixed], carry, xs)
+        return self.jaxpr(p["jaxpr"], [*ins[:fixed], *carry, *xs])
 
     def _while(self, eqn: Any, ins: list[Any]) -> list[Any]:
         p = eqn.params
         test, fixed = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
-        outs = self.loop(p["body_jaxpr"], ins[test:fixed], ins[fixed:], [])
+        outs = self.settled(p["body_jaxpr"], ins[test:fixed], ins[fixed:], [])
         self.jaxpr(p["cond_jaxpr"], [*ins[:test], *outs])
         return outs
 
-    def loop(self, body: Any, fixed: list[Any], carry: list[Any], xs: list[Any]) -> list[Any]:
-        """Carries grow until an iteration adds nothing to them."""
+    def settled(self, body: Any, fixed: list[Any], carry: list[Any], xs: list[Any]) -> list[Any]:
+        """Carries before any iteration: they grow until one adds nothing to them."""
         while True:
             outs = self.jaxpr(body, [*fixed, *carry, *xs])
             grown = [_join(pair) for pair in zip(carry, outs, strict=False)]
-            if grown == [_join([c]) for c in carry]:
-                return [*grown, *outs[len(carry) :]]
+            if grown == carry:
+                return grown
             carry = grown
 
     # --- kernels with mutable arrays -------------------------------------------------------

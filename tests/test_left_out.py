@@ -196,7 +196,7 @@ NO_REVERSE = {"in_a_pallas_kernel"}
 def test_a_kernel_is_a_target_or_named(name: str, last: bool) -> None:
     """Red if a walk loses a kernel behind an operation, or takes the layer before it for the head.
 
-    Where the product is the last one, its kernels may be left out as the output head.
+    Where the product is the last one, its kernels are left out as the output head.
     """
     f, params = program(name, last)
     layout = lora_jax.resolve(LoraSpec(2, 4.0), f, params, X)
