@@ -125,7 +125,16 @@ def _ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return y + d.astype(y.dtype)
 
     base = lambda x: v.held.use(lambda w, x, sizes: jaxprs.bind(eqn, x, w, sizes), x, sizes)  # noqa: E731
-    return [v.update.product(Operation(Named(x, names), (*rows, outer), base, low_rank))]
+
+    def spread(n: Named) -> Named:
+        """One row of the array for each row of x, that of its group."""
+        n = n.to_front((group,))
+        length = x.shape[names.index(rows[0])]
+        array = jnp.repeat(n.array, sizes, axis=0, total_repeat_length=length)
+        return Named(array, (*rows, *n.names[1:]))
+
+    operation = Operation(Named(x, names), (*rows, outer), base, low_rank, spread=spread)
+    return [v.update.product(operation)]
 
 
 def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
