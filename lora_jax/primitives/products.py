@@ -43,7 +43,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
     def base(x: Any) -> Any:
         ends = (lambda w, x: (w, x)) if side == 0 else (lambda w, x: (x, w))
-        return v.held.use(lambda w, x: jaxprs.bind(eqn, *ends(w, x)), x)
+        return v.held.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x)), x)
 
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
         return lowrank.add(y, x, update, out, precision)
@@ -83,7 +83,7 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         d = jnp.moveaxis(d.reshape(*d.shape[:-2], channels), -1, dims.out_spec[1])
         return y + d.astype(y.dtype)
 
-    base = lambda x: v.held.use(lambda w, x: jaxprs.bind(eqn, x, w), x)  # noqa: E731
+    base = lambda x: v.held.product(lambda w, x: jaxprs.bind(eqn, x, w), x)  # noqa: E731
     x = Named(x, evaluator.fresh(x.ndim))
     return [v.update.product(Operation(x, tuple(out), base, low_rank))]
 
@@ -124,7 +124,7 @@ def _ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         d = lax.ragged_dot(_middle(update, h), b, sizes, precision=precision)
         return y + d.astype(y.dtype)
 
-    base = lambda x: v.held.use(lambda w, x, sizes: jaxprs.bind(eqn, x, w, sizes), x, sizes)  # noqa: E731
+    base = lambda x: v.held.product(lambda w, x, n: jaxprs.bind(eqn, x, w, n), x, sizes)  # noqa: E731
 
     def spread(n: Named) -> Named:
         """One row of the array for each row of x, that of its group."""

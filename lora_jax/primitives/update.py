@@ -209,7 +209,7 @@ class OutputGain(Update):
         """A product over outputs, as a tied head's: the gain multiplies x before it."""
         if any(n not in x.names for n in self.gain.names):
             raise LoraError(
-                "a product sums over some of the outputs of a weight that DoRA adapts, and not over "
+                "a product sums over some outputs of a weight that DoRA adapts, and not over "
                 "others; its magnitude cannot follow. Use another kind of update for this weight"
             )
         wide = x.astype(jnp.promote_types(x.array.dtype, jnp.float32))
