@@ -104,7 +104,9 @@ def train(
     base, frozen = lora_jax.frozen.split(params, patterns)
     step.check_apart(layout, base)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
-    state = step.create(layout, base, tx, key, place, lora.init)
+    state = step.create(
+        layout, base, tx, key, place, lora.init, step.adapted_weights(layout, params)
+    )
     identity = lora_jax.fingerprint(frozen)
     setup = Setup(config, workload, place, layout, frozen, identity, path, began)
     del params, base  # what is trained lives in the state, the rest in `frozen`

@@ -13,8 +13,9 @@ from lora_jax import frozen as frozen
 from lora_jax import moe as moe
 from lora_jax import multi as multi
 from lora_jax import paths as paths
+from lora_jax import updates as updates
 from lora_jax.adapters import Adapter as Adapter
-from lora_jax.adapters import Factors as Factors
+from lora_jax.adapters import as_lora as as_lora
 from lora_jax.adapters import count as count
 from lora_jax.adapters import init as init
 from lora_jax.bases.quantise import dequantize as dequantize
@@ -24,11 +25,13 @@ from lora_jax.checkpoint import restore as restore
 from lora_jax.checkpoint import save as save
 from lora_jax.errors import LoraError as LoraError
 from lora_jax.layout import Layout as Layout
-from lora_jax.layout import Target as Target
 from lora_jax.merge import merge as merge
+from lora_jax.merge import merge_error as merge_error
 from lora_jax.nnx import from_nnx as from_nnx
 from lora_jax.resolve import resolve as resolve
 from lora_jax.sharding import partition_specs as partition_specs
 from lora_jax.spec import LoraSpec as LoraSpec
 from lora_jax.spec import Rule as Rule
+from lora_jax.target import Target as Target
 from lora_jax.transform import adapt as adapt
+from lora_jax.updates.kind import Factors as Factors

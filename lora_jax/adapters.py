@@ -1,39 +1,33 @@
-"""The adapter tree: `{path: Factors(a, b)}`. It holds arrays and nothing else."""
+"""The adapter tree, `{path: parameters}`. It holds arrays and nothing else."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
+from lora_jax.target import Target
+from lora_jax.updates.kind import Factors, Kind, TargetInitializer, kind_of
+from lora_jax.updates.lora import gaussian
 
-
-class Factors(NamedTuple):
-    """The two factors of one update `scale * a @ b`.
-
-    a: [*stack, *inputs, rank], the paper's A transposed (it maps the input down);
-    b: [*stack, rank, *outputs], the paper's B transposed (it maps up to the output).
-    The axes are those of the target in the layout.
-    """
-
-    a: Any
-    b: Any
-
-
-Adapters = dict[str, Factors]
+Adapters = dict[str, Any]
+"""`{path: parameters}`: the NamedTuple of arrays that the target's kind has."""
 
 
 class Adapter(NamedTuple):
     """One adapter: everything that is saved, stacked or handed on together.
 
     layout: which parameters are adapted, and the roles of their axes.
-    parameters: `{path: Factors(a, b)}`, in the layout's shapes.
+    parameters: `{path: Factors(a, b)}`, in the layout's shapes; another kind than LoRA has another
+      NamedTuple.
     trainable: `{path: array}`, base parameters that were trained in full with the factors, such
       as a new head (PEFT's `modules_to_save`). Put them into the parameter tree with
       `lora_jax.paths.replace(params, adapter.trainable)`.
@@ -72,8 +66,9 @@ def init(
     key: jax.Array,
     layout: Layout,
     *,
+    params: Any = None,
     dtype: Any = jnp.float32,
-    a_init: Callable[[jax.Array, Target, Any], jax.Array] | None = None,
+    a_init: TargetInitializer | None = None,
 ) -> Adapters:
     """Fresh adapters: `a ~ N(0, 1/fan_in)`, `b = 0`, so that the first output is the base's.
 
@@ -81,24 +76,27 @@ def init(
       key: a PRNG key. Each target draws from the key folded with its own path, so that adding
         a target does not change the others.
       layout: from `lora_jax.resolve`.
-      dtype: of the factors. Keep float32 also over a bfloat16 base: the factors are the
-        masters that the optimizer updates, and they are cast where they are used.
+      params: the base parameters, for kinds that begin at something of W (DoRA's magnitude).
+      dtype: of the adapters. Keep float32 also over a bfloat16 base: they are the masters that
+        the optimizer updates, and they are cast where they are used.
       a_init: `a_init(key, target, dtype) -> array of target.a_shape`, to draw `a` otherwise.
 
     Returns:
-      `{path: Factors(a, b)}` in the layout's order.
+      `{path: Factors(a, b)}` in the layout's order, or what another kind has for its arrays
+      (`lora_jax.updates`); every update is zero.
+
+    Raises:
+      LoraError: a kind that needs the parameters and gets none, or others than the layout's.
     """
-    a_init = a_init or gaussian
+    leaves = {} if params is None else paths.flatten(params)
+    if params is not None:
+        layout.check_params(leaves)
     out: Adapters = {}
     for target in layout.targets:
-        a = a_init(jax.random.fold_in(key, zlib.crc32(target.path.encode())), target, dtype)
-        out[target.path] = Factors(a, jnp.zeros(target.b_shape, dtype))
+        own = jax.random.fold_in(key, zlib.crc32(target.path.encode()))
+        w = leaves.get(target.path)
+        out[target.path] = kind_of(target).init(own, target, dtype, a_init or gaussian, w)
     return out
-
-
-def gaussian(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
-    """N(0, 1/fan_in), fan_in being the product of the target's input axes."""
-    return jax.random.normal(key, target.a_shape, dtype) / math.sqrt(target.fan_in)
 
 
 def count(adapters: Any) -> int:
@@ -110,7 +108,7 @@ def check(layout: Layout, adapters: Adapters) -> None:
     """Raise `LoraError` unless `adapters` are exactly the layout's targets in its shapes."""
     if not isinstance(adapters, dict):
         raise LoraError(
-            f"adapters must be a dict of path -> Factors, got {type(adapters).__name__}; "
+            f"adapters must be a dict of path -> arrays, got {type(adapters).__name__}; "
             "the argument order is g(params, adapters, ...) and merge(layout, params, adapters)"
         )
     wanted = {t.path for t in layout.targets}
@@ -127,25 +125,62 @@ def check(layout: Layout, adapters: Adapters) -> None:
                 f"the layout adapts {target.path!r}, but the adapters have no factors for it; "
                 "use lora_jax.init(key, layout) or the layout saved beside these adapters"
             )
-        check_factors(target, adapters[target.path])
+        kind_of(target).check_parameters(target, adapters[target.path])
 
 
-def check_factors(target: Target, factors: Factors) -> None:
-    if not isinstance(factors, Factors):
+def as_lora(layout: Layout, adapters: Adapters) -> tuple[Layout, Adapters]:
+    """Return the same update with plain factors at every target, exactly.
+
+    LoHa, LoKr, VeRA and parts of a fused weight are low-rank updates of a higher rank; with their
+    factors written out they can be stacked, mixed and exported as any LoRA adapter. A target that
+    is plain LoRA already stays as it is. Where the rank would be above min(in, out), the smaller
+    of the two factors becomes an identity.
+
+    Raises:
+      LoraError: adapters that do not fit the layout, DoRA (its update depends on W), a bias (it
+        has no factors).
+
+    >>> from lora_jax.target import Target
+    >>> layout = Layout((Target("w", (9, 8), (), (0,), (1,), rank=2, alpha=1.0, kind="loha"),))
+    >>> plain, adapters = as_lora(layout, init(jax.random.key(0), layout))
+    >>> plain["w"].kind, plain["w"].rank, adapters["w"].a.shape
+    ('lora', 4, (9, 4))
+    """
+    check(layout, adapters)
+    found = {t.path: _as_lora(t, adapters[t.path]) for t in layout.targets}
+    plain = dataclasses.replace(layout, targets=tuple(target for target, _ in found.values()))
+    return plain, {path: factors for path, (_, factors) in found.items()}
+
+
+def _as_lora(target: Target, parameters: Any) -> tuple[Target, Factors]:
+    if target.kind == "lora" and not target.parts:
+        return target, parameters
+    kind = kind_of(target)
+    factors = kind.factors(target, parameters)
+    if factors is None or type(kind).output_gain is not Kind.output_gain:
+        why = "has no factors" if factors is None else "rescales W itself"
         raise LoraError(
-            f"{target.path!r}: expected Factors(a, b), got {type(factors).__name__}; "
-            "lora_jax.restore and jax.tree.map keep the type"
+            f"{target.path!r}: an update of the kind {target.kind!r} {why}, so it cannot be "
+            "written as plain LoRA factors. Use the adapter alone (lora_jax.adapt), or merge it"
         )
-    got = (tuple(jnp.shape(factors.a)), tuple(jnp.shape(factors.b)))
-    if got != (target.a_shape, target.b_shape):
-        raise LoraError(
-            f"{target.path!r}: the factors do not fit the layout.\n"
-            f"  a: got {got[0]}, the layout has {target.a_shape}\n"
-            f"  b: got {got[1]}, the layout has {target.b_shape}\n"
-            f"The layout has rank {target.rank}; were the adapters made with another spec?"
-        )
+    scale, rank = kind.scale(target), factors.a.shape[-1]
+    limit = min(target.fan_in, target.fan_out)
+    if rank > limit:
+        factors = _of_full_rank(target, factors)
+    plain = target.plain(min(rank, limit))
+    return dataclasses.replace(plain, alpha=scale * plain.rank), factors
 
 
-def wide_dtype(dtype: Any) -> Any:
-    """The dtype in which the sum is formed: float32, or float64 over a float64 base."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+def _of_full_rank(target: Target, factors: Factors) -> Factors:
+    """The same product, one of the factors being an identity."""
+    stack = target.sizes(target.stack)
+    a = factors.a.reshape(*stack, target.fan_in, -1)
+    b = factors.b.reshape(*stack, a.shape[-1], target.fan_out)
+    limit = min(target.fan_in, target.fan_out)
+    product = jnp.matmul(a, b, precision="highest")
+    unit = jnp.broadcast_to(jnp.eye(limit, dtype=product.dtype), (*stack, limit, limit))
+    a, b = (unit, product) if limit == target.fan_in else (product, unit)
+    return Factors(
+        a.reshape(*target.a_shape[:-1], limit),
+        b.reshape(*stack, limit, *target.sizes(target.outputs)),
+    )

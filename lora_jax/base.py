@@ -6,6 +6,8 @@ import abc
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
 
 class Base(abc.ABC):
     """A frozen weight as it stands in the parameter tree, in the place of an array.
@@ -60,3 +62,10 @@ def is_base(x: Any) -> bool:
 def dense(w: Any) -> Any:
     """Return the weight as a plain array: what `Base.dense` gives, or the array itself."""
     return w.dense() if isinstance(w, Base) else w
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype in which a sum with W is formed: float32, or W's own where that is wider."""
+    if jnp.issubdtype(dtype, jnp.complexfloating) or dtype == jnp.float64:
+        return dtype
+    return jnp.float32

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from lora_jax import paths
+from lora_jax.base import is_base
 from lora_jax.errors import LoraError, listed, nearest
 
 if TYPE_CHECKING:
@@ -49,13 +50,18 @@ def trained_mask(tree: Any, patterns: Iterable[str]) -> Any:
                 f"paths are:\n{listed(nearest(pattern, known))}"
             )
         hits.update(matched)
-    return jax.tree_util.tree_map_with_path(lambda p, _: paths.path_of(p) in hits, tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda p, _: paths.path_of(p) in hits, tree, is_leaf=is_base
+    )
 
 
 def split(params: Any, patterns: Iterable[str]) -> tuple[dict[str, Any], Any]:
     """The trained leaves as `{path: leaf}`, and `params` with None in their places.
 
-    `join` is its inverse.
+    `join` is its inverse. A quantised weight is one leaf.
+
+    Raises:
+      LoraError: a pattern that matches nothing, or a quantised weight, which cannot be trained.
 
     >>> split({"body": 1, "head": 2}, ("head",))
     ({'head': 2}, {'body': 1, 'head': None})
@@ -68,7 +74,13 @@ def split(params: Any, patterns: Iterable[str]) -> tuple[dict[str, Any], Any]:
         )
         if keep
     }
-    return trained, jax.tree.map(lambda leaf, keep: None if keep else leaf, params, mask)
+    if quantised := [path for path, leaf in trained.items() if is_base(leaf)]:
+        raise LoraError(
+            f"{quantised[0]!r} and {len(quantised) - 1} more are quantised, so they cannot be "
+            "trained: leave them out of the patterns, or lora_jax.dequantize the parameters"
+        )
+    hide = lambda leaf, keep: None if keep else leaf  # noqa: E731
+    return trained, jax.tree.map(hide, params, mask, is_leaf=is_base)
 
 
 def join(trained: dict[str, Any], rest: Any) -> Any:

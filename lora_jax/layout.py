@@ -14,93 +14,44 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax import paths
+from lora_jax.base import is_base
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.spec import check_alpha, check_rank
+from lora_jax.target import Target
+from lora_jax.updates.kind import kind_of
 
-FORMAT = 1
+FORMAT = 2
+ROW_FIELDS = {1: ("path", "shape", "stack", "inputs", "outputs", "rank", "alpha", "fold")}
+"""The fields that a target of an earlier format has; the others take their default values."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """One adapted parameter W and the roles of its axes.
-
-    Attributes:
-      path: of W in the parameter tree.
-      shape: of W.
-      stack: axes of W along which every slice has its own factors (scanned layers, experts).
-      inputs: axes that a product contracts (or a lookup indexes).
-      outputs: axes that the product leaves.
-      rank, alpha: the update is `alpha / rank * a @ b`.
-      fold: whether `W + scale * a @ b` may be formed where an operation has no low-rank rule.
-    """
+class LeftOut:
+    """A parameter that a pattern such as `"all-linear"` could have meant, and why it did not."""
 
     path: str
     shape: tuple[int, ...]
-    stack: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    rank: int
-    alpha: float
-    fold: bool = False
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank, self.path)
-        check_alpha(self.alpha, self.path)
-        if sorted((*self.stack, *self.inputs, *self.outputs)) != list(range(len(self.shape))):
-            raise LoraError(
-                f"{self.path!r}: every axis of the shape {self.shape} needs one role, got "
-                f"stack={self.stack}, inputs={self.inputs}, outputs={self.outputs}"
-            )
-        limit = min(self.fan_in, self.fan_out)
-        if self.rank > limit:
-            raise LoraError(
-                f"{self.path!r}: rank {self.rank} is above min(in, out) = "
-                f"min({self.fan_in}, {self.fan_out}) = {limit}; lower the rank, or give this "
-                f"target its own: Rule({self.path!r}, rank={limit})"
-            )
-
-    @property
-    def scale(self) -> float:
-        """Alpha / rank (paper section 4.1)."""
-        return self.alpha / self.rank
-
-    def sizes(self, which: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(self.shape[i] for i in which)
-
-    @property
-    def fan_in(self) -> int:
-        return math.prod(self.sizes(self.inputs))
-
-    @property
-    def fan_out(self) -> int:
-        return math.prod(self.sizes(self.outputs))
-
-    @property
-    def form(self) -> tuple[tuple[int, ...], ...]:
-        """(shape, stack, inputs, outputs): what adapters of one parameter have in common."""
-        return self.shape, self.stack, self.inputs, self.outputs
-
-    @property
-    def a_shape(self) -> tuple[int, ...]:
-        """[*stack, *inputs, rank]"""
-        return (*self.sizes(self.stack), *self.sizes(self.inputs), self.rank)
-
-    @property
-    def b_shape(self) -> tuple[int, ...]:
-        """[*stack, rank, *outputs]"""
-        return (*self.sizes(self.stack), self.rank, *self.sizes(self.outputs))
-
-    @property
-    def size(self) -> int:
-        """Numbers in the two factors."""
-        return math.prod(self.a_shape) + math.prod(self.b_shape)
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """All targets, in the order of the parameter tree. Hashable; `print(layout)` is a table."""
+    """All targets, in the order of the parameter tree. Hashable; `print(layout)` is a table.
+
+    Attributes:
+      targets: what is adapted.
+      left_out: what `"all-linear"` left out, each with the reason. It is printed and saved, and
+        does not count when layouts are compared.
+
+    Raises:
+      LoraError: a target whose kind is not known, or that its kind cannot have.
+    """
 
     targets: tuple[Target, ...] = ()
+    left_out: tuple[LeftOut, ...] = dataclasses.field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            kind_of(target).check(target)
 
     def __getitem__(self, path: str) -> Target:
         for target in self.targets:
@@ -114,7 +65,7 @@ class Layout:
     @property
     def size(self) -> int:
         """Numbers in an adapter tree of this layout."""
-        return sum(t.size for t in self.targets)
+        return sum(_size(t) for t in self.targets)
 
     def subset(self, *patterns: str) -> Layout:
         """The targets that some pattern matches, for a function that reads only those."""
@@ -124,23 +75,28 @@ class Layout:
 
     def to_json(self) -> str:
         """Text that `from_json` reads back to an equal layout."""
-        targets = [dataclasses.asdict(t) for t in self.targets]
-        return json.dumps({"format": FORMAT, "targets": targets}, indent=1)
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Layout:
-        """Raises LoraError on text that `to_json` does not write."""
+        """Read what `to_json` of this version, or of any before it, wrote.
+
+        Raises:
+          LoraError: text that is not a layout, or one with a field that this version does not
+            understand.
+        """
         try:
             data = json.loads(text)
             version, rows = data["format"], data["targets"]
+            left_out = data.get("left_out", [])
         except (ValueError, KeyError, TypeError) as error:
             raise LoraError(f"this is not a layout: {error!r} in {text[:80]!r}") from error
-        if version != FORMAT:
-            raise LoraError(
-                f"the layout has format {version}, this lora_jax reads {FORMAT}; "
-                "use the lora_jax that wrote it, or a newer one"
-            )
-        return Layout(tuple(_target_from(row) for row in rows))
+        known = {"format", *(f.name for f in dataclasses.fields(Layout))}
+        _check_understood("a layout", version, set(data) - known)
+        return Layout(
+            tuple(_read_row(Target, row, version) for row in rows),
+            tuple(_read_row(LeftOut, row, version) for row in left_out),
+        )
 
     def check_params(self, leaves: Mapping[str, Any]) -> None:
         """Raise `LoraError` unless each target is among the leaves, with its shape."""
@@ -151,7 +107,8 @@ class Layout:
                     f"nearest:\n{listed(nearest(target.path, leaves))}\n"
                     "Pass the same parameter tree (with the same root) as to lora_jax.resolve."
                 )
-            shape = tuple(jnp.shape(leaves[target.path]))
+            leaf = leaves[target.path]
+            shape = tuple(leaf.shape if is_base(leaf) else jnp.shape(leaf))
             if shape != target.shape:
                 raise LoraError(
                     f"the layout does not fit the parameters: {target.path!r} has shape {shape}, "
@@ -159,31 +116,65 @@ class Layout:
                 )
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [
-            ("path", "shape", "stack", "in", "out", "rank", "scale", "parameters")
-        ]
-        rows += [_row(t) for t in self.targets]
-        rows += [("total", "", "", "", "", "", "", f"{self.size:,}")]
+        heading = ("path", "shape", "stack", "in", "out", "kind", "rank", "scale", "parameters")
+        rows = [heading, *(_row(t) for t in self.targets)]
+        rows += [("total", *[""] * (len(heading) - 2), f"{self.size:,}")]
+        kinds = heading.index("kind")
+        if all(row[kinds] in ("lora", "kind", "") for row in rows):  # then it says nothing
+            rows = [(*row[:kinds], *row[kinds + 1 :]) for row in rows]
+        numbers = len(rows[0]) - 3  # columns from here on are numbers, and end together
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
-            "  ".join(c.ljust(w) if i < 5 else c.rjust(w) for i, (c, w) in enumerate(cells))
+            "  ".join(c.ljust(w) if i < numbers else c.rjust(w) for i, (c, w) in enumerate(cells))
             for cells in (list(zip(row, widths, strict=True)) for row in rows)
         ]
+        lines += ["left out:"] if self.left_out else []
+        lines += [f"  {x.path}  {_times(x.shape)}  {x.reason}" for x in self.left_out]
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _size(target: Target) -> int:
+    """The numbers that one target's adapter holds."""
+    return sum(math.prod(shape) for shape in kind_of(target).shapes(target))
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _row(t: Target) -> tuple[str, ...]:
     def text(which: tuple[int, ...]) -> str:
         return ",".join(map(str, which)) or "-"
 
-    shape = "x".join(map(str, t.shape))
+    parts = ",".join(f"{start}:{start + size}" for start, size in t.parts)
+    kind = f"{t.kind}[{parts}]" if parts else t.kind
     roles = (text(t.stack), text(t.inputs), text(t.outputs))
-    return (t.path, shape, *roles, str(t.rank), f"{t.scale:g}", f"{t.size:,}")
+    scale = f"{kind_of(t).scale(t):g}"
+    return (t.path, _times(t.shape), *roles, kind, str(t.rank), scale, f"{_size(t):,}")
 
 
-def _target_from(row: Any) -> Target:
-    fields = {f.name for f in dataclasses.fields(Target)}
-    if not isinstance(row, dict) or set(row) != fields:
-        raise LoraError(f"this is not a target of a layout: {row!r}; it needs {sorted(fields)}")
-    tuples = {k: tuple(v) for k, v in row.items() if isinstance(v, list)}
-    return Target(**{**row, **tuples})
+def _read_row(type_: Any, row: Any, version: int) -> Any:
+    what = "a target of a layout" if type_ is Target else "a parameter that a layout left out"
+    if not isinstance(row, dict):
+        raise LoraError(f"this is not {what}: {row!r}")
+    fields = [f.name for f in dataclasses.fields(type_)]
+    _check_understood(what, version, set(row) - set(fields))
+    missing = [name for name in ROW_FIELDS.get(version, fields) if name not in row]
+    if missing:
+        raise LoraError(f"this is not {what}: it has no {missing[0]!r}: {row!r}")
+    return type_(**{name: _as_tuple(value) for name, value in row.items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def _check_understood(what: str, version: Any, unknown: set[str]) -> None:
+    """Refuse a newer format by the name of a field, so that nothing is read in part."""
+    newer = not isinstance(version, int) or not 1 <= version <= FORMAT
+    if unknown or newer:
+        field = f" and the field {min(unknown)!r}" if unknown else ""
+        raise LoraError(
+            f"{what} has format {version!r}{field}, which this lora_jax does not understand (it "
+            f"reads formats up to {FORMAT}); use the lora_jax that wrote it, or a newer one"
+        )

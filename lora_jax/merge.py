@@ -1,14 +1,19 @@
-"""The definition: `W + scale * a @ b`. `lora_jax.adapt` is the fast path equal to it."""
+"""The definition: `W + scale * a @ b`, or what another kind of update makes of W.
+
+`lora_jax.adapt` is the fast path equal to it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.adapters import Adapters, Factors, check, wide_dtype
-from lora_jax.layout import Layout, Target
+from lora_jax.adapters import Adapters, check
+from lora_jax.base import dense, wide_dtype
+from lora_jax.layout import Layout
+from lora_jax.updates.kind import kind_of
 
 
 def merge(layout: Layout, params: Any, adapters: Adapters) -> Any:
@@ -17,18 +22,29 @@ def merge(layout: Layout, params: Any, adapters: Adapters) -> Any:
     The sum is formed in float32 (or in W's dtype where that is wider) and rounded once to W's
     dtype. There is no unmerge: subtracting does not restore a low-precision W, so keep the base.
 
+    **A quantised base** can be merged in two ways, and `params` says which:
+
+        merge(layout, quantised, adapters)   into the dequantised weights, the ones that the
+                                             adapters were trained on: the model that was trained
+        merge(layout, original, adapters)    into the weights before they were quantised: another
+                                             model, of which `merge_error` says by how much
+
+    Either way the merged leaves are float arrays: nothing is quantised again.
+
     Args:
       layout: from `lora_jax.resolve` or `lora_jax.restore`.
       params: the base parameters, a pytree; not changed.
-      adapters: `{path: Factors(a, b)}`.
+      adapters: `{path: Factors(a, b)}`, or the arrays of another kind.
 
     Returns:
-      A pytree like `params`, same shapes and dtypes.
+      A pytree like `params`, same shapes and dtypes; a target that was a quantised `Base` is an
+      array, and other such leaves stay as they are.
 
     Raises:
       LoraError: the layout does not fit the parameters, or the adapters the layout.
 
     >>> import jax, lora_jax
+    >>> from lora_jax import Factors
     >>> params = {"w": jnp.ones((4, 3))}
     >>> f = lambda params, x: x @ params["w"]
     >>> layout = lora_jax.resolve(lora_jax.LoraSpec(1, 1.0, ("w",)), f, params, jnp.ones((2, 4)))
@@ -40,29 +56,60 @@ def merge(layout: Layout, params: Any, adapters: Adapters) -> Any:
     layout.check_params(leaves)
     check(layout, adapters)
     return paths.replace(
-        params, {t.path: merge_one(t, leaves[t.path], adapters[t.path]) for t in layout.targets}
+        params,
+        {t.path: kind_of(t).merged(t, adapters[t.path], leaves[t.path]) for t in layout.targets},
     )
 
 
-def merge_one(target: Target, w: Any, factors: Factors) -> Any:
-    """`W + scale * a @ b` of one target; see `delta` for the axes."""
-    w = jnp.asarray(w)
-    wide = wide_dtype(w.dtype)
-    return (w.astype(wide) + delta(target, factors, wide)).astype(w.dtype)
+class MergeError(NamedTuple):
+    """Distance between a target merged into the quantised and into the original base.
 
-
-def delta(target: Target, factors: Factors, dtype: Any = jnp.float32) -> Any:
-    """The update `scale * a @ b`, its axes in W's order.
-
-    `a` [*stack, *inputs, rank] and `b` [*stack, rank, *outputs] are contracted over the rank,
-    stack axis by stack axis, and the axes [*stack, *inputs, *outputs] go back to W's order.
+    error: Frobenius norm of the difference of the two merged weights.
+    update: Frobenius norm of what the adapter changes in the quantised base.
+    An error well above the update means that merging into the original base gives a model that
+    the adapter was not trained for.
     """
-    rank_axis = len(target.shape)  # a label that no axis of W has
-    return target.scale * jnp.einsum(
-        jnp.asarray(factors.a, dtype),
-        (*target.stack, *target.inputs, rank_axis),
-        jnp.asarray(factors.b, dtype),
-        (*target.stack, rank_axis, *target.outputs),
-        tuple(range(len(target.shape))),
-        precision="highest",
-    )
+
+    error: Any
+    update: Any
+
+
+def merge_error(
+    layout: Layout, quantised: Any, original: Any, adapters: Adapters
+) -> dict[str, MergeError]:
+    """Return for each target how far the two ways to merge a quantised base are apart.
+
+    Args:
+      layout: of the adapters.
+      quantised: the parameters that the adapters were trained on.
+      original: the same parameters before they were quantised.
+      adapters: trained on `quantised`.
+
+    Returns:
+      `{path: MergeError(error, update)}`, [] float32 each.
+
+    >>> import lora_jax
+    >>> from lora_jax import Factors
+    >>> layout = lora_jax.Layout((lora_jax.Target("w", (4, 3), (), (0,), (1,), 1, 1.0),))
+    >>> update = {"w": Factors(jnp.ones((4, 1)), jnp.ones((1, 3)))}
+    >>> found = merge_error(layout, {"w": jnp.ones((4, 3))}, {"w": 1.1 * jnp.ones((4, 3))}, update)
+    >>> [round(float(x), 4) for x in found["w"]]
+    [0.3464, 3.4641]
+    """
+    theirs, ours = paths.flatten(original), paths.flatten(quantised)
+    layout.check_params(theirs)
+    layout.check_params(ours)
+    check(layout, adapters)
+    found = {}
+    for t in layout.targets:
+        kind, w = kind_of(t), jnp.asarray(dense(ours[t.path]))
+        w = w.astype(wide_dtype(w.dtype))
+        other = jnp.asarray(dense(theirs[t.path])).astype(w.dtype)
+        merged = kind.merged(t, adapters[t.path], w)
+        error = merged - kind.merged(t, adapters[t.path], other)
+        found[t.path] = MergeError(_norm(error), _norm(merged - w))
+    return found
+
+
+def _norm(x: Any) -> Any:
+    return jnp.linalg.norm(x.ravel())

@@ -38,7 +38,7 @@ def path_of(key_path: tuple[Any, ...]) -> str:
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Return the leaves of `tree` by path, in the tree's own order; a quantised base is one leaf."""
+    """Return the leaves of `tree` by path, in the tree's order; a quantised base is one leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_base)
     return {path_of(p): leaf for p, leaf in leaves}
 

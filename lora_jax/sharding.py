@@ -11,13 +11,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax import flax_partitioning, paths
-from lora_jax.adapters import Factors
+from lora_jax.base import is_base
+from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.bases.placement import placed
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.layout import Layout, Target
-from lora_jax.primitives import axis_roles, jaxprs
+from lora_jax.layout import Layout
+from lora_jax.primitives import jaxprs
+from lora_jax.primitives.roles import Use, uses
+from lora_jax.target import Target
+from lora_jax.updates.kind import kind_of
 
 ShardingRule = tuple[
     str, PartitionSpec
@@ -121,6 +127,41 @@ def _indivisible(
         "mesh axis, or leave the axis whole with a rule of your own: "
         f"({path!r}, PartitionSpec({', '.join(['None'] * len(shape))}))"
     )
+
+
+def tree_of(specs: Mapping[str, PartitionSpec], params: Any, sizes: Mapping[str, int]) -> Any:
+    """Return a tree like `params` of PartitionSpecs; a quantised weight has one for each array.
+
+    Of a base of a kind that the package does not know, an array of W's shape lies as W does, and
+    the others are cut along the leading axes that they have in common with W.
+
+    Args:
+      specs: the placement, by path.
+      params: a tree of arrays or their ShapeDtypeStructs, and of quantised weights of such.
+      sizes: of the mesh axes by name (`mesh.shape`).
+
+    Raises:
+      LoraError: the placement would cut a block of a quantised weight.
+    """
+
+    def of(key_path: Any, leaf: Any) -> Any:
+        path = paths.path_of(key_path)
+        spec = specs[path]
+        if isinstance(leaf, QuantisedMatrix):
+            return placed(leaf, spec, sizes, path)
+        if is_base(leaf):
+            return jax.tree.map(lambda x: _leading(tuple(leaf.shape), tuple(x.shape), spec), leaf)
+        return spec
+
+    return jax.tree_util.tree_map_with_path(of, params, is_leaf=is_base)
+
+
+def _leading(shape: tuple[int, ...], own: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
+    """The entries of the leading axes that an array has in common with the weight."""
+    same = 0
+    while same < min(len(shape), len(own)) and shape[same] == own[same]:
+        same += 1
+    return PartitionSpec(*spec[:same])
 
 
 def names_of(entry: Any) -> tuple[str, ...]:
@@ -238,20 +279,18 @@ def automatic(
     return out
 
 
-def _roles(
-    params: Any, call: tuple[Callable[..., Any], tuple[Any, ...]] | None
-) -> dict[str, axis_roles.Use]:
+def _roles(params: Any, call: tuple[Callable[..., Any], tuple[Any, ...]] | None) -> dict[str, Use]:
     """The use of each parameter whose axes count; without one, its two longest axes."""
-    uses: Mapping[str, Sequence[axis_roles.Use]] = {}
+    found: Mapping[str, Sequence[Use]] = {}
     if call is not None:
-        uses = axis_roles.usage(jaxprs.trace(call[0], params, call[1])).uses
+        found = uses(jaxprs.trace(call[0], params, call[1]))
     return {
-        path: _role(tuple(leaf.shape), uses.get(path, ()))
+        path: _role(tuple(leaf.shape), found.get(path, ()))
         for path, leaf in paths.flatten(params).items()
     }
 
 
-def _role(shape: tuple[int, ...], uses: Sequence[axis_roles.Use]) -> axis_roles.Use:
+def _role(shape: tuple[int, ...], uses: Sequence[Use]) -> Use:
     complete = [u for u in uses if u.has_axes]
     if complete:
         return min(complete, key=lambda u: u.kind != "gather")  # a tied embedding is a lookup
@@ -259,14 +298,14 @@ def _role(shape: tuple[int, ...], uses: Sequence[axis_roles.Use]) -> axis_roles.
     free = [i for i in range(len(shape)) if i not in stack]
     longest = sorted(sorted(free, key=lambda i: shape[i])[-2:])
     inputs = tuple(i for i in free if i != longest[-1]) if longest else ()
-    return axis_roles.Use("unknown", "", stack, inputs, tuple(longest[-1:]))
+    return Use("unknown", "", stack, inputs, tuple(longest[-1:]))
 
 
-def _slice_size(shape: Sequence[int], role: axis_roles.Use) -> int:
+def _slice_size(shape: Sequence[int], role: Use) -> int:
     return math.prod(n for i, n in enumerate(shape) if i not in role.stack)
 
 
-def _is_modest(shape: tuple[int, ...], role: axis_roles.Use) -> bool:
+def _is_modest(shape: tuple[int, ...], role: Use) -> bool:
     return len(shape) - len(role.stack) <= 1 or _slice_size(shape, role) < TINY
 
 
@@ -289,9 +328,7 @@ def _bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * int(leaf.dtype.itemsize)
 
 
-def _spread(
-    shape: tuple[int, ...], role: axis_roles.Use, parts: Mapping[str, int]
-) -> PartitionSpec | None:
+def _spread(shape: tuple[int, ...], role: Use, parts: Mapping[str, int]) -> PartitionSpec | None:
     """The first of the ways of rule 2 in which every axis is divided."""
     outputs = role.outputs
     inputs = sorted(role.inputs, key=lambda i: -shape[i])
@@ -306,11 +343,12 @@ def _spread(
     return None
 
 
-def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Factors]:
+def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Any]:
     """The placement of the adapters, read off that of the parameters.
 
     `a` [*stack, *inputs, rank] takes the mesh axes of W's stack and input axes, `b`
-    [*stack, rank, *outputs] those of its stack and output axes; the rank is never sharded. So
+    [*stack, rank, *outputs] those of its stack and output axes; the rank is never sharded. The
+    arrays of another kind follow the axes of W that it says they have (`updates.Kind.axes`). So
     what a device holds of the factors is what it needs beside its part of W.
 
     Args:
@@ -319,7 +357,7 @@ def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Factors]:
         layout does not adapt is ignored.
 
     Returns:
-      `{path: Factors(a, b)}` of PartitionSpecs, a tree like that of `lora_jax.init`.
+      A tree like that of `lora_jax.init`, `{path: Factors(a, b)}` for LoRA, of PartitionSpecs.
 
     Raises:
       LoraError: a target without a PartitionSpec, or with one that has too many entries.
@@ -335,7 +373,7 @@ def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Factors]:
     return {target.path: _follow(target, flat) for target in layout.targets}
 
 
-def _follow(target: Target, flat: Mapping[str, Any]) -> Factors:
+def _follow(target: Target, flat: Mapping[str, Any]) -> Any:
     spec = flat.get(target.path)
     if not isinstance(spec, PartitionSpec):
         raise LoraError(
@@ -344,9 +382,9 @@ def _follow(target: Target, flat: Mapping[str, Any]) -> Factors:
         )
     _check_rank(target.path, target.shape, spec, str(spec))
     whole = (*spec, *(None for _ in range(len(target.shape) - len(spec))))
-    pick = lambda which: tuple(whole[i] for i in which)  # noqa: E731
-    stack = pick(target.stack)
-    return Factors(
-        PartitionSpec(*stack, *pick(target.inputs), None),
-        PartitionSpec(*stack, None, *pick(target.outputs)),
-    )
+    kind = kind_of(target)
+
+    def place(axes: tuple[int | None, ...]) -> PartitionSpec:
+        return PartitionSpec(*(None if i is None else whole[i] for i in axes))
+
+    return kind.fields(*map(place, kind.axes(target)))

@@ -9,20 +9,36 @@ from typing import Any
 from lora_jax.errors import LoraError
 
 ALL_LINEAR = "all-linear"
+SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One target pattern with its own rank and alpha (`None`: those of the spec).
+    """One target pattern with its own settings (`None`: those of the spec).
 
-    `pattern` is in the language of `lora_jax.paths`, or `"all-linear"`: every parameter that
-    some product (`dot_general`, convolution, `ragged_dot`) consumes, but the output head, the
-    parameter whose product every way to an output passes last.
+    Attributes:
+      pattern: in the language of `lora_jax.paths`, or `"all-linear"`: every parameter that some
+        product (`dot_general`, convolution, `ragged_dot`) consumes, but the output head, the
+        parameter whose product every way to an output passes last.
+      rank, alpha, kind, scaling: as in `LoraSpec`.
+      parts: `((start, size), ...)`: only these slices of an output axis are adapted, each with
+        factors of its own, such as q and v of a fused qkv kernel. (`lora_jax.updates.lora`)
+      part_axis: which output axis that is, as an index into the output axes. Only with parts.
+      inputs, outputs, stack: the roles of the axes of W, for a weight that meets an operation
+        through which the trace cannot follow them. State `inputs` and `outputs` together; the
+        axes that are named nowhere are the stack, unless `stack` says so too.
     """
 
     pattern: str
     rank: int | None = None
     alpha: float | None = None
+    kind: str | None = None
+    scaling: str | None = None
+    parts: tuple[tuple[int, int], ...] | None = None
+    part_axis: int = -1
+    inputs: tuple[int, ...] | None = None
+    outputs: tuple[int, ...] | None = None
+    stack: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
@@ -31,6 +47,21 @@ class Rule:
             check_rank(self.rank, self.pattern)
         if self.alpha is not None:
             check_alpha(self.alpha, self.pattern)
+        if self.scaling is not None:
+            check_scaling(self.scaling, self.pattern)
+        if self.parts is not None:
+            object.__setattr__(self, "parts", tuple(map(tuple, self.parts)))
+        for name in ("inputs", "outputs", "stack"):
+            axes = getattr(self, name)
+            if axes is not None:
+                object.__setattr__(self, name, (axes,) if isinstance(axes, int) else tuple(axes))
+        if (self.inputs is None) != (self.outputs is None) or (
+            self.stack is not None and self.inputs is None
+        ):
+            raise LoraError(
+                f"{self.pattern!r}: a rule that states the roles of the axes states both inputs "
+                f"and outputs, got inputs={self.inputs}, outputs={self.outputs}, stack={self.stack}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +77,25 @@ class LoraSpec:
         has no low-rank rule (a `custom_vjp` or a Pallas kernel that takes the weight). This
         costs the memory of W and the FLOPs of full fine-tuning there, so it is never done
         unasked.
+      kind: the kind of update: "lora", "dora", "vera", "loha", "lokr", "bias", or one of your own
+        (`lora_jax.updates`).
+      scaling: "alpha/r", or "alpha/sqrt(r)": rsLoRA (arXiv 2312.03732), stable at large ranks.
 
     Raises:
-      LoraError: a rank below 1, an alpha that is not finite, a pattern that cannot be read.
+      LoraError: a rank below 1, an alpha that is not finite, a scaling that is neither of the two.
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str | Rule, ...] | str = ALL_LINEAR
     fold: tuple[str, ...] | str = ()
+    kind: str = "lora"
+    scaling: str = "alpha/r"
 
     def __post_init__(self) -> None:
         check_rank(self.rank, "LoraSpec")
         check_alpha(self.alpha, "LoraSpec")
+        check_scaling(self.scaling, "LoraSpec")
         object.__setattr__(self, "targets", _tuple_of(self.targets))
         object.__setattr__(self, "fold", _tuple_of(self.fold))
 
@@ -69,13 +106,15 @@ class LoraSpec:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The targets as rules, in order, each with its rank and alpha filled in."""
+        """The targets as rules, in order, each with the spec's settings where it has none."""
         rules = (t if isinstance(t, Rule) else Rule(t) for t in _tuple_of(self.targets))
         return tuple(
             dataclasses.replace(
                 rule,
                 rank=self.rank if rule.rank is None else rule.rank,
                 alpha=self.alpha if rule.alpha is None else rule.alpha,
+                kind=self.kind if rule.kind is None else rule.kind,
+                scaling=self.scaling if rule.scaling is None else rule.scaling,
             )
             for rule in rules
         )
@@ -93,3 +132,8 @@ def check_rank(rank: int, where: str) -> None:
 def check_alpha(alpha: float, where: str) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise LoraError(f"{where}: alpha must be a finite number, got {alpha!r}")
+
+
+def check_scaling(scaling: str, where: str) -> None:
+    if scaling not in SCALINGS:
+        raise LoraError(f"{where}: scaling must be one of {SCALINGS}, got {scaling!r}")

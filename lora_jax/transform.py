@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.adapters import Adapters, check
+from lora_jax.base import Base
 from lora_jax.errors import LoraError
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
 from lora_jax.multi import per_example
 from lora_jax.multi.blend import Blend, Choosing
 from lora_jax.multi.stack import Scaled
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.table import RULES
+from lora_jax.primitives.choosing import Chosen, Gated
+from lora_jax.primitives.evaluator import Evaluator
+from lora_jax.primitives.held import held
+from lora_jax.primitives.lowrank import LowRank
+from lora_jax.primitives.named import MEMBER, RANK, TALLY, Named
+from lora_jax.primitives.update import OutputGain, Zero
+from lora_jax.target import Target
+from lora_jax.updates.kind import kind_of
 
 
 def adapt(
@@ -68,16 +78,17 @@ def adapt(
     def one(params: Any, update: Blend, *args: Any, **kwargs: Any) -> Any:
         layout.check_params(paths.flatten(params))
         traced = jaxprs.trace(f, params, args, kwargs)
-        interpreter = _Interpreter()
+        evaluator = Evaluator()
+        targets = {t.path: t for t in layout.targets}
         ins = list(traced.inputs)
-        position = {path: i for i, path in enumerate(traced.param_paths)}
-        for t in layout.targets:
-            gain, gate = update.gains.get(t.path), update.gates.get(t.path)
-            w, factors = ins[position[t.path]], update.factors[t.path]
-            ins[position[t.path]] = AdaptedWeight.start(t, w, factors, gain, gate, update.choice)
-        outs = interpreter.evaluate(traced.jaxpr, traced.consts, ins)
-        outs = [interpreter.returned(out) for out in outs]
-        interpreter.check_all_read(layout)
+        for i, path in enumerate(traced.param_paths):
+            if path in targets:
+                ins[i] = _adapted(evaluator, targets[path], ins[i], update)
+            elif isinstance(ins[i], Base):
+                ins[i] = _quantised(evaluator, path, ins[i])
+        outs = evaluator.evaluate(traced.jaxpr, traced.consts, ins)
+        outs = [evaluator.returned(out) for out in outs]
+        _check_all_read(layout, evaluator.paths_read)
         return jax.tree.unflatten(traced.out_tree, outs)
 
     def adapted(
@@ -99,110 +110,45 @@ def adapt(
     return adapted
 
 
-class _Interpreter:
-    """Evaluates a jaxpr whose inputs may be adapted weights.
-
-    Runs of equations that touch none are handed to JAX as they stand; the others go to their
-    rule. Which is which is known as the values are, so the rules decide how far a weight lives.
-    """
-
-    def __init__(self) -> None:
-        self._read: set[str] = set()
-
-    def read(self, target: Target) -> None:
-        """Note that a rule used the target's factors."""
-        self._read.add(target.path)
-
-    def check_all_read(self, layout: Layout) -> None:
-        idle = [t.path for t in layout.targets if t.path not in self._read]
-        if idle:
-            raise LoraError(
-                f"the function never reads the adapter of {idle[0]!r} ({len(idle)} in all), so it "
-                "would have no effect; adapt with the part of the layout that this function "
-                "uses: layout.subset(patterns)"
-            )
-
-    def evaluate(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=False))
-        env.update(zip(jaxpr.invars, ins, strict=True))
-        last_use = _last_uses(jaxpr)
-        adapted = {v for v, x in env.items() if isinstance(x, AdaptedWeight)}
-        start = 0
-        for i, eqn in enumerate(jaxpr.eqns):
-            if not any(v in adapted for v in eqn.invars if not jaxprs.is_literal(v)):
-                continue
-            self._run_plain(jaxpr, start, i, env, last_use)
-            start = i + 1
-            ins = [_read(env, v) for v in eqn.invars]
-            for v, out in zip(eqn.outvars, self._apply(eqn, ins), strict=True):
-                env[v] = out
-                if isinstance(out, AdaptedWeight):
-                    adapted.add(v)
-        self._run_plain(jaxpr, start, len(jaxpr.eqns), env, last_use)
-        return [_read(env, v) for v in jaxpr.outvars]
-
-    def _run_plain(
-        self, jaxpr: Any, start: int, stop: int, env: dict[Any, Any], last_use: dict[Any, int]
-    ) -> None:
-        """Run the untouched equations `start:stop`, keep what is used after them, drop the rest."""
-        if start < stop:
-            eqns = jaxpr.eqns[start:stop]
-            made = {v: None for e in eqns for v in e.outvars}
-            reads = [v for e in eqns for v in e.invars if not jaxprs.is_literal(v)]
-            needed = [v for v in dict.fromkeys(reads) if v not in made]
-            kept = [v for v in made if last_use.get(v, -1) >= stop]
-            outs = jaxprs.run(eqns, needed, kept, [env[v] for v in needed])
-            env.update(zip(kept, outs, strict=True))
-        for v in [v for v in env if last_use.get(v, -1) < stop]:
-            del env[v]
-
-    def _apply(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
-        rule = RULES.get(eqn.primitive.name)
-        with jaxprs.origin(eqn):
-            outs = None if rule is None else rule(self, eqn, ins)
-            if outs is None:
-                outs = jaxprs.run_one(eqn, [self.plain(eqn, v) for v in ins])
-        return outs
-
-    def plain(self, eqn: Any, value: Any) -> Any:
-        """A value where only an array will do: a weight is folded if allowed, else refused."""
-        if not isinstance(value, AdaptedWeight):
-            return value
-        target = value.target
-        if not target.fold:
-            raise LoraError(
-                f"{target.path!r}: {jaxprs.operand_name(eqn)} takes this adapted weight and has "
-                "no low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be "
-                f"formed there: LoraSpec(..., fold=({target.path!r},))"
-            )
-        self.read(target)
-        return value.folded()
-
-    def returned(self, value: Any) -> Any:
-        """The function returns a parameter: the merged weight is asked for by name."""
-        if not isinstance(value, AdaptedWeight):
-            return value
-        if not value.target.fold:
-            raise LoraError(
-                f"the function returns the adapted weight {value.target.path!r} itself; use "
-                "lora_jax.merge for that, or leave it out of the targets"
-            )
-        self.read(value.target)
-        return value.folded()
+def _adapted(evaluator: Evaluator, target: Target, w: Any, blend: Blend) -> Any:
+    """The weight of a target as the program gets it; an array, if its update has no low rank."""
+    kind, parameters = kind_of(target), blend.factors[target.path]
+    factors = kind.factors(target, parameters)
+    if factors is None:
+        evaluator.paths_read.add(target.path)
+        return kind.merged(target, parameters, w)
+    names = evaluator.fresh(len(target.shape))
+    pick = lambda which: tuple(names[i] for i in which)  # noqa: E731
+    stack, several = pick(target.stack), () if blend.choice is None else (MEMBER,)
+    a = Named(factors.a, (*several, *stack, *pick(target.inputs), RANK))
+    b = Named(factors.b, (*several, *stack, RANK, *pick(target.outputs)))
+    gain, gate = blend.gains.get(target.path), blend.gates.get(target.path)
+    if gain is not None:
+        gain = Named(gain, several or (RANK,) * jnp.ndim(gain))
+    update: Any = LowRank(a, b, kind.scale(target), gain)
+    if gate is not None:
+        if gate.probe is not None:
+            probe = Named(gate.probe, (*stack, TALLY, MEMBER))
+            gate = dataclasses.replace(gate, probe=probe)
+        update = Gated(a, b, update.scale, gain, gate)
+    output_gain = kind.output_gain(target, parameters, w)
+    if output_gain is not None:
+        update = OutputGain(update, Named(output_gain, (*stack, *pick(target.outputs))))
+    if blend.choice is not None:
+        update = Chosen(update, blend.choice.index, blend.choice.examples)
+    return AdaptedWeight(held(w), update, names, target.path, target.fold)
 
 
-def _read(env: dict[Any, Any], atom: Any) -> Any:
-    return atom.val if jaxprs.is_literal(atom) else env[atom]
+def _quantised(evaluator: Evaluator, path: str, w: Base) -> AdaptedWeight:
+    """A quantised weight that no adapter adapts: it too is dequantised where it is used."""
+    return AdaptedWeight(held(w), Zero(), evaluator.fresh(len(w.shape)), path, True)
 
 
-def _last_uses(jaxpr: Any) -> dict[Any, int]:
-    """Index of the last equation that reads each variable; outputs are read after all."""
-    last = {}
-    for i, eqn in enumerate(jaxpr.eqns):
-        for v in eqn.invars:
-            if not jaxprs.is_literal(v):
-                last[v] = i
-    for v in jaxpr.outvars:
-        if not jaxprs.is_literal(v):
-            last[v] = len(jaxpr.eqns)
-    return last
+def _check_all_read(layout: Layout, read: set[str]) -> None:
+    idle = [t.path for t in layout.targets if t.path not in read]
+    if idle:
+        raise LoraError(
+            f"the function never reads the adapter of {idle[0]!r} ({len(idle)} in all), so it "
+            "would have no effect; adapt with the part of the layout that this function "
+            "uses: layout.subset(patterns)"
+        )

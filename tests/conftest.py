@@ -27,12 +27,12 @@ import pytest
 from absl import flags
 
 STANDARD_PROMOTION = ("models", "baselines", "data", "training", "groups", "planner")
-STANDARD_PROMOTION += ("serving", "report")
+STANDARD_PROMOTION += ("serving", "report", "foreign")
 
 # Files by seconds (waits count too), longest first; the others take less than 20 seconds each.
 LONGEST = (
-    "test_kills", "test_processes", "test_stack", "test_group_runs", "test_mesh", "test_text",
-    "test_transform", "test_checkpoints", "test_router", "test_group", "test_report",
+    "test_models", "test_kills", "test_processes", "test_stack", "test_group_runs", "test_mesh",
+    "test_text", "test_transform", "test_checkpoints", "test_router", "test_group", "test_report",
     "test_resume", "test_generation", "test_built_in_models", "test_adapter", "test_predict",
 )  # fmt: skip
 

@@ -24,27 +24,32 @@ PACKAGE = ROOT / "lora_jax"
 # facade, `lora_jax/__init__.py`, which nothing in the package imports.
 ARROWS = {
     "": {"adapters", "bases", "checkpoint", "errors", "frozen", "layout", "merge", "moe"}
-    | {"multi", "nnx", "paths", "resolve", "sharding", "spec", "transform"},
+    | {"multi", "nnx", "paths", "resolve", "sharding", "spec", "target", "transform", "updates"},
     # the core: the transform and what it is used with
     "errors": set(),
     "base": set(),
     "paths": {"base", "errors"},
     "spec": {"errors"},
-    "layout": {"errors", "paths", "spec"},
+    "target": {"errors", "spec"},
+    "updates": {"base", "errors", "target"},
+    "layout": {"base", "errors", "paths", "target", "updates"},
     "bases": {"base", "errors", "layout", "paths"},
-    "adapters": {"errors", "layout"},
-    "merge": {"adapters", "layout", "paths"},
-    "multi": {"adapters", "errors", "layout", "spec"},
-    "primitives": {"adapters", "errors", "layout", "multi", "paths"},
-    "resolve": {"errors", "layout", "paths", "primitives", "spec"},
-    "transform": {"adapters", "errors", "layout", "multi", "paths", "primitives"},
-    "moe": {"adapters", "errors", "layout", "multi", "primitives", "transform"},
-    "frozen": {"errors", "paths"},
+    "adapters": {"errors", "layout", "paths", "target", "updates"},
+    "merge": {"adapters", "base", "layout", "paths", "updates"},
+    "multi": {"adapters", "base", "errors", "layout", "spec", "target", "updates"},
+    "primitives": {"base", "errors", "multi", "paths"},
+    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target"},
+    "transform": {"adapters", "base", "errors", "layout", "multi", "paths", "primitives", "target"}
+    | {"updates"},
+    "moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
+    "frozen": {"base", "errors", "paths"},
+    "labels": {"adapters", "errors", "paths"},
     "flax_partitioning": {"errors", "paths"},
-    "sharding": {"adapters", "errors", "flax_partitioning", "layout", "paths", "primitives"},
-    "checkpoint": {"adapters", "errors", "layout", "paths"},
+    "sharding": {"base", "bases", "errors", "flax_partitioning", "layout", "paths", "primitives"}
+    | {"target", "updates"},
+    "checkpoint": {"adapters", "errors", "layout", "paths", "updates"},
     "nnx": set(),
-    "analysis": {"adapters", "errors", "layout", "multi", "paths", "spec"},
+    "analysis": {"adapters", "errors", "layout", "multi", "paths", "spec", "target", "updates"},
     "extras": set(),
     # models and methods: they have never heard of LoRA
     "models": {"bases", "extras"},
@@ -53,15 +58,15 @@ ARROWS = {
     "console": {"errors", "extras", "models"},
     # training and what is done with its results
     "data": {"errors", "extras", "models"},
-    "training": {"adapters", "baselines", "checkpoint", "console", "data", "errors", "extras"}
-    | {"frozen", "layout", "merge", "models", "multi", "paths", "sharding", "spec"}
-    | {"transform"},
+    "training": {"adapters", "base", "baselines", "bases", "checkpoint", "console", "data"}
+    | {"errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi", "paths"}
+    | {"resolve", "sharding", "spec", "target", "transform", "updates"},
     "groups": {"checkpoint", "console", "errors", "extras", "frozen", "layout", "multi"}
     | {"paths", "resolve", "spec", "training"},
-    "planner": {"adapters", "data", "errors", "extras", "frozen", "primitives", "resolve"}
-    | {"training"},
+    "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
+    | {"primitives", "resolve", "training"},
     "serving": {"adapters", "baselines", "checkpoint", "console", "data", "errors", "extras"}
-    | {"layout", "models", "multi", "paths", "transform"},
+    | {"layout", "models", "multi", "paths", "transform", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
     | {"layout", "serving", "training"},
     "command_line": {"errors", "extras", "groups", "planner", "training"},
@@ -75,7 +80,7 @@ LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {
     "flax": {"flax_partitioning", "nnx"},
-    "optax": {"frozen"},
+    "optax": {"frozen", "labels"},
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},  # comes with Orbax
 }

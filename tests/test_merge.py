@@ -1,11 +1,15 @@
 """The definition itself, against a float64 sum written out by hand."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
 from lora_jax import LoraSpec
+from lora_jax.base import Base
 
 
 def test_merge_against_float64_by_hand() -> None:
@@ -51,3 +55,42 @@ def test_float32_adapters_over_a_bfloat16_base() -> None:
     grads = jax.grad(lambda ad: g({"w": w}, ad, x).astype(jnp.float32).sum())(adapters)
     assert grads["w"].a.dtype == grads["w"].b.dtype == jnp.float32
     assert jnp.any(grads["w"].b != 0)
+
+
+def test_a_quantised_base_is_merged_where_it_stands_or_into_the_original() -> None:
+    """Red if a merged leaf is quantised again, or the two targets are taken for one."""
+    layout = lora_jax.Layout((lora_jax.Target("w", (6, 5), (), (0,), (1,), 2, 4.0),))
+    original = jax.random.normal(jax.random.key(0), (6, 5))
+    scale = jnp.abs(original).max() / 3
+    codes = jnp.round(original / scale).astype(jnp.int8)
+    quantised = {"w": Coarse(codes, scale), "other": Coarse(codes, scale)}
+    a, b = jax.random.normal(jax.random.key(1), (6, 2)), jnp.ones((2, 5))
+    adapters = {"w": lora_jax.Factors(a, b)}
+    merged = lora_jax.merge(layout, quantised, adapters)
+    want = quantised["w"].dense() + 2 * a @ b
+    np.testing.assert_allclose(merged["w"], want, rtol=1e-5, atol=1e-6)
+    assert merged["other"] is quantised["other"]
+    other = lora_jax.merge(layout, {"w": original, "other": original}, adapters)["w"]
+    found = lora_jax.merge_error(layout, quantised, {"w": original}, adapters)["w"]
+    np.testing.assert_allclose(found.error, jnp.linalg.norm(merged["w"] - other), rtol=1e-5)
+    np.testing.assert_allclose(found.update, jnp.linalg.norm(2 * a @ b), rtol=1e-5)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coarse(Base):
+    """int8 codes times one scale."""
+
+    codes: Any
+    scale: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.scale.dtype
+
+    def dense(self) -> jax.Array:
+        return self.codes.astype(self.dtype) * self.scale

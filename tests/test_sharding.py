@@ -198,6 +198,26 @@ def test_an_unknown_name_in_metadata_is_an_error() -> None:
 # --- the adapters follow ------------------------------------------------------------------------
 
 
+def test_the_arrays_of_every_kind_follow_the_weights() -> None:
+    """Red if a kind's axes are not asked for: DoRA's magnitude is sharded as W's outputs are."""
+    form = ((3, 8, 9), (0,), (1,), (2,))
+    kinds = ("dora", "vera", "loha", "lokr", "bias")
+    targets = [lora_jax.Target(k, *form, 2, 2.0, kind=k) for k in kinds]
+    parts = lora_jax.Target("parts", *form, 2, 2.0, parts=((0, 3), (6, 3)))
+    layout = lora_jax.Layout((*targets, parts))
+    specs = {t.path: P("data", "fsdp", "tensor") for t in layout.targets}
+    a, b = P("data", "fsdp", None), P("data", None, "tensor")
+    small = P("data", None, None)
+    assert {p: tuple(x) for p, x in lora_jax.partition_specs(layout, specs).items()} == {
+        "dora": (a, b, P("data", "tensor")),
+        "vera": (P("data", None), P("data", "tensor")),
+        "loha": (a, b, a, b),
+        "lokr": (small, small, small),
+        "bias": (P("data", "fsdp", "tensor"),),
+        "parts": (P("data", "fsdp", None, None), P("data", None, None)),
+    }
+
+
 def test_adapters_follow_the_weights() -> None:
     """Red if the rank takes an axis, a stack is dropped, or inputs and outputs are swapped."""
 

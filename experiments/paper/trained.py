@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 import lora_jax
 from lora_jax import baselines, models
+from lora_jax.bases.quantise import bytes_of
 from lora_jax.groups import memory_fit
 from lora_jax.paths import Tree
 from lora_jax.training import causal_lm, classification, export, optimizer, step
 from lora_jax.training.config import OptimizerConfig
-from lora_jax.training.summary import nbytes
 from lora_jax.training.workload import Loss, Workload
 from measuring.published_models import MINILM, SMOLLM2, normal
 
@@ -164,11 +164,11 @@ class StepBytes:
 
 def memory(side: TrainingSide) -> StepBytes:
     """What one step takes. To be called before the first one."""
-    trained = nbytes(side.state.trained)
+    trained = bytes_of(side.state.trained)
     return StepBytes(
         total=round(memory_fit.of_step(side.program).bytes),
-        weights=trained + nbytes(side.frozen),
-        optimizer=nbytes(side.state.optimizer),
+        weights=trained + bytes_of(side.frozen),
+        optimizer=bytes_of(side.state.optimizer),
         gradients=trained,
     )
 

@@ -11,7 +11,8 @@ from lora_jax.adapters import Adapters, check
 from lora_jax.analysis import matrices
 from lora_jax.analysis.matrices import Array, Svd
 from lora_jax.errors import LoraError
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
+from lora_jax.target import Target
 
 
 class Amplification(NamedTuple):

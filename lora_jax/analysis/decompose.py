@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapters import Adapter, Adapters, Factors
+from lora_jax.adapters import Adapter, Adapters
 from lora_jax.analysis import matrices
 from lora_jax.analysis.matrices import Array, Svd
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
 from lora_jax.multi.combine import Truncation
 from lora_jax.spec import check_rank
+from lora_jax.target import Target
+from lora_jax.updates.kind import Factors
 
 
 class Extraction(NamedTuple):

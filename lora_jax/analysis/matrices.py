@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_jax.adapters import Factors
 from lora_jax.errors import LoraError
-from lora_jax.layout import Target
+from lora_jax.target import Target
+from lora_jax.updates.kind import Factors
 
 Array = NDArray[np.float64]
 

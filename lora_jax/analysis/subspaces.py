@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_jax.adapters import Adapter, Factors, check
+from lora_jax.adapters import Adapter, check
 from lora_jax.analysis import matrices
 from lora_jax.analysis.matrices import Array
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
+from lora_jax.target import Target
+from lora_jax.updates.kind import Factors
 
 Side = Literal["a", "b", "input", "output"]
 SIDES: tuple[Side, ...] = ("a", "b", "input", "output")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import Adapter, Factors, check
+from lora_jax.adapters import Adapter, check
 from lora_jax.checkpoint import manifest as manifests
 from lora_jax.checkpoint import storage
 from lora_jax.checkpoint.fingerprint import Fingerprint, check_base
@@ -21,6 +21,7 @@ from lora_jax.checkpoint.manifest import Manifest
 from lora_jax.checkpoint.storage import Path, RemotePath
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
+from lora_jax.updates.kind import kind_of
 
 
 def save(
@@ -54,7 +55,7 @@ def save(
     storage.recover(folder)
     if folder.exists() and not overwrite:
         raise LoraError(f"{folder} exists; choose another path, or pass overwrite=True")
-    factors = {p: {"a": f.a, "b": f.b} for p, f in adapters.items()}
+    factors = {p: arrays._asdict() for p, arrays in adapters.items()}
     tree = jax.tree.map(manifests.canonical, {"adapters": factors, "base": dict(trainable)})
     frozen = None if fingerprint is None else _without(fingerprint, trainable)
     notes = {
@@ -83,7 +84,8 @@ def restore(
     Args:
       path: the folder.
       shardings: where the arrays go: None (one device), one `jax.sharding.Sharding` for all, or
-        `{path: Sharding, or Factors of two}` for every target and every trainable parameter.
+        `{path: Sharding}` for every target and every trainable parameter; a target may have the
+        NamedTuple of its kind, with a sharding for each array.
       params: the base that the adapter is restored onto, compared with the fingerprint that was
         saved. Parameters that were trained with the adapter may be new in it, or not there.
       allow_other_base: go on where it differs.
@@ -113,12 +115,15 @@ def restore(
     factors: dict[str, Any] = {}
     for t in layout.targets:
         place = place_of(t.path)
-        two = place if isinstance(place, Factors) else Factors(place, place)
-        factors[t.path] = {n: struct(f"adapters/{t.path}/{n}", getattr(two, n)) for n in "ab"}
+        fields = kind_of(t).fields
+        places = place if isinstance(place, fields) else fields(*(place for _ in fields._fields))
+        named = places._asdict().items()
+        factors[t.path] = {n: struct(f"adapters/{t.path}/{n}", each) for n, each in named}
     base = {p: struct(f"base/{p}", place_of(p)) for p in manifest.notes["base"]}
     target = {k: v for k, v in {"adapters": factors, "base": base}.items() if v}
     loaded = storage.load(folder, manifest, "arrays", target) if target else {}
-    adapters = {p: Factors(**f) for p, f in loaded.get("adapters", {}).items()}
+    arrays = loaded.get("adapters", {})
+    adapters = {t.path: kind_of(t).fields(**arrays[t.path]) for t in layout.targets}
     return Adapter(layout, adapters, loaded.get("base", {}))
 
 
@@ -169,7 +174,8 @@ def _check_layout(layout: Layout, manifest: Manifest) -> None:
     for t in layout.targets:
         manifests.check_path(t.path)
         manifests.check_shape(t.path, t.shape)
-        expected |= {f"adapters/{t.path}/a": t.a_shape, f"adapters/{t.path}/b": t.b_shape}
+        shapes = kind_of(t).shapes(t)._asdict()
+        expected |= {f"adapters/{t.path}/{name}": shape for name, shape in shapes.items()}
     for path in dict.fromkeys([*expected, *declared]):
         if path not in declared or expected.get(path) != declared[path]:
             raise LoraError(

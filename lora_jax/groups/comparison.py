@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_jax.training import metrics
 from lora_jax.training.config import INCIDENTAL, Config
-from lora_jax.training.config_json import upgrade
+from lora_jax.training.config_json import later_defaults, upgrade
 from lora_jax.training.directory import Summary
 
 
@@ -95,6 +95,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     """Return the values that decide what a run computes, by dotted path."""
     skipped = {f.name for f in dataclasses.fields(Config) if f.metadata == INCIDENTAL}
     kept = dotted({name: value for name, value in config.items() if name not in skipped})
+    kept = {**later_defaults(Config), **kept}  # an old config lacks the fields that came later
     return {path: tuple(v) if isinstance(v, list) else v for path, v in kept.items()}
 
 

@@ -156,7 +156,7 @@ class Group:
             (scales, member.marks if program.marked else {}), program.place.whole
         )
         ours = self._padded(member, trained)
-        scaled = {**ours, "adapters": Scaled(ours["adapters"], scales)}
+        scaled = {**ours, "adapters": Scaled(ours["adapters"], scales)} if scales else ours
 
         def batch_loss(batch: Any) -> Loss:
             self._evaluated_member = member
@@ -170,7 +170,9 @@ class Group:
         """Largest |merged - unmerged| output of a member with `trained`, on a placed batch."""
         scales = member.settings(self._program.layout).scales
         ours = self._padded(member, trained)
-        adapters = {p: f._replace(b=f.b * scales[p]) for p, f in ours["adapters"].items()}
+        adapters = ours["adapters"]
+        if scales:
+            adapters = {p: f._replace(b=f.b * scales[p]) for p, f in adapters.items()}
         return float(self._program.difference({**ours, "adapters": adapters}, self._frozen, batch))
 
     # ---- within

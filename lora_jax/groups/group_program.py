@@ -13,8 +13,7 @@ from lora_jax.groups import batches
 from lora_jax.groups.joint_workload import check_padding, joined
 from lora_jax.groups.members import TX, OpenMember
 from lora_jax.groups.padded_state import StateShapes
-from lora_jax.groups.step import group_step
-from lora_jax.multi.stack import union
+from lora_jax.groups.step import common_layout, group_step
 from lora_jax.training import mesh, step
 from lora_jax.training.compiled import Compiled
 from lora_jax.training.config import MeshConfig, require
@@ -52,12 +51,14 @@ class GroupProgram:
         example = {name: x[0] for name, x in rows.items()}
         workload, self.marked = joined(members, example)
         check_padding(members, rows, workload, self.marked)
-        self.layout = union(member.run.setup.layout for member in members)
+        self.layout = common_layout(member.run.setup.layout for member in members)
         self.place = mesh.place(workload, config, grid, example)
         first = members[0].state_shapes.like.trained["base"]
         common = paths.flatten(workload.params)
         base = {p: jax.ShapeDtypeStruct(common[p].shape, x.dtype) for p, x in first.items()}
-        state = step.shapes(self.layout, base, TX, jax.random.key(0), self.place)
+        weights = step.adapted_weights(self.layout, workload.params)
+        key = jax.random.key(0)
+        state = step.shapes(self.layout, base, TX, key, self.place, weights)
         self.state_shapes = StateShapes(state)
         self._report, self._steps = report, dict[Any, jax.stages.Compiled]()
         self._step = group_step(workload, self.layout, parts.pop(), at_once)

@@ -78,8 +78,10 @@ def run(
             if directory.summary(path / name) is None:
                 waiting[name] = own
         while waiting:
+            key = next(iter(waiting.values())).group_key
+            alike = {name: own for name, own in waiting.items() if own.group_key == key}
             with _Loop(config, grid, path, console) as loop:
-                done = loop.run(waiting)
+                done = loop.run(alike)
             errors |= {member.name: member.error for member in done if member.error}
             waiting = {n: own for n, own in waiting.items() if n not in {m.name for m in done}}
     found = [directory.summary(path / member.name) for member in config.members]

@@ -18,7 +18,7 @@ from lora_jax.checkpoint.fingerprint import fingerprint as fingerprint_of
 from lora_jax.errors import listed
 from lora_jax.frozen import split
 from lora_jax.groups.padded_state import HostState, StateShapes
-from lora_jax.groups.step import Settings
+from lora_jax.groups.step import Settings, is_plain
 from lora_jax.layout import Layout
 from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec
@@ -80,9 +80,10 @@ class OpenMember:
     def settings(self, layout: Layout) -> Settings:
         """Its settings, as scalars on the host, for the common layout."""
         own = {t.path: t.scale for t in self.run.setup.layout.targets}
+        scales = {t.path: np.float32(own.get(t.path, 0)) for t in layout.targets}
         return Settings(
             optimizer.hyper(self.config.optimizer, self.config.steps),
-            {t.path: np.float32(own.get(t.path, 0)) for t in layout.targets},
+            scales if is_plain(layout) else {},
             np.bool_(self.config.on_nonfinite == "skip"),
         )
 
@@ -138,8 +139,9 @@ class Opener(contextlib.ExitStack):
             )
         layout = layouts[spec]
         step.check_apart(layout, trainable)
-        state_shapes = StateShapes(step.shapes(layout, trainable, TX, key, place))
         base = self.base
+        weights = step.adapted_weights(layout, base.frozen)
+        state_shapes = StateShapes(step.shapes(layout, trainable, TX, key, place, weights))
         setup = Setup(config, workload, place, layout, base.frozen, base.fingerprint, path, began)
         checkpoints = self.enter_context(Checkpoints(path / "checkpoints", report=self._report))
         if newest is not None:
@@ -149,7 +151,7 @@ class Opener(contextlib.ExitStack):
         where = jax.tree.map(lambda x: x.sharding, state_shapes.like)
         fresh = jax.jit(step.fresh(layout, TX, lora.init), out_shardings=where)
         new = checkpoints.latest is None
-        state = run.begin(fresh(trainable, key) if new else state_shapes.like)
+        state = run.begin(fresh(trainable, key, weights) if new else state_shapes.like)
         return OpenMember(name, run, state_shapes, state_shapes.host(state), example, run.start)
 
     def _opened(self, config: Config) -> OpenedWorkload:

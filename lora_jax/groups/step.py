@@ -11,20 +11,23 @@ the other within the one program (`at_once`): the same numbers, and less memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.layout import Layout
+from lora_jax.multi.stack import union
+from lora_jax.training.config import ConfigError
 from lora_jax.training.optimizer import Hyper, adamw
 from lora_jax.training.state import State
 from lora_jax.training.step import train_step
 from lora_jax.training.workload import Workload
 
 Tree = Any  # a pytree
-Scales = dict[str, Any]  # path -> alpha / rank; 0 where a member does not adapt the path
+# path -> alpha / rank; 0 where a member does not adapt the path. {}: they are the layout's.
+Scales = dict[str, Any]
 
 
 class Settings(NamedTuple):
@@ -38,6 +41,28 @@ class Settings(NamedTuple):
     hyper: Hyper
     scales: Scales
     skip: Any
+
+
+def is_plain(layout: Layout) -> bool:
+    """Whether every update is LoRA of a whole weight, whose ranks can be filled up with zeros."""
+    return all(target.kind == "lora" and not target.parts for target in layout.targets)
+
+
+def common_layout(layouts: Iterable[Layout]) -> Layout:
+    """The layout of a group: that in which all ranks have room, the members' scales being data.
+
+    Raises:
+      ConfigError: members of another kind than LoRA that have not the same layout.
+    """
+    found = list(layouts)
+    if all(map(is_plain, found)):
+        return union(found)
+    if any(layout != found[0] for layout in found):
+        raise ConfigError(
+            "members with another kind of update than lora, or with parts, train at once only if "
+            "they have the same layout: the same lora.kind, rank, alpha, scaling and targets"
+        )
+    return found[0]
 
 
 CPU_MEMBERS = 4
@@ -69,7 +94,7 @@ def group_step(
         def member(own: Any) -> tuple[State, dict[str, jax.Array]]:
             state, settings, active, batch = own
             tx = adamw(settings.hyper)
-            take = train_step(workload, layout, tx, "skip", parts, settings.scales)
+            take = train_step(workload, layout, tx, "skip", parts, settings.scales or None)
             new, metrics = take(state, frozen, batch)
             go = active & (settings.skip | (state.skipped == 0))
             return jax.tree.map(lambda x, old: jnp.where(go, x, old), new, state), metrics

@@ -32,12 +32,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import Factors, check_factors
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.multi.blend import Blend, Choosing
 from lora_jax.multi.stack import Stack
 from lora_jax.primitives.gating import Gate
+from lora_jax.updates.kind import Factors, kind_of
 
 Router = dict[str, Any]
 
@@ -195,7 +195,9 @@ def blend(layout: Layout, stacked: Stack, weights: Any = None) -> Blend:
                 "lora_jax.multi.stack gave with it"
             )
         a, b = stacked.factors[t.path]
-        check_factors(t, Factors(*(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (a, b))))
+        kind_of(t).check_parameters(
+            t, Factors(*(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (a, b)))
+        )
         factors[t.path] = Factors(_side_by_side(a[:-1], -2), _side_by_side(b[:-1], len(t.stack)))
         scales = stacked.scales[t.path][:-1]
         gains[t.path] = jnp.repeat(scales if weights is None else scales * weights, t.rank)

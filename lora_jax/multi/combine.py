@@ -23,10 +23,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lora_jax.adapters import Adapter, Factors, check, factors_alone, wide_dtype
+from lora_jax.adapters import Adapter, as_lora, factors_alone
+from lora_jax.base import wide_dtype
 from lora_jax.errors import LoraError
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
 from lora_jax.spec import check_rank
+from lora_jax.target import Target
+from lora_jax.updates.kind import Factors
 
 
 class Truncation(NamedTuple):
@@ -72,6 +75,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     (4, 21.0)
     """
     members = [factors_alone(adapter, "combined") for adapter in adapters]
+    members = [Adapter(*as_lora(member.layout, member.parameters)) for member in members]
     _check(members, weights)
     parts: dict[str, list[tuple[Target, Factors, float]]] = {}
     for member, weight in zip(members, weights, strict=True):
@@ -102,7 +106,7 @@ def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Truncation
     Raises:
       LoraError: a rank below 1, or adapters that do not fit the layout.
 
-    >>> from lora_jax.layout import Target
+    >>> from lora_jax.target import Target
     >>> layout = Layout((Target("w", (3, 4), (), (0,), (1,), rank=2, alpha=2.0),))
     >>> factors = Factors(jnp.diag(jnp.array([4.0, 3.0, 0.0]))[:, :2], jnp.eye(2, 4))
     >>> smaller, lost = truncate(Adapter(layout, {"w": factors}), 1)
@@ -111,8 +115,7 @@ def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Truncation
     """
     check_rank(rank, "truncate")
     adapter = Adapter(*adapter)
-    layout, adapters = adapter.layout, adapter.parameters
-    check(layout, adapters)
+    layout, adapters = as_lora(adapter.layout, adapter.parameters)
     targets, kept, cuts = [], {}, {}
     for target in layout.targets:
         factors, path = adapters[target.path], target.path
@@ -122,7 +125,7 @@ def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Truncation
             exact = Factors(a.astype(wide), target.scale * b.astype(wide))
             small, cuts[path] = _nearest(exact, len(target.stack), rank)
             factors = Factors(small.a.astype(a.dtype), small.b.astype(b.dtype))
-            target = dataclasses.replace(target, rank=rank, alpha=float(rank))
+            target = target.plain(rank)
         else:
             cuts[path] = Truncation(jnp.zeros(()), jnp.zeros(()))
         targets.append(target)
@@ -141,8 +144,6 @@ def _check(members: Sequence[Adapter], weights: Sequence[float]) -> None:
     for weight in weights:
         if not math.isfinite(weight):
             raise LoraError(f"the weights must be finite numbers, got {list(weights)}")
-    for layout, adapters, _ in members:
-        check(layout, adapters)
 
 
 def _joined(path: str, rows: Sequence[tuple[Target, Factors, float]]) -> tuple[Target, Factors]:
@@ -167,7 +168,7 @@ def _joined(path: str, rows: Sequence[tuple[Target, Factors, float]]) -> tuple[T
     if rank < factors.a.shape[-1]:
         factors, _ = _nearest(factors, n_stack, rank)
     fold = any(t.fold for t, _, _ in rows)
-    return dataclasses.replace(first, rank=rank, alpha=float(rank), fold=fold), factors
+    return dataclasses.replace(first.plain(rank), fold=fold), factors
 
 
 def _nearest(factors: Factors, n_stack: int, rank: int) -> tuple[Factors, Truncation]:

@@ -23,10 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import Adapter, Adapters, Factors, check, check_factors, factors_alone
+from lora_jax.adapters import Adapter, Adapters, as_lora, check, factors_alone
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.layout import Layout, Target
+from lora_jax.layout import Layout
 from lora_jax.multi.blend import Blend, Choice, Choosing
+from lora_jax.target import Target
+from lora_jax.updates.kind import Factors, kind_of
 
 BASE = -1
 """The number of no adapter: the base model as it is."""
@@ -109,7 +111,7 @@ def union(layouts: Iterable[Layout]) -> Layout:
                 )
             rank, fold = max(known.rank, target.rank), known.fold or target.fold
             found[target.path] = dataclasses.replace(known, rank=rank, fold=fold)
-    return Layout(tuple(dataclasses.replace(t, alpha=float(t.rank)) for t in found.values()))
+    return Layout(tuple(t.plain(t.rank) for t in found.values()))
 
 
 def stack(adapters: Sequence[Adapter], *, size: int | None = None) -> tuple[Layout, Stack]:
@@ -143,7 +145,7 @@ def stack(adapters: Sequence[Adapter], *, size: int | None = None) -> tuple[Layo
     count = len(adapters) if size is None else size
     if count < len(adapters):
         raise LoraError(f"{len(adapters)} adapters do not fit into size={count} slots")
-    given = [factors_alone(adapter, "stacked") for adapter in adapters]
+    given = [_plain(adapter, "stacked") for adapter in adapters]
     layout = union(adapter.layout for adapter in given)
     members = [pad(layout, adapter.layout, adapter.parameters) for adapter in given]
     _check_dtypes(members)
@@ -151,6 +153,12 @@ def stack(adapters: Sequence[Adapter], *, size: int | None = None) -> tuple[Layo
     members += [empty] * (count + 1 - len(adapters))
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
     return layout, Stack(stacked.factors, stacked.scales, count)
+
+
+def _plain(adapter: Adapter, doing: str) -> Adapter:
+    """The adapter with plain factors at every target, which is what a stack holds."""
+    adapter = factors_alone(adapter, doing)
+    return Adapter(*as_lora(adapter.layout, adapter.parameters))
 
 
 def pad(layout: Layout, own: Layout, adapters: Adapters) -> Scaled:
@@ -205,7 +213,7 @@ def unpad(own: Layout, factors: Mapping[str, Factors]) -> Adapters:
         a, b = factors[t.path]
         ranks = (slice(None),) * len(t.stack) + (slice(t.rank),)
         out[t.path] = Factors(a[..., : t.rank], b[ranks])
-        check_factors(t, out[t.path])
+        kind_of(t).check_parameters(t, out[t.path])
     return out
 
 
@@ -222,7 +230,7 @@ def put(layout: Layout, stacked: Stack, index: int, adapter: Adapter) -> Stack:
     """
     if not 0 <= index < stacked.size:
         raise LoraError(f"no slot {index} in a stack of {stacked.size}; they count from 0")
-    own, adapters, _ = factors_alone(adapter, "put into a stack")
+    own, adapters, _ = _plain(adapter, "put into a stack")
     # Filled up on the host: on the device, padding would compile for every rank that is new to it.
     member = pad(layout, own, jax.tree.map(_on_host, adapters))
     _check_dtypes([member, stacked])

@@ -3,7 +3,9 @@
 XLA compiles bfloat16 for a CPU by widening it: products, loops and collectives become float32, and
 whole stacks of weights are copied to float32 before a loop. No accelerator does that. float16 is as
 wide as bfloat16, and what XLA makes of it on a CPU has the sizes that an accelerator's program has.
-The program is compiled and never run, so the values that differ do not matter.
+A product with a float32 result gives a float16 one that is cast, since XLA for a CPU would make
+float32 copies of its operands. The program is compiled and never run, so the values that differ do
+not matter.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.extend.core import primitives
 
 from lora_jax.primitives import jaxprs
 
@@ -70,14 +73,14 @@ class _Rewriter:
             return variables[v]
 
         each = lambda vs: [variable(v) for v in vs]  # noqa: E731
-        eqns = [
-            e.replace(
+        eqns = []
+        for e in jaxpr.eqns:
+            new = e.replace(
                 invars=each(e.invars),
                 outvars=each(e.outvars),
                 params={name: self.param(value) for name, value in e.params.items()},
             )
-            for e in jaxpr.eqns
-        ]
+            eqns += _narrowed(new)
         new = jaxpr.replace(
             constvars=each(jaxpr.constvars),
             invars=each(jaxpr.invars),
@@ -110,6 +113,22 @@ class _Rewriter:
             return x
         with np.errstate(over="ignore"):
             return np.asarray(x).astype(FLOAT16)
+
+
+def _narrowed(eqn: Any) -> list[Any]:
+    """A product of float16 operands with a float32 result, as one with a float16 result."""
+    narrow = all(v.aval.dtype == FLOAT16 for v in eqn.invars)
+    if eqn.primitive is not primitives.dot_general_p or not narrow:
+        return [eqn]
+    (out,) = eqn.outvars
+    if out.aval.dtype == FLOAT16:
+        return [eqn]
+    short = core.Var(out.aval.update(dtype=FLOAT16))
+    cast = {"new_dtype": out.aval.dtype, "weak_type": False, "sharding": None}
+    return [
+        eqn.replace(outvars=[short], params={**eqn.params, "preferred_element_type": FLOAT16}),
+        eqn.replace(primitive=primitives.convert_element_type_p, invars=[short], params=cast),
+    ]
 
 
 _JAXPRS = (core.Jaxpr, core.ClosedJaxpr)

@@ -11,16 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import count
+from lora_jax.bases.quantise import bytes_of
 from lora_jax.data.process_slice import Shard
 from lora_jax.frozen import split
 from lora_jax.planner import bf16_lowering, collectives, hlo, residuals
 from lora_jax.planner.collectives import Cause, Collective
 from lora_jax.planner.devices import Device
+from lora_jax.planner.weights import WeightBytes, weight_bytes
 from lora_jax.resolve import resolve
 from lora_jax.training import mesh, optimizer, step
 from lora_jax.training.config import Config
 from lora_jax.training.state import State
-from lora_jax.training.summary import nbytes, on_each_device
+from lora_jax.training.summary import on_each_device, parameters
 from lora_jax.training.workload import Workload
 
 Tree = Any  # a pytree
@@ -85,6 +87,7 @@ class StepCosts:
     state: bytes of a checkpoint of all parameters, and of one of what is trained.
     flops: of the products of one device in a step; of the low-rank ones among them.
     moved: bytes that those products read and write.
+    weights: of each parameter of the base, on one device.
     unknown_loops: loops that count once, since XLA does not know how often they go round.
     """
 
@@ -100,6 +103,7 @@ class StepCosts:
     traffic: tuple[Traffic, ...]
     arrays: tuple[Collective, ...]
     unknown_loops: tuple[str, ...]
+    weights: tuple[WeightBytes, ...]
 
 
 def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
@@ -123,7 +127,7 @@ def measure(
     base, frozen = split(params, patterns)
     step.check_apart(layout, base)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
-    state = step.shapes(layout, base, tx, key, place)
+    state = step.shapes(layout, base, tx, key, place, step.adapted_weights(layout, params))
     divided = jax.sharding.NamedSharding(grid, mesh.BATCH)  # as `Placement.batch` does it
     rows = {name: _placed(x, divided if x.shape else place.whole) for name, x in batch.items()}
     take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate)
@@ -133,11 +137,11 @@ def measure(
     arrays = tuple(map(_in_bfloat16, found) if bfloat16 else found)
     products = hlo.products(module)
     return StepCosts(
-        parameters=count(params),
+        parameters=parameters(params),
         adapter_parameters=count(state.trained["adapters"]),
         base_parameters_trained=count(state.trained["base"]),
-        checkpoint_full=nbytes(params),
-        checkpoint_trained=nbytes(state.trained),
+        checkpoint_full=bytes_of(params),
+        checkpoint_trained=bytes_of(state.trained),
         bytes=_bytes(compiled, residuals.residual_bytes(module), state, frozen, rows),
         flops=sum(p.flops * p.times for p in products),
         flops_adapters=sum(p.flops * p.times for p in products if hlo.LORA in p.origin),
@@ -145,6 +149,7 @@ def measure(
         traffic=_traffic(arrays, device),
         arrays=arrays,
         unknown_loops=tuple(module.unknown_loops),
+        weights=weight_bytes(params),
     )
 
 

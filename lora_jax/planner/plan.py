@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
+from lora_jax.base import is_base
 from lora_jax.planner import measure, simulated_devices
 from lora_jax.planner.devices import DEVICES, Device
 from lora_jax.planner.measure import StepCosts
@@ -104,8 +106,11 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
             mesh.check_rows(entry, shape[0], sizes["data"] * sizes["fsdp"])
     device = DEVICES[options.plan_device]
     runs = {}
-    for run, of in ((LORA, config), (FULL, config.full_fine_tuning())):
-        *smaller, largest = (_measure(of, workload, s, there, device) for s in compiled)
+    full = config.full_fine_tuning()
+    # All parameters can be trained only as floats.
+    floats = full.workload(full) if any(map(is_base, _leaves(workload))) else workload
+    for run, of, its in ((LORA, config, workload), (FULL, full, floats)):
+        *smaller, largest = (_measure(of, its, s, there, device) for s in compiled)
         runs[run] = largest
         if smaller:
             one, two = (math.prod(s.values()) for s in compiled)
@@ -114,6 +119,10 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
     numbers = tuple(math.prod(s.values()) for s in compiled)
     first = workload.example is None
     return Plan(name, sizes, options.plan_device, runs, numbers, batch, first, config.accumulate)
+
+
+def _leaves(workload: Workload) -> list[Any]:
+    return jax.tree.leaves(workload.params, is_leaf=is_base)
 
 
 def _measure(

@@ -11,6 +11,7 @@ from lora_jax.planner.collectives import Collective
 from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.plan import FULL, LORA, Plan
+from lora_jax.planner.weights import FLOATS, by_part
 from lora_jax.training.directory import write_json
 from lora_jax.training.summary import in_units
 
@@ -56,6 +57,7 @@ def _run(plan: Plan, run: str) -> dict[str, Any]:
         "checkpoint_bytes": found.checkpoint_trained,
         "full_checkpoint_bytes": found.checkpoint_full,
         "bytes": {**dataclasses.asdict(found.bytes), "total": found.bytes.total},
+        "weights": [dataclasses.asdict(weight) for weight in found.weights],
         "flops": found.flops,
         "flops_adapters": found.flops_adapters,
         "flops_all_devices": found.flops * plan.devices,
@@ -137,6 +139,7 @@ def _table(plan: Plan) -> list[str]:
         ("checkpoint of everything", lambda m: in_units(m.checkpoint_full)),
         ("each device", lambda m: ""),
         ("  weights", lambda m: in_units(m.bytes.weights)),
+        *_parts(plan),
         ("  adapters", lambda m: in_units(m.bytes.adapters)),
         ("  optimizer", lambda m: in_units(m.bytes.optimizer)),
         ("  activations", lambda m: in_units(m.bytes.activations)),
@@ -151,6 +154,16 @@ def _table(plan: Plan) -> list[str]:
     ]
     rows = [[name, *(said(plan.runs[run]) for run in (LORA, FULL))] for name, said in lines]
     return _aligned([["", "this run", "full fine-tuning"], *rows])
+
+
+def _parts(plan: Plan) -> list[tuple[str, Callable[[StepCosts], str]]]:
+    """What the weights are, if some are quantised: their codes, their scales, floats."""
+
+    def line(part: str) -> tuple[str, Callable[[StepCosts], str]]:
+        return f"    {part}", lambda m: in_units(by_part(m.weights).get(part, 0))
+
+    found = by_part(plan.runs[LORA].weights)
+    return [] if set(found) <= {FLOATS} else [line(part) for part in found]
 
 
 def _collectives(found: StepCosts) -> list[str]:

@@ -12,16 +12,18 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Named, Outs
+from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.held import Deferred, Dense
+from lora_jax.primitives.named import Ins, Named, Outs
 
 
-def _inline(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _inline(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """A nested `jit`: its equations, as if written in place.
 
     A nested jit's output shardings, where it has any, are kept as constraints.
     """
     jaxpr, consts = jaxprs.called(eqn)
-    outs = interpreter.evaluate(jaxpr, consts, ins)
+    outs = evaluator.evaluate(jaxpr, consts, ins)
     shardings = eqn.params.get("out_shardings", ())
     if not any(isinstance(s, jax.sharding.Sharding) for s in shardings):
         return outs
@@ -31,13 +33,12 @@ def _inline(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     ]
 
 
-def _custom_jvp(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _custom_jvp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """A function with its own derivative rule keeps that rule.
 
     With W = w + s a b the tangent of W is `dw + s da b + s a db`, and the rule is linear in it:
-    its equations are interpreted for the two low-rank weights (dw, da, b) and (0, a, db), and
-    the two answers are added. Where the scale is data (a gain), it has a third part, (0, a, b)
-    with the gain's tangent.
+    its equations are interpreted for the weights (dw, da, b) and (0, a, db), and the answers are
+    added. Every update says of which such weights its derivative is the sum.
     """
     jaxpr, consts = jaxprs.called(eqn)
     for v in ins:
@@ -47,28 +48,43 @@ def _custom_jvp(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
 
     @jax.custom_jvp
     def call(ins: Ins) -> list[Any]:
-        return [interpreter.plain(eqn, o) for o in interpreter.evaluate(jaxpr, consts, ins)]
+        return [evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxpr, consts, ins)]
 
     @call.defjvp
     def derivative(primals: Any, tangents: Any) -> Any:
         (ins,), (tangent_ins,) = primals, tangents
         rule, rule_consts, floating = jaxprs.jvp_of(eqn)
 
-        def push(tangents: Ins) -> list[Any]:
-            outs = interpreter.evaluate(rule, rule_consts, [*ins, *tangents])
-            return [interpreter.plain(eqn, o) for o in outs]
+        def push(tangents: Ins) -> tuple[list[Any], list[Any]]:
+            outs = evaluator.evaluate(rule, rule_consts, [*ins, *tangents])
+            outs = [evaluator.plain(eqn, o) for o in outs]
+            return outs[: len(outs) // 2], outs[len(outs) // 2 :]
 
-        pairs = [(ins[i], tangent_ins[i]) for i in floating]
-        gains = any(isinstance(v, AdaptedWeight) and v.gain is not None for v in ins)
-        outs = push([_along_a(*p) for p in pairs])
-        n = len(outs) // 2
-        total = outs[n:]
-        for part in ("b", "gain") if gains else ("b",):
-            more = push([_along(part, *p) for p in pairs])[n:]
-            total = [x + y for x, y in zip(total, more, strict=True)]
-        return outs[:n], total
+        outs, total = None, None
+        for part in _parts([ins[i] for i in floating], [tangent_ins[i] for i in floating]):
+            outs, moved = push(part)
+            total = moved if total is None else list(map(_sum, total, moved))
+        return outs, total
 
     return call(ins)
+
+
+def _parts(ins: Ins, tangents: Ins) -> list[Ins]:
+    """The tangents as a sum: in the k-th part each weight has the k-th part of its derivative."""
+    split = [
+        v.derivatives(t) if isinstance(v, AdaptedWeight) else [t]
+        for v, t in zip(ins, tangents, strict=True)
+    ]
+    nothing = [jax.tree.map(jnp.zeros_like, parts[0]) for parts in split]
+    return [
+        [parts[k] if k < len(parts) else none for parts, none in zip(split, nothing, strict=True)]
+        for k in range(max(map(len, split)))
+    ]
+
+
+def _sum(x: Any, y: Any) -> Any:
+    """The sum of two tangents; that of an integer has no value to be added."""
+    return x if x.dtype == jax.dtypes.float0 else x + y
 
 
 def _all_chosen(ins: Ins) -> Ins:
@@ -76,91 +92,83 @@ def _all_chosen(ins: Ins) -> Ins:
     return [v.chosen() if isinstance(v, AdaptedWeight) else v for v in ins]
 
 
-def _along_a(value: Any, tangent: Any) -> Any:
-    """The part `dw + s da b` of a weight's tangent; all of any other tangent."""
-    if not isinstance(value, AdaptedWeight):
-        return tangent
-    return dataclasses.replace(value, w=tangent.w, a=tangent.a)
-
-
-def _along(part: str, value: Any, tangent: Any) -> Any:
-    """The part of a weight's tangent that `b` or `gain` brings; nothing of any other tangent."""
-    if not isinstance(value, AdaptedWeight):
-        return jnp.zeros_like(tangent)
-    w = Named(jnp.zeros_like(tangent.w.array), value.w.names)
-    if part == "gain" and value.gain is None:
-        b = Named(jnp.zeros_like(value.b.array), value.b.names)
-        return dataclasses.replace(value, w=w, b=b)
-    return dataclasses.replace(value, w=w, **{part: tangent.gain if part == "gain" else tangent.b})
-
-
-def _remat(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _remat(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     jaxpr, consts = jaxprs.called(eqn)
 
     def body(ins: Ins) -> list[Any]:
-        return interpreter.evaluate(jaxpr, consts, ins)
+        return evaluator.evaluate(jaxpr, consts, ins)
 
     p = eqn.params
     return jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(ins)
 
 
-def _scan(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """Stacked weights are sliced with their factors; constant ones are closed over."""
     n_consts, n_carry = jaxprs.scan_arity(eqn)
     jaxpr, consts = jaxprs.opened(eqn.params["jaxpr"])
     fixed, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
-    loop = _Carry(interpreter, eqn, carry, jaxprs.invariant_carry(jaxpr, n_consts, n_carry))
-    sliced = [_leading(interpreter, eqn, x) for x in xs]
+    loop = _Carry(evaluator, eqn, carry, jaxprs.invariant_carry(jaxpr, n_consts, n_carry))
+    sliced, whole = zip(*map(_leading, xs), strict=True) if xs else ((), ())
 
     def body(moving: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        xs = [_slice_names(x) for x in xs]
-        outs = interpreter.evaluate(jaxpr, consts, [*fixed, *loop.whole(moving), *xs])
-        ys = [interpreter.plain(eqn, y) for y in outs[n_carry:]]
+        xs = list(map(_sliced, xs, whole))
+        outs = evaluator.evaluate(jaxpr, consts, [*fixed, *loop.whole(moving), *xs])
+        ys = [evaluator.plain(eqn, y) for y in outs[n_carry:]]
         return loop.moving(outs[:n_carry]), ys
 
     p = eqn.params
     moving, ys = lax.scan(
-        body, loop.moving(carry), sliced,
+        body, loop.moving(carry), list(sliced),
         length=p["length"], reverse=p["reverse"], unroll=p["unroll"],
     )  # fmt: skip
     return [*loop.whole(moving), *ys]
 
 
-def _leading(interpreter: Any, eqn: Any, x: Any) -> Any:
-    """A weight with its scanned axis first in all three arrays; folded where that has no sense."""
+def _leading(x: Any) -> tuple[Any, list[Named | None]]:
+    """A weight as a scan slices it, and those of its arrays that have no scanned axis.
+
+    The latter are the same for all slices: they are closed over, and an empty array is scanned.
+    """
     if not isinstance(x, AdaptedWeight):
-        return x
-    name = x.w.names[0]
-    if not x.is_stack(name):
-        return interpreter.plain(eqn, x)
-    x = x.chosen()
-    gain = x.gain
-    if gain is not None and name not in gain.names:  # the same for every slice
-        length = x.w.array.shape[0]
-        array = jnp.broadcast_to(gain.array, (length, *gain.array.shape))
-        gain = Named(array, (name, *gain.names))
-    return dataclasses.replace(x, gain=gain).map(lambda n: n.to_front((name,)))
+        return x, []
+    x, whole = x.chosen(), []
+    name, length = x.names[0], x.shape[0]
+
+    def first(n: Named) -> Named:
+        whole.append(None if name in n.names else n)
+        return n.to_front((name,)) if name in n.names else Named(jnp.zeros((length, 0)), (name,))
+
+    if isinstance(x.held, Deferred) and name not in x.held.leading(x.names):
+        x = dataclasses.replace(x, held=Dense(x.held.dense()))
+    return dataclasses.replace(x, update=x.update.map(first)), whole
 
 
-def _slice_names(x: Any) -> Any:
+def _sliced(x: Any, whole: list[Named | None]) -> Any:
     """Inside the scan the arrays have lost their leading axis; so do the names."""
     if not isinstance(x, AdaptedWeight):
         return x
-    return x.map(lambda n: Named(n.array, n.names[1:]))
+    arrays = iter(whole)
+
+    def one(n: Named) -> Named:
+        same = next(arrays)
+        return Named(n.array, n.names[1:]) if same is None else same
+
+    update = x.update.map(one).lost(x.names[:1], "taken")
+    return dataclasses.replace(x, names=x.names[1:], update=update)
 
 
-def _while(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _while(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond, cond_consts = jaxprs.opened(eqn.params["cond_jaxpr"])
     jaxpr, consts = jaxprs.opened(eqn.params["body_jaxpr"])
     cond_fixed, fixed, carry = ins[:n_cond], ins[n_cond : n_cond + n_body], ins[n_cond + n_body :]
-    loop = _Carry(interpreter, eqn, carry, jaxprs.invariant_carry(jaxpr, n_body, len(carry)))
+    loop = _Carry(evaluator, eqn, carry, jaxprs.invariant_carry(jaxpr, n_body, len(carry)))
 
     def test(moving: Sequence[Any]) -> Any:
-        return interpreter.evaluate(cond, cond_consts, [*cond_fixed, *loop.whole(moving)])[0]
+        return evaluator.evaluate(cond, cond_consts, [*cond_fixed, *loop.whole(moving)])[0]
 
     def body(moving: Sequence[Any]) -> Sequence[Any]:
-        return loop.moving(interpreter.evaluate(jaxpr, consts, [*fixed, *loop.whole(moving)]))
+        return loop.moving(evaluator.evaluate(jaxpr, consts, [*fixed, *loop.whole(moving)]))
 
     return loop.whole(lax.while_loop(test, body, loop.moving(carry)))
 
@@ -168,8 +176,8 @@ def _while(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
 class _Carry:
     """The carries of a loop, less the adapted weights that the body hands on unchanged."""
 
-    def __init__(self, interpreter: Any, eqn: Any, carry: Ins, invariant: Sequence[bool]):
-        self.interpreter, self.eqn = interpreter, eqn
+    def __init__(self, evaluator: Any, eqn: Any, carry: Ins, invariant: Sequence[bool]):
+        self.evaluator, self.eqn = evaluator, eqn
         self.fixed = [
             v if keep and isinstance(v, AdaptedWeight) else None
             for v, keep in zip(carry, invariant, strict=True)
@@ -177,7 +185,7 @@ class _Carry:
 
     def moving(self, values: Sequence[Any]) -> list[Any]:
         return [
-            self.interpreter.plain(self.eqn, v)
+            self.evaluator.plain(self.eqn, v)
             for v, fixed in zip(values, self.fixed, strict=True)
             if fixed is None
         ]
@@ -187,21 +195,19 @@ class _Carry:
         return [next(rest) if fixed is None else fixed for fixed in self.fixed]
 
 
-def _cond(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _cond(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     index, *operands = ins
 
     def branch(closed: Any) -> Callable[[Ins], list[Any]]:
         jaxpr, consts = jaxprs.opened(closed)
-        return lambda ops: [
-            interpreter.plain(eqn, o) for o in interpreter.evaluate(jaxpr, consts, ops)
-        ]
+        return lambda ops: [evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxpr, consts, ops)]
 
     if isinstance(index, AdaptedWeight):
         return None
     return lax.switch(index, [branch(b) for b in eqn.params["branches"]], operands)
 
 
-def _shard_map(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _shard_map(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """W, a and b go in as three operands; an axis of a or b is cut as the same axis of W is.
 
     The rank is whole on every device. Where a product contracts over an axis that is cut, x a is
@@ -209,34 +215,53 @@ def _shard_map(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     of `x W + scale (x a) b` makes both whole.
     """
     form = jaxprs.shard_map_form(eqn)
-    ins = _all_chosen(ins)
+    ins = [_dense(v) if isinstance(v, AdaptedWeight) else v for v in _all_chosen(ins)]
     in_specs = [
         _specs_of(v, spec) if isinstance(v, AdaptedWeight) else spec
         for v, spec in zip(ins, form.in_specs, strict=True)
     ]
 
     def body(ins: Ins) -> list[Any]:
-        outs = interpreter.evaluate(form.jaxpr, form.consts, ins)
-        return [interpreter.plain(eqn, o) for o in outs]
+        outs = evaluator.evaluate(form.jaxpr, form.consts, ins)
+        return [evaluator.plain(eqn, o) for o in outs]
 
     return form.call(body, in_specs)(ins)
 
 
+def _dense(v: AdaptedWeight) -> AdaptedWeight:
+    """The weight as an array, which can be cut anywhere."""
+    return dataclasses.replace(v, held=Dense(v.held.dense()))
+
+
 def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
     """The weight with PartitionSpecs in the place of its arrays."""
-    entries = dict(zip(v.w.names, spec, strict=False))
-    if any(v.is_input(name) and entries[name] for name in entries):
+    entries = dict(zip(v.names, spec, strict=False))
+    if any(v.update.role(name) == "input" and entries[name] for name in entries):
         v.check_linear("a shard_map cuts the axis that its product contracts")
-    return v.map(lambda n: Named(PartitionSpec(*map(entries.get, n.names)), n.names))
+
+    def spec_of(n: Named) -> Named:
+        return Named(PartitionSpec(*map(entries.get, n.names)), n.names)
+
+    return dataclasses.replace(v, held=Dense(spec), update=v.update.map(spec_of))
+
+
+def _custom_vjp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    """A function with its own gradient rule: only a rule registered for it by name applies."""
+    rule = FUNCTIONS.get(jaxprs.function_name(eqn))
+    return evaluator.opaque(eqn, ins) if rule is None else rule(evaluator, eqn, ins)
+
+
+FUNCTIONS: dict[str, Callable[[Any, Any, Ins], Outs]] = {}  # see `table.register`
 
 
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
     **{name: _inline for name in jaxprs.CALLS if name not in jaxprs.REMATS},
     **dict.fromkeys(jaxprs.REMATS, _remat),
     "custom_jvp_call": _custom_jvp,
+    "custom_vjp_call": _custom_vjp,
     "scan": _scan,
     "while": _while,
     "cond": _cond,
     "shard_map": _shard_map,
-    "optimization_barrier": lambda interpreter, eqn, ins: lax.optimization_barrier(ins),
+    "optimization_barrier": lambda evaluator, eqn, ins: lax.optimization_barrier(ins),
 }

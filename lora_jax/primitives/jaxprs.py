@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
+from lora_jax.base import Base, is_base
 
 if TYPE_CHECKING:
     from jax.extend.core import Jaxpr
@@ -55,10 +56,17 @@ class TracedCall:
             path: tuple(x.shape) for path, x in zip(self.param_paths, self.inputs, strict=False)
         }
 
+    @property
+    def avals(self) -> list[Any]:
+        """Shape and dtype of each input."""
+        return [v.aval for v in self.jaxpr.invars]
+
 
 def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None) -> TracedCall:
     """Trace `f(params, *args, **kwargs)`; arrays may be `jax.ShapeDtypeStruct`s."""
-    keyed, treedef = jax.tree_util.tree_flatten_with_path((params, tuple(args), kwargs or {}))
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(
+        (params, tuple(args), kwargs or {}), is_leaf=is_base
+    )
     leaves = [leaf for _, leaf in keyed]
     dynamic = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
     param_paths = tuple(paths.path_of(key[1:]) for i in dynamic if (key := keyed[i][0])[0].idx == 0)
@@ -74,12 +82,17 @@ def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None
         return outs
 
     inputs = tuple(leaves[i] for i in dynamic)
-    jaxpr, consts = opened(jax.make_jaxpr(flat)(*inputs))
+    jaxpr, consts = opened(jax.make_jaxpr(flat)(*map(_float_form, inputs)))
     return TracedCall(jaxpr, consts, param_paths, inputs, out_tree)
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Base)
+
+
+def _float_form(leaf: Any) -> Any:
+    """A quantised base as the program sees it: the shape and dtype of the weight it stands for."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Base) else leaf
 
 
 def opened(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
@@ -170,6 +183,18 @@ REMATS = ("remat", "remat2", "checkpoint")
 def called(eqn: Any) -> tuple[Jaxpr, Sequence[Any]]:
     """The jaxpr (and constants) that a call-like equation enters."""
     return opened(eqn.params[CALLS[eqn.primitive.name]])
+
+
+def inner(eqn: Any) -> Jaxpr | None:
+    """The jaxpr that an equation calls with its own operands, if it is such a call."""
+    if eqn.primitive.name == "custom_vjp_call":
+        return opened(eqn.params["call_jaxpr"])[0]
+    return called(eqn)[0] if eqn.primitive.name in CALLS else None
+
+
+def function_name(eqn: Any) -> str:
+    """The name of the user's function that a `custom_vjp` equation calls."""
+    return str(opened(eqn.params["call_jaxpr"])[0].debug_info.func_name)
 
 
 class ShardMap(NamedTuple):

@@ -1,4 +1,4 @@
-"""The low-rank product `scale * (x a) b`, the hot spot, in the form that is fast in time.
+"""The low-rank update `scale * a @ b`, and its product, the hot spot, in the form fast in time.
 
 Two things make it fast, and neither is in the FLOPs:
 
@@ -13,6 +13,7 @@ Two things make it fast, and neither is in the FLOPs:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -21,94 +22,98 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.multi import segmented_matmul
-from lora_jax.primitives.adapted_weight import (
-    MEMBER,
-    RANK,
-    ROWS,
-    TALLY,
-    AdaptedWeight,
-    Named,
-    Names,
-    einsum,
-    scaled,
-)
-from lora_jax.primitives.gating import Gate
-
-Scaling = Callable[[Named], Named]
+from lora_jax.base import wide_dtype
+from lora_jax.primitives.named import RANK, ROWS, Named, Names, einsum
+from lora_jax.primitives.update import Operation, Update
 
 
-def add(base: Any, x: Named, v: AdaptedWeight, out: Names, precision: Any) -> Any:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank(Update):
+    """`scale * (a * gain) @ b`.
+
+    a: axes of W with the roles stack and input, and RANK.
+    b: axes of W with the roles stack and output, and RANK.
+    gain: None, or what else each rank is multiplied with where that is data: axes RANK or stack,
+      or none at all.
+    """
+
+    a: Named
+    b: Named
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    gain: Named | None = None
+
+    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
+        gain = None if self.gain is None else fn(self.gain, *operands)
+        a, b = fn(self.a, *operands), fn(self.b, *operands)
+        return dataclasses.replace(self, a=a, b=b, gain=gain)
+
+    def role(self, name: int) -> str | None:
+        in_a, in_b = name in self.a.names, name in self.b.names
+        return "stack" if in_a and in_b else "input" if in_a else "output" if in_b else None
+
+    def middle(self, h: Named) -> Named:
+        """What the product `x a`, `h`, is multiplied with before `b`; h has the gain's axes."""
+        array = h.array * self.scale
+        if self.gain is not None:
+            array = array * self.gain.astype(array.dtype).among(h.names)
+        return Named(array, h.names)
+
+    def product(self, p: Operation) -> Any:
+        return p.low_rank(p.base(None if p.x is None else p.x.array), p.x, self)
+
+    def merged(self, w: Named) -> Any:
+        wide = wide_dtype(w.array.dtype)
+        present = tuple(n for n in w.names if self.role(n))
+        a = self.middle(self.a.astype(wide))
+        delta = Named(einsum(a, self.b.astype(wide), present, precision="highest"), present)
+        return (w.array.astype(wide) + delta.among(w.names)).astype(w.array.dtype)
+
+    def times(self, factor: Named) -> Update | None:
+        real = tuple(n for n in factor.names if factor.size(n) > 1)
+        factor = Named(factor.array.reshape([factor.size(n) for n in real]), real)
+        if set(real) <= set(self.b.names):
+            return dataclasses.replace(self, b=self.b.times(factor))
+        if set(real) <= set(self.a.names):
+            return dataclasses.replace(self, a=self.a.times(factor))
+        return None
+
+    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        del w
+        parts: list[tuple[Any, Update]] = [
+            (dw, dataclasses.replace(self, a=tangent.a)),
+            (none, dataclasses.replace(self, b=tangent.b)),
+        ]
+        if self.gain is not None:
+            parts.append((none, dataclasses.replace(self, gain=tangent.gain)))
+        return parts
+
+
+def add(base: Any, x: Named, update: LowRank, out: Names, precision: Any) -> Any:
     """`base + scale * x a b`, never forming `a b`.
 
     Args:
       base: the product with W itself, its axes named `out`.
       x: the operand; it shares names with the axes of W that it is multiplied along.
-      v: the weight; its factors are cast to x's dtype.
+      update: its factors are cast to x's dtype.
       out: names of the result's axes. A name of x or of the factors that is not in `out` is
         summed over; a name in none of them is an axis along which the update is constant.
       precision: of both products, as in `jax.lax.dot_general`.
     """
-    if any(n not in x.names or n in out for n in v.a.names if v.is_input(n)):
-        v.check_linear("a product with its transpose, or with a part of its inputs")
-    if v.choice is not None:
-        if _groups(x, v, out):
-            return _add_grouped(base, x, v, out, precision)
-        v = v.chosen()
-    names = dict.fromkeys((*x.names, *v.a.names, *v.b.names, *out))
-    canonical = {n: i if n >= 0 else n for i, n in enumerate((*names, MEMBER, TALLY))}
-    x = x.renamed(canonical)
-    v = v.map(lambda n: n if n is v.w else n.renamed(canonical))
-    out = tuple(canonical[n] for n in out)
-    how: Any = {"out": out, "scale": v.scale, "precision": precision}
-    return _add(base, x, v.a, v.b, v.gain, v.gate, **how)
+    names = dict.fromkeys((*x.names, *update.a.names, *update.b.names, *out))
+    canonical = dict(zip([n for n in names if n >= 0], range(len(names)), strict=False))
+    moved = update.map(lambda n: n.renamed(canonical))
+    out = tuple(canonical.get(n, n) for n in out)
+    return _add(base, x.renamed(canonical), moved, out=out, precision=precision)
 
 
-def _groups(x: Named, v: AdaptedWeight, out: Names) -> bool:
-    """Whether it is a plain product of examples that are to be grouped by adapter."""
-    a, b = (Named(n.array[0], n.names[1:]) if n.names[0] == MEMBER else None for n in (v.a, v.b))
-    if v.choice is None or a is None or b is None or len(v.w.names) != 2:
-        return False
-    if not (_is_matrix_product(x, a, b, out) and set(out) == {*x.names, *b.names} - set(a.names)):
-        return False
-    rows = math.prod(x.size(n) for n in x.names if n in out)
-    return segmented_matmul.pays(v.choice.examples, v.a.size(MEMBER), rows, v.a.size(RANK))
-
-
-def _add_grouped(base: Any, x: Named, v: AdaptedWeight, out: Names, precision: Any) -> Any:
-    assert v.choice is not None and v.gain is not None
-    (inner,), (outer,) = ([n for n in f.names if n not in (MEMBER, RANK)] for f in (v.a, v.b))
-    rows = tuple(n for n in x.names if n in out)
-    dtype = x.array.dtype
-    a, b = v.a.moved((MEMBER, inner, RANK)).astype(dtype), v.b.moved((MEMBER, RANK, outer))
-    gain = v.gain.astype(dtype).array * v.scale
-    matrix = _matrix(x, (), rows, (inner,))
+@functools.partial(jax.jit, static_argnames=("out", "precision"))
+def _add(base: Any, x: Named, update: Any, *, out: Names, precision: Any) -> Any:
     with jax.named_scope("lora"):
-        y = segmented_matmul.product(
-            matrix, a.array, b.astype(dtype).array, gain, v.choice.index, precision
-        )
-        named = Named(y.reshape(*map(x.size, rows), v.b.size(outer)), (*rows, outer))
-        return base + named.moved(out).array.astype(base.dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("out", "scale", "precision"))
-def _add(
-    base: Any,
-    x: Named,
-    a: Named,
-    b: Named,
-    gain: Named | None,
-    gate: Gate | None,
-    *,
-    out: Names,
-    scale: float,
-    precision: Any,
-) -> Any:
-    with jax.named_scope("lora"):
-        a, b = a.astype(x.array.dtype), b.astype(x.array.dtype)
+        a, b = update.a.astype(x.array.dtype), update.b.astype(x.array.dtype)
         first, second = _ordered(x, a, b, out)
-        form = _matrix_form if _is_matrix_product(x, first, second, out) else _einsum_form
-        y = form(x, first, second, out, lambda h: scaled(h, scale, gain, gate), precision)
+        form = _matrix_form if is_matrix_product(x, first, second, out) else _einsum_form
+        y = form(x, first, second, out, update.middle, precision)
         y = y.moved(tuple(n for n in out if n in y.names))
         constant = [i for i, n in enumerate(out) if n not in y.names]
         delta = jnp.expand_dims(y.array, constant).astype(base.dtype)
@@ -127,7 +132,7 @@ def _ordered(x: Named, a: Named, b: Named, out: Names) -> tuple[Named, Named]:
     return (a, b) if contracted(a) >= contracted(b) else (b, a)
 
 
-def _is_matrix_product(x: Named, first: Named, second: Named, out: Names) -> bool:
+def is_matrix_product(x: Named, first: Named, second: Named, out: Names) -> bool:
     """Whether x contracts all of the first factor and none of the second, stack by stack."""
     shared = {n for n in first.names if n in second.names and n != RANK}
     contracted = {n for n in x.names if n not in out}
@@ -138,37 +143,32 @@ def _is_matrix_product(x: Named, first: Named, second: Named, out: Names) -> boo
     )
 
 
+Middle = Callable[[Named], Named]
+
+
 def _matrix_form(
-    x: Named, first: Named, second: Named, out: Names, scaling: Scaling, precision: Any
+    x: Named, first: Named, second: Named, out: Names, middle: Middle, precision: Any
 ) -> Named:
     """With x as [*stack, rows, in], the factors as [*stack, in, rank] and [*stack, rank, out]."""
     stack = tuple(n for n in first.names if n in second.names and n != RANK)
     inputs = tuple(n for n in x.names if n not in out)
     rows = tuple(n for n in x.names if n not in (*stack, *inputs))
     outputs = tuple(n for n in second.names if n not in (*stack, RANK))
-    h = jnp.matmul(
-        _matrix(x, stack, rows, inputs),
-        _matrix(first, stack, inputs, (RANK,)),
-        precision=precision,
-    )
-    h = scaling(Named(h, (*stack, ROWS, RANK))).array
-    y = jnp.matmul(h, _matrix(second, stack, (RANK,), outputs), precision=precision)
+    left, right = x.matrix(stack, rows, inputs), first.matrix(stack, inputs, (RANK,))
+    h = jnp.matmul(left, right, precision=precision)
+    h = middle(Named(h, (*stack, ROWS, RANK))).array
+    y = jnp.matmul(h, second.matrix(stack, (RANK,), outputs), precision=precision)
     sizes = [*map(x.size, (*stack, *rows)), *map(second.size, outputs)]
     return Named(y.reshape(sizes), (*stack, *rows, *outputs))
 
 
-def _matrix(n: Named, stack: Names, left: Names, right: Names) -> Any:
-    shape = (*map(n.size, stack), math.prod(map(n.size, left)), math.prod(map(n.size, right)))
-    return n.moved((*stack, *left, *right)).array.reshape(shape)
-
-
 def _einsum_form(
-    x: Named, first: Named, second: Named, out: Names, scaling: Scaling, precision: Any
+    x: Named, first: Named, second: Named, out: Names, middle: Middle, precision: Any
 ) -> Named:
     """Whatever else a program may do: contract over inputs and outputs, keep an input axis, ..."""
     later = {*second.names, *out}
     kept = tuple(n for n in dict.fromkeys((*x.names, *first.names)) if n in later)
-    h = scaling(Named(einsum(x, first, kept, precision), kept))
+    h = middle(Named(einsum(x, first, kept, precision), kept))
     both = {*kept, *second.names}
     names = tuple(n for n in out if n in both)
     return Named(einsum(h, second, names, precision), names)

@@ -1,56 +1,57 @@
-"""Operations that consume a weight: the base product, and the low-rank product added to it."""
+"""Operations that consume a weight: each hands its product to the weight's update.
+
+A rule says three things: how the axes of its operands are named, the operation with W itself
+(`base`), and the operation with a low-rank update in W's place (`low_rank`).
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.primitives import axis_tracking, jaxprs, lowrank
-from lora_jax.primitives.adapted_weight import (
-    RANK,
-    AdaptedWeight,
-    Ins,
-    Named,
-    Names,
-    Outs,
-    einsum,
-    fresh,
-)
+from lora_jax.primitives import jaxprs, lowrank
+from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.lowrank import LowRank
+from lora_jax.primitives.named import RANK, Ins, Named, Names, Outs, einsum, without
+from lora_jax.primitives.update import Operation
 
 
-def _dot(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """`dot_general` with the weight on either side, over any of its axes."""
-    if all(isinstance(v, AdaptedWeight) for v in ins):
+    one = evaluator.with_one_weight(eqn, ins)
+    if one is None:
         return None
+    ins = one
     side = 0 if isinstance(ins[0], AdaptedWeight) else 1
     v, other = ins[side], ins[1 - side]
-    interpreter.read(v.target)
-    base = jaxprs.bind(eqn, *(v.w.array, other) if side == 0 else (other, v.w.array))
-    x, out = _named_operands(v, other, eqn.params["dimension_numbers"], side)
-    return [lowrank.add(base, x, v, out, eqn.params["precision"])]
-
-
-def _named_operands(v: AdaptedWeight, other: Any, dims: Any, side: int) -> tuple[Named, Names]:
-    """The other operand named by the weight's axes, and the names of the output's axes."""
-    contract, batch = dims
-    w_contract, w_batch = contract[side], batch[side]
-    x_contract, x_batch = contract[1 - side], batch[1 - side]
-    names = list(fresh(other.ndim))
-    for x_dims, w_dims in ((x_contract, w_contract), (x_batch, w_batch)):
+    (contract, batch), precision = eqn.params["dimension_numbers"], eqn.params["precision"]
+    names = list(evaluator.fresh(other.ndim))
+    for x_dims, w_dims in ((contract[1 - side], contract[side]), (batch[1 - side], batch[side])):
         for i, j in zip(x_dims, w_dims, strict=True):
-            names[i] = v.w.names[j]
-    x_free = tuple(n for i, n in enumerate(names) if i not in (*x_contract, *x_batch))
-    w_free = tuple(n for j, n in enumerate(v.w.names) if j not in (*w_contract, *w_batch))
-    batch_names = v.names_at(w_batch)
-    free = (*w_free, *x_free) if side == 0 else (*x_free, *w_free)
-    return Named(other, tuple(names)), (*batch_names, *free)
+            names[i] = v.names[j]
+    inputs, stack = v.names_at(contract[side]), v.names_at(batch[side])
+    w_free = without(v.names, (*inputs, *stack))
+    x_free = without(tuple(names), (*inputs, *stack))
+    out = (*stack, *((*w_free, *x_free) if side == 0 else (*x_free, *w_free)))
+    evaluator.consume(eqn, v, stack, inputs, w_free)
+    x = Named(other, tuple(names))
+    if any(n not in x.names or n in out for n in v.names if v.update.role(n) == "input"):
+        v.check_linear("a product with its transpose, or with a part of its inputs")
+
+    def base(x: Any) -> Any:
+        ends = (lambda w, x: (w, x)) if side == 0 else (lambda w, x: (x, w))
+        return v.held.use(lambda w, x: jaxprs.bind(eqn, *ends(w, x)), x)
+
+    def low_rank(y: Any, x: Named, update: LowRank) -> Any:
+        return lowrank.add(y, x, update, out, precision)
+
+    return [v.update.product(Operation(x, out, base, low_rank, len(v.names) == 2, precision))]
 
 
-def _conv(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """A convolution with `rank` output channels, then a 1 x 1 one.
 
     With feature groups, output channel o belongs to group g and sees the inputs of g alone:
@@ -61,118 +62,146 @@ def _conv(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
     dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     if not isinstance(v, AdaptedWeight) or isinstance(x, AdaptedWeight):
         return None
-    out = v.w.names[dims.rhs_spec[0]]
-    inputs = [n for n in v.w.names if n != out]
-    if not v.is_output(out) or any(v.is_output(n) or v.is_stack(n) for n in inputs):
+    channel = v.names[dims.rhs_spec[0]]
+    inputs = without(v.names, (channel,))
+    if eqn.params["batch_group_count"] != 1 or not v.update.admits((), inputs, (channel,)):
         return None
-    interpreter.read(v.target)
+    evaluator.consume(eqn, v, (), inputs, (channel,))
     v = v.chosen()
-    base = jaxprs.bind(eqn, x, v.w.array)
-    kernel = _conv_kernel(v, out, groups).astype(x.dtype)
-    h = jnp.moveaxis(jaxprs.bind(eqn, x, kernel), dims.out_spec[1], -1)
-    rank, channels = v.b.array.shape
-    h = _scaled(v, h.reshape(*h.shape[:-1], groups, v.a.size(RANK)))
-    b = v.b.array.reshape(rank, groups, channels // groups).astype(h.dtype)
-    y = jnp.einsum("...gr,rgo->...go", h, b, precision=_one(eqn.params["precision"]))
-    y = jnp.moveaxis(y.reshape(*y.shape[:-2], channels), -1, dims.out_spec[1])
-    return [base + y.astype(base.dtype)]
+    out = list(evaluator.fresh(x.ndim))
+    out[dims.out_spec[1]] = channel
+
+    def low_rank(y: Any, x: Named, update: LowRank) -> Any:
+        kernel = _conv_kernel(v.names, update.a, channel, groups).astype(x.array.dtype)
+        h = jnp.moveaxis(jaxprs.bind(eqn, x.array, kernel), dims.out_spec[1], -1)
+        h = _middle(update, h.reshape(*h.shape[:-1], groups, update.a.size(RANK)))
+        rank, channels = update.b.moved((RANK, channel)).array.shape
+        b = update.b.moved((RANK, channel)).array.reshape(rank, groups, channels // groups)
+        precision = eqn.params["precision"]
+        precision = precision[0] if isinstance(precision, tuple) else precision
+        d = jnp.einsum("...gr,rgo->...go", h, b.astype(h.dtype), precision=precision)
+        d = jnp.moveaxis(d.reshape(*d.shape[:-2], channels), -1, dims.out_spec[1])
+        return y + d.astype(y.dtype)
+
+    base = lambda x: v.held.use(lambda w, x: jaxprs.bind(eqn, x, w), x)  # noqa: E731
+    x = Named(x, evaluator.fresh(x.ndim))
+    return [v.update.product(Operation(x, tuple(out), base, low_rank))]
 
 
-def _scaled(v: AdaptedWeight, h: Any) -> Any:
-    """`x a` [..., rank] times the weight's scale, where no stack axis is left."""
-    return v.scaled(Named(h, (*fresh(h.ndim - 1), RANK))).array
+def _middle(update: LowRank, h: Any) -> Any:
+    """`x a` [..., rank] times the update's scale, where no stack axis is left."""
+    # Any names will do that are not the update's own.
+    return update.middle(Named(h, (*range(10**6, 10**6 + h.ndim - 1), RANK))).array
 
 
-def _one(precision: Any) -> Any:
-    return precision[0] if isinstance(precision, tuple) else precision
-
-
-def _conv_kernel(v: AdaptedWeight, out: int, groups: int) -> Any:
+def _conv_kernel(names: Names, a: Named, channel: int, groups: int) -> Any:
     """`a` in the place of the kernel: rank for the output channels, once per feature group."""
-    present = tuple(RANK if n == out else n for n in v.w.names if n == out or v.is_input(n))
-    a = v.a.moved(present).array
-    free = [i for i, n in enumerate(v.w.names) if v.is_free(n)]
-    a = jnp.expand_dims(a, free)
-    axis = v.w.names.index(out)
-    return jnp.concatenate([a] * groups, axis=axis)
+    order = tuple(RANK if n == channel else n for n in names)
+    array = a.among(order)
+    return jnp.concatenate([array] * groups, axis=names.index(channel))
 
 
-def _ragged_dot(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """A bank of experts: rows in groups, each with its own weight and its own factors."""
     x, v, sizes = ins
     form = jaxprs.ragged_form(eqn)
     if isinstance(x, AdaptedWeight) or not isinstance(v, AdaptedWeight) or form is None:
         return None
     (group,), (contract,) = v.names_at(form.group), v.names_at(form.contract)
-    (out,) = (n for n in v.w.names if n not in (group, contract))
-    if not (v.is_stack(group) and v.is_input(contract) and v.is_output(out)):
+    (outer,) = without(v.names, (group, contract))
+    if not v.update.admits((group,), (contract,), (outer,)):
         return None
-    interpreter.read(v.target)
+    evaluator.consume(eqn, v, (group,), (contract,), (outer,))
     v = v.chosen()
-    base = jaxprs.bind(eqn, x, v.w.array, sizes)
     (x_contract,), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0]
-    rows = jnp.moveaxis(x, x_contract, -1)
-    a = v.a.moved((group, contract, RANK)).array.astype(x.dtype)
-    b = v.b.moved((group, RANK, out)).array.astype(x.dtype)
-    h = lax.ragged_dot(rows, a, sizes, precision=eqn.params["precision"])
-    y = lax.ragged_dot(_scaled(v, h), b, sizes, precision=eqn.params["precision"])
-    return [base + y.astype(base.dtype)]
+    precision, rows = eqn.params["precision"], evaluator.fresh(1)
+    names = (*rows, contract) if x_contract == 1 else (contract, *rows)
+
+    def low_rank(y: Any, x: Named, update: LowRank) -> Any:
+        a = update.a.moved((group, contract, RANK)).array.astype(x.array.dtype)
+        b = update.b.moved((group, RANK, outer)).array.astype(x.array.dtype)
+        h = lax.ragged_dot(x.moved((*rows, contract)).array, a, sizes, precision=precision)
+        d = lax.ragged_dot(_middle(update, h), b, sizes, precision=precision)
+        return y + d.astype(y.dtype)
+
+    base = lambda x: v.held.use(lambda w, x, sizes: jaxprs.bind(eqn, x, w, sizes), x, sizes)  # noqa: E731
+
+    def spread(n: Named) -> Named:
+        """One row of the array for each row of x, that of its group."""
+        n = n.to_front((group,))
+        length = x.shape[names.index(rows[0])]
+        array = jnp.repeat(n.array, sizes, axis=0, total_repeat_length=length)
+        return Named(array, (*rows, *n.names[1:]))
+
+    operation = Operation(Named(x, names), (*rows, outer), base, low_rank, spread=spread)
+    return [v.update.product(operation)]
 
 
-def _gather(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    """Rows looked up (an embedding), or some layers or experts chosen from a stack."""
+def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    """Rows looked up (an embedding), or some layers, experts or columns chosen from a weight."""
     v, indices = ins
-    if not isinstance(v, AdaptedWeight) or not axis_tracking.whole_rows(eqn):
+    if not isinstance(v, AdaptedWeight) or not _whole_rows(eqn):
         return None
     v = v.chosen()
     dn = eqn.params["dimension_numbers"]
-    looked_up = v.names_at(dn.collapsed_slice_dims)
-    if looked_up and all(v.is_stack(n) for n in looked_up) and not dn.operand_batching_dims:
-        return [_chosen(v, eqn, indices)]
-    rest = [n for n in v.w.names if n not in (*looked_up, *v.names_at(dn.operand_batching_dims))]
-    rows = all(v.is_input(n) for n in looked_up) and all(v.is_output(n) for n in rest)
-    if not rows or any(not v.is_stack(n) for n in v.names_at(dn.operand_batching_dims)):
+    looked_up, batching = (
+        v.names_at(dn.collapsed_slice_dims),
+        v.names_at(dn.operand_batching_dims),
+    )
+    rest = without(v.names, (*looked_up, *batching))
+    if not batching and v.update.chooses(looked_up, rest):
+        return [_chosen(evaluator, v, eqn, indices)]
+    if not v.update.admits(batching, looked_up, rest):
         return None
-    interpreter.read(v.target)
-    return [_looked_up(v, eqn, indices, tuple(rest))]
+    evaluator.consume(eqn, v, batching, looked_up, rest)
+    return [_looked_up(evaluator, v, eqn, indices, rest)]
 
 
-def _looked_up(v: AdaptedWeight, eqn: Any, indices: Any, rest: Names) -> Any:
+def _whole_rows(eqn: Any) -> bool:
+    """Whether a gather takes single indices of some axes and all of the others."""
+    dn, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    taken = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
+    sizes = eqn.params["slice_sizes"]
+    return all(sizes[i] == n for i, n in enumerate(shape) if i not in taken)
+
+
+def _looked_up(evaluator: Any, v: AdaptedWeight, eqn: Any, indices: Any, rest: Names) -> Any:
     """`W[i] + scale * a[i] @ b`: the same lookup in `a`, whose row has `rank` numbers."""
-    base = jaxprs.bind(eqn, v.w.array, indices)
     dn = eqn.params["dimension_numbers"]
-    h_names = list(fresh(base.ndim - len(dn.offset_dims)))
-    for name, j in zip(
-        v.names_at(dn.operand_batching_dims), dn.start_indices_batching_dims, strict=True
-    ):
+    ndim = eqn.outvars[0].aval.ndim
+    h_names = list(evaluator.fresh(ndim - len(dn.offset_dims)))
+    batching = v.names_at(dn.operand_batching_dims)
+    for name, j in zip(batching, dn.start_indices_batching_dims, strict=True):
         h_names[j] = name
-    h = _gather_like(v.a, v, eqn, indices, last=True)
-    names = list(fresh(base.ndim))
+    rows, out = iter(h_names), [0] * ndim
     for name, j in zip(rest, dn.offset_dims, strict=True):
-        names[j] = name
-    batch_positions = [j for j in range(base.ndim) if j not in dn.offset_dims]
-    for name, j in zip(h_names, batch_positions, strict=True):
-        names[j] = name
-    h = v.scaled(Named(h.astype(base.dtype), (*h_names, RANK)))
-    return base + einsum(h, v.b.astype(base.dtype), tuple(names))
+        out[j] = name
+    out = [name if j in dn.offset_dims else next(rows) for j, name in enumerate(out)]
+
+    def low_rank(y: Any, x: Any, update: LowRank) -> Any:
+        del x
+        h = _gather_like(update.a, v.names, eqn, indices).astype(y.dtype)
+        h = update.middle(Named(h, (*h_names, RANK)))
+        return y + einsum(h, update.b.astype(y.dtype), tuple(out))
+
+    base = lambda _: v.held.use(lambda w, i: jaxprs.bind(eqn, w, i), indices)  # noqa: E731
+    return v.update.product(Operation(None, tuple(out), base, low_rank))
 
 
-def _gather_like(factor: Named, v: AdaptedWeight, eqn: Any, indices: Any, last: bool) -> Any:
-    """The gather of `eqn` on a factor: its axes that W's gather keeps whole come last, or first."""
+def _gather_like(factor: Named, names: Names, eqn: Any, indices: Any) -> Any:
+    """The gather of `eqn` on a factor: its axes that W's gather keeps whole come last."""
     dn = eqn.params["dimension_numbers"]
-    taken = (*v.names_at(dn.collapsed_slice_dims), *v.names_at(dn.operand_batching_dims))
+    at = lambda dims: tuple(names[i] for i in dims)  # noqa: E731
+    taken = (*at(dn.collapsed_slice_dims), *at(dn.operand_batching_dims))
     factor = factor.to_front(tuple(n for n in taken if n in factor.names))
     position = {n: i for i, n in enumerate(factor.names)}
-    kept = [n for n in factor.names if n not in taken]
+    kept = without(factor.names, taken)
     batch_ndim = indices.ndim - 1
-    offset = range(batch_ndim, batch_ndim + len(kept)) if last else range(len(kept))
     numbers = lax.GatherDimensionNumbers(
-        offset_dims=tuple(offset),
-        collapsed_slice_dims=tuple(
-            sorted(position[n] for n in v.names_at(dn.collapsed_slice_dims))
-        ),
-        start_index_map=tuple(position[n] for n in v.names_at(dn.start_index_map)),
-        operand_batching_dims=tuple(position[n] for n in v.names_at(dn.operand_batching_dims)),
+        offset_dims=tuple(range(batch_ndim, batch_ndim + len(kept))),
+        collapsed_slice_dims=tuple(sorted(position[n] for n in at(dn.collapsed_slice_dims))),
+        start_index_map=tuple(position[n] for n in at(dn.start_index_map)),
+        operand_batching_dims=tuple(position[n] for n in at(dn.operand_batching_dims)),
         start_indices_batching_dims=dn.start_indices_batching_dims,
     )
     sizes = [1 if n in taken else factor.size(n) for n in factor.names]
@@ -184,27 +213,26 @@ def _gather_like(factor: Named, v: AdaptedWeight, eqn: Any, indices: Any, last: 
     )  # fmt: skip
 
 
-def _chosen(v: AdaptedWeight, eqn: Any, indices: Any) -> AdaptedWeight:
-    """`W[layers]`: the weights (and factors) of some layers, with the index's axes as a stack."""
+def _chosen(evaluator: Any, v: AdaptedWeight, eqn: Any, indices: Any) -> AdaptedWeight:
+    """`W[layers]`: the weights (and factors) of some layers, with the index's axes in their place.
+
+    Also `W[:, columns]`: whatever role the axis has, it is chosen from each array that has it.
+    """
     dn = eqn.params["dimension_numbers"]
-    w = jaxprs.bind(eqn, v.w.array, indices)
+    ndim = eqn.outvars[0].aval.ndim
     taken = v.names_at(dn.collapsed_slice_dims)
-    stack = fresh(w.ndim - len(dn.offset_dims))
-    w_names: list[int] = [0] * w.ndim
-    kept = [n for n in v.w.names if n not in taken]
-    for name, j in zip(kept, dn.offset_dims, strict=True):
-        w_names[j] = name
-    for name, j in zip(stack, (j for j in range(w.ndim) if j not in dn.offset_dims), strict=True):
-        w_names[j] = name
+    new = evaluator.fresh(ndim - len(dn.offset_dims))
+    kept, names, fresh = iter(without(v.names, taken)), [0] * ndim, iter(new)
+    names = [next(kept) if j in dn.offset_dims else next(fresh) for j in range(ndim)]
 
-    def choose(factor: Named) -> Named:
-        if factor is v.w or not any(n in factor.names for n in taken):
-            return factor
-        array = _gather_like(factor, v, eqn, indices, last=True)
-        rest = tuple(n for n in factor.names if n not in taken)
-        return Named(array, (*stack, *rest))
+    def choose(n: Named, indices: Any) -> Named:
+        if not any(name in n.names for name in taken):
+            return n
+        array = _gather_like(n, v.names, eqn, indices)
+        return Named(array, (*new, *without(n.names, taken)))
 
-    return dataclasses.replace(v.map(choose), w=Named(w, tuple(w_names)))
+    moved = v.map(choose, indices, along=taken)
+    return moved.map_w(lambda n: n.moved(tuple(names))).lost(taken, "taken", into=new)
 
 
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {

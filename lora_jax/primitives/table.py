@@ -1,7 +1,7 @@
-"""One rule per primitive that can take an adapted weight: `rule(interpreter, eqn, ins) -> outs`.
+"""The one table of primitives: `rule(evaluator, eqn, ins) -> outs` for each that takes a weight.
 
 `ins` mixes arrays and `AdaptedWeight`s, at least one of these; so may the outputs. A rule
-returns None where it does not apply, and the interpreter then folds or refuses.
+returns None where it does not apply; the weight is then folded, or refused.
 """
 
 from __future__ import annotations

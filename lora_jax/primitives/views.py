@@ -10,8 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.primitives import axis_tracking, jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Named, Names, Outs, fresh
+from lora_jax.primitives import jaxprs
+from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.named import Ins, Named, Names, Outs, without
+from lora_jax.primitives.update import Update
 
 
 def _only(ins: Ins) -> AdaptedWeight | None:
@@ -20,112 +22,111 @@ def _only(ins: Ins) -> AdaptedWeight | None:
     return weights[0] if len(weights) == 1 else None
 
 
-def _on_w(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _on_w(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """Casts, copies, sharding constraints: the factors keep their own dtype and placement."""
-    del interpreter
+    del evaluator
     v = _only(ins)
     if v is None or not jaxprs.is_float(eqn.outvars[0].aval.dtype):
         return None
-    return [v.with_w(jaxprs.bind(eqn, v.w.array))]
+    return [v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))]
 
 
-def _on_all(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    """`stop_gradient` and `name`: W, a and b alike, as the merged weight would be."""
-    del interpreter
+def _on_all(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    """`stop_gradient` and `name`: W and its update alike, as the merged weight would be."""
+    del evaluator
+    v = _only(ins)
+    return None if v is None else [v.map(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))]
+
+
+def _neg(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    del evaluator, eqn
+    v = _only(ins)
+    return None if v is None else _times(v, jnp.float32(-1.0))
+
+
+def _mul(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     v = _only(ins)
     if v is None:
         return None
-    return [v.map(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))]
+    side = 0 if ins[0] is v else 1
+    return _times(v, evaluator.compact(eqn, 1 - side, ins[1 - side]))
 
 
-def _neg(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    del interpreter, eqn
+def _div(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     v = _only(ins)
-    return None if v is None else [_times(v, -1.0)]
-
-
-def _mul(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    del interpreter, eqn
-    v = _only(ins)
-    other = ins[1] if ins[0] is v else ins[0]
-    return None if v is None or jnp.ndim(other) else [_times(v, other)]
-
-
-def _div(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    del interpreter, eqn
-    v = _only(ins)
-    if v is None or ins[0] is not v or jnp.ndim(ins[1]):
+    if v is None or ins[0] is not v:
         return None
-    return [_times(v, 1.0 / ins[1])]
+    return _times(v, 1.0 / evaluator.compact(eqn, 1, ins[1]))
 
 
-def _times(v: AdaptedWeight, factor: Any) -> AdaptedWeight:
-    """A scalar multiple: (c W, a, c b)."""
-    scaled = (Named(n.array * jnp.asarray(factor, n.array.dtype), n.names) for n in (v.w, v.b))
-    w, b = scaled
-    return dataclasses.replace(v, w=w, b=b)
+def _times(v: AdaptedWeight, factor: Any) -> Outs:
+    """`factor * W`; the factor is a scalar, or of size 1 along some of W's axes."""
+    named = Named(factor, v.names if jnp.ndim(factor) else ())
+    update = v.update.times(named)
+    if update is None:
+        return None
+    moved = v.map_w(lambda n, f: Named(n.array * jnp.asarray(f, n.array.dtype), n.names), factor)
+    return [dataclasses.replace(moved, update=update)]
 
 
-def _transpose(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    del interpreter
-    v = ins[0]
-    return [dataclasses.replace(v, w=v.w.moved(v.names_at(eqn.params["permutation"])))]
+def _transpose(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    del evaluator
+    order = ins[0].names_at(eqn.params["permutation"])
+    return [ins[0].map_w(lambda n: n.moved(order))]
 
 
-def _rev(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    del interpreter
+def _rev(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    del evaluator
     v = ins[0]
     names = v.names_at(eqn.params["dimensions"])
 
     def rev(n: Named) -> Named:
         return Named(lax.rev(n.array, [i for i, x in enumerate(n.names) if x in names]), n.names)
 
-    return [v.map(rev)]
+    return [v.map(rev, along=names)]
 
 
-def _slice(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    del interpreter
+def _slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    del evaluator
     v, p = ins[0], eqn.params
     strides = p["strides"] or (1,) * len(v.shape)
-    cuts = dict(
-        zip(
-            v.w.names,
-            zip(p["start_indices"], p["limit_indices"], strides, strict=True),
-            strict=True,
-        )
-    )
+    bounds = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+    cuts = {
+        name: cut
+        for name, size, cut in zip(v.names, v.shape, bounds, strict=True)
+        if cut != (0, size, 1)
+    }
 
     def cut(n: Named) -> Named:
-        if not n.names:
-            return n
         whole = [cuts.get(x, (0, size, 1)) for x, size in zip(n.names, n.array.shape, strict=True)]
-        return Named(lax.slice(n.array, *zip(*whole, strict=True)), n.names)
+        return Named(lax.slice(n.array, *zip(*whole, strict=True)), n.names) if whole else n
 
-    return [v.map(cut)]
+    return [v.map(cut, along=tuple(cuts))]
 
 
-def _dynamic_slice(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    del interpreter
+def _dynamic_slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    del evaluator
     v, *starts = ins
     if not isinstance(v, AdaptedWeight):
         return None
-    at = dict(zip(v.w.names, zip(starts, eqn.params["slice_sizes"], strict=True), strict=True))
+    sizes = dict(zip(v.names, eqn.params["slice_sizes"], strict=True))
+    cut_names = tuple(n for n, size in zip(v.names, v.shape, strict=True) if sizes[n] != size)
+    place = {n: i for i, n in enumerate(v.names)}
 
-    def cut(n: Named) -> Named:
-        if not n.names:
-            return n
-        whole = [at.get(x, (0, size)) for x, size in zip(n.names, n.array.shape, strict=True)]
-        begin, sizes = zip(*whole, strict=True)
-        starts = [jnp.asarray(b, jnp.int32) for b in begin]
-        return Named(lax.dynamic_slice(n.array, starts, sizes), n.names)
+    def cut(n: Named, *starts: Any) -> Named:
+        for i, name in enumerate(n.names):
+            if name in cut_names:
+                start, size = starts[place[name]], sizes[name]
+                n = Named(lax.dynamic_slice_in_dim(n.array, start, size, axis=i), n.names)
+        return n
 
-    return [v.map(cut)]
+    return [v.map(cut, *starts, along=cut_names)]
 
 
-def _split(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    del interpreter
+def _split(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    del evaluator
     v, axis = ins[0], eqn.params["axis"]
-    name, outs, start = v.w.names[axis], [], 0
+    name, outs, start = v.names[axis], [], 0
     for size in eqn.params["sizes"]:
 
         def cut(n: Named, start: int = start, size: int = int(size)) -> Named:
@@ -134,107 +135,120 @@ def _split(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
             i = n.names.index(name)
             return Named(lax.slice_in_dim(n.array, start, start + size, axis=i), n.names)
 
-        outs.append(v.map(cut))
+        outs.append(v.map(cut, along=(name,)))
         start += int(size)
     return outs
 
 
-def _squeeze(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def _squeeze(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     v = ins[0]
     gone = v.names_at(eqn.params["dimensions"])
-    rows = any(v.is_input(n) for n in v.w.names)
+    rows = any(v.update.role(n) == "input" for n in v.names)
 
     def squeeze(n: Named) -> Named:
         dims = [i for i, x in enumerate(n.names) if x in gone]
-        return Named(lax.squeeze(n.array, dims), tuple(x for x in n.names if x not in gone))
+        return Named(lax.squeeze(n.array, dims), without(n.names, gone))
 
-    out = v.map(squeeze)
-    if rows and not any(out.is_input(n) for n in out.w.names):
-        interpreter.read(v.target)  # one row looked up: no longer a weight but a value
-        return [out.folded()]
+    out = v.map(squeeze, along=gone).lost(gone, "taken")
+    if rows and not any(out.update.role(n) == "input" for n in out.names):
+        evaluator.read(v)  # one row looked up: no longer a weight but a value
+        return [out.merged()]
     return [out]
 
 
-def _reduce_sum(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    del interpreter
+def _reduce_sum(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    del evaluator
     v = ins[0]
     gone = v.names_at(eqn.params["axes"])
-    if any(v.is_stack(n) for n in gone):
+    if not v.update.sums({n: v.size(n) for n in gone}):
         return None  # a sum of products over layers or experts is not of low rank
 
     def total(n: Named) -> Named:
         dims = tuple(i for i, x in enumerate(n.names) if x in gone)
-        return Named(n.array.sum(dims), tuple(x for x in n.names if x not in gone))
+        return Named(n.array.sum(dims), without(n.names, gone))
 
-    copies = math.prod(v.w.size(n) for n in gone if v.is_free(n))
-    return [v.map(total)] if copies == 1 else None
+    return [v.map(total).lost(gone, "summed")]
 
 
-def _broadcast(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    del interpreter
+def _broadcast(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     v, *dynamic = ins
     shape = eqn.outvars[0].aval.shape
-    names = list(fresh(len(shape)))
+    names = list(evaluator.fresh(len(shape)))
     for i, j in enumerate(eqn.params["broadcast_dimensions"]):
-        name = v.w.names[i]
-        if shape[j] != v.shape[i] and not v.is_free(name):
+        name = v.names[i]
+        if shape[j] != v.shape[i] and v.update.role(name):
             return None
         names[j] = name
     if dynamic:
         return None
-    w = Named(jaxprs.bind(eqn, v.w.array), tuple(names))
-    return [dataclasses.replace(v, w=w)]
+    return [v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), tuple(names)))]
 
 
-def _reshape(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
-    del interpreter
+def _reshape(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     v, new = ins[0], eqn.outvars[0].aval.shape
-    names: list[int] = list(fresh(len(new)))
-    for old_axes, new_axes in axis_tracking.reshape_groups(v.shape, new):
-        sizes = [new[j] for j in new_axes]
+    update: Update | None = v.update
+    names: list[int] = list(evaluator.fresh(len(new)))
+    for old_axes, new_axes in reshape_groups(v.shape, new):
         if len(old_axes) == len(new_axes) == 1:
-            names[new_axes[0]] = v.w.names[old_axes[0]]
-        elif (moved := _regroup(v, v.names_at(old_axes), sizes)) is not None:
-            v, regrouped = moved
-            for j, name in zip(new_axes, regrouped, strict=True):
-                names[j] = name
-        else:
+            names[new_axes[0]] = v.names[old_axes[0]]
+            continue
+        assert update is not None
+        fresh = tuple(names[j] for j in new_axes)
+        update = _regroup(v, update, v.names_at(old_axes), fresh, [new[j] for j in new_axes])
+        if update is None:
             return None
-    w = Named(jaxprs.bind(eqn, ins[0].w.array), tuple(names))
-    return [dataclasses.replace(v, w=w)]
+    moved = v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), tuple(names)))
+    return [dataclasses.replace(moved, update=update)]
 
 
 def _regroup(
-    v: AdaptedWeight, old: Names, sizes: Sequence[int]
-) -> tuple[AdaptedWeight, Names] | None:
-    """Merge or split the axes `old` of the factors into axes of `sizes`, all of one role."""
-    real = [n for n in old if v.w.size(n) != 1]
-    roles = {(n in v.a.names, n in v.b.names) for n in real}
-    if len(roles) > 1:
-        return None
-    new = fresh(len(sizes))
-    units = {n for n in old if n not in real}
+    v: AdaptedWeight, update: Update, old: Names, new: Names, sizes: Sequence[int]
+) -> Update | None:
+    """The update with the axes `old` merged or split into axes `new` of `sizes`.
 
-    def regroup(n: Named) -> Named:
-        drop = [i for i, x in enumerate(n.names) if x in units]
-        n = Named(lax.squeeze(n.array, drop), tuple(x for x in n.names if x not in units))
-        if not real or real[0] not in n.names:
-            return n
-        n = n.to_front(tuple(real))
-        rest = n.names[len(real) :]
-        return Named(n.array.reshape((*sizes, *n.array.shape[len(real) :])), (*new, *rest))
+    Axes of size 1 go and come as they like; the others must be of one role.
+    """
+    units = tuple(n for n in old if v.size(n) == 1)
 
-    moved = v.map(lambda n: n if n is v.w else regroup(n))
-    return moved, new
+    def drop(n: Named) -> Named:
+        dims = [i for i, x in enumerate(n.names) if x in units]
+        return Named(lax.squeeze(n.array, dims), without(n.names, units))
+
+    update = update.map(drop)
+    real = without(old, units)
+    return update.regroup(real, new, tuple(sizes)) if real else update
 
 
-def _all_gather(interpreter: Any, eqn: Any, ins: Ins) -> Outs:
+def reshape_groups(
+    old: Sequence[int], new: Sequence[int]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The smallest groups of axes of equal size that a reshape maps to each other, in order.
+
+    >>> reshape_groups((4, 6), (4, 2, 3))
+    [((0,), (0,)), ((1,), (1, 2))]
+    >>> reshape_groups((2, 1, 3), (6,))
+    [((0, 1, 2), (0,))]
+    """
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        i0, j0 = i, j
+        if i < len(old) and j < len(new):
+            i, j = i + 1, j + 1
+            while (p := math.prod(old[i0:i])) != (q := math.prod(new[j0:j])):
+                i, j = (i + 1, j) if p < q else (i, j + 1)
+        else:  # only axes of size 1 are left on one side
+            i, j = len(old), len(new)
+        groups.append((tuple(range(i0, i)), tuple(range(j0, j))))
+    return groups
+
+
+def _all_gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """Inside a `shard_map`: W's parts put together along an axis, and the factors' along theirs."""
-    del interpreter
+    del evaluator
     v, p = ins[0], eqn.params
     if not p["tiled"]:
         return None
-    name = v.w.names[p["all_gather_dimension"]]
+    name = v.names[p["all_gather_dimension"]]
 
     def gathered(n: Named) -> Named:
         if name not in n.names:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax import baselines, models, paths
-from lora_jax.adapters import Adapter, Factors
+from lora_jax.adapters import Adapter
 from lora_jax.checkpoint import adapter, storage
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import fingerprint
@@ -26,6 +26,7 @@ from lora_jax.models.weights.source import is_safe
 from lora_jax.multi.stack import BASE, Stack
 from lora_jax.multi.stack import stack as stack_adapters
 from lora_jax.paths import Tree
+from lora_jax.updates.kind import Factors
 
 BASE_NAME = "base"  # who asks for it gets no adapter
 # What all that share a base agree on, and what may be said there.

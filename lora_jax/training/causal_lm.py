@@ -43,7 +43,7 @@ def causal_lm(config: TextConfig) -> Workload:
 
     select = config.select or "loss"
     about = text.about(config, prompt=config.data.prompt, eos=config.data.eos)
-    return Workload(
+    workload = Workload(
         apply=apply_of(models.Llama(model_config), config.model.loss_chunk, method),
         loss=token_loss,
         params={**models.shapes(model_config), **method.shapes()},
@@ -65,6 +65,7 @@ def causal_lm(config: TextConfig) -> Workload:
             lambda: paths.flatten(text.method_parameters(config, method)),
         ),
     )
+    return text.quantised_as_said(config, workload)
 
 
 def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

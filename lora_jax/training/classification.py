@@ -63,7 +63,7 @@ def classification(config: TextConfig) -> Workload:
         text_fields=config.data.text_fields,
         lengths=config.data.lengths,
     )
-    return Workload(
+    workload = Workload(
         apply=apply_of(model, method),
         loss=loss,
         params={**models.shapes(model_config, head), **method.shapes()},
@@ -86,6 +86,7 @@ def classification(config: TextConfig) -> Workload:
             {} if labels.regression else {"classes": np.int32(labels.outputs)},
         ),
     )
+    return text.quantised_as_said(config, workload)
 
 
 # By the number of classes, if there are any.

@@ -33,6 +33,15 @@ def require(condition: bool, field: str, got: Any, expected: str) -> None:
 INCIDENTAL = {"incidental": True}
 # A field that came later: at its default it names no run, so runs from before are found again.
 LATER = {"later": True}
+# A field whose entries mean the same in any order, unless one has settings of its own (`@`).
+UNORDERED = {"unordered": True}
+# Labels (`lora_jax.labels`) of arrays that weight decay may leave out.
+NO_DECAY = ("bias", "norm", "magnitude")
+
+
+def later(default: Any) -> Any:
+    """A field that came later (`LATER`)."""
+    return dataclasses.field(default=default, metadata=LATER)
 
 
 def incidental(default: Any) -> Any:
@@ -47,18 +56,24 @@ class LoraConfig:
     rank: int = 8
     """Inner dimension r of the update."""
     alpha: float = 8.0
-    """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("all-linear",)
+    """The update is scaled by alpha / rank, or as `scaling` says."""
+    targets: tuple[str, ...] = dataclasses.field(default=("all-linear",), metadata=UNORDERED)
     """Patterns of the parameters that get an adapter; the first that matches wins. `*` stays in
     one path segment, `**` crosses them, `{a,b}` is either. `all-linear`: every product but the
-    output head. A pattern may carry its own rank and alpha: "**/mlp/*/kernel@rank=4,alpha=8".
+    output head. A pattern may carry settings of its own: "**/mlp/*/kernel@rank=4,alpha=8", and
+    kind, scaling, parts (start:size of slices of the last output axis, joined by +: "@parts=0:64").
     None at all trains only what `trainable` names."""
     init: initializers.InitName = "gaussian"
     """How A begins (B begins at zero): N(0, 1/inputs), uniform within 1/sqrt(inputs) (loralib,
     PEFT), or with orthonormal columns."""
-    trainable: tuple[str, ...] | None = None
+    trainable: tuple[str, ...] | None = dataclasses.field(default=None, metadata=UNORDERED)
     """Patterns of base parameters trained in full (PEFT: modules_to_save). None: those the workload
     names, its new head. "**" with no targets is full fine-tuning."""
+    kind: str = later("lora")
+    """The kind of update: lora, dora, vera, loha, lokr, bias, or one that the config's file has
+    registered (lora_jax.updates)."""
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = later("alpha/r")
+    """What the update is scaled by; "alpha/sqrt(r)" is rsLoRA (arXiv 2312.03732)."""
 
     def __post_init__(self) -> None:
         require(self.rank > 0, "lora.rank", self.rank, "at least 1")
@@ -69,17 +84,30 @@ class LoraConfig:
     @property
     def spec(self) -> LoraSpec:
         """The same, as the core asks for it."""
-        return LoraSpec(self.rank, self.alpha, tuple(_rule(t) for t in self.targets))
+        rules = tuple(_rule(t) for t in self.targets)
+        return LoraSpec(self.rank, self.alpha, rules, kind=self.kind, scaling=self.scaling)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every update is LoRA of a whole weight, which members of a group can share."""
+        rules = self.spec.rules
+        return all(rule.kind == "lora" and not rule.parts for rule in rules)
 
 
 def _rule(text: str) -> Rule:
     """`pattern@rank=4,alpha=8` as a rule.
 
-    >>> _rule("**/kernel@rank=4")
-    Rule(pattern='**/kernel', rank=4, alpha=None)
+    >>> _rule("qkv@rank=4,parts=0:64+128:64").parts
+    ((0, 64), (128, 64))
     """
     pattern, _, settings = text.partition("@")
-    readers: dict[str, Callable[[str], Any]] = {"rank": int, "alpha": float}
+    readers: dict[str, Callable[[str], Any]] = {
+        "rank": int,
+        "alpha": float,
+        "kind": str,
+        "scaling": str,
+        "parts": lambda value: tuple(map(_slice, value.split("+"))),
+    }
     values = {}
     for setting in filter(None, settings.split(",")):
         name, _, value = setting.partition("=")
@@ -91,6 +119,11 @@ def _rule(text: str) -> Rule:
                 "a pattern's own settings are written pattern@rank=4,alpha=8"
             ) from None
     return Rule(pattern, **values)
+
+
+def _slice(text: str) -> tuple[int, int]:
+    start, _, size = text.partition(":")
+    return int(start), int(size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +148,14 @@ class OptimizerConfig:
     """Decay of the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    loraplus_lr_ratio: float = later(1.0)
+    """The learning rate of B divided by that of A. LoRA+ (arXiv 2402.12354) recommends 16."""
+    no_decay: tuple[Literal["bias", "norm", "magnitude"], ...] = later(())
+    """What weight decay leaves out: biases and norms that are trained in full, magnitudes of
+    DoRA."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "head_learning_rate", "clip"):
+        for name in ("learning_rate", "head_learning_rate", "loraplus_lr_ratio", "clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"optimizer.{name}", value, "above 0")
         require(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "in [0, 1)")
@@ -229,6 +267,15 @@ class Config:
     def adaptation(self) -> LoraConfig:
         """The adapters of the run: `lora`, unless a subclass trains by another method."""
         return self.lora
+
+    @property
+    def group_key(self) -> tuple[Any, ...]:
+        """What members of a group have in common that train at once; others train after them."""
+        return (
+            ()
+            if self.adaptation.is_plain
+            else (dataclasses.replace(self.adaptation, init="gaussian"),)
+        )
 
     def full_fine_tuning(self, **changes: Any) -> Config:
         """Return the same run with all parameters trained and no adapters, to compare with."""

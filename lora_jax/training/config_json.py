@@ -42,7 +42,7 @@ def _renamed(values: Mapping[str, Any], names: Mapping[str, str], prefix: str = 
 
 def to_dict(config: Any) -> Any:
     """Return a config as JSON values; a function is written `module:name`."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+    if _is_config(config):
         fields = dataclasses.fields(config)
         return {field.name: to_dict(getattr(config, field.name)) for field in fields}
     if isinstance(config, dict):
@@ -57,10 +57,16 @@ def to_dict(config: Any) -> Any:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Return the values that decide what a run computes: all but the incidental fields."""
-    left_out = {f.name for f in dataclasses.fields(config) if f.metadata.get("incidental")}
-    left_out |= {name for name, value in _later(config).items() if getattr(config, name) == value}
-    return {name: value for name, value in to_dict(config).items() if name not in left_out}
+    """Return the values that decide what a run computes: all but the incidental fields.
+
+    A field that came later is left out at its default.
+    """
+    found = {}
+    for field in _deciding(config):
+        value = getattr(config, field.name)
+        if not (field.metadata.get("later") and value == field.default):
+            found[field.name] = identity(value) if _is_config(value) else to_dict(value)
+    return found
 
 
 def changes(stored: Mapping[str, Any], config: Any) -> list[str]:
@@ -69,15 +75,51 @@ def changes(stored: Mapping[str, Any], config: Any) -> list[str]:
     Args:
       stored: config.json; an old one has old names and lacks the fields that came later.
     """
-    stored = upgrade(stored)
-    defaults = {name: to_dict(value) for name, value in _later(config).items()}
-    ours = {**defaults, **identity(config)}
-    return differences({name: stored.get(name, defaults.get(name)) for name in ours}, ours)
+    names = [field.name for field in _deciding(config)]
+    theirs, ours = _comparable(upgrade(stored), config), _comparable(to_dict(config), config)
+    return differences({n: theirs.get(n) for n in names}, {n: ours.get(n) for n in names})
 
 
-def _later(config: Any) -> dict[str, Any]:
-    """The fields that came later, with their defaults."""
-    return {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
+def later_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the fields that came later, by dotted path, with their defaults.
+
+    Args:
+      config: a config, or the class of one.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if field.metadata.get("later"):
+            found[f"{prefix}{field.name}"] = to_dict(field.default)
+        elif _is_config(field.default):
+            found |= later_defaults(field.default, f"{prefix}{field.name}.")
+    return found
+
+
+def _comparable(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The values with the fields that came later, and with lists sorted whose order means nothing.
+
+    Args:
+      values: a config as JSON values. config: one of the same class.
+    """
+    found = dict(values)
+    for field in dataclasses.fields(config):
+        if field.metadata.get("later"):
+            found.setdefault(field.name, to_dict(field.default))
+        value, own = found.get(field.name), getattr(config, field.name)
+        if isinstance(value, dict) and _is_config(own):
+            found[field.name] = _comparable(value, own)
+        elif isinstance(value, list) and field.metadata.get("unordered"):
+            # The first pattern that matches gives its settings, so with settings order counts.
+            found[field.name] = value if any("@" in x for x in value) else sorted(value)
+    return found
+
+
+def _deciding(config: Any) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(config) if not f.metadata.get("incidental")]
+
+
+def _is_config(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def stable_identity(config: Any) -> dict[str, Any]:

@@ -7,15 +7,14 @@ is the distribution.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 
-from lora_jax.layout import Target
+from lora_jax.target import Target
+from lora_jax.updates.kind import TargetInitializer
 
 InitName = Literal["gaussian", "uniform", "orthogonal"]
-TargetInitializer = Callable[[jax.Array, Target, Any], jax.Array]
 
 
 def uniform(key: jax.Array, target: Target, dtype: Any) -> jax.Array:

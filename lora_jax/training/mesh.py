@@ -86,7 +86,8 @@ class Placement:
     """Where everything lies.
 
     specs: path -> PartitionSpec of each base parameter.
-    params: a tree like the parameters, of NamedShardings.
+    params: a tree like the parameters, of NamedShardings; a quantised weight has one for each of
+      its arrays.
     """
 
     mesh: Mesh
@@ -209,12 +210,12 @@ def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> P
             named=given if isinstance(given, Mapping) else None,
             call=(use, (example,)),
         )
+        tree = sharding.tree_of(specs, workload.params, dict(mesh.shape))
     except LoraError as error:
         raise LoraError(
             f"{error}\nFor train.py a rule is written --mesh.rules 'pattern=axis,axis', with `-` "
             "for a dimension that is to stay whole"
         ) from error
-    tree = jax.tree.unflatten(jax.tree.structure(workload.params), list(specs.values()))
     unplaced = Placement(mesh, specs, None)
     for name, rows in example.items():
         if rows.ndim:

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax.training.config import OptimizerConfig
+from lora_jax import labels
+from lora_jax.training.config import NO_DECAY, OptimizerConfig
 
 KINDS = ("linear", "cosine", "constant")
+OTHER = "other"  # every label that is not in NO_DECAY
 
 
 class Hyper(NamedTuple):
@@ -27,14 +29,17 @@ class Hyper(NamedTuple):
 
     peak: the largest learning rate.
     head: what the parameters trained in full have in the place of 1 times the rate.
+    loraplus: what B has in the place of 1 times the rate.
     rise: steps of the warm-up.
     steps: of the whole run.
     kind: int32, the place in `KINDS` of the decay after the warm-up.
+    weight_decay: label (`NO_DECAY` and `OTHER`) -> decoupled weight decay.
     clip: largest global norm of the gradient; infinity where it is not clipped.
     """
 
     peak: Any
     head: Any
+    loraplus: Any
     rise: Any
     steps: Any
     kind: Any
@@ -50,16 +55,21 @@ def hyper(config: OptimizerConfig, steps: int) -> Hyper:
     values: dict[str, float] = {
         "peak": config.learning_rate,
         "head": (config.head_learning_rate or config.learning_rate) / config.learning_rate,
+        "loraplus": config.loraplus_lr_ratio,
         "rise": round(config.warmup * steps),
         "steps": steps,
-        "weight_decay": config.weight_decay,
         "clip": np.inf if config.clip is None else config.clip,
         "b1": config.b1,
         "b2": config.b2,
         "eps": config.eps,
     }
+    decays = {
+        label: np.float32(0 if label in config.no_decay else config.weight_decay)
+        for label in (*NO_DECAY, OTHER)
+    }
     kind = np.int32(KINDS.index(config.schedule))
-    return Hyper(kind=kind, **{name: np.float32(value) for name, value in values.items()})
+    scalars = {name: np.float32(value) for name, value in values.items()}
+    return Hyper(kind=kind, weight_decay=decays, **scalars)
 
 
 def rate(hyper: Hyper, count: Any, library: Any = jnp) -> Any:
@@ -94,12 +104,34 @@ def adamw(hyper: Hyper) -> optax.GradientTransformation:
         _clip(hyper.clip),
         optax.chain(
             optax.scale_by_adam(hyper.b1, hyper.b2, hyper.eps),
-            optax.add_decayed_weights(hyper.weight_decay),
+            optax.stateless(lambda updates, params: _decayed(hyper, updates, params)),
             optax.scale_by_learning_rate(lambda count: rate(hyper, count)),
         ),
-        # Where this mask is False the update passes through as it is, which is what is meant here.
-        optax.masked(optax.scale(hyper.head), {"adapters": False, "base": True}),
+        # It masks nothing: a mask is part of the state's structure in checkpoints written so far.
+        optax.masked(
+            optax.stateless(lambda updates, _: _rated(hyper, updates)),
+            {"adapters": True, "base": True},
+        ),
     )
+
+
+def _decayed(hyper: Hyper, updates: Any, params: Any) -> Any:
+    """The updates with each array's own weight decay."""
+
+    def one(update: Any, param: Any, label: str) -> Any:
+        return update + hyper.weight_decay.get(label, hyper.weight_decay[OTHER]) * param
+
+    return jax.tree.map(one, updates, params, labels.labels(params))
+
+
+def _rated(hyper: Hyper, updates: Any) -> Any:
+    """The updates at the rates of their own: of B, and of the parameters trained in full."""
+    adapters, base = updates["adapters"], updates["base"]
+    by_label = lambda u, label: u * hyper.loraplus if label == "b" else u  # noqa: E731
+    return {
+        "adapters": jax.tree.map(by_label, adapters, labels.labels(adapters)),
+        "base": jax.tree.map(lambda u: u * hyper.head, base),
+    }
 
 
 def _clip(largest: Any) -> optax.GradientTransformation:

@@ -258,10 +258,11 @@ class Run:
     def _restore(self, like: State) -> State:
         """Go to the newest checkpoint."""
         state, notes = self.checkpoints.restore(like)
-        if notes["layout"] != self.setup.layout.to_json():
+        saved = Layout.from_json(notes["layout"])
+        if set(saved.targets) != set(self.setup.layout.targets):  # in any order
             raise LoraError(
                 f"the checkpoint in {self.setup.path} was written for another layout:\n"
-                f"{Layout.from_json(notes['layout'])}\nthis run resolves\n"
+                f"{saved}\nthis run resolves\n"
                 f"{self.setup.layout}\nstart afresh with --fresh"
             )
         allow = self.setup.config.allow_other_base

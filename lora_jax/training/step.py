@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax import paths
 from lora_jax.adapters import init as init_adapters
 from lora_jax.errors import LoraError
 from lora_jax.frozen import join
@@ -32,15 +33,26 @@ def create(
     key: jax.Array,
     place: Placement,
     init: initializers.InitName = "gaussian",
+    weights: Mapping[str, Any] | None = None,
 ) -> State:
     """The state before the first step, on its devices; it shares no memory with `base`.
 
     The adapters lie as the weights they belong to, and the optimizer's state as the adapters.
     Compiled as one program, so that no device ever holds more than its part.
+
+    Args:
+      weights: `adapted_weights(layout, params)`, for kinds of update that begin at something of W.
     """
 
-    where = jax.tree.map(lambda x: x.sharding, shapes(layout, base, tx, key, place))
-    return jax.jit(fresh(layout, tx, init), out_shardings=where)(base, key)
+    where = jax.tree.map(lambda x: x.sharding, shapes(layout, base, tx, key, place, weights))
+    return jax.jit(fresh(layout, tx, init), out_shardings=where)(base, key, weights)
+
+
+def adapted_weights(layout: Layout, params: Tree) -> dict[str, Any]:
+    """Return the parameters that the layout adapts, by path."""
+    leaves = paths.flatten(params)
+    layout.check_params(leaves)
+    return {target.path: leaves[target.path] for target in layout.targets}
 
 
 def shapes(
@@ -49,9 +61,10 @@ def shapes(
     tx: optax.GradientTransformation,
     key: Any,
     place: Placement,
+    weights: Mapping[str, Any] | None = None,
 ) -> State:
     """The state as `create` makes it, by shape, dtype and sharding; nothing is computed."""
-    state = jax.eval_shape(fresh(layout, tx, "gaussian"), base, key)
+    state = jax.eval_shape(fresh(layout, tx, "gaussian"), base, key, weights)
     where = place.following(state, state.trained, place.trained(layout, base))
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, where
@@ -61,16 +74,16 @@ def shapes(
 @functools.lru_cache(maxsize=16)
 def fresh(
     layout: Layout, tx: optax.GradientTransformation, init: initializers.InitName
-) -> Callable[[dict[str, Any], jax.Array], State]:
-    """`begin(base, key)` gives the state before the first step; to be compiled.
+) -> Callable[[dict[str, Any], jax.Array, Mapping[str, Any] | None], State]:
+    """`begin(base, key, weights)` gives the state before the first step; to be compiled.
 
     The same arguments give the same function, so that JAX compiles it once for many runs.
     """
 
     a_init = initializers.INITIALIZERS[init]
 
-    def begin(base: dict[str, Any], key: jax.Array) -> State:
-        adapters = init_adapters(key, layout, a_init=a_init)
+    def begin(base: dict[str, Any], key: jax.Array, weights: Any = None) -> State:
+        adapters = init_adapters(key, layout, params=weights, a_init=a_init)
         trained = {"adapters": adapters, "base": jax.tree.map(jnp.copy, base)}
         return State(trained, tx.init(trained), jnp.int32(0), jnp.int32(0), key)
 

@@ -12,7 +12,9 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from lora_jax import paths
 from lora_jax.adapters import count
+from lora_jax.bases.quantise import bytes_of
 from lora_jax.training import export
 from lora_jax.training.directory import Summary
 from lora_jax.training.run import Run
@@ -81,27 +83,28 @@ def sizes(run: Run, state: State) -> dict[str, int]:
     frozen, path = run.setup.frozen, run.setup.path
     trainable = state.trained["base"]
     return {
-        "base_parameters": count(frozen) + count(trainable),
+        "base_parameters": parameters(frozen) + count(trainable),
         "adapter_parameters": count(state.trained["adapters"]),
         "trainable_parameters": count(trainable),
         "adapter_file_bytes": export.size(export.folder(path, "last")),
-        "full_checkpoint_bytes": nbytes(frozen) + nbytes(trainable),
+        "full_checkpoint_bytes": bytes_of(frozen) + bytes_of(trainable),
         "base_bytes_per_device": on_each_device(frozen) + on_each_device(trainable),
-        "optimizer_bytes": nbytes(state.optimizer),
+        "optimizer_bytes": bytes_of(state.optimizer),
     }
 
 
-def nbytes(tree: Any) -> int:
-    """Bytes of the arrays of a tree, or of their ShapeDtypeStructs."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def parameters(params: Any) -> int:
+    """How many parameters a tree holds: of a quantised weight the floats that it stands for."""
+    return sum(math.prod(leaf.shape) for leaf in paths.flatten(params).values())
 
 
 def on_each_device(tree: Any) -> int:
     """Bytes of a tree's arrays on one device; every device has as many."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+
+    def part(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+
+    return bytes_of(jax.tree.map(part, tree))
 
 
 def peak_memory() -> int:

@@ -14,10 +14,11 @@ from lora_jax.data.batches import Batches, describe
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.config import DataConfig
 from lora_jax.data.process_slice import Shard
-from lora_jax.training.config import LATER, Config, ConfigError, LoraConfig, require
+from lora_jax.training.config import LATER, Config, ConfigError, LoraConfig, later, require
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.method import LORA, MethodConfig
-from lora_jax.training.workload import Batch
+from lora_jax.training.quantised import quantised
+from lora_jax.training.workload import Batch, Workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +45,24 @@ class ModelConfig:
     positions at once."""
     dropout: float = 0.0
     """Dropout rate inside an encoder, and before its head, while training."""
+    quantize: Literal["none", "nf4", "int4", "int8", "fp8"] = later("none")
+    """How the frozen weights of the layers are kept: as `param_dtype`, or as codes of 4 or 8 bits
+    with scales (QLoRA, arXiv 2305.14314). Embeddings, norms, biases and the output head stay as
+    they are. On a CPU it saves memory, not time."""
+    quantize_block: int | None = later(None)
+    """Numbers that share a scale. None: 64 for nf4 and int4, one scale for each output else."""
+    double_quantize: bool = later(False)
+    """Keep the scales of nf4 in 8 bits."""
 
     def __post_init__(self) -> None:
         require(bool(self.reference), "model.reference", self.reference, "a model reference")
         chunk = self.loss_chunk
         require(chunk is None or chunk > 0, "model.loss_chunk", chunk, "at least 1")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        double = not self.double_quantize or self.quantize == "nf4"
+        require(double, "model.double_quantize", self.double_quantize, "False without nf4")
+        block = self.quantize_block
+        require(block is None or self.quantize != "none", "model.quantize_block", block, "None")
 
     def apply_to(self, config: Any) -> Any:
         """The model's own configuration with these settings."""
@@ -96,9 +109,19 @@ class TextConfig(Config):
         """`lora`; with another method no adapters, and in full what the workload names."""
         return self.lora if self.method.name == LORA else LoraConfig(targets=())
 
+    @property
+    def group_key(self) -> tuple[Any, ...]:
+        """See `Config`; members of one group share one base."""
+        model = self.model
+        own = (model.quantize, model.quantize_block, model.double_quantize)
+        return (*super().group_key, *own)
+
     def full_fine_tuning(self, **changes: Any) -> Config:
         """See `Config`; the method is LoRA's, since no other takes `lora.trainable`."""
-        return super().full_fine_tuning(method=MethodConfig(), **changes)
+        model = dataclasses.replace(
+            self.model, quantize="none", quantize_block=None, double_quantize=False
+        )
+        return super().full_fine_tuning(method=MethodConfig(), model=model, **changes)
 
 
 Pipeline = Callable[..., Batches]  # lora_jax.data's classification or language_modelling
@@ -156,6 +179,20 @@ def about(config: TextConfig, **more: Any) -> dict[str, Any]:
     name, own = config.method.name, config.method.settings
     method = {} if name == LORA else {"method": {"name": name, **own}}
     return to_dict({"model": model, **method, **more})
+
+
+def quantised_as_said(config: TextConfig, workload: Workload) -> Workload:
+    """The workload with its frozen weights as `config.model.quantize` says."""
+    model = config.model
+    if model.quantize == "none":
+        return workload
+    return quantised(
+        workload,
+        model.quantize,
+        block=model.quantize_block,
+        double=model.double_quantize,
+        trainable=config.adaptation.trainable,
+    )
 
 
 def method_parameters(config: TextConfig, method: baselines.Method) -> Any:

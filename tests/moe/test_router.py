@@ -464,5 +464,5 @@ def test_errors_say_what_is_expected() -> None:
             layout, f, case.params, lora_jax.moe.route(stacked, router), *case.args
         )
     wider, _ = lora_jax.multi.stack(members_of(case, (1, 3)))
-    with pytest.raises(LoraError, match="the factors do not fit the layout"):
+    with pytest.raises(LoraError, match="the arrays do not fit the layout"):
         runs(case, wider)(case.params, lora_jax.moe.mix(stacked, jnp.ones(3)))

@@ -11,8 +11,8 @@ import pytest
 
 import lora_jax
 from lora_jax import Adapter, Factors, Layout, LoraError, LoraSpec, Target
-from lora_jax.merge import delta
 from lora_jax.multi.combine import combine, truncate
+from lora_jax.updates import Lora
 from tests import cases, programs
 from tests.test_transform import assert_close
 
@@ -23,6 +23,8 @@ FORMS = {
     "heads": ((2, 9, 3, 4), (2,), (1,), (0, 3)),  # the stack in the middle, the outputs apart
     "kernel": ((3, 2, 5, 8), (), (0, 1, 2), (3,)),
 }
+
+delta = Lora().delta
 
 
 def member(

@@ -11,6 +11,9 @@ import numpy as np
 import optax
 import pytest
 
+from lora_jax import labels
+from lora_jax.adapters import Factors
+from lora_jax.errors import LoraError
 from lora_jax.training import optimizer
 from lora_jax.training.config import OptimizerConfig
 
@@ -19,6 +22,8 @@ CONFIGS = (
     OptimizerConfig(learning_rate=1e-2, schedule="cosine", clip=None, b1=0.8, b2=0.95, warmup=0),
     OptimizerConfig(learning_rate=2e-3, schedule="constant", head_learning_rate=8e-3, eps=1e-5),
     OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup=0.5, clip=100.0),
+    OptimizerConfig(1e-3, 3e-3, loraplus_lr_ratio=16.0, weight_decay=0.3, no_decay=("bias",)),
+    OptimizerConfig(1e-3, weight_decay=0.3, no_decay=("norm", "magnitude")),
 )
 STEPS = 30
 
@@ -38,18 +43,28 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def reference(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     rate = schedule(config, steps)
-    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
+    mask = labels.all_but(*config.no_decay)
+    adamw = optax.adamw(
+        rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=mask
+    )
     ratio = (config.head_learning_rate or config.learning_rate) / config.learning_rate
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-    mask = {"adapters": False, "base": True}
-    return optax.chain(clip, adamw, optax.masked(optax.scale(ratio), mask))
+    base = {"adapters": False, "base": True}
+    plus = labels.loraplus(config.loraplus_lr_ratio)
+    return optax.chain(clip, adamw, optax.masked(optax.scale(ratio), base), plus)
 
 
 def trained(dtype: Any = jnp.float32) -> Any:
-    keys = jax.random.split(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), 5)
+    base = {"head/kernel": (4, 3), "head/bias": (3,), "norm/scale": (4,)}
     return {
-        "adapters": {"w": jax.random.normal(keys[0], (5, 2))},
-        "base": {"v": jax.random.normal(keys[1], (3,)).astype(dtype)},
+        "adapters": {
+            "w": Factors(jax.random.normal(keys[0], (5, 2)), jax.random.normal(keys[1], (2, 4)))
+        },
+        "base": {
+            path: jax.random.normal(key, shape).astype(dtype)
+            for key, (path, shape) in zip(keys[2:], base.items(), strict=True)
+        },
     }
 
 
@@ -103,9 +118,37 @@ def test_the_state_has_one_structure_whatever_the_settings() -> None:
 
 def test_bfloat16_parameters_are_clipped_and_moved() -> None:
     """Red with `optax.clip_by_global_norm`, which selects between bfloat16 and float32."""
-    config = dataclasses.replace(CONFIGS[0], clip=1e-3)
+    config = dataclasses.replace(CONFIGS[0], clip=1e-3, learning_rate=0.5)
     tx, like = optimizer.adamw(optimizer.hyper(config, STEPS)), trained(jnp.bfloat16)
     updates, _ = tx.update(gradient(0, like), tx.init(like), like)
     moved = optax.apply_updates(like, updates)
-    assert moved["base"]["v"].dtype == jnp.bfloat16
-    assert not np.array_equal(moved["base"]["v"], like["base"]["v"])
+    for path, before in like["base"].items():
+        assert moved["base"][path].dtype == jnp.bfloat16
+        assert not np.array_equal(moved["base"][path], before)
+
+
+def test_loraplus_moves_b_so_many_times_as_far_as_a() -> None:
+    """Adam's first step has the size of the rate. Red: the ratio on A, or before Adam."""
+    config = OptimizerConfig(1e-3, schedule="constant", warmup=0.0, loraplus_lr_ratio=16.0)
+    tx, like = optimizer.adamw(optimizer.hyper(config, STEPS)), trained()
+    updates, _ = tx.update(gradient(0, like), tx.init(like), like)
+    np.testing.assert_allclose(np.abs(updates["adapters"]["w"].a), 1e-3, rtol=1e-4)
+    np.testing.assert_allclose(np.abs(updates["adapters"]["w"].b), 16e-3, rtol=1e-4)
+    np.testing.assert_allclose(np.abs(updates["base"]["head/kernel"]), 1e-3, rtol=1e-4)
+
+
+def test_a_parameter_named_b_is_no_factor() -> None:
+    """Red: labels by the last name in the path alone."""
+    assert labels.labels({"base": {"b": 0, "a": 0}}) == {"base": {"b": "weight", "a": "weight"}}
+    with pytest.raises(LoraError, match="above 0"):
+        labels.loraplus(0)
+
+
+def test_labels_partition_an_optimizer() -> None:
+    """As a user of optax has it, on adapters alone. Red: a label without its array's structure."""
+    adapters = trained()["adapters"]
+    rates = {"a": optax.sgd(1.0), "b": optax.sgd(2.0)}
+    tx = optax.partition(rates, labels.labels)
+    updates, _ = tx.update(adapters, tx.init(adapters))
+    np.testing.assert_allclose(updates["w"].a, -adapters["w"].a)
+    np.testing.assert_allclose(updates["w"].b, -2 * adapters["w"].b)

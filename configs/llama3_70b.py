@@ -1,0 +1,107 @@
+"""QLoRA on Llama 3 70B, r=16 on all linear layers: to be planned and not run.
+
+Command:   python train.py --config configs/llama3_70b.py --plan --plan-devices 1
+           python train.py --config configs/llama3_70b.py --plan --plan-devices 8 --accumulate 1
+Hardware:  2 CPU cores for the plan; one GPU of 80 GB for the run
+Minutes:   one for the plan
+Result:    see docs/plan.md
+
+Shapes are Meta's: 80 layers, width 8192, 64 heads of 128, 8 of them for keys and values, an MLP of
+28672, 128256 tokens, an output head of its own. Base weights are NF4 with double quantisation;
+embeddings, norms and the output head stay in bfloat16. The weights are not read, so it can only be
+planned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NoReturn
+
+import jax.numpy as jnp
+
+from lora_jax import models
+from lora_jax.models import placement
+from lora_jax.training.causal_lm import apply_of, batch_shapes, token_loss
+from lora_jax.training.config import Config, ConfigError, LoraConfig, MeshConfig, OptimizerConfig
+from lora_jax.training.quantised import quantised
+from lora_jax.training.workload import Workload
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaPlanConfig(Config):
+    """The sizes of the model and of a batch, and how the base is kept."""
+
+    layers: int = 80
+    """Decoder layers, scanned."""
+    hidden: int = 8192
+    """Width; heads are 128 wide, an eighth of them hold keys and values."""
+    mlp: int = 28_672
+    """Width of the MLP."""
+    vocabulary: int = 128_256
+    """Tokens there are."""
+    rows: int = 8
+    """Rows of a batch."""
+    length: int = 2048
+    """Tokens of a row."""
+    loss_chunk: int = 256
+    """Positions of a row whose logits exist at the same time."""
+    quantize: Literal["none", "nf4", "int4", "int8", "fp8"] = "nf4"
+    """How the weights of the layers are kept. none: in bfloat16."""
+    double_quantize: bool = True
+    """Quantise the scales of nf4 too."""
+
+    @property
+    def model(self) -> models.LlamaConfig:
+        """The model's own configuration."""
+        heads = self.hidden // 128
+        return models.LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            num_layers=self.layers,
+            num_heads=heads,
+            num_kv_heads=max(heads // 8, 1),
+            head_dim=128,
+            mlp_size=self.mlp,
+            max_positions=8192,
+            rope_theta=500_000.0,
+            tied=False,
+            scan_layers=True,
+            remat="full",
+            dtype=jnp.dtype("bfloat16"),
+            param_dtype=jnp.dtype("bfloat16"),
+        )
+
+    def full_fine_tuning(self, **changes: Any) -> Config:
+        """See `Config`; a quantised weight cannot be trained."""
+        return super().full_fine_tuning(quantize="none", **changes)
+
+
+def workload(config: LlamaPlanConfig) -> Workload:
+    """The decoder, by shape alone."""
+
+    def absent(_: Any) -> NoReturn:
+        raise ConfigError("configs/llama3_70b.py reads no weights: it can only be planned (--plan)")
+
+    floats = Workload(
+        apply=apply_of(models.Llama(config.model), config.loss_chunk),
+        loss=token_loss,
+        params=models.shapes(config.model),
+        train=absent,
+        load=absent,
+        example=batch_shapes(config.rows, config.length),
+        placement=placement.rules(config.model),
+    )
+    if config.quantize == "none":
+        return floats
+    double = config.double_quantize and config.quantize == "nf4"
+    return quantised(floats, config.quantize, double=double)
+
+
+config = LlamaPlanConfig(
+    workload=workload,
+    steps=1000,
+    accumulate=8,
+    lora=LoraConfig(rank=16, alpha=16.0, targets=("all-linear",)),
+    optimizer=OptimizerConfig(learning_rate=2e-4),
+    mesh=MeshConfig(data=1, fsdp=-1),
+)

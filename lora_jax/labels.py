@@ -1,0 +1,103 @@
+"""Labels of trained arrays, so that an optimizer treats some of them differently.
+
+LoRA+ gives B a larger learning rate than A. Weight decay often leaves out biases, norms and
+DoRA's magnitudes. Both are settings of the optimizer alone, so they are written with optax:
+
+    tx = optax.chain(optax.adamw(1e-3, mask=labels.all_but("bias", "norm")), labels.loraplus(16))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from lora_jax.adapters import Factors
+from lora_jax.errors import LoraError
+from lora_jax.paths import path_of
+
+if TYPE_CHECKING:
+    import optax
+
+BIAS, NORM, WEIGHT = "bias", "norm", "weight"  # of base parameters
+
+
+def labels(trained: Any) -> Any:
+    """Label each array of a tree that holds adapters, base parameters, or both.
+
+    An array of an adapter is labelled by its field: "a", "b". A base parameter is a "bias" if
+    that is the last name in its path, a "norm" if some name in its path contains "norm" or its
+    last name is "scale", and a "weight" otherwise.
+
+    Returns:
+      A tree like `trained` with a string in the place of each array, for `optax.partition`.
+
+    >>> import jax.numpy as jnp
+    >>> adapters = {"q/kernel": Factors(a=jnp.ones((8, 2)), b=jnp.ones((2, 4)))}
+    >>> labels({"adapters": adapters, "base": {"head/kernel": 0, "head/bias": 0}})["adapters"]
+    {'q/kernel': Factors(a='a', b='b')}
+    >>> labels({"head/kernel": 0, "head/bias": 0, "layer_norm/scale": 0})
+    {'head/bias': 'bias', 'head/kernel': 'weight', 'layer_norm/scale': 'norm'}
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _fields(leaf) if _is_adapter(leaf) else _base_label(path_of(path)),
+        trained,
+        is_leaf=_is_adapter,
+    )
+
+
+def all_but(*names: str) -> Callable[[Any], Any]:
+    """Return the mask of all arrays except those with these labels, as optax takes it.
+
+    >>> import optax
+    >>> tx = optax.adamw(1e-3, weight_decay=0.1, mask=all_but("bias", "norm"))
+    >>> all_but("bias")({"head/kernel": 0, "head/bias": 0})
+    {'head/bias': False, 'head/kernel': True}
+    """
+    return lambda trained: jax.tree.map(lambda label: label not in names, labels(trained))
+
+
+def loraplus(ratio: float) -> optax.GradientTransformation:
+    """Multiply the learning rate of B by `ratio` (LoRA+, arXiv 2402.12354; it recommends 16).
+
+    Args:
+      ratio: the learning rate of B divided by that of A.
+
+    Returns:
+      A transformation without state, to be chained after an optimizer.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.sgd(0.1), loraplus(16))
+    >>> adapters = {"q/kernel": Factors(a=jnp.ones((1, 1)), b=jnp.ones((1, 1)))}
+    >>> updates, _ = tx.update(adapters, tx.init(adapters))
+    >>> [round(float(x[0, 0]), 6) for x in updates["q/kernel"]]
+    [-0.1, -1.6]
+    """
+    import optax  # only who asks for an optimizer pays for the import
+
+    if not ratio > 0:
+        raise LoraError(f"the ratio of the learning rates of B and A must be above 0, got {ratio}")
+
+    def scaled(updates: Any, _: Any) -> Any:
+        by_label = lambda u, label: u * ratio if label == "b" else u  # noqa: E731
+        return jax.tree.map(by_label, updates, labels(updates))
+
+    return optax.stateless(scaled)
+
+
+def _is_adapter(leaf: Any) -> bool:
+    return isinstance(leaf, Factors)
+
+
+def _fields(adapter: Any) -> Any:
+    return type(adapter)(*adapter._fields)
+
+
+def _base_label(path: str) -> str:
+    names = path.split("/")
+    if names[-1] == "bias":
+        return BIAS
+    if names[-1] == "scale" or any("norm" in name.lower() for name in names):
+        return NORM
+    return WEIGHT

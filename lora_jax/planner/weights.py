@@ -1,0 +1,64 @@
+"""The bytes of each weight of the base on one device: codes, scales, floats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lora_jax import paths
+from lora_jax.base import is_base
+from lora_jax.training.summary import on_each_device
+
+FLOATS = "floats"  # an array that is not part of a quantised weight
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightBytes:
+    """One weight on one device.
+
+    path, shape, dtype: of the float array.
+    kind: of a quantised weight the name of its type; else `FLOATS`.
+    parts: field of the quantised weight ("codes", "scales") -> bytes; or `FLOATS` -> bytes.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    parts: dict[str, int]
+
+
+def weight_bytes(params: Any) -> tuple[WeightBytes, ...]:
+    """Return the bytes of each weight, in the order of the tree.
+
+    Args:
+      params: a tree of ShapeDtypeStructs with shardings, and of quantised weights of such.
+    """
+    return tuple(_of(path, leaf) for path, leaf in paths.flatten(params).items())
+
+
+def by_part(weights: Sequence[WeightBytes]) -> dict[str, int]:
+    """Return the bytes of all weights by what they are: codes, scales, floats.
+
+    >>> by_part([WeightBytes("w", (4, 2), "float32", FLOATS, {FLOATS: 32})])
+    {'floats': 32}
+    """
+    found: dict[str, int] = {}
+    for weight in weights:
+        for part, size in weight.parts.items():
+            found[part] = found.get(part, 0) + size
+    return found
+
+
+def _of(path: str, leaf: Any) -> WeightBytes:
+    shape, dtype = tuple(leaf.shape), str(leaf.dtype)
+    if not is_base(leaf):
+        return WeightBytes(path, shape, dtype, FLOATS, {FLOATS: on_each_device(leaf)})
+    parts: dict[str, int] = {}
+    for (field, *_), array in jax.tree_util.tree_leaves_with_path(leaf):
+        name = paths.path_of((field,))
+        parts[name] = parts.get(name, 0) + on_each_device(array)
+    return WeightBytes(path, shape, dtype, type(leaf).__name__, parts)

@@ -1,0 +1,144 @@
+"""Updates that are chosen among several, or routed token by token: wrappers of a plain one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.errors import LoraError
+from lora_jax.multi import segmented_matmul
+from lora_jax.primitives.gating import Gate, counted, gates
+from lora_jax.primitives.lowrank import LowRank, is_matrix_product
+from lora_jax.primitives.named import MEMBER, RANK, Named, without
+from lora_jax.primitives.update import Operation, Update
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gated(LowRank):
+    """All experts of a mixture as one update, weighted for each token by a router.
+
+    The router's columns are the last ones of `a`, so whatever a program does to `a` it does to
+    the router. Such an update depends on x, and is good for products with all of x's inputs alone.
+    """
+
+    gate: Gate | None = None
+
+    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
+        moved: Any = super().map(fn, *operands)
+        if self.gate is None or self.gate.probe is None:
+            return moved
+        probe = fn(self.gate.probe, *operands)
+        return dataclasses.replace(moved, gate=dataclasses.replace(self.gate, probe=probe))
+
+    def middle(self, h: Named) -> Named:
+        """`x a` for all experts, each weighted by the gate that the router's columns give it."""
+        assert self.gate is not None
+        gate = self.gate
+        h = h.moved((*without(h.names, (RANK,)), RANK))
+        rank = h.array.shape[-1] - gate.n
+        weights = gates(h.array[..., rank:], gate.top)
+        if gate.probe is not None:
+            weights = _counted(Named(weights, (*h.names[:-1], MEMBER)), gate)
+        parts = h.array[..., :rank].reshape(*weights.shape, rank // gate.n)
+        weighted = parts * weights[..., None].astype(parts.dtype)
+        return super().middle(Named(weighted.reshape(*h.array.shape[:-1], rank), h.names))
+
+    def check_linear(self, path: str, where: str) -> None:
+        raise LoraError(
+            f"{path!r}: {where}, where a router per token has no whole input to route by. Leave "
+            "it out of the targets, or use weights per example: moe.mix"
+        )
+
+
+def _counted(weights: Named, gate: Gate) -> Any:
+    """The gates again, counted slice by slice of the stack that the probe still has."""
+    front = weights.to_front(tuple(n for n in gate.probe.names if n in weights.names[:-1]))
+    stack = front.array.shape[: len(gate.probe.names) - 2]
+    rows = front.array.reshape(*stack, -1, gate.n)
+    array = counted(rows, gate.probe.array, gate.top).reshape(front.array.shape)
+    return Named(array, front.names).moved(weights.names).array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen(Update):
+    """One of several updates; all arrays of `among` have the axis MEMBER.
+
+    index: [] int along MEMBER; one that is none gives NaN.
+    examples: how many examples run under one `vmap`, each with an index of its own.
+    """
+
+    among: Update
+    index: Any
+    examples: int = dataclasses.field(metadata={"static": True})
+
+    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
+        return dataclasses.replace(self, among=self.among.map(fn, *operands))
+
+    def role(self, name: int) -> str | None:
+        return self.among.role(name)
+
+    def chosen(self) -> Update:
+        def take(n: Named) -> Named:
+            if MEMBER not in n.names:
+                return n
+            axis = n.names.index(MEMBER)
+            array = jnp.take(n.array, self.index, axis=axis, mode="fill", fill_value=jnp.nan)
+            return Named(array, (*n.names[:axis], *n.names[axis + 1 :]))
+
+        return self.among.map(take)
+
+    def product(self, p: Operation) -> Any:
+        u = self.among
+        if type(u) is LowRank and p.x is not None and self._groups(u, p.x, p):
+            return self._grouped(u, p.x, p)
+        return self.chosen().product(p)
+
+    def merged(self, w: Named) -> Any:
+        return self.chosen().merged(w)
+
+    def times(self, factor: Named) -> Update | None:
+        inner = self.among.times(factor)
+        return None if inner is None else dataclasses.replace(self, among=inner)
+
+    def plus(self) -> Update | None:
+        return None if self.among.plus() is None else self
+
+    def sums(self, sizes: dict[int, int]) -> bool:
+        return self.among.sums(sizes)
+
+    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        raise NotImplementedError("the update is chosen before its derivative is taken")
+
+    def _groups(self, u: LowRank, x: Named, p: Operation) -> bool:
+        """Whether it is a plain product of examples that are to be grouped by adapter."""
+        if not p.matrix or u.a.names[0] != MEMBER or u.b.names[0] != MEMBER:
+            return False
+        a, b = (Named(n.array[0], n.names[1:]) for n in (u.a, u.b))
+        whole = set(p.out) == {*x.names, *b.names} - set(a.names)
+        if not (whole and is_matrix_product(x, a, b, p.out)):
+            return False
+        rows = math.prod(x.size(n) for n in x.names if n in p.out)
+        return segmented_matmul.pays(self.examples, u.a.size(MEMBER), rows, u.a.size(RANK))
+
+    def _grouped(self, u: LowRank, x: Named, p: Operation) -> Any:
+        assert u.gain is not None
+        base = p.base(x.array)
+        (inner,), (outer,) = (without(f.names, (MEMBER, RANK)) for f in (u.a, u.b))
+        rows = tuple(n for n in x.names if n in p.out)
+        dtype = x.array.dtype
+        a, b = u.a.moved((MEMBER, inner, RANK)).astype(dtype), u.b.moved((MEMBER, RANK, outer))
+        gain = u.gain.astype(dtype).array * u.scale
+        with jax.named_scope("lora"):
+            y = segmented_matmul.product(
+                x.matrix((), rows, (inner,)), a.array, b.astype(dtype).array, gain, self.index,
+                p.precision,
+            )  # fmt: skip
+            named = Named(y.reshape(*map(x.size, rows), u.b.size(outer)), (*rows, outer))
+            return base + named.moved(p.out).array.astype(base.dtype)

@@ -1,0 +1,77 @@
+"""Arrays whose axes have names, so that one operation can be done to all arrays of a weight.
+
+A name is an integer. The evaluator hands them out (`Evaluator.fresh`), counting from 0 in each
+trace, so that the same function traced twice gives the same jaxpr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Names = tuple[int, ...]
+Ins = list[Any]  # of one equation, adapted weights among them
+Outs = list[Any] | None  # None: the rule does not apply
+
+RANK, ROWS, MEMBER, TALLY, OTHER = -1, -2, -3, -4, -5  # the same in all weights; OTHER and below
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """An array and the name of each of its axes."""
+
+    array: Any
+    names: Names = dataclasses.field(metadata={"static": True})
+
+    def size(self, name: int) -> int:
+        return int(self.array.shape[self.names.index(name)])
+
+    def moved(self, names: Names) -> Named:
+        """The same array with its axes in the order of `names`."""
+        if names == self.names:
+            return self
+        return Named(jnp.transpose(self.array, [self.names.index(n) for n in names]), names)
+
+    def to_front(self, names: Names) -> Named:
+        return self.moved((*names, *(n for n in self.names if n not in names)))
+
+    def among(self, names: Names) -> Any:
+        """The array with axes `names`, of size 1 where it has none, to be broadcast."""
+        moved = self.moved(tuple(n for n in names if n in self.names))
+        return jnp.expand_dims(moved.array, [i for i, n in enumerate(names) if n not in self.names])
+
+    def renamed(self, new: dict[int, int]) -> Named:
+        return Named(self.array, tuple(new.get(n, n) for n in self.names))
+
+    def astype(self, dtype: Any) -> Named:
+        return Named(jnp.asarray(self.array, dtype), self.names)
+
+    def matrix(self, stack: Names, left: Names, right: Names) -> Any:
+        """The array as [*stack, left, right], the axes of each side made one."""
+        sides = (math.prod(map(self.size, side)) for side in (left, right))
+        shape = (*map(self.size, stack), *sides)
+        return self.moved((*stack, *left, *right)).array.reshape(shape)
+
+    def times(self, factor: Named) -> Named:
+        """The product with a factor that has some of the same axes, in this array's dtype."""
+        return Named(self.array * factor.astype(self.array.dtype).among(self.names), self.names)
+
+
+def einsum(left: Named, right: Named, out: Names, precision: Any = None) -> Any:
+    """The product of two named arrays with axes `out`; names in neither `out` are summed."""
+    letters = {n: i for i, n in enumerate(dict.fromkeys((*left.names, *right.names)))}
+    lists = ([letters[n] for n in names] for names in (left.names, right.names, out))
+    left_list, right_list, out_list = lists
+    return jnp.einsum(left.array, left_list, right.array, right_list, out_list, precision=precision)
+
+
+def without(names: Names, gone: Iterable[int]) -> Names:
+    """The names that are not among `gone`, in their order."""
+    left_out = set(gone)
+    return tuple(n for n in names if n not in left_out)

@@ -1,0 +1,242 @@
+"""The protocol of an update: what is added to W, on its way through a program with it."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.errors import LoraError
+from lora_jax.primitives.named import Named, Names
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation that is linear in W, as its rule hands it to the update.
+
+    x: the other operand, its axes named; where it is multiplied along an axis of W it has that
+      axis's name. None: there is no such operand (a lookup).
+    out: the names of the result's axes.
+    base: `base(x)`, the operation with W itself; x is an array.
+    low_rank: `low_rank(y, x, update)` is y plus the operation with `update`, a `LowRank`, in W's
+      place, in the form that is fast for this operation; x is named.
+    matrix: whether it is the plain product of a matrix, as `x @ w` is.
+    spread: makes an array with a stack axis that neither x nor the result has (the group of each
+      row in a ragged product) one with the rows instead; None: there is no such axis.
+    """
+
+    x: Named | None
+    out: Names
+    base: Callable[[Any], Any]
+    low_rank: Callable[[Any, Any, Any], Any]
+    matrix: bool = False
+    precision: Any = None
+    spread: Callable[[Named], Named] | None = None
+
+
+class Update(abc.ABC):
+    """What is added to W: `W + update`, never formed.
+
+    An update is a registered pytree of `Named` arrays. An axis of W has
+
+        the role stack    if every slice along it has an update of its own
+        the role input    if the update's first factor has it
+        the role output   if its second factor has it
+        no role           if the update is constant along it (it is of size 1, mostly)
+    """
+
+    @abc.abstractmethod
+    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
+        """`fn` of each array: what is done to axes of W is done to those of the same name."""
+
+    @abc.abstractmethod
+    def role(self, name: int) -> str | None:
+        """The role of an axis: "stack", "input", "output", or None."""
+
+    @abc.abstractmethod
+    def product(self, p: Operation) -> Any:
+        """The whole of an operation: `p.base(x)` and what the update adds to it."""
+
+    @abc.abstractmethod
+    def merged(self, w: Named) -> Any:
+        """`W + update` as an array with the axes of `w`, in w's dtype."""
+
+    def chosen(self) -> Update:
+        """The update with the one adapter that was chosen for it, where there are several."""
+        return self
+
+    def times(self, factor: Named) -> Update | None:
+        """The update of `factor * W`; None: it is not of the same form."""
+        del factor
+        return None
+
+    def plus(self) -> Update | None:
+        """The update of `W + v`, v being a plain array."""
+        return self
+
+    def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
+        """Whether these axes have these roles, or none."""
+        groups = (("stack", stack), ("input", inputs), ("output", outputs))
+        return all(self.role(n) in (None, role) for role, names in groups for n in names)
+
+    def chooses(self, taken: Names, rest: Names) -> bool:
+        """Whether indexing the axes `taken` chooses parts of W, rather than looking up rows."""
+        roles = {self.role(n) for n in taken}
+        row = roles == {"input"} and all(self.role(n) in ("output", None) for n in rest)
+        return len(roles) == 1 and not row
+
+    def sums(self, sizes: dict[int, int]) -> bool:
+        """Whether the update of `W.sum(names)` is that of W summed array by array; names: sizes."""
+        roles = {n: self.role(n) for n in sizes}
+        return all(r != "stack" and (r or sizes[n] == 1) for n, r in roles.items())
+
+    def regroup(self, old: Names, new: Names, sizes: tuple[int, ...]) -> Update | None:
+        """The axes `old`, in this order and of one role, reshaped into axes `new` of `sizes`."""
+
+        def one(n: Named) -> Named:
+            if old[0] not in n.names:
+                return n
+            n = n.to_front(old)
+            rest = n.array.shape[len(old) :]
+            return Named(n.array.reshape((*sizes, *rest)), (*new, *n.names[len(old) :]))
+
+        return self.map(one) if len({self.role(n) for n in old}) == 1 else None
+
+    def lost(self, names: Names, how: str, into: Names = ()) -> Update:
+        """Note that W has lost axes: `how` is "taken" (a slice of them was chosen) or "summed".
+
+        Only the update that finds the roles needs to know; it is called after `map`.
+        """
+        del names, how, into
+        return self
+
+    def check_linear(self, path: str, where: str) -> None:
+        """Raise `LoraError` if the update depends on the operand that W is multiplied with."""
+        del path, where
+
+    @abc.abstractmethod
+    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        """The derivative of `W + update` as a sum of weights: pairs of a W and an update.
+
+        Args:
+          w, dw, none: W, its tangent, and no W at all (`held.Absent`), of the same shape.
+          tangent: an update like this one, holding the tangents of its arrays.
+        """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Zero(Update):
+    """Nothing is added: a quantised weight that no adapter adapts."""
+
+    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
+        del fn, operands
+        return self
+
+    def role(self, name: int) -> str | None:
+        del name
+        return None
+
+    def product(self, p: Operation) -> Any:
+        return p.base(None if p.x is None else p.x.array)
+
+    def merged(self, w: Named) -> Any:
+        return w.array
+
+    def sums(self, sizes: dict[int, int]) -> bool:
+        del sizes
+        return True
+
+    def chooses(self, taken: Names, rest: Names) -> bool:
+        del taken
+        return len(rest) > 1
+
+    def regroup(self, old: Names, new: Names, sizes: tuple[int, ...]) -> Update | None:
+        del old, new, sizes
+        return self
+
+    def times(self, factor: Named) -> Update | None:
+        del factor
+        return self
+
+    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        del w, tangent, none
+        return [(dw, self)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OutputGain(Update):
+    """`gain * (W + update)`, the gain being a number for each output (DoRA's magnitude / norm).
+
+    gain: has axes of W with the roles stack and output alone, all of them.
+    """
+
+    inner: Update
+    gain: Named
+
+    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
+        return OutputGain(self.inner.map(fn, *operands), fn(self.gain, *operands))
+
+    def role(self, name: int) -> str | None:
+        return self.inner.role(name)
+
+    def product(self, p: Operation) -> Any:
+        """The gain multiplies x along outputs that are contracted, and the result along others.
+
+        In float32 between the two: a trained gain is within a few thousandths of 1, which
+        bfloat16 cannot tell from 1.
+        """
+        x, gain = p.x, self.gain if p.spread is None else p.spread(self.gain)
+        if x is not None and any(n not in p.out for n in gain.names):
+            return self._transposed(x, p)
+        dtype: Any = None
+
+        def base(x: Any) -> Any:
+            nonlocal dtype
+            y = p.base(x)
+            dtype = y.dtype
+            return y.astype(jnp.promote_types(dtype, jnp.float32))
+
+        y = self.inner.product(dataclasses.replace(p, base=base))
+        return Named(y, p.out).times(gain).array.astype(dtype)
+
+    def _transposed(self, x: Named, p: Operation) -> Any:
+        """A product over outputs, as a tied head's: the gain multiplies x before it."""
+        if any(n not in x.names for n in self.gain.names):
+            raise LoraError(
+                "a product sums over some of the outputs of a weight that DoRA adapts, and not over "
+                "others; its magnitude cannot follow. Use another kind of update for this weight"
+            )
+        wide = x.astype(jnp.promote_types(x.array.dtype, jnp.float32))
+        scaled = Named(wide.times(self.gain).array.astype(x.array.dtype), x.names)
+        return self.inner.product(dataclasses.replace(p, x=scaled))
+
+    def merged(self, w: Named) -> Any:
+        whole = Named(self.inner.merged(w.astype(jnp.float32)), w.names)
+        return whole.times(self.gain).array.astype(w.array.dtype)
+
+    def chosen(self) -> Update:
+        return OutputGain(self.inner.chosen(), self.gain)
+
+    def times(self, factor: Named) -> Update | None:
+        inner = self.inner.times(factor)
+        return None if inner is None else OutputGain(inner, self.gain)
+
+    def plus(self) -> Update | None:
+        return None
+
+    def sums(self, sizes: dict[int, int]) -> bool:
+        return self.inner.sums(sizes) and not any(n in self.gain.names for n in sizes)
+
+    def check_linear(self, path: str, where: str) -> None:
+        self.inner.check_linear(path, where)
+
+    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        parts = self.inner.derivatives(w, dw, tangent.inner, none)
+        along = [(w, OutputGain(update, self.gain)) for w, update in parts]
+        return [*along, (w, OutputGain(self.inner, tangent.gain))]

@@ -1,0 +1,124 @@
+"""A workload whose frozen weights are quantised as they are loaded (QLoRA, arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax import paths
+from lora_jax.base import is_base
+from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.bases.quantise import quantize
+from lora_jax.data.process_slice import Shard
+from lora_jax.layout import Layout
+from lora_jax.resolve import resolve
+from lora_jax.spec import LoraSpec
+from lora_jax.training.workload import Common, Workload
+
+Tree = Any  # a pytree
+
+ABOUT = "quantized"  # the entry of `Workload.about` that says how the base was quantised
+
+
+def quantised(
+    workload: Workload,
+    scheme: str,
+    *,
+    block: int | None = None,
+    double: bool = False,
+    trainable: Sequence[str] | None = None,
+) -> Workload:
+    """Return the workload with its weights quantised: those of all products but the output head.
+
+    Embeddings, norms, biases and the head stay as they are, and so do the parameters that are
+    trained in full. The loader brings floats to the host, and one weight after the other goes to
+    the devices to be quantised there.
+
+    Args:
+      workload: its `params` are floats, by shape or as arrays.
+      scheme, block, double: as `lora_jax.quantize` takes them. `Workload.about` says them to
+        whoever uses the adapters, with the axes of the quantised weights.
+      trainable: patterns of the parameters trained in full. None: those the workload names.
+
+    Raises:
+      lora_jax.LoraError: no weight is left to be quantised, or the scheme does not exist.
+    """
+    patterns = workload.trainable if trainable is None else tuple(trainable)
+    layout = _quantised_layout(workload, patterns)
+    quantise = functools.partial(quantize, scheme=scheme, block=block, double=double)
+    params = jax.eval_shape(functools.partial(quantise, targets=layout), workload.params)
+
+    def load(shardings: Tree) -> Tree:
+        floats = jax.tree_util.tree_map(_float_sharding, params, shardings, is_leaf=is_base)
+        loaded = paths.flatten(workload.arrays(floats))
+        placed = paths.flatten(shardings)
+        for target in layout.targets:
+            path = target.path
+            one = functools.partial(quantise, targets=Layout((target,)))
+            # Popped, so that its floats are given up once the codes are there.
+            found = jax.jit(one, out_shardings={path: placed[path]})({path: loaded.pop(path)})
+            loaded[path] = found[path]
+        return paths.replace(params, loaded)
+
+    how = {"scheme": scheme, "block": block, "double": double}
+    about = {**workload.about, ABOUT: {**how, "layout": layout.to_json()}}
+    common = None if workload.common is None else _common(workload.common, params, str(how))
+    return dataclasses.replace(workload, params=params, load=load, common=common, about=about)
+
+
+def _quantised_layout(workload: Workload, trainable: Sequence[str]) -> Layout:
+    """The axes of the weights to be quantised."""
+    batch = next(workload.train(Shard())) if workload.example is None else workload.example
+    f = functools.partial(workload.apply, train=False, key=None)
+    found = resolve(LoraSpec(rank=1), f, workload.params, batch)
+    known = [target.path for target in found.targets]
+    trained = {path for pattern in trainable for path in paths.matching(pattern, known)}
+    return Layout(tuple(t for t in found.targets if t.path not in trained))
+
+
+def _float_sharding(leaf: Any, where: Any) -> Any:
+    """Where the floats of a parameter are loaded: a weight to be quantised, to the host."""
+    if not is_base(leaf):
+        return where
+    mesh = jax.tree.leaves(where)[0].mesh
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return NamedSharding(
+        mesh, weight_spec(leaf, where), memory_kind=None if on_cpu else "pinned_host"
+    )
+
+
+def weight_spec(base: QuantisedMatrix, where: QuantisedMatrix) -> PartitionSpec:
+    """Return the placement of the float array: the inverse of `lora_jax.bases.placement.placed`.
+
+    Args:
+      base: the weight, by shape. where: the shardings of its arrays.
+    """
+    lead, pairs = len(base.lead), zip(jax.tree.leaves(base), jax.tree.leaves(where), strict=True)
+    codes, place = max(pairs, key=lambda pair: math.prod(pair[0].shape))
+    whole = (*place.spec, *[None] * (lead + 2))
+    count = next(n for n in range(9) if math.prod(base.sizes[:n]) == codes.shape[lead])
+    stored: list[Any] = [None] * len(base.sizes)
+    for entry, axes in ((whole[lead], range(count)), (whole[lead + 1], range(count, len(stored)))):
+        for axis in [axis for axis in axes if base.sizes[axis] > 1][:1]:
+            stored[axis] = entry
+    return PartitionSpec(*whole[:lead], *(stored[axis] for axis in base.order))
+
+
+def _common(common: Common, params: Tree, how: str) -> Common:
+    """How quantised workloads go together: joined, they have the quantised weights of the first."""
+    join, base = common.join, f"{common.base} {how}"
+    if join is None:
+        return dataclasses.replace(common, base=base)
+    held = {path: leaf for path, leaf in paths.flatten(params).items() if is_base(leaf)}
+
+    def joined(workloads: Sequence[Workload]) -> Workload:
+        whole = join(workloads)
+        return dataclasses.replace(whole, params=paths.replace(whole.params, held))
+
+    return dataclasses.replace(common, base=base, join=joined)

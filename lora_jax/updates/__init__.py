@@ -1,0 +1,32 @@
+"""What an adapter can be: one file for each kind of update.
+
+    name   W'                                                arXiv         trained, for W [in, out]
+    lora   W + scale * a @ b                                 2106.09685    r (in + out)
+    dora   magnitude / ||V|| * V,  V = W + scale * a @ b     2402.09353    r (in + out) + out
+    vera   W + A diag(lambda_d) B diag(lambda_b)             2310.11454    r + out
+    loha   W + scale * (a1 @ b1) * (a2 @ b2)                 2108.06098    2 r (in + out)
+    lokr   W + scale * kron(left, a @ b)                     2212.10650    m l + r (in/m + out/l)
+    bias   W + delta                                         2106.10199    all of it
+
+`Rule(pattern, kind=...)` and `LoraSpec(kind=...)` choose one by its name. A kind of your own is a
+class that derives from `Kind`, made known by `register`.
+"""
+
+from lora_jax.updates.bias import Bias as Bias
+from lora_jax.updates.bias import Shift as Shift
+from lora_jax.updates.dora import Directed as Directed
+from lora_jax.updates.dora import Dora as Dora
+from lora_jax.updates.kind import Factors as Factors
+from lora_jax.updates.kind import Kind as Kind
+from lora_jax.updates.kind import kind_of as kind_of
+from lora_jax.updates.kind import register as register
+from lora_jax.updates.loha import HadamardFactors as HadamardFactors
+from lora_jax.updates.loha import Loha as Loha
+from lora_jax.updates.lokr import KroneckerFactors as KroneckerFactors
+from lora_jax.updates.lokr import Lokr as Lokr
+from lora_jax.updates.lora import Lora as Lora
+from lora_jax.updates.vera import Vectors as Vectors
+from lora_jax.updates.vera import Vera as Vera
+
+for _kind in (Lora(), Dora(), Vera(), Loha(), Lokr(), Bias()):
+    register(_kind)

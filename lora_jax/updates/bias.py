@@ -1,0 +1,55 @@
+"""A parameter that is trained by a difference of its own shape, such as a bias."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.base import dense, wide_dtype
+from lora_jax.target import Target
+from lora_jax.updates.kind import Kind, TargetInitializer, check_no_parts
+
+
+class Shift(NamedTuple):
+    """The array of a bias target: delta, of the parameter's shape."""
+
+    delta: Any
+
+
+class Bias(Kind):
+    """A full difference: `W' = W + delta`, for biases (BitFit, arXiv 2106.10199) and small vectors.
+
+    It has no rank, no alpha and no factors: the program is given the sum in W's place. Every axis
+    is an output (or a stack) axis. `delta` begins at zero.
+
+    >>> target = Target("bias", (3,), (), (), (0,), rank=1, alpha=1.0, kind="bias")
+    >>> Bias().merged(target, Shift(jnp.ones(3)), jnp.arange(3.0)).tolist()
+    [1.0, 2.0, 3.0]
+    """
+
+    name = "bias"
+    fields = Shift
+
+    def axes(self, target: Target) -> Shift:
+        return Shift(tuple(range(len(target.shape))))
+
+    def check(self, target: Target) -> None:
+        check_no_parts(self, target)
+
+    def init(
+        self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None
+    ) -> Shift:
+        return Shift(jnp.zeros(target.shape, dtype))
+
+    def factors(self, target: Target, parameters: Shift) -> None:
+        return None
+
+    def scale(self, target: Target) -> float:
+        return 1.0
+
+    def merged(self, target: Target, parameters: Shift, w: Any) -> Any:
+        w = jnp.asarray(dense(w))
+        wide = wide_dtype(w.dtype)
+        return (w.astype(wide) + jnp.asarray(parameters.delta, wide)).astype(w.dtype)

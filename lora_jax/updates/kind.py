@@ -1,0 +1,207 @@
+"""The protocol of a kind of update: its arrays, how they begin, and the update that they mean."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.base import dense, wide_dtype
+from lora_jax.errors import LoraError, listed
+from lora_jax.target import Target
+
+TargetInitializer = Callable[[jax.Array, Target, Any], jax.Array]
+
+
+class Factors(NamedTuple):
+    """The two factors of one update `scale * a @ b`.
+
+    a: [*stack, *inputs, rank], the paper's A transposed (it maps the input down);
+    b: [*stack, rank, *outputs], the paper's B transposed (it maps up to the output).
+    The axes are those of the target in the layout.
+    """
+
+    a: Any
+    b: Any
+
+
+class Kind(abc.ABC):
+    """A kind of update, without any state: one object of it stands for the kind.
+
+    A new kind is one class in one file, and `register(MyKind())`. Nothing else has to know it:
+    `lora_jax.adapt` runs `factors` and `output_gain`, `lora_jax.merge` runs `merged`, and a test
+    holds the one against the other. In the adapter tree a target has one NamedTuple of arrays, of
+    the type `fields`; below it is called `parameters`.
+
+    Attributes:
+      name: what `Target.kind` and `Rule.kind` say.
+      fields: the NamedTuple of arrays of one target.
+    """
+
+    name: ClassVar[str]
+    fields: ClassVar[Any]
+
+    @abc.abstractmethod
+    def axes(self, target: Target) -> Any:
+        """Return `fields` of tuples: the axis of W that each axis of an array runs along.
+
+        None stands for an axis that W does not have, such as the rank. Sharding follows W by it.
+        """
+
+    def shapes(self, target: Target) -> Any:
+        """Return `fields` of shapes. By default an axis that W does not have is the rank."""
+
+        def sizes(axes: tuple[int | None, ...]) -> tuple[int, ...]:
+            return tuple(target.rank if i is None else target.shape[i] for i in axes)
+
+        return self.fields(*map(sizes, self.axes(target)))
+
+    @abc.abstractmethod
+    def init(
+        self,
+        key: jax.Array,
+        target: Target,
+        dtype: Any,
+        a_init: TargetInitializer,
+        w: Any = None,
+    ) -> Any:
+        """Return `fields` of arrays whose update is exactly zero.
+
+        Args:
+          key: a PRNG key of this target alone.
+          target: from the layout.
+          dtype: of the arrays.
+          a_init: `a_init(key, target, dtype)` draws an array of `target.a_shape`.
+          w: W itself, an array or a `Base`; None where the caller gave no parameters.
+        """
+
+    @abc.abstractmethod
+    def factors(self, target: Target, parameters: Any) -> Factors | None:
+        """Return the exact factors of the update: it is `scale(target) * a @ b`.
+
+        Their rank may be another than `target.rank`. They must not depend on W. None: the update
+        has no low rank, and the program is given `merged` in W's place.
+        """
+
+    def scale(self, target: Target) -> float:
+        """The number that the product of the factors is multiplied with."""
+        return target.scale
+
+    def output_gain(self, target: Target, parameters: Any, w: Any) -> Any:
+        """Return what `W + scale * a @ b` is multiplied with for each output, or None for 1.
+
+        Args:
+          w: W, an array or a `Base`.
+
+        Returns:
+          [*stack, *outputs] in float32 (float64 for such a W).
+        """
+        return None
+
+    def merged(self, target: Target, parameters: Any, w: Any) -> Any:
+        """Return W with its update, in W's dtype: the definition that the fast path is held to.
+
+        The sum is formed in float32, or in a wider dtype of W, and rounded once.
+        """
+        w = jnp.asarray(dense(w))
+        wide = wide_dtype(w.dtype)
+        return (w.astype(wide) + self.delta(target, parameters, wide)).astype(w.dtype)
+
+    def delta(self, target: Target, parameters: Any, dtype: Any = jnp.float32) -> Any:
+        """Return `scale * a @ b` with its axes in W's order.
+
+        `a` [*stack, *inputs, rank] and `b` [*stack, rank, *outputs] are contracted over the rank,
+        stack axis by stack axis, and the axes [*stack, *inputs, *outputs] go back to W's order.
+        """
+        factors = self.factors(target, parameters)
+        assert factors is not None  # a kind without factors defines `merged`
+        rank_axis = len(target.shape)  # a label that no axis of W has
+        return self.scale(target) * jnp.einsum(
+            jnp.asarray(factors.a, dtype),
+            (*target.stack, *target.inputs, rank_axis),
+            jnp.asarray(factors.b, dtype),
+            (*target.stack, rank_axis, *target.outputs),
+            tuple(range(len(target.shape))),
+            precision="highest",
+        )
+
+    def check(self, target: Target) -> None:
+        """Raise `LoraError` for a rank or for axes that this kind cannot have."""
+        check_no_parts(self, target)
+        check_rank_limit(target, min(target.fan_in, target.fan_out), "min(in, out)")
+
+    def check_parameters(self, target: Target, parameters: Any) -> None:
+        """Raise `LoraError` unless `parameters` are `fields` of arrays in the target's shapes."""
+        names = self.fields._fields
+        if not isinstance(parameters, self.fields):
+            raise LoraError(
+                f"{target.path!r}: expected {self.fields.__name__}({', '.join(names)}), got "
+                f"{type(parameters).__name__}; lora_jax.restore and jax.tree.map keep the type"
+            )
+        wanted = self.shapes(target)
+        got = tuple(tuple(jnp.shape(x)) for x in parameters)
+        if got != tuple(wanted):
+            rows = zip(names, got, wanted, strict=True)
+            lines = [f"  {name}: got {x}, the layout has {y}" for name, x, y in rows]
+            raise LoraError(
+                f"{target.path!r}: the arrays do not fit the layout.\n" + "\n".join(lines) + "\n"
+                f"The layout has kind {target.kind!r} and rank {target.rank}; were the adapters "
+                "made with another spec?"
+            )
+
+
+_KINDS: dict[str, Kind] = {}
+
+
+def register(kind: Kind) -> None:
+    """Make a kind known by its name. One that has the same name is replaced."""
+    _KINDS[kind.name] = kind
+
+
+def kind_of(target: Target) -> Kind:
+    """Return the kind of a target.
+
+    Raises:
+      LoraError: nobody has registered it.
+    """
+    if target.kind not in _KINDS:
+        raise LoraError(
+            f"{target.path!r} has the kind of update {target.kind!r}, which is not registered; "
+            f"known are:\n{listed(sorted(_KINDS), 20)}\n"
+            "A kind of your own is made known by lora_jax.updates.register before it is used."
+        )
+    return _KINDS[target.kind]
+
+
+def check_rank_limit(target: Target, limit: int, meaning: str) -> None:
+    """Raise `LoraError` for a rank above the largest that makes sense."""
+    if target.rank > limit:
+        sizes = f" = min({target.fan_in}, {target.fan_out})" if meaning == "min(in, out)" else ""
+        raise LoraError(
+            f"{target.path!r}: rank {target.rank} is above {meaning}{sizes} = {limit}; lower the "
+            f"rank, or give this target its own: Rule({target.path!r}, rank={limit})"
+        )
+
+
+def check_no_parts(kind: Kind, target: Target) -> None:
+    if target.parts:
+        raise LoraError(
+            f"{target.path!r}: the kind {kind.name!r} has no parts; only kind='lora' takes slices "
+            "of an output axis"
+        )
+
+
+def in_w_order(target: Target, values: Any) -> Any:
+    """Return [*stack, *outputs] values with their axes in W's order, size 1 along the inputs."""
+    axes = (*target.stack, *target.outputs)
+    ordered = jnp.transpose(values, [axes.index(i) for i in sorted(axes)])
+    return jnp.expand_dims(ordered, sorted(target.inputs))
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any, fan_in: int) -> jax.Array:
+    """U(-s, s) with s = 1/sqrt(fan_in): torch's `kaiming_uniform_(a=sqrt(5))`, PEFT's usual one."""
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -1,0 +1,119 @@
+"""LoKr: the Kronecker product of a small matrix and a low-rank one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.target import Target
+from lora_jax.updates.kind import (
+    Factors,
+    Kind,
+    TargetInitializer,
+    check_no_parts,
+    check_rank_limit,
+    uniform,
+)
+
+
+class KroneckerFactors(NamedTuple):
+    """The arrays of a LoKr target, for in = m * n and out = l * k.
+
+    left: [*stack, m, l];  a: [*stack, n, rank];  b: [*stack, rank, k].
+    PEFT's `lokr_w1` is `left` transposed, `lokr_w2_a` is b and `lokr_w2_b` is a transposed.
+    """
+
+    left: Any
+    a: Any
+    b: Any
+
+
+class Lokr(Kind):
+    """Low-rank Kronecker product (LoKr; KronA, arXiv 2212.10650; LyCORIS, arXiv 2309.14859).
+
+        W' = W + scale * kron(left, a @ b)      left [m, l], a [n, rank], b [rank, k]
+
+    W is read as the matrix [in, out], its input axes flattened in the target's order, and its
+    output axes too. `in` is split into m * n and `out` into l * k, where m <= n and l <= k are as
+    close as the divisors allow (`split`, PEFT's `factorization` with `decompose_factor=-1`).
+    Input number i stands for the pair (i // n, i % n), output number j for (j // k, j % k), and
+
+        kron(left, a @ b)[(m, n), (l, k)] = left[m, l] * (a @ b)[n, k]
+
+    which has the exact factors of rank m * rank
+
+        A[(m, n), (m', r)] = (m == m') a[n, r]      B[(m', r), (l, k)] = left[m', l] b[r, k]
+
+    (or, by the other way round, of rank l * rank where l < m). As in PEFT `left` begins at zero,
+    `a` and `b` uniform. A rank above min(n, k) adds nothing and is refused.
+
+    >>> target = Target("w", (6, 8), (), (0,), (1,), rank=1, alpha=1.0, kind="lokr")
+    >>> lokr = Lokr()
+    >>> lokr.shapes(target)
+    KroneckerFactors(left=(2, 2), a=(3, 1), b=(1, 4))
+    >>> parameters = KroneckerFactors(jnp.eye(2), jnp.ones((3, 1)), jnp.ones((1, 4)))
+    >>> lokr.delta(target, parameters)[:, 0].tolist()
+    [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    """
+
+    name = "lokr"
+    fields = KroneckerFactors
+
+    def axes(self, target: Target) -> KroneckerFactors:
+        # Pieces of flattened axes are no axes of W; they are small and not sharded.
+        own = (*target.stack, None, None)
+        return KroneckerFactors(own, own, own)
+
+    def shapes(self, target: Target) -> KroneckerFactors:
+        (m, n), (left_out, k) = split(target.fan_in), split(target.fan_out)
+        stack, rank = target.sizes(target.stack), target.rank
+        return KroneckerFactors((*stack, m, left_out), (*stack, n, rank), (*stack, rank, k))
+
+    def check(self, target: Target) -> None:
+        check_no_parts(self, target)
+        n, k = split(target.fan_in)[1], split(target.fan_out)[1]
+        check_rank_limit(target, min(n, k), f"the smaller of the larger divisors {n} and {k}")
+
+    def init(
+        self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None
+    ) -> KroneckerFactors:
+        left, a, b = self.shapes(target)
+        for_a, for_b = jax.random.split(key)
+        return KroneckerFactors(
+            jnp.zeros(left, dtype),
+            uniform(for_a, a, dtype, a[-2]),
+            uniform(for_b, b, dtype, target.rank),
+        )
+
+    def factors(self, target: Target, parameters: KroneckerFactors) -> Factors:
+        left, a, b = (jnp.asarray(x) for x in parameters)
+        stack, (rows, columns) = left.shape[:-2], left.shape[-2:]
+        small = min(rows, columns)
+        unit = jnp.broadcast_to(jnp.eye(small, dtype=left.dtype), (*stack, small, small))
+        over_inputs = rows <= columns
+        whole_a = _kron(unit if over_inputs else left, a)
+        whole_b = _kron(left if over_inputs else unit, b)
+        rank = whole_a.shape[-1]
+        return Factors(
+            whole_a.reshape(*target.a_shape[:-1], rank),
+            whole_b.reshape(*stack, rank, *target.sizes(target.outputs)),
+        )
+
+
+def _kron(x: Any, y: Any) -> Any:
+    """The Kronecker product of the last two axes, for each slice of the stack."""
+    product = x[..., :, None, :, None] * y[..., None, :, None, :]
+    rows, columns = x.shape[-2] * y.shape[-2], x.shape[-1] * y.shape[-1]
+    return product.reshape(*x.shape[:-2], rows, columns)
+
+
+def split(size: int) -> tuple[int, int]:
+    """Return the two divisors (m, n) with m * n == size and m <= n that are closest together.
+
+    >>> split(768), split(11), split(16)
+    ((24, 32), (1, 11), (4, 4))
+    """
+    m = next(d for d in range(int(size**0.5), 0, -1) if size % d == 0)
+    return m, size // m

@@ -1,0 +1,112 @@
+"""LoRA: `W + scale * a @ b`, of the whole weight or of parts of a fused one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.target import Target
+from lora_jax.updates.kind import Factors, Kind, TargetInitializer, check_rank_limit
+
+
+class Lora(Kind):
+    """Low-rank adaptation (arXiv 2106.09685): `W' = W + scale * a @ b`.
+
+        a  [*stack, *inputs, rank]     as `a_init` draws it
+        b  [*stack, rank, *outputs]    zero at the start
+
+    **Parts.** A fused kernel [in, 3 d] computes q, k and v by one product. With the parts
+    ((0, d), (2 d, d)) of its output axis q and v have an update of their own and k has none, as
+    Microsoft's loralib does with `MergedLinear(enable_lora=[True, False, True])`. For P parts
+
+        a  [*stack, *inputs, P, rank]
+        b  [*stack, rank, *outputs]    the output axis holds the parts alone, one after the other
+
+    and `factors` puts each part of `b` into rows of its own: rank P * rank, zero elsewhere.
+
+    >>> target = Target("qkv", (4, 9), (), (0,), (1,), 2, 2.0, parts=((0, 3), (6, 3)))
+    >>> lora = Lora()
+    >>> lora.shapes(target)
+    Factors(a=(4, 2, 2), b=(2, 6))
+    >>> parameters = Factors(jnp.ones((4, 2, 2)), jnp.ones((2, 6)))
+    >>> lora.factors(target, parameters).b.astype(int)
+    Array([[1, 1, 1, 0, 0, 0, 0, 0, 0],
+           [1, 1, 1, 0, 0, 0, 0, 0, 0],
+           [0, 0, 0, 0, 0, 0, 1, 1, 1],
+           [0, 0, 0, 0, 0, 0, 1, 1, 1]], dtype=int32)
+    """
+
+    name = "lora"
+    fields = Factors
+
+    def axes(self, target: Target) -> Factors:
+        parts: tuple[None, ...] = (None,) if target.parts else ()
+        # An axis that holds the parts alone is not W's any more: it is not sharded as W's is.
+        outputs = [None if target.parts and i == _part_axis(target) else i for i in target.outputs]
+        return Factors(
+            (*target.stack, *target.inputs, *parts, None), (*target.stack, None, *outputs)
+        )
+
+    def shapes(self, target: Target) -> Factors:
+        if not target.parts:
+            return Factors(target.a_shape, target.b_shape)
+        *above, rank = target.a_shape
+        b = list(target.b_shape)
+        b[_part_position(target)] = sum(size for _, size in target.parts)
+        return Factors((*above, len(target.parts), rank), tuple(b))
+
+    def check(self, target: Target) -> None:
+        fan_out = target.fan_out
+        for _, size in target.parts:
+            part = target.fan_out // target.shape[_part_axis(target)] * size
+            fan_out = min(fan_out, part)
+        limit = min(target.fan_in, fan_out)
+        narrow = limit < min(target.fan_in, target.fan_out)
+        check_rank_limit(target, limit, "min(in, part)" if narrow else "min(in, out)")
+
+    def init(
+        self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None
+    ) -> Factors:
+        if target.parts:
+            keys = jax.random.split(key, len(target.parts))
+            a = jnp.stack([a_init(k, target, dtype) for k in keys], axis=-2)
+        else:
+            a = a_init(key, target, dtype)
+        return Factors(a, jnp.zeros(self.shapes(target).b, dtype))
+
+    def factors(self, target: Target, parameters: Factors) -> Factors:
+        if not target.parts:
+            return parameters
+        a, b = parameters
+        axis, n_stack = _part_position(target), len(target.stack)
+        size = target.shape[_part_axis(target)]
+        ends = list(itertools.accumulate(length for _, length in target.parts))
+        rows = []
+        for part, (start, length), end in zip(
+            jnp.split(b, ends[:-1], axis), target.parts, ends, strict=True
+        ):
+            assert part.shape[axis] == length, end
+            around = [(0, 0)] * b.ndim
+            around[axis] = (start, size - start - length)
+            rows.append(jnp.pad(part, around))
+        rank = len(target.parts) * target.rank
+        return Factors(a.reshape(*a.shape[:-2], rank), jnp.concatenate(rows, axis=n_stack))
+
+
+def _part_axis(target: Target) -> int:
+    """The axis of W that the parts are slices of."""
+    return target.outputs[target.part_axis]
+
+
+def _part_position(target: Target) -> int:
+    """The axis of `b` that the parts are slices of."""
+    return len(target.stack) + 1 + target.part_axis % len(target.outputs)
+
+
+def gaussian(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
+    """N(0, 1/fan_in), fan_in being the product of the target's input axes."""
+    return jax.random.normal(key, target.a_shape, dtype) / math.sqrt(target.fan_in)

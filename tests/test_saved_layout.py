@@ -1,0 +1,81 @@
+"""The layout as text: what is printed, and which formats are read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from lora_jax import Layout, LoraError, Target
+from lora_jax.layout import LeftOut
+
+LAYOUT = Layout(
+    (
+        Target("body/qkv", (64, 192), (), (0,), (1,), 4, 8.0, parts=((0, 64), (128, 64))),
+        Target("body/up", (3, 64, 256), (0,), (1,), (2,), 4, 8.0, kind="dora"),
+        Target("body/down", (256, 64), (), (0,), (1,), 4, 8.0, True, scaling="alpha/sqrt(r)"),
+        Target("head/bias", (10,), (), (), (0,), 4, 8.0, kind="bias"),
+    ),
+    (LeftOut("head/kernel", (64, 10), "the output head"),),
+)
+
+
+def test_it_prints_kinds_and_what_is_left_out() -> None:
+    assert str(LAYOUT) == (
+        "path       shape     stack  in  out  kind                rank  scale  parameters\n"
+        "body/qkv   64x192    -      0   1    lora[0:64,128:192]     4      2       1,024\n"
+        "body/up    3x64x256  0      1   2    dora                   4      2       4,608\n"
+        "body/down  256x64    -      0   1    lora                   4      4       1,280\n"
+        "head/bias  10        -      -   0    bias                   4      1          10\n"
+        "total                                                                      6,922\n"
+        "left out:\n"
+        "  head/kernel  64x10  the output head"
+    )
+    plain = Layout((LAYOUT["body/down"],))
+    assert str(plain).splitlines()[0].split() == (
+        ["path", "shape", "stack", "in", "out", "rank", "scale", "parameters"]
+    )
+
+
+def test_it_is_read_back_with_what_is_left_out() -> None:
+    found = Layout.from_json(LAYOUT.to_json())
+    assert found == LAYOUT and hash(found) == hash(LAYOUT)
+    assert found.left_out == LAYOUT.left_out
+    assert Layout(LAYOUT.targets) == LAYOUT  # what is left out does not make layouts differ
+
+
+def test_format_1_is_read() -> None:
+    data = json.loads(Layout((LAYOUT["body/down"],)).to_json())
+    kept = ("path", "shape", "stack", "inputs", "outputs", "rank", "alpha", "fold")
+    rows = [{name: row[name] for name in kept} for row in data["targets"]]
+    (target,) = Layout.from_json(json.dumps({"format": 1, "targets": rows})).targets
+    assert (target.kind, target.scaling, target.parts, target.fold) == ("lora", "alpha/r", (), True)
+    del rows[0]["alpha"]
+    with pytest.raises(LoraError, match="it has no 'alpha'"):
+        Layout.from_json(json.dumps({"format": 1, "targets": rows}))
+
+
+def edited(change: Any) -> str:
+    data = json.loads(LAYOUT.to_json())
+    change(data)
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format=3), r"has format 3, which this lora_jax does not .* up to 2"),
+        (lambda d: d.update(format=3, mesh=[]), r"format 3 and the field 'mesh'"),
+        (lambda d: d["targets"][1].update(gate=1), r"format 2 and the field 'gate'"),
+        (lambda d: d["left_out"][0].update(cure=""), r"and the field 'cure'"),
+        (lambda d: d["targets"][1].update(kind="spin"), r"'body/up' has the kind of update 'spin'"),
+        (lambda d: d["targets"][1].pop("kind"), "it has no 'kind'"),
+        (lambda d: d.pop("targets"), "this is not a layout"),
+        (lambda d: d["targets"].append(3), "this is not a target of a layout: 3"),
+        (lambda d: d.update(format="2"), "has format '2'"),
+    ],
+)
+def test_what_is_not_understood_is_named(change: Any, message: str) -> None:
+    with pytest.raises(LoraError, match=message):
+        Layout.from_json(edited(change))

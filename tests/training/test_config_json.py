@@ -1,0 +1,55 @@
+"""Which configs are the same run: with fields that came later, and in any order of the targets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lora_jax.groups.comparison import flat
+from lora_jax.groups.sweep import SweepConfig
+from lora_jax.training import config_json
+from lora_jax.training.config import Config, LoraConfig, OptimizerConfig
+from tests.formats import small
+
+PLUS = OptimizerConfig(1e-2, loraplus_lr_ratio=4.0, no_decay=("bias",))
+
+
+def with_targets(*targets: str) -> Config:
+    return dataclasses.replace(small.config, lora=LoraConfig(2, 4.0, targets))
+
+
+def test_fields_of_the_optimizer_that_came_later_name_no_run_at_their_defaults() -> None:
+    """Red: `identity` that looks at the fields of the config alone, not at those within."""
+    assert "loraplus_lr_ratio" not in config_json.identity(small.config)["optimizer"]
+    stored = config_json.to_dict(small.config)
+    for name in ("loraplus_lr_ratio", "no_decay"):
+        del stored["optimizer"][name]
+    assert config_json.changes(stored, small.config) == []
+    changed = dataclasses.replace(small.config, optimizer=PLUS)
+    assert config_json.identity(changed)["optimizer"]["loraplus_lr_ratio"] == 4.0
+    assert config_json.changes(stored, changed) == [
+        "optimizer.loraplus_lr_ratio: 1.0 -> 4.0",
+        "optimizer.no_decay: [] -> ['bias']",
+    ]
+    # In a comparison with a run of today the old one has the defaults.
+    assert flat(stored) == flat(config_json.to_dict(small.config))
+
+
+def test_the_order_of_targets_is_no_change() -> None:
+    """Red: "unordered" taken off the field."""
+    stored = config_json.to_dict(with_targets("first/kernel", "second/kernel"))
+    assert config_json.changes(stored, with_targets("second/kernel", "first/kernel")) == []
+    assert config_json.changes(stored, with_targets("second/kernel")) != []
+
+
+def test_the_order_of_targets_counts_where_they_have_settings() -> None:
+    """The first pattern that matches wins. Red: sorted whatever they hold."""
+    stored = config_json.to_dict(with_targets("first/kernel@rank=1", "*/kernel"))
+    assert config_json.changes(stored, with_targets("*/kernel", "first/kernel@rank=1")) != []
+
+
+def test_they_are_fields_of_a_sweep() -> None:
+    grid = {"optimizer.loraplus_lr_ratio": "1,16", "optimizer.no_decay": "bias norm; "}
+    members = SweepConfig(base=small.config, grid=grid).expand().members
+    found = [(m.config.optimizer.loraplus_lr_ratio, m.config.optimizer.no_decay) for m in members]
+    assert found == [(1, ("bias", "norm")), (1, ()), (16, ("bias", "norm")), (16, ())]
+    assert members[0].name == "loraplus_lr_ratio=1,no_decay=bias+norm"

@@ -1,0 +1,96 @@
+"""`as_lora`: any additive update as plain factors, exactly, and what cannot be."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import Layout, LoraError, Target
+from tests.updates import forms
+from tests.updates.forms import arrays, name_of, weight
+
+PLAIN = [t for t in (*forms.TARGETS, *forms.PARTS) if t.kind != "dora"]
+
+
+@pytest.mark.parametrize("target", PLAIN, ids=name_of)
+def test_the_merged_weight_is_the_same(target: Target) -> None:
+    layout, adapters = Layout((target,)), {target.path: arrays(target)}
+    plain, factors = lora_jax.as_lora(layout, adapters)
+    (found,) = plain.targets
+    assert (found.kind, found.parts, found.form) == ("lora", (), target.form)
+    assert found.rank <= min(target.fan_in, target.fan_out)
+    w = {target.path: weight(target)}
+    got = lora_jax.merge(plain, w, factors)[target.path]
+    want = lora_jax.merge(layout, w, adapters)[target.path]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_plain_lora_stays_as_it_is() -> None:
+    target = Target("w", (9, 8), (), (0,), (1,), 2, 3.0, scaling="alpha/sqrt(r)")
+    layout, adapters = Layout((target,)), {"w": arrays(target)}
+    plain, factors = lora_jax.as_lora(layout, adapters)
+    assert plain == layout
+    assert factors["w"] is adapters["w"]
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_rank_above_min_in_out_becomes_an_identity(rank: int) -> None:
+    target = Target("w", (5, 8), (), (0,), (1,), rank, 1.0, kind="loha")
+    layout, adapters = Layout((target,)), {"w": arrays(target)}
+    plain, factors = lora_jax.as_lora(layout, adapters)
+    assert plain["w"].rank == min(5, rank**2)
+    if rank == 3:
+        np.testing.assert_array_equal(factors["w"].a, np.eye(5))
+
+
+def test_dora_and_a_bias_are_refused_by_name() -> None:
+    dora = Target("w", (9, 8), (), (0,), (1,), 2, 1.0, kind="dora")
+    with pytest.raises(LoraError, match=r"'w': an update of the kind 'dora' rescales W itself"):
+        lora_jax.as_lora(Layout((dora,)), {"w": arrays(dora)})
+    bias = Target("b", (9,), (), (), (0,), 1, 1.0, kind="bias")
+    with pytest.raises(LoraError, match=r"'b': an update of the kind 'bias' has no factors"):
+        lora_jax.as_lora(Layout((bias,)), {"b": arrays(bias)})
+    with pytest.raises(LoraError, match="'dora' rescales W"):
+        lora_jax.multi.stack([(Layout((dora,)), {"w": arrays(dora)})])
+
+
+def test_adapters_of_several_kinds_are_stacked_and_combined() -> None:
+    """A stack and `combine` take LoHa, LoKr, VeRA and parts as plain factors of a higher rank."""
+    form = forms.FORMS["stacked"]
+    targets = [Target("w", *form, 2, 3.0, kind=kind) for kind in forms.ADDITIVE]
+    targets += [Target("w", *form, 2, 3.0, parts=((2, 4),))]
+    targets += [Target("w", *form, 2, 3.0, scaling="alpha/sqrt(r)")]
+    members = [(Layout((t,)), {"w": arrays(t, i)}) for i, t in enumerate(targets)]
+    w = {"w": weight(targets[0])}
+    layout, stacked = lora_jax.multi.stack(members)
+    deltas = []
+    for i, (own, adapters) in enumerate(members):
+        want = lora_jax.merge(own, w, adapters)["w"]
+        taken = jax.tree.map(lambda x, i=i: x[i], stacked)
+        scaled = {"w": taken.factors["w"]._replace(b=taken.factors["w"].b * taken.scales["w"])}
+        np.testing.assert_allclose(
+            lora_jax.merge(layout, w, scaled)["w"], want, rtol=1e-5, atol=1e-5
+        )
+        deltas.append(want - w["w"])
+    weights = [0.5, -1.0, 2.0, 1.0, 0.25, 1.0]
+    both, combined, _ = lora_jax.multi.combine(members, weights)
+    want = w["w"] + sum(c * d for c, d in zip(weights, deltas, strict=True))
+    got = lora_jax.merge(both, w, combined)["w"]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+def test_truncate_takes_any_additive_kind() -> None:
+    target = Target("w", (9, 8), (), (0,), (1,), 2, 3.0, kind="loha")
+    layout, adapters = Layout((target,)), {"w": arrays(target)}
+    smaller, lost = lora_jax.multi.truncate((layout, adapters), 4)
+    assert smaller.layout["w"].rank == 4 and lost["w"].relative < 1e-6
+    w = {"w": weight(target)}
+    np.testing.assert_allclose(
+        lora_jax.merge(smaller.layout, w, smaller.parameters)["w"],
+        lora_jax.merge(layout, w, adapters)["w"],
+        rtol=1e-4,
+        atol=1e-4,
+    )

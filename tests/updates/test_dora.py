@@ -1,0 +1,155 @@
+"""DoRA's factored norm against the dense formula, its gradients, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import Target
+from lora_jax.base import Base
+from lora_jax.updates import Directed, Dora
+from lora_jax.updates.kind import in_w_order
+from tests.updates import forms
+from tests.updates.forms import arrays, name_of, weight
+
+TARGETS = [t for t in forms.TARGETS if t.kind == "dora"]
+DORA = Dora()
+
+
+def dense_gain(target: Target, parameters: Directed, w: Any) -> Any:
+    """The definition, by the dense sum in float64, the norm detached."""
+    v = w + DORA.delta(target, parameters, w.dtype)
+    norm = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(v**2, axis=target.inputs, keepdims=True)))
+    return in_w_order(target, parameters.magnitude) / norm
+
+
+def product(target: Target, x: Any, w: Any) -> Any:
+    """A stand-in for the program: x [*stack, rows, *inputs] times w."""
+    letters = {i: chr(ord("a") + i) for i in range(len(target.shape))}
+    text = lambda which: "".join(letters[i] for i in which)  # noqa: E731
+    stack, inputs, outputs = map(text, (target.stack, target.inputs, target.outputs))
+    equation = f"{stack}z{inputs},{text(range(len(target.shape)))}->{stack}z{outputs}"
+    return jnp.einsum(equation, x, w, precision="highest")
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=name_of)
+def test_value_and_gradients_in_float64(target: Target) -> None:
+    """Red if the norm is differentiated, the cross term has no factor 2, or G is transposed."""
+    with jax.enable_x64(True):
+        parameters, w = arrays(target, dtype=jnp.float64), weight(target, dtype=jnp.float64)
+        shape = (*target.sizes(target.stack), 5, *target.sizes(target.inputs))
+        x = jax.random.normal(jax.random.key(3), shape, jnp.float64)
+
+        def fast(p: Directed, x: Any) -> Any:
+            v = w + DORA.delta(target, p, jnp.float64)
+            gain = DORA.output_gain(target, p, w)
+            rows = jnp.expand_dims(gain, len(target.stack))
+            return jnp.sum(jnp.sin(rows * product(target, x, v)))
+
+        def definition(p: Directed, x: Any) -> Any:
+            whole = dense_gain(target, p, w) * (w + DORA.delta(target, p, jnp.float64))
+            return jnp.sum(jnp.sin(product(target, x, whole)))
+
+        def merged(p: Directed, x: Any) -> Any:
+            return jnp.sum(jnp.sin(product(target, x, DORA.merged(target, p, w))))
+
+        want = jax.value_and_grad(definition, argnums=(0, 1))(parameters, x)
+        for other in (fast, merged):
+            got = jax.value_and_grad(other, argnums=(0, 1))(parameters, x)
+            for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=name_of)
+def test_in_float32_and_over_bfloat16(target: Target) -> None:
+    """The gain is float32 whatever W is: in bfloat16 a trained gain of 1.001 would be 1."""
+    parameters = arrays(target)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        w = weight(target).astype(dtype)
+        got = in_w_order(target, DORA.output_gain(target, parameters, w))
+        assert got.dtype == jnp.float32
+        want = dense_gain(target, parameters, w.astype(jnp.float32))
+        np.testing.assert_allclose(got, want, rtol=2e-6)
+
+
+def test_the_gain_of_the_start_is_one() -> None:
+    target = TARGETS[0]
+    w = weight(target).astype(jnp.bfloat16)
+    start = DORA.init(
+        jax.random.key(0), target, jnp.float32, lambda k, t, d: jnp.ones(t.a_shape, d), w
+    )
+    np.testing.assert_allclose(DORA.output_gain(target, start, w), 1.0, rtol=1e-6)
+
+
+def test_an_output_of_zero_stays() -> None:
+    """Red if 0 / 0 is computed, forward or backward."""
+    target = Target("w", (3, 2), (), (0,), (1,), 1, 1.0, kind="dora")
+    w = jnp.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    parameters = Directed(jnp.ones((3, 1)), jnp.zeros((1, 2)), jnp.array([0.0, 1.0]))
+
+    def total(p: Directed) -> Any:
+        return DORA.merged(target, p, w).sum() + DORA.output_gain(target, p, w).sum()
+
+    value, grads = jax.value_and_grad(total)(parameters)
+    assert np.isfinite([value, *map(jnp.sum, grads)]).all()
+    assert (DORA.merged(target, parameters, w)[:, 0] == 0).all()
+
+
+def test_cancellation_does_not_give_nan() -> None:
+    """W + scale * a @ b = 0 up to rounding: the sum of squares may come out negative."""
+    key = jax.random.split(jax.random.key(0))
+    a, b = jax.random.normal(key[0], (256, 1)), jax.random.normal(key[1], (1, 64))
+    target = Target("w", (256, 64), (), (0,), (1,), 1, 1.0, kind="dora")
+    gain = DORA.output_gain(target, Directed(a, b, jnp.ones(64)), -(a @ b))
+    assert not jnp.isnan(gain).any()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Codes(Base):
+    """int8 codes [*lead, in, out] with one scale each for [*lead, out]."""
+
+    codes: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.scales.dtype
+
+    def dense(self) -> jax.Array:
+        return self.codes.astype(self.dtype) * self.scales[..., None, :]
+
+
+def test_a_quantised_stack_is_dequantised_slice_by_slice() -> None:
+    """Red if the norms of all slices are taken at once: that makes a dense copy of the stack."""
+    target = Target("w", (16, 256, 256), (0,), (1,), (2,), 4, 4.0, kind="dora")
+    parameters = arrays(target)
+    scales = jnp.linspace(0.01, 0.02, 16 * 256).reshape(16, 256)
+    codes = jax.random.randint(jax.random.key(0), target.shape, -127, 128, jnp.int8)
+    base = Codes(codes, scales)
+    run = jax.jit(lambda p, w: DORA.output_gain(target, p, w)).lower(parameters, base).compile()
+    assert run.memory_analysis().temp_size_in_bytes < base.size  # 4 * size: one dense stack
+    want = DORA.output_gain(target, parameters, base.dense())
+    np.testing.assert_allclose(run(parameters, base), want, rtol=1e-6)
+    merged = DORA.merged(target, parameters, base)
+    np.testing.assert_array_equal(merged, DORA.merged(target, parameters, base.dense()))
+
+
+def test_no_product_of_the_factors_is_formed() -> None:
+    """Nothing but W itself has W's size: the jaxpr of the gain holds no [in, out] array more."""
+    target = Target("w", (48, 40), (), (0,), (1,), 4, 4.0, kind="dora")
+    jaxpr = jax.make_jaxpr(lambda p, w: DORA.output_gain(target, p, w))(
+        arrays(target), weight(target)
+    )
+    products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert products
+    assert all(e.outvars[0].aval.size < 48 * 40 for e in products)
