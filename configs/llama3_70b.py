@@ -34,7 +34,9 @@ class LlamaPlanConfig(Config):
     layers: int = 80
     """Decoder layers, scanned."""
     hidden: int = 8192
-    """Width; heads are 128 wide, an eighth of them hold keys and values."""
+    """Width; heads are 128 wide."""
+    kv_heads: int = 8
+    """Heads that hold keys and values."""
     mlp: int = 28_672
     """Width of the MLP."""
     vocabulary: int = 128_256
@@ -59,7 +61,7 @@ class LlamaPlanConfig(Config):
             hidden_size=self.hidden,
             num_layers=self.layers,
             num_heads=heads,
-            num_kv_heads=max(heads // 8, 1),
+            num_kv_heads=self.kv_heads,
             head_dim=128,
             mlp_size=self.mlp,
             max_positions=8192,
