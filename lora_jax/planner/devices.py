@@ -5,10 +5,10 @@ sparsity; links count one direction, since a ring sends and receives at once.
 
 Sources: the "System architecture" tables of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}
 (the inter-chip bandwidth there is of both directions), NVIDIA's data sheets of A100, H100, H200,
-B200 (HGX), L4, L40S and the Ada GPU architecture whitepaper (RTX 4090). GPU memory is what nvidia-smi
-shows. What leaves a domain: 200 Gb/s a GPU for A100, 400 Gb/s from H100 on (DGX systems, a network
-card to each GPU), 25 Gb/s for L4, L40S and RTX 4090 (an assumption: 200 Gb/s shared by eight); TPU: the
-data-centre network per chip.
+B200 (HGX), L4, L40S and the Ada GPU architecture whitepaper (RTX 4090). GPU memory is what
+nvidia-smi shows. What leaves a domain: 200 Gb/s a GPU for A100, 400 Gb/s from H100 on (DGX systems,
+a network card to each GPU), 25 Gb/s for L4, L40S and RTX 4090 (an assumption: 200 Gb/s shared by
+eight); TPU: the data-centre network per chip.
 """
 
 from __future__ import annotations
