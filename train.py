@@ -134,9 +134,11 @@ def train(
         # ---- what it came to
         best = loop.run.best(loop.state.trained)
         tested = loop.evaluate_best(config.steps, best)
-        compare = jax.jit(merged_difference(workload, layout), out_shardings=place.whole)
-        batch = place.batch(first_batch(workload, place, example))
-        difference = float(compare(best, frozen, batch))
+        difference = None
+        if not summary.is_quantised(frozen):  # merged weights are floats, which may not fit
+            compare = jax.jit(merged_difference(workload, layout), out_shardings=place.whole)
+            batch = place.batch(first_batch(workload, place, example))
+            difference = float(compare(best, frozen, batch))
     finished = summary.summarise(loop.run, loop.state, tested, difference)
     processes.by_first(lambda: directory.finish(path, finished))
     return finished

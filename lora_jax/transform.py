@@ -131,7 +131,9 @@ def _adapted(evaluator: Evaluator, target: Target, w: Any, blend: Blend) -> Any:
             probe = Named(gate.probe, (*stack, TALLY, MEMBER))
             gate = dataclasses.replace(gate, probe=probe)
         update = Gated(a, b, update.scale, gain, gate)
-    output_gain = kind.output_gain(target, parameters, w)
+    # A plan counts it to the adapters; the outermost scope is written `jvp(output_gain)`.
+    with jax.named_scope("output_gain"), jax.named_scope("lora"):
+        output_gain = kind.output_gain(target, parameters, w)
     if output_gain is not None:
         update = OutputGain(update, Named(output_gain, (*stack, *pick(target.outputs))))
     if blend.choice is not None:

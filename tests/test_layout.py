@@ -47,7 +47,7 @@ ARROWS = {
     "flax_partitioning": {"errors", "paths"},
     "sharding": {"base", "bases", "errors", "flax_partitioning", "layout", "paths", "primitives"}
     | {"target", "updates"},
-    "checkpoint": {"adapters", "errors", "layout", "paths", "updates"},
+    "checkpoint": {"adapters", "base", "errors", "layout", "paths", "updates"},
     "nnx": set(),
     "analysis": {"adapters", "errors", "layout", "multi", "paths", "spec", "target", "updates"},
     "extras": set(),
@@ -65,8 +65,8 @@ ARROWS = {
     | {"paths", "resolve", "spec", "training"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
     | {"primitives", "resolve", "training"},
-    "serving": {"adapters", "baselines", "checkpoint", "console", "data", "errors", "extras"}
-    | {"layout", "models", "multi", "paths", "transform", "updates"},
+    "serving": {"adapters", "baselines", "bases", "checkpoint", "console", "data", "errors"}
+    | {"extras", "layout", "merge", "models", "multi", "paths", "transform", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
     | {"layout", "serving", "training"},
     "command_line": {"errors", "extras", "groups", "planner", "training"},

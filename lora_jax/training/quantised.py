@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from lora_jax import paths
 from lora_jax.base import is_base
 from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.bases.quantise import quantize
+from lora_jax.bases.recipe import ABOUT, STORED, recipe
 from lora_jax.data.process_slice import Shard
 from lora_jax.layout import Layout
 from lora_jax.resolve import resolve
@@ -22,8 +24,6 @@ from lora_jax.spec import LoraSpec
 from lora_jax.training.workload import Common, Workload
 
 Tree = Any  # a pytree
-
-ABOUT = "quantized"  # the entry of `Workload.about` that says how the base was quantised
 
 
 def quantised(
@@ -66,10 +66,19 @@ def quantised(
             loaded[path] = found[path]
         return paths.replace(params, loaded)
 
-    how = {"scheme": scheme, "block": block, "double": double}
-    about = {**workload.about, ABOUT: {**how, "layout": layout.to_json()}}
-    common = None if workload.common is None else _common(workload.common, params, str(how))
-    return dataclasses.replace(workload, params=params, load=load, common=common, about=about)
+    how = recipe(scheme, layout, block, double)
+    return as_stored(dataclasses.replace(workload, params=params, load=load), how)
+
+
+def as_stored(workload: Workload, how: dict[str, Any] | None = None) -> Workload:
+    """Return a workload whose parameters hold quantised weights, with what others must know of it.
+
+    Args:
+      how: a recipe (`lora_jax.bases.recipe`). None: they are held as their file has them.
+    """
+    how, common = how or {"scheme": STORED}, workload.common
+    named = None if common is None else _common(common, workload.params, json.dumps(how))
+    return dataclasses.replace(workload, about={**workload.about, ABOUT: how}, common=named)
 
 
 def _quantised_layout(workload: Workload, trainable: Sequence[str]) -> Layout:
