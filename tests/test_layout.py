@@ -23,8 +23,9 @@ PACKAGE = ROOT / "lora_jax"
 # Room -> the rooms it may import, and does. A room is a top-level module or a package; "" is the
 # facade, `lora_jax/__init__.py`, which nothing in the package imports.
 ARROWS = {
-    "": {"adapters", "bases", "checkpoint", "errors", "frozen", "layout", "merge", "moe"}
-    | {"multi", "nnx", "paths", "resolve", "sharding", "spec", "target", "transform", "updates"},
+    "": {"adapters", "bases", "beginnings", "checkpoint", "errors", "frozen", "layout", "merge"}
+    | {"moe", "multi", "nnx", "paths", "resolve", "sharding", "spec", "target", "transform"}
+    | {"updates"},
     # the core: the transform and what it is used with
     "errors": set(),
     "base": set(),
@@ -50,6 +51,8 @@ ARROWS = {
     "checkpoint": {"adapters", "base", "errors", "layout", "paths", "updates"},
     "nnx": set(),
     "analysis": {"adapters", "errors", "layout", "multi", "paths", "spec", "target", "updates"},
+    "beginnings": {"adapters", "analysis", "base", "bases", "errors", "layout", "paths"}
+    | {"primitives", "target", "transform", "updates"},
     "extras": set(),
     # models and methods: they have never heard of LoRA
     "models": {"bases", "extras"},
@@ -60,7 +63,7 @@ ARROWS = {
     "data": {"errors", "extras", "models"},
     "training": {"adapters", "base", "baselines", "bases", "checkpoint", "console", "data"}
     | {"errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi", "paths"}
-    | {"resolve", "sharding", "spec", "target", "transform", "updates"},
+    | {"resolve", "sharding", "spec", "transform", "updates"},
     "groups": {"checkpoint", "console", "errors", "extras", "frozen", "layout", "multi"}
     | {"paths", "resolve", "spec", "training"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}

@@ -16,8 +16,8 @@ import tyro
 
 from lora_jax.errors import LoraError
 from lora_jax.spec import LoraSpec, Rule
-from lora_jax.training import initializers
 from lora_jax.training.workload import Workload
+from lora_jax.updates.initial import InitName
 
 
 class ConfigError(LoraError):
@@ -63,7 +63,7 @@ class LoraConfig:
     output head. A pattern may carry settings of its own: "**/mlp/*/kernel@rank=4,alpha=8", and
     kind, scaling, parts (start:size of slices of the last output axis, joined by +: "@parts=0:64").
     None at all trains only what `trainable` names."""
-    init: initializers.InitName = "gaussian"
+    init: InitName = "gaussian"
     """How A begins (B begins at zero): N(0, 1/inputs), uniform within 1/sqrt(inputs) (loralib,
     PEFT), or with orthonormal columns."""
     trainable: tuple[str, ...] | None = dataclasses.field(default=None, metadata=UNORDERED)

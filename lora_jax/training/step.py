@@ -16,12 +16,12 @@ from lora_jax.errors import LoraError
 from lora_jax.frozen import join
 from lora_jax.layout import Layout
 from lora_jax.multi.stack import Scaled
-from lora_jax.training import initializers
 from lora_jax.training.config import require
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Loss, Workload
 from lora_jax.transform import adapt
+from lora_jax.updates.initial import InitName
 
 Tree = Any  # a pytree
 
@@ -32,7 +32,7 @@ def create(
     tx: optax.GradientTransformation,
     key: jax.Array,
     place: Placement,
-    init: initializers.InitName = "gaussian",
+    init: InitName = "gaussian",
     weights: Mapping[str, Any] | None = None,
 ) -> State:
     """The state before the first step, on its devices; it shares no memory with `base`.
@@ -73,17 +73,15 @@ def shapes(
 
 @functools.lru_cache(maxsize=16)
 def fresh(
-    layout: Layout, tx: optax.GradientTransformation, init: initializers.InitName
+    layout: Layout, tx: optax.GradientTransformation, init: InitName
 ) -> Callable[[dict[str, Any], jax.Array, Mapping[str, Any] | None], State]:
     """`begin(base, key, weights)` gives the state before the first step; to be compiled.
 
     The same arguments give the same function, so that JAX compiles it once for many runs.
     """
 
-    a_init = initializers.INITIALIZERS[init]
-
     def begin(base: dict[str, Any], key: jax.Array, weights: Any = None) -> State:
-        adapters = init_adapters(key, layout, params=weights, a_init=a_init)
+        adapters = init_adapters(key, layout, params=weights, method=init)
         trained = {"adapters": adapters, "base": jax.tree.map(jnp.copy, base)}
         return State(trained, tx.init(trained), jnp.int32(0), jnp.int32(0), key)
 
