@@ -97,7 +97,6 @@ def _routed_jvp(primals: Any, tangents: Any) -> Any:
     return (y, best), (dy, np.zeros(best.shape, jax.dtypes.float0))
 
 
-@cause(5, "tangents of integers are added")
 @pytest.mark.parametrize("fold", [(), ("w",)], ids=["rule", "folded"])
 def test_a_custom_jvp_with_an_integer_output(fold: Any) -> None:
     def f(p: Any, x: Any) -> Any:
@@ -240,7 +239,6 @@ def test_branches_by_platform_stay_branches_by_platform() -> None:
 # --- which axes are inputs ----------------------------------------------------------------------
 
 
-@cause(11, "inputs and outputs swapped")
 def test_the_columns_picked_by_indices_are_outputs() -> None:
     f = lambda p, x, ids: x @ p["w"][:, ids]  # noqa: E731
     layout = law(f, {"w": normal(0, 6, 8)}, X, IDS, targets="w")
