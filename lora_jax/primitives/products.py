@@ -15,7 +15,7 @@ from jax import lax
 from lora_jax.primitives import jaxprs, lowrank
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.lowrank import LowRank
-from lora_jax.primitives.named import RANK, Ins, Named, Names, Outs, einsum, without
+from lora_jax.primitives.named import RANK, Ins, Named, Names, Outs, einsum, wider, without
 from lora_jax.primitives.update import Operation
 
 
@@ -46,6 +46,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return v.held.use(lambda w, x: jaxprs.bind(eqn, *ends(w, x)), x)
 
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
+        x = x.astype(wider(x.array.dtype, v.held.dtype))
         return lowrank.add(y, x, update, out, precision)
 
     return [v.update.product(Operation(x, out, base, low_rank, len(v.names) == 2, precision))]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.primitives.named import Named, Names
+from lora_jax.primitives.named import Named, Names, wider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ class OutputGain(Update):
             nonlocal dtype
             y = p.base(x)
             dtype = y.dtype
-            return y.astype(jnp.promote_types(dtype, jnp.float32))
+            return y.astype(wider(dtype, jnp.float32))
 
         y = self.inner.product(dataclasses.replace(p, base=base))
         return Named(y, p.out).times(gain).array.astype(dtype)
@@ -205,7 +205,7 @@ class OutputGain(Update):
         """A product over outputs, as a tied head's: the gain multiplies x before it."""
         if any(n not in x.names for n in self.gain.names):
             raise NotImplementedError("a product over some of the outputs of a weight with a gain")
-        wide = x.astype(jnp.promote_types(x.array.dtype, jnp.float32))
+        wide = x.astype(wider(x.array.dtype, jnp.float32))
         scaled = Named(wide.times(self.gain).array.astype(x.array.dtype), x.names)
         return self.inner.product(dataclasses.replace(p, x=scaled))
 
