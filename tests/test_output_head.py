@@ -216,15 +216,7 @@ def batch_statistics() -> Any:
     return f, params, (state, X), {"head/kernel"}
 
 
-CAUSE_1 = pytest.mark.xfail(reason="cause 1: the head is what some output passes last", strict=True)
-
-
-PENDING = {"a_generation_loop", "a_masked_head", "two_heads_and_a_loss_with_float_targets"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[CAUSE_1] * (n in PENDING)) for n in sorted(REGISTRY)]
-)
+@pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_the_head_is_left_out_by_name_and_nothing_else_is(name: str) -> None:
     """Red if a product that some output passes last counts as a head whatever else it feeds."""
     f, params, args, heads = REGISTRY[name]()

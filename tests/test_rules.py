@@ -245,7 +245,6 @@ def test_the_columns_picked_by_indices_are_outputs() -> None:
     assert (layout["w"].inputs, layout["w"].outputs) == ((0,), (1,))
 
 
-@cause(11, "inputs and outputs swapped")
 def test_spectral_normalisation_is_no_use_of_the_weight() -> None:
     """The power iteration multiplies by parameters and state; the input tells the axes."""
 
@@ -263,7 +262,6 @@ def test_spectral_normalisation_is_no_use_of_the_weight() -> None:
 # --- messages -----------------------------------------------------------------------------------
 
 
-@cause(12, "two leaves with one path")
 def test_two_leaves_of_one_path_are_an_error_that_names_it() -> None:
     f = lambda p, x: jnp.tanh(x @ p["a"]["b"]) @ p["a/b"]  # noqa: E731
     params = {"a/b": normal(0, 8, 5), "a": {"b": normal(1, 6, 8)}}
@@ -271,7 +269,6 @@ def test_two_leaves_of_one_path_are_an_error_that_names_it() -> None:
         lora_jax.resolve(LoraSpec(2, 4.0, "a/b"), f, params, X)
 
 
-@cause(12, "no product consumes it, printed beside the product")
 def test_a_product_that_is_known_is_not_denied() -> None:
     """A sum over the inputs after the product: w is consumed by a product of all its axes."""
     f = lambda p, x: jnp.einsum("bi,io->b", x, p["w"])  # noqa: E731
@@ -290,7 +287,6 @@ def refusal(f: Any) -> str | None:
     return None
 
 
-@cause(12, "reported at an unknown line")
 @pytest.mark.parametrize(
     "change",
     [

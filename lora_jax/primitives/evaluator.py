@@ -97,10 +97,10 @@ class Evaluator:
         return jaxprs.run_one(eqn, [self.plain(eqn, v) for v in ins])
 
     def with_one_weight(self, eqn: Any, ins: Ins) -> Outs:
-        """The operands of a product, of which one is a weight: a second one that nothing adapts is
-        made an array. None: both are adapted."""
+        """The operands of a product, of which one is a weight: a second one that nothing adapts, or
+        that may be folded, is made an array. None: both are adapted."""
         both = [i for i, v in enumerate(ins) if isinstance(v, AdaptedWeight)]
-        spare = [i for i in both if isinstance(ins[i].update, Zero)]
+        spare = [i for i in both if isinstance(ins[i].update, Zero) or ins[i].fold]
         if len(both) == 2 and not spare:
             return None
         if len(both) == 2:
