@@ -195,7 +195,6 @@ class _Stack(nnx.Module):
         return run(x, self.layers)
 
 
-@cause(9, "unused weights come out of the scan")
 @pytest.mark.standard_promotion
 def test_nnx_remat_inside_nnx_scan() -> None:
     f, params, state = lora_jax.from_nnx(_Stack())
@@ -203,7 +202,6 @@ def test_nnx_remat_inside_nnx_scan() -> None:
     assert layout["layers/kernel"].stack == (0,)
 
 
-@cause(9, "unused weights come out of the scan")
 def test_a_scan_that_hands_out_weights_that_nobody_reads() -> None:
     def f(p: Any, x: Any) -> Any:
         step = lambda h, w: (jnp.tanh(h @ w), (w, {"norm": (h * h).sum()}))  # noqa: E731
@@ -225,7 +223,6 @@ def on_each_platform(p: Any, x: Any) -> Any:
     return lax.platform_dependent(x, p["w"], tpu=there, default=lambda x, w: jnp.tanh(x @ w))
 
 
-@cause(10, "a cond loses the platforms of its branches")
 def test_branches_by_platform_stay_branches_by_platform() -> None:
     """Red if the branch of another platform is lowered on this one."""
     params = {"w": normal(0, 6, 8)}

@@ -235,10 +235,25 @@ def shard_map_form(eqn: Any) -> ShardMap:
     return ShardMap(jaxpr, consts, p["in_specs"], call)
 
 
+def forwarded(jaxpr: Jaxpr) -> list[int | None]:
+    """For each output, the number of the input that it is, if it is one that nothing changed."""
+    source = {v: i for i, v in enumerate(jaxpr.invars)}
+
+    def of(atom: Any) -> int | None:
+        return None if is_literal(atom) else source.get(atom)
+
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in CALLS and eqn.primitive.name != "custom_jvp_call":
+            for v, i in zip(eqn.outvars, forwarded(called(eqn)[0]), strict=True):
+                which = None if i is None else of(eqn.invars[i])
+                if which is not None:
+                    source[v] = which
+    return [of(v) for v in jaxpr.outvars]
+
+
 def invariant_carry(body: Jaxpr, n_consts: int, n_carry: int) -> list[bool]:
     """Which carries a loop body hands on unchanged: they are constants in all but name."""
-    ins, outs = body.invars[n_consts : n_consts + n_carry], body.outvars[:n_carry]
-    return [i is o for i, o in zip(ins, outs, strict=True)]
+    return [i == n_consts + j for j, i in enumerate(forwarded(body)[:n_carry])]
 
 
 class Ragged(NamedTuple):
