@@ -123,21 +123,18 @@ def test_a_custom_jvp_with_an_integer_input() -> None:
 # --- lookups ------------------------------------------------------------------------------------
 
 
-@cause(6, "a lookup by a batched scalar index")
 def test_rows_looked_up_by_a_batched_scalar_index() -> None:
     f = lambda p, ids: jax.vmap(lambda i: p["table"][i])(ids)  # noqa: E731
     layout = law(f, {"table": normal(0, 9, 6)}, IDS, targets="table")
     assert (layout["table"].inputs, layout["table"].outputs) == ((0,), (1,))
 
 
-@cause(6, "a lookup by a batched scalar index")
 def test_a_table_of_matrices_looked_up_by_a_batched_scalar_index() -> None:
     f = lambda p, ids: jax.vmap(jax.vmap(lambda i: p["table"][i]))(ids[None])  # noqa: E731
     layout = law(f, {"table": normal(0, 9, 6)}, IDS, targets="table")
     assert (layout["table"].inputs, layout["table"].outputs) == ((0,), (1,))
 
 
-@cause(6, "a lookup by a batched scalar index")
 def test_an_expert_for_each_token_by_a_batched_scalar_index() -> None:
     f = lambda p, x, ids: jax.vmap(lambda x, i: x @ p["experts"][i])(x, ids)  # noqa: E731
     layout = law(f, {"experts": normal(0, 4, 6, 8)}, X, IDS, targets="experts")

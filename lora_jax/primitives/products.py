@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -132,8 +133,10 @@ def _ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """Rows looked up (an embedding), or some layers, experts or columns chosen from a weight."""
     v, indices = ins
-    if not isinstance(v, AdaptedWeight) or not _whole_rows(eqn):
+    if not isinstance(v, AdaptedWeight):
         return None
+    if not _whole_rows(eqn):
+        return _collapsed(evaluator, eqn, ins)
     v = v.chosen()
     dn = eqn.params["dimension_numbers"]
     looked_up, batching = (
@@ -154,7 +157,38 @@ def _whole_rows(eqn: Any) -> bool:
     dn, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     taken = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
     sizes = eqn.params["slice_sizes"]
-    return all(sizes[i] == n for i, n in enumerate(shape) if i not in taken)
+    return set(dn.start_index_map) <= set(taken) and all(
+        sizes[i] == n for i, n in enumerate(shape) if i not in taken
+    )
+
+
+def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    """Indices of axes that stay with size 1 (`vmap` of `table[i]`): the axes go, and come back.
+
+    An index of an axis that is taken whole says nothing: it is clamped to 0.
+    """
+    dn, p = eqn.params["dimension_numbers"], dict(eqn.params)
+    shape, sizes = eqn.invars[0].aval.shape, p["slice_sizes"]
+    kept = without(range(len(shape)), (*dn.collapsed_slice_dims, *dn.operand_batching_dims))
+    single = [i for i in kept if i in dn.start_index_map and sizes[i] == 1]
+    clamped = p["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+    if not clamped or any(sizes[i] != shape[i] for i in kept if i not in single):
+        return None
+    back = [dn.offset_dims[kept.index(i)] for i in single]
+    offset = without(dn.offset_dims, back)
+    collapsed = tuple(sorted((*dn.collapsed_slice_dims, *single)))
+    used = [k for k, i in enumerate(dn.start_index_map) if i in collapsed]
+    p["dimension_numbers"] = dn._replace(
+        offset_dims=tuple(j - sum(b < j for b in back) for j in offset),
+        collapsed_slice_dims=collapsed,
+        start_index_map=tuple(dn.start_index_map[k] for k in used),
+    )
+
+    def same(w: Any, indices: Any) -> Any:
+        return jnp.expand_dims(eqn.primitive.bind(w, indices[..., jnp.array(used)], **p), back)
+
+    traced = jax.make_jaxpr(same)(*(v.aval for v in eqn.invars))
+    return evaluator.evaluate(*jaxprs.opened(traced), ins)
 
 
 def _looked_up(evaluator: Any, v: AdaptedWeight, eqn: Any, indices: Any, rest: Names) -> Any:
