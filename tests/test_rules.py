@@ -164,7 +164,6 @@ def depthwise(p: Any, x: Any) -> Any:
     )  # fmt: skip
 
 
-@cause(7, "a depthwise kernel whose channels are reshaped")
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_a_depthwise_kernel_that_is_reshaped(multiplier: int) -> None:
     """Red if the axis of size 1 keeps no role, or the channels become inputs."""

@@ -135,10 +135,9 @@ class Recorder(Update):
             return None
         return dataclasses.replace(self, factors=(*self.factors, self.of(along)))
 
-    def regroup(self, old: Names, new: Names, sizes: tuple[int, ...]) -> Update | None:
-        atoms = self.of(old)
-        more = tuple((n, atoms) for n, size in zip(new, sizes, strict=True) if size != 1)
-        return dataclasses.replace(self, atoms=(*self.atoms, *more))
+    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
+        atoms = self.of((*old, *units))
+        return dataclasses.replace(self, atoms=(*self.atoms, *((n, atoms) for n in new)))
 
     def lost(self, names: Names, how: str, into: Names = ()) -> Update:
         atoms = self.of(names)
