@@ -75,10 +75,10 @@ def adapt(
     {'w': Factors(a=(8, 2), b=(2, 4))}
     """
 
-    def one(params: Any, update: Blend, *args: Any, **kwargs: Any) -> Any:
+    def one(many: bool, params: Any, update: Blend, *args: Any, **kwargs: Any) -> Any:
         layout.check_params(paths.flatten(params))
         traced = jaxprs.trace(f, params, args, kwargs)
-        evaluator = Evaluator()
+        evaluator = Evaluator(per_example=many)
         targets = {t.path: t for t in layout.targets}
         ins = list(traced.inputs)
         for i, path in enumerate(traced.param_paths):
@@ -97,10 +97,11 @@ def adapt(
         if not isinstance(adapters, Choosing):
             update = adapters.blend() if isinstance(adapters, Scaled) else Blend(adapters)
             check(layout, update.factors)
-            return one(params, update, *args, **kwargs)
+            return one(False, params, update, *args, **kwargs)
 
         def call(choice: Any, *args: Any, **kwargs: Any) -> Any:
-            return one(params, adapters.blend(layout, choice), *args, **kwargs)
+            blend = adapters.blend(layout, choice)
+            return one(adapters.per_example, params, blend, *args, **kwargs)
 
         choice = adapters.choice(layout)
         if not adapters.per_example:

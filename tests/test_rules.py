@@ -24,11 +24,6 @@ X = normal(1, 3, 6)
 IDS = jnp.array([2, 0, 3])
 
 
-def cause(number: int, reason: str) -> pytest.MarkDecorator:
-    """A test that waits for a cause to be mended."""
-    return pytest.mark.xfail(reason=f"cause {number}: {reason}", strict=True)
-
-
 def law(f: Any, params: Any, *args: Any, targets: Any = "all-linear", **kwargs: Any) -> Any:
     layout = lora_jax.resolve(LoraSpec(2, 4.0, targets, **kwargs), f, params, *args)
     laws.assert_adapt_equals_merge(layout, f, params, *args)
@@ -57,7 +52,6 @@ MIXTURE = {
 }
 
 
-@cause(4, "JAX batches no ragged_dot over its groups")
 @pytest.mark.parametrize("target", ["head", "first", "experts", "router"])
 def test_a_mixed_batch_over_a_ragged_dot(target: str) -> None:
     """Each example with its own adapter equals the example alone with it."""
@@ -76,7 +70,7 @@ def test_a_mixed_batch_over_a_ragged_dot(target: str) -> None:
         alone = MIXTURE if number < 0 else lora_jax.merge(layout, MIXTURE, members[number])
         np.testing.assert_allclose(got[i], mixture(alone, x[i : i + 1])[0], rtol=2e-5, atol=2e-5)
     gradients = jax.grad(lambda s: jnp.sin(mixed(s)).sum(), allow_int=True)(stacked)
-    assert np.any(np.asarray(gradients.factors[target].b))
+    assert np.any(np.asarray(gradients.factors[target].b)) or target == "router"  # argmax has none
 
 
 # --- functions with derivative rules of their own -----------------------------------------------

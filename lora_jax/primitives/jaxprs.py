@@ -202,6 +202,14 @@ def inner(eqn: Any) -> Jaxpr | None:
     return called(eqn)[0] if eqn.primitive.name in CALLS else None
 
 
+def contains(eqn: Any, name: str) -> bool:
+    """Whether an equation is of this primitive, or some equation inside of it is."""
+    parts = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple | list) else (p,))]
+    bodies = [body for body, _ in map(opened, parts) if isinstance(body, jax_core().Jaxpr)]
+    inside = any(contains(e, name) for body in bodies for e in body.eqns)
+    return inside or eqn.primitive.name == name
+
+
 def function_name(eqn: Any) -> str:
     """The name of the user's function that a `custom_vjp` equation calls."""
     return str(opened(eqn.params["call_jaxpr"])[0].debug_info.func_name)

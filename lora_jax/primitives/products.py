@@ -103,33 +103,6 @@ def _conv_kernel(names: Names, a: Named, channel: int, groups: int) -> Any:
     return jnp.concatenate([array] * groups, axis=names.index(channel))
 
 
-def _ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """A bank of experts: rows in groups, each with its own weight and its own factors."""
-    x, v, sizes = ins
-    form = jaxprs.ragged_form(eqn)
-    if isinstance(x, AdaptedWeight) or not isinstance(v, AdaptedWeight) or form is None:
-        return None
-    (group,), (contract,) = v.names_at(form.group), v.names_at(form.contract)
-    (outer,) = without(v.names, (group, contract))
-    if not v.update.admits((group,), (contract,), (outer,)):
-        return None
-    evaluator.consume(eqn, v, (group,), (contract,), (outer,))
-    v = v.chosen()
-    (x_contract,), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0]
-    precision, rows = eqn.params["precision"], evaluator.fresh(1)
-    names = (*rows, contract) if x_contract == 1 else (contract, *rows)
-
-    def low_rank(y: Any, x: Named, update: LowRank) -> Any:
-        a = update.a.moved((group, contract, RANK)).array.astype(x.array.dtype)
-        b = update.b.moved((group, RANK, outer)).array.astype(x.array.dtype)
-        h = lax.ragged_dot(x.moved((*rows, contract)).array, a, sizes, precision=precision)
-        d = lax.ragged_dot(_middle(update, h), b, sizes, precision=precision)
-        return y + d.astype(y.dtype)
-
-    base = lambda x: v.held.use(lambda w, x, sizes: jaxprs.bind(eqn, x, w, sizes), x, sizes)  # noqa: E731
-    return [v.update.product(Operation(Named(x, names), (*rows, outer), base, low_rank))]
-
-
 def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """Rows looked up (an embedding), or some layers, experts or columns chosen from a weight."""
     v, indices = ins
@@ -264,6 +237,5 @@ def _chosen(evaluator: Any, v: AdaptedWeight, eqn: Any, indices: Any) -> Adapted
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
     "dot_general": _dot,
     "conv_general_dilated": _conv,
-    "ragged_dot_general": _ragged_dot,
     "gather": _gather,
 }
