@@ -77,11 +77,11 @@ def adapt(
     {'w': Factors(a=(8, 2), b=(2, 4))}
     """
 
-    def one(params: Any, update: Blend, *args: Any, **kwargs: Any) -> Any:
+    def one(many: bool, params: Any, update: Blend, *args: Any, **kwargs: Any) -> Any:
         def weight(evaluator: Evaluator, target: Target, w: Any) -> Any:
             return _adapted(evaluator, target, w, update)
 
-        return interpret(layout, f, weight, params, *args, **kwargs)
+        return interpret(Evaluator(many), layout, f, weight, params, *args, **kwargs)
 
     def adapted(
         params: Any, adapters: Adapters | Scaled | Choosing, *args: Any, **kwargs: Any
@@ -89,10 +89,11 @@ def adapt(
         if not isinstance(adapters, Choosing):
             update = adapters.blend() if isinstance(adapters, Scaled) else Blend(adapters)
             check(layout, update.factors)
-            return one(params, update, *args, **kwargs)
+            return one(False, params, update, *args, **kwargs)
 
         def call(choice: Any, *args: Any, **kwargs: Any) -> Any:
-            return one(params, adapters.blend(layout, choice), *args, **kwargs)
+            blend = adapters.blend(layout, choice)
+            return one(adapters.per_example, params, blend, *args, **kwargs)
 
         choice = adapters.choice(layout)
         if not adapters.per_example:
@@ -103,12 +104,17 @@ def adapt(
 
 
 def interpret(
-    layout: Layout, f: Callable[..., Any], weight: Weight, params: Any, *args: Any, **kwargs: Any
+    evaluator: Evaluator,
+    layout: Layout,
+    f: Callable[..., Any],
+    weight: Weight,
+    params: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """`f(params, *args, **kwargs)`, with `weight(evaluator, target, w)` in each target's place."""
     layout.check_params(paths.flatten(params))
     traced = jaxprs.trace(f, params, args, kwargs)
-    evaluator = Evaluator()
     targets = {t.path: t for t in layout.targets}
     ins = list(traced.inputs)
     for i, path in enumerate(traced.param_paths):

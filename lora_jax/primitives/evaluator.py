@@ -24,9 +24,12 @@ class Evaluator:
     Runs of equations that touch no adapted weight are handed to JAX as they stand; the others go
     to their rule. Which is which is known as the values are, so the rules decide how far a weight
     lives.
+
+    per_example: whether it runs for one example, under a `vmap` over all of a mixed batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, per_example: bool = False) -> None:
+        self.per_example = per_example
         self.paths_read: set[str] = set()
         self.dequantised: dict[str, str] = {}  # path: the operation that had no quantised rule
         self._names = itertools.count()
@@ -56,7 +59,9 @@ class Evaluator:
         start = 0
         self._jaxprs.append(jaxpr)
         for i, eqn in enumerate(jaxpr.eqns):
-            if not any(v in adapted for v in eqn.invars if not jaxprs.is_literal(v)):
+            touched = any(v in adapted for v in eqn.invars if not jaxprs.is_literal(v))
+            ragged = self.per_example and jaxprs.contains(eqn, "ragged_dot_general")
+            if not (touched or ragged):
                 continue
             self._run_plain(jaxpr, start, i, env, last_use)
             start = i + 1
@@ -97,10 +102,10 @@ class Evaluator:
         return jaxprs.run_one(eqn, [self.plain(eqn, v) for v in ins])
 
     def with_one_weight(self, eqn: Any, ins: Ins) -> Outs:
-        """The operands of a product, of which one is a weight: a second one that nothing adapts is
-        made an array. None: both are adapted."""
+        """The operands of a product, of which one is a weight: a second one that nothing adapts, or
+        that may be folded, is made an array. None: both are adapted."""
         both = [i for i, v in enumerate(ins) if isinstance(v, AdaptedWeight)]
-        spare = [i for i in both if isinstance(ins[i].update, Zero)]
+        spare = [i for i in both if isinstance(ins[i].update, Zero) or ins[i].fold]
         if len(both) == 2 and not spare:
             return None
         if len(both) == 2:

@@ -71,6 +71,12 @@ def einsum(left: Named, right: Named, out: Names, precision: Any = None) -> Any:
     return jnp.einsum(left.array, left_list, right.array, right_list, out_list, precision=precision)
 
 
+def wider(first: Any, second: Any) -> Any:
+    """The dtype that a product of two dtypes has, however strict the user is about promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(first, second)
+
+
 def without(names: Names, gone: Iterable[int]) -> Names:
     """The names that are not among `gone`, in their order."""
     left_out = set(gone)

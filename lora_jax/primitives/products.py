@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.primitives import jaxprs, lowrank
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.lowrank import LowRank
-from lora_jax.primitives.named import RANK, Ins, Named, Names, Outs, einsum, without
+from lora_jax.primitives.named import RANK, Ins, Named, Names, Outs, einsum, wider, without
 from lora_jax.primitives.update import Operation
 
 
@@ -46,6 +47,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return v.held.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x)), x)
 
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
+        x = x.astype(wider(x.array.dtype, v.held.dtype))
         return lowrank.add(y, x, update, out, precision)
 
     return [v.update.product(Operation(x, out, base, low_rank, len(v.names) == 2, precision))]
@@ -101,47 +103,13 @@ def _conv_kernel(names: Names, a: Named, channel: int, groups: int) -> Any:
     return jnp.concatenate([array] * groups, axis=names.index(channel))
 
 
-def _ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """A bank of experts: rows in groups, each with its own weight and its own factors."""
-    x, v, sizes = ins
-    form = jaxprs.ragged_form(eqn)
-    if isinstance(x, AdaptedWeight) or not isinstance(v, AdaptedWeight) or form is None:
-        return None
-    (group,), (contract,) = v.names_at(form.group), v.names_at(form.contract)
-    (outer,) = without(v.names, (group, contract))
-    if not v.update.admits((group,), (contract,), (outer,)):
-        return None
-    evaluator.consume(eqn, v, (group,), (contract,), (outer,))
-    v = v.chosen()
-    (x_contract,), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0]
-    precision, rows = eqn.params["precision"], evaluator.fresh(1)
-    names = (*rows, contract) if x_contract == 1 else (contract, *rows)
-
-    def low_rank(y: Any, x: Named, update: LowRank) -> Any:
-        a = update.a.moved((group, contract, RANK)).array.astype(x.array.dtype)
-        b = update.b.moved((group, RANK, outer)).array.astype(x.array.dtype)
-        h = lax.ragged_dot(x.moved((*rows, contract)).array, a, sizes, precision=precision)
-        d = lax.ragged_dot(_middle(update, h), b, sizes, precision=precision)
-        return y + d.astype(y.dtype)
-
-    base = lambda x: v.held.product(lambda w, x, n: jaxprs.bind(eqn, x, w, n), x, sizes)  # noqa: E731
-
-    def spread(n: Named) -> Named:
-        """One row of the array for each row of x, that of its group."""
-        n = n.to_front((group,))
-        length = x.shape[names.index(rows[0])]
-        array = jnp.repeat(n.array, sizes, axis=0, total_repeat_length=length)
-        return Named(array, (*rows, *n.names[1:]))
-
-    operation = Operation(Named(x, names), (*rows, outer), base, low_rank, spread=spread)
-    return [v.update.product(operation)]
-
-
 def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """Rows looked up (an embedding), or some layers, experts or columns chosen from a weight."""
     v, indices = ins
-    if not isinstance(v, AdaptedWeight) or not _whole_rows(eqn):
+    if not isinstance(v, AdaptedWeight):
         return None
+    if not _whole_rows(eqn):
+        return _collapsed(evaluator, eqn, ins)
     v = v.chosen()
     dn = eqn.params["dimension_numbers"]
     looked_up, batching = (
@@ -162,7 +130,38 @@ def _whole_rows(eqn: Any) -> bool:
     dn, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     taken = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
     sizes = eqn.params["slice_sizes"]
-    return all(sizes[i] == n for i, n in enumerate(shape) if i not in taken)
+    return set(dn.start_index_map) <= set(taken) and all(
+        sizes[i] == n for i, n in enumerate(shape) if i not in taken
+    )
+
+
+def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    """Indices of axes that stay with size 1 (`vmap` of `table[i]`): the axes go, and come back.
+
+    An index of an axis that is taken whole says nothing: it is clamped to 0.
+    """
+    dn, p = eqn.params["dimension_numbers"], dict(eqn.params)
+    shape, sizes = eqn.invars[0].aval.shape, p["slice_sizes"]
+    kept = without(range(len(shape)), (*dn.collapsed_slice_dims, *dn.operand_batching_dims))
+    single = [i for i in kept if i in dn.start_index_map and sizes[i] == 1]
+    clamped = p["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+    if not clamped or any(sizes[i] != shape[i] for i in kept if i not in single):
+        return None
+    back = [dn.offset_dims[kept.index(i)] for i in single]
+    offset = without(dn.offset_dims, back)
+    collapsed = tuple(sorted((*dn.collapsed_slice_dims, *single)))
+    used = [k for k, i in enumerate(dn.start_index_map) if i in collapsed]
+    p["dimension_numbers"] = dn._replace(
+        offset_dims=tuple(j - sum(b < j for b in back) for j in offset),
+        collapsed_slice_dims=collapsed,
+        start_index_map=tuple(dn.start_index_map[k] for k in used),
+    )
+
+    def same(w: Any, indices: Any) -> Any:
+        return jnp.expand_dims(eqn.primitive.bind(w, indices[..., jnp.array(used)], **p), back)
+
+    traced = jax.make_jaxpr(same)(*(v.aval for v in eqn.invars))
+    return evaluator.evaluate(*jaxprs.opened(traced), ins)
 
 
 def _looked_up(evaluator: Any, v: AdaptedWeight, eqn: Any, indices: Any, rest: Names) -> Any:
@@ -238,6 +237,5 @@ def _chosen(evaluator: Any, v: AdaptedWeight, eqn: Any, indices: Any) -> Adapted
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
     "dot_general": _dot,
     "conv_general_dilated": _conv,
-    "ragged_dot_general": _ragged_dot,
     "gather": _gather,
 }

@@ -86,6 +86,7 @@ class Recorder(Update):
     atoms: of each name. stacked, summed: those of axes that W has lost. barrier: the operation
     without a rule that W has passed. lookup: the roles as of a lookup, where W may be its rows.
     factors: axes of which each set must be of one factor, because W was multiplied along them.
+    picked: axes in whose place there are those of an index.
     """
 
     paths: frozenset[str] = dataclasses.field(metadata={"static": True})
@@ -95,6 +96,7 @@ class Recorder(Update):
     barrier: str | None = dataclasses.field(default=None, metadata={"static": True})
     lookup: Any = dataclasses.field(default=None, metadata={"static": True})
     factors: tuple[Atoms, ...] = dataclasses.field(default=(), metadata={"static": True})
+    picked: Atoms = dataclasses.field(default=NONE, metadata={"static": True})
 
     def of(self, names: Iterable[int]) -> Atoms:
         known = dict(self.atoms)
@@ -133,15 +135,16 @@ class Recorder(Update):
             return None
         return dataclasses.replace(self, factors=(*self.factors, self.of(along)))
 
-    def regroup(self, old: Names, new: Names, sizes: tuple[int, ...]) -> Update | None:
-        atoms = self.of(old)
-        more = tuple((n, atoms) for n, size in zip(new, sizes, strict=True) if size != 1)
-        return dataclasses.replace(self, atoms=(*self.atoms, *more))
+    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
+        atoms = self.of((*old, *units))
+        return dataclasses.replace(self, atoms=(*self.atoms, *((n, atoms) for n in new)))
 
     def lost(self, names: Names, how: str, into: Names = ()) -> Update:
         atoms = self.of(names)
         if into:
-            return dataclasses.replace(self, atoms=(*self.atoms, *((n, atoms) for n in into)))
+            more = tuple((n, atoms) for n in into)
+            picked = self.picked | atoms
+            return dataclasses.replace(self, atoms=(*self.atoms, *more), picked=picked)
         if how == "summed":
             return dataclasses.replace(self, summed=self.summed | atoms)
         return dataclasses.replace(self, stacked=self.stacked | atoms)
@@ -153,6 +156,7 @@ class Recorder(Update):
         """The use that an operation makes of the weight, these axes having these roles."""
         s, i = self.stacked | self.of(stack), self.of(inputs)
         o = self.summed | self.of(outputs)
+        i, o = i - (s & self.picked), o - (s & self.picked)
         barrier = self.barrier
         if (s & i) or (s & o) or (i & o):
             s = i = o = NONE

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.errors import LoraError
-from lora_jax.primitives.named import Named, Names
+from lora_jax.primitives.named import Named, Names, wider, without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +95,23 @@ class Update(abc.ABC):
         roles = {n: self.role(n) for n in sizes}
         return all(r != "stack" and (r or sizes[n] == 1) for n, r in roles.items())
 
-    def regroup(self, old: Names, new: Names, sizes: tuple[int, ...]) -> Update | None:
-        """The axes `old`, in this order and of one role, reshaped into axes `new` of `sizes`."""
+    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
+        """The axes `old`, in this order, reshaped into axes `new`, a size for each.
+
+        units: axes of size 1 among the old ones, which come and go; `new` has none. The others
+        must be of one role.
+        """
 
         def one(n: Named) -> Named:
-            if old[0] not in n.names:
+            dims = [i for i, x in enumerate(n.names) if x in units]
+            n = Named(lax.squeeze(n.array, dims), without(n.names, units))
+            if not any(x in n.names for x in old):
                 return n
             n = n.to_front(old)
             rest = n.array.shape[len(old) :]
-            return Named(n.array.reshape((*sizes, *rest)), (*new, *n.names[len(old) :]))
+            return Named(n.array.reshape((*new.values(), *rest)), (*new, *n.names[len(old) :]))
 
-        return self.map(one) if len({self.role(n) for n in old}) == 1 else None
+        return self.map(one) if len({self.role(n) for n in old}) <= 1 else None
 
     def lost(self, names: Names, how: str, into: Names = ()) -> Update:
         """Note that W has lost axes: `how` is "taken" (a slice of them was chosen) or "summed".
@@ -155,8 +162,8 @@ class Zero(Update):
         del taken
         return len(rest) > 1
 
-    def regroup(self, old: Names, new: Names, sizes: tuple[int, ...]) -> Update | None:
-        del old, new, sizes
+    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
+        del old, units, new
         return self
 
     def times(self, factor: Named) -> Update | None:
@@ -200,7 +207,7 @@ class OutputGain(Update):
             nonlocal dtype
             y = p.base(x)
             dtype = y.dtype
-            return y.astype(jnp.promote_types(dtype, jnp.float32))
+            return y.astype(wider(dtype, jnp.float32))
 
         y = self.inner.product(dataclasses.replace(p, base=base))
         return Named(y, p.out).times(gain).array.astype(dtype)
@@ -212,7 +219,7 @@ class OutputGain(Update):
                 "a product sums over some outputs of a weight that DoRA adapts, and not over "
                 "others; its magnitude cannot follow. Use another kind of update for this weight"
             )
-        wide = x.astype(jnp.promote_types(x.array.dtype, jnp.float32))
+        wide = x.astype(wider(x.array.dtype, jnp.float32))
         scaled = Named(wide.times(self.gain).array.astype(x.array.dtype), x.names)
         return self.inner.product(dataclasses.replace(p, x=scaled))
 

@@ -12,8 +12,7 @@ from jax import lax
 
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.named import Ins, Named, Names, Outs, without
-from lora_jax.primitives.update import Update
+from lora_jax.primitives.named import Ins, Named, Outs, without
 
 
 def _only(ins: Ins) -> AdaptedWeight | None:
@@ -186,37 +185,20 @@ def _broadcast(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 def _reshape(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     v, new = ins[0], eqn.outvars[0].aval.shape
-    update: Update | None = v.update
+    update: Any = v.update
     names: list[int] = list(evaluator.fresh(len(new)))
     for old_axes, new_axes in reshape_groups(v.shape, new):
         if len(old_axes) == len(new_axes) == 1:
             names[new_axes[0]] = v.names[old_axes[0]]
             continue
-        assert update is not None
-        fresh = tuple(names[j] for j in new_axes)
-        update = _regroup(v, update, v.names_at(old_axes), fresh, [new[j] for j in new_axes])
+        old = v.names_at(old_axes)
+        units = tuple(n for n in old if v.size(n) == 1)
+        new_sizes = {names[j]: new[j] for j in new_axes if new[j] != 1}
+        update = update.regroup(without(old, units), units, new_sizes)
         if update is None:
             return None
     moved = v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), tuple(names)))
     return [dataclasses.replace(moved, update=update)]
-
-
-def _regroup(
-    v: AdaptedWeight, update: Update, old: Names, new: Names, sizes: Sequence[int]
-) -> Update | None:
-    """The update with the axes `old` merged or split into axes `new` of `sizes`.
-
-    Axes of size 1 go and come as they like; the others must be of one role.
-    """
-    units = tuple(n for n in old if v.size(n) == 1)
-
-    def drop(n: Named) -> Named:
-        dims = [i for i, x in enumerate(n.names) if x in units]
-        return Named(lax.squeeze(n.array, dims), without(n.names, units))
-
-    update = update.map(drop)
-    real = without(old, units)
-    return update.regroup(real, new, tuple(sizes)) if real else update
 
 
 def reshape_groups(
@@ -229,15 +211,17 @@ def reshape_groups(
     >>> reshape_groups((2, 1, 3), (6,))
     [((0, 1, 2), (0,))]
     """
-    groups, i, j = [], 0, 0
+    groups: list[Any] = []
+    i = j = 0
     while i < len(old) or j < len(new):
         i0, j0 = i, j
         if i < len(old) and j < len(new):
             i, j = i + 1, j + 1
             while (p := math.prod(old[i0:i])) != (q := math.prod(new[j0:j])):
                 i, j = (i + 1, j) if p < q else (i, j + 1)
-        else:  # only axes of size 1 are left on one side
+        else:  # only axes of size 1 are left on one side: they join the last group
             i, j = len(old), len(new)
+            i0, j0 = (axes[0] for axes in groups.pop()) if groups else (i0, j0)
         groups.append((tuple(range(i0, i)), tuple(range(j0, j))))
     return groups
 
