@@ -15,7 +15,6 @@ import jax
 
 from lora_jax.errors import LoraError
 from lora_jax.paths import path_of
-from lora_jax.updates import Factors
 from lora_jax.updates.kind import is_parameters
 
 if TYPE_CHECKING:

@@ -273,9 +273,9 @@ class Config:
         for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every"):
             require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
-        ratio, kinds = self.optimizer.loraplus_lr_ratio, {r.kind for r in self.lora.spec.rules}
+        ratio, kinds = self.optimizer.loraplus_lr_ratio, {str(r.kind) for r in self.lora.spec.rules}
         without = sorted(kinds & {"vera", "loha", "lokr", "bias"})
-        one = f"1 with lora.kind {', '.join(map(str, without))}, in which no B begins at zero"
+        one = f"1 with lora.kind {', '.join(without)}, in which no B begins at zero"
         require(ratio == 1 or not without, "optimizer.loraplus_lr_ratio", ratio, one)
 
     @property
