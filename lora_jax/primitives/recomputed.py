@@ -9,7 +9,6 @@ JAX would keep what the transpose of a product needs, the dequantised W. This pr
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,35 +19,39 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from lora_jax.primitives import jaxprs
+
 Arrays = tuple[Any, ...]
-Linear = Callable[[Arrays, Any], Any]  # (known, x) -> y
-
-
-@dataclasses.dataclass(frozen=True)
-class Directions:
-    """The function and its transpose, `back(known, dy)`."""
-
-    there: Linear
-    back: Linear
-
-    def swapped(self) -> Directions:
-        return Directions(self.back, self.there)
 
 
 def product(fn: Callable[[Any, Any], Any], known: Any, x: Any) -> Any:
     """`fn(known, x)`, linear in the array x; `known` is a pytree of arrays."""
     leaves, treedef = jax.tree.flatten(known)
-    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-    def there(leaves: Arrays, x: Any) -> Any:
-        return fn(jax.tree.unflatten(treedef, _after(leaves, x)), x)
+    def there(*args: Any) -> Any:
+        *leaves, x = args
+        return fn(jax.tree.unflatten(treedef, _after(tuple(leaves), x)), x)
 
-    def back(leaves: Arrays, dy: Any) -> Any:
-        known = jax.tree.unflatten(treedef, _after(leaves, dy))
-        (dx,) = jax.linear_transpose(lambda x: fn(known, x), like)(dy)
+    def back(*args: Any) -> Any:
+        *leaves, dy = args
+        known = jax.tree.unflatten(treedef, _after(tuple(leaves), dy))
+        (dx,) = jax.linear_transpose(lambda x: fn(known, x), _like(x))(dy)
         return dx
 
-    return _product.bind(*leaves, x, ways=Directions(there, back))
+    return _bind(there, back, leaves, x)
+
+
+def _bind(there: Callable[..., Any], back: Callable[..., Any], known: Sequence[Any], x: Any) -> Any:
+    """The primitive, with both directions traced: `there(*known, x)` and `back(*known, dy)`."""
+    shapes = [_like(leaf) for leaf in known]
+    forward = jax.make_jaxpr(there)(*shapes, _like(x))
+    (out,) = forward.out_avals
+    backward = jax.make_jaxpr(back)(*shapes, _like(out))
+    return _product.bind(*known, x, there=forward, back=backward)
+
+
+def _like(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)
 
 
 def _after(known: Arrays, x: Any) -> Arrays:
@@ -67,25 +70,27 @@ def _after(known: Arrays, x: Any) -> Arrays:
         zero = (one * 0).astype(jnp.int32)  # also of infinity, whose product is not a number
         return tuple(x + zero.astype(x.dtype) for x in known)
 
-    return lax.platform_dependent(tuple(known), x, cpu=add_zero, default=barrier)
+    return lax.platform_dependent(known, x, cpu=add_zero, default=barrier)
 
 
 _product = Primitive("recomputed_product")
 
 
-def _run(*args: Any, ways: Directions) -> Any:
-    return ways.there(args[:-1], args[-1])
+def _call(program: Any) -> Callable[..., Any]:
+    jaxpr, consts = jaxprs.opened(program)
+    return lambda *args: jax.core.eval_jaxpr(jaxpr, consts, *args)[0]
 
 
-def _shape(*args: Any, ways: Directions) -> Any:
-    out = jax.eval_shape(functools.partial(_run, ways=ways), *args)
-    return jax.core.ShapedArray(out.shape, out.dtype)
+def _run(*args: Any, there: Any, back: Any) -> Any:
+    del back
+    return _call(there)(*args)
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, ways: Directions) -> Any:
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, there: Any, back: Any) -> Any:
     *known, x = primals
     *dknown, dx = tangents
-    parts = [] if isinstance(dx, ad.Zero) else [_product.bind(*known, dx, ways=ways)]
+    bind = functools.partial(_product.bind, there=there, back=back)
+    parts = [] if isinstance(dx, ad.Zero) else [bind(*known, dx)]
     moving = [i for i, t in enumerate(dknown) if not isinstance(t, ad.Zero)]
     if moving:  # something that W was multiplied with is trained too
 
@@ -93,32 +98,34 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, ways: Directions) -
             leaves = list(known)
             for i, value in zip(moving, values, strict=True):
                 leaves[i] = value
-            return ways.there(tuple(leaves), x)
+            return _call(there)(*leaves, x)
 
         here, along = [known[i] for i in moving], [dknown[i] for i in moving]
         parts.append(jax.jvp(of_moving, here, along)[1])
-    return _product.bind(*primals, ways=ways), sum(parts[1:], parts[0])
+    return bind(*primals), sum(parts[1:], parts[0])
 
 
-def _transpose(dy: Any, *args: Any, ways: Directions) -> list[Any]:
+def _transpose(dy: Any, *args: Any, there: Any, back: Any) -> list[Any]:
     *known, x = args
     if isinstance(dy, ad.Zero):
         return [None] * len(known) + [ad.Zero(x.aval)]
-    return [None] * len(known) + [_product.bind(*known, dy, ways=ways.swapped())]
+    return [None] * len(known) + [_product.bind(*known, dy, there=back, back=there)]
 
 
-def _batch(args: Sequence[Any], dims: Sequence[Any], *, ways: Directions) -> tuple[Any, int]:
+def _batch(args: Sequence[Any], dims: Sequence[Any], *, there: Any, back: Any) -> tuple[Any, int]:
     *known_dims, x_dim = dims
-    axis_size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     *known, x = args
-    x = jnp.broadcast_to(x, (axis_size, *x.shape)) if x_dim is None else jnp.moveaxis(x, x_dim, 0)
-    in_axes = (tuple(known_dims), 0)
-    over = Directions(jax.vmap(ways.there, in_axes), jax.vmap(ways.back, in_axes))
-    return _product.bind(*known, x, ways=over), 0
+    x = jnp.broadcast_to(x, (size, *x.shape)) if x_dim is None else jnp.moveaxis(x, x_dim, 0)
+    in_axes = (*known_dims, 0)
+    over, under = (jax.vmap(_call(program), in_axes) for program in (there, back))
+    return _bind(over, under, known, x), 0
 
 
-_product.def_impl(lambda *args, ways: jax.jit(functools.partial(_run, ways=ways))(*args))
-_product.def_abstract_eval(_shape)
+_product.def_impl(
+    lambda *args, there, back: jax.jit(functools.partial(_run, there=there, back=back))(*args)
+)
+_product.def_abstract_eval(lambda *args, there, back: there.out_avals[0])
 mlir.register_lowering(_product, mlir.lower_fun(_run, multiple_results=False))
 ad.primitive_jvps[_product] = _jvp
 ad.primitive_transposes[_product] = _transpose
