@@ -35,6 +35,7 @@ def labels(trained: Any) -> Any:
       A tree like `trained` with a string in the place of each array, for `optax.partition`.
 
     >>> import jax.numpy as jnp
+    >>> from lora_jax.updates import Factors
     >>> adapters = {"q/kernel": Factors(a=jnp.ones((8, 2)), b=jnp.ones((2, 4)))}
     >>> labels({"adapters": adapters, "base": {"head/kernel": 0, "head/bias": 0}})["adapters"]
     {'q/kernel': Factors(a='a', b='b')}
@@ -71,6 +72,7 @@ def loraplus(ratio: float) -> optax.GradientTransformation:
       A transformation without state, to be chained after an optimizer.
 
     >>> import jax.numpy as jnp, optax
+    >>> from lora_jax.updates import Factors
     >>> tx = optax.chain(optax.sgd(0.1), loraplus(16))
     >>> adapters = {"q/kernel": Factors(a=jnp.ones((1, 1)), b=jnp.ones((1, 1)))}
     >>> updates, _ = tx.update(adapters, tx.init(adapters))
