@@ -44,7 +44,7 @@ ARROWS = {
     | {"updates"},
     "moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
     "frozen": {"base", "errors", "paths"},
-    "labels": {"adapters", "errors", "paths"},
+    "labels": {"errors", "paths", "updates"},
     "flax_partitioning": {"errors", "paths"},
     "sharding": {"base", "bases", "errors", "flax_partitioning", "layout", "paths", "primitives"}
     | {"target", "updates"},
@@ -61,14 +61,23 @@ ARROWS = {
     "console": {"errors", "extras", "models"},
     # training and what is done with its results
     "data": {"errors", "extras", "models"},
-    "training": {"adapters", "base", "baselines", "bases", "checkpoint", "console", "data"}
-    | {"errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi", "paths"}
-    | {"resolve", "sharding", "spec", "transform", "updates"},
+    "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
+    | {"data", "errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi"}
+    | {"paths", "resolve", "sharding", "spec", "transform"},
     "groups": {"checkpoint", "console", "errors", "extras", "frozen", "layout", "multi"}
     | {"paths", "resolve", "spec", "training"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
     | {"primitives", "resolve", "training"},
-    "serving": {"adapters", "baselines", "bases", "checkpoint", "console", "data", "errors"}
+    "serving": {
+        "adapters",
+        "baselines",
+        "bases",
+        "beginnings",
+        "checkpoint",
+        "console",
+        "data",
+        "errors",
+    }
     | {"extras", "layout", "merge", "models", "multi", "paths", "transform", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
     | {"layout", "serving", "training"},

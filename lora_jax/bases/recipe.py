@@ -12,6 +12,7 @@ from lora_jax.layout import Layout
 Tree = Any  # a pytree
 
 ABOUT = "quantized"  # the entry of what is said about an adapter (`lora_jax.save(about=...)`)
+BEGUN = "begun"  # the entry that says by which method of `lora_jax.init_from_base` it was changed
 STORED = "stored"  # the scheme of weights that are held as their file has them
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from lora_jax import baselines, models, paths
 from lora_jax.adapters import Adapter, as_lora
-from lora_jax.bases.recipe import ABOUT, STORED, requantised
+from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, requantised
+from lora_jax.beginnings import init_from_base
 from lora_jax.checkpoint import adapter, storage
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import fingerprint
@@ -159,7 +160,10 @@ def open_adapters(
     how = _quantised(members)
     params = source.load(config, keep_quantised=how == {"scheme": STORED})
     params = {"bert": params} if isinstance(config, models.BertConfig) else params
-    params = params if how is None else requantised(params, how)
+    floats, params = params, params if how is None else requantised(params, how)
+    if (method := _begun(members)) is not None:
+        quantised = None if how is None else params
+        params = init_from_base(members[0].layout, floats, method, quantised=quantised).params
     _check_base(members, params, reference, allow_other_base)
     alone = _unstackable(members)
     if alone is None:
@@ -321,6 +325,20 @@ def _unstackable(members: Sequence[ServedAdapter]) -> ServedAdapter | None:
                 f"{member.name!r} ({member.path}) cannot be served together with others: {error}"
             ) from error
     return None
+
+
+def _begun(members: Sequence[ServedAdapter]) -> Any:
+    """The method by which the base was changed before training; None: it was not."""
+    said = {(member.about.get(BEGUN), member.layout) for member in members}
+    methods = {method for method, _ in said}
+    if methods <= {None}:
+        return None
+    if len(said) > 1:
+        raise LoraError(
+            f"the adapters do not share one base: each method ({listed(map(str, methods))}) and "
+            "each set of targets begins with a base of its own; open them one by one"
+        )
+    return methods.pop()
 
 
 def _quantised(members: Sequence[ServedAdapter]) -> Mapping[str, Any] | None:

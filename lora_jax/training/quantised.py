@@ -55,8 +55,7 @@ def quantised(
     params = jax.eval_shape(functools.partial(quantise, targets=layout), workload.params)
 
     def load(shardings: Tree) -> Tree:
-        floats = jax.tree_util.tree_map(_float_sharding, params, shardings, is_leaf=is_base)
-        loaded = paths.flatten(workload.arrays(floats))
+        loaded = paths.flatten(workload.arrays(float_shardings(params, shardings)))
         placed = paths.flatten(shardings)
         for target in layout.targets:
             path = target.path
@@ -67,7 +66,8 @@ def quantised(
         return paths.replace(params, loaded)
 
     how = recipe(scheme, layout, block, double)
-    return as_stored(dataclasses.replace(workload, params=params, load=load), how)
+    new = dataclasses.replace(workload, params=params, load=load, floats=workload)
+    return as_stored(new, how)
 
 
 def as_stored(workload: Workload, how: dict[str, Any] | None = None) -> Workload:
@@ -89,6 +89,15 @@ def _quantised_layout(workload: Workload, trainable: Sequence[str]) -> Layout:
     known = [target.path for target in found.targets]
     trained = {path for pattern in trainable for path in paths.matching(pattern, known)}
     return Layout(tuple(t for t in found.targets if t.path not in trained))
+
+
+def float_shardings(params: Tree, shardings: Tree) -> Tree:
+    """Return where the floats of quantised parameters are loaded.
+
+    Args:
+      params: by shape. shardings: a tree like it, that of the arrays of quantised weights.
+    """
+    return jax.tree.map(_float_sharding, params, shardings, is_leaf=is_base)
 
 
 def _float_sharding(leaf: Any, where: Any) -> Any:

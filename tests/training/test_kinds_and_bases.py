@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import lora_jax
-from lora_jax.bases.recipe import ABOUT
+from lora_jax.bases.recipe import ABOUT, BEGUN
 from lora_jax.checkpoint.adapter import restore_about
 from lora_jax.checkpoint.storage import orbax
 from lora_jax.groups import loop
@@ -163,3 +163,29 @@ def test_kinds_and_schemes_are_fields_of_a_sweep(
         for when in ("before", "after"):
             loss = theirs[when]["validation"]["loss"]
             assert ours[when]["validation"]["loss"] == pytest.approx(loss, rel=1e-5), member.name
+
+
+@without_warning
+@pytest.mark.parametrize(
+    ("init", "scheme", "kind"),
+    [("eva", "none", "lora"), ("pissa", "none", "dora"), ("olora", "none", "lora"),
+     ("loftq", "nf4", "lora")],
+)  # fmt: skip
+def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
+    init: str, scheme: str, kind: str, roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
+) -> None:
+    """The first outputs are the base's, as it was. Red: the new base forgotten by predict."""
+    lora, model = {"init": init, "kind": kind}, {"quantize": scheme}
+    config = config_of(classification, roberta, source, lora=lora, model=model)
+    summary = assert_goes_on(tmp_path / "run", config)
+    plain = train_in(tmp_path / "plain", config_of(classification, roberta, source))
+    loss, whole = (s["before"]["validation"]["loss"] for s in (summary, plain))
+    assert loss == pytest.approx(whole, rel=1e-5 if scheme == "none" else 0.05)
+    assert restore_about(tmp_path / "run/adapters/best").get(BEGUN) == (
+        None if init == "eva" else init
+    )
+    file, out = source.replace("{split}", "validation"), tmp_path / "out.jsonl"
+    arguments = ["--file", file, "--out", str(out), "--adapter", str(tmp_path / "run")]
+    assert predict.main(arguments) == 0
+    right = [str(row["prediction"]) == str(row["label"]) for row in texts(out)]
+    assert np.mean(right) == pytest.approx(summary["after"]["validation"]["accuracy"])
