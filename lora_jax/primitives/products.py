@@ -142,7 +142,7 @@ def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """
     dn, p = eqn.params["dimension_numbers"], dict(eqn.params)
     shape, sizes = eqn.invars[0].aval.shape, p["slice_sizes"]
-    kept = without(range(len(shape)), (*dn.collapsed_slice_dims, *dn.operand_batching_dims))
+    kept = without(tuple(range(len(shape))), (*dn.collapsed_slice_dims, *dn.operand_batching_dims))
     single = [i for i in kept if i in dn.start_index_map and sizes[i] == 1]
     clamped = p["mode"] != lax.GatherScatterMode.FILL_OR_DROP
     if not clamped or any(sizes[i] != shape[i] for i in kept if i not in single):

@@ -16,10 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-
-from lora_jax.primitives import jaxprs
 
 Arrays = tuple[Any, ...]
 
@@ -77,8 +75,7 @@ _product = Primitive("recomputed_product")
 
 
 def _call(program: Any) -> Callable[..., Any]:
-    jaxpr, consts = jaxprs.opened(program)
-    return lambda *args: jax.core.eval_jaxpr(jaxpr, consts, *args)[0]
+    return lambda *args: jaxpr_as_fun(program)(*args)[0]
 
 
 def _run(*args: Any, there: Any, back: Any) -> Any:
