@@ -6,6 +6,6 @@ returns None where it does not apply; the weight is then folded, or refused.
 
 from __future__ import annotations
 
-from lora_jax.primitives import control, products, ragged, views
+from lora_jax.primitives import control, joined, products, ragged, views
 
-RULES = {**views.RULES, **products.RULES, **ragged.RULES, **control.RULES}
+RULES = {**views.RULES, **joined.RULES, **products.RULES, **ragged.RULES, **control.RULES}
