@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -111,6 +112,16 @@ class Evaluator:
         if len(both) == 2:
             ins = [self.plain(eqn, v) if i == spare[-1] else v for i, v in enumerate(ins)]
         return ins
+
+    def through(self, fn: Callable[..., Any], eqn: Any, ins: Ins) -> Outs:
+        """An equation by the rules for the equations of `fn`, which does the same."""
+        traced = jax.make_jaxpr(fn)(*(v.aval for v in eqn.invars))
+        return self.evaluate(*jaxprs.opened(traced), ins)
+
+    def joins(self, ins: Ins) -> bool:
+        """Whether these make one weight where they are put together."""
+        del ins
+        return True
 
     def compact(self, eqn: Any, operand: int, value: Any) -> Any:
         """A plain operand that was broadcast just before, with size 1 along the new axes again."""

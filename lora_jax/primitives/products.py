@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -160,8 +159,7 @@ def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     def same(w: Any, indices: Any) -> Any:
         return jnp.expand_dims(eqn.primitive.bind(w, indices[..., jnp.array(used)], **p), back)
 
-    traced = jax.make_jaxpr(same)(*(v.aval for v in eqn.invars))
-    return evaluator.evaluate(*jaxprs.opened(traced), ins)
+    return evaluator.through(same, eqn, ins)
 
 
 def _looked_up(evaluator: Any, v: AdaptedWeight, eqn: Any, indices: Any, rest: Names) -> Any:

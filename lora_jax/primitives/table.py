@@ -10,14 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lora_jax.primitives import control, products, ragged, views
+from lora_jax.primitives import control, joined, products, ragged, views
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.lowrank import LowRank
 from lora_jax.primitives.named import RANK, Ins, Named, Outs
 from lora_jax.primitives.update import Operation
 
 PrimitiveRule = Callable[[Any, Any, Ins], Outs]
-RULES: dict[str, PrimitiveRule] = {**views.RULES, **products.RULES, **ragged.RULES, **control.RULES}
+RULES: dict[str, PrimitiveRule] = {
+    **views.RULES,
+    **joined.RULES,
+    **products.RULES,
+    **ragged.RULES,
+    **control.RULES,
+}
 
 
 def register(
