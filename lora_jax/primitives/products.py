@@ -36,7 +36,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     w_free = without(v.names, (*inputs, *stack))
     x_free = without(tuple(names), (*inputs, *stack))
     out = (*stack, *((*w_free, *x_free) if side == 0 else (*x_free, *w_free)))
-    evaluator.consume(eqn, v, stack, inputs, w_free)
+    use = evaluator.consume(eqn, v, stack, inputs, w_free)
     x = Named(other, tuple(names))
     if any(n not in x.names or n in out for n in v.names if v.update.role(n) == "input"):
         v.check_linear("a product with its transpose, or with a part of its inputs")
@@ -48,7 +48,8 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
         return lowrank.add(y, x, update, out, precision)
 
-    return [v.update.product(Operation(x, out, base, low_rank, len(v.names) == 2, precision))]
+    is_matrix = len(v.names) == 2
+    return [v.update.product(Operation(x, out, base, low_rank, is_matrix, precision, use))]
 
 
 def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
@@ -66,7 +67,7 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     inputs = without(v.names, (channel,))
     if eqn.params["batch_group_count"] != 1 or not v.update.admits((), inputs, (channel,)):
         return None
-    evaluator.consume(eqn, v, (), inputs, (channel,))
+    use = evaluator.consume(eqn, v, (), inputs, (channel,))
     v = v.chosen()
     out = list(evaluator.fresh(x.ndim))
     out[dims.out_spec[1]] = channel
@@ -85,7 +86,7 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
     base = lambda x: v.held.use(lambda w, x: jaxprs.bind(eqn, x, w), x)  # noqa: E731
     x = Named(x, evaluator.fresh(x.ndim))
-    return [v.update.product(Operation(x, tuple(out), base, low_rank))]
+    return [v.update.product(Operation(x, tuple(out), base, low_rank, use=use))]
 
 
 def _middle(update: LowRank, h: Any) -> Any:
@@ -111,7 +112,7 @@ def _ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     (outer,) = without(v.names, (group, contract))
     if not v.update.admits((group,), (contract,), (outer,)):
         return None
-    evaluator.consume(eqn, v, (group,), (contract,), (outer,))
+    use = evaluator.consume(eqn, v, (group,), (contract,), (outer,))
     v = v.chosen()
     (x_contract,), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0]
     precision, rows = eqn.params["precision"], evaluator.fresh(1)
@@ -125,7 +126,8 @@ def _ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return y + d.astype(y.dtype)
 
     base = lambda x: v.held.use(lambda w, x, sizes: jaxprs.bind(eqn, x, w, sizes), x, sizes)  # noqa: E731
-    return [v.update.product(Operation(Named(x, names), (*rows, outer), base, low_rank))]
+    p = Operation(Named(x, names), (*rows, outer), base, low_rank, use=use)
+    return [v.update.product(p)]
 
 
 def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:

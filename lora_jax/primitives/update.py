@@ -24,6 +24,8 @@ class Operation:
     low_rank: `low_rank(y, x, update)` is y plus the operation with `update`, a `LowRank`, in W's
       place, in the form that is fast for this operation; x is named.
     matrix: whether it is the plain product of a matrix, as `x @ w` is.
+    use: the number of this use of W in the program (`Evaluator.consume`).
+    drop: None, or what is done to x before the update sees it.
     """
 
     x: Named | None
@@ -32,6 +34,13 @@ class Operation:
     low_rank: Callable[[Any, Any, Any], Any]
     matrix: bool = False
     precision: Any = None
+    use: int = 0
+    drop: Callable[[Named], Named] | None = None
+
+    @property
+    def dropped(self) -> Named | None:
+        """The operand x as the update sees it."""
+        return self.x if self.x is None or self.drop is None else self.drop(self.x)
 
 
 class Update(abc.ABC):
