@@ -60,7 +60,7 @@ class LowRank(Update):
         return Named(array, h.names)
 
     def product(self, p: Operation) -> Any:
-        return p.low_rank(p.base(None if p.x is None else p.x.array), p.x, self)
+        return p.low_rank(p.base(None if p.x is None else p.x.array), p.dropped, self)
 
     def merged(self, w: Named) -> Any:
         wide = wide_dtype(w.array.dtype)
@@ -105,7 +105,8 @@ class LowRank(Update):
             arrays = [n.moved(names).array for n in factors]
             array = jnp.concatenate(arrays, names.index(RANK)) if apart else sum(arrays)
             joined.append(Named(array, names))
-        return LowRank(*joined)
+        a, b = joined
+        return LowRank(a, b)
 
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
         del w

@@ -78,7 +78,7 @@ def product(
         s, (i,), (o,) = v.names_at(stack), v.names_at((inputs,)), v.names_at((outputs,))
         if not v.update.admits(s, (i,), (o,)):
             return None
-        evaluator.consume(eqn, v, s, (i,), (o,))
+        use = evaluator.consume(eqn, v, s, (i,), (o,))
         v = v.chosen()
         free = evaluator.fresh(operand.ndim - 1)
 
@@ -105,6 +105,7 @@ def product(
                 return Named(array, (*free, *(name for name in n.names if name not in s)))
 
         named = Named(operand, (*free, i))
-        return [v.update.product(Operation(named, (*free, o), base, low_rank, spread=spread))]
+        operation = Operation(named, (*free, o), base, low_rank, use=use, spread=spread)
+        return [v.update.product(operation)]
 
     return rule
