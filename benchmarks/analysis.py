@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks import common
-from lora_jax import Adapter, Factors, Layout, Target, analysis
+from lora_jax import Adapter, Factors, Layout, Target, analysis, init_from_base
 
 
 def adapter(rank: int, layers: int, width: int) -> Adapter:
@@ -61,7 +61,7 @@ def main() -> None:
         runs["amplification, r=64"] = lambda: analysis.amplification(
             large.layout, params, large.parameters
         )
-        runs["principal, r=8"] = lambda: analysis.principal(small.layout, params)
+        runs["PiSSA, r=8"] = lambda: init_from_base(small.layout, params)
     print(f"{common.hardware()}\n{2 * args.layers} matrices of {args.width} x {args.width}\n")
     lines = []
     for name, call in runs.items():

@@ -20,6 +20,8 @@ from lora_jax.adapters import count as count
 from lora_jax.adapters import init as init
 from lora_jax.bases.quantise import dequantize as dequantize
 from lora_jax.bases.quantise import quantize as quantize
+from lora_jax.beginnings import init_from_base as init_from_base
+from lora_jax.beginnings import init_from_inputs as init_from_inputs
 from lora_jax.checkpoint import fingerprint as fingerprint
 from lora_jax.checkpoint import restore as restore
 from lora_jax.checkpoint import save as save

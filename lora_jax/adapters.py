@@ -15,8 +15,8 @@ from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.target import Target
+from lora_jax.updates.initial import initializer
 from lora_jax.updates.kind import Factors, Kind, TargetInitializer, kind_of
-from lora_jax.updates.lora import gaussian
 
 Adapters = dict[str, Any]
 """`{path: parameters}`: the NamedTuple of arrays that the target's kind has."""
@@ -66,28 +66,33 @@ def init(
     key: jax.Array,
     layout: Layout,
     *,
+    method: str | TargetInitializer = "gaussian",
     params: Any = None,
     dtype: Any = jnp.float32,
-    a_init: TargetInitializer | None = None,
 ) -> Adapters:
-    """Fresh adapters: `a ~ N(0, 1/fan_in)`, `b = 0`, so that the first output is the base's.
+    """Fresh adapters: `a` random, `b = 0`, so that the first output is the base's.
 
     Args:
       key: a PRNG key. Each target draws from the key folded with its own path, so that adding
         a target does not change the others.
       layout: from `lora_jax.resolve`.
+      method: how `a` is drawn: "gaussian", N(0, 1/fan_in); "uniform", within 1/sqrt(fan_in), as
+        loralib and PEFT do; "orthogonal", with orthonormal columns; or a function
+        `(key, target, dtype) -> array of target.a_shape`. PiSSA, OLoRA and LoftQ change the base:
+        `lora_jax.init_from_base`. EVA looks at batches: `lora_jax.init_from_inputs`.
       params: the base parameters, for kinds that begin at something of W (DoRA's magnitude).
       dtype: of the adapters. Keep float32 also over a bfloat16 base: they are the masters that
         the optimizer updates, and they are cast where they are used.
-      a_init: `a_init(key, target, dtype) -> array of target.a_shape`, to draw `a` otherwise.
 
     Returns:
       `{path: Factors(a, b)}` in the layout's order, or what another kind has for its arrays
       (`lora_jax.updates`); every update is zero.
 
     Raises:
-      LoraError: a kind that needs the parameters and gets none, or others than the layout's.
+      LoraError: a method that does not exist, a kind that needs the parameters and gets none, or
+        others than the layout's.
     """
+    a_init = initializer(method)
     leaves = {} if params is None else paths.flatten(params)
     if params is not None:
         layout.check_params(leaves)
@@ -95,7 +100,7 @@ def init(
     for target in layout.targets:
         own = jax.random.fold_in(key, zlib.crc32(target.path.encode()))
         w = leaves.get(target.path)
-        out[target.path] = kind_of(target).init(own, target, dtype, a_init or gaussian, w)
+        out[target.path] = kind_of(target).init(own, target, dtype, a_init, w)
     return out
 
 

@@ -28,6 +28,8 @@ from lora_jax.primitives.update import OutputGain, Zero
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
 
+Weight = Callable[[Evaluator, Target, Any], Any]
+
 
 def adapt(
     layout: Layout, f: Callable[..., Any], *, in_axes: Any = 0, out_axes: Any = 0
@@ -76,20 +78,10 @@ def adapt(
     """
 
     def one(many: bool, params: Any, update: Blend, *args: Any, **kwargs: Any) -> Any:
-        layout.check_params(paths.flatten(params))
-        traced = jaxprs.trace(f, params, args, kwargs)
-        evaluator = Evaluator(per_example=many)
-        targets = {t.path: t for t in layout.targets}
-        ins = list(traced.inputs)
-        for i, path in enumerate(traced.param_paths):
-            if path in targets:
-                ins[i] = _adapted(evaluator, targets[path], ins[i], update)
-            elif isinstance(ins[i], Base):
-                ins[i] = _quantised(evaluator, path, ins[i])
-        outs = evaluator.evaluate(traced.jaxpr, traced.consts, ins)
-        outs = [evaluator.returned(out) for out in outs]
-        _check_all_read(layout, evaluator.paths_read)
-        return jax.tree.unflatten(traced.out_tree, outs)
+        def weight(evaluator: Evaluator, target: Target, w: Any) -> Any:
+            return _adapted(evaluator, target, w, update)
+
+        return interpret(Evaluator(many), layout, f, weight, params, *args, **kwargs)
 
     def adapted(
         params: Any, adapters: Adapters | Scaled | Choosing, *args: Any, **kwargs: Any
@@ -109,6 +101,31 @@ def adapt(
         return per_example.each(call, choice, args, kwargs, in_axes, out_axes)
 
     return adapted
+
+
+def interpret(
+    evaluator: Evaluator,
+    layout: Layout,
+    f: Callable[..., Any],
+    weight: Weight,
+    params: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`f(params, *args, **kwargs)`, with `weight(evaluator, target, w)` in each target's place."""
+    layout.check_params(paths.flatten(params))
+    traced = jaxprs.trace(f, params, args, kwargs)
+    targets = {t.path: t for t in layout.targets}
+    ins = list(traced.inputs)
+    for i, path in enumerate(traced.param_paths):
+        if path in targets:
+            ins[i] = weight(evaluator, targets[path], ins[i])
+        elif isinstance(ins[i], Base):
+            ins[i] = _quantised(evaluator, path, ins[i])
+    outs = evaluator.evaluate(traced.jaxpr, traced.consts, ins)
+    outs = [evaluator.returned(out) for out in outs]
+    _check_all_read(layout, evaluator.paths_read)
+    return jax.tree.unflatten(traced.out_tree, outs)
 
 
 def _adapted(evaluator: Evaluator, target: Target, w: Any, blend: Blend) -> Any:
@@ -132,7 +149,9 @@ def _adapted(evaluator: Evaluator, target: Target, w: Any, blend: Blend) -> Any:
             probe = Named(gate.probe, (*stack, TALLY, MEMBER))
             gate = dataclasses.replace(gate, probe=probe)
         update = Gated(a, b, update.scale, gain, gate)
-    output_gain = kind.output_gain(target, parameters, w)
+    # A plan counts it to the adapters; the outermost scope is written `jvp(output_gain)`.
+    with jax.named_scope("output_gain"), jax.named_scope("lora"):
+        output_gain = kind.output_gain(target, parameters, w)
     if output_gain is not None:
         update = OutputGain(update, Named(output_gain, (*stack, *pick(target.outputs))))
     if blend.choice is not None:

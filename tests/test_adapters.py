@@ -41,7 +41,7 @@ def test_dtype_and_own_initialiser() -> None:
         jax.random.key(0),
         LAYOUT,
         dtype=jnp.bfloat16,
-        a_init=lambda key, target, dtype: jnp.full(target.a_shape, 2, dtype),
+        method=lambda key, target, dtype: jnp.full(target.a_shape, 2, dtype),
     )
     assert adapters["w"].a.dtype == adapters["w"].b.dtype == jnp.bfloat16
     assert (adapters["w"].a == 2).all()

@@ -23,8 +23,9 @@ PACKAGE = ROOT / "lora_jax"
 # Room -> the rooms it may import, and does. A room is a top-level module or a package; "" is the
 # facade, `lora_jax/__init__.py`, which nothing in the package imports.
 ARROWS = {
-    "": {"adapters", "bases", "checkpoint", "errors", "frozen", "layout", "merge", "moe"}
-    | {"multi", "nnx", "paths", "resolve", "sharding", "spec", "target", "transform", "updates"},
+    "": {"adapters", "bases", "beginnings", "checkpoint", "errors", "frozen", "layout", "merge"}
+    | {"moe", "multi", "nnx", "paths", "resolve", "sharding", "spec", "target", "transform"}
+    | {"updates"},
     # the core: the transform and what it is used with
     "errors": set(),
     "base": set(),
@@ -43,13 +44,15 @@ ARROWS = {
     | {"updates"},
     "moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
     "frozen": {"base", "errors", "paths"},
-    "labels": {"adapters", "errors", "paths"},
+    "labels": {"errors", "paths", "updates"},
     "flax_partitioning": {"errors", "paths"},
     "sharding": {"base", "bases", "errors", "flax_partitioning", "layout", "paths", "primitives"}
     | {"target", "updates"},
-    "checkpoint": {"adapters", "errors", "layout", "paths", "updates"},
+    "checkpoint": {"adapters", "base", "errors", "layout", "paths", "updates"},
     "nnx": set(),
     "analysis": {"adapters", "errors", "layout", "multi", "paths", "spec", "target", "updates"},
+    "beginnings": {"adapters", "analysis", "base", "bases", "errors", "layout", "paths"}
+    | {"primitives", "target", "transform", "updates"},
     "extras": set(),
     # models and methods: they have never heard of LoRA
     "models": {"bases", "extras"},
@@ -58,15 +61,24 @@ ARROWS = {
     "console": {"errors", "extras", "models"},
     # training and what is done with its results
     "data": {"errors", "extras", "models"},
-    "training": {"adapters", "base", "baselines", "bases", "checkpoint", "console", "data"}
-    | {"errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi", "paths"}
-    | {"resolve", "sharding", "spec", "target", "transform", "updates"},
+    "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
+    | {"data", "errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi"}
+    | {"paths", "resolve", "sharding", "spec", "transform"},
     "groups": {"checkpoint", "console", "errors", "extras", "frozen", "layout", "multi"}
     | {"paths", "resolve", "spec", "training"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
     | {"primitives", "resolve", "training"},
-    "serving": {"adapters", "baselines", "checkpoint", "console", "data", "errors", "extras"}
-    | {"layout", "models", "multi", "paths", "transform", "updates"},
+    "serving": {
+        "adapters",
+        "baselines",
+        "bases",
+        "beginnings",
+        "checkpoint",
+        "console",
+        "data",
+        "errors",
+    }
+    | {"extras", "layout", "merge", "models", "multi", "paths", "transform", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
     | {"layout", "serving", "training"},
     "command_line": {"errors", "extras", "groups", "planner", "training"},

@@ -1,18 +1,17 @@
-"""Decompose full matrices into low-rank factors: a fine-tuning's difference, or W itself."""
+"""Decompose the difference of a full fine-tuning into low-rank factors."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapters import Adapter, Adapters
+from lora_jax.adapters import Adapter
 from lora_jax.analysis import matrices
-from lora_jax.analysis.matrices import Array, Svd
+from lora_jax.analysis.matrices import Svd
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.multi.combine import Truncation
@@ -35,13 +34,6 @@ class Extraction(NamedTuple):
     adapter: Adapter
     truncation: dict[str, Truncation]
     untargeted: dict[str, float]
-
-
-class Principal(NamedTuple):
-    """W split into what its top directions hold and the rest; see `principal`."""
-
-    params: Any
-    adapters: Adapters
 
 
 def extract(layout: Layout, base: Any, finetuned: Any, rank: int | None = None) -> Extraction:
@@ -89,50 +81,6 @@ def extract(layout: Layout, base: Any, finetuned: Any, rank: int | None = None) 
     return Extraction(Adapter(Layout(tuple(targets)), adapters), cuts, untargeted)
 
 
-def principal(layout: Layout, params: Any) -> Principal:
-    """Adapters that start with W's own top directions, over a base that lacks them.
-
-        W = R + scale * a @ b          a b: W's `rank` largest singular values and their vectors
-
-    So the first steps move what W does most, instead of an A that is random and a B that is zero.
-    `adapt(layout, f)(R, adapters, x)` is `f(params, x)` at step 0, up to the rounding of R to W's
-    dtype: R is formed from the factors as they are stored, however exact they are.
-
-    R is the frozen base from then on. What was learnt, as an adapter over the original base, has
-    twice the rank: `combine([(layout, trained), (layout, start)], [1.0, -1.0])`.
-
-    Args:
-      layout: from `lora_jax.resolve`, with the ranks to use.
-      params: the base parameters; not changed.
-
-    Returns:
-      (R, adapters): a tree like `params`, with its dtypes and shardings, and float32 factors that
-      share each singular value evenly. Values of matrices above 1,024 are iterated; see
-      `lora_jax.analysis.matrices.top_svd`.
-
-    Raises:
-      LoraError: a layout that does not fit the parameters.
-    """
-    leaves = paths.flatten(params)
-    layout.check_params(leaves)
-    rest, adapters = {}, {}
-    for target in layout.targets:
-        w = leaves[target.path]
-        weight = matrices.of_weight(target, w)
-        stack = weight.shape[:-2]
-        a = np.zeros((*stack, target.fan_in, target.rank), np.float32)
-        b = np.zeros((*stack, target.rank, target.fan_out), np.float32)
-        residual = np.zeros_like(weight)
-        for at in np.ndindex(stack):
-            full = weight[at].astype(np.float64)
-            a[at], b[at] = _shared(matrices.top_svd(full, target.rank), target.scale)
-            update = target.scale * a[at].astype(np.float64) @ b[at].astype(np.float64)
-            residual[at] = (full - update).astype(weight.dtype)
-        adapters[target.path] = matrices.to_factors(target, jnp.asarray(a), jnp.asarray(b))
-        rest[target.path] = _like(w, matrices.to_weight(target, residual))
-    return Principal(paths.replace(params, rest), adapters)
-
-
 def _nearest(target: Target, before: Any, after: Any) -> tuple[Factors, Truncation]:
     """The truncated decomposition of every slice of `after - before`."""
     stack = before.shape[:-2]
@@ -142,25 +90,12 @@ def _nearest(target: Target, before: Any, after: Any) -> tuple[Factors, Truncati
     for at in np.ndindex(stack):
         found = matrices.svd(after[at].astype(np.float64) - before[at].astype(np.float64))
         top = Svd(*(x[..., : target.rank] for x in found))
-        a[at], b[at] = _shared(top, 1.0)
+        a[at], b[at] = matrices.shared(top, 1.0)
         lost += float((found.values[target.rank :] ** 2).sum())
         whole += float((found.values**2).sum())
     relative = (lost / whole) ** 0.5 if whole > 0 else 0.0
     factors = matrices.to_factors(target, jnp.asarray(a), jnp.asarray(b))
     return factors, Truncation(np.float64(lost**0.5), np.float64(relative))
-
-
-def _shared(top: Svd, scale: float) -> tuple[Array, Array]:
-    """Factors with `scale * a @ b` = left * values @ right^T, alike in norm."""
-    root = np.sqrt(top.values / scale)
-    return top.left * root, root[:, None] * top.right.T
-
-
-def _like(old: Any, new: Any) -> Any:
-    """`new` as an array of the same kind and in the same place as `old`."""
-    if isinstance(old, jax.Array):
-        return jax.device_put(new, old.sharding)
-    return new
 
 
 def _check_same(base: dict[str, Any], finetuned: dict[str, Any]) -> None:

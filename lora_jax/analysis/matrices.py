@@ -90,6 +90,12 @@ def update_svd(target: Target, factors: Factors) -> Svd:
     return Svd(qa @ core.left, core.values, qb @ core.right)
 
 
+def shared(top: Svd, scale: float) -> tuple[Array, Array]:
+    """Factors with `scale * a @ b` = left * values @ right^T, alike in norm."""
+    root = np.sqrt(top.values / scale)
+    return top.left * root, root[:, None] * top.right.T
+
+
 def defined(values: Array) -> NDArray[np.bool_]:
     """Which singular vectors mean something.
 

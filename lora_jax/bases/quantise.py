@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +92,36 @@ def quantize(
         size = _block(path, scheme, block, fan_in)
         chosen[path] = _quantised(leaves[path], axes, scheme, size, double)
     return paths.replace(params, chosen)
+
+
+class Scheme(NamedTuple):
+    """The arguments of `quantize` that give a weight its form."""
+
+    scheme: str
+    block: int
+    double: bool
+
+
+def scheme_of(base: Base, path: str) -> Scheme:
+    """Return the scheme by which a weight is quantised, to quantise another like it.
+
+    Raises:
+      LoraError: a base that `quantize` does not make, as one read from a GGUF file.
+
+    >>> scheme_of(quantize({"w": jnp.ones((64, 2))}, "nf4", "w")["w"], "w")
+    Scheme(scheme='nf4', block=64, double=False)
+    """
+    if isinstance(base, nf4.FourBit) and base.table == nf4.NF4:
+        return Scheme("nf4", base.block, not isinstance(base.scales, jax.Array))
+    if isinstance(base, scaled.ScaledCodes):
+        names = {jnp.dtype(dtype): name for name, dtype in _DTYPES.items()}
+        block = base.codes.shape[-1] // base.scales.shape[-1]
+        return Scheme(names[jnp.dtype(base.codes.dtype)], block, False)
+    raise LoraError(
+        f"{path!r} is a {type(base).__name__}, which can be read but not written: only weights "
+        f"that lora_jax.quantize makes ({', '.join(SCHEMES)}) can be quantised again. Start from "
+        "lora_jax.quantize(lora_jax.dequantize(params), scheme, layout)"
+    )
 
 
 def dequantize(params: Tree) -> Tree:

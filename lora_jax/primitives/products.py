@@ -43,7 +43,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
     def base(x: Any) -> Any:
         ends = (lambda w, x: (w, x)) if side == 0 else (lambda w, x: (x, w))
-        return v.held.use(lambda w, x: jaxprs.bind(eqn, *ends(w, x)), x)
+        return v.held.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x)), x)
 
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
         x = x.astype(wider(x.array.dtype, v.held.dtype))
@@ -84,7 +84,7 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         d = jnp.moveaxis(d.reshape(*d.shape[:-2], channels), -1, dims.out_spec[1])
         return y + d.astype(y.dtype)
 
-    base = lambda x: v.held.use(lambda w, x: jaxprs.bind(eqn, x, w), x)  # noqa: E731
+    base = lambda x: v.held.product(lambda w, x: jaxprs.bind(eqn, x, w), x)  # noqa: E731
     x = Named(x, evaluator.fresh(x.ndim))
     return [v.update.product(Operation(x, tuple(out), base, low_rank))]
 
@@ -141,7 +141,7 @@ def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """
     dn, p = eqn.params["dimension_numbers"], dict(eqn.params)
     shape, sizes = eqn.invars[0].aval.shape, p["slice_sizes"]
-    kept = without(range(len(shape)), (*dn.collapsed_slice_dims, *dn.operand_batching_dims))
+    kept = without(tuple(range(len(shape))), (*dn.collapsed_slice_dims, *dn.operand_batching_dims))
     single = [i for i in kept if i in dn.start_index_map and sizes[i] == 1]
     clamped = p["mode"] != lax.GatherScatterMode.FILL_OR_DROP
     if not clamped or any(sizes[i] != shape[i] for i in kept if i not in single):

@@ -46,8 +46,19 @@ def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         d = small(update.middle(h).array, b, sizes)
         return y + d.astype(y.dtype)
 
-    base = lambda x: v.held.use(lambda w, x, sizes: plain(x, w, sizes), x, sizes)  # noqa: E731
-    return [v.update.product(Operation(Named(x, names), (*rows, outer), base, low_rank))]
+    # A function with a batching rule of its own cannot be transposed before it is batched.
+    apply = v.held.use if evaluator.per_example else v.held.product
+    base = lambda x: apply(lambda w, x, sizes: plain(x, w, sizes), x, sizes)  # noqa: E731
+
+    def spread(n: Named) -> Named:
+        """One row of the array for each row of x, that of its group."""
+        n = n.to_front((group,))
+        length = x.shape[names.index(rows[0])]
+        array = jnp.repeat(n.array, sizes, axis=0, total_repeat_length=length)
+        return Named(array, (*rows, *n.names[1:]))
+
+    operation = Operation(Named(x, names), (*rows, outer), base, low_rank, spread=spread)
+    return [v.update.product(operation)]
 
 
 def batched(dot: Dot, rows: int) -> Dot:

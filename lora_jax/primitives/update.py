@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.errors import LoraError
 from lora_jax.primitives.named import Named, Names, wider, without
 
 
@@ -25,6 +26,8 @@ class Operation:
     low_rank: `low_rank(y, x, update)` is y plus the operation with `update`, a `LowRank`, in W's
       place, in the form that is fast for this operation; x is named.
     matrix: whether it is the plain product of a matrix, as `x @ w` is.
+    spread: makes an array with a stack axis that neither x nor the result has (the group of each
+      row in a ragged product) one with the rows instead; None: there is no such axis.
     """
 
     x: Named | None
@@ -33,6 +36,7 @@ class Operation:
     low_rank: Callable[[Any, Any, Any], Any]
     matrix: bool = False
     precision: Any = None
+    spread: Callable[[Named], Named] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +219,7 @@ class OutputGain(Update):
         In float32 between the two: a trained gain is within a few thousandths of 1, which
         bfloat16 cannot tell from 1.
         """
-        x, gain = p.x, self.gain
+        x, gain = p.x, self.gain if p.spread is None else p.spread(self.gain)
         if x is not None and any(n not in p.out for n in gain.names):
             return self._transposed(x, p)
         dtype: Any = None
@@ -232,7 +236,10 @@ class OutputGain(Update):
     def _transposed(self, x: Named, p: Operation) -> Any:
         """A product over outputs, as a tied head's: the gain multiplies x before it."""
         if any(n not in x.names for n in self.gain.names):
-            raise NotImplementedError("a product over some of the outputs of a weight with a gain")
+            raise LoraError(
+                "a product sums over some outputs of a weight that DoRA adapts, and not over "
+                "others; its magnitude cannot follow. Use another kind of update for this weight"
+            )
         wide = x.astype(wider(x.array.dtype, jnp.float32))
         scaled = Named(wide.times(self.gain).array.astype(x.array.dtype), x.names)
         return self.inner.product(dataclasses.replace(p, x=scaled))

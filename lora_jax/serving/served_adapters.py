@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax import baselines, models, paths
-from lora_jax.adapters import Adapter
+from lora_jax.adapters import Adapter, as_lora
+from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, requantised
+from lora_jax.beginnings import init_from_base
 from lora_jax.checkpoint import adapter, storage
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import fingerprint
 from lora_jax.checkpoint.storage import Path, RemotePath
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
+from lora_jax.merge import merge
 from lora_jax.models.weights.source import is_safe
 from lora_jax.multi.stack import BASE, Stack
 from lora_jax.multi.stack import stack as stack_adapters
@@ -66,6 +69,7 @@ class Served:
     config: the model's configuration, with the settings that the adapters were trained with.
     params: the frozen base: `{"bert": ...}` without a head for an encoder, the whole of a decoder.
     members: the adapters; their places are their ids.
+    merged: whether the only adapter is merged into `params`, since its kind cannot be stacked.
     """
 
     reference: str
@@ -73,6 +77,7 @@ class Served:
     config: Any
     params: Tree
     members: tuple[ServedAdapter, ...]
+    merged: bool = False
 
     @functools.cached_property
     def stack(self) -> tuple[Layout, Stack]:
@@ -101,6 +106,11 @@ class Served:
             raise LoraError(
                 f"{where} does not say which adapter it is for, and there are several:\n"
                 f'{listed(self.names)}\nadd "adapter": {self.names[0]!r} or another of them'
+            )
+        if name == BASE_NAME and self.merged:
+            raise LoraError(
+                f"{where} asks for the base, into which {self.names[0]!r} is merged, because its "
+                "kind of update cannot be mixed with others; ask for the base in a run of its own"
             )
         if name == BASE_NAME:
             return BASE
@@ -147,10 +157,20 @@ def open_adapters(
     source = models.open(reference)
     _check_kind(source, kind, reference)
     config = dataclasses.replace(source.config, **settings)
-    params = source.load(config)
+    how = _quantised(members)
+    params = source.load(config, keep_quantised=how == {"scheme": STORED})
     params = {"bert": params} if isinstance(config, models.BertConfig) else params
+    floats, params = params, params if how is None else requantised(params, how)
+    if (method := _begun(members)) is not None:
+        quantised = None if how is None else params
+        params = init_from_base(members[0].layout, floats, method, quantised=quantised).params
     _check_base(members, params, reference, allow_other_base)
-    return Served(reference, source, config, params, members)
+    alone = _unstackable(members)
+    if alone is None:
+        return Served(reference, source, config, params, members)
+    params = merge(alone.layout, params, alone.adapters)
+    members = (dataclasses.replace(alone, layout=Layout(()), adapters={}),)
+    return Served(reference, source, config, params, members, merged=True)
 
 
 def read(name: str, path: Path) -> ServedAdapter:
@@ -291,6 +311,49 @@ def _said(member: ServedAdapter) -> dict[str, Any]:
         if name in model and not fits(model[name]):
             raise LoraError(f"{member.path} says model.{name} is {str(model[name])[:80]!r}")
     return {name: model[name] for name in _SETTINGS if name in model}
+
+
+def _unstackable(members: Sequence[ServedAdapter]) -> ServedAdapter | None:
+    """The adapter whose kind cannot be stacked, if there is one; then it must be the only one."""
+    for member in members:
+        try:
+            as_lora(member.layout, member.adapters)
+        except LoraError as error:
+            if len(members) == 1:
+                return member
+            raise LoraError(
+                f"{member.name!r} ({member.path}) cannot be served together with others: {error}"
+            ) from error
+    return None
+
+
+def _begun(members: Sequence[ServedAdapter]) -> Any:
+    """The method by which the base was changed before training; None: it was not."""
+    said = {(member.about.get(BEGUN), member.layout) for member in members}
+    methods = {method for method, _ in said}
+    if methods <= {None}:
+        return None
+    if len(said) > 1:
+        raise LoraError(
+            f"the adapters do not share one base: each method ({listed(map(str, methods))}) and "
+            "each set of targets begins with a base of its own; open them one by one"
+        )
+    return methods.pop()
+
+
+def _quantised(members: Sequence[ServedAdapter]) -> Mapping[str, Any] | None:
+    """How the base was quantised that all members were trained on; None: not at all."""
+    said = {member.name: member.about.get(ABOUT) for member in members}
+    first = next(iter(said.values()), None)
+    for name, how in said.items():
+        if how != first:
+            raise LoraError(
+                f"the adapters do not share one base: {next(iter(said))!r} and {name!r} were "
+                "trained on bases that were quantised differently; open them one by one"
+            )
+        if how is not None and not isinstance(how, Mapping):
+            raise LoraError(f"adapter {name!r} says {ABOUT} is {str(how)[:80]!r}")
+    return first
 
 
 def _check_named(members: Sequence[ServedAdapter], reference: str) -> None:

@@ -16,7 +16,6 @@ from lora_jax.errors import LoraError
 from lora_jax.frozen import join
 from lora_jax.layout import Layout
 from lora_jax.multi.stack import Scaled
-from lora_jax.training import initializers
 from lora_jax.training.config import require
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import State, Trained
@@ -32,8 +31,9 @@ def create(
     tx: optax.GradientTransformation,
     key: jax.Array,
     place: Placement,
-    init: initializers.InitName = "gaussian",
+    init: str = "gaussian",
     weights: Mapping[str, Any] | None = None,
+    adapters: Tree | None = None,
 ) -> State:
     """The state before the first step, on its devices; it shares no memory with `base`.
 
@@ -41,11 +41,14 @@ def create(
     Compiled as one program, so that no device ever holds more than its part.
 
     Args:
+      init: how `lora_jax.init` draws the adapters.
       weights: `adapted_weights(layout, params)`, for kinds of update that begin at something of W.
+      adapters: that the run begins with, in the place of drawn ones.
     """
 
     where = jax.tree.map(lambda x: x.sharding, shapes(layout, base, tx, key, place, weights))
-    return jax.jit(fresh(layout, tx, init), out_shardings=where)(base, key, weights)
+    begin = jax.jit(fresh(layout, tx, init), out_shardings=where)
+    return begin(base, key, weights, adapters)
 
 
 def adapted_weights(layout: Layout, params: Tree) -> dict[str, Any]:
@@ -72,18 +75,17 @@ def shapes(
 
 
 @functools.lru_cache(maxsize=16)
-def fresh(
-    layout: Layout, tx: optax.GradientTransformation, init: initializers.InitName
-) -> Callable[[dict[str, Any], jax.Array, Mapping[str, Any] | None], State]:
-    """`begin(base, key, weights)` gives the state before the first step; to be compiled.
+def fresh(layout: Layout, tx: optax.GradientTransformation, init: str) -> Callable[..., State]:
+    """`begin(base, key, weights, adapters)` gives the state before the first step; to be compiled.
 
     The same arguments give the same function, so that JAX compiles it once for many runs.
     """
 
-    a_init = initializers.INITIALIZERS[init]
-
-    def begin(base: dict[str, Any], key: jax.Array, weights: Any = None) -> State:
-        adapters = init_adapters(key, layout, params=weights, a_init=a_init)
+    def begin(
+        base: dict[str, Any], key: jax.Array, weights: Any = None, adapters: Any = None
+    ) -> State:
+        if adapters is None:
+            adapters = init_adapters(key, layout, params=weights, method=init)
         trained = {"adapters": adapters, "base": jax.tree.map(jnp.copy, base)}
         return State(trained, tx.init(trained), jnp.int32(0), jnp.int32(0), key)
 

@@ -75,6 +75,10 @@ class Dora(Kind):
         norms = jnp.sqrt(_squared_norms(target, w, jnp.zeros_like(a), b, 1.0))
         return Directed(a, b, norms.astype(dtype))
 
+    def begin_with(self, target: Target, factors: Factors, w: Any) -> Directed:
+        squares = _squared_norms(target, w, *factors, self.scale(target))
+        return Directed(*factors, jnp.sqrt(squares).astype(factors.b.dtype))
+
     def factors(self, target: Target, parameters: Directed) -> Factors:
         return Factors(parameters.a, parameters.b)
 

@@ -78,6 +78,20 @@ class Kind(abc.ABC):
           w: W itself, an array or a `Base`; None where the caller gave no parameters.
         """
 
+    def begin_with(self, target: Target, factors: Factors, w: Any) -> Any:
+        """Return `fields` of arrays whose update is W + scale * a @ b with the given factors.
+
+        For methods that begin with some of W in the factors, `w` being the rest of W.
+
+        Raises:
+          LoraError: arrays of this kind cannot say that. It is the default.
+        """
+        parts = " with parts" if target.parts else ""
+        raise LoraError(
+            f"{target.path!r}: an update of the kind {self.name!r}{parts} cannot begin with the "
+            "factors of a matrix; use lora_jax.init for it, or kind='lora' or 'dora'"
+        )
+
     @abc.abstractmethod
     def factors(self, target: Target, parameters: Any) -> Factors | None:
         """Return the exact factors of the update: it is `scale(target) * a @ b`.
@@ -174,6 +188,11 @@ def kind_of(target: Target) -> Kind:
             "A kind of your own is made known by lora_jax.updates.register before it is used."
         )
     return _KINDS[target.kind]
+
+
+def is_parameters(x: Any) -> bool:
+    """Whether `x` is what some known kind has for one target: a NamedTuple of its arrays."""
+    return isinstance(x, tuple(kind.fields for kind in _KINDS.values()))
 
 
 def check_rank_limit(target: Target, limit: int, meaning: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import jax
@@ -78,6 +77,9 @@ class Lora(Kind):
             a = a_init(key, target, dtype)
         return Factors(a, jnp.zeros(self.shapes(target).b, dtype))
 
+    def begin_with(self, target: Target, factors: Factors, w: Any) -> Factors:
+        return super().begin_with(target, factors, w) if target.parts else factors
+
     def factors(self, target: Target, parameters: Factors) -> Factors:
         if not target.parts:
             return parameters
@@ -105,8 +107,3 @@ def _part_axis(target: Target) -> int:
 def _part_position(target: Target) -> int:
     """The axis of `b` that the parts are slices of."""
     return len(target.stack) + 1 + target.part_axis % len(target.outputs)
-
-
-def gaussian(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
-    """N(0, 1/fan_in), fan_in being the product of the target's input axes."""
-    return jax.random.normal(key, target.a_shape, dtype) / math.sqrt(target.fan_in)

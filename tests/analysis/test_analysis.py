@@ -287,37 +287,6 @@ def test_extract_says_what_no_adapter_holds() -> None:
     assert analysis.extract(layout, base, tuned).untargeted == {"bias": 5.0}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_principal_starts_at_the_base_with_its_top_directions(dtype: Any) -> None:
-    """Red: a residual of the exact decomposition under bfloat16 factors; the scale left out."""
-    layout = OTHER[0]
-    base = {k: v.astype(dtype) for k, v in weights(layout).items()}
-    rest, adapters = analysis.principal(layout, base)
-    for target in layout.targets:
-        path = target.path
-        assert rest[path].dtype == dtype and rest[path].shape == target.shape
-        for d, w in zip(dense(target, adapters[path]), slices(target, base[path]), strict=True):
-            u, s, vt = np.linalg.svd(w)
-            r = target.rank
-            np.testing.assert_allclose(d, u[:, :r] * s[:r] @ vt[:r], atol=1e-5)
-        merged = lora_jax.merge(layout, rest, adapters)[path].astype(jnp.float32)
-        atol = 1e-6 if dtype == jnp.float32 else 0.02
-        np.testing.assert_allclose(merged, base[path].astype(jnp.float32), atol=atol)
-
-
-def test_what_principal_learnt_moves_to_the_original_base() -> None:
-    """The cure that its docstring names. Red: weights [1, 1]."""
-    f, base, [_, (layout, _)] = trained()
-    rest, start = analysis.principal(layout, base)
-    x = jax.random.normal(jax.random.key(8), (5, 12))
-    at_start = lora_jax.adapt(layout, f)(rest, start, x)
-    np.testing.assert_allclose(at_start, f(base, x), atol=1e-5)
-    learnt = jax.tree.map(lambda x: x + 0.1, start)
-    both, moved, _ = lora_jax.multi.combine([(layout, learnt), (layout, start)], [1.0, -1.0])
-    want = lora_jax.merge(layout, rest, learnt)["w"]
-    np.testing.assert_allclose(lora_jax.merge(both, base, moved)["w"], want, atol=1e-5)
-
-
 def test_sharded_and_bfloat16_arrays_are_read() -> None:
     """Red: np.asarray of a bfloat16 array, which stays bfloat16 and breaks LAPACK."""
     layout, adapters = WIDE

@@ -1,0 +1,156 @@
+"""Adapters whose `a` begins with the directions that the inputs of each weight really have: EVA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters import Adapters, init
+from lora_jax.analysis import matrices
+from lora_jax.errors import LoraError
+from lora_jax.layout import Layout
+from lora_jax.primitives import jaxprs
+from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.evaluator import Evaluator
+from lora_jax.primitives.held import held
+from lora_jax.primitives.moments import moments
+from lora_jax.target import Target
+from lora_jax.transform import interpret
+
+WIDEST = 2**15  # inputs; beyond it the second moment of one weight takes more than 4 GiB
+
+
+def init_from_inputs(
+    key: jax.Array,
+    layout: Layout,
+    f: Callable[..., Any],
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    dtype: Any = jnp.float32,
+) -> Adapters:
+    """Adapters whose `a` spans the main directions of the inputs of each weight (EVA).
+
+    "Explained variance adaptation" (arXiv 2410.07170): the columns of `a` are the first `rank`
+    right singular vectors of the inputs X [rows, in] that a weight meets in real batches, and `b`
+    is zero, so the first output is the base's. They are the eigenvectors of X^T X, which is summed
+    up over the batches in float32, slice by slice of a stack. X is not centred.
+
+    Every row counts, padding too. For the rows of `ragged_dot`, all experts are given the
+    directions of all rows. The ranks are those of the layout: EVA's redistribution of ranks among
+    the targets is not done.
+
+    Args:
+      key: as for `lora_jax.init`, for what else an adapter has.
+      layout, f, params: as in `lora_jax.adapt(layout, f)`. Targets of a kind that has a factor `a`
+        of the inputs ("lora", "dora", "loha"), or none at all ("bias").
+      batches: some tuples of the arguments of `f` after the parameters, all of the same shapes;
+        one program is compiled. Each costs a forward and a backward pass, and three products with
+        each target in place of one.
+      dtype: of the adapters.
+
+    Returns:
+      What `lora_jax.init` returns.
+
+    Raises:
+      LoraError: no batches, a function without a floating output, a target that no product
+        reaches, one with more than 32,768 inputs (an embedding), one of another kind, or one whose
+        inputs cannot be seen (inside a `custom_jvp`, folded).
+
+    >>> import lora_jax
+    >>> f = lambda params, x: x @ params["w"]
+    >>> params, x = {"w": jnp.ones((3, 4))}, jnp.array([[0.0, 5.0, 0.0], [0.1, 0.0, 0.0]])
+    >>> layout = lora_jax.resolve(lora_jax.LoraSpec(1, targets="w"), f, params, x)
+    >>> adapters = init_from_inputs(jax.random.key(0), layout, f, params, [(x,)])
+    >>> [round(abs(float(a)), 5) for a in adapters["w"].a[:, 0]]
+    [0.0, 1.0, 0.0]
+    """
+    found = input_moments(layout, f, params, batches)
+    used: set[str] = set()
+
+    def a_init(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
+        del key
+        used.add(target.path)
+        return jnp.asarray(_main(target, found[target.path]), dtype)
+
+    adapters = init(key, layout, method=a_init, params=params, dtype=dtype)
+    for path in found:
+        if path not in used:
+            raise LoraError(
+                f"{path!r}: an update of the kind {layout[path].kind!r} has no factor `a` of all "
+                "inputs that could begin with their directions; use lora_jax.init for it"
+            )
+    return adapters
+
+
+def input_moments(
+    layout: Layout, f: Callable[..., Any], params: Any, batches: Iterable[tuple[Any, ...]]
+) -> dict[str, Any]:
+    """Return the second moment X^T X of the inputs of each target, `{path: [*stack, in, in]}`.
+
+    A bias has no inputs and no entry. Arguments as in `init_from_inputs`.
+    """
+    layout = Layout(tuple(t for t in layout.targets if t.inputs))
+    for target in layout.targets:
+        if target.fan_in > WIDEST:
+            raise LoraError(
+                f"{target.path!r} has {target.fan_in} inputs, whose second moment is too large "
+                "(is it an embedding?); leave it out of the layout, and begin it with lora_jax.init"
+            )
+    one = jax.jit(lambda params, args: _of_batch(layout, f, params, args))
+    total = None
+    for args in batches:
+        new = one(params, tuple(args))
+        total = new if total is None else jax.tree.map(jnp.add, total, new)
+    if total is None:
+        raise LoraError("EVA needs batches, tuples of the arguments of f, and got none")
+    for path, moment in total.items():
+        if not bool(jnp.any(moment)):
+            raise LoraError(
+                f"{path!r}: no product with it reaches a floating output of the function, so its "
+                "inputs are not known; pass a function that returns the loss or the logits"
+            )
+    return total
+
+
+def _of_batch(layout: Layout, f: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Any:
+    def outputs(probes: dict[str, Any]) -> list[Any]:
+        def weight(evaluator: Evaluator, target: Target, w: Any) -> AdaptedWeight:
+            names = evaluator.fresh(len(target.shape))
+            stack, inputs, outputs = (
+                tuple(names[i] for i in axes)
+                for axes in (target.stack, target.inputs, target.outputs)
+            )
+            shape = target.sizes((*target.stack, *target.inputs, *target.outputs))
+            update = moments(shape, probes[target.path], stack, inputs, outputs)
+            return AdaptedWeight(held(w), update, names, target.path, fold=False)
+
+        out = interpret(Evaluator(), layout, f, weight, params, *args)
+        return [x for x in jax.tree.leaves(out) if jaxprs.is_float(jnp.asarray(x).dtype)]
+
+    zeros = {
+        t.path: jnp.zeros((*t.sizes(t.stack), t.fan_in, t.fan_in), jnp.float32)
+        for t in layout.targets
+    }
+    outs, backward = jax.vjp(outputs, zeros)
+    if not outs:
+        raise LoraError(
+            "the inputs are seen in a backward pass, and the function has no floating output to "
+            "go back from; pass a function that returns the logits, say"
+        )
+    (found,) = backward(jax.tree.map(jnp.zeros_like, outs))
+    return found
+
+
+def _main(target: Target, moment: Any) -> Any:
+    """The main directions of every slice of a second moment, as the factor `a`."""
+    moment = matrices.host(moment)
+    stack = moment.shape[:-2]
+    a = np.zeros((*stack, target.fan_in, target.rank))
+    for at in np.ndindex(stack):
+        a[at] = matrices.top_svd(moment[at], target.rank).right
+    return a.reshape(target.a_shape)

@@ -1,0 +1,91 @@
+"""An update that changes nothing and sums up the inputs of a weight: their second moment x^T x."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.errors import LoraError
+from lora_jax.primitives.lowrank import LowRank
+from lora_jax.primitives.named import MEMBER, RANK, TALLY, Named, Names, without
+from lora_jax.primitives.update import Update
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments(LowRank):
+    """A low-rank update whose `a` is the identity of the inputs, and whose `b` is zero.
+
+    So `x a`, which every rule hands to `middle`, is x itself as the weight sees it: rows
+    [rows, in], the patches of a convolution, the rows of an expert. The sum of x^T x is handed
+    out as the gradient of `probe`, [*stack, in, in], see `lora_jax.primitives.gating.counted`.
+    """
+
+    probe: Named | None = None
+
+    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
+        moved: Any = super().map(fn, *operands)
+        assert self.probe is not None
+        return dataclasses.replace(moved, probe=fn(self.probe, *operands))
+
+    def middle(self, h: Named) -> Named:
+        assert self.probe is not None
+        *names, _, _ = self.probe.names
+        stack = tuple(n for n in names if n in h.names)
+        # where rows of all slices come together, as in a ragged product, each slice gets their sum
+        probe = self.probe.array.sum(tuple(i for i, n in enumerate(names) if n not in stack))
+        front = h.to_front(stack).moved((*stack, *without(h.names, (*stack, RANK)), RANK))
+        rows = front.array.reshape(*map(front.size, stack), -1, front.size(RANK))
+        seen = summed(rows, probe).reshape(front.array.shape)
+        return Named(seen, front.names).moved(h.names)
+
+    def check_linear(self, path: str, where: str) -> None:
+        raise LoraError(
+            f"{path!r}: {where}, where the inputs of the weight cannot be seen. Leave it out of "
+            "the layout, and begin it with lora_jax.init"
+        )
+
+
+def moments(shape: tuple[int, ...], probe: Any, stack: Names, inputs: Names, outputs: Names) -> Any:
+    """Return the update of a weight whose axes of these sizes and names are [*stack, *inputs,
+    *outputs].
+
+    Args:
+      shape: the sizes, in the order [*stack, *inputs, *outputs].
+      probe: float32 zeros [*stack, in, in].
+    """
+    n, m = len(stack), len(stack) + len(inputs)
+    fan_in = math.prod(shape[n:m])
+    unit = jnp.eye(fan_in, dtype=jnp.bfloat16).reshape(*shape[n:m], fan_in)  # 0 and 1 are exact
+    a = Named(jnp.broadcast_to(unit, (*shape[:m], fan_in)), (*stack, *inputs, RANK))
+    b = jnp.zeros((*shape[:n], fan_in, *shape[m:]), jnp.bfloat16)
+    return Moments(
+        a, Named(b, (*stack, RANK, *outputs)), probe=Named(probe, (*stack, TALLY, MEMBER))
+    )
+
+
+@jax.custom_vjp
+def summed(rows: Any, probe: Any) -> Any:
+    """`rows` [*stack, rows, in] as they are; the "gradient" of `probe` is their second moment."""
+    del probe
+    return rows
+
+
+def _summed_forward(rows: Any, probe: Any) -> tuple[Any, Any]:
+    return rows, (rows, probe)
+
+
+def _summed_backward(kept: Any, cotangent: Any) -> tuple[Any, Any]:
+    rows, probe = kept
+    square = jnp.einsum(
+        "...ri,...rj->...ij", rows, rows, precision="highest", preferred_element_type=probe.dtype
+    )
+    return cotangent, square
+
+
+summed.defvjp(_summed_forward, _summed_backward)
