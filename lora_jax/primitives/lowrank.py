@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from lora_jax.base import wide_dtype
 from lora_jax.primitives.named import RANK, ROWS, Named, Names, einsum
-from lora_jax.primitives.update import Operation, Update
+from lora_jax.primitives.update import Operation, Part, Update
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +60,7 @@ class LowRank(Update):
         return Named(array, h.names)
 
     def product(self, p: Operation) -> Any:
-        return p.low_rank(p.base(None if p.x is None else p.x.array), p.x, self)
+        return p.low_rank(p.base(None if p.x is None else p.x.array), p.dropped, self)
 
     def merged(self, w: Named) -> Any:
         wide = wide_dtype(w.array.dtype)
@@ -77,6 +77,36 @@ class LowRank(Update):
         if set(real) <= set(self.a.names):
             return dataclasses.replace(self, a=self.a.times(factor))
         return None
+
+    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+        """Zeros beyond each part: then the ranks are put together, or, with two factors that both
+        have the axis, one rank serves all parts.
+        """
+        if any(type(p.update) is not LowRank for p in parts):
+            return None
+        roles = {p.update.role(name) for p in parts}
+        apart = roles == {"input"} or roles == {"output"}
+        if not apart and roles & {"input", "output"}:
+            return None
+        rank = max(p.update.a.size(RANK) for p in parts)
+        pairs = []
+        for p in parts:
+            two = (p.update.middle(p.update.a), p.update.b)
+            two = two if apart else tuple(n.along(name, p.size) for n in two)
+            ends = {name: (p.start, size - p.start - p.size)}
+            if not apart:
+                ends[RANK] = (0, rank - p.update.a.size(RANK))
+            pairs.append([n.padded(ends) for n in two])
+        joined = []
+        for factors in zip(*pairs, strict=True):
+            names = factors[0].names
+            if any({*n.names} != {*names} for n in factors):
+                return None
+            arrays = [n.moved(names).array for n in factors]
+            array = jnp.concatenate(arrays, names.index(RANK)) if apart else sum(arrays)
+            joined.append(Named(array, names))
+        a, b = joined
+        return LowRank(a, b)
 
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
         del w

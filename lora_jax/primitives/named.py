@@ -49,6 +49,16 @@ class Named:
     def renamed(self, new: dict[int, int]) -> Named:
         return Named(self.array, tuple(new.get(n, n) for n in self.names))
 
+    def along(self, name: int, size: int) -> Named:
+        """The array repeated along a new axis; one that it has stays as it is."""
+        if name in self.names:
+            return self
+        return Named(jnp.broadcast_to(self.array, (size, *self.array.shape)), (name, *self.names))
+
+    def padded(self, ends: dict[int, tuple[int, int]]) -> Named:
+        """The array with so many zeros before and after it along some of its axes."""
+        return Named(jnp.pad(self.array, [ends.get(n, (0, 0)) for n in self.names]), self.names)
+
     def astype(self, dtype: Any) -> Named:
         return Named(jnp.asarray(self.array, dtype), self.names)
 

@@ -24,7 +24,7 @@ from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.primitives.held import Dense
 from lora_jax.primitives.named import Ins, Named, Names, without
-from lora_jax.primitives.update import Operation, Update
+from lora_jax.primitives.update import Operation, Part, Update
 
 Atom = tuple[str, int]  # an axis of a parameter: its path and its number
 Atoms = frozenset[Atom]
@@ -139,6 +139,26 @@ class Recorder(Update):
         atoms = self.of((*old, *units))
         return dataclasses.replace(self, atoms=(*self.atoms, *((n, atoms) for n in new)))
 
+    def renamed(self, new: dict[int, int]) -> Update:
+        atoms = tuple((new.get(n, n), found) for n, found in self.atoms)
+        return dataclasses.replace(self, atoms=atoms)
+
+    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+        del name, size
+        every = [p.update for p in parts]
+        names = dict.fromkeys(n for u in every for n, _ in u.atoms)
+        union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731
+        return Recorder(
+            frozenset().union(*(u.paths for u in every)),
+            tuple((n, NONE.union(*(u.of((n,)) for u in every))) for n in names),
+            union("stacked"),
+            union("summed"),
+            next((u.barrier for u in every if u.barrier), None),
+            None,
+            tuple(f for u in every for f in u.factors),
+            union("picked"),
+        )
+
     def lost(self, names: Names, how: str, into: Names = ()) -> Update:
         atoms = self.of(names)
         if into:
@@ -182,11 +202,14 @@ class Recording(Evaluator):
 
     def consume(
         self, eqn: Any, v: AdaptedWeight, stack: Names, inputs: Names, outputs: Names
-    ) -> None:
+    ) -> int:
         update: Any = v.update
         self.record(v, update.meets(eqn, stack, inputs, outputs))
+        return 0
 
     def apply(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
+        if eqn.primitive.name in ("mul", "div"):
+            ins = self._without_factor(eqn, ins)
         if not self._goes_on(eqn, ins):
             ins = [self._settled(v) for v in ins]
             if not any(isinstance(v, AdaptedWeight) for v in ins):
@@ -195,6 +218,17 @@ class Recording(Evaluator):
         if eqn.primitive.name in ("gather", "squeeze"):
             outs = [self._maybe_rows(eqn, ins[0], out) for out in outs]
         return outs
+
+    def _without_factor(self, eqn: Any, ins: Ins) -> Ins:
+        """A product of two parameters, of which the one with fewer axes scales the other."""
+        if not all(isinstance(v, AdaptedWeight) for v in ins):
+            return ins
+        axes = [sum(v.size(n) > 1 and bool(v.update.of((n,))) for n in v.names) for v in ins]
+        if axes[0] == axes[1]:
+            return ins
+        small = axes.index(min(axes))
+        self.record(ins[small], Meeting(eqn.primitive.name, jaxprs.where(eqn)))
+        return [v.merged() if i == small else v for i, v in enumerate(ins)]
 
     def _goes_on(self, eqn: Any, ins: Ins) -> bool:
         """Whether a row that was looked up may still be a part of a weight after this."""
@@ -258,6 +292,9 @@ class Recording(Evaluator):
         if isinstance(value, AdaptedWeight):
             self.record(value, Meeting("return", "the end of the function", barrier="return"))
         return self._array(value)
+
+    def joins(self, ins: Ins) -> bool:
+        return all(isinstance(v, AdaptedWeight) for v in ins)  # not one with an activation
 
     def with_one_weight(self, eqn: Any, ins: Ins) -> Any:
         """Both weights' roles are written down; `adapt` refuses if both turn out to be adapted."""

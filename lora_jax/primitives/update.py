@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,8 @@ class Operation:
     matrix: whether it is the plain product of a matrix, as `x @ w` is.
     spread: makes an array with a stack axis that neither x nor the result has (the group of each
       row in a ragged product) one with the rows instead; None: there is no such axis.
+    use: the number of this use of W in the program (`Evaluator.consume`).
+    drop: None, or what is done to x before the update sees it.
     """
 
     x: Named | None
@@ -37,6 +39,22 @@ class Operation:
     matrix: bool = False
     precision: Any = None
     spread: Callable[[Named], Named] | None = None
+    use: int = 0
+    drop: Callable[[Named], Named] | None = None
+
+    @property
+    def dropped(self) -> Named | None:
+        """The operand x as the update sees it."""
+        return self.x if self.x is None or self.drop is None else self.drop(self.x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The update of one of several weights that are put together, and its place along the axis."""
+
+    update: Any
+    start: int
+    size: int
 
 
 class Update(abc.ABC):
@@ -75,9 +93,17 @@ class Update(abc.ABC):
         del factor
         return None
 
-    def plus(self) -> Update | None:
-        """The update of `W + v`, v being a plain array."""
-        return self
+    def renamed(self, new: dict[int, int]) -> Update:
+        """The same update of the weight whose axes have other names."""
+        return self.map(lambda n: n.renamed(new))
+
+    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+        """The update of several weights put together along the axis `name`, in all of `size`.
+
+        All parts have the same names. Where there is no part, a member has no update.
+        """
+        del parts, name, size
+        return None
 
     def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
         """Whether these axes have these roles, or none."""
@@ -166,6 +192,10 @@ class Zero(Update):
         del old, units, new
         return self
 
+    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+        del parts, name, size
+        return self
+
     def times(self, factor: Named) -> Update | None:
         del factor
         return self
@@ -234,8 +264,25 @@ class OutputGain(Update):
         inner = self.inner.times(factor)
         return None if inner is None else OutputGain(inner, self.gain)
 
-    def plus(self) -> Update | None:
-        return None
+    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+        inner = [
+            dataclasses.replace(
+                p, update=p.update.inner if isinstance(p.update, OutputGain) else p.update
+            )
+            for p in parts
+        ]
+        whole = inner[0].update.join(inner, name, size)
+        if whole is None or any(p.update.role(name) == "input" for p in parts):
+            return None
+        one: dict[int, int] = {n: self.gain.size(n) for n in self.gain.names if n != name}
+        ones = Named(jnp.ones((*one.values(), size), self.gain.array.dtype), (*one, name))
+        for p in parts:
+            if isinstance(p.update, OutputGain):
+                if {*p.update.gain.names} - {name} != {*one}:
+                    return None
+                gain = p.update.gain.among(ones.names)
+                ones = Named(ones.array.at[..., p.start : p.start + p.size].set(gain), ones.names)
+        return OutputGain(whole, ones)
 
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes) and not any(n in self.gain.names for n in sizes)
