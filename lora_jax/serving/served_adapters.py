@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax import baselines, models, paths
-from lora_jax.adapters import Adapter, as_lora
+from lora_jax.adapters import Adapter
 from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, requantised
 from lora_jax.beginnings import init_from_base
 from lora_jax.checkpoint import adapter, storage
@@ -317,7 +317,7 @@ def _unstackable(members: Sequence[ServedAdapter]) -> ServedAdapter | None:
     """The adapter whose kind cannot be stacked, if there is one; then it must be the only one."""
     for member in members:
         try:
-            as_lora(member.layout, member.adapters)
+            stack_adapters([Adapter(member.layout, member.adapters)])
         except LoraError as error:
             if len(members) == 1:
                 return member

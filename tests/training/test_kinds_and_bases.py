@@ -91,6 +91,19 @@ def test_a_run_of_each_kind_goes_on(
 
 
 @without_warning
+def test_a_run_with_dropout_goes_on(
+    roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
+) -> None:
+    """Its masks depend on the step alone. Red: one key for all steps; dropout in evaluation."""
+    config = config_of(classification, roberta, source, lora={"dropout": 0.5})
+    summary = assert_goes_on(tmp_path / "run", config)
+    plain = train_in(tmp_path / "plain", config_of(classification, roberta, source))
+    assert summary["before"] == plain["before"]
+    assert summary["merged_difference"] < 1e-5
+    assert summary["after"]["validation"]["loss"] != plain["after"]["validation"]["loss"]
+
+
+@without_warning
 @pytest.mark.parametrize(("scheme", "scan"), [("nf4", True), ("int8", False)])
 def test_a_run_on_a_quantised_base_goes_on(
     scheme: str, scan: bool, llama: pathlib.Path, source: str, tmp_path: pathlib.Path
