@@ -166,6 +166,7 @@ def test_kinds_and_schemes_are_fields_of_a_sweep(
         {"lora.kind": "dora", "seed": 1},
         {"model.quantize": "int8"},
         {"lora.scaling": "alpha/sqrt(r)"},
+        {"lora.dropout": 0.3},
     )
     sweep = SweepConfig(base=base, cases=cases, run_dir=str(tmp_path / "sweep")).expand()
     devices = mesh.make(sweep.mesh)
