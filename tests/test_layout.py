@@ -78,7 +78,7 @@ ARROWS = {
         "data",
         "errors",
     }
-    | {"extras", "layout", "merge", "models", "multi", "paths", "transform", "updates"},
+    | {"extras", "layout", "models", "multi", "paths", "transform", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
     | {"layout", "serving", "training"},
     "command_line": {"errors", "extras", "groups", "planner", "training"},

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax import baselines, models, paths
-from lora_jax.adapters import Adapter, as_lora
+from lora_jax.adapters import Adapter
 from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, requantised
 from lora_jax.beginnings import init_from_base
 from lora_jax.checkpoint import adapter, storage
@@ -24,7 +24,6 @@ from lora_jax.checkpoint.fingerprint import fingerprint
 from lora_jax.checkpoint.storage import Path, RemotePath
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
-from lora_jax.merge import merge
 from lora_jax.models.weights.source import is_safe
 from lora_jax.multi.stack import BASE, Stack
 from lora_jax.multi.stack import stack as stack_adapters
@@ -69,7 +68,6 @@ class Served:
     config: the model's configuration, with the settings that the adapters were trained with.
     params: the frozen base: `{"bert": ...}` without a head for an encoder, the whole of a decoder.
     members: the adapters; their places are their ids.
-    merged: whether the only adapter is merged into `params`, since its kind cannot be stacked.
     """
 
     reference: str
@@ -77,7 +75,6 @@ class Served:
     config: Any
     params: Tree
     members: tuple[ServedAdapter, ...]
-    merged: bool = False
 
     @functools.cached_property
     def stack(self) -> tuple[Layout, Stack]:
@@ -106,11 +103,6 @@ class Served:
             raise LoraError(
                 f"{where} does not say which adapter it is for, and there are several:\n"
                 f'{listed(self.names)}\nadd "adapter": {self.names[0]!r} or another of them'
-            )
-        if name == BASE_NAME and self.merged:
-            raise LoraError(
-                f"{where} asks for the base, into which {self.names[0]!r} is merged, because its "
-                "kind of update cannot be mixed with others; ask for the base in a run of its own"
             )
         if name == BASE_NAME:
             return BASE
@@ -165,12 +157,7 @@ def open_adapters(
         quantised = None if how is None else params
         params = init_from_base(members[0].layout, floats, method, quantised=quantised).params
     _check_base(members, params, reference, allow_other_base)
-    alone = _unstackable(members)
-    if alone is None:
-        return Served(reference, source, config, params, members)
-    params = merge(alone.layout, params, alone.adapters)
-    members = (dataclasses.replace(alone, layout=Layout(()), adapters={}),)
-    return Served(reference, source, config, params, members, merged=True)
+    return Served(reference, source, config, params, members)
 
 
 def read(name: str, path: Path) -> ServedAdapter:
@@ -311,20 +298,6 @@ def _said(member: ServedAdapter) -> dict[str, Any]:
         if name in model and not fits(model[name]):
             raise LoraError(f"{member.path} says model.{name} is {str(model[name])[:80]!r}")
     return {name: model[name] for name in _SETTINGS if name in model}
-
-
-def _unstackable(members: Sequence[ServedAdapter]) -> ServedAdapter | None:
-    """The adapter whose kind cannot be stacked, if there is one; then it must be the only one."""
-    for member in members:
-        try:
-            as_lora(member.layout, member.adapters)
-        except LoraError as error:
-            if len(members) == 1:
-                return member
-            raise LoraError(
-                f"{member.name!r} ({member.path}) cannot be served together with others: {error}"
-            ) from error
-    return None
 
 
 def _begun(members: Sequence[ServedAdapter]) -> Any:

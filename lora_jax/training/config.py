@@ -80,10 +80,14 @@ class LoraConfig:
     registered (lora_jax.updates)."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = later("alpha/r")
     """What the update is scaled by; "alpha/sqrt(r)" is rsLoRA (arXiv 2312.03732)."""
+    dropout: float = later(0.0)
+    """Share of the inputs of each update that are set to zero in training (PEFT: lora_dropout);
+    the base sees them all."""
 
     def __post_init__(self) -> None:
         require(self.rank > 0, "lora.rank", self.rank, "at least 1")
         require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         for target in self.targets:
             _rule(target)
 
@@ -289,7 +293,8 @@ class Config:
         lora = self.adaptation
         if lora.changes_base:
             return (lora,)
-        return () if lora.is_plain else (dataclasses.replace(lora, init="gaussian"),)
+        own = () if lora.is_plain else (dataclasses.replace(lora, init="gaussian"),)
+        return (lora.dropout, *own)
 
     def full_fine_tuning(self, **changes: Any) -> Config:
         """Return the same run with all parameters trained and no adapters, to compare with."""

@@ -15,6 +15,7 @@ from lora_jax.adapters import init as init_adapters
 from lora_jax.errors import LoraError
 from lora_jax.frozen import join
 from lora_jax.layout import Layout
+from lora_jax.multi.dropout import dropout
 from lora_jax.multi.stack import Scaled
 from lora_jax.training.config import require
 from lora_jax.training.mesh import Placement
@@ -23,6 +24,8 @@ from lora_jax.training.workload import Loss, Workload
 from lora_jax.transform import adapt
 
 Tree = Any  # a pytree
+
+_DROPOUT = 0x10A  # folded into a step's key; the model has the key itself
 
 
 def create(
@@ -123,6 +126,7 @@ def train_step(
     on_nonfinite: Literal["stop", "skip"],
     parts: int = 1,
     scales: Mapping[str, jax.Array] | None = None,
+    rate: float = 0.0,
 ) -> Callable[[State, Tree, Any], tuple[State, dict[str, jax.Array]]]:
     """`step(state, frozen, batch) -> (state, metrics)`.
 
@@ -137,6 +141,9 @@ def train_step(
 
     With `scales` ({path: [] float32}) the adapters are padded to `layout`, and these are their
     scales in place of the layout's (`lora_jax.multi.Scaled`).
+
+    `rate` is that of the adapters' dropout (`lora_jax.dropout`). Its masks depend on the run's key
+    and on the step alone.
     """
     adapted = adapt(layout, workload.apply)
 
@@ -145,6 +152,7 @@ def train_step(
         adapters: Any = trained["adapters"]
         if scales is not None:  # gradients are with respect to the factors alone
             adapters = Scaled(adapters, dict(scales))
+        adapters = dropout(adapters, jax.random.fold_in(key, _DROPOUT), rate)
         outputs = adapted(params, adapters, batch, train=True, key=key)
         loss = workload.loss(outputs, batch)
         return loss.total.astype(jnp.float32), loss.weight.astype(jnp.float32)

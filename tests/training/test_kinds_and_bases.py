@@ -91,6 +91,19 @@ def test_a_run_of_each_kind_goes_on(
 
 
 @without_warning
+def test_a_run_with_dropout_goes_on(
+    roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
+) -> None:
+    """Its masks depend on the step alone. Red: one key for all steps; dropout in evaluation."""
+    config = config_of(classification, roberta, source, lora={"dropout": 0.5})
+    summary = assert_goes_on(tmp_path / "run", config)
+    plain = train_in(tmp_path / "plain", config_of(classification, roberta, source))
+    assert summary["before"] == plain["before"]
+    assert summary["merged_difference"] < 1e-5
+    assert summary["after"]["validation"]["loss"] != plain["after"]["validation"]["loss"]
+
+
+@without_warning
 @pytest.mark.parametrize(("scheme", "scan"), [("nf4", True), ("int8", False)])
 def test_a_run_on_a_quantised_base_goes_on(
     scheme: str, scan: bool, llama: pathlib.Path, source: str, tmp_path: pathlib.Path
@@ -111,12 +124,12 @@ def texts(path: pathlib.Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["vera", "dora"])
+@pytest.mark.parametrize("kind", ["vera", "lokr"])
 @pytest.mark.parametrize("scheme", ["none", "nf4"])
 def test_a_classifier_predicts_as_it_was_evaluated(
     kind: str, scheme: str, roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
 ) -> None:
-    """Red: the base is not quantised again; DoRA goes into a stack, or is not merged."""
+    """Red: the base is not quantised again."""
     config = config_of(
         classification, roberta, source, lora={"kind": kind}, model={"quantize": scheme}
     )
@@ -153,6 +166,7 @@ def test_kinds_and_schemes_are_fields_of_a_sweep(
         {"lora.kind": "dora", "seed": 1},
         {"model.quantize": "int8"},
         {"lora.scaling": "alpha/sqrt(r)"},
+        {"lora.dropout": 0.3},
     )
     sweep = SweepConfig(base=base, cases=cases, run_dir=str(tmp_path / "sweep")).expand()
     devices = mesh.make(sweep.mesh)
@@ -168,7 +182,7 @@ def test_kinds_and_schemes_are_fields_of_a_sweep(
 @without_warning
 @pytest.mark.parametrize(
     ("init", "scheme", "kind"),
-    [("eva", "none", "lora"), ("pissa", "none", "dora"), ("olora", "none", "lora"),
+    [("eva", "none", "lora"), ("pissa", "none", "lora"), ("olora", "none", "lora"),
      ("loftq", "nf4", "lora")],
 )  # fmt: skip
 def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
