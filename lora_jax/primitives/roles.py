@@ -14,7 +14,7 @@ So the rules that run a low-rank update are the ones that find the roles.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.primitives.held import Dense
 from lora_jax.primitives.named import Ins, Named, Names, without
-from lora_jax.primitives.update import Operation, Part, Update
+from lora_jax.primitives.update import Part, Update, Zero
 
 Atom = tuple[str, int]  # an axis of a parameter: its path and its number
 Atoms = frozenset[Atom]
@@ -80,7 +80,7 @@ class Meeting:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Recorder(Update):
+class Recorder(Zero):
     """An update that adds nothing, and knows which axes of which parameters each name stands for.
 
     atoms: of each name. stacked, summed: those of axes that W has lost. barrier: the operation
@@ -102,10 +102,6 @@ class Recorder(Update):
         known = dict(self.atoms)
         return NONE.union(*(known.get(n, NONE) for n in names))
 
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        del fn, operands
-        return self
-
     def role(self, name: int) -> str | None:
         return "unknown" if self.of((name,)) else None
 
@@ -116,16 +112,6 @@ class Recorder(Update):
     def chooses(self, taken: Names, rest: Names) -> bool:
         del taken, rest
         return True
-
-    def sums(self, sizes: dict[int, int]) -> bool:
-        del sizes
-        return True
-
-    def product(self, p: Operation) -> Any:
-        return p.base(None if p.x is None else p.x.array)
-
-    def merged(self, w: Named) -> Any:
-        return w.array
 
     def times(self, factor: Named) -> Update | None:
         """Only by a factor that is the same along some axis of the parameter: not an activation."""
@@ -168,9 +154,6 @@ class Recorder(Update):
         if how == "summed":
             return dataclasses.replace(self, summed=self.summed | atoms)
         return dataclasses.replace(self, stacked=self.stacked | atoms)
-
-    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        return [(dw, self)]
 
     def meets(self, eqn: Any, stack: Names, inputs: Names, outputs: Names) -> Meeting:
         """The use that an operation makes of the weight, these axes having these roles."""
