@@ -39,14 +39,24 @@ class Use:
     stack, inputs, outputs are the parameter's own axes; where the operation has no low-rank rule,
     only stack is known. `barrier` names an operation with no low-rank rule between the parameter
     and this use (or this use itself); such a use exists only in merged form.
+
+    An operation consumes all the parameters that a weight is made of; until it is asked for the
+    use `of` one of them, the axes are atoms.
     """
 
     kind: str
     where: str
-    stack: tuple[int, ...] = ()
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
+    stack: Any = ()
+    inputs: Any = ()
+    outputs: Any = ()
     barrier: str | None = None
+
+    def of(self, path: str) -> Use:
+        def own(atoms: Any) -> tuple[int, ...]:
+            return tuple(sorted(axis for p, axis in atoms if p == path))
+
+        roles = own(self.stack), own(self.inputs), own(self.outputs)
+        return Use(self.kind, self.where, *roles, self.barrier)
 
     @property
     def is_product(self) -> bool:
@@ -55,27 +65,6 @@ class Use:
     @property
     def has_axes(self) -> bool:
         return self.kind in (*PRODUCTS, "gather") and bool(self.inputs) and bool(self.outputs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Meeting:
-    """A use of all the parameters that a weight is made of, each axis with its parameter's path."""
-
-    kind: str
-    where: str
-    stack: Atoms = NONE
-    inputs: Atoms = NONE
-    outputs: Atoms = NONE
-    barrier: str | None = None
-
-    def of(self, path: str) -> Use:
-        """The use of one of the parameters."""
-
-        def own(atoms: Atoms) -> tuple[int, ...]:
-            return tuple(sorted(axis for p, axis in atoms if p == path))
-
-        roles = own(self.stack), own(self.inputs), own(self.outputs)
-        return Use(self.kind, self.where, *roles, self.barrier)
 
 
 @jax.tree_util.register_dataclass
@@ -155,7 +144,7 @@ class Recorder(Zero):
             return dataclasses.replace(self, summed=self.summed | atoms)
         return dataclasses.replace(self, stacked=self.stacked | atoms)
 
-    def meets(self, eqn: Any, stack: Names, inputs: Names, outputs: Names) -> Meeting:
+    def meets(self, eqn: Any, stack: Names, inputs: Names, outputs: Names) -> Use:
         """The use that an operation makes of the weight, these axes having these roles."""
         s, i = self.stacked | self.of(stack), self.of(inputs)
         o = self.summed | self.of(outputs)
@@ -165,7 +154,7 @@ class Recorder(Zero):
             s = i = o = NONE
         elif any(f & i and f & o for f in self.factors):
             barrier = "mul"
-        return Meeting(eqn.primitive.name, jaxprs.where(eqn), s, i, o, barrier)
+        return Use(eqn.primitive.name, jaxprs.where(eqn), s, i, o, barrier)
 
 
 class Recording(Evaluator):
@@ -175,7 +164,7 @@ class Recording(Evaluator):
         super().__init__()
         self.uses: dict[str, dict[Use, None]] = {path: {} for path in paths}  # ordered sets
 
-    def record(self, v: AdaptedWeight, met: Meeting) -> None:
+    def record(self, v: AdaptedWeight, met: Use) -> None:
         """Add the use to each of the weight's parameters."""
         update: Any = v.update
         if not (met.stack or met.inputs or met.outputs):  # a bias of a scanned layer
@@ -209,7 +198,7 @@ class Recording(Evaluator):
         if axes[0] == axes[1]:
             return ins
         small = axes.index(min(axes))
-        self.record(ins[small], Meeting(eqn.primitive.name, jaxprs.where(eqn)))
+        self.record(ins[small], Use(eqn.primitive.name, jaxprs.where(eqn)))
         return [v.merged() if i == small else v for i, v in enumerate(ins)]
 
     def _goes_on(self, eqn: Any, ins: Ins) -> bool:
@@ -245,7 +234,7 @@ class Recording(Evaluator):
         weights = [v for v in ins if isinstance(v, AdaptedWeight)]
         kind, name = eqn.primitive.name, jaxprs.operand_name(eqn)
         for v in weights:
-            self.record(v, Meeting(kind, jaxprs.where(eqn), barrier=kind))
+            self.record(v, Use(kind, jaxprs.where(eqn), barrier=kind))
         if kind == "custom_vjp_call":  # entered to find the axes only
             behind = [_behind(v, name) for v in ins]
             jaxpr, consts = jaxprs.opened(eqn.params["call_jaxpr"])
@@ -266,13 +255,13 @@ class Recording(Evaluator):
             value = self._settled(value)
         if isinstance(value, AdaptedWeight):
             kind = eqn.primitive.name
-            self.record(value, Meeting(kind, jaxprs.where(eqn), barrier=kind))
+            self.record(value, Use(kind, jaxprs.where(eqn), barrier=kind))
         return self._array(value)
 
     def returned(self, value: Any) -> Any:
         value = self._settled(value)
         if isinstance(value, AdaptedWeight):
-            self.record(value, Meeting("return", "the end of the function", barrier="return"))
+            self.record(value, Use("return", "the end of the function", barrier="return"))
         return self._array(value)
 
     def joins(self, ins: Ins) -> bool:
