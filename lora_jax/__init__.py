@@ -29,6 +29,7 @@ from lora_jax.errors import LoraError as LoraError
 from lora_jax.layout import Layout as Layout
 from lora_jax.merge import merge as merge
 from lora_jax.merge import merge_error as merge_error
+from lora_jax.multi.dropout import dropout as dropout
 from lora_jax.nnx import from_nnx as from_nnx
 from lora_jax.resolve import resolve as resolve
 from lora_jax.sharding import partition_specs as partition_specs

@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.adapters import Adapters, check
+from lora_jax.adapters import Adapters
 from lora_jax.base import Base
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.multi import per_example
 from lora_jax.multi.blend import Blend, Choosing
-from lora_jax.multi.stack import Scaled
+from lora_jax.multi.stack import Scaled, blended
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.choosing import Chosen, Gated
+from lora_jax.primitives.dropped import Dropped
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.primitives.held import held
 from lora_jax.primitives.lowrank import LowRank
@@ -50,6 +51,9 @@ def adapt(
     Then `f` is run on each example as a batch of one (a `jax.vmap`), so that
     `g(params, select(stacked, ids), x)[i] == f(merge(layout_i, params, adapters_i), x[i:i+1])[0]`
     holds for any `f`; the products with W have no example axis and stay one product for all.
+
+    `lora_jax.dropout(adapters, key, rate)` goes there too, and makes a training step's update see x
+    with dropout.
 
     Args:
       layout: from `lora_jax.resolve` (on `f`, or on a function that uses the same weights alike),
@@ -87,9 +91,7 @@ def adapt(
         params: Any, adapters: Adapters | Scaled | Choosing, *args: Any, **kwargs: Any
     ) -> Any:
         if not isinstance(adapters, Choosing):
-            update = adapters.blend() if isinstance(adapters, Scaled) else Blend(adapters)
-            check(layout, update.factors)
-            return one(False, params, update, *args, **kwargs)
+            return one(False, params, blended(layout, adapters), *args, **kwargs)
 
         def call(choice: Any, *args: Any, **kwargs: Any) -> Any:
             blend = adapters.blend(layout, choice)
@@ -156,6 +158,9 @@ def _adapted(evaluator: Evaluator, target: Target, w: Any, blend: Blend) -> Any:
         update = OutputGain(update, Named(output_gain, (*stack, *pick(target.outputs))))
     if blend.choice is not None:
         update = Chosen(update, blend.choice.index, blend.choice.examples)
+    if blend.drop is not None:
+        key, rate = blend.drop.key, blend.drop.rate
+        update = Dropped.start(update, target.path, key, rate, stack, target.sizes(target.stack))
     return AdaptedWeight(held(w), update, names, target.path, target.fold)
 
 

@@ -2,6 +2,8 @@
 
 from lora_jax.multi.combine import combine as combine
 from lora_jax.multi.combine import truncate as truncate
+from lora_jax.multi.dropout import Dropout as Dropout
+from lora_jax.multi.dropout import dropout as dropout
 from lora_jax.multi.stack import BASE as BASE
 from lora_jax.multi.stack import Scaled as Scaled
 from lora_jax.multi.stack import Selection as Selection

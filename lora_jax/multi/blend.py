@@ -31,6 +31,15 @@ class Choice:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Drop:
+    """Dropout of the inputs of all updates: a PRNG key, and the share of numbers set to zero."""
+
+    key: Any
+    rate: float = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Blend:
     """The update of every target, as the interpreter takes it.
 
@@ -40,12 +49,14 @@ class Blend:
     gates: `{path: Gate}`, for a router per token (`lora_jax.primitives.gating`).
     choice: which adapter it is, where that is not chosen yet; then every array has a leading axis
       of adapters.
+    drop: None, or the dropout of the inputs of all updates.
     """
 
     factors: Adapters
     gains: dict[str, Any] = dataclasses.field(default_factory=dict)
     gates: dict[str, Any] = dataclasses.field(default_factory=dict)
     choice: Choice | None = None
+    drop: Drop | None = None
 
 
 class Choosing(abc.ABC):

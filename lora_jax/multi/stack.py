@@ -91,6 +91,13 @@ class Selection(Choosing):
         return Blend(self.stack.factors, self.stack.scales, choice=Choice(choice, len(self.ids)))
 
 
+def blended(layout: Layout, adapters: Adapters | Scaled) -> Blend:
+    """One adapter as the interpreter takes it, once it is known to fit the layout."""
+    blend = adapters.blend() if isinstance(adapters, Scaled) else Blend(adapters)
+    check(layout, blend.factors)
+    return blend
+
+
 def union(layouts: Iterable[Layout]) -> Layout:
     """The layout that adapters of all these fit into: every target, with the largest of its ranks.
 

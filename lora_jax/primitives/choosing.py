@@ -97,7 +97,7 @@ class Chosen(Update):
     def product(self, p: Operation) -> Any:
         u = self.among
         if type(u) is LowRank and p.x is not None and self._groups(u, p.x, p):
-            return self._grouped(u, p.x, p)
+            return self._grouped(u, p)
         return self.chosen().product(p)
 
     def merged(self, w: Named) -> Any:
@@ -124,9 +124,10 @@ class Chosen(Update):
         rows = math.prod(x.size(n) for n in x.names if n in p.out)
         return segmented_matmul.pays(self.examples, u.a.size(MEMBER), rows, u.a.size(RANK))
 
-    def _grouped(self, u: LowRank, x: Named, p: Operation) -> Any:
-        assert u.gain is not None
-        base = p.base(x.array)
+    def _grouped(self, u: LowRank, p: Operation) -> Any:
+        x = p.dropped
+        assert u.gain is not None and p.x is not None and x is not None
+        base = p.base(p.x.array)
         (inner,), (outer,) = (without(f.names, (MEMBER, RANK)) for f in (u.a, u.b))
         rows = tuple(n for n in x.names if n in p.out)
         dtype = x.array.dtype

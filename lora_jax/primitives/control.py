@@ -45,10 +45,16 @@ def _custom_jvp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         if isinstance(v, AdaptedWeight):
             v.check_linear(f"{jaxprs.operand_name(eqn)} takes it")
     ins = _all_chosen(ins)
+    # Its equations and those of its rule are evaluated several times, and mean one use of W.
+    use = max((evaluator.next_use(v.path) for v in ins if isinstance(v, AdaptedWeight)), default=0)
+
+    def evaluate(jaxpr: Any, consts: Any, ins: Ins) -> list[Any]:
+        with evaluator.one_use(use):
+            return [evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxpr, consts, ins)]
 
     @jax.custom_jvp
     def call(ins: Ins) -> list[Any]:
-        return [evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxpr, consts, ins)]
+        return evaluate(jaxpr, consts, ins)
 
     @call.defjvp
     def derivative(primals: Any, tangents: Any) -> Any:
@@ -56,8 +62,7 @@ def _custom_jvp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         rule, rule_consts, floating = jaxprs.jvp_of(eqn)
 
         def push(tangents: Ins) -> tuple[list[Any], list[Any]]:
-            outs = evaluator.evaluate(rule, rule_consts, [*ins, *tangents])
-            outs = [evaluator.plain(eqn, o) for o in outs]
+            outs = evaluate(rule, rule_consts, [*ins, *tangents])
             return outs[: len(outs) // 2], outs[len(outs) // 2 :]
 
         outs, total = None, None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +36,8 @@ class Evaluator:
         self.paths_read: set[str] = set()
         self.dequantised: dict[str, str] = {}  # path: the operation that had no quantised rule
         self._names = itertools.count()
+        self._uses: collections.Counter[str] = collections.Counter()
+        self._use: int | None = None
         self._jaxprs: list[Any] = []  # those being evaluated, the innermost last
 
     def fresh(self, n: int) -> Names:
@@ -46,10 +50,27 @@ class Evaluator:
 
     def consume(
         self, eqn: Any, v: AdaptedWeight, stack: Names, inputs: Names, outputs: Names
-    ) -> None:
-        """Note that a rule uses the weight, and the roles that its axes have there."""
+    ) -> int:
+        """Note that a rule uses the weight, and the roles that its axes have there.
+
+        Returns the number of this use: 0 for the first of this weight, and so on.
+        """
         del eqn, stack, inputs, outputs
         self.read(v)
+        return self.next_use(v.path)
+
+    def next_use(self, path: str) -> int:
+        if self._use is not None:
+            return self._use
+        self._uses[path] += 1
+        return self._uses[path] - 1
+
+    @contextlib.contextmanager
+    def one_use(self, number: int) -> Iterator[None]:
+        """All uses within have this number, however often the same equations are evaluated."""
+        before, self._use = self._use, number
+        yield
+        self._use = before
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Any]) -> list[Any]:
         """The outputs of `jaxpr`, each an array or an adapted weight."""

@@ -60,7 +60,7 @@ class LowRank(Update):
         return Named(array, h.names)
 
     def product(self, p: Operation) -> Any:
-        return p.low_rank(p.base(None if p.x is None else p.x.array), p.x, self)
+        return p.low_rank(p.base(None if p.x is None else p.x.array), p.dropped, self)
 
     def merged(self, w: Named) -> Any:
         wide = wide_dtype(w.array.dtype)

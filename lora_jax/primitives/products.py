@@ -36,7 +36,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     w_free = without(v.names, (*inputs, *stack))
     x_free = without(tuple(names), (*inputs, *stack))
     out = (*stack, *((*w_free, *x_free) if side == 0 else (*x_free, *w_free)))
-    evaluator.consume(eqn, v, stack, inputs, w_free)
+    use = evaluator.consume(eqn, v, stack, inputs, w_free)
     x = Named(other, tuple(names))
     if any(n not in x.names or n in out for n in v.names if v.update.role(n) == "input"):
         v.check_linear("a product with its transpose, or with a part of its inputs")
@@ -49,7 +49,9 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         x = x.astype(wider(x.array.dtype, v.held.dtype))
         return lowrank.add(y, x, update, out, precision)
 
-    return [v.update.product(Operation(x, out, base, low_rank, len(v.names) == 2, precision))]
+    is_matrix = len(v.names) == 2
+    p = Operation(x, out, base, low_rank, is_matrix, precision, use=use)
+    return [v.update.product(p)]
 
 
 def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
@@ -67,7 +69,7 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     inputs = without(v.names, (channel,))
     if eqn.params["batch_group_count"] != 1 or not v.update.admits((), inputs, (channel,)):
         return None
-    evaluator.consume(eqn, v, (), inputs, (channel,))
+    use = evaluator.consume(eqn, v, (), inputs, (channel,))
     v = v.chosen()
     out = list(evaluator.fresh(x.ndim))
     out[dims.out_spec[1]] = channel
@@ -86,7 +88,7 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
     base = lambda x: v.held.product(lambda w, x: jaxprs.bind(eqn, x, w), x)  # noqa: E731
     x = Named(x, evaluator.fresh(x.ndim))
-    return [v.update.product(Operation(x, tuple(out), base, low_rank))]
+    return [v.update.product(Operation(x, tuple(out), base, low_rank, use=use))]
 
 
 def _middle(update: LowRank, h: Any) -> Any:

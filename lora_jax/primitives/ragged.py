@@ -33,7 +33,7 @@ def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     (outer,) = without(v.names, (group, contract))
     if not v.update.admits((group,), (contract,), (outer,)):
         return None
-    evaluator.consume(eqn, v, (group,), (contract,), (outer,))
+    use = evaluator.consume(eqn, v, (group,), (contract,), (outer,))
     v = v.chosen()
     precision, rows = eqn.params["precision"], evaluator.fresh(1)
     names = (*rows, contract) if x_contract == 1 else (contract, *rows)
@@ -57,7 +57,7 @@ def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         array = jnp.repeat(n.array, sizes, axis=0, total_repeat_length=length)
         return Named(array, (*rows, *n.names[1:]))
 
-    operation = Operation(Named(x, names), (*rows, outer), base, low_rank, spread=spread)
+    operation = Operation(Named(x, names), (*rows, outer), base, low_rank, use=use, spread=spread)
     return [v.update.product(operation)]
 
 

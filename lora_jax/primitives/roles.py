@@ -174,9 +174,10 @@ class Recording(Evaluator):
 
     def consume(
         self, eqn: Any, v: AdaptedWeight, stack: Names, inputs: Names, outputs: Names
-    ) -> None:
+    ) -> int:
         update: Any = v.update
         self.record(v, update.meets(eqn, stack, inputs, outputs))
+        return 0
 
     def apply(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
         if eqn.primitive.name in ("mul", "div"):

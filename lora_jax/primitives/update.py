@@ -28,6 +28,8 @@ class Operation:
     matrix: whether it is the plain product of a matrix, as `x @ w` is.
     spread: makes an array with a stack axis that neither x nor the result has (the group of each
       row in a ragged product) one with the rows instead; None: there is no such axis.
+    use: the number of this use of W in the program (`Evaluator.consume`).
+    drop: None, or what is done to x before the update sees it.
     """
 
     x: Named | None
@@ -37,6 +39,13 @@ class Operation:
     matrix: bool = False
     precision: Any = None
     spread: Callable[[Named], Named] | None = None
+    use: int = 0
+    drop: Callable[[Named], Named] | None = None
+
+    @property
+    def dropped(self) -> Named | None:
+        """The operand x as the update sees it."""
+        return self.x if self.x is None or self.drop is None else self.drop(self.x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""Adapter dropout: any adapters, with some of the inputs of their updates set to zero."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.errors import LoraError
+from lora_jax.layout import Layout
+from lora_jax.multi.blend import Blend, Choosing, Drop
+from lora_jax.multi.stack import blended
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout(Choosing):
+    """Adapters and the dropout of their inputs, as `lora_jax.adapt` takes them.
+
+    adapters: one adapter tree, or what else `adapt` takes.
+    """
+
+    adapters: Any
+    key: Any
+    rate: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def per_example(self) -> bool:
+        return isinstance(self.adapters, Choosing) and self.adapters.per_example
+
+    def choice(self, layout: Layout) -> Any:
+        if not isinstance(self.adapters, Choosing):
+            return None, self.key
+        choice = self.adapters.choice(layout)
+        if not self.per_example:
+            return choice, self.key
+        numbers = jnp.arange(jax.tree.leaves(choice)[0].shape[0])
+        return choice, jax.vmap(jax.random.fold_in, (None, 0))(self.key, numbers)
+
+    def blend(self, layout: Layout, choice: Any) -> Blend:
+        inner, key = choice
+        if isinstance(self.adapters, Choosing):
+            blend = self.adapters.blend(layout, inner)
+        else:
+            blend = blended(layout, self.adapters)
+        return dataclasses.replace(blend, drop=Drop(key, self.rate))
+
+
+def dropout(adapters: Any, key: jax.Array | None, rate: float) -> Any:
+    """Adapters whose updates see x with dropout, to be given to what `lora_jax.adapt` makes.
+
+        y = x W + scale * (drop(x) a) b        drop(x) = x * mask / (1 - rate)
+
+    The base sees x as it is: this is PEFT's `lora_dropout`. A mask is drawn for each use of each
+    target in the program, from the key, the target's path, and the layer or expert of a stack; a
+    loop that uses one weight in each step uses one mask. In a mixed batch the key is folded with
+    the number of the example. The same key gives the same masks, so a resumed run is the same bit
+    for bit, if the key of a step depends on the step alone.
+
+    What has no x to drop from has no dropout: lookups (PEFT has none for embeddings either),
+    biases, and weights that are folded. A router per token sees the dropped x too. With DoRA,
+
+        y = gain * (x W + scale * (drop(x) a) b)        gain = magnitude / ||W + scale a b||
+
+    so that the mean of y over the masks is the output without dropout, for one product with W.
+    (PEFT computes x W + (gain - 1) drop(x) W + ..., which has the same mean, more noise, and
+    takes a second product with W.)
+
+    Args:
+      adapters: an adapter tree, or what `lora_jax.multi.select`, `lora_jax.moe.mix`, ... give.
+      key: a PRNG key, another one for each step. None will do where the rate is 0.
+      rate: the share of the numbers of x that are set to zero, a Python number from 0 up to, but
+        not including, 1. At 0 the adapters are returned as they are: evaluate without dropout.
+
+    Raises:
+      LoraError: a rate that is not such a number, or no key.
+
+    >>> import lora_jax
+    >>> f = lambda params, x: x @ params["w"]
+    >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    >>> layout = lora_jax.resolve(lora_jax.LoraSpec(1, 1.0, "w"), f, params, x)
+    >>> adapters = {"w": lora_jax.Factors(jnp.ones((4, 1)), jnp.ones((1, 3)))}
+    >>> y = lora_jax.adapt(layout, f)(params, dropout(adapters, jax.random.key(0), 0.5), x)
+    >>> y[:, 0].tolist()  # 4 of the base, and 2 for each of the four numbers that was kept
+    [6.0, 10.0]
+    """
+    if not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise LoraError(f"the rate of dropout is a Python number in [0, 1), got {rate!r}")
+    if rate == 0:
+        return adapters
+    if key is None:
+        raise LoraError(f"dropout at a rate of {rate} needs a key; pass another one for each step")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return Dropout(adapters, key, float(rate))
