@@ -204,3 +204,14 @@ def test_forward_mode_and_second_derivatives(name: str) -> None:
         return jax.jit(lambda ad: jax.jvp(jax.grad(loss), (ad,), (tangent,)))(law.adapters)
 
     assert_close(curvature(law.fast), curvature(law.slow), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["bare_scan", "bare_fused_reshape", "linen_scan_remat"])
+def test_the_same_function_traced_twice_gives_the_same_jaxpr(name: str) -> None:
+    """Red: names of axes that are counted on from one trace to the next."""
+    law = Law(cases.REGISTRY[name]())
+    case = law.case
+    first, second = (
+        str(jax.make_jaxpr(law.fast)(case.params, law.adapters, law.x)) for _ in range(2)
+    )
+    assert first == second
