@@ -65,7 +65,7 @@ ARROWS = {
     | {"data", "errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi"}
     | {"paths", "resolve", "sharding", "spec", "transform"},
     "groups": {"checkpoint", "console", "errors", "extras", "frozen", "layout", "multi"}
-    | {"paths", "resolve", "spec", "training"},
+    | {"paths", "resolve", "spec", "training", "transform"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
     | {"primitives", "resolve", "training"},
     "serving": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -17,6 +18,7 @@ from lora_jax.bases.recipe import ABOUT, BEGUN
 from lora_jax.checkpoint.adapter import restore_about
 from lora_jax.checkpoint.storage import orbax
 from lora_jax.groups import loop
+from lora_jax.groups.config import GroupConfig, Member
 from lora_jax.groups.sweep import SweepConfig
 from lora_jax.serving import generate, predict
 from lora_jax.training import export, mesh
@@ -203,3 +205,19 @@ def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
     assert predict.main(arguments) == 0
     right = [str(row["prediction"]) == str(row["label"]) for row in texts(out)]
     assert np.mean(right) == pytest.approx(summary["after"]["validation"]["accuracy"])
+
+
+def test_tasks_share_a_quantised_base(
+    llama: pathlib.Path, source: str, tmp_path: pathlib.Path
+) -> None:
+    """Batches of two sizes. Red: the check of the padding runs the bare model on codes."""
+    base = config_of(causal_lm, llama, source, model={"quantize": "int8"})
+    small = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=16))
+    members = (Member("one", base), Member("two", small))
+    config = GroupConfig(members=members, run_dir=str(tmp_path / "tasks"))
+    devices = mesh.make(config.mesh)
+    with jax.set_mesh(devices):
+        summaries = loop.run(config, devices, tmp_path / "tasks", Console(quiet=True))
+    alone = train_in(tmp_path / "alone", base)
+    loss = alone["after"]["validation"]["loss"]
+    assert summaries[0]["after"]["validation"]["loss"] == pytest.approx(loss, rel=1e-5)
