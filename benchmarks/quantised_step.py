@@ -60,7 +60,7 @@ def _measured(name: str, f: Any, params: Any, x: Any) -> list[str]:
             times[s].append(1e3 * (time.perf_counter() - start))
     lines = []
     for s, program in programs.items():
-        memory = program.memory_analysis()
+        memory: Any = program.memory_analysis()
         arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         median = statistics.median(times[s][1:])
         lines.append(

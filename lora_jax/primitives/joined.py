@@ -1,4 +1,4 @@
-"""Weights that are put together, repeated or padded before one product, as a fused q, k, v is."""
+"""Weights that are put together, or padded, before one product, as a fused q, k, v is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax import lax
 
 from lora_jax.primitives import held
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.named import Ins, Named, Outs
+from lora_jax.primitives.named import Ins, Outs
 from lora_jax.primitives.update import OutputGain, Part, Zero
 
 
@@ -39,7 +39,7 @@ def _join(evaluator: Any, ins: Ins, axis: int) -> AdaptedWeight | None:
     parts: list[Part] = []
     for v in ins:
         size = int(v.shape[axis])
-        if isinstance(v, AdaptedWeight) and not isinstance(v.update, Zero):
+        if isinstance(v, AdaptedWeight) and type(v.update) is not Zero:
             update = v.update.renamed(dict(zip(v.names, names, strict=True)))
             parts.append(Part(update, start, size))
         start += size
@@ -76,19 +76,8 @@ def _constant(shape: tuple[int, ...], axis: int, size: int, value: Any) -> Any:
     return jnp.full((*shape[:axis], size, *shape[axis + 1 :]), value)
 
 
-def _tile(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    del evaluator
-    reps = dict(zip(ins[0].names, eqn.params["reps"], strict=True))
-
-    def tile(n: Named) -> Named:
-        return Named(jnp.tile(n.array, [reps.get(x, 1) for x in n.names]), n.names)
-
-    return [ins[0].map(tile)]
-
-
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
     "concatenate": _concatenate,
     "stack": _stack,
-    "tile": _tile,
     "pad": _pad,
 }

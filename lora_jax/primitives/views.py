@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,33 +75,35 @@ def _transpose(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return [ins[0].map_w(lambda n: n.moved(order))]
 
 
+def _along(v: AdaptedWeight, change: dict[int, Callable[[Any, int], Any]]) -> AdaptedWeight:
+    """Each axis that `change` names changed, in each array that has it: `change[name](x, axis)`."""
+
+    def one(n: Named) -> Named:
+        for axis, name in enumerate(n.names):
+            if name in change:
+                n = Named(change[name](n.array, axis), n.names)
+        return n
+
+    return v.map(one, along=tuple(change))
+
+
 def _rev(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     del evaluator
-    v = ins[0]
-    names = v.names_at(eqn.params["dimensions"])
+    names = ins[0].names_at(eqn.params["dimensions"])
+    return [_along(ins[0], dict.fromkeys(names, lambda x, axis: lax.rev(x, (axis,))))]
 
-    def rev(n: Named) -> Named:
-        return Named(lax.rev(n.array, [i for i, x in enumerate(n.names) if x in names]), n.names)
 
-    return [v.map(rev, along=names)]
+def _cut(start: int, stop: int, stride: int = 1) -> Callable[[Any, int], Any]:
+    return lambda x, axis: lax.slice_in_dim(x, start, stop, stride, axis)
 
 
 def _slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     del evaluator
     v, p = ins[0], eqn.params
     strides = p["strides"] or (1,) * len(v.shape)
-    bounds = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
-    cuts = {
-        name: cut
-        for name, size, cut in zip(v.names, v.shape, bounds, strict=True)
-        if cut != (0, size, 1)
-    }
-
-    def cut(n: Named) -> Named:
-        whole = [cuts.get(x, (0, size, 1)) for x, size in zip(n.names, n.array.shape, strict=True)]
-        return Named(lax.slice(n.array, *zip(*whole, strict=True)), n.names) if whole else n
-
-    return [v.map(cut, along=tuple(cuts))]
+    cuts = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+    every = zip(v.names, v.shape, cuts, strict=True)
+    return [_along(v, {name: _cut(*cut) for name, size, cut in every if cut != (0, size, 1)})]
 
 
 def _dynamic_slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
@@ -124,19 +127,16 @@ def _dynamic_slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 def _split(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     del evaluator
-    v, axis = ins[0], eqn.params["axis"]
-    name, outs, start = v.names[axis], [], 0
-    for size in eqn.params["sizes"]:
+    name, ends = ins[0].names[eqn.params["axis"]], itertools.accumulate(eqn.params["sizes"])
+    bounds = itertools.pairwise((0, *map(int, ends)))
+    return [_along(ins[0], {name: _cut(*bound)}) for bound in bounds]
 
-        def cut(n: Named, start: int = start, size: int = int(size)) -> Named:
-            if name not in n.names:
-                return n
-            i = n.names.index(name)
-            return Named(lax.slice_in_dim(n.array, start, start + size, axis=i), n.names)
 
-        outs.append(v.map(cut, along=(name,)))
-        start += int(size)
-    return outs
+def _tile(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    del evaluator
+    reps = zip(ins[0].names, eqn.params["reps"], strict=True)
+    repeat = lambda n: lambda x, axis: jnp.concatenate([x] * n, axis)  # noqa: E731
+    return [_along(ins[0], {name: repeat(n) for name, n in reps if n != 1})]
 
 
 def _squeeze(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
@@ -261,6 +261,7 @@ RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "split": _split,
+    "tile": _tile,
     "squeeze": _squeeze,
     "reduce_sum": _reduce_sum,
     "broadcast_in_dim": _broadcast,
