@@ -35,15 +35,16 @@ def steps(setup: common.ModelSetup) -> dict[str, Callable[[], Any]]:
     params, batch = setup.arrays()
     full = common.full_gradient(setup)
     # The step donates what it trains, and the LoRA runs still need the parameters: hence a copy.
-    runs = {"full": _stepping(full, jax.tree.map(lambda x: x.copy(), params), batch)}
+    runs = {"full": stepping(full, jax.tree.map(lambda x: x.copy(), params), batch)}
     for name, spec in setup.specs().items():
         layout = setup.layout(spec)
         adapters = common.adapters(layout)
-        runs[name] = _stepping(common.lora_gradient(setup, layout), adapters, params, batch)
+        runs[name] = stepping(common.lora_gradient(setup, layout), adapters, params, batch)
     return runs
 
 
-def _stepping(gradient: Callable[..., Any], trained: Any, *rest: Any) -> Callable[[], Any]:
+def stepping(gradient: Callable[..., Any], trained: Any, *rest: Any) -> Callable[[], Any]:
+    """A compiled step of AdamW, which keeps its own state."""
     tx = optax.adamw(1e-4)
     state = (trained, jax.jit(tx.init)(trained))
 

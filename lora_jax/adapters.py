@@ -16,7 +16,7 @@ from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.target import Target
 from lora_jax.updates.initial import initializer
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer, kind_of
+from lora_jax.updates.kind import Factors, TargetInitializer, kind_of
 
 Adapters = dict[str, Any]
 """`{path: parameters}`: the NamedTuple of arrays that the target's kind has."""
@@ -162,7 +162,7 @@ def _as_lora(target: Target, parameters: Any) -> tuple[Target, Factors]:
         return target, parameters
     kind = kind_of(target)
     factors = kind.factors(target, parameters)
-    if factors is None or type(kind).output_gain is not Kind.output_gain:
+    if factors is None or kind.rescales:
         why = "has no factors" if factors is None else "rescales W itself"
         raise LoraError(
             f"{target.path!r}: an update of the kind {target.kind!r} {why}, so it cannot be "

@@ -151,17 +151,30 @@ def _adapted(evaluator: Evaluator, target: Target, w: Any, blend: Blend) -> Any:
             probe = Named(gate.probe, (*stack, TALLY, MEMBER))
             gate = dataclasses.replace(gate, probe=probe)
         update = Gated(a, b, update.scale, gain, gate)
-    # A plan counts it to the adapters; the outermost scope is written `jvp(output_gain)`.
-    with jax.named_scope("output_gain"), jax.named_scope("lora"):
-        output_gain = kind.output_gain(target, parameters, w)
-    if output_gain is not None:
-        update = OutputGain(update, Named(output_gain, (*stack, *pick(target.outputs))))
+    if kind.rescales:
+        # A plan counts it to the adapters; the outermost scope is written `jvp(output_gain)`.
+        with jax.named_scope("output_gain"), jax.named_scope("lora"):
+            array = _output_gain(target, parameters, w, blend)
+        update = OutputGain(update, Named(array, (*several, *stack, *pick(target.outputs))))
     if blend.choice is not None:
         update = Chosen(update, blend.choice.index, blend.choice.examples)
     if blend.drop is not None:
         key, rate = blend.drop.key, blend.drop.rate
         update = Dropped.start(update, target.path, key, rate, stack, target.sizes(target.stack))
     return AdaptedWeight(held(w), update, names, target.path, target.fold)
+
+
+def _output_gain(target: Target, parameters: Any, w: Any, blend: Blend) -> Any:
+    """The output gain of one adapter, or of each of several; 1 for those whose scale is 0."""
+    kind, scales = kind_of(target), blend.gains.get(target.path)
+    if scales is None:
+        return kind.output_gain(target, parameters, w)
+
+    def one(parameters: Any, scale: Any) -> Any:
+        gain = kind.output_gain(target, parameters, w, scale=scale * kind.scale(target))
+        return jnp.where(scale == 0, jnp.ones_like(gain), gain)
+
+    return one(parameters, scales) if blend.choice is None else jax.vmap(one)(parameters, scales)
 
 
 def _quantised(evaluator: Evaluator, path: str, w: Base) -> AdaptedWeight:

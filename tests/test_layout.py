@@ -50,7 +50,8 @@ ARROWS = {
     | {"target", "updates"},
     "checkpoint": {"adapters", "base", "errors", "layout", "paths", "updates"},
     "nnx": set(),
-    "analysis": {"adapters", "errors", "layout", "multi", "paths", "spec", "target", "updates"},
+    "analysis": {"adapters", "base", "errors", "layout", "multi", "paths", "spec", "target"}
+    | {"updates"},
     "beginnings": {"adapters", "analysis", "base", "bases", "errors", "layout", "paths"}
     | {"primitives", "target", "transform", "updates"},
     "extras": set(),
@@ -80,7 +81,7 @@ ARROWS = {
     }
     | {"extras", "layout", "models", "multi", "paths", "transform", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
-    | {"layout", "serving", "training"},
+    | {"layout", "serving", "training", "updates"},
     "command_line": {"errors", "extras", "groups", "planner", "training"},
     "__main__": {"errors", "extras", "report", "serving", "training"},
 }

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapters import Adapters, check
+from lora_jax.adapters import Adapters
 from lora_jax.analysis import matrices
 from lora_jax.analysis.matrices import Array, Svd
+from lora_jax.analysis.plain import plain
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.target import Target
@@ -45,7 +46,7 @@ def amplification(
     for W_q of GPT-3, 0.02, is its 4 * 61.95 / 12288.)
 
     Args:
-      layout, adapters: a trained adapter.
+      layout, adapters: a trained adapter, of any kind that has factors.
       params: the base parameters; one matrix at a time is read.
       rank: how many directions, at most the target's rank, which is the default.
 
@@ -68,7 +69,7 @@ def amplification(
     """
     leaves = paths.flatten(params)
     layout.check_params(leaves)
-    check(layout, adapters)
+    updates = plain(layout, adapters, params)
     out = {}
     for target in layout.targets:
         wanted = target.rank if rank is None else rank
@@ -77,7 +78,7 @@ def amplification(
                 f"{target.path!r}: its update has {target.rank} directions, got rank={rank}; "
                 f"pass a rank from 1 to {target.rank}"
             )
-        found = matrices.update_svd(target, adapters[target.path])
+        found = matrices.update_svd(updates.layout[target.path], updates.parameters[target.path])
         weight = matrices.of_weight(target, leaves[target.path])
         out[target.path] = _of_target(target, weight, found, wanted)
     return out

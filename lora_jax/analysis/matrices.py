@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_jax.base import dense
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
 from lora_jax.updates.kind import Factors
@@ -53,8 +54,10 @@ def of_factors(target: Target, factors: Factors) -> tuple[Array, Array]:
 
 
 def of_weight(target: Target, w: Any) -> Any:
-    """An array of W's shape as [*stack, in, out], in its own dtype."""
-    w = np.asarray(jax.device_get(w)).transpose(*target.stack, *target.inputs, *target.outputs)
+    """A weight of W's shape as [*stack, in, out], in its own dtype; a quantised one dequantised."""
+    w = np.asarray(jax.device_get(dense(w))).transpose(
+        *target.stack, *target.inputs, *target.outputs
+    )
     return w.reshape(*target.sizes(target.stack), target.fan_in, target.fan_out)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.adapters import Adapters, check
+from lora_jax.adapters import Adapters
 from lora_jax.analysis import matrices
 from lora_jax.analysis.matrices import Array
+from lora_jax.analysis.plain import plain
 from lora_jax.layout import Layout
 
 
@@ -26,11 +27,15 @@ class Spectrum(NamedTuple):
     energy: Array
 
 
-def spectrum(layout: Layout, adapters: Adapters) -> dict[str, Spectrum]:
+def spectrum(layout: Layout, adapters: Adapters, params: Any = None) -> dict[str, Spectrum]:
     """The spectrum of every update, by path.
 
+    Args:
+      layout, adapters: an adapter of any kind that has factors.
+      params: the base parameters, for DoRA: its update is what merging changes, W' - W.
+
     Raises:
-      LoraError: adapters that do not fit the layout, or are not finite.
+      LoraError: adapters that do not fit the layout, or are not finite; DoRA without parameters.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax import Factors, Target
@@ -39,7 +44,7 @@ def spectrum(layout: Layout, adapters: Adapters) -> dict[str, Spectrum]:
     >>> found.values.tolist(), float(found.effective_rank), float(found.energy)
     ([2.0, 2.0], 2.0, 8.0)
     """
-    check(layout, adapters)
+    layout, adapters, _ = plain(layout, adapters, params)
     return {
         t.path: of_values(matrices.update_svd(t, adapters[t.path]).values) for t in layout.targets
     }

@@ -9,16 +9,16 @@ import numpy as np
 from lora_jax.adapters import Adapter, check
 from lora_jax.analysis import matrices
 from lora_jax.analysis.matrices import Array
+from lora_jax.analysis.plain import factors_of, plain
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors
 
 Side = Literal["a", "b", "input", "output"]
 SIDES: tuple[Side, ...] = ("a", "b", "input", "output")
 
 
-def similarity(one: Adapter, two: Adapter, of: Side = "a") -> dict[str, Array]:
+def similarity(one: Adapter, two: Adapter, of: Side = "a", params: Any = None) -> dict[str, Array]:
     """phi(i, j) of every target: how much of the top i directions of one is in the top j of two.
 
         phi(i, j) = ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j)          in [0, 1]
@@ -38,6 +38,8 @@ def similarity(one: Adapter, two: Adapter, of: Side = "a") -> dict[str, Array]:
         "b": the right-singular vectors of `b`, in the output space.
         "input", "output": the singular vectors of the update `a b` on either side. They span what
           those of the factors span, in the order of what the update does.
+      params: the base parameters of both, for "input" and "output" of DoRA: its update is what
+        merging changes, W' - W.
 
     Returns:
       `{path: [*stack, rank of one, rank of two]}` in float64; entry [i - 1, j - 1] is phi(i, j).
@@ -45,10 +47,11 @@ def similarity(one: Adapter, two: Adapter, of: Side = "a") -> dict[str, Array]:
       float32's rounding of the largest. A `b` that is still zero has none.
 
     Raises:
-      LoraError: adapters that do not fit their layout, other targets in one than in two, or the
-        same path with another shape or other roles.
+      LoraError: adapters that do not fit their layout, DoRA without parameters, other targets in
+        one than in two, or the same path with another shape or other roles.
 
     >>> import jax.numpy as jnp
+    >>> from lora_jax import Factors
     >>> layout = Layout((Target("w", (4, 3), (), (0,), (1,), rank=2, alpha=1.0),))
     >>> axes = jnp.eye(4)
     >>> one = {"w": Factors(jnp.stack([3 * axes[0], axes[1]], 1), jnp.ones((2, 3)))}
@@ -62,6 +65,8 @@ def similarity(one: Adapter, two: Adapter, of: Side = "a") -> dict[str, Array]:
     check(one.layout, one.parameters)
     check(two.layout, two.parameters)
     _check_targets(one.layout, two.layout)
+    if of in ("input", "output"):
+        one, two = (plain(x.layout, x.parameters, params) for x in (one, two))
     out = {}
     for target in one.layout.targets:
         path = target.path
@@ -83,9 +88,9 @@ def phi(one: Array, two: Array) -> Array:
     return sums / np.minimum(rows[:, None], columns)
 
 
-def directions(target: Target, factors: Factors, of: Side) -> Array:
+def directions(target: Target, factors: Any, of: Side) -> Array:
     """The orthonormal directions that `similarity` compares, [*stack, d, rank]."""
-    a, b = matrices.of_factors(target, factors)
+    a, b = matrices.of_factors(target, factors_of(target, factors))
     if of == "a":
         found = matrices.tall_svd(a)
     elif of == "b":

@@ -13,7 +13,7 @@ from lora_jax import paths
 from lora_jax.adapters import Adapters
 from lora_jax.analysis import matrices
 from lora_jax.analysis.matrices import Array
-from lora_jax.base import dense, is_base
+from lora_jax.base import is_base
 from lora_jax.bases.quantise import quantize, scheme_of
 from lora_jax.errors import LoraError, nearest
 from lora_jax.layout import Layout
@@ -141,7 +141,7 @@ def _begin(
 ) -> tuple[Any, Any, StartError]:
     """The new base of one target, its arrays, and the error."""
     _check(target, w, stored, method, steps)
-    whole = matrices.of_weight(target, dense(w))
+    whole = matrices.of_weight(target, w)
     if method == "loftq":
         rounds = _rounds(target, whole, stored, steps)
         found = min(rounds, key=lambda part: part.error)
@@ -210,7 +210,7 @@ def _product(target: Target, a: Any, b: Any) -> Any:
 
 
 def _matrix(target: Target, w: Any) -> Any:
-    return matrices.of_weight(target, dense(w)).astype(np.float64)
+    return matrices.of_weight(target, w).astype(np.float64)
 
 
 def _distance(whole: Any, other: Any) -> float:

@@ -100,7 +100,7 @@ def mix(stacked: Stack, weights: Any) -> Mixture:
         one, as in a mixed batch (see `lora_jax.adapt`). They may be traced and differentiated.
 
     Raises:
-      LoraError: weights that are no floats or of another shape.
+      LoraError: weights that are no floats or of another shape, a stack of DoRA adapters.
 
     >>> import lora_jax
     >>> f = lambda params, x: x @ params["w"]
@@ -115,6 +115,7 @@ def mix(stacked: Stack, weights: Any) -> Mixture:
     >>> g(params, mix(stacked, [[1.0, 0.0], [0.0, 2.0]]), x)[:, 0].tolist()
     [8.0, 84.0]
     """
+    _check_additive(stacked)
     weights = jnp.asarray(weights)
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise LoraError(
@@ -141,11 +142,12 @@ def route(stacked: Stack, router: Router, top: int | None = None) -> Routed:
       top: how many experts each token gets, from 1 to n; None: all.
 
     Raises:
-      LoraError: a router that does not fit the stack, a `top` that is not from 1 to n; and when it
-        is used, a program that has no input x to route by: a product with W transposed or with a
-        part of x, a weight that is folded, a `custom_jvp` or a sharded contraction in a
-        `shard_map` that takes it.
+      LoraError: a stack of DoRA adapters, a router that does not fit the stack, a `top` that is
+        not from 1 to n; and when it is used, a program that has no input x to route by: a product
+        with W transposed or with a part of x, a weight that is folded, a `custom_jvp` or a sharded
+        contraction in a `shard_map` that takes it.
     """
+    _check_additive(stacked)
     n = stacked.size
     if top is not None and not 1 <= top <= n:
         raise LoraError(f"top must be from 1 to {n}, the number of experts, or None; got {top}")
@@ -163,6 +165,16 @@ def route(stacked: Stack, router: Router, top: int | None = None) -> Routed:
                 f"{n} experts it must be {want}: the axes of `a`, with n in the place of the rank"
             )
     return Routed(stacked, dict(router), top)
+
+
+def _check_additive(stacked: Stack) -> None:
+    for path, parameters in stacked.factors.items():
+        if not isinstance(parameters, Factors):
+            raise LoraError(
+                f"{path!r}: the stack holds {type(parameters).__name__}, whose update rescales W "
+                "itself (DoRA), so that updates do not add up and cannot be mixed. Choose one "
+                "adapter for each example (lora_jax.multi.select), or mix those of other kinds"
+            )
 
 
 def init_router(key: Any, layout: Layout, n: int) -> Router:

@@ -5,7 +5,8 @@
     g(params, select(stacked, 1), x)              adapter 1 for all of x
     g(params, select(stacked, [0, 1, BASE]), x)   one for each example of x; BASE is none at all
 
-The members may differ in rank, alpha and targets. Ranks are filled up with exact zeros, a target
+The members may differ in rank, alpha and targets; LoHa, LoKr and VeRA are held as the plain factors
+that they are, DoRA with its magnitudes. Ranks are filled up with exact zeros, a target
 that a member does not adapt is zero in it, and each member's scale (alpha / rank) travels with it
 as data. So whichever is chosen, the arrays have the same shapes: **one compiled program serves all
 of them**, and the base is not copied. The base itself is the last slot, zeros, which is why its
@@ -28,7 +29,7 @@ from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.multi.blend import Blend, Choice, Choosing
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, kind_of
+from lora_jax.updates.kind import kind_of
 
 BASE = -1
 """The number of no adapter: the base model as it is."""
@@ -56,7 +57,8 @@ class Scaled:
 class Stack:
     """n adapters in the shapes of a common layout, and the base as the last; arrays only.
 
-    factors: `{path: Factors(a [n + 1, *stack, *inputs, rank], b [n + 1, *stack, rank, *outputs])}`.
+    factors: `{path: Factors(a [n + 1, *stack, *inputs, rank], b [n + 1, *stack, rank, *outputs])}`;
+      DoRA's `Directed` has magnitudes [n + 1, *stack, *outputs] too.
     scales: `{path: [n + 1] float32}`.
     size: n, the base not counted.
     """
@@ -104,7 +106,8 @@ def union(layouts: Iterable[Layout]) -> Layout:
     Its targets' alpha is their rank, so that their scale is 1: the members' scales are data.
 
     Raises:
-      LoraError: two of them disagree about a parameter's shape or the roles of its axes.
+      LoraError: two of them disagree about a parameter's shape, the roles of its axes, or whether
+        its update is plain factors.
     """
     found: dict[str, Target] = {}
     for index, layout in enumerate(layouts):
@@ -116,9 +119,15 @@ def union(layouts: Iterable[Layout]) -> Layout:
                     f"(shape, stack, inputs, outputs) = {target.form}, one before it has "
                     f"{known.form}; they were made for different models"
                 )
+            if known.kind != target.kind:
+                raise LoraError(
+                    f"{target.path!r} is adapted by the kind {target.kind!r} in adapter {index}, "
+                    f"and by {known.kind!r} in one before it; a path of a stack is of one kind "
+                    "(LoHa, LoKr, VeRA and parts become plain factors, and count as 'lora')"
+                )
             rank, fold = max(known.rank, target.rank), known.fold or target.fold
             found[target.path] = dataclasses.replace(known, rank=rank, fold=fold)
-    return Layout(tuple(t.plain(t.rank) for t in found.values()))
+    return Layout(tuple(dataclasses.replace(t.plain(t.rank), kind=t.kind) for t in found.values()))
 
 
 def stack(adapters: Sequence[Adapter], *, size: int | None = None) -> tuple[Layout, Stack]:
@@ -163,9 +172,22 @@ def stack(adapters: Sequence[Adapter], *, size: int | None = None) -> tuple[Layo
 
 
 def _plain(adapter: Adapter, doing: str) -> Adapter:
-    """The adapter with plain factors at every target, which is what a stack holds."""
-    adapter = factors_alone(adapter, doing)
-    return Adapter(*as_lora(adapter.layout, adapter.parameters))
+    """The adapter as a stack holds it: plain factors at every target, but where W is rescaled."""
+    layout, adapters, _ = factors_alone(adapter, doing)
+    check(layout, adapters)
+    kept = {t.path: t for t in layout.targets if kind_of(t).rescales}
+    for target in kept.values():
+        if target.scale == 0:
+            raise LoraError(
+                f"{target.path!r} has alpha = 0; in a stack a scale of 0 means no adapter at all, "
+                f"which an update of the kind {target.kind!r} is not. Give it another alpha"
+            )
+    rest = Layout(tuple(t for t in layout.targets if t.path not in kept))
+    rest, plain = as_lora(rest, {t.path: adapters[t.path] for t in rest.targets})
+    found = {t.path: t for t in (*rest.targets, *kept.values())}
+    order = [t.path for t in layout.targets]
+    parameters = {path: plain.get(path, adapters[path]) for path in order}
+    return Adapter(Layout(tuple(found[path] for path in order)), parameters)
 
 
 def pad(layout: Layout, own: Layout, adapters: Adapters) -> Scaled:
@@ -186,30 +208,34 @@ def pad(layout: Layout, own: Layout, adapters: Adapters) -> Scaled:
                 f"the stack has no room for the target {target.path!r}; nearest in it:\n"
                 f"{listed(nearest(target.path, known))}\nstack the adapters anew, with this one"
             )
-        if room.form != target.form or target.rank > room.rank:
+        fits = room.form == target.form and room.kind == target.kind
+        if not fits or target.rank > room.rank:
             raise LoraError(
-                f"{target.path!r} does not fit into the stack: it has rank {target.rank} and "
-                f"(shape, stack, inputs, outputs) = {target.form}; the stack has room for rank "
-                f"{room.rank} and {room.form}. Stack the adapters anew, with this one"
+                f"{target.path!r} does not fit into the stack: it has kind {target.kind!r}, rank "
+                f"{target.rank} and (shape, stack, inputs, outputs) = {target.form}; the stack has "
+                f"room for {room.kind!r}, rank {room.rank} and {room.form}. Stack the adapters "
+                "anew, with this one"
             )
-    dtype = next((f.a.dtype for f in adapters.values()), jnp.float32)
+    dtype = next((x.dtype for x in jax.tree.leaves(adapters)), jnp.float32)
     factors = {t.path: _padded(t, adapters.get(t.path), dtype) for t in layout.targets}
     scales = {t.path: 0.0 for t in layout.targets} | {t.path: t.scale for t in own.targets}
     return Scaled(factors, {path: jnp.float32(scale) for path, scale in scales.items()})
 
 
-def _padded(room: Target, factors: Factors | None, dtype: Any) -> Factors:
-    if factors is None:
-        return Factors(np.zeros(room.a_shape, dtype), np.zeros(room.b_shape, dtype))
+def _padded(room: Target, parameters: Any, dtype: Any) -> Any:
+    kind = kind_of(room)
+    shapes = kind.shapes(room)
+    if parameters is None:
+        return kind.fields(*(np.zeros(shape, dtype) for shape in shapes))
 
     def fill(x: Any, shape: tuple[int, ...]) -> Any:
         pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
         return pad(x, [(0, n - have) for n, have in zip(shape, jnp.shape(x), strict=True)])
 
-    return Factors(fill(factors.a, room.a_shape), fill(factors.b, room.b_shape))
+    return kind.fields(*map(fill, parameters, shapes))
 
 
-def unpad(own: Layout, factors: Mapping[str, Factors]) -> Adapters:
+def unpad(own: Layout, factors: Mapping[str, Any]) -> Adapters:
     """The adapter of the layout `own` again, from factors that were filled up; bit for bit."""
     out = {}
     for t in own.targets:
@@ -217,10 +243,10 @@ def unpad(own: Layout, factors: Mapping[str, Factors]) -> Adapters:
             raise LoraError(
                 f"the factors hold no {t.path!r}; nearest:\n{listed(nearest(t.path, factors))}"
             )
-        a, b = factors[t.path]
-        ranks = (slice(None),) * len(t.stack) + (slice(t.rank),)
-        out[t.path] = Factors(a[..., : t.rank], b[ranks])
-        kind_of(t).check_parameters(t, out[t.path])
+        kind = kind_of(t)
+        pairs = zip(factors[t.path], kind.shapes(t), strict=True)
+        out[t.path] = kind.fields(*(x[tuple(map(slice, shape))] for x, shape in pairs))
+        kind.check_parameters(t, out[t.path])
     return out
 
 
@@ -313,7 +339,7 @@ def _without_first(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _check_dtypes(members: Sequence[Scaled | Stack]) -> None:
-    kinds = [{p: (f.a.dtype, f.b.dtype) for p, f in m.factors.items()} for m in members]
+    kinds = [{p: tuple(x.dtype for x in f) for p, f in m.factors.items()} for m in members]
     for index, kind in enumerate(kinds):
         for path, dtypes in kind.items():
             if dtypes != kinds[0][path]:

@@ -25,6 +25,7 @@ from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Sect
 from lora_jax.report.module_index import Place, label, layers, matrices, middle, places
 from lora_jax.report.run_files import SavedRun
 from lora_jax.serving import served_adapters
+from lora_jax.updates.kind import kind_of
 
 _TITLE = "Directions that runs share"
 _RANK = ("lora.rank", "lora.alpha")  # what goes together when ranks are compared
@@ -152,8 +153,10 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
             charts.by_layer(drawn, labels, "φ(1, 1)", (chance, "random"), _tenth(top)),
         )
         blocks.append(Figure(f"{caption}{update_analysis.cut(names)}", (panel,)))
-    updates = analysis.similarity(first, second, of="input")
-    sides = {"A": phis, "ΔW": {place: updates[place.path][place.at] for place in there}}
+    sides = {"A": phis}
+    if not any(kind_of(target).rescales for target in one.layout.targets):  # DoRA's depends on W
+        updates = analysis.similarity(first, second, of="input")
+        sides["ΔW"] = {place: updates[place.path][place.at] for place in there}
     blocks.append(_counted(there, sides, widest, f"{ones} against {twos}"))
     return blocks
 
@@ -241,6 +244,7 @@ def _chosen(own: Sequence[Place]) -> list[Place]:
 
 def _chance(layout: Layout, place: Place) -> Any:
     """The same of two adapters as they are before training, with keys of their own."""
-    layout = Layout((layout[place.path],))
+    target = layout[place.path]
+    layout = Layout((target.plain(target.rank),))
     one, two = (init(jax.random.key(seed), layout) for seed in (0, 1))
     return analysis.similarity(Adapter(layout, one), Adapter(layout, two))[place.path][place.at]

@@ -11,12 +11,13 @@ import numpy as np
 
 from lora_jax import analysis
 from lora_jax.console import USER_ERRORS
-from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import Place, label, layers, matrices, places
 from lora_jax.serving import served_adapters
+from lora_jax.serving.served_adapters import ServedAdapter
+from lora_jax.updates.kind import kind_of
 
 _TITLE = "What the update is made of"
 MOST = 24  # matrices that are drawn: as many as have names one can read
@@ -42,9 +43,9 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
     """
     try:
         _, folder = served_adapters.find(str(run))[0]
-        member = served_adapters.read(run.name, folder)
-        found = analysis.spectrum(member.layout, member.adapters)
-    except LoraError as error:
+        member = _with_matrices(served_adapters.read(run.name, folder))
+        found = analysis.spectrum(member.layout, member.adapters, _needed(member, run, base))
+    except USER_ERRORS as error:
         return (Section(_TITLE, (Note(f"The adapter cannot be analysed: {error}"),)),)
     if not member.layout.targets:
         return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
@@ -52,6 +53,29 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
     whose = Paragraph(f"Of adapters/{folder.name} of {run.name}.")
     spectra = Section(_TITLE, (whose, *_spectra(there, found, member.layout)))
     return spectra, Section("What of W it amplifies", _amplified(run, base))
+
+
+def _with_matrices(member: ServedAdapter) -> ServedAdapter:
+    """The adapter without its biases, which have no directions."""
+    layout = Layout(tuple(t for t in member.layout.targets if t.inputs))
+    adapters = {t.path: member.adapters[t.path] for t in layout.targets}
+    return dataclasses.replace(member, layout=layout, adapters=adapters)
+
+
+def _needed(member: ServedAdapter, run: pathlib.Path, base: BaseChoice) -> Any:
+    """The base parameters, if the adapter's update depends on them (DoRA)."""
+    rescales = any(kind_of(target).rescales for target in member.layout.targets)
+    return _open(run, base).params if rescales else None
+
+
+def _open(run: pathlib.Path, base: BaseChoice) -> served_adapters.Served:
+    return served_adapters.open_adapters(
+        [str(run)],
+        object,
+        base=base.reference,
+        trust_base=base.trust,
+        allow_other_base=base.allow_other,
+    )
 
 
 def _spectra(
@@ -154,14 +178,8 @@ def amplified(run: pathlib.Path, base: BaseChoice) -> AmplifiedUpdate:
     Raises:
       screen.USER_ERRORS: the adapter or its base cannot be had.
     """
-    served = served_adapters.open_adapters(
-        [str(run)],
-        object,
-        base=base.reference,
-        trust_base=base.trust,
-        allow_other_base=base.allow_other,
-    )
-    (member,) = served.members
+    served = _open(run, base)
+    member = _with_matrices(served.members[0])
     found = analysis.amplification(member.layout, served.params, member.adapters)
     there = places(member.layout)
     return AmplifiedUpdate(member.layout, there, [_at(found[place.path], place) for place in there])

@@ -82,9 +82,10 @@ class Dora(Kind):
     def factors(self, target: Target, parameters: Directed) -> Factors:
         return Factors(parameters.a, parameters.b)
 
-    def output_gain(self, target: Target, parameters: Directed, w: Any) -> Any:
+    def output_gain(self, target: Target, parameters: Directed, w: Any, scale: Any = None) -> Any:
         w, a, b = jax.lax.stop_gradient((w, parameters.a, parameters.b))
-        norms = jnp.sqrt(_squared_norms(target, w, a, b, self.scale(target)))
+        scale = self.scale(target) if scale is None else scale
+        norms = jnp.sqrt(_squared_norms(target, w, a, b, scale))
         return _ratio(jnp.asarray(parameters.magnitude, norms.dtype), norms)
 
     def merged(self, target: Target, parameters: Directed, w: Any) -> Any:
@@ -100,7 +101,7 @@ def _ratio(magnitude: Any, norms: Any) -> Any:
     return jnp.where(norms > 0, magnitude / jnp.where(norms > 0, norms, 1), 1)
 
 
-def _squared_norms(target: Target, w: Any, a: Any, b: Any, scale: float) -> Any:
+def _squared_norms(target: Target, w: Any, a: Any, b: Any, scale: Any) -> Any:
     """`||W + scale * a @ b||^2` over the inputs, [*stack, *outputs], one slice after the other."""
     n = len(target.stack)
     if not n:
@@ -122,10 +123,10 @@ def _squared_norms(target: Target, w: Any, a: Any, b: Any, scale: float) -> Any:
     return found.reshape(*stack, *found.shape[1:])
 
 
-def _of_slice(target: Target, w: Any, a: Any, b: Any, scale: float) -> Any:
+def _of_slice(target: Target, w: Any, a: Any, b: Any, scale: Any) -> Any:
     """The same for one slice of the stack, [*outputs]."""
     wide = wide_dtype(w.dtype)
-    w, a, b = (jnp.asarray(x, wide) for x in (w, a, b))
+    w, a, b, scale = (jnp.asarray(x, wide) for x in (w, a, b, scale))
     axes = tuple(i for i in range(len(target.shape)) if i not in target.stack)
     rank, other = len(target.shape), len(target.shape) + 1  # labels that no axis of W has
     inputs, outputs = target.inputs, target.outputs

@@ -104,11 +104,17 @@ class Kind(abc.ABC):
         """The number that the product of the factors is multiplied with."""
         return target.scale
 
-    def output_gain(self, target: Target, parameters: Any, w: Any) -> Any:
+    @property
+    def rescales(self) -> bool:
+        """Whether it has an output gain, so that the update depends on W."""
+        return type(self).output_gain is not Kind.output_gain
+
+    def output_gain(self, target: Target, parameters: Any, w: Any, scale: Any = None) -> Any:
         """Return what `W + scale * a @ b` is multiplied with for each output, or None for 1.
 
         Args:
           w: W, an array or a `Base`.
+          scale: None for that of the target; or another one, which may be traced.
 
         Returns:
           [*stack, *outputs] in float32 (float64 for such a W).

@@ -126,7 +126,7 @@ def texts(path: pathlib.Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["vera", "lokr"])
+@pytest.mark.parametrize("kind", ["lokr", "dora"])
 @pytest.mark.parametrize("scheme", ["none", "nf4"])
 def test_a_classifier_predicts_as_it_was_evaluated(
     kind: str, scheme: str, roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
@@ -184,7 +184,7 @@ def test_kinds_and_schemes_are_fields_of_a_sweep(
 @without_warning
 @pytest.mark.parametrize(
     ("init", "scheme", "kind"),
-    [("eva", "none", "lora"), ("pissa", "none", "lora"), ("olora", "none", "lora"),
+    [("eva", "none", "lora"), ("pissa", "none", "dora"), ("olora", "none", "lora"),
      ("loftq", "nf4", "lora")],
 )  # fmt: skip
 def test_a_run_begins_with_a_part_of_the_base_and_goes_on(

@@ -1,0 +1,69 @@
+"""Adapters of other kinds than LoRA, trained by train.py's code, in use and in a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_jax import LoraError, models
+from lora_jax.report import command
+from lora_jax.serving import classifier, served_adapters
+from lora_jax.training.config_json import to_dict
+from tests.serving import classifiers
+from tests.training import tiny
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run of two steps of each kind."""
+    folder = tmp_path_factory.mktemp("kinds")
+    weights = tiny.write_model(folder / "model", tiny.ROBERTA)
+    config = classifiers.config_of(weights, classifiers.examples(folder / "data", int))
+    found = {}
+    for kind in ("lora", "dora", "loha", "bias"):
+        targets = ("**/attention/query/bias",) if kind == "bias" else config.lora.targets
+        lora = dataclasses.replace(config.lora, kind=kind, targets=targets)
+        own = dataclasses.replace(config, lora=lora)
+        run = classifiers.train_in(folder / kind, own)
+        (run / "config.json").write_text(json.dumps(to_dict(own)))
+        found[kind] = run, own
+    return found
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha"])
+def test_predict_is_what_training_evaluates(runs: dict[str, Any], kind: str) -> None:
+    run, config = runs[kind]
+    served = served_adapters.open_adapters([str(run)], models.BertConfig)
+    made = classifier.Classifier(served, 16)
+    (member,) = served.members
+    assert {t.kind for t in member.layout.targets} == {kind}
+    rows = (run.parent / "data/validation.jsonl").read_text().splitlines()
+    found = dict(made.scores([0] * len(rows), [json.loads(row)["text"] for row in rows]))
+    wanted = classifiers.evaluated(run, config)
+    for i in found:
+        np.testing.assert_allclose(found[i], wanted[i], atol=1e-5 * np.abs(wanted[i]).max() + 1e-6)
+
+
+def test_two_kinds_for_one_matrix_are_refused(runs: dict[str, Any]) -> None:
+    paths = [str(runs[kind][0]) for kind in ("lora", "dora")]
+    served = served_adapters.open_adapters(paths, models.BertConfig)
+    with pytest.raises(LoraError, match=r"by the kind 'dora' in adapter 1, and by 'lora'"):
+        assert served.stack
+    alone = served_adapters.open_adapters([str(runs["bias"][0])], models.BertConfig)
+    with pytest.raises(LoraError, match="'bias' has no factors"):
+        assert alone.stack
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "bias"])
+def test_report(runs: dict[str, Any], kind: str) -> None:
+    """Red: DoRA's spectrum without its base, or a bias taken for a matrix."""
+    run, _ = runs[kind]
+    assert command.main([str(run)]) == 0
+    (page,) = run.rglob("*.md")
+    text = page.read_text()
+    assert ("effective rank" in text) == (kind != "bias")
+    assert "cannot be analysed" not in text
