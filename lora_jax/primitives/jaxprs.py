@@ -142,9 +142,13 @@ def origin(eqn: Any) -> AbstractContextManager[None]:
     return source_info_util.user_context(traceback, name_stack=stack)
 
 
-def bind(eqn: Any, *ins: Any) -> Any:
-    """Apply a first-order equation with one output to other inputs."""
-    return eqn.primitive.bind(*ins, **eqn.params)
+def bind(eqn: Any, *ins: Any, dtype: Any = None) -> Any:
+    """Apply a first-order equation with one output to other inputs.
+
+    `dtype`: None, or that of the output, for a product that can give its sums in another.
+    """
+    other = {} if dtype is None else {"preferred_element_type": jnp.dtype(dtype)}
+    return eqn.primitive.bind(*ins, **{**eqn.params, **other})
 
 
 def scan_arity(eqn: Any) -> tuple[int, int]:

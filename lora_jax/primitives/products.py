@@ -41,16 +41,16 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     if any(n not in x.names or n in out for n in v.names if v.update.role(n) == "input"):
         v.check_linear("a product with its transpose, or with a part of its inputs")
 
-    def base(x: Any) -> Any:
+    def base(x: Any, dtype: Any = None) -> Any:
         ends = (lambda w, x: (w, x)) if side == 0 else (lambda w, x: (x, w))
-        return v.held.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x)), x)
+        return v.held.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x), dtype=dtype), x)
 
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
         x = x.astype(wider(x.array.dtype, v.held.dtype))
         return lowrank.add(y, x, update, out, precision)
 
     is_matrix = len(v.names) == 2
-    p = Operation(x, out, base, low_rank, is_matrix, precision, use=use)
+    p = Operation(x, out, base, low_rank, is_matrix, sums=True, precision=precision, use=use)
     return [v.update.product(p)]
 
 
@@ -86,9 +86,11 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         d = jnp.moveaxis(d.reshape(*d.shape[:-2], channels), -1, dims.out_spec[1])
         return y + d.astype(y.dtype)
 
-    base = lambda x: v.held.product(lambda w, x: jaxprs.bind(eqn, x, w), x)  # noqa: E731
+    def base(x: Any, dtype: Any = None) -> Any:
+        return v.held.product(lambda w, x: jaxprs.bind(eqn, x, w, dtype=dtype), x)
+
     x = Named(x, evaluator.fresh(x.ndim))
-    return [v.update.product(Operation(x, tuple(out), base, low_rank, use=use))]
+    return [v.update.product(Operation(x, tuple(out), base, low_rank, sums=True, use=use))]
 
 
 def _middle(update: LowRank, h: Any) -> Any:

@@ -22,9 +22,11 @@ class Operation:
     x: the other operand, its axes named; where it is multiplied along an axis of W it has that
       axis's name. None: there is no such operand (a lookup).
     out: the names of the result's axes.
-    base: `base(x)`, the operation with W itself; x is an array.
+    base: `base(x)`, the operation with W itself; x is an array. A product also has
+      `base(x, dtype)`, which gives its sums in that dtype, not rounded to that of the program.
     low_rank: `low_rank(y, x, update)` is y plus the operation with `update`, a `LowRank`, in W's
       place, in the form that is fast for this operation; x is named.
+    sums: whether it is a product, of which the base may be asked for in another dtype.
     matrix: whether it is the plain product of a matrix, as `x @ w` is.
     spread: makes an array with a stack axis that neither x nor the result has (the group of each
       row in a ragged product) one with the rows instead; None: there is no such axis.
@@ -34,9 +36,10 @@ class Operation:
 
     x: Named | None
     out: Names
-    base: Callable[[Any], Any]
+    base: Callable[..., Any]
     low_rank: Callable[[Any, Any, Any], Any]
     matrix: bool = False
+    sums: bool = False
     precision: Any = None
     spread: Callable[[Named], Named] | None = None
     use: int = 0
@@ -225,8 +228,8 @@ class OutputGain(Update):
     def product(self, p: Operation) -> Any:
         """The gain multiplies x along outputs that are contracted, and the result along others.
 
-        In float32 between the two: a trained gain is within a few thousandths of 1, which
-        bfloat16 cannot tell from 1.
+        In float32 between the two, the product itself too: a trained gain is within a few
+        thousandths of 1, and a bfloat16 number times such a gain is rounded back to itself.
         """
         x, gain = p.x, self.gain if p.spread is None else p.spread(self.gain)
         if x is not None and any(n not in p.out for n in gain.names):
@@ -235,9 +238,9 @@ class OutputGain(Update):
 
         def base(x: Any) -> Any:
             nonlocal dtype
-            y = p.base(x)
-            dtype = y.dtype
-            return y.astype(wider(dtype, jnp.float32))
+            dtype = jax.eval_shape(p.base, x).dtype
+            wide = wider(dtype, jnp.float32)
+            return p.base(x, wide) if p.sums else p.base(x).astype(wide)
 
         y = self.inner.product(dataclasses.replace(p, base=base))
         return Named(y, p.out).times(gain).array.astype(dtype)
