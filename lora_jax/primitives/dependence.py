@@ -174,7 +174,7 @@ class _Walker:
 
 def _cut(flow: Flow, aval: Any) -> Flow:
     """Ways end in integers, predicates and keys."""
-    floating = jnp.issubdtype(aval.dtype, jnp.inexact)
+    floating = jnp.issubdtype(getattr(aval, "dtype", None), jnp.inexact)
     return flow if floating or not flow.ways else dataclasses.replace(flow, ways=frozenset())
 
 
