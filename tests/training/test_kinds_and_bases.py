@@ -20,11 +20,13 @@ from lora_jax.checkpoint.storage import orbax
 from lora_jax.groups import loop
 from lora_jax.groups.config import GroupConfig, Member
 from lora_jax.groups.sweep import SweepConfig
+from lora_jax.report import command as report
 from lora_jax.serving import generate, predict
-from lora_jax.training import export, mesh
+from lora_jax.training import directory, export, mesh
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig
+from lora_jax.training.config_json import to_dict
 from lora_jax.training.text import ModelConfig
 from tests.training import tiny
 from tests.training.test_text import text_config, train_in
@@ -221,3 +223,19 @@ def test_tasks_share_a_quantised_base(
     alone = train_in(tmp_path / "alone", base)
     loss = alone["after"]["validation"]["loss"]
     assert summaries[0]["after"]["validation"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_report_of_dora_on_a_quantised_base(
+    roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
+) -> None:
+    """Red: the update is read off factors alone; codes are read as a matrix."""
+    run = tmp_path / "run"
+    run.mkdir()
+    config = config_of(
+        classification, roberta, source, lora={"kind": "dora"}, model={"quantize": "nf4"}
+    )
+    directory.write_json(run / "config.json", to_dict(config))
+    directory.finish(run, train_in(run, config))
+    assert report.main([str(run)]) == 0
+    text = (run / "report/report.html").read_text()
+    assert "What of W it amplifies" in text and "cannot be analysed" not in text
