@@ -29,7 +29,7 @@ from lora_jax.console import USER_ERRORS, Console, quiet_storage, say
 from lora_jax.groups import loop as group
 from lora_jax.groups import results
 from lora_jax.groups.config import GroupConfig
-from lora_jax.training import directory, mesh, optimizer, processes, step, summary
+from lora_jax.training import beginning, directory, mesh, optimizer, processes, step, summary
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
 from lora_jax.training.evaluation import first_batch, merged_difference
@@ -91,25 +91,25 @@ def train(
     # ---- the model and the data, and where they lie
     workload = config.workload(config)
     data = workload.train(mesh.shard_of(grid))
-    beginning = data.get_state()
+    position = data.get_state()
     example = next(data)
-    data.set_state(beginning)
+    data.set_state(position)
     place = mesh.place(workload, config.mesh, grid, example)
     params = workload.arrays(place.params)
 
     # ---- what is trained: adapters on the targets, and a few base parameters in full
     key, lora = jax.random.key(config.seed), config.adaptation
     layout = lora_jax.resolve(lora.spec, workload.apply, params, example, train=True, key=key)
+    workload, params, begun = beginning.begin(lora, workload, layout, params, place, key)
     patterns = workload.trainable if lora.trainable is None else lora.trainable
     base, frozen = lora_jax.frozen.split(params, patterns)
     step.check_apart(layout, base)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
-    state = step.create(
-        layout, base, tx, key, place, lora.init, step.adapted_weights(layout, params)
-    )
+    weights = step.adapted_weights(layout, params)
+    state = step.create(layout, base, tx, key, place, lora.init, weights, begun)
     identity = lora_jax.fingerprint(frozen)
     setup = Setup(config, workload, place, layout, frozen, identity, path, began)
-    del params, base  # what is trained lives in the state, the rest in `frozen`
+    del params, base, weights, begun  # what is trained lives in the state, the rest in `frozen`
 
     # ---- the run
     with (
@@ -134,9 +134,11 @@ def train(
         # ---- what it came to
         best = loop.run.best(loop.state.trained)
         tested = loop.evaluate_best(config.steps, best)
-        compare = jax.jit(merged_difference(workload, layout), out_shardings=place.whole)
-        batch = place.batch(first_batch(workload, place, example))
-        difference = float(compare(best, frozen, batch))
+        difference = None
+        if not summary.is_quantised(frozen):  # merged weights are floats, which may not fit
+            compare = jax.jit(merged_difference(workload, layout), out_shardings=place.whole)
+            batch = place.batch(first_batch(workload, place, example))
+            difference = float(compare(best, frozen, batch))
     finished = summary.summarise(loop.run, loop.state, tested, difference)
     processes.by_first(lambda: directory.finish(path, finished))
     return finished

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from lora_jax.adapters import Factors
 from lora_jax.errors import LoraError
 from lora_jax.paths import path_of
+from lora_jax.updates.kind import is_parameters
 
 if TYPE_CHECKING:
     import optax
@@ -26,14 +26,16 @@ BIAS, NORM, WEIGHT = "bias", "norm", "weight"  # of base parameters
 def labels(trained: Any) -> Any:
     """Label each array of a tree that holds adapters, base parameters, or both.
 
-    An array of an adapter is labelled by its field: "a", "b". A base parameter is a "bias" if
-    that is the last name in its path, a "norm" if some name in its path contains "norm" or its
-    last name is "scale", and a "weight" otherwise.
+    An array of an adapter is labelled by its field: "a", "b", "magnitude" (DoRA), and so on; the
+    difference of a bias is a "bias". A base parameter is a "bias" if that is the last name in its
+    path, a "norm" if some name in its path contains "norm" or its last name is "scale", and a
+    "weight" otherwise.
 
     Returns:
       A tree like `trained` with a string in the place of each array, for `optax.partition`.
 
     >>> import jax.numpy as jnp
+    >>> from lora_jax.updates import Factors
     >>> adapters = {"q/kernel": Factors(a=jnp.ones((8, 2)), b=jnp.ones((2, 4)))}
     >>> labels({"adapters": adapters, "base": {"head/kernel": 0, "head/bias": 0}})["adapters"]
     {'q/kernel': Factors(a='a', b='b')}
@@ -41,9 +43,9 @@ def labels(trained: Any) -> Any:
     {'head/bias': 'bias', 'head/kernel': 'weight', 'layer_norm/scale': 'norm'}
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _fields(leaf) if _is_adapter(leaf) else _base_label(path_of(path)),
+        lambda path, leaf: _fields(leaf) if is_parameters(leaf) else _base_label(path_of(path)),
         trained,
-        is_leaf=_is_adapter,
+        is_leaf=is_parameters,
     )
 
 
@@ -61,6 +63,8 @@ def all_but(*names: str) -> Callable[[Any], Any]:
 def loraplus(ratio: float) -> optax.GradientTransformation:
     """Multiply the learning rate of B by `ratio` (LoRA+, arXiv 2402.12354; it recommends 16).
 
+    It is meant for the kinds "lora" and "dora", whose `b` begins at zero.
+
     Args:
       ratio: the learning rate of B divided by that of A.
 
@@ -68,6 +72,7 @@ def loraplus(ratio: float) -> optax.GradientTransformation:
       A transformation without state, to be chained after an optimizer.
 
     >>> import jax.numpy as jnp, optax
+    >>> from lora_jax.updates import Factors
     >>> tx = optax.chain(optax.sgd(0.1), loraplus(16))
     >>> adapters = {"q/kernel": Factors(a=jnp.ones((1, 1)), b=jnp.ones((1, 1)))}
     >>> updates, _ = tx.update(adapters, tx.init(adapters))
@@ -86,12 +91,8 @@ def loraplus(ratio: float) -> optax.GradientTransformation:
     return optax.stateless(scaled)
 
 
-def _is_adapter(leaf: Any) -> bool:
-    return isinstance(leaf, Factors)
-
-
-def _fields(adapter: Any) -> Any:
-    return type(adapter)(*adapter._fields)
+def _fields(parameters: Any) -> Any:
+    return type(parameters)(*(BIAS if name == "delta" else name for name in parameters._fields))
 
 
 def _base_label(path: str) -> str:

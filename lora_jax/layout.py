@@ -109,6 +109,12 @@ class Layout:
                 )
             leaf = leaves[target.path]
             shape = tuple(leaf.shape if is_base(leaf) else jnp.shape(leaf))
+            dtype = leaf.dtype if is_base(leaf) else jnp.result_type(leaf)
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise LoraError(
+                    f"{target.path!r} is an array of {dtype}, and an adapter belongs to a float "
+                    "array or to a quantised base (lora_jax.quantize)"
+                )
             if shape != target.shape:
                 raise LoraError(
                     f"the layout does not fit the parameters: {target.path!r} has shape {shape}, "

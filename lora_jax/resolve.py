@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import collections
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax import paths
@@ -45,7 +46,7 @@ def resolve(
     total                                              32
     """
     traced = jaxprs.trace(f, params, args, kwargs)
-    found = _Found(traced.param_shapes, roles.uses(traced), dependence(traced))
+    found = _Found(traced.param_avals, roles.uses(traced), dependence(traced))
     chosen = _choose(spec, found)
     fold = {path for pattern in spec.folded for path in _matching(pattern, found.uses)}
     return Layout(
@@ -61,33 +62,45 @@ def resolve(
 class _Found(NamedTuple):
     """What a trace tells: how each parameter is used, and what depends on what."""
 
-    shapes: dict[str, tuple[int, ...]]
+    avals: dict[str, Any]
     uses: dict[str, tuple[roles.Use, ...]]
     dependence: Dependence
 
     def kernels(self) -> list[str]:
-        """The weights of all products, in the order of the tree."""
-        return [
-            path
-            for path, shape in self.shapes.items()
-            if len(shape) > 1 and path in self.dependence.kernels
-        ]
+        """The weights of all products and the embeddings, in the order of the tree."""
+        known = {*self.dependence.kernels, *self.dependence.tables}
+        return [path for path, aval in self.avals.items() if aval.ndim > 1 and path in known]
 
-    def obstacle(self, path: str) -> str | None:
-        """Why "all-linear" does not take a kernel; None: it does."""
-        if path in self.dependence.heads:
+    def obstacle(self, path: str, taken: Container[str] = ()) -> str | None:
+        """Why "all-linear" does not take a kernel, these being taken; None: it does."""
+        known, aval, uses = self.dependence, self.avals[path], self.uses[path]
+        if path in known.heads:
             return "the output head: no other product follows it; name it to adapt it"
-        uses = self.uses[path]
-        if any(u.is_product and _covers(u, self.shapes[path]) for u in uses):
-            return None
+        if path not in known.kernels:
+            return f"an embedding: {known.tables[path]} looks up its rows; name it to adapt it"
+        if not jaxprs.is_float(aval.dtype):
+            return _not_float(aval.dtype)
         lost = next((u for u in uses if u.barrier), None)
-        if lost is None:
-            where = self.dependence.kernels[path]
-            return f"{where} uses it along axes that are not all input, output or stack"
+        other = next((p for p in sorted(known.partners.get(path, ())) if p in taken), None)
+        if lost is not None:
+            why = f"`{lost.barrier}` at {lost.where} takes it and has no low-rank rule"
+        elif other is not None:
+            why = f"it is multiplied with {other!r}, which is adapted"
+        elif any(u.is_product and _covers(u, aval.shape) for u in uses):
+            return None
+        else:
+            why = f"{known.kernels[path]} uses it along axes that are not input, output or stack"
         return (
-            f"`{lost.kind}` at {lost.where} takes it and has no low-rank rule; to adapt it, name "
-            f"it, say its axes with Rule({path!r}, inputs=, outputs=), and add it to fold"
+            f"{why}; to adapt it, name it, say its axes with Rule({path!r}, inputs=, outputs=), "
+            "and add it to fold"
         )
+
+
+def _not_float(dtype: Any) -> str:
+    return (
+        f"its dtype is {dtype}, and only a float array can have a low-rank update; for codes of a "
+        "quantised weight, make it a base (lora_jax.quantize)"
+    )
 
 
 def _choose(spec: LoraSpec, found: _Found) -> dict[str, Rule]:
@@ -102,9 +115,12 @@ def _choose(spec: LoraSpec, found: _Found) -> dict[str, Rule]:
 def _matching_rule(rule: Rule, found: _Found) -> list[str]:
     if rule.pattern != ALL_LINEAR:
         return _matching(rule.pattern, found.uses)
-    kept = [path for path in found.kernels() if found.obstacle(path) is None]
+    kept: list[str] = []
+    for path in found.kernels():
+        if found.obstacle(path, kept) is None:
+            kept.append(path)
     if not kept:
-        why = listed([f"{path}: {found.obstacle(path)}" for path in found.kernels()])
+        why = listed([f"{path!r}: {found.obstacle(path)}" for path in found.kernels()])
         raise LoraError(
             f"{ALL_LINEAR!r} matches nothing; of the parameters that a product uses it leaves "
             f"out:\n{why or '  (no product uses any)'}\nName the targets by their paths."
@@ -116,8 +132,8 @@ def _left_out(spec: LoraSpec, chosen: Mapping[str, Rule], found: _Found) -> tupl
     """The kernels that "all-linear" did not take and no other rule named, each with the reason."""
     if all(rule.pattern != ALL_LINEAR for rule in spec.rules):
         return ()
-    rows = ((path, found.obstacle(path)) for path in found.kernels() if path not in chosen)
-    return tuple(LeftOut(path, found.shapes[path], why) for path, why in rows if why)
+    rows = ((path, found.obstacle(path, chosen)) for path in found.kernels() if path not in chosen)
+    return tuple(LeftOut(path, found.avals[path].shape, why) for path, why in rows if why)
 
 
 def _matching(pattern: str, known: Mapping[str, Any]) -> list[str]:
@@ -133,27 +149,30 @@ def _matching(pattern: str, known: Mapping[str, Any]) -> list[str]:
 
 
 def _target(path: str, found: _Found, rule: Rule, fold: bool) -> Target:
-    shape, uses = found.shapes[path], found.uses[path]
+    aval, uses = found.avals[path], found.uses[path]
+    if not jaxprs.is_float(aval.dtype):
+        raise LoraError(f"{path!r} cannot be adapted: {_not_float(aval.dtype)}")
     if not fold:
         _refuse_barriers(path, uses)
     if rule.inputs is not None:
-        stack, inputs, outputs = _stated(path, shape, rule)
+        stack, inputs, outputs = _stated(path, found, rule)
     elif rule.kind == "bias":
         stack = max((u.stack for u in uses), key=len, default=())
-        inputs, outputs = (), tuple(i for i in range(len(shape)) if i not in stack)
+        inputs, outputs = (), tuple(i for i in range(aval.ndim) if i not in stack)
     else:
-        use = _canonical(path, shape, uses)
+        use = _canonical(path, aval.shape, uses)
         stack, inputs, outputs = use.stack, use.inputs, use.outputs
     assert rule.rank is not None and rule.alpha is not None  # filled in by spec.rules
     assert rule.kind is not None and rule.scaling is not None
     return Target(
-        path, shape, stack, inputs, outputs, rule.rank, float(rule.alpha), fold,
+        path, aval.shape, stack, inputs, outputs, rule.rank, float(rule.alpha), fold,
         rule.kind, rule.scaling, rule.parts or (), rule.part_axis,
     )  # fmt: skip
 
 
-def _stated(path: str, shape: tuple[int, ...], rule: Rule) -> tuple[Any, Any, Any]:
+def _stated(path: str, found: _Found, rule: Rule) -> tuple[Any, Any, Any]:
     """The roles that a rule states; axes that it does not name are the stack."""
+    shape = found.avals[path].shape
     ndim = len(shape)
     named = [*(rule.inputs or ()), *(rule.outputs or ()), *(rule.stack or ())]
     if any(not -ndim <= i < ndim for i in named):
@@ -163,6 +182,15 @@ def _stated(path: str, shape: tuple[int, ...], rule: Rule) -> tuple[Any, Any, An
     )
     rest = tuple(i for i in range(ndim) if i not in (*inputs, *outputs))
     stack = rest if rule.stack is None else tuple(i % ndim for i in rule.stack)
+    traced = [u for u in found.uses[path] if u.has_axes and _covers(u, shape)]
+    known = [(u.stack, u.inputs, u.outputs) for u in traced]
+    if known and (stack, inputs, outputs) not in known and path not in found.dependence.partners:
+        use = traced[0]
+        raise LoraError(
+            f"{path!r}: its rule says stack={stack}, inputs={inputs}, outputs={outputs}, but "
+            f"`{use.kind}` at {use.where} uses it with stack={use.stack}, inputs={use.inputs}, "
+            f"outputs={use.outputs}; leave the axes out of the rule, the trace knows them"
+        )
     return stack, inputs, outputs
 
 
@@ -182,18 +210,22 @@ def _adapted_elsewhere(uses: tuple[roles.Use, ...]) -> bool:
 
 
 def _canonical(path: str, shape: tuple[int, ...], uses: tuple[roles.Use, ...]) -> roles.Use:
-    """The use whose axes count: convolutions and lookups before products, then the first."""
+    """The use whose axes count: convolutions and lookups before products, then what is usual."""
     complete = [u for u in uses if u.has_axes and _covers(u, shape)]
     if not complete:
-        how = listed([f"`{u.kind}` at {u.where}" for u in uses]) or "  nothing reads it"
+        axes = "stack={0.stack}, inputs={0.inputs}, outputs={0.outputs}"
+        how = [f"`{u.kind}` at {u.where} ({axes.format(u)})" for u in uses]
         raise LoraError(
-            f"the targets match {path!r} (shape {shape}), but no product consumes it with input "
-            f"and output axes; it is consumed by:\n{how}\n"
+            f"the targets match {path!r} (shape {shape}), but nothing uses it so that each of its "
+            f"axes is an input, an output or the stack; it is used by:\n"
+            f"{listed(how) or '  nothing reads it'}\n"
             "Narrow the pattern to weights of products, convolutions and embeddings, or say the "
             f"axes, if it does enter a product: Rule({path!r}, inputs=..., outputs=...)"
         )
     order = ("conv_general_dilated", "ragged_dot_general", "gather")
-    return min(complete, key=lambda u: order.index(u.kind) if u.kind in order else len(order))
+    rank = lambda u: order.index(u.kind) if u.kind in order else len(order)  # noqa: E731
+    usual = collections.Counter(u.inputs for u in complete)
+    return min(complete, key=lambda u: (rank(u), -usual[u.inputs]))
 
 
 def _covers(use: roles.Use, shape: tuple[int, ...]) -> bool:

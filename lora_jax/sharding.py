@@ -148,7 +148,8 @@ def tree_of(specs: Mapping[str, PartitionSpec], params: Any, sizes: Mapping[str,
         path = paths.path_of(key_path)
         spec = specs[path]
         if isinstance(leaf, QuantisedMatrix):
-            return placed(leaf, spec, sizes, path)
+            cutting = [e if any(sizes[n] > 1 for n in names_of(e)) else None for e in spec]
+            return placed(leaf, PartitionSpec(*cutting), sizes, path)
         if is_base(leaf):
             return jax.tree.map(lambda x: _leading(tuple(leaf.shape), tuple(x.shape), spec), leaf)
         return spec

@@ -81,20 +81,21 @@ def adapt(
     {'w': Factors(a=(8, 2), b=(2, 4))}
     """
 
-    def one(params: Any, update: Blend, *args: Any, **kwargs: Any) -> Any:
+    def one(many: bool, params: Any, update: Blend, *args: Any, **kwargs: Any) -> Any:
         def weight(evaluator: Evaluator, target: Target, w: Any) -> Any:
             return _adapted(evaluator, target, w, update)
 
-        return interpret(layout, f, weight, params, *args, **kwargs)
+        return interpret(Evaluator(many), layout, f, weight, params, *args, **kwargs)
 
     def adapted(
         params: Any, adapters: Adapters | Scaled | Choosing, *args: Any, **kwargs: Any
     ) -> Any:
         if not isinstance(adapters, Choosing):
-            return one(params, blended(layout, adapters), *args, **kwargs)
+            return one(False, params, blended(layout, adapters), *args, **kwargs)
 
         def call(choice: Any, *args: Any, **kwargs: Any) -> Any:
-            return one(params, adapters.blend(layout, choice), *args, **kwargs)
+            blend = adapters.blend(layout, choice)
+            return one(adapters.per_example, params, blend, *args, **kwargs)
 
         choice = adapters.choice(layout)
         if not adapters.per_example:
@@ -105,12 +106,17 @@ def adapt(
 
 
 def interpret(
-    layout: Layout, f: Callable[..., Any], weight: Weight, params: Any, *args: Any, **kwargs: Any
+    evaluator: Evaluator,
+    layout: Layout,
+    f: Callable[..., Any],
+    weight: Weight,
+    params: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """`f(params, *args, **kwargs)`, with `weight(evaluator, target, w)` in each target's place."""
     layout.check_params(paths.flatten(params))
     traced = jaxprs.trace(f, params, args, kwargs)
-    evaluator = Evaluator()
     targets = {t.path: t for t in layout.targets}
     ins = list(traced.inputs)
     for i, path in enumerate(traced.param_paths):
@@ -146,7 +152,9 @@ def _adapted(evaluator: Evaluator, target: Target, w: Any, blend: Blend) -> Any:
             gate = dataclasses.replace(gate, probe=probe)
         update = Gated(a, b, update.scale, gain, gate)
     if kind.rescales:
-        array = _output_gain(target, parameters, w, blend)
+        # A plan counts it to the adapters; the outermost scope is written `jvp(output_gain)`.
+        with jax.named_scope("output_gain"), jax.named_scope("lora"):
+            array = _output_gain(target, parameters, w, blend)
         update = OutputGain(update, Named(array, (*several, *stack, *pick(target.outputs))))
     if blend.choice is not None:
         update = Chosen(update, blend.choice.index, blend.choice.examples)

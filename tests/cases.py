@@ -165,6 +165,119 @@ def bare_fused_reshape() -> Any:
     return f, {"qkv": normal(0, 10, 24)}, (normal(1, B, 10),), ("qkv",)
 
 
+def _three(*shapes: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        path: normal(i, *shape) for i, (path, shape) in enumerate(zip("qkv", shapes, strict=True))
+    }
+
+
+@case
+def bare_concatenated_outputs() -> Any:
+    """Fused at each step, as q, k and v of a model that keeps them apart; k is not adapted."""
+
+    def f(p: Any, x: Any) -> Any:
+        return x @ jnp.concatenate([p["q"], p["k"], p["v"]], axis=1)
+
+    return f, _three((10, 9), (10, 4), (10, 5)), (normal(4, B, 10),), ("q", "v")
+
+
+@case
+def bare_concatenated_inputs() -> Any:
+    """Members that are transposed, or scaled, before they are put together."""
+
+    def f(p: Any, x: Any) -> Any:
+        return x @ jnp.concatenate([p["q"].T, 2.0 * p["k"], p["v"]], axis=0)
+
+    return f, _three((12, 7), (9, 12), (8, 12)), (normal(4, B, 24),), ("q", "k")
+
+
+@case
+def bare_stacked_outputs() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        return jnp.einsum("bi,iko->kbo", x, jnp.stack([p["q"], p["k"], p["v"]], axis=1))
+
+    return f, _three(*[(10, 9)] * 3), (normal(4, B, 10),), ("q", "v")
+
+
+@case
+def bare_stacked_layers() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        step = lambda h, w: (jnp.tanh(h @ w), None)  # noqa: E731
+        return jax.lax.scan(step, x, jnp.stack([p["q"], p["k"], p["v"]]))[0]
+
+    return f, _three(*[(10, 10)] * 3), (normal(4, B, 10),), ("q", "v")
+
+
+@case
+def bare_concatenated_stacks() -> Any:
+    """Two stacks of layers as one; and again along the outputs of each layer."""
+
+    def f(p: Any, x: Any) -> Any:
+        layers = jnp.concatenate([p["q"], jnp.concatenate([p["k"], p["v"]], axis=2)])
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, layers)[0]
+
+    params = _three((1, 11, 11), (2, 11, 5), (2, 11, 6))
+    return f, params, (normal(4, B, 11),), ("*",)
+
+
+@case
+def bare_padded() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        return x @ jnp.pad(p["w"], ((1, 2), (0, 3)), constant_values=0.5)
+
+    return f, {"w": normal(0, 9, 11)}, (normal(1, B, 12),), ("w",)
+
+
+@case
+def bare_tiled() -> Any:
+    f = lambda p, x: x @ jnp.tile(p["w"], (2, 3))  # noqa: E731
+    return f, {"w": normal(0, 10, 11)}, (normal(1, B, 20),), ("w",)
+
+
+@case
+def bare_scaled_per_channel() -> Any:
+    f = lambda p, x: x @ (p["w"] * p["g"] / (2 + p["g"]))  # noqa: E731
+    return f, {"w": normal(0, 9, 11), "g": normal(1, 1, 11)}, (normal(2, B, 9),), ("w",)
+
+
+@case
+def bare_columns_by_index() -> Any:
+    f = lambda p, x, ids: x @ p["w"][:, ids]  # noqa: E731
+    return f, {"w": normal(0, 9, 11)}, (normal(2, B, 9), jnp.array([4, 0, 4, 9])), ("w",)
+
+
+@case
+def bare_vmap_over_an_index() -> Any:
+    def f(p: Any, x: Any, ids: Any) -> Any:
+        return jax.vmap(lambda i, x: jnp.tanh(p["table"][i]) + x @ p["experts"][i])(ids, x)
+
+    params = {"table": normal(0, 4, 14), "experts": normal(1, 4, 10, 14)}
+    return f, params, (normal(2, B, 10), jnp.array([3, 0, 3])), ("table", "experts")
+
+
+@case
+def bare_depthwise_kernel_reshaped() -> Any:
+    """[h, w, channels, multiplier], as Keras has it, for a convolution of `channels` groups."""
+
+    def f(p: Any, x: Any) -> Any:
+        return jax.lax.conv_general_dilated(
+            x, p["w"].reshape(3, 3, 1, 12), (1, 1), "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4,
+        )  # fmt: skip
+
+    return f, {"w": normal(0, 3, 3, 4, 3)}, (normal(1, 2, 5, 3, 4),), ("w",)
+
+
+@case
+def bare_scan_hands_out_its_weights() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        step = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), (w, h)))
+        h, (weights, states) = jax.lax.scan(step, x, p["w"])
+        return h @ weights[0], states
+
+    return f, {"w": normal(0, 3, 10, 10)}, (normal(1, B, 10),), ("w",)
+
+
 @case
 def bare_sliced_scaled_reversed() -> Any:
     def f(p: Any, x: Any) -> Any:

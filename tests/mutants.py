@@ -56,19 +56,19 @@ class Mutant(NamedTuple):
 # fmt: off
 MUTANTS = (  # name and file, old, new, tests
     # ---- the core
-    Mutant("scale-without-rank", "lora_jax/layout.py",
-        "return self.alpha / self.rank",
+    Mutant("scale-without-rank", "lora_jax/target.py",
+        'return self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))',
         "return self.alpha",
         ("tests/test_merge.py::test_merge_against_float64_by_hand",)),
     # a tied embedding gets the axes of its product
     Mutant("product-before-lookup", "lora_jax/resolve.py",
-        '"gather", "dot_general")',
-        '"dot_general", "gather")',
+        '"ragged_dot_general", "gather")',
+        '"ragged_dot_general", "dot_general")',
         ("tests/test_transform.py"
          "::test_outputs_equal_those_of_the_merged_weights[linen_embed_tied]",)),
-    Mutant("unknown-slot-is-the-base", "lora_jax/primitives/adapted_weight.py",
-        'jnp.take(n.array, index, axis=axis, mode="fill", fill_value=jnp.nan)',
-        'jnp.take(n.array, index, axis=axis, mode="clip")',
+    Mutant("unknown-slot-is-the-base", "lora_jax/primitives/choosing.py",
+        'jnp.take(n.array, self.index, axis=axis, mode="fill", fill_value=jnp.nan)',
+        'jnp.take(n.array, self.index, axis=axis, mode="clip")',
         ("tests/multi/test_stack.py::test_a_number_that_is_no_slot_gives_nan_in_a_compiled_program",)),
     # the right numbers, for many times the work
     Mutant("larger-product-first", "lora_jax/primitives/lowrank.py",
@@ -92,9 +92,9 @@ MUTANTS = (  # name and file, old, new, tests
         "(load.share * load.gate).sum(-1)",
         "(load.gate * load.gate).sum(-1)",
         ("tests/moe/test_router.py::test_the_balance_is_of_shares_and_gates",)),
-    Mutant("b-follows-the-inputs", "lora_jax/sharding.py",
-        "PartitionSpec(*stack, None, *pick(target.outputs))",
-        "PartitionSpec(*stack, None, *pick(target.inputs))",
+    Mutant("b-follows-the-inputs", "lora_jax/updates/lora.py",
+        "*parts, None), (*target.stack, None, *outputs)",
+        "*parts, None), (*target.stack, None, *target.inputs)",
         ("tests/test_sharding.py::test_adapters_follow_the_weights",)),
     Mutant("frozen-gradients-pass", "lora_jax/frozen.py",
         '"frozen": optax.set_to_zero()',

@@ -14,7 +14,6 @@ from lora_jax import LoraError, LoraSpec
 from tests import laws
 from tests.cases import normal
 
-CAUSE_3 = pytest.mark.xfail(reason="cause 3: silently wrong dtypes", strict=True)
 X = normal(1, 3, 6)
 CODES = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (6, 8)), jnp.int8)
 HEAD = normal(5, 8, 5)
@@ -44,7 +43,6 @@ NOT_FLOAT = {
 }
 
 
-@CAUSE_3
 @pytest.mark.parametrize("fold", [(), ("w",)], ids=["plain", "folded"])
 @pytest.mark.parametrize("name", NOT_FLOAT)
 def test_a_target_that_is_not_float_is_refused_by_its_dtype(name: str, fold: Any) -> None:
@@ -54,7 +52,6 @@ def test_a_target_that_is_not_float_is_refused_by_its_dtype(name: str, fold: Any
         lora_jax.resolve(LoraSpec(2, 4.0, "w", fold=fold), f, params, X)
 
 
-@CAUSE_3
 @pytest.mark.parametrize("name", NOT_FLOAT)
 def test_all_linear_names_what_is_not_float(name: str) -> None:
     f, params, dtype = NOT_FLOAT[name]
@@ -65,7 +62,6 @@ def test_all_linear_names_what_is_not_float(name: str) -> None:
     assert dtype in laws.left_out(layout)["w"]
 
 
-@CAUSE_3
 def test_a_merge_into_integers_is_refused() -> None:
     """A layout that was resolved on floats does not fit the codes that replaced them."""
     params = {"w": CODES.astype(jnp.float32), "head": HEAD}
@@ -83,7 +79,6 @@ def mixed_dot(p: Any, x: Any) -> Any:
     )
 
 
-@CAUSE_3
 def test_float32_weights_keep_their_factors_in_float32_against_bfloat16_inputs() -> None:
     """Red if the factors are cast to x's dtype where the product itself casts x to W's."""
     f = lambda p, x: jnp.tanh(mixed_dot(p, x)) @ p["head"]  # noqa: E731

@@ -44,11 +44,11 @@ ARROWS = {
     | {"updates"},
     "moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
     "frozen": {"base", "errors", "paths"},
-    "labels": {"adapters", "errors", "paths"},
+    "labels": {"errors", "paths", "updates"},
     "flax_partitioning": {"errors", "paths"},
     "sharding": {"base", "bases", "errors", "flax_partitioning", "layout", "paths", "primitives"}
     | {"target", "updates"},
-    "checkpoint": {"adapters", "errors", "layout", "paths", "updates"},
+    "checkpoint": {"adapters", "base", "errors", "layout", "paths", "updates"},
     "nnx": set(),
     "analysis": {"adapters", "base", "errors", "layout", "multi", "paths", "spec", "target"}
     | {"updates"},
@@ -62,15 +62,24 @@ ARROWS = {
     "console": {"errors", "extras", "models"},
     # training and what is done with its results
     "data": {"errors", "extras", "models"},
-    "training": {"adapters", "base", "baselines", "bases", "checkpoint", "console", "data"}
-    | {"errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi", "paths"}
-    | {"resolve", "sharding", "spec", "transform", "updates"},
+    "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
+    | {"data", "errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi"}
+    | {"paths", "resolve", "sharding", "spec", "transform"},
     "groups": {"checkpoint", "console", "errors", "extras", "frozen", "layout", "multi"}
-    | {"paths", "resolve", "spec", "training"},
+    | {"paths", "resolve", "spec", "training", "transform"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
     | {"primitives", "resolve", "training"},
-    "serving": {"adapters", "baselines", "checkpoint", "console", "data", "errors", "extras"}
-    | {"layout", "models", "multi", "paths", "transform", "updates"},
+    "serving": {
+        "adapters",
+        "baselines",
+        "bases",
+        "beginnings",
+        "checkpoint",
+        "console",
+        "data",
+        "errors",
+    }
+    | {"extras", "layout", "models", "multi", "paths", "transform", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
     | {"layout", "serving", "training", "updates"},
     "command_line": {"errors", "extras", "groups", "planner", "training"},

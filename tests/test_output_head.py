@@ -216,10 +216,6 @@ def batch_statistics() -> Any:
     return f, params, (state, X), {"head/kernel"}
 
 
-CAUSE_1 = pytest.mark.xfail(reason="cause 1: the head is what some output passes last", strict=True)
-
-
-@CAUSE_1
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_the_head_is_left_out_by_name_and_nothing_else_is(name: str) -> None:
     """Red if a product that some output passes last counts as a head whatever else it feeds."""
@@ -233,7 +229,6 @@ def test_the_head_is_left_out_by_name_and_nothing_else_is(name: str) -> None:
     laws.assert_adapt_equals_merge(layout, f, params, *args)
 
 
-@CAUSE_1
 def test_the_reason_says_that_it_is_the_head_and_the_cure_takes_it() -> None:
     f, params, args, _ = a_decoder_that_returns_its_cache()
     layout = lora_jax.resolve(lora_jax.LoraSpec(2, 4.0), f, params, *args)

@@ -24,11 +24,6 @@ X = normal(1, 3, 6)
 IDS = jnp.array([2, 0, 3])
 
 
-def cause(number: int, reason: str) -> pytest.MarkDecorator:
-    """A test that waits for a cause to be mended."""
-    return pytest.mark.xfail(reason=f"cause {number}: {reason}", strict=True)
-
-
 def law(f: Any, params: Any, *args: Any, targets: Any = "all-linear", **kwargs: Any) -> Any:
     layout = lora_jax.resolve(LoraSpec(2, 4.0, targets, **kwargs), f, params, *args)
     laws.assert_adapt_equals_merge(layout, f, params, *args)
@@ -57,7 +52,6 @@ MIXTURE = {
 }
 
 
-@cause(4, "JAX batches no ragged_dot over its groups")
 @pytest.mark.parametrize("target", ["head", "first", "experts", "router"])
 def test_a_mixed_batch_over_a_ragged_dot(target: str) -> None:
     """Each example with its own adapter equals the example alone with it."""
@@ -76,7 +70,7 @@ def test_a_mixed_batch_over_a_ragged_dot(target: str) -> None:
         alone = MIXTURE if number < 0 else lora_jax.merge(layout, MIXTURE, members[number])
         np.testing.assert_allclose(got[i], mixture(alone, x[i : i + 1])[0], rtol=2e-5, atol=2e-5)
     gradients = jax.grad(lambda s: jnp.sin(mixed(s)).sum(), allow_int=True)(stacked)
-    assert np.any(np.asarray(gradients.factors[target].b))
+    assert np.any(np.asarray(gradients.factors[target].b)) or target == "router"  # argmax has none
 
 
 # --- functions with derivative rules of their own -----------------------------------------------
@@ -97,7 +91,6 @@ def _routed_jvp(primals: Any, tangents: Any) -> Any:
     return (y, best), (dy, np.zeros(best.shape, jax.dtypes.float0))
 
 
-@cause(5, "tangents of integers are added")
 @pytest.mark.parametrize("fold", [(), ("w",)], ids=["rule", "folded"])
 def test_a_custom_jvp_with_an_integer_output(fold: Any) -> None:
     def f(p: Any, x: Any) -> Any:
@@ -124,21 +117,18 @@ def test_a_custom_jvp_with_an_integer_input() -> None:
 # --- lookups ------------------------------------------------------------------------------------
 
 
-@cause(6, "a lookup by a batched scalar index")
 def test_rows_looked_up_by_a_batched_scalar_index() -> None:
     f = lambda p, ids: jax.vmap(lambda i: p["table"][i])(ids)  # noqa: E731
     layout = law(f, {"table": normal(0, 9, 6)}, IDS, targets="table")
     assert (layout["table"].inputs, layout["table"].outputs) == ((0,), (1,))
 
 
-@cause(6, "a lookup by a batched scalar index")
 def test_a_table_of_matrices_looked_up_by_a_batched_scalar_index() -> None:
     f = lambda p, ids: jax.vmap(jax.vmap(lambda i: p["table"][i]))(ids[None])  # noqa: E731
     layout = law(f, {"table": normal(0, 9, 6)}, IDS, targets="table")
     assert (layout["table"].inputs, layout["table"].outputs) == ((0,), (1,))
 
 
-@cause(6, "a lookup by a batched scalar index")
 def test_an_expert_for_each_token_by_a_batched_scalar_index() -> None:
     f = lambda p, x, ids: jax.vmap(lambda x, i: x @ p["experts"][i])(x, ids)  # noqa: E731
     layout = law(f, {"experts": normal(0, 4, 6, 8)}, X, IDS, targets="experts")
@@ -168,7 +158,6 @@ def depthwise(p: Any, x: Any) -> Any:
     )  # fmt: skip
 
 
-@cause(7, "a depthwise kernel whose channels are reshaped")
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_a_depthwise_kernel_that_is_reshaped(multiplier: int) -> None:
     """Red if the axis of size 1 keeps no role, or the channels become inputs."""
@@ -196,7 +185,6 @@ class _Stack(nnx.Module):
         return run(x, self.layers)
 
 
-@cause(9, "unused weights come out of the scan")
 @pytest.mark.standard_promotion
 def test_nnx_remat_inside_nnx_scan() -> None:
     f, params, state = lora_jax.from_nnx(_Stack())
@@ -204,7 +192,6 @@ def test_nnx_remat_inside_nnx_scan() -> None:
     assert layout["layers/kernel"].stack == (0,)
 
 
-@cause(9, "unused weights come out of the scan")
 def test_a_scan_that_hands_out_weights_that_nobody_reads() -> None:
     def f(p: Any, x: Any) -> Any:
         step = lambda h, w: (jnp.tanh(h @ w), (w, {"norm": (h * h).sum()}))  # noqa: E731
@@ -226,7 +213,6 @@ def on_each_platform(p: Any, x: Any) -> Any:
     return lax.platform_dependent(x, p["w"], tpu=there, default=lambda x, w: jnp.tanh(x @ w))
 
 
-@cause(10, "a cond loses the platforms of its branches")
 def test_branches_by_platform_stay_branches_by_platform() -> None:
     """Red if the branch of another platform is lowered on this one."""
     params = {"w": normal(0, 6, 8)}
@@ -240,14 +226,12 @@ def test_branches_by_platform_stay_branches_by_platform() -> None:
 # --- which axes are inputs ----------------------------------------------------------------------
 
 
-@cause(11, "inputs and outputs swapped")
 def test_the_columns_picked_by_indices_are_outputs() -> None:
     f = lambda p, x, ids: x @ p["w"][:, ids]  # noqa: E731
     layout = law(f, {"w": normal(0, 6, 8)}, X, IDS, targets="w")
     assert (layout["w"].inputs, layout["w"].outputs) == ((0,), (1,))
 
 
-@cause(11, "inputs and outputs swapped")
 def test_spectral_normalisation_is_no_use_of_the_weight() -> None:
     """The power iteration multiplies by parameters and state; the input tells the axes."""
 
@@ -265,7 +249,6 @@ def test_spectral_normalisation_is_no_use_of_the_weight() -> None:
 # --- messages -----------------------------------------------------------------------------------
 
 
-@cause(12, "two leaves with one path")
 def test_two_leaves_of_one_path_are_an_error_that_names_it() -> None:
     f = lambda p, x: jnp.tanh(x @ p["a"]["b"]) @ p["a/b"]  # noqa: E731
     params = {"a/b": normal(0, 8, 5), "a": {"b": normal(1, 6, 8)}}
@@ -273,7 +256,6 @@ def test_two_leaves_of_one_path_are_an_error_that_names_it() -> None:
         lora_jax.resolve(LoraSpec(2, 4.0, "a/b"), f, params, X)
 
 
-@cause(12, "no product consumes it, printed beside the product")
 def test_a_product_that_is_known_is_not_denied() -> None:
     """A sum over the inputs after the product: w is consumed by a product of all its axes."""
     f = lambda p, x: jnp.einsum("bi,io->b", x, p["w"])  # noqa: E731
@@ -292,7 +274,6 @@ def refusal(f: Any) -> str | None:
     return None
 
 
-@cause(12, "reported at an unknown line")
 @pytest.mark.parametrize(
     "change",
     [

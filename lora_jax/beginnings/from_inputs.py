@@ -129,7 +129,7 @@ def _of_batch(layout: Layout, f: Callable[..., Any], params: Any, args: tuple[An
             update = moments(shape, probes[target.path], stack, inputs, outputs)
             return AdaptedWeight(held(w), update, names, target.path, fold=False)
 
-        out = interpret(layout, f, weight, params, *args)
+        out = interpret(Evaluator(), layout, f, weight, params, *args)
         return [x for x in jax.tree.leaves(out) if jaxprs.is_float(jnp.asarray(x).dtype)]
 
     zeros = {

@@ -14,10 +14,11 @@ It finds accidents, not forgers: it is no cryptographic hash.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from lora_jax import paths
+from lora_jax.base import is_base
 from lora_jax.errors import LoraError, listed
 
+K = TypeVar("K")
 Fingerprint = Mapping[str, Mapping[str, Any]]  # path -> {"shape": [...], "hash": "16 hex digits"}
 
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
@@ -37,7 +40,8 @@ def fingerprint(params: Any) -> dict[str, dict[str, Any]]:
 
     Floats are rounded to bfloat16 first (and denormals to zero), so a bfloat16 copy of float32
     weights has their fingerprint. It is JSON: `lora_jax.save(..., fingerprint=...)` keeps it
-    beside an adapter, and `lora_jax.restore(..., params=...)` compares it.
+    beside an adapter, and `lora_jax.restore(..., params=...)` compares it. A quantised weight has
+    the hash of its codes and scales, so it differs from that of its floats.
 
     Args:
       params: a pytree of arrays, sharded or not. None leaves are left out, so that
@@ -54,8 +58,22 @@ def fingerprint(params: Any) -> dict[str, dict[str, Any]]:
     True
     """
     leaves = paths.flatten(params)
-    hashes = _hashes(leaves, rounded=True)
-    return {p: {"shape": list(jnp.shape(leaves[p])), "hash": h} for p, h in hashes.items()}
+    parts = {(p, i): x for p, leaf in leaves.items() for i, x in enumerate(jax.tree.leaves(leaf))}
+    hashes: dict[str, list[str]] = {path: [] for path in leaves}
+    for (path, _), found in _hashes(parts, rounded=True).items():
+        hashes[path].append(found)
+    return {p: {"shape": _shape(leaves[p]), "hash": _joined(h)} for p, h in hashes.items()}
+
+
+def _shape(leaf: Any) -> list[int]:
+    return list(leaf.shape if is_base(leaf) else jnp.shape(leaf))
+
+
+def _joined(hashes: list[str]) -> str:
+    """One hash of several, of the arrays of a quantised weight."""
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.blake2s("".join(hashes).encode(), digest_size=8).hexdigest()
 
 
 def digests(tree: Any) -> dict[str, str]:
@@ -105,13 +123,13 @@ def _difference(
     return None
 
 
-def _hashes(leaves: Mapping[str, Any], rounded: bool) -> dict[str, str]:
+def _hashes(leaves: Mapping[K, Any], rounded: bool) -> dict[K, str]:
     """A few leaves are sent off before the first result is waited for.
 
     Not all of them: of programs with collectives between processes, JAX 0.10.2 on CPU lets no more
     than 32 be under way, and hangs at the next.
     """
-    found, under_way = dict[str, str](), deque[tuple[str, tuple[jax.Array, ...]]]()
+    found, under_way = dict[K, str](), deque[tuple[K, tuple[jax.Array, ...]]]()
 
     def take() -> None:
         path, sums = under_way.popleft()

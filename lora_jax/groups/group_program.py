@@ -61,7 +61,9 @@ class GroupProgram:
         state = step.shapes(self.layout, base, TX, key, self.place, weights)
         self.state_shapes = StateShapes(state)
         self._report, self._steps = report, dict[Any, jax.stages.Compiled]()
-        self._step = group_step(workload, self.layout, parts.pop(), at_once)
+        rates = {member.config.adaptation.dropout for member in members}
+        require(len(rates) == 1, "lora.dropout", sorted(rates), "the same for all at once")
+        self._step = group_step(workload, self.layout, parts.pop(), at_once, rates.pop())
         loss, whole = step.evaluation_step(workload, self.layout), self.place.whole
         self.batch_loss = Compiled(loss, report, out_shardings=whole)
         # The members' scales are put into their factors, for the layout's scale is 1.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,10 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.groups.members import OpenMember, workload_settings
+from lora_jax.layout import Layout
 from lora_jax.training.config import ConfigError
 from lora_jax.training.workload import Workload
+from lora_jax.transform import adapt
 
 Tree = Any  # a pytree
 
@@ -67,7 +69,7 @@ def check_padding(
     def weight(batch: Any) -> jax.Array:
         # Nothing reads the parameters: the weight is of the batch, and the compiler finds it out.
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), workload.params)
-        outputs = workload.apply(params, batch, train=False, key=None)
+        outputs = _applied(workload)(params, {}, batch, train=False, key=None)
         return workload.loss(outputs, batch).weight
 
     for index, member in enumerate(members):
@@ -113,11 +115,17 @@ def _unlike(members: Sequence[OpenMember]) -> str:
     return next(unlike, "")
 
 
+def _applied(workload: Workload) -> Callable[..., Any]:
+    """The workload's function without adapters, which takes a quantised base too."""
+    return adapt(Layout(()), workload.apply)
+
+
 def _program(workload: Workload, batch: Any) -> str:
     """What the workload computes in training, as text."""
 
     def loss(params: Tree, batch: Any, key: Any) -> Any:
-        return workload.loss(workload.apply(params, batch, train=True, key=key), batch)
+        outputs = _applied(workload)(params, {}, batch, train=True, key=key)
+        return workload.loss(outputs, batch)
 
     text = str(jax.make_jaxpr(loss)(workload.params, batch, jax.random.key(0)))
     return re.sub(r"0x[0-9a-f]+", "", text)  # addresses of Python functions

@@ -241,8 +241,10 @@ class _Loop(contextlib.ExitStack):
         run.export("last", group.trained(member))
         best = run.best(group.trained(member))
         tested = run.evaluate_best(member.step, group.batch_loss(member, best))
-        batch = setup.place.batch(first_batch(setup.workload, setup.place, member.example))
-        difference = group.difference(member, best, batch)
+        difference = None
+        if not summary.is_quantised(setup.frozen):
+            batch = setup.place.batch(first_batch(setup.workload, setup.place, member.example))
+            difference = group.difference(member, best, batch)
         found = summary.summarise(run, group.state(member), tested, difference)
         directory.finish(setup.path, found)
 

@@ -16,13 +16,13 @@ from lora_jax import paths
 from lora_jax.checkpoint.fingerprint import Fingerprint, differences
 from lora_jax.checkpoint.fingerprint import fingerprint as fingerprint_of
 from lora_jax.errors import listed
-from lora_jax.frozen import split
+from lora_jax.frozen import join, split
 from lora_jax.groups.padded_state import HostState, StateShapes
 from lora_jax.groups.step import Settings, is_plain
 from lora_jax.layout import Layout
 from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec
-from lora_jax.training import mesh, optimizer, step
+from lora_jax.training import beginning, mesh, optimizer, step
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config, ConfigError, OptimizerConfig
 from lora_jax.training.config_json import to_dict
@@ -114,6 +114,7 @@ class Opener(contextlib.ExitStack):
         self._grid, self._report = grid, report
         self._workloads: dict[Any, OpenedWorkload] = {}
         self.base: SharedBase | None = None
+        self._begun: beginning.Beginning | None = None
 
     def open(
         self, name: str, config: Config, path: pathlib.Path, newest: int | None = None
@@ -139,6 +140,7 @@ class Opener(contextlib.ExitStack):
             )
         layout = layouts[spec]
         step.check_apart(layout, trainable)
+        workload, begun = self._begin(config, workload, layout, place, key, trainable)
         base = self.base
         weights = step.adapted_weights(layout, base.frozen)
         state_shapes = StateShapes(step.shapes(layout, trainable, TX, key, place, weights))
@@ -151,8 +153,34 @@ class Opener(contextlib.ExitStack):
         where = jax.tree.map(lambda x: x.sharding, state_shapes.like)
         fresh = jax.jit(step.fresh(layout, TX, lora.init), out_shardings=where)
         new = checkpoints.latest is None
-        state = run.begin(fresh(trainable, key, weights) if new else state_shapes.like)
+        state = run.begin(fresh(trainable, key, weights, begun) if new else state_shapes.like)
         return OpenMember(name, run, state_shapes, state_shapes.host(state), example, run.start)
+
+    def _begin(
+        self,
+        config: Config,
+        workload: Workload,
+        layout: Layout,
+        place: mesh.Placement,
+        key: jax.Array,
+        trainable: dict[str, Any],
+    ) -> tuple[Workload, Tree | None]:
+        """The adapters that a member begins with, if they are not drawn by chance.
+
+        A method that changes the base changes it for all, once: they have the same `group_key`.
+        """
+        assert self.base is not None
+        lora, base = config.adaptation, self.base
+        if lora.changes_base and self._begun is not None:
+            about = self._begun.workload.about
+            return dataclasses.replace(workload, about=about), self._begun.adapters
+        params = join(trainable, base.frozen)
+        found = beginning.begin(lora, workload, layout, params, place, key)
+        if lora.changes_base:
+            frozen = split(found.params, tuple(trainable))[1] if trainable else found.params
+            self.base = dataclasses.replace(base, frozen=frozen, fingerprint=fingerprint_of(frozen))
+            self._begun = found
+        return found.workload, found.adapters
 
     def _opened(self, config: Config) -> OpenedWorkload:
         """Opened once for members that differ in their adapters and settings alone."""

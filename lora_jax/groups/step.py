@@ -70,7 +70,11 @@ CPU_MEMBERS = 4
 
 
 def group_step(
-    workload: Workload, layout: Layout, parts: int = 1, at_once: int | None = None
+    workload: Workload,
+    layout: Layout,
+    parts: int = 1,
+    at_once: int | None = None,
+    rate: float = 0.0,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """`step(state, settings, active, frozen, batch) -> (state, metrics)` for N members.
 
@@ -84,7 +88,7 @@ def group_step(
     Args:
       workload: joined (`Workload.join`), so that its parameters have the common shapes.
       layout: the union of the members' layouts.
-      parts: as in `train_step`.
+      parts, rate: as in `train_step`.
       at_once: members that are stepped as one, after which the next are. None: all.
     """
 
@@ -94,7 +98,8 @@ def group_step(
         def member(own: Any) -> tuple[State, dict[str, jax.Array]]:
             state, settings, active, batch = own
             tx = adamw(settings.hyper)
-            take = train_step(workload, layout, tx, "skip", parts, settings.scales or None)
+            scales = settings.scales or None
+            take = train_step(workload, layout, tx, "skip", parts, scales, rate)
             new, metrics = take(state, frozen, batch)
             go = active & (settings.skip | (state.skipped == 0))
             return jax.tree.map(lambda x, old: jnp.where(go, x, old), new, state), metrics

@@ -5,10 +5,10 @@ sparsity; links count one direction, since a ring sends and receives at once.
 
 Sources: the "System architecture" tables of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}
 (the inter-chip bandwidth there is of both directions), NVIDIA's data sheets of A100, H100, H200,
-B200 (HGX), L4 and the Ada GPU architecture whitepaper (RTX 4090). GPU memory is what nvidia-smi
-shows. What leaves a domain: 200 Gb/s a GPU for A100, 400 Gb/s from H100 on (DGX systems, a network
-card to each GPU), 25 Gb/s for L4 and RTX 4090 (an assumption: 200 Gb/s shared by eight); TPU: the
-data-centre network per chip.
+B200 (HGX), L4, L40S and the Ada GPU architecture whitepaper (RTX 4090). GPU memory is what
+nvidia-smi shows. What leaves a domain: 200 Gb/s a GPU for A100, 400 Gb/s from H100 on (DGX systems,
+a network card to each GPU), 25 Gb/s for L4, L40S and RTX 4090 (an assumption: 200 Gb/s shared by
+eight); TPU: the data-centre network per chip.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ DEVICES: dict[str, Device] = {
     "h200-141gb": _gpu(143_771, 989.4, 4800, 450, 50),
     "b200-180gb": _gpu(183_359, 2250, 7700, 900, 50),
     "l4-24gb": _gpu(23_034, 121, 300, 32, 3.1),  # its link is PCIe 4.0 x16
+    "l40s-48gb": _gpu(46_068, 362, 864, 32, 3.1),  # PCIe 4.0 x16
     "rtx4090-24gb": _gpu(24_564, 165.2, 1008, 32, 3.1),  # float32 accumulation; PCIe 4.0 x16
     "tpu-v4": _tpu(32, 275, 1200, 270, 4096, 6.25),  # the all-reduce bandwidth of a pod, per chip
     "tpu-v5e": _tpu(16, 197, 819, 200, 256, 3.1),

@@ -130,7 +130,9 @@ def measure(
     state = step.shapes(layout, base, tx, key, place, step.adapted_weights(layout, params))
     divided = jax.sharding.NamedSharding(grid, mesh.BATCH)  # as `Placement.batch` does it
     rows = {name: _placed(x, divided if x.shape else place.whole) for name, x in batch.items()}
-    take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate)
+    take = step.train_step(
+        workload, layout, tx, config.on_nonfinite, config.accumulate, rate=lora.dropout
+    )
     compiled, bfloat16 = _compile(take, place, state, frozen, rows)
     module = hlo.parse(compiled.as_text())
     found = collectives.collectives(module)

@@ -17,7 +17,7 @@ class PlanOptions:
     be here, and say what it needs of memory, time and network. No weight is read."""
     plan_device: str = "h100-80gb"
     """The device to plan for: a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-180gb, l4-24gb,
-    rtx4090-24gb, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e or tpu-v7x."""
+    l40s-48gb, rtx4090-24gb, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e or tpu-v7x."""
     plan_devices: int | None = None
     """How many of them. None: the product of the mesh's sizes."""
     plan_file: str | None = None

@@ -107,9 +107,6 @@ class Chosen(Update):
         inner = self.among.times(factor)
         return None if inner is None else dataclasses.replace(self, among=inner)
 
-    def plus(self) -> Update | None:
-        return None if self.among.plus() is None else self
-
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.among.sums(sizes)
 

@@ -104,7 +104,9 @@ def _remat(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return evaluator.evaluate(jaxpr, consts, ins)
 
     p = eqn.params
-    return jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(ins)
+    outs = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(ins)
+    same = zip(outs, jaxprs.forwarded(jaxpr), strict=True)
+    return [ins[i] if i is not None and isinstance(out, AdaptedWeight) else out for out, i in same]
 
 
 def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
@@ -114,11 +116,17 @@ def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     fixed, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
     loop = _Carry(evaluator, eqn, carry, jaxprs.invariant_carry(jaxpr, n_consts, n_carry))
     sliced, whole = zip(*map(_leading, xs), strict=True) if xs else ((), ())
+    same = jaxprs.forwarded(jaxpr)[n_carry:]  # these are the stacks themselves
+    stacks = [None] * (n_consts + n_carry) + [
+        x if isinstance(x, AdaptedWeight) else None for x in xs
+    ]
+    given = [None if i is None else stacks[i] for i in same]
 
     def body(moving: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
         xs = list(map(_sliced, xs, whole))
         outs = evaluator.evaluate(jaxpr, consts, [*fixed, *loop.whole(moving), *xs])
-        ys = [evaluator.plain(eqn, y) for y in outs[n_carry:]]
+        rest = zip(outs[n_carry:], given, strict=True)
+        ys = [evaluator.plain(eqn, y) if stack is None else None for y, stack in rest]
         return loop.moving(outs[:n_carry]), ys
 
     p = eqn.params
@@ -126,6 +134,7 @@ def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         body, loop.moving(carry), list(sliced),
         length=p["length"], reverse=p["reverse"], unroll=p["unroll"],
     )  # fmt: skip
+    ys = [y if stack is None else stack for y, stack in zip(ys, given, strict=True)]
     return [*loop.whole(moving), *ys]
 
 
@@ -202,6 +211,7 @@ class _Carry:
 
 def _cond(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     index, *operands = ins
+    branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
 
     def branch(closed: Any) -> Callable[[Ins], list[Any]]:
         jaxpr, consts = jaxprs.opened(closed)
@@ -209,7 +219,12 @@ def _cond(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
     if isinstance(index, AdaptedWeight):
         return None
-    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], operands)
+    if not platforms:
+        return lax.switch(index, list(map(branch, branches)), operands)
+    of: dict[str, Any] = {}
+    for closed, names in zip(branches, platforms, strict=True):
+        of.update(dict.fromkeys(names or ("default",), branch(closed)))
+    return lax.platform_dependent(operands, **of)
 
 
 def _shard_map(evaluator: Any, eqn: Any, ins: Ins) -> Outs:

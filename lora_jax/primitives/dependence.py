@@ -2,11 +2,13 @@
 
 Two questions that the roles of axes do not answer, both of them about "all-linear":
 
-- Which parameter is an **output head**? One whose product feeds no other parameter's product, and
-  which every way to some output passes last. A residual way counts as a way: in `h + down(h)` the
-  sum did not have to pass `down`.
+- Which parameter is an **output head**? One whose product feeds no parameter's product, and which
+  every way to some output passes last. Ways begin at arguments of floating dtype and end in
+  integers and predicates; a product ends all ways to it and begins one. Where a way from an
+  argument that has passed no product meets others, it counts in a sum of equal shapes alone: that
+  is a residual, `h + down(h)`; elsewhere it is a mask, or the target of a loss.
 - Which parameters are **kernels** at all? Those that some product's operand is computed from,
-  alone or with other parameters, whatever operations lie between. A kernel that the roles do not
+  alone or with other parameters, whatever operations are between. A kernel that the roles do not
   know then has a name to be reported by, and is not left out without a word.
 """
 
@@ -16,11 +18,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from lora_jax.primitives import jaxprs
 
-NO_PATHS: frozenset[str] = frozenset()
-MIXED = "\0mixed"
-PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+Paths = frozenset[str]
+RAW: Paths = frozenset()  # the way from an argument, before any product
+ROWS: Paths = frozenset(("\0rows",))  # the way from a lookup
+PRODUCTS = {"dot_general": 2, "conv_general_dilated": 2, "ragged_dot_general": 2}  # operands
+OPAQUE = ("pallas_call", "ffi_call", "custom_call", "pure_callback")  # all operands may be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,54 +34,62 @@ class Flow:
     """What is known of a value.
 
     weights: the parameters that it is computed from, if from parameters alone.
-    tail: None (no product yet), the parameter whose product all ways to this value passed last,
-      or MIXED.
-    past: the parameters whose products it depends on.
-    moving: whether it depends on an argument that is no parameter.
+    moving: whether it depends on an argument that is not a parameter.
+    ways: for each way to it, the parameters of the product that it passed last.
+    spread: whether all that moves in it has been broadcast.
     """
 
-    weights: frozenset[str] = NO_PATHS
-    tail: str | None = None
-    past: frozenset[str] = NO_PATHS
+    weights: Paths = frozenset()
     moving: bool = False
-
-
-NOTHING = Flow()
+    ways: frozenset[Paths] = frozenset()
+    spread: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Dependence:
-    """heads: the output heads. kernels: `{path: where}`, the first product of each kernel."""
+    """What `dependence` finds.
 
-    heads: frozenset[str]
+    heads: the output heads.
+    kernels, tables: `{path: where}`, the first product of each kernel, and the first lookup of
+      each embedding.
+    partners: the parameters that a parameter is multiplied with, on the weight side of a product.
+    """
+
+    heads: Paths
     kernels: dict[str, str]
+    tables: dict[str, str]
+    partners: dict[str, Paths]
 
 
 def dependence(traced: jaxprs.TracedCall) -> Dependence:
     """Walk a traced call; see the module docstring."""
     walker = _Walker()
-    n = len(traced.param_paths)
+    arguments = traced.jaxpr.invars[len(traced.param_paths) :]
     flows = [Flow(weights=frozenset((path,))) for path in traced.param_paths]
-    flows += [Flow(moving=True)] * (len(traced.jaxpr.invars) - n)
+    flows += [_cut(Flow(moving=True, ways=frozenset((RAW,))), v.aval) for v in arguments]
     outs = walker.walk(traced.jaxpr, flows)
-    tails = {out.tail for out in outs} - {None, MIXED} - walker.fed
-    return Dependence(frozenset(t for t in tails if t is not None), walker.kernels)
+    last = RAW.union(*(way for out in outs if len(out.ways) == 1 for way in out.ways))
+    heads = (last - walker.fed) & walker.kernels.keys()
+    return Dependence(heads, walker.kernels, walker.tables, walker.partners)
 
 
 class _Walker:
     def __init__(self) -> None:
-        self.fed: set[str] = set()  # parameters whose product feeds another parameter's
+        self.fed: Paths = RAW  # parameters whose product feeds a parameter's product
         self.kernels: dict[str, str] = {}
+        self.tables: dict[str, str] = {}
+        self.partners: dict[str, Paths] = {}
 
     def walk(self, jaxpr: Any, flows: Sequence[Flow]) -> list[Flow]:
         env = dict(zip(jaxpr.invars, flows, strict=True))
 
         def read(atom: Any) -> Flow:
-            return NOTHING if jaxprs.is_literal(atom) else env.get(atom, NOTHING)
+            return Flow() if jaxprs.is_literal(atom) else env.get(atom, Flow())
 
         for eqn in jaxpr.eqns:
-            ins = [read(v) for v in eqn.invars]
-            env.update(zip(eqn.outvars, self.step(eqn, ins), strict=True))
+            outs = self.step(eqn, [read(v) for v in eqn.invars])
+            for v, out in zip(eqn.outvars, outs, strict=True):
+                env[v] = _cut(out, v.aval)
         return [read(v) for v in jaxpr.outvars]
 
     def step(self, eqn: Any, ins: list[Flow]) -> list[Flow]:
@@ -86,83 +100,89 @@ class _Walker:
             return self._while(eqn, ins)
         if name == "cond":
             branches = [self.walk(jaxprs.opened(b)[0], ins[1:]) for b in eqn.params["branches"]]
-            return [_join([ins[0], *outs]) for outs in zip(*branches, strict=True)]
+            return [_join(outs) for outs in zip(*branches, strict=True)]
         if name == "shard_map":
             return self.walk(jaxprs.shard_map_form(eqn).jaxpr, ins)
         inner = jaxprs.inner(eqn)
         if inner is not None:
-            return self.walk(inner, ins)
-        if name in PRODUCTS or _is_opaque(eqn):
-            return [self._product(eqn, ins)] * len(eqn.outvars)
-        if name == "gather" and ins[0].weights and not ins[0].moving:
-            table = dataclasses.replace(ins[0], weights=NO_PATHS) if ins[1].moving else ins[0]
-            return [_join([table, ins[1]])]
-        if name in ("add", "sub", "add_any"):
-            return [_sum(eqn, ins)]
-        return [_join(ins)] * len(eqn.outvars)
+            with jaxprs.origin(eqn):
+                return self.walk(inner, ins)
+        if name in PRODUCTS or name in OPAQUE:
+            return [self._product(eqn, ins[: PRODUCTS.get(name)])] * len(eqn.outvars)
+        if name in ("gather", "dynamic_slice"):
+            return [self._lookup(eqn, *ins)]
+        if name == "select_n":
+            return [_join(ins[1:])]
+        if name == "broadcast_in_dim":
+            grown = eqn.outvars[0].aval.size > eqn.invars[0].aval.size
+            return [dataclasses.replace(ins[0], spread=ins[0].spread or grown)]
+        residual = name in ("add", "add_any") and not any(f.spread for f in ins)
+        return [_join(ins, residual)] * len(eqn.outvars)
 
     def _product(self, eqn: Any, ins: list[Flow]) -> Flow:
-        sides = [f for f in ins if f.weights]
-        others = [f for f in ins if not f.weights]
-        if not sides or not any(f.moving or f.past for f in others):
-            return _join(ins)
-        paths = frozenset().union(*(f.weights for f in sides))
-        past = frozenset().union(*(f.past for f in others))
+        out = _join(ins, residual=False)
+        sides = [f.weights for f in ins if f.weights]
+        for side in sides:
+            others = RAW.union(*(other for other in sides if other is not side))
+            for path in side if others else ():
+                self.partners[path] = self.partners.get(path, RAW) | others
+        if not sides or not out.moving:
+            return out
+        paths = RAW.union(*sides)
         for path in paths:
             self.kernels.setdefault(path, jaxprs.operand_name(eqn))
-        self.fed |= past
-        tail = next(iter(paths)) if len(paths) == 1 else MIXED
-        return Flow(tail=tail, past=past | paths, moving=True)
+        self.fed = self.fed.union(*out.ways)
+        return Flow(moving=True, ways=frozenset((paths,)))
+
+    def _lookup(self, eqn: Any, table: Flow, *indices: Flow) -> Flow:
+        """Rows picked by an argument are values; matrices picked by one are weights still."""
+        sizes, numbers = eqn.params["slice_sizes"], eqn.params.get("dimension_numbers")
+        gone = () if numbers is None else numbers.collapsed_slice_dims
+        gone = (*gone, *(() if numbers is None else numbers.operand_batching_dims))
+        kept = [n for i, n in enumerate(sizes) if n > 1 and i not in gone]
+        if not table.weights or len(kept) > 1 or not any(f.moving for f in indices):
+            return table
+        for path in table.weights:
+            self.tables.setdefault(path, jaxprs.operand_name(eqn))
+        return Flow(moving=True, ways=frozenset((ROWS,)))
 
     def _scan(self, eqn: Any, ins: list[Flow]) -> list[Flow]:
         n_consts, n_carry = jaxprs.scan_arity(eqn)
         jaxpr, _ = jaxprs.opened(eqn.params["jaxpr"])
-        consts, xs = ins[:n_consts], ins[n_consts + n_carry :]
-        carry = ins[n_consts : n_consts + n_carry]
-        while True:
-            outs = self.walk(jaxpr, [*consts, *carry, *xs])
-            settled = [_join([old, new]) for old, new in zip(carry, outs, strict=False)]
-            if settled == carry:
-                return outs[:n_carry] + outs[n_carry:]
-            carry = settled
+        start, stop = n_consts, n_consts + n_carry
+        carry = self._settled(jaxpr, ins[:start], ins[start:stop], ins[stop:])
+        return self.walk(jaxpr, [*ins[:start], *carry, *ins[stop:]])
 
     def _while(self, eqn: Any, ins: list[Flow]) -> list[Flow]:
-        nc, nb = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        jaxpr, _ = jaxprs.opened(eqn.params["body_jaxpr"])
-        cond, _ = jaxprs.opened(eqn.params["cond_jaxpr"])
-        carry = ins[nc + nb :]
-        while True:
-            outs = self.walk(jaxpr, [*ins[nc : nc + nb], *carry])
-            settled = [_join([old, new]) for old, new in zip(carry, outs, strict=True)]
-            if settled == carry:
-                break
-            carry = settled
-        self.walk(cond, [*ins[:nc], *carry])
+        start, stop = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        stop += start
+        body, _ = jaxprs.opened(eqn.params["body_jaxpr"])
+        test, _ = jaxprs.opened(eqn.params["cond_jaxpr"])
+        carry = self._settled(body, ins[start:stop], ins[stop:], [])
+        self.walk(test, [*ins[:start], *carry])
         return carry
 
+    def _settled(self, body: Any, fixed: Any, carry: list[Flow], xs: Any) -> list[Flow]:
+        """What the carries are before any iteration: they grow until one adds nothing."""
+        while True:
+            outs = self.walk(body, [*fixed, *carry, *xs])
+            grown = [_join(pair) for pair in zip(carry, outs, strict=False)]
+            if grown == carry:
+                return carry
+            carry = grown
 
-def _is_opaque(eqn: Any) -> bool:
-    """Whether it is a kernel of which nothing is known."""
-    return eqn.primitive.name in ("pallas_call", "ffi_call", "custom_call", "pure_callback")
+
+def _cut(flow: Flow, aval: Any) -> Flow:
+    """Ways end in integers, predicates and keys."""
+    floating = jnp.issubdtype(aval.dtype, jnp.inexact)
+    return flow if floating or not flow.ways else dataclasses.replace(flow, ways=frozenset())
 
 
-def _join(flows: Sequence[Flow]) -> Flow:
+def _join(flows: Sequence[Flow], residual: bool = True) -> Flow:
     """The flow of a value computed from all of these."""
-    moving = any(f.moving for f in flows)
-    past = NO_PATHS.union(*(f.past for f in flows))
-    tails = {f.tail for f in flows if f.tail is not None}
-    tail = None if not tails else tails.pop() if len(tails) == 1 else MIXED
-    plain = moving or past
-    weights = NO_PATHS if plain else NO_PATHS.union(*(f.weights for f in flows))
-    return Flow(weights, tail, past, moving)
-
-
-def _sum(eqn: Any, ins: list[Flow]) -> Flow:
-    """A sum, of which one part may be a way that passed no product: a residual way."""
-    out = _join(ins)
-    shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
-    floats = all(jaxprs.is_float(v.aval.dtype) for v in eqn.invars)
-    residual = any(f.moving and f.tail is None for f in ins) and shapes[0] == shapes[1] != ()
-    if floats and residual and out.tail is not None:
-        return dataclasses.replace(out, tail=MIXED)
-    return out
+    ways: frozenset[Paths] = frozenset().union(*(f.ways for f in flows))
+    if not residual and len(ways) > 1:
+        ways -= {RAW}
+    moving = [f for f in flows if f.moving]
+    weights = RAW if moving else RAW.union(*(f.weights for f in flows))
+    return Flow(weights, bool(moving), ways, bool(moving) and all(f.spread for f in moving))

@@ -80,9 +80,6 @@ class Dropped(Update):
         inner = self.inner.times(factor)
         return None if inner is None else dataclasses.replace(self, inner=inner)
 
-    def plus(self) -> Update | None:
-        return None if self.inner.plus() is None else self
-
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes)
 

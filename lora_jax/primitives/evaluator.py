@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -26,9 +27,12 @@ class Evaluator:
     Runs of equations that touch no adapted weight are handed to JAX as they stand; the others go
     to their rule. Which is which is known as the values are, so the rules decide how far a weight
     lives.
+
+    per_example: whether it runs for one example, under a `vmap` over all of a mixed batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, per_example: bool = False) -> None:
+        self.per_example = per_example
         self.paths_read: set[str] = set()
         self.dequantised: dict[str, str] = {}  # path: the operation that had no quantised rule
         self._names = itertools.count()
@@ -77,7 +81,9 @@ class Evaluator:
         start = 0
         self._jaxprs.append(jaxpr)
         for i, eqn in enumerate(jaxpr.eqns):
-            if not any(v in adapted for v in eqn.invars if not jaxprs.is_literal(v)):
+            touched = any(v in adapted for v in eqn.invars if not jaxprs.is_literal(v))
+            ragged = self.per_example and jaxprs.contains(eqn, "ragged_dot_general")
+            if not (touched or ragged):
                 continue
             self._run_plain(jaxpr, start, i, env, last_use)
             start = i + 1
@@ -118,15 +124,25 @@ class Evaluator:
         return jaxprs.run_one(eqn, [self.plain(eqn, v) for v in ins])
 
     def with_one_weight(self, eqn: Any, ins: Ins) -> Outs:
-        """The operands of a product, of which one is a weight: a second one that nothing adapts is
-        made an array. None: both are adapted."""
+        """The operands of a product, of which one is a weight: a second one that nothing adapts, or
+        that may be folded, is made an array. None: both are adapted."""
         both = [i for i, v in enumerate(ins) if isinstance(v, AdaptedWeight)]
-        spare = [i for i in both if isinstance(ins[i].update, Zero)]
+        spare = [i for i in both if isinstance(ins[i].update, Zero) or ins[i].fold]
         if len(both) == 2 and not spare:
             return None
         if len(both) == 2:
             ins = [self.plain(eqn, v) if i == spare[-1] else v for i, v in enumerate(ins)]
         return ins
+
+    def through(self, fn: Callable[..., Any], eqn: Any, ins: Ins) -> Outs:
+        """An equation by the rules for the equations of `fn`, which does the same."""
+        traced = jax.make_jaxpr(fn)(*(v.aval for v in eqn.invars))
+        return self.evaluate(*jaxprs.opened(traced), ins)
+
+    def joins(self, ins: Ins) -> bool:
+        """Whether these make one weight where they are put together."""
+        del ins
+        return True
 
     def compact(self, eqn: Any, operand: int, value: Any) -> Any:
         """A plain operand that was broadcast just before, with size 1 along the new axes again."""

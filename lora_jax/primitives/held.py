@@ -1,9 +1,9 @@
 """W itself on its way through a program: an array, or a base that is dequantised where it is used.
 
 A quantised base is never rearranged. What a program does to it (a transpose, a cast, a slice) is
-kept as a list of steps, and a product runs `product(steps(base.dense()), x)` under
-`jax.checkpoint`: the forward and the backward pass each dequantise it for themselves, and what is
-kept between them is x and the codes.
+kept as a list of steps, and a product runs `fn(steps(base.dense()), x)` such that the forward and
+the backward pass each dequantise it for themselves (`recomputed.py`): what is kept between them is
+x and the codes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.base import Base
+from lora_jax.primitives import recomputed
 from lora_jax.primitives.named import OTHER, Named, Names
 
 Move = Callable[..., Named]  # (named array, *operands) -> named array
@@ -43,6 +44,8 @@ class Dense:
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """`fn(W, *operands)`."""
         return fn(self.array, *operands)
+
+    product = use
 
     def move(self, names: Names, fn: Move, *operands: Any, along: Names = ()) -> tuple[Any, Names]:
         """W after `fn`, and the names of its axes."""
@@ -94,8 +97,13 @@ class Deferred:
 
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
         """`fn(W, *operands)`, W being formed in the forward and again in the backward pass."""
-        again = jax.checkpoint(lambda held, operands: fn(held.dense(), *operands))
-        return again(self, operands)
+        return jax.checkpoint(lambda held, operands: fn(held.dense(), *operands))(self, operands)
+
+    def product(self, fn: Callable[..., Any], x: Any, *rest: Any) -> Any:
+        """`fn(W, x, *rest)`, which is linear in x."""
+        return recomputed.product(
+            lambda known, x: fn(known[0].dense(), x, *known[1]), (self, rest), x
+        )
 
     def move(self, names: Names, fn: Move, *operands: Any, along: Names = ()) -> tuple[Any, Names]:
         """W after `fn`, and the names of its axes; `along`: the only axes that `fn` touches."""
@@ -148,6 +156,8 @@ class Absent:
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
         out = jax.eval_shape(fn, jax.ShapeDtypeStruct(self.shape, self.dtype), *operands)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
+
+    product = use
 
     def move(self, names: Names, fn: Move, *operands: Any, along: Names = ()) -> tuple[Any, Names]:
         del along

@@ -6,6 +6,7 @@ releases is in this file; the rules elsewhere see one form.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.base import Base, is_base
+from lora_jax.errors import LoraError
 
 if TYPE_CHECKING:
     from jax.extend.core import Jaxpr
@@ -51,10 +53,9 @@ class TracedCall:
     out_tree: Any
 
     @property
-    def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            path: tuple(x.shape) for path, x in zip(self.param_paths, self.inputs, strict=False)
-        }
+    def param_avals(self) -> dict[str, Any]:
+        """Shape and dtype of each parameter."""
+        return dict(zip(self.param_paths, self.avals, strict=False))
 
     @property
     def avals(self) -> list[Any]:
@@ -81,6 +82,12 @@ def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None
         outs, out_tree = jax.tree.flatten(f(p, *a, **k))
         return outs
 
+    twice = [path for path, n in collections.Counter(param_paths).items() if n > 1]
+    if twice:
+        raise LoraError(
+            f"two leaves of the parameters have the path {twice[0]!r}: a key may not contain '/' "
+            "where another tree of the same name exists; rename one of them"
+        )
     inputs = tuple(leaves[i] for i in dynamic)
     jaxpr, consts = opened(jax.make_jaxpr(flat)(*map(_float_form, inputs)))
     return TracedCall(jaxpr, consts, param_paths, inputs, out_tree)
@@ -123,13 +130,16 @@ def _empty_debug_info() -> Any:
 def origin(eqn: Any) -> AbstractContextManager[None]:
     """While this is entered, new equations say that they come from where `eqn` comes from.
 
-    Profiles, HLO dumps and error messages then name the user's modules and lines.
+    Profiles, HLO dumps and error messages then name the user's modules and lines. An equation of
+    a function of JAX's own has no such line, and comes from where that function is called.
     """
     from jax.extend import source_info_util
 
     info = eqn.source_info
+    known = _line(info) is not None
     stack = source_info_util.current_name_stack() + info.name_stack
-    return source_info_util.user_context(info.traceback, name_stack=stack)
+    traceback = info.traceback if known else source_info_util.current().traceback
+    return source_info_util.user_context(traceback, name_stack=stack)
 
 
 def bind(eqn: Any, *ins: Any, dtype: Any = None) -> Any:
@@ -196,6 +206,14 @@ def inner(eqn: Any) -> Jaxpr | None:
     return called(eqn)[0] if eqn.primitive.name in CALLS else None
 
 
+def contains(eqn: Any, name: str) -> bool:
+    """Whether an equation is of this primitive, or some equation inside of it is."""
+    parts = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple | list) else (p,))]
+    bodies = [body for body, _ in map(opened, parts) if isinstance(body, jax_core().Jaxpr)]
+    inside = any(contains(e, name) for body in bodies for e in body.eqns)
+    return inside or eqn.primitive.name == name
+
+
 def function_name(eqn: Any) -> str:
     """The name of the user's function that a `custom_vjp` equation calls."""
     return str(opened(eqn.params["call_jaxpr"])[0].debug_info.func_name)
@@ -229,10 +247,25 @@ def shard_map_form(eqn: Any) -> ShardMap:
     return ShardMap(jaxpr, consts, p["in_specs"], call)
 
 
+def forwarded(jaxpr: Jaxpr) -> list[int | None]:
+    """For each output, the number of the input that it is, if it is one that nothing changed."""
+    source = {v: i for i, v in enumerate(jaxpr.invars)}
+
+    def of(atom: Any) -> int | None:
+        return None if is_literal(atom) else source.get(atom)
+
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in CALLS and eqn.primitive.name != "custom_jvp_call":
+            for v, i in zip(eqn.outvars, forwarded(called(eqn)[0]), strict=True):
+                which = None if i is None else of(eqn.invars[i])
+                if which is not None:
+                    source[v] = which
+    return [of(v) for v in jaxpr.outvars]
+
+
 def invariant_carry(body: Jaxpr, n_consts: int, n_carry: int) -> list[bool]:
     """Which carries a loop body hands on unchanged: they are constants in all but name."""
-    ins, outs = body.invars[n_consts : n_consts + n_carry], body.outvars[:n_carry]
-    return [i is o for i, o in zip(ins, outs, strict=True)]
+    return [i == n_consts + j for j, i in enumerate(forwarded(body)[:n_carry])]
 
 
 class Ragged(NamedTuple):
@@ -260,8 +293,14 @@ def where(eqn: Any) -> str:
     """The line of the user's code that an equation comes from, or "an unknown line"."""
     from jax.extend import source_info_util
 
-    text = source_info_util.summarize(eqn.source_info)
-    return text if text and text != "unknown" else "an unknown line"
+    return _line(eqn.source_info) or _line(source_info_util.current()) or "an unknown line"
+
+
+def _line(info: Any) -> str | None:
+    from jax.extend import source_info_util
+
+    text = source_info_util.summarize(info)
+    return text if text and text != "unknown" else None
 
 
 def operand_name(eqn: Any) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from lora_jax.base import wide_dtype
 from lora_jax.primitives.named import RANK, ROWS, Named, Names, einsum
-from lora_jax.primitives.update import Operation, Update
+from lora_jax.primitives.update import Operation, Part, Update
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +78,30 @@ class LowRank(Update):
             return dataclasses.replace(self, a=self.a.times(factor))
         return None
 
+    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+        """Each part's factors, zero beyond its place.
+
+        Where one factor has the axis, the ranks are put together. Where both have it, or none,
+        no two parts meet, and one rank serves them all.
+        """
+        roles = {p.update.role(name) for p in parts}
+        apart = len(roles) == 1 and bool(roles & {"input", "output"})
+        if any(type(p.update) is not LowRank for p in parts) or (
+            not apart and roles & {"input", "output"}
+        ):
+            return None
+        rank = max(p.update.a.size(RANK) for p in parts)
+
+        def factors(p: Part) -> tuple[Named, Named]:
+            ends, pair = {name: (p.start, size - p.start - p.size)}, (p.update.a, p.update.b)
+            if not apart:
+                ends[RANK] = (0, rank - pair[0].size(RANK))
+                pair = (pair[0].along(name, p.size), pair[1].along(name, p.size))
+            return p.update.middle(pair[0]).padded(ends), pair[1].padded(ends)
+
+        a, b = (_put_together(ns, apart) for ns in zip(*map(factors, parts), strict=True))
+        return None if a is None or b is None else LowRank(a, b)
+
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
         del w
         parts: list[tuple[Any, Update]] = [
@@ -87,6 +111,15 @@ class LowRank(Update):
         if self.gain is not None:
             parts.append((none, dataclasses.replace(self, gain=tangent.gain)))
         return parts
+
+
+def _put_together(factors: Sequence[Named], apart: bool) -> Named | None:
+    """One factor of several with the same axes: their ranks side by side, or their sum."""
+    names = factors[0].names
+    if any({*n.names} != {*names} for n in factors):
+        return None
+    arrays = [n.moved(names).array for n in factors]
+    return Named(jnp.concatenate(arrays, names.index(RANK)) if apart else sum(arrays), names)
 
 
 def add(base: Any, x: Named, update: LowRank, out: Names, precision: Any) -> Any:

@@ -49,6 +49,16 @@ class Named:
     def renamed(self, new: dict[int, int]) -> Named:
         return Named(self.array, tuple(new.get(n, n) for n in self.names))
 
+    def along(self, name: int, size: int) -> Named:
+        """The array repeated along a new axis; one that it has stays as it is."""
+        if name in self.names:
+            return self
+        return Named(jnp.broadcast_to(self.array, (size, *self.array.shape)), (name, *self.names))
+
+    def padded(self, ends: dict[int, tuple[int, int]]) -> Named:
+        """The array with so many zeros before and after it along some of its axes."""
+        return Named(jnp.pad(self.array, [ends.get(n, (0, 0)) for n in self.names]), self.names)
+
     def astype(self, dtype: Any) -> Named:
         return Named(jnp.asarray(self.array, dtype), self.names)
 
@@ -69,6 +79,12 @@ def einsum(left: Named, right: Named, out: Names, precision: Any = None) -> Any:
     lists = ([letters[n] for n in names] for names in (left.names, right.names, out))
     left_list, right_list, out_list = lists
     return jnp.einsum(left.array, left_list, right.array, right_list, out_list, precision=precision)
+
+
+def wider(first: Any, second: Any) -> Any:
+    """The dtype that a product of two dtypes has, however strict the user is about promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(first, second)
 
 
 def without(names: Names, gone: Iterable[int]) -> Names:

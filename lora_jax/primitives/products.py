@@ -15,7 +15,7 @@ from jax import lax
 from lora_jax.primitives import jaxprs, lowrank
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.lowrank import LowRank
-from lora_jax.primitives.named import RANK, Ins, Named, Names, Outs, einsum, without
+from lora_jax.primitives.named import RANK, Ins, Named, Names, Outs, einsum, wider, without
 from lora_jax.primitives.update import Operation
 
 
@@ -43,13 +43,14 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
     def base(x: Any, dtype: Any = None) -> Any:
         ends = (lambda w, x: (w, x)) if side == 0 else (lambda w, x: (x, w))
-        return v.held.use(lambda w, x: jaxprs.bind(eqn, *ends(w, x), dtype=dtype), x)
+        return v.held.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x), dtype=dtype), x)
 
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
+        x = x.astype(wider(x.array.dtype, v.held.dtype))
         return lowrank.add(y, x, update, out, precision)
 
     is_matrix = len(v.names) == 2
-    p = Operation(x, out, base, low_rank, is_matrix, sums=True, precision=precision, use=use)
+    p = Operation(x, out, base, low_rank, is_matrix, precision, use=use, sums=True)
     return [v.update.product(p)]
 
 
@@ -86,7 +87,7 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return y + d.astype(y.dtype)
 
     def base(x: Any, dtype: Any = None) -> Any:
-        return v.held.use(lambda w, x: jaxprs.bind(eqn, x, w, dtype=dtype), x)
+        return v.held.product(lambda w, x: jaxprs.bind(eqn, x, w, dtype=dtype), x)
 
     x = Named(x, evaluator.fresh(x.ndim))
     return [v.update.product(Operation(x, tuple(out), base, low_rank, sums=True, use=use))]
@@ -105,42 +106,13 @@ def _conv_kernel(names: Names, a: Named, channel: int, groups: int) -> Any:
     return jnp.concatenate([array] * groups, axis=names.index(channel))
 
 
-def _ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """A bank of experts: rows in groups, each with its own weight and its own factors."""
-    x, v, sizes = ins
-    form = jaxprs.ragged_form(eqn)
-    if isinstance(x, AdaptedWeight) or not isinstance(v, AdaptedWeight) or form is None:
-        return None
-    (group,), (contract,) = v.names_at(form.group), v.names_at(form.contract)
-    (outer,) = without(v.names, (group, contract))
-    if not v.update.admits((group,), (contract,), (outer,)):
-        return None
-    use = evaluator.consume(eqn, v, (group,), (contract,), (outer,))
-    v = v.chosen()
-    (x_contract,), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0]
-    precision, rows = eqn.params["precision"], evaluator.fresh(1)
-    names = (*rows, contract) if x_contract == 1 else (contract, *rows)
-
-    def low_rank(y: Any, x: Named, update: LowRank) -> Any:
-        a = update.a.moved((group, contract, RANK)).array.astype(x.array.dtype)
-        b = update.b.moved((group, RANK, outer)).array.astype(x.array.dtype)
-        h = lax.ragged_dot(x.moved((*rows, contract)).array, a, sizes, precision=precision)
-        d = lax.ragged_dot(_middle(update, h), b, sizes, precision=precision)
-        return y + d.astype(y.dtype)
-
-    def base(x: Any, dtype: Any = None) -> Any:
-        product = lambda w, x, sizes: jaxprs.bind(eqn, x, w, sizes, dtype=dtype)  # noqa: E731
-        return v.held.use(product, x, sizes)
-
-    p = Operation(Named(x, names), (*rows, outer), base, low_rank, sums=True, use=use)
-    return [v.update.product(p)]
-
-
 def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """Rows looked up (an embedding), or some layers, experts or columns chosen from a weight."""
     v, indices = ins
-    if not isinstance(v, AdaptedWeight) or not _whole_rows(eqn):
+    if not isinstance(v, AdaptedWeight):
         return None
+    if not _whole_rows(eqn):
+        return _collapsed(evaluator, eqn, ins)
     v = v.chosen()
     dn = eqn.params["dimension_numbers"]
     looked_up, batching = (
@@ -161,7 +133,37 @@ def _whole_rows(eqn: Any) -> bool:
     dn, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     taken = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
     sizes = eqn.params["slice_sizes"]
-    return all(sizes[i] == n for i, n in enumerate(shape) if i not in taken)
+    return set(dn.start_index_map) <= set(taken) and all(
+        sizes[i] == n for i, n in enumerate(shape) if i not in taken
+    )
+
+
+def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    """Indices of axes that stay with size 1 (`vmap` of `table[i]`): the axes go, and come back.
+
+    An index of an axis that is taken whole says nothing: it is clamped to 0.
+    """
+    dn, p = eqn.params["dimension_numbers"], dict(eqn.params)
+    shape, sizes = eqn.invars[0].aval.shape, p["slice_sizes"]
+    kept = without(tuple(range(len(shape))), (*dn.collapsed_slice_dims, *dn.operand_batching_dims))
+    single = [i for i in kept if i in dn.start_index_map and sizes[i] == 1]
+    clamped = p["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+    if not clamped or any(sizes[i] != shape[i] for i in kept if i not in single):
+        return None
+    back = [dn.offset_dims[kept.index(i)] for i in single]
+    offset = without(dn.offset_dims, back)
+    collapsed = tuple(sorted((*dn.collapsed_slice_dims, *single)))
+    used = [k for k, i in enumerate(dn.start_index_map) if i in collapsed]
+    p["dimension_numbers"] = dn._replace(
+        offset_dims=tuple(j - sum(b < j for b in back) for j in offset),
+        collapsed_slice_dims=collapsed,
+        start_index_map=tuple(dn.start_index_map[k] for k in used),
+    )
+
+    def same(w: Any, indices: Any) -> Any:
+        return jnp.expand_dims(eqn.primitive.bind(w, indices[..., jnp.array(used)], **p), back)
+
+    return evaluator.through(same, eqn, ins)
 
 
 def _looked_up(evaluator: Any, v: AdaptedWeight, eqn: Any, indices: Any, rest: Names) -> Any:
@@ -237,6 +239,5 @@ def _chosen(evaluator: Any, v: AdaptedWeight, eqn: Any, indices: Any) -> Adapted
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
     "dot_general": _dot,
     "conv_general_dilated": _conv,
-    "ragged_dot_general": _ragged_dot,
     "gather": _gather,
 }

@@ -14,7 +14,7 @@ So the rules that run a low-rank update are the ones that find the roles.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.primitives.held import Dense
 from lora_jax.primitives.named import Ins, Named, Names, without
-from lora_jax.primitives.update import Operation, Update
+from lora_jax.primitives.update import Part, Update, Zero
 
 Atom = tuple[str, int]  # an axis of a parameter: its path and its number
 Atoms = frozenset[Atom]
@@ -39,14 +39,24 @@ class Use:
     stack, inputs, outputs are the parameter's own axes; where the operation has no low-rank rule,
     only stack is known. `barrier` names an operation with no low-rank rule between the parameter
     and this use (or this use itself); such a use exists only in merged form.
+
+    An operation consumes all the parameters that a weight is made of; until it is asked for the
+    use `of` one of them, the axes are atoms.
     """
 
     kind: str
     where: str
-    stack: tuple[int, ...] = ()
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
+    stack: Any = ()
+    inputs: Any = ()
+    outputs: Any = ()
     barrier: str | None = None
+
+    def of(self, path: str) -> Use:
+        def own(atoms: Any) -> tuple[int, ...]:
+            return tuple(sorted(axis for p, axis in atoms if p == path))
+
+        roles = own(self.stack), own(self.inputs), own(self.outputs)
+        return Use(self.kind, self.where, *roles, self.barrier)
 
     @property
     def is_product(self) -> bool:
@@ -57,35 +67,15 @@ class Use:
         return self.kind in (*PRODUCTS, "gather") and bool(self.inputs) and bool(self.outputs)
 
 
-@dataclasses.dataclass(frozen=True)
-class Meeting:
-    """A use of all the parameters that a weight is made of, each axis with its parameter's path."""
-
-    kind: str
-    where: str
-    stack: Atoms = NONE
-    inputs: Atoms = NONE
-    outputs: Atoms = NONE
-    barrier: str | None = None
-
-    def of(self, path: str) -> Use:
-        """The use of one of the parameters."""
-
-        def own(atoms: Atoms) -> tuple[int, ...]:
-            return tuple(sorted(axis for p, axis in atoms if p == path))
-
-        roles = own(self.stack), own(self.inputs), own(self.outputs)
-        return Use(self.kind, self.where, *roles, self.barrier)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Recorder(Update):
+class Recorder(Zero):
     """An update that adds nothing, and knows which axes of which parameters each name stands for.
 
     atoms: of each name. stacked, summed: those of axes that W has lost. barrier: the operation
     without a rule that W has passed. lookup: the roles as of a lookup, where W may be its rows.
     factors: axes of which each set must be of one factor, because W was multiplied along them.
+    picked: axes in whose place there are those of an index.
     """
 
     paths: frozenset[str] = dataclasses.field(metadata={"static": True})
@@ -95,14 +85,11 @@ class Recorder(Update):
     barrier: str | None = dataclasses.field(default=None, metadata={"static": True})
     lookup: Any = dataclasses.field(default=None, metadata={"static": True})
     factors: tuple[Atoms, ...] = dataclasses.field(default=(), metadata={"static": True})
+    picked: Atoms = dataclasses.field(default=NONE, metadata={"static": True})
 
     def of(self, names: Iterable[int]) -> Atoms:
         known = dict(self.atoms)
         return NONE.union(*(known.get(n, NONE) for n in names))
-
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        del fn, operands
-        return self
 
     def role(self, name: int) -> str | None:
         return "unknown" if self.of((name,)) else None
@@ -115,16 +102,6 @@ class Recorder(Update):
         del taken, rest
         return True
 
-    def sums(self, sizes: dict[int, int]) -> bool:
-        del sizes
-        return True
-
-    def product(self, p: Operation) -> Any:
-        return p.base(None if p.x is None else p.x.array)
-
-    def merged(self, w: Named) -> Any:
-        return w.array
-
     def times(self, factor: Named) -> Update | None:
         """Only by a factor that is the same along some axis of the parameter: not an activation."""
         along = [n for n in factor.names if factor.size(n) > 1]
@@ -133,32 +110,51 @@ class Recorder(Update):
             return None
         return dataclasses.replace(self, factors=(*self.factors, self.of(along)))
 
-    def regroup(self, old: Names, new: Names, sizes: tuple[int, ...]) -> Update | None:
-        atoms = self.of(old)
-        more = tuple((n, atoms) for n, size in zip(new, sizes, strict=True) if size != 1)
-        return dataclasses.replace(self, atoms=(*self.atoms, *more))
+    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
+        atoms = self.of((*old, *units))
+        return dataclasses.replace(self, atoms=(*self.atoms, *((n, atoms) for n in new)))
+
+    def renamed(self, new: dict[int, int]) -> Update:
+        atoms = tuple((new.get(n, n), found) for n, found in self.atoms)
+        return dataclasses.replace(self, atoms=atoms)
+
+    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+        del name, size
+        every = [p.update for p in parts]
+        names = dict.fromkeys(n for u in every for n, _ in u.atoms)
+        union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731
+        return Recorder(
+            frozenset().union(*(u.paths for u in every)),
+            tuple((n, NONE.union(*(u.of((n,)) for u in every))) for n in names),
+            union("stacked"),
+            union("summed"),
+            next((u.barrier for u in every if u.barrier), None),
+            None,
+            tuple(f for u in every for f in u.factors),
+            union("picked"),
+        )
 
     def lost(self, names: Names, how: str, into: Names = ()) -> Update:
         atoms = self.of(names)
         if into:
-            return dataclasses.replace(self, atoms=(*self.atoms, *((n, atoms) for n in into)))
+            more = tuple((n, atoms) for n in into)
+            picked = self.picked | atoms
+            return dataclasses.replace(self, atoms=(*self.atoms, *more), picked=picked)
         if how == "summed":
             return dataclasses.replace(self, summed=self.summed | atoms)
         return dataclasses.replace(self, stacked=self.stacked | atoms)
 
-    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        return [(dw, self)]
-
-    def meets(self, eqn: Any, stack: Names, inputs: Names, outputs: Names) -> Meeting:
+    def meets(self, eqn: Any, stack: Names, inputs: Names, outputs: Names) -> Use:
         """The use that an operation makes of the weight, these axes having these roles."""
         s, i = self.stacked | self.of(stack), self.of(inputs)
         o = self.summed | self.of(outputs)
+        i, o = i - (s & self.picked), o - (s & self.picked)
         barrier = self.barrier
         if (s & i) or (s & o) or (i & o):
             s = i = o = NONE
         elif any(f & i and f & o for f in self.factors):
             barrier = "mul"
-        return Meeting(eqn.primitive.name, jaxprs.where(eqn), s, i, o, barrier)
+        return Use(eqn.primitive.name, jaxprs.where(eqn), s, i, o, barrier)
 
 
 class Recording(Evaluator):
@@ -168,7 +164,7 @@ class Recording(Evaluator):
         super().__init__()
         self.uses: dict[str, dict[Use, None]] = {path: {} for path in paths}  # ordered sets
 
-    def record(self, v: AdaptedWeight, met: Meeting) -> None:
+    def record(self, v: AdaptedWeight, met: Use) -> None:
         """Add the use to each of the weight's parameters."""
         update: Any = v.update
         if not (met.stack or met.inputs or met.outputs):  # a bias of a scanned layer
@@ -184,6 +180,8 @@ class Recording(Evaluator):
         return 0
 
     def apply(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
+        if eqn.primitive.name in ("mul", "div"):
+            ins = self._without_factor(eqn, ins)
         if not self._goes_on(eqn, ins):
             ins = [self._settled(v) for v in ins]
             if not any(isinstance(v, AdaptedWeight) for v in ins):
@@ -192,6 +190,17 @@ class Recording(Evaluator):
         if eqn.primitive.name in ("gather", "squeeze"):
             outs = [self._maybe_rows(eqn, ins[0], out) for out in outs]
         return outs
+
+    def _without_factor(self, eqn: Any, ins: Ins) -> Ins:
+        """A product of two parameters, of which the one with fewer axes scales the other."""
+        if not all(isinstance(v, AdaptedWeight) for v in ins):
+            return ins
+        axes = [sum(v.size(n) > 1 and bool(v.update.of((n,))) for n in v.names) for v in ins]
+        if axes[0] == axes[1]:
+            return ins
+        small = axes.index(min(axes))
+        self.record(ins[small], Use(eqn.primitive.name, jaxprs.where(eqn)))
+        return [v.merged() if i == small else v for i, v in enumerate(ins)]
 
     def _goes_on(self, eqn: Any, ins: Ins) -> bool:
         """Whether a row that was looked up may still be a part of a weight after this."""
@@ -226,7 +235,7 @@ class Recording(Evaluator):
         weights = [v for v in ins if isinstance(v, AdaptedWeight)]
         kind, name = eqn.primitive.name, jaxprs.operand_name(eqn)
         for v in weights:
-            self.record(v, Meeting(kind, jaxprs.where(eqn), barrier=kind))
+            self.record(v, Use(kind, jaxprs.where(eqn), barrier=kind))
         if kind == "custom_vjp_call":  # entered to find the axes only
             behind = [_behind(v, name) for v in ins]
             jaxpr, consts = jaxprs.opened(eqn.params["call_jaxpr"])
@@ -247,14 +256,17 @@ class Recording(Evaluator):
             value = self._settled(value)
         if isinstance(value, AdaptedWeight):
             kind = eqn.primitive.name
-            self.record(value, Meeting(kind, jaxprs.where(eqn), barrier=kind))
+            self.record(value, Use(kind, jaxprs.where(eqn), barrier=kind))
         return self._array(value)
 
     def returned(self, value: Any) -> Any:
         value = self._settled(value)
         if isinstance(value, AdaptedWeight):
-            self.record(value, Meeting("return", "the end of the function", barrier="return"))
+            self.record(value, Use("return", "the end of the function", barrier="return"))
         return self._array(value)
+
+    def joins(self, ins: Ins) -> bool:
+        return all(isinstance(v, AdaptedWeight) for v in ins)  # not one with an activation
 
     def with_one_weight(self, eqn: Any, ins: Ins) -> Any:
         """Both weights' roles are written down; `adapt` refuses if both turn out to be adapted."""

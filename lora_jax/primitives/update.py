@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from lora_jax.base import wide_dtype
-from lora_jax.primitives.named import Named, Names
+from lora_jax.errors import LoraError
+from lora_jax.primitives.named import Named, Names, wider, without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +26,12 @@ class Operation:
       `base(x, dtype)`, which gives its sums in that dtype, not rounded to that of the program.
     low_rank: `low_rank(y, x, update)` is y plus the operation with `update`, a `LowRank`, in W's
       place, in the form that is fast for this operation; x is named.
-    sums: whether it is a product, of which the base may be asked for in another dtype.
     matrix: whether it is the plain product of a matrix, as `x @ w` is.
+    spread: makes an array with a stack axis that neither x nor the result has (the group of each
+      row in a ragged product) one with the rows instead; None: there is no such axis.
     use: the number of this use of W in the program (`Evaluator.consume`).
     drop: None, or what is done to x before the update sees it.
+    sums: whether it is a product, of which the base may be asked for in another dtype.
     """
 
     x: Named | None
@@ -36,15 +39,25 @@ class Operation:
     base: Callable[..., Any]
     low_rank: Callable[[Any, Any, Any], Any]
     matrix: bool = False
-    sums: bool = False
     precision: Any = None
+    spread: Callable[[Named], Named] | None = None
     use: int = 0
     drop: Callable[[Named], Named] | None = None
+    sums: bool = False
 
     @property
     def dropped(self) -> Named | None:
         """The operand x as the update sees it."""
         return self.x if self.x is None or self.drop is None else self.drop(self.x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The update of one of several weights that are put together, and its place along the axis."""
+
+    update: Any
+    start: int
+    size: int
 
 
 class Update(abc.ABC):
@@ -83,9 +96,17 @@ class Update(abc.ABC):
         del factor
         return None
 
-    def plus(self) -> Update | None:
-        """The update of `W + v`, v being a plain array."""
-        return self
+    def renamed(self, new: dict[int, int]) -> Update:
+        """The same update of the weight whose axes have other names."""
+        return self.map(lambda n: n.renamed(new))
+
+    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+        """The update of several weights put together along the axis `name`, in all of `size`.
+
+        All parts have the same names. Where there is no part, a member has no update.
+        """
+        del parts, name, size
+        return None
 
     def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
         """Whether these axes have these roles, or none."""
@@ -103,17 +124,23 @@ class Update(abc.ABC):
         roles = {n: self.role(n) for n in sizes}
         return all(r != "stack" and (r or sizes[n] == 1) for n, r in roles.items())
 
-    def regroup(self, old: Names, new: Names, sizes: tuple[int, ...]) -> Update | None:
-        """The axes `old`, in this order and of one role, reshaped into axes `new` of `sizes`."""
+    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
+        """The axes `old`, in this order, reshaped into axes `new`, a size for each.
+
+        units: axes of size 1 among the old ones, which come and go; `new` has none. The others
+        must be of one role.
+        """
 
         def one(n: Named) -> Named:
-            if old[0] not in n.names:
+            dims = [i for i, x in enumerate(n.names) if x in units]
+            n = Named(lax.squeeze(n.array, dims), without(n.names, units))
+            if not any(x in n.names for x in old):
                 return n
             n = n.to_front(old)
             rest = n.array.shape[len(old) :]
-            return Named(n.array.reshape((*sizes, *rest)), (*new, *n.names[len(old) :]))
+            return Named(n.array.reshape((*new.values(), *rest)), (*new, *n.names[len(old) :]))
 
-        return self.map(one) if len({self.role(n) for n in old}) == 1 else None
+        return self.map(one) if len({self.role(n) for n in old}) <= 1 else None
 
     def lost(self, names: Names, how: str, into: Names = ()) -> Update:
         """Note that W has lost axes: `how` is "taken" (a slice of them was chosen) or "summed".
@@ -164,8 +191,12 @@ class Zero(Update):
         del taken
         return len(rest) > 1
 
-    def regroup(self, old: Names, new: Names, sizes: tuple[int, ...]) -> Update | None:
-        del old, new, sizes
+    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
+        del old, units, new
+        return self
+
+    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+        del parts, name, size
         return self
 
     def times(self, factor: Named) -> Update | None:
@@ -200,7 +231,7 @@ class OutputGain(Update):
         In float32 between the two, the product itself too: a trained gain is within a few
         thousandths of 1, and a bfloat16 number times such a gain is rounded back to itself.
         """
-        x, gain = p.x, self.gain
+        x, gain = p.x, self.gain if p.spread is None else p.spread(self.gain)
         if x is not None and any(n not in p.out for n in gain.names):
             return self._transposed(x, p)
         dtype: Any = None
@@ -208,7 +239,7 @@ class OutputGain(Update):
         def base(x: Any) -> Any:
             nonlocal dtype
             dtype = jax.eval_shape(p.base, x).dtype
-            wide = wide_dtype(dtype)
+            wide = wider(dtype, jnp.float32)
             return p.base(x, wide) if p.sums else p.base(x).astype(wide)
 
         y = self.inner.product(dataclasses.replace(p, base=base))
@@ -217,8 +248,11 @@ class OutputGain(Update):
     def _transposed(self, x: Named, p: Operation) -> Any:
         """A product over outputs, as a tied head's: the gain multiplies x before it."""
         if any(n not in x.names for n in self.gain.names):
-            raise NotImplementedError("a product over some of the outputs of a weight with a gain")
-        wide = x.astype(wide_dtype(x.array.dtype))
+            raise LoraError(
+                "a product sums over some outputs of a weight that DoRA adapts, and not over "
+                "others; its magnitude cannot follow. Use another kind of update for this weight"
+            )
+        wide = x.astype(wider(x.array.dtype, jnp.float32))
         scaled = Named(wide.times(self.gain).array.astype(x.array.dtype), x.names)
         return self.inner.product(dataclasses.replace(p, x=scaled))
 
@@ -233,8 +267,25 @@ class OutputGain(Update):
         inner = self.inner.times(factor)
         return None if inner is None else OutputGain(inner, self.gain)
 
-    def plus(self) -> Update | None:
-        return None
+    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+        inner = [
+            dataclasses.replace(
+                p, update=p.update.inner if isinstance(p.update, OutputGain) else p.update
+            )
+            for p in parts
+        ]
+        whole = inner[0].update.join(inner, name, size)
+        if whole is None or any(p.update.role(name) == "input" for p in parts):
+            return None
+        one: dict[int, int] = {n: self.gain.size(n) for n in self.gain.names if n != name}
+        ones = Named(jnp.ones((*one.values(), size), self.gain.array.dtype), (*one, name))
+        for p in parts:
+            if isinstance(p.update, OutputGain):
+                if {*p.update.gain.names} - {name} != {*one}:
+                    return None
+                gain = p.update.gain.among(ones.names)
+                ones = Named(ones.array.at[..., p.start : p.start + p.size].set(gain), ones.names)
+        return OutputGain(whole, ones)
 
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes) and not any(n in self.gain.names for n in sizes)

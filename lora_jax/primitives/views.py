@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +13,7 @@ from jax import lax
 
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.named import Ins, Named, Names, Outs, without
-from lora_jax.primitives.update import Update
+from lora_jax.primitives.named import Ins, Named, Outs, without
 
 
 def _only(ins: Ins) -> AdaptedWeight | None:
@@ -75,33 +75,35 @@ def _transpose(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return [ins[0].map_w(lambda n: n.moved(order))]
 
 
+def _along(v: AdaptedWeight, change: dict[int, Callable[[Any, int], Any]]) -> AdaptedWeight:
+    """Each axis that `change` names changed, in each array that has it: `change[name](x, axis)`."""
+
+    def one(n: Named) -> Named:
+        for axis, name in enumerate(n.names):
+            if name in change:
+                n = Named(change[name](n.array, axis), n.names)
+        return n
+
+    return v.map(one, along=tuple(change))
+
+
 def _rev(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     del evaluator
-    v = ins[0]
-    names = v.names_at(eqn.params["dimensions"])
+    names = ins[0].names_at(eqn.params["dimensions"])
+    return [_along(ins[0], dict.fromkeys(names, lambda x, axis: lax.rev(x, (axis,))))]
 
-    def rev(n: Named) -> Named:
-        return Named(lax.rev(n.array, [i for i, x in enumerate(n.names) if x in names]), n.names)
 
-    return [v.map(rev, along=names)]
+def _cut(start: int, stop: int, stride: int = 1) -> Callable[[Any, int], Any]:
+    return lambda x, axis: lax.slice_in_dim(x, start, stop, stride, axis)
 
 
 def _slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     del evaluator
     v, p = ins[0], eqn.params
     strides = p["strides"] or (1,) * len(v.shape)
-    bounds = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
-    cuts = {
-        name: cut
-        for name, size, cut in zip(v.names, v.shape, bounds, strict=True)
-        if cut != (0, size, 1)
-    }
-
-    def cut(n: Named) -> Named:
-        whole = [cuts.get(x, (0, size, 1)) for x, size in zip(n.names, n.array.shape, strict=True)]
-        return Named(lax.slice(n.array, *zip(*whole, strict=True)), n.names) if whole else n
-
-    return [v.map(cut, along=tuple(cuts))]
+    cuts = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+    every = zip(v.names, v.shape, cuts, strict=True)
+    return [_along(v, {name: _cut(*cut) for name, size, cut in every if cut != (0, size, 1)})]
 
 
 def _dynamic_slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
@@ -125,19 +127,16 @@ def _dynamic_slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 def _split(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     del evaluator
-    v, axis = ins[0], eqn.params["axis"]
-    name, outs, start = v.names[axis], [], 0
-    for size in eqn.params["sizes"]:
+    name, ends = ins[0].names[eqn.params["axis"]], itertools.accumulate(eqn.params["sizes"])
+    bounds = itertools.pairwise((0, *map(int, ends)))
+    return [_along(ins[0], {name: _cut(*bound)}) for bound in bounds]
 
-        def cut(n: Named, start: int = start, size: int = int(size)) -> Named:
-            if name not in n.names:
-                return n
-            i = n.names.index(name)
-            return Named(lax.slice_in_dim(n.array, start, start + size, axis=i), n.names)
 
-        outs.append(v.map(cut, along=(name,)))
-        start += int(size)
-    return outs
+def _tile(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    del evaluator
+    reps = zip(ins[0].names, eqn.params["reps"], strict=True)
+    repeat = lambda n: lambda x, axis: jnp.concatenate([x] * n, axis)  # noqa: E731
+    return [_along(ins[0], {name: repeat(n) for name, n in reps if n != 1})]
 
 
 def _squeeze(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
@@ -186,37 +185,20 @@ def _broadcast(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 def _reshape(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     v, new = ins[0], eqn.outvars[0].aval.shape
-    update: Update | None = v.update
+    update: Any = v.update
     names: list[int] = list(evaluator.fresh(len(new)))
     for old_axes, new_axes in reshape_groups(v.shape, new):
         if len(old_axes) == len(new_axes) == 1:
             names[new_axes[0]] = v.names[old_axes[0]]
             continue
-        assert update is not None
-        fresh = tuple(names[j] for j in new_axes)
-        update = _regroup(v, update, v.names_at(old_axes), fresh, [new[j] for j in new_axes])
+        old = v.names_at(old_axes)
+        units = tuple(n for n in old if v.size(n) == 1)
+        new_sizes = {names[j]: new[j] for j in new_axes if new[j] != 1}
+        update = update.regroup(without(old, units), units, new_sizes)
         if update is None:
             return None
     moved = v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), tuple(names)))
     return [dataclasses.replace(moved, update=update)]
-
-
-def _regroup(
-    v: AdaptedWeight, update: Update, old: Names, new: Names, sizes: Sequence[int]
-) -> Update | None:
-    """The update with the axes `old` merged or split into axes `new` of `sizes`.
-
-    Axes of size 1 go and come as they like; the others must be of one role.
-    """
-    units = tuple(n for n in old if v.size(n) == 1)
-
-    def drop(n: Named) -> Named:
-        dims = [i for i, x in enumerate(n.names) if x in units]
-        return Named(lax.squeeze(n.array, dims), without(n.names, units))
-
-    update = update.map(drop)
-    real = without(old, units)
-    return update.regroup(real, new, tuple(sizes)) if real else update
 
 
 def reshape_groups(
@@ -229,15 +211,17 @@ def reshape_groups(
     >>> reshape_groups((2, 1, 3), (6,))
     [((0, 1, 2), (0,))]
     """
-    groups, i, j = [], 0, 0
+    groups: list[Any] = []
+    i = j = 0
     while i < len(old) or j < len(new):
         i0, j0 = i, j
         if i < len(old) and j < len(new):
             i, j = i + 1, j + 1
             while (p := math.prod(old[i0:i])) != (q := math.prod(new[j0:j])):
                 i, j = (i + 1, j) if p < q else (i, j + 1)
-        else:  # only axes of size 1 are left on one side
+        else:  # only axes of size 1 are left on one side: they join the last group
             i, j = len(old), len(new)
+            i0, j0 = (axes[0] for axes in groups.pop()) if groups else (i0, j0)
         groups.append((tuple(range(i0, i)), tuple(range(j0, j))))
     return groups
 
@@ -277,6 +261,7 @@ RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "split": _split,
+    "tile": _tile,
     "squeeze": _squeeze,
     "reduce_sum": _reduce_sum,
     "broadcast_in_dim": _broadcast,

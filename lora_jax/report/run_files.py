@@ -22,7 +22,8 @@ _SUMMARY: dict[str, Any] = {
     **dict.fromkeys(("steps", "skipped_steps", "base_parameters", "adapter_parameters"), _NUMBER),
     **dict.fromkeys(("trainable_parameters", "adapter_file_bytes", "optimizer_bytes"), _NUMBER),
     **dict.fromkeys(("full_checkpoint_bytes", "base_bytes_per_device"), _NUMBER),
-    **dict.fromkeys(("peak_memory_bytes", "steps_per_second", "merged_difference"), _NUMBER),
+    **dict.fromkeys(("peak_memory_bytes", "steps_per_second"), _NUMBER),
+    "merged_difference": (*_NUMBER, type(None)),  # None over a quantised base
     **dict.fromkeys(("compile_seconds", "total_seconds"), _NUMBER),
     **dict.fromkeys(("before", "after"), dict),
     **dict.fromkeys(("select", "better"), str),

@@ -16,6 +16,8 @@ from typing import Any
 
 from lora_jax import baselines, models, paths
 from lora_jax.adapters import Adapter
+from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, requantised
+from lora_jax.beginnings import init_from_base
 from lora_jax.checkpoint import adapter, storage
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import fingerprint
@@ -147,8 +149,13 @@ def open_adapters(
     source = models.open(reference)
     _check_kind(source, kind, reference)
     config = dataclasses.replace(source.config, **settings)
-    params = source.load(config)
+    how = _quantised(members)
+    params = source.load(config, keep_quantised=how == {"scheme": STORED})
     params = {"bert": params} if isinstance(config, models.BertConfig) else params
+    floats, params = params, params if how is None else requantised(params, how)
+    if (method := _begun(members)) is not None:
+        quantised = None if how is None else params
+        params = init_from_base(members[0].layout, floats, method, quantised=quantised).params
     _check_base(members, params, reference, allow_other_base)
     return Served(reference, source, config, params, members)
 
@@ -291,6 +298,35 @@ def _said(member: ServedAdapter) -> dict[str, Any]:
         if name in model and not fits(model[name]):
             raise LoraError(f"{member.path} says model.{name} is {str(model[name])[:80]!r}")
     return {name: model[name] for name in _SETTINGS if name in model}
+
+
+def _begun(members: Sequence[ServedAdapter]) -> Any:
+    """The method by which the base was changed before training; None: it was not."""
+    said = {(member.about.get(BEGUN), member.layout) for member in members}
+    methods = {method for method, _ in said}
+    if methods <= {None}:
+        return None
+    if len(said) > 1:
+        raise LoraError(
+            f"the adapters do not share one base: each method ({listed(map(str, methods))}) and "
+            "each set of targets begins with a base of its own; open them one by one"
+        )
+    return methods.pop()
+
+
+def _quantised(members: Sequence[ServedAdapter]) -> Mapping[str, Any] | None:
+    """How the base was quantised that all members were trained on; None: not at all."""
+    said = {member.name: member.about.get(ABOUT) for member in members}
+    first = next(iter(said.values()), None)
+    for name, how in said.items():
+        if how != first:
+            raise LoraError(
+                f"the adapters do not share one base: {next(iter(said))!r} and {name!r} were "
+                "trained on bases that were quantised differently; open them one by one"
+            )
+        if how is not None and not isinstance(how, Mapping):
+            raise LoraError(f"adapter {name!r} says {ABOUT} is {str(how)[:80]!r}")
+    return first
 
 
 def _check_named(members: Sequence[ServedAdapter], reference: str) -> None:

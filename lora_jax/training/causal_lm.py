@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax import baselines, models, paths
+from lora_jax.bases.recipe import STORED
 from lora_jax.data.language_modelling import language_modelling as batches_of
 from lora_jax.models import placement
 from lora_jax.training import scores, text
@@ -38,7 +39,8 @@ def causal_lm(config: TextConfig) -> Workload:
     method = config.method.on(model_config, config.data.max_length)
 
     def load(shardings: Tree) -> Tree:
-        base = source.load(model_config, shardings=shardings)
+        stored = config.model.quantize == STORED
+        base = source.load(model_config, shardings=shardings, keep_quantised=stored)
         return {**base, **text.method_parameters(config, method)}
 
     select = config.select or "loss"
@@ -46,7 +48,7 @@ def causal_lm(config: TextConfig) -> Workload:
     workload = Workload(
         apply=apply_of(models.Llama(model_config), config.model.loss_chunk, method),
         loss=token_loss,
-        params={**models.shapes(model_config), **method.shapes()},
+        params={**text.base_shapes(config, source, model_config), **method.shapes()},
         load=load,
         placement=(*placement.rules(model_config), *method.placement()),
         trainable=method.trained,

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from lora_jax import baselines, models, paths
+from lora_jax.bases.recipe import STORED
 from lora_jax.data.classification import classification as batches_of
 from lora_jax.data.labels import Labels
 from lora_jax.models import placement
@@ -53,7 +54,8 @@ def classification(config: TextConfig) -> Workload:
         return {"classifier": drawn, **text.method_parameters(config, method)}
 
     def load(shardings: Tree) -> Tree:
-        bert = source.load(model_config, shardings=shardings["bert"])
+        stored = config.model.quantize == STORED
+        bert = source.load(model_config, shardings=shardings["bert"], keep_quantised=stored)
         return {"bert": bert, **fresh()}
 
     loss = real_loss if labels.regression else class_loss
@@ -66,7 +68,11 @@ def classification(config: TextConfig) -> Workload:
     workload = Workload(
         apply=apply_of(model, method),
         loss=loss,
-        params={**models.shapes(model_config, head), **method.shapes()},
+        params={
+            **models.shapes(model_config, head),
+            "bert": text.base_shapes(config, source, model_config),
+            **method.shapes(),
+        },
         load=load,
         placement=(*placement.rules(model_config, head), *method.placement()),
         trainable=(baselines.HEAD, *method.trained),

@@ -17,7 +17,6 @@ import tyro
 from lora_jax.errors import LoraError
 from lora_jax.spec import LoraSpec, Rule
 from lora_jax.training.workload import Workload
-from lora_jax.updates.initial import InitName
 
 
 class ConfigError(LoraError):
@@ -49,6 +48,9 @@ def incidental(default: Any) -> Any:
     return dataclasses.field(default=default, metadata=INCIDENTAL)
 
 
+InitMethod = Literal["gaussian", "uniform", "orthogonal", "eva", "pissa", "olora", "loftq"]
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """The adapters: h = W0 x + (alpha / rank) B A x."""
@@ -63,9 +65,13 @@ class LoraConfig:
     output head. A pattern may carry settings of its own: "**/mlp/*/kernel@rank=4,alpha=8", and
     kind, scaling, parts (start:size of slices of the last output axis, joined by +: "@parts=0:64").
     None at all trains only what `trainable` names."""
-    init: InitName = "gaussian"
-    """How A begins (B begins at zero): N(0, 1/inputs), uniform within 1/sqrt(inputs) (loralib,
-    PEFT), or with orthonormal columns."""
+    init: Literal["gaussian", "uniform", "orthogonal", "pissa", "olora", "loftq", "eva"] = (
+        "gaussian"
+    )
+    """How A begins, while B begins at zero: N(0, 1/inputs), uniform within 1/sqrt(inputs) (loralib,
+    PEFT), with orthonormal columns, or (eva) with the main directions of the first batches. Or both
+    begin with a part of the base, which then lacks it: pissa, olora, and loftq over a quantised
+    base."""
     trainable: tuple[str, ...] | None = dataclasses.field(default=None, metadata=UNORDERED)
     """Patterns of base parameters trained in full (PEFT: modules_to_save). None: those the workload
     names, its new head. "**" with no targets is full fine-tuning."""
@@ -74,10 +80,14 @@ class LoraConfig:
     registered (lora_jax.updates)."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = later("alpha/r")
     """What the update is scaled by; "alpha/sqrt(r)" is rsLoRA (arXiv 2312.03732)."""
+    dropout: float = later(0.0)
+    """Share of the inputs of each update that are set to zero in training (PEFT: lora_dropout);
+    the base sees them all."""
 
     def __post_init__(self) -> None:
         require(self.rank > 0, "lora.rank", self.rank, "at least 1")
         require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         for target in self.targets:
             _rule(target)
 
@@ -92,6 +102,11 @@ class LoraConfig:
         """Whether every update is LoRA of a whole weight, which members of a group can share."""
         rules = self.spec.rules
         return all(rule.kind == "lora" and not rule.parts for rule in rules)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the adapters begin with a part of the base, which then lacks it."""
+        return self.init in ("pissa", "olora", "loftq")
 
 
 def _rule(text: str) -> Rule:
@@ -262,6 +277,10 @@ class Config:
         for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every"):
             require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
+        ratio, kinds = self.optimizer.loraplus_lr_ratio, {str(r.kind) for r in self.lora.spec.rules}
+        without = sorted(kinds & {"vera", "loha", "lokr", "bias"})
+        one = f"1 with lora.kind {', '.join(without)}, in which no B begins at zero"
+        require(ratio == 1 or not without, "optimizer.loraplus_lr_ratio", ratio, one)
 
     @property
     def adaptation(self) -> LoraConfig:
@@ -271,11 +290,11 @@ class Config:
     @property
     def group_key(self) -> tuple[Any, ...]:
         """What members of a group have in common that train at once; others train after them."""
-        return (
-            ()
-            if self.adaptation.is_plain
-            else (dataclasses.replace(self.adaptation, init="gaussian"),)
-        )
+        lora = self.adaptation
+        if lora.changes_base:
+            return (lora,)
+        own = () if lora.is_plain else (dataclasses.replace(lora, init="gaussian"),)
+        return (lora.dropout, *own)
 
     def full_fine_tuning(self, **changes: Any) -> Config:
         """Return the same run with all parameters trained and no adapters, to compare with."""

@@ -27,7 +27,8 @@ class Loop:
         config, workload, layout = setup.config, setup.workload, setup.layout
         self._display = Display(console, config.steps, run.start, config.log_every, workload.unit)
         run.open(self._display)
-        step = train_step(workload, layout, tx, config.on_nonfinite, config.accumulate)
+        rate = config.adaptation.dropout
+        step = train_step(workload, layout, tx, config.on_nonfinite, config.accumulate, rate=rate)
         batch_loss, notes, place = evaluation_step(workload, layout), run.notes, setup.place
         self._step = Compiled(step, notes.compiling("train"), **compilation(self.state, place))
         self._batch_loss = Compiled(

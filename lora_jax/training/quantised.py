@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from lora_jax import paths
 from lora_jax.base import is_base
 from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.bases.quantise import quantize
+from lora_jax.bases.recipe import ABOUT, STORED, recipe
 from lora_jax.data.process_slice import Shard
 from lora_jax.layout import Layout
 from lora_jax.resolve import resolve
@@ -22,8 +24,6 @@ from lora_jax.spec import LoraSpec
 from lora_jax.training.workload import Common, Workload
 
 Tree = Any  # a pytree
-
-ABOUT = "quantized"  # the entry of `Workload.about` that says how the base was quantised
 
 
 def quantised(
@@ -55,8 +55,7 @@ def quantised(
     params = jax.eval_shape(functools.partial(quantise, targets=layout), workload.params)
 
     def load(shardings: Tree) -> Tree:
-        floats = jax.tree_util.tree_map(_float_sharding, params, shardings, is_leaf=is_base)
-        loaded = paths.flatten(workload.arrays(floats))
+        loaded = paths.flatten(workload.arrays(float_shardings(params, shardings)))
         placed = paths.flatten(shardings)
         for target in layout.targets:
             path = target.path
@@ -66,10 +65,20 @@ def quantised(
             loaded[path] = found[path]
         return paths.replace(params, loaded)
 
-    how = {"scheme": scheme, "block": block, "double": double}
-    about = {**workload.about, ABOUT: {**how, "layout": layout.to_json()}}
-    common = None if workload.common is None else _common(workload.common, params, str(how))
-    return dataclasses.replace(workload, params=params, load=load, common=common, about=about)
+    how = recipe(scheme, layout, block, double)
+    new = dataclasses.replace(workload, params=params, load=load, floats=workload)
+    return as_stored(new, how)
+
+
+def as_stored(workload: Workload, how: dict[str, Any] | None = None) -> Workload:
+    """Return a workload whose parameters hold quantised weights, with what others must know of it.
+
+    Args:
+      how: a recipe (`lora_jax.bases.recipe`). None: they are held as their file has them.
+    """
+    how, common = how or {"scheme": STORED}, workload.common
+    named = None if common is None else _common(common, workload.params, json.dumps(how))
+    return dataclasses.replace(workload, about={**workload.about, ABOUT: how}, common=named)
 
 
 def _quantised_layout(workload: Workload, trainable: Sequence[str]) -> Layout:
@@ -80,6 +89,15 @@ def _quantised_layout(workload: Workload, trainable: Sequence[str]) -> Layout:
     known = [target.path for target in found.targets]
     trained = {path for pattern in trainable for path in paths.matching(pattern, known)}
     return Layout(tuple(t for t in found.targets if t.path not in trained))
+
+
+def float_shardings(params: Tree, shardings: Tree) -> Tree:
+    """Return where the floats of quantised parameters are loaded.
+
+    Args:
+      params: by shape. shardings: a tree like it, that of the arrays of quantised weights.
+    """
+    return jax.tree.map(_float_sharding, params, shardings, is_leaf=is_base)
 
 
 def _float_sharding(leaf: Any, where: Any) -> Any:

@@ -15,15 +15,17 @@ from lora_jax.adapters import init as init_adapters
 from lora_jax.errors import LoraError
 from lora_jax.frozen import join
 from lora_jax.layout import Layout
+from lora_jax.multi.dropout import dropout
 from lora_jax.multi.stack import Scaled
 from lora_jax.training.config import require
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Loss, Workload
 from lora_jax.transform import adapt
-from lora_jax.updates.initial import InitName
 
 Tree = Any  # a pytree
+
+_DROPOUT = 0x10A  # folded into a step's key; the model has the key itself
 
 
 def create(
@@ -32,8 +34,9 @@ def create(
     tx: optax.GradientTransformation,
     key: jax.Array,
     place: Placement,
-    init: InitName = "gaussian",
+    init: str = "gaussian",
     weights: Mapping[str, Any] | None = None,
+    adapters: Tree | None = None,
 ) -> State:
     """The state before the first step, on its devices; it shares no memory with `base`.
 
@@ -41,11 +44,14 @@ def create(
     Compiled as one program, so that no device ever holds more than its part.
 
     Args:
+      init: how `lora_jax.init` draws the adapters.
       weights: `adapted_weights(layout, params)`, for kinds of update that begin at something of W.
+      adapters: that the run begins with, in the place of drawn ones.
     """
 
     where = jax.tree.map(lambda x: x.sharding, shapes(layout, base, tx, key, place, weights))
-    return jax.jit(fresh(layout, tx, init), out_shardings=where)(base, key, weights)
+    begin = jax.jit(fresh(layout, tx, init), out_shardings=where)
+    return begin(base, key, weights, adapters)
 
 
 def adapted_weights(layout: Layout, params: Tree) -> dict[str, Any]:
@@ -72,16 +78,17 @@ def shapes(
 
 
 @functools.lru_cache(maxsize=16)
-def fresh(
-    layout: Layout, tx: optax.GradientTransformation, init: InitName
-) -> Callable[[dict[str, Any], jax.Array, Mapping[str, Any] | None], State]:
-    """`begin(base, key, weights)` gives the state before the first step; to be compiled.
+def fresh(layout: Layout, tx: optax.GradientTransformation, init: str) -> Callable[..., State]:
+    """`begin(base, key, weights, adapters)` gives the state before the first step; to be compiled.
 
     The same arguments give the same function, so that JAX compiles it once for many runs.
     """
 
-    def begin(base: dict[str, Any], key: jax.Array, weights: Any = None) -> State:
-        adapters = init_adapters(key, layout, params=weights, method=init)
+    def begin(
+        base: dict[str, Any], key: jax.Array, weights: Any = None, adapters: Any = None
+    ) -> State:
+        if adapters is None:
+            adapters = init_adapters(key, layout, params=weights, method=init)
         trained = {"adapters": adapters, "base": jax.tree.map(jnp.copy, base)}
         return State(trained, tx.init(trained), jnp.int32(0), jnp.int32(0), key)
 
@@ -119,6 +126,7 @@ def train_step(
     on_nonfinite: Literal["stop", "skip"],
     parts: int = 1,
     scales: Mapping[str, jax.Array] | None = None,
+    rate: float = 0.0,
 ) -> Callable[[State, Tree, Any], tuple[State, dict[str, jax.Array]]]:
     """`step(state, frozen, batch) -> (state, metrics)`.
 
@@ -133,6 +141,9 @@ def train_step(
 
     With `scales` ({path: [] float32}) the adapters are padded to `layout`, and these are their
     scales in place of the layout's (`lora_jax.multi.Scaled`).
+
+    `rate` is that of the adapters' dropout (`lora_jax.dropout`). Its masks depend on the run's key
+    and on the step alone.
     """
     adapted = adapt(layout, workload.apply)
 
@@ -141,6 +152,7 @@ def train_step(
         adapters: Any = trained["adapters"]
         if scales is not None:  # gradients are with respect to the factors alone
             adapters = Scaled(adapters, dict(scales))
+        adapters = dropout(adapters, jax.random.fold_in(key, _DROPOUT), rate)
         outputs = adapted(params, adapters, batch, train=True, key=key)
         loss = workload.loss(outputs, batch)
         return loss.total.astype(jnp.float32), loss.weight.astype(jnp.float32)

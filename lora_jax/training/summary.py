@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lora_jax import paths
 from lora_jax.adapters import count
+from lora_jax.base import is_base
 from lora_jax.bases.quantise import bytes_of
 from lora_jax.training import export
 from lora_jax.training.directory import Summary
@@ -22,14 +23,15 @@ from lora_jax.training.state import State
 
 
 def summarise(
-    run: Run, state: State, tested: dict[str, dict[str, float]], difference: float
+    run: Run, state: State, tested: dict[str, dict[str, float]], difference: float | None
 ) -> Summary:
     """The numbers of a finished run.
 
     Args:
       run, state: at its end.
       tested: split -> numbers of the best adapter on the splits that did not pick it.
-      difference: largest |merged - unmerged| output on an evaluation batch.
+      difference: largest |merged - unmerged| output on an evaluation batch; None over a quantised
+        base.
     """
     notes, path = run.notes, run.setup.path
     spent = {name: round(value, 3) for name, value in notes.seconds.items()}
@@ -93,6 +95,11 @@ def sizes(run: Run, state: State) -> dict[str, int]:
     }
 
 
+def is_quantised(params: Any) -> bool:
+    """Whether some of the parameters are quantised."""
+    return any(map(is_base, paths.flatten(params).values()))
+
+
 def parameters(params: Any) -> int:
     """How many parameters a tree holds: of a quantised weight the floats that it stands for."""
     return sum(math.prod(leaf.shape) for leaf in paths.flatten(params).values())
@@ -141,7 +148,7 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
 def costs(summary: Summary) -> list[tuple[str, str]]:
     """What a run took, of parameters, bytes and time: name and text."""
     base, adapters = summary["base_parameters"], summary["adapter_parameters"]
-    trained = adapters + summary["trainable_parameters"]
+    trained, difference = adapters + summary["trainable_parameters"], summary["merged_difference"]
     speed = next(name for name in summary if name.endswith("_per_second") and name[:6] != "steps_")
     unit = speed.removesuffix("_per_second")
     return [
@@ -156,7 +163,7 @@ def costs(summary: Summary) -> list[tuple[str, str]]:
         ("optimizer state", in_units(summary["optimizer_bytes"])),
         ("peak memory", in_units(summary["peak_memory_bytes"])),
         ("speed", f"{summary['steps_per_second']:.2f} steps/s, {summary[speed]:,.0f} {unit}/s"),
-        ("merged - unmerged", f"{summary['merged_difference']:.1e}"),
+        ("merged - unmerged", "-" if difference is None else f"{difference:.1e}"),
         ("seconds", f"{summary['total_seconds']:.0f}, of them compiling "
                     f"{summary['compile_seconds']:.0f}"),
     ]  # fmt: skip

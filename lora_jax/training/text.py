@@ -9,7 +9,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_jax import baselines, models
+from lora_jax import baselines, models, paths
+from lora_jax.base import is_base
+from lora_jax.bases.recipe import STORED
 from lora_jax.data.batches import Batches, describe
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.config import DataConfig
@@ -17,7 +19,7 @@ from lora_jax.data.process_slice import Shard
 from lora_jax.training.config import LATER, Config, ConfigError, LoraConfig, later, require
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.method import LORA, MethodConfig
-from lora_jax.training.quantised import quantised
+from lora_jax.training.quantised import as_stored, quantised
 from lora_jax.training.workload import Batch, Workload
 
 
@@ -45,10 +47,11 @@ class ModelConfig:
     positions at once."""
     dropout: float = 0.0
     """Dropout rate inside an encoder, and before its head, while training."""
-    quantize: Literal["none", "nf4", "int4", "int8", "fp8"] = later("none")
-    """How the frozen weights of the layers are kept: as `param_dtype`, or as codes of 4 or 8 bits
-    with scales (QLoRA, arXiv 2305.14314). Embeddings, norms, biases and the output head stay as
-    they are. On a CPU it saves memory, not time."""
+    quantize: Literal["none", "stored", "nf4", "int4", "int8", "fp8"] = later("none")
+    """How the frozen weights are kept. none: as `param_dtype`. stored: those that the file has in
+    quantised form (GGUF, bitsandbytes) as they are there. Else those of the layers as codes of 4
+    or 8 bits with scales (QLoRA, arXiv 2305.14314), all but embeddings, norms, biases and the
+    output head. On a CPU it saves memory, not time."""
     quantize_block: int | None = later(None)
     """Numbers that share a scale. None: 64 for nf4 and int4, one scale for each output else."""
     double_quantize: bool = later(False)
@@ -61,8 +64,8 @@ class ModelConfig:
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
         double = not self.double_quantize or self.quantize == "nf4"
         require(double, "model.double_quantize", self.double_quantize, "False without nf4")
-        block = self.quantize_block
-        require(block is None or self.quantize != "none", "model.quantize_block", block, "None")
+        block, own = self.quantize_block, self.quantize not in ("none", "stored")
+        require(block is None or own, "model.quantize_block", block, "None")
 
     def apply_to(self, config: Any) -> Any:
         """The model's own configuration with these settings."""
@@ -181,11 +184,30 @@ def about(config: TextConfig, **more: Any) -> dict[str, Any]:
     return to_dict({"model": model, **method, **more})
 
 
+def base_shapes(config: TextConfig, source: models.Source, model_config: Any) -> Any:
+    """The parameters of the pretrained model by shape; stored ones as the file has them.
+
+    Raises:
+      ConfigError: they are to be kept as stored, and none is quantised there.
+    """
+    if config.model.quantize != STORED:
+        return models.shapes(model_config)
+    found = source.shapes(model_config)
+    if not any(map(is_base, paths.flatten(found).values())):
+        raise ConfigError(
+            f"model.quantize is {STORED!r}, and {config.model.reference!r} holds no quantised "
+            "weights; --model.quantize nf4 quantises them as they are loaded"
+        )
+    return found
+
+
 def quantised_as_said(config: TextConfig, workload: Workload) -> Workload:
     """The workload with its frozen weights as `config.model.quantize` says."""
     model = config.model
     if model.quantize == "none":
         return workload
+    if model.quantize == STORED:
+        return as_stored(workload)
     return quantised(
         workload,
         model.quantize,

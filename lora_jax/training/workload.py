@@ -104,6 +104,8 @@ class Workload:
       common: how runs of it over one base go together. None: every member of a group loads the
         base, to see that it is the same, and all have the same shapes.
       about: what whoever uses the adapters has to know, JSON values; exported with them.
+      floats: of a workload whose weights are quantised as they are loaded, the one before
+        (`lora_jax.training.quantised`).
     """
 
     apply: Callable[..., Any]
@@ -125,6 +127,7 @@ class Workload:
     facts: Callable[[Shard], str] = lambda shard: ""
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     common: Common | None = None
+    floats: Workload | None = None
 
     def arrays(self, shardings: Tree) -> Tree:
         """The parameter arrays where they are to lie: loaded, or those that `params` holds."""

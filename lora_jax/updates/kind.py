@@ -196,6 +196,11 @@ def kind_of(target: Target) -> Kind:
     return _KINDS[target.kind]
 
 
+def is_parameters(x: Any) -> bool:
+    """Whether `x` is what some known kind has for one target: a NamedTuple of its arrays."""
+    return isinstance(x, tuple(kind.fields for kind in _KINDS.values()))
+
+
 def check_rank_limit(target: Target, limit: int, meaning: str) -> None:
     """Raise `LoraError` for a rank above the largest that makes sense."""
     if target.rank > limit:

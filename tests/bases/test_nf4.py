@@ -114,3 +114,14 @@ def test_blocks_that_divide_the_inputs_are_rows() -> None:
     run_on = lora_jax.quantize({"w": w}, "nf4", "w", block=256)["w"]
     assert rows.codes.shape == (6, 64) and rows.scales.shape == (6, 2)
     assert run_on.codes.shape == (1, 384) and run_on.scales.shape == (1, 3)
+
+
+def test_a_scale_between_two_codes_takes_the_lower() -> None:
+    """Scales of mean 0 and absmax 1 are compared as they are. Red: `side="right"`."""
+    table = dynamic.dynamic_map()
+    middles = (table[140:200] + table[141:201]) * np.float32(0.5)
+    scales = np.concatenate([middles, -middles, [1, -1]]).astype(np.float32)
+    found = dynamic.quantise(jnp.asarray(scales)[None])
+    assert found.offset == 0 and found.scales == 1
+    below = np.searchsorted(table, scales, side="left") - 1  # the entry under each middle
+    np.testing.assert_array_equal(found.codes[0, :-2], below[:-2])

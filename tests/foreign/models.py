@@ -138,7 +138,9 @@ def equinox_gated_recurrence(eqx: Any) -> Built:
 @model("equinox")
 def equinox_weight_normalisation(eqx: Any) -> Built:
     first = eqx.nn.WeightNorm(eqx.nn.Linear(6, 8, key=KEY), weight_name="weight")
-    net = eqx.nn.Sequential([first, eqx.nn.Lambda(jnp.tanh), eqx.nn.Linear(8, 5, key=KEY)])
+    middle, head = eqx.nn.Linear(8, 7, key=KEY), eqx.nn.Linear(7, 5, key=KEY)
+    tanh = eqx.nn.Lambda(jnp.tanh)
+    net = eqx.nn.Sequential([first, tanh, middle, tanh, head])
     return equinox(net, X, call=lambda net, x: jax.vmap(net)(x))
 
 

@@ -369,7 +369,7 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(LoraError, match="no slot 3"):
         lora_jax.multi.put(layout, stacked, 3, pairs[0])
     big = adapter(lora_jax.resolve(LoraSpec(4, targets="w"), f, params, x), 0)
-    with pytest.raises(LoraError, match=r"rank 4.*room for rank 2"):
+    with pytest.raises(LoraError, match=r"rank 4.*room for .lora., rank 2"):
         lora_jax.multi.put(layout, stacked, 0, big)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), pairs[0][1])
     with pytest.raises(LoraError, match="bfloat16"):

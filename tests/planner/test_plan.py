@@ -286,7 +286,7 @@ def test_the_json_holds_all_of_the_plan(tmp_path: pathlib.Path) -> None:
     assert set(found["runs"]["lora"]) == {
         "parameters", "adapter_parameters", "base_parameters_trained", "checkpoint_bytes",
         "full_checkpoint_bytes", "bytes", "flops", "flops_adapters", "flops_all_devices",
-        "collectives", "arrays", "fits", "roofline",
+        "collectives", "arrays", "fits", "roofline", "weights",
     }  # fmt: skip
     parts = found["runs"]["lora"]["bytes"]
     assert parts.pop("total") == sum(parts.values())

@@ -15,7 +15,8 @@ from lora_jax import labels
 from lora_jax.adapters import Factors
 from lora_jax.errors import LoraError
 from lora_jax.training import optimizer
-from lora_jax.training.config import OptimizerConfig
+from lora_jax.training.config import Config, ConfigError, LoraConfig, OptimizerConfig
+from lora_jax.updates import Directed, Shift, Vectors
 
 CONFIGS = (
     OptimizerConfig(learning_rate=3e-3, schedule="linear", weight_decay=0.1, clip=0.5),
@@ -142,6 +143,23 @@ def test_a_parameter_named_b_is_no_factor() -> None:
     assert labels.labels({"base": {"b": 0, "a": 0}}) == {"base": {"b": "weight", "a": "weight"}}
     with pytest.raises(LoraError, match="above 0"):
         labels.loraplus(0)
+
+
+def test_labels_of_other_kinds() -> None:
+    """Red: kinds that the registry knows are not asked for."""
+    kinds = {"w": Directed(0, 0, 0), "v": Vectors(0, 0), "c": Shift(0)}
+    assert labels.labels(kinds) == {
+        "w": Directed("a", "b", "magnitude"),
+        "v": Vectors("lambda_d", "lambda_b"),
+        "c": Shift("bias"),
+    }
+    assert labels.all_but("magnitude")(kinds)["w"] == Directed(True, True, False)
+    with pytest.raises(ConfigError, match=r"loraplus_lr_ratio must be 1 with lora.kind vera"):
+        Config(
+            workload=lambda config: None,
+            lora=LoraConfig(kind="vera"),
+            optimizer=OptimizerConfig(loraplus_lr_ratio=4.0),
+        )
 
 
 def test_labels_partition_an_optimizer() -> None:

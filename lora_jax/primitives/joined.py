@@ -1,0 +1,83 @@
+"""Weights that are put together, or padded, before one product, as a fused q, k, v is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.primitives import held
+from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.named import Ins, Outs
+from lora_jax.primitives.update import OutputGain, Part, Zero
+
+
+def _concatenate(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    if not evaluator.joins(ins):
+        return None
+    whole = _join(evaluator, ins, eqn.params["dimension"])
+    return None if whole is None else [whole]
+
+
+def _stack(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    axis = eqn.params["axis"]
+
+    def same(*arrays: Any) -> Any:
+        return lax.concatenate([jnp.expand_dims(x, axis) for x in arrays], axis)
+
+    return evaluator.through(same, eqn, ins)
+
+
+def _join(evaluator: Any, ins: Ins, axis: int) -> AdaptedWeight | None:
+    """One weight, of which each member has its own update along its part of the axis."""
+    ins = [v.chosen() if isinstance(v, AdaptedWeight) else v for v in ins]
+    weights = [v for v in ins if isinstance(v, AdaptedWeight)]
+    names, start = weights[0].names, 0
+    parts: list[Part] = []
+    for v in ins:
+        size = int(v.shape[axis])
+        if isinstance(v, AdaptedWeight) and type(v.update) is not Zero:
+            update = v.update.renamed(dict(zip(v.names, names, strict=True)))
+            parts.append(Part(update, start, size))
+        start += size
+    gained = [p.update for p in parts if isinstance(p.update, OutputGain)]
+    lead = [*gained, *(p.update for p in parts), Zero()][0]
+    update = lead.join(parts, names[axis], start)
+    if update is None:
+        return None
+    for v in weights:
+        evaluator.read(v)
+    whole = held.join(
+        [v.held if isinstance(v, AdaptedWeight) else held.Dense(v) for v in ins],
+        lambda *arrays: jnp.concatenate(arrays, axis),
+    )
+    fold = all(v.fold for v in weights)
+    return dataclasses.replace(weights[0], held=whole, update=update, fold=fold)
+
+
+def _pad(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    """A weight put together with constants."""
+    v, value = ins
+    config = eqn.params["padding_config"]
+    if isinstance(value, AdaptedWeight) or any(min(ends) < 0 or ends[2] for ends in config):
+        return None
+    for axis, (low, high, _) in enumerate(config):
+        before, after = (_constant(v.shape, axis, n, value) for n in (low, high))
+        v = _join(evaluator, [before, v, after], axis) if low or high else v
+        if v is None:
+            return None
+    return [v]
+
+
+def _constant(shape: tuple[int, ...], axis: int, size: int, value: Any) -> Any:
+    return jnp.full((*shape[:axis], size, *shape[axis + 1 :]), value)
+
+
+RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
+    "concatenate": _concatenate,
+    "stack": _stack,
+    "pad": _pad,
+}
