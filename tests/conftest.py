@@ -31,7 +31,8 @@ STANDARD_PROMOTION += ("serving", "report", "foreign")
 
 # Files by seconds (waits count too), longest first; the others take less than 20 seconds each.
 LONGEST = (
-    "test_models", "test_kills", "test_processes", "test_stack", "test_group_runs", "test_mesh",
+    "test_models", "test_kinds_and_bases", "test_kills", "test_processes", "test_stack",
+    "test_group_runs", "test_mesh",
     "test_text", "test_transform", "test_checkpoints", "test_router", "test_group", "test_report",
     "test_resume", "test_generation", "test_built_in_models", "test_adapter", "test_predict",
 )  # fmt: skip

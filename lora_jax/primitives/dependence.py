@@ -174,7 +174,8 @@ class _Walker:
 
 def _cut(flow: Flow, aval: Any) -> Flow:
     """Ways end in integers, predicates and keys."""
-    floating = jnp.issubdtype(aval.dtype, jnp.inexact)
+    dtype = getattr(aval, "dtype", None)
+    floating = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
     return flow if floating or not flow.ways else dataclasses.replace(flow, ways=frozenset())
 
 

@@ -50,7 +50,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return lowrank.add(y, x, update, out, precision)
 
     is_matrix = len(v.names) == 2
-    p = Operation(x, out, base, low_rank, is_matrix, precision, use=use, sums=True)
+    p = Operation(x, out, base, low_rank, is_matrix, sums=True, precision=precision, use=use)
     return [v.update.product(p)]
 
 

@@ -26,9 +26,12 @@ def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return None
     (x_contract,), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0]
     many = batched if evaluator.per_example else lambda dot, rows: dot
-    plain = many(lambda x, w, sizes: jaxprs.bind(eqn, x, w, sizes), 1 - x_contract)
+
+    def plain(dtype: Any = None) -> Dot:
+        return many(lambda x, w, n: jaxprs.bind(eqn, x, w, n, dtype=dtype), 1 - x_contract)
+
     if not isinstance(v, AdaptedWeight):
-        return [plain(x, v, sizes)]
+        return [plain()(x, v, sizes)]
     (group,), (contract,) = v.names_at(form.group), v.names_at(form.contract)
     (outer,) = without(v.names, (group, contract))
     if not v.update.admits((group,), (contract,), (outer,)):
@@ -48,7 +51,9 @@ def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
     # A function with a batching rule of its own cannot be transposed before it is batched.
     apply = v.held.use if evaluator.per_example else v.held.product
-    base = lambda x: apply(lambda w, x, sizes: plain(x, w, sizes), x, sizes)  # noqa: E731
+
+    def base(x: Any, dtype: Any = None) -> Any:
+        return apply(lambda w, x, sizes: plain(dtype)(x, w, sizes), x, sizes)
 
     def spread(n: Named) -> Named:
         """One row of the array for each row of x, that of its group."""
@@ -57,8 +62,9 @@ def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         array = jnp.repeat(n.array, sizes, axis=0, total_repeat_length=length)
         return Named(array, (*rows, *n.names[1:]))
 
-    operation = Operation(Named(x, names), (*rows, outer), base, low_rank, use=use, spread=spread)
-    return [v.update.product(operation)]
+    named, out = Named(x, names), (*rows, outer)
+    p = Operation(named, out, base, low_rank, sums=True, use=use, spread=spread)
+    return [v.update.product(p)]
 
 
 def batched(dot: Dot, rows: int) -> Dot:

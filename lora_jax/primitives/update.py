@@ -26,12 +26,12 @@ class Operation:
       `base(x, dtype)`, which gives its sums in that dtype, not rounded to that of the program.
     low_rank: `low_rank(y, x, update)` is y plus the operation with `update`, a `LowRank`, in W's
       place, in the form that is fast for this operation; x is named.
+    sums: whether it is a product, of which the base may be asked for in another dtype.
     matrix: whether it is the plain product of a matrix, as `x @ w` is.
     spread: makes an array with a stack axis that neither x nor the result has (the group of each
       row in a ragged product) one with the rows instead; None: there is no such axis.
     use: the number of this use of W in the program (`Evaluator.consume`).
     drop: None, or what is done to x before the update sees it.
-    sums: whether it is a product, of which the base may be asked for in another dtype.
     """
 
     x: Named | None
@@ -39,11 +39,11 @@ class Operation:
     base: Callable[..., Any]
     low_rank: Callable[[Any, Any, Any], Any]
     matrix: bool = False
+    sums: bool = False
     precision: Any = None
     spread: Callable[[Named], Named] | None = None
     use: int = 0
     drop: Callable[[Named], Named] | None = None
-    sums: bool = False
 
     @property
     def dropped(self) -> Named | None:

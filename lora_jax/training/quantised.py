@@ -61,7 +61,9 @@ def quantised(
             path = target.path
             one = functools.partial(quantise, targets=Layout((target,)))
             # Popped, so that its floats are given up once the codes are there.
-            found = jax.jit(one, out_shardings={path: placed[path]})({path: loaded.pop(path)})
+            floats = loaded.pop(path)
+            floats = jax.device_put(floats, floats.sharding.with_memory_kind("device"))
+            found = jax.jit(one, out_shardings={path: placed[path]})({path: floats})
             loaded[path] = found[path]
         return paths.replace(params, loaded)
 

@@ -20,11 +20,13 @@ from lora_jax.checkpoint.storage import orbax
 from lora_jax.groups import loop
 from lora_jax.groups.config import GroupConfig, Member
 from lora_jax.groups.sweep import SweepConfig
+from lora_jax.report import command as report
 from lora_jax.serving import generate, predict
-from lora_jax.training import export, mesh
+from lora_jax.training import directory, export, mesh
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig
+from lora_jax.training.config_json import to_dict
 from lora_jax.training.text import ModelConfig
 from tests.training import tiny
 from tests.training.test_text import text_config, train_in
@@ -126,7 +128,7 @@ def texts(path: pathlib.Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["vera", "lokr"])
+@pytest.mark.parametrize("kind", ["lokr", "dora"])
 @pytest.mark.parametrize("scheme", ["none", "nf4"])
 def test_a_classifier_predicts_as_it_was_evaluated(
     kind: str, scheme: str, roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
@@ -184,7 +186,7 @@ def test_kinds_and_schemes_are_fields_of_a_sweep(
 @without_warning
 @pytest.mark.parametrize(
     ("init", "scheme", "kind"),
-    [("eva", "none", "lora"), ("pissa", "none", "lora"), ("olora", "none", "lora"),
+    [("eva", "none", "lora"), ("pissa", "none", "dora"), ("olora", "none", "lora"),
      ("loftq", "nf4", "lora")],
 )  # fmt: skip
 def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
@@ -221,3 +223,19 @@ def test_tasks_share_a_quantised_base(
     alone = train_in(tmp_path / "alone", base)
     loss = alone["after"]["validation"]["loss"]
     assert summaries[0]["after"]["validation"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_report_of_dora_on_a_quantised_base(
+    roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
+) -> None:
+    """Red: the update is read off factors alone; codes are read as a matrix."""
+    run = tmp_path / "run"
+    run.mkdir()
+    config = config_of(
+        classification, roberta, source, lora={"kind": "dora"}, model={"quantize": "nf4"}
+    )
+    directory.write_json(run / "config.json", to_dict(config))
+    directory.finish(run, train_in(run, config))
+    assert report.main([str(run)]) == 0
+    text = (run / "report/report.html").read_text()
+    assert "What of W it amplifies" in text and "cannot be analysed" not in text
