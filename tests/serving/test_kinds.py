@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["dora", "loha"])
+@pytest.mark.parametrize("kind", ["dora"])
 def test_predict_is_what_training_evaluates(runs: dict[str, Any], kind: str) -> None:
     run, config = runs[kind]
     served = served_adapters.open_adapters([str(run)], models.BertConfig)

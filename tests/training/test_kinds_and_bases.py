@@ -31,7 +31,6 @@ from lora_jax.training.text import ModelConfig
 from tests.training import tiny
 from tests.training.test_text import text_config, train_in
 
-KINDS = ("lora", "dora", "vera", "loha", "lokr")
 QV = ("**/attention/{query,value,q,v}/kernel",)
 
 
@@ -81,7 +80,7 @@ without_warning = pytest.mark.filterwarnings("ignore:Sharding info not provided"
 
 
 @without_warning
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dora", "vera"])  # the others have no more than these two
 def test_a_run_of_each_kind_goes_on(
     kind: str, roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
 ) -> None:
@@ -108,7 +107,7 @@ def test_a_run_with_dropout_goes_on(
 
 
 @without_warning
-@pytest.mark.parametrize(("scheme", "scan"), [("nf4", True), ("int8", False)])
+@pytest.mark.parametrize(("scheme", "scan"), [("nf4", True)])
 def test_a_run_on_a_quantised_base_goes_on(
     scheme: str, scan: bool, llama: pathlib.Path, source: str, tmp_path: pathlib.Path
 ) -> None:
@@ -128,8 +127,7 @@ def texts(path: pathlib.Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["lokr", "dora"])
-@pytest.mark.parametrize("scheme", ["none", "nf4"])
+@pytest.mark.parametrize(("kind", "scheme"), [("dora", "nf4"), ("lokr", "none")])
 def test_a_classifier_predicts_as_it_was_evaluated(
     kind: str, scheme: str, roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
 ) -> None:
@@ -186,8 +184,7 @@ def test_kinds_and_schemes_are_fields_of_a_sweep(
 @without_warning
 @pytest.mark.parametrize(
     ("init", "scheme", "kind"),
-    [("eva", "none", "lora"), ("pissa", "none", "dora"), ("olora", "none", "lora"),
-     ("loftq", "nf4", "lora")],
+    [("eva", "none", "lora"), ("loftq", "nf4", "lora")],
 )  # fmt: skip
 def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
     init: str, scheme: str, kind: str, roberta: pathlib.Path, source: str, tmp_path: pathlib.Path

@@ -53,8 +53,6 @@ def test_dora_and_a_bias_are_refused_by_name() -> None:
     bias = Target("b", (9,), (), (), (0,), 1, 1.0, kind="bias")
     with pytest.raises(LoraError, match=r"'b': an update of the kind 'bias' has no factors"):
         lora_jax.as_lora(Layout((bias,)), {"b": arrays(bias)})
-    with pytest.raises(LoraError, match="'dora' rescales W"):
-        lora_jax.multi.stack([(Layout((dora,)), {"w": arrays(dora)})])
 
 
 def test_adapters_of_several_kinds_are_stacked_and_combined() -> None:
