@@ -63,7 +63,7 @@ def test_parts_of_a_fused_kernel_equal_separate_weights(f: Any) -> None:
     got = jax.value_and_grad(of_parts, (0, 1))(both, x)
     want = jax.value_and_grad(of_two, (0, 1))(both, x)
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert jnp.allclose(mine, theirs, rtol=0, atol=2e-6 * float(jnp.abs(theirs).max()))
+        assert jnp.allclose(mine, theirs, rtol=0, atol=2e-5 * float(jnp.abs(theirs).max()))
     merged = lora_jax.merge(layout, params, joined(both))["qkv"].reshape(D, 3 * D)
     assert (merged[:, D : 2 * D] == w[:, D : 2 * D]).all()  # k is the base's to the bit
     assert layout.size == plain.size  # and no number is trained for it
