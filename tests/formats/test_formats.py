@@ -31,6 +31,7 @@ from tests.training import tiny
 
 HERE = pathlib.Path(__file__).parent
 V1 = HERE / "v1"
+V2 = HERE / "v2"  # the layout of format 2, which has kinds of update, scalings and parts
 SMALL = str(HERE / "small.py")
 RUN, SWEEP = "runs/small-dc24168e", "runs/small-sweep-f748f202"
 
@@ -65,6 +66,24 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
     for path, value in expected.items():
         # On the machine that wrote them they are the same bits; another CPU rounds otherwise.
         np.testing.assert_allclose(found[path], value, rtol=2e-5, atol=1e-6, err_msg=path)
+
+
+def test_an_adapter_of_every_kind() -> None:
+    """Red: a renamed field of a kind; another VeRA pair; a default that changes a scale."""
+    layout, adapters, _ = lora_jax.restore(V2 / "kinds")
+    saved = dict(np.load(V2 / "kinds.npz"))
+    kinds = {"lora", "dora", "vera", "loha", "lokr", "bias"}
+    assert {t.kind for t in layout.targets} == kinds and len(layout.targets) == 8
+    assert [x.path for x in layout.left_out] == ["head"]
+    for path, parameters in adapters.items():
+        for name, x in parameters._asdict().items():
+            np.testing.assert_array_equal(np.asarray(x), saved[f"{path}/{name}"])
+    w = {t.path: saved[f"w/{t.path}"] for t in layout.targets}
+    merged = lora_jax.merge(layout, w, adapters)
+    assert_same(
+        {path: np.asarray(x) for path, x in merged.items()},
+        {path: saved[f"merged/{path}"] for path in merged},
+    )
 
 
 def test_adapter() -> None:
