@@ -149,6 +149,7 @@ def to_ternary(law: Law) -> None:
             if t.stack == tuple(range(len(t.stack)))
         },
     )
+    assert any(isinstance(w, Ternary) for w in lora_jax.paths.flatten(law.base_params).values())
 
 
 @functools.cache
@@ -161,7 +162,7 @@ def gmm_case() -> cases.Case:
     return cases.Case("my_gmm", f, params, args, ("first", "experts"), batched=False)
 
 
-def check(law: Law) -> None:
+def assert_law(law: Law) -> None:
     for got, want in zip(law.got, law.want, strict=True):
         assert_near(got, want)
 
@@ -172,7 +173,7 @@ def test_a_base_and_a_kind_from_outside(name: str, kind: str) -> None:
     """Red: a base or a kind that some part of the evaluator asks for by its own type."""
     law = Law(cases.REGISTRY[name](), kind)
     to_ternary(law)
-    check(law)
+    assert_law(law)
 
 
 @pytest.mark.parametrize("base", [None, "ternary", "nf4"])
@@ -183,7 +184,7 @@ def test_a_kernel_with_a_gradient_rule_of_its_own(kind: str, base: str | None) -
     assert [t.stack for t in law.layout.targets] == [(0,), ()]
     if base == "ternary":
         to_ternary(law)
-    check(law)
+    assert_law(law)
 
 
 def test_all_linear_takes_the_kernel_too() -> None:
