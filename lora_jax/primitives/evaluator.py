@@ -15,7 +15,6 @@ from jax import lax
 from lora_jax.errors import LoraError
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.held import Deferred
 from lora_jax.primitives.named import Ins, Names, Outs
 from lora_jax.primitives.table import RULES
 from lora_jax.primitives.update import Zero
@@ -34,7 +33,6 @@ class Evaluator:
     def __init__(self, per_example: bool = False) -> None:
         self.per_example = per_example
         self.paths_read: set[str] = set()
-        self.dequantised: dict[str, str] = {}  # path: the operation that had no quantised rule
         self._names = itertools.count()
         self._uses: collections.Counter[str] = collections.Counter()
         self._use: int | None = None
@@ -163,10 +161,7 @@ class Evaluator:
         """A value where only an array will do: a weight is folded if allowed, else refused."""
         if not isinstance(value, AdaptedWeight):
             return value
-        if isinstance(value.update, Zero):
-            if isinstance(value.held, Deferred):
-                self.dequantised.setdefault(value.path, jaxprs.operand_name(eqn))
-        elif not value.fold:
+        if not value.fold:
             raise LoraError(
                 f"{value.path!r}: {jaxprs.operand_name(eqn)} takes this adapted weight and has "
                 "no low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be "
@@ -179,7 +174,7 @@ class Evaluator:
         """The function returns a parameter: the merged weight is asked for by name."""
         if not isinstance(value, AdaptedWeight):
             return value
-        if not (value.fold or isinstance(value.update, Zero)):
+        if not value.fold:
             raise LoraError(
                 f"the function returns the adapted weight {value.path!r} itself; use "
                 "lora_jax.merge for that, or leave it out of the targets"
