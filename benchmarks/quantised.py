@@ -1,6 +1,6 @@
 """SmolLM2 trained on definitions over its base as floats, as its own Q4_1, as NF4 and as int8.
 
-Command:   python -m benchmarks.quantised --seeds 3
+Command:   python -m benchmarks.quantised
 Hardware:  2 CPU cores, 3 GB; about 7 minutes of two quiet cores for each of the 12 runs
 Result:    held-out loss per token before and after, bytes of the frozen weights, peak memory
 
@@ -9,53 +9,47 @@ the peak is that run's alone. The float base is the dequantised Q4_1, the same n
 losses must agree to 1e-3.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
 import pathlib
 import statistics
-import subprocess
-import sys
-import tempfile
-from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from benchmarks import common, runs
+
+CONFIG = "configs/smollm2_definitions.py"
 BASES = ("none", "stored", "nf4", "int8")
 
 
 def main() -> None:
-    """Run every base with every seed and print a table."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = argparse.ArgumentParser(description="SmolLM2 over its base in four forms.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--bases", nargs="+", default=BASES, choices=BASES)
+    parser.add_argument("--runs", type=pathlib.Path, default=runs.ROOT / "runs" / "quantised")
     options = parser.parse_args()
-    print("base     seed  before   after  base MB  peak MB  s/step")
+    rows = []
     for base in options.bases:
-        losses = []
-        for seed in range(options.seeds):
-            found = one(base, seed, options.steps)
-            before, after = (found[when]["test"]["loss"] for when in ("before", "after"))
-            losses.append(after)
-            sizes = (found["base_bytes_per_device"] / 1e6, found["peak_memory_bytes"] / 1e6)
-            print(
-                f"{base:8} {seed:4d} {before:7.4f} {after:7.4f} {sizes[0]:8.1f} {sizes[1]:8.0f}"
-                f" {1 / found['steps_per_second']:7.2f}",
-                flush=True,
+        found = [
+            runs.summary(
+                ["--config", CONFIG, "--model.quantize", base]
+                + ["--seed", str(seed), "--steps", str(options.steps)],
+                options.runs / f"{base}-{seed}",
             )
-        print(f"{base:8} mean          {statistics.mean(losses):7.4f}", flush=True)
-
-
-def one(base: str, seed: int, steps: int) -> Any:
-    """The summary of one run."""
-    config = ROOT / "configs" / "smollm2_definitions.py"
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(config)]
-    command += ["--model.quantize", base, "--seed", str(seed), "--steps", str(steps)]
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        (summary,) = pathlib.Path(folder).rglob("summary.json")
-        return json.loads(summary.read_text())
+            for seed in options.seeds
+        ]
+        losses = [run["after"]["test"]["loss"] for run in found]
+        rows.append(
+            (
+                base,
+                f"{found[0]['before']['test']['loss']:.5f}",
+                " ".join(f"{loss:.5f}" for loss in losses),
+                f"{statistics.mean(losses):.5f}",
+                f"{found[0]['base_bytes_per_device'] / 1e6:.1f}",
+                " ".join(f"{run['peak_memory_bytes'] / 1e9:.2f}" for run in found),
+            )
+        )
+    print(f"\n{common.hardware()}\n")
+    seeds = f"after, seeds {options.seeds}"
+    print(common.table(("base", "before", seeds, "mean", "base MB", "peak GB"), rows))
 
 
 if __name__ == "__main__":

@@ -8,33 +8,25 @@ repeated. Test accuracy is that of the adapter that the validation split picked.
 """
 
 import argparse
-import json
 import pathlib
-import shlex
 import statistics
-import subprocess
-import sys
 
-from benchmarks import common
+from benchmarks import common, runs
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 LONGER = ("--steps", "1932", "--model.dropout", "0.1")
 SETTINGS = {"LoRA r=8 on q and v, and the head": (), "the head alone": ("--lora.targets",)}
 
 
 def accuracy(arguments: tuple[str, ...], folder: pathlib.Path) -> tuple[float, float]:
     """Validation and test accuracy of one run."""
-    command = ["train.py", *arguments, "--run-dir", str(folder)]
-    print("python", shlex.join(command), flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    after = json.loads((folder / "summary.json").read_text())["after"]
+    after = runs.summary(arguments, folder)["after"]
     return after["validation"]["accuracy"], after["test"]["accuracy"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Review snippets: LoRA against the head alone.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "reviews")
+    parser.add_argument("--runs", type=pathlib.Path, default=runs.ROOT / "runs" / "reviews")
     args = parser.parse_args()
     lines = []
     for name, arguments in SETTINGS.items():
