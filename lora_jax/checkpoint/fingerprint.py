@@ -4,11 +4,11 @@ The hash of an array is two sums modulo 2^32 over its elements, each of
 
     mix(bits of the element ^ mix(linear index of the element ^ seed))
 
-with murmur3's finalizer as `mix` and one seed for each sum. A sum does not ask for an order, so
-every device adds up its own shard, and two numbers from each are all that meets: no weight is
-gathered, and the result is the same on any mesh and any number of processes. `mix` is a
-bijection, so a change of one element always shows; any other one escapes with probability 2^-64.
-It finds accidents, not forgers: it is no cryptographic hash.
+with murmur3's finalizer as `mix` and one seed for each sum. The order of a sum does not matter, so
+every device adds up its own shard, and devices exchange two numbers each. No weight is gathered,
+and the result is the same on any mesh and any number of processes. `mix` is a bijection, so a
+change of one element always shows; a change of several goes unseen with probability 2^-64. The
+hash finds accidents and not forgeries: it is not cryptographic.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
 def fingerprint(params: Any) -> dict[str, dict[str, Any]]:
-    """What tells one base from another: shape and content hash of every parameter.
+    """Return the shape and content hash of every parameter, which tell one base from another.
 
     Floats are rounded to bfloat16 first (and denormals to zero), so a bfloat16 copy of float32
     weights has their fingerprint. It is JSON: `lora_jax.save(..., fingerprint=...)` keeps it

@@ -105,8 +105,8 @@ def assemble(
     Args:
         head: the classification head to load too; the tree is then {"bert", "classifier"}.
         shardings: a tree of shardings like the result: this process reads the parts that its
-            own devices hold, each once. None puts everything on the default device. For a weight
-            that stays quantised, that of the weight or a base of those of its arrays.
+            own devices hold, each once. None puts everything on the default device. A weight that
+            stays quantised has one sharding, or a base with one for each of its arrays.
         keep_quantised: hold the quantised tensors as they are, see `lora_jax.base`.
 
     Raises:
