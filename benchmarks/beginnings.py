@@ -29,12 +29,15 @@ METHODS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description="Review snippets: how adapters begin.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--bases", nargs="+", default=["none", "nf4"], choices=["none", "nf4"])
     parser.add_argument("--rates", nargs="+", default=["2e-3", "5e-4"])
     parser.add_argument("--steps", type=int, default=322)
     parser.add_argument("--runs", type=pathlib.Path, default=runs.ROOT / "runs" / "beginnings")
     options = parser.parse_args()
     rows = []
     for base, method in METHODS:
+        if base not in options.bases:
+            continue
         best = max(
             (_of_rate(base, method, rate, options) for rate in options.rates),
             key=lambda found: statistics.mean(found[1]),
