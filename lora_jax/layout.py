@@ -34,6 +34,20 @@ class LeftOut:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dequantised:
+    """A quantised parameter that an operation takes as one float array, because it has no rule."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    where: str
+
+    def __str__(self) -> str:
+        size = math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+        return f"{self.path} at {self.where} ({size / 1e6:.1f} MB as {self.dtype})"
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """All targets, in the order of the parameter tree. Hashable; `print(layout)` is a table.
 
@@ -41,6 +55,9 @@ class Layout:
       targets: what is adapted.
       left_out: what `"all-linear"` left out, each with the reason. It is printed and saved, and
         does not count when layouts are compared.
+      dequantised: the quantised parameters, adapted or not, that some operation takes as a whole
+        float array: lookups, and operations without a rule. Products are given the codes. Printed
+        and saved where there are any; does not count in comparisons either.
 
     Raises:
       LoraError: a target whose kind is not known, or that its kind cannot have.
@@ -48,6 +65,7 @@ class Layout:
 
     targets: tuple[Target, ...] = ()
     left_out: tuple[LeftOut, ...] = dataclasses.field(default=(), compare=False)
+    dequantised: tuple[Dequantised, ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -75,7 +93,10 @@ class Layout:
 
     def to_json(self) -> str:
         """Text that `from_json` reads back to an equal layout."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+        data = {"format": FORMAT, **dataclasses.asdict(self)}
+        if not self.dequantised:  # then a lora_jax that does not know the field reads it too
+            del data["dequantised"]
+        return json.dumps(data, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Layout:
@@ -88,7 +109,7 @@ class Layout:
         try:
             data = json.loads(text)
             version, rows = data["format"], data["targets"]
-            left_out = data.get("left_out", [])
+            left_out, dequantised = data.get("left_out", []), data.get("dequantised", [])
         except (ValueError, KeyError, TypeError) as error:
             raise LoraError(f"this is not a layout: {error!r} in {text[:80]!r}") from error
         known = {"format", *(f.name for f in dataclasses.fields(Layout))}
@@ -96,6 +117,7 @@ class Layout:
         return Layout(
             tuple(_read_row(Target, row, version) for row in rows),
             tuple(_read_row(LeftOut, row, version) for row in left_out),
+            tuple(_read_row(Dequantised, row, version) for row in dequantised),
         )
 
     def check_params(self, leaves: Mapping[str, Any]) -> None:
@@ -136,6 +158,8 @@ class Layout:
         ]
         lines += ["left out:"] if self.left_out else []
         lines += [f"  {x.path}  {_times(x.shape)}  {x.reason}" for x in self.left_out]
+        lines += ["dequantised:"] if self.dequantised else []
+        lines += [f"  {x}" for x in self.dequantised]
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -159,8 +183,15 @@ def _row(t: Target) -> tuple[str, ...]:
     return (t.path, _times(t.shape), *roles, kind, str(t.rank), scale, f"{_size(t):,}")
 
 
+ROWS: dict[type, str] = {
+    Target: "a target of a layout",
+    LeftOut: "a parameter that a layout left out",
+    Dequantised: "a dequantised parameter of a layout",
+}
+
+
 def _read_row(type_: Any, row: Any, version: int) -> Any:
-    what = "a target of a layout" if type_ is Target else "a parameter that a layout left out"
+    what = ROWS[type_]
     if not isinstance(row, dict):
         raise LoraError(f"this is not {what}: {row!r}")
     fields = [f.name for f in dataclasses.fields(type_)]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.layout import Layout, LeftOut
+from lora_jax.layout import Dequantised, Layout, LeftOut
 from lora_jax.primitives import jaxprs, roles
 from lora_jax.primitives.dependence import Dependence, dependence
 from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule
@@ -56,6 +56,10 @@ def resolve(
             if path in chosen
         ),
         _left_out(spec, chosen, found),
+        tuple(
+            Dequantised(path, found.avals[path].shape, str(found.avals[path].dtype), where)
+            for path, where in roles.dequantised(traced).items()
+        ),
     )
 
 

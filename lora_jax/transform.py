@@ -25,7 +25,7 @@ from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.primitives.held import held
 from lora_jax.primitives.lowrank import LowRank
 from lora_jax.primitives.named import MEMBER, RANK, TALLY, Named
-from lora_jax.primitives.update import OutputGain, Zero
+from lora_jax.primitives.update import OutputGain
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
 
@@ -123,7 +123,7 @@ def interpret(
         if path in targets:
             ins[i] = weight(evaluator, targets[path], ins[i])
         elif isinstance(ins[i], Base):
-            ins[i] = _quantised(evaluator, path, ins[i])
+            ins[i] = AdaptedWeight.frozen(path, ins[i], evaluator.fresh(ins[i].ndim))
     outs = evaluator.evaluate(traced.jaxpr, traced.consts, ins)
     outs = [evaluator.returned(out) for out in outs]
     _check_all_read(layout, evaluator.paths_read)
@@ -175,11 +175,6 @@ def _output_gain(target: Target, parameters: Any, w: Any, blend: Blend) -> Any:
         return jnp.where(scale == 0, jnp.ones_like(gain), gain)
 
     return one(parameters, scales) if blend.choice is None else jax.vmap(one)(parameters, scales)
-
-
-def _quantised(evaluator: Evaluator, path: str, w: Base) -> AdaptedWeight:
-    """A quantised weight that no adapter adapts: it too is dequantised where it is used."""
-    return AdaptedWeight(held(w), Zero(), evaluator.fresh(len(w.shape)), path, True)
 
 
 def _check_all_read(layout: Layout, read: set[str]) -> None:

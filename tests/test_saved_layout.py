@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora_jax import Layout, LoraError, Target
-from lora_jax.layout import LeftOut
+from lora_jax.layout import Dequantised, LeftOut
 
 LAYOUT = Layout(
     (
@@ -43,6 +43,17 @@ def test_it_is_read_back_with_what_is_left_out() -> None:
     assert found == LAYOUT and hash(found) == hash(LAYOUT)
     assert found.left_out == LAYOUT.left_out
     assert Layout(LAYOUT.targets) == LAYOUT  # what is left out does not make layouts differ
+
+
+def test_what_is_dequantised_is_printed_and_saved() -> None:
+    """Red: the field forgotten in `from_json`, or written where it is empty."""
+    embedding = Dequantised("embed", (1000, 64), "float32", "`gather` at model.py:31 (f)")
+    layout = Layout(LAYOUT.targets, LAYOUT.left_out, (embedding,))
+    below = "dequantised:\n  embed at `gather` at model.py:31 (f) (0.3 MB as float32)"
+    assert str(layout) == f"{LAYOUT}\n{below}"
+    found = Layout.from_json(layout.to_json())
+    assert found == LAYOUT and found.dequantised == (embedding,)
+    assert "dequantised" not in LAYOUT.to_json()  # an earlier version reads it
 
 
 def test_format_1_is_read() -> None:

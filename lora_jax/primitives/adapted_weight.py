@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
+from lora_jax.base import Base
 from lora_jax.primitives.held import Absent, Deferred
 from lora_jax.primitives.named import Named, Names
-from lora_jax.primitives.update import Update
+from lora_jax.primitives.update import Update, Zero
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +33,11 @@ class AdaptedWeight:
     names: Names = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
     fold: bool = dataclasses.field(metadata={"static": True})
+
+    @staticmethod
+    def frozen(path: str, base: Base, names: Names) -> AdaptedWeight:
+        """A quantised weight that no adapter adapts: it too is dequantised where it is used."""
+        return AdaptedWeight(Deferred.start(base), Zero(), names, path, True)
 
     @property
     def shape(self) -> tuple[int, ...]:

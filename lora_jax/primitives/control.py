@@ -115,7 +115,8 @@ def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     jaxpr, consts = jaxprs.opened(eqn.params["jaxpr"])
     fixed, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
     loop = _Carry(evaluator, eqn, carry, jaxprs.invariant_carry(jaxpr, n_consts, n_carry))
-    sliced, whole = zip(*map(_leading, xs), strict=True) if xs else ((), ())
+    leading = [_leading(evaluator, eqn, x) for x in xs]
+    sliced, whole = zip(*leading, strict=True) if xs else ((), ())
     same = jaxprs.forwarded(jaxpr)[n_carry:]  # these are the stacks themselves
     stacks = [None] * (n_consts + n_carry) + [
         x if isinstance(x, AdaptedWeight) else None for x in xs
@@ -138,7 +139,7 @@ def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return [*loop.whole(moving), *ys]
 
 
-def _leading(x: Any) -> tuple[Any, list[Named | None]]:
+def _leading(evaluator: Any, eqn: Any, x: Any) -> tuple[Any, list[Named | None]]:
     """A weight as a scan slices it, and those of its arrays that have no scanned axis.
 
     The latter are the same for all slices: they are closed over, and an empty array is scanned.
@@ -153,7 +154,7 @@ def _leading(x: Any) -> tuple[Any, list[Named | None]]:
         return n.to_front((name,)) if name in n.names else Named(jnp.zeros((length, 0)), (name,))
 
     if isinstance(x.held, Deferred) and name not in x.held.leading(x.names):
-        x = dataclasses.replace(x, held=Dense(x.held.dense()))
+        x = _dense(evaluator, eqn, x)
     return dataclasses.replace(x, update=x.update.map(first)), whole
 
 
@@ -235,7 +236,8 @@ def _shard_map(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     of `x W + scale (x a) b` makes both whole.
     """
     form = jaxprs.shard_map_form(eqn)
-    ins = [_dense(v) if isinstance(v, AdaptedWeight) else v for v in _all_chosen(ins)]
+    ins = _all_chosen(ins)
+    ins = [_dense(evaluator, eqn, v) if isinstance(v, AdaptedWeight) else v for v in ins]
     in_specs = [
         _specs_of(v, spec) if isinstance(v, AdaptedWeight) else spec
         for v, spec in zip(ins, form.in_specs, strict=True)
@@ -248,8 +250,9 @@ def _shard_map(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return form.call(body, in_specs)(ins)
 
 
-def _dense(v: AdaptedWeight) -> AdaptedWeight:
+def _dense(evaluator: Any, eqn: Any, v: AdaptedWeight) -> AdaptedWeight:
     """The weight as an array, which can be cut anywhere."""
+    evaluator.dequantise(eqn, v)
     return dataclasses.replace(v, held=Dense(v.held.dense()))
 
 

@@ -15,6 +15,7 @@ from jax import lax
 from lora_jax.errors import LoraError
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.held import Deferred
 from lora_jax.primitives.named import Ins, Names, Outs
 from lora_jax.primitives.table import RULES
 from lora_jax.primitives.update import Zero
@@ -33,6 +34,7 @@ class Evaluator:
     def __init__(self, per_example: bool = False) -> None:
         self.per_example = per_example
         self.paths_read: set[str] = set()
+        self.dequantised: dict[str, str] = {}  # path -> the first operation that took it whole
         self._names = itertools.count()
         self._uses: collections.Counter[str] = collections.Counter()
         self._use: int | None = None
@@ -56,6 +58,12 @@ class Evaluator:
         del eqn, stack, inputs, outputs
         self.read(v)
         return self.next_use(v.path)
+
+    def dequantise(self, eqn: Any, v: AdaptedWeight) -> None:
+        """Note that an operation takes the weight as one array, also if W is kept as codes."""
+        if isinstance(v.held, Deferred):
+            where = "the end of the function" if eqn is None else jaxprs.operand_name(eqn)
+            self.dequantised.setdefault(v.path, where)
 
     def next_use(self, path: str) -> int:
         if self._use is not None:
@@ -168,6 +176,7 @@ class Evaluator:
                 f"formed there: LoraSpec(..., fold=({value.path!r},))"
             )
         self.read(value)
+        self.dequantise(eqn, value)
         return value.merged()
 
     def returned(self, value: Any) -> Any:
@@ -180,6 +189,7 @@ class Evaluator:
                 "lora_jax.merge for that, or leave it out of the targets"
             )
         self.read(value)
+        self.dequantise(None, value)
         return value.merged()
 
 

@@ -125,6 +125,7 @@ def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     if not v.update.admits(batching, looked_up, rest):
         return None
     evaluator.consume(eqn, v, batching, looked_up, rest)
+    evaluator.dequantise(eqn, v)
     return [_looked_up(evaluator, v, eqn, indices, rest)]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.base import Base
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
@@ -313,3 +314,23 @@ def uses(traced: jaxprs.TracedCall) -> dict[str, tuple[Use, ...]]:
 
     jax.eval_shape(run, *traced.avals)
     return {path: tuple(found) for path, found in recording.uses.items()}
+
+
+def dequantised(traced: jaxprs.TracedCall) -> dict[str, str]:
+    """Where an operation takes a base as one float array: its path, and the first such operation.
+
+    The call is evaluated as `lora_jax.adapt` does it where nothing is adapted.
+    """
+    evaluator = Evaluator()
+
+    def run(*ins: Any) -> list[Any]:
+        values = list(ins)
+        for i, path in enumerate(traced.param_paths):
+            if isinstance(ins[i], Base):
+                values[i] = AdaptedWeight.frozen(path, ins[i], evaluator.fresh(ins[i].ndim))
+        outs = evaluator.evaluate(traced.jaxpr, traced.consts, values)
+        return [evaluator.returned(out) for out in outs]
+
+    if any(isinstance(x, Base) for x in traced.inputs):
+        jax.eval_shape(run, *traced.inputs)
+    return evaluator.dequantised

@@ -76,8 +76,11 @@ def opening(run: Run, state: State) -> str:
         f"{found['adapter_parameters']:,} numbers, {found['trainable_parameters']:,} trained in "
         f"full, base {found['base_parameters']:,}"
     )
+    whole = setup.layout.dequantised
+    more = f", and {len(whole) - 1} more weights" if len(whole) > 1 else ""
+    dequantised = f"Dequantised as a whole: {whole[0]}{more}" if whole else ""
     going_on = f"Going on from the checkpoint of step {run.start}." if run.start else ""
-    return "\n".join(filter(None, (facts, text, going_on)))
+    return "\n".join(filter(None, (facts, text, dequantised, going_on)))
 
 
 def sizes(run: Run, state: State) -> dict[str, int]:
