@@ -18,6 +18,7 @@ from lora_jax.adapters import Adapter as Adapter
 from lora_jax.adapters import as_lora as as_lora
 from lora_jax.adapters import count as count
 from lora_jax.adapters import init as init
+from lora_jax.analysis.merge_error import merge_error as merge_error
 from lora_jax.bases.quantise import dequantize as dequantize
 from lora_jax.bases.quantise import quantize as quantize
 from lora_jax.beginnings import init_from_base as init_from_base
@@ -28,7 +29,6 @@ from lora_jax.checkpoint import save as save
 from lora_jax.errors import LoraError as LoraError
 from lora_jax.layout import Layout as Layout
 from lora_jax.merge import merge as merge
-from lora_jax.merge import merge_error as merge_error
 from lora_jax.multi.dropout import dropout as dropout
 from lora_jax.nnx import from_nnx as from_nnx
 from lora_jax.resolve import resolve as resolve

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
-from lora_jax.target import Target
 from lora_jax.updates.initial import initializer
-from lora_jax.updates.kind import Factors, TargetInitializer, kind_of
+from lora_jax.updates.kind import TargetInitializer, kind_of
+from lora_jax.updates.plain import plain
 
 Adapters = dict[str, Any]
 """`{path: parameters}`: the NamedTuple of arrays that the target's kind has."""
@@ -152,40 +152,6 @@ def as_lora(layout: Layout, adapters: Adapters) -> tuple[Layout, Adapters]:
     ('lora', 4, (9, 4))
     """
     check(layout, adapters)
-    found = {t.path: _as_lora(t, adapters[t.path]) for t in layout.targets}
-    plain = dataclasses.replace(layout, targets=tuple(target for target, _ in found.values()))
-    return plain, {path: factors for path, (_, factors) in found.items()}
-
-
-def _as_lora(target: Target, parameters: Any) -> tuple[Target, Factors]:
-    if target.kind == "lora" and not target.parts:
-        return target, parameters
-    kind = kind_of(target)
-    factors = kind.factors(target, parameters)
-    if factors is None or kind.rescales:
-        why = "has no factors" if factors is None else "rescales W itself"
-        raise LoraError(
-            f"{target.path!r}: an update of the kind {target.kind!r} {why}, so it cannot be "
-            "written as plain LoRA factors. Use the adapter alone (lora_jax.adapt), or merge it"
-        )
-    scale, rank = kind.scale(target), factors.a.shape[-1]
-    limit = min(target.fan_in, target.fan_out)
-    if rank > limit:
-        factors = _of_full_rank(target, factors)
-    plain = target.plain(min(rank, limit))
-    return dataclasses.replace(plain, alpha=scale * plain.rank), factors
-
-
-def _of_full_rank(target: Target, factors: Factors) -> Factors:
-    """The same product, one of the factors being an identity."""
-    stack = target.sizes(target.stack)
-    a = factors.a.reshape(*stack, target.fan_in, -1)
-    b = factors.b.reshape(*stack, a.shape[-1], target.fan_out)
-    limit = min(target.fan_in, target.fan_out)
-    product = jnp.matmul(a, b, precision="highest")
-    unit = jnp.broadcast_to(jnp.eye(limit, dtype=product.dtype), (*stack, limit, limit))
-    a, b = (unit, product) if limit == target.fan_in else (product, unit)
-    return Factors(
-        a.reshape(*target.a_shape[:-1], limit),
-        b.reshape(*stack, limit, *target.sizes(target.outputs)),
-    )
+    found = [plain(t, adapters[t.path]) for t in layout.targets]
+    lora = dataclasses.replace(layout, targets=tuple(target for target, _ in found))
+    return lora, {target.path: factors for target, factors in found}

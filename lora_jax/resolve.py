@@ -13,6 +13,7 @@ from lora_jax.primitives import jaxprs, roles
 from lora_jax.primitives.dependence import Dependence, dependence
 from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule
 from lora_jax.target import Target
+from lora_jax.updates.recorder import Use
 
 
 def resolve(
@@ -67,7 +68,7 @@ class _Found(NamedTuple):
     """What a trace tells: how each parameter is used, and what depends on what."""
 
     avals: dict[str, Any]
-    uses: dict[str, tuple[roles.Use, ...]]
+    uses: dict[str, tuple[Use, ...]]
     dependence: Dependence
 
     def kernels(self) -> list[str]:
@@ -198,7 +199,7 @@ def _stated(path: str, found: _Found, rule: Rule) -> tuple[Any, Any, Any]:
     return stack, inputs, outputs
 
 
-def _refuse_barriers(path: str, uses: tuple[roles.Use, ...]) -> None:
+def _refuse_barriers(path: str, uses: tuple[Use, ...]) -> None:
     for use in uses:
         if use.barrier is not None and _adapted_elsewhere(uses):
             raise LoraError(
@@ -208,12 +209,12 @@ def _refuse_barriers(path: str, uses: tuple[roles.Use, ...]) -> None:
             )
 
 
-def _adapted_elsewhere(uses: tuple[roles.Use, ...]) -> bool:
+def _adapted_elsewhere(uses: tuple[Use, ...]) -> bool:
     """A parameter that meets products and barriers; one that meets no product fails later."""
     return any(u.has_axes for u in uses)
 
 
-def _canonical(path: str, shape: tuple[int, ...], uses: tuple[roles.Use, ...]) -> roles.Use:
+def _canonical(path: str, shape: tuple[int, ...], uses: tuple[Use, ...]) -> Use:
     """The use whose axes count: convolutions and lookups before products, then what is usual."""
     complete = [u for u in uses if u.has_axes and _covers(u, shape)]
     if not complete:
@@ -232,5 +233,5 @@ def _canonical(path: str, shape: tuple[int, ...], uses: tuple[roles.Use, ...]) -
     return min(complete, key=lambda u: (rank(u), -usual[u.inputs]))
 
 
-def _covers(use: roles.Use, shape: tuple[int, ...]) -> bool:
+def _covers(use: Use, shape: tuple[int, ...]) -> bool:
     return sorted((*use.stack, *use.inputs, *use.outputs)) == list(range(len(shape)))

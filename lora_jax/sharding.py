@@ -21,9 +21,10 @@ from lora_jax.bases.placement import placed
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.roles import Use, uses
+from lora_jax.primitives.roles import uses
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
+from lora_jax.updates.recorder import Use
 
 ShardingRule = tuple[
     str, PartitionSpec

@@ -12,22 +12,23 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.adapters import Adapters
 from lora_jax.base import Base
+from lora_jax.bases.held import held
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.multi import per_example
 from lora_jax.multi.blend import Blend, Choosing
+from lora_jax.multi.chosen import Chosen
 from lora_jax.multi.stack import Scaled, blended
+from lora_jax.named import MEMBER, RANK, TALLY, Named
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.choosing import Chosen, Gated
-from lora_jax.primitives.dropped import Dropped
 from lora_jax.primitives.evaluator import Evaluator
-from lora_jax.primitives.held import held
-from lora_jax.primitives.lowrank import LowRank
-from lora_jax.primitives.named import MEMBER, RANK, TALLY, Named
-from lora_jax.primitives.update import OutputGain
 from lora_jax.target import Target
+from lora_jax.updates.dropped import Dropped
+from lora_jax.updates.gated import Gated
 from lora_jax.updates.kind import kind_of
+from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.update import OutputGain
 
 Weight = Callable[[Evaluator, Target, Any], Any]
 

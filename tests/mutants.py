@@ -66,12 +66,12 @@ MUTANTS = (  # name and file, old, new, tests
         '"ragged_dot_general", "dot_general", "gather")',
         ("tests/test_transform.py"
          "::test_outputs_equal_those_of_the_merged_weights[linen_embed_tied]",)),
-    Mutant("unknown-slot-is-the-base", "lora_jax/primitives/choosing.py",
+    Mutant("unknown-slot-is-the-base", "lora_jax/multi/chosen.py",
         'jnp.take(n.array, self.index, axis=axis, mode="fill", fill_value=jnp.nan)',
         'jnp.take(n.array, self.index, axis=axis, mode="clip")',
         ("tests/multi/test_stack.py::test_a_number_that_is_no_slot_gives_nan_in_a_compiled_program",)),
     # the right numbers, for many times the work
-    Mutant("larger-product-first", "lora_jax/primitives/lowrank.py",
+    Mutant("larger-product-first", "lora_jax/updates/lowrank.py",
         "if contracted(a) >= contracted(b)",
         "if contracted(a) <= contracted(b)",
         ("tests/test_flops.py::test_gradient_flops[minilm]",)),

@@ -23,25 +23,26 @@ PACKAGE = ROOT / "lora_jax"
 # Room -> the rooms it may import, and does. A room is a top-level module or a package; "" is the
 # facade, `lora_jax/__init__.py`, which nothing in the package imports.
 ARROWS = {
-    "": {"adapters", "bases", "beginnings", "checkpoint", "errors", "frozen", "layout", "merge"}
-    | {"moe", "multi", "nnx", "paths", "resolve", "sharding", "spec", "target", "transform"}
-    | {"updates"},
+    "": {"adapters", "analysis", "bases", "beginnings", "checkpoint", "errors", "frozen", "layout"}
+    | {"merge", "moe", "multi", "nnx", "paths", "resolve", "sharding", "spec", "target"}
+    | {"transform", "updates"},
     # the core: the transform and what it is used with
     "errors": set(),
     "base": set(),
+    "named": set(),
     "paths": {"base", "errors"},
     "spec": {"errors"},
     "target": {"errors", "spec"},
-    "updates": {"base", "errors", "target"},
+    "updates": {"base", "errors", "named", "target"},
     "layout": {"base", "errors", "paths", "target", "updates"},
-    "bases": {"base", "errors", "layout", "paths"},
-    "adapters": {"errors", "layout", "paths", "target", "updates"},
-    "merge": {"adapters", "base", "layout", "paths", "updates"},
-    "multi": {"adapters", "base", "errors", "layout", "spec", "target", "updates"},
-    "primitives": {"base", "errors", "multi", "paths"},
-    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target"},
-    "transform": {"adapters", "base", "errors", "layout", "multi", "paths", "primitives", "target"}
-    | {"updates"},
+    "bases": {"base", "errors", "layout", "named", "paths"},
+    "adapters": {"errors", "layout", "paths", "updates"},
+    "merge": {"adapters", "layout", "paths", "updates"},
+    "multi": {"adapters", "base", "errors", "layout", "named", "spec", "target", "updates"},
+    "primitives": {"base", "bases", "errors", "named", "paths", "updates"},
+    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target", "updates"},
+    "transform": {"adapters", "base", "bases", "errors", "layout", "multi", "named", "paths"}
+    | {"primitives", "target", "updates"},
     "moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
     "frozen": {"base", "errors", "paths"},
     "labels": {"errors", "paths", "updates"},

@@ -11,15 +11,15 @@ import numpy as np
 
 from lora_jax.adapters import Adapters, init
 from lora_jax.analysis import matrices
+from lora_jax.bases.held import held
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
-from lora_jax.primitives.held import held
-from lora_jax.primitives.moments import moments
 from lora_jax.target import Target
 from lora_jax.transform import interpret
+from lora_jax.updates.moments import moments
 
 WIDEST = 2**15  # inputs; beyond it the second moment of one weight takes more than 4 GiB
 

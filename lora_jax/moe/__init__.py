@@ -8,4 +8,4 @@ from lora_jax.moe.router import route as route
 from lora_jax.moe.statistics import Load as Load
 from lora_jax.moe.statistics import balance as balance
 from lora_jax.moe.statistics import router_load as router_load
-from lora_jax.primitives.gating import gates as gates
+from lora_jax.updates.gating import gates as gates

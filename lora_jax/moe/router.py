@@ -36,7 +36,7 @@ from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.multi.blend import Blend, Choosing
 from lora_jax.multi.stack import Stack
-from lora_jax.primitives.gating import Gate
+from lora_jax.updates.gating import Gate
 from lora_jax.updates.kind import Factors, kind_of
 
 Router = dict[str, Any]

@@ -13,8 +13,8 @@ from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.moe.router import Routed
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.gating import tally
 from lora_jax.transform import adapt
+from lora_jax.updates.gating import tally
 
 
 class Load(NamedTuple):
@@ -46,7 +46,7 @@ def router_load(
     """The share of the tokens and the mean gate of each expert, in `f(params, ..., *args)`.
 
     Every row that a product multiplies counts, padding too. The gates are counted as the gradient
-    of a probe (`lora_jax.primitives.gating.counted`), which works through `scan`, `checkpoint` and
+    of a probe (`lora_jax.updates.gating.counted`), which works through `scan`, `checkpoint` and
     the rest, and costs a backward pass; where gradients are computed anyway, differentiate with
     respect to `Routed.probe` too, from `probe`, and read `Load.from_tally` for nothing.
 

@@ -46,7 +46,7 @@ class Blend:
     factors: `{path: Factors(a [*stack, *inputs, rank], b [*stack, rank, *outputs])}`; the rank is
       that of all blended adapters together. With gates, `a` has the router's n columns at its end.
     gains: `{path: [] or [rank]}`, what each rank is multiplied with: scales times weights.
-    gates: `{path: Gate}`, for a router per token (`lora_jax.primitives.gating`).
+    gates: `{path: Gate}`, for a router per token (`lora_jax.updates.gating`).
     choice: which adapter it is, where that is not chosen yet; then every array has a leading axis
       of adapters.
     drop: None, or the dropout of the inputs of all updates.

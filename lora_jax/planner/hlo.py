@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 
-LORA = "/lora/"  # in the origin of what `lora_jax.primitives.lowrank` does, forward and backward
+LORA = "/lora/"  # in the origin of what `lora_jax.updates.lowrank` does, forward and backward
 VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")  # of an array, or its copy
 _TWO = ("s16", "u16", "bf16", "f16")
 _FOUR, _EIGHT = ("s32", "u32", "f32"), ("s64", "u64", "f64", "c64")

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from lora_jax.base import Base
-from lora_jax.primitives.held import Absent, Deferred
-from lora_jax.primitives.named import Named, Names
-from lora_jax.primitives.update import Update, Zero
+from lora_jax.bases.held import Absent, Deferred
+from lora_jax.named import Named, Names
+from lora_jax.updates.update import Update, Zero
 
 
 @jax.tree_util.register_dataclass

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from lora_jax.bases.held import Deferred, Dense
+from lora_jax.named import Ins, Named, Outs
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.held import Deferred, Dense
-from lora_jax.primitives.named import Ins, Named, Outs
 
 
 def _inline(evaluator: Any, eqn: Any, ins: Ins) -> Outs:

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.bases.held import Deferred
 from lora_jax.errors import LoraError
+from lora_jax.named import Ins, Names, Outs
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.held import Deferred
-from lora_jax.primitives.named import Ins, Names, Outs
 from lora_jax.primitives.table import RULES
-from lora_jax.primitives.update import Zero
+from lora_jax.updates.update import Zero
 
 
 class Evaluator:

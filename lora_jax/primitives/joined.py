@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.primitives import held
+from lora_jax.bases import held
+from lora_jax.named import Ins, Outs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.named import Ins, Outs
-from lora_jax.primitives.update import OutputGain, Part, Zero
+from lora_jax.updates.update import OutputGain, Part, Zero
 
 
 def _concatenate(evaluator: Any, eqn: Any, ins: Ins) -> Outs:

@@ -12,11 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.primitives import jaxprs, lowrank
+from lora_jax.named import RANK, Ins, Named, Names, Outs, einsum, wider, without
+from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.lowrank import LowRank
-from lora_jax.primitives.named import RANK, Ins, Named, Names, Outs, einsum, wider, without
-from lora_jax.primitives.update import Operation
+from lora_jax.updates import lowrank
+from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.update import Operation
 
 
 def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:

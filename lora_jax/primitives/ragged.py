@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.named import OTHER, RANK, Ins, Named, Outs, without
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.lowrank import LowRank
-from lora_jax.primitives.named import OTHER, RANK, Ins, Named, Outs, without
-from lora_jax.primitives.update import Operation
+from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.update import Operation
 
 Dot = Callable[[Any, Any, Any], Any]  # (x, w [groups, ...], sizes [groups])
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lora_jax.named import RANK, Ins, Named, Outs
 from lora_jax.primitives import control, joined, products, ragged, views
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.lowrank import LowRank
-from lora_jax.primitives.named import RANK, Ins, Named, Outs
-from lora_jax.primitives.update import Operation
+from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.update import Operation
 
 PrimitiveRule = Callable[[Any, Any, Ins], Outs]
 RULES: dict[str, PrimitiveRule] = {

@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.named import Ins, Named, Outs, without
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.primitives.named import Ins, Named, Outs, without
 
 
 def _only(ins: Ins) -> AdaptedWeight | None:

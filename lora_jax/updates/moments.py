@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
-from lora_jax.primitives.lowrank import LowRank
-from lora_jax.primitives.named import MEMBER, RANK, TALLY, Named, Names, without
-from lora_jax.primitives.update import Update
+from lora_jax.named import MEMBER, RANK, TALLY, Named, Names, without
+from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.update import Update
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +23,7 @@ class Moments(LowRank):
 
     So `x a`, which every rule hands to `middle`, is x itself as the weight sees it: rows
     [rows, in], the patches of a convolution, the rows of an expert. The sum of x^T x is handed
-    out as the gradient of `probe`, [*stack, in, in], see `lora_jax.primitives.gating.counted`.
+    out as the gradient of `probe`, [*stack, in, in], see `lora_jax.updates.gating.counted`.
     """
 
     probe: Named | None = None

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.base import wide_dtype
-from lora_jax.primitives.named import RANK, ROWS, Named, Names, einsum
-from lora_jax.primitives.update import Operation, Part, Update
+from lora_jax.named import RANK, ROWS, Named, Names, einsum
+from lora_jax.updates.update import Operation, Part, Update
 
 
 @jax.tree_util.register_dataclass

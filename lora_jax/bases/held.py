@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.base import Base
-from lora_jax.primitives import recomputed
-from lora_jax.primitives.named import OTHER, Named, Names
+from lora_jax.bases import recomputed
+from lora_jax.named import OTHER, Named, Names
 
 Move = Callable[..., Named]  # (named array, *operands) -> named array
 

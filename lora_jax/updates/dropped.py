@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.primitives.named import TALLY, Named, Names, without
-from lora_jax.primitives.update import Operation, Update
+from lora_jax.named import TALLY, Named, Names, without
+from lora_jax.updates.update import Operation, Update
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.errors import LoraError
-from lora_jax.primitives.named import Named, Names, wider, without
+from lora_jax.named import Named, Names, wider, without
 
 
 @dataclasses.dataclass(frozen=True)

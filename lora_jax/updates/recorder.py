@@ -1,0 +1,142 @@
+"""An update that adds nothing: it writes down which axes of which parameters W's axes are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax.named import Named, Names
+from lora_jax.updates.update import Part, Update, Zero
+
+Atom = tuple[str, int]  # an axis of a parameter: its path and its number
+Atoms = frozenset[Atom]
+NONE: Atoms = frozenset()
+PRODUCTS = ("conv_general_dilated", "ragged_dot_general", "dot_general", "custom_vjp_call")
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One operation that consumes a parameter.
+
+    stack, inputs, outputs are the parameter's own axes; where the operation has no low-rank rule,
+    only stack is known. `barrier` names an operation with no low-rank rule between the parameter
+    and this use (or this use itself); such a use exists only in merged form.
+
+    An operation consumes all the parameters that a weight is made of; until it is asked for the
+    use `of` one of them, the axes are atoms.
+    """
+
+    kind: str
+    where: str
+    stack: Any = ()
+    inputs: Any = ()
+    outputs: Any = ()
+    barrier: str | None = None
+
+    def of(self, path: str) -> Use:
+        def own(atoms: Any) -> tuple[int, ...]:
+            return tuple(sorted(axis for p, axis in atoms if p == path))
+
+        roles = own(self.stack), own(self.inputs), own(self.outputs)
+        return Use(self.kind, self.where, *roles, self.barrier)
+
+    @property
+    def is_product(self) -> bool:
+        return self.kind in PRODUCTS and bool(self.inputs) and bool(self.outputs)
+
+    @property
+    def has_axes(self) -> bool:
+        return self.kind in (*PRODUCTS, "gather") and bool(self.inputs) and bool(self.outputs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recorder(Zero):
+    """An update that adds nothing, and knows which axes of which parameters each name stands for.
+
+    atoms: of each name. stacked, summed: those of axes that W has lost. barrier: the operation
+    without a rule that W has passed. lookup: the roles as of a lookup, where W may be its rows.
+    factors: axes of which each set must be of one factor, because W was multiplied along them.
+    picked: axes in whose place there are those of an index.
+    """
+
+    paths: frozenset[str] = dataclasses.field(metadata={"static": True})
+    atoms: tuple[tuple[int, Atoms], ...] = dataclasses.field(metadata={"static": True})
+    stacked: Atoms = dataclasses.field(default=NONE, metadata={"static": True})
+    summed: Atoms = dataclasses.field(default=NONE, metadata={"static": True})
+    barrier: str | None = dataclasses.field(default=None, metadata={"static": True})
+    lookup: Any = dataclasses.field(default=None, metadata={"static": True})
+    factors: tuple[Atoms, ...] = dataclasses.field(default=(), metadata={"static": True})
+    picked: Atoms = dataclasses.field(default=NONE, metadata={"static": True})
+
+    def of(self, names: Iterable[int]) -> Atoms:
+        known = dict(self.atoms)
+        return NONE.union(*(known.get(n, NONE) for n in names))
+
+    def role(self, name: int) -> str | None:
+        return "unknown" if self.of((name,)) else None
+
+    def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
+        del stack, inputs, outputs
+        return True
+
+    def chooses(self, taken: Names, rest: Names) -> bool:
+        del taken, rest
+        return True
+
+    def times(self, factor: Named) -> Update | None:
+        """Only by a factor that is the same along some axis of the parameter: not an activation."""
+        along = [n for n in factor.names if factor.size(n) > 1]
+        real = [n for n, atoms in self.atoms if atoms and n in factor.names]
+        if along and all(n in along for n in real):
+            return None
+        return dataclasses.replace(self, factors=(*self.factors, self.of(along)))
+
+    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
+        atoms = self.of((*old, *units))
+        return dataclasses.replace(self, atoms=(*self.atoms, *((n, atoms) for n in new)))
+
+    def renamed(self, new: dict[int, int]) -> Update:
+        atoms = tuple((new.get(n, n), found) for n, found in self.atoms)
+        return dataclasses.replace(self, atoms=atoms)
+
+    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+        del name, size
+        every = [p.update for p in parts]
+        names = dict.fromkeys(n for u in every for n, _ in u.atoms)
+        union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731
+        return Recorder(
+            frozenset().union(*(u.paths for u in every)),
+            tuple((n, NONE.union(*(u.of((n,)) for u in every))) for n in names),
+            union("stacked"),
+            union("summed"),
+            next((u.barrier for u in every if u.barrier), None),
+            None,
+            tuple(f for u in every for f in u.factors),
+            union("picked"),
+        )
+
+    def lost(self, names: Names, how: str, into: Names = ()) -> Update:
+        atoms = self.of(names)
+        if into:
+            more = tuple((n, atoms) for n in into)
+            picked = self.picked | atoms
+            return dataclasses.replace(self, atoms=(*self.atoms, *more), picked=picked)
+        if how == "summed":
+            return dataclasses.replace(self, summed=self.summed | atoms)
+        return dataclasses.replace(self, stacked=self.stacked | atoms)
+
+    def meets(self, kind: str, where: str, stack: Names, inputs: Names, outputs: Names) -> Use:
+        """The use that an operation makes of the weight, these axes having these roles."""
+        s, i = self.stacked | self.of(stack), self.of(inputs)
+        o = self.summed | self.of(outputs)
+        i, o = i - (s & self.picked), o - (s & self.picked)
+        barrier = self.barrier
+        if (s & i) or (s & o) or (i & o):
+            s = i = o = NONE
+        elif any(f & i and f & o for f in self.factors):
+            barrier = "mul"
+        return Use(kind, where, s, i, o, barrier)
