@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -59,6 +59,11 @@ class Named:
         """The array with so many zeros before and after it along some of its axes."""
         return Named(jnp.pad(self.array, [ends.get(n, (0, 0)) for n in self.names]), self.names)
 
+    def reduced(self, gone: Collection[int], fn: Callable[..., Any]) -> Named:
+        """`fn(array, axes)`, which takes these axes away, of those that the array has."""
+        axes = tuple(i for i, n in enumerate(self.names) if n in gone)
+        return Named(fn(self.array, axes), without(self.names, gone))
+
     def astype(self, dtype: Any) -> Named:
         return Named(jnp.asarray(self.array, dtype), self.names)
 
@@ -87,7 +92,6 @@ def wider(first: Any, second: Any) -> Any:
         return jnp.promote_types(first, second)
 
 
-def without(names: Names, gone: Iterable[int]) -> Names:
+def without(names: Names, gone: Collection[int]) -> Names:
     """The names that are not among `gone`, in their order."""
-    left_out = set(gone)
-    return tuple(n for n in names if n not in left_out)
+    return tuple(n for n in names if n not in gone)

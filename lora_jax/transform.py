@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.adapters import Adapters
@@ -17,18 +15,12 @@ from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.multi import per_example
 from lora_jax.multi.blend import Blend, Choosing
-from lora_jax.multi.chosen import Chosen
 from lora_jax.multi.stack import Scaled, blended
-from lora_jax.named import MEMBER, RANK, TALLY, Named
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.target import Target
-from lora_jax.updates.dropped import Dropped
-from lora_jax.updates.gated import Gated
 from lora_jax.updates.kind import kind_of
-from lora_jax.updates.lowrank import LowRank
-from lora_jax.updates.update import OutputGain
 
 Weight = Callable[[Evaluator, Target, Any], Any]
 
@@ -84,7 +76,12 @@ def adapt(
 
     def one(many: bool, params: Any, update: Blend, *args: Any, **kwargs: Any) -> Any:
         def weight(evaluator: Evaluator, target: Target, w: Any) -> Any:
-            return _adapted(evaluator, target, w, update)
+            names = evaluator.fresh(len(target.shape))
+            running = update.of(target, w, names)
+            if running is not None:
+                return AdaptedWeight(held(w), running, names, target.path, target.fold)
+            evaluator.paths_read.add(target.path)
+            return kind_of(target).merged(target, update.factors[target.path], w)
 
         return interpret(Evaluator(many), layout, f, weight, params, *args, **kwargs)
 
@@ -129,53 +126,6 @@ def interpret(
     outs = [evaluator.returned(out) for out in outs]
     _check_all_read(layout, evaluator.paths_read)
     return jax.tree.unflatten(traced.out_tree, outs)
-
-
-def _adapted(evaluator: Evaluator, target: Target, w: Any, blend: Blend) -> Any:
-    """The weight of a target as the program gets it; an array, if its update has no low rank."""
-    kind, parameters = kind_of(target), blend.factors[target.path]
-    factors = kind.factors(target, parameters)
-    if factors is None:
-        evaluator.paths_read.add(target.path)
-        return kind.merged(target, parameters, w)
-    names = evaluator.fresh(len(target.shape))
-    pick = lambda which: tuple(names[i] for i in which)  # noqa: E731
-    stack, several = pick(target.stack), () if blend.choice is None else (MEMBER,)
-    a = Named(factors.a, (*several, *stack, *pick(target.inputs), RANK))
-    b = Named(factors.b, (*several, *stack, RANK, *pick(target.outputs)))
-    gain, gate = blend.gains.get(target.path), blend.gates.get(target.path)
-    if gain is not None:
-        gain = Named(gain, several or (RANK,) * jnp.ndim(gain))
-    update: Any = LowRank(a, b, kind.scale(target), gain)
-    if gate is not None:
-        if gate.probe is not None:
-            probe = Named(gate.probe, (*stack, TALLY, MEMBER))
-            gate = dataclasses.replace(gate, probe=probe)
-        update = Gated(a, b, update.scale, gain, gate)
-    if kind.rescales:
-        # A plan counts it to the adapters; the outermost scope is written `jvp(output_gain)`.
-        with jax.named_scope("output_gain"), jax.named_scope("lora"):
-            array = _output_gain(target, parameters, w, blend)
-        update = OutputGain(update, Named(array, (*several, *stack, *pick(target.outputs))))
-    if blend.choice is not None:
-        update = Chosen(update, blend.choice.index, blend.choice.examples)
-    if blend.drop is not None:
-        key, rate = blend.drop.key, blend.drop.rate
-        update = Dropped.start(update, target.path, key, rate, stack, target.sizes(target.stack))
-    return AdaptedWeight(held(w), update, names, target.path, target.fold)
-
-
-def _output_gain(target: Target, parameters: Any, w: Any, blend: Blend) -> Any:
-    """The output gain of one adapter, or of each of several; 1 for those whose scale is 0."""
-    kind, scales = kind_of(target), blend.gains.get(target.path)
-    if scales is None:
-        return kind.output_gain(target, parameters, w)
-
-    def one(parameters: Any, scale: Any) -> Any:
-        gain = kind.output_gain(target, parameters, w, scale=scale * kind.scale(target))
-        return jnp.where(scale == 0, jnp.ones_like(gain), gain)
-
-    return one(parameters, scales) if blend.choice is None else jax.vmap(one)(parameters, scales)
 
 
 def _check_all_read(layout: Layout, read: set[str]) -> None:

@@ -12,9 +12,18 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.adapters import Adapters
 from lora_jax.layout import Layout
+from lora_jax.multi.chosen import Chosen
+from lora_jax.named import MEMBER, RANK, TALLY, Named, Names
+from lora_jax.target import Target
+from lora_jax.updates.dropped import Dropped
+from lora_jax.updates.gated import Gated
+from lora_jax.updates.kind import kind_of
+from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.update import OutputGain, Update
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +66,63 @@ class Blend:
     gates: dict[str, Any] = dataclasses.field(default_factory=dict)
     choice: Choice | None = None
     drop: Drop | None = None
+
+    def of(self, target: Target, w: Any, names: Names) -> Update | None:
+        """Return the running update of a target whose axes have these names.
+
+        None: its kind has no factors, so it runs merged.
+        """
+        kind, parameters = kind_of(target), self.factors[target.path]
+        factors = kind.factors(target, parameters)
+        if factors is None:
+            return None
+        several = () if self.choice is None else (MEMBER,)
+        stack, inputs, outputs = (
+            tuple(names[i] for i in axes) for axes in (target.stack, target.inputs, target.outputs)
+        )
+        gain = self.gains.get(target.path)
+        update: Update = self._low_rank(
+            target,
+            Named(factors.a, (*several, *stack, *inputs, RANK)),
+            Named(factors.b, (*several, *stack, RANK, *outputs)),
+            None if gain is None else Named(gain, several or (RANK,) * jnp.ndim(gain)),
+            (*stack, TALLY, MEMBER),
+        )
+        if kind.rescales:
+            # A plan counts it to the adapters; the outermost scope is written `jvp(output_gain)`.
+            with jax.named_scope("output_gain"), jax.named_scope("lora"):
+                rescaling = self._output_gain(target, parameters, w)
+            update = OutputGain(update, Named(rescaling, (*several, *stack, *outputs)))
+        if self.choice is not None:
+            update = Chosen(update, self.choice.index, self.choice.examples)
+        if self.drop is not None:
+            key, rate, sizes = self.drop.key, self.drop.rate, target.sizes(target.stack)
+            update = Dropped.start(update, target.path, key, rate, stack, sizes)
+        return update
+
+    def _low_rank(
+        self, target: Target, a: Named, b: Named, gain: Named | None, probed: Names
+    ) -> LowRank:
+        gate, scale = self.gates.get(target.path), kind_of(target).scale(target)
+        if gate is None:
+            return LowRank(a, b, scale, gain)
+        if gate.probe is not None:
+            gate = dataclasses.replace(gate, probe=Named(gate.probe, probed))
+        return Gated(a, b, scale, gain, gate)
+
+    def _output_gain(self, target: Target, parameters: Any, w: Any) -> Any:
+        """The output gain of one adapter, or of each of several; 1 for those whose scale is 0."""
+        kind, scales = kind_of(target), self.gains.get(target.path)
+        if scales is None:
+            return kind.output_gain(target, parameters, w)
+
+        def one(parameters: Any, scale: Any) -> Any:
+            gain = kind.output_gain(target, parameters, w, scale=scale * kind.scale(target))
+            return jnp.where(scale == 0, jnp.ones_like(gain), gain)
+
+        if self.choice is None:
+            return one(parameters, scales)
+        return jax.vmap(one)(parameters, scales)
 
 
 class Choosing(abc.ABC):

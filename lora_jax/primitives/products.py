@@ -76,9 +76,12 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     out[dims.out_spec[1]] = channel
 
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
-        kernel = _conv_kernel(v.names, update.a, channel, groups).astype(x.array.dtype)
-        h = jnp.moveaxis(jaxprs.bind(eqn, x.array, kernel), dims.out_spec[1], -1)
-        h = _middle(update, h.reshape(*h.shape[:-1], groups, update.a.size(RANK)))
+        order = tuple(RANK if n == channel else n for n in v.names)
+        kernel = [update.a.among(order).astype(x.array.dtype)] * groups
+        h = jaxprs.bind(eqn, x.array, jnp.concatenate(kernel, axis=order.index(RANK)))
+        h = jnp.moveaxis(h, dims.out_spec[1], -1)
+        h = h.reshape(*h.shape[:-1], groups, update.a.size(RANK))
+        h = update.middle(Named(h, (*evaluator.fresh(h.ndim - 1), RANK))).array
         rank, channels = update.b.moved((RANK, channel)).array.shape
         b = update.b.moved((RANK, channel)).array.reshape(rank, groups, channels // groups)
         precision = eqn.params["precision"]
@@ -94,40 +97,68 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return [v.update.product(Operation(x, tuple(out), base, low_rank, sums=True, use=use))]
 
 
-def _middle(update: LowRank, h: Any) -> Any:
-    """`x a` [..., rank] times the update's scale, where no stack axis is left."""
-    # Any names will do that are not the update's own.
-    return update.middle(Named(h, (*range(10**6, 10**6 + h.ndim - 1), RANK))).array
-
-
-def _conv_kernel(names: Names, a: Named, channel: int, groups: int) -> Any:
-    """`a` in the place of the kernel: rank for the output channels, once per feature group."""
-    order = tuple(RANK if n == channel else n for n in names)
-    array = a.among(order)
-    return jnp.concatenate([array] * groups, axis=names.index(channel))
-
-
 def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """Rows looked up (an embedding), or some layers, experts or columns chosen from a weight."""
+    """Rows looked up (an embedding), or layers, experts or columns chosen from a weight.
+
+    `W[i] + scale * a[i] @ b`: the row of `a` has `rank` numbers. Where an axis of another role is
+    indexed (`W[layers]`, `W[:, columns]`), parts are chosen from each array that has it.
+    """
     v, indices = ins
     if not isinstance(v, AdaptedWeight):
         return None
     if not _whole_rows(eqn):
         return _collapsed(evaluator, eqn, ins)
     v = v.chosen()
-    dn = eqn.params["dimension_numbers"]
-    looked_up, batching = (
-        v.names_at(dn.collapsed_slice_dims),
-        v.names_at(dn.operand_batching_dims),
-    )
-    rest = without(v.names, (*looked_up, *batching))
-    if not batching and v.update.chooses(looked_up, rest):
-        return [_chosen(evaluator, v, eqn, indices)]
-    if not v.update.admits(batching, looked_up, rest):
+    dn, ndim = eqn.params["dimension_numbers"], eqn.outvars[0].aval.ndim
+    taken, batching = v.names_at(dn.collapsed_slice_dims), v.names_at(dn.operand_batching_dims)
+    rest = without(v.names, (*taken, *batching))
+    out = list(evaluator.fresh(ndim))
+    rows = without(tuple(range(ndim)), dn.offset_dims)
+    for j, name in zip(dn.offset_dims, rest, strict=True):
+        out[j] = name
+    for k, name in zip(dn.start_indices_batching_dims, batching, strict=True):
+        out[rows[k]] = name
+    names = tuple(out)
+
+    def take(n: Named, indices: Any) -> Named:
+        return _take(n, indices, v.names, eqn, names)
+
+    if not batching and v.update.chooses(taken, rest):
+        moved = v.map(take, indices, along=taken).map_w(lambda n: n.moved(names))
+        return [moved.lost(taken, "taken", into=tuple(out[j] for j in rows))]
+    if not v.update.admits(batching, taken, rest):
         return None
-    evaluator.consume(eqn, v, batching, looked_up, rest)
+    evaluator.consume(eqn, v, batching, taken, rest)
     evaluator.dequantise(eqn, v)
-    return [_looked_up(evaluator, v, eqn, indices, rest)]
+
+    def low_rank(y: Any, x: Any, update: LowRank) -> Any:
+        h = update.middle(take(update.a, indices).astype(y.dtype))
+        return y + einsum(h, update.b.astype(y.dtype), names)
+
+    base = lambda x: v.held.use(lambda w, i: jaxprs.bind(eqn, w, i), indices)  # noqa: E731
+    return [v.update.product(Operation(None, names, base, low_rank))]
+
+
+def _take(n: Named, indices: Any, names: Names, eqn: Any, out: Names) -> Named:
+    """The gather of `eqn`, from W's `names` to `out`, on an array that has some of W's axes.
+
+    It gets the others too, with size 1; its own axes come last. What indices are of comes first.
+    """
+    p, dn = eqn.params, eqn.params["dimension_numbers"]
+    taken = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
+    if not any(names[i] in n.names for i in taken):
+        return n
+    own = without(n.names, names)
+    array = n.among((*names, *own))
+    ends = range(len(out), len(out) + len(own))
+    y = lax.gather(
+        array, indices, dn._replace(offset_dims=(*dn.offset_dims, *ends)),
+        [1 if i in taken else size for i, size in enumerate(array.shape)],
+        indices_are_sorted=p["indices_are_sorted"], unique_indices=p["unique_indices"],
+        mode=p["mode"], fill_value=p["fill_value"],
+    )  # fmt: skip
+    new = Named(y, (*out, *own)).reduced(without(names, n.names), jnp.squeeze)
+    return new.to_front(tuple(name for j, name in enumerate(out) if j not in dn.offset_dims))
 
 
 def _whole_rows(eqn: Any) -> bool:
@@ -166,76 +197,6 @@ def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return jnp.expand_dims(eqn.primitive.bind(w, indices[..., jnp.array(used)], **p), back)
 
     return evaluator.through(same, eqn, ins)
-
-
-def _looked_up(evaluator: Any, v: AdaptedWeight, eqn: Any, indices: Any, rest: Names) -> Any:
-    """`W[i] + scale * a[i] @ b`: the same lookup in `a`, whose row has `rank` numbers."""
-    dn = eqn.params["dimension_numbers"]
-    ndim = eqn.outvars[0].aval.ndim
-    h_names = list(evaluator.fresh(ndim - len(dn.offset_dims)))
-    batching = v.names_at(dn.operand_batching_dims)
-    for name, j in zip(batching, dn.start_indices_batching_dims, strict=True):
-        h_names[j] = name
-    rows, out = iter(h_names), [0] * ndim
-    for name, j in zip(rest, dn.offset_dims, strict=True):
-        out[j] = name
-    out = [name if j in dn.offset_dims else next(rows) for j, name in enumerate(out)]
-
-    def low_rank(y: Any, x: Any, update: LowRank) -> Any:
-        del x
-        h = _gather_like(update.a, v.names, eqn, indices).astype(y.dtype)
-        h = update.middle(Named(h, (*h_names, RANK)))
-        return y + einsum(h, update.b.astype(y.dtype), tuple(out))
-
-    base = lambda _: v.held.use(lambda w, i: jaxprs.bind(eqn, w, i), indices)  # noqa: E731
-    return v.update.product(Operation(None, tuple(out), base, low_rank))
-
-
-def _gather_like(factor: Named, names: Names, eqn: Any, indices: Any) -> Any:
-    """The gather of `eqn` on a factor: its axes that W's gather keeps whole come last."""
-    dn = eqn.params["dimension_numbers"]
-    at = lambda dims: tuple(names[i] for i in dims)  # noqa: E731
-    taken = (*at(dn.collapsed_slice_dims), *at(dn.operand_batching_dims))
-    factor = factor.to_front(tuple(n for n in taken if n in factor.names))
-    position = {n: i for i, n in enumerate(factor.names)}
-    kept = without(factor.names, taken)
-    batch_ndim = indices.ndim - 1
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(batch_ndim, batch_ndim + len(kept))),
-        collapsed_slice_dims=tuple(sorted(position[n] for n in at(dn.collapsed_slice_dims))),
-        start_index_map=tuple(position[n] for n in at(dn.start_index_map)),
-        operand_batching_dims=tuple(position[n] for n in at(dn.operand_batching_dims)),
-        start_indices_batching_dims=dn.start_indices_batching_dims,
-    )
-    sizes = [1 if n in taken else factor.size(n) for n in factor.names]
-    p = eqn.params
-    return lax.gather(
-        factor.array, indices, numbers, sizes,
-        indices_are_sorted=p["indices_are_sorted"], unique_indices=p["unique_indices"],
-        mode=p["mode"], fill_value=p["fill_value"],
-    )  # fmt: skip
-
-
-def _chosen(evaluator: Any, v: AdaptedWeight, eqn: Any, indices: Any) -> AdaptedWeight:
-    """`W[layers]`: the weights (and factors) of some layers, with the index's axes in their place.
-
-    Also `W[:, columns]`: whatever role the axis has, it is chosen from each array that has it.
-    """
-    dn = eqn.params["dimension_numbers"]
-    ndim = eqn.outvars[0].aval.ndim
-    taken = v.names_at(dn.collapsed_slice_dims)
-    new = evaluator.fresh(ndim - len(dn.offset_dims))
-    kept, names, fresh = iter(without(v.names, taken)), [0] * ndim, iter(new)
-    names = [next(kept) if j in dn.offset_dims else next(fresh) for j in range(ndim)]
-
-    def choose(n: Named, indices: Any) -> Named:
-        if not any(name in n.names for name in taken):
-            return n
-        array = _gather_like(n, v.names, eqn, indices)
-        return Named(array, (*new, *without(n.names, taken)))
-
-    moved = v.map(choose, indices, along=taken)
-    return moved.map_w(lambda n: n.moved(tuple(names))).lost(taken, "taken", into=new)
 
 
 RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
