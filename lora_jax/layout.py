@@ -25,26 +25,12 @@ ROW_FIELDS = {1: ("path", "shape", "stack", "inputs", "outputs", "rank", "alpha"
 
 
 @dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """A parameter that a pattern such as `"all-linear"` could have meant, and why it did not."""
+class Remark:
+    """A parameter, and what a layout has to say of it."""
 
     path: str
     shape: tuple[int, ...]
     reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Dequantised:
-    """A quantised parameter that an operation takes as one float array, because it has no rule."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    where: str
-
-    def __str__(self) -> str:
-        size = math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
-        return f"{self.path} at {self.where} ({size / 1e6:.1f} MB as {self.dtype})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +50,19 @@ class Layout:
     """
 
     targets: tuple[Target, ...] = ()
-    left_out: tuple[LeftOut, ...] = dataclasses.field(default=(), compare=False)
-    dequantised: tuple[Dequantised, ...] = dataclasses.field(default=(), compare=False)
+    left_out: tuple[Remark, ...] = dataclasses.field(default=(), compare=False)
+    dequantised: tuple[Remark, ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for target in self.targets:
             kind_of(target).check(target)
 
     def __getitem__(self, path: str) -> Target:
-        for target in self.targets:
-            if target.path == path:
-                return target
-        known = [t.path for t in self.targets]
-        raise LoraError(
-            f"no target {path!r} in the layout; nearest:\n{listed(nearest(path, known))}"
-        )
+        known = {t.path: t for t in self.targets}
+        if path not in known:
+            near = listed(nearest(path, known))
+            raise LoraError(f"no target {path!r} in the layout; nearest:\n{near}")
+        return known[path]
 
     @property
     def size(self) -> int:
@@ -108,16 +92,16 @@ class Layout:
         """
         try:
             data = json.loads(text)
-            version, rows = data["format"], data["targets"]
-            left_out, dequantised = data.get("left_out", []), data.get("dequantised", [])
+            version, targets = data["format"], data["targets"]
         except (ValueError, KeyError, TypeError) as error:
             raise LoraError(f"this is not a layout: {error!r} in {text[:80]!r}") from error
         known = {"format", *(f.name for f in dataclasses.fields(Layout))}
         _check_understood("a layout", version, set(data) - known)
+        left_out, dequantised = data.get("left_out", ()), data.get("dequantised", ())
         return Layout(
-            tuple(_read_row(Target, row, version) for row in rows),
-            tuple(_read_row(LeftOut, row, version) for row in left_out),
-            tuple(_read_row(Dequantised, row, version) for row in dequantised),
+            _read(Target, "a target of a layout", targets, version),
+            _read(Remark, "a parameter that a layout left out", left_out, version),
+            _read(Remark, "a dequantised parameter of a layout", dequantised, version),
         )
 
     def check_params(self, leaves: Mapping[str, Any]) -> None:
@@ -156,10 +140,9 @@ class Layout:
             "  ".join(c.ljust(w) if i < numbers else c.rjust(w) for i, (c, w) in enumerate(cells))
             for cells in (list(zip(row, widths, strict=True)) for row in rows)
         ]
-        lines += ["left out:"] if self.left_out else []
-        lines += [f"  {x.path}  {_times(x.shape)}  {x.reason}" for x in self.left_out]
-        lines += ["dequantised:"] if self.dequantised else []
-        lines += [f"  {x}" for x in self.dequantised]
+        for title, remarks in (("left out:", self.left_out), ("dequantised:", self.dequantised)):
+            lines += [title] if remarks else []
+            lines += [f"  {x.path}  {_times(x.shape)}  {x.reason}" for x in remarks]
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -183,23 +166,19 @@ def _row(t: Target) -> tuple[str, ...]:
     return (t.path, _times(t.shape), *roles, kind, str(t.rank), scale, f"{_size(t):,}")
 
 
-ROWS: dict[type, str] = {
-    Target: "a target of a layout",
-    LeftOut: "a parameter that a layout left out",
-    Dequantised: "a dequantised parameter of a layout",
-}
-
-
-def _read_row(type_: Any, row: Any, version: int) -> Any:
-    what = ROWS[type_]
-    if not isinstance(row, dict):
-        raise LoraError(f"this is not {what}: {row!r}")
+def _read(type_: Any, what: str, rows: Any, version: int) -> tuple[Any, ...]:
+    """The rows of a saved layout as objects of this type."""
     fields = [f.name for f in dataclasses.fields(type_)]
-    _check_understood(what, version, set(row) - set(fields))
-    missing = [name for name in ROW_FIELDS.get(version, fields) if name not in row]
-    if missing:
-        raise LoraError(f"this is not {what}: it has no {missing[0]!r}: {row!r}")
-    return type_(**{name: _as_tuple(value) for name, value in row.items()})
+    found = []
+    for row in rows:
+        if not isinstance(row, dict):
+            raise LoraError(f"this is not {what}: {row!r}")
+        _check_understood(what, version, set(row) - set(fields))
+        missing = [name for name in ROW_FIELDS.get(version, fields) if name not in row]
+        if missing:
+            raise LoraError(f"this is not {what}: it has no {missing[0]!r}: {row!r}")
+        found.append(type_(**{name: _as_tuple(value) for name, value in row.items()}))
+    return tuple(found)
 
 
 def _as_tuple(value: Any) -> Any:

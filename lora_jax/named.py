@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 
 Names = tuple[int, ...]
-Ins = list[Any]  # of one equation, adapted weights among them
-Outs = list[Any] | None  # None: the rule does not apply
 
 RANK, ROWS, MEMBER, TALLY, OTHER = -1, -2, -3, -4, -5  # the same in all weights; OTHER and below
 
@@ -81,9 +79,8 @@ class Named:
 def einsum(left: Named, right: Named, out: Names, precision: Any = None) -> Any:
     """The product of two named arrays with axes `out`; names in neither `out` are summed."""
     letters = {n: i for i, n in enumerate(dict.fromkeys((*left.names, *right.names)))}
-    lists = ([letters[n] for n in names] for names in (left.names, right.names, out))
-    left_list, right_list, out_list = lists
-    return jnp.einsum(left.array, left_list, right.array, right_list, out_list, precision=precision)
+    x, y, z = ([letters[n] for n in names] for names in (left.names, right.names, out))
+    return jnp.einsum(left.array, x, right.array, y, z, precision=precision)
 
 
 def wider(first: Any, second: Any) -> Any:

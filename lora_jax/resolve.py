@@ -7,10 +7,10 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax import paths
+from lora_jax.dependence import Dependence
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.layout import Dequantised, Layout, LeftOut
+from lora_jax.layout import Layout, Remark
 from lora_jax.primitives import jaxprs, roles
-from lora_jax.primitives.dependence import Dependence, dependence
 from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule
 from lora_jax.target import Target
 from lora_jax.updates.recorder import Use
@@ -47,20 +47,16 @@ def resolve(
     total                                              32
     """
     traced = jaxprs.trace(f, params, args, kwargs)
-    found = _Found(traced.param_avals, roles.uses(traced), dependence(traced))
-    chosen = _choose(spec, found)
-    fold = {path for pattern in spec.folded for path in _matching(pattern, found.uses)}
+    avals = dict(zip(traced.param_paths, traced.avals, strict=False))
+    found = _Found(avals, roles.uses(traced), Dependence(traced))
+    chosen: dict[str, Rule] = {}
+    for rule in spec.rules:  # the first that matches; every rule must match something
+        chosen = {**dict.fromkeys(_matching_rule(rule, found), rule), **chosen}
+    fold = {path for pattern in spec.fold for path in _matching(pattern, found.uses)}
     return Layout(
-        tuple(
-            _target(path, found, chosen[path], path in fold)
-            for path in traced.param_paths
-            if path in chosen
-        ),
+        tuple(_target(p, found, chosen[p], p in fold) for p in traced.param_paths if p in chosen),
         _left_out(spec, chosen, found),
-        tuple(
-            Dequantised(path, found.avals[path].shape, str(found.avals[path].dtype), where)
-            for path, where in roles.dequantised(traced).items()
-        ),
+        tuple(_whole(p, avals[p], where) for p, where in roles.dequantised(traced).items()),
     )
 
 
@@ -91,7 +87,7 @@ class _Found(NamedTuple):
             why = f"`{lost.barrier}` at {lost.where} takes it and has no low-rank rule"
         elif other is not None:
             why = f"it is multiplied with {other!r}, which is adapted"
-        elif any(u.is_product and _covers(u, aval.shape) for u in uses):
+        elif any(u.is_product and u.covers(aval.shape) for u in uses):
             return None
         else:
             why = f"{known.kernels[path]} uses it along axes that are not input, output or stack"
@@ -106,15 +102,6 @@ def _not_float(dtype: Any) -> str:
         f"its dtype is {dtype}, and only a float array can have a low-rank update; for codes of a "
         "quantised weight, make it a base (lora_jax.quantize)"
     )
-
-
-def _choose(spec: LoraSpec, found: _Found) -> dict[str, Rule]:
-    """The first matching rule of each parameter. Every rule must match something."""
-    chosen: dict[str, Rule] = {}
-    for rule in spec.rules:
-        for path in _matching_rule(rule, found):
-            chosen.setdefault(path, rule)
-    return chosen
 
 
 def _matching_rule(rule: Rule, found: _Found) -> list[str]:
@@ -133,12 +120,17 @@ def _matching_rule(rule: Rule, found: _Found) -> list[str]:
     return kept
 
 
-def _left_out(spec: LoraSpec, chosen: Mapping[str, Rule], found: _Found) -> tuple[LeftOut, ...]:
+def _left_out(spec: LoraSpec, chosen: Mapping[str, Rule], found: _Found) -> tuple[Remark, ...]:
     """The kernels that "all-linear" did not take and no other rule named, each with the reason."""
     if all(rule.pattern != ALL_LINEAR for rule in spec.rules):
         return ()
     rows = ((path, found.obstacle(path, chosen)) for path in found.kernels() if path not in chosen)
-    return tuple(LeftOut(path, found.avals[path].shape, why) for path, why in rows if why)
+    return tuple(Remark(path, found.avals[path].shape, why) for path, why in rows if why)
+
+
+def _whole(path: str, aval: Any, where: str) -> Remark:
+    megabytes = aval.size * aval.dtype.itemsize / 1e6
+    return Remark(path, aval.shape, f"{where} takes it as {aval.dtype}, {megabytes:.1f} MB")
 
 
 def _matching(pattern: str, known: Mapping[str, Any]) -> list[str]:
@@ -157,8 +149,13 @@ def _target(path: str, found: _Found, rule: Rule, fold: bool) -> Target:
     aval, uses = found.avals[path], found.uses[path]
     if not jaxprs.is_float(aval.dtype):
         raise LoraError(f"{path!r} cannot be adapted: {_not_float(aval.dtype)}")
-    if not fold:
-        _refuse_barriers(path, uses)
+    lost = next((use for use in uses if use.barrier), None)
+    if lost is not None and not fold and any(use.has_axes for use in uses):
+        raise LoraError(
+            f"{path!r} cannot be adapted: `{lost.kind}` at {lost.where} takes it, and has no "
+            "low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be formed "
+            f"there: LoraSpec(..., fold=({path!r},))"
+        )
     if rule.inputs is not None:
         stack, inputs, outputs = _stated(path, found, rule)
     elif rule.kind == "bias":
@@ -177,17 +174,16 @@ def _target(path: str, found: _Found, rule: Rule, fold: bool) -> Target:
 
 def _stated(path: str, found: _Found, rule: Rule) -> tuple[Any, Any, Any]:
     """The roles that a rule states; axes that it does not name are the stack."""
-    shape = found.avals[path].shape
-    ndim = len(shape)
+    shape, axes = found.avals[path].shape, range(len(found.avals[path].shape))
     named = [*(rule.inputs or ()), *(rule.outputs or ()), *(rule.stack or ())]
-    if any(not -ndim <= i < ndim for i in named):
+    if any(not -len(axes) <= i < len(axes) for i in named):
         raise LoraError(f"{path!r} of shape {shape} has no axes {named}, which its rule names")
-    inputs, outputs = (
-        tuple(i % ndim for i in which or ()) for which in (rule.inputs, rule.outputs)
+    inputs, outputs, stack = (
+        tuple(axes[i] for i in which or ()) for which in (rule.inputs, rule.outputs, rule.stack)
     )
-    rest = tuple(i for i in range(ndim) if i not in (*inputs, *outputs))
-    stack = rest if rule.stack is None else tuple(i % ndim for i in rule.stack)
-    traced = [u for u in found.uses[path] if u.has_axes and _covers(u, shape)]
+    if rule.stack is None:
+        stack = tuple(i for i in axes if i not in (*inputs, *outputs))
+    traced = [u for u in found.uses[path] if u.has_axes and u.covers(shape)]
     known = [(u.stack, u.inputs, u.outputs) for u in traced]
     if known and (stack, inputs, outputs) not in known and path not in found.dependence.partners:
         use = traced[0]
@@ -199,24 +195,9 @@ def _stated(path: str, found: _Found, rule: Rule) -> tuple[Any, Any, Any]:
     return stack, inputs, outputs
 
 
-def _refuse_barriers(path: str, uses: tuple[Use, ...]) -> None:
-    for use in uses:
-        if use.barrier is not None and _adapted_elsewhere(uses):
-            raise LoraError(
-                f"{path!r} cannot be adapted: `{use.kind}` at {use.where} takes it, and has no "
-                "low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be "
-                f"formed there: LoraSpec(..., fold=({path!r},))"
-            )
-
-
-def _adapted_elsewhere(uses: tuple[Use, ...]) -> bool:
-    """A parameter that meets products and barriers; one that meets no product fails later."""
-    return any(u.has_axes for u in uses)
-
-
 def _canonical(path: str, shape: tuple[int, ...], uses: tuple[Use, ...]) -> Use:
     """The use whose axes count: convolutions and lookups before products, then what is usual."""
-    complete = [u for u in uses if u.has_axes and _covers(u, shape)]
+    complete = [u for u in uses if u.has_axes and u.covers(shape)]
     if not complete:
         axes = "stack={0.stack}, inputs={0.inputs}, outputs={0.outputs}"
         how = [f"`{u.kind}` at {u.where} ({axes.format(u)})" for u in uses]
@@ -231,7 +212,3 @@ def _canonical(path: str, shape: tuple[int, ...], uses: tuple[Use, ...]) -> Use:
     rank = lambda u: order.index(u.kind) if u.kind in order else len(order)  # noqa: E731
     usual = collections.Counter(u.inputs for u in complete)
     return min(complete, key=lambda u: (rank(u), -usual[u.inputs]))
-
-
-def _covers(use: Use, shape: tuple[int, ...]) -> bool:
-    return sorted((*use.stack, *use.inputs, *use.outputs)) == list(range(len(shape)))

@@ -43,12 +43,9 @@ class Rule:
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise LoraError(f"a target pattern must be a non-empty string, got {self.pattern!r}")
-        if self.rank is not None:
-            check_rank(self.rank, self.pattern)
-        if self.alpha is not None:
-            check_alpha(self.alpha, self.pattern)
-        if self.scaling is not None:
-            check_scaling(self.scaling, self.pattern)
+        known = ("rank", "alpha", "scaling")
+        given = {name: value for name in known if (value := getattr(self, name)) is not None}
+        check_settings(self.pattern, **given)
         if self.parts is not None:
             object.__setattr__(self, "parts", tuple(map(tuple, self.parts)))
         for name in ("inputs", "outputs", "stack"):
@@ -93,31 +90,20 @@ class LoraSpec:
     scaling: str = "alpha/r"
 
     def __post_init__(self) -> None:
-        check_rank(self.rank, "LoraSpec")
-        check_alpha(self.alpha, "LoraSpec")
-        check_scaling(self.scaling, "LoraSpec")
+        check_settings("LoraSpec", self.rank, self.alpha, self.scaling)
         object.__setattr__(self, "targets", _tuple_of(self.targets))
         object.__setattr__(self, "fold", _tuple_of(self.fold))
 
     @property
-    def folded(self) -> tuple[str, ...]:
-        """The patterns of `fold` as a tuple."""
-        return _tuple_of(self.fold)
-
-    @property
     def rules(self) -> tuple[Rule, ...]:
         """The targets as rules, in order, each with the spec's settings where it has none."""
-        rules = (t if isinstance(t, Rule) else Rule(t) for t in _tuple_of(self.targets))
-        return tuple(
-            dataclasses.replace(
-                rule,
-                rank=self.rank if rule.rank is None else rule.rank,
-                alpha=self.alpha if rule.alpha is None else rule.alpha,
-                kind=self.kind if rule.kind is None else rule.kind,
-                scaling=self.scaling if rule.scaling is None else rule.scaling,
-            )
-            for rule in rules
-        )
+
+        def whole(rule: Rule) -> Rule:
+            names = ("rank", "alpha", "kind", "scaling")
+            missing = {n: getattr(self, n) for n in names if getattr(rule, n) is None}
+            return dataclasses.replace(rule, **missing)
+
+        return tuple(whole(t if isinstance(t, Rule) else Rule(t)) for t in self.targets)
 
 
 def _tuple_of(one_or_many: Any) -> tuple[Any, ...]:
@@ -129,11 +115,10 @@ def check_rank(rank: int, where: str) -> None:
         raise LoraError(f"{where}: rank must be an integer of at least 1, got {rank!r}")
 
 
-def check_alpha(alpha: float, where: str) -> None:
+def check_settings(where: str, rank: Any = 1, alpha: Any = 1.0, scaling: Any = SCALINGS[0]) -> None:
+    """Raise `LoraError` for a rank, an alpha or a scaling that no update can have."""
+    check_rank(rank, where)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise LoraError(f"{where}: alpha must be a finite number, got {alpha!r}")
-
-
-def check_scaling(scaling: str, where: str) -> None:
     if scaling not in SCALINGS:
         raise LoraError(f"{where}: scaling must be one of {SCALINGS}, got {scaling!r}")

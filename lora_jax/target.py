@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from lora_jax.errors import LoraError
-from lora_jax.spec import check_alpha, check_rank, check_scaling
+from lora_jax.spec import check_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,33 +42,12 @@ class Target:
     part_axis: int = -1
 
     def __post_init__(self) -> None:
-        check_rank(self.rank, self.path)
-        check_alpha(self.alpha, self.path)
-        check_scaling(self.scaling, self.path)
+        check_settings(self.path, self.rank, self.alpha, self.scaling)
         if sorted((*self.stack, *self.inputs, *self.outputs)) != list(range(len(self.shape))):
             raise LoraError(
                 f"{self.path!r}: every axis of the shape {self.shape} needs one role, got "
                 f"stack={self.stack}, inputs={self.inputs}, outputs={self.outputs}"
             )
-        if self.parts:
-            self._check_parts()
-
-    def _check_parts(self) -> None:
-        n = len(self.outputs)
-        if not -n <= self.part_axis < n:
-            raise LoraError(
-                f"{self.path!r}: part_axis {self.part_axis} is not an index into the output axes "
-                f"{self.outputs}"
-            )
-        size, end = self.shape[self.outputs[self.part_axis]], 0
-        for start, length in self.parts:
-            if start < end or length < 1 or start + length > size:
-                raise LoraError(
-                    f"{self.path!r}: the parts {self.parts} must be (start, size) slices of the "
-                    f"output axis {self.outputs[self.part_axis]}, whose size is {size}, in order "
-                    "and without overlap"
-                )
-            end = start + length
 
     @property
     def scale(self) -> float:

@@ -9,7 +9,6 @@ import jax
 
 from lora_jax import paths
 from lora_jax.adapters import Adapters
-from lora_jax.base import Base
 from lora_jax.bases.held import held
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
@@ -21,8 +20,6 @@ from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
-
-Weight = Callable[[Evaluator, Target, Any], Any]
 
 
 def adapt(
@@ -36,17 +33,14 @@ def adapt(
     `adapters` alone: then no gradient of W exists either.
 
     `g` traces `f` to a jaxpr at each call and runs it equation by equation, so it composes with
-    `jit`, `grad`, `vmap`, `scan`, `checkpoint`, ... like any function; put `jax.jit` around what
-    you build with it.
+    `jit`, `grad`, `vmap`, `scan`, ... like any function; put `jax.jit` around what you build of it.
 
-    In the place of `adapters` it also takes what `lora_jax.multi.select` gives: one adapter of a
-    stack, by a number that may be traced, or a mixed batch, **each example with its own adapter**.
-    Then `f` is run on each example as a batch of one (a `jax.vmap`), so that
-    `g(params, select(stacked, ids), x)[i] == f(merge(layout_i, params, adapters_i), x[i:i+1])[0]`
-    holds for any `f`; the products with W have no example axis and stay one product for all.
-
-    `lora_jax.dropout(adapters, key, rate)` goes there too, and makes a training step's update see x
-    with dropout.
+    In the place of `adapters` it also takes `lora_jax.dropout(adapters, key, rate)`, and what
+    `lora_jax.multi.select` gives: one adapter of a stack, by a number that may be traced, or a
+    mixed batch, **each example with its own adapter**. Then `f` is run on each example as a batch
+    of one (a `jax.vmap`), so that for any `f`
+    `g(params, select(stacked, ids), x)[i] == f(merge(layout_i, params, adapters_i), x[i:i+1])[0]`;
+    the products with W have no example axis and stay one product for all.
 
     Args:
       layout: from `lora_jax.resolve` (on `f`, or on a function that uses the same weights alike),
@@ -107,7 +101,7 @@ def interpret(
     evaluator: Evaluator,
     layout: Layout,
     f: Callable[..., Any],
-    weight: Weight,
+    weight: Callable[[Evaluator, Target, Any], Any],
     params: Any,
     *args: Any,
     **kwargs: Any,
@@ -116,23 +110,16 @@ def interpret(
     layout.check_params(paths.flatten(params))
     traced = jaxprs.trace(f, params, args, kwargs)
     targets = {t.path: t for t in layout.targets}
-    ins = list(traced.inputs)
-    for i, path in enumerate(traced.param_paths):
-        if path in targets:
-            ins[i] = weight(evaluator, targets[path], ins[i])
-        elif isinstance(ins[i], Base):
-            ins[i] = AdaptedWeight.frozen(path, ins[i], evaluator.fresh(ins[i].ndim))
-    outs = evaluator.evaluate(traced.jaxpr, traced.consts, ins)
-    outs = [evaluator.returned(out) for out in outs]
-    _check_all_read(layout, evaluator.paths_read)
-    return jax.tree.unflatten(traced.out_tree, outs)
 
+    def of(path: str, w: Any) -> Any:
+        return weight(evaluator, targets[path], w) if path in targets else evaluator.frozen(path, w)
 
-def _check_all_read(layout: Layout, read: set[str]) -> None:
-    idle = [t.path for t in layout.targets if t.path not in read]
+    outs = evaluator.run(traced, traced.inputs, of)
+    idle = [t.path for t in layout.targets if t.path not in evaluator.paths_read]
     if idle:
         raise LoraError(
             f"the function never reads the adapter of {idle[0]!r} ({len(idle)} in all), so it "
             "would have no effect; adapt with the part of the layout that this function "
             "uses: layout.subset(patterns)"
         )
+    return jax.tree.unflatten(traced.out_tree, outs)

@@ -89,7 +89,7 @@ class Gained(Kind):
 
 
 # [kernel]
-from lora_jax.primitives import table
+from lora_jax.primitives import kernel, table
 
 
 @jax.custom_vjp
@@ -110,7 +110,7 @@ def _backward(kept: Any, dy: Any) -> Any:
 
 my_gmm.defvjp(_forward, _backward)
 
-gmm_rule = table.product(
+gmm_rule = kernel.product(
     my_gmm, x=0, weight=1, stack=(0,), inputs=1, outputs=2,
     rows=lambda array, x, sizes: jnp.repeat(array, sizes, 0, total_repeat_length=len(x)),
 )  # fmt: skip

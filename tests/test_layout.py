@@ -40,9 +40,11 @@ ARROWS = {
     "merge": {"adapters", "layout", "paths", "updates"},
     "multi": {"adapters", "base", "errors", "layout", "named", "spec", "target", "updates"},
     "primitives": {"base", "bases", "errors", "named", "paths", "updates"},
-    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target", "updates"},
-    "transform": {"adapters", "base", "bases", "errors", "layout", "multi", "named", "paths"}
-    | {"primitives", "target", "updates"},
+    "dependence": {"primitives"},
+    "resolve": {"dependence", "errors", "layout", "paths", "primitives", "spec", "target"}
+    | {"updates"},
+    "transform": {"adapters", "bases", "errors", "layout", "multi", "paths", "primitives"}
+    | {"target", "updates"},
     "moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
     "frozen": {"base", "errors", "paths"},
     "labels": {"errors", "paths", "updates"},

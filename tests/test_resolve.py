@@ -123,6 +123,20 @@ def test_alphas_that_are_none(alpha: Any) -> None:
         LoraSpec(alpha=alpha)
 
 
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda p, x: x + p["head"].T[0][None],
+        lambda p, x: x @ (2 * p["head"].T[0]),
+        lambda p, x: p["head"].T[0] @ p["body"]["first"],
+    ],
+)
+def test_a_row_that_goes_on_as_a_value_is_a_lookup(f: Any) -> None:
+    """Red: a row followed, as a part of its weight, into an operation that no weight goes into."""
+    (target,) = resolved("head", f=f).targets
+    assert (target.stack, target.inputs, target.outputs) == ((), (1,), (0,))
+
+
 def test_a_rank_above_the_smaller_side() -> None:
     with pytest.raises(LoraError, match=r"'head': rank 6 is above min\(in, out\) = min\(6, 5\)"):
         resolved("head", rank=6)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora_jax import Layout, LoraError, Target
-from lora_jax.layout import Dequantised, LeftOut
+from lora_jax.layout import Remark
 
 LAYOUT = Layout(
     (
@@ -17,7 +17,7 @@ LAYOUT = Layout(
         Target("body/down", (256, 64), (), (0,), (1,), 4, 8.0, True, scaling="alpha/sqrt(r)"),
         Target("head/bias", (10,), (), (), (0,), 4, 8.0, kind="bias"),
     ),
-    (LeftOut("head/kernel", (64, 10), "the output head"),),
+    (Remark("head/kernel", (64, 10), "the output head"),),
 )
 
 
@@ -47,9 +47,9 @@ def test_it_is_read_back_with_what_is_left_out() -> None:
 
 def test_what_is_dequantised_is_printed_and_saved() -> None:
     """Red: the field forgotten in `from_json`, or written where it is empty."""
-    embedding = Dequantised("embed", (1000, 64), "float32", "`gather` at model.py:31 (f)")
+    embedding = Remark("embed", (1000, 64), "`gather` at model.py:31 (f) takes it")
     layout = Layout(LAYOUT.targets, LAYOUT.left_out, (embedding,))
-    below = "dequantised:\n  embed at `gather` at model.py:31 (f) (0.3 MB as float32)"
+    below = "dequantised:\n  embed  1000x64  `gather` at model.py:31 (f) takes it"
     assert str(layout) == f"{LAYOUT}\n{below}"
     found = Layout.from_json(layout.to_json())
     assert found == LAYOUT and found.dequantised == (embedding,)

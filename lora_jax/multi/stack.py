@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import Adapter, Adapters, as_lora, check, factors_alone
+from lora_jax.adapters import Adapter, Adapters, as_lora, check
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.multi.blend import Blend, Choice, Choosing
+from lora_jax.multi.member import factors_alone
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 
-from lora_jax.base import Base
 from lora_jax.bases.held import Absent, Deferred
 from lora_jax.named import Named, Names
-from lora_jax.updates.update import Update, Zero
+
+Ins = list[Any]  # of one equation, adapted weights among them
+Outs = list[Any] | None  # None: the rule does not apply
+PrimitiveRule = Callable[[Any, Any, Ins], Outs]  # (evaluator, eqn, ins)
 
 
 @jax.tree_util.register_dataclass
@@ -23,21 +25,16 @@ class AdaptedWeight:
     name for it. So what an operation does to an axis of W, it does to each array with that name.
 
     held: W, an array or a base that is dequantised where it is used (`held.py`).
-    update: what is added to it (`update.py`).
+    update: what is added to it, an `Update`.
     names: of W's axes.
     path: of W in the parameter tree; fold: whether `W + update` may be formed.
     """
 
     held: Any
-    update: Update
+    update: Any
     names: Names = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
     fold: bool = dataclasses.field(metadata={"static": True})
-
-    @staticmethod
-    def frozen(path: str, base: Base, names: Names) -> AdaptedWeight:
-        """A quantised weight that no adapter adapts: it too is dequantised where it is used."""
-        return AdaptedWeight(Deferred.start(base), Zero(), names, path, True)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,13 +69,9 @@ class AdaptedWeight:
         """The weight with the one adapter that was chosen for it."""
         return dataclasses.replace(self, update=self.update.chosen())
 
-    def check_linear(self, where: str) -> None:
-        """See `Update.check_linear`."""
-        self.update.check_linear(self.path, where)
-
     def merged(self) -> Any:
         """`W + update` as a plain array in W's dtype; only folds and single rows need it."""
-        self.check_linear("W + scale * a @ b itself is asked for")
+        self.update.check_linear(self.path, "W + scale * a @ b itself is asked for")
         names = self.names
         return self.held.use(lambda w, update: update.merged(Named(w, names)), self.update)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,21 +13,15 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.bases.held import Deferred, Dense
-from lora_jax.named import Ins, Named, Outs
+from lora_jax.named import Named
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
 
 
 def _inline(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """A nested `jit`: its equations, as if written in place.
-
-    A nested jit's output shardings, where it has any, are kept as constraints.
-    """
-    jaxpr, consts = jaxprs.called(eqn)
-    outs = evaluator.evaluate(jaxpr, consts, ins)
-    shardings = eqn.params.get("out_shardings", ())
-    if not any(isinstance(s, jax.sharding.Sharding) for s in shardings):
-        return outs
+    """A nested `jit`: its equations as if written in place, its output shardings as constraints."""
+    outs = evaluator.evaluate(jaxprs.called(eqn), ins)
+    shardings = eqn.params.get("out_shardings") or [None] * len(outs)
     return [
         lax.with_sharding_constraint(o, s) if isinstance(s, jax.sharding.Sharding) else o
         for o, s in zip(outs, shardings, strict=True)
@@ -40,36 +35,29 @@ def _custom_jvp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     its equations are interpreted for the weights (dw, da, b) and (0, a, db), and the answers are
     added. Every update says of which such weights its derivative is the sum.
     """
-    jaxpr, consts = jaxprs.called(eqn)
     for v in ins:
         if isinstance(v, AdaptedWeight):
-            v.check_linear(f"{jaxprs.operand_name(eqn)} takes it")
+            v.update.check_linear(v.path, f"{jaxprs.operand_name(eqn)} takes it")
     ins = _all_chosen(ins)
     # Its equations and those of its rule are evaluated several times, and mean one use of W.
     use = max((evaluator.next_use(v.path) for v in ins if isinstance(v, AdaptedWeight)), default=0)
 
-    def evaluate(jaxpr: Any, consts: Any, ins: Ins) -> list[Any]:
+    def evaluate(jaxpr: Any, ins: Ins) -> list[Any]:
         with evaluator.one_use(use):
-            return [evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxpr, consts, ins)]
+            return [evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxpr, ins)]
 
     @jax.custom_jvp
     def call(ins: Ins) -> list[Any]:
-        return evaluate(jaxpr, consts, ins)
+        return evaluate(jaxprs.called(eqn), ins)
 
     @call.defjvp
     def derivative(primals: Any, tangents: Any) -> Any:
         (ins,), (tangent_ins,) = primals, tangents
-        rule, rule_consts, floating = jaxprs.jvp_of(eqn)
-
-        def push(tangents: Ins) -> tuple[list[Any], list[Any]]:
-            outs = evaluate(rule, rule_consts, [*ins, *tangents])
-            return outs[: len(outs) // 2], outs[len(outs) // 2 :]
-
-        outs, total = None, None
-        for part in _parts([ins[i] for i in floating], [tangent_ins[i] for i in floating]):
-            outs, moved = push(part)
-            total = moved if total is None else list(map(_sum, total, moved))
-        return outs, total
+        rule, floating = jaxprs.jvp_of(eqn)
+        parts = _parts([ins[i] for i in floating], [tangent_ins[i] for i in floating])
+        results = [evaluate(rule, [*ins, *part]) for part in parts]
+        n = len(results[0]) // 2  # the outputs, and then their tangents
+        return results[0][:n], [_sum(each) for each in zip(*(r[n:] for r in results), strict=True)]
 
     return call(ins)
 
@@ -87,9 +75,9 @@ def _parts(ins: Ins, tangents: Ins) -> list[Ins]:
     ]
 
 
-def _sum(x: Any, y: Any) -> Any:
-    """The sum of two tangents; that of an integer has no value to be added."""
-    return x if x.dtype == jax.dtypes.float0 else x + y
+def _sum(tangents: Sequence[Any]) -> Any:
+    """Their sum; the tangent of an integer has no value to be added."""
+    return tangents[0] if tangents[0].dtype == jax.dtypes.float0 else sum(tangents[1:], tangents[0])
 
 
 def _all_chosen(ins: Ins) -> Ins:
@@ -98,12 +86,8 @@ def _all_chosen(ins: Ins) -> Ins:
 
 
 def _remat(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    jaxpr, consts = jaxprs.called(eqn)
-
-    def body(ins: Ins) -> list[Any]:
-        return evaluator.evaluate(jaxpr, consts, ins)
-
-    p = eqn.params
+    p, jaxpr = eqn.params, jaxprs.called(eqn)
+    body = functools.partial(evaluator.evaluate, jaxpr)
     outs = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(ins)
     same = zip(outs, jaxprs.forwarded(jaxpr), strict=True)
     return [ins[i] if i is not None and isinstance(out, AdaptedWeight) else out for out, i in same]
@@ -112,102 +96,85 @@ def _remat(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """Stacked weights are sliced with their factors; constant ones are closed over."""
     n_consts, n_carry = jaxprs.scan_arity(eqn)
-    jaxpr, consts = jaxprs.opened(eqn.params["jaxpr"])
+    jaxpr = eqn.params["jaxpr"]
     fixed, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
-    loop = _Carry(evaluator, eqn, carry, jaxprs.invariant_carry(jaxpr, n_consts, n_carry))
-    leading = [_leading(evaluator, eqn, x) for x in xs]
-    sliced, whole = zip(*leading, strict=True) if xs else ((), ())
-    same = jaxprs.forwarded(jaxpr)[n_carry:]  # these are the stacks themselves
-    stacks = [None] * (n_consts + n_carry) + [
-        x if isinstance(x, AdaptedWeight) else None for x in xs
-    ]
-    given = [None if i is None else stacks[i] for i in same]
+    moving, whole = _carried(evaluator, eqn, carry, jaxpr, n_consts)
+    stacks: dict[Any, Any] = {
+        i: x for i, x in enumerate(xs, n_consts + n_carry) if isinstance(x, AdaptedWeight)
+    }
+    given = [stacks.get(i) for i in jaxprs.forwarded(jaxpr)[n_carry:]]  # handed out as they are
+    sliced = [_sliced(evaluator, eqn, x) for x in xs]
 
-    def body(moving: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        xs = list(map(_sliced, xs, whole))
-        outs = evaluator.evaluate(jaxpr, consts, [*fixed, *loop.whole(moving), *xs])
-        rest = zip(outs[n_carry:], given, strict=True)
-        ys = [evaluator.plain(eqn, y) if stack is None else None for y, stack in rest]
-        return loop.moving(outs[:n_carry]), ys
+    def body(carry: list[Any], parts: list[Any]) -> tuple[list[Any], list[Any]]:
+        xs = [of_part(part) for (_, of_part), part in zip(sliced, parts, strict=True)]
+        outs = evaluator.evaluate(jaxpr, [*fixed, *whole(carry), *xs])
+        ys = zip(outs[n_carry:], given, strict=True)
+        return moving(outs[:n_carry]), [None if s else evaluator.plain(eqn, y) for y, s in ys]
 
     p = eqn.params
-    moving, ys = lax.scan(
-        body, loop.moving(carry), list(sliced),
+    carry, ys = lax.scan(
+        body, moving(carry), [parts for parts, _ in sliced],
         length=p["length"], reverse=p["reverse"], unroll=p["unroll"],
     )  # fmt: skip
-    ys = [y if stack is None else stack for y, stack in zip(ys, given, strict=True)]
-    return [*loop.whole(moving), *ys]
+    return [*whole(carry), *(s or y for y, s in zip(ys, given, strict=True))]
 
 
-def _leading(evaluator: Any, eqn: Any, x: Any) -> tuple[Any, list[Named | None]]:
-    """A weight as a scan slices it, and those of its arrays that have no scanned axis.
+def _sliced(evaluator: Any, eqn: Any, x: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What a scan slices of an operand, and what makes the operand's slice of a slice of that.
 
-    The latter are the same for all slices: they are closed over, and an empty array is scanned.
+    Arrays of a weight without the scanned axis are the same for all slices: they are closed over.
     """
     if not isinstance(x, AdaptedWeight):
-        return x, []
-    x, whole = x.chosen(), []
-    name, length = x.names[0], x.shape[0]
-
-    def first(n: Named) -> Named:
-        whole.append(None if name in n.names else n)
-        return n.to_front((name,)) if name in n.names else Named(jnp.zeros((length, 0)), (name,))
-
+        return x, lambda part: part
+    x, name = x.chosen(), x.names[0]
     if isinstance(x.held, Deferred) and name not in x.held.leading(x.names):
         x = _dense(evaluator, eqn, x)
-    return dataclasses.replace(x, update=x.update.map(first)), whole
+    arrays, tree = jax.tree.flatten(x.update, is_leaf=lambda n: isinstance(n, Named))
+    moving = [n.to_front((name,)) if name in n.names else None for n in arrays]
 
+    def of_part(part: Any) -> AdaptedWeight:
+        held, slices = part
+        pairs = zip(arrays, slices, strict=True)
+        every = [n if one is None else Named(one.array, one.names[1:]) for n, one in pairs]
+        update = jax.tree.unflatten(tree, every).lost((name,), "taken")
+        return dataclasses.replace(x, held=held, names=x.names[1:], update=update)
 
-def _sliced(x: Any, whole: list[Named | None]) -> Any:
-    """Inside the scan the arrays have lost their leading axis; so do the names."""
-    if not isinstance(x, AdaptedWeight):
-        return x
-    arrays = iter(whole)
-
-    def one(n: Named) -> Named:
-        same = next(arrays)
-        return Named(n.array, n.names[1:]) if same is None else same
-
-    update = x.update.map(one).lost(x.names[:1], "taken")
-    return dataclasses.replace(x, names=x.names[1:], update=update)
+    return (x.held, moving), of_part
 
 
 def _while(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    cond, cond_consts = jaxprs.opened(eqn.params["cond_jaxpr"])
-    jaxpr, consts = jaxprs.opened(eqn.params["body_jaxpr"])
+    cond, jaxpr = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     cond_fixed, fixed, carry = ins[:n_cond], ins[n_cond : n_cond + n_body], ins[n_cond + n_body :]
-    loop = _Carry(evaluator, eqn, carry, jaxprs.invariant_carry(jaxpr, n_body, len(carry)))
+    moving, whole = _carried(evaluator, eqn, carry, jaxpr, n_body)
 
-    def test(moving: Sequence[Any]) -> Any:
-        return evaluator.evaluate(cond, cond_consts, [*cond_fixed, *loop.whole(moving)])[0]
+    def test(carry: Sequence[Any]) -> Any:
+        return evaluator.evaluate(cond, [*cond_fixed, *whole(carry)])[0]
 
-    def body(moving: Sequence[Any]) -> Sequence[Any]:
-        return loop.moving(evaluator.evaluate(jaxpr, consts, [*fixed, *loop.whole(moving)]))
+    def body(carry: Sequence[Any]) -> Sequence[Any]:
+        return moving(evaluator.evaluate(jaxpr, [*fixed, *whole(carry)]))
 
-    return loop.whole(lax.while_loop(test, body, loop.moving(carry)))
+    return whole(lax.while_loop(test, body, moving(carry)))
 
 
-class _Carry:
-    """The carries of a loop, less the adapted weights that the body hands on unchanged."""
+def _carried(evaluator: Any, eqn: Any, carry: Ins, body: Any, start: int) -> tuple[Any, Any]:
+    """Two functions: from all carries of a loop, from `start` on, to those that move, and back.
 
-    def __init__(self, evaluator: Any, eqn: Any, carry: Ins, invariant: Sequence[bool]):
-        self.evaluator, self.eqn = evaluator, eqn
-        self.fixed = [
-            v if keep and isinstance(v, AdaptedWeight) else None
-            for v, keep in zip(carry, invariant, strict=True)
-        ]
+    The others are adapted weights that the body hands on unchanged.
+    """
+    same = [i == start + j for j, i in enumerate(jaxprs.forwarded(body)[: len(carry)])]
+    pairs = zip(carry, same, strict=True)
+    fixed = [v if keep and isinstance(v, AdaptedWeight) else None for v, keep in pairs]
 
-    def moving(self, values: Sequence[Any]) -> list[Any]:
-        return [
-            self.evaluator.plain(self.eqn, v)
-            for v, fixed in zip(values, self.fixed, strict=True)
-            if fixed is None
-        ]
+    def moving(values: Sequence[Any]) -> list[Any]:
+        pairs = zip(values, fixed, strict=True)
+        return [evaluator.plain(eqn, v) for v, weight in pairs if weight is None]
 
-    def whole(self, moving: Sequence[Any]) -> list[Any]:
+    def whole(moving: Sequence[Any]) -> list[Any]:
         rest = iter(moving)
-        return [next(rest) if fixed is None else fixed for fixed in self.fixed]
+        return [next(rest) if weight is None else weight for weight in fixed]
+
+    return moving, whole
 
 
 def _cond(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
@@ -215,8 +182,7 @@ def _cond(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
 
     def branch(closed: Any) -> Callable[[Ins], list[Any]]:
-        jaxpr, consts = jaxprs.opened(closed)
-        return lambda ops: [evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxpr, consts, ops)]
+        return lambda ops: [evaluator.plain(eqn, o) for o in evaluator.evaluate(closed, ops)]
 
     if isinstance(index, AdaptedWeight):
         return None
@@ -235,19 +201,17 @@ def _shard_map(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     as partial as x W is, and being linear the update joins the same sum: the program's own `psum`
     of `x W + scale (x a) b` makes both whole.
     """
-    form = jaxprs.shard_map_form(eqn)
     ins = _all_chosen(ins)
     ins = [_dense(evaluator, eqn, v) if isinstance(v, AdaptedWeight) else v for v in ins]
     in_specs = [
         _specs_of(v, spec) if isinstance(v, AdaptedWeight) else spec
-        for v, spec in zip(ins, form.in_specs, strict=True)
+        for v, spec in zip(ins, eqn.params["in_specs"], strict=True)
     ]
 
     def body(ins: Ins) -> list[Any]:
-        outs = evaluator.evaluate(form.jaxpr, form.consts, ins)
-        return [evaluator.plain(eqn, o) for o in outs]
+        return [evaluator.plain(eqn, o) for o in evaluator.evaluate(jaxprs.called(eqn), ins)]
 
-    return form.call(body, in_specs)(ins)
+    return jaxprs.shard_map(eqn, body, in_specs)(ins)
 
 
 def _dense(evaluator: Any, eqn: Any, v: AdaptedWeight) -> AdaptedWeight:
@@ -260,7 +224,7 @@ def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
     """The weight with PartitionSpecs in the place of its arrays."""
     entries = dict(zip(v.names, spec, strict=False))
     if any(v.update.role(name) == "input" and entries[name] for name in entries):
-        v.check_linear("a shard_map cuts the axis that its product contracts")
+        v.update.check_linear(v.path, "a shard_map cuts the axis that its product contracts")
 
     def spec_of(n: Named) -> Named:
         return Named(PartitionSpec(*map(entries.get, n.names)), n.names)
@@ -274,10 +238,10 @@ def _custom_vjp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return evaluator.opaque(eqn, ins) if rule is None else rule(evaluator, eqn, ins)
 
 
-FUNCTIONS: dict[str, Callable[[Any, Any, Ins], Outs]] = {}  # see `table.register`
+FUNCTIONS: dict[str, PrimitiveRule] = {}  # see `table.register`
 
 
-RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
+RULES: dict[str, PrimitiveRule] = {
     **{name: _inline for name in jaxprs.CALLS if name not in jaxprs.REMATS},
     **dict.fromkeys(jaxprs.REMATS, _remat),
     "custom_jvp_call": _custom_jvp,

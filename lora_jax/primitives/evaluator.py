@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.bases.held import Deferred
+from lora_jax.base import Base
+from lora_jax.bases.held import Deferred, held
 from lora_jax.errors import LoraError
-from lora_jax.named import Ins, Names, Outs
+from lora_jax.named import Names
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
 from lora_jax.primitives.table import RULES
 from lora_jax.updates.update import Zero
 
@@ -44,10 +44,6 @@ class Evaluator:
         """`n` axis names that nothing else in this trace has."""
         return tuple(next(self._names) for _ in range(n))
 
-    def read(self, v: AdaptedWeight) -> None:
-        """Note that a rule used the weight's update."""
-        self.paths_read.add(v.path)
-
     def consume(
         self, eqn: Any, v: AdaptedWeight, stack: Names, inputs: Names, outputs: Names
     ) -> int:
@@ -55,15 +51,13 @@ class Evaluator:
 
         Returns the number of this use: 0 for the first of this weight, and so on.
         """
-        del eqn, stack, inputs, outputs
-        self.read(v)
+        self.paths_read.add(v.path)
         return self.next_use(v.path)
 
     def dequantise(self, eqn: Any, v: AdaptedWeight) -> None:
-        """Note that an operation takes the weight as one array, also if W is kept as codes."""
+        """Note that an operation takes the weight as one array, where W is kept as codes."""
         if isinstance(v.held, Deferred):
-            where = "the end of the function" if eqn is None else jaxprs.operand_name(eqn)
-            self.dequantised.setdefault(v.path, where)
+            self.dequantised.setdefault(v.path, jaxprs.operand_name(eqn))
 
     def next_use(self, path: str) -> int:
         if self._use is not None:
@@ -78,28 +72,38 @@ class Evaluator:
         yield
         self._use = before
 
-    def evaluate(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Any]) -> list[Any]:
-        """The outputs of `jaxpr`, each an array or an adapted weight."""
+    def frozen(self, path: str, w: Any) -> Any:
+        """A parameter that no adapter adapts: a base too is dequantised where it is used."""
+        if not isinstance(w, Base):
+            return w
+        return AdaptedWeight(held(w), Zero(), self.fresh(w.ndim), path, True)
+
+    def run(
+        self, traced: jaxprs.TracedCall, ins: Sequence[Any], weight: Callable[[str, Any], Any]
+    ) -> list[Any]:
+        """The outputs of a call, with `weight(path, w)` in the place of each parameter."""
+        values = [*map(weight, traced.param_paths, ins), *ins[len(traced.param_paths) :]]
+        return [self.plain(None, out) for out in self.evaluate(traced, values)]
+
+    def evaluate(self, closed: Any, ins: Sequence[Any]) -> list[Any]:
+        """The outputs of a jaxpr with its constants, each an array or an adapted weight."""
+        jaxpr, consts = jaxprs.opened(closed)
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=False))
         env.update(zip(jaxpr.invars, ins, strict=True))
         last_use = _last_uses(jaxpr)
-        adapted = {v for v, x in env.items() if isinstance(x, AdaptedWeight)}
         start = 0
         self._jaxprs.append(jaxpr)
         for i, eqn in enumerate(jaxpr.eqns):
-            touched = any(v in adapted for v in eqn.invars if not jaxprs.is_literal(v))
+            reads = (v for v in eqn.invars if not jaxprs.is_literal(v))
+            touched = any(isinstance(env.get(v), AdaptedWeight) for v in reads)
             ragged = self.per_example and jaxprs.contains(eqn, "ragged_dot_general")
             if not (touched or ragged):
                 continue
             self._run_plain(jaxpr, start, i, env, last_use)
             start = i + 1
-            ins = [_read(env, v) for v in eqn.invars]
             with jaxprs.origin(eqn):
-                outs = self.apply(eqn, ins)
-            for v, out in zip(eqn.outvars, outs, strict=True):
-                env[v] = out
-                if isinstance(out, AdaptedWeight):
-                    adapted.add(v)
+                outs = self.apply(eqn, [_read(env, v) for v in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
         self._run_plain(jaxpr, start, len(jaxpr.eqns), env, last_use)
         self._jaxprs.pop()
         return [_read(env, v) for v in jaxpr.outvars]
@@ -129,68 +133,47 @@ class Evaluator:
         """An equation that takes no adapted weight, run on plain arrays."""
         return jaxprs.run_one(eqn, [self.plain(eqn, v) for v in ins])
 
-    def with_one_weight(self, eqn: Any, ins: Ins) -> Outs:
-        """The operands of a product, of which one is a weight: a second one that nothing adapts, or
-        that may be folded, is made an array. None: both are adapted."""
-        both = [i for i, v in enumerate(ins) if isinstance(v, AdaptedWeight)]
-        spare = [i for i in both if isinstance(ins[i].update, Zero) or ins[i].fold]
-        if len(both) == 2 and not spare:
-            return None
-        if len(both) == 2:
-            ins = [self.plain(eqn, v) if i == spare[-1] else v for i, v in enumerate(ins)]
-        return ins
-
     def through(self, fn: Callable[..., Any], eqn: Any, ins: Ins) -> Outs:
         """An equation by the rules for the equations of `fn`, which does the same."""
-        traced = jax.make_jaxpr(fn)(*(v.aval for v in eqn.invars))
-        return self.evaluate(*jaxprs.opened(traced), ins)
-
-    def joins(self, ins: Ins) -> bool:
-        """Whether these make one weight where they are put together."""
-        del ins
-        return True
+        return self.evaluate(jax.make_jaxpr(fn)(*(v.aval for v in eqn.invars)), ins)
 
     def compact(self, eqn: Any, operand: int, value: Any) -> Any:
         """A plain operand that was broadcast just before, with size 1 along the new axes again."""
-        var = eqn.invars[operand]
-        if jnp.ndim(value) == 0 or jaxprs.is_literal(var):
-            return value
-        made = next((e for e in self._jaxprs[-1].eqns if var in e.outvars), None)
+        every = self._jaxprs[-1].eqns
+        made = next((e for e in every if any(v is eqn.invars[operand] for v in e.outvars)), None)
         if made is None or made.primitive.name != "broadcast_in_dim":
             return value
-        shape, dims = made.invars[0].aval.shape, made.params["broadcast_dimensions"]
-        size = dict(zip(dims, shape, strict=True))
-        for axis in range(jnp.ndim(value)):
-            if size.get(axis, 1) == 1:
-                value = lax.slice_in_dim(value, 0, 1, axis=axis)
-        return value
+        size = dict(
+            zip(made.params["broadcast_dimensions"], made.invars[0].aval.shape, strict=True)
+        )
+        shape = [n if size.get(i, 1) > 1 else 1 for i, n in enumerate(value.shape)]
+        return lax.slice(value, [0] * len(shape), shape)
 
     def plain(self, eqn: Any, value: Any) -> Any:
-        """A value where only an array will do: a weight is folded if allowed, else refused."""
+        """A value where only an array will do: a weight is folded if allowed, else refused.
+
+        eqn: the operation that takes it; None: the function returns it.
+        """
         if not isinstance(value, AdaptedWeight):
             return value
         if not value.fold:
-            raise LoraError(
-                f"{value.path!r}: {jaxprs.operand_name(eqn)} takes this adapted weight and has "
-                "no low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be "
-                f"formed there: LoraSpec(..., fold=({value.path!r},))"
-            )
-        self.read(value)
+            raise LoraError(_refusal(value.path, eqn))
+        self.paths_read.add(value.path)
         self.dequantise(eqn, value)
         return value.merged()
 
-    def returned(self, value: Any) -> Any:
-        """The function returns a parameter: the merged weight is asked for by name."""
-        if not isinstance(value, AdaptedWeight):
-            return value
-        if not value.fold:
-            raise LoraError(
-                f"the function returns the adapted weight {value.path!r} itself; use "
-                "lora_jax.merge for that, or leave it out of the targets"
-            )
-        self.read(value)
-        self.dequantise(None, value)
-        return value.merged()
+
+def _refusal(path: str, eqn: Any) -> str:
+    if eqn is None:
+        return (
+            f"the function returns the adapted weight {path!r} itself; use lora_jax.merge for "
+            "that, or leave it out of the targets"
+        )
+    return (
+        f"{path!r}: {jaxprs.operand_name(eqn)} takes this adapted weight and has no low-rank rule. "
+        "Leave it out of the targets, or allow W + scale * a @ b to be formed there: "
+        f"LoraSpec(..., fold=({path!r},))"
+    )
 
 
 def _read(env: dict[Any, Any], atom: Any) -> Any:
@@ -199,12 +182,6 @@ def _read(env: dict[Any, Any], atom: Any) -> Any:
 
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
     """Index of the last equation that reads each variable; outputs are read after all."""
-    last = {}
-    for i, eqn in enumerate(jaxpr.eqns):
-        for v in eqn.invars:
-            if not jaxprs.is_literal(v):
-                last[v] = i
-    for v in jaxpr.outvars:
-        if not jaxprs.is_literal(v):
-            last[v] = len(jaxpr.eqns)
-    return last
+    last = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if not jaxprs.is_literal(v)}
+    outs = (v for v in jaxpr.outvars if not jaxprs.is_literal(v))
+    return {**last, **dict.fromkeys(outs, len(jaxpr.eqns))}

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from lora_jax.errors import LoraError
 
 if TYPE_CHECKING:
     from jax.extend.core import Jaxpr
+
+ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Base)  # all else is static
 
 
 @functools.cache
@@ -53,11 +55,6 @@ class TracedCall:
     out_tree: Any
 
     @property
-    def param_avals(self) -> dict[str, Any]:
-        """Shape and dtype of each parameter."""
-        return dict(zip(self.param_paths, self.avals, strict=False))
-
-    @property
     def avals(self) -> list[Any]:
         """Shape and dtype of each input."""
         return [v.aval for v in self.jaxpr.invars]
@@ -69,7 +66,7 @@ def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None
         (params, tuple(args), kwargs or {}), is_leaf=is_base
     )
     leaves = [leaf for _, leaf in keyed]
-    dynamic = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    dynamic = [i for i, leaf in enumerate(leaves) if isinstance(leaf, ARRAYS)]
     param_paths = tuple(paths.path_of(key[1:]) for i in dynamic if (key := keyed[i][0])[0].idx == 0)
     out_tree = None
 
@@ -89,17 +86,10 @@ def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None
             "where another tree of the same name exists; rename one of them"
         )
     inputs = tuple(leaves[i] for i in dynamic)
-    jaxpr, consts = opened(jax.make_jaxpr(flat)(*map(_float_form, inputs)))
+    # A quantised base is to the program what the weight is that it stands for.
+    floats = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_base(x) else x for x in inputs]
+    jaxpr, consts = opened(jax.make_jaxpr(flat)(*floats))
     return TracedCall(jaxpr, consts, param_paths, inputs, out_tree)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Base)
-
-
-def _float_form(leaf: Any) -> Any:
-    """A quantised base as the program sees it: the shape and dtype of the weight it stands for."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Base) else leaf
 
 
 def opened(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
@@ -159,11 +149,11 @@ def scan_arity(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def jvp_of(eqn: Any) -> tuple[Jaxpr, Sequence[Any], list[int]]:
+def jvp_of(eqn: Any) -> tuple[Any, list[int]]:
     """The forward derivative of one equation, by whatever rule the equation brings.
 
-    Returns the jaxpr of `(*inputs, *tangents) -> (*outputs, *output tangents)`, its constants,
-    and which inputs have a tangent (the floating ones).
+    Returns the jaxpr of `(*inputs, *tangents) -> (*outputs, *output tangents)`, and which inputs
+    have a tangent (the floating ones).
     """
     floating = [i for i, v in enumerate(eqn.invars) if is_float(v.aval.dtype)]
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
@@ -177,33 +167,17 @@ def jvp_of(eqn: Any) -> tuple[Jaxpr, Sequence[Any], list[int]]:
 
         return jax.jvp(primal, [ins[i] for i in floating], tangents)
 
-    traced = jax.make_jaxpr(jvp)(shapes, [shapes[i] for i in floating])
-    return (*opened(traced), floating)
+    return jax.make_jaxpr(jvp)(shapes, [shapes[i] for i in floating]), floating
 
 
-CALLS = {  # primitives that call one jaxpr with their operands: name -> its parameter
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
 REMATS = ("remat", "remat2", "checkpoint")
+CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", *REMATS)
+BODIES = (*CALLS, "custom_vjp_call", "shard_map")  # each enters one jaxpr with its own operands
 
 
-def called(eqn: Any) -> tuple[Jaxpr, Sequence[Any]]:
-    """The jaxpr (and constants) that a call-like equation enters."""
-    return opened(eqn.params[CALLS[eqn.primitive.name]])
-
-
-def inner(eqn: Any) -> Jaxpr | None:
-    """The jaxpr that an equation calls with its own operands, if it is such a call."""
-    if eqn.primitive.name == "custom_vjp_call":
-        return opened(eqn.params["call_jaxpr"])[0]
-    return called(eqn)[0] if eqn.primitive.name in CALLS else None
+def called(eqn: Any) -> Any:
+    """The jaxpr that a call-like equation enters."""
+    return eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
 
 
 def contains(eqn: Any, name: str) -> bool:
@@ -216,39 +190,26 @@ def contains(eqn: Any, name: str) -> bool:
 
 def function_name(eqn: Any) -> str:
     """The name of the user's function that a `custom_vjp` equation calls."""
-    return str(opened(eqn.params["call_jaxpr"])[0].debug_info.func_name)
+    return str(opened(called(eqn))[0].debug_info.func_name)
 
 
-class ShardMap(NamedTuple):
-    """A `shard_map` equation: its body, the placement of its operands, and how to write it anew."""
-
-    jaxpr: Jaxpr
-    consts: Sequence[Any]
-    in_specs: Sequence[Any]
-    call: Callable[[Callable[..., Any], Any], Callable[..., Any]]
-
-
-def shard_map_form(eqn: Any) -> ShardMap:
-    """`call(body, in_specs)` maps `body`, a function of one list, over the equation's mesh axes."""
+def shard_map(eqn: Any, body: Callable[..., Any], in_specs: Any) -> Callable[..., Any]:
+    """Map `body`, a function of one list, over the mesh axes of a `shard_map` equation."""
     p = eqn.params
-    jaxpr, consts = opened(p["jaxpr"])
-
-    def call(body: Callable[..., Any], in_specs: Any) -> Callable[..., Any]:
-        mapped = jax.shard_map(
-            body,
-            mesh=p["mesh"],
-            in_specs=(in_specs,),
-            out_specs=list(p["out_specs"]),
-            axis_names=set(p["newly_manual_axes"]),
-            check_vma=p["check_vma"],
-        )
-        return jax.jit(mapped)  # JAX cannot run it op by op where it maps over some axes only
-
-    return ShardMap(jaxpr, consts, p["in_specs"], call)
+    mapped = jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=(in_specs,),
+        out_specs=list(p["out_specs"]),
+        axis_names=set(p["newly_manual_axes"]),
+        check_vma=p["check_vma"],
+    )
+    return jax.jit(mapped)  # JAX cannot run it op by op where it maps over some axes only
 
 
-def forwarded(jaxpr: Jaxpr) -> list[int | None]:
+def forwarded(closed: Any) -> list[int | None]:
     """For each output, the number of the input that it is, if it is one that nothing changed."""
+    jaxpr, _ = opened(closed)
     source = {v: i for i, v in enumerate(jaxpr.invars)}
 
     def of(atom: Any) -> int | None:
@@ -256,33 +217,11 @@ def forwarded(jaxpr: Jaxpr) -> list[int | None]:
 
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in CALLS and eqn.primitive.name != "custom_jvp_call":
-            for v, i in zip(eqn.outvars, forwarded(called(eqn)[0]), strict=True):
+            for v, i in zip(eqn.outvars, forwarded(called(eqn)), strict=True):
                 which = None if i is None else of(eqn.invars[i])
                 if which is not None:
                     source[v] = which
     return [of(v) for v in jaxpr.outvars]
-
-
-def invariant_carry(body: Jaxpr, n_consts: int, n_carry: int) -> list[bool]:
-    """Which carries a loop body hands on unchanged: they are constants in all but name."""
-    return [i == n_consts + j for j, i in enumerate(forwarded(body)[:n_carry])]
-
-
-class Ragged(NamedTuple):
-    """Axes of the right operand of a `ragged_dot`."""
-
-    group: tuple[int, ...]
-    contract: tuple[int, ...]
-
-
-def ragged_form(eqn: Any) -> Ragged | None:
-    """The right operand's axes where rows of the left are ragged (a bank of experts)."""
-    dims = eqn.params["ragged_dot_dimension_numbers"]
-    (lhs_contract, rhs_contract), (lhs_batch, _) = dims.dot_dimension_numbers
-    ragged = dims.lhs_ragged_dimensions[0]
-    if ragged in (*lhs_contract, *lhs_batch) or lhs_batch or eqn.params.get("group_offset"):
-        return None
-    return Ragged(tuple(dims.rhs_group_dimensions), tuple(rhs_contract))
 
 
 def is_float(dtype: Any) -> bool:
@@ -290,7 +229,12 @@ def is_float(dtype: Any) -> bool:
 
 
 def where(eqn: Any) -> str:
-    """The line of the user's code that an equation comes from, or "an unknown line"."""
+    """The line of the user's code that an equation comes from, or "an unknown line".
+
+    None stands for what the function returns.
+    """
+    if eqn is None:
+        return "the end of the function"
     from jax.extend import source_info_util
 
     return _line(eqn.source_info) or _line(source_info_util.current()) or "an unknown line"
@@ -305,4 +249,4 @@ def _line(info: Any) -> str | None:
 
 def operand_name(eqn: Any) -> str:
     """`dot_general at model.py:12 (f)`, for messages."""
-    return f"`{eqn.primitive.name}` at {where(eqn)}"
+    return where(eqn) if eqn is None else f"`{eqn.primitive.name}` at {where(eqn)}"

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.bases import held
-from lora_jax.named import Ins, Outs
-from lora_jax.primitives.adapted_weight import AdaptedWeight
-from lora_jax.updates.update import OutputGain, Part, Zero
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
+from lora_jax.updates.update import Part, Zero, join
 
 
 def _concatenate(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    if not evaluator.joins(ins):
-        return None
     whole = _join(evaluator, ins, eqn.params["dimension"])
     return None if whole is None else [whole]
 
@@ -40,16 +36,14 @@ def _join(evaluator: Any, ins: Ins, axis: int) -> AdaptedWeight | None:
     for v in ins:
         size = int(v.shape[axis])
         if isinstance(v, AdaptedWeight) and type(v.update) is not Zero:
-            update = v.update.renamed(dict(zip(v.names, names, strict=True)))
-            parts.append(Part(update, start, size))
+            renamed = v.update.renamed(dict(zip(v.names, names, strict=True)))
+            parts.append(Part(renamed, start, size))
         start += size
-    gained = [p.update for p in parts if isinstance(p.update, OutputGain)]
-    lead = [*gained, *(p.update for p in parts), Zero()][0]
-    update = lead.join(parts, names[axis], start)
+    update = join(parts, names[axis], start)
     if update is None:
         return None
     for v in weights:
-        evaluator.read(v)
+        evaluator.paths_read.add(v.path)
     whole = held.join(
         [v.held if isinstance(v, AdaptedWeight) else held.Dense(v) for v in ins],
         lambda *arrays: jnp.concatenate(arrays, axis),
@@ -65,18 +59,16 @@ def _pad(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     if isinstance(value, AdaptedWeight) or any(min(ends) < 0 or ends[2] for ends in config):
         return None
     for axis, (low, high, _) in enumerate(config):
-        before, after = (_constant(v.shape, axis, n, value) for n in (low, high))
+        before, after = (
+            jnp.full((*v.shape[:axis], n, *v.shape[axis + 1 :]), value) for n in (low, high)
+        )
         v = _join(evaluator, [before, v, after], axis) if low or high else v
         if v is None:
             return None
     return [v]
 
 
-def _constant(shape: tuple[int, ...], axis: int, size: int, value: Any) -> Any:
-    return jnp.full((*shape[:axis], size, *shape[axis + 1 :]), value)
-
-
-RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
+RULES: dict[str, PrimitiveRule] = {
     "concatenate": _concatenate,
     "stack": _stack,
     "pad": _pad,

@@ -6,26 +6,27 @@ A rule says three things: how the axes of its operands are named, the operation 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.named import RANK, Ins, Named, Names, Outs, einsum, wider, without
+from lora_jax.named import RANK, Named, Names, einsum, wider, without
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
 from lora_jax.updates import lowrank
 from lora_jax.updates.lowrank import LowRank
-from lora_jax.updates.update import Operation
+from lora_jax.updates.update import Operation, Zero
 
 
 def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """`dot_general` with the weight on either side, over any of its axes."""
-    one = evaluator.with_one_weight(eqn, ins)
-    if one is None:
-        return None
-    ins = one
+    both = [i for i, v in enumerate(ins) if isinstance(v, AdaptedWeight)]
+    if len(both) == 2:  # one that nothing adapts, or that may be folded, is made an array
+        spare = [i for i in both if isinstance(ins[i].update, Zero) or ins[i].fold]
+        if not spare:
+            return None
+        ins = [evaluator.plain(eqn, v) if i == spare[-1] else v for i, v in enumerate(ins)]
     side = 0 if isinstance(ins[0], AdaptedWeight) else 1
     v, other = ins[side], ins[1 - side]
     (contract, batch), precision = eqn.params["dimension_numbers"], eqn.params["precision"]
@@ -40,7 +41,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     use = evaluator.consume(eqn, v, stack, inputs, w_free)
     x = Named(other, tuple(names))
     if any(n not in x.names or n in out for n in v.names if v.update.role(n) == "input"):
-        v.check_linear("a product with its transpose, or with a part of its inputs")
+        v.update.check_linear(v.path, "a product with its transpose, or with a part of its inputs")
 
     def base(x: Any, dtype: Any = None) -> Any:
         ends = (lambda w, x: (w, x)) if side == 0 else (lambda w, x: (x, w))
@@ -199,7 +200,7 @@ def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return evaluator.through(same, eqn, ins)
 
 
-RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
+RULES: dict[str, PrimitiveRule] = {
     "dot_general": _dot,
     "conv_general_dilated": _conv,
     "gather": _gather,

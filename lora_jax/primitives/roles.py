@@ -19,11 +19,11 @@ from typing import Any
 
 import jax
 
-from lora_jax.base import Base
+from lora_jax.base import is_base
 from lora_jax.bases.held import Dense
-from lora_jax.named import Ins, Names, without
+from lora_jax.named import Names, without
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.updates.recorder import Recorder, Use
 
@@ -35,37 +35,37 @@ class Recording(Evaluator):
         super().__init__()
         self.uses: dict[str, dict[Use, None]] = {path: {} for path in paths}  # ordered sets
 
-    def record(self, v: AdaptedWeight, met: Use) -> None:
+    def record(self, v: Any, met: Use) -> None:
         """Add the use to each of the weight's parameters."""
-        update: Any = v.update
         if not (met.stack or met.inputs or met.outputs):  # a bias of a scanned layer
-            met = dataclasses.replace(met, stack=update.stacked)
-        for path in update.paths:
+            met = dataclasses.replace(met, stack=v.update.stacked)
+        for path in v.update.paths:
             self.uses[path].setdefault(met.of(path))
 
-    def consume(
-        self, eqn: Any, v: AdaptedWeight, stack: Names, inputs: Names, outputs: Names
-    ) -> int:
-        update: Any = v.update
-        self.record(v, update.meets(eqn.primitive.name, jaxprs.where(eqn), stack, inputs, outputs))
+    def consume(self, eqn: Any, v: Any, stack: Names, inputs: Names, outputs: Names) -> int:
+        kind, where = eqn.primitive.name, jaxprs.where(eqn)
+        self.record(v, v.update.meets(kind, where, stack, inputs, outputs))
         return 0
 
-    def apply(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
-        if eqn.primitive.name in ("mul", "div"):
+    def apply(self, eqn: Any, ins: Ins) -> Sequence[Any]:
+        name = eqn.primitive.name
+        if name in ("mul", "div") and _weights(ins) == 2:
             ins = self._without_factor(eqn, ins)
-        if not self._goes_on(eqn, ins):
+        if name not in REARRANGE and (name, _weights(ins)) != ("dot_general", 1):
             ins = [self._settled(v) for v in ins]
-            if not any(isinstance(v, AdaptedWeight) for v in ins):
-                return jaxprs.run_one(eqn, ins)
+        if name == "dot_general" and _weights(ins) == 2:
+            ins = self._with_left_alone(eqn, *ins)
+        if not _weights(ins):
+            return jaxprs.run_one(eqn, ins)
+        if name == "concatenate" and _weights(ins) < len(ins):
+            return self.opaque(eqn, ins)  # with an activation
         outs = super().apply(eqn, ins)
-        if eqn.primitive.name in ("gather", "squeeze"):
+        if name in ("gather", "squeeze"):
             outs = [self._maybe_rows(eqn, ins[0], out) for out in outs]
         return outs
 
     def _without_factor(self, eqn: Any, ins: Ins) -> Ins:
         """A product of two parameters, of which the one with fewer axes scales the other."""
-        if not all(isinstance(v, AdaptedWeight) for v in ins):
-            return ins
         axes = [sum(v.size(n) > 1 and bool(v.update.of((n,))) for n in v.names) for v in ins]
         if axes[0] == axes[1]:
             return ins
@@ -73,116 +73,81 @@ class Recording(Evaluator):
         self.record(ins[small], Use(eqn.primitive.name, jaxprs.where(eqn)))
         return [v.merged() if i == small else v for i, v in enumerate(ins)]
 
-    def _goes_on(self, eqn: Any, ins: Ins) -> bool:
-        """Whether a row that was looked up may still be a part of a weight after this."""
-        weights = [v for v in ins if isinstance(v, AdaptedWeight)]
-        name = eqn.primitive.name
-        return name in REARRANGE or (name == "dot_general" and len(weights) == 1)
+    def _with_left_alone(self, eqn: Any, left: Any, right: Any) -> Ins:
+        """Both weights' roles are written down; `adapt` refuses if both turn out to be adapted."""
+        (_, contract), (_, batch) = eqn.params["dimension_numbers"]
+        stack, inputs = right.names_at(batch), right.names_at(contract)
+        self.consume(eqn, right, stack, inputs, without(right.names, (*stack, *inputs)))
+        return [left, right.merged()]
 
     def _settled(self, v: Any) -> Any:
         """A looked-up row that goes on into something that no weight goes into: it is a value."""
-        update: Any = v.update if isinstance(v, AdaptedWeight) else None
-        if update is None or update.lookup is None:
+        if not isinstance(v, AdaptedWeight) or v.update.lookup is None:
             return v
-        self.record(v, update.lookup)
+        self.record(v, v.update.lookup)
         return v.merged()
 
     def _maybe_rows(self, eqn: Any, v: Any, out: Any) -> Any:
         """A part of a parameter with one axis left is a row, until a product contracts it."""
         if not isinstance(v, AdaptedWeight) or not isinstance(out, AdaptedWeight):
             return out
-        update: Any = v.update
-        rest = [n for n in out.names if n in v.names and update.of((n,))]
-        gone = [n for n in v.names if n not in out.names and update.of((n,))]
-        if len(rest) != 1 or not gone or update.lookup is not None:
+        known = [n for n in v.names if v.update.of((n,))]
+        rest = tuple(n for n in known if n in out.names)
+        if len(rest) != 1 or rest == tuple(known) or v.update.lookup is not None:
             return out
-        met = update.meets("gather", jaxprs.where(eqn), (), tuple(gone), tuple(rest))
-        after: Any = out.update
-        after = dataclasses.replace(after, lookup=met)
-        return dataclasses.replace(out, update=after)
+        met = v.update.meets("gather", jaxprs.where(eqn), (), without(tuple(known), rest), rest)
+        return dataclasses.replace(out, update=dataclasses.replace(out.update, lookup=met))
 
     def opaque(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
         """An operation with no low-rank rule; a weight is followed on where it keeps its shape."""
-        weights = [v for v in ins if isinstance(v, AdaptedWeight)]
-        kind, name = eqn.primitive.name, jaxprs.operand_name(eqn)
-        for v in weights:
-            self.record(v, Use(kind, jaxprs.where(eqn), barrier=kind))
-        if kind == "custom_vjp_call":  # entered to find the axes only
-            behind = [_behind(v, name) for v in ins]
-            jaxpr, consts = jaxprs.opened(eqn.params["call_jaxpr"])
-            return [self._array(o) for o in self.evaluate(jaxpr, consts, behind)]
-        outs = jaxprs.run_one(eqn, [self._array(v) for v in ins])
-        if len(weights) != 1:
+        arrays, name = [self.plain(eqn, v) for v in ins], jaxprs.operand_name(eqn)
+        behind = [
+            dataclasses.replace(v, update=dataclasses.replace(v.update, barrier=name))
+            if isinstance(v, AdaptedWeight)
+            else v
+            for v in ins
+        ]
+        if eqn.primitive.name == "custom_vjp_call":  # entered to find the axes only
+            return [self.plain(eqn, out) for out in self.evaluate(jaxprs.called(eqn), behind)]
+        outs = jaxprs.run_one(eqn, arrays)
+        if _weights(ins) != 1:
             return outs
-        (v,) = weights
+        (v,) = (v for v in behind if isinstance(v, AdaptedWeight))
+        same = [getattr(out, "shape", None) == v.shape for out in outs]
         return [
-            dataclasses.replace(_behind(v, name), held=Dense(out))
-            if getattr(out, "shape", None) == v.shape
-            else out
-            for out in outs
+            dataclasses.replace(v, held=Dense(out)) if follows else out
+            for out, follows in zip(outs, same, strict=True)
         ]
 
     def plain(self, eqn: Any, value: Any) -> Any:
-        if isinstance(value, AdaptedWeight):
-            value = self._settled(value)
-        if isinstance(value, AdaptedWeight):
-            kind = eqn.primitive.name
-            self.record(value, Use(kind, jaxprs.where(eqn), barrier=kind))
-        return self._array(value)
-
-    def returned(self, value: Any) -> Any:
         value = self._settled(value)
-        if isinstance(value, AdaptedWeight):
-            self.record(value, Use("return", "the end of the function", barrier="return"))
-        return self._array(value)
-
-    def joins(self, ins: Ins) -> bool:
-        return all(isinstance(v, AdaptedWeight) for v in ins)  # not one with an activation
-
-    def with_one_weight(self, eqn: Any, ins: Ins) -> Any:
-        """Both weights' roles are written down; `adapt` refuses if both turn out to be adapted."""
-        if not all(isinstance(v, AdaptedWeight) for v in ins):
-            return ins
-        (_, contract), (_, batch) = eqn.params["dimension_numbers"]
-        v = ins[1]
-        stack, inputs = v.names_at(batch), v.names_at(contract)
-        self.consume(eqn, v, stack, inputs, without(v.names, (*stack, *inputs)))
-        return [ins[0], v.merged()]
-
-    @staticmethod
-    def _array(value: Any) -> Any:
-        return value.merged() if isinstance(value, AdaptedWeight) else value
+        if not isinstance(value, AdaptedWeight):
+            return value
+        kind = "return" if eqn is None else eqn.primitive.name
+        self.record(value, Use(kind, jaxprs.where(eqn), barrier=kind))
+        return value.merged()
 
 
-REARRANGE = (
+REARRANGE = (  # a row that was looked up may still be a part of a weight after these
     *("convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim", "copy"),
     *("sharding_constraint", "slice", "stop_gradient", "name", *jaxprs.CALLS),
 )
 
 
-def _behind(v: Any, barrier: str) -> Any:
-    """The weight, behind an operation that has no rule."""
-    if not isinstance(v, AdaptedWeight):
-        return v
-    update: Any = v.update
-    return dataclasses.replace(v, update=dataclasses.replace(update, barrier=barrier))
+def _weights(ins: Ins) -> int:
+    return sum(isinstance(v, AdaptedWeight) for v in ins)
 
 
 def uses(traced: jaxprs.TracedCall) -> dict[str, tuple[Use, ...]]:
     """The uses of every parameter of a traced call, in the order of the program."""
     recording = Recording(traced.param_paths)
 
-    def run(*ins: Any) -> list[Any]:
-        values = list(ins)
-        for i, path in enumerate(traced.param_paths):
-            names = recording.fresh(ins[i].ndim)
-            atoms = tuple((n, frozenset(((path, axis),))) for axis, n in enumerate(names))
-            update = Recorder(frozenset((path,)), atoms)
-            values[i] = AdaptedWeight(Dense(ins[i]), update, names, path, True)
-        outs = recording.evaluate(traced.jaxpr, traced.consts, values)
-        return [recording.returned(out) for out in outs]
+    def weight(path: str, w: Any) -> AdaptedWeight:
+        names = recording.fresh(w.ndim)
+        atoms = tuple((n, frozenset(((path, axis),))) for axis, n in enumerate(names))
+        return AdaptedWeight(Dense(w), Recorder(frozenset((path,)), atoms), names, path, True)
 
-    jax.eval_shape(run, *traced.avals)
+    jax.eval_shape(lambda *ins: recording.run(traced, ins, weight), *traced.avals)
     return {path: tuple(found) for path, found in recording.uses.items()}
 
 
@@ -192,15 +157,6 @@ def dequantised(traced: jaxprs.TracedCall) -> dict[str, str]:
     The call is evaluated as `lora_jax.adapt` does it where nothing is adapted.
     """
     evaluator = Evaluator()
-
-    def run(*ins: Any) -> list[Any]:
-        values = list(ins)
-        for i, path in enumerate(traced.param_paths):
-            if isinstance(ins[i], Base):
-                values[i] = AdaptedWeight.frozen(path, ins[i], evaluator.fresh(ins[i].ndim))
-        outs = evaluator.evaluate(traced.jaxpr, traced.consts, values)
-        return [evaluator.returned(out) for out in outs]
-
-    if any(isinstance(x, Base) for x in traced.inputs):
-        jax.eval_shape(run, *traced.inputs)
+    if any(map(is_base, traced.inputs)):
+        jax.eval_shape(lambda *ins: evaluator.run(traced, ins, evaluator.frozen), *traced.inputs)
     return evaluator.dequantised

@@ -11,181 +11,151 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.named import Ins, Named, Outs, without
+from lora_jax.named import Named, without
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
+
+Change = Callable[[Any, Any, AdaptedWeight], Any]  # a weight, several, or None: it does not apply
 
 
-def _only(ins: Ins) -> AdaptedWeight | None:
-    """The one adapted weight among the inputs, if it is one."""
-    weights = [v for v in ins if isinstance(v, AdaptedWeight)]
-    return weights[0] if len(weights) == 1 else None
+def of_one(change: Change) -> PrimitiveRule:
+    """The rule of an operation that takes one weight and nothing else: what it makes of it."""
+
+    def rule(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+        out = change(evaluator, eqn, ins[0])
+        return out if out is None or isinstance(out, list) else [out]
+
+    return rule
 
 
-def _on_w(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _on_w(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     """Casts, copies, sharding constraints: the factors keep their own dtype and placement."""
-    del evaluator
-    v = _only(ins)
-    if v is None or not jaxprs.is_float(eqn.outvars[0].aval.dtype):
+    if not jaxprs.is_float(eqn.outvars[0].aval.dtype):
         return None
-    return [v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))]
+    return v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
 
 
-def _on_all(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _on_all(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     """`stop_gradient` and `name`: W and its update alike, as the merged weight would be."""
-    del evaluator
-    v = _only(ins)
-    return None if v is None else [v.map(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))]
+    return v.map(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
 
 
-def _neg(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    del evaluator, eqn
-    v = _only(ins)
-    return None if v is None else _times(v, jnp.float32(-1.0))
+def _neg(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+    return _times(v, jnp.float32(-1.0))
 
 
 def _mul(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    v = _only(ins)
-    if v is None:
+    """`factor * W`, from either side; a product of two weights, or a quotient by one, is none."""
+    side = 0 if isinstance(ins[0], AdaptedWeight) else 1
+    v, factor = ins[side], ins[1 - side]
+    divides = eqn.primitive.name == "div"
+    if isinstance(factor, AdaptedWeight) or (divides and side == 1):
         return None
-    side = 0 if ins[0] is v else 1
-    return _times(v, evaluator.compact(eqn, 1 - side, ins[1 - side]))
+    factor = evaluator.compact(eqn, 1 - side, factor)
+    out = _times(v, 1.0 / factor if divides else factor)
+    return None if out is None else [out]
 
 
-def _div(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    v = _only(ins)
-    if v is None or ins[0] is not v:
-        return None
-    return _times(v, 1.0 / evaluator.compact(eqn, 1, ins[1]))
-
-
-def _times(v: AdaptedWeight, factor: Any) -> Outs:
+def _times(v: AdaptedWeight, factor: Any) -> AdaptedWeight | None:
     """`factor * W`; the factor is a scalar, or of size 1 along some of W's axes."""
-    named = Named(factor, v.names if jnp.ndim(factor) else ())
-    update = v.update.times(named)
+    update = v.update.times(Named(factor, v.names if jnp.ndim(factor) else ()))
     if update is None:
         return None
     moved = v.map_w(lambda n, f: Named(n.array * jnp.asarray(f, n.array.dtype), n.names), factor)
-    return [dataclasses.replace(moved, update=update)]
+    return dataclasses.replace(moved, update=update)
 
 
-def _transpose(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    del evaluator
-    order = ins[0].names_at(eqn.params["permutation"])
-    return [ins[0].map_w(lambda n: n.moved(order))]
+def _transpose(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+    order = v.names_at(eqn.params["permutation"])
+    return v.map_w(lambda n: n.moved(order))
 
 
-def _along(v: AdaptedWeight, change: dict[int, Callable[[Any, int], Any]]) -> AdaptedWeight:
-    """Each axis that `change` names changed, in each array that has it: `change[name](x, axis)`."""
+def _along(v: AdaptedWeight, change: dict[int, Any], *operands: Any) -> AdaptedWeight:
+    """Each axis that `change` names changed, in each array that has it.
 
-    def one(n: Named) -> Named:
+    `change[name](x, axis, *operands)` gives the changed array.
+    """
+
+    def one(n: Named, *operands: Any) -> Named:
         for axis, name in enumerate(n.names):
             if name in change:
-                n = Named(change[name](n.array, axis), n.names)
+                n = Named(change[name](n.array, axis, *operands), n.names)
         return n
 
-    return v.map(one, along=tuple(change))
+    return v.map(one, *operands, along=tuple(change))
 
 
-def _rev(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    del evaluator
-    names = ins[0].names_at(eqn.params["dimensions"])
-    return [_along(ins[0], dict.fromkeys(names, lambda x, axis: lax.rev(x, (axis,))))]
+def _rev(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+    names = v.names_at(eqn.params["dimensions"])
+    return _along(v, dict.fromkeys(names, lambda x, axis: lax.rev(x, (axis,))))
 
 
 def _cut(start: int, stop: int, stride: int = 1) -> Callable[[Any, int], Any]:
     return lambda x, axis: lax.slice_in_dim(x, start, stop, stride, axis)
 
 
-def _slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    del evaluator
-    v, p = ins[0], eqn.params
+def _slice(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+    p = eqn.params
     strides = p["strides"] or (1,) * len(v.shape)
     cuts = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
     every = zip(v.names, v.shape, cuts, strict=True)
-    return [_along(v, {name: _cut(*cut) for name, size, cut in every if cut != (0, size, 1)})]
+    return _along(v, {name: _cut(*cut) for name, size, cut in every if cut != (0, size, 1)})
 
 
 def _dynamic_slice(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    del evaluator
     v, *starts = ins
     if not isinstance(v, AdaptedWeight):
         return None
-    sizes = dict(zip(v.names, eqn.params["slice_sizes"], strict=True))
-    cut_names = tuple(n for n, size in zip(v.names, v.shape, strict=True) if sizes[n] != size)
-    place = {n: i for i, n in enumerate(v.names)}
 
-    def cut(n: Named, *starts: Any) -> Named:
-        for i, name in enumerate(n.names):
-            if name in cut_names:
-                start, size = starts[place[name]], sizes[name]
-                n = Named(lax.dynamic_slice_in_dim(n.array, start, size, axis=i), n.names)
-        return n
+    def cut(i: int, size: int) -> Callable[..., Any]:
+        return lambda x, axis, *starts: lax.dynamic_slice_in_dim(x, starts[i], size, axis)
 
-    return [v.map(cut, *starts, along=cut_names)]
+    every = enumerate(zip(v.names, v.shape, eqn.params["slice_sizes"], strict=True))
+    change = {name: cut(i, size) for i, (name, whole, size) in every if size != whole}
+    return [_along(v, change, *starts)]
 
 
-def _split(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    del evaluator
-    name, ends = ins[0].names[eqn.params["axis"]], itertools.accumulate(eqn.params["sizes"])
+def _split(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+    name, ends = v.names[eqn.params["axis"]], itertools.accumulate(eqn.params["sizes"])
     bounds = itertools.pairwise((0, *map(int, ends)))
-    return [_along(ins[0], {name: _cut(*bound)}) for bound in bounds]
+    return [_along(v, {name: _cut(*bound)}) for bound in bounds]
 
 
-def _tile(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    del evaluator
-    reps = zip(ins[0].names, eqn.params["reps"], strict=True)
+def _tile(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+    reps = zip(v.names, eqn.params["reps"], strict=True)
     repeat = lambda n: lambda x, axis: jnp.concatenate([x] * n, axis)  # noqa: E731
-    return [_along(ins[0], {name: repeat(n) for name, n in reps if n != 1})]
+    return _along(v, {name: repeat(n) for name, n in reps if n != 1})
 
 
-def _squeeze(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    v = ins[0]
+def _squeeze(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     gone = v.names_at(eqn.params["dimensions"])
-    rows = any(v.update.role(n) == "input" for n in v.names)
-
-    def squeeze(n: Named) -> Named:
-        dims = [i for i, x in enumerate(n.names) if x in gone]
-        return Named(lax.squeeze(n.array, dims), without(n.names, gone))
-
-    out = v.map(squeeze, along=gone).lost(gone, "taken")
-    if rows and not any(out.update.role(n) == "input" for n in out.names):
-        evaluator.read(v)  # one row looked up: no longer a weight but a value
-        return [out.merged()]
-    return [out]
+    out = v.map(lambda n: n.reduced(gone, lax.squeeze), along=gone).lost(gone, "taken")
+    rows, left = (any(u.update.role(n) == "input" for n in u.names) for u in (v, out))
+    if left or not rows:
+        return out
+    evaluator.paths_read.add(v.path)  # one row looked up: no longer a weight but a value
+    return [out.merged()]
 
 
-def _reduce_sum(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    del evaluator
-    v = ins[0]
+def _reduce_sum(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     gone = v.names_at(eqn.params["axes"])
     if not v.update.sums({n: v.size(n) for n in gone}):
         return None  # a sum of products over layers or experts is not of low rank
-
-    def total(n: Named) -> Named:
-        dims = tuple(i for i, x in enumerate(n.names) if x in gone)
-        return Named(n.array.sum(dims), without(n.names, gone))
-
-    return [v.map(total).lost(gone, "summed")]
+    return v.map(lambda n: n.reduced(gone, jnp.sum)).lost(gone, "summed")
 
 
-def _broadcast(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    v, *dynamic = ins
+def _broadcast(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     shape = eqn.outvars[0].aval.shape
     names = list(evaluator.fresh(len(shape)))
     for i, j in enumerate(eqn.params["broadcast_dimensions"]):
-        name = v.names[i]
-        if shape[j] != v.shape[i] and v.update.role(name):
+        if shape[j] != v.shape[i] and v.update.role(v.names[i]):
             return None
-        names[j] = name
-    if dynamic:
-        return None
-    return [v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), tuple(names)))]
+        names[j] = v.names[i]
+    return v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), tuple(names)))
 
 
-def _reshape(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    v, new = ins[0], eqn.outvars[0].aval.shape
-    update: Any = v.update
+def _reshape(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+    new, update = eqn.outvars[0].aval.shape, v.update
     names: list[int] = list(evaluator.fresh(len(new)))
     for old_axes, new_axes in reshape_groups(v.shape, new):
         if len(old_axes) == len(new_axes) == 1:
@@ -194,11 +164,12 @@ def _reshape(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         old = v.names_at(old_axes)
         units = tuple(n for n in old if v.size(n) == 1)
         new_sizes = {names[j]: new[j] for j in new_axes if new[j] != 1}
-        update = update.regroup(without(old, units), units, new_sizes)
-        if update is None:
+        regrouped = update.regroup(without(old, units), units, new_sizes)
+        if regrouped is None:
             return None
+        update = regrouped
     moved = v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), tuple(names)))
-    return [dataclasses.replace(moved, update=update)]
+    return dataclasses.replace(moved, update=update)
 
 
 def reshape_groups(
@@ -226,44 +197,39 @@ def reshape_groups(
     return groups
 
 
-def _all_gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """Inside a `shard_map`: W's parts put together along an axis, and the factors' along theirs."""
-    del evaluator
-    v, p = ins[0], eqn.params
+def _all_gather(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
+    """Inside a `shard_map`: W's parts put together along an axis, and the factors' along theirs.
+
+    An array without the axis is the same on every device.
+    """
+    p = eqn.params
     if not p["tiled"]:
         return None
-    name = v.names[p["all_gather_dimension"]]
 
-    def gathered(n: Named) -> Named:
-        if name not in n.names:
-            return n  # the same on every device of the axis
-        rest = {**p, "all_gather_dimension": n.names.index(name)}
-        return Named(eqn.primitive.bind(n.array, **rest), n.names)
+    def gathered(x: Any, axis: int) -> Any:
+        return eqn.primitive.bind(x, **{**p, "all_gather_dimension": axis})
 
-    return [v.map(gathered)]
+    return _along(v, {v.names[p["all_gather_dimension"]]: gathered})
 
 
-RULES: dict[str, Callable[[Any, Any, Ins], Outs]] = {
-    "convert_element_type": _on_w,
-    "reduce_precision": _on_w,
-    "copy": _on_w,
-    "copy_p": _on_w,
-    "sharding_constraint": _on_w,
-    "pvary": _on_w,
+CASTS = ("convert_element_type", "reduce_precision", "copy", "copy_p", "sharding_constraint")
+ALONE: dict[str, Change] = {
+    **dict.fromkeys((*CASTS, "pvary"), _on_w),
+    **dict.fromkeys(("stop_gradient", "name"), _on_all),
     "all_gather": _all_gather,
-    "stop_gradient": _on_all,
-    "name": _on_all,
     "neg": _neg,
-    "mul": _mul,
-    "div": _div,
     "transpose": _transpose,
     "rev": _rev,
     "slice": _slice,
-    "dynamic_slice": _dynamic_slice,
     "split": _split,
     "tile": _tile,
     "squeeze": _squeeze,
     "reduce_sum": _reduce_sum,
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
+}
+RULES: dict[str, PrimitiveRule] = {
+    **{name: of_one(change) for name, change in ALONE.items()},
+    **dict.fromkeys(("mul", "div"), _mul),
+    "dynamic_slice": _dynamic_slice,
 }

@@ -78,7 +78,7 @@ def opening(run: Run, state: State) -> str:
     )
     whole = setup.layout.dequantised
     more = f", and {len(whole) - 1} more weights" if len(whole) > 1 else ""
-    dequantised = f"Dequantised as a whole: {whole[0]}{more}" if whole else ""
+    dequantised = f"Dequantised: {whole[0].path}, {whole[0].reason}{more}" if whole else ""
     going_on = f"Going on from the checkpoint of step {run.start}." if run.start else ""
     return "\n".join(filter(None, (facts, text, dequantised, going_on)))
 

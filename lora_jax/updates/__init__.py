@@ -10,6 +10,11 @@
 
 `Rule(pattern, kind=...)` and `LoraSpec(kind=...)` choose one by its name. A kind of your own is a
 class that derives from `Kind`, made known by `register`.
+
+A kind is what is trained and saved. What runs through a program with W is an `Update`
+(`update.py`): every kind runs as plain factors (`lowrank.py`), with an output gain if it rescales
+W. The others are wrappers of such updates, and `recorder.py`, by which `lora_jax.resolve` finds
+the roles of the axes.
 """
 
 from lora_jax.updates.bias import Bias as Bias

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.errors import LoraError
 from lora_jax.target import Target
 from lora_jax.updates.kind import Factors, Kind, TargetInitializer, check_rank_limit
 
@@ -59,6 +60,7 @@ class Lora(Kind):
         return Factors((*above, len(target.parts), rank), tuple(b))
 
     def check(self, target: Target) -> None:
+        _check_parts(target)
         fan_out = target.fan_out
         for _, size in target.parts:
             part = target.fan_out // target.shape[_part_axis(target)] * size
@@ -107,3 +109,20 @@ def _part_axis(target: Target) -> int:
 def _part_position(target: Target) -> int:
     """The axis of `b` that the parts are slices of."""
     return len(target.stack) + 1 + target.part_axis % len(target.outputs)
+
+
+def _check_parts(target: Target) -> None:
+    n, path, end = len(target.outputs), target.path, 0
+    if target.parts and not -n <= target.part_axis < n:
+        raise LoraError(
+            f"{path!r}: part_axis {target.part_axis} is not an index into the output axes "
+            f"{target.outputs}"
+        )
+    for start, length in target.parts:
+        axis = target.outputs[target.part_axis]
+        if start < end or length < 1 or start + length > target.shape[axis]:
+            raise LoraError(
+                f"{path!r}: the parts {target.parts} must be (start, size) slices of the output "
+                f"axis {axis}, whose size is {target.shape[axis]}, in order and without overlap"
+            )
+        end = start + length

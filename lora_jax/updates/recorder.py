@@ -43,6 +43,10 @@ class Use:
         roles = own(self.stack), own(self.inputs), own(self.outputs)
         return Use(self.kind, self.where, *roles, self.barrier)
 
+    def covers(self, shape: tuple[int, ...]) -> bool:
+        """Whether each axis of the parameter has one role."""
+        return sorted((*self.stack, *self.inputs, *self.outputs)) == list(range(len(shape)))
+
     @property
     def is_product(self) -> bool:
         return self.kind in PRODUCTS and bool(self.inputs) and bool(self.outputs)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.errors import LoraError
-from lora_jax.named import Named, Names, wider, without
+from lora_jax.named import Named, Names, wider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +132,7 @@ class Update(abc.ABC):
         """
 
         def one(n: Named) -> Named:
-            dims = [i for i, x in enumerate(n.names) if x in units]
-            n = Named(lax.squeeze(n.array, dims), without(n.names, units))
+            n = n.reduced(units, lax.squeeze)
             if not any(x in n.names for x in old):
                 return n
             n = n.to_front(old)
@@ -297,3 +296,10 @@ class OutputGain(Update):
         parts = self.inner.derivatives(w, dw, tangent.inner, none)
         along = [(w, OutputGain(update, self.gain)) for w, update in parts]
         return [*along, (w, OutputGain(self.inner, tangent.gain))]
+
+
+def join(parts: Sequence[Part], name: int, size: int) -> Update | None:
+    """See `Update.join`; a part with an output gain, if there is one, does it for all."""
+    gained = (p for p in parts if isinstance(p.update, OutputGain))
+    lead = next(gained, parts[0] if parts else Part(Zero(), 0, 0))
+    return lead.update.join(parts, name, size)

@@ -45,42 +45,30 @@ class Flow:
     spread: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
 class Dependence:
-    """What `dependence` finds.
+    """A walk of a traced call, and what it finds; see the module docstring.
 
     heads: the output heads.
     kernels, tables: `{path: where}`, the first product of each kernel, and the first lookup of
       each embedding.
     partners: the parameters that a parameter is multiplied with, on the weight side of a product.
+    fed: parameters whose product feeds a parameter's product.
     """
 
-    heads: Paths
-    kernels: dict[str, str]
-    tables: dict[str, str]
-    partners: dict[str, Paths]
-
-
-def dependence(traced: jaxprs.TracedCall) -> Dependence:
-    """Walk a traced call; see the module docstring."""
-    walker = _Walker()
-    arguments = traced.jaxpr.invars[len(traced.param_paths) :]
-    flows = [Flow(weights=frozenset((path,))) for path in traced.param_paths]
-    flows += [_cut(Flow(moving=True, ways=frozenset((RAW,))), v.aval) for v in arguments]
-    outs = walker.walk(traced.jaxpr, flows)
-    last = RAW.union(*(way for out in outs if len(out.ways) == 1 for way in out.ways))
-    heads = (last - walker.fed) & walker.kernels.keys()
-    return Dependence(heads, walker.kernels, walker.tables, walker.partners)
-
-
-class _Walker:
-    def __init__(self) -> None:
-        self.fed: Paths = RAW  # parameters whose product feeds a parameter's product
+    def __init__(self, traced: jaxprs.TracedCall) -> None:
         self.kernels: dict[str, str] = {}
         self.tables: dict[str, str] = {}
         self.partners: dict[str, Paths] = {}
+        self.fed: Paths = RAW
+        arguments = traced.jaxpr.invars[len(traced.param_paths) :]
+        flows = [Flow(weights=frozenset((path,))) for path in traced.param_paths]
+        flows += [_cut(Flow(moving=True, ways=frozenset((RAW,))), v.aval) for v in arguments]
+        outs = self.walk(traced, flows)
+        last = RAW.union(*(way for out in outs if len(out.ways) == 1 for way in out.ways))
+        self.heads = (last - self.fed) & self.kernels.keys()
 
-    def walk(self, jaxpr: Any, flows: Sequence[Flow]) -> list[Flow]:
+    def walk(self, closed: Any, flows: Sequence[Flow]) -> list[Flow]:
+        jaxpr, _ = jaxprs.opened(closed)
         env = dict(zip(jaxpr.invars, flows, strict=True))
 
         def read(atom: Any) -> Flow:
@@ -95,18 +83,19 @@ class _Walker:
     def step(self, eqn: Any, ins: list[Flow]) -> list[Flow]:
         name = eqn.primitive.name
         if name == "scan":
-            return self._scan(eqn, ins)
+            return self._loop(eqn.params["jaxpr"], ins, *jaxprs.scan_arity(eqn))[1]
         if name == "while":
-            return self._while(eqn, ins)
+            n, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+            body, carries = eqn.params["body_jaxpr"], len(ins) - n - fixed
+            carry = self._loop(body, ins[n:], fixed, carries)[0][fixed:]
+            self.walk(eqn.params["cond_jaxpr"], [*ins[:n], *carry])
+            return carry
         if name == "cond":
-            branches = [self.walk(jaxprs.opened(b)[0], ins[1:]) for b in eqn.params["branches"]]
+            branches = [self.walk(b, ins[1:]) for b in eqn.params["branches"]]
             return [_join(outs) for outs in zip(*branches, strict=True)]
-        if name == "shard_map":
-            return self.walk(jaxprs.shard_map_form(eqn).jaxpr, ins)
-        inner = jaxprs.inner(eqn)
-        if inner is not None:
+        if name in jaxprs.BODIES:
             with jaxprs.origin(eqn):
-                return self.walk(inner, ins)
+                return self.walk(jaxprs.called(eqn), ins)
         if name in PRODUCTS or name in OPAQUE:
             return [self._product(eqn, ins[: PRODUCTS.get(name)])] * len(eqn.outvars)
         if name in ("gather", "dynamic_slice"):
@@ -136,9 +125,8 @@ class _Walker:
 
     def _lookup(self, eqn: Any, table: Flow, *indices: Flow) -> Flow:
         """Rows picked by an argument are values; matrices picked by one are weights still."""
-        sizes, numbers = eqn.params["slice_sizes"], eqn.params.get("dimension_numbers")
-        gone = () if numbers is None else numbers.collapsed_slice_dims
-        gone = (*gone, *(() if numbers is None else numbers.operand_batching_dims))
+        sizes, dn = eqn.params["slice_sizes"], eqn.params.get("dimension_numbers")
+        gone = () if dn is None else (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
         kept = [n for i, n in enumerate(sizes) if n > 1 and i not in gone]
         if not table.weights or len(kept) > 1 or not any(f.moving for f in indices):
             return table
@@ -146,30 +134,20 @@ class _Walker:
             self.tables.setdefault(path, jaxprs.operand_name(eqn))
         return Flow(moving=True, ways=frozenset((ROWS,)))
 
-    def _scan(self, eqn: Any, ins: list[Flow]) -> list[Flow]:
-        n_consts, n_carry = jaxprs.scan_arity(eqn)
-        jaxpr, _ = jaxprs.opened(eqn.params["jaxpr"])
-        start, stop = n_consts, n_consts + n_carry
-        carry = self._settled(jaxpr, ins[:start], ins[start:stop], ins[stop:])
-        return self.walk(jaxpr, [*ins[:start], *carry, *ins[stop:]])
+    def _loop(
+        self, body: Any, ins: list[Flow], start: int, n: int
+    ) -> tuple[list[Flow], list[Flow]]:
+        """What goes into and comes out of a loop's body; `n` carries from `start` on.
 
-    def _while(self, eqn: Any, ins: list[Flow]) -> list[Flow]:
-        start, stop = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        stop += start
-        body, _ = jaxprs.opened(eqn.params["body_jaxpr"])
-        test, _ = jaxprs.opened(eqn.params["cond_jaxpr"])
-        carry = self._settled(body, ins[start:stop], ins[stop:], [])
-        self.walk(test, [*ins[:start], *carry])
-        return carry
-
-    def _settled(self, body: Any, fixed: Any, carry: list[Flow], xs: Any) -> list[Flow]:
-        """What the carries are before any iteration: they grow until one adds nothing."""
+        The carries are what they may be before any iteration: they grow until one adds nothing.
+        """
         while True:
-            outs = self.walk(body, [*fixed, *carry, *xs])
+            outs = self.walk(body, ins)
+            carry = ins[start : start + n]
             grown = [_join(pair) for pair in zip(carry, outs, strict=False)]
             if grown == carry:
-                return carry
-            carry = grown
+                return ins, outs
+            ins = [*ins[:start], *grown, *ins[start + n :]]
 
 
 def _cut(flow: Flow, aval: Any) -> Flow:

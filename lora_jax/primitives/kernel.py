@@ -1,0 +1,152 @@
+"""Kernels that multiply: each is called on W, and on each factor of an update in W's place.
+
+`ragged_dot` is one: a bank of experts, its rows in groups, each with its own weight and factors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.named import RANK, Named, without
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
+from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.update import Operation
+
+Dot = Callable[..., Any]  # (x [rows, in], w [groups, in, out], sizes [groups])
+
+
+def product(
+    call: Callable[..., Any],
+    *,
+    x: int,
+    weight: int,
+    stack: tuple[int, ...],
+    inputs: int,
+    outputs: int,
+    rows: Callable[..., Any] | None = None,
+    sums: bool = False,
+) -> PrimitiveRule:
+    """Return the rule of a kernel that is linear in an array x [..., in] and in a weight.
+
+    Args:
+      call: the kernel, `call(*operands) -> [..., out]`, for weights of any two sizes in and out.
+      x, weight: which operands these are.
+      stack, inputs, outputs: the axes of the weight; `inputs` is what the last axis of x meets,
+        `outputs` becomes the last axis of the result.
+      rows: `rows(array, x, *others)` gives [..., n] from an array [*stack, n]: the slice that each
+        row of x meets (the group of a grouped product). Only an update with an output gain
+        (DoRA) needs it.
+      sums: whether `call` also takes `dtype`, that of the result, in which it then adds.
+
+    >>> from lora_jax.primitives import kernel, table
+    >>> rule = kernel.product(my_gmm, x=0, weight=1, stack=(0,), inputs=1,
+    ...                       outputs=2)  # doctest: +SKIP
+    >>> table.register(rule, function="my_gmm")  # doctest: +SKIP
+    """
+
+    def run(w: Any, x_array: Any, *others: Any, **dtype: Any) -> Any:
+        rest, named = iter(others), {x: x_array, weight: w}
+        operands = (named[i] if i in named else next(rest) for i in range(len(others) + 2))
+        return call(*operands, **dtype)
+
+    def rule(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+        v, operand = ins[weight], ins[x]
+        if not isinstance(v, AdaptedWeight) or isinstance(operand, AdaptedWeight):
+            return None
+        s, (i,), (o,) = v.names_at(stack), v.names_at((inputs,)), v.names_at((outputs,))
+        if not v.update.admits(s, (i,), (o,)):
+            return None
+        use = evaluator.consume(eqn, v, s, (i,), (o,))
+        v = v.chosen()
+        free = evaluator.fresh(operand.ndim - 1)
+        rest = tuple(value for place, value in enumerate(ins) if place not in (x, weight))
+        # A function with a batching rule of its own cannot be transposed before it is batched.
+        apply = v.held.use if evaluator.per_example else v.held.product
+
+        def base(array: Any, dtype: Any = None) -> Any:
+            more = {} if dtype is None else {"dtype": dtype}
+            return apply(functools.partial(run, **more), array, *rest)
+
+        def low_rank(y: Any, named: Named, update: LowRank) -> Any:
+            dtype = named.array.dtype
+            a = update.a.moved(tuple(RANK if n == o else n for n in v.names)).astype(dtype)
+            b = update.b.moved(tuple(RANK if n == i else n for n in v.names)).astype(dtype)
+            h = update.middle(Named(run(a.array, named.array, *rest), (*free, RANK))).astype(dtype)
+            return y + run(b.array, h.array, *rest).astype(y.dtype)
+
+        def spread(n: Named) -> Named:
+            assert rows is not None
+            array = rows(n.to_front(s).array, operand, *rest)
+            return Named(array, (*free, *without(n.names, s)))
+
+        named, each = Named(operand, (*free, i)), None if rows is None else spread
+        operation = Operation(named, (*free, o), base, low_rank, sums=sums, use=use, spread=each)
+        return [v.update.product(operation)]
+
+    return rule
+
+
+def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+    """The rule of `ragged_dot_general`; without an adapted weight too, in a mixed batch."""
+    x, v, sizes = ins
+    p, dims = eqn.params, eqn.params["ragged_dot_dimension_numbers"]
+    (x_in, w_in), (batch, _) = dims.dot_dimension_numbers
+    ragged_inputs = dims.lhs_ragged_dimensions[0] in x_in
+    if isinstance(x, AdaptedWeight) or batch or ragged_inputs or p.get("group_offset"):
+        return None
+    order = (*dims.rhs_group_dimensions, *w_in)
+    order = (*order, *without((0, 1, 2), order))
+    x = x.T if x_in == (0,) else x
+
+    def dot(x: Any, w: Any, sizes: Any, dtype: Any = None) -> Any:
+        dtype = p["preferred_element_type"] if dtype is None else dtype
+        one = functools.partial(
+            lax.ragged_dot, precision=p["precision"], preferred_element_type=dtype
+        )
+        return (batched(one) if evaluator.per_example else one)(x, w, sizes)
+
+    if not isinstance(v, AdaptedWeight):
+        return [dot(x, jnp.transpose(v, order), sizes)]
+    names = v.names_at(order)
+    v = v if names == v.names else v.map_w(lambda n: n.moved(names))
+    rule = product(
+        dot, x=0, weight=1, stack=(0,), inputs=1, outputs=2, sums=True,
+        rows=lambda array, x, sizes: jnp.repeat(array, sizes, 0, total_repeat_length=len(x)),
+    )  # fmt: skip
+    return rule(evaluator, eqn, [x, v, sizes])
+
+
+def batched(dot: Dot) -> Dot:
+    """A `ragged_dot` that a `vmap` can take: JAX batches none whose weight all examples share.
+
+    The rows of all examples are put in the order of their groups, and are rows of one product. It
+    can be differentiated once it is under the `vmap`.
+    """
+    call = jax.custom_batching.custom_vmap(dot)
+
+    @call.def_vmap
+    def rule(n: int, is_batched: list[bool], *ins: Any) -> tuple[Any, bool]:
+        every = (
+            v if yes else jnp.broadcast_to(v, (n, *v.shape))
+            for v, yes in zip(ins, (is_batched[0], True, is_batched[2]), strict=True)
+        )
+        x, w, sizes = every
+        if is_batched[1]:
+            return jax.vmap(dot)(x, w, sizes), True
+        numbers = jnp.arange(x.shape[1])
+        group = jax.vmap(lambda s: jnp.searchsorted(jnp.cumsum(s), numbers, side="right"))(sizes)
+        order = jnp.argsort(group.ravel(), stable=True)
+        y = dot(x.reshape(-1, x.shape[2])[order], w, sizes.sum(0, dtype=sizes.dtype))
+        y = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
+        return y.reshape(n, -1, y.shape[1]), True
+
+    return call
+
+
+RULES: dict[str, PrimitiveRule] = {"ragged_dot_general": ragged_dot}
