@@ -23,7 +23,8 @@ from lora_jax.updates.dropped import Dropped
 from lora_jax.updates.gated import Gated
 from lora_jax.updates.kind import kind_of
 from lora_jax.updates.lowrank import LowRank
-from lora_jax.updates.update import OutputGain, Update
+from lora_jax.updates.output_gain import OutputGain
+from lora_jax.updates.update import Update
 
 
 @jax.tree_util.register_dataclass

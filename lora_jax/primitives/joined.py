@@ -10,7 +10,8 @@ from jax import lax
 
 from lora_jax.bases import held
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
-from lora_jax.updates.update import Part, Zero, join
+from lora_jax.updates.output_gain import join
+from lora_jax.updates.update import Part, Zero
 
 
 def _concatenate(evaluator: Any, eqn: Any, ins: Ins) -> Outs:

@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.errors import LoraError
-from lora_jax.named import Named, Names, wider
+from lora_jax.named import Named, Names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,101 +203,3 @@ class Zero(Update):
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
         del w, tangent, none
         return [(dw, self)]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class OutputGain(Update):
-    """`gain * (W + update)`, the gain being a number for each output (DoRA's magnitude / norm).
-
-    gain: has axes of W with the roles stack and output alone, all of them.
-    """
-
-    inner: Update
-    gain: Named
-
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        return OutputGain(self.inner.map(fn, *operands), fn(self.gain, *operands))
-
-    def role(self, name: int) -> str | None:
-        return self.inner.role(name)
-
-    def product(self, p: Operation) -> Any:
-        """The gain multiplies x along outputs that are contracted, and the result along others.
-
-        In float32 between the two, the product itself too: a trained gain is within a few
-        thousandths of 1, and a bfloat16 number times such a gain is rounded back to itself.
-        """
-        x, gain = p.x, self.gain if p.spread is None else p.spread(self.gain)
-        if x is not None and any(n not in p.out for n in gain.names):
-            return self._transposed(x, p)
-        dtype: Any = None
-
-        def base(x: Any) -> Any:
-            nonlocal dtype
-            dtype = jax.eval_shape(p.base, x).dtype
-            wide = wider(dtype, jnp.float32)
-            return p.base(x, wide) if p.sums else p.base(x).astype(wide)
-
-        y = self.inner.product(dataclasses.replace(p, base=base))
-        return Named(y, p.out).times(gain).array.astype(dtype)
-
-    def _transposed(self, x: Named, p: Operation) -> Any:
-        """A product over outputs, as a tied head's: the gain multiplies x before it."""
-        if any(n not in x.names for n in self.gain.names):
-            raise LoraError(
-                "a product sums over some outputs of a weight that DoRA adapts, and not over "
-                "others; its magnitude cannot follow. Use another kind of update for this weight"
-            )
-        wide = x.astype(wider(x.array.dtype, jnp.float32))
-        scaled = Named(wide.times(self.gain).array.astype(x.array.dtype), x.names)
-        return self.inner.product(dataclasses.replace(p, x=scaled))
-
-    def merged(self, w: Named) -> Any:
-        whole = Named(self.inner.merged(w.astype(jnp.float32)), w.names)
-        return whole.times(self.gain).array.astype(w.array.dtype)
-
-    def chosen(self) -> Update:
-        return OutputGain(self.inner.chosen(), self.gain)
-
-    def times(self, factor: Named) -> Update | None:
-        inner = self.inner.times(factor)
-        return None if inner is None else OutputGain(inner, self.gain)
-
-    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
-        inner = [
-            dataclasses.replace(
-                p, update=p.update.inner if isinstance(p.update, OutputGain) else p.update
-            )
-            for p in parts
-        ]
-        whole = inner[0].update.join(inner, name, size)
-        if whole is None or any(p.update.role(name) == "input" for p in parts):
-            return None
-        one: dict[int, int] = {n: self.gain.size(n) for n in self.gain.names if n != name}
-        ones = Named(jnp.ones((*one.values(), size), self.gain.array.dtype), (*one, name))
-        for p in parts:
-            if isinstance(p.update, OutputGain):
-                if {*p.update.gain.names} - {name} != {*one}:
-                    return None
-                gain = p.update.gain.among(ones.names)
-                ones = Named(ones.array.at[..., p.start : p.start + p.size].set(gain), ones.names)
-        return OutputGain(whole, ones)
-
-    def sums(self, sizes: dict[int, int]) -> bool:
-        return self.inner.sums(sizes) and not any(n in self.gain.names for n in sizes)
-
-    def check_linear(self, path: str, where: str) -> None:
-        self.inner.check_linear(path, where)
-
-    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        parts = self.inner.derivatives(w, dw, tangent.inner, none)
-        along = [(w, OutputGain(update, self.gain)) for w, update in parts]
-        return [*along, (w, OutputGain(self.inner, tangent.gain))]
-
-
-def join(parts: Sequence[Part], name: int, size: int) -> Update | None:
-    """See `Update.join`; a part with an output gain, if there is one, does it for all."""
-    gained = (p for p in parts if isinstance(p.update, OutputGain))
-    lead = next(gained, parts[0] if parts else Part(Zero(), 0, 0))
-    return lead.update.join(parts, name, size)
