@@ -22,8 +22,9 @@ def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """The rule of `ragged_dot_general`; without an adapted weight too, in a mixed batch."""
     x, v, sizes = ins
     form = jaxprs.ragged_form(eqn)
-    if isinstance(x, AdaptedWeight) or form is None:
+    if form is None or (isinstance(x, AdaptedWeight) and not isinstance(v, AdaptedWeight)):
         return None
+    x = evaluator.plain(eqn, x)  # rows that a norm has scaled count as its weight in `roles`
     (x_contract,), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0]
     many = batched if evaluator.per_example else lambda dot, rows: dot
 
