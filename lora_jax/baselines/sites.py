@@ -36,7 +36,7 @@ def biases(config: BuiltInConfig) -> str:
     Raises:
       LoraError: the model has none.
     """
-    if isinstance(config, LlamaConfig) and not (config.qkv_bias or config.output_bias):
+    if isinstance(config, LlamaConfig) and not config.has_biases:
         raise LoraError(
             "this decoder has no bias vectors, so there is nothing to train; take another method, "
             "or a model with biases (Qwen2)"
@@ -46,5 +46,5 @@ def biases(config: BuiltInConfig) -> str:
 
 def norms(config: BuiltInConfig) -> str:
     """The pattern of all layer norms' parameters; norms of queries and keys are not among them."""
-    pattern = "**/{norm,attention_norm,mlp_norm}/*"
+    pattern = "**/{norm,{attention,mlp}_norm,{attention,mlp}_post_norm}/*"
     return f"{ENCODER}/{pattern}" if isinstance(config, BertConfig) else pattern

@@ -4,6 +4,7 @@ from lora_jax.models.bert import Bert as Bert
 from lora_jax.models.bert import BertClassifier as BertClassifier
 from lora_jax.models.config import BertConfig as BertConfig
 from lora_jax.models.config import LlamaConfig as LlamaConfig
+from lora_jax.models.config import LongRope as LongRope
 from lora_jax.models.errors import ModelConfigError as ModelConfigError
 from lora_jax.models.errors import ModelError as ModelError
 from lora_jax.models.errors import WeightsError as WeightsError

@@ -1,33 +1,29 @@
 """BERT (Devlin et al., arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) encoders."""
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.models.attention import attend, positions_in, visible
 from lora_jax.models.config import BertConfig, check_choice
-from lora_jax.models.layers import INITIAL, Embed, by_rows, dense, stack, tensor_axis
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    INITIAL,
+    Embed,
+    by_rows,
+    dense,
+    norm,
+    stack,
+    tensor_axis,
+)
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 POOLINGS = {
     "mean": "the mean of the hidden states of the real tokens, one product",
     "cls": "the hidden state of the first token, one product",
     "roberta_head": "product, tanh, product on the first token: RoBERTa's head, BERT's pooler too",
 }
-
-
-def _norm(config: BertConfig, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name
-    )
 
 
 def _drop(config: BertConfig, deterministic: bool) -> nn.Dropout:
@@ -73,8 +69,8 @@ class _BertLayer(nn.Module):
     def __call__(self, x: Array, seen: Array | None) -> tuple[Array, None]:
         drop = _drop(self.config, self.deterministic)
         mixed = _BertAttention(self.config, self.deterministic, name="attention")(x, seen)
-        x = by_rows(_norm(self.config, "attention_norm")(x + drop(mixed)))
-        x = by_rows(_norm(self.config, "mlp_norm")(x + drop(_BertMlp(self.config, name="mlp")(x))))
+        x = by_rows(norm(self.config, "attention_norm")(x + drop(mixed)))
+        x = by_rows(norm(self.config, "mlp_norm")(x + drop(_BertMlp(self.config, name="mlp")(x))))
         return x, None
 
 
@@ -101,7 +97,7 @@ class _Embeddings(nn.Module):
         if config.num_token_types:
             types = jnp.zeros((1, 1), jnp.int32) if token_types is None else token_types
             x = x + Embed(config, config.num_token_types, 1, name="token_type")(types)
-        x = _norm(config, "norm")(by_rows(x))
+        x = norm(config, "norm")(by_rows(x))
         return _drop(config, self.deterministic)(x)
 
 

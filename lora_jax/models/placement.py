@@ -8,6 +8,7 @@ divides is cut over `tensor`, so that each device has the logits of its own toke
 
     first of a pair    query, key, value, up, gate     P(fsdp, tensor)      its bias P(tensor)
     second of a pair   output, down                    P(tensor, fsdp)      its bias whole
+    experts            the same behind the axis of the experts, which is not divided
     embeddings         P(tensor, fsdp) or P(None, (tensor, fsdp))
     untied head        the same, transposed
     norms              whole
@@ -46,27 +47,49 @@ def _embedding(config: BuiltInConfig) -> P:
 
 def _llama(config: LlamaConfig) -> tuple[PlacementRule, ...]:
     layer = "layers" if config.scan_layers else "layers_*"
+    first = "attention/qkv" if config.fused else "attention/{q,k,v}"
+    norms = "{attention,mlp}_{norm,post_norm}" if config.post_norms else "{attention,mlp}_norm"
+    leaves = "{scale,bias}" if config.norm == "layer" else "scale"
     within = [
-        ("attention/{q,k,v}/kernel", _FIRST),
+        (f"{first}/kernel", _FIRST),
         ("attention/o/kernel", _SECOND),
-        ("mlp/{gate,up}/kernel", _FIRST),
-        ("mlp/down/kernel", _SECOND),
-        ("{attention,mlp}_norm/scale", _WHOLE),
+        *(_mixture() if config.num_experts else _mlp(config)),
+        (f"{norms}/{leaves}", _WHOLE),
     ]
     if config.qkv_bias:
-        within.append(("attention/{q,k,v}/bias", P("tensor")))
+        within.append((f"{first}/bias", P("tensor")))
     if config.output_bias:
         within.append(("attention/o/bias", _WHOLE))
     if config.qk_norm:
-        within.append(("attention/{q,k}_norm/scale", _WHOLE))
+        within.append((f"attention/{{q,k}}_norm/{leaves}", _WHOLE))
     out = [
         ("embed/embedding", _embedding(config)),
-        ("norm/scale", _WHOLE),
+        (f"norm/{leaves}", _WHOLE),
         *_layers(config, layer, within),
     ]
+    if config.positions == "learned":
+        out.append(("position/embedding", _HIDDEN))
     if not config.tied:
         out.append(("lm_head/kernel", P(*reversed(_embedding(config)))))
     return tuple(out)
+
+
+def _mlp(config: LlamaConfig) -> list[PlacementRule]:
+    first = "mlp/up" if not config.gated else "mlp/gate_up" if config.fused else "mlp/{gate,up}"
+    out = [(f"{first}/kernel", _FIRST), ("mlp/down/kernel", _SECOND)]
+    if config.mlp_bias:
+        out += [(f"{first}/bias", P("tensor")), ("mlp/down/bias", _WHOLE)]
+    return out
+
+
+def _mixture() -> list[PlacementRule]:
+    """Each expert is divided as an MLP is, so that no token has to go to another device. The
+    router, a few columns, is cut by its inputs."""
+    return [
+        ("mlp/router/kernel", P(_BOTH)),
+        ("mlp/experts/{gate,up}/kernel", P(None, *_FIRST)),
+        ("mlp/experts/down/kernel", P(None, *_SECOND)),
+    ]
 
 
 def _bert(config: BertConfig) -> tuple[PlacementRule, ...]:

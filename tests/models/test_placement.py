@@ -11,9 +11,11 @@ import pytest
 from benchmarks import common
 from lora_jax import models, paths, sharding
 from lora_jax.models.placement import rules
+from tests.models.options import FAMILIES
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 QWEN = {"qkv_bias": True, "output_bias": True, "qk_norm": True, "tied": False}
+SHORT = dataclasses.replace(common.SMOLLM2, num_layers=2)
 CASES: dict[str, tuple[Any, models.Head | None]] = {
     "bert": (common.MINILM, None),
     "bert without token types": (dataclasses.replace(common.MINILM, num_token_types=0), None),
@@ -23,6 +25,7 @@ CASES: dict[str, tuple[Any, models.Head | None]] = {
     "bert, roberta_head": (common.MINILM, models.Head("roberta_head", 3)),
     "llama": (common.SMOLLM2, None),
     "llama, every option": (dataclasses.replace(common.SMOLLM2, **QWEN), None),
+    **{name: (dataclasses.replace(SHORT, **options), None) for name, options in FAMILIES.items()},
     "llama, odd vocabulary": (dataclasses.replace(common.SMOLLM2, vocab_size=50257), None),
 }
 

@@ -64,18 +64,25 @@ class Stored:
 
 @dataclasses.dataclass
 class _Leaf:
-    """One parameter to be, and the stored tensors it is made of (several where stacked)."""
+    """One parameter to be, and the stored tensors it is made of.
+
+    Attributes:
+        shape: of one source, in our layout.
+        sources: their names; several where layers, experts or both are stacked, the last of
+            these axes fastest.
+        stack: the axes that are stacked.
+    """
 
     path: str
     shape: tuple[int, ...]
     row: TensorName
     sources: list[str]
-    stacked: bool
+    stack: tuple[int, ...]
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """The parameter's shape; `shape` is that of one source, in our layout."""
-        return (len(self.sources), *self.shape) if self.stacked else self.shape
+        """The parameter's shape."""
+        return (*self.stack, *self.shape)
 
 
 def shapes(config: BuiltInConfig, head: Head | None = None) -> ParameterTree:
@@ -142,7 +149,7 @@ def _bases(stored: Stored, leaves: Iterable[_Leaf], dtype: np.dtype) -> dict[str
     for leaf in leaves:
         layers = {name: stored.keep(name, leaf.row, dtype) for name in leaf.sources}
         if any(base is not None for base in layers.values()):
-            found[leaf.path] = kept.stack(layers, leaf.path, leaf.stacked)
+            found[leaf.path] = kept.stack(layers, leaf.path, leaf.stack)
     return found
 
 
@@ -165,11 +172,11 @@ def _place(leaf: _Leaf, base: QuantisedMatrix | None, placed: Mapping[str, Any] 
 def _read(stored: Stored, leaf: _Leaf, dtype: np.dtype, index: shards.Index) -> np.ndarray:
     """The part of one parameter at `index`, in `dtype`; no more than that is read."""
     part = shards.empty(tuple(axis.stop - axis.start for axis in index), dtype)
-    names, inner = leaf.sources, index
-    if leaf.stacked:
-        names, inner = names[index[0]], index[1:]
-    for number, name in enumerate(names):
-        _copy(stored, leaf.row, name, inner, part[number] if leaf.stacked else part)
+    stack, inner = index[: len(leaf.stack)], index[len(leaf.stack) :]
+    where: Any = (*stack, ...)
+    numbers = np.arange(len(leaf.sources)).reshape(leaf.stack)[where]
+    for place, number in np.ndenumerate(numbers):
+        _copy(stored, leaf.row, leaf.sources[number], inner, part[place])
     return part
 
 
@@ -205,10 +212,12 @@ def _check(stored: Stored, leaf: _Leaf, config: BuiltInConfig) -> None:
 def _plan(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_Leaf]:
     """Which stored tensors make which parameter; every name of both sides is accounted for."""
     raw = _clean_names(stored)
-    if config.num_layers > len(raw):  # a number out of a file: no list of names is made of it yet
+    experts = config.num_experts if isinstance(config, LlamaConfig) else 0
+    parts = config.num_layers * max(1, experts)
+    if parts > len(raw):  # numbers out of a file: no list of names is made of them yet
         raise WeightsError(
-            f"{stored.origin} has {len(raw)} tensors, too few for {config.num_layers} layers.\n"
-            f"The configuration: {config}"
+            f"{stored.origin} has {len(raw)} tensors, too few for {config.num_layers} layers"
+            f"{f' of {experts} experts' if experts else ''}.\nThe configuration: {config}"
         )
     leaves = _leaves(stored, config, head)
     wanted = {name: leaf.path for leaf in leaves for name in leaf.sources}
@@ -255,16 +264,23 @@ def _leaves(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_L
             continue  # a bias, a norm or a head that this configuration does not have
         shape = left.pop(stacked_path).shape
         name = row.hf if stored.column == "hf" else row.gguf
-        if not row.layered:
-            leaves.append(_Leaf(stacked_path, shape, row, [name], False))
-            continue
-        names = [name.format(layer=layer) for layer in range(config.num_layers)]
-        if config.scan_layers:
-            leaves.append(_Leaf(stacked_path, shape[1:], row, names, True))
-            continue
-        for layer, one in enumerate(names):
-            path = before + row.path.format(layer=layer)
-            leaves.append(_Leaf(path, shape[1:], row, [one], False))
+        layers, experts = config.num_layers if row.layered else 0, tuple[int, ...]()
+        if row.of_experts and isinstance(config, LlamaConfig):
+            experts = (config.num_experts,)
+        one = shape[bool(layers) + len(experts) :]
+        each = [
+            [name.format(layer=layer, expert=expert) for expert in range(*(experts or (1,)))]
+            for layer in range(layers or 1)
+        ]
+        every = [name for names in each for name in names]
+        if not layers:
+            leaves.append(_Leaf(stacked_path, one, row, every, experts))
+        elif config.scan_layers:
+            leaves.append(_Leaf(stacked_path, one, row, every, (layers, *experts)))
+        else:
+            for layer, names in enumerate(each):
+                path = before + row.path.format(layer=layer)
+                leaves.append(_Leaf(path, one, row, names, experts))
     if left:
         kind = "encoder" if isinstance(config, BertConfig) else "decoder"
         raise WeightsError(

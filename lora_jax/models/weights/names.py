@@ -11,21 +11,32 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class TensorName:
-    """One tensor (of each layer): our path, Hugging Face's name, GGUF's name."""
+    """One tensor (of each layer, of each expert): our path, Hugging Face's name, GGUF's name.
+
+    Attributes:
+        path: a bank of experts is one array, with the experts first; `hf` names that of one.
+        in_out: a kernel that Hugging Face stores as [in, out] too (GPT-2's `Conv1D`).
+    """
 
     path: str
     hf: str
     gguf: str = ""
+    in_out: bool = False
 
     @property
     def transposed(self) -> bool:
-        """Whether it is a kernel: stored [out, in], ours [in, out]."""
-        return self.path.endswith("/kernel")
+        """Whether it is a kernel that is stored [out, in]: ours is [in, out]."""
+        return self.path.endswith("/kernel") and not self.in_out
 
     @property
     def layered(self) -> bool:
         """Whether there is one such tensor in every layer."""
         return "{layer}" in self.path
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether there is one such tensor for every expert."""
+        return "{expert}" in self.hf
 
     @property
     def stacked_path(self) -> str:
@@ -71,6 +82,13 @@ def _linear(path: str, hf: str, gguf: str = "") -> tuple[TensorName, TensorName]
     )
 
 
+def _conv1d(path: str, hf: str) -> tuple[TensorName, TensorName]:
+    return (
+        TensorName(f"{path}/kernel", f"{hf}.weight", in_out=True),
+        TensorName(f"{path}/bias", f"{hf}.bias"),
+    )
+
+
 def _layer_norm(path: str, hf: str) -> tuple[TensorName, TensorName]:
     return _scale(path, hf), TensorName(f"{path}/bias", f"{hf}.bias")
 
@@ -81,7 +99,10 @@ def _scale(path: str, hf: str, gguf: str = "") -> TensorName:
 
 def _of_layers(path: str, hf: str, gguf: str, *rows: TensorName) -> tuple[TensorName, ...]:
     """Rows of every layer: each name with what stands before it."""
-    return tuple(TensorName(path + row.path, hf + row.hf, gguf + row.gguf) for row in rows)
+    return tuple(
+        dataclasses.replace(row, path=path + row.path, hf=hf + row.hf, gguf=gguf + row.gguf)
+        for row in rows
+    )
 
 
 _BERT_ROWS = (
@@ -156,13 +177,99 @@ LLAMA = TensorNames(
     skipped=("*.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "rope_freqs.weight"),
 )
 
+
+def _as_llama(*within: TensorName, skipped: tuple[str, ...] = ()) -> TensorNames:
+    """A decoder whose layers are named as Llama's, each with q, k, v, o and `within`."""
+    return TensorNames(
+        rows=(
+            TensorName("embed/embedding", "embed_tokens.weight"),
+            *_of_layers(
+                *("layers_{layer}/", "layers.{layer}.", ""),
+                *(row for x in "qkvo" for row in _linear(f"attention/{x}", f"self_attn.{x}_proj")),
+                _scale("attention_norm", "input_layernorm"),
+                *within,
+            ),
+            _scale("norm", "norm"),
+            TensorName("lm_head/kernel", "lm_head.weight"),
+        ),
+        prefix="model.",
+        skipped=skipped,
+    )
+
+
+_GATED = tuple(row for x in ("gate", "up", "down") for row in _linear(f"mlp/{x}", f"mlp.{x}_proj"))
+_QK_NORMS = tuple(_scale(f"attention/{x}_norm", f"self_attn.{x}_norm") for x in "qk")
+_MLP_NORM = _scale("mlp_norm", "post_attention_layernorm")  # on what the MLP gets, all the same
+_INV_FREQ = ("*.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+
+
+def _experts(router: str, experts: str, **names: str) -> tuple[TensorName, ...]:
+    """A router, and the products of each expert by our name."""
+    each = {f"mlp/experts/{ours}/kernel": f"{experts}.{{expert}}.{x}" for ours, x in names.items()}
+    every = {"mlp/router/kernel": router, **each}
+    return tuple(TensorName(path, f"{hf}.weight") for path, hf in every.items())
+
+
+GEMMA = _as_llama(
+    *_GATED,
+    *_QK_NORMS,  # Gemma 3's
+    _scale("attention_post_norm", "post_attention_layernorm"),
+    _scale("mlp_norm", "pre_feedforward_layernorm"),
+    _scale("mlp_post_norm", "post_feedforward_layernorm"),
+)
+PHI3 = _as_llama(
+    *_linear("attention/qkv", "self_attn.qkv_proj"),
+    *_linear("mlp/gate_up", "mlp.gate_up_proj"),
+    *_linear("mlp/down", "mlp.down_proj"),
+    _MLP_NORM,
+    skipped=_INV_FREQ,
+)
+MIXTRAL = _as_llama(
+    *_experts(
+        *("block_sparse_moe.gate", "block_sparse_moe.experts"), gate="w1", down="w2", up="w3"
+    ),
+    _MLP_NORM,
+    skipped=_INV_FREQ,
+)
+QWEN3_MOE = _as_llama(
+    *_QK_NORMS,
+    *_experts("mlp.gate", "mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
+    _MLP_NORM,
+)
+
+GPT2 = TensorNames(
+    rows=(
+        TensorName("embed/embedding", "wte.weight"),
+        TensorName("position/embedding", "wpe.weight"),
+        *_of_layers(
+            *("layers_{layer}/", "h.{layer}.", ""),
+            *_layer_norm("attention_norm", "ln_1"),
+            *_conv1d("attention/qkv", "attn.c_attn"),
+            *_conv1d("attention/o", "attn.c_proj"),
+            *_layer_norm("mlp_norm", "ln_2"),
+            *_conv1d("mlp/up", "mlp.c_fc"),
+            *_conv1d("mlp/down", "mlp.c_proj"),
+        ),
+        *_layer_norm("norm", "ln_f"),
+        TensorName("lm_head/kernel", "lm_head.weight"),
+    ),
+    prefix="transformer.",
+    skipped=("h.*.attn.bias", "h.*.attn.masked_bias"),  # the causal mask, in old files
+)
+
 HF = {
     "bert": BERT,
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": LLAMA,
+    "mixtral": MIXTRAL,
+    "phi3": PHI3,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "qwen3_moe": QWEN3_MOE,
 }
 GGUF = {"llama": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}

@@ -1,0 +1,32 @@
+"""The configurations of encoders that a Hugging Face `config.json` describes."""
+
+from lora_jax.models.config import BertConfig
+from lora_jax.models.weights.hf_fields import Json, activation, refuse, refuse_set, special_ids
+
+
+def bert(json: Json, origin: str) -> BertConfig:
+    """BERT, or RoBERTa and XLM-RoBERTa."""
+    position = json.get("position_embedding_type", "absolute")
+    refuse(origin, "position_embedding_type", position, position not in ("absolute", None))
+    refuse_set(json, origin, "is_decoder")
+    ids = special_ids(json) | {"pad_id": json.get("pad_token_id") or 0}
+    # RoBERTa's table has rows for the padding token and the ones before it, which no text uses.
+    offset = 0
+    if json["model_type"] != "bert":
+        ids["pad_id"] = json.get("pad_token_id", 1)
+        offset = ids["pad_id"] + 1
+    return BertConfig(
+        vocab_size=json["vocab_size"],
+        hidden_size=json["hidden_size"],
+        num_layers=json["num_hidden_layers"],
+        num_heads=json["num_attention_heads"],
+        mlp_size=json["intermediate_size"],
+        max_positions=json["max_position_embeddings"] - offset,
+        num_token_types=json.get("type_vocab_size", 2),
+        norm_eps=json.get("layer_norm_eps", 1e-12),
+        activation=activation(json, "hidden_act", "gelu", origin),
+        position_offset=offset,
+        dropout=json.get("hidden_dropout_prob", 0.1),
+        attention_dropout=json.get("attention_probs_dropout_prob", 0.1),
+        **ids,
+    )

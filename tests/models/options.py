@@ -1,0 +1,40 @@
+"""The options that make `models.LlamaConfig` a decoder of another family, on a tiny one."""
+
+from typing import Any
+
+from lora_jax import models
+
+GPT2: dict[str, Any] = {
+    "norm": "layer",
+    "positions": "learned",
+    "fused": True,
+    "qkv_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "activation": "gelu_tanh",
+    "gated": False,
+}
+GEMMA: dict[str, Any] = {
+    "norm": "rms_plus_one",
+    "post_norms": True,
+    "qk_norm": True,
+    "sliding_window": 3,
+    "windowed": (True, False),
+    "local_rope_theta": 100.0,
+    "attention_scale": 0.5,
+    "attention_cap": 3.0,
+    "logit_cap": 4.0,
+    "embedding_scale": 4.0,
+    "activation": "gelu_tanh",
+}
+PHI: dict[str, Any] = {
+    "fused": True,
+    "rotary_dim": 4,
+    "rope_divisors": (1.0, 2.0),
+    "rope_long": models.LongRope(64, (2.0, 4.0)),
+    "rope_amplitude": 1.2,
+    "tied": False,
+}
+MIXTURE: dict[str, Any] = {"num_experts": 4, "experts_per_token": 2, "renormalised": False}
+
+FAMILIES = {"gpt2": GPT2, "gemma": GEMMA, "phi": PHI, "mixture": MIXTURE}
