@@ -1,4 +1,4 @@
-"""BERT (Devlin et al., arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) encoders."""
+"""Encoders: BERT (arXiv 1810.04805), RoBERTa (1907.11692), DistilBERT (1910.01108)."""
 
 import functools
 
@@ -22,7 +22,7 @@ from lora_jax.models.layers import (
 POOLINGS = {
     "mean": "the mean of the hidden states of the real tokens, one product",
     "cls": "the hidden state of the first token, one product",
-    "roberta_head": "product, tanh, product on the first token: RoBERTa's head, BERT's pooler too",
+    "roberta_head": "product, activation, product on the first token: RoBERTa's head, and others'",
 }
 
 
@@ -186,7 +186,8 @@ class _BertHead(nn.Module):
             pooled = (hidden * real).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1.0)
         drop, pooled = _drop(config, self.deterministic), by_rows(pooled)
         if self.pooling == "roberta_head":
-            pooled = by_rows(jnp.tanh(layer(config.hidden_size, name="dense")(drop(pooled))))
+            wide = layer(config.hidden_size, name="dense")(drop(pooled))
+            pooled = by_rows(ACTIVATIONS[config.head_activation](wide))
         return layer(self.num_classes, name="out")(drop(pooled))
 
 
@@ -213,6 +214,7 @@ class BertClassifier(nn.Module):
     ) -> Array:
         """Logits [B, num_classes], float32. Arguments as `Bert`'s."""
         check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("head_activation", self.config.head_activation, ACTIVATIONS)
         encoder = Bert(self.config, name="bert")
         hidden = encoder(input_ids, mask, token_types, deterministic=deterministic)
         head = _BertHead(

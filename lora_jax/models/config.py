@@ -9,10 +9,11 @@ from jax.typing import DTypeLike
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """A BERT or RoBERTa encoder.
+    """An encoder: BERT, RoBERTa, DistilBERT.
 
-    The two differ in `position_offset` only: RoBERTa's positions start behind the row of the
-    padding token, at `pad_id + 1`. `max_positions` counts the rows that text can use.
+    RoBERTa's positions start behind the row of the padding token: `position_offset` is
+    `pad_id + 1`. `max_positions` counts the rows that text can use. DistilBERT has no token types,
+    and `head_activation` "relu", which is that of the dense layer of a "roberta_head".
     """
 
     vocab_size: int
@@ -24,6 +25,7 @@ class BertConfig:
     num_token_types: int = 2
     norm_eps: float = 1e-12
     activation: str = "gelu"
+    head_activation: str = "tanh"
     position_offset: int = 0
     pad_id: int = 0
     bos_id: int | None = None

@@ -45,8 +45,11 @@ LONG = {
     "long_factor": [1.5, 4.0],
     "original_max_position_embeddings": 8,
 }
+DISTIL = {"vocab_size": 19, "dim": 12, "n_layers": 2, "n_heads": 2, "hidden_dim": 10}
+DISTIL |= {"max_position_embeddings": 16, "num_labels": 3}
 
 MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "distilbert": lambda: hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**DISTIL)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
     "gpt2_unscaled": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(
@@ -133,12 +136,14 @@ def write(name: str, model: hf.PreTrainedModel) -> None:
 
 
 def expected(model: hf.PreTrainedModel) -> dict[str, np.ndarray]:
-    """Inputs (two rows, the second shorter) and logits."""
+    """Inputs (two rows, the second shorter), logits, and hidden states of an encoder."""
     ids = torch.randint(3, SIZES["vocab_size"], (2, LENGTH))
     mask = torch.ones_like(ids)
     mask[1, LENGTH - 3 :] = 0
     logits = model(input_ids=ids, attention_mask=mask).logits
     found = {"input_ids": ids, "attention_mask": mask, "logits": logits}
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        found["hidden"] = model.base_model(ids, attention_mask=mask).last_hidden_state
     if "long_factor" in (getattr(model.config, "rope_parameters", None) or {}):
         found["short"] = model(input_ids=ids[:, : LONG["original_max_position_embeddings"]]).logits
     return {key: value.numpy() for key, value in found.items()}

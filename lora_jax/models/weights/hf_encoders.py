@@ -30,3 +30,23 @@ def bert(json: Json, origin: str) -> BertConfig:
         attention_dropout=json.get("attention_probs_dropout_prob", 0.1),
         **ids,
     )
+
+
+def distilbert(json: Json, origin: str) -> BertConfig:
+    """DistilBERT; its table of positions is in the file, sinusoidal or not."""
+    ids = special_ids(json)
+    return BertConfig(
+        vocab_size=json["vocab_size"],
+        hidden_size=json["dim"],
+        num_layers=json["n_layers"],
+        num_heads=json["n_heads"],
+        mlp_size=json["hidden_dim"],
+        max_positions=json["max_position_embeddings"],
+        num_token_types=0,
+        norm_eps=1e-12,
+        activation=activation(json, "activation", "gelu", origin),
+        head_activation="relu",
+        dropout=json.get("dropout", 0.1),
+        attention_dropout=json.get("attention_dropout", 0.1),
+        **ids | {"pad_id": ids["pad_id"] or 0},
+    )

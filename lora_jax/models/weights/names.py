@@ -152,6 +152,32 @@ ROBERTA = TensorNames(
     renamed=_TF_ENDINGS,
 )
 
+DISTILBERT = TensorNames(
+    rows=(
+        TensorName("embeddings/word/embedding", "embeddings.word_embeddings.weight"),
+        TensorName("embeddings/position/embedding", "embeddings.position_embeddings.weight"),
+        *_layer_norm("embeddings/norm", "embeddings.LayerNorm"),
+        *_of_layers(
+            *("encoder/layer_{layer}/", "transformer.layer.{layer}.", ""),
+            *_linear("attention/query", "attention.q_lin"),
+            *_linear("attention/key", "attention.k_lin"),
+            *_linear("attention/value", "attention.v_lin"),
+            *_linear("attention/output", "attention.out_lin"),
+            *_layer_norm("attention_norm", "sa_layer_norm"),
+            *_linear("mlp/up", "ffn.lin1"),
+            *_linear("mlp/down", "ffn.lin2"),
+            *_layer_norm("mlp_norm", "output_layer_norm"),
+        ),
+    ),
+    heads={
+        "mean": _SINGLE_HEAD,
+        "cls": _SINGLE_HEAD,
+        "roberta_head": (*_linear("classifier/dense", "pre_classifier"), *_SINGLE_HEAD),
+    },
+    prefix="distilbert.",
+    skipped=("embeddings.position_ids", "vocab_*", "pre_classifier.*", "classifier.*"),
+)
+
 LLAMA = TensorNames(
     rows=(
         TensorName("embed/embedding", "embed_tokens.weight", "token_embd.weight"),
@@ -261,6 +287,7 @@ HF = {
     "bert": BERT,
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
+    "distilbert": DISTILBERT,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "gpt2": GPT2,
