@@ -12,7 +12,7 @@ import pytest
 import lora_jax
 from lora_jax import models
 from tests import cases
-from tests.models.options import FAMILIES
+from tests.models.options import DEBERTA, FAMILIES
 from tests.test_transform import assert_close, scalar
 
 pytestmark = pytest.mark.standard_promotion
@@ -37,6 +37,10 @@ KERNELS = {
     "gpt2": ("attention/qkv", "attention/o", "mlp/up", "mlp/down"),
     "gemma": (*(f"attention/{x}" for x in "qkvo"), "mlp/gate", "mlp/up", "mlp/down"),
     "phi": ("attention/qkv", "attention/o", "mlp/gate_up", "mlp/down"),
+    "deberta": (
+        *(f"attention/{x}" for x in ("query", "key", "value", "output")),
+        *("mlp/up", "mlp/down"),
+    ),
     "mixture": (
         *(f"attention/{x}" for x in "qkvo"),
         "mlp/router",
@@ -74,14 +78,19 @@ def test_adapted_equals_merged(config: Any, scan_layers: bool, remat: str) -> No
     assert_close(got, jax.jit(jax.grad(slow, 1))(params, adapters), tolerance=5e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "deberta"])
 def test_families_adapted_equal_merged(family: str) -> None:
     """Red if a layer's product is not found, or an expert's factors meet another one's rows."""
-    config = dataclasses.replace(LLAMA, **FAMILIES[family])
+    deberta = family == "deberta"  # its keys and queries are products of the positions too
+    base, options = (BERT, DEBERTA) if deberta else (LLAMA, FAMILIES[family])
+    config = dataclasses.replace(base, **options)
     f, params, args = built(config)
     layout = lora_jax.resolve(lora_jax.LoraSpec(2, 4.0), f, params, *args)
     found = {t.path: t for t in layout.targets}
-    assert found.keys() == {f"layers_{i}/{x}/kernel" for i in range(2) for x in KERNELS[family]}
+    layer = "bert/encoder/layer_" if deberta else "layers_"
+    wanted = {f"{layer}{i}/{x}/kernel" for i in range(2) for x in KERNELS[family]}
+    wanted |= {"bert/encoder/convolution/conv/kernel"} if deberta else set()
+    assert found.keys() == wanted
     stacks = {path: t.stack for path, t in found.items() if "experts" in path}
     assert set(stacks.values()) <= {(0,)}
     shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(1), layout))

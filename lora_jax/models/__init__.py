@@ -3,6 +3,7 @@
 from lora_jax.models.bert import Bert as Bert
 from lora_jax.models.bert import BertClassifier as BertClassifier
 from lora_jax.models.config import BertConfig as BertConfig
+from lora_jax.models.config import Disentangled as Disentangled
 from lora_jax.models.config import LlamaConfig as LlamaConfig
 from lora_jax.models.config import LongRope as LongRope
 from lora_jax.models.errors import ModelConfigError as ModelConfigError

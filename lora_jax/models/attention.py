@@ -16,6 +16,7 @@ def attend(
     drop: Array | None = None,
     past: tuple[Array, Array] | None = None,
     *,
+    bias: Array | None = None,
     scale: float | None = None,
     cap: float | None = None,
 ) -> Array:
@@ -33,6 +34,7 @@ def attend(
         drop: [B, N, T, S] factors that the weights are multiplied with (dropout), or None.
         past: keys [B, K, H, P] and values [B, K, P, H] from before, which the mask has first:
             its S is then P + S. They are not joined with the others, which would copy them.
+        bias: [B, N, T, S], is added to the scores; goes with no past.
         scale: None: 1 / sqrt(H).
         cap: scores are squeezed into (-cap, cap), by cap tanh(scores / cap), before the mask.
 
@@ -49,6 +51,8 @@ def attend(
         first = jnp.matmul(rows, past[0], preferred_element_type=jnp.float32)
         scores = jnp.concatenate([first, scores], axis=-1)
     scores = capped(scores.reshape(shape), cap)
+    if bias is not None:
+        scores = scores + bias.reshape(shape)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)

@@ -1,4 +1,5 @@
-"""Encoders: BERT (arXiv 1810.04805), RoBERTa (1907.11692), DistilBERT (1910.01108)."""
+"""Encoders: BERT (arXiv 1810.04805), RoBERTa (1907.11692), DistilBERT (1910.01108), and
+DeBERTa v2 and v3 by what `lora_jax.models.deberta` adds."""
 
 import functools
 
@@ -8,6 +9,13 @@ from jax import Array
 
 from lora_jax.models.attention import attend, positions_in, visible
 from lora_jax.models.config import BertConfig, check_choice
+from lora_jax.models.deberta import (
+    Convolution,
+    Convolved,
+    Distances,
+    RelativePositions,
+    position_scores,
+)
 from lora_jax.models.layers import (
     ACTIVATIONS,
     INITIAL,
@@ -35,19 +43,34 @@ class _BertAttention(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, seen: Array | None) -> Array:
-        config = self.config
-        heads = (*x.shape[:2], config.num_heads, config.hidden_size // config.num_heads)
-        query, key, value = (
-            dense(config, config.hidden_size, name, bias=True)(x).reshape(heads)
-            for name in ("query", "key", "value")
-        )
+    def __call__(self, x: Array, seen: Array | None, distances: Distances | None) -> Array:
+        config, bias = self.config, None
+        products = {name: self._product(name) for name in ("query", "key", "value")}
+        query, key, value = (self._heads(product(x)) for product in products.values())
+        scale = query.shape[-1] ** -0.5
+        if config.relative is not None and distances is not None:
+            scale = (query.shape[-1] * (1 + len(config.relative.kinds))) ** -0.5
+            rows = _drop(config, self.deterministic)(distances.rows)
+            by_position = []
+            for kind, name in (("c2p", "key"), ("p2c", "query")):
+                shared = config.relative.shared
+                product = products[name] if shared else self._product(f"position_{name}")
+                wanted = kind in config.relative.kinds
+                by_position.append(self._heads(product(rows)) if wanted else None)
+            keys, queries = by_position
+            bias = scale * position_scores(query, key, (keys, queries), distances.of_pair)
         drop = None
         if config.attention_dropout > 0 and not self.deterministic:
             shape = (x.shape[0], config.num_heads, x.shape[1], x.shape[1])
             drop = nn.Dropout(config.attention_dropout, deterministic=False)(jnp.ones(shape))
-        mixed = attend(query, key, value, seen, drop).reshape(x.shape)
-        return dense(config, config.hidden_size, "output", bias=True)(mixed)
+        mixed = attend(query, key, value, seen, drop, bias=bias, scale=scale).reshape(x.shape)
+        return self._product("output")(mixed)
+
+    def _product(self, name: str) -> nn.Dense:
+        return dense(self.config, self.config.hidden_size, name, bias=True)
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.config.num_heads, -1)
 
 
 class _BertMlp(nn.Module):
@@ -64,13 +87,25 @@ class _BertMlp(nn.Module):
 class _BertLayer(nn.Module):
     config: BertConfig
     deterministic: bool = True
+    kind: int = 0  # 1: the first layer, where its output is joined with something
 
     @nn.compact
-    def __call__(self, x: Array, seen: Array | None) -> tuple[Array, None]:
-        drop = _drop(self.config, self.deterministic)
-        mixed = _BertAttention(self.config, self.deterministic, name="attention")(x, seen)
-        x = by_rows(norm(self.config, "attention_norm")(x + drop(mixed)))
-        x = by_rows(norm(self.config, "mlp_norm")(x + drop(_BertMlp(self.config, name="mlp")(x))))
+    def __call__(
+        self,
+        x: Array,
+        seen: Array | None,
+        distances: Distances | None,
+        convolved: Convolved | None,
+        kind: Array | None = None,
+    ) -> tuple[Array, None]:
+        config, drop = self.config, _drop(self.config, self.deterministic)
+        attention = _BertAttention(config, self.deterministic, name="attention")
+        mixed = attention(x, seen, distances)
+        x = by_rows(norm(config, "attention_norm")(x + drop(mixed)))
+        x = by_rows(norm(config, "mlp_norm")(x + drop(_BertMlp(config, name="mlp")(x))))
+        if convolved is not None and (kind is not None or self.kind):
+            first = convolved.joined(x, config.norm_eps)
+            x = first if kind is None else jnp.where(kind == 1, first, x)
         return x, None
 
 
@@ -79,9 +114,16 @@ class _Encoder(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, seen: Array | None) -> Array:
-        layers = stack(_BertLayer, self.config, "layer", deterministic=self.deterministic)
-        return layers(x, seen)
+    def __call__(self, x: Array, seen: Array | None, mask: Array | None) -> Array:
+        config, relative = self.config, self.config.relative
+        distances, convolved, kinds = None, None, None
+        if relative is not None:
+            distances = RelativePositions(config, relative, name="relative")(x.shape[1])
+            if relative.conv_size:
+                convolved = Convolution(config, relative, name="convolution")(x, mask)
+                kinds = (1,) + (0,) * (config.num_layers - 1)
+        layers = stack(_BertLayer, config, "layer", kinds, deterministic=self.deterministic)
+        return layers(x, seen, distances, convolved)
 
 
 class _Embeddings(nn.Module):
@@ -92,8 +134,9 @@ class _Embeddings(nn.Module):
     def __call__(self, input_ids: Array, positions: Array, token_types: Array | None) -> Array:
         config = self.config
         x = Embed(config, config.vocab_size, tensor_axis(config), name="word")(input_ids)
-        rows = config.max_positions + config.position_offset
-        x = x + Embed(config, rows, 1, name="position")(positions + config.position_offset)
+        if config.absolute_positions:
+            rows = config.max_positions + config.position_offset
+            x = x + Embed(config, rows, 1, name="position")(positions + config.position_offset)
         if config.num_token_types:
             types = jnp.zeros((1, 1), jnp.int32) if token_types is None else token_types
             x = x + Embed(config, config.num_token_types, 1, name="token_type")(types)
@@ -106,7 +149,8 @@ class Bert(nn.Module):
 
     Parameters: `embeddings/{word,position,token_type}/embedding`, `embeddings/norm`, and per
     layer `encoder/layer_0/attention/{query,key,value,output}`, `attention_norm`,
-    `mlp/{up,down}`, `mlp_norm` (with `scan_layers`: `encoder/layers/...`, stacked).
+    `mlp/{up,down}`, `mlp_norm` (with `scan_layers`: `encoder/layers/...`, stacked). DeBERTa has
+    `encoder/{relative,convolution}` too, and `attention/position_{query,key}`.
     """
 
     config: BertConfig
@@ -147,7 +191,9 @@ class Bert(nn.Module):
             positions = _positions(config, length, mask, segment_ids)
         x = _Embeddings(config, deterministic, name="embeddings")(input_ids, positions, token_types)
         seen = visible(length, mask, segment_ids)
-        return _Encoder(config, deterministic, name="encoder")(x, seen)
+        if config.relative is not None and config.relative.conv_size and segment_ids is not None:
+            raise ValueError("segment_ids: the convolution of this model reaches into neighbours")
+        return _Encoder(config, deterministic, name="encoder")(x, seen, mask)
 
 
 def _positions(

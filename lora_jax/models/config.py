@@ -8,12 +8,41 @@ from jax.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
+class Disentangled:
+    """DeBERTa's attention by relative positions, see `lora_jax.models.deberta`.
+
+    Attributes:
+        distances: those beyond it are one.
+        buckets: how many are told apart in each direction; 0: all of them.
+        kinds: "c2p" (content by position), "p2c" (position by content).
+        shared: positions go through the kernels of the tokens' queries and keys.
+        norm: over the table of positions.
+        conv_size: of the convolution that is added behind the first layer; 0: none.
+    """
+
+    distances: int
+    buckets: int = 0
+    kinds: tuple[str, ...] = ("c2p", "p2c")
+    shared: bool = True
+    norm: bool = True
+    conv_size: int = 0
+    conv_groups: int = 1
+    conv_activation: str = "tanh"
+
+    @property
+    def span(self) -> int:
+        """How many rows the table has for each direction."""
+        return self.buckets or self.distances
+
+
+@dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """An encoder: BERT, RoBERTa, DistilBERT.
+    """An encoder: BERT, RoBERTa, DistilBERT, DeBERTa v2 and v3.
 
     RoBERTa's positions start behind the row of the padding token: `position_offset` is
     `pad_id + 1`. `max_positions` counts the rows that text can use. DistilBERT has no token types,
-    and `head_activation` "relu", which is that of the dense layer of a "roberta_head".
+    and `head_activation` "relu", which is that of the dense layer of a "roberta_head". DeBERTa has
+    `relative` positions, and mostly no absolute ones.
     """
 
     vocab_size: int
@@ -26,6 +55,8 @@ class BertConfig:
     norm_eps: float = 1e-12
     activation: str = "gelu"
     head_activation: str = "tanh"
+    absolute_positions: bool = True
+    relative: Disentangled | None = None
     position_offset: int = 0
     pad_id: int = 0
     bos_id: int | None = None

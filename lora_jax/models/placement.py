@@ -16,7 +16,7 @@ divides is cut over `tensor`, so that each device has the logits of its own toke
 
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
+from lora_jax.models.config import BertConfig, BuiltInConfig, Disentangled, LlamaConfig
 from lora_jax.models.layers import tensor_axis
 from lora_jax.models.weights.assemble import Head
 
@@ -104,13 +104,34 @@ def _bert(config: BertConfig) -> tuple[PlacementRule, ...]:
         ("{attention,mlp}/{output,down}/bias", _WHOLE),
         ("{attention,mlp}_norm/{scale,bias}", _WHOLE),
     ]
+    if config.relative is not None and not config.relative.shared:
+        kinds = {"c2p": "key", "p2c": "query"}
+        names = [kinds[kind] for kind in config.relative.kinds]
+        within += [(f"attention/position_{name}/kernel", _FIRST) for name in names]
+        within += [(f"attention/position_{name}/bias", P("tensor")) for name in names]
     return (
         ("embeddings/word/embedding", _embedding(config)),
-        ("embeddings/position/embedding", _HIDDEN),
+        *((("embeddings/position/embedding", _HIDDEN),) if config.absolute_positions else ()),
+        *_relative(config.relative),
         *((("embeddings/token_type/embedding", _HIDDEN),) if config.num_token_types else ()),
         ("embeddings/norm/{scale,bias}", _WHOLE),
         *_layers(config, layer, within),
     )
+
+
+def _relative(relative: Disentangled | None) -> tuple[PlacementRule, ...]:
+    if relative is None:
+        return ()
+    out: list[PlacementRule] = [("encoder/relative/embedding", _HIDDEN)]
+    if relative.norm:
+        out.append(("encoder/relative/norm/{scale,bias}", _WHOLE))
+    if relative.conv_size:
+        out += [
+            ("encoder/convolution/conv/kernel", P(None, *_FIRST)),
+            ("encoder/convolution/conv/bias", P("tensor")),
+            ("encoder/convolution/{scale,bias}", _WHOLE),
+        ]
+    return tuple(out)
 
 
 def _layers(config: BuiltInConfig, layer: str, within: list[PlacementRule]) -> list[PlacementRule]:

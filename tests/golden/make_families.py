@@ -45,10 +45,31 @@ LONG = {
     "long_factor": [1.5, 4.0],
     "original_max_position_embeddings": 8,
 }
+DEBERTA = {**SIZES, "num_labels": 3, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 DISTIL = {"vocab_size": 19, "dim": 12, "n_layers": 2, "n_heads": 2, "hidden_dim": 10}
 DISTIL |= {"max_position_embeddings": 16, "num_labels": 3}
 
 MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "deberta_v2": lambda: hf.DebertaV2ForSequenceClassification(
+        hf.DebertaV2Config(
+            **DEBERTA,
+            share_att_key=False,
+            max_relative_positions=6,
+            conv_kernel_size=3,
+            conv_act="gelu",
+            pooler_hidden_act="tanh",
+        )
+    ),
+    "deberta_v3": lambda: hf.DebertaV2ForSequenceClassification(
+        hf.DebertaV2Config(
+            **DEBERTA,
+            share_att_key=True,
+            position_buckets=4,
+            norm_rel_ebd="layer_norm",
+            position_biased_input=False,
+            type_vocab_size=0,
+        )
+    ),
     "distilbert": lambda: hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**DISTIL)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
     "gpt2_unscaled": lambda: hf.GPT2LMHeadModel(

@@ -1,4 +1,4 @@
-"""The options that make `models.LlamaConfig` a decoder of another family, on a tiny one."""
+"""The options that make a tiny Llama or BERT a model of another family."""
 
 from typing import Any
 
@@ -36,5 +36,14 @@ PHI: dict[str, Any] = {
     "tied": False,
 }
 MIXTURE: dict[str, Any] = {"num_experts": 4, "experts_per_token": 2, "renormalised": False}
+
+# Of `models.BertConfig`.
+DEBERTA: dict[str, Any] = {
+    "absolute_positions": False,
+    "num_token_types": 0,
+    "relative": models.Disentangled(16, buckets=4, conv_size=3),
+    "head_activation": "gelu",
+}
+DEBERTA_UNSHARED: dict[str, Any] = {"relative": models.Disentangled(8, shared=False, norm=False)}
 
 FAMILIES = {"gpt2": GPT2, "gemma": GEMMA, "phi": PHI, "mixture": MIXTURE}

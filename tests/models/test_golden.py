@@ -15,7 +15,7 @@ DECODERS = [
     *("llama", "llama_biased", "mistral", "qwen2", "qwen3", "gpt2", "gpt2_unscaled", "gemma2"),
     *("gemma2_biased", "gemma3", "phi3", "phi3_long", "mixtral", "qwen3_moe", "qwen3_moe_biased"),
 ]
-ENCODERS = ["bert", "roberta", "distilbert"]
+ENCODERS = ["bert", "roberta", "distilbert", "deberta_v2", "deberta_v3"]
 SCANNED = [(n, True) for n in ("llama_biased", "mistral", "gpt2", "gemma3", "phi3", "mixtral")]
 
 

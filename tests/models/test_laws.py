@@ -12,7 +12,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.models.experts import ExpertMlp
-from tests.models.options import FAMILIES
+from tests.models.options import DEBERTA, DEBERTA_UNSHARED, FAMILIES
 
 Config = models.BertConfig | models.LlamaConfig
 Apply = Callable[..., jax.Array]
@@ -103,6 +103,13 @@ def test_families_packed(llama_config: models.LlamaConfig, ids: jax.Array, famil
     test_packed_segments_are_separate_rows(
         dataclasses.replace(llama_config, **FAMILIES[family]), ids, given=False
     )
+
+
+def test_relative_positions_packed(bert_config: models.BertConfig, ids: jax.Array) -> None:
+    config = dataclasses.replace(bert_config, **DEBERTA_UNSHARED)
+    test_packed_segments_are_separate_rows(config, ids, given=False)
+    with pytest.raises(ValueError, match="convolution of this model reaches into neighbours"):
+        _apply(dataclasses.replace(bert_config, **DEBERTA))(ids, segment_ids=ids)
 
 
 def test_experts_are_those_of_the_router(llama_config: models.LlamaConfig) -> None:

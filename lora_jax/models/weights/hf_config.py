@@ -16,6 +16,7 @@ _PARSERS: dict[str, Callable[[Json, str], BuiltInConfig]] = {
     "bert": hf_encoders.bert,
     "roberta": hf_encoders.bert,
     "xlm-roberta": hf_encoders.bert,
+    "deberta-v2": hf_encoders.deberta,
     "distilbert": hf_encoders.distilbert,
     "gemma2": hf_decoders.gemma,
     "gemma3_text": hf_decoders.gemma,

@@ -1,6 +1,6 @@
 """The configurations of encoders that a Hugging Face `config.json` describes."""
 
-from lora_jax.models.config import BertConfig
+from lora_jax.models.config import BertConfig, Disentangled
 from lora_jax.models.weights.hf_fields import Json, activation, refuse, refuse_set, special_ids
 
 
@@ -29,6 +29,57 @@ def bert(json: Json, origin: str) -> BertConfig:
         dropout=json.get("hidden_dropout_prob", 0.1),
         attention_dropout=json.get("attention_probs_dropout_prob", 0.1),
         **ids,
+    )
+
+
+def deberta(json: Json, origin: str) -> BertConfig:
+    """DeBERTa v2 and v3."""
+    hidden, heads = json["hidden_size"], json["num_attention_heads"]
+    for field, usual in (
+        *(("embedding_size", hidden), ("pooler_hidden_size", hidden)),
+        ("attention_head_size", hidden // heads),
+    ):
+        refuse(origin, field, json.get(field), json.get(field) not in (None, usual))
+    ids = special_ids(json)
+    return BertConfig(
+        vocab_size=json["vocab_size"],
+        hidden_size=hidden,
+        num_layers=json["num_hidden_layers"],
+        num_heads=heads,
+        mlp_size=json["intermediate_size"],
+        max_positions=json["max_position_embeddings"],
+        num_token_types=json.get("type_vocab_size", 0),
+        norm_eps=json.get("layer_norm_eps", 1e-7),
+        activation=activation(json, "hidden_act", "gelu", origin),
+        head_activation=activation(json, "pooler_hidden_act", "gelu", origin),
+        absolute_positions=json.get("position_biased_input", True),
+        relative=_disentangled(json, origin),
+        dropout=json.get("hidden_dropout_prob", 0.1),
+        attention_dropout=json.get("attention_probs_dropout_prob", 0.1),
+        **ids | {"pad_id": ids["pad_id"] or 0},
+    )
+
+
+def _disentangled(json: Json, origin: str) -> Disentangled | None:
+    kinds = json.get("pos_att_type") or ()
+    kinds = kinds.lower().split("|") if isinstance(kinds, str) else kinds
+    kinds = tuple(sorted(kind.strip() for kind in kinds))
+    refuse(origin, "pos_att_type", list(kinds), not {"c2p", "p2c"}.issuperset(kinds))
+    relative, conv = json.get("relative_attention", False), json.get("conv_kernel_size") or 0
+    if not relative:
+        refuse(origin, "relative_attention", relative, bool(kinds or conv))
+        return None
+    refuse(origin, "conv_kernel_size", conv, conv % 2 == 0 and conv > 0)
+    most, norms = json.get("max_relative_positions", -1), json.get("norm_rel_ebd", "none")
+    return Disentangled(
+        distances=most if most > 0 else json["max_position_embeddings"],
+        buckets=max(0, json.get("position_buckets", -1)),
+        kinds=kinds,
+        shared=json.get("share_att_key", False),
+        norm="layer_norm" in [x.strip() for x in norms.lower().split("|")],
+        conv_size=conv,
+        conv_groups=json.get("conv_groups", 1),
+        conv_activation=activation(json, "conv_act", "tanh", origin),
     )
 
 

@@ -25,7 +25,7 @@ class TensorName:
 
     @property
     def transposed(self) -> bool:
-        """Whether it is a kernel that is stored [out, in]: ours is [in, out]."""
+        """Whether it is a kernel that is stored [out, in, ...]: ours is [..., in, out]."""
         return self.path.endswith("/kernel") and not self.in_out
 
     @property
@@ -105,40 +105,45 @@ def _of_layers(path: str, hf: str, gguf: str, *rows: TensorName) -> tuple[Tensor
     )
 
 
-_BERT_ROWS = (
-    TensorName("embeddings/word/embedding", "embeddings.word_embeddings.weight"),
-    TensorName("embeddings/position/embedding", "embeddings.position_embeddings.weight"),
-    TensorName("embeddings/token_type/embedding", "embeddings.token_type_embeddings.weight"),
-    *_layer_norm("embeddings/norm", "embeddings.LayerNorm"),
-    *_of_layers(
-        *("encoder/layer_{layer}/", "encoder.layer.{layer}.", ""),
-        *_linear("attention/query", "attention.self.query"),
-        *_linear("attention/key", "attention.self.key"),
-        *_linear("attention/value", "attention.self.value"),
-        *_linear("attention/output", "attention.output.dense"),
-        *_layer_norm("attention_norm", "attention.output.LayerNorm"),
-        *_linear("mlp/up", "intermediate.dense"),
-        *_linear("mlp/down", "output.dense"),
-        *_layer_norm("mlp_norm", "output.LayerNorm"),
-    ),
-)
+def _as_bert(*, proj: str = "") -> tuple[TensorName, ...]:
+    """The rows of an encoder that is named as BERT; `proj` is behind query, key and value."""
+    return (
+        TensorName("embeddings/word/embedding", "embeddings.word_embeddings.weight"),
+        TensorName("embeddings/position/embedding", "embeddings.position_embeddings.weight"),
+        TensorName("embeddings/token_type/embedding", "embeddings.token_type_embeddings.weight"),
+        *_layer_norm("embeddings/norm", "embeddings.LayerNorm"),
+        *_of_layers(
+            *("encoder/layer_{layer}/", "encoder.layer.{layer}.", ""),
+            *_linear("attention/query", f"attention.self.query{proj}"),
+            *_linear("attention/key", f"attention.self.key{proj}"),
+            *_linear("attention/value", f"attention.self.value{proj}"),
+            *_linear("attention/output", "attention.output.dense"),
+            *_layer_norm("attention_norm", "attention.output.LayerNorm"),
+            *_linear("mlp/up", "intermediate.dense"),
+            *_linear("mlp/down", "output.dense"),
+            *_layer_norm("mlp_norm", "output.LayerNorm"),
+        ),
+    )
+
+
 _SINGLE_HEAD = _linear("classifier/out", "classifier")
+_POOLER_HEADS = {
+    "mean": _SINGLE_HEAD,
+    "cls": _SINGLE_HEAD,
+    "roberta_head": (*_linear("classifier/dense", "pooler.dense"), *_SINGLE_HEAD),
+}
 _TF_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 BERT = TensorNames(
-    rows=_BERT_ROWS,
-    heads={
-        "mean": _SINGLE_HEAD,
-        "cls": _SINGLE_HEAD,
-        "roberta_head": (*_linear("classifier/dense", "pooler.dense"), *_SINGLE_HEAD),
-    },
+    rows=_as_bert(),
+    heads=_POOLER_HEADS,
     prefix="bert.",
     skipped=("embeddings.position_ids", "pooler.dense.*", "cls.*", "classifier.*"),
     renamed=_TF_ENDINGS,
 )
 
 ROBERTA = TensorNames(
-    rows=_BERT_ROWS,
+    rows=_as_bert(),
     heads={
         "mean": _SINGLE_HEAD,
         "cls": _SINGLE_HEAD,
@@ -149,6 +154,28 @@ ROBERTA = TensorNames(
     },
     prefix="roberta.",
     skipped=("embeddings.position_ids", "pooler.dense.*", "lm_head.*", "classifier.*"),
+    renamed=_TF_ENDINGS,
+)
+
+DEBERTA = TensorNames(
+    rows=(
+        *_as_bert(proj="_proj"),
+        *_of_layers(
+            *("encoder/layer_{layer}/attention/", "encoder.layer.{layer}.attention.self.", ""),
+            *_linear("position_key", "pos_key_proj"),
+            *_linear("position_query", "pos_query_proj"),
+        ),
+        TensorName("encoder/relative/embedding", "encoder.rel_embeddings.weight"),
+        *_layer_norm("encoder/relative/norm", "encoder.LayerNorm"),
+        *_linear("encoder/convolution/conv", "encoder.conv.conv"),
+        *_layer_norm("encoder/convolution", "encoder.conv.LayerNorm"),
+    ),
+    heads=_POOLER_HEADS,
+    prefix="deberta.",
+    skipped=(
+        *("embeddings.position_ids", "embeddings.position_embeddings.weight", "pooler.dense.*"),
+        *("cls.*", "lm_predictions.*", "mask_predictions.*", "classifier.*"),
+    ),
     renamed=_TF_ENDINGS,
 )
 
@@ -287,6 +314,7 @@ HF = {
     "bert": BERT,
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
+    "deberta-v2": DEBERTA,
     "distilbert": DISTILBERT,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
