@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_jax.errors import LoraError
-from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
+from lora_jax.models.config import BertConfig, BuiltInConfig
 
 Tree = Any  # a pytree
 ENCODER = "bert"
@@ -36,9 +36,9 @@ def biases(config: BuiltInConfig) -> str:
     Raises:
       LoraError: the model has none.
     """
-    if isinstance(config, LlamaConfig) and not config.has_biases:
+    if not config.has_biases:
         raise LoraError(
-            "this decoder has no bias vectors, so there is nothing to train; take another method, "
+            "this model has no bias vectors, so there is nothing to train; take another method, "
             "or a model with biases (Qwen2)"
         )
     return f"{ENCODER}/**/bias" if isinstance(config, BertConfig) else "**/bias"

@@ -6,6 +6,7 @@ from lora_jax.models.config import BertConfig as BertConfig
 from lora_jax.models.config import Disentangled as Disentangled
 from lora_jax.models.config import LlamaConfig as LlamaConfig
 from lora_jax.models.config import LongRope as LongRope
+from lora_jax.models.config import PreNorm as PreNorm
 from lora_jax.models.errors import ModelConfigError as ModelConfigError
 from lora_jax.models.errors import ModelError as ModelError
 from lora_jax.models.errors import WeightsError as WeightsError

@@ -85,14 +85,16 @@ def visible(
         mask: [B, T]; True at real tokens, which alone are looked at.
         segment_ids: [B, T] int; a token sees its own segment only.
         causal: a token sees itself and the ones before it.
-        window: a token sees itself and at most window - 1 before it (with causal).
+        window: a token sees itself, and at most window - 1 before it and, unless causal, as many
+            after it.
     """
     parts = []
+    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     if causal:
-        distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
         parts.append((distance >= 0)[None, None])
-        if window is not None and window < length:
-            parts.append((distance < window)[None, None])
+    if window is not None and window < length:
+        distance = distance if causal else jnp.abs(distance)
+        parts.append((distance < window)[None, None])
     if mask is not None:
         parts.append(mask.astype(bool)[:, None, None, :])
     if segment_ids is not None:

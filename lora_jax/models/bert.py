@@ -1,6 +1,7 @@
 """Encoders: BERT (arXiv 1810.04805), RoBERTa (1907.11692), DistilBERT (1910.01108), and
 DeBERTa v2 and v3 by what `lora_jax.models.deberta` adds."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -26,6 +27,7 @@ from lora_jax.models.layers import (
     stack,
     tensor_axis,
 )
+from lora_jax.models.pre_norm import PreNormEncoder
 
 POOLINGS = {
     "mean": "the mean of the hidden states of the real tokens, one product",
@@ -140,7 +142,8 @@ class _Embeddings(nn.Module):
         if config.num_token_types:
             types = jnp.zeros((1, 1), jnp.int32) if token_types is None else token_types
             x = x + Embed(config, config.num_token_types, 1, name="token_type")(types)
-        x = norm(config, "norm")(by_rows(x))
+        kind = "layer" if config.pre_norm is None else config.pre_norm.norm
+        x = norm(config, "norm", kind)(by_rows(x))
         return _drop(config, self.deterministic)(x)
 
 
@@ -150,7 +153,8 @@ class Bert(nn.Module):
     Parameters: `embeddings/{word,position,token_type}/embedding`, `embeddings/norm`, and per
     layer `encoder/layer_0/attention/{query,key,value,output}`, `attention_norm`,
     `mlp/{up,down}`, `mlp_norm` (with `scan_layers`: `encoder/layers/...`, stacked). DeBERTa has
-    `encoder/{relative,convolution}` too, and `attention/position_{query,key}`.
+    `encoder/{relative,convolution}` too, and `attention/position_{query,key}`; those of ModernBERT
+    are in `lora_jax.models.pre_norm`.
     """
 
     config: BertConfig
@@ -190,9 +194,12 @@ class Bert(nn.Module):
                 )
             positions = _positions(config, length, mask, segment_ids)
         x = _Embeddings(config, deterministic, name="embeddings")(input_ids, positions, token_types)
-        seen = visible(length, mask, segment_ids)
         if config.relative is not None and config.relative.conv_size and segment_ids is not None:
             raise ValueError("segment_ids: the convolution of this model reaches into neighbours")
+        if config.pre_norm is not None:
+            encoder = PreNormEncoder(config, config.pre_norm, deterministic, name="encoder")
+            return encoder(x, mask, segment_ids, positions)
+        seen = visible(length, mask, segment_ids)
         return _Encoder(config, deterministic, name="encoder")(x, seen, mask)
 
 
@@ -232,8 +239,11 @@ class _BertHead(nn.Module):
             pooled = (hidden * real).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1.0)
         drop, pooled = _drop(config, self.deterministic), by_rows(pooled)
         if self.pooling == "roberta_head":
-            wide = layer(config.hidden_size, name="dense")(drop(pooled))
+            wide = layer(config.hidden_size, name="dense", use_bias=config.head_bias)(drop(pooled))
             pooled = by_rows(ACTIVATIONS[config.head_activation](wide))
+            if config.head_norm and config.pre_norm is not None:
+                whole = dataclasses.replace(config, dtype=jnp.float32)
+                pooled = norm(whole, "norm", config.pre_norm.norm)(pooled)
         return layer(self.num_classes, name="out")(drop(pooled))
 
 

@@ -36,13 +36,46 @@ class Disentangled:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreNorm:
+    """Layers that begin with their norms, see `lora_jax.models.pre_norm`. The defaults are ViT's.
+
+    Attributes:
+        rope_theta: of the layers that see all tokens; None: nothing is rotated.
+        local_rope_theta: of those with a window.
+        window: a token sees itself, and at most window - 1 others on either side.
+        windowed: which layers have the window; None: none.
+        fused: query, key and value are one kernel `qkv`.
+        gated: the MLP is down(activation(gate) * up), with gate and up one kernel `gate_up`.
+        first_norm: False where the first layer's attention takes the embeddings as they are.
+    """
+
+    rope_theta: float | None = None
+    local_rope_theta: float | None = None
+    window: int | None = None
+    windowed: tuple[bool, ...] | None = None
+    fused: bool = False
+    gated: bool = False
+    qkv_bias: bool = True
+    output_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    first_norm: bool = True
+
+    @property
+    def norm(self) -> str:
+        """Which of the norms in `lora_jax.models.layers`."""
+        return "layer" if self.norm_bias else "layer_without_bias"
+
+
+@dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """An encoder: BERT, RoBERTa, DistilBERT, DeBERTa v2 and v3.
+    """An encoder: BERT, RoBERTa, DistilBERT, DeBERTa v2 and v3, ModernBERT.
 
     RoBERTa's positions start behind the row of the padding token: `position_offset` is
     `pad_id + 1`. `max_positions` counts the rows that text can use. DistilBERT has no token types,
     and `head_activation` "relu", which is that of the dense layer of a "roberta_head". DeBERTa has
-    `relative` positions, and mostly no absolute ones.
+    `relative` positions, and mostly no absolute ones. ModernBERT is one with `pre_norm`, and a
+    norm in its "roberta_head".
     """
 
     vocab_size: int
@@ -57,6 +90,9 @@ class BertConfig:
     head_activation: str = "tanh"
     absolute_positions: bool = True
     relative: Disentangled | None = None
+    pre_norm: PreNorm | None = None
+    head_norm: bool = False
+    head_bias: bool = True
     position_offset: int = 0
     pad_id: int = 0
     bos_id: int | None = None
@@ -70,6 +106,12 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         _divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether any product or norm of the layers has a bias vector."""
+        form = self.pre_norm or PreNorm()
+        return form.qkv_bias or form.output_bias or form.mlp_bias or form.norm_bias
 
 
 @dataclasses.dataclass(frozen=True)

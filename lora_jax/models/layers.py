@@ -1,6 +1,7 @@
 """Parts that the models share: products, norms, embeddings, and equal layers in a stack."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,6 +46,34 @@ def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.
     )
 
 
+def heads(
+    config: BuiltInConfig,
+    x: Array,
+    counts: Sequence[int],
+    width: int,
+    names: Sequence[str],
+    *,
+    fused: bool,
+    bias: bool,
+) -> list[Array]:
+    """Queries, keys and values [B, T, N, H] of x [B, T, D].
+
+    Args:
+        counts: N of each; width: H.
+        names: of their kernels; fused, they are one named `qkv`.
+    """
+    sizes = [count * width for count in counts]
+    if fused:
+        *cuts, whole = itertools.accumulate(sizes)
+        flat = jnp.split(dense(config, whole, "qkv", bias=bias)(x), cuts, axis=-1)
+    else:
+        flat = [
+            dense(config, size, name, bias=bias)(x) for size, name in zip(sizes, names, strict=True)
+        ]
+    shapes = [(*x.shape[:2], count, width) for count in counts]
+    return [one.reshape(shape) for one, shape in zip(flat, shapes, strict=True)]
+
+
 class _RmsPlusOne(nn.Module):
     """An RMS norm that multiplies with 1 + scale, in float32 to the end, as Gemma's."""
 
@@ -63,6 +92,7 @@ class _RmsPlusOne(nn.Module):
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "layer": nn.LayerNorm,
+    "layer_without_bias": functools.partial(nn.LayerNorm, use_bias=False),
     "rms": nn.RMSNorm,
     "rms_plus_one": _RmsPlusOne,
 }

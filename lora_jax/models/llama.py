@@ -2,7 +2,6 @@
 are it with options, see `lora_jax.models.LlamaConfig`."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from lora_jax.models.layers import (
     Embed,
     by_rows,
     dense,
+    heads,
     norm,
     stack,
     tensor_axis,
@@ -55,7 +55,10 @@ class _LlamaAttention(nn.Module):
     @nn.compact
     def __call__(self, flow: _Flow, view: _View, cache: Cache | None) -> tuple[Array, Fresh | None]:
         config, (x, fresh) = self.config, flow
-        query, key, value = self._heads(x)
+        counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        query, key, value = heads(
+            config, x, counts, config.head_dim, "qkv", fused=config.fused, bias=config.qkv_bias
+        )
         if config.qk_norm:
             query = norm(config, "q_norm", config.norm)(query)
             key = norm(config, "k_norm", config.norm)(key)
@@ -69,22 +72,6 @@ class _LlamaAttention(nn.Module):
         mixed = attend(query, key, value, view.seen, past=past, scale=scale, cap=cap)
         mixed = mixed.reshape(*x.shape[:2], config.num_heads * config.head_dim)
         return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed), fresh
-
-    def _heads(self, x: Array) -> list[Array]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H]."""
-        config = self.config
-        counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        sizes, bias = [count * config.head_dim for count in counts], config.qkv_bias
-        if config.fused:
-            *cuts, whole = itertools.accumulate(sizes)
-            flat = jnp.split(dense(config, whole, "qkv", bias=bias)(x), cuts, axis=-1)
-        else:
-            named = zip(sizes, "qkv", strict=True)
-            flat = [dense(config, size, name, bias=bias)(x) for size, name in named]
-        return [
-            one.reshape(*x.shape[:2], count, config.head_dim)
-            for one, count in zip(flat, counts, strict=True)
-        ]
 
 
 class _LlamaMlp(nn.Module):

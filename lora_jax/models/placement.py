@@ -16,7 +16,7 @@ divides is cut over `tensor`, so that each device has the logits of its own toke
 
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.config import BertConfig, BuiltInConfig, Disentangled, LlamaConfig
+from lora_jax.models.config import BertConfig, BuiltInConfig, Disentangled, LlamaConfig, PreNorm
 from lora_jax.models.layers import tensor_axis
 from lora_jax.models.weights.assemble import Head
 
@@ -38,7 +38,7 @@ def rules(config: BuiltInConfig, head: Head | None = None) -> tuple[PlacementRul
     if isinstance(config, LlamaConfig):
         return _llama(config)
     before = "bert/" if head else ""
-    return (*((before + pattern, spec) for pattern, spec in _bert(config)), *_head(head))
+    return (*((before + pattern, spec) for pattern, spec in _bert(config)), *_head(config, head))
 
 
 def _embedding(config: BuiltInConfig) -> P:
@@ -94,16 +94,23 @@ def _mixture() -> list[PlacementRule]:
 
 def _bert(config: BertConfig) -> tuple[PlacementRule, ...]:
     layer = "encoder/layers" if config.scan_layers else "encoder/layer_*"
+    form = config.pre_norm or PreNorm()  # whose biases are those of BERT too
+    first = "attention/qkv" if form.fused else "attention/{query,key,value}"
+    up = "mlp/gate_up" if form.gated else "mlp/up"
+    leaves = "{scale,bias}" if form.norm_bias else "scale"
     within = [
-        ("attention/{query,key,value}/kernel", _FIRST),
-        ("attention/{query,key,value}/bias", P("tensor")),
+        (f"{first}/kernel", _FIRST),
         ("attention/output/kernel", _SECOND),
-        ("mlp/up/kernel", _FIRST),
-        ("mlp/up/bias", P("tensor")),
+        (f"{up}/kernel", _FIRST),
         ("mlp/down/kernel", _SECOND),
-        ("{attention,mlp}/{output,down}/bias", _WHOLE),
-        ("{attention,mlp}_norm/{scale,bias}", _WHOLE),
+        (f"{{attention,mlp}}_norm/{leaves}", _WHOLE),
     ]
+    if form.qkv_bias:
+        within.append((f"{first}/bias", P("tensor")))
+    if form.output_bias:
+        within.append(("attention/output/bias", _WHOLE))
+    if form.mlp_bias:
+        within += [(f"{up}/bias", P("tensor")), ("mlp/down/bias", _WHOLE)]
     if config.relative is not None and not config.relative.shared:
         kinds = {"c2p": "key", "p2c": "query"}
         names = [kinds[kind] for kind in config.relative.kinds]
@@ -114,7 +121,8 @@ def _bert(config: BertConfig) -> tuple[PlacementRule, ...]:
         *((("embeddings/position/embedding", _HIDDEN),) if config.absolute_positions else ()),
         *_relative(config.relative),
         *((("embeddings/token_type/embedding", _HIDDEN),) if config.num_token_types else ()),
-        ("embeddings/norm/{scale,bias}", _WHOLE),
+        (f"embeddings/norm/{leaves}", _WHOLE),
+        *(((f"encoder/norm/{leaves}", _WHOLE),) if config.pre_norm else ()),
         *_layers(config, layer, within),
     )
 
@@ -140,7 +148,7 @@ def _layers(config: BuiltInConfig, layer: str, within: list[PlacementRule]) -> l
     return [(f"{layer}/{pattern}", stacked(spec)) for pattern, spec in within]
 
 
-def _head(head: Head | None) -> tuple[PlacementRule, ...]:
+def _head(config: BertConfig, head: Head | None) -> tuple[PlacementRule, ...]:
     """The number of classes is rarely divided. The last product of a few is whole on every device,
     which is cheaper than a sum over them; that of many is cut by its inputs."""
     if head is None:
@@ -151,4 +159,10 @@ def _head(head: Head | None) -> tuple[PlacementRule, ...]:
     )
     if head.pooling != "roberta_head":
         return out
-    return (*out, ("classifier/dense/kernel", _FIRST), ("classifier/dense/bias", P("tensor")))
+    out = (*out, ("classifier/dense/kernel", _FIRST))
+    if config.head_bias:
+        out = (*out, ("classifier/dense/bias", P("tensor")))
+    if config.head_norm and config.pre_norm is not None:
+        leaves = "{scale,bias}" if config.pre_norm.norm_bias else "scale"
+        out = (*out, (f"classifier/norm/{leaves}", _WHOLE))
+    return out

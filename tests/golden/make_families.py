@@ -46,6 +46,13 @@ LONG = {
     "original_max_position_embeddings": 8,
 }
 DEBERTA = {**SIZES, "num_labels": 3, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+MODERN = {**SIZES, "num_labels": 3, "local_attention": 4, "bos_token_id": 1, "eos_token_id": 2}
+MODERN |= {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+    }
+}
 DISTIL = {"vocab_size": 19, "dim": 12, "n_layers": 2, "n_heads": 2, "hidden_dim": 10}
 DISTIL |= {"max_position_embeddings": 16, "num_labels": 3}
 
@@ -71,6 +78,21 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         )
     ),
     "distilbert": lambda: hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**DISTIL)),
+    "modernbert": lambda: hf.ModernBertForSequenceClassification(
+        hf.ModernBertConfig(**MODERN, pad_token_id=0)
+    ),
+    "modernbert_biased": lambda: hf.ModernBertForSequenceClassification(
+        hf.ModernBertConfig(
+            **MODERN,
+            pad_token_id=0,
+            attention_bias=True,
+            mlp_bias=True,
+            norm_bias=True,
+            classifier_bias=True,
+            classifier_activation="relu",
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
     "gpt2_unscaled": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(

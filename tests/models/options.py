@@ -45,5 +45,25 @@ DEBERTA: dict[str, Any] = {
     "head_activation": "gelu",
 }
 DEBERTA_UNSHARED: dict[str, Any] = {"relative": models.Disentangled(8, shared=False, norm=False)}
+MODERNBERT: dict[str, Any] = {
+    "absolute_positions": False,
+    "num_token_types": 0,
+    "head_norm": True,
+    "head_bias": False,
+    "pre_norm": models.PreNorm(
+        rope_theta=100.0,
+        local_rope_theta=10.0,
+        window=3,
+        windowed=(False, True),
+        fused=True,
+        gated=True,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        norm_bias=False,
+        first_norm=False,
+    ),
+}
 
+ENCODERS = {"deberta": DEBERTA, "modernbert": MODERNBERT}
 FAMILIES = {"gpt2": GPT2, "gemma": GEMMA, "phi": PHI, "mixture": MIXTURE}

@@ -15,7 +15,10 @@ DECODERS = [
     *("llama", "llama_biased", "mistral", "qwen2", "qwen3", "gpt2", "gpt2_unscaled", "gemma2"),
     *("gemma2_biased", "gemma3", "phi3", "phi3_long", "mixtral", "qwen3_moe", "qwen3_moe_biased"),
 ]
-ENCODERS = ["bert", "roberta", "distilbert", "deberta_v2", "deberta_v3"]
+ENCODERS = [
+    *((n, False) for n in ("bert", "distilbert", "modernbert", "modernbert_biased")),
+    *((n, scan) for n in ("roberta", "deberta_v2", "deberta_v3") for scan in (False, True)),
+]
 SCANNED = [(n, True) for n in ("llama_biased", "mistral", "gpt2", "gemma3", "phi3", "mixtral")]
 
 
@@ -62,8 +65,7 @@ def test_decoder_as_transformers(data: Path, name: str, scan: bool) -> None:
         np.testing.assert_allclose(logits, short, atol=1e-5)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(("name", "scan"), ENCODERS)
 def test_encoder_as_transformers(data: Path, name: str, scan: bool) -> None:
     folder = data / "golden_models" / name
     source = models.open(str(folder))

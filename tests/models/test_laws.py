@@ -12,7 +12,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.models.experts import ExpertMlp
-from tests.models.options import DEBERTA, DEBERTA_UNSHARED, FAMILIES
+from tests.models.options import DEBERTA, DEBERTA_UNSHARED, FAMILIES, MODERNBERT
 
 Config = models.BertConfig | models.LlamaConfig
 Apply = Callable[..., jax.Array]
@@ -103,6 +103,19 @@ def test_families_packed(llama_config: models.LlamaConfig, ids: jax.Array, famil
     test_packed_segments_are_separate_rows(
         dataclasses.replace(llama_config, **FAMILIES[family]), ids, given=False
     )
+
+
+def test_modernbert_packed_and_scanned(bert_config: models.BertConfig, ids: jax.Array) -> None:
+    config = dataclasses.replace(bert_config, **MODERNBERT)
+    test_packed_segments_are_separate_rows(config, ids, given=False)
+    params, scan = _params(config), dataclasses.replace(config, scan_layers=True)
+    # A stack has a norm for every layer; the first one's is not used.
+    layer = params["encoder"]["layer_0"]
+    unused = {"attention_norm": jax.tree.map(jnp.zeros_like, layer["mlp_norm"])}
+    whole = {**params, "encoder": {**params["encoder"], "layer_0": {**layer, **unused}}}
+    got = jax.jit(models.Bert(scan).apply)({"params": _scanned(whole, config)}, ids)
+    want = jax.jit(models.Bert(config).apply)({"params": params}, ids)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_relative_positions_packed(bert_config: models.BertConfig, ids: jax.Array) -> None:

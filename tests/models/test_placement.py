@@ -11,7 +11,7 @@ import pytest
 from benchmarks import common
 from lora_jax import models, paths, sharding
 from lora_jax.models.placement import rules
-from tests.models.options import DEBERTA, DEBERTA_UNSHARED, FAMILIES
+from tests.models.options import DEBERTA, DEBERTA_UNSHARED, FAMILIES, MODERNBERT
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 QWEN = {"qkv_bias": True, "output_bias": True, "qk_norm": True, "tied": False}
@@ -24,6 +24,10 @@ CASES: dict[str, tuple[Any, models.Head | None]] = {
     "bert, many classes": (common.MINILM, models.Head("cls", 1001)),
     "bert, roberta_head": (common.MINILM, models.Head("roberta_head", 3)),
     "deberta": (dataclasses.replace(common.MINILM, **DEBERTA), None),
+    "modernbert": (
+        dataclasses.replace(common.MINILM, num_layers=2, **MODERNBERT),
+        models.Head("roberta_head", 3),
+    ),
     "deberta, unshared": (dataclasses.replace(common.MINILM, **DEBERTA_UNSHARED), None),
     "llama": (common.SMOLLM2, None),
     "llama, every option": (dataclasses.replace(common.SMOLLM2, **QWEN), None),

@@ -268,6 +268,11 @@ def _leaves(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_L
         if row.of_experts and isinstance(config, LlamaConfig):
             experts = (config.num_experts,)
         one = shape[bool(layers) + len(experts) :]
+        if row.first_layer and config.scan_layers:
+            raise WeightsError(
+                f"{stored.origin}: the first layer of this model has no {row.path}, so its layers "
+                "cannot be stacked; load it with scan_layers=False"
+            )
         each = [
             [name.format(layer=layer, expert=expert) for expert in range(*(experts or (1,)))]
             for layer in range(layers or 1)
@@ -278,7 +283,7 @@ def _leaves(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_L
         elif config.scan_layers:
             leaves.append(_Leaf(stacked_path, one, row, every, (layers, *experts)))
         else:
-            for layer, names in enumerate(each):
+            for layer, names in list(enumerate(each))[row.first_layer :]:
                 path = before + row.path.format(layer=layer)
                 leaves.append(_Leaf(path, one, row, names, experts))
     if left:

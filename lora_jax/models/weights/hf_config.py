@@ -24,6 +24,7 @@ _PARSERS: dict[str, Callable[[Json, str], BuiltInConfig]] = {
     "llama": hf_decoders.llama,
     "mistral": hf_decoders.llama,
     "mixtral": hf_decoders.llama,
+    "modernbert": hf_encoders.modernbert,
     "phi3": hf_decoders.phi3,
     "qwen2": hf_decoders.llama,
     "qwen3": hf_decoders.llama,

@@ -1,6 +1,6 @@
 """The configurations of encoders that a Hugging Face `config.json` describes."""
 
-from lora_jax.models.config import BertConfig, Disentangled
+from lora_jax.models.config import BertConfig, Disentangled, PreNorm
 from lora_jax.models.weights.hf_fields import Json, activation, refuse, refuse_set, special_ids
 
 
@@ -80,6 +80,56 @@ def _disentangled(json: Json, origin: str) -> Disentangled | None:
         conv_size=conv,
         conv_groups=json.get("conv_groups", 1),
         conv_activation=activation(json, "conv_act", "tanh", origin),
+    )
+
+
+def modernbert(json: Json, origin: str) -> BertConfig:
+    """ModernBERT."""
+    count, period = json["num_hidden_layers"], json.get("global_attn_every_n_layers", 3)
+    usual = ["sliding_attention" if i % period else "full_attention" for i in range(count)]
+    windowed = tuple(kind == "sliding_attention" for kind in json.get("layer_types") or usual)
+    both = json.get("rope_parameters") or {}
+    thetas = {}
+    for name, old, theta in (
+        ("full_attention", "global_rope_theta", 160_000.0),
+        ("sliding_attention", "local_rope_theta", 10_000.0),
+    ):
+        one = both.get(name) or {}
+        kind = one.get("rope_type", "default")
+        refuse(origin, f"rope_parameters.{name}.rope_type", kind, kind != "default")
+        thetas[name] = float(one.get("rope_theta") or json.get(old) or theta)
+    refuse_set(json, origin, "rope_scaling")
+    biases = {name: json.get(f"{name}_bias", False) for name in ("attention", "mlp", "norm")}
+    return BertConfig(
+        vocab_size=json["vocab_size"],
+        hidden_size=json["hidden_size"],
+        num_layers=count,
+        num_heads=json["num_attention_heads"],
+        mlp_size=json["intermediate_size"],
+        max_positions=json["max_position_embeddings"],
+        num_token_types=0,
+        norm_eps=json.get("norm_eps", 1e-5),
+        activation=activation(json, "hidden_activation", "gelu", origin),
+        head_activation=activation(json, "classifier_activation", "gelu", origin),
+        absolute_positions=False,
+        head_norm=True,
+        head_bias=json.get("classifier_bias", False),
+        pre_norm=PreNorm(
+            rope_theta=thetas["full_attention"],
+            local_rope_theta=thetas["sliding_attention"],
+            window=json.get("local_attention", 128) // 2 + 1,
+            windowed=windowed,
+            fused=True,
+            gated=True,
+            qkv_bias=biases["attention"],
+            output_bias=biases["attention"],
+            mlp_bias=biases["mlp"],
+            norm_bias=biases["norm"],
+            first_norm=False,
+        ),
+        dropout=json.get("mlp_dropout", 0.0),
+        attention_dropout=json.get("attention_dropout", 0.0),
+        **special_ids(json) | {"pad_id": json.get("pad_token_id") or 0},
     )
 
 

@@ -15,6 +15,7 @@ class TensorName:
 
     Attributes:
         path: a bank of experts is one array, with the experts first; `hf` names that of one.
+        first_layer: the layers before it have no such tensor.
         in_out: a kernel that Hugging Face stores as [in, out] too (GPT-2's `Conv1D`).
     """
 
@@ -22,6 +23,7 @@ class TensorName:
     hf: str
     gguf: str = ""
     in_out: bool = False
+    first_layer: int = 0
 
     @property
     def transposed(self) -> bool:
@@ -205,6 +207,37 @@ DISTILBERT = TensorNames(
     skipped=("embeddings.position_ids", "vocab_*", "pre_classifier.*", "classifier.*"),
 )
 
+MODERNBERT = TensorNames(
+    rows=(
+        TensorName("embeddings/word/embedding", "embeddings.tok_embeddings.weight"),
+        *_layer_norm("embeddings/norm", "embeddings.norm"),
+        *_of_layers(
+            *("encoder/layer_{layer}/", "layers.{layer}.", ""),
+            *(
+                dataclasses.replace(row, first_layer=1)
+                for row in _layer_norm("attention_norm", "attn_norm")
+            ),
+            *_linear("attention/qkv", "attn.Wqkv"),
+            *_linear("attention/output", "attn.Wo"),
+            *_layer_norm("mlp_norm", "mlp_norm"),
+            *_linear("mlp/gate_up", "mlp.Wi"),
+            *_linear("mlp/down", "mlp.Wo"),
+        ),
+        *_layer_norm("encoder/norm", "final_norm"),
+    ),
+    heads={
+        "mean": _SINGLE_HEAD,
+        "cls": _SINGLE_HEAD,
+        "roberta_head": (
+            *_linear("classifier/dense", "head.dense"),
+            *_layer_norm("classifier/norm", "head.norm"),
+            *_SINGLE_HEAD,
+        ),
+    },
+    prefix="model.",
+    skipped=("head.*", "decoder.*", "classifier.*"),
+)
+
 LLAMA = TensorNames(
     rows=(
         TensorName("embed/embedding", "embed_tokens.weight", "token_embd.weight"),
@@ -322,6 +355,7 @@ HF = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "mixtral": MIXTRAL,
+    "modernbert": MODERNBERT,
     "phi3": PHI3,
     "qwen2": LLAMA,
     "qwen3": LLAMA,

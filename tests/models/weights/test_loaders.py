@@ -214,6 +214,7 @@ def test_what_the_models_lack_is_refused(data: Path, change: dict[str, Any], say
         ("deberta_v3", {"pos_att_type": ["p2p"]}, r"pos_att_type is \['p2p'\]"),
         ("deberta_v3", {"relative_attention": False}, "relative_attention is False"),
         ("deberta_v2", {"conv_kernel_size": 4}, "conv_kernel_size is 4"),
+        ("modernbert", {"rope_scaling": {"factor": 2.0}}, "rope_scaling is"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
     ],
@@ -248,6 +249,12 @@ def test_the_layers_that_have_a_window(data: Path) -> None:
     json_ |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     config = hf_config.parse(json_, "")
     assert config.sliding_window == 4 and config.windowed == (False, True)
+
+
+def test_layers_that_differ_cannot_be_stacked(data: Path) -> None:
+    model = models.open(str(data / "golden_models" / "modernbert"))
+    with pytest.raises(models.WeightsError, match=r"has no .*attention_norm.*scan_layers=False"):
+        model.load(dataclasses.replace(model.config, scan_layers=True))
 
 
 def test_an_expert_that_is_missing_is_named(folder: Callable[[str], Path]) -> None:
