@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax import models
+from lora_jax.models.weights import names
 
 DECODERS = [
     *("llama", "llama_biased", "mistral", "qwen2", "qwen3", "gpt2", "gpt2_unscaled", "gemma2"),
@@ -85,6 +86,15 @@ def test_encoder_as_transformers(data: Path, name: str, scan: bool) -> None:
     logits = jax.jit(model.apply)({"params": params}, ids, mask)
     rows = slice(0, 1) if name == "roberta" else slice(None)
     np.testing.assert_allclose(logits[rows], golden["logits"][rows], atol=1e-5)
+
+
+def test_a_configuration_tells_its_names(data: Path) -> None:
+    """Red if two families with other names have the same options."""
+    folders = [path.parent for path in (data / "golden_models").glob("*/config.json")]
+    assert len(folders) > 20
+    for folder in folders:
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+        assert names.table_of(models.open(str(folder)).config) is names.HF[kind], folder.name
 
 
 def test_variants_are_read_from_the_file(data: Path) -> None:

@@ -60,15 +60,13 @@ def deberta(json: Json, origin: str) -> BertConfig:
     )
 
 
-def _disentangled(json: Json, origin: str) -> Disentangled | None:
+def _disentangled(json: Json, origin: str) -> Disentangled:
     kinds = json.get("pos_att_type") or ()
     kinds = kinds.lower().split("|") if isinstance(kinds, str) else kinds
     kinds = tuple(sorted(kind.strip() for kind in kinds))
     refuse(origin, "pos_att_type", list(kinds), not {"c2p", "p2c"}.issuperset(kinds))
     relative, conv = json.get("relative_attention", False), json.get("conv_kernel_size") or 0
-    if not relative:
-        refuse(origin, "relative_attention", relative, bool(kinds or conv))
-        return None
+    refuse(origin, "relative_attention", relative, not relative)
     refuse(origin, "conv_kernel_size", conv, conv % 2 == 0 and conv > 0)
     most, norms = json.get("max_relative_positions", -1), json.get("norm_rel_ebd", "none")
     return Disentangled(
