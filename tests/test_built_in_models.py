@@ -12,7 +12,7 @@ import pytest
 import lora_jax
 from lora_jax import models
 from tests import cases
-from tests.models.options import ENCODERS, FAMILIES
+from tests.models.options import ENCODERS, FAMILIES, VIT
 from tests.test_transform import assert_close, scalar
 
 pytestmark = pytest.mark.standard_promotion
@@ -41,6 +41,7 @@ KERNELS = {
         *(f"attention/{x}" for x in ("query", "key", "value", "output")),
         *("mlp/up", "mlp/down"),
     ),
+    "vit": (*(f"attention/{x}" for x in ("query", "key", "value", "output")), "mlp/up", "mlp/down"),
     "modernbert": ("attention/qkv", "attention/output", "mlp/gate_up", "mlp/down"),
     "mixture": (
         *(f"attention/{x}" for x in "qkvo"),
@@ -55,6 +56,9 @@ def built(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
     if isinstance(config, models.BertConfig):
         module: Any = models.BertClassifier(config, 3, "mean")
         args: tuple[Any, ...] = (IDS, MASK)
+    elif isinstance(config, models.VitConfig):
+        module = models.VitClassifier(config, 3)
+        args = (jax.random.normal(jax.random.key(2), (2, *config.image_size, 3)),)
     else:
         module, args = models.Llama(config), (IDS,)
     shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
@@ -79,18 +83,20 @@ def test_adapted_equals_merged(config: Any, scan_layers: bool, remat: str) -> No
     assert_close(got, jax.jit(jax.grad(slow, 1))(params, adapters), tolerance=5e-5)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS])
+@pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS, "vit"])
 def test_families_adapted_equal_merged(family: str) -> None:
     """Red if a layer's product is not found, or an expert's factors meet another one's rows."""
     encoder = family in ENCODERS
-    base, options = (BERT, ENCODERS[family]) if encoder else (LLAMA, FAMILIES[family])
-    config = dataclasses.replace(base, **options)
+    base, options = (BERT, ENCODERS[family]) if encoder else (LLAMA, FAMILIES.get(family, {}))
+    config: Any = VIT if family == "vit" else dataclasses.replace(base, **options)
     f, params, args = built(config)
     layout = lora_jax.resolve(lora_jax.LoraSpec(2, 4.0), f, params, *args)
     found = {t.path: t for t in layout.targets}
     layer = "bert/encoder/layer_" if encoder else "layers_"
+    layer = "vit/encoder/layer_" if family == "vit" else layer
     wanted = {f"{layer}{i}/{x}/kernel" for i in range(2) for x in KERNELS[family]}
     wanted |= {"bert/encoder/convolution/conv/kernel"} if family == "deberta" else set()
+    wanted |= {"vit/embeddings/patch/kernel"} if family == "vit" else set()
     assert found.keys() == wanted
     stacks = {path: t.stack for path, t in found.items() if "experts" in path}
     assert set(stacks.values()) <= {(0,)}

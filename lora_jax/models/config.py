@@ -243,7 +243,41 @@ class LlamaConfig:
         return self.qkv_bias or self.output_bias or self.mlp_bias or self.norm == "layer"
 
 
-BuiltInConfig = BertConfig | LlamaConfig
+@dataclasses.dataclass(frozen=True)
+class VitConfig:
+    """A ViT; sizes of images and patches are (height, width)."""
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_size: int
+    channels: int = 3
+    norm_eps: float = 1e-12
+    activation: str = "gelu"
+    pre_norm: PreNorm = PreNorm()
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    scan_layers: bool = False
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        _divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        for image, patch in zip(self.image_size, self.patch_size, strict=True):
+            _divisible("image_size", image, "patch_size", patch)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many patches there are, one above the other and side by side."""
+        high, wide = self.patch_size
+        return self.image_size[0] // high, self.image_size[1] // wide
+
+
+BuiltInConfig = BertConfig | LlamaConfig  # of text
+StoredConfig = BuiltInConfig | VitConfig  # of whatever the loaders know
 
 
 def check_choice(field: str, value: str, choices: Mapping[str, object]) -> None:

@@ -16,7 +16,15 @@ divides is cut over `tensor`, so that each device has the logits of its own toke
 
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.config import BertConfig, BuiltInConfig, Disentangled, LlamaConfig, PreNorm
+from lora_jax.models.config import (
+    BertConfig,
+    BuiltInConfig,
+    Disentangled,
+    LlamaConfig,
+    PreNorm,
+    StoredConfig,
+    VitConfig,
+)
 from lora_jax.models.layers import tensor_axis
 from lora_jax.models.weights.assemble import Head
 
@@ -28,13 +36,17 @@ _FEW_CLASSES = 64
 _HIDDEN = P(None, _BOTH)  # of an embedding [rows, hidden]
 
 
-def rules(config: BuiltInConfig, head: Head | None = None) -> tuple[PlacementRule, ...]:
+def rules(config: StoredConfig, head: Head | None = None) -> tuple[PlacementRule, ...]:
     """One rule for each kind of parameter that the model of `config` has, and none besides.
 
     Args:
         head: the classification head of an encoder; paths then begin with `bert/`, as in
             `lora_jax.models.shapes`.
     """
+    if isinstance(config, VitConfig):
+        before = "vit/" if head else ""
+        own = ((before + pattern, spec) for pattern, spec in _vit(config))
+        return (*own, *_head(None, head))
     if isinstance(config, LlamaConfig):
         return _llama(config)
     before = "bert/" if head else ""
@@ -93,8 +105,25 @@ def _mixture() -> list[PlacementRule]:
 
 
 def _bert(config: BertConfig) -> tuple[PlacementRule, ...]:
-    layer = "encoder/layers" if config.scan_layers else "encoder/layer_*"
     form = config.pre_norm or PreNorm()  # whose biases are those of BERT too
+    leaves, within = "{scale,bias}" if form.norm_bias else "scale", _encoder_layer(form)
+    if config.relative is not None and not config.relative.shared:
+        kinds = {"c2p": "key", "p2c": "query"}
+        names = [kinds[kind] for kind in config.relative.kinds]
+        within += [(f"attention/position_{name}/kernel", _FIRST) for name in names]
+        within += [(f"attention/position_{name}/bias", P("tensor")) for name in names]
+    return (
+        ("embeddings/word/embedding", _embedding(config)),
+        *((("embeddings/position/embedding", _HIDDEN),) if config.absolute_positions else ()),
+        *_relative(config.relative),
+        *((("embeddings/token_type/embedding", _HIDDEN),) if config.num_token_types else ()),
+        (f"embeddings/norm/{leaves}", _WHOLE),
+        *(((f"encoder/norm/{leaves}", _WHOLE),) if config.pre_norm else ()),
+        *_layers(config, _layer_of(config), within),
+    )
+
+
+def _encoder_layer(form: PreNorm) -> list[PlacementRule]:
     first = "attention/qkv" if form.fused else "attention/{query,key,value}"
     up = "mlp/gate_up" if form.gated else "mlp/up"
     leaves = "{scale,bias}" if form.norm_bias else "scale"
@@ -111,20 +140,22 @@ def _bert(config: BertConfig) -> tuple[PlacementRule, ...]:
         within.append(("attention/output/bias", _WHOLE))
     if form.mlp_bias:
         within += [(f"{up}/bias", P("tensor")), ("mlp/down/bias", _WHOLE)]
-    if config.relative is not None and not config.relative.shared:
-        kinds = {"c2p": "key", "p2c": "query"}
-        names = [kinds[kind] for kind in config.relative.kinds]
-        within += [(f"attention/position_{name}/kernel", _FIRST) for name in names]
-        within += [(f"attention/position_{name}/bias", P("tensor")) for name in names]
+    return within
+
+
+def _vit(config: VitConfig) -> tuple[PlacementRule, ...]:
     return (
-        ("embeddings/word/embedding", _embedding(config)),
-        *((("embeddings/position/embedding", _HIDDEN),) if config.absolute_positions else ()),
-        *_relative(config.relative),
-        *((("embeddings/token_type/embedding", _HIDDEN),) if config.num_token_types else ()),
-        (f"embeddings/norm/{leaves}", _WHOLE),
-        *(((f"encoder/norm/{leaves}", _WHOLE),) if config.pre_norm else ()),
-        *_layers(config, layer, within),
+        ("embeddings/class_token", _WHOLE),
+        ("embeddings/position", P(None, None, _BOTH)),
+        ("embeddings/patch/kernel", P(None, None, None, _BOTH)),
+        ("embeddings/patch/bias", _WHOLE),
+        ("encoder/norm/{scale,bias}", _WHOLE),
+        *_layers(config, _layer_of(config), _encoder_layer(config.pre_norm)),
     )
+
+
+def _layer_of(config: BertConfig | VitConfig) -> str:
+    return "encoder/layers" if config.scan_layers else "encoder/layer_*"
 
 
 def _relative(relative: Disentangled | None) -> tuple[PlacementRule, ...]:
@@ -142,13 +173,13 @@ def _relative(relative: Disentangled | None) -> tuple[PlacementRule, ...]:
     return tuple(out)
 
 
-def _layers(config: BuiltInConfig, layer: str, within: list[PlacementRule]) -> list[PlacementRule]:
+def _layers(config: StoredConfig, layer: str, within: list[PlacementRule]) -> list[PlacementRule]:
     """Rules of one layer for all of them; scanned ones have the layer axis first."""
     stacked = lambda spec: P(None, *spec) if config.scan_layers else spec  # noqa: E731
     return [(f"{layer}/{pattern}", stacked(spec)) for pattern, spec in within]
 
 
-def _head(config: BertConfig, head: Head | None) -> tuple[PlacementRule, ...]:
+def _head(config: BertConfig | None, head: Head | None) -> tuple[PlacementRule, ...]:
     """The number of classes is rarely divided. The last product of a few is whole on every device,
     which is cheaper than a sum over them; that of many is cut by its inputs."""
     if head is None:
@@ -157,7 +188,7 @@ def _head(config: BertConfig, head: Head | None) -> tuple[PlacementRule, ...]:
         ("classifier/out/kernel", _WHOLE if head.num_classes <= _FEW_CLASSES else P(_BOTH)),
         ("classifier/out/bias", _WHOLE),
     )
-    if head.pooling != "roberta_head":
+    if config is None or head.pooling != "roberta_head":
         return out
     out = (*out, ("classifier/dense/kernel", _FIRST))
     if config.head_bias:

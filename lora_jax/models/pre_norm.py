@@ -1,4 +1,4 @@
-"""Encoders whose layers begin with their norms: ModernBERT (Warner et al., arXiv 2412.13663)."""
+"""Encoders whose layers begin with their norms: ModernBERT (arXiv 2412.13663), ViT (2010.11929)."""
 
 from typing import NamedTuple
 

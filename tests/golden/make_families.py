@@ -53,6 +53,8 @@ MODERN |= {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
     }
 }
+VIT = {name: SIZES[name] for name in SIZES if name.endswith(("size", "layers", "heads"))}
+VIT |= {"image_size": 8, "patch_size": 4, "num_labels": 3}
 DISTIL = {"vocab_size": 19, "dim": 12, "n_layers": 2, "n_heads": 2, "hidden_dim": 10}
 DISTIL |= {"max_position_embeddings": 16, "num_labels": 3}
 
@@ -91,6 +93,14 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
             classifier_bias=True,
             classifier_activation="relu",
             layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+    "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**VIT)),
+    "vit_oblong": lambda: hf.ViTForImageClassification(
+        hf.ViTConfig(
+            **VIT | {"image_size": [4, 9], "patch_size": [2, 3], "num_channels": 1},
+            qkv_bias=False,
+            hidden_act="relu",
         )
     ),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
@@ -180,6 +190,13 @@ def write(name: str, model: hf.PreTrainedModel) -> None:
 
 def expected(model: hf.PreTrainedModel) -> dict[str, np.ndarray]:
     """Inputs (two rows, the second shorter), logits, and hidden states of an encoder."""
+    if model.main_input_name == "pixel_values":
+        config = model.config
+        size = config.image_size if isinstance(config.image_size, list) else [config.image_size] * 2
+        pixels = torch.randn(2, config.num_channels, *size)
+        found = {"pixels": pixels, "logits": model(pixels).logits}
+        found["hidden"] = model.base_model(pixels).last_hidden_state
+        return {key: value.numpy() for key, value in found.items()}
     ids = torch.randint(3, SIZES["vocab_size"], (2, LENGTH))
     mask = torch.ones_like(ids)
     mask[1, LENGTH - 3 :] = 0

@@ -64,6 +64,9 @@ MODERNBERT: dict[str, Any] = {
         first_norm=False,
     ),
 }
+VIT = models.VitConfig(
+    image_size=(8, 12), patch_size=(4, 4), hidden_size=12, num_layers=2, num_heads=2, mlp_size=26
+)
 
 ENCODERS = {"deberta": DEBERTA, "modernbert": MODERNBERT}
 FAMILIES = {"gpt2": GPT2, "gemma": GEMMA, "phi": PHI, "mixture": MIXTURE}

@@ -88,6 +88,24 @@ def test_encoder_as_transformers(data: Path, name: str, scan: bool) -> None:
     np.testing.assert_allclose(logits[rows], golden["logits"][rows], atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "scan"), [("vit", True), ("vit_oblong", False)])
+def test_vit_as_transformers(data: Path, name: str, scan: bool) -> None:
+    folder = data / "golden_models" / name
+    source = models.open(str(folder))
+    config = dataclasses.replace(source.config, scan_layers=scan)
+    golden = np.load(folder / "expected.npz")
+    pixels = jnp.asarray(golden["pixels"]).transpose(0, 2, 3, 1)
+    hidden = jax.jit(models.Vit(config).apply)({"params": source.load(config)}, pixels)
+    np.testing.assert_allclose(hidden, golden["hidden"], atol=1e-5)
+    params = source.load(config, head=models.Head("cls", num_classes=3))
+    logits = jax.jit(models.VitClassifier(config, 3).apply)({"params": params}, pixels)
+    np.testing.assert_allclose(logits, golden["logits"], atol=1e-5)
+    with pytest.raises(ValueError, match="but the model's are"):
+        models.Vit(config).apply({"params": params["vit"]}, pixels[:, 1:])
+    with pytest.raises(models.WeightsError, match="no head with the pooling 'mean'"):
+        source.load(config, head=models.Head("mean", num_classes=3))
+
+
 def test_a_configuration_tells_its_names(data: Path) -> None:
     """Red if two families with other names have the same options."""
     folders = [path.parent for path in (data / "golden_models").glob("*/config.json")]

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[Any, models.Head | None]] = {
         models.Head("roberta_head", 3),
     ),
     "deberta, unshared": (dataclasses.replace(common.MINILM, **DEBERTA_UNSHARED), None),
+    "vit": (models.VitConfig((224, 224), (16, 16), 768, 12, 12, 3072), models.Head("cls", 3)),
     "llama": (common.SMOLLM2, None),
     "llama, every option": (dataclasses.replace(common.SMOLLM2, **QWEN), None),
     **{name: (dataclasses.replace(SHORT, **options), None) for name, options in FAMILIES.items()},

@@ -216,7 +216,7 @@ def test_the_wrong_kind_of_model_is_an_error(
     source = tiny.write_examples(tmp_path / "data", ("text",), int)
     with pytest.raises(ConfigError, match="is a decoder"):
         classification(text_config(classification, llama, source))
-    with pytest.raises(ConfigError, match="is an encoder"):
+    with pytest.raises(ConfigError, match="is an encoder of text"):
         causal_lm(text_config(causal_lm, roberta, source))
 
 

@@ -17,9 +17,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.bert import Bert, BertClassifier
-from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
+from lora_jax.models.config import BertConfig, LlamaConfig, StoredConfig, VitConfig
 from lora_jax.models.errors import WeightsError
 from lora_jax.models.llama import Llama
+from lora_jax.models.vit import Vit, VitClassifier
 from lora_jax.models.weights import kept, shards
 from lora_jax.models.weights.names import TensorName, TensorNames
 
@@ -85,9 +86,13 @@ class _Leaf:
         return (*self.stack, *self.shape)
 
 
-def shapes(config: BuiltInConfig, head: Head | None = None) -> ParameterTree:
+def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
     """The parameters of the model of `config` as ShapeDtypeStructs; nothing is allocated."""
-    model: Bert | BertClassifier | Llama
+    model: Bert | BertClassifier | Llama | Vit | VitClassifier
+    if isinstance(config, VitConfig):
+        model = Vit(config) if head is None else VitClassifier(config, head.num_classes)
+        pixels = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
+        return jax.eval_shape(model.init, jax.random.key(0), pixels)["params"]
     if isinstance(config, LlamaConfig):
         if head is not None:
             raise WeightsError(f"a classification head is for encoders; got {head} for {config}")
@@ -102,7 +107,7 @@ def shapes(config: BuiltInConfig, head: Head | None = None) -> ParameterTree:
 
 def assemble(
     stored: Stored,
-    config: BuiltInConfig,
+    config: StoredConfig,
     head: Head | None = None,
     shardings: ParameterTree | None = None,
     keep_quantised: bool = False,
@@ -134,7 +139,7 @@ def assemble(
     return unflatten_dict(tree, sep="/")
 
 
-def stored_shapes(stored: Stored, config: BuiltInConfig, head: Head | None = None) -> ParameterTree:
+def stored_shapes(stored: Stored, config: StoredConfig, head: Head | None = None) -> ParameterTree:
     """What `assemble` loads with `keep_quantised`, as ShapeDtypeStructs; no number is read."""
     leaves, dtype = _plan(stored, config, head), np.dtype(config.param_dtype)
     tree: ParameterTree = {leaf.path: jax.ShapeDtypeStruct(leaf.whole, dtype) for leaf in leaves}
@@ -195,7 +200,7 @@ def _copy(
         into[start - rows.start : block.stop - rows.start] = value
 
 
-def _check(stored: Stored, leaf: _Leaf, config: BuiltInConfig) -> None:
+def _check(stored: Stored, leaf: _Leaf, config: StoredConfig) -> None:
     """Every tensor of the parameter has the shape that the configuration says."""
     for name in leaf.sources:
         shape = stored.shapes[name]
@@ -209,7 +214,7 @@ def _check(stored: Stored, leaf: _Leaf, config: BuiltInConfig) -> None:
             )
 
 
-def _plan(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_Leaf]:
+def _plan(stored: Stored, config: StoredConfig, head: Head | None) -> list[_Leaf]:
     """Which stored tensors make which parameter; every name of both sides is accounted for."""
     raw = _clean_names(stored)
     experts = config.num_experts if isinstance(config, LlamaConfig) else 0
@@ -250,13 +255,14 @@ def _clean_names(stored: Stored) -> dict[str, str]:
     return raw
 
 
-def _leaves(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_Leaf]:
+def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[_Leaf]:
     """Every parameter of the model, with the clean names of what it is made of."""
     # Traced with scanned layers: one layer, not all of them.
     traced = dataclasses.replace(config, scan_layers=True, remat="none")
     left = flatten_dict(shapes(traced, head), sep="/")
-    rows = [("bert/" if head else "", row) for row in stored.table.rows]
-    rows += [("", row) for row in (stored.table.heads[head.pooling] if head else ())]
+    before = "vit/" if isinstance(config, VitConfig) else "bert/"
+    rows = [(before if head else "", row) for row in stored.table.rows]
+    rows += [("", row) for row in _head_rows(stored, head)]
     leaves = []
     for before, row in rows:
         stacked_path = before + row.stacked_path
@@ -287,12 +293,23 @@ def _leaves(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_L
                 path = before + row.path.format(layer=layer)
                 leaves.append(_Leaf(path, one, row, names, experts))
     if left:
-        kind = "encoder" if isinstance(config, BertConfig) else "decoder"
+        kinds = {BertConfig: "encoder", LlamaConfig: "decoder", VitConfig: "image model"}
+        kind = kinds[type(config)]
         raise WeightsError(
             f"{stored.origin} is of another architecture than {kind} {config}: it has no names "
             f"for{_listed(left)}"
         )
     return leaves
+
+
+def _head_rows(stored: Stored, head: Head | None) -> tuple[TensorName, ...]:
+    heads = stored.table.heads
+    if head is not None and head.pooling not in heads:
+        raise WeightsError(
+            f"{stored.origin} has no head with the pooling {head.pooling!r}; those of its "
+            f"architecture are {', '.join(heads)}"
+        )
+    return () if head is None else heads[head.pooling]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -141,3 +141,26 @@ MODERNBERT = TensorNames(
     prefix="model.",
     skipped=("head.*", "decoder.*", "classifier.*"),
 )
+
+VIT = TensorNames(
+    rows=(
+        TensorName("embeddings/class_token", "embeddings.cls_token"),
+        TensorName("embeddings/position", "embeddings.position_embeddings"),
+        *linear("embeddings/patch", "embeddings.patch_embeddings.projection"),
+        *of_layers(
+            *("encoder/layer_{layer}/", "encoder.layer.{layer}.", ""),
+            *layer_norm("attention_norm", "layernorm_before"),
+            *linear("attention/query", "attention.attention.query"),
+            *linear("attention/key", "attention.attention.key"),
+            *linear("attention/value", "attention.attention.value"),
+            *linear("attention/output", "attention.output.dense"),
+            *layer_norm("mlp_norm", "layernorm_after"),
+            *linear("mlp/up", "intermediate.dense"),
+            *linear("mlp/down", "output.dense"),
+        ),
+        *layer_norm("encoder/norm", "layernorm"),
+    ),
+    heads={"cls": _SINGLE_HEAD},
+    prefix="vit.",
+    skipped=("embeddings.mask_token", "pooler.dense.*", "classifier.*", "decoder.*"),
+)

@@ -6,13 +6,13 @@ models of this package do not have; here each of those is an error.
 
 from collections.abc import Callable
 
-from lora_jax.models.config import BuiltInConfig
+from lora_jax.models.config import StoredConfig
 from lora_jax.models.errors import ModelConfigError
 from lora_jax.models.weights import hf_decoders, hf_encoders
 from lora_jax.models.weights.hf_fields import Json
 
 # By `model_type`; `names.HF` has the same keys.
-_PARSERS: dict[str, Callable[[Json, str], BuiltInConfig]] = {
+_PARSERS: dict[str, Callable[[Json, str], StoredConfig]] = {
     "bert": hf_encoders.bert,
     "roberta": hf_encoders.bert,
     "xlm-roberta": hf_encoders.bert,
@@ -25,6 +25,7 @@ _PARSERS: dict[str, Callable[[Json, str], BuiltInConfig]] = {
     "mistral": hf_decoders.llama,
     "mixtral": hf_decoders.llama,
     "modernbert": hf_encoders.modernbert,
+    "vit": hf_encoders.vit,
     "phi3": hf_decoders.phi3,
     "qwen2": hf_decoders.llama,
     "qwen3": hf_decoders.llama,
@@ -32,7 +33,7 @@ _PARSERS: dict[str, Callable[[Json, str], BuiltInConfig]] = {
 }
 
 
-def parse(json: Json, origin: str) -> BuiltInConfig:
+def parse(json: Json, origin: str) -> StoredConfig:
     """The configuration that a `config.json` describes.
 
     Raises:

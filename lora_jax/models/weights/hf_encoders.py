@@ -1,6 +1,6 @@
 """The configurations of encoders that a Hugging Face `config.json` describes."""
 
-from lora_jax.models.config import BertConfig, Disentangled, PreNorm
+from lora_jax.models.config import BertConfig, Disentangled, PreNorm, VitConfig
 from lora_jax.models.weights.hf_fields import Json, activation, refuse, refuse_set, special_ids
 
 
@@ -148,4 +148,28 @@ def distilbert(json: Json, origin: str) -> BertConfig:
         dropout=json.get("dropout", 0.1),
         attention_dropout=json.get("attention_dropout", 0.1),
         **ids | {"pad_id": ids["pad_id"] or 0},
+    )
+
+
+def vit(json: Json, origin: str) -> VitConfig:
+    """ViT."""
+
+    def pair(field: str, usual: int) -> tuple[int, int]:
+        size = json.get(field, usual)
+        high, wide = size if isinstance(size, list) else (size, size)
+        return high, wide
+
+    return VitConfig(
+        image_size=pair("image_size", 224),
+        patch_size=pair("patch_size", 16),
+        channels=json.get("num_channels", 3),
+        hidden_size=json["hidden_size"],
+        num_layers=json["num_hidden_layers"],
+        num_heads=json["num_attention_heads"],
+        mlp_size=json["intermediate_size"],
+        norm_eps=json.get("layer_norm_eps", 1e-12),
+        activation=activation(json, "hidden_act", "gelu", origin),
+        pre_norm=PreNorm(qkv_bias=json.get("qkv_bias", True)),
+        dropout=json.get("hidden_dropout_prob", 0.0),
+        attention_dropout=json.get("attention_probs_dropout_prob", 0.0),
     )

@@ -1,10 +1,10 @@
 """The tables of names by the `model_type` of a Hugging Face folder, and by a configuration."""
 
-from lora_jax.models.config import BertConfig, BuiltInConfig
+from lora_jax.models.config import BertConfig, StoredConfig, VitConfig
 from lora_jax.models.weights.decoder_names import GEMMA, GPT2, MIXTRAL, PHI3, QWEN3_MOE
 from lora_jax.models.weights.decoder_names import LLAMA as LLAMA
 from lora_jax.models.weights.encoder_names import BERT as BERT
-from lora_jax.models.weights.encoder_names import DEBERTA, DISTILBERT, MODERNBERT
+from lora_jax.models.weights.encoder_names import DEBERTA, DISTILBERT, MODERNBERT, VIT
 from lora_jax.models.weights.encoder_names import ROBERTA as ROBERTA
 from lora_jax.models.weights.tensor_names import TensorName as TensorName
 from lora_jax.models.weights.tensor_names import TensorNames as TensorNames
@@ -22,6 +22,7 @@ HF = {
     "mistral": LLAMA,
     "mixtral": MIXTRAL,
     "modernbert": MODERNBERT,
+    "vit": VIT,
     "phi3": PHI3,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
@@ -30,8 +31,10 @@ HF = {
 GGUF = {"llama": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
 
 
-def table_of(config: BuiltInConfig) -> TensorNames:
+def table_of(config: StoredConfig) -> TensorNames:
     """The table of the family that has these options."""
+    if isinstance(config, VitConfig):
+        return VIT
     if isinstance(config, BertConfig):
         if config.pre_norm is not None:
             return MODERNBERT
