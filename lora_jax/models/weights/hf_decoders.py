@@ -70,6 +70,7 @@ def _gemma3_rope(json: Json, head_dim: int, origin: str) -> dict[str, Any]:
 
 def phi3(json: Json, origin: str) -> LlamaConfig:
     """Phi-3, Phi-3.5, Phi-4 and Phi-4-mini."""
+    refuse_set(json, origin, "attention_bias", "mlp_bias", "lm_head_bias")
     scaling = json.get("rope_parameters") or json.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     partial = scaling.get("partial_rotary_factor") or json.get("partial_rotary_factor", 1.0)

@@ -19,7 +19,7 @@ _ACTIVATIONS = {
 
 def activation(json: Json, field: str, default: str, origin: str) -> str:
     """Our name of the activation that the field names."""
-    named = json.get(field, default)
+    named = json.get(field) or default
     refuse(origin, field, named, named not in _ACTIVATIONS)
     return _ACTIVATIONS[named]
 

@@ -209,6 +209,7 @@ def test_what_the_models_lack_is_refused(data: Path, change: dict[str, Any], say
             },
             r"rope_parameters\.sliding_attention\.rope_type is 'linear'",
         ),
+        ("phi3", {"attention_bias": True}, "attention_bias is True"),
         ("phi3", {"rope_parameters": {"rope_type": "dynamic"}}, "rope type is 'dynamic'"),
         ("deberta_v3", {"embedding_size": 6}, "embedding_size is 6"),
         ("deberta_v3", {"pos_att_type": ["p2p"]}, r"pos_att_type is \['p2p'\]"),
@@ -255,6 +256,21 @@ def test_layers_that_differ_cannot_be_stacked(data: Path) -> None:
     model = models.open(str(data / "golden_models" / "modernbert"))
     with pytest.raises(models.WeightsError, match=r"has no .*attention_norm.*scan_layers=False"):
         model.load(dataclasses.replace(model.config, scan_layers=True))
+
+
+def test_experts_go_straight_to_their_devices(data: Path) -> None:
+    """Each device holds one expert of every layer, and reads no other."""
+    model = models.open(str(data / "golden_models" / "qwen3_moe"))
+    config = dataclasses.replace(model.config, scan_layers=True)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("expert",))
+
+    def shard(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*((None, "expert") if leaf.ndim == 4 else ())))
+
+    params = model.load(config, shardings=jax.tree.map(shard, models.shapes(config)))
+    _equal(params, model.load(config))
+    gate = params["layers"]["mlp"]["experts"]["gate"]["kernel"]
+    assert gate.shape == (2, 4, 12, 6) and gate.addressable_shards[0].data.shape == (2, 1, 12, 6)
 
 
 def test_an_expert_that_is_missing_is_named(folder: Callable[[str], Path]) -> None:
