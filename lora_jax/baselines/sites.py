@@ -46,5 +46,5 @@ def biases(config: BuiltInConfig) -> str:
 
 def norms(config: BuiltInConfig) -> str:
     """The pattern of all layer norms' parameters; norms of queries and keys are not among them."""
-    pattern = "**/{norm,{attention,mlp}_norm,{attention,mlp}_post_norm}/*"
+    pattern = "**/{norm,attention_norm,mlp_norm,attention_post_norm,mlp_post_norm}/*"
     return f"{ENCODER}/{pattern}" if isinstance(config, BertConfig) else pattern

@@ -96,8 +96,8 @@ class _BertLayer(nn.Module):
         self,
         x: Array,
         seen: Array | None,
-        distances: Distances | None,
-        convolved: Convolved | None,
+        distances: Distances | None = None,
+        convolved: Convolved | None = None,
         kind: Array | None = None,
     ) -> tuple[Array, None]:
         config, drop = self.config, _drop(self.config, self.deterministic)
