@@ -139,6 +139,29 @@ def bare_ragged_dot() -> Any:
 
 
 @case
+def bare_ragged_dot_of_scaled_rows() -> Any:
+    def f(p: Any, x: Any, sizes: Any) -> Any:  # as by an RMS norm
+        gain = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True)) * p["scale"][None]
+        return jax.lax.ragged_dot(x * gain, p["experts"], sizes)
+
+    params = {"experts": normal(0, 4, 10, 14), "scale": normal(2, 10)}
+    args = (normal(1, 9, 10), jnp.array([4, 0, 3, 2]))
+    return f, params, args, ("experts",), {"batched": False}
+
+
+@case
+def bare_convolution_of_scaled_rows() -> Any:
+    def f(p: Any, x: Any) -> Any:
+        gain = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True)) * p["scale"][None, None]
+        return jax.lax.conv_general_dilated(
+            x * gain, p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    params = {"w": normal(0, 3, 10, 14), "scale": normal(2, 10)}
+    return f, params, (normal(1, B, 6, 10),), ("w",)
+
+
+@case
 def bare_experts_by_index() -> Any:
     def f(p: Any, x: Any, expert: Any) -> Any:
         return jnp.einsum("bd,bdk->bk", x, p["experts"][expert])

@@ -200,7 +200,7 @@ MUTANTS = (  # name and file, old, new, tests
     Mutant("rotation-backwards", "lora_jax/models/rope.py",
         "jnp.concatenate([-sin, sin], -1)",
         "jnp.concatenate([sin, -sin], -1)",
-        ("tests/models/test_golden.py::test_decoder_as_transformers[llama-unrolled]",)),
+        ("tests/models/test_golden.py::test_decoder_as_transformers[llama-False]",)),
     Mutant("window-one-too-wide", "lora_jax/models/attention.py",
         "(distance < window)[None, None]",
         "(distance <= window)[None, None]",

@@ -12,6 +12,7 @@ import pytest
 import lora_jax
 from lora_jax import models
 from tests import cases
+from tests.models.options import ENCODERS, FAMILIES, VIT
 from tests.test_transform import assert_close, scalar
 
 pytestmark = pytest.mark.standard_promotion
@@ -31,6 +32,23 @@ LLAMA = models.LlamaConfig(
     mlp_size=26,
     max_positions=16,
 )
+# What "all-linear" takes in a layer of each family.
+KERNELS = {
+    "gpt2": ("attention/qkv", "attention/o", "mlp/up", "mlp/down"),
+    "gemma": (*(f"attention/{x}" for x in "qkvo"), "mlp/gate", "mlp/up", "mlp/down"),
+    "phi": ("attention/qkv", "attention/o", "mlp/gate_up", "mlp/down"),
+    "deberta": (
+        *(f"attention/{x}" for x in ("query", "key", "value", "output")),
+        *("mlp/up", "mlp/down"),
+    ),
+    "vit": (*(f"attention/{x}" for x in ("query", "key", "value", "output")), "mlp/up", "mlp/down"),
+    "modernbert": ("attention/qkv", "attention/output", "mlp/gate_up", "mlp/down"),
+    "mixture": (
+        *(f"attention/{x}" for x in "qkvo"),
+        "mlp/router",
+        *(f"mlp/experts/{x}" for x in ("gate", "up", "down")),
+    ),
+}
 
 
 def built(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -38,6 +56,9 @@ def built(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
     if isinstance(config, models.BertConfig):
         module: Any = models.BertClassifier(config, 3, "mean")
         args: tuple[Any, ...] = (IDS, MASK)
+    elif isinstance(config, models.VitConfig):
+        module = models.VitClassifier(config, 3)
+        args = (jax.random.normal(jax.random.key(2), (2, *config.image_size, 3)),)
     else:
         module, args = models.Llama(config), (IDS,)
     shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
@@ -57,6 +78,31 @@ def test_adapted_equals_merged(config: Any, scan_layers: bool, remat: str) -> No
     adapters = cases.near_ones_and_zeros(shapes)
     g = lora_jax.adapt(layout, f)
     fast = scalar(lambda p, ad: g(p, ad, *args))
+    slow = scalar(lambda p, ad: f(lora_jax.merge(layout, p, ad), *args))
+    got = jax.jit(jax.grad(fast, 1))(params, adapters)
+    assert_close(got, jax.jit(jax.grad(slow, 1))(params, adapters), tolerance=5e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS, "vit"])
+def test_families_adapted_equal_merged(family: str) -> None:
+    """Red if a layer's product is not found, or an expert's factors meet another one's rows."""
+    encoder = family in ENCODERS
+    base, options = (BERT, ENCODERS[family]) if encoder else (LLAMA, FAMILIES.get(family, {}))
+    config: Any = VIT if family == "vit" else dataclasses.replace(base, **options)
+    f, params, args = built(config)
+    layout = lora_jax.resolve(lora_jax.LoraSpec(2, 4.0), f, params, *args)
+    found = {t.path: t for t in layout.targets}
+    layer = "bert/encoder/layer_" if encoder else "layers_"
+    layer = "vit/encoder/layer_" if family == "vit" else layer
+    wanted = {f"{layer}{i}/{x}/kernel" for i in range(2) for x in KERNELS[family]}
+    wanted |= {"bert/encoder/convolution/conv/kernel"} if family == "deberta" else set()
+    wanted |= {"vit/embeddings/patch/kernel"} if family == "vit" else set()
+    assert found.keys() == wanted
+    stacks = {path: t.stack for path, t in found.items() if "experts" in path}
+    assert set(stacks.values()) <= {(0,)}
+    shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(1), layout))
+    adapters = cases.near_ones_and_zeros(shapes)
+    fast = scalar(lambda p, ad: lora_jax.adapt(layout, f)(p, ad, *args))
     slow = scalar(lambda p, ad: f(lora_jax.merge(layout, p, ad), *args))
     got = jax.jit(jax.grad(fast, 1))(params, adapters)
     assert_close(got, jax.jit(jax.grad(slow, 1))(params, adapters), tolerance=5e-5)

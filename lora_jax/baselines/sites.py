@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_jax.errors import LoraError
-from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
+from lora_jax.models.config import BertConfig, BuiltInConfig
 
 Tree = Any  # a pytree
 ENCODER = "bert"
@@ -36,9 +36,9 @@ def biases(config: BuiltInConfig) -> str:
     Raises:
       LoraError: the model has none.
     """
-    if isinstance(config, LlamaConfig) and not (config.qkv_bias or config.output_bias):
+    if not config.has_biases:
         raise LoraError(
-            "this decoder has no bias vectors, so there is nothing to train; take another method, "
+            "this model has no bias vectors, so there is nothing to train; take another method, "
             "or a model with biases (Qwen2)"
         )
     return f"{ENCODER}/**/bias" if isinstance(config, BertConfig) else "**/bias"
@@ -46,5 +46,5 @@ def biases(config: BuiltInConfig) -> str:
 
 def norms(config: BuiltInConfig) -> str:
     """The pattern of all layer norms' parameters; norms of queries and keys are not among them."""
-    pattern = "**/{norm,attention_norm,mlp_norm}/*"
+    pattern = "**/{norm,attention_norm,mlp_norm,attention_post_norm,mlp_post_norm}/*"
     return f"{ENCODER}/{pattern}" if isinstance(config, BertConfig) else pattern

@@ -3,11 +3,17 @@
 from lora_jax.models.bert import Bert as Bert
 from lora_jax.models.bert import BertClassifier as BertClassifier
 from lora_jax.models.config import BertConfig as BertConfig
+from lora_jax.models.config import Disentangled as Disentangled
 from lora_jax.models.config import LlamaConfig as LlamaConfig
+from lora_jax.models.config import LongRope as LongRope
+from lora_jax.models.config import PreNorm as PreNorm
+from lora_jax.models.config import VitConfig as VitConfig
 from lora_jax.models.errors import ModelConfigError as ModelConfigError
 from lora_jax.models.errors import ModelError as ModelError
 from lora_jax.models.errors import WeightsError as WeightsError
 from lora_jax.models.llama import Llama as Llama
+from lora_jax.models.vit import Vit as Vit
+from lora_jax.models.vit import VitClassifier as VitClassifier
 from lora_jax.models.weights.assemble import Head as Head
 from lora_jax.models.weights.assemble import shapes as shapes
 from lora_jax.models.weights.source import MINILM as MINILM

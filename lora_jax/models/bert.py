@@ -1,33 +1,39 @@
-"""BERT (Devlin et al., arXiv 1810.04805) and RoBERTa (arXiv 1907.11692) encoders."""
+"""Encoders: BERT (arXiv 1810.04805), RoBERTa (1907.11692), DistilBERT (1910.01108), and
+DeBERTa v2 and v3 by what `lora_jax.models.deberta` adds."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.models.attention import attend, positions_in, visible
 from lora_jax.models.config import BertConfig, check_choice
-from lora_jax.models.layers import INITIAL, Embed, by_rows, dense, stack, tensor_axis
+from lora_jax.models.deberta import (
+    Convolution,
+    Convolved,
+    Distances,
+    RelativePositions,
+    position_scores,
+)
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    INITIAL,
+    Embed,
+    by_rows,
+    dense,
+    norm,
+    stack,
+    tensor_axis,
+)
+from lora_jax.models.pre_norm import PreNormEncoder
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 POOLINGS = {
     "mean": "the mean of the hidden states of the real tokens, one product",
     "cls": "the hidden state of the first token, one product",
-    "roberta_head": "product, tanh, product on the first token: RoBERTa's head, BERT's pooler too",
+    "roberta_head": "product, activation, product on the first token: RoBERTa's head, and others'",
 }
-
-
-def _norm(config: BertConfig, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name
-    )
 
 
 def _drop(config: BertConfig, deterministic: bool) -> nn.Dropout:
@@ -39,19 +45,34 @@ class _BertAttention(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, seen: Array | None) -> Array:
-        config = self.config
-        heads = (*x.shape[:2], config.num_heads, config.hidden_size // config.num_heads)
-        query, key, value = (
-            dense(config, config.hidden_size, name, bias=True)(x).reshape(heads)
-            for name in ("query", "key", "value")
-        )
+    def __call__(self, x: Array, seen: Array | None, distances: Distances | None) -> Array:
+        config, bias = self.config, None
+        products = {name: self._product(name) for name in ("query", "key", "value")}
+        query, key, value = (self._heads(product(x)) for product in products.values())
+        scale = query.shape[-1] ** -0.5
+        if config.relative is not None and distances is not None:
+            scale = (query.shape[-1] * (1 + len(config.relative.kinds))) ** -0.5
+            rows = _drop(config, self.deterministic)(distances.rows)
+            by_position = []
+            for kind, name in (("c2p", "key"), ("p2c", "query")):
+                shared = config.relative.shared
+                product = products[name] if shared else self._product(f"position_{name}")
+                wanted = kind in config.relative.kinds
+                by_position.append(self._heads(product(rows)) if wanted else None)
+            keys, queries = by_position
+            bias = scale * position_scores(query, key, (keys, queries), distances.of_pair)
         drop = None
         if config.attention_dropout > 0 and not self.deterministic:
             shape = (x.shape[0], config.num_heads, x.shape[1], x.shape[1])
             drop = nn.Dropout(config.attention_dropout, deterministic=False)(jnp.ones(shape))
-        mixed = attend(query, key, value, seen, drop).reshape(x.shape)
-        return dense(config, config.hidden_size, "output", bias=True)(mixed)
+        mixed = attend(query, key, value, seen, drop, bias=bias, scale=scale).reshape(x.shape)
+        return self._product("output")(mixed)
+
+    def _product(self, name: str) -> nn.Dense:
+        return dense(self.config, self.config.hidden_size, name, bias=True)
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.config.num_heads, -1)
 
 
 class _BertMlp(nn.Module):
@@ -68,13 +89,25 @@ class _BertMlp(nn.Module):
 class _BertLayer(nn.Module):
     config: BertConfig
     deterministic: bool = True
+    kind: int = 0  # 1: the first layer, where its output is joined with something
 
     @nn.compact
-    def __call__(self, x: Array, seen: Array | None) -> tuple[Array, None]:
-        drop = _drop(self.config, self.deterministic)
-        mixed = _BertAttention(self.config, self.deterministic, name="attention")(x, seen)
-        x = by_rows(_norm(self.config, "attention_norm")(x + drop(mixed)))
-        x = by_rows(_norm(self.config, "mlp_norm")(x + drop(_BertMlp(self.config, name="mlp")(x))))
+    def __call__(
+        self,
+        x: Array,
+        seen: Array | None,
+        distances: Distances | None = None,
+        convolved: Convolved | None = None,
+        kind: Array | None = None,
+    ) -> tuple[Array, None]:
+        config, drop = self.config, _drop(self.config, self.deterministic)
+        attention = _BertAttention(config, self.deterministic, name="attention")
+        mixed = attention(x, seen, distances)
+        x = by_rows(norm(config, "attention_norm")(x + drop(mixed)))
+        x = by_rows(norm(config, "mlp_norm")(x + drop(_BertMlp(config, name="mlp")(x))))
+        if convolved is not None and (kind is not None or self.kind):
+            first = convolved.joined(x, config.norm_eps)
+            x = first if kind is None else jnp.where(kind == 1, first, x)
         return x, None
 
 
@@ -83,9 +116,16 @@ class _Encoder(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, seen: Array | None) -> Array:
-        layers = stack(_BertLayer, self.config, "layer", deterministic=self.deterministic)
-        return layers(x, seen)
+    def __call__(self, x: Array, seen: Array | None, mask: Array | None) -> Array:
+        config, relative = self.config, self.config.relative
+        distances, convolved, kinds = None, None, None
+        if relative is not None:
+            distances = RelativePositions(config, relative, name="relative")(x.shape[1])
+            if relative.conv_size:
+                convolved = Convolution(config, relative, name="convolution")(x, mask)
+                kinds = (1,) + (0,) * (config.num_layers - 1)
+        layers = stack(_BertLayer, config, "layer", kinds, deterministic=self.deterministic)
+        return layers(x, seen, distances, convolved)
 
 
 class _Embeddings(nn.Module):
@@ -96,12 +136,14 @@ class _Embeddings(nn.Module):
     def __call__(self, input_ids: Array, positions: Array, token_types: Array | None) -> Array:
         config = self.config
         x = Embed(config, config.vocab_size, tensor_axis(config), name="word")(input_ids)
-        rows = config.max_positions + config.position_offset
-        x = x + Embed(config, rows, 1, name="position")(positions + config.position_offset)
+        if config.absolute_positions:
+            rows = config.max_positions + config.position_offset
+            x = x + Embed(config, rows, 1, name="position")(positions + config.position_offset)
         if config.num_token_types:
             types = jnp.zeros((1, 1), jnp.int32) if token_types is None else token_types
             x = x + Embed(config, config.num_token_types, 1, name="token_type")(types)
-        x = _norm(config, "norm")(by_rows(x))
+        kind = "layer" if config.pre_norm is None else config.pre_norm.norm
+        x = norm(config, "norm", kind)(by_rows(x))
         return _drop(config, self.deterministic)(x)
 
 
@@ -110,7 +152,9 @@ class Bert(nn.Module):
 
     Parameters: `embeddings/{word,position,token_type}/embedding`, `embeddings/norm`, and per
     layer `encoder/layer_0/attention/{query,key,value,output}`, `attention_norm`,
-    `mlp/{up,down}`, `mlp_norm` (with `scan_layers`: `encoder/layers/...`, stacked).
+    `mlp/{up,down}`, `mlp_norm` (with `scan_layers`: `encoder/layers/...`, stacked). DeBERTa has
+    `encoder/{relative,convolution}` too, and `attention/position_{query,key}`; those of ModernBERT
+    are in `lora_jax.models.pre_norm`.
     """
 
     config: BertConfig
@@ -150,8 +194,13 @@ class Bert(nn.Module):
                 )
             positions = _positions(config, length, mask, segment_ids)
         x = _Embeddings(config, deterministic, name="embeddings")(input_ids, positions, token_types)
+        if config.relative is not None and config.relative.conv_size and segment_ids is not None:
+            raise ValueError("segment_ids: the convolution of this model reaches into neighbours")
+        if config.pre_norm is not None:
+            encoder = PreNormEncoder(config, config.pre_norm, deterministic, name="encoder")
+            return encoder(x, mask, segment_ids, positions)
         seen = visible(length, mask, segment_ids)
-        return _Encoder(config, deterministic, name="encoder")(x, seen)
+        return _Encoder(config, deterministic, name="encoder")(x, seen, mask)
 
 
 def _positions(
@@ -190,7 +239,11 @@ class _BertHead(nn.Module):
             pooled = (hidden * real).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1.0)
         drop, pooled = _drop(config, self.deterministic), by_rows(pooled)
         if self.pooling == "roberta_head":
-            pooled = by_rows(jnp.tanh(layer(config.hidden_size, name="dense")(drop(pooled))))
+            wide = layer(config.hidden_size, name="dense", use_bias=config.head_bias)(drop(pooled))
+            pooled = by_rows(ACTIVATIONS[config.head_activation](wide))
+            if config.head_norm and config.pre_norm is not None:
+                whole = dataclasses.replace(config, dtype=jnp.float32)
+                pooled = norm(whole, "norm", config.pre_norm.norm)(pooled)
         return layer(self.num_classes, name="out")(drop(pooled))
 
 
@@ -217,6 +270,7 @@ class BertClassifier(nn.Module):
     ) -> Array:
         """Logits [B, num_classes], float32. Arguments as `Bert`'s."""
         check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("head_activation", self.config.head_activation, ACTIVATIONS)
         encoder = Bert(self.config, name="bert")
         hidden = encoder(input_ids, mask, token_types, deterministic=deterministic)
         head = _BertHead(

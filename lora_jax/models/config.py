@@ -8,11 +8,74 @@ from jax.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """A BERT or RoBERTa encoder.
+class Disentangled:
+    """DeBERTa's attention by relative positions, see `lora_jax.models.deberta`.
 
-    The two differ in `position_offset` only: RoBERTa's positions start behind the row of the
-    padding token, at `pad_id + 1`. `max_positions` counts the rows that text can use.
+    Attributes:
+        distances: those beyond it are one.
+        buckets: how many are told apart in each direction; 0: all of them.
+        kinds: "c2p" (content by position), "p2c" (position by content).
+        shared: positions go through the kernels of the tokens' queries and keys.
+        norm: over the table of positions.
+        conv_size: of the convolution that is added behind the first layer; 0: none.
+    """
+
+    distances: int
+    buckets: int = 0
+    kinds: tuple[str, ...] = ("c2p", "p2c")
+    shared: bool = True
+    norm: bool = True
+    conv_size: int = 0
+    conv_groups: int = 1
+    conv_activation: str = "tanh"
+
+    @property
+    def span(self) -> int:
+        """How many rows the table has for each direction."""
+        return self.buckets or self.distances
+
+
+@dataclasses.dataclass(frozen=True)
+class PreNorm:
+    """Layers that begin with their norms, see `lora_jax.models.pre_norm`. The defaults are ViT's.
+
+    Attributes:
+        rope_theta: of the layers that see all tokens; None: nothing is rotated.
+        local_rope_theta: of those with a window.
+        window: a token sees itself, and at most window - 1 others on either side.
+        windowed: which layers have the window; None: none.
+        fused: query, key and value are one kernel `qkv`.
+        gated: the MLP is down(activation(gate) * up), with gate and up one kernel `gate_up`.
+        first_norm: False where the first layer's attention takes the embeddings as they are.
+    """
+
+    rope_theta: float | None = None
+    local_rope_theta: float | None = None
+    window: int | None = None
+    windowed: tuple[bool, ...] | None = None
+    fused: bool = False
+    gated: bool = False
+    qkv_bias: bool = True
+    output_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    first_norm: bool = True
+
+    @property
+    def norm(self) -> str:
+        """Which of the norms in `lora_jax.models.layers`."""
+        return "layer" if self.norm_bias else "layer_without_bias"
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """An encoder: BERT, RoBERTa, DistilBERT, DeBERTa v2 and v3, ModernBERT.
+
+    RoBERTa's positions start behind the row of the padding token: `position_offset` is
+    `pad_id + 1`. `max_positions` counts the rows that text can use. DistilBERT has no token types,
+    and `head_activation` "relu", which is that of the dense layer of a "roberta_head". DeBERTa has
+    `relative` positions, and mostly no absolute ones. ModernBERT is one with `pre_norm`, and a
+    norm in its "roberta_head".
     """
 
     vocab_size: int
@@ -24,6 +87,12 @@ class BertConfig:
     num_token_types: int = 2
     norm_eps: float = 1e-12
     activation: str = "gelu"
+    head_activation: str = "tanh"
+    absolute_positions: bool = True
+    relative: Disentangled | None = None
+    pre_norm: PreNorm | None = None
+    head_norm: bool = False
+    head_bias: bool = True
     position_offset: int = 0
     pad_id: int = 0
     bos_id: int | None = None
@@ -38,14 +107,50 @@ class BertConfig:
     def __post_init__(self) -> None:
         _divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)
 
+    @property
+    def has_biases(self) -> bool:
+        """Whether any product or norm of the layers has a bias vector."""
+        form = self.pre_norm or PreNorm()
+        return form.qkv_bias or form.output_bias or form.mlp_bias or form.norm_bias
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """The divisors of the rotary frequencies in a row with more than `length` positions."""
+
+    length: int
+    divisors: tuple[float, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """A decoder of the Llama family: Llama, SmolLM2, Mistral, Qwen2, Qwen3.
+    """A decoder: Llama and its family (SmolLM2, Mistral, Qwen2, Qwen3), GPT-2, Gemma, Phi, and
+    mixtures of experts (Mixtral, Qwen3-MoE). The defaults are Llama's; each option says whose it
+    is.
 
-    `rope_divisors` (one number per rotated pair, head_dim / 2 of them) divides the rotary
-    frequencies: every published scaling of a fixed context length comes down to it, see
-    `lora_jax.models.rope`. `sliding_window` lets a token see that many tokens, itself included.
+    Sizes: `mlp_size` is that of one expert where there are experts.
+
+    Norms: `norm` is "rms", "rms_plus_one" (Gemma: multiplies with 1 + scale) or "layer" (GPT-2).
+    `post_norms` (Gemma) are on what attention and MLP give, beside those on what they get.
+
+    Positions: `positions` is "rotary" or "learned" (GPT-2). `rotary_dim` (Phi) rotates only so
+    many numbers of a head. `rope_divisors` (one number per rotated pair, rotary_dim / 2 of them)
+    divides the rotary frequencies: every published scaling of a fixed context length comes down to
+    it, see `lora_jax.models.rope`. `rope_long` (Phi) replaces it in a row that goes beyond a
+    given length, and `rope_amplitude` multiplies the rotated queries and keys.
+
+    Attention: `sliding_window` lets a token see that many tokens, itself included, in the layers
+    where `windowed` is True (None: all); those layers rotate by `local_rope_theta` (Gemma 3) if it
+    is given. `attention_scale` multiplies the scores (None: 1 / sqrt(head_dim)) and
+    `attention_cap` (Gemma 2) bounds them. `fused` (GPT-2, Phi): q, k and v are one kernel `qkv`,
+    and so are gate and up.
+
+    MLP: down(activation(gate) * up), or down(activation(up)) where it is not `gated` (GPT-2). With
+    `num_experts` it is a mixture: each token goes to `experts_per_token` of them, weighted by the
+    router's softmax over all; `renormalised` weights of a token sum to 1.
+
+    Ends: `embedding_scale` (Gemma) multiplies the embeddings, `logit_cap` (Gemma 2) bounds the
+    logits.
     """
 
     vocab_size: int
@@ -56,14 +161,33 @@ class LlamaConfig:
     head_dim: int
     mlp_size: int
     max_positions: int
+    norm: str = "rms"
     norm_eps: float = 1e-5
+    post_norms: bool = False
+    positions: str = "rotary"
     rope_theta: float = 10000.0
     rope_divisors: tuple[float, ...] | None = None
+    rope_long: LongRope | None = None
+    rope_amplitude: float = 1.0
+    rotary_dim: int | None = None
+    local_rope_theta: float | None = None
+    fused: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
-    tied: bool = True
     sliding_window: int | None = None
+    windowed: tuple[bool, ...] | None = None
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    activation: str = "silu"
+    gated: bool = True
+    mlp_bias: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    renormalised: bool = True
+    embedding_scale: float = 1.0
+    tied: bool = True
+    logit_cap: float | None = None
     pad_id: int | None = None
     bos_id: int | None = None
     eos_id: int | None = None
@@ -74,16 +198,86 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         _divisible("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
-        _divisible("head_dim", self.head_dim, "the two halves that rope rotates", 2)
-        divisors = self.rope_divisors
-        if divisors is not None and len(divisors) != self.head_dim // 2:
+        _divisible("the rotated numbers", self.rotated, "the two halves that rope rotates", 2)
+        long = None if self.rope_long is None else self.rope_long.divisors
+        for name, divisors in (("rope_divisors", self.rope_divisors), ("rope_long", long)):
+            if divisors is not None and len(divisors) != self.rotated // 2:
+                raise ValueError(
+                    f"{name}: expected half of the {self.rotated} rotated numbers of a head, "
+                    f"{self.rotated // 2}, got {len(divisors)}"
+                )
+        if self.windowed is not None and len(self.windowed) != self.num_layers:
             raise ValueError(
-                f"rope_divisors: expected head_dim / 2 = {self.head_dim // 2} numbers, "
-                f"got {len(divisors)}"
+                f"windowed: got {len(self.windowed)} values for {self.num_layers} layers"
+            )
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token: got {self.experts_per_token} of {self.num_experts} experts"
             )
 
+    @property
+    def rotated(self) -> int:
+        """How many numbers of a head rope turns."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
-BuiltInConfig = BertConfig | LlamaConfig
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Of each layer: 1 where it sees no more than the window, else 0."""
+        if self.sliding_window is None:
+            return (0,) * self.num_layers
+        return tuple(map(int, self.windowed or (True,) * self.num_layers))
+
+    def most_tokens(self, prompt: int) -> int:
+        """How long a text that begins with a prompt of so many tokens can become in a cache.
+
+        One that begins on the near side of `rope_long` ends there: the keys in a cache cannot be
+        turned by other frequencies any more. (The last token is written, and never read.)
+        """
+        if self.rope_long is None or prompt > self.rope_long.length:
+            return self.max_positions
+        return min(self.max_positions, self.rope_long.length + 1)
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether any product or norm has a bias vector."""
+        return self.qkv_bias or self.output_bias or self.mlp_bias or self.norm == "layer"
+
+
+@dataclasses.dataclass(frozen=True)
+class VitConfig:
+    """A ViT; sizes of images and patches are (height, width)."""
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_size: int
+    channels: int = 3
+    norm_eps: float = 1e-12
+    activation: str = "gelu"
+    pre_norm: PreNorm = PreNorm()
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    scan_layers: bool = False
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        _divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        for image, patch in zip(self.image_size, self.patch_size, strict=True):
+            _divisible("image_size", image, "patch_size", patch)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many patches there are, one above the other and side by side."""
+        high, wide = self.patch_size
+        return self.image_size[0] // high, self.image_size[1] // wide
+
+
+BuiltInConfig = BertConfig | LlamaConfig  # of text
+StoredConfig = BuiltInConfig | VitConfig  # of whatever the loaders know
 
 
 def check_choice(field: str, value: str, choices: Mapping[str, object]) -> None:

@@ -1,7 +1,9 @@
-"""Stack equal layers, scanned or unrolled, with or without rematerialisation."""
+"""Parts that the models share: products, norms, embeddings, and equal layers in a stack."""
 
+import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from lora_jax.models.config import BuiltInConfig, check_choice
 
@@ -22,6 +25,13 @@ _POLICIES: dict[str, Any] = {
 }
 
 INITIAL = nn.initializers.normal(0.02)
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
 
 
 def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.Dense:
@@ -34,6 +44,66 @@ def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.
         kernel_init=INITIAL,
         name=name,
     )
+
+
+def heads(
+    config: BuiltInConfig,
+    x: Array,
+    counts: Sequence[int],
+    width: int,
+    names: Sequence[str],
+    *,
+    fused: bool,
+    bias: bool,
+) -> list[Array]:
+    """Queries, keys and values [B, T, N, H] of x [B, T, D].
+
+    Args:
+        counts: N of each; width: H.
+        names: of their kernels; fused, they are one named `qkv`.
+    """
+    sizes = [count * width for count in counts]
+    if fused:
+        *cuts, whole = itertools.accumulate(sizes)
+        flat = jnp.split(dense(config, whole, "qkv", bias=bias)(x), cuts, axis=-1)
+    else:
+        flat = [
+            dense(config, size, name, bias=bias)(x) for size, name in zip(sizes, names, strict=True)
+        ]
+    shapes = [(*x.shape[:2], count, width) for count in counts]
+    return [one.reshape(shape) for one, shape in zip(flat, shapes, strict=True)]
+
+
+class _RmsPlusOne(nn.Module):
+    """An RMS norm that multiplies with 1 + scale, in float32 to the end, as Gemma's."""
+
+    epsilon: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        gain = jnp.expand_dims(1 + scale.astype(jnp.float32), range(x.ndim - 1))
+        return (wide * gain).astype(self.dtype)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "layer": nn.LayerNorm,
+    "layer_without_bias": functools.partial(nn.LayerNorm, use_bias=False),
+    "rms": nn.RMSNorm,
+    "rms_plus_one": _RmsPlusOne,
+}
+
+
+def norm(config: BuiltInConfig, name: str, kind: str = "layer") -> Callable[[Array], Array]:
+    """A norm over the last axis, one of `NORMS`, in the dtypes of the configuration."""
+    made: Any = NORMS[kind](
+        epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name
+    )
+    return made
 
 
 class Embed(nn.Module):
@@ -93,7 +163,11 @@ def divided(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
 
 def stack(
-    block: type[nn.Module], config: BuiltInConfig, prefix: str, **fields: Any
+    block: type[nn.Module],
+    config: BuiltInConfig,
+    prefix: str,
+    kinds: Sequence[int] | None = None,
+    **fields: Any,
 ) -> Callable[..., Any]:
     """The layers of a model as one function of (x, *shared); call it inside `@nn.compact`.
 
@@ -103,6 +177,9 @@ def stack(
         config: its num_layers, scan_layers and remat are read.
         prefix: unrolled layers are named `{prefix}_0`, `{prefix}_1`, ...; scanned ones are
             named `layers` and carry a leading axis of num_layers on every parameter.
+        kinds: the kind of each layer, where they differ in more than their parameters. It is the
+            field `kind` of the block; scanned layers of several kinds are one program, and get
+            theirs as the last argument, an int32 scalar.
 
     Raises:
         ValueError: `config.remat` is none of the known policies.
@@ -112,21 +189,28 @@ def stack(
         # Under a scan there is no common subexpression to be shared across the layers.
         policy = _POLICIES[config.remat]
         block = nn.remat(block, policy=policy, prevent_cse=not config.scan_layers)
+    own: list[dict[str, Any]] = [{**fields} for _ in range(config.num_layers)]
+    if kinds is not None:
+        own = [{**fields, "kind": kind} for kind in kinds]
 
     def unrolled(x: Array, *shared: Any) -> Array:
         for index in range(config.num_layers):
-            x, _ = block(config, name=f"{prefix}_{index}", **fields)(x, *shared)
+            x, _ = block(config, name=f"{prefix}_{index}", **own[index])(x, *shared)
         return x
 
     def scanned(x: Array, *shared: Any) -> Array:
+        differ = kinds is not None and len(set(kinds)) > 1
+        axes: tuple[Any, ...] = (nn.broadcast,) * len(shared)
+        if differ:
+            shared, axes = (*shared, jnp.asarray(kinds, jnp.int32)), (*axes, 0)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast,) * len(shared),
+            in_axes=axes,
             length=config.num_layers,
         )
-        x, _ = layers(config, name="layers", **fields)(x, *shared)
+        x, _ = layers(config, name="layers", **own[0])(x, *shared)
         return x
 
     return scanned if config.scan_layers else unrolled

@@ -1,6 +1,8 @@
-"""The Llama family of decoders (Touvron et al., arXiv 2302.13971, and its descendants)."""
+"""Decoders: the Llama family (Touvron et al., arXiv 2302.13971) and those of other families that
+are it with options, see `lora_jax.models.LlamaConfig`."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,14 +11,24 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.models import cache as caches
-from lora_jax.models.attention import attend, positions_in, visible
+from lora_jax.models.attention import attend, capped, positions_in, visible
 from lora_jax.models.cache import Cache, Fresh
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import LlamaConfig, check_choice
 from lora_jax.models.cross_entropy import chunked_cross_entropy
-from lora_jax.models.layers import INITIAL, Embed, by_rows, dense, stack, tensor_axis
+from lora_jax.models.experts import ExpertMlp
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    INITIAL,
+    NORMS,
+    Embed,
+    by_rows,
+    dense,
+    heads,
+    norm,
+    stack,
+    tensor_axis,
+)
 from lora_jax.models.rope import angles, rotate
-
-Turn = tuple[Array, Array]
 
 
 class _Flow(NamedTuple):
@@ -26,36 +38,38 @@ class _Flow(NamedTuple):
     fresh: Fresh | None = None
 
 
-def _norm(config: LlamaConfig, name: str) -> nn.RMSNorm:
-    return nn.RMSNorm(
-        epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name
-    )
+class _View(NamedTuple):
+    """How a layer sees the tokens: the angles of their positions (None: it rotates nothing), and
+    who may look at whom."""
+
+    turn: tuple[Array, Array] | None
+    seen: Array | None
+
+
+_Views = tuple[_View | None, _View | None]  # of the layers of each kind, see `LlamaConfig.kinds`
 
 
 class _LlamaAttention(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(
-        self, flow: _Flow, turn: Turn, seen: Array | None, cache: Cache | None
-    ) -> tuple[Array, Fresh | None]:
+    def __call__(self, flow: _Flow, view: _View, cache: Cache | None) -> tuple[Array, Fresh | None]:
         config, (x, fresh) = self.config, flow
-
-        def heads(name: str, count: int) -> Array:
-            flat = dense(config, count * config.head_dim, name, bias=config.qkv_bias)(x)
-            return flat.reshape(*x.shape[:2], count, config.head_dim)
-
-        query = heads("q", config.num_heads)
-        key = heads("k", config.num_kv_heads)
-        value = heads("v", config.num_kv_heads)
+        counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        query, key, value = heads(
+            config, x, counts, config.head_dim, "qkv", fused=config.fused, bias=config.qkv_bias
+        )
         if config.qk_norm:
-            query = _norm(config, "q_norm")(query)
-            key = _norm(config, "k_norm")(key)
-        query, key, past = rotate(query, turn), rotate(key, turn), None
+            query = norm(config, "q_norm", config.norm)(query)
+            key = norm(config, "k_norm", config.norm)(key)
+        if view.turn is not None:
+            query, key = rotate(query, view.turn), rotate(key, view.turn)
+        past = None
         if fresh is not None and cache is not None:
             past = cache.layer(fresh.at, like=key) if cache.capacity else None
             fresh = fresh.extended(key, value)
-        mixed = attend(query, key, value, seen, past=past)
+        scale, cap = config.attention_scale, config.attention_cap
+        mixed = attend(query, key, value, view.seen, past=past, scale=scale, cap=cap)
         mixed = mixed.reshape(*x.shape[:2], config.num_heads * config.head_dim)
         return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed), fresh
 
@@ -65,24 +79,43 @@ class _LlamaMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        config = self.config
-        gate = jax.nn.silu(dense(config, config.mlp_size, "gate", bias=False)(x))
-        up = dense(config, config.mlp_size, "up", bias=False)(x)
-        return dense(config, config.hidden_size, "down", bias=False)(gate * up)
+        config, act = self.config, ACTIVATIONS[self.config.activation]
+
+        def product(name: str, size: int) -> Array:
+            return dense(config, size, name, bias=config.mlp_bias)(x)
+
+        if not config.gated:
+            wide = act(product("up", config.mlp_size))
+        elif config.fused:
+            gate, up = jnp.split(product("gate_up", 2 * config.mlp_size), 2, axis=-1)
+            wide = act(gate) * up
+        else:
+            wide = act(product("gate", config.mlp_size)) * product("up", config.mlp_size)
+        return dense(config, config.hidden_size, "down", bias=config.mlp_bias)(wide)
 
 
 class _LlamaLayer(nn.Module):
     config: LlamaConfig
+    kind: int = 0
 
     @nn.compact
     def __call__(
-        self, flow: _Flow, turn: Turn, seen: Array | None, cache: Cache | None
+        self, flow: _Flow, views: _Views, cache: Cache | None, kind: Array | None = None
     ) -> tuple[_Flow, None]:
-        normed = flow._replace(x=_norm(self.config, "attention_norm")(flow.x))
-        mixed, fresh = _LlamaAttention(self.config, name="attention")(normed, turn, seen, cache)
-        x = by_rows(flow.x + mixed)
-        x = by_rows(x + _LlamaMlp(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x)))
-        return _Flow(x, fresh), None
+        config, view = self.config, views[self.kind]
+        if kind is not None:  # one program for layers of both kinds
+            view = jax.tree.map(lambda *each: jnp.where(kind == 0, *each), *views)
+        assert view is not None
+
+        def after(name: str, x: Array) -> Array:
+            return norm(config, name, config.norm)(x) if config.post_norms else x
+
+        normed = flow._replace(x=norm(config, "attention_norm", config.norm)(flow.x))
+        mixed, fresh = _LlamaAttention(config, name="attention")(normed, view, cache)
+        x = by_rows(flow.x + after("attention_post_norm", mixed))
+        mlp = (ExpertMlp if config.num_experts else _LlamaMlp)(config, name="mlp")
+        wide = mlp(norm(config, "mlp_norm", config.norm)(x))
+        return _Flow(by_rows(x + after("mlp_post_norm", wide)), fresh), None
 
 
 class _LlamaHead(nn.Module):
@@ -101,7 +134,8 @@ class Llama(nn.Module):
 
     Parameters: `embed/embedding`, per layer `layers_0/attention/{q,k,v,o}`, `attention_norm`,
     `mlp/{gate,up,down}`, `mlp_norm` (with `scan_layers`: `layers/...`, stacked), `norm/scale`
-    and, where the head is not tied, `lm_head/kernel`.
+    and, where the head is not tied, `lm_head/kernel`. Options bring others: `attention/qkv`,
+    `mlp/gate_up`, `mlp/{router,experts}`, `{attention,mlp}_post_norm`, `position/embedding`.
     """
 
     config: LlamaConfig
@@ -140,21 +174,30 @@ class Llama(nn.Module):
             ValueError: a cache together with segment_ids or targets.
         """
         config = self.config
+        check_choice("norm", config.norm, NORMS)
+        check_choice("activation", config.activation, ACTIVATIONS)
+        check_choice("positions", config.positions, {"rotary": 0, "learned": 1})
         if cache is None:
             fresh = None
-            turn, seen = self._whole(input_ids, mask, segment_ids, positions)
+            positions, views = self._whole(input_ids, mask, segment_ids, positions)
         else:
             if segment_ids is not None or targets is not None:
                 raise ValueError("a cache goes with neither segment_ids nor targets")
             config = dataclasses.replace(config, remat="none")  # nothing is differentiated
             fresh = Fresh.start(config, input_ids)
-            positions, turn, seen = self._following(input_ids, mask, positions, cache)
+            positions, views = self._following(input_ids, mask, positions, cache)
         embed = Embed(config, config.vocab_size, tensor_axis(config), name="embed")
-        flow = _Flow(by_rows(embed(input_ids)), fresh)
-        x, fresh = stack(_LlamaLayer, config, "layers")(flow, turn, seen, cache)
+        x = embed(input_ids)
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if config.positions == "learned":
+            rows = jnp.maximum(positions, 0)  # those of padding, which nobody looks at, are -1
+            x = x + Embed(config, config.max_positions, 1, name="position")(rows)
+        layers = stack(_LlamaLayer, config, "layers", config.kinds)
+        x, fresh = layers(_Flow(by_rows(x), fresh), views, cache)
         if last is not None:
             x = x[:, -last:]
-        x = _norm(config, "norm")(x)
+        x = norm(config, "norm", config.norm)(x)
         weight, form = (
             (embed.embedding, "btd,vd->btv")
             if config.tied
@@ -163,9 +206,10 @@ class Llama(nn.Module):
 
         def head(x: Array) -> Array:
             kernel = weight.astype(config.dtype)
-            return jnp.einsum(form, x, kernel, preferred_element_type=jnp.float32)
+            logits = jnp.einsum(form, x, kernel, preferred_element_type=jnp.float32)
+            return capped(logits, config.logit_cap)
 
-        if fresh is not None and positions is not None:
+        if fresh is not None:
             return head(x), Cache(fresh.keys, fresh.values, positions)
         return head(x) if targets is None else chunked_cross_entropy(head, x, targets, chunk)
 
@@ -175,16 +219,23 @@ class Llama(nn.Module):
         mask: Array | None,
         segment_ids: Array | None,
         positions: Array | None,
-    ) -> tuple[Turn, Array | None]:
-        """The angles of whole rows, and who may look at whom in them."""
-        length = input_ids.shape[1]
+    ) -> tuple[Array, _Views]:
+        """Of whole rows: positions, and what each kind of layer sees."""
+        length, most = input_ids.shape[1], self.config.max_positions
         if positions is None:
             positions = jnp.arange(length)[None]
             if segment_ids is not None:
                 positions = positions_in(segment_ids)
-        window = self.config.sliding_window
-        seen = visible(length, mask, segment_ids, causal=True, window=window)
-        return self._turn(positions), seen
+            elif self.config.positions == "learned" and length > most:
+                raise ValueError(
+                    f"input_ids: {length} tokens in a row, but the model has positions for "
+                    f"{most}; cut the rows shorter"
+                )
+
+        def seen(window: int | None) -> Array | None:
+            return visible(length, mask, segment_ids, causal=True, window=window)
+
+        return positions, self._views(positions, seen)
 
     def _following(
         self,
@@ -192,17 +243,34 @@ class Llama(nn.Module):
         mask: Array | None,
         positions: Array | None,
         cache: Cache,
-    ) -> tuple[Array, Turn, Array]:
-        """Of tokens that go on with a cache: positions, angles, and what they may look at."""
+    ) -> tuple[Array, _Views]:
+        """Of tokens that go on with a cache: positions, and what each kind of layer sees."""
         if mask is None:
             mask = jnp.ones(input_ids.shape, bool)
         if positions is None:
             positions = caches.numbered(cache, mask)
         positions = jnp.where(mask.astype(bool), positions, -1).astype(jnp.int32)
         slots = jnp.concatenate([cache.positions, positions], axis=1)
-        seen = caches.visible_slots(positions, slots, self.config.sliding_window)
-        return positions, self._turn(positions), seen
 
-    def _turn(self, positions: Array) -> Turn:
+        def seen(window: int | None) -> Array:
+            return caches.visible_slots(positions, slots, window)
+
+        return positions, self._views(positions, seen)
+
+    def _views(self, positions: Array, seen: Callable[[int | None], Array | None]) -> _Views:
         config = self.config
-        return angles(positions, config.head_dim, config.rope_theta, config.rope_divisors)
+
+        def view(kind: int) -> _View | None:
+            if kind not in config.kinds:
+                return None
+            turn = self._turn(positions, local=kind == 1) if config.positions == "rotary" else None
+            return _View(turn, seen(config.sliding_window if kind else None))
+
+        return view(0), view(1)
+
+    def _turn(self, positions: Array, local: bool) -> tuple[Array, Array]:
+        config = self.config
+        if local and config.local_rope_theta is not None:
+            return angles(positions, config.rotated, config.local_rope_theta)
+        scaling = (config.rope_divisors, config.rope_long, config.rope_amplitude)
+        return angles(positions, config.rotated, config.rope_theta, *scaling)

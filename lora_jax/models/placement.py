@@ -8,6 +8,7 @@ divides is cut over `tensor`, so that each device has the logits of its own toke
 
     first of a pair    query, key, value, up, gate     P(fsdp, tensor)      its bias P(tensor)
     second of a pair   output, down                    P(tensor, fsdp)      its bias whole
+    experts            the same behind the axis of the experts, which is not divided
     embeddings         P(tensor, fsdp) or P(None, (tensor, fsdp))
     untied head        the same, transposed
     norms              whole
@@ -15,7 +16,15 @@ divides is cut over `tensor`, so that each device has the logits of its own toke
 
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
+from lora_jax.models.config import (
+    BertConfig,
+    BuiltInConfig,
+    Disentangled,
+    LlamaConfig,
+    PreNorm,
+    StoredConfig,
+    VitConfig,
+)
 from lora_jax.models.layers import tensor_axis
 from lora_jax.models.weights.assemble import Head
 
@@ -27,17 +36,21 @@ _FEW_CLASSES = 64
 _HIDDEN = P(None, _BOTH)  # of an embedding [rows, hidden]
 
 
-def rules(config: BuiltInConfig, head: Head | None = None) -> tuple[PlacementRule, ...]:
+def rules(config: StoredConfig, head: Head | None = None) -> tuple[PlacementRule, ...]:
     """One rule for each kind of parameter that the model of `config` has, and none besides.
 
     Args:
         head: the classification head of an encoder; paths then begin with `bert/`, as in
             `lora_jax.models.shapes`.
     """
+    if isinstance(config, VitConfig):
+        before = "vit/" if head else ""
+        own = ((before + pattern, spec) for pattern, spec in _vit(config))
+        return (*own, *_head(None, head))
     if isinstance(config, LlamaConfig):
         return _llama(config)
     before = "bert/" if head else ""
-    return (*((before + pattern, spec) for pattern, spec in _bert(config)), *_head(head))
+    return (*((before + pattern, spec) for pattern, spec in _bert(config)), *_head(config, head))
 
 
 def _embedding(config: BuiltInConfig) -> P:
@@ -46,57 +59,127 @@ def _embedding(config: BuiltInConfig) -> P:
 
 def _llama(config: LlamaConfig) -> tuple[PlacementRule, ...]:
     layer = "layers" if config.scan_layers else "layers_*"
+    first = "attention/qkv" if config.fused else "attention/{q,k,v}"
+    norms = "{attention,mlp}_{norm,post_norm}" if config.post_norms else "{attention,mlp}_norm"
+    leaves = "{scale,bias}" if config.norm == "layer" else "scale"
     within = [
-        ("attention/{q,k,v}/kernel", _FIRST),
+        (f"{first}/kernel", _FIRST),
         ("attention/o/kernel", _SECOND),
-        ("mlp/{gate,up}/kernel", _FIRST),
-        ("mlp/down/kernel", _SECOND),
-        ("{attention,mlp}_norm/scale", _WHOLE),
+        *(_mixture() if config.num_experts else _mlp(config)),
+        (f"{norms}/{leaves}", _WHOLE),
     ]
     if config.qkv_bias:
-        within.append(("attention/{q,k,v}/bias", P("tensor")))
+        within.append((f"{first}/bias", P("tensor")))
     if config.output_bias:
         within.append(("attention/o/bias", _WHOLE))
     if config.qk_norm:
-        within.append(("attention/{q,k}_norm/scale", _WHOLE))
+        within.append((f"attention/{{q,k}}_norm/{leaves}", _WHOLE))
     out = [
         ("embed/embedding", _embedding(config)),
-        ("norm/scale", _WHOLE),
+        (f"norm/{leaves}", _WHOLE),
         *_layers(config, layer, within),
     ]
+    if config.positions == "learned":
+        out.append(("position/embedding", _HIDDEN))
     if not config.tied:
         out.append(("lm_head/kernel", P(*reversed(_embedding(config)))))
     return tuple(out)
 
 
-def _bert(config: BertConfig) -> tuple[PlacementRule, ...]:
-    layer = "encoder/layers" if config.scan_layers else "encoder/layer_*"
-    within = [
-        ("attention/{query,key,value}/kernel", _FIRST),
-        ("attention/{query,key,value}/bias", P("tensor")),
-        ("attention/output/kernel", _SECOND),
-        ("mlp/up/kernel", _FIRST),
-        ("mlp/up/bias", P("tensor")),
-        ("mlp/down/kernel", _SECOND),
-        ("{attention,mlp}/{output,down}/bias", _WHOLE),
-        ("{attention,mlp}_norm/{scale,bias}", _WHOLE),
+def _mlp(config: LlamaConfig) -> list[PlacementRule]:
+    first = "mlp/up" if not config.gated else "mlp/gate_up" if config.fused else "mlp/{gate,up}"
+    out = [(f"{first}/kernel", _FIRST), ("mlp/down/kernel", _SECOND)]
+    if config.mlp_bias:
+        out += [(f"{first}/bias", P("tensor")), ("mlp/down/bias", _WHOLE)]
+    return out
+
+
+def _mixture() -> list[PlacementRule]:
+    """Each expert is divided as an MLP is, so that no token has to go to another device. The
+    router, a few columns, is cut by its inputs."""
+    return [
+        ("mlp/router/kernel", P(_BOTH)),
+        ("mlp/experts/{gate,up}/kernel", P(None, *_FIRST)),
+        ("mlp/experts/down/kernel", P(None, *_SECOND)),
     ]
+
+
+def _bert(config: BertConfig) -> tuple[PlacementRule, ...]:
+    form = config.pre_norm or PreNorm()  # whose biases are those of BERT too
+    leaves, within = "{scale,bias}" if form.norm_bias else "scale", _encoder_layer(form)
+    if config.relative is not None and not config.relative.shared:
+        kinds = {"c2p": "key", "p2c": "query"}
+        names = [kinds[kind] for kind in config.relative.kinds]
+        within += [(f"attention/position_{name}/kernel", _FIRST) for name in names]
+        within += [(f"attention/position_{name}/bias", P("tensor")) for name in names]
     return (
         ("embeddings/word/embedding", _embedding(config)),
-        ("embeddings/position/embedding", _HIDDEN),
+        *((("embeddings/position/embedding", _HIDDEN),) if config.absolute_positions else ()),
+        *_relative(config.relative),
         *((("embeddings/token_type/embedding", _HIDDEN),) if config.num_token_types else ()),
-        ("embeddings/norm/{scale,bias}", _WHOLE),
-        *_layers(config, layer, within),
+        (f"embeddings/norm/{leaves}", _WHOLE),
+        *(((f"encoder/norm/{leaves}", _WHOLE),) if config.pre_norm else ()),
+        *_layers(config, _layer_of(config), within),
     )
 
 
-def _layers(config: BuiltInConfig, layer: str, within: list[PlacementRule]) -> list[PlacementRule]:
+def _encoder_layer(form: PreNorm) -> list[PlacementRule]:
+    first = "attention/qkv" if form.fused else "attention/{query,key,value}"
+    up = "mlp/gate_up" if form.gated else "mlp/up"
+    leaves = "{scale,bias}" if form.norm_bias else "scale"
+    within = [
+        (f"{first}/kernel", _FIRST),
+        ("attention/output/kernel", _SECOND),
+        (f"{up}/kernel", _FIRST),
+        ("mlp/down/kernel", _SECOND),
+        (f"{{attention,mlp}}_norm/{leaves}", _WHOLE),
+    ]
+    if form.qkv_bias:
+        within.append((f"{first}/bias", P("tensor")))
+    if form.output_bias:
+        within.append(("attention/output/bias", _WHOLE))
+    if form.mlp_bias:
+        within += [(f"{up}/bias", P("tensor")), ("mlp/down/bias", _WHOLE)]
+    return within
+
+
+def _vit(config: VitConfig) -> tuple[PlacementRule, ...]:
+    return (
+        ("embeddings/class_token", _WHOLE),
+        ("embeddings/position", P(None, None, _BOTH)),
+        ("embeddings/patch/kernel", P(None, None, None, _BOTH)),
+        ("embeddings/patch/bias", _WHOLE),
+        ("encoder/norm/{scale,bias}", _WHOLE),
+        *_layers(config, _layer_of(config), _encoder_layer(config.pre_norm)),
+    )
+
+
+def _layer_of(config: BertConfig | VitConfig) -> str:
+    return "encoder/layers" if config.scan_layers else "encoder/layer_*"
+
+
+def _relative(relative: Disentangled | None) -> tuple[PlacementRule, ...]:
+    if relative is None:
+        return ()
+    out: list[PlacementRule] = [("encoder/relative/embedding", _HIDDEN)]
+    if relative.norm:
+        out.append(("encoder/relative/norm/{scale,bias}", _WHOLE))
+    if relative.conv_size:
+        out += [
+            ("encoder/convolution/conv/kernel", P(None, *_FIRST)),
+            ("encoder/convolution/conv/bias", P("tensor")),
+            ("encoder/convolution/{scale,bias}", _WHOLE),
+        ]
+    return tuple(out)
+
+
+def _layers(config: StoredConfig, layer: str, within: list[PlacementRule]) -> list[PlacementRule]:
     """Rules of one layer for all of them; scanned ones have the layer axis first."""
     stacked = lambda spec: P(None, *spec) if config.scan_layers else spec  # noqa: E731
     return [(f"{layer}/{pattern}", stacked(spec)) for pattern, spec in within]
 
 
-def _head(head: Head | None) -> tuple[PlacementRule, ...]:
+def _head(config: BertConfig | None, head: Head | None) -> tuple[PlacementRule, ...]:
     """The number of classes is rarely divided. The last product of a few is whole on every device,
     which is cheaper than a sum over them; that of many is cut by its inputs."""
     if head is None:
@@ -105,6 +188,12 @@ def _head(head: Head | None) -> tuple[PlacementRule, ...]:
         ("classifier/out/kernel", _WHOLE if head.num_classes <= _FEW_CLASSES else P(_BOTH)),
         ("classifier/out/bias", _WHOLE),
     )
-    if head.pooling != "roberta_head":
+    if config is None or head.pooling != "roberta_head":
         return out
-    return (*out, ("classifier/dense/kernel", _FIRST), ("classifier/dense/bias", P("tensor")))
+    out = (*out, ("classifier/dense/kernel", _FIRST))
+    if config.head_bias:
+        out = (*out, ("classifier/dense/bias", P("tensor")))
+    if config.head_norm and config.pre_norm is not None:
+        leaves = "{scale,bias}" if config.pre_norm.norm_bias else "scale"
+        out = (*out, (f"classifier/norm/{leaves}", _WHOLE))
+    return out

@@ -10,34 +10,55 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
+from lora_jax.models.config import LongRope
+
 
 def angles(
-    positions: Array, head_dim: int, theta: float, divisors: tuple[float, ...] | None = None
+    positions: Array,
+    rotated: int,
+    theta: float,
+    divisors: tuple[float, ...] | None = None,
+    long: LongRope | None = None,
+    amplitude: float = 1.0,
 ) -> tuple[Array, Array]:
     """The cosine and sine of every pair's angle.
 
     Args:
         positions: [B or 1, T] int.
-        head_dim: H; divisors: H/2 numbers that the frequencies are divided by, or None.
+        rotated: R, how many numbers of a head are turned.
+        divisors: R/2 numbers that the frequencies are divided by, or None.
+        long: what divides them instead in a row with a position beyond its length (LongRoPE,
+            arXiv 2402.13753).
+        amplitude: multiplies both results.
 
     Returns:
-        Two float32 arrays [B or 1, T, 1, H], each half repeated, the first half of sin negated:
+        Two float32 arrays [B or 1, T, 1, R], each half repeated, the first half of sin negated:
         the form that `rotate` uses.
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if divisors is not None:
-        frequencies = frequencies / jnp.asarray(divisors, jnp.float32)
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    frequencies = theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
+    each = frequencies if divisors is None else frequencies / jnp.asarray(divisors, jnp.float32)
+    each = each[None, None, None]
+    if long is not None:
+        beyond = positions.max(axis=1)[:, None, None, None] >= long.length
+        stretched = frequencies / jnp.asarray(long.divisors, jnp.float32)
+        each = jnp.where(beyond, stretched[None, None, None], each)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * each
+    cos, sin = jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
     return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 
 
 def rotate(x: Array, turn: tuple[Array, Array]) -> Array:
-    """Turn x [B, T, N, H] by `angles`; computed in float32, returned in the dtype of x."""
+    """Turn the first R numbers of x [B, T, N, H] by `angles`, computed in float32.
+
+    Returns:
+        The whole of it, in the dtype of x.
+    """
     cos, sin = turn
-    wide = x.astype(jnp.float32)
-    swapped = jnp.roll(wide, x.shape[-1] // 2, axis=-1)
-    return (wide * cos + swapped * sin).astype(x.dtype)
+    rotated = cos.shape[-1]
+    wide = x[..., :rotated].astype(jnp.float32)
+    swapped = jnp.roll(wide, rotated // 2, axis=-1)
+    turned = (wide * cos + swapped * sin).astype(x.dtype)
+    return jnp.concatenate([turned, x[..., rotated:]], -1) if rotated < x.shape[-1] else turned
 
 
 def linear_divisors(head_dim: int, factor: float) -> tuple[float, ...]:

@@ -56,12 +56,13 @@ def product(
         return call(*operands, **dtype)
 
     def rule(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-        v, operand = ins[weight], ins[x]
-        if not isinstance(v, AdaptedWeight) or isinstance(operand, AdaptedWeight):
+        v = ins[weight]
+        if not isinstance(v, AdaptedWeight):
             return None
         s, (i,), (o,) = v.names_at(stack), v.names_at((inputs,)), v.names_at((outputs,))
         if not v.update.admits(s, (i,), (o,)):
             return None
+        operand = evaluator.plain(eqn, ins[x])  # rows that a norm scaled count as its weight
         use = evaluator.consume(eqn, v, s, (i,), (o,))
         v = v.chosen()
         free = evaluator.fresh(operand.ndim - 1)
@@ -98,8 +99,10 @@ def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     p, dims = eqn.params, eqn.params["ragged_dot_dimension_numbers"]
     (x_in, w_in), (batch, _) = dims.dot_dimension_numbers
     ragged_inputs = dims.lhs_ragged_dimensions[0] in x_in
-    if isinstance(x, AdaptedWeight) or batch or ragged_inputs or p.get("group_offset"):
+    alone = isinstance(x, AdaptedWeight) and not isinstance(v, AdaptedWeight)
+    if alone or batch or ragged_inputs or p.get("group_offset"):
         return None
+    x = evaluator.plain(eqn, x)
     order = (*dims.rhs_group_dimensions, *w_in)
     order = (*order, *without((0, 1, 2), order))
     x = x.T if x_in == (0,) else x

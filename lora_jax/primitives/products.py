@@ -65,12 +65,13 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """
     x, v = ins
     dims, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-    if not isinstance(v, AdaptedWeight) or isinstance(x, AdaptedWeight):
+    if not isinstance(v, AdaptedWeight):
         return None
     channel = v.names[dims.rhs_spec[0]]
     inputs = without(v.names, (channel,))
     if eqn.params["batch_group_count"] != 1 or not v.update.admits((), inputs, (channel,)):
         return None
+    x = evaluator.plain(eqn, x)
     use = evaluator.consume(eqn, v, (), inputs, (channel,))
     v = v.chosen()
     out = list(evaluator.fresh(x.ndim))

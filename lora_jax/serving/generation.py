@@ -300,8 +300,9 @@ def _written(
 
     The step after is under way before a token is looked at, so the device need not wait for us.
     """
-    room = decoder.config.max_positions
-    limits = {i: min(max_new_tokens, room - len(p.tokens)) for i, p in prompts.items()}
+    sizes = {i: len(p.tokens) for i, p in prompts.items()}
+    most_tokens = decoder.config.most_tokens
+    limits = {i: min(max_new_tokens, most_tokens(size) - size) for i, size in sizes.items()}
     most, batch = max(limits.values()), _batch(prompts, count)
     length = batch.ids.shape[1]
     capacity = decoder.capacity(count, length + max_new_tokens, sampling)

@@ -345,6 +345,8 @@ def _check_named(members: Sequence[ServedAdapter], reference: str) -> None:
 def _check_kind(source: models.Source, kind: type[Any], reference: str) -> None:
     if isinstance(source.config, kind):
         return
+    if isinstance(source.config, models.VitConfig):
+        raise LoraError(f"the base {reference} is an encoder of images, which no command runs")
     what, other = (
         ("an encoder", "lora-jax predict")
         if isinstance(source.config, models.BertConfig)

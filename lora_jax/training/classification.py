@@ -36,8 +36,8 @@ def classification(config: TextConfig) -> Workload:
     source = text.open_model(
         config.model.reference,
         models.BertConfig,
-        "classification takes a BERT or RoBERTa encoder, and lora_jax.training.causal_lm takes "
-        "decoders",
+        "classification takes an encoder of text (BERT, RoBERTa, DeBERTa, ...), and "
+        "lora_jax.training.causal_lm takes decoders",
     )
     data = text.open_text(config, batches_of, source.tokenizer())
     labels = data.train.labels or Labels(())

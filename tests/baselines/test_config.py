@@ -102,7 +102,7 @@ def test_the_command_line() -> None:
         (MethodConfig("prefix_layer"), {}, r"'prefix_layer': .*--data.max-length to 48"),
         (MethodConfig("top_layers", top_layers=3), {}, "'top_layers': .* from 1 to 2, got 3"),
         (MethodConfig("houlsby"), {"scan_layers": True}, "'houlsby': .*model.scan_layers"),
-        (MethodConfig("bitfit"), {"decoder": True}, "'bitfit': this decoder has no bias"),
+        (MethodConfig("bitfit"), {"decoder": True}, "'bitfit': this model has no bias"),
         (MethodConfig("head"), {"decoder": True}, "'head': a decoder has no new head"),
         (MethodConfig("prefix_embedding"), {"decoder": True}, "'prefix_embedding': prefixes are"),
     ],

@@ -38,7 +38,6 @@ ENCODER = {**SIZES, "num_labels": 3}
 
 def main() -> None:
     torch.manual_seed(0)
-    shutil.rmtree(HERE, ignore_errors=True)
     write("llama", hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, rope_parameters=LLAMA3)))
     write(
         "llama_biased",
@@ -65,6 +64,7 @@ def write(name: str, model: hf.PreTrainedModel, shard: str = "1GB") -> None:
         centre = 1.0 if "norm" in path.lower() and path.endswith("weight") else 0.0
         value.copy_(centre + 0.3 * torch.randn_like(value))
     folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, max_shard_size=shard)
     (folder / "generation_config.json").unlink(missing_ok=True)
     config = json.loads((folder / "config.json").read_text())

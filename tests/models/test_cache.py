@@ -14,6 +14,7 @@ import pytest
 from lora_jax import models
 from lora_jax.models import cache as caches
 from lora_jax.planner import hlo
+from tests.models.options import FAMILIES
 from tests.programs import equations
 
 CAPACITY = 16
@@ -26,6 +27,8 @@ FORMS = {
     "window": {"sliding_window": 3},
     "scanned window": {"scan_layers": True, "sliding_window": 3},
     "biases, norms, an untied head": {"qkv_bias": True, "qk_norm": True, "tied": False},
+    **FAMILIES,
+    "scanned gemma": {**FAMILIES["gemma"], "scan_layers": True},
 }
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from lora_jax import models
+from lora_jax.models.experts import ExpertMlp
+from tests.models.options import DEBERTA, DEBERTA_UNSHARED, FAMILIES, MODERNBERT
 
 Config = models.BertConfig | models.LlamaConfig
 Apply = Callable[..., jax.Array]
@@ -94,6 +96,45 @@ def test_padding_does_not_leak(config: Config, ids: jax.Array) -> None:
     # Padding changes nothing only because of the mask, in the model that looks ahead.
     if isinstance(config, models.BertConfig):
         assert np.abs(apply(ids)[1, :5] - one[1, :5]).max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_packed(llama_config: models.LlamaConfig, ids: jax.Array, family: str) -> None:
+    test_packed_segments_are_separate_rows(
+        dataclasses.replace(llama_config, **FAMILIES[family]), ids, given=False
+    )
+
+
+def test_modernbert_packed_and_scanned(bert_config: models.BertConfig, ids: jax.Array) -> None:
+    config = dataclasses.replace(bert_config, **MODERNBERT)
+    test_packed_segments_are_separate_rows(config, ids, given=False)
+    params, scan = _params(config), dataclasses.replace(config, scan_layers=True)
+    # A stack has a norm for every layer; the first one's is not used.
+    layer = params["encoder"]["layer_0"]
+    unused = {"attention_norm": jax.tree.map(jnp.zeros_like, layer["mlp_norm"])}
+    whole = {**params, "encoder": {**params["encoder"], "layer_0": {**layer, **unused}}}
+    got = jax.jit(models.Bert(scan).apply)({"params": _scanned(whole, config)}, ids)
+    want = jax.jit(models.Bert(config).apply)({"params": params}, ids)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_relative_positions_packed(bert_config: models.BertConfig, ids: jax.Array) -> None:
+    config = dataclasses.replace(bert_config, **DEBERTA_UNSHARED)
+    test_packed_segments_are_separate_rows(config, ids, given=False)
+    with pytest.raises(ValueError, match="convolution of this model reaches into neighbours"):
+        _apply(dataclasses.replace(bert_config, **DEBERTA))(ids, segment_ids=ids)
+
+
+def test_experts_are_those_of_the_router(llama_config: models.LlamaConfig) -> None:
+    """A mixture of one expert is that expert; of equal ones with weights that sum to 1, too."""
+    options = {**FAMILIES["mixture"], "renormalised": True}
+    config = dataclasses.replace(llama_config, **options)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 16)), jnp.float32)
+    params = ExpertMlp(config).init(jax.random.key(0), x)["params"]
+    same = jax.tree.map(lambda w: jnp.broadcast_to(w[:1], w.shape), params["experts"])
+    gate, up, down = (same[name]["kernel"][0] for name in ("gate", "up", "down"))
+    got = ExpertMlp(config).apply({"params": {**params, "experts": same}}, x)
+    np.testing.assert_allclose(got, (jax.nn.silu(x @ gate) * (x @ up)) @ down, atol=1e-6)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["positions counted", "positions given"])

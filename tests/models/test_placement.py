@@ -11,9 +11,11 @@ import pytest
 from benchmarks import common
 from lora_jax import models, paths, sharding
 from lora_jax.models.placement import rules
+from tests.models.options import DEBERTA, DEBERTA_UNSHARED, FAMILIES, MODERNBERT
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 QWEN = {"qkv_bias": True, "output_bias": True, "qk_norm": True, "tied": False}
+SHORT = dataclasses.replace(common.SMOLLM2, num_layers=2)
 CASES: dict[str, tuple[Any, models.Head | None]] = {
     "bert": (common.MINILM, None),
     "bert without token types": (dataclasses.replace(common.MINILM, num_token_types=0), None),
@@ -21,8 +23,16 @@ CASES: dict[str, tuple[Any, models.Head | None]] = {
     "bert, cls": (common.MINILM, models.Head("cls", 3)),
     "bert, many classes": (common.MINILM, models.Head("cls", 1001)),
     "bert, roberta_head": (common.MINILM, models.Head("roberta_head", 3)),
+    "deberta": (dataclasses.replace(common.MINILM, **DEBERTA), None),
+    "modernbert": (
+        dataclasses.replace(common.MINILM, num_layers=2, **MODERNBERT),
+        models.Head("roberta_head", 3),
+    ),
+    "deberta, unshared": (dataclasses.replace(common.MINILM, **DEBERTA_UNSHARED), None),
+    "vit": (models.VitConfig((224, 224), (16, 16), 768, 12, 12, 3072), models.Head("cls", 3)),
     "llama": (common.SMOLLM2, None),
     "llama, every option": (dataclasses.replace(common.SMOLLM2, **QWEN), None),
+    **{name: (dataclasses.replace(SHORT, **options), None) for name, options in FAMILIES.items()},
     "llama, odd vocabulary": (dataclasses.replace(common.SMOLLM2, vocab_size=50257), None),
 }
 

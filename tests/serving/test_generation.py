@@ -16,6 +16,7 @@ from lora_jax.errors import LoraError
 from lora_jax.models import cache as caches
 from lora_jax.serving.generation import Decoder, Prompt, rounded, stream
 from lora_jax.serving.sampling import Sampling, choose
+from tests.models.options import FAMILIES
 from tests.serving import tiny
 from tests.serving.tiny import CONFIG, PROMPTS, SCANNED, Generated, generate
 
@@ -80,7 +81,12 @@ def test_scanned_layers_and_no_adapters() -> None:
         assert (found == alone) == (adapter == 1)
 
 
-@pytest.mark.parametrize("config", [CONFIG, SCANNED], ids=["unrolled", "scanned"])
+FORMS = {"unrolled": CONFIG, "scanned": SCANNED} | {
+    name: dataclasses.replace(CONFIG, **FAMILIES[name]) for name in ("gemma", "mixture")
+}
+
+
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
 def test_logits_of_a_mixed_batch(config: models.LlamaConfig) -> None:
     """Prefill and a step through `adapt`, against the merged weights without a cache."""
     layout, stacked = tiny.stacked(config)

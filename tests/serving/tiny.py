@@ -53,7 +53,9 @@ def pairs(config: models.LlamaConfig) -> tuple[Any, ...]:
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     every = []
     for seed, rank in enumerate(RANKS):
-        targets = ("layers*/attention/{q,v}/kernel", "layers*/{attention,mlp}/*/kernel")[seed % 2]
+        targets = ("layers*/attention/{q,v,qkv}/kernel", "layers*/{attention,mlp}/**/kernel")[
+            seed % 2
+        ]
         spec = lora_jax.LoraSpec(rank, 3.0 * rank, targets=(targets,))
         layout = lora_jax.resolve(spec, apply, models.shapes(config), ids)
         start = lora_jax.init(jax.random.key(seed), layout)

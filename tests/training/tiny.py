@@ -48,24 +48,53 @@ LLAMA = {
     "eos_token_id": 2,
     "hidden_act": "silu",
 }
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": len(SPECIAL) + len(WORDS),
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 64,
+}
+GEMMA3 = {
+    **LLAMA,
+    "model_type": "gemma3_text",
+    "sliding_window": 8,
+    "sliding_window_pattern": 2,
+    "query_pre_attn_scalar": 8,
+}
+QWEN3_MOE = {
+    **LLAMA,
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
 
 
 def write_model(folder: pathlib.Path, description: dict[str, Any]) -> pathlib.Path:
-    """A model with random weights; RoBERTa or Llama by its description."""
+    """A model with random weights, of the family that its description names."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(description))
     tokenizer(pair=description["model_type"] == "roberta").save(str(folder / "tokenizer.json"))
-    shapes = paths.flatten(models.shapes(hf_config.parse(description, "tiny")))
+    config: Any = hf_config.parse(description, "tiny")
+    shapes = paths.flatten(models.shapes(config))
     table = names.HF[description["model_type"]]
     random, tensors = np.random.default_rng(0), {}
     for row in table.rows:
-        for layer in range(description["num_hidden_layers"] if row.layered else 1):
+        for layer in range(config.num_layers if row.layered else 1):
             path = row.path.format(layer=layer)
-            if path in shapes:
-                mean = 1.0 if path.endswith("/scale") else 0.0
-                value = random.normal(mean, 0.3, shapes[path].shape).astype(np.float32)
+            if path not in shapes:
+                continue
+            # Gemma's norms multiply with 1 + scale.
+            around_one = path.endswith("/scale") and "gemma" not in description["model_type"]
+            mean, shape = 1.0 if around_one else 0.0, shapes[path].shape
+            for expert in range(config.num_experts if row.of_experts else 1):
+                one = shape[1:] if row.of_experts else shape
+                value = random.normal(mean, 0.3, one).astype(np.float32)
                 turned = value.T if row.transposed else value
-                tensors[row.hf.format(layer=layer)] = np.ascontiguousarray(turned)
+                name = row.hf.format(layer=layer, expert=expert)
+                tensors[name] = np.ascontiguousarray(turned)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     return folder
 

@@ -17,9 +17,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.bert import Bert, BertClassifier
-from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
+from lora_jax.models.config import BertConfig, LlamaConfig, StoredConfig, VitConfig
 from lora_jax.models.errors import WeightsError
 from lora_jax.models.llama import Llama
+from lora_jax.models.vit import Vit, VitClassifier
 from lora_jax.models.weights import kept, shards
 from lora_jax.models.weights.names import TensorName, TensorNames
 
@@ -64,23 +65,34 @@ class Stored:
 
 @dataclasses.dataclass
 class _Leaf:
-    """One parameter to be, and the stored tensors it is made of (several where stacked)."""
+    """One parameter to be, and the stored tensors it is made of.
+
+    Attributes:
+        shape: of one source, in our layout.
+        sources: their names; several where layers, experts or both are stacked, the last of
+            these axes fastest.
+        stack: the axes that are stacked.
+    """
 
     path: str
     shape: tuple[int, ...]
     row: TensorName
     sources: list[str]
-    stacked: bool
+    stack: tuple[int, ...]
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """The parameter's shape; `shape` is that of one source, in our layout."""
-        return (len(self.sources), *self.shape) if self.stacked else self.shape
+        """The parameter's shape."""
+        return (*self.stack, *self.shape)
 
 
-def shapes(config: BuiltInConfig, head: Head | None = None) -> ParameterTree:
+def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
     """The parameters of the model of `config` as ShapeDtypeStructs; nothing is allocated."""
-    model: Bert | BertClassifier | Llama
+    model: Bert | BertClassifier | Llama | Vit | VitClassifier
+    if isinstance(config, VitConfig):
+        model = Vit(config) if head is None else VitClassifier(config, head.num_classes)
+        pixels = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
+        return jax.eval_shape(model.init, jax.random.key(0), pixels)["params"]
     if isinstance(config, LlamaConfig):
         if head is not None:
             raise WeightsError(f"a classification head is for encoders; got {head} for {config}")
@@ -95,7 +107,7 @@ def shapes(config: BuiltInConfig, head: Head | None = None) -> ParameterTree:
 
 def assemble(
     stored: Stored,
-    config: BuiltInConfig,
+    config: StoredConfig,
     head: Head | None = None,
     shardings: ParameterTree | None = None,
     keep_quantised: bool = False,
@@ -127,7 +139,7 @@ def assemble(
     return unflatten_dict(tree, sep="/")
 
 
-def stored_shapes(stored: Stored, config: BuiltInConfig, head: Head | None = None) -> ParameterTree:
+def stored_shapes(stored: Stored, config: StoredConfig, head: Head | None = None) -> ParameterTree:
     """What `assemble` loads with `keep_quantised`, as ShapeDtypeStructs; no number is read."""
     leaves, dtype = _plan(stored, config, head), np.dtype(config.param_dtype)
     tree: ParameterTree = {leaf.path: jax.ShapeDtypeStruct(leaf.whole, dtype) for leaf in leaves}
@@ -142,7 +154,7 @@ def _bases(stored: Stored, leaves: Iterable[_Leaf], dtype: np.dtype) -> dict[str
     for leaf in leaves:
         layers = {name: stored.keep(name, leaf.row, dtype) for name in leaf.sources}
         if any(base is not None for base in layers.values()):
-            found[leaf.path] = kept.stack(layers, leaf.path, leaf.stacked)
+            found[leaf.path] = kept.stack(layers, leaf.path, leaf.stack)
     return found
 
 
@@ -165,11 +177,11 @@ def _place(leaf: _Leaf, base: QuantisedMatrix | None, placed: Mapping[str, Any] 
 def _read(stored: Stored, leaf: _Leaf, dtype: np.dtype, index: shards.Index) -> np.ndarray:
     """The part of one parameter at `index`, in `dtype`; no more than that is read."""
     part = shards.empty(tuple(axis.stop - axis.start for axis in index), dtype)
-    names, inner = leaf.sources, index
-    if leaf.stacked:
-        names, inner = names[index[0]], index[1:]
-    for number, name in enumerate(names):
-        _copy(stored, leaf.row, name, inner, part[number] if leaf.stacked else part)
+    stack, inner = index[: len(leaf.stack)], index[len(leaf.stack) :]
+    where: Any = (*stack, ...)
+    numbers = np.arange(len(leaf.sources)).reshape(leaf.stack)[where]
+    for place, number in np.ndenumerate(numbers):
+        _copy(stored, leaf.row, leaf.sources[number], inner, part[place])
     return part
 
 
@@ -188,7 +200,7 @@ def _copy(
         into[start - rows.start : block.stop - rows.start] = value
 
 
-def _check(stored: Stored, leaf: _Leaf, config: BuiltInConfig) -> None:
+def _check(stored: Stored, leaf: _Leaf, config: StoredConfig) -> None:
     """Every tensor of the parameter has the shape that the configuration says."""
     for name in leaf.sources:
         shape = stored.shapes[name]
@@ -202,13 +214,15 @@ def _check(stored: Stored, leaf: _Leaf, config: BuiltInConfig) -> None:
             )
 
 
-def _plan(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_Leaf]:
+def _plan(stored: Stored, config: StoredConfig, head: Head | None) -> list[_Leaf]:
     """Which stored tensors make which parameter; every name of both sides is accounted for."""
     raw = _clean_names(stored)
-    if config.num_layers > len(raw):  # a number out of a file: no list of names is made of it yet
+    experts = config.num_experts if isinstance(config, LlamaConfig) else 0
+    parts = config.num_layers * max(1, experts)
+    if parts > len(raw):  # numbers out of a file: no list of names is made of them yet
         raise WeightsError(
-            f"{stored.origin} has {len(raw)} tensors, too few for {config.num_layers} layers.\n"
-            f"The configuration: {config}"
+            f"{stored.origin} has {len(raw)} tensors, too few for {config.num_layers} layers"
+            f"{f' of {experts} experts' if experts else ''}.\nThe configuration: {config}"
         )
     leaves = _leaves(stored, config, head)
     wanted = {name: leaf.path for leaf in leaves for name in leaf.sources}
@@ -241,13 +255,14 @@ def _clean_names(stored: Stored) -> dict[str, str]:
     return raw
 
 
-def _leaves(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_Leaf]:
+def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[_Leaf]:
     """Every parameter of the model, with the clean names of what it is made of."""
     # Traced with scanned layers: one layer, not all of them.
     traced = dataclasses.replace(config, scan_layers=True, remat="none")
     left = flatten_dict(shapes(traced, head), sep="/")
-    rows = [("bert/" if head else "", row) for row in stored.table.rows]
-    rows += [("", row) for row in (stored.table.heads[head.pooling] if head else ())]
+    before = "vit/" if isinstance(config, VitConfig) else "bert/"
+    rows = [(before if head else "", row) for row in stored.table.rows]
+    rows += [("", row) for row in _head_rows(stored, head)]
     leaves = []
     for before, row in rows:
         stacked_path = before + row.stacked_path
@@ -255,23 +270,46 @@ def _leaves(stored: Stored, config: BuiltInConfig, head: Head | None) -> list[_L
             continue  # a bias, a norm or a head that this configuration does not have
         shape = left.pop(stacked_path).shape
         name = row.hf if stored.column == "hf" else row.gguf
-        if not row.layered:
-            leaves.append(_Leaf(stacked_path, shape, row, [name], False))
-            continue
-        names = [name.format(layer=layer) for layer in range(config.num_layers)]
-        if config.scan_layers:
-            leaves.append(_Leaf(stacked_path, shape[1:], row, names, True))
-            continue
-        for layer, one in enumerate(names):
-            path = before + row.path.format(layer=layer)
-            leaves.append(_Leaf(path, shape[1:], row, [one], False))
+        layers, experts = config.num_layers if row.layered else 0, tuple[int, ...]()
+        if row.of_experts and isinstance(config, LlamaConfig):
+            experts = (config.num_experts,)
+        one = shape[bool(layers) + len(experts) :]
+        if row.first_layer and config.scan_layers:
+            raise WeightsError(
+                f"{stored.origin}: the first layer of this model has no {row.path}, so its layers "
+                "cannot be stacked; load it with scan_layers=False"
+            )
+        each = [
+            [name.format(layer=layer, expert=expert) for expert in range(*(experts or (1,)))]
+            for layer in range(layers or 1)
+        ]
+        every = [name for names in each for name in names]
+        if not layers:
+            leaves.append(_Leaf(stacked_path, one, row, every, experts))
+        elif config.scan_layers:
+            leaves.append(_Leaf(stacked_path, one, row, every, (layers, *experts)))
+        else:
+            for layer, names in list(enumerate(each))[row.first_layer :]:
+                path = before + row.path.format(layer=layer)
+                leaves.append(_Leaf(path, one, row, names, experts))
     if left:
-        kind = "encoder" if isinstance(config, BertConfig) else "decoder"
+        kinds = {BertConfig: "encoder", LlamaConfig: "decoder", VitConfig: "image model"}
+        kind = kinds[type(config)]
         raise WeightsError(
             f"{stored.origin} is of another architecture than {kind} {config}: it has no names "
             f"for{_listed(left)}"
         )
     return leaves
+
+
+def _head_rows(stored: Stored, head: Head | None) -> tuple[TensorName, ...]:
+    heads = stored.table.heads
+    if head is not None and head.pooling not in heads:
+        raise WeightsError(
+            f"{stored.origin} has no head with the pooling {head.pooling!r}; those of its "
+            f"architecture are {', '.join(heads)}"
+        )
+    return () if head is None else heads[head.pooling]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from lora_jax.bases.matrix import QuantisedMatrix
-from lora_jax.models.config import BuiltInConfig
+from lora_jax.models.config import StoredConfig
 from lora_jax.models.errors import WeightsError
 from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file
 from lora_jax.models.weights.assemble import (
@@ -41,7 +41,7 @@ class Folder:
         return _object(self.path / "config.json")
 
     @functools.cached_property
-    def config(self) -> BuiltInConfig:
+    def config(self) -> StoredConfig:
         """The configuration that config.json describes."""
         return parse(self._json, str(self.path / "config.json"))
 
@@ -73,7 +73,7 @@ class Folder:
 
     def load(
         self,
-        config: BuiltInConfig | None = None,
+        config: StoredConfig | None = None,
         *,
         head: Head | None = None,
         shardings: ParameterTree | None = None,
@@ -84,7 +84,7 @@ class Folder:
         return assemble(self._stored(), config, head, shardings, keep_quantised)
 
     def shapes(
-        self, config: BuiltInConfig | None = None, *, head: Head | None = None
+        self, config: StoredConfig | None = None, *, head: Head | None = None
     ) -> ParameterTree:
         """What `load` returns with `keep_quantised`, as ShapeDtypeStructs."""
         return stored_shapes(self._stored(), self.config if config is None else config, head)

@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from lora_jax.bases.matrix import QuantisedMatrix
-from lora_jax.models.config import BuiltInConfig, LlamaConfig
+from lora_jax.models.config import LlamaConfig, StoredConfig
 from lora_jax.models.errors import ModelConfigError, WeightsError
 from lora_jax.models.rope import linear_divisors
 from lora_jax.models.weights import gguf_blocks, gguf_header, gguf_tokenizer
@@ -45,7 +45,7 @@ class GgufFile:
         return str(kind)
 
     @functools.cached_property
-    def config(self) -> BuiltInConfig:
+    def config(self) -> StoredConfig:
         """The configuration that the metadata describes.
 
         Raises:
@@ -107,7 +107,7 @@ class GgufFile:
 
     def load(
         self,
-        config: BuiltInConfig | None = None,
+        config: StoredConfig | None = None,
         *,
         head: Head | None = None,
         shardings: ParameterTree | None = None,
@@ -118,13 +118,13 @@ class GgufFile:
         return assemble(self._stored(config), config, head, shardings, keep_quantised)
 
     def shapes(
-        self, config: BuiltInConfig | None = None, *, head: Head | None = None
+        self, config: StoredConfig | None = None, *, head: Head | None = None
     ) -> ParameterTree:
         """What `load` returns with `keep_quantised`, as ShapeDtypeStructs."""
         config = self._decoder(config)
         return stored_shapes(self._stored(config), config, head)
 
-    def _decoder(self, config: BuiltInConfig | None) -> LlamaConfig:
+    def _decoder(self, config: StoredConfig | None) -> LlamaConfig:
         config = self.config if config is None else config
         if not isinstance(config, LlamaConfig):
             raise WeightsError(f"{self.path} holds a decoder, but the configuration is {config}")

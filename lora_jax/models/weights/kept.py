@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -41,12 +41,16 @@ def in_memory(array: np.ndarray) -> Any:
 
 
 def stack(
-    layers: Mapping[str, QuantisedMatrix | None], path: str, stacked: bool
+    layers: Mapping[str, QuantisedMatrix | None], path: str, shape: tuple[int, ...]
 ) -> QuantisedMatrix:
     """Return the base of a parameter, given that of each tensor that it is made of, by name.
 
+    Args:
+        shape: of the axes that they are stacked to, the last one fastest.
+
     Raises:
-        WeightsError: layers that are quantised in different ways, or some of them not at all.
+        WeightsError: layers or experts that are quantised in different ways, or some of them not
+            at all.
     """
     (name, first), *others = layers.items()
     for other, layer in others:
@@ -57,8 +61,12 @@ def stack(
                 "Load the model with scan_layers=False, which keeps the layers apart, or with "
                 "keep_quantised=False, which expands them."
             )
-    base: Any = first
-    return jax.tree.map(lambda *xs: _stacked(xs), *layers.values()) if stacked else base
+    bases: list[Any] = list(layers.values())
+    for size in reversed(shape):
+        groups = [bases[start : start + size] for start in range(0, len(bases), size)]
+        bases = [jax.tree.map(lambda *xs: _stacked(xs), *group) for group in groups]
+    (whole,) = bases
+    return cast(QuantisedMatrix, whole)
 
 
 def load(base: QuantisedMatrix, where: Any) -> QuantisedMatrix:

@@ -179,8 +179,7 @@ def test_weights_go_straight_to_their_devices(data: Path) -> None:
     ("change", "says"),
     [
         ({"model_type": "gemma"}, "'gemma'; the loaders know"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type is 'yarn'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"hidden_size": None}, "no field 'hidden_size'"),
@@ -191,6 +190,103 @@ def test_what_the_models_lack_is_refused(data: Path, change: dict[str, Any], say
     changed = {name: value for name, value in (json_ | change).items() if value is not None}
     with pytest.raises(models.ModelConfigError, match=says):
         hf_config.parse(changed, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "by_inverse_layer_idx is True"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "layer_types is 'chunked_att"),
+        (
+            "gemma3",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default"},
+                    "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+                }
+            },
+            r"rope_parameters\.sliding_attention\.rope_type is 'linear'",
+        ),
+        ("phi3", {"attention_bias": True}, "attention_bias is True"),
+        ("phi3", {"rope_parameters": {"rope_type": "dynamic"}}, "rope type is 'dynamic'"),
+        ("deberta_v3", {"embedding_size": 6}, "embedding_size is 6"),
+        ("deberta_v3", {"pos_att_type": ["p2p"]}, r"pos_att_type is \['p2p'\]"),
+        ("deberta_v3", {"relative_attention": False}, "relative_attention is False"),
+        ("deberta_v2", {"conv_kernel_size": 4}, "conv_kernel_size is 4"),
+        ("modernbert", {"rope_scaling": {"factor": 2.0}}, "rope_scaling is"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+    ],
+)
+def test_what_a_family_lacks_is_refused(
+    data: Path, name: str, change: dict[str, Any], says: str
+) -> None:
+    json_ = json.loads((data / "golden_models" / name / "config.json").read_text())
+    with pytest.raises(models.ModelConfigError, match=says):
+        hf_config.parse(json_ | change, "config.json")
+
+
+def test_old_spellings_of_families(data: Path) -> None:
+    """What transformers 4 wrote: Gemma's layers by a pattern and its two thetas, Phi's "su"."""
+    json_ = json.loads((data / "golden_models" / "gemma3" / "config.json").read_text())
+    new = hf_config.parse(json_, "")
+    old = {k: v for k, v in json_.items() if k not in ("layer_types", "rope_parameters")}
+    scaling = {"rope_type": "linear", "factor": 3.0}
+    old |= {"rope_theta": 100.0, "rope_local_base_freq": 10.0, "rope_scaling": scaling}
+    assert hf_config.parse(old | {"sliding_window_pattern": 2}, "") == new
+    long = json.loads((data / "golden_models" / "phi3_long" / "config.json").read_text())
+    new = hf_config.parse(long, "")
+    rope = dict(long.pop("rope_parameters"))
+    long |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+    kept = {name: rope[name] for name in ("short_factor", "long_factor")}
+    assert hf_config.parse(long | {"rope_scaling": {"type": "su", **kept}}, "") == new
+
+
+def test_the_layers_that_have_a_window(data: Path) -> None:
+    json_ = json.loads((data / "golden_models" / "qwen2" / "config.json").read_text())
+    del json_["layer_types"]
+    json_ |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    config = hf_config.parse(json_, "")
+    assert config.sliding_window == 4 and config.windowed == (False, True)
+
+
+def test_layers_that_differ_cannot_be_stacked(data: Path) -> None:
+    model = models.open(str(data / "golden_models" / "modernbert"))
+    with pytest.raises(models.WeightsError, match=r"has no .*attention_norm.*scan_layers=False"):
+        model.load(dataclasses.replace(model.config, scan_layers=True))
+
+
+def test_experts_go_straight_to_their_devices(data: Path) -> None:
+    """Each device holds one expert of every layer, and reads no other."""
+    model = models.open(str(data / "golden_models" / "qwen3_moe"))
+    config = dataclasses.replace(model.config, scan_layers=True)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("expert",))
+
+    def shard(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*((None, "expert") if leaf.ndim == 4 else ())))
+
+    params = model.load(config, shardings=jax.tree.map(shard, models.shapes(config)))
+    _equal(params, model.load(config))
+    gate = params["layers"]["mlp"]["experts"]["gate"]["kernel"]
+    assert gate.shape == (2, 4, 12, 6) and gate.addressable_shards[0].data.shape == (2, 1, 12, 6)
+
+
+def test_an_expert_that_is_missing_is_named(folder: Callable[[str], Path]) -> None:
+    def drop(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
+
+    says = (
+        r"layers_1/mlp/experts/gate/kernel <- layers\.1\.block_sparse_moe\.experts\.2\.w1\.weight"
+    )
+    with pytest.raises(models.WeightsError, match=says):
+        _edit(folder("mixtral"), drop).load()
+
+
+def test_a_text_stays_on_its_side_of_a_long_rope(data: Path) -> None:
+    config = models.open(str(data / "golden_models" / "phi3_long")).config
+    assert [config.most_tokens(prompt) for prompt in (1, 8, 9)] == [9, 9, 16]
 
 
 def test_old_spelling_of_rope(data: Path) -> None:

@@ -312,3 +312,25 @@ def test_another_scheme_is_an_error(spoiled: Callable[..., models.Source]) -> No
     for keep in (False, True):
         with pytest.raises(models.WeightsError, match=r"qweight is stored as I32.*'gptq'"):
             model.load(keep_quantised=keep)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_experts_stay_quantised_as_one_bank(data: Path, tmp_path: Path, scan: bool) -> None:
+    """Red if the scales of one expert meet the codes of another."""
+    folder = tmp_path / "mixtral"
+    shutil.copytree(data / "golden_models" / "mixtral", folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        scale = np.abs(tensors[name]).max(axis=1)
+        tensors[name] = np.round(tensors[name] / scale[:, None] * 127).astype(np.int8)
+        tensors[name.removesuffix("weight") + "SCB"] = scale
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    source = models.open(str(folder))
+    config = dataclasses.replace(source.config, scan_layers=scan)
+    floats = flatten(source.load(config))
+    kept = flatten(source.load(config, keep_quantised=True))
+    banks = {path: base for path, base in kept.items() if is_base(base)}
+    assert banks.keys() == {path for path in floats if "/experts/" in path}
+    for path, base in banks.items():
+        assert base.shape == floats[path].shape
+        np.testing.assert_allclose(base.dense(), floats[path], atol=1e-6)

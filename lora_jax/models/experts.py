@@ -1,0 +1,69 @@
+"""A mixture of experts (Shazeer et al., arXiv 1701.06538), each token sent to a few of them.
+
+The tokens are sorted by their experts, so that each expert's rows are one block of a
+`jax.lax.ragged_dot`: no token is dropped, and none is computed by an expert that it did not go to.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lora_jax.models.config import LlamaConfig
+from lora_jax.models.layers import ACTIVATIONS, INITIAL, dense
+
+
+class _Bank(nn.Module):
+    """The kernels [E, in, out] of one product of all experts."""
+
+    config: LlamaConfig
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array, sizes: Array) -> Array:
+        """Rows [R, in], the first sizes[0] of which are those of expert 0, as [R, out]."""
+        config = self.config
+        shape = (config.num_experts, x.shape[-1], self.features)
+        kernel = self.param("kernel", INITIAL, shape, config.param_dtype)
+        return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes)
+
+
+class _Experts(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array, sizes: Array) -> Array:
+        config = self.config
+        gate = _Bank(config, config.mlp_size, name="gate")(x, sizes)
+        up = _Bank(config, config.mlp_size, name="up")(x, sizes)
+        wide = ACTIVATIONS[config.activation](gate) * up
+        return _Bank(config, config.hidden_size, name="down")(wide, sizes)
+
+
+class ExpertMlp(nn.Module):
+    """The router and the experts, in place of an MLP.
+
+    Parameters: `router/kernel` [D, E] and `experts/{gate,up,down}/kernel` [E, in, out].
+    """
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, D]."""
+        config, many = self.config, self.config.experts_per_token
+        tokens = x.reshape(-1, x.shape[-1])
+        logits = dense(config, config.num_experts, "router", bias=False)(tokens)
+        shares = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        weights, chosen = jax.lax.top_k(shares, many)
+        if config.renormalised:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        chosen = chosen.reshape(-1)
+        order = jnp.argsort(chosen)
+        sizes = (chosen[:, None] == jnp.arange(config.num_experts)[None]).sum(
+            axis=0, dtype=jnp.int32
+        )
+        rows = _Experts(config, name="experts")(tokens[order // many], sizes)
+        each = rows[jnp.argsort(order)].reshape(*weights.shape, -1)
+        mixed = (each * weights[..., None].astype(each.dtype)).sum(axis=1)
+        return mixed.reshape(x.shape)

@@ -1,0 +1,128 @@
+"""Encoders whose layers begin with their norms: ModernBERT (arXiv 2412.13663), ViT (2010.11929)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lora_jax.models.attention import attend, visible
+from lora_jax.models.config import BertConfig, PreNorm
+from lora_jax.models.layers import ACTIVATIONS, by_rows, dense, heads, norm, stack
+from lora_jax.models.rope import angles, rotate
+
+LOCAL, FIRST = 1, 2  # the bits of a layer's kind: it has a window; it has no first norm
+
+
+class _Sight(NamedTuple):
+    """How a layer sees the tokens: the angles of their positions, and who may look at whom."""
+
+    turn: tuple[Array, Array] | None
+    seen: Array
+
+
+class _Attention(nn.Module):
+    config: BertConfig
+    form: PreNorm
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Array, sight: _Sight) -> Array:
+        config, form = self.config, self.form
+        count, width = config.num_heads, config.hidden_size // config.num_heads
+        names = ("query", "key", "value")
+        query, key, value = heads(
+            config, x, (count,) * 3, width, names, fused=form.fused, bias=form.qkv_bias
+        )
+        if sight.turn is not None:
+            query, key = rotate(query, sight.turn), rotate(key, sight.turn)
+        drop = None
+        if config.attention_dropout > 0 and not self.deterministic:
+            shape = (x.shape[0], count, x.shape[1], x.shape[1])
+            drop = nn.Dropout(config.attention_dropout, deterministic=False)(jnp.ones(shape))
+        mixed = attend(query, key, value, sight.seen, drop).reshape(x.shape)
+        return dense(config, config.hidden_size, "output", bias=form.output_bias)(mixed)
+
+
+class _Mlp(nn.Module):
+    config: BertConfig
+    form: PreNorm
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, form, act = self.config, self.form, ACTIVATIONS[self.config.activation]
+        if form.gated:
+            both = dense(config, 2 * config.mlp_size, "gate_up", bias=form.mlp_bias)(x)
+            gate, up = jnp.split(both, 2, axis=-1)
+            wide = act(gate) * up
+        else:
+            wide = act(dense(config, config.mlp_size, "up", bias=form.mlp_bias)(x))
+        wide = nn.Dropout(config.dropout if form.gated else 0.0, deterministic=self.deterministic)(
+            wide
+        )
+        return dense(config, config.hidden_size, "down", bias=form.mlp_bias)(wide)
+
+
+class _Layer(nn.Module):
+    config: BertConfig
+    form: PreNorm
+    deterministic: bool = True
+    kind: int = 0
+
+    @nn.compact
+    def __call__(
+        self, x: Array, whole: _Sight, local: _Sight | None, kind: Array | None = None
+    ) -> tuple[Array, None]:
+        config, form = self.config, self.form
+        drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
+        sight, normed = whole, x
+        if kind is not None or not self.kind & FIRST:
+            normed = norm(config, "attention_norm", form.norm)(x)
+        if kind is not None:  # one program for layers of all kinds
+            normed = jnp.where((kind & FIRST) > 0, x, normed)
+            if local is not None:
+                pick = lambda a, b: jnp.where((kind & LOCAL) > 0, b, a)  # noqa: E731
+                sight = jax.tree.map(pick, whole, local)
+        elif self.kind & LOCAL and local is not None:
+            sight = local
+        attention = _Attention(config, form, self.deterministic, name="attention")
+        x = by_rows(x + drop(attention(normed, sight)))
+        mlp = _Mlp(config, form, self.deterministic, name="mlp")
+        return by_rows(x + drop(mlp(norm(config, "mlp_norm", form.norm)(x)))), None
+
+
+class PreNormEncoder(nn.Module):
+    """The layers, and the norm after the last.
+
+    Parameters: per layer `layer_0/attention/{qkv or query,key,value, output}`, `attention_norm`,
+    `mlp/{gate_up or up, down}`, `mlp_norm` (with `scan_layers`: `layers/...`, stacked), and `norm`.
+    """
+
+    config: BertConfig
+    form: PreNorm
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Array, mask: Array | None, segment_ids: Array | None, positions: Array | None
+    ) -> Array:
+        config, form, length = self.config, self.form, x.shape[1]
+
+        def sight(theta: float | None, window: int | None) -> _Sight:
+            seen = visible(length, mask, segment_ids, window=window)
+            seen = jnp.ones((1, 1, length, length), bool) if seen is None else seen
+            width, turn = config.hidden_size // config.num_heads, None
+            if theta is not None and positions is not None:
+                turn = angles(positions, width, theta)
+            return _Sight(turn, seen)
+
+        windowed = form.windowed or (False,) * config.num_layers
+        kinds = [LOCAL * local for local in windowed]
+        kinds[0] |= 0 if form.first_norm else FIRST
+        local = sight(form.local_rope_theta, form.window) if any(windowed) else None
+        layers = stack(
+            *(_Layer, config, "layer", kinds), form=form, deterministic=self.deterministic
+        )
+        return norm(config, "norm", form.norm)(layers(x, sight(form.rope_theta, None), local))

@@ -1,0 +1,119 @@
+"""ViT (Dosovitskiy et al., arXiv 2010.11929): an encoder of images, and its classifier."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from lora_jax.models.config import BertConfig, VitConfig, check_choice
+from lora_jax.models.layers import ACTIVATIONS, INITIAL, by_rows
+from lora_jax.models.pre_norm import PreNormEncoder
+
+
+class _Patches(nn.Module):
+    """The product of every patch with one kernel.
+
+    Parameters: `kernel` [width, height, channels, D], as the files have it but for the order of
+    all axes, and `bias`.
+    """
+
+    config: VitConfig
+
+    @nn.compact
+    def __call__(self, pixels: Array) -> Array:
+        config = self.config
+        (high, wide), channels = config.patch_size, config.channels
+        rows, columns = config.grid
+        shape = (wide, high, channels, config.hidden_size)
+        kernel = self.param("kernel", INITIAL, shape, config.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:], config.param_dtype)
+        cut = pixels.astype(config.dtype).reshape(-1, rows, high, columns, wide, channels)
+        out = jnp.einsum("brhqwc,whcd->brqd", cut, kernel.astype(config.dtype))
+        out = out.reshape(out.shape[0], rows * columns, -1)
+        return out + jnp.expand_dims(bias.astype(config.dtype), (0, 1))
+
+
+class _Embeddings(nn.Module):
+    config: VitConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, pixels: Array) -> Array:
+        config = self.config
+        patches = _Patches(config, name="patch")(pixels)
+        token = (1, 1, config.hidden_size)
+        first = self.param("class_token", INITIAL, token, config.param_dtype)
+        first = jnp.broadcast_to(first.astype(config.dtype), (len(patches), *token[1:]))
+        x = jnp.concatenate([first, patches], axis=1)
+        position = self.param("position", INITIAL, (1, *x.shape[1:]), config.param_dtype)
+        x = by_rows(x + position.astype(config.dtype))
+        return nn.Dropout(config.dropout, deterministic=self.deterministic)(x)
+
+
+class Vit(nn.Module):
+    """The encoder: images to hidden states, the class token's first.
+
+    Parameters: `embeddings/{patch/{kernel,bias},class_token,position}`, `encoder/layer_0/...` and
+    `encoder/norm` as in `lora_jax.models.pre_norm`.
+    """
+
+    config: VitConfig
+
+    @nn.compact
+    def __call__(self, pixels: Array, deterministic: bool = True) -> Array:
+        """Hidden states [B, 1 + patches, D] in `config.dtype`.
+
+        Args:
+            pixels: [B, height, width, channels] float, normalised as the model was trained.
+            deterministic: False drops out by `config.dropout`, with the rng named "dropout".
+
+        Raises:
+            ValueError: images of another size than the configuration says; an unknown activation.
+        """
+        config = self.config
+        check_choice("activation", config.activation, ACTIVATIONS)
+        wanted = (*config.image_size, config.channels)
+        if pixels.shape[1:] != wanted:
+            raise ValueError(f"pixels: got images {pixels.shape[1:]}, but the model's are {wanted}")
+        x = _Embeddings(config, deterministic, name="embeddings")(pixels)
+        layers = _as_encoder(config)
+        assert layers.pre_norm is not None
+        encoder = PreNormEncoder(layers, layers.pre_norm, deterministic, name="encoder")
+        return encoder(x, None, None, None)
+
+
+class VitClassifier(nn.Module):
+    """The encoder with a classification head; parameters `vit/...` and `classifier/out`."""
+
+    config: VitConfig
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, pixels: Array, deterministic: bool = True) -> Array:
+        """Logits [B, num_classes] of the class token, in float32. Arguments as `Vit`'s."""
+        hidden = Vit(self.config, name="vit")(pixels, deterministic)
+        return _Head(self.config, self.num_classes, name="classifier")(hidden[:, 0])
+
+
+class _Head(nn.Module):
+    config: VitConfig
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, pooled: Array) -> Array:
+        out = nn.Dense(
+            self.num_classes,
+            dtype=jnp.float32,
+            param_dtype=self.config.param_dtype,
+            kernel_init=INITIAL,
+            name="out",
+        )
+        return out(by_rows(pooled.astype(jnp.float32)))
+
+
+def _as_encoder(config: VitConfig) -> BertConfig:
+    """The configuration of the layers alone."""
+    fields = {field.name for field in dataclasses.fields(BertConfig)}
+    same = {name: value for name, value in vars(config).items() if name in fields}
+    return BertConfig(vocab_size=1, max_positions=1, **same)

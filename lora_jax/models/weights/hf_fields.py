@@ -1,0 +1,47 @@
+"""Fields of a Hugging Face `config.json` that all families have, and the refusal of others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.models.errors import ModelConfigError
+
+Json = Mapping[str, Any]
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+
+def activation(json: Json, field: str, default: str, origin: str) -> str:
+    """Our name of the activation that the field names."""
+    named = json.get(field) or default
+    refuse(origin, field, named, named not in _ACTIVATIONS)
+    return _ACTIVATIONS[named]
+
+
+def special_ids(json: Json) -> dict[str, Any]:
+    """The ids of padding, begin and end; the first where the file lists several that end a text."""
+    end = json.get("eos_token_id")
+    return {
+        "pad_id": json.get("pad_token_id"),
+        "bos_id": json.get("bos_token_id"),
+        "eos_id": end[0] if isinstance(end, list) else end,
+    }
+
+
+def refuse(origin: str, field: str, value: object, wrong: bool) -> None:
+    """Raise ModelConfigError, naming the field, if `wrong`."""
+    if wrong:
+        raise ModelConfigError(f"{origin}: {field} is {value!r}, which these models do not have")
+
+
+def refuse_set(json: Json, origin: str, *fields: str) -> None:
+    """Raise ModelConfigError for the first of the fields that is set to anything."""
+    for field in fields:
+        value = json.get(field)
+        refuse(origin, field, value, bool(value))
