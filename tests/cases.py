@@ -53,8 +53,8 @@ def case(make: Callable[[], Any]) -> Callable[[], Case]:
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    """Drawn by NumPy, which compiles nothing."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    """Drawn by NumPy and put on the device, which compiles nothing; `jnp.asarray` compiles."""
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 def near_ones_and_zeros(shapes: Any) -> Any:

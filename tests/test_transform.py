@@ -35,7 +35,8 @@ class Law:
         start = functools.partial(lora_jax.init, jax.random.key(1), self.layout)
         shapes = jax.eval_shape(lambda params: start(params=params), self.base_params)
         draw = np.random.default_rng(2).standard_normal
-        self.adapters = jax.tree.map(lambda x: jnp.asarray(0.3 * draw(x.shape), x.dtype), shapes)
+        drawn = jax.tree.map(lambda x: (0.3 * draw(x.shape)).astype(x.dtype), shapes)
+        self.adapters = jax.device_put(drawn)
         self._adapted = lora_jax.adapt(self.layout, case.f)
         floating = [i for i, x in enumerate(case.args) if jnp.issubdtype(x.dtype, jnp.floating)]
         self.position = floating[0] if floating and case.reverse else None

@@ -39,7 +39,7 @@ def adapter(layout: lora_jax.Layout, seed: int) -> Pair:
     )
     draw = np.random.default_rng(seed).standard_normal
     return layout, jax.tree.unflatten(
-        tree, [jnp.asarray(0.3 * draw(x.shape), x.dtype) for x in leaves]
+        tree, [jax.device_put((0.3 * draw(x.shape)).astype(x.dtype)) for x in leaves]
     )
 
 
