@@ -15,6 +15,7 @@ from lora_jax import Layout, paths
 from lora_jax.moe.statistics import Load, probe
 from tests import cases
 from tests.moe.test_router import members_of, wave
+from tests.programs import compiled
 from tests.test_built_in_models import BERT, LLAMA, built
 from tests.test_transform import assert_close
 
@@ -58,7 +59,7 @@ def test_scanned_layers_route_as_unrolled_ones(config: Any) -> None:
     f, params, args = drawn(config)
     case = cases.Case("", f, params, args, TARGETS)
     members = members_of(case, (1, 2))
-    layout, stacked = lora_jax.multi.stack(members)
+    layout, stacked = compiled(lora_jax.multi.stack, members)
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 2)
 
     deep, deep_params, _ = drawn(dataclasses.replace(config, scan_layers=True, remat="full"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from lora_jax import Factors, Layout, LoraError, LoraSpec
 from lora_jax.checkpoint.adapter import restore_about
 from lora_jax.moe.statistics import Load
 from tests import cases, programs
+from tests.programs import compiled
 from tests.test_transform import assert_close, scalar
 
 pytestmark = pytest.mark.standard_promotion
@@ -52,7 +54,8 @@ def members_of(case: Any, ranks: tuple[int, ...] = (1, 2, 2)) -> list[Any]:
 
 
 def wave(shape: tuple[int, ...], phase: float) -> Any:
-    return jnp.asarray(np.cos(np.arange(np.prod(shape)) ** 1.1 + phase).reshape(shape) / 3)
+    drawn = np.cos(np.arange(np.prod(shape)) ** 1.1 + phase).reshape(shape) / 3
+    return jax.device_put(drawn.astype(np.float32))
 
 
 def runs(case: Any, layout: Layout) -> Any:
@@ -73,7 +76,7 @@ def by_hand(x: Any, w: Any, factors: Factors, scales: Any, gates: Any) -> Any:
 def test_one_hot_weights_are_select(name: str) -> None:
     """In outputs and gradients. Red if the scales or the order of the experts are mixed up."""
     case = cases.REGISTRY[name]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     loss = scalar(runs(case, layout))
 
     @jax.jit
@@ -92,9 +95,10 @@ def test_fixed_weights_are_the_combination(name: str) -> None:
     """A law with `combine` and `merge`. Red if a weight multiplies a as well as b."""
     case = cases.REGISTRY[name]()
     members, weights = members_of(case), [0.5, -1.5, 0.25]
-    layout, stacked = lora_jax.multi.stack(members)
-    combined, adapters, _ = lora_jax.multi.combine(members, weights)
-    merged = lora_jax.merge(combined, case.params, adapters)
+    layout, stacked = compiled(lora_jax.multi.stack, members)
+    combine = functools.partial(lora_jax.multi.combine, weights=weights)
+    combined, adapters, _ = compiled(combine, members)
+    merged = compiled(lora_jax.merge, combined, case.params, adapters)
     got = jax.jit(runs(case, layout))(case.params, lora_jax.moe.mix(stacked, weights))
     assert_close(got, jax.jit(lambda p: case.f(p, *case.args, **case.kwargs))(merged), 2e-5)
 
@@ -102,7 +106,7 @@ def test_fixed_weights_are_the_combination(name: str) -> None:
 def test_weights_per_example() -> None:
     """Each row has its own blend; a row of zeros is the base. Gradients reach the weights."""
     case = cases.REGISTRY["linen_attention"]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     weights = jnp.array([[0.2, 0.8, 0.0], [0.0, 0.0, 0.0], [1.0, -1.0, 2.0]])
     g = lora_jax.adapt(layout, case.f)
     (x,) = case.args
@@ -155,7 +159,7 @@ def test_a_router_without_preference_is_the_mean(name: str) -> None:
     """Through every rule and loop. Red if a rule drops the router's columns or their softmax."""
     case = cases.REGISTRY[name]()
     members = members_of(case)
-    layout, stacked = lora_jax.multi.stack(members)
+    layout, stacked = compiled(lora_jax.multi.stack, members)
     router = jax.tree.map(jnp.zeros_like, lora_jax.moe.init_router(jax.random.key(0), layout, 3))
     run = jax.jit(runs(case, layout))
     got = run(case.params, lora_jax.moe.route(stacked, router))
@@ -199,7 +203,7 @@ def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
     params = {"up": cases.normal(0, 3, 10, 14) / 4, "down": cases.normal(1, 3, 14, 10) / 4}
     x = cases.normal(2, 2, 5, 10)
     case = cases.Case("scanned", f_scanned, params, (x,), ("up", "down"))
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     router = jax.tree.map(lambda r: 9 * r, lora_jax.moe.init_router(jax.random.key(3), layout, 3))
 
     def fast(stacked: Any, router: Any) -> tuple[Any, Any]:
@@ -238,7 +242,7 @@ def test_the_balance_is_of_shares_and_gates() -> None:
 def test_a_router_without_an_input_to_route_by_is_refused(name: str) -> None:
     """Softmax is not linear: half an input would route otherwise, in silence."""
     case = cases.REGISTRY[name]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     routed = lora_jax.moe.route(stacked, lora_jax.moe.init_router(jax.random.key(0), layout, 3))
     with pytest.raises(LoraError, match=r"a router per token has no whole input to route by"):
         runs(case, layout)(case.params, routed)
@@ -249,7 +253,7 @@ def test_the_gates_of_a_bfloat16_model_are_float32() -> None:
     f = lambda p, x: x @ p["w"]  # noqa: E731
     params, x = {"w": jnp.ones((8, 4), jnp.bfloat16)}, jnp.ones((3, 8), jnp.bfloat16)
     case = cases.Case("bfloat16", f, params, (x,), ("w",))
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 3)
     with jax.numpy_dtype_promotion("strict"):
         out = runs(case, layout)(params, lora_jax.moe.route(stacked, router, 2))
@@ -264,7 +268,7 @@ def test_the_gates_of_a_bfloat16_model_are_float32() -> None:
 def test_vmap_over_routers() -> None:
     """Several routers at once, as in a sweep. Red if a rule needs an unbatched router."""
     case = cases.REGISTRY["bare_scan"]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     run = runs(case, layout)
     routers = [lora_jax.moe.init_router(jax.random.key(i), layout, 3) for i in range(2)]
     one = lambda r: run(case.params, lora_jax.moe.route(stacked, r, 2))  # noqa: E731
@@ -289,7 +293,7 @@ def test_a_router_learns_which_expert_made_which_token() -> None:
     members = [
         (own, {"w": Factors(2 * ab.a, c * ab.b)}) for ab in factors.values() for c in (2, -2)
     ]
-    layout, stacked = lora_jax.multi.stack(members)
+    layout, stacked = compiled(lora_jax.multi.stack, members)
     answers = [f(lora_jax.merge(own, params, ad), x) for own, ad in members]
     wanted = jnp.where(kinds[:, None] == 0, *answers)
     g, tx = lora_jax.adapt(layout, f), optax.adam(0.05)
@@ -319,7 +323,7 @@ def test_a_router_learns_which_expert_made_which_token() -> None:
 def test_factors_and_router_train_together() -> None:
     """One gradient for both; the base slot's zeros stay zeros, in the gradient too."""
     case = cases.REGISTRY["bare_scan"]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 3)
     loss = scalar(runs(case, layout))
     both = jax.jit(jax.grad(lambda s, r: loss(case.params, lora_jax.moe.route(s, r, 2)), (0, 1)))
@@ -334,7 +338,7 @@ def test_experts_and_router_are_kept_as_adapters_are(tmp_path: Any) -> None:
     """The recipe of `lora_jax.moe.router`: restore(save(x)) == x, bit for bit."""
     case = cases.REGISTRY["bare_scan"]()
     members = members_of(case)
-    layout, stacked = lora_jax.multi.stack(members)
+    layout, stacked = compiled(lora_jax.multi.stack, members)
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 3)
     for i, (own, _) in enumerate(members):
         lora_jax.save(
@@ -352,7 +356,7 @@ def test_experts_and_router_are_kept_as_adapters_are(tmp_path: Any) -> None:
 
 def test_errors_say_what_is_expected() -> None:
     case = cases.REGISTRY["bare_scan"]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 3)
     with pytest.raises(LoraError, match=r"must be \[3\] or \[examples, 3\]; got \[2\]"):
         lora_jax.moe.mix(stacked, [0.5, 0.5])
