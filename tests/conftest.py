@@ -41,9 +41,10 @@ STANDARD_PROMOTION += ("serving", "report", "foreign")
 # Files by seconds (waits count too), longest first; the others take less than 20 seconds each.
 LONGEST = (
     "test_models", "test_kinds_and_bases", "test_kills", "test_processes", "test_stack",
-    "test_group_runs", "test_mesh",
-    "test_text", "test_transform", "test_checkpoints", "test_router", "test_group", "test_report",
-    "test_resume", "test_generation", "test_built_in_models", "test_adapter", "test_predict",
+    "test_group_runs", "test_mesh", "test_bases_and_kinds", "test_consumers",
+    "test_quantised_plan", "test_text", "test_transform", "test_checkpoints", "test_router",
+    "test_group", "test_report", "test_resume", "test_generation", "test_built_in_models",
+    "test_adapter", "test_predict",
 )  # fmt: skip
 
 MOST_RESIDENT = 10**9  # bytes; without programs a worker has about 0.4e9

@@ -203,9 +203,9 @@ def test_a_hundred_swaps_compile_nothing(compilations: list[str]) -> None:
     """Ranks 1 to 16, by number and by `put`. Red if a scale or a rank is part of the program."""
     f, params, args = model(BERT, hidden_size=16)
     targets = "**/{query,value}/kernel"
-    pairs = []
+    pairs, once = [], jax.jit(f)  # it is traced once for all layouts
     for rank in range(1, 17):
-        layout = lora_jax.resolve(LoraSpec(rank, 2.0 + rank, targets), f, params, *args)
+        layout = lora_jax.resolve(LoraSpec(rank, 2.0 + rank, targets), once, params, *args)
         pairs.append(adapter(layout, rank))
     stack = functools.partial(lora_jax.multi.stack, size=16)
     layout, stacked = compiled(stack, [pairs[-1], *pairs[:11]])
