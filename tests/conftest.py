@@ -11,9 +11,9 @@
   compiling programs that run once, on small arrays. The HLO, which tests read products, FLOPs,
   collectives and memory from, is the same without them. Processes that tests start inherit the
   settings, so that a run in one of them can be compared with one in this process bit for bit.
-- A worker keeps what it has compiled on disk, in a folder that ends with it: many tests build the
-  same program anew, and loading one costs half as much as compiling it. Each worker has its own
-  folder, because JAX reads entries that another process may still be writing.
+- What is compiled is kept on disk until the tests end, for all workers: many tests build the same
+  program anew, and loading one costs half as much as compiling it. An entry that another worker is
+  still writing cannot be read; JAX then warns and compiles, see pyproject.toml.
 - Runs draw no curves: the picture would take longer than the steps.
 - A worker stays small: compiled programs are dropped when it passes a gigabyte.
 - Tracing makes many objects that live on, and Python looks for garbage among them again and again:
@@ -26,6 +26,7 @@ import ctypes
 import gc
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -60,8 +61,11 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-PROGRAMS = tempfile.TemporaryDirectory(prefix="lora-jax-programs-", ignore_cleanup_errors=True)
-jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+PROGRAMS = "LORA_JAX_TEST_PROGRAMS"  # workers inherit it from the process that starts them
+FIRST = PROGRAMS not in os.environ
+if FIRST:
+    os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="lora-jax-programs-")
+jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -75,8 +79,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Delete the compiled programs."""
-    PROGRAMS.cleanup()
+    """Delete the compiled programs, once, when the workers have ended."""
+    if FIRST:
+        shutil.rmtree(os.environ.pop(PROGRAMS), ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:
@@ -113,6 +118,7 @@ def small_worker() -> Iterator[None]:
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
         if pages * os.sysconf("SC_PAGE_SIZE") > MOST_RESIDENT:
             jax.clear_caches()
+            gc.collect()
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps what is freed
 
 
