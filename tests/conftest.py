@@ -11,15 +11,25 @@
   compiling programs that run once, on small arrays. The HLO, which tests read products, FLOPs,
   collectives and memory from, is the same without them. Processes that tests start inherit the
   settings, so that a run in one of them can be compared with one in this process bit for bit.
+- What is compiled is kept on disk until the tests end, for all workers: many tests build the same
+  program anew, and loading one costs half as much as compiling it. An entry that another worker is
+  still writing cannot be read; JAX then warns and compiles, see pyproject.toml.
+- Runs draw no curves: the picture would take longer than the steps.
 - A worker stays small: compiled programs are dropped when it passes a gigabyte.
+- Tracing makes many objects that live on, and Python looks for garbage among them again and again:
+  here it looks a hundred times less often.
 - The files that take longest go first, so that no worker is left with one of them at the end.
 """
 
 import contextlib
 import ctypes
+import gc
 import os
 import pathlib
-from collections.abc import Iterator
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,9 +42,10 @@ STANDARD_PROMOTION += ("serving", "report", "foreign")
 # Files by seconds (waits count too), longest first; the others take less than 20 seconds each.
 LONGEST = (
     "test_models", "test_kinds_and_bases", "test_kills", "test_processes", "test_stack",
-    "test_group_runs", "test_mesh",
-    "test_text", "test_transform", "test_checkpoints", "test_router", "test_group", "test_report",
-    "test_resume", "test_generation", "test_built_in_models", "test_adapter", "test_predict",
+    "test_group_runs", "test_mesh", "test_bases_and_kinds", "test_consumers",
+    "test_quantised_plan", "test_text", "test_transform", "test_checkpoints", "test_router",
+    "test_group", "test_report", "test_resume", "test_generation", "test_built_in_models",
+    "test_adapter", "test_predict",
 )  # fmt: skip
 
 MOST_RESIDENT = 10**9  # bytes; without programs a worker has about 0.4e9
@@ -43,12 +54,20 @@ if jax.__version_info__[:2] == (0, 10):
     # The older of two generators of CPU code, in half the time. It fuses other operations, so that
     # the HLO is XLA's usual one only with a newer JAX, which does not know the flag any more.
     FLAGS = (os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false")
+    FLAGS += ("--xla_cpu_parallel_codegen_split_count=1",)  # for one core, not for 32
     os.environ["XLA_FLAGS"] = " ".join(FLAGS)  # read when the backend starts
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of other processes: here JAX is imported
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+PROGRAMS = "LORA_JAX_TEST_PROGRAMS"  # workers inherit it from the process that starts them
+FIRST = PROGRAMS not in os.environ
+if FIRST:
+    os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="lora-jax-programs-")
+jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS(["pytest"])
@@ -59,10 +78,36 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
 
 
+def pytest_unconfigure() -> None:
+    """Delete the compiled programs, once, when the workers have ended."""
+    if FIRST:
+        shutil.rmtree(os.environ.pop(PROGRAMS), ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports have made out of the search for garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(70_000, 20, 50)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_curves() -> Iterator[Callable[[pathlib.Path], None] | None]:
+    """What draws curves.png; runs leave an empty file in its place, where there are runs at all."""
+    curves = sys.modules.get("lora_jax.training.curves")
+    with pytest.MonkeyPatch.context() as patch:
+        if curves is None:
+            yield None
+            return
+        draw = curves.draw
+        patch.setattr(curves, "draw", lambda run: (run / "curves.png").touch())
+        yield draw
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +118,7 @@ def small_worker() -> Iterator[None]:
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
         if pages * os.sysconf("SC_PAGE_SIZE") > MOST_RESIDENT:
             jax.clear_caches()
+            gc.collect()
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps what is freed
 
 

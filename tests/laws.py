@@ -18,7 +18,7 @@ def drawn_adapters(layout: lora_jax.Layout) -> Any:
     """Adapters whose updates are not zero, drawn by NumPy."""
     shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), layout))
     draw = np.random.default_rng(3).standard_normal
-    return jax.tree.map(lambda x: jnp.asarray(0.1 * draw(x.shape), x.dtype), shapes)
+    return jax.tree.map(lambda x: jax.device_put((0.1 * draw(x.shape)).astype(x.dtype)), shapes)
 
 
 def assert_adapt_equals_merge(

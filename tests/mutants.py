@@ -195,7 +195,7 @@ MUTANTS = (  # name and file, old, new, tests
     Mutant("loops-count-once", "lora_jax/planner/hlo.py",
         "trips = (instruction.trips or 1) if loop else 1",
         "trips = 1",
-        ("tests/planner/test_plan.py::test_collectives_in_a_loop_count_as_often_as_it_runs",)),
+        ("tests/planner/test_hlo.py::test_collectives_in_a_loop_count_as_often_as_it_runs",)),
     # ---- models
     Mutant("rotation-backwards", "lora_jax/models/rope.py",
         "jnp.concatenate([-sin, sin], -1)",

@@ -1,11 +1,12 @@
-"""What a traced program computes: the facts that the tests assert instead of times."""
+"""What a traced program computes, which the tests assert instead of times; and running one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -28,3 +29,28 @@ def product_sizes(f: Any, *args: Any) -> set[int]:
     """The numbers of elements that products in `f(*args)` have in their results."""
     traced = jax.make_jaxpr(f)(*args)
     return {eqn.outvars[0].aval.size for eqn in equations(traced) if eqn.primitive.name in PRODUCTS}
+
+
+def compiled(f: Callable[..., Any], *args: Any) -> Any:
+    """Return `f(*args)`, run as one program. Called op by op, every operation would be compiled.
+
+    Only the arrays among the leaves of arguments and result are traced, so that a layout can be
+    among both, and a number that `f` reads in Python.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    others: list[Any] = []
+    found: Any = None
+
+    def run(arrays: list[Any]) -> list[Any]:
+        nonlocal others, found
+        whole = [x if array is None else array for x, array in zip(leaves, arrays, strict=True)]
+        others, found = jax.tree.flatten(f(*jax.tree.unflatten(tree, whole)))
+        return [x if _is_array(x) else None for x in others]
+
+    arrays = jax.jit(run)([x if _is_array(x) else None for x in leaves])
+    pairs = zip(others, arrays, strict=True)
+    return jax.tree.unflatten(found, [x if array is None else array for x, array in pairs])
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)

@@ -1,8 +1,9 @@
 """The law over bases and kinds of update: `adapt` on codes equals the merged, dequantised weights.
 
-Every program meets the base and the kind that ask most of a rule (NF4, and DoRA, whose gain may
-not be lost on the way); the other bases differ from NF4 in `dense()` alone, and the other kinds
-are lowered to plain factors, so a few programs do for them.
+Every program meets the base and the kind that ask most of a rule, both at once: NF4, and DoRA,
+whose gain may not be lost on the way. The other bases differ from NF4 in `dense()` alone, and the
+other kinds are lowered to plain factors, so a few programs do for them. LoRA over floats is
+tests/test_transform.py.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ pytestmark = pytest.mark.standard_promotion  # Flax and jnp inside the models pr
 FEW = ["bare_matmul", "bare_ragged_dot", "bare_scan", "bare_transposed_left"]
 FEW += ["linen_conv_2d_strided"]
 OTHERS = [
-    *(("lora", scheme) for scheme in ("int8", "int4", "fp8")),
-    *((kind, None) for kind in ("vera", "loha", "lokr")),
-    ("dora", "nf4"),
+    *(("lora", scheme) for scheme in ("nf4", "int8", "int4", "fp8")),
+    *((kind, None) for kind in ("dora", "vera", "loha", "lokr")),
 ]
 REFUSED = {  # a gain of each output cannot follow W there
     "bare_einsum_summed_letter",  # a sum over some outputs
@@ -33,8 +33,7 @@ REFUSED = {  # a gain of each output cannot follow W there
     "bare_padded",  # an output of W and of constants
 }
 TABLE = [
-    *((name, "lora", "nf4") for name in sorted(cases.REGISTRY)),
-    *((name, "dora", None) for name in sorted(cases.REGISTRY) if name not in REFUSED),
+    *((name, "lora" if name in REFUSED else "dora", "nf4") for name in sorted(cases.REGISTRY)),
     *((name, *other) for name in FEW for other in OTHERS if name in cases.REGISTRY),
 ]
 

@@ -11,6 +11,8 @@ import tomllib
 
 import pytest
 
+from tests.training import forks
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
@@ -40,15 +42,15 @@ def test_python_blocks_run_in_order(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("words", python_commands(), ids=" ".join)
-def test_commands_take_their_options(words: list[str]) -> None:
+def test_commands_take_their_options(words: list[str], tmp_path: pathlib.Path) -> None:
     """Each command as it stands, with `--help` behind it: all before it is checked first."""
-    done = subprocess.run(
-        [sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    log = tmp_path / "log"
+    status = forks.python([*words, "--help"], log)
+    text = log.read_text()
+    assert status == 0, text
     options = {word for word in words if word.startswith("--")}
     for option in options:
-        assert option in done.stdout, f"{option} is not among the options of {words}"
+        assert option in text, f"{option} is not among the options of {words}"
 
 
 def test_extras_exist() -> None:

@@ -35,7 +35,8 @@ class Law:
         start = functools.partial(lora_jax.init, jax.random.key(1), self.layout)
         shapes = jax.eval_shape(lambda params: start(params=params), self.base_params)
         draw = np.random.default_rng(2).standard_normal
-        self.adapters = jax.tree.map(lambda x: jnp.asarray(0.3 * draw(x.shape), x.dtype), shapes)
+        drawn = jax.tree.map(lambda x: (0.3 * draw(x.shape)).astype(x.dtype), shapes)
+        self.adapters = jax.device_put(drawn)
         self._adapted = lora_jax.adapt(self.layout, case.f)
         floating = [i for i, x in enumerate(case.args) if jnp.issubdtype(x.dtype, jnp.floating)]
         self.position = floating[0] if floating and case.reverse else None
@@ -52,9 +53,11 @@ class Law:
         merged = lora_jax.merge(self.layout, lora_jax.dequantize(params), adapters)
         return self.case.f(merged, *self._args(x), **self.case.kwargs)
 
+    @functools.cached_property
     def base(self) -> Any:
-        """The outputs without adapters, not compiled."""
-        return self.case.f(self.case.params, *self.case.args, **self.case.kwargs)
+        """The outputs without adapters."""
+        run = jax.jit(lambda params, *args: self.case.f(params, *args, **self.case.kwargs))
+        return run(self.case.params, *self.case.args)
 
     def _args(self, x: Any) -> tuple[Any, ...]:
         args = list(self.case.args)
@@ -124,7 +127,7 @@ def test_outputs_equal_those_of_the_merged_weights(law: Law) -> None:
     """Red if a rule drops the scale, or contracts the wrong axis of a or b."""
     want = law.want[0]
     assert_close(law.got[0], want)
-    outputs = zip(*map(jax.tree.leaves, (law.base(), want)), strict=True)
+    outputs = zip(*map(jax.tree.leaves, (law.base, want)), strict=True)
     moved = [not np.allclose(x, y) for x, y in outputs]
     assert any(moved), "the adapters change nothing: this case proves nothing"
 
@@ -161,9 +164,13 @@ def test_no_product_has_the_shape_of_a_weight(law: Law) -> None:
 
 
 def test_composes_with_outer_transformations(law: Law) -> None:
-    """Eager, `eval_shape`, `vmap` over adapters of one base. Red if a rule needs values."""
+    """Eager, `eval_shape`, `vmap` over adapters of one base. Red if a rule needs values.
+
+    Eager where the program is a few operations, since each of them is then compiled by itself.
+    """
     params, adapters = law.case.params, law.adapters
-    assert_close(law.fast(params, adapters), law.want[0])
+    if law.case.name.startswith("bare_"):
+        assert_close(law.fast(params, adapters), law.want[0])
     same_shapes = chex.assert_trees_all_equal_shapes_and_dtypes
     same_shapes(*(jax.eval_shape(fn, params, adapters) for fn in (law.fast, law.slow)))
     if not law.case.batched:
@@ -172,7 +179,7 @@ def test_composes_with_outer_transformations(law: Law) -> None:
     many = jax.tree.map(lambda x, y: np.stack([x, y, np.zeros_like(x)]), adapters, negative)
     fast, slow = (jax.vmap(fn, (None, 0)) for fn in (law.fast, law.slow))
     same_shapes(*(jax.eval_shape(fn, params, many) for fn in (fast, slow)))
-    each = (law.want[0], law.derive_slow(params, negative, law.x)[0], law.base())
+    each = (law.want[0], law.derive_slow(params, negative, law.x)[0], law.base)
     want = jax.tree.map(lambda *x: np.stack(x), *each)
     assert_close(jax.jit(fast)(params, many), want)
 
@@ -180,7 +187,8 @@ def test_composes_with_outer_transformations(law: Law) -> None:
 def test_the_first_output_is_the_base(law: Law) -> None:
     """With b = 0. Red if b starts elsewhere, or the base product is computed otherwise."""
     fresh = lora_jax.init(jax.random.key(0), law.layout)
-    assert_close(law.fast(law.case.params, fresh), law.base(), tolerance=1e-6)
+    got = law.derive_fast(law.case.params, fresh, law.x)[0]
+    assert_close(got, law.base, tolerance=1e-6)
 
 
 def test_resolve_needs_shapes_only(law: Law) -> None:

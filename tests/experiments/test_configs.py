@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -27,16 +28,24 @@ def members(config: Any) -> tuple[Member, ...]:
     return found
 
 
+@functools.cache
+def traced_once(apply: Any) -> Any:
+    """A jitted function is traced once for all layouts that are resolved on it."""
+    return jax.jit(functools.partial(apply, train=False, key=None))
+
+
+APPLY = classification.apply_of(models.BertClassifier(MINILM, 2, "mean"))
+
+
 def layout(member: Member) -> lora_jax.Layout:
     """The member's targets on the shapes of the model."""
-    apply = classification.apply_of(models.BertClassifier(MINILM, 2, "mean"))
     params = models.shapes(MINILM, models.Head("mean", 2))
     batch = {
         "input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32),
         "mask": jax.ShapeDtypeStruct((1, 8), jnp.bool_),
     }
     spec = member.config.lora.spec
-    return lora_jax.resolve(spec, apply, params, batch, train=False, key=None)
+    return lora_jax.resolve(spec, traced_once(APPLY), params, batch)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +83,7 @@ def test_a_decoder_has_one_budget_over_its_matrices() -> None:
     apply = causal_lm.apply_of(models.Llama(SMOLLM2))
     params, batch = models.shapes(SMOLLM2), causal_lm.batch_shapes(1, 8)
     found = [
-        lora_jax.resolve(m.config.lora.spec, apply, params, batch, train=False, key=None)
+        lora_jax.resolve(m.config.lora.spec, traced_once(apply), params, batch)
         for m in members(definitions.config)
         if m.config.seed == 0
     ]

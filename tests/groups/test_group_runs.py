@@ -22,7 +22,7 @@ from lora_jax.groups import loop
 from lora_jax.groups.config import GroupConfig, Member
 from lora_jax.groups.group import Group
 from lora_jax.groups.members import Opener
-from lora_jax.training import directory, export, metrics, processes
+from lora_jax.training import export, metrics, processes
 from lora_jax.training.config import ConfigError, LoraConfig, MeshConfig, OptimizerConfig
 from lora_jax.training.mesh import make
 from tests.groups.test_group_step import close
@@ -77,14 +77,6 @@ def stopped(tick: int) -> Iterator[None]:
         except processes.Preempted:
             return
     pytest.fail("it came to its end")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pictures() -> Iterator[None]:
-    """They take longer than all the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(directory.curves, "draw", lambda path: None)
-        yield
 
 
 def state(run: pathlib.Path, step: int) -> Any:

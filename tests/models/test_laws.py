@@ -33,7 +33,7 @@ def _params(config: Config, head: models.Head | None = None) -> Any:
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         seed = sum(map(ord, jax.tree_util.keystr(path)))
         noise = 0.5 * np.random.default_rng(seed).standard_normal(leaf.shape)
-        return jnp.asarray(noise + (path[-1].key == "scale"), leaf.dtype)
+        return jax.device_put((noise + (path[-1].key == "scale")).astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(draw, models.shapes(config, head))
 

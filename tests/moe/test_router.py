@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
+import functools
 from typing import Any
 
 import jax
@@ -13,11 +12,11 @@ import optax
 import pytest
 
 import lora_jax
-from lora_jax import Factors, Layout, LoraError, LoraSpec, paths
+from lora_jax import Factors, Layout, LoraError, LoraSpec
 from lora_jax.checkpoint.adapter import restore_about
-from lora_jax.moe.statistics import Load, probe
+from lora_jax.moe.statistics import Load
 from tests import cases, programs
-from tests.test_built_in_models import BERT, LLAMA, built
+from tests.programs import compiled
 from tests.test_transform import assert_close, scalar
 
 pytestmark = pytest.mark.standard_promotion
@@ -48,14 +47,15 @@ def members_of(case: Any, ranks: tuple[int, ...] = (1, 2, 2)) -> list[Any]:
         spec = LoraSpec(rank, 1.0 + i, case.targets)
         layout = lora_jax.resolve(spec, case.f, case.params, *case.args, **case.kwargs)
         factors = {
-            t.path: Factors(_wave(t.a_shape, i), _wave(t.b_shape, i + 0.5)) for t in layout.targets
+            t.path: Factors(wave(t.a_shape, i), wave(t.b_shape, i + 0.5)) for t in layout.targets
         }
         members.append((layout, factors))
     return members
 
 
-def _wave(shape: tuple[int, ...], phase: float) -> Any:
-    return jnp.asarray(np.cos(np.arange(np.prod(shape)) ** 1.1 + phase).reshape(shape) / 3)
+def wave(shape: tuple[int, ...], phase: float) -> Any:
+    drawn = np.cos(np.arange(np.prod(shape)) ** 1.1 + phase).reshape(shape) / 3
+    return jax.device_put(drawn.astype(np.float32))
 
 
 def runs(case: Any, layout: Layout) -> Any:
@@ -76,7 +76,7 @@ def by_hand(x: Any, w: Any, factors: Factors, scales: Any, gates: Any) -> Any:
 def test_one_hot_weights_are_select(name: str) -> None:
     """In outputs and gradients. Red if the scales or the order of the experts are mixed up."""
     case = cases.REGISTRY[name]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     loss = scalar(runs(case, layout))
 
     @jax.jit
@@ -95,9 +95,10 @@ def test_fixed_weights_are_the_combination(name: str) -> None:
     """A law with `combine` and `merge`. Red if a weight multiplies a as well as b."""
     case = cases.REGISTRY[name]()
     members, weights = members_of(case), [0.5, -1.5, 0.25]
-    layout, stacked = lora_jax.multi.stack(members)
-    combined, adapters, _ = lora_jax.multi.combine(members, weights)
-    merged = lora_jax.merge(combined, case.params, adapters)
+    layout, stacked = compiled(lora_jax.multi.stack, members)
+    combine = functools.partial(lora_jax.multi.combine, weights=weights)
+    combined, adapters, _ = compiled(combine, members)
+    merged = compiled(lora_jax.merge, combined, case.params, adapters)
     got = jax.jit(runs(case, layout))(case.params, lora_jax.moe.mix(stacked, weights))
     assert_close(got, jax.jit(lambda p: case.f(p, *case.args, **case.kwargs))(merged), 2e-5)
 
@@ -105,7 +106,7 @@ def test_fixed_weights_are_the_combination(name: str) -> None:
 def test_weights_per_example() -> None:
     """Each row has its own blend; a row of zeros is the base. Gradients reach the weights."""
     case = cases.REGISTRY["linen_attention"]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     weights = jnp.array([[0.2, 0.8, 0.0], [0.0, 0.0, 0.0], [1.0, -1.0, 2.0]])
     g = lora_jax.adapt(layout, case.f)
     (x,) = case.args
@@ -158,7 +159,7 @@ def test_a_router_without_preference_is_the_mean(name: str) -> None:
     """Through every rule and loop. Red if a rule drops the router's columns or their softmax."""
     case = cases.REGISTRY[name]()
     members = members_of(case)
-    layout, stacked = lora_jax.multi.stack(members)
+    layout, stacked = compiled(lora_jax.multi.stack, members)
     router = jax.tree.map(jnp.zeros_like, lora_jax.moe.init_router(jax.random.key(0), layout, 3))
     run = jax.jit(runs(case, layout))
     got = run(case.params, lora_jax.moe.route(stacked, router))
@@ -202,7 +203,7 @@ def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
     params = {"up": cases.normal(0, 3, 10, 14) / 4, "down": cases.normal(1, 3, 14, 10) / 4}
     x = cases.normal(2, 2, 5, 10)
     case = cases.Case("scanned", f_scanned, params, (x,), ("up", "down"))
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     router = jax.tree.map(lambda r: 9 * r, lora_jax.moe.init_router(jax.random.key(3), layout, 3))
 
     def fast(stacked: Any, router: Any) -> tuple[Any, Any]:
@@ -241,7 +242,7 @@ def test_the_balance_is_of_shares_and_gates() -> None:
 def test_a_router_without_an_input_to_route_by_is_refused(name: str) -> None:
     """Softmax is not linear: half an input would route otherwise, in silence."""
     case = cases.REGISTRY[name]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     routed = lora_jax.moe.route(stacked, lora_jax.moe.init_router(jax.random.key(0), layout, 3))
     with pytest.raises(LoraError, match=r"a router per token has no whole input to route by"):
         runs(case, layout)(case.params, routed)
@@ -252,7 +253,7 @@ def test_the_gates_of_a_bfloat16_model_are_float32() -> None:
     f = lambda p, x: x @ p["w"]  # noqa: E731
     params, x = {"w": jnp.ones((8, 4), jnp.bfloat16)}, jnp.ones((3, 8), jnp.bfloat16)
     case = cases.Case("bfloat16", f, params, (x,), ("w",))
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 3)
     with jax.numpy_dtype_promotion("strict"):
         out = runs(case, layout)(params, lora_jax.moe.route(stacked, router, 2))
@@ -267,101 +268,12 @@ def test_the_gates_of_a_bfloat16_model_are_float32() -> None:
 def test_vmap_over_routers() -> None:
     """Several routers at once, as in a sweep. Red if a rule needs an unbatched router."""
     case = cases.REGISTRY["bare_scan"]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     run = runs(case, layout)
     routers = [lora_jax.moe.init_router(jax.random.key(i), layout, 3) for i in range(2)]
     one = lambda r: run(case.params, lora_jax.moe.route(stacked, r, 2))  # noqa: E731
     together = jax.jit(jax.vmap(one))(jax.tree.map(lambda *r: jnp.stack(r), *routers))
     assert_close(together, jax.tree.map(lambda *y: jnp.stack(y), *map(one, routers)))
-
-
-# --- the models of this package -----------------------------------------------------------------
-
-
-TARGETS = ("**/{q,query,down}/kernel",)  # of either model
-
-
-def drawn(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
-    """A model, parameters for it and its arguments; nothing is compiled for them."""
-    found: list[Any] = []
-
-    def shapes() -> Any:
-        found.extend(built(config))
-        return found[1]
-
-    params = jax.tree.map(lambda x: _wave(x.shape, x.size), jax.eval_shape(shapes))
-    return found[0], params, found[2]
-
-
-def layer_of(path: str) -> tuple[str, int | None]:
-    """`layers_1/mlp/up` is slice 1 of `layers/mlp/up`."""
-    found = re.search(r"layers?_(\d+)", path)
-    return re.sub(r"layers?_\d+", "layers", path), int(found[1]) if found else None
-
-
-def scanned(tree: dict[str, Any], axis: int) -> dict[str, Any]:
-    """`{path: arrays}` of unrolled layers, the layers stacked along `axis`."""
-    slices: dict[str, list[Any]] = {}
-    for path, value in tree.items():
-        whole, layer = layer_of(path)
-        slices.setdefault(whole, []).append(value)
-        assert layer in (None, len(slices[whole]) - 1)
-    put = lambda *x: jnp.stack(x, axis) if len(x) > 1 else x[0]  # noqa: E731
-    return {path: jax.tree.map(put, *values) for path, values in slices.items()}
-
-
-@pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
-def test_scanned_layers_route_as_unrolled_ones(config: Any) -> None:
-    """With full remat: outputs, loads of each layer, and the gradient of the router."""
-    f, params, args = drawn(config)
-    case = cases.Case("", f, params, args, TARGETS)
-    members = members_of(case, (1, 2))
-    layout, stacked = lora_jax.multi.stack(members)
-    router = lora_jax.moe.init_router(jax.random.key(0), layout, 2)
-
-    deep, deep_params, _ = drawn(dataclasses.replace(config, scan_layers=True, remat="full"))
-    flat = scanned(paths.flatten(params), 0)
-    deep_params = paths.replace(deep_params, flat)
-    deep_case = cases.Case("", deep, deep_params, args, TARGETS)
-    deep_layout, deep_stacked = lora_jax.multi.stack(members_of(deep_case, (1, 2)))
-    deep_stacked = dataclasses.replace(deep_stacked, factors=scanned(stacked.factors, 1))
-
-    def derived(layout: Layout, f: Any, params: Any, stacked: Any, router: Any) -> Any:
-        g = lora_jax.adapt(layout, f)
-
-        def values(router: Any, zeros: Any) -> Any:
-            routed = lora_jax.moe.route(stacked, router, 2)
-            out = g(params, dataclasses.replace(routed, probe=zeros), *args)
-            return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
-
-        fn = jax.jit(jax.value_and_grad(values, (0, 1), has_aux=True))
-        (_, out), (gradient, sums) = fn(router, probe(layout, 2))
-        return out, gradient, {path: Load.from_tally(each) for path, each in sums.items()}
-
-    out, gradient, loads = derived(layout, f, params, stacked, router)
-    deep_router = scanned(router, 0)
-    deep_out, *rest = derived(deep_layout, deep, deep_params, deep_stacked, deep_router)
-    assert_close(deep_out, out, 2e-5)
-    assert_close(tuple(rest), (scanned(gradient, 0), scanned(loads, 0)), 5e-5)
-    routed = lora_jax.moe.route(deep_stacked, deep_router, 2)
-    count = lambda p, r: lora_jax.moe.router_load(deep_layout, deep, p, r, *args)  # noqa: E731
-    asked = jax.jit(count)(deep_params, routed)
-    assert_close(asked, rest[1])
-    assert all(jnp.allclose(x.sum(-1), 1, atol=1e-5) for x in jax.tree.leaves(asked))
-
-
-def test_weights_per_example_of_a_model() -> None:
-    """Scanned BERT, each example with its own blend. Red if a mask or an id is not divided."""
-    f, params, args = drawn(dataclasses.replace(BERT, scan_layers=True))
-    case = cases.Case("", f, params, args, TARGETS)
-    layout, stacked = lora_jax.multi.stack(members_of(case, (1, 2)))
-    g, weights = lora_jax.adapt(layout, f), jnp.array([[0.3, 0.7], [1.0, -1.0]])
-    rows = [[x[i : i + 1] for x in args] for i in range(2)]
-    alone = [
-        lambda i=i: g(params, lora_jax.moe.mix(stacked, weights[i]), *rows[i]) for i in range(2)
-    ]
-    together = jax.jit(lambda w: g(params, lora_jax.moe.mix(stacked, w), *args))(weights)
-    assert_close(together, jax.jit(lambda: jnp.concatenate([fn() for fn in alone]))(), 2e-5)
 
 
 # --- a router that learns, and one that is kept -------------------------------------------------
@@ -381,7 +293,7 @@ def test_a_router_learns_which_expert_made_which_token() -> None:
     members = [
         (own, {"w": Factors(2 * ab.a, c * ab.b)}) for ab in factors.values() for c in (2, -2)
     ]
-    layout, stacked = lora_jax.multi.stack(members)
+    layout, stacked = compiled(lora_jax.multi.stack, members)
     answers = [f(lora_jax.merge(own, params, ad), x) for own, ad in members]
     wanted = jnp.where(kinds[:, None] == 0, *answers)
     g, tx = lora_jax.adapt(layout, f), optax.adam(0.05)
@@ -411,7 +323,7 @@ def test_a_router_learns_which_expert_made_which_token() -> None:
 def test_factors_and_router_train_together() -> None:
     """One gradient for both; the base slot's zeros stay zeros, in the gradient too."""
     case = cases.REGISTRY["bare_scan"]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 3)
     loss = scalar(runs(case, layout))
     both = jax.jit(jax.grad(lambda s, r: loss(case.params, lora_jax.moe.route(s, r, 2)), (0, 1)))
@@ -426,7 +338,7 @@ def test_experts_and_router_are_kept_as_adapters_are(tmp_path: Any) -> None:
     """The recipe of `lora_jax.moe.router`: restore(save(x)) == x, bit for bit."""
     case = cases.REGISTRY["bare_scan"]()
     members = members_of(case)
-    layout, stacked = lora_jax.multi.stack(members)
+    layout, stacked = compiled(lora_jax.multi.stack, members)
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 3)
     for i, (own, _) in enumerate(members):
         lora_jax.save(
@@ -444,7 +356,7 @@ def test_experts_and_router_are_kept_as_adapters_are(tmp_path: Any) -> None:
 
 def test_errors_say_what_is_expected() -> None:
     case = cases.REGISTRY["bare_scan"]()
-    layout, stacked = lora_jax.multi.stack(members_of(case))
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 3)
     with pytest.raises(LoraError, match=r"must be \[3\] or \[examples, 3\]; got \[2\]"):
         lora_jax.moe.mix(stacked, [0.5, 0.5])

@@ -40,7 +40,8 @@ PROGRAMS = [
 def drawn(layout: lora_jax.Layout, params: Any = None, seed: int = 3) -> Any:
     make = lambda: lora_jax.init(jax.random.key(0), layout, params=params)  # noqa: E731
     draw = np.random.default_rng(seed).standard_normal
-    return jax.tree.map(lambda x: jnp.asarray(0.3 * draw(x.shape), x.dtype), jax.eval_shape(make))
+    drawn = jax.tree.map(lambda x: (0.3 * draw(x.shape)).astype(x.dtype), jax.eval_shape(make))
+    return jax.device_put(drawn)
 
 
 def seen(f: Any, layout: Any, params: Any, key: Any, x: Any, rate: float = RATE) -> np.ndarray:

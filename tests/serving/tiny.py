@@ -31,7 +31,7 @@ PROMPTS = ([3, 9, 27], [5, 25, 4, 20, 1, 7, 8], [11], [60, 2, 30, 7], [3, 9, 27]
 
 
 def noise(shape: Any, seed: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""train.py in processes of their own, at the price of a fork: the imports are paid once.
+"""train.py, or any command, in a process of its own at the price of a fork: imports are paid once.
 
 They are processes like those of a shell: with signals, exit statuses and output of their own.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pathlib
+import runpy
 import signal
 import sys
 import time
@@ -87,9 +88,7 @@ class Fork:
 def _main(
     arguments: tuple[str, ...], log: str, cache: str, devices: int, killed_before: str | None
 ) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, sys.stdout.fileno())
-    os.dup2(file, sys.stderr.fileno())
+    _print_into(log)
     # A shell that starts the tests in the background has them ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     jax.config.update("jax_platforms", "cpu")
@@ -105,3 +104,33 @@ def _main(
     if killed_before is not None:
         sys.addaudithook(hook)
     processes.end(lambda: train.main(arguments))
+
+
+def python(words: list[str], log: pathlib.Path, seconds: float = 240) -> int:
+    """The exit status of `python <words>` in the folder of the repository; it prints into `log`."""
+    process = _FORKS.Process(target=_python, args=(words, str(log)))
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"still running after {seconds} s:\n{log.read_text()}")
+    return process.exitcode
+
+
+def _python(words: list[str], log: str) -> None:
+    _print_into(log)
+    root = str(pathlib.Path(train.__file__).parent)
+    os.chdir(root)
+    sys.path.insert(0, root)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(words)
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _print_into(log: str) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, sys.stdout.fileno())
+    os.dup2(file, sys.stderr.fileno())

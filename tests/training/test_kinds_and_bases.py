@@ -1,4 +1,7 @@
-"""Whole runs of other kinds of update and on quantised bases: resumed, served, swept."""
+"""Whole runs of other kinds of update and on quantised bases: resumed, served, swept.
+
+A run takes seconds to trace and compile, so that tests which ask for the same one share it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,21 +36,49 @@ from tests.training import tiny
 from tests.training.test_text import text_config, train_in
 
 QV = ("**/attention/{query,value,q,v}/kernel",)
+ONE_LAYER = {"num_hidden_layers": 1}
+Trained = Callable[[Any], tuple[pathlib.Path, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tiny.write_model(tmp_path_factory.mktemp("models") / "roberta", tiny.ROBERTA)
+    folder = tmp_path_factory.mktemp("models") / "roberta"
+    return tiny.write_model(folder, tiny.ROBERTA | ONE_LAYER)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    return tiny.write_model(folder, tiny.LLAMA | ONE_LAYER)
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tiny.write_model(tmp_path_factory.mktemp("models") / "llama", tiny.LLAMA)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.write_examples(tmp_path_factory.mktemp("data"), ("text",), int)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Folder and summary of the finished run of a config, which is trained once."""
+    runs: dict[str, tuple[pathlib.Path, dict[str, Any]]] = {}
+
+    def run(config: Any) -> tuple[pathlib.Path, dict[str, Any]]:
+        described = to_dict(config)
+        name = json.dumps(described, sort_keys=True)
+        if name not in runs:
+            path = tmp_path_factory.mktemp("run")
+            directory.write_json(path / "config.json", described)
+            summary = train_in(path, config)
+            directory.finish(path, summary)
+            runs[name] = path, summary
+        return runs[name]
+
+    return run
 
 
 def config_of(workload: Any, weights: pathlib.Path, source: str, **changes: Any) -> Any:
@@ -57,14 +89,12 @@ def config_of(workload: Any, weights: pathlib.Path, source: str, **changes: Any)
     return text_config(workload, weights, source, model=model, lora=lora, **fast, **changes)
 
 
-def assert_goes_on(path: pathlib.Path, config: Any) -> dict[str, Any]:
-    """Train; then again from the checkpoint in the middle: the same bits. The summary."""
-    summary = train_in(path, config)
-    again = path.with_name(f"{path.name}-again")
+def assert_goes_on(path: pathlib.Path, config: Any, again: pathlib.Path) -> None:
+    """The run again, from its checkpoint in the middle: the same bits."""
     shutil.copytree(path, again)
     for later in ("adapters/last", "checkpoints/6"):
         shutil.rmtree(again / later)
-    (again / "summary.json").unlink(missing_ok=True)
+    (again / "summary.json").unlink()
     train_in(again, config)
     states = [orbax().load_checkpointables(p / "checkpoints/6")["state"] for p in (path, again)]
     kept = [{k: v for k, v in state.items() if k != "key"} for state in states]
@@ -72,7 +102,18 @@ def assert_goes_on(path: pathlib.Path, config: Any) -> dict[str, Any]:
     for one, two in (kept, [export.load(p, "last") for p in (path, again)]):
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
         assert all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
-    return summary
+
+
+def assert_predicts(run: pathlib.Path, summary: dict[str, Any], source: str) -> None:
+    """`python -m lora_jax.serving.predict` is as often right as training's evaluation."""
+    file, out = source.replace("{split}", "validation"), run / "out.jsonl"
+    assert predict.main(["--file", file, "--out", str(out), "--adapter", str(run)]) == 0
+    right = [str(row["prediction"]) == str(row["label"]) for row in texts(out)]
+    assert np.mean(right) == pytest.approx(summary["after"]["validation"]["accuracy"])
+
+
+def texts(path: pathlib.Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # Orbax warns that it takes the sharding from the file.
@@ -80,40 +121,74 @@ without_warning = pytest.mark.filterwarnings("ignore:Sharding info not provided"
 
 
 @without_warning
-@pytest.mark.parametrize("kind", ["dora", "vera"])  # the others have no more than these two
+@pytest.mark.parametrize(("kind", "scheme"), [("dora", "nf4"), ("vera", "none")])
 def test_a_run_of_each_kind_goes_on(
-    kind: str, roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
+    kind: str,
+    scheme: str,
+    roberta: pathlib.Path,
+    source: str,
+    trained: Trained,
+    tmp_path: pathlib.Path,
 ) -> None:
-    lora = {"kind": kind, "scaling": "alpha/sqrt(r)"}
-    summary = assert_goes_on(
-        tmp_path / "run", config_of(classification, roberta, source, lora=lora)
-    )
-    assert summary["merged_difference"] < 1e-5
-    layout = lora_jax.restore(tmp_path / "run/adapters/last").layout
+    """The other kinds keep no more than these. Red: predict does not quantise the base again."""
+    config = kind_config(kind, scheme, roberta, source)
+    run, summary = trained(config)
+    assert_goes_on(run, config, tmp_path / "again")
+    assert summary["merged_difference"] is None or summary["merged_difference"] < 1e-5
+    assert (summary["merged_difference"] is None) == (scheme != "none")
+    layout = lora_jax.restore(run / "adapters/last").layout
     assert {(t.kind, t.scaling) for t in layout.targets} == {(kind, "alpha/sqrt(r)")}
+    assert (ABOUT in restore_about(run / "adapters/best")) == (scheme != "none")
+    if kind == "dora":
+        assert_predicts(run, summary, source)
+
+
+def kind_config(kind: str, scheme: str, roberta: pathlib.Path, source: str) -> Any:
+    lora, model = {"kind": kind, "scaling": "alpha/sqrt(r)"}, {"quantize": scheme}
+    return config_of(classification, roberta, source, lora=lora, model=model)
+
+
+def test_a_report_of_dora_on_a_quantised_base(
+    roberta: pathlib.Path, source: str, trained: Trained
+) -> None:
+    """Red: the update is read off factors alone; codes are read as a matrix."""
+    run, _ = trained(kind_config("dora", "nf4", roberta, source))
+    assert report.main([str(run)]) == 0
+    text = (run / "report/report.html").read_text()
+    assert "What of W it amplifies" in text and "cannot be analysed" not in text
+
+
+def test_lokr_predicts_as_it_was_evaluated(
+    roberta: pathlib.Path, source: str, trained: Trained
+) -> None:
+    run, summary = trained(config_of(classification, roberta, source, lora={"kind": "lokr"}))
+    assert ABOUT not in restore_about(run / "adapters/best")
+    assert_predicts(run, summary, source)
 
 
 @without_warning
 def test_a_run_with_dropout_goes_on(
-    roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
+    roberta: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
     """Its masks depend on the step alone. Red: one key for all steps; dropout in evaluation."""
     config = config_of(classification, roberta, source, lora={"dropout": 0.5})
-    summary = assert_goes_on(tmp_path / "run", config)
-    plain = train_in(tmp_path / "plain", config_of(classification, roberta, source))
+    run, summary = trained(config)
+    assert_goes_on(run, config, tmp_path / "again")
+    _, plain = trained(config_of(classification, roberta, source))
     assert summary["before"] == plain["before"]
     assert summary["merged_difference"] < 1e-5
     assert summary["after"]["validation"]["loss"] != plain["after"]["validation"]["loss"]
 
 
 @without_warning
-@pytest.mark.parametrize(("scheme", "scan"), [("nf4", True)])
-def test_a_run_on_a_quantised_base_goes_on(
-    scheme: str, scan: bool, llama: pathlib.Path, source: str, tmp_path: pathlib.Path
+def test_a_run_on_a_quantised_base_goes_on_and_writes(
+    two_layers: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
-    model = {"quantize": scheme, "scan_layers": scan}
-    summary = assert_goes_on(tmp_path / "run", config_of(causal_lm, llama, source, model=model))
-    plain = train_in(tmp_path / "plain", config_of(causal_lm, llama, source))
+    scanned = {"scan_layers": True}
+    config = config_of(causal_lm, two_layers, source, model=scanned | {"quantize": "nf4"})
+    run, summary = trained(config)
+    assert_goes_on(run, config, tmp_path / "again")
+    _, plain = trained(config_of(causal_lm, two_layers, source, model=scanned))
     assert summary["merged_difference"] is None
     assert summary["base_parameters"] == plain["base_parameters"]
     assert summary["base_bytes_per_device"] < plain["base_bytes_per_device"]
@@ -121,42 +196,14 @@ def test_a_run_on_a_quantised_base_goes_on(
     assert before == pytest.approx(plain["before"]["validation"]["loss"], rel=0.1)
     assert before != plain["before"]["validation"]["loss"]
     assert summary["after"]["validation"]["loss"] < before
-
-
-def texts(path: pathlib.Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.mark.parametrize(("kind", "scheme"), [("dora", "nf4"), ("lokr", "none")])
-def test_a_classifier_predicts_as_it_was_evaluated(
-    kind: str, scheme: str, roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
-) -> None:
-    """Red: the base is not quantised again."""
-    config = config_of(
-        classification, roberta, source, lora={"kind": kind}, model={"quantize": scheme}
-    )
-    summary = train_in(tmp_path / "run", config)
-    assert (ABOUT in restore_about(tmp_path / "run/adapters/best")) == (scheme != "none")
-    file, out = source.replace("{split}", "validation"), tmp_path / "out.jsonl"
-    arguments = ["--file", file, "--out", str(out), "--adapter", str(tmp_path / "run")]
-    assert predict.main(arguments) == 0
-    rows = texts(out)
-    right = [str(row["prediction"]) == str(row["label"]) for row in rows]
-    assert np.mean(right) == pytest.approx(summary["after"]["validation"]["accuracy"])
-
-
-def test_a_decoder_on_a_quantised_base_writes(
-    llama: pathlib.Path, source: str, tmp_path: pathlib.Path
-) -> None:
-    train_in(tmp_path / "run", config_of(causal_lm, llama, source, model={"quantize": "nf4"}))
     out = tmp_path / "out.jsonl"
-    arguments = ["--prompt", "word1 word2", "--adapter", str(tmp_path / "run"), "--out", str(out)]
+    arguments = ["--prompt", "word1 word2", "--adapter", str(run), "--out", str(out)]
     assert generate.main([*arguments, "--max-new-tokens", "4"]) == 0
     assert texts(out)
 
 
 def test_kinds_and_schemes_are_fields_of_a_sweep(
-    llama: pathlib.Path, source: str, tmp_path: pathlib.Path
+    llama: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
     """Members that cannot share a program train one group after the other, as they do alone.
 
@@ -167,15 +214,14 @@ def test_kinds_and_schemes_are_fields_of_a_sweep(
         {"lora.kind": "dora", "seed": 0},
         {"lora.kind": "dora", "seed": 1},
         {"model.quantize": "int8"},
-        {"lora.scaling": "alpha/sqrt(r)"},
-        {"lora.dropout": 0.3},
+        {"lora.scaling": "alpha/sqrt(r)", "lora.dropout": 0.3},
     )
     sweep = SweepConfig(base=base, cases=cases, run_dir=str(tmp_path / "sweep")).expand()
     devices = mesh.make(sweep.mesh)
     with jax.set_mesh(devices):
         summaries = loop.run(sweep, devices, tmp_path / "sweep", Console(quiet=True))
     for member, ours in zip(sweep.members[1:], summaries[1:], strict=True):
-        theirs = train_in(tmp_path / member.name.replace("/", "-"), member.config)
+        _, theirs = trained(member.config)
         for when in ("before", "after"):
             loss = theirs[when]["validation"]["loss"]
             assert ours[when]["validation"]["loss"] == pytest.approx(loss, rel=1e-5), member.name
@@ -187,27 +233,28 @@ def test_kinds_and_schemes_are_fields_of_a_sweep(
     [("eva", "none", "lora"), ("loftq", "nf4", "lora")],
 )  # fmt: skip
 def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
-    init: str, scheme: str, kind: str, roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
+    init: str,
+    scheme: str,
+    kind: str,
+    roberta: pathlib.Path,
+    source: str,
+    trained: Trained,
+    tmp_path: pathlib.Path,
 ) -> None:
     """The first outputs are the base's, as it was. Red: the new base forgotten by predict."""
     lora, model = {"init": init, "kind": kind}, {"quantize": scheme}
     config = config_of(classification, roberta, source, lora=lora, model=model)
-    summary = assert_goes_on(tmp_path / "run", config)
-    plain = train_in(tmp_path / "plain", config_of(classification, roberta, source))
+    run, summary = trained(config)
+    assert_goes_on(run, config, tmp_path / "again")
+    _, plain = trained(config_of(classification, roberta, source))
     loss, whole = (s["before"]["validation"]["loss"] for s in (summary, plain))
     assert loss == pytest.approx(whole, rel=1e-5 if scheme == "none" else 0.05)
-    assert restore_about(tmp_path / "run/adapters/best").get(BEGUN) == (
-        None if init == "eva" else init
-    )
-    file, out = source.replace("{split}", "validation"), tmp_path / "out.jsonl"
-    arguments = ["--file", file, "--out", str(out), "--adapter", str(tmp_path / "run")]
-    assert predict.main(arguments) == 0
-    right = [str(row["prediction"]) == str(row["label"]) for row in texts(out)]
-    assert np.mean(right) == pytest.approx(summary["after"]["validation"]["accuracy"])
+    assert restore_about(run / "adapters/best").get(BEGUN) == (None if init == "eva" else init)
+    assert_predicts(run, summary, source)
 
 
 def test_tasks_share_a_quantised_base(
-    llama: pathlib.Path, source: str, tmp_path: pathlib.Path
+    llama: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
     """Batches of two sizes. Red: the check of the padding runs the bare model on codes."""
     base = config_of(causal_lm, llama, source, model={"quantize": "int8"})
@@ -217,22 +264,6 @@ def test_tasks_share_a_quantised_base(
     devices = mesh.make(config.mesh)
     with jax.set_mesh(devices):
         summaries = loop.run(config, devices, tmp_path / "tasks", Console(quiet=True))
-    alone = train_in(tmp_path / "alone", base)
+    _, alone = trained(base)
     loss = alone["after"]["validation"]["loss"]
     assert summaries[0]["after"]["validation"]["loss"] == pytest.approx(loss, rel=1e-5)
-
-
-def test_a_report_of_dora_on_a_quantised_base(
-    roberta: pathlib.Path, source: str, tmp_path: pathlib.Path
-) -> None:
-    """Red: the update is read off factors alone; codes are read as a matrix."""
-    run = tmp_path / "run"
-    run.mkdir()
-    config = config_of(
-        classification, roberta, source, lora={"kind": "dora"}, model={"quantize": "nf4"}
-    )
-    directory.write_json(run / "config.json", to_dict(config))
-    directory.finish(run, train_in(run, config))
-    assert report.main([str(run)]) == 0
-    text = (run / "report/report.html").read_text()
-    assert "What of W it amplifies" in text and "cannot be analysed" not in text

@@ -56,32 +56,34 @@ def reference(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
 
 
 def trained(dtype: Any = jnp.float32) -> Any:
-    keys = jax.random.split(jax.random.key(0), 5)
+    draw = np.random.default_rng(0).standard_normal
+    one = lambda *shape: jax.device_put(draw(shape).astype(np.float32))  # noqa: E731
     base = {"head/kernel": (4, 3), "head/bias": (3,), "norm/scale": (4,)}
     return {
-        "adapters": {
-            "w": Factors(jax.random.normal(keys[0], (5, 2)), jax.random.normal(keys[1], (2, 4)))
-        },
-        "base": {
-            path: jax.random.normal(key, shape).astype(dtype)
-            for key, (path, shape) in zip(keys[2:], base.items(), strict=True)
-        },
+        "adapters": {"w": Factors(one(5, 2), one(2, 4))},
+        "base": {path: jax.device_put(draw(s).astype(dtype)) for path, s in base.items()},
     }
 
 
-def gradient(step: Any, like: Any) -> Any:
-    """Some gradient, of a norm that some of the configs clip."""
-    key = jax.random.fold_in(jax.random.key(1), step)
-    return jax.tree.map(lambda x: jax.random.normal(key, x.shape).astype(x.dtype) / 4, like)
+def gradients(like: Any) -> Any:
+    """One for each step, of a norm that some of the configs clip."""
+    draw = np.random.default_rng(2).standard_normal
+    return jax.tree.map(lambda x: (draw((STEPS, *x.shape)) / 4).astype(x.dtype), like)
 
 
-def run(tx: optax.GradientTransformation, like: Any) -> tuple[Any, Any]:
-    def step(carry: Any, count: Any) -> Any:
+def first_step(tx: optax.GradientTransformation, like: Any) -> Any:
+    first = jax.tree.map(lambda x: x[0], gradients(like))
+    return jax.jit(lambda like: tx.update(first, tx.init(like), like)[0])(like)
+
+
+def run(tx: optax.GradientTransformation, like: Any) -> Any:
+    def step(carry: Any, gradient: Any) -> Any:
         params, state = carry
-        updates, state = tx.update(gradient(count, params), state, params)
+        updates, state = tx.update(gradient, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    return jax.lax.scan(step, (like, tx.init(like)), jnp.arange(STEPS))[0]
+    (params, _), _ = jax.lax.scan(step, (like, tx.init(like)), gradients(like))
+    return params
 
 
 @pytest.mark.parametrize("kind", optimizer.KINDS)
@@ -90,9 +92,9 @@ def test_the_rates_are_those_of_optax(kind: Any, warmup: float, steps: int) -> N
     """Red when `rise + 1` loses its 1, or the decay is over `steps`."""
     config = OptimizerConfig(learning_rate=2.0, schedule=kind, warmup=warmup)
     counts = np.arange(steps + 3)
-    wanted = np.array([schedule(config, steps)(i) for i in counts])
+    wanted = jax.jit(jax.vmap(schedule(config, steps)))(counts)
     settings = optimizer.hyper(config, steps)
-    np.testing.assert_allclose(optimizer.rate(settings, counts), wanted, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(optimizer.rate)(settings, counts), wanted, atol=1e-6)
     np.testing.assert_allclose(optimizer.rate(settings, counts, np), wanted, atol=1e-6)
 
 
@@ -102,11 +104,12 @@ def test_all_kinds_in_one_program_are_adamw_of_optax() -> None:
     optax computes 1 - 0.999 in float64 here and in float32 there (5e-5), hence the tolerance.
     """
     settings = [optimizer.hyper(config, STEPS) for config in CONFIGS]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *settings)
-    together, _ = jax.jit(jax.vmap(lambda h: run(optimizer.adamw(h), trained())))(stacked)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *settings)
+    one = jax.jit(lambda h, like: run(optimizer.adamw(h), like))
+    together = jax.jit(jax.vmap(one, (0, None)))(stacked, trained())
     for i, config in enumerate(CONFIGS):
-        wanted, _ = jax.jit(lambda c=config: run(reference(c, STEPS), trained()))()
-        alone, _ = jax.jit(lambda h=settings[i]: run(optimizer.adamw(h), trained()))()
+        wanted = jax.jit(lambda like, c=config: run(reference(c, STEPS), like))(trained())
+        alone = one(settings[i], trained())
         for x, y, z in zip(*map(jax.tree.leaves, (together, alone, wanted)), strict=True):
             np.testing.assert_allclose(x[i], y, rtol=1e-6, atol=1e-7)
             np.testing.assert_allclose(x[i], z, rtol=1e-4, atol=1e-5)
@@ -121,7 +124,7 @@ def test_bfloat16_parameters_are_clipped_and_moved() -> None:
     """Red with `optax.clip_by_global_norm`, which selects between bfloat16 and float32."""
     config = dataclasses.replace(CONFIGS[0], clip=1e-3, learning_rate=0.5)
     tx, like = optimizer.adamw(optimizer.hyper(config, STEPS)), trained(jnp.bfloat16)
-    updates, _ = tx.update(gradient(0, like), tx.init(like), like)
+    updates = first_step(tx, like)
     moved = optax.apply_updates(like, updates)
     for path, before in like["base"].items():
         assert moved["base"][path].dtype == jnp.bfloat16
@@ -132,7 +135,7 @@ def test_loraplus_moves_b_so_many_times_as_far_as_a() -> None:
     """Adam's first step has the size of the rate. Red: the ratio on A, or before Adam."""
     config = OptimizerConfig(1e-3, schedule="constant", warmup=0.0, loraplus_lr_ratio=16.0)
     tx, like = optimizer.adamw(optimizer.hyper(config, STEPS)), trained()
-    updates, _ = tx.update(gradient(0, like), tx.init(like), like)
+    updates = first_step(tx, like)
     np.testing.assert_allclose(np.abs(updates["adapters"]["w"].a), 1e-3, rtol=1e-4)
     np.testing.assert_allclose(np.abs(updates["adapters"]["w"].b), 16e-3, rtol=1e-4)
     np.testing.assert_allclose(np.abs(updates["base"]["head/kernel"]), 1e-3, rtol=1e-4)

@@ -25,7 +25,7 @@ MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 SMALL = ("--config", OWN, "--width", "16", "--batch-size", "32", "--evaluate-every", "40")
 STEPS = 160
 RUN = (*SMALL, *MESH, "--steps", str(STEPS))
-SECONDS = 20  # heartbeat timeout: what it takes at most to notice that another process is gone
+SECONDS = 10  # heartbeat timeout: what it takes at most to notice that another process is gone
 
 
 def free_port() -> int:

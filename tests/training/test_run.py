@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,9 +20,14 @@ from tests.training.runs import OWN, SMALL, run
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, draw_curves: Callable[[pathlib.Path], None]
+) -> pathlib.Path:
+    """A run with its picture."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    run(path, *SMALL, "--checkpoint-every", "5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directory.curves, "draw", draw_curves)
+        run(path, *SMALL, "--checkpoint-every", "5")
     return path
 
 

@@ -41,17 +41,16 @@ def name_of(target: Target) -> str:
 
 def arrays(target: Target, seed: int = 0, dtype: Any = jnp.float32) -> Any:
     """Random arrays in the target's shapes; the magnitude is around that of W's columns."""
-    shapes = kind_of(target).shapes(target)
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    drawn = [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
-    found = kind_of(target).fields(*drawn)
+    draw = np.random.default_rng(seed).standard_normal
+    found = kind_of(target).fields(*map(draw, kind_of(target).shapes(target)))
     if target.kind == "dora":
         found = found._replace(magnitude=1 + 0.1 * found.magnitude)
-    return found
+    return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), found))
 
 
 def weight(target: Target, seed: int = 7, dtype: Any = jnp.float32) -> Any:
-    return jax.random.normal(jax.random.key(seed), target.shape, dtype)
+    drawn = np.random.default_rng(seed).standard_normal(target.shape)
+    return jax.device_put(drawn.astype(dtype))
 
 
 def in_order(target: Target, array: Any) -> np.ndarray:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lora_jax
 from lora_jax import Layout, LoraError, Target
+from tests.programs import compiled
 from tests.updates import forms
 from tests.updates.forms import arrays, name_of, weight
 
@@ -18,13 +20,13 @@ PLAIN = [t for t in (*forms.TARGETS, *forms.PARTS) if t.kind != "dora"]
 @pytest.mark.parametrize("target", PLAIN, ids=name_of)
 def test_the_merged_weight_is_the_same(target: Target) -> None:
     layout, adapters = Layout((target,)), {target.path: arrays(target)}
-    plain, factors = lora_jax.as_lora(layout, adapters)
+    plain, factors = compiled(lora_jax.as_lora, layout, adapters)
     (found,) = plain.targets
     assert (found.kind, found.parts, found.form) == ("lora", (), target.form)
     assert found.rank <= min(target.fan_in, target.fan_out)
     w = {target.path: weight(target)}
-    got = lora_jax.merge(plain, w, factors)[target.path]
-    want = lora_jax.merge(layout, w, adapters)[target.path]
+    got = compiled(lora_jax.merge, plain, w, factors)[target.path]
+    want = compiled(lora_jax.merge, layout, w, adapters)[target.path]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -63,21 +65,21 @@ def test_adapters_of_several_kinds_are_stacked_and_combined() -> None:
     targets += [Target("w", *form, 2, 3.0, scaling="alpha/sqrt(r)")]
     members = [(Layout((t,)), {"w": arrays(t, i)}) for i, t in enumerate(targets)]
     w = {"w": weight(targets[0])}
-    layout, stacked = lora_jax.multi.stack(members)
-    deltas = []
+    layout, stacked = jax.device_get(compiled(lora_jax.multi.stack, members))
+    merge = jax.jit(lora_jax.merge, static_argnums=0)
+    whole, deltas = np.asarray(w["w"]), []
     for i, (own, adapters) in enumerate(members):
-        want = lora_jax.merge(own, w, adapters)["w"]
+        want = np.asarray(merge(own, w, adapters)["w"])
         taken = jax.tree.map(lambda x, i=i: x[i], stacked)
         scaled = {"w": taken.factors["w"]._replace(b=taken.factors["w"].b * taken.scales["w"])}
-        np.testing.assert_allclose(
-            lora_jax.merge(layout, w, scaled)["w"], want, rtol=1e-5, atol=1e-5
-        )
-        deltas.append(want - w["w"])
+        np.testing.assert_allclose(merge(layout, w, scaled)["w"], want, rtol=1e-5, atol=1e-5)
+        deltas.append(want - whole)
     weights = [0.5, -1.0, 2.0, 1.0, 0.25, 1.0]
-    both, combined, _ = lora_jax.multi.combine(members, weights)
-    want = w["w"] + sum(c * d for c, d in zip(weights, deltas, strict=True))
-    got = lora_jax.merge(both, w, combined)["w"]
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))
+    combine = functools.partial(lora_jax.multi.combine, weights=weights)
+    both, combined, _ = compiled(combine, members)
+    want = whole + sum(c * d for c, d in zip(weights, deltas, strict=True))
+    got = merge(both, w, combined)["w"]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(np.abs(want).max()))
 
 
 def test_truncate_takes_any_additive_kind() -> None:

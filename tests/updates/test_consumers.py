@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import re
 from typing import Any
@@ -18,6 +19,7 @@ from lora_jax import Adapter, Layout, LoraError, LoraSpec, Rule, analysis
 from lora_jax.multi import BASE, select, stack
 from lora_jax.updates import kind_of
 from tests.cases import normal
+from tests.programs import compiled
 from tests.test_transform import assert_close, weighted
 from tests.updates import forms
 
@@ -62,8 +64,16 @@ PARAMS = {
     "out": normal(2, 12, 9),
 }
 X = normal(3, 5, 12)
+bare = jax.jit(model)
+merge = jax.jit(lora_jax.merge, static_argnums=0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def adapted(layout: Layout, params: Any, adapters: Any, x: Any) -> Any:
+    return lora_jax.adapt(layout, model)(params, adapters, x)
+
+
+@functools.cache
 def layout_of(kind: str, rank: int = 2) -> Layout:
     targets: Any = ("layers/kernel", "out")
     if kind == "parts":
@@ -79,9 +89,16 @@ def adapter_of(kind: str, rank: int = 2, seed: int = 0) -> tuple[Layout, Any]:
     found = {}
     for t in layout.targets:
         arrays = forms.arrays(t, seed)
-        small = jax.tree.map(lambda x: 0.5 * x, arrays)
+        small = jax.tree.map(lambda x: jax.device_put(0.5 * np.asarray(x)), arrays)
         found[t.path] = small._replace(magnitude=arrays.magnitude) if kind == "dora" else small
     return layout, found
+
+
+@functools.cache
+def int8_base() -> tuple[Any, Any]:
+    """The parameters in int8, and what they stand for."""
+    q = lora_jax.quantize(PARAMS, "int8", layout_of("lora"))
+    return q, jax.jit(lora_jax.dequantize)(q)
 
 
 def cells(consumer: str, *, refused: bool = False) -> Any:
@@ -106,9 +123,8 @@ def test_the_table_in_the_docs_is_this_one() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapt_and_merge(kind: str) -> None:
     layout, adapters = adapter_of(kind)
-    g = lora_jax.adapt(layout, model)
-    fast = lambda ad: g(PARAMS, ad, X)  # noqa: E731
-    slow = lambda ad: model(lora_jax.merge(layout, PARAMS, ad), X)  # noqa: E731
+    fast = lambda ad: adapted(layout, PARAMS, ad, X)  # noqa: E731
+    slow = lambda ad: bare(merge(layout, PARAMS, ad), X)  # noqa: E731
     both = lambda fn: jax.jit(jax.value_and_grad(lambda ad: weighted(fn(ad))))(adapters)  # noqa: E731
     assert_close(both(fast), both(slow))
 
@@ -138,17 +154,15 @@ def test_partition_specs(kind: str) -> None:
     put = lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))  # noqa: E731
     placed = jax.tree.map(put, adapters, found)
     params = jax.tree.map(put, PARAMS, specs)
-    g = jax.jit(lora_jax.adapt(layout, model))
-    assert_close(g(params, placed, X), g(PARAMS, adapters, X))
+    assert_close(adapted(layout, params, placed, X), adapted(layout, PARAMS, adapters, X))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout(kind: str) -> None:
     """Its laws are in tests/multi/test_dropout.py; a bias has no x, and none."""
     layout, adapters = adapter_of(kind)
-    g = lora_jax.adapt(layout, model)
-    got = g(PARAMS, lora_jax.dropout(adapters, jax.random.key(0), 0.5), X)
-    assert np.allclose(got, g(PARAMS, adapters, X)) == (kind == "bias")
+    got = adapted(layout, PARAMS, lora_jax.dropout(adapters, jax.random.key(0), 0.5), X)
+    assert np.allclose(got, adapted(layout, PARAMS, adapters, X)) == (kind == "bias")
 
 
 @cells("stack, select")
@@ -160,23 +174,23 @@ def test_a_mixed_batch(kind: str) -> None:
     members = [adapter_of(kind, 2, seed=1), adapter_of(kind, 1 if kind == "lokr" else 3, seed=2)]
     first = members[0][0].subset("out")
     members.append((first, {"out": adapter_of(kind, 2, seed=3)[1]["out"]}))
-    layout, stacked = stack(members)
+    layout, stacked = compiled(stack, members)
     ids = jnp.array([0, BASE, 1, 2, 0])
-    run = jax.jit(lora_jax.adapt(layout, model))
+    run = functools.partial(adapted, layout)
     got = run(PARAMS, select(stacked, ids), X)
     for i, own in enumerate(ids):
         alone = X[i : i + 1]
         if own == BASE:
-            want = model(PARAMS, alone)
+            want = bare(PARAMS, alone)
         else:
             theirs, adapters = members[int(own)]
-            want = model(lora_jax.merge(theirs, PARAMS, adapters), alone)
+            want = bare(merge(theirs, PARAMS, adapters), alone)
         np.testing.assert_allclose(got[i], want[0], rtol=2e-5, atol=2e-5)
         one = run(PARAMS, select(stacked, own), X)
         np.testing.assert_allclose(one[i], want[0], rtol=2e-5, atol=2e-5)
     both = members[1][0]
     if kind in ("lora", "dora"):
-        again = lora_jax.multi.unstack(both, stacked, 1)
+        again = compiled(lora_jax.multi.unstack, both, stacked, 1)
         jax.tree.map(np.testing.assert_array_equal, again, members[1][1])
     swapped = lora_jax.multi.put(layout, stacked, 0, Adapter(*members[1]))
     other = run(PARAMS, select(swapped, 0), X)
@@ -184,37 +198,38 @@ def test_a_mixed_batch(kind: str) -> None:
 
 
 def test_the_base_slot_of_dora_is_the_base_bit_for_bit() -> None:
-    layout, stacked = stack([adapter_of("dora")])
+    layout, stacked = compiled(stack, [adapter_of("dora")])
     w = {"out": PARAMS["out"]}
     f = lambda p, x: x @ p["out"]  # noqa: E731
     own = layout.subset("out")
     only = lora_jax.multi.Stack({"out": stacked.factors["out"]}, {"out": stacked.scales["out"]}, 1)
-    g = lora_jax.adapt(own, f)
-    np.testing.assert_array_equal(g(w, select(only, BASE), X), f(w, X))
+    g = jax.jit(lora_jax.adapt(own, f))
+    np.testing.assert_array_equal(g(w, select(only, BASE), X), jax.jit(f)(w, X))
     ids = jnp.full(5, BASE)
     got = g(w, select(only, ids), X)
-    np.testing.assert_array_equal(got, jax.vmap(lambda x: f(w, x[None])[0])(X))
+    each = jax.jit(jax.vmap(lambda w, x: f(w, x[None])[0], (None, 0)))
+    np.testing.assert_array_equal(got, each(w, X))
 
 
 def test_gradients_of_a_mixed_batch_of_dora() -> None:
     members = [adapter_of("dora", 2, 1), adapter_of("dora", 3, 2)]
-    layout, stacked = stack(members)
-    g = lora_jax.adapt(layout, model)
+    layout, stacked = compiled(stack, members)
     ids = jnp.array([0, 1, 1, 0, 1])
 
     def loss(factors: Any) -> Any:
         changed = lora_jax.multi.Stack(factors, stacked.scales, stacked.size)
-        return weighted(g(PARAMS, select(changed, ids), X))
+        return weighted(adapted(layout, PARAMS, select(changed, ids), X))
 
-    got = jax.grad(loss)(stacked.factors)
+    got = jax.jit(jax.grad(loss))(stacked.factors)
     for i, (own, adapters) in enumerate(members):
-        alone, mine = lora_jax.adapt(own, model), (ids == i)[:, None]
+        mine = (np.asarray(ids) == i)[:, None]
 
-        def share(ad: Any, alone: Any = alone, mine: Any = mine) -> Any:
-            return _share(alone(PARAMS, ad, X), mine)
+        def share(ad: Any, own: Any = own, mine: Any = mine) -> Any:
+            return _share(adapted(own, PARAMS, ad, X), mine)
 
-        found = lora_jax.multi.unstack(own, lora_jax.multi.Stack(got, stacked.scales, 2), i)
-        assert_close(found, jax.grad(share)(adapters))
+        of_stack = lora_jax.multi.Stack(got, stacked.scales, 2)
+        found = compiled(lora_jax.multi.unstack, own, of_stack, i)
+        assert_close(found, jax.jit(jax.grad(share))(adapters))
 
 
 def _share(out: Any, mine: Any) -> Any:
@@ -231,7 +246,7 @@ def test_what_cannot_be_stacked(kind: str) -> None:
 def test_two_kinds_at_one_path_are_refused_by_name() -> None:
     with pytest.raises(LoraError, match=r"'dora' in adapter 1, and by 'lora' in one before it"):
         stack([adapter_of("lora"), adapter_of("dora")])
-    layout, stacked = stack([adapter_of("lora")])
+    layout, stacked = compiled(stack, [adapter_of("lora")])
     with pytest.raises(LoraError, match=r"it has kind 'dora'.*room for 'lora'"):
         lora_jax.multi.put(layout, stacked, 0, Adapter(*adapter_of("dora")))
     still, adapters = adapter_of("dora")
@@ -244,23 +259,25 @@ def test_two_kinds_at_one_path_are_refused_by_name() -> None:
 def test_mixtures(kind: str) -> None:
     """Weights of a mixture are weights of the updates; a router takes the same stack."""
     members = [adapter_of(kind, 2, seed) for seed in (1, 2)]
-    layout, stacked = stack(members)
+    layout, stacked = compiled(stack, members)
     weights = [0.7, -0.4]
     f = lambda p, x: x @ p["out"]  # noqa: E731
     own = layout.subset("out")
-    got = lora_jax.adapt(own, f)(PARAMS, lora_jax.moe.mix(stacked, weights), X)
-    want = f(PARAMS, X)
+    g = lora_jax.adapt(own, f)
+    got = compiled(lambda stacked: g(PARAMS, lora_jax.moe.mix(stacked, weights), X), stacked)
+    base, x = np.asarray(PARAMS["out"]), np.asarray(X)
+    want = x @ base
     for weight, (theirs, adapters) in zip(weights, members, strict=True):
-        merged = lora_jax.merge(theirs, PARAMS, adapters)
-        want = want + weight * (f(merged, X) - f(PARAMS, X))
+        merged = merge(theirs, PARAMS, adapters)
+        want = want + weight * (x @ (np.asarray(merged["out"]) - base))
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 2)
-    out = lora_jax.adapt(layout, model)(PARAMS, lora_jax.moe.route(stacked, router, top=1), X)
-    assert jnp.isfinite(out).all()
+    out = adapted(layout, PARAMS, lora_jax.moe.route(stacked, router, top=1), X)
+    assert np.isfinite(out).all()
 
 
 def test_dora_cannot_be_mixed() -> None:
-    _, stacked = stack([adapter_of("dora")])
+    _, stacked = compiled(stack, [adapter_of("dora")])
     with pytest.raises(LoraError, match=r"(?s)Directed, whose update rescales W.*select"):
         lora_jax.moe.mix(stacked, [1.0])
     with pytest.raises(LoraError, match=r"(?s)Directed, whose update rescales W.*select"):
@@ -270,13 +287,14 @@ def test_dora_cannot_be_mixed() -> None:
 @cells("combine, truncate")
 def test_combine_and_truncate(kind: str) -> None:
     layout, adapters = adapter_of(kind)
-    both, combined, _ = lora_jax.multi.combine([(layout, adapters)] * 2, [2.0, -1.0])
-    want = lora_jax.merge(layout, PARAMS, adapters)
-    assert_close(lora_jax.merge(both, PARAMS, combined), want)
-    (small, kept, _), lost = lora_jax.multi.truncate(Adapter(layout, adapters), 1)
+    combine = functools.partial(lora_jax.multi.combine, weights=[2.0, -1.0])
+    both, combined, _ = compiled(combine, [(layout, adapters)] * 2)
+    want = jax.device_get(merge(layout, PARAMS, adapters))
+    assert_close(merge(both, PARAMS, combined), want)
+    (small, kept, _), lost = compiled(lora_jax.multi.truncate, Adapter(layout, adapters), 1)
     assert all(t.rank == 1 for t in small.targets)
+    change = jax.device_get(merge(small, PARAMS, kept))
     for t in small.targets:
-        change = lora_jax.merge(small, PARAMS, kept)
         leaf = lora_jax.paths.flatten(change)[t.path]
         error = np.linalg.norm(leaf - lora_jax.paths.flatten(want)[t.path])
         np.testing.assert_allclose(lost[t.path].error, error, rtol=1e-3, atol=1e-4)
@@ -299,9 +317,9 @@ def test_what_does_not_add_up(kind: str) -> None:
 def test_analysis_is_of_the_merged_difference(kind: str, scheme: str | None) -> None:
     """Red: DoRA analysed by its factors alone; a rank that as_lora has changed."""
     layout, adapters = adapter_of(kind)
-    params = PARAMS if scheme is None else lora_jax.quantize(PARAMS, scheme, layout_of("lora"))
-    base = lora_jax.paths.flatten(lora_jax.dequantize(params))
-    merged = lora_jax.paths.flatten(lora_jax.merge(layout, params, adapters))
+    params, whole = (PARAMS, PARAMS) if scheme is None else int8_base()
+    base = lora_jax.paths.flatten(whole)
+    merged = lora_jax.paths.flatten(merge(layout, params, adapters))
     spectra = analysis.spectrum(layout, adapters, params)
     amplified = analysis.amplification(layout, params, adapters)
     own = analysis.similarity(Adapter(layout, adapters), Adapter(layout, adapters), "input", params)
@@ -330,10 +348,10 @@ def test_analysis_asks_for_the_parameters_of_dora() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_base(kind: str) -> None:
     layout, adapters = adapter_of(kind)
-    q = lora_jax.quantize(PARAMS, "int8", layout_of("lora"))
-    g = lora_jax.adapt(layout, model)
-    both = lambda params: jax.value_and_grad(lambda ad: weighted(g(params, ad, X)))(adapters)  # noqa: E731
-    assert_close(both(q), both(lora_jax.dequantize(q)))
+    loss = lambda ad, params: weighted(adapted(layout, params, ad, X))  # noqa: E731
+    both = jax.jit(jax.value_and_grad(loss))
+    q, floats = int8_base()
+    assert_close(both(adapters, q), both(adapters, floats))
 
 
 @cells("init_from_base", refused=True)
@@ -348,8 +366,7 @@ def test_init_from_base(kind: str) -> None:
     """Its laws are in tests/beginnings/test_from_base.py."""
     layout = layout_of(kind)
     start = lora_jax.init_from_base(layout, PARAMS)
-    g = lora_jax.adapt(layout, model)
-    assert_close(g(start.params, start.adapters, X), model(PARAMS, X))
+    assert_close(adapted(layout, start.params, start.adapters, X), bare(PARAMS, X))
 
 
 @cells("init_from_inputs")
@@ -357,8 +374,7 @@ def test_init_from_inputs(kind: str) -> None:
     layout = layout_of(kind)
     key = jax.random.key(0)
     adapters = lora_jax.init_from_inputs(key, layout, model, PARAMS, [(X,)])
-    g = lora_jax.adapt(layout, model)
-    assert_close(g(PARAMS, adapters, X), model(PARAMS, X))
+    assert_close(adapted(layout, PARAMS, adapters, X), bare(PARAMS, X))
     other = lora_jax.init(key, layout, params=PARAMS)
     same = [
         np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (adapters, other)), strict=True)

@@ -14,9 +14,12 @@ import lora_jax
 from lora_jax import Factors, Layout, LoraError, Target
 from lora_jax.updates import kind_of, vera
 from lora_jax.updates.initial import gaussian
+from tests.programs import compiled
 from tests.updates import forms
 from tests.updates.forms import arrays, in_order, name_of, slices, weight
 
+noise = jax.jit(vera.noise, static_argnums=(0, 1, 2))
+frozen_pair = jax.jit(vera.frozen_pair, static_argnums=(0, 1))
 ALL = [*forms.TARGETS, *forms.PARTS]
 
 
@@ -33,7 +36,7 @@ def definition(target: Target, parameters: Any) -> np.ndarray:
         a, b = slices(target, parameters.a, i, 1), slices(target, parameters.b, 1, o)
         found = target.alpha / target.rank * a @ b
     if target.kind == "vera":
-        a, b = (np.asarray(x, np.float64) for x in vera.frozen_pair(target, jnp.float32))
+        a, b = (np.asarray(x, np.float64) for x in frozen_pair(target, jnp.float32))
         d, e = slices(target, parameters.lambda_d, 1, 0), slices(target, parameters.lambda_b, o, 0)
         for s in range(n):
             found[s] = a @ np.diag(d[s, :, 0]) @ b @ np.diag(e[s, :, 0])
@@ -72,22 +75,25 @@ def close(got: Any, want: np.ndarray, tolerance: float = 2e-6) -> None:
 def test_factors_and_merge_are_the_formula(target: Target) -> None:
     kind, parameters, w = kind_of(target), arrays(target), weight(target)
     want = definition(target, parameters)
-    factors = kind.factors(target, parameters)
-    assert factors is not None
+
+    def made(parameters: Any, w: Any) -> Any:
+        delta, merged = kind.delta(target, parameters), kind.merged(target, parameters, w)
+        return kind.factors(target, parameters), delta, merged
+
+    factors, delta, merged = compiled(made, parameters, w)
     rank = factors.a.shape[-1]
     assert factors.a.shape == (*target.a_shape[:-1], rank)
     n = len(target.stack)
     assert factors.b.shape == (*target.b_shape[:n], rank, *target.b_shape[n + 1 :])
-    close(kind.delta(target, parameters), want)
-    close(kind.merged(target, parameters, w), np.asarray(w, np.float64) + want)
+    close(delta, want)
+    close(merged, np.asarray(w, np.float64) + want)
     assert kind.output_gain(target, parameters, w) is None
 
 
 @pytest.mark.parametrize("target", [t for t in ALL if t.kind == "lokr"], ids=name_of)
 def test_the_rank_of_the_factors_of_lokr_is_the_smaller_of_the_two(target: Target) -> None:
     parameters = arrays(target)
-    factors = kind_of(target).factors(target, parameters)
-    assert factors is not None
+    factors = jax.eval_shape(lambda p: kind_of(target).factors(target, p), parameters)
     assert factors.a.shape[-1] == min(parameters.left.shape[-2:]) * target.rank
 
 
@@ -95,13 +101,17 @@ def test_the_rank_of_the_factors_of_lokr_is_the_smaller_of_the_two(target: Targe
 def test_it_begins_as_the_base(target: Target) -> None:
     """Red if a kind begins with an update, or with arrays of other shapes or another dtype."""
     kind, w = kind_of(target), weight(target)
-    parameters = kind.init(jax.random.key(0), target, jnp.float32, gaussian, w)
+
+    def begin(key: Any, w: Any) -> Any:
+        parameters = kind.init(key, target, jnp.float32, gaussian, w)
+        loss = lambda p: ((merged := kind.merged(target, p, w)).sum(), merged)  # noqa: E731
+        return parameters, *jax.grad(loss, has_aux=True)(parameters)
+
+    parameters, grads, merged = compiled(begin, jax.random.key(0), w)
     kind.check_parameters(target, parameters)
     assert {x.dtype for x in parameters} == {jnp.dtype(jnp.float32)}
-    np.testing.assert_allclose(kind.merged(target, parameters, w), w, rtol=1e-6)
-    # and it can move: some array has a gradient
-    grads = jax.grad(lambda p: kind.merged(target, p, w).sum())(parameters)
-    assert any(jnp.any(g != 0) for g in grads)
+    np.testing.assert_allclose(merged, w, rtol=1e-6)
+    assert any(np.any(g) for g in grads), "it cannot move: no array has a gradient"
 
 
 @pytest.mark.parametrize("target", ALL, ids=name_of)
@@ -119,31 +129,30 @@ def test_a_stack_is_its_slices(kind: str) -> None:
     """Red if two slices are mixed, or a kind takes one thing from the first slice alone."""
     whole = Target("w", (3, 8, 10), (0,), (1,), (2,), 2, 3.0, kind=kind)
     one = Target("w", (8, 10), (), (0,), (1,), 2, 3.0, kind=kind)
-    parameters, w = arrays(whole), weight(whole)
-    got = kind_of(whole).merged(whole, parameters, w)
+    parameters, w = jax.device_get((arrays(whole), weight(whole)))
+    got = compiled(lambda p, w: kind_of(whole).merged(whole, p, w), parameters, w)
+    merged = jax.jit(lambda p, w: kind_of(one).merged(one, p, w))
     for i in range(3):
         own = jax.tree.map(lambda x, i=i: x[i], parameters)
-        np.testing.assert_allclose(
-            got[i], kind_of(one).merged(one, own, w[i]), rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(np.asarray(got)[i], merged(own, w[i]), rtol=1e-5, atol=1e-6)
 
 
 def test_vera_numbers_never_change() -> None:
     """Red if the hash, its streams or its bounds change: saved adapters would change."""
     # computed by the same formula in Python's integers
     want = [[0.3300279378890991, -0.11746907234191895], [-0.13247203826904297, 0.6441757678985596]]
-    np.testing.assert_array_equal(vera.noise(1, 2, 2), np.array(want, np.float32))
-    long = np.asarray(vera.noise(2, 400, 300), np.float64)
+    np.testing.assert_array_equal(noise(1, 2, 2), np.array(want, np.float32))
+    long = np.asarray(noise(2, 400, 300), np.float64)
     assert abs(long.mean()) < 0.01 and abs(long.var() - 1 / 3) < 0.01
     assert np.abs(np.corrcoef(long.T) - np.eye(300)).max() < 0.3
-    np.testing.assert_array_equal(long[:5, :4], vera.noise(2, 5, 4))
+    np.testing.assert_array_equal(long[:5, :4], noise(2, 5, 4))
 
 
 def test_vera_shares_one_pair() -> None:
     small = Target("small", (4, 3), (), (0,), (1,), 2, 1.0, kind="vera")
     large = Target("large", (6, 5), (), (0,), (1,), 2, 1.0, kind="vera")
-    a, b = vera.frozen_pair(small, jnp.float32)
-    other_a, other_b = vera.frozen_pair(large, jnp.float32)
+    a, b = frozen_pair(small, jnp.float32)
+    other_a, other_b = frozen_pair(large, jnp.float32)
     np.testing.assert_allclose(a * 2, other_a[:4] * 6**0.5, rtol=1e-6)
     np.testing.assert_array_equal(b, other_b[:, :3])
 
