@@ -54,9 +54,13 @@ ARROWS = {
     | {"updates"},
     "beginnings": {"adapters", "analysis", "base", "bases", "errors", "layout", "paths"}
     | {"primitives", "target", "transform", "updates"},
+    # files of other tools
+    "hf_module": set(),
+    "exchange": {"adapters", "base", "errors", "hf_module", "layout", "paths", "primitives"}
+    | {"resolve", "spec", "target", "updates"},
     "extras": set(),
     # models and methods: they have never heard of LoRA
-    "models": {"bases", "extras"},
+    "models": {"bases", "extras", "hf_module"},
     "baselines": {"errors", "models"},
     # what a person sees
     "console": {"errors", "extras", "models"},

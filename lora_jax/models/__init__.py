@@ -7,6 +7,7 @@ from lora_jax.models.config import LlamaConfig as LlamaConfig
 from lora_jax.models.errors import ModelConfigError as ModelConfigError
 from lora_jax.models.errors import ModelError as ModelError
 from lora_jax.models.errors import WeightsError as WeightsError
+from lora_jax.models.hf_names import hf_names as hf_names
 from lora_jax.models.llama import Llama as Llama
 from lora_jax.models.weights.assemble import Head as Head
 from lora_jax.models.weights.assemble import shapes as shapes

@@ -1,0 +1,10 @@
+"""Adapters in the formats of other tools: `from lora_jax.exchange import peft`.
+
+names            which parameter is which module of a Hugging Face model
+module_update    the noun that every format shares: the update of one module
+into_adapter     updates of modules -> an Adapter, whose axes a trace of the model finds
+out_of_adapter   an Adapter -> updates of modules
+tensor_file      safetensors files, read with nothing believed
+peft             PEFT folders: peft_config and peft_keys say how it spells things
+consumers        what each tool that reads PEFT folders refuses or misreads
+"""
