@@ -117,19 +117,18 @@ def _check_ties(
 ) -> None:
     """An update of a table that is the output head too changes both here; PEFT adapts one."""
     for path, found in pieces.items():
-        if found[0].update.layer == "embedding" and _is_shared(used[path]) and not ties:
-            head, twin = heads.pop(path, None), twin_of(found[0].update)
-            same = head is not None and all(
-                np.array_equal(x, y) for x, y in zip(head[:2], twin[:2], strict=True)
+        head = heads.pop(path, None)
+        if not _is_shared(used[path]) or (head is None and ties):
+            continue
+        twin = twin_of(found[0].update)
+        same = head is not None and head.scale == twin.scale
+        if not same or not all(map(np.array_equal, head[:2], twin[:2])):  # type: ignore[index]
+            raise LoraError(
+                f"{path!r} is the embedding and the output head, and the file adapts one of "
+                f"them ({found[0].module!r}), or both in different ways; here they are one "
+                "array. Give the model a head of its own (untie it), or train with "
+                "ensure_weight_tying=True"
             )
-            if not same or head is None or head.scale != twin.scale:
-                raise LoraError(
-                    f"{path!r} is the embedding and the output head, and the file adapts one of "
-                    f"them ({found[0].module!r}), or both in different ways; here they are one "
-                    "array. Give the model a head of its own (untie it), or train with "
-                    "ensure_weight_tying=True"
-                )
-        heads.pop(path, None)
     if heads:
         path = next(iter(heads))
         raise LoraError(

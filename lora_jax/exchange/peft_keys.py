@@ -14,6 +14,7 @@ The name of the adapter, which PEFT has in memory, is not in the file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ SLOTS = {
     ".lora_magnitude_vector": "magnitude",
 }
 TOKENS = ".token_adapter.trainable_tokens_delta"
+WRAPPED = re.compile(r"\.modules_to_save\.[^.]+\.")  # bias="all" writes biases by this name too
 Slots = dict[str, tuple[str, np.ndarray]]  # slot -> the key, the array
 
 
@@ -57,8 +59,11 @@ def parse(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> Modules:
             rows[f"{module}.weight"] = (config.token_numbers(module), x)
         elif ".base_layer." in name:
             base[name.replace(".base_layer.", ".")] = x
-        else:
+        elif ".original_module." not in name:  # which PEFT does not use
+            name = WRAPPED.sub(".", name)
             _check_value(key, name, config)
+            if name in values and not np.array_equal(values[name], x):
+                raise LoraError(f"{key} is there under another key with other numbers")
             values[name] = x
     updates = {module: update_of(module, slots, config) for module, slots in grouped.items()}
     return Modules(updates, values, base, rows, config.ensure_weight_tying)
@@ -105,7 +110,7 @@ def update_of(module: str, slots: Slots, config: PeftConfig) -> ModuleUpdate:
             f"{key_a} has rank {len(a)}, and the configuration (r, rank_pattern) says "
             f"{config.rank_of(module)}: its scale is not known"
         )
-    if not config.targets(module):
+    if not config.targets(module) and not config.ensure_weight_tying:  # then PEFT adds the head
         raise LoraError(
             f"{key_a}: the configuration does not target {module!r}, so PEFT would not load it, "
             "while others would; correct target_modules in adapter_config.json"

@@ -40,10 +40,9 @@ def _table(config: BuiltInConfig) -> TensorNames:
 def _module(
     config: BuiltInConfig, table: TensorNames, row: TensorName, head: Head | None
 ) -> str | HfModule:
-    in_head = head is not None and row in table.heads[head.pooling]
-    causal = isinstance(config, LlamaConfig)
-    prefix = table.prefix if (head or causal) and not in_head and row.hf != "lm_head.weight" else ""
-    name = prefix + row.hf
+    top = row.hf.startswith(("classifier.", "lm_head."))  # the head, which is not in the encoder
+    wrapped = head is not None or isinstance(config, LlamaConfig)
+    name = table.prefix + row.hf if wrapped and not top else row.hf
     if row.path.endswith("embedding"):
         tied = "lm_head" if isinstance(config, LlamaConfig) and config.tied else ""
         return HfModule(name, layer="embedding", tied=tied)
