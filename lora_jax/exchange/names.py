@@ -35,6 +35,7 @@ class NameTable:
     """
 
     def __init__(self, names: Names | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._names = names
         self._entries = dict(_entries(names, shapes))
         self._exact: dict[str, list[Place]] = {}
         self._stacked: list[tuple[re.Pattern[str], str, HfModule, bool]] = []
@@ -94,6 +95,17 @@ class NameTable:
         for index in itertools.product(*map(range, stack)):
             yield index, template.format(**dict(zip(holes, index, strict=True)))
 
+    def speaks_of(self, tensor: str) -> bool:
+        """Whether the table has a name for a tensor, be its parameter in this tree or not."""
+        if self._names is None:
+            return bool(self.find(tensor))
+        modules = [
+            _filled(path, entry, {})[1]
+            for path, value in self._names.items()
+            for entry in _listed_entries(value)
+        ]
+        return any(_regex(template).fullmatch(tensor) for template in modules)
+
     def paths(self) -> list[str]:
         return list(self._entries)
 
@@ -116,9 +128,12 @@ def _entries(
         for regex, value in table:
             if match := regex.fullmatch(path):
                 known = match.groupdict()
-                entries = [value] if isinstance(value, str | HfModule) else list(value)
-                yield path, [_filled(path, entry, known) for entry in entries]
+                yield path, [_filled(path, entry, known) for entry in _listed_entries(value)]
                 break
+
+
+def _listed_entries(value: str | HfModule | Sequence[HfModule]) -> list[str | HfModule]:
+    return [value] if isinstance(value, str | HfModule) else list(value)
 
 
 def _filled(path: str, entry: str | HfModule, known: Mapping[str, str]) -> tuple[HfModule, str]:

@@ -46,7 +46,8 @@ def parse(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> Modules:
         rank is not what the configuration says, or which the configuration does not target.
     """
     grouped: dict[str, Slots] = {}
-    values, base, rows = {}, {}, {}
+    values: dict[str, np.ndarray] = {}
+    base, rows = {}, {}
     for key in tensors:
         name = key.removeprefix(PREFIX)
         x = tensors[key]

@@ -38,7 +38,7 @@ def spelled(
     """
     if profile not in ("faithful", "portable"):
         raise LoraError(f"profile is {profile!r}; there are 'faithful' and 'portable'")
-    updates = dict(modules.updates)
+    updates = _with_biases(modules.updates)
     if profile == "portable":
         _check_portable(modules)
         updates = _at_one_rank(updates)
@@ -76,6 +76,20 @@ def _check_portable(modules: Modules) -> None:
             "Save with profile='faithful', or merge the adapter and ship the model. What was "
             "trained as a whole can be left out: adapter._replace(trainable={})"
         )
+
+
+def _with_biases(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
+    """Where one module adds a bias all do, as PEFT's lora_bias says; the others one of zeros."""
+    if all(u.bias is None for u in updates.values()):
+        return dict(updates)
+    for name, u in updates.items():
+        if u.layer in ("embedding", "experts") or u.magnitude is not None:
+            raise LoraError(
+                f"{name!r} cannot add a bias, and others do by a difference: pass params=, the "
+                "base, so that biases are written as they are"
+            )
+    zeros = {n: np.zeros(len(u.b), np.float32) for n, u in updates.items()}
+    return {n: u if u.bias is not None else u._replace(bias=zeros[n]) for n, u in updates.items()}
 
 
 def _at_one_rank(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
@@ -185,12 +199,12 @@ def _with_siblings(
         other = f"{module}.{'bias' if parameter == 'weight' else 'weight'}"
         if other in found or parameter == "bias":
             continue  # a bias alone is written as a bias
-        for place in table.find(other):
-            if place.path not in leaves:
-                raise LoraError(
-                    f"{name!r} was trained as a whole and {other!r} was not, and PEFT saves a "
-                    "module with all of its tensors: pass params=, the base"
-                )
+        if params is None and table.speaks_of(other):
+            raise LoraError(
+                f"{name!r} was trained as a whole and {other!r} was not, and PEFT saves a "
+                "module with all of its tensors: pass params=, the base"
+            )
+        for place in table.find(other) if params is not None else ():
             value = np.asarray(dense(leaves[place.path]))[place.at]
             found[other] = whole_to_module(place.path, place.entry, value)
     return found

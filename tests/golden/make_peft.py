@@ -1,4 +1,4 @@
-"""Write golden_peft/: adapters that the published PEFT wrote, and what its models compute with them.
+"""Write golden_peft/: adapters that the published PEFT wrote, and the logits of their models.
 
     pip install torch transformers peft
     python tests/golden/make_peft.py
@@ -74,7 +74,7 @@ CLASSES = {
 
 
 class Toy(torch.nn.Module):
-    """[B, 3, 6, 6] to [B, 2]: two convolutions, GPT-2's Conv1D with q, k and v in one, a product."""
+    """[B, 3, 6, 6] to [B, 2]: two convolutions, GPT-2's Conv1D of q, k and v, a product."""
 
     def __init__(self):
         super().__init__()
