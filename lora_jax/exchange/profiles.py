@@ -43,11 +43,15 @@ def spelled(
         _check_portable(modules)
         updates = _at_one_rank(updates)
     values = _with_siblings(modules.values, updates, table, params)
+    updates |= _at_one_rank({n: u for n, u in updates.items() if u.layer == "experts"})
     parameters, packed = experts.pack(updates)
     single = {name: u for name, u in updates.items() if u.layer != "experts"}
     known = _known_modules(table, params) | set(single)
     short = profile == "portable"
-    settings = _settings({**single, **parameters}, rslora=profile == "faithful")
+    # The first is the usual one where they differ; PEFT warns of patterns that name parameters.
+    settings = _settings(
+        {**parameters, **single}, rslora=profile == "faithful", first=bool(parameters)
+    )
     tensors = {**peft_keys.spell(single), **packed}
     settings["target_modules"] = _targets(single, known, short)
     if parameters:
@@ -94,6 +98,8 @@ def _with_biases(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]
 
 def _at_one_rank(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
     """All updates at one rank and scale, in float32; as they are where they agree already."""
+    if not updates:
+        return {}
     wide = {n: _wide(u) for n, u in updates.items()}
     agree = len({(u.rank, u.alpha, u.scaling) for u in wide.values()}) <= 1
     plain = all(
@@ -109,8 +115,14 @@ def _wide(update: ModuleUpdate) -> ModuleUpdate:
     return update._replace(a=update.a.astype(np.float32), b=update.b.astype(np.float32))
 
 
-def _settings(updates: Mapping[str, ModuleUpdate], rslora: bool) -> dict[str, Any]:
-    """The settings that follow from ranks, scales and kinds of the updates."""
+def _settings(updates: Mapping[str, ModuleUpdate], rslora: bool, first: bool) -> dict[str, Any]:
+    """The settings that follow from ranks, scales and kinds of the updates.
+
+    Args:
+      updates: of modules and of whole parameters.
+      rslora: whether the setting for it may be used.
+      first: r and alpha are those of the first update, not the most frequent ones.
+    """
     if not updates:
         ranks, scaled, all_rs = {}, {}, False
     else:
@@ -120,7 +132,7 @@ def _settings(updates: Mapping[str, ModuleUpdate], rslora: bool) -> dict[str, An
             name: _number(u.scale * (math.sqrt(u.rank) if all_rs else u.rank), u, all_rs)
             for name, u in updates.items()
         }
-    r, alpha = _usual(ranks.values(), 8), _usual(scaled.values(), 8)
+    r, alpha = (_usual(list(x.values())[: 1 if first else None], 8) for x in (ranks, scaled))
     dora = [name for name, u in updates.items() if u.magnitude is not None]
     if dora and len(dora) < len(updates):
         plain = next(name for name, u in updates.items() if u.magnitude is None)
