@@ -243,6 +243,7 @@ def _verify(place: pathlib.Path, file: tensor_file.TensorFile, settings: Mapping
             raise LoraError(f"{place / TENSORS}: {key} is not what was saved; fetch it again")
     if of_settings != profiles.digest(settings):
         raise LoraError(
-            f"{place / CONFIG} is not what was saved: one of {', '.join(profiles.DECISIVE)} has "
-            "another value. If it was changed on purpose, pass verify=False"
+            f"{place / CONFIG} is not what was saved, by its hash in {TENSORS}: one of "
+            f"{', '.join(profiles.DECISIVE)} has another value. If it was changed on purpose, "
+            "pass verify=False"
         )
