@@ -32,7 +32,7 @@ def findings(consumer: str, settings: Mapping[str, Any], shapes: Shapes) -> tupl
 def notes(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     """What to pass on with an adapter that was written, and who will not read it."""
     shapes = {key: x.shape for key, x in tensors.items()}
-    found = [f"rank {_largest(settings)}: vLLM needs --max-lora-rank {_vllm_rank(settings)}"]
+    found = [f"rank {largest_rank(settings)}: vLLM needs --max-lora-rank {_vllm_rank(settings)}"]
     for consumer in RULES:
         wrong = [x for x in findings(consumer, settings, shapes) if not x.startswith("needs")]
         found += [f"{consumer} {x}" for x in wrong]
@@ -41,7 +41,7 @@ def notes(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tup
 
 def _vllm(settings: Mapping[str, Any], shapes: Shapes) -> list[str]:
     found = _common(settings, shapes, rslora=None, dora=True)
-    rank = _largest(settings)
+    rank = largest_rank(settings)
     if rank > VLLM_RANKS[-1]:
         found.append(f"refuses the rank {rank}: it has ranks up to {VLLM_RANKS[-1]}")
     elif rank > 16:
@@ -60,13 +60,15 @@ def _vllm(settings: Mapping[str, Any], shapes: Shapes) -> list[str]:
 def _sglang(settings: Mapping[str, Any], shapes: Shapes) -> list[str]:
     found = _common(settings, shapes, rslora="misreads use_rslora: it scales by alpha / r")
     found.append(
-        f"needs --max-lora-rank {_largest(settings)} or above, if adapters are loaded later"
+        f"needs --max-lora-rank {largest_rank(settings)} or above, if adapters are loaded later"
     )
     targets = settings.get("target_modules") or []
     if isinstance(targets, str) or any("." in name for name in targets):
         found.append("needs --lora-target-modules: target_modules are not last names alone")
     if settings.get("target_parameters"):
         found.append("misreads target_parameters in most versions; write a key for each expert")
+    if tables := _heads(shapes):
+        found.append(f"refuses {tables[0]} unless its pool of modules has the module")
     return found
 
 
@@ -80,10 +82,12 @@ def _llama_cpp(settings: Mapping[str, Any], shapes: Shapes) -> list[str]:
 
 def _lorax(settings: Mapping[str, Any], shapes: Shapes) -> list[str]:
     found = _common(settings, shapes, rslora=None)
-    if _largest(settings) > 128:
-        found.append(f"refuses the rank {_largest(settings)}: above 128")
+    if largest_rank(settings) > 128:
+        found.append(f"refuses the rank {largest_rank(settings)}: above 128")
     if settings.get("rank_pattern"):
         found.append("refuses ranks that differ from layer to layer")
+    if tables := _heads(shapes):
+        found.append(f"misreads {tables[0]}: it leaves out what its model has no adapter for")
     if not settings.get("base_model_name_or_path"):
         found.append("needs base_model_name_or_path")
     return found
@@ -131,12 +135,13 @@ def _common(
     return found
 
 
-def _largest(settings: Mapping[str, Any]) -> int:
+def largest_rank(settings: Mapping[str, Any]) -> int:
+    """The largest rank of any module."""
     return max([settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()])
 
 
 def _vllm_rank(settings: Mapping[str, Any]) -> int:
-    rank = _largest(settings)
+    rank = largest_rank(settings)
     return next((r for r in VLLM_RANKS if r >= rank), rank)
 
 

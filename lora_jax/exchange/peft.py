@@ -130,7 +130,7 @@ def save(
         raise LoraError(f"{folder} holds an adapter; choose another, or pass overwrite=True")
     settings, tensors = _spelled(names, adapter, base, profile, params, task_type)
     _write(folder, settings, tensors)
-    return Saved(folder, settings["r"], consumers.notes(settings, tensors))
+    return Saved(folder, consumers.largest_rank(settings), consumers.notes(settings, tensors))
 
 
 def check(

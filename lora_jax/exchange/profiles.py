@@ -39,14 +39,15 @@ def spelled(
     if profile not in ("faithful", "portable"):
         raise LoraError(f"profile is {profile!r}; there are 'faithful' and 'portable'")
     updates = _with_biases(modules.updates)
+    sizes = _known_modules(table, params)
     if profile == "portable":
         _check_portable(modules)
-        updates = _at_one_rank(updates)
+        updates = _at_one_rank(_in_every_layer(updates, sizes))
     values = _with_siblings(modules.values, updates, table, params)
     updates |= _at_one_rank({n: u for n, u in updates.items() if u.layer == "experts"})
     parameters, packed = experts.pack(updates)
     single = {name: u for name, u in updates.items() if u.layer != "experts"}
-    known = _known_modules(table, params) | set(single)
+    known = set(sizes) | set(single)
     short = profile == "portable"
     # The first is the usual one where they differ; PEFT warns of patterns that name parameters.
     settings = _settings(
@@ -170,16 +171,36 @@ def _usual(values: Iterable[Any], default: Any) -> Any:
     return counted[0][0] if counted else default
 
 
-def _known_modules(table: NameTable, params: Any) -> set[str]:
-    """The modules with a weight that the names know; all that the model has, given params."""
+def _known_modules(table: NameTable, params: Any) -> dict[str, int]:
+    """All modules of the model that have a weight, with its size; none without params."""
     if params is None:
-        return set()
-    leaves, found = paths.flatten(params), set()
+        return {}
+    leaves, found = paths.flatten(params), {}
     for path in table.paths():
         for entry in table.entries(path):
-            stack = tuple(leaves[path].shape[: table.holes(path, entry)])
-            found |= {name for _, name in table.tensors(path, entry, stack)}
-    return {name.removesuffix(".weight") for name in found if name.endswith(".weight")}
+            shape = tuple(leaves[path].shape)
+            holes = table.holes(path, entry)
+            for _, name in table.tensors(path, entry, shape[:holes]):
+                if name.endswith(".weight"):
+                    size = math.prod(shape[holes:]) if entry.part is None else 0
+                    found[name.removesuffix(".weight")] = size
+    return found
+
+
+def _in_every_layer(
+    updates: Mapping[str, ModuleUpdate], sizes: Mapping[str, int]
+) -> dict[str, ModuleUpdate]:
+    """Add updates of zero, so that the last names of the adapted modules name no others.
+
+    A module is added if one of the same last name and size is adapted.
+    """
+    like = {(name.rpartition(".")[2], u.b.shape[0] * u.fan_in): u for name, u in updates.items()}
+    found = dict(updates)
+    for name, size in sizes.items():
+        u = like.get((name.rpartition(".")[2], size))
+        if u is not None and name not in found:
+            found[name] = u._replace(a=np.zeros_like(u.a), b=np.zeros_like(u.b))
+    return found
 
 
 def _targets(updates: Mapping[str, ModuleUpdate], known: set[str], short: bool) -> list[str]:
