@@ -128,7 +128,33 @@ def written_experts(folder: pathlib.Path, each: bool) -> None:
     delta = lora_jax.merge(layout, zeros, adapters)
     fused = np.concatenate([delta["gate"], delta["up"]], axis=-1).swapaxes(2, 3)
     down = np.asarray(delta["down"]).swapaxes(2, 3)
-    np.savez(folder / "expected.npz", gate_up_proj=fused, down_proj=down)
+    start = "model.layers.{}.mlp.experts.{}"
+    expected = {start.format(i, "gate_up_proj"): x for i, x in enumerate(fused)}
+    expected |= {start.format(i, "down_proj"): x for i, x in enumerate(down)}
+    np.savez(folder / "expected.npz", **expected)
+
+
+def written_toy(folder: pathlib.Path, kind: str) -> None:
+    """Write an adapter of two convolutions and of GPT-2's Conv1D, and the differences it means."""
+    draw = np.random.default_rng(4).standard_normal
+    w = np.load(GOLDEN.parent / "golden_peft" / "toy.npz")
+    turned = {"conv2": (2, 3, 1, 0), "conv1": (2, 1, 0), "fused": (0, 1)}
+    params = {n: jnp.asarray(w[f"{n}/weight"].transpose(axes)) for n, axes in turned.items()}
+    names: dict[str, Any] = {n: HfModule(n, "conv", transposed=True) for n in ("conv1", "conv2")}
+    names["fused"] = HfModule("fused", transposed=False)
+    targets = tuple(
+        Target(n, x.shape, (), tuple(range(x.ndim - 1)), (x.ndim - 1,), 2, 3.0, kind=kind)
+        for n, x in params.items()
+        if n != "fused" or kind == "lora"
+    )
+    layout = Layout(targets)
+    start = lora_jax.init(jax.random.key(0), layout, params=params)
+    adapters = jax.tree.map(lambda x: x + jnp.asarray(0.3 * draw(x.shape), x.dtype), start)
+    peft.save(folder, names, lora_jax.Adapter(layout, adapters), base="toy")
+    delta = jax.tree.map(jnp.subtract, lora_jax.merge(layout, params, adapters), params)
+    back = {"conv2": (3, 2, 0, 1), "conv1": (2, 1, 0), "fused": (0, 1)}
+    expected = {f"{n}.weight": np.asarray(x).transpose(back[n]) for n, x in delta.items()}
+    np.savez(folder / "expected.npz", **expected)
 
 
 def main() -> None:
@@ -141,6 +167,8 @@ def main() -> None:
             written(pathlib.Path(scratch, name), name)
         for name, each in (("experts_each", True), ("experts_as_one", False)):
             written_experts(pathlib.Path(scratch, name), each)
+        for kind in ("lora", "dora"):
+            written_toy(pathlib.Path(scratch, f"toy_{kind}"), kind)
         subprocess.run([python, str(HERE / "opened.py"), scratch], check=True)
 
 

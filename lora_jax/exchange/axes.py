@@ -5,6 +5,7 @@ All functions are pairs: what the one does to an array the other undoes.
 
 from __future__ import annotations
 
+import collections
 import math
 from typing import Any
 
@@ -12,7 +13,26 @@ import numpy as np
 
 from lora_jax.errors import LoraError
 from lora_jax.hf_module import HfModule
+from lora_jax.layout import Layout
 from lora_jax.target import Target
+
+
+def stack_axes(layout: Layout, path: str, count: int) -> tuple[int, ...]:
+    """The stack axes of a parameter: a target's own, else those that are usual in the layout.
+
+    Args:
+      layout: of the model.
+      path: of any parameter of it.
+      count: how many there are, by the parameter's name.
+    """
+    known = {t.path: t.stack for t in layout.targets if len(t.stack) == count}
+    usual = collections.Counter(known.values()).most_common(1)
+    return known.get(path, usual[0][0] if usual else tuple(range(count)))
+
+
+def stack_first(layout: Layout, path: str, count: int, value: np.ndarray) -> np.ndarray:
+    """A view of a parameter that has its stack axes in front."""
+    return np.moveaxis(value, stack_axes(layout, path, count), range(count))
 
 
 def input_order(target: Target, layer: str) -> tuple[int, ...]:

@@ -217,5 +217,5 @@ def pack(
             b = np.stack([u.b for u in each], axis=-1)
             tensors[f"{start}.lora_A.weight"] = a
             tensors[f"{start}.lora_B.weight"] = b.reshape(len(b), -1)
-            parameters[f"{module}.{parameter}"] = each[0]._replace(layer="linear")
+            parameters[f"{module}.{parameter}"] = each[0]
     return parameters, tensors

@@ -12,9 +12,9 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapters import Adapter
-from lora_jax.base import dense
 from lora_jax.errors import LoraError
-from lora_jax.exchange.axes import a_from_module, rows_of, whole_from_module
+from lora_jax.exchange import whole
+from lora_jax.exchange.axes import a_from_module, rows_of
 from lora_jax.exchange.module_update import (
     Modules,
     ModuleUpdate,
@@ -22,7 +22,8 @@ from lora_jax.exchange.module_update import (
     rotary_order,
     twin_of,
 )
-from lora_jax.exchange.names import NameTable, Place
+from lora_jax.exchange.names import NameTable
+from lora_jax.exchange.whole import is_shared, places_of
 from lora_jax.hf_module import HfModule
 from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs, roles
@@ -66,8 +67,8 @@ def into_adapter(
             target, arrays = _filled(target, pieces[target.path], leaves[target.path])
         targets.append(target)
         parameters[target.path] = arrays
-    trainable = _trainable(modules, table, leaves, used)
-    return Adapter(Layout(tuple(targets)), parameters, trainable)
+    layout = Layout(tuple(targets))
+    return Adapter(layout, parameters, whole.into_parameters(modules, table, leaves, used, layout))
 
 
 def _pieces(
@@ -77,7 +78,7 @@ def _pieces(
     pieces: dict[str, list[_Piece]] = {}
     heads: dict[str, ModuleUpdate] = {}
     for name, update in modules.updates.items():
-        for place in _places(table, f"{name}.weight"):
+        for place in places_of(table, f"{name}.weight"):
             if place.tied:
                 heads[place.path] = update
                 continue
@@ -90,15 +91,6 @@ def _pieces(
             if other != piece.module:
                 raise LoraError(f"{other!r} and {piece.module!r} are both {path!r}")
     return pieces, heads
-
-
-def _places(table: NameTable, tensor: str) -> list[Place]:
-    places = table.find(tensor)
-    if not places:
-        raise LoraError(
-            f"the model has no {tensor!r} by the names given; nearest:\n{table.near(tensor)}"
-        )
-    return places
 
 
 def _own_rows(entry: HfModule, update: ModuleUpdate, name: str) -> ModuleUpdate:
@@ -118,7 +110,7 @@ def _check_ties(
     """An update of a table that is the output head too changes both here; PEFT adapts one."""
     for path, found in pieces.items():
         head = heads.pop(path, None)
-        if not _is_shared(used[path]) or (head is None and ties):
+        if not is_shared(used[path]) or (head is None and ties):
             continue
         twin = twin_of(found[0].update)
         same = head is not None and head.scale == twin.scale
@@ -135,10 +127,6 @@ def _check_ties(
             f"the file adapts the output head, which is the embedding {path!r} here, and not the "
             "embedding. Give the model a head of its own (untie it)"
         )
-
-
-def _is_shared(uses: Any) -> bool:
-    return any(u.kind == "gather" for u in uses) and any(u.is_product for u in uses)
 
 
 def _filled(target: Target, pieces: list[_Piece], w: Any) -> tuple[Target, Any]:
@@ -285,56 +273,3 @@ def _shift(target: Target, pieces: list[_Piece]) -> tuple[Target, Shift]:
             )
         flat[piece.at][rows] = value
     return target, Shift(jnp.asarray(delta))
-
-
-def _trainable(
-    modules: Modules, table: NameTable, leaves: Mapping[str, Any], used: Any
-) -> dict[str, Any]:
-    """Whole tensors and rows that replace the base's, as parameters."""
-    found: dict[str, np.ndarray] = {}
-
-    def own(path: str) -> np.ndarray:
-        if path not in found:
-            found[path] = np.array(dense(leaves[path]))
-        return found[path]
-
-    for name, value in (*modules.base.items(), *modules.values.items()):
-        for place in _places(table, name):
-            shared = place.tied or (_is_shared(used[place.path]) and not modules.ties)
-            if shared and name in modules.values:
-                raise LoraError(
-                    f"{name!r} was trained as a whole, and {place.path!r} is the embedding and "
-                    "the output head in one; give the model a head of its own (untie it)"
-                )
-            _put(own(place.path), place, value)
-    for name, (numbers, values) in modules.rows.items():
-        for place in _places(table, name):
-            if not place.tied:
-                _put_rows(own(place.path), place, numbers, values)
-    new = {p: x for p, x in found.items() if not np.array_equal(x, np.asarray(dense(leaves[p])))}
-    return {path: jnp.asarray(value) for path, value in new.items()}
-
-
-def _put(into: np.ndarray, place: Place, value: np.ndarray) -> None:
-    entry = place.entry
-    if entry.rows is not None:
-        value = value[entry.rows[0] : sum(entry.rows)]
-    if entry.rotary:
-        value = value[rotary_order(len(value), entry.rotary)]
-    if any(i >= n for i, n in zip(place.at, into.shape, strict=False)):
-        raise LoraError(f"{entry.name!r}: {place.path!r} has no slice {place.at}")
-    part = into[place.at]
-    if entry.part is None:
-        part[...] = whole_from_module(place.path, entry, value, part.shape)
-    else:
-        slot = (..., slice(entry.part[0], sum(entry.part)))
-        part[slot] = whole_from_module(place.path, entry, value, part[slot].shape)
-
-
-def _put_rows(into: np.ndarray, place: Place, numbers: Any, values: np.ndarray) -> None:
-    if values.shape != (len(numbers), *into.shape[1:]) or max(numbers, default=0) >= len(into):
-        raise LoraError(
-            f"{place.entry.name!r}: the file has rows {list(numbers)[:5]}... of shape "
-            f"{values.shape}, and {place.path!r} has the shape {into.shape}"
-        )
-    into[list(numbers)] = values

@@ -20,6 +20,8 @@ class ModuleUpdate(NamedTuple):
     magnitude: [out], the lengths of DoRA; None: not DoRA.
     bias: [out], the module's output gets `scale * bias`; None: nothing.
     layer: "linear", "embedding", "conv", or "experts": one expert of a parameter that holds all.
+    stored_in_out: whether the module stores its weight as [in, out], as GPT-2's do. Known where an
+      adapter is written.
     """
 
     a: Any
@@ -29,6 +31,7 @@ class ModuleUpdate(NamedTuple):
     magnitude: Any = None
     bias: Any = None
     layer: str = "linear"
+    stored_in_out: bool = False
 
     @property
     def rank(self) -> int:
@@ -127,7 +130,7 @@ def beside(pieces: Sequence[tuple[tuple[int, int], ModuleUpdate]], total: int) -
         column += 0 if shared else update.rank
     a = first.a if shared else np.concatenate([u.a for u in updates])
     alpha, scaling = (first.alpha, first.scaling) if shared else (float(rank), "alpha/r")
-    fused = ModuleUpdate(a, b, alpha, scaling, layer=first.layer)
+    fused = first._replace(a=a, b=b, alpha=alpha, scaling=scaling)
     return fused._replace(
         magnitude=_joined(pieces, "magnitude", total, 1.0),
         bias=_joined(pieces, "bias", total, None if shared else "scale"),

@@ -115,6 +115,11 @@ class NameTable:
         return len(set(HOLE.findall(template)))
 
 
+def written(entries: list[HfModule]) -> list[HfModule]:
+    """Return one module for each part: the first that the table has."""
+    return list({entry.part: entry for entry in reversed(entries)}.values())[::-1]
+
+
 def _entries(
     names: Names | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, list[tuple[HfModule, str]]]]:

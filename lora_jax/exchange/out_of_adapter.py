@@ -13,7 +13,7 @@ from lora_jax import paths
 from lora_jax.adapters import Adapter, as_lora, check
 from lora_jax.base import dense
 from lora_jax.errors import LoraError
-from lora_jax.exchange.axes import a_to_module, rows_of, whole_to_module
+from lora_jax.exchange.axes import a_to_module, rows_of
 from lora_jax.exchange.module_update import (
     Modules,
     ModuleUpdate,
@@ -21,7 +21,8 @@ from lora_jax.exchange.module_update import (
     rotary_order,
     twin_of,
 )
-from lora_jax.exchange.names import NameTable
+from lora_jax.exchange.names import NameTable, written
+from lora_jax.exchange.whole import out_of_parameters
 from lora_jax.hf_module import HfModule, Names
 from lora_jax.layout import Layout
 from lora_jax.target import Target
@@ -78,7 +79,9 @@ def out_of_adapter(adapter: Adapter, table: NameTable, params: Any = None) -> Mo
     for entry, name in _tied(layout, table):
         updates[entry.tied] = twin_of(updates[name])
     _add_biases(updates, biases, layout, table)
-    return Modules(updates, _values(whole, leaves, table), ties=bool(_tied(layout, table)))
+    return Modules(
+        updates, out_of_parameters(whole, leaves, table, layout), ties=bool(_tied(layout, table))
+    )
 
 
 def _updates(
@@ -98,7 +101,8 @@ def _updates(
     lengths = None
     if target.kind == "dora":
         lengths = np.asarray(parameters.magnitude).reshape(*stack, target.fan_out)
-    for entry in _written(table.entries(target.path)):
+    ours = max(target.inputs) < min(target.outputs)  # W is [in, out]
+    for entry in written(table.entries(target.path)):
         layer = entry.layer_of(target.path)
         if not layer and len(target.inputs) > 1:
             raise LoraError(
@@ -118,6 +122,7 @@ def _updates(
                 target.scaling,
                 None if lengths is None else lengths[index][rows],
                 layer=layer or "linear",
+                stored_in_out=ours != entry.is_transposed(target.path),
             )
             if entry.rotary:
                 update = update.of_rows(np.argsort(rotary_order(len(rows), entry.rotary)))
@@ -145,11 +150,6 @@ def _own_columns(target: Target, entry: HfModule, rank: int) -> np.ndarray:
     return np.concatenate(
         [np.arange(i * target.rank, (i + 1) * target.rank) for i in numbers] or [np.arange(0)]
     )
-
-
-def _written(entries: list[HfModule]) -> list[HfModule]:
-    """One module for each part: the first that the table has."""
-    return list({entry.part: entry for entry in reversed(entries)}.values())[::-1]
 
 
 def _module(tensor: str, found: list[tuple[HfModule, ModuleUpdate]], table: NameTable) -> Any:
@@ -190,7 +190,7 @@ def _add_biases(
     for path, delta in biases.items():
         target = layout[path]
         stack = target.sizes(target.stack)
-        for entry in _written(table.entries(path)):
+        for entry in written(table.entries(path)):
             for index, tensor in table.tensors(path, entry, stack):
                 module = tensor.removesuffix(".bias")
                 if module not in updates or entry.rows is not None:
@@ -203,53 +203,3 @@ def _add_biases(
                     value = value[np.argsort(rotary_order(len(value), entry.rotary))]
                 update = updates[module]
                 updates[module] = update._replace(bias=value / np.float32(update.scale))
-
-
-def _values(
-    whole: Mapping[str, Any], leaves: Mapping[str, Any], table: NameTable
-) -> dict[str, np.ndarray]:
-    """Whole parameters as tensors of modules."""
-    found: dict[str, np.ndarray] = {}
-    fused: dict[str, list[tuple[tuple[int, int], np.ndarray]]] = {}
-    for path, value in whole.items():
-        value = np.asarray(value)
-        for entry in _written(table.entries(path)):
-            stack = value.shape[: table.holes(path, entry)]
-            for index, tensor in table.tensors(path, entry, stack):
-                x = value[index]
-                if entry.part is not None:
-                    x = x[..., entry.part[0] : sum(entry.part)]
-                x = whole_to_module(path, entry, x)
-                if entry.rotary:
-                    x = x[np.argsort(rotary_order(len(x), entry.rotary))]
-                if entry.rows is None:
-                    found[tensor] = x
-                else:
-                    fused.setdefault(tensor, []).append((entry.rows, x))
-    for tensor, rows in fused.items():
-        found[tensor] = _fused_value(tensor, rows, leaves, table)
-    return found
-
-
-def _fused_value(tensor: str, rows: Any, leaves: Mapping[str, Any], table: NameTable) -> np.ndarray:
-    """The tensor of a fused module; rows that were not trained are the base's."""
-    places = [p for p in table.find(tensor) if p.entry.rows is not None]
-    total = max(sum(p.entry.rows or (0,)) for p in places)
-    out = np.zeros((total, *rows[0][1].shape[1:]), rows[0][1].dtype)
-    done = set()
-    for (start, size), x in rows:
-        out[start : start + size] = x
-        done.add((start, size))
-    for place in places:
-        if place.entry.rows in done:
-            continue
-        if place.path not in leaves:
-            raise LoraError(
-                f"{tensor!r} holds {place.path!r} too, which was not trained: pass "
-                "params=, the base"
-            )
-        x = np.asarray(dense(leaves[place.path]))[place.at]
-        x = whole_to_module(place.path, place.entry, x)
-        start, size = place.entry.rows or (0, 0)
-        out[start : start + size] = x
-    return out

@@ -169,7 +169,7 @@ def _spelled(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     table = name_table(names, adapter, params)
     modules = out_of_adapter(adapter, table, params)
-    settings, tensors = profiles.spelled(profile, modules, table, params)
+    settings, tensors = profiles.spelled(profile, modules, table, adapter.layout, params)
     settings |= {"base_model_name_or_path": base, "task_type": task_type}
     return dict(sorted(settings.items())), tensors
 

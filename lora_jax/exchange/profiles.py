@@ -15,10 +15,11 @@ from lora_jax import paths
 from lora_jax.base import dense
 from lora_jax.errors import LoraError, listed
 from lora_jax.exchange import experts, peft_keys
-from lora_jax.exchange.axes import whole_to_module
+from lora_jax.exchange.axes import stack_axes, stack_first, whole_to_module
 from lora_jax.exchange.module_update import Modules, ModuleUpdate
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.peft_config import OFF
+from lora_jax.layout import Layout
 
 DECISIVE = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
@@ -29,7 +30,7 @@ EXPERTS_VERSION = "0.19.1"  # how experts are written: the first PEFT that reads
 
 
 def spelled(
-    profile: str, modules: Modules, table: NameTable, params: Any
+    profile: str, modules: Modules, table: NameTable, layout: Layout, params: Any
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the settings and the tensors of a folder.
 
@@ -39,11 +40,11 @@ def spelled(
     if profile not in ("faithful", "portable"):
         raise LoraError(f"profile is {profile!r}; there are 'faithful' and 'portable'")
     updates = _with_biases(modules.updates)
-    sizes = _known_modules(table, params)
+    sizes = _known_modules(table, layout, params)
     if profile == "portable":
         _check_portable(modules)
         updates = _at_one_rank(_in_every_layer(updates, sizes))
-    values = _with_siblings(modules.values, updates, table, params)
+    values = _with_siblings(modules.values, table, layout, params)
     updates |= _at_one_rank({n: u for n, u in updates.items() if u.layer == "experts"})
     parameters, packed = experts.pack(updates)
     single = {name: u for name, u in updates.items() if u.layer != "experts"}
@@ -134,6 +135,7 @@ def _settings(updates: Mapping[str, ModuleUpdate], rslora: bool, first: bool) ->
             for name, u in updates.items()
         }
     r, alpha = (_usual(list(x.values())[: 1 if first else None], 8) for x in (ranks, scaled))
+    products = [u for u in updates.values() if u.layer == "linear"]
     dora = [name for name, u in updates.items() if u.magnitude is not None]
     if dora and len(dora) < len(updates):
         plain = next(name for name, u in updates.items() if u.magnitude is None)
@@ -152,7 +154,7 @@ def _settings(updates: Mapping[str, ModuleUpdate], rslora: bool, first: bool) ->
         "lora_bias": any(u.bias is not None for u in updates.values()),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": bool(products) and all(u.stored_in_out for u in products),
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
@@ -171,7 +173,7 @@ def _usual(values: Iterable[Any], default: Any) -> Any:
     return counted[0][0] if counted else default
 
 
-def _known_modules(table: NameTable, params: Any) -> dict[str, int]:
+def _known_modules(table: NameTable, layout: Layout, params: Any) -> dict[str, int]:
     """All modules of the model that have a weight, with its size; none without params."""
     if params is None:
         return {}
@@ -179,10 +181,10 @@ def _known_modules(table: NameTable, params: Any) -> dict[str, int]:
     for path in table.paths():
         for entry in table.entries(path):
             shape = tuple(leaves[path].shape)
-            holes = table.holes(path, entry)
-            for _, name in table.tensors(path, entry, shape[:holes]):
+            stack = [shape[i] for i in stack_axes(layout, path, table.holes(path, entry))]
+            size = math.prod(shape) // math.prod(stack) if entry.part is None else 0
+            for _, name in table.tensors(path, entry, stack):
                 if name.endswith(".weight"):
-                    size = math.prod(shape[holes:]) if entry.part is None else 0
                     found[name.removesuffix(".weight")] = size
     return found
 
@@ -222,7 +224,7 @@ def _targets(updates: Mapping[str, ModuleUpdate], known: set[str], short: bool) 
 
 
 def _with_siblings(
-    values: Mapping[str, np.ndarray], updates: Any, table: NameTable, params: Any
+    values: Mapping[str, np.ndarray], table: NameTable, layout: Layout, params: Any
 ) -> dict[str, np.ndarray]:
     """Whole tensors with the others of their modules, which PEFT wants together."""
     found = dict(values)
@@ -238,7 +240,8 @@ def _with_siblings(
                 "module with all of its tensors: pass params=, the base"
             )
         for place in table.find(other) if params is not None else ():
-            value = np.asarray(dense(leaves[place.path]))[place.at]
+            value = np.asarray(dense(leaves[place.path]))
+            value = stack_first(layout, place.path, len(place.at), value)[place.at]
             found[other] = whole_to_module(place.path, place.entry, value)
     return found
 

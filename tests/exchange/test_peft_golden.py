@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lora_jax
+from lora_jax import multi
 from lora_jax.exchange import peft
 from tests.exchange.tiny import ADAPTERS, Model, built_in, toy
 
@@ -66,6 +68,21 @@ def test_half_of_a_tied_pair_is_refused() -> None:
         lora_jax.LoraError, match=r"(?s)adapter_model.*is the embedding and the out"
     ):
         peft.load(ADAPTERS / "half_tied", model.names, model.f, model.params, model.x)
+
+
+def test_a_mixed_batch_is_pefts_adapter_names() -> None:
+    model, golden = built_in("llama"), np.load(ADAPTERS / "mixed.npz")
+    names = [str(name) for name in golden["names"]]
+    loaded = [
+        peft.load(ADAPTERS / name, model.names, model.f, model.params, model.x)
+        for name in names
+        if name != "__base__"
+    ]
+    layout, stack = multi.stack(loaded)
+    chosen = multi.select(stack, jnp.array([0, multi.BASE, 1, 2]))
+    ids = jnp.asarray(golden["input_ids"], jnp.int32)
+    got = jax.jit(lora_jax.adapt(layout, model.f))(model.params, chosen, ids)
+    np.testing.assert_allclose(got, golden["out"], atol=1e-5)
 
 
 def experts_function(transposed: bool) -> Any:

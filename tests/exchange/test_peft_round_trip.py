@@ -240,8 +240,16 @@ def test_heads_and_a_stack_on_the_second_axis(tmp_path: Path) -> None:
     adapter = drawn(model, LoraSpec(2, 3.0, "*/kernel"))
     assert adapter.layout["q/kernel"].stack == (1,)
     assert_same(model, adapter, tmp_path / "a")
-    assert_same(model, adapter, tmp_path / "b", profile="portable")
-    unsaid = {"q/kernel": "layers.{layer}.q_proj", "o/kernel": "layers.{layer}.o_proj"}
+    assert_same(model, adapter, tmp_path / "b", profile="portable", params=params)
+    assert peft.tensor_file.read_json(tmp_path / "b" / peft.CONFIG)["target_modules"] == [
+        "o_proj",
+        "q_proj",
+    ]
+    norm = {"norm": jnp.ones((6, 3))}
+    model = Model(f, params | norm, names | {"norm": "layers.{layer}.norm"}, X)
+    adapter = adapter._replace(trainable={"norm": jnp.asarray(draw((6, 3)), jnp.float32)})
+    assert_same(model, adapter, tmp_path / "d", params=model.params)
+    unsaid: Names = {"q/kernel": "layers.{layer}.q_proj", "o/kernel": "layers.{layer}.o_proj"}
     with pytest.raises(lora_jax.LoraError, match=r"(?s)o/kernel.*HfModule\(.*layer='linear'\)"):
         peft.save(tmp_path / "c", unsaid, adapter, base="b")
 

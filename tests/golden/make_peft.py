@@ -194,6 +194,19 @@ def write(name, base_name, settings):
     np.savez_compressed(HERE / name / "expected.npz", out=out.numpy(), **arrays)
 
 
+def write_mixed():
+    """A batch whose rows have adapters of their own, by adapter_names."""
+    torch.manual_seed(5)
+    names = ["plain", "__base__", "rslora", "regex"]
+    model = peft.PeftModel.from_pretrained(base("llama"), HERE / "plain", adapter_name="plain")
+    for name in ("rslora", "regex"):
+        model.load_adapter(HERE / name, adapter_name=name)
+    ids = torch.randint(3, 23, (4, 7))
+    with torch.no_grad():
+        out = model.eval()(input_ids=ids, adapter_names=names).logits
+    np.savez_compressed(HERE / "mixed.npz", out=out.numpy(), input_ids=ids.numpy(), names=names)
+
+
 def main():
     if sys.argv[1:] == ["experts"]:
         return write_experts()
@@ -203,6 +216,7 @@ def main():
     np.savez_compressed(HERE / "toy.npz", **toy)
     for name, (base_name, settings) in CASES.items():
         write(name, base_name, settings)
+    write_mixed()
     return None
 
 
