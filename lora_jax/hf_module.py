@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from lora_jax.errors import LoraError
+
 LayerKind = Literal["linear", "embedding", "conv", "experts"]
 EMBEDDING = re.compile(r".*embed(ding)?s?(_tokens|_in)?|wte|wpe|shared|tok_embeddings")
 
@@ -34,7 +36,7 @@ class HfModule:
       rotary: the size of a head, where our model rotates the pairs (2i, 2i + 1) of it and theirs
         (i, i + half), as Hugging Face's does.
       transposed: whether the module stores a whole weight as [out, in] and ours is [in, out].
-        None: where the path ends with `kernel`.
+        None: where the last key of the path is `kernel`, and not where it is `weight`.
       tied: the output head that shares this embedding, `"lm_head"`.
     """
 
@@ -66,8 +68,21 @@ class HfModule:
         return "embedding" if found else ""
 
     def is_transposed(self, path: str) -> bool:
-        """`transposed`, or what the path says of it."""
-        return path.endswith("kernel") if self.transposed is None else self.transposed
+        """`transposed`, or what the last key of the path says of it.
+
+        Raises:
+          LoraError: neither says it.
+        """
+        if self.transposed is not None:
+            return self.transposed
+        last = re.split(r"[/.]", path)[-1]
+        if last in ("kernel", "weight") or self.layer_of(path) == "embedding":
+            return last == "kernel"
+        raise LoraError(
+            f"{path!r} is a matrix, and nothing says whether it is stored as the module "
+            f"{self.name!r} stores its weight: HfModule({self.name!r}, transposed=True) if ours is "
+            "[in, out] and theirs [out, in], False if they are alike"
+        )
 
 
 Names = Mapping[str, "str | HfModule | Sequence[HfModule]"]

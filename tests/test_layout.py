@@ -55,7 +55,7 @@ ARROWS = {
     "beginnings": {"adapters", "analysis", "base", "bases", "errors", "layout", "paths"}
     | {"primitives", "target", "transform", "updates"},
     # files of other tools
-    "hf_module": set(),
+    "hf_module": {"errors"},
     "exchange": {"adapters", "base", "errors", "hf_module", "layout", "paths", "primitives"}
     | {"resolve", "spec", "target", "updates"},
     "extras": set(),

@@ -122,7 +122,7 @@ def _updates(
                 target.scaling,
                 None if lengths is None else lengths[index][rows],
                 layer=layer or "linear",
-                stored_in_out=ours != entry.is_transposed(target.path),
+                stored_in_out=ours and entry.transposed is False,
             )
             if entry.rotary:
                 update = update.of_rows(np.argsort(rotary_order(len(rows), entry.rotary)))
