@@ -85,7 +85,7 @@ class HfModule:
         )
 
 
-Names = Mapping[str, "str | HfModule | Sequence[HfModule]"]
+HfNames = Mapping[str, "str | HfModule | Sequence[HfModule]"]
 """`{path: module}`. Several modules for one path are the parts of a fused parameter; of several
 for the same part the first is written and each is read. A path holds `{layer}` and the like."""
 

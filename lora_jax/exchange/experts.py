@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_jax.errors import LoraError
 from lora_jax.exchange.module_update import ModuleUpdate
-from lora_jax.exchange.names import NameTable, Place
+from lora_jax.exchange.names import NameTable, TensorPlace
 from lora_jax.exchange.peft_config import PeftConfig
 from lora_jax.exchange.peft_keys import PREFIX
 from lora_jax.resolve import resolve
@@ -107,7 +107,7 @@ class _Sizes:
         stored = ours != entry.is_transposed(places[0].path)
         return _Size(target.shape[target.stack[-1]], target.fan_in, outputs, stored)
 
-    def _target(self, place: Place) -> Target:
+    def _target(self, place: TensorPlace) -> Target:
         if place.path not in self._found:
             f, params, *args = self._traced
             layout = resolve(LoraSpec(1, 1.0, (Rule(place.path),)), f, params, *args)

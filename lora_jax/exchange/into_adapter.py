@@ -164,6 +164,10 @@ def _filled(target: Target, pieces: list[_Piece], w: Any) -> tuple[Target, Any]:
 
 def _zero(target: Target, w: Any) -> dict[str, np.ndarray]:
     """Arrays whose update is zero, to be filled: a layer that the file does not have keeps them."""
+    if target.kind == "lora":
+        return {
+            n: np.zeros(x, np.float32) for n, x in kind_of(target).shapes(target)._asdict().items()
+        }
     zeros = lambda key, target, dtype: jnp.zeros(target.a_shape, dtype)  # noqa: E731
     fresh = kind_of(target).init(jax.random.key(0), target, jnp.float32, zeros, w)
     return {name: np.array(x) for name, x in fresh._asdict().items()}

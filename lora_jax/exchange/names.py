@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.hf_module import HfModule, Names
+from lora_jax.hf_module import HfModule, HfNames
 
 HOLE = re.compile(r"\{(\w+)\}")
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """Where a tensor is in the tree.
 
     path: of the parameter; entry: what the table says; at: along the stack axes of the parameter,
@@ -34,10 +34,10 @@ class NameTable:
       shapes: of the parameters, by path.
     """
 
-    def __init__(self, names: Names | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, names: HfNames | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._names = names
         self._entries = dict(_entries(names, shapes))
-        self._exact: dict[str, list[Place]] = {}
+        self._exact: dict[str, list[TensorPlace]] = {}
         self._stacked: list[tuple[re.Pattern[str], str, HfModule, bool]] = []
         for path, entries in self._entries.items():
             for entry, template in entries:
@@ -49,14 +49,14 @@ class NameTable:
         if HOLE.search(template):
             self._stacked.append((_regex(template), path, entry, tied))
         else:
-            self._exact.setdefault(template, []).append(Place(path, entry, (), tied))
+            self._exact.setdefault(template, []).append(TensorPlace(path, entry, (), tied))
 
-    def find(self, tensor: str) -> list[Place]:
+    def find(self, tensor: str) -> list[TensorPlace]:
         """Return where a tensor is; more than one place if the module is a fused one."""
         found = list(self._exact.get(tensor, ()))
         for regex, path, entry, tied in self._stacked:
             if match := regex.fullmatch(tensor):
-                found.append(Place(path, entry, tuple(map(int, match.groups())), tied))
+                found.append(TensorPlace(path, entry, tuple(map(int, match.groups())), tied))
         return found
 
     def near(self, tensor: str) -> str:
@@ -121,7 +121,7 @@ def written(entries: list[HfModule]) -> list[HfModule]:
 
 
 def _entries(
-    names: Names | None, shapes: Mapping[str, tuple[int, ...]]
+    names: HfNames | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, list[tuple[HfModule, str]]]]:
     """For each path the modules, each with the tensor's name in which numbers may be open."""
     if names is None:

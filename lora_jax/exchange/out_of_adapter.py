@@ -23,7 +23,7 @@ from lora_jax.exchange.module_update import (
 )
 from lora_jax.exchange.names import NameTable, written
 from lora_jax.exchange.whole import out_of_parameters
-from lora_jax.hf_module import HfModule, Names
+from lora_jax.hf_module import HfModule, HfNames
 from lora_jax.layout import Layout
 from lora_jax.target import Target
 from lora_jax.updates import Factors, kind_of
@@ -31,7 +31,7 @@ from lora_jax.updates import Factors, kind_of
 Pieces = dict[str, list[tuple[HfModule, Any]]]  # by the tensor's name
 
 
-def name_table(names: Names | None, adapter: Adapter, params: Any = None) -> NameTable:
+def name_table(names: HfNames | None, adapter: Adapter, params: Any = None) -> NameTable:
     """Return the table of an adapter's parameters, and of all others where they are given."""
     shapes = {t.path: t.shape for t in adapter.layout.targets}
     shapes |= {path: np.shape(x) for path, x in adapter.trainable.items()}

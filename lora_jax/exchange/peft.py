@@ -24,10 +24,10 @@ from lora_jax.exchange import consumers, experts, peft_config, peft_keys, profil
 from lora_jax.exchange.into_adapter import into_adapter
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
-from lora_jax.hf_module import Names
+from lora_jax.hf_module import HfNames
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-Folder = str | os.PathLike[str]
+FolderPath = str | os.PathLike[str]
 
 
 class Saved(NamedTuple):
@@ -45,8 +45,8 @@ class Saved(NamedTuple):
 
 
 def load(
-    folder: Folder,
-    names: Names | None,
+    folder: FolderPath,
+    names: HfNames | None,
     f: Callable[..., Any],
     params: Any,
     *args: Any,
@@ -92,8 +92,8 @@ def load(
 
 
 def save(
-    folder: Folder,
-    names: Names | None,
+    folder: FolderPath,
+    names: HfNames | None,
     adapter: Adapter,
     *,
     base: str,
@@ -134,9 +134,9 @@ def save(
 
 
 def check(
-    adapter: Adapter | Folder,
+    adapter: Adapter | FolderPath,
     consumer: str,
-    names: Names | None = None,
+    names: HfNames | None = None,
     *,
     profile: Literal["faithful", "portable"] = "faithful",
     params: Any = None,
@@ -160,7 +160,7 @@ def check(
 
 
 def _spelled(
-    names: Names | None,
+    names: HfNames | None,
     adapter: Adapter,
     base: str,
     profile: str,

@@ -12,11 +12,11 @@ from lora_jax.base import dense
 from lora_jax.errors import LoraError
 from lora_jax.exchange.axes import stack_first, whole_from_module, whole_to_module
 from lora_jax.exchange.module_update import Modules, rotary_order
-from lora_jax.exchange.names import NameTable, Place, written
+from lora_jax.exchange.names import NameTable, TensorPlace, written
 from lora_jax.layout import Layout
 
 
-def places_of(table: NameTable, tensor: str) -> list[Place]:
+def places_of(table: NameTable, tensor: str) -> list[TensorPlace]:
     """Return where a tensor of a file is.
 
     Raises:
@@ -74,7 +74,7 @@ def into_parameters(
     return {path: jnp.asarray(value) for path, value in new.items()}
 
 
-def _put(into: np.ndarray, place: Place, value: np.ndarray) -> None:
+def _put(into: np.ndarray, place: TensorPlace, value: np.ndarray) -> None:
     entry = place.entry
     if entry.rows is not None:
         value = value[entry.rows[0] : sum(entry.rows)]
@@ -90,7 +90,7 @@ def _put(into: np.ndarray, place: Place, value: np.ndarray) -> None:
         part[slot] = whole_from_module(place.path, entry, value, part[slot].shape)
 
 
-def _put_rows(into: np.ndarray, place: Place, numbers: Any, values: np.ndarray) -> None:
+def _put_rows(into: np.ndarray, place: TensorPlace, numbers: Any, values: np.ndarray) -> None:
     if values.shape != (len(numbers), *into.shape[1:]) or max(numbers, default=0) >= len(into):
         raise LoraError(
             f"{place.entry.name!r}: the file has rows {list(numbers)[:5]}... of shape "

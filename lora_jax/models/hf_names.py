@@ -1,12 +1,12 @@
 """The Hugging Face modules of the built-in models' parameters, for `lora_jax.exchange`."""
 
-from lora_jax.hf_module import HfModule, Names
+from lora_jax.hf_module import HfModule, HfNames
 from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
 from lora_jax.models.weights.assemble import Head
 from lora_jax.models.weights.names import BERT, LLAMA, ROBERTA, TensorName, TensorNames
 
 
-def hf_names(config: BuiltInConfig, head: Head | None = None, root: str = "") -> Names:
+def hf_names(config: BuiltInConfig, head: Head | None = None, root: str = "") -> HfNames:
     """Return `{path: module}` of every parameter that the model of `config` can have.
 
     Args:

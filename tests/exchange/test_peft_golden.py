@@ -24,7 +24,9 @@ BASES = {
     "bert": ["bert"],
     "roberta": ["roberta"],
 }
-CASES = [(base, name) for base, names in BASES.items() for name in names]
+CASES = [(base, name, False) for base, names in BASES.items() for name in names]
+SCANNED = ("patterns", "dora", "one_layer", "embedding", "saved", "bias_lora_only", "tied", "bert")
+CASES += [(base, name, True) for base, name, _ in CASES if name in SCANNED]
 
 
 def logits(model: Model, adapter: lora_jax.Adapter, x: Any) -> np.ndarray:
@@ -40,8 +42,7 @@ def expected(name: str) -> tuple[Any, np.ndarray]:
     return jnp.asarray(x, jnp.int32 if x.dtype == np.int64 else x.dtype), out
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize(("base", "name"), CASES)
+@pytest.mark.parametrize(("base", "name", "scan"), CASES)
 def test_logits_are_those_of_peft(base: str, name: str, scan: bool) -> None:
     """Red: alpha / r for rsLoRA, a norm over the wrong axis, a transposed factor, a lost bias."""
     model = built_in(base, scan)

@@ -14,7 +14,7 @@ import pytest
 import lora_jax
 from lora_jax import LoraSpec, Rule, models
 from lora_jax.exchange import peft
-from lora_jax.hf_module import HfModule, Names, fused
+from lora_jax.hf_module import HfModule, HfNames, fused
 from tests.exchange.tiny import GOLDEN, Model, built_in, toy
 
 X = jnp.ones((2, 6))
@@ -164,7 +164,7 @@ SLICES = {
     f"{n}/kernel": HfModule("attn.qkv_proj", rows=rows)
     for n, rows in zip("qkv", ((0, 8), (8, 4), (12, 4)), strict=True)
 }
-PARTS: Names = {"qkv/kernel": fused(("attn.q_proj", 8), ("attn.k_proj", 4), ("attn.v_proj", 4))}
+PARTS: HfNames = {"qkv/kernel": fused(("attn.q_proj", 8), ("attn.k_proj", 4), ("attn.v_proj", 4))}
 FORMS = {
     "ours_fused": Model(joined_function, JOINED, PARTS, X),
     "both_fused": Model(joined_function, JOINED, {"qkv/kernel": "attn.qkv_proj"}, X),
@@ -232,7 +232,7 @@ def test_heads_and_a_stack_on_the_second_axis(tmp_path: Path) -> None:
         "q": {"kernel": jnp.asarray(draw((6, 3, 2, 4)), jnp.float32)},
         "o": {"kernel": jnp.asarray(draw((2, 3, 4, 6)), jnp.float32)},
     }
-    names: Names = {
+    names: HfNames = {
         "q/kernel": "layers.{layer}.q_proj",
         "o/kernel": HfModule("layers.{layer}.o_proj", layer="linear"),
     }
@@ -249,7 +249,7 @@ def test_heads_and_a_stack_on_the_second_axis(tmp_path: Path) -> None:
     model = Model(f, params | norm, names | {"norm": "layers.{layer}.norm"}, X)
     adapter = adapter._replace(trainable={"norm": jnp.asarray(draw((6, 3)), jnp.float32)})
     assert_same(model, adapter, tmp_path / "d", params=model.params)
-    unsaid: Names = {"q/kernel": "layers.{layer}.q_proj", "o/kernel": "layers.{layer}.o_proj"}
+    unsaid: HfNames = {"q/kernel": "layers.{layer}.q_proj", "o/kernel": "layers.{layer}.o_proj"}
     with pytest.raises(lora_jax.LoraError, match=r"(?s)o/kernel.*HfModule\(.*layer='linear'\)"):
         peft.save(tmp_path / "c", unsaid, adapter, base="b")
 

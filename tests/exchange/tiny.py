@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import models
-from lora_jax.hf_module import HfModule, Names
+from lora_jax.hf_module import HfModule, HfNames
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = GOLDEN / "golden_peft"
@@ -25,7 +25,7 @@ class Model:
 
     f: Callable[..., Any]
     params: Any
-    names: Names | None
+    names: HfNames | None
     x: Any
 
 
@@ -45,7 +45,7 @@ def built_in(name: str, scan: bool = False) -> Model:
     return Model(f, source.load(config), models.hf_names(config), ids)
 
 
-TOY_NAMES: Names = {
+TOY_NAMES: HfNames = {
     "conv2/kernel": HfModule("conv2", layer="conv"),
     "conv1/kernel": HfModule("conv1", layer="conv"),
     "fused": HfModule("fused", transposed=False),
