@@ -14,6 +14,7 @@ import pytest
 import lora_jax
 from lora_jax import multi
 from lora_jax.exchange import peft
+from lora_jax.hf_module import HfModule, HfNames
 from tests.exchange.tiny import ADAPTERS, Model, built_in, toy
 
 BASES = {
@@ -113,6 +114,38 @@ def test_experts_by_version(version: str, form: str, tmp_path: Path) -> None:
     peft.save(tmp_path / "again", None, adapter, base="toy")
     again = peft.load(tmp_path / "again", None, f, params, x)
     np.testing.assert_allclose(logits(model, again, x), golden["out"], atol=1e-5)
+
+
+@pytest.mark.parametrize("version", ["0.18.1", "0.21.2"])
+def test_experts_of_kernels_that_are_apart(version: str, tmp_path: Path) -> None:
+    """Gate and up are two kernels [experts, in, out] here, and rows of one parameter there."""
+    name = f"experts_{version}_plain"
+    golden = np.load(ADAPTERS / name / "expected.npz")
+    both, down = (golden[f"experts/{n}_proj"].swapaxes(1, 2) for n in ("gate_up", "down"))
+    weights = {"gate": both[..., :3], "up": both[..., 3:], "down": down}
+    params = {n: {"kernel": jnp.asarray(x)} for n, x in weights.items()}
+
+    def f(p: Any, x: Any) -> Any:
+        each = jnp.broadcast_to(x, (4, *x.shape))
+        gate, up = (jnp.einsum("ebi,eio->ebo", each, p[n]["kernel"]) for n in ("gate", "up"))
+        return jnp.einsum("ebi,eio->ebo", jnp.tanh(gate) * up, p["down"]["kernel"]).sum(0)
+
+    start = "experts.{expert}"
+    names: HfNames = {
+        "gate/kernel": HfModule(f"{start}.gate_up_proj", layer="experts", rows=(0, 3)),
+        "up/kernel": HfModule(f"{start}.gate_up_proj", layer="experts", rows=(3, 3)),
+        "down/kernel": HfModule(f"{start}.down_proj", layer="experts"),
+    }
+    model = Model(f, params, names, golden["x"])
+    adapter = peft.load(ADAPTERS / name, names, f, params, model.x)
+    np.testing.assert_allclose(logits(model, adapter, model.x), golden["out"], atol=1e-5)
+    # written with a key for each expert, and read by either name
+    keys = {n: f"{start}.{n.split('/')[0]}_proj" for n in names}
+    either = {n: (HfModule(keys[n]), names[n]) for n in names}
+    for number, table in enumerate((names, keys, either)):
+        peft.save(tmp_path / str(number), table, adapter, base="b")
+        again = peft.load(tmp_path / str(number), either, f, params, model.x)
+        np.testing.assert_allclose(logits(model, again, model.x), golden["out"], atol=1e-5)
 
 
 def test_a_development_version_is_refused(tmp_path: Path) -> None:
