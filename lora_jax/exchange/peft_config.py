@@ -15,7 +15,7 @@ from lora_jax.exchange.tensor_file import shown
 HISTORY = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
     "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
-    "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
+    "qalora_group_size", "revision", "runtime_config", "velora_config",
 }  # fmt: skip
 # What changes the function and cannot be said here; refused unless it is switched off.
 REFUSED = {
@@ -28,6 +28,12 @@ REFUSED = {
     "use_bdlora": "block-diagonal factors; convert it to plain LoRA in PEFT",
     "use_qalora": "QALoRA, whose factors see pooled inputs; merge it in PEFT",
 }
+HEADS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What PEFT trains as a whole by the task alone; old files do not say it again."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MOST_PATTERN = 2_000  # characters of a regular expression
 OFF: tuple[Any, ...] = (None, False, "", [], {})
@@ -57,6 +63,7 @@ class PeftConfig:
     ensure_weight_tying: bool = False
     init_lora_weights: Any = True
     peft_version: str | None = None
+    task_type: str | None = None
 
     @property
     def scaling(self) -> str:
@@ -90,6 +97,13 @@ class PeftConfig:
             if match := compiled(rf"{start}\.(?P<layer>\d+)\.").match(module):
                 return int(match["layer"]) in ([layers] if isinstance(layers, int) else layers)
         return False
+
+    def saves(self, tensor: str) -> bool:
+        """Whether a tensor is of a module that was trained as a whole."""
+        saved = self.modules_to_save or []
+        saved = [saved] if isinstance(saved, str) else saved
+        heads = HEADS.get(self.task_type or "", ())
+        return any(f".{m}." in f".{tensor}" for m in (*saved, *heads))
 
     def token_numbers(self, module: str) -> list[int]:
         """The rows of an embedding that were trained.
@@ -222,7 +236,7 @@ def _check(known: Mapping[str, Any]) -> None:
         "layers_pattern": texts, "target_parameters": texts, "modules_to_save": texts,
         "trainable_token_indices": lambda x: isinstance(x, dict | list),
         "init_lora_weights": lambda x: isinstance(x, bool | str),
-        "peft_version": lambda x: isinstance(x, str),
+        "peft_version": lambda x: isinstance(x, str), "task_type": lambda x: isinstance(x, str),
     }  # fmt: skip
     for key, value in known.items():
         if not rules[key](value):

@@ -62,29 +62,28 @@ def parse(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> Modules:
             base[name.replace(".base_layer.", ".")] = x
         elif ".original_module." not in name:  # which PEFT does not use
             name = WRAPPED.sub(".", name)
-            _check_value(key, name, config)
+            _check_value(key, name)
             if name in values and not np.array_equal(values[name], x):
                 raise LoraError(f"{key} is there under another key with other numbers")
             values[name] = x
+    for name in values:
+        if name.rpartition(".")[0] in grouped:
+            raise LoraError(
+                f"{PREFIX}{name}: its module has factors too, whose own weight and bias PEFT has "
+                "under base_layer, so PEFT would not load this one"
+            )
+    base |= {name: x for name, x in values.items() if not config.saves(name)}
+    values = {name: x for name, x in values.items() if name not in base}
     updates = {module: update_of(module, slots, config) for module, slots in grouped.items()}
     return Modules(updates, values, base, rows, config.ensure_weight_tying)
 
 
-def _check_value(key: str, name: str, config: PeftConfig) -> None:
-    """A whole tensor: a bias that the configuration speaks of, or one of modules_to_save."""
+def _check_value(key: str, name: str) -> None:
+    """A whole tensor: of modules_to_save, a bias, or a table of another size."""
     if "lora_" in name or not name.endswith((".weight", ".bias")):
         raise LoraError(
             f"{key}: not a name that PEFT's files have. A key holds no adapter's name (as "
             f"lora_A.default.weight does); known endings:\n{listed([*SLOTS, TOKENS], 10)}"
-        )
-    if name.endswith(".bias") and config.bias == "all":
-        return
-    saved = config.modules_to_save or []
-    saved = [saved] if isinstance(saved, str) else saved
-    if not any(f".{m}." in f".{name}" for m in saved):
-        raise LoraError(
-            f"{key}: a whole tensor, and its module is not among modules_to_save {saved}, so PEFT "
-            "would not load it"
         )
 
 

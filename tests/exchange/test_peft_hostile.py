@@ -106,7 +106,7 @@ WRONG = {
         "lora_A.default.weight",
     ),
     "a way out": (tensor("base_model.model.../../q", [1.0]), TENSORS, r"\.\./\.\./q"),
-    "an unsaid module": (tensor(f"{Q}.weight", np.ones((5, 6))), TENSORS, "modules_to_save"),
+    "a weight beside factors": (tensor(f"{Q}.weight", np.ones((5, 6))), TENSORS, "base_layer"),
     "a magnitude unasked": (tensor(f"{Q}.lora_magnitude_vector", np.ones(5)), TENSORS, "use_dora"),
     "a rank of 10^12": (setting("r", 10**12), TENSORS, f"{Q}.*1000000000000"),
     "another rank": (setting("r", 4), TENSORS, Q),
