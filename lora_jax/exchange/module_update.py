@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, listed
 
 
 class ModuleUpdate(NamedTuple):
@@ -169,3 +169,41 @@ def rotary_order(rows: int, head: int) -> np.ndarray:
     if head % 2 or rows % head:
         raise LoraError(f"rotary={head}: {rows} output rows are not heads of this (even) size")
     return np.arange(rows).reshape(-1, 2, head // 2).swapaxes(1, 2).reshape(rows)
+
+
+def check_plain(modules: Modules, format: str, layers: Collection[str], dora: bool = False) -> None:
+    """Raise `LoraError` unless a format that knows factors and little else can carry the modules.
+
+    Args:
+      modules: what is to be written.
+      format: its name, for the message.
+      layers: the kinds of layer that it has.
+      dora: whether it has the lengths of DoRA, for linear layers.
+    """
+    wrong = [f"{name}: trained as a whole" for name in modules.values]
+    for name, u in modules.updates.items():
+        if u.layer not in layers:
+            wrong.append(f"{name}: {u.layer}")
+        if u.magnitude is not None and not (dora and u.layer == "linear"):
+            wrong.append(f"{name}: DoRA")
+        if u.bias is not None:
+            wrong.append(f"{name}: a bias")
+    if wrong or not modules.updates:
+        raise LoraError(
+            f"{format} cannot carry these:\n{listed(wrong or ['an adapter without factors'])}\n"
+            "Save it as PEFT, or merge the adapter and ship the model. What was trained as a whole "
+            "can be left out: adapter._replace(trainable={})"
+        )
+
+
+def at_one_rank(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
+    """Return the same updates with one rank and one scale, which is folded into `b` if need be."""
+    rank = max(u.rank for u in updates.values())
+    if len({u.scale for u in updates.values()}) > 1:
+        return {name: u.folded(rank) for name, u in updates.items()}
+    same = {}
+    for name, u in updates.items():
+        alpha = u.alpha if u.rank == rank and u.scaling == "alpha/r" else u.scale * rank
+        padded = u._replace(alpha=float(u.rank), scaling="alpha/r").folded(rank)
+        same[name] = padded._replace(alpha=alpha)
+    return same

@@ -85,7 +85,7 @@ class NameTable:
         Raises:
           LoraError: the name has not as many numbers as the parameter has stack axes.
         """
-        template = next(t for e, t in self._entries[path] if e == entry)
+        template = self.template(path, entry)
         holes = list(dict.fromkeys(HOLE.findall(template)))
         if len(holes) != len(stack):
             raise LoraError(
@@ -111,8 +111,11 @@ class NameTable:
 
     def holes(self, path: str, entry: HfModule) -> int:
         """How many stack axes the name counts along."""
-        template = next(t for e, t in self._entries[path] if e == entry)
-        return len(set(HOLE.findall(template)))
+        return len(set(HOLE.findall(self.template(path, entry))))
+
+    def template(self, path: str, entry: HfModule) -> str:
+        """The tensor's name, in which the numbers along stack axes are open."""
+        return next(t for e, t in self._entries[path] if e == entry)
 
 
 def written(entries: list[HfModule]) -> list[HfModule]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +19,7 @@ from lora_jax import paths
 from lora_jax.adapters import Adapter
 from lora_jax.errors import LoraError, listed
 from lora_jax.exchange import consumers, experts, peft_config, peft_keys, profiles, tensor_file
+from lora_jax.exchange.files import naming, write_together
 from lora_jax.exchange.into_adapter import into_adapter
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
@@ -80,10 +79,10 @@ def load(
     settings = tensor_file.read_json(place / CONFIG)
     if verify:
         _verify(place, tensors, settings)
-    with _naming(place / CONFIG):
+    with naming(place / CONFIG):
         config = peft_config.parse(settings)
     shapes = {path: tuple(x.shape) for path, x in paths.flatten(params).items()}
-    with _naming(place / TENSORS):
+    with naming(place / TENSORS):
         table = NameTable(names, shapes)
         single = experts.expand(tensors.tensors, config, table, f, params, args)
         modules = peft_keys.parse(single.tensors, config)
@@ -198,34 +197,19 @@ def _find(folder: pathlib.Path) -> pathlib.Path:
     raise LoraError(f"{place} has no {TENSORS}")
 
 
-class _naming:
-    """Puts the file's name before the message of an error."""
-
-    def __init__(self, file: pathlib.Path) -> None:
-        self._file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, LoraError):
-            raise LoraError(f"{self._file}: {error}") from error
-
-
 def _write(folder: pathlib.Path, settings: Mapping[str, Any], tensors: Any) -> None:
-    """Write both files to a folder of their own first, so that no half of an adapter is left."""
+    """Write both files, the arrays with the hashes that `_verify` compares."""
     digests = {key: tensor_file.digest(x) for key, x in tensors.items()}
     marks = {"settings": profiles.digest(settings), "tensors": digests}
     metadata = {"format": "pt", tensor_file.DIGESTS: json.dumps(marks)}
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = pathlib.Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
-    try:
-        tensor_file.write(aside / TENSORS, tensors, metadata)
-        (aside / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-        for name in (TENSORS, CONFIG):
-            os.replace(aside / name, folder / name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    text = json.dumps(settings, indent=2) + "\n"
+    write_together(
+        folder,
+        {
+            TENSORS: lambda path: tensor_file.write(path, tensors, metadata),
+            CONFIG: lambda path: path.write_text(text),
+        },
+    )
 
 
 def _verify(place: pathlib.Path, file: tensor_file.TensorFile, settings: Mapping[str, Any]) -> None:
