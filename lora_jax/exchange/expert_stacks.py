@@ -51,7 +51,9 @@ def numbered(name: str, number: int = 0) -> str:
     return re.sub(r"\bexperts\.", f"experts.{number}.", name)
 
 
-def unstack(name: str, a: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def unstack(
+    name: str, a: np.ndarray, b: np.ndarray
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Yield (module, a, b) for a pair of factors, for each expert of a stack.
 
     Raises:
@@ -60,7 +62,11 @@ def unstack(name: str, a: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, np.n
     stacked = name != numbered(name)
     fits = a.ndim == b.ndim == 2 + stacked and a.shape[-2] == b.shape[-1]
     if not fits or a.shape[:-2] != b.shape[:-2] or 0 in (*a.shape, *b.shape):
-        wanted = "[experts, rank, in] and [experts, out, rank]" if stacked else "[rank, in] and [out, rank]"
+        wanted = (
+            "[experts, rank, in] and [experts, out, rank]"
+            if stacked
+            else "[rank, in] and [out, rank]"
+        )
         raise LoraError(f"{name!r}: factors of {a.shape} and {b.shape}; expected {wanted}")
     if not stacked:
         yield name, a, b

@@ -111,10 +111,11 @@ def known_base(base: File | GgufBase) -> GgufBase:
     if not isinstance(base, GgufBase):
         fields, tensors = read_header(pathlib.Path(base))
         kind = str(fields.get("general.architecture"))
+        head_dim = fields.get(f"{kind}.attention.key_length")
         width = fields.get(f"{kind}.embedding_length")
         heads = fields.get(f"{kind}.attention.head_count")
-        whole = isinstance(width, int) and isinstance(heads, int) and heads > 0
-        head_dim = fields.get(f"{kind}.attention.key_length", width // heads if whole else None)
+        if head_dim is None and isinstance(width, int) and isinstance(heads, int) and heads:
+            head_dim = width // heads
         base = GgufBase(kind, head_dim, {name: x.shape for name, x in tensors.items()})
     if base.architecture not in PERMUTED:
         raise LoraError(

@@ -135,22 +135,15 @@ def _matching(module: str, enable_lora: Mapping[str, Sequence[bool]]) -> Sequenc
 
 
 def _check(module: str, a: np.ndarray, b: np.ndarray, groups: int, cure: str = "") -> None:
-    if (
-        a.ndim != 2
-        or b.ndim != 2
-        or 0 in (*a.shape, *b.shape)
-        or len(a) != groups * b.shape[1]
-        or len(b) % groups
-    ):
+    matrices = a.ndim == b.ndim == 2 and 0 not in (*a.shape, *b.shape)
+    if not matrices or len(a) != groups * b.shape[1] or len(b) % groups:
         raise LoraError(
             f"{module!r} has lora_A {a.shape} and lora_B {b.shape}; expected [{groups} * rank, in] "
             f"and [{groups} * n, rank].{cure}"
         )
 
 
-def _parts(
-    module: str, a: np.ndarray, b: np.ndarray, alpha: float, enabled: Sequence[bool]
-) -> Parts:
+def _parts(module: str, a: Any, b: Any, alpha: float, enabled: Sequence[bool]) -> Parts:
     numbers = [i for i, on in enumerate(enabled) if on]
     _check(module, a, b, len(numbers) or 1, f" enable_lora is {tuple(enabled)}")
     pairs = zip(np.split(a, len(numbers)), np.split(b, len(numbers)), strict=True)
@@ -193,9 +186,7 @@ def _window(module: str, table: NameTable, shapes: Mapping[str, Any]) -> tuple[i
     return None
 
 
-def _conv(
-    module: str, a: np.ndarray, b: np.ndarray, alpha: float, window: tuple[int, ...]
-) -> ModuleUpdate:
+def _conv(module: str, a: Any, b: Any, alpha: float, window: tuple[int, ...]) -> ModuleUpdate:
     """A convolution as one of rank `rank * k * k`: a row of the window has factors of its own."""
     k = window[0]
     _check(module, a, b, 1)

@@ -10,21 +10,16 @@ Keys are the model's module names with no prefix; a factor is stored the way it 
     <module>.lora_b   [rank, out]; of experts [experts, out, rank]
     <module>.m        [out], the lengths of DoRA
 
-The configuration says fine_tune_type ("lora", "dora", "full"), num_layers (counted from the last;
--1: all) and lora_parameters: rank, scale (the factor itself), dropout and keys (module names inside
-of a layer). All else in it is the history of a training run. mlx-lm refuses a tensor that is not
-named by keys and num_layers, or not of that rank.
+mlx-lm refuses a tensor whose module the configuration does not name, or that has another rank.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import pathlib
-import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +29,7 @@ from lora_jax.errors import LoraError
 from lora_jax.exchange import expert_stacks, tensor_file
 from lora_jax.exchange.files import naming, write_together
 from lora_jax.exchange.into_adapter import into_adapter
+from lora_jax.exchange.mlx_config import LAYER, MlxConfig, parse
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, at_one_rank, check_plain
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
@@ -41,18 +37,7 @@ from lora_jax.hf_module import Names
 
 CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
 FACTORS = ("lora_a", "lora_b", "m")
-LAYER = re.compile(r".*?\.(\d+)\.(.*)")
 Folder = str | os.PathLike[str]
-
-
-class MlxConfig(NamedTuple):
-    """What the configuration says of the function; see the module's docstring."""
-
-    kind: str
-    rank: int
-    scale: float
-    layers: int
-    keys: tuple[str, ...] | None
 
 
 def load(
@@ -77,8 +62,10 @@ def load(
         if not (place / name).is_file():
             raise LoraError(f"{place} has no {name}; a folder of PEFT is read by exchange.peft")
     with naming(place / CONFIG):
-        config = _config(tensor_file.read_json(place / CONFIG))
-    tensors = {k: x.astype(np.float32) for k, x in tensor_file.read(place / TENSORS).tensors.items()}
+        config = parse(tensor_file.read_json(place / CONFIG))
+    tensors = {
+        k: x.astype(np.float32) for k, x in tensor_file.read(place / TENSORS).tensors.items()
+    }
     with naming(place / TENSORS):
         shapes = {p: tuple(x.shape) for p, x in paths.flatten(params).items()}
         table = NameTable(names, shapes)
@@ -159,34 +146,6 @@ def _key(module: str) -> str:
     """The module's name inside of its layer, or all of it."""
     match = LAYER.fullmatch(module)
     return match[2] if match else module
-
-
-def _config(settings: Mapping[str, Any]) -> MlxConfig:
-    kind = settings.get("fine_tune_type", "lora")
-    if "peft_type" in settings or kind not in ("lora", "dora", "full"):
-        raise LoraError(
-            f"fine_tune_type is {kind!r}, expected 'lora', 'dora' or 'full'; a configuration with "
-            "peft_type is read by exchange.peft"
-        )
-    if kind == "full":
-        return MlxConfig(kind, 0, 1.0, -1, None)
-    given, layers = settings.get("lora_parameters"), settings.get("num_layers")
-    if not isinstance(given, dict) or type(layers) is not int:
-        raise LoraError("expected lora_parameters {rank, scale, dropout, keys} and num_layers")
-    other = set(given) - {"rank", "scale", "dropout", "keys"}
-    if other:
-        raise LoraError(
-            f"lora_parameters has {sorted(other)}; versions of mlx-lm read alpha in different ways "
-            "(scale * alpha / rank, or not at all): correct scale and take it out"
-        )
-    rank, scale, keys = given.get("rank"), given.get("scale"), given.get("keys")
-    finite = isinstance(scale, int | float) and math.isfinite(scale)
-    if type(rank) is not int or rank < 1 or not finite or isinstance(scale, bool):
-        raise LoraError(f"lora_parameters has rank {rank!r} and scale {scale!r}")
-    named = isinstance(keys, list) and all(isinstance(k, str) for k in keys)
-    if keys is not None and not named:
-        raise LoraError(f"lora_parameters.keys is {tensor_file.shown(keys)}, expected names")
-    return MlxConfig(kind, rank, float(scale), layers, None if keys is None else tuple(keys))
 
 
 def _updates(tensors: Mapping[str, np.ndarray], config: MlxConfig) -> dict[str, ModuleUpdate]:
