@@ -37,11 +37,14 @@ from lora_jax.hf_module import Names
 
 CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
 FACTORS = ("lora_a", "lora_b", "m")
-Folder = str | os.PathLike[str]
 
 
 def load(
-    folder: Folder, names: Names | None, f: Callable[..., Any], params: Any, *args: Any
+    folder: str | os.PathLike[str],
+    names: Names | None,
+    f: Callable[..., Any],
+    params: Any,
+    *args: Any,
 ) -> Adapter:
     """Read an adapter that mlx-lm, or `save`, wrote.
 
@@ -76,7 +79,7 @@ def load(
 
 
 def save(
-    folder: Folder,
+    folder: str | os.PathLike[str],
     names: Names | None,
     adapter: Adapter,
     *,
