@@ -50,6 +50,7 @@ def by_mlx_lm(folder: Path, weights: dict[str, np.ndarray], layers: int) -> dict
     """
     config = json.loads((folder / "adapter_config.json").read_text())
     asked = config["lora_parameters"]
+    assert not [k for k in asked["keys"] if ".layers." in k]  # older ones know no full names there
     modules = [name.removesuffix(".weight") for name, w in weights.items() if w.ndim == 2]
     first = layers - config["num_layers"] if config["num_layers"] > 0 else 0
     wanted = []
@@ -90,7 +91,7 @@ def by_mlx_lm(folder: Path, weights: dict[str, np.ndarray], layers: int) -> dict
     ids=["tables", "ranks", "dora", "tied"],
 )
 def test_mlx_lms_rules_give_the_merged_model(name: str, spec: LoraSpec, tmp_path: Path) -> None:
-    """Red: alpha for scale, a key with the layer's number, DoRA's lengths along the other axis."""
+    """Red: alpha for scale, a key with the number of its layer, DoRA's lengths along the other axis."""
     model, folder = built_in(name), GOLDEN / "golden_models" / name
     adapter = drawn(model, spec)
     assert_same(model, adapter, tmp_path / "a")
