@@ -102,8 +102,8 @@ def _alpha(fields: Mapping[str, Any]) -> float:
             f"{INVOCATION}: an adapter that is switched on by tokens (aLoRA) is not supported"
         )
     alpha = fields.get(ALPHA, 0.0)
-    if not isinstance(alpha, float) or not math.isfinite(alpha) or alpha < 0:
-        raise LoraError(f"{ALPHA} is {alpha!r}, expected a number that is not negative")
+    if not isinstance(alpha, float) or not math.isfinite(alpha):
+        raise LoraError(f"{ALPHA} is {alpha!r}, expected a finite float")
     return alpha
 
 

@@ -193,6 +193,18 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
     assert shapes["blk.1.ffn_up_exps.weight.lora_b"] == (2, 6, 3)
 
 
+def test_a_tree_with_hugging_faces_names_needs_no_table(tmp_path: Path) -> None:
+    def f(p: Any, ids: Any) -> Any:
+        x = jnp.take(p["model.embed_tokens.weight"], ids, axis=0)
+        return jnp.einsum("bti,oi->bto", x, p["model.layers.3.self_attn.k_proj.weight"])
+
+    draw = np.random.default_rng(2).standard_normal
+    shapes = {"model.embed_tokens.weight": (9, 6), "model.layers.3.self_attn.k_proj.weight": (8, 6)}
+    params = {name: jnp.asarray(draw(shape), jnp.float32) for name, shape in shapes.items()}
+    model = Model(f, params, None, jnp.ones((1, 3), jnp.int32))
+    assert_same(model, drawn(model, LoraSpec(2, 3.0, "**")), tmp_path / "a.gguf")
+
+
 # --- what the format cannot carry ------------------------------------------------------------
 
 

@@ -91,7 +91,7 @@ def by_mlx_lm(folder: Path, weights: dict[str, np.ndarray], layers: int) -> dict
     ids=["tables", "ranks", "dora", "tied"],
 )
 def test_mlx_lms_rules_give_the_merged_model(name: str, spec: LoraSpec, tmp_path: Path) -> None:
-    """Red: alpha for scale, a key with the number of its layer, DoRA's lengths along the other axis."""
+    """Red: alpha for scale, a key with its layer's number, DoRA's lengths along the other axis."""
     model, folder = built_in(name), GOLDEN / "golden_models" / name
     adapter = drawn(model, spec)
     assert_same(model, adapter, tmp_path / "a")
