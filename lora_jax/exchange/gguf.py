@@ -25,12 +25,12 @@ from lora_jax.exchange.into_adapter import into_adapter
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, at_one_rank, check_plain
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
-from lora_jax.hf_module import Names
+from lora_jax.hf_module import HfNames
 
 
 def load(
     file: File,
-    names: Names | None,
+    names: HfNames | None,
     f: Callable[..., Any],
     params: Any,
     *args: Any,
@@ -73,7 +73,7 @@ def load(
 
 def save(
     file: File,
-    names: Names | None,
+    names: HfNames | None,
     adapter: Adapter,
     *,
     base: File | GgufBase,
@@ -113,6 +113,8 @@ def save(
         known.check(tensor, a, b)
         if updates.get(module, ModuleUpdate(a, b, 1)).layer == "embedding" and tensor != TABLE:
             raise LoraError(f"{module!r}: of embeddings, llama.cpp adapts {TABLE} only")
+        if tensor in factors:
+            raise LoraError(f"{module!r} and another module are both {tensor!r}; adapt one of them")
         order = known.order(tensor, b.shape[-2])
         factors[tensor] = a, b if order is None else b[..., order, :]
     untied = known.shapes is None or HEAD in known.shapes

@@ -34,14 +34,14 @@ from lora_jax.exchange.files import naming
 from lora_jax.exchange.into_adapter import into_adapter
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, beside
 from lora_jax.exchange.names import NameTable
-from lora_jax.hf_module import Names
+from lora_jax.hf_module import HfNames
 
 Parts = dict[int, ModuleUpdate]  # of a MergedLinear, by the number of the part
 
 
 def load(
     state: str | os.PathLike[str] | Mapping[str, Any],
-    names: Names | None,
+    names: HfNames | None,
     f: Callable[..., Any],
     params: Any,
     *args: Any,

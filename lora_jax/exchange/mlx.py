@@ -33,7 +33,7 @@ from lora_jax.exchange.mlx_config import LAYER, MlxConfig, parse
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, at_one_rank, check_plain
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
-from lora_jax.hf_module import Names
+from lora_jax.hf_module import HfNames
 
 CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
 FACTORS = ("lora_a", "lora_b", "m")
@@ -41,7 +41,7 @@ FACTORS = ("lora_a", "lora_b", "m")
 
 def load(
     folder: str | os.PathLike[str],
-    names: Names | None,
+    names: HfNames | None,
     f: Callable[..., Any],
     params: Any,
     *args: Any,
@@ -80,7 +80,7 @@ def load(
 
 def save(
     folder: str | os.PathLike[str],
-    names: Names | None,
+    names: HfNames | None,
     adapter: Adapter,
     *,
     params: Any = None,

@@ -13,7 +13,7 @@ import pytest
 
 import lora_jax
 from lora_jax.exchange import loralib, tensor_file
-from lora_jax.hf_module import HfModule, Names
+from lora_jax.hf_module import HfModule, HfNames
 from tests.exchange.test_peft_round_trip import flat, merged
 from tests.exchange.tiny import Model, conv
 
@@ -60,8 +60,8 @@ def unrolled(p: Any, x: Any) -> Any:
     return x
 
 
-NAMES: Names = {"qkv": HfModule("h.{layer}.attn.c_attn", transposed=True)}
-OWN: Names = {f"qkv{i}": HfModule(f"h.{i}.attn.c_attn", transposed=False) for i in range(2)}
+NAMES: HfNames = {"qkv": HfModule("h.{layer}.attn.c_attn", transposed=True)}
+OWN: HfNames = {f"qkv{i}": HfModule(f"h.{i}.attn.c_attn", transposed=False) for i in range(2)}
 X = jnp.ones((2, 6))
 
 
@@ -121,7 +121,7 @@ def layers() -> Model:
         "conv": {"kernel": draw(2, 2, 1, 3)},
         "out": {"kernel": draw(18, 5), "bias": draw(5)},
     }
-    names: Names = {
+    names: HfNames = {
         "table": HfModule("wte", layer="embedding"),
         "conv/kernel": HfModule("conv", layer="conv"),
         "out/kernel": "out",
