@@ -57,9 +57,13 @@ ARROWS = {
     | {"updates"},
     "beginnings": {"adapters", "analysis", "base", "bases", "errors", "layout", "paths"}
     | {"primitives", "target", "transform", "updates"},
+    # files of other tools
+    "hf_module": {"errors"},
+    "exchange": {"adapters", "base", "errors", "extras", "hf_module", "layout", "models", "paths"}
+    | {"primitives", "resolve", "spec", "target", "updates"},
     "extras": set(),
     # models and methods: they have never heard of LoRA
-    "models": {"bases", "extras"},
+    "models": {"bases", "extras", "hf_module"},
     "baselines": {"errors", "models"},
     # what a person sees
     "console": {"errors", "extras", "models"},
@@ -99,6 +103,7 @@ CORE_LIBRARIES = {
     "optax": {"frozen", "labels"},
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},  # comes with Orbax
+    "gguf": {"exchange"},
 }
 ORBAX = {"lora_jax/checkpoint/storage.py"}  # its names still move: one file follows them
 CEILING = 400  # lines of a file

@@ -11,6 +11,7 @@ from lora_jax.models.config import VitConfig as VitConfig
 from lora_jax.models.errors import ModelConfigError as ModelConfigError
 from lora_jax.models.errors import ModelError as ModelError
 from lora_jax.models.errors import WeightsError as WeightsError
+from lora_jax.models.hf_names import hf_names as hf_names
 from lora_jax.models.llama import Llama as Llama
 from lora_jax.models.vit import Vit as Vit
 from lora_jax.models.vit import VitClassifier as VitClassifier

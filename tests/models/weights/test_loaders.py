@@ -308,7 +308,7 @@ def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(shape)
 
 
-def _write_gguf(folder: Path, path: Path, arch: str, *, drop: str = "", more: str = "") -> Path:
+def write_gguf(folder: Path, path: Path, arch: str, *, drop: str = "", more: str = "") -> Path:
     """A tiny Hugging Face folder as GGUF in float32."""
     hf = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(str(path), arch)
@@ -344,7 +344,7 @@ def _write_gguf(folder: Path, path: Path, arch: str, *, drop: str = "", more: st
 @pytest.mark.parametrize("name", ["llama", "llama_biased", "qwen2", "qwen3"])
 def test_gguf_is_the_folder(data: Path, tmp_path: Path, name: str) -> None:
     folder = data / "golden_models" / name
-    path = _write_gguf(folder, tmp_path / "model.gguf", name.removesuffix("_biased"))
+    path = write_gguf(folder, tmp_path / "model.gguf", name.removesuffix("_biased"))
     file, hf = models.open(str(path)), models.open(str(folder))
     ids = {"pad_id": None, "bos_id": None, "eos_id": None}
     got, want = (dataclasses.replace(model.config, **ids) for model in (file, hf))
@@ -361,7 +361,7 @@ def test_permutation_left_in_shows_in_the_logits(
     """The goldens can tell: rows of q and k in GGUF's order move the logits far."""
     folder = data / "golden_models" / "llama"
     golden = np.load(folder / "expected.npz")
-    file = models.open(str(_write_gguf(folder, tmp_path / "model.gguf", "llama")))
+    file = models.open(str(write_gguf(folder, tmp_path / "model.gguf", "llama")))
     monkeypatch.setattr(gguf_file, "unpermute", lambda array, heads: array)
     ids = jnp.asarray(golden["input_ids"][:1], jnp.int32)
     logits = jax.jit(models.Llama(file.config).apply)({"params": file.load()}, ids)
@@ -369,7 +369,7 @@ def test_permutation_left_in_shows_in_the_logits(
 
 
 def test_gguf_names_missing_and_unknown(data: Path, tmp_path: Path) -> None:
-    path = _write_gguf(
+    path = write_gguf(
         data / "golden_models" / "qwen3",
         tmp_path / "model.gguf",
         "qwen3",

@@ -1,0 +1,121 @@
+"""The axes of a parameter against those of a module: PyTorch's [out, in], ours as the layout says.
+
+All functions are pairs: what the one does to an array the other undoes.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from typing import Any
+
+import numpy as np
+
+from lora_jax.errors import LoraError
+from lora_jax.hf_module import HfModule
+from lora_jax.layout import Layout
+from lora_jax.target import Target
+
+
+def stack_axes(layout: Layout, path: str, count: int) -> tuple[int, ...]:
+    """The stack axes of a parameter: a target's own, else those that are usual in the layout.
+
+    Args:
+      layout: of the model.
+      path: of any parameter of it.
+      count: how many there are, by the parameter's name.
+    """
+    known = {t.path: t.stack for t in layout.targets if len(t.stack) == count}
+    usual = collections.Counter(known.values()).most_common(1)
+    return known.get(path, usual[0][0] if usual else tuple(range(count)))
+
+
+def stack_first(layout: Layout, path: str, count: int, value: np.ndarray) -> np.ndarray:
+    """A view of a parameter that has its stack axes in front."""
+    return np.moveaxis(value, stack_axes(layout, path, count), range(count))
+
+
+def input_order(target: Target, layer: str) -> tuple[int, ...]:
+    """The input axes of W in the module's order: a convolution has the channels first."""
+    if layer != "conv":
+        return target.inputs
+    channels = [i for i in target.inputs if {i - 1, i + 1} & set(target.outputs)]
+    if len(channels) != 1:
+        raise LoraError(
+            f"{target.path!r} of shape {target.shape} is not the kernel of a convolution: its "
+            f"channels are the input axis next to the output axis, and the inputs are "
+            f"{target.inputs}, the outputs {target.outputs}"
+        )
+    return (*channels, *(i for i in target.inputs if i not in channels))
+
+
+def a_from_module(target: Target, layer: str, a: np.ndarray) -> np.ndarray:
+    """[rank, in] (a convolution's [rank, in, *window]) to [fan_in, rank]."""
+    order = input_order(target, layer)
+    wanted = target.sizes(order)
+    if layer == "conv" and a.shape[1:] != wanted:
+        raise LoraError(
+            f"{target.path!r}: the file has a convolution of [in, *window] = {a.shape[1:]}, the "
+            f"model of {wanted} (a convolution in groups cannot be read: PEFT's first factor sees "
+            "all channels)"
+        )
+    if math.prod(a.shape[1:]) != target.fan_in:
+        raise LoraError(
+            f"{target.path!r} has {target.fan_in} inputs, the file {math.prod(a.shape[1:])}"
+        )
+    x = a.reshape(len(a), *wanted)
+    back = [order.index(i) for i in target.inputs]
+    return np.moveaxis(x.transpose(0, *(1 + i for i in back)), 0, -1).reshape(target.fan_in, -1)
+
+
+def a_to_module(target: Target, layer: str, a: np.ndarray) -> np.ndarray:
+    """The inverse of `a_from_module`."""
+    order = input_order(target, layer)
+    x = a.reshape(*target.sizes(target.inputs), -1)
+    x = np.moveaxis(x, -1, 0)
+    x = x.transpose(0, *(1 + target.inputs.index(i) for i in order))
+    return x if layer == "conv" else x.reshape(len(x), target.fan_in)
+
+
+def rows_of(target: Target, entry: HfModule) -> np.ndarray:
+    """The numbers of the output rows of W that a module is, in our order."""
+    rows = np.arange(target.fan_out).reshape(target.sizes(target.outputs))
+    if entry.part is None:
+        return rows.ravel()
+    start, size = entry.part
+    axis = entry.axis % rows.ndim
+    if start + size > rows.shape[axis]:
+        raise LoraError(
+            f"{target.path!r}: the names say that {entry.name!r} is the part {entry.part} of an "
+            f"output axis of size {rows.shape[axis]}"
+        )
+    return rows.take(range(start, start + size), axis).ravel()
+
+
+def whole_from_module(
+    path: str, entry: HfModule, value: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+    """A whole weight or bias of a module as (a slice of) our parameter, of the given shape."""
+    if value.ndim > 1 and entry.is_transposed(path):
+        axes = (*range(2, value.ndim), 1, 0)  # [out, in, *window] to [*window, in, out]
+        value = value.transpose(axes)
+    if value.shape != shape and (value.ndim > 2 or value.size != math.prod(shape)):
+        raise LoraError(
+            f"{entry.name!r} is stored with the shape {value.shape} (in our order), and the "
+            f"parameter {path!r} has {shape}"
+        )
+    return value.reshape(shape)
+
+
+def whole_to_module(path: str, entry: HfModule, value: Any) -> np.ndarray:
+    """The inverse of `whole_from_module`."""
+    value = np.asarray(value)
+    if value.ndim < 2 or not entry.is_transposed(path):
+        return value
+    if value.ndim > 2 and entry.layer_of(path) != "conv":
+        raise LoraError(
+            f"{path!r} of shape {value.shape} was trained as a whole, and nothing says which of "
+            "its axes are inputs; reshape it to [in, out] before it is saved, or say "
+            f"HfModule({entry.name!r}, layer='conv') if it is a convolution"
+        )
+    return value.transpose(value.ndim - 1, value.ndim - 2, *range(value.ndim - 2))

@@ -1,0 +1,137 @@
+"""The contents of a GGUF adapter file, in the form that llama.cpp accepts.
+
+Metadata: general.type "adapter", general.architecture as the base has it, adapter.type "lora",
+adapter.lora.alpha. For each adapted weight two tensors (axes in NumPy's order, the reverse of
+ggml's):
+
+    <tensor>.lora_a   [rank, in]; of experts [experts, rank, in]; of token_embd [vocabulary, rank]
+    <tensor>.lora_b   [out, rank]; of experts [experts, out, rank]
+
+The scale is alpha / rank, with the rank of each tensor; 1 where alpha is 0 or not there.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.errors import LoraError
+from lora_jax.exchange.files import naming
+from lora_jax.exchange.gguf_base import TABLE, read_header
+
+KIND, ARCHITECTURE = "general.type", "general.architecture"
+TYPE, ALPHA = "adapter.type", "adapter.lora.alpha"
+INVOCATION = "adapter.alora.invocation_tokens"
+
+
+class GgufAdapterFile(NamedTuple):
+    """What a file says.
+
+    architecture, alpha: of the metadata.
+    factors: (a [rank, in], b [out, rank]) of each tensor of the base, by its name.
+    """
+
+    architecture: str
+    alpha: float
+    factors: Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> GgufAdapterFile:
+        """Read a file of floats, or of any quantisation that the gguf package can expand.
+
+        Raises:
+          LoraError: a damaged file, or one that llama.cpp would not apply, or not all of.
+        """
+        fields, tensors = read_header(path)
+        with naming(path):
+            alpha = _alpha(fields)
+            factors = {}
+            for tensor in _adapted(tensors):
+                a, b = (_numbers(tensors[f"{tensor}.lora_{side}"]) for side in "ab")
+                factors[tensor] = (a.T if tensor == TABLE else a), b
+        return cls(fields[ARCHITECTURE], alpha, factors)
+
+    def cast(self, dtype: str) -> GgufAdapterFile:
+        """Return the same file with factors of another dtype.
+
+        Raises:
+          LoraError: a dtype other than float32 and float16, or numbers that it cannot hold.
+        """
+        if dtype not in ("float32", "float16"):
+            raise LoraError(f"dtype is {dtype!r}; factors are written as 'float32' or 'float16'")
+        factors = {}
+        for tensor, pair in self.factors.items():
+            with np.errstate(over="ignore"):
+                a, b = (x.astype(dtype) for x in pair)
+            if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                raise LoraError(f"{tensor}: a factor has numbers that {dtype} cannot hold")
+            factors[tensor] = a, b
+        return self._replace(factors=factors)
+
+    def write(self, path: pathlib.Path) -> None:
+        """Write the file."""
+        import gguf
+
+        writer = gguf.GGUFWriter(path, self.architecture)
+        writer.add_string(KIND, "adapter")
+        writer.add_string(TYPE, "lora")
+        writer.add_float32(ALPHA, self.alpha)
+        for tensor, (a, b) in self.factors.items():
+            stored = a.T if tensor == TABLE else a
+            writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(stored))
+            writer.add_tensor(f"{tensor}.lora_b", np.ascontiguousarray(b))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _alpha(fields: Mapping[str, Any]) -> float:
+    """Alpha, of metadata that llama.cpp would accept."""
+    for key, wanted in ((KIND, "adapter"), (TYPE, "lora")):
+        if fields.get(key) != wanted:
+            raise LoraError(f"{key} is {fields.get(key)!r}, expected {wanted!r}")
+    if not isinstance(fields.get(ARCHITECTURE), str):
+        raise LoraError(f"{ARCHITECTURE} is {fields.get(ARCHITECTURE)!r}, expected a name")
+    if INVOCATION in fields:
+        raise LoraError(
+            f"{INVOCATION}: an adapter that is switched on by tokens (aLoRA) is not supported"
+        )
+    alpha = fields.get(ALPHA, 0.0)
+    if not isinstance(alpha, float) or not math.isfinite(alpha):
+        raise LoraError(f"{ALPHA} is {alpha!r}, expected a finite float")
+    return alpha
+
+
+def _adapted(tensors: Mapping[str, Any]) -> list[str]:
+    """The tensors of the base that the file has both factors of."""
+    found = []
+    for key in tensors:
+        tensor, _, side = key.rpartition(".")
+        if side not in ("lora_a", "lora_b"):
+            raise LoraError(
+                f"{key}: not the name of a factor, and llama.cpp does not apply it; expected "
+                "<tensor>.lora_a or .lora_b"
+            )
+        other = f"{tensor}.lora_{'b' if side == 'lora_a' else 'a'}"
+        if other not in tensors:
+            raise LoraError(f"{key} is there, and {other} is not")
+        if side == "lora_a":
+            found.append(tensor)
+    return found
+
+
+def _numbers(tensor: Any) -> np.ndarray:
+    from lora_jax.models.errors import WeightsError
+
+    try:
+        x = tensor.read(tuple(slice(0, n) for n in tensor.shape))
+    except WeightsError as error:
+        raise LoraError(str(error)) from error
+    if not np.isfinite(x).all():
+        raise LoraError(f"{tensor.name} holds numbers that are not finite (NaN or infinity)")
+    return np.asarray(x, np.float32)

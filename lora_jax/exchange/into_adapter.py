@@ -1,0 +1,279 @@
+"""From the updates of modules to an Adapter: a trace of the model finds the axes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.adapters import Adapter
+from lora_jax.errors import LoraError
+from lora_jax.exchange import whole
+from lora_jax.exchange.axes import a_from_module, rows_of
+from lora_jax.exchange.module_update import (
+    Modules,
+    ModuleUpdate,
+    beside,
+    rotary_order,
+    twin_of,
+)
+from lora_jax.exchange.names import NameTable
+from lora_jax.exchange.whole import is_shared, places_of
+from lora_jax.hf_module import HfModule
+from lora_jax.layout import Layout
+from lora_jax.primitives import jaxprs, roles
+from lora_jax.resolve import resolve
+from lora_jax.spec import LoraSpec, Rule
+from lora_jax.target import Target
+from lora_jax.updates import Factors, Shift, kind_of
+
+
+class _Piece(NamedTuple):
+    """The update of (a slice of) one parameter, its rows in our order."""
+
+    entry: HfModule
+    at: tuple[int, ...]
+    update: ModuleUpdate
+    module: str
+
+
+def into_adapter(
+    modules: Modules, table: NameTable, f: Callable[..., Any], params: Any, args: tuple[Any, ...]
+) -> Adapter:
+    """Return the adapter that the modules' updates are for the model `f`.
+
+    Raises:
+      LoraError: a module that the model does not have, an update that does not fit it, or one that
+        would mean something else here than where it comes from.
+    """
+    leaves = paths.flatten(params)
+    pieces, heads = _pieces(modules, table)
+    shifts = _shifts(modules, table)
+    used = roles.uses(jaxprs.trace(f, params, args))
+    _check_ties(pieces, heads, used, modules.ties)
+    rules = [*(Rule(p) for p in pieces), *(Rule(p, kind="bias") for p in shifts)]
+    spec = LoraSpec(1, 1.0, tuple(rules))
+    layout = resolve(spec, f, params, *args) if rules else Layout()
+    targets, parameters = [], {}
+    for target in layout.targets:
+        if target.path in shifts:
+            target, arrays = _shift(target, shifts[target.path])
+        else:
+            target, arrays = _filled(target, pieces[target.path], leaves[target.path])
+        targets.append(target)
+        parameters[target.path] = arrays
+    layout = Layout(tuple(targets))
+    return Adapter(layout, parameters, whole.into_parameters(modules, table, leaves, used, layout))
+
+
+def _pieces(
+    modules: Modules, table: NameTable
+) -> tuple[dict[str, list[_Piece]], dict[str, ModuleUpdate]]:
+    """The pieces of each path; and the updates of heads that share the table of a path."""
+    pieces: dict[str, list[_Piece]] = {}
+    heads: dict[str, ModuleUpdate] = {}
+    for name, update in modules.updates.items():
+        for place in places_of(table, f"{name}.weight"):
+            if place.tied:
+                heads[place.path] = update
+                continue
+            own = _own_rows(place.entry, update, name)
+            pieces.setdefault(place.path, []).append(_Piece(place.entry, place.at, own, name))
+    for path, found in pieces.items():
+        seen: dict[Any, str] = {}
+        for piece in found:
+            other = seen.setdefault((piece.at, piece.entry.part), piece.module)
+            if other != piece.module:
+                raise LoraError(f"{other!r} and {piece.module!r} are both {path!r}")
+    return pieces, heads
+
+
+def _own_rows(entry: HfModule, update: ModuleUpdate, name: str) -> ModuleUpdate:
+    if entry.rows is not None:
+        start, size = entry.rows
+        if start + size > len(update.b):
+            raise LoraError(f"{name!r} has {len(update.b)} output rows; the names say {entry.rows}")
+        update = update.of_rows(slice(start, start + size))
+    if entry.rotary:
+        update = update.of_rows(rotary_order(len(update.b), entry.rotary))
+    return update
+
+
+def _check_ties(
+    pieces: Mapping[str, list[_Piece]], heads: dict[str, ModuleUpdate], used: Any, ties: bool
+) -> None:
+    """An update of a table that is the output head too changes both here; PEFT adapts one."""
+    for path, found in pieces.items():
+        head = heads.pop(path, None)
+        if not is_shared(used[path]) or (head is None and ties):
+            continue
+        twin = twin_of(found[0].update)
+        same = head is not None and head.scale == twin.scale
+        if not same or not all(map(np.array_equal, head[:2], twin[:2])):  # type: ignore[index]
+            raise LoraError(
+                f"{path!r} is the embedding and the output head, and the file adapts one of "
+                f"them ({found[0].module!r}), or both in different ways; here they are one "
+                "array. Give the model a head of its own (untie it), or train with "
+                "ensure_weight_tying=True"
+            )
+    if heads:
+        path = next(iter(heads))
+        raise LoraError(
+            f"the file adapts the output head, which is the embedding {path!r} here, and not the "
+            "embedding. Give the model a head of its own (untie it)"
+        )
+
+
+def _filled(target: Target, pieces: list[_Piece], w: Any) -> tuple[Target, Any]:
+    """The target with the rank, scale and kind of its pieces, and its arrays."""
+    for piece in pieces:
+        want = len(rows_of(target, piece.entry))
+        if len(piece.update.b) != want:
+            raise LoraError(
+                f"{piece.module!r} has {len(piece.update.b)} outputs in the file, and {want} in "
+                f"the model ({target.path!r})"
+            )
+    if any(p.entry.part is not None for p in pieces):
+        divided = _in_parts(target, pieces)
+        if divided is not None:
+            return divided
+        pieces = _whole(target, pieces)
+    limit = min(target.fan_in, target.fan_out)
+    pieces = [p._replace(update=p.update.within(limit)) for p in pieces]
+    target, pieces = _one_rank(target, pieces)
+    if any(p.update.magnitude is not None for p in pieces):
+        target = dataclasses.replace(target, kind="dora")
+    arrays = _zero(target, w)
+    stack = target.sizes(target.stack)
+    a = arrays["a"].reshape(*stack, target.fan_in, target.rank)
+    b = arrays["b"].reshape(*stack, target.rank, target.fan_out)
+    for piece in pieces:
+        _check_index(target, piece)
+        a[piece.at] = a_from_module(target, piece.update.layer, piece.update.a)
+        b[piece.at] = piece.update.b.T
+        if piece.update.magnitude is not None:
+            magnitude = arrays["magnitude"].reshape(*stack, target.fan_out)
+            magnitude[piece.at] = piece.update.magnitude
+    return target, kind_of(target).fields(**jax.tree.map(jnp.asarray, arrays))
+
+
+def _zero(target: Target, w: Any) -> dict[str, np.ndarray]:
+    """Arrays whose update is zero, to be filled: a layer that the file does not have keeps them."""
+    if target.kind == "lora":
+        return {
+            n: np.zeros(x, np.float32) for n, x in kind_of(target).shapes(target)._asdict().items()
+        }
+    zeros = lambda key, target, dtype: jnp.zeros(target.a_shape, dtype)  # noqa: E731
+    fresh = kind_of(target).init(jax.random.key(0), target, jnp.float32, zeros, w)
+    return {name: np.array(x) for name, x in fresh._asdict().items()}
+
+
+def _one_rank(target: Target, pieces: list[_Piece]) -> tuple[Target, list[_Piece]]:
+    """The pieces at one rank and scale: their own where they agree, else folded into `b`."""
+    settings = {(p.update.rank, p.update.alpha, p.update.scaling) for p in pieces}
+    if len(settings) > 1:
+        rank = max(p.update.rank for p in pieces)
+        pieces = [p._replace(update=p.update.folded(rank)) for p in pieces]
+        settings = {(rank, float(rank), "alpha/r")}
+    ((rank, alpha, scaling),) = settings
+    return dataclasses.replace(target, rank=rank, alpha=alpha, scaling=scaling), pieces
+
+
+def _in_parts(target: Target, pieces: list[_Piece]) -> tuple[Target, Any] | None:
+    """A fused parameter whose parts have factors of their own; None: it has to be written whole."""
+    if any(p.update.magnitude is not None for p in pieces):
+        return None
+    entries = sorted({p.entry for p in pieces}, key=lambda e: e.part or (0, 0))
+    limit = min(target.fan_in, *(len(rows_of(target, e)) for e in entries))
+    if any(p.update.rank > limit for p in pieces):
+        return None
+    target, pieces = _one_rank(target, pieces)
+    parts = tuple(e.part for e in entries if e.part is not None)
+    axis = entries[0].axis
+    target = dataclasses.replace(target, parts=parts, part_axis=axis)
+    shapes = kind_of(target).shapes(target)
+    stack, outputs = target.sizes(target.stack), list(target.sizes(target.outputs))
+    a = np.zeros((*stack, target.fan_in, len(parts), target.rank), np.float32)
+    columns = []
+    for number, entry in enumerate(entries):
+        outputs[axis] = entry.part[1] if entry.part else 0
+        b = np.zeros((*stack, target.rank, len(rows_of(target, entry))), np.float32)
+        for piece in pieces:
+            if piece.entry == entry:
+                _check_index(target, piece)
+                slot: Any = (*piece.at, slice(None), number)
+                a[slot] = a_from_module(target, piece.update.layer, piece.update.a)
+                b[piece.at] = piece.update.b.T
+        columns.append(b.reshape(*stack, target.rank, *outputs))
+    at = len(stack) + 1 + axis % len(outputs)
+    b = np.concatenate(columns, axis=at)
+    return target, Factors(jnp.asarray(a.reshape(shapes.a)), jnp.asarray(b))
+
+
+def _whole(target: Target, pieces: list[_Piece]) -> list[_Piece]:
+    """The parts of each slice as one update of the whole parameter, of the sum of the ranks."""
+    grouped: dict[tuple[int, ...], list[_Piece]] = {}
+    for piece in pieces:
+        grouped.setdefault(piece.at, []).append(piece)
+    found = []
+    for index, parts in grouped.items():
+        order = np.concatenate([rows_of(target, p.entry) for p in parts])
+        spans, start = [], 0
+        for part in parts:
+            spans.append(((start, len(part.update.b)), part.update))
+            start += len(part.update.b)
+        missing = np.setdiff1d(np.arange(target.fan_out), order)
+        joined = beside(spans, target.fan_out)
+        back = np.argsort(np.concatenate([order, missing]))
+        entry = HfModule(parts[0].entry.name)
+        found.append(_Piece(entry, index, joined.of_rows(back), parts[0].module))
+    return found
+
+
+def _check_index(target: Target, piece: _Piece) -> None:
+    stack = target.sizes(target.stack)
+    inside = all(i < n for i, n in zip(piece.at, stack, strict=False))
+    if len(piece.at) != len(stack) or not inside:
+        raise LoraError(
+            f"{piece.module!r} is number {piece.at} along the stack of {target.path!r}, whose "
+            f"sizes are {stack}"
+        )
+
+
+def _shifts(modules: Modules, table: NameTable) -> dict[str, list[_Piece]]:
+    """Biases that are added to the biases of modules."""
+    found: dict[str, list[_Piece]] = {}
+    for name, update in modules.updates.items():
+        if update.bias is None or not np.any(update.bias):
+            continue
+        places = table.find(f"{name}.bias")
+        if not places:
+            raise LoraError(
+                f"{name!r} adds a bias (lora_bias), and the model has none there by the names "
+                f"given; give the layer a bias of zeros, or name it; nearest:\n"
+                f"{table.near(f'{name}.bias')}"
+            )
+        for place in places:
+            own = _own_rows(place.entry, update, name)
+            found.setdefault(place.path, []).append(_Piece(place.entry, place.at, own, name))
+    return found
+
+
+def _shift(target: Target, pieces: list[_Piece]) -> tuple[Target, Shift]:
+    delta = np.zeros(target.shape, np.float32)
+    flat = delta.reshape(*target.sizes(target.stack), -1)
+    for piece in pieces:
+        _check_index(target, piece)
+        value = piece.update.bias * np.float32(piece.update.scale)
+        rows = rows_of(target, piece.entry)
+        if len(value) != len(rows):
+            raise LoraError(
+                f"{piece.module!r} has a bias of {len(value)} numbers, {target.path!r} {len(rows)}"
+            )
+        flat[piece.at][rows] = value
+    return target, Shift(jnp.asarray(delta))

@@ -1,0 +1,194 @@
+"""Adapters of mlx-lm: a folder with adapters.safetensors and adapter_config.json.
+
+adapter = mlx.load(folder, names, f, params, *args)
+mlx.save(folder, names, adapter)
+
+Keys are the model's module names with no prefix; a factor is stored the way it multiplies x:
+
+    <module>.lora_a   [in, rank]; of experts (<module> ends with switch_mlp.<projection>)
+                      [experts, rank, in]; of an embedding [vocabulary, rank]
+    <module>.lora_b   [rank, out]; of experts [experts, out, rank]
+    <module>.m        [out], the lengths of DoRA
+
+mlx-lm refuses a tensor whose module the configuration does not name, or that has another rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.adapters import Adapter
+from lora_jax.errors import LoraError
+from lora_jax.exchange import expert_stacks, tensor_file
+from lora_jax.exchange.files import naming, write_together
+from lora_jax.exchange.into_adapter import into_adapter
+from lora_jax.exchange.mlx_config import LAYER, MlxConfig, parse
+from lora_jax.exchange.module_update import Modules, ModuleUpdate, at_one_rank, check_plain
+from lora_jax.exchange.names import NameTable
+from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
+from lora_jax.hf_module import HfNames
+
+CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
+FACTORS = ("lora_a", "lora_b", "m")
+
+
+def load(
+    folder: str | os.PathLike[str],
+    names: HfNames | None,
+    f: Callable[..., Any],
+    params: Any,
+    *args: Any,
+) -> Adapter:
+    """Read an adapter that mlx-lm, or `save`, wrote.
+
+    Args:
+      folder: with the two files.
+      names, f, params, *args: as for `lora_jax.exchange.peft.load`; the names are those of MLX's
+        model, which for most are Hugging Face's.
+
+    Returns:
+      The adapter; what a full fine-tuning has trained is in `trainable`.
+
+    Raises:
+      LoraError: a damaged folder, a setting or tensor that mlx-lm would not apply, a module that
+        the model does not have.
+    """
+    place = pathlib.Path(folder)
+    for name in (CONFIG, TENSORS):
+        if not (place / name).is_file():
+            raise LoraError(f"{place} has no {name}; a folder of PEFT is read by exchange.peft")
+    with naming(place / CONFIG):
+        config = parse(tensor_file.read_json(place / CONFIG))
+    tensors = {
+        k: x.astype(np.float32) for k, x in tensor_file.read(place / TENSORS).tensors.items()
+    }
+    with naming(place / TENSORS):
+        shapes = {p: tuple(x.shape) for p, x in paths.flatten(params).items()}
+        table = NameTable(names, shapes)
+        whole = config.kind == "full"
+        modules = Modules({}, tensors) if whole else Modules(_updates(tensors, config))
+        # An embedding that is the output head too is one module in MLX, and both uses change.
+        return into_adapter(modules._replace(ties=True), table, f, params, args)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    names: HfNames | None,
+    adapter: Adapter,
+    *,
+    params: Any = None,
+    overwrite: bool = False,
+) -> pathlib.Path:
+    """Write an adapter as a folder that mlx-lm loads (`--adapter-path`).
+
+    Args:
+      folder: where the two files are written, and nothing else.
+      names: as for `load`.
+      adapter: an `Adapter`, or a tuple of its first fields. Other kinds than LoRA and DoRA are
+        written as the LoRA that they are; ranks and scales that differ become one.
+      params: the base parameters, which some adapters need (see `peft.save`).
+      overwrite: replace an adapter that is in the folder.
+
+    Raises:
+      LoraError: an adapter that mlx-lm cannot apply: biases, whole tensors, convolutions, DoRA of
+        an embedding or of some modules only.
+    """
+    place, adapter = pathlib.Path(folder), Adapter(*adapter)
+    if (place / CONFIG).exists() and not overwrite:
+        raise LoraError(f"{place} holds an adapter; choose another, or pass overwrite=True")
+    table = name_table(names, adapter, params)
+    modules = out_of_adapter(adapter, table, params)
+    check_plain(modules, "an adapter of MLX", ("linear", "experts", "embedding"), dora=True)
+    updates = at_one_rank({n: u for n, u in modules.updates.items() if not _is_tied(table, n)})
+    lengths = {n: u.magnitude for n, u in updates.items() if u.magnitude is not None}
+    if lengths and len(lengths) < len(updates):
+        raise LoraError(
+            f"{next(iter(lengths))!r} is adapted by DoRA and others are not, and MLX has one "
+            "setting for all; adapt all by one kind, or write two adapters"
+        )
+    tensors = {f"{name}.m": x for name, x in lengths.items()}
+    keys = set()
+    for module, (a, b) in expert_stacks.stack(updates).items():
+        name = module.replace(".experts.", ".switch_mlp.")
+        a, b = (a, b) if a.ndim == 3 else (a.T, b.T)
+        tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+        keys.add(_key(name))
+    one = next(iter(updates.values()))
+    settings = {
+        "fine_tune_type": "dora" if lengths else "lora",
+        "num_layers": -1,
+        "lora_parameters": {"rank": one.rank, "scale": one.scale, "dropout": 0.0}
+        | {"keys": sorted(keys)},
+    }
+    tensors = {k: np.ascontiguousarray(x, np.float32) for k, x in tensors.items()}
+    text = json.dumps(settings, indent=2) + "\n"
+    write_together(
+        place,
+        {
+            TENSORS: lambda path: tensor_file.write(path, tensors, {"format": "mlx"}),
+            CONFIG: lambda path: path.write_text(text),
+        },
+    )
+    return place
+
+
+def _is_tied(table: NameTable, module: str) -> bool:
+    """Whether a module is the output head that shares an embedding: MLX has no such module."""
+    places = table.find(f"{module}.weight")
+    return bool(places) and all(place.tied for place in places)
+
+
+def _key(module: str) -> str:
+    """The module's name inside of its layer, or all of it."""
+    match = LAYER.fullmatch(module)
+    return match[2] if match else module
+
+
+def _updates(tensors: Mapping[str, np.ndarray], config: MlxConfig) -> dict[str, ModuleUpdate]:
+    grouped: dict[str, dict[str, np.ndarray]] = {}
+    for key, x in tensors.items():
+        module, _, part = key.rpartition(".")
+        if part not in FACTORS:
+            raise LoraError(f"{key}: not an adapter's tensor; expected <module>.{FACTORS}")
+        grouped.setdefault(module, {})[part] = x
+    _check_layers(grouped, config)
+    found: dict[str, ModuleUpdate] = {}
+    wanted = set(FACTORS[: 3 if config.kind == "dora" else 2])
+    for module, parts in grouped.items():
+        if set(parts) != wanted:
+            raise LoraError(f"{module!r} has {sorted(parts)}, expected {sorted(wanted)}")
+        if config.keys is not None and not {_key(module), module} & set(config.keys):
+            raise LoraError(
+                f"{module!r} is not among lora_parameters.keys {list(config.keys)}, and mlx-lm "
+                f"would not load it; correct {CONFIG}"
+            )
+        a, b, m = parts["lora_a"], parts["lora_b"], parts.get("m")
+        name = module.replace(".switch_mlp.", ".experts.")
+        if a.ndim == 2:
+            a, b = a.T, b.T
+        for each, each_a, each_b in expert_stacks.unstack(name, a, b):
+            if len(each_a) != config.rank or (m is not None and m.shape != each_b.shape[:1]):
+                raise LoraError(
+                    f"{module!r} has rank {len(each_a)} and {len(each_b)} outputs, m has "
+                    f"{None if m is None else m.shape}; {CONFIG} says rank {config.rank}"
+                )
+            alpha = config.scale * config.rank
+            found[each] = ModuleUpdate(each_a, each_b, alpha, magnitude=m)
+    return found
+
+
+def _check_layers(modules: Mapping[str, Any], config: MlxConfig) -> None:
+    """mlx-lm adapts the last `num_layers` layers: no others can be in the file."""
+    numbers = [int(match[1]) for name in modules if (match := LAYER.fullmatch(name))]
+    if numbers and 0 < config.layers < max(numbers) - min(numbers) + 1:
+        raise LoraError(
+            f"layers {min(numbers)} to {max(numbers)} are adapted, and num_layers is "
+            f"{config.layers}: mlx-lm would not load the first; correct {CONFIG}"
+        )

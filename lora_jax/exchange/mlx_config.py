@@ -1,0 +1,61 @@
+"""The configuration of an adapter of mlx-lm: the part of it that says what function it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lora_jax.errors import LoraError
+from lora_jax.exchange.tensor_file import shown
+
+LAYER = re.compile(r".*?\.(\d+)\.(.*)")  # the number of a layer, and a module's name inside of it
+
+
+class MlxConfig(NamedTuple):
+    """What the configuration says of the function; all else is the history of a training run.
+
+    kind: fine_tune_type: "lora", "dora" or "full".
+    rank, scale: of all modules; the scale is the factor itself.
+    layers: num_layers, how many are adapted, counted from the last; -1: all.
+    keys: names of the adapted modules: inside of a layer, or in full; None: all.
+    """
+
+    kind: str
+    rank: int
+    scale: float
+    layers: int
+    keys: tuple[str, ...] | None
+
+
+def parse(settings: Mapping[str, Any]) -> MlxConfig:
+    """Return what the settings say; what is no history of training is understood or refused.
+
+    Raises:
+      LoraError: a setting that is missing, is not understood or has no meaning.
+    """
+    kind = settings.get("fine_tune_type", "lora")
+    if "peft_type" in settings or kind not in ("lora", "dora", "full"):
+        raise LoraError(
+            f"fine_tune_type is {shown(kind)!r}, expected 'lora', 'dora' or 'full'; a "
+            "configuration with peft_type is read by exchange.peft"
+        )
+    if kind == "full":
+        return MlxConfig(kind, 0, 1.0, -1, None)
+    given, layers = settings.get("lora_parameters"), settings.get("num_layers")
+    if not isinstance(given, dict) or type(layers) is not int:
+        raise LoraError("expected lora_parameters {rank, scale, dropout, keys} and num_layers")
+    other = set(given) - {"rank", "scale", "dropout", "keys"}
+    if other:
+        raise LoraError(
+            f"lora_parameters has {shown(sorted(other))}; versions of mlx-lm read alpha in "
+            "different ways (scale * alpha / rank, or not at all): correct scale and take it out"
+        )
+    rank, scale, keys = given.get("rank"), given.get("scale"), given.get("keys")
+    known = isinstance(scale, int | float) and not isinstance(scale, bool) and abs(scale) < 1e30
+    if type(rank) is not int or rank < 1 or not known:
+        raise LoraError(f"lora_parameters has rank {shown(rank)} and scale {shown(scale)}")
+    named = isinstance(keys, list) and all(isinstance(k, str) for k in keys)
+    if keys is not None and not named:
+        raise LoraError(f"lora_parameters.keys is {shown(keys)}, expected names")
+    return MlxConfig(kind, rank, float(scale or 0), layers, None if keys is None else tuple(keys))

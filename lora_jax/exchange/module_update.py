@@ -1,0 +1,209 @@
+"""The update of one module, with PyTorch's axes: the noun that all formats share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.errors import LoraError, listed
+
+
+class ModuleUpdate(NamedTuple):
+    """`W' = W + scale * b @ a` for a weight [out, in]; all arrays are NumPy's.
+
+    a: [rank, in]; of a convolution [rank, in, *window]; of an embedding `in` is the vocabulary.
+    b: [out, rank].
+    alpha, scaling: the scale, as in `lora_jax.Target`.
+    magnitude: [out], the lengths of DoRA; None: not DoRA.
+    bias: [out], the module's output gets `scale * bias`; None: nothing.
+    layer: "linear", "embedding", "conv", or "experts": one expert of a parameter that holds all.
+    stored_in_out: whether the module stores its weight as [in, out], as GPT-2's do. Known where an
+      adapter is written.
+    """
+
+    a: Any
+    b: Any
+    alpha: float
+    scaling: str = "alpha/r"
+    magnitude: Any = None
+    bias: Any = None
+    layer: str = "linear"
+    stored_in_out: bool = False
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))
+
+    @property
+    def fan_in(self) -> int:
+        return math.prod(self.a.shape[1:])
+
+    def folded(self, rank: int) -> ModuleUpdate:
+        """Return the same update at a rank not below its own, of scale 1."""
+        scale = self.scale
+        b = (self.b.astype(np.float64) * scale).astype(np.float32) if scale != 1 else self.b
+        bias = None if self.bias is None else self.bias * np.float32(scale)
+        more = rank - self.rank
+        return self._replace(
+            a=np.pad(self.a, ((0, more), *((0, 0) for _ in self.a.shape[1:]))),
+            b=np.pad(b, ((0, 0), (0, more))),
+            bias=bias,
+            alpha=float(rank),
+            scaling="alpha/r",
+        )
+
+    def within(self, limit: int) -> ModuleUpdate:
+        """Return the same update at a rank of at most `limit`, which is min(in, out) or more."""
+        if self.rank <= limit:
+            return self
+        whole = self.folded(self.rank)
+        a = whole.a.reshape(self.rank, -1)
+        product = (whole.b.astype(np.float64) @ a.astype(np.float64)).astype(np.float32)
+        out, fan_in = product.shape
+        if fan_in <= out:
+            a, b = np.eye(fan_in, dtype=np.float32), product
+        else:
+            a, b = product, np.eye(out, dtype=np.float32)
+        a = a.reshape(len(a), *self.a.shape[1:])
+        return whole._replace(a=a, b=b, alpha=float(len(a)))
+
+    def of_rows(self, rows: Any) -> ModuleUpdate:
+        """Return the update of some output rows, given as a slice or as numbers."""
+        return self._replace(
+            b=self.b[rows],
+            magnitude=None if self.magnitude is None else self.magnitude[rows],
+            bias=None if self.bias is None else self.bias[rows],
+        )
+
+
+class Modules(NamedTuple):
+    """What a file of any format says of a model.
+
+    updates: of modules, by name ("model.layers.0.self_attn.q_proj").
+    values: of whole tensors, in place of the base's, by name ("classifier.weight").
+    base: the same of tensors that are shared wherever the base shares them.
+    rows: (numbers, values) of single rows of tensors, in place of the base's, by name.
+    ties: whether an update of an embedding is meant for the output head that shares it, too.
+    """
+
+    updates: Mapping[str, ModuleUpdate]
+    values: Mapping[str, np.ndarray] = {}
+    base: Mapping[str, np.ndarray] = {}
+    rows: Mapping[str, tuple[Any, np.ndarray]] = {}
+    ties: bool = False
+
+
+def twin_of(update: ModuleUpdate) -> ModuleUpdate:
+    """Return the update of the output head that shares the table of an embedding."""
+    return ModuleUpdate(update.b.T, update.a.T, update.alpha, update.scaling)
+
+
+def beside(pieces: Sequence[tuple[tuple[int, int], ModuleUpdate]], total: int) -> ModuleUpdate:
+    """Return the update of a fused module, given those of some of its output rows.
+
+    The pieces that have the same `a` and scale share it; otherwise the ranks add up, and each
+    piece has rows of `a` of its own.
+
+    Args:
+      pieces: ((start, size), update) of each.
+      total: output rows of the fused module; a row of no piece is not changed.
+
+    Raises:
+      LoraError: some pieces have a magnitude, and some rows have none.
+    """
+    updates = [update for _, update in pieces]
+    first = updates[0]
+    shared = all(u.scale == first.scale and np.array_equal(u.a, first.a) for u in updates)
+    rank = first.rank if shared else sum(u.rank for u in updates)
+    b = np.zeros((total, rank), np.float32)
+    column = 0
+    for (start, size), update in pieces:
+        factor = 1.0 if shared else update.scale
+        b[start : start + size, column : column + update.rank] = update.b * np.float32(factor)
+        column += 0 if shared else update.rank
+    a = first.a if shared else np.concatenate([u.a for u in updates])
+    alpha, scaling = (first.alpha, first.scaling) if shared else (float(rank), "alpha/r")
+    fused = first._replace(a=a, b=b, alpha=alpha, scaling=scaling)
+    return fused._replace(
+        magnitude=_joined(pieces, "magnitude", total, 1.0),
+        bias=_joined(pieces, "bias", total, None if shared else "scale"),
+    )
+
+
+def _joined(pieces: Any, field: str, total: int, factor: Any) -> Any:
+    """A vector of the fused module; without a value a bias is zero, a magnitude is an error."""
+    values = [(place, getattr(update, field), update.scale) for place, update in pieces]
+    if all(x is None for _, x, _ in values):
+        return None
+    covered = sum(size for (_, size), x, _ in values if x is not None)
+    if field == "magnitude" and covered != total:
+        raise LoraError(
+            f"a fused module of {total} rows has the lengths of DoRA for {covered} of them; adapt "
+            "all of its parts by DoRA, or none"
+        )
+    out = np.zeros(total, np.float32)
+    for (start, size), x, scale in values:
+        if x is not None:
+            out[start : start + size] = x * np.float32(scale if factor == "scale" else 1.0)
+    return out
+
+
+def rotary_order(rows: int, head: int) -> np.ndarray:
+    """Numbers that put the rows of half-split rotary pairs in the order of interleaved ones.
+
+    Row 2i of a head is its row i, and row 2i + 1 its row i + head / 2.
+
+    >>> rotary_order(8, 4).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+
+    Raises:
+      LoraError: rows that are not whole heads.
+    """
+    if head % 2 or rows % head:
+        raise LoraError(f"rotary={head}: {rows} output rows are not heads of this (even) size")
+    return np.arange(rows).reshape(-1, 2, head // 2).swapaxes(1, 2).reshape(rows)
+
+
+def check_plain(modules: Modules, format: str, layers: Collection[str], dora: bool = False) -> None:
+    """Raise `LoraError` unless a format that knows factors and little else can carry the modules.
+
+    Args:
+      modules: what is to be written.
+      format: its name, for the message.
+      layers: the kinds of layer that it has.
+      dora: whether it has the lengths of DoRA, for linear layers.
+    """
+    wrong = [f"{name}: trained as a whole" for name in modules.values]
+    for name, u in modules.updates.items():
+        if u.layer not in layers:
+            wrong.append(f"{name}: {u.layer}")
+        if u.magnitude is not None and not (dora and u.layer == "linear"):
+            wrong.append(f"{name}: DoRA")
+        if u.bias is not None:
+            wrong.append(f"{name}: a bias")
+    if wrong or not modules.updates:
+        raise LoraError(
+            f"{format} cannot carry these:\n{listed(wrong or ['an adapter without factors'])}\n"
+            "Save it as PEFT, or merge the adapter and ship the model. What was trained as a whole "
+            "can be left out: adapter._replace(trainable={})"
+        )
+
+
+def at_one_rank(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
+    """Return the same updates with one rank and one scale, which is folded into `b` if need be."""
+    rank = max(u.rank for u in updates.values())
+    if len({u.scale for u in updates.values()}) > 1:
+        return {name: u.folded(rank) for name, u in updates.items()}
+    same = {}
+    for name, u in updates.items():
+        alpha = u.alpha if u.rank == rank and u.scaling == "alpha/r" else u.scale * rank
+        padded = u._replace(alpha=float(u.rank), scaling="alpha/r").folded(rank)
+        same[name] = padded._replace(alpha=alpha)
+    return same

@@ -1,0 +1,176 @@
+"""The table of names, applied to one tree: from a tensor of a file to a parameter and back."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.hf_module import HfModule, HfNames
+
+HOLE = re.compile(r"\{(\w+)\}")
+
+
+class TensorPlace(NamedTuple):
+    """Where a tensor is in the tree.
+
+    path: of the parameter; entry: what the table says; at: along the stack axes of the parameter,
+    in the order of the name; tied: it is the output head that shares an embedding.
+    """
+
+    path: str
+    entry: HfModule
+    at: tuple[int, ...]
+    tied: bool = False
+
+
+class NameTable:
+    """The names of the parameters of one tree.
+
+    Args:
+      names: the table, or None for a tree whose paths are Hugging Face's names.
+      shapes: of the parameters, by path.
+    """
+
+    def __init__(self, names: HfNames | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._names = names
+        self._entries = dict(_entries(names, shapes))
+        self._exact: dict[str, list[TensorPlace]] = {}
+        self._stacked: list[tuple[re.Pattern[str], str, HfModule, bool]] = []
+        for path, entries in self._entries.items():
+            for entry, template in entries:
+                self._add(path, entry, template, False)
+                if entry.tied:
+                    self._add(path, entry, f"{entry.tied}.weight", True)
+
+    def _add(self, path: str, entry: HfModule, template: str, tied: bool) -> None:
+        if HOLE.search(template):
+            self._stacked.append((_regex(template), path, entry, tied))
+        else:
+            self._exact.setdefault(template, []).append(TensorPlace(path, entry, (), tied))
+
+    def find(self, tensor: str) -> list[TensorPlace]:
+        """Return where a tensor is; more than one place if the module is a fused one."""
+        found = list(self._exact.get(tensor, ()))
+        for regex, path, entry, tied in self._stacked:
+            if match := regex.fullmatch(tensor):
+                found.append(TensorPlace(path, entry, tuple(map(int, match.groups())), tied))
+        return found
+
+    def near(self, tensor: str) -> str:
+        """The names that are closest to one that was not found, for a message."""
+        known = [t for rows in self._entries.values() for _, t in rows]
+        return listed(nearest(tensor, known))
+
+    def entries(self, path: str) -> list[HfModule]:
+        """What the table says of a parameter.
+
+        Raises:
+          LoraError: it says nothing.
+        """
+        if path not in self._entries:
+            raise LoraError(
+                f"the names say nothing of {path!r}; nearest:\n"
+                f"{listed(nearest(path, self._entries))}\nAdd it: {{{path!r}: 'its.module'}}"
+            )
+        return [entry for entry, _ in self._entries[path]]
+
+    def tensors(
+        self, path: str, entry: HfModule, stack: Sequence[int]
+    ) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Yield the tensor's name for each index along the stack axes, whose sizes are given.
+
+        Raises:
+          LoraError: the name has not as many numbers as the parameter has stack axes.
+        """
+        template = self.template(path, entry)
+        holes = list(dict.fromkeys(HOLE.findall(template)))
+        if len(holes) != len(stack):
+            raise LoraError(
+                f"{path!r} has {len(stack)} stack axes, and its name {template!r} has numbers for "
+                f"{len(holes)}"
+            )
+        for index in itertools.product(*map(range, stack)):
+            yield index, template.format(**dict(zip(holes, index, strict=True)))
+
+    def speaks_of(self, tensor: str) -> bool:
+        """Whether the table has a name for a tensor, be its parameter in this tree or not."""
+        if self._names is None:
+            return bool(self.find(tensor))
+        modules = [
+            _filled(path, entry, {})[1]
+            for path, value in self._names.items()
+            for entry in _listed_entries(value)
+        ]
+        return any(_regex(template).fullmatch(tensor) for template in modules)
+
+    def paths(self) -> list[str]:
+        return list(self._entries)
+
+    def holes(self, path: str, entry: HfModule) -> int:
+        """How many stack axes the name counts along."""
+        return len(set(HOLE.findall(self.template(path, entry))))
+
+    def template(self, path: str, entry: HfModule) -> str:
+        """The tensor's name, in which the numbers along stack axes are open."""
+        return next(t for e, t in self._entries[path] if e == entry)
+
+
+def written(entries: list[HfModule]) -> list[HfModule]:
+    """Return one module for each part: the first that the table has."""
+    return list({entry.part: entry for entry in reversed(entries)}.values())[::-1]
+
+
+def _entries(
+    names: HfNames | None, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, list[tuple[HfModule, str]]]]:
+    """For each path the modules, each with the tensor's name in which numbers may be open."""
+    if names is None:
+        for path, shape in shapes.items():
+            yield path, [_own_name(path, shape)]
+        return
+    table = [(_regex(pattern), value) for pattern, value in names.items()]
+    for path in shapes:
+        for regex, value in table:
+            if match := regex.fullmatch(path):
+                known = match.groupdict()
+                yield path, [_filled(path, entry, known) for entry in _listed_entries(value)]
+                break
+
+
+def _listed_entries(value: str | HfModule | Sequence[HfModule]) -> list[str | HfModule]:
+    return [value] if isinstance(value, str | HfModule) else list(value)
+
+
+def _filled(path: str, entry: str | HfModule, known: Mapping[str, str]) -> tuple[HfModule, str]:
+    entry = HfModule(entry) if isinstance(entry, str) else entry
+    return entry, HOLE.sub(lambda m: known.get(m[1], m[0]), entry.tensor(path))
+
+
+def _own_name(path: str, shape: tuple[int, ...]) -> tuple[HfModule, str]:
+    """A path that is Hugging Face's name already, in a tree or in a flat dictionary."""
+    name = path.replace("/", ".")
+    last = name.rpartition(".")[2]
+    if last in ("weight", "bias"):
+        conv = last == "weight" and len(shape) > 2
+        return HfModule(name, layer="conv" if conv else "", transposed=False), name
+    if len(shape) == 3:  # the experts of a mixture in one parameter
+        module, _, parameter = name.rpartition(".")
+        name = f"{module}.{{expert}}.{parameter}.weight"
+        return HfModule(name, layer="experts", transposed=False), name
+    return HfModule(name, transposed=False), name
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """A regex of the pattern, in which every hole is a number."""
+    seen: set[str] = set()
+    out, end = "", 0
+    for hole in HOLE.finditer(pattern):
+        name = hole[1]
+        group = f"(?P={name})" if name in seen else f"(?P<{name}>\\d{{1,9}})"
+        seen.add(name)
+        out += re.escape(pattern[end : hole.start()]) + group
+        end = hole.end()
+    return re.compile(out + re.escape(pattern[end:]))

@@ -1,0 +1,205 @@
+"""From an Adapter to the updates of modules: the layout knows the axes, the names the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.adapters import Adapter, as_lora, check
+from lora_jax.base import dense
+from lora_jax.errors import LoraError
+from lora_jax.exchange.axes import a_to_module, rows_of
+from lora_jax.exchange.module_update import (
+    Modules,
+    ModuleUpdate,
+    beside,
+    rotary_order,
+    twin_of,
+)
+from lora_jax.exchange.names import NameTable, written
+from lora_jax.exchange.whole import out_of_parameters
+from lora_jax.hf_module import HfModule, HfNames
+from lora_jax.layout import Layout
+from lora_jax.target import Target
+from lora_jax.updates import Factors, kind_of
+
+Pieces = dict[str, list[tuple[HfModule, Any]]]  # by the tensor's name
+
+
+def name_table(names: HfNames | None, adapter: Adapter, params: Any = None) -> NameTable:
+    """Return the table of an adapter's parameters, and of all others where they are given."""
+    shapes = {t.path: t.shape for t in adapter.layout.targets}
+    shapes |= {path: np.shape(x) for path, x in adapter.trainable.items()}
+    if params is not None:
+        shapes = {path: tuple(x.shape) for path, x in paths.flatten(params).items()}
+    return NameTable(names, shapes)
+
+
+def out_of_adapter(adapter: Adapter, table: NameTable, params: Any = None) -> Modules:
+    """Return the updates of modules that an adapter is.
+
+    Args:
+      adapter: an `Adapter`, or a tuple of its first fields.
+      table: from `name_table`.
+      params: the base, which some adapters need: biases that are trained by differences.
+
+    Raises:
+      LoraError: a parameter without a name, an update that modules cannot say, or one that needs
+        the base where there is none.
+    """
+    adapter = Adapter(*adapter)
+    layout, adapters, trainable = adapter
+    check(layout, adapters)
+    leaves = {} if params is None else paths.flatten(params)
+    if params is not None:
+        layout.check_params(leaves)
+    pieces: Pieces = {}
+    whole = dict(trainable)
+    biases: dict[str, Any] = {}
+    for target in layout.targets:
+        if target.kind == "bias":
+            delta = np.asarray(adapters[target.path].delta)
+            if params is None:
+                biases[target.path] = delta
+            else:
+                w = np.asarray(dense(leaves[target.path]))
+                whole[target.path] = (w.astype(np.float32) + delta).astype(w.dtype)
+            continue
+        for tensor, entry, update in _updates(target, adapters[target.path], table):
+            pieces.setdefault(tensor, []).append((entry, update))
+    updates = {
+        tensor.removesuffix(".weight"): _module(tensor, found, table)
+        for tensor, found in pieces.items()
+    }
+    for entry, name in _tied(layout, table):
+        updates[entry.tied] = twin_of(updates[name])
+    _add_biases(updates, biases, layout, table)
+    return Modules(
+        updates, out_of_parameters(whole, leaves, table, layout), ties=bool(_tied(layout, table))
+    )
+
+
+def _updates(
+    target: Target, parameters: Any, table: NameTable
+) -> Iterator[tuple[str, HfModule, ModuleUpdate]]:
+    """The update of every slice of the stack, for every module that the parameter is."""
+    if target.kind not in ("lora", "dora"):
+        layout, adapters = as_lora(Layout((target,)), {target.path: parameters})
+        (target,), parameters = layout.targets, adapters[target.path]
+    kind = kind_of(target)
+    factors = kind.factors(target, parameters)
+    assert factors is not None  # of a kind without, as_lora has said no
+    arrays = jax.tree.map(np.asarray, Factors(*factors))
+    stack = target.sizes(target.stack)
+    a = arrays.a.reshape(*stack, target.fan_in, -1)
+    b = arrays.b.reshape(*stack, a.shape[-1], target.fan_out)
+    lengths = None
+    if target.kind == "dora":
+        lengths = np.asarray(parameters.magnitude).reshape(*stack, target.fan_out)
+    ours = max(target.inputs) < min(target.outputs)  # W is [in, out]
+    for entry in written(table.entries(target.path)):
+        layer = entry.layer_of(target.path)
+        if not layer and len(target.inputs) > 1:
+            raise LoraError(
+                f"{target.path!r} has the input axes {target.inputs} of {target.shape}, and "
+                "nothing says whether they are heads or the window of a convolution: name it as "
+                f"HfModule({entry.name!r}, layer='linear'), or layer='conv'"
+            )
+        rows = rows_of(target, entry)
+        columns = _own_columns(target, entry, a.shape[-1])
+        if not len(columns):
+            continue
+        for index, tensor in table.tensors(target.path, entry, stack):
+            update = ModuleUpdate(
+                a_to_module(target, layer, a[index][:, columns]),
+                b[index][columns][:, rows].T,
+                _alpha(target, len(columns)),
+                target.scaling,
+                None if lengths is None else lengths[index][rows],
+                layer=layer or "linear",
+                stored_in_out=ours and entry.transposed is False,
+            )
+            if entry.rotary:
+                update = update.of_rows(np.argsort(rotary_order(len(rows), entry.rotary)))
+            yield tensor, entry, update
+
+
+def _alpha(target: Target, rank: int) -> float:
+    """The alpha that gives the target's scale at the rank that is written."""
+    if rank == target.rank:
+        return float(target.alpha)
+    return target.scale * (rank if target.scaling == "alpha/r" else math.sqrt(rank))
+
+
+def _own_columns(target: Target, entry: HfModule, rank: int) -> np.ndarray:
+    """The ranks that a module needs: of a parameter in parts, those of the parts it has."""
+    if not target.parts:
+        return np.arange(rank)
+    axis = target.part_axis % len(target.outputs)
+    numbers = np.arange(len(target.parts))
+    if entry.part is not None and entry.axis % len(target.outputs) == axis:
+        start, stop = entry.part[0], sum(entry.part)
+        numbers = np.array(
+            [i for i, (at, size) in enumerate(target.parts) if at < stop and at + size > start], int
+        )
+    return np.concatenate(
+        [np.arange(i * target.rank, (i + 1) * target.rank) for i in numbers] or [np.arange(0)]
+    )
+
+
+def _module(tensor: str, found: list[tuple[HfModule, ModuleUpdate]], table: NameTable) -> Any:
+    """The update of one module, fused where several parameters are its rows."""
+    if len(found) == 1 and found[0][0].rows is None:
+        return found[0][1]
+    if any(entry.rows is None for entry, _ in found):
+        raise LoraError(f"several parameters are {tensor!r}; say which rows of it each is")
+    known = [place.entry.rows for place in table.find(tensor)]
+    total = max(sum(rows) for rows in known if rows is not None)
+    try:
+        return beside([(entry.rows or (0, 0), update) for entry, update in found], total)
+    except LoraError as error:
+        raise LoraError(f"{tensor!r}: {error}") from error
+
+
+def _tied(layout: Layout, table: NameTable) -> list[tuple[HfModule, str]]:
+    """Embeddings that the output head shares, with the module's name."""
+    found = []
+    for target in layout.targets:
+        if target.kind == "bias":
+            continue
+        for entry in table.entries(target.path):
+            if entry.tied:
+                if target.kind == "dora":
+                    raise LoraError(
+                        f"{target.path!r} is the embedding and the output head in one, adapted by "
+                        "DoRA: the two have lengths along different axes, which no file can say"
+                    )
+                found.append((entry, entry.tensor(target.path).removesuffix(".weight")))
+    return found
+
+
+def _add_biases(
+    updates: dict[str, ModuleUpdate], biases: Mapping[str, Any], layout: Layout, table: NameTable
+) -> None:
+    """Put differences of biases to the updates of their modules, for want of the base."""
+    for path, delta in biases.items():
+        target = layout[path]
+        stack = target.sizes(target.stack)
+        for entry in written(table.entries(path)):
+            for index, tensor in table.tensors(path, entry, stack):
+                module = tensor.removesuffix(".bias")
+                if module not in updates or entry.rows is not None:
+                    raise LoraError(
+                        f"{path!r} is trained by a difference, and its module {module!r} has no "
+                        "factors to carry it: pass params=, the base that it was trained on"
+                    )
+                value = delta.reshape(*stack, -1)[index][rows_of(target, entry)]
+                if entry.rotary:
+                    value = value[np.argsort(rotary_order(len(value), entry.rotary))]
+                update = updates[module]
+                updates[module] = update._replace(bias=value / np.float32(update.scale))

@@ -1,0 +1,233 @@
+"""PEFT's adapters, read and written for any model.
+
+adapter = peft.load(folder, names, f, params, *args)
+print(peft.save(folder, names, adapter, base="org/name", profile="portable"))
+print(*peft.check(adapter, "vllm", names), sep="\\n")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.adapters import Adapter
+from lora_jax.errors import LoraError, listed
+from lora_jax.exchange import consumers, experts, peft_config, peft_keys, profiles, tensor_file
+from lora_jax.exchange.files import naming, write_together
+from lora_jax.exchange.into_adapter import into_adapter
+from lora_jax.exchange.names import NameTable
+from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
+from lora_jax.hf_module import HfNames
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FolderPath = str | os.PathLike[str]
+
+
+class Saved(NamedTuple):
+    """What was written, and what whoever uses it has to know.
+
+    folder: where; rank: the largest; notes: what to pass on to a server, in words.
+    """
+
+    folder: pathlib.Path
+    rank: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"wrote {self.folder}", *self.notes])
+
+
+def load(
+    folder: FolderPath,
+    names: HfNames | None,
+    f: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    verify: bool = True,
+) -> Adapter:
+    """Read an adapter that PEFT, or `save`, wrote.
+
+    Everything that the folder says is applied, or is an error that names the file and the key.
+    No code in it is run (pickles are refused), and nothing is allocated on the word of a size.
+
+    Args:
+      folder: with adapter_config.json and adapter_model.safetensors; or with one sub-folder that
+        has them, as PEFT writes adapters of other names than "default".
+      names: `{path: module}` (`lora_jax.hf_module`), `lora_jax.models.hf_names(config)` for the
+        built-in models, or None for a tree whose paths are Hugging Face's names.
+      f, params, *args: the model, its base parameters and an example of its other arguments, as
+        for `lora_jax.resolve`.
+      verify: compare the arrays and the settings with the hashes that `save` left in the file.
+        False for a folder that was edited on purpose. Files that PEFT wrote have none.
+
+    Returns:
+      The adapter, its factors in float32. What PEFT has in modules_to_save, biases and trained
+      tokens are in `trainable`.
+
+    Raises:
+      LoraError: a damaged or hostile folder, a key or setting that is not understood, a module
+        that the model does not have, factors that do not fit it.
+    """
+    place = _find(pathlib.Path(folder))
+    tensors = tensor_file.read(place / TENSORS)
+    settings = tensor_file.read_json(place / CONFIG)
+    if verify:
+        _verify(place, tensors, settings)
+    with naming(place / CONFIG):
+        config = peft_config.parse(settings)
+    shapes = {path: tuple(x.shape) for path, x in paths.flatten(params).items()}
+    with naming(place / TENSORS):
+        table = NameTable(names, shapes)
+        single = experts.expand(tensors.tensors, config, table, f, params, args)
+        modules = peft_keys.parse(single.tensors, config)
+        modules = modules._replace(updates={**modules.updates, **single.updates})
+        return into_adapter(modules, table, f, params, args)
+
+
+def save(
+    folder: FolderPath,
+    names: HfNames | None,
+    adapter: Adapter,
+    *,
+    base: str,
+    profile: Literal["faithful", "portable"] = "faithful",
+    params: Any = None,
+    task_type: str | None = None,
+    overwrite: bool = False,
+) -> Saved:
+    """Write an adapter as a PEFT folder.
+
+    Args:
+      folder: where adapter_config.json and adapter_model.safetensors are written, and nothing
+        else.
+      names: as for `load`.
+      adapter: an `Adapter`, or a tuple of its first fields. Kinds that PEFT does not have (LoHa,
+        LoKr, VeRA, parts) are written as the LoRA that they are, exactly.
+      base: the base's name on the hub, or its folder: what whoever loads the adapter will load.
+      profile: "faithful" says it as PEFT would, with ranks and scales as they are; "portable" is
+        read alike by vLLM, SGLang, llama.cpp, LoRAX and Ollama: one rank, scales folded into B, an
+        integer alpha, float32, and no other option.
+      params: the base parameters. Needed for biases and for modules that were trained in part;
+        with them the modules are named shortly where that is exact.
+      task_type: PEFT's, "CAUSAL_LM" or "SEQ_CLS" for example.
+      overwrite: replace an adapter that is in the folder.
+
+    Returns:
+      `Saved`, which prints what a server has to be told.
+
+    Raises:
+      LoraError: an adapter that the profile cannot say, or a folder that holds one already.
+    """
+    adapter, folder = Adapter(*adapter), pathlib.Path(folder)
+    if (folder / CONFIG).exists() and not overwrite:
+        raise LoraError(f"{folder} holds an adapter; choose another, or pass overwrite=True")
+    settings, tensors = _spelled(names, adapter, base, profile, params, task_type)
+    _write(folder, settings, tensors)
+    return Saved(folder, consumers.largest_rank(settings), consumers.notes(settings, tensors))
+
+
+def check(
+    adapter: Adapter | FolderPath,
+    consumer: str,
+    names: HfNames | None = None,
+    *,
+    profile: Literal["faithful", "portable"] = "faithful",
+    params: Any = None,
+) -> tuple[str, ...]:
+    """Return what a consumer refuses, misreads or needs, a sentence for each; () for nothing.
+
+    Args:
+      adapter: one that is about to be saved with this profile, or the folder of one that is.
+      consumer: "vllm", "sglang", "llama.cpp", "lorax" or "ollama".
+      names, profile, params: as for `save`.
+
+    Raises:
+      LoraError: a consumer that is not known, an adapter that cannot be saved.
+    """
+    if isinstance(adapter, str | os.PathLike):
+        place = _find(pathlib.Path(adapter))
+        shapes = {k: x.shape for k, x in tensor_file.read(place / TENSORS).tensors.items()}
+        return consumers.findings(consumer, tensor_file.read_json(place / CONFIG), shapes)
+    settings, tensors = _spelled(names, Adapter(*adapter), "", profile, params, None)
+    return consumers.findings(consumer, settings, {k: x.shape for k, x in tensors.items()})
+
+
+def _spelled(
+    names: HfNames | None,
+    adapter: Adapter,
+    base: str,
+    profile: str,
+    params: Any,
+    task_type: str | None,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    table = name_table(names, adapter, params)
+    modules = out_of_adapter(adapter, table, params)
+    settings, tensors = profiles.spelled(profile, modules, table, adapter.layout, params)
+    settings |= {"base_model_name_or_path": base, "task_type": task_type}
+    return dict(sorted(settings.items())), tensors
+
+
+def _find(folder: pathlib.Path) -> pathlib.Path:
+    """The folder that holds the two files: this one, or its only sub-folder that does."""
+    if not folder.is_dir():
+        raise LoraError(f"no folder {folder}")
+    found = [p for p in (folder, *sorted(folder.iterdir())) if (p / CONFIG).is_file()]
+    if not found or (len(found) > 1 and found[0] != folder):
+        there = sorted(p.name for p in folder.iterdir())
+        raise LoraError(
+            f"{folder} has {len(found)} adapters in sub-folders, and no {CONFIG}; it has:\n"
+            f"{listed(there, 10)}\nName the folder of one adapter."
+        )
+    place = found[0]
+    if (place / TENSORS).is_file():
+        return place
+    if (place / PICKLE).is_file():
+        raise LoraError(
+            f"{place / PICKLE} is a pickle, which can run any code when it is read, and is not "
+            "opened. Whoever trusts it converts it, in PyTorch:\n"
+            f"    weights = torch.load({PICKLE!r}, weights_only=True)\n"
+            f"    safetensors.torch.save_file(weights, {TENSORS!r})"
+        )
+    raise LoraError(f"{place} has no {TENSORS}")
+
+
+def _write(folder: pathlib.Path, settings: Mapping[str, Any], tensors: Any) -> None:
+    """Write both files, the arrays with the hashes that `_verify` compares."""
+    digests = {key: tensor_file.digest(x) for key, x in tensors.items()}
+    marks = {"settings": profiles.digest(settings), "tensors": digests}
+    metadata = {"format": "pt", tensor_file.DIGESTS: json.dumps(marks)}
+    text = json.dumps(settings, indent=2) + "\n"
+    write_together(
+        folder,
+        {
+            TENSORS: lambda path: tensor_file.write(path, tensors, metadata),
+            CONFIG: lambda path: path.write_text(text),
+        },
+    )
+
+
+def _verify(place: pathlib.Path, file: tensor_file.TensorFile, settings: Mapping[str, Any]) -> None:
+    """Raise `LoraError` unless the arrays and settings are those that `save` wrote."""
+    if tensor_file.DIGESTS not in file.metadata:
+        return
+    try:
+        marks = json.loads(file.metadata[tensor_file.DIGESTS])
+        saved, of_settings = dict(marks["tensors"]), marks["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoraError(f"{place / TENSORS}: {tensor_file.DIGESTS} is damaged") from error
+    for key in {**saved, **file.tensors}:
+        x = file.tensors.get(key)
+        if x is None or saved.get(key) != tensor_file.digest(x):
+            raise LoraError(f"{place / TENSORS}: {key} is not what was saved; fetch it again")
+    if of_settings != profiles.digest(settings):
+        raise LoraError(
+            f"{place / CONFIG} is not what was saved, by its hash in {TENSORS}: one of "
+            f"{', '.join(profiles.DECISIVE)} has another value. If it was changed on purpose, "
+            "pass verify=False"
+        )

@@ -1,0 +1,265 @@
+"""How an adapter is put into PEFT's words: as it is, or so that every server reads it alike."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.base import dense
+from lora_jax.errors import LoraError, listed
+from lora_jax.exchange import experts, peft_keys
+from lora_jax.exchange.axes import stack_axes, stack_first, whole_to_module
+from lora_jax.exchange.module_update import Modules, ModuleUpdate
+from lora_jax.exchange.names import NameTable
+from lora_jax.exchange.peft_config import OFF
+from lora_jax.layout import Layout
+
+DECISIVE = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
+    "bias", "target_modules", "target_parameters", "modules_to_save", "peft_version",
+)  # fmt: skip
+"""The settings that say what function the adapter is; a changed one is found when it is read."""
+EXPERTS_VERSION = "0.19.1"  # how experts are written: the first PEFT that reads them so
+
+
+def spelled(
+    profile: str, modules: Modules, table: NameTable, layout: Layout, params: Any
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the settings and the tensors of a folder.
+
+    Raises:
+      LoraError: a profile that there is not, or an adapter that it cannot say.
+    """
+    if profile not in ("faithful", "portable"):
+        raise LoraError(f"profile is {profile!r}; there are 'faithful' and 'portable'")
+    updates = _with_biases(modules.updates)
+    sizes = _known_modules(table, layout, params)
+    if profile == "portable":
+        _check_portable(modules)
+        updates = _at_one_rank(_in_every_layer(updates, sizes))
+    values = _with_siblings(modules.values, table, layout, params)
+    updates |= _at_one_rank({n: u for n, u in updates.items() if u.layer == "experts"})
+    parameters, packed = experts.pack(updates)
+    single = {name: u for name, u in updates.items() if u.layer != "experts"}
+    known = set(sizes) | set(single)
+    short = profile == "portable"
+    # The first is the usual one where they differ; PEFT warns of patterns that name parameters.
+    settings = _settings(
+        {**parameters, **single}, rslora=profile == "faithful", first=bool(parameters)
+    )
+    tensors = {**peft_keys.spell(single), **packed}
+    settings["target_modules"] = _targets(single, known, short)
+    if parameters:
+        settings["target_parameters"] = sorted(parameters)
+        settings["peft_version"] = EXPERTS_VERSION
+    settings["ensure_weight_tying"] = modules.ties
+    tensors |= _whole_tensors(values, single, settings)
+    return settings, {k: np.ascontiguousarray(x) for k, x in tensors.items()}
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """A hash of the settings that decide what function the adapter is."""
+    decisive = {k: settings[k] for k in DECISIVE if settings.get(k) not in OFF}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _check_portable(modules: Modules) -> None:
+    whole = [f"{name}: trained as a whole" for name in modules.values]
+    wrong = [f"{n}: DoRA" for n, u in modules.updates.items() if u.magnitude is not None]
+    wrong += [f"{n}: a bias" for n, u in modules.updates.items() if u.bias is not None]
+    wrong += [f"{n}: {u.layer}" for n, u in modules.updates.items() if u.layer != "linear"]
+    wrong += [f"{n}: the output head" for n in modules.updates if n.split(".")[-1] == "lm_head"]
+    if whole or wrong:
+        raise LoraError(
+            f"not portable, since not every server reads these:\n{listed([*whole, *wrong])}\n"
+            "Save with profile='faithful', or merge the adapter and ship the model. What was "
+            "trained as a whole can be left out: adapter._replace(trainable={})"
+        )
+
+
+def _with_biases(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
+    """Where one module adds a bias all do, as PEFT's lora_bias says; the others one of zeros."""
+    if all(u.bias is None for u in updates.values()):
+        return dict(updates)
+    for name, u in updates.items():
+        if u.layer in ("embedding", "experts") or u.magnitude is not None:
+            raise LoraError(
+                f"{name!r} cannot add a bias, and others do by a difference: pass params=, the "
+                "base, so that biases are written as they are"
+            )
+    zeros = {n: np.zeros(len(u.b), np.float32) for n, u in updates.items()}
+    return {n: u if u.bias is not None else u._replace(bias=zeros[n]) for n, u in updates.items()}
+
+
+def _at_one_rank(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
+    """All updates at one rank and scale, in float32; as they are where they agree already."""
+    if not updates:
+        return {}
+    wide = {n: _wide(u) for n, u in updates.items()}
+    agree = len({(u.rank, u.alpha, u.scaling) for u in wide.values()}) <= 1
+    plain = all(
+        u.scaling == "alpha/r" and u.alpha == int(u.alpha) and u.alpha >= 1 for u in wide.values()
+    )
+    if agree and plain:
+        return wide
+    rank = max(u.rank for u in wide.values())
+    return {n: u.folded(rank) for n, u in wide.items()}
+
+
+def _wide(update: ModuleUpdate) -> ModuleUpdate:
+    return update._replace(a=update.a.astype(np.float32), b=update.b.astype(np.float32))
+
+
+def _settings(updates: Mapping[str, ModuleUpdate], rslora: bool, first: bool) -> dict[str, Any]:
+    """The settings that follow from ranks, scales and kinds of the updates.
+
+    Args:
+      updates: of modules and of whole parameters.
+      rslora: whether the setting for it may be used.
+      first: r and alpha are those of the first update, not the most frequent ones.
+    """
+    if not updates:
+        ranks, scaled, all_rs = {}, {}, False
+    else:
+        ranks = {name: u.rank for name, u in updates.items()}
+        all_rs = rslora and all(u.scaling != "alpha/r" for u in updates.values())
+        scaled = {
+            name: _number(u.scale * (math.sqrt(u.rank) if all_rs else u.rank), u, all_rs)
+            for name, u in updates.items()
+        }
+    r, alpha = (_usual(list(x.values())[: 1 if first else None], 8) for x in (ranks, scaled))
+    products = [u for u in updates.values() if u.layer == "linear"]
+    dora = [name for name, u in updates.items() if u.magnitude is not None]
+    if dora and len(dora) < len(updates):
+        plain = next(name for name, u in updates.items() if u.magnitude is None)
+        raise LoraError(
+            f"{dora[0]!r} is adapted by DoRA and {plain!r} by LoRA, and PEFT has one setting for "
+            "all; write them as two adapters, or adapt all by one kind"
+        )
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: x for name, x in ranks.items() if x != r},
+        "alpha_pattern": {name: x for name, x in scaled.items() if x != alpha},
+        "use_rslora": all_rs,
+        "use_dora": bool(dora),
+        "lora_bias": any(u.bias is not None for u in updates.values()),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": bool(products) and all(u.stored_in_out for u in products),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def _number(alpha: float, update: ModuleUpdate, all_rs: bool) -> float:
+    """Alpha: the module's own where the scale is alpha's, an integer where it is one."""
+    if all_rs or update.scaling == "alpha/r":
+        alpha = update.alpha
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _usual(values: Iterable[Any], default: Any) -> Any:
+    counted = collections.Counter(values).most_common(1)
+    return counted[0][0] if counted else default
+
+
+def _known_modules(table: NameTable, layout: Layout, params: Any) -> dict[str, int]:
+    """All modules of the model that have a weight, with its size; none without params."""
+    if params is None:
+        return {}
+    leaves, found = paths.flatten(params), {}
+    for path in table.paths():
+        for entry in table.entries(path):
+            shape = tuple(leaves[path].shape)
+            stack = [shape[i] for i in stack_axes(layout, path, table.holes(path, entry))]
+            size = math.prod(shape) // math.prod(stack) if entry.part is None else 0
+            for _, name in table.tensors(path, entry, stack):
+                if name.endswith(".weight"):
+                    found[name.removesuffix(".weight")] = size
+    return found
+
+
+def _in_every_layer(
+    updates: Mapping[str, ModuleUpdate], sizes: Mapping[str, int]
+) -> dict[str, ModuleUpdate]:
+    """Add updates of zero, so that the last names of the adapted modules name no others.
+
+    A module is added if one of the same last name and size is adapted.
+    """
+    like = {(name.rpartition(".")[2], u.b.shape[0] * u.fan_in): u for name, u in updates.items()}
+    found = dict(updates)
+    for name, size in sizes.items():
+        u = like.get((name.rpartition(".")[2], size))
+        if u is not None and name not in found:
+            found[name] = u._replace(a=np.zeros_like(u.a), b=np.zeros_like(u.b))
+    return found
+
+
+def _targets(updates: Mapping[str, ModuleUpdate], known: set[str], short: bool) -> list[str]:
+    """The list of names whose ends PEFT compares: last segments where that is exact.
+
+    Args:
+      updates: the adapted modules.
+      known: all modules; with none but the adapted ones, only `short` takes last segments.
+      short: take a last segment whose modules are adapted as far as they are known.
+    """
+    certain = short or known > set(updates)
+    found = set()
+    for name in updates:
+        last = name.rpartition(".")[2]
+        alike = {n for n in known if n == last or n.endswith(f".{last}")}
+        exact = certain and alike <= set(updates) and not last.isdigit()
+        found.add(last if exact else name)
+    return sorted(found)
+
+
+def _with_siblings(
+    values: Mapping[str, np.ndarray], table: NameTable, layout: Layout, params: Any
+) -> dict[str, np.ndarray]:
+    """Whole tensors with the others of their modules, which PEFT wants together."""
+    found = dict(values)
+    leaves = {} if params is None else paths.flatten(params)
+    for name in values:
+        module, _, parameter = name.rpartition(".")
+        other = f"{module}.{'bias' if parameter == 'weight' else 'weight'}"
+        if other in found or parameter == "bias":
+            continue  # a bias alone is written as a bias
+        if params is None and table.speaks_of(other):
+            raise LoraError(
+                f"{name!r} was trained as a whole and {other!r} was not, and PEFT saves a "
+                "module with all of its tensors: pass params=, the base"
+            )
+        for place in table.find(other) if params is not None else ():
+            value = np.asarray(dense(leaves[place.path]))
+            value = stack_first(layout, place.path, len(place.at), value)[place.at]
+            found[other] = whole_to_module(place.path, place.entry, value)
+    return found
+
+
+def _whole_tensors(
+    values: Mapping[str, np.ndarray], updates: Mapping[str, Any], settings: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """The keys of whole tensors, and what the settings have to say of them."""
+    modules = {n.rpartition(".")[0] for n in values if n.endswith(".weight")} - set(updates)
+    biases = {n.rpartition(".")[0] for n in values if n.endswith(".bias")} - modules
+    tables = [n for n in values if n.endswith(".weight") and n.rpartition(".")[0] in updates]
+    if tables:
+        raise LoraError(
+            f"{tables[0]!r} was trained as a whole and has factors as well, which PEFT does not "
+            "have; merge the adapter, or train one of the two"
+        )
+    if modules:
+        settings["modules_to_save"] = sorted(modules)
+    if biases:
+        settings["bias"] = "lora_only" if biases <= set(updates) else "all"
+    return peft_keys.spell_values(values, updates)

@@ -1,0 +1,190 @@
+"""Read and write safetensors files; what is read may come from a stranger.
+
+The format: eight bytes that hold the length of a JSON header, the header
+`{name: {"dtype", "shape", "data_offsets"}}`, and the numbers. Every size is compared with the size
+of the file before anything is allocated for it. There is no code in such a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.errors import LoraError
+
+JSON_BYTES = 2**26  # of a header or a configuration
+DIMENSIONS = 8
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16"}
+FLOATS: dict[str, Any] = {name: np.dtype(x) for name, x in DTYPES.items()}
+FLOATS["BF16"] = np.dtype(jnp.bfloat16)
+DIGESTS = "lora_jax.digests"  # the key of our own entry in the file's metadata
+
+
+class TensorFile(NamedTuple):
+    """What a file holds: its metadata, and its float arrays by name."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, np.ndarray]
+
+
+def read(path: pathlib.Path) -> TensorFile:
+    """Read a whole file of floats.
+
+    Raises:
+      LoraError: a file that is not of the format, whose sizes contradict each other, or that holds
+        numbers that are not finite. The message names the file and, where it has one, the key.
+    """
+    data = np.fromfile(path, np.uint8)
+    header, body = _header(path, data)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(x, str) for x in metadata.values()):
+        raise LoraError(f"{path}: __metadata__ must map names to texts, got {shown(metadata)}")
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        check_name(path, name)
+        dtype, shape, span = _entry(path, name, entry, len(body))
+        spans.append((*span, name))
+        tensors[name] = body[slice(*span)].view(dtype).reshape(shape)
+    _check_spans(path, spans, len(body))
+    for name, x in tensors.items():
+        if not np.isfinite(x).all():
+            raise LoraError(f"{path}: {name} holds numbers that are not finite (NaN or infinity)")
+    return TensorFile(metadata, tensors)
+
+
+def write(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Write arrays under their names, in the order of the names."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    end, arrays = 0, []
+    for name in sorted(tensors):
+        x = np.ascontiguousarray(tensors[name])
+        span = [end, end + x.nbytes]
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": span}
+        end = span[1]
+        arrays.append(x)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for x in arrays:
+            file.write(x.tobytes())
+
+
+def digest(x: np.ndarray) -> str:
+    """A hash of an array's dtype, shape and bytes."""
+    x = np.ascontiguousarray(x)
+    found = hashlib.sha256(f"{x.dtype}{x.shape}".encode())
+    found.update(x.tobytes())
+    return found.hexdigest()[:32]
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Read a JSON object that may come from a stranger.
+
+    Raises:
+      LoraError: not an object, a key twice, a number that is not finite, or a file too large.
+    """
+    size = os.path.getsize(path)
+    if size > JSON_BYTES:
+        raise LoraError(f"{path} has {size:,} bytes; the limit of JSON is {JSON_BYTES:,}")
+    return _object(path, path.read_bytes())
+
+
+def check_name(path: pathlib.Path, name: str) -> None:
+    """Raise `LoraError` for a name that no module has."""
+    if not name or ".." in name or "/" in name or "\\" in name or not name.isprintable():
+        raise LoraError(f"{path}: {shown(name)!r} is not the name of a module's tensor")
+
+
+def shown(value: Any) -> str:
+    """A value out of a file, cut to what a message can hold."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+
+def _header(path: pathlib.Path, data: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    if len(data) < 8:
+        raise LoraError(f"{path} has {len(data)} bytes, too few for a safetensors file")
+    (length,) = struct.unpack("<Q", data[:8].tobytes())
+    if length > min(JSON_BYTES, len(data) - 8):
+        raise LoraError(
+            f"{path} declares a header of {length:,} bytes, but the file has {len(data):,} and a "
+            f"header may have {JSON_BYTES:,}: it is not a safetensors file, or it is damaged"
+        )
+    return _object(path, data[8 : 8 + length].tobytes()), data[8 + length :]
+
+
+def _object(path: pathlib.Path, text: bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise LoraError(f"{path}: the key {shown(twice)!r} is there twice")
+        return found
+
+    def finite(name: str) -> float:
+        raise LoraError(f"{path}: {name} is not a number that JSON has")
+
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=once, parse_constant=finite)
+    except LoraError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise LoraError(f"{path} is damaged, or is not JSON: {shown(error)}") from error
+    if not isinstance(value, dict):
+        raise LoraError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def _entry(
+    path: pathlib.Path, name: str, entry: Any, available: int
+) -> tuple[Any, tuple[int, ...], tuple[int, int]]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise LoraError(
+            f"{path}: {name} is described by {shown(entry)}; expected dtype, shape, data_offsets"
+        )
+    shape, span = entry["shape"], entry["data_offsets"]
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in FLOATS:
+        raise LoraError(
+            f"{path}: {name} is stored as {shown(entry['dtype'])}, expected one of "
+            f"{', '.join(FLOATS)}"
+        )
+    if not _sizes(shape) or len(shape) > DIMENSIONS or not _sizes(span) or len(span) != 2:
+        raise LoraError(f"{path}: {name} has no shape and place that can be: {shown(entry)}")
+    dtype = FLOATS[entry["dtype"]]
+    start, stop = span
+    if not start <= stop <= available or stop - start != math.prod(shape) * dtype.itemsize:
+        raise LoraError(
+            f"{path}: {name} of shape {shown(shape)} takes {math.prod(shape) * dtype.itemsize:,} "
+            f"bytes; its place is {start:,} to {stop:,} of {available:,}"
+        )
+    return dtype, tuple(shape), (start, stop)
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _check_spans(path: pathlib.Path, spans: list[tuple[int, int, str]], available: int) -> None:
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise LoraError(
+                f"{path}: {name} begins at byte {start:,} of the data, expected {end:,}"
+            )
+        end = stop
+    if end != available:
+        raise LoraError(f"{path} has {available:,} bytes of data, its header speaks of {end:,}")

@@ -1,0 +1,335 @@
+"""`load(save(x))` is `x` in value: the merged weights are equal, for every kind and form."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import LoraSpec, Rule, models
+from lora_jax.exchange import peft
+from lora_jax.hf_module import HfModule, HfNames, fused
+from tests.exchange.tiny import GOLDEN, Model, built_in, toy
+
+X = jnp.ones((2, 6))
+KINDS = ["lora", "dora", "vera", "loha", "lokr"]
+
+
+def drawn(model: Model, spec: LoraSpec, **trainable: Any) -> lora_jax.Adapter:
+    """An adapter of random numbers."""
+    layout = lora_jax.resolve(spec, model.f, model.params, model.x)
+    start = lora_jax.init(jax.random.key(0), layout, params=model.params)
+    leaves, structure = jax.tree.flatten(start)
+    draw = np.random.default_rng(5).standard_normal
+    new = [x + jnp.asarray(0.3 * draw(x.shape), x.dtype) for x in leaves]
+    return lora_jax.Adapter(layout, jax.tree.unflatten(structure, new), trainable)
+
+
+def merged(model: Model, adapter: lora_jax.Adapter) -> dict[str, np.ndarray]:
+    params = lora_jax.paths.replace(model.params, dict(adapter.trainable))
+    whole = lora_jax.merge(adapter.layout, params, adapter.parameters)
+    return {p: np.asarray(x) for p, x in lora_jax.paths.flatten(whole).items()}
+
+
+def assert_same(
+    model: Model,
+    adapter: lora_jax.Adapter,
+    folder: Path,
+    other: Model | None = None,
+    **options: Any,
+) -> lora_jax.Adapter:
+    """Saved and loaded, the merged weights are equal; `other` is the model that loads it."""
+    peft.save(folder, model.names, adapter, base="org/name", **options)
+    reader = other or model
+    again = peft.load(folder, reader.names, reader.f, reader.params, reader.x)
+    want, got = merged(model, adapter), merged(reader, again)
+    moved = max(np.abs(want[p] - np.asarray(x)).max() for p, x in flat(model.params).items())
+    assert moved > 1e-2, "an adapter that changes nothing"
+    if other is None:
+        for path in want:
+            np.testing.assert_allclose(got[path], want[path], atol=2e-6, err_msg=path)
+    return again
+
+
+def flat(params: Any) -> dict[str, Any]:
+    return lora_jax.paths.flatten(params)
+
+
+def scanned_function(p: Any, x: Any) -> Any:
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["layers"]["up"]["kernel"])[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(kind: str, tmp_path: Path) -> None:
+    """Red: a factor of the wrong layer, a scale that is lost, a magnitude along the wrong axis."""
+    w = np.random.default_rng(2).standard_normal((3, 6, 6))
+    params = {"layers": {"up": {"kernel": jnp.asarray(w, jnp.float32)}}}
+    model = Model(scanned_function, params, {"layers/up/kernel": "h.{layer}.up"}, X)
+    assert_same(model, drawn(model, LoraSpec(2, 3.0, kind=kind, targets="**")), tmp_path / "a")
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_a_decoder(scan: bool, tmp_path: Path) -> None:
+    model = built_in("llama", scan)
+    spec = LoraSpec(2, 3.0, ("**/v/kernel", "**/down/kernel"))
+    assert_same(model, drawn(model, spec), tmp_path / "a")
+
+
+def test_biases_with_and_without_the_base(tmp_path: Path) -> None:
+    model = built_in("llama_biased")
+    spec = LoraSpec(2, 3.0, ("**/{q,k}/kernel", Rule("**/q/bias", kind="bias")))
+    adapter = drawn(model, spec)
+    by_difference = assert_same(model, adapter, tmp_path / "a")
+    assert not by_difference.trainable
+    by_value = assert_same(model, adapter, tmp_path / "b", params=model.params)
+    assert set(by_value.trainable) == {f"layers_{i}/attention/q/bias" for i in range(2)}
+    alone = drawn(model, LoraSpec(2, 3.0, (Rule("**/q/bias", kind="bias"),)))
+    with pytest.raises(lora_jax.LoraError, match=r"q/bias.*pass params="):
+        peft.save(tmp_path / "c", model.names, alone, base="b")
+
+
+def test_ranks_alphas_and_scalings(tmp_path: Path) -> None:
+    """Red: PEFT's one use_rslora for targets that differ, alpha of another module."""
+    model = built_in("llama")
+    rules = (
+        Rule("**/q/kernel", rank=3, alpha=4.0),
+        Rule("layers_0/**/v/kernel", rank=2, scaling="alpha/sqrt(r)"),
+        Rule("**/down/kernel", rank=4, alpha=0.7),
+    )
+    adapter = drawn(model, LoraSpec(2, 3.0, rules))
+    assert_same(model, adapter, tmp_path / "a")
+    assert_same(model, adapter, tmp_path / "b", profile="portable")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_heads_norms_and_tables(kind: str, tmp_path: Path) -> None:
+    model = built_in("llama")
+    leaves = flat(model.params)
+    spec = LoraSpec(2, 3.0, ("embed/embedding", "lm_head/kernel", "**/q/kernel"), kind=kind)
+    adapter = drawn(model, spec, **{"norm/scale": leaves["norm/scale"] + 1})
+    assert_same(model, adapter, tmp_path / "a")
+
+
+def test_a_head_trained_in_full(tmp_path: Path) -> None:
+    """Red: a kernel that is not transposed, a bias that PEFT would miss."""
+    model = built_in("bert")
+    kernel = flat(model.params)["classifier/out/kernel"]
+    adapter = drawn(model, LoraSpec(2, 3.0, "**/query/kernel"))
+    adapter = adapter._replace(trainable={"classifier/out/kernel": kernel + 1})
+    with pytest.raises(lora_jax.LoraError, match=r"classifier.weight.*pass params="):
+        peft.save(tmp_path / "a", model.names, adapter, base="b")
+    assert_same(model, adapter, tmp_path / "a", params=model.params, task_type="SEQ_CLS")
+
+
+def test_a_tied_embedding(tmp_path: Path) -> None:
+    model = built_in("qwen2")
+    adapter = drawn(model, LoraSpec(2, 3.0, ("embed/embedding", "**/q/kernel")))
+    assert_same(model, adapter, tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_convolutions(kind: str, tmp_path: Path) -> None:
+    model = toy()
+    spec = LoraSpec(2, 3.0, ("conv*/kernel", "fused", "out/kernel"), kind=kind)
+    assert_same(model, drawn(model, spec), tmp_path / "a")
+
+
+# --- fused and separate ------------------------------------------------------------------------
+
+
+def joined_function(p: Any, x: Any) -> Any:
+    out = jnp.einsum("bi,io->bo", x, p["qkv"]["kernel"])
+    return jnp.tanh(out)
+
+
+def separate_function(p: Any, x: Any) -> Any:
+    return jnp.tanh(jnp.concatenate([x @ p[n]["kernel"] for n in "qkv"], axis=-1))
+
+
+def kernels() -> dict[str, Any]:
+    draw = np.random.default_rng(1).standard_normal
+    sizes = {"q": 8, "k": 4, "v": 4}
+    return {n: {"kernel": jnp.asarray(draw((6, s)), jnp.float32)} for n, s in sizes.items()}
+
+
+JOINED = {"qkv": {"kernel": jnp.concatenate([x["kernel"] for x in kernels().values()], axis=1)}}
+APART = {f"{n}/kernel": f"attn.{n}_proj" for n in "qkv"}
+SLICES = {
+    f"{n}/kernel": HfModule("attn.qkv_proj", rows=rows)
+    for n, rows in zip("qkv", ((0, 8), (8, 4), (12, 4)), strict=True)
+}
+PARTS: HfNames = {"qkv/kernel": fused(("attn.q_proj", 8), ("attn.k_proj", 4), ("attn.v_proj", 4))}
+FORMS = {
+    "ours_fused": Model(joined_function, JOINED, PARTS, X),
+    "both_fused": Model(joined_function, JOINED, {"qkv/kernel": "attn.qkv_proj"}, X),
+    "theirs_fused": Model(separate_function, kernels(), SLICES, X),
+    "none_fused": Model(separate_function, kernels(), APART, X),
+}
+
+
+def outputs(model: Model, adapter: lora_jax.Adapter) -> np.ndarray:
+    return np.asarray(
+        model.f(lora_jax.merge(adapter.layout, model.params, adapter.parameters), model.x)
+    )
+
+
+@pytest.mark.parametrize("kind", ["whole", "q_v", "ranks", "dora"])
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [
+        ("ours_fused", "none_fused"), ("none_fused", "ours_fused"), ("ours_fused", "ours_fused"),
+        ("both_fused", "theirs_fused"), ("theirs_fused", "both_fused"),
+        ("theirs_fused", "theirs_fused"),
+    ],
+)  # fmt: skip
+def test_fused_and_separate(writer: str, reader: str, kind: str, tmp_path: Path) -> None:
+    """The same function by another tree. Red: the rows of q where those of k belong."""
+    one, two = FORMS[writer], FORMS[reader]
+    fused_ours = set(flat(one.params)) == {"qkv/kernel"}
+    parts = {"whole": None, "q_v": ((0, 8), (12, 4)), "ranks": ((0, 8), (8, 4), (12, 4))}
+    if fused_ours:
+        targets: Any = (Rule("qkv/kernel", parts=parts.get(kind)),)
+    elif kind == "ranks":
+        targets = (Rule("q/kernel", rank=3, alpha=1.0), "{k,v}/kernel")
+    else:
+        targets = ("{q,v}/kernel",) if kind == "q_v" else ("*/kernel",)
+    spec = LoraSpec(2, 3.0, targets, kind="dora" if kind == "dora" else "lora")
+    adapter = drawn(one, spec)
+    again = assert_same(one, adapter, tmp_path / "a", two)
+    np.testing.assert_allclose(outputs(two, again), outputs(one, adapter), atol=2e-6)
+
+
+def test_parts_that_are_read_have_factors_of_their_own(tmp_path: Path) -> None:
+    model = FORMS["ours_fused"]
+    adapter = drawn(model, LoraSpec(2, 3.0, (Rule("qkv/kernel", parts=((0, 8), (12, 4))),)))
+    again = assert_same(model, adapter, tmp_path / "a")
+    assert again.layout == adapter.layout
+
+
+# --- axes ----------------------------------------------------------------------------------------
+
+
+def test_heads_and_a_stack_on_the_second_axis(tmp_path: Path) -> None:
+    """MaxText's layers on axis 1, Flax's heads. Red: a stack that is taken for an input."""
+
+    def f(p: Any, x: Any) -> Any:
+        def layer(x: Any, w: Any) -> Any:
+            q, o = w
+            heads = jnp.einsum("bd,dhk->bhk", x, q)
+            return jnp.tanh(jnp.einsum("bhk,hkd->bd", heads, o)), None
+
+        both = jnp.moveaxis(p["q"]["kernel"], 1, 0), jnp.moveaxis(p["o"]["kernel"], 1, 0)
+        return jax.lax.scan(layer, x, both)[0]
+
+    draw = np.random.default_rng(2).standard_normal
+    params = {
+        "q": {"kernel": jnp.asarray(draw((6, 3, 2, 4)), jnp.float32)},
+        "o": {"kernel": jnp.asarray(draw((2, 3, 4, 6)), jnp.float32)},
+    }
+    names: HfNames = {
+        "q/kernel": "layers.{layer}.q_proj",
+        "o/kernel": HfModule("layers.{layer}.o_proj", layer="linear"),
+    }
+    model = Model(f, params, names, X)
+    adapter = drawn(model, LoraSpec(2, 3.0, "*/kernel"))
+    assert adapter.layout["q/kernel"].stack == (1,)
+    assert_same(model, adapter, tmp_path / "a")
+    assert_same(model, adapter, tmp_path / "b", profile="portable", params=params)
+    assert peft.tensor_file.read_json(tmp_path / "b" / peft.CONFIG)["target_modules"] == [
+        "o_proj",
+        "q_proj",
+    ]
+    norm = {"norm": jnp.ones((6, 3))}
+    model = Model(f, params | norm, names | {"norm": "layers.{layer}.norm"}, X)
+    adapter = adapter._replace(trainable={"norm": jnp.asarray(draw((6, 3)), jnp.float32)})
+    assert_same(model, adapter, tmp_path / "d", params=model.params)
+    unsaid: HfNames = {"q/kernel": "layers.{layer}.q_proj", "o/kernel": "layers.{layer}.o_proj"}
+    with pytest.raises(lora_jax.LoraError, match=r"(?s)o/kernel.*HfModule\(.*layer='linear'\)"):
+        peft.save(tmp_path / "c", unsaid, adapter, base="b")
+
+
+def test_rotary_pairs_are_put_in_their_order(tmp_path: Path) -> None:
+    """A model that rotates (2i, 2i + 1) reads what one that rotates (i, i + half) wrote."""
+    order = np.array([0, 2, 1, 3, 4, 6, 5, 7])
+    params = kernels()
+    turned = {**params, "q": {"kernel": params["q"]["kernel"][:, order]}}
+    plain, other = Model(separate_function, params, APART, X), FORMS["none_fused"]
+    names = {**APART, "q/kernel": HfModule("attn.q_proj", rotary=4)}
+    other = dataclasses.replace(plain, params=turned, names=names)
+    adapter = drawn(plain, LoraSpec(2, 3.0, "{q,k}/kernel", kind="dora"))
+    again = assert_same(plain, adapter, tmp_path / "a", other)
+    want, got = merged(plain, adapter), merged(other, again)
+    np.testing.assert_allclose(got["q/kernel"], want["q/kernel"][:, order], atol=2e-6)
+    assert_same(other, again, tmp_path / "b")
+
+
+def test_a_tree_with_hugging_faces_names_needs_no_table(tmp_path: Path) -> None:
+    def f(p: Any, ids: Any) -> Any:
+        x = jnp.take(p["model.embed_tokens.weight"], ids, axis=0)
+        x = jnp.tanh(jnp.einsum("bti,oi->bto", x, p["model.layers.0.q_proj.weight"]))
+        return jnp.einsum("bti,oi->bto", x, p["lm_head.weight"]) + p["lm_head.bias"][None, None]
+
+    draw = np.random.default_rng(2).standard_normal
+    shapes = {"model.embed_tokens.weight": (9, 6), "model.layers.0.q_proj.weight": (5, 6)}
+    shapes |= {"lm_head.weight": (9, 5), "lm_head.bias": (9,)}
+    params = {name: jnp.asarray(draw(shape), jnp.float32) for name, shape in shapes.items()}
+    model = Model(f, params, None, jnp.ones((1, 3), jnp.int32))
+    spec = LoraSpec(2, 3.0, ("model*",))
+    adapter = drawn(model, spec, **{"lm_head.weight": params["lm_head.weight"] + 1})
+    assert_same(model, adapter, tmp_path / "a", params=params)
+
+
+def test_experts_by_number(tmp_path: Path) -> None:
+    """A key for each expert, from layers and experts in one array."""
+
+    def f(p: Any, x: Any) -> Any:
+        def layer(x: Any, w: Any) -> Any:
+            each = jnp.broadcast_to(x, (3, *x.shape))
+            return jnp.tanh(jnp.einsum("ebi,eio->ebo", each, w)).sum(0), None
+
+        return jax.lax.scan(layer, x, p["up"]["kernel"])[0]
+
+    w = np.random.default_rng(2).standard_normal((2, 3, 6, 6))
+    names = {"up/kernel": "model.layers.{layer}.mlp.experts.{expert}.up_proj"}
+    model = Model(f, {"up": {"kernel": jnp.asarray(w, jnp.float32)}}, names, X)
+    adapter = drawn(model, LoraSpec(2, 3.0, "up/kernel"))
+    assert_same(model, adapter, tmp_path / "a")
+    assert_same(model, adapter, tmp_path / "b", profile="portable")
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    """Nothing but the two files; short names where they are exact; a note for servers."""
+    model = built_in("llama")
+    adapter = drawn(model, LoraSpec(2, 3.0, "**/{q,v}/kernel"))
+    saved = peft.save(tmp_path / "a", model.names, adapter, base="b", params=model.params)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [peft.CONFIG, peft.TENSORS]
+    config = peft.tensor_file.read_json(tmp_path / "a" / peft.CONFIG)
+    assert config["target_modules"] == ["q_proj", "v_proj"] and config["lora_alpha"] == 3
+    assert "--max-lora-rank 8" in str(saved)
+    one_layer = drawn(model, LoraSpec(2, 3.0, "layers_1/**/q/kernel"))
+    for params in (None, model.params):
+        peft.save(tmp_path / "a", model.names, one_layer, base="b", params=params, overwrite=True)
+        config = peft.tensor_file.read_json(tmp_path / "a" / peft.CONFIG)
+        assert config["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+    with pytest.raises(lora_jax.LoraError, match="overwrite=True"):
+        peft.save(tmp_path / "a", model.names, one_layer, base="b")
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "roberta", "qwen3"])
+def test_names_of_the_built_in_models(name: str) -> None:
+    """Every tensor of the golden folder has its place, by one name. Red: a wrong prefix."""
+    source = models.open(str(GOLDEN / "golden_models" / name))
+    head = models.Head("roberta_head", 3) if name in ("bert", "roberta") else None
+    shapes = {p: x.shape for p, x in flat(models.shapes(source.config, head)).items()}
+    table = peft.NameTable(models.hf_names(source.config, head), shapes)
+    found: list[str] = []
+    for file in sorted((GOLDEN / "golden_models" / name).glob("*.safetensors")):
+        for tensor in peft.tensor_file.read(file).tensors:
+            found += [place.path for place in table.find(tensor)]
+    assert sorted(found) == sorted(shapes)
