@@ -154,12 +154,19 @@ def _filled(target: Target, pieces: list[_Piece], w: Any) -> tuple[Target, Any]:
     b = arrays["b"].reshape(*stack, target.rank, target.fan_out)
     for piece in pieces:
         _check_index(target, piece)
-        a[piece.at] = a_from_module(target, piece.update.layer, piece.update.a)
+        a[piece.at] = _inputs(target, piece)
         b[piece.at] = piece.update.b.T
         if piece.update.magnitude is not None:
             magnitude = arrays["magnitude"].reshape(*stack, target.fan_out)
             magnitude[piece.at] = piece.update.magnitude
     return target, kind_of(target).fields(**jax.tree.map(jnp.asarray, arrays))
+
+
+def _inputs(target: Target, piece: _Piece) -> np.ndarray:
+    try:
+        return a_from_module(target, piece.update.layer, piece.update.a)
+    except LoraError as error:
+        raise LoraError(f"{piece.module!r}: {error}") from error
 
 
 def _zero(target: Target, w: Any) -> dict[str, np.ndarray]:
@@ -207,7 +214,7 @@ def _in_parts(target: Target, pieces: list[_Piece]) -> tuple[Target, Any] | None
             if piece.entry == entry:
                 _check_index(target, piece)
                 slot: Any = (*piece.at, slice(None), number)
-                a[slot] = a_from_module(target, piece.update.layer, piece.update.a)
+                a[slot] = _inputs(target, piece)
                 b[piece.at] = piece.update.b.T
         columns.append(b.reshape(*stack, target.rank, *outputs))
     at = len(stack) + 1 + axis % len(outputs)
