@@ -1,13 +1,13 @@
 """The Hugging Face modules of the built-in models' parameters, for `lora_jax.exchange`."""
 
 from lora_jax.hf_module import HfModule, HfNames
-from lora_jax.models.config import BertConfig, BuiltInConfig, LlamaConfig
+from lora_jax.models.config import LlamaConfig, StoredConfig, VitConfig
 from lora_jax.models.weights.assemble import Head
-from lora_jax.models.weights.names import BERT, LLAMA, ROBERTA, TensorName, TensorNames
+from lora_jax.models.weights.names import BERT, TensorName, TensorNames, table_of
 
 
-def hf_names(config: BuiltInConfig, head: Head | None = None, root: str = "") -> HfNames:
-    """Return `{path: module}` of every parameter that the model of `config` can have.
+def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> HfNames:
+    """Return `{path: module}` of every parameter that the model of `config` can have in a module.
 
     Args:
       config: of the model; with `scan_layers` the paths are those of the stacked parameters.
@@ -21,29 +21,33 @@ def hf_names(config: BuiltInConfig, head: Head | None = None, root: str = "") ->
     >>> names["layers_{layer}/attention/q/kernel"]
     'model.layers.{layer}.self_attn.q_proj.weight'
     """
-    table = _table(config)
-    rows = [(f"{root}bert/" if head else root, row) for row in table.rows]
+    table = table_of(config)
+    encoder = "vit/" if isinstance(config, VitConfig) else "bert/"
+    rows = [(f"{root}{encoder}" if head else root, row) for row in table.rows]
     rows += [(root, row) for row in (table.heads[head.pooling] if head else ())]
     found: dict[str, str | HfModule] = {}
     for start, row in rows:
+        if not row.hf.endswith((".weight", ".bias")):
+            continue  # an array that is in no module of its own: nothing can adapt or save it
         path = start + (row.stacked_path if config.scan_layers else row.path)
         found[path] = _module(config, table, row, head)
     return found
 
 
-def _table(config: BuiltInConfig) -> TensorNames:
-    if not isinstance(config, BertConfig):
-        return LLAMA
-    return ROBERTA if config.position_offset else BERT
-
-
 def _module(
-    config: BuiltInConfig, table: TensorNames, row: TensorName, head: Head | None
+    config: StoredConfig, table: TensorNames, row: TensorName, head: Head | None
 ) -> str | HfModule:
-    top = row.hf.startswith(("classifier.", "lm_head."))  # the head, which is not in the encoder
+    of_head = row.path.startswith("classifier/") and not (
+        table is BERT and row.hf.startswith("pooler.")  # BERT has it within the encoder
+    )
+    outside = of_head or row.hf.startswith("lm_head.")
     wrapped = head is not None or isinstance(config, LlamaConfig)
-    name = table.prefix + row.hf if wrapped and not top else row.hf
+    name = table.prefix + row.hf if wrapped and not outside else row.hf
     if row.path.endswith("embedding"):
-        tied = "lm_head" if isinstance(config, LlamaConfig) and config.tied else ""
-        return HfModule(name, layer="embedding", tied=tied)
+        is_tied = isinstance(config, LlamaConfig) and config.tied and row.path.startswith("embed/")
+        return HfModule(name, layer="embedding", tied="lm_head" if is_tied else "")
+    if row.of_experts:
+        return HfModule(name, layer="experts")
+    if row.in_out:
+        return HfModule(name, transposed=False)
     return name
