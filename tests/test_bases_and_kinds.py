@@ -1,7 +1,7 @@
 """The law over bases and kinds of update: `adapt` on codes equals the merged, dequantised weights.
 
-Every program meets the base and the kind that ask most of a rule, both at once: NF4, and DoRA,
-whose gain may not be lost on the way. The other bases differ from NF4 in `dense()` alone, and the
+Every program meets NF4, with LoRA and with the kind that asks most of a rule: DoRA, whose gain may
+not be lost on the way. The other bases differ from NF4 in `dense()` alone, and the
 other kinds are lowered to plain factors, so a few programs do for them. LoRA over floats is
 tests/test_transform.py.
 """
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.standard_promotion  # Flax and jnp inside the models pr
 FEW = ["bare_matmul", "bare_ragged_dot", "bare_scan", "bare_transposed_left"]
 FEW += ["linen_conv_2d_strided"]
 OTHERS = [
-    *(("lora", scheme) for scheme in ("nf4", "int8", "int4", "fp8")),
+    *(("lora", scheme) for scheme in ("int8", "int4", "fp8")),
     *((kind, None) for kind in ("dora", "vera", "loha", "lokr")),
 ]
 REFUSED = {  # a gain of each output cannot follow W there
@@ -33,7 +33,8 @@ REFUSED = {  # a gain of each output cannot follow W there
     "bare_padded",  # an output of W and of constants
 }
 TABLE = [
-    *((name, "lora" if name in REFUSED else "dora", "nf4") for name in sorted(cases.REGISTRY)),
+    *((name, "lora", "nf4") for name in sorted(cases.REGISTRY)),
+    *((name, "dora", "nf4") for name in sorted(cases.REGISTRY) if name not in REFUSED),
     *((name, *other) for name in FEW for other in OTHERS if name in cases.REGISTRY),
 ]
 
