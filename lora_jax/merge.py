@@ -40,7 +40,7 @@ def merge(layout: Layout, params: Any, adapters: Adapters) -> Any:
     Raises:
       LoraError: the layout does not fit the parameters, or the adapters the layout.
 
-    >>> import jax, lora_jax
+    >>> import jax.numpy as jnp, lora_jax
     >>> from lora_jax import Factors
     >>> params = {"w": jnp.ones((4, 3))}
     >>> f = lambda params, x: x @ params["w"]

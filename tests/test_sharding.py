@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import flax_partitioning, paths, sharding
-from lora_jax.adapters import Factors
+from lora_jax.updates.kind import Factors
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 AXES = ("data", "fsdp", "tensor")
