@@ -10,14 +10,15 @@ import pytest
 
 import lora_jax
 from lora_jax.bases import dynamic, nf4
+from tests import npz
 
-STORED = np.load(pathlib.Path(__file__).parent / "data" / "bitsandbytes.npz")
-CASES = sorted({name.partition("/")[0] for name in STORED.files} - {"made_with", "int8"})
+STORED = npz.read(pathlib.Path(__file__).parent / "data" / "bitsandbytes.npz")
+CASES = sorted({name.partition("/")[0] for name in STORED} - {"made_with", "int8"})
 
 
 def stored(case: str) -> dict[str, np.ndarray]:
     start = f"{case}/"
-    return {n.removeprefix(start): STORED[n] for n in STORED.files if n.startswith(start)}
+    return {n.removeprefix(start): STORED[n] for n in STORED if n.startswith(start)}
 
 
 def quantised(case: str) -> tuple[nf4.FourBit, dict[str, np.ndarray], dict]:

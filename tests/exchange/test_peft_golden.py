@@ -15,6 +15,7 @@ import lora_jax
 from lora_jax import multi
 from lora_jax.exchange import peft
 from lora_jax.hf_module import HfModule, HfNames
+from tests import npz
 from tests.exchange.tiny import ADAPTERS, Model, built_in, toy
 
 BASES = {
@@ -37,7 +38,7 @@ def logits(model: Model, adapter: lora_jax.Adapter, x: Any) -> np.ndarray:
 
 
 def expected(name: str) -> tuple[Any, np.ndarray]:
-    golden = dict(np.load(ADAPTERS / name / "expected.npz"))
+    golden = npz.read(ADAPTERS / name / "expected.npz")
     out = golden.pop("out")
     x = golden.get("input_ids", golden.get("x"))
     return jnp.asarray(x, jnp.int32 if x.dtype == np.int64 else x.dtype), out
@@ -73,7 +74,7 @@ def test_half_of_a_tied_pair_is_refused() -> None:
 
 
 def test_a_mixed_batch_is_pefts_adapter_names() -> None:
-    model, golden = built_in("llama"), np.load(ADAPTERS / "mixed.npz")
+    model, golden = built_in("llama"), npz.read(ADAPTERS / "mixed.npz")
     names = [str(name) for name in golden["names"]]
     loaded = [
         peft.load(ADAPTERS / name, model.names, model.f, model.params, model.x)
@@ -105,7 +106,7 @@ def experts_function(transposed: bool) -> Any:
 def test_experts_by_version(version: str, form: str, tmp_path: Path) -> None:
     """Red: any of the three readings of PEFT taken for another; the square ones show it alone."""
     name = f"experts_{version}_{form}"
-    golden = np.load(ADAPTERS / name / "expected.npz")
+    golden = npz.read(ADAPTERS / name / "expected.npz")
     weights = {k.partition("/")[2]: jnp.asarray(golden[k]) for k in golden if "experts/" in k}
     f, params, x = experts_function("transposed" in form), {"experts": weights}, golden["x"]
     adapter = peft.load(ADAPTERS / name, None, f, params, x)
@@ -120,7 +121,7 @@ def test_experts_by_version(version: str, form: str, tmp_path: Path) -> None:
 def test_experts_of_kernels_that_are_apart(version: str, tmp_path: Path) -> None:
     """Gate and up are two kernels [experts, in, out] here, and rows of one parameter there."""
     name = f"experts_{version}_plain"
-    golden = np.load(ADAPTERS / name / "expected.npz")
+    golden = npz.read(ADAPTERS / name / "expected.npz")
     both, down = (golden[f"experts/{n}_proj"].swapaxes(1, 2) for n in ("gate_up", "down"))
     weights = {"gate": both[..., :3], "up": both[..., 3:], "down": down}
     params = {n: {"kernel": jnp.asarray(x)} for n, x in weights.items()}
@@ -162,4 +163,4 @@ def changed(name: str, tmp_path: Path, **settings: Any) -> tuple[Path, Any]:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | settings))
     tensors = (source / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(tensors)
-    return tmp_path, np.load(source / "expected.npz")
+    return tmp_path, npz.read(source / "expected.npz")

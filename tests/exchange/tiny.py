@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax import models
 from lora_jax.hf_module import HfModule, HfNames
+from tests import npz
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = GOLDEN / "golden_peft"
@@ -73,7 +73,7 @@ def toy_function(p: Any, x: Any) -> Any:
 
 def toy() -> Model:
     """The toy with Flax's kernels."""
-    w = np.load(ADAPTERS / "toy.npz")
+    w = npz.read(ADAPTERS / "toy.npz")
     params = {
         "conv2": {"kernel": w["conv2/weight"].transpose(2, 3, 1, 0), "bias": w["conv2/bias"]},
         "conv1": {"kernel": w["conv1/weight"].transpose(2, 1, 0), "bias": w["conv1/bias"]},

@@ -26,6 +26,7 @@ from lora_jax.report import command as report
 from lora_jax.report import run_files
 from lora_jax.serving import predict
 from lora_jax.training import config_json, directory
+from tests import npz
 from tests.formats import small
 from tests.training import tiny
 
@@ -71,7 +72,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 def test_an_adapter_of_every_kind() -> None:
     """Red: a renamed field of a kind; another VeRA pair; a default that changes a scale."""
     layout, adapters, _ = lora_jax.restore(V2 / "kinds")
-    saved = dict(np.load(V2 / "kinds.npz"))
+    saved = npz.read(V2 / "kinds.npz")
     kinds = {"lora", "dora", "vera", "loha", "lokr", "bias"}
     assert {t.kind for t in layout.targets} == kinds and len(layout.targets) == 8
     assert [x.path for x in layout.left_out] == ["head"]
@@ -88,7 +89,7 @@ def test_an_adapter_of_every_kind() -> None:
 
 def test_adapter() -> None:
     layout, adapters, _ = lora_jax.restore(V1 / "adapter")
-    saved = np.load(V1 / "adapter.npz")
+    saved = npz.read(V1 / "adapter.npz")
     for path, factors in adapters.items():
         for name in ("a", "b"):
             value = np.asarray(getattr(factors, name).astype(jnp.float32))

@@ -11,6 +11,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.models.weights import names
+from tests import npz
 
 DECODERS = [
     *("llama", "llama_biased", "mistral", "qwen2", "qwen3", "gpt2", "gpt2_unscaled", "gemma2"),
@@ -38,7 +39,7 @@ def test_minilm_hidden_states(data: Path) -> None:
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_smollm2_logits(data: Path, smollm2: models.Source, scan: bool) -> None:
-    golden = np.load(data / "golden_smollm2.npz")
+    golden = npz.read(data / "golden_smollm2.npz")
     config = dataclasses.replace(smollm2.config, scan_layers=scan)
     params = smollm2.load(config)
     ids = jnp.asarray(golden["ids"], jnp.int32)[None]
@@ -54,7 +55,7 @@ def test_decoder_as_transformers(data: Path, name: str, scan: bool) -> None:
     folder = data / "golden_models" / name
     source = models.open(str(folder))
     config = dataclasses.replace(source.config, scan_layers=scan)
-    golden = np.load(folder / "expected.npz")
+    golden = npz.read(folder / "expected.npz")
     mask = jnp.asarray(golden["attention_mask"], bool)
     ids = jnp.asarray(golden["input_ids"], jnp.int32)
     logits = jax.jit(models.Llama(config).apply)({"params": source.load(config)}, ids, mask)
@@ -71,7 +72,7 @@ def test_encoder_as_transformers(data: Path, name: str, scan: bool) -> None:
     folder = data / "golden_models" / name
     source = models.open(str(folder))
     config = dataclasses.replace(source.config, scan_layers=scan)
-    golden = np.load(folder / "expected.npz")
+    golden = npz.read(folder / "expected.npz")
     ids, mask, types = (
         jnp.asarray(golden[key], jnp.int32) if key in golden else None
         for key in ("input_ids", "attention_mask", "token_type_ids")
@@ -93,7 +94,7 @@ def test_vit_as_transformers(data: Path, name: str, scan: bool) -> None:
     folder = data / "golden_models" / name
     source = models.open(str(folder))
     config = dataclasses.replace(source.config, scan_layers=scan)
-    golden = np.load(folder / "expected.npz")
+    golden = npz.read(folder / "expected.npz")
     pixels = jnp.asarray(golden["pixels"]).transpose(0, 2, 3, 1)
     hidden = jax.jit(models.Vit(config).apply)({"params": source.load(config)}, pixels)
     np.testing.assert_allclose(hidden, golden["hidden"], atol=1e-5)

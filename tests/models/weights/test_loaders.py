@@ -20,6 +20,7 @@ from lora_jax import models
 from lora_jax.extras import MissingExtraError
 from lora_jax.models.weights import gguf_file, hf_config, packages, source
 from lora_jax.paths import flatten
+from tests import npz
 
 
 @pytest.fixture
@@ -360,7 +361,7 @@ def test_permutation_left_in_shows_in_the_logits(
 ) -> None:
     """The goldens can tell: rows of q and k in GGUF's order move the logits far."""
     folder = data / "golden_models" / "llama"
-    golden = np.load(folder / "expected.npz")
+    golden = npz.read(folder / "expected.npz")
     file = models.open(str(write_gguf(folder, tmp_path / "model.gguf", "llama")))
     monkeypatch.setattr(gguf_file, "unpermute", lambda array, heads: array)
     ids = jnp.asarray(golden["input_ids"][:1], jnp.int32)

@@ -24,6 +24,7 @@ from lora_jax.bases.quantise import bytes_of
 from lora_jax.bases.scaled import ScaledCodes
 from lora_jax.models.weights.gguf_file import unpermute
 from lora_jax.paths import flatten
+from tests import npz
 
 SIZES = {"hidden": 256, "heads": 4, "kv_heads": 2, "mlp": 512, "vocab": 24, "layers": 2}
 KINDS = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"]
@@ -229,7 +230,7 @@ def test_bitsandbytes_is_kept_and_gives_its_numbers(name: str, scanned: bool, da
 
 
 def test_quantised_golden_models_are_near_the_golden(data: Path) -> None:
-    golden = np.load(data / "golden_models" / "llama" / "expected.npz")
+    golden = npz.read(data / "golden_models" / "llama" / "expected.npz")
     ids = jnp.asarray(golden["input_ids"][:1], jnp.int32)
     for name, bound in (("llama_int8", 0.02), ("llama_nf4", 0.3)):
         model = models.open(str(data / "golden_models" / name))

@@ -1,0 +1,11 @@
+"""Reading .npz files whole, so that none stays open until Python looks for garbage."""
+
+import pathlib
+
+import numpy as np
+
+
+def read(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, by name."""
+    with np.load(file) as arrays:
+        return dict(arrays)
