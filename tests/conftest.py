@@ -16,8 +16,6 @@
   still writing cannot be read; JAX then warns and compiles, see pyproject.toml.
 - Runs draw no curves: the picture would take longer than the steps.
 - A worker stays small: compiled programs are dropped when it passes a gigabyte.
-- Tracing makes many objects that live on, and Python looks for garbage among them again and again:
-  here it looks a hundred times less often.
 - The files that take longest go first, so that no worker is left with one of them at the end.
 """
 
@@ -83,13 +81,6 @@ def pytest_unconfigure() -> None:
     """Delete the compiled programs, once, when the workers have ended."""
     if FIRST:
         shutil.rmtree(os.environ.pop(PROGRAMS), ignore_errors=True)
-
-
-def pytest_collection_finish() -> None:
-    """Leave what the imports have made out of the search for garbage."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(70_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
