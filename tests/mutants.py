@@ -208,7 +208,7 @@ MUTANTS = (  # name and file, old, new, tests
     Mutant("pairs-left-adjacent", "lora_jax/models/weights/gguf_file.py",
         "return pairs.swapaxes(1, 2).reshape(shape)",
         "return pairs.reshape(shape)",
-        ("tests/models/weights/test_loaders.py::test_gguf_is_the_folder",)),
+        ("tests/models/weights/test_gguf_models.py::test_gguf_is_the_folder",)),
     # ---- serving
     Mutant("lines-not-flushed", "lora_jax/serving/jsonl.py",
         "self._file.flush()",

@@ -19,7 +19,7 @@ from lora_jax.exchange.gguf_base import GgufBase
 from lora_jax.models.weights.names import LLAMA
 from tests.exchange.test_peft_round_trip import drawn, flat, merged
 from tests.exchange.tiny import GOLDEN, Model, built_in, toy
-from tests.models.weights.test_loaders import write_gguf
+from tests.models.weights.test_gguf_models import write_gguf
 
 BASE = GgufBase("llama", 4)
 QKV = "**/{q,k,v,down}/kernel"

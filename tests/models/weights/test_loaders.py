@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import models
 from lora_jax.extras import MissingExtraError
-from lora_jax.models.weights import gguf_file, hf_config, packages, source
-from lora_jax.paths import flatten
-from tests import npz
+from lora_jax.models.weights import hf_config, packages, source
 
 
 @pytest.fixture
@@ -40,13 +38,6 @@ def _edit(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> model
     change(tensors)
     safetensors.numpy.save_file(tensors, path)
     return models.open(str(folder))
-
-
-def _equal(one: Any, other: Any) -> None:
-    one, other = flatten(one), flatten(other)
-    assert one.keys() == other.keys()
-    for path, value in one.items():
-        np.testing.assert_array_equal(value, other[path], err_msg=path)
 
 
 # ---- folders ---------------------------------------------------------------------------------
@@ -91,7 +82,7 @@ def test_known_names_are_skipped_and_no_others(folder: Callable[[str], Path]) ->
 
     path = folder("roberta")
     plain = models.open(str(path)).load()
-    _equal(_edit(path, more("roberta.embeddings.position_ids")).load(), plain)
+    chex.assert_trees_all_equal(_edit(path, more("roberta.embeddings.position_ids")).load(), plain)
     with pytest.raises(models.WeightsError, match=r"roberta\.embeddings\.position_idz"):
         _edit(path, more("roberta.embeddings.position_idz")).load()
 
@@ -106,7 +97,7 @@ def test_prefixes_and_old_endings(folder: Callable[[str], Path]) -> None:
             new = new.replace("LayerNorm.weight", "LayerNorm.gamma")
             tensors[new.replace("LayerNorm.bias", "LayerNorm.beta")] = tensors.pop(name)
 
-    _equal(_edit(path, old).load(), plain)
+    chex.assert_trees_all_equal(_edit(path, old).load(), plain)
 
 
 def test_one_tensor_under_two_names(folder: Callable[[str], Path]) -> None:
@@ -122,7 +113,7 @@ def test_head_is_loaded_only_when_asked_for(folder: Callable[[str], Path]) -> No
     head = models.Head("roberta_head", num_classes=3)
     whole = models.open(str(path)).load(head=head)
     assert set(whole) == {"bert", "classifier"}
-    _equal(whole["bert"], models.open(str(path)).load())
+    chex.assert_trees_all_equal(whole["bert"], models.open(str(path)).load())
 
     def behead(tensors: dict[str, np.ndarray]) -> None:
         del tensors["classifier.out_proj.bias"]
@@ -153,7 +144,7 @@ def test_bfloat16_files_and_dtypes(folder: Callable[[str], Path]) -> None:
     model = _edit(path, halve)
     low = model.load(dataclasses.replace(model.config, param_dtype=jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(low)} == {jnp.dtype(jnp.bfloat16)}
-    _equal(low, rounded)
+    chex.assert_trees_all_equal(low, rounded)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.load())} == {jnp.dtype(jnp.float32)}
 
 
@@ -170,7 +161,7 @@ def test_weights_go_straight_to_their_devices(data: Path) -> None:
 
     shardings = jax.tree.map(shard, models.shapes(config))
     params = model.load(config, shardings=shardings)
-    _equal(params, model.load(config))
+    chex.assert_trees_all_equal(params, model.load(config))
     assert jax.tree.all(jax.tree.map(lambda leaf, at: leaf.sharding == at, params, shardings))
     up = params["layers"]["mlp"]["up"]["kernel"]
     assert up.addressable_shards[0].data.shape == (2, 16, 3)
@@ -269,7 +260,7 @@ def test_experts_go_straight_to_their_devices(data: Path) -> None:
         return NamedSharding(mesh, PartitionSpec(*((None, "expert") if leaf.ndim == 4 else ())))
 
     params = model.load(config, shardings=jax.tree.map(shard, models.shapes(config)))
-    _equal(params, model.load(config))
+    chex.assert_trees_all_equal(params, model.load(config))
     gate = params["layers"]["mlp"]["experts"]["gate"]["kernel"]
     assert gate.shape == (2, 4, 12, 6) and gate.addressable_shards[0].data.shape == (2, 1, 12, 6)
 
@@ -297,105 +288,6 @@ def test_old_spelling_of_rope(data: Path) -> None:
     old["rope_theta"] = rope.pop("rope_theta")
     old["rope_scaling"] = rope
     assert hf_config.parse(old, "") == hf_config.parse(new, "")
-
-
-# ---- GGUF ------------------------------------------------------------------------------------
-
-
-def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The rows as llama.cpp's converter writes them."""
-    shape = weight.shape
-    halves = weight.reshape(heads, 2, shape[0] // heads // 2, *shape[1:])
-    return halves.swapaxes(1, 2).reshape(shape)
-
-
-def write_gguf(folder: Path, path: Path, arch: str, *, drop: str = "", more: str = "") -> Path:
-    """A tiny Hugging Face folder as GGUF in float32."""
-    hf = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(str(path), arch)
-    writer.add_block_count(hf["num_hidden_layers"])
-    writer.add_context_length(hf["max_position_embeddings"])
-    writer.add_embedding_length(hf["hidden_size"])
-    writer.add_feed_forward_length(hf["intermediate_size"])
-    writer.add_head_count(hf["num_attention_heads"])
-    writer.add_head_count_kv(hf["num_key_value_heads"])
-    writer.add_key_length(hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"])
-    writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
-    writer.add_rope_freq_base(hf["rope_parameters"]["rope_theta"])
-    divisors = models.open(str(folder)).config.rope_divisors
-    if divisors is not None:
-        writer.add_tensor("rope_freqs.weight", np.asarray(divisors, np.float32))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], hf["num_hidden_layers"])
-    for name, tensor in safetensors.numpy.load_file(folder / "model.safetensors").items():
-        if arch == "llama" and "q_proj" in name:
-            tensor = _permuted(tensor, hf["num_attention_heads"])
-        if arch == "llama" and "k_proj" in name:
-            tensor = _permuted(tensor, hf["num_key_value_heads"])
-        if name != drop:
-            writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor)
-    if more:
-        writer.add_tensor(more, np.zeros(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.mark.parametrize("name", ["llama", "llama_biased", "qwen2", "qwen3"])
-def test_gguf_is_the_folder(data: Path, tmp_path: Path, name: str) -> None:
-    folder = data / "golden_models" / name
-    path = write_gguf(folder, tmp_path / "model.gguf", name.removesuffix("_biased"))
-    file, hf = models.open(str(path)), models.open(str(folder))
-    ids = {"pad_id": None, "bos_id": None, "eos_id": None}
-    got, want = (dataclasses.replace(model.config, **ids) for model in (file, hf))
-    same = {"norm_eps": want.norm_eps, "rope_divisors": want.rope_divisors}
-    assert got.norm_eps == pytest.approx(want.norm_eps)
-    assert got.rope_divisors == pytest.approx(want.rope_divisors)
-    assert dataclasses.replace(got, **same) == want
-    _equal(file.load(), hf.load())
-
-
-def test_permutation_left_in_shows_in_the_logits(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The goldens can tell: rows of q and k in GGUF's order move the logits far."""
-    folder = data / "golden_models" / "llama"
-    golden = npz.read(folder / "expected.npz")
-    file = models.open(str(write_gguf(folder, tmp_path / "model.gguf", "llama")))
-    monkeypatch.setattr(gguf_file, "unpermute", lambda array, heads: array)
-    ids = jnp.asarray(golden["input_ids"][:1], jnp.int32)
-    logits = jax.jit(models.Llama(file.config).apply)({"params": file.load()}, ids)
-    assert np.abs(logits - golden["logits"][:1]).max() > 1e-2
-
-
-def test_gguf_names_missing_and_unknown(data: Path, tmp_path: Path) -> None:
-    path = write_gguf(
-        data / "golden_models" / "qwen3",
-        tmp_path / "model.gguf",
-        "qwen3",
-        drop="model.layers.1.mlp.up_proj.weight",
-        more="blk.1.ffn_new.weight",
-    )
-    with pytest.raises(models.WeightsError) as failure:
-        models.open(str(path)).load()
-    text = str(failure.value)
-    assert "layers_1/mlp/up/kernel <- blk.1.ffn_up.weight" in text
-    assert "no parameter (1):\n  blk.1.ffn_new.weight" in text
-
-
-def test_gguf_tokenizer(smollm2: models.Source) -> None:
-    tokenizer = smollm2.tokenizer()
-    text = "In 2024 I don't like   spaces\n<|im_start|>user é 日本<|im_end|>"
-    encoded = tokenizer.encode(text)
-    assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
-    assert tokenizer.decode(encoded.ids) == text.replace("<|im_start|>", "").removesuffix(
-        "<|im_end|>"
-    )
-    # Digits one by one, contractions apart, special tokens whole.
-    assert encoded.tokens[1:6] == ["Ġ", "2", "0", "2", "4"]
-    assert "'t" in encoded.tokens and encoded.ids[-1] == smollm2.config.eos_id
-    assert smollm2.chat_template.startswith("{% for message in messages %}")
 
 
 # ---- references ------------------------------------------------------------------------------
