@@ -1,4 +1,4 @@
-"""How far apart the two ways to merge into a quantised base are."""
+"""The error of an adapter that is merged into the original weights of a quantised base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tools that read PEFT folders refuse, misread and need; as of autumn 2026.
+"""What tools that read PEFT folders refuse, misread or need (autumn 2026).
 
 The rules move; each is one function of the settings and the shapes of the tensors.
 """
@@ -30,7 +30,7 @@ def findings(consumer: str, settings: Mapping[str, Any], shapes: Shapes) -> tupl
 
 
 def notes(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """What to pass on with an adapter that was written, and who will not read it."""
+    """The notes of a saved adapter: what a server needs, and which tools refuse it."""
     shapes = {key: x.shape for key, x in tensors.items()}
     found = [f"rank {largest_rank(settings)}: vLLM needs --max-lora-rank {_vllm_rank(settings)}"]
     for consumer in RULES:
@@ -116,7 +116,7 @@ RULES: dict[str, Callable[[Mapping[str, Any], Shapes], list[str]]] = {
 def _common(
     settings: Mapping[str, Any], shapes: Shapes, *, rslora: str | None, dora: bool = True
 ) -> list[str]:
-    """What none of them reads."""
+    """Parts of an adapter that no consumer reads."""
     found = []
     if settings.get("use_dora") and dora:
         found.append("refuses use_dora")

@@ -29,7 +29,7 @@ INVOCATION = "adapter.alora.invocation_tokens"
 
 
 class GgufAdapterFile(NamedTuple):
-    """What a file says.
+    """The contents of a GGUF adapter file.
 
     architecture, alpha: of the metadata.
     factors: (a [rank, in], b [out, rank]) of each tensor of the base, by its name.

@@ -29,7 +29,7 @@ File = str | os.PathLike[str]
 
 
 class GgufBase(NamedTuple):
-    """What has to be known of the base model.
+    """The facts of the base model that its GGUF adapter needs.
 
     architecture: as general.architecture says it; "llama" for Mistral too.
     head_dim: the size of an attention head; needed for q and k of "llama".
