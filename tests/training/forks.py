@@ -46,6 +46,7 @@ class Fork:
           killed_before: kill it when it is about to rename a file to this name.
         """
         self.log = log
+        self._before = len(log.read_text()) if log.exists() else 0
         where = (str(log), str(cache), devices, killed_before)
         self._process = _FORKS.Process(target=_main, args=(arguments, *where))
         self._process.start()
@@ -67,6 +68,14 @@ class Fork:
             self._process.kill()
             raise AssertionError(f"still running after {seconds} s:\n{self.log.read_text()}")
         return self.status
+
+    def printed(self, text: str, seconds: float = 30) -> str:
+        """What it has printed, once `text` is in it: the last words come a moment after the end."""
+        deadline = time.monotonic() + seconds
+        while text not in (printed := self.log.read_text()[self._before :]):
+            assert time.monotonic() < deadline, f"no {text!r} in {seconds} s:\n{printed}"
+            time.sleep(0.01)
+        return printed
 
     def until(self, condition: Callable[[], Any], seconds: float = 240) -> bool:
         """Whether `condition` came to hold while it ran."""

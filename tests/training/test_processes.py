@@ -102,15 +102,15 @@ class Broken:
             forks = place.two(self.NAME, *self._often)
             self._reach(forks[0], 10)
             forks[victim].send(signal.SIGKILL)
-            self._stopped([forks[1 - victim]])
+            self._stopped([forks[1 - victim]], "error: process")
         fork = place.one(self.NAME, *self._often)
         self._reach(fork, 10)
         fork.send(signal.SIGTERM)
-        self._stopped([fork])
+        self._stopped([fork], "SIGTERM: step")
         forks = place.two(self.NAME, *self._often)
         self._reach(forks[0], 5)
         forks[1].send(signal.SIGTERM)
-        self._stopped(forks)
+        self._stopped(forks, "SIGTERM: step")
         end_well(*place.two(self.NAME, *RUN))
 
     def _reach(self, fork: Fork, more: int) -> None:
@@ -118,10 +118,10 @@ class Broken:
         reached = fork.until(lambda: max(checkpoints(self.path), default=0) >= wanted)
         assert reached, fork.log.read_text()
 
-    def _stopped(self, forks: list[Fork]) -> None:
-        for fork in forks:
-            self.statuses.append(fork.wait(SECONDS + 60))
-        self.printed.append("".join(fork.log.read_text() for fork in forks))
+    def _stopped(self, forks: list[Fork], says: str) -> None:
+        """Wait for their end, and for what the first of them `says` of it."""
+        self.statuses += [fork.wait(SECONDS + 60) for fork in forks]
+        self.printed.append(forks[0].printed(says))
         self.after.append(max(checkpoints(self.path)))
 
 
