@@ -27,10 +27,12 @@ from lora_jax.checkpoint import fingerprint as fingerprint
 from lora_jax.checkpoint import restore as restore
 from lora_jax.checkpoint import save as save
 from lora_jax.errors import LoraError as LoraError
+from lora_jax.foreign import from_equinox as from_equinox
+from lora_jax.foreign import from_keras as from_keras
+from lora_jax.foreign import from_nnx as from_nnx
 from lora_jax.layout import Layout as Layout
 from lora_jax.merge import merge as merge
 from lora_jax.multi.dropout import dropout as dropout
-from lora_jax.nnx import from_nnx as from_nnx
 from lora_jax.resolve import resolve as resolve
 from lora_jax.sharding import partition_specs as partition_specs
 from lora_jax.spec import LoraSpec as LoraSpec

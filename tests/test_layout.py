@@ -23,8 +23,8 @@ PACKAGE = ROOT / "lora_jax"
 # Room -> the rooms it may import, and does. A room is a top-level module or a package; "" is the
 # facade, `lora_jax/__init__.py`, which nothing in the package imports.
 ARROWS = {
-    "": {"adapters", "analysis", "bases", "beginnings", "checkpoint", "errors", "frozen", "layout"}
-    | {"merge", "moe", "multi", "nnx", "paths", "resolve", "sharding", "spec", "target"}
+    "": {"adapters", "analysis", "bases", "beginnings", "checkpoint", "errors", "foreign", "frozen"}
+    | {"layout", "merge", "moe", "multi", "paths", "resolve", "sharding", "spec", "target"}
     | {"transform", "updates"},
     # the core: the transform and what it is used with
     "errors": set(),
@@ -52,7 +52,7 @@ ARROWS = {
     "sharding": {"base", "bases", "errors", "flax_partitioning", "layout", "paths", "primitives"}
     | {"target", "updates"},
     "checkpoint": {"adapters", "base", "errors", "layout", "paths", "updates"},
-    "nnx": set(),
+    "foreign": {"errors"},
     "analysis": {"adapters", "base", "errors", "layout", "multi", "paths", "spec", "target"}
     | {"updates"},
     "beginnings": {"adapters", "analysis", "base", "bases", "errors", "layout", "paths"}
@@ -99,7 +99,7 @@ LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
 # What the core needs beside JAX and NumPy, and where.
 CORE_LIBRARIES = {
-    "flax": {"flax_partitioning", "nnx"},
+    "flax": {"flax_partitioning", "foreign"},
     "optax": {"frozen", "labels"},
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},  # comes with Orbax

@@ -8,22 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import lora_jax
 from tests.foreign.register import IDS, IMAGE, KEY, Built, X, model
 
 
-def equinox(model: Any, *args: Any, call: Any = None) -> Built:
-    """An Equinox model: its float arrays are the parameters, the rest of it is the program."""
-    eqx = importlib.import_module("equinox")
-    params, rest = eqx.partition(model, eqx.is_inexact_array)
-    call = call or (lambda model, *args: model(*args))
-    same = lambda tree: jax.tree.map(lambda x: x, tree)  # noqa: E731  # a state is good for one call
-    return (lambda p, *a: call(eqx.combine(p, rest), *same(a))), params, args
+def equinox(model: Any, *args: Any, state: Any = None, mapped: Any = None, **kwargs: Any) -> Built:
+    """An Equinox model, mapped over the first axis of its arguments by the options of `vmap`."""
+    f, params, state = lora_jax.from_equinox(model, state)
+    call = lambda p, s, *a: f(p, s, *a, **kwargs)  # noqa: E731
+    if mapped is not None:
+        call = jax.vmap(call, (None, None, 0), (0, None), **mapped)
+    return (lambda p, *a: jax.tree.leaves(call(p, state, *a))), params, args
 
 
 @model("equinox")
 def equinox_mlp(eqx: Any) -> Built:
     net = eqx.nn.MLP(6, 5, 8, 2, key=KEY)
-    return equinox(net, X, call=lambda net, x: jax.vmap(net)(x))
+    return equinox(net, X, mapped={})
 
 
 @model("equinox")
@@ -41,11 +42,8 @@ def equinox_convolutions_with_batch_statistics(eqx: Any) -> Built:
         ]
     )
     net, state = eqx.nn.make_with_state(lambda: net)()
-    call = lambda net, state, x: jax.vmap(  # noqa: E731
-        net, axis_name="batch", in_axes=(0, None), out_axes=(0, None)
-    )(x, state)
-    f, params, args = equinox(net, state, IMAGE.transpose(2, 0, 1)[None], call=call)
-    return (lambda p, *a: jax.tree.leaves(f(p, *a))), params, args
+    mapped = {"axis_name": "batch"}
+    return equinox(net, IMAGE.transpose(2, 0, 1)[None], state=state, mapped=mapped)
 
 
 @model("equinox")
@@ -89,7 +87,7 @@ def equinox_weight_normalisation(eqx: Any) -> Built:
     middle, head = eqx.nn.Linear(8, 7, key=KEY), eqx.nn.Linear(7, 5, key=KEY)
     tanh = eqx.nn.Lambda(jnp.tanh)
     net = eqx.nn.Sequential([first, tanh, middle, tanh, head])
-    return equinox(net, X, call=lambda net, x: jax.vmap(net)(x))
+    return equinox(net, X, mapped={})
 
 
 @model("equinox")
@@ -107,7 +105,7 @@ def equinox_spectral_normalisation(eqx: Any) -> Built:
         return Net(first, eqx.nn.Linear(8, 5, key=KEY))
 
     net, state = eqx.nn.make_with_state(make)()
-    return equinox(net, X[0], state, call=lambda net, x, state: jax.tree.leaves(net(x, state)))
+    return equinox(net, X[0], state=state)
 
 
 def zoo(**changes: Any) -> Built:
@@ -159,5 +157,4 @@ def equimo_vision_transformer(_: Any) -> Built:
         img_size=16, in_channels=3, dim=6, patch_size=8, num_heads=2, depths=[2], num_classes=5,
         key=KEY,
     )  # fmt: skip
-    call = lambda net, x: net(x, key=KEY, inference=True)  # noqa: E731
-    return equinox(net, IMAGE.transpose(2, 0, 1), call=call)
+    return equinox(net, IMAGE.transpose(2, 0, 1), key=KEY, inference=True)

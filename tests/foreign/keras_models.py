@@ -6,21 +6,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
+import lora_jax
 from tests.cases import normal
 from tests.foreign.register import IDS, IMAGE, Built, X, model
 
 
-def keras_model(net: Any, *args: Any, training: bool = False) -> Built:
-    """Keras's stateless call: the trainable variables by their paths, all else an argument."""
-    params = {v.path: v.value for v in net.trainable_variables}
-    state = [v.value for v in net.non_trainable_variables]
-
-    def f(p: Any, state: Any, *args: Any) -> Any:
-        return net.stateless_call(list(p.values()), state, *args, training=training)
-
-    paths = list(params)
-    ordered = lambda p, *a: f({path: p[path] for path in paths}, *a)  # noqa: E731
-    return ordered, params, (state, *args)
+def keras_model(net: Any, *args: Any, **kwargs: Any) -> Built:
+    f, params, state = lora_jax.from_keras(net)
+    return (lambda p, *a: f(p, state, *a, **kwargs)), params, args
 
 
 @model("keras")

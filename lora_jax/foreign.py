@@ -1,0 +1,238 @@
+"""Models of NNX, Equinox and Keras as pure functions of their parameters.
+
+f, params, state = lora_jax.from_nnx(model)  # or from_equinox, from_keras
+y, state = f(params, state, x)
+
+`params` holds the floating-point weights by readable paths, `state` every other array: batch
+statistics, random number generators, tables. `f` keeps no array of its own, so that everything it
+reads can be placed on a mesh, and it changes nothing in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.errors import LoraError, listed
+
+Bridged = tuple[Callable[..., Any], Any, Any]  # (f, params, state)
+
+
+def from_nnx(model: Any, method: str = "__call__") -> Bridged:
+    """Split an NNX model into a pure function, its parameters, and all its other state.
+
+    Args:
+      model: an `nnx.Module`; it is read, not changed. Dropout and batch normalisation are in the
+        mode that it is in: call `model.train()` or `model.eval()` before.
+      method: the method to call.
+
+    Returns:
+      `(f, params, state)` with `f(params, state, *args, **kwargs) -> (output, new_state)`.
+      `params` is a plain nested dict of the `nnx.Param` values (paths like
+      `layers/0/attention/query/kernel`), `state` a plain dict of everything else: batch
+      statistics, random number generators, caches. It is handed in and out, so that dropout and
+      batch statistics move on as they do in NNX.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> from flax import nnx
+    >>> f, params, state = lora_jax.from_nnx(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    >>> spec, x = lora_jax.LoraSpec(rank=2, targets="kernel"), jnp.ones((1, 4))
+    >>> layout = lora_jax.resolve(spec, f, params, state, x)
+    >>> adapters = lora_jax.init(jax.random.key(0), layout)
+    >>> y, state = lora_jax.adapt(layout, f)(params, adapters, state, x)
+    >>> y.shape
+    (1, 3)
+    """
+    from flax import nnx  # 1.6 s of import time that only NNX users need
+
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    param_state, rest_state = states
+
+    def f(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        whole = nnx.merge(
+            graphdef, _filled(nnx, param_state, params), _filled(nnx, rest_state, state)
+        )
+        out = getattr(whole, method)(*args, **kwargs)
+        return out, nnx.to_pure_dict(nnx.state(whole, nnx.Not(nnx.Param)))
+
+    return f, nnx.to_pure_dict(param_state), nnx.to_pure_dict(rest_state)
+
+
+def _filled(nnx: Any, abstract: Any, values: Any) -> Any:
+    """A state of the same structure and variable types, with other values."""
+    state = nnx.merge_state(abstract)
+    nnx.replace_by_pure_dict(state, values)
+    return state
+
+
+def from_equinox(model: Any, state: Any = None, method: str = "__call__") -> Bridged:
+    """Split an Equinox model into a pure function, its parameters, and all its other arrays.
+
+    It is `eqx.partition` and `eqx.combine`, and needs no Equinox: any callable whose arrays are
+    the leaves of its tree will do.
+
+    Args:
+      model: an `eqx.Module`. Dropout and batch normalisation are in the mode that it is in:
+        `eqx.nn.inference_mode(model)` switches them off, and in training a call takes `key=`.
+      state: the `eqx.nn.State` that `eqx.nn.make_with_state` returned with the model, if it has
+        one. The model is called with `state=` and returns `(output, new_state)`.
+      method: the method to call.
+
+    Returns:
+      `(f, params, state)` with `f(params, state, *args, **kwargs) -> (output, new_state)`.
+      `params` is the model with its floating-point (and complex) arrays alone, everything else
+      being None: paths are those of the attributes, `layers/0/weight`, and `eqx.combine(params,
+      model)` puts (merged) parameters back. `state` is `{"arrays": ..., "state": ...}`, the
+      model's integer, boolean and key arrays, which never change, and the `eqx.nn.State`. A model
+      for one example is mapped over a batch as in Equinox:
+      `jax.vmap(f, in_axes=(None, None, 0), out_axes=(0, None))`.
+
+    Raises:
+      LoraError: a model without a floating-point array; in `f`, a model that was given a state
+        and returns none.
+
+    >>> import dataclasses, jax, jax.numpy as jnp, lora_jax
+    >>> @jax.tree_util.register_dataclass
+    ... @dataclasses.dataclass
+    ... class Linear:  # as an eqx.Module is
+    ...     weight: jax.Array
+    ...     def __call__(self, x):
+    ...         return self.weight @ x
+    >>> f, params, state = lora_jax.from_equinox(Linear(jnp.ones((3, 4))))
+    >>> spec, x = lora_jax.LoraSpec(rank=2, targets="weight"), jnp.ones(4)
+    >>> layout = lora_jax.resolve(spec, f, params, state, x)
+    >>> adapters = lora_jax.init(jax.random.key(0), layout)
+    >>> y, state = lora_jax.adapt(layout, f)(params, adapters, state, x)
+    >>> y.shape
+    (3,)
+    """
+    params = _only(_is_weight, model)
+    if not jax.tree.leaves(params):
+        raise LoraError(
+            f"from_equinox takes a model whose arrays are the leaves of its tree, and {_name(model)}"
+            " has no floating-point array among them. An NNX model goes through from_nnx, a Keras "
+            "model through from_keras, and Linen's `model.apply` is such a function already"
+        )
+    program = _only(lambda x: not _is_array(x), model)
+    arrays = _only(lambda x: _is_array(x) and not _is_weight(x), model)
+
+    def f(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        call = getattr(_together(params, state["arrays"], program), method)
+        if state["state"] is None:
+            return call(*args, **kwargs), state
+        own = jax.tree.map(lambda x: x, state["state"])  # Equinox lets each one be read once
+        out = call(*args, state=own, **kwargs)
+        if not (isinstance(out, tuple) and len(out) == 2 and type(out[1]) is type(own)):
+            raise LoraError(
+                f"{_name(model)} was given state= and returned {type(out).__name__}; expected "
+                "(output, new_state). A model without state takes none: from_equinox(model)"
+            )
+        return out[0], {**state, "state": out[1]}
+
+    return f, params, {"arrays": arrays, "state": state}
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _is_weight(x: Any) -> bool:
+    return _is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _only(keep: Callable[[Any], bool], tree: Any) -> Any:
+    """The tree with None for the leaves that are not kept."""
+    return jax.tree.map(lambda x: x if keep(x) else None, tree)
+
+
+def _together(*trees: Any) -> Any:
+    """The inverse of `_only`: for each leaf the one that some tree has."""
+
+    def first(*found: Any) -> Any:
+        return next((x for x in found if x is not None), None)
+
+    return jax.tree.map(first, *trees, is_leaf=lambda x: x is None)
+
+
+def from_keras(model: Any) -> Bridged:
+    """Split a Keras model into a pure function, its parameters, and all its other variables.
+
+    Args:
+      model: a Keras 3 model or layer that is built, with JAX as Keras's backend; it is read, not
+        changed.
+
+    Returns:
+      `(f, params, state)` with `f(params, state, *args, **kwargs) -> (output, new_state)`, which
+      is `model.stateless_call`. `params` is a dict of the trainable variables by their paths,
+      `{"encoder/dense/kernel": ...}`, `state` one of all others: batch statistics, seeds of
+      dropout, and the weights of frozen layers. Pass `training=True` to `f` for a step of
+      training; without it, dropout is off and batch statistics are read.
+
+    Raises:
+      LoraError: a model that is not built or is frozen as a whole, two variables of one path,
+        another backend, or an object that is not a Keras model.
+
+    >>> f, params, state = lora_jax.from_keras(model)  # doctest: +SKIP
+    >>> spec = lora_jax.LoraSpec(rank=4, targets="**/kernel")  # doctest: +SKIP
+    >>> layout = lora_jax.resolve(spec, f, params, state, x)  # doctest: +SKIP
+    >>> adapted = lora_jax.adapt(layout, f)  # doctest: +SKIP
+    >>> y, state = adapted(params, adapters, state, x, training=True)  # doctest: +SKIP
+    """
+    _check_keras(model)
+    params = _by_path(model, model.trainable_variables)
+    state = _by_path(model, model.non_trainable_variables)
+
+    def f(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        trainable = [params[path] for path in order]
+        out, new = model.stateless_call(trainable, [state[p] for p in others], *args, **kwargs)
+        return out, dict(zip(others, new, strict=True))
+
+    order, others = list(params), list(state)
+    return f, params, state
+
+
+def _check_keras(model: Any) -> None:
+    """Raise `LoraError` unless the model can be called without its variables."""
+    if getattr(model, "stateless_call", None) is None:
+        raise LoraError(
+            f"from_keras takes a model or layer of Keras 3, and {_name(model)} has no "
+            "`stateless_call`"
+        )
+    if not model.built:
+        raise LoraError(
+            f"{_name(model)} is not built, so that it has no variables yet: call it on an example "
+            "(`model(x)`) or `model.build(shape)` first"
+        )
+    if not model.trainable_variables:
+        raise LoraError(
+            f"{_name(model)} has {len(model.variables)} variables, none of them trainable, and "
+            "parameters are the trainable ones. Say `model.trainable = True`: the base gets no "
+            "gradient all the same, because the adapters are another argument"
+        )
+
+
+def _by_path(model: Any, variables: Sequence[Any]) -> dict[str, Any]:
+    found = {v.path: v.value for v in variables}
+    if len(found) < len(variables):
+        known = [v.path for v in variables]
+        twice = sorted({path for path in known if known.count(path) > 1})
+        raise LoraError(
+            f"{_name(model)} has several variables of one path:\n{listed(twice)}\n"
+            "Give the layers names of their own (`name=`)"
+        )
+    for path, value in found.items():
+        if not isinstance(value, jax.Array):
+            raise LoraError(
+                f"{path!r} of {_name(model)} is a {type(value).__module__}.{type(value).__name__}, "
+                "not a JAX array: set KERAS_BACKEND=jax before Keras is imported"
+            )
+    return found
+
+
+def _name(model: Any) -> str:
+    """What a message calls the model: its class."""
+    return f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
