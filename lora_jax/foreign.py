@@ -113,8 +113,8 @@ def from_equinox(model: Any, state: Any = None, method: str = "__call__") -> Bri
     params = _only(_is_weight, model)
     if not jax.tree.leaves(params):
         raise LoraError(
-            f"from_equinox takes a model whose arrays are the leaves of its tree, and {_name(model)}"
-            " has no floating-point array among them. An NNX model goes through from_nnx, a Keras "
+            f"from_equinox takes a model whose arrays are the leaves of its tree; {_name(model)}"
+            " has no floating-point array there. An NNX model goes through from_nnx, a Keras "
             "model through from_keras, and Linen's `model.apply` is such a function already"
         )
     program = _only(lambda x: not _is_array(x), model)

@@ -1,0 +1,287 @@
+"""docs/foreign.md: every block runs, and what it writes is read by rules of PEFT's own files.
+
+The PEFT folder of each section is read here with NumPy alone, and put into the base weights by hand:
+that gives the weights that `merge` gives, for Llamas the logits of another implementation.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lora_jax
+from lora_jax import models
+from lora_jax.exchange import peft
+from tests import laws
+from tests.foreign.register import without_init
+from tests.test_transform import assert_close
+
+pytestmark = pytest.mark.filterwarnings("default")  # other people's warnings
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests/golden/golden_models/llama"
+TEXT = (ROOT / "docs/foreign.md").read_text()
+SECTIONS = {part.split("\n")[0]: part for part in re.split(r"^## ", TEXT, flags=re.M)}
+Arrays = dict[str, np.ndarray]
+
+
+def code(part: str) -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", part, re.M | re.S))
+
+
+class Ran(NamedTuple):
+    """What a section made: its function and arguments, its layout and the names it gave."""
+
+    f: Callable[..., Any]
+    params: Any
+    args: tuple[Any, ...]
+    layout: lora_jax.Layout
+    names: Any
+    page: dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def rank_promotion() -> Iterator[None]:
+    """Other people's models broadcast as they please."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A Llama that all of them can be: rotated plainly, by the one theta that Tunix 0.1.7 has."""
+    folder = tmp_path_factory.mktemp("page") / "llama"
+    folder.mkdir()
+    config = json.loads((GOLDEN / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 1e6, "rope_type": "default"}
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(GOLDEN / "model.safetensors", folder)
+    return folder
+
+
+@pytest.fixture
+def run(
+    llama: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Ran]:
+    """Run the first block of the page and those of one section, in a folder that has `llama`."""
+
+    def section(title: str) -> Ran:
+        (tmp_path / "llama").symlink_to(llama)
+        monkeypatch.chdir(tmp_path)
+        calls, named = [], []
+        page: dict[str, Any] = {"__name__": "page"}
+        exec(compile(code(TEXT.split("\n## ")[0]), "docs/foreign.md", "exec"), page)
+        lora, save = page["lora"], peft.save
+        page["lora"] = lambda *call: (calls.append(call), lora(*call))[1]
+        monkeypatch.setattr(peft, "save", lambda *a, **k: (named.append(a[1]), save(*a, **k))[1])
+        exec(compile(code(SECTIONS[title]), f"docs/foreign.md: {title}", "exec"), page)
+        monkeypatch.undo()
+        ((f, params, *args),), (names,) = calls, named
+        return Ran(f, params, tuple(args), page["layout"], names, page)
+
+    return section
+
+
+def saved(ran: Ran, folder: pathlib.Path) -> tuple[Any, Arrays]:
+    """Random adapters of the section, and the differences of weights that a reader finds of them.
+
+    [out, in, *window] for each module, by alpha / r · B A.
+    """
+    draw = np.random.default_rng(3).standard_normal
+    shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), ran.layout))
+    adapters = jax.tree.map(lambda x: (0.3 * draw(x.shape)).astype(x.dtype), shapes)
+    peft.save(folder, ran.names, (ran.layout, adapters), base="org/name")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    assert not settings["rank_pattern"] and not settings["alpha_pattern"]
+    found = {}
+    for key in [k for k in tensors if k.endswith(".lora_B.weight")]:
+        b, a = tensors.pop(key), tensors.pop(key.replace("lora_B", "lora_A"))
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+        scale = settings["lora_alpha"] / settings["r"]
+        found[module] = scale * np.tensordot(b.reshape(len(b), -1), a, 1)
+    assert not tensors
+    return adapters, found
+
+
+# --- weights, put together by hand ---------------------------------------------------------------
+
+MLP = ("up", "down")
+QKV = ("query", "key", "value")
+
+
+def bare(w: Arrays, d: Arrays) -> None:
+    for i in range(2):
+        for n in MLP:
+            w[f"layers/{i}/{n}"] += d.pop(f"model.layers.{i}.mlp.{n}_proj").T
+
+
+def linen(w: Arrays, d: Arrays) -> None:
+    for n in MLP:
+        w[f"{n}/kernel"] += d.pop(f"encoder.{n}").T
+
+
+def nnx(w: Arrays, d: Arrays) -> None:
+    for n in QKV:
+        w[f"attend/{n}/kernel"] += d.pop(f"layers.0.self_attn.{n}_proj").T.reshape(8, 2, 4)
+    w["attend/out/kernel"] += d.pop("layers.0.self_attn.o_proj").T.reshape(2, 4, 8)
+
+
+def maxtext(w: Arrays, d: Arrays) -> None:
+    for i in range(3):
+        q, o = (d.pop(f"model.layers.{i}.self_attn.{n}_proj").T for n in "qo")
+        w["params/layers/query/kernel"][:, i] += q.reshape(8, 2, 4)
+        w["params/layers/out/kernel"][:, i] += o.reshape(2, 4, 8)
+
+
+def equinox(w: Arrays, d: Arrays) -> None:
+    w["layers/0/weight"] += d.pop("encoder.up")
+    w["layers/2/weight"] += d.pop("encoder.down")
+
+
+def keras(w: Arrays, d: Arrays) -> None:
+    w["conv/kernel"] += d.pop("features.conv").transpose(2, 3, 1, 0)
+    w["dense/kernel"] += d.pop("classifier.dense").T
+
+
+BY_HAND: dict[str, tuple[tuple[str, ...], Callable[[Arrays, Arrays], None]]] = {
+    "Bare JAX": ((), bare),
+    "Linen": ((), linen),
+    "NNX": ((), nnx),
+    "MaxText: layers on axis 1": ((), maxtext),
+    "Equinox with state": (("equinox",), equinox),
+    "Keras": (("keras",), keras),
+}
+
+
+@pytest.mark.parametrize("title", BY_HAND)
+def test_the_folder_holds_the_merged_weights(
+    title: str, run: Callable[[str], Ran], tmp_path: pathlib.Path
+) -> None:
+    """Red: heads or layers along the wrong axis, a kernel that is not transposed, a wrong scale."""
+    packages, put = BY_HAND[title]
+    for package in packages:
+        pytest.importorskip(package)
+    ran = run(title)
+    adapters, deltas = saved(ran, tmp_path / "drawn")
+    want = {p: np.array(x) for p, x in lora_jax.paths.flatten(ran.params).items()}
+    put(want, deltas)
+    assert not deltas
+    merged = lora_jax.merge(ran.layout, ran.params, adapters)
+    got = lora_jax.paths.flatten(merged)
+    for path, w in want.items():
+        np.testing.assert_allclose(got[path], w, atol=2e-6, err_msg=path)
+    fast = jax.jit(lora_jax.adapt(ran.layout, ran.f))(ran.params, adapters, *ran.args)
+    assert_close(floats(fast), floats(jax.jit(ran.f)(merged, *ran.args)), 2e-5)
+    again = peft.load(tmp_path / "drawn", ran.names, ran.f, ran.params, *ran.args)
+    back = lora_jax.merge(again.layout, ran.params, again.parameters)
+    assert_close(lora_jax.paths.flatten(back), got, 1e-6)
+
+
+# --- Llamas --------------------------------------------------------------------------------------
+
+
+def from_folder(ran: Ran, llama: pathlib.Path) -> Arrays:
+    return safetensors.numpy.load_file(llama / "model.safetensors")
+
+
+def from_penzai(ran: Ran, _: pathlib.Path) -> Arrays:
+    """Hugging Face's tensors of a Penzai model, by the names of its axes."""
+    heads, emb = ("head_groups", "query_heads", "projection"), "embedding"
+    orders = {
+        "attention/query": ("self_attn.q_proj", *heads, emb),
+        "attention/key": ("self_attn.k_proj", heads[0], heads[2], emb),
+        "attention/value": ("self_attn.v_proj", heads[0], heads[2], emb),
+        "attention/output": ("self_attn.o_proj", emb, *heads),
+        "mlp/gating_linear": ("mlp.gate_proj", "neurons", emb),
+        "mlp/value_linear": ("mlp.up_proj", "neurons", emb),
+        "mlp/out_linear": ("mlp.down_proj", emb, "neurons"),
+        "pre_attention_norm/scale": ("input_layernorm", emb),
+        "pre_ffw_norm/scale": ("post_attention_layernorm", emb),
+    }
+
+    def positional(label: str, *axes: str) -> np.ndarray:
+        return np.asarray(ran.params[f"transformer/{label}"].unwrap(*axes))
+
+    found = {
+        "model.embed_tokens.weight": positional("embedder.embeddings", "vocabulary", emb),
+        "model.norm.weight": positional("final_norm/scale.weights", emb),
+        "lm_head.weight": positional("lm_head.weights", "vocabulary", emb),
+    }
+    for label, (module, *axes) in orders.items():
+        for i, w in enumerate(positional(f"blocks/{label}.weights", "blocks", *axes)):
+            flat = {2: (16, -1), 1: (-1,)}[min(len(axes), 2)] if axes[0] == emb else (-1, 16)
+            found[f"model.layers.{i}.{module}.weight"] = w.reshape(flat)
+    return found
+
+
+LLAMAS: dict[str, tuple[str, Callable[[Ran, pathlib.Path], Arrays]]] = {
+    "Equinox": ("eqx_zoo", from_folder),
+    "Tunix": ("tunix", from_folder),
+    "Penzai": ("penzai", from_penzai),
+}
+
+
+def floats(out: Any) -> list[Any]:
+    """The outputs and the new state, but for seeds."""
+    return [x for x in jax.tree.leaves(out) if laws.is_float(x)]
+
+
+def first_logits(out: Any) -> np.ndarray:
+    """The logits among a model's outputs, of one sequence."""
+    return np.asarray(jax.tree.leaves(out)[0]).reshape(7, 23)
+
+
+@pytest.mark.parametrize("title", LLAMAS)
+def test_the_folder_is_the_same_adapter_on_another_llama(
+    title: str, run: Callable[[str], Ran], llama: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Base and adapter as Hugging Face's tensors, in our own Llama: the logits of the foreign one.
+
+    Red: q's heads where k's belong, a name of another layer, rows in another order.
+    """
+    package, tensors_of = LLAMAS[title]
+    if package == "tunix":
+        without_init("tunix")
+    else:
+        pytest.importorskip(package)
+    ran = run(title)
+    adapters, deltas = saved(ran, tmp_path / "drawn")
+    assert len(deltas) == 2 * 7
+    base = tensors_of(ran, llama)
+    merged = {k: x + deltas.pop(k.removesuffix(".weight"), np.float32(0)) for k, x in base.items()}
+    assert not deltas
+    source = models.open(str(llama))
+    ids = jnp.arange(7)[None]
+    for tensors, out in (
+        (base, jax.jit(ran.f)(ran.params, *ran.args)),
+        (merged, ran.page["adapted"](ran.params, adapters, *ran.args)),
+    ):
+        folder = tmp_path / f"llama{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(llama, folder)
+        safetensors.numpy.save_file(
+            {k: np.ascontiguousarray(x) for k, x in tensors.items()}, folder / "model.safetensors"
+        )
+        params = models.open(str(folder)).load(source.config)
+        want = models.Llama(source.config).apply({"params": params}, ids)
+        assert_close(first_logits(out), first_logits(want), 2e-5)
+    again = peft.load(tmp_path / "drawn", ran.names, ran.f, ran.params, *ran.args)
+    assert_close(
+        lora_jax.merge(again.layout, ran.params, again.parameters),
+        lora_jax.merge(ran.layout, ran.params, adapters),
+        1e-6,
+    )
+
+
+def test_every_section_is_tested() -> None:
+    assert {*BY_HAND, *LLAMAS} == set(list(SECTIONS)[1:])
