@@ -20,6 +20,10 @@ import numpy as np
 from lora_jax.errors import LoraError, listed
 
 Bridged = tuple[Callable[..., Any], Any, Any]  # (f, params, state)
+MAKE_STATE = (
+    "make both by `model, state = eqx.nn.make_with_state(Model)(...)` and say "
+    "`from_equinox(model, state)`"
+)
 
 
 def from_nnx(model: Any, method: str = "__call__") -> Bridged:
@@ -92,8 +96,8 @@ def from_equinox(model: Any, state: Any = None, method: str = "__call__") -> Bri
       `jax.vmap(f, in_axes=(None, None, 0), out_axes=(0, None))`.
 
     Raises:
-      LoraError: a model without a floating-point array; in `f`, a model that was given a state
-        and returns none.
+      LoraError: a model without a floating-point array, or one that holds its initial state; in
+        `f`, a model that needs a state and has none, or that was given one and returns none.
 
     >>> import dataclasses, jax, jax.numpy as jnp, lora_jax
     >>> @jax.tree_util.register_dataclass
@@ -110,7 +114,7 @@ def from_equinox(model: Any, state: Any = None, method: str = "__call__") -> Bri
     >>> y.shape
     (3,)
     """
-    params = _only(_is_weight, model)
+    params, stateful = _only(_is_weight, model), _is_stateful(model)
     if not jax.tree.leaves(params):
         raise LoraError(
             f"from_equinox takes a model whose arrays are the leaves of its tree; {_name(model)}"
@@ -123,6 +127,9 @@ def from_equinox(model: Any, state: Any = None, method: str = "__call__") -> Bri
     def f(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         call = getattr(_together(params, state["arrays"], program), method)
         if state["state"] is None:
+            given = {type(x).__name__ for x in (*args, *kwargs.values())}
+            if stateful and "State" not in given:
+                raise LoraError(f"{_name(model)} needs a state; {MAKE_STATE}")
             return call(*args, **kwargs), state
         own = jax.tree.map(lambda x: x, state["state"])  # Equinox lets each one be read once
         out = call(*args, state=own, **kwargs)
@@ -134,6 +141,22 @@ def from_equinox(model: Any, state: Any = None, method: str = "__call__") -> Bri
         return out[0], {**state, "state": out[1]}
 
     return f, params, {"arrays": arrays, "state": state}
+
+
+def _is_stateful(model: Any) -> bool:
+    """Whether the model reads an `eqx.nn.State`, which its `StateIndex` nodes say.
+
+    Raises:
+      LoraError: the nodes hold the state themselves, where it would be taken for weights.
+    """
+
+    def is_index(x: Any) -> bool:
+        return type(x).__name__ == "StateIndex"
+
+    found = [x for x in jax.tree.leaves(model, is_leaf=is_index) if is_index(x)]
+    if any(map(_is_array, jax.tree.leaves(found))):
+        raise LoraError(f"{_name(model)} holds its initial state among its weights; {MAKE_STATE}")
+    return bool(found)
 
 
 def _is_array(x: Any) -> bool:
@@ -169,8 +192,9 @@ def from_keras(model: Any) -> Bridged:
       `(f, params, state)` with `f(params, state, *args, **kwargs) -> (output, new_state)`, which
       is `model.stateless_call`. `params` is a dict of the trainable variables by their paths,
       `{"encoder/dense/kernel": ...}`, `state` one of all others: batch statistics, seeds of
-      dropout, and the weights of frozen layers. Pass `training=True` to `f` for a step of
-      training; without it, dropout is off and batch statistics are read.
+      dropout, and the weights of frozen layers. `f(..., training=True)` is a step of training, in
+      which dropout is on and batch statistics move (under `jit` by
+      `functools.partial(f, training=True)`); without it neither does.
 
     Raises:
       LoraError: a model that is not built or is frozen as a whole, two variables of one path,
@@ -197,10 +221,10 @@ def from_keras(model: Any) -> Bridged:
 
 def _check_keras(model: Any) -> None:
     """Raise `LoraError` unless the model can be called without its variables."""
-    if getattr(model, "stateless_call", None) is None:
+    if isinstance(model, type) or getattr(model, "stateless_call", None) is None:
         raise LoraError(
-            f"from_keras takes a model or layer of Keras 3, and {_name(model)} has no "
-            "`stateless_call`"
+            f"from_keras takes a model or layer of Keras 3, an object with `stateless_call`; got "
+            f"{_name(model)}"
         )
     if not model.built:
         raise LoraError(

@@ -7,10 +7,8 @@ are skipped.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import pytest
 
 import lora_jax
@@ -20,13 +18,6 @@ from tests.foreign import models
 pytestmark = pytest.mark.filterwarnings("default")  # other people's warnings
 
 build = functools.cache(lambda name: models.REGISTRY[name]())
-
-
-@pytest.fixture(autouse=True)
-def rank_promotion() -> Iterator[None]:
-    """Other people's models broadcast as they please."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def resolved(name: str) -> tuple[lora_jax.Layout, tuple[Any, ...]]:

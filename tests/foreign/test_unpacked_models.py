@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,13 +33,6 @@ def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], Any]:
         return loaded
 
     return load
-
-
-@pytest.fixture(autouse=True)
-def rank_promotion() -> Iterator[None]:
-    """Other people's models broadcast as they please."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def check(f: Any, params: Any, *args: Any) -> lora_jax.Layout:

@@ -1,0 +1,12 @@
+"""Other people's models broadcast as they please."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def rank_promotion() -> Iterator[None]:
+    with jax.numpy_rank_promotion("allow"):
+        yield
