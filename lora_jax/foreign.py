@@ -3,9 +3,9 @@
 f, params, state = lora_jax.from_nnx(model)  # or from_equinox, from_keras
 y, state = f(params, state, x)
 
-`params` holds the floating-point weights by readable paths, `state` every other array: batch
-statistics, random number generators, tables. `f` keeps no array of its own, so that everything it
-reads can be placed on a mesh, and it changes nothing in the model.
+`params` holds the weights by readable paths, `state` every other array: batch statistics, random
+number generators, tables. `f` keeps no array of its own, so that everything it reads can be placed
+on a mesh, and it changes nothing in the model.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def from_equinox(model: Any, state: Any = None, method: str = "__call__") -> Bri
             if stateful and "State" not in given:
                 raise LoraError(f"{_name(model)} needs a state; {MAKE_STATE}")
             return call(*args, **kwargs), state
-        own = jax.tree.map(lambda x: x, state["state"])  # Equinox lets each one be read once
+        own = jax.tree.map(lambda x: x, state["state"])  # each `State` is good for one update
         out = call(*args, state=own, **kwargs)
         if not (isinstance(out, tuple) and len(out) == 2 and type(out[1]) is type(own)):
             raise LoraError(
