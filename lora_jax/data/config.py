@@ -36,8 +36,11 @@ class DataConfig:
     """Language modelling: the token that ends an example, as the tokenizer's vocabulary spells it;
     "" for none. Has to be said."""
     max_length: int = 128
-    """Longest example in tokens, and the row length when examples are packed. What it cuts is
-    counted and reported."""
+    """Longest example in tokens, and the row length in language modelling. What it cuts is counted
+    and reported."""
+    pack: bool = dataclasses.field(default=True, metadata={"later": True})
+    """Language modelling: a row holds as many examples as fit. False: it holds one, so that
+    batch_size counts examples."""
     buckets: tuple[int, ...] = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
     """Classification: a batch is padded to the smallest of these that holds it, or to
     max_length. Each length that occurs is compiled once."""

@@ -56,6 +56,8 @@ def language_modelling(
         segment_ids  [B, T] int32    which example of the row, from 1; 0 is padding
         positions    [B, T] int32    place within the example, from 0
 
+    Without `config.pack` a row holds one example, and padding.
+
     An example of n tokens takes n - 1 places (its last token is only a target) in one row. One that
     is longer is cut at its end; one of which nothing to learn is left is left out; both are counted
     in the facts.
@@ -92,6 +94,7 @@ def language_modelling(
         pad=padding_id(tokenizer),
         seed=seed if shuffle else None,
         epochs=epochs,
+        together=config.pack,
     )
 
     def part(shard: Shard) -> ShardBatches:

@@ -44,6 +44,8 @@ class Packing:
     """Of the orders; None: as they come."""
     epochs: int | None
     """How often a stream is gone through; None never ends."""
+    together: bool = True
+    """Whether a row holds as many examples as fit, or one."""
 
     def blank(self) -> _Arrays:
         """A row with nothing in it; it weighs nothing."""
@@ -58,6 +60,8 @@ class Packing:
         seed = None if self.seed is None else (self.seed, number)
         stream = Stream(rows, seed, _ENDLESS if self.epochs is None else self.epochs)
         dataset = grain.MapDataset.source(stream).to_iter_dataset(IN_THREAD)
+        if not self.together:
+            return dataset.map(self._alone)
         packed = experimental.FirstFitPackIterDataset(
             dataset,
             length_struct=dict.fromkeys(("input_ids", "targets", "loss_weight"), self.length),
@@ -69,6 +73,14 @@ class Packing:
             padding_struct={"input_ids": self.pad, "targets": self.pad, "loss_weight": 0},
         )
         return packed.map(_named)
+
+    def _alone(self, row: _Arrays) -> _Arrays:
+        """A row that holds one example."""
+        size, whole = len(row["input_ids"]), self.blank()
+        own = {"segment_ids": np.int32(1), "positions": np.arange(size, dtype=np.int32)}
+        for name, values in (row | own).items():
+            whole[name][:size] = values
+        return whole
 
 
 def _named(row: _Arrays) -> _Arrays:

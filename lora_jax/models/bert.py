@@ -23,6 +23,7 @@ from lora_jax.models.layers import (
     Embed,
     by_rows,
     dense,
+    kept_weights,
     norm,
     stack,
     tensor_axis,
@@ -61,10 +62,7 @@ class _BertAttention(nn.Module):
                 by_position.append(self._heads(product(rows)) if wanted else None)
             keys, queries = by_position
             bias = scale * position_scores(query, key, (keys, queries), distances.of_pair)
-        drop = None
-        if config.attention_dropout > 0 and not self.deterministic:
-            shape = (x.shape[0], config.num_heads, x.shape[1], x.shape[1])
-            drop = nn.Dropout(config.attention_dropout, deterministic=False)(jnp.ones(shape))
+        drop = kept_weights(config, x, self.deterministic)
         mixed = attend(query, key, value, seen, drop, bias=bias, scale=scale).reshape(x.shape)
         return self._product("output")(mixed)
 
@@ -122,7 +120,8 @@ class _Encoder(nn.Module):
         if relative is not None:
             distances = RelativePositions(config, relative, name="relative")(x.shape[1])
             if relative.conv_size:
-                convolved = Convolution(config, relative, name="convolution")(x, mask)
+                convolution = Convolution(config, relative, self.deterministic, name="convolution")
+                convolved = convolution(x, mask)
                 kinds = (1,) + (0,) * (config.num_layers - 1)
         layers = stack(_BertLayer, config, "layer", kinds, deterministic=self.deterministic)
         return layers(x, seen, distances, convolved)
@@ -237,9 +236,12 @@ class _BertHead(nn.Module):
             real = mask.astype(jnp.float32)[:, :, None]
             # A filler row has no real token: its mean is 0, not a division by 0.
             pooled = (hidden * real).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1.0)
-        drop, pooled = _drop(config, self.deterministic), by_rows(pooled)
+        rate = config.dropout if config.head_dropout is None else config.head_dropout
+        drop = nn.Dropout(rate, deterministic=self.deterministic)
+        pooled = by_rows(pooled)
         if self.pooling == "roberta_head":
-            wide = layer(config.hidden_size, name="dense", use_bias=config.head_bias)(drop(pooled))
+            pooled = drop(pooled) if config.pooler_dropout else pooled
+            wide = layer(config.hidden_size, name="dense", use_bias=config.head_bias)(pooled)
             pooled = by_rows(ACTIVATIONS[config.head_activation](wide))
             if config.head_norm and config.pre_norm is not None:
                 whole = dataclasses.replace(config, dtype=jnp.float32)

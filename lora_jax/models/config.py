@@ -76,6 +76,9 @@ class BertConfig:
     and `head_activation` "relu", which is that of the dense layer of a "roberta_head". DeBERTa has
     `relative` positions, and mostly no absolute ones. ModernBERT is one with `pre_norm`, and a
     norm in its "roberta_head".
+
+    `head_dropout` (None: `dropout`) comes before the head's last product and, with
+    `pooler_dropout` (not DeBERTa), before the first one of a "roberta_head" too.
     """
 
     vocab_size: int
@@ -93,6 +96,8 @@ class BertConfig:
     pre_norm: PreNorm | None = None
     head_norm: bool = False
     head_bias: bool = True
+    head_dropout: float | None = None
+    pooler_dropout: bool = True
     position_offset: int = 0
     pad_id: int = 0
     bos_id: int | None = None
@@ -151,6 +156,9 @@ class LlamaConfig:
 
     Ends: `embedding_scale` (Gemma) multiplies the embeddings, `logit_cap` (Gemma 2) bounds the
     logits.
+
+    `dropout` is on the embeddings and on what attention and MLP give, `attention_dropout` on the
+    weights of attention, as in GPT-2.
     """
 
     vocab_size: int
@@ -191,6 +199,8 @@ class LlamaConfig:
     pad_id: int | None = None
     bos_id: int | None = None
     eos_id: int | None = None
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
     scan_layers: bool = False
     remat: str = "none"
     dtype: DTypeLike = jnp.float32

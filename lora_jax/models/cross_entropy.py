@@ -9,8 +9,28 @@ import optax
 from jax import Array
 
 
+def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> Array:
+    """Cross entropy [...] of each target, with label smoothing (Szegedy et al., arXiv 1512.00567).
+
+    The label is 1 - smoothing at the target, and smoothing / V more at each of the V classes.
+
+    Args:
+        logits: [..., V] float32.
+        targets: [...] int, from 0 to V - 1.
+    """
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    if smoothing == 0:
+        return each
+    of_all = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)  # every class alike
+    return (1 - smoothing) * each + smoothing * of_all
+
+
 def chunked_cross_entropy(
-    head: Callable[[Array], Array], hidden: Array, targets: Array, chunk: int
+    head: Callable[[Array], Array],
+    hidden: Array,
+    targets: Array,
+    chunk: int,
+    smoothing: float = 0.0,
 ) -> Array:
     """Cross entropy [B, T] in float32, `chunk` positions of every row at a time.
 
@@ -25,6 +45,7 @@ def chunked_cross_entropy(
         hidden: [B, T, D], what the head is applied to.
         targets: [B, T] int, from 0 to V - 1.
         chunk: at most T of them count; where T is no multiple of it the rest is padded.
+        smoothing: as `cross_entropy` has it.
 
     >>> table = jax.random.normal(jax.random.key(0), (9, 4))
     >>> hidden, targets = jnp.ones((2, 5, 4)), jnp.ones((2, 5), jnp.int32)
@@ -40,8 +61,7 @@ def chunked_cross_entropy(
 
     @jax.checkpoint
     def one(x: Array, target: Array) -> Array:
-        logits = head(x).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        return cross_entropy(head(x).astype(jnp.float32), target, smoothing)
 
     each = jax.lax.map(lambda part: one(*part), (split(hidden), split(targets)))
     return each.swapaxes(0, 1).reshape(batch, parts * chunk)[:, :length]

@@ -108,6 +108,7 @@ class Convolution(nn.Module):
 
     config: BertConfig
     relative: Disentangled
+    deterministic: bool = True
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None) -> Convolved:
@@ -122,7 +123,8 @@ class Convolution(nn.Module):
             param_dtype=config.param_dtype,
             name="conv",
         )(jnp.where(real, x, 0))
-        values = ACTIVATIONS[relative.conv_activation](jnp.where(real, values, 0))
+        drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
+        values = ACTIVATIONS[relative.conv_activation](drop(jnp.where(real, values, 0)))
         shape, dtype = (config.hidden_size,), config.param_dtype
         scale = self.param("scale", nn.initializers.ones, shape, dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, dtype)

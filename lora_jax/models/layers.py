@@ -46,6 +46,20 @@ def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.
     )
 
 
+def kept_weights(config: BuiltInConfig, x: Array, deterministic: bool) -> Array | None:
+    """The dropout of attention's weights as factors [B, N, T, T] for `attend`; None: no dropout.
+
+    Call it inside `@nn.compact`.
+
+    Args:
+        x: [B, T, D].
+    """
+    if deterministic or config.attention_dropout == 0:
+        return None
+    shape = (x.shape[0], config.num_heads, x.shape[1], x.shape[1])
+    return nn.Dropout(config.attention_dropout, deterministic=False)(jnp.ones(shape))
+
+
 def heads(
     config: BuiltInConfig,
     x: Array,

@@ -24,6 +24,7 @@ from lora_jax.models.layers import (
     by_rows,
     dense,
     heads,
+    kept_weights,
     norm,
     stack,
     tensor_axis,
@@ -51,6 +52,7 @@ _Views = tuple[_View | None, _View | None]  # of the layers of each kind, see `L
 
 class _LlamaAttention(nn.Module):
     config: LlamaConfig
+    deterministic: bool = True
 
     @nn.compact
     def __call__(self, flow: _Flow, view: _View, cache: Cache | None) -> tuple[Array, Fresh | None]:
@@ -69,7 +71,8 @@ class _LlamaAttention(nn.Module):
             past = cache.layer(fresh.at, like=key) if cache.capacity else None
             fresh = fresh.extended(key, value)
         scale, cap = config.attention_scale, config.attention_cap
-        mixed = attend(query, key, value, view.seen, past=past, scale=scale, cap=cap)
+        drop = kept_weights(config, x, self.deterministic)
+        mixed = attend(query, key, value, view.seen, drop, past, scale=scale, cap=cap)
         mixed = mixed.reshape(*x.shape[:2], config.num_heads * config.head_dim)
         return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed), fresh
 
@@ -96,6 +99,7 @@ class _LlamaMlp(nn.Module):
 
 class _LlamaLayer(nn.Module):
     config: LlamaConfig
+    deterministic: bool = True
     kind: int = 0
 
     @nn.compact
@@ -107,11 +111,14 @@ class _LlamaLayer(nn.Module):
             view = jax.tree.map(lambda *each: jnp.where(kind == 0, *each), *views)
         assert view is not None
 
+        drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
+
         def after(name: str, x: Array) -> Array:
-            return norm(config, name, config.norm)(x) if config.post_norms else x
+            return drop(norm(config, name, config.norm)(x) if config.post_norms else x)
 
         normed = flow._replace(x=norm(config, "attention_norm", config.norm)(flow.x))
-        mixed, fresh = _LlamaAttention(config, name="attention")(normed, view, cache)
+        attention = _LlamaAttention(config, self.deterministic, name="attention")
+        mixed, fresh = attention(normed, view, cache)
         x = by_rows(flow.x + after("attention_post_norm", mixed))
         mlp = (ExpertMlp if config.num_experts else _LlamaMlp)(config, name="mlp")
         wide = mlp(norm(config, "mlp_norm", config.norm)(x))
@@ -151,6 +158,8 @@ class Llama(nn.Module):
         chunk: int = 0,
         cache: Cache | None = None,
         last: int | None = None,
+        smoothing: float = 0.0,
+        deterministic: bool = True,
     ) -> Array | tuple[Array, Cache]:
         """Logits [B, T, V] in float32; with `targets`, the cross entropy [B, T] of each instead.
 
@@ -169,9 +178,11 @@ class Llama(nn.Module):
             chunk: with targets, the positions of a row whose logits exist at the same time.
             cache: from `lora_jax.models.cache`; prompts are read on one of capacity 0.
             last: how many positions from the end have their logits computed; None: all of them.
+            smoothing: with targets, see `lora_jax.models.cross_entropy`.
+            deterministic: False drops out by the configuration, with the rng named "dropout".
 
         Raises:
-            ValueError: a cache together with segment_ids or targets.
+            ValueError: a cache together with segment_ids, targets or dropout.
         """
         config = self.config
         check_choice("norm", config.norm, NORMS)
@@ -181,8 +192,8 @@ class Llama(nn.Module):
             fresh = None
             positions, views = self._whole(input_ids, mask, segment_ids, positions)
         else:
-            if segment_ids is not None or targets is not None:
-                raise ValueError("a cache goes with neither segment_ids nor targets")
+            if segment_ids is not None or targets is not None or not deterministic:
+                raise ValueError("a cache goes with neither segment_ids nor targets nor dropout")
             config = dataclasses.replace(config, remat="none")  # nothing is differentiated
             fresh = Fresh.start(config, input_ids)
             positions, views = self._following(input_ids, mask, positions, cache)
@@ -193,7 +204,8 @@ class Llama(nn.Module):
         if config.positions == "learned":
             rows = jnp.maximum(positions, 0)  # those of padding, which nobody looks at, are -1
             x = x + Embed(config, config.max_positions, 1, name="position")(rows)
-        layers = stack(_LlamaLayer, config, "layers", config.kinds)
+        x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
+        layers = stack(_LlamaLayer, config, "layers", config.kinds, deterministic=deterministic)
         x, fresh = layers(_Flow(by_rows(x), fresh), views, cache)
         if last is not None:
             x = x[:, -last:]
@@ -211,7 +223,9 @@ class Llama(nn.Module):
 
         if fresh is not None:
             return head(x), Cache(fresh.keys, fresh.values, positions)
-        return head(x) if targets is None else chunked_cross_entropy(head, x, targets, chunk)
+        if targets is None:
+            return head(x)
+        return chunked_cross_entropy(head, x, targets, chunk, smoothing)
 
     def _whole(
         self,

@@ -9,7 +9,15 @@ from jax import Array
 
 from lora_jax.models.attention import attend, visible
 from lora_jax.models.config import BertConfig, PreNorm
-from lora_jax.models.layers import ACTIVATIONS, by_rows, dense, heads, norm, stack
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    by_rows,
+    dense,
+    heads,
+    kept_weights,
+    norm,
+    stack,
+)
 from lora_jax.models.rope import angles, rotate
 
 LOCAL, FIRST = 1, 2  # the bits of a layer's kind: it has a window; it has no first norm
@@ -37,10 +45,7 @@ class _Attention(nn.Module):
         )
         if sight.turn is not None:
             query, key = rotate(query, sight.turn), rotate(key, sight.turn)
-        drop = None
-        if config.attention_dropout > 0 and not self.deterministic:
-            shape = (x.shape[0], count, x.shape[1], x.shape[1])
-            drop = nn.Dropout(config.attention_dropout, deterministic=False)(jnp.ones(shape))
+        drop = kept_weights(config, x, self.deterministic)
         mixed = attend(query, key, value, sight.seen, drop).reshape(x.shape)
         return dense(config, config.hidden_size, "output", bias=form.output_bias)(mixed)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lora_jax import baselines, models, paths
 from lora_jax.bases.recipe import STORED
 from lora_jax.data.language_modelling import language_modelling as batches_of
 from lora_jax.models import placement
+from lora_jax.models.cross_entropy import cross_entropy
 from lora_jax.training import scores, text
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Common, Loss, Workload
@@ -46,7 +46,9 @@ def causal_lm(config: TextConfig) -> Workload:
     select = config.select or "loss"
     about = text.about(config, prompt=config.data.prompt, eos=config.data.eos)
     workload = Workload(
-        apply=apply_of(models.Llama(model_config), config.model.loss_chunk, method),
+        apply=apply_of(
+            models.Llama(model_config), config.model.loss_chunk, method, config.label_smoothing
+        ),
         loss=token_loss,
         params={**text.base_shapes(config, source, model_config), **method.shapes()},
         load=load,
@@ -81,16 +83,27 @@ def apply_of(
     model: models.Llama,
     chunk: int | None = None,
     method: baselines.Method = baselines.NONE,
+    smoothing: float = 0.0,
 ) -> Any:
     """The model as `Workload.apply` on a batch of packed rows.
 
-    It gives logits [B, T, V]; with a chunk, the cross entropy [B, T] of each token.
+    It gives logits [B, T, V]; with a chunk, or in training with label smoothing, the cross entropy
+    [B, T] of each token.
     """
+    drops = model.config.dropout > 0 or model.config.attention_dropout > 0
 
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
-        names = _PACKING if chunk is None else (*_PACKING, "targets")
-        inputs = {name: batch[name] for name in names}
-        return method.apply(model, params, batch["input_ids"], **inputs, chunk=chunk or 0)
+        dropping, smoothed = train and drops, smoothing if train else 0.0
+        inputs = {name: batch[name] for name in _PACKING}
+        if chunk is not None:
+            inputs |= {"targets": batch["targets"], "chunk": chunk, "smoothing": smoothed}
+        rngs = {"dropout": key} if dropping else None
+        outputs = method.apply(
+            model, params, batch["input_ids"], **inputs, deterministic=not dropping, rngs=rngs
+        )
+        if chunk is not None or not smoothed:
+            return outputs
+        return cross_entropy(outputs, batch["targets"], smoothed)
 
     return apply
 
@@ -99,7 +112,7 @@ def token_loss(outputs: jax.Array, batch: Any) -> Loss:
     """Cross entropy of each token that is to be learned."""
     weight, each = batch["loss_weight"], outputs
     if outputs.ndim == 3:
-        each = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["targets"])
+        each = cross_entropy(outputs, batch["targets"])
     total = jnp.sum(each * weight)
     return Loss(total, jnp.sum(weight), {"nll": total})
 

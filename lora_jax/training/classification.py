@@ -39,6 +39,8 @@ def classification(config: TextConfig) -> Workload:
         "classification takes an encoder of text (BERT, RoBERTa, DeBERTa, ...), and "
         "lora_jax.training.causal_lm takes decoders",
     )
+    smoothing = config.label_smoothing
+    require(smoothing == 0, "label_smoothing", smoothing, "0 for a classifier")
     data = text.open_text(config, batches_of, source.tokenizer())
     labels = data.train.labels or Labels(())
     model_config = config.model.apply_to(source.config)
@@ -130,7 +132,8 @@ def _joined(
 
 def apply_of(model: models.BertClassifier, method: baselines.Method = baselines.NONE) -> Any:
     """The model as `Workload.apply`: its logits [B, C] for a batch."""
-    drops = model.config.dropout > 0 or model.config.attention_dropout > 0
+    settings = model.config
+    drops = any((settings.dropout, settings.attention_dropout, settings.head_dropout))
 
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
         dropping = train and drops

@@ -46,7 +46,9 @@ class ModelConfig:
     large vocabulary never exist at once; the output head is multiplied with once more. None: all
     positions at once."""
     dropout: float = 0.0
-    """Dropout rate inside an encoder, and before its head, while training."""
+    """Dropout rate inside the model, and before an encoder's head, while training."""
+    head_dropout: float | None = later(None)
+    """Dropout rate before an encoder's head, where it is another one. None: `dropout`."""
     quantize: Literal["none", "stored", "nf4", "int4", "int8", "fp8"] = later("none")
     """How the frozen weights are kept. none: as `param_dtype`. stored: those that the file has in
     quantised form (GGUF, bitsandbytes) as they are there. Else those of the layers as codes of 4
@@ -61,7 +63,9 @@ class ModelConfig:
         require(bool(self.reference), "model.reference", self.reference, "a model reference")
         chunk = self.loss_chunk
         require(chunk is None or chunk > 0, "model.loss_chunk", chunk, "at least 1")
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        for name in ("dropout", "head_dropout"):
+            rate = getattr(self, name)
+            require(rate is None or 0 <= rate < 1, f"model.{name}", rate, "in [0, 1)")
         double = not self.double_quantize or self.quantize == "nf4"
         require(double, "model.double_quantize", self.double_quantize, "False without nf4")
         block, own = self.quantize_block, self.quantize not in ("none", "stored")
@@ -74,14 +78,15 @@ class ModelConfig:
             "remat": self.remat,
             "dtype": jnp.dtype(self.dtype),
             "param_dtype": jnp.dtype(self.param_dtype),
+            "dropout": self.dropout,
+            "attention_dropout": self.dropout,
         }
+        head, chunk = self.head_dropout, self.loss_chunk
         if isinstance(config, models.BertConfig):
-            settings |= {"dropout": self.dropout, "attention_dropout": self.dropout}
-            require(
-                self.loss_chunk is None, "model.loss_chunk", self.loss_chunk, "None for an encoder"
-            )
+            settings |= {"head_dropout": head}
+            require(chunk is None, "model.loss_chunk", chunk, "None for an encoder")
         else:
-            require(self.dropout == 0, "model.dropout", self.dropout, "0 for a decoder")
+            require(head is None, "model.head_dropout", head, "None for a decoder")
         return dataclasses.replace(config, **settings)
 
 
@@ -98,9 +103,13 @@ class TextConfig(Config):
     workload's own choice."""
     method: MethodConfig = dataclasses.field(default=MethodConfig(), metadata=LATER)
     """LoRA, or a method that it is compared with."""
+    label_smoothing: float = later(0.0)
+    """Decoders: share of each label that is spread over the whole vocabulary, while training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, "label_smoothing", smoothing, "in [0, 1)")
         if self.method.name != LORA and self.lora.trainable is not None:
             raise ConfigError(
                 f"lora.trainable is {self.lora.trainable}, but the method {self.method.name!r} "

@@ -56,6 +56,25 @@ GPT2 = {
     "n_head": 2,
     "n_positions": 64,
 }
+DEBERTA = {
+    "model_type": "deberta-v2",
+    "vocab_size": len(SPECIAL) + len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 0,
+    "pad_token_id": 1,
+    "relative_attention": True,
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "conv_kernel_size": 3,
+    "conv_act": "gelu",
+    "position_biased_input": False,
+}
 GEMMA3 = {
     **LLAMA,
     "model_type": "gemma3_text",
@@ -76,7 +95,9 @@ def write_model(folder: pathlib.Path, description: dict[str, Any]) -> pathlib.Pa
     """A model with random weights, of the family that its description names."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(description))
-    tokenizer(pair=description["model_type"] == "roberta").save(str(folder / "tokenizer.json"))
+    tokenizer(pair=description["model_type"] in ("roberta", "deberta-v2")).save(
+        str(folder / "tokenizer.json")
+    )
     config: Any = hf_config.parse(description, "tiny")
     shapes = paths.flatten(models.shapes(config))
     table = names.HF[description["model_type"]]

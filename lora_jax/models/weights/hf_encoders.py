@@ -54,6 +54,7 @@ def deberta(json: Json, origin: str) -> BertConfig:
         head_activation=activation(json, "pooler_hidden_act", "gelu", origin),
         absolute_positions=json.get("position_biased_input", True),
         relative=_disentangled(json, origin),
+        pooler_dropout=bool(json.get("pooler_dropout", 0)),
         dropout=json.get("hidden_dropout_prob", 0.1),
         attention_dropout=json.get("attention_probs_dropout_prob", 0.1),
         **ids | {"pad_id": ids["pad_id"] or 0},
