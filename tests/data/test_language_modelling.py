@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -92,6 +93,17 @@ def test_packed_rows_hold_every_example_once_an_epoch(
         config, words, "train", batch_size, shuffle=shuffle, seed=2, epochs=epochs
     )
     assert collections.Counter(unpacked(batches)) == collections.Counter(expected(words) * epochs)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_rows_of_one_example(config: DataConfig, words: Tokenizer, epochs: int) -> None:
+    """So that a batch of four rows is a batch of four examples."""
+    config = dataclasses.replace(config, pack=False)
+    batches = opened(config, words, epochs=epochs)
+    assert max(batch["segment_ids"].max() for batch in batches) == 1
+    assert collections.Counter(unpacked(batches)) == collections.Counter(expected(words) * epochs)
+    assert batches.facts().batches == len(list(opened(config, words))) == math.ceil(97 / 4)
+    test_nothing_outside_the_segments(config, words)
 
 
 def test_nothing_outside_the_segments(config: DataConfig, words: Tokenizer) -> None:

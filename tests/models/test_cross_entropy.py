@@ -98,6 +98,66 @@ def shapes(text: str) -> list[str]:
     return re.findall(r"f32\[([\d,]+)\]", text)
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_label_smoothing_is_optax(chunk: int | None) -> None:
+    """Its gradient too, and in training alone. Red if evaluation is smoothed."""
+    model = models.Llama(CONFIG)
+    params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
+    plain, smoothed = apply_of(model), apply_of(model, chunk, smoothing=0.1)
+
+    def by_optax(params: Any) -> Any:
+        logits = plain(params, batch(), train=True, key=None)
+        labels = optax.smooth_labels(jax.nn.one_hot(batch()["targets"], V), 0.1)
+        return (optax.softmax_cross_entropy(logits, labels) * batch()["loss_weight"]).sum()
+
+    def of(apply: Any, train: bool, params: Any) -> Any:
+        return token_loss(apply(params, batch(), train=train, key=None), batch()).total
+
+    wanted = jax.jit(jax.value_and_grad(by_optax))(params)
+    found = jax.jit(jax.value_and_grad(lambda params: of(smoothed, True, params)))(params)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(
+            x, y, rtol=1e-5, atol=1e-5 * float(jnp.abs(y).max())
+        ),
+        found,
+        wanted,
+    )
+    np.testing.assert_allclose(of(smoothed, False, params), of(plain, False, params), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(False, "none"), (True, "full")])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_dropout_and_adapters(chunk: int | None, scan: bool, remat: str) -> None:
+    """With one key, adapted is merged: in outputs, and in the gradients of the adapters."""
+    config = dataclasses.replace(
+        CONFIG, dropout=0.3, attention_dropout=0.3, scan_layers=scan, remat=remat, num_layers=2
+    )
+    model, key = models.Llama(config), jax.random.key(7)
+    params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
+    apply = apply_of(model, chunk)
+    spec = lora_jax.LoraSpec(rank=2, alpha=4.0, targets=("all-linear",))
+    layout = lora_jax.resolve(spec, apply, params, batch(), train=True, key=key)
+    adapters = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 8,
+        lora_jax.init(jax.random.key(1), layout),
+    )
+
+    def adapted(adapters: Any) -> Any:
+        outputs = lora_jax.adapt(layout, apply)(params, adapters, batch(), train=True, key=key)
+        return token_loss(outputs, batch()).total
+
+    def merged(adapters: Any) -> Any:
+        whole = lora_jax.merge(layout, params, adapters)
+        return token_loss(apply(whole, batch(), train=True, key=key), batch()).total
+
+    found, wanted = (jax.jit(jax.value_and_grad(f))(adapters) for f in (adapted, merged))
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.abs(y).max()))
+    still = apply(params, batch(), train=False, key=None)
+    assert np.abs(still - apply(params, batch(), train=True, key=key)).max() > 1e-3
+
+
 def test_any_chunk_will_do() -> None:
     table = jax.random.normal(jax.random.key(0), (7, 4))
     hidden = jax.random.normal(jax.random.key(1), (3, 5, 4))

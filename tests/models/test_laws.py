@@ -180,23 +180,64 @@ def test_bfloat16_is_near_and_its_logits_are_float32(
 
 
 @pytest.mark.parametrize("only", ["dropout", "attention_dropout"])
-def test_dropout_only_where_asked(
-    bert_config: models.BertConfig, ids: jax.Array, only: str
-) -> None:
-    params = _params(bert_config)
-    model = models.Bert(dataclasses.replace(bert_config, **{only: 0.5}))
+def test_dropout_only_where_asked(config: Config, ids: jax.Array, only: str) -> None:
+    params = _params(config)
+    model = _model(dataclasses.replace(config, **{only: 0.5}))
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(deterministic: bool, key: jax.Array) -> jax.Array:
         rngs = {"dropout": key}
         return model.apply({"params": params}, ids, deterministic=deterministic, rngs=rngs)
 
-    still = _apply(bert_config)(ids)
-    np.testing.assert_allclose(run(True, jax.random.key(0)), still, atol=1e-6)
+    still = _apply(config)(ids)
+    np.testing.assert_allclose(run(True, jax.random.key(0)), still, atol=1e-5)
     moved = run(False, jax.random.key(0))
     assert np.abs(moved - still).max() > 1e-2
     np.testing.assert_array_equal(run(False, jax.random.key(0)), moved)
     assert np.abs(run(False, jax.random.key(1)) - moved).max() > 1e-2
+
+
+def test_no_dropout_costs_nothing(config: Config, ids: jax.Array) -> None:
+    """The program is that of evaluation, down to the last equation."""
+    model, params = _model(config), models.shapes(config)
+
+    def program(deterministic: bool) -> str:
+        apply = functools.partial(model.apply, deterministic=deterministic)
+        return str(jax.make_jaxpr(apply)({"params": params}, ids))
+
+    assert program(False) == program(True)
+
+
+def _masks(model: Any, params: Any, ids: jax.Array) -> int:
+    """How many dropout masks a call draws."""
+
+    def run(params: Any) -> Any:
+        rngs = {"dropout": jax.random.key(0)}
+        return model.apply({"params": params}, ids, deterministic=False, rngs=rngs)
+
+    return str(jax.make_jaxpr(run)(params)).count("name=_bernoulli")
+
+
+def test_deberta_drops_its_convolution(bert_config: models.BertConfig, ids: jax.Array) -> None:
+    found = []
+    for size in (0, 3):
+        relative = dataclasses.replace(DEBERTA["relative"], conv_size=size)
+        config = dataclasses.replace(bert_config, dropout=0.5, **DEBERTA | {"relative": relative})
+        found.append(_masks(models.Bert(config), models.shapes(config), ids))
+    assert found[1] == found[0] + 1
+
+
+@pytest.mark.parametrize(
+    ("pooler", "head", "count"), [(True, None, 2), (False, None, 1), (True, 0.0, 0)]
+)
+def test_dropout_of_the_head(
+    bert_config: models.BertConfig, ids: jax.Array, pooler: bool, head: float | None, count: int
+) -> None:
+    """By the masks that are drawn over those of the encoder."""
+    config = dataclasses.replace(bert_config, dropout=0.5, pooler_dropout=pooler, head_dropout=head)
+    model = models.BertClassifier(config, 3, "roberta_head")
+    whole = _masks(model, models.shapes(config, models.Head("roberta_head", 3)), ids)
+    assert whole - _masks(models.Bert(config), models.shapes(config), ids) == count
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "roberta_head"])
