@@ -35,11 +35,13 @@ def batch() -> dict[str, Any]:
     }
 
 
-def parts(tied: bool, scan: bool, chunk: int | None, targets: tuple[str, ...]) -> Any:
+def parts(
+    tied: bool, scan: bool, chunk: int | None, targets: tuple[str, ...], smoothing: float = 0.0
+) -> Any:
     config = dataclasses.replace(CONFIG, tied=tied, scan_layers=scan)
     model = models.Llama(config)
     params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
-    apply = apply_of(model, chunk)
+    apply = apply_of(model, chunk, smoothing=smoothing)
     spec = lora_jax.LoraSpec(rank=2, alpha=4.0, targets=targets)
     layout = lora_jax.resolve(spec, apply, params, batch(), train=True, key=None)
     adapters = jax.tree.map(
@@ -79,9 +81,12 @@ def test_it_is_the_loss_at_once(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_all_linear_leaves_out_the_head_all_the_same(tied: bool) -> None:
-    """A chunk is a way to compute: it does not change what is adapted."""
-    whole, in_chunks = (parts(tied, False, chunk, ("all-linear",))[0] for chunk in (None, 4))
-    assert whole == in_chunks
+    """A chunk is a way to compute, smoothing is of the loss: neither changes what is adapted."""
+    whole, *others = (
+        parts(tied, False, chunk, ("all-linear",), smoothing)[0]
+        for chunk, smoothing in ((None, 0.0), (4, 0.0), (None, 0.1), (4, 0.1))
+    )
+    assert all(other == whole for other in others)
 
 
 @pytest.mark.parametrize("chunk", [None, 5])

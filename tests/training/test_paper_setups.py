@@ -70,6 +70,7 @@ def test_gpt2_is_set_as_in_the_paper() -> None:
         assert (adam.learning_rate, adam.weight_decay, adam.schedule) == (2e-4, 0.01, "linear")
         assert adam.warmup * config.steps == pytest.approx(500)
         assert config.steps == 5 * math.ceil(33_525 / 8)
+        assert (adam.clip, adam.eps, config.lora.init) == (None, 1e-6, "uniform")
         assert (config.data.batch_size, config.data.pack) == (8, False)
         assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (4, 32.0, 0.1)
         assert (config.model.dropout, config.label_smoothing) == (0.0, 0.1)
@@ -107,6 +108,7 @@ def test_parameters_of_deberta() -> None:
     params = models.shapes(model.config, models.Head(config.model.pooling, 2))
     batch = {"input_ids": ids, "mask": jax.ShapeDtypeStruct(ids.shape, bool)}
     apply = classification.apply_of(model)
+    assert (model.config.pooler_dropout, model.config.head_dropout) == (False, 0.0)
     assert trained(config, apply, params, batch) == 4_718_592  # 4.7M
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == pytest.approx(1.57e9, 0.01)
 

@@ -197,10 +197,14 @@ def test_scanned_layers_have_stacked_adapters(scan: bool, tmp_path: pathlib.Path
 _QV = ("query", "value")
 
 
-def test_dropout_needs_and_uses_the_key(roberta: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("name", "make"), [("roberta", classification), ("llama", causal_lm)])
+def test_dropout_needs_and_uses_the_key(
+    name: str, make: Any, request: pytest.FixtureRequest, tmp_path: pathlib.Path
+) -> None:
     source = tiny.write_examples(tmp_path / "data", ("text",), int)
-    model = ModelConfig(reference=str(roberta), dropout=0.5)
-    workload = classification(text_config(classification, roberta, source, model=model))
+    weights = request.getfixturevalue(name)
+    model = ModelConfig(reference=str(weights), dropout=0.5)
+    workload = make(text_config(make, weights, source, model=model))
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = workload.arrays(jax.tree.map(lambda _: where, workload.params))
     batch = next(workload.train(Shard()))
@@ -210,6 +214,17 @@ def test_dropout_needs_and_uses_the_key(roberta: pathlib.Path, tmp_path: pathlib
     assert not np.array_equal(*dropped)
     plain = [apply(params, batch, train=False, key=None) for _ in keys]
     np.testing.assert_array_equal(*plain)
+
+
+def test_settings_of_the_other_kind_are_an_error(
+    roberta: pathlib.Path, llama: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source = tiny.write_examples(tmp_path / "data", ("text",), int)
+    with pytest.raises(ConfigError, match="label_smoothing must be 0 for a classifier"):
+        classification(text_config(classification, roberta, source, label_smoothing=0.1))
+    model = ModelConfig(reference=str(llama), head_dropout=0.1)
+    with pytest.raises(ConfigError, match="head_dropout must be None for a decoder"):
+        causal_lm(text_config(causal_lm, llama, source, model=model))
 
 
 def test_the_wrong_kind_of_model_is_an_error(
