@@ -2,8 +2,8 @@
 
 Command:   python train.py --config configs/gpt2_e2e.py:medium
            (medium or large; without a name it is medium)
-Hardware:  one GPU of 16 GB; needs `pip install huggingface_hub`, and the network for the weights
-           (hub) and for E2E (TFDS)
+Hardware:  one GPU of 16 GB: --plan counts 6.4 GB (medium) and 12.0 GB (large); needs
+           `pip install huggingface_hub`, and the network for the weights (hub) and for E2E (TFDS)
 Hours:     not measured: the hub and E2E were out of reach where this was written, so the shapes
            are tested with stand-in data, and the training on a tiny random GPT-2
 Result:    the paper reports BLEU, NIST, METEOR, ROUGE-L and CIDEr of 70.4, 8.85, 46.8, 71.8, 2.53
