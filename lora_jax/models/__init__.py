@@ -15,9 +15,9 @@ from lora_jax.models.hf_names import hf_names as hf_names
 from lora_jax.models.llama import Llama as Llama
 from lora_jax.models.vit import Vit as Vit
 from lora_jax.models.vit import VitClassifier as VitClassifier
-from lora_jax.models.weights.assemble import Head as Head
-from lora_jax.models.weights.assemble import shapes as shapes
 from lora_jax.models.weights.source import MINILM as MINILM
 from lora_jax.models.weights.source import SMOLLM2 as SMOLLM2
 from lora_jax.models.weights.source import Source as Source
 from lora_jax.models.weights.source import open as open
+from lora_jax.models.weights.stored import Head as Head
+from lora_jax.models.weights.stored import shapes as shapes

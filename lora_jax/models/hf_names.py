@@ -2,8 +2,8 @@
 
 from lora_jax.hf_module import HfModule, HfNames
 from lora_jax.models.config import LlamaConfig, StoredConfig, VitConfig
-from lora_jax.models.weights.assemble import Head
-from lora_jax.models.weights.names import BERT, TensorName, TensorNames, table_of
+from lora_jax.models.weights.names import BERT, TensorName, table_of
+from lora_jax.models.weights.stored import Head
 
 
 def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> HfNames:
@@ -30,19 +30,23 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
         if not row.hf.endswith((".weight", ".bias")):
             continue  # an array that is in no module of its own: nothing can adapt or save it
         path = start + (row.stacked_path if config.scan_layers else row.path)
-        found[path] = _module(config, table, row, head)
+        found[path] = _module(config, row, head)
     return found
 
 
-def _module(
-    config: StoredConfig, table: TensorNames, row: TensorName, head: Head | None
-) -> str | HfModule:
+def hf_prefix(config: StoredConfig, row: TensorName, head: Head | None = None) -> str:
+    """Return what stands before the name that `row` has for a tensor, as for `hf_names`."""
+    table = table_of(config)
     of_head = row.path.startswith("classifier/") and not (
         table is BERT and row.hf.startswith("pooler.")  # BERT has it within the encoder
     )
     outside = of_head or row.hf.startswith("lm_head.")
     wrapped = head is not None or isinstance(config, LlamaConfig)
-    name = table.prefix + row.hf if wrapped and not outside else row.hf
+    return table.prefix if wrapped and not outside else ""
+
+
+def _module(config: StoredConfig, row: TensorName, head: Head | None) -> str | HfModule:
+    name = hf_prefix(config, row, head) + row.hf
     if row.path.endswith("embedding"):
         is_tied = isinstance(config, LlamaConfig) and config.tied and row.path.startswith("embed/")
         return HfModule(name, layer="embedding", tied="lm_head" if is_tied else "")

@@ -26,7 +26,7 @@ from lora_jax.models.config import (
     VitConfig,
 )
 from lora_jax.models.layers import tensor_axis
-from lora_jax.models.weights.assemble import Head
+from lora_jax.models.weights.stored import Head
 
 PlacementRule = tuple[str, P]
 

@@ -1,108 +1,28 @@
-"""Assemble a parameter tree from stored tensors: match names, check shapes, stack layers.
+"""Read a parameter tree from stored tensors, in blocks straight to where it lies."""
 
-It is strict. A tensor that no row claims, a parameter that no tensor fills, a shape that
-differs: each is an error that lists both sides.
-"""
-
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.bases.matrix import QuantisedMatrix
-from lora_jax.models.bert import Bert, BertClassifier
-from lora_jax.models.config import BertConfig, LlamaConfig, StoredConfig, VitConfig
+from lora_jax.models.config import StoredConfig
 from lora_jax.models.errors import WeightsError
-from lora_jax.models.llama import Llama
-from lora_jax.models.vit import Vit, VitClassifier
 from lora_jax.models.weights import kept, shards
-from lora_jax.models.weights.names import TensorName, TensorNames
+from lora_jax.models.weights.names import TensorName
+from lora_jax.models.weights.stored import (
+    Head,
+    ParameterTree,
+    Stored,
+    StoredParameter,
+    parameters,
+)
 
-ParameterTree = dict[str, Any]
-_SHOWN = 40  # names that a message lists before it counts the rest
 _BLOCK = 4 * 1024 * 1024  # numbers that are read at once: what is held beside the result
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """A classification head that is to be loaded together with the encoder."""
-
-    pooling: str
-    num_classes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """The tensors of one checkpoint.
-
-    Attributes:
-        origin: where they are, for messages.
-        table: what they are called.
-        column: whose names of the table they bear.
-        shapes: the shape of every one by its name, in Hugging Face's layout: kernels [out, in],
-            rotary pairs half a head apart.
-        read: the part at an index (a slice with start and stop for each axis) of the one of that
-            name, in that layout and in any float dtype. Nothing else is read from the disk, as
-            far as the format allows.
-        keep: the base, in that layout transposed if the row says so, of the quantised tensor of
-            that name, for a parameter of that dtype; its arrays are `kept.ArrayOnDisk`. None for
-            a tensor of floats.
-    """
-
-    origin: str
-    table: TensorNames
-    column: Literal["hf", "gguf"]
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str, TensorName, shards.Index], np.ndarray]
-    keep: Callable[[str, TensorName, np.dtype], QuantisedMatrix | None]
-
-
-@dataclasses.dataclass
-class _Leaf:
-    """One parameter to be, and the stored tensors it is made of.
-
-    Attributes:
-        shape: of one source, in our layout.
-        sources: their names; several where layers, experts or both are stacked, the last of
-            these axes fastest.
-        stack: the axes that are stacked.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    row: TensorName
-    sources: list[str]
-    stack: tuple[int, ...]
-
-    @property
-    def whole(self) -> tuple[int, ...]:
-        """The parameter's shape."""
-        return (*self.stack, *self.shape)
-
-
-def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
-    """The parameters of the model of `config` as ShapeDtypeStructs; nothing is allocated."""
-    model: Bert | BertClassifier | Llama | Vit | VitClassifier
-    if isinstance(config, VitConfig):
-        model = Vit(config) if head is None else VitClassifier(config, head.num_classes)
-        pixels = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
-        return jax.eval_shape(model.init, jax.random.key(0), pixels)["params"]
-    if isinstance(config, LlamaConfig):
-        if head is not None:
-            raise WeightsError(f"a classification head is for encoders; got {head} for {config}")
-        model = Llama(config)
-    elif head is None:
-        model = Bert(config)
-    else:
-        model = BertClassifier(config, head.num_classes, head.pooling)
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
 
 
 def assemble(
@@ -126,7 +46,7 @@ def assemble(
             with one that does not divide it. Nothing is read then.
     """
     placed = None if shardings is None else flatten_dict(shardings, sep="/")
-    leaves, dtype = _plan(stored, config, head), np.dtype(config.param_dtype)
+    leaves, dtype = parameters(stored, config, head), np.dtype(config.param_dtype)
     bases = _bases(stored, leaves, dtype) if keep_quantised else {}
     places = [_place(leaf, bases.get(leaf.path), placed) for leaf in leaves]
     tree: ParameterTree = {}
@@ -141,14 +61,38 @@ def assemble(
 
 def stored_shapes(stored: Stored, config: StoredConfig, head: Head | None = None) -> ParameterTree:
     """What `assemble` loads with `keep_quantised`, as ShapeDtypeStructs; no number is read."""
-    leaves, dtype = _plan(stored, config, head), np.dtype(config.param_dtype)
+    leaves, dtype = parameters(stored, config, head), np.dtype(config.param_dtype)
     tree: ParameterTree = {leaf.path: jax.ShapeDtypeStruct(leaf.whole, dtype) for leaf in leaves}
     for path, base in _bases(stored, leaves, dtype).items():
         tree[path] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
     return unflatten_dict(tree, sep="/")
 
 
-def _bases(stored: Stored, leaves: Iterable[_Leaf], dtype: np.dtype) -> dict[str, QuantisedMatrix]:
+def load_one(
+    stored: Stored, parameter: StoredParameter, config: StoredConfig, keep_quantised: bool = False
+) -> Any:
+    """Load one of `stored.parameters` alone, to the default device."""
+    dtype = np.dtype(config.param_dtype)
+    bases = _bases(stored, [parameter], dtype) if keep_quantised else {}
+    if bases:
+        return kept.load(bases[parameter.path], None)
+    read = functools.partial(_read, stored, parameter, dtype)
+    return shards.load(parameter.whole, None, read)
+
+
+def read_slice(
+    stored: Stored, parameter: StoredParameter, number: int, config: StoredConfig
+) -> np.ndarray:
+    """Read the tensor `sources[number]` of a parameter, in our layout."""
+    part = shards.empty(parameter.shape, np.dtype(config.param_dtype))
+    whole = tuple(slice(0, size) for size in parameter.shape)
+    _copy(stored, parameter.row, parameter.sources[number], whole, part)
+    return part
+
+
+def _bases(
+    stored: Stored, leaves: Iterable[StoredParameter], dtype: np.dtype
+) -> dict[str, QuantisedMatrix]:
     """The parameters that are quantised in the file, by path; their arrays are on the disk."""
     found = {}
     for leaf in leaves:
@@ -158,7 +102,9 @@ def _bases(stored: Stored, leaves: Iterable[_Leaf], dtype: np.dtype) -> dict[str
     return found
 
 
-def _place(leaf: _Leaf, base: QuantisedMatrix | None, placed: Mapping[str, Any] | None) -> Any:
+def _place(
+    leaf: StoredParameter, base: QuantisedMatrix | None, placed: Mapping[str, Any] | None
+) -> Any:
     """The sharding of the parameter, or a base of those of its arrays; None: the default device."""
     if placed is None:
         return None
@@ -174,7 +120,9 @@ def _place(leaf: _Leaf, base: QuantisedMatrix | None, placed: Mapping[str, Any] 
         raise WeightsError(f"the sharding of {leaf.path}: {error}") from error
 
 
-def _read(stored: Stored, leaf: _Leaf, dtype: np.dtype, index: shards.Index) -> np.ndarray:
+def _read(
+    stored: Stored, leaf: StoredParameter, dtype: np.dtype, index: shards.Index
+) -> np.ndarray:
     """The part of one parameter at `index`, in `dtype`; no more than that is read."""
     part = shards.empty(tuple(axis.stop - axis.start for axis in index), dtype)
     stack, inner = index[: len(leaf.stack)], index[len(leaf.stack) :]
@@ -198,121 +146,3 @@ def _copy(
         block = slice(start, min(start + step, rows.stop))
         value = stored.read(name, row, (block, *inner))
         into[start - rows.start : block.stop - rows.start] = value
-
-
-def _check(stored: Stored, leaf: _Leaf, config: StoredConfig) -> None:
-    """Every tensor of the parameter has the shape that the configuration says."""
-    for name in leaf.sources:
-        shape = stored.shapes[name]
-        shape = shape[::-1] if leaf.row.transposed else shape
-        if shape != leaf.shape:
-            raise WeightsError(
-                f"{stored.origin}: tensor {name} does not fit parameter {leaf.path}:\n"
-                f"  expected {leaf.shape}, as the configuration says\n"
-                f"  got      {shape}, in our layout\n"
-                f"the configuration: {config}"
-            )
-
-
-def _plan(stored: Stored, config: StoredConfig, head: Head | None) -> list[_Leaf]:
-    """Which stored tensors make which parameter; every name of both sides is accounted for."""
-    raw = _clean_names(stored)
-    experts = config.num_experts if isinstance(config, LlamaConfig) else 0
-    parts = config.num_layers * max(1, experts)
-    if parts > len(raw):  # numbers out of a file: no list of names is made of them yet
-        raise WeightsError(
-            f"{stored.origin} has {len(raw)} tensors, too few for {config.num_layers} layers"
-            f"{f' of {experts} experts' if experts else ''}.\nThe configuration: {config}"
-        )
-    leaves = _leaves(stored, config, head)
-    wanted = {name: leaf.path for leaf in leaves for name in leaf.sources}
-    missing = [f"{path} <- {name}" for name, path in wanted.items() if name not in raw]
-    unknown = [raw[name] for name in raw if name not in wanted and not stored.table.skips(name)]
-    if isinstance(config, LlamaConfig) and config.tied:
-        # Some files repeat the embedding under the name of the head that is tied to it.
-        unknown = [name for name in unknown if name != "lm_head.weight"]
-    if missing or unknown:
-        raise WeightsError(
-            f"{stored.origin} does not fit the configuration.\n"
-            f"Parameters with no tensor in the file ({len(missing)}):{_listed(missing)}\n"
-            f"Tensors in the file with no parameter ({len(unknown)}):{_listed(unknown)}\n"
-            f"The configuration: {config}"
-        )
-    for leaf in leaves:
-        leaf.sources = [raw[name] for name in leaf.sources]
-        _check(stored, leaf, config)
-    return leaves
-
-
-def _clean_names(stored: Stored) -> dict[str, str]:
-    """Clean name -> the name in the file."""
-    raw: dict[str, str] = {}
-    for name in stored.shapes:
-        clean = stored.table.clean(name)
-        if clean in raw:
-            raise WeightsError(f"{stored.origin}: {raw[clean]} and {name} are the same tensor")
-        raw[clean] = name
-    return raw
-
-
-def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[_Leaf]:
-    """Every parameter of the model, with the clean names of what it is made of."""
-    # Traced with scanned layers: one layer, not all of them.
-    traced = dataclasses.replace(config, scan_layers=True, remat="none")
-    left = flatten_dict(shapes(traced, head), sep="/")
-    before = "vit/" if isinstance(config, VitConfig) else "bert/"
-    rows = [(before if head else "", row) for row in stored.table.rows]
-    rows += [("", row) for row in _head_rows(stored, head)]
-    leaves = []
-    for before, row in rows:
-        stacked_path = before + row.stacked_path
-        if stacked_path not in left:
-            continue  # a bias, a norm or a head that this configuration does not have
-        shape = left.pop(stacked_path).shape
-        name = row.hf if stored.column == "hf" else row.gguf
-        layers, experts = config.num_layers if row.layered else 0, tuple[int, ...]()
-        if row.of_experts and isinstance(config, LlamaConfig):
-            experts = (config.num_experts,)
-        one = shape[bool(layers) + len(experts) :]
-        if row.first_layer and config.scan_layers:
-            raise WeightsError(
-                f"{stored.origin}: the first layer of this model has no {row.path}, so its layers "
-                "cannot be stacked; load it with scan_layers=False"
-            )
-        each = [
-            [name.format(layer=layer, expert=expert) for expert in range(*(experts or (1,)))]
-            for layer in range(layers or 1)
-        ]
-        every = [name for names in each for name in names]
-        if not layers:
-            leaves.append(_Leaf(stacked_path, one, row, every, experts))
-        elif config.scan_layers:
-            leaves.append(_Leaf(stacked_path, one, row, every, (layers, *experts)))
-        else:
-            for layer, names in list(enumerate(each))[row.first_layer :]:
-                path = before + row.path.format(layer=layer)
-                leaves.append(_Leaf(path, one, row, names, experts))
-    if left:
-        kinds = {BertConfig: "encoder", LlamaConfig: "decoder", VitConfig: "image model"}
-        kind = kinds[type(config)]
-        raise WeightsError(
-            f"{stored.origin} is of another architecture than {kind} {config}: it has no names "
-            f"for{_listed(left)}"
-        )
-    return leaves
-
-
-def _head_rows(stored: Stored, head: Head | None) -> tuple[TensorName, ...]:
-    heads = stored.table.heads
-    if head is not None and head.pooling not in heads:
-        raise WeightsError(
-            f"{stored.origin} has no head with the pooling {head.pooling!r}; those of its "
-            f"architecture are {', '.join(heads)}"
-        )
-    return () if head is None else heads[head.pooling]
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-    return "".join(f"\n  {name}" for name in [*names[:_SHOWN], *more]) or " none"

@@ -13,18 +13,13 @@ from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.config import StoredConfig
 from lora_jax.models.errors import WeightsError
 from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file
-from lora_jax.models.weights.assemble import (
-    Head,
-    ParameterTree,
-    Stored,
-    assemble,
-    stored_shapes,
-)
+from lora_jax.models.weights.assemble import assemble, stored_shapes
 from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
 from lora_jax.models.weights.hf_config import parse
 from lora_jax.models.weights.names import HF, TensorName
 from lora_jax.models.weights.safetensors_file import StoredTensor
 from lora_jax.models.weights.shards import Index
+from lora_jax.models.weights.stored import Head, ParameterTree, Stored
 
 SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -37,13 +32,13 @@ class Folder:
     path: Path
 
     @functools.cached_property
-    def _json(self) -> dict[str, Any]:
+    def json(self) -> dict[str, Any]:
         return _object(self.path / "config.json")
 
     @functools.cached_property
     def config(self) -> StoredConfig:
         """The configuration that config.json describes."""
-        return parse(self._json, str(self.path / "config.json"))
+        return parse(self.json, str(self.path / "config.json"))
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer of tokenizer.json, which neither pads nor cuts: that is the data's."""
@@ -81,18 +76,19 @@ class Folder:
     ) -> ParameterTree:
         """Return the parameters, as `assemble.assemble` does; None stands for `self.config`."""
         config = self.config if config is None else config
-        return assemble(self._stored(), config, head, shardings, keep_quantised)
+        return assemble(self.stored(), config, head, shardings, keep_quantised)
 
     def shapes(
         self, config: StoredConfig | None = None, *, head: Head | None = None
     ) -> ParameterTree:
         """What `load` returns with `keep_quantised`, as ShapeDtypeStructs."""
-        return stored_shapes(self._stored(), self.config if config is None else config, head)
+        return stored_shapes(self.stored(), self.config if config is None else config, head)
 
-    def _stored(self) -> Stored:
-        table = HF[self._json["model_type"]]
+    def stored(self, config: StoredConfig | None = None) -> Stored:
+        """The tensors of the folder, of which none is read; they are the same for any `config`."""
+        table = HF[self.json["model_type"]]
         plain, quantised = bitsandbytes_tensors.split(_tensors(self.path))
-        method = (self._json.get("quantization_config") or {}).get("quant_method")
+        method = (self.json.get("quantization_config") or {}).get("quant_method")
         for name, tensor in plain.items():
             if not table.skips(table.clean(name)):
                 bitsandbytes_tensors.check_floats(tensor, method)

@@ -13,15 +13,10 @@ from lora_jax.models.config import LlamaConfig, StoredConfig
 from lora_jax.models.errors import ModelConfigError, WeightsError
 from lora_jax.models.rope import linear_divisors
 from lora_jax.models.weights import gguf_blocks, gguf_header, gguf_tokenizer
-from lora_jax.models.weights.assemble import (
-    Head,
-    ParameterTree,
-    Stored,
-    assemble,
-    stored_shapes,
-)
+from lora_jax.models.weights.assemble import assemble, stored_shapes
 from lora_jax.models.weights.names import GGUF, TensorName
 from lora_jax.models.weights.shards import Index
+from lora_jax.models.weights.stored import Head, ParameterTree, Stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +110,14 @@ class GgufFile:
     ) -> ParameterTree:
         """Return the parameters, as `assemble.assemble` does; None stands for `self.config`."""
         config = self._decoder(config)
-        return assemble(self._stored(config), config, head, shardings, keep_quantised)
+        return assemble(self.stored(config), config, head, shardings, keep_quantised)
 
     def shapes(
         self, config: StoredConfig | None = None, *, head: Head | None = None
     ) -> ParameterTree:
         """What `load` returns with `keep_quantised`, as ShapeDtypeStructs."""
         config = self._decoder(config)
-        return stored_shapes(self._stored(config), config, head)
+        return stored_shapes(self.stored(config), config, head)
 
     def _decoder(self, config: StoredConfig | None) -> LlamaConfig:
         config = self.config if config is None else config
@@ -130,8 +125,9 @@ class GgufFile:
             raise WeightsError(f"{self.path} holds a decoder, but the configuration is {config}")
         return config
 
-    def _stored(self, config: LlamaConfig) -> Stored:
-        tensors = self._header.tensors
+    def stored(self, config: StoredConfig | None = None) -> Stored:
+        """The tensors of the file, of which none is read, by the heads of `config`."""
+        tensors, config = self._header.tensors, self._decoder(config)
         permuted = {"q": config.num_heads, "k": config.num_kv_heads}
 
         def order(name: str, row: TensorName) -> np.ndarray:
