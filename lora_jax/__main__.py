@@ -3,6 +3,7 @@
     train       fine-tune a model, or plan it; the same program as train.py of the repository
     predict     classify texts with trained adapters
     generate    continue texts with trained adapters
+    export      write a run as a merged model, or as an adapter of PEFT, llama.cpp or MLX
     report      write a page about one run, or many side by side
 
 `lora-jax COMMAND --help` lists the options of a command.
@@ -73,6 +74,12 @@ def _generate(arguments: Sequence[str]) -> int:
     return generate.main(arguments)
 
 
+def _export(arguments: Sequence[str]) -> int:
+    from lora_jax.conversion import export_command
+
+    return export_command.main(arguments)
+
+
 def _report(arguments: Sequence[str]) -> int:
     from lora_jax.report import command
 
@@ -83,6 +90,7 @@ COMMANDS: dict[str, Command] = {
     "train": _train,
     "predict": _predict,
     "generate": _generate,
+    "export": _export,
     "report": _report,
 }
 

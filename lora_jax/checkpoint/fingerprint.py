@@ -17,7 +17,7 @@ import functools
 import hashlib
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -63,6 +63,33 @@ def fingerprint(params: Any) -> dict[str, dict[str, Any]]:
     for (path, _), found in _hashes(parts, rounded=True).items():
         hashes[path].append(found)
     return {p: {"shape": _shape(leaves[p]), "hash": _joined(h)} for p, h in hashes.items()}
+
+
+class PartwiseFingerprint:
+    """The fingerprint of one parameter that is given in parts, which need not fit at once.
+
+    The parts are float arrays that follow each other in memory: slices along the leading axes.
+
+    >>> whole, parts = jnp.arange(6.0).reshape(2, 3), PartwiseFingerprint((2, 3))
+    >>> for part in whole:
+    ...     parts.add(part)
+    >>> parts.value == fingerprint({"w": whole})["w"]
+    True
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._shape, self._sums, self._start = list(shape), [0 for _ in _SEEDS], 0
+
+    def add(self, part: jax.Array) -> None:
+        """Take the next part."""
+        found = jax.device_get(_sums(part, True, jnp.uint32(self._start % 2**32)))
+        self._sums = [(x + int(y)) % 2**32 for x, y in zip(self._sums, found, strict=True)]
+        self._start += part.size
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """Of all parts so far."""
+        return {"shape": self._shape, "hash": "".join(f"{x:08x}" for x in self._sums)}
 
 
 def _shape(leaf: Any) -> list[int]:
@@ -165,10 +192,10 @@ def _plain(leaf: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _sums(x: jax.Array, rounded: bool) -> tuple[jax.Array, ...]:
+def _sums(x: jax.Array, rounded: bool, start: Any = 0) -> tuple[jax.Array, ...]:
     """Two [] uint32. The scalars are replicated, so that every process can read them."""
     words = _rounded_words(x) if rounded else _words(x)
-    where = _linear_index(words.shape)
+    where = _linear_index(words.shape) + jnp.uint32(start)
     terms = tuple(_mix(words ^ _mix(where ^ jnp.uint32(seed))) for seed in _SEEDS)
     # One reduction of both: XLA's CPU backend writes every term of a plain `sum` to memory first.
     zeros = (jnp.uint32(0),) * len(terms)

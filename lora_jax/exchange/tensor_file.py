@@ -7,13 +7,14 @@ of the file before anything is allocated for it. There is no code in such a file
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -61,25 +62,64 @@ def read(path: pathlib.Path) -> TensorFile:
     return TensorFile(metadata, tensors)
 
 
+class LazyTensor(NamedTuple):
+    """An array that is made when it is written, so that one at a time is held.
+
+    name, shape, dtype: of the array; make: makes it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write(
     path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Write arrays under their names, in the order of the names."""
+    lazy = [
+        LazyTensor(name, x.shape, x.dtype, functools.partial(np.asarray, x))
+        for name, x in sorted(tensors.items())
+    ]
+    write_lazily(path, lazy, metadata)
+
+
+def write_lazily(
+    path: pathlib.Path,
+    tensors: Sequence[LazyTensor],
+    metadata: Mapping[str, str],
+    done: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Write arrays in the order given, each as it is made.
+
+    Args:
+      path: of the file.
+      tensors: what it holds.
+      metadata: what its header says of all of them.
+      done: is told the bytes of each array when it is in the file.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     names = {dtype: name for name, dtype in FLOATS.items()}
-    end, arrays = 0, []
-    for name in sorted(tensors):
-        x = np.ascontiguousarray(tensors[name])
+    end = 0
+    for x in tensors:
         span = [end, end + x.nbytes]
-        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": span}
+        header[x.name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": span}
         end = span[1]
-        arrays.append(x)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for x in arrays:
-            file.write(x.tobytes())
+        for x in tensors:
+            array = np.ascontiguousarray(x.make())
+            assert (array.shape, array.dtype) == (x.shape, x.dtype), x.name
+            file.write(array.reshape(-1).view(np.uint8).data)
+            done(x.nbytes)
 
 
 def digest(x: np.ndarray) -> str:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_jax import baselines, models, paths
 from lora_jax.adapters import Adapter
@@ -142,22 +142,43 @@ def open_adapters(
       models.WeightsError, models.ModelConfigError, OSError, ...: the base cannot be had.
     """
     members = _members(adapters)
+    reference, source, config = open_base(members, base, trust_base)
+    _check_kind(source, kind, reference)
+    how = quantised_how(members)
+    params = source.load(config, keep_quantised=how == {"scheme": STORED})
+    params = {"bert": params} if isinstance(config, models.BertConfig) else params
+    floats, params = params, params if how is None else requantised(params, how)
+    if (method := begun_how(members)) is not None:
+        quantised = None if how is None else params
+        params = init_from_base(members[0].layout, floats, method, quantised=quantised).params
+    _check_base(members, params, reference, allow_other_base)
+    return Served(reference, source, config, params, members)
+
+
+class OpenedBase(NamedTuple):
+    """A base of which no weight has been read: its reference, the model, its configuration."""
+
+    reference: str
+    source: models.Source
+    config: Any
+
+
+def open_base(members: Sequence[ServedAdapter], base: str | None, trust_base: bool) -> OpenedBase:
+    """Open the base of some adapters, with the settings that they were trained with.
+
+    Args:
+      members: the adapters, which must agree.
+      base, trust_base: as for `open_adapters`.
+
+    Raises:
+      LoraError, models.ModelError, OSError: as `open_adapters`.
+    """
     settings = _settings(members, base)
     reference = settings.pop("reference")
     if base is None and not trust_base:
         _check_named(members, reference)
     source = models.open(reference)
-    _check_kind(source, kind, reference)
-    config = dataclasses.replace(source.config, **settings)
-    how = _quantised(members)
-    params = source.load(config, keep_quantised=how == {"scheme": STORED})
-    params = {"bert": params} if isinstance(config, models.BertConfig) else params
-    floats, params = params, params if how is None else requantised(params, how)
-    if (method := _begun(members)) is not None:
-        quantised = None if how is None else params
-        params = init_from_base(members[0].layout, floats, method, quantised=quantised).params
-    _check_base(members, params, reference, allow_other_base)
-    return Served(reference, source, config, params, members)
+    return OpenedBase(reference, source, dataclasses.replace(source.config, **settings))
 
 
 def read(name: str, path: Path) -> ServedAdapter:
@@ -300,7 +321,7 @@ def _said(member: ServedAdapter) -> dict[str, Any]:
     return {name: model[name] for name in _SETTINGS if name in model}
 
 
-def _begun(members: Sequence[ServedAdapter]) -> Any:
+def begun_how(members: Sequence[ServedAdapter]) -> Any:
     """The method by which the base was changed before training; None: it was not."""
     said = {(member.about.get(BEGUN), member.layout) for member in members}
     methods = {method for method, _ in said}
@@ -314,7 +335,7 @@ def _begun(members: Sequence[ServedAdapter]) -> Any:
     return methods.pop()
 
 
-def _quantised(members: Sequence[ServedAdapter]) -> Mapping[str, Any] | None:
+def quantised_how(members: Sequence[ServedAdapter]) -> Mapping[str, Any] | None:
     """How the base was quantised that all members were trained on; None: not at all."""
     said = {member.name: member.about.get(ABOUT) for member in members}
     first = next(iter(said.values()), None)

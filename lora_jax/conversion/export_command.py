@@ -1,0 +1,209 @@
+"""Write a trained run as a model or an adapter of other tools.
+
+    lora-jax export runs/reviews --format hf --out merged       a model that transformers opens
+    lora-jax export runs/reviews --format peft --out adapter    a PEFT adapter
+
+    hf       the adapter merged into its base: config.json, safetensors, tokenizer
+    peft     adapter_config.json and adapter_model.safetensors, read by PEFT, vLLM, SGLang, ...
+    gguf     adapter.gguf, read by llama.cpp
+    mlx      adapters.safetensors, read by mlx-lm
+    orbax    the adapter as lora_jax.restore reads it
+
+The run directory is not changed. Exit status: 0 done, 1 an error that was printed, 2 a command
+line that cannot be read, 130 stopped by Ctrl-C; nothing half-written is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
+
+from lora_jax import models
+from lora_jax.console import Bar, Console, guarded, say
+from lora_jax.conversion import hf_settings
+from lora_jax.conversion.merged_weights import MergedWeights
+from lora_jax.conversion.stored_base_adapter import over_stored_base
+from lora_jax.conversion.trained_run import TrainedRun, open_run
+from lora_jax.errors import LoraError
+from lora_jax.exchange import peft, shards
+from lora_jax.exchange.files import write_together
+from lora_jax.exchange.gguf_base import GgufBase
+from lora_jax.hf_module import HfNames
+from lora_jax.models.weights.folder import Folder
+
+Format = Literal["hf", "peft", "gguf", "mlx", "orbax"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """The command line."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run directory of train.py, or a folder that lora_jax.save wrote."""
+    format: Format
+    """What is written: hf, peft, gguf, mlx or orbax."""
+    out: str
+    """The folder that is made; it must not hold anything yet."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """hf: of the weights. gguf: float32 or float16."""
+    shard_gb: float = 5.0
+    """hf: the most that a file of weights may take, in units of 10^9 bytes."""
+    profile: Literal["faithful", "portable"] = "faithful"
+    """peft: as PEFT would say it, or as vLLM, SGLang, llama.cpp, LoRAX and Ollama read it alike."""
+    base_name: str | None = None
+    """peft: what whoever loads the adapter will load as its base. None: the run's own base."""
+    base: str | None = None
+    """The model, in the form of model.reference. None: the one that the run names."""
+    trust_base: bool = False
+    """Fetch the base that the run names, also if it is none that lora_jax knows the sum of."""
+    allow_other_base: bool = False
+    """hf: merge into another base than the run was trained on."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = tyro.cli(
+        ExportOptions,
+        prog="lora-jax export",
+        description=__doc__,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return guarded(lambda: export(options, Console(stderr=True)))
+
+
+def export(options: ExportOptions, console: Console) -> None:
+    """Write what the options ask for, and say on `console` what was written.
+
+    Raises:
+      LoraError, models.ModelError, OSError: a user's error; nothing is left in the folder.
+    """
+    out = pathlib.Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LoraError(f"{out} is there and not an empty folder; choose another --out")
+    run = open_run(options.run, options.base, options.trust_base)
+    say(console, f"{run.member.name}: {run.member.path}\ntrained on {run.trained_on}")
+    say(console, _WRITE[options.format](run, options, out, console))
+
+
+def _hf(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+    dtype = np.dtype(options.dtype if options.dtype != "bfloat16" else jnp.bfloat16)
+    files = hf_settings.writers(run, dtype)
+    weights = MergedWeights(run, dtype)
+    tensors = weights.tensors()
+    total = sum(x.nbytes for x in tensors)
+    with Bar(console, BarColumn(), DownloadColumn(), TimeRemainingColumn(), transient=True) as bar:
+        task = bar.bar.add_task("", total=total)
+        written = shards.writers(
+            tensors, options.shard_gb * 1e9, lambda size: bar.bar.update(task, advance=size)
+        )
+
+        def last(path: pathlib.Path) -> None:
+            if not options.allow_other_base:
+                weights.check_base()
+            files["config.json"](path)
+
+        write_together(out, {**written, **files, "config.json": last})
+    kind = hf_settings.config_json(run, dtype)["architectures"][0]
+    return f"wrote {out}: {kind}, {len(tensors)} tensors, {total / 1e9:.2f} GB in {dtype}"
+
+
+def _peft(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+    task = "CAUSAL_LM" if run.head is None else "SEQ_CLS"
+    name = options.base_name or _name_of(run.opened.reference)
+    saved = peft.save(
+        out,
+        _names(run),
+        over_stored_base(run),
+        base=name,
+        profile=options.profile,
+        params=_base(run),
+        task_type=task,
+    )
+    return f"{saved}\nits base is {name!r}; --base-name says otherwise"
+
+
+def _gguf(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+    from lora_jax.exchange import gguf
+
+    if options.dtype == "bfloat16":
+        raise LoraError("--dtype bfloat16 is not for GGUF adapters: float32 or float16")
+    file = out / "adapter.gguf"
+    out.mkdir(parents=True, exist_ok=True)
+    gguf.save(
+        file,
+        _names(run),
+        over_stored_base(run),
+        base=_gguf_base(run),
+        dtype=options.dtype,
+        params=_base(run),
+    )
+    return f"wrote {file}: llama-server -m BASE.gguf --lora {file}"
+
+
+def _mlx(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+    from lora_jax.exchange import mlx
+
+    mlx.save(out, _names(run), over_stored_base(run), params=_base(run))
+    return f"wrote {out}: mlx_lm.generate --model BASE --adapter-path {out}"
+
+
+def _orbax(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".writing-{out.name}")
+    shutil.copytree(run.member.path, aside)
+    aside.replace(out)
+    return f"wrote {out}: lora_jax.restore({str(out)!r})"
+
+
+_WRITE = {"hf": _hf, "peft": _peft, "gguf": _gguf, "mlx": _mlx, "orbax": _orbax}
+
+
+def _names(run: TrainedRun) -> HfNames:
+    return models.hf_names(run.opened.config, run.head)
+
+
+def _base(run: TrainedRun) -> Any:
+    """The base by shape, or its arrays where what was trained cannot be written without them."""
+    head = "classifier/"
+    beside = [path for path in run.member.base if not path.startswith(head)]
+    biases = [t for t in run.member.layout.targets if t.kind == "bias"]
+    shapes = run.shapes()
+    if not beside and not biases:
+        return shapes
+    config = run.opened.config
+    loaded = run.opened.source.load(config)
+    return loaded if run.head is None else {**shapes, run.root.strip("/"): loaded}
+
+
+def _name_of(reference: str) -> str:
+    """The base as PEFT and transformers name it.
+
+    >>> _name_of("hub:org/name@main"), _name_of("models/llama")
+    ('org/name', 'models/llama')
+    """
+    scheme, _, rest = reference.partition(":")
+    return rest.partition("@")[0] if scheme == "hub" else reference
+
+
+def _gguf_base(run: TrainedRun) -> GgufBase | pathlib.Path:
+    """The base's own GGUF file, or what llama.cpp calls the architecture of its folder."""
+    source = run.opened.source
+    if not isinstance(source, Folder):
+        return source.path
+    kind = source.json["model_type"]
+    architecture = _ARCHITECTURES.get(kind, kind)
+    return GgufBase(architecture, getattr(run.opened.config, "head_dim", None))
+
+
+# model_type -> llama.cpp's architecture, where the two differ.
+_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
+_ARCHITECTURES |= {"qwen3_moe": "qwen3moe"}

@@ -1,0 +1,157 @@
+"""The weights of a run with its adapter merged into them, one tensor at a time.
+
+The adapter is merged into the weights that it was trained upon: those of the file rounded to
+`model.param_dtype`, or the floats that the run's quantised weights stand for. The sum is formed in
+float32 and rounded once, to the dtype that is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.base import dense
+from lora_jax.bases.recipe import STORED, requantised
+from lora_jax.beginnings import init_from_base
+from lora_jax.checkpoint.adapter import check_trained_on
+from lora_jax.checkpoint.fingerprint import PartwiseFingerprint, fingerprint
+from lora_jax.conversion.trained_run import TrainedRun
+from lora_jax.errors import LoraError
+from lora_jax.exchange.tensor_file import LazyTensor
+from lora_jax.layout import Layout
+from lora_jax.models.hf_names import hf_prefix
+from lora_jax.models.weights.assemble import load_one, read_slice
+from lora_jax.models.weights.names import TensorName, table_of
+from lora_jax.models.weights.stored import StoredParameter, parameters
+from lora_jax.updates.kind import kind_of
+from lora_jax.updates.sliced import sliced
+
+
+class MergedWeights:
+    """The merged weights of a run by Hugging Face's names.
+
+    Tensors of the file that the model has no use for (a pooler, the head of another task) are
+    left out.
+    """
+
+    def __init__(self, run: TrainedRun, dtype: Any = jnp.float32) -> None:
+        """Look up what there is; nothing is read.
+
+        Args:
+          run: the run.
+          dtype: of what is written.
+
+        Raises:
+          lora_jax.models.WeightsError: the base's file is not as its configuration says.
+        """
+        self._run, self._dtype = run, np.dtype(dtype)
+        opened = run.opened
+        self._stored = opened.source.stored(opened.config)
+        self._parameters = parameters(self._stored, opened.config, None)
+        self._hashes: dict[str, Any] = {}
+
+    def tensors(self) -> list[LazyTensor]:
+        """All of them, in the order of the model; each is to be made once, in this order."""
+        found = [x for parameter in self._parameters for x in self._of_parameter(parameter)]
+        return [*found, *self._of_head()]
+
+    def check_base(self) -> None:
+        """Raise `LoraError` unless what has been made was of the base that the run had."""
+        check_trained_on(self._run.member.path, self._hashes)
+
+    def _of_parameter(self, parameter: StoredParameter) -> Iterator[LazyTensor]:
+        """The tensors that one parameter is: of each layer, of each expert."""
+        row, slices = parameter.row, self._merged(parameter)
+        prefix = hf_prefix(self._run.opened.config, row, self._run.head)
+        shape = parameter.shape[::-1] if row.transposed else parameter.shape
+        for name in parameter.hf:
+            make = functools.partial(self._next, prefix + name, row, slices)
+            yield LazyTensor(prefix + name, shape, self._dtype, make)
+
+    def _of_head(self) -> Iterator[LazyTensor]:
+        head, config = self._run.head, self._run.opened.config
+        if head is None:
+            return
+        shapes = paths.flatten({"classifier": self._run.shapes()["classifier"]})
+        for row in table_of(config).heads[head.pooling]:
+            if row.path not in shapes:
+                continue
+            if row.path not in self._run.member.base:
+                raise LoraError(f"{self._run.member.path} has no {row.path!r} beside its adapter")
+            value = self._run.member.base[row.path]
+            shape = value.shape[::-1] if row.transposed else value.shape
+            name = hf_prefix(config, row, head) + row.hf
+            make = functools.partial(self._next, name, row, iter([value]))
+            yield LazyTensor(name, tuple(shape), self._dtype, make)
+
+    def _next(self, name: str, row: TensorName, slices: Iterator[Any]) -> np.ndarray:
+        """The next slice, as the file has it."""
+        wide = np.asarray(next(slices))
+        value = (wide.T if row.transposed else wide).astype(self._dtype)
+        if not np.isfinite(value).all():
+            why = "after it was rounded to" if np.isfinite(wide).all() else "before it is"
+            raise LoraError(
+                f"{name} is not finite {why} {self._dtype}; the largest number of the weight is "
+                f"{np.abs(wide).max():.3g}. bfloat16 and float32 hold larger ones: --dtype bfloat16"
+            )
+        return value
+
+    def _merged(self, parameter: StoredParameter) -> Iterator[Any]:
+        """The slices of one parameter, merged, in the order of its tensors."""
+        path = self._run.root + parameter.path
+        trained, layout = self._run.member.base, self._run.member.layout
+        target = {t.path: t for t in layout.targets}.get(path)
+        indices = list(itertools.product(*map(range, parameter.stack)))
+        if path in trained:
+            yield from (trained[path][index] for index in indices)
+            return
+        slices = self._base(path, parameter)
+        if target is None:
+            yield from slices
+            return
+        own = self._run.member.adapters[path]
+        if not set(range(len(parameter.stack))) <= set(target.stack):
+            whole = jnp.stack([jnp.asarray(w, jnp.float32) for w in slices])
+            merged = kind_of(target).merged(target, own, whole.reshape(target.shape))
+            yield from (merged[index] for index in indices)
+            return
+        for index, w in zip(indices, slices, strict=True):
+            one, arrays = sliced(target, own, index)
+            yield kind_of(one).merged(one, arrays, jnp.asarray(w, jnp.float32))
+
+    def _base(self, path: str, parameter: StoredParameter) -> Iterator[Any]:
+        """The slices of one frozen weight as training had it; its hash is taken on the way."""
+        config = self._run.opened.config
+        if self._run.quantised is not None or self._run.begun is not None:
+            whole = self._changed(path, parameter)
+            self._hashes |= fingerprint({path: whole})
+            floats = dense(whole)
+            yield from (floats[i] for i in itertools.product(*map(range, parameter.stack)))
+            return
+        parts = PartwiseFingerprint(parameter.whole)
+        for number in range(len(parameter.sources)):
+            w = jnp.asarray(read_slice(self._stored, parameter, number, config))
+            parts.add(w)
+            self._hashes[path] = parts.value
+            yield w
+
+    def _changed(self, path: str, parameter: StoredParameter) -> Any:
+        """The weight as the run made it of the file's, before the first step."""
+        run, how = self._run, self._run.quantised
+        keep = how == {"scheme": STORED}
+        floats = load_one(self._stored, parameter, run.opened.config, keep)
+        w = floats
+        if how is not None and not keep:
+            layout = Layout.from_json(how["layout"]).subset(path)
+            w = requantised({path: w}, {**how, "layout": layout.to_json()})[path]
+        layout = run.member.layout.subset(path)
+        if run.begun is None or not layout.targets:
+            return w
+        quantised = None if how is None else {path: w}
+        return init_from_base(layout, {path: floats}, run.begun, quantised=quantised).params[path]

@@ -1,0 +1,122 @@
+"""One run as it is to be exported: its adapter, and its base, of which no weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax import models, paths
+from lora_jax.adapters import Adapter
+from lora_jax.errors import LoraError, listed
+from lora_jax.models.weights.names import table_of
+from lora_jax.serving.served_adapters import (
+    OpenedBase,
+    ServedAdapter,
+    begun_how,
+    find,
+    open_base,
+    quantised_how,
+    read,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run, or what `lora_jax.save` wrote.
+
+    Attributes:
+      member: the adapter, and what its training said of it.
+      opened: the base.
+      head: the classification head that was trained with it; None for a decoder.
+      labels: the names of the classes; none for a decoder, or for real numbers.
+      quantised: how the base was quantised (`bases.recipe`); None: not at all.
+      begun: the method by which the base was changed before the first step; None: it was not.
+    """
+
+    member: ServedAdapter
+    opened: OpenedBase
+    head: models.Head | None
+    labels: tuple[str, ...]
+    quantised: Mapping[str, Any] | None
+    begun: Any
+
+    @property
+    def adapter(self) -> Adapter:
+        """As `lora_jax.restore` gives it."""
+        return Adapter(self.member.layout, self.member.adapters, dict(self.member.base))
+
+    @property
+    def root(self) -> str:
+        """What stands before the paths of the base's parameters in the run."""
+        if self.head is None:
+            return ""
+        return "vit/" if isinstance(self.opened.config, models.VitConfig) else "bert/"
+
+    @property
+    def trained_on(self) -> str:
+        """What the weights are that the adapter was trained upon, in words."""
+        if self.quantised is None:
+            found = f"{jnp.dtype(self.opened.config.param_dtype)} weights"
+        else:
+            scheme = self.quantised["scheme"]
+            found = f"weights that were quantised ({scheme}), as the floats that they stand for"
+        return found if self.begun is None else f"{found}, changed before training by {self.begun}"
+
+    def shapes(self) -> Any:
+        """The parameters of the run by shape, as they are before they are quantised."""
+        return models.shapes(self.opened.config, self.head)
+
+
+def open_run(path: str, base: str | None = None, trust_base: bool = False) -> TrainedRun:
+    """Open a run.
+
+    Args:
+      path: a run directory, whose best adapter it is, or the last one; or a folder that
+        `lora_jax.save` wrote.
+      base, trust_base: as for `serving.served_adapters.open_adapters`.
+
+    Raises:
+      LoraError: no adapter at `path`, several, one that does not fit its base, or one whose base
+        is not to be opened on its word alone.
+      models.ModelError, OSError: the base cannot be had.
+    """
+    found = find(path)
+    if len(found) > 1:
+        raise LoraError(
+            f"{path} holds {len(found)} runs; name one of them:\n"
+            f"{listed(str(folder) for _, folder in found)}"
+        )
+    member = read(*found[0])
+    opened = open_base([member], base, trust_base)
+    labels = tuple(member.about.get("labels") or ())
+    run = TrainedRun(
+        member,
+        opened,
+        _head(member, opened, labels),
+        labels,
+        quantised_how([member]),
+        begun_how([member]),
+    )
+    member.layout.check_params(paths.flatten(run.shapes()))
+    return run
+
+
+def _head(member: ServedAdapter, opened: OpenedBase, labels: tuple[str, ...]) -> models.Head | None:
+    if isinstance(opened.config, models.LlamaConfig):
+        return None
+    kernel = member.base.get("classifier/out/kernel")
+    if kernel is None or kernel.shape[-1] != (len(labels) or 1):
+        got = "none" if kernel is None else f"one of {kernel.shape[-1]} outputs"
+        raise LoraError(
+            f"{member.path} has {len(labels)} labels and should have a head of as many outputs "
+            f"beside its adapter; it has {got}"
+        )
+    poolings = table_of(opened.config).heads
+    usual = "cls" if isinstance(opened.config, models.VitConfig) else "mean"
+    pooling = member.about.get("model", {}).get("pooling", usual)
+    if pooling not in poolings:
+        raise LoraError(f"{member.path} says model.pooling is {str(pooling)[:80]!r}")
+    return models.Head(pooling, kernel.shape[-1])

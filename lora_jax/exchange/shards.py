@@ -1,0 +1,48 @@
+"""A model's weights in safetensors files of bounded size, with the index that names them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+from lora_jax.exchange.tensor_file import LazyTensor, write_lazily
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FileWriter = Callable[[pathlib.Path], object]
+
+
+def writers(
+    tensors: Sequence[LazyTensor],
+    shard_bytes: float,
+    done: Callable[[int], None] = lambda size: None,
+) -> dict[str, FileWriter]:
+    """Return what writes the weights, by the name of the file, for `files.write_together`.
+
+    One file `model.safetensors` where it suffices; otherwise numbered ones and an index, as
+    transformers writes them. Each array is made when it is written, and none is kept.
+
+    Args:
+      tensors: the weights, in the order of the files.
+      shard_bytes: the most that the arrays of one file may take; an array that alone takes more
+        has a file of its own.
+      done: is told the bytes of each array when it is in its file.
+    """
+    shards: list[list[LazyTensor]] = [[]]
+    for x in tensors:
+        if shards[-1] and sum(y.nbytes for y in shards[-1]) + x.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(x)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [SINGLE]
+    found: dict[str, FileWriter] = {
+        name: functools.partial(write_lazily, tensors=shard, metadata={"format": "pt"}, done=done)
+        for name, shard in zip(names, shards, strict=True)
+    }
+    if len(shards) > 1:
+        files = {x.name: name for name, shard in zip(names, shards, strict=True) for x in shard}
+        total = {"total_size": sum(x.nbytes for x in tensors)}
+        text = json.dumps({"metadata": total, "weight_map": files}, indent=2) + "\n"
+        found[INDEX] = lambda path: path.write_text(text)
+    return found

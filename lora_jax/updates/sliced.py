@@ -1,0 +1,60 @@
+"""The update of one slice of a stacked parameter: of one scanned layer, or of one expert."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from lora_jax.errors import LoraError
+from lora_jax.target import Target
+from lora_jax.updates.kind import kind_of
+
+
+class SlicedUpdate(NamedTuple):
+    """The target that a slice is, and its arrays."""
+
+    target: Target
+    parameters: Any
+
+
+def sliced(target: Target, parameters: Any, index: tuple[int, ...]) -> SlicedUpdate:
+    """Return the update of `W[index]`, of any kind.
+
+    Args:
+      target: from the layout.
+      parameters: its arrays, `adapters[target.path]`.
+      index: a number for each of the leading axes of W, all of which must be stack axes.
+
+    Raises:
+      LoraError: a leading axis is no stack axis, so that its slices share factors.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax.updates import Factors
+    >>> target = Target("w", (5, 4, 3), (0,), (1,), (2,), rank=2, alpha=1.0)
+    >>> one = sliced(target, Factors(jnp.ones((5, 4, 2)), jnp.ones((5, 2, 3))), (1,))
+    >>> one.target.shape, one.parameters.a.shape
+    ((4, 3), (4, 2))
+    """
+    lead = len(index)
+    if not set(range(lead)) <= set(target.stack):
+        raise LoraError(
+            f"{target.path!r}: the axes {list(range(lead))} are to be taken apart, but of "
+            f"{target.shape} only {list(target.stack)} are stack axes"
+        )
+    kind = kind_of(target)
+
+    def take(x: Any, along: tuple[int | None, ...]) -> Any:
+        return x[tuple(slice(None) if i is None or i >= lead else index[i] for i in along)]
+
+    def shifted(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(i - lead for i in axes if i >= lead)
+
+    one = dataclasses.replace(
+        target,
+        shape=target.shape[lead:],
+        stack=shifted(target.stack),
+        inputs=shifted(target.inputs),
+        outputs=shifted(target.outputs),
+    )
+    arrays = map(take, parameters, kind.axes(target))
+    return SlicedUpdate(one, kind.fields(*arrays))
