@@ -35,7 +35,7 @@ import pytest
 from absl import flags
 
 STANDARD_PROMOTION = ("models", "baselines", "data", "training", "groups", "planner")
-STANDARD_PROMOTION += ("serving", "report", "foreign")
+STANDARD_PROMOTION += ("serving", "report", "foreign", "conversion")
 
 # Files by seconds (waits count too), longest first; the others take less than 20 seconds each.
 LONGEST = (

@@ -6,17 +6,16 @@ import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lora_jax.conversion.trained_run import TrainedRun
 from lora_jax.errors import LoraError
+from lora_jax.exchange.files import FileWriter
 from lora_jax.models.weights.folder import Folder
 from lora_jax.models.weights.hf_config import parse
-
-FileWriter = Callable[[pathlib.Path], object]
 
 # model_type -> transformers' class of a decoder, or of an encoder with a classification head.
 ARCHITECTURES = {

@@ -93,7 +93,8 @@ class MergedWeights:
     def _next(self, name: str, row: TensorName, slices: Iterator[Any]) -> np.ndarray:
         """The next slice, as the file has it."""
         wide = np.asarray(next(slices))
-        value = (wide.T if row.transposed else wide).astype(self._dtype)
+        with np.errstate(over="ignore"):  # what does not fit is an error below
+            value = (wide.T if row.transposed else wide).astype(self._dtype)
         if not np.isfinite(value).all():
             why = "after it was rounded to" if np.isfinite(wide).all() else "before it is"
             raise LoraError(

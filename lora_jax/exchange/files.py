@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 from lora_jax.errors import LoraError
 
+FileWriter = Callable[[pathlib.Path], object]
+"""Writes one file to the path that it is given."""
+
 
 @contextlib.contextmanager
 def naming(file: pathlib.Path) -> Iterator[None]:
@@ -21,9 +24,7 @@ def naming(file: pathlib.Path) -> Iterator[None]:
         raise LoraError(f"{file}: {error}") from error
 
 
-def write_together(
-    folder: pathlib.Path, writers: Mapping[str, Callable[[pathlib.Path], object]]
-) -> None:
+def write_together(folder: pathlib.Path, writers: Mapping[str, FileWriter]) -> None:
     """Write files to a folder of their own first, so that no half of an adapter is left.
 
     Args:

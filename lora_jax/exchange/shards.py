@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 
+from lora_jax.exchange.files import FileWriter
 from lora_jax.exchange.tensor_file import LazyTensor, write_lazily
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FileWriter = Callable[[pathlib.Path], object]
 
 
 def writers(

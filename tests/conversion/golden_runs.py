@@ -1,0 +1,136 @@
+"""Runs on the tiny models of golden_models, as train.py would leave them; nothing is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax
+from lora_jax import LoraSpec, models, paths
+from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, recipe
+from lora_jax.beginnings import init_from_base
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "golden_models"
+LABELS = ("no", "maybe", "yes")
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldenRun:
+    """A run: its folder, its model as `f(params, inputs)`, and what was trained."""
+
+    folder: pathlib.Path
+    f: Any
+    inputs: Any
+    params: Any
+    adapter: lora_jax.Adapter
+
+    @property
+    def merged(self) -> Any:
+        """The parameters that an export should hold, by the definition."""
+        layout, adapters, trained = self.adapter
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), self.params)
+        return lora_jax.merge(layout, paths.replace(wide, dict(trained)), adapters)
+
+    @property
+    def outputs(self) -> Any:
+        """What the run computes, unmerged."""
+        layout, adapters, trained = self.adapter
+        params = paths.replace(self.params, dict(trained))
+        return lora_jax.adapt(layout, self.f)(params, adapters, self.inputs)
+
+
+def model_of(config: Any, head: models.Head | None) -> tuple[Any, Any]:
+    """`(f, inputs)` of the model of a configuration."""
+    draw = np.random.default_rng(0)
+    if isinstance(config, models.VitConfig):
+        assert head is not None
+        vit = models.VitClassifier(config, head.num_classes)
+        pixels = draw.standard_normal((2, *config.image_size, config.channels))
+        return lambda p, x: vit.apply({"params": p}, x), jnp.asarray(pixels, jnp.float32)
+    ids = jnp.asarray(draw.integers(3, 23, (2, 7)), jnp.int32)
+    if head is None:
+        decoder = models.Llama(config)
+        return lambda p, ids: decoder.apply({"params": p}, ids), ids
+    encoder = models.BertClassifier(config, head.num_classes, head.pooling)
+    return lambda p, ids: encoder.apply({"params": p}, ids), ids
+
+
+def write_run(
+    folder: pathlib.Path,
+    name: str,
+    *,
+    spec: LoraSpec | None = None,
+    scan: bool = False,
+    quantize: str | None = None,
+    begin: Any = None,
+    pooling: str = "roberta_head",
+    labels: tuple[str, ...] = LABELS,
+    param_dtype: str = "float32",
+) -> GoldenRun:
+    """Write a run with an adapter that moves the outputs.
+
+    Args:
+      folder: of the adapter.
+      name: of the golden model, or the path of another.
+      spec: all linear products by default.
+      scan: whether its layers are stacked.
+      quantize: None, "stored", or a scheme of `lora_jax.quantize`.
+      begin: None, or a method of `init_from_base`.
+      pooling, labels: of the head of an encoder.
+      param_dtype: of the frozen weights.
+    """
+    reference = str(GOLDEN / name) if (GOLDEN / name).is_dir() else name
+    source = models.open(reference)
+    config = dataclasses.replace(
+        source.config,
+        scan_layers=scan,
+        dtype=jnp.dtype(param_dtype),
+        param_dtype=jnp.dtype(param_dtype),
+    )
+    pooling = "cls" if isinstance(config, models.VitConfig) else pooling
+    decodes = isinstance(config, models.LlamaConfig)
+    head = None if decodes else models.Head(pooling, len(labels) or 1)
+    f, inputs = model_of(config, head)
+    about: dict[str, Any] = {
+        "model": {
+            "reference": reference,
+            "pooling": pooling,
+            "scan_layers": scan,
+            "dtype": param_dtype,
+            "param_dtype": param_dtype,
+        }
+    }
+    params = source.load(config, keep_quantised=quantize == STORED)
+    trained: dict[str, Any] = {}
+    root = "vit" if isinstance(config, models.VitConfig) else "bert"
+    draw = np.random.default_rng(len(name)).standard_normal
+    if head is not None:
+        about["labels"] = list(labels)
+        shapes = models.shapes(config, head)
+        fresh = paths.flatten({"classifier": shapes["classifier"]})
+        trained = {p: jnp.asarray(0.3 * draw(x.shape), jnp.float32) for p, x in fresh.items()}
+        params = paths.replace({**shapes, root: params}, trained)
+    spec = spec or LoraSpec(2, 3.0, "all-linear" if head is None else f"{root}/**/kernel")
+    layout = lora_jax.resolve(spec, f, params, inputs)
+    floats = params
+    if quantize == STORED:
+        about[ABOUT] = {"scheme": STORED}
+    elif quantize is not None:
+        about[ABOUT] = recipe(quantize, layout, None, False)
+        params = lora_jax.quantize(params, quantize, layout)
+    start = lora_jax.init(jax.random.key(0), layout, params=params)
+    if begin is not None:
+        about[BEGUN] = begin
+        quantised = None if quantize is None else params
+        begun = init_from_base(layout, floats, begin, quantised=quantised)
+        params, start = begun.params, begun.adapters
+    adapters = jax.tree.map(lambda x: x + jnp.asarray(0.3 * draw(x.shape), x.dtype), start)
+    adapter = lora_jax.Adapter(layout, adapters, trained)
+    frozen = lora_jax.fingerprint(params)
+    lora_jax.save(folder, adapter, fingerprint=frozen, about=about)
+    return GoldenRun(folder, f, inputs, params, adapter)

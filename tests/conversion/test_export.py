@@ -1,0 +1,271 @@
+"""`lora-jax export`: what the run computes, in the files of other tools."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lora_jax
+from lora_jax import LoraSpec, Rule, models, paths
+from lora_jax.conversion import export_command, merged_weights
+from tests.conversion.golden_runs import GOLDEN, LABELS, GoldenRun, write_run
+
+KINDS = LoraSpec(
+    2,
+    3.0,
+    (
+        Rule("**/q/kernel", kind="dora"),
+        Rule("**/k/kernel", kind="vera"),
+        Rule("**/v/kernel", kind="loha"),
+        Rule("**/o/kernel", scaling="alpha/sqrt(r)"),
+        Rule("**/up/kernel", kind="lokr"),
+        Rule("**/norm/scale", kind="bias"),
+        "**/{gate,down}/kernel",
+    ),
+)
+
+
+def export(run: GoldenRun, out: pathlib.Path, *options: str) -> int:
+    return export_command.main([str(run.folder), "--out", str(out), *options])
+
+
+def tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """By the safetensors package alone."""
+    found: dict[str, np.ndarray] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= safetensors.numpy.load_file(file)
+    return found
+
+
+def assert_close(found: Any, wanted: Any) -> None:
+    for path, x in paths.flatten(wanted).items():
+        np.testing.assert_allclose(
+            paths.flatten(found)[path], lora_jax.base.dense(x), rtol=1e-5, atol=1e-6, err_msg=path
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"scan": True, "spec": KINDS}),
+        ("llama", {"param_dtype": "bfloat16"}),
+        ("gpt2", {}),
+        ("phi3", {}),
+        ("qwen3_moe", {"scan": True}),
+        ("roberta", {"scan": True}),
+        ("deberta_v3", {}),
+        ("modernbert", {}),
+        ("vit", {}),
+    ],
+)
+def test_a_merged_folder_holds_the_merged_weights(
+    name: str, options: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    """Under the names that transformers gave this model, and equal to `merge`."""
+    run = write_run(tmp_path / "run", name, **options)
+    assert export(run, tmp_path / "out", "--format", "hf") == 0
+    base, merged = tensors(GOLDEN / name), tensors(tmp_path / "out")
+    model = {k: x.shape for k, x in base.items() if not k.startswith("classifier")}
+    assert {k: x.shape for k, x in merged.items() if not k.startswith("classifier")} == model
+    own = {k for k in base if k.startswith("classifier")} or set(merged) - set(model)
+    assert {k for k in merged if k.startswith("classifier")} == own
+    source = models.open(str(tmp_path / "out"))
+    head = None
+    if not isinstance(source.config, models.LlamaConfig):
+        head = models.Head("cls" if name == "vit" else "roberta_head", 3)
+    again = source.load(_as(source.config, scan_layers=options.get("scan", False)), head=head)
+    assert_close(again, run.merged)
+
+
+def _as(config: Any, **changes: Any) -> Any:
+    return type(config)(**{**vars(config), **changes})
+
+
+def test_the_update_is_in_the_file_and_nothing_else_is_changed(tmp_path: pathlib.Path) -> None:
+    """By hand: W + scale B A for the adapted tensors, the same bits for all others."""
+    run = write_run(tmp_path / "run", "llama", spec=LoraSpec(2, 3.0, "**/q/kernel"))
+    assert export(run, tmp_path / "out", "--format", "hf") == 0
+    base, merged = tensors(GOLDEN / "llama"), tensors(tmp_path / "out")
+    for name, x in base.items():
+        if "q_proj" not in name:
+            np.testing.assert_array_equal(merged[name], x)
+            continue
+        a, b = run.adapter.parameters[f"layers_{name.split('.')[2]}/attention/q/kernel"]
+        a, b = np.asarray(a).reshape(x.shape[1], 2), np.asarray(b).reshape(2, x.shape[0])
+        np.testing.assert_allclose(merged[name], x + 1.5 * (a @ b).T, rtol=1e-6, atol=1e-6)
+        assert np.abs(merged[name] - x).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama_nf4", {"quantize": "stored"}),
+        ("llama", {"quantize": "nf4", "scan": True}),
+        ("llama", {"begin": "pissa", "scan": True}),
+        ("llama", {"quantize": "int8", "begin": "loftq"}),
+    ],
+)
+def test_it_merges_into_what_the_run_was_trained_on(
+    name: str, options: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    run = write_run(tmp_path / "run", name, **options)
+    assert export(run, tmp_path / "out", "--format", "hf") == 0
+    source = models.open(str(tmp_path / "out"))
+    again = source.load(_as(source.config, scan_layers=options.get("scan", False)))
+    got = run.f(again, run.inputs)
+    np.testing.assert_allclose(got, run.outputs, rtol=1e-4, atol=2e-5)
+    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+    quantised = "quantize" in options
+    assert ("quantised" in (tmp_path / "out" / "README.md").read_text()) == quantised
+
+
+def test_shards_hold_one_tensor_at_a_time(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than its own tensor is made before it is written, whatever the layers' form."""
+    run = write_run(tmp_path / "run", "qwen3_moe", scan=True)
+    written: list[str] = []
+    plain = merged_weights.read_slice
+
+    def spied(stored: Any, parameter: Any, number: int, config: Any) -> Any:
+        written.append(parameter.sources[number])
+        return plain(stored, parameter, number, config)
+
+    monkeypatch.setattr(merged_weights, "read_slice", spied)
+    options = ("--format", "hf", "--dtype", "bfloat16", "--shard-gb", "2e-6")
+    assert export(run, tmp_path / "out", *options) == 0
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert sorted(set(index["weight_map"].values())) == [f.name for f in files]
+    for file in files:
+        held = safetensors.numpy.load_file(file)
+        assert len(held) == 1 or sum(x.nbytes for x in held.values()) <= 2000
+    assert len(written) == len(set(written)) == len(index["weight_map"])
+    assert index["metadata"]["total_size"] == sum(
+        x.nbytes for x in tensors(tmp_path / "out").values()
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_classifier_says_its_labels(tmp_path: pathlib.Path) -> None:
+    run = write_run(tmp_path / "run", "bert")
+    assert export(run, tmp_path / "out", "--format", "hf") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert list(config["id2label"].values()) == list(LABELS)
+    assert config["label2id"] == {name: i for i, name in enumerate(LABELS)}
+    run = write_run(tmp_path / "numbers", "bert", labels=())
+    assert export(run, tmp_path / "number", "--format", "hf") == 0
+    config = json.loads((tmp_path / "number" / "config.json").read_text())
+    assert (config["num_labels"], config["problem_type"]) == (1, "regression")
+
+
+@pytest.mark.parametrize("format", ["peft", "mlx"])
+@pytest.mark.parametrize("begin", [None, "pissa"])
+def test_an_adapter_is_one_of_the_base_as_it_is_stored(
+    format: str, begin: Any, tmp_path: pathlib.Path
+) -> None:
+    run = write_run(tmp_path / "run", "llama", begin=begin, spec=LoraSpec(2, 3.0, "**/q/kernel"))
+    assert export(run, tmp_path / "out", "--format", format) == 0
+    source = models.open(str(GOLDEN / "llama"))
+    params, names = source.load(), models.hf_names(source.config)
+    load = __import__(f"lora_jax.exchange.{format}", fromlist=["load"]).load
+    layout, adapters, _ = load(tmp_path / "out", names, run.f, params, run.inputs)
+    got = lora_jax.adapt(layout, run.f)(params, adapters, run.inputs)
+    np.testing.assert_allclose(got, run.outputs, rtol=1e-4, atol=2e-5)
+
+
+def test_gguf_and_orbax(tmp_path: pathlib.Path) -> None:
+    run = write_run(tmp_path / "run", "llama", spec=LoraSpec(2, 3.0, "**/q/kernel"))
+    assert export(run, tmp_path / "gguf", "--format", "gguf") == 0
+    from lora_jax.exchange import gguf
+
+    source = models.open(str(GOLDEN / "llama"))
+    params, names = source.load(), models.hf_names(source.config)
+    base = gguf.GgufBase("llama", source.config.head_dim)
+    again = gguf.load(
+        tmp_path / "gguf" / "adapter.gguf", names, run.f, params, run.inputs, base=base
+    )
+    assert_close(lora_jax.merge(again.layout, params, again.parameters), run.merged)
+    assert export(run, tmp_path / "copy", "--format", "orbax") == 0
+    jax.tree.map(np.testing.assert_array_equal, lora_jax.restore(tmp_path / "copy"), run.adapter)
+
+
+def test_a_classifier_goes_out_to_peft_with_its_head(tmp_path: pathlib.Path) -> None:
+    run = write_run(tmp_path / "run", "bert")
+    assert export(run, tmp_path / "out", "--format", "peft", "--base-name", "org/bert") == 0
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "org/bert"
+    assert settings["task_type"] == "SEQ_CLS"
+    keys = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name in ("classifier.weight", "classifier.bias", "bert.pooler.dense.weight"):
+        assert f"base_model.model.{name}" in keys
+
+
+REFUSED = [
+    ("bert", {"pooling": "mean"}, ("--format", "hf"), "--model.pooling roberta_head"),
+    ("llama", {"quantize": "int8", "begin": "loftq"}, ("--format", "peft"), "--format hf"),
+    (
+        "llama",
+        {},
+        ("--format", "hf", "--base", str(GOLDEN / "llama_biased")),
+        "trained on another base",
+    ),
+    ("llama", {}, ("--format", "gguf", "--dtype", "bfloat16"), "float16"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "given", "said"), REFUSED)
+def test_refusals_name_the_cure_and_leave_nothing(
+    name: str,
+    options: dict[str, Any],
+    given: tuple[str, ...],
+    said: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = write_run(tmp_path / "run", name, **options)
+    assert export(run, tmp_path / "out", *given) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_another_base_is_noticed_while_it_is_read(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last tensor is read before the first file is in its place."""
+    other = tmp_path / "other"
+    other.mkdir()
+    held = tensors(GOLDEN / "llama")
+    held["model.norm.weight"] = held["model.norm.weight"] + 1
+    safetensors.numpy.save_file(held, other / "model.safetensors", metadata={"format": "pt"})
+    (other / "config.json").write_bytes((GOLDEN / "llama" / "config.json").read_bytes())
+    run = write_run(tmp_path / "run", "llama")
+    given = ("--format", "hf", "--base", str(other))
+    assert export(run, tmp_path / "out", *given) == 1
+    assert "norm/scale: other values" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+    assert export(run, tmp_path / "out", *given, "--allow-other-base") == 0
+    assert export(run, tmp_path / "out", "--format", "hf") == 1
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_float16_that_overflows_is_an_error(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", "llama", spec=LoraSpec(2, 3.0, "**/q/kernel"))
+    layout, adapters, _ = lora_jax.restore(run.folder)
+    wide = jax.tree.map(lambda x: x * jnp.float32(1e3), adapters)
+    about = {"model": {"reference": str(GOLDEN / "llama")}}
+    frozen = lora_jax.fingerprint(run.params)
+    lora_jax.save(run.folder, (layout, wide), fingerprint=frozen, about=about, overwrite=True)
+    assert export(run, tmp_path / "out", "--format", "hf", "--dtype", "float16") == 1
+    assert "--dtype bfloat16" in capsys.readouterr().err
