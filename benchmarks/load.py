@@ -84,24 +84,24 @@ def _measure(asked: argparse.Namespace) -> dict[str, float]:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     stored, dtype = asked.one.split("-")
-    source = models.open(str(_write(asked.folder, stored, asked.tiny)))
+    source = models.open(str(write(asked.folder, stored, asked.tiny)))
     config = dataclasses.replace(
         source.config, scan_layers=asked.scan, param_dtype=jnp.dtype(dtype).type
     )
     shapes = models.shapes(config)
     shardings = _shardings(config, shapes, tuple(asked.mesh))
-    before = _peak(reset=True)
+    before = peak(reset=True)
     start = time.perf_counter()
     params = jax.block_until_ready(source.load(config, shardings=shardings))
     seconds = time.perf_counter() - start
-    peak = _peak() - before
+    most = peak() - before
     shards = [one for leaf in jax.tree.leaves(params) for one in leaf.addressable_shards]
     expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     landed = sum(one.data.nbytes for one in shards)
-    return {"landed": landed, "expected": expected, "peak": peak, "seconds": seconds}
+    return {"landed": landed, "expected": expected, "peak": most, "seconds": seconds}
 
 
-def _peak(reset: bool = False) -> int:
+def peak(reset: bool = False) -> int:
     """Bytes of the most resident memory of this process so far, or since the last reset.
 
     Not `ru_maxrss`: a process inherits that of the one that started it.
@@ -123,7 +123,7 @@ def _shardings(config: Any, shapes: Any, sizes: tuple[int, ...]) -> Any:
 # ---- the files -------------------------------------------------------------------------------
 
 
-def _write(folder: Path, stored: str, tiny: bool) -> Path:
+def write(folder: Path, stored: str, tiny: bool) -> Path:
     """The model in a file of that dtype or kind; it is written if it is not there yet."""
     json_: dict[str, Any] = {"model_type": "llama", "vocab_size": 32000, "num_attention_heads": 16}
     json_ |= {"num_key_value_heads": 8, "max_position_embeddings": 2048}

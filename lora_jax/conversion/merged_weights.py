@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -71,7 +71,8 @@ class MergedWeights:
         prefix = hf_prefix(self._run.opened.config, row, self._run.head)
         shape = parameter.shape[::-1] if row.transposed else parameter.shape
         for name in parameter.hf:
-            make = functools.partial(self._next, prefix + name, row, slices)
+            last = name == parameter.hf[-1]
+            make = functools.partial(self._next, prefix + name, row, slices, last)
             yield LazyTensor(prefix + name, shape, self._dtype, make)
 
     def _of_head(self) -> Iterator[LazyTensor]:
@@ -87,12 +88,16 @@ class MergedWeights:
             value = self._run.member.base[row.path]
             shape = value.shape[::-1] if row.transposed else value.shape
             name = hf_prefix(config, row, head) + row.hf
-            make = functools.partial(self._next, name, row, iter([value]))
+            make = functools.partial(self._next, name, row, (x for x in [value]), True)
             yield LazyTensor(name, tuple(shape), self._dtype, make)
 
-    def _next(self, name: str, row: TensorName, slices: Iterator[Any]) -> np.ndarray:
+    def _next(
+        self, name: str, row: TensorName, slices: Generator[Any, None, None], last: bool
+    ) -> np.ndarray:
         """The next slice, as the file has it."""
         wide = np.asarray(next(slices))
+        if last:
+            slices.close()  # or it would hold its weight until all are written
         with np.errstate(over="ignore"):  # what does not fit is an error below
             value = (wide.T if row.transposed else wide).astype(self._dtype)
         if not np.isfinite(value).all():
@@ -103,7 +108,7 @@ class MergedWeights:
             )
         return value
 
-    def _merged(self, parameter: StoredParameter) -> Iterator[Any]:
+    def _merged(self, parameter: StoredParameter) -> Generator[Any, None, None]:
         """The slices of one parameter, merged, in the order of its tensors."""
         path = self._run.root + parameter.path
         trained, layout = self._run.member.base, self._run.member.layout

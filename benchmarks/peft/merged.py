@@ -1,0 +1,74 @@
+"""Merged folders of lora_jax opened by the published transformers: the same logits?
+
+    python -m benchmarks.peft.merged [--python PATH]
+
+Writes a run for every model of tests/golden/golden_models, exports each with `lora-jax export
+--format hf` and with `--format peft`, then opens the folders with transformers and PEFT, without a
+flag, in the environment of `benchmarks.peft.compare` (made if it is not there; `--python` names
+another interpreter that has torch, transformers and peft). It prints the largest difference of the
+logits over the largest logit, and fails above 1e-5, with tensors that are missing or unused, or
+with other labels.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peft.compare import environment
+from lora_jax import LoraSpec
+from lora_jax.conversion import export_command
+from tests.conversion.golden_runs import GOLDEN, write_run
+
+HERE = pathlib.Path(__file__).resolve().parent
+# What PEFT can say; the merged folder has all of it.
+SPECS: dict[str, LoraSpec] = {
+    "vit": LoraSpec(2, 3.0, "vit/encoder/**/kernel"),
+    "vit_oblong": LoraSpec(2, 3.0, "vit/encoder/**/kernel"),
+    "deberta_v2": LoraSpec(2, 3.0, "bert/encoder/layer_*/**/kernel"),
+    "deberta_v3": LoraSpec(2, 3.0, "bert/encoder/layer_*/**/kernel"),
+}
+EXPERTS = LoraSpec(2, 3.0, "layers_*/attention/*/kernel")
+SPECS |= dict.fromkeys(("mixtral", "qwen3_moe", "qwen3_moe_biased"), EXPERTS)
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama_scanned": ("llama", {"scan": True}),
+    "llama_qlora": ("llama", {"quantize": "nf4"}),
+    "llama_pissa": ("llama", {"begin": "pissa"}),
+    "qwen3_moe_experts": ("qwen3_moe", {"spec": LoraSpec(2, 3.0)}),
+    "bert_number": ("bert", {"labels": ()}),
+}
+STORED = ("llama_int8", "llama_nf4", "llama_nf4_double")
+
+
+def exported(scratch: pathlib.Path, name: str, model: str, options: dict[str, Any]) -> None:
+    """Write the folders `name.hf` and `name.peft`, with the outputs of the run in both."""
+    run = write_run(scratch / "runs" / name, model, **options)
+    for kind in ("hf", "peft"):
+        if kind == "peft" and ("quantize" in options or name == "qwen3_moe_experts"):
+            continue  # PEFT's base is not quantised; for experts see benchmarks.peft.adapters
+        out = scratch / "out" / f"{name}.{kind}"
+        status = export_command.main([str(run.folder), "--format", kind, "--out", str(out)])
+        assert status == 0, (name, kind)
+        np.savez(out / "expected.npz", inputs=run.inputs, out=run.outputs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Exports of lora_jax, opened by transformers.")
+    parser.add_argument("--python", help="an interpreter that has torch, transformers and peft")
+    args = parser.parse_args()
+    python = args.python or str(environment())
+    cases = {name: (name, {"quantize": "stored"}) for name in STORED} | MORE
+    for folder in sorted(GOLDEN.iterdir()):
+        own = {"spec": SPECS[folder.name]} if folder.name in SPECS else {}
+        cases.setdefault(folder.name, (folder.name, own))
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, (model, options) in cases.items():
+            exported(pathlib.Path(scratch), name, model, options)
+        subprocess.run([python, str(HERE / "merged_opened.py"), f"{scratch}/out"], check=True)
+
+
+if __name__ == "__main__":
+    main()
