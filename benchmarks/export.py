@@ -30,7 +30,7 @@ from lora_jax.conversion import export_command
 # (shard in 10^9 bytes, dtype that is written, layers)
 CASES = [
     (shard, dtype, layers)
-    for shard in (0.3, 1.0)
+    for shard in (0.5, 1.0)
     for dtype in ("bfloat16", "float32")
     for layers in ("unrolled", "scanned")
 ]

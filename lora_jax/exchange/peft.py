@@ -169,6 +169,12 @@ def _spelled(
     table = name_table(names, adapter, params)
     modules = out_of_adapter(adapter, table, params)
     settings, tensors = profiles.spelled(profile, modules, table, adapter.layout, params)
+    if task_type in ("SEQ_CLS", "TOKEN_CLS") and settings["modules_to_save"]:
+        # PEFT adds these names itself; a module that is named within one is wrapped twice then.
+        heads = {"classifier", "score"}
+        firsts = {name: name.partition(".")[0] for name in settings["modules_to_save"]}
+        whole = {first if first in heads else name for name, first in firsts.items()}
+        settings["modules_to_save"] = sorted(whole)
     settings |= {"base_model_name_or_path": base, "task_type": task_type}
     return dict(sorted(settings.items())), tensors
 
