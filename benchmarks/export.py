@@ -90,6 +90,7 @@ def _write_run(run: Path, base: Path, scan: bool) -> None:
 def written(run: Path, base: Path, scan: bool) -> None:
     """Write the adapter of `_write_run`."""
     source = models.open(str(base))
+    assert isinstance(source.config, models.LlamaConfig)
     config = dataclasses.replace(source.config, scan_layers=scan, param_dtype=jnp.bfloat16)
     model = models.Llama(config)
 
@@ -101,7 +102,8 @@ def written(run: Path, base: Path, scan: bool) -> None:
     adapters = lora_jax.init(jax.random.key(0), layout)
     fingerprint = lora_jax.fingerprint(source.load(config))
     about = {"reference": str(base), "scan_layers": scan, "param_dtype": "bfloat16"}
-    lora_jax.save(run, (layout, adapters), fingerprint=fingerprint, about={"model": about})
+    adapter = lora_jax.Adapter(layout, adapters)
+    lora_jax.save(run, adapter, fingerprint=fingerprint, about={"model": about})
 
 
 if __name__ == "__main__":

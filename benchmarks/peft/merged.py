@@ -2,12 +2,12 @@
 
     python -m benchmarks.peft.merged [--python PATH]
 
-Writes a run for every model of tests/golden/golden_models, exports each with `lora-jax export
---format hf` and with `--format peft`, then opens the folders with transformers and PEFT, without a
-flag, in the environment of `benchmarks.peft.compare` (made if it is not there; `--python` names
-another interpreter that has torch, transformers and peft). It prints the largest difference of the
-logits over the largest logit, and fails above 1e-5, with tensors that are missing or unused, or
-with other labels.
+Writes a run for every model of tests/golden/golden_models and for SmolLM2's GGUF file, exports
+each with `lora-jax export --format hf` and with `--format peft`, then opens the folders with
+transformers and PEFT, without a flag, in the environment of `benchmarks.peft.compare` (made if it
+is not there; `--python` names another interpreter that has torch, transformers and peft). It
+prints the largest difference of the logits over the largest logit, and fails above 1e-5, with
+tensors that are missing or unused, or with other labels or tokens.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peft.compare import environment
-from lora_jax import LoraSpec
+from lora_jax import LoraSpec, models
 from lora_jax.conversion import export_command
 from tests.conversion.golden_runs import GOLDEN, write_run
 
@@ -39,7 +39,12 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_pissa": ("llama", {"begin": "pissa"}),
     "qwen3_moe_experts": ("qwen3_moe", {"spec": LoraSpec(2, 3.0)}),
     "bert_number": ("bert", {"labels": ()}),
+    "smollm2_gguf": (
+        models.SMOLLM2,
+        {"quantize": "stored", "spec": LoraSpec(2, 0.1, "**/q/kernel")},
+    ),
 }
+TEXT = "An adapter, merged: naïve façade, 1984!\n<|im_start|>user"
 STORED = ("llama_int8", "llama_nf4", "llama_nf4_double")
 
 
@@ -52,7 +57,10 @@ def exported(scratch: pathlib.Path, name: str, model: str, options: dict[str, An
         out = scratch / "out" / f"{name}.{kind}"
         status = export_command.main([str(run.folder), "--format", kind, "--out", str(out)])
         assert status == 0, (name, kind)
-        np.savez(out / "expected.npz", inputs=run.inputs, out=run.outputs)
+        more = {}
+        if name == "smollm2_gguf":
+            more = {"text": TEXT, "ids": models.open(model).tokenizer().encode(TEXT).ids}
+        np.savez(out / "expected.npz", inputs=run.inputs, out=run.outputs, **more)
 
 
 def main() -> None:

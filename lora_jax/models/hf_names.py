@@ -5,6 +5,17 @@ from lora_jax.models.config import LlamaConfig, StoredConfig, VitConfig
 from lora_jax.models.weights.names import BERT, TensorName, table_of
 from lora_jax.models.weights.stored import Head
 
+# transformers 5 calls the modules of ViT otherwise than its files do, and PEFT's files follow.
+_VIT_MODULES = {
+    "encoder.layer.": "layers.",
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+
 
 def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> HfNames:
     """Return `{path: module}` of every parameter that the model of `config` can have in a module.
@@ -25,13 +36,23 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
     encoder = "vit/" if isinstance(config, VitConfig) else "bert/"
     rows = [(f"{root}{encoder}" if head else root, row) for row in table.rows]
     rows += [(root, row) for row in (table.heads[head.pooling] if head else ())]
-    found: dict[str, str | HfModule] = {}
+    found: dict[str, str | HfModule | tuple[HfModule, ...]] = {}
     for start, row in rows:
         if not row.hf.endswith((".weight", ".bias")):
             continue  # an array that is in no module of its own: nothing can adapt or save it
         path = start + (row.stacked_path if config.scan_layers else row.path)
         found[path] = _module(config, row, head)
+        name = hf_prefix(config, row, head) + row.hf
+        if isinstance(config, VitConfig) and _today(name) != name:
+            found[path] = (HfModule(_today(name)), HfModule(name))  # the first is written
     return found
+
+
+def _today(name: str) -> str:
+    """What transformers 5 calls a tensor of ViT."""
+    for old, new in _VIT_MODULES.items():
+        name = name.replace(old, new)
+    return name
 
 
 def hf_prefix(config: StoredConfig, row: TensorName, head: Head | None = None) -> str:
