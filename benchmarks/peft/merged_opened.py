@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 TOLERANCE = 1e-5
-DEEP = {"smollm2_gguf.hf": 5e-5}  # 30 layers; without an adapter the two differ by 1.2e-5 already
+DEEP = {"smollm2_gguf.hf": 5e-5}  # 30 layers; without an adapter the two differ by 1.6e-5 already
 KINDS = {
     "ForSequenceClassification": hf.AutoModelForSequenceClassification,
     "ForImageClassification": hf.AutoModelForImageClassification,
