@@ -45,7 +45,18 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
         name = hf_prefix(config, row, head) + row.hf
         if isinstance(config, VitConfig) and _today(name) != name:
             found[path] = (HfModule(_today(name)), HfModule(name))  # the first is written
+        if row.of_experts and (both := _of_all_experts(config, row)).name != name:
+            found[path] = (HfModule(name), both)
     return found
+
+
+def _of_all_experts(config: StoredConfig, row: TensorName) -> HfModule:
+    """The place in the parameters that hold all experts, as PEFT's target_parameters names them."""
+    assert isinstance(config, LlamaConfig)
+    start, size = "model.layers.{layer}.mlp.experts.{expert}", config.mlp_size
+    rows = {"gate": (0, size), "up": (size, size)}.get(row.path.split("/")[-2])
+    name = f"{start}.{'gate_up' if rows else 'down'}_proj.weight"
+    return HfModule(name, layer="experts", rows=rows)
 
 
 def _today(name: str) -> str:
@@ -71,8 +82,6 @@ def _module(config: StoredConfig, row: TensorName, head: Head | None) -> str | H
     if row.path.endswith("embedding"):
         is_tied = isinstance(config, LlamaConfig) and config.tied and row.path.startswith("embed/")
         return HfModule(name, layer="embedding", tied="lm_head" if is_tied else "")
-    if row.of_experts:
-        return HfModule(name, layer="experts")
     if row.in_out:
         return HfModule(name, transposed=False)
     return name

@@ -340,3 +340,24 @@ def test_names_of_the_built_in_models(name: str) -> None:
     assert len(found) == len(set(found))
     no_module = {"vit/embeddings/position", "vit/embeddings/class_token"}
     assert {path for path, _ in found} == set(shapes) - no_module
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_experts_of_the_built_in_models(name: str, tmp_path: Path) -> None:
+    """A key for each expert is written; that, and the parameters of all experts, are read."""
+    model = built_in(name)
+    adapter = drawn(model, LoraSpec(2, 3.0, "**/{gate,up,down}/kernel"))
+    assert model.names is not None
+    as_one: dict[str, Any] = {}
+    for path, entry in model.names.items():
+        as_one[path] = entry[1] if isinstance(entry, tuple) else entry
+        if path.endswith("down/kernel") and isinstance(entry, str):
+            as_one[path] = HfModule(entry, layer="experts")
+    for form, names in (("each", model.names), ("one", as_one)):
+        peft.save(tmp_path / form, names, adapter, base="b")
+        again = peft.load(tmp_path / form, model.names, model.f, model.params, model.x)
+        for path, x in merged(model, adapter).items():
+            np.testing.assert_allclose(merged(model, again)[path], x, atol=1e-6, err_msg=path)
+    keys = peft.tensor_file.read(tmp_path / "each" / peft.TENSORS).tensors
+    assert sum(".experts.0." in key for key in keys) == 2 * 2 * 3
+    assert "target_parameters" in (tmp_path / "one" / peft.CONFIG).read_text()

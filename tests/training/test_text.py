@@ -158,25 +158,6 @@ def test_a_decoder_learns_answers(llama: pathlib.Path, tmp_path: pathlib.Path) -
     assert summary["tokens_per_second"] > 0
 
 
-@pytest.mark.parametrize(
-    ("description", "per_layer"),
-    [(tiny.GPT2, 4), (tiny.GEMMA3, 7), (tiny.QWEN3_MOE, 8)],
-    ids=["gpt2", "gemma3", "qwen3_moe"],
-)
-def test_a_decoder_of_another_family_trains(
-    description: dict[str, Any], per_layer: int, tmp_path: pathlib.Path
-) -> None:
-    source = tiny.write_examples(tmp_path / "data", ("text",), int)
-    weights = tiny.write_model(tmp_path / "model", description)
-    lora = LoraConfig(rank=2, targets=("all-linear",))
-    config = text_config(causal_lm, weights, source, lora=lora, steps=2, evaluate_every=2)
-    summary = train_in(tmp_path / "run", config)
-    before, after = summary["before"]["validation"], summary["after"]["validation"]
-    assert after["loss"] < before["loss"]
-    assert summary["merged_difference"] < 1e-5
-    assert len(lora_jax.restore(tmp_path / "run/adapters/last").layout.targets) == 2 * per_layer
-
-
 @pytest.mark.parametrize("scan", [False, True])
 def test_scanned_layers_have_stacked_adapters(scan: bool, tmp_path: pathlib.Path) -> None:
     roberta = tiny.write_model(tmp_path / "roberta", tiny.ROBERTA)
