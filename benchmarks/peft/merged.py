@@ -31,13 +31,10 @@ SPECS: dict[str, LoraSpec] = {
     "deberta_v2": LoraSpec(2, 3.0, "bert/encoder/layer_*/**/kernel"),
     "deberta_v3": LoraSpec(2, 3.0, "bert/encoder/layer_*/**/kernel"),
 }
-EXPERTS = LoraSpec(2, 3.0, "layers_*/attention/*/kernel")
-SPECS |= dict.fromkeys(("mixtral", "qwen3_moe", "qwen3_moe_biased"), EXPERTS)
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_scanned": ("llama", {"scan": True}),
     "llama_qlora": ("llama", {"quantize": "nf4"}),
     "llama_pissa": ("llama", {"begin": "pissa"}),
-    "qwen3_moe_experts": ("qwen3_moe", {"spec": LoraSpec(2, 3.0)}),
     "bert_number": ("bert", {"labels": ()}),
     "smollm2_gguf": (
         models.SMOLLM2,
@@ -52,8 +49,8 @@ def exported(scratch: pathlib.Path, name: str, model: str, options: dict[str, An
     """Write the folders `name.hf` and `name.peft`, with the outputs of the run in both."""
     run = write_run(scratch / "runs" / name, model, **options)
     for kind in ("hf", "peft"):
-        if kind == "peft" and ("quantize" in options or name == "qwen3_moe_experts"):
-            continue  # PEFT's base is not quantised; for experts see benchmarks.peft.adapters
+        if kind == "peft" and "quantize" in options:
+            continue  # PEFT's base would be another one
         out = scratch / "out" / f"{name}.{kind}"
         status = export_command.main([str(run.folder), "--format", kind, "--out", str(out)])
         assert status == 0, (name, kind)
