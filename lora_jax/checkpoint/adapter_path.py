@@ -45,11 +45,11 @@ def find_one(path: str) -> RemotePath:
 
 def _at(path: str) -> list[tuple[str, RemotePath]]:
     folder = storage.folder_at(path)
-    own = _adapter_in(folder)
+    own = adapter_in(folder)
     if own is not None:
         return [(_own_name(own), own)]
     runs = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [(run.name, own) for run in runs if (own := _adapter_in(run)) is not None]
+    found = [(run.name, own) for run in runs if (own := adapter_in(run)) is not None]
     if not found:
         raise LoraError(f"no adapter at {path}: {_there(folder)}")
     return found
@@ -73,8 +73,8 @@ def _name_of(given: str) -> tuple[str | None, str]:
     return name, path
 
 
-def _adapter_in(folder: RemotePath) -> RemotePath | None:
-    """`folder` itself, or the best or last adapter of the run that it is."""
+def adapter_in(folder: RemotePath) -> RemotePath | None:
+    """Return `folder` itself, or the best or last adapter of the run that it is; None: neither."""
     places = (folder, folder / "adapters" / "best", folder / "adapters" / "last")
     return next((place for place in places if (place / "meta").exists()), None)
 

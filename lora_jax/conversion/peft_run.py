@@ -270,11 +270,11 @@ def _reference(found: peft.Description, given: str | None) -> str:
     name, revision = _text(named[-1]), _text(found.settings.get("revision"))
     if not name:
         raise LoraError("the folder does not name its base: say it by --base REFERENCE")
-    hub = f"hub:{name}@{revision}" if revision else f"hub:{name}"
+    hub = name if ":" in name else f"hub:{name}@{revision}" if revision else f"hub:{name}"
     raise LoraError(
         f"the folder names the base {name!r}, which is not a folder here. An adapter may come from "
         "anyone, so a base is fetched only if you name it:\n"
-        f"  --base {shlex.quote(hub)}      from the hub\n"
+        f"  --base {shlex.quote(hub)}\n"
         "  --base path/to/model    a folder of yours"
     )
 

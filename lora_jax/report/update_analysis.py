@@ -51,7 +51,9 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
     if not member.layout.targets:
         return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
     there = places(member.layout)
-    whose = Paragraph(f"Of adapters/{folder.name} of {run.name}.")
+    whose = Paragraph(
+        f"Of adapters/{folder.name} of {run.name}." if folder != run else f"Of {run}."
+    )
     spectra = Section(_TITLE, (whose, *_spectra(there, found, member.layout)))
     return spectra, Section("What of W it amplifies", _amplified(run, base))
 
