@@ -109,7 +109,7 @@ def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
         ratio, kinds = config.optimizer.loraplus_lr_ratio, {t.kind for t in found.layout.targets}
         check_loraplus(ratio, kinds)
     except LoraError as error:
-        raise ConfigError(f"--from {config.start_from} ({folder}): {error}") from error
+        raise ConfigError(f"--from {config.start_from} ({folder}) does not fit: {error}") from error
     return found
 
 
