@@ -14,20 +14,20 @@ import safetensors.numpy
 
 import lora_jax
 import train
-from lora_jax import models, planner
+from lora_jax import planner
 from lora_jax.__main__ import main
 from lora_jax.checkpoint import restore_layout
 from lora_jax.command_line import parse
 from lora_jax.groups import loop
 from lora_jax.groups.config import GroupConfig, Member
-from lora_jax.serving import served_adapters
-from lora_jax.serving.classifier import Classifier
 from lora_jax.training import earlier_adapter, mesh, metrics
 from lora_jax.training.classification import classification
 from lora_jax.training.config import ConfigError, LoraConfig
 from lora_jax.training.method import MethodConfig
 from lora_jax.training.text import ModelConfig, TextConfig
+from tests import npz
 from tests.conversion import bases
+from tests.exchange.tiny import ADAPTERS
 from tests.serving import classifiers
 from tests.training import runs, tiny
 
@@ -82,25 +82,22 @@ def test_a_folder_that_was_saved_by_hand(first: pathlib.Path, tmp_path: pathlib.
 
 
 def test_an_imported_run_trains_on(tmp_path: pathlib.Path) -> None:
-    """PEFT's adapter and head, on texts: the loss is that of what predict gives."""
-    base = bases.base(tmp_path, "bert")
+    """On texts whose logits PEFT has computed: the first loss is theirs."""
+    base, golden = bases.base(tmp_path, "bert"), npz.read(ADAPTERS / "bert/expected.npz")
     arguments = ["--base", str(base), "--labels", "b", "c", "a", "--out", str(tmp_path / "run")]
     assert main(["import", bases.adapter("bert"), *arguments]) == 0
-    random, folder, texts = np.random.default_rng(0), tmp_path / "data", []
-    folder.mkdir()
+    (tmp_path / "data").mkdir()
+    texts = [bases.text(ids) for ids in golden["input_ids"].tolist()]
+    lines = [json.dumps({"text": texts[i % 2], "label": "abc"[i % 3]}) for i in range(18)]
     for split in ("train", "validation"):
-        texts = [bases.text(random.integers(3, 23, 7).tolist()) for _ in range(16)]
-        lines = [{"text": text, "label": "abc"[i % 3]} for i, text in enumerate(texts)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    config = classifiers.config_of(base, str(folder / "{split}.jsonl"), pooling="roberta_head")
-    data = dataclasses.replace(config.data, max_length=8, label_names=("b", "c", "a"))
-    config = dataclasses.replace(config, data=data, start_from=str(tmp_path / "run"), steps=1)
-    classifiers.train_in(tmp_path / "on", dataclasses.replace(config, evaluate_every=1))
-    served = served_adapters.open_adapters([str(tmp_path / "run")], models.BertConfig)
-    scores = dict(Classifier(served, 16).scores([0] * 16, texts))
-    losses = [
-        np.log(np.exp(scores[i]).sum()) - scores[i]["bca".index("abc"[i % 3])] for i in range(16)
-    ]
+        (tmp_path / f"data/{split}.jsonl").write_text("\n".join(lines))
+    source = str(tmp_path / "data/{split}.jsonl")
+    config = classifiers.config_of(base, source, pooling="roberta_head")
+    config = other(config, max_length=8, label_names=("b", "c", "a"), steps=1, evaluate_every=1)
+    config = dataclasses.replace(config, start_from=str(tmp_path / "run"))
+    classifiers.train_in(tmp_path / "on", config)
+    shares = np.exp(golden["out"]) / np.exp(golden["out"]).sum(-1, keepdims=True)
+    losses = [-np.log(shares[i % 2, "bca".index("abc"[i % 3])]) for i in range(18)]
     assert validation(tmp_path / "on")[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
