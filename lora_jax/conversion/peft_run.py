@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -163,7 +164,7 @@ def _encoder(
     return adapter, {"bert": bert}, about, (note, pooling)
 
 
-_EXAMPLE = jnp.zeros((1, 2), jnp.int32)  # token ids that a model is traced on
+_EXAMPLE = jax.ShapeDtypeStruct((1, 2), jnp.int32)  # token ids that a model is traced on
 
 
 def _stored_or_open(source: Folder, config: models.BertConfig, head: models.Head) -> Any:

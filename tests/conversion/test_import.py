@@ -104,11 +104,24 @@ def test_a_decoder_generates(imported: Imported, tmp_path: pathlib.Path) -> None
     assert json.loads(out.read_text())["text"].split() == [f"t{logits[0, -1].argmax()}"]
 
 
-def test_modules_to_save_come_along(imported: Imported) -> None:
-    """Red: only the factors written."""
+def test_modules_to_save_come_along(
+    imported: Imported, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An output head and a norm. Red: only the factors written; generated with the base's head;
+    the base itself asked for, and its head is another's."""
     run = imported("saved", "llama")
     saved = lora_jax.restore(run / "adapters/best").trainable
     assert sorted(saved) == ["lm_head/kernel", "norm/scale"]
+    ids, logits = golden("saved")
+    given = ["generate", "--adapter", str(run), "--prompt", bases.text(ids[1])]
+    given += ["--max-new-tokens", "1", "--out", str(tmp_path / "out.jsonl")]
+    assert main(given) == 0
+    written = json.loads((tmp_path / "out.jsonl").read_text())["text"].split()
+    assert written == [f"t{logits[1, -1].argmax()}"]
+    assert main([*given, "--base-too"]) == 1
+    assert main([*given, "--adapter", str(imported("plain", "llama"))]) == 1
+    said = capsys.readouterr().err
+    assert "run the base alone" in said and "open it alone" in said
 
 
 def test_a_report_says_where_it_came_from(
