@@ -135,8 +135,9 @@ def test_a_report_says_where_it_came_from(
     assert "Curves" not in text
 
 
-def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path) -> None:
-    """Save -> import -> predict. Red: `about` not read from the file."""
+def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path, capsys: Any) -> None:
+    """Save -> import -> predict. Red: `about` not read from the file; a pooling that is guessed
+    where the file does not say it."""
     weights = tiny.write_model(tmp_path / "model", tiny.ROBERTA)
     source = classifiers.examples(tmp_path / "data", lambda k: "abc"[k], ("line",))
     config = classifiers.config_of(weights, source, fields=("line",), pooling="cls")
@@ -152,6 +153,10 @@ def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path) -> None:
         assert main(["predict", *given]) == 0
         answers.append(out.read_text())
     assert answers[0] and answers[0] == answers[1]
+    peft.save(tmp_path / "silent", names, adapter, base=str(weights))
+    assert main(["import", str(tmp_path / "silent"), "--out", str(tmp_path / "none")]) == 1
+    assert "Say it by --pooling:\n  mean: the mean of" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_folder_names_its_base_only_if_that_is_here(
