@@ -160,9 +160,11 @@ def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path, capsys: A
 
 
 def test_a_folder_names_its_base_only_if_that_is_here(
-    models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    """Red: any reference opened on the folder's word."""
+    """Red: a reference opened on the folder's word, because a folder has the same name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hub:some/one").mkdir(parents=True)
     shutil.copytree(bases.adapter("plain"), tmp_path / "adapter")
     file, out = tmp_path / "adapter/adapter_config.json", str(tmp_path / "run")
     settings = json.loads(file.read_text())
