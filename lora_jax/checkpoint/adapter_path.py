@@ -29,8 +29,8 @@ def find(given: str) -> list[tuple[str, RemotePath]]:
     return [(name, found[0][1])]
 
 
-def find_one(path: str) -> RemotePath:
-    """Return the folder of the one adapter at a path.
+def find_one(path: str) -> tuple[str, RemotePath]:
+    """Return (name, folder) of the one adapter at a path.
 
     Raises:
       LoraError: there is none, or there are several.
@@ -40,7 +40,7 @@ def find_one(path: str) -> RemotePath:
         raise LoraError(
             f"{path} holds {len(found)} runs; name one of them:\n{listed(_runs(found))}"
         )
-    return found[0][1]
+    return found[0]
 
 
 def _at(path: str) -> list[tuple[str, RemotePath]]:

@@ -17,7 +17,7 @@ from lora_jax.updates.kind import kind_of
 
 def report(path: pathlib.Path, base: BaseChoice) -> Report:
     """Say where the adapter is from, what it changes, and what its update is made of."""
-    folder = adapter_path.find_one(str(path))
+    _, folder = adapter_path.find_one(str(path))
     layout, about = checkpoint.restore_layout(folder), checkpoint.restore_about(folder)
     trainable = adapter.restore_trainable_shapes(folder)
     return Report(

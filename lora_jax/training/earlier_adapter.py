@@ -90,7 +90,7 @@ def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
     """
     if config.start_from is None:
         return None
-    folder = adapter_path.find_one(config.start_from)
+    _, folder = adapter_path.find_one(config.start_from)
     about = checkpoint.restore_about(folder)
     found = EarlierAdapter(
         config.start_from,

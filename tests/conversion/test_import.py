@@ -249,7 +249,7 @@ def test_an_encoder_without_a_head(
     )
     assert main(["import", str(tmp_path / "peft"), "--out", str(tmp_path / "run")]) == 0
     assert "no classification head" in capsys.readouterr().err
-    saved = lora_jax.restore(adapter_path.find_one(str(tmp_path / "run")))
+    saved = lora_jax.restore(adapter_path.find_one(str(tmp_path / "run"))[1])
     assert saved.layout.targets == layout.targets and not saved.trainable
 
 
