@@ -230,13 +230,15 @@ def _labels(
     if given and len(given) != (0 if outputs == 1 else outputs):
         wanted = "no labels: it gives a number" if outputs == 1 else f"{outputs} labels"
         raise LoraError(f"--labels has {len(given)} names, and the head takes {wanted}")
+    if len(set(given)) != len(given):
+        raise LoraError(f"--labels names a class twice: {list(given)}")
     if given or outputs == 1:
         return tuple(given)
     ids = source.json.get("id2label")
     ids = ids if isinstance(ids, dict) else {}
     of_base = [ids.get(str(i)) for i in range(outputs)] if len(ids) == outputs else None
     for names in (_texts(found.about.get("labels")), _texts(of_base)):
-        if len(names) == outputs:
+        if len(set(names)) == outputs:
             return names
     return tuple(f"LABEL_{i}" for i in range(outputs))
 

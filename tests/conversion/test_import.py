@@ -200,6 +200,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         (("{plain}", "--base", "{models}/vit"), "encoder of images"),
         (("{plain}", "--base", "{models}/nowhere"), "neither a folder nor"),
         (("{bert}", "--base", "{models}/bert", "--labels", "a", "b"), "2 names, .* 3 labels"),
+        (("{bert}", "--base", "{models}/bert", "--labels", "a", "b", "a"), "a class twice"),
         (("{bert}", "--base", "{models}/bert", "--lengths", "8", "99"), "within 1 to 12"),
         (("{bert}", "--base", "{models}/bert", "--pooling", "mean"), "bert.pooler.dense"),
     ],
