@@ -41,34 +41,66 @@ def head_of(
         tell what it reads.
     """
     _check_task(found)
-    rows, stored = _rows(found), stored_head(source.stored(), DENSE)
-    names = {kind: models.hf_names(config, models.Head(kind, 1)) for kind in ("mean", DENSE)}
-    out, deep_out = (_module(names[kind]["classifier/out/kernel"]) for kind in names)
-    dense = _module(names[DENSE]["classifier/dense/kernel"])
-    held = {_module(names[DENSE][p]): x.shape[-1] for p, x in stored.items() if "kernel" in p}
-    outputs = rows.get(deep_out) or rows.get(out)
+    there = _modules(found, source, config)
+    outputs = there.folder.get(there.deep) or there.folder.get(there.plain)
     if outputs is None and found.settings.get("task_type") != "FEATURE_EXTRACTION":
-        outputs = held.get(deep_out)
+        outputs = there.base.get(there.deep)
     if outputs is None:
         return None
+    kind, why = (pooling, "as you say") if pooling is not None else _pooling(found, there)
+    if kind not in models.bert.POOLINGS:
+        known = ", ".join(models.bert.POOLINGS)
+        raise LoraError(f"the folder says that its pooling is {kind[:80]!r}; known are {known}")
+    if kind == DENSE and source.json.get("classifier_pooling") == "mean":
+        raise LoraError(
+            f"{source.path} has classifier_pooling 'mean': its head is a dense layer over the "
+            "mean of the tokens, which is not supported; 'cls' is"
+        )
+    return FoundHead(models.Head(kind, outputs), why)
+
+
+class _HeadModules(NamedTuple):
+    """The modules of a head, and how many output rows each module has that is stored.
+
+    plain: the last one of a head of one product. deep, dense: the last and the first of two.
+    folder: rows of all modules of the PEFT folder. base: of those of the base's own head.
+    """
+
+    plain: str
+    deep: str
+    dense: str
+    folder: dict[str, int]
+    base: dict[str, int]
+
+
+def _modules(found: peft.Description, source: Folder, config: models.BertConfig) -> _HeadModules:
+    plain, deep = (models.hf_names(config, models.Head(kind, 1)) for kind in ("mean", DENSE))
+    stored = stored_head(source.stored(), DENSE)
+    base = {_module(deep[path]): x.shape[-1] for path, x in stored.items() if "kernel" in path}
+    out, first = "classifier/out/kernel", "classifier/dense/kernel"
+    return _HeadModules(
+        _module(plain[out]), _module(deep[out]), _module(deep[first]), _rows(found), base
+    )
+
+
+def _pooling(found: peft.Description, there: _HeadModules) -> tuple[str, str]:
+    """What the head reads, and how that is known."""
     said = found.about.get("model")
     said = said.get("pooling") if isinstance(said, dict) else None
-    if pooling is not None:
-        chosen = pooling, "as you say"
-    elif said is not None:
-        chosen = said, "as the folder says"
-    elif dense in rows or (deep_out != out and deep_out in rows):
-        chosen = DENSE, f"by the folder's {dense if dense in rows else deep_out}"
-    elif dense in held and not found.ours:
-        chosen = DENSE, f"by the base's {dense}, which transformers' classifiers read"
-    else:
-        raise LoraError(
-            f"the folder does not tell what its head {out!r} reads: it has no {dense!r}"
-            f"{', nor has the base' * (dense not in held)}. Say it by --pooling:\n"
-            f"{listed(f'{name}: {what}' for name, what in models.bert.POOLINGS.items())}"
-        )
-    _check_pooling(chosen[0], source)
-    return FoundHead(models.Head(chosen[0], outputs), chosen[1])
+    if said is not None:
+        return str(said), "as the folder says"
+    if there.dense in there.folder:
+        return DENSE, f"by the folder's {there.dense}"
+    if there.deep != there.plain and there.deep in there.folder:
+        return DENSE, f"by the folder's {there.deep}"
+    if there.dense in there.base and not found.ours:
+        return DENSE, f"by the base's {there.dense}, which transformers' classifiers read"
+    nor = "" if there.dense in there.base else ", nor has the base"
+    raise LoraError(
+        f"the folder does not tell what its head {there.plain!r} reads: it has no "
+        f"{there.dense!r}{nor}. Say it by --pooling:\n"
+        f"{listed(f'{name}: {what}' for name, what in models.bert.POOLINGS.items())}"
+    )
 
 
 def _check_task(found: peft.Description) -> None:
@@ -80,20 +112,6 @@ def _check_task(found: peft.Description) -> None:
         raise LoraError(
             f"the folder is for task_type {str(task)[:80]!r} ({name[:80] or 'no class named'}); "
             "encoders are taken with a head for whole texts (SEQ_CLS) or with none"
-        )
-
-
-def _check_pooling(pooling: object, source: Folder) -> None:
-    if pooling not in models.bert.POOLINGS:
-        raise LoraError(
-            f"the folder says that its pooling is {str(pooling)[:80]!r}; known are "
-            f"{', '.join(models.bert.POOLINGS)}"
-        )
-    own = source.json.get("classifier_pooling")
-    if pooling == DENSE and own == "mean":
-        raise LoraError(
-            f"{source.path} has classifier_pooling 'mean': its head is a dense layer over the "
-            "mean of the tokens, which is not supported; 'cls' is"
         )
 
 

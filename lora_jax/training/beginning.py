@@ -60,10 +60,7 @@ def begin(
       lora_jax.LoraError: a method that does not go with the kind of update.
     """
     if earlier is not None:
-        how = dataclasses.replace(lora, init=earlier.begun or "gaussian")
-        found = begin(how, workload, layout, params, place, key)
-        adapters, params = restore(earlier, workload, layout, found.params, place)
-        return Beginning(found.workload, params, adapters)
+        return _as_saved(earlier, lora, workload, layout, params, place, key)
     if lora.init == "eva":
         return Beginning(workload, params, _from_inputs(workload, layout, params, place, key))
     if not lora.changes_base:
@@ -79,6 +76,22 @@ def begin(
     about = {**workload.about, BEGUN: method}
     new = jax.device_put(start.params, place.params)
     return Beginning(dataclasses.replace(workload, about=about), new, start.adapters)
+
+
+def _as_saved(
+    earlier: EarlierAdapter,
+    lora: LoraConfig,
+    workload: Workload,
+    layout: Layout,
+    params: Tree,
+    place: Placement,
+    key: jax.Array,
+) -> Beginning:
+    """The earlier adapter, on its base as that was changed before it was trained."""
+    how = dataclasses.replace(lora, init=earlier.begun or "gaussian")
+    found = begin(how, workload, layout, params, place, key)
+    adapters, params = restore(earlier, workload, layout, found.params, place)
+    return Beginning(found.workload, params, adapters)
 
 
 def _from_inputs(
