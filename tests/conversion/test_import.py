@@ -17,7 +17,6 @@ import lora_jax
 from lora_jax import models, paths
 from lora_jax.__main__ import main
 from lora_jax.checkpoint import adapter_path
-from lora_jax.checkpoint.adapter import restore_about
 from lora_jax.exchange import peft
 from lora_jax.serving import served_adapters
 from tests import npz
@@ -136,15 +135,14 @@ def test_a_report_says_where_it_came_from(
 
 
 def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path, capsys: Any) -> None:
-    """Save -> import -> predict. Red: `about` not read from the file; a pooling that is guessed
+    """Export -> import -> predict. Red: `about` not read from the file; a pooling that is guessed
     where the file does not say it."""
     weights = tiny.write_model(tmp_path / "model", tiny.ROBERTA)
     source = classifiers.examples(tmp_path / "data", lambda k: "abc"[k], ("line",))
     config = classifiers.config_of(weights, source, fields=("line",), pooling="cls")
     run = classifiers.export_in(tmp_path / "run", config)
-    adapter, about = lora_jax.restore(run / "adapters/best"), restore_about(run / "adapters/best")
-    names = models.hf_names(models.open(str(weights)).config, models.Head("cls", 3))
-    peft.save(tmp_path / "peft", names, adapter, base=str(weights), about=about)
+    out = ["--format", "peft", "--out", str(tmp_path / "peft")]
+    assert main(["export", str(run), *out]) == 0
     assert main(["import", str(tmp_path / "peft"), "--out", str(tmp_path / "again")]) == 0
     answers = []
     for one in ("run", "again"):
@@ -153,6 +151,8 @@ def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path, capsys: A
         assert main(["predict", *given]) == 0
         answers.append(out.read_text())
     assert answers[0] and answers[0] == answers[1]
+    names = models.hf_names(models.open(str(weights)).config, models.Head("cls", 3))
+    adapter = lora_jax.restore(run / "adapters/best")
     peft.save(tmp_path / "silent", names, adapter, base=str(weights))
     assert main(["import", str(tmp_path / "silent"), "--out", str(tmp_path / "none")]) == 1
     assert "Say it by --pooling:\n  mean: the mean of" in capsys.readouterr().err
