@@ -5,6 +5,7 @@
     python train.py --steps 50 --lora.rank 4               any field of the config
     python train.py --help                                 all of them
     python train.py --plan                                 what the run needs, without running it
+    python train.py --from runs/earlier                    go on with an adapter, in a new run
 
 The same command goes on with a run that was stopped. Started on many machines at once it is one
 run on all of them (docs/pods.md). No LoRA algebra is in here: `lora_jax` does that, and
@@ -29,7 +30,16 @@ from lora_jax.console import USER_ERRORS, Console, quiet_storage, say
 from lora_jax.groups import loop as group
 from lora_jax.groups import results
 from lora_jax.groups.config import GroupConfig
-from lora_jax.training import beginning, directory, mesh, optimizer, processes, step, summary
+from lora_jax.training import (
+    beginning,
+    directory,
+    earlier_adapter,
+    mesh,
+    optimizer,
+    processes,
+    step,
+    summary,
+)
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
 from lora_jax.training.evaluation import first_batch, merged_difference
@@ -99,9 +109,11 @@ def train(
 
     # ---- what is trained: adapters on the targets, and a few base parameters in full
     key, lora = jax.random.key(config.seed), config.adaptation
-    layout = lora_jax.resolve(lora.spec, workload.apply, params, example, train=True, key=key)
-    workload, params, begun = beginning.begin(lora, workload, layout, params, place, key)
-    patterns = workload.trainable if lora.trainable is None else lora.trainable
+    earlier = earlier_adapter.open_earlier(config, workload)  # None: the run begins afresh
+    spec = lora.spec if earlier is None else earlier.spec
+    layout = lora_jax.resolve(spec, workload.apply, params, example, train=True, key=key)
+    workload, params, begun = beginning.begin(lora, workload, layout, params, place, key, earlier)
+    patterns = earlier_adapter.patterns(lora, workload, earlier)
     base, frozen = lora_jax.frozen.split(params, patterns)
     step.check_apart(layout, base)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
@@ -118,6 +130,8 @@ def train(
         processes.Preemption() as preemption,
     ):
         say(console, summary.opening(loop.run, loop.state))
+        if earlier is not None:
+            say(console, str(earlier))
         if loop.run.start == 0:
             loop.evaluate_before()
         for n in loop.steps():

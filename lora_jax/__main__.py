@@ -5,6 +5,7 @@
     generate    continue texts with trained adapters
     export      write a run as a merged model, or as an adapter of PEFT, llama.cpp or MLX
     report      write a page about one run, or many side by side
+    import      make a PEFT folder a run
 
 `lora-jax COMMAND --help` lists the options of a command.
 
@@ -86,12 +87,19 @@ def _report(arguments: Sequence[str]) -> int:
     return command.main(arguments)
 
 
+def _import(arguments: Sequence[str]) -> int:
+    from lora_jax.conversion import import_command
+
+    return import_command.main(arguments)
+
+
 COMMANDS: dict[str, Command] = {
     "train": _train,
     "predict": _predict,
     "generate": _generate,
     "export": _export,
     "report": _report,
+    "import": _import,
 }
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from lora_jax import planner
 from lora_jax.errors import listed, nearest
 from lora_jax.groups.config import GroupConfig, GroupOptions
 from lora_jax.groups.sweep import SweepConfig
-from lora_jax.training.config import Config, ConfigError, check_lora_counts
+from lora_jax.training.config import Config, ConfigError, check_lora_counts, check_start
 
 Runnable = Config | GroupOptions
 
@@ -77,6 +77,7 @@ def parse(
     for before, after in _pairs(config, run):
         if before.lora != after.lora:
             check_lora_counts(after, "the command line")
+            check_start(before, after)
     if not isinstance(run, GroupOptions):
         return name, run, given.plan
     if given.plan.plan:

@@ -44,7 +44,7 @@ LONGEST = (
     "test_quantised_plan", "test_text", "test_transform", "test_checkpoints", "test_router",
     "test_group", "test_report", "test_resume", "test_generation", "test_built_in_models",
     "test_adapter", "test_predict",
-    "test_peft_round_trip", "test_peft_golden",
+    "test_peft_round_trip", "test_peft_golden", "test_from", "test_import",
 )  # fmt: skip
 
 MOST_RESIDENT = 10**9  # bytes; without programs a worker has about 0.4e9

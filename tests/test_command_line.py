@@ -102,7 +102,7 @@ def test_every_field_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = capsys.readouterr().out.replace("│", " ").split("--")
     nested = {"workload", "lora", "optimizer", "mesh", "processes"}
     for field in set(every_field(Config)) - nested:
-        option = field.replace("_", "-")
+        option = "from" if field == "start_from" else field.replace("_", "-")
         block = next(" ".join(b.split()) for b in blocks if b.startswith(f"{option} "))
         meaning = block.partition("(default")[0].removeprefix(option)
         assert len([w for w in meaning.split() if w.islower()]) >= 1, block

@@ -88,8 +88,8 @@ ARROWS = {
     }
     | {"extras", "layout", "models", "multi", "paths", "transform", "updates"},
     "conversion": {"adapters", "base", "bases", "beginnings", "checkpoint", "console", "errors"}
-    | {"exchange", "extras", "hf_module", "layout", "models", "paths", "serving", "target"}
-    | {"updates"},
+    | {"exchange", "extras", "hf_module", "layout", "merge", "models", "paths", "serving"}
+    | {"target", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
     | {"layout", "serving", "training", "updates"},
     "command_line": {"errors", "extras", "groups", "planner", "training"},

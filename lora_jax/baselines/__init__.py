@@ -21,4 +21,5 @@ from lora_jax.baselines.methods import prefix_embedding as prefix_embedding
 from lora_jax.baselines.methods import prefix_layer as prefix_layer
 from lora_jax.baselines.methods import top_layers as top_layers
 from lora_jax.baselines.prefix import Prefix as Prefix
+from lora_jax.baselines.saved import check_lora as check_lora
 from lora_jax.baselines.sites import HEAD as HEAD

@@ -6,7 +6,7 @@ when they are read: a damaged adapter is an error, never other numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax
@@ -138,18 +138,33 @@ def restore_about(path: Path) -> dict[str, Any]:
     return dict(about) if isinstance(about, Mapping) else {}
 
 
-def check_trained_on(path: Path, ours: Fingerprint, *, allow_other_base: bool = False) -> None:
+def restore_trainable_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the trainable parameters by path, without reading an array."""
+    manifest = _open(path, None)[2]
+    return {p: manifest.arrays[f"base/{p}"].shape for p in manifest.notes["base"]}
+
+
+def check_trained_on(
+    path: Path,
+    ours: Fingerprint,
+    *,
+    allow_other_base: bool = False,
+    fresh: Container[str] = (),
+) -> None:
     """Check the base as `restore(params=...)` does, given its fingerprint.
 
     Args:
       path: the folder.
       ours: `lora_jax.fingerprint` of the base here.
       allow_other_base: check nothing.
+      fresh: paths of parameters here that need not have been there, such as a new head.
 
     Raises:
       LoraError: the adapters were trained on another base, or do not say on which.
     """
     folder, _, manifest = _open(path, None)
+    known = manifest.notes["fingerprint"] or {}
+    ours = {p: value for p, value in ours.items() if p in known or p not in fresh}
     _check_base(folder, manifest, lambda: ours, allow_other_base)
 
 

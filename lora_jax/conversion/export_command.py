@@ -127,6 +127,7 @@ def _peft(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: C
         profile=options.profile,
         params=_base(run),
         task_type=task,
+        about={name: x for name, x in run.member.about.items() if name in _KEPT},
     )
     return f"{saved}\nits base is {name!r}; --base-name says otherwise"
 
@@ -164,6 +165,8 @@ def _orbax(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: 
     return f"wrote {out}: lora_jax.restore({str(out)!r})"
 
 
+# What `lora-jax import` has to know, of what training said of an adapter.
+_KEPT = ("model", "labels", "text_fields", "lengths", "prompt", "eos")
 _WRITE = {"hf": _hf, "peft": _peft, "gguf": _gguf, "mlx": _mlx, "orbax": _orbax}
 
 

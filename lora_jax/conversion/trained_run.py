@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from lora_jax import models, paths
 from lora_jax.adapters import Adapter
-from lora_jax.errors import LoraError, listed
+from lora_jax.checkpoint import adapter_path
+from lora_jax.errors import LoraError
 from lora_jax.models.weights.names import table_of
 from lora_jax.serving.served_adapters import (
     OpenedBase,
     ServedAdapter,
     begun_how,
-    find,
     open_base,
     quantised_how,
     read,
@@ -83,13 +83,7 @@ def open_run(path: str, base: str | None = None, trust_base: bool = False) -> Tr
         is not to be opened on its word alone.
       models.ModelError, OSError: the base cannot be had.
     """
-    found = find(path)
-    if len(found) > 1:
-        raise LoraError(
-            f"{path} holds {len(found)} runs; name one of them:\n"
-            f"{listed(str(folder) for _, folder in found)}"
-        )
-    member = read(*found[0])
+    member = read(*adapter_path.find_one(path))
     opened = open_base([member], base, trust_base)
     labels = tuple(member.about.get("labels") or ())
     run = TrainedRun(

@@ -26,6 +26,7 @@ from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
 from lora_jax.hf_module import HfNames
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+ABOUT = "lora_jax.about"  # the key of what `save` was told, in the metadata of the tensors
 FolderPath = str | os.PathLike[str]
 
 
@@ -41,6 +42,34 @@ class Saved(NamedTuple):
 
     def __str__(self) -> str:
         return "\n".join([f"wrote {self.folder}", *self.notes])
+
+
+class Description(NamedTuple):
+    """What a PEFT folder says of itself, without a model that it is for.
+
+    settings: adapter_config.json; shapes: of the tensors, by key.
+    about: what `save` was told to write; {} where it was told nothing, or PEFT wrote the folder.
+    ours: whether `save` wrote the folder.
+    """
+
+    settings: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    about: dict[str, Any]
+    ours: bool
+
+
+def describe(folder: FolderPath) -> Description:
+    """Read what a PEFT folder says of itself. Nobody has checked it: check the values you use.
+
+    Raises:
+      LoraError: no PEFT folder, or a damaged one.
+    """
+    place = _find(pathlib.Path(folder))
+    file = tensor_file.read(place / TENSORS)
+    about = tensor_file.parse_json(place / TENSORS, file.metadata.get(ABOUT, "{}").encode())
+    shapes = {key: x.shape for key, x in file.tensors.items()}
+    settings = tensor_file.read_json(place / CONFIG)
+    return Description(settings, shapes, about, tensor_file.DIGESTS in file.metadata)
 
 
 def load(
@@ -99,6 +128,7 @@ def save(
     profile: Literal["faithful", "portable"] = "faithful",
     params: Any = None,
     task_type: str | None = None,
+    about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Saved:
     """Write an adapter as a PEFT folder.
@@ -116,6 +146,8 @@ def save(
       params: the base parameters. Needed for biases and for modules that were trained in part;
         with them the modules are named shortly where that is exact.
       task_type: PEFT's, "CAUSAL_LM" or "SEQ_CLS" for example.
+      about: JSON values for whoever reads the folder by lora_jax (`describe`), such as what
+        `lora_jax.save` was given; they are in the metadata of the tensors, which others pass over.
       overwrite: replace an adapter that is in the folder.
 
     Returns:
@@ -128,7 +160,7 @@ def save(
     if (folder / CONFIG).exists() and not overwrite:
         raise LoraError(f"{folder} holds an adapter; choose another, or pass overwrite=True")
     settings, tensors = _spelled(names, adapter, base, profile, params, task_type)
-    _write(folder, settings, tensors)
+    _write(folder, settings, tensors, about)
     return Saved(folder, consumers.largest_rank(settings), consumers.notes(settings, tensors))
 
 
@@ -203,11 +235,17 @@ def _find(folder: pathlib.Path) -> pathlib.Path:
     raise LoraError(f"{place} has no {TENSORS}")
 
 
-def _write(folder: pathlib.Path, settings: Mapping[str, Any], tensors: Any) -> None:
+def _write(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    tensors: Any,
+    about: Mapping[str, Any] | None,
+) -> None:
     """Write both files, the arrays with the hashes that `_verify` compares."""
     digests = {key: tensor_file.digest(x) for key, x in tensors.items()}
     marks = {"settings": profiles.digest(settings), "tensors": digests}
     metadata = {"format": "pt", tensor_file.DIGESTS: json.dumps(marks)}
+    metadata |= {ABOUT: json.dumps(about)} if about else {}
     text = json.dumps(settings, indent=2) + "\n"
     write_together(
         folder,

@@ -139,7 +139,32 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     size = os.path.getsize(path)
     if size > JSON_BYTES:
         raise LoraError(f"{path} has {size:,} bytes; the limit of JSON is {JSON_BYTES:,}")
-    return _object(path, path.read_bytes())
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: pathlib.Path, text: bytes) -> dict[str, Any]:
+    """Read a JSON object out of a text of the file at `path`; see `read_json`."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise LoraError(f"{path}: the key {shown(twice)!r} is there twice")
+        return found
+
+    def finite(name: str) -> float:
+        raise LoraError(f"{path}: {name} is not a number that JSON has")
+
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=once, parse_constant=finite)
+    except LoraError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise LoraError(f"{path} is damaged, or is not JSON: {shown(error)}") from error
+    if not isinstance(value, dict):
+        raise LoraError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
 
 
 def check_name(path: pathlib.Path, name: str) -> None:
@@ -163,30 +188,7 @@ def _header(path: pathlib.Path, data: np.ndarray) -> tuple[dict[str, Any], np.nd
             f"{path} declares a header of {length:,} bytes, but the file has {len(data):,} and a "
             f"header may have {JSON_BYTES:,}: it is not a safetensors file, or it is damaged"
         )
-    return _object(path, data[8 : 8 + length].tobytes()), data[8 + length :]
-
-
-def _object(path: pathlib.Path, text: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise LoraError(f"{path}: the key {shown(twice)!r} is there twice")
-        return found
-
-    def finite(name: str) -> float:
-        raise LoraError(f"{path}: {name} is not a number that JSON has")
-
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=once, parse_constant=finite)
-    except LoraError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise LoraError(f"{path} is damaged, or is not JSON: {shown(error)}") from error
-    if not isinstance(value, dict):
-        raise LoraError(f"{path} holds {type(value).__name__}, expected an object")
-    return value
+    return parse_json(path, data[8 : 8 + length].tobytes()), data[8 + length :]
 
 
 def _entry(

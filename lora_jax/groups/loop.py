@@ -99,6 +99,10 @@ def _configs(config: GroupConfig, path: pathlib.Path) -> dict[str, Config]:
     found = {}
     for member in config.members:
         own = member.config
+        if own.start_from is not None:
+            raise ConfigError(
+                f"--from is for one run, and {member.name!r} is a member of a group: train it alone"
+            )
         plain = own.run_dir is None and own.mesh == MeshConfig() and not own.fresh
         if not plain:
             raise ConfigError(

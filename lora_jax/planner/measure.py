@@ -19,7 +19,7 @@ from lora_jax.planner.collectives import Cause, Collective
 from lora_jax.planner.devices import Device
 from lora_jax.planner.weights import WeightBytes, weight_bytes
 from lora_jax.resolve import resolve
-from lora_jax.training import mesh, optimizer, step
+from lora_jax.training import earlier_adapter, mesh, optimizer, step
 from lora_jax.training.config import Config
 from lora_jax.training.state import State
 from lora_jax.training.summary import on_each_device, parameters
@@ -121,8 +121,10 @@ def measure(
     batch = example(workload)
     place = mesh.place(workload, config.mesh, grid, batch)
     key, lora = jax.eval_shape(lambda: jax.random.key(0)), config.adaptation
-    layout = resolve(lora.spec, workload.apply, workload.params, batch, train=True, key=key)
-    patterns = workload.trainable if lora.trainable is None else lora.trainable
+    earlier = earlier_adapter.open_earlier(config, workload)
+    spec = lora.spec if earlier is None else earlier.spec
+    layout = resolve(spec, workload.apply, workload.params, batch, train=True, key=key)
+    patterns = earlier_adapter.patterns(lora, workload, earlier)
     params = jax.tree.map(_placed, workload.params, place.params)
     base, frozen = split(params, patterns)
     step.check_apart(layout, base)

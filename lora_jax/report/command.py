@@ -11,7 +11,8 @@ leave), or several directories, the runs side by side. Written are
     report.md        the same as Markdown
     *.png, *.svg     the figures
 
-A run that has not finished is shown as far as it is. What of W an update amplifies needs the base
+A run that has not finished is shown as far as it is, and so is an adapter without a run, which
+`lora-jax import` or `lora_jax.save` has written. What of W an update amplifies needs the base
 that the adapter names; where that cannot be had the report says so.
 
 Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
@@ -28,9 +29,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from lora_jax.checkpoint import adapter_path, storage
 from lora_jax.console import guarded, say
 from lora_jax.errors import LoraError
-from lora_jax.report import many_runs, render, run_files, single_run
+from lora_jax.report import many_runs, render, run_files, single_adapter, single_run
 from lora_jax.report.document import Note, Report
 from lora_jax.report.update_analysis import BaseChoice
 
@@ -42,7 +44,7 @@ class ReportOptions:
     run_dir: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN_DIR [RUN_DIR ...]")
     ] = ()
-    """A run directory of train.py, or a directory of such."""
+    """A run directory of train.py, a directory of such, or an adapter."""
     out: str | None = None
     """Where the files go. None: RUN_DIR/report."""
     base: str | None = None
@@ -78,6 +80,10 @@ def run(options: ReportOptions, console: Console) -> None:
         raise LoraError(
             f"{len(given)} run directories are compared in one report: say where it goes, --out DIR"
         )
+    if (given[0].expanduser() / "meta").exists() and options.out is None:
+        raise LoraError(
+            f"{given[0]} is an adapter's own folder: say where the report goes, --out DIR"
+        )
     made = make(given, BaseChoice(options.base, options.trust_base, options.allow_other_base))
     for note in notes(made):
         say(console, f"note: {note.text}")
@@ -87,6 +93,10 @@ def run(options: ReportOptions, console: Console) -> None:
 
 def make(given: Sequence[pathlib.Path], base: BaseChoice) -> Report:
     """The report of what is in these directories."""
+    if len(given) == 1 and not run_files.is_run(given[0].expanduser()):
+        path = given[0].expanduser()
+        if adapter_path.adapter_in(storage.folder_at(path)) is not None:
+            return single_adapter.report(path, base)
     runs = run_files.every(given)
     if len(given) == 1 and run_files.is_run(given[0].expanduser()):
         return single_run.report(runs[0], base)

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from lora_jax.checkpoint import adapter_path, storage
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.training import metrics
 from lora_jax.training.config_json import upgrade
@@ -101,6 +102,10 @@ def read(path: pathlib.Path) -> tuple[SavedRun, ...]:
     if is_run(path):
         return (_read(path),)
     members = [folder for folder in sorted(path.iterdir()) if is_run(folder)]
+    if not members and adapter_path.adapter_in(storage.folder_at(path)) is not None:
+        raise LoraError(
+            f"{path} is an adapter without a run: it has no scores to compare; give it alone"
+        )
     if not members:
         inside = sorted(p.name for p in path.iterdir())
         raise LoraError(

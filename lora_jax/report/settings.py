@@ -23,7 +23,7 @@ _ALWAYS = (
 
 def table(configs: Sequence[dict[str, Any]]) -> Table:
     """What all of these configs have in common, as far as it is no default; some in any case."""
-    every = [flat(config) for config in configs]
+    every = [_counting(config) for config in configs]
     common = {f: v for f, v in every[0].items() if all(c.get(f, ...) == v for c in every)}
     first, known = [field for field in _ALWAYS if field in common], flat(_defaults(TextConfig))
     rest = [f for f, value in common.items() if f not in first and known.get(f, ...) != value]
@@ -43,7 +43,7 @@ def table(configs: Sequence[dict[str, Any]]) -> Table:
 
 def in_words(configs: Sequence[dict[str, Any]]) -> str:
     """What is trained, on what, and how, in a line: as much as these configs have in common."""
-    every = [flat(config) for config in configs]
+    every = [_counting(config) for config in configs]
 
     def common(field: str, text: str) -> str:
         found = every[0].get(field)
@@ -53,11 +53,21 @@ def in_words(configs: Sequence[dict[str, Any]]) -> str:
     model = common("model.reference", "{}") or common("workload", "{}") or "several models"
     parts = [
         model + common("data.source", " on {}"),
+        common("start_from", "from {}"),
         *(common(f"lora.{name}", name + " {}") for name in ("rank", "alpha", "targets")),
         common("optimizer.learning_rate", "learning rate {}"),
         common("steps", "{} steps"),
     ]
     return ", ".join(filter(None, parts))
+
+
+def _counting(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that count: with `--from` the adapters are those of another run."""
+    found = flat(config)
+    if config.get("start_from") is None:
+        return found
+    free = ("lora.dropout", "lora.trainable")
+    return {f: value for f, value in found.items() if not f.startswith("lora.") or f in free}
 
 
 def _defaults(kind: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_jax import analysis
 from lora_jax.adapters import Adapter, init
-from lora_jax.checkpoint import adapter
+from lora_jax.checkpoint import adapter, adapter_path
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.storage import RemotePath
 from lora_jax.errors import LoraError
@@ -24,7 +24,6 @@ from lora_jax.report import charts, formatting, update_analysis
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import Place, label, layers, matrices, middle, places
 from lora_jax.report.run_files import SavedRun
-from lora_jax.serving import served_adapters
 from lora_jax.updates.kind import kind_of
 
 _TITLE = "Directions that runs share"
@@ -115,7 +114,7 @@ def _open(runs: Sequence[SavedRun]) -> tuple[list[One], list[Note]]:
     found, lost = [], []
     for run in runs:
         try:
-            _, folder = served_adapters.find(str(run.path))[0]
+            _, folder = adapter_path.find(str(run.path))[0]
             layout = adapter.restore_layout(folder)
         except LoraError as error:
             lost.append(Note(f"{run.name} is left out: {error}"))

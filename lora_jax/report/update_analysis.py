@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax import analysis
+from lora_jax.checkpoint import adapter_path
 from lora_jax.console import USER_ERRORS
 from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting
@@ -42,7 +43,7 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
     What cannot be had (an adapter, its base) is a note, and the rest is there.
     """
     try:
-        _, folder = served_adapters.find(str(run))[0]
+        _, folder = adapter_path.find(str(run))[0]
         member = _with_matrices(served_adapters.read(run.name, folder))
         found = analysis.spectrum(member.layout, member.adapters, _needed(member, run, base))
     except USER_ERRORS as error:
@@ -50,7 +51,9 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
     if not member.layout.targets:
         return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
     there = places(member.layout)
-    whose = Paragraph(f"Of adapters/{folder.name} of {run.name}.")
+    whose = Paragraph(
+        f"Of adapters/{folder.name} of {run.name}." if folder != run else f"Of {run}."
+    )
     spectra = Section(_TITLE, (whose, *_spectra(there, found, member.layout)))
     return spectra, Section("What of W it amplifies", _amplified(run, base))
 

@@ -28,19 +28,19 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from itertools import chain, islice
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from lora_jax import models
+from lora_jax import models, paths
 from lora_jax.console import FileBar, guarded, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, output, prompts
 from lora_jax.serving.generation import Decoder, stream
 from lora_jax.serving.prompts import Prompts, Request
 from lora_jax.serving.sampling import Sampling
-from lora_jax.serving.served_adapters import Served, open_adapters
+from lora_jax.serving.served_adapters import BASE_NAME, Served, open_adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,7 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
         decoder = _decoder(served)
     asked = Prompts(served, options.stop, options.base_too)
     requests = asked.all(given, f"{source}, line" if source else "--prompt")
+    _check_base_alone(served, requests)
     say(aside, _opening(served, asked))
     pieces = stream(
         decoder,
@@ -154,15 +155,33 @@ def _check(options: GenerateOptions) -> str | None:
 
 
 def _decoder(served: Served) -> Decoder:
+    """The decoder, with the base parameters that were trained with an adapter that is alone."""
+    params: Any = served.params
     for member in served.members:
-        if member.base:
+        if not member.base:
+            continue
+        if len(served.members) > 1:
             raise LoraError(
                 f"adapter {member.name!r} ({member.path}) was trained together with parameters of "
                 f"the base itself, which cannot be mixed in a batch:\n{listed(member.base)}\n"
-                "train it by LoRA with --lora.trainable left empty, or merge it in Python: "
-                "lora_jax.merge"
+                "open it alone"
             )
-    return Decoder(served.config, served.params, *(served.stack if served.members else ()))
+        leaves = paths.flatten(params)
+        own = {path: x.astype(leaves[path].dtype) for path, x in member.base.items()}
+        params = paths.replace(params, own)
+    return Decoder(served.config, params, *(served.stack if served.members else ()))
+
+
+def _check_base_alone(served: Served, requests: Sequence[Request]) -> None:
+    """Raise where the base is asked for, and the adapter has brought parameters into it."""
+    if any(member.base for member in served.members):
+        for request in requests:
+            if request.name == BASE_NAME:
+                raise LoraError(
+                    f"{BASE_NAME!r} is asked for, and {served.names[0]!r} was trained together "
+                    "with parameters of the base itself: run the base alone, with --base and no "
+                    "--adapter"
+                )
 
 
 def _sink(

@@ -18,7 +18,7 @@ from lora_jax import baselines, models, paths
 from lora_jax.adapters import Adapter
 from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, requantised
 from lora_jax.beginnings import init_from_base
-from lora_jax.checkpoint import adapter, storage
+from lora_jax.checkpoint import adapter, adapter_path
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import fingerprint
 from lora_jax.checkpoint.storage import Path, RemotePath
@@ -185,93 +185,13 @@ def read(name: str, path: Path) -> ServedAdapter:
     """One adapter from the folder that `lora_jax.save` wrote."""
     layout, adapters, base = restore(path)
     about = adapter.restore_about(path)
-    _check_method(name, path, base, about)
+    baselines.check_lora(name, path, base, about)
     return ServedAdapter(name, str(path), layout, adapters, base, about)
-
-
-def _check_method(name: str, path: Path, base: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Raise where a method has put parameters of its own into the model, which nobody reads here:
-    without them the outputs would be those of another model."""
-    own = [p for p in base if p.startswith(f"{baselines.EXTRA}/")]
-    if own:
-        raise LoraError(
-            f"{name!r} ({path}) was trained by the method {str(about.get('method'))[:80]}, which "
-            f"puts parameters of its own into the model:\n{listed(own)}\nHere LoRA adapters are "
-            "taken, and base parameters trained beside them. The run's summary.json has its "
-            "scores; in Python, lora_jax.baselines.Method.apply runs the model with them"
-        )
-
-
-def find(given: str) -> list[tuple[str, RemotePath]]:
-    """(name, folder) of each adapter that `[NAME=]PATH` stands for.
-
-    Raises:
-      LoraError: there is none, or one name for several.
-    """
-    name, path = _name_of(given)
-    folder = storage.folder_at(path)
-    own = _adapter_in(folder)
-    if own is not None:
-        return [(name or _own_name(own), own)]
-    runs = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [(run.name, own) for run in runs if (own := _adapter_in(run)) is not None]
-    if not found:
-        raise LoraError(f"no adapter at {path}: {_there(folder)}")
-    if name is not None:
-        raise LoraError(
-            f"{path} holds {len(found)} runs, which cannot all be called {name!r}; leave the name "
-            f"out, or open one of them:\n{listed(f'{name}={folder / n}' for n, _ in found)}"
-        )
-    return found
-
-
-def _name_of(given: str) -> tuple[str | None, str]:
-    """
-    >>> _name_of("reviews=runs/a"), _name_of("runs/lr=1e-3")
-    (('reviews', 'runs/a'), (None, 'runs/lr=1e-3'))
-    """
-    name, equals, path = given.partition("=")
-    if not equals or "/" in name:
-        return None, given
-    if not name or not path:
-        raise LoraError(f"an adapter is given as PATH or NAME=PATH, got {given!r}")
-    return name, path
-
-
-def _adapter_in(folder: RemotePath) -> RemotePath | None:
-    """`folder` itself, or the best or last adapter of the run that it is."""
-    places = (folder, folder / "adapters" / "best", folder / "adapters" / "last")
-    return next((place for place in places if (place / "meta").exists()), None)
-
-
-def _own_name(folder: RemotePath) -> str:
-    """`run` for run/adapters/best, else the folder's own name."""
-    resolved = folder.resolve()
-    inside = resolved.parent.name == "adapters" and resolved.name in ("best", "last")
-    return resolved.parent.parent.name if inside else resolved.name
-
-
-def _there(folder: RemotePath) -> str:
-    wanted = (
-        "expected a folder that lora_jax.save wrote, or a run directory of train.py with "
-        "adapters/best or adapters/last in it"
-    )
-    if not folder.exists():
-        around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        near = nearest(folder.name, around)
-        beside = f"\nnearest in {folder.parent.resolve()}:\n{listed(near)}" if near else ""
-        return f"there is no such folder; {wanted}{beside}"
-    if not folder.is_dir():
-        return f"it is a file; {wanted}"
-    inside = sorted(p.name for p in folder.iterdir())
-    if "config.json" in inside and "checkpoints" in inside:
-        return "the run has not exported one yet; it does at its first evaluation"
-    return f"the folder holds {', '.join(inside[:10]) or 'nothing'}; {wanted}"
 
 
 def _members(adapters: Sequence[str]) -> tuple[ServedAdapter, ...]:
     """What is given, read; every name once."""
-    found = [pair for given in adapters for pair in find(given)]
+    found = [pair for given in adapters for pair in adapter_path.find(given)]
     places: dict[str, RemotePath] = {}
     for name, path in found:
         if name == BASE_NAME:

@@ -1,4 +1,4 @@
-"""How the adapters of a run begin: by chance, by the base itself, or by its first batches."""
+"""How the adapters of a run begin: by chance, by the base, by its first batches, or as saved."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lora_jax.bases.recipe import BEGUN
 from lora_jax.beginnings import init_from_base, init_from_inputs
 from lora_jax.layout import Layout
 from lora_jax.training.config import ConfigError, LoraConfig
+from lora_jax.training.earlier_adapter import EarlierAdapter, restore
 from lora_jax.training.mesh import Placement
 from lora_jax.training.quantised import float_shardings
 from lora_jax.training.workload import Batch, Workload
@@ -43,17 +44,23 @@ def begin(
     params: Tree,
     place: Placement,
     key: jax.Array,
+    earlier: EarlierAdapter | None = None,
 ) -> Beginning:
     """Return how a run begins; the same arguments give the same, so that a run can go on.
 
     Args:
+      layout: of the adapters; with an earlier adapter what its spec resolves to.
       params: the arrays that the workload loaded.
       key: of the run.
+      earlier: the adapter to begin with. `lora` does not say how then; the base is changed as that
+        of the adapter was.
 
     Raises:
       ConfigError: a method that does not go with the base.
       lora_jax.LoraError: a method that does not go with the kind of update.
     """
+    if earlier is not None:
+        return _as_saved(earlier, lora, workload, layout, params, place, key)
     if lora.init == "eva":
         return Beginning(workload, params, _from_inputs(workload, layout, params, place, key))
     if not lora.changes_base:
@@ -69,6 +76,22 @@ def begin(
     about = {**workload.about, BEGUN: method}
     new = jax.device_put(start.params, place.params)
     return Beginning(dataclasses.replace(workload, about=about), new, start.adapters)
+
+
+def _as_saved(
+    earlier: EarlierAdapter,
+    lora: LoraConfig,
+    workload: Workload,
+    layout: Layout,
+    params: Tree,
+    place: Placement,
+    key: jax.Array,
+) -> Beginning:
+    """The earlier adapter, on its base as that was changed before it was trained."""
+    how = dataclasses.replace(lora, init=earlier.begun or "gaussian")
+    found = begin(how, workload, layout, params, place, key)
+    adapters, params = restore(earlier, workload, layout, found.params, place)
+    return Beginning(found.workload, params, adapters)
 
 
 def _from_inputs(

@@ -9,8 +9,8 @@ configs/own_model.py). Every field of every class can be set on the command line
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -264,6 +264,10 @@ class Config:
     """Delete what an earlier run left in the run directory and start from step 0."""
     allow_other_base: bool = incidental(False)
     """Go on with a run although the frozen weights are others than those it began on."""
+    start_from: Annotated[str | None, tyro.conf.arg(name="from")] = later(None)
+    """Begin with the adapters, and the parameters trained in full, of another run or import, or of
+    a folder that lora_jax.save wrote. Ranks, scales, targets and kinds are theirs; lora.dropout and
+    lora.trainable are this run's."""
     lora: LoraConfig = LoraConfig()
     """The adapters."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -277,10 +281,9 @@ class Config:
         for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every"):
             require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
-        ratio, kinds = self.optimizer.loraplus_lr_ratio, {str(r.kind) for r in self.lora.spec.rules}
-        without = sorted(kinds & {"vera", "loha", "lokr", "bias"})
-        one = f"1 with lora.kind {', '.join(without)}, in which no B begins at zero"
-        require(ratio == 1 or not without, "optimizer.loraplus_lr_ratio", ratio, one)
+        if self.start_from is None:
+            kinds = [str(rule.kind) for rule in self.lora.spec.rules]
+            check_loraplus(self.optimizer.loraplus_lr_ratio, kinds)
 
     @property
     def adaptation(self) -> LoraConfig:
@@ -299,7 +302,33 @@ class Config:
     def full_fine_tuning(self, **changes: Any) -> Config:
         """Return the same run with all parameters trained and no adapters, to compare with."""
         lora = dataclasses.replace(self.lora, targets=(), trainable=("**",))
-        return dataclasses.replace(self, lora=lora, **changes)
+        return dataclasses.replace(self, lora=lora, start_from=None, **changes)
+
+
+def check_loraplus(ratio: float, kinds: Iterable[str]) -> None:
+    """Raise `ConfigError` for LoRA+ with kinds of update that have no B of their own."""
+    without = sorted({*kinds} & {"vera", "loha", "lokr", "bias"})
+    one = f"1 with lora.kind {', '.join(without)}, in which no B begins at zero"
+    require(ratio == 1 or not without, "optimizer.loraplus_lr_ratio", ratio, one)
+
+
+def check_start(before: Config, after: Config) -> None:
+    """Raise `ConfigError` where a command line says of adapters what `--from` says already.
+
+    Args:
+      before: the config in its file. after: with the changes of the command line.
+    """
+    if after.start_from is None:
+        return
+    for field in dataclasses.fields(LoraConfig):
+        value = getattr(after.lora, field.name)
+        free = field.name in ("dropout", "trainable")
+        if not free and value != getattr(before.lora, field.name):
+            raise ConfigError(
+                f"--lora.{field.name} {value}: with --from the adapters are those of "
+                f"{after.start_from}, with their own ranks, scales, targets and kinds; leave it "
+                "out (--lora.dropout and --lora.trainable count)"
+            )
 
 
 def check_lora_counts(config: Config, given: str) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import filelock
 
+from lora_jax.checkpoint import adapter_path
 from lora_jax.errors import listed
 from lora_jax.training import curves, processes
 from lora_jax.training.config import Config, ConfigError
@@ -55,6 +56,7 @@ def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
 
 def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> None:
     """Hold the lock until `stack` is closed, and make the directory this config's."""
+    _check_apart(path, config.start_from)
     path.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path / "lock")
     try:
@@ -67,6 +69,15 @@ def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> No
     if config.fresh:
         _clear(path)
     _claim(path, config)
+
+
+def _check_apart(path: pathlib.Path, start: str | None) -> None:
+    """Raise where a run would overwrite the adapter that it begins with."""
+    inside = start and pathlib.Path(start).expanduser().resolve().is_relative_to(path.resolve())
+    if inside:
+        raise ConfigError(
+            f"--from {start} is in {path}, which this run would overwrite: give another --run-dir"
+        )
 
 
 def _check_shared(path: pathlib.Path) -> None:
@@ -106,8 +117,10 @@ def _claim(path: pathlib.Path, config: Config) -> None:
                 f"{path} holds a run of another config; it differs in\n{listed(changed, 20)}\n"
                 "give another --run-dir, or --fresh to delete that run"
             )
-    else:
-        write_json(file, to_dict(config))
+        return
+    if config.start_from is not None:
+        adapter_path.find_one(config.start_from)  # or no run directory is begun
+    write_json(file, to_dict(config))
 
 
 def write_json(path: pathlib.Path, value: object) -> None:

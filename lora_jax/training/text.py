@@ -110,6 +110,11 @@ class TextConfig(Config):
         super().__post_init__()
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", smoothing, "in [0, 1)")
+        if self.method.name != LORA and self.start_from is not None:
+            raise ConfigError(
+                f"--from goes on with LoRA adapters, and the method is {self.method.name!r}: leave "
+                "one of the two out"
+            )
         if self.method.name != LORA and self.lora.trainable is not None:
             raise ConfigError(
                 f"lora.trainable is {self.lora.trainable}, but the method {self.method.name!r} "

@@ -257,6 +257,13 @@ def test_a_fingerprint_taken_before_is_as_good_as_the_base(tmp_path: Path) -> No
     with pytest.raises(LoraError, match=r"enc/b: other values"):
         adapter.check_trained_on(folder, other)
     adapter.check_trained_on(folder, other, allow_other_base=True)
+    assert adapter.restore_trainable_shapes(folder) == {"head": tuple(BASE["head"].shape)}
+    fresh = lora_jax.fingerprint({**BASE, "new": jnp.ones(2)})
+    adapter.check_trained_on(folder, fresh, fresh={"new", "enc/b"})
+    with pytest.raises(LoraError, match="new: there was none of that name"):
+        adapter.check_trained_on(folder, fresh)
+    with pytest.raises(LoraError, match=r"enc/b: other values"):  # it was there
+        adapter.check_trained_on(folder, other, fresh={"enc/b"})
 
 
 def test_what_the_writer_says_comes_back(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import safetensors.numpy
 
 import lora_jax
 from lora_jax import LoraError, models, paths
-from lora_jax.checkpoint import adapter
+from lora_jax.checkpoint import adapter, adapter_path
 from lora_jax.report import update_analysis
 from lora_jax.serving import generate, predict, served_adapters
 from tests.training import tiny
@@ -81,7 +81,7 @@ def test_what_is_given_is_found(runs: pathlib.Path, monkeypatch: Any) -> None:
     """Red if the last is taken for the best, or a name is not the run's."""
 
     def found(given: str) -> list[tuple[str, str]]:
-        return [(name, str(path.relative_to(runs))) for name, path in served_adapters.find(given)]
+        return [(name, str(path.relative_to(runs))) for name, path in adapter_path.find(given)]
 
     assert found(f"{runs}/a") == [("a", "a/adapters/best")]
     assert found(f"{runs}/b") == [("b", "b/adapters/last")]
@@ -93,8 +93,8 @@ def test_what_is_given_is_found(runs: pathlib.Path, monkeypatch: Any) -> None:
     (runs / "a").rename(runs / "lr=1")
     assert found(f"{runs}/lr=1") == [("lr=1", "lr=1/adapters/best")]
     monkeypatch.chdir(runs / "b")
-    assert served_adapters.find(".")[0][0] == "b"
-    assert served_adapters.find("adapters/last")[0][0] == "b"
+    assert adapter_path.find(".")[0][0] == "b"
+    assert adapter_path.find("adapters/last")[0][0] == "b"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_what_is_given_is_found(runs: pathlib.Path, monkeypatch: Any) -> None:
 )
 def test_a_path_without_an_adapter(given: str, said: str, runs: pathlib.Path) -> None:
     with pytest.raises(LoraError, match=said):
-        served_adapters.find(given.format(runs))
+        adapter_path.find(given.format(runs))
 
 
 def test_a_base_is_opened_with_all_that_is_on_it(

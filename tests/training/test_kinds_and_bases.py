@@ -253,6 +253,24 @@ def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
     assert_predicts(run, summary, source)
 
 
+@without_warning
+def test_a_run_goes_on_from_an_adapter_over_a_changed_base(
+    roberta: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
+) -> None:
+    """`--from` a LoftQ run: the codes are those that it trained on. Red: the base as it is loaded;
+    BEGUN forgotten by the new run's `about`, and so by predict; a head drawn anew."""
+    lora, model = {"init": "loftq", "kind": "lora"}, {"quantize": "nf4"}
+    config = config_of(classification, roberta, source, lora=lora, model=model)
+    run, summary = trained(config)
+    plain = dataclasses.replace(config, lora=LoraConfig(dropout=0.1), start_from=str(run))
+    again, other = trained(plain)
+    assert other["before"]["validation"] == summary["after"]["validation"]
+    first, second = (lora_jax.restore(path / "adapters/best").layout for path in (run, again))
+    assert first == second
+    assert_goes_on(again, plain, tmp_path / "again")
+    assert_predicts(again, other, source)
+
+
 def test_tasks_share_a_quantised_base(
     llama: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:

@@ -1,0 +1,33 @@
+"""The parts of a classification head that a checkpoint happens to hold."""
+
+import numpy as np
+
+from lora_jax.models.errors import WeightsError
+from lora_jax.models.weights.stored import Stored
+
+
+def stored_head(stored: Stored, pooling: str) -> dict[str, np.ndarray]:
+    """Return the head's parameters that are stored, by path, in our layout.
+
+    A pretrained encoder often has the dense layer of its pooler and no classes; then that layer
+    alone is returned.
+
+    Args:
+        pooling: of the head, see `lora_jax.models.bert.POOLINGS`.
+
+    Raises:
+        WeightsError: the architecture has no such head.
+    """
+    rows = stored.table.heads.get(pooling)
+    if rows is None:
+        known = ", ".join(stored.table.heads) or "none"
+        raise WeightsError(f"{stored.origin}: no head has the pooling {pooling!r}; known: {known}")
+    names = {stored.table.clean(name): name for name in stored.shapes}
+    found = {}
+    for row in rows:
+        if row.hf in names:
+            name = names[row.hf]
+            whole = tuple(slice(0, size) for size in stored.shapes[name])
+            value = np.asarray(stored.read(name, row, whole), np.float32)
+            found[row.path] = value.T if row.transposed else value
+    return found

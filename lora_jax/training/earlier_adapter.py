@@ -1,0 +1,242 @@
+"""The adapter that a run goes on from: `train.py --from RUN`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import baselines, checkpoint, paths
+from lora_jax.base import is_base
+from lora_jax.bases.recipe import ABOUT, BEGUN
+from lora_jax.checkpoint import adapter, adapter_path
+from lora_jax.checkpoint.storage import RemotePath
+from lora_jax.errors import LoraError, listed
+from lora_jax.layout import Layout
+from lora_jax.spec import LoraSpec, Rule
+from lora_jax.training.config import Config, ConfigError, LoraConfig, check_loraplus
+from lora_jax.training.mesh import Placement
+from lora_jax.training.workload import Workload
+
+Tree = Any  # a pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlierAdapter:
+    """An adapter that was saved, and that fits the model of a workload; no array is read yet.
+
+    given: what `--from` says. folder: what `lora_jax.save` wrote.
+    layout, about: as they were saved.
+    trainable: the shapes of the parameters that were trained in full with it.
+    labels: the classes of this run, in their order; none where it has no classes.
+    allow_other_base: whether it may go onto another base than its own.
+    """
+
+    given: str
+    folder: RemotePath
+    layout: Layout
+    trainable: Mapping[str, tuple[int, ...]]
+    about: Mapping[str, Any]
+    labels: tuple[str, ...]
+    allow_other_base: bool
+
+    def __str__(self) -> str:
+        more = f", {len(self.trainable)} trained in full" if self.trainable else ""
+        text = f"Begins with {self.folder}: {len(self.layout.targets)} adapted parameters{more}"
+        theirs = _labels(self.about)
+        if not theirs or theirs == self.labels or "classifier/out/kernel" not in self.trainable:
+            return text
+        return f"{text}\nIts classes {', '.join(theirs)} are {', '.join(self.labels)} here"
+
+    @property
+    def spec(self) -> LoraSpec:
+        """The spec that resolves to the layout."""
+        rules = tuple(
+            Rule(t.path, t.rank, t.alpha, t.kind, t.scaling, t.parts or None, t.part_axis)
+            for t in self.layout.targets
+        )
+        fold = tuple(t.path for t in self.layout.targets if t.fold)
+        return LoraSpec(1, 1.0, rules, fold)
+
+    @property
+    def begun(self) -> Any:
+        """The method by which its base was changed before training; None: it was not.
+
+        Raises:
+          ConfigError: a method that is not known.
+        """
+        method = self.about.get(BEGUN)
+        if method is None or (isinstance(method, str) and LoraConfig(init=method).changes_base):  # type: ignore[arg-type]
+            return method
+        raise ConfigError(f"{self.folder} says that its base was begun by {str(method)[:80]!r}")
+
+
+class Restored(NamedTuple):
+    """The adapters where they are to be, and the base with what was trained in full in it."""
+
+    adapters: Tree
+    params: Tree
+
+
+def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
+    """Return the adapter that the config names; None: the run begins afresh.
+
+    Raises:
+      ConfigError, lora_jax.LoraError: there is none, there are several, it is damaged, or it is for
+        another model or other data.
+    """
+    if config.start_from is None:
+        return None
+    _, folder = adapter_path.find_one(config.start_from)
+    about = checkpoint.restore_about(folder)
+    found = EarlierAdapter(
+        config.start_from,
+        folder,
+        checkpoint.restore_layout(folder),
+        adapter.restore_trainable_shapes(folder),
+        about,
+        _labels(workload.about),
+        config.allow_other_base,
+    )
+    baselines.check_lora(config.start_from, folder, found.trainable, about)
+    try:
+        _check_settings(found, workload)
+        found.layout.check_params(paths.flatten(workload.params))
+        _check_trainable(found, workload)
+        ratio, kinds = config.optimizer.loraplus_lr_ratio, {t.kind for t in found.layout.targets}
+        check_loraplus(ratio, kinds)
+    except LoraError as error:
+        raise ConfigError(f"--from {config.start_from} ({folder}) does not fit: {error}") from error
+    return found
+
+
+def patterns(
+    lora: LoraConfig, workload: Workload, earlier: EarlierAdapter | None
+) -> tuple[str, ...]:
+    """Return the patterns of the parameters that a run trains in full.
+
+    What was trained in full with the earlier adapter is trained on.
+
+    Raises:
+      ConfigError: `lora.trainable` leaves some of that out.
+    """
+    own = workload.trainable if lora.trainable is None else lora.trainable
+    if earlier is None:
+        return own
+    left = [p for p in earlier.trainable if not any(paths.match(pattern, p) for pattern in own)]
+    if left and lora.trainable is not None:
+        raise ConfigError(
+            f"--from {earlier.given} has trained these in full, and lora.trainable leaves them "
+            f"out, so that their values would be lost:\n{listed(left)}\nadd them to it"
+        )
+    return (*own, *left)
+
+
+def restore(
+    earlier: EarlierAdapter, workload: Workload, layout: Layout, params: Tree, place: Placement
+) -> Restored:
+    """Read the arrays, and put those that were trained in full into the base.
+
+    Args:
+      layout: what `earlier.spec` has resolved to.
+      params: the base that it was trained on, as the run has it.
+
+    Raises:
+      lora_jax.LoraError: its axes have other roles here, or it was trained on another base.
+    """
+    ours, theirs = set(layout.targets), set(earlier.layout.targets)
+    if other := [target.path for target in theirs - ours]:
+        raise ConfigError(
+            f"--from {earlier.given} adapts these along other axes than this model has:\n"
+            f"{listed(other)}\nis it the same model?"
+        )
+    leaves = paths.flatten(params)
+    fresh = {path for pattern in workload.trainable for path in paths.matching(pattern, leaves)}
+    adapter.check_trained_on(
+        earlier.folder,
+        {} if earlier.allow_other_base else checkpoint.fingerprint(params),
+        allow_other_base=earlier.allow_other_base,
+        fresh=fresh,
+    )
+    where = place.trained(earlier.layout, earlier.trainable)
+    found = checkpoint.restore(earlier.folder, {**where["adapters"], **where["base"]})
+    masters = jax.tree.map(lambda x: x.astype(jnp.float32), found.parameters)
+    adapters = {target.path: masters[target.path] for target in layout.targets}
+    trained = {path: x.astype(leaves[path].dtype) for path, x in found.trainable.items()}
+    return Restored(adapters, paths.replace(params, trained))
+
+
+def _check_settings(earlier: EarlierAdapter, workload: Workload) -> None:
+    """Raise where the model has other settings, which shapes would show late or never."""
+    theirs, ours = (_settings(about) for about in (earlier.about, workload.about))
+    for name in ("scan_layers", "pooling"):
+        of_head = name == "pooling" and "classifier/out/kernel" not in earlier.trainable
+        both = name in theirs and name in ours and not of_head
+        if both and theirs[name] != ours[name]:
+            flag = f"--model.{name.replace('_', '-')} {str(theirs[name])[:80]}"
+            raise ConfigError(f"its model.{name} is {theirs[name]!r}, here {ours[name]!r}: {flag}")
+    labels = _labels(earlier.about)
+    if sorted(labels) == sorted(earlier.labels) and labels != earlier.labels:
+        raise ConfigError(
+            f"its classes are {list(labels)}, and the data has them in another order, "
+            f"{list(earlier.labels)}: give --data.label-names in the order of the adapter"
+        )
+    before, now = _quantised(earlier.about), _quantised(workload.about)
+    if before != now and not earlier.allow_other_base:
+        raise ConfigError(
+            f"it was trained on {_in_words(before)}, and here the base is {_in_words(now)}: give "
+            f"--model.quantize {'none' if before is None else before[0]} with its settings, or "
+            "--allow-other-base"
+        )
+
+
+def _check_trainable(earlier: EarlierAdapter, workload: Workload) -> None:
+    """Raise where what was trained in full is not in the model, or has another shape."""
+    leaves = paths.flatten(workload.params)
+    for path, shape in earlier.trainable.items():
+        leaf = leaves.get(path)
+        if leaf is not None and is_base(leaf):
+            raise ConfigError(
+                f"it has trained {path!r} in full, which is quantised here: add it to "
+                "--lora.trainable, so that it stays a float"
+            )
+        got = None if leaf is None else tuple(leaf.shape)
+        if got != shape:
+            is_head = any(paths.match(pattern, path) for pattern in workload.trainable)
+            cure = (
+                "The head has an output for each class: take data with the classes of the adapter"
+                if is_head and got is not None
+                else "Is it the same model?"
+            )
+            raise ConfigError(
+                f"it has trained {path!r} of shape {list(shape)} in full; here that is "
+                f"{'not there' if got is None else list(got)}. {cure}"
+            )
+
+
+def _settings(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    model = about.get("model")
+    return model if isinstance(model, Mapping) else {}
+
+
+def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
+    labels = about.get("labels")
+    return tuple(map(str, labels)) if isinstance(labels, list) else ()
+
+
+def _quantised(about: Mapping[str, Any]) -> tuple[Any, Any, Any] | None:
+    """Scheme, block, and whether the scales are quantised; which weights are is seen later."""
+    how = about.get(ABOUT)
+    if not isinstance(how, Mapping):
+        return None
+    return how.get("scheme"), how.get("block"), bool(how.get("double"))
+
+
+def _in_words(how: tuple[Any, Any, Any] | None) -> str:
+    if how is None:
+        return "a base of floats"
+    scheme, block, double = (str(value)[:80] for value in how)
+    return f"a base in {scheme} (block {block}, double {double})"
