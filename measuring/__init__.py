@@ -1,1 +1,1 @@
-"""What `benchmarks` and `experiments` share: timing, and published models by their shapes."""
+"""What benchmarks, experiments and tests share: timing, published models by their shapes, runs."""

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.peft.compare import environment
 from lora_jax import LoraSpec, models
 from lora_jax.conversion import export_command
-from tests.conversion.golden_runs import GOLDEN, write_run
+from measuring.golden_runs import GOLDEN, write_run
 
 HERE = pathlib.Path(__file__).resolve().parent
 # What PEFT can say; the merged folder has all of it.

@@ -15,7 +15,7 @@ import safetensors.numpy
 import lora_jax
 from lora_jax import LoraSpec, Rule, models, paths
 from lora_jax.conversion import export_command, merged_weights
-from tests.conversion.golden_runs import GOLDEN, LABELS, GoldenRun, write_run
+from measuring.golden_runs import GOLDEN, LABELS, GoldenRun, write_run
 
 KINDS = LoraSpec(
     2,
