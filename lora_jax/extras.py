@@ -10,6 +10,7 @@ import importlib.util
 EXTRAS = {
     "train": ("array_record", "filelock", "grain", "matplotlib", "rich", "tensorboardX")
     + ("safetensors", "tensorflow_datasets", "tokenizers", "tyro"),
+    "images": ("PIL",),
     "report": ("jinja2", "matplotlib"),
     "gguf": ("gguf",),
     "hub": ("huggingface_hub",),

@@ -17,7 +17,7 @@ IN_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 WHOLE = Shard()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
     """Numbers for a reader of the results."""
 
@@ -29,30 +29,45 @@ class Facts:
     """Examples in use; of packed rows, without those left out."""
     batches: int
     """Batches of an epoch; of packed rows without end, as estimated from a sample."""
-    tokens: int
-    """Tokens of an epoch, without padding; of large sets, as estimated from a sample."""
-    padding: float
-    """Share of the batches' positions that hold padding."""
-    truncation: TextTruncation
-    """What `max_length` cost; of large sets, as estimated from a sample."""
     classes: tuple[tuple[str, int], ...] = ()
     """Examples of each class."""
     notes: tuple[str, ...] = ()
     """What else to know, a sentence each."""
 
     def __str__(self) -> str:
-        text = (
-            f"{self.source} {self.split}: {self.examples:,} examples, {self.tokens:,} tokens, "
-            f"{self.batches:,} batches an epoch, {self.padding:.1%} padding"
-        )
+        text = f"{self.source} {self.split}: {self.examples:,} examples, {self._numbers}"
         if self.classes:
             text += "; " + ", ".join(f"{name} {n:,}" for name, n in self.classes[:10])
-        lost = self.truncation
+        return text
+
+    @property
+    def _numbers(self) -> str:
+        return f"{self.batches:,} batches an epoch"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFacts(Facts):
+    """Those of texts."""
+
+    tokens: int
+    """Tokens of an epoch, without padding; of large sets, as estimated from a sample."""
+    padding: float
+    """Share of the batches' positions that hold padding."""
+    truncation: TextTruncation
+    """What `max_length` cost; of large sets, as estimated from a sample."""
+
+    def __str__(self) -> str:
+        text, lost = super().__str__(), self.truncation
         if lost.examples:
             text += f"; max_length cut {lost.tokens:,} tokens off {lost.examples:,} examples"
         if lost.dropped:
             text += f"; {lost.dropped:,} left out, with nothing to learn in them"
         return text
+
+    @property
+    def _numbers(self) -> str:
+        batches = super()._numbers
+        return f"{self.tokens:,} tokens, {batches}, {self.padding:.1%} padding"
 
 
 def describe(facts: Iterable[Facts]) -> str:

@@ -124,7 +124,10 @@ class Builder(DataSource):
         for name in self.splits:
             if name in split:  # a slice or a sum of splits names them too
                 self._count(name)
-        records = ArrayRecords(self._builder.as_data_source(split))
+        images = [name for name, kind in dict(info.features).items() if _is_image(kind)]
+        as_stored = {name: tfds.decode.SkipDecoding() for name in images}
+        source = self._builder.as_data_source(split, decoders=as_stored or None)
+        records = ArrayRecords(source, images)
         assert len(records) == expected, (len(records), expected)
         return records
 
@@ -159,9 +162,15 @@ class Builder(DataSource):
 class ArrayRecords(Sequence[Example]):
     """TFDS records with text as `str`; numbers are Python's own already."""
 
-    def __init__(self, records: Any) -> None:
-        """Wrap what `builder.as_data_source` returned."""
+    def __init__(self, records: Any, encoded: Sequence[str] = ()) -> None:
+        """Wrap what `builder.as_data_source` returned.
+
+        Args:
+            records: the data source.
+            encoded: the fields that hold files, as images are stored: they stay `bytes`.
+        """
         self._records = records
+        self._encoded = frozenset(encoded)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -170,15 +179,20 @@ class ArrayRecords(Sequence[Example]):
         if isinstance(index, slice):
             # One call reads neighbours together: five times as fast as one by one.
             rows = self._records.__getitems__(range(*index.indices(len(self))))
-            return [_example(row) for row in rows]
+            return [self._example(row) for row in rows]
         if not 0 <= index < len(self):
             raise IndexError(index)  # what ends an iteration over a sequence
-        return _example(self._records[index])
+        return self._example(self._records[index])
 
     def __iter__(self) -> Iterator[Example]:
         for start in range(0, len(self), _CHUNK):
             yield from self[start : start + _CHUNK]
 
+    def _example(self, row: Mapping[str, Any]) -> Example:
+        text = {k for k, v in row.items() if isinstance(v, bytes)} - self._encoded
+        return {k: v.decode() if k in text else v for k, v in row.items()}
 
-def _example(row: Mapping[str, Any]) -> Example:
-    return {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()}
+
+def _is_image(feature: Any) -> bool:
+    """Whether TFDS would decode the field as one image, for which it wants OpenCV."""
+    return isinstance(feature, tfds.features.Image)

@@ -30,6 +30,7 @@ _OURS: dict[str, tuple[Callable[..., tfds.core.DatasetBuilder], str]] = {
 # TFDS registers these builders when their package is imported, and does so by itself only where
 # TensorFlow is installed.
 _PACKAGES = ("text", "question_answering", "summarization", "translate", "text_simplification")
+_PACKAGES = (*_PACKAGES, "image_classification")
 
 
 def open_source(name: str, data_dir: str | None = None) -> DataSource:
@@ -76,11 +77,21 @@ def _tfds(name: str, data_dir: Path) -> DataSource:
     except DataError:
         raise
     except Exception as error:
+        lacking = "TensorFlow" if _needs_tensorflow(error) else "network"
         raise DataError(
             f"{name}: its data could not be downloaded and prepared:\n"
             f"  {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
-            "Where there is no network, prepare it on a machine that has one and copy the folder "
-            f"{builder.data_path} here:\n"
+            f"Where there is no {lacking}, prepare it on a machine that has one and copy the "
+            f"folder {builder.data_path} here:\n"
             f'  python -c "import tensorflow_datasets as t; t.builder({reference!r}, '
             f"file_format='{FORMAT}').download_and_prepare()\""
         ) from error
+
+
+def _needs_tensorflow(error: BaseException | None) -> bool:
+    """Whether TFDS's builder itself calls TensorFlow, as some do to read what they downloaded."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and "tensorflow" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False

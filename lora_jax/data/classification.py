@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lora_jax.data.batches import IN_THREAD, WHOLE, Batches, Facts, ShardBatches
+from lora_jax.data.batches import IN_THREAD, WHOLE, Batches, ShardBatches, TextFacts
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.config import DataConfig
+from lora_jax.data.epochs import Epochs
 from lora_jax.data.labels import Labels, labels_of
 from lora_jax.data.process_slice import Shard
 from lora_jax.data.source import DataSource, Example, field_of, read
@@ -30,8 +31,6 @@ from lora_jax.data.tokens import (
     collect,
     padding_id,
 )
-
-_ENDLESS = 2**31  # epochs
 
 
 def classification(
@@ -81,13 +80,12 @@ def classification(
         _rows(config, examples, Encoder(tokenizer, config.max_length), truncation, split)
     )
     values = _values(config, examples, labels, f"{source.name}, split {split!r}")
+    buckets = np.searchsorted(config.lengths, tokens.lengths)
     table = ExampleTable(
         tokens,
         values,
+        Epochs(buckets, batch_size, seed if shuffle else None, epochs),
         buckets=config.lengths,
-        batch_size=batch_size,
-        seed=seed if shuffle else None,
-        epochs=_ENDLESS if epochs is None else epochs,
         pad=padding_id(tokenizer),
         types=len(config.text_fields) == 2 and 1 in tokenizer.encode("a", "a").type_ids,
     )
@@ -139,56 +137,19 @@ class ExampleTable:
 
     tokens: Tokens
     values: NDArray[Any]
+    epochs: Epochs
     buckets: tuple[int, ...]
-    batch_size: int
-    seed: int | None
-    epochs: int
     pad: int
     types: bool
     shard: Shard = WHOLE
 
-    @functools.cached_property
-    def sizes(self) -> NDArray[np.int64]:
-        """The bucket of each example, as its number."""
-        return np.searchsorted(self.buckets, self.tokens.lengths)
-
-    @functools.cached_property
-    def _plans(self) -> Callable[[int], list[NDArray[np.int64]]]:
-        """`plan`, remembering the epoch in hand."""
-        return functools.lru_cache(maxsize=1)(self.plan)
-
-    @property
-    def per_epoch(self) -> int:
-        """Batches of an epoch."""
-        return -(-len(self.tokens) // self.batch_size)
-
     def __len__(self) -> int:
-        return self.per_epoch * self.epochs
+        return len(self.epochs)
 
     def __getitem__(self, number: int) -> dict[str, NDArray[Any]]:
-        epoch, place = divmod(int(number), self.per_epoch)
-        return self._batch(self._plans(epoch)[place])
-
-    def plan(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The examples of each batch of an epoch.
-
-        The split in the epoch's order, sorted stably by bucket, is cut into batches; then the
-        batches are shuffled. So all but a few batches hold one bucket's examples only.
-        """
-        order = np.arange(len(self.tokens))
-        random = None if self.seed is None else np.random.default_rng((self.seed, epoch))
-        if random is not None:
-            random.shuffle(order)
-        order = order[np.argsort(self.sizes[order], kind="stable")]
-        plan = np.split(order, range(self.batch_size, len(order), self.batch_size))
-        if random is not None:
-            plan = [plan[i] for i in random.permutation(len(plan))]
-        return plan
-
-    def _batch(self, chosen: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        own = self.shard.rows(self.batch_size)
-        rows = np.resize(chosen, self.batch_size)[own]  # a short batch starts over
-        shape = (len(rows), self.buckets[self.sizes[chosen].max()])
+        _, chosen = self.epochs.at(number)
+        rows, weight = self.epochs.filled(chosen, self.shard.rows(self.epochs.batch_size))
+        shape = (len(rows), self.length(chosen))
         ids, types = np.full(shape, self.pad, np.int32), np.zeros(shape, np.int32)
         mask = np.zeros(shape, bool)
         for row, example in enumerate(rows.tolist()):
@@ -199,24 +160,26 @@ class ExampleTable:
         batch = {"input_ids": ids, "mask": mask, "label": self.values[rows]}
         if self.types:
             batch["token_types"] = types
-        batch["weight"] = (np.arange(self.batch_size) < len(chosen))[own].astype(np.float32)
-        batch["index"] = rows.astype(np.int32)
-        return batch
+        return {**batch, "weight": weight, "index": rows.astype(np.int32)}
+
+    def length(self, chosen: NDArray[np.int64]) -> int:
+        """The bucket of a batch: the one that holds its longest example."""
+        return self.buckets[self.epochs.sizes[chosen].max()]
 
 
 def _facts(
     source: DataSource, split: str, table: ExampleTable, labels: Labels, truncation: TextTruncation
-) -> Facts:
+) -> TextFacts:
     counts = Counter(table.values.tolist())
     tokens = int(table.tokens.lengths.sum())
-    shapes = [table.buckets[table.sizes[rows].max()] for rows in table.plan(0)]
-    return Facts(
+    shapes = [table.length(rows) for rows in table.epochs.plan(0)]
+    return TextFacts(
         source=source.name,
         split=split,
         examples=len(table.tokens),
-        batches=table.per_epoch,
+        batches=table.epochs.batches,
         tokens=tokens,
-        padding=1 - tokens / (table.batch_size * sum(shapes)),
+        padding=1 - tokens / (table.epochs.batch_size * sum(shapes)),
         truncation=truncation,
         classes=tuple((name, counts[i]) for i, name in enumerate(labels.names)),
         notes=source.notes,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lora_jax.data.config import DataConfig
 from lora_jax.data.errors import DataError
+from lora_jax.data.examples_config import ExamplesConfig
 from lora_jax.data.source import DataSource, field_of
 from lora_jax.errors import nearest
 
@@ -58,7 +58,7 @@ class Labels:
         )
 
 
-def labels_of(config: DataConfig, source: DataSource) -> Labels:
+def labels_of(config: ExamplesConfig, source: DataSource) -> Labels:
     """The labels: as the config says, else as the source declares, else as the training split has.
 
     Found classes are ordered as numbers if all are, else as text. Found real numbers (floats in

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lora_jax.data.batches import Batches, Facts, ShardBatches
+from lora_jax.data.batches import Batches, ShardBatches, TextFacts
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.config import DataConfig
 from lora_jax.data.errors import DataError
@@ -245,7 +245,7 @@ def _facts(
     streams: Streams,
     packing: Packing,
     shard: Shard,
-) -> Facts:
+) -> TextFacts:
     examples, tokens, truncation = measured
     places = packing.batch_size * packing.length
     if packing.epochs is None:
@@ -259,7 +259,7 @@ def _facts(
         notes += (
             f"{split}: counted on {shard.share:.3g} of the examples, one process's, and scaled up",
         )
-    return Facts(
+    return TextFacts(
         source=source.name,
         split=split,
         examples=examples,

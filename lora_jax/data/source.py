@@ -11,7 +11,7 @@ from lora_jax.data.errors import DataError
 from lora_jax.data.status import tracked
 from lora_jax.errors import nearest
 
-Example = Mapping[str, Any]  # field name to str, int, float or bool
+Example = Mapping[str, Any]  # field name to str, int, float or bool; an image is bytes of its file
 
 
 class DataSource(abc.ABC):

@@ -13,7 +13,7 @@ from lora_jax.bases.recipe import STORED
 from lora_jax.data.language_modelling import language_modelling as batches_of
 from lora_jax.models import placement
 from lora_jax.models.cross_entropy import cross_entropy
-from lora_jax.training import scores, text
+from lora_jax.training import pretrained, scores, text
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Common, Loss, Workload
 
@@ -29,7 +29,7 @@ def causal_lm(config: TextConfig) -> Workload:
       ConfigError: the model is an encoder.
       lora_jax.LoraError, ValueError: the model or the data is not as the config says.
     """
-    source = text.open_model(
+    source = pretrained.open_model(
         config.model.reference,
         models.LlamaConfig,
         "a causal language model is a decoder, and lora_jax.training.classification takes encoders",
@@ -50,7 +50,7 @@ def causal_lm(config: TextConfig) -> Workload:
             models.Llama(model_config), config.model.loss_chunk, method, config.label_smoothing
         ),
         loss=token_loss,
-        params={**text.base_shapes(config, source, model_config), **method.shapes()},
+        params={**pretrained.base_shapes(config, source, model_config), **method.shapes()},
         load=load,
         placement=(*placement.rules(model_config), *method.placement()),
         trainable=method.trained,
@@ -69,7 +69,7 @@ def causal_lm(config: TextConfig) -> Workload:
             lambda: paths.flatten(text.method_parameters(config, method)),
         ),
     )
-    return text.quantised_as_said(config, workload)
+    return pretrained.quantised_as_said(config, workload)
 
 
 def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -18,7 +18,7 @@ from lora_jax.bases.recipe import STORED
 from lora_jax.data.classification import classification as batches_of
 from lora_jax.data.labels import Labels
 from lora_jax.models import placement
-from lora_jax.training import scores, text
+from lora_jax.training import pretrained, scores, text
 from lora_jax.training.config import ConfigError, require
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Common, Loss, Workload
@@ -33,7 +33,7 @@ def classification(config: TextConfig) -> Workload:
       ConfigError: the model is a decoder.
       lora_jax.LoraError, ValueError: the model or the data is not as the config says.
     """
-    source = text.open_model(
+    source = pretrained.open_model(
         config.model.reference,
         models.BertConfig,
         "classification takes an encoder of text (BERT, RoBERTa, DeBERTa, ...), and "
@@ -45,9 +45,6 @@ def classification(config: TextConfig) -> Workload:
     labels = data.train.labels or Labels(())
     model_config = config.model.apply_to(source.config)
     model = models.BertClassifier(model_config, labels.outputs, config.model.pooling)
-    own = "pearson" if labels.regression else "accuracy"
-    select = config.select or own
-
     head = models.Head(config.model.pooling, labels.outputs)
     method = config.method.on(model_config, config.data.lengths[-1])
 
@@ -60,7 +57,6 @@ def classification(config: TextConfig) -> Workload:
         bert = source.load(model_config, shardings=shardings["bert"], keep_quantised=stored)
         return {"bert": bert, **fresh()}
 
-    loss = real_loss if labels.regression else class_loss
     about = text.about(
         config,
         labels=labels.names,
@@ -69,10 +65,10 @@ def classification(config: TextConfig) -> Workload:
     )
     workload = Workload(
         apply=apply_of(model, method),
-        loss=loss,
+        **judged(labels, config.select),
         params={
             **models.shapes(model_config, head),
-            "bert": text.base_shapes(config, source, model_config),
+            "bert": pretrained.base_shapes(config, source, model_config),
             **method.shapes(),
         },
         load=load,
@@ -80,9 +76,6 @@ def classification(config: TextConfig) -> Workload:
         trainable=(baselines.HEAD, *method.trained),
         train=data.train.iterator,
         evaluation=data.passes(),
-        scores=_SCORES.get(len(labels.names), scores.accuracy),
-        select=select,
-        better="lower" if select == "loss" else "higher",
         size=real_tokens,
         unit="tokens",
         facts=data.facts,
@@ -94,11 +87,23 @@ def classification(config: TextConfig) -> Workload:
             {} if labels.regression else {"classes": np.int32(labels.outputs)},
         ),
     )
-    return text.quantised_as_said(config, workload)
+    return pretrained.quantised_as_said(config, workload)
 
 
-# By the number of classes, if there are any.
-_SCORES = {0: scores.real_scores, 2: scores.class_scores}
+def judged(labels: Labels, select: str | None) -> dict[str, Any]:
+    """How outputs are compared with labels: the loss, scores, select and better of a `Workload`.
+
+    Args:
+      select: the number that picks the best adapter. None: the accuracy, or Pearson's correlation.
+    """
+    kinds = {0: scores.real_scores, 2: scores.class_scores}  # by the number of classes
+    select = select or ("pearson" if labels.regression else "accuracy")
+    return {
+        "loss": real_loss if labels.regression else class_loss,
+        "scores": kinds.get(len(labels.names), scores.accuracy),
+        "select": select,
+        "better": "lower" if select == "loss" else "higher",
+    }
 
 
 def _joined(

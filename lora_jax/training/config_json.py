@@ -96,13 +96,16 @@ def later_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _comparable(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """The values with the fields that came later, and with lists sorted whose order means nothing.
+    """The values that decide what a run computes: with the fields that came later, and with lists
+    sorted whose order means nothing.
 
     Args:
       values: a config as JSON values. config: one of the same class.
     """
     found = dict(values)
     for field in dataclasses.fields(config):
+        if field.metadata.get("incidental"):
+            found.pop(field.name, None)
         if field.metadata.get("later"):
             found.setdefault(field.name, to_dict(field.default))
         value, own = found.get(field.name), getattr(config, field.name)

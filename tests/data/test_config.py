@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import tyro
 
-from lora_jax.data import DataConfig, DataError
+from lora_jax.data import DataConfig, DataError, ImageDataConfig
+from lora_jax.data.examples_config import ExamplesConfig
 from lora_jax.data.templates import Template
 
 
@@ -40,12 +41,13 @@ def test_limits_go_with_their_splits() -> None:
     assert [config.limit(s) for s in names] == [1, 2, 3, None]
 
 
-def test_every_field_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", [DataConfig, ImageDataConfig])
+def test_every_field_is_explained(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        tyro.cli(DataConfig, args=["--help"])
+        tyro.cli(kind, args=["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    source = inspect.getsource(DataConfig)
-    for field in dataclasses.fields(DataConfig):
+    source = inspect.getsource(kind) + inspect.getsource(ExamplesConfig)
+    for field in dataclasses.fields(kind):
         assert f"--{field.name.replace('_', '-')}" in text
         assert f"\n    {field.name}: " in source
         after = source.split(f"\n    {field.name}: ")[1].split("\n", 1)[1]

@@ -82,6 +82,17 @@ GEMMA3 = {
     "sliding_window_pattern": 2,
     "query_pre_attn_scalar": 8,
 }
+VIT = {
+    "model_type": "vit",
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "hidden_act": "gelu",
+}
+PIXELS = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
 QWEN3_MOE = {
     **LLAMA,
     "model_type": "qwen3_moe",
@@ -95,6 +106,8 @@ def write_model(folder: pathlib.Path, description: dict[str, Any]) -> pathlib.Pa
     """A model with random weights, of the family that its description names."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(description))
+    if description["model_type"] == "vit":
+        (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
     tokenizer(pair=description["model_type"] in ("roberta", "deberta-v2")).save(
         str(folder / "tokenizer.json")
     )

@@ -1,0 +1,73 @@
+"""Epochs: which examples are in which batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+ENDLESS = 2**31  # epochs
+
+
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+    """The batches of all epochs, each as the numbers of its examples.
+
+    Every epoch has every example exactly once; its last batch may be short.
+
+    sizes: of each example, the number of its bucket, [n]; those of one bucket come together.
+    seed: of the order. None: every epoch has the order of the data.
+    count: how many epochs there are; None for no end.
+    """
+
+    sizes: NDArray[np.int64]
+    batch_size: int
+    seed: int | None = None
+    count: int | None = 1
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.sizes) // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.batches * (ENDLESS if self.count is None else self.count)
+
+    @functools.cached_property
+    def _plans(self) -> Callable[[int], list[NDArray[np.int64]]]:
+        """`plan`, remembering two epochs: threads that read ahead are in the next one already."""
+        return functools.lru_cache(maxsize=2)(self.plan)
+
+    def at(self, number: int) -> tuple[int, NDArray[np.int64]]:
+        """The epoch of a batch, and its examples."""
+        epoch, place = divmod(int(number), self.batches)
+        return epoch, self._plans(epoch)[place]
+
+    def plan(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The examples of each batch of an epoch.
+
+        The data in the epoch's order, sorted stably by bucket, is cut into batches; then the
+        batches are shuffled. So all but a few batches hold one bucket's examples only.
+        """
+        order = np.arange(len(self.sizes))
+        random = None if self.seed is None else np.random.default_rng((self.seed, epoch))
+        if random is not None:
+            random.shuffle(order)
+        order = order[np.argsort(self.sizes[order], kind="stable")]
+        plan = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        if random is not None:
+            plan = [plan[i] for i in random.permutation(len(plan))]
+        return plan
+
+    def filled(
+        self, chosen: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The examples in some rows of a batch, and their weights [rows].
+
+        A short batch is filled with its own examples from the first on, at weight 0.
+        """
+        weights = (np.arange(self.batch_size) < len(chosen))[rows].astype(np.float32)
+        return np.resize(chosen, self.batch_size)[rows], weights

@@ -1,0 +1,132 @@
+"""Batches of images with their labels, decoded and resized as they are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_jax.data.batches import WHOLE, Batches, Facts, ShardBatches
+from lora_jax.data.catalogue import open_source
+from lora_jax.data.epochs import Epochs
+from lora_jax.data.image_config import ImageDataConfig
+from lora_jax.data.images import NO_AUGMENTATION, Augmentation, decode, pixels
+from lora_jax.data.labels import Labels, labels_of
+from lora_jax.data.process_slice import Shard
+from lora_jax.data.source import Example, field_of
+from lora_jax.models.weights.preprocessing import Preprocessing
+
+
+def image_classification(
+    config: ImageDataConfig,
+    preprocessing: Preprocessing,
+    split: str,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    epochs: int | None = 1,
+    augmentation: Augmentation = NO_AUGMENTATION,
+) -> Batches:
+    """Batches of images with their labels.
+
+    A batch holds, for B images:
+
+        pixels  [B, height, width, channels] float32, as `preprocessing` says
+        label   [B]    int32    class id, or float32 for real numbers
+        weight  [B]    float32  1, or 0 for a row that only fills up the batch
+        index   [B]    int32    the example's place in the split
+
+    Every epoch has every example exactly once. B is always `batch_size`: a batch that would be
+    short is filled with copies of its rows, at weight 0. A process reads and decodes its own rows
+    of a batch only, in threads, a few batches ahead.
+
+    Args:
+        config: the data.
+        preprocessing: of the model.
+        split: the name of a split.
+        batch_size: rows of a batch.
+        shuffle: whether each epoch has an order of its own, drawn from `seed` and its number.
+        seed: of the order, and of the augmentation.
+        epochs: how often the split is gone through; None never ends.
+        augmentation: drawn anew for each image in each epoch.
+
+    Raises:
+        DataError: the source, a field or a label is not as the config says.
+    """
+    source = open_source(config.source, config.data_dir)
+    examples, limit = source.examples(split), config.limit(split)
+    size = len(examples) if limit is None else min(limit, len(examples))
+    table = ImageTable(
+        examples,
+        Epochs(np.zeros(size, np.int64), batch_size, seed if shuffle else None, epochs),
+        config,
+        labels_of(config, source),
+        preprocessing,
+        where=f"{source.name}, split {split!r}",
+        augmentation=augmentation,
+        seed=seed,
+    )
+    table.row(0, 0)  # finds a wrong field before anything else is loaded
+    facts = Facts(
+        source=source.name,
+        split=split,
+        examples=size,
+        batches=table.epochs.batches,
+        notes=source.notes,
+    )
+    ahead = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.threads)
+
+    def part(shard: Shard) -> ShardBatches:
+        shard.rows(batch_size)  # raises if it cannot be
+        own = dataclasses.replace(table, shard=shard)
+        return grain.MapDataset.source(own).to_iter_dataset(ahead).__iter__, facts
+
+    return Batches(functools.cache(part), table.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTable:
+    """A shard of every batch of every epoch by its number: the random-access source of Grain."""
+
+    examples: Sequence[Example]
+    epochs: Epochs
+    config: ImageDataConfig
+    labels: Labels
+    preprocessing: Preprocessing
+    where: str
+    augmentation: Augmentation
+    seed: int
+    shard: Shard = WHOLE
+
+    def __len__(self) -> int:
+        return len(self.epochs)
+
+    def __getitem__(self, number: int) -> dict[str, NDArray[Any]]:
+        epoch, chosen = self.epochs.at(number)
+        rows, weight = self.epochs.filled(chosen, self.shard.rows(self.epochs.batch_size))
+        found = {i: self.row(epoch, i) for i in dict.fromkeys(rows.tolist())}
+        images, labels = zip(*(found[i] for i in rows.tolist()), strict=True)
+        kind = np.float32 if self.labels.regression else np.int32
+        return {
+            "pixels": np.stack(images),
+            "label": np.array(labels, kind),
+            "weight": weight,
+            "index": rows.astype(np.int32),
+        }
+
+    def row(self, epoch: int, index: int) -> tuple[NDArray[np.float32], int | float]:
+        """The pixels and the label of an example, as they are in an epoch."""
+        example, where = self.examples[index], f"{self.where}, example {index}"
+        field, how = self.config.image_field, self.preprocessing
+        image = decode(field_of(example, field, "image_field", where), how.channels, where)
+        value = field_of(example, self.config.label_field, "label_field", where)
+        random = np.random.default_rng((self.seed, epoch, index))
+        box = self.augmentation.box(image.size, random)
+        found = pixels(image, how, box, self.augmentation.flips(random))
+        return found, self.labels.encode(value, where)

@@ -1,0 +1,131 @@
+"""Images: from the bytes of a file to the numbers that a model reads, with Pillow.
+
+The same steps with the same rounding as transformers' ViTImageProcessor on Pillow; torchvision's
+own filters, which transformers may use instead, differ from Pillow's by up to 1 of 255.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_jax.data.errors import DataError
+from lora_jax.extras import require
+from lora_jax.models.weights.preprocessing import Preprocessing
+
+require("images", __name__)
+
+import PIL.Image
+import PIL.ImageOps
+from PIL.Image import Image
+
+Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels of the image
+
+_MODES = {1: "L", 3: "RGB"}
+# Modes with 8 bits a channel; Pillow would cut the numbers of the others off at 255.
+_EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+_TRIES = 10  # at a part that fits into the image
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Random changes of an image in training.
+
+    flip: mirror every other image, left to right.
+    crop: cut out a part that has this share of the area or more (Szegedy et al., arXiv 1409.4842).
+        1: none is cut.
+    """
+
+    flip: bool = False
+    crop: float = 1.0
+
+    def box(self, size: tuple[int, int], random: np.random.Generator) -> Box | None:
+        """A part of an image of the size (width, height); None: all of it.
+
+        Its shares of the area are uniform, and so is the logarithm of its ratio of width to height.
+        """
+        if self.crop == 1:
+            return None
+        wide, high = size
+        for _ in range(_TRIES):
+            area = wide * high * random.uniform(self.crop, 1)
+            ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if w <= wide and h <= high:
+                left, upper = random.uniform(0, wide - w), random.uniform(0, high - h)
+                return left, upper, left + w, upper + h
+        return None
+
+    def flips(self, random: np.random.Generator) -> bool:
+        """Whether an image is mirrored."""
+        return self.flip and random.random() < 0.5
+
+
+NO_AUGMENTATION = Augmentation()
+
+
+def decode(value: Any, channels: int, where: str) -> Image:
+    """The image in a file, upright, in 3 channels of colour or 1 of grey with 8 bits each.
+
+    Args:
+        value: the bytes of a PNG, a JPEG or whatever else Pillow reads, or the path of such a file.
+        channels: 1 or 3. Transparency is dropped, as transformers does.
+        where: the example, for the message.
+
+    Raises:
+        DataError: it is neither, or it cannot be read.
+    """
+    if isinstance(value, str):
+        value = _content(value, where)
+    if not isinstance(value, bytes):
+        raise DataError(
+            f"{where}: expected an encoded image or the path of one, got a {type(value).__name__}; "
+            "data.image_field names the field with the image"
+        )
+    try:
+        with PIL.Image.open(io.BytesIO(value)) as image:
+            upright = PIL.ImageOps.exif_transpose(image)
+            mode = upright.mode
+            converted = upright.convert(_MODES[channels])
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{where}: {len(value):,} bytes that Pillow cannot read as an image: {error}"
+        ) from error
+    if mode not in _EIGHT_BITS:
+        raise DataError(f"{where}: an image of mode {mode!r}; expected 8 bits a channel")
+    return converted
+
+
+def _content(path: str, where: str) -> bytes:
+    try:
+        return pathlib.Path(path).expanduser().read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where}: the image {path!r} cannot be read: {error}") from error
+
+
+def pixels(
+    image: Image, how: Preprocessing, box: Box | None = None, flip: bool = False
+) -> NDArray[np.float32]:
+    """The numbers [height, width, channels] that a model reads.
+
+    Args:
+        image: as `decode` returns it.
+        how: the size, the filter, the scale and the normalisation.
+        box: the part of the image that is resized; None: all of it.
+        flip: mirror it, left to right.
+    """
+    high, wide = how.size
+    resized = image.resize((wide, high), PIL.Image.Resampling(how.resample), box=box)
+    numbers = np.asarray(resized).reshape(high, wide, how.channels)
+    if flip:
+        numbers = numbers[:, ::-1]
+    scaled = (numbers.astype(np.float64) * how.scale).astype(np.float32)
+    mean, std = np.array(how.mean, np.float32), np.array(how.std, np.float32)
+    found: NDArray[np.float32] = (scaled - mean) / std
+    return found

@@ -1,0 +1,144 @@
+"""The workload of a ViT with a new classification head (or one output, for real numbers)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import baselines, models, paths
+from lora_jax.bases.recipe import STORED
+from lora_jax.data.image_classification import image_classification as batches_of
+from lora_jax.data.image_config import ImageDataConfig
+from lora_jax.data.images import Augmentation
+from lora_jax.data.labels import Labels
+from lora_jax.models import placement
+from lora_jax.models.weights import preprocessing
+from lora_jax.training import pretrained
+from lora_jax.training.classification import judged
+from lora_jax.training.config import require
+from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig
+from lora_jax.training.workload import Common, Workload
+
+Tree = Any  # a pytree
+
+POOLING = "cls"  # what the head reads is the class token
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageModelConfig(PretrainedModelConfig):
+    """The pretrained model."""
+
+    dropout: float = 0.0
+    """Dropout rate inside the encoder while training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+
+    def apply_to(self, config: Any) -> Any:
+        """The model's own configuration with these settings."""
+        config = super().apply_to(config)
+        return dataclasses.replace(config, dropout=self.dropout, attention_dropout=self.dropout)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageConfig(PretrainedConfig):
+    """A run of a pretrained ViT on images."""
+
+    model: ImageModelConfig
+    """The pretrained model."""
+    data: ImageDataConfig
+    """The data."""
+
+
+def image_classification(config: ImageConfig) -> Workload:
+    """The ViT of `config.model`, a new head, and the labelled images of `config.data`.
+
+    Raises:
+      ConfigError: the model is one of text.
+      lora_jax.LoraError, ValueError: the model or the data is not as the config says.
+    """
+    source = pretrained.open_model(
+        config.model.reference,
+        models.VitConfig,
+        "image_classification takes a ViT; lora_jax.training.classification takes encoders of "
+        "text, and lora_jax.training.causal_lm decoders",
+    )
+    how = preprocessing.read(source.path, source.config)
+    pipeline = functools.partial(batches_of, config.data, how)
+    augmentation = Augmentation(config.data.flip, config.data.crop)
+    data = pretrained.open_batches(config, pipeline, augmentation=augmentation)
+    labels = data.train.labels or Labels(())
+    model_config = config.model.apply_to(source.config)
+    model = models.VitClassifier(model_config, labels.outputs)
+    head = models.Head(POOLING, labels.outputs)
+
+    def fresh() -> Tree:
+        return {"classifier": new_head(model, jax.random.fold_in(jax.random.key(config.seed), 1))}
+
+    def load(shardings: Tree) -> Tree:
+        stored = config.model.quantize == STORED
+        vit = source.load(model_config, shardings=shardings["vit"], keep_quantised=stored)
+        return {"vit": vit, **fresh()}
+
+    about = pretrained.about(config, labels=labels.names, image_field=config.data.image_field)
+    workload = Workload(
+        apply=apply_of(model),
+        **judged(labels, config.select),
+        params={
+            **models.shapes(model_config, head),
+            "vit": pretrained.base_shapes(config, source, model_config),
+        },
+        load=load,
+        placement=placement.rules(model_config, head),
+        trainable=(baselines.HEAD,),
+        example=batch_shapes(model_config, config.data.batch_size, labels),
+        train=data.train.iterator,
+        evaluation=data.passes(),
+        unit="images",
+        facts=data.facts,
+        about=about,
+        common=Common(json.dumps(about["model"]), lambda: paths.flatten(fresh())),
+    )
+    return pretrained.quantised_as_said(config, workload)
+
+
+def batch_shapes(
+    config: models.VitConfig, rows: int, labels: Labels
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `lora_jax.data.image_classification`, by shape."""
+    one = {
+        "label": jnp.float32 if labels.regression else jnp.int32,
+        "weight": jnp.float32,
+        "index": jnp.int32,
+    }
+    pixels = (rows, *config.image_size, config.channels)
+    return {
+        "pixels": jax.ShapeDtypeStruct(pixels, jnp.float32),
+        **{name: jax.ShapeDtypeStruct((rows,), dtype) for name, dtype in one.items()},
+    }
+
+
+def apply_of(model: models.VitClassifier) -> Any:
+    """The model as `Workload.apply`: its logits [B, C] for a batch."""
+    drops = model.config.dropout > 0 or model.config.attention_dropout > 0
+
+    def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
+        dropping = train and drops
+        rngs = {"dropout": key} if dropping else None
+        return model.apply({"params": params}, batch["pixels"], not dropping, rngs=rngs)
+
+    return apply
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def new_head(model: models.VitClassifier, key: jax.Array) -> Tree:
+    """Fresh parameters of the head. The encoder's are never computed: nothing asks for them."""
+    config = model.config
+    pixels = jnp.zeros((1, *config.image_size, config.channels))
+    return model.init(key, pixels)["params"]["classifier"]

