@@ -115,6 +115,7 @@ CEILING = 400  # lines of a file
 IMPORT_NAMES = {
     "absl-py": "absl",
     "orbax-checkpoint": "orbax",
+    "pillow": "PIL",
     "tensorflow-datasets": "tensorflow_datasets",
 }
 

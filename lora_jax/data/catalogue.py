@@ -29,8 +29,9 @@ _OURS: dict[str, tuple[Callable[..., tfds.core.DatasetBuilder], str]] = {
 
 # TFDS registers these builders when their package is imported, and does so by itself only where
 # TensorFlow is installed.
-_PACKAGES = ("text", "question_answering", "summarization", "translate", "text_simplification")
-_PACKAGES = (*_PACKAGES, "image_classification")
+_PACKAGES = ("text", "question_answering", "summarization", "translate", "text_simplification") + (
+    "image_classification",
+)
 
 
 def open_source(name: str, data_dir: str | None = None) -> DataSource:

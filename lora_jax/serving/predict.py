@@ -1,11 +1,13 @@
-"""Classify texts with adapters that train.py has trained; every text may name its own.
+"""Classify texts or images with adapters that train.py has trained; each may name its own.
 
     lora-jax predict --adapter runs/reviews --text "A warm, funny film."
     lora-jax predict --adapter runs/reviews --file in.jsonl --out out.jsonl
     lora-jax predict --adapter runs/reviews --adapter topics=other/best --file in.jsonl
+    lora-jax predict --adapter runs/flowers --image a.jpg --image b.png
 
 A line is {"text": "...", "adapter": "reviews"}; the adapter may be left out where there is one
-only, and the text stands in the fields that the adapter was trained on. It comes out again, in
+only, and the text stands in the fields that the adapter was trained on. An image is the path of
+its file, in the field "image" or whatever the adapter was trained on. A line comes out again, in
 the same place, with what it held and with
 
     adapter          the one that was used
@@ -32,12 +34,12 @@ from rich.console import Console
 
 from lora_jax import models
 from lora_jax.console import FileBar, guarded, say
-from lora_jax.data.tokens import TextOrPair
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
 from lora_jax.serving.classifier import Classifier, ClassifierTask
 from lora_jax.serving.jsonl import JsonLine, LineError
 from lora_jax.serving.served_adapters import BASE_NAME, Served, open_adapters
+from lora_jax.serving.text_classifier import TextClassifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ class PredictOptions:
     """A run directory of train.py, a folder of such, or what lora_jax.save wrote."""
     text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
     """A text to classify, with every adapter."""
+    image: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")] = ()
+    """An image file to classify, with every adapter."""
     file: str | None = None
     """JSONL to classify; - is stdin, as is none where something is piped in."""
     out: str = jsonl.STANDARD
@@ -59,7 +63,7 @@ class PredictOptions:
     allow_other_base: bool = False
     """Use adapters on another base than they were trained on."""
     batch_size: int = 64
-    """Texts of a batch."""
+    """Texts or images of a batch."""
     window: int = 1024
     """Lines that are read ahead and sorted by length. A line's prediction may wait for so many."""
 
@@ -87,18 +91,18 @@ def run(options: PredictOptions, console: Console) -> None:
     first = list(islice(read, options.window))  # before the model, so that its errors come at once
     served = open_adapters(
         options.adapter,
-        models.BertConfig,
+        (models.BertConfig, models.VitConfig),
         base=options.base,
         trust_base=options.trust_base,
         allow_other_base=options.allow_other_base,
     )
-    classifier = Classifier(served, options.batch_size)
+    classifier = _classifier(served, options.batch_size)
     say(console, _opening(served, classifier.tasks))
-    window = first if source else _typed(options.text, served, classifier.tasks)
+    window = first if source else _typed(options, served, classifier)
     began, count = time.monotonic(), 0
     with (
         jsonl.Writer(options.out, reading=source) as writer,
-        FileBar(console, source, "texts") as bar,
+        FileBar(console, source, classifier.unit) as bar,
     ):
         while window:
             for answer in predict(served, classifier, window, bar.advance):
@@ -118,18 +122,22 @@ def predict(
 
     Args:
       served, classifier: the adapters, and what runs them.
-      window: the lines; their texts are sorted by length and put into batches.
+      window: the lines; texts are sorted by length and put into batches.
       done: is told the size of each line as its scores come, in whatever order.
 
     Raises:
-      LineError: a line that names no adapter, or one that is not there, or that has no text; scores
-        that are not finite.
+      LineError: a line that names no adapter, or one that is not there, or that has no text or
+        image; scores that are not finite.
+      DataError: an image that cannot be read.
     """
     ids = [_adapter_of(line, served) for line in window]
-    texts = [_text_of(line, classifier.tasks[i]) for line, i in zip(window, ids, strict=True)]
+    examples = [
+        classifier.example_of(line, classifier.tasks[i])
+        for line, i in zip(window, ids, strict=True)
+    ]
 
     def found() -> Iterator[tuple[int, NDArray[np.float32]]]:
-        for number, scores in classifier.scores(ids, texts):
+        for number, scores in classifier.scores(ids, examples):
             done(window[number].size)
             yield number, scores
 
@@ -160,33 +168,50 @@ def answer_of(task: ClassifierTask, scores: NDArray[np.float32]) -> dict[str, An
 
 
 def _check(options: PredictOptions) -> str | None:
-    """The file that is read, or None: then the texts are on the command line."""
+    """The file that is read, or None: then the examples are on the command line."""
     if not options.adapter:
         raise LoraError("no adapter: give --adapter PATH, a run directory of train.py")
     for flag, value in (("--batch-size", options.batch_size), ("--window", options.window)):
         if value < 1:
             raise LoraError(f"{flag} must be at least 1, got {value}")
-    if options.text and options.file:
-        raise LoraError("--text and --file exclude each other: drop one")
-    if options.text or options.file:
+    given = [name for name in ("text", "image", "file") if getattr(options, name)]
+    if len(given) > 1:
+        raise LoraError(f"--{given[0]} and --{given[1]} exclude each other: drop one")
+    if given:
         return options.file
     if sys.stdin.isatty():
-        raise LoraError("nothing to classify: give --text TEXT or --file FILE, or pipe JSONL in")
+        raise LoraError(
+            "nothing to classify: give --text TEXT, --image PATH or --file FILE, or pipe JSONL in"
+        )
     return jsonl.STANDARD
 
 
-def _typed(texts: Sequence[str], served: Served, tasks: Sequence[ClassifierTask]) -> list[JsonLine]:
-    """The texts of the command line, each for every adapter."""
-    for name, task in zip(served.names, tasks, strict=True):
+def _classifier(served: Served, batch_size: int) -> Classifier:
+    """The classifier for the kind of base."""
+    if isinstance(served.config, models.VitConfig):
+        from lora_jax.serving.image_classifier import ImageClassifier  # it needs an extra
+
+        return ImageClassifier(served, batch_size)
+    return TextClassifier(served, batch_size)
+
+
+def _typed(options: PredictOptions, served: Served, classifier: Classifier) -> list[JsonLine]:
+    """The examples of the command line, each for every adapter."""
+    flag, given = ("--text", options.text) if options.text else ("--image", options.image)
+    if flag != f"--{classifier.unit[:-1]}":
+        raise LoraError(
+            f"the adapters classify {classifier.unit}: give --{classifier.unit[:-1]}, not {flag}"
+        )
+    for name, task in zip(served.names, classifier.tasks, strict=True):
         if len(task.fields) > 1:
             raise LoraError(
                 f"adapter {name!r} takes two texts, {task.fields[0]!r} and {task.fields[1]!r}; "
                 "give them as fields of a line: --file FILE"
             )
     return [
-        JsonLine({task.fields[0]: text, "adapter": name}, f"--text {text[:40]!r}")
-        for text in texts
-        for name, task in zip(served.names, tasks, strict=True)
+        JsonLine({task.fields[0]: one, "adapter": name}, f"{flag} {one[:40]!r}")
+        for one in given
+        for name, task in zip(served.names, classifier.tasks, strict=True)
     ]
 
 
@@ -200,17 +225,6 @@ def _adapter_of(line: JsonLine, served: Served) -> int:
     return served.id_of(name or None, line.where)
 
 
-def _text_of(line: JsonLine, task: ClassifierTask) -> TextOrPair:
-    """Numbers are read as training reads them, as text."""
-    found = []
-    for field in task.fields:
-        value = line.get(field, object)
-        if not isinstance(value, str | int | float):
-            line.get(field, str)  # raises
-        found.append(str(value))
-    return found[0] if len(found) == 1 else (found[0], found[1])
-
-
 def _opening(served: Served, tasks: Sequence[ClassifierTask]) -> str:
     kinds = [f"{len(task.labels)} classes" if task.labels else "a number" for task in tasks]
     each = [f"{name}: {kind}" for name, kind in zip(served.names, kinds, strict=True)]
@@ -219,13 +233,12 @@ def _opening(served: Served, tasks: Sequence[ClassifierTask]) -> str:
 
 def _closing(classifier: Classifier, count: int, seconds: float) -> str:
     compiling, programs = sum(classifier.compiled.values()), len(classifier.compiled)
-    cut = classifier.cut
+    first, *more = classifier.facts(count)
     said = [
-        f"{count:,} text{'s' * (count != 1)}, {classifier.tokens:,} tokens, in {seconds:.1f} s, "
+        f"{first}, in {seconds:.1f} s, "
         f"of which {compiling:.1f} s to compile {programs} program{'s' * (programs != 1)}"
     ]
     if count > classifier.batch_size:
-        said.append(f"{count / max(seconds - compiling, 1e-9):,.0f} texts/s when compiled")
-    if cut.examples:
-        said.append(f"{cut.examples:,} texts were too long and lost {cut.tokens:,} tokens")
-    return "\n".join(said)
+        rate = count / max(seconds - compiling, 1e-9)
+        said.append(f"{rate:,.0f} {classifier.unit}/s when compiled")
+    return "\n".join([*said, *more])

@@ -30,6 +30,7 @@ from lora_jax.multi.stack import stack as stack_adapters
 from lora_jax.paths import Tree
 from lora_jax.updates.kind import Factors
 
+_ENCODERS = {models.BertConfig: "bert", models.VitConfig: "vit"}  # where a classifier has it
 BASE_NAME = "base"  # who asks for it gets no adapter
 # What all that share a base agree on, and what may be said there.
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
@@ -66,7 +67,8 @@ class Served:
     reference: of the base, as the user or the adapters name it.
     source: the model as it was opened: its tokenizer, its chat template.
     config: the model's configuration, with the settings that the adapters were trained with.
-    params: the frozen base: `{"bert": ...}` without a head for an encoder, the whole of a decoder.
+    params: the frozen base: `{"bert": ...}` or `{"vit": ...}` without a head for an encoder, the
+      whole of a decoder.
     members: the adapters; their places are their ids.
     """
 
@@ -117,7 +119,7 @@ class Served:
 
 def open_adapters(
     adapters: Sequence[str],
-    kind: type[Any],
+    kind: type[Any] | tuple[type[Any], ...],
     *,
     base: str | None = None,
     trust_base: bool = False,
@@ -129,7 +131,7 @@ def open_adapters(
       adapters: each `[NAME=]PATH`: a folder that `lora_jax.save` wrote; a run directory of
         train.py, whose adapters/best it is, or adapters/last if there is no best; or a directory
         of such run directories, all of which are opened. A run's name is that of its directory.
-      kind: `models.BertConfig` or `models.LlamaConfig`: what the caller can run.
+      kind: configuration classes of `lora_jax.models`: what the caller can run.
       base: reference of the base (`lora_jax.models.weights.source`). None: what the adapters were
         trained on.
       trust_base: fetch the base that the adapters name, whatever it is.
@@ -146,7 +148,7 @@ def open_adapters(
     _check_kind(source, kind, reference)
     how = quantised_how(members)
     params = source.load(config, keep_quantised=how == {"scheme": STORED})
-    params = {"bert": params} if isinstance(config, models.BertConfig) else params
+    params = {_ENCODERS[type(config)]: params} if type(config) in _ENCODERS else params
     floats, params = params, params if how is None else requantised(params, how)
     if (method := begun_how(members)) is not None:
         quantised = None if how is None else params
@@ -283,16 +285,16 @@ def _check_named(members: Sequence[ServedAdapter], reference: str) -> None:
     )
 
 
-def _check_kind(source: models.Source, kind: type[Any], reference: str) -> None:
+def _check_kind(
+    source: models.Source, kind: type[Any] | tuple[type[Any], ...], reference: str
+) -> None:
     if isinstance(source.config, kind):
         return
-    if isinstance(source.config, models.VitConfig):
-        raise LoraError(f"the base {reference} is an encoder of images, which no command runs")
-    what, other = (
-        ("an encoder", "lora-jax predict")
-        if isinstance(source.config, models.BertConfig)
-        else ("a decoder", "lora-jax generate")
-    )
+    what, other = {
+        models.BertConfig: ("an encoder", "lora-jax predict"),
+        models.VitConfig: ("an encoder of images", "lora-jax predict"),
+        models.LlamaConfig: ("a decoder", "lora-jax generate"),
+    }[type(source.config)]
     raise LoraError(f"the base {reference} is {what}; that is what `{other}` runs")
 
 

@@ -86,7 +86,9 @@ def image_classification(config: ImageConfig) -> Workload:
         vit = source.load(model_config, shardings=shardings["vit"], keep_quantised=stored)
         return {"vit": vit, **fresh()}
 
-    about = pretrained.about(config, labels=labels.names, image_field=config.data.image_field)
+    about = pretrained.about(
+        config, POOLING, labels=labels.names, image_field=config.data.image_field
+    )
     workload = Workload(
         apply=apply_of(model),
         **judged(labels, config.select),

@@ -145,15 +145,16 @@ def open_batches(
     )
 
 
-def about(config: PretrainedConfig, *settings: str, **more: Any) -> dict[str, Any]:
+def about(config: PretrainedConfig, pooling: str, **more: Any) -> dict[str, Any]:
     """`Workload.about`: the settings of the model that change what it computes, and `more`.
 
     Args:
-      settings: the names of those that not every model has.
+      pooling: what a classification head reads.
       more: anything else, config values.
     """
-    names = ("reference", *settings, "scan_layers", "dtype", "param_dtype")
-    return to_dict({"model": {name: getattr(config.model, name) for name in names}, **more})
+    settings = ("reference", "scan_layers", "dtype", "param_dtype")
+    model = {name: getattr(config.model, name) for name in settings}
+    return to_dict({"model": {**model, "pooling": pooling}, **more})
 
 
 def base_shapes(config: PretrainedConfig, source: models.Source, model_config: Any) -> Any:

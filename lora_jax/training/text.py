@@ -102,7 +102,7 @@ def about(config: TextConfig, **more: Any) -> dict[str, Any]:
     """
     name, own = config.method.name, config.method.settings
     method = {} if name == LORA else {"method": {"name": name, **own}}
-    return pretrained.about(config, "pooling", **method, **more)
+    return pretrained.about(config, config.model.pooling, **method, **more)
 
 
 def method_parameters(config: TextConfig, method: baselines.Method) -> Any:

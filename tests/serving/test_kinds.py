@@ -11,7 +11,7 @@ import pytest
 
 from lora_jax import LoraError, models
 from lora_jax.report import command
-from lora_jax.serving import classifier, served_adapters
+from lora_jax.serving import served_adapters, text_classifier
 from lora_jax.training.config_json import to_dict
 from tests.serving import classifiers
 from tests.training import tiny
@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_predict_is_what_training_evaluates(runs: dict[str, Any], kind: str) -> None:
     run, config = runs[kind]
     served = served_adapters.open_adapters([str(run)], models.BertConfig)
-    made = classifier.Classifier(served, 16)
+    made = text_classifier.TextClassifier(served, 16)
     (member,) = served.members
     assert {t.kind for t in member.layout.targets} == {kind}
     rows = (run.parent / "data/validation.jsonl").read_text().splitlines()

@@ -13,12 +13,12 @@ import pytest
 
 import lora_jax
 from lora_jax import models
-from lora_jax.serving import classifier, jsonl, predict, served_adapters
+from lora_jax.serving import classifier, jsonl, predict, served_adapters, text_classifier
 from lora_jax.training.text import TextConfig
 from tests.serving import classifiers
 from tests.training import tiny
 
-Opened = tuple[served_adapters.Served, classifier.Classifier]
+Opened = tuple[served_adapters.Served, text_classifier.TextClassifier]
 WORDS = " ".join(tiny.WORDS[:6])
 
 
@@ -98,7 +98,7 @@ def opened(trained: Trained) -> Opened:
     served = served_adapters.open_adapters(
         [str(trained.folder / name) for name in trained.configs], models.BertConfig
     )
-    return served, classifier.Classifier(served, 16)
+    return served, text_classifier.TextClassifier(served, 16)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_order_and_fields_are_kept(trained: Trained, answers: list[dict[str, Any
 
 def test_one_program_for_each_length(opened: Opened) -> None:
     """Whatever adapters come, and however many texts: red if a batch has a shape of its own."""
-    made = classifier.Classifier(opened[0], 4)
+    made = text_classifier.TextClassifier(opened[0], 4)
     short, long = "word1 word2", " ".join(["word3"] * 14)
     for ids in ([0, 1, 2, 0], [2, 2, 2], [1], [0, 1] * 9):
         for text in (short, long):
@@ -236,7 +236,7 @@ def test_progress_is_told_as_scores_come(opened: Opened) -> None:
         for size, text in ((100, WORDS), (1, "word1"))
     ]
     done: list[int] = []
-    served, made = opened[0], classifier.Classifier(opened[0], 1)
+    served, made = opened[0], text_classifier.TextClassifier(opened[0], 1)
     first = next(predict.predict(served, made, sized, done.append))
     assert (first["text"], done) == (WORDS, [1, 100])
 
@@ -278,7 +278,7 @@ def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pat
     opened = served_adapters.open_adapters(
         [str(tmp_path / "broken")], models.BertConfig, allow_other_base=True
     )
-    made = classifier.Classifier(opened, 4)
+    made = text_classifier.TextClassifier(opened, 4)
     with pytest.raises(lora_jax.LoraError, match=r"--text: adapter 'broken' gives scores that are"):
         list(predict.predict(opened, made, [jsonl.JsonLine({"text": "a"}, "--text")]))
 
@@ -309,8 +309,8 @@ def test_an_adapter_that_does_not_say_what_it_classifies(
         {**member.about, **change},
     )
     with pytest.raises(lora_jax.LoraError, match=r"'two'(.|\n)*does not say what it classifies"):
-        classifier.task_of(wrong)
-    assert classifier.task_of(member) == classifier.ClassifierTask(
+        text_classifier.task_of(wrong)
+    assert text_classifier.task_of(member) == classifier.ClassifierTask(
         ("no", "yes"), ("text",), (8, 16)
     )
 
@@ -326,4 +326,4 @@ def test_a_head_of_another_width_is_refused(trained: Trained) -> None:
         {**member.about, "labels": ["a", "b", "c"]},
     )
     with pytest.raises(lora_jax.LoraError, match="needs a head of 3 outputs; it has 2"):
-        classifier.task_of(wrong)
+        text_classifier.task_of(wrong)

@@ -1,0 +1,82 @@
+"""Classify images: each is decoded as its batch is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_jax import models
+from lora_jax.data.images import decode, pixels
+from lora_jax.errors import LoraError
+from lora_jax.models.weights import preprocessing
+from lora_jax.serving.classifier import Classifier, ClassifierTask, check_head
+from lora_jax.serving.jsonl import JsonLine
+from lora_jax.serving.served_adapters import Served, ServedAdapter
+
+
+def task_of(member: ServedAdapter) -> ClassifierTask:
+    """What `lora_jax.training.image_classification` said of the adapter as it was exported.
+
+    Raises:
+      LoraError: it said nothing, or nothing that can be used.
+    """
+    labels, field = member.about.get("labels"), member.about.get("image_field")
+    named = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
+    if labels is None or not named or not isinstance(field, str) or not field:
+        raise LoraError(
+            f"adapter {member.name!r} ({member.path}) does not say what images it classifies, as "
+            "those that train.py exports do; one that you save yourself says it by "
+            'lora_jax.save(..., about={"labels": ["no", "yes"], "image_field": "image", '
+            '"model": {"reference": ...}})'
+        )
+    task = ClassifierTask(tuple(labels), (field,))
+    check_head(member, task)
+    return task
+
+
+class ImageClassifier(Classifier):
+    """The scores of images, by any of several adapters; an example is a path and where it is from.
+
+    The base's folder says what becomes of an image before the model sees it.
+    """
+
+    unit = "images"
+
+    def __init__(self, served: Served, batch_size: int) -> None:
+        """Read the tasks; see `Classifier`.
+
+        Raises:
+          LoraError: an adapter that is no classifier, or adapters that cannot share a batch.
+          ValueError, OSError: the base's folder does not say how images are read.
+        """
+        tasks = tuple(task_of(member) for member in served.members)
+        self._how = preprocessing.read(served.source.path, served.config)
+        width = max(task.outputs for task in tasks)
+        super().__init__(served, tasks, models.VitClassifier(served.config, width), batch_size)
+
+    def example_of(self, line: JsonLine, task: ClassifierTask) -> tuple[str, str]:
+        """See `Classifier`: the path of the image, and the line, for messages."""
+        return line.get(task.fields[0], str), line.where
+
+    def prepare(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Any]:
+        """See `Classifier`: the images stay in their files until their batch is made."""
+        return list(examples)
+
+    def length_of(self, row: Any) -> int:
+        """See `Classifier`: all have one size."""
+        return 0
+
+    def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
+        """Pixels, as the training's batches have them.
+
+        Raises:
+          DataError: an image cannot be read.
+        """
+        found = {row: self._pixels(*row) for row in dict.fromkeys(rows)}
+        return (np.stack([found[row] for row in rows]),)
+
+    def _pixels(self, path: str, where: str) -> NDArray[np.float32]:
+        return pixels(decode(path, self._how.channels, where), self._how)
