@@ -17,11 +17,8 @@ import math
 
 from lora_jax.data.image_config import ImageDataConfig
 from lora_jax.training.config import LoraConfig, OptimizerConfig
-from lora_jax.training.image_classification import (
-    ImageConfig,
-    ImageModelConfig,
-    image_classification,
-)
+from lora_jax.training.image_classification import image_classification
+from lora_jax.training.images import ImageConfig, ImageModelConfig
 
 
 def dataset(

@@ -11,6 +11,7 @@ from lora_jax.groups.comparison import flat
 from lora_jax.report import formatting
 from lora_jax.report.document import Table
 from lora_jax.training.config_json import to_dict
+from lora_jax.training.images import ImageConfig
 from lora_jax.training.text import TextConfig
 
 # What is shown whether or not it is the default.
@@ -25,7 +26,8 @@ def table(configs: Sequence[dict[str, Any]]) -> Table:
     """What all of these configs have in common, as far as it is no default; some in any case."""
     every = [_counting(config) for config in configs]
     common = {f: v for f, v in every[0].items() if all(c.get(f, ...) == v for c in every)}
-    first, known = [field for field in _ALWAYS if field in common], flat(_defaults(TextConfig))
+    kind = ImageConfig if "data.image_field" in common else TextConfig
+    first, known = [field for field in _ALWAYS if field in common], flat(_defaults(kind))
     rest = [f for f, value in common.items() if f not in first and known.get(f, ...) != value]
     defaults = {field: formatting.value(value) for field, value in known.items()}
     rows = tuple(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from typing import Any
@@ -13,47 +12,18 @@ import jax.numpy as jnp
 from lora_jax import baselines, models, paths
 from lora_jax.bases.recipe import STORED
 from lora_jax.data.image_classification import image_classification as batches_of
-from lora_jax.data.image_config import ImageDataConfig
 from lora_jax.data.images import Augmentation
 from lora_jax.data.labels import Labels
 from lora_jax.models import placement
 from lora_jax.models.weights import preprocessing
 from lora_jax.training import pretrained
 from lora_jax.training.classification import judged
-from lora_jax.training.config import require
-from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig
+from lora_jax.training.images import ImageConfig
 from lora_jax.training.workload import Common, Workload
 
 Tree = Any  # a pytree
 
 POOLING = "cls"  # what the head reads is the class token
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageModelConfig(PretrainedModelConfig):
-    """The pretrained model."""
-
-    dropout: float = 0.0
-    """Dropout rate inside the encoder while training."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
-
-    def apply_to(self, config: Any) -> Any:
-        """The model's own configuration with these settings."""
-        config = super().apply_to(config)
-        return dataclasses.replace(config, dropout=self.dropout, attention_dropout=self.dropout)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageConfig(PretrainedConfig):
-    """A run of a pretrained ViT on images."""
-
-    model: ImageModelConfig
-    """The pretrained model."""
-    data: ImageDataConfig
-    """The data."""
 
 
 def image_classification(config: ImageConfig) -> Workload:

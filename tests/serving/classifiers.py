@@ -14,7 +14,7 @@ from lora_jax.data.config import DataConfig
 from lora_jax.data.process_slice import Shard
 from lora_jax.training import export, mesh
 from lora_jax.training.classification import classification
-from lora_jax.training.config import LoraConfig, OptimizerConfig
+from lora_jax.training.config import Config, LoraConfig, OptimizerConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.training import tiny
 
@@ -87,9 +87,9 @@ def _arrays(workload: Any) -> Any:
     return workload.arrays(jax.tree.map(lambda _: where, workload.params))
 
 
-def evaluated(run: pathlib.Path, config: TextConfig) -> np.ndarray:
+def evaluated(run: pathlib.Path, config: Config) -> np.ndarray:
     """[N, C] outputs of the run's best adapter on its validation split, by training's own code."""
-    workload = classification(config)
+    workload = config.workload(config)
     params = _arrays(workload)
     layout, adapters, _ = lora_jax.restore(run / "adapters/best")
     trainable = lora_jax.restore(run / "adapters/best").trainable
