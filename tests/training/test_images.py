@@ -18,6 +18,7 @@ from lora_jax.data import open_source
 from lora_jax.data.process_slice import Shard
 from lora_jax.report import command as report
 from lora_jax.serving import predict
+from lora_jax.training import config_json
 from lora_jax.training.classification import classification
 from lora_jax.training.config import ConfigError
 from lora_jax.training.image_classification import apply_of, image_classification
@@ -118,7 +119,7 @@ def test_the_report_knows_the_run(finished: Finished, tmp_path: pathlib.Path) ->
     assert report.main([str(finished.run), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "What of W it amplifies" in text and "not the base" not in text
-    assert "data.crop" in text and "data.eval_split" not in text
+    assert "data.crop" in text and "data.threads" not in text
 
 
 def test_the_example_is_a_batch(finished: Finished) -> None:
@@ -129,6 +130,14 @@ def test_the_example_is_a_batch(finished: Finished) -> None:
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         k: (v.shape, v.dtype) for k, v in example.items()
     }
+
+
+def test_the_number_of_threads_names_no_run(finished: Finished) -> None:
+    """Red if a run cannot go on, or is not found again, with more threads."""
+    config = config_of(finished)
+    more = dataclasses.replace(config, data=dataclasses.replace(config.data, threads=9))
+    assert config_json.changes(config_json.to_dict(config), more) == []
+    assert config_json.identity(config) == config_json.identity(more)
 
 
 def test_dropout_is_for_training(finished: Finished) -> None:
