@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
+from lora_jax.data import tensorflow_files
 from lora_jax.data.errors import DataError
 from lora_jax.data.source import DataSource, Example
 from lora_jax.data.status import status
@@ -46,7 +47,11 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
         _check_format(builder)
         return
     try:
-        with status(f"preparing {builder.info.full_name} once, into {path}"), _quiet():
+        with (
+            status(f"preparing {builder.info.full_name} once, into {path}"),
+            tensorflow_files.stand_in(builder),
+            _quiet(),
+        ):
             builder.download_and_prepare(file_format=FORMAT)
     except OSError:
         if not path.exists():

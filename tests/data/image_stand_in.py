@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import io
+import pathlib
+import zipfile
 from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow as tf
 
 SHAPES = ("disc", "frame", "stripes")
 SIZES = {"train": 42, "validation": 15, "test": 9}
 
 
 class ShapesStandIn(tfds.core.GeneratorBasedBuilder):
-    """Fields as those of oxford_flowers102; PNG and JPEG, no two of one size.
+    """Fields as those of oxford_flowers102; PNG and JPEG of many sizes.
 
-    `arrays` has images as NumPy arrays, for which TFDS calls TensorFlow.
+    TFDS calls TensorFlow for `arrays`, which has images as NumPy arrays, and for `archives`, which
+    has them in zip files: one is unpacked, and one gone through. `tensorflow` does more with it.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = [
-        tfds.core.BuilderConfig(name=name, description=name) for name in ("files", "arrays")
+        tfds.core.BuilderConfig(name=name, description=name)
+        for name in ("files", "arrays", "archives", "tensorflow")
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -36,18 +41,42 @@ class ShapesStandIn(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        arrays = self.builder_config.name == "arrays"
-        return {split: list(_rows(split, arrays)) for split in SIZES}
+        match self.builder_config.name:
+            case "archives":
+                return {split: list(_unpacked(self, dl_manager, split)) for split in SIZES}
+            case "tensorflow":
+                return {"train": [tf.image.decode_png(b"")]}
+        return {split: list(_rows(self, split)) for split in SIZES}
 
     def _generate_examples(self, pipeline: Any) -> Any:
         raise NotImplementedError
 
 
-def _rows(split: str, arrays: bool) -> Any:
+def _rows(builder: ShapesStandIn, split: str) -> Any:
     for i in range(SIZES[split]):
         image = drawn(split, i)
+        arrays = builder.builder_config.name == "arrays"
         stored = np.asarray(image) if arrays else io.BytesIO(encoded(image, i))
         yield i, {"image": stored, "label": i % len(SHAPES), "file_name": f"{split}_{i}"}
+
+
+def _unpacked(builder: ShapesStandIn, dl_manager: Any, split: str) -> Any:
+    path = pathlib.Path(builder.data_dir).parent / f"{split}.zip"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as file:
+        for i, row in _rows(builder, split):
+            file.writestr(f"{split}_{i}", row["image"].read())
+    if split == "test":
+        found = {name: file.read() for name, file in dl_manager.iter_archive(path)}
+    else:
+        folder = dl_manager.extract(path)
+        found = {}
+        for name in tf.io.gfile.listdir(folder):
+            with tf.io.gfile.GFile(folder / name, "rb") as file:
+                found[name] = file.read()
+    for name, content in found.items():
+        i = int(name.rpartition("_")[2])
+        yield i, {"image": io.BytesIO(content), "label": i % len(SHAPES), "file_name": name}
 
 
 def drawn(split: str, i: int) -> PIL.Image.Image:

@@ -9,8 +9,9 @@ from typing import Any
 import chex
 import numpy as np
 import pytest
+from tensorflow_datasets.core.download import extractor
 
-from lora_jax.data import DataError, ImageDataConfig, open_source
+from lora_jax.data import DataError, ImageDataConfig, open_source, tensorflow_files
 from lora_jax.data.image_classification import image_classification
 from lora_jax.data.images import Augmentation, decode, pixels
 from lora_jax.data.process_slice import Shard
@@ -130,9 +131,27 @@ def test_limits(shapes: ImageDataConfig) -> None:
     assert batch["weight"].sum() == 3
 
 
+@pytest.mark.parametrize("name", ["arrays", "archives"])
+def test_files_are_prepared_without_tensorflow(
+    name: str, shapes: ImageDataConfig, tmp_path: Path
+) -> None:
+    """Red if an archive is not unpacked, or if an image that comes as an array loses something."""
+    source = open_source(f"tfds:shapes_stand_in/{name}", str(tmp_path))
+    for split, size in SIZES.items():
+        rows = {row["file_name"]: row for row in source.examples(split)}
+        assert len(rows) == size
+        for i in range(size):
+            found = decode(rows[f"{split}_{i}"]["image"], 3, "here")
+            file = encoded(drawn(split, i), i)
+            wanted = drawn(split, i) if name == "arrays" else decode(file, 3, "here")
+            np.testing.assert_array_equal(found, wanted)
+    assert extractor.tf is not tensorflow_files.TF
+
+
 def test_what_needs_tensorflow_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"(?s)Where there is no TensorFlow, prepare it"):
-        open_source("tfds:shapes_stand_in/arrays", str(tmp_path))
+    message = r"(?s)whose tf\.image is called.*Where there is no TensorFlow, prepare it"
+    with pytest.raises(DataError, match=message):
+        open_source("tfds:shapes_stand_in/tensorflow", str(tmp_path))
 
 
 @pytest.mark.parametrize("setting", [{"crop": 0.0}, {"crop": 1.5}, {"threads": 0}])

@@ -1,0 +1,104 @@
+"""The file functions of TensorFlow that TFDS calls to unpack and to read what it has downloaded.
+
+TFDS opens local files through `tf.io.gfile`, so without TensorFlow it cannot unpack an archive;
+and images that it gets as arrays it encodes with `tf.image`. Here these functions are Python's and
+Pillow's. They take the place of `tf` in the files of TFDS concerned while a data set is prepared,
+and only where TensorFlow is not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import extractor
+
+
+class _Module:
+    """A module of TensorFlow with some of its members; each other one is missing TensorFlow."""
+
+    def __init__(self, name: str, **members: Any) -> None:
+        self._name = name
+        vars(self).update(members)
+
+    def __getattr__(self, name: str) -> Any:
+        raise ModuleNotFoundError(
+            f"No module named 'tensorflow', whose {self._name}.{name} is called", name="tensorflow"
+        )
+
+
+def _open(path: Any, mode: str = "r") -> Any:
+    return open(path, mode, encoding=None if "b" in mode else "utf-8")
+
+
+def _as_text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+GFILE = _Module(
+    "tf.io.gfile",
+    GFile=_open,
+    exists=os.path.exists,
+    glob=lambda pattern: sorted(glob.glob(os.fspath(pattern))),
+    isdir=os.path.isdir,
+    listdir=lambda path: sorted(os.listdir(path)),
+    walk=os.walk,
+)
+TF = _Module(
+    "tf",
+    compat=_Module("tf.compat", as_text=_as_text),
+    io=_Module("tf.io", gfile=GFILE),
+)
+
+
+@contextlib.contextmanager
+def stand_in(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
+    """Let TFDS prepare the builder's data without TensorFlow, as far as it calls for files only."""
+    if importlib.util.find_spec("tensorflow") is not None:
+        yield
+        return
+    modules = [extractor, *(sys.modules[kind.__module__] for kind in type(builder).__mro__)]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if "tf" in vars(module):
+                stack.enter_context(_replaced(module, "tf", TF))
+        for feature in dict(builder.info.features).values():
+            if isinstance(feature, tfds.features.Image):
+                encode = functools.partial(_encode, feature, feature.encode_example)
+                stack.enter_context(_replaced(feature, "encode_example", encode))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a module or an object another attribute until the block ends."""
+    before = dict(vars(owner))
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if name in before:
+            setattr(owner, name, before[name])
+        else:
+            delattr(owner, name)
+
+
+def _encode(feature: tfds.features.Image, encode: Callable[[Any], bytes], image: Any) -> bytes:
+    """An image for the files: an array as PNG, which loses nothing; else as TFDS does it."""
+    is_plain = isinstance(image, np.ndarray) and image.dtype == np.uint8
+    if not is_plain or feature.encoding_format == "jpeg":
+        return encode(image)
+    import PIL.Image  # an extra, and few data sets need it here
+
+    file = io.BytesIO()
+    PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
+    return file.getvalue()
