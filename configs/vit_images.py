@@ -2,8 +2,8 @@
 
 Command:   python train.py --config configs/vit_images.py:flowers102
            (beans, flowers102, food101 or cifar10; without a name it is beans)
-Hardware:  one GPU of 16 GB; needs `pip install 'lora-jax[train,images,hub]'`,
-           and the network for the weights (hub) and for the images (TFDS)
+Hardware:  one GPU of 16 GB; needs `pip install 'lora-jax[train,images,hub]'`, and the
+           network for the weights (hub) and for the images (TFDS)
 Minutes:   not measured: the hub and TFDS were out of reach where this was written, so the shapes
            are tested with drawn images and a tiny random ViT
 Result:    not measured, for the same reason

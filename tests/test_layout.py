@@ -261,7 +261,7 @@ def test_orbax_in_one_file() -> None:
 def test_imported_libraries_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=\[; ]", line)[0] for line in project["dependencies"]}
-    for extra in ("train", "report", "gguf", "hub"):
+    for extra in EXTRAS:
         lines = project["optional-dependencies"][extra]
         declared |= {re.split(r"[<>=\[; ]", line)[0] for line in lines}
     known = {IMPORT_NAMES.get(name, name) for name in declared}
