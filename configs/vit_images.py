@@ -17,7 +17,8 @@ import math
 from lora_jax.data.image_config import ImageDataConfig
 from lora_jax.training.config import LoraConfig, OptimizerConfig
 from lora_jax.training.image_classification import image_classification
-from lora_jax.training.images import ImageConfig, ImageModelConfig
+from lora_jax.training.images import ImageConfig
+from lora_jax.training.pretrained import PretrainedModelConfig
 
 
 def dataset(
@@ -33,7 +34,7 @@ def dataset(
     epoch = math.ceil(size / batch_size)
     return ImageConfig(
         workload=image_classification,
-        model=ImageModelConfig(reference="hub:google/vit-base-patch16-224-in21k"),
+        model=PretrainedModelConfig(reference="hub:google/vit-base-patch16-224-in21k"),
         data=ImageDataConfig(
             source=f"tfds:{name}",
             flip=True,

@@ -22,7 +22,8 @@ from lora_jax.training import config_json
 from lora_jax.training.classification import classification
 from lora_jax.training.config import ConfigError
 from lora_jax.training.image_classification import apply_of, image_classification
-from lora_jax.training.images import ImageConfig, ImageModelConfig
+from lora_jax.training.images import ImageConfig
+from lora_jax.training.pretrained import PretrainedModelConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.data.image_stand_in import SHAPES
 from tests.serving.classifiers import evaluated
@@ -58,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def config_of(finished: Finished, **model: Any) -> ImageConfig:
     config: Any = command_line.load(CONFIG, ROOT)[1]
     data = dataclasses.replace(config.data, source=SOURCE, data_dir=str(finished.data))
-    own = ImageModelConfig(reference=str(finished.model), **model)
+    own = PretrainedModelConfig(reference=str(finished.model), **model)
     return dataclasses.replace(config, model=own, data=data)
 
 
@@ -142,7 +143,7 @@ def test_the_number_of_threads_names_no_run(finished: Finished) -> None:
 
 def test_dropout_is_for_training(finished: Finished) -> None:
     source = models.open(str(finished.model))
-    config: Any = ImageModelConfig(reference="x", dropout=0.5).apply_to(source.config)
+    config: Any = PretrainedModelConfig(reference="x", dropout=0.5).apply_to(source.config)
     model = models.VitClassifier(config, 2)
     batch = {"pixels": np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)}
     params = model.init(jax.random.key(0), batch["pixels"])["params"]
@@ -156,7 +157,9 @@ def test_models_and_data_that_do_not_go_together(
     finished: Finished, tmp_path: pathlib.Path
 ) -> None:
     text = tiny.write_model(tmp_path / "text", tiny.ROBERTA | {"num_hidden_layers": 1})
-    config = dataclasses.replace(config_of(finished), model=ImageModelConfig(reference=str(text)))
+    config = dataclasses.replace(
+        config_of(finished), model=PretrainedModelConfig(reference=str(text))
+    )
     with pytest.raises(ConfigError, match=r"an encoder of text; image_classification takes a ViT"):
         image_classification(config)
     base: Any = command_line.load(str(ROOT / "configs/glue_roberta.py"), ROOT)[1]
