@@ -124,7 +124,7 @@ class Classifier(abc.ABC):
         """
 
     def facts(self, count: int) -> tuple[str, ...]:
-        """What was classified so far, and what to know about it; of the first it is a number."""
+        """Lines for the end: how many examples were classified, then what else to know."""
         return (f"{count:,} {self.unit if count != 1 else self.unit[:-1]}",)
 
     def scores(
