@@ -13,6 +13,7 @@ JAX then ends them with abort(), in which no Python code runs; `LastWords` speak
 from __future__ import annotations
 
 import glob
+import importlib
 import importlib.util
 import json
 import os
@@ -108,18 +109,27 @@ def join(config: ProcessesConfig) -> None:
         f"{config.connect_timeout} s; --processes.count 1 runs this process alone"
     )
     LAST.words(f"process {where} did not meet the others. {cure}")
+    method = _method(config, found)
+    begins_mpi = method == "mpi4py" and "mpi4py.MPI" not in sys.modules
     try:
         jax.distributed.initialize(
             config.coordinator,
             config.count,
             config.index,
-            cluster_detection_method=_method(config, found),
+            cluster_detection_method=method,
             initialization_timeout=config.connect_timeout,
             heartbeat_timeout_seconds=config.heartbeat_timeout,
         )
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # also those of the packages that JAX asks the launcher through
         raise ConfigError(f"process {where} did not meet the others: {error}\n{cure}") from error
+    if begins_mpi:
+        _end_mpi()
     LAST.words(f"{name()}was ended. {_LOST}")
+
+
+def _end_mpi() -> None:
+    """Finalize MPI, which is needed only to meet: `mpirun` calls it a failure to end without."""
+    importlib.import_module("mpi4py.MPI").Finalize()
 
 
 def _method(config: ProcessesConfig, found: str | None) -> str | None:

@@ -1,0 +1,30 @@
+"""The scripts of docs/pods.md, as they are run here: with a tiny run and fewer processes."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from tests.launchers.machine import ROOT
+
+OWN = "--config configs/own_model.py"
+SMALL = f"{OWN} --width 16 --batch-size 32 --evaluate-every 40 --processes.heartbeat-timeout 10"
+
+
+def block(heading: str, language: str) -> str:
+    """The first code block of a language under a heading of docs/pods.md."""
+    text = (ROOT / "docs/pods.md").read_text().partition(f"\n## {heading}\n")[2]
+    found = re.search(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert found, f"docs/pods.md has no block of {language} under {heading}"
+    return found.group(1)
+
+
+def changed(script: str, changes: dict[str, str]) -> str:
+    """The script with each of these in the place of what it says, which must be there."""
+    for old, new in changes.items():
+        assert old in script, f"docs/pods.md does not say {old!r} any more:\n{script}"
+        script = script.replace(old, new)
+    return script
+
+
+PYTHON = sys.executable

@@ -1,0 +1,132 @@
+"""A machine of its own for a launcher: its network, host names and processes are seen by none else.
+
+They are Linux namespaces, which need root (in a container CAP_SYS_ADMIN) and no systemd. Everything
+that was started on the machine, daemons included, is killed with it, even when the tests are.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[2]
+NAMESPACES = "unshare --mount --net --pid --uts --fork --kill-child --mount-proc"
+CARRIERS = (b"sh", b"bash", b"env", b"srun", b"mpirun", b"prterun", b"nsenter", b"unshare")
+_START = """
+set -e
+ip link set lo up
+for address in {addresses}; do ip address add "$address/32" dev lo; done
+mount --bind {folder}/hosts /etc/hosts
+hostname {name}
+touch {folder}/up
+sleep infinity & wait  # a shell, since the first process of a machine has to reap the others
+"""
+
+
+@functools.cache
+def possible() -> bool:
+    """Whether this user may start a machine here."""
+    line = f"{NAMESPACES} ip link set lo up"
+    try:
+        return subprocess.run(line.split(), capture_output=True, timeout=30).returncode == 0
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], Any], why: Callable[[], str], seconds: float = 240) -> Any:
+    """Wait until `condition` holds, and return what it gave; `why` explains that it never did."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s:\n{why()}"
+        time.sleep(0.2)
+    return found
+
+
+class Machine:
+    """A machine on which commands run, while it is entered."""
+
+    def __init__(self, folder: pathlib.Path, hosts: Mapping[str, str]) -> None:
+        """Describe it.
+
+        Args:
+          folder: what belongs to the machine.
+          hosts: the addresses of its names, all its own; it is called by the first.
+        """
+        self.folder, self._hosts = folder, dict(hosts)
+        self.environment = dict(os.environ) | {
+            "MACHINE": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "4",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
+    def __enter__(self) -> Machine:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "up").unlink(missing_ok=True)
+        lines = [f"{address} {name}" for name, address in self._hosts.items()]
+        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        script = _START.format(
+            addresses=" ".join(dict.fromkeys(self._hosts.values())),
+            folder=shlex.quote(str(self.folder)),
+            name=next(iter(self._hosts)),
+        )
+        self._holder = subprocess.Popen([*NAMESPACES.split(), "sh", "-c", script])
+        wait_for(
+            lambda: self._holder.poll() is not None or (self.folder / "up").exists(),
+            lambda: "the machine does not start",
+        )
+        pid = self._holder.pid
+        self.pid = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.kill(int(self.pid), signal.SIGKILL)  # and with it whatever runs on the machine
+        self._holder.wait()
+
+    def start(self, words: Sequence[str], log: pathlib.Path) -> subprocess.Popen[bytes]:
+        """Start a command there, in the folder of the repository; it prints into `log`."""
+        enter = ["nsenter", "--target", self.pid, "--mount", "--net", "--pid", "--uts"]
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                [*enter, f"--wdns={ROOT}", *words],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def run(self, *words: str, seconds: float = 60) -> str:
+        """What a command prints, which must succeed."""
+        log = self.folder / "command.log"
+        log.unlink(missing_ok=True)
+        status = self.start(words, log).wait(seconds)
+        assert status == 0, f"{shlex.join(words)} ended with {status}:\n{log.read_text()}"
+        return log.read_text()
+
+    def pids(self, word: str, variable: str = "") -> list[int]:
+        """The processes here with a word in their command line and NAME=value in their environment.
+
+        Shells and launchers that carry the word on to others are left out.
+        """
+        needed = {f"MACHINE={self.folder}".encode(), *([variable.encode()] if variable else [])}
+        found = []
+        for path in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                line = (path / "cmdline").read_bytes().split(b"\0")
+                variables = set((path / "environ").read_bytes().split(b"\0"))
+            except OSError:  # it has ended
+                continue
+            carries = os.path.basename(line[0]) in CARRIERS
+            if needed <= variables and word.encode() in line and not carries:
+                found.append(int(path.name))
+        return found

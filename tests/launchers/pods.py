@@ -1,0 +1,165 @@
+"""Pods of a JobSet on one machine: each has its host name, address, variables and process number 1.
+
+There is no Kubernetes. Names that a headless service would resolve are in /etc/hosts, and a server
+answers the two questions that JAX asks the Kubernetes API, with what the API of a cluster says of
+such a JobSet: `python -m tests.launchers.pods <folder>` is that server.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import pathlib
+import shutil
+import ssl
+import subprocess
+import sys
+import urllib.parse
+from typing import Any
+
+from tests.launchers.machine import Machine
+
+JOB, JOBSET, TOKEN = "lora-worker-0", "lora", "the-token-of-the-service-account"
+API = "10.77.1.1"
+ADDRESSES = ("10.77.0.1", "10.77.0.2")  # of the pods
+HOSTS = {"api": API}
+for _index, _address in enumerate(ADDRESSES):
+    HOSTS |= {f"{JOB}-{_index}": _address, f"{JOB}-{_index}.{JOBSET}": _address}
+ACCOUNT = "/run/secrets/kubernetes.io/serviceaccount"  # /var/run is a link to /run
+
+_CERTIFICATE = (
+    "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=kubernetes "
+    f"-addext subjectAltName=IP:{API} -keyout key.pem -out ca.crt"
+)
+_POD = "unshare --pid --fork --kill-child --mount-proc --uts"
+
+
+def installed() -> bool:
+    """Whether the commands are there (Debian: util-linux, iproute2, openssl)."""
+    return all(shutil.which(name) for name in ("unshare", "nsenter", "ip", "openssl"))
+
+
+class Pods(Machine):
+    """A machine for pods."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder, HOSTS)
+
+    def start_pod(self, index: int, command: str) -> subprocess.Popen[bytes]:
+        """Start the container of a pod; it prints into `pod<index>.log`.
+
+        Args:
+          index: of the pod in its Indexed Job.
+          command: what `/bin/sh -c` runs in the container.
+        """
+        variables = {
+            "HOSTNAME": f"{JOB}-{index}",
+            "JOB_COMPLETION_INDEX": str(index),
+            "KUBERNETES_SERVICE_HOST": API,
+            "KUBERNETES_SERVICE_PORT": "443",
+        }
+        words = [f"{name}={value}" for name, value in variables.items()]
+        script = 'hostname "$HOSTNAME"; exec /bin/sh -c "$0"'
+        pod = ["env", *words, *_POD.split(), "/bin/sh", "-c", script, command]
+        return self.start(pod, self.log(index))
+
+    def log(self, index: int) -> pathlib.Path:
+        """What a pod prints."""
+        return self.folder / f"pod{index}.log"
+
+    def start_api(self) -> None:
+        """Start what answers as the Kubernetes API, and put into the pods what leads to it."""
+        self.run("sh", "-c", f"cd {self.folder} && {_CERTIFICATE} 2>openssl.log")
+        files = f"cp {self.folder}/ca.crt . && echo -n {TOKEN} >token && echo -n default >namespace"
+        account = f"mkdir -p {ACCOUNT} && cd {ACCOUNT} && {files}"
+        self.run("sh", "-c", f"mount -t tmpfs tmpfs /run && {account}")
+        server = f"{sys.executable} -m {__spec__.name} {self.folder}"
+        self.run("sh", "-c", f"{server} >{self.folder}/api.log 2>&1 &")
+        ready = f"until openssl s_client -connect {API}:443 </dev/null; do sleep 0.1; done"
+        self.run("sh", "-c", ready)
+
+
+def job() -> dict[str, Any]:
+    """The Job that a JobSet has made."""
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": JOB,
+            "namespace": "default",
+            "labels": {
+                "jobset.sigs.k8s.io/jobset-name": JOBSET,
+                "jobset.sigs.k8s.io/replicatedjob-name": "worker",
+                "jobset.sigs.k8s.io/job-index": "0",
+            },
+        },
+        "spec": {
+            "parallelism": len(ADDRESSES),
+            "completions": len(ADDRESSES),
+            "completionMode": "Indexed",
+            "template": {"spec": {"containers": [{"name": "train"}], "subdomain": JOBSET}},
+        },
+    }
+
+
+def pod(index: int) -> dict[str, Any]:
+    """A pod of that Job."""
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": JOB, "uid": "1", "controller": True}
+    return {
+        "metadata": {
+            "name": f"{JOB}-{index}-x7k2p",
+            "namespace": "default",
+            "labels": {
+                "job-name": JOB,
+                "batch.kubernetes.io/job-name": JOB,
+                "batch.kubernetes.io/job-completion-index": str(index),
+                "jobset.sigs.k8s.io/jobset-name": JOBSET,
+            },
+            "ownerReferences": [owner],
+        },
+        "spec": {
+            "hostname": f"{JOB}-{index}",
+            "subdomain": JOBSET,
+            "containers": [{"name": "train"}],
+        },
+        "status": {"phase": "Running", "podIP": ADDRESSES[index]},
+    }
+
+
+def answer(path: str, token: str | None) -> tuple[int, dict[str, Any]]:
+    """The status and the body of the answer to a GET."""
+    url = urllib.parse.urlsplit(path)
+    query = urllib.parse.parse_qs(url.query)
+    if (token or "").lower() != f"bearer {TOKEN}":
+        return 401, {"kind": "Status", "status": "Failure", "reason": "Unauthorized", "code": 401}
+    if url.path == "/api/v1/namespaces/default/pods":
+        [selector] = query["fieldSelector"]
+        found = [pod(i) for i, x in enumerate(ADDRESSES) if selector == f"status.podIP={x}"]
+        return 200, {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": found}
+    if url.path == f"/apis/batch/v1/namespaces/default/jobs/{JOB}":
+        return 200, job()
+    return 404, {"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404}
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        status, body = answer(self.path, self.headers["Authorization"])
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def main(folder: pathlib.Path) -> None:
+    """Answer for ever."""
+    server = http.server.ThreadingHTTPServer((API, 443), _Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "ca.crt", folder / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,114 @@
+"""A SLURM cluster of two nodes on one machine, without systemd: munged, slurmctld and two slurmd.
+
+By hand, `python -m tests.launchers.slurm bash` starts one, runs a command on it and stops it.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+from tests.launchers.machine import Machine, wait_for
+
+HOSTS = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
+COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter", "ip")
+
+# cred_expire: also what a requeued job waits before it starts again. config_overrides: the nodes
+# may have more than the machine. The GPUs are device files that nobody opens.
+_CONFIG = """
+ClusterName=lora
+SlurmctldHost=n1
+SlurmUser=root
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n/slurmd.log
+ProctrackType=proctrack/{proctrack}
+TaskPlugin=task/none
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+GresTypes=gpu
+SchedulerParameters=sched_interval=1,bf_interval=1
+SlurmdTimeout=5
+NodeName=n1 NodeHostname=n1 Port=17001 CPUs=64 Gres=gpu:8
+NodeName=n2 NodeHostname=n2 Port=17002 CPUs=64 Gres=gpu:8
+PartitionName=all Nodes=n1,n2 Default=YES
+"""
+_MUNGED = "munged --force --key-file=key --socket=munge.socket --pid-file=munge.pid --log-file=munge.log"
+
+
+def installed() -> bool:
+    """Whether the commands are there (Debian: slurm-wlm, munge, util-linux, iproute2)."""
+    return all(shutil.which(name) for name in COMMANDS)
+
+
+class Slurm(Machine):
+    """A machine with the cluster on it."""
+
+    def __init__(self, folder: pathlib.Path, proctrack: str = "linuxproc") -> None:
+        super().__init__(folder, HOSTS)
+        self._proctrack = proctrack
+        self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
+
+    def __enter__(self) -> Slurm:
+        super().__enter__()
+        for name in ("state", *HOSTS):
+            (self.folder / name).mkdir(exist_ok=True)
+        config = _CONFIG.format(folder=self.folder, proctrack=self._proctrack)
+        (self.folder / "slurm.conf").write_text(config)
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
+        (self.folder / "key").write_bytes(os.urandom(128))
+        (self.folder / "key").chmod(0o600)
+        self._shell(f"for i in $(seq 0 7); do mknod gpu$i c 1 3; done; {_MUNGED} --seed-file=seed")
+        self._shell("slurmctld")
+        for name in HOSTS:
+            self.start_node(name)
+        wait_for(
+            lambda: self.run("sinfo", "--noheader", "--format=%D %T").split() == ["2", "idle"],
+            lambda: "\n".join(path.read_text() for path in self.folder.glob("**/*.log")),
+        )
+        return self
+
+    def _shell(self, line: str) -> None:
+        self.run("sh", "-c", f"cd {self.folder} && {line}")
+
+    def start_node(self, name: str) -> None:
+        """Start the daemon of a node."""
+        self.run("slurmd", "-N", name)
+
+    def kill_node(self, name: str, task: int) -> None:
+        """Kill a node as a power cut does: its daemon, and a task with what looks after it."""
+        parent = int(pathlib.Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()[1])
+        for pid in (*self.pids(name), parent, task):
+            os.kill(pid, signal.SIGKILL)
+
+    def submit(self, script: str, *options: str) -> str:
+        """Submit a batch script; the number of the job."""
+        path = self.folder / "job.sh"
+        path.write_text(script)
+        return self.run("sbatch", "--parsable", *options, str(path)).strip()
+
+    def state(self, job: str) -> str:
+        """RUNNING, COMPLETED, FAILED and the like."""
+        text = self.run("scontrol", "show", "job", job)
+        return text.partition("JobState=")[2].split()[0]
+
+
+def main() -> int:
+    """Run a command on a new cluster, and give its status."""
+    with tempfile.TemporaryDirectory() as name, Slurm(pathlib.Path(name)) as cluster:
+        line = ["nsenter", "--target", cluster.pid, "--all", *(sys.argv[1:] or ["sinfo"])]
+        return subprocess.run(line, env=cluster.environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

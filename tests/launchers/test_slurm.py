@@ -1,0 +1,105 @@
+"""The script of docs/pods.md under a real SLURM: two nodes, one process of four devices on each."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from lora_jax.training import export, metrics
+from tests.launchers import machine, slurm
+from tests.launchers.documented import OWN, PYTHON, SMALL, block, changed
+from tests.launchers.machine import wait_for
+from tests.training.test_resume import assert_same, checkpoints
+
+pytestmark = pytest.mark.skipif(
+    not (slurm.installed() and machine.possible()), reason="no SLURM here, or no namespaces"
+)
+SIZE = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")  # options win over the script
+STEPS = 80
+
+
+class Jobs:
+    """Runs of the documented script on a cluster."""
+
+    def __init__(self, cluster: slurm.Slurm) -> None:
+        self.cluster = cluster
+        self.cluster.environment["SCRATCH"] = str(cluster.folder)
+
+    def path(self, name: str) -> pathlib.Path:
+        return self.cluster.folder / "runs" / name
+
+    def log(self, name: str) -> str:
+        path = self.cluster.folder / f"{name}.log"
+        return path.read_text() if path.exists() else ""
+
+    def submit(self, name: str, more: str = "") -> str:
+        script = changed(
+            block("A SLURM cluster with GPUs", "sh"),
+            {".venv/bin/python": PYTHON, "runs/own": f"runs/{name}", OWN: f"{SMALL} {more}"},
+        )
+        return self.cluster.submit(script, *SIZE, f"--output={self.cluster.folder}/{name}.log")
+
+    def reach(self, name: str, step: int) -> None:
+        path = self.path(name)
+        wait_for(lambda: max(checkpoints(path), default=0) >= step, lambda: self.log(name))
+
+    def task(self, index: int) -> int:
+        """The process that is a task of the running job."""
+        [pid] = self.cluster.pids("train.py", f"SLURM_PROCID={index}")
+        return pid
+
+    def restarts(self, job: str) -> int:
+        text = self.cluster.run("scontrol", "show", "job", job)
+        return int(text.partition("Restarts=")[2].split()[0])
+
+    def wait(self, job: str, name: str) -> str:
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return wait_for(
+            lambda: (found := self.cluster.state(job)) in ends and found, lambda: self.log(name)
+        )
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    with slurm.Slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield Jobs(cluster)
+
+
+def test_a_job_that_is_preempted_and_loses_a_node_ends_with_the_same_bits(jobs: Jobs) -> None:
+    """The script requeues the job after status 143; SLURM does it after the end of a node."""
+    whole = jobs.submit("whole", f"--steps {STEPS}")
+    assert jobs.wait(whole, "whole") == "COMPLETED", jobs.log("whole")
+    stopped = jobs.submit("stopped", f"--steps {STEPS} --checkpoint-every 1")
+    jobs.reach("stopped", 10)
+    jobs.cluster.run("scancel", "--signal=TERM", stopped)
+    jobs.reach("stopped", 25)
+    jobs.cluster.kill_node("n2", jobs.task(1))
+    wait_for(lambda: jobs.cluster.state(stopped) == "PENDING", lambda: jobs.log("stopped"))
+    jobs.cluster.start_node("n2")
+    assert jobs.wait(stopped, "stopped") == "COMPLETED", jobs.log("stopped")
+    assert jobs.restarts(stopped) == 2
+    text = jobs.log("stopped")
+    saved = int(text.partition("SIGTERM: step ")[2].split()[0])
+    starts = [int(x) for x in re.findall(r"Going on from the checkpoint of step (\d+)", text)]
+    assert 10 <= saved == starts[0] < 25 <= starts[1] < STEPS
+    for name in ("best", "last"):
+        assert_same(*(export.load(jobs.path(run), name) for run in ("whole", "stopped")))
+    record = [[x["loss"] for x in metrics.read(jobs.path(run))] for run in ("whole", "stopped")]
+    assert record[0] == record[1]
+
+
+@pytest.mark.parametrize("victim", [0])
+def test_a_killed_task_ends_the_other_with_a_clear_error(jobs: Jobs, victim: int) -> None:
+    name = f"killed{victim}"
+    job = jobs.submit(name, "--steps 4000 --checkpoint-every 1")
+    jobs.reach(name, 3)
+    os.kill(jobs.task(victim), signal.SIGKILL)
+    assert jobs.wait(job, name) == "FAILED"
+    text = jobs.log(name)
+    assert f"error: process {1 - victim} of 2: " in text, text
+    assert "Start all of them again with the same command" in text
