@@ -28,10 +28,10 @@ from lora_jax.training.workload import Batch, Workload
 Tree = Any  # a pytree
 
 AXES = ("data", "fsdp", "tensor")
-# Of the leading dimension of every array of a batch. `fsdp` comes first for a reason: with the two
-# the other way round, XLA's partitioner (JAX 0.10.2 and 0.12.0, Shardy and GSPMD alike) loses the
-# order of the rows in some programs on a mesh with all three axes, and gradients are wrong without
-# a word (tests/training/test_mesh.py has one).
+# Of the leading dimension of every array of a batch. `fsdp` comes first for a reason: XLA's
+# partitioner (JAX 0.10.2 and 0.12.0, Shardy and GSPMD alike) loses the order of the rows where a
+# product meets a weight that is divided over the second of these axes, and gradients are wrong
+# without a word (docs/partitioner.md). No weight is divided over `data`.
 BATCH = P(("fsdp", "data"))
 BASE_AXES = ("fsdp", "tensor")  # what a weight may be divided over
 

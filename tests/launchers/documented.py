@@ -7,6 +7,7 @@ import sys
 
 from tests.launchers.machine import ROOT
 
+PYTHON = sys.executable
 OWN = "--config configs/own_model.py"
 SMALL = f"{OWN} --width 16 --batch-size 32 --evaluate-every 40 --processes.heartbeat-timeout 10"
 
@@ -25,6 +26,3 @@ def changed(script: str, changes: dict[str, str]) -> str:
         assert old in script, f"docs/pods.md does not say {old!r} any more:\n{script}"
         script = script.replace(old, new)
     return script
-
-
-PYTHON = sys.executable

@@ -8,6 +8,7 @@ such a JobSet: `python -m tests.launchers.pods <folder>` is that server.
 from __future__ import annotations
 
 import http.server
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -35,8 +36,9 @@ _POD = "unshare --pid --fork --kill-child --mount-proc --uts"
 
 
 def installed() -> bool:
-    """Whether the commands are there (Debian: util-linux, iproute2, openssl)."""
-    return all(shutil.which(name) for name in ("unshare", "nsenter", "ip", "openssl"))
+    """Whether the commands (Debian: util-linux, iproute2, openssl) and `jax[k8s]` are there."""
+    commands = all(shutil.which(name) for name in ("unshare", "nsenter", "ip", "openssl"))
+    return commands and importlib.util.find_spec("kubernetes") is not None
 
 
 class Pods(Machine):

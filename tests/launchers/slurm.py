@@ -37,13 +37,16 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
+ReturnToService=2
 SchedulerParameters=sched_interval=1,bf_interval=1
 SlurmdTimeout=5
 NodeName=n1 NodeHostname=n1 Port=17001 CPUs=64 Gres=gpu:8
 NodeName=n2 NodeHostname=n2 Port=17002 CPUs=64 Gres=gpu:8
 PartitionName=all Nodes=n1,n2 Default=YES
 """
-_MUNGED = "munged --force --key-file=key --socket=munge.socket --pid-file=munge.pid --log-file=munge.log"
+_MUNGED = (
+    "munged --force --key-file=key --socket=munge.socket --pid-file=munge.pid --log-file=munge.log"
+)
 
 
 def installed() -> bool:
@@ -68,7 +71,7 @@ class Slurm(Machine):
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
         (self.folder / "key").write_bytes(os.urandom(128))
         (self.folder / "key").chmod(0o600)
-        self._shell(f"for i in $(seq 0 7); do mknod gpu$i c 1 3; done; {_MUNGED} --seed-file=seed")
+        self._shell(f"for i in $(seq 0 7); do mknod gpu$i c 1 3; done; {_MUNGED}")
         self._shell("slurmctld")
         for name in HOSTS:
             self.start_node(name)

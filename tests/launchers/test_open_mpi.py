@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pathlib
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from tests.launchers import machine
-from tests.launchers.documented import PYTHON, SMALL
+from tests.launchers.documented import OWN, PYTHON, SMALL, block, changed
 from tests.launchers.machine import Machine, wait_for
 from tests.training.test_resume import checkpoints
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("mpirun") and importlib.util.find_spec("mpi4py") and machine.possible()),
-    reason="no Open MPI here, no mpi4py or no namespaces",
-)
-ROOT_TOO = ("--allow-run-as-root", "--oversubscribe")  # what the place of the tests asks for
+INSTALLED = all(shutil.which(x) for x in ("mpirun", "ip")) and importlib.util.find_spec("mpi4py")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (INSTALLED and machine.possible()), reason="no Open MPI, no mpi4py or no namespaces"
+    ),
+]
+HERE = "mpirun --allow-run-as-root --oversubscribe -n 2"  # as this machine asks for
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,14 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 class Run:
-    """`mpirun -n 2 python train.py`, and what it has printed."""
+    """The command of docs/pods.md with two processes, and what it has printed."""
 
-    def __init__(self, host: Machine, name: str, *more: str) -> None:
+    def __init__(self, host: Machine, name: str, more: str) -> None:
         self.path, self.log = host.folder / name, host.folder / f"{name}.log"
-        train = (PYTHON, "train.py", *SMALL.split(), "--run-dir", str(self.path), *more)
-        self.process = host.start(("mpirun", *ROOT_TOO, "-n", "2", *train), self.log)
+        places = {".venv/bin/python": PYTHON, "/shared/runs/own": str(self.path)}
+        many = "mpirun -n 16 --map-by ppr:8:node"
+        line = changed(block("Open MPI", "sh"), {many: HERE, OWN: f"{SMALL} {more}", **places})
+        self.process = host.start(("sh", "-c", f"exec {line}"), self.log)
 
     def reach(self, step: int) -> None:
         wait_for(lambda: max(checkpoints(self.path), default=0) >= step, self.log.read_text)
@@ -47,20 +50,21 @@ class Run:
 
 def test_a_run_is_preempted_and_goes_on(host: Machine) -> None:
     """SIGTERM to a process, since `mpirun` itself would kill them all a moment later."""
-    run = Run(host, "run", "--steps", "40", "--checkpoint-every", "1")
+    run = Run(host, "run", "--steps 40 --checkpoint-every 1")
     run.reach(5)
     [pid] = host.pids("train.py", "OMPI_COMM_WORLD_RANK=1")
     os.kill(pid, signal.SIGTERM)
     assert run.wait() == 143, run.log.read_text()
     assert "is saved: the same command goes on from it" in run.log.read_text()
-    run = Run(host, "run", "--steps", "40")
+    run = Run(host, "run", "--steps 40")
     assert run.wait() == 0, run.log.read_text()
     assert "Going on from the checkpoint of step" in run.log.read_text()
     assert "exiting" not in run.log.read_text(), "mpirun calls it a failure"
+    assert "\x1b" not in run.log.read_text(), "it draws as on a terminal"
 
 
 def test_a_killed_process_ends_the_other_with_a_clear_error(host: Machine) -> None:
-    run = Run(host, "killed", "--steps", "4000", "--checkpoint-every", "1")
+    run = Run(host, "killed", "--steps 4000 --checkpoint-every 1")
     run.reach(3)
     [pid] = host.pids("train.py", "OMPI_COMM_WORLD_RANK=1")
     os.kill(pid, signal.SIGKILL)

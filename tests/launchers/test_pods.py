@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import signal
@@ -17,9 +16,12 @@ from tests.launchers.machine import wait_for
 from tests.launchers.pods import Pods
 from tests.training.test_resume import checkpoints
 
-pytestmark = pytest.mark.skipif(
-    not (pods.installed() and machine.possible()), reason="no namespaces here, or no openssl"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (pods.installed() and machine.possible()), reason="no jax[k8s] here, or no namespaces"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,6 @@ def test_an_evicted_pod_stops_all_and_the_same_command_goes_on(host: Pods) -> No
     assert "Going on from the checkpoint of step" in text(host)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("kubernetes"), reason="needs jax[k8s]")
 def test_without_flags_the_pods_meet_by_the_kubernetes_api(host: Pods) -> None:
     line = command(host.folder / "api", "--steps 4").partition("--processes.coordinator")[0]
     assert run(host, line) == [1, 1], text(host)

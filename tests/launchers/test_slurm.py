@@ -16,9 +16,12 @@ from tests.launchers.documented import OWN, PYTHON, SMALL, block, changed
 from tests.launchers.machine import wait_for
 from tests.training.test_resume import assert_same, checkpoints
 
-pytestmark = pytest.mark.skipif(
-    not (slurm.installed() and machine.possible()), reason="no SLURM here, or no namespaces"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (slurm.installed() and machine.possible()), reason="no SLURM here, or no namespaces"
+    ),
+]
 SIZE = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")  # options win over the script
 STEPS = 80
 
@@ -82,24 +85,22 @@ def test_a_job_that_is_preempted_and_loses_a_node_ends_with_the_same_bits(jobs: 
     wait_for(lambda: jobs.cluster.state(stopped) == "PENDING", lambda: jobs.log("stopped"))
     jobs.cluster.start_node("n2")
     assert jobs.wait(stopped, "stopped") == "COMPLETED", jobs.log("stopped")
-    assert jobs.restarts(stopped) == 2
+    assert jobs.restarts(stopped) >= 2
     text = jobs.log("stopped")
     saved = int(text.partition("SIGTERM: step ")[2].split()[0])
     starts = [int(x) for x in re.findall(r"Going on from the checkpoint of step (\d+)", text)]
-    assert 10 <= saved == starts[0] < 25 <= starts[1] < STEPS
+    assert 10 <= saved == starts[0] < 25 <= starts[1] < STEPS, starts
     for name in ("best", "last"):
         assert_same(*(export.load(jobs.path(run), name) for run in ("whole", "stopped")))
     record = [[x["loss"] for x in metrics.read(jobs.path(run))] for run in ("whole", "stopped")]
     assert record[0] == record[1]
 
 
-@pytest.mark.parametrize("victim", [0])
-def test_a_killed_task_ends_the_other_with_a_clear_error(jobs: Jobs, victim: int) -> None:
-    name = f"killed{victim}"
-    job = jobs.submit(name, "--steps 4000 --checkpoint-every 1")
-    jobs.reach(name, 3)
-    os.kill(jobs.task(victim), signal.SIGKILL)
-    assert jobs.wait(job, name) == "FAILED"
-    text = jobs.log(name)
-    assert f"error: process {1 - victim} of 2: " in text, text
+def test_a_killed_task_ends_the_other_with_a_clear_error(jobs: Jobs) -> None:
+    job = jobs.submit("killed", "--steps 4000 --checkpoint-every 1")
+    jobs.reach("killed", 3)
+    os.kill(jobs.task(0), signal.SIGKILL)
+    assert jobs.wait(job, "killed") == "FAILED"
+    text = jobs.log("killed")
+    assert "error: process 1 of 2: " in text, text
     assert "Start all of them again with the same command" in text

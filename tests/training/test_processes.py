@@ -7,6 +7,8 @@ import os
 import pathlib
 import signal
 import socket
+import sys
+import types
 from typing import Any
 
 import jax
@@ -276,15 +278,33 @@ def test_a_launcher_or_the_flags_lead_to_the_others(monkeypatch: pytest.MonkeyPa
     assert more["cluster_detection_method"] == "deactivate"
 
 
-def test_failing_to_meet_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, type("OfAnotherPackage", (Exception,), {})])
+def test_failing_to_meet_names_the_cure(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no route to host")
+        raise kind("no route to host")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     monkeypatch.setattr(processes, "LAST", processes.LastWords())
     with pytest.raises(ConfigError, match=r"(?s)no route to host.*--processes\.connect-timeout"):
         processes.join(ProcessesConfig(coordinator="host:1", count=2, index=1))
     processes.LAST.leave()
+
+
+def test_mpi_is_finalized_by_whom_it_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mpirun` calls it a failure to end without, and a config may have begun it for itself."""
+    ended: list[bool] = []
+    mpi = types.SimpleNamespace(Finalize=lambda: ended.append(True))
+    begin = lambda *_, **__: monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)  # noqa: E731
+    monkeypatch.setattr(jax.distributed, "initialize", begin)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(processes, "LAST", processes.LastWords())
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    for _ in range(2):
+        processes.join(ProcessesConfig())
+    processes.LAST.leave()
+    assert ended == [True]
 
 
 @pytest.mark.parametrize(
