@@ -14,11 +14,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 ROOT = pathlib.Path(__file__).parents[2]
-NAMESPACES = "unshare --mount --net --pid --uts --fork --kill-child --mount-proc"
+# pdeathsig, kill-child: with this process ends the machine, and with the machine all on it.
+NAMESPACES = (
+    "setpriv --pdeathsig KILL unshare --mount --net --pid --uts --fork --kill-child --mount-proc"
+)
 CARRIERS = (b"sh", b"bash", b"env", b"srun", b"mpirun", b"prterun", b"nsenter", b"unshare")
+LAUNCHERS = ("SLURM_", "OMPI_", "PMIX_", "KUBERNETES_", "JOB_COMPLETION_INDEX")  # of this process
 _START = """
 set -e
 ip link set lo up
@@ -60,7 +64,8 @@ class Machine:
           hosts: the addresses of its names, all its own; it is called by the first.
         """
         self.folder, self._hosts = folder, dict(hosts)
-        self.environment = dict(os.environ) | {
+        ours = {name: x for name, x in os.environ.items() if not name.startswith(LAUNCHERS)}
+        self.environment = ours | {
             "MACHINE": str(folder),
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
@@ -70,7 +75,10 @@ class Machine:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
 
-    def __enter__(self) -> Machine:
+    def begin(self) -> None:
+        """Start what the machine has running on it from the beginning: nothing."""
+
+    def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "up").unlink(missing_ok=True)
         lines = [f"{address} {name}" for name, address in self._hosts.items()]
@@ -87,6 +95,11 @@ class Machine:
         )
         pid = self._holder.pid
         self.pid = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
+        try:
+            self.begin()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

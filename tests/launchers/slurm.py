@@ -31,7 +31,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/%n/slurmd.log
-ProctrackType=proctrack/{proctrack}
+ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
@@ -57,16 +57,15 @@ def installed() -> bool:
 class Slurm(Machine):
     """A machine with the cluster on it."""
 
-    def __init__(self, folder: pathlib.Path, proctrack: str = "linuxproc") -> None:
+    def __init__(self, folder: pathlib.Path) -> None:
         super().__init__(folder, HOSTS)
-        self._proctrack = proctrack
         self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
 
-    def __enter__(self) -> Slurm:
-        super().__enter__()
+    def begin(self) -> None:
+        """Start the daemons, and wait until both nodes can be used."""
         for name in ("state", *HOSTS):
             (self.folder / name).mkdir(exist_ok=True)
-        config = _CONFIG.format(folder=self.folder, proctrack=self._proctrack)
+        config = _CONFIG.format(folder=self.folder)
         (self.folder / "slurm.conf").write_text(config)
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
         (self.folder / "key").write_bytes(os.urandom(128))
@@ -79,7 +78,6 @@ class Slurm(Machine):
             lambda: self.run("sinfo", "--noheader", "--format=%D %T").split() == ["2", "idle"],
             lambda: "\n".join(path.read_text() for path in self.folder.glob("**/*.log")),
         )
-        return self
 
     def _shell(self, line: str) -> None:
         self.run("sh", "-c", f"cd {self.folder} && {line}")
