@@ -28,6 +28,7 @@ ARROWS = {
     | {"transform", "updates"},
     # the core: the transform and what it is used with
     "errors": set(),
+    "json_file": set(),
     "base": set(),
     "named": set(),
     "paths": {"base", "errors"},
@@ -59,11 +60,11 @@ ARROWS = {
     | {"primitives", "target", "transform", "updates"},
     # files of other tools
     "hf_module": {"errors"},
-    "exchange": {"adapters", "base", "errors", "extras", "hf_module", "layout", "models", "paths"}
-    | {"primitives", "resolve", "spec", "target", "updates"},
+    "exchange": {"adapters", "base", "errors", "extras", "hf_module", "json_file", "layout"}
+    | {"models", "paths", "primitives", "resolve", "spec", "target", "updates"},
     "extras": set(),
     # models and methods: they have never heard of LoRA
-    "models": {"bases", "extras", "hf_module"},
+    "models": {"bases", "extras", "hf_module", "json_file"},
     "baselines": {"errors", "models"},
     # what a person sees
     "console": {"errors", "extras", "models"},

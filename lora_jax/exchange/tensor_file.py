@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +19,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import json_file
 from lora_jax.errors import LoraError
 
-JSON_BYTES = 2**26  # of a header or a configuration
 DIMENSIONS = 8
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16"}
 FLOATS: dict[str, Any] = {name: np.dtype(x) for name, x in DTYPES.items()}
@@ -134,37 +133,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Read a JSON object that may come from a stranger.
 
     Raises:
-      LoraError: not an object, a key twice, a number that is not finite, or a file too large.
+      LoraError: what `lora_jax.json_file.read` refuses.
     """
-    size = os.path.getsize(path)
-    if size > JSON_BYTES:
-        raise LoraError(f"{path} has {size:,} bytes; the limit of JSON is {JSON_BYTES:,}")
-    return parse_json(path, path.read_bytes())
+    return json_file.read(path, LoraError)
 
 
 def parse_json(path: pathlib.Path, text: bytes) -> dict[str, Any]:
     """Read a JSON object out of a text of the file at `path`; see `read_json`."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise LoraError(f"{path}: the key {shown(twice)!r} is there twice")
-        return found
-
-    def finite(name: str) -> float:
-        raise LoraError(f"{path}: {name} is not a number that JSON has")
-
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=once, parse_constant=finite)
-    except LoraError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise LoraError(f"{path} is damaged, or is not JSON: {shown(error)}") from error
-    if not isinstance(value, dict):
-        raise LoraError(f"{path} holds {type(value).__name__}, expected an object")
-    return value
+    return json_file.parse_object(text, str(path), LoraError)
 
 
 def check_name(path: pathlib.Path, name: str) -> None:
@@ -183,10 +159,11 @@ def _header(path: pathlib.Path, data: np.ndarray) -> tuple[dict[str, Any], np.nd
     if len(data) < 8:
         raise LoraError(f"{path} has {len(data)} bytes, too few for a safetensors file")
     (length,) = struct.unpack("<Q", data[:8].tobytes())
-    if length > min(JSON_BYTES, len(data) - 8):
+    if length > min(json_file.MOST_BYTES, len(data) - 8):
         raise LoraError(
             f"{path} declares a header of {length:,} bytes, but the file has {len(data):,} and a "
-            f"header may have {JSON_BYTES:,}: it is not a safetensors file, or it is damaged"
+            f"header may have {json_file.MOST_BYTES:,}: it is not a safetensors file, or it is "
+            "damaged"
         )
     return parse_json(path, data[8 : 8 + length].tobytes()), data[8 + length :]
 

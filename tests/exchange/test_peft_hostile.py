@@ -196,8 +196,8 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
     "integers": (entry(dtype="I32"), f"{Q}.lora_A.weight is stored as I32"),
     "a dtype of numbers": (entry(dtype=[1]), Q),
     "a key twice": (twice, f"{Q}.lora_A.weight' is there twice"),
-    "no JSON": (lambda found: b"{" * 50, "damaged"),
-    "a deep JSON": (lambda found: b"[" * 100_000, "damaged"),
+    "no JSON": (lambda found: b"{" * 50, "is not JSON"),
+    "a deep JSON": (lambda found: b"[" * 100_000, "nested too deeply|is not JSON"),
     "not finite": (lambda found: b'{"a": NaN}', "NaN"),
 }
 
@@ -208,7 +208,7 @@ def test_headers_that_lie(name: str, good: Path, tmp_path: Path) -> None:
     change, key = HEADERS[name]
     found, body = header(folder / peft.TENSORS)
     with_header(folder, change(found), body)
-    with pytest.raises(lora_jax.LoraError, match=rf"(?s){peft.TENSORS}.*{key}"):
+    with pytest.raises(lora_jax.LoraError, match=rf"(?s){peft.TENSORS}.*({key})"):
         load(folder)
 
 

@@ -71,7 +71,7 @@ class QuantisedTensor:
                 known["offset"] = np.float32(state["nested_offset"])
                 if state["nested_blocksize"] != BLOCK:
                     raise ValueError(f"nested_blocksize is {state['nested_blocksize']}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise damaged(self.weight.path, f"{self.weight.name}{ending}: {error!r}") from error
         if len(known["shape"]) != 2 or known["blocksize"] < 1:
             raise damaged(self.weight.path, f"{self.weight.name}{ending} says {known}")

@@ -2,16 +2,16 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
+from lora_jax import json_file
 from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.config import StoredConfig
-from lora_jax.models.errors import WeightsError
+from lora_jax.models.errors import ModelConfigError, TokenizerError, WeightsError, shown
 from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file
 from lora_jax.models.weights.assemble import assemble, stored_shapes
 from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
@@ -33,7 +33,7 @@ class Folder:
 
     @functools.cached_property
     def json(self) -> dict[str, Any]:
-        return _object(self.path / "config.json")
+        return _object(self.path / "config.json", ModelConfigError)
 
     @functools.cached_property
     def config(self) -> StoredConfig:
@@ -48,7 +48,14 @@ class Folder:
                 f"{path} is not there. Write it once with\n"
                 "    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package has no narrower one
+            raise TokenizerError(
+                f"{path} is damaged, or is not a tokenizer that the tokenizers package "
+                f"{tokenizers.__version__} reads: {shown(error)}\n"
+                "Fetch the file again, or write it with the package that made it."
+            ) from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
@@ -58,13 +65,25 @@ class Folder:
         """The Jinja text that turns a conversation into a prompt; None if there is none."""
         alone = self.path / "chat_template.jinja"
         if alone.is_file():
-            return alone.read_text(encoding="utf-8")
+            try:
+                return alone.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise TokenizerError(f"{alone} is not UTF-8 ({error.reason})") from None
         settings = self.path / "tokenizer_config.json"
-        found = _object(settings).get("chat_template") if settings.is_file() else None
-        if isinstance(found, list):
-            named = {entry["name"]: entry["template"] for entry in found}
-            found = named.get("default")
-        return found
+        if not settings.is_file():
+            return None
+        found = _object(settings, TokenizerError).get("chat_template")
+        entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
+        try:
+            template = {entry["name"]: entry["template"] for entry in entries}.get("default")
+        except (TypeError, KeyError):
+            template = found
+        if template is not None and not isinstance(template, str):
+            raise TokenizerError(
+                f"{settings}: chat_template is {shown(found)}, expected a text, or a list of "
+                "objects with name and template"
+            )
+        return template
 
     def load(
         self,
@@ -141,7 +160,7 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor -> the file beside the index that holds it."""
-    found = _object(index).get("weight_map")
+    found = _object(index, WeightsError).get("weight_map")
     if not isinstance(found, dict):
         raise WeightsError(f"{index}: weight_map is {type(found).__name__}, expected an object")
     for name, file in found.items():
@@ -154,11 +173,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Path, error: json_file.MakeError) -> dict[str, Any]:
     """The JSON object in a file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; a model's folder needs it")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
+    return json_file.read(path, error, cure="fetch the file again, from someone you trust")

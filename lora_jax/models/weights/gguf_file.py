@@ -12,7 +12,7 @@ from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.config import LlamaConfig, StoredConfig
 from lora_jax.models.errors import ModelConfigError, WeightsError
 from lora_jax.models.rope import linear_divisors
-from lora_jax.models.weights import gguf_blocks, gguf_header, gguf_tokenizer
+from lora_jax.models.weights import field_kinds, gguf_blocks, gguf_header, gguf_tokenizer
 from lora_jax.models.weights.assemble import assemble, stored_shapes
 from lora_jax.models.weights.names import GGUF, TensorName
 from lora_jax.models.weights.shards import Index
@@ -31,6 +31,7 @@ class GgufFile:
 
     @property
     def _kind(self) -> str:
+        field_kinds.check(self._header.fields, field_kinds.GGUF, str(self.path))
         kind = self._header.fields.get("general.architecture")
         if kind not in GGUF:
             raise ModelConfigError(
@@ -44,11 +45,13 @@ class GgufFile:
         """The configuration that the metadata describes.
 
         Raises:
-            ModelConfigError: another architecture, or a field that is not there.
+            ModelConfigError: another architecture, a field that is not there, or one whose value no
+                model has.
         """
         kind, tensors = self._kind, self._header.tensors
         fields = {key.removeprefix(f"{kind}."): x for key, x in self._header.fields.items()}
-        try:
+        field_kinds.check(fields, field_kinds.GGUF, str(self.path))
+        with field_kinds.describing(str(self.path), kind):
             heads, hidden = fields["attention.head_count"], fields["embedding_length"]
             head_dim = fields.get("attention.key_length", hidden // heads)
             rotary = fields.get("rope.dimension_count", head_dim)
@@ -77,8 +80,6 @@ class GgufFile:
                 bos_id=fields.get("tokenizer.ggml.bos_token_id"),
                 eos_id=fields.get("tokenizer.ggml.eos_token_id"),
             )
-        except KeyError as error:
-            raise ModelConfigError(f"{self.path}: no {error} in it, which {kind} needs") from error
 
     def _rope_divisors(self, head_dim: int, fields: dict[str, Any]) -> tuple[float, ...] | None:
         given = self._header.tensors.get("rope_freqs.weight")

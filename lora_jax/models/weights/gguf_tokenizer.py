@@ -10,7 +10,7 @@ import tokenizers
 from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from lora_jax.models.errors import TokenizerError
+from lora_jax.models.errors import TokenizerError, shown
 
 # How each kind of text is cut into words before the merges, by GGUF's name of the kind
 # (`tokenizer.ggml.pre`). The expressions are those of the models' own tokenizer.json.
@@ -39,15 +39,26 @@ def build(fields: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
         origin: the file, for messages.
 
     Raises:
-        TokenizerError: another kind than byte-level BPE, or an unknown way to cut words.
+        TokenizerError: another kind than byte-level BPE, an unknown way to cut words, or lists
+            that do not fit together.
     """
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or cut not in _CUTS:
+    if kind != "gpt2" or cut not in list(_CUTS):  # a stranger's may be unhashable
         raise TokenizerError(
             f"{origin}: the tokenizer is {kind!r} with words cut as {cut!r}; expected 'gpt2' with "
             f"one of {', '.join(sorted(_CUTS))}.\nUse the model's own tokenizer.json instead "
             "(tokenizers.Tokenizer.from_file)."
         )
+    try:
+        return _built(fields, cut)
+    except Exception as error:  # the tokenizers package has no narrower one
+        raise TokenizerError(
+            f"{origin}: its tokenizer's lists contradict each other, or one is not there: "
+            f"{type(error).__name__}: {shown(error)}\nFetch the file again, from someone you trust."
+        ) from error
+
+
+def _built(fields: Mapping[str, Any], cut: str) -> tokenizers.Tokenizer:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}

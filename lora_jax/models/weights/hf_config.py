@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from lora_jax.models.config import StoredConfig
 from lora_jax.models.errors import ModelConfigError
-from lora_jax.models.weights import hf_decoders, hf_encoders
+from lora_jax.models.weights import field_kinds, hf_decoders, hf_encoders
 from lora_jax.models.weights.hf_fields import Json
 
 # By `model_type`; `names.HF` has the same keys.
@@ -37,15 +37,14 @@ def parse(json: Json, origin: str) -> StoredConfig:
     """The configuration that a `config.json` describes.
 
     Raises:
-        ModelConfigError: an architecture, or a variant of one, that is not supported; or a field
-            that is not there.
+        ModelConfigError: an architecture, or a variant of one, that is not supported; a field
+            that is not there, or whose value no model has.
     """
+    field_kinds.check_hf(json, origin)
     kind = json.get("model_type")
     if kind not in _PARSERS:
         raise ModelConfigError(
             f"{origin}: model_type is {kind!r}; the loaders know {', '.join(sorted(_PARSERS))}"
         )
-    try:
+    with field_kinds.describing(origin, kind):
         return _PARSERS[kind](json, origin)
-    except KeyError as error:
-        raise ModelConfigError(f"{origin}: no field {error}, which {kind} needs") from error

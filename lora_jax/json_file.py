@@ -1,0 +1,121 @@
+"""Read JSON that may come from a stranger, strictly; a leaf that every room may use.
+
+Python's reader takes more than JSON: a key twice (the last one wins), NaN and Infinity, half a
+character (an unpaired surrogate). It raises five kinds of errors, none of which names the file.
+Here each of these is one error, of the kind that the caller gives, and the message begins with the
+place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+MOST_BYTES = 2**26  # of a file of JSON
+_SHOWN = 80  # characters of the text in a message
+
+MakeError = Callable[[str], Exception]
+
+
+def read(
+    path: os.PathLike[str], error: MakeError, *, cure: str = "", finite: bool = True
+) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+      path: of the file.
+      error: makes the exception of its message.
+      cure: a sentence that ends each message.
+      finite: refuse NaN and Infinity, which Python's own writer writes.
+
+    Raises:
+      error: what `parse` refuses, not an object, or more than 64 MiB.
+      OSError: the file cannot be read.
+    """
+
+    def refused(message: str) -> Exception:
+        return error(f"{message}; {cure}" if cure else message)
+
+    size = os.path.getsize(path)
+    if size > MOST_BYTES:
+        raise refused(f"{path} has {size:,} bytes; the limit of JSON is {MOST_BYTES:,}")
+    with open(path, "rb") as file:
+        return parse_object(file.read(), str(path), refused, finite=finite)
+
+
+def parse_object(
+    data: bytes, where: str, error: MakeError, *, finite: bool = True
+) -> dict[str, Any]:
+    """Read one JSON object; as `parse`, of which anything else is an error."""
+    value = parse(data, where, error, finite=finite)
+    if not isinstance(value, dict):
+        raise error(f"{where} holds {_kind(value)}, expected an object {{...}}")
+    return value
+
+
+def parse(data: bytes, where: str, error: MakeError, *, finite: bool = True) -> Any:
+    """Read one JSON value in UTF-8, with or without a byte order mark.
+
+    Args:
+      data: the text.
+      where: its file, or its file and line: every message begins with it.
+      error: makes the exception of its message.
+      finite: refuse NaN and Infinity.
+
+    Raises:
+      error: not UTF-8, not JSON, nested too deeply, a key twice, half a character, or a number
+        that is not finite.
+
+    >>> parse(b'{"a": [1, null]}', "x.json", ValueError)
+    {'a': [1, None]}
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise _RefusedError(f"{where}: the key {_shown(twice)} is there twice")
+        return found
+
+    def constant(name: str) -> float:
+        if finite:
+            raise _RefusedError(f"{where}: {name} is not a number that JSON has")
+        return float(name)
+
+    try:
+        value = json.loads(
+            data.decode("utf-8-sig"), object_pairs_hook=once, parse_constant=constant
+        )
+        if rb"\ud" in data.lower():  # an escaped half of a character that has two
+            json.dumps(value, ensure_ascii=False).encode()
+    except _RefusedError as refused:
+        raise error(str(refused)) from None
+    except UnicodeEncodeError:
+        raise error(f"{where} holds half a character (an unpaired surrogate)") from None
+    except UnicodeDecodeError as fault:
+        raise error(f"{where} is not UTF-8 (byte {fault.start}: {fault.reason})") from None
+    except RecursionError:
+        raise error(f"{where} is nested too deeply") from None
+    except ValueError as fault:
+        raise error(f"{where} is not JSON: {_cut(str(fault))}") from None
+    return value
+
+
+class _RefusedError(Exception):
+    """What the reader's own hooks refuse; `parse` turns it into the caller's error."""
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _shown(value: Any) -> str:
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"

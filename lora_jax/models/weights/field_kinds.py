@@ -1,0 +1,159 @@
+"""What the fields of a model's stored configuration may hold, checked before any is used.
+
+A configuration may come from a stranger. Sizes have limits some ten times those of the largest
+published models: below them nothing that is built from a size alone (a tuple with a number for
+each rotated pair, one with a flag for each layer) takes time or memory worth speaking of.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from lora_jax.models.errors import ModelConfigError, shown
+
+_WIDTH, _LAYERS, _TOKENS = 2**20, 1_000, 2**31 - 1
+
+
+class FieldKind(NamedTuple):
+    """Which values a field may have, in words and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+    def or_null(self) -> "FieldKind":
+        """The same, or null."""
+        return FieldKind(f"{self.words}, or null", lambda x: x is None or self.fits(x))
+
+
+def _size(most: int) -> FieldKind:
+    return FieldKind(f"an integer from 1 to {most:,}", lambda x: type(x) is int and 1 <= x <= most)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and abs(value) <= _TOKENS
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+_WIDE, _DEEP, _LONG = _size(_WIDTH), _size(_LAYERS), _size(_TOKENS)
+_ID = FieldKind("a token's id, or null", lambda x: x is None or _is_id(x))
+_IDS = FieldKind(
+    "a token's id, a list of at least one, or null",
+    lambda x: x is None or _is_id(x) or (isinstance(x, list) and x != [] and all(map(_is_id, x))),
+)
+_POSITIVE = FieldKind("a number above 0", lambda x: _is_number(x) and x > 0)
+_NUMBER = FieldKind("a number", _is_number)
+_RATE = FieldKind("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
+_TEXT = FieldKind("a text", lambda x: isinstance(x, str))
+_TEXTS = FieldKind(
+    f"a list of at most {_LAYERS:,} texts, or null",
+    lambda x: (
+        x is None
+        or (isinstance(x, list) and len(x) <= _LAYERS and all(isinstance(one, str) for one in x))
+    ),
+)
+_NUMBERS = FieldKind(
+    f"a list of at most {_WIDTH:,} numbers above 0",
+    lambda x: isinstance(x, list) and len(x) <= _WIDTH and all(map(_POSITIVE.fits, x)),
+)
+_OBJECT = FieldKind("an object, or null", lambda x: x is None or isinstance(x, dict))
+
+# Of a Hugging Face `config.json`, by name; a field that is not here is checked where it is read.
+HF: dict[str, FieldKind] = {
+    "model_type": _TEXT,
+    **dict.fromkeys(("hidden_size", "n_embd", "dim", "intermediate_size", "hidden_dim"), _WIDE),
+    **dict.fromkeys(("moe_intermediate_size", "num_attention_heads", "n_head", "n_heads"), _WIDE),
+    **dict.fromkeys(("head_dim", "num_key_value_heads", "n_inner"), _WIDE.or_null()),
+    **dict.fromkeys(("num_local_experts", "num_experts"), _size(2**14).or_null()),
+    **dict.fromkeys(("num_experts_per_tok", "global_attn_every_n_layers"), _size(2**14)),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), _DEEP),
+    **dict.fromkeys(("sliding_window_pattern", "conv_groups", "num_channels"), _WIDE),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), _LONG),
+    **dict.fromkeys(("original_max_position_embeddings", "sliding_window"), _LONG.or_null()),
+    "local_attention": _LONG,
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), _ID),
+    "eos_token_id": _IDS,
+    **dict.fromkeys(("layer_norm_eps", "norm_eps", "rms_norm_eps"), _POSITIVE),
+    "layer_norm_epsilon": _POSITIVE,
+    **dict.fromkeys(("rope_theta", "global_rope_theta", "local_rope_theta"), _POSITIVE.or_null()),
+    **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), _POSITIVE),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _POSITIVE.or_null()),
+    "partial_rotary_factor": FieldKind(
+        "a number in (0, 1], or null", lambda x: x is None or (_is_number(x) and 0 < x <= 1)
+    ),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), _RATE),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "activation"), _TEXT.or_null()),
+    **dict.fromkeys(("activation_function", "pooler_hidden_act"), _TEXT.or_null()),
+    **dict.fromkeys(("conv_act", "classifier_activation"), _TEXT.or_null()),
+    "layer_types": _TEXTS,
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), _OBJECT),
+}
+
+# Of its `rope_scaling` or `rope_parameters`.
+_ROPE: dict[str, FieldKind] = {
+    **dict.fromkeys(("rope_type", "type"), _TEXT.or_null()),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _POSITIVE),
+    "attention_factor": _POSITIVE.or_null(),
+    **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
+    **{name: HF[name] for name in ("rope_theta", "partial_rotary_factor")},
+    "original_max_position_embeddings": HF["original_max_position_embeddings"],
+    **dict.fromkeys(("full_attention", "sliding_attention"), _OBJECT),
+}
+
+# Of GGUF metadata, without the architecture that most names begin with.
+GGUF: dict[str, FieldKind] = {
+    "general.architecture": _TEXT,
+    **dict.fromkeys(("embedding_length", "feed_forward_length", "attention.head_count"), _WIDE),
+    **dict.fromkeys(("attention.head_count_kv", "attention.key_length"), _WIDE),
+    "rope.dimension_count": _WIDE,
+    "block_count": _DEEP,
+    **dict.fromkeys(("context_length", "attention.sliding_window"), _LONG),
+    **dict.fromkeys(("attention.layer_norm_rms_epsilon", "rope.freq_base"), _POSITIVE),
+    "rope.scaling.factor": _NUMBER,
+    "rope.scaling.type": _TEXT,
+    **{f"tokenizer.ggml.{end}_token_id": _ID for end in ("padding", "bos", "eos")},
+    **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre"), _TEXT),
+    "tokenizer.chat_template": _TEXT,
+}
+
+
+def check(fields: Mapping[str, Any], kinds: Mapping[str, FieldKind], origin: str) -> None:
+    """Raise ModelConfigError for the first field that is of none of the values of its kind."""
+    for name, value in fields.items():
+        kind = kinds.get(name)
+        if kind is not None and not kind.fits(value):
+            raise ModelConfigError(f"{origin}: {name} is {shown(value)}, expected {kind.words}")
+
+
+@contextlib.contextmanager
+def describing(origin: str, kind: str) -> Iterator[None]:
+    """Turn what goes wrong while fields become a model's configuration into a ModelConfigError.
+
+    Args:
+        origin: the file that they are from.
+        kind: of model that they describe.
+    """
+    try:
+        yield
+    except ModelConfigError:
+        raise
+    except KeyError as error:
+        raise ModelConfigError(f"{origin}: no field {error}, which {kind} needs") from error
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ModelConfigError(
+            f"{origin} describes a {kind} that cannot be: {shown(error)}\n"
+            "Take the file of the model's own folder, as it was published."
+        ) from error
+
+
+def check_hf(json: Mapping[str, Any], origin: str) -> None:
+    """Check a `config.json`, and what it says of rope, which may be said for each kind of layer."""
+    check(json, HF, origin)
+    for name in ("rope_scaling", "rope_parameters"):
+        whole = json.get(name) or {}
+        check(whole, _ROPE, f"{origin}, {name}")
+        for kind in ("full_attention", "sliding_attention"):
+            check(whole.get(kind) or {}, _ROPE, f"{origin}, {name}.{kind}")
