@@ -69,7 +69,7 @@ ARROWS = {
     # what a person sees
     "console": {"errors", "extras", "models"},
     # training and what is done with its results
-    "data": {"errors", "extras", "models"},
+    "data": {"errors", "extras", "json_file", "models"},
     "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
     | {"data", "errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi"}
     | {"paths", "resolve", "sharding", "spec", "transform"},
@@ -87,7 +87,7 @@ ARROWS = {
         "data",
         "errors",
     }
-    | {"extras", "layout", "models", "multi", "paths", "transform", "updates"},
+    | {"extras", "json_file", "layout", "models", "multi", "paths", "transform", "updates"},
     "conversion": {"adapters", "base", "bases", "beginnings", "checkpoint", "console", "errors"}
     | {"exchange", "extras", "hf_module", "layout", "merge", "models", "paths", "serving"}
     | {"target", "updates"},

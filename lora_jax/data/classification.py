@@ -19,7 +19,7 @@ from lora_jax.data.config import DataConfig
 from lora_jax.data.epochs import Epochs
 from lora_jax.data.labels import Labels, labels_of
 from lora_jax.data.process_slice import Shard
-from lora_jax.data.source import DataSource, Example, field_of, read
+from lora_jax.data.source import DataSource, Example, field_of, place_of, read, text_of
 from lora_jax.data.status import tracked
 from lora_jax.data.tokens import (
     Encoder,
@@ -108,25 +108,27 @@ def _rows(
     split: str,
 ) -> Iterator[TokenRow]:
     """Token ids and token types."""
-    texts = (_text(config, example, f"split {split!r}") for example in examples)
+    texts = (
+        _text(config, example, f"split {split!r}, example {i}")
+        for i, example in enumerate(examples)
+    )
     for chunk in chunks(tracked(texts, f"tokenising {split}", len(examples))):
         for encoding in encoder.truncate(chunk, truncation):
             yield np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.uint8)
 
 
 def _text(config: DataConfig, example: Example, where: str) -> TextOrPair:
-    parts = [str(field_of(example, f, "text_fields", where)) for f in config.text_fields]
+    parts = [text_of(example, f, "text_fields", where) for f in config.text_fields]
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
 def _values(
     config: DataConfig, examples: Sequence[Example], labels: Labels, where: str
 ) -> NDArray[Any]:
+    places = (place_of(example, f"{where}, example {i}") for i, example in enumerate(examples))
     values = [
-        labels.encode(
-            field_of(example, config.label_field, "label_field", where), f"{where}, example {i}"
-        )
-        for i, example in enumerate(examples)
+        labels.encode(field_of(example, config.label_field, "label_field", place), place)
+        for example, place in zip(examples, places, strict=True)
     ]
     return np.array(values, np.float32 if labels.regression else np.int32)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lora_jax import json_file
 from lora_jax.data.errors import DataError
-from lora_jax.data.source import DataSource, Example
+from lora_jax.data.source import DataSource, Example, FileRow, shown
 from lora_jax.errors import nearest
 
 SUFFIXES = (".jsonl", ".csv")
@@ -85,40 +85,48 @@ def _globbed(name: str) -> dict[str, Path]:
 
 def _jsonl(path: Path) -> list[Example]:
     rows: list[Example] = []
-    fields: set[str] = set()
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}") from error
+            row = json_file.parse(line, f"{path}:{number}", DataError)
             if not isinstance(row, dict):
                 got = type(row).__name__
                 raise DataError(f"{path}:{number}: expected an object {{...}}, got a {got}")
-            fields = fields or set(row)
-            if set(row) != fields:
-                raise DataError(
-                    f"{path}:{number}: fields {sorted(row)}, but before it {sorted(fields)}"
-                )
-            rows.append(row)
+            rows.append(FileRow(row, path, number))
     return rows
 
 
 def _csv(path: Path) -> list[Example]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    reader = csv.reader(_lines(path), strict=True)
+    rows: list[Example] = []
+    try:
         header = next(reader, [])
-        rows: list[Example] = []
-        try:
-            for values in reader:
-                if len(values) != len(header):
-                    raise DataError(
-                        f"{path}:{reader.line_num}: {len(values)} values, but the header names "
-                        f"{len(header)}: {', '.join(header)}"
-                    )
-                rows.append(dict(zip(header, values, strict=True)))
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: {error}") from error
+        twice = [name for name in header if header.count(name) > 1]
+        if twice:
+            raise DataError(f"{path}:1: {len(header)} columns, {shown(twice[0])} more than once")
+        for values in reader:
+            if len(values) != len(header):
+                raise DataError(
+                    f"{path}:{reader.line_num}: {len(values)} values, but the header names "
+                    f"{len(header)}: {', '.join(header)}"
+                )
+            row = dict(zip(header, values, strict=True))
+            rows.append(FileRow(row, path, reader.line_num))
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: {error}") from error
     return rows
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, checked one by one: a decoder of whole blocks names no line."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.encode()
+            except UnicodeEncodeError as error:
+                byte = ord(line[error.start]) - 0xDC00
+                raise DataError(
+                    f"{path}:{number} is not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
+                ) from None
+            yield line

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from typing import Any
 
 from lora_jax.data.errors import DataError
 from lora_jax.data.examples_config import ExamplesConfig
-from lora_jax.data.source import DataSource, field_of
+from lora_jax.data.source import DataSource, field_of, place_of, shown
 from lora_jax.errors import nearest
+
+MOST = 1_000  # classes that nobody has named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +43,12 @@ class Labels:
         """
         if self.regression:
             try:
-                return float(value)
-            except (TypeError, ValueError):
-                raise DataError(
-                    f"{where}: label {value!r} is not a number (data.regression)"
-                ) from None
+                number = float(value)
+            except (TypeError, ValueError, OverflowError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise DataError(f"{where}: label {shown(value)} is not a number (data.regression)")
+            return number
         if isinstance(value, int) and 0 <= value < len(self.names):
             return int(value)  # a bool is an int as well
         if str(value) in self.names:
@@ -51,9 +56,9 @@ class Labels:
         if value == -1:
             raise DataError(f"{where}: label -1 means hidden labels; this split has none to use")
         raise DataError(
-            f"{where}: label {value!r} is not one of the {len(self.names)} classes "
+            f"{where}: label {shown(value)} is not one of the {len(self.names)} classes "
             f"{', '.join(self.names[:10])}.\n"
-            f"  nearest: {', '.join(nearest(str(value), self.names, 1))}\n"
+            f"  nearest: {', '.join(nearest(str(value)[:80], self.names, 1))}\n"
             "data.label_names sets the classes; data.regression=True takes labels as real numbers."
         )
 
@@ -65,8 +70,20 @@ def labels_of(config: ExamplesConfig, source: DataSource) -> Labels:
     JSONL) mean regression.
 
     Raises:
-        DataError: the labels are of mixed kinds, or there are as many as examples.
+        DataError: the labels are of mixed kinds, are neither texts nor numbers, or are of one class
+            only, or of more than 1,000 that nobody has named.
     """
+    labels = _labels_of(config, source)
+    if len(labels.names) == 1:
+        raise DataError(
+            f"{source.name}: every label is {shown(labels.names[0])}, and from one class there is "
+            "nothing to learn.\n"
+            "data.label_field names the field of the labels, data.label_names all classes."
+        )
+    return labels
+
+
+def _labels_of(config: ExamplesConfig, source: DataSource) -> Labels:
     if config.regression:
         return Labels(())
     if config.label_names:
@@ -75,16 +92,20 @@ def labels_of(config: ExamplesConfig, source: DataSource) -> Labels:
     if declared is not None:
         return Labels(declared)
     where = f"{source.name}, split {config.train_split!r}"
-    values = {
-        field_of(e, config.label_field, "label_field", where)
-        for e in source.examples(config.train_split)
-    }
+    values: set[Any] = set()
+    for i, example in enumerate(source.examples(config.train_split)):
+        value = field_of(example, config.label_field, "label_field", where)
+        if not isinstance(value, str | int | float):
+            place = place_of(example, f"{where}, example {i}")
+            raise DataError(f"{place}: label {shown(value)}, expected a text or a number")
+        values.add(value)
     if all(isinstance(v, float) for v in values):
         return Labels(())
     if all(isinstance(v, int) for v in values):
         low, high = min(map(int, values)), max(map(int, values))
         if low < 0:
             raise DataError(f"{where}: label {low}; class ids start at 0")
+        _check_count(high + 1, f"{where}: class ids up to {high}")
         return Labels(tuple(map(str, range(high + 1))))
     if not all(isinstance(v, str) for v in values):
         kinds = sorted({type(v).__name__ for v in values})
@@ -93,11 +114,16 @@ def labels_of(config: ExamplesConfig, source: DataSource) -> Labels:
 
 
 def _ordered(values: set[str], where: str) -> tuple[str, ...]:
-    if len(values) > 1000:
-        raise DataError(
-            f"{where}: {len(values)} different labels. Real numbers need data.regression=True; "
-            "that many classes have to be named in data.label_names."
-        )
-    if all(v.lstrip("-").isdigit() for v in values):
+    _check_count(len(values), f"{where}: {len(values)} different labels")
+    if all(re.fullmatch("-?[0-9]+", v) for v in values):
         return tuple(sorted(values, key=int))
     return tuple(sorted(values))
+
+
+def _check_count(count: int, said: str) -> None:
+    """Raise `DataError` for a head with more outputs than anyone meant who has not named them."""
+    if count > MOST:
+        raise DataError(
+            f"{said}. Real numbers need data.regression=True; more than {MOST:,} classes have to "
+            "be named in data.label_names."
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from lora_jax.data.errors import DataError
@@ -12,6 +13,17 @@ from lora_jax.data.status import tracked
 from lora_jax.errors import nearest
 
 Example = Mapping[str, Any]  # field name to str, int, float or bool; an image is bytes of its file
+
+
+class FileRow(dict[str, Any]):
+    """An example out of a file, which knows its line."""
+
+    __slots__ = ("line", "path")
+
+    def __init__(self, fields: Mapping[str, Any], path: Path, line: int) -> None:
+        """Hold the fields."""
+        super().__init__(fields)
+        self.path, self.line = path, line
 
 
 class DataSource(abc.ABC):
@@ -52,11 +64,39 @@ def field_of(example: Example, field: str, option: str, where: str) -> Any:
         example: a read example.
         field: the field's name.
         option: the config's option that names it.
-        where: the source, for the message.
+        where: the source, for the message; an example out of a file has its line instead.
     """
     if field in example:
         return example[field]
-    raise missing(field, example, option, where)
+    raise missing(field, example, option, place_of(example, where))
+
+
+def text_of(example: Example, field: str, option: str, where: str) -> str:
+    """`field_of` as a text; a number is written out.
+
+    Raises:
+        DataError: no such field, or a value that is neither a text nor a number.
+    """
+    value = field_of(example, field, option, where)
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise DataError(
+        f"{place_of(example, where)}: {field!r}, which data.{option} names, is "
+        f"{shown(value)}, expected a text.\n"
+        "Leave out examples without one, and write a list (of messages, say) as one text into a "
+        "field of its own: a conversation by the model's chat template."
+    )
+
+
+def place_of(example: Example, where: str) -> str:
+    """The file and the line of an example, or `where`."""
+    return f"{example.path}:{example.line}" if isinstance(example, FileRow) else where
+
+
+def shown(value: Any) -> str:
+    """A value out of the data, cut to what a message can hold."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def missing(field: str, fields: Iterable[str], option: str, where: str) -> DataError:

@@ -6,7 +6,7 @@ import dataclasses
 import string
 
 from lora_jax.data.errors import DataError
-from lora_jax.data.source import Example, missing
+from lora_jax.data.source import Example, text_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,7 @@ class Template:
         """The text for an example.
 
         Raises:
-            DataError: the example lacks a field.
+            DataError: the example lacks a field, or one is neither a text nor a number.
         """
-        try:
-            return self.text.format_map(example)
-        except KeyError as error:
-            raise missing(error.args[0], example, self.option, where) from None
+        values = {name: text_of(example, name, self.option, where) for name in self.fields}
+        return self.text.format_map(values)

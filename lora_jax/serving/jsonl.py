@@ -1,7 +1,7 @@
 """Read and write JSONL, one JSON object a line; "-" is stdin or stdout.
 
 The jsonlines package gives neither a line's size in bytes, which the progress bar needs, nor a
-reader of stdin that refuses NaN and half characters.
+strict reader (`lora_jax.json_file`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, Self, TypeVar
 
+from lora_jax import json_file
 from lora_jax.errors import LoraError
 
 T = TypeVar("T")
 STANDARD = "-"
+_EXPECTED = 'expected an object, like {"text": "..."}, one on each line'
 
 
 class LineError(LoraError):
@@ -75,29 +77,10 @@ def objects(lines: Iterable[bytes], name: str) -> Iterator[JsonLine]:
 
 
 def _object(raw: bytes, where: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
-        if rb"\ud" in raw.lower():  # an escaped half of a character that has two
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise LineError(f"{where} holds half a character (an unpaired surrogate)") from None
-    except UnicodeDecodeError as error:
-        raise LineError(f"{where} is not UTF-8 (byte {error.start}: {error.reason})") from None
-    except RecursionError:
-        raise LineError(f"{where} is nested too deeply") from None
-    except ValueError as error:
-        raise LineError(
-            f'{where} is not JSON: {error}\nexpected one object a line, like {{"text": "..."}}'
-        ) from None
+    value = json_file.parse(raw, where, lambda message: LineError(f"{message}\n{_EXPECTED}"))
     if not isinstance(value, dict):
-        raise LineError(
-            f'{where} is {json.dumps(value)[:80]}; expected an object, like {{"text": "..."}}'
-        )
+        raise LineError(f"{where} is {json.dumps(value)[:80]}; {_EXPECTED}")
     return value
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
 
 
 class Writer:

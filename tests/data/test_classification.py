@@ -160,7 +160,7 @@ def test_an_endless_run_has_no_end(config: DataConfig, words: Tokenizer) -> None
 
 
 def test_truncation_is_counted(jsonl: Callable[..., str], words: Tokenizer) -> None:
-    rows = [{"text": " ".join(WORDS[:n]), "label": 0} for n in (3, 10, 14, 30)]
+    rows = [{"text": " ".join(WORDS[:n]), "label": n % 2} for n in (3, 10, 14, 30)]
     config = DataConfig(jsonl(train=rows), max_length=12, buckets=())
     batches = classification(config, words, "train", 4)
     assert (batches.facts().truncation.examples, batches.facts().truncation.tokens) == (2, 4 + 20)
@@ -213,7 +213,7 @@ def test_errors(config: DataConfig, words: Tokenizer) -> None:
         opened(label_field="labl")
     with pytest.raises(DataError, match=r"(?s)no 'sentence'.*data.text_fields"):
         opened(text_fields=("sentence",))
-    with pytest.raises(DataError, match=r"'train', example 2: label 2 is not one of the 2 classes"):
+    with pytest.raises(DataError, match=r"train\.jsonl:3: label 2 is not one of the 2 classes"):
         opened(label_names=("a", "b"))
     with pytest.raises(DataError, match="leaves no room"):
         opened(max_length=2, buckets=())

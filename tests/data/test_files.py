@@ -1,11 +1,14 @@
 """JSONL and CSV files: what is read, and what is an error."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
-from lora_jax.data import DataError, open_source
+from lora_jax.data import DataConfig, DataError, classification, language_modelling, open_source
 
 
 def written(path: Path, text: str) -> str:
@@ -47,9 +50,13 @@ def test_named_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"text": 1}\n{"text": 2\n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", '{"text": 1}\n{"text": 2\n', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", '{"text": 1}\n{"text": 2, "text": 3}\n', "a.jsonl:2: the key 'text' is there"),
+        ("a.jsonl", '{"text": "\\udc80"}\n', "a.jsonl:1 holds half a character"),
+        ("a.jsonl", '{"text": NaN}\n', "a.jsonl:1: NaN is not a number"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ' + "[" * 100_000, "a.jsonl:2 is n"),
+        ("a.csv", "text,label,text\na,1,b\n", "a.csv:1: 3 columns, 'text' more than once"),
         ("a.jsonl", '{"text": 1}\n\n[1]\n', "a.jsonl:3: expected an object"),
-        ("a.jsonl", '{"text": 1}\n{"txet": 1}\n', "a.jsonl:2: fields ['txet']"),
         ("a.csv", "text,label\na,1\nb\n", "a.csv:3: 1 values, but the header names 2: text, label"),
         ("a.csv", 'text,label\na,1\n"b,2\n', "a.csv:3: unexpected end"),
         ("a.csv", "text\n", "no examples"),
@@ -60,6 +67,38 @@ def test_errors_name_file_and_line(tmp_path: Path, name: str, text: str, message
     source = open_source(written(tmp_path / name, text))
     with pytest.raises(DataError, match=re.escape(message)):
         source.examples("train")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_file_that_is_not_utf8(tmp_path: Path, name: str) -> None:
+    """Red if the whole file is decoded at once: the error would name neither file nor line."""
+    good = "text\nfirst\n" if name == "a.csv" else '{"text": "first"}\n'
+    last = "caf\xe9\n" if name == "a.csv" else '{"text": "caf\xe9"}\n'
+    (tmp_path / name).write_bytes(good.encode() + last.encode("latin-1"))
+    line = 3 if name == "a.csv" else 2
+    with pytest.raises(DataError, match=rf"{name}:{line} is not UTF-8"):
+        open_source(str(tmp_path / name)).examples("train")
+
+
+def test_a_field_that_nobody_uses_may_be_missing(tmp_path: Path, words: Tokenizer) -> None:
+    rows = '{"text": "w1", "label": 0, "note": null}\n{"text": "w2", "label": 1}\n'
+    config = DataConfig(written(tmp_path / "a.jsonl", rows))
+    assert classification(config, words, "train", 2).facts().examples == 2
+    config = DataConfig(written(tmp_path / "a.jsonl", rows + '{"label": 1}\n'))
+    with pytest.raises(DataError, match=r"a\.jsonl:3 has no 'text', which data\.text_fields"):
+        classification(config, words, "train", 2)
+
+
+@pytest.mark.parametrize("value", [None, ["a", "b"], [{"role": "user", "content": "hi"}], {}])
+def test_a_text_that_is_none(tmp_path: Path, words: Tokenizer, value: Any) -> None:
+    """Red if the text is `str(value)`: a run would learn Python's way to write a list."""
+    rows = [{"text": "w1", "label": 0}, {"text": value, "label": 1}]
+    name = written(tmp_path / "a.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'text', which data.text_fields names, is "):
+        classification(DataConfig(name), words, "train", 2)
+    config = DataConfig(name, prompt="{text}", eos="", train_limit=2)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'text', which data.prompt names, is "):
+        list(language_modelling(config, words, "train", 2))
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def found(jsonl: Callable[..., str], values: list[Any], **options: Any) -> Label
         ([True, False], ("0", "1")),
         (["b", "a", "b"], ("a", "b")),
         (["10", "9"], ("9", "10")),
+        (["--5", "²"], ("--5", "²")),  # no number, whatever `isdigit` says
         ([0.5, 1.0], ()),
     ],
 )
@@ -44,6 +45,11 @@ def test_said(jsonl: Callable[..., str]) -> None:
         (["a", 1], "more than one kind: int, str"),
         ([0, -1], "class ids start at 0"),
         ([f"{i / 7:.4f}" for i in range(1200)], "data.regression=True"),
+        ([0, 5_000_000], r"class ids up to 5000000\. .*data.label_names"),
+        (["a", ["b"]], r"jsonl:2: label \['b'\], expected a text or a number"),
+        ([None, None], "jsonl:1: label None, expected a text or a number"),
+        (["a", "a"], "every label is 'a', and from one class there is nothing to learn"),
+        ([0, 0], "every label is '0'"),
     ],
 )
 def test_not_to_be_found(jsonl: Callable[..., str], values: list[Any], message: str) -> None:
@@ -73,8 +79,9 @@ def test_not_a_class(value: Any, message: str) -> None:
 
 def test_not_a_number() -> None:
     assert Labels(()).encode("1.5", "here") == 1.5
-    with pytest.raises(DataError, match="here: label 'x' is not a number"):
-        Labels(()).encode("x", "here")
+    for value in ("x", "nan", None, [], "inf", 10**400):
+        with pytest.raises(DataError, match=r"here: label .* is not a number \(data.regression"):
+            Labels(()).encode(value, "here")
 
 
 def test_glue_shapes(tmp_path: Path, words: Tokenizer) -> None:

@@ -36,10 +36,10 @@ def test_objects_come_with_their_places(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"text", r"line 2 is not JSON: Expecting value.*\n.*one object a line"),
+        (b"text", r"line 2 is not JSON: Expecting value.*\n.*one on each line"),
         (b'{"text": "a"', "line 2 is not JSON"),
         (b'["a"]', r'line 2 is \["a"\]; expected an object'),
-        (b'{"x": NaN}', "line 2 is not JSON: NaN is no JSON number"),
+        (b'{"x": NaN}', "line 2: NaN is not a number that JSON has"),
         (b'{"x": "\xff"}', "line 2 is not UTF-8"),
         (b'{"x": "\\uD800"}', "line 2 holds half a character"),
         (b"[" * 100_000, "line 2 is (nested too deeply|not JSON)"),
