@@ -71,10 +71,10 @@ ARROWS = {
     # training and what is done with its results
     "data": {"errors", "extras", "json_file", "models"},
     "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
-    | {"data", "errors", "extras", "frozen", "labels", "layout", "merge", "models", "multi"}
-    | {"paths", "resolve", "sharding", "spec", "transform"},
-    "groups": {"checkpoint", "console", "errors", "extras", "frozen", "layout", "multi"}
-    | {"paths", "resolve", "spec", "training", "transform"},
+    | {"data", "errors", "extras", "frozen", "json_file", "labels", "layout", "merge", "models"}
+    | {"multi", "paths", "resolve", "sharding", "spec", "transform"},
+    "groups": {"checkpoint", "console", "errors", "extras", "frozen", "json_file", "layout"}
+    | {"multi", "paths", "resolve", "spec", "training", "transform"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
     | {"primitives", "resolve", "training"},
     "serving": {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from typing import Any
 
 from lora_jax.training import metrics
 from lora_jax.training.config import INCIDENTAL, Config
-from lora_jax.training.config_json import later_defaults, upgrade
+from lora_jax.training.config_json import later_defaults
 from lora_jax.training.directory import Summary
+from lora_jax.training.saved_files import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Results:
 def gather(summaries: Sequence[Summary]) -> Results:
     """The runs that left these summaries; their configs and records are read."""
     paths = [pathlib.Path(summary["run"]) for summary in summaries]
-    configs = [flat(upgrade(json.loads((path / "config.json").read_text()))) for path in paths]
+    configs = [flat(read_config(path)) for path in paths]
     fields = dict.fromkeys(field for config in configs for field in config)
     varied = [f for f in fields if any(c.get(f) != configs[0].get(f) for c in configs)]
     rows = tuple(

@@ -11,10 +11,11 @@ failed), each member goes on from its own newest checkpoint: the same runs, but 
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from lora_jax import json_file
+from lora_jax.errors import LoraError
 from lora_jax.training.directory import write_json
 
 _LISTED = 3  # the members keep their last two checkpoints
@@ -39,8 +40,12 @@ class GroupCheckpoints:
     def __init__(self, path: pathlib.Path) -> None:
         """Read the list that an earlier run of the group has left, if there is one."""
         self._file = path / "cuts.json"
-        text = self._file.read_text() if self._file.is_file() else "[]"
-        self._checkpoints = [GroupCheckpoint(**checkpoint) for checkpoint in json.loads(text)]
+        text = self._file.read_bytes() if self._file.is_file() else b"[]"
+        found = json_file.parse(text, str(self._file), LoraError)
+        try:
+            self._checkpoints = [GroupCheckpoint(**checkpoint) for checkpoint in found]
+        except TypeError as error:
+            raise LoraError(f"{self._file} is no list of checkpoints: {error}") from error
 
     def add(self, checkpoint: GroupCheckpoint) -> None:
         """List a checkpoint, before the members write theirs."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,24 +11,10 @@ from typing import Any
 from lora_jax.checkpoint import adapter_path, storage
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.training import metrics
-from lora_jax.training.config_json import upgrade
 from lora_jax.training.directory import Summary
+from lora_jax.training.saved_files import read_config, read_summary
 
 Scores = dict[str, dict[str, float]]  # split -> name -> number
-
-# What is read of a summary.json: name -> what it has to be.
-_NUMBER = (int, float)
-_SUMMARY: dict[str, Any] = {
-    **dict.fromkeys(("steps", "skipped_steps", "base_parameters", "adapter_parameters"), _NUMBER),
-    **dict.fromkeys(("trainable_parameters", "adapter_file_bytes", "optimizer_bytes"), _NUMBER),
-    **dict.fromkeys(("full_checkpoint_bytes", "base_bytes_per_device"), _NUMBER),
-    **dict.fromkeys(("peak_memory_bytes", "steps_per_second"), _NUMBER),
-    "merged_difference": (*_NUMBER, type(None)),  # None over a quantised base
-    **dict.fromkeys(("compile_seconds", "total_seconds"), _NUMBER),
-    **dict.fromkeys(("before", "after"), dict),
-    **dict.fromkeys(("select", "better"), str),
-    "best_step": (int, type(None)),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,64 +109,12 @@ def is_run(path: pathlib.Path) -> bool:
 
 
 def _read(path: pathlib.Path) -> SavedRun:
-    config = _json(path / "config.json", "it was written by train.py; take it from a copy")
-    if not isinstance(config.get("steps"), int) or not isinstance(config.get("lora"), dict):
-        raise LoraError(f"{path / 'config.json'} is no config of train.py: no steps and lora in it")
-    summary = None
+    config, summary = read_config(path), None
     if (path / "summary.json").is_file():
-        summary = {**_summary(path / "summary.json"), "run": str(path)}
+        summary = {**read_summary(path), "run": str(path)}
     error = path / "error.txt"
     said = error.read_text().strip() if error.is_file() else None
-    return SavedRun(path, config, _lines(path), summary, said)
-
-
-def _lines(path: pathlib.Path) -> list[metrics.Line]:
-    try:
-        lines = metrics.read(path)
-        whole = all(isinstance(line, dict) and isinstance(line["step"], int) for line in lines)
-    except (ValueError, KeyError) as error:
-        raise LoraError(
-            f"{path / 'metrics.jsonl'} cannot be read: {error}; delete the line that is damaged"
-        ) from error
-    if not whole:
-        raise LoraError(f"{path / 'metrics.jsonl'} is no record of train.py: lines without a step")
-    return lines
-
-
-def _summary(file: pathlib.Path) -> Summary:
-    """The summary, with everything in it that the report reads."""
-    cure = (
-        "delete it and start the command of the run again: it goes on from its last checkpoint, "
-        "and writes it anew"
-    )
-    found = _json(file, cure)
-    for name, kind in _SUMMARY.items():
-        if name not in found:
-            raise LoraError(f"{file} has no {name!r}; {cure}")
-        if not isinstance(found[name], kind):
-            raise LoraError(f"{file}: {name!r} is {str(found[name])[:80]!r}; {cure}")
-    for when in ("before", "after"):
-        if not all(_are_scores(scores) for scores in found[when].values()):
-            raise LoraError(f"{file}: {when!r} holds something else than numbers; {cure}")
-    if not any(n.endswith("_per_second") and not n.startswith("steps_") for n in found):
-        raise LoraError(f"{file} has no speed but steps_per_second; {cure}")
-    return found
-
-
-def _are_scores(scores: Any) -> bool:
-    return isinstance(scores, dict) and all(
-        value is None or isinstance(value, _NUMBER) for value in scores.values()
-    )
-
-
-def _json(file: pathlib.Path, cure: str) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise LoraError(f"{file} cannot be read: {error}; {cure}") from error
-    if not isinstance(found, dict):
-        raise LoraError(f"{file} holds no fields; {cure}")
-    return upgrade(found)
+    return SavedRun(path, config, metrics.read(path), summary, said)
 
 
 def every(paths: Sequence[pathlib.Path]) -> tuple[SavedRun, ...]:

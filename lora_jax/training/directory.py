@@ -26,7 +26,8 @@ from lora_jax.checkpoint import adapter_path
 from lora_jax.errors import listed
 from lora_jax.training import curves, processes
 from lora_jax.training.config import Config, ConfigError
-from lora_jax.training.config_json import changes, short_hash, stable_identity, to_dict, upgrade
+from lora_jax.training.config_json import changes, short_hash, stable_identity, to_dict
+from lora_jax.training.saved_files import read_config, read_summary
 
 Summary = dict[str, Any]  # summary.json, as `lora_jax.training.summary.summarise` makes it
 
@@ -111,7 +112,7 @@ def _claim(path: pathlib.Path, config: Config) -> None:
     """Write config.json, or check that the run there is of the same config."""
     file = path / "config.json"
     if file.is_file():
-        changed = changes(json.loads(file.read_text()), config)
+        changed = changes(read_config(path), config)
         if changed:
             raise ConfigError(
                 f"{path} holds a run of another config; it differs in\n{listed(changed, 20)}\n"
@@ -143,5 +144,4 @@ def finish(path: pathlib.Path, summary: Summary) -> None:
 
 def summary(path: pathlib.Path) -> Summary | None:
     """The summary of a finished run, or None."""
-    file = path / "summary.json"
-    return upgrade(json.loads(file.read_text())) if file.is_file() else None
+    return read_summary(path) if (path / "summary.json").is_file() else None

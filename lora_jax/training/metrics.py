@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import tensorboardX
 
+from lora_jax import json_file
 from lora_jax.errors import LoraError
 
 Line = dict[str, Any]
@@ -104,9 +105,24 @@ def _json(value: Any) -> Any:
 
 
 def read(directory: pathlib.Path) -> list[Line]:
-    """The lines of a run's record; a last line cut short by a kill is left out."""
+    """The lines of a run's record; a last line cut short by a kill is left out.
+
+    Raises:
+      LoraError: a line that is not JSON, or holds no step.
+    """
     path = directory / "metrics.jsonl"
     if not path.is_file():
         return []
-    text = path.read_text()
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    with path.open("rb") as file:
+        whole = ((n, line) for n, line in enumerate(file, 1) if line.endswith(b"\n"))
+        return [_read(line, f"{path}:{number}") for number, line in whole]
+
+
+def _read(line: bytes, where: str) -> Line:
+    def damaged(message: str) -> LoraError:
+        return LoraError(f"{message}; delete the line that is damaged")
+
+    found = json_file.parse(line, where, damaged)
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise LoraError(f"{where} is no record of train.py: a line without a step")
+    return found

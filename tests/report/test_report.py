@@ -299,8 +299,8 @@ def test_runs_given_one_by_one(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "cannot be read"),
-        ("[]", "holds no fields"),
+        ("{", "summary.json is not JSON"),
+        ("[]", "summary.json holds a list, expected an object"),
         ("{}", "has no 'steps'"),
         ({"adapter_file_bytes": "many"}, "'adapter_file_bytes' is 'many'"),
         ({"after": {"test": 3}}, "'after' holds something else than numbers"),
@@ -313,7 +313,7 @@ def test_a_broken_summary_is_an_error_with_a_cure(
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Red: `_summary` of read.py that returns what it finds at once."""
+    """Red: `read_summary` that returns what it finds at once."""
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(written.solo / name, tmp_path)
     if isinstance(content, dict):
