@@ -93,7 +93,7 @@ class Layout:
         try:
             data = json.loads(text)
             version, targets = data["format"], data["targets"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise LoraError(f"this is not a layout: {error!r} in {text[:80]!r}") from error
         known = {"format", *(f.name for f in dataclasses.fields(Layout))}
         _check_understood("a layout", version, set(data) - known)

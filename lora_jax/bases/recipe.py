@@ -35,6 +35,8 @@ def requantised(params: Tree, recipe: Mapping[str, Any]) -> Tree:
         return params
     try:
         scheme, block, double = recipe["scheme"], recipe["block"], recipe["double"]
+        if not (isinstance(scheme, str) and type(block) in (int, str, type(None))):
+            raise TypeError("scheme or block")
         layout = Layout.from_json(recipe["layout"])
     except (KeyError, TypeError) as error:
         known = {key: str(value)[:80] for key, value in recipe.items()}

@@ -191,6 +191,9 @@ def _check_layout(layout: Layout, manifest: Manifest) -> None:
         manifests.check_shape(t.path, t.shape)
         shapes = kind_of(t).shapes(t)._asdict()
         expected |= {f"adapters/{t.path}/{name}": shape for name, shape in shapes.items()}
+    keys = [p for p, entry in manifest.arrays.items() if entry.dtype.startswith("key<")]
+    if keys:
+        raise LoraError(f"{keys[0]} is declared as PRNG keys, which no adapter has")
     for path in dict.fromkeys([*expected, *declared]):
         if path not in declared or expected.get(path) != declared[path]:
             raise LoraError(

@@ -120,14 +120,32 @@ def check_base(stored: Fingerprint, ours: Fingerprint, allow: bool, what: str) -
       allow: accept another base.
       what: names the checkpoint in the message.
     """
+    if allow:
+        return
+    if not _is_fingerprint(stored):
+        raise LoraError(
+            f"{what} has a fingerprint that is not one: {str(stored)[:80]}; expected "
+            '{path: {"shape": [...], "hash": "..."}}. Pass allow_other_base=True to do without '
+            "(on a command line: --allow-other-base)"
+        )
     found = differences(stored, ours)
-    if found and not allow:
+    if found:
         raise LoraError(
             f"{what} was trained on another base: {len(found)} of "
             f"{len({*stored, *ours})} frozen parameters differ:\n{listed(found)}\n"
             "Load the base that it was trained on; to go on with this one all the same, pass "
             "allow_other_base=True (on a command line: --allow-other-base)"
         )
+
+
+def _is_fingerprint(value: Any) -> bool:
+    """Whether it can be compared; what is stored may come from a stranger."""
+    return isinstance(value, Mapping) and all(
+        isinstance(one, Mapping)
+        and isinstance(one.get("shape"), list | tuple)
+        and isinstance(one.get("hash"), str)
+        for one in value.values()
+    )
 
 
 def differences(stored: Fingerprint, ours: Fingerprint) -> list[str]:

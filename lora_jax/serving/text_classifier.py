@@ -135,7 +135,7 @@ def _pooling(members: Sequence[ServedAdapter]) -> str:
     """What all heads read."""
     said = {member.name: member.about.get("model", {}).get("pooling", "mean") for member in members}
     for name, pooling in said.items():
-        if pooling not in models.bert.POOLINGS:
+        if pooling not in list(models.bert.POOLINGS):  # a stranger's may be unhashable
             raise LoraError(f"adapter {name!r} says model.pooling is {str(pooling)[:80]!r}")
     if len(set(said.values())) > 1:
         lines = listed(f"{name}: {pooling}" for name, pooling in said.items())

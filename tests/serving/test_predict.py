@@ -283,6 +283,15 @@ def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pat
         list(predict.predict(opened, made, [jsonl.JsonLine({"text": "a"}, "--text")]))
 
 
+@pytest.mark.parametrize("pooling", [[], {}, None, "max"])
+def test_a_pooling_that_there_is_not(pooling: object) -> None:
+    member = served_adapters.ServedAdapter(
+        "a", "here", lora_jax.Layout(), {}, {}, {"model": {"pooling": pooling}}
+    )
+    with pytest.raises(lora_jax.LoraError, match=r"'a' says model\.pooling is"):
+        text_classifier._pooling([member])
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -229,6 +229,15 @@ def test_what_a_stranger_says_of_the_model(model: Any, tmp_path: pathlib.Path, p
         served_adapters.open_adapters([given], KIND)
 
 
+@pytest.mark.parametrize("about", [{"model": []}, {"model": "x"}, {"begun": [], "model": {}}])
+def test_what_a_stranger_says_is_of_another_type(
+    about: Any, tmp_path: pathlib.Path, params: Any, weights: pathlib.Path
+) -> None:
+    lora_jax.save(tmp_path / "a", random_adapter(params, 2), about=about)
+    with pytest.raises(LoraError, match=r"a says (that its model is|begun is)"):
+        served_adapters.open_adapters([str(tmp_path / "a")], KIND, base=str(weights))
+
+
 # ---- swapping
 
 
