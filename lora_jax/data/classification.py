@@ -42,6 +42,7 @@ def classification(
     shuffle: bool = False,
     seed: int = 0,
     epochs: int | None = 1,
+    vocabulary: int | None = None,
 ) -> Batches:
     """Batches of tokenised texts with their labels.
 
@@ -68,6 +69,7 @@ def classification(
             Without it batches go from short to long texts.
         seed: of the order.
         epochs: how often the split is gone through; None never ends.
+        vocabulary: rows of the model's embedding; a token beyond them is an error.
 
     Raises:
         DataError: the source, a field or a label is not as the config says.
@@ -76,9 +78,8 @@ def classification(
     labels = labels_of(config, source)
     examples = read(source, split, config.limit(split))
     truncation = TextTruncation()
-    tokens = collect(
-        _rows(config, examples, Encoder(tokenizer, config.max_length), truncation, split)
-    )
+    encoder = Encoder(tokenizer, config.max_length, vocabulary)
+    tokens = collect(_rows(config, examples, encoder, truncation, split))
     values = _values(config, examples, labels, f"{source.name}, split {split!r}")
     buckets = np.searchsorted(config.lengths, tokens.lengths)
     table = ExampleTable(

@@ -46,6 +46,7 @@ def language_modelling(
     shuffle: bool = False,
     seed: int = 0,
     epochs: int | None = 1,
+    vocabulary: int | None = None,
 ) -> Batches:
     """Batches of packed rows of T = `config.max_length` tokens.
 
@@ -78,6 +79,7 @@ def language_modelling(
         shuffle: whether each stream has an order of its own in each epoch, drawn from `seed`.
         seed: of the orders.
         epochs: how often the split is gone through; None never ends.
+        vocabulary: rows of the model's embedding; a token beyond them is an error.
 
     Raises:
         DataError: the source or a field is not as the config says, or `config.eos` is not said.
@@ -86,7 +88,7 @@ def language_modelling(
     examples = source.examples(split)
     count = min(len(examples), config.limit(split) or len(examples))
     where = f"{source.name}, split {split!r}"
-    reader = Reader(config, tokenizer, where)
+    reader = Reader(config, tokenizer, where, vocabulary)
     list(reader.rows(examples[:1], TextTruncation()))  # finds a wrong field before all is loaded
     packing = Packing(
         batch_size=batch_size,
@@ -112,7 +114,9 @@ def language_modelling(
 class Reader:
     """Turns examples into tokens and marks: 1 on those to be learned."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, where: str) -> None:
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, where: str, vocabulary: int | None = None
+    ) -> None:
         """Check the templates and the end token.
 
         Raises:
@@ -123,7 +127,8 @@ class Reader:
         self._answer = Template(config.answer, "answer")
         self._end = _end(config, tokenizer)
         # A row has `max_length` inputs, and the last token of an example is a target only.
-        self._encoder = Encoder(tokenizer, config.max_length + 1)
+        self._encoder = Encoder(tokenizer, config.max_length + 1, vocabulary)
+        self._encoder.check([self._encoder.start, self._end])
 
     def rows(self, examples: Sequence[Example], truncation: TextTruncation) -> Iterator[TokenRow]:
         """A row for each example, an empty one where there is nothing to learn.

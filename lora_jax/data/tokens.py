@@ -76,9 +76,17 @@ def collect(rows: Iterable[TokenRow]) -> Tokens:
 class Encoder:
     """A tokenizer with its own padding and truncation set aside, and ours counted instead."""
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
-        """Copy the tokenizer, so that the caller's keeps its settings."""
-        self.max_length = max_length
+    def __init__(
+        self, tokenizer: Tokenizer, max_length: int, vocabulary: int | None = None
+    ) -> None:
+        """Copy the tokenizer, so that the caller's keeps its settings.
+
+        Args:
+            tokenizer: makes the tokens.
+            max_length: the most tokens of a text.
+            vocabulary: rows of the model's embedding; a token beyond them is an error. None: any.
+        """
+        self.max_length, self._vocabulary = max_length, vocabulary
         self._whole = Tokenizer.from_str(tokenizer.to_str())
         self._whole.no_padding()
         self._whole.no_truncation()
@@ -92,7 +100,23 @@ class Encoder:
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """The texts uncut and without special tokens (but those spelled out in them)."""
         encodings = self._whole.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        found = [encoding.ids for encoding in encodings]
+        self.check(found)
+        return found
+
+    def check(self, rows: Iterable[Sequence[int]]) -> None:
+        """Raise `DataError` for a token that the model has no row for: it would read NaN there."""
+        if self._vocabulary is None:
+            return
+        highest = max((max(ids) for ids in rows if ids), default=-1)
+        if highest >= self._vocabulary:
+            token = self._whole.id_to_token(highest)
+            raise DataError(
+                f"the tokenizer gives token {highest} ({token!r}), and the model has embeddings "
+                f"for {self._vocabulary}, counted from 0.\n"
+                "Is tokenizer.json that of this model? A token that was added to it needs a row in "
+                "the model's embedding too."
+            )
 
     def truncate(self, texts: Sequence[TextOrPair], truncation: TextTruncation) -> list[Encoding]:
         """The texts, none longer than `max_length`; what that took is added to `truncation`.
@@ -101,9 +125,10 @@ class Encoder:
         longer one of a pair first.
 
         Raises:
-            DataError: `max_length` leaves no room beside the special tokens.
+            DataError: `max_length` leaves no room beside the special tokens, or see `check`.
         """
         encodings: list[Encoding] = self._whole.encode_batch_fast(list(texts))
+        self.check(encoding.ids for encoding in encodings)
         long = [i for i, e in enumerate(encodings) if len(e) > self.max_length]
         if long:
             special = self._whole.num_special_tokens_to_add(is_pair=isinstance(texts[0], tuple))

@@ -244,7 +244,8 @@ def stream(
       batch_size: rows that are written at the same time; more prompts wait.
 
     Raises:
-      LoraError: an empty prompt, one longer than the model has positions, no such adapter.
+      LoraError: an empty prompt, one longer than the model has positions, no such adapter; logits
+        that are not finite.
     """
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
@@ -317,6 +318,12 @@ def _written(
             now, tokens = np.asarray(tokens), ahead
         for row, number in list(going.items()):
             token, finish = int(now[row]), "length" if n + 1 == limits[number] else None
+            if token < 0:
+                raise LoraError(
+                    f"prompt {number}: adapter {prompts[number].adapter} (counted from 0; {BASE} "
+                    "is the base) gives logits that are not finite: its factors, or the base, hold "
+                    "NaN or infinity, or are too large"
+                )
             if token in prompts[number].stop:
                 yield Piece(number, None, "stop")
             else:

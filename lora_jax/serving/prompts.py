@@ -84,7 +84,7 @@ class Prompts:
         """
         tokenizer = served.source.tokenizer()
         self._served, self._room = served, served.config.max_positions
-        self._encoder = Encoder(tokenizer, self._room)
+        self._encoder = Encoder(tokenizer, self._room, served.config.vocab_size)
         common = {_stop_id(tokenizer, text) for text in stop}
         if served.config.eos_id is not None:
             common.add(served.config.eos_id)

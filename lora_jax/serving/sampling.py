@@ -63,7 +63,7 @@ class Sampling:
 def choose(
     form: tuple[bool, int | None, bool], numbers: Any, logits: Any, rows: Any, step: Any
 ) -> Any:
-    """The next token of each row, [B] int32.
+    """The next token of each row, [B] int32; -1 where the logits are not all finite.
 
     Args:
       form, numbers: of a `Sampling`.
@@ -72,8 +72,9 @@ def choose(
       step: [] int32, the number of the token in its row.
     """
     random, top_k, nucleus = form
+    sound = jnp.isfinite(logits).all(axis=-1)  # of NaN the largest is the first token
     if not random:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.where(sound, jnp.argmax(logits, axis=-1), -1).astype(jnp.int32)
 
     def draw(logits: Any, row: Any) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(numbers["seed"]), row), step)
@@ -86,7 +87,7 @@ def choose(
         drawn = jax.random.categorical(key, logits)
         return drawn if tokens is None else tokens[drawn]
 
-    return jax.vmap(draw)(logits, rows).astype(jnp.int32)
+    return jnp.where(sound, jax.vmap(draw)(logits, rows), -1).astype(jnp.int32)
 
 
 def _nucleus(logits: Any, top_p: Any) -> Any:

@@ -75,7 +75,8 @@ class TextClassifier(Classifier):
         _check_positions(served, self.lengths[-1])
         tokenizer = served.source.tokenizer()
         limits = {task.lengths[-1] for task in tasks}
-        self._encoders = {limit: Encoder(tokenizer, limit) for limit in limits}
+        rows = served.config.vocab_size
+        self._encoders = {limit: Encoder(tokenizer, limit, rows) for limit in limits}
         self._pad = padding_id(tokenizer)
         width = max(task.outputs for task in tasks)
         model = models.BertClassifier(served.config, width, _pooling(served.members))

@@ -34,7 +34,7 @@ def causal_lm(config: TextConfig) -> Workload:
         models.LlamaConfig,
         "a causal language model is a decoder, and lora_jax.training.classification takes encoders",
     )
-    data = text.open_text(config, batches_of, source.tokenizer())
+    data = text.open_text(config, batches_of, source)
     model_config = config.model.apply_to(source.config)
     method = config.method.on(model_config, config.data.max_length)
 

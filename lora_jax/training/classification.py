@@ -41,7 +41,7 @@ def classification(config: TextConfig) -> Workload:
     )
     smoothing = config.label_smoothing
     require(smoothing == 0, "label_smoothing", smoothing, "0 for a classifier")
-    data = text.open_text(config, batches_of, source.tokenizer())
+    data = text.open_text(config, batches_of, source)
     labels = data.train.labels or Labels(())
     model_config = config.model.apply_to(source.config)
     model = models.BertClassifier(model_config, labels.outputs, config.model.pooling)

@@ -90,9 +90,33 @@ class TextConfig(PretrainedConfig):
 Pipeline = Callable[..., Batches]  # lora_jax.data's classification or language_modelling
 
 
-def open_text(config: TextConfig, pipeline: Pipeline, tokenizer: Any) -> RunBatches:
-    """The batches that `pipeline` makes of `config.data`."""
-    return pretrained.open_batches(config, functools.partial(pipeline, config.data, tokenizer))
+def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> RunBatches:
+    """The batches that `pipeline` makes of `config.data` for the model `source`.
+
+    Raises:
+      ConfigError: longer rows than the model has positions for.
+      lora_jax.LoraError: the data cannot be read, or the tokenizer is not that of the model.
+    """
+    model = source.config
+    assert isinstance(model, models.BertConfig | models.LlamaConfig)  # `open_model` has seen to it
+    _check_positions(config, model)
+    of_data = functools.partial(
+        pipeline, config.data, source.tokenizer(), vocabulary=model.vocab_size
+    )
+    return pretrained.open_batches(config, of_data)
+
+
+
+
+def _check_positions(config: TextConfig, model: models.BertConfig | models.LlamaConfig) -> None:
+    """Raise where the model has positions of its own, and rows may be longer than they go.
+
+    Otherwise the first batch with so long a text would stop the run, maybe hours later.
+    """
+    table = isinstance(model, models.BertConfig) or model.positions == "learned"
+    most, length = model.max_positions, config.data.max_length
+    expected = f"at most {most}, the positions of {config.model.reference}"
+    require(not table or length <= most, "data.max_length", length, expected)
 
 
 def about(config: TextConfig, **more: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
+from lora_jax.data import DataError
 from lora_jax.data.tokens import Encoder, TextTruncation, collect, padding_id
 
 
@@ -27,6 +28,15 @@ def test_each_chunk_is_cut_and_counted_alike(words: Tokenizer) -> None:
         (short, long) = encoder.truncate(["w0", "w0 w1 w2 w3 w4"], cut)
         assert (len(short), len(long)) == (3, 5)
         assert (cut.examples, cut.tokens) == (chunk, 2 * chunk)
+
+
+def test_a_token_that_the_model_lacks(words: Tokenizer) -> None:
+    """Red: its embedding is NaN, and a run that has learnt nothing says so much later."""
+    encoder = Encoder(words, 8, vocabulary=54)  # w48 is the last
+    assert encoder.plain(["w48", ""]) == [[53], []]
+    for call in (encoder.plain, lambda texts: encoder.truncate(texts, TextTruncation())):
+        with pytest.raises(DataError, match=r"token 54 \('w49'\), and the model has embeddings"):
+            call(["w1", "w2 w49"])
 
 
 def test_no_rows() -> None:

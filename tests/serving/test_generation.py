@@ -248,6 +248,25 @@ def test_wrong_calls(decoder: Decoder, prompt: Prompt, more: dict[str, int], mes
         generate(decoder, [prompt], **more)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), LIVELY])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_no_token(sampling: Sampling, wrong: float) -> None:
+    """Red: the argmax of NaN is token 0."""
+    logits = jnp.zeros((2, 9)).at[1, 3].set(wrong).at[0, 4].set(5.0)
+    tokens = choose(sampling.form, sampling.numbers, logits, jnp.arange(2), jnp.int32(0))
+    assert int(tokens[0]) >= 0 and int(tokens[1]) == -1
+
+
+def test_an_adapter_that_is_not_finite(
+    decoder: Decoder, mixed: list[Generated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red: what it writes is token 0 again and again, which prints nothing."""
+    broken = jax.tree.map(lambda x: x * jnp.nan if x.ndim > 1 else x, decoder._stacked)
+    monkeypatch.setattr(decoder, "_stacked", broken)
+    with pytest.raises(LoraError, match=r"prompt 0: adapter 0 .* logits that are not finite"):
+        generate(decoder, ALL, max_new_tokens=NEW)
+
+
 def test_nothing_to_write(decoder: Decoder) -> None:
     assert generate(decoder, []) == []
 

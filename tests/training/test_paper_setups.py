@@ -195,7 +195,16 @@ def test_deberta_trains_on_glue(prepared: Any, tmp_path: pathlib.Path) -> None:
     summary = run(
         tmp_path / "run",
         *("--model.reference", str(weights), "--data.data-dir", prepared(glue.Glue, pairs)),
-        *("--steps", "4", "--evaluate-every", "4", "--data.buckets", "16"),
+        *(
+            "--steps",
+            "4",
+            "--evaluate-every",
+            "4",
+            "--data.buckets",
+            "16",
+            "--data.max-length",
+            "64",
+        ),
         config=f"{DEBERTA}:mrpc",
     )
     assert summary["adapter_parameters"] == 2 * 2 * 16 * (16 + 16)

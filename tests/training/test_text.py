@@ -6,6 +6,7 @@ import dataclasses
 import math
 import pathlib
 import shutil
+import types
 from typing import Any
 
 import jax
@@ -17,12 +18,14 @@ import lora_jax
 import train
 from lora_jax import command_line, models
 from lora_jax.data.config import DataConfig
+from lora_jax.data.language_modelling import language_modelling
 from lora_jax.data.process_slice import Shard
-from lora_jax.training import mesh, scores
+from lora_jax.training import mesh, scores, text
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import apply_of, classification
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
 from lora_jax.training.text import ModelConfig, TextConfig
+from tests.serving import tiny as small
 from tests.training import tiny
 from tests.training.runs import ROOT, run
 
@@ -96,7 +99,7 @@ def test_glue_runs_on_stand_ins(
         tmp_path / "run",
         *("--model.reference", str(roberta), "--data.source", source),
         *("--data.eval-split", "validation"),
-        *("--steps", "4", "--evaluate-every", "2"),
+        *("--steps", "4", "--evaluate-every", "2", "--data.max-length", "64"),
         config=f"{GLUE}:{name}",
     )
     assert summary["adapter_parameters"] == 2 * 8 * (16 + 16)  # q and v, r, in + out
@@ -127,6 +130,15 @@ def text_config(workload: Any, weights: pathlib.Path, source: str, **changes: An
         evaluate_every=10,
     )
     return dataclasses.replace(config, **changes)
+
+
+def test_rows_longer_than_the_models_positions_are_an_error_at_once() -> None:
+    """Red: the first batch with a text so long stops the run, maybe hours later."""
+    config = text_config(causal_lm, pathlib.Path("nowhere"), "nothing.jsonl")
+    table = dataclasses.replace(small.CONFIG, positions="learned", max_positions=15)
+    source: Any = types.SimpleNamespace(config=table)
+    with pytest.raises(ConfigError, match=r"data.max_length must be at most 15, the positions of"):
+        text.open_text(config, language_modelling, source)
 
 
 def train_in(path: pathlib.Path, config: TextConfig) -> dict[str, Any]:
