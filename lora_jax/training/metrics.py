@@ -12,18 +12,23 @@ import json
 import math
 import os
 import pathlib
+import platform
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 from lora_jax import json_file
 from lora_jax.errors import LoraError
 
 Line = dict[str, Any]
+_FLUSH_SECONDS = 60
 
 
 class DelayedMetrics:
@@ -58,20 +63,21 @@ class Record:
 
     def __init__(self, directory: pathlib.Path, length: int = 0, step: int = 0) -> None:
         """Open the record, cut to `length` bytes; events after `step` are marked as purged."""
-        self._file = (directory / "metrics.jsonl").open("ab")
-        self._file.truncate(min(length, self._file.tell()))  # never longer than it is
-        purge = step + 1 if step else 0
-        self._events = tensorboardX.SummaryWriter(str(directory), purge_step=purge)
+        self._directory = directory
+        with self._named():
+            self._file = (directory / "metrics.jsonl").open("ab")
+            self._file.truncate(min(length, self._file.tell()))  # never longer than it is
+            self._events = Events(directory, step + 1 if step else 0)
 
     def write(self, line: Line) -> None:
         """Append a line that holds "step", and for an evaluation "split"."""
         line = {name: _json(value) for name, value in line.items()}
+        group = line.get("split", "train")
         with self._named():
             self._file.write(json.dumps(line).encode() + b"\n")
-        group = line.get("split", "train")
-        for name, value in line.items():
-            if name not in ("step", "split") and value is not None:
-                self._events.add_scalar(f"{group}/{name}", value, line["step"])
+            for name, value in line.items():
+                if name not in ("step", "split") and value is not None:
+                    self._events.add(f"{group}/{name}", value, line["step"])
 
     def sync(self) -> int:
         """Put everything on disk; the length of the JSON lines in bytes."""
@@ -88,15 +94,53 @@ class Record:
             yield
         except OSError as error:
             raise LoraError(
-                f"{self._file.name} cannot be written: {error.strerror}. Make room, and start the "
-                "same command again: it goes on from the last checkpoint"
+                f"{self._directory}: metrics.jsonl or the events cannot be written: "
+                f"{error.strerror}. Make room, and start the same command again: it goes on from "
+                "the last checkpoint"
             ) from error
 
     def close(self) -> None:
+        """Put everything on disk and close, both files in any case."""
+        try:
+            self.sync()
+        finally:
+            for file in (self._file, self._events):
+                with contextlib.suppress(OSError):  # `sync` has said it
+                    file.close()
+
+
+class Events:
+    """A file of TensorBoard events, written by whoever adds to it.
+
+    `tensorboardX.SummaryWriter` leaves that to a thread. On a full disk the thread dies with a
+    traceback, and whoever adds the twelfth event after that waits for ever.
+    """
+
+    def __init__(self, directory: pathlib.Path, purge: int) -> None:
+        """Begin a file in `directory`; the events of step `purge` and later ones are void."""
+        host, now = platform.node() or "localhost", int(time.time())
+        self._writer = RecordWriter(str(directory / f"events.out.tfevents.{now}.{host}"))
+        self._flushed = time.monotonic()
+        self._write(file_version="brain.Event:2")
+        self._write(step=purge, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, name: str, value: float, step: int) -> None:
+        """Append a number; it is on disk within a minute or at the next event after that."""
+        self._write(step=step, summary=scalar(name, value))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def flush(self) -> None:
+        """Put everything on disk."""
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
         """Put everything on disk and close."""
-        self.sync()
-        self._file.close()
-        self._events.close()
+        self._writer.close()
 
 
 def _json(value: Any) -> Any:
