@@ -22,7 +22,7 @@ from lora_jax.data.errors import DataError
 from lora_jax.data.source import DataSource, Example
 from lora_jax.data.status import status
 from lora_jax.errors import nearest
-from lora_jax.models.weights.packages import cache
+from lora_jax.models.weights.packages import cache, is_full
 
 FORMAT = "array_record"
 _CHUNK = 1024  # records read together
@@ -40,7 +40,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     preparation leaves nothing that a later one would read; of two at once, the first to end wins.
 
     Raises:
-        DataError: the data is there in a format that needs TensorFlow.
+        DataError: the data is there in a format that needs TensorFlow, or the disk is full.
     """
     path = Path(builder.data_path)
     if path.exists():
@@ -53,7 +53,13 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
             _quiet(),
         ):
             builder.download_and_prepare(file_format=FORMAT)
-    except OSError:
+    except OSError as error:
+        if is_full(error):
+            raise DataError(
+                f"{builder.info.full_name} cannot be prepared in {path}: {error.strerror}.\n"
+                "Make room there, or point data.data_dir (or LORA_JAX_CACHE) at a folder of another "
+                "disk."
+            ) from error
         if not path.exists():
             raise
     builder.info.read_from_directory(path)

@@ -1,5 +1,6 @@
 """TFDS builders: prepared once, read whole, and never with TensorFlow."""
 
+import errno
 import os
 import shutil
 import signal
@@ -204,3 +205,15 @@ def test_tensorflow_is_not_needed(tmp_path: Path) -> None:
 def _environment() -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     return os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red: the system's own words name no file, and TFDS's cure is a network."""
+
+    def prepare(self: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(stand_in.GlueStandIn, "download_and_prepare", prepare)
+    said = rf"cannot be prepared in {tmp_path}.* No space left (.|\n)*data\.data_dir"
+    with pytest.raises(DataError, match=said):
+        open_source("tfds:glue_stand_in/pair", str(tmp_path))

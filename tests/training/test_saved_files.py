@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import pathlib
 
 import pytest
@@ -60,3 +62,21 @@ def test_a_broken_list_of_checkpoints(content: bytes, tmp_path: pathlib.Path) ->
     (tmp_path / "cuts.json").write_bytes(content)
     with pytest.raises(lora_jax.LoraError, match=r"cuts\.json is no"):
         GroupCheckpoints(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red: the error of a full disk names no file. What was there before stays."""
+
+    def full(self: pathlib.Path, content: bytes) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = tmp_path / "summary.json"
+    directory.write_json(file, {"a": 1})
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(lora_jax.LoraError, match=r"summary\.json cannot be written: No space left"):
+        directory.write_json(file, {"a": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+    assert file.read_text() == '{\n  "a": 1\n}\n'

@@ -7,6 +7,7 @@ bytes in all than 16 GiB or than 200 times the archive's own (256 MiB are always
 
 from __future__ import annotations
 
+import errno
 import lzma
 import struct
 import tarfile
@@ -54,6 +55,8 @@ def unpack(archive: Path, folder: Path) -> None:
             for child in list(tops[0].iterdir()):
                 child.rename(folder / child.name)
     except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PackageError(f"{folder} cannot be written: {error.strerror}") from error
         raise PackageError(f"{archive.name} is damaged: {type(error).__name__}: {error}") from error
 
 

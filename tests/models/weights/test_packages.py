@@ -3,6 +3,7 @@
 Nothing of a package is run, whatever is in it: tests/models/test_archive.py has the archives.
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import os
@@ -192,3 +193,26 @@ def test_files_of_the_working_directory_are_not_read(
     monkeypatch.chdir(tmp_path / "work")
     packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt", SHA256)
     assert not (tmp_path / "work" / "mark").exists()
+
+
+def test_a_full_disk_is_not_a_lack_of_network(
+    registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red: "without a network, run on a machine that has one"."""
+
+    def extractall(self: zipfile.ZipFile, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _wheel(registry)
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", extractall)
+    with pytest.raises(packages.PackageError, match="The disk is full: make room below") as failure:
+        packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt")
+    assert "without a network" not in str(failure.value).lower()
+    assert "damaged" not in str(failure.value)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disks_are_told_by_their_words_too(code: int) -> None:
+    said = packages.PackageError(f"  | ERROR: OSError: [Errno {code}] {os.strerror(code)}")
+    assert packages.is_full(said) and packages.is_full(OSError(code, os.strerror(code)))
+    assert not packages.is_full(OSError(errno.EACCES, os.strerror(errno.EACCES)))
