@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Self
 
 from lora_jax.extras import MissingExtraError, require
@@ -60,6 +60,19 @@ def quiet_storage() -> Iterator[None]:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def check_given_once(arguments: Sequence[str], several: Collection[str] = ()) -> None:
+    """Raise `LoraError` for an option that is there twice: all but the last would be lost.
+
+    Args:
+      arguments: the command line.
+      several: options whose values add up.
+    """
+    options = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
+    for option in options:
+        if options.count(option) > 1 and option not in several:
+            raise LoraError(f"{option} is given {options.count(option)} times; give it once")
 
 
 def guarded(run: Callable[[], None]) -> int:

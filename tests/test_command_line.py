@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 
@@ -9,6 +10,9 @@ import pytest
 
 import train
 from lora_jax import command_line
+from lora_jax.errors import LoraError
+from lora_jax.serving import generate, predict
+from lora_jax.training import directory
 from lora_jax.training.config import Config, ConfigError
 from lora_jax.training.config_json import differences, to_dict
 from tests.training.runs import OWN, ROOT
@@ -72,6 +76,34 @@ def test_refused_at_once(
 def test_a_top_level_value_is_refused_as_well() -> None:
     with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
         parse("--steps", "0")
+
+
+def test_an_option_that_is_given_twice(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    """Red: the last one wins without a word. Adapters and prompts add up."""
+    for twice in (("--lora.rank", "4", "--lora.rank", "8"), ("--run_dir=a", "--run-dir", "b")):
+        with pytest.raises(LoraError, match=r"--(lora\.rank|run-dir) is given 2 times; give it"):
+            parse(*twice)
+    asked = ["--adapter", "a", "--adapter", "b", "--batch-size", "1", "--batch-size", "2"]
+    for main, text in ((predict.main, "--text"), (generate.main, "--prompt")):
+        assert main([*asked, text, "x", text, "y"]) == 1
+        assert "--batch-size is given 2 times" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_leaves_the_directory_to_others(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    """Red: the same command with the right path "holds a run of another config"."""
+    run = tmp_path / "run"
+    assert train.main(["--model.reference", str(tmp_path / "none"), "--run-dir", str(run)]) == 1
+    assert "none is neither a folder nor a .gguf file" in capsys.readouterr().err
+    assert {path.name for path in run.iterdir()} <= {"lock"}
+    own = dataclasses.replace(parse(), run_dir=str(run))
+    with contextlib.suppress(KeyboardInterrupt), directory.enter("own", own):
+        (run / "metrics.jsonl").write_text("")
+        raise KeyboardInterrupt
+    assert (run / "config.json").is_file()  # that run has begun
 
 
 def test_help_names_every_field_with_default_and_meaning(

@@ -93,7 +93,7 @@ ARROWS = {
     | {"target", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
     | {"layout", "serving", "training", "updates"},
-    "command_line": {"errors", "extras", "groups", "planner", "training"},
+    "command_line": {"console", "errors", "extras", "groups", "planner", "training"},
     "__main__": {"conversion", "errors", "extras", "report", "serving", "training"},
 }
 # What is not part of the core.

@@ -57,8 +57,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
         if is_full(error):
             raise DataError(
                 f"{builder.info.full_name} cannot be prepared in {path}: {error.strerror}.\n"
-                "Make room there, or point data.data_dir (or LORA_JAX_CACHE) at a folder of another "
-                "disk."
+                "Make room there, or point data.data_dir (or LORA_JAX_CACHE) at another disk."
             ) from error
         if not path.exists():
             raise

@@ -34,7 +34,7 @@ import tyro
 from rich.console import Console
 
 from lora_jax import models, paths
-from lora_jax.console import FileBar, guarded, say
+from lora_jax.console import FileBar, check_given_once, guarded, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, output, prompts
 from lora_jax.serving.generation import Decoder, stream
@@ -81,14 +81,20 @@ class GenerateOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
     options = tyro.cli(
         GenerateOptions,
         prog="lora-jax generate",
         description=__doc__,
-        args=arguments,
+        args=given,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
     )
-    return guarded(lambda: run(options, Console(), Console(stderr=True)))
+
+    def checked() -> None:
+        check_given_once(given, ("--adapter", "--prompt", "--stop"))
+        run(options, Console(), Console(stderr=True))
+
+    return guarded(checked)
 
 
 def run(options: GenerateOptions, console: Console, aside: Console) -> None:

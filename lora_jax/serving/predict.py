@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from lora_jax import models
-from lora_jax.console import FileBar, guarded, say
+from lora_jax.console import FileBar, check_given_once, guarded, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
 from lora_jax.serving.classifier import Classifier, ClassifierTask
@@ -70,14 +70,20 @@ class PredictOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
     options = tyro.cli(
         PredictOptions,
         prog="lora-jax predict",
         description=__doc__,
-        args=arguments,
+        args=given,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
     )
-    return guarded(lambda: run(options, Console(stderr=True)))
+
+    def checked() -> None:
+        check_given_once(given, ("--adapter", "--text"))
+        run(options, Console(stderr=True))
+
+    return guarded(checked)
 
 
 def run(options: PredictOptions, console: Console) -> None:

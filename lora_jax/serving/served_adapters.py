@@ -238,10 +238,7 @@ def _said(member: ServedAdapter) -> dict[str, Any]:
     """What an adapter says of its model, maybe nothing."""
     model = member.about.get("model", {})
     if not isinstance(model, Mapping):
-        raise LoraError(
-            f"{member.path} says that its model is {str(model)[:80]!r}, expected an object with "
-            "reference, dtype, ..."
-        )
+        raise LoraError(f"{member.path} says that its model is {str(model)[:80]!r}, not an object")
     for name, fits in _SETTINGS.items():
         if name in model and not fits(model[name]):
             raise LoraError(f"{member.path} says model.{name} is {str(model[name])[:80]!r}")
@@ -251,8 +248,8 @@ def _said(member: ServedAdapter) -> dict[str, Any]:
 def begun_how(members: Sequence[ServedAdapter]) -> Any:
     """The method by which the base was changed before training; None: it was not."""
     for member in members:
-        if not isinstance(member.about.get(BEGUN), str | None):
-            raise LoraError(f"{member.path} says {BEGUN} is {str(member.about[BEGUN])[:80]!r}")
+        if not isinstance(how := member.about.get(BEGUN), str | None):
+            raise LoraError(f"{member.path} says {BEGUN} is {str(how)[:80]!r}")
     said = {(member.about.get(BEGUN), member.layout) for member in members}
     methods = {method for method, _ in said}
     if methods <= {None}:

@@ -15,7 +15,7 @@ from lora_jax.models import placement
 from lora_jax.models.cross_entropy import cross_entropy
 from lora_jax.training import pretrained, scores, text
 from lora_jax.training.text import TextConfig
-from lora_jax.training.workload import Batch, Common, Loss, Workload
+from lora_jax.training.workload import Batch, Common, Loss, Workload, check_select
 
 Tree = Any  # a pytree
 
@@ -44,6 +44,7 @@ def causal_lm(config: TextConfig) -> Workload:
         return {**base, **text.method_parameters(config, method)}
 
     select = config.select or "loss"
+    check_select(select, scores.names(scores.token_scores))
     about = text.about(config, prompt=config.data.prompt, eos=config.data.eos)
     workload = Workload(
         apply=apply_of(

@@ -21,7 +21,7 @@ from lora_jax.models import placement
 from lora_jax.training import pretrained, scores, text
 from lora_jax.training.config import ConfigError, require
 from lora_jax.training.text import TextConfig
-from lora_jax.training.workload import Batch, Common, Loss, Workload
+from lora_jax.training.workload import Batch, Common, Loss, Workload, check_select
 
 Tree = Any  # a pytree
 
@@ -95,12 +95,17 @@ def judged(labels: Labels, select: str | None) -> dict[str, Any]:
 
     Args:
       select: the number that picks the best adapter. None: the accuracy, or Pearson's correlation.
+
+    Raises:
+      lora_jax.LoraError: there is no such number.
     """
     kinds = {0: scores.real_scores, 2: scores.class_scores}  # by the number of classes
     select = select or ("pearson" if labels.regression else "accuracy")
+    scored = kinds.get(len(labels.names), scores.accuracy)
+    check_select(select, scores.names(scored))
     return {
         "loss": real_loss if labels.regression else class_loss,
-        "scores": kinds.get(len(labels.names), scores.accuracy),
+        "scores": scored,
         "select": select,
         "better": "lower" if select == "loss" else "higher",
     }

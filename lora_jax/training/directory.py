@@ -42,7 +42,8 @@ def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
     """The run directory, for this run alone until the block ends.
 
     The lock is the operating system's: it goes with the process that holds it, so a killed run
-    leaves none behind. Process 0 holds it for all.
+    leaves none behind. Process 0 holds it for all. An error before the run has begun (the model is
+    not there, say) leaves the directory to any config.
 
     Raises:
       ConfigError: another run is in it, it holds a run of another config, or not all processes see
@@ -52,7 +53,12 @@ def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
     with contextlib.ExitStack() as stack:
         processes.by_first(lambda: _take(path, config, stack))
         processes.everywhere(lambda: _check_shared(path))
-        yield path
+        try:
+            yield path
+        except BaseException:
+            if processes.first():
+                _let_go(path)
+            raise
 
 
 def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> None:
@@ -79,6 +85,12 @@ def _check_apart(path: pathlib.Path, start: str | None) -> None:
         raise ConfigError(
             f"--from {start} is in {path}, which this run would overwrite: give another --run-dir"
         )
+
+
+def _let_go(path: pathlib.Path) -> None:
+    """Delete config.json where no run has begun, so that another config may have the directory."""
+    if {entry.name for entry in path.iterdir()} <= {"lock", "config.json"}:
+        (path / "config.json").unlink(missing_ok=True)
 
 
 def _check_shared(path: pathlib.Path) -> None:

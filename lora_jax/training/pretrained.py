@@ -15,6 +15,7 @@ from lora_jax.data.batches import Batches, describe
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.examples_config import ExamplesConfig
 from lora_jax.data.process_slice import Shard
+from lora_jax.models.weights.source import anchored
 from lora_jax.training.config import Config, ConfigError, later, require
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.quantised import as_stored, quantised
@@ -148,13 +149,16 @@ def open_batches(
 def about(config: PretrainedConfig, pooling: str, **more: Any) -> dict[str, Any]:
     """`Workload.about`: the settings of the model that change what it computes, and `more`.
 
+    A path is made absolute: the adapter may be opened from another folder.
+
     Args:
       pooling: what a classification head reads.
       more: anything else, config values.
     """
     settings = ("reference", "scan_layers", "dtype", "param_dtype")
     model = {name: getattr(config.model, name) for name in settings}
-    return to_dict({"model": {**model, "pooling": pooling}, **more})
+    model |= {"reference": anchored(config.model.reference), "pooling": pooling}
+    return to_dict({"model": model, **more})
 
 
 def base_shapes(config: PretrainedConfig, source: models.Source, model_config: Any) -> Any:

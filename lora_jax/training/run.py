@@ -27,7 +27,7 @@ from lora_jax.training.config_json import to_dict
 from lora_jax.training.evaluation import evaluate
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import State, Trained
-from lora_jax.training.workload import Batch, BatchIterator, Loss, Workload
+from lora_jax.training.workload import Batch, BatchIterator, Loss, Workload, check_select
 
 Tree = Any  # a pytree
 BatchLoss = Callable[[Any], Loss]  # of a batch on the devices, with some trained parameters
@@ -203,6 +203,8 @@ class Run:
                 self.notes.before[split] = self.evaluate(0, split, batch_loss, note)
             else:
                 self.notes.before[split] = self._evaluated(0, split, known[split], note)
+            if split == "validation":
+                check_select(self.setup.workload.select, self.notes.before[split])
 
     def validate(self, step: int, batch_loss: BatchLoss, trained: Callable[[], Trained]) -> None:
         """Evaluate on the validation split if there is one, and keep the adapter if it is best.
@@ -291,11 +293,7 @@ class Run:
 
     def _is_better(self, numbers: dict[str, float]) -> bool:
         name = self.setup.workload.select
-        if name not in numbers:
-            raise LoraError(
-                f"the workload picks the best adapter by {name!r}, but an evaluation gives "
-                f"{list(numbers)}; set Workload.select to one of them"
-            )
+        check_select(name, numbers)
         sign = 1 if self.setup.workload.better == "higher" else -1
         best = -math.inf if self.notes.best is None else sign * self.notes.best[name]
         return sign * numbers[name] > best  # never true of a NaN

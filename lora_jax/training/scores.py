@@ -8,12 +8,22 @@ and labels at once, on one host.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 Sums = Mapping[str, float]
+
+
+def names(scores: Callable[[Sums, float], dict[str, float]]) -> list[str]:
+    """The numbers that an evaluation gives with these scores.
+
+    >>> names(token_scores)
+    ['loss', 'perplexity']
+    """
+    return ["loss", *scores(defaultdict(float), 0.0)]
 
 
 def class_sums(

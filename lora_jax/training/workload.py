@@ -14,7 +14,7 @@ from lora_jax import paths
 from lora_jax.data.batches import BatchIterator as BatchIterator
 from lora_jax.data.process_slice import Batch as Batch
 from lora_jax.data.process_slice import Shard
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, nearest
 
 Tree = Any  # a pytree
 
@@ -40,6 +40,17 @@ def ratios(sums: Mapping[str, float], weight: float) -> dict[str, float]:
 def examples(batch: Batch) -> int:
     """The length of the leading axis."""
     return len(next(iter(batch.values())))
+
+
+def check_select(select: str, numbers: Iterable[str]) -> None:
+    """Raise `LoraError` unless the number that picks the best adapter is among `numbers`."""
+    names = list(numbers)
+    if select not in names:
+        raise LoraError(
+            f"the best adapter is picked by {select!r}, but an evaluation gives {names}; nearest: "
+            f"{nearest(select, names, 1)[0]!r}. Set Workload.select (on a command line: --select) "
+            "to one of them"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from lora_jax.training import mesh, scores, text
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import apply_of, classification
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
+from lora_jax.training.run import Run
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.serving import tiny as small
 from tests.training import tiny
@@ -139,6 +140,46 @@ def test_rows_longer_than_the_models_positions_are_an_error_at_once() -> None:
     source: Any = types.SimpleNamespace(config=table)
     with pytest.raises(ConfigError, match=r"data.max_length must be at most 15, the positions of"):
         text.open_text(config, language_modelling, source)
+
+
+def test_a_score_that_there_is_not_is_an_error_at_once() -> None:
+    """Red: the first validation stops the run. A workload of one's own is checked at step 0."""
+    for of, names in (
+        (scores.token_scores, ["loss", "perplexity"]),
+        (scores.real_scores, ["loss", "pearson"]),
+        (scores.accuracy, ["loss", "accuracy"]),
+        (scores.class_scores, ["loss", "accuracy", "f1", "matthews"]),
+    ):
+        assert scores.names(of) == names
+    workload: Any = types.SimpleNamespace(evaluation={"validation": None}, select="acuracy")
+    config: Any = text_config(causal_lm, pathlib.Path("nowhere"), "nothing.jsonl")
+    setup: Any = types.SimpleNamespace(config=config, workload=workload)
+    nothing: Any = None
+    with pytest.raises(lora_jax.LoraError, match=r"nearest: 'accuracy'.*--select"):
+        Run(setup, nothing, nothing).evaluate_before(
+            nothing, {"validation": {"loss": 1.0, "accuracy": 0.5}}
+        )
+
+
+@pytest.mark.parametrize("kind", [causal_lm, classification])
+def test_select_is_checked_before_any_weight_is_read(
+    kind: Any, roberta: pathlib.Path, llama: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source = tiny.write_examples(tmp_path / "data", ("text",), int)
+    model = llama if kind is causal_lm else roberta
+    with pytest.raises(lora_jax.LoraError, match="'nosuch', but an evaluation gives"):
+        kind(text_config(kind, model, source, select="nosuch"))
+
+
+def test_an_adapter_names_its_base_from_every_folder(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red: `predict` in another folder than that of the training finds no model."""
+    monkeypatch.chdir(tmp_path)
+    config = text_config(classification, pathlib.Path("models/a"), "nothing.jsonl")
+    assert text.about(config)["model"]["reference"] == str(tmp_path / "models/a")
+    config = dataclasses.replace(config, model=ModelConfig(models.MINILM))
+    assert text.about(config)["model"]["reference"] == models.MINILM
 
 
 def train_in(path: pathlib.Path, config: TextConfig) -> dict[str, Any]:

@@ -59,6 +59,18 @@ def open(reference: str) -> Source:
     return source
 
 
+def anchored(reference: str) -> str:
+    """The same reference, which means the same from every working directory.
+
+    >>> anchored("hub:someone/model"), anchored("/models/a")
+    ('hub:someone/model', '/models/a')
+    """
+    place, mark, fragment = reference.partition("#")
+    if _scheme(place) is not None:
+        return reference
+    return f"{Path(place).expanduser().absolute()}{mark}{fragment}"
+
+
 def is_safe(reference: str) -> bool:
     """Whether opening this reference fetches nothing that a stranger chooses.
 
