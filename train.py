@@ -26,7 +26,7 @@ import jax
 
 import lora_jax
 from lora_jax import command_line, planner
-from lora_jax.console import USER_ERRORS, Console, quiet_storage, say
+from lora_jax.console import USER_ERRORS, Console, out_of_memory, quiet_storage, say
 from lora_jax.groups import loop as group
 from lora_jax.groups import results
 from lora_jax.groups.config import GroupConfig
@@ -48,6 +48,11 @@ from lora_jax.training.run import Run, Setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DEFAULT = "configs/minilm_reviews.py"
+LESS = (
+    "Lower the batch (of a text config --data.batch-size and --data.eval-batch-size), cut it into "
+    "parts with --accumulate, or compute more anew with --model.remat full. --plan says what a run "
+    "needs; the same command goes on from the last checkpoint."
+)
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "train.py") -> int:
@@ -81,6 +86,11 @@ def run(arguments: Sequence[str], program: str) -> int:
         return 1
     except USER_ERRORS as error:
         say(Console(stderr=True, style="red"), f"error: {processes.name()}{error}")
+        return 1
+    except Exception as error:
+        if (lack := out_of_memory(error, LESS)) is None:
+            raise
+        say(Console(stderr=True, style="red"), f"error: {processes.name()}{lack}")
         return 1
     except processes.Preempted as stopped:
         console = Console(quiet=not processes.first())  # a group has its own

@@ -25,11 +25,38 @@ from lora_jax.models.errors import ModelError
 
 # What a user can put right; anything else is a fault of the program and shows its traceback.
 USER_ERRORS = (LoraError, ModelError, MissingExtraError, OSError)
+_LESS = "Lower --batch-size, where the command has one, or use a machine with more memory."
 
 
 def say(console: Console, text: str) -> None:
-    """Print plain text: no markup in it is read, no number is coloured, no line is wrapped."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print plain text: no markup in it is read, no number is coloured, no line is wrapped.
+
+    What is said names files, tensors and classes of strangers, so it is made `printable`.
+    """
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    r"""Text without the control characters by which it could command a terminal.
+
+    >>> printable("a\tb\n\x1b[2Jc")
+    'a\tb\n\ufffd[2Jc'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" or ord(c) > 159 else "\ufffd" for c in text)
+
+
+def out_of_memory(error: BaseException, cure: str) -> str | None:
+    """Return what to tell a person of an error, if it is a lack of memory, on the host or a device.
+
+    Args:
+      error: whatever was raised; XLA's own type says what it is in its text alone.
+      cure: what takes less memory.
+    """
+    lacking = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    if not (lacking or isinstance(error, MemoryError)):
+        return None
+    said = (str(error) or "MemoryError").splitlines()[0][:300]
+    return f"there is not enough memory: {said}\n{cure}"
 
 
 @contextlib.contextmanager
@@ -90,6 +117,11 @@ def guarded(run: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except USER_ERRORS as error:
         say(Console(stderr=True, style="red"), f"error: {error}")
+        return 1
+    except Exception as error:
+        if (lack := out_of_memory(error, _LESS)) is None:
+            raise
+        say(Console(stderr=True, style="red"), f"error: {lack}")
         return 1
     except KeyboardInterrupt:
         say(Console(stderr=True), "Stopped. What was written before is whole.")

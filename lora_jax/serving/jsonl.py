@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, Self, TypeVar
@@ -110,6 +111,8 @@ class Writer:
         """Append the objects, and hand them to the operating system before returning."""
         self._forget()
         text = "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values)
+        # JSON leaves these as they are, and a terminal may take them for commands.
+        text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
         self._file.write(text.encode())
         self._file.flush()
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from lora_jax.console import FileBar
+from lora_jax.console import FileBar, printable
 from lora_jax.serving.generation import Piece
 from lora_jax.serving.jsonl import Writer, in_order
 from lora_jax.serving.prompts import FIELD, Request
@@ -113,7 +113,7 @@ class BlockSink(Sink):
         """See `Sink`."""
         self._growing.pop(number, None)
         request = self._requests[number]
-        label = f"[{request.name}] " if self._named else ""
+        label = f"[{printable(request.name)}] " if self._named else ""
         if self._console.is_terminal:
             self._live.update(self._unfinished())
             parts = ((label, "bold"), (printable(request.text), "dim"), printable(answer["text"]))
@@ -131,7 +131,7 @@ class BlockSink(Sink):
         shown = []
         for number, text in sorted(self._growing.items())[: max(1, self._console.height - 2)]:
             request = self._requests[number]
-            label = f"[{request.name}] " if self._named else ""
+            label = f"[{printable(request.name)}] " if self._named else ""
             room = max(8, self._console.width - len(label) - 1)
             line = " ".join(printable(request.text + text).split())
             line = line if len(line) <= room else f"…{line[1 - room :]}"
@@ -161,12 +161,3 @@ class JsonlSink(Sink):
     def __exit__(self, *error: object) -> None:
         self._bar.__exit__(*error)
         self._writer.__exit__(*error)
-
-
-def printable(text: str) -> str:
-    r"""Text without the control characters by which it could command a terminal.
-
-    >>> printable("a\tb\n\x1b[2Jc")
-    'a\tb\n\ufffd[2Jc'
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" or ord(c) > 159 else "\ufffd" for c in text)

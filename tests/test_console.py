@@ -1,0 +1,69 @@
+"""What a command tells a person: one error, and nothing that commands the terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+import train
+from lora_jax import console
+from lora_jax.errors import LoraError
+from lora_jax.serving import jsonl
+from tests.training.runs import OWN
+
+
+def test_names_of_strangers_do_not_command_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Red: a tensor of a stranger's file clears the screen, or writes into the clipboard."""
+    name = "a\x1b]52;c;eA==\x07b\x9b2J\r\x08"
+    file = io.StringIO()
+    console.say(Console(file=file, force_terminal=True), f"{name}c\nd")
+    assert file.getvalue() == "a\ufffd]52;c;eA==\ufffdb\ufffd2J\ufffd\ufffdc\nd\n"
+
+    def refuse() -> None:
+        raise LoraError(name)
+
+    assert console.guarded(refuse) == 1
+    assert not set("\x1b\x07\x9b\r\x08") & set(capsys.readouterr().err)
+
+
+def test_lines_of_json_hold_no_control_characters(tmp_path: pathlib.Path) -> None:
+    value = {"text": "a\x1b[2J\x9b2J\x7fé\N{GRINNING FACE}"}
+    with jsonl.Writer(str(tmp_path / "out.jsonl")) as writer:
+        writer.write([value])
+    text = (tmp_path / "out.jsonl").read_text()
+    assert not set("\x1b\x9b\x7f") & set(text) and "é\N{GRINNING FACE}" in text
+    assert json.loads(text) == value
+
+
+def test_a_lack_of_memory_is_an_error_with_a_cure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """Red: XLA's error of memory reaches the user as a traceback."""
+
+    def large(*_: object) -> None:
+        jax.block_until_ready(jax.jit(lambda: jnp.zeros(2**46, jnp.uint8))())
+
+    assert console.guarded(large) == 1
+    said = capsys.readouterr().err
+    assert "error: there is not enough memory: RESOURCE_EXHAUSTED" in said
+    assert "--batch-size" in said and "Traceback" not in said
+    monkeypatch.setattr(train, "train", large)
+    assert train.main(["--config", OWN, "--run-dir", str(tmp_path)]) == 1
+    assert "--accumulate" in capsys.readouterr().err
+
+    def broken() -> None:
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        console.guarded(broken)
+    assert console.out_of_memory(MemoryError(), "less") == (
+        "there is not enough memory: MemoryError\nless"
+    )
