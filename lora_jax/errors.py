@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class LoraError(ValueError):
     """Input that LoRA cannot be applied to; the message names the place and the cure."""
+
+
+@contextlib.contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Turn an error of the system into a `LoraError` that names `path`, which the block writes.
+
+    The system's error of a full disk names no file.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # whoever reads wants no more: no error
+        raise
+    except OSError as error:
+        raise LoraError(
+            f"{path} cannot be written: {error.strerror or error}. Make room, or make the folder "
+            "writable, and start the same command again"
+        ) from error
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:

@@ -99,9 +99,19 @@ class Encoder:
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """The texts uncut and without special tokens (but those spelled out in them)."""
-        encodings = self._whole.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._encoded(texts, add_special_tokens=False)
         found = [encoding.ids for encoding in encodings]
         self.check(found)
+        return found
+
+    def _encoded(self, texts: Sequence[TextOrPair], **options: bool) -> list[Encoding]:
+        try:
+            found: list[Encoding] = self._whole.encode_batch_fast(list(texts), **options)
+        except TypeError:
+            for text in texts:
+                for one in (text,) if isinstance(text, str) else text:
+                    _check_whole(one)
+            raise
         return found
 
     def check(self, rows: Iterable[Sequence[int]]) -> None:
@@ -127,7 +137,7 @@ class Encoder:
         Raises:
             DataError: `max_length` leaves no room beside the special tokens, or see `check`.
         """
-        encodings: list[Encoding] = self._whole.encode_batch_fast(list(texts))
+        encodings = self._encoded(texts)
         self.check(encoding.ids for encoding in encodings)
         long = [i for i, e in enumerate(encodings) if len(e) > self.max_length]
         if long:
@@ -145,6 +155,14 @@ class Encoder:
                 truncation.tokens += len(encodings[i]) - len(encoding)
                 encodings[i] = encoding
         return encodings
+
+
+def _check_whole(text: str) -> None:
+    """Raise `DataError` for a text that has no UTF-8, which a tokenizer takes for no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{text[:40]!r} holds half a character (an unpaired surrogate)") from None
 
 
 def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:

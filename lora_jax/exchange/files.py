@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, writing
 
 FileWriter = Callable[[pathlib.Path], object]
 """Writes one file to the path that it is given."""
@@ -31,13 +31,17 @@ def write_together(folder: pathlib.Path, writers: Mapping[str, FileWriter]) -> N
       folder: where they are put; it is made if need be.
       writers: by the name of the file: a function that writes it to the path it is given. The
         last one is put in its place last.
+
+    Raises:
+      LoraError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = pathlib.Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
-    try:
-        for name, write in writers.items():
-            write(aside / name)
-        for name in writers:
-            os.replace(aside / name, folder / name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = pathlib.Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+        try:
+            for name, write in writers.items():
+                write(aside / name)
+            for name in writers:
+                os.replace(aside / name, folder / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)

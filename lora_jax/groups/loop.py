@@ -257,7 +257,7 @@ class _Loop(contextlib.ExitStack):
 
     def _stopped(self, member: OpenMember) -> None:
         text = f"{member.name} stops: {member.error}"
-        (member.run.setup.path / "error.txt").write_text(text + "\n")
+        directory.write_whole(member.run.setup.path / "error.txt", f"{text}\n".encode())
         self._display.say(text)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lora_jax.errors import writing
 from lora_jax.groups import member_names
 from lora_jax.groups.comparison import ComparedRun, Results, dotted, gather
 from lora_jax.groups.plots import figure_of
@@ -72,8 +73,10 @@ def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
             "members": [{"name": r.name, "values": r.values, **r.summary} for r in results.rows],
         },
     )
-    _write_csv(path / "results.csv", results.rows)
-    figure_of(results).savefig(path / "results.png", dpi=120)
+    with writing(path / "results.csv"):
+        _write_csv(path / "results.csv", results.rows)
+    with writing(path / "results.png"):
+        figure_of(results).savefig(path / "results.png", dpi=120)
 
 
 def _of_sweep(results: Results) -> Listing:

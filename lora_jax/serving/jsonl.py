@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, Self, TypeVar
 
 from lora_jax import json_file
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, writing
 
 T = TypeVar("T")
 STANDARD = "-"
@@ -103,7 +103,7 @@ class Writer:
         """
         if reading is not None and _same(path, reading):
             raise LineError(f"{path} is read and written at once; give another file as --out")
-        self._stack = contextlib.ExitStack()
+        self._stack, self._path = contextlib.ExitStack(), path
         self._file = self._stack.enter_context(_open(path, "ab"))
         self._old = pathlib.Path(path).is_file() and path != STANDARD
 
@@ -113,16 +113,18 @@ class Writer:
         text = "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values)
         # JSON leaves these as they are, and a terminal may take them for commands.
         text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
-        self._file.write(text.encode())
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(text.encode())
+            self._file.flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not any(error):
-            self._forget()
-        self._stack.close()
+        with writing(self._path):
+            if not any(error):
+                self._forget()
+            self._stack.close()
 
     def _forget(self) -> None:
         """Empty what was there before, once."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lora_jax.data.errors import DataError
 from lora_jax.data.templates import Template
 from lora_jax.data.tokens import Encoder
 from lora_jax.errors import LoraError, nearest
@@ -132,8 +133,8 @@ class Prompts:
     ) -> Request:
         try:
             tokens = [*self._encoder.start, *self._encoder.plain([text])[0]]
-        except UnicodeEncodeError:
-            raise LineError(f"{where} holds half a character (an unpaired surrogate)") from None
+        except DataError as error:
+            raise LineError(f"{where}: {error}") from error
         if not tokens:
             raise LineError(f"{where}: the prompt is empty; give it at least one character")
         if len(tokens) >= self._room:

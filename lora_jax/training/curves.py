@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from lora_jax.training import metrics
 
+FILE = "curves.png"
+
 
 def draw(run: pathlib.Path) -> None:
     """Write curves.png: the loss of every step and the numbers of every evaluation."""
@@ -17,7 +19,7 @@ def draw(run: pathlib.Path) -> None:
     figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         plot(axis, lines, name)
-    figure.savefig(run / "curves.png", dpi=100)
+    figure.savefig(run / FILE, dpi=100)
 
 
 def names(lines: list[metrics.Line]) -> list[str]:

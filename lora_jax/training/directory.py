@@ -23,7 +23,7 @@ from typing import Any
 import filelock
 
 from lora_jax.checkpoint import adapter_path
-from lora_jax.errors import LoraError, listed
+from lora_jax.errors import listed, writing
 from lora_jax.training import curves, processes
 from lora_jax.training.config import Config, ConfigError
 from lora_jax.training.config_json import changes, short_hash, stable_identity, to_dict
@@ -148,21 +148,19 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
       LoraError: it cannot be written; what was there before is as it was.
     """
     partial = path.with_name(path.name + ".tmp")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:  # that of a full disk names no file
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise LoraError(
-            f"{path} cannot be written: {error.strerror}. Make room, or make the folder writable, "
-            "and start the same command again"
-        ) from error
+    with writing(path):
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def finish(path: pathlib.Path, summary: Summary) -> None:
     """Draw the curves, and then write the summary, which makes the run a finished one."""
-    curves.draw(path)
+    with writing(path / curves.FILE):
+        curves.draw(path)
     write_json(path / "summary.json", summary)
 
 

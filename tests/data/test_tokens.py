@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from lora_jax.data import DataError
-from lora_jax.data.tokens import Encoder, TextTruncation, collect, padding_id
+from lora_jax.data.tokens import Encoder, TextOrPair, TextTruncation, collect, padding_id
 
 
 def test_rows_come_back_as_they_went_in() -> None:
@@ -37,6 +37,18 @@ def test_a_token_that_the_model_lacks(words: Tokenizer) -> None:
     for call in (encoder.plain, lambda texts: encoder.truncate(texts, TextTruncation())):
         with pytest.raises(DataError, match=r"token 54 \('w49'\), and the model has embeddings"):
             call(["w1", "w2 w49"])
+
+
+def test_half_a_character(words: Tokenizer) -> None:
+    """Red: the tokenizer's own error says that a text is no text. A terminal may give such ones."""
+    encoder = Encoder(words, 8)
+    pair: list[TextOrPair] = [("w1", "w2"), ("w1", "w2 \udcff")]
+    for call in (
+        lambda: encoder.plain(["w1", "w2 \udcff"]),
+        lambda: encoder.truncate(pair, TextTruncation()),
+    ):
+        with pytest.raises(DataError, match=r"'w2 \\udcff' holds half a character"):
+            call()
 
 
 def test_no_rows() -> None:

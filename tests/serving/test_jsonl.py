@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lora_jax.errors import LoraError
 from lora_jax.serving import jsonl
 
 
@@ -62,6 +63,13 @@ def test_a_field_that_is_missing_or_of_another_kind(tmp_path: pathlib.Path) -> N
         line.get("n", int)
     with pytest.raises(jsonl.LineError, match=r"line 1: 'text' is 5, expected a str"):
         line.get("text", str)
+
+
+def test_a_full_disk_is_named() -> None:
+    """Red: the system's error of a full disk names no file."""
+    said = "/dev/full cannot be written: No space left"
+    with pytest.raises(LoraError, match=said), jsonl.Writer("/dev/full") as writer:
+        writer.write([{"a": 1}])
 
 
 def test_what_is_written_is_read_again(tmp_path: pathlib.Path) -> None:
