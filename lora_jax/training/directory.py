@@ -116,7 +116,8 @@ def _clear(path: pathlib.Path) -> None:
 
 def _ours(path: pathlib.Path) -> bool:
     names = {"lock", "config.json", "config.json.tmp", "metrics.jsonl", "checkpoints", "adapters"}
-    names |= {"summary.json", "summary.json.tmp", "curves.png", "error.txt", "report"}
+    names |= {"summary.json", "summary.json.tmp", "curves.png", "error.txt", "error.txt.tmp"}
+    names |= {"report"}
     return path.name in names or path.name.startswith("events.out.tfevents.")
 
 
