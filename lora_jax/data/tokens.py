@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from lora_jax.data.errors import DataError
+from lora_jax.models.errors import is_failure
 
 T = TypeVar("T")
 TextOrPair = str | tuple[str, str]
@@ -107,11 +108,17 @@ class Encoder:
     def _encoded(self, texts: Sequence[TextOrPair], **options: bool) -> list[Encoding]:
         try:
             found: list[Encoding] = self._whole.encode_batch_fast(list(texts), **options)
-        except TypeError:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             for text in texts:
                 for one in (text,) if isinstance(text, str) else text:
                     _check_whole(one)
-            raise
+            raise DataError(
+                f"the tokenizer fails on one of {len(texts)} texts: {str(error)[:200]}\n"
+                "An expression in tokenizer.json that needs too long for a text ends so; is the "
+                "file that of the model, from someone you trust?"
+            ) from error
         return found
 
     def check(self, rows: Iterable[Sequence[int]]) -> None:

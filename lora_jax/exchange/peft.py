@@ -261,7 +261,8 @@ def _verify(place: pathlib.Path, file: tensor_file.TensorFile, settings: Mapping
     if tensor_file.DIGESTS not in file.metadata:
         return
     try:
-        marks = json.loads(file.metadata[tensor_file.DIGESTS])
+        text = file.metadata[tensor_file.DIGESTS].encode()
+        marks = tensor_file.parse_json(place / TENSORS, text)
         saved, of_settings = dict(marks["tensors"]), marks["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise LoraError(f"{place / TENSORS}: {tensor_file.DIGESTS} is damaged") from error

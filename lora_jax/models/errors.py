@@ -37,6 +37,15 @@ def damaged(path: Path, what: str) -> WeightsError:
     )
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether an error says that something went wrong: not Ctrl-C, nor an exit.
+
+    A crash within a library in Rust (tokenizers) is not an `Exception` either, and its type has no
+    public name.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def shown(value: object) -> str:
     """A value out of a file, cut to what a message can hold."""
     text = str(value)

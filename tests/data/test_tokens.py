@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from lora_jax.data import DataError
 from lora_jax.data.tokens import Encoder, TextOrPair, TextTruncation, collect, padding_id
@@ -49,6 +49,14 @@ def test_half_a_character(words: Tokenizer) -> None:
     ):
         with pytest.raises(DataError, match=r"'w2 \\udcff' holds half a character"):
             call()
+
+
+def test_an_expression_without_end() -> None:
+    """Red: the tokenizers package ends it after some 10 million steps, and by no `Exception`."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), behavior="isolated")
+    with pytest.raises(DataError, match=r"fails on one of 2 texts: .*retry-limit"):
+        Encoder(tokenizer, 8).plain(["a", "a" * 40 + "b"])
 
 
 def test_no_rows() -> None:

@@ -11,7 +11,13 @@ import tokenizers
 from lora_jax import json_file
 from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.config import StoredConfig
-from lora_jax.models.errors import ModelConfigError, TokenizerError, WeightsError, shown
+from lora_jax.models.errors import (
+    ModelConfigError,
+    TokenizerError,
+    WeightsError,
+    is_failure,
+    shown,
+)
 from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file
 from lora_jax.models.weights.assemble import assemble, stored_shapes
 from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
@@ -50,7 +56,9 @@ class Folder:
             )
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package has no narrower one
+        except BaseException as error:  # the package has no narrower one
+            if not is_failure(error):
+                raise
             raise TokenizerError(
                 f"{path} is damaged, or is not a tokenizer that the tokenizers package "
                 f"{tokenizers.__version__} reads: {shown(error)}\n"

@@ -10,7 +10,7 @@ import tokenizers
 from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from lora_jax.models.errors import TokenizerError, shown
+from lora_jax.models.errors import TokenizerError, is_failure, shown
 
 # How each kind of text is cut into words before the merges, by GGUF's name of the kind
 # (`tokenizer.ggml.pre`). The expressions are those of the models' own tokenizer.json.
@@ -51,7 +51,9 @@ def build(fields: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
         )
     try:
         return _built(fields, cut)
-    except Exception as error:  # the tokenizers package has no narrower one
+    except BaseException as error:  # the tokenizers package has no narrower one
+        if not is_failure(error):
+            raise
         raise TokenizerError(
             f"{origin}: its tokenizer's lists contradict each other, or one is not there: "
             f"{type(error).__name__}: {shown(error)}\nFetch the file again, from someone you trust."
