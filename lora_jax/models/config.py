@@ -111,6 +111,8 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         _divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        if self.pre_norm is not None:
+            _one_for_each(self.pre_norm.windowed, self.num_layers)
 
     @property
     def has_biases(self) -> bool:
@@ -207,6 +209,8 @@ class LlamaConfig:
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim: got {self.head_dim}, expected at least 1")
         _divisible("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
         _divisible("the rotated numbers", self.rotated, "the two halves that rope rotates", 2)
         long = None if self.rope_long is None else self.rope_long.divisors
@@ -216,10 +220,7 @@ class LlamaConfig:
                     f"{name}: expected half of the {self.rotated} rotated numbers of a head, "
                     f"{self.rotated // 2}, got {len(divisors)}"
                 )
-        if self.windowed is not None and len(self.windowed) != self.num_layers:
-            raise ValueError(
-                f"windowed: got {len(self.windowed)} values for {self.num_layers} layers"
-            )
+        _one_for_each(self.windowed, self.num_layers)
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"experts_per_token: got {self.experts_per_token} of {self.num_experts} experts"
@@ -294,6 +295,11 @@ def check_choice(field: str, value: str, choices: Mapping[str, object]) -> None:
     """Raise ValueError, naming the field and the choices, unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{field}: got {value!r}, expected one of {', '.join(sorted(choices))}")
+
+
+def _one_for_each(windowed: tuple[bool, ...] | None, layers: int) -> None:
+    if windowed is not None and len(windowed) != layers:
+        raise ValueError(f"windowed: got {len(windowed)} values for {layers} layers")
 
 
 def _divisible(name: str, size: int, of: str, parts: int) -> None:

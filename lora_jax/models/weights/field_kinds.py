@@ -6,13 +6,13 @@ each rotated pair, one with a flag for each layer) takes time or memory worth sp
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax.models.errors import ModelConfigError, shown
 
 _WIDTH, _LAYERS, _TOKENS = 2**20, 1_000, 2**31 - 1
+_LARGEST = 1e15  # of a number that is no size: below what float32 holds
 
 
 class FieldKind(NamedTuple):
@@ -35,7 +35,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= _LARGEST  # so it is neither NaN nor inf
 
 
 _WIDE, _DEEP, _LONG = _size(_WIDTH), _size(_LAYERS), _size(_TOKENS)
@@ -44,9 +44,16 @@ _IDS = FieldKind(
     "a token's id, a list of at least one, or null",
     lambda x: x is None or _is_id(x) or (isinstance(x, list) and x != [] and all(map(_is_id, x))),
 )
-_POSITIVE = FieldKind("a number above 0", lambda x: _is_number(x) and x > 0)
+_POSITIVE = FieldKind(f"a number above 0, up to {_LARGEST:g}", lambda x: _is_number(x) and x > 0)
 _NUMBER = FieldKind("a number", _is_number)
 _RATE = FieldKind("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
+_FLAG = FieldKind("true, false or null", lambda x: x is None or isinstance(x, bool))
+_COUNT = FieldKind(
+    f"an integer from 0 to {_WIDTH:,}", lambda x: type(x) is int and 0 <= x <= _WIDTH
+)
+_COUNT_OR_NONE = FieldKind(
+    f"an integer from -1 (none) to {_WIDTH:,}", lambda x: type(x) is int and -1 <= x <= _WIDTH
+)
 _TEXT = FieldKind("a text", lambda x: isinstance(x, str))
 _TEXTS = FieldKind(
     f"a list of at most {_LAYERS:,} texts, or null",
@@ -58,6 +65,13 @@ _TEXTS = FieldKind(
 _NUMBERS = FieldKind(
     f"a list of at most {_WIDTH:,} numbers above 0",
     lambda x: isinstance(x, list) and len(x) <= _WIDTH and all(map(_POSITIVE.fits, x)),
+)
+_EXTENT = FieldKind(
+    "an integer from 1 to 65,536, or a list of two",
+    lambda x: all(
+        type(one) is int and 1 <= one <= 2**16
+        for one in (x if isinstance(x, list) and len(x) == 2 else [x])
+    ),
 )
 _OBJECT = FieldKind("an object, or null", lambda x: x is None or isinstance(x, dict))
 
@@ -85,6 +99,15 @@ HF: dict[str, FieldKind] = {
         "a number in (0, 1], or null", lambda x: x is None or (_is_number(x) and 0 < x <= 1)
     ),
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), _RATE),
+    **dict.fromkeys(("dropout", "attention_dropout", "mlp_dropout"), _RATE),
+    **dict.fromkeys(("type_vocab_size", "max_window_layers"), _COUNT),
+    "conv_kernel_size": _COUNT.or_null(),
+    **dict.fromkeys(("position_buckets", "max_relative_positions"), _COUNT_OR_NONE),
+    **dict.fromkeys(("image_size", "patch_size"), _EXTENT),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "qkv_bias"), _FLAG),
+    **dict.fromkeys(("classifier_bias", "tie_word_embeddings", "share_att_key"), _FLAG),
+    **dict.fromkeys(("position_biased_input", "relative_attention"), _FLAG),
+    **dict.fromkeys(("norm_topk_prob", "use_sliding_window", "scale_attn_weights"), _FLAG),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation"), _TEXT.or_null()),
     **dict.fromkeys(("activation_function", "pooler_hidden_act"), _TEXT.or_null()),
     **dict.fromkeys(("conv_act", "classifier_activation"), _TEXT.or_null()),

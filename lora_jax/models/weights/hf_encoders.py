@@ -86,7 +86,10 @@ def modernbert(json: Json, origin: str) -> BertConfig:
     """ModernBERT."""
     count, period = json["num_hidden_layers"], json.get("global_attn_every_n_layers", 3)
     usual = ["sliding_attention" if i % period else "full_attention" for i in range(count)]
-    windowed = tuple(kind == "sliding_attention" for kind in json.get("layer_types") or usual)
+    types = json.get("layer_types") or usual
+    for kind in types:
+        refuse(origin, "layer_types", kind, kind not in ("full_attention", "sliding_attention"))
+    windowed = tuple(kind == "sliding_attention" for kind in types)
     both = json.get("rope_parameters") or {}
     thetas = {}
     for name, old, theta in (

@@ -63,8 +63,15 @@ def stored(data: Path, name: str) -> dict[str, Any]:
         ("gemma3", {"layer_types": [[]]}, "layer_types is"),
         ("deberta_v3", {"pos_att_type": [1]}, "describes a deberta-v2 that cannot be"),
         ("bert", {"hidden_act": ["gelu"]}, "hidden_act is"),
-        ("vit", {"image_size": [1, 2, 3]}, "describes a vit that cannot be"),
-        ("vit", {"patch_size": 0}, "describes a vit that cannot be"),
+        ("vit", {"image_size": [1, 2, 3]}, "image_size is"),
+        ("vit", {"patch_size": 0}, "patch_size is 0"),
+        ("vit", {"patch_size": 5}, "describes a vit that cannot be"),
+        ("bert", {"type_vocab_size": -1}, "type_vocab_size is -1"),
+        ("bert", {"layer_norm_eps": 10**30}, "layer_norm_eps is 10000"),
+        ("gpt2", {"n_embd": 1}, "describes a gpt2 that cannot be: head_dim: got 0"),
+        ("modernbert", {"layer_types": ["x", "x"]}, "layer_types is 'x'"),
+        ("modernbert", {"layer_types": ["full_attention"]}, "windowed: got 1 values"),
+        ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings is no, expected true"),
     ],
 )
 def test_a_config_that_no_model_has(
