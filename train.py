@@ -87,11 +87,6 @@ def run(arguments: Sequence[str], program: str) -> int:
     except USER_ERRORS as error:
         say(Console(stderr=True, style="red"), f"error: {processes.name()}{error}")
         return 1
-    except Exception as error:
-        if (lack := out_of_memory(error, LESS)) is None:
-            raise
-        say(Console(stderr=True, style="red"), f"error: {processes.name()}{lack}")
-        return 1
     except processes.Preempted as stopped:
         console = Console(quiet=not processes.first())  # a group has its own
         say(console, f"SIGTERM: {stopped} is saved: the same command goes on from it.")
@@ -99,6 +94,11 @@ def run(arguments: Sequence[str], program: str) -> int:
     except KeyboardInterrupt:
         say(Console(), "Stopped. The last checkpoint is kept: the same command goes on from it.")
         return 130
+    except Exception as error:
+        if (lack := out_of_memory(error, LESS)) is None:
+            raise
+        say(Console(stderr=True, style="red"), f"error: {processes.name()}{lack}")
+        return 1
     return 0
 
 

@@ -24,7 +24,7 @@ require("train", __name__)
 import tyro
 
 from lora_jax import planner
-from lora_jax.console import check_given_once
+from lora_jax.console import note_repeated
 from lora_jax.errors import listed, nearest
 from lora_jax.groups.config import GroupConfig, GroupOptions
 from lora_jax.groups.sweep import SweepConfig
@@ -50,7 +50,7 @@ def parse(
       ConfigError: no such config file, or none in it, or a group's members cannot be as is said.
       SystemExit: `--help`, or a field that is unknown or has a wrong type or value (said first).
     """
-    check_given_once(arguments)
+    note_repeated(arguments)
     reference = _reference(arguments, default)
     name, config = load(reference, root)
     members = config.members if isinstance(config, GroupConfig) else ()

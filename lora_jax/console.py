@@ -89,17 +89,20 @@ def quiet_storage() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def check_given_once(arguments: Sequence[str], several: Collection[str] = ()) -> None:
-    """Raise `LoraError` for an option that is there twice: all but the last would be lost.
+def note_repeated(arguments: Sequence[str], several: Collection[str] = ()) -> None:
+    """Say on stderr which options are given more than once: all but the last are lost.
+
+    It is no error, since scripts append to a command what is to be another way.
 
     Args:
       arguments: the command line.
       several: options whose values add up.
     """
     options = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
-    for option in options:
+    for option in dict.fromkeys(options):
         if options.count(option) > 1 and option not in several:
-            raise LoraError(f"{option} is given {options.count(option)} times; give it once")
+            times = f"{option} is given {options.count(option)} times"
+            say(Console(stderr=True), f"note: {times}; the last one counts")
 
 
 def guarded(run: Callable[[], None]) -> int:

@@ -34,7 +34,7 @@ import tyro
 from rich.console import Console
 
 from lora_jax import models, paths
-from lora_jax.console import FileBar, check_given_once, guarded, say
+from lora_jax.console import FileBar, guarded, note_repeated, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, output, prompts
 from lora_jax.serving.generation import Decoder, stream
@@ -89,12 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=given,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
     )
-
-    def checked() -> None:
-        check_given_once(given, ("--adapter", "--prompt", "--stop"))
-        run(options, Console(), Console(stderr=True))
-
-    return guarded(checked)
+    note_repeated(given, ("--adapter", "--prompt", "--stop"))
+    return guarded(lambda: run(options, Console(), Console(stderr=True)))
 
 
 def run(options: GenerateOptions, console: Console, aside: Console) -> None:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from lora_jax import models
-from lora_jax.console import FileBar, check_given_once, guarded, say
+from lora_jax.console import FileBar, guarded, note_repeated, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
 from lora_jax.serving.classifier import Classifier, ClassifierTask
@@ -78,12 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=given,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
     )
-
-    def checked() -> None:
-        check_given_once(given, ("--adapter", "--text"))
-        run(options, Console(stderr=True))
-
-    return guarded(checked)
+    note_repeated(given, ("--adapter", "--text"))
+    return guarded(lambda: run(options, Console(stderr=True)))
 
 
 def run(options: PredictOptions, console: Console) -> None:
