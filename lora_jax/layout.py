@@ -177,7 +177,12 @@ def _read(type_: Any, what: str, rows: Any, version: int) -> tuple[Any, ...]:
         missing = [name for name in ROW_FIELDS.get(version, fields) if name not in row]
         if missing:
             raise LoraError(f"this is not {what}: it has no {missing[0]!r}: {row!r}")
-        found.append(type_(**{name: _as_tuple(value) for name, value in row.items()}))
+        read = type_(**{name: _as_tuple(value) for name, value in row.items()})
+        try:
+            hash(read)  # a layout is a static argument of programs
+        except TypeError:
+            raise LoraError(f"this is not {what}: an object in it: {str(row)[:200]}") from None
+        found.append(read)
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lora_jax.adapters import Adapter, check
 from lora_jax.checkpoint import manifest as manifests
 from lora_jax.checkpoint import storage
-from lora_jax.checkpoint.fingerprint import Fingerprint, check_base
+from lora_jax.checkpoint.fingerprint import Fingerprint, check_base, is_fingerprint
 from lora_jax.checkpoint.fingerprint import fingerprint as fingerprint_of
 from lora_jax.checkpoint.manifest import Manifest
 from lora_jax.checkpoint.storage import Path, RemotePath
@@ -163,7 +163,8 @@ def check_trained_on(
       LoraError: the adapters were trained on another base, or do not say on which.
     """
     folder, _, manifest = _open(path, None)
-    known = manifest.notes["fingerprint"] or {}
+    stored = manifest.notes["fingerprint"]
+    known = stored if is_fingerprint(stored) else {}
     ours = {p: value for p, value in ours.items() if p in known or p not in fresh}
     _check_base(folder, manifest, lambda: ours, allow_other_base)
 

@@ -122,7 +122,7 @@ def check_base(stored: Fingerprint, ours: Fingerprint, allow: bool, what: str) -
     """
     if allow:
         return
-    if not _is_fingerprint(stored):
+    if not is_fingerprint(stored):
         raise LoraError(
             f"{what} has a fingerprint that is not one: {str(stored)[:80]}; expected "
             '{path: {"shape": [...], "hash": "..."}}. Pass allow_other_base=True to do without '
@@ -138,7 +138,7 @@ def check_base(stored: Fingerprint, ours: Fingerprint, allow: bool, what: str) -
         )
 
 
-def _is_fingerprint(value: Any) -> bool:
+def is_fingerprint(value: Any) -> bool:
     """Whether it can be compared; what is stored may come from a stranger."""
     return isinstance(value, Mapping) and all(
         isinstance(one, Mapping)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,19 @@ def test_a_fingerprint_that_is_not_one(tmp_path: Path, stored: Any) -> None:
     with pytest.raises(LoraError, match=r"fingerprint that is not one(.|\n)*--allow-other-base"):
         lora_jax.restore(folder, params=BASE)
     assert lora_jax.restore(folder, params=BASE, allow_other_base=True).layout == SMALL
+
+
+@pytest.mark.parametrize("field", ["stack", "fold", "parts", "part_axis"])
+def test_a_layout_with_an_object_in_it(tmp_path: Path, field: str) -> None:
+    """Red: it is restored, and no program takes it as a static argument."""
+
+    def change(data: Any) -> None:
+        layout = json.loads(data["notes"]["layout"])
+        layout["targets"][0][field] = {}
+        data["notes"]["layout"] = json.dumps(layout)
+
+    with pytest.raises(LoraError, match="not a target of a layout: an object in it"):
+        lora_jax.restore(forge(saved(tmp_path / "a"), change))
 
 
 @pytest.mark.parametrize(
