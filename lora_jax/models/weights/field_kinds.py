@@ -45,7 +45,8 @@ _IDS = FieldKind(
     lambda x: x is None or _is_id(x) or (isinstance(x, list) and x != [] and all(map(_is_id, x))),
 )
 _POSITIVE = FieldKind(f"a number above 0, up to {_LARGEST:g}", lambda x: _is_number(x) and x > 0)
-_NUMBER = FieldKind("a number", _is_number)
+_EPSILON = FieldKind("a number above 0 and below 1", lambda x: _is_number(x) and 0 < x < 1)
+_CAP = FieldKind("a number above 0, up to 1e6", lambda x: _is_number(x) and 0 < x <= 1e6)
 _RATE = FieldKind("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
 _FLAG = FieldKind("true, false or null", lambda x: x is None or isinstance(x, bool))
 _COUNT = FieldKind(
@@ -90,11 +91,11 @@ HF: dict[str, FieldKind] = {
     "local_attention": _LONG,
     **dict.fromkeys(("pad_token_id", "bos_token_id"), _ID),
     "eos_token_id": _IDS,
-    **dict.fromkeys(("layer_norm_eps", "norm_eps", "rms_norm_eps"), _POSITIVE),
-    "layer_norm_epsilon": _POSITIVE,
+    **dict.fromkeys(("layer_norm_eps", "norm_eps", "rms_norm_eps"), _EPSILON),
+    "layer_norm_epsilon": _EPSILON,
     **dict.fromkeys(("rope_theta", "global_rope_theta", "local_rope_theta"), _POSITIVE.or_null()),
     **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), _POSITIVE),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _POSITIVE.or_null()),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _CAP.or_null()),
     "partial_rotary_factor": FieldKind(
         "a number in (0, 1], or null", lambda x: x is None or (_is_number(x) and 0 < x <= 1)
     ),
@@ -134,8 +135,9 @@ GGUF: dict[str, FieldKind] = {
     "rope.dimension_count": _WIDE,
     "block_count": _DEEP,
     **dict.fromkeys(("context_length", "attention.sliding_window"), _LONG),
-    **dict.fromkeys(("attention.layer_norm_rms_epsilon", "rope.freq_base"), _POSITIVE),
-    "rope.scaling.factor": _NUMBER,
+    "attention.layer_norm_rms_epsilon": _EPSILON,
+    "rope.freq_base": _POSITIVE,
+    "rope.scaling.factor": _POSITIVE,
     "rope.scaling.type": _TEXT,
     **{f"tokenizer.ggml.{end}_token_id": _ID for end in ("padding", "bos", "eos")},
     **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre"), _TEXT),

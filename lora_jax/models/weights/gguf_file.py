@@ -69,7 +69,7 @@ class GgufFile:
                 mlp_size=fields["feed_forward_length"],
                 max_positions=fields["context_length"],
                 norm_eps=fields["attention.layer_norm_rms_epsilon"],
-                rope_theta=fields.get("rope.freq_base", 10000.0),
+                rope_theta=float(fields.get("rope.freq_base", 10000.0)),
                 rope_divisors=self._rope_divisors(head_dim, fields),
                 qkv_bias="blk.0.attn_q.bias" in tensors,
                 output_bias="blk.0.attn_output.bias" in tensors,

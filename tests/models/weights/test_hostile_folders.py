@@ -51,7 +51,11 @@ def stored(data: Path, name: str) -> dict[str, Any]:
         ("llama", {"eos_token_id": []}, r"eos_token_id is \[\], expected a token's id, a list"),
         ("llama", {"model_type": []}, r"model_type is \[\], expected a text"),
         ("llama", {"model_type": {}}, "model_type is {}"),
-        ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is 1e-5, expected a number above 0"),
+        (
+            "llama",
+            {"rms_norm_eps": "1e-5"},
+            "rms_norm_eps is 1e-5, expected a number above 0 and below 1",
+        ),
         ("llama", {"rope_parameters": []}, "rope_parameters is"),
         ("llama", {"rope_parameters": {"rope_type": []}}, "rope_parameters: rope_type is"),
         (
