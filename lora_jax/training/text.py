@@ -106,8 +106,6 @@ def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> 
     return pretrained.open_batches(config, of_data)
 
 
-
-
 def _check_positions(config: TextConfig, model: models.BertConfig | models.LlamaConfig) -> None:
     """Raise where the model has positions of its own, and rows may be longer than they go.
 
