@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 MOST_BYTES = 2**26  # of a file of JSON
 _SHOWN = 80  # characters of the text in a message
+_DEPTH = 100  # lists and objects in each other
 
 MakeError = Callable[[str], Exception]
 
@@ -75,9 +76,8 @@ def parse(data: bytes, where: str, error: MakeError, *, finite: bool = True) -> 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _RefusedError(f"{where}: the key {_shown(twice)} is there twice")
+            twice = first_repeated(name for name, _ in pairs)
+            raise _RefusedError(f"{where}: the key {_cut(repr(twice))} is there twice")
         return found
 
     def constant(name: str) -> float:
@@ -91,6 +91,8 @@ def parse(data: bytes, where: str, error: MakeError, *, finite: bool = True) -> 
         )
         if rb"\ud" in data.lower():  # an escaped half of a character that has two
             json.dumps(value, ensure_ascii=False).encode()
+        if data.count(b"[") + data.count(b"{") > _DEPTH and _depth(value) > _DEPTH:
+            raise RecursionError
     except _RefusedError as refused:
         raise error(str(refused)) from None
     except UnicodeEncodeError:
@@ -113,8 +115,30 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _shown(value: Any) -> str:
-    return _cut(repr(value))
+def first_repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that was there before, or None.
+
+    >>> first_repeated(["a", "b", "b", "a"])
+    'b'
+    """
+    seen = set[str]()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects are in each other; the reader's own limit is Python's stack."""
+    deepest, left = 0, [(value, 1)]
+    while left:
+        one, depth = left.pop()
+        inner = one.values() if isinstance(one, dict) else one if isinstance(one, list) else None
+        if inner is not None:
+            deepest = max(deepest, depth)
+            left += [(each, depth + 1) for each in inner]
+    return deepest
 
 
 def _cut(text: str) -> str:

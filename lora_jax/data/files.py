@@ -102,9 +102,9 @@ def _csv(path: Path) -> list[Example]:
     rows: list[Example] = []
     try:
         header = next(reader, [])
-        twice = [name for name in header if header.count(name) > 1]
-        if twice:
-            raise DataError(f"{path}:1: {len(header)} columns, {shown(twice[0])} more than once")
+        twice = json_file.first_repeated(header)
+        if twice is not None:
+            raise DataError(f"{path}:1: {len(header)} columns, {shown(twice)} more than once")
         for values in reader:
             if len(values) != len(header):
                 raise DataError(
