@@ -31,6 +31,8 @@ class _Module:
         vars(self).update(members)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python itself looks for
+            raise AttributeError(name)
         raise ModuleNotFoundError(
             f"No module named 'tensorflow', whose {self._name}.{name} is called", name="tensorflow"
         )
