@@ -72,6 +72,11 @@ if not flags.FLAGS.is_parsed():
     flags.FLAGS(["pytest"])
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker more than cores: there is always one that waits for the processes of a test."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Have pytest-xdist keep the order of the files; it would take those with most tests first."""
     config.option.loadscopereorder = False
