@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import jax
 
 import lora_jax
-from lora_jax import command_line, planner
+from lora_jax import allocator, command_line, planner
 from lora_jax.console import USER_ERRORS, Console, out_of_memory, quiet_storage, say
 from lora_jax.groups import loop as group
 from lora_jax.groups import results
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "train.py") -> i
 def run(arguments: Sequence[str], program: str) -> int:
     """Train, plan or train a group, as the command line says, and return the exit status."""
     try:
+        allocator.keep()
         name, config, planning = command_line.parse(arguments, DEFAULT, ROOT, program)
         if isinstance(config, GroupConfig):
             return train_group(name, config)

@@ -7,7 +7,13 @@
     report      write a page about one run, or many side by side
     import      make a PEFT folder a run
 
-`lora-jax COMMAND --help` lists the options of a command.
+`lora-jax COMMAND --help` lists the options of a command. All commands read two variables:
+
+    LORA_JAX_KEEP_MEMORY    the share of the free memory that a process on a CPU may hold, to use
+                            again what it has freed: 0.5. Steps are shorter, and the process holds
+                            up to twice as much memory. 0 gives all freed memory back
+    LORA_JAX_CACHE          the folder for models and data (lora_jax in
+                            XDG_CACHE_HOME or ~/.cache)
 
 The exit status is that of the command, or 2 if no command or an unknown one is named.
 """
