@@ -69,7 +69,8 @@ ARROWS = {
     # what a command makes of its process, and what a person sees of it
     "free_memory": set(),
     "allocator": {"errors", "free_memory"},
-    "console": {"allocator", "errors", "extras", "models"},
+    "program_cache": {"models"},
+    "console": {"allocator", "errors", "extras", "models", "program_cache"},
     # training and what is done with its results
     "data": {"errors", "extras", "json_file", "models"},
     "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
@@ -101,7 +102,7 @@ ARROWS = {
 }
 # What is not part of the core.
 AROUND = ("models", "baselines", "data", "training", "groups", "planner", "serving", "conversion")
-AROUND = (*AROUND, "report", "free_memory", "allocator", "command_line")
+AROUND = (*AROUND, "report", "free_memory", "allocator", "program_cache", "command_line")
 AROUND = (*AROUND, "console", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
