@@ -6,8 +6,8 @@
 The loop is that of `train.py`: it takes the next batch from the data, sends it to the device, takes
 the step and writes the record. The bare step has the batches on the device already and does nothing
 else. Both take the same blocks of steps in turns, in one process. A block in which a batch shape
-was compiled is not counted. The numbers are medians over the blocks, by the clock and of the process's
-CPU seconds (user and system, all threads); so are the ratios, each of one pair of blocks.
+was compiled is not counted. The numbers are medians over the blocks, by the clock and of the
+process's CPU seconds (user and system, all threads); so are the ratios, each of one pair of blocks.
 `--profile` prints where the host's time goes.
 """
 
