@@ -2,12 +2,12 @@
 
 On a CPU every step of a training run needs the same large buffers. glibc takes each of them from
 the kernel by `mmap` and gives it back when XLA frees it, so that the next step has all of its pages
-mapped and cleared anew: 95,000 page faults in a gradient step of MiniLM, 15 to 25 % of its time.
+mapped and cleared anew: 95,000 page faults in a training step of MiniLM, 18 % of its CPU time.
 `keep` has glibc serve all threads from one heap and leave that heap as large as it is.
 
 The price is resident memory: a freed buffer with a small new one in it cannot be used again as a
 whole, so that the process may come to hold three of the largest buffers in the place of one
-(MiniLM 32 x 48: 0.8 to 1.6 GB, SmolLM2 8 x 48: 1.7 to 3.0 GB). A thread looks after the bound: a
+(MiniLM 32 x 48: 1.7 GB for 1.0, SmolLM2 8 x 48: 3.0 GB for 1.8). A thread looks after the bound: a
 process that passes it goes back to glibc's way for good.
 
 These are settings of the whole process, so the commands make them and the library never does.
