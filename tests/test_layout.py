@@ -77,8 +77,7 @@ ARROWS = {
     | {"data", "errors", "extras", "frozen", "json_file", "labels", "layout", "merge", "models"}
     | {"multi", "paths", "resolve", "sharding", "spec", "transform"},
     "groups": {"checkpoint", "console", "errors", "extras", "free_memory", "frozen", "json_file"}
-    | {"layout"}
-    | {"multi", "paths", "resolve", "spec", "training", "transform"},
+    | {"layout", "multi", "paths", "resolve", "spec", "training", "transform"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
     | {"primitives", "resolve", "training"},
     "serving": {
