@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import jax
 
 import lora_jax
-from lora_jax import command_line, planner
+from lora_jax import allocator, command_line, planner, program_cache
 from lora_jax.console import USER_ERRORS, Console, out_of_memory, quiet_storage, say
 from lora_jax.groups import loop as group
 from lora_jax.groups import results
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "train.py") -> i
 def run(arguments: Sequence[str], program: str) -> int:
     """Train, plan or train a group, as the command line says, and return the exit status."""
     try:
+        allocator.keep()
         name, config, planning = command_line.parse(arguments, DEFAULT, ROOT, program)
         if isinstance(config, GroupConfig):
             return train_group(name, config)
@@ -72,6 +73,7 @@ def run(arguments: Sequence[str], program: str) -> int:
             return show_plan(name, config, planning)
         processes.join(config.processes)
         processes.check_same(config)
+        program_cache.enable()
         console = Console(quiet=not processes.first())
         with directory.enter(name, config) as path:
             finished = processes.by_first(lambda: directory.summary(path))
@@ -171,6 +173,7 @@ def train(
 def train_group(name: str, config: GroupConfig) -> int:
     """Many runs as one program, and their results side by side; the exit status."""
     processes.join(config.processes)
+    program_cache.enable()
     console, path = Console(), group.folder(name, config)
     grid, failed = mesh.make(config.mesh), None
     with jax.set_mesh(grid):

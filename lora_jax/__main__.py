@@ -7,7 +7,16 @@
     report      write a page about one run, or many side by side
     import      make a PEFT folder a run
 
-`lora-jax COMMAND --help` lists the options of a command.
+`lora-jax COMMAND --help` lists the options of a command. All commands read two variables:
+
+    LORA_JAX_KEEP_MEMORY    the share of the free memory that a process on a CPU may hold, to use
+                            again what it has freed: 0.5. Steps are shorter, and the process holds
+                            up to twice as much memory. 0 gives all freed memory back
+    LORA_JAX_CACHE          the folder for models, data and compiled programs (lora_jax in
+                            XDG_CACHE_HOME or ~/.cache)
+
+Compiled programs are kept there, up to 512 MB, so that the next command starts sooner;
+JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.
 
 The exit status is that of the command, or 2 if no command or an unknown one is named.
 """

@@ -65,7 +65,7 @@ def parse(
     given: Any = tyro.cli(
         dataclasses.make_dataclass("CommandLine", fields),
         prog=program,
-        description=_about(reference, [member.name for member in members]),
+        description=f"{_about(reference, [member.name for member in members])} {_VARIABLES}",
         args=list(arguments),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -119,6 +119,7 @@ def _about(reference: str, members: Sequence[str]) -> str:
     )
 
 
+_VARIABLES = "`lora-jax --help` says which environment variables every command reads."
 _HELP = "The config file; `file.py:name` picks another value in it than `config`."
 
 

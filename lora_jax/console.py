@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
+from lora_jax import allocator, program_cache
 from lora_jax.errors import LoraError
 from lora_jax.models.errors import ModelError
 
@@ -112,6 +113,8 @@ def guarded(run: Callable[[], None]) -> int:
     130: Ctrl-C.
     """
     try:
+        allocator.keep()
+        program_cache.enable()
         with quiet_storage():
             run()
         sys.stdout.flush()

@@ -15,6 +15,9 @@
   program anew, and loading one costs half as much as compiling it. An entry that another worker is
   still writing cannot be read; JAX then warns and compiles, see pyproject.toml.
 - Runs draw no curves: the picture would take longer than the steps.
+- Workers and the processes that tests start give freed memory back (`lora_jax.allocator`): on small
+  arrays keeping it saves nothing. What the processes compile is kept with the rest, not in the
+  folder of whoever runs the tests.
 - A worker stays small: compiled programs are dropped when it passes a gigabyte.
 - The files that take longest go first, so that no worker is left with one of them at the end.
 """
@@ -64,6 +67,8 @@ PROGRAMS = "LORA_JAX_TEST_PROGRAMS"  # workers inherit it from the process that 
 FIRST = PROGRAMS not in os.environ
 if FIRST:
     os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="lora-jax-programs-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[PROGRAMS]  # of other processes
+os.environ["LORA_JAX_KEEP_MEMORY"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

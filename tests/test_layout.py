@@ -66,15 +66,18 @@ ARROWS = {
     # models and methods: they have never heard of LoRA
     "models": {"bases", "extras", "hf_module", "json_file"},
     "baselines": {"errors", "models"},
-    # what a person sees
-    "console": {"errors", "extras", "models"},
+    # what a command makes of its process, and what a person sees of it
+    "free_memory": set(),
+    "allocator": {"errors", "free_memory"},
+    "program_cache": {"models"},
+    "console": {"allocator", "errors", "extras", "models", "program_cache"},
     # training and what is done with its results
     "data": {"errors", "extras", "json_file", "models"},
     "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
     | {"data", "errors", "extras", "frozen", "json_file", "labels", "layout", "merge", "models"}
     | {"multi", "paths", "resolve", "sharding", "spec", "transform"},
-    "groups": {"checkpoint", "console", "errors", "extras", "frozen", "json_file", "layout"}
-    | {"multi", "paths", "resolve", "spec", "training", "transform"},
+    "groups": {"checkpoint", "console", "errors", "extras", "free_memory", "frozen", "json_file"}
+    | {"layout", "multi", "paths", "resolve", "spec", "training", "transform"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
     | {"primitives", "resolve", "training"},
     "serving": {
@@ -98,7 +101,8 @@ ARROWS = {
 }
 # What is not part of the core.
 AROUND = ("models", "baselines", "data", "training", "groups", "planner", "serving", "conversion")
-AROUND = (*AROUND, "report", "command_line", "console", "__main__")
+AROUND = (*AROUND, "report", "free_memory", "allocator", "program_cache", "command_line")
+AROUND = (*AROUND, "console", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
 # What the core needs beside JAX and NumPy, and where.

@@ -15,7 +15,7 @@ class ExamplesConfig:
     source: str
     """See the classes that derive from it."""
     data_dir: str | None = None
-    """Where TFDS keeps prepared data. None: LORA_JAX_CACHE or ~/.cache/lora_jax, below data/."""
+    """Where TFDS keeps prepared data. None: data/ in LORA_JAX_CACHE or ~/.cache/lora_jax."""
     label_field: str = "label"
     """Classification: the field with the label."""
     label_names: tuple[str, ...] = ()

