@@ -7,9 +7,9 @@ This is JAX's persistent compilation cache, in a folder of the user's, below a b
 The least recently used programs go first. Whoever sets JAX_COMPILATION_CACHE_DIR has JAX's cache as
 JAX's own variables describe it, and JAX_ENABLE_COMPILATION_CACHE=false turns it off.
 
-`<machine>` stands for the CPU's instruction set. JAX's key of a program is not known to hold it, and
-a program for wider vectors would end the process (SIGILL) on a CPU without them, where machines of
-several kinds share a home.
+`<machine>` stands for the CPU's instruction set. JAX's key of a program is not known to hold it,
+and a program for wider vectors would end the process (SIGILL) on a CPU without them, where machines
+of several kinds share a home.
 """
 
 from __future__ import annotations
