@@ -108,7 +108,11 @@ def test_every_array_of_a_tree_is_an_argument() -> None:
     np.testing.assert_allclose(out, f(merged, state, x)[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", [jnp.tanh, Gathered, nnx, {"ids": jnp.arange(3)}], ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [jnp.tanh, Gathered, nnx, {"ids": jnp.arange(3)}],
+    ids=["function", "class", "module", "tree"],
+)
 def test_a_model_without_weights_is_refused(model: Any) -> None:
     with pytest.raises(lora_jax.LoraError, match=r"no floating-point array.*from_keras"):
         lora_jax.from_equinox(model)
