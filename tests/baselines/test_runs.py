@@ -19,7 +19,7 @@ from lora_jax import models, paths
 from lora_jax.checkpoint import adapter
 from lora_jax.checkpoint.storage import orbax
 from lora_jax.data.config import DataConfig
-from lora_jax.serving import classifier, predict, served_adapters
+from lora_jax.serving import predict, served_adapters, text_classifier
 from lora_jax.training import export, mesh, optimizer, step
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
@@ -264,7 +264,7 @@ def test_exports_of_base_parameters_are_served(
     export.save(tmp_path, "best", found.layout, found.trained, frozen, about)
     served = served_adapters.open_adapters([str(tmp_path)], models.BertConfig)
     texts = ["word1 word2 word3", "word4"]
-    scores = dict(classifier.Classifier(served, batch_size=2).scores([0, 0], texts))
+    scores = dict(text_classifier.TextClassifier(served, batch_size=2).scores([0, 0], texts))
     ids, mask = np.full((2, 12), 1, np.int32), np.zeros((2, 12), bool)
     for row, text in enumerate(texts):
         tokens = served.source.tokenizer().encode(text).ids

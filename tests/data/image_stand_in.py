@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core.utils import lazy_imports_utils as lazy
+from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow as tf
 
 SHAPES = ("disc", "frame", "stripes")
 SIZES = {"train": 42, "validation": 15, "test": 9}
@@ -45,7 +45,7 @@ class ShapesStandIn(tfds.core.GeneratorBasedBuilder):
             case "archives":
                 return {split: list(_unpacked(self, dl_manager, split)) for split in SIZES}
             case "tensorflow":
-                return {"train": [lazy.tensorflow.image.decode_png(b"")]}
+                return {"train": [tf.image.decode_png(b"")]}
         return {split: list(_rows(self, split)) for split in SIZES}
 
     def _generate_examples(self, pipeline: Any) -> Any:
@@ -71,8 +71,8 @@ def _unpacked(builder: ShapesStandIn, dl_manager: Any, split: str) -> Any:
     else:
         folder = dl_manager.extract(path)
         found = {}
-        for name in lazy.tensorflow.io.gfile.listdir(folder):
-            with lazy.tensorflow.io.gfile.GFile(folder / name, "rb") as file:
+        for name in tf.io.gfile.listdir(folder):
+            with tf.io.gfile.GFile(folder / name, "rb") as file:
                 found[name] = file.read()
     for name, content in found.items():
         i = int(name.rpartition("_")[2])
