@@ -1,11 +1,11 @@
 """The command line of the package: `lora-jax COMMAND`, which is `python -m lora_jax COMMAND`.
 
     train       fine-tune a model, or plan it; the same program as train.py of the repository
-    predict     classify texts with trained adapters
+    predict     classify texts or images with trained adapters
     generate    continue texts with trained adapters
     export      write a run as a merged model, or as an adapter of PEFT, llama.cpp or MLX
-    report      write a page about one run, or many side by side
     import      make a PEFT folder a run
+    report      write a page about one run, or many side by side
 
 `lora-jax COMMAND --help` lists the options of a command. All commands read two variables:
 
