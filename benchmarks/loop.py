@@ -78,7 +78,7 @@ class Sides:
 
 
 def sides(config: Config, grid: Any, path: pathlib.Path, checkpoints: Checkpoints) -> Sides:
-    """Build what `train.py` builds, and the bare step beside it."""
+    """Build the loop as `train.py` does, and the compiled step that is timed without it."""
     workload = config.workload(config)
     data = Recorder(workload.train(mesh.shard_of(grid)))
     position = data.get_state()

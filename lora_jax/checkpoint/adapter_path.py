@@ -1,4 +1,4 @@
-"""Where adapters are: the folders that `[NAME=]PATH` stands for."""
+"""Find the folder of an adapter, or of several, that a `[NAME=]PATH` of a command names."""
 
 from __future__ import annotations
 

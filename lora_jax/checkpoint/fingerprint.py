@@ -88,7 +88,7 @@ class PartwiseFingerprint:
 
     @property
     def value(self) -> dict[str, Any]:
-        """Of all parts so far."""
+        """The shape and the hash, of the parts that were added so far."""
         return {"shape": self._shape, "hash": "".join(f"{x:08x}" for x in self._sums)}
 
 

@@ -98,13 +98,17 @@ class MergedWeights:
         wide = np.asarray(next(slices))
         if last:
             slices.close()  # or it would hold its weight until all are written
+        if not np.isfinite(wide).all():
+            raise LoraError(
+                f"{name} is not finite with the adapter merged into it: the base or the adapter "
+                f"({self._run.member.path}) holds NaN or infinity; export another adapter"
+            )
         with np.errstate(over="ignore"):  # what does not fit is an error below
             value = (wide.T if row.transposed else wide).astype(self._dtype)
         if not np.isfinite(value).all():
-            why = "after it was rounded to" if np.isfinite(wide).all() else "before it is"
             raise LoraError(
-                f"{name} is not finite {why} {self._dtype}; the largest number of the weight is "
-                f"{np.abs(wide).max():.3g}. bfloat16 and float32 hold larger ones: --dtype bfloat16"
+                f"{name} has numbers up to {np.abs(wide).max():.3g}, which {self._dtype} cannot "
+                "hold: --dtype bfloat16, or float32"
             )
         return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -18,12 +19,10 @@ def devices(count: int) -> list[Any]:
     Raises:
       ConfigError: JAX has been used already, and has fewer.
     """
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX is in use; it may have enough of them
         if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
             jax.config.update("jax_num_cpu_devices", count)
         jax.config.update("jax_platforms", "cpu")
-    except RuntimeError:
-        pass  # JAX is in use; it may have enough of them
     there = jax.devices("cpu")
     if len(there) < count:
         raise ConfigError(

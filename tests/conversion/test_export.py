@@ -258,14 +258,17 @@ def test_another_base_is_noticed_while_it_is_read(
     assert "not an empty folder" in capsys.readouterr().err
 
 
-def test_float16_that_overflows_is_an_error(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("factor", "said"), [(1e3, "--dtype bfloat16"), (np.nan, "holds NaN or infinity")]
+)
+def test_numbers_that_a_file_cannot_hold_are_an_error(
+    factor: float, said: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run", "llama", spec=LoraSpec(2, 3.0, "**/q/kernel"))
     layout, adapters, _ = lora_jax.restore(run.folder)
-    wide = jax.tree.map(lambda x: x * jnp.float32(1e3), adapters)
+    wide = jax.tree.map(lambda x: x * jnp.float32(factor), adapters)
     about = {"model": {"reference": str(GOLDEN / "llama")}}
     frozen = lora_jax.fingerprint(run.params)
     lora_jax.save(run.folder, (layout, wide), fingerprint=frozen, about=about, overwrite=True)
     assert export(run, tmp_path / "out", "--format", "hf", "--dtype", "float16") == 1
-    assert "--dtype bfloat16" in capsys.readouterr().err
+    assert said in capsys.readouterr().err

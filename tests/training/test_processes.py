@@ -260,6 +260,7 @@ def test_one_process_connects_to_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     processes.join(ProcessesConfig())
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     processes.join(ProcessesConfig(count=1))
+    assert not jax.distributed.is_initialized()
 
 
 def test_a_launcher_or_the_flags_lead_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
