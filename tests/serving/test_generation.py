@@ -131,10 +131,13 @@ def test_other_prompts_and_adapters_compile_nothing(
 
 
 def test_one_prefill_and_one_step(compilations: list[str]) -> None:
-    decoder = Decoder(CONFIG, tiny.params(CONFIG), *tiny.stacked(CONFIG))
-    generate(decoder, ALL[:2], max_new_tokens=NEW)
-    assert [key[0] for key in decoder.compiled] == ["prefill", "step"]
-    assert len(compilations) == 2
+    """Counted at the second decoder: the first may compile small operations around the two."""
+    for _ in range(2):
+        before = len(compilations)
+        decoder = Decoder(CONFIG, tiny.params(CONFIG), *tiny.stacked(CONFIG))
+        generate(decoder, ALL[:2], max_new_tokens=NEW)
+        assert [key[0] for key in decoder.compiled] == ["prefill", "step"]
+    assert len(compilations) - before == 2
 
 
 def test_the_step_holds_one_cache_and_no_second_base(decoder: Decoder) -> None:
