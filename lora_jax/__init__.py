@@ -5,8 +5,8 @@ adapters = lora_jax.init(key, layout)
 g        = lora_jax.adapt(layout, f)          # g(params, adapters, x)
 merged   = lora_jax.merge(layout, params, adapters)
 
-`lora_jax.multi` holds what serves many adapters at once, `lora_jax.moe` mixtures and routers. The
-other sub-modules are imported by name: `from lora_jax import analysis`.
+`lora_jax.multi` serves many adapters at once, `lora_jax.moe` has mixtures and routers. Import the
+other sub-modules by name: `from lora_jax import analysis`.
 """
 
 from lora_jax import frozen as frozen

@@ -10,23 +10,23 @@ import jax.numpy as jnp
 
 
 class Base(abc.ABC):
-    """A frozen weight as it stands in the parameter tree, in the place of an array.
+    """A frozen weight that stands in the parameter tree in the place of an array.
 
-    Every function of the library takes it for the array `dense()` gives. A new kind of base is a
-    frozen dataclass that derives from `Base`, registered as a pytree
-    (`jax.tree_util.register_dataclass`), with
+    Every function of the library treats it as the array that `dense()` returns. A new kind of base
+    is a frozen dataclass that derives from `Base`, is registered as a pytree
+    (`jax.tree_util.register_dataclass`), and has
 
         shape, dtype   of the float array that it stands for, known without computing anything
         dense()        that array
 
-    Three rules make everything else work without another line:
+    Three rules make everything else work without more code:
 
     - The arrays inside have the weight's leading axes (stacked layers, experts) as their own
-      leading axes, and the static fields describe one slice alone. `shape` reads the leading axes
-      off the arrays. So slicing every array slices the weight: `lax.scan`, `vmap` and
-      `jax.tree.map(lambda x: x[i], base)` need to know nothing.
+      leading axes, and the static fields describe a single slice. `shape` reads the leading axes
+      off the arrays. So slicing every array slices the weight, and `lax.scan`, `vmap` and
+      `jax.tree.map(lambda x: x[i], base)` work on it as they work on arrays.
     - The constructor checks nothing, because JAX also fills the fields with shapes, placements
-      and tracers. What can be wrong is checked by the function that makes the base.
+      and tracers. The function that makes the base checks its input.
     - `dense()` is written in `jax.numpy` and has no side effect. `lora_jax.adapt` calls it once in
       the forward and once in the backward pass, so that no dense copy is kept between them.
     """
@@ -47,25 +47,27 @@ class Base(abc.ABC):
 
     @property
     def ndim(self) -> int:
+        """The number of axes of the float array."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """The number of elements of the float array."""
         return math.prod(self.shape)
 
 
 def is_base(x: Any) -> bool:
-    """Whether a node of a parameter tree is a base; `jax.tree` functions take it as `is_leaf`."""
+    """Return whether a node of a parameter tree is a base; pass it as `is_leaf` to `jax.tree`."""
     return isinstance(x, Base)
 
 
 def dense(w: Any) -> Any:
-    """Return the weight as a plain array: what `Base.dense` gives, or the array itself."""
+    """Return the weight as a plain array: the result of `Base.dense`, or the array itself."""
     return w.dense() if isinstance(w, Base) else w
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """The dtype in which a sum with W is formed: float32, or W's own where that is wider."""
+    """Return the dtype in which sums with W are formed: float32, or W's dtype if that is wider."""
     if jnp.issubdtype(dtype, jnp.complexfloating) or dtype == jnp.float64:
         return dtype
     return jnp.float32

@@ -1,15 +1,15 @@
-"""What depends on what in a traced function: output heads, and the weight side of every product.
+"""Which values of a traced call depend on which: output heads, and the weights of every product.
 
-Two questions that the roles of axes do not answer, both of them about "all-linear":
+The roles of axes leave two questions open, both about "all-linear":
 
-- Which parameter is an **output head**? One whose product feeds no parameter's product, and which
-  every way to some output passes last. Ways begin at arguments of floating dtype and end in
-  integers and predicates; a product ends all ways to it and begins one. Where a way from an
-  argument that has passed no product meets others, it counts in a sum of equal shapes alone: that
-  is a residual, `h + down(h)`; elsewhere it is a mask, or the target of a loss.
-- Which parameters are **kernels** at all? Those that some product's operand is computed from,
-  alone or with other parameters, whatever operations are between. A kernel that the roles do not
-  know then has a name to be reported by, and is not left out without a word.
+- Which parameter is an **output head**? Its product feeds no other parameter's product, and it is
+  the last product on every path to some output. Paths start at arguments of a floating dtype and
+  end in integers and predicates; a product ends all paths into it and starts a new one. A path
+  from an argument that has passed no product counts, where it meets others, only in a sum of equal
+  shapes: that is a residual, `h + down(h)`. Elsewhere it is a mask, or the target of a loss.
+- Which parameters are **kernels** at all? Those from which an operand of some product is computed,
+  alone or with other parameters, through any operations. So a kernel whose roles are unknown still
+  has a name, and is reported rather than left out without a word.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from lora_jax.primitives import jaxprs
 Paths = frozenset[str]
 RAW: Paths = frozenset()  # the way from an argument, before any product
 ROWS: Paths = frozenset(("\0rows",))  # the way from a lookup
-PRODUCTS = {"dot_general": 2, "conv_general_dilated": 2, "ragged_dot_general": 2}  # operands
-OPAQUE = ("pallas_call", "ffi_call", "custom_call", "pure_callback")  # all operands may be
+# The number of operands of each product. An opaque call may multiply any of its operands.
+PRODUCTS = {"dot_general": 2, "conv_general_dilated": 2, "ragged_dot_general": 2}
+OPAQUE = ("pallas_call", "ffi_call", "custom_call", "pure_callback")
 
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """What is known of a value.
+    """The facts about one value of the program.
 
-    weights: the parameters that it is computed from, if from parameters alone.
+    weights: the parameters that it is computed from, if it is computed from parameters alone.
     moving: whether it depends on an argument that is not a parameter.
-    ways: for each way to it, the parameters of the product that it passed last.
-    spread: whether all that moves in it has been broadcast.
+    ways: for each way to it, the parameters of the last product on that way.
+    spread: whether all of its moving inputs have been broadcast.
     """
 
     weights: Paths = frozenset()
@@ -46,13 +47,14 @@ class Flow:
 
 
 class Dependence:
-    """A walk of a traced call, and what it finds; see the module docstring.
+    """A walk through a traced call; see the module docstring.
 
     heads: the output heads.
     kernels, tables: `{path: where}`, the first product of each kernel, and the first lookup of
       each embedding.
-    partners: the parameters that a parameter is multiplied with, on the weight side of a product.
-    fed: parameters whose product feeds a parameter's product.
+    partners: for each parameter, the parameters that it is multiplied with on the weight side of a
+      product.
+    fed: the parameters whose product feeds another parameter's product.
     """
 
     def __init__(self, traced: jaxprs.TracedCall) -> None:
@@ -124,7 +126,7 @@ class Dependence:
         return Flow(moving=True, ways=frozenset((paths,)))
 
     def _lookup(self, eqn: Any, table: Flow, *indices: Flow) -> Flow:
-        """Rows picked by an argument are values; matrices picked by one are weights still."""
+        """Treat rows picked by an argument as values, but matrices picked by one as weights."""
         sizes, dn = eqn.params["slice_sizes"], eqn.params.get("dimension_numbers")
         gone = () if dn is None else (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
         kept = [n for i, n in enumerate(sizes) if n > 1 and i not in gone]
@@ -137,9 +139,9 @@ class Dependence:
     def _loop(
         self, body: Any, ins: list[Flow], start: int, n: int
     ) -> tuple[list[Flow], list[Flow]]:
-        """What goes into and comes out of a loop's body; `n` carries from `start` on.
-
-        The carries are what they may be before any iteration: they grow until one adds nothing.
+        """Return the inputs and outputs of a loop's body, which has `n` carries from `start` on.
+         The carries hold everything that any iteration may bring: they grow until one more adds
+        nothing.
         """
         while True:
             outs = self.walk(body, ins)
@@ -151,14 +153,14 @@ class Dependence:
 
 
 def _cut(flow: Flow, aval: Any) -> Flow:
-    """Ways end in integers, predicates and keys."""
+    """Drop the ways to a value whose dtype is not floating: an integer, a predicate or a key."""
     dtype = getattr(aval, "dtype", None)
     floating = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
     return flow if floating or not flow.ways else dataclasses.replace(flow, ways=frozenset())
 
 
 def _join(flows: Sequence[Flow], residual: bool = True) -> Flow:
-    """The flow of a value computed from all of these."""
+    """Return the flow of a value that is computed from all of these."""
     ways: frozenset[Paths] = frozenset().union(*(f.ways for f in flows))
     if not residual and len(ways) > 1:
         ways -= {RAW}

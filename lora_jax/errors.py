@@ -1,4 +1,4 @@
-"""The one error type users meet, and the search for what they probably meant."""
+"""The error type that users meet, and the search for the name that they probably meant."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ class LoraError(ValueError):
 
 @contextlib.contextmanager
 def writing(path: object) -> Iterator[None]:
-    """Turn an error of the system into a `LoraError` that names `path`, which the block writes.
+    """Turn a system error of the block into a `LoraError` that names the file it writes.
 
-    The system's error of a full disk names no file.
+    The system's error for a full disk names no file.
+
+    Args:
+      path: the file that the block writes.
+
+    Raises:
+      LoraError: the file cannot be written.
     """
     try:
         yield
-    except BrokenPipeError:  # whoever reads wants no more: no error
+    except BrokenPipeError:  # the reader has closed the pipe, which is not a failure
         raise
     except OSError as error:
         raise LoraError(
@@ -29,7 +35,15 @@ def writing(path: object) -> Iterator[None]:
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
-    """The `n` candidates closest to `name`, best first.
+    """Return the candidates that are closest to a name, best first.
+
+    Args:
+      name: the name that was not found.
+      candidates: the names that exist.
+      n: the number of candidates to return.
+
+    Returns:
+      At most `n` of the candidates.
 
     >>> nearest("encoder/quary/kernel", ["encoder/query/kernel", "head/bias"], n=1)
     ['encoder/query/kernel']
@@ -38,7 +52,20 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
 
 
 def listed(items: Iterable[str], limit: int = 5) -> str:
-    """Items as an indented list, cut after `limit` with the number left out."""
+    """Return items as an indented list for a message.
+
+    Args:
+      items: one line each.
+      limit: the number of items to show; a last line counts the others.
+
+    Returns:
+      The lines, joined.
+
+    >>> print(listed("abc", limit=2))
+      a
+      b
+      ... and 1 more
+    """
     items = list(items)
     lines = [f"  {item}" for item in items[:limit]]
     if len(items) > limit:

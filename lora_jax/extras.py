@@ -1,12 +1,12 @@
-"""Optional dependencies: what each extra installs, and the error for what is missing.
+"""Optional dependencies: the libraries that each extra installs, and the error for a missing one.
 
-The transform needs five libraries. Training, reports and some file formats need more, which
-`pip install 'lora-jax[train]'` and the like bring.
+The transform needs five libraries. Training, reports and some file formats need more;
+`pip install 'lora-jax[train]'` and the other extras install them.
 """
 
 import importlib.util
 
-# Extra -> the modules that it installs, by the names they are imported under.
+# Extra -> the import names of the modules that it installs.
 EXTRAS = {
     "train": ("array_record", "filelock", "grain", "matplotlib", "rich", "tensorboardX")
     + ("safetensors", "tensorflow_datasets", "tokenizers", "tyro"),
@@ -18,16 +18,16 @@ EXTRAS = {
 
 
 class MissingExtraError(ImportError):
-    """A library that an extra brings is not installed; the message gives the pip command."""
+    """A library that belongs to an extra is not installed. The message gives the pip command."""
 
 
 def require(extra: str, user: str, *modules: str) -> None:
-    """Raise `MissingExtraError` unless the modules that an extra brings are installed.
+    """Raise `MissingExtraError` unless the modules that an extra installs are there.
 
     Args:
       extra: a key of `EXTRAS`.
-      user: what needs it, for the message: "lora_jax.training".
-      *modules: those of the extra that are needed; none named: all.
+      user: the name that the message gives to the code that needs them: "lora_jax.training".
+      *modules: the modules of the extra that are needed; all of them by default.
     """
     wanted = modules or EXTRAS[extra]
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]

@@ -1,4 +1,4 @@
-"""Placements that a Flax model brings along: Linen's partitioning boxes, NNX's variables."""
+"""Placements that a Flax model brings with it: Linen's partitioning boxes, NNX's variables."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from jax.sharding import PartitionSpec
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 
-AxisRules = Iterable[tuple[str, Any]]  # logical name -> mesh axis, several, or None: as Flax's
+AxisRules = Iterable[tuple[str, Any]]  # Flax's: logical name -> mesh axis, several, or None
 
 
 def named(params: Any, mesh_axes: Sequence[str], rules: AxisRules = ()) -> dict[str, PartitionSpec]:
-    """The placement of the parameters that carry Flax partitioning metadata; the others are absent.
+    """Return the placement of the parameters that carry Flax partitioning metadata.
 
     Args:
-      params: of Linen, variables with `nn.Partitioned` or `nn.LogicallyPartitioned` boxes in them
-        (what `init` gives, or `jax.eval_shape` of it); of NNX, a module or a state, whose
-        variables carry `out_sharding`. Linen's paths are those of the tree as it is
-        (`kernel/value`), NNX's those that `lora_jax.from_nnx` gives.
-      mesh_axes: a name that is one of them is taken as it is.
-      rules: (logical name, mesh axis | tuple of them | None), as Flax's; they come before those
-        that the metadata itself may carry.
+      params: for Linen, variables that contain `nn.Partitioned` or `nn.LogicallyPartitioned` boxes
+        (the result of `init`, or `jax.eval_shape` of it). For NNX, a module or a state whose
+        variables carry `out_sharding`. The paths are, for Linen, the paths in this tree
+        (`kernel/value`); for NNX, the paths that `lora_jax.from_nnx` returns.
+      mesh_axes: the names of the mesh axes. A name that is one of them is used as it is.
+      rules: (logical name, mesh axis | tuple of them | None), as in Flax. They come before the
+        rules that the metadata itself may carry.
+
+    Returns:
+      `{path: PartitionSpec}`, without the parameters that have no metadata.
 
     Raises:
       LoraError: a name that is neither a mesh axis nor in the rules.
@@ -36,7 +39,7 @@ def named(params: Any, mesh_axes: Sequence[str], rules: AxisRules = ()) -> dict[
     >>> named(variables, ("data", "fsdp", "tensor"), [("embed", "fsdp")])
     {'params/kernel/value': P('fsdp', 'tensor')}
     """
-    from flax import nnx  # only who asks for metadata pays for the import
+    from flax import nnx  # imported here so that `import lora_jax` stays fast
     from flax.core import meta
 
     if isinstance(params, nnx.Module | nnx.State):
@@ -65,7 +68,7 @@ def named(params: Any, mesh_axes: Sequence[str], rules: AxisRules = ()) -> dict[
 
 
 def _names(box: Any) -> Any:
-    """Of a Linen box; one that says nothing of partitioning has none."""
+    """Return the axis names of a Linen box, or None if the box says nothing about partitioning."""
     return getattr(box, "names", None)
 
 
@@ -76,7 +79,7 @@ def _own(variable: Any) -> Any:
 def _translated(
     path: str, spec: Iterable[Any], mesh_axes: Sequence[str], rules: AxisRules
 ) -> PartitionSpec:
-    """Each name by the first rule for it whose mesh axes this parameter does not use yet."""
+    """Translate each name by its first rule whose mesh axes this parameter does not use yet."""
     table: dict[str, list[Any]] = {}
     for logical, axis in rules:
         table.setdefault(logical, []).append(axis)

@@ -1,11 +1,11 @@
-"""Models of NNX, Equinox and Keras as pure functions of their parameters.
+"""NNX, Equinox and Keras models as pure functions of their parameters.
 
 f, params, state = lora_jax.from_nnx(model)  # or from_equinox, from_keras
 y, state = f(params, state, x)
 
-`params` holds the weights by readable paths, `state` every other array: batch statistics, random
-number generators, tables. `f` keeps no array of its own, so that everything it reads can be placed
-on a mesh, and it changes nothing in the model.
+`params` holds the weights by readable paths; `state` holds every other array: batch statistics,
+random number generators, tables. `f` keeps no array of its own, so everything that it reads can be
+placed on a mesh. It changes nothing in the model.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def from_nnx(model: Any, method: str = "__call__") -> Bridged:
     """Split an NNX model into a pure function, its parameters, and all its other state.
 
     Args:
-      model: an `nnx.Module`; it is read, not changed. Dropout and batch normalisation are in the
-        mode that it is in: call `model.train()` or `model.eval()` before.
-      method: the method to call.
+      model: an `nnx.Module`; it is read, not changed. Dropout and batch normalisation stay in the
+        mode that the model is in: call `model.train()` or `model.eval()` before.
+      method: the name of the method that `f` calls.
 
     Returns:
       `(f, params, state)` with `f(params, state, *args, **kwargs) -> (output, new_state)`.
       `params` is a plain nested dict of the `nnx.Param` values (paths like
-      `layers/0/attention/query/kernel`), `state` a plain dict of everything else: batch
-      statistics, random number generators, caches. It is handed in and out, so that dropout and
-      batch statistics move on as they do in NNX.
+      `layers/0/attention/query/kernel`). `state` is a plain dict of everything else: batch
+      statistics, random number generators, caches. `f` takes it and returns it, so that dropout and
+      batch statistics advance as they do in NNX.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> from flax import nnx
@@ -51,7 +51,7 @@ def from_nnx(model: Any, method: str = "__call__") -> Bridged:
     >>> y.shape
     (1, 3)
     """
-    from flax import nnx  # 1.6 s of import time that only NNX users need
+    from flax import nnx  # imported here because it takes 1.6 s
 
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     param_state, rest_state = states
@@ -67,7 +67,7 @@ def from_nnx(model: Any, method: str = "__call__") -> Bridged:
 
 
 def _filled(nnx: Any, abstract: Any, values: Any) -> Any:
-    """A state of the same structure and variable types, with other values."""
+    """Return a state of the same structure and variable types, with other values."""
     state = nnx.merge_state(abstract)
     nnx.replace_by_pure_dict(state, values)
     return state
@@ -76,23 +76,23 @@ def _filled(nnx: Any, abstract: Any, values: Any) -> Any:
 def from_equinox(model: Any, state: Any = None, method: str = "__call__") -> Bridged:
     """Split an Equinox model into a pure function, its parameters, and all its other arrays.
 
-    It is `eqx.partition` and `eqx.combine`, and needs no Equinox: any callable whose arrays are
-    the leaves of its tree will do.
+    This is `eqx.partition` and `eqx.combine` without the need for Equinox: it takes any callable
+    whose arrays are the leaves of its tree.
 
     Args:
-      model: an `eqx.Module`. Dropout and batch normalisation are in the mode that it is in:
-        `eqx.nn.inference_mode(model)` switches them off, and in training a call takes `key=`.
+      model: an `eqx.Module`. Dropout and batch normalisation stay in the mode that the model is
+        in: `eqx.nn.inference_mode(model)` turns them off. In training, a call takes `key=`.
       state: the `eqx.nn.State` that `eqx.nn.make_with_state` returned with the model, if it has
-        one. The model is called with `state=` and returns `(output, new_state)`.
-      method: the method to call.
+        one. `f` then calls the model with `state=` and expects `(output, new_state)`.
+      method: the name of the method that `f` calls.
 
     Returns:
       `(f, params, state)` with `f(params, state, *args, **kwargs) -> (output, new_state)`.
-      `params` is the model with its floating-point (and complex) arrays alone, everything else
-      being None: paths are those of the attributes, `layers/0/weight`, and `eqx.combine(params,
-      model)` puts (merged) parameters back. `state` is `{"arrays": ..., "state": ...}`, the
-      model's integer, boolean and key arrays, which never change, and the `eqx.nn.State`. A model
-      for one example is mapped over a batch as in Equinox:
+      `params` is the model with only its floating-point (and complex) arrays, and None for
+      everything else. Its paths follow the attributes, as in `layers/0/weight`, and
+      `eqx.combine(params, model)` puts (merged) parameters back. `state` is
+      `{"arrays": ..., "state": ...}`: the model's integer, boolean and key arrays, which never
+      change, and the `eqx.nn.State`. A model for one example is mapped over a batch as in Equinox:
       `jax.vmap(f, in_axes=(None, None, 0), out_axes=(0, None))`.
 
     Raises:
@@ -131,7 +131,7 @@ def from_equinox(model: Any, state: Any = None, method: str = "__call__") -> Bri
             if stateful and "State" not in given:
                 raise LoraError(f"{_name(model)} needs a state; {MAKE_STATE}")
             return call(*args, **kwargs), state
-        own = jax.tree.map(lambda x: x, state["state"])  # each `State` is good for one update
+        own = jax.tree.map(lambda x: x, state["state"])  # a `State` may be updated only once
         out = call(*args, state=own, **kwargs)
         if not (isinstance(out, tuple) and len(out) == 2 and type(out[1]) is type(own)):
             raise LoraError(
@@ -144,10 +144,10 @@ def from_equinox(model: Any, state: Any = None, method: str = "__call__") -> Bri
 
 
 def _is_stateful(model: Any) -> bool:
-    """Whether the model reads an `eqx.nn.State`, which its `StateIndex` nodes say.
+    """Return whether the model reads an `eqx.nn.State`: it then has `StateIndex` nodes.
 
     Raises:
-      LoraError: the nodes hold the state themselves, where it would be taken for weights.
+      LoraError: the nodes hold the state themselves, so it would be mistaken for weights.
     """
 
     def is_index(x: Any) -> bool:
@@ -168,12 +168,12 @@ def _is_weight(x: Any) -> bool:
 
 
 def _only(keep: Callable[[Any], bool], tree: Any) -> Any:
-    """The tree with None for the leaves that are not kept."""
+    """Return the tree with None for the leaves that `keep` refuses."""
     return jax.tree.map(lambda x: x if keep(x) else None, tree)
 
 
 def _together(*trees: Any) -> Any:
-    """The inverse of `_only`: for each leaf the one that some tree has."""
+    """Join trees of `_only`: each leaf is the first that is not None."""
 
     def first(*found: Any) -> Any:
         return next((x for x in found if x is not None), None)
@@ -190,14 +190,14 @@ def from_keras(model: Any) -> Bridged:
 
     Returns:
       `(f, params, state)` with `f(params, state, *args, **kwargs) -> (output, new_state)`, which
-      is `model.stateless_call`. `params` is a dict of the trainable variables by their paths,
-      `{"encoder/dense/kernel": ...}`, `state` one of all others: batch statistics, seeds of
-      dropout, and the weights of frozen layers. `f(..., training=True)` is a step of training, in
-      which dropout is on and batch statistics move (under `jit` by
-      `functools.partial(f, training=True)`); without it neither does.
+      is `model.stateless_call`. `params` is a dict of the trainable variables by path,
+      `{"encoder/dense/kernel": ...}`. `state` is a dict of all others: batch statistics, seeds of
+      dropout, and the weights of frozen layers. `f(..., training=True)` is a training step, in
+      which dropout is on and batch statistics change (under `jit`, use
+      `functools.partial(f, training=True)`). Without it, neither happens.
 
     Raises:
-      LoraError: a model that is not built or is frozen as a whole, two variables of one path,
+      LoraError: a model that is not built or is frozen as a whole, two variables with one path,
         another backend, or an object that is not a Keras model.
 
     >>> f, params, state = lora_jax.from_keras(model)  # doctest: +SKIP
@@ -258,5 +258,5 @@ def _by_path(model: Any, variables: Sequence[Any]) -> dict[str, Any]:
 
 
 def _name(model: Any) -> str:
-    """What a message calls the model: its class."""
+    """Return a name for the model in messages: its class."""
     return f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"

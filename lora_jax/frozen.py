@@ -1,7 +1,7 @@
-"""Training some base parameters (a head, norms) beside the adapters, and leaving the rest alone.
+"""Train some base parameters (a head, norms) together with the adapters, and freeze the rest.
 
-The first guard is what is differentiated: split the parameters, take gradients with respect to
-the adapters and the trained part alone, and no gradient of a frozen weight is ever computed:
+Guard 1 is the argument that you differentiate. Split the parameters and take gradients with
+respect to the adapters and the trained part only. Then no gradient of a frozen weight is computed:
 
     trained, rest = frozen.split(params, ("classifier/**",))
     def loss(trainable, x):
@@ -9,9 +9,9 @@ the adapters and the trained part alone, and no gradient of a frozen weight is e
         return objective(g(base, trainable["adapters"], x))
     grads = jax.grad(loss)({"adapters": adapters, "base": trained}, x)
 
-The second guard, for those whose training code holds all parameters in one tree, is `partition`:
-an optax transformation with no update and no state for what is frozen. (`optax.masked` alone
-does not freeze: where its mask is False the raw gradient passes through as the update.)
+Guard 2 is `partition`, for training code that holds all parameters in one tree: an optax
+transformation that gives frozen parameters no update and no state. (`optax.masked` alone does not
+freeze: where its mask is False, the raw gradient passes through as the update.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 
 def trained_mask(tree: Any, patterns: Iterable[str]) -> Any:
-    """A tree of bools like `tree`: True where some pattern matches, that is, where to train.
+    """Return a tree of bools like `tree`: True where some pattern matches and the leaf is trained.
+
+    Args:
+      tree: a pytree of parameters.
+      patterns: patterns in the language of `lora_jax.paths`, or a single one.
+
+    Returns:
+      A tree of the same structure with a bool in place of each leaf.
 
     Raises:
       LoraError: a pattern that matches nothing.
@@ -56,9 +63,16 @@ def trained_mask(tree: Any, patterns: Iterable[str]) -> Any:
 
 
 def split(params: Any, patterns: Iterable[str]) -> tuple[dict[str, Any], Any]:
-    """The trained leaves as `{path: leaf}`, and `params` with None in their places.
+    """Split the parameters into the trained leaves and the rest.
 
-    `join` is its inverse. A quantised weight is one leaf.
+    `join` is the inverse. A quantised weight is one leaf.
+
+    Args:
+      params: the base parameters, a pytree.
+      patterns: patterns of the parameters to train, or a single one.
+
+    Returns:
+      `(trained, rest)`: `{path: leaf}`, and `params` with None in place of these leaves.
 
     Raises:
       LoraError: a pattern that matches nothing, or a quantised weight, which cannot be trained.
@@ -84,10 +98,17 @@ def split(params: Any, patterns: Iterable[str]) -> tuple[dict[str, Any], Any]:
 
 
 def join(trained: dict[str, Any], rest: Any) -> Any:
-    """`params` again, from the two parts that `split` made.
+    """Join the two parts that `split` returned back into the parameter tree.
+
+    Args:
+      trained: `{path: leaf}`, the trained leaves.
+      rest: the parameter tree with None in their places.
+
+    Returns:
+      The parameter tree.
 
     Raises:
-      LoraError: the trained leaves and the holes do not correspond.
+      LoraError: a trained leaf without a place, or a place without a leaf.
 
     >>> join({"head": 2}, {"body": 1, "head": None})
     {'body': 1, 'head': 2}
@@ -111,17 +132,32 @@ def join(trained: dict[str, Any], rest: Any) -> Any:
 def partition(
     tx: optax.GradientTransformation, tree: Any, patterns: Iterable[str]
 ) -> optax.GradientTransformation:
-    """`tx` on the leaves that some pattern matches; no update and no state for all others.
+    """Apply `tx` to the leaves that some pattern matches; all others get no update and no state.
 
     For `{"params": params, "adapters": adapters}` in one tree, `("adapters/**",)` trains the
-    adapters alone. Gradients of frozen leaves that are computed all the same cost their FLOPs
-    as soon as anything reads them (a global norm, a clip outside the partition), so
-    differentiate with respect to the trained part where you can.
+    adapters alone. Gradients of frozen leaves still cost their FLOPs if you compute them and
+    something reads them (a global norm, or a clip outside the partition). So differentiate with
+    respect to the trained part only, if you can.
+
+    Args:
+      tx: an optax optimizer for the trained leaves.
+      tree: the tree of parameters that the optimizer will see.
+      patterns: patterns of the leaves to train, or a single one.
+
+    Returns:
+      An optax transformation for the whole tree.
 
     Raises:
       LoraError: a pattern that matches nothing.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tree = {"params": {"w": jnp.ones(2)}, "adapters": {"a": jnp.ones(2)}}
+    >>> tx = partition(optax.sgd(0.5), tree, "adapters/**")
+    >>> updates, _ = tx.update(tree, tx.init(tree))
+    >>> [x.tolist() for x in (updates["params"]["w"], updates["adapters"]["a"])]
+    [[0.0, 0.0], [-0.5, -0.5]]
     """
-    import optax  # only who asks for an optimizer pays for the import
+    import optax  # imported here so that `import lora_jax` stays fast
 
     labels = jax.tree.map(
         lambda train: "trained" if train else "frozen", trained_mask(tree, patterns)

@@ -15,28 +15,26 @@ EMBEDDING = re.compile(r".*embed(ding)?s?(_tokens|_in)?|wte|wpe|shared|tok_embed
 
 @dataclasses.dataclass(frozen=True)
 class HfModule:
-    """The place of a parameter in a Hugging Face model, with what its name does not say.
+    """The place of a parameter in a Hugging Face model, with the facts that its name leaves open.
 
-    Where nothing but the name has to be said a string will do: `"model.norm"` stands for
-    `HfModule("model.norm")`.
+    If the name says it all, a string is enough: `"model.norm"` stands for `HfModule("model.norm")`.
 
     Attributes:
-      name: of the module, `"model.layers.{layer}.self_attn.q_proj"`; `.weight` or `.bias` may be
-        added, and otherwise follows from the last key of the path. What stands in braces is a
-        number: one of the path, `layers_{layer}/q/kernel`, or else one along the next stack axis
-        of the parameter (scanned layers, experts).
+      name: the name of the module, `"model.layers.{layer}.self_attn.q_proj"`. `.weight` or `.bias`
+        may be added; otherwise it follows from the last key of the path. A name in braces stands
+        for a number: one in the path, `layers_{layer}/q/kernel`, or else the index along the next
+        stack axis of the parameter (scanned layers, experts).
       layer: "linear", "embedding", "conv", or "experts": one parameter that holds all experts,
-        which the name counts, `"model.layers.{layer}.mlp.experts.{expert}.down_proj"`. "": an
-        embedding where the path or the name says so, else linear. A weight with several input
+        which the name counts, `"model.layers.{layer}.mlp.experts.{expert}.down_proj"`. "" means an
+        embedding if the path or the name says so, and else linear. A weight with several input
         axes needs it: a convolution and a product with heads look alike.
-      part: (start, size): the slice of our parameter that this module is, where ours is a fused
-        one: of its output axis `axis`, an index into the output axes.
-      rows: (start, size): the output rows of the module that our parameter is, where theirs is a
-        fused one.
-      rotary: the size of a head, where our model rotates the pairs (2i, 2i + 1) of it and theirs
-        (i, i + half), as Hugging Face's does.
-      transposed: whether the module stores a whole weight as [out, in] and ours is [in, out].
-        None: where the last key of the path is `kernel`, and not where it is `weight`.
+      part: (start, size), if our parameter is fused: the slice of it that this module is.
+      axis: the output axis that `part` slices, as an index into the output axes.
+      rows: (start, size), if their module is fused: the output rows of it that our parameter is.
+      rotary: the size of a head, if our model rotates its pairs (2i, 2i + 1) and theirs rotates
+        (i, i + half), as Hugging Face does. 0: no difference.
+      transposed: whether the module stores the whole weight as [out, in] and we store [in, out].
+        None: yes if the last key of the path is `kernel`, no if it is `weight`.
       tied: the output head that shares this embedding, `"lm_head"`.
     """
 
@@ -50,7 +48,10 @@ class HfModule:
     tied: str = ""
 
     def tensor(self, path: str) -> str:
-        """The name of the tensor, given the path of the parameter.
+        """Return the name of the tensor in a Hugging Face checkpoint.
+
+        Args:
+          path: the path of our parameter.
 
         >>> HfModule("encoder.dense").tensor("dense/kernel"), HfModule("norm.bias").tensor("b")
         ('encoder.dense.weight', 'norm.bias')
@@ -60,7 +61,11 @@ class HfModule:
         return f"{self.name}.bias" if path.endswith("bias") else f"{self.name}.weight"
 
     def layer_of(self, path: str) -> LayerKind | Literal[""]:
-        """`layer`, or what the path and the name say of it."""
+        """Return `layer`, or "embedding" if the path or the name says so, or "".
+
+        Args:
+          path: the path of our parameter.
+        """
         if self.layer:
             return self.layer
         last = self.name.removesuffix(".weight").rpartition(".")[2]
@@ -68,10 +73,13 @@ class HfModule:
         return "embedding" if found else ""
 
     def is_transposed(self, path: str) -> bool:
-        """`transposed`, or what the last key of the path says of it.
+        """Return `transposed`, or the answer that the last key of the path gives.
+
+        Args:
+          path: the path of our parameter.
 
         Raises:
-          LoraError: neither says it.
+          LoraError: neither of them tells.
         """
         if self.transposed is not None:
             return self.transposed
@@ -86,16 +94,19 @@ class HfModule:
 
 
 HfNames = Mapping[str, "str | HfModule | Sequence[HfModule]"]
-"""`{path: module}`. Several modules for one path are the parts of a fused parameter; of several
-for the same part the first is written and each is read. A path holds `{layer}` and the like."""
+"""`{path: module}`, where a path may contain `{layer}` and the like.
+
+Several modules for one path are the parts of a fused parameter. If several stand for the same
+part, all of them are read and the first is written.
+"""
 
 
 def fused(*modules: tuple[str, int], axis: int = -1) -> tuple[HfModule, ...]:
-    """Return the modules that a fused parameter is, one after the other along an output axis.
+    """Return the modules of a fused parameter, one after the other along an output axis.
 
     Args:
       *modules: (name, size along the axis) of each.
-      axis: which output axis, as an index into them.
+      axis: the output axis, as an index into the output axes.
 
     >>> [m.part for m in fused(("attn.q_proj", 8), ("attn.k_proj", 4), ("attn.v_proj", 4))]
     [(0, 8), (8, 4), (12, 4)]

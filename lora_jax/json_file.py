@@ -1,9 +1,8 @@
-"""Read JSON that may come from a stranger, strictly; a leaf that every room may use.
+"""Strict reading of JSON that may come from a stranger.
 
-Python's reader takes more than JSON: a key twice (the last one wins), NaN and Infinity, half a
-character (an unpaired surrogate). It raises five kinds of errors, none of which names the file.
-Here each of these is one error, of the kind that the caller gives, and the message begins with the
-place.
+Python's reader accepts more than JSON: a key twice (the last one wins), NaN and Infinity, half a
+character (an unpaired surrogate). It raises five types of errors, none of which names the file.
+Here every fault raises the caller's own error type, and the message begins with the place.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-MOST_BYTES = 2**26  # of a file of JSON
-_SHOWN = 80  # characters of the text in a message
-_DEPTH = 100  # lists and objects in each other
+MOST_BYTES = 2**26  # limit for a JSON file
+_SHOWN = 80  # characters of the text that a message quotes
+_DEPTH = 100  # nested lists and objects
 
 MakeError = Callable[[str], Exception]
 
@@ -26,13 +25,13 @@ def read(
     """Read a file that holds one JSON object.
 
     Args:
-      path: of the file.
-      error: makes the exception of its message.
+      path: the file.
+      error: makes the exception from its message.
       cure: a sentence that ends each message.
       finite: refuse NaN and Infinity, which Python's own writer writes.
 
     Raises:
-      error: what `parse` refuses, not an object, or more than 64 MiB.
+      error: text that `parse` refuses, a value that is not an object, or more than 64 MiB.
       OSError: the file cannot be read.
     """
 
@@ -49,7 +48,7 @@ def read(
 def parse_object(
     data: bytes, where: str, error: MakeError, *, finite: bool = True
 ) -> dict[str, Any]:
-    """Read one JSON object; as `parse`, of which anything else is an error."""
+    """Read one JSON object with `parse`, and refuse any other value."""
     value = parse(data, where, error, finite=finite)
     if not isinstance(value, dict):
         raise error(f"{where} holds {_kind(value)}, expected an object {{...}}")
@@ -62,7 +61,7 @@ def parse(data: bytes, where: str, error: MakeError, *, finite: bool = True) -> 
     Args:
       data: the text.
       where: its file, or its file and line: every message begins with it.
-      error: makes the exception of its message.
+      error: makes the exception from its message.
       finite: refuse NaN and Infinity.
 
     Raises:
@@ -107,7 +106,7 @@ def parse(data: bytes, where: str, error: MakeError, *, finite: bool = True) -> 
 
 
 class _RefusedError(Exception):
-    """What the reader's own hooks refuse; `parse` turns it into the caller's error."""
+    """A fault that the reader's hooks found; `parse` turns it into the caller's error."""
 
 
 def _kind(value: Any) -> str:
@@ -116,7 +115,7 @@ def _kind(value: Any) -> str:
 
 
 def first_repeated(names: Iterable[str]) -> str | None:
-    """Return the first name that was there before, or None.
+    """Return the first name that occurred before, or None.
 
     >>> first_repeated(["a", "b", "b", "a"])
     'b'
@@ -130,7 +129,7 @@ def first_repeated(names: Iterable[str]) -> str | None:
 
 
 def _depth(value: Any) -> int:
-    """How many lists and objects are in each other; the reader's own limit is Python's stack."""
+    """Return the depth of nested lists and objects, without recursion."""
     deepest, left = 0, [(value, 1)]
     while left:
         one, depth = left.pop()

@@ -1,4 +1,4 @@
-"""Labels of trained arrays, so that an optimizer treats some of them differently.
+"""Labels of trained arrays, so that an optimizer can treat some of them differently.
 
 LoRA+ gives B a larger learning rate than A. Weight decay often leaves out biases, norms and
 DoRA's magnitudes. Both are settings of the optimizer alone, so they are written with optax:
@@ -20,19 +20,22 @@ from lora_jax.updates.kind import is_parameters
 if TYPE_CHECKING:
     import optax
 
-BIAS, NORM, WEIGHT = "bias", "norm", "weight"  # of base parameters
+BIAS, NORM, WEIGHT = "bias", "norm", "weight"  # the labels of base parameters
 
 
 def labels(trained: Any) -> Any:
     """Label each array of a tree that holds adapters, base parameters, or both.
 
-    An array of an adapter is labelled by its field: "a", "b", "magnitude" (DoRA), and so on; the
-    difference of a bias is a "bias". A base parameter is a "bias" if that is the last name in its
-    path, a "norm" if some name in its path contains "norm" or its last name is "scale", and a
-    "weight" otherwise.
+    An array of an adapter is labelled by its field: "a", "b", "magnitude" (DoRA), and so on. The
+    difference that the kind "bias" trains is labelled "bias". A base parameter is a "bias" if that
+    is the last name in its path; a "norm" if some name in its path contains "norm" or its last name
+    is "scale"; and a "weight" otherwise.
+
+    Args:
+      trained: a pytree of trained arrays.
 
     Returns:
-      A tree like `trained` with a string in the place of each array, for `optax.partition`.
+      A tree like `trained` with a string in place of each array, for `optax.partition`.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax.updates import Factors
@@ -50,7 +53,13 @@ def labels(trained: Any) -> Any:
 
 
 def all_but(*names: str) -> Callable[[Any], Any]:
-    """Return the mask of all arrays except those with these labels, as optax takes it.
+    """Return a mask of all arrays except those with these labels, in the form that optax takes.
+
+    Args:
+      *names: labels, as `labels` assigns them.
+
+    Returns:
+      A function from a tree to a tree of bools.
 
     >>> import optax
     >>> tx = optax.adamw(1e-3, weight_decay=0.1, mask=all_but("bias", "norm"))
@@ -61,7 +70,7 @@ def all_but(*names: str) -> Callable[[Any], Any]:
 
 
 def loraplus(ratio: float) -> optax.GradientTransformation:
-    """Multiply the learning rate of B by `ratio` (LoRA+, arXiv 2402.12354; it recommends 16).
+    """Multiply the learning rate of B by `ratio` (LoRA+, arXiv 2402.12354, which recommends 16).
 
     It is meant for the kinds "lora" and "dora", whose `b` begins at zero.
 
@@ -71,6 +80,9 @@ def loraplus(ratio: float) -> optax.GradientTransformation:
     Returns:
       A transformation without state, to be chained after an optimizer.
 
+    Raises:
+      LoraError: a ratio that is not above 0.
+
     >>> import jax.numpy as jnp, optax
     >>> from lora_jax.updates import Factors
     >>> tx = optax.chain(optax.sgd(0.1), loraplus(16))
@@ -79,7 +91,7 @@ def loraplus(ratio: float) -> optax.GradientTransformation:
     >>> [round(float(x[0, 0]), 6) for x in updates["q/kernel"]]
     [-0.1, -1.6]
     """
-    import optax  # only who asks for an optimizer pays for the import
+    import optax  # imported here so that `import lora_jax` stays fast
 
     if not ratio > 0:
         raise LoraError(f"the ratio of the learning rates of B and A must be above 0, got {ratio}")

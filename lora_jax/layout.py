@@ -1,6 +1,7 @@
 """The layout: which parameters are adapted, and the role of each of their axes.
 
-It is static data: hashable, printable, and saved with the adapters. `lora_jax.resolve` makes it.
+A layout is static data: hashable, printable, and saved with the adapters. `lora_jax.resolve`
+returns one.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ from lora_jax.updates.kind import kind_of
 
 FORMAT = 2
 ROW_FIELDS = {1: ("path", "shape", "stack", "inputs", "outputs", "rank", "alpha", "fold")}
-"""The fields that a target of an earlier format has; the others take their default values."""
+"""The fields that a target has in each earlier format. Fields added since take their defaults."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Remark:
-    """A parameter, and what a layout has to say of it."""
+    """A remark of a layout about one parameter.
+
+    Attributes:
+      path: the path of the parameter.
+      shape: its shape.
+      reason: the remark, such as why the parameter is not adapted.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -38,15 +45,15 @@ class Layout:
     """All targets, in the order of the parameter tree. Hashable; `print(layout)` is a table.
 
     Attributes:
-      targets: what is adapted.
-      left_out: what `"all-linear"` left out, each with the reason. It is printed and saved, and
-        does not count when layouts are compared.
-      dequantised: the quantised parameters, adapted or not, that some operation takes as a whole
-        float array: lookups, and operations without a rule. Products are given the codes. Printed
-        and saved where there are any; does not count in comparisons either.
+      targets: the adapted parameters.
+      left_out: the parameters that `"all-linear"` left out, each with the reason. They are printed
+        and saved, but ignored when layouts are compared.
+      dequantised: the quantised parameters, adapted or not, that some operation needs as a whole
+        float array: a lookup, or an operation without a rule. (A product reads the codes.) They are
+        printed and saved where there are any, and ignored when layouts are compared.
 
     Raises:
-      LoraError: a target whose kind is not known, or that its kind cannot have.
+      LoraError: a target whose kind is unknown, or whose rank or axes its kind does not allow.
     """
 
     targets: tuple[Target, ...] = ()
@@ -66,29 +73,44 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Numbers in an adapter tree of this layout."""
+        """The number of array elements in an adapter tree of this layout."""
         return sum(_size(t) for t in self.targets)
 
     def subset(self, *patterns: str) -> Layout:
-        """The targets that some pattern matches, for a function that reads only those."""
+        """Return the layout of the targets that some pattern matches.
+         Use it for a function that reads only part of the parameters: `adapt` refuses an adapter
+        that is never read.
+
+        Args:
+          *patterns: patterns in the language of `lora_jax.paths`.
+
+        Returns:
+          A layout with the matching targets, in the same order.
+        """
         known = [t.path for t in self.targets]
         keep = {path for pattern in patterns for path in paths.matching(pattern, known)}
         return Layout(tuple(t for t in self.targets if t.path in keep))
 
     def to_json(self) -> str:
-        """Text that `from_json` reads back to an equal layout."""
+        """Return the layout as JSON text. `from_json` reads it back as an equal layout."""
         data = {"format": FORMAT, **dataclasses.asdict(self)}
-        if not self.dequantised:  # then a lora_jax that does not know the field reads it too
+        if not self.dequantised:  # so that versions without this field can read it too
             del data["dequantised"]
         return json.dumps(data, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Layout:
-        """Read what `to_json` of this version, or of any before it, wrote.
+        """Read the text that `to_json` of this version, or of any earlier one, wrote.
+
+        Args:
+          text: the JSON text.
+
+        Returns:
+          The layout.
 
         Raises:
-          LoraError: text that is not a layout, or one with a field that this version does not
-            understand.
+          LoraError: text that is not a layout, or a layout with a field that this version does not
+            know.
         """
         try:
             data = json.loads(text)
@@ -105,7 +127,15 @@ class Layout:
         )
 
     def check_params(self, leaves: Mapping[str, Any]) -> None:
-        """Raise `LoraError` unless each target is among the leaves, with its shape."""
+        """Raise `LoraError` unless each target is among the leaves and has its shape.
+
+        Args:
+          leaves: `{path: leaf}`, as `lora_jax.paths.flatten` returns it. A leaf is an array, a
+            `jax.ShapeDtypeStruct` or a quantised base.
+
+        Raises:
+          LoraError: a target that is missing, has another shape, or is not a float array.
+        """
         for target in self.targets:
             if target.path not in leaves:
                 raise LoraError(
@@ -147,7 +177,7 @@ class Layout:
 
 
 def _size(target: Target) -> int:
-    """The numbers that one target's adapter holds."""
+    """Return the number of array elements in one target's adapter."""
     return sum(math.prod(shape) for shape in kind_of(target).shapes(target))
 
 
@@ -167,7 +197,7 @@ def _row(t: Target) -> tuple[str, ...]:
 
 
 def _read(type_: Any, what: str, rows: Any, version: int) -> tuple[Any, ...]:
-    """The rows of a saved layout as objects of this type."""
+    """Return the rows of a saved layout as objects of this type."""
     fields = [f.name for f in dataclasses.fields(type_)]
     found = []
     for row in rows:
@@ -191,7 +221,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _check_understood(what: str, version: Any, unknown: set[str]) -> None:
-    """Refuse a newer format by the name of a field, so that nothing is read in part."""
+    """Raise `LoraError` for a newer format or an unknown field: a layout is never read in part."""
     newer = not isinstance(version, int) or not 1 <= version <= FORMAT
     if unknown or newer:
         field = f" and the field {min(unknown)!r}" if unknown else ""

@@ -1,6 +1,6 @@
-"""The definition: `W + scale * a @ b`, or what another kind of update makes of W.
+"""`merge`: the definition of an update, `W + scale * a @ b` for LoRA.
 
-`lora_jax.adapt` is the fast path equal to it.
+`lora_jax.adapt` is the fast path, tested to be equal to it.
 """
 
 from __future__ import annotations
@@ -14,31 +14,34 @@ from lora_jax.updates.kind import kind_of
 
 
 def merge(layout: Layout, params: Any, adapters: Adapters) -> Any:
-    """The parameters with every update added: `W + (alpha / rank) * a @ b`.
+    """Return the parameters with every update added: `W + (alpha / rank) * a @ b`.
 
-    The sum is formed in float32 (or in W's dtype where that is wider) and rounded once to W's
-    dtype. There is no unmerge: subtracting does not restore a low-precision W, so keep the base.
+    The sum is formed in float32 (or in W's dtype if that is wider) and rounded once to W's dtype.
+    There is no unmerge: subtracting does not restore a low-precision W, so keep the base.
 
-    **A quantised base** can be merged in two ways, and `params` says which:
+    **A quantised base** can be merged in two ways. `params` decides which:
 
-        merge(layout, quantised, adapters)   into the dequantised weights, the ones that the
-                                             adapters were trained on: the model that was trained
-        merge(layout, original, adapters)    into the weights before they were quantised: another
-                                             model, of which `merge_error` says by how much
+        merge(layout, quantised, adapters)   into the dequantised weights. The adapters were trained
+                                             on these, so this is the model that was trained.
+        merge(layout, original, adapters)    into the weights before they were quantised. This is
+                                             another model; `merge_error` measures the difference.
 
-    Either way the merged leaves are float arrays: nothing is quantised again.
+    In both cases the merged leaves are float arrays: nothing is quantised again.
 
     Args:
       layout: from `lora_jax.resolve` or `lora_jax.restore`.
-      params: the base parameters, a pytree; not changed.
+      params: the base parameters, a pytree; it is not changed.
       adapters: `{path: Factors(a, b)}`, or the arrays of another kind.
 
     Returns:
-      A pytree like `params`, same shapes and dtypes; a target that was a quantised `Base` is an
-      array, and other such leaves stay as they are.
+      A pytree like `params`, with the same shapes and dtypes. A target that was a quantised `Base`
+      becomes an array; a quantised leaf that is not a target stays as it is.
 
     Raises:
-      LoraError: the layout does not fit the parameters, or the adapters the layout.
+      LoraError: the layout does not fit the parameters, or the adapters do not fit the layout.
+
+    Source:
+      Section 4.1 of arXiv 2106.09685: W0 + B A.
 
     >>> import jax.numpy as jnp, lora_jax
     >>> from lora_jax import Factors

@@ -33,18 +33,45 @@ Tree = Any  # a pytree
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
-    """The text of a key path as `jax.tree_util` gives it."""
+    """Return a key path of `jax.tree_util` as text.
+
+    Args:
+      key_path: the tuple of keys that `jax.tree_util.tree_map_with_path` passes.
+
+    Returns:
+      The keys joined by `/`.
+
+    >>> [(key_path, _)] = jax.tree_util.tree_leaves_with_path({"layers": [{"kernel": 0}]})
+    >>> path_of(key_path)
+    'layers/0/kernel'
+    """
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Return the leaves of `tree` by path, in the tree's order; a quantised base is one leaf."""
+    """Return the leaves of a tree by path.
+
+    Args:
+      tree: a pytree. A quantised base counts as one leaf.
+
+    Returns:
+      `{path: leaf}` in the order of the tree.
+
+    >>> flatten({"layer": {"kernel": 1, "bias": 2}})
+    {'layer/bias': 2, 'layer/kernel': 1}
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_base)
     return {path_of(p): leaf for p, leaf in leaves}
 
 
 def shapes(tree: Tree) -> dict[str, str]:
-    """Return dtype and shape of each leaf by path, as messages show them.
+    """Return the dtype and shape of each leaf by path, as messages show them.
+
+    Args:
+      tree: a pytree of arrays, `jax.ShapeDtypeStruct`s or quantised bases.
+
+    Returns:
+      `{path: text}` in the order of the tree.
 
     >>> shapes({"w": jax.ShapeDtypeStruct((2, 3), "float32")})
     {'w': 'float32[2, 3]'}
@@ -54,6 +81,16 @@ def shapes(tree: Tree) -> dict[str, str]:
 
 def replace(tree: Tree, leaves: dict[str, Any]) -> Tree:
     """Return `tree` with the leaves at the given paths replaced and all others kept.
+
+    Args:
+      tree: a pytree; it is not changed.
+      leaves: `{path: new leaf}`.
+
+    Returns:
+      A tree of the same structure.
+
+    Raises:
+      LoraError: a path that is not in the tree.
 
     >>> replace({"a": 1, "b": 2}, {"b": 5})
     {'a': 1, 'b': 5}
@@ -68,12 +105,34 @@ def replace(tree: Tree, leaves: dict[str, Any]) -> Tree:
 
 
 def match(pattern: str, path: str) -> bool:
-    """Whether `pattern` matches the whole of `path`."""
+    """Return whether `pattern` matches the whole of `path`.
+
+    Args:
+      pattern: in the language that the module's docstring explains.
+      path: keys joined by `/`.
+
+    Raises:
+      LoraError: a pattern that cannot be read.
+    """
     return _compiled(pattern).fullmatch(path) is not None
 
 
 def matching(pattern: str, paths: Iterable[str]) -> list[str]:
-    """The paths that `pattern` matches, in their order."""
+    """Return the paths that a pattern matches.
+
+    Args:
+      pattern: in the language that the module's docstring explains.
+      paths: keys joined by `/`.
+
+    Returns:
+      The matching paths, in their order.
+
+    Raises:
+      LoraError: a pattern that cannot be read.
+
+    >>> matching("**/kernel", ["a/kernel", "a/bias"])
+    ['a/kernel']
+    """
     regex = _compiled(pattern)
     return [p for p in paths if regex.fullmatch(p)]
 

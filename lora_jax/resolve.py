@@ -1,4 +1,4 @@
-"""From a spec to a layout: a trace finds the targets and the roles of their axes."""
+"""From a spec to a layout: an abstract trace finds the targets and the roles of their axes."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lora_jax.updates.recorder import Use
 def resolve(
     spec: LoraSpec, f: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
 ) -> Layout:
-    """Find the spec's targets in `f` and the roles of their axes, by an abstract trace.
+    """Find the spec's targets in `f`, and the roles of their axes, by an abstract trace.
 
     Nothing is computed: `params`, `args` and `kwargs` may hold `jax.ShapeDtypeStruct`s.
     Arguments that are not arrays (`train=True`, `mutable=[...]`) are passed to `f` as they are.
 
     Args:
-      spec: what to adapt.
+      spec: the parameters to adapt, with rank, scale and kind.
       f: a pure function whose first argument is the parameter tree.
-      params: that tree. Paths in patterns are paths in it: for `model.apply` they begin with
+      params: that tree. Patterns match the paths in it: for `model.apply` they begin with
         `params/`.
-      *args, **kwargs: an example of the other arguments; only shapes and dtypes matter.
+      *args, **kwargs: an example of the other arguments. Only their shapes and dtypes matter.
 
     Returns:
-      The layout, its targets in the order of the parameter tree.
+      The layout, with its targets in the order of the parameter tree.
 
     Raises:
-      LoraError: a pattern that matches nothing, a matched parameter that no product consumes or
-        that meets an operation without a low-rank rule, a rank above min(in, out).
+      LoraError: a pattern that matches nothing; a matched parameter that no product consumes or
+        that an operation without a low-rank rule consumes; a rank above min(in, out).
 
     >>> import jax.numpy as jnp, lora_jax
     >>> f = lambda params, x: jnp.einsum("bd,dhk->bhk", x, params["q"])
@@ -50,7 +50,7 @@ def resolve(
     avals = dict(zip(traced.param_paths, traced.avals, strict=False))
     found = _Found(avals, roles.uses(traced), Dependence(traced))
     chosen: dict[str, Rule] = {}
-    for rule in spec.rules:  # the first that matches; every rule must match something
+    for rule in spec.rules:  # the first match decides, but every rule must match something
         chosen = {**dict.fromkeys(_matching_rule(rule, found), rule), **chosen}
     fold = {path for pattern in spec.fold for path in _matching(pattern, found.uses)}
     return Layout(
@@ -61,19 +61,19 @@ def resolve(
 
 
 class _Found(NamedTuple):
-    """What a trace tells: how each parameter is used, and what depends on what."""
+    """The results of the trace: the uses of each parameter, and the dependences between them."""
 
     avals: dict[str, Any]
     uses: dict[str, tuple[Use, ...]]
     dependence: Dependence
 
     def kernels(self) -> list[str]:
-        """The weights of all products and the embeddings, in the order of the tree."""
+        """Return the weights of all products and the embeddings, in the order of the tree."""
         known = {*self.dependence.kernels, *self.dependence.tables}
         return [path for path, aval in self.avals.items() if aval.ndim > 1 and path in known]
 
     def obstacle(self, path: str, taken: Container[str] = ()) -> str | None:
-        """Why "all-linear" does not take a kernel, these being taken; None: it does."""
+        """Return why "all-linear" leaves a kernel out, given the kernels already taken, or None."""
         known, aval, uses = self.dependence, self.avals[path], self.uses[path]
         if path in known.heads:
             return "the output head: no other product follows it; name it to adapt it"
@@ -121,7 +121,7 @@ def _matching_rule(rule: Rule, found: _Found) -> list[str]:
 
 
 def _left_out(spec: LoraSpec, chosen: Mapping[str, Rule], found: _Found) -> tuple[Remark, ...]:
-    """The kernels that "all-linear" did not take and no other rule named, each with the reason."""
+    """Return the kernels that "all-linear" left out and no other rule named, with the reasons."""
     if all(rule.pattern != ALL_LINEAR for rule in spec.rules):
         return ()
     rows = ((path, found.obstacle(path, chosen)) for path in found.kernels() if path not in chosen)
@@ -173,7 +173,7 @@ def _target(path: str, found: _Found, rule: Rule, fold: bool) -> Target:
 
 
 def _stated(path: str, found: _Found, rule: Rule) -> tuple[Any, Any, Any]:
-    """The roles that a rule states; axes that it does not name are the stack."""
+    """Return (stack, inputs, outputs) as the rule states them; unnamed axes are stack axes."""
     shape, axes = found.avals[path].shape, range(len(found.avals[path].shape))
     named = [*(rule.inputs or ()), *(rule.outputs or ()), *(rule.stack or ())]
     if any(not -len(axes) <= i < len(axes) for i in named):
@@ -196,7 +196,10 @@ def _stated(path: str, found: _Found, rule: Rule) -> tuple[Any, Any, Any]:
 
 
 def _canonical(path: str, shape: tuple[int, ...], uses: tuple[Use, ...]) -> Use:
-    """The use whose axes count: convolutions and lookups before products, then what is usual."""
+    """Return the use that decides the roles of the axes.
+
+    Convolutions and lookups come before products; among products, the most frequent roles win.
+    """
     complete = [u for u in uses if u.has_axes and u.covers(shape)]
     if not complete:
         axes = "stack={0.stack}, inputs={0.inputs}, outputs={0.outputs}"

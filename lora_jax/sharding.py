@@ -1,8 +1,9 @@
 """Which mesh axes shard which axis of each parameter, and of its adapter.
 
-A placement is `{path: PartitionSpec}`. It is read off a table of rules (`specs`), worked out by
-one documented rule for a model that has no table (`automatic`), or both with rules of one's own
-on top (`place`). The adapters follow the parameters (`partition_specs`).
+A placement is `{path: PartitionSpec}`. There are three ways to get one: from a table of rules
+(`specs`), from one documented rule for a model that has no table (`automatic`), or from either
+with the user's own rules on top (`place`). The placement of the adapters follows from that of the
+parameters (`partition_specs`).
 """
 
 from __future__ import annotations
@@ -17,132 +18,45 @@ from jax.sharding import PartitionSpec
 from lora_jax import flax_partitioning, paths
 from lora_jax.base import is_base
 from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.bases.placement import names_of as names_of
 from lora_jax.bases.placement import placed
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.roles import uses
+from lora_jax.sharding_rules import ShardingRule as ShardingRule
+from lora_jax.sharding_rules import Specs as Specs
+from lora_jax.sharding_rules import check_divides as check_divides
+from lora_jax.sharding_rules import check_entries, covering
+from lora_jax.sharding_rules import specs as specs
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
 from lora_jax.updates.recorder import Use
 
-ShardingRule = tuple[
-    str, PartitionSpec
-]  # a pattern in the language of `lora_jax.paths`, and its placement
-Specs = dict[str, PartitionSpec]
-
 FSDP, TENSOR = "fsdp", "tensor"
-SMALL = 2**16  # numbers beside the stack axes: biases and norms, also those of a wide model
-TINY = 2**10  # numbers beside the stack axes that are not worth an error where nothing divides them
-SPARE = 0.04  # of a device's share of the bytes, that replicated small parameters may add to it
-
-
-def specs(rules: Sequence[ShardingRule], params: Any) -> Specs:
-    """The placement of each parameter: every one is covered by exactly one rule.
-
-    The order of the rules has no meaning.
-
-    Raises:
-      LoraError: a parameter that no rule or more than one covers, a rule that covers nothing, a
-        spec with more entries than the parameter has axes.
-
-    >>> import jax.numpy as jnp
-    >>> P = PartitionSpec
-    >>> params = {"q": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
-    >>> specs([("**/kernel", P("fsdp", "tensor")), ("**/bias", P("tensor"))], params)
-    {'q/bias': P('tensor',), 'q/kernel': P('fsdp', 'tensor')}
-    """
-    covering = _covering(rules, paths.flatten(params))
-    for path, hits in covering.items():
-        if not hits:
-            raise LoraError(
-                f"{path!r} is covered by no placement rule; the nearest patterns are:\n"
-                f"{listed(nearest(path, [pattern for pattern, _ in rules]))}\n"
-                f"Add a rule: ({path!r}, PartitionSpec(...))."
-            )
-    return {path: hits[0][1] for path, hits in covering.items()}
-
-
-def _covering(
-    rules: Sequence[ShardingRule], leaves: Mapping[str, Any]
-) -> dict[str, list[ShardingRule]]:
-    """The rule, if any, of each parameter. Two are an error, and so is a rule that covers none."""
-    covering: dict[str, list[ShardingRule]] = {path: [] for path in leaves}
-    for pattern, spec in rules:
-        covered = paths.matching(pattern, leaves)
-        if not covered:
-            raise LoraError(
-                f"the placement rule {_shown((pattern, spec))} covers no parameter; the nearest "
-                f"paths are:\n{listed(nearest(pattern, leaves))}\n"
-                "A pattern must match the whole path: '*' stays inside one segment, '**' spans "
-                "several ('**/query/kernel')."
-            )
-        for path in covered:
-            shape = tuple(leaves[path].shape)
-            _check_rank(path, shape, spec, f"the placement rule {_shown((pattern, spec))}")
-            covering[path].append((pattern, spec))
-    for path, hits in covering.items():
-        if len(hits) > 1:
-            raise LoraError(
-                f"{path!r} is covered by {len(hits)} placement rules, and their order has no "
-                f"meaning:\n{listed(map(_shown, hits))}\nNarrow all but one of them."
-            )
-    return covering
-
-
-def _shown(rule: ShardingRule) -> str:
-    return f"({rule[0]!r}, {rule[1]})"
-
-
-def check_divides(
-    specs: Mapping[str, PartitionSpec], params: Any, sizes: Mapping[str, int]
-) -> None:
-    """Raise `LoraError` where the mesh axes of a dimension do not divide it.
-
-    Args:
-      specs: the placement.
-      params: a tree of what has a shape.
-      sizes: of the mesh axes by name (`mesh.shape`).
-    """
-    for path, leaf in paths.flatten(params).items():
-        for axis, entry in enumerate(specs[path]):
-            names = names_of(entry)
-            unknown = [name for name in names if name not in sizes]
-            if unknown:
-                raise LoraError(
-                    f"{path!r}: its placement {specs[path]} names the mesh axis {unknown[0]!r}; "
-                    f"the mesh has {', '.join(sizes)}"
-                )
-            parts = math.prod(sizes[name] for name in names)
-            if leaf.shape[axis] % parts:
-                raise LoraError(_indivisible(path, tuple(leaf.shape), axis, names, sizes))
-
-
-def _indivisible(
-    path: str, shape: tuple[int, ...], axis: int, names: Sequence[str], sizes: Mapping[str, int]
-) -> str:
-    given = " x ".join(f"{name}={sizes[name]}" for name in names)
-    return (
-        f"{path!r} of shape {shape}: its axis {axis} of {shape[axis]} cannot be cut into "
-        f"{math.prod(sizes[n] for n in names)} equal parts ({given}). Choose another size of that "
-        "mesh axis, or leave the axis whole with a rule of your own: "
-        f"({path!r}, PartitionSpec({', '.join(['None'] * len(shape))}))"
-    )
+# Both count the elements of one slice of the stack.
+SMALL = 2**16  # below it a parameter may be replicated: biases and norms, even of a wide model
+TINY = 2**10  # below it a parameter that nothing divides is replicated without an error
+SPARE = 0.04  # the part that replicated small parameters may add to a device's share of the bytes
 
 
 def tree_of(specs: Mapping[str, PartitionSpec], params: Any, sizes: Mapping[str, int]) -> Any:
-    """Return a tree like `params` of PartitionSpecs; a quantised weight has one for each array.
+    """Return the placement as a tree like `params`, with one PartitionSpec for each array.
 
-    Of a base of a kind that the package does not know, an array of W's shape lies as W does, and
-    the others are cut along the leading axes that they have in common with W.
+    A quantised weight gets one for each of its arrays. For a base of a kind that the package does
+    not know, an array of W's shape is placed like W, and the other arrays are sharded along the
+    leading axes that they share with W.
 
     Args:
       specs: the placement, by path.
-      params: a tree of arrays or their ShapeDtypeStructs, and of quantised weights of such.
-      sizes: of the mesh axes by name (`mesh.shape`).
+      params: a tree of arrays, `jax.ShapeDtypeStruct`s, and quantised weights of either.
+      sizes: the size of each mesh axis by its name (`mesh.shape`).
+
+    Returns:
+      A tree like `params` with a PartitionSpec in place of each array.
 
     Raises:
-      LoraError: the placement would cut a block of a quantised weight.
+      LoraError: the placement would split a block of a quantised weight.
     """
 
     def of(key_path: Any, leaf: Any) -> Any:
@@ -159,16 +73,11 @@ def tree_of(specs: Mapping[str, PartitionSpec], params: Any, sizes: Mapping[str,
 
 
 def _leading(shape: tuple[int, ...], own: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
-    """The entries of the leading axes that an array has in common with the weight."""
+    """Return the entries of the leading axes that an array has in common with the weight."""
     same = 0
     while same < min(len(shape), len(own)) and shape[same] == own[same]:
         same += 1
     return PartitionSpec(*spec[:same])
-
-
-def names_of(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec: None, a name, or a tuple of names."""
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def place(
@@ -180,26 +89,29 @@ def place(
     named: Mapping[str, PartitionSpec] | None = None,
     call: tuple[Callable[..., Any], tuple[Any, ...]] | None = None,
 ) -> Specs:
-    """The placement of every parameter, checked against the mesh.
+    """Return the placement of every parameter, checked against the mesh.
 
-    A parameter takes the one of `own` that covers it; the others take their rule of `table`
-    where there is a table; where there is none, what their Flax metadata says, if they have any,
-    and else what `automatic` finds.
+    Each parameter takes the first of these that it has: a rule in `own`; a rule in `table`, if
+    there is a table; its Flax metadata; the placement that `automatic` finds.
 
     Args:
-      params: a tree of what has a shape and a dtype.
-      sizes: of the mesh axes by name (`mesh.shape`).
-      own: the user's rules. Each must cover something, no parameter may have two.
-      table: of a known model; it must cover every parameter exactly once.
-      named: of parameters whose Flax metadata is not in `params` any more (NNX), or is in logical
-        names that need rules: `lora_jax.flax_partitioning.named(model, mesh.axis_names, rules)`.
-      call: (f, args) such that `f(params, *args)` uses the parameters, for `automatic`.
+      params: a tree of arrays, `jax.ShapeDtypeStruct`s or quantised bases.
+      sizes: the size of each mesh axis by its name (`mesh.shape`).
+      own: the user's rules. Each must cover something, and no parameter may have two.
+      table: the rules of a known model. They must cover every parameter exactly once.
+      named: `{path: PartitionSpec}` of parameters whose Flax metadata is no longer in `params`
+        (NNX), or is in logical names that need rules:
+        `lora_jax.flax_partitioning.named(model, mesh.axis_names, rules)`.
+      call: (f, args) such that `f(params, *args)` uses the parameters; `automatic` traces it.
+
+    Returns:
+      `{path: PartitionSpec}`.
 
     Raises:
       LoraError: see `specs`, `automatic` and `check_divides`.
     """
     leaves = paths.flatten(params)
-    mine = {path: hits[0][1] for path, hits in _covering(own, leaves).items() if hits}
+    mine = {path: hits[0][1] for path, hits in covering(own, leaves).items() if hits}
     if table is not None:
         base = specs(table, params)
     else:
@@ -218,15 +130,7 @@ def _known(named: Mapping[str, PartitionSpec], leaves: Mapping[str, Any]) -> Non
                 f"{path!r} is placed by Flax metadata, but there is no such parameter; the nearest "
                 f"paths are:\n{listed(nearest(path, leaves))}"
             )
-        _check_rank(path, tuple(leaves[path].shape), spec, f"the Flax metadata {spec}")
-
-
-def _check_rank(path: str, shape: tuple[int, ...], spec: PartitionSpec, source: str) -> None:
-    if len(spec) > len(shape):
-        raise LoraError(
-            f"{path!r}: {source} has {len(spec)} entries, but the shape {shape} has {len(shape)} "
-            "axes; give it at most one entry per axis"
-        )
+        check_entries(path, tuple(leaves[path].shape), spec, f"the Flax metadata {spec}")
 
 
 def automatic(
@@ -236,26 +140,38 @@ def automatic(
     call: tuple[Callable[..., Any], tuple[Any, ...]] | None = None,
     fixed: Mapping[str, PartitionSpec] | None = None,
 ) -> Specs:
-    """A placement for a model that nobody has seen.
+    """Return a placement for a model that has no table of rules.
 
     1. Stack axes (scanned layers, experts) are not sharded.
-    2. An output axis takes `tensor` and an input axis `fsdp`: of several, the first output and the
-       longest input that are divided. Where no such pair is, one axis takes both (an output
-       before an input), or else any two axes take one each.
-    3. Small parameters (fewer than 65,536 numbers beside the stack axes: biases, norms) are
-       replicated, from the smallest up, as long as all of them together add at most 4 % to a
-       device's share of the bytes; beyond that they are sharded by 2. Where nothing divides it,
-       a small vector, or anything of fewer than 1,024 numbers, is replicated.
-    4. Anything else that nothing divides is an error.
+    2. An output axis takes `tensor` and an input axis takes `fsdp`. Of several, these are the first
+       output and the longest input whose sizes divide. Without such a pair one axis takes both (an
+       output rather than an input), or else any two axes take one each.
+    3. Small parameters (fewer than 65,536 elements in one slice of the stack: biases, norms) are
+       replicated, the smallest first, as long as all of them together add at most 4 % to a
+       device's share of the bytes. The rest is sharded by rule 2. If nothing divides it, a small
+       vector, or any parameter of fewer than 1,024 elements, is replicated.
+    4. Any other parameter that nothing divides is an error.
 
-    Roles are what a trace of `call` finds. Of a parameter without roles the two longest axes are
-    taken, the later one as the output.
+    The roles of the axes come from a trace of `call`. For a parameter without roles, its two
+    longest axes are used, the later one as the output.
 
     Args:
-      params: a tree of what has a shape and a dtype.
-      sizes: of the mesh axes; those it has not count as 1.
+      params: a tree of arrays, `jax.ShapeDtypeStruct`s or quantised bases.
+      sizes: the size of each mesh axis by its name. A missing axis counts as 1.
       call: (f, args) to trace: `f(params, *args)`. Nothing is computed.
-      fixed: parameters placed elsewhere, left out here.
+      fixed: parameters that are placed elsewhere; the result leaves them out.
+
+    Returns:
+      `{path: PartitionSpec}`.
+
+    Raises:
+      LoraError: a parameter of rule 4.
+
+    >>> import jax.numpy as jnp
+    >>> f = lambda params, x: x @ params["w"] + params["b"]
+    >>> params, x = {"w": jnp.ones((512, 1024)), "b": jnp.ones(1024)}, jnp.ones((1, 512))
+    >>> automatic(params, {"fsdp": 2, "tensor": 4}, call=(f, (x,)))
+    {'b': P(), 'w': P('fsdp', 'tensor')}
     """
     leaves = paths.flatten(params)
     roles = _roles(params, call)
@@ -282,7 +198,7 @@ def automatic(
 
 
 def _roles(params: Any, call: tuple[Callable[..., Any], tuple[Any, ...]] | None) -> dict[str, Use]:
-    """The use of each parameter whose axes count; without one, its two longest axes."""
+    """Return the use that decides the roles of each parameter's axes."""
     found: Mapping[str, Sequence[Use]] = {}
     if call is not None:
         found = uses(jaxprs.trace(call[0], params, call[1]))
@@ -295,7 +211,7 @@ def _roles(params: Any, call: tuple[Callable[..., Any], tuple[Any, ...]] | None)
 def _role(shape: tuple[int, ...], uses: Sequence[Use]) -> Use:
     complete = [u for u in uses if u.has_axes]
     if complete:
-        return min(complete, key=lambda u: u.kind != "gather")  # a tied embedding is a lookup
+        return min(complete, key=lambda u: u.kind != "gather")  # a tied embedding counts as one
     stack = max((u.stack for u in uses), key=len, default=())
     free = [i for i in range(len(shape)) if i not in stack]
     longest = sorted(sorted(free, key=lambda i: shape[i])[-2:])
@@ -314,12 +230,12 @@ def _is_modest(shape: tuple[int, ...], role: Use) -> bool:
 def _replicated(
     small: Mapping[str, Any], leaves: Mapping[str, Any], parts: Mapping[str, int]
 ) -> set[str]:
-    """The small parameters, from the smallest up, that fit into the spare bytes of a device."""
+    """Return the small parameters, the smallest first, that fit into a device's spare bytes."""
     n = math.prod(parts.values())
     budget = SPARE * sum(map(_bytes, leaves.values())) / n
     whole: set[str] = set()
     for path in sorted(small, key=lambda p: _bytes(small[p])):
-        budget -= _bytes(small[path]) * (1 - 1 / n)  # what it adds to a device's own part of it
+        budget -= _bytes(small[path]) * (1 - 1 / n)  # 1/n of it is the device's share already
         if budget < 0:
             break
         whole.add(path)
@@ -331,7 +247,7 @@ def _bytes(leaf: Any) -> int:
 
 
 def _spread(shape: tuple[int, ...], role: Use, parts: Mapping[str, int]) -> PartitionSpec | None:
-    """The first of the ways of rule 2 in which every axis is divided."""
+    """Return the first way of rule 2 (see `automatic`) that divides every axis, or None."""
     outputs = role.outputs
     inputs = sorted(role.inputs, key=lambda i: -shape[i])
     free = [*outputs, *inputs]
@@ -346,20 +262,20 @@ def _spread(shape: tuple[int, ...], role: Use, parts: Mapping[str, int]) -> Part
 
 
 def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Any]:
-    """The placement of the adapters, read off that of the parameters.
-
-    `a` [*stack, *inputs, rank] takes the mesh axes of W's stack and input axes, `b`
-    [*stack, rank, *outputs] those of its stack and output axes; the rank is never sharded. The
-    arrays of another kind follow the axes of W that it says they have (`updates.Kind.axes`). So
-    what a device holds of the factors is what it needs beside its part of W.
+    """Return the placement of the adapters, which follows the placement of the parameters.
+     `a` [*stack, *inputs, rank] takes the mesh axes of W's stack and input axes, and `b` [*stack,
+    rank, *outputs] takes the mesh axes of its stack and output axes. The rank is never sharded. For
+    another kind of update, `updates.Kind.axes` tells which axes of W its arrays have. So each
+    device holds the slice of the factors that belongs to its slice of W.
 
     Args:
       layout: from `lora_jax.resolve`.
-      param_specs: a flat `{path: PartitionSpec}`, or a tree of them like the parameters. What the
-        layout does not adapt is ignored.
+      param_specs: a flat `{path: PartitionSpec}`, or a tree of PartitionSpecs like the parameters.
+        Parameters that the layout does not adapt are ignored.
 
     Returns:
-      A tree like that of `lora_jax.init`, `{path: Factors(a, b)}` for LoRA, of PartitionSpecs.
+      A tree like that of `lora_jax.init` with PartitionSpecs for arrays: `{path: Factors(a, b)}`
+      for LoRA.
 
     Raises:
       LoraError: a target without a PartitionSpec, or with one that has too many entries.
@@ -382,7 +298,7 @@ def _follow(target: Target, flat: Mapping[str, Any]) -> Any:
             f"{target.path!r} is adapted, but param_specs has {spec!r} for it and not a "
             f"PartitionSpec; the nearest paths are:\n{listed(nearest(target.path, flat))}"
         )
-    _check_rank(target.path, target.shape, spec, str(spec))
+    check_entries(target.path, target.shape, spec, str(spec))
     whole = (*spec, *(None for _ in range(len(target.shape) - len(spec))))
     kind = kind_of(target)
 

@@ -1,4 +1,4 @@
-"""What is asked for: which parameters are adapted, at which rank and scale."""
+"""The spec: which parameters are adapted, and at which rank and scale."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One target pattern with its own settings (`None`: those of the spec).
+    """One target pattern with its own settings. A setting that is None is taken from the spec.
 
     Attributes:
-      pattern: in the language of `lora_jax.paths`, or `"all-linear"`: every parameter that some
-        product (`dot_general`, convolution, `ragged_dot`) consumes, but the output head, the
-        parameter whose product every way to an output passes last.
+      pattern: a pattern in the language of `lora_jax.paths`, or `"all-linear"`. That is every
+        parameter that a product (`dot_general`, convolution, `ragged_dot`) consumes, except the
+        output head: the parameter of the last product on every path to an output.
       rank, alpha, kind, scaling: as in `LoraSpec`.
-      parts: `((start, size), ...)`: only these slices of an output axis are adapted, each with
-        factors of its own, such as q and v of a fused qkv kernel. (`lora_jax.updates.lora`)
-      part_axis: which output axis that is, as an index into the output axes. Only with parts.
-      inputs, outputs, stack: the roles of the axes of W, for a weight that meets an operation
-        through which the trace cannot follow them. State `inputs` and `outputs` together; the
-        axes that are named nowhere are the stack, unless `stack` says so too.
+      parts: `((start, size), ...)`. Only these slices of an output axis are adapted, and each has
+        factors of its own: for example q and v of a fused qkv kernel. See `lora_jax.updates.lora`.
+      part_axis: the output axis that `parts` slices, as an index into the output axes. It has no
+        effect without `parts`.
+      inputs, outputs, stack: the roles of the axes of W. State them for a weight that passes an
+        operation through which the trace cannot follow its axes. `inputs` and `outputs` are stated
+        together. Without `stack`, every axis that is in neither is a stack axis.
+
+    Raises:
+      LoraError: an empty pattern, a rank, alpha or scaling that no update can have, or only one of
+        `inputs` and `outputs`.
     """
 
     pattern: str
@@ -68,18 +73,22 @@ class LoraSpec:
     Attributes:
       rank: r, the inner dimension of the update; 1 <= r <= min(in, out) of each target.
       alpha: the update is scaled by `alpha / rank`.
-      targets: patterns or `Rule`s, in order: the first that matches a parameter wins. A bare
-        string stands for a tuple of one. `()` adapts nothing.
-      fold: patterns of targets for which `W + scale * a @ b` may be formed where an operation
-        has no low-rank rule (a `custom_vjp` or a Pallas kernel that takes the weight). This
-        costs the memory of W and the FLOPs of full fine-tuning there, so it is never done
-        unasked.
+      targets: patterns or `Rule`s, in order. The first one that matches a parameter decides. A
+        single string or `Rule` stands for a tuple of one, and `()` adapts nothing.
+      fold: patterns of targets. For these, `W + scale * a @ b` may be formed in an operation that
+        has no low-rank rule (a `custom_vjp` or a Pallas kernel that takes the weight). That costs
+        the memory of W and the FLOPs of full fine-tuning there, so you have to ask for it.
       kind: the kind of update: "lora", "dora", "vera", "loha", "lokr", "bias", or one of your own
-        (`lora_jax.updates`).
-      scaling: "alpha/r", or "alpha/sqrt(r)": rsLoRA (arXiv 2312.03732), stable at large ranks.
+        (see `lora_jax.updates`).
+      scaling: "alpha/r", or "alpha/sqrt(r)", which is rsLoRA (arXiv 2312.03732) and stays stable
+        at large ranks.
 
     Raises:
-      LoraError: a rank below 1, an alpha that is not finite, a scaling that is neither of the two.
+      LoraError: a rank below 1, an alpha that is not finite, or an unknown scaling.
+
+    >>> spec = LoraSpec(rank=4, targets=("**/query/kernel", Rule("**/value/kernel", rank=8)))
+    >>> [(rule.pattern, rule.rank, rule.alpha) for rule in spec.rules]
+    [('**/query/kernel', 4, 16.0), ('**/value/kernel', 8, 16.0)]
     """
 
     rank: int = 8
@@ -96,7 +105,7 @@ class LoraSpec:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The targets as rules, in order, each with the spec's settings where it has none."""
+        """The targets as rules, in order. The spec fills in each setting that a rule leaves out."""
 
         def whole(rule: Rule) -> Rule:
             names = ("rank", "alpha", "kind", "scaling")
@@ -116,7 +125,7 @@ def check_rank(rank: int, where: str) -> None:
 
 
 def check_settings(where: str, rank: Any = 1, alpha: Any = 1.0, scaling: Any = SCALINGS[0]) -> None:
-    """Raise `LoraError` for a rank, an alpha or a scaling that no update can have."""
+    """Raise `LoraError` unless an update can have this rank, alpha and scaling."""
     check_rank(rank, where)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise LoraError(f"{where}: alpha must be a finite number, got {alpha!r}")

@@ -1,4 +1,4 @@
-"""`adapt`: the fast path. The user's program is interpreted with (W, a, b) in W's place."""
+"""`adapt`: the fast path. It runs the user's program with (W, a, b) in the place of W."""
 
 from __future__ import annotations
 
@@ -25,36 +25,44 @@ from lora_jax.updates.kind import kind_of
 def adapt(
     layout: Layout, f: Callable[..., Any], *, in_axes: Any = 0, out_axes: Any = 0
 ) -> Callable[..., Any]:
-    """`g(params, adapters, *args, **kwargs)`, equal to `f` on the merged parameters.
+    """Return `g(params, adapters, *args, **kwargs)`, equal to `f` on the merged parameters.
 
     `g(params, adapters, x) == f(merge(layout, params, adapters), x)` in outputs and in gradients
-    (up to rounding), but `a @ b` is never formed, and nothing of W's shape but W itself: where
+    (up to rounding). But `g` never forms `a @ b`, and W is the only array of W's shape: where
     `f` computes `x W`, `g` computes `x W + scale * (x a) b`. Differentiate with respect to
-    `adapters` alone: then no gradient of W exists either.
+    `adapters` alone; then no gradient of W exists either.
 
-    `g` traces `f` to a jaxpr at each call and runs it equation by equation, so it composes with
-    `jit`, `grad`, `vmap`, `scan`, ... like any function; put `jax.jit` around what you build of it.
+    `g` traces `f` to a jaxpr at each call and runs it equation by equation. So it composes with
+    `jit`, `grad`, `vmap`, `scan` and the like, as any function does. Put `jax.jit` around the
+    function that you build from it.
 
-    In the place of `adapters` it also takes `lora_jax.dropout(adapters, key, rate)`, and what
-    `lora_jax.multi.select` gives: one adapter of a stack, by a number that may be traced, or a
-    mixed batch, **each example with its own adapter**. Then `f` is run on each example as a batch
-    of one (a `jax.vmap`), so that for any `f`
-    `g(params, select(stacked, ids), x)[i] == f(merge(layout_i, params, adapters_i), x[i:i+1])[0]`;
-    the products with W have no example axis and stay one product for all.
+    Instead of an adapter tree, `g` also takes `lora_jax.dropout(adapters, key, rate)` and the
+    result of `lora_jax.multi.select`: one adapter of a stack, whose number may be traced, or a
+    mixed batch in which **each example has its own adapter**. For a mixed batch `g` runs `f` on
+    each example as a batch of one (with `jax.vmap`), so that for any `f`
+    `g(params, select(stacked, ids), x)[i] == f(merge(layout_i, params, adapters_i), x[i:i+1])[0]`.
+    The products with W have no example axis and stay one product for the whole batch.
 
     Args:
-      layout: from `lora_jax.resolve` (on `f`, or on a function that uses the same weights alike),
-        `lora_jax.restore` or `lora_jax.multi.stack`.
+      layout: from `lora_jax.resolve`, `lora_jax.restore` or `lora_jax.multi.stack`. It may come
+        from another function than `f`, if that one uses the same weights in the same way.
       f: a pure function whose first argument is the parameter tree.
-      in_axes: mixed batches: the axis of the examples in the arguments after the adapters, as in
-        `jax.vmap`: one for all array arguments (those of rank 0 are shared, but a scalar PRNG key
-        is folded with the example's number), or a tuple with an entry for each, None for shared.
-      out_axes: mixed batches: the axis of the examples in the outputs. A scalar becomes [B].
+      in_axes: for mixed batches, the example axis of the arguments after the adapters, as in
+        `jax.vmap`. One number serves all array arguments; an argument of rank 0 is shared, except
+        that a scalar PRNG key is folded with the example's number. A tuple has one entry for each
+        argument, None for a shared one.
+      out_axes: for mixed batches, the example axis of the outputs. A scalar output becomes [B].
 
-    Raises (when `g` is called):
-      LoraError: the layout does not fit the parameters, the adapters do not fit the layout, an
-        operation that takes an adapted weight has no low-rank rule, an adapter is never read, or
-        in a mixed batch an argument has not as many examples as there are ids.
+    Returns:
+      The function `g`. Its outputs have the shapes and dtypes of `f`'s.
+
+    Raises:
+      LoraError: when `g` is called, if the layout does not fit the parameters, the adapters do not
+        fit the layout, an operation on an adapted weight has no low-rank rule, an adapter is never
+        read, or an argument of a mixed batch does not have as many examples as there are ids.
+
+    Source:
+      Equation 3 of arXiv 2106.09685: `h = W0 x + B A x`.
 
     >>> import jax.numpy as jnp, lora_jax
     >>> f = lambda params, x: jnp.tanh(x @ params["w"])
@@ -106,7 +114,7 @@ def interpret(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`f(params, *args, **kwargs)`, with `weight(evaluator, target, w)` in each target's place."""
+    """Run `f(params, *args, **kwargs)` with `weight(evaluator, target, w)` for each target."""
     layout.check_params(paths.flatten(params))
     traced = jaxprs.trace(f, params, args, kwargs)
     targets = {t.path: t for t in layout.targets}

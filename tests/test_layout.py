@@ -50,8 +50,9 @@ ARROWS = {
     "frozen": {"base", "errors", "paths"},
     "labels": {"errors", "paths", "updates"},
     "flax_partitioning": {"errors", "paths"},
+    "sharding_rules": {"bases", "errors", "paths"},
     "sharding": {"base", "bases", "errors", "flax_partitioning", "layout", "paths", "primitives"}
-    | {"target", "updates"},
+    | {"sharding_rules", "target", "updates"},
     "checkpoint": {"adapters", "base", "errors", "layout", "paths", "updates"},
     "foreign": {"errors"},
     "analysis": {"adapters", "base", "errors", "layout", "multi", "paths", "spec", "target"}

@@ -15,6 +15,18 @@ from lora_jax.errors import LoraError
 B = TypeVar("B", bound=QuantisedMatrix)
 
 
+def names_of(entry: Any) -> tuple[str, ...]:
+    """Return the mesh axes of one entry of a PartitionSpec.
+
+    Args:
+      entry: None, a name, or a tuple of names.
+
+    Returns:
+      The names as a tuple.
+    """
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
 def placed(base: B, spec: PartitionSpec, mesh: Mapping[str, int], path: str) -> B:
     """Return the base with a `PartitionSpec` in the place of each array.
 
@@ -84,7 +96,7 @@ def _check_whole(
     base: QuantisedMatrix, entry: Any, size: int, mesh: Mapping[str, int], path: str
 ) -> None:
     """Raise unless `size` rows, or blocks, are cut into whole ones."""
-    names = (entry,) if isinstance(entry, str) else (entry or ())
+    names = names_of(entry)
     shards = math.prod(mesh[name] for name in names)
     if size % shards:
         fit = [n for n in range(1, size + 1) if size % n == 0]

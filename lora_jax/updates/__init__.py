@@ -1,4 +1,4 @@
-"""What an adapter can be: one file for each kind of update.
+"""The kinds of updates: one file for each.
 
     name   W'                                                arXiv         trained, for W [in, out]
     lora   W + scale * a @ b                                 2106.09685    r (in + out)
@@ -8,13 +8,13 @@
     lokr   W + scale * kron(left, a @ b)                     2212.10650    m l + r (in/m + out/l)
     bias   W + delta                                         2106.10199    all of it
 
-`Rule(pattern, kind=...)` and `LoraSpec(kind=...)` choose one by its name. A kind of your own is a
-class that derives from `Kind`, made known by `register`.
+`Rule(pattern, kind=...)` and `LoraSpec(kind=...)` choose one by its name. To add one of your own,
+derive a class from `Kind` and pass an object of it to `register`.
 
-A kind is what is trained and saved. What runs through a program with W is an `Update`
-(`update.py`): every kind runs as plain factors (`lowrank.py`), with an output gain if it rescales
-W. The others are wrappers of such updates, and `recorder.py`, by which `lora_jax.resolve` finds
-the roles of the axes.
+A kind says which arrays are trained and saved. An `Update` (`update.py`) is the object that runs
+through a program together with W. Every kind runs as plain factors (`lowrank.py`), with an output
+gain if it rescales W. The other updates wrap these; `recorder.py` is the one by which
+`lora_jax.resolve` finds the roles of the axes.
 """
 
 from lora_jax.updates.bias import Bias as Bias

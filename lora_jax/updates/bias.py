@@ -1,4 +1,4 @@
-"""A parameter that is trained by a difference of its own shape, such as a bias."""
+"""An update that is an array of the parameter's own shape, for biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from lora_jax.updates.kind import Kind, TargetInitializer, check_no_parts
 
 
 class Shift(NamedTuple):
-    """The array of a bias target: delta, of the parameter's shape."""
+    """The array of a bias target.
+
+    Attributes:
+      delta: the difference, in the parameter's shape.
+    """
 
     delta: Any
 
@@ -21,8 +25,8 @@ class Shift(NamedTuple):
 class Bias(Kind):
     """A full difference: `W' = W + delta`, for biases (BitFit, arXiv 2106.10199) and small vectors.
 
-    It has no rank, no alpha and no factors: the program is given the sum in W's place. Every axis
-    is an output (or a stack) axis. `delta` begins at zero.
+    It has no rank, no alpha and no factors: the program reads the sum in place of W. Every axis
+    is an output (or a stack) axis. `delta` starts at zero.
 
     >>> target = Target("bias", (3,), (), (), (0,), rank=1, alpha=1.0, kind="bias")
     >>> Bias().merged(target, Shift(jnp.ones(3)), jnp.arange(3.0)).tolist()

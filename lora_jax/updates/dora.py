@@ -15,9 +15,12 @@ from lora_jax.updates.kind import Factors, Kind, TargetInitializer, in_w_order
 
 
 class Directed(NamedTuple):
-    """The arrays of a DoRA target: the factors of the direction, and the length per output.
+    """The arrays of a DoRA target: the factors of the direction, and the length for each output.
 
-    a: [*stack, *inputs, rank];  b: [*stack, rank, *outputs];  magnitude: [*stack, *outputs].
+    Attributes:
+      a: [*stack, *inputs, rank].
+      b: [*stack, rank, *outputs].
+      magnitude: [*stack, *outputs].
     """
 
     a: Any
@@ -29,17 +32,16 @@ class Dora(Kind):
     """Weight-decomposed low-rank adaptation (DoRA, arXiv 2402.09353).
 
         V = W + scale * a @ b        W' = magnitude / ||V|| * V
-
-    The norm is taken over the inputs, one for each output (each column of W [in, out]), and is a
-    constant in the backward pass (section 4.3 of the paper; PEFT does the same). `b` begins at
-    zero and the magnitude at ||W||, so the first W' is W. An output whose V is zero keeps it.
+     The norm is taken over the inputs, one for each output (each column of W [in, out]). It is a
+    constant in the backward pass (section 4.3 of the paper; PEFT does the same). `b` starts at zero
+    and the magnitude at ||W||, so the first W' is W. An output whose V is zero is not rescaled.
 
     `output_gain` is magnitude / ||V|| by the factored formula, which never forms a @ b:
 
         ||V_j||^2 = ||W_j||^2 + 2 scale sum_k b_kj (W^T a)_jk + scale^2 sum_kl b_kj (a^T a)_kl b_lj
 
-    It costs one product of W with `a`, as much as `rank` tokens of the base's forward pass,
-    whatever the batch. Sums are in float32. The slices of a stack are taken one by one, so a
+    It costs one product of W with `a`, as much as `rank` tokens of the base's forward pass, for a
+    batch of any size. Sums are in float32. The slices of a stack are handled one by one, so a
     quantised or bfloat16 stack is never widened as a whole.
 
     >>> target = Target("w", (3, 2), (), (0,), (1,), 1, 1.0, kind="dora")
@@ -102,13 +104,13 @@ def _ratio(magnitude: Any, norms: Any) -> Any:
 
 
 def _squared_norms(target: Target, w: Any, a: Any, b: Any, scale: Any) -> Any:
-    """`||W + scale * a @ b||^2` over the inputs, [*stack, *outputs], one slice after the other."""
+    """Return `||W + scale * a @ b||^2` over the inputs, [*stack, *outputs], slice by slice."""
     n = len(target.stack)
     if not n:
         return _of_slice(target, dense(w), a, b, scale)
     stack = target.sizes(target.stack)
     if isinstance(w, Base) and target.stack != tuple(range(n)):
-        w = dense(w)  # a base is sliced along its leading axes alone
+        w = dense(w)  # a base can be sliced only along its leading axes
     if not isinstance(w, Base):
         w = jnp.moveaxis(jnp.asarray(w), target.stack, range(n))
 
@@ -124,11 +126,11 @@ def _squared_norms(target: Target, w: Any, a: Any, b: Any, scale: Any) -> Any:
 
 
 def _of_slice(target: Target, w: Any, a: Any, b: Any, scale: Any) -> Any:
-    """The same for one slice of the stack, [*outputs]."""
+    """Return the same for one slice of the stack, [*outputs]."""
     wide = wide_dtype(w.dtype)
     w, a, b, scale = (jnp.asarray(x, wide) for x in (w, a, b, scale))
     axes = tuple(i for i in range(len(target.shape)) if i not in target.stack)
-    rank, other = len(target.shape), len(target.shape) + 1  # labels that no axis of W has
+    rank, other = len(target.shape), len(target.shape) + 1  # labels that are not axes of W
     inputs, outputs = target.inputs, target.outputs
 
     def einsum(*operands: Any) -> Any:

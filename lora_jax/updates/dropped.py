@@ -1,4 +1,4 @@
-"""Adapter dropout: an update that sees x with some of its numbers set to zero."""
+"""Adapter dropout: an update that sees x with some of its elements set to zero."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from lora_jax.updates.update import Operation, Update
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropped(Update):
-    """An update of which each product takes `x * mask / (1 - rate)`, and the base x itself.
+    """An update whose products take `x * mask / (1 - rate)`, while the base takes x itself.
 
-    keys: uint32 [*stack, words], the data of one PRNG key for each slice of W's stack, so that
-      whatever a program slices, it slices the keys too. A mask is drawn from the key of the slice
-      and the number of the use in the program (`Operation.use`).
+    inner: the update.
+    keys: uint32 [*stack, words], the data of one PRNG key for each slice of W's stack. So a program
+      that slices W slices the keys as well. A mask is drawn from the key of the slice and the
+      number of the use in the program (`Operation.use`).
+    rate: the probability of a zero.
     impl: the implementation of the keys.
     """
 
@@ -35,7 +37,7 @@ class Dropped(Update):
     def start(
         inner: Update, path: str, key: Any, rate: float, stack: Names, sizes: tuple[int, ...]
     ) -> Dropped:
-        """The update of the weight at `path`, whose stack has these names and sizes."""
+        """Return the update of the weight at `path`; its stack axes have these names and sizes."""
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         data = jax.random.key_data(jax.random.split(own, sizes) if sizes else own)
         return Dropped(inner, Named(data, (*stack, TALLY)), rate, jax.random.key_impl(key))
@@ -52,7 +54,7 @@ class Dropped(Update):
         return self.inner.product(dataclasses.replace(p, drop=lambda x: self._drop(x, p.use)))
 
     def _drop(self, x: Named, use: int) -> Named:
-        """Return x with a mask for each slice of the stack that it has itself."""
+        """Return x with one mask for each slice of the stack that x itself has."""
         names = self.keys.names[:-1]
         stack = tuple(n for n in names if n in x.names)
         first = tuple(slice(None) if n in stack else 0 for n in names)  # one x for all slices

@@ -20,8 +20,8 @@ from lora_jax.updates.update import Update
 class Gated(LowRank):
     """All experts of a mixture as one update, weighted for each token by a router.
 
-    The router's columns are the last ones of `a`, so whatever a program does to `a` it does to
-    the router. Such an update depends on x, and is good for products with all of x's inputs alone.
+    The router's columns are the last columns of `a`, so a program applies to them all that it
+    applies to `a`. Such an update depends on x, so it needs products with all of x's inputs.
     """
 
     gate: Gate | None = None
@@ -34,7 +34,7 @@ class Gated(LowRank):
         return dataclasses.replace(moved, gate=dataclasses.replace(self.gate, probe=probe))
 
     def middle(self, h: Named) -> Named:
-        """`x a` for all experts, each weighted by the gate that the router's columns give it."""
+        """Return `x a` for all experts, each weighted by its gate from the router's columns."""
         assert self.gate is not None
         gate = self.gate
         h = h.moved((*without(h.names, (RANK,)), RANK))
@@ -54,7 +54,7 @@ class Gated(LowRank):
 
 
 def _counted(weights: Named, gate: Gate) -> Any:
-    """The gates again, counted slice by slice of the stack that the probe still has."""
+    """Return the gates unchanged and count them for each slice of the probe's stack."""
     front = weights.to_front(tuple(n for n in gate.probe.names if n in weights.names[:-1]))
     stack = front.array.shape[: len(gate.probe.names) - 2]
     rows = front.array.reshape(*stack, -1, gate.n)

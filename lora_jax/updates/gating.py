@@ -1,6 +1,6 @@
-"""What a router does with its logits: weights that sum to 1, over all experts or the best few.
+"""Gates from a router's logits: weights that sum to 1, over all experts or the best few.
 
-Arrays only; `lora_jax.moe.router` says what the weights are for.
+This module only knows arrays; `lora_jax.moe.router` says what the weights are for.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from jax import lax
 
 
 def gates(logits: Any, top: int | None = None) -> Any:
-    """`softmax(logits)` along the last axis; with `top`, over the `top` largest alone, others 0.
+    """Return `softmax(logits)` along the last axis; with `top`, over the `top` largest logits only.
 
-    That is the softmax over all, with what is not chosen left out and the rest divided by its sum.
+    The other entries are then 0, and the chosen ones are divided by their sum.
 
     Args:
-      logits: [..., n]. The work is done in float32, and the gates are float32.
-      top: how many experts each row gets, from 1 to n; None: all of them.
+      logits: [..., n], any float dtype. The work is done in float32.
+      top: the number of experts for each row, from 1 to n. None: all of them.
+
+    Returns:
+      [..., n] in float32; each row sums to 1.
 
     >>> gates(jnp.array([0.0, 0.0, -100.0])).tolist()
     [0.5, 0.5, 0.0]
@@ -35,24 +38,24 @@ def gates(logits: Any, top: int | None = None) -> Any:
 
 
 def tally(gates: Any, top: int | None) -> Any:
-    """[..., rows, n] -> [..., 2, n]: the sums over rows of the choices / top, and of the gates."""
+    """Map [..., rows, n] to [..., 2, n]: sums over rows of the choices / top, and of the gates."""
     chosen = _chosen(gates, top or 1).astype(gates.dtype) / (top or 1)
     return jnp.stack([chosen.sum(-2), gates.sum(-2)], axis=-2)
 
 
 def _chosen(values: Any, top: int) -> Any:
-    """Whether each entry is among the `top` largest of its row; of equals, the first."""
+    """Return whether each entry is among the `top` largest of its row; ties go to the first."""
     _, best = lax.top_k(lax.stop_gradient(values), top)
     return jax.nn.one_hot(best, values.shape[-1], dtype=jnp.bool_).any(-2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def counted(gates: Any, probe: Any, top: int | None) -> Any:
-    """`gates` [..., rows, n] as they are; the "gradient" of `probe` [..., 2, n] is their `tally`.
+    """Return `gates` [..., rows, n] unchanged; the "gradient" of `probe` [..., 2, n] is the `tally`.
 
-    Nothing can be handed out of a `scan` or a `checkpoint` that was not written to hand it out,
-    except a cotangent: it is summed over all the places that read the probe, and a scan that
-    slices the probe stacks it.
+    A `scan` or `checkpoint` returns only the values that it was written to return, but cotangents
+    always come back. The cotangent of the probe is summed over all places that read the probe, and
+    a scan that slices the probe stacks it.
     """
     del probe, top
     return gates
@@ -75,9 +78,11 @@ counted.defvjp(_counted_forward, _counted_backward)
 class Gate:
     """A router per token in an adapted weight: the last `n` columns of its `a` give the logits.
 
-    So x is multiplied with the factors of all experts and with the router in one product, and
-    whatever a program does to `a` on its way it does to the router.
+    So one product multiplies x with the factors of all experts and with the router, and a program
+    applies to the router all that it applies to `a`.
 
+    n: the number of experts.
+    top: the number of experts for each token; None: all of them.
     probe: None, or a `Named` array of zeros to count with (see `counted`).
     """
 

@@ -1,7 +1,7 @@
-"""Random first values of the factor `a`. `b` begins at zero, so the first output is the base's.
+"""Random first values of the factor `a`. `b` is zero, so the first output is the base's.
 
-All have columns of about the same length whatever the width of the input: what differs is the
-distribution. What begins at something of W or of its inputs is in `lora_jax.beginnings`.
+In all of them the columns have about the same length at any input width; only the distribution
+differs. First values that depend on W or on its inputs are in `lora_jax.beginnings`.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ ELSEWHERE = {
 
 
 def gaussian(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
-    """N(0, 1/fan_in), fan_in being the product of the target's input axes."""
+    """Draw from N(0, 1/fan_in), where fan_in is the product of the target's input axes."""
     return jax.random.normal(key, target.a_shape, dtype) / math.sqrt(target.fan_in)
 
 
 def uniform(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
-    """U(-s, s) with s = 1/sqrt(fan_in): loralib's and PEFT's kaiming_uniform_(a=sqrt(5)).
+    """Draw from U(-s, s) with s = 1/sqrt(fan_in): kaiming_uniform_(a=sqrt(5)) of loralib and PEFT.
 
-    A third of the variance of N(0, 1/fan_in).
+    Its variance is a third of that of N(0, 1/fan_in).
     """
     bound = 1 / math.sqrt(target.fan_in)
     return jax.random.uniform(key, target.a_shape, dtype, -bound, bound)
 
 
 def orthogonal(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
-    """Orthonormal columns: as long as those of N(0, 1/fan_in) on average, and at right angles.
+    """Draw orthonormal columns: at right angles, and on average as long as with N(0, 1/fan_in).
 
     Each slice of a stacked parameter has its own. (PEFT's "orthogonal" is another method: it
-    draws `a` and `b` from one orthogonal matrix, so that `b` is not zero and `a b` still is.)
+    draws `a` and `b` from one orthogonal matrix, so that `b` is not zero but `a b` is.)
     """
     stack = math.prod(target.sizes(target.stack))
     flat = jax.nn.initializers.orthogonal()
@@ -59,10 +59,10 @@ INITIALIZERS: dict[str, TargetInitializer] = {
 
 
 def initializer(method: str | TargetInitializer) -> TargetInitializer:
-    """Return the function that draws `a`: a method by its name, or a function as it is.
+    """Return the function that draws `a`, for a method given by name or as a function.
 
     Raises:
-      LoraError: a name that is not one of `INITIALIZERS`.
+      LoraError: a name that is not in `INITIALIZERS`.
     """
     if not isinstance(method, str):
         return method

@@ -1,4 +1,4 @@
-"""The protocol of a kind of update: its arrays, how they begin, and the update that they mean."""
+"""The protocol of a kind of update: its arrays, their first values, and the update they mean."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ TargetInitializer = Callable[[jax.Array, Target, Any], jax.Array]
 
 
 class Factors(NamedTuple):
-    """The two factors of one update `scale * a @ b`.
+    """The two factors of one update `scale * a @ b`, with the axes of the target.
 
-    a: [*stack, *inputs, rank], the paper's A transposed (it maps the input down);
-    b: [*stack, rank, *outputs], the paper's B transposed (it maps up to the output).
-    The axes are those of the target in the layout.
+    Attributes:
+      a: [*stack, *inputs, rank], the paper's A transposed: it maps the input down.
+      b: [*stack, rank, *outputs], the paper's B transposed: it maps up to the output.
     """
 
     a: Any
@@ -29,16 +29,16 @@ class Factors(NamedTuple):
 
 
 class Kind(abc.ABC):
-    """A kind of update, without any state: one object of it stands for the kind.
+    """A kind of update. It has no state: one object stands for the kind.
 
-    A new kind is one class in one file, and `register(MyKind())`. Nothing else has to know it:
+    A new kind is one class in one file, and `register(MyKind())`. No other code has to know it:
     `lora_jax.adapt` runs `factors` and `output_gain`, `lora_jax.merge` runs `merged`, and a test
-    holds the one against the other. In the adapter tree a target has one NamedTuple of arrays, of
-    the type `fields`; below it is called `parameters`.
+    compares the two. In the adapter tree a target has one NamedTuple of arrays, of the type
+    `fields`; the methods call it `parameters`.
 
     Attributes:
-      name: what `Target.kind` and `Rule.kind` say.
-      fields: the NamedTuple of arrays of one target.
+      name: the name that `Target.kind` and `Rule.kind` give.
+      fields: the NamedTuple type for the arrays of one target.
     """
 
     name: ClassVar[str]
@@ -46,13 +46,27 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def axes(self, target: Target) -> Any:
-        """Return `fields` of tuples: the axis of W that each axis of an array runs along.
+        """Return the axis of W that each axis of each array corresponds to.
 
-        None stands for an axis that W does not have, such as the rank. Sharding follows W by it.
+        Sharding uses it to place the arrays like W.
+
+        Args:
+          target: from the layout.
+
+        Returns:
+          `fields` of tuples with an axis of W, or None for an axis that W does not have, such as
+          the rank.
         """
 
     def shapes(self, target: Target) -> Any:
-        """Return `fields` of shapes. By default an axis that W does not have is the rank."""
+        """Return the shape of each array. By default, an axis that W does not have is the rank.
+
+        Args:
+          target: from the layout.
+
+        Returns:
+          `fields` of shapes.
+        """
 
         def sizes(axes: tuple[int | None, ...]) -> tuple[int, ...]:
             return tuple(target.rank if i is None else target.shape[i] for i in axes)
@@ -68,23 +82,37 @@ class Kind(abc.ABC):
         a_init: TargetInitializer,
         w: Any = None,
     ) -> Any:
-        """Return `fields` of arrays whose update is exactly zero.
+        """Return arrays whose update is exactly zero.
 
         Args:
-          key: a PRNG key of this target alone.
+          key: a PRNG key for this target alone.
           target: from the layout.
           dtype: of the arrays.
           a_init: `a_init(key, target, dtype)` draws an array of `target.a_shape`.
-          w: W itself, an array or a `Base`; None where the caller gave no parameters.
+          w: W itself, an array or a `Base`; None if the caller gave no parameters.
+
+        Returns:
+          `fields` of arrays.
+
+        Raises:
+          LoraError: the first values depend on W, and `w` is None.
         """
 
     def begin_with(self, target: Target, factors: Factors, w: Any) -> Any:
-        """Return `fields` of arrays whose update is W + scale * a @ b with the given factors.
+        """Return arrays whose update gives `W + scale * a @ b` with the given factors.
 
-        For methods that begin with some of W in the factors, `w` being the rest of W.
+        For methods that move a part of W into the factors; `w` is the rest.
+
+        Args:
+          target: from the layout.
+          factors: a [*stack, *inputs, rank] and b [*stack, rank, *outputs].
+          w: the rest of W, an array or a `Base`.
+
+        Returns:
+          `fields` of arrays.
 
         Raises:
-          LoraError: arrays of this kind cannot say that. It is the default.
+          LoraError: arrays of this kind cannot express that. This is the default.
         """
         parts = " with parts" if target.parts else ""
         raise LoraError(
@@ -94,37 +122,55 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def factors(self, target: Target, parameters: Any) -> Factors | None:
-        """Return the exact factors of the update: it is `scale(target) * a @ b`.
+        """Return the exact factors of the update, which is `scale(target) * a @ b`.
 
-        Their rank may be another than `target.rank`. They must not depend on W. None: the update
-        has no low rank, and the program is given `merged` in W's place.
+        Their rank may differ from `target.rank`. They must not depend on W.
+
+        Args:
+          target: from the layout.
+          parameters: the arrays of the target.
+
+        Returns:
+          a [*stack, *inputs, k] and b [*stack, k, *outputs]. None if the update has no low rank;
+          the program then reads `merged` in place of W.
         """
 
     def scale(self, target: Target) -> float:
-        """The number that the product of the factors is multiplied with."""
+        """Return the number that multiplies the product of the factors.
+
+        Args:
+          target: from the layout.
+        """
         return target.scale
 
     @property
     def rescales(self) -> bool:
-        """Whether it has an output gain, so that the update depends on W."""
+        """Whether the kind has an output gain, so that its update depends on W."""
         return type(self).output_gain is not Kind.output_gain
 
     def output_gain(self, target: Target, parameters: Any, w: Any, scale: Any = None) -> Any:
-        """Return what `W + scale * a @ b` is multiplied with for each output, or None for 1.
+        """Return the factor of each output of `W + scale * a @ b`, or None for 1.
 
         Args:
+          target: from the layout.
+          parameters: the arrays of the target.
           w: W, an array or a `Base`.
-          scale: None for that of the target; or another one, which may be traced.
+          scale: the scale to use, which may be traced; None for the target's own.
 
         Returns:
-          [*stack, *outputs] in float32 (float64 for such a W).
+          [*stack, *outputs] in float32 (float64 if W is).
         """
         return None
 
     def merged(self, target: Target, parameters: Any, w: Any) -> Any:
-        """Return W with its update, in W's dtype: the definition that the fast path is held to.
+        """Return W with its update, in W's dtype: the definition that the fast path must equal.
 
-        The sum is formed in float32, or in a wider dtype of W, and rounded once.
+        The sum is formed in float32, or in W's dtype if it is wider, and rounded once.
+
+        Args:
+          target: from the layout.
+          parameters: the arrays of the target.
+          w: W, an array or a `Base`.
         """
         w = jnp.asarray(dense(w))
         wide = wide_dtype(w.dtype)
@@ -132,13 +178,18 @@ class Kind(abc.ABC):
 
     def delta(self, target: Target, parameters: Any, dtype: Any = jnp.float32) -> Any:
         """Return `scale * a @ b` with its axes in W's order.
+         `a` [*stack, *inputs, rank] and `b` [*stack, rank, *outputs] are contracted over the rank,
+        for each slice of the stack. Then the axes [*stack, *inputs, *outputs] are put into W's
+        order.
 
-        `a` [*stack, *inputs, rank] and `b` [*stack, rank, *outputs] are contracted over the rank,
-        stack axis by stack axis, and the axes [*stack, *inputs, *outputs] go back to W's order.
+        Args:
+          target: from the layout.
+          parameters: the arrays of the target.
+          dtype: of the result.
         """
         factors = self.factors(target, parameters)
         assert factors is not None  # a kind without factors defines `merged`
-        rank_axis = len(target.shape)  # a label that no axis of W has
+        rank_axis = len(target.shape)  # a label that is not an axis of W
         return self.scale(target) * jnp.einsum(
             jnp.asarray(factors.a, dtype),
             (*target.stack, *target.inputs, rank_axis),
@@ -149,12 +200,21 @@ class Kind(abc.ABC):
         )
 
     def check(self, target: Target) -> None:
-        """Raise `LoraError` for a rank or for axes that this kind cannot have."""
+        """Raise `LoraError` if the target has a rank or axes that this kind does not allow.
+
+        Args:
+          target: from the layout.
+        """
         check_no_parts(self, target)
         check_rank_limit(target, min(target.fan_in, target.fan_out), "min(in, out)")
 
     def check_parameters(self, target: Target, parameters: Any) -> None:
-        """Raise `LoraError` unless `parameters` are `fields` of arrays in the target's shapes."""
+        """Raise `LoraError` unless `parameters` are `fields` of arrays in the target's shapes.
+
+        Args:
+          target: from the layout.
+          parameters: the arrays of the target.
+        """
         names = self.fields._fields
         if not isinstance(parameters, self.fields):
             raise LoraError(
@@ -177,15 +237,22 @@ _KINDS: dict[str, Kind] = {}
 
 
 def register(kind: Kind) -> None:
-    """Make a kind known by its name. One that has the same name is replaced."""
+    """Make a kind known by its name. It replaces a kind of the same name.
+
+    Args:
+      kind: an object of the kind's class.
+    """
     _KINDS[kind.name] = kind
 
 
 def kind_of(target: Target) -> Kind:
     """Return the kind of a target.
 
+    Args:
+      target: from the layout.
+
     Raises:
-      LoraError: nobody has registered it.
+      LoraError: a kind that is not registered.
     """
     if target.kind not in _KINDS:
         raise LoraError(
@@ -197,12 +264,12 @@ def kind_of(target: Target) -> Kind:
 
 
 def is_parameters(x: Any) -> bool:
-    """Whether `x` is what some known kind has for one target: a NamedTuple of its arrays."""
+    """Return whether `x` is a NamedTuple of arrays of some registered kind."""
     return isinstance(x, tuple(kind.fields for kind in _KINDS.values()))
 
 
 def check_rank_limit(target: Target, limit: int, meaning: str) -> None:
-    """Raise `LoraError` for a rank above the largest that makes sense."""
+    """Raise `LoraError` for a rank above the largest useful one."""
     if target.rank > limit:
         sizes = f" = min({target.fan_in}, {target.fan_out})" if meaning == "min(in, out)" else ""
         raise LoraError(
@@ -220,13 +287,13 @@ def check_no_parts(kind: Kind, target: Target) -> None:
 
 
 def in_w_order(target: Target, values: Any) -> Any:
-    """Return [*stack, *outputs] values with their axes in W's order, size 1 along the inputs."""
+    """Return [*stack, *outputs] values with axes in W's order, and size 1 along the inputs."""
     axes = (*target.stack, *target.outputs)
     ordered = jnp.transpose(values, [axes.index(i) for i in sorted(axes)])
     return jnp.expand_dims(ordered, sorted(target.inputs))
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any, fan_in: int) -> jax.Array:
-    """U(-s, s) with s = 1/sqrt(fan_in): torch's `kaiming_uniform_(a=sqrt(5))`, PEFT's usual one."""
+    """Draw from U(-s, s) with s = 1/sqrt(fan_in), PEFT's usual `kaiming_uniform_(a=sqrt(5))`."""
     bound = fan_in**-0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -14,8 +14,11 @@ from lora_jax.updates.kind import Factors, Kind, TargetInitializer, uniform
 class HadamardFactors(NamedTuple):
     """The arrays of a LoHa target: two pairs of factors.
 
-    a1, a2: [*stack, *inputs, rank];  b1, b2: [*stack, rank, *outputs].
     PEFT's `hada_w1_a`, `hada_w1_b` are b1 and a1 transposed, `hada_w2_a`, `hada_w2_b` b2 and a2.
+
+    Attributes:
+      a1, a2: [*stack, *inputs, rank].
+      b1, b2: [*stack, rank, *outputs].
     """
 
     a1: Any
@@ -34,8 +37,8 @@ class Loha(Kind):
 
         a[i, (k, l)] = a1[i, k] a2[i, l]        b[(k, l), j] = b1[k, j] b2[l, j]
 
-    of rank rank^2, and the matrix of W's size that other libraries form is never formed. As in
-    PEFT `a2` begins at zero and the others are uniform; `a1` is as `a_init` draws it.
+    of rank rank^2. So the matrix of W's size that other libraries form is never formed. As in PEFT,
+    `a2` starts at zero and the others are uniform; `a1` is drawn by `a_init`.
 
     >>> target = Target("w", (5, 4), (), (0,), (1,), rank=2, alpha=2.0, kind="loha")
     >>> loha = Loha()

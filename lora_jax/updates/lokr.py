@@ -21,8 +21,12 @@ from lora_jax.updates.kind import (
 class KroneckerFactors(NamedTuple):
     """The arrays of a LoKr target, for in = m * n and out = l * k.
 
-    left: [*stack, m, l];  a: [*stack, n, rank];  b: [*stack, rank, k].
     PEFT's `lokr_w1` is `left` transposed, `lokr_w2_a` is b and `lokr_w2_b` is a transposed.
+
+    Attributes:
+      left: [*stack, m, l].
+      a: [*stack, n, rank].
+      b: [*stack, rank, k].
     """
 
     left: Any
@@ -35,7 +39,7 @@ class Lokr(Kind):
 
         W' = W + scale * kron(left, a @ b)      left [m, l], a [n, rank], b [rank, k]
 
-    W is read as the matrix [in, out], its input axes flattened in the target's order, and its
+    W is read as the matrix [in, out], with its input axes flattened in the target's order, and its
     output axes too. `in` is split into m * n and `out` into l * k, where m <= n and l <= k are as
     close as the divisors allow (`split`, PEFT's `factorization` with `decompose_factor=-1`).
     Input number i stands for the pair (i // n, i % n), output number j for (j // k, j % k), and
@@ -46,7 +50,7 @@ class Lokr(Kind):
 
         A[(m, n), (m', r)] = (m == m') a[n, r]      B[(m', r), (l, k)] = left[m', l] b[r, k]
 
-    (or, by the other way round, of rank l * rank where l < m). As in PEFT `left` begins at zero,
+    (If l < m, the roles are swapped and the rank is l * rank.) As in PEFT, `left` starts at zero,
     `a` and `b` uniform. A rank above min(n, k) adds nothing and is refused.
 
     >>> target = Target("w", (6, 8), (), (0,), (1,), rank=1, alpha=1.0, kind="lokr")
@@ -62,7 +66,7 @@ class Lokr(Kind):
     fields = KroneckerFactors
 
     def axes(self, target: Target) -> KroneckerFactors:
-        # Pieces of flattened axes are no axes of W; they are small and not sharded.
+        # A piece of a flattened axis is not an axis of W. These arrays are small: not sharded.
         own = (*target.stack, None, None)
         return KroneckerFactors(own, own, own)
 
@@ -103,7 +107,7 @@ class Lokr(Kind):
 
 
 def _kron(x: Any, y: Any) -> Any:
-    """The Kronecker product of the last two axes, for each slice of the stack."""
+    """Return the Kronecker product of the last two axes, for each slice of the stack."""
     product = x[..., :, None, :, None] * y[..., None, :, None, :]
     rows, columns = x.shape[-2] * y.shape[-2], x.shape[-1] * y.shape[-1]
     return product.reshape(*x.shape[:-2], rows, columns)

@@ -1,4 +1,4 @@
-"""LoRA: `W + scale * a @ b`, of the whole weight or of parts of a fused one."""
+"""LoRA: `W + scale * a @ b`, for the whole weight or for parts of a fused one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lora_jax.updates.kind import Factors, Kind, TargetInitializer, check_rank_l
 class Lora(Kind):
     """Low-rank adaptation (arXiv 2106.09685): `W' = W + scale * a @ b`.
 
-        a  [*stack, *inputs, rank]     as `a_init` draws it
+        a  [*stack, *inputs, rank]     drawn by `a_init`
         b  [*stack, rank, *outputs]    zero at the start
 
     **Parts.** A fused kernel [in, 3 d] computes q, k and v by one product. With the parts
-    ((0, d), (2 d, d)) of its output axis q and v have an update of their own and k has none, as
-    Microsoft's loralib does with `MergedLinear(enable_lora=[True, False, True])`. For P parts
+    ((0, d), (2 d, d)) of its output axis, q and v have an update of their own and k has none, as
+    with `MergedLinear(enable_lora=[True, False, True])` of Microsoft's loralib. For P parts
 
         a  [*stack, *inputs, P, rank]
-        b  [*stack, rank, *outputs]    the output axis holds the parts alone, one after the other
+        b  [*stack, rank, *outputs]    the output axis holds only the parts, one after the other
 
     and `factors` puts each part of `b` into rows of its own: rank P * rank, zero elsewhere.
 
@@ -45,7 +45,7 @@ class Lora(Kind):
 
     def axes(self, target: Target) -> Factors:
         parts: tuple[None, ...] = (None,) if target.parts else ()
-        # An axis that holds the parts alone is not W's any more: it is not sharded as W's is.
+        # An axis that holds only the parts is not an axis of W, so it is not sharded like one.
         outputs = [None if target.parts and i == _part_axis(target) else i for i in target.outputs]
         return Factors(
             (*target.stack, *target.inputs, *parts, None), (*target.stack, None, *outputs)
@@ -102,12 +102,12 @@ class Lora(Kind):
 
 
 def _part_axis(target: Target) -> int:
-    """The axis of W that the parts are slices of."""
+    """Return the axis of W that the parts slice."""
     return target.outputs[target.part_axis]
 
 
 def _part_position(target: Target) -> int:
-    """The axis of `b` that the parts are slices of."""
+    """Return the axis of `b` that the parts slice."""
     return len(target.stack) + 1 + target.part_axis % len(target.outputs)
 
 

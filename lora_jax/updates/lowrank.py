@@ -1,12 +1,12 @@
-"""The low-rank update `scale * a @ b`, and its product, the hot spot, in the form fast in time.
+"""The low-rank update `scale * a @ b`, and its product: the hot spot of the library.
 
-Two things make it fast, and neither is in the FLOPs:
+Two things make it fast, and FLOPs show neither:
 
-- Rows are flattened before the product. With activations left as [batch, length, in], the
-  gradient of `a` contracts two axes at once, for which XLA (on CPU) transposes and copies its
-  operands inside one fusion and recomputes what produced them; as plain matrices each product
-  keeps its own kernel. Plain autodiff then does as well as a custom VJP, and forward mode and
-  higher derivatives stay possible.
+- Rows are flattened before the product. With activations as [batch, length, in], the gradient of
+  `a` contracts two axes at once. XLA on CPU then transposes and copies its operands inside one
+  fusion, and recomputes the values that they come from. As plain matrices, each product keeps its
+  own kernel. Plain autodiff is then as fast as a custom VJP, and forward mode and higher
+  derivatives stay possible.
 - It is one nested `jit`, so that JAX traces and differentiates it once for all weights of a
   shape; XLA inlines it.
 """
@@ -34,8 +34,8 @@ class LowRank(Update):
 
     a: axes of W with the roles stack and input, and RANK.
     b: axes of W with the roles stack and output, and RANK.
-    gain: None, or what else each rank is multiplied with where that is data: axes RANK or stack,
-      or none at all.
+    scale: a static number.
+    gain: None, or an array that multiplies each rank: with axes RANK or stack, or with none.
     """
 
     a: Named
@@ -53,7 +53,7 @@ class LowRank(Update):
         return "stack" if in_a and in_b else "input" if in_a else "output" if in_b else None
 
     def middle(self, h: Named) -> Named:
-        """What the product `x a`, `h`, is multiplied with before `b`; h has the gain's axes."""
+        """Return `h`, the product `x a`, times the scale and the gain. `h` has the gain's axes."""
         array = h.array * self.scale
         if self.gain is not None:
             array = array * self.gain.astype(array.dtype).among(h.names)
@@ -79,10 +79,9 @@ class LowRank(Update):
         return None
 
     def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
-        """Each part's factors, zero beyond its place.
-
-        Where one factor has the axis, the ranks are put together. Where both have it, or none,
-        no two parts meet, and one rank serves them all.
+        """Return the parts' factors, each padded with zeros outside its place.
+         If one factor has the axis, the ranks are concatenated. If both or neither have it, no two
+        parts overlap, and one rank serves all of them.
         """
         roles = {p.update.role(name) for p in parts}
         apart = len(roles) == 1 and bool(roles & {"input", "output"})
@@ -114,7 +113,7 @@ class LowRank(Update):
 
 
 def _put_together(factors: Sequence[Named], apart: bool) -> Named | None:
-    """One factor of several with the same axes: their ranks side by side, or their sum."""
+    """Return one factor for several with the same axes: ranks concatenated, or the sum."""
     names = factors[0].names
     if any({*n.names} != {*names} for n in factors):
         return None
@@ -123,14 +122,14 @@ def _put_together(factors: Sequence[Named], apart: bool) -> Named | None:
 
 
 def add(base: Any, x: Named, update: LowRank, out: Names, precision: Any) -> Any:
-    """`base + scale * x a b`, never forming `a b`.
+    """Return `base + scale * x a b` without forming `a b`.
 
     Args:
-      base: the product with W itself, its axes named `out`.
-      x: the operand; it shares names with the axes of W that it is multiplied along.
-      update: its factors are cast to x's dtype.
+      base: the product with W itself, whose axes are named `out`.
+      x: the operand. It shares names with the axes of W that it is multiplied along.
+      update: the update; its factors are cast to x's dtype.
       out: names of the result's axes. A name of x or of the factors that is not in `out` is
-        summed over; a name in none of them is an axis along which the update is constant.
+        summed over. A name that only `out` has is an axis along which the update is constant.
       precision: of both products, as in `jax.lax.dot_general`.
     """
     names = dict.fromkeys((*x.names, *update.a.names, *update.b.names, *out))
@@ -154,9 +153,9 @@ def _add(base: Any, x: Named, update: Any, *, out: Names, precision: Any) -> Any
 
 
 def _ordered(x: Named, a: Named, b: Named, out: Names) -> tuple[Named, Named]:
-    """The factor that more of the contraction runs over comes first.
+    """Return the two factors, first the one that more of the contraction runs over.
 
-    That is `a`, but for products with the transpose (a tied embedding, `W.T @ x`): there `b`.
+    That is `a`, except for products with the transpose (a tied embedding, `W.T @ x`).
     """
 
     def contracted(factor: Named) -> int:
@@ -166,7 +165,7 @@ def _ordered(x: Named, a: Named, b: Named, out: Names) -> tuple[Named, Named]:
 
 
 def is_matrix_product(x: Named, first: Named, second: Named, out: Names) -> bool:
-    """Whether x contracts all of the first factor and none of the second, stack by stack."""
+    """Return whether x contracts all of the first factor and none of the second, slice by slice."""
     shared = {n for n in first.names if n in second.names and n != RANK}
     contracted = {n for n in x.names if n not in out}
     return (
@@ -182,7 +181,7 @@ Middle = Callable[[Named], Named]
 def _matrix_form(
     x: Named, first: Named, second: Named, out: Names, middle: Middle, precision: Any
 ) -> Named:
-    """With x as [*stack, rows, in], the factors as [*stack, in, rank] and [*stack, rank, out]."""
+    """Compute x as [*stack, rows, in] times [*stack, in, rank] times [*stack, rank, out]."""
     stack = tuple(n for n in first.names if n in second.names and n != RANK)
     inputs = tuple(n for n in x.names if n not in out)
     rows = tuple(n for n in x.names if n not in (*stack, *inputs))
@@ -198,7 +197,7 @@ def _matrix_form(
 def _einsum_form(
     x: Named, first: Named, second: Named, out: Names, middle: Middle, precision: Any
 ) -> Named:
-    """Whatever else a program may do: contract over inputs and outputs, keep an input axis, ..."""
+    """Compute any other product: over inputs and outputs, with an input axis kept, and so on."""
     later = {*second.names, *out}
     kept = tuple(n for n in dict.fromkeys((*x.names, *first.names)) if n in later)
     h = middle(Named(einsum(x, first, kept, precision), kept))

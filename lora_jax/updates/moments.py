@@ -1,4 +1,4 @@
-"""An update that changes nothing and sums up the inputs of a weight: their second moment x^T x."""
+"""An update that changes nothing and sums the second moment x^T x of the inputs of a weight."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lora_jax.updates.update import Update
 class Moments(LowRank):
     """A low-rank update whose `a` is the identity of the inputs, and whose `b` is zero.
 
-    So `x a`, which every rule hands to `middle`, is x itself as the weight sees it: rows
-    [rows, in], the patches of a convolution, the rows of an expert. The sum of x^T x is handed
-    out as the gradient of `probe`, [*stack, in, in], see `lora_jax.updates.gating.counted`.
+    So `x a`, which every rule passes to `middle`, is x itself as the weight sees it: rows
+    [rows, in], the patches of a convolution, the rows of an expert. The sum of x^T x comes back as
+    the gradient of `probe`, [*stack, in, in]; see `lora_jax.updates.gating.counted`.
     """
 
     probe: Named | None = None
@@ -37,7 +37,7 @@ class Moments(LowRank):
         assert self.probe is not None
         *names, _, _ = self.probe.names
         stack = tuple(n for n in names if n in h.names)
-        # where rows of all slices come together, as in a ragged product, each slice gets their sum
+        # A ragged product mixes the rows of all slices; then each slice gets the whole sum.
         probe = self.probe.array.sum(tuple(i for i, n in enumerate(names) if n not in stack))
         front = h.to_front(stack).moved((*stack, *without(h.names, (*stack, RANK)), RANK))
         rows = front.array.reshape(*map(front.size, stack), -1, front.size(RANK))
@@ -52,12 +52,12 @@ class Moments(LowRank):
 
 
 def moments(shape: tuple[int, ...], probe: Any, stack: Names, inputs: Names, outputs: Names) -> Any:
-    """Return the update of a weight whose axes of these sizes and names are [*stack, *inputs,
-    *outputs].
+    """Return the update of a weight with the axes [*stack, *inputs, *outputs].
 
     Args:
-      shape: the sizes, in the order [*stack, *inputs, *outputs].
+      shape: their sizes.
       probe: float32 zeros [*stack, in, in].
+      stack, inputs, outputs: their names.
     """
     n, m = len(stack), len(stack) + len(inputs)
     fan_in = math.prod(shape[n:m])
@@ -71,7 +71,7 @@ def moments(shape: tuple[int, ...], probe: Any, stack: Names, inputs: Names, out
 
 @jax.custom_vjp
 def summed(rows: Any, probe: Any) -> Any:
-    """`rows` [*stack, rows, in] as they are; the "gradient" of `probe` is their second moment."""
+    """Return `rows` [*stack, rows, in] unchanged; the "gradient" of `probe` is the second moment."""
     del probe
     return rows
 

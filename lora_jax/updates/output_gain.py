@@ -1,4 +1,4 @@
-"""An update and a gain for each output: the whole sum `W + update` is multiplied with it."""
+"""An update with a gain for each output, which multiplies the whole sum `W + update`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from lora_jax.updates.update import Operation, Part, Update, Zero
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OutputGain(Update):
-    """`gain * (W + update)`, the gain being a number for each output (DoRA's magnitude / norm).
+    """`gain * (W + update)`, where the gain is one number per output (DoRA's magnitude / norm).
 
-    gain: has axes of W with the roles stack and output alone, all of them.
+    inner: the update.
+    gain: has all axes of W with the roles stack and output, and no others.
     """
 
     inner: Update
@@ -32,10 +33,9 @@ class OutputGain(Update):
         return self.inner.role(name)
 
     def product(self, p: Operation) -> Any:
-        """The gain multiplies x along outputs that are contracted, and the result along others.
-
-        In float32 between the two, the product itself too: a trained gain is within a few
-        thousandths of 1, and a bfloat16 number times such a gain is rounded back to itself.
+        """Multiply x by the gain along contracted outputs, or the result along the others.
+         The product and the gain are in float32. A trained gain is within a few thousandths of 1,
+        and multiplying a bfloat16 number by it would round back to the same number.
         """
         x, gain = p.x, self.gain if p.spread is None else p.spread(self.gain)
         if x is not None and any(n not in p.out for n in gain.names):
@@ -52,7 +52,7 @@ class OutputGain(Update):
         return Named(y, p.out).times(gain).array.astype(dtype)
 
     def _transposed(self, x: Named, p: Operation) -> Any:
-        """A product over outputs, as a tied head's: the gain multiplies x before it."""
+        """Return a product over outputs, as in a tied head: the gain multiplies x beforehand."""
         if any(n not in x.names for n in self.gain.names):
             raise LoraError(
                 "a product sums over some outputs of a weight that DoRA adapts, and not over "
@@ -106,7 +106,7 @@ class OutputGain(Update):
 
 
 def join(parts: Sequence[Part], name: int, size: int) -> Update | None:
-    """See `Update.join`; a part with an output gain, if there is one, does it for all."""
+    """See `Update.join`. A part with an output gain, if there is one, does it for all."""
     gained = (p for p in parts if isinstance(p.update, OutputGain))
     lead = next(gained, parts[0] if parts else Part(Zero(), 0, 0))
     return lead.update.join(parts, name, size)

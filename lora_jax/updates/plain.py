@@ -1,4 +1,4 @@
-"""Any additive update as plain low-rank factors, exactly: `scale * a @ b` of a higher rank."""
+"""Plain low-rank factors of any additive update, exactly: `scale * a @ b` of a higher rank."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lora_jax.updates.kind import Factors, kind_of
 
 
 def plain(target: Target, parameters: Any) -> tuple[Target, Factors]:
-    """Return the target with a plain low-rank update, and the factors of it.
+    """Return the target with a plain low-rank update, and the factors of that update.
 
     Raises:
-      LoraError: DoRA (its update depends on W), a bias (it has no factors).
+      LoraError: DoRA (its update depends on W), or a bias (it has no factors).
     """
     if target.kind == "lora" and not target.parts:
         return target, parameters
@@ -37,7 +37,7 @@ def plain(target: Target, parameters: Any) -> tuple[Target, Factors]:
 
 
 def _of_full_rank(target: Target, factors: Factors) -> Factors:
-    """The same product, one of the factors being an identity."""
+    """Return factors of the same product, one of which is an identity."""
     stack = target.sizes(target.stack)
     a = factors.a.reshape(*stack, target.fan_in, -1)
     b = factors.b.reshape(*stack, a.shape[-1], target.fan_out)

@@ -1,4 +1,4 @@
-"""An update that adds nothing: it writes down which axes of which parameters W's axes are."""
+"""An update that adds nothing and records which parameter axes the axes of W come from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 from lora_jax.named import Named, Names
 from lora_jax.updates.update import Part, Update, Zero
 
-Atom = tuple[str, int]  # an axis of a parameter: its path and its number
+Atom = tuple[str, int]  # an axis of a parameter: the path and the number of the axis
 Atoms = frozenset[Atom]
 NONE: Atoms = frozenset()
 PRODUCTS = ("conv_general_dilated", "ragged_dot_general", "dot_general", "custom_vjp_call")
@@ -20,13 +20,14 @@ PRODUCTS = ("conv_general_dilated", "ragged_dot_general", "dot_general", "custom
 @dataclasses.dataclass(frozen=True)
 class Use:
     """One operation that consumes a parameter.
+     An operation consumes all the parameters that a weight is made of. Until `of` asks for the use
+    of one of them, the axes are atoms.
 
-    stack, inputs, outputs are the parameter's own axes; where the operation has no low-rank rule,
-    only stack is known. `barrier` names an operation with no low-rank rule between the parameter
-    and this use (or this use itself); such a use exists only in merged form.
-
-    An operation consumes all the parameters that a weight is made of; until it is asked for the
-    use `of` one of them, the axes are atoms.
+    kind, where: the name of the operation, and its place in the program.
+    stack, inputs, outputs: the parameter's own axes. If the operation has no low-rank rule, only
+      stack is known.
+    barrier: the name of an operation without a low-rank rule between the parameter and this use, or
+      of this use itself. Such a use exists only in merged form.
     """
 
     kind: str
@@ -44,7 +45,7 @@ class Use:
         return Use(self.kind, self.where, *roles, self.barrier)
 
     def covers(self, shape: tuple[int, ...]) -> bool:
-        """Whether each axis of the parameter has one role."""
+        """Return whether each axis of the parameter has exactly one role."""
         return sorted((*self.stack, *self.inputs, *self.outputs)) == list(range(len(shape)))
 
     @property
@@ -59,12 +60,15 @@ class Use:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Recorder(Zero):
-    """An update that adds nothing, and knows which axes of which parameters each name stands for.
+    """An update that adds nothing and knows which parameter axes each name stands for.
 
-    atoms: of each name. stacked, summed: those of axes that W has lost. barrier: the operation
-    without a rule that W has passed. lookup: the roles as of a lookup, where W may be its rows.
-    factors: axes of which each set must be of one factor, because W was multiplied along them.
-    picked: axes in whose place there are those of an index.
+    paths: the parameters that W is made of.
+    atoms: the atoms of each name.
+    stacked, summed: the atoms of axes that W has lost.
+    barrier: an operation without a rule that W has passed.
+    lookup: the roles in a lookup, if W may be rows of a table.
+    factors: sets of axes along which W was multiplied. The axes of a set must share one factor.
+    picked: the axes that an index replaced with its own.
     """
 
     paths: frozenset[str] = dataclasses.field(metadata={"static": True})
@@ -92,7 +96,7 @@ class Recorder(Zero):
         return True
 
     def times(self, factor: Named) -> Update | None:
-        """Only by a factor that is the same along some axis of the parameter: not an activation."""
+        """Accept only a factor that is constant along some parameter axis; others are data."""
         along = [n for n in factor.names if factor.size(n) > 1]
         real = [n for n, atoms in self.atoms if atoms and n in factor.names]
         if along and all(n in along for n in real):
@@ -134,7 +138,7 @@ class Recorder(Zero):
         return dataclasses.replace(self, stacked=self.stacked | atoms)
 
     def meets(self, kind: str, where: str, stack: Names, inputs: Names, outputs: Names) -> Use:
-        """The use that an operation makes of the weight, these axes having these roles."""
+        """Return the use that an operation makes of the weight, given the roles of these axes."""
         s, i = self.stacked | self.of(stack), self.of(inputs)
         o = self.summed | self.of(outputs)
         i, o = i - (s & self.picked), o - (s & self.picked)

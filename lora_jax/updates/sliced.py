@@ -1,4 +1,4 @@
-"""The update of one slice of a stacked parameter: of one scanned layer, or of one expert."""
+"""The update of one slice of a stacked parameter: one scanned layer, or one expert."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lora_jax.updates.kind import kind_of
 
 
 class SlicedUpdate(NamedTuple):
-    """The target that a slice is, and its arrays."""
+    """The target of a slice, and its arrays."""
 
     target: Target
     parameters: Any
 
 
 def sliced(target: Target, parameters: Any, index: tuple[int, ...]) -> SlicedUpdate:
-    """Return the update of `W[index]`, of any kind.
+    """Return the update of `W[index]`, for any kind.
 
     Args:
       target: from the layout.
@@ -26,7 +26,7 @@ def sliced(target: Target, parameters: Any, index: tuple[int, ...]) -> SlicedUpd
       index: a number for each of the leading axes of W, all of which must be stack axes.
 
     Raises:
-      LoraError: a leading axis is no stack axis, so that its slices share factors.
+      LoraError: a leading axis is not a stack axis, so that its slices share factors.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax.updates import Factors

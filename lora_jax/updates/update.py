@@ -1,4 +1,4 @@
-"""The protocol of an update: what is added to W, on its way through a program with it."""
+"""The protocol of an update: the quantity added to W, on its way through a program with W."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from lora_jax.named import Named, Names
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One operation that is linear in W, as its rule hands it to the update.
-
-    x: the other operand, its axes named; where it is multiplied along an axis of W it has that
-      axis's name. None: there is no such operand (a lookup).
+    """One operation that is linear in W, as its rule passes it to the update.
+     x: the other operand, with named axes. An axis that is multiplied along an axis of W has the
+    same
+      name. None: there is no other operand (a lookup).
     out: the names of the result's axes.
     base: `base(x)`, the operation with W itself; x is an array. A product also has
-      `base(x, dtype)`, which gives its sums in that dtype, not rounded to that of the program.
-    low_rank: `low_rank(y, x, update)` is y plus the operation with `update`, a `LowRank`, in W's
-      place, in the form that is fast for this operation; x is named.
-    sums: whether it is a product, of which the base may be asked for in another dtype.
-    matrix: whether it is the plain product of a matrix, as `x @ w` is.
-    spread: makes an array with a stack axis that neither x nor the result has (the group of each
-      row in a ragged product) one with the rows instead; None: there is no such axis.
+      `base(x, dtype)`, which returns its sums in that dtype without rounding to the program's.
+    low_rank: `low_rank(y, x, update)` is y plus the operation with `update`, a `LowRank`, in place
+      of W, in the form that is fast for this operation; x is named.
+    matrix: whether it is the plain product with a matrix, as in `x @ w`. sums: whether it is a
+    product, so that `base` takes a dtype. precision: the precision of the products, as in
+    `jax.lax.dot_general`. spread: a function for an array with a stack axis that neither x nor the
+    result has (the group of
+      each row in a ragged product). It returns the array with the rows as axis instead. None: there
+      is no such axis.
     use: the number of this use of W in the program (`Evaluator.consume`).
-    drop: None, or what is done to x before the update sees it.
+    drop: None, or a function that is applied to x before the update sees it.
     """
 
     x: Named | None
@@ -45,13 +47,13 @@ class Operation:
 
     @property
     def dropped(self) -> Named | None:
-        """The operand x as the update sees it."""
+        """The operand x as the update sees it, after dropout."""
         return self.x if self.x is None or self.drop is None else self.drop(self.x)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The update of one of several weights that are put together, and its place along the axis."""
+    """The update of one of several weights that are concatenated, and its place along the axis."""
 
     update: Any
     start: int
@@ -59,74 +61,77 @@ class Part:
 
 
 class Update(abc.ABC):
-    """What is added to W: `W + update`, never formed.
+    """The quantity added to W: `W + update`, which is never formed.
 
     An update is a registered pytree of `Named` arrays. An axis of W has
 
         the role stack    if every slice along it has an update of its own
         the role input    if the update's first factor has it
         the role output   if its second factor has it
-        no role           if the update is constant along it (it is of size 1, mostly)
+        no role           if the update is constant along it (mostly an axis of size 1)
     """
 
     @abc.abstractmethod
     def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        """`fn` of each array: what is done to axes of W is done to those of the same name."""
+        """Return the update with `fn` applied to each array, as the program applies it to W."""
 
     @abc.abstractmethod
     def role(self, name: int) -> str | None:
-        """The role of an axis: "stack", "input", "output", or None."""
+        """Return the role of an axis: "stack", "input", "output", or None."""
 
     @abc.abstractmethod
     def product(self, p: Operation) -> Any:
-        """The whole of an operation: `p.base(x)` and what the update adds to it."""
+        """Return the result of an operation with `W + update`: `p.base(x)` plus the update's part."""
 
     @abc.abstractmethod
     def merged(self, w: Named) -> Any:
-        """`W + update` as an array with the axes of `w`, in w's dtype."""
+        """Return `W + update` as an array with the axes of `w`, in w's dtype."""
 
     def chosen(self) -> Update:
-        """The update with the one adapter that was chosen for it, where there are several."""
+        """Return the update of the one adapter that was chosen, if there are several."""
         return self
 
     def times(self, factor: Named) -> Update | None:
-        """The update of `factor * W`; None: it is not of the same form."""
+        """Return the update of `factor * W`, or None if that has another form."""
         del factor
         return None
 
     def renamed(self, new: dict[int, int]) -> Update:
-        """The same update of the weight whose axes have other names."""
+        """Return the same update for a weight whose axes have other names."""
         return self.map(lambda n: n.renamed(new))
 
     def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
-        """The update of several weights put together along the axis `name`, in all of `size`.
+        """Return the update of several weights concatenated along the axis `name`, or None.
 
-        All parts have the same names. Where there is no part, a member has no update.
+        All parts have the same names, and `size` is the whole size of the axis. A weight without a
+        part has no update.
         """
         del parts, name, size
         return None
 
     def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
-        """Whether these axes have these roles, or none."""
+        """Return whether these axes have these roles, or none."""
         groups = (("stack", stack), ("input", inputs), ("output", outputs))
         return all(self.role(n) in (None, role) for role, names in groups for n in names)
 
     def chooses(self, taken: Names, rest: Names) -> bool:
-        """Whether indexing the axes `taken` chooses parts of W, rather than looking up rows."""
+        """Return whether indexing the axes `taken` chooses parts of W, and does not look up rows."""
         roles = {self.role(n) for n in taken}
         row = roles == {"input"} and all(self.role(n) in ("output", None) for n in rest)
         return len(roles) == 1 and not row
 
     def sums(self, sizes: dict[int, int]) -> bool:
-        """Whether the update of `W.sum(names)` is that of W summed array by array; names: sizes."""
+        """Return whether the update of `W.sum(names)` is the update with each of its arrays summed.
+
+        `sizes` maps the names of the summed axes to their sizes.
+        """
         roles = {n: self.role(n) for n in sizes}
         return all(r != "stack" and (r or sizes[n] == 1) for n, r in roles.items())
 
     def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
-        """The axes `old`, in this order, reshaped into axes `new`, a size for each.
-
-        units: axes of size 1 among the old ones, which come and go; `new` has none. The others
-        must be of one role.
+        """Return the update with the axes `old`, in this order, reshaped into axes `new`, or None.
+         `new` maps names to sizes. `units` are axes of size 1 among the old ones, which are
+        dropped. The other old axes must all have the same role.
         """
 
         def one(n: Named) -> Named:
@@ -140,9 +145,9 @@ class Update(abc.ABC):
         return self.map(one) if len({self.role(n) for n in old}) <= 1 else None
 
     def lost(self, names: Names, how: str, into: Names = ()) -> Update:
-        """Note that W has lost axes: `how` is "taken" (a slice of them was chosen) or "summed".
+        """Note that W has lost axes: `how` is "taken" (a slice was chosen) or "summed".
 
-        Only the update that finds the roles needs to know; it is called after `map`.
+        It is called after `map`. Only the update that finds the roles (`Recorder`) uses it.
         """
         del names, how, into
         return self
@@ -153,10 +158,10 @@ class Update(abc.ABC):
 
     @abc.abstractmethod
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        """The derivative of `W + update` as a sum of weights: pairs of a W and an update.
+        """Return the derivative of `W + update` as a sum of weights: pairs of a W and an update.
 
         Args:
-          w, dw, none: W, its tangent, and no W at all (`held.Absent`), of the same shape.
+          w, dw, none: W, its tangent, and an absent W (`held.Absent`), all of the same shape.
           tangent: an update like this one, holding the tangents of its arrays.
         """
 
@@ -164,7 +169,7 @@ class Update(abc.ABC):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Zero(Update):
-    """Nothing is added: a quantised weight that no adapter adapts."""
+    """An update that adds nothing: for a quantised weight without an adapter."""
 
     def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
         del fn, operands

@@ -1,4 +1,4 @@
-"""VeRA: one random pair of factors, never trained, and two trained vectors for each target."""
+"""VeRA: one random pair of factors that is never trained, and two trained vectors per target."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from lora_jax.target import Target
 from lora_jax.updates.kind import Factors, Kind, TargetInitializer, check_no_parts
 
-FIRST_RANK_VALUE = 0.1  # of lambda_d, as in PEFT
+FIRST_RANK_VALUE = 0.1  # first value of lambda_d, as in PEFT
 
 
 class Vectors(NamedTuple):
-    """The arrays of a VeRA target: what the frozen pair is multiplied with.
+    """The arrays of a VeRA target: the vectors that the frozen pair is multiplied with.
 
-    lambda_d: [*stack, rank];  lambda_b: [*stack, *outputs].
+    Attributes:
+      lambda_d: [*stack, rank].
+      lambda_b: [*stack, *outputs].
     """
 
     lambda_d: Any
@@ -28,13 +30,12 @@ class Vera(Kind):
     """Vector-based random matrix adaptation (VeRA, arXiv 2310.11454).
 
         W' = W + A diag(lambda_d) B diag(lambda_b)      A [in, rank], B [rank, out]
-
-    A and B are random, frozen, and the same for all targets: a target takes the first `in` rows
-    of A and the first `out` columns of B. They are neither stored nor saved but computed from
-    their indices by `noise`, a fixed integer hash that gives the same numbers on every machine
-    for ever, so an adapter is its two vectors. Their bounds are those of PEFT's Kaiming-uniform,
-    sqrt(6 / in) and sqrt(6 / rank), with the target's own `in` (PEFT takes the largest of the
-    model). lambda_d begins at 0.1 and lambda_b at 0. There is no alpha: the scale is 1.
+     A and B are random, frozen, and the same for all targets: a target takes the first `in` rows of
+    A and the first `out` columns of B. They are neither stored nor saved. `noise`, a fixed integer
+    hash, computes them from their indices and gives the same numbers on every machine for ever, so
+    an adapter consists of its two vectors. Their bounds are those of PEFT's Kaiming-uniform, sqrt(6
+    / in) and sqrt(6 / rank), with the target's own `in` (PEFT takes the largest of the model).
+    lambda_d starts at 0.1 and lambda_b at 0. There is no alpha: the scale is 1.
 
     The two vectors are multiplied into B, so that no gradient of A is computed.
 
@@ -53,7 +54,7 @@ class Vera(Kind):
         return Vectors((*target.stack, None), (*target.stack, *target.outputs))
 
     def check(self, target: Target) -> None:
-        check_no_parts(self, target)  # the rank has no limit: what is trained grows by one number
+        check_no_parts(self, target)  # the rank has no limit: each adds one trained number
 
     def init(
         self, key: jax.Array, target: Target, dtype: Any, a_init: TargetInitializer, w: Any = None
@@ -81,7 +82,7 @@ class Vera(Kind):
 
 
 def frozen_pair(target: Target, dtype: Any) -> Factors:
-    """Return A [in, rank] and B [rank, out] of a target, the same for every slice of its stack."""
+    """Return A [in, rank] and B [rank, out] of a target, which all slices of its stack share."""
     fan_in, rank, fan_out = target.fan_in, target.rank, target.fan_out
     a = noise(1, fan_in, rank) * math.sqrt(6 / fan_in)
     b = noise(2, fan_out, rank).T * math.sqrt(6 / rank)
@@ -91,8 +92,8 @@ def frozen_pair(target: Target, dtype: Any) -> Factors:
 def noise(stream: int, rows: int, columns: int) -> jax.Array:
     """Return [rows, columns] float32 numbers that look uniform on [-1, 1).
 
-    Each comes from its two indices by murmur3's 32-bit finalizer, applied once for the column and
-    once for the row, and its upper 24 bits. More rows or columns leave the others as they are.
+    Each number is the upper 24 bits of murmur3's 32-bit finalizer, applied to its two indices: once
+    for the column and once for the row. So a larger array begins with the same numbers.
 
     >>> noise(1, 2, 2)
     Array([[ 0.33002794, -0.11746907],
@@ -104,7 +105,7 @@ def noise(stream: int, rows: int, columns: int) -> jax.Array:
 
 
 def _mixed(x: Any) -> Any:
-    """murmur3's fmix32 of uint32."""
+    """Return murmur3's fmix32 of uint32."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

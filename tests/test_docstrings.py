@@ -1,0 +1,223 @@
+"""Docstrings: every public symbol has one that names every parameter, in the words of CONTRIBUTING.
+
+Google-style sections. A method that overrides another may inherit its docstring.
+"""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import io
+import pathlib
+import re
+import tokenize
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lora_jax"
+
+# Modules that people import by name: what they export is public.
+PUBLIC = (
+    "lora_jax",
+    "lora_jax.analysis",
+    "lora_jax.baselines",
+    "lora_jax.base",
+    "lora_jax.bases.placement",
+    "lora_jax.bases.quantise",
+    "lora_jax.beginnings",
+    "lora_jax.checkpoint",
+    "lora_jax.data",
+    "lora_jax.errors",
+    "lora_jax.exchange.consumers",
+    "lora_jax.exchange.gguf",
+    "lora_jax.exchange.loralib",
+    "lora_jax.exchange.mlx",
+    "lora_jax.exchange.peft",
+    "lora_jax.flax_partitioning",
+    "lora_jax.foreign",
+    "lora_jax.frozen",
+    "lora_jax.hf_module",
+    "lora_jax.labels",
+    "lora_jax.models",
+    "lora_jax.moe",
+    "lora_jax.multi",
+    "lora_jax.paths",
+    "lora_jax.sharding",
+    "lora_jax.sharding_rules",
+    "lora_jax.updates",
+)
+# Rooms whose docstrings and comments are still to be rewritten.
+TO_DO = (
+    "baselines", "data", "models", "training", "groups", "planner", "serving", "report",
+    "console", "command_line", "allocator", "free_memory", "program_cache", "__main__",
+)  # fmt: skip
+
+FLAX_FIELDS = ("parent", "name")  # every Linen module has them
+
+
+def exported(name: str) -> Iterator[tuple[str, Any]]:
+    """(dotted name, class or function) of what a module exports."""
+    module = importlib.import_module(name)
+    for attribute, value in vars(module).items():
+        if attribute.startswith("_") or not getattr(value, "__module__", "").startswith("lora_jax"):
+            continue
+        own = value.__module__ == name or module.__file__.endswith("__init__.py")
+        if own and (inspect.isclass(value) or inspect.isfunction(value)):
+            yield f"{name}.{attribute}", value
+
+
+def methods(name: str, cls: type) -> Iterator[tuple[str, Any]]:
+    """(dotted name, method or property) of the public methods that a class defines itself."""
+    for attribute, value in vars(cls).items():
+        if not attribute.startswith("_") and isinstance(
+            value, types.FunctionType | staticmethod | classmethod | property
+        ):
+            yield f"{name}.{attribute}", getattr(cls, attribute)
+
+
+def public_symbols() -> dict[str, Any]:
+    """Every public function, class, method and property of the package by its dotted name."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for module in PUBLIC:
+        for name, value in exported(module):
+            if id(value) not in seen:
+                seen.add(id(value))
+                found[name] = value
+                found |= dict(methods(name, value)) if inspect.isclass(value) else {}
+    return found
+
+
+def room_of(value: Any) -> str:
+    function = value.fget if isinstance(value, property) else value
+    return function.__module__.split(".")[1]
+
+
+SYMBOLS = {name: x for name, x in public_symbols().items() if room_of(x) not in TO_DO}
+
+
+def parameters(value: Any) -> list[str]:
+    """The names that a docstring must explain; fields of a class that callers cannot give too."""
+    if isinstance(value, property):
+        return []
+    if inspect.isclass(value):
+        if issubclass(value, BaseException) or inspect.isabstract(value):
+            return []
+        if "__new__" not in vars(value) and value.__init__ is object.__init__:
+            return []
+    names = [n for n in inspect.signature(value).parameters if not n.startswith("_")]
+    skipped = {"self", "cls"}
+    if dataclasses.is_dataclass(value) and issubclass(value, _module_class()):
+        skipped |= set(FLAX_FIELDS)
+    return [name for name in names if name not in skipped]
+
+
+def _module_class() -> type:
+    import flax.linen
+
+    return flax.linen.Module
+
+
+def explained(doc: str) -> set[str]:
+    """The names that the sections Args and Attributes of a docstring explain."""
+    names: set[str] = set()
+    section, indent = "", 0
+    for line in doc.splitlines():
+        if heading := re.fullmatch(r"(\s*)([A-Z][\w ]*(?: \(.*\))?):\s*", line):
+            section, indent = heading[2], len(heading[1])
+        elif section in ("Args", "Attributes"):
+            entry = re.match(rf"\s{{{indent + 2}}}((?:\*{{0,2}}\w+, )*\*{{0,2}}\w+):(?: |$)", line)
+            names |= {n.strip().lstrip("*") for n in entry[1].split(",")} if entry else set()
+    return names
+
+
+@pytest.mark.parametrize("name", SYMBOLS)
+def test_a_public_symbol_explains_its_parameters(name: str) -> None:
+    """Red: a public function with a new parameter that its Args do not name."""
+    value = SYMBOLS[name]
+    doc = inspect.getdoc(value) or ""
+    # dataclasses and NamedTuples write `Name(field, ...)` where the author wrote nothing
+    assert doc.strip(), f"{name} has no docstring"
+    assert not doc.startswith(f"{name.rpartition('.')[2]}("), f"{name} has no docstring of its own"
+    missing = [p for p in parameters(value) if p not in explained(doc)]
+    assert not missing, f"{name}: its Args do not explain {', '.join(missing)}"
+
+
+# What STYLE.md's plain English leaves out.
+WORDS = re.compile(
+    r"\b(beside|lies?|how far|whatever|as far as|(?:of )?those (?:of|that)|(?<!there )(?:is|are) no"
+    r")\b(?! longer| more)",
+    re.IGNORECASE,
+)
+OPENINGS = re.compile(r"(?:Of|Where|What|As far|How far|Whatever|Those)\b")
+
+# (file, words around it) -> why it is meant.
+MEANT: dict[tuple[str, str], str] = {}
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, text) of every docstring, those below fields too, and of every `help=`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            if isinstance(node.value.value, str):
+                yield node.lineno, inspect.cleandoc(node.value.value)
+        elif isinstance(node, ast.keyword) and node.arg in ("help", "description"):
+            text = getattr(node.value, "value", None)
+            if isinstance(text, str):
+                yield node.value.lineno, text
+
+
+def comments(text: str) -> Iterator[tuple[int, str]]:
+    """(first line, text) of every comment; lines that follow one another are one comment."""
+    last, start, words = 0, 0, ""
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        line, own_line = token.start[0], token.line.lstrip().startswith("#")
+        if line == last + 1 and own_line:
+            words += " " + token.string.lstrip("# ")
+        else:
+            if words:
+                yield start, words
+            start, words = line, token.string.lstrip("# ")
+        last = line
+    if words:
+        yield start, words
+
+
+def faults(path: pathlib.Path) -> list[str]:
+    """Each word and fragment of the file that plain English leaves out, and is not meant."""
+    text, name = path.read_text(), path.relative_to(ROOT).as_posix()
+    found = []
+    for line, words in [*docstrings(ast.parse(text)), *comments(text)]:
+        prose = " ".join(re.sub(r">>>.*|``?[^`]*``?", "", words).split())
+        hits = [m.start() for m in WORDS.finditer(prose)]
+        hits += [0] if OPENINGS.match(prose) else []
+        for start in hits:
+            around = prose[max(0, start - 30) : start + 50]
+            if not any(name == file and what in around for file, what in MEANT):
+                found.append(f"{name}:{line}: ...{around}...")
+    return found
+
+
+FILES = [
+    path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in TO_DO
+]
+
+
+def test_plain_english() -> None:
+    """Red: a docstring that begins with "Where the", a comment with "beside"."""
+    found = [fault for path in FILES for fault in faults(path)]
+    assert not found, "\n".join(found)
+
+
+def test_what_is_meant_is_there() -> None:
+    """Red: an exception whose sentence was rewritten."""
+    for file, what in MEANT:
+        assert what in " ".join((ROOT / file).read_text().split()), f"{file}: {what}"
