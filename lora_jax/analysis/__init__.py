@@ -1,15 +1,15 @@
 """Analyse updates: subspaces, spectra, amplification, and low-rank factors of full updates.
 
-phi      = similarity(one, two)                  how far two adapters share directions (paper 7.2)
+phi      = similarity(one, two)                  the share of directions of two adapters (paper 7.2)
 spectra  = spectrum(layout, adapters)            singular values, effective rank, energy
 factors  = amplification(layout, params, adapters)   against W's own directions (paper 7.3)
 found    = extract(layout, base, finetuned, 8)   the best adapter of a full fine-tuning
 
-All of it runs on the host in float64, on numbers of the adapters' own size: the singular values of
-`a b` are those of a [rank, rank] matrix (see `lora_jax.analysis.matrices`). Stacked layers and
-experts are done as a batch, and every result carries their axes first. Only what is asked of W
-itself, or of a full update, reads a matrix of the size of W, one at a time; W's largest directions
-are sought on JAX's default device, in float32.
+The work is done on the host in float64, on arrays of the adapters' own size: `a b` has the singular
+values of a [rank, rank] matrix (see `lora_jax.analysis.matrices`). Stacked layers and experts form
+a batch, and every result has their axes first. Only questions about W itself, or about
+a full update, read a matrix of the size of W, one at a time. The largest directions of W are
+computed on JAX's default device, in float32.
 """
 
 from lora_jax.analysis.amplify import Amplification as Amplification

@@ -1,4 +1,4 @@
-"""Measure which of W's directions an update amplifies (paper 7.3, Table 7)."""
+"""Amplification: which of W's directions an update amplifies (paper 7.3, Table 7)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from lora_jax.target import Target
 
 
 class Amplification(NamedTuple):
-    """Of one target, each [*stack]. U and V hold the top r directions of what is named.
+    """The amplification of one target; each array is [*stack].
 
-    update: ||D||_F of the update D = scale * a @ b.
-    weight: ||W||_F.
-    along_update: ||U^T W V||_F with the directions of D: what W already has there.
-    along_weight: the same with the directions of W itself, its r largest singular values: the most
-      that any r directions can have.
-    along_random: the root of the mean of the squares over all random directions.
-    factor: update / along_update, the amplification factor of the paper; NaN where D is zero.
+    U and V hold the top r singular vectors of the matrix that a field names.
+
+    Attributes:
+      update: ||D||_F of the update D = scale * a @ b.
+      weight: ||W||_F.
+      along_update: ||U^T W V||_F with the directions of D: the part of W in these directions.
+      along_weight: the same with the directions of W's r largest singular values, which is the
+        largest value that any r directions can give.
+      along_random: the root of the mean of the squares over all random directions.
+      factor: update / along_update, the amplification factor of the paper; NaN if D is zero.
     """
 
     update: Array
@@ -39,25 +42,27 @@ class Amplification(NamedTuple):
 def amplification(
     layout: Layout, params: Any, adapters: Adapters, rank: int | None = None
 ) -> dict[str, Amplification]:
-    """Table 7 for every target: W projected on the directions of its update, of itself, of chance.
-
-    For random orthonormal U [in, r] and V [out, r] the mean of ||U^T W V||_F^2 is known,
-    (r / in)(r / out) ||W||_F^2, since E[U U^T] = r / in; so nothing is drawn. (The paper's draw
-    for W_q of GPT-3, 0.02, is its 4 * 61.95 / 12288.)
+    """Return Table 7 for every target: W projected on the update's, its own, and random directions.
+     For random orthonormal U [in, r] and V [out, r], the mean of ||U^T W V||_F^2 is known to be (r
+    / in)(r / out) ||W||_F^2, since E[U U^T] = r / in. So nothing is drawn at random. (The paper's
+    draw for W_q of GPT-3, 0.02, is its 4 * 61.95 / 12288.)
 
     Args:
       layout, adapters: a trained adapter, of any kind that has factors.
       params: the base parameters; one matrix at a time is read.
-      rank: how many directions, at most the target's rank, which is the default.
+      rank: the number of directions, at most the target's rank, which is the default.
 
     Returns:
       `{path: Amplification}`. Directions of the update that do not exist (singular values lost in
-      rounding) count as nothing. Where min(in, out) is above 1,024, products with W are float32 and
-      `along_weight` is iterated, to 1e-3 of itself or so: see
+      rounding) count as zero. If min(in, out) is above 1,024, products with W are float32 and
+      `along_weight` is computed iteratively, to a relative error of about 1e-3: see
       `lora_jax.analysis.matrices.top_svd`.
 
     Raises:
       LoraError: the layout does not fit the parameters or the adapters, or a rank out of range.
+
+    Source:
+      Section 7.3 and Table 7 of arXiv 2106.09685.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax import Factors

@@ -1,4 +1,4 @@
-"""Decompose the difference of a full fine-tuning into low-rank factors."""
+"""Low-rank factors of the difference that a full fine-tuning made."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from lora_jax.updates.kind import Factors
 
 
 class Extraction(NamedTuple):
-    """The best adapter of a full fine-tuning, and what it leaves out.
+    """The best adapter of a full fine-tuning, and the part that it leaves out.
 
-    adapter: an ordinary adapter, of scale 1.
-    truncation: `{path: Truncation}`, the norm of the singular values that were cut off, over all
-      of a stack, and relative to the whole difference.
-    untargeted: `{path: norm}`, the norm of the difference of every parameter that changed and is
-      not a target: biases, norms, matrices outside of the layout. No adapter of this layout can
-      hold them.
+    Attributes:
+      adapter: an ordinary adapter, of scale 1.
+      truncation: `{path: Truncation}`, the norm of the singular values that were cut off, over the
+        whole stack, and relative to the whole difference.
+      untargeted: `{path: norm}`, the norm of the difference of every parameter that changed and is
+        not a target: biases, norms, matrices outside of the layout. No adapter of this layout can
+        hold them.
     """
 
     adapter: Adapter
@@ -37,21 +38,23 @@ class Extraction(NamedTuple):
 
 
 def extract(layout: Layout, base: Any, finetuned: Any, rank: int | None = None) -> Extraction:
-    """The adapter of at most `rank` that is nearest to `finetuned - base`, in every target.
-
-    The truncated singular value decomposition of the difference, so no adapter of that rank is
-    nearer in the Frobenius norm (Eckart and Young, 1936), and the error is known: the norm of the
-    values left out. This decomposes matrices of the full size, by LAPACK in float64: about a
-    minute for one of 4,096 x 4,096 on two cores.
+    """Return the adapter of at most `rank` that is nearest to `finetuned - base`, in every target.
+     It is the truncated singular value decomposition of the difference. So no adapter of that rank
+    is nearer in the Frobenius norm (Eckart and Young, 1936), and the error is known: the norm of
+    the values left out. Matrices of the full size are decomposed by LAPACK in float64, which takes
+    about a minute for 4,096 x 4,096 on two cores.
 
     Args:
-      layout: from `lora_jax.resolve` on the model: which parameters, and their axes.
+      layout: from `lora_jax.resolve` on the model: the parameters and the roles of their axes.
       base, finetuned: parameter trees of the same structure and shapes.
-      rank: of every target; by default each has its own of the layout.
+      rank: of every target; None: each has its own rank from the layout.
+
+    Returns:
+      The adapter, the error of each target, and the changes that no target holds.
 
     Raises:
-      LoraError: trees that differ in structure or shapes, a layout that does not fit them, a rank
-        out of range.
+      LoraError: trees that differ in structure or shapes, a layout that does not fit them, or a
+        rank out of range.
 
     >>> layout = Layout((Target("w", (3, 3), (), (0,), (1,), rank=1, alpha=1.0),))
     >>> base = {"w": jnp.zeros((3, 3)), "bias": jnp.zeros(3)}
@@ -82,7 +85,7 @@ def extract(layout: Layout, base: Any, finetuned: Any, rank: int | None = None) 
 
 
 def _nearest(target: Target, before: Any, after: Any) -> tuple[Factors, Truncation]:
-    """The truncated decomposition of every slice of `after - before`."""
+    """Return the truncated decomposition of every slice of `after - before`."""
     stack = before.shape[:-2]
     a = np.zeros((*stack, target.fan_in, target.rank), np.float32)
     b = np.zeros((*stack, target.rank, target.fan_out), np.float32)

@@ -5,7 +5,7 @@ and b^T = Qb Rb,
 
     a b = Qa (Ra Rb^T) Qb^T = (Qa U) S (Qb V)^T        U S V^T = Ra Rb^T, which is [r, r]
 
-and Qa U has orthonormal columns, as a product of two such matrices.
+and Qa U has orthonormal columns, because it is a product of two such matrices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 
 
 class Svd(NamedTuple):
-    """`left * values @ right^T`, the values falling.
+    """`left * values @ right^T`, with the values in falling order.
 
     left [*stack, in, r], values [*stack, r], right [*stack, out, r]
     """
@@ -37,12 +37,16 @@ class Svd(NamedTuple):
 
 
 def host(x: Any) -> Array:
-    """Any array, sharded ones and bfloat16 too, in float64 on the host."""
+    """Return any array, even a sharded or bfloat16 one, in float64 on the host."""
     return np.asarray(jax.device_get(x)).astype(np.float64)
 
 
 def of_factors(target: Target, factors: Factors) -> tuple[Array, Array]:
-    """`a` as [*stack, in, r] and `b` as [*stack, r, out]. Raises LoraError if not finite."""
+    """Return `a` as [*stack, in, r] and `b` as [*stack, r, out].
+
+    Raises:
+      LoraError: factors that are not finite.
+    """
     stack = target.sizes(target.stack)
     a, b = host(factors.a), host(factors.b)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -54,7 +58,7 @@ def of_factors(target: Target, factors: Factors) -> tuple[Array, Array]:
 
 
 def of_weight(target: Target, w: Any) -> Any:
-    """A weight of W's shape as [*stack, in, out], in its own dtype; a quantised one dequantised."""
+    """Return a weight of W's shape as [*stack, in, out], in its own dtype, dequantised."""
     w = np.asarray(jax.device_get(dense(w))).transpose(
         *target.stack, *target.inputs, *target.outputs
     )
@@ -62,31 +66,31 @@ def of_weight(target: Target, w: Any) -> Any:
 
 
 def to_weight(target: Target, matrix: Any) -> Any:
-    """The inverse of `of_weight`."""
+    """Return a weight from [*stack, in, out]: the inverse of `of_weight`."""
     order = (*target.stack, *target.inputs, *target.outputs)
     return matrix.reshape(target.sizes(order)).transpose(np.argsort(order))
 
 
 def to_factors(target: Target, a: Any, b: Any) -> Factors:
-    """[*stack, in, r] and [*stack, r, out] in the shapes of the target's factors."""
+    """Return [*stack, in, r] and [*stack, r, out] in the shapes of the target's factors."""
     return Factors(a.reshape(target.a_shape), b.reshape(target.b_shape))
 
 
 def svd(matrix: Array) -> Svd:
-    """The thin decomposition of [*stack, m, n]."""
+    """Return the thin decomposition of [*stack, m, n]."""
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
     return Svd(left, values, right.mT)
 
 
 def tall_svd(matrix: Array) -> Svd:
-    """The same of [*stack, m, r] with m far above r, by way of its QR factorisation."""
+    """Return the decomposition of [*stack, m, r] with m far above r, by QR factorisation first."""
     q, r = np.linalg.qr(matrix)
     small = svd(r)
     return Svd(q @ small.left, small.values, small.right)
 
 
 def update_svd(target: Target, factors: Factors) -> Svd:
-    """That of the update `scale * a @ b`, by way of a [rank, rank] matrix; see above."""
+    """Return the decomposition of `scale * a @ b`, through a [rank, rank] matrix; see above."""
     a, b = of_factors(target, factors)
     (qa, ra), (qb, rb) = np.linalg.qr(a), np.linalg.qr(b.mT)
     core = svd(target.scale * ra @ rb.mT)
@@ -94,48 +98,47 @@ def update_svd(target: Target, factors: Factors) -> Svd:
 
 
 def shared(top: Svd, scale: float) -> tuple[Array, Array]:
-    """Factors with `scale * a @ b` = left * values @ right^T, alike in norm."""
+    """Return factors with `scale * a @ b` = left * values @ right^T and equal norms."""
     root = np.sqrt(top.values / scale)
     return top.left * root, root[:, None] * top.right.T
 
 
 def defined(values: Array) -> NDArray[np.bool_]:
-    """Which singular vectors mean something.
+    """Return which singular vectors are meaningful.
 
-    A singular value that is zero, or as small as rounding in float32 would leave it, has no
-    direction of its own: any vector that is orthogonal to the others would do.
+    A singular value that is zero, or as small as the rounding errors of float32, has no direction
+    of its own: any vector that is orthogonal to the others would do.
     """
     floor = np.finfo(np.float32).eps * values.max(axis=-1, keepdims=True, initial=0.0)
     return values > floor
 
 
-EXACT = 1024  # up to this min(m, n) LAPACK takes a second at most, in float64
+EXACT = 1024  # up to this min(m, n), LAPACK takes at most a second in float64
 
 
 def wide(matrix: Any) -> Any:
-    """One [m, n] matrix of any dtype as it is computed with: float64, or float32 beyond `EXACT`."""
+    """Return an [m, n] matrix in the dtype of computation: float64, or float32 beyond `EXACT`."""
     dtype = np.float64 if min(matrix.shape) <= EXACT else np.float32
     return matrix.astype(dtype, copy=False)
 
 
 def top_values(matrix: Any, rank: int, tolerance: float = 1e-3) -> Array:
-    """The `rank` largest singular values of one [m, n] matrix; see `top_svd`."""
+    """Return the `rank` largest singular values of one [m, n] matrix; see `top_svd`."""
     if _small(matrix, rank):
         return np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[:rank]
     return _krylov(wide(matrix), rank, tolerance)[0]
 
 
 def top_svd(matrix: Any, rank: int, tolerance: float = 1e-3) -> Svd:
-    """The same with their vectors.
+    """Return the `rank` largest singular values of one [m, n] matrix, and their vectors.
 
-    Up to min(m, n) = 1024 that is LAPACK's. Beyond it they are sought in a block Krylov space,
+    Up to min(m, n) = 1024, LAPACK computes them. Larger ones are searched in a block Krylov space,
 
         span(Q, G Q, G^2 Q, ...)        G = matrix^T matrix, Q random
-
-    which grows until `rank` more columns move the norm of the values found by less than `tolerance`
-    of itself (Musco and Musco, 2015). They come from below, and their error is the square of the
-    vectors'. A spectrum that falls is found at once; a Gaussian matrix, whose values lie close
-    together, is the worst case.
+     which grows until `rank` more columns change the norm of the values found by less than
+    `tolerance` of itself (Musco and Musco, 2015). The values come from below, and their error is
+    the square of the vectors' error. A falling spectrum is found at once. A Gaussian matrix, whose
+    values are close together, is the worst case.
     """
     if _small(matrix, rank):
         found = svd(matrix.astype(np.float64))
@@ -153,19 +156,18 @@ def _small(matrix: Any, rank: int) -> bool:
 
 
 def _krylov(matrix: Any, rank: int, tolerance: float) -> tuple[Array, Any, Array]:
-    """Of a float32 matrix: values, an orthonormal basis [n, k], the upper half of basis^T G basis.
-
-    Nearly all of it is G times a block, on JAX's default device: XLA's product with a block is
-    twice as fast as OpenBLAS's. Blocks of half the rank reach as far with three quarters of the
-    columns that blocks of `rank` need; smaller ones leave the cores idle. Where the basis holds G
-    times a block already, all that is left is rounding, perhaps along the basis. Random noise above
-    it makes that new columns: the basis stays orthonormal, and values are found as often as they
-    occur.
+    """Return, for a float32 matrix, values, an orthonormal basis [n, k], and basis^T G basis.
+     Only the upper half of the last one is filled. Nearly all of the time is G times a block, on
+    JAX's default device, because XLA's product with a block is twice as fast as OpenBLAS's. Blocks
+    of half the rank get as far with three quarters of the columns that blocks of `rank` need;
+    smaller blocks leave cores idle. If the basis already holds G times a block, only rounding is
+    left, perhaps along the basis. Random noise above it turns that into new columns, so the basis
+    stays orthonormal, and a repeated value is found as often as it occurs.
     """
     block, limit = max(16, rank // 2), min(matrix.shape)
     every = -(-rank // block) * block
     pair = jnp.asarray(matrix), jnp.asarray(_turned(matrix))
-    basis: Any = np.empty((limit, matrix.shape[1]), np.float32).T  # memory is taken when written
+    basis: Any = np.empty((limit, matrix.shape[1]), np.float32).T  # takes memory when written
     gram = np.zeros((limit, limit))
     rng = np.random.default_rng(0)
     new: Any = _orthonormal(rng.standard_normal((matrix.shape[1], block), np.float32))
@@ -186,7 +188,7 @@ def _krylov(matrix: Any, rank: int, tolerance: float) -> tuple[Array, Any, Array
         least = 1e-6 * max(float(np.abs(new).max()), 1e-30)
         noise = least * rng.standard_normal(new.shape, np.float32)
         new = _orthonormal(new - held @ along + noise)
-        new = _orthonormal(new - held @ (held.T @ new))  # once leaves rounding along the basis
+        new = _orthonormal(new - held @ (held.T @ new))  # a second time, against rounding
 
 
 @jax.jit
@@ -195,7 +197,7 @@ def _squared(w: jax.Array, turned: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _turned(w: Any) -> Any:
-    """A copy of w^T by strips that stay in the cache, in half the time of NumPy's."""
+    """Return a copy of w^T by strips that stay in the cache, in half of NumPy's time."""
     out = np.empty(w.shape[::-1], w.dtype)
     for i in range(0, len(w), 64):
         out[:, i : i + 64] = w[i : i + 64].T
@@ -203,7 +205,10 @@ def _turned(w: Any) -> Any:
 
 
 def _orthonormal(columns: Any) -> Any:
-    """Of the same span, in float32, by products: the threads of a thin QR wait for one another."""
+    """Return orthonormal columns with the same span, in float32, computed by products only.
+
+    In a thin QR factorisation the threads wait for each other.
+    """
     columns = columns.astype(np.float64)
     squares, turn = np.linalg.eigh(columns.T @ columns)
     least = max(1e-15 * squares[-1], np.finfo(np.float64).tiny)

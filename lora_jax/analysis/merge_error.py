@@ -14,12 +14,14 @@ from lora_jax.updates.kind import kind_of
 
 
 class MergeError(NamedTuple):
-    """Distance between a target merged into the quantised and into the original base.
+    """The distance between a target merged into the quantised and into the original base.
 
-    error: Frobenius norm of the difference of the two merged weights.
-    update: Frobenius norm of what the adapter changes in the quantised base.
     An error well above the update means that merging into the original base gives a model that
     the adapter was not trained for.
+
+    Attributes:
+      error: the Frobenius norm of the difference of the two merged weights.
+      update: the Frobenius norm of the change that the adapter makes to the quantised base.
     """
 
     error: Any
@@ -29,7 +31,7 @@ class MergeError(NamedTuple):
 def merge_error(
     layout: Layout, quantised: Any, original: Any, adapters: Adapters
 ) -> dict[str, MergeError]:
-    """Return for each target how far the two ways to merge a quantised base are apart.
+    """Return, for each target, the distance between the two ways to merge a quantised base.
 
     Args:
       layout: of the adapters.
@@ -39,6 +41,9 @@ def merge_error(
 
     Returns:
       `{path: MergeError(error, update)}`, [] float32 each.
+
+    Raises:
+      LoraError: a layout that does not fit the parameters or the adapters.
 
     >>> import lora_jax
     >>> from lora_jax import Factors

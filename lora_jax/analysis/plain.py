@@ -1,4 +1,4 @@
-"""Updates of any kind as plain factors, which is what all of the analysis looks at."""
+"""Updates of any kind as plain factors, the form that every analysis takes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lora_jax.updates.kind import Factors, kind_of
 
 
 def plain(layout: Layout, adapters: Adapters, params: Any = None) -> Adapter:
-    """Return the adapter with plain factors at every target, their product being its update.
+    """Return the adapter with plain factors at every target, whose product is the update.
 
-    Additive kinds have them (`lora_jax.as_lora`). The update of DoRA is what merging changes,
-    W' - W, a matrix of full rank as a rule: it is decomposed, and takes `params`.
+    Additive kinds have them (`lora_jax.as_lora`). The update of DoRA is the change that merging
+    makes, W' - W, which usually has full rank. It is decomposed, and needs `params`.
 
     Raises:
-      LoraError: adapters that do not fit the layout, DoRA without parameters, a bias.
+      LoraError: adapters that do not fit the layout, DoRA without parameters, or a bias.
     """
     check(layout, adapters)
     leaves = None if params is None else paths.flatten(params)

@@ -14,12 +14,13 @@ from lora_jax.layout import Layout
 
 
 class Spectrum(NamedTuple):
-    """Of one target's update `scale * a @ b`.
+    """The spectrum of one target's update `scale * a @ b`.
 
-    values: its singular values, falling, [*stack, rank].
-    effective_rank: e to the entropy of values / sum(values), [*stack] (Roy and Vetterli, 2007):
-      r where r values are equal, 1 where one is all, 0 where all are zero.
-    energy: the sum of the values' squares, which is ||update||_F^2, [*stack].
+    Attributes:
+      values: its singular values in falling order, [*stack, rank].
+      effective_rank: e to the entropy of values / sum(values), [*stack] (Roy and Vetterli, 2007).
+        It is r for r equal values, 1 if one value is not zero, and 0 if all are zero.
+      energy: the sum of the values' squares, which is ||update||_F^2, [*stack].
     """
 
     values: Array
@@ -28,14 +29,17 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(layout: Layout, adapters: Adapters, params: Any = None) -> dict[str, Spectrum]:
-    """The spectrum of every update, by path.
+    """Return the spectrum of every update.
 
     Args:
       layout, adapters: an adapter of any kind that has factors.
-      params: the base parameters, for DoRA: its update is what merging changes, W' - W.
+      params: the base parameters, for DoRA: its update is the change that merging makes, W' - W.
+
+    Returns:
+      `{path: Spectrum}`.
 
     Raises:
-      LoraError: adapters that do not fit the layout, or are not finite; DoRA without parameters.
+      LoraError: adapters that do not fit the layout or are not finite, or DoRA without parameters.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax import Factors, Target
@@ -51,7 +55,7 @@ def spectrum(layout: Layout, adapters: Adapters, params: Any = None) -> dict[str
 
 
 def of_values(values: Array) -> Spectrum:
-    """The spectrum with these singular values, [*stack, rank]."""
+    """Return the spectrum with these singular values, [*stack, rank]."""
     total = values.sum(axis=-1, keepdims=True)
     share = values / np.where(total > 0, total, 1)
     entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(axis=-1)

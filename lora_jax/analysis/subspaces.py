@@ -1,4 +1,4 @@
-"""Measure how similar the subspaces of two adapters are: the paper's phi (section 7.2)."""
+"""The similarity of the subspaces of two adapters: the paper's phi (section 7.2)."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ SIDES: tuple[Side, ...] = ("a", "b", "input", "output")
 
 
 def similarity(one: Adapter, two: Adapter, of: Side = "a", params: Any = None) -> dict[str, Array]:
-    """phi(i, j) of every target: how much of the top i directions of one is in the top j of two.
+    """Return phi(i, j) of every target: the share of one's top i directions within two's top j.
 
         phi(i, j) = ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j)          in [0, 1]
-
-    U1 and U2 have orthonormal columns, the most important direction first. 1 means that the
-    smaller subspace lies in the larger, 0 that they are orthogonal; two random subspaces of d
-    numbers have max(i, j) / d on average, which `lora_jax.init` with another key shows.
-    (In Appendix G the paper writes 1 - d(i, j)^2 with the projection metric's
-    d = sqrt(p - sum sigma^2); what it plots, and what is computed here, is 1 - d^2 / p,
-    p = min(i, j).)
+     U1 and U2 have orthonormal columns, the most important direction first. 1 means that the larger
+    subspace contains the smaller one, 0 that they are orthogonal. Two random subspaces of d
+    dimensions have max(i, j) / d on average; compare with `lora_jax.init` and another key to see
+    it.
 
     Args:
       one, two: adapters with the same targets; the ranks may differ.
-      of: whose directions.
+      of: which directions to compare.
         "a": the left-singular vectors of the factor `a` [in, rank]. The paper stores A = a^T and
           calls them the right-singular vectors of A; its figures 3 and 4 show these.
         "b": the right-singular vectors of `b`, in the output space.
-        "input", "output": the singular vectors of the update `a b` on either side. They span what
-          those of the factors span, in the order of what the update does.
-      params: the base parameters of both, for "input" and "output" of DoRA: its update is what
-        merging changes, W' - W.
+        "input", "output": the singular vectors of the update `a b` on either side. They have the
+          same span as the vectors of the factors, in the order of their effect on the update.
+      params: the base parameters of both, for "input" and "output" of DoRA: its update is the
+        change that merging makes, W' - W.
 
     Returns:
       `{path: [*stack, rank of one, rank of two]}` in float64; entry [i - 1, j - 1] is phi(i, j).
-      NaN where i or j goes beyond the directions that exist: those whose singular value is above
-      float32's rounding of the largest. A `b` that is still zero has none.
+      It is NaN if i or j exceeds the number of directions that exist: a direction's singular value
+      must be above float32's rounding of the largest. A `b` that is still zero has none.
 
     Raises:
-      LoraError: adapters that do not fit their layout, DoRA without parameters, other targets in
-        one than in two, or the same path with another shape or other roles.
+      LoraError: adapters that do not fit their layout, DoRA without parameters, different targets
+        in the two adapters, or one path with different shapes or roles.
+
+    Source:
+      Section 7.2 of arXiv 2106.09685. Appendix G writes 1 - d(i, j)^2 with the projection metric's
+      d = sqrt(p - sum sigma^2), p = min(i, j). But its figures plot 1 - d^2 / p, as we compute.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax import Factors
@@ -77,19 +78,25 @@ def similarity(one: Adapter, two: Adapter, of: Side = "a", params: Any = None) -
 
 
 def phi(one: Array, two: Array) -> Array:
-    """phi(i, j) for all i and j of two orthonormal bases [*stack, d, r1] and [*stack, d, r2].
+    """Return phi(i, j) for all i and j of two orthonormal bases.
 
     A column of NaN is a direction that does not exist; from there on the result is NaN.
-    The squares are summed once: phi(i, j) min(i, j) is the sum of the upper left [i, j] block.
+
+    Args:
+      one: [*stack, d, r1].
+      two: [*stack, d, r2].
+
+    Returns:
+      [*stack, r1, r2]; entry [i - 1, j - 1] is phi(i, j).
     """
-    squares = (one.mT @ two) ** 2
+    squares = (one.mT @ two) ** 2  # phi(i, j) min(i, j) is the sum of its upper left [i, j] block
     sums = squares.cumsum(axis=-1).cumsum(axis=-2)
     rows, columns = np.arange(1, sums.shape[-2] + 1), np.arange(1, sums.shape[-1] + 1)
     return sums / np.minimum(rows[:, None], columns)
 
 
 def directions(target: Target, factors: Any, of: Side) -> Array:
-    """The orthonormal directions that `similarity` compares, [*stack, d, rank]."""
+    """Return the orthonormal directions that `similarity` compares, [*stack, d, rank]."""
     a, b = matrices.of_factors(target, factors_of(target, factors))
     if of == "a":
         found = matrices.tall_svd(a)

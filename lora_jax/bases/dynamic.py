@@ -1,4 +1,4 @@
-"""Scales in 8 bits: what bitsandbytes calls double quantisation, or nested statistics."""
+"""Scales in 8 bits: double quantisation, or nested statistics in bitsandbytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.base import Base
 
-BLOCK = 256  # scales that share a scale of their own
+BLOCK = 256  # the number of scales that share a scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Dynamic(Base):
       codes: uint8 [*lead, rows, blocks].
       scales: float32 [*lead, ceil(rows * blocks / 256)].
       offset: float32 [*lead], the mean of the scales before they were quantised.
-      table: float32 [*lead, 256]; a file brings its own.
+      table: float32 [*lead, 256]. A file has its own.
     """
 
     codes: jax.Array
@@ -54,9 +54,9 @@ jax.tree_util.register_dataclass(Dynamic, ["codes", "scales", "offset", "table"]
 def quantise(scales: jax.Array) -> Dynamic:
     """Quantise the scales of one slice, float32 [rows, blocks].
 
-    The nearest entry of the table is taken, and the lower one of two that are equally near. This
-    is the rule of the bitsandbytes kernels for GPUs, which wrote the published checkpoints; the
-    one for CPUs looks up a rounded value, and differs from them in a few codes of a hundred.
+    A scale gets the code of the nearest entry of the table; a tie takes the lower entry. This is
+    the rule of the bitsandbytes kernels for GPUs, which wrote the published checkpoints. Its kernel
+    for CPUs looks up a rounded value, and differs in a few codes out of a hundred.
     """
     offset = jnp.mean(scales)
     flat = (scales - offset).reshape(-1)
@@ -65,14 +65,14 @@ def quantise(scales: jax.Array) -> Dynamic:
     absmax = jnp.max(jnp.abs(blocks), axis=1)
     table = jnp.asarray(dynamic_map())
     scaled = jnp.clip(blocks * reciprocal(absmax)[:, None], -1, 1)
-    # `left` counts the midpoints that are below: a tie takes the lower entry.
+    # `left` counts only the midpoints below, so a tie takes the lower entry.
     middles = (table[:-1] + table[1:]) * np.float32(0.5)
     codes = jnp.searchsorted(middles, scaled, side="left").astype(jnp.uint8)
     return Dynamic(codes.reshape(-1)[: flat.size].reshape(scales.shape), absmax, offset, table)
 
 
 def reciprocal(absmax: jax.Array) -> jax.Array:
-    """Return 1 / absmax, and 0 for a block of zeros or of numbers too small to have one."""
+    """Return 1 / absmax, or 0 for a block whose largest number is zero or too small to invert."""
     tiny = np.finfo(np.float32).tiny
     return jnp.where(absmax < tiny, jnp.zeros_like(absmax), 1 / jnp.maximum(absmax, tiny))
 
@@ -80,9 +80,8 @@ def reciprocal(absmax: jax.Array) -> jax.Array:
 @functools.cache
 def dynamic_map() -> np.ndarray:
     """Return the 256 signed values of bitsandbytes' `create_dynamic_map`, sorted.
-
-    Seven decades from 1e-6 to 1; decade i has 2**i values of each sign, evenly spaced over the
-    upper nine tenths of the decade. 0 and 1 complete the table.
+     There are seven decades from 1e-6 to 1. Decade i has 2**i values of each sign, evenly spaced
+    over the upper nine tenths of the decade. 0 and 1 complete the table.
     """
     values = [0.0, 1.0]
     for decade in range(7):

@@ -1,9 +1,8 @@
-"""The block formats of GGUF files: Q4_0, Q4_1, Q8_0, Q4_K and Q6_K, held as the file has them.
+"""The block formats of GGUF files, Q4_0, Q4_1, Q8_0, Q4_K and Q6_K, with the file's own values.
 
-A row of a tensor is cut into blocks of 32 or 256 numbers. The fields of a block are arrays of
-their own here, because a block of 18 or 20 bytes is nothing that a device can read quickly; their
-values are the file's. Source: ggml's `ggml-quants.c`, and `quants.py` of the gguf package, which
-the tests compare with.
+A row of a tensor consists of blocks of 32 or 256 numbers. Here each field of a block is an array
+of its own, because a device cannot read a record of 18 or 20 bytes quickly. Source: ggml's
+`ggml-quants.c`, and `quants.py` of the gguf package, which the tests compare with.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class BlockFormat:
     """One kind of block.
 
     Attributes:
-      size: numbers in a block.
+      size: the number of elements in a block.
       record: the bytes of a block, as a NumPy structure.
-      numbers: from the fields, [..., blocks, *field], to float32 [..., blocks, size].
+      numbers: maps the fields, [..., blocks, *field], to float32 [..., blocks, size].
     """
 
     size: int
@@ -38,11 +37,11 @@ class BlockFormat:
 
 @dataclasses.dataclass(frozen=True)
 class GgmlBlocks(QuantisedMatrix):
-    """A weight in the blocks of a GGUF file; rows are outputs, blocks run along the inputs.
+    """A weight in the blocks of a GGUF file. Rows are outputs; blocks run along the inputs.
 
     Attributes:
       fields: name of a block's field -> its values, [*lead, rows, blocks, *field].
-      kind: the name that GGUF has for the format, a key of `FORMATS`.
+      kind: GGUF's name of the format, a key of `FORMATS`.
     """
 
     fields: Fields
@@ -60,7 +59,7 @@ jax.tree_util.register_dataclass(GgmlBlocks, ["fields"], ["sizes", "order", "flo
 
 
 def _nibbles(bytes_: jax.Array) -> jax.Array:
-    """Return the low four bits of all bytes, then the high ones, in float32."""
+    """Return the low four bits of all bytes, then the high four bits, in float32."""
     return jnp.concatenate([bytes_ & 15, bytes_ >> 4], axis=-1).astype(jnp.float32)
 
 
@@ -81,7 +80,7 @@ def _q8_0(f: Fields) -> jax.Array:
 
 
 def _q4_k(f: Fields) -> jax.Array:
-    """Eight groups of 32, whose scale and minimum have 6 bits each, packed into 12 bytes."""
+    """Decode eight groups of 32, whose 6-bit scales and minima are packed into 12 bytes."""
     packed = f["scales"].reshape(*f["scales"].shape[:-1], 3, 4)
     scale, minimum, both = packed[..., 0, :], packed[..., 1, :], packed[..., 2, :]
     high_scale = (both & 15) | ((scale >> 2) & 48)
@@ -95,7 +94,7 @@ def _q4_k(f: Fields) -> jax.Array:
 
 
 def _q6_k(f: Fields) -> jax.Array:
-    """Sixteen groups of 16; a code is four low bits from `ql` and two high ones from `qh`."""
+    """Decode sixteen groups of 16; a code has four low bits in `ql` and two high bits in `qh`."""
     start = f["d"].shape
     low = f["ql"].reshape(*start, 2, 64)
     low = jnp.concatenate([low & 15, low >> 4], axis=-1)

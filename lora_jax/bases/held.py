@@ -1,9 +1,9 @@
 """W itself on its way through a program: an array, or a base that is dequantised where it is used.
 
-A quantised base is never rearranged. What a program does to it (a transpose, a cast, a slice) is
-kept as a list of steps, and a product runs `fn(steps(base.dense()), x)` such that the forward and
-the backward pass each dequantise it for themselves (`recomputed.py`): what is kept between them is
-x and the codes.
+A quantised base is never rearranged. The operations that a program applies to it (a transpose, a
+cast, a slice) are kept as a list of steps. A product runs `fn(steps(base.dense()), x)`, and the
+forward and the backward pass each dequantise the base for themselves (`recomputed.py`): only x and
+the codes are kept between them.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Dense:
         return self.array
 
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
-        """`fn(W, *operands)`."""
+        """Return `fn(W, *operands)`."""
         return fn(self.array, *operands)
 
     product = use
 
     def move(self, names: Names, fn: Move, *operands: Any, along: Names = ()) -> tuple[Any, Names]:
-        """W after `fn`, and the names of its axes."""
+        """Return W after `fn`, and the names of its axes."""
         del along
         moved = fn(Named(self.array, names), *operands)
         return Dense(moved.array), moved.names
@@ -57,24 +57,24 @@ class Dense:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Something that a program does to W before it uses it."""
+    """One operation that a program applies to W before it uses it."""
 
     fn: Callable[..., Any] = dataclasses.field(metadata={"static": True})
-    out: Any = dataclasses.field(metadata={"static": True})  # shape and dtype after it
+    out: Any = dataclasses.field(metadata={"static": True})  # the shape and dtype of its result
     operands: tuple[Any, ...] = ()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Deferred:
-    """A base, and the steps between it and the weight that it is now."""
+    """A base, and the steps that make the current weight out of it."""
 
     source: Any
     steps: tuple[Step, ...] = ()
 
     @staticmethod
     def start(base: Base) -> Deferred:
-        """The base as a program gets it: nothing flows back into its codes and scales."""
+        """Return a base as the program's input; no gradient flows into its codes and scales."""
         return Deferred(jax.tree.map(lax.stop_gradient, base))
 
     @property
@@ -96,17 +96,17 @@ class Deferred:
         return w
 
     def use(self, fn: Callable[..., Any], *operands: Any) -> Any:
-        """`fn(W, *operands)`, W being formed in the forward and again in the backward pass."""
+        """Return `fn(W, *operands)`; the forward and the backward pass each form W."""
         return jax.checkpoint(lambda held, operands: fn(held.dense(), *operands))(self, operands)
 
     def product(self, fn: Callable[..., Any], x: Any, *rest: Any) -> Any:
-        """`fn(W, x, *rest)`, which is linear in x."""
+        """Return `fn(W, x, *rest)`, which is linear in x."""
         return recomputed.product(
             lambda known, x: fn(known[0].dense(), x, *known[1]), (self, rest), x
         )
 
     def move(self, names: Names, fn: Move, *operands: Any, along: Names = ()) -> tuple[Any, Names]:
-        """W after `fn`, and the names of its axes; `along`: the only axes that `fn` touches."""
+        """Return W after `fn`, and the names of its axes; `fn` touches only the axes `along`."""
         out = jax.eval_shape(
             lambda w: fn(Named(w, names), *operands), jax.ShapeDtypeStruct(self.shape, self.dtype)
         )
@@ -116,7 +116,7 @@ class Deferred:
         return dataclasses.replace(self, steps=(*self.steps, step)), out.names
 
     def leading(self, names: Names) -> Names:
-        """The names of the axes that the arrays inside the base have too: they can be sliced."""
+        """Return the names of the axes that the base's arrays share, along which it is sliced."""
         if self.steps or not isinstance(self.source, Base):
             return ()
         return names[: stack_ndim(self.source)]
@@ -132,7 +132,7 @@ class Deferred:
 
 
 def stack_ndim(base: Base) -> int:
-    """How many leading axes of a base its arrays have too: as often as all can lose their first."""
+    """Return the number of leading axes that a base shares with all of its arrays."""
     now, count = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), base), 0
     while all(x.shape for x in jax.tree.leaves(now)):
         less = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), now)
@@ -145,7 +145,7 @@ def stack_ndim(base: Base) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Absent:
-    """No W at all: the part of a derivative that goes along the update alone."""
+    """An absent W: in the part of a derivative that goes along the update only."""
 
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
@@ -169,7 +169,7 @@ class Absent:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Several weights put together, some of which are quantised; the source of a `Deferred`."""
+    """Several weights put together, some of them quantised; the source of a `Deferred`."""
 
     parts: tuple[Any, ...]
     fn: Callable[..., Any] = dataclasses.field(metadata={"static": True})
@@ -192,12 +192,12 @@ class Joined:
 
 
 def held(w: Any) -> Dense | Deferred:
-    """W as a program gets it."""
+    """Return W in the form in which a program takes it."""
     return Deferred.start(w) if isinstance(w, Base) else Dense(w)
 
 
 def join(parts: list[Any], fn: Callable[..., Any]) -> Dense | Deferred:
-    """`fn` of several weights: an array if all of them are, else a deferred one."""
+    """Return `fn` of several weights: an array if all of them are arrays, else deferred."""
     if all(isinstance(p, Dense) for p in parts):
         return Dense(fn(*(p.array for p in parts)))
     return Deferred(Joined(tuple(parts), fn))

@@ -1,4 +1,4 @@
-"""What all quantised weights have in common: a slice is a matrix of codes, one row an output."""
+"""The form that all quantised weights share: a slice is a matrix of codes, one row per output."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lora_jax.base import Base
 class QuantisedMatrix(Base):
     """A weight whose slices are stored as matrices [rows, columns], in the order of a file.
 
-    A slice is what is left of W without its leading stack axes (layers, experts). It is stored
-    with its output axes first and its input axes last, as torch stores [out, in], because the
-    blocks that share a scale run along the inputs. Codes are not rearranged: `dense()` computes
-    the floats in that order, and then transposes them to W's own axes.
+    A slice is W without its leading stack axes (layers, experts). It is stored with its output axes
+    first and its input axes last, as torch stores [out, in], because the blocks that share a scale
+    run along the inputs. Codes are not rearranged: `dense()` computes the floats in that order and
+    then transposes them to W's own axes.
 
     Attributes:
-      sizes: the axes of one slice in the stored order, outputs before inputs.
+      sizes: the sizes of the axes of one slice in the stored order, outputs before inputs.
       order: axis i of W's slice is axis `order[i]` of the stored order.
-      float_dtype: name of W's dtype.
+      float_dtype: the name of W's dtype.
     """
 
     sizes: tuple[int, ...]
@@ -34,11 +34,11 @@ class QuantisedMatrix(Base):
     @property
     @abc.abstractmethod
     def lead(self) -> tuple[int, ...]:
-        """The leading stack axes, read off the arrays."""
+        """The sizes of the leading stack axes, read off the arrays."""
 
     @abc.abstractmethod
     def numbers(self) -> jax.Array:
-        """Return the float32 values, [*lead, ...] with a slice's numbers in the stored order."""
+        """Return the float32 values, [*lead, ...], with a slice's numbers in the stored order."""
 
     @property
     def shape(self) -> tuple[int, ...]:

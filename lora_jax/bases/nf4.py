@@ -29,14 +29,14 @@ NF4 = (
 class FourBit(QuantisedMatrix):
     """A weight in 4-bit codes of a table, with one scale for each block of numbers.
 
-    `w = table[code] * scale`, in float32, then cast. A row holds whole blocks: it is an output
-    where `block` divides the number of inputs, and a whole slice where it does not. In the latter
-    case blocks run on over the ends of the outputs, and the last one may be short.
+    `w = table[code] * scale`, in float32, then cast. A row holds whole blocks: it is one output if
+    `block` divides the number of inputs, and otherwise a whole slice. In the second case blocks
+    continue across the ends of the outputs, and the last one may be short.
 
     Attributes:
       codes: uint8 [*lead, rows, bytes], two codes a byte, the first in the high four bits.
       scales: float32 [*lead, rows, blocks], or the same as `Dynamic`.
-      block: numbers that share a scale.
+      block: the number of elements that share a scale.
       table: the 16 values.
     """
 
@@ -61,12 +61,13 @@ def scaled(values: jax.Array, scales: jax.Array, block: int, size: int) -> jax.A
     """Return each block of `values` times its scale.
 
     Args:
-      values: float32 [*lead, rows, columns], where columns may end with half a byte of padding.
+      values: float32 [*lead, rows, columns]; the columns may end with padding of half a byte.
       scales: float32 [*lead, rows, blocks].
-      size: numbers of a slice, `rows * columns` without that padding.
+      block: the number of elements that share a scale.
+      size: the number of elements of a slice, `rows * columns` without that padding.
     """
     *start, blocks = scales.shape
-    missing = blocks * block - values.shape[-1]  # of a short last block
+    missing = blocks * block - values.shape[-1]  # the last block may be short
     if missing:
         values = jnp.pad(values, [(0, 0)] * len(start) + [(0, missing)])
     product = values.reshape(*start, blocks, block) * scales[..., None]
@@ -84,10 +85,12 @@ def quantise(
     """Return the codes and scales of one slice.
 
     A number is multiplied by `1 / absmax`, the reciprocal rounded to float32, and gets the nearest
-    value of the table, the lower one of two that are equally near: the midpoint must be exceeded.
+    value of the table. A tie takes the lower value: a number must exceed the midpoint.
 
     Args:
       x: float32 [fan_out, fan_in].
+      block: the number of elements that share a scale.
+      double: whether to quantise the scales as well.
     """
     rows = x.shape[0] if x.shape[1] % block == 0 else 1
     x = x.reshape(rows, x.size // rows)

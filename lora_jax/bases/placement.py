@@ -1,4 +1,4 @@
-"""The placement of a quantised weight's arrays, given that of the weight."""
+"""The placement of a quantised weight's arrays, given the placement of the weight."""
 
 from __future__ import annotations
 
@@ -28,20 +28,19 @@ def names_of(entry: Any) -> tuple[str, ...]:
 
 
 def placed(base: B, spec: PartitionSpec, mesh: Mapping[str, int], path: str) -> B:
-    """Return the base with a `PartitionSpec` in the place of each array.
-
-    An axis of W is an axis of the stored matrix, or the first of several that are one there; the
-    codes and scales of a shard of W are on its device. What is too small to be cut (one scale for
-    each output, the statistics of double quantisation) is on every device.
+    """Return the base with a `PartitionSpec` in place of each array.
+     An axis of W is an axis of the stored matrix, or the first of several that the matrix flattens
+    into one. A shard of W and its codes and scales are on the same device. An array that is too
+    small to be sharded (one scale per output, the statistics of double quantisation) is replicated.
 
     Args:
-      base: the weight, or one with `jax.ShapeDtypeStruct`s.
+      base: the weight, with arrays or `jax.ShapeDtypeStruct`s.
       spec: the placement of W.
-      mesh: name of a mesh axis -> devices along it (`mesh.shape`).
-      path: of W, for messages.
+      mesh: the size of each mesh axis by its name (`mesh.shape`).
+      path: the path of W, for messages.
 
     Raises:
-      LoraError: the shards would cut a block, or an axis that is not contiguous in the storage.
+      LoraError: the shards would split a block, or an axis that is not contiguous in the storage.
     """
     lead = len(base.lead)
     entries = [*spec, *[None] * (base.ndim - len(spec))]
@@ -65,7 +64,7 @@ def placed(base: B, spec: PartitionSpec, mesh: Mapping[str, int], path: str) -> 
 
 
 def _rows(base: QuantisedMatrix) -> tuple[range, range]:
-    """The stored axes that are the rows of the matrix, and those that are its columns."""
+    """Return the stored axes of the matrix's rows, and those of its columns."""
     rows = max(size for size, _ in _matrices(base))
     count = 0
     while math.prod(base.sizes[:count]) < rows:
@@ -74,14 +73,14 @@ def _rows(base: QuantisedMatrix) -> tuple[range, range]:
 
 
 def _matrices(base: QuantisedMatrix) -> list[tuple[int, int]]:
-    """Rows and columns (or blocks) of each array that has them."""
+    """Return the rows and columns (or blocks) of each array that has both."""
     lead = len(base.lead)
     arrays = [x for x in jax.tree.leaves(base) if len(x.shape) >= lead + 2]
     return [(x.shape[lead], x.shape[lead + 1]) for x in arrays]
 
 
 def _merged(base: QuantisedMatrix, stored: list[Any], axes: range, path: str) -> Any:
-    """The mesh axes that cut several stored axes which are one axis of the matrix."""
+    """Return the mesh axes that shard several stored axes which are one axis of the matrix."""
     wide = [axis for axis in axes if base.sizes[axis] > 1]
     if any(stored[axis] is not None for axis in wide[1:]):
         raise LoraError(
@@ -95,7 +94,7 @@ def _merged(base: QuantisedMatrix, stored: list[Any], axes: range, path: str) ->
 def _check_whole(
     base: QuantisedMatrix, entry: Any, size: int, mesh: Mapping[str, int], path: str
 ) -> None:
-    """Raise unless `size` rows, or blocks, are cut into whole ones."""
+    """Raise `LoraError` if sharding `size` rows, or blocks, would split one of them."""
     names = names_of(entry)
     shards = math.prod(mesh[name] for name in names)
     if size % shards:

@@ -1,4 +1,4 @@
-"""Quantise the weights of a parameter tree, and give them back as floats."""
+"""Quantise the weights of a parameter tree, and turn them back into floats."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lora_jax.layout import Layout
 Tree = Any  # a pytree
 CHANNEL = "channel"
 
-# Scheme -> numbers that share a scale, unless `block` says otherwise.
+# Scheme -> the number of elements that share a scale, unless `block` says otherwise.
 SCHEMES: dict[str, int | str] = {"nf4": 64, "int4": 64, "int8": CHANNEL, "fp8": CHANNEL}
 _DTYPES = {"int4": jnp.int4, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredAxes:
-    """The axes of one weight, split for storing: leading stack axes, then rows, then columns."""
+    """The axes of one weight in storage: leading stack axes, then rows, then columns."""
 
     lead: int
     rows: tuple[int, ...]
@@ -42,28 +42,31 @@ def quantize(
     block: int | str | None = None,
     double: bool = False,
 ) -> Tree:
-    """Return the parameters with the targets quantised: codes and scales, no floats.
+    """Return the parameters with the targets quantised: as codes and scales instead of floats.
 
     Every function of the library takes such a tree. A quantised weight is one leaf at the path of
-    W, and it is frozen: adapters are trained upon it (QLoRA, arXiv 2305.14314).
-
-    Args:
-      params: a parameter tree of floating-point arrays.
-      scheme: "nf4", "int4", "int8" or "fp8" (float8_e4m3fn).
-      targets: a layout, which knows the axes of each target; or patterns, which may match
-        matrices [in, out] only. The layout of `lora_jax.resolve` need not be the adapters': any
-        spec that names the weights will do.
-      block: numbers along the input axes that share a scale, or "channel" for one scale each
-        output. None: 64 for nf4 and int4, "channel" for int8 and fp8.
-      double: quantise the scales of nf4 too, from 0.5 to 0.127 bit a weight.
+    W. It is frozen, and adapters are trained on top of it (QLoRA, arXiv 2305.14314).
 
     Stacked weights (scanned layers, experts) are quantised slice by slice, so that a slice of the
     quantised weight is the quantised slice. For nf4, each slice has the bytes that bitsandbytes
     would write for the torch weight [out, in].
 
+    Args:
+      params: a parameter tree of floating-point arrays.
+      scheme: "nf4", "int4", "int8" or "fp8" (float8_e4m3fn).
+      targets: a layout, which knows the axes of each target, or patterns, which may match only
+        matrices [in, out]. The layout need not be the adapters' own: use any spec that names the
+        weights.
+      block: the number of elements along the input axes that share a scale, or "channel" for one
+        scale per output. None: 64 for nf4 and int4, "channel" for int8 and fp8.
+      double: quantise the scales of nf4 too, which takes them from 0.5 to 0.127 bits a weight.
+
+    Returns:
+      A tree like `params`, with a `Base` in place of each target.
+
     Raises:
-      LoraError: a scheme or a block size that does not exist, a pattern that matches nothing or
-        that matches a leaf whose axes are not known, a leaf without floats.
+      LoraError: an unknown scheme or block size, a pattern that matches nothing or a leaf whose
+        axes are not known, or a leaf that is not a float array.
 
     >>> params = {"q": {"kernel": jnp.ones((128, 32))}}
     >>> q = quantize(params, "nf4", "**/kernel")["q"]["kernel"]
@@ -95,7 +98,13 @@ def quantize(
 
 
 class Scheme(NamedTuple):
-    """The arguments of `quantize` that give a weight its form."""
+    """The arguments of `quantize` that decide how a weight is stored.
+
+    Attributes:
+      scheme: "nf4", "int4", "int8" or "fp8".
+      block: the number of elements that share a scale.
+      double: whether the scales are quantised too.
+    """
 
     scheme: str
     block: int
@@ -103,10 +112,14 @@ class Scheme(NamedTuple):
 
 
 def scheme_of(base: Base, path: str) -> Scheme:
-    """Return the scheme by which a weight is quantised, to quantise another like it.
+    """Return the scheme of a quantised weight, with which another can be quantised.
+
+    Args:
+      base: the quantised weight.
+      path: its path, for messages.
 
     Raises:
-      LoraError: a base that `quantize` does not make, as one read from a GGUF file.
+      LoraError: a base that `quantize` does not make, such as one read from a GGUF file.
 
     >>> scheme_of(quantize({"w": jnp.ones((64, 2))}, "nf4", "w")["w"], "w")
     Scheme(scheme='nf4', block=64, double=False)
@@ -125,7 +138,13 @@ def scheme_of(base: Base, path: str) -> Scheme:
 
 
 def dequantize(params: Tree) -> Tree:
-    """Return the parameters with each quantised weight as the float array it stands for.
+    """Return the parameters with each quantised weight as the float array that it stands for.
+
+    Args:
+      params: a parameter tree.
+
+    Returns:
+      A tree like `params` in which every leaf is an array.
 
     >>> params = {"w": jnp.eye(64)}
     >>> bool((dequantize(quantize(params, "int8", "w"))["w"] == params["w"]).all())
@@ -135,7 +154,12 @@ def dequantize(params: Tree) -> Tree:
 
 
 def bytes_of(tree: Tree) -> int:
-    """Return the bytes that the arrays of a tree take on a device; two int4 share a byte.
+    """Return the number of bytes that the arrays of a tree take on a device.
+
+    Two int4 share a byte, which `nbytes` does not know.
+
+    Args:
+      tree: a pytree of arrays, quantised bases or `jax.ShapeDtypeStruct`s.
 
     >>> bytes_of({"w": jnp.zeros((3, 4), jnp.int4), "b": jnp.zeros(4)})
     22
@@ -174,7 +198,7 @@ def _of_patterns(patterns: str | Iterable[str], leaves: dict[str, Any]) -> dict[
         hits = paths.matching(pattern, leaves)
         if not hits:
             raise LoraError(
-                f"the pattern {pattern!r} matches no parameter; the nearest paths are:\\n"
+                f"the pattern {pattern!r} matches no parameter; the nearest paths are:\n"
                 f"{listed(nearest(pattern, leaves))}"
             )
         for path in hits:
@@ -203,7 +227,7 @@ def _check_floats(path: str, leaf: Any) -> None:
 
 
 def _block(path: str, scheme: str, block: int | str | None, fan_in: int) -> int:
-    """The numbers that share a scale, checked against the weight."""
+    """Return the number of elements that share a scale, checked against the weight."""
     block = SCHEMES[scheme] if block is None else block
     if isinstance(block, str):
         if block != CHANNEL or scheme == "nf4":
@@ -218,7 +242,7 @@ def _block(path: str, scheme: str, block: int | str | None, fan_in: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("axes", "scheme", "block", "double"))
 def _quantised(w: jax.Array, axes: StoredAxes, scheme: str, block: int, double: bool) -> Base:
-    """Quantise one weight, slice by slice: no more than a slice is held in float32."""
+    """Quantise one weight, slice by slice: at most one slice is in float32 at a time."""
     stored = (*axes.rows, *axes.columns)
     order = tuple(stored.index(axis) for axis in range(axes.lead, w.ndim))
     sizes = tuple(w.shape[axis] for axis in stored)

@@ -1,4 +1,7 @@
-"""How a base was quantised, as JSON that goes with an adapter: whoever uses it does the same."""
+"""The recipe by which a base was quantised, as JSON that goes with an adapter.
+
+Whoever uses the adapter quantises the base in the same way.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,22 @@ from lora_jax.layout import Layout
 
 Tree = Any  # a pytree
 
-ABOUT = "quantized"  # the entry of what is said about an adapter (`lora_jax.save(about=...)`)
-BEGUN = "begun"  # the entry that says by which method of `lora_jax.init_from_base` it was changed
-STORED = "stored"  # the scheme of weights that are held as their file has them
+ABOUT = "quantized"  # the key of the recipe in `lora_jax.save(about=...)`
+BEGUN = "begun"  # the key of the method of `lora_jax.init_from_base` that changed the base
+STORED = "stored"  # the scheme of weights that keep the format of their file
 
 
 def recipe(scheme: str, layout: Layout, block: int | None, double: bool) -> dict[str, Any]:
-    """Return what `quantize` was given, as JSON values."""
+    """Return the arguments of `quantize` as JSON values."""
     return {"scheme": scheme, "block": block, "double": double, "layout": layout.to_json()}
 
 
 def requantised(params: Tree, recipe: Mapping[str, Any]) -> Tree:
-    """Quantise the floats of a base again, as a recipe says.
+    """Quantise the floats of a base again, by a recipe.
 
     Args:
-      params: floats; of a base that is held as stored, what was loaded.
+      params: float parameters. If the recipe says that the base keeps the format of its file, the
+        parameters as they were loaded.
       recipe: from an adapter, which may come from a stranger.
 
     Raises:

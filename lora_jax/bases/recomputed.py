@@ -2,9 +2,10 @@
 
     product(fn, known, x) = fn(known, x)        linear in x
 
-JAX would keep what the transpose of a product needs, the dequantised W. This primitive keeps
-`known` (the codes and scales) alone: its transpose is itself, with the two directions swapped.
-(`jax.custom_vjp` has no forward mode, `jax.custom_derivatives.linear_call` no `vmap`.)
+JAX would keep the array that the transpose of a product needs: the dequantised W. This primitive
+keeps only `known` (the codes and scales). Its transpose is the same primitive with the two
+directions swapped. (`jax.custom_vjp` has no forward mode, and
+`jax.custom_derivatives.linear_call` no `vmap`.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Arrays = tuple[Any, ...]
 
 
 def product(fn: Callable[[Any, Any], Any], known: Any, x: Any) -> Any:
-    """`fn(known, x)`, linear in the array x; `known` is a pytree of arrays."""
+    """Return `fn(known, x)`, linear in the array x; `known` is a pytree of arrays."""
     leaves, treedef = jax.tree.flatten(known)
 
     def there(*args: Any) -> Any:
@@ -33,7 +34,7 @@ def product(fn: Callable[[Any, Any], Any], known: Any, x: Any) -> Any:
     def back(*args: Any) -> Any:
         *leaves, dy = args
         known = jax.tree.unflatten(treedef, _after(tuple(leaves), dy))
-        # Its transpose, also of a function with a gradient rule of its own: linear, so at any x.
+        # The transpose by `vjp`, which also honours a custom gradient rule. It is linear: any x.
         (dx,) = jax.vjp(lambda x: fn(known, x), jnp.zeros(x.shape, x.dtype))[1](dy)
         return dx
 
@@ -41,7 +42,7 @@ def product(fn: Callable[[Any, Any], Any], known: Any, x: Any) -> Any:
 
 
 def _bind(there: Callable[..., Any], back: Callable[..., Any], known: Sequence[Any], x: Any) -> Any:
-    """The primitive, with both directions traced: `there(*known, x)` and `back(*known, dy)`."""
+    """Bind the primitive with both directions traced: `there(*known, x)` and `back(*known, dy)`."""
     shapes = [_like(leaf) for leaf in known]
     forward = jax.make_jaxpr(there)(*shapes, _like(x))
     (out,) = forward.out_avals
@@ -54,11 +55,11 @@ def _like(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _after(known: Arrays, x: Any) -> Arrays:
-    """The same arrays, which XLA may not think to be at hand before `x` is.
+    """Return the same arrays, in such a way that XLA cannot use them before `x` is ready.
 
-    Otherwise it sees that both passes form the same W, forms it once, and keeps it; or it forms
-    the weights of all layers first. XLA's CPU compiler looks through a barrier; there, a zero is
-    added that it cannot know to be one.
+    Otherwise XLA sees that both passes form the same W, forms it once, and keeps it; or it forms
+    the weights of all layers first. XLA's CPU compiler ignores a barrier, so on a CPU we add a zero
+    that XLA cannot recognise as one.
     """
 
     def barrier(known: Arrays, x: Any) -> Any:
@@ -66,7 +67,7 @@ def _after(known: Arrays, x: Any) -> Arrays:
 
     def add_zero(known: Arrays, x: Any) -> Any:
         one = x[(0,) * x.ndim]
-        zero = (one * 0).astype(jnp.int32)  # also of infinity, whose product is not a number
+        zero = (one * 0).astype(jnp.int32)  # infinity * 0 is NaN, and becomes 0 as an integer
         return tuple(x + zero.astype(x.dtype) for x in known)
 
     return lax.platform_dependent(known, x, cpu=add_zero, default=barrier)
@@ -90,7 +91,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, there: Any, back: A
     bind = functools.partial(_product.bind, there=there, back=back)
     parts = [] if isinstance(dx, ad.Zero) else [bind(*known, dx)]
     moving = [i for i, t in enumerate(dknown) if not isinstance(t, ad.Zero)]
-    if moving:  # something that W was multiplied with is trained too
+    if moving:  # an array that W was multiplied with is trained too
 
         def of_moving(*values: Any) -> Any:
             leaves = list(known)

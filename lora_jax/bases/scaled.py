@@ -1,4 +1,4 @@
-"""int8, int4 and float8 weights: a number of few bits times the scale of its group."""
+"""int8, int4 and float8 weights: a code of few bits times the scale of its group."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lora_jax.errors import LoraError
 
 @dataclasses.dataclass(frozen=True)
 class ScaledCodes(QuantisedMatrix):
-    """A weight as codes of a dtype that the hardware knows; `w = code * scale`, no zero point.
+    """A weight as codes of a dtype that the hardware supports: `w = code * scale`, no zero point.
 
     Attributes:
       codes: int8, int4 or float8_e4m3fn [*lead, fan_out, fan_in]. An int4 takes half a byte on
         the device, although `nbytes` counts a whole one (`bytes_of` does not).
-      scales: float32 [*lead, fan_out, groups]; one group is a scale for each output.
+      scales: float32 [*lead, fan_out, groups]. With one group, there is one scale per output.
     """
 
     codes: jax.Array
@@ -45,13 +45,13 @@ jax.tree_util.register_dataclass(
 
 
 def quantise(x: jax.Array, block: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Return the codes and scales of one slice; the scale is absmax over the largest code.
+    """Return the codes and scales of one slice; a scale is absmax divided by the largest code.
 
     Integers are symmetric (-127 to 127, -7 to 7) and rounded to the nearest, ties to even.
 
     Args:
       x: float32 [fan_out, fan_in].
-      block: numbers along the inputs that share a scale; it divides fan_in.
+      block: the number of elements along the inputs that share a scale; it divides fan_in.
       dtype: int8, int4 or float8_e4m3fn.
     """
     groups = x.reshape(x.shape[0], -1, block)
@@ -77,7 +77,7 @@ def check_block(block: int, fan_in: int, path: str) -> None:
 
 
 def check_float8() -> None:
-    """Raise `LoraError` where this device has no float8_e4m3fn."""
+    """Raise `LoraError` if this device does not support float8_e4m3fn."""
     try:
         jax.block_until_ready(jnp.ones(1).astype(jnp.float8_e4m3fn).astype(jnp.float32))
     except jax.errors.JaxRuntimeError as error:

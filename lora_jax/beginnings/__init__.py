@@ -1,4 +1,4 @@
-"""How adapters begin where that takes more than random numbers: the base itself, or real inputs.
+"""First values of adapters that take more than random numbers: the base itself, or real inputs.
 
 start    = init_from_base(layout, params, "pissa")         PiSSA, OLoRA, LoftQ: also a new base
 adapters = init_from_inputs(key, layout, f, params, batches)        EVA

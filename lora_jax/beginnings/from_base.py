@@ -1,4 +1,4 @@
-"""Adapters that begin with a part of W, over a base that lacks it: PiSSA, OLoRA and LoftQ."""
+"""Adapters that start with a part of W, over a base without it: PiSSA, OLoRA and LoftQ."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from lora_jax.updates.kind import kind_of
 Tree = Any  # a pytree
 BaseMethod = Literal["pissa", "olora", "loftq"]
 Split = Callable[[Target, Any], tuple[Array, Array]]
-"""One matrix [in, out] -> the a [in, rank] and b [rank, out] that begin with a part of it."""
+"""A function from a matrix [in, out] to a [in, rank] and b [rank, out], which hold a part of it."""
 
 
 class StartError(NamedTuple):
-    """Frobenius norms of what one target's start misses of W, relative to that of W.
+    """The part of W that one target's start misses, as Frobenius norms relative to W's.
 
-    start: of `W - (new base + update)`: rounding, or what quantising leaves.
-    plain: of `W - base`, had the base been stored as it is with an update of zero. An adapter
-      from `lora_jax.init` begins there.
+    Attributes:
+      start: the norm of `W - (new base + update)`: rounding, or the loss of quantisation.
+      plain: the norm of `W - base` if the base were stored as it is and the update were zero. An
+        adapter from `lora_jax.init` starts there.
     """
 
     start: float
@@ -39,11 +40,12 @@ class StartError(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A base and the adapters that go with it: neither is of use without the other.
+    """A base and the adapters that go with it: each is useless without the other.
 
-    params: the parameters with another base at each target. Train upon these, and keep them.
-    adapters: the arrays that hold the rest of W.
-    errors: `{path: StartError}`.
+    Attributes:
+      params: the parameters with another base at each target. Train on top of these, and keep them.
+      adapters: the arrays that hold the rest of W.
+      errors: `{path: StartError}`.
     """
 
     params: Tree
@@ -59,44 +61,44 @@ def init_from_base(
     quantised: Tree = None,
     steps: int = 5,
 ) -> Start:
-    """Return adapters that begin with a part of W, and **a new base** that is W without it.
+    """Return adapters that start with a part of W, and **a new base**: W without that part.
 
         W = R + scale * a @ b          R: the new base, frozen from then on
 
-    "pissa" (arXiv 2404.02948): a b holds W's `rank` largest singular values, and their vectors.
-      The first steps then move what W does most. Over a quantised base R is quantised instead of
-      W (QPiSSA), which loses less, since R has no large values left.
+    "pissa" (arXiv 2404.02948): a b holds the `rank` largest singular values of W, with their
+      vectors, so the first steps move the most important directions of W. With a quantised base, R
+      is quantised instead of W (QPiSSA). That loses less, since R has no large values left.
     "olora" (arXiv 2406.01775): with the QR factorisation W^T = Q R' of the torch weight [out, in],
-      b is the first rows of Q^T, which are orthonormal, and a those of R' transposed.
-    "loftq" (arXiv 2310.08659): for a quantised base. a b begins as the best correction of the
-      quantisation error; then R is W without it, quantised anew, and a b the best correction of
-      that, and so on for `steps` rounds. The best round is kept.
+      b is the first rows of Q^T, which are orthonormal, and a is the first rows of R', transposed.
+    "loftq" (arXiv 2310.08659): for a quantised base. a b starts as the best correction of the
+      quantisation error. Then R is W - a b, quantised again, and a b the best correction of that,
+      and so on for `steps` rounds. The best round is kept.
 
-    The singular values are divided by the scale, so that the sum is W whatever alpha is (PEFT
-    forgets this for LoftQ). R is formed from the factors as they are stored, so
+    The singular values are divided by the scale, so that the sum is W for any alpha (PEFT forgets
+    this for LoftQ). R is computed from the factors in their stored dtype. So
     `adapt(layout, f)(start.params, start.adapters, x)` is `f(params, x)` up to the rounding of R
-    to its dtype, or up to what quantising R loses: `start.errors` says how much.
+    to its dtype, or up to the loss of quantising R; `start.errors` reports it.
 
-    What was learnt over a float base moves to the original one at twice the rank:
+    An adapter trained over a float base moves to the original base at twice the rank:
     `multi.combine([(layout, trained), (layout, start.adapters)], [1.0, -1.0])`.
 
     Args:
       layout: from `lora_jax.resolve`; kinds "lora" (of whole weights) and "dora".
-      params: the base parameters; not changed. For "loftq" in float, before they were quantised.
+      params: the base parameters; not changed. For "loftq", the float ones before quantisation.
       method: see above.
-      quantised: `params` quantised by `lora_jax.quantize`, which says how R is to be stored. A
-        target that is quantised in `params` itself is taken as it is, dequantised, for W.
+      quantised: `params` quantised by `lora_jax.quantize`; R is then stored in the same way. If a
+        target is quantised in `params` itself, W is its dequantised value.
       steps: rounds of "loftq", at least 1.
 
     Returns:
-      `Start(params, adapters, errors)`: a tree like `params` (like `quantised`, where given), and
-      float32 factors that share each singular value evenly. Where min(in, out) is above 1,024 the
-      largest singular values are iterated: see `lora_jax.analysis.matrices.top_svd`.
+      `Start(params, adapters, errors)`: a tree like `params` (or like `quantised`, if given), and
+      float32 factors that share each singular value evenly. If min(in, out) is above 1,024, the
+      largest singular values are computed iteratively: see `lora_jax.analysis.matrices.top_svd`.
 
     Raises:
-      LoraError: a layout that does not fit the parameters, a kind that cannot begin so, a scale
-        that is not above zero, "loftq" without a quantised base, a base that cannot be quantised
-        again.
+      LoraError: a layout that does not fit the parameters, a kind that cannot start like this, a
+        scale that is not above zero, "loftq" without a quantised base, or a base that cannot be
+        quantised again.
 
     >>> import lora_jax
     >>> layout = Layout((Target("w", (3, 3), (), (0,), (1,), rank=1, alpha=4.0),))
@@ -128,7 +130,7 @@ def init_from_base(
 
 
 class _Part(NamedTuple):
-    """A base, factors for it, and how far their sum is from W."""
+    """A base, factors for it, and the relative distance of their sum from W."""
 
     base: Any
     a: Any
@@ -139,7 +141,7 @@ class _Part(NamedTuple):
 def _begin(
     target: Target, w: Any, stored: Any, method: BaseMethod, steps: int
 ) -> tuple[Any, Any, StartError]:
-    """The new base of one target, its arrays, and the error."""
+    """Return the new base of one target, its arrays, and the error."""
     _check(target, w, stored, method, steps)
     whole = matrices.of_weight(target, w)
     if method == "loftq":
@@ -155,7 +157,7 @@ def _begin(
 
 
 def _rounds(target: Target, whole: Any, base: Any, steps: int) -> Iterator[_Part]:
-    """The rounds of LoftQ: the best factors for a base, and then a base for these factors."""
+    """Yield the rounds of LoftQ: the best factors for a base, then a base for these factors."""
     like = base
     for step in range(steps):
         a, b = _factors(target, whole - _matrix(target, base), _principal)
@@ -186,7 +188,7 @@ def _check(target: Target, w: Any, stored: Any, method: BaseMethod, steps: int) 
 
 
 def _factors(target: Target, matrix: Any, split: Split) -> tuple[Any, Any]:
-    """`split` of each slice of [*stack, in, out], in float32."""
+    """Apply `split` to each slice of [*stack, in, out], in float32."""
     stack = matrix.shape[:-2]
     a = np.zeros((*stack, target.fan_in, target.rank), np.float32)
     b = np.zeros((*stack, target.rank, target.fan_out), np.float32)
@@ -205,7 +207,7 @@ def _orthonormal(target: Target, matrix: Any) -> tuple[Array, Array]:
 
 
 def _product(target: Target, a: Any, b: Any) -> Any:
-    """`scale * a @ b` of the factors as they are stored, in float64."""
+    """Return `scale * a @ b` of the stored factors, in float64."""
     return target.scale * a.astype(np.float64) @ b.astype(np.float64)
 
 
@@ -219,7 +221,7 @@ def _distance(whole: Any, other: Any) -> float:
 
 
 def _stored(target: Target, matrix: Any, like: Any) -> Any:
-    """[*stack, in, out] as a weight of the same kind and in the same place as `like`."""
+    """Return [*stack, in, out] as a weight of the same kind and placement as `like`."""
     w = matrices.to_weight(target, matrix).astype(like.dtype)
     if not is_base(like):
         return _placed(w, like)

@@ -1,4 +1,4 @@
-"""Adapters whose `a` begins with the directions that the inputs of each weight really have: EVA."""
+"""Adapters whose `a` starts with the main directions of each weight's real inputs: EVA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_jax.target import Target
 from lora_jax.transform import interpret
 from lora_jax.updates.moments import moments
 
-WIDEST = 2**15  # inputs; beyond it the second moment of one weight takes more than 4 GiB
+WIDEST = 2**15  # with more inputs, the second moment of one weight takes more than 4 GiB
 
 
 def init_from_inputs(
@@ -33,33 +33,32 @@ def init_from_inputs(
     *,
     dtype: Any = jnp.float32,
 ) -> Adapters:
-    """Adapters whose `a` spans the main directions of the inputs of each weight (EVA).
+    """Return adapters whose `a` spans the main directions of the inputs of each weight (EVA).
 
-    "Explained variance adaptation" (arXiv 2410.07170): the columns of `a` are the first `rank`
-    right singular vectors of the inputs X [rows, in] that a weight meets in real batches, and `b`
-    is zero, so the first output is the base's. They are the eigenvectors of X^T X, which is summed
-    up over the batches in float32, slice by slice of a stack. X is not centred.
+    In "explained variance adaptation" (arXiv 2410.07170), the columns of `a` are the first `rank`
+    right singular vectors of the inputs X [rows, in] that a weight meets in real batches. `b` is
+    zero, so the first output is the base's. The vectors are the eigenvectors of X^T X, which is
+    summed over the batches in float32, slice by slice of a stack. X is not centred.
 
-    Every row counts, padding too. For the rows of `ragged_dot`, all experts are given the
-    directions of all rows. The ranks are those of the layout: EVA's redistribution of ranks among
-    the targets is not done.
+    Every row counts, including padding. In a `ragged_dot`, all experts get the directions of all
+    rows. The layout decides the ranks: EVA's redistribution of ranks among the targets is not done.
 
     Args:
-      key: as for `lora_jax.init`, for what else an adapter has.
-      layout, f, params: as in `lora_jax.adapt(layout, f)`. Targets of a kind that has a factor `a`
-        of the inputs ("lora", "dora", "loha"), or none at all ("bias").
-      batches: some tuples of the arguments of `f` after the parameters, all of the same shapes;
-        one program is compiled. Each costs a forward and a backward pass, and three products with
-        each target in place of one.
+      key: as for `lora_jax.init`, for the other arrays of an adapter.
+      layout, f, params: as in `lora_jax.adapt(layout, f)`. The kinds of the targets must have a
+        factor `a` of the inputs ("lora", "dora", "loha"), or no factors ("bias").
+      batches: tuples of the arguments of `f` after the parameters, all of the same shapes. One
+        program is compiled. Each batch costs a forward and a backward pass, with three products
+        for each target instead of one.
       dtype: of the adapters.
 
     Returns:
-      What `lora_jax.init` returns.
+      An adapter tree like that of `lora_jax.init`.
 
     Raises:
       LoraError: no batches, a function without a floating output, a target that no product
         reaches, one with more than 32,768 inputs (an embedding), one of another kind, or one whose
-        inputs cannot be seen (inside a `custom_jvp`, folded).
+        inputs cannot be seen (inside a `custom_jvp`, or folded).
 
     >>> import lora_jax
     >>> f = lambda params, x: x @ params["w"]
@@ -92,7 +91,7 @@ def input_moments(
 ) -> dict[str, Any]:
     """Return the second moment X^T X of the inputs of each target, `{path: [*stack, in, in]}`.
 
-    A bias has no inputs and no entry. Arguments as in `init_from_inputs`.
+    A bias has no inputs and no entry. For the arguments see `init_from_inputs`.
     """
     layout = Layout(tuple(t for t in layout.targets if t.inputs))
     for target in layout.targets:
@@ -147,7 +146,7 @@ def _of_batch(layout: Layout, f: Callable[..., Any], params: Any, args: tuple[An
 
 
 def _main(target: Target, moment: Any) -> Any:
-    """The main directions of every slice of a second moment, as the factor `a`."""
+    """Return the main directions of every slice of a second moment, as the factor `a`."""
     moment = matrices.host(moment)
     stack = moment.shape[:-2]
     a = np.zeros((*stack, target.fan_in, target.rank))

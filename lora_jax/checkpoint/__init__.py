@@ -1,4 +1,4 @@
-"""Adapters on disk: Orbax writes the arrays, a manifest says what they are and hashes them."""
+"""Adapters on disk: Orbax writes the arrays, and a manifest describes and hashes them."""
 
 from lora_jax.checkpoint.adapter import restore as restore
 from lora_jax.checkpoint.adapter import restore_about as restore_about

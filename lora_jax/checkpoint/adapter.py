@@ -1,7 +1,7 @@
 """Adapter-only checkpoints: the factors, their layout, and base parameters trained with them.
 
-Every array and the text that describes it carry a hash (`lora_jax.checkpoint.manifest`), checked
-when they are read: a damaged adapter is an error, never other numbers.
+Every array and the text that describes it have a hash (`lora_jax.checkpoint.manifest`), which is
+checked when they are read. So a damaged adapter is an error, and never gives other numbers.
 """
 
 from __future__ import annotations
@@ -37,17 +37,24 @@ def save(
     No frozen base weight is written.
 
     Args:
-      path: a folder that does not exist yet; any file system that Orbax writes to.
+      path: a folder that does not exist yet, on any file system that Orbax writes to.
       adapter: an `Adapter`, or a plain tuple of its first two or three fields.
-      fingerprint: `lora_jax.fingerprint` of the parameters that the adapter was trained on, to
-        tell at `restore(params=...)` whether it is restored onto the same. What is in
-        `adapter.trainable` is left out of it.
-      about: JSON values that whoever uses the adapter will want to know (the base's reference,
-        the names of the classes); `restore_about` reads them back.
-      overwrite: replace what is at `path`, once the new adapter is whole.
+      fingerprint: `lora_jax.fingerprint` of the parameters that the adapter was trained on. With
+        it, `restore(params=...)` can check that it gets the same base. Parameters in
+        `adapter.trainable` are left out of it.
+      about: JSON values that users of the adapter need (the reference of the base, the names of the
+        classes); `restore_about` reads them back.
+      overwrite: replace an existing `path`, once the new adapter is complete.
 
     Raises:
       LoraError: the parameters do not fit the layout, `path` exists, or it cannot be written.
+
+    >>> import tempfile, lora_jax
+    >>> folder = tempfile.mkdtemp() + "/adapter"
+    >>> layout = Layout((lora_jax.Target("w", (3, 4), (), (0,), (1,), rank=2, alpha=4.0),))
+    >>> save(folder, (layout, lora_jax.init(jax.random.key(0), layout)), about={"classes": 2})
+    >>> restore_about(folder), restore(folder).layout == layout
+    ({'classes': 2}, True)
     """
     layout, adapters, trainable = Adapter(*adapter)
     check(layout, adapters)
@@ -79,26 +86,25 @@ def restore(
     allow_other_base: bool = False,
     max_bytes: float | None = None,
 ) -> Adapter:
-    """Read what `save` wrote: `restore(save(x)) == x`, bit for bit.
+    """Read the adapter that `save` wrote: `restore(save(x)) == x`, bit for bit.
 
     Args:
       path: the folder.
-      shardings: where the arrays go: None (one device), one `jax.sharding.Sharding` for all, or
-        `{path: Sharding}` for every target and every trainable parameter; a target may have the
-        NamedTuple of its kind, with a sharding for each array.
-      params: the base that the adapter is restored onto, compared with the fingerprint that was
-        saved. Parameters that were trained with the adapter may be new in it, or not there.
-      allow_other_base: go on where it differs.
-      max_bytes: the most that the arrays may take; `lora_jax.checkpoint.manifest` says what it is
-        otherwise.
+      shardings: the placement of the arrays: None (one device), one `jax.sharding.Sharding` for
+        all, or `{path: Sharding}` for every target and every trainable parameter. For a target, the
+        value may be the NamedTuple of its kind, with a sharding for each array.
+      params: the base for the adapter, which is compared with the saved fingerprint. Parameters
+        that were trained with the adapter may be new in it, or missing.
+      allow_other_base: accept a base that differs.
+      max_bytes: the limit for the arrays, in place of the one in `lora_jax.checkpoint.manifest`.
 
     Returns:
       The adapter, which unpacks: `layout, adapters, trainable = restore(path)`.
 
     Raises:
-      LoraError: no adapter at `path`, its parts contradict each other, it was trained on another
-        base, or it declares more than it may (`lora_jax.checkpoint.manifest`).
-      DamagedError: (a LoraError) it is not as it was saved.
+      LoraError: no adapter at `path`, parts that contradict each other, an adapter that was trained
+        on another base, or one that declares more than the limits (`lora_jax.checkpoint.manifest`).
+      DamagedError: (a LoraError) the files are not as they were saved.
     """
     folder, layout, manifest = _open(path, max_bytes)
     if params is not None:
@@ -128,12 +134,26 @@ def restore(
 
 
 def restore_layout(path: Path) -> Layout:
-    """The layout alone: small, and read without an array."""
+    """Return only the layout, without reading an array.
+
+    Args:
+      path: a folder that `save` wrote.
+
+    Raises:
+      LoraError: see `restore`.
+    """
     return _open(path, None)[1]
 
 
 def restore_about(path: Path) -> dict[str, Any]:
-    """Return the `about` that was saved, or {}. Nobody has checked it: check the values you use."""
+    """Return the `about` that was saved, or {}. It is not checked: check the values that you use.
+
+    Args:
+      path: a folder that `save` wrote.
+
+    Raises:
+      LoraError: see `restore`.
+    """
     about = _open(path, None)[2].notes.get("about")
     return dict(about) if isinstance(about, Mapping) else {}
 
@@ -155,9 +175,9 @@ def check_trained_on(
 
     Args:
       path: the folder.
-      ours: `lora_jax.fingerprint` of the base here.
+      ours: `lora_jax.fingerprint` of the base at hand.
       allow_other_base: check nothing.
-      fresh: paths of parameters here that need not have been there, such as a new head.
+      fresh: paths of parameters in this base that may be missing in the other, such as a new head.
 
     Raises:
       LoraError: the adapters were trained on another base, or do not say on which.
@@ -184,7 +204,7 @@ def _open(path: Path, max_bytes: float | None) -> tuple[RemotePath, Layout, Mani
 
 
 def _check_layout(layout: Layout, manifest: Manifest) -> None:
-    """Raise `LoraError` unless the declared arrays are the layout's and the trained base's."""
+    """Raise `LoraError` unless the layout and the notes account for exactly the declared arrays."""
     declared = {p: entry.shape for p, entry in manifest.arrays.items()}
     expected = {f"base/{p}": declared.get(f"base/{p}") for p in manifest.notes["base"]}
     for t in layout.targets:

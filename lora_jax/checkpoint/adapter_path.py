@@ -1,4 +1,4 @@
-"""Find the folder of an adapter, or of several, that a `[NAME=]PATH` of a command names."""
+"""Find the folder of one adapter, or of several, from a command's `[NAME=]PATH`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def find(given: str) -> list[tuple[str, RemotePath]]:
     """Return (name, folder) of each adapter that `[NAME=]PATH` stands for.
 
     Args:
-      given: PATH is a folder that `lora_jax.save` wrote; a run directory, whose adapters/best it
-        is, or adapters/last if there is no best; or a directory of run directories.
+      given: PATH is a folder that `lora_jax.save` wrote; or a run directory, which stands for its
+        adapters/best, or its adapters/last if there is no best; or a directory of run directories.
 
     Raises:
       LoraError: there is none, or one name for several.
@@ -56,12 +56,13 @@ def _at(path: str) -> list[tuple[str, RemotePath]]:
 
 
 def _runs(found: list[tuple[str, RemotePath]]) -> list[str]:
-    """The folders that were looked into, of adapters that were found in several."""
+    """Return the run directories in which adapters were found."""
     return [str(place if place.name == name else place.parent.parent) for name, place in found]
 
 
 def _name_of(given: str) -> tuple[str | None, str]:
-    """
+    """Split `[NAME=]PATH`.
+
     >>> _name_of("reviews=runs/a"), _name_of("runs/lr=1e-3")
     (('reviews', 'runs/a'), (None, 'runs/lr=1e-3'))
     """
@@ -74,13 +75,13 @@ def _name_of(given: str) -> tuple[str | None, str]:
 
 
 def adapter_in(folder: RemotePath) -> RemotePath | None:
-    """Return `folder` itself, or the best or last adapter of the run that it is; None: neither."""
+    """Return `folder` if it is an adapter, else the best or last adapter of the run, or None."""
     places = (folder, folder / "adapters" / "best", folder / "adapters" / "last")
     return next((place for place in places if (place / "meta").exists()), None)
 
 
 def _own_name(folder: RemotePath) -> str:
-    """`run` for run/adapters/best, else the folder's own name."""
+    """Return `run` for run/adapters/best, and else the folder's own name."""
     resolved = folder.resolve()
     inside = resolved.parent.name == "adapters" and resolved.name in ("best", "last")
     return resolved.parent.parent.name if inside else resolved.name

@@ -1,14 +1,16 @@
-"""Content hashes of arrays, computed where they lie: whatever the mesh, processes or float width.
+"""Content hashes of arrays, computed on their devices.
+
+They do not depend on the mesh, the number of processes or the float width.
 
 The hash of an array is two sums modulo 2^32 over its elements, each of
 
     mix(bits of the element ^ mix(linear index of the element ^ seed))
 
 with murmur3's finalizer as `mix` and one seed for each sum. The order of a sum does not matter, so
-every device adds up its own shard, and devices exchange two numbers each. No weight is gathered,
-and the result is the same on any mesh and any number of processes. `mix` is a bijection, so a
-change of one element always shows; a change of several goes unseen with probability 2^-64. The
-hash finds accidents and not forgeries: it is not cryptographic.
+every device sums its own shard, and devices exchange two numbers each. No weight is gathered, and
+the result is the same on any mesh. `mix` is a bijection, so a change of one element always changes
+the hash; a change of several goes unseen with probability 2^-64. The hash finds accidents, not
+forgeries: it is not cryptographic.
 """
 
 from __future__ import annotations
@@ -36,16 +38,15 @@ _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
 def fingerprint(params: Any) -> dict[str, dict[str, Any]]:
-    """Return the shape and content hash of every parameter, which tell one base from another.
-
-    Floats are rounded to bfloat16 first (and denormals to zero), so a bfloat16 copy of float32
-    weights has their fingerprint. It is JSON: `lora_jax.save(..., fingerprint=...)` keeps it
-    beside an adapter, and `lora_jax.restore(..., params=...)` compares it. A quantised weight has
-    the hash of its codes and scales, so it differs from that of its floats.
+    """Return the shape and content hash of every parameter, to tell one base from another.
+     Floats are rounded to bfloat16 first (and denormals to zero), so a bfloat16 copy of float32
+    weights has the same fingerprint. The result is JSON: `lora_jax.save(..., fingerprint=...)`
+    stores it with an adapter, and `lora_jax.restore(..., params=...)` compares it. For a quantised
+    weight, the codes and scales are hashed, so its hash differs from that of its floats.
 
     Args:
       params: a pytree of arrays, sharded or not. None leaves are left out, so that
-        `fingerprint(frozen.split(params, ...)[1])` covers the frozen parameters alone.
+        `fingerprint(frozen.split(params, ...)[1])` covers only the frozen parameters.
 
     Returns:
       `{path: {"shape": [...], "hash": "16 hex digits"}}`
@@ -66,7 +67,7 @@ def fingerprint(params: Any) -> dict[str, dict[str, Any]]:
 
 
 class PartwiseFingerprint:
-    """The fingerprint of one parameter that is given in parts, which need not fit at once.
+    """The fingerprint of one parameter that comes in parts, which need not fit in memory at once.
 
     The parts are float arrays that follow each other in memory: slices along the leading axes.
 
@@ -81,14 +82,14 @@ class PartwiseFingerprint:
         self._shape, self._sums, self._start = list(shape), [0 for _ in _SEEDS], 0
 
     def add(self, part: jax.Array) -> None:
-        """Take the next part."""
+        """Add the next part."""
         found = jax.device_get(_sums(part, True, jnp.uint32(self._start % 2**32)))
         self._sums = [(x + int(y)) % 2**32 for x, y in zip(self._sums, found, strict=True)]
         self._start += part.size
 
     @property
     def value(self) -> dict[str, Any]:
-        """The shape and the hash, of the parts that were added so far."""
+        """The shape and the hash of the parts added so far."""
         return {"shape": self._shape, "hash": "".join(f"{x:08x}" for x in self._sums)}
 
 
@@ -97,28 +98,28 @@ def _shape(leaf: Any) -> list[int]:
 
 
 def _joined(hashes: list[str]) -> str:
-    """One hash of several, of the arrays of a quantised weight."""
+    """Return one hash for the hashes of a quantised weight's arrays."""
     if len(hashes) == 1:
         return hashes[0]
     return hashlib.blake2s("".join(hashes).encode(), digest_size=8).hexdigest()
 
 
 def digests(tree: Any) -> dict[str, str]:
-    """`{path: 16 hex digits}` of the exact bits of every leaf; PRNG keys by their key data.
+    """Return `{path: 16 hex digits}` of the exact bits of every leaf; for PRNG keys, of their data.
 
-    The dtype is not part of it, but for its width: keep it beside.
+    Only the width of the dtype enters the hash, so store the dtype as well.
     """
     return _hashes(paths.flatten(tree), rounded=False)
 
 
 def check_base(stored: Fingerprint, ours: Fingerprint, allow: bool, what: str) -> None:
-    """Raise `LoraError` unless two fingerprints are of one base, or `allow` is set.
+    """Raise `LoraError` unless two fingerprints belong to one base, or `allow` is set.
 
     Args:
       stored: of the base that `what` was trained on.
-      ours: of the base here. Parameters trained beside the adapters belong to neither.
+      ours: of the base at hand. Neither contains parameters that were trained with the adapters.
       allow: accept another base.
-      what: names the checkpoint in the message.
+      what: the name of the checkpoint in the message.
     """
     if allow:
         return
@@ -139,7 +140,7 @@ def check_base(stored: Fingerprint, ours: Fingerprint, allow: bool, what: str) -
 
 
 def is_fingerprint(value: Any) -> bool:
-    """Whether it can be compared; what is stored may come from a stranger."""
+    """Return whether a value has the form of a fingerprint; a stored one may come from a stranger."""
     return isinstance(value, Mapping) and all(
         isinstance(one, Mapping)
         and isinstance(one.get("shape"), list | tuple)
@@ -149,7 +150,7 @@ def is_fingerprint(value: Any) -> bool:
 
 
 def differences(stored: Fingerprint, ours: Fingerprint) -> list[str]:
-    """A line for each parameter in which two fingerprints differ."""
+    """Return a line for each parameter in which two fingerprints differ."""
     lines = (_difference(p, stored.get(p), ours.get(p)) for p in dict.fromkeys([*stored, *ours]))
     return [line for line in lines if line]
 
@@ -169,10 +170,10 @@ def _difference(
 
 
 def _hashes(leaves: Mapping[K, Any], rounded: bool) -> dict[K, str]:
-    """A few leaves are sent off before the first result is waited for.
+    """Return the hash of each leaf, with up to eight leaves computed at a time.
 
-    Not all of them: of programs with collectives between processes, JAX 0.10.2 on CPU lets no more
-    than 32 be under way, and hangs at the next.
+    They are not all started at once: JAX 0.10.2 on CPU allows at most 32 programs with collectives
+    between processes to be in flight, and hangs at the next one.
     """
     found, under_way = dict[K, str](), deque[tuple[K, tuple[jax.Array, ...]]]()
 
@@ -190,7 +191,7 @@ def _hashes(leaves: Mapping[K, Any], rounded: bool) -> dict[K, str]:
 
 
 def _send(leaf: Any, rounded: bool) -> tuple[jax.Array, ...]:
-    """Under a mesh of the leaf's own devices: `jax.set_mesh` may have named others."""
+    """Start the sums of a leaf under its own mesh; `jax.set_mesh` may name other devices."""
     if not isinstance(leaf, jax.Array):
         return _sums(leaf, rounded)
     with jax.set_mesh(_own_mesh(leaf.sharding)):
@@ -211,11 +212,11 @@ def _plain(leaf: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _sums(x: jax.Array, rounded: bool, start: Any = 0) -> tuple[jax.Array, ...]:
-    """Two [] uint32. The scalars are replicated, so that every process can read them."""
+    """Return two [] uint32 sums, replicated so that every process can read them."""
     words = _rounded_words(x) if rounded else _words(x)
     where = _linear_index(words.shape) + jnp.uint32(start)
     terms = tuple(_mix(words ^ _mix(where ^ jnp.uint32(seed))) for seed in _SEEDS)
-    # One reduction of both: XLA's CPU backend writes every term of a plain `sum` to memory first.
+    # One reduction for both sums: for a plain `sum`, XLA on CPU writes every term to memory first.
     zeros = (jnp.uint32(0),) * len(terms)
     return lax.reduce(terms, zeros, _add, tuple(range(words.ndim)))
 
@@ -225,18 +226,18 @@ def _add(x: tuple[jax.Array, ...], y: tuple[jax.Array, ...]) -> tuple[jax.Array,
 
 
 def _rounded_words(x: jax.Array) -> jax.Array:
-    """The bits of floats rounded to bfloat16; of anything else, the bits as they are."""
+    """Return the bits of floats rounded to bfloat16; for other dtypes, the bits as they are."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return jnp.stack([_rounded_words(x.real), _rounded_words(x.imag)], axis=-1)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return _words(x)
     words = _words(x.astype(jnp.bfloat16))
-    # Some processors flush denormals (those with an exponent of zero) and some do not.
+    # Some processors flush denormals (an exponent of zero) to zero, and some do not.
     return jnp.where(words & jnp.uint32(0x7F80) == 0, jnp.uint32(0), words)
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits as uint32: one word for each element, or more along a new last axis."""
+    """Return the bits as uint32: one word per element, or more along a new last axis."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return jnp.stack([_words(x.real), _words(x.imag)], axis=-1)
     if x.dtype == jnp.bool_:
@@ -250,7 +251,7 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _linear_index(shape: tuple[int, ...]) -> jax.Array:
-    """Row-major, modulo 2^32."""
+    """Return the row-major index of each element, modulo 2^32."""
     out = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
@@ -259,7 +260,7 @@ def _linear_index(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """Murmur3's 32-bit finalizer: a bijection in which each bit reaches all others."""
+    """Apply murmur3's 32-bit finalizer: a bijection in which each bit affects all others."""
     x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> jnp.uint32(16))

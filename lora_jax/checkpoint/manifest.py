@@ -1,20 +1,20 @@
-"""What a checkpoint says of itself, and the limits within which it is believed.
+"""The manifest of a checkpoint, and the limits within which it is trusted.
 
 A manifest lists every array with shape, dtype and content hash (`fingerprint.digests`), and holds
-the notes of whoever saved: JSON values. It is stored as one text beside the SHA-256 of that text,
-so a bit that flips in either is found, as one in an array is found by its hash.
+the notes of the saver: JSON values. It is stored as one text together with the SHA-256 of that
+text. So a flipped bit in either is found, just as a flipped bit in an array is found by its hash.
 
-What is read may come from a stranger. Nothing is allocated for an array before `check_folder`,
-`check_declared` and `check_stored` have passed. They refuse, naming what was declared and the
-limit:
+A checkpoint may come from a stranger. No memory is allocated for an array before `check_folder`,
+`check_declared` and `check_stored` have passed. They refuse the following, and name the declared
+value and the limit:
 
     a link that leads out of the folder, and anything that is neither file nor folder;
     a file of JSON above 64 MiB, and more than 100,000 files;
-    a path with a segment `..` or `.`, an absolute one, one with a NUL character;
-    more than 32 dimensions, a dimension that is no integer or is negative;
-    an array in the folder that the manifest does not list, or that is of another shape or dtype;
-    arrays of more bytes in all than `max_bytes`. Where the caller names no other limit that is
-    16 GiB, and 1,000 times the bytes on disk or 256 MiB, whichever of these two is more.
+    a path with a segment `..` or `.`, an absolute path, one with a NUL character;
+    more than 32 dimensions, a dimension that is not an integer or is negative;
+    an array in the folder that the manifest does not list, or with another shape or dtype;
+    arrays of more bytes in all than `max_bytes`. Without a limit from the caller, that is 16 GiB,
+    and at most 1,000 times the bytes on disk or 256 MiB, the larger of the two.
 """
 
 from __future__ import annotations
@@ -41,19 +41,23 @@ SEALED = {"text", "sha256"}  # the fields of a sealed manifest
 JSON_BYTES = 2**26
 FILES = 100_000
 DIMENSIONS = 32
-KEY_WORDS = 4  # of JAX's largest PRNG key
+KEY_WORDS = 4  # the words of JAX's largest PRNG key
 MOST_BYTES = 2**34
 ANY_FOLDER = 2**28  # bytes that a folder of any size may declare
-RATIO = 1_000  # bytes declared for each on disk; arrays of zeros compress well
+RATIO = 1_000  # declared bytes per byte on disk; arrays of zeros compress well
 
 
 class DamagedError(LoraError):
-    """What is stored is not what was saved; the message names the array or the file."""
+    """The stored data differ from the saved data; the message names the array or the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One array: its shape, the name of its dtype, the hash of its bits."""
+    """One array of a manifest.
+
+    shape, dtype: as the array has them, the dtype by its name.
+    hash: the hash of its bits.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -61,31 +65,31 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """`float32[2, 3]`"""
+        """The dtype and shape as text: `float32[2, 3]`."""
         return f"{self.dtype}{list(self.shape)}"
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory; a PRNG key (whose dtype has no size) counts as one word an element."""
+        """The bytes in memory. A PRNG key, whose dtype has no size, counts one word per element."""
         item = 4 if self.dtype.startswith("key<") else jnp.dtype(self.dtype).itemsize
         return math.prod(self.shape) * item
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The arrays by path, and the notes saved beside them."""
+    """The arrays by path, and the notes that were saved with them."""
 
     arrays: dict[str, Entry]
     notes: Any
 
     def seal(self) -> dict[str, str]:
-        """The JSON value that is stored."""
+        """Return the JSON value to store."""
         arrays = {p: [list(e.shape), e.dtype, e.hash] for p, e in self.arrays.items()}
         text = json.dumps({"format": FORMAT, "arrays": arrays, "notes": self.notes})
         return {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
     def damaged(self, tree: Any) -> list[str]:
-        """A line for each leaf of `tree` that is not the one that was saved at its path."""
+        """Return a line for each leaf of `tree` that differs from the one saved at its path."""
         found, lines = of(tree, None).arrays, []
         for path, entry in found.items():
             saved = self.arrays[path]
@@ -100,17 +104,17 @@ class Manifest:
 
 
 def of(tree: Any, notes: Any) -> Manifest:
-    """The manifest of the arrays in `tree`, hashed on their devices."""
+    """Return the manifest of the arrays in `tree`, hashed on their devices."""
     leaves, hashes = paths.flatten(tree), digests(tree)
     return Manifest({p: Entry(x.shape, str(x.dtype), hashes[p]) for p, x in leaves.items()}, notes)
 
 
 def unseal(stored: Any) -> Manifest:
-    """The inverse of `Manifest.seal`.
+    """Return the manifest of a stored JSON value: the inverse of `Manifest.seal`.
 
     Raises:
-      DamagedError: `stored` is no sealed manifest, or not as it was sealed.
-      LoraError: another format, or arrays that no checkpoint holds.
+      DamagedError: `stored` is not a sealed manifest, or was changed since.
+      LoraError: another format, or arrays that no checkpoint can hold.
     """
     if not isinstance(stored, Mapping) or not isinstance(stored.get("text"), str):
         raise DamagedError("its meta has no manifest: torn, or written by an older lora_jax")
@@ -147,7 +151,7 @@ def check_path(path: str) -> None:
 
 
 def check_shape(path: str, shape: Any) -> None:
-    """Raise `LoraError` unless `shape` is one that an array can have."""
+    """Raise `LoraError` unless `shape` is the shape of a possible array."""
     sizes = isinstance(shape, list | tuple) and all(type(n) is int and n >= 0 for n in shape)
     if not sizes or len(shape) > DIMENSIONS:
         raise LoraError(
@@ -157,11 +161,11 @@ def check_shape(path: str, shape: Any) -> None:
 
 
 def check_declared(manifest: Manifest, on_disk: int | None, max_bytes: float | None) -> None:
-    """Raise `LoraError` where the declared arrays take more memory than may be believed.
+    """Raise `LoraError` if the declared arrays take more memory than the limit.
 
     Args:
-      manifest: nothing of it has been read yet.
-      on_disk: bytes in the folder; None where they are not known (remote storage).
+      manifest: the manifest, before any array is read.
+      on_disk: the bytes in the folder; None if they are unknown (remote storage).
       max_bytes: the caller's own limit, in place of the documented ones.
     """
     declared = sum(entry.nbytes for entry in manifest.arrays.values())
@@ -180,14 +184,14 @@ def check_declared(manifest: Manifest, on_disk: int | None, max_bytes: float | N
 
 
 def check_stored(manifest: Manifest, stored: Mapping[str, Any]) -> None:
-    """Raise unless what is stored is what the manifest lists, in chunks no larger than its arrays.
+    """Raise unless the folder holds the arrays that the manifest lists, in chunks of a sane size.
 
     Args:
-      manifest: `check_declared` has passed it.
-      stored: what Orbax says of each array by its path: `shape`, `dtype`, `storage_metadata`.
+      manifest: a manifest that passed `check_declared`.
+      stored: Orbax's description of each array by path: `shape`, `dtype`, `storage_metadata`.
 
     Raises:
-      DamagedError: an array too many, one that is missing, one of another shape or dtype.
+      DamagedError: an array too many, a missing one, or one with another shape or dtype.
       LoraError: a chunk larger than its array.
     """
     if extra := [path for path in stored if path not in manifest.arrays]:
@@ -200,7 +204,7 @@ def check_stored(manifest: Manifest, stored: Mapping[str, Any]) -> None:
 
 def _check_array(path: str, entry: Entry, found: Any) -> None:
     shape, dtype = tuple(found.shape), jnp.dtype(found.dtype).name
-    if entry.dtype.startswith("key<"):  # a PRNG key is stored as its words, in one more dimension
+    if entry.dtype.startswith("key<"):  # a PRNG key is stored as words, with one more dimension
         fits = dtype == "uint32" and shape[:-1] == entry.shape and shape[-1] <= KEY_WORDS
     else:
         fits = (shape, dtype) == (entry.shape, entry.dtype)
@@ -217,10 +221,10 @@ def _check_array(path: str, entry: Entry, found: Any) -> None:
 
 
 def check_folder(folder: pathlib.Path) -> int:
-    """The bytes of all files in a local folder.
+    """Return the bytes of all files in a local folder.
 
     Raises:
-      LoraError: a link out of it, a special file, too many files, too large a file of JSON.
+      LoraError: a link out of it, a special file, too many files, or a JSON file that is too large.
     """
     root, total, files = folder.resolve(), 0, 0
     for parent, names, inside in os.walk(folder):
@@ -249,11 +253,11 @@ def _size(file: pathlib.Path) -> int:
 
 
 def check_json(file: os.PathLike[str], size: int) -> None:
-    """Raise `LoraError` for a file of JSON that is too large to be read."""
+    """Raise `LoraError` for a JSON file that is too large to read."""
     if size > JSON_BYTES:
         raise LoraError(f"{file} has {size:,} bytes; the limit of JSON is {JSON_BYTES:,}")
 
 
 def canonical(x: Any) -> jax.Array:
-    """A leaf as the JAX array that is hashed and stored: a NumPy float64 becomes a float32."""
+    """Return a leaf as the JAX array to hash and store: a NumPy float64 becomes float32."""
     return x if isinstance(x, jax.Array) else jnp.asarray(x)

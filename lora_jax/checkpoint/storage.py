@@ -1,11 +1,11 @@
-"""Folders that Orbax writes: reading them with distrust, writing them whole, and what goes wrong.
+"""Folders that Orbax writes: read with distrust, written whole, with readable errors.
 
-This is the one file that names Orbax, since its v1 names still move. Orbax is imported when it is
-used: `import lora_jax` does not pay for it.
+This is the only file that names Orbax, since its v1 names still move. Orbax is imported when it is
+used, so `import lora_jax` does not pay for it.
 
-A folder from a stranger is safe to read: JSON and arrays are read, nothing is unpickled or
-imported, nothing is written, and a folder that points out of itself, holds what its manifest does
-not list or declares more than it can hold is refused before anything is allocated.
+A folder from a stranger is safe to read. JSON and arrays are read; nothing is unpickled, imported
+or written. A folder is refused before any memory is allocated if it links out of itself, holds
+arrays that its manifest does not list, or declares more than it can hold.
 """
 
 from __future__ import annotations
@@ -30,32 +30,31 @@ RemotePath = Any  # etils' epath.Path: a local folder, or a remote one (gs://...
 
 
 def orbax() -> Any:
-    """Orbax's API, version 1."""
+    """Return version 1 of Orbax's API."""
     from orbax.checkpoint import v1
 
     return v1
 
 
 def folder_at(path: Path) -> RemotePath:
-    """The folder at `path`, local or remote."""
+    """Return the folder at `path`, local or remote."""
     from etils import epath  # comes with Orbax, whose paths are these
 
     return epath.Path(path).expanduser()
 
 
 def absolute(path: Path) -> RemotePath:
-    """The same as Orbax takes it: absolute."""
+    """Return the same folder by its absolute path, which Orbax needs."""
     return folder_at(path if "://" in str(path) else os.path.abspath(os.path.expanduser(path)))
 
 
 def read_manifest(folder: RemotePath, max_bytes: float | None, part: str = "arrays") -> Manifest:
-    """The manifest of a checkpoint that holds one as "meta"; checked, and no array read.
+    """Return the manifest of a checkpoint, its "meta", after checking it; no array is read.
 
-    Whoever has it may load what it lists: `folder` holds these arrays, as they are declared, and
-    no other.
+    The caller may then load the arrays that it lists: `folder` holds exactly these, as declared.
 
     Args:
-      folder: of the checkpoint.
+      folder: the checkpoint.
       max_bytes: as for `restore`.
       part: the only other part of the checkpoint, which holds the arrays.
 
@@ -72,9 +71,9 @@ def read_manifest(folder: RemotePath, max_bytes: float | None, part: str = "arra
 
 
 def _sealed(folder: RemotePath) -> Any:
-    """The strings in "meta", from the file that Orbax keeps them in.
+    """Return the strings in "meta", from the file in which Orbax stores them.
 
-    Orbax would load every array that it finds there, whatever its size.
+    Orbax itself would load every array that it finds there, of any size.
     """
     file = folder / "meta" / "_strings.json"
     if not file.exists():
@@ -84,7 +83,7 @@ def _sealed(folder: RemotePath) -> Any:
 
 
 def _check_stored(folder: RemotePath, manifest: Manifest, part: str) -> None:
-    """Raise unless the parts of `folder` are those, and hold what the manifest lists."""
+    """Raise unless `folder` has exactly these parts, with the arrays that the manifest lists."""
     parts = {child.name for child in folder.iterdir() if child.is_dir()}
     if other := sorted(n for n in parts - {"meta", part} if not n.startswith(".")):
         raise DamagedError(f"it holds {listed(other)}\nexpected no folder but meta and {part}")
@@ -101,11 +100,11 @@ def load(folder: RemotePath, manifest: Manifest, part: str, target: Any) -> Any:
 
     Args:
       folder, manifest: from `read_manifest`.
-      part: "arrays", say.
+      part: the name of the part, such as "arrays".
       target: a tree of `jax.ShapeDtypeStruct` with shardings, like the part.
 
     Raises:
-      DamagedError: the arrays are not those that were saved.
+      DamagedError: the arrays differ from the saved ones.
     """
     with reading(folder):
         loaded = orbax().load_checkpointables(folder, {part: target})[part]
@@ -117,9 +116,9 @@ def load(folder: RemotePath, manifest: Manifest, part: str, target: Any) -> Any:
 
 @contextlib.contextmanager
 def reading(folder: RemotePath) -> Iterator[None]:
-    """Turn any error of the block into one that names `folder`, which the block reads.
+    """Turn any error of the block, which reads `folder`, into one that names it.
 
-    Errors of memory and of permission are raised as they are: the folder is not damaged then.
+    Errors of memory and of permission are raised unchanged: they do not mean damage.
     """
     try:
         yield
@@ -134,7 +133,7 @@ def reading(folder: RemotePath) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(folder: RemotePath) -> Iterator[None]:
-    """Turn any error of the block into one that names `folder`, which the block writes."""
+    """Turn any error of the block, which writes `folder`, into one that names it."""
     try:
         yield
     except LoraError:
@@ -144,7 +143,7 @@ def writing(folder: RemotePath) -> Iterator[None]:
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """The first cause: Orbax reports what its libraries raise as something of its own."""
+    """Return the first cause: Orbax wraps the errors of its libraries in its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -156,7 +155,7 @@ def _said(error: BaseException) -> str:
 
 
 def write(folder: RemotePath, parts: Mapping[str, Any]) -> None:
-    """Write the parts of a checkpoint; what is at `folder` is kept until the new one is whole."""
+    """Write the parts of a checkpoint; an old `folder` stays until the new one is complete."""
 
     def save(place: RemotePath) -> None:
         orbax().save_checkpointables(place, parts, overwrite=True)
@@ -171,13 +170,13 @@ def write(folder: RemotePath, parts: Mapping[str, Any]) -> None:
 
 
 def recover(folder: RemotePath) -> None:
-    """Bring back what a kill between the two renames of `_replace` has left under another name."""
+    """Restore the folder that a kill between the two renames of `write` left under another name."""
     old = folder.with_name(f"{folder.name}.old")
     _once(lambda: old.rename(folder) if old.exists() and not folder.exists() else None)
 
 
 def _once(act: Callable[[], Any]) -> None:
-    """By one process, while the others wait."""
+    """Run `act` in one process while the others wait."""
     if jax.process_index() == 0:
         act()
     if jax.process_count() > 1:

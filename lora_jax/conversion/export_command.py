@@ -1,16 +1,16 @@
-"""Write a trained run as a model or an adapter of other tools.
+"""Write a trained run as a model or an adapter of another tool.
 
     lora-jax export runs/reviews --format hf --out merged       a model that transformers opens
     lora-jax export runs/reviews --format peft --out adapter    a PEFT adapter
 
     hf       the adapter merged into its base: config.json, safetensors, tokenizer
-    peft     adapter_config.json and adapter_model.safetensors, read by PEFT, vLLM, SGLang, ...
-    gguf     adapter.gguf, read by llama.cpp
-    mlx      adapters.safetensors, read by mlx-lm
-    orbax    the adapter as lora_jax.restore reads it
+    peft     adapter_config.json and adapter_model.safetensors, for PEFT, vLLM, SGLang, ...
+    gguf     adapter.gguf, for llama.cpp
+    mlx      adapters.safetensors, for mlx-lm
+    orbax    a copy of the adapter, for lora_jax.restore
 
-The run directory is not changed. Exit status: 0 done, 1 an error that was printed, 2 a command
-line that cannot be read, 130 stopped by Ctrl-C; nothing half-written is left.
+The run directory is not changed. Exit status: 0 success, 1 an error that was printed, 2 a command
+line that cannot be read, 130 stopped by Ctrl-C. A failed export leaves no partial files.
 """
 
 from __future__ import annotations
@@ -44,32 +44,33 @@ Format = Literal["hf", "peft", "gguf", "mlx", "orbax"]
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """The command line."""
+    """The options of the command line."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run directory of train.py, or a folder that lora_jax.save wrote."""
     format: Format
-    """What is written: hf, peft, gguf, mlx or orbax."""
+    """The format to write: hf, peft, gguf, mlx or orbax."""
     out: str
-    """The folder that is made; it must not hold anything yet."""
+    """The folder to write; it must be new or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """hf: of the weights. gguf: float32 or float16."""
+    """hf, gguf: the dtype of the weights; gguf takes float32 or float16."""
     shard_gb: float = 5.0
-    """hf: the most that a file of weights may take, in units of 10^9 bytes."""
+    """hf: the largest size of a file of weights, in units of 10^9 bytes."""
     profile: Literal["faithful", "portable"] = "faithful"
-    """peft: as PEFT would say it, or as vLLM, SGLang, llama.cpp, LoRAX and Ollama read it alike."""
+    """peft: faithful writes it as PEFT does, portable so that vLLM, SGLang, llama.cpp, LoRAX and
+    Ollama all read it in the same way."""
     base_name: str | None = None
-    """peft: what whoever loads the adapter will load as its base. None: the run's own base."""
+    """peft: the base model to name in the adapter's configuration. None: the run's own base."""
     base: str | None = None
-    """The model, in the form of model.reference. None: the one that the run names."""
+    """The base model, in the form of model.reference. None: the base that the run names."""
     trust_base: bool = False
-    """Fetch the base that the run names, also if it is none that lora_jax knows the sum of."""
+    """Fetch the base that the run names even if lora_jax does not know its checksum."""
     allow_other_base: bool = False
-    """hf: merge into another base than the run was trained on."""
+    """hf: merge into a base that differs from the one the run was trained on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
     options = tyro.cli(
         ExportOptions,
         prog="lora-jax export",
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(options: ExportOptions, console: Console) -> None:
-    """Write what the options ask for, and say on `console` what was written.
+    """Write the export that the options describe, and report it on `console`.
 
     Raises:
       LoraError, models.ModelError, OSError: a user's error; nothing is left in the folder.
@@ -165,7 +166,7 @@ def _orbax(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: 
     return f"wrote {out}: lora_jax.restore({str(out)!r})"
 
 
-# What `lora-jax import` has to know, of what training said of an adapter.
+# The notes of training about an adapter that `lora-jax import` needs.
 _KEPT = ("model", "labels", "text_fields", "lengths", "prompt", "eos")
 _WRITE = {"hf": _hf, "peft": _peft, "gguf": _gguf, "mlx": _mlx, "orbax": _orbax}
 
@@ -175,7 +176,7 @@ def _names(run: TrainedRun) -> HfNames:
 
 
 def _base(run: TrainedRun) -> Any:
-    """The base by shape, or its arrays where what was trained cannot be written without them."""
+    """Return the shapes of the base, or its arrays if the export of trained parameters needs them."""
     head = "classifier/"
     beside = [path for path in run.member.base if not path.startswith(head)]
     biases = [t for t in run.member.layout.targets if t.kind == "bias"]
@@ -188,7 +189,7 @@ def _base(run: TrainedRun) -> Any:
 
 
 def _name_of(reference: str) -> str:
-    """The base as PEFT and transformers name it.
+    """Return the base's name in PEFT and transformers.
 
     >>> _name_of("hub:org/name@main"), _name_of("models/llama")
     ('org/name', 'models/llama')
@@ -198,7 +199,7 @@ def _name_of(reference: str) -> str:
 
 
 def _gguf_base(run: TrainedRun) -> GgufBase | pathlib.Path:
-    """The base's own GGUF file, or what llama.cpp calls the architecture of its folder."""
+    """Return the base's own GGUF file, or llama.cpp's name for the architecture of its folder."""
     source = run.opened.source
     if not isinstance(source, Folder):
         return source.path
@@ -207,6 +208,6 @@ def _gguf_base(run: TrainedRun) -> GgufBase | pathlib.Path:
     return GgufBase(architecture, getattr(run.opened.config, "head_dim", None))
 
 
-# model_type -> llama.cpp's architecture, where the two differ.
+# model_type -> llama.cpp's architecture, if the two differ.
 _ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
 _ARCHITECTURES |= {"qwen3_moe": "qwen3moe"}

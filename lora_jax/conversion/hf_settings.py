@@ -1,4 +1,4 @@
-"""The files beside the weights of a Hugging Face folder: configuration, tokenizer, templates."""
+"""The files of a Hugging Face folder other than weights: configuration, tokenizer, templates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_jax.exchange.files import FileWriter
 from lora_jax.models.weights.folder import Folder
 from lora_jax.models.weights.hf_config import parse
 
-# model_type -> transformers' class of a decoder, or of an encoder with a classification head.
+# model_type -> transformers' class for a decoder, or for an encoder with a classification head.
 ARCHITECTURES = {
     "bert": "BertForSequenceClassification",
     "roberta": "RobertaForSequenceClassification",
@@ -37,7 +37,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
-# What goes with a model of Hugging Face's as it is. No code, and no weights.
+# Files that are copied from a Hugging Face folder unchanged. No code, and no weights.
 _COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spm.model"),
@@ -46,14 +46,14 @@ _COMPANIONS = (
 
 
 def writers(run: TrainedRun, dtype: np.dtype) -> dict[str, FileWriter]:
-    """Return what writes each file beside the weights, by its name; config.json is the last.
+    """Return {name: writer} of each file other than the weights; config.json is the last.
 
     Args:
-      run: what is exported.
-      dtype: of the weights that are written.
+      run: the run to export.
+      dtype: the dtype of the exported weights.
 
     Raises:
-      LoraError: no class of transformers' computes what the run does; the message names the cure.
+      LoraError: no class of transformers computes the same as the run; the message names the cure.
     """
     config = config_json(run, dtype)
     found = _companions(run)
@@ -71,7 +71,7 @@ def config_json(run: TrainedRun, dtype: np.dtype) -> dict[str, Any]:
     """Return config.json: the base's own, with the class of the model, its labels and dtype.
 
     Raises:
-      LoraError: no class of transformers' computes what the run does.
+      LoraError: no class of transformers computes the same as the run.
     """
     source = run.opened.source
     own = dict(source.json) if isinstance(source, Folder) else _of_gguf(run)
@@ -103,7 +103,7 @@ def _of_head(run: TrainedRun, kind: str) -> dict[str, Any]:
 
 
 def _of_gguf(run: TrainedRun) -> dict[str, Any]:
-    """The configuration of a GGUF file in Hugging Face's words, read back to be the same."""
+    """Return the configuration of a GGUF file in Hugging Face's terms, checked by reading it back."""
     config = run.opened.config
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     found: dict[str, Any] = {

@@ -1,14 +1,14 @@
-"""Make a PEFT folder a run that predict, generate, report and train.py --from take.
+"""Turn a PEFT folder into a run, for predict, generate, report and train.py --from.
 
     lora-jax import adapter --base hub:org/name --out runs/imported
     lora-jax import adapter --base models/bert --out runs/imported --labels negative positive
 
-The folder is one that PEFT (or `lora-jax export --format peft`) wrote. What it says is applied, or
-is an error that names the key. Its classification head comes with it; a base that the folder alone
-names is opened if it is a folder of this machine, and not fetched.
+PEFT or `lora-jax export --format peft` wrote the folder. Every setting in it is applied, or is an
+error that names the key. Its classification head is imported too. Without --base, the base that the
+folder names is opened if it is a folder on this machine; it is never fetched.
 
-The run's path goes to stdout. Exit status: 0 done, 1 an error that was printed, 2 a command line
-that cannot be read, 130 stopped by Ctrl-C; nothing half-written is left.
+The run's path goes to stdout. Exit status: 0 success, 1 an error that was printed, 2 a command line
+that cannot be read, 130 stopped by Ctrl-C. A failed import leaves no partial files.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class ImportOptions:
-    """The command line."""
+    """The options of the command line."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """A PEFT folder: adapter_config.json and adapter_model.safetensors."""
     out: str
-    """The run directory that is made."""
+    """The run directory to write."""
     base: str | None = None
-    """The model, in the form of model.reference. None: the one that the folder names, if it is a
-    folder of this machine."""
+    """The base model, in the form of model.reference. None: the base that the folder names, if it
+    is a folder on this machine."""
     labels: tuple[str, ...] = ()
-    """Classifiers: the names of the classes in order. Empty: those of the base, or LABEL_0 and so
+    """Classifiers: the names of the classes in order. Empty: the base's own, or LABEL_0 and so
     on."""
     text_fields: tuple[str, ...] = ()
     """Classifiers: the field with the text, or the two fields of a pair. Empty: text."""
     lengths: tuple[int, ...] = ()
-    """Classifiers: lengths of batches in tokens; a text is cut to the last one. Empty: 32 to 512,
-    doubling."""
+    """Classifiers: lengths of batches in tokens; a text is truncated to the last one. Empty: 32 to
+    512, doubling."""
     pooling: Literal["mean", "cls", "roberta_head"] | None = None
-    """Classifiers: what the head reads. None: as the tensors tell."""
+    """Classifiers: the input of the head. None: inferred from the tensors."""
     scan_layers: bool = False
-    """Read the base with its layers in a stack, for runs with model.scan_layers."""
+    """Stack the layers of the base, for runs with model.scan_layers."""
     dtype: Dtype = "float32"
-    """Of the computation."""
+    """The dtype of the computation."""
     param_dtype: Dtype = "float32"
-    """Of the base's parameters; the adapter stays in float32."""
+    """The dtype of the base's parameters; the adapter stays in float32."""
     overwrite: bool = False
-    """Replace what an earlier import has written to RUN."""
+    """Replace the result of an earlier import."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
     options = tyro.cli(
         ImportOptions,
         prog="lora-jax import",
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: ImportOptions, console: Console) -> None:
-    """Read, check and write; what was found goes to `console`, the run's path to stdout.
+    """Read, check and write. Findings go to `console`, the run's path to stdout.
 
     Raises:
       LoraError, models.ModelError, OSError: a user's error; nothing is written then.
@@ -110,7 +110,7 @@ def run(options: ImportOptions, console: Console) -> None:
 
 
 def _check_out(out: pathlib.Path, overwrite: bool) -> None:
-    """Raise unless the run directory is free, or holds an import that may be replaced."""
+    """Raise `LoraError` unless the run directory is free, or holds an import that may be replaced."""
     if not out.exists():
         return
     if not out.is_dir():

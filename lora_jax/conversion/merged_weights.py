@@ -1,7 +1,7 @@
 """The weights of a run with its adapter merged into them, one tensor at a time.
 
-The adapter is merged into the weights that it was trained upon: those of the file rounded to
-`model.param_dtype`, or the floats that the run's quantised weights stand for. The sum is formed in
+The adapter is merged into the weights on which it was trained: the file's weights rounded to
+`model.param_dtype`, or the dequantised floats of the run's quantised weights. The sum is formed in
 float32 and rounded once, to the dtype that is written.
 """
 
@@ -36,19 +36,19 @@ from lora_jax.updates.sliced import sliced
 class MergedWeights:
     """The merged weights of a run by Hugging Face's names.
 
-    Tensors of the file that the model has no use for (a pooler, the head of another task) are
-    left out.
+    Tensors of the file that the model does not use (a pooler, the head of another task) are left
+    out.
     """
 
     def __init__(self, run: TrainedRun, dtype: Any = jnp.float32) -> None:
-        """Look up what there is; nothing is read.
+        """Look up the tensors without reading them.
 
         Args:
           run: the run.
-          dtype: of what is written.
+          dtype: the dtype to write.
 
         Raises:
-          lora_jax.models.WeightsError: the base's file is not as its configuration says.
+          lora_jax.models.WeightsError: the base's file does not match its configuration.
         """
         self._run, self._dtype = run, np.dtype(dtype)
         opened = run.opened
@@ -57,16 +57,16 @@ class MergedWeights:
         self._hashes: dict[str, Any] = {}
 
     def tensors(self) -> list[LazyTensor]:
-        """All of them, in the order of the model; each is to be made once, in this order."""
+        """Return all tensors in the order of the model. Make each one once, in this order."""
         found = [x for parameter in self._parameters for x in self._of_parameter(parameter)]
         return [*found, *self._of_head()]
 
     def check_base(self) -> None:
-        """Raise `LoraError` unless what has been made was of the base that the run had."""
+        """Raise `LoraError` unless the tensors made so far came from the base of the run."""
         check_trained_on(self._run.member.path, self._hashes)
 
     def _of_parameter(self, parameter: StoredParameter) -> Iterator[LazyTensor]:
-        """The tensors that one parameter is: of each layer, of each expert."""
+        """Yield the tensors of one parameter: one per layer, one per expert."""
         row, slices = parameter.row, self._merged(parameter)
         prefix = hf_prefix(self._run.opened.config, row, self._run.head)
         shape = parameter.shape[::-1] if row.transposed else parameter.shape
@@ -94,16 +94,16 @@ class MergedWeights:
     def _next(
         self, name: str, row: TensorName, slices: Generator[Any, None, None], last: bool
     ) -> np.ndarray:
-        """The next slice, as the file has it."""
+        """Return the next slice in the form of the file."""
         wide = np.asarray(next(slices))
         if last:
-            slices.close()  # or it would hold its weight until all are written
+            slices.close()  # otherwise it holds its weight until all are written
         if not np.isfinite(wide).all():
             raise LoraError(
                 f"{name} is not finite with the adapter merged into it: the base or the adapter "
                 f"({self._run.member.path}) holds NaN or infinity; export another adapter"
             )
-        with np.errstate(over="ignore"):  # what does not fit is an error below
+        with np.errstate(over="ignore"):  # an overflow is an error below
             value = (wide.T if row.transposed else wide).astype(self._dtype)
         if not np.isfinite(value).all():
             raise LoraError(
@@ -113,7 +113,7 @@ class MergedWeights:
         return value
 
     def _merged(self, parameter: StoredParameter) -> Generator[Any, None, None]:
-        """The slices of one parameter, merged, in the order of its tensors."""
+        """Yield the merged slices of one parameter, in the order of its tensors."""
         path = self._run.root + parameter.path
         trained, layout = self._run.member.base, self._run.member.layout
         target = {t.path: t for t in layout.targets}.get(path)
@@ -136,7 +136,7 @@ class MergedWeights:
             yield kind_of(one).merged(one, arrays, jnp.asarray(w, jnp.float32))
 
     def _base(self, path: str, parameter: StoredParameter) -> Iterator[Any]:
-        """The slices of one frozen weight as training had it; its hash is taken on the way."""
+        """Yield the slices of one frozen weight as training had it, and hash them on the way."""
         config = self._run.opened.config
         if self._run.quantised is not None or self._run.begun is not None:
             whole = self._changed(path, parameter)
@@ -152,7 +152,7 @@ class MergedWeights:
             yield w
 
     def _changed(self, path: str, parameter: StoredParameter) -> Any:
-        """The weight as the run made it of the file's, before the first step."""
+        """Return the weight as the run changed it before the first step."""
         run, how = self._run, self._run.quantised
         keep = how == {"scheme": STORED}
         floats = load_one(self._stored, parameter, run.opened.config, keep)

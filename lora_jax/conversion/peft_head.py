@@ -11,14 +11,14 @@ from lora_jax.exchange import peft, peft_keys
 from lora_jax.models.weights.folder import Folder
 from lora_jax.models.weights.stored_head import stored_head
 
-DENSE = "roberta_head"  # the pooling of a head of two products, which all of Hugging Face's are
+DENSE = "roberta_head"  # the pooling of a head with two products, as in all of Hugging Face's
 _MODULE = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(weight|bias|lora_B\.weight)")
-# Classes of transformers whose head is not one for whole texts.
+# Classes of transformers whose head does not classify whole texts.
 _OTHERS = ("TokenClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM")
 
 
 class FoundHead(NamedTuple):
-    """The head, and how its pooling was found, in words."""
+    """The head, and a text that says how its pooling was found."""
 
     head: models.Head
     why: str
@@ -27,18 +27,18 @@ class FoundHead(NamedTuple):
 def head_of(
     found: peft.Description, source: Folder, config: models.BertConfig, pooling: str | None
 ) -> FoundHead | None:
-    """Return the head of a PEFT folder; None for an encoder without one.
+    """Return the head of a PEFT folder, or None for an encoder without one.
 
-    The number of outputs is that of the tensors in the folder, or else of those in the base's.
+    The number of outputs comes from the tensors in the folder, or else from the base's head.
 
     Args:
-      found: what the folder says.
+      found: the contents of the folder.
       source, config: of the base.
-      pooling: as the user says it. None: as the tensors tell.
+      pooling: the user's choice. None: inferred from the tensors.
 
     Raises:
-      LoraError: a head for something else than whole texts, or one of which the tensors do not
-        tell what it reads.
+      LoraError: a head that does not classify whole texts, or one whose input the tensors do not
+        tell.
     """
     _check_task(found)
     there = _modules(found, source, config)
@@ -60,10 +60,12 @@ def head_of(
 
 
 class _HeadModules(NamedTuple):
-    """The modules of a head, and how many output rows each module has that is stored.
+    """The modules of a head, and the number of output rows of each stored module.
 
-    plain: the last one of a head of one product. deep, dense: the last and the first of two.
-    folder: rows of all modules of the PEFT folder. base: of those of the base's own head.
+    plain: the last module of a head with one product.
+    deep, dense: the last and the first module of a head with two.
+    folder: the rows of all modules of the PEFT folder.
+    base: the rows of the modules of the base's own head.
     """
 
     plain: str
@@ -84,7 +86,7 @@ def _modules(found: peft.Description, source: Folder, config: models.BertConfig)
 
 
 def _pooling(found: peft.Description, there: _HeadModules) -> tuple[str, str]:
-    """What the head reads, and how that is known."""
+    """Return the input of the head, and a text that says how it was found."""
     said = found.about.get("model")
     said = said.get("pooling") if isinstance(said, dict) else None
     if said is not None:
@@ -104,7 +106,7 @@ def _pooling(found: peft.Description, there: _HeadModules) -> tuple[str, str]:
 
 
 def _check_task(found: peft.Description) -> None:
-    """Raise for a head of another task, whose tensors could have the same names."""
+    """Raise `LoraError` for a head of another task, whose tensors could have the same names."""
     task, mapping = found.settings.get("task_type"), found.settings.get("auto_mapping")
     name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
     known = (None, "SEQ_CLS", "FEATURE_EXTRACTION")
@@ -116,7 +118,7 @@ def _check_task(found: peft.Description) -> None:
 
 
 def _rows(found: peft.Description) -> dict[str, int]:
-    """How many output rows each module has that the folder has a weight, a bias or a factor of."""
+    """Return the number of output rows of each module with a weight, bias or factor in the folder."""
     rows: dict[str, int] = {}
     for key, shape in found.shapes.items():
         name = peft_keys.WRAPPED.sub(".", key.removeprefix(peft_keys.PREFIX))
@@ -127,6 +129,6 @@ def _rows(found: peft.Description) -> dict[str, int]:
 
 
 def _module(name: object) -> str:
-    """The module of a weight, which is named in the table by itself or by its tensor."""
+    """Return the module of a weight; the table gives it as a name or as an `HfModule`."""
     text = name if isinstance(name, str) else getattr(name, "name", "")
     return str(text).removesuffix(".weight")

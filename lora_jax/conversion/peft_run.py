@@ -1,4 +1,4 @@
-"""Make a PEFT adapter, on its base, what a run exports."""
+"""Turn a PEFT adapter, on its base, into the contents of a run."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from lora_jax.models.weights.source import KNOWN, is_safe
 from lora_jax.models.weights.stored_head import stored_head
 
 _HEAD = "classifier/"
-_LENGTHS = (32, 64, 128, 256, 512)  # of batches, where nothing else is said
+_LENGTHS = (32, 64, 128, 256, 512)  # the default lengths of batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """What a user says of an adapter; None or () where the folder or the base is to say it.
+    """The user's statements about an adapter; None or () leaves them to the folder or the base.
 
-    base: reference of the base.
+    base: the reference of the base.
     model: settings of the base: `scan_layers`, `dtype`, `param_dtype`.
     pooling, labels, text_fields, lengths: of a classifier, see `serving.classifier`.
     """
@@ -47,11 +47,11 @@ class Said:
 
 @dataclasses.dataclass(frozen=True)
 class ImportedRun:
-    """What is written, and what was found out about it.
+    """The data to write, and the findings about it.
 
     adapter, fingerprint, about: as `lora_jax.save` takes them.
     reference: of the base.
-    notes: on what was concluded, a line each.
+    notes: the conclusions that were drawn, one line each.
     """
 
     adapter: Adapter
@@ -65,9 +65,9 @@ def read(folder: str, said: Said) -> ImportedRun:
     """Read a PEFT folder and its base.
 
     Raises:
-      LoraError: no PEFT folder, one that does not fit the base, or one that leaves open what the
-        user has not said.
-      models.ModelError, OSError: the base cannot be had.
+      LoraError: not a PEFT folder, one that does not fit the base, or one that leaves a question
+        open that the user has not answered.
+      models.ModelError, OSError: the base cannot be opened.
     """
     found = peft.describe(folder)
     reference = _reference(found, said.base)
@@ -164,11 +164,11 @@ def _encoder(
     return adapter, {"bert": bert}, about, (note, pooling)
 
 
-_EXAMPLE = jax.ShapeDtypeStruct((1, 2), jnp.int32)  # token ids that a model is traced on
+_EXAMPLE = jax.ShapeDtypeStruct((1, 2), jnp.int32)  # token ids to trace a model with
 
 
 def _stored_or_open(source: Folder, config: models.BertConfig, head: models.Head) -> Any:
-    """The head's parameters as the base's folder has them; NaN where it has none of that shape."""
+    """Return the head's parameters from the base's folder; NaN if it has none of that shape."""
     stored = stored_head(source.stored(), head.pooling)
     shapes = paths.flatten({"classifier": models.shapes(config, head)["classifier"]})
     found = {}
@@ -181,9 +181,9 @@ def _stored_or_open(source: Folder, config: models.BertConfig, head: models.Head
 
 
 def _with_whole_head(adapter: Adapter, params: Any, head: FoundHead) -> Adapter:
-    """The adapter with all of its head among the trainable parameters, as predict takes it.
+    """Return the adapter with its whole head among the trainable parameters, as predict needs it.
 
-    A dense layer that is the base's own is among them, and so is one that has an update, merged.
+    That includes a dense layer of the base's own, and one that has an update, merged.
     """
     trained = paths.flatten(paths.replace(params, dict(adapter.trainable)))
     whole = {path: x for path, x in trained.items() if path.startswith(_HEAD)}
@@ -210,7 +210,7 @@ def _task(
     head: models.Head,
     said: Said,
 ) -> tuple[dict[str, Any], str]:
-    """What predict has to know of a classifier, and a line on it."""
+    """Return the facts that predict needs about a classifier, and a line that describes them."""
     labels = _labels(found, source, head.num_classes, said.labels)
     fields = said.text_fields or _texts(found.about.get("text_fields")) or ("text",)
     if len(fields) > 2:
@@ -259,7 +259,7 @@ def _lengths(
 
 
 def _reference(found: peft.Description, given: str | None) -> str:
-    """The base: what the user says, or what the folder says if that fetches nothing."""
+    """Return the user's base, or the base that the folder names if it needs no download."""
     if given is not None:
         return given
     own = found.about.get("model")
@@ -283,11 +283,11 @@ def _reference(found: peft.Description, given: str | None) -> str:
 
 
 def _text(value: Any) -> str:
-    """A text out of the folder, as far as it can be shown."""
+    """Return a printable text from the folder, cut to 300 characters; "" for anything else."""
     return value[:300] if isinstance(value, str) and value.isprintable() else ""
 
 
 def _texts(values: Any) -> tuple[str, ...]:
-    """A list of texts; () for anything else."""
+    """Return a list of texts as a tuple; () for anything else."""
     fits = isinstance(values, list) and all(isinstance(x, str) for x in values)
     return tuple(values) if fits else ()

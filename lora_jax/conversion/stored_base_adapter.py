@@ -1,4 +1,4 @@
-"""The adapter of a run over the base as it is stored, which is what other tools load."""
+"""The adapter of a run over the base as it is stored: the base that other tools load."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lora_jax.updates import Factors
 
 
 def over_stored_base(run: TrainedRun) -> Adapter:
-    """Return an adapter that does to the stored base what the run's does to its own.
+    """Return an adapter with the same effect on the stored base as the run's has on its own base.
 
-    The two bases are the same but for a run that began with a part of W (PiSSA, OLoRA): its base
-    is `W - s a0 b0`, so over W its update is `s a b - s a0 b0`, of twice the rank. The first
-    factors are computed again.
+    The two bases differ only for a run that started with a part of W (PiSSA, OLoRA). Its base is
+    `W - s a0 b0`, so over W its update is `s a b - s a0 b0`, of twice the rank. The first factors
+    are computed again.
 
     Raises:
-      LoraError: a run that began so on a quantised base, or with DoRA: what it had is not W and an
-        update.
+      LoraError: a run that started like this on a quantised base, or with DoRA: its weights are not
+        W plus an update.
     """
     if run.begun is None:
         return run.adapter
@@ -53,13 +53,13 @@ def over_stored_base(run: TrainedRun) -> Adapter:
 
 
 def _doubled(target: Target) -> Target:
-    """The target at twice the rank and the same scale."""
+    """Return the target with twice the rank and the same scale."""
     more = 2 if target.scaling == "alpha/r" else math.sqrt(2)
     return dataclasses.replace(target, rank=2 * target.rank, alpha=target.alpha * more)
 
 
 def _difference(target: Target, now: Any, first: Any) -> Factors:
-    """`a b - a0 b0` as one pair of factors."""
-    rank_axis = len(target.stack)  # of b: [*stack, rank, *outputs]
+    """Return `a b - a0 b0` as one pair of factors."""
+    rank_axis = len(target.stack)  # b is [*stack, rank, *outputs]
     a = jnp.concatenate([now.a, first.a], axis=-1)
     return Factors(a, jnp.concatenate([now.b, -first.b], axis=rank_axis))

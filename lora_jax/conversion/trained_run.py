@@ -1,4 +1,4 @@
-"""One run as it is to be exported: its adapter, and its base, of which no weight is read."""
+"""One run to export: its adapter and its base, of which no weight is read."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from lora_jax.serving.served_adapters import (
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A run, or what `lora_jax.save` wrote.
+    """A run, or an adapter that `lora_jax.save` wrote.
 
     Attributes:
-      member: the adapter, and what its training said of it.
+      member: the adapter, and the notes of its training.
       opened: the base.
       head: the classification head that was trained with it; None for a decoder.
-      labels: the names of the classes; none for a decoder, or for real numbers.
-      quantised: how the base was quantised (`bases.recipe`); None: not at all.
-      begun: the method by which the base was changed before the first step; None: it was not.
+      labels: the names of the classes; () for a decoder, or for real numbers.
+      quantised: the recipe by which the base was quantised (`bases.recipe`), or None.
+      begun: the method by which the base was changed before the first step, or None.
     """
 
     member: ServedAdapter
@@ -45,19 +45,19 @@ class TrainedRun:
 
     @property
     def adapter(self) -> Adapter:
-        """As `lora_jax.restore` gives it."""
+        """The adapter as `lora_jax.restore` returns it."""
         return Adapter(self.member.layout, self.member.adapters, dict(self.member.base))
 
     @property
     def root(self) -> str:
-        """What stands before the paths of the base's parameters in the run."""
+        """The prefix of the base's parameters in the paths of the run."""
         if self.head is None:
             return ""
         return "vit/" if isinstance(self.opened.config, models.VitConfig) else "bert/"
 
     @property
     def trained_on(self) -> str:
-        """What the weights are that the adapter was trained upon, in words."""
+        """A description of the weights on which the adapter was trained."""
         if self.quantised is None:
             found = f"{jnp.dtype(self.opened.config.param_dtype)} weights"
         else:
@@ -66,7 +66,7 @@ class TrainedRun:
         return found if self.begun is None else f"{found}, changed before training by {self.begun}"
 
     def shapes(self) -> Any:
-        """The parameters of the run by shape, as they are before they are quantised."""
+        """Return the shapes of the run's parameters, before they are quantised."""
         return models.shapes(self.opened.config, self.head)
 
 
@@ -74,14 +74,14 @@ def open_run(path: str, base: str | None = None, trust_base: bool = False) -> Tr
     """Open a run.
 
     Args:
-      path: a run directory, whose best adapter it is, or the last one; or a folder that
-        `lora_jax.save` wrote.
+      path: a run directory, which stands for its best adapter or else its last one; or a folder
+        that `lora_jax.save` wrote.
       base, trust_base: as for `serving.served_adapters.open_adapters`.
 
     Raises:
       LoraError: no adapter at `path`, several, one that does not fit its base, or one whose base
-        is not to be opened on its word alone.
-      models.ModelError, OSError: the base cannot be had.
+        needs the user's consent to be opened.
+      models.ModelError, OSError: the base cannot be opened.
     """
     member = read(*adapter_path.find_one(path))
     opened = open_base([member], base, trust_base)

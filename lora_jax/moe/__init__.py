@@ -1,4 +1,4 @@
-"""Mixtures of LoRA experts: fixed weights or routers, and how a router divides its tokens."""
+"""Mixtures of LoRA experts: fixed weights or routers, and the load of each expert."""
 
 from lora_jax.moe.router import Mixture as Mixture
 from lora_jax.moe.router import Routed as Routed

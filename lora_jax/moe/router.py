@@ -1,22 +1,24 @@
-"""Mixtures of LoRA experts: the adapters of a stack, each example or token with its own blend.
+"""Mixtures of LoRA experts: the adapters of a stack, blended for each example or token.
 
 With n adapters and gates g_1 ... g_n,
 
     y = x W + sum_i g_i * scale_i * (x a_i) b_i
       = x W + (g * scale * (x [a_1 ... a_n])) [b_1; ...; b_n]
 
-so a mixture is one adapter of n times the rank, whose ranks are weighted in the middle: x W is
-computed once, and the rest is two products whatever n is. The gates come from one of
+So a mixture is one adapter of n times the rank, whose ranks are weighted in the middle: x W is
+computed once, and the rest is two products for any n. The gates come from one of
 
-    mix(stacked, weights)                 weights [n] for all, or [B, n], a row for each example:
-    mix(stacked, gates(features @ r, 2))  say, from features of the example and a router r [d, n]
+    mix(stacked, weights)                 weights [n] for all examples, or [B, n], one row for each
+    mix(stacked, gates(features @ r, 2))  for example, from features of the example and a router
+                                          r [d, n]
     route(stacked, router, top=2)         gates(x @ router[path]) for each token, from the input x
                                           of each product itself
 
-and all are given to what `lora_jax.adapt` makes in the place of the adapters. The router's arrays
-are a tree of their own, `{path: array}`; differentiate with respect to it, to the stack, or both.
+Pass the result in the place of the adapters to the function that `lora_jax.adapt` returns. The
+router's arrays are a tree of their own, `{path: array}`: differentiate with respect to the router,
+the stack, or both.
 
-An expert is saved as any adapter, and a router as trainable parameters of an empty one:
+An expert is saved like any adapter, and a router as trainable parameters of an empty one:
 
     lora_jax.save(folder / "0", (layout_0, lora_jax.multi.unstack(layout_0, stacked, 0)))
     lora_jax.save(folder / "router", Adapter(Layout(), {}, router), about={"top": 2})
@@ -47,7 +49,9 @@ Router = dict[str, Any]
 class Mixture(Choosing):
     """A stack and the weights of its adapters, as `lora_jax.adapt` takes them.
 
-    weights: [n] for all, or [B, n], one row for each example.
+    Attributes:
+      stack: the experts.
+      weights: [n] for all examples, or [B, n], one row for each.
     """
 
     stack: Stack
@@ -55,6 +59,7 @@ class Mixture(Choosing):
 
     @property
     def per_example(self) -> bool:
+        """Whether each example has weights of its own."""
         return jnp.ndim(self.weights) == 2
 
     def choice(self, layout: Layout) -> Any:
@@ -69,10 +74,12 @@ class Mixture(Choosing):
 class Routed(Choosing):
     """A stack and a router per token, as `lora_jax.adapt` takes them.
 
-    router: `{path: [*stack, *inputs, n]}`, the axes in the order of the factor `a`.
-    top: how many experts a token gets; None: all.
-    probe: None, or zeros `{path: [*stack, 2, n]}` of which the gradient counts the load
-      (`lora_jax.moe.router_load` does it for you).
+    Attributes:
+      stack: the experts.
+      router: `{path: [*stack, *inputs, n]}`, with the axes in the order of the factor `a`.
+      top: the number of experts for each token; None: all.
+      probe: None, or zeros `{path: [*stack, 2, n]}` whose gradient counts the load
+        (`lora_jax.moe.router_load` does it for you).
     """
 
     stack: Stack
@@ -82,7 +89,8 @@ class Routed(Choosing):
 
     @property
     def per_example(self) -> bool:
-        return False  # the gates differ by token, and the router is one for all
+        """False: the gates differ from token to token, but all examples share the router."""
+        return False
 
     def choice(self, layout: Layout) -> Any:
         return None
@@ -92,15 +100,21 @@ class Routed(Choosing):
 
 
 def mix(stacked: Stack, weights: Any) -> Mixture:
-    """The adapters of a stack blended with given weights, of any sign; zeros are the base.
+    """Return the adapters of a stack blended with given weights.
+
+    Weights may have any sign; if all are zero, the result is the base.
 
     Args:
       stacked: n adapters, from `lora_jax.multi.stack`.
-      weights: [n] floats for all, or [B, n], a row for each example: each then runs as a batch of
-        one, as in a mixed batch (see `lora_jax.adapt`). They may be traced and differentiated.
+      weights: [n] floats for all examples, or [B, n], one row for each. In the second case each
+        example runs as a batch of one, as in a mixed batch (see `lora_jax.adapt`). They may be
+        traced and differentiated.
+
+    Returns:
+      A value for the place of the adapters in the function that `lora_jax.adapt` returns.
 
     Raises:
-      LoraError: weights that are no floats or of another shape, a stack of DoRA adapters.
+      LoraError: weights that are not floats or have another shape, or a stack of DoRA adapters.
 
     >>> import lora_jax
     >>> f = lambda params, x: x @ params["w"]
@@ -131,21 +145,24 @@ def mix(stacked: Stack, weights: Any) -> Mixture:
 
 
 def route(stacked: Stack, router: Router, top: int | None = None) -> Routed:
-    """The adapters of a stack, blended for each token by a router at each target.
+    """Return the adapters of a stack, blended for each token by a router at each target.
 
-    A target's gates are `lora_jax.moe.gates(x @ router[path], top)`, x being what the program
-    multiplies with W there (or the row looked up, of an embedding).
+    A target's gates are `lora_jax.moe.gates(x @ router[path], top)`, where x is the array that the
+    program multiplies with W (or, for an embedding, the row that it looks up).
 
     Args:
       stacked: n adapters, from `lora_jax.multi.stack`.
       router: `{path: [*stack, *inputs, n]}` for each target, from `init_router`.
-      top: how many experts each token gets, from 1 to n; None: all.
+      top: the number of experts for each token, from 1 to n; None: all.
+
+    Returns:
+      A value for the place of the adapters in the function that `lora_jax.adapt` returns.
 
     Raises:
-      LoraError: a stack of DoRA adapters, a router that does not fit the stack, a `top` that is
-        not from 1 to n; and when it is used, a program that has no input x to route by: a product
-        with W transposed or with a part of x, a weight that is folded, a `custom_jvp` or a sharded
-        contraction in a `shard_map` that takes it.
+      LoraError: a stack of DoRA adapters, a router that does not fit the stack, or a `top` out of
+        range. When it is used: a program that has no input x to route by, which is a product with W
+        transposed or with a part of x, a weight that is folded, or a weight inside a `custom_jvp`
+        or a sharded contraction of a `shard_map`.
     """
     _check_additive(stacked)
     n = stacked.size
@@ -178,10 +195,20 @@ def _check_additive(stacked: Stack) -> None:
 
 
 def init_router(key: Any, layout: Layout, n: int) -> Router:
-    """A router for n experts that hardly prefers any: `N(0, 0.01 / fan_in)` in float32.
+    """Return a router for n experts with almost no preference: `N(0, 0.01 / fan_in)` in float32.
 
-    (Not zero: among equals `top` would choose the first ones, and only those would learn. The
-    factor is that of Switch Transformers, arXiv 2101.03961, section 2.4.)
+    It is not zero, because `top` would then choose the first experts, and only they would learn.
+
+    Args:
+      key: a PRNG key.
+      layout: the layout of the stack.
+      n: the number of experts.
+
+    Returns:
+      `{path: [*stack, *inputs, n]}`.
+
+    Source:
+      The factor 0.01 is that of Switch Transformers, arXiv 2101.03961, section 2.4.
 
     >>> import lora_jax
     >>> layout = Layout((lora_jax.Target("w", (5, 8, 3), (0,), (1,), (2,), rank=2, alpha=2.0),))
@@ -198,7 +225,7 @@ def init_router(key: Any, layout: Layout, n: int) -> Router:
 
 
 def blend(layout: Layout, stacked: Stack, weights: Any = None) -> Blend:
-    """The stack as one adapter of n times the rank, weighted by `weights` [n] where given."""
+    """Return the stack as one adapter of n times the rank, weighted by `weights` [n] if given."""
     factors, gains = {}, {}
     for t in layout.targets:
         if t.path not in stacked.factors:
@@ -217,14 +244,14 @@ def blend(layout: Layout, stacked: Stack, weights: Any = None) -> Blend:
 
 
 def _side_by_side(x: Any, axis: int) -> Any:
-    """[n, ..., rank, ...] -> [..., n * rank, ...], the rank's axis being `axis` of the latter."""
+    """Map [n, ..., rank, ...] to [..., n * rank, ...], with the rank at `axis` of the result."""
     x = jnp.moveaxis(x, 0, axis)
     at = axis % x.ndim
     return x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :])
 
 
 def blend_by_token(layout: Layout, routed: Routed) -> Blend:
-    """The same, with the router's columns beside those of `a`."""
+    """Return the same, with the router's columns added to the columns of `a`."""
     whole = blend(layout, routed.stack)
     gates = {}
     for t in layout.targets:

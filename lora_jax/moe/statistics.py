@@ -1,4 +1,4 @@
-"""How a router per token divides the tokens among its experts, target by target."""
+"""The load of a router per token: the share of the tokens that each expert gets, per target."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from lora_jax.updates.gating import tally
 
 
 class Load(NamedTuple):
-    """How a router divides its rows (tokens or examples) among n experts; each sums to 1.
+    """The distribution of a router's rows (tokens or examples) over n experts; each sums to 1.
 
-    share: [..., n], of the choices: how often the expert is among the `top` of a row, divided by
-      `top`. A dense router chooses the largest gate of each row.
-    gate: [..., n], the mean of its gate over all rows.
+    Attributes:
+      share: [..., n], the fraction of the choices: the number of rows in which the expert is among
+        the `top`, divided by `top` and by the number of rows. Without `top`, a row chooses the
+        expert with its largest gate.
+      gate: [..., n], the mean gate over all rows.
     """
 
     share: Any
@@ -30,12 +32,21 @@ class Load(NamedTuple):
 
     @staticmethod
     def of(gates: Any, top: int | None = None) -> Load:
-        """The load of gates [rows, n] that are at hand, as those of one router per example."""
+        """Return the load of given gates, such as the gates of one router per example.
+
+        Args:
+          gates: [rows, n].
+          top: the number of experts for each row; None: all.
+        """
         return Load.from_tally(tally(gates, top))
 
     @staticmethod
     def from_tally(sums: Any) -> Load:
-        """The load from sums over rows [..., 2, n]; NaN where there was no row."""
+        """Return the load from sums over rows; NaN if there was no row.
+
+        Args:
+          sums: [..., 2, n], the gradient of `Routed.probe`.
+        """
         mean = sums / sums.sum(-1, keepdims=True)
         return Load(mean[..., 0, :], mean[..., 1, :])
 
@@ -43,22 +54,22 @@ class Load(NamedTuple):
 def router_load(
     layout: Layout, f: Callable[..., Any], params: Any, routed: Routed, *args: Any, **kwargs: Any
 ) -> dict[str, Load]:
-    """The share of the tokens and the mean gate of each expert, in `f(params, ..., *args)`.
+    """Return the share of the tokens and the mean gate of each expert, in `f(params, ..., *args)`.
 
-    Every row that a product multiplies counts, padding too. The gates are counted as the gradient
-    of a probe (`lora_jax.updates.gating.counted`), which works through `scan`, `checkpoint` and
-    the rest, and costs a backward pass; where gradients are computed anyway, differentiate with
-    respect to `Routed.probe` too, from `probe`, and read `Load.from_tally` for nothing.
+    Every row that a product multiplies counts, including padding. The gates are counted as the
+    gradient of a probe (`lora_jax.updates.gating.counted`). That works through `scan`, `checkpoint`
+    and the like, and costs a backward pass. If you compute gradients anyway, differentiate with
+    respect to `Routed.probe` as well (start from `probe`), and `Load.from_tally` costs nothing.
 
     Args:
-      layout, f, params, routed, *args, **kwargs: as `adapt(layout, f)(params, routed, ...)`.
+      layout, f, params, routed, *args, **kwargs: as in `adapt(layout, f)(params, routed, ...)`.
 
     Returns:
       `{path: Load(share [*stack, n], gate [*stack, n])}`; NaN for a target whose product reaches
-      no floating output that could be differentiated.
+      no floating output that can be differentiated.
 
     Raises:
-      LoraError: f has no floating output; what `adapt` and `route` raise.
+      LoraError: f has no floating output, or `adapt` or `route` raise one.
 
     >>> import lora_jax
     >>> f = lambda params, x: x @ params["w"]
@@ -87,15 +98,24 @@ def router_load(
 
 
 def probe(layout: Layout, n: int) -> dict[str, Any]:
-    """The zeros `{path: [*stack, 2, n]}` whose gradient in `Routed.probe` counts the load."""
+    """Return zeros `{path: [*stack, 2, n]}` whose gradient in `Routed.probe` counts the load."""
     return {t.path: jnp.zeros((*t.sizes(t.stack), 2, n)) for t in layout.targets}
 
 
 def balance(loads: dict[str, Load]) -> Any:
-    """The load-balancing loss of Switch Transformers (arXiv 2101.03961, equation 4), averaged.
+    """Return the load-balancing loss of Switch Transformers, averaged over targets and layers.
 
-    `n * sum_i share_i * gate_i` of each target and layer, 1 where the load is even and n where one
-    expert has all. Its gradient goes through the mean gates.
+    It is `n * sum_i share_i * gate_i`: 1 for an even load, and n if one expert gets everything. Its
+    gradient goes through the mean gates.
+
+    Args:
+      loads: `{path: Load}`, from `router_load` or `Load.from_tally`.
+
+    Returns:
+      [] float32.
+
+    Source:
+      arXiv 2101.03961, equation 4.
     """
     each = [
         (load.share * load.gate).sum(-1).ravel() * load.share.shape[-1] for load in loads.values()

@@ -1,8 +1,8 @@
-"""What `adapt` is given in the place of one adapter: a choice among many, and what it stands for.
+"""The choice among many adapters that `adapt` takes in place of one adapter.
 
-`adapt` knows no kind of choice by name. Whatever is given to it derives from `Choosing`, and says
-two things: what differs from one example to the next (`choice`), and which low-rank update one such
-choice means (`blend`).
+`adapt` knows no kind of choice by name. Every choice derives from `Choosing` and defines two
+things: the part that differs from one example to the next (`choice`), and the low-rank update that
+such a choice stands for (`blend`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from lora_jax.updates.update import Update
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The number of the adapter of one example, among `examples` that run under one `vmap`.
+    """The number of one example's adapter, among `examples` that run under one `vmap`.
 
-    index: [] int along the leading axis of the factors; a number outside of it gives NaN.
+    index: [] int along the leading axis of the factors; a number out of range gives NaN.
+    examples: the number of examples.
     """
 
     index: Any
@@ -42,7 +43,11 @@ class Choice:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """Dropout of the inputs of all updates: a PRNG key, and the share of numbers set to zero."""
+    """Dropout of the inputs of all updates.
+
+    key: a PRNG key.
+    rate: the fraction of elements set to zero.
+    """
 
     key: Any
     rate: float = dataclasses.field(metadata={"static": True})
@@ -51,13 +56,13 @@ class Drop:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Blend:
-    """The update of every target, as the interpreter takes it.
+    """The update of every target, in the form in which the interpreter takes it.
 
-    factors: `{path: Factors(a [*stack, *inputs, rank], b [*stack, rank, *outputs])}`; the rank is
-      that of all blended adapters together. With gates, `a` has the router's n columns at its end.
-    gains: `{path: [] or [rank]}`, what each rank is multiplied with: scales times weights.
-    gates: `{path: Gate}`, for a router per token (`lora_jax.updates.gating`).
-    choice: which adapter it is, where that is not chosen yet; then every array has a leading axis
+    factors: `{path: Factors(a [*stack, *inputs, rank], b [*stack, rank, *outputs])}`. The rank is
+      that of all blended adapters together. With gates, the last n columns of `a` are the router's.
+    gains: `{path: [] or [rank]}`, the factor of each rank: scales times weights. gates: `{path:
+    Gate}`, for a router per token (`lora_jax.updates.gating`). choice: the number of the adapter,
+    if it is not selected yet. Every array then has a leading axis
       of adapters.
     drop: None, or the dropout of the inputs of all updates.
     """
@@ -90,7 +95,8 @@ class Blend:
             (*stack, TALLY, MEMBER),
         )
         if kind.rescales:
-            # A plan counts it to the adapters; the outermost scope is written `jvp(output_gain)`.
+            # The planner counts the scope "lora" as adapters; JAX writes the outermost scope as
+            # `jvp(output_gain)`, so "lora" is the inner one.
             with jax.named_scope("output_gain"), jax.named_scope("lora"):
                 rescaling = self._output_gain(target, parameters, w)
             update = OutputGain(update, Named(rescaling, (*several, *stack, *outputs)))
@@ -112,7 +118,7 @@ class Blend:
         return Gated(a, b, scale, gain, gate)
 
     def _output_gain(self, target: Target, parameters: Any, w: Any) -> Any:
-        """The output gain of one adapter, or of each of several; 1 for those whose scale is 0."""
+        """Return the output gain of one adapter, or of each of several; 1 where the scale is 0."""
         kind, scales = kind_of(target), self.gains.get(target.path)
         if scales is None:
             return kind.output_gain(target, parameters, w)
@@ -127,7 +133,7 @@ class Blend:
 
 
 class Choosing(abc.ABC):
-    """Adapters chosen among many, in a form that `adapt` takes in the place of one adapter."""
+    """Adapters chosen among many, in a form that `adapt` takes in place of one adapter."""
 
     @property
     @abc.abstractmethod
@@ -136,7 +142,10 @@ class Choosing(abc.ABC):
 
     @abc.abstractmethod
     def choice(self, layout: Layout) -> Any:
-        """Return what is chosen: a pytree, with a leading axis of examples if `per_example`.
+        """Return the choice: a pytree, with a leading axis of examples if `per_example`.
+
+        Args:
+          layout: the layout that was passed to `adapt`.
 
         Raises:
           LoraError: the adapters do not fit the layout.
@@ -144,4 +153,9 @@ class Choosing(abc.ABC):
 
     @abc.abstractmethod
     def blend(self, layout: Layout, choice: Any) -> Blend:
-        """Return the update that the choice of one example, or of all, stands for."""
+        """Return the update that the choice of one example, or of all examples, stands for.
+
+        Args:
+          layout: the layout that was passed to `adapt`.
+          choice: from `choice`; if `per_example`, the entry of one example.
+        """

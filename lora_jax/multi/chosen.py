@@ -21,8 +21,8 @@ from lora_jax.updates.update import Operation, Update
 class Chosen(Update):
     """One of several updates; all arrays of `among` have the axis MEMBER.
 
-    index: [] int along MEMBER; one that is none gives NaN.
-    examples: how many examples run under one `vmap`, each with an index of its own.
+    index: [] int along MEMBER; a number out of range gives NaN.
+    examples: the number of examples that run under one `vmap`, each with an index of its own.
     """
 
     among: Update
@@ -65,7 +65,7 @@ class Chosen(Update):
         raise NotImplementedError("the update is chosen before its derivative is taken")
 
     def _groups(self, u: LowRank, x: Named, p: Operation) -> bool:
-        """Whether it is a plain product of examples that are to be grouped by adapter."""
+        """Return whether this is a plain product whose examples should be grouped by adapter."""
         if not p.matrix or u.a.names[0] != MEMBER or u.b.names[0] != MEMBER:
             return False
         a, b = (Named(n.array[0], n.names[1:]) for n in (u.a, u.b))

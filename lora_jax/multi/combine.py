@@ -1,12 +1,12 @@
 """Several adapters made into one: `sum_i w_i * scale_i * a_i @ b_i`, exactly or at a lower rank.
 
-A product of sums is not a sum of products. Adding up the factors themselves, as other libraries
+A product of sums is not a sum of products. Adding up the factors themselves, which other libraries
 offer under the name "linear", gives
 
     (sum_i a_i) @ (sum_j b_j) = sum_i a_i @ b_i  +  sum_{i != j} a_i @ b_j
 
-whose cross terms mean nothing and are as large as what was asked for, so it is not offered here.
-Side by side the factors do multiply to the sum,
+The cross terms mean nothing and are as large as the sum itself, so this is not offered here.
+Concatenated along the rank, the factors do multiply to the sum,
 
     [a_1 a_2 ...] @ [c_1 b_1; c_2 b_2; ...] = sum_i c_i a_i @ b_i        c_i = w_i * scale_i
 
@@ -34,10 +34,11 @@ from lora_jax.updates.kind import Factors
 
 
 class Truncation(NamedTuple):
-    """The part of one target's update that `truncate` cut off, over all of its stack.
+    """The part of one target's update that `truncate` cut off, over its whole stack.
 
-    error: its Frobenius norm, the root of the sum of squares of the singular values cut off.
-    relative: that divided by the norm of the whole update; 0 where the update is 0.
+    Attributes:
+      error: its Frobenius norm, the root of the sum of squares of the singular values cut off.
+      relative: that norm divided by the norm of the whole update; 0 if the update is 0.
     """
 
     error: Any
@@ -46,24 +47,23 @@ class Truncation(NamedTuple):
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Return one adapter whose update is `sum_i weights[i] * (the update of adapters[i])`.
-
-    Ranks, alphas and targets may differ: a target has the sum of the ranks of the adapters that
-    adapt it. Weights and scales are folded into `b`, so every scale of the result is 1. Where the
-    ranks add up to more than min(in, out) the factors are rewritten at that rank, which holds any
-    update in full; an update is never lost here.
+     Ranks, alphas and targets may differ: the rank of a target is the sum over the adapters that
+    adapt it. Weights and scales are folded into `b`, so every scale of the result is 1. If the
+    ranks add up to more than min(in, out), the factors are rewritten at that rank, which holds any
+    update in full. No update is ever lost here.
 
     Args:
       adapters: adapters of one model.
       weights: one finite number for each, of any sign; they need not sum to 1.
 
     Returns:
-      An ordinary `Adapter`, which `save`, `stack` and `truncate` take. The
-      factors are float32 (float64 where an adapter's are).
+      An ordinary `Adapter`, which `save`, `stack` and `truncate` take. The factors are float32
+      (float64 if an adapter's are).
 
     Raises:
-      LoraError: no adapter, another number of weights than of adapters, a weight that is not
-        finite, adapters that do not fit their layout, that have trainable base parameters, or that
-        adapt one path as parameters of different shapes or roles.
+      LoraError: no adapters, a number of weights that differs from the number of adapters, a weight
+        that is not finite, or adapters that do not fit their layout, have trainable base
+        parameters, or adapt one path as parameters of different shapes or roles.
 
     >>> import jax, lora_jax
     >>> f = lambda params, x: x @ params["w"]
@@ -89,20 +89,20 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def truncate(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, Truncation]]:
-    """Return the nearest adapter of at most `rank` (Eckart-Young), and what each target lost.
+    """Return the nearest adapter of at most `rank` (Eckart-Young), and the loss of each target.
 
     The singular values come from the two thin QR factorisations of `a` and `b` and a square
-    matrix of the present rank, never from an [in, out] matrix; layers and experts are done as a
-    batch. A target whose rank is not above `rank` stays as it is, bit for bit.
+    matrix of the present rank, never from an [in, out] matrix. Layers and experts are one batch.
+    A target whose rank is not above `rank` stays as it is, bit for bit.
 
     Args:
       adapter: trained at a higher rank, or made by `combine`.
-      rank: the highest rank that is kept.
+      rank: the highest rank to keep.
 
     Returns:
-      (adapter, {path: Truncation}): where something was cut the scale is 1, and each singular
-      value is shared evenly by `a` and `b`. The factors keep their dtypes; the work is done in
-      float32 (float64 for float64).
+      (adapter, {path: Truncation}). In a target that was cut, the scale is 1, and `a` and `b` share
+      each singular value evenly. The factors keep their dtypes; the work is done in float32
+      (float64 for float64).
 
     Raises:
       LoraError: a rank below 1, or adapters that do not fit the layout.
@@ -148,7 +148,7 @@ def _check(members: Sequence[Adapter], weights: Sequence[float]) -> None:
 
 
 def _joined(path: str, rows: Sequence[tuple[Target, Factors, float]]) -> tuple[Target, Factors]:
-    """One target of the result, from what each member has there and its weight times scale."""
+    """Return one target of the result, from each member's (target, factors, weight times scale)."""
     first = rows[0][0]
     for target, _, _ in rows:
         if target.form != first.form:
@@ -173,9 +173,9 @@ def _joined(path: str, rows: Sequence[tuple[Target, Factors, float]]) -> tuple[T
 
 
 def _nearest(factors: Factors, n_stack: int, rank: int) -> tuple[Factors, Truncation]:
-    """The best approximation of `a @ b` by factors of `rank`, for every slice of the stack.
+    """Return the best approximation of `a @ b` by factors of `rank`, for each slice of the stack.
 
-    With a = Qa Ra and b^T = Qb Rb the singular values of `a b` are those of the small `Ra Rb^T`.
+    With a = Qa Ra and b^T = Qb Rb, `a b` has the singular values of the small matrix `Ra Rb^T`.
     """
     stack = factors.a.shape[:n_stack]
     a = factors.a.reshape(*stack, -1, factors.a.shape[-1])

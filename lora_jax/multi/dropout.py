@@ -19,7 +19,10 @@ from lora_jax.multi.stack import blended
 class Dropout(Choosing):
     """Adapters and the dropout of their inputs, as `lora_jax.adapt` takes them.
 
-    adapters: one adapter tree, or what else `adapt` takes.
+    Attributes:
+      adapters: one adapter tree, or another choice that `adapt` takes.
+      key: a PRNG key.
+      rate: the fraction of elements set to zero.
     """
 
     adapters: Any
@@ -28,6 +31,7 @@ class Dropout(Choosing):
 
     @property
     def per_example(self) -> bool:
+        """Whether each example has an adapter of its own."""
         return isinstance(self.adapters, Choosing) and self.adapters.per_example
 
     def choice(self, layout: Layout) -> Any:
@@ -49,18 +53,18 @@ class Dropout(Choosing):
 
 
 def dropout(adapters: Any, key: jax.Array | None, rate: float) -> Any:
-    """Adapters whose updates see x with dropout, to be given to what `lora_jax.adapt` makes.
+    """Return adapters whose updates see x with dropout, for the function that `adapt` returns.
 
         y = x W + scale * (drop(x) a) b        drop(x) = x * mask / (1 - rate)
 
     The base sees x as it is: this is PEFT's `lora_dropout`. A mask is drawn for each use of each
-    target in the program, from the key, the target's path, and the layer or expert of a stack; a
+    target in the program, from the key, the target's path, and the layer or expert of a stack. A
     loop that uses one weight in each step uses one mask. In a mixed batch the key is folded with
     the number of the example. The same key gives the same masks, so a resumed run is the same bit
-    for bit, if the key of a step depends on the step alone.
+    for bit if the key of a step depends only on the step.
 
-    What has no x to drop from has no dropout: lookups (PEFT has none for embeddings either),
-    biases, and weights that are folded. A router per token sees the dropped x too. With DoRA,
+    Operations without an x have no dropout: lookups (PEFT has none for embeddings either), biases,
+    and weights that are folded. A router per token sees the dropped x too. With DoRA,
 
         y = gain * (x W + scale * (drop(x) a) b)        gain = magnitude / ||W + scale a b||
 
@@ -69,13 +73,16 @@ def dropout(adapters: Any, key: jax.Array | None, rate: float) -> Any:
     takes a second product with W.)
 
     Args:
-      adapters: an adapter tree, or what `lora_jax.multi.select`, `lora_jax.moe.mix`, ... give.
-      key: a PRNG key, another one for each step. None will do where the rate is 0.
-      rate: the share of the numbers of x that are set to zero, a Python number from 0 up to, but
-        not including, 1. At 0 the adapters are returned as they are: evaluate without dropout.
+      adapters: an adapter tree, or the result of `lora_jax.multi.select`, `lora_jax.moe.mix`, ...
+      key: a PRNG key, a different one for each step. It may be None if the rate is 0.
+      rate: the fraction of the elements of x that are set to zero, a Python number in [0, 1).
+
+    Returns:
+      A value for the place of the adapters; at rate 0, `adapters` itself. So evaluation without
+      dropout uses rate 0.
 
     Raises:
-      LoraError: a rate that is not such a number, or no key.
+      LoraError: a rate out of range, or no key.
 
     >>> import lora_jax
     >>> f = lambda params, x: x @ params["w"]
@@ -83,7 +90,7 @@ def dropout(adapters: Any, key: jax.Array | None, rate: float) -> Any:
     >>> layout = lora_jax.resolve(lora_jax.LoraSpec(1, 1.0, "w"), f, params, x)
     >>> adapters = {"w": lora_jax.Factors(jnp.ones((4, 1)), jnp.ones((1, 3)))}
     >>> y = lora_jax.adapt(layout, f)(params, dropout(adapters, jax.random.key(0), 0.5), x)
-    >>> y[:, 0].tolist()  # 4 of the base, and 2 for each of the four numbers that was kept
+    >>> y[:, 0].tolist()  # the base gives 4, and each of the four elements that was kept gives 2
     [6.0, 10.0]
     """
     if not isinstance(rate, int | float) or not 0 <= rate < 1:

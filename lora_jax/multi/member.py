@@ -1,4 +1,4 @@
-"""An adapter as a member of a stack or of a combination, which hold factors and nothing else."""
+"""An adapter as a member of a stack or of a combination, which hold only factors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from lora_jax.errors import LoraError, listed
 
 
 def factors_alone(adapter: Adapter, doing: str) -> Adapter:
-    """Return the adapter, a plain tuple made one, if it has no trainable base parameters.
+    """Return the adapter, or a plain tuple as one, if it has no trainable base parameters.
 
     Args:
       adapter: an `Adapter`, or a tuple of its first two or three fields.
-      doing: what cannot be done with base parameters, for the message: "stacked".
+      doing: the verb of the message: "stacked".
 
     Raises:
       LoraError: it has some, which would be lost.

@@ -1,9 +1,8 @@
-"""A function of a batch, run with something of its own for each example.
+"""A function of a batch, run with a different value for each example.
 
-`each(call, own, args, kwargs, ...)` is a `jax.vmap` over batches of one: whatever the function
-does with an example, it does with that example alone, by definition. Products with arrays that
-are shared (a base weight) have no example axis under a vmap, and XLA computes them for all
-examples at once, as it does for a batch.
+`each(call, own, args, kwargs, ...)` is a `jax.vmap` over batches of one, so by definition the
+function sees one example at a time. Products with arrays that all examples share (a base weight)
+have no example axis under a vmap, and XLA computes them for all examples at once, as for a batch.
 """
 
 from __future__ import annotations
@@ -29,21 +28,23 @@ def each(
     in_axes: Axes = 0,
     out_axes: Axes = 0,
 ) -> Any:
-    """`call(own_i, *args_i, **kwargs_i)` for every example i; its outputs put together.
+    """Return `call(own_i, *args_i, **kwargs_i)` for every example i, with the outputs stacked.
 
     Args:
-      call: takes one example's own things, then a batch of one.
+      call: a function of one example's own values and then a batch of one.
       own: a pytree of arrays with a leading axis of examples, [B, ...].
-      args, kwargs: of the whole batch. Array leaves of rank 1 and more are divided along the
-        axis that `in_axes` names; all other leaves are shared, but that a scalar PRNG key is
-        folded with the example's number, so that examples do not draw alike.
-      in_axes: the axis of the examples, one for all, or a tuple with an entry (an int, None for
-        shared, or a tree of them) for each of `args`. `kwargs` take their axis 0 then.
+      args, kwargs: of the whole batch. Array leaves of rank 1 and more are split along the axis
+        that `in_axes` names. All other leaves are shared, except that a scalar PRNG key is folded
+        with the example's number, so that examples draw different numbers.
+      in_axes: the axis of the examples: one for all, or a tuple with an entry (an int, None for
+        shared, or a tree of them) for each of `args`. With a tuple, `kwargs` are split along axis
+        0.
       out_axes: the axis of the examples in the outputs, one for all or a tree of them. A scalar
         output becomes [B].
 
     Raises:
-      LoraError: an argument that does not have B examples, an output whose axis is not of size 1.
+      LoraError: an argument that does not have B examples, or an output whose axis is not of size
+        1.
     """
     count = len(jax.tree.leaves(own)[0])
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_none)
@@ -72,7 +73,7 @@ def each(
 
 
 def _flat_axes(in_axes: Axes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Axes]:
-    """The axis of each leaf."""
+    """Return the axis of each leaf."""
     if in_axes is None or isinstance(in_axes, int):
         in_axes = (in_axes,) * len(args)
         keyword = in_axes[0] if in_axes else 0
@@ -103,7 +104,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _checked(x: Any, axis: Any, count: int) -> Any:
-    """The axis along which a leaf is divided; SHARED if it is not."""
+    """Return the axis along which a leaf is split, or SHARED."""
     if axis is None or not _is_array(x) or x.ndim == 0:
         return SHARED
     if not -x.ndim <= axis < x.ndim or x.shape[axis] != count:
@@ -116,7 +117,7 @@ def _checked(x: Any, axis: Any, count: int) -> Any:
 
 
 def _without_batch(x: Any, axis: int) -> Any:
-    """An output of a batch of one, without the axis of the batch."""
+    """Return an output of a batch of one without the batch axis."""
     if jnp.ndim(x) == 0:
         return x
     if not -x.ndim <= axis < x.ndim or x.shape[axis] != 1:

@@ -1,20 +1,21 @@
-"""The low-rank product of a mixed batch, its examples grouped by adapter.
+"""The low-rank product of a mixed batch, with its examples grouped by adapter.
 
-Two ways lead to `x_i a_k b_k` for every example i and its adapter k:
+There are two ways to compute `x_i a_k b_k` for every example i and its adapter k:
 
-- gather: each example brings its own copy of the factors, and the products are batched over the
-  examples. It moves `B r (in + out)` numbers, which is nothing beside x where an example has many
-  rows (tokens), and most of the time where it has one: 1,024 single tokens with 4 adapters.
-- grouped: the examples are sorted by adapter and cut into blocks of `BLOCK`, each of one adapter
-  (blocks that are not full are filled with zeros, so there are at most `B / BLOCK + min(n, B)`);
-  the factors are brought once for each block, and the examples are moved there and back.
+- gather: each example fetches its own copy of the factors, and the products are batched over the
+  examples. This moves `B r (in + out)` numbers. If an example has many rows (tokens), that is
+  little compared with x. If it has one row, it is most of the time: 1,024 single tokens with 4
+  adapters.
+- grouped: the examples are sorted by adapter and split into blocks of `BLOCK`, each of one adapter.
+  Blocks that are not full are padded with zeros, so there are at most `B / BLOCK + min(n, B)`. The
+  factors are fetched once for each block, and the examples are moved there and back.
 
-`pays` compares what the two move; that is the whole rule. On CPU it picked the faster one at every
-shape of `benchmarks/mixed.py`. (`jax.lax.ragged_dot` is no third way: outside of TPUs XLA
-multiplies every row with every group.)
+`pays` compares the numbers that the two move; that is the whole rule. On CPU it picked the faster
+way at every shape of `benchmarks/mixed.py`. (`jax.lax.ragged_dot` is not a third way: outside of
+TPUs, XLA multiplies every row with every group.)
 
-Sorting needs all examples at once, and the program that is interpreted sees one (it is under a
-`vmap`): so the product has its own rule for being batched.
+Sorting needs all examples at once, but the interpreted program sees only one (it is under a
+`vmap`). So the product has its own batching rule.
 """
 
 from __future__ import annotations
@@ -31,15 +32,14 @@ BLOCK = 8
 
 
 def blocks(examples: int, adapters: int) -> int:
-    """How many blocks there are at most."""
+    """Return the largest possible number of blocks."""
     return -(-examples // BLOCK) + min(adapters, examples)
 
 
 def pays(examples: int, adapters: int, rows: int, rank: int) -> bool:
-    """Whether grouping moves less than gathering, for examples of so many rows each.
-
-    It saves the factors of `examples - blocks` examples, rank numbers for each input and output,
-    and moves every row twice.
+    """Return whether grouping moves less than gathering, for examples of `rows` rows each.
+     It saves the factors of `examples - blocks` examples, which are `rank` numbers for each input
+    and output, and moves every row twice.
 
     >>> pays(1024, 64, rows=1, rank=8), pays(64, 64, rows=32, rank=8), pays(256, 1000, 1, 8)
     (True, False, False)
@@ -48,12 +48,13 @@ def pays(examples: int, adapters: int, rows: int, rank: int) -> bool:
 
 
 def product(x: Any, a: Any, b: Any, gain: Any, index: Any, precision: Any) -> Any:
-    """`gain[index] * x a[index] b[index]`; grouped by index under a vmap over x and index.
+    """Return `gain[index] * x a[index] b[index]`; grouped by index under a vmap over x and index.
 
     Args:
       x: [rows, in].
       a, b, gain: [n, in, rank], [n, rank, out] and [n], of all adapters.
-      index: [] int; one that is none gives NaN.
+      index: [] int; a number out of range gives NaN.
+      precision: of both products, as in `jax.numpy.matmul`.
 
     Returns:
       [rows, out].
@@ -63,7 +64,7 @@ def product(x: Any, a: Any, b: Any, gain: Any, index: Any, precision: Any) -> An
 
 @functools.cache
 def _product(precision: Any) -> Callable[..., Any]:
-    """One function for each precision, which is no array."""
+    """Return the product for one precision, which is not an array and so needs its own function."""
 
     def plain(x: Any, a: Any, b: Any, gain: Any, index: Any) -> Any:
         h = jnp.matmul(x, a[index], precision=precision) * _gain(gain, index)
@@ -83,12 +84,12 @@ def _product(precision: Any) -> Callable[..., Any]:
 
 
 def _gain(gain: Any, index: Any) -> Any:
-    """NaN for an index that is none."""
+    """Return the gain, or NaN for an index out of range."""
     return gain.at[index].get(mode="fill", fill_value=jnp.nan)
 
 
 def _grouped(x: Any, a: Any, b: Any, gain: Any, ids: Any, precision: Any) -> Any:
-    """[B, rows, out] of x [B, rows, in] and ids [B]."""
+    """Return [B, rows, out] from x [B, rows, in] and ids [B]."""
     count, rows, width = x.shape
     adapters = len(a)
     gains = _gain(gain, ids)
@@ -97,7 +98,7 @@ def _grouped(x: Any, a: Any, b: Any, gain: Any, ids: Any, precision: Any) -> Any
     members = jnp.bincount(ids, length=adapters)
     full = -(-members // BLOCK)  # blocks of each adapter
     ends = jnp.cumsum(full)
-    # Where in the blocks each example goes: behind those of its adapter that come before it.
+    # An example's place in the blocks: after the earlier examples of the same adapter.
     within = jnp.arange(count) - (jnp.cumsum(members) - members)[ids[order]]
     place = (ends - full)[ids[order]] * BLOCK + within
     number = blocks(count, adapters)

@@ -3,14 +3,13 @@
     layout, stacked = stack([Adapter(layout_0, adapters_0), Adapter(layout_1, adapters_1), ...])
     g = lora_jax.adapt(layout, f)
     g(params, select(stacked, 1), x)              adapter 1 for all of x
-    g(params, select(stacked, [0, 1, BASE]), x)   one for each example of x; BASE is none at all
+    g(params, select(stacked, [0, 1, BASE]), x)   one for each example of x; BASE: no adapter
 
-The members may differ in rank, alpha and targets; LoHa, LoKr and VeRA are held as the plain factors
-that they are, DoRA with its magnitudes. Ranks are filled up with exact zeros, a target
-that a member does not adapt is zero in it, and each member's scale (alpha / rank) travels with it
-as data. So whichever is chosen, the arrays have the same shapes: **one compiled program serves all
-of them**, and the base is not copied. The base itself is the last slot, zeros, which is why its
-number is -1.
+The members may differ in rank, alpha and targets. LoHa, LoKr and VeRA become plain factors; DoRA
+keeps its magnitudes. Ranks are padded with exact zeros, a target that a member does not adapt is
+zero in it, and each member's scale (alpha / rank) is an array too. So all selections have arrays of
+the same shapes: **one compiled program serves all of them**, and the base is not copied. The last
+slot holds zeros and stands for the base, which is why its number is -1.
 """
 
 from __future__ import annotations
@@ -33,23 +32,24 @@ from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
 
 BASE = -1
-"""The number of no adapter: the base model as it is."""
+"""The number that selects the base model without an adapter."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-    """One adapter in the shapes of a common layout, its scales being data.
+    """One adapter in the shapes of a common layout, with its scales as arrays.
 
-    factors: `{path: Factors(a, b)}`, filled up with zeros to the common ranks.
-    scales: `{path: alpha / rank}`, [] float32 each; 0 where the adapter does not adapt the path.
+    Attributes:
+      factors: `{path: Factors(a, b)}`, padded with zeros to the common ranks.
+      scales: `{path: alpha / rank}`, [] float32 each; 0 if the adapter does not adapt the path.
     """
 
     factors: Adapters
     scales: dict[str, Any]
 
     def blend(self) -> Blend:
-        """The same, as the interpreter takes it."""
+        """Return the adapter in the form in which the interpreter takes it."""
         return Blend(self.factors, self.scales)
 
 
@@ -58,10 +58,11 @@ class Scaled:
 class Stack:
     """n adapters in the shapes of a common layout, and the base as the last; arrays only.
 
-    factors: `{path: Factors(a [n + 1, *stack, *inputs, rank], b [n + 1, *stack, rank, *outputs])}`;
-      DoRA's `Directed` has magnitudes [n + 1, *stack, *outputs] too.
-    scales: `{path: [n + 1] float32}`.
-    size: n, the base not counted.
+    Attributes:
+      factors: `{path: Factors(a [n + 1, *stack, *inputs, rank], b [n + 1, *stack, rank,
+        *outputs])}`; DoRA's `Directed` has magnitudes [n + 1, *stack, *outputs] too.
+      scales: `{path: [n + 1] float32}`.
+      size: n, without the base.
     """
 
     factors: Adapters
@@ -74,7 +75,9 @@ class Stack:
 class Selection(Choosing):
     """Adapters chosen from a stack, as `lora_jax.adapt` takes them; nothing is copied yet.
 
-    ids: [] or [B] int, from 0 to n - 1, or BASE.
+    Attributes:
+      stack: the stack.
+      ids: [] or [B] int, from 0 to n - 1, or BASE.
     """
 
     stack: Stack
@@ -82,6 +85,7 @@ class Selection(Choosing):
 
     @property
     def per_example(self) -> bool:
+        """Whether each example has an adapter of its own."""
         return jnp.ndim(self.ids) == 1
 
     def choice(self, layout: Layout) -> Any:
@@ -95,16 +99,23 @@ class Selection(Choosing):
 
 
 def blended(layout: Layout, adapters: Adapters | Scaled) -> Blend:
-    """One adapter as the interpreter takes it, once it is known to fit the layout."""
+    """Return one adapter in the interpreter's form, after checking that it fits the layout."""
     blend = adapters.blend() if isinstance(adapters, Scaled) else Blend(adapters)
     check(layout, blend.factors)
     return blend
 
 
 def union(layouts: Iterable[Layout]) -> Layout:
-    """The layout that adapters of all these fit into: every target, with the largest of its ranks.
+    """Return a layout that adapters of all these layouts fit into.
 
-    Its targets' alpha is their rank, so that their scale is 1: the members' scales are data.
+    It has every target with its largest rank. Alpha equals the rank, so that the scale is 1: the
+    members' own scales are arrays of the stack.
+
+    Args:
+      layouts: the layouts of the members.
+
+    Returns:
+      The common layout.
 
     Raises:
       LoraError: two of them disagree about a parameter's shape, the roles of its axes, or whether
@@ -136,12 +147,15 @@ def stack(adapters: Sequence[Adapter], *, size: int | None = None) -> tuple[Layo
 
     Args:
       adapters: in the order of their numbers, 0, 1, ... All factors of a path have one dtype.
-      size: how many slots there are, for those that `put` is to bring later; the empty ones are
-        zeros, the base. None: as many as there are adapters.
+      size: the number of slots, if `put` is to fill some later. Empty slots hold zeros, like the
+        base. None: as many as there are adapters.
+
+    Returns:
+      `(layout, stack)`: the layout for `adapt`, and the arrays.
 
     Raises:
-      LoraError: no adapters, some that do not fit their layout or each other or that have
-        trainable base parameters, a size too small.
+      LoraError: no adapters, adapters that do not fit their layout or each other or that have
+        trainable base parameters, or a size that is too small.
 
     >>> import lora_jax
     >>> f = lambda params, x: x @ params["w"]
@@ -173,7 +187,7 @@ def stack(adapters: Sequence[Adapter], *, size: int | None = None) -> tuple[Layo
 
 
 def _plain(adapter: Adapter, doing: str) -> Adapter:
-    """The adapter as a stack holds it: plain factors at every target, but where W is rescaled."""
+    """Return the adapter as a stack holds it: plain factors, unless the kind rescales W."""
     layout, adapters, _ = factors_alone(adapter, doing)
     check(layout, adapters)
     kept = {t.path: t for t in layout.targets if kind_of(t).rescales}
@@ -192,10 +206,18 @@ def _plain(adapter: Adapter, doing: str) -> Adapter:
 
 
 def pad(layout: Layout, own: Layout, adapters: Adapters) -> Scaled:
-    """An adapter of the layout `own` in the shapes of `layout`, which has room for it.
+    """Return an adapter of the layout `own` in the shapes of `layout`, which has room for it.
 
-    Zeros fill it up. They stay zero in training: where a's column and b's row of some rank are
-    both zero, so are their gradients.
+    The padding stays zero in training: if a's column and b's row of some rank are both zero, so are
+    their gradients.
+
+    Args:
+      layout: the layout of the stack.
+      own: the adapter's layout.
+      adapters: `{path: Factors(a, b)}` of `own`.
+
+    Returns:
+      The padded factors and the scales.
 
     Raises:
       LoraError: the adapters do not fit `own`, or `own` does not fit into `layout`.
@@ -237,7 +259,12 @@ def _padded(room: Target, parameters: Any, dtype: Any) -> Any:
 
 
 def unpad(own: Layout, factors: Mapping[str, Any]) -> Adapters:
-    """The adapter of the layout `own` again, from factors that were filled up; bit for bit."""
+    """Return the adapter of the layout `own` from padded factors, bit for bit.
+
+    Args:
+      own: the adapter's layout.
+      factors: `{path: Factors(a, b)}` in the shapes of a larger layout.
+    """
     out = {}
     for t in own.targets:
         if t.path not in factors:
@@ -252,11 +279,16 @@ def unpad(own: Layout, factors: Mapping[str, Any]) -> Adapters:
 
 
 def put(layout: Layout, stacked: Stack, index: int, adapter: Adapter) -> Stack:
-    """The stack with another adapter in the slot `index`: for a server that swaps them in and out.
+    """Return the stack with another adapter in the slot `index`, for a server that swaps adapters.
+     The given stack is used up (its arrays are donated), and only the slot is written. So it takes
+    as long for the thousandth adapter as for the first, and programs that were compiled for the
+    stack serve the new one.
 
-    The given stack is used up (its arrays are donated), and only the slot is written: it takes as
-    long for the thousandth adapter as for the first, and what was compiled for the stack serves
-    the new one.
+    Args:
+      layout: the layout of the stack.
+      stacked: the stack.
+      index: the slot, from 0.
+      adapter: the new adapter.
 
     Raises:
       LoraError: no such slot, or the adapter does not fit the stack's layout or has trainable base
@@ -265,7 +297,7 @@ def put(layout: Layout, stacked: Stack, index: int, adapter: Adapter) -> Stack:
     if not 0 <= index < stacked.size:
         raise LoraError(f"no slot {index} in a stack of {stacked.size}; they count from 0")
     own, adapters, _ = _plain(adapter, "put into a stack")
-    # Filled up on the host: on the device, padding would compile for every rank that is new to it.
+    # Padding on the device would compile a program for every new rank, so it is done on the host.
     member = pad(layout, own, jax.tree.map(_on_host, adapters))
     _check_dtypes([member, stacked])
     return _put(stacked, member, jnp.int32(index))
@@ -283,23 +315,29 @@ def _put(stacked: Stack, member: Scaled, index: Any) -> Stack:
 
 
 def unstack(own: Layout, stacked: Stack, index: int) -> Adapters:
-    """Adapter `index`, of the layout `own`, as it went in; bit for bit."""
+    """Return adapter `index` as it was before it was stacked, bit for bit.
+
+    Args:
+      own: the adapter's layout.
+      stacked: the stack.
+      index: the slot, from 0.
+    """
     if not 0 <= index < stacked.size:
         raise LoraError(f"no slot {index} in a stack of {stacked.size}; they count from 0")
     return unpad(own, jax.tree.map(lambda x: x[index], stacked.factors))
 
 
 def select(stacked: Stack, ids: Any) -> Selection:
-    """Adapters of a stack, to be given to what `lora_jax.adapt` makes in the place of one.
+    """Return adapters of a stack, for the place of one in the function that `adapt` returns.
 
     Args:
       stacked: from `stack`.
-      ids: an integer for all, or [B] integers, one for each example; BASE is no adapter. They may
-        be traced: what is compiled for some serves all. A number that is no slot gives NaN, since
-        no error can be raised from inside a compiled program; outside of one it is an error.
+      ids: one integer for all examples, or [B] integers, one for each; BASE selects no adapter.
+        They may be traced: one compiled program serves all ids. An id out of range gives NaN there,
+        since a compiled program cannot raise an error; outside of one it is an error.
 
     Raises:
-      LoraError: ids that are no integers, of another rank, or of no slot.
+      LoraError: ids that are not integers, have another rank, or are out of range.
     """
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim > 1:
@@ -319,7 +357,7 @@ def select(stacked: Stack, ids: Any) -> Selection:
 
 
 def take(stacked: Stack, index: Any) -> Scaled:
-    """One adapter by its number, [] int, maybe traced or under a vmap; NaN for one that is none."""
+    """Return one adapter by its number, [] int, which may be traced; NaN if it is out of range."""
     row = slot(stacked, index)
 
     def one(x: Any) -> Any:
@@ -329,7 +367,7 @@ def take(stacked: Stack, index: Any) -> Scaled:
 
 
 def slot(stacked: Stack, ids: Any) -> Any:
-    """Return the rows of the stack's arrays: 0 to n, or n + 1 where an id is not a slot."""
+    """Return the rows of the stack's arrays: 0 to n, or n + 1 for an id that is out of range."""
     nowhere = stacked.size + 1
     known = (ids >= BASE) & (ids < stacked.size)
     return jnp.where(ids == BASE, stacked.size, jnp.where(known, ids, nowhere))

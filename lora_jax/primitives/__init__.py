@@ -1,1 +1,1 @@
-"""What each JAX primitive does to the named axes of an adapted weight."""
+"""The rules of JAX primitives: how each acts on the named axes of an adapted weight."""

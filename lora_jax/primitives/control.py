@@ -1,4 +1,4 @@
-"""Control flow that a weight enters: the body is interpreted, the construct stays what it was."""
+"""Control flow with weights inside: the body is interpreted, and the construct stays the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, Primiti
 
 
 def _inline(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """A nested `jit`: its equations as if written in place, its output shardings as constraints."""
+    """Run a nested `jit` in place, with its output shardings as constraints."""
     outs = evaluator.evaluate(jaxprs.called(eqn), ins)
     shardings = eqn.params.get("out_shardings") or [None] * len(outs)
     return [
@@ -29,17 +29,17 @@ def _inline(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _custom_jvp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """A function with its own derivative rule keeps that rule.
+    """Keep the derivative rule of a function that has its own.
 
-    With W = w + s a b the tangent of W is `dw + s da b + s a db`, and the rule is linear in it:
-    its equations are interpreted for the weights (dw, da, b) and (0, a, db), and the answers are
-    added. Every update says of which such weights its derivative is the sum.
+    With W = w + s a b, the tangent of W is `dw + s da b + s a db`, and the rule is linear in it.
+    So its equations are interpreted for the weights (dw, da, b) and (0, a, db), and the results are
+    added. `Update.derivatives` gives the weights whose sum the derivative is.
     """
     for v in ins:
         if isinstance(v, AdaptedWeight):
             v.update.check_linear(v.path, f"{jaxprs.operand_name(eqn)} takes it")
     ins = _all_chosen(ins)
-    # Its equations and those of its rule are evaluated several times, and mean one use of W.
+    # Its equations and its rule's are evaluated several times, but count as one use of W.
     use = max((evaluator.next_use(v.path) for v in ins if isinstance(v, AdaptedWeight)), default=0)
 
     def evaluate(jaxpr: Any, ins: Ins) -> list[Any]:
@@ -63,7 +63,7 @@ def _custom_jvp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _parts(ins: Ins, tangents: Ins) -> list[Ins]:
-    """The tangents as a sum: in the k-th part each weight has the k-th part of its derivative."""
+    """Split the tangents into a sum; part k has the k-th part of each weight's derivative."""
     split = [
         v.derivatives(t) if isinstance(v, AdaptedWeight) else [t]
         for v, t in zip(ins, tangents, strict=True)
@@ -76,12 +76,12 @@ def _parts(ins: Ins, tangents: Ins) -> list[Ins]:
 
 
 def _sum(tangents: Sequence[Any]) -> Any:
-    """Their sum; the tangent of an integer has no value to be added."""
+    """Return the sum of the tangents; an integer's tangent (float0) cannot be added."""
     return tangents[0] if tangents[0].dtype == jax.dtypes.float0 else sum(tangents[1:], tangents[0])
 
 
 def _all_chosen(ins: Ins) -> Ins:
-    """Each weight with the one adapter that was chosen for it, which has no integer in it."""
+    """Return each weight with its chosen adapter, so that it holds no integer."""
     return [v.chosen() if isinstance(v, AdaptedWeight) else v for v in ins]
 
 
@@ -94,7 +94,7 @@ def _remat(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """Stacked weights are sliced with their factors; constant ones are closed over."""
+    """Slice stacked weights together with their factors, and close over constant ones."""
     n_consts, n_carry = jaxprs.scan_arity(eqn)
     jaxpr = eqn.params["jaxpr"]
     fixed, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
@@ -102,7 +102,7 @@ def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     stacks: dict[Any, Any] = {
         i: x for i, x in enumerate(xs, n_consts + n_carry) if isinstance(x, AdaptedWeight)
     }
-    given = [stacks.get(i) for i in jaxprs.forwarded(jaxpr)[n_carry:]]  # handed out as they are
+    given = [stacks.get(i) for i in jaxprs.forwarded(jaxpr)[n_carry:]]  # returned unchanged
     sliced = [_sliced(evaluator, eqn, x) for x in xs]
 
     def body(carry: list[Any], parts: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -120,7 +120,7 @@ def _scan(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _sliced(evaluator: Any, eqn: Any, x: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """What a scan slices of an operand, and what makes the operand's slice of a slice of that.
+    """Return the arrays of an operand that a scan slices, and a function from slices to its slice.
 
     Arrays of a weight without the scanned axis are the same for all slices: they are closed over.
     """
@@ -158,9 +158,10 @@ def _while(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _carried(evaluator: Any, eqn: Any, carry: Ins, body: Any, start: int) -> tuple[Any, Any]:
-    """Two functions: from all carries of a loop, from `start` on, to those that move, and back.
+    """Return two functions: from all carries of a loop to the moving ones, and back.
 
-    The others are adapted weights that the body hands on unchanged.
+    The carries start at `start`. The carries that do not move are adapted weights that the body
+    passes on unchanged.
     """
     same = [i == start + j for j, i in enumerate(jaxprs.forwarded(body)[: len(carry)])]
     pairs = zip(carry, same, strict=True)
@@ -195,11 +196,11 @@ def _cond(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _shard_map(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """W, a and b go in as three operands; an axis of a or b is cut as the same axis of W is.
+    """Pass W, a and b in as three operands; an axis of a or b is sharded like that axis of W.
 
-    The rank is whole on every device. Where a product contracts over an axis that is cut, x a is
-    as partial as x W is, and being linear the update joins the same sum: the program's own `psum`
-    of `x W + scale (x a) b` makes both whole.
+    Each device has the whole rank. If a product contracts over a sharded axis, x a is a partial sum
+    just as x W is, and the update is linear. So the program's own `psum` of `x W + scale (x a) b`
+    completes both.
     """
     ins = _all_chosen(ins)
     ins = [_dense(evaluator, eqn, v) if isinstance(v, AdaptedWeight) else v for v in ins]
@@ -215,13 +216,13 @@ def _shard_map(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _dense(evaluator: Any, eqn: Any, v: AdaptedWeight) -> AdaptedWeight:
-    """The weight as an array, which can be cut anywhere."""
+    """Return the weight as an array, which can be sliced anywhere."""
     evaluator.dequantise(eqn, v)
     return dataclasses.replace(v, held=Dense(v.held.dense()))
 
 
 def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
-    """The weight with PartitionSpecs in the place of its arrays."""
+    """Return the weight with PartitionSpecs in place of its arrays."""
     entries = dict(zip(v.names, spec, strict=False))
     if any(v.update.role(name) == "input" and entries[name] for name in entries):
         v.update.check_linear(v.path, "a shard_map cuts the axis that its product contracts")
@@ -233,7 +234,7 @@ def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
 
 
 def _custom_vjp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """A function with its own gradient rule: only a rule registered for it by name applies."""
+    """Apply the rule that is registered for a function with its own gradient rule, by its name."""
     rule = FUNCTIONS.get(jaxprs.function_name(eqn))
     return evaluator.opaque(eqn, ins) if rule is None else rule(evaluator, eqn, ins)
 

@@ -1,4 +1,4 @@
-"""The evaluator of a traced program some of whose inputs are adapted weights."""
+"""The evaluator of a traced program in which some inputs are adapted weights."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ from lora_jax.updates.update import Zero
 
 
 class Evaluator:
-    """Evaluates a jaxpr equation by equation.
+    """An evaluator that runs a jaxpr equation by equation.
+     Sequences of equations that touch no adapted weight go to JAX unchanged; every other equation
+    goes to its rule. Which is which is decided as the values become known, so the rules decide for
+    how long a weight stays a weight.
 
-    Runs of equations that touch no adapted weight are handed to JAX as they stand; the others go
-    to their rule. Which is which is known as the values are, so the rules decide how far a weight
-    lives.
-
-    per_example: whether it runs for one example, under a `vmap` over all of a mixed batch.
+    per_example: whether it runs for one example, under a `vmap` over all examples of a mixed batch.
     """
 
     def __init__(self, per_example: bool = False) -> None:
         self.per_example = per_example
         self.paths_read: set[str] = set()
-        self.dequantised: dict[str, str] = {}  # path -> the first operation that took it whole
+        self.dequantised: dict[str, str] = {}  # path -> the first operation that needs an array
         self._names = itertools.count()
         self._uses: collections.Counter[str] = collections.Counter()
         self._use: int | None = None
-        self._jaxprs: list[Any] = []  # those being evaluated, the innermost last
+        self._jaxprs: list[Any] = []  # the jaxprs under evaluation, the innermost last
 
     def fresh(self, n: int) -> Names:
-        """`n` axis names that nothing else in this trace has."""
+        """Return `n` axis names that are new in this trace."""
         return tuple(next(self._names) for _ in range(n))
 
     def consume(
@@ -49,13 +48,14 @@ class Evaluator:
     ) -> int:
         """Note that a rule uses the weight, and the roles that its axes have there.
 
-        Returns the number of this use: 0 for the first of this weight, and so on.
+        Returns:
+          The number of this use: 0 for the first use of this weight, and so on.
         """
         self.paths_read.add(v.path)
         return self.next_use(v.path)
 
     def dequantise(self, eqn: Any, v: AdaptedWeight) -> None:
-        """Note that an operation takes the weight as one array, where W is kept as codes."""
+        """Note that an operation needs the weight as one array although W is stored as codes."""
         if isinstance(v.held, Deferred):
             self.dequantised.setdefault(v.path, jaxprs.operand_name(eqn))
 
@@ -67,13 +67,13 @@ class Evaluator:
 
     @contextlib.contextmanager
     def one_use(self, number: int) -> Iterator[None]:
-        """All uses within have this number, however often the same equations are evaluated."""
+        """Give all uses inside the block this number, even if equations are evaluated again."""
         before, self._use = self._use, number
         yield
         self._use = before
 
     def frozen(self, path: str, w: Any) -> Any:
-        """A parameter that no adapter adapts: a base too is dequantised where it is used."""
+        """Return a parameter without an adapter; a base is still dequantised where it is used."""
         if not isinstance(w, Base):
             return w
         return AdaptedWeight(held(w), Zero(), self.fresh(w.ndim), path, True)
@@ -81,12 +81,12 @@ class Evaluator:
     def run(
         self, traced: jaxprs.TracedCall, ins: Sequence[Any], weight: Callable[[str, Any], Any]
     ) -> list[Any]:
-        """The outputs of a call, with `weight(path, w)` in the place of each parameter."""
+        """Return the outputs of a call, with `weight(path, w)` in place of each parameter."""
         values = [*map(weight, traced.param_paths, ins), *ins[len(traced.param_paths) :]]
         return [self.plain(None, out) for out in self.evaluate(traced, values)]
 
     def evaluate(self, closed: Any, ins: Sequence[Any]) -> list[Any]:
-        """The outputs of a jaxpr with its constants, each an array or an adapted weight."""
+        """Return the outputs of a jaxpr with its constants, each an array or an adapted weight."""
         jaxpr, consts = jaxprs.opened(closed)
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=False))
         env.update(zip(jaxpr.invars, ins, strict=True))
@@ -111,7 +111,7 @@ class Evaluator:
     def _run_plain(
         self, jaxpr: Any, start: int, stop: int, env: dict[Any, Any], last_use: dict[Any, int]
     ) -> None:
-        """Run the untouched equations `start:stop`, keep what is used after them, drop the rest."""
+        """Run the untouched equations `start:stop` and drop the values that nothing reads later."""
         if start < stop:
             eqns = jaxpr.eqns[start:stop]
             made = {v: None for e in eqns for v in e.outvars}
@@ -124,21 +124,21 @@ class Evaluator:
             del env[v]
 
     def apply(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
-        """One equation that an adapted weight enters: by its rule, or on plain arrays."""
+        """Run one equation with an adapted weight among its inputs: by its rule, or on arrays."""
         rule = RULES.get(eqn.primitive.name)
         outs = None if rule is None else rule(self, eqn, ins)
         return self.opaque(eqn, ins) if outs is None else outs
 
     def opaque(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
-        """An equation that takes no adapted weight, run on plain arrays."""
+        """Run an equation that takes no adapted weight on plain arrays."""
         return jaxprs.run_one(eqn, [self.plain(eqn, v) for v in ins])
 
     def through(self, fn: Callable[..., Any], eqn: Any, ins: Ins) -> Outs:
-        """An equation by the rules for the equations of `fn`, which does the same."""
+        """Run an equation by the rules for the equations of `fn`, which computes the same."""
         return self.evaluate(jax.make_jaxpr(fn)(*(v.aval for v in eqn.invars)), ins)
 
     def compact(self, eqn: Any, operand: int, value: Any) -> Any:
-        """A plain operand that was broadcast just before, with size 1 along the new axes again."""
+        """Return a plain operand that was just broadcast, with size 1 along the new axes again."""
         every = self._jaxprs[-1].eqns
         made = next((e for e in every if any(v is eqn.invars[operand] for v in e.outvars)), None)
         if made is None or made.primitive.name != "broadcast_in_dim":
@@ -150,9 +150,9 @@ class Evaluator:
         return lax.slice(value, [0] * len(shape), shape)
 
     def plain(self, eqn: Any, value: Any) -> Any:
-        """A value where only an array will do: a weight is folded if allowed, else refused.
+        """Return the value as an array: a weight is folded if that is allowed, and else refused.
 
-        eqn: the operation that takes it; None: the function returns it.
+        eqn: the operation that takes it. None: the function returns it.
         """
         if not isinstance(value, AdaptedWeight):
             return value
@@ -181,7 +181,7 @@ def _read(env: dict[Any, Any], atom: Any) -> Any:
 
 
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
-    """Index of the last equation that reads each variable; outputs are read after all."""
+    """Return the index of the last equation that reads each variable; outputs come last."""
     last = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if not jaxprs.is_literal(v)}
     outs = (v for v in jaxpr.outvars if not jaxprs.is_literal(v))
     return {**last, **dict.fromkeys(outs, len(jaxpr.eqns))}

@@ -1,7 +1,7 @@
-"""One call of the user's function as a flat program (a jaxpr), and what JAX versions differ in.
+"""One call of the user's function as a flat program (a jaxpr), and the differences of JAX versions.
 
-Everything that reads JAX's intermediate language through names that have changed between
-releases is in this file; the rules elsewhere see one form.
+All code that reads JAX's intermediate language through names that changed between releases is in
+this file. The rules elsewhere see one form.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from lora_jax.errors import LoraError
 if TYPE_CHECKING:
     from jax.extend.core import Jaxpr
 
-ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Base)  # all else is static
+ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Base)  # others are static
 
 
 @functools.cache
 def jax_core() -> Any:
-    """`jax.extend.core`, imported at the first trace: a fifth of the time of `import lora_jax`."""
+    """Return `jax.extend.core`, imported late: it takes a fifth of `import lora_jax`."""
     from jax.extend import core
 
     return core
 
 
 def is_literal(atom: Any) -> bool:
-    """Whether an operand of an equation is a constant and not a variable."""
+    """Return whether an operand of an equation is a constant and not a variable."""
     return isinstance(atom, jax_core().Literal)
 
 
@@ -44,19 +44,19 @@ def is_literal(atom: Any) -> bool:
 class TracedCall:
     """A traced call `f(params, *args, **kwargs)`.
 
-    The program's inputs are the array leaves of the call, parameters first; every other leaf
+    The program's inputs are the array leaves of the call, parameters first. Every other leaf
     (`train=True`, `mutable=["batch_stats"]`, ...) is part of the program, as in a direct call.
     """
 
     jaxpr: Jaxpr
     consts: Sequence[Any]
-    param_paths: tuple[str, ...]  # of the first inputs, in order
+    param_paths: tuple[str, ...]  # the paths of the first inputs, in order
     inputs: tuple[Any, ...]  # the array leaves, parameters first
     out_tree: Any
 
     @property
     def avals(self) -> list[Any]:
-        """Shape and dtype of each input."""
+        """The shape and dtype of each input."""
         return [v.aval for v in self.jaxpr.invars]
 
 
@@ -86,19 +86,22 @@ def trace(f: Callable[..., Any], params: Any, args: Any = (), kwargs: Any = None
             "where another tree of the same name exists; rename one of them"
         )
     inputs = tuple(leaves[i] for i in dynamic)
-    # A quantised base is to the program what the weight is that it stands for.
+    # The program is traced as if a quantised base were the float array that it stands for.
     floats = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_base(x) else x for x in inputs]
     jaxpr, consts = opened(jax.make_jaxpr(flat)(*floats))
     return TracedCall(jaxpr, consts, param_paths, inputs, out_tree)
 
 
 def opened(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
-    """The jaxpr and its constants: a ClosedJaxpr up to JAX 0.11, a Jaxpr with `.consts` after."""
+    """Return the jaxpr and its constants.
+
+    Up to JAX 0.11 these are parts of a ClosedJaxpr; later versions have a Jaxpr with `.consts`.
+    """
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
 def run(eqns: Sequence[Any], invars: Any, outvars: Any, ins: Any) -> list[Any]:
-    """Evaluate some equations as they stand, needing no knowledge of them."""
+    """Evaluate some equations unchanged, without knowing their primitives."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     debug_info = _empty_debug_info()._replace(arg_names=("",) * len(invars))
     piece = jax_core().Jaxpr((), invars, outvars, eqns, effects, debug_info)
@@ -106,22 +109,22 @@ def run(eqns: Sequence[Any], invars: Any, outvars: Any, ins: Any) -> list[Any]:
 
 
 def run_one(eqn: Any, ins: Sequence[Any]) -> list[Any]:
-    """Evaluate one equation on other inputs, of the same shapes and dtypes."""
+    """Evaluate one equation on other inputs of the same shapes and dtypes."""
     values = {v: x for v, x in zip(eqn.invars, ins, strict=True) if not is_literal(v)}
     return run([eqn], list(values), eqn.outvars, list(values.values()))
 
 
 @functools.cache
 def _empty_debug_info() -> Any:
-    """A jaxpr must carry its origin; ours are pieces of one, so it says nothing."""
+    """Return an empty origin: a jaxpr must carry one, and ours is only a piece of a program."""
     return opened(jax.make_jaxpr(lambda: ())())[0].debug_info._replace(result_paths=None)
 
 
 def origin(eqn: Any) -> AbstractContextManager[None]:
-    """While this is entered, new equations say that they come from where `eqn` comes from.
-
-    Profiles, HLO dumps and error messages then name the user's modules and lines. An equation of
-    a function of JAX's own has no such line, and comes from where that function is called.
+    """Give new equations inside the block the source position of `eqn`.
+     Profiles, HLO dumps and error messages then name the user's modules and lines. An equation
+    inside one of JAX's own functions has no such line; it gets the position where that function is
+    called.
     """
     from jax.extend import source_info_util
 
@@ -135,14 +138,14 @@ def origin(eqn: Any) -> AbstractContextManager[None]:
 def bind(eqn: Any, *ins: Any, dtype: Any = None) -> Any:
     """Apply a first-order equation with one output to other inputs.
 
-    `dtype`: None, or that of the output, for a product that can give its sums in another.
+    `dtype` is the dtype of the output, for a product that can return its sums in another one.
     """
     other = {} if dtype is None else {"preferred_element_type": jnp.dtype(dtype)}
     return eqn.primitive.bind(*ins, **{**eqn.params, **other})
 
 
 def scan_arity(eqn: Any) -> tuple[int, int]:
-    """How many constants and carries a scan has."""
+    """Return the numbers of constants and carries of a scan."""
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()
@@ -150,10 +153,11 @@ def scan_arity(eqn: Any) -> tuple[int, int]:
 
 
 def jvp_of(eqn: Any) -> tuple[Any, list[int]]:
-    """The forward derivative of one equation, by whatever rule the equation brings.
+    """Return the forward derivative of one equation, by the rule of that equation.
 
-    Returns the jaxpr of `(*inputs, *tangents) -> (*outputs, *output tangents)`, and which inputs
-    have a tangent (the floating ones).
+    Returns:
+      The jaxpr of `(*inputs, *tangents) -> (*outputs, *output tangents)`, and the indices of the
+      inputs that have a tangent (the floating ones).
     """
     floating = [i for i, v in enumerate(eqn.invars) if is_float(v.aval.dtype)]
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
@@ -176,12 +180,12 @@ BODIES = (*CALLS, "custom_vjp_call", "shard_map")  # each enters one jaxpr with 
 
 
 def called(eqn: Any) -> Any:
-    """The jaxpr that a call-like equation enters."""
+    """Return the jaxpr that a call-like equation enters."""
     return eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
 
 
 def contains(eqn: Any, name: str) -> bool:
-    """Whether an equation is of this primitive, or some equation inside of it is."""
+    """Return whether an equation, or some equation inside of it, has this primitive."""
     parts = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple | list) else (p,))]
     bodies = [body for body, _ in map(opened, parts) if isinstance(body, jax_core().Jaxpr)]
     inside = any(contains(e, name) for body in bodies for e in body.eqns)
@@ -189,7 +193,7 @@ def contains(eqn: Any, name: str) -> bool:
 
 
 def function_name(eqn: Any) -> str:
-    """The name of the user's function that a `custom_vjp` equation calls."""
+    """Return the name of the user's function that a `custom_vjp` equation calls."""
     return str(opened(called(eqn))[0].debug_info.func_name)
 
 
@@ -204,11 +208,11 @@ def shard_map(eqn: Any, body: Callable[..., Any], in_specs: Any) -> Callable[...
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],
     )
-    return jax.jit(mapped)  # JAX cannot run it op by op where it maps over some axes only
+    return jax.jit(mapped)  # JAX cannot run it op by op if it maps over only some axes
 
 
 def forwarded(closed: Any) -> list[int | None]:
-    """For each output, the number of the input that it is, if it is one that nothing changed."""
+    """Return, for each output, the index of the input that it is, or None if it was changed."""
     jaxpr, _ = opened(closed)
     source = {v: i for i, v in enumerate(jaxpr.invars)}
 
@@ -229,9 +233,9 @@ def is_float(dtype: Any) -> bool:
 
 
 def where(eqn: Any) -> str:
-    """The line of the user's code that an equation comes from, or "an unknown line".
+    """Return the line of the user's code that an equation comes from, or "an unknown line".
 
-    None stands for what the function returns.
+    None stands for the result of the function.
     """
     if eqn is None:
         return "the end of the function"
@@ -248,5 +252,5 @@ def _line(info: Any) -> str | None:
 
 
 def operand_name(eqn: Any) -> str:
-    """`dot_general at model.py:12 (f)`, for messages."""
+    """Return a name for messages: `dot_general at model.py:12 (f)`."""
     return where(eqn) if eqn is None else f"`{eqn.primitive.name}` at {where(eqn)}"

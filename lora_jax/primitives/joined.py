@@ -1,4 +1,4 @@
-"""Weights that are put together, or padded, before one product, as a fused q, k, v is."""
+"""Weights that are concatenated or padded before one product, such as a fused q, k, v."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _stack(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _join(evaluator: Any, ins: Ins, axis: int) -> AdaptedWeight | None:
-    """One weight, of which each member has its own update along its part of the axis."""
+    """Return one weight in which each member has its own update along its part of the axis."""
     ins = [v.chosen() if isinstance(v, AdaptedWeight) else v for v in ins]
     weights = [v for v in ins if isinstance(v, AdaptedWeight)]
     names, start = weights[0].names, 0
@@ -54,7 +54,7 @@ def _join(evaluator: Any, ins: Ins, axis: int) -> AdaptedWeight | None:
 
 
 def _pad(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """A weight put together with constants."""
+    """Join a weight with constants."""
     v, value = ins
     config = eqn.params["padding_config"]
     if isinstance(value, AdaptedWeight) or any(min(ends) < 0 or ends[2] for ends in config):

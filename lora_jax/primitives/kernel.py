@@ -1,6 +1,7 @@
-"""Kernels that multiply: each is called on W, and on each factor of an update in W's place.
+"""Kernels that multiply: each is called on W, and on each factor of an update in place of W.
 
-`ragged_dot` is one: a bank of experts, its rows in groups, each with its own weight and factors.
+`ragged_dot` is one: a bank of experts. Its rows come in groups, and each group has its own weight
+and factors.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ def product(
 
     Args:
       call: the kernel, `call(*operands) -> [..., out]`, for weights of any two sizes in and out.
-      x, weight: which operands these are.
-      stack, inputs, outputs: the axes of the weight; `inputs` is what the last axis of x meets,
-        `outputs` becomes the last axis of the result.
-      rows: `rows(array, x, *others)` gives [..., n] from an array [*stack, n]: the slice that each
-        row of x meets (the group of a grouped product). Only an update with an output gain
-        (DoRA) needs it.
-      sums: whether `call` also takes `dtype`, that of the result, in which it then adds.
+      x, weight: the positions of these two operands.
+      stack, inputs, outputs: the axes of the weight. The last axis of x is multiplied along
+        `inputs`; `outputs` becomes the last axis of the result.
+      rows: `rows(array, x, *others)` returns [..., n] from an array [*stack, n]: the slice that
+        belongs to each row of x (the group of a grouped product). Only an update with an output
+        gain (DoRA) needs it.
+      sums: whether `call` also takes `dtype`, the dtype of the result and of the sums.
 
     >>> from lora_jax.primitives import kernel, table
     >>> rule = kernel.product(my_gmm, x=0, weight=1, stack=(0,), inputs=1,
@@ -62,7 +63,7 @@ def product(
         s, (i,), (o,) = v.names_at(stack), v.names_at((inputs,)), v.names_at((outputs,))
         if not v.update.admits(s, (i,), (o,)):
             return None
-        operand = evaluator.plain(eqn, ins[x])  # rows that a norm scaled count as its weight
+        operand = evaluator.plain(eqn, ins[x])  # x may be a weight: rows scaled by a norm's
         use = evaluator.consume(eqn, v, s, (i,), (o,))
         v = v.chosen()
         free = evaluator.fresh(operand.ndim - 1)
@@ -94,7 +95,7 @@ def product(
 
 
 def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """The rule of `ragged_dot_general`; without an adapted weight too, in a mixed batch."""
+    """Apply the rule of `ragged_dot_general`; a mixed batch needs it without a weight too."""
     x, v, sizes = ins
     p, dims = eqn.params, eqn.params["ragged_dot_dimension_numbers"]
     (x_in, w_in), (batch, _) = dims.dot_dimension_numbers
@@ -126,10 +127,10 @@ def ragged_dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def batched(dot: Dot) -> Dot:
-    """A `ragged_dot` that a `vmap` can take: JAX batches none whose weight all examples share.
+    """Return a `ragged_dot` that `vmap` accepts; JAX cannot batch one with a shared weight.
 
-    The rows of all examples are put in the order of their groups, and are rows of one product. It
-    can be differentiated once it is under the `vmap`.
+    The rows of all examples are sorted by group, and become the rows of one product. It can be
+    differentiated once it is under the `vmap`.
     """
     call = jax.custom_batching.custom_vmap(dot)
 

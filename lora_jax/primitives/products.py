@@ -1,7 +1,7 @@
-"""Operations that consume a weight: each hands its product to the weight's update.
+"""Operations that consume a weight: each passes its product to the weight's update.
 
 A rule says three things: how the axes of its operands are named, the operation with W itself
-(`base`), and the operation with a low-rank update in W's place (`low_rank`).
+(`base`), and the operation with a low-rank update in place of W (`low_rank`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lora_jax.updates.update import Operation, Zero
 
 
 def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """`dot_general` with the weight on either side, over any of its axes."""
+    """Apply `dot_general`, with the weight on either side and over any of its axes."""
     both = [i for i, v in enumerate(ins) if isinstance(v, AdaptedWeight)]
-    if len(both) == 2:  # one that nothing adapts, or that may be folded, is made an array
+    if len(both) == 2:  # one without an adapter, or one that may be folded, becomes an array
         spare = [i for i in both if isinstance(ins[i].update, Zero) or ins[i].fold]
         if not spare:
             return None
@@ -57,7 +57,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """A convolution with `rank` output channels, then a 1 x 1 one.
+    """Apply a convolution with `rank` output channels, then a 1 x 1 one.
 
     With feature groups, output channel o belongs to group g and sees the inputs of g alone:
     `delta_o = sum_r conv_g(x, a_r) b[r, o]`. `a` is the same for every group, so it is repeated
@@ -100,10 +100,10 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """Rows looked up (an embedding), or layers, experts or columns chosen from a weight.
+    """Look up rows (an embedding), or choose layers, experts or columns of a weight.
 
-    `W[i] + scale * a[i] @ b`: the row of `a` has `rank` numbers. Where an axis of another role is
-    indexed (`W[layers]`, `W[:, columns]`), parts are chosen from each array that has it.
+    A row is `W[i] + scale * a[i] @ b`; the row of `a` has `rank` elements. If the indexed axis has
+    another role (`W[layers]`, `W[:, columns]`), parts are chosen from each array that has it.
     """
     v, indices = ins
     if not isinstance(v, AdaptedWeight):
@@ -142,9 +142,10 @@ def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _take(n: Named, indices: Any, names: Names, eqn: Any, out: Names) -> Named:
-    """The gather of `eqn`, from W's `names` to `out`, on an array that has some of W's axes.
+    """Apply the gather of `eqn`, from W's `names` to `out`, to an array with some of W's axes.
 
-    It gets the others too, with size 1; its own axes come last. What indices are of comes first.
+    The array gets the missing axes with size 1; axes that W does not have come last. In the result,
+    the axes of the indices come first.
     """
     p, dn = eqn.params, eqn.params["dimension_numbers"]
     taken = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
@@ -164,7 +165,7 @@ def _take(n: Named, indices: Any, names: Names, eqn: Any, out: Names) -> Named:
 
 
 def _whole_rows(eqn: Any) -> bool:
-    """Whether a gather takes single indices of some axes and all of the others."""
+    """Return whether a gather takes single indices of some axes and the whole of the others."""
     dn, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     taken = (*dn.collapsed_slice_dims, *dn.operand_batching_dims)
     sizes = eqn.params["slice_sizes"]
@@ -174,9 +175,9 @@ def _whole_rows(eqn: Any) -> bool:
 
 
 def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """Indices of axes that stay with size 1 (`vmap` of `table[i]`): the axes go, and come back.
+    """Remove indexed axes that stay with size 1 (`vmap` of `table[i]`), and put them back after.
 
-    An index of an axis that is taken whole says nothing: it is clamped to 0.
+    An index into an axis that is taken whole has no effect: it is clamped to 0.
     """
     dn, p = eqn.params["dimension_numbers"], dict(eqn.params)
     shape, sizes = eqn.invars[0].aval.shape, p["slice_sizes"]

@@ -1,14 +1,14 @@
-"""How a traced function uses each parameter: which axes are stacked, input and output.
+"""The uses that a traced function makes of each parameter, with the roles of its axes.
 
-The program is evaluated with an update in each parameter's place that adds nothing and writes
-down, at each operation that consumes it, which of the parameter's axes met which role:
+The program is evaluated with an update in place of each parameter that adds nothing. At each
+operation that consumes the parameter, the update records which of its axes has which role:
 
     dot_general    contracted -> input     batch -> stack      free -> output
     convolution    window and channels in -> input             channels out -> output
     gather         the looked-up axis -> input                 the row -> output
     ragged_dot     contracted -> input     group -> stack      free -> output
 
-So the rules that run a low-rank update are the ones that find the roles.
+So the same rules run a low-rank update and find the roles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lora_jax.updates.recorder import Recorder, Use
 
 
 class Recording(Evaluator):
-    """The evaluator that finds the roles; nothing that it computes is used."""
+    """The evaluator that finds the roles. The values that it computes are not used."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         super().__init__()
@@ -58,14 +58,14 @@ class Recording(Evaluator):
         if not _weights(ins):
             return jaxprs.run_one(eqn, ins)
         if name == "concatenate" and _weights(ins) < len(ins):
-            return self.opaque(eqn, ins)  # with an activation
+            return self.opaque(eqn, ins)  # a weight is concatenated with an activation
         outs = super().apply(eqn, ins)
         if name in ("gather", "squeeze"):
             outs = [self._maybe_rows(eqn, ins[0], out) for out in outs]
         return outs
 
     def _without_factor(self, eqn: Any, ins: Ins) -> Ins:
-        """A product of two parameters, of which the one with fewer axes scales the other."""
+        """Treat the parameter with fewer axes, in a product of two, as a factor of the other."""
         axes = [sum(v.size(n) > 1 and bool(v.update.of((n,))) for n in v.names) for v in ins]
         if axes[0] == axes[1]:
             return ins
@@ -74,21 +74,21 @@ class Recording(Evaluator):
         return [v.merged() if i == small else v for i, v in enumerate(ins)]
 
     def _with_left_alone(self, eqn: Any, left: Any, right: Any) -> Ins:
-        """Both weights' roles are written down; `adapt` refuses if both turn out to be adapted."""
+        """Record the roles of both weights; `adapt` refuses if both turn out to be adapted."""
         (_, contract), (_, batch) = eqn.params["dimension_numbers"]
         stack, inputs = right.names_at(batch), right.names_at(contract)
         self.consume(eqn, right, stack, inputs, without(right.names, (*stack, *inputs)))
         return [left, right.merged()]
 
     def _settled(self, v: Any) -> Any:
-        """A looked-up row that goes on into something that no weight goes into: it is a value."""
+        """Return a looked-up row as a plain value: the next operation does not take weights."""
         if not isinstance(v, AdaptedWeight) or v.update.lookup is None:
             return v
         self.record(v, v.update.lookup)
         return v.merged()
 
     def _maybe_rows(self, eqn: Any, v: Any, out: Any) -> Any:
-        """A part of a parameter with one axis left is a row, until a product contracts it."""
+        """Treat a part of a parameter with one axis left as a row, until a product contracts it."""
         if not isinstance(v, AdaptedWeight) or not isinstance(out, AdaptedWeight):
             return out
         known = [n for n in v.names if v.update.of((n,))]
@@ -99,7 +99,7 @@ class Recording(Evaluator):
         return dataclasses.replace(out, update=dataclasses.replace(out.update, lookup=met))
 
     def opaque(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
-        """An operation with no low-rank rule; a weight is followed on where it keeps its shape."""
+        """Run an operation without a low-rank rule, and follow a weight that keeps its shape."""
         arrays, name = [self.plain(eqn, v) for v in ins], jaxprs.operand_name(eqn)
         behind = [
             dataclasses.replace(v, update=dataclasses.replace(v.update, barrier=name))
@@ -107,7 +107,7 @@ class Recording(Evaluator):
             else v
             for v in ins
         ]
-        if eqn.primitive.name == "custom_vjp_call":  # entered to find the axes only
+        if eqn.primitive.name == "custom_vjp_call":  # entered only to find the axes
             return [self.plain(eqn, out) for out in self.evaluate(jaxprs.called(eqn), behind)]
         outs = jaxprs.run_one(eqn, arrays)
         if _weights(ins) != 1:
@@ -139,7 +139,7 @@ def _weights(ins: Ins) -> int:
 
 
 def uses(traced: jaxprs.TracedCall) -> dict[str, tuple[Use, ...]]:
-    """The uses of every parameter of a traced call, in the order of the program."""
+    """Return the uses of every parameter of a traced call, in the order of the program."""
     recording = Recording(traced.param_paths)
 
     def weight(path: str, w: Any) -> AdaptedWeight:
@@ -152,9 +152,9 @@ def uses(traced: jaxprs.TracedCall) -> dict[str, tuple[Use, ...]]:
 
 
 def dequantised(traced: jaxprs.TracedCall) -> dict[str, str]:
-    """Where an operation takes a base as one float array: its path, and the first such operation.
+    """Return the bases that some operation takes as one float array: path -> first such operation.
 
-    The call is evaluated as `lora_jax.adapt` does it where nothing is adapted.
+    The call is evaluated as by `lora_jax.adapt` without any adapter.
     """
     evaluator = Evaluator()
     if any(map(is_base, traced.inputs)):

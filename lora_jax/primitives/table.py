@@ -1,7 +1,7 @@
 """The one table of primitives: `rule(evaluator, eqn, ins) -> outs` for each that takes a weight.
 
-`ins` mixes arrays and `AdaptedWeight`s, at least one of these; so may the outputs. A rule
-returns None where it does not apply; the weight is then folded, or refused. The same rules run an
+`ins` mixes arrays and `AdaptedWeight`s, with at least one weight; outputs may be either. A rule
+returns None if it does not apply; the weight is then folded, or refused. The same rules run an
 update (`lora_jax.adapt`) and find the roles of the axes (`lora_jax.resolve`).
 """
 
@@ -22,11 +22,11 @@ RULES: dict[str, PrimitiveRule] = {
 def register(
     rule: PrimitiveRule, *, primitive: str | None = None, function: str | None = None
 ) -> None:
-    """Make a rule known for a primitive, or for a function with a gradient rule of its own.
+    """Register a rule for a primitive, or for a function with a gradient rule of its own.
 
     Args:
-      rule: `rule(evaluator, eqn, ins) -> outs`; `kernel.product` makes that of a kernel.
-      primitive: its name, as a jaxpr shows it.
+      rule: `rule(evaluator, eqn, ins) -> outs`; `kernel.product` makes one for a kernel.
+      primitive: the primitive's name, as a jaxpr shows it.
       function: the `__name__` of a function under `jax.custom_vjp`. Such a function cannot be
         entered, because its gradient rule would be lost, so it needs a rule by its name.
     """

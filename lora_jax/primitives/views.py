@@ -1,4 +1,4 @@
-"""Operations that rearrange a weight: each array that has the axis is treated alike."""
+"""Operations that rearrange a weight: every array that has the axis is treated in the same way."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from lora_jax.named import Named, without
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
 
-Change = Callable[[Any, Any, AdaptedWeight], Any]  # a weight, several, or None: it does not apply
+# Returns a weight, several weights, or None if it does not apply.
+Change = Callable[[Any, Any, AdaptedWeight], Any]
 
 
 def of_one(change: Change) -> PrimitiveRule:
-    """The rule of an operation that takes one weight and nothing else: what it makes of it."""
+    """Return the rule of an operation whose only input is one weight."""
 
     def rule(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         out = change(evaluator, eqn, ins[0])
@@ -29,14 +30,14 @@ def of_one(change: Change) -> PrimitiveRule:
 
 
 def _on_w(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
-    """Casts, copies, sharding constraints: the factors keep their own dtype and placement."""
+    """Apply a cast, copy or sharding constraint to W only: factors keep dtype and placement."""
     if not jaxprs.is_float(eqn.outvars[0].aval.dtype):
         return None
     return v.map_w(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
 
 
 def _on_all(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
-    """`stop_gradient` and `name`: W and its update alike, as the merged weight would be."""
+    """Apply `stop_gradient` or `name` to W and its update alike, as to the merged weight."""
     return v.map(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
 
 
@@ -45,7 +46,7 @@ def _neg(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
 
 
 def _mul(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
-    """`factor * W`, from either side; a product of two weights, or a quotient by one, is none."""
+    """Return `factor * W` from either side. Products of two weights are not handled."""
     side = 0 if isinstance(ins[0], AdaptedWeight) else 1
     v, factor = ins[side], ins[1 - side]
     divides = eqn.primitive.name == "div"
@@ -57,7 +58,7 @@ def _mul(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
 
 def _times(v: AdaptedWeight, factor: Any) -> AdaptedWeight | None:
-    """`factor * W`; the factor is a scalar, or of size 1 along some of W's axes."""
+    """Return `factor * W`, where the factor is a scalar or has size 1 along some of W's axes."""
     update = v.update.times(Named(factor, v.names if jnp.ndim(factor) else ()))
     if update is None:
         return None
@@ -71,9 +72,9 @@ def _transpose(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
 
 
 def _along(v: AdaptedWeight, change: dict[int, Any], *operands: Any) -> AdaptedWeight:
-    """Each axis that `change` names changed, in each array that has it.
+    """Change each axis that `change` names, in each array that has it.
 
-    `change[name](x, axis, *operands)` gives the changed array.
+    `change[name](x, axis, *operands)` returns the changed array.
     """
 
     def one(n: Named, *operands: Any) -> Named:
@@ -133,7 +134,7 @@ def _squeeze(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     rows, left = (any(u.update.role(n) == "input" for n in u.names) for u in (v, out))
     if left or not rows:
         return out
-    evaluator.paths_read.add(v.path)  # one row looked up: no longer a weight but a value
+    evaluator.paths_read.add(v.path)  # one row was looked up: it is a value, not a weight
     return [out.merged()]
 
 
@@ -175,7 +176,7 @@ def _reshape(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
 def reshape_groups(
     old: Sequence[int], new: Sequence[int]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The smallest groups of axes of equal size that a reshape maps to each other, in order.
+    """Return the smallest groups of axes of equal size that a reshape maps to each other.
 
     >>> reshape_groups((4, 6), (4, 2, 3))
     [((0,), (0,)), ((1,), (1, 2))]
@@ -190,7 +191,7 @@ def reshape_groups(
             i, j = i + 1, j + 1
             while (p := math.prod(old[i0:i])) != (q := math.prod(new[j0:j])):
                 i, j = (i + 1, j) if p < q else (i, j + 1)
-        else:  # only axes of size 1 are left on one side: they join the last group
+        else:  # one side has only axes of size 1 left: they join the last group
             i, j = len(old), len(new)
             i0, j0 = (axes[0] for axes in groups.pop()) if groups else (i0, j0)
         groups.append((tuple(range(i0, i)), tuple(range(j0, j))))
@@ -198,7 +199,7 @@ def reshape_groups(
 
 
 def _all_gather(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
-    """Inside a `shard_map`: W's parts put together along an axis, and the factors' along theirs.
+    """Gather W's shards along an axis inside a `shard_map`, and the factors' along theirs.
 
     An array without the axis is the same on every device.
     """

@@ -51,7 +51,7 @@ def _chosen(values: Any, top: int) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def counted(gates: Any, probe: Any, top: int | None) -> Any:
-    """Return `gates` [..., rows, n] unchanged; the "gradient" of `probe` [..., 2, n] is the `tally`.
+    """Return `gates` [..., rows, n] unchanged; the "gradient" of `probe` [..., 2, n] is `tally`.
 
     A `scan` or `checkpoint` returns only the values that it was written to return, but cotangents
     always come back. The cotangent of the probe is summed over all places that read the probe, and

@@ -71,7 +71,7 @@ def moments(shape: tuple[int, ...], probe: Any, stack: Names, inputs: Names, out
 
 @jax.custom_vjp
 def summed(rows: Any, probe: Any) -> Any:
-    """Return `rows` [*stack, rows, in] unchanged; the "gradient" of `probe` is the second moment."""
+    """Return `rows` [*stack, rows, in] unchanged; the "gradient" of `probe` is rows^T rows."""
     del probe
     return rows
 

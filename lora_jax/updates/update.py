@@ -81,7 +81,7 @@ class Update(abc.ABC):
 
     @abc.abstractmethod
     def product(self, p: Operation) -> Any:
-        """Return the result of an operation with `W + update`: `p.base(x)` plus the update's part."""
+        """Return the result of an operation with `W + update`, given as `p.base` for W."""
 
     @abc.abstractmethod
     def merged(self, w: Named) -> Any:
@@ -115,7 +115,7 @@ class Update(abc.ABC):
         return all(self.role(n) in (None, role) for role, names in groups for n in names)
 
     def chooses(self, taken: Names, rest: Names) -> bool:
-        """Return whether indexing the axes `taken` chooses parts of W, and does not look up rows."""
+        """Return whether indexing the axes `taken` chooses parts of W (or else looks up rows)."""
         roles = {self.role(n) for n in taken}
         row = roles == {"input"} and all(self.role(n) in ("output", None) for n in rest)
         return len(roles) == 1 and not row

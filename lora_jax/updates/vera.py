@@ -33,7 +33,7 @@ class Vera(Kind):
      A and B are random, frozen, and the same for all targets: a target takes the first `in` rows of
     A and the first `out` columns of B. They are neither stored nor saved. `noise`, a fixed integer
     hash, computes them from their indices and gives the same numbers on every machine for ever, so
-    an adapter consists of its two vectors. Their bounds are those of PEFT's Kaiming-uniform, sqrt(6
+    an adapter consists of its two vectors. A and B have PEFT's Kaiming-uniform bounds, sqrt(6
     / in) and sqrt(6 / rank), with the target's own `in` (PEFT takes the largest of the model).
     lambda_d starts at 0.1 and lambda_b at 0. There is no alpha: the scale is 1.
 
