@@ -119,13 +119,13 @@ def check(layout: Layout, adapters: Adapters) -> None:
             raise LoraError(
                 f"the adapters hold {path!r}, which the layout does not; nearest in the "
                 f"layout:\n{listed(nearest(path, wanted))}\n"
-                "Use the layout that was saved beside these adapters (lora_jax.restore)."
+                "Use the layout that was saved with these adapters (lora_jax.restore)."
             )
     for target in layout.targets:
         if target.path not in adapters:
             raise LoraError(
                 f"the layout adapts {target.path!r}, but the adapters have no factors for it; "
-                "use lora_jax.init(key, layout) or the layout saved beside these adapters"
+                "use lora_jax.init(key, layout) or the layout saved with these adapters"
             )
         kind_of(target).check_parameters(target, adapters[target.path])
 

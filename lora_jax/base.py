@@ -57,17 +57,29 @@ class Base(abc.ABC):
 
 
 def is_base(x: Any) -> bool:
-    """Return whether a node of a parameter tree is a base; pass it as `is_leaf` to `jax.tree`."""
+    """Return whether a node of a parameter tree is a base; pass it as `is_leaf` to `jax.tree`.
+
+    Args:
+      x: a node.
+    """
     return isinstance(x, Base)
 
 
 def dense(w: Any) -> Any:
-    """Return the weight as a plain array: the result of `Base.dense`, or the array itself."""
+    """Return the weight as a plain array: the result of `Base.dense`, or the array itself.
+
+    Args:
+      w: an array or a base.
+    """
     return w.dense() if isinstance(w, Base) else w
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """Return the dtype in which sums with W are formed: float32, or W's dtype if that is wider."""
+    """Return the dtype in which sums with W are formed: float32, or W's dtype if it is wider.
+
+    Args:
+      dtype: the dtype of W.
+    """
     if jnp.issubdtype(dtype, jnp.complexfloating) or dtype == jnp.float64:
         return dtype
     return jnp.float32

@@ -53,7 +53,14 @@ def specs(rules: Sequence[ShardingRule], params: Any) -> Specs:
 def covering(
     rules: Sequence[ShardingRule], leaves: Mapping[str, Any]
 ) -> dict[str, list[ShardingRule]]:
-    """Return the rules of each parameter: none or one.
+    """Return the rule of each parameter, or an empty list.
+
+    Args:
+      rules: (pattern, PartitionSpec) pairs.
+      leaves: the parameters by path.
+
+    Returns:
+      `{path: [rule]}`, or `{path: []}` for a parameter that no rule covers.
 
     Raises:
       LoraError: a parameter with two rules, or a rule that covers nothing.
@@ -125,6 +132,14 @@ def _indivisible(
 
 
 def check_entries(path: str, shape: tuple[int, ...], spec: PartitionSpec, source: str) -> None:
+    """Raise `LoraError` if a PartitionSpec has more entries than the parameter has axes.
+
+    Args:
+      path: the path of the parameter.
+      shape: its shape.
+      spec: its PartitionSpec.
+      source: the origin of the spec, for the message.
+    """
     if len(spec) > len(shape):
         raise LoraError(
             f"{path!r}: {source} has {len(spec)} entries, but the shape {shape} has {len(shape)} "

@@ -64,7 +64,7 @@ def placed(base: B, spec: PartitionSpec, mesh: Mapping[str, int], path: str) -> 
 
 
 def _rows(base: QuantisedMatrix) -> tuple[range, range]:
-    """Return the stored axes of the matrix's rows, and those of its columns."""
+    """Return the stored axes of the matrix's rows, and the stored axes of its columns."""
     rows = max(size for size, _ in _matrices(base))
     count = 0
     while math.prod(base.sizes[:count]) < rows:

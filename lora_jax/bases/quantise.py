@@ -27,7 +27,13 @@ _DTYPES = {"int4": jnp.int4, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 @dataclasses.dataclass(frozen=True)
 class StoredAxes:
-    """The axes of one weight in storage: leading stack axes, then rows, then columns."""
+    """The axes of one weight in storage: leading stack axes, then rows, then columns.
+
+    Attributes:
+      lead: the number of leading stack axes.
+      rows: the axes of W that are rows.
+      columns: the axes of W that are columns.
+    """
 
     lead: int
     rows: tuple[int, ...]

@@ -95,8 +95,8 @@ def _there(folder: RemotePath) -> str:
     if not folder.exists():
         around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = nearest(folder.name, around)
-        beside = f"\nnearest in {folder.parent.resolve()}:\n{listed(near)}" if near else ""
-        return f"there is no such folder; {wanted}{beside}"
+        hint = f"\nnearest in {folder.parent.resolve()}:\n{listed(near)}" if near else ""
+        return f"there is no such folder; {wanted}{hint}"
     if not folder.is_dir():
         return f"it is a file; {wanted}"
     inside = sorted(p.name for p in folder.iterdir())

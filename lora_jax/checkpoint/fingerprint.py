@@ -140,7 +140,7 @@ def check_base(stored: Fingerprint, ours: Fingerprint, allow: bool, what: str) -
 
 
 def is_fingerprint(value: Any) -> bool:
-    """Return whether a value has the form of a fingerprint; a stored one may come from a stranger."""
+    """Return whether a value, which may come from a stranger, has the form of a fingerprint."""
     return isinstance(value, Mapping) and all(
         isinstance(one, Mapping)
         and isinstance(one.get("shape"), list | tuple)

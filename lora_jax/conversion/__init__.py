@@ -1,4 +1,4 @@
-"""Conversion of runs to and from the models of other tools: `lora-jax export` and `lora-jax import`."""
+"""Conversion to and from the models of other tools: `lora-jax export` and `lora-jax import`."""
 
 from lora_jax.extras import require
 

@@ -176,12 +176,12 @@ def _names(run: TrainedRun) -> HfNames:
 
 
 def _base(run: TrainedRun) -> Any:
-    """Return the shapes of the base, or its arrays if the export of trained parameters needs them."""
+    """Return the shapes of the base, or its arrays if the export of trained parameters needs it."""
     head = "classifier/"
-    beside = [path for path in run.member.base if not path.startswith(head)]
+    others = [path for path in run.member.base if not path.startswith(head)]
     biases = [t for t in run.member.layout.targets if t.kind == "bias"]
     shapes = run.shapes()
-    if not beside and not biases:
+    if not others and not biases:
         return shapes
     config = run.opened.config
     loaded = run.opened.source.load(config)

@@ -103,7 +103,7 @@ def _of_head(run: TrainedRun, kind: str) -> dict[str, Any]:
 
 
 def _of_gguf(run: TrainedRun) -> dict[str, Any]:
-    """Return the configuration of a GGUF file in Hugging Face's terms, checked by reading it back."""
+    """Return the configuration of a GGUF file in Hugging Face's terms, and check it."""
     config = run.opened.config
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     found: dict[str, Any] = {

@@ -110,7 +110,7 @@ def run(options: ImportOptions, console: Console) -> None:
 
 
 def _check_out(out: pathlib.Path, overwrite: bool) -> None:
-    """Raise `LoraError` unless the run directory is free, or holds an import that may be replaced."""
+    """Raise `LoraError` unless the run directory is free or holds a replaceable import."""
     if not out.exists():
         return
     if not out.is_dir():

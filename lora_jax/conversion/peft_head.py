@@ -118,7 +118,7 @@ def _check_task(found: peft.Description) -> None:
 
 
 def _rows(found: peft.Description) -> dict[str, int]:
-    """Return the number of output rows of each module with a weight, bias or factor in the folder."""
+    """Return the output rows of each module with a weight, bias or factor in the folder."""
     rows: dict[str, int] = {}
     for key, shape in found.shapes.items():
         name = peft_keys.WRAPPED.sub(".", key.removeprefix(peft_keys.PREFIX))

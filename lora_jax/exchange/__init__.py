@@ -4,11 +4,11 @@ names            which parameter is which module of a Hugging Face model
 module_update    the noun that every format shares: the update of one module
 into_adapter     updates of modules -> an Adapter, whose axes a trace of the model finds
 out_of_adapter   an Adapter -> updates of modules
-tensor_file      safetensors files, read with nothing believed
-files            errors that name a file, writes that leave no half behind
-peft             PEFT folders: peft_config and peft_keys say how it spells things
+tensor_file      safetensors files, read with distrust
+files            errors that name a file, and writes that leave no partial files
+peft             PEFT folders; peft_config and peft_keys know PEFT's settings and names
 gguf             adapter files of llama.cpp (the extra `gguf`)
 mlx              folders of mlx-lm
 loralib          state dicts of Microsoft's loralib, read only
-consumers        what each tool that reads PEFT folders refuses or misreads
+consumers        the PEFT settings that each serving tool refuses or misreads
 """

@@ -1,6 +1,6 @@
-"""The axes of a parameter against those of a module: PyTorch's [out, in], ours as the layout says.
+"""The axes of a parameter in our layout and in a module, which has PyTorch's [out, in].
 
-All functions are pairs: what the one does to an array the other undoes.
+The functions come in pairs that are each other's inverse.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lora_jax.target import Target
 
 
 def stack_axes(layout: Layout, path: str, count: int) -> tuple[int, ...]:
-    """The stack axes of a parameter: a target's own, else those that are usual in the layout.
+    """Return the stack axes of a parameter: a target's own, or else the usual ones of the layout.
 
     Args:
       layout: of the model.
-      path: of any parameter of it.
-      count: how many there are, by the parameter's name.
+      path: the path of any of its parameters.
+      count: the number of stack axes, which the parameter's name tells.
     """
     known = {t.path: t.stack for t in layout.targets if len(t.stack) == count}
     usual = collections.Counter(known.values()).most_common(1)
@@ -31,12 +31,12 @@ def stack_axes(layout: Layout, path: str, count: int) -> tuple[int, ...]:
 
 
 def stack_first(layout: Layout, path: str, count: int, value: np.ndarray) -> np.ndarray:
-    """A view of a parameter that has its stack axes in front."""
+    """Return a view of a parameter with its stack axes in front."""
     return np.moveaxis(value, stack_axes(layout, path, count), range(count))
 
 
 def input_order(target: Target, layer: str) -> tuple[int, ...]:
-    """The input axes of W in the module's order: a convolution has the channels first."""
+    """Return the input axes of W in the module's order: a convolution has the channels first."""
     if layer != "conv":
         return target.inputs
     channels = [i for i in target.inputs if {i - 1, i + 1} & set(target.outputs)]
@@ -50,7 +50,7 @@ def input_order(target: Target, layer: str) -> tuple[int, ...]:
 
 
 def a_from_module(target: Target, layer: str, a: np.ndarray) -> np.ndarray:
-    """[rank, in] (a convolution's [rank, in, *window]) to [fan_in, rank]."""
+    """Convert [rank, in] (or a convolution's [rank, in, *window]) to [fan_in, rank]."""
     order = input_order(target, layer)
     wanted = target.sizes(order)
     if layer == "conv" and a.shape[1:] != wanted:
@@ -69,7 +69,7 @@ def a_from_module(target: Target, layer: str, a: np.ndarray) -> np.ndarray:
 
 
 def a_to_module(target: Target, layer: str, a: np.ndarray) -> np.ndarray:
-    """The inverse of `a_from_module`."""
+    """Convert [fan_in, rank] to the module's form: the inverse of `a_from_module`."""
     order = input_order(target, layer)
     x = a.reshape(*target.sizes(target.inputs), -1)
     x = np.moveaxis(x, -1, 0)
@@ -78,7 +78,7 @@ def a_to_module(target: Target, layer: str, a: np.ndarray) -> np.ndarray:
 
 
 def rows_of(target: Target, entry: HfModule) -> np.ndarray:
-    """The numbers of the output rows of W that a module is, in our order."""
+    """Return the indices of W's output rows that form a module, in our order."""
     rows = np.arange(target.fan_out).reshape(target.sizes(target.outputs))
     if entry.part is None:
         return rows.ravel()
@@ -95,7 +95,7 @@ def rows_of(target: Target, entry: HfModule) -> np.ndarray:
 def whole_from_module(
     path: str, entry: HfModule, value: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """A whole weight or bias of a module as (a slice of) our parameter, of the given shape."""
+    """Return a module's whole weight or bias as (a slice of) our parameter, in the given shape."""
     if value.ndim > 1 and entry.is_transposed(path):
         axes = (*range(2, value.ndim), 1, 0)  # [out, in, *window] to [*window, in, out]
         value = value.transpose(axes)
@@ -108,7 +108,7 @@ def whole_from_module(
 
 
 def whole_to_module(path: str, entry: HfModule, value: Any) -> np.ndarray:
-    """The inverse of `whole_from_module`."""
+    """Return our parameter in the module's form: the inverse of `whole_from_module`."""
     value = np.asarray(value)
     if value.ndim < 2 or not entry.is_transposed(path):
         return value

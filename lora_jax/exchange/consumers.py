@@ -1,6 +1,6 @@
-"""What tools that read PEFT folders refuse, misread or need (autumn 2026).
+"""The settings that tools which read PEFT folders refuse, misread or need (autumn 2026).
 
-The rules move; each is one function of the settings and the shapes of the tensors.
+The rules change over time. Each is one function of the settings and the shapes of the tensors.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ HEADS = ("embed_tokens", "lm_head", "wte", "word_embeddings")
 
 
 def findings(consumer: str, settings: Mapping[str, Any], shapes: Shapes) -> tuple[str, ...]:
-    """Return a sentence for each thing that a consumer refuses, misreads or needs.
+    """Return a sentence for each setting that a consumer refuses, misreads or needs.
+
+    Args:
+      consumer: a key of `RULES`: "vllm", "sglang", "llama.cpp", "lorax" or "ollama".
+      settings: the contents of adapter_config.json.
+      shapes: `{key: shape}` of the tensors.
 
     Raises:
-      LoraError: a consumer that is not known.
+      LoraError: an unknown consumer.
     """
     if consumer not in RULES:
         raise LoraError(f"no rules of {consumer!r} are known; there are {', '.join(RULES)}")
@@ -30,7 +35,12 @@ def findings(consumer: str, settings: Mapping[str, Any], shapes: Shapes) -> tupl
 
 
 def notes(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """The notes of a saved adapter: what a server needs, and which tools refuse it."""
+    """Return the notes on a saved adapter: what a server needs, and which tools refuse it.
+
+    Args:
+      settings: the contents of adapter_config.json.
+      tensors: `{key: array}`.
+    """
     shapes = {key: x.shape for key, x in tensors.items()}
     found = [f"rank {largest_rank(settings)}: vLLM needs --max-lora-rank {_vllm_rank(settings)}"]
     for consumer in RULES:
@@ -116,7 +126,7 @@ RULES: dict[str, Callable[[Mapping[str, Any], Shapes], list[str]]] = {
 def _common(
     settings: Mapping[str, Any], shapes: Shapes, *, rslora: str | None, dora: bool = True
 ) -> list[str]:
-    """Parts of an adapter that no consumer reads."""
+    """Return the findings about parts of an adapter that no consumer reads."""
     found = []
     if settings.get("use_dora") and dora:
         found.append("refuses use_dora")
@@ -136,7 +146,11 @@ def _common(
 
 
 def largest_rank(settings: Mapping[str, Any]) -> int:
-    """The largest rank of any module."""
+    """Return the largest rank of any module.
+
+    Args:
+      settings: the contents of adapter_config.json.
+    """
     return max([settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()])
 
 

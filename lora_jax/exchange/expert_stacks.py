@@ -1,7 +1,7 @@
-"""Factors of experts in one array for each kind of projection, as GGUF and MLX have them.
+"""Factors of experts in one array for each kind of projection, as in GGUF and MLX.
 
-In between an expert is a module of its own, `<module>.experts.<number>.<projection>`; in a stack
-its name has no number, and the factors are [experts, rank, in] and [experts, out, rank].
+In our exchange, an expert is a module of its own, `<module>.experts.<number>.<projection>`. In a
+stack the name has no number, and the factors are [experts, rank, in] and [experts, out, rank].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def stack(updates: Mapping[str, ModuleUpdate]) -> dict[str, Pair]:
-    """Return (a, b) of every module, those of experts in stacks.
+    """Return (a, b) of every module, with experts in stacks.
 
     Raises:
       LoraError: some experts of a layer are adapted and others are not.
@@ -43,7 +43,7 @@ def stack(updates: Mapping[str, ModuleUpdate]) -> dict[str, Pair]:
 
 
 def numbered(name: str, number: int = 0) -> str:
-    """The name of an expert, given that of the stack; another name as it is.
+    """Return the name of an expert, given the name of the stack; other names are unchanged.
 
     >>> numbered("layers.0.mlp.experts.up_proj", 3), numbered("layers.0.mlp.up_proj")
     ('layers.0.mlp.experts.3.up_proj', 'layers.0.mlp.up_proj')
@@ -54,7 +54,7 @@ def numbered(name: str, number: int = 0) -> str:
 def unstack(
     name: str, a: np.ndarray, b: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield (module, a, b) for a pair of factors, for each expert of a stack.
+    """Yield (module, a, b) for a pair of factors, or for each expert of a stack.
 
     Raises:
       LoraError: arrays that are not two factors.

@@ -1,14 +1,14 @@
-"""Experts in one parameter [experts, d1, d2], as PEFT's target_parameters has them.
+"""Experts in one parameter [experts, d1, d2], as in PEFT's target_parameters.
 
-A wrapper has A [experts * rank, x], the expert the slowest, and B [y, rank * experts], the expert
-the fastest. Which of d1 and d2 is x depends on the version of PEFT that wrote the file, and on
-`is_transposed` of the module (whether it stores [experts, in, out]):
+A wrapper has A [experts * rank, x], where the expert is the slowest index, and B
+[y, rank * experts], where it is the fastest. Which of d1 and d2 is x depends on the version of PEFT
+that wrote the file, and on `is_transposed` of the module (whether it stores [experts, in, out]):
 
     up to 0.18   x = d1 and y = d2
-    0.19.0       x = d2 where the module is transposed, else d1
-    from 0.19.1  x = d1 where the module is transposed, else d2: x is the input
+    0.19.0       x = d2 if the module is transposed, else d1
+    from 0.19.1  x = d1 if the module is transposed, else d2: x is the input
 
-In between, here and in files with a key for each expert, an expert is a module of its own:
+In our exchange, and in files with a key for each expert, an expert is a module of its own:
 `<module>.<number>.<parameter>`.
 """
 
@@ -29,12 +29,12 @@ from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec, Rule
 from lora_jax.target import Target
 
-ORDER = ("gate_up_proj", "down_proj")  # of the attributes of Transformers' modules of experts
+ORDER = ("gate_up_proj", "down_proj")  # the order of attributes in Transformers' expert modules
 WRAPPER = re.compile(r"(?P<module>.+?)(?P<inner>(\.base_layer)*)\.lora_(?P<side>[AB])\.weight")
 
 
 class Expanded(NamedTuple):
-    """The updates of single experts, and the tensors that are none of experts."""
+    """The updates of single experts, and the tensors that do not belong to experts."""
 
     updates: dict[str, ModuleUpdate]
     tensors: dict[str, np.ndarray]
@@ -48,7 +48,7 @@ def expand(
     params: Any,
     args: tuple[Any, ...],
 ) -> Expanded:
-    """Take the wrappers of target_parameters apart.
+    """Split the wrappers of target_parameters into the updates of single experts.
 
     Raises:
       LoraError: parameters that cannot be told apart, or a file whose version leaves open which
@@ -75,7 +75,10 @@ def expand(
 
 
 class _Size(NamedTuple):
-    """The sizes of one parameter of experts; whether the module stores [experts, in, out]."""
+    """The sizes of one parameter of experts.
+
+    transposed: whether the module stores [experts, in, out].
+    """
 
     experts: int
     inputs: int
@@ -103,7 +106,7 @@ class _Sizes:
         target = self._target(places[0])
         entry = places[0].entry
         outputs = max(sum(p.entry.rows) if p.entry.rows else target.fan_out for p in places)
-        ours = max(target.inputs) < min(target.outputs)  # we store [in, out]
+        ours = max(target.inputs) < min(target.outputs)  # whether we store [in, out]
         stored = ours != entry.is_transposed(places[0].path)
         return _Size(target.shape[target.stack[-1]], target.fan_in, outputs, stored)
 
@@ -119,7 +122,7 @@ class _Sizes:
 
 
 def _parameters(module: str, wanted: list[str]) -> list[str]:
-    """The parameters of a module that the configuration targets."""
+    """Return the parameters of a module that the configuration targets."""
     found = []
     for name in wanted:
         above, _, parameter = name.rpartition(".")
@@ -131,7 +134,7 @@ def _parameters(module: str, wanted: list[str]) -> list[str]:
 def _assigned(
     module: str, levels: dict[int, dict[str, np.ndarray]], wanted: list[str], sizes: _Sizes
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Which wrapper is of which parameter: the innermost of the module's first attribute."""
+    """Assign each wrapper to a parameter: the innermost to the module's first attribute."""
     names = _parameters(module, wanted)
     pairs = [levels[depth] for depth in sorted(levels, reverse=True)]
     whole = all(set(pair) == {"A", "B"} for pair in pairs)
@@ -176,7 +179,7 @@ def _experts(
 
 
 def _input_first(version: str | None, size: _Size, name: str) -> bool:
-    """Whether lora_A runs along the inputs, by the version of PEFT that wrote the file."""
+    """Return whether lora_A runs along the inputs, in the version of PEFT that wrote the file."""
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)(.*)", version or "0.17.0")
     if numbers is None or (numbers[4] and not numbers[4].startswith("+")):
         raise LoraError(
@@ -192,7 +195,7 @@ def _input_first(version: str | None, size: _Size, name: str) -> bool:
 def pack(
     updates: Mapping[str, ModuleUpdate],
 ) -> tuple[dict[str, ModuleUpdate], dict[str, np.ndarray]]:
-    """Put the updates of single experts together, as PEFT from 0.19.1 on reads them.
+    """Join the updates of single experts, in the form of PEFT 0.19.1 and later.
 
     Returns:
       ({parameter: the update of one of its experts}, tensors by PEFT's names).

@@ -1,4 +1,4 @@
-"""Files of every format: errors that name them, and writes that leave no half behind."""
+"""Files of every format: errors that name them, and writes that leave no partial files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from lora_jax.errors import LoraError, writing
 
 FileWriter = Callable[[pathlib.Path], object]
-"""Writes one file to the path that it is given."""
+"""A function that writes one file to a given path."""
 
 
 @contextlib.contextmanager
 def naming(file: pathlib.Path) -> Iterator[None]:
-    """Put the file's name before the message of an error."""
+    """Put the file's name in front of an error's message."""
     try:
         yield
     except LoraError as error:
@@ -25,12 +25,14 @@ def naming(file: pathlib.Path) -> Iterator[None]:
 
 
 def write_together(folder: pathlib.Path, writers: Mapping[str, FileWriter]) -> None:
-    """Write files to a folder of their own first, so that no half of an adapter is left.
+    """Write several files so that either all of them appear or none.
+
+    They are written to a temporary folder first and then moved.
 
     Args:
-      folder: where they are put; it is made if need be.
-      writers: by the name of the file: a function that writes it to the path it is given. The
-        last one is put in its place last.
+      folder: the folder to write to; it is created if it does not exist.
+      writers: `{file name: function that writes the file to a given path}`. The last one is moved
+        last.
 
     Raises:
       LoraError: the folder cannot be written.

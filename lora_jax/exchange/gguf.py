@@ -1,9 +1,9 @@
-"""GGUF adapter files, as llama.cpp reads them.
+"""GGUF adapter files for llama.cpp.
 
 adapter = gguf.load("adapter.gguf", names, f, params, *args, base="model.gguf")
 gguf.save("adapter.gguf", names, adapter, base="model.gguf")
 
-The extra `gguf` brings the package that knows the types and names of the format's tensors.
+The extra `gguf` installs the package that knows the format's types and tensor names.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ def load(
     Args:
       file: of floats, or of any quantisation that the gguf package can expand.
       names, f, params, *args: as for `lora_jax.exchange.peft.load`.
-      base: the GGUF file of the base, or `GgufBase`. Needed for q and k of "llama", whose rows
-        are in another order: the size of a head says which.
+      base: the GGUF file of the base, or a `GgufBase`. It is needed for q and k of "llama", whose
+        rows are in another order that depends on the size of a head.
+
+    Returns:
+      The adapter, with its factors in float32.
 
     Raises:
-      LoraError: a damaged file, metadata or a tensor that llama.cpp would not apply, a tensor that
-        the model does not have.
+      LoraError: a damaged file, metadata or a tensor that llama.cpp would not apply, or a tensor
+        that the model does not have.
     """
     path = pathlib.Path(file)
     known = None if base is None else known_base(base)
@@ -84,14 +87,14 @@ def save(
     """Write an adapter as one file, for llama.cpp (`--lora`) and Ollama (`ADAPTER`).
 
     Args:
-      file: where, "adapter.gguf".
-      names: as for `lora_jax.exchange.peft.save`; modules are named as Hugging Face does.
-      adapter: an `Adapter`, or a tuple of its first fields. Other kinds than LoRA are written as
-        the LoRA that they are; ranks and scales that differ become one.
-      base: the GGUF file of the base, with which names and shapes are compared, or `GgufBase`.
+      file: the path to write, such as "adapter.gguf".
+      names: as for `lora_jax.exchange.peft.save`; modules have Hugging Face's names.
+      adapter: an `Adapter`, or a tuple of its first fields. Kinds other than LoRA are written as
+        the LoRA that they are equal to. Ranks and scales that differ become one.
+      base: the GGUF file of the base, to compare names and shapes with, or a `GgufBase`.
       dtype: of the factors.
       params: the base parameters, which some adapters need (see `peft.save`).
-      overwrite: replace the file.
+      overwrite: replace an existing file.
 
     Returns:
       The path of the file.

@@ -1,13 +1,13 @@
 """The contents of a GGUF adapter file, in the form that llama.cpp accepts.
 
-Metadata: general.type "adapter", general.architecture as the base has it, adapter.type "lora",
-adapter.lora.alpha. For each adapted weight two tensors (axes in NumPy's order, the reverse of
+The metadata are general.type "adapter", the base's general.architecture, adapter.type "lora", and
+adapter.lora.alpha. Each adapted weight has two tensors (axes in NumPy's order, the reverse of
 ggml's):
 
     <tensor>.lora_a   [rank, in]; of experts [experts, rank, in]; of token_embd [vocabulary, rank]
     <tensor>.lora_b   [out, rank]; of experts [experts, out, rank]
 
-The scale is alpha / rank, with the rank of each tensor; 1 where alpha is 0 or not there.
+The scale is alpha / rank, with the rank of each tensor. It is 1 if alpha is 0 or missing.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ INVOCATION = "adapter.alora.invocation_tokens"
 class GgufAdapterFile(NamedTuple):
     """The contents of a GGUF adapter file.
 
-    architecture, alpha: of the metadata.
-    factors: (a [rank, in], b [out, rank]) of each tensor of the base, by its name.
+    architecture, alpha: from the metadata.
+    factors: (a [rank, in], b [out, rank]) for each adapted tensor of the base, by its name.
     """
 
     architecture: str
@@ -44,7 +44,7 @@ class GgufAdapterFile(NamedTuple):
         """Read a file of floats, or of any quantisation that the gguf package can expand.
 
         Raises:
-          LoraError: a damaged file, or one that llama.cpp would not apply, or not all of.
+          LoraError: a damaged file, or one that llama.cpp would not apply in full.
         """
         fields, tensors = read_header(path)
         with naming(path):
@@ -91,7 +91,7 @@ class GgufAdapterFile(NamedTuple):
 
 
 def _alpha(fields: Mapping[str, Any]) -> float:
-    """Alpha, of metadata that llama.cpp would accept."""
+    """Return alpha, after checking that llama.cpp would accept the metadata."""
     for key, wanted in ((KIND, "adapter"), (TYPE, "lora")):
         if fields.get(key) != wanted:
             raise LoraError(f"{key} is {fields.get(key)!r}, expected {wanted!r}")
@@ -108,7 +108,7 @@ def _alpha(fields: Mapping[str, Any]) -> float:
 
 
 def _adapted(tensors: Mapping[str, Any]) -> list[str]:
-    """The tensors of the base that the file has both factors of."""
+    """Return the tensors of the base for which the file has both factors."""
     found = []
     for key in tensors:
         tensor, _, side = key.rpartition(".")

@@ -1,4 +1,4 @@
-"""The base model of a GGUF adapter: its names of tensors, its order of rows, its shapes."""
+"""The base model of a GGUF adapter: its tensor names, its order of rows, its shapes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lora_jax.exchange.names import NameTable
 from lora_jax.extras import require
 
 # Architecture -> whether its files hold the rows of q and k in the order of interleaved rotary
-# pairs. The rows of all other weights are as Hugging Face has them. Whoever adds one looks it up
-# in llama.cpp's converter of models.
+# pairs. The rows of all other weights are in Hugging Face's order. To add an architecture, look it
+# up in llama.cpp's converter of models.
 PERMUTED = {"llama": True} | dict.fromkeys(
     ("qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3", "gpt2"), False
 )
@@ -29,11 +29,11 @@ File = str | os.PathLike[str]
 
 
 class GgufBase(NamedTuple):
-    """The facts of the base model that its GGUF adapter needs.
+    """The facts about the base model that its GGUF adapter needs.
 
-    architecture: as general.architecture says it; "llama" for Mistral too.
+    architecture: the value of general.architecture; "llama" for Mistral too.
     head_dim: the size of an attention head; needed for q and k of "llama".
-    shapes: of its tensors, [out, in]; None: not known, so that nothing is compared with them.
+    shapes: the shapes of its tensors, [out, in]. None: unknown, so nothing is compared with them.
     """
 
     architecture: str
@@ -41,10 +41,10 @@ class GgufBase(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]] | None = None
 
     def tensor(self, module: str) -> str:
-        """Return the tensor that a module of Hugging Face's (or a stack of experts) is.
+        """Return the tensor for a Hugging Face module (or a stack of experts).
 
         Raises:
-          LoraError: the architecture has none.
+          LoraError: the architecture has no such tensor.
         """
         known = _names(self.architecture)
         first = NUMBER.sub("0", module, count=1)
@@ -56,10 +56,10 @@ class GgufBase(NamedTuple):
         return f"{_of_block(known[first], module)}.weight"
 
     def module(self, tensor: str, table: NameTable) -> str:
-        """Return the module that a tensor is, by the name that the table has for it.
+        """Return the module for a tensor, by its name in the table.
 
         Raises:
-          LoraError: the table has none.
+          LoraError: the table does not have it.
         """
         first = NUMBER.sub("0", tensor.removesuffix(".weight"), count=1)
         known = _names(self.architecture)
@@ -73,10 +73,10 @@ class GgufBase(NamedTuple):
         return found[0]
 
     def order(self, tensor: str, rows: int) -> np.ndarray | None:
-        """Return which row of the module each row of the tensor is; None: the same.
+        """Return, for each row of the tensor, the row of the module; None: the same order.
 
         Raises:
-          LoraError: it depends on the size of a head, which is not known or does not fit.
+          LoraError: the order depends on the size of a head, which is unknown or does not fit.
         """
         if not PERMUTED[self.architecture] or not re.search(r"attn_[qk]\.weight$", tensor):
             return None
@@ -103,10 +103,10 @@ class GgufBase(NamedTuple):
 
 
 def known_base(base: File | GgufBase) -> GgufBase:
-    """Return what a GGUF model says of itself, given its file; weights are not read.
+    """Return the facts about a GGUF model from its file, without reading weights.
 
     Raises:
-      LoraError: a damaged file, or an architecture whose order of rows is not known.
+      LoraError: a damaged file, or an architecture whose order of rows is unknown.
     """
     if not isinstance(base, GgufBase):
         fields, tensors = read_header(pathlib.Path(base))
@@ -129,7 +129,7 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the metadata and the tensors of a GGUF file, by name.
 
     Raises:
-      LoraError: not such a file, or a damaged one.
+      LoraError: not a GGUF file, or a damaged one.
     """
     require("gguf", "lora_jax.exchange.gguf")
     from lora_jax.models.errors import WeightsError
@@ -144,7 +144,7 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @functools.cache
 def _names(architecture: str) -> dict[str, str]:
-    """Module -> tensor, of the first block and of what is outside of blocks."""
+    """Return {module: tensor} for the first block and for the tensors outside of blocks."""
     require("gguf", "lora_jax.exchange.gguf")
     import gguf
 
@@ -154,6 +154,6 @@ def _names(architecture: str) -> dict[str, str]:
 
 
 def _of_block(name: str, other: str) -> str:
-    """A name of the first block as that of the block which another name is of."""
+    """Return a name of the first block with the block number of another name."""
     number = NUMBER.search(other)
     return NUMBER.sub(number[0], name, count=1) if number else name

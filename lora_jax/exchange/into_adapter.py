@@ -18,7 +18,7 @@ from lora_jax.exchange.axes import a_from_module, rows_of
 from lora_jax.exchange.module_update import (
     Modules,
     ModuleUpdate,
-    beside,
+    fuse,
     rotary_order,
     twin_of,
 )
@@ -34,7 +34,7 @@ from lora_jax.updates import Factors, Shift, kind_of
 
 
 class _Piece(NamedTuple):
-    """The update of (a slice of) one parameter, its rows in our order."""
+    """The update of (a slice of) one parameter, with its rows in our order."""
 
     entry: HfModule
     at: tuple[int, ...]
@@ -45,11 +45,11 @@ class _Piece(NamedTuple):
 def into_adapter(
     modules: Modules, table: NameTable, f: Callable[..., Any], params: Any, args: tuple[Any, ...]
 ) -> Adapter:
-    """Return the adapter that the modules' updates are for the model `f`.
+    """Return the adapter of the model `f` that the modules' updates amount to.
 
     Raises:
       LoraError: a module that the model does not have, an update that does not fit it, or one that
-        would mean something else here than where it comes from.
+        would mean something else here than in its source.
     """
     leaves = paths.flatten(params)
     pieces, heads = _pieces(modules, table)
@@ -74,7 +74,7 @@ def into_adapter(
 def _pieces(
     modules: Modules, table: NameTable
 ) -> tuple[dict[str, list[_Piece]], dict[str, ModuleUpdate]]:
-    """The pieces of each path; and the updates of heads that share the table of a path."""
+    """Return the pieces of each path, and the updates of heads that share a path's table."""
     pieces: dict[str, list[_Piece]] = {}
     heads: dict[str, ModuleUpdate] = {}
     for name, update in modules.updates.items():
@@ -107,7 +107,7 @@ def _own_rows(entry: HfModule, update: ModuleUpdate, name: str) -> ModuleUpdate:
 def _check_ties(
     pieces: Mapping[str, list[_Piece]], heads: dict[str, ModuleUpdate], used: Any, ties: bool
 ) -> None:
-    """An update of a table that is the output head too changes both here; PEFT adapts one."""
+    """Check updates of a table that is also the output head: we change both, PEFT only one."""
     for path, found in pieces.items():
         head = heads.pop(path, None)
         if not is_shared(used[path]) or (head is None and ties):
@@ -130,7 +130,7 @@ def _check_ties(
 
 
 def _filled(target: Target, pieces: list[_Piece], w: Any) -> tuple[Target, Any]:
-    """The target with the rank, scale and kind of its pieces, and its arrays."""
+    """Return the target with the rank, scale and kind of its pieces, and its arrays."""
     for piece in pieces:
         want = len(rows_of(target, piece.entry))
         if len(piece.update.b) != want:
@@ -170,7 +170,7 @@ def _inputs(target: Target, piece: _Piece) -> np.ndarray:
 
 
 def _zero(target: Target, w: Any) -> dict[str, np.ndarray]:
-    """Arrays whose update is zero, to be filled: a layer that the file does not have keeps them."""
+    """Return arrays whose update is zero, to be filled. Layers missing in the file stay zero."""
     if target.kind == "lora":
         return {
             n: np.zeros(x, np.float32) for n, x in kind_of(target).shapes(target)._asdict().items()
@@ -181,7 +181,7 @@ def _zero(target: Target, w: Any) -> dict[str, np.ndarray]:
 
 
 def _one_rank(target: Target, pieces: list[_Piece]) -> tuple[Target, list[_Piece]]:
-    """The pieces at one rank and scale: their own where they agree, else folded into `b`."""
+    """Return the pieces at one rank and scale; scales that differ are folded into `b`."""
     settings = {(p.update.rank, p.update.alpha, p.update.scaling) for p in pieces}
     if len(settings) > 1:
         rank = max(p.update.rank for p in pieces)
@@ -192,7 +192,7 @@ def _one_rank(target: Target, pieces: list[_Piece]) -> tuple[Target, list[_Piece
 
 
 def _in_parts(target: Target, pieces: list[_Piece]) -> tuple[Target, Any] | None:
-    """A fused parameter whose parts have factors of their own; None: it has to be written whole."""
+    """Return a fused parameter with factors for each part; None: it must be written whole."""
     if any(p.update.magnitude is not None for p in pieces):
         return None
     entries = sorted({p.entry for p in pieces}, key=lambda e: e.part or (0, 0))
@@ -223,7 +223,7 @@ def _in_parts(target: Target, pieces: list[_Piece]) -> tuple[Target, Any] | None
 
 
 def _whole(target: Target, pieces: list[_Piece]) -> list[_Piece]:
-    """The parts of each slice as one update of the whole parameter, of the sum of the ranks."""
+    """Return the parts of each slice as one update of the whole parameter; the ranks add up."""
     grouped: dict[tuple[int, ...], list[_Piece]] = {}
     for piece in pieces:
         grouped.setdefault(piece.at, []).append(piece)
@@ -235,7 +235,7 @@ def _whole(target: Target, pieces: list[_Piece]) -> list[_Piece]:
             spans.append(((start, len(part.update.b)), part.update))
             start += len(part.update.b)
         missing = np.setdiff1d(np.arange(target.fan_out), order)
-        joined = beside(spans, target.fan_out)
+        joined = fuse(spans, target.fan_out)
         back = np.argsort(np.concatenate([order, missing]))
         entry = HfModule(parts[0].entry.name)
         found.append(_Piece(entry, index, joined.of_rows(back), parts[0].module))
@@ -253,7 +253,7 @@ def _check_index(target: Target, piece: _Piece) -> None:
 
 
 def _shifts(modules: Modules, table: NameTable) -> dict[str, list[_Piece]]:
-    """Biases that are added to the biases of modules."""
+    """Return the biases that are added to the biases of modules."""
     found: dict[str, list[_Piece]] = {}
     for name, update in modules.updates.items():
         if update.bias is None or not np.any(update.bias):

@@ -3,16 +3,17 @@
 qkv = {"*.attn.c_attn": (True, False, True)}
 adapter = loralib.load(state, names, f, params, *args, alpha=32, enable_lora=qkv)
 
-What `loralib.lora_state_dict(model, bias=...)` gives, as a mapping of arrays or a safetensors file:
+The input is the result of `loralib.lora_state_dict(model, bias=...)`, as a mapping of arrays or a
+safetensors file:
 
     <module>.lora_A   [rank, in]; of an embedding [rank, vocabulary]
     <module>.lora_B   [out, rank]
-    <module>.bias     whole biases, where bias= asked for them
+    <module>.bias     whole biases, if bias= asked for them
 
-MergedLinear divides its outputs into `len(enable_lora)` equal parts and has factors for the
-enabled ones, one after the other: lora_A [enabled * rank, in], lora_B [enabled * part, rank].
-Conv2d has lora_A [rank * k, in * k] and lora_B [out * k, rank * k], whose product, read as
-[out, in, k, k], is the update. Neither alpha nor enable_lora is in the file.
+MergedLinear splits its outputs into `len(enable_lora)` equal parts and has factors for the enabled
+ones, one after the other: lora_A [enabled * rank, in], lora_B [enabled * part, rank]. Conv2d has
+lora_A [rank * k, in * k] and lora_B [out * k, rank * k], whose product, read as [out, in, k, k], is
+the update. Neither alpha nor enable_lora is in the file.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from lora_jax.errors import LoraError
 from lora_jax.exchange import tensor_file
 from lora_jax.exchange.files import naming
 from lora_jax.exchange.into_adapter import into_adapter
-from lora_jax.exchange.module_update import Modules, ModuleUpdate, beside
+from lora_jax.exchange.module_update import Modules, ModuleUpdate, fuse
 from lora_jax.exchange.names import NameTable
 from lora_jax.hf_module import HfNames
 
-Parts = dict[int, ModuleUpdate]  # of a MergedLinear, by the number of the part
+Parts = dict[int, ModuleUpdate]  # the parts of a MergedLinear, by number
 
 
 def load(
@@ -51,21 +52,21 @@ def load(
     """Read the LoRA parameters of a model that was trained with loralib.
 
     Args:
-      state: a safetensors file, or the arrays by name. A pickle, as torch.save writes it, can run
-        any code when it is read; whoever trusts it converts it, in PyTorch:
+      state: a safetensors file, or the arrays by name. A pickle, as written by torch.save, can run
+        any code when it is read. If you trust it, convert it in PyTorch:
         `safetensors.torch.save_file(torch.load(file, weights_only=True), "lora.safetensors")`.
-      names, f, params, *args: as for `lora_jax.exchange.peft.load`; the names are those of the
+      names, f, params, *args: as for `lora_jax.exchange.peft.load`; they name the
         modules that loralib's layers replaced.
       alpha: the layers' `lora_alpha`.
-      enable_lora: of each MergedLinear, by a pattern of module names (`fnmatch`).
+      enable_lora: the setting of each MergedLinear, by a pattern of module names (`fnmatch`).
 
     Returns:
-      The adapter. Of a MergedLinear each enabled part has factors of its own; biases and other
+      The adapter. Each enabled part of a MergedLinear has factors of its own. Biases and other
       whole tensors are in `trainable`.
 
     Raises:
-      LoraError: a damaged file, a name that loralib does not have, a MergedLinear that is not as
-        `enable_lora` says, a module that the model does not have.
+      LoraError: a damaged file, a name that loralib does not have, a MergedLinear that contradicts
+        `enable_lora`, or a module that the model does not have.
     """
     place = pathlib.Path("the state" if isinstance(state, Mapping) else state)
     tensors = _read(place, state)
@@ -110,7 +111,7 @@ def _read(place: pathlib.Path, state: Any) -> dict[str, np.ndarray]:
 def _grouped(
     tensors: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, np.ndarray]]:
-    """The pairs of factors by module, and the whole tensors by name."""
+    """Return the pairs of factors by module, and the whole tensors by name."""
     pairs, values = {}, {}
     for name, x in tensors.items():
         module, _, last = name.rpartition(".")
@@ -153,7 +154,7 @@ def _parts(module: str, a: Any, b: Any, alpha: float, enabled: Sequence[bool]) -
 def _add_parts(
     table: NameTable, shapes: Mapping[str, Any], merged: Mapping[str, tuple[int, Parts]]
 ) -> tuple[NameTable, dict[str, ModuleUpdate]]:
-    """The updates of MergedLinears, and a table in which their parts have names of their own."""
+    """Return a table in which parts of MergedLinears have names of their own, and their updates."""
     names: dict[str, Any] = {
         path: [dataclasses.replace(e, name=table.template(path, e)) for e in table.entries(path)]
         for path in table.paths()
@@ -173,12 +174,12 @@ def _add_parts(
                 break
         else:
             pieces = [((i * size, size), u) for i, u in parts.items()]
-            updates[module] = beside(pieces, count * size)
+            updates[module] = fuse(pieces, count * size)
     return NameTable(names, shapes), updates
 
 
 def _window(module: str, table: NameTable, shapes: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The window of a convolution; None of another module."""
+    """Return the window of a convolution, or None for another module."""
     for path, entry, *_ in table.find(f"{module}.weight"):
         if entry.layer_of(path) == "conv":
             shape = shapes[path][table.holes(path, entry) :]
@@ -187,7 +188,7 @@ def _window(module: str, table: NameTable, shapes: Mapping[str, Any]) -> tuple[i
 
 
 def _conv(module: str, a: Any, b: Any, alpha: float, window: tuple[int, ...]) -> ModuleUpdate:
-    """A convolution as one of rank `rank * k * k`: a row of the window has factors of its own."""
+    """Return a convolution as one of rank `rank * k * k`: each row of the window has factors."""
     k = window[0]
     _check(module, a, b, 1)
     if window != (k, k) or len(a) % k or len(b) % k or a.shape[1] % k:

@@ -3,14 +3,14 @@
 adapter = mlx.load(folder, names, f, params, *args)
 mlx.save(folder, names, adapter)
 
-Keys are the model's module names with no prefix; a factor is stored the way it multiplies x:
+Keys are the model's module names without a prefix. A factor is stored as it multiplies x:
 
     <module>.lora_a   [in, rank]; of experts (<module> ends with switch_mlp.<projection>)
                       [experts, rank, in]; of an embedding [vocabulary, rank]
     <module>.lora_b   [rank, out]; of experts [experts, out, rank]
     <module>.m        [out], the lengths of DoRA
 
-mlx-lm refuses a tensor whose module the configuration does not name, or that has another rank.
+mlx-lm refuses a tensor with another rank, or of a module that the configuration does not name.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def load(
     """Read an adapter that mlx-lm, or `save`, wrote.
 
     Args:
-      folder: with the two files.
-      names, f, params, *args: as for `lora_jax.exchange.peft.load`; the names are those of MLX's
-        model, which for most are Hugging Face's.
+      folder: the folder with the two files.
+      names, f, params, *args: as for `lora_jax.exchange.peft.load`. The names are the ones
+        in MLX's model, which for most models are Hugging Face's.
 
     Returns:
-      The adapter; what a full fine-tuning has trained is in `trainable`.
+      The adapter. Parameters of a full fine-tuning are in `trainable`.
 
     Raises:
-      LoraError: a damaged folder, a setting or tensor that mlx-lm would not apply, a module that
+      LoraError: a damaged folder, a setting or tensor that mlx-lm would not apply, or a module that
         the model does not have.
     """
     place = pathlib.Path(folder)
@@ -74,7 +74,7 @@ def load(
         table = NameTable(names, shapes)
         whole = config.kind == "full"
         modules = Modules({}, tensors) if whole else Modules(_updates(tensors, config))
-        # An embedding that is the output head too is one module in MLX, and both uses change.
+        # In MLX, an embedding that is also the output head is one module: both uses change.
         return into_adapter(modules._replace(ties=True), table, f, params, args)
 
 
@@ -89,16 +89,19 @@ def save(
     """Write an adapter as a folder that mlx-lm loads (`--adapter-path`).
 
     Args:
-      folder: where the two files are written, and nothing else.
+      folder: the folder for the two files, which are all that is written.
       names: as for `load`.
-      adapter: an `Adapter`, or a tuple of its first fields. Other kinds than LoRA and DoRA are
-        written as the LoRA that they are; ranks and scales that differ become one.
+      adapter: an `Adapter`, or a tuple of its first fields. Kinds other than LoRA and DoRA are
+        written as the LoRA that they are equal to. Ranks and scales that differ become one.
       params: the base parameters, which some adapters need (see `peft.save`).
-      overwrite: replace an adapter that is in the folder.
+      overwrite: replace an adapter in the folder.
+
+    Returns:
+      The path of the folder.
 
     Raises:
       LoraError: an adapter that mlx-lm cannot apply: biases, whole tensors, convolutions, DoRA of
-        an embedding or of some modules only.
+        an embedding or of only some modules.
     """
     place, adapter = pathlib.Path(folder), Adapter(*adapter)
     if (place / CONFIG).exists() and not overwrite:
@@ -140,13 +143,13 @@ def save(
 
 
 def _is_tied(table: NameTable, module: str) -> bool:
-    """Whether a module is the output head that shares an embedding: MLX has no such module."""
+    """Return whether a module is an output head that shares an embedding; MLX has none."""
     places = table.find(f"{module}.weight")
     return bool(places) and all(place.tied for place in places)
 
 
 def _key(module: str) -> str:
-    """The module's name inside of its layer, or all of it."""
+    """Return the module's name inside its layer, or its whole name."""
     match = LAYER.fullmatch(module)
     return match[2] if match else module
 
@@ -185,7 +188,7 @@ def _updates(tensors: Mapping[str, np.ndarray], config: MlxConfig) -> dict[str, 
 
 
 def _check_layers(modules: Mapping[str, Any], config: MlxConfig) -> None:
-    """mlx-lm adapts the last `num_layers` layers: no others can be in the file."""
+    """Raise `LoraError` if the file has other layers than the last `num_layers`."""
     numbers = [int(match[1]) for name in modules if (match := LAYER.fullmatch(name))]
     if numbers and 0 < config.layers < max(numbers) - min(numbers) + 1:
         raise LoraError(

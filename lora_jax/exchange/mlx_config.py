@@ -1,4 +1,4 @@
-"""The configuration of an adapter of mlx-lm: the part of it that says what function it is."""
+"""The configuration of an mlx-lm adapter: the settings that decide its function."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 from lora_jax.errors import LoraError
 from lora_jax.exchange.tensor_file import shown
 
-LAYER = re.compile(r".*?\.(\d+)\.(.*)")  # the number of a layer, and a module's name inside of it
+LAYER = re.compile(r".*?\.(\d+)\.(.*)")  # the number of a layer, and a module's name inside it
 
 
 class MlxConfig(NamedTuple):
-    """What the configuration says of the function; all else is the history of a training run.
+    """The settings that decide the function; all others are the history of a training run.
 
     kind: fine_tune_type: "lora", "dora" or "full".
     rank, scale: of all modules; the scale is the factor itself.
-    layers: num_layers, how many are adapted, counted from the last; -1: all.
-    keys: names of the adapted modules: inside of a layer, or in full; None: all.
+    layers: num_layers, the number of adapted layers, counted from the last; -1: all.
+    keys: the names of the adapted modules, inside a layer or in full; None: all.
     """
 
     kind: str
@@ -29,10 +29,10 @@ class MlxConfig(NamedTuple):
 
 
 def parse(settings: Mapping[str, Any]) -> MlxConfig:
-    """Return what the settings say; what is no history of training is understood or refused.
+    """Return the settings that decide the function.
 
     Raises:
-      LoraError: a setting that is missing, is not understood or has no meaning.
+      LoraError: a setting that is missing, unknown or meaningless.
     """
     kind = settings.get("fine_tune_type", "lora")
     if "peft_type" in settings or kind not in ("lora", "dora", "full"):

@@ -18,10 +18,10 @@ class ModuleUpdate(NamedTuple):
     b: [out, rank].
     alpha, scaling: the scale, as in `lora_jax.Target`.
     magnitude: [out], the lengths of DoRA; None: not DoRA.
-    bias: [out], the module's output gets `scale * bias`; None: nothing.
+    bias: [out]; `scale * bias` is added to the module's output. None: no bias.
     layer: "linear", "embedding", "conv", or "experts": one expert of a parameter that holds all.
-    stored_in_out: whether the module stores its weight as [in, out], as GPT-2's do. Known where an
-      adapter is written.
+    stored_in_out: whether the module stores its weight as [in, out], as GPT-2's do. It is known
+      when an adapter is written.
     """
 
     a: Any
@@ -46,7 +46,7 @@ class ModuleUpdate(NamedTuple):
         return math.prod(self.a.shape[1:])
 
     def folded(self, rank: int) -> ModuleUpdate:
-        """Return the same update at a rank not below its own, of scale 1."""
+        """Return the same update with scale 1, at a rank that is not below its own."""
         scale = self.scale
         b = (self.b.astype(np.float64) * scale).astype(np.float32) if scale != 1 else self.b
         bias = None if self.bias is None else self.bias * np.float32(scale)
@@ -75,7 +75,7 @@ class ModuleUpdate(NamedTuple):
         return whole._replace(a=a, b=b, alpha=float(len(a)))
 
     def of_rows(self, rows: Any) -> ModuleUpdate:
-        """Return the update of some output rows, given as a slice or as numbers."""
+        """Return the update of some output rows, given as a slice or as indices."""
         return self._replace(
             b=self.b[rows],
             magnitude=None if self.magnitude is None else self.magnitude[rows],
@@ -84,13 +84,13 @@ class ModuleUpdate(NamedTuple):
 
 
 class Modules(NamedTuple):
-    """What a file of any format says of a model.
+    """The contents of a file of any format, for one model.
 
-    updates: of modules, by name ("model.layers.0.self_attn.q_proj").
-    values: of whole tensors, in place of the base's, by name ("classifier.weight").
-    base: the same of tensors that are shared wherever the base shares them.
-    rows: (numbers, values) of single rows of tensors, in place of the base's, by name.
-    ties: whether an update of an embedding is meant for the output head that shares it, too.
+    updates: updates of modules, by name ("model.layers.0.self_attn.q_proj").
+    values: whole tensors that replace the base's, by name ("classifier.weight").
+    base: the same for tensors that stay shared wherever the base shares them.
+    rows: (indices, values) of single rows that replace rows of tensors, by name.
+    ties: whether an update of an embedding also applies to the output head that shares it.
     """
 
     updates: Mapping[str, ModuleUpdate]
@@ -105,15 +105,15 @@ def twin_of(update: ModuleUpdate) -> ModuleUpdate:
     return ModuleUpdate(update.b.T, update.a.T, update.alpha, update.scaling)
 
 
-def beside(pieces: Sequence[tuple[tuple[int, int], ModuleUpdate]], total: int) -> ModuleUpdate:
-    """Return the update of a fused module, given those of some of its output rows.
+def fuse(pieces: Sequence[tuple[tuple[int, int], ModuleUpdate]], total: int) -> ModuleUpdate:
+    """Return the update of a fused module, given the updates of some of its output rows.
 
-    The pieces that have the same `a` and scale share it; otherwise the ranks add up, and each
-    piece has rows of `a` of its own.
+    Pieces with the same `a` and scale share it. Otherwise the ranks add up, and each piece has rows
+    of `a` of its own.
 
     Args:
       pieces: ((start, size), update) of each.
-      total: output rows of the fused module; a row of no piece is not changed.
+      total: the number of output rows of the fused module. Rows in no piece are not changed.
 
     Raises:
       LoraError: some pieces have a magnitude, and some rows have none.
@@ -138,7 +138,7 @@ def beside(pieces: Sequence[tuple[tuple[int, int], ModuleUpdate]], total: int) -
 
 
 def _joined(pieces: Any, field: str, total: int, factor: Any) -> Any:
-    """A vector of the fused module; without a value a bias is zero, a magnitude is an error."""
+    """Return a vector of the fused module: a missing bias is zero, a missing magnitude an error."""
     values = [(place, getattr(update, field), update.scale) for place, update in pieces]
     if all(x is None for _, x, _ in values):
         return None
@@ -156,7 +156,7 @@ def _joined(pieces: Any, field: str, total: int, factor: Any) -> Any:
 
 
 def rotary_order(rows: int, head: int) -> np.ndarray:
-    """Numbers that put the rows of half-split rotary pairs in the order of interleaved ones.
+    """Return the indices that sort rows of half-split rotary pairs into interleaved order.
 
     Row 2i of a head is its row i, and row 2i + 1 its row i + head / 2.
 
@@ -172,11 +172,11 @@ def rotary_order(rows: int, head: int) -> np.ndarray:
 
 
 def check_plain(modules: Modules, format: str, layers: Collection[str], dora: bool = False) -> None:
-    """Raise `LoraError` unless a format that knows factors and little else can carry the modules.
+    """Raise `LoraError` unless a format that knows little but factors can hold the modules.
 
     Args:
-      modules: what is to be written.
-      format: its name, for the message.
+      modules: the modules to write.
+      format: the name of the format, for the message.
       layers: the kinds of layer that it has.
       dora: whether it has the lengths of DoRA, for linear layers.
     """
@@ -197,7 +197,7 @@ def check_plain(modules: Modules, format: str, layers: Collection[str], dora: bo
 
 
 def at_one_rank(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
-    """Return the same updates with one rank and one scale, which is folded into `b` if need be."""
+    """Return the same updates with one rank and one scale; a scale is folded into `b` if needed."""
     rank = max(u.rank for u in updates.values())
     if len({u.scale for u in updates.values()}) > 1:
         return {name: u.folded(rank) for name, u in updates.items()}

@@ -14,10 +14,12 @@ HOLE = re.compile(r"\{(\w+)\}")
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor is in the tree.
+    """The place of a tensor in the tree.
 
-    path: of the parameter; entry: what the table says; at: along the stack axes of the parameter,
-    in the order of the name; tied: it is the output head that shares an embedding.
+    path: the path of the parameter.
+    entry: its entry in the table.
+    at: the index along the stack axes of the parameter, in the order of the name.
+    tied: whether it is the output head that shares an embedding.
     """
 
     path: str
@@ -31,7 +33,7 @@ class NameTable:
 
     Args:
       names: the table, or None for a tree whose paths are Hugging Face's names.
-      shapes: of the parameters, by path.
+      shapes: the shapes of the parameters, by path.
     """
 
     def __init__(self, names: HfNames | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -52,7 +54,7 @@ class NameTable:
             self._exact.setdefault(template, []).append(TensorPlace(path, entry, (), tied))
 
     def find(self, tensor: str) -> list[TensorPlace]:
-        """Return where a tensor is; more than one place if the module is a fused one."""
+        """Return the places of a tensor; there are several if the module is fused."""
         found = list(self._exact.get(tensor, ()))
         for regex, path, entry, tied in self._stacked:
             if match := regex.fullmatch(tensor):
@@ -60,15 +62,15 @@ class NameTable:
         return found
 
     def near(self, tensor: str) -> str:
-        """The names that are closest to one that was not found, for a message."""
+        """Return the known names that are closest to one that was not found, for a message."""
         known = [t for rows in self._entries.values() for _, t in rows]
         return listed(nearest(tensor, known))
 
     def entries(self, path: str) -> list[HfModule]:
-        """What the table says of a parameter.
+        """Return the entries of the table for a parameter.
 
         Raises:
-          LoraError: it says nothing.
+          LoraError: there are none.
         """
         if path not in self._entries:
             raise LoraError(
@@ -83,7 +85,7 @@ class NameTable:
         """Yield the tensor's name for each index along the stack axes, whose sizes are given.
 
         Raises:
-          LoraError: the name has not as many numbers as the parameter has stack axes.
+          LoraError: the name does not have as many numbers as the parameter has stack axes.
         """
         template = self.template(path, entry)
         holes = list(dict.fromkeys(HOLE.findall(template)))
@@ -96,7 +98,7 @@ class NameTable:
             yield index, template.format(**dict(zip(holes, index, strict=True)))
 
     def speaks_of(self, tensor: str) -> bool:
-        """Whether the table has a name for a tensor, be its parameter in this tree or not."""
+        """Return whether the table has a name for a tensor, with or without a parameter here."""
         if self._names is None:
             return bool(self.find(tensor))
         modules = [
@@ -110,23 +112,23 @@ class NameTable:
         return list(self._entries)
 
     def holes(self, path: str, entry: HfModule) -> int:
-        """How many stack axes the name counts along."""
+        """Return the number of stack axes that the name counts."""
         return len(set(HOLE.findall(self.template(path, entry))))
 
     def template(self, path: str, entry: HfModule) -> str:
-        """The tensor's name, in which the numbers along stack axes are open."""
+        """Return the tensor's name, with a hole for each number along a stack axis."""
         return next(t for e, t in self._entries[path] if e == entry)
 
 
 def written(entries: list[HfModule]) -> list[HfModule]:
-    """Return one module for each part: the first that the table has."""
+    """Return one module for each part: the first in the table."""
     return list({entry.part: entry for entry in reversed(entries)}.values())[::-1]
 
 
 def _entries(
     names: HfNames | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, list[tuple[HfModule, str]]]]:
-    """For each path the modules, each with the tensor's name in which numbers may be open."""
+    """Yield for each path its modules, each with the tensor's name, which may have holes."""
     if names is None:
         for path, shape in shapes.items():
             yield path, [_own_name(path, shape)]
@@ -150,7 +152,7 @@ def _filled(path: str, entry: str | HfModule, known: Mapping[str, str]) -> tuple
 
 
 def _own_name(path: str, shape: tuple[int, ...]) -> tuple[HfModule, str]:
-    """A path that is Hugging Face's name already, in a tree or in a flat dictionary."""
+    """Return the entry of a path that is Hugging Face's name already, in a tree or a flat dict."""
     name = path.replace("/", ".")
     last = name.rpartition(".")[2]
     if last in ("weight", "bias"):
@@ -164,7 +166,7 @@ def _own_name(path: str, shape: tuple[int, ...]) -> tuple[HfModule, str]:
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """A regex of the pattern, in which every hole is a number."""
+    """Return a regex of the pattern, in which every hole is a number."""
     seen: set[str] = set()
     out, end = "", 0
     for hole in HOLE.finditer(pattern):

@@ -1,4 +1,4 @@
-"""From an Adapter to the updates of modules: the layout knows the axes, the names the rest."""
+"""From an Adapter to the updates of modules: the layout knows the axes, the table the names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_jax.exchange.axes import a_to_module, rows_of
 from lora_jax.exchange.module_update import (
     Modules,
     ModuleUpdate,
-    beside,
+    fuse,
     rotary_order,
     twin_of,
 )
@@ -28,11 +28,11 @@ from lora_jax.layout import Layout
 from lora_jax.target import Target
 from lora_jax.updates import Factors, kind_of
 
-Pieces = dict[str, list[tuple[HfModule, Any]]]  # by the tensor's name
+Pieces = dict[str, list[tuple[HfModule, Any]]]  # tensor's name -> its pieces
 
 
 def name_table(names: HfNames | None, adapter: Adapter, params: Any = None) -> NameTable:
-    """Return the table of an adapter's parameters, and of all others where they are given."""
+    """Return the table of an adapter's parameters, or of all parameters if they are given."""
     shapes = {t.path: t.shape for t in adapter.layout.targets}
     shapes |= {path: np.shape(x) for path, x in adapter.trainable.items()}
     if params is not None:
@@ -41,7 +41,7 @@ def name_table(names: HfNames | None, adapter: Adapter, params: Any = None) -> N
 
 
 def out_of_adapter(adapter: Adapter, table: NameTable, params: Any = None) -> Modules:
-    """Return the updates of modules that an adapter is.
+    """Return an adapter as updates of modules.
 
     Args:
       adapter: an `Adapter`, or a tuple of its first fields.
@@ -49,8 +49,8 @@ def out_of_adapter(adapter: Adapter, table: NameTable, params: Any = None) -> Mo
       params: the base, which some adapters need: biases that are trained by differences.
 
     Raises:
-      LoraError: a parameter without a name, an update that modules cannot say, or one that needs
-        the base where there is none.
+      LoraError: a parameter without a name, an update that modules cannot express, or one that
+        needs a missing base.
     """
     adapter = Adapter(*adapter)
     layout, adapters, trainable = adapter
@@ -87,13 +87,13 @@ def out_of_adapter(adapter: Adapter, table: NameTable, params: Any = None) -> Mo
 def _updates(
     target: Target, parameters: Any, table: NameTable
 ) -> Iterator[tuple[str, HfModule, ModuleUpdate]]:
-    """The update of every slice of the stack, for every module that the parameter is."""
+    """Yield the update of every slice of the stack, for every module of the parameter."""
     if target.kind not in ("lora", "dora"):
         layout, adapters = as_lora(Layout((target,)), {target.path: parameters})
         (target,), parameters = layout.targets, adapters[target.path]
     kind = kind_of(target)
     factors = kind.factors(target, parameters)
-    assert factors is not None  # of a kind without, as_lora has said no
+    assert factors is not None  # as_lora refuses kinds without factors
     arrays = jax.tree.map(np.asarray, Factors(*factors))
     stack = target.sizes(target.stack)
     a = arrays.a.reshape(*stack, target.fan_in, -1)
@@ -101,7 +101,7 @@ def _updates(
     lengths = None
     if target.kind == "dora":
         lengths = np.asarray(parameters.magnitude).reshape(*stack, target.fan_out)
-    ours = max(target.inputs) < min(target.outputs)  # W is [in, out]
+    ours = max(target.inputs) < min(target.outputs)  # whether W is [in, out]
     for entry in written(table.entries(target.path)):
         layer = entry.layer_of(target.path)
         if not layer and len(target.inputs) > 1:
@@ -130,14 +130,14 @@ def _updates(
 
 
 def _alpha(target: Target, rank: int) -> float:
-    """The alpha that gives the target's scale at the rank that is written."""
+    """Return the alpha that gives the target's scale at the rank to write."""
     if rank == target.rank:
         return float(target.alpha)
     return target.scale * (rank if target.scaling == "alpha/r" else math.sqrt(rank))
 
 
 def _own_columns(target: Target, entry: HfModule, rank: int) -> np.ndarray:
-    """The ranks that a module needs: of a parameter in parts, those of the parts it has."""
+    """Return the ranks that a module needs: all, or the ranks of the parts that it has."""
     if not target.parts:
         return np.arange(rank)
     axis = target.part_axis % len(target.outputs)
@@ -153,7 +153,7 @@ def _own_columns(target: Target, entry: HfModule, rank: int) -> np.ndarray:
 
 
 def _module(tensor: str, found: list[tuple[HfModule, ModuleUpdate]], table: NameTable) -> Any:
-    """The update of one module, fused where several parameters are its rows."""
+    """Return the update of one module, fused if several parameters are its rows."""
     if len(found) == 1 and found[0][0].rows is None:
         return found[0][1]
     if any(entry.rows is None for entry, _ in found):
@@ -161,13 +161,13 @@ def _module(tensor: str, found: list[tuple[HfModule, ModuleUpdate]], table: Name
     known = [place.entry.rows for place in table.find(tensor)]
     total = max(sum(rows) for rows in known if rows is not None)
     try:
-        return beside([(entry.rows or (0, 0), update) for entry, update in found], total)
+        return fuse([(entry.rows or (0, 0), update) for entry, update in found], total)
     except LoraError as error:
         raise LoraError(f"{tensor!r}: {error}") from error
 
 
 def _tied(layout: Layout, table: NameTable) -> list[tuple[HfModule, str]]:
-    """Embeddings that the output head shares, with the module's name."""
+    """Return the embeddings that the output head shares, with the module's name."""
     found = []
     for target in layout.targets:
         if target.kind == "bias":
@@ -186,7 +186,9 @@ def _tied(layout: Layout, table: NameTable) -> list[tuple[HfModule, str]]:
 def _add_biases(
     updates: dict[str, ModuleUpdate], biases: Mapping[str, Any], layout: Layout, table: NameTable
 ) -> None:
-    """Put differences of biases to the updates of their modules, for want of the base."""
+    """Add differences of biases to the updates of their modules; without the base, PEFT has no
+    other place for them.
+    """
     for path, delta in biases.items():
         target = layout[path]
         stack = target.sizes(target.stack)

@@ -26,14 +26,17 @@ from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
 from lora_jax.hf_module import HfNames
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-ABOUT = "lora_jax.about"  # the key of what `save` was told, in the metadata of the tensors
+ABOUT = "lora_jax.about"  # the key of `about` in the metadata of the tensors
 FolderPath = str | os.PathLike[str]
 
 
 class Saved(NamedTuple):
-    """What was written, and what whoever uses it has to know.
+    """The folder that was written, and notes for its users.
 
-    folder: where; rank: the largest; notes: what to pass on to a server, in words.
+    Attributes:
+      folder: the path of the folder.
+      rank: the largest rank of any module.
+      notes: sentences about the settings that a server needs.
     """
 
     folder: pathlib.Path
@@ -45,11 +48,13 @@ class Saved(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What a PEFT folder says of itself, without a model that it is for.
+    """The contents of a PEFT folder, without the model that it belongs to.
 
-    settings: adapter_config.json; shapes: of the tensors, by key.
-    about: what `save` was told to write; {} where it was told nothing, or PEFT wrote the folder.
-    ours: whether `save` wrote the folder.
+    Attributes:
+      settings: adapter_config.json.
+      shapes: `{key: shape}` of the tensors.
+      about: the values that were passed to `save` as `about`; {} if there were none.
+      ours: whether `save` wrote the folder.
     """
 
     settings: dict[str, Any]
@@ -59,10 +64,16 @@ class Description(NamedTuple):
 
 
 def describe(folder: FolderPath) -> Description:
-    """Read what a PEFT folder says of itself. Nobody has checked it: check the values you use.
+    """Read a PEFT folder without a model. The values are not checked: check the ones you use.
+
+    Args:
+      folder: as for `load`.
+
+    Returns:
+      Its settings, the shapes of its tensors, and the values that `save` added.
 
     Raises:
-      LoraError: no PEFT folder, or a damaged one.
+      LoraError: not a PEFT folder, or a damaged one.
     """
     place = _find(pathlib.Path(folder))
     file = tensor_file.read(place / TENSORS)
@@ -81,27 +92,27 @@ def load(
     verify: bool = True,
 ) -> Adapter:
     """Read an adapter that PEFT, or `save`, wrote.
-
-    Everything that the folder says is applied, or is an error that names the file and the key.
-    No code in it is run (pickles are refused), and nothing is allocated on the word of a size.
+     Every setting in the folder is applied, or is an error that names the file and the key. No code
+    in it is run (pickles are refused), and no memory is allocated for a size that it merely
+    declares.
 
     Args:
-      folder: with adapter_config.json and adapter_model.safetensors; or with one sub-folder that
-        has them, as PEFT writes adapters of other names than "default".
+      folder: a folder with adapter_config.json and adapter_model.safetensors, or with one
+        sub-folder that has them, as PEFT writes adapters with other names than "default".
       names: `{path: module}` (`lora_jax.hf_module`), `lora_jax.models.hf_names(config)` for the
         built-in models, or None for a tree whose paths are Hugging Face's names.
       f, params, *args: the model, its base parameters and an example of its other arguments, as
         for `lora_jax.resolve`.
-      verify: compare the arrays and the settings with the hashes that `save` left in the file.
-        False for a folder that was edited on purpose. Files that PEFT wrote have none.
+      verify: compare the arrays and the settings with the hashes that `save` wrote into the file.
+        Pass False for a folder that was edited on purpose. Files that PEFT wrote have no hashes.
 
     Returns:
-      The adapter, its factors in float32. What PEFT has in modules_to_save, biases and trained
-      tokens are in `trainable`.
+      The adapter, with its factors in float32. PEFT's modules_to_save, biases and trained tokens
+      are in `trainable`.
 
     Raises:
-      LoraError: a damaged or hostile folder, a key or setting that is not understood, a module
-        that the model does not have, factors that do not fit it.
+      LoraError: a damaged or hostile folder, an unknown key or setting, a module that the model
+        does not have, or factors that do not fit it.
     """
     place = _find(pathlib.Path(folder))
     tensors = tensor_file.read(place / TENSORS)
@@ -134,27 +145,27 @@ def save(
     """Write an adapter as a PEFT folder.
 
     Args:
-      folder: where adapter_config.json and adapter_model.safetensors are written, and nothing
-        else.
+      folder: the folder for adapter_config.json and adapter_model.safetensors, which are all that
+        is written.
       names: as for `load`.
       adapter: an `Adapter`, or a tuple of its first fields. Kinds that PEFT does not have (LoHa,
-        LoKr, VeRA, parts) are written as the LoRA that they are, exactly.
-      base: the base's name on the hub, or its folder: what whoever loads the adapter will load.
-      profile: "faithful" says it as PEFT would, with ranks and scales as they are; "portable" is
-        read alike by vLLM, SGLang, llama.cpp, LoRAX and Ollama: one rank, scales folded into B, an
-        integer alpha, float32, and no other option.
-      params: the base parameters. Needed for biases and for modules that were trained in part;
-        with them the modules are named shortly where that is exact.
-      task_type: PEFT's, "CAUSAL_LM" or "SEQ_CLS" for example.
-      about: JSON values for whoever reads the folder by lora_jax (`describe`), such as what
-        `lora_jax.save` was given; they are in the metadata of the tensors, which others pass over.
-      overwrite: replace an adapter that is in the folder.
+        LoKr, VeRA, parts) are written as the LoRA that they are equal to.
+      base: the base's name on the hub, or its folder. Tools that load the adapter load this base.
+      profile: "faithful" writes ranks and scales as they are, as PEFT does. "portable" writes what
+        vLLM, SGLang, llama.cpp, LoRAX and Ollama all read in the same way: one rank, scales folded
+        into B, an integer alpha, float32, and no other option.
+      params: the base parameters. They are needed for biases and for modules that were trained in
+        part. With them, modules get short names where these are exact.
+      task_type: PEFT's task type, such as "CAUSAL_LM" or "SEQ_CLS".
+      about: JSON values for readers that use lora_jax (`describe`), such as the `about` of
+        `lora_jax.save`. They are in the metadata of the tensors, which other tools ignore.
+      overwrite: replace an adapter in the folder.
 
     Returns:
-      `Saved`, which prints what a server has to be told.
+      A `Saved`, which prints the settings that a server needs.
 
     Raises:
-      LoraError: an adapter that the profile cannot say, or a folder that holds one already.
+      LoraError: an adapter that the profile cannot express, or a folder that holds one already.
     """
     adapter, folder = Adapter(*adapter), pathlib.Path(folder)
     if (folder / CONFIG).exists() and not overwrite:
@@ -172,15 +183,18 @@ def check(
     profile: Literal["faithful", "portable"] = "faithful",
     params: Any = None,
 ) -> tuple[str, ...]:
-    """Return what a consumer refuses, misreads or needs, a sentence for each; () for nothing.
+    """Return a sentence for each setting that a consumer refuses, misreads or needs.
 
     Args:
-      adapter: one that is about to be saved with this profile, or the folder of one that is.
+      adapter: an adapter that is about to be saved with this profile, or a folder.
       consumer: "vllm", "sglang", "llama.cpp", "lorax" or "ollama".
       names, profile, params: as for `save`.
 
+    Returns:
+      The sentences; () if there are none.
+
     Raises:
-      LoraError: a consumer that is not known, an adapter that cannot be saved.
+      LoraError: an unknown consumer, or an adapter that cannot be saved.
     """
     if isinstance(adapter, str | os.PathLike):
         place = _find(pathlib.Path(adapter))
@@ -202,7 +216,7 @@ def _spelled(
     modules = out_of_adapter(adapter, table, params)
     settings, tensors = profiles.spelled(profile, modules, table, adapter.layout, params)
     if task_type in ("SEQ_CLS", "TOKEN_CLS") and settings["modules_to_save"]:
-        # PEFT adds these names itself; a module that is named within one is wrapped twice then.
+        # PEFT adds these names itself, and would then wrap a module inside one of them twice.
         heads = {"classifier", "score"}
         firsts = {name: name.partition(".")[0] for name in settings["modules_to_save"]}
         whole = {first if first in heads else name for name, first in firsts.items()}
@@ -212,7 +226,7 @@ def _spelled(
 
 
 def _find(folder: pathlib.Path) -> pathlib.Path:
-    """The folder that holds the two files: this one, or its only sub-folder that does."""
+    """Return the folder with the two files: this one, or its only sub-folder that has them."""
     if not folder.is_dir():
         raise LoraError(f"no folder {folder}")
     found = [p for p in (folder, *sorted(folder.iterdir())) if (p / CONFIG).is_file()]
@@ -257,7 +271,7 @@ def _write(
 
 
 def _verify(place: pathlib.Path, file: tensor_file.TensorFile, settings: Mapping[str, Any]) -> None:
-    """Raise `LoraError` unless the arrays and settings are those that `save` wrote."""
+    """Raise `LoraError` unless the arrays and settings are as `save` wrote them."""
     if tensor_file.DIGESTS not in file.metadata:
         return
     try:

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: every key is understood, known as history, or refused by name."""
+"""PEFT's `adapter_config.json`: every key is read, ignored as history, or refused by name."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from lora_jax.errors import LoraError
 from lora_jax.exchange.tensor_file import shown
 
-# What was done in training; the trained adapter is the same function without it.
+# Settings of training, which do not change the function of the trained adapter.
 HISTORY = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
     "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
     "qalora_group_size", "revision", "runtime_config", "velora_config",
 }  # fmt: skip
-# What changes the function and cannot be said here; refused unless it is switched off.
+# Settings that change the function and that we cannot express: refused unless switched off.
 REFUSED = {
     "alora_invocation_tokens": "an adapter that is switched on by tokens; train it without",
     "arrow_config": "several adapters routed by Arrow; load each of them by itself",
@@ -33,7 +33,7 @@ HEADS: dict[str, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""What PEFT trains as a whole by the task alone; old files do not say it again."""
+"""Task -> the modules that PEFT trains as a whole. Old files do not list them."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MOST_PATTERN = 2_000  # characters of a regular expression
 OFF: tuple[Any, ...] = (None, False, "", [], {})
@@ -41,7 +41,7 @@ OFF: tuple[Any, ...] = (None, False, "", [], {})
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """The keys that say what function an adapter is; the names and defaults are PEFT's."""
+    """The keys that decide the function of an adapter; the names and defaults are PEFT's."""
 
     peft_type: str
     r: int = 8
@@ -70,15 +70,15 @@ class PeftConfig:
         return "alpha/sqrt(r)" if self.use_rslora else "alpha/r"
 
     def rank_of(self, module: str) -> int:
-        """The rank that the configuration gives a module."""
+        """Return the rank that the configuration gives a module."""
         return int(_by_pattern(self.rank_pattern, module, self.r))
 
     def alpha_of(self, module: str) -> float:
-        """The alpha that the configuration gives a module."""
+        """Return the alpha that the configuration gives a module."""
         return float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT would adapt a module of this name."""
+        """Return whether PEFT would adapt a module of this name."""
         if _named(self.exclude_modules, module):
             return False
         wanted = self.target_modules
@@ -99,17 +99,17 @@ class PeftConfig:
         return False
 
     def saves(self, tensor: str) -> bool:
-        """Whether a tensor is of a module that was trained as a whole."""
+        """Return whether a tensor belongs to a module that was trained as a whole."""
         saved = self.modules_to_save or []
         saved = [saved] if isinstance(saved, str) else saved
         heads = HEADS.get(self.task_type or "", ())
         return any(f".{m}." in f".{tensor}" for m in (*saved, *heads))
 
     def token_numbers(self, module: str) -> list[int]:
-        """The rows of an embedding that were trained.
+        """Return the rows of an embedding that were trained.
 
         Raises:
-          LoraError: the configuration does not say.
+          LoraError: the configuration does not list them.
         """
         found = self.trainable_token_indices
         if isinstance(found, Mapping):
@@ -126,7 +126,7 @@ def parse(json: Mapping[str, Any]) -> PeftConfig:
     """Read the JSON object.
 
     Raises:
-      LoraError: a key that is not understood, or has a value that it cannot have.
+      LoraError: an unknown key, or one with an impossible value.
     """
     fields = {f.name for f in dataclasses.fields(PeftConfig)}
     if json.get("peft_type") != "LORA":
@@ -154,11 +154,11 @@ def parse(json: Mapping[str, Any]) -> PeftConfig:
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """Compile a regular expression out of a file.
+    """Compile a regular expression that comes from a file.
 
     Raises:
-      LoraError: one that is none, or that could take for ever: a repeated group that holds a
-        repetition or a choice, `(a+)+`.
+      LoraError: an invalid expression, or one that could take for ever: a repeated group that holds
+        a repetition or a choice, `(a+)+`.
     """
     if _repeats_a_repetition(pattern):
         raise LoraError(f"the pattern {shown(pattern)!r} repeats what repeats itself")
@@ -171,11 +171,11 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _repeats_a_repetition(pattern: str) -> bool:
-    """Whether a group that is repeated holds a repetition, so that matching may take for ever."""
-    groups: list[bool] = []  # of each open group: whether it holds a repetition
-    closed = False  # the same of the group that ends at the last character
+    """Return whether a repeated group holds a repetition, so that matching may take for ever."""
+    groups: list[bool] = []  # for each open group: whether it holds a repetition
+    closed = False  # the same for the group that ends at the last character
     previous = ""
-    for c in re.sub(r"\\.", "_", pattern):  # what is escaped stands for itself
+    for c in re.sub(r"\\.", "_", pattern):  # an escaped character stands for itself
         if c in "*+{" and previous == ")" and closed:
             return True
         if c in "*+{|":
@@ -189,7 +189,7 @@ def _repeats_a_repetition(pattern: str) -> bool:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that the end of the name matches, as PEFT looks it up."""
+    """Return the value of the first pattern that matches the end of the name, as in PEFT."""
     for pattern, value in patterns.items():
         if compiled(rf"(.*\.)?({pattern})$").match(module):
             return value
@@ -197,7 +197,7 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def _named(wanted: Any, module: str) -> bool:
-    """A list names modules by their ends, a text is a pattern of the whole name."""
+    """Return whether a list names the module by its end, or a pattern matches its whole name."""
     if not wanted:
         return False
     if isinstance(wanted, str):

@@ -7,9 +7,9 @@
                              .lora_magnitude_vector    [out]; of a convolution [1, out, ..]   (DoRA)
                              .token_adapter.trainable_tokens_delta                 [n, width]
                              .base_layer.weight, .bias of the module itself, saved with the update
-                             .weight, .bias            the same of a module without an update
+                             .weight, .bias            the same for a module without an update
 
-The name of the adapter, which PEFT has in memory, is not in the file.
+The adapter has a name in PEFT's memory, but not in the file.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ SLOTS = {
 }
 TOKENS = ".token_adapter.trainable_tokens_delta"
 WRAPPED = re.compile(r"\.modules_to_save\.[^.]+\.")  # bias="all" writes biases by this name too
-Slots = dict[str, tuple[str, np.ndarray]]  # slot -> the key, the array
+Slots = dict[str, tuple[str, np.ndarray]]  # slot -> (key, array)
 
 
 def parse(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> Modules:
-    """Return what the tensors of a file say.
+    """Return the modules that the tensors of a file describe.
 
     Raises:
-      LoraError: a key that is none of PEFT's, a module without all of its factors, factors whose
-        rank is not what the configuration says, or which the configuration does not target.
+      LoraError: a key that PEFT does not have, a module without all of its factors, factors whose
+        rank contradicts the configuration, or which the configuration does not target.
     """
     grouped: dict[str, Slots] = {}
     values: dict[str, np.ndarray] = {}
@@ -79,7 +79,7 @@ def parse(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> Modules:
 
 
 def _check_value(key: str, name: str) -> None:
-    """A whole tensor: of modules_to_save, a bias, or a table of another size."""
+    """Raise `LoraError` unless a tensor may be whole: modules_to_save, a bias, a resized table."""
     if "lora_" in name or not name.endswith((".weight", ".bias")):
         raise LoraError(
             f"{key}: not a name that PEFT's files have. A key holds no adapter's name (as "
@@ -110,7 +110,7 @@ def update_of(module: str, slots: Slots, config: PeftConfig) -> ModuleUpdate:
             f"{key_a} has rank {len(a)}, and the configuration (r, rank_pattern) says "
             f"{config.rank_of(module)}: its scale is not known"
         )
-    if not config.targets(module) and not config.ensure_weight_tying:  # then PEFT adds the head
+    if not config.targets(module) and not config.ensure_weight_tying:  # tying adds the head
         raise LoraError(
             f"{key_a}: the configuration does not target {module!r}, so PEFT would not load it, "
             "while others would; correct target_modules in adapter_config.json"
@@ -127,10 +127,10 @@ def update_of(module: str, slots: Slots, config: PeftConfig) -> ModuleUpdate:
 
 
 def _vector(slots: Slots, name: str, size: int, wanted: bool, flag: str) -> Any:
-    """A vector that a module has if the configuration says so, and only then."""
+    """Return a vector that a module has if and only if the configuration says so."""
     if wanted != (name in slots):
         key = slots[name][0] if name in slots else next(iter(slots.values()))[0]
-        found = "is there" if name in slots else f"has no {name} beside it"
+        found = "is there" if name in slots else f"comes without {name}"
         raise LoraError(f"{key} {found}, and the configuration says {flag} is {wanted}")
     if not wanted:
         return None
@@ -161,7 +161,7 @@ def spell(updates: Mapping[str, ModuleUpdate]) -> dict[str, np.ndarray]:
 
 
 def spell_values(values: Mapping[str, np.ndarray], adapted: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return whole tensors by PEFT's names; those of adapted modules are of their base layer."""
+    """Return whole tensors by PEFT's names: under base_layer for an adapted module."""
     adapted, found = set(adapted), {}
     for name, value in values.items():
         module, _, parameter = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""How an adapter is put into PEFT's words: as it is, or so that every server reads it alike."""
+"""The PEFT settings and tensors of an adapter: as it is, or in a form that all servers read."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ DECISIVE = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
     "bias", "target_modules", "target_parameters", "modules_to_save", "peft_version",
 )  # fmt: skip
-"""The settings that say what function the adapter is; a changed one is found when it is read."""
-EXPERTS_VERSION = "0.19.1"  # how experts are written: the first PEFT that reads them so
+"""The settings that decide the function of the adapter. `peft.load` detects a changed one."""
+EXPERTS_VERSION = "0.19.1"  # the first PEFT that reads experts in the form we write
 
 
 def spelled(
@@ -35,7 +35,7 @@ def spelled(
     """Return the settings and the tensors of a folder.
 
     Raises:
-      LoraError: a profile that there is not, or an adapter that it cannot say.
+      LoraError: an unknown profile, or an adapter that it cannot express.
     """
     if profile not in ("faithful", "portable"):
         raise LoraError(f"profile is {profile!r}; there are 'faithful' and 'portable'")
@@ -50,7 +50,7 @@ def spelled(
     single = {name: u for name, u in updates.items() if u.layer != "experts"}
     known = set(sizes) | set(single)
     short = profile == "portable"
-    # The first is the usual one where they differ; PEFT warns of patterns that name parameters.
+    # PEFT warns of patterns that name parameters, so the first one decides r and alpha.
     settings = _settings(
         {**parameters, **single}, rslora=profile == "faithful", first=bool(parameters)
     )
@@ -65,7 +65,7 @@ def spelled(
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """A hash of the settings that decide what function the adapter is."""
+    """Return a hash of the settings that decide the function of the adapter."""
     decisive = {k: settings[k] for k in DECISIVE if settings.get(k) not in OFF}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -85,7 +85,7 @@ def _check_portable(modules: Modules) -> None:
 
 
 def _with_biases(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
-    """Where one module adds a bias all do, as PEFT's lora_bias says; the others one of zeros."""
+    """Give every module a bias if one has it, as PEFT's lora_bias requires: zeros for the rest."""
     if all(u.bias is None for u in updates.values()):
         return dict(updates)
     for name, u in updates.items():
@@ -99,7 +99,7 @@ def _with_biases(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]
 
 
 def _at_one_rank(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
-    """All updates at one rank and scale, in float32; as they are where they agree already."""
+    """Return all updates in float32, at one rank and scale if they differ."""
     if not updates:
         return {}
     wide = {n: _wide(u) for n, u in updates.items()}
@@ -118,12 +118,12 @@ def _wide(update: ModuleUpdate) -> ModuleUpdate:
 
 
 def _settings(updates: Mapping[str, ModuleUpdate], rslora: bool, first: bool) -> dict[str, Any]:
-    """The settings that follow from ranks, scales and kinds of the updates.
+    """Return the settings that follow from ranks, scales and kinds of the updates.
 
     Args:
       updates: of modules and of whole parameters.
       rslora: whether the setting for it may be used.
-      first: r and alpha are those of the first update, not the most frequent ones.
+      first: take r and alpha from the first update, rather than the most frequent values.
     """
     if not updates:
         ranks, scaled, all_rs = {}, {}, False
@@ -162,7 +162,7 @@ def _settings(updates: Mapping[str, ModuleUpdate], rslora: bool, first: bool) ->
 
 
 def _number(alpha: float, update: ModuleUpdate, all_rs: bool) -> float:
-    """Alpha: the module's own where the scale is alpha's, an integer where it is one."""
+    """Return alpha: the module's own if the scale has its form, and an integer if possible."""
     if all_rs or update.scaling == "alpha/r":
         alpha = update.alpha
     return int(alpha) if alpha == int(alpha) else alpha
@@ -174,7 +174,7 @@ def _usual(values: Iterable[Any], default: Any) -> Any:
 
 
 def _known_modules(table: NameTable, layout: Layout, params: Any) -> dict[str, int]:
-    """All modules of the model that have a weight, with its size; none without params."""
+    """Return all modules of the model with a weight, and its size; {} without params."""
     if params is None:
         return {}
     leaves, found = paths.flatten(params), {}
@@ -192,9 +192,9 @@ def _known_modules(table: NameTable, layout: Layout, params: Any) -> dict[str, i
 def _in_every_layer(
     updates: Mapping[str, ModuleUpdate], sizes: Mapping[str, int]
 ) -> dict[str, ModuleUpdate]:
-    """Add updates of zero, so that the last names of the adapted modules name no others.
+    """Add zero updates, so that the last names of the adapted modules name no others.
 
-    A module is added if one of the same last name and size is adapted.
+    A module is added if one with the same last name and size is adapted.
     """
     like = {(name.rpartition(".")[2], u.b.shape[0] * u.fan_in): u for name, u in updates.items()}
     found = dict(updates)
@@ -206,12 +206,14 @@ def _in_every_layer(
 
 
 def _targets(updates: Mapping[str, ModuleUpdate], known: set[str], short: bool) -> list[str]:
-    """The list of names whose ends PEFT compares: last segments where that is exact.
+    """Return the names for target_modules: last segments where these are exact.
+
+    PEFT compares the ends of module names.
 
     Args:
       updates: the adapted modules.
-      known: all modules; with none but the adapted ones, only `short` takes last segments.
-      short: take a last segment whose modules are adapted as far as they are known.
+      known: all modules. If only the adapted ones are known, last segments need `short`.
+      short: take a last segment if all known modules with that end are adapted.
     """
     certain = short or known > set(updates)
     found = set()
@@ -226,14 +228,14 @@ def _targets(updates: Mapping[str, ModuleUpdate], known: set[str], short: bool) 
 def _with_siblings(
     values: Mapping[str, np.ndarray], table: NameTable, layout: Layout, params: Any
 ) -> dict[str, np.ndarray]:
-    """Whole tensors with the others of their modules, which PEFT wants together."""
+    """Return whole tensors with the other tensors of their modules, which PEFT requires."""
     found = dict(values)
     leaves = {} if params is None else paths.flatten(params)
     for name in values:
         module, _, parameter = name.rpartition(".")
         other = f"{module}.{'bias' if parameter == 'weight' else 'weight'}"
         if other in found or parameter == "bias":
-            continue  # a bias alone is written as a bias
+            continue  # a bias without its weight is written as a bias
         if params is None and table.speaks_of(other):
             raise LoraError(
                 f"{name!r} was trained as a whole and {other!r} was not, and PEFT saves a "
@@ -249,7 +251,7 @@ def _with_siblings(
 def _whole_tensors(
     values: Mapping[str, np.ndarray], updates: Mapping[str, Any], settings: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The keys of whole tensors, and what the settings have to say of them."""
+    """Return the tensors to write whole, and add the settings that they need."""
     modules = {n.rpartition(".")[0] for n in values if n.endswith(".weight")} - set(updates)
     biases = {n.rpartition(".")[0] for n in values if n.endswith(".bias")} - modules
     tables = [n for n in values if n.endswith(".weight") and n.rpartition(".")[0] in updates]

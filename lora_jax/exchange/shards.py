@@ -17,16 +17,15 @@ def writers(
     shard_bytes: float,
     done: Callable[[int], None] = lambda size: None,
 ) -> dict[str, FileWriter]:
-    """Return what writes the weights, by the name of the file, for `files.write_together`.
+    """Return {file name: writer} for the weights, for `files.write_together`.
 
-    One file `model.safetensors` where it suffices; otherwise numbered ones and an index, as
-    transformers writes them. Each array is made when it is written, and none is kept.
+    Small weights go to one file `model.safetensors`; otherwise there are numbered files and an
+    index, as transformers writes them. Each array is made when it is written, and none is kept.
 
     Args:
       tensors: the weights, in the order of the files.
-      shard_bytes: the most that the arrays of one file may take; an array that alone takes more
-        has a file of its own.
-      done: is told the bytes of each array when it is in its file.
+      shard_bytes: the limit for the arrays of one file. A larger array has a file of its own.
+      done: a function that gets the bytes of each array once it is written.
     """
     shards: list[list[LazyTensor]] = [[]]
     for x in tensors:

@@ -1,8 +1,8 @@
-"""Read and write safetensors files; what is read may come from a stranger.
+"""Read and write safetensors files, which may come from a stranger.
 
 The format: eight bytes that hold the length of a JSON header, the header
 `{name: {"dtype", "shape", "data_offsets"}}`, and the numbers. Every size is compared with the size
-of the file before anything is allocated for it. There is no code in such a file.
+of the file before memory is allocated for it. There is no code in such a file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DIGESTS = "lora_jax.digests"  # the key of our own entry in the file's metadata
 
 
 class TensorFile(NamedTuple):
-    """What a file holds: its metadata, and its float arrays by name."""
+    """The contents of a file: its metadata, and its float arrays by name."""
 
     metadata: dict[str, str]
     tensors: dict[str, np.ndarray]
@@ -40,8 +40,8 @@ def read(path: pathlib.Path) -> TensorFile:
     """Read a whole file of floats.
 
     Raises:
-      LoraError: a file that is not of the format, whose sizes contradict each other, or that holds
-        numbers that are not finite. The message names the file and, where it has one, the key.
+      LoraError: a file that is not in the format, whose sizes contradict each other, or that holds
+        numbers that are not finite. The message names the file and, if there is one, the key.
     """
     data = np.fromfile(path, np.uint8)
     header, body = _header(path, data)
@@ -62,9 +62,10 @@ def read(path: pathlib.Path) -> TensorFile:
 
 
 class LazyTensor(NamedTuple):
-    """An array that is made when it is written, so that one at a time is held.
+    """An array that is made when it is written, so that only one is in memory at a time.
 
-    name, shape, dtype: of the array; make: makes it.
+    name, shape, dtype: of the array.
+    make: a function that returns it.
     """
 
     name: str
@@ -74,7 +75,7 @@ class LazyTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in a file."""
+        """The bytes of the array in a file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -95,13 +96,13 @@ def write_lazily(
     metadata: Mapping[str, str],
     done: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Write arrays in the order given, each as it is made.
+    """Write arrays in the given order, each as it is made.
 
     Args:
-      path: of the file.
-      tensors: what it holds.
-      metadata: what its header says of all of them.
-      done: is told the bytes of each array when it is in the file.
+      path: the file.
+      tensors: its arrays.
+      metadata: its metadata.
+      done: a function that gets the bytes of each array once it is written.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     names = {dtype: name for name, dtype in FLOATS.items()}
@@ -122,7 +123,7 @@ def write_lazily(
 
 
 def digest(x: np.ndarray) -> str:
-    """A hash of an array's dtype, shape and bytes."""
+    """Return a hash of an array's dtype, shape and bytes."""
     x = np.ascontiguousarray(x)
     found = hashlib.sha256(f"{x.dtype}{x.shape}".encode())
     found.update(x.tobytes())
@@ -133,24 +134,24 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Read a JSON object that may come from a stranger.
 
     Raises:
-      LoraError: what `lora_jax.json_file.read` refuses.
+      LoraError: see `lora_jax.json_file.read`.
     """
     return json_file.read(path, LoraError)
 
 
 def parse_json(path: pathlib.Path, text: bytes) -> dict[str, Any]:
-    """Read a JSON object out of a text of the file at `path`; see `read_json`."""
+    """Read a JSON object from a text in the file at `path`; see `read_json`."""
     return json_file.parse_object(text, str(path), LoraError)
 
 
 def check_name(path: pathlib.Path, name: str) -> None:
-    """Raise `LoraError` for a name that no module has."""
+    """Raise `LoraError` for a name that no module can have."""
     if not name or ".." in name or "/" in name or "\\" in name or not name.isprintable():
         raise LoraError(f"{path}: {shown(name)!r} is not the name of a module's tensor")
 
 
 def shown(value: Any) -> str:
-    """A value out of a file, cut to what a message can hold."""
+    """Return a value from a file, cut to fit into a message."""
     text = str(value)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 

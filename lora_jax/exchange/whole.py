@@ -17,10 +17,10 @@ from lora_jax.layout import Layout
 
 
 def places_of(table: NameTable, tensor: str) -> list[TensorPlace]:
-    """Return where a tensor of a file is.
+    """Return the places of a file's tensor in the tree.
 
     Raises:
-      LoraError: nowhere.
+      LoraError: there are none.
     """
     places = table.find(tensor)
     if not places:
@@ -31,7 +31,7 @@ def places_of(table: NameTable, tensor: str) -> list[TensorPlace]:
 
 
 def is_shared(uses: Any) -> bool:
-    """Whether a parameter is looked up and multiplied with: an embedding and the head in one."""
+    """Return whether a parameter is both looked up and multiplied: an embedding and a head."""
     return any(u.kind == "gather" for u in uses) and any(u.is_product for u in uses)
 
 
@@ -41,14 +41,14 @@ def into_parameters(
     """Return the parameters that a file replaces as a whole, or in single rows, if they differ.
 
     Args:
-      modules: what the file says.
+      modules: the contents of the file.
       table, layout: of the model.
       leaves: the base's parameters by path.
-      used: how the model uses each.
+      used: the uses of each parameter in the model.
 
     Raises:
-      LoraError: a tensor that the model does not have or whose shape is another; one of two that
-        are one array here.
+      LoraError: a tensor that the model does not have or that has another shape; one of two tensors
+        that are one array here.
     """
     found: dict[str, np.ndarray] = {}
 
@@ -106,7 +106,7 @@ def out_of_parameters(
 
     Args:
       whole: the parameters by path.
-      leaves: those of the base, for the other rows of a fused module; {} if there is no base.
+      leaves: the base's parameters, for the other rows of a fused module; {} if there is no base.
       table, layout: of the model.
 
     Raises:
@@ -137,7 +137,7 @@ def out_of_parameters(
 def _fused_value(
     tensor: str, rows: Any, leaves: Mapping[str, Any], table: NameTable, layout: Layout
 ) -> np.ndarray:
-    """The tensor of a fused module; rows that were not trained are the base's."""
+    """Return the tensor of a fused module; rows that were not trained are the base's."""
     places = [p for p in table.find(tensor) if p.entry.rows is not None]
     total = max(sum(p.entry.rows or (0,)) for p in places)
     out = np.zeros((total, *rows[0][1].shape[1:]), rows[0][1].dtype)
