@@ -112,7 +112,7 @@ def init_from_base(
     if method not in get_args(BaseMethod):
         raise LoraError(
             f"no method {method!r}; nearest: {nearest(method, get_args(BaseMethod), 1)[0]!r}, of "
-            f"{', '.join(get_args(BaseMethod))}. Random ones are those of lora_jax.init"
+            f"{', '.join(get_args(BaseMethod))}. For random ones use lora_jax.init"
         )
     leaves = paths.flatten(params)
     stored = leaves if quantised is None else paths.flatten(quantised)

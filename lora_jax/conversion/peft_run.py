@@ -84,7 +84,7 @@ def read(folder: str, said: Said) -> ImportedRun:
         elif isinstance(config, models.BertConfig):
             adapter, params, more, notes = _encoder(folder, found, source, config, said)
         else:
-            raise LoraError("the base is an encoder of images; imported are those of text")
+            raise LoraError("the base is an image encoder; only text models can be imported")
     except LoraError as error:
         raise LoraError(f"{folder} on the base {reference}: {error}") from error
     model = {"reference": reference, **said.model, **more.pop("model", {})}

@@ -105,8 +105,8 @@ def _head(member: ServedAdapter, opened: OpenedBase, labels: tuple[str, ...]) ->
     if kernel is None or kernel.shape[-1] != (len(labels) or 1):
         got = "none" if kernel is None else f"one of {kernel.shape[-1]} outputs"
         raise LoraError(
-            f"{member.path} has {len(labels)} labels and should have a head of as many outputs "
-            f"beside its adapter; it has {got}"
+            f"{member.path} has {len(labels)} labels, so its adapter needs "
+            f"a head with as many outputs; it has {got}"
         )
     poolings = table_of(opened.config).heads
     usual = "cls" if isinstance(opened.config, models.VitConfig) else "mean"

@@ -50,8 +50,8 @@ class GgufBase(NamedTuple):
         first = NUMBER.sub("0", module, count=1)
         if first not in known:
             raise LoraError(
-                f"{module!r} is no module that GGUF models of the architecture "
-                f"{self.architecture!r} have; nearest:\n{listed(nearest(first, known))}"
+                f"{module!r} is not a module of GGUF models of the architecture "
+                f"{self.architecture!r}; nearest:\n{listed(nearest(first, known))}"
             )
         return f"{_of_block(known[first], module)}.weight"
 

@@ -99,7 +99,7 @@ def _read(place: pathlib.Path, state: Any) -> dict[str, np.ndarray]:
     elif place.suffix in (".bin", ".pt", ".pth", ".pkl"):
         raise LoraError(
             f"{place} is a pickle, which can run any code when it is read, and is not opened. "
-            "Whoever trusts it converts it, in PyTorch:\n"
+            "If you trust it, convert it in PyTorch:\n"
             f"    weights = torch.load({place.name!r}, weights_only=True)\n"
             "    safetensors.torch.save_file(weights, 'lora.safetensors')"
         )
@@ -192,7 +192,7 @@ def _conv(module: str, a: Any, b: Any, alpha: float, window: tuple[int, ...]) ->
     k = window[0]
     _check(module, a, b, 1)
     if window != (k, k) or len(a) % k or len(b) % k or a.shape[1] % k:
-        raise LoraError(f"{module!r}: {a.shape} and {b.shape} are no Conv2d of window {window}")
+        raise LoraError(f"{module!r}: {a.shape} and {b.shape} are not a Conv2d of window {window}")
     rows = np.kron(np.eye(k, dtype=np.float32), a)
     scale = alpha * k / len(a)
     whole = rows.reshape(len(rows), -1, k, k)

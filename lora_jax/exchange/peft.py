@@ -242,7 +242,7 @@ def _find(folder: pathlib.Path) -> pathlib.Path:
     if (place / PICKLE).is_file():
         raise LoraError(
             f"{place / PICKLE} is a pickle, which can run any code when it is read, and is not "
-            "opened. Whoever trusts it converts it, in PyTorch:\n"
+            "opened. If you trust it, convert it in PyTorch:\n"
             f"    weights = torch.load({PICKLE!r}, weights_only=True)\n"
             f"    safetensors.torch.save_file(weights, {TENSORS!r})"
         )

@@ -190,7 +190,7 @@ def _check_additive(stacked: Stack) -> None:
             raise LoraError(
                 f"{path!r}: the stack holds {type(parameters).__name__}, whose update rescales W "
                 "itself (DoRA), so that updates do not add up and cannot be mixed. Choose one "
-                "adapter for each example (lora_jax.multi.select), or mix those of other kinds"
+                "adapter for each example (lora_jax.multi.select), or mix adapters of other kinds"
             )
 
 

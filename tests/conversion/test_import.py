@@ -197,7 +197,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         (("{plain}", "--base", "{models}/bert"), r"plain on the base .*bert: "),
         (("{dora}", "--base", "{wide}"), r"dora on the base .*/wide: (.|\n)*q_proj"),
         (("{bert}", "--base", "{models}/llama"), "SEQ_CLS.*the base is a decoder"),
-        (("{plain}", "--base", "{models}/vit"), "encoder of images"),
+        (("{plain}", "--base", "{models}/vit"), "image encoder"),
         (("{plain}", "--base", "{models}/nowhere"), "neither a folder nor"),
         (("{bert}", "--base", "{models}/bert", "--labels", "a", "b"), "2 names, .* 3 labels"),
         (("{bert}", "--base", "{models}/bert", "--labels", "a", "b", "a"), "a class twice"),

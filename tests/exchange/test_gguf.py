@@ -214,7 +214,7 @@ def test_a_tree_with_hugging_faces_names_needs_no_table(tmp_path: Path) -> None:
         ("llama", LoraSpec(2, 3.0, QKV, kind="dora"), r"q_proj: DoRA(?s:.*)Save it as PEFT, or"),
         ("llama_biased", LoraSpec(2, 3.0, (QKV, Rule("**/q/bias", kind="bias"))), "q_proj: a bias"),
         ("qwen2", LoraSpec(2, 3.0, "embed/embedding"), "is the output head too"),
-        ("bert", LoraSpec(2, 3.0, "**/query/kernel"), "'bert.encoder.*is no module that GGUF"),
+        ("bert", LoraSpec(2, 3.0, "**/query/kernel"), "'bert.encoder.*is not a module of GGUF"),
     ],
 )
 def test_refused(name: str, spec: LoraSpec, says: str, tmp_path: Path) -> None:
