@@ -1,16 +1,16 @@
-"""The host's allocator: keep freed memory for the next step, where that makes steps faster.
+"""Settings of the host's allocator: keep freed memory for the next step, which makes steps faster.
 
-On a CPU every step of a training run needs the same large buffers. glibc takes each of them from
-the kernel by `mmap` and gives it back when XLA frees it, so that the next step has all of its pages
-mapped and cleared anew: 95,000 page faults in a training step of MiniLM, 18 % of its CPU time.
-`keep` has glibc serve all threads from one heap and leave that heap as large as it is.
+On a CPU, every step of a training run needs the same large buffers. glibc takes each of them from
+the kernel by `mmap` and returns it when XLA frees it. So the next step has all of its pages mapped
+and cleared again: 95,000 page faults in a training step of MiniLM, 18 % of its CPU time. `keep`
+makes glibc serve all threads from one heap, and never shrink that heap.
 
-The price is resident memory: a freed buffer with a small new one in it cannot be used again as a
-whole, so that the process may come to hold three of the largest buffers in the place of one
-(MiniLM 32 x 48: 1.7 GB for 1.0, SmolLM2 8 x 48: 3.0 GB for 1.8). A thread looks after the bound: a
-process that passes it goes back to glibc's way for good.
+The price is resident memory. A freed buffer that contains a small new one cannot be used again as a
+whole, so the process may end up with three of the largest buffers instead of one (MiniLM 32 x 48:
+1.7 GB instead of 1.0, SmolLM2 8 x 48: 3.0 GB instead of 1.8). A thread watches the bound: a process
+that exceeds it returns to glibc's own behaviour for good.
 
-These are settings of the whole process, so the commands make them and the library never does.
+These settings apply to the whole process, so the commands make them and the library never does.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from lora_jax.errors import LoraError
 from lora_jax.free_memory import free_memory
 
 VARIABLE = "LORA_JAX_KEEP_MEMORY"
-SHARE = 0.5  # of the free memory
+SHARE = 0.5  # the default share of the free memory
 
 # Parameters of mallopt (malloc.h), and their values.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
-# A thread of another arena would still have its large buffers from mmap.
+# With several arenas, threads would still get large buffers from mmap.
 _KEEP = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
-# What glibc arrives at by itself once large buffers have been freed.
+# The values that glibc sets itself once large buffers have been freed.
 _GIVE_BACK = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20))
 
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/dxg")
@@ -45,16 +45,16 @@ _GLIBC_VARIABLES = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHO
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_TOP_PAD_",
 )
-_SECONDS = 0.5  # between two looks at the resident size
+_SECONDS = 0.5  # between two checks of the resident size
 _WATCH = "lora_jax allocator"
 
 
 def keep() -> bool:
-    """Have this process keep the memory that it frees, up to a bound, and return whether it does.
+    """Make this process keep the memory that it frees, up to a bound; return whether it does.
 
-    To be called before JAX starts a backend, which allocates from threads of its own. It does
-    nothing with another C library than glibc, where JAX runs on an accelerator, and where
-    GLIBC_TUNABLES or a MALLOC_ variable sets the allocator.
+    Call it before JAX starts a backend, which allocates from threads of its own. It does nothing
+    with a C library other than glibc, if JAX runs on an accelerator, or if GLIBC_TUNABLES or a
+    MALLOC_ variable sets the allocator.
 
     LORA_JAX_KEEP_MEMORY is the bound: the share of the free memory (of the machine and of the
     process's control group) that the process may hold. The default is 0.5; 0 keeps nothing.
@@ -74,7 +74,7 @@ def keep() -> bool:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory (Linux)."""
+    """Return the bytes of this process that are in memory (Linux)."""
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
@@ -98,7 +98,7 @@ def _is_glibc() -> bool:
 
 
 def _is_cpu() -> bool:
-    """Whether JAX will run on the CPU; asking JAX would start its backend."""
+    """Return whether JAX will run on the CPU, without starting its backend."""
     named = jax.config.jax_platforms  # type: ignore[attr-defined]
     if named:
         return str(named).split(",")[0] == "cpu"

@@ -1,4 +1,4 @@
-"""The memory of the host that this process can still have."""
+"""The host memory that this process can still use."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import pathlib
 
 
 def free_memory(root: pathlib.Path = pathlib.Path("/")) -> float:
-    """Bytes that this process can still have: of the machine, and of its control group."""
+    """Return the bytes that this process can still use, of the machine and of its control group."""
     found = [_of_machine(root / "proc/meminfo")]
     for folder, limit, used, file in _CGROUPS:
         group = root / "sys/fs/cgroup" / folder
         text = (group / limit).read_text().strip() if (group / limit).is_file() else "max"
         if text != "max":
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            # Pages of files that were read and are not in use go when memory is wanted.
+            # The kernel drops cached pages of unused files when memory is needed.
             found.append(int(text) - int((group / used).read_text()) + int(stat.get(file, 0)))
     return max(0.0, float(min(found)))
 
 
-# Version 2, version 1: folder, limit, use, and what of the use is no more than a cache of files.
+# Version 2, version 1: folder, limit, use, and the part of the use that is only cached files.
 _CGROUPS = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

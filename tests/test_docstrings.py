@@ -1,6 +1,6 @@
-"""Docstrings: every public symbol has one that names every parameter, in the words of CONTRIBUTING.
+"""Docstrings: every public symbol has one that names every parameter, in plain English.
 
-Google-style sections. A method that overrides another may inherit its docstring.
+The sections are Google's. A method that overrides another may inherit its docstring.
 """
 
 import ast
@@ -53,7 +53,7 @@ PUBLIC = (
 # Rooms whose docstrings and comments are still to be rewritten.
 TO_DO = (
     "baselines", "data", "models", "training", "groups", "planner", "serving", "report",
-    "console", "command_line", "allocator", "free_memory", "program_cache", "__main__",
+    "console", "command_line", "__main__",
 )  # fmt: skip
 
 FLAX_FIELDS = ("parent", "name")  # every Linen module has them
@@ -97,7 +97,7 @@ def room_of(value: Any) -> str:
     return function.__module__.split(".")[1]
 
 
-SYMBOLS = {name: x for name, x in public_symbols().items() if room_of(x) not in TO_DO}
+SYMBOLS = public_symbols()
 
 
 def parameters(value: Any) -> list[str]:
@@ -143,11 +143,13 @@ def test_a_public_symbol_explains_its_parameters(name: str) -> None:
     # dataclasses and NamedTuples write `Name(field, ...)` where the author wrote nothing
     assert doc.strip(), f"{name} has no docstring"
     assert not doc.startswith(f"{name.rpartition('.')[2]}("), f"{name} has no docstring of its own"
+    if room_of(value) in TO_DO:
+        return
     missing = [p for p in parameters(value) if p not in explained(doc)]
     assert not missing, f"{name}: its Args do not explain {', '.join(missing)}"
 
 
-# What STYLE.md's plain English leaves out.
+# Words and openings that CONTRIBUTING's manner of docstrings leaves out.
 WORDS = re.compile(
     r"\b(beside|lies?|how far|whatever|as far as|(?:of )?those (?:of|that)|(?<!there )(?:is|are) no"
     r")\b(?! longer| more)",
