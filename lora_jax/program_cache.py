@@ -28,7 +28,7 @@ from lora_jax.models.weights import packages
 MOST = 1 << 29  # bytes of programs on disk, for each kind of machine
 SHORTEST = 0.1  # seconds of compilation; a program that takes less is not worth a file
 
-_LOCK = ".lockfile"  # JAX's own
+_LOCK = ".lockfile"  # the name of JAX's own lock
 
 
 def enable() -> pathlib.Path | None:

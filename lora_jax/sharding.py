@@ -211,7 +211,7 @@ def _roles(params: Any, call: tuple[Callable[..., Any], tuple[Any, ...]] | None)
 def _role(shape: tuple[int, ...], uses: Sequence[Use]) -> Use:
     complete = [u for u in uses if u.has_axes]
     if complete:
-        return min(complete, key=lambda u: u.kind != "gather")  # a tied embedding counts as one
+        return min(complete, key=lambda u: u.kind != "gather")  # a tied embedding is a table
     stack = max((u.stack for u in uses), key=len, default=())
     free = [i for i in range(len(shape)) if i not in stack]
     longest = sorted(sorted(free, key=lambda i: shape[i])[-2:])

@@ -175,7 +175,7 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def comments(text: str) -> Iterator[tuple[int, str]]:
     """(first line, text) of every comment; lines that follow one another are one comment."""
-    last, start, words = 0, 0, ""
+    last, start, words = 0, 0, ""  # `last`: the line of a comment that the next may go on
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type != tokenize.COMMENT:
             continue
@@ -186,7 +186,7 @@ def comments(text: str) -> Iterator[tuple[int, str]]:
             if words:
                 yield start, words
             start, words = line, token.string.lstrip("# ")
-        last = line
+        last = line if own_line else 0
     if words:
         yield start, words
 

@@ -63,7 +63,7 @@ def product(
         s, (i,), (o,) = v.names_at(stack), v.names_at((inputs,)), v.names_at((outputs,))
         if not v.update.admits(s, (i,), (o,)):
             return None
-        operand = evaluator.plain(eqn, ins[x])  # x may be a weight: rows scaled by a norm's
+        operand = evaluator.plain(eqn, ins[x])  # x may be a weight too: rows times a norm's
         use = evaluator.consume(eqn, v, s, (i,), (o,))
         v = v.chosen()
         free = evaluator.fresh(operand.ndim - 1)
