@@ -140,7 +140,8 @@ class Dependence:
         self, body: Any, ins: list[Flow], start: int, n: int
     ) -> tuple[list[Flow], list[Flow]]:
         """Return the inputs and outputs of a loop's body, which has `n` carries from `start` on.
-         The carries hold everything that any iteration may bring: they grow until one more adds
+
+        The carries hold everything that any iteration may bring: they grow until one more adds
         nothing.
         """
         while True:

@@ -78,7 +78,8 @@ class Layout:
 
     def subset(self, *patterns: str) -> Layout:
         """Return the layout of the targets that some pattern matches.
-         Use it for a function that reads only part of the parameters: `adapt` refuses an adapter
+
+        Use it for a function that reads only part of the parameters: `adapt` refuses an adapter
         that is never read.
 
         Args:

@@ -43,8 +43,9 @@ def amplification(
     layout: Layout, params: Any, adapters: Adapters, rank: int | None = None
 ) -> dict[str, Amplification]:
     """Return Table 7 for every target: W projected on the update's, its own, and random directions.
-     For random orthonormal U [in, r] and V [out, r], the mean of ||U^T W V||_F^2 is known to be (r
-    / in)(r / out) ||W||_F^2, since E[U U^T] = r / in. So nothing is drawn at random. (The paper's
+
+    For random orthonormal U [in, r] and V [out, r], the mean of ||U^T W V||_F^2 is known to be (r /
+    in)(r / out) ||W||_F^2, since E[U U^T] = r / in. So nothing is drawn at random. (The paper's
     draw for W_q of GPT-3, 0.02, is its 4 * 61.95 / 12288.)
 
     Args:

@@ -39,7 +39,8 @@ class Extraction(NamedTuple):
 
 def extract(layout: Layout, base: Any, finetuned: Any, rank: int | None = None) -> Extraction:
     """Return the adapter of at most `rank` that is nearest to `finetuned - base`, in every target.
-     It is the truncated singular value decomposition of the difference. So no adapter of that rank
+
+    It is the truncated singular value decomposition of the difference. So no adapter of that rank
     is nearer in the Frobenius norm (Eckart and Young, 1936), and the error is known: the norm of
     the values left out. Matrices of the full size are decomposed by LAPACK in float64, which takes
     about a minute for 4,096 x 4,096 on two cores.

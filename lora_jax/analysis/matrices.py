@@ -157,7 +157,8 @@ def _small(matrix: Any, rank: int) -> bool:
 
 def _krylov(matrix: Any, rank: int, tolerance: float) -> tuple[Array, Any, Array]:
     """Return, for a float32 matrix, values, an orthonormal basis [n, k], and basis^T G basis.
-     Only the upper half of the last one is filled. Nearly all of the time is G times a block, on
+
+    Only the upper half of the last one is filled. Nearly all of the time is G times a block, on
     JAX's default device, because XLA's product with a block is twice as fast as OpenBLAS's. Blocks
     of half the rank get as far with three quarters of the columns that blocks of `rank` need;
     smaller blocks leave cores idle. If the basis already holds G times a block, only rounding is

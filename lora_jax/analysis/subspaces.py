@@ -22,7 +22,8 @@ def similarity(one: Adapter, two: Adapter, of: Side = "a", params: Any = None) -
     """Return phi(i, j) of every target: the share of one's top i directions within two's top j.
 
         phi(i, j) = ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j)          in [0, 1]
-     U1 and U2 have orthonormal columns, the most important direction first. 1 means that the larger
+
+    U1 and U2 have orthonormal columns, the most important direction first. 1 means that the larger
     subspace contains the smaller one, 0 that they are orthogonal. Two random subspaces of d
     dimensions have max(i, j) / d on average; compare with `lora_jax.init` and another key to see
     it.

@@ -80,7 +80,8 @@ def reciprocal(absmax: jax.Array) -> jax.Array:
 @functools.cache
 def dynamic_map() -> np.ndarray:
     """Return the 256 signed values of bitsandbytes' `create_dynamic_map`, sorted.
-     There are seven decades from 1e-6 to 1. Decade i has 2**i values of each sign, evenly spaced
+
+    There are seven decades from 1e-6 to 1. Decade i has 2**i values of each sign, evenly spaced
     over the upper nine tenths of the decade. 0 and 1 complete the table.
     """
     values = [0.0, 1.0]

@@ -29,7 +29,8 @@ def names_of(entry: Any) -> tuple[str, ...]:
 
 def placed(base: B, spec: PartitionSpec, mesh: Mapping[str, int], path: str) -> B:
     """Return the base with a `PartitionSpec` in place of each array.
-     An axis of W is an axis of the stored matrix, or the first of several that the matrix flattens
+
+    An axis of W is an axis of the stored matrix, or the first of several that the matrix flattens
     into one. A shard of W and its codes and scales are on the same device. An array that is too
     small to be sharded (one scale per output, the statistics of double quantisation) is replicated.
 

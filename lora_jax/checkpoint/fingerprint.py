@@ -39,7 +39,8 @@ _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 def fingerprint(params: Any) -> dict[str, dict[str, Any]]:
     """Return the shape and content hash of every parameter, to tell one base from another.
-     Floats are rounded to bfloat16 first (and denormals to zero), so a bfloat16 copy of float32
+
+    Floats are rounded to bfloat16 first (and denormals to zero), so a bfloat16 copy of float32
     weights has the same fingerprint. The result is JSON: `lora_jax.save(..., fingerprint=...)`
     stores it with an adapter, and `lora_jax.restore(..., params=...)` compares it. For a quantised
     weight, the codes and scales are hashed, so its hash differs from that of its floats.

@@ -92,7 +92,8 @@ def load(
     verify: bool = True,
 ) -> Adapter:
     """Read an adapter that PEFT, or `save`, wrote.
-     Every setting in the folder is applied, or is an error that names the file and the key. No code
+
+    Every setting in the folder is applied, or is an error that names the file and the key. No code
     in it is run (pickles are refused), and no memory is allocated for a size that it merely
     declares.
 

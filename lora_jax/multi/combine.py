@@ -47,7 +47,8 @@ class Truncation(NamedTuple):
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Return one adapter whose update is `sum_i weights[i] * (the update of adapters[i])`.
-     Ranks, alphas and targets may differ: the rank of a target is the sum over the adapters that
+
+    Ranks, alphas and targets may differ: the rank of a target is the sum over the adapters that
     adapt it. Weights and scales are folded into `b`, so every scale of the result is 1. If the
     ranks add up to more than min(in, out), the factors are rewritten at that rank, which holds any
     update in full. No update is ever lost here.

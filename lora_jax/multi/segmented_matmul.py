@@ -38,7 +38,8 @@ def blocks(examples: int, adapters: int) -> int:
 
 def pays(examples: int, adapters: int, rows: int, rank: int) -> bool:
     """Return whether grouping moves less than gathering, for examples of `rows` rows each.
-     It saves the factors of `examples - blocks` examples, which are `rank` numbers for each input
+
+    It saves the factors of `examples - blocks` examples, which are `rank` numbers for each input
     and output, and moves every row twice.
 
     >>> pays(1024, 64, rows=1, rank=8), pays(64, 64, rows=32, rank=8), pays(256, 1000, 1, 8)

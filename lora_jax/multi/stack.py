@@ -280,7 +280,8 @@ def unpad(own: Layout, factors: Mapping[str, Any]) -> Adapters:
 
 def put(layout: Layout, stacked: Stack, index: int, adapter: Adapter) -> Stack:
     """Return the stack with another adapter in the slot `index`, for a server that swaps adapters.
-     The given stack is used up (its arrays are donated), and only the slot is written. So it takes
+
+    The given stack is used up (its arrays are donated), and only the slot is written. So it takes
     as long for the thousandth adapter as for the first, and programs that were compiled for the
     stack serve the new one.
 

@@ -23,7 +23,8 @@ from lora_jax.updates.update import Zero
 
 class Evaluator:
     """An evaluator that runs a jaxpr equation by equation.
-     Sequences of equations that touch no adapted weight go to JAX unchanged; every other equation
+
+    Sequences of equations that touch no adapted weight go to JAX unchanged; every other equation
     goes to its rule. Which is which is decided as the values become known, so the rules decide for
     how long a weight stays a weight.
 

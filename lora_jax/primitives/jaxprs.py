@@ -122,7 +122,8 @@ def _empty_debug_info() -> Any:
 
 def origin(eqn: Any) -> AbstractContextManager[None]:
     """Give new equations inside the block the source position of `eqn`.
-     Profiles, HLO dumps and error messages then name the user's modules and lines. An equation
+
+    Profiles, HLO dumps and error messages then name the user's modules and lines. An equation
     inside one of JAX's own functions has no such line; it gets the position where that function is
     called.
     """

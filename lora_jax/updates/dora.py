@@ -32,7 +32,8 @@ class Dora(Kind):
     """Weight-decomposed low-rank adaptation (DoRA, arXiv 2402.09353).
 
         V = W + scale * a @ b        W' = magnitude / ||V|| * V
-     The norm is taken over the inputs, one for each output (each column of W [in, out]). It is a
+
+    The norm is taken over the inputs, one for each output (each column of W [in, out]). It is a
     constant in the backward pass (section 4.3 of the paper; PEFT does the same). `b` starts at zero
     and the magnitude at ||W||, so the first W' is W. An output whose V is zero is not rescaled.
 

@@ -80,7 +80,8 @@ class LowRank(Update):
 
     def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
         """Return the parts' factors, each padded with zeros outside its place.
-         If one factor has the axis, the ranks are concatenated. If both or neither have it, no two
+
+        If one factor has the axis, the ranks are concatenated. If both or neither have it, no two
         parts overlap, and one rank serves all of them.
         """
         roles = {p.update.role(name) for p in parts}

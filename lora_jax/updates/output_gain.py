@@ -34,7 +34,8 @@ class OutputGain(Update):
 
     def product(self, p: Operation) -> Any:
         """Multiply x by the gain along contracted outputs, or the result along the others.
-         The product and the gain are in float32. A trained gain is within a few thousandths of 1,
+
+        The product and the gain are in float32. A trained gain is within a few thousandths of 1,
         and multiplying a bfloat16 number by it would round back to the same number.
         """
         x, gain = p.x, self.gain if p.spread is None else p.spread(self.gain)

@@ -20,7 +20,8 @@ PRODUCTS = ("conv_general_dilated", "ragged_dot_general", "dot_general", "custom
 @dataclasses.dataclass(frozen=True)
 class Use:
     """One operation that consumes a parameter.
-     An operation consumes all the parameters that a weight is made of. Until `of` asks for the use
+
+    An operation consumes all the parameters that a weight is made of. Until `of` asks for the use
     of one of them, the axes are atoms.
 
     kind, where: the name of the operation, and its place in the program.

@@ -30,7 +30,8 @@ class Vera(Kind):
     """Vector-based random matrix adaptation (VeRA, arXiv 2310.11454).
 
         W' = W + A diag(lambda_d) B diag(lambda_b)      A [in, rank], B [rank, out]
-     A and B are random, frozen, and the same for all targets: a target takes the first `in` rows of
+
+    A and B are random, frozen, and the same for all targets: a target takes the first `in` rows of
     A and the first `out` columns of B. They are neither stored nor saved. `noise`, a fixed integer
     hash, computes them from their indices and gives the same numbers on every machine for ever, so
     an adapter consists of its two vectors. A and B have PEFT's Kaiming-uniform bounds, sqrt(6
