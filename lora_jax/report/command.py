@@ -30,7 +30,7 @@ import tyro
 from rich.console import Console
 
 from lora_jax.checkpoint import adapter_path, storage
-from lora_jax.console import guarded, say
+from lora_jax.console import guarded, read_options, say
 from lora_jax.errors import LoraError
 from lora_jax.report import many_runs, render, run_files, single_adapter, single_run
 from lora_jax.report.document import Note, Report
@@ -57,14 +57,8 @@ class ReportOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    options = tyro.cli(
-        ReportOptions,
-        prog="lora-jax report",
-        description=__doc__,
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return guarded(lambda: run(options, Console(stderr=True)))
+    given = read_options(ReportOptions, "lora-jax report", __doc__, arguments)
+    return guarded(lambda: run(given, Console(stderr=True)))
 
 
 def run(options: ReportOptions, console: Console) -> None:
