@@ -38,7 +38,7 @@ def table(heading: Cells, rows: Sequence[tuple[str, Cells, int]], words: int, to
     return "\n".join(_aligned(lines, left))
 
 
-def remarks(title: str, rows: Sequence[tuple[str, str, str]]) -> list[str]:
+def remarks(title: str, rows: Sequence[tuple[str, str, str]], width: int = WIDTH) -> list[str]:
     """Return a title and (path, shape, reason) below it, equal ones together; no line for none."""
     if not rows:
         return []
@@ -50,11 +50,11 @@ def remarks(title: str, rows: Sequence[tuple[str, str, str]]) -> list[str]:
         number = f"{len(paths)} of " if len(paths) > 1 else ""
         reason = reason.replace("\0", repr(pattern))
         line = f"  {pattern}  {number}{shape}  {reason}"
-        if len(line) > WIDTH:
-            where = wrapped(pattern, WIDTH - 4)
+        if len(line) > width:
+            where = wrapped(pattern, width - 4)
             lines += [f"  {part}" for part in where]
             line = f"    {number}{shape}  {reason}"
-        lines += textwrap.wrap(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+        lines += textwrap.wrap(line, width, subsequent_indent="    ", break_on_hyphens=False)
     return lines
 
 
