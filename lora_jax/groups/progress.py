@@ -1,4 +1,4 @@
-"""What the user sees while a group goes: one curve for all, plain lines elsewhere."""
+"""Display the progress of a group: one curve for all members, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def linked(text: str, terms: Sequence[Term], but: Term | None = None) -> str:
 
     Args:
       text: plain text.
-      terms: those that are explained. Where two begin at the same place, the longer one counts.
-      but: a term that is no link, because the text is its explanation.
+      terms: the explained terms. If two begin at the same place, the longer one counts.
+      but: the term that the text explains; it does not become a link.
     """
     found = [(match.span(), term) for term in terms if (match := term.pattern.search(text))]
     found.sort(key=lambda one: (one[0][0], -one[0][1]))

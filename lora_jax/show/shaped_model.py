@@ -49,7 +49,7 @@ def open_shaped(reference: str, scan_layers: bool) -> ShapedModel:
       scan_layers: as train.py's `--model.scan-layers`.
 
     Raises:
-      models.ModelError, OSError: there is no such model, or its tensors are not those of its
+      models.ModelError, OSError: there is no such model, or its tensors do not fit its
         configuration.
     """
     source = models.open(reference)

@@ -10,7 +10,7 @@ from lora_jax.path_groups import segment
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What is shown of a parameter; equal ones are shown once.
+    """A parameter as it is shown; equal ones are shown once.
 
     Attributes:
       axes: its axes with their roles.

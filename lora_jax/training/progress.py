@@ -1,4 +1,4 @@
-"""What the user sees while a run goes: the curve of its loss on a terminal, lines elsewhere."""
+"""Display the progress of a run: the curve of its loss on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
