@@ -113,6 +113,8 @@ def test_errors_tell_the_cure(capsys: pytest.CaptureFixture[str]) -> None:
     """Red: a traceback, or a pattern that matches nothing and is passed over."""
     with pytest.raises(LoraError, match=r"lora.targets: cannot read 'rnk=4'"):
         shown("no_such_model", targets=("**@rnk=4",))
+    with pytest.raises(LoraError, match=r"--ranks: rank must be an integer of at least 1, got 0"):
+        shown("no_such_model", ranks=(4, 0))
     model = str(MODELS / "llama")
     assert command.main([model, "--targets", "**/attention/qq/kernel"]) == 1
     said = capsys.readouterr().err

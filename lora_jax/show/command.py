@@ -40,7 +40,7 @@ from lora_jax.resolve import Trace, trace
 from lora_jax.show import drawing
 from lora_jax.show.shaped_model import ShapedModel, open_shaped
 from lora_jax.show.tree import Leaf, tree
-from lora_jax.spec import LoraSpec
+from lora_jax.spec import LoraSpec, check_rank
 from lora_jax.training.config import LoraConfig
 from lora_jax.updates.recorder import Use
 
@@ -76,7 +76,9 @@ def run(options: ShowOptions, console: Console, aside: Console) -> None:
     Raises:
       LoraError, models.ModelError, OSError: a user's error, such as a pattern that matches nothing.
     """
-    spec = LoraConfig(rank=1, targets=options.targets).spec  # its errors come before the model
+    for rank in options.ranks:  # these errors come before the model is opened
+        check_rank(rank, "--ranks")
+    spec = LoraConfig(rank=1, targets=options.targets).spec
     with aside.status("opening and tracing the model ..."):
         model = open_shaped(options.model, options.scan_layers)
         found = trace(model.apply, model.params, model.batch, train=False, key=None)
