@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, TypeVar
 
 from lora_jax.extras import MissingExtraError, require
 
 require("train", __name__)
 
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
@@ -23,6 +25,8 @@ from rich.text import Text
 from lora_jax import allocator, program_cache
 from lora_jax.errors import LoraError
 from lora_jax.models.errors import ModelError
+
+T = TypeVar("T")
 
 # What a user can put right; anything else is a fault of the program and shows its traceback.
 USER_ERRORS = (LoraError, ModelError, MissingExtraError, OSError)
@@ -38,12 +42,16 @@ def say(console: Console, text: str) -> None:
 
 
 def printable(text: str) -> str:
-    r"""Text without the control characters by which it could command a terminal.
+    r"""Text without the control characters by which it could command a terminal, nor half ones.
 
-    >>> printable("a\tb\n\x1b[2Jc")
-    'a\tb\n\ufffd[2Jc'
+    >>> printable("a\tb\n\x1b[2Jc\ud800")
+    'a\tb\n\ufffd[2Jc\ufffd'
     """
-    return "".join(c if c.isprintable() or c in "\n\t" or ord(c) > 159 else "\ufffd" for c in text)
+
+    def shown(c: str) -> bool:
+        return c.isprintable() or c in "\n\t" or (ord(c) > 159 and not "\ud800" <= c <= "\udfff")
+
+    return "".join(c if shown(c) else "\ufffd" for c in text)
 
 
 def out_of_memory(error: BaseException, cure: str) -> str | None:
@@ -90,20 +98,44 @@ def quiet_storage() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def note_repeated(arguments: Sequence[str], several: Collection[str] = ()) -> None:
-    """Say on stderr which options are given more than once: all but the last are lost.
+def read_options(
+    kind: type[T],
+    program: str,
+    description: str | None,
+    arguments: Sequence[str] | None,
+    *,
+    adding: bool = False,
+) -> T:
+    """Return the options of a command as the dataclass `kind`, whose docstrings are its `--help`.
 
-    It is no error, since scripts append to a command what is to be another way.
+    An option that is given more than once is noted on stderr: all but the last are lost. It is not
+    an error, since scripts append to a command what is to be another way.
 
     Args:
-      arguments: the command line.
-      several: options whose values add up.
+      kind: its fields are the options.
+      program: the name that `--help` calls the command by.
+      description: what `--help` says first.
+      arguments: the command line; None: that of this process.
+      adding: the values of a repeated option that is a tuple add up.
+
+    Raises:
+      SystemExit: `--help`, or an option that is unknown or has a wrong value (said first).
     """
-    options = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
-    for option in dict.fromkeys(options):
-        if options.count(option) > 1 and option not in several:
-            times = f"{option} is given {options.count(option)} times"
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    found = tyro.cli(
+        kind,
+        prog=program,
+        description=description,
+        args=given,
+        config=(tyro.conf.FlagCreatePairsOff, *([tyro.conf.UseAppendAction] if adding else [])),
+    )
+    several = {f"--{f.name}" for f in dataclasses.fields(kind) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
+    names = [a.partition("=")[0].replace("_", "-") for a in given if a.startswith("--")]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1 and not (adding and name in several):
+            times = f"{name} is given {names.count(name)} times"
             say(Console(stderr=True), f"note: {times}; the last one counts")
+    return found
 
 
 def guarded(run: Callable[[], None]) -> int:

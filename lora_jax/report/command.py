@@ -30,9 +30,9 @@ import tyro
 from rich.console import Console
 
 from lora_jax.checkpoint import adapter_path, storage
-from lora_jax.console import guarded, say
+from lora_jax.console import guarded, read_options, say
 from lora_jax.errors import LoraError
-from lora_jax.report import many_runs, render, run_files, single_adapter, single_run
+from lora_jax.report import glossary, many_runs, render, run_files, single_adapter, single_run
 from lora_jax.report.document import Note, Report
 from lora_jax.report.update_analysis import BaseChoice
 
@@ -53,18 +53,15 @@ class ReportOptions:
     """Fetch the base that an adapter names, also if it is none that lora_jax knows the sum of."""
     allow_other_base: bool = False
     """Compare with another base than the adapter was trained on."""
+    docs: str | None = None
+    """The documentation site, https://... or the folder it was built into: the page's explanations
+    of its words link there. None: the page explains them, and links nowhere."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    options = tyro.cli(
-        ReportOptions,
-        prog="lora-jax report",
-        description=__doc__,
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return guarded(lambda: run(options, Console(stderr=True)))
+    given = read_options(ReportOptions, "lora-jax report", __doc__, arguments)
+    return guarded(lambda: run(given, Console(stderr=True)))
 
 
 def run(options: ReportOptions, console: Console) -> None:
@@ -85,6 +82,7 @@ def run(options: ReportOptions, console: Console) -> None:
             f"{given[0]} is an adapter's own folder: say where the report goes, --out DIR"
         )
     made = make(given, BaseChoice(options.base, options.trust_base, options.allow_other_base))
+    made = glossary.with_glossary(made, options.docs)
     for note in notes(made):
         say(console, f"note: {note.text}")
     out = given[0].expanduser() / "report" if options.out is None else pathlib.Path(options.out)
