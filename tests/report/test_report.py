@@ -179,7 +179,7 @@ def test_a_sweep_has_the_best_first(written: Written) -> None:
     facts = {fact[0]: fact[1:] for fact in saved_runs.page(path / "report.html").facts}
     assert facts["best of 3 runs"][0] == "seed 0, rank 4"
     assert facts["validation accuracy"][0].endswith("→ 0.7500")
-    assert "Of adapters/best of r4." in (path / "report.md").read_text()
+    assert "This is the update of adapters/best of r4." in (path / "report.md").read_text()
 
 
 def test_shared_directions_against_matrices_that_are_formed(written: Written) -> None:
@@ -335,7 +335,7 @@ def test_what_is_no_run_is_an_error(
     for path, says in (
         (tmp_path / "none", "there is no such directory"),
         (tmp_path, "has nothing; expected config.json"),
-        (model, "is no run directory of train.py"),  # it has a config.json, of another kind
+        (model, "is not a run directory of train.py"),  # it has a config.json, of another kind
         (written.solo / "summary.json", "it is a file"),
     ):
         assert main([str(path)]) == 1
