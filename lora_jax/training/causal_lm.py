@@ -23,7 +23,13 @@ _PACKING = ("segment_ids", "positions")
 
 
 def causal_lm(config: TextConfig) -> Workload:
-    """The decoder of `config.model` on the packed prompts and answers of `config.data`.
+    """Make the workload of a decoder that learns the answers to prompts.
+
+    Args:
+      config: names the decoder, the data with prompts and answers, and the method.
+
+    Returns:
+      The workload. Its batches hold packed rows.
 
     Raises:
       ConfigError: the model is an encoder.
@@ -74,7 +80,7 @@ def causal_lm(config: TextConfig) -> Workload:
 
 
 def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of packed rows, by shape."""
+    """Return the shapes and dtypes of a batch of packed rows."""
     whole = ("input_ids", "targets", "segment_ids", "positions")
     shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in whole}
     return {**shapes, "loss_weight": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
@@ -86,10 +92,17 @@ def apply_of(
     method: baselines.Method = baselines.NONE,
     smoothing: float = 0.0,
 ) -> Any:
-    """The model as `Workload.apply` on a batch of packed rows.
+    """Return the model as a `Workload.apply` for batches of packed rows.
 
-    It gives logits [B, T, V]; with a chunk, or in training with label smoothing, the cross entropy
-    [B, T] of each token.
+    Args:
+      model: the decoder.
+      chunk: tokens whose cross entropy is computed at a time. None: all of them.
+      method: the training method, LoRA or one that it is compared with.
+      smoothing: the label smoothing in training.
+
+    Returns:
+      A function that returns logits [B, T, V]. With a chunk, and in training with label smoothing,
+      it returns the cross entropy of each token, float32 [B, T].
     """
     drops = model.config.dropout > 0 or model.config.attention_dropout > 0
 
@@ -110,7 +123,7 @@ def apply_of(
 
 
 def token_loss(outputs: jax.Array, batch: Any) -> Loss:
-    """Cross entropy of each token that is to be learned."""
+    """Return the cross entropy of each token that has a loss weight."""
     weight, each = batch["loss_weight"], outputs
     if outputs.ndim == 3:
         each = cross_entropy(outputs, batch["targets"])
@@ -119,5 +132,5 @@ def token_loss(outputs: jax.Array, batch: Any) -> Loss:
 
 
 def real_tokens(batch: Batch) -> int:
-    """Tokens of the batch, padding left out."""
+    """Count the tokens of a batch, without padding."""
     return int((batch["segment_ids"] > 0).sum())

@@ -63,7 +63,7 @@ def test_settings_of_another_method_are_refused(settings: dict[str, Any], says: 
 def test_what_a_method_trains_is_not_said_twice() -> None:
     """Red: the check in TextConfig taken out; the method's own patterns would be lost."""
     lora = LoraConfig(trainable=("classifier/**",))
-    with pytest.raises(ConfigError, match=r"lora\.trainable is .*'bitfit' says itself"):
+    with pytest.raises(ConfigError, match=r"lora\.trainable is .*'bitfit' decides"):
         dataclasses.replace(BITFIT, lora=lora)
 
 

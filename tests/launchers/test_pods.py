@@ -60,7 +60,7 @@ def test_an_evicted_pod_stops_all_and_the_same_command_goes_on(host: Pods) -> No
     assert [each.wait(240) for each in started] == [143, 143], text(host)
     assert "is saved: the same command goes on from it" in text(host)
     assert run(host, line) == [0, 0], text(host)
-    assert "Going on from the checkpoint of step" in text(host)
+    assert "Continuing from the checkpoint of step" in text(host)
 
 
 def test_without_flags_the_pods_meet_by_the_kubernetes_api(host: Pods) -> None:

@@ -303,7 +303,7 @@ def test_runs_given_one_by_one(
         ("[]", "summary.json holds a list, expected an object"),
         ("{}", "has no 'steps'"),
         ({"adapter_file_bytes": "many"}, "'adapter_file_bytes' is 'many'"),
-        ({"after": {"test": 3}}, "'after' holds something else than numbers"),
+        ({"after": {"test": 3}}, "'after' holds values other than numbers"),
     ],
 )
 def test_a_broken_summary_is_an_error_with_a_cure(

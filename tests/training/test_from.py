@@ -198,7 +198,7 @@ def test_groups_and_other_methods_refuse_it(exported: Any, tmp_path: pathlib.Pat
     group = GroupConfig(members=(Member("a", config),), run_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="'a' is a member of a group"):
         loop.run(group, mesh.make(config.mesh), tmp_path, train.Console(quiet=True))
-    with pytest.raises(ConfigError, match="goes on with LoRA adapters, and the method is 'bitfit'"):
+    with pytest.raises(ConfigError, match="with LoRA adapters, and the method is 'bitfit'"):
         dataclasses.replace(config, method=MethodConfig("bitfit"))
 
 

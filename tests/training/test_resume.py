@@ -68,7 +68,7 @@ Runs = tuple[pathlib.Path, pathlib.Path, str]
 
 def test_it_went_on_from_a_checkpoint(runs: Runs) -> None:
     text = runs[2]
-    assert "Going on from the checkpoint of step" in text
+    assert "Continuing from the checkpoint of step" in text
     assert int(text.partition("checkpoint of step ")[2].partition(".")[0]) >= 500
 
 
