@@ -213,7 +213,7 @@ def test_a_rate_at_the_edge_is_marked(folder: pathlib.Path) -> None:
     found = methods.sections(folder)
     first, *_, every = tables(found)
     assert first["bitfit"]["learning rate"] == "0.01 (highest)"
-    (edges,) = [text for text in texts(found, Paragraph) if "edge" in text]
+    (edges,) = [text for text in texts(found, Paragraph) if "end of the rates" in text]
     assert "bitfit (the highest)" in edges
     assert "lora" not in edges
     assert every["bitfit"]["highest"].startswith("0.01: 66.0 ± 1.0")
@@ -225,11 +225,11 @@ def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
     ours, lora = (np.array([s[1] for s in x]) for x in (BITFIT[1e-2], LORA[2e-3]))
     error = np.sqrt(ours.var(ddof=1) / 3 + lora.var(ddof=1) / 3)
     assert set(second) == {"bitfit"}
-    assert second["bitfit"]["less LoRA"] == f"{100 * (ours.mean() - lora.mean()):+.1f}"
+    assert second["bitfit"]["minus LoRA"] == f"{100 * (ours.mean() - lora.mean()):+.1f}"
     assert second["bitfit"]["standard error"] == f"{100 * error:.1f}"
     assert second["bitfit"]["paper: SST-2, RoBERTa"] == "-1.4 (base, 0.1M)"
     (said,) = [text for text in texts(found, Paragraph) if "standard errors" in text]
-    assert "below LoRA: 1 (bitfit); above: none; within: none" in said
+    assert "below LoRA: 1 (bitfit); above LoRA: none; closer than that: none" in said
     assert "1 with our sign, 0 with the other" in said
 
 
@@ -240,7 +240,7 @@ def test_one_seed_has_no_error(folder: pathlib.Path) -> None:
     _, second, _ = tables(found)
     assert second["head"]["standard error"] == "-"
     (said,) = [text for text in texts(found, Paragraph) if "standard errors" in text]
-    assert "within: none; with too few seeds for an error: 1 (head)." in said
+    assert "closer than that: none; with too few seeds for an error: 1 (head)." in said
 
 
 def test_what_is_missing_is_said_with_its_command(tmp_path: pathlib.Path) -> None:
