@@ -195,7 +195,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         (["--base", "BASE", "--prompt", ""], "--prompt 1: the prompt is empty"),
         (["--base", "BASE", "--prompt", "w " * 70], "--prompt 1: the prompt has 70 tokens, and"),
         (["--base", "BASE", "--prompt", "a", "--stop", "word1 word2"], "is 2 tokens; give a text"),
-        (["--base", "ENCODER", "--prompt", "a"], "is an encoder; that is what `lora-jax predict"),
+        (["--base", "ENCODER", "--prompt", "a"], "is an encoder; `lora-jax predict"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_do_wrong(
