@@ -1,4 +1,4 @@
-"""Progress messages for reading data: shown when it takes long, and silent when it is short."""
+"""Progress messages for reading data, which are shown only if it takes long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import rich.progress
 
 T = TypeVar("T")
 
-_LONG = 20_000  # items that take about a second
+_LONG = 20_000  # this many items take about a second
 
 
 @contextlib.contextmanager
@@ -25,12 +25,12 @@ def status(description: str) -> Iterator[None]:
 
 
 def tracked(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Yield the items, with a progress bar on a terminal, or a line elsewhere, if they are many.
+    """Yield items, and show a progress bar on a terminal or a line elsewhere if there are many.
 
     Args:
-        items: what is gone through.
-        description: what is being done, "tokenising train".
-        total: their number.
+        items: the items.
+        description: the activity, such as "tokenising train".
+        total: the number of items.
     """
     if total < _LONG:
         yield from items

@@ -82,7 +82,7 @@ def test_shards_are_the_rows_of_the_whole(shapes: ImageDataConfig) -> None:
         chex.assert_trees_all_equal(
             batch, {k: np.concatenate([half[k] for half in halves]) for k in batch}
         )
-    with pytest.raises(DataError, match="cannot be dealt out evenly in 3 parts"):
+    with pytest.raises(DataError, match="cannot be divided evenly into 3 parts"):
         training(shapes).iterator(Shard((0,), 3))
 
 

@@ -278,7 +278,7 @@ def test_errors(config: DataConfig, words: Tokenizer) -> None:
         iter(opened(dataclasses.replace(config, **changes), words))
 
     with pytest.raises(
-        DataError, match=r"(?s)data.eos has to name.*\[PAD\], \[CLS\], \[SEP\], <end>"
+        DataError, match=r"(?s)data.eos must name.*\[PAD\], \[CLS\], \[SEP\], <end>"
     ):
         tried(eos=None)
     with pytest.raises(DataError, match=r"(?s)data.eos '<ned>' is not.*nearest: <end>"):
