@@ -254,5 +254,5 @@ def test_half_a_file_is_named(tmp_path: pathlib.Path) -> None:
     """Red: no `except ValueError` in `measurement_file.read`."""
     file = tmp_path / "latency.json"
     file.write_text('{"machine": {')
-    with pytest.raises(LoraError, match=r"latency\.json cannot be read: .*make it anew"):
+    with pytest.raises(LoraError, match=r"latency\.json cannot be read: .*make it again"):
         latency.sections(tmp_path)

@@ -360,7 +360,7 @@ def test_batches_that_cannot_be_filled_up_are_refused(tmp_path: pathlib.Path) ->
 
 def test_parameters_of_unequal_shape_are_refused(tmp_path: pathlib.Path) -> None:
     other = member("other", 1, 1, width=8)
-    with pytest.raises(ConfigError, match="'a' and 'other' have not the same base: 'first/"):
+    with pytest.raises(ConfigError, match="'a' and 'other' do not have the same base: 'first/"):
         together(tmp_path, A, other)
 
 
