@@ -111,7 +111,7 @@ def test_help_names_every_field_with_default_and_meaning(
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for option in ("--steps", "--lora.rank", "--optimizer.schedule", "--width", "--fresh"):
         assert option in text
-    assert "Inner dimension r of the update. (default: 2)" in text
+    assert "Rank r of the update. (default: 2)" in text
     assert "--workload" not in text
 
 

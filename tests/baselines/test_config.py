@@ -126,12 +126,12 @@ def test_lora_settings_beside_another_method_are_refused() -> None:
     Red: `check_lora_counts` not called in command_line.py, or in sweep.py.
     """
     line = ["--method.name", "bitfit", "--lora.rank", "2"]
-    with pytest.raises(ConfigError, match="the command line sets something of lora"):
+    with pytest.raises(ConfigError, match="the command line sets a field of lora"):
         command_line.parse(line, "configs/minilm_reviews.py", ROOT)
     line = ["--base.method.name", "bitfit", "--base.lora.alpha", "2", "--grid", "seed=0,1"]
-    with pytest.raises(ConfigError, match="the command line sets something of lora"):
+    with pytest.raises(ConfigError, match="the command line sets a field of lora"):
         command_line.parse(line, "configs/sweep.py", ROOT)
-    with pytest.raises(ConfigError, match=r"lora\.rank sets something of lora"):
+    with pytest.raises(ConfigError, match=r"lora\.rank sets a field of lora"):
         SweepConfig(base=BITFIT, grid={"lora.rank": (1, 2)})
     cases = ({"method.name": "bitfit"}, {"method.name": "pfeiffer", "method.size": 4}, {})
     assert len(SweepConfig(base=LORA, cases=cases).expand().members) == 3
