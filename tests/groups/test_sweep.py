@@ -227,7 +227,7 @@ def test_help_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
         (("--grid", "lora.rnk=1"), "error: grid: TextConfig has no field 'lora.rnk'"),
         (("--only", "rank=3"), "error: only: 'rank=3' matches no member; nearest: rank="),
         (("--base.fresh",), "error: base.fresh is set for the sweep as a whole: give --fresh"),
-        (("--plan",), "error: --plan is of one run"),
+        (("--plan",), "error: --plan is for one run"),
     ],
 )
 def test_a_wrong_line_is_one_error(
