@@ -1,4 +1,4 @@
-"""Plain Flax models that have never heard of LoRA, and the loaders of their published weights."""
+"""Plain Flax models without any LoRA code, and the loaders of their published weights."""
 
 from lora_jax.models.bert import Bert as Bert
 from lora_jax.models.bert import BertClassifier as BertClassifier

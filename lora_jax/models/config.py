@@ -1,4 +1,4 @@
-"""The configurations of the two model families: sizes, variants, and how to compile them."""
+"""The configs of the model families: sizes, variants, and compilation options."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,15 +9,17 @@ from jax.typing import DTypeLike
 
 @dataclasses.dataclass(frozen=True)
 class Disentangled:
-    """DeBERTa's attention by relative positions, see `lora_jax.models.deberta`.
+    """DeBERTa's attention by relative positions; see `lora_jax.models.deberta`.
 
     Attributes:
-        distances: those beyond it are one.
-        buckets: how many are told apart in each direction; 0: all of them.
-        kinds: "c2p" (content by position), "p2c" (position by content).
-        shared: positions go through the kernels of the tokens' queries and keys.
-        norm: over the table of positions.
-        conv_size: of the convolution that is added behind the first layer; 0: none.
+        distances: the largest distance; larger ones count as this one.
+        buckets: the number of different distances in each direction; 0: all of them.
+        kinds: "c2p" (content to position), "p2c" (position to content).
+        shared: whether positions use the kernels of the tokens' queries and keys.
+        norm: whether the table of positions is normalised.
+        conv_size: the size of the convolution that is added after the first layer; 0: none.
+        conv_groups: the number of its groups.
+        conv_activation: its activation function.
     """
 
     distances: int
@@ -31,22 +33,24 @@ class Disentangled:
 
     @property
     def span(self) -> int:
-        """How many rows the table has for each direction."""
+        """The number of rows of the table for each direction."""
         return self.buckets or self.distances
 
 
 @dataclasses.dataclass(frozen=True)
 class PreNorm:
-    """Layers that begin with their norms, see `lora_jax.models.pre_norm`. The defaults are ViT's.
+    """Layers that begin with their norms; see `lora_jax.models.pre_norm`. The defaults are ViT's.
 
     Attributes:
-        rope_theta: of the layers that see all tokens; None: nothing is rotated.
-        local_rope_theta: of those with a window.
+        rope_theta: the rotary base of layers that see all tokens. None: no rotation.
+        local_rope_theta: the rotary base of layers with a window.
         window: a token sees itself, and at most window - 1 others on either side.
-        windowed: which layers have the window; None: none.
-        fused: query, key and value are one kernel `qkv`.
-        gated: the MLP is down(activation(gate) * up), with gate and up one kernel `gate_up`.
-        first_norm: False where the first layer's attention takes the embeddings as they are.
+        windowed: for each layer, whether it has the window. None: no layer has.
+        fused: whether query, key and value are one kernel `qkv`.
+        gated: whether the MLP is down(activation(gate) * up), with gate and up one kernel
+            `gate_up`.
+        qkv_bias, output_bias, mlp_bias, norm_bias: whether these parts have biases.
+        first_norm: whether the first layer's attention normalises the embeddings.
     """
 
     rope_theta: float | None = None
@@ -63,7 +67,7 @@ class PreNorm:
 
     @property
     def norm(self) -> str:
-        """Which of the norms in `lora_jax.models.layers`."""
+        """The name of the norm in `lora_jax.models.layers`."""
         return "layer" if self.norm_bias else "layer_without_bias"
 
 
@@ -71,14 +75,14 @@ class PreNorm:
 class BertConfig:
     """An encoder: BERT, RoBERTa, DistilBERT, DeBERTa v2 and v3, ModernBERT.
 
-    RoBERTa's positions start behind the row of the padding token: `position_offset` is
-    `pad_id + 1`. `max_positions` counts the rows that text can use. DistilBERT has no token types,
-    and `head_activation` "relu", which is that of the dense layer of a "roberta_head". DeBERTa has
-    `relative` positions, and mostly no absolute ones. ModernBERT is one with `pre_norm`, and a
-    norm in its "roberta_head".
+    RoBERTa's positions start after the row of the padding token: `position_offset` is `pad_id + 1`.
+    `max_positions` counts the rows that text can use. DistilBERT has no token types, and its
+    `head_activation` is "relu", in the dense layer of a "roberta_head". DeBERTa has `relative`
+    positions, and mostly no absolute ones. ModernBERT has `pre_norm`, and a norm in its
+    "roberta_head".
 
-    `head_dropout` (None: `dropout`) comes before the head's last product and, with
-    `pooler_dropout` (not DeBERTa), before the first one of a "roberta_head" too.
+    `head_dropout` (None: the same as `dropout`) is applied before the head's last product and, with
+    `pooler_dropout` (not DeBERTa), also before the first one of a "roberta_head".
     """
 
     vocab_size: int
@@ -132,35 +136,35 @@ class LongRope:
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """A decoder: Llama and its family (SmolLM2, Mistral, Qwen2, Qwen3), GPT-2, Gemma, Phi, and
-    mixtures of experts (Mixtral, Qwen3-MoE). The defaults are Llama's; each option says whose it
-    is.
+    mixtures of experts (Mixtral, Qwen3-MoE). The defaults are Llama's; the options below name the
+    families that use them.
 
-    Sizes: `mlp_size` is that of one expert where there are experts.
+    Sizes: with experts, `mlp_size` is the size of one expert.
 
-    Norms: `norm` is "rms", "rms_plus_one" (Gemma: multiplies with 1 + scale) or "layer" (GPT-2).
-    `post_norms` (Gemma) are on what attention and MLP give, beside those on what they get.
+    Norms: `norm` is "rms", "rms_plus_one" (Gemma: multiplies by 1 + scale) or "layer" (GPT-2).
+    `post_norms` (Gemma) also normalises the outputs of attention and MLP.
 
-    Positions: `positions` is "rotary" or "learned" (GPT-2). `rotary_dim` (Phi) rotates only so
+    Positions: `positions` is "rotary" or "learned" (GPT-2). `rotary_dim` (Phi) rotates only this
     many numbers of a head. `rope_divisors` (one number per rotated pair, rotary_dim / 2 of them)
-    divides the rotary frequencies: every published scaling of a fixed context length comes down to
-    it, see `lora_jax.models.rope`. `rope_long` (Phi) replaces it in a row that goes beyond a
-    given length, and `rope_amplitude` multiplies the rotated queries and keys.
+    divides the rotary frequencies: every published scaling for a fixed context length can be
+    written so, see `lora_jax.models.rope`. `rope_long` (Phi) replaces it in a row beyond a given
+    length, and `rope_amplitude` multiplies the rotated queries and keys.
 
-    Attention: `sliding_window` lets a token see that many tokens, itself included, in the layers
-    where `windowed` is True (None: all); those layers rotate by `local_rope_theta` (Gemma 3) if it
-    is given. `attention_scale` multiplies the scores (None: 1 / sqrt(head_dim)) and
-    `attention_cap` (Gemma 2) bounds them. `fused` (GPT-2, Phi): q, k and v are one kernel `qkv`,
-    and so are gate and up.
+    Attention: `sliding_window` lets a token see only this many tokens, including itself, in the
+    layers where `windowed` is True (None: in all). Those layers rotate by `local_rope_theta`
+    (Gemma 3) if it is given. `attention_scale` multiplies the scores (None: 1 / sqrt(head_dim)),
+    and `attention_cap` (Gemma 2) limits them. With `fused` (GPT-2, Phi), q, k and v are one kernel
+    `qkv`, and gate and up are one kernel.
 
-    MLP: down(activation(gate) * up), or down(activation(up)) where it is not `gated` (GPT-2). With
+    MLP: down(activation(gate) * up), or down(activation(up)) if it is not `gated` (GPT-2). With
     `num_experts` it is a mixture: each token goes to `experts_per_token` of them, weighted by the
-    router's softmax over all; `renormalised` weights of a token sum to 1.
+    router's softmax over all; if `renormalised`, the weights of a token sum to 1.
 
-    Ends: `embedding_scale` (Gemma) multiplies the embeddings, `logit_cap` (Gemma 2) bounds the
+    Ends: `embedding_scale` (Gemma) multiplies the embeddings, `logit_cap` (Gemma 2) limits the
     logits.
 
-    `dropout` is on the embeddings and on what attention and MLP give, `attention_dropout` on the
-    weights of attention, as in GPT-2.
+    `dropout` is applied to the embeddings and to the outputs of attention and MLP, and
+    `attention_dropout` to the attention weights, as in GPT-2.
     """
 
     vocab_size: int
@@ -228,21 +232,25 @@ class LlamaConfig:
 
     @property
     def rotated(self) -> int:
-        """How many numbers of a head rope turns."""
+        """The number of elements of a head that are rotated."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def kinds(self) -> tuple[int, ...]:
-        """Of each layer: 1 where it sees no more than the window, else 0."""
+        """For each layer, 1 if it sees only the window, else 0."""
         if self.sliding_window is None:
             return (0,) * self.num_layers
         return tuple(map(int, self.windowed or (True,) * self.num_layers))
 
     def most_tokens(self, prompt: int) -> int:
-        """How long a text that begins with a prompt of so many tokens can become in a cache.
+        """Return the largest length of a text that continues a prompt with a cache.
 
-        One that begins on the near side of `rope_long` ends there: the keys in a cache cannot be
-        turned by other frequencies any more. (The last token is written, and never read.)
+        A text whose prompt is within `rope_long.length` ends there, because the keys in the cache
+        cannot be rotated by other frequencies afterwards. (The last token is written but never
+        read, hence the + 1.)
+
+        Args:
+            prompt: the number of tokens of the prompt.
         """
         if self.rope_long is None or prompt > self.rope_long.length:
             return self.max_positions
@@ -256,7 +264,7 @@ class LlamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
-    """A ViT; sizes of images and patches are (height, width)."""
+    """A ViT; the sizes of images and patches are (height, width)."""
 
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -282,17 +290,23 @@ class VitConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """How many patches there are, one above the other and side by side."""
+        """The number of patches in vertical and in horizontal direction."""
         high, wide = self.patch_size
         return self.image_size[0] // high, self.image_size[1] // wide
 
 
-BuiltInConfig = BertConfig | LlamaConfig  # of text
-StoredConfig = BuiltInConfig | VitConfig  # of whatever the loaders know
+BuiltInConfig = BertConfig | LlamaConfig  # models of text
+StoredConfig = BuiltInConfig | VitConfig  # all models that the loaders know
 
 
 def check_choice(field: str, value: str, choices: Mapping[str, object]) -> None:
-    """Raise ValueError, naming the field and the choices, unless `value` is one of them."""
+    """Raise a ValueError that names the field and the choices unless `value` is one of them.
+
+    Args:
+        field: the name of the field.
+        value: its value.
+        choices: the valid values.
+    """
     if value not in choices:
         raise ValueError(f"{field}: got {value!r}, expected one of {', '.join(sorted(choices))}")
 

@@ -1,5 +1,5 @@
-"""Decoders: the Llama family (Touvron et al., arXiv 2302.13971) and those of other families that
-are it with options, see `lora_jax.models.LlamaConfig`."""
+"""Decoders: the Llama family (Touvron et al., arXiv 2302.13971), and other families as options of
+it; see `lora_jax.models.LlamaConfig`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,21 +33,21 @@ from lora_jax.models.rope import angles, rotate
 
 
 class _Flow(NamedTuple):
-    """What goes from layer to layer; without a cache `fresh` is None."""
+    """The values that go from layer to layer; without a cache `fresh` is None."""
 
     x: Array
     fresh: Fresh | None = None
 
 
 class _View(NamedTuple):
-    """How a layer sees the tokens: the angles of their positions (None: it rotates nothing), and
-    who may look at whom."""
+    """The positions and the mask of a kind of layer: rotary angles (None: no rotation), and which
+    tokens each token sees."""
 
     turn: tuple[Array, Array] | None
     seen: Array | None
 
 
-_Views = tuple[_View | None, _View | None]  # of the layers of each kind, see `LlamaConfig.kinds`
+_Views = tuple[_View | None, _View | None]  # the view of each kind, see `LlamaConfig.kinds`
 
 
 class _LlamaAttention(nn.Module):
@@ -140,8 +140,8 @@ class Llama(nn.Module):
     """The decoder: token ids to the logits of each next token.
 
     Parameters: `embed/embedding`, per layer `layers_0/attention/{q,k,v,o}`, `attention_norm`,
-    `mlp/{gate,up,down}`, `mlp_norm` (with `scan_layers`: `layers/...`, stacked), `norm/scale`
-    and, where the head is not tied, `lm_head/kernel`. Options bring others: `attention/qkv`,
+    `mlp/{gate,up,down}`, `mlp_norm` (with `scan_layers`: `layers/...`, stacked), `norm/scale` and,
+    if the head is not tied, `lm_head/kernel`. Options add others: `attention/qkv`,
     `mlp/gate_up`, `mlp/{router,experts}`, `{attention,mlp}_post_norm`, `position/embedding`.
     """
 
@@ -161,28 +161,30 @@ class Llama(nn.Module):
         smoothing: float = 0.0,
         deterministic: bool = True,
     ) -> Array | tuple[Array, Cache]:
-        """Logits [B, T, V] in float32; with `targets`, the cross entropy [B, T] of each instead.
-
-        With `cache` the tokens go on with the rows that are in it, and the result is
-        (logits, new): a cache of these T tokens alone, to be written to the other by
-        `lora_jax.models.cache.written`.
+        """Compute logits, or with `targets` the cross entropy of each target.
 
         Args:
-            input_ids: [B, T] int.
-            mask: [B, T], True at real tokens; None: all are.
-            segment_ids: [B, T] int of packed rows: a token sees its own segment only.
-            positions: [B, T] int from 0 up; None: counted from the start of the row (of each
+            input_ids: int [B, T].
+            mask: [B, T], True at real tokens. None: all tokens are real.
+            segment_ids: int [B, T], for packed rows: a token sees only its own segment.
+            positions: int [B, T], at least 0. None: counted from the start of the row (of each
                 segment, in packed rows). Only differences within a segment matter. With a cache
-                they go on with the row's, and are -1 at padding.
-            targets: [B, T] int, the token that follows.
+                they continue those of the row, and are -1 at padding.
+            targets: int [B, T], the next tokens.
             chunk: with targets, the positions of a row whose logits exist at the same time.
-            cache: from `lora_jax.models.cache`; prompts are read on one of capacity 0.
-            last: how many positions from the end have their logits computed; None: all of them.
-            smoothing: with targets, see `lora_jax.models.cross_entropy`.
-            deterministic: False drops out by the configuration, with the rng named "dropout".
+            cache: the cache of earlier tokens (`lora_jax.models.cache`), which these tokens
+                continue. Prompts are read with a cache of capacity 0.
+            last: compute logits only for this many positions at the end. None: for all.
+            smoothing: with targets, the label smoothing; see `lora_jax.models.cross_entropy`.
+            deterministic: False applies dropout as in the config, with the rng named "dropout".
+
+        Returns:
+            Logits, float32 [B, T, V]; with `targets` the cross entropy, float32 [B, T]. With
+            `cache` (logits, new), where `new` is a cache of these T tokens only, which
+            `lora_jax.models.cache.written` writes into the other.
 
         Raises:
-            ValueError: a cache together with segment_ids, targets or dropout.
+            ValueError: a cache is combined with segment_ids, targets or dropout.
         """
         config = self.config
         check_choice("norm", config.norm, NORMS)
@@ -193,8 +195,8 @@ class Llama(nn.Module):
             positions, views = self._whole(input_ids, mask, segment_ids, positions)
         else:
             if segment_ids is not None or targets is not None or not deterministic:
-                raise ValueError("a cache goes with neither segment_ids nor targets nor dropout")
-            config = dataclasses.replace(config, remat="none")  # nothing is differentiated
+                raise ValueError("a cache cannot be combined with segment_ids, targets or dropout")
+            config = dataclasses.replace(config, remat="none")  # there is no backward pass
             fresh = Fresh.start(config, input_ids)
             positions, views = self._following(input_ids, mask, positions, cache)
         embed = Embed(config, config.vocab_size, tensor_axis(config), name="embed")
@@ -202,7 +204,7 @@ class Llama(nn.Module):
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.positions == "learned":
-            rows = jnp.maximum(positions, 0)  # those of padding, which nobody looks at, are -1
+            rows = jnp.maximum(positions, 0)  # padding has -1, and no token looks at it
             x = x + Embed(config, config.max_positions, 1, name="position")(rows)
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
         layers = stack(_LlamaLayer, config, "layers", config.kinds, deterministic=deterministic)
@@ -234,7 +236,7 @@ class Llama(nn.Module):
         segment_ids: Array | None,
         positions: Array | None,
     ) -> tuple[Array, _Views]:
-        """Of whole rows: positions, and what each kind of layer sees."""
+        """Return the positions of whole rows, and the view of each kind of layer."""
         length, most = input_ids.shape[1], self.config.max_positions
         if positions is None:
             positions = jnp.arange(length)[None]
@@ -258,7 +260,7 @@ class Llama(nn.Module):
         positions: Array | None,
         cache: Cache,
     ) -> tuple[Array, _Views]:
-        """Of tokens that go on with a cache: positions, and what each kind of layer sees."""
+        """Return the positions of tokens that continue a cache, and the view of each layer kind."""
         if mask is None:
             mask = jnp.ones(input_ids.shape, bool)
         if positions is None:

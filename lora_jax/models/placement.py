@@ -1,17 +1,17 @@
 """Rules that shard the built-in models over a mesh with the axes `fsdp` and `tensor`.
 
-Products in pairs (Shoeybi et al., arXiv 1909.08053): the first is cut by its outputs, the second
-by its inputs, so that a block needs one sum over `tensor` and the activations between the two
-products stay where they are. `fsdp` cuts the other axis of each kernel. A vocabulary that 64
-divides is cut over `tensor`, so that each device has the logits of its own tokens; another one
-(BERT's 30,522) stays whole and the hidden axis is cut by both.
+Products come in pairs (Shoeybi et al., arXiv 1909.08053): the first is sharded by its outputs, the
+second by its inputs, so that a block needs one sum over `tensor`, and the activations between the
+two products do not move. `fsdp` shards the other axis of each kernel. A vocabulary that 64 divides
+is sharded over `tensor`, so that each device has the logits of its own tokens. Any other vocabulary
+(BERT's 30,522) is not sharded; both axes shard the hidden axis instead.
 
     first of a pair    query, key, value, up, gate     P(fsdp, tensor)      its bias P(tensor)
-    second of a pair   output, down                    P(tensor, fsdp)      its bias whole
-    experts            the same behind the axis of the experts, which is not divided
+    second of a pair   output, down                    P(tensor, fsdp)      its bias replicated
+    experts            the same after the axis of the experts, which is not sharded
     embeddings         P(tensor, fsdp) or P(None, (tensor, fsdp))
     untied head        the same, transposed
-    norms              whole
+    norms              replicated
 """
 
 from jax.sharding import PartitionSpec as P
@@ -31,17 +31,21 @@ from lora_jax.models.weights.stored import Head
 PlacementRule = tuple[str, P]
 
 _FIRST, _SECOND, _WHOLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
-_BOTH = ("tensor", "fsdp")  # this way round, bringing together over `fsdp` moves nothing else
+_BOTH = ("tensor", "fsdp")  # in this order, gathering over `fsdp` moves nothing else
 _FEW_CLASSES = 64
-_HIDDEN = P(None, _BOTH)  # of an embedding [rows, hidden]
+_HIDDEN = P(None, _BOTH)  # for an embedding [rows, hidden]
 
 
 def rules(config: StoredConfig, head: Head | None = None) -> tuple[PlacementRule, ...]:
-    """One rule for each kind of parameter that the model of `config` has, and none besides.
+    """Return one sharding rule for each kind of parameter of a model, and no others.
 
     Args:
+        config: the config of the model.
         head: the classification head of an encoder; paths then begin with `bert/`, as in
             `lora_jax.models.shapes`.
+
+    Returns:
+        Pairs (pattern, PartitionSpec).
     """
     if isinstance(config, VitConfig):
         before = "vit/" if head else ""
@@ -95,8 +99,8 @@ def _mlp(config: LlamaConfig) -> list[PlacementRule]:
 
 
 def _mixture() -> list[PlacementRule]:
-    """Each expert is divided as an MLP is, so that no token has to go to another device. The
-    router, a few columns, is cut by its inputs."""
+    """Return the rules of experts, each sharded as an MLP, so that tokens stay on their device. The
+    router, which has few columns, is sharded by its inputs."""
     return [
         ("mlp/router/kernel", P(_BOTH)),
         ("mlp/experts/{gate,up}/kernel", P(None, *_FIRST)),
@@ -105,7 +109,7 @@ def _mixture() -> list[PlacementRule]:
 
 
 def _bert(config: BertConfig) -> tuple[PlacementRule, ...]:
-    form = config.pre_norm or PreNorm()  # whose biases are those of BERT too
+    form = config.pre_norm or PreNorm()  # its defaults have the same biases as BERT
     leaves, within = "{scale,bias}" if form.norm_bias else "scale", _encoder_layer(form)
     if config.relative is not None and not config.relative.shared:
         kinds = {"c2p": "key", "p2c": "query"}
@@ -174,14 +178,14 @@ def _relative(relative: Disentangled | None) -> tuple[PlacementRule, ...]:
 
 
 def _layers(config: StoredConfig, layer: str, within: list[PlacementRule]) -> list[PlacementRule]:
-    """Rules of one layer for all of them; scanned ones have the layer axis first."""
+    """Apply the rules of one layer to all layers; scanned ones have the layer axis first."""
     stacked = lambda spec: P(None, *spec) if config.scan_layers else spec  # noqa: E731
     return [(f"{layer}/{pattern}", stacked(spec)) for pattern, spec in within]
 
 
 def _head(config: BertConfig | None, head: Head | None) -> tuple[PlacementRule, ...]:
-    """The number of classes is rarely divided. The last product of a few is whole on every device,
-    which is cheaper than a sum over them; that of many is cut by its inputs."""
+    """Return the rules of the head. The number of classes can rarely be divided: the last product
+    of few classes is replicated, which is cheaper than a sum; that of many is sharded by inputs."""
     if head is None:
         return ()
     out: tuple[PlacementRule, ...] = (

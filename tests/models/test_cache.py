@@ -181,5 +181,5 @@ def test_a_step_writes_in_place(llama_config: models.LlamaConfig, form: str, map
 def test_what_does_not_go_with_a_cache(llama_config: models.LlamaConfig, wrong: str) -> None:
     ids, cache = jnp.ones((1, 4), jnp.int32), caches.empty(llama_config, 1, 8)
     apply = functools.partial(models.Llama(llama_config).apply, cache=cache, **{wrong: ids})
-    with pytest.raises(ValueError, match="a cache goes with neither segment_ids nor targets"):
+    with pytest.raises(ValueError, match="a cache cannot be combined with segment_ids, targets"):
         jax.eval_shape(apply, {"params": models.shapes(llama_config)}, ids)

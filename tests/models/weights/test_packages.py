@@ -151,7 +151,7 @@ def test_a_listed_source_distribution_is_unpacked_and_not_built(
         monkeypatch.setitem(download._SOURCES, "lora-jax-test-asset==1.0", sha256)
         arguments = ("Lora_Jax.test-asset", "1.0", "test_asset/data/answer.txt", SHA256)
         if sum_of == TEXT:
-            with pytest.raises(packages.PackageError, match="not the file that was asked for"):
+            with pytest.raises(packages.PackageError, match="not the expected file"):
                 packages.locate(*arguments)
         else:
             assert packages.locate(*arguments).read_bytes() == TEXT
