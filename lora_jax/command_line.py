@@ -1,6 +1,6 @@
 """Read the command line: `--config file.py[:name]`, then any field of the config in it.
 
-For a group these are the group's own fields, and those of each member: `--<member>.lora.rank 4`.
+For a group, these are the group's own fields and each member's: `--<member>.lora.rank 4`.
 
 tyro reads the fields from the dataclasses: it refuses unknown fields and names the nearest, checks
 types, and writes `--help` from the docstrings.
@@ -119,7 +119,7 @@ def _about(reference: str, members: Sequence[str]) -> str:
         return f"Train with {reference}. Every field of the config can be set here."
     return (
         f"Train with {reference}: {', '.join(members)}, together. Every field of each can be set "
-        f"here; only those of {members[0]} are listed, and the others have the same fields."
+        f"here; only the fields of {members[0]} are listed, and the others have the same."
     )
 
 

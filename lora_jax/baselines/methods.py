@@ -17,7 +17,7 @@ from lora_jax.baselines.sites import Tree
 from lora_jax.errors import LoraError
 from lora_jax.models.config import BertConfig, BuiltInConfig
 
-EXTRA = "extra"  # the key of a method's own parameters, next to those of the model
+EXTRA = "extra"  # the key of a method's own parameters, next to the model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Method:
 
         Args:
           model: an unmodified model of `lora_jax.models`.
-          params: the parameters of the model and, under `EXTRA`, those of the method.
+          params: the parameters of the model and, under `EXTRA`, of the method.
           *args: arguments of the model.
           **kwargs: arguments of `apply`.
 
@@ -77,7 +77,11 @@ NONE = Method()
 
 
 def full(config: BuiltInConfig) -> Method:
-    """Return full fine-tuning, which trains every parameter."""
+    """Return full fine-tuning, which trains every parameter.
+
+    Args:
+      config: the config of the model, which makes no difference.
+    """
     return Method(("**",))
 
 
@@ -100,7 +104,7 @@ def top_layers(config: BuiltInConfig, top_layers: int) -> Method:
 
 
 def bitfit(config: BuiltInConfig) -> Method:
-    """Return BitFit, which trains every bias vector, including those of norms.
+    """Return BitFit, which trains every bias vector, also in norms.
 
     Source: Ben-Zaken et al., arXiv 2106.10199.
 
@@ -221,7 +225,11 @@ def prefix_embedding(config: BuiltInConfig, prefix: int, infix: int, length: int
 def prefix_layer(config: BuiltInConfig, prefix: int, infix: int, length: int) -> Method:
     """Return `prefix_embedding` with learned vectors at the input of every layer.
 
-    The arguments are those of `prefix_embedding`.
+    Args:
+      config: the config of the encoder.
+      prefix: the number of learned vectors before the tokens of a row.
+      infix: the number of learned vectors after its last token.
+      length: the largest number of tokens of a row.
 
     Raises:
       LoraError: as for `prefix_embedding`, or the layers are scanned.

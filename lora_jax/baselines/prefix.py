@@ -82,7 +82,11 @@ class Prefix:
     layers: tuple[str, ...] = ()
 
     def init(self, key: Array) -> Tree:
-        """Return fresh parameters."""
+        """Return fresh parameters.
+
+        Args:
+          key: the random key.
+        """
         names = [path.rpartition("/")[2] for path in self.layers] or ["embedding"]
         shape = (self.prefix + self.infix, self.width)
         return {
@@ -91,7 +95,11 @@ class Prefix:
         }
 
     def around(self, params: Tree) -> AbstractContextManager[None]:
-        """Return a context manager in which calls of the model have the learned vectors."""
+        """Return a context manager in which calls of the model have the learned vectors.
+
+        Args:
+          params: the learned vectors, as `init` returns them.
+        """
 
         def longer(call: Any, args: Any, kwargs: Any, context: InterceptorContext) -> Any:
             if context.method_name != "__call__" or _path(context) != self.encoder:

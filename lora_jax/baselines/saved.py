@@ -12,7 +12,7 @@ from lora_jax.errors import LoraError, listed
 def check_lora(name: str, where: object, trained: Iterable[str], about: Mapping[str, Any]) -> None:
     """Raise if a method has added parameters of its own to the model.
 
-    Code that loads LoRA adapters ignores them, so its outputs would be those of another model.
+    Code that loads LoRA adapters ignores them, so it would compute another model.
 
     Args:
       name: the name of the adapter.

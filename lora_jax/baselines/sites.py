@@ -31,7 +31,7 @@ def layers(config: BuiltInConfig) -> tuple[str, ...]:
 
 
 def biases(config: BuiltInConfig) -> str:
-    """Return the pattern of all bias vectors, including those of norms.
+    """Return the pattern of all bias vectors, also in norms.
 
     Raises:
       LoraError: the model has none.
@@ -45,6 +45,6 @@ def biases(config: BuiltInConfig) -> str:
 
 
 def norms(config: BuiltInConfig) -> str:
-    """Return the pattern of the parameters of all norms except those of queries and keys."""
+    """Return the pattern of the parameters of all norms except q/k norms."""
     pattern = "**/{norm,attention_norm,mlp_norm,attention_post_norm,mlp_post_norm}/*"
     return f"{ENCODER}/{pattern}" if isinstance(config, BertConfig) else pattern

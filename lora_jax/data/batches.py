@@ -54,7 +54,7 @@ class TextFacts(Facts):
     padding: float
     """Share of the batches' positions that are padding."""
     truncation: TextTruncation
-    """What `max_length` cut off; for large sets, estimated from a sample."""
+    """The losses by `max_length`; for large sets, estimated from a sample."""
 
     def __str__(self) -> str:
         text, lost = super().__str__(), self.truncation
@@ -119,16 +119,20 @@ class Batches:
         Every process must call this, in the same order as for other batches, or all wait.
 
         Args:
-            shard: the rows of this process.
+          shard: the rows of this process.
 
         Raises:
-            DataError: the rows cannot be divided evenly, or the data cannot be used.
+          DataError: the rows cannot be divided evenly, or the data cannot be used.
         """
         begin, _ = self.part(shard)
         return begin()
 
     def facts(self, shard: Shard = WHOLE) -> Facts:
-        """Return facts about the split from the data of `shard`; waits for no other process."""
+        """Return facts about the split. This waits for no other process.
+
+        Args:
+          shard: the part of every batch that is read.
+        """
         _, facts = self.part(shard)
         return facts
 

@@ -32,7 +32,7 @@ def folder(data_dir: str | None) -> Path:
     """Return the folder of prepared data: `data_dir`, or `data/` in the cache folder.
 
     Args:
-        data_dir: the folder that the config names, if it does.
+      data_dir: the folder that the config names, if it does.
     """
     return cache() / "data" if data_dir is None else Path(data_dir).expanduser()
 
@@ -44,10 +44,10 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     leaves nothing that a later one would read, and of two at the same time the first to end wins.
 
     Args:
-        builder: any TFDS builder.
+      builder: any TFDS builder.
 
     Raises:
-        DataError: the data exists in a format that needs TensorFlow, or the disk is full.
+      DataError: the data exists in a format that needs TensorFlow, or the disk is full.
     """
     path = Path(builder.data_path)
     if path.exists():
@@ -118,9 +118,9 @@ class Builder(DataSource):
         """Prepare the builder if its data is not there yet.
 
         Args:
-            builder: any TFDS builder.
-            name: the name of the source in a config.
-            notes: see `DataSource.notes`.
+          builder: any TFDS builder.
+          name: the name of the source in a config.
+          notes: see `DataSource.notes`.
         """
         prepare(builder)
         self._builder = builder
@@ -183,8 +183,8 @@ class ArrayRecords(Sequence[Example]):
         """Wrap the data source of a builder.
 
         Args:
-            records: the return value of `builder.as_data_source`.
-            encoded: the fields that hold files, such as images; they stay `bytes`.
+          records: the return value of `builder.as_data_source`.
+          encoded: the fields that hold files, such as images; they stay `bytes`.
         """
         self._records = records
         self._encoded = frozenset(encoded)

@@ -38,14 +38,14 @@ def open_source(name: str, data_dir: str | None = None) -> DataSource:
     """Open a source, and prepare its data if it is not there yet.
 
     Args:
-        name: see `DataConfig.source`.
-        data_dir: see `DataConfig.data_dir`.
+      name: see `DataConfig.source`.
+      data_dir: see `DataConfig.data_dir`.
 
     Returns:
-        The source.
+      The source.
 
     Raises:
-        DataError: there is no such source, or its data cannot be downloaded or prepared.
+      DataError: there is no such source, or its data cannot be downloaded or prepared.
     """
     if name in _OURS:
         builder, note = _OURS[name]

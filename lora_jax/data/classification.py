@@ -61,21 +61,21 @@ def classification(
     which texts share a batch. A process makes only its own rows of a batch.
 
     Args:
-        config: the config of the data.
-        tokenizer: makes the tokens; its post-processor adds the special tokens.
-        split: the name of a split.
-        batch_size: rows of a batch.
-        shuffle: whether each epoch has its own order, drawn from `seed` and its number. Without it
-            batches go from short to long texts.
-        seed: the seed of the order.
-        epochs: the number of epochs. None: without end.
-        vocabulary: rows of the model's embedding; a token beyond them is an error.
+      config: the config of the data.
+      tokenizer: makes the tokens; its post-processor adds the special tokens.
+      split: the name of a split.
+      batch_size: rows of a batch.
+      shuffle: whether each epoch has its own order, drawn from `seed` and its number. Without it
+        batches go from short to long texts.
+      seed: the seed of the order.
+      epochs: the number of epochs. None: without end.
+      vocabulary: rows of the model's embedding; a token beyond them is an error.
 
     Returns:
-        The batches.
+      The batches.
 
     Raises:
-        DataError: the source, a field or a label is not as the config says.
+      DataError: the source, a field or a label is not as the config says.
     """
     source = open_source(config.source, config.data_dir)
     labels = labels_of(config, source)

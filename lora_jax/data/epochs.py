@@ -71,8 +71,8 @@ class Epochs:
         A short batch is filled with its own examples, starting with the first, at weight 0.
 
         Args:
-            chosen: the numbers of the examples of the batch.
-            rows: the numbers of the rows.
+          chosen: the numbers of the examples of the batch.
+          rows: the numbers of the rows.
         """
         weights = (np.arange(self.batch_size) < len(chosen))[rows].astype(np.float32)
         return np.resize(chosen, self.batch_size)[rows], weights

@@ -19,8 +19,8 @@ class ExamplesConfig:
     label_field: str = "label"
     """Classification: the field with the label."""
     label_names: tuple[str, ...] = ()
-    """The classes in order. Empty: the classes that the source declares, or else those in the
-    training split."""
+    """The classes in order. Empty: the classes that the source declares, or else the labels in
+    the training split."""
     regression: bool = False
     """The label is a real number. Most sources say so by themselves; CSV files cannot."""
     batch_size: int = 32

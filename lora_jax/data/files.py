@@ -26,7 +26,7 @@ class Files(DataSource):
         """Find the files.
 
         Raises:
-            DataError: there are none.
+          DataError: there are none.
         """
         self.name = name
         self._paths = _paths(name)

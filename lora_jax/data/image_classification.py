@@ -47,20 +47,20 @@ def image_classification(
     rows of a batch, in threads, a few batches ahead.
 
     Args:
-        config: the config of the data.
-        preprocessing: the preprocessing of the model.
-        split: the name of a split.
-        batch_size: rows of a batch.
-        shuffle: whether each epoch has its own order, drawn from `seed` and its number.
-        seed: the seed of the order and of the augmentation.
-        epochs: the number of epochs. None: without end.
-        augmentation: random changes, drawn for each image in each epoch.
+      config: the config of the data.
+      preprocessing: the preprocessing of the model.
+      split: the name of a split.
+      batch_size: rows of a batch.
+      shuffle: whether each epoch has its own order, drawn from `seed` and its number.
+      seed: the seed of the order and of the augmentation.
+      epochs: the number of epochs. None: without end.
+      augmentation: random changes, drawn for each image in each epoch.
 
     Returns:
-        The batches.
+      The batches.
 
     Raises:
-        DataError: the source, a field or a label is not as the config says.
+      DataError: the source, a field or a label is not as the config says.
     """
     source = open_source(config.source, config.data_dir)
     examples, limit = source.examples(split), config.limit(split)

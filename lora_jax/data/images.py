@@ -1,6 +1,6 @@
 """Convert images from the bytes of a file to the numbers that a model reads, with Pillow.
 
-The steps and the rounding are those of transformers' ViTImageProcessor with Pillow. torchvision's
+The steps and the rounding are as in transformers' ViTImageProcessor with Pillow. torchvision's
 own filters, which transformers may use instead, differ from Pillow's by up to 1 of 255.
 """
 
@@ -74,15 +74,15 @@ def decode(value: Any, channels: int, where: str) -> Image:
     """Decode an image file, upright, to 3 channels of colour or 1 of grey with 8 bits each.
 
     Args:
-        value: the bytes of a PNG, a JPEG or another file that Pillow reads, or its path.
-        channels: 1 or 3. Transparency is dropped, as transformers does.
-        where: the example, for the error message.
+      value: the bytes of a PNG, a JPEG or another file that Pillow reads, or its path.
+      channels: 1 or 3. Transparency is dropped, as transformers does.
+      where: the example, for the error message.
 
     Returns:
-        The image.
+      The image.
 
     Raises:
-        DataError: the value is neither bytes nor a path, or the image cannot be read.
+      DataError: the value is neither bytes nor a path, or the image cannot be read.
     """
     if isinstance(value, str):
         value = _content(value, where)
@@ -118,13 +118,13 @@ def pixels(
     """Return the numbers that a model reads.
 
     Args:
-        image: the return value of `decode`.
-        how: the size, the filter, the scale and the normalisation.
-        box: the part of the image that is resized. None: all of it.
-        flip: whether to mirror it, left to right.
+      image: the return value of `decode`.
+      how: the size, the filter, the scale and the normalisation.
+      box: the part of the image that is resized. None: all of it.
+      flip: whether to mirror it, left to right.
 
     Returns:
-        float32 [height, width, channels].
+      float32 [height, width, channels].
     """
     high, wide = how.size
     resized = image.resize((wide, high), PIL.Image.Resampling(how.resample), box=box)

@@ -17,7 +17,11 @@ MOST = 1_000  # the most classes that a head may have without names
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """The names of the classes in the order of their ids; empty for real numbers."""
+    """The classes of a data set, or real numbers as labels.
+
+    Attributes:
+      names: the names of the classes in the order of their ids; empty for real numbers.
+    """
 
     names: tuple[str, ...]
 
@@ -35,11 +39,11 @@ class Labels:
         """Convert a label to a class id or a float.
 
         Args:
-            value: a class id, a class name, or a number.
-            where: the example, for the error message.
+          value: a class id, a class name, or a number.
+          where: the example, for the error message.
 
         Raises:
-            DataError: it is none of these. GLUE marks the hidden labels of its test sets by -1.
+          DataError: it is none of these. GLUE marks the hidden labels of its test sets by -1.
         """
         if self.regression:
             try:
@@ -64,18 +68,18 @@ class Labels:
 
 
 def labels_of(config: ExamplesConfig, source: DataSource) -> Labels:
-    """Return the labels of the config, or those that the source declares, or the training split's.
+    """Return the labels that the config names, or the source declares, or the training split has.
 
     Classes that are found in the split are ordered as numbers if all of them are numbers, else as
     text. Real numbers that are found (floats in JSONL) mean regression.
 
     Args:
-        config: the config of the data.
-        source: the source.
+      config: the config of the data.
+      source: the source.
 
     Raises:
-        DataError: the labels are of several kinds or neither text nor numbers, or there is only one
-            class, or there are more than 1,000 classes without names.
+      DataError: the labels are of several kinds or neither text nor numbers, or there is only one
+        class, or there are more than 1,000 classes without names.
     """
     labels = _labels_of(config, source)
     if len(labels.names) == 1:

@@ -71,21 +71,21 @@ def language_modelling(
     that ends before the others, or has no examples, yields rows of padding at loss_weight 0.
 
     Args:
-        config: the config of the data.
-        tokenizer: makes the tokens. Special tokens that its post-processor puts before a text are
-            kept, those after it are not: `config.eos` is the token that ends an example.
-        split: the name of a split.
-        batch_size: rows of a batch.
-        shuffle: whether each stream has its own order in each epoch, drawn from `seed`.
-        seed: the seed of the orders.
-        epochs: the number of epochs. None: without end.
-        vocabulary: rows of the model's embedding; a token beyond them is an error.
+      config: the config of the data.
+      tokenizer: makes the tokens. Special tokens that its post-processor puts before a text are
+        kept, those after it are not: `config.eos` is the token that ends an example.
+      split: the name of a split.
+      batch_size: rows of a batch.
+      shuffle: whether each stream has its own order in each epoch, drawn from `seed`.
+      seed: the seed of the orders.
+      epochs: the number of epochs. None: without end.
+      vocabulary: rows of the model's embedding; a token beyond them is an error.
 
     Returns:
-        The batches.
+      The batches.
 
     Raises:
-        DataError: the source or a field is not as the config says, or `config.eos` is not given.
+      DataError: the source or a field is not as the config says, or `config.eos` is not given.
     """
     source = open_source(config.source, config.data_dir)
     examples = source.examples(split)
@@ -123,7 +123,7 @@ class Reader:
         """Check the templates and the end token.
 
         Raises:
-            DataError: one of them cannot be used.
+          DataError: one of them cannot be used.
         """
         self.where = where
         self._prompt = Template(config.prompt, "prompt")
@@ -139,7 +139,7 @@ class Reader:
         Counts of cut and dropped examples are added to `truncation`.
 
         Raises:
-            DataError: an example lacks a field.
+          DataError: an example lacks a field.
         """
         start = self._encoder.start
         prompts = self._encoder.plain([self._prompt.fill(e, self.where) for e in examples])
@@ -228,9 +228,9 @@ def _measure(
     The counts are for the whole split. If not all rows are known, they are scaled up from a sample.
 
     Args:
-        rows: the rows of the streams of this process.
-        truncation: what was cut off so far.
-        count: the number of examples of the split.
+      rows: the rows of the streams of this process.
+      truncation: what was cut off so far.
+      count: the number of examples of the split.
     """
     each = -(-_SAMPLE // len(rows))
     lengths = np.concatenate([_lengths(stream, each) for stream in rows.values()])

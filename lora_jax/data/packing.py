@@ -134,10 +134,10 @@ class Streams:
         """Make the streams. Nothing is packed yet.
 
         Args:
-            rows: number of a stream -> its rows; an empty row is skipped.
-            packing: the settings.
-            shard: the rows of a batch that these streams are.
-            where: source and split, for error messages.
+          rows: number of a stream -> its rows; an empty row is skipped.
+          packing: the settings.
+          shard: the rows of a batch that these streams are.
+          where: source and split, for error messages.
         """
         self._packing, self._shard, self._where = packing, shard, where
         # Grain would search for ever for the next row of an endless stream that has none.
@@ -147,7 +147,7 @@ class Streams:
         """Return an iterator before the first batch. Every process must call this, or all wait.
 
         Raises:
-            DataError: no stream of any process has an example.
+          DataError: no stream of any process has an example.
         """
         if not self._anything:
             raise DataError(f"{self._where}: no example of it has anything to learn")
@@ -194,9 +194,9 @@ class PackedBatches:
         """Start before the first batch.
 
         Args:
-            streams: number of a stream -> its rows.
-            blank: the row that a stream yields after its end.
-            total: the number of batches. None: without end.
+          streams: number of a stream -> its rows.
+          blank: the row that a stream yields after its end.
+          total: the number of batches. None: without end.
         """
         self._streams, self._blank, self._total = streams, blank, total
         self._batch = 0
@@ -220,7 +220,7 @@ class PackedBatches:
         """Continue at the position that `get_state` returned.
 
         Raises:
-            DataError: the state lacks a stream of this process.
+          DataError: the state lacks a stream of this process.
         """
         missing = [n for n in self._streams if str(n) not in state["rows"]]
         if missing:

@@ -47,13 +47,13 @@ class Shard:
         """Return the numbers of the rows of this shard in a global batch.
 
         Args:
-            total: the number of rows of the batch.
+          total: the number of rows of the batch.
 
         Returns:
-            int64 [total * share].
+          int64 [total * share].
 
         Raises:
-            DataError: the rows cannot be divided evenly.
+          DataError: the rows cannot be divided evenly.
         """
         if total % self.count:
             up = -(-total // self.count) * self.count
@@ -73,15 +73,19 @@ class Shard:
         {'x': array([2, 3])}
 
         Args:
-            batch: name -> array with the rows of the global batch as its first axis.
+          batch: name -> array with the rows of the global batch as its first axis.
 
         Raises:
-            DataError: the rows cannot be divided evenly.
+          DataError: the rows cannot be divided evenly.
         """
         return {name: array[self.rows(len(array))] for name, array in batch.items()}
 
     def most(self, n: int) -> int:
-        """Return the largest `n` of all processes. Every process must call this, or all wait."""
+        """Return the largest `n` of all processes. Every process must call this, or all wait.
+
+        Args:
+          n: the number of this process.
+        """
         if jax.process_count() == 1:
             return n
         return int(np.max(multihost_utils.process_allgather(np.int32(n))))

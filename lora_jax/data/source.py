@@ -40,14 +40,21 @@ class DataSource(abc.ABC):
     def examples(self, split: str) -> Sequence[Example]:
         """Return the examples of a split, with random access.
 
+        Args:
+          split: the name of the split.
+
         Raises:
-            DataError: there is no such split, or it cannot be read.
+          DataError: there is no such split, or it cannot be read.
         """
 
     def classes(self, field: str) -> tuple[str, ...] | None:
         """Return the class names that the source declares for a field.
 
-        It is () for a real number, and None if the source declares nothing.
+        Args:
+          field: the name of the field.
+
+        Returns:
+          The names; () for a real number, and None if the source declares nothing.
         """
         return None
 
@@ -63,13 +70,13 @@ def field_of(example: Example, field: str, option: str, where: str) -> Any:
     """Return `example[field]`, or raise an error that lists the fields.
 
     Args:
-        example: an example.
-        field: the name of the field.
-        option: the option of the config that names it.
-        where: the source, for the message; an example from a file has its line instead.
+      example: an example.
+      field: the name of the field.
+      option: the option of the config that names it.
+      where: the source, for the message; an example from a file has its line instead.
 
     Raises:
-        DataError: there is no such field.
+      DataError: there is no such field.
     """
     if field in example:
         return example[field]
@@ -80,13 +87,13 @@ def text_of(example: Example, field: str, option: str, where: str) -> str:
     """Return `field_of` as text; a number is converted.
 
     Args:
-        example: an example.
-        field: the name of the field.
-        option: the option of the config that names it.
-        where: the source, for the message.
+      example: an example.
+      field: the name of the field.
+      option: the option of the config that names it.
+      where: the source, for the message.
 
     Raises:
-        DataError: there is no such field, or its value is neither text nor a number.
+      DataError: there is no such field, or its value is neither text nor a number.
     """
     value = field_of(example, field, option, where)
     if isinstance(value, str | int | float):

@@ -28,9 +28,9 @@ def tracked(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     """Yield items, and show a progress bar on a terminal or a line elsewhere if there are many.
 
     Args:
-        items: the items.
-        description: the activity, such as "tokenising train".
-        total: the number of items.
+      items: the items.
+      description: the activity, such as "tokenising train".
+      total: the number of items.
     """
     if total < _LONG:
         yield from items

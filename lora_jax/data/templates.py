@@ -50,7 +50,7 @@ class Template:
         """Return the text for an example.
 
         Raises:
-            DataError: the example lacks a field, or its value is neither text nor a number.
+          DataError: the example lacks a field, or its value is neither text nor a number.
         """
         values = {name: text_of(example, name, self.option, where) for name in self.fields}
         return self.text.format_map(values)

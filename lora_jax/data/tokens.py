@@ -83,10 +83,10 @@ class Encoder:
         """Copy the tokenizer, so that the settings of the caller's do not change.
 
         Args:
-            tokenizer: makes the tokens.
-            max_length: the largest number of tokens of a text.
-            vocabulary: rows of the model's embedding; a token beyond them is an error. None: no
-                check.
+          tokenizer: makes the tokens.
+          max_length: the largest number of tokens of a text.
+          vocabulary: rows of the model's embedding; a token beyond them is an error. None: no
+            check.
         """
         self.max_length, self._vocabulary = max_length, vocabulary
         self._whole = Tokenizer.from_str(tokenizer.to_str())
@@ -143,15 +143,15 @@ class Encoder:
         from the longer one of a pair first.
 
         Args:
-            texts: texts, or pairs of texts.
-            truncation: the counts of cut examples and tokens.
+          texts: texts, or pairs of texts.
+          truncation: the counts of cut examples and tokens.
 
         Returns:
-            An encoding for each text.
+          An encoding for each text.
 
         Raises:
-            DataError: `max_length` leaves no room for text after the special tokens, or see
-              `check`.
+          DataError: `max_length` leaves no room for text after the special tokens, or see
+            `check`.
         """
         encodings = self._encoded(texts)
         self.check(encoding.ids for encoding in encodings)

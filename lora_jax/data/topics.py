@@ -140,7 +140,7 @@ def read(path: Path) -> Iterator[KeyedRow]:
     Empty rows are included.
 
     Raises:
-        DataError: a row has more or fewer columns, or lacks the label or the text.
+      DataError: a row has more or fewer columns, or lacks the label or the text.
     """
     with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, 1):

@@ -82,8 +82,8 @@ def check_padding(
             found = [float(weight({**rows, **marks})) for rows in (member.example, batch)]
             if not math.isclose(*found, rel_tol=1e-5):
                 raise ConfigError(
-                    f"the batches of {member.name!r} are smaller than those of others, and padding "
-                    f"them with zeros changes the weight of its loss from {found[0]:g} to "
+                    f"the batches of {member.name!r} are smaller than the others' batches, and "
+                    f"padding them with zeros changes the weight of its loss from {found[0]:g} to "
                     f"{found[1]:g}. Give all members batches of one size, or give the batches an "
                     "array (weights, a mask) that is zero for rows that do not count"
                 )

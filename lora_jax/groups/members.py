@@ -237,7 +237,7 @@ class Opener(contextlib.ExitStack):
 
 
 def _check_alike(base: SharedBase, name: str, trainable: dict[str, Any], frozen: Tree) -> None:
-    """Raise unless the parameters have the same paths and shapes as those of the first member."""
+    """Raise unless the parameters have the paths and shapes of the first member's."""
     if list(trainable) != list(base.trainable):
         raise ConfigError(
             f"{base.name!r} and {name!r} train different parameters in full "

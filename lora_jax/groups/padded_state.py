@@ -77,7 +77,7 @@ class StateShapes:
 
 
 def only_trained(trained: Trained) -> State:
-    """Return a state with nothing but `trained`, whose key paths are those of a whole state."""
+    """Return a state with nothing but `trained`, and with the key paths of a whole state."""
     nothing: Any = None
     return State(trained, nothing, nothing, nothing, nothing)
 

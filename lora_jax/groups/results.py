@@ -24,7 +24,7 @@ from lora_jax.training.directory import Summary, write_json, write_whole
 
 
 def show(summaries: Sequence[Summary], console: Console) -> None:
-    """Print the members; those of a sweep are sorted, with the best first and marked."""
+    """Print the members; in a sweep they are sorted, with the best first and marked."""
     results = gather(summaries)
     found = listing(results)
     table = Table(title=found.title)
@@ -52,7 +52,7 @@ class Listing:
 
 
 def listing(results: Results) -> Listing:
-    """List the members: those of a sweep with the best first, tasks in the order given."""
+    """List the members: of a sweep with the best first, of several tasks in the order given."""
     return _of_tasks(results) if results.tasks else _of_sweep(results)
 
 

@@ -27,20 +27,20 @@ def attend(
     share a key head are rows of one product, so keys are never repeated.
 
     Args:
-        query: [B, T, N, H]; query head n uses key head n // (N / K).
-        key: [B, S, K, H]; K divides N.
-        value: [B, S, K, H].
-        mask: bool, broadcastable to [B, 1, T, S]; True where a query may look. A row without any
-            True attends equally to everything, and stays finite.
-        drop: [B, N, T, S] factors by which the weights are multiplied (dropout), or None.
-        past: keys [B, K, H, P] and values [B, K, P, H] of earlier tokens. The mask has them first:
-            its S is then P + S. They are not concatenated with the others, which would copy them.
-        bias: [B, N, T, S], added to the scores; it cannot be combined with `past`.
-        scale: the factor of the scores. None: 1 / sqrt(H).
-        cap: if given, scores are limited to (-cap, cap) by cap tanh(scores / cap), before the mask.
+      query: [B, T, N, H]; query head n uses key head n // (N / K).
+      key: [B, S, K, H]; K divides N.
+      value: [B, S, K, H].
+      mask: bool, broadcastable to [B, 1, T, S]; True where a query may look. A row without any
+        True attends equally to everything, and stays finite.
+      drop: [B, N, T, S] factors by which the weights are multiplied (dropout), or None.
+      past: keys [B, K, H, P] and values [B, K, P, H] of earlier tokens. The mask has them first:
+        its S is then P + S. They are not concatenated with the others, which would copy them.
+      bias: [B, N, T, S], added to the scores; it cannot be combined with `past`.
+      scale: the factor of the scores. None: 1 / sqrt(H).
+      cap: if given, scores are limited to (-cap, cap) by cap tanh(scores / cap), before the mask.
 
     Returns:
-        [B, T, N, H] in the dtype of `value`; scores and softmax are in float32.
+      [B, T, N, H] in the dtype of `value`; scores and softmax are in float32.
     """
     batch, length, heads, width = query.shape
     groups, before = key.shape[2], 0 if past is None else past[0].shape[-1]
@@ -82,15 +82,15 @@ def visible(
     """Return the attention mask of rows.
 
     Args:
-        length: T.
-        mask: [B, T]; True at real tokens, which are the only ones that others may see.
-        segment_ids: [B, T] int; a token sees only its own segment.
-        causal: whether a token sees only itself and the tokens before it.
-        window: a token sees itself, at most window - 1 tokens before it and, unless causal, as many
-            after it.
+      length: T.
+      mask: [B, T]; True at real tokens, which are the only ones that others may see.
+      segment_ids: [B, T] int; a token sees only its own segment.
+      causal: whether a token sees only itself and the tokens before it.
+      window: a token sees itself, at most window - 1 tokens before it and, unless causal, as many
+        after it.
 
     Returns:
-        bool, broadcastable to [B, 1, T, T]; None if every token sees every token.
+      bool, broadcastable to [B, 1, T, T]; None if every token sees every token.
     """
     parts = []
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]

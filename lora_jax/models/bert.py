@@ -147,13 +147,16 @@ class _Embeddings(nn.Module):
 
 
 class Bert(nn.Module):
-    """The encoder: token ids to hidden states.
+    """The encoder of texts, which computes hidden states from token ids.
 
     Parameters: `embeddings/{word,position,token_type}/embedding`, `embeddings/norm`, and per
     layer `encoder/layer_0/attention/{query,key,value,output}`, `attention_norm`,
     `mlp/{up,down}`, `mlp_norm` (with `scan_layers`: `encoder/layers/...`, stacked). DeBERTa also
     has `encoder/{relative,convolution}` and `attention/position_{query,key}`. The parameters of
     ModernBERT are listed in `lora_jax.models.pre_norm`.
+
+    Attributes:
+      config: the config of the encoder.
     """
 
     config: BertConfig
@@ -171,19 +174,19 @@ class Bert(nn.Module):
         """Compute the hidden states.
 
         Args:
-            input_ids: [B, T] int.
-            mask: [B, T], True at real tokens. None: all tokens are real.
-            token_types: [B, T] int. None: all 0.
-            segment_ids: [B, T] int, for packed rows: a token sees only its own segment.
-            positions: [B, T] int, at least 0. None: counted from the start of the row (of each
-                segment, in packed rows; only real tokens, for RoBERTa).
-            deterministic: False applies dropout as in `config`, with the rng named "dropout".
+          input_ids: [B, T] int.
+          mask: [B, T], True at real tokens. None: all tokens are real.
+          token_types: [B, T] int. None: all 0.
+          segment_ids: [B, T] int, for packed rows: a token sees only its own segment.
+          positions: [B, T] int, at least 0. None: counted from the start of the row (of each
+            segment, in packed rows; only real tokens, for RoBERTa).
+          deterministic: False applies dropout as in `config`, with the rng named "dropout".
 
         Returns:
-            [B, T, D] in `config.dtype`.
+          [B, T, D] in `config.dtype`.
 
         Raises:
-            ValueError: T is longer than `config.max_positions`, or the activation is unknown.
+          ValueError: T is longer than `config.max_positions`, or the activation is unknown.
         """
         config = self.config
         check_choice("activation", config.activation, ACTIVATIONS)
@@ -256,10 +259,10 @@ class BertClassifier(nn.Module):
     """The encoder with a classification head; parameters `bert/...` and `classifier/...`.
 
     Attributes:
-        config: the config of the encoder.
-        num_classes: the number of classes; 1 for regression.
-        pooling: one of `POOLINGS`. The head has `out/{kernel,bias}`, and with `"roberta_head"` also
-            `dense/{kernel,bias}`.
+      config: the config of the encoder.
+      num_classes: the number of classes; 1 for regression.
+      pooling: one of `POOLINGS`. The head has `out/{kernel,bias}`, and with `"roberta_head"` also
+        `dense/{kernel,bias}`.
     """
 
     config: BertConfig
@@ -274,7 +277,7 @@ class BertClassifier(nn.Module):
         token_types: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """Return the logits, float32 [B, num_classes]. The arguments are those of `Bert`."""
+        """Return the logits, float32 [B, num_classes]. The arguments are the same as in `Bert`."""
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("head_activation", self.config.head_activation, ACTIVATIONS)
         encoder = Bert(self.config, name="bert")

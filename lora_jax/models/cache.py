@@ -14,7 +14,7 @@ positions from 0 to its own (and no further back than the window), so padding ma
 
 Rows of different lengths are best padded on the left. Then all of them end in the same slot: a
 decoding step writes one slot for the whole batch, where right-padded rows would need a scatter or
-leave gaps. The logits that follow a prompt are then those of its last slot.
+leave gaps. The next token of a prompt then follows from the logits of its last slot.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Cache(NamedTuple):
     """Keys (rotated by their positions) and values of a batch; every array has the rows first.
 
     Attributes:
-        keys: with unrolled layers a tuple of [B, K, H, S], one for each layer; with scanned layers
-            one array [B, layers, K, H, S]. These are the right-hand sides of the first product of
-            attention as they are: otherwise every step would transpose, and copy, the whole cache.
-        values: the same for the second product, [B, K, S, H] or [B, layers, K, S, H].
-        positions: [B, S] int32, the position of the token in each slot; -1 if there is none.
+      keys: with unrolled layers a tuple of [B, K, H, S], one for each layer; with scanned layers
+        one array [B, layers, K, H, S]. These are the right-hand sides of the first product of
+        attention as they are: otherwise every step would transpose, and copy, the whole cache.
+      values: the same for the second product, [B, K, S, H] or [B, layers, K, S, H].
+      positions: [B, S] int32, the position of the token in each slot; -1 if there is none.
     """
 
     keys: Store
@@ -67,14 +67,14 @@ def empty(config: LlamaConfig, rows: int, capacity: int, dtype: DTypeLike | None
     """Return an empty cache.
 
     Args:
-        config: the config of the decoder.
-        rows: the number of rows B.
-        capacity: the number of slots S of each row. With 0, prompts can be read: there is nothing
-            before them.
-        dtype: the dtype of the keys and values. None: the dtype of the computation.
+      config: the config of the decoder.
+      rows: the number of rows B.
+      capacity: the number of slots S of each row. With 0, prompts can be read: there is nothing
+        before them.
+      dtype: the dtype of the keys and values. None: the dtype of the computation.
 
     Returns:
-        The cache, whose positions are all -1.
+      The cache, whose positions are all -1.
     """
     dtype = config.dtype if dtype is None else dtype
     heads, width = config.num_kv_heads, config.head_dim
@@ -92,17 +92,17 @@ def written(cache: Cache, new: Cache, slot: Array | int, after: Array | None = N
     """Write the entries of T new tokens into the slots `slot` to `slot + T` of all rows.
 
     Args:
-        cache: the cache.
-        new: the entries of the new tokens, a cache of capacity T.
-        slot: the first slot, [] int; `slot + T` must not exceed the capacity.
-        after: the tokens that were chosen from the logits (any int array >= 0 that depends on
-            everything that reads the cache). With it, a cache that is donated to the program is
-            written in place. The slot is made to depend on `after`; otherwise XLA, which cannot
-            tell that the reads come first, would copy the whole cache before the write (it removes
-            an `optimization_barrier` before it decides).
+      cache: the cache.
+      new: the entries of the new tokens, a cache of capacity T.
+      slot: the first slot, [] int; `slot + T` must not exceed the capacity.
+      after: the tokens that were chosen from the logits (any int array >= 0 that depends on
+        everything that reads the cache). With it, a cache that is donated to the program is
+        written in place. The slot is made to depend on `after`; otherwise XLA, which cannot
+        tell that the reads come first, would copy the whole cache before the write (it removes
+        an `optimization_barrier` before it decides).
 
     Returns:
-        The cache with the new entries.
+      The cache with the new entries.
     """
     if after is not None:
         slot = slot + jnp.minimum(after.max(), 0)
@@ -122,8 +122,8 @@ class Fresh(NamedTuple):
     """The entries of new tokens, collected layer by layer.
 
     Attributes:
-        keys, values: as in a `Cache` of T slots; with unrolled layers those of the layers so far.
-        at: the index of the current layer; a Python int in unrolled layers.
+      keys, values: as in a `Cache` of T slots; with unrolled layers, of the layers so far.
+      at: the index of the current layer; a Python int in unrolled layers.
     """
 
     keys: Store
@@ -161,9 +161,9 @@ def visible_slots(positions: Array, slots: Array, window: int | None) -> Array:
     """Return which slots each query may look at: bool [B, 1, T, S].
 
     Args:
-        positions: [B, T], the positions of the queries.
-        slots: [B, S], the positions in the slots.
-        window: a token sees itself and at most window - 1 tokens before it. None: no limit.
+      positions: [B, T], the positions of the queries.
+      slots: [B, S], the positions in the slots.
+      window: a token sees itself and at most window - 1 tokens before it. None: no limit.
     """
     distance = positions[:, :, None] - slots[:, None, :]
     seen = (slots >= 0)[:, None, :] & (distance >= 0)

@@ -12,14 +12,14 @@ class Disentangled:
     """DeBERTa's attention by relative positions; see `lora_jax.models.deberta`.
 
     Attributes:
-        distances: the largest distance; larger ones count as this one.
-        buckets: the number of different distances in each direction; 0: all of them.
-        kinds: "c2p" (content to position), "p2c" (position to content).
-        shared: whether positions use the kernels of the tokens' queries and keys.
-        norm: whether the table of positions is normalised.
-        conv_size: the size of the convolution that is added after the first layer; 0: none.
-        conv_groups: the number of its groups.
-        conv_activation: its activation function.
+      distances: the largest distance; larger ones count as this one.
+      buckets: the number of different distances in each direction; 0: all of them.
+      kinds: "c2p" (content to position), "p2c" (position to content).
+      shared: whether positions use the kernels of the tokens' queries and keys.
+      norm: whether the table of positions is normalised.
+      conv_size: the size of the convolution that is added after the first layer; 0: none.
+      conv_groups: the number of its groups.
+      conv_activation: its activation function.
     """
 
     distances: int
@@ -42,15 +42,15 @@ class PreNorm:
     """Layers that begin with their norms; see `lora_jax.models.pre_norm`. The defaults are ViT's.
 
     Attributes:
-        rope_theta: the rotary base of layers that see all tokens. None: no rotation.
-        local_rope_theta: the rotary base of layers with a window.
-        window: a token sees itself, and at most window - 1 others on either side.
-        windowed: for each layer, whether it has the window. None: no layer has.
-        fused: whether query, key and value are one kernel `qkv`.
-        gated: whether the MLP is down(activation(gate) * up), with gate and up one kernel
-            `gate_up`.
-        qkv_bias, output_bias, mlp_bias, norm_bias: whether these parts have biases.
-        first_norm: whether the first layer's attention normalises the embeddings.
+      rope_theta: the rotary base of layers that see all tokens. None: no rotation.
+      local_rope_theta: the rotary base of layers with a window.
+      window: a token sees itself, and at most window - 1 others on either side.
+      windowed: for each layer, whether it has the window. None: no layer has.
+      fused: whether query, key and value are one kernel `qkv`.
+      gated: whether the MLP is down(activation(gate) * up), with gate and up one kernel
+        `gate_up`.
+      qkv_bias, output_bias, mlp_bias, norm_bias: whether these parts have biases.
+      first_norm: whether the first layer's attention normalises the embeddings.
     """
 
     rope_theta: float | None = None
@@ -73,16 +73,38 @@ class PreNorm:
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """An encoder: BERT, RoBERTa, DistilBERT, DeBERTa v2 and v3, ModernBERT.
+    """The config of an encoder: BERT, RoBERTa, DistilBERT, DeBERTa v2 and v3, ModernBERT.
 
-    RoBERTa's positions start after the row of the padding token: `position_offset` is `pad_id + 1`.
-    `max_positions` counts the rows that text can use. DistilBERT has no token types, and its
-    `head_activation` is "relu", in the dense layer of a "roberta_head". DeBERTa has `relative`
-    positions, and mostly no absolute ones. ModernBERT has `pre_norm`, and a norm in its
-    "roberta_head".
+    The defaults are BERT's; the options below name the families that use them.
 
-    `head_dropout` (None: the same as `dropout`) is applied before the head's last product and, with
-    `pooler_dropout` (not DeBERTa), also before the first one of a "roberta_head".
+    Attributes:
+      vocab_size: the number of tokens.
+      hidden_size: the width of the hidden states.
+      num_layers: the number of layers.
+      num_heads: the number of attention heads, which divides `hidden_size`.
+      mlp_size: the width of the MLP.
+      max_positions: the largest number of tokens of a text.
+      num_token_types: the number of token types. DistilBERT has none.
+      norm_eps: the epsilon of the norms.
+      activation: the activation function of the MLP.
+      head_activation: the activation function of the dense layer of the head.
+      absolute_positions: whether there is a table of positions. Most DeBERTa models have none.
+      relative: attention by relative positions (DeBERTa).
+      pre_norm: layers that begin with their norms (ModernBERT).
+      head_norm: whether a "roberta_head" has a norm (ModernBERT).
+      head_bias: whether the dense layer of the head has a bias.
+      head_dropout: the dropout before the last product of the head. None: `dropout`.
+      pooler_dropout: whether a "roberta_head" also has this dropout before its first product. It
+        has not in DeBERTa.
+      position_offset: the row of the first position; `pad_id + 1` in RoBERTa.
+      pad_id, bos_id, eos_id: the ids of padding, begin and end.
+      dropout: the dropout of the embeddings and of the outputs of attention and MLP.
+      attention_dropout: the dropout of the attention weights.
+      scan_layers: whether the layers run in one `nn.scan`, so that their parameters are stacked.
+      remat: which intermediate results of a layer the backward pass computes again: "none", "full"
+        (all), "dots" (all but the products), or a policy of `jax.checkpoint_policies`.
+      dtype: the dtype of the computation.
+      param_dtype: the dtype of the parameters.
     """
 
     vocab_size: int
@@ -127,7 +149,12 @@ class BertConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LongRope:
-    """The divisors of the rotary frequencies in a row with more than `length` positions."""
+    """The divisors of the rotary frequencies in long rows.
+
+    Attributes:
+      length: the divisors apply to a row with more positions than this.
+      divisors: one for each rotated pair.
+    """
 
     length: int
     divisors: tuple[float, ...]
@@ -135,36 +162,59 @@ class LongRope:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """A decoder: Llama and its family (SmolLM2, Mistral, Qwen2, Qwen3), GPT-2, Gemma, Phi, and
-    mixtures of experts (Mixtral, Qwen3-MoE). The defaults are Llama's; the options below name the
-    families that use them.
+    """The config of a decoder.
 
-    Sizes: with experts, `mlp_size` is the size of one expert.
+    The families are Llama and its descendants (SmolLM2, Mistral, Qwen2, Qwen3), GPT-2, Gemma, Phi,
+    and mixtures of experts (Mixtral, Qwen3-MoE). The defaults are Llama's; the options below name
+    the families that use them.
 
-    Norms: `norm` is "rms", "rms_plus_one" (Gemma: multiplies by 1 + scale) or "layer" (GPT-2).
-    `post_norms` (Gemma) also normalises the outputs of attention and MLP.
-
-    Positions: `positions` is "rotary" or "learned" (GPT-2). `rotary_dim` (Phi) rotates only this
-    many numbers of a head. `rope_divisors` (one number per rotated pair, rotary_dim / 2 of them)
-    divides the rotary frequencies: every published scaling for a fixed context length can be
-    written so, see `lora_jax.models.rope`. `rope_long` (Phi) replaces it in a row beyond a given
-    length, and `rope_amplitude` multiplies the rotated queries and keys.
-
-    Attention: `sliding_window` lets a token see only this many tokens, including itself, in the
-    layers where `windowed` is True (None: in all). Those layers rotate by `local_rope_theta`
-    (Gemma 3) if it is given. `attention_scale` multiplies the scores (None: 1 / sqrt(head_dim)),
-    and `attention_cap` (Gemma 2) limits them. With `fused` (GPT-2, Phi), q, k and v are one kernel
-    `qkv`, and gate and up are one kernel.
-
-    MLP: down(activation(gate) * up), or down(activation(up)) if it is not `gated` (GPT-2). With
-    `num_experts` it is a mixture: each token goes to `experts_per_token` of them, weighted by the
-    router's softmax over all; if `renormalised`, the weights of a token sum to 1.
-
-    Ends: `embedding_scale` (Gemma) multiplies the embeddings, `logit_cap` (Gemma 2) limits the
-    logits.
-
-    `dropout` is applied to the embeddings and to the outputs of attention and MLP, and
-    `attention_dropout` to the attention weights, as in GPT-2.
+    Attributes:
+      vocab_size: the number of tokens.
+      hidden_size: the width of the hidden states.
+      num_layers: the number of layers.
+      num_heads: the number of attention heads of the queries.
+      num_kv_heads: the number of attention heads of keys and values, which divides `num_heads`.
+      head_dim: the width of a head.
+      mlp_size: the width of the MLP, or of one expert.
+      max_positions: the largest number of tokens of a text.
+      norm: "rms", "rms_plus_one" (Gemma: multiplies by 1 + scale) or "layer" (GPT-2).
+      norm_eps: the epsilon of the norms.
+      post_norms: whether the outputs of attention and MLP are normalised, too (Gemma).
+      positions: "rotary" or "learned" (GPT-2).
+      rope_theta: the base of the rotary frequencies.
+      rope_divisors: divisors of the rotary frequencies, one for each rotated pair. Every published
+        scaling for a fixed context length has this form, see `lora_jax.models.rope`.
+      rope_long: replaces `rope_divisors` in long rows (Phi).
+      rope_amplitude: multiplies the rotated queries and keys.
+      rotary_dim: the number of elements of a head that are rotated (Phi). None: all.
+      local_rope_theta: `rope_theta` in the layers with a window (Gemma 3). None: the same.
+      fused: whether q, k and v are one kernel `qkv`, and gate and up are one (GPT-2, Phi).
+      qkv_bias: whether q, k and v have biases.
+      output_bias: whether the output of attention has a bias.
+      qk_norm: whether q and k are normalised.
+      sliding_window: the number of tokens that a token sees, including itself. None: all.
+      windowed: for each layer, whether it has the window. None: all have.
+      attention_scale: multiplies the scores. None: 1 / sqrt(head_dim).
+      attention_cap: a limit of the scores (Gemma 2).
+      activation: the activation function of the MLP.
+      gated: whether the MLP is down(activation(gate) * up); otherwise it is down(activation(up)),
+        as in GPT-2.
+      mlp_bias: whether the MLP has biases.
+      num_experts: the number of experts of a mixture; 0: an MLP without experts.
+      experts_per_token: the number of experts that each token uses. They are weighted by the
+        router's softmax over all experts.
+      renormalised: whether the weights of a token's experts are scaled so that their sum is 1.
+      embedding_scale: multiplies the embeddings (Gemma).
+      tied: whether the embeddings are also the kernel of the head.
+      logit_cap: a limit of the logits (Gemma 2).
+      pad_id, bos_id, eos_id: the ids of padding, begin and end.
+      dropout: the dropout of the embeddings and of the outputs of attention and MLP.
+      attention_dropout: the dropout of the attention weights.
+      scan_layers: whether the layers run in one `nn.scan`, so that their parameters are stacked.
+      remat: which intermediate results of a layer the backward pass computes again: "none", "full"
+        (all), "dots" (all but the products), or a policy of `jax.checkpoint_policies`.
+      dtype: the dtype of the computation.
+      param_dtype: the dtype of the parameters.
     """
 
     vocab_size: int
@@ -250,7 +300,7 @@ class LlamaConfig:
         read, hence the + 1.)
 
         Args:
-            prompt: the number of tokens of the prompt.
+          prompt: the number of tokens of the prompt.
         """
         if self.rope_long is None or prompt > self.rope_long.length:
             return self.max_positions
@@ -264,7 +314,27 @@ class LlamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
-    """A ViT; the sizes of images and patches are (height, width)."""
+    """The config of a ViT.
+
+    Attributes:
+      image_size: the height and width of an image.
+      patch_size: the height and width of a patch.
+      hidden_size: the width of the hidden states.
+      num_layers: the number of layers.
+      num_heads: the number of attention heads, which divides `hidden_size`.
+      mlp_size: the width of the MLP.
+      channels: the number of channels of an image.
+      norm_eps: the epsilon of the norms.
+      activation: the activation function of the MLP.
+      pre_norm: the form of the layers.
+      dropout: the dropout of the embeddings and of the outputs of attention and MLP.
+      attention_dropout: the dropout of the attention weights.
+      scan_layers: whether the layers run in one `nn.scan`, so that their parameters are stacked.
+      remat: which intermediate results of a layer the backward pass computes again: "none", "full"
+        (all), "dots" (all but the products), or a policy of `jax.checkpoint_policies`.
+      dtype: the dtype of the computation.
+      param_dtype: the dtype of the parameters.
+    """
 
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -303,9 +373,9 @@ def check_choice(field: str, value: str, choices: Mapping[str, object]) -> None:
     """Raise a ValueError that names the field and the choices unless `value` is one of them.
 
     Args:
-        field: the name of the field.
-        value: its value.
-        choices: the valid values.
+      field: the name of the field.
+      value: its value.
+      choices: the valid values.
     """
     if value not in choices:
         raise ValueError(f"{field}: got {value!r}, expected one of {', '.join(sorted(choices))}")

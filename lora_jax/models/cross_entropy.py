@@ -18,12 +18,12 @@ def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> Arra
     Source: label smoothing is from Szegedy et al., arXiv 1512.00567.
 
     Args:
-        logits: float32 [..., V].
-        targets: int [...], from 0 to V - 1.
-        smoothing: the share of the label that is spread over all classes.
+      logits: float32 [..., V].
+      targets: int [...], from 0 to V - 1.
+      smoothing: the share of the label that is spread over all classes.
 
     Returns:
-        float32 [...].
+      float32 [...].
     """
     each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     if smoothing == 0:
@@ -55,14 +55,14 @@ def chunked_cross_entropy(
     True
 
     Args:
-        head: [B, t, D] -> logits [B, t, V]; arrays that it closes over are differentiated, too.
-        hidden: [B, T, D], the inputs of the head.
-        targets: int [B, T], from 0 to V - 1.
-        chunk: positions of a chunk, limited to T; if it does not divide T, the rest is padded.
-        smoothing: as in `cross_entropy`.
+      head: [B, t, D] -> logits [B, t, V]; arrays that it closes over are differentiated, too.
+      hidden: [B, T, D], the inputs of the head.
+      targets: int [B, T], from 0 to V - 1.
+      chunk: positions of a chunk, limited to T; if it does not divide T, the rest is padded.
+      smoothing: as in `cross_entropy`.
 
     Returns:
-        float32 [B, T].
+      float32 [B, T].
     """
     batch, length = targets.shape
     chunk = min(chunk, length)

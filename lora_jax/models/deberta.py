@@ -67,13 +67,13 @@ def position_scores(
     """Return the unscaled scores of content to position and of position to content.
 
     Args:
-        query: [B, T, N, H].
-        key: [B, T, N, H].
-        by_position: keys and queries [P, N, H] of the positions; None: no such scores.
-        index: int [T, T], the row of each pair.
+      query: [B, T, N, H].
+      key: [B, T, N, H].
+      by_position: keys and queries [P, N, H] of the positions; None: no such scores.
+      index: int [T, T], the row of each pair.
 
     Returns:
-        float32 [B, N, T, T].
+      float32 [B, N, T, T].
     """
     batch, length, heads, _ = query.shape
     shape = (batch, heads, length, length)
@@ -83,7 +83,7 @@ def position_scores(
             continue
         form = ("btnh,pnh->bntp", rows, positions)
         each = jnp.einsum(*form, preferred_element_type=jnp.float32)
-        # For a key, the pairs are those in which it is the second token.
+        # A key takes the pairs in which it is the second token.
         which = jnp.broadcast_to((index if rows is query else index.T)[None, None], shape)
         found = jnp.take_along_axis(each, which, axis=-1)
         total = total + (found if rows is query else found.swapaxes(-1, -2))

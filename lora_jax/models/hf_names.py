@@ -21,9 +21,9 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
     """Return `{path: module}` of every parameter of a model that belongs to a module.
 
     Args:
-      config: the config of the model; with `scan_layers` the paths are those of stacked parameters.
+      config: the config of the model; with `scan_layers` the paths are of stacked parameters.
       head: the classification head that the encoder was loaded with. With a head the names are
-        those of `...ForSequenceClassification`, without it those of the bare encoder.
+        as in `...ForSequenceClassification`, without it as in the bare encoder.
       root: a prefix of every path: "" for the tree that `load` returns, "params/" if it is inside
         Flax's `{"params": ...}`.
     >>> from lora_jax.models import LlamaConfig

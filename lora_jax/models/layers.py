@@ -38,10 +38,10 @@ def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.
     """Return a product with a kernel [in, out], in the dtypes of the config.
 
     Args:
-        config: the config of the model.
-        features: the size of the output.
-        name: the name of the module.
-        bias: whether it has a bias.
+      config: the config of the model.
+      features: the size of the output.
+      name: the name of the module.
+      bias: whether it has a bias.
     """
     return nn.Dense(
         features,
@@ -59,9 +59,9 @@ def kept_weights(config: BuiltInConfig, x: Array, deterministic: bool) -> Array 
     Call it inside `@nn.compact`.
 
     Args:
-        config: the config of the model.
-        x: [B, T, D], the input of the attention.
-        deterministic: whether there is no dropout.
+      config: the config of the model.
+      x: [B, T, D], the input of the attention.
+      deterministic: whether there is no dropout.
     """
     if deterministic or config.attention_dropout == 0:
         return None
@@ -82,16 +82,16 @@ def heads(
     """Compute queries, keys and values.
 
     Args:
-        config: the config of the model.
-        x: [B, T, D].
-        counts: the number of heads N of each.
-        width: the width H of a head.
-        names: the names of their kernels, unless they are fused.
-        fused: whether they are one kernel, named `qkv`.
-        bias: whether they have biases.
+      config: the config of the model.
+      x: [B, T, D].
+      counts: the number of heads N of each.
+      width: the width H of a head.
+      names: the names of their kernels, unless they are fused.
+      fused: whether they are one kernel, named `qkv`.
+      bias: whether they have biases.
 
     Returns:
-        An array [B, T, N, H] for each.
+      An array [B, T, N, H] for each.
     """
     sizes = [count * width for count in counts]
     if fused:
@@ -133,9 +133,9 @@ def norm(config: BuiltInConfig, name: str, kind: str = "layer") -> Callable[[Arr
     """Return a norm over the last axis, in the dtypes of the config.
 
     Args:
-        config: the config of the model.
-        name: the name of the module.
-        kind: one of `NORMS`.
+      config: the config of the model.
+      name: the name of the module.
+      kind: one of `NORMS`.
     """
     made: Any = NORMS[kind](
         epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name
@@ -147,9 +147,9 @@ class Embed(nn.Module):
     """A table [rows, D] for lookups; if the head is tied, it is also a factor of a product.
 
     Attributes:
-        config: the config of the model.
-        rows: the number of rows.
-        tensor: the axis of the table that is sharded over the mesh axis `tensor`.
+      config: the config of the model.
+      rows: the number of rows.
+      tensor: the axis of the table that is sharded over the mesh axis `tensor`.
     """
 
     config: BuiltInConfig
@@ -190,8 +190,8 @@ def divided(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     axis of x is not a multiple of its number of parts (such as a batch of one).
 
     Args:
-        x: an array, [...].
-        *axes: for each axis of x, the name of a mesh axis, several names, or None.
+      x: an array, [...].
+      *axes: for each axis of x, the name of a mesh axis, several names, or None.
     """
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -215,17 +215,17 @@ def stack(
     """Return the layers of a model as one function of (x, *shared); call it inside `@nn.compact`.
 
     Args:
-        block: a module with fields `config` and `fields`, and `__call__(x, *shared) -> (x, None)`.
-        config: the config, of which num_layers, scan_layers and remat are used.
-        prefix: unrolled layers are named `{prefix}_0`, `{prefix}_1`, ...; scanned ones are named
-            `layers` and have a leading axis of num_layers on every parameter.
-        kinds: the kind of each layer, if layers differ in more than their parameters. It is the
-            field `kind` of the block. Scanned layers of several kinds are one program, and get
-            their kind as the last argument, an int32 scalar.
-        **fields: other fields of the block.
+      block: a module with fields `config` and `fields`, and `__call__(x, *shared) -> (x, None)`.
+      config: the config, of which num_layers, scan_layers and remat are used.
+      prefix: unrolled layers are named `{prefix}_0`, `{prefix}_1`, ...; scanned ones are named
+        `layers` and have a leading axis of num_layers on every parameter.
+      kinds: the kind of each layer, if layers differ in more than their parameters. It is the
+        field `kind` of the block. Scanned layers of several kinds are one program, and get
+        their kind as the last argument, an int32 scalar.
+      **fields: other fields of the block.
 
     Raises:
-        ValueError: `config.remat` is not a known policy.
+      ValueError: `config.remat` is not a known policy.
     """
     check_choice("remat", config.remat, {"none": None, **_POLICIES})
     if config.remat != "none":

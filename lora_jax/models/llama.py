@@ -137,12 +137,15 @@ class _LlamaHead(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder: token ids to the logits of each next token.
+    """The decoder, which computes the logits of each next token from token ids.
 
     Parameters: `embed/embedding`, per layer `layers_0/attention/{q,k,v,o}`, `attention_norm`,
     `mlp/{gate,up,down}`, `mlp_norm` (with `scan_layers`: `layers/...`, stacked), `norm/scale` and,
     if the head is not tied, `lm_head/kernel`. Options add others: `attention/qkv`,
     `mlp/gate_up`, `mlp/{router,experts}`, `{attention,mlp}_post_norm`, `position/embedding`.
+
+    Attributes:
+      config: the config of the decoder.
     """
 
     config: LlamaConfig
@@ -164,27 +167,27 @@ class Llama(nn.Module):
         """Compute logits, or with `targets` the cross entropy of each target.
 
         Args:
-            input_ids: int [B, T].
-            mask: [B, T], True at real tokens. None: all tokens are real.
-            segment_ids: int [B, T], for packed rows: a token sees only its own segment.
-            positions: int [B, T], at least 0. None: counted from the start of the row (of each
-                segment, in packed rows). Only differences within a segment matter. With a cache
-                they continue those of the row, and are -1 at padding.
-            targets: int [B, T], the next tokens.
-            chunk: with targets, the positions of a row whose logits exist at the same time.
-            cache: the cache of earlier tokens (`lora_jax.models.cache`), which these tokens
-                continue. Prompts are read with a cache of capacity 0.
-            last: compute logits only for this many positions at the end. None: for all.
-            smoothing: with targets, the label smoothing; see `lora_jax.models.cross_entropy`.
-            deterministic: False applies dropout as in the config, with the rng named "dropout".
+          input_ids: int [B, T].
+          mask: [B, T], True at real tokens. None: all tokens are real.
+          segment_ids: int [B, T], for packed rows: a token sees only its own segment.
+          positions: int [B, T], at least 0. None: counted from the start of the row (of each
+            segment, in packed rows). Only differences within a segment matter. With a cache
+            they continue the row's positions, and are -1 at padding.
+          targets: int [B, T], the next tokens.
+          chunk: with targets, the positions of a row whose logits exist at the same time.
+          cache: the cache of earlier tokens (`lora_jax.models.cache`), which these tokens
+            continue. Prompts are read with a cache of capacity 0.
+          last: compute logits only for this many positions at the end. None: for all.
+          smoothing: with targets, the label smoothing; see `lora_jax.models.cross_entropy`.
+          deterministic: False applies dropout as in the config, with the rng named "dropout".
 
         Returns:
-            Logits, float32 [B, T, V]; with `targets` the cross entropy, float32 [B, T]. With
-            `cache` (logits, new), where `new` is a cache of these T tokens only, which
-            `lora_jax.models.cache.written` writes into the other.
+          Logits, float32 [B, T, V]; with `targets` the cross entropy, float32 [B, T]. With
+          `cache` (logits, new), where `new` is a cache of these T tokens only, which
+          `lora_jax.models.cache.written` writes into the other.
 
         Raises:
-            ValueError: a cache is combined with segment_ids, targets or dropout.
+          ValueError: a cache is combined with segment_ids, targets or dropout.
         """
         config = self.config
         check_choice("norm", config.norm, NORMS)

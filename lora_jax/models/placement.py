@@ -40,12 +40,12 @@ def rules(config: StoredConfig, head: Head | None = None) -> tuple[PlacementRule
     """Return one sharding rule for each kind of parameter of a model, and no others.
 
     Args:
-        config: the config of the model.
-        head: the classification head of an encoder; paths then begin with `bert/`, as in
-            `lora_jax.models.shapes`.
+      config: the config of the model.
+      head: the classification head of an encoder; paths then begin with `bert/`, as in
+        `lora_jax.models.shapes`.
 
     Returns:
-        Pairs (pattern, PartitionSpec).
+      Pairs (pattern, PartitionSpec).
     """
     if isinstance(config, VitConfig):
         before = "vit/" if head else ""

@@ -52,10 +52,13 @@ class _Embeddings(nn.Module):
 
 
 class Vit(nn.Module):
-    """The encoder: images to hidden states, the class token first.
+    """The encoder of images, which computes hidden states, the class token first.
 
     Parameters: `embeddings/{patch/{kernel,bias},class_token,position}`, `encoder/layer_0/...` and
     `encoder/norm` as in `lora_jax.models.pre_norm`.
+
+    Attributes:
+      config: the config of the encoder.
     """
 
     config: VitConfig
@@ -65,14 +68,14 @@ class Vit(nn.Module):
         """Compute the hidden states.
 
         Args:
-            pixels: float [B, height, width, channels], normalised as in the training of the model.
-            deterministic: False applies dropout as in `config`, with the rng named "dropout".
+          pixels: float [B, height, width, channels], normalised as in the training of the model.
+          deterministic: False applies dropout as in `config`, with the rng named "dropout".
 
         Returns:
-            [B, 1 + patches, D] in `config.dtype`.
+          [B, 1 + patches, D] in `config.dtype`.
 
         Raises:
-            ValueError: the images have another size than in the config; the activation is unknown.
+          ValueError: the images have another size than in the config; the activation is unknown.
         """
         config = self.config
         check_choice("activation", config.activation, ACTIVATIONS)
@@ -87,14 +90,22 @@ class Vit(nn.Module):
 
 
 class VitClassifier(nn.Module):
-    """The encoder with a classification head; parameters `vit/...` and `classifier/out`."""
+    """The encoder with a classification head; parameters `vit/...` and `classifier/out`.
+
+    Attributes:
+      config: the config of the encoder.
+      num_classes: the number of classes.
+    """
 
     config: VitConfig
     num_classes: int
 
     @nn.compact
     def __call__(self, pixels: Array, deterministic: bool = True) -> Array:
-        """Return the logits of the class token, float32 [B, num_classes]; arguments as `Vit`'s."""
+        """Return the logits of the class token, float32 [B, num_classes].
+
+        The arguments are the same as in `Vit`.
+        """
         hidden = Vit(self.config, name="vit")(pixels, deterministic)
         return _Head(self.config, self.num_classes, name="classifier")(hidden[:, 0])
 

@@ -1,7 +1,7 @@
 """Read compiled HLO, and find the matrix products in it.
 
 XLA's own `cost_analysis` counts the body of a loop once; here every instruction counts as often as
-its loop runs. All sizes are those of one device, because a partitioned program is one device's.
+its loop runs. All sizes are per device, because a partitioned program is one device's.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Module:
 
     @property
     def instructions(self) -> Iterator[Instruction]:
-        """All instructions, including those of fusions and loops."""
+        """All instructions, also in fusions and loops."""
         return (i for c in self.computations.values() for i in c.values())
 
     @property

@@ -1,4 +1,4 @@
-"""Plan a run: compute the costs of its step on each device, and those of full fine-tuning."""
+"""Plan a run: compute the costs of its step on each device, and the same for full fine-tuning."""
 
 from __future__ import annotations
 

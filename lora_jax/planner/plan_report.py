@@ -24,7 +24,7 @@ CAUSES = {
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON values; bytes, FLOPs and seconds are those of one device and step.
+    """Return the plan as JSON values; bytes, FLOPs and seconds are per device and step.
 
     Args:
       plan: the plan.
@@ -96,13 +96,13 @@ def notes(plan: Plan) -> list[str]:
     if plan.extrapolated:
         out.append(
             f"extrapolated: {plan.devices} devices are too many to compile for. Every number is "
-            f"a + b / devices, through those of {plan.compiled[0]} and {plan.compiled[1]}."
+            f"a + b / devices, fitted to {plan.compiled[0]} and {plan.compiled[1]} devices."
         )
     if plan.first_batch:
         out.append("The batch is the first one of the data; a longer batch needs more.")
     out += [
         "Weights, adapters and optimizer are exact. Activations (values that the forward pass "
-        "keeps) and temporaries are those of XLA's program for a CPU; a program for an accelerator "
+        "keeps) and temporaries are from XLA's program for a CPU; a program for an accelerator "
         "fuses and orders operations differently. bfloat16 is compiled as float16, because XLA "
         "would widen it on a CPU.",
         "XLA has no reduce-scatter on a CPU. If each device needs only its part of a sum, such as "

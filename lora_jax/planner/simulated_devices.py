@@ -9,7 +9,7 @@ import jax
 
 from lora_jax.training.config import ConfigError
 
-# XLA's host platform takes 4,096 devices as those of two processes, and refuses to compile.
+# XLA's host platform believes that 4,096 devices are of two processes, and refuses to compile.
 LIMIT = 2048
 
 

@@ -19,7 +19,7 @@ FLOATS = "floats"  # an array that is not part of a quantised weight
 class WeightBytes:
     """The bytes of one weight on one device.
 
-    path, shape, dtype: those of the float array.
+    path, shape, dtype: as in the float array.
     kind: the name of the type of a quantised weight; `FLOATS` if it is not quantised.
     parts: field of the quantised weight ("codes", "scales") -> bytes; or `FLOATS` -> bytes.
     """

@@ -80,7 +80,7 @@ def report(title: str, runs: Sequence[SavedRun], base: BaseChoice) -> Report:
 
 
 def _lead(runs: Sequence[SavedRun]) -> str:
-    """Describe the settings that the runs share, and list the values of those that differ."""
+    """Describe the settings that the runs share, and list the values of the others."""
     configs = [flat(run.config) for run in runs]
     fields = dict.fromkeys(field for config in configs for field in config)
     varied = [f for f in fields if any(c.get(f) != configs[0].get(f) for c in configs)]

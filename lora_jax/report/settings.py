@@ -1,4 +1,4 @@
-"""The settings of runs: those that differ from the defaults, and those that all runs share."""
+"""List settings of runs that differ from the defaults, or that all runs share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ALWAYS = (
 
 
 def table(configs: Sequence[dict[str, Any]]) -> Table:
-    """List the settings that all configs share: the main ones, and those that differ from defaults.
+    """List the shared settings of configs: the main ones, and any that differ from defaults.
 
     Args:
       configs: config.json of each run.

@@ -105,7 +105,7 @@ def _scores(run: SavedRun) -> Block:
         return Note("No evaluation has been made yet.")
     what = "best adapter" if run.summary is not None else "last evaluation"
     return Table(
-        f"Scores before the first step, and those of the {what}.",
+        f"Scores before the first step, and of the {what}.",
         ("split", "number", "before", "after", "change"),
         tuple(rows),
         ("split", "number"),

@@ -178,7 +178,7 @@ def grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
 
 
 class AmplifiedUpdate(NamedTuple):
-    """What of W an adapter amplifies: one entry for each matrix, all in one order."""
+    """The part of W that an adapter amplifies: one entry for each matrix, all in one order."""
 
     layout: Layout
     there: tuple[Place, ...]

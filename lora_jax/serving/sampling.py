@@ -19,7 +19,7 @@ class Sampling:
         is sampled.
     top_k: sample only from this many most likely tokens. None: from all.
     top_p: sample only from the fewest most likely tokens that together have this probability, among
-        those that top_k leaves. None: from all of these.
+        the tokens that top_k leaves. None: from all of these.
     seed: the seed. The samples of a row depend on the seed and on the number of the row.
     """
 

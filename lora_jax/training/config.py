@@ -205,9 +205,9 @@ class MeshConfig:
     tensor: int = 1
     """Devices that share one copy of the weights and compute products together (Megatron)."""
     rules: tuple[str, ...] = ()
-    """Shardings of single parameters, which come before those of the workload:
-    "**/embedding=fsdp,tensor" gives each dimension a mesh axis; `-` is no axis, `fsdp+tensor` is
-    both on one dimension."""
+    """Shardings of single parameters, which come before the workload's:
+    "**/embedding=fsdp,tensor" gives each dimension a mesh axis; `-` means that it has none, and
+    `fsdp+tensor` means both."""
 
     def __post_init__(self) -> None:
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
@@ -276,10 +276,10 @@ class Config:
     fresh: bool = incidental(False)
     """Delete the earlier run in the run directory and start from step 0."""
     allow_other_base: bool = incidental(False)
-    """Continue a run even if the frozen weights differ from those that it started with."""
+    """Continue a run even if the frozen weights differ from the weights that it started with."""
     start_from: Annotated[str | None, tyro.conf.arg(name="from")] = later(None)
     """Start with the adapters, and the parameters trained in full, of another run, of an import, or
-    of a folder written by lora_jax.save. Ranks, scales, targets and kinds are then those of that
+    of a folder written by lora_jax.save. Ranks, scales, targets and kinds then come from that
     adapter; lora.dropout and lora.trainable are this run's."""
     lora: LoraConfig = LoraConfig()
     """The adapters."""
@@ -351,7 +351,7 @@ def check_start(before: Config, after: Config) -> None:
         free = field.name in ("dropout", "trainable")
         if not free and value != getattr(before.lora, field.name):
             raise ConfigError(
-                f"--lora.{field.name} {value}: with --from the adapters are those of "
+                f"--lora.{field.name} {value}: with --from the adapters come from "
                 f"{after.start_from}, with their own ranks, scales, targets and kinds; leave it "
                 "out (only --lora.dropout and --lora.trainable have an effect)"
             )

@@ -127,7 +127,7 @@ def later_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def _comparable(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """Return values for a comparison: the fields that decide what a run computes, with defaults for
-    those that were added later, and sorted lists if their order has no meaning.
+    fields that were added later, and sorted lists if their order has no meaning.
 
     Args:
       values: a config as JSON values.

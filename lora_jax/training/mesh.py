@@ -122,7 +122,7 @@ class Placement:
         return NamedSharding(self.mesh, P())
 
     def trained(self, layout: Layout, base: Mapping[str, Any]) -> Tree:
-        """Return shardings of `{"adapters": ..., "base": ...}`, which follow those of the weights.
+        """Return shardings of `{"adapters": ..., "base": ...}`; they follow the weights.
 
         Args:
           layout: the layout of the adapters.
@@ -162,7 +162,7 @@ class Placement:
         return jax.tree_util.tree_map_with_path(find, state)
 
     def batch(self, rows: Batch) -> dict[str, jax.Array]:
-        """Combine this process's rows of a batch with those of the other processes.
+        """Combine this process's rows of a batch with the other processes' rows.
 
         Args:
           rows: name -> array [rows, ...], or a scalar, which is replicated.

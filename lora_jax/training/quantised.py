@@ -46,7 +46,7 @@ def quantised(
         weights, for the users of the adapters.
       block: see `lora_jax.quantize`.
       double: see `lora_jax.quantize`.
-      trainable: patterns of the parameters trained in full. None: those of the workload.
+      trainable: patterns of the parameters trained in full. None: the workload's.
 
     Returns:
       The workload with quantised `params`.

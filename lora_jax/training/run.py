@@ -141,7 +141,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Seconds spent on the run so far, including those of earlier processes."""
+        """Seconds spent on the run so far, by earlier processes too."""
         return self._earlier + time.monotonic() - self.setup.began
 
     def count(self, rows: Batch) -> int:

@@ -80,7 +80,7 @@ def shapes(
 ) -> State:
     """Return the shapes, dtypes and shardings of the state that `create` makes.
 
-    The arguments are those of `create`. Nothing is computed.
+    The arguments are the same as in `create`. Nothing is computed.
     """
     state = jax.eval_shape(fresh(layout, tx, "gaussian"), base, key, weights)
     where = place.following(state, state.trained, place.trained(layout, base))
@@ -156,8 +156,8 @@ def train_step(
       parts: the number of parts that a batch is split into, each with its own random key. Sums are
         kept in float32 and divided once by the total weight, so that parts of unequal weight
         (tokens) count as they do in the whole batch.
-      scales: path -> [] float32, if the adapters are padded to `layout`: the scales to use in place
-        of those of the layout (`lora_jax.multi.Scaled`).
+      scales: path -> [] float32, if the adapters are padded to `layout`: the scales to use instead
+        of the layout's (`lora_jax.multi.Scaled`).
       rate: the rate of the adapters' dropout (`lora_jax.dropout`). Its masks depend on the run's
         key and on the step only.
 

@@ -33,12 +33,12 @@ def unpack(archive: Path, folder: Path) -> None:
     """Unpack an archive into a folder.
 
     Args:
-        archive: a wheel (.whl), or a .tar.gz, whose single top folder is left out.
-        folder: the folder, which is made and must not exist. After an error it may hold some of
-            the files.
+      archive: a wheel (.whl), or a .tar.gz, whose single top folder is left out.
+      folder: the folder, which is made and must not exist. After an error it may hold some of
+        the files.
 
     Raises:
-        PackageError: the archive is damaged or refused.
+      PackageError: the archive is damaged or refused.
     """
     folder.mkdir()
     try:

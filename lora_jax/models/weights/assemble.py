@@ -35,21 +35,21 @@ def assemble(
     """Read the parameters of a model, in blocks that go straight to their devices.
 
     Args:
-        stored: the stored tensors.
-        config: the config of the model.
-        head: a classification head to load as well; the tree is then {"bert", "classifier"}.
-        shardings: a tree of shardings like the result: this process reads only the parts of its
-            own devices, each once. None: everything goes to the default device. A weight that stays
-            quantised has one sharding, or a base with a sharding for each of its arrays.
-        keep_quantised: whether quantised tensors stay as they are, see `lora_jax.base`.
+      stored: the stored tensors.
+      config: the config of the model.
+      head: a classification head to load as well; the tree is then {"bert", "classifier"}.
+      shardings: a tree of shardings like the result: this process reads only the parts of its
+        own devices, each once. None: everything goes to the default device. A weight that stays
+        quantised has one sharding, or a base with a sharding for each of its arrays.
+      keep_quantised: whether quantised tensors stay as they are, see `lora_jax.base`.
 
     Returns:
-        The parameters.
+      The parameters.
 
     Raises:
-        WeightsError: tensors are missing, unknown or have wrong shapes; a parameter has no
-          sharding,
-            or one that does not divide it. Nothing is read then.
+      WeightsError: tensors are missing, unknown or have wrong shapes; a parameter has no
+        sharding,
+        or one that does not divide it. Nothing is read then.
     """
     placed = None if shardings is None else flatten_dict(shardings, sep="/")
     leaves, dtype = parameters(stored, config, head), np.dtype(config.param_dtype)

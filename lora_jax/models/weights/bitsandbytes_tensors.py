@@ -141,7 +141,7 @@ def split(
     """Split the tensors of a folder into plain ones and weights that bitsandbytes has quantised.
 
     Raises:
-        WeightsError: 4-bit codes have a type other than nf4 or fp4; integers have no scales.
+      WeightsError: 4-bit codes have a type other than nf4 or fp4; integers have no scales.
     """
     plain, quantised = dict(held), {}
     for name, weight in held.items():

@@ -36,11 +36,11 @@ def download(requirement: str, folder: Path) -> None:
     """Download a package and unpack it.
 
     Args:
-        requirement: "name==version", already checked.
-        folder: the folder, which is made. The files in it have the paths of site-packages.
+      requirement: "name==version", already checked.
+      folder: the folder, which is made. The files in it have the paths of site-packages.
 
     Raises:
-        PackageError: there is no such wheel, it cannot be downloaded, or it may not be unpacked.
+      PackageError: there is no such wheel, it cannot be downloaded, or it may not be unpacked.
     """
     # The tools start in an empty folder, so that they read no file of the working directory.
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:

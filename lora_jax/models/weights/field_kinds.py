@@ -1,6 +1,6 @@
 """Check the fields of a model's stored config before any is used.
 
-A config may come from a stranger. Sizes have limits of about ten times those of the largest
+A config may come from a stranger. Sizes have limits of about ten times the sizes of the largest
 published models. Below them, nothing that is built from a size alone (a tuple with a number for
 each rotated pair, one with a flag for each layer) takes noticeable time or memory.
 """
@@ -150,9 +150,9 @@ def check(fields: Mapping[str, Any], kinds: Mapping[str, FieldKind], origin: str
     """Raise ModelConfigError for the first field whose value is not valid.
 
     Args:
-        fields: name -> value.
-        kinds: name -> the valid values.
-        origin: the file, for the error message.
+      fields: name -> value.
+      kinds: name -> the valid values.
+      origin: the file, for the error message.
     """
     for name, value in fields.items():
         kind = kinds.get(name)
@@ -165,8 +165,8 @@ def describing(origin: str, kind: str) -> Iterator[None]:
     """Turn errors in the block into a ModelConfigError, while fields become a model's config.
 
     Args:
-        origin: the file that the fields are from.
-        kind: the kind of model that they describe.
+      origin: the file that the fields are from.
+      kind: the kind of model that they describe.
     """
     try:
         yield

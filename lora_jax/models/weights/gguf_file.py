@@ -45,8 +45,8 @@ class GgufFile:
         """The config that the metadata describes.
 
         Raises:
-            ModelConfigError: the architecture is another one, or a field is missing or has an
-                impossible value.
+          ModelConfigError: the architecture is another one, or a field is missing or has an
+            impossible value.
         """
         kind, tensors = self._kind, self._header.tensors
         fields = {key.removeprefix(f"{kind}."): x for key, x in self._header.fields.items()}
@@ -157,11 +157,11 @@ def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
     (2, 3), ...; in our rope they are half a head apart.
 
     Args:
-        array: [heads * H, ...], a kernel [out, in] or a bias.
-        heads: the number of heads.
+      array: [heads * H, ...], a kernel [out, in] or a bias.
+      heads: the number of heads.
 
     Returns:
-        An array of the same shape.
+      An array of the same shape.
     """
     shape = array.shape
     pairs = array.reshape(heads, shape[0] // heads // 2, 2, *shape[1:])

@@ -32,11 +32,11 @@ class Quantised:
     """A tensor of a GGUF file.
 
     Attributes:
-        path: the file.
-        name: the name of the tensor.
-        kind: the form in which it is stored; each row is divided into blocks of one kind.
-        shape: the shape of the tensor.
-        offset: its first byte in the file.
+      path: the file.
+      name: the name of the tensor.
+      kind: the form in which it is stored; each row is divided into blocks of one kind.
+      shape: the shape of the tensor.
+      offset: its first byte in the file.
     """
 
     path: Path
@@ -58,13 +58,13 @@ class Quantised:
         process.
 
         Args:
-            index: a slice with start and stop for each axis.
+          index: a slice with start and stop for each axis.
 
         Returns:
-            The numbers, in a float dtype.
+          The numbers, in a float dtype.
 
         Raises:
-            lora_jax.models.WeightsError: the gguf package cannot expand this kind.
+          lora_jax.models.WeightsError: the gguf package cannot expand this kind.
         """
         block, size = GGML_QUANT_SIZES[self.kind]
         *outer, last = index
@@ -93,8 +93,8 @@ class Header:
     """The header of a GGUF file.
 
     Attributes:
-        fields: the metadata: numbers, texts, booleans and lists of them.
-        tensors: every tensor by name.
+      fields: the metadata: numbers, texts, booleans and lists of them.
+      tensors: every tensor by name.
     """
 
     fields: dict[str, Any]
@@ -105,9 +105,9 @@ def read(path: Path) -> Header:
     """Read the header of a GGUF file, but no tensor.
 
     Raises:
-        OSError: the file does not exist or cannot be read.
-        lora_jax.models.WeightsError: the format or version is another one; the file cannot hold
-            the declared counts, lengths or shapes.
+      OSError: the file does not exist or cannot be read.
+      lora_jax.models.WeightsError: the format or version is another one; the file cannot hold
+        the declared counts, lengths or shapes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -160,7 +160,7 @@ def _tensor(path: Path, cursor: "_Cursor") -> Quantised:
 def _check_inside(path: Path, tensors: Iterable[Quantised], size: int) -> None:
     """Raise unless every tensor is within the file's `size` bytes, and none overlaps another.
 
-    So the tensors together are no larger than the file, even if their shapes say otherwise.
+    So the tensors together are not larger than the file, even if their shapes say otherwise.
     """
     before, taken = "the header", 0
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.end)):

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from lora_jax.models.errors import TokenizerError, is_failure, shown
 
 # The ways to split a text into words before the merges, by GGUF's name (`tokenizer.ggml.pre`). The
-# expressions are those of the models' own tokenizer.json.
+# expressions are copied from the models' own tokenizer.json.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,15 +35,15 @@ def build(fields: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
     """Build the tokenizer, with its special tokens; it adds bos and eos if the file says so.
 
     Args:
-        fields: the metadata.
-        origin: the file, for error messages.
+      fields: the metadata.
+      origin: the file, for error messages.
 
     Returns:
-        The tokenizer.
+      The tokenizer.
 
     Raises:
-        TokenizerError: the kind is not byte-level BPE, the way to split words is unknown, or the
-            lists contradict each other.
+      TokenizerError: the kind is not byte-level BPE, the way to split words is unknown, or the
+        lists contradict each other.
     """
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or cut not in list(_CUTS):  # a stranger's value may be unhashable

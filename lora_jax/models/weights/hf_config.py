@@ -37,12 +37,12 @@ def parse(json: Json, origin: str) -> StoredConfig:
     """Return the config that a `config.json` describes.
 
     Args:
-        json: the contents of the file.
-        origin: the file, for error messages.
+      json: the contents of the file.
+      origin: the file, for error messages.
 
     Raises:
-        ModelConfigError: the architecture, or its variant, is not supported; a field is missing or
-            has an impossible value.
+      ModelConfigError: the architecture, or its variant, is not supported; a field is missing or
+        has an impossible value.
     """
     field_kinds.check_hf(json, origin)
     kind = json.get("model_type")

@@ -56,7 +56,7 @@ def gemma(json: Json, origin: str) -> LlamaConfig:
 
 
 def _gemma3_rope(json: Json, head_dim: int, origin: str) -> dict[str, Any]:
-    """Return the rope settings of layers that see all tokens, and theta of those with a window."""
+    """Return the rope settings of layers that see all tokens, and theta of layers with a window."""
     both = json.get("rope_parameters") or {}
     if "full_attention" not in both:
         local = float(json.get("rope_local_base_freq", 1e4))

@@ -10,7 +10,7 @@ def bert(json: Json, origin: str) -> BertConfig:
     refuse(origin, "position_embedding_type", position, position not in ("absolute", None))
     refuse_set(json, origin, "is_decoder")
     ids = special_ids(json) | {"pad_id": json.get("pad_token_id") or 0}
-    # RoBERTa's table has rows for the padding token and those before it, which no text uses.
+    # RoBERTa's table has rows for the padding token and all rows before it, which no text uses.
     offset = 0
     if json["model_type"] != "bert":
         ids["pad_id"] = json.get("pad_token_id", 1)

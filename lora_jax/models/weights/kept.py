@@ -20,9 +20,9 @@ class ArrayOnDisk:
     """One array of a quantised tensor.
 
     Attributes:
-        shape: its shape.
-        dtype: its dtype.
-        read: reads the part at an index (a slice with start and stop for each axis).
+      shape: its shape.
+      dtype: its dtype.
+      read: reads the part at an index (a slice with start and stop for each axis).
     """
 
     shape: tuple[int, ...]
@@ -48,12 +48,12 @@ def stack(
     """Stack the bases of the tensors of a parameter.
 
     Args:
-        layers: name of the tensor -> its base, or None for floats.
-        path: the path of the parameter.
-        shape: the stacked axes, the last one fastest.
+      layers: name of the tensor -> its base, or None for floats.
+      path: the path of the parameter.
+      shape: the stacked axes, the last one fastest.
 
     Raises:
-        WeightsError: layers or experts are quantised in different ways, or some not at all.
+      WeightsError: layers or experts are quantised in different ways, or some not at all.
     """
     (name, first), *others = layers.items()
     for other, layer in others:

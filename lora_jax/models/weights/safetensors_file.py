@@ -31,7 +31,7 @@ class StoredTensor:
         """Return a copy of the part at `index`, a slice with start and stop for each axis.
 
         Raises:
-            lora_jax.models.WeightsError: the tensor does not hold floats.
+          lora_jax.models.WeightsError: the tensor does not hold floats.
         """
         if self.dtype not in FLOATS:
             raise WeightsError(
@@ -60,8 +60,8 @@ def tensors(path: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the file by its name, without reading any.
 
     Raises:
-        lora_jax.models.WeightsError: the header does not have the right format, or it describes
-            tensors that the file cannot hold.
+      lora_jax.models.WeightsError: the header does not have the right format, or it describes
+        tensors that the file cannot hold.
     """
     with _opened(path) as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping

@@ -1,7 +1,7 @@
 """Load an array shard by shard: each process reads the parts of its own devices, each once.
 
-`jax.make_array_from_callback` would read a part twice if two devices hold it (8 calls for 4 parts on
-8 devices), and does not wait for one part before it reads the next.
+`jax.make_array_from_callback` would read a part twice if two devices hold it (8 calls for 4 parts
+on 8 devices), and does not wait for one part before it reads the next.
 """
 
 import math
@@ -23,14 +23,14 @@ def load(
     """Load an array.
 
     Args:
-        shape: its shape.
-        sharding: `read` is called once for each part that devices of this process hold, and each
-            part is on its devices before the next one is read. None: one part on the default
-            device.
-        read: returns the part at an index, as a new array that is not changed afterwards.
+      shape: its shape.
+      sharding: `read` is called once for each part that devices of this process hold, and each
+        part is on its devices before the next one is read. None: one part on the default
+        device.
+      read: returns the part at an index, as a new array that is not changed afterwards.
 
     Returns:
-        The array.
+      The array.
     """
     if sharding is None:
         return jax.device_put(read(tuple(slice(0, size) for size in shape)))
@@ -48,7 +48,7 @@ def load(
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an uninitialised array that `jax.device_put` need not copy if the device is the CPU."""
+    """Return an uninitialised array that `jax.device_put` need not copy if it is on the CPU."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT

@@ -45,10 +45,13 @@ def open(reference: str) -> Source:
 
     Weights are read only by `load`.
 
+    Args:
+      reference: the reference, in one of the forms above.
+
     Raises:
-        ModelReferenceError: the reference has none of the forms above.
-        FileNotFoundError: there is no model at the path.
-        PackageError: a package cannot be found, or a checksum differs.
+      ModelReferenceError: the reference has none of the forms above.
+      FileNotFoundError: there is no model at the path.
+      PackageError: a package cannot be found, or a checksum differs.
     """
     place, _, fragment = reference.partition("#")
     sha256 = _sum(reference, fragment) or KNOWN.get(place)

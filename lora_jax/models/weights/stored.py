@@ -28,7 +28,12 @@ _SHOWN = 40  # a message lists at most this many names, and counts the rest
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A classification head that is loaded together with the encoder."""
+    """A classification head that is loaded together with the encoder.
+
+    Attributes:
+      pooling: how the head makes one vector of a text, see `lora_jax.models.bert.POOLINGS`.
+      num_classes: the number of classes.
+    """
 
     pooling: str
     num_classes: int
@@ -39,17 +44,17 @@ class Stored:
     """The tensors of one checkpoint.
 
     Attributes:
-        origin: the file or folder, for messages.
-        table: the table of names.
-        column: the column of the table that has their names.
-        shapes: name -> shape, in Hugging Face's layout: kernels [out, in], rotary pairs half a head
-            apart.
-        read: reads the part at an index (a slice with start and stop for each axis) of a tensor, in
-            that layout and in any float dtype. Nothing else is read from disk if the format allows
-            it.
-        keep: returns the base of a quantised tensor (in that layout, transposed if the row says so)
-            for a parameter of a dtype; its arrays are `kept.ArrayOnDisk`. It returns None for a
-            tensor of floats.
+      origin: the file or folder, for messages.
+      table: the table of names.
+      column: the column of the table that has their names.
+      shapes: name -> shape, in Hugging Face's layout: kernels [out, in], rotary pairs half a head
+        apart.
+      read: reads the part at an index (a slice with start and stop for each axis) of a tensor, in
+        that layout and in any float dtype. Nothing else is read from disk if the format allows
+        it.
+      keep: returns the base of a quantised tensor (in that layout, transposed if the row says so)
+        for a parameter of a dtype; its arrays are `kept.ArrayOnDisk`. It returns None for a
+        tensor of floats.
     """
 
     origin: str
@@ -65,13 +70,13 @@ class StoredParameter:
     """A parameter, and the stored tensors that it is made of.
 
     Attributes:
-        path: the path of the parameter.
-        shape: the shape of one source, in our layout.
-        row: the row of the table of names.
-        sources: the names of the tensors; several if layers, experts or both are stacked, the last
-            of these axes fastest.
-        hf: today's names of the tensors in Hugging Face's files, without the prefix.
-        stack: the stacked axes.
+      path: the path of the parameter.
+      shape: the shape of one source, in our layout.
+      row: the row of the table of names.
+      sources: the names of the tensors; several if layers, experts or both are stacked, the last
+        of these axes fastest.
+      hf: today's names of the tensors in Hugging Face's files, without the prefix.
+      stack: the stacked axes.
     """
 
     path: str
@@ -91,8 +96,8 @@ def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
     """Return the parameters of a model as ShapeDtypeStructs; nothing is allocated.
 
     Args:
-        config: the config of the model.
-        head: the classification head of an encoder, if there is one.
+      config: the config of the model.
+      head: the classification head of an encoder, if there is one.
     """
     model: Bert | BertClassifier | Llama | Vit | VitClassifier
     if isinstance(config, VitConfig):

@@ -14,11 +14,11 @@ class TensorName:
     """One tensor (of each layer, of each expert): our path, Hugging Face's name, GGUF's name.
 
     Attributes:
-        path: our path. All experts are one array with the experts first.
-        hf: Hugging Face's name; for experts, that of one of them.
-        gguf: GGUF's name.
-        in_out: whether Hugging Face stores the kernel as [in, out], too (GPT-2's `Conv1D`).
-        first_layer: the first layer that has such a tensor.
+      path: our path. All experts are one array with the experts first.
+      hf: Hugging Face's name; for experts, that of one of them.
+      gguf: GGUF's name.
+      in_out: whether Hugging Face stores the kernel as [in, out], too (GPT-2's `Conv1D`).
+      first_layer: the first layer that has such a tensor.
     """
 
     path: str
@@ -53,11 +53,11 @@ class TensorNames:
     """The rows of one architecture, and the variants of its Hugging Face files.
 
     Attributes:
-        rows: the model's own tensors.
-        heads: pooling -> rows of a classification head; their paths start with `classifier/`.
-        prefix: an optional prefix of every Hugging Face name in `rows`.
-        skipped: patterns (fnmatch) of names that are stored but not wanted.
-        renamed: ending in old files -> ending today.
+      rows: the model's own tensors.
+      heads: pooling -> rows of a classification head; their paths start with `classifier/`.
+      prefix: an optional prefix of every Hugging Face name in `rows`.
+      skipped: patterns (fnmatch) of names that are stored but not wanted.
+      renamed: ending in old files -> ending today.
     """
 
     rows: tuple[TensorName, ...]
