@@ -6,7 +6,7 @@ Result:    test accuracy of three seeds, on the float base and on NF4
 
 Each run is the default config, r=8 on q and v and a head, for an eighth of its steps, so that the
 initialization still matters. With several `--rates`, each method uses the rate with the best mean
-accuracy on the validation split; the test accuracies are those of that rate.
+accuracy on the validation split; the test accuracies are at that rate.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python -m benchmarks.mesh
 
 Each run is one command of `train.py`, which is printed. Losses are compared step by step. The bytes
-of the base are those of the device that holds the most.
+of the base are on the device that holds the most.
 """
 
 import argparse

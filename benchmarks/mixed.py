@@ -12,7 +12,7 @@ adapters, in both forms of the low-rank product (`lora_jax.multi.segmented_matmu
 that the rule chooses.
 
 Loading: `put` of another adapter into the last slot of stacks of 10, 100 and 1,000, and the bytes
-of each stack compared with those of its adapters.
+of each stack compared with the bytes of its adapters.
 """
 
 import argparse

@@ -14,7 +14,7 @@ Result:    the paper reports BLEU, NIST, METEOR, ROUGE-L and CIDEr of 70.4, 8.85
 Rank 4 on q and v is 393,216 parameters (medium) and 737,280 (large). The paper says 0.35M and
 0.77M, which are the numbers of the prefix tuning that it compares with.
 
-Settings that the table does not give are those of the code released with the paper (microsoft/LoRA,
+Settings that the table does not give are from the code released with the paper (microsoft/LoRA,
 examples/NLG): dropout before the update and none in GPT-2 itself, eps 1e-6, no clipping, a uniform
 A, and the end token between the table and the text. The data differ. TFDS has only the cleaned
 version of E2E: 33,525 training examples, where the paper has 42,061. Its tables read

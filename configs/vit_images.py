@@ -9,7 +9,7 @@ Minutes:   not measured: the machine on which this was written could not reach t
 Result:    not measured, for the same reason
 
 The adapters are on q and v, as in the LoRA paper, which has no experiments on images. Rank, dropout
-and learning rate are those of PEFT's image classification example.
+and learning rate are from PEFT's image classification example.
 """
 
 import math

@@ -5,7 +5,7 @@
 The first run makes an environment (`benchmarks/peft/.venv`) with PyTorch, `transformers` and PEFT:
 1 GB, or several if pip chooses a build of PyTorch with CUDA. Two worker processes, one for each
 side, hold the same model with the same losses (see `ours.py`, `theirs.py`). They are asked in
-turns, on the same cores, while the other one waits. The numbers are medians, for PyTorch those of
+turns, on the same cores, while the other one waits. The numbers are medians, for PyTorch with
 the faster of two implementations of attention.
 """
 

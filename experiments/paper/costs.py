@@ -141,7 +141,7 @@ def parsed(found: Any) -> Cost:
     """Read a cost from JSON values.
 
     Raises:
-      TypeError, KeyError: the values are not those of a cost.
+      TypeError, KeyError: the values are not from a cost.
     """
     return Cost(**{**found, "arguments": tuple(found["arguments"])})
 

@@ -78,7 +78,7 @@ class Setting:
 
     @property
     def trained(self) -> int:
-        """The number of trained parameters, including those of a new head."""
+        """The number of trained parameters, also in a new head."""
         summary = self.runs[0].summary
         assert summary is not None
         return int(summary["adapter_parameters"] + summary["trainable_parameters"])

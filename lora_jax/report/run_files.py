@@ -81,9 +81,9 @@ def read(path: pathlib.Path) -> tuple[SavedRun, ...]:
     if not path.is_dir():
         around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(path.name, around)
-        beside = f"\nnearest in {path.parent}:\n{listed(near)}" if near else ""
+        nearby = f"\nnearest in {path.parent}:\n{listed(near)}" if near else ""
         what = "it is a file" if path.exists() else "there is no such directory"
-        raise LoraError(f"{path}: {what}; give the run directory of a train.py run{beside}")
+        raise LoraError(f"{path}: {what}; give the run directory of a train.py run{nearby}")
     if is_run(path):
         return (_read(path),)
     members = [folder for folder in sorted(path.iterdir()) if is_run(folder)]

@@ -13,7 +13,7 @@ from lora_jax.errors import LoraError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """The choice of the next token.
 
     temperature: 0 takes the most likely token. Above 0, the logits are divided by it, and a token
         is sampled.

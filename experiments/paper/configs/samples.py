@@ -6,7 +6,7 @@ Hardware:  2 CPU cores, 4 GB of memory; `full` 12 GB, and 5 GB of disk
 Minutes:   68 of processor time: 22 `full`, 18 each of the prefixes, 10 LoRA
 
 Three sizes of the training split and three seeds: nine runs for each method, which are one group.
-The methods and their sizes are those of experiments/paper/configs/methods.py, each at its middle
+The methods and their sizes are as in experiments/paper/configs/methods.py, each at its middle
 learning rate for every number of examples.
 
 The 100 and the 1,000 examples are the first ones of the split, the same for every seed; the seed

@@ -100,9 +100,9 @@ def _wheel(requirement: str, folder: Path) -> Path:
 def _by_uv(requirement: str, target: Path, folder: Path) -> None:
     """Let uv install the wheel into a folder, because it has no command that only downloads it."""
     uv = os.environ.get("UV") or shutil.which("uv")
-    beside = Path(sys.executable).with_name("uv")
-    if uv is None and beside.is_file():
-        uv = str(beside)
+    sibling = Path(sys.executable).with_name("uv")
+    if uv is None and sibling.is_file():
+        uv = str(sibling)
     if uv is None:
         raise PackageError(
             f"{sys.executable} has neither pip nor uv to download a package; install one of them "
