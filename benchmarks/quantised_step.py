@@ -4,8 +4,8 @@ Command:   python -m benchmarks.quantised_step
 Hardware:  any, a minute; on a CPU quantisation saves memory, not time
 Result:    a table with one line for each way to write eight layers and each form of their weights
 
-The temporaries of a quantised base must be as large as with a float base plus about one layer's float
-weight.
+The temporaries of a quantised base must be as large as with a float base, plus about one layer's
+float weight.
 """
 
 from __future__ import annotations
