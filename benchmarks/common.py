@@ -86,9 +86,9 @@ def minilm(rows: int = 32, length: int = 48, config: models.BertConfig = MINILM)
     )
 
 
-def smollm2(rows: int = 8, length: int = 48, config: models.LlamaConfig = SMOLLM2) -> ModelSetup:
+def smollm2(rows: int = 8, length: int = 48, config: models.DecoderConfig = SMOLLM2) -> ModelSetup:
     """Return language modelling: Llama decoder, tied embeddings, cross entropy over all tokens."""
-    model = models.Llama(config)
+    model = models.DecoderModel(config)
 
     def loss(params: Any, batch: Any) -> jax.Array:
         logits = model.apply({"params": params}, batch["input_ids"])

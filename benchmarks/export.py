@@ -90,9 +90,9 @@ def _write_run(run: Path, base: Path, scan: bool) -> None:
 def written(run: Path, base: Path, scan: bool) -> None:
     """Write the adapter of `_write_run`."""
     source = models.open(str(base))
-    assert isinstance(source.config, models.LlamaConfig)
+    assert isinstance(source.config, models.DecoderConfig)
     config = dataclasses.replace(source.config, scan_layers=scan, param_dtype=jnp.bfloat16)
-    model = models.Llama(config)
+    model = models.DecoderModel(config)
 
     def f(params: Any, ids: Any) -> Any:
         return model.apply({"params": params}, ids)

@@ -29,7 +29,7 @@ BATCHES = (1, 8, 32)
 def runs(rows: int, capacity: int, params: Any, members: Any) -> dict[str, Callable[[], Any]]:
     """Return side -> a function that writes one token to each row; the cache is half full."""
     config = common.SMOLLM2
-    model = models.Llama(config)
+    model = models.DecoderModel(config)
     layout, stacked = lora_jax.multi.stack(members[:rows])
     tokens, slot = jnp.ones((rows, 1), jnp.int32), jnp.int32(capacity // 2)
 

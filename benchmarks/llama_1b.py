@@ -64,10 +64,10 @@ class StepConfig(Config):
     """Positions of a row whose logits exist at the same time."""
 
     @property
-    def model(self) -> models.LlamaConfig:
+    def model(self) -> models.DecoderConfig:
         """The config of Llama 3.2 1B at these sizes."""
         heads = self.hidden // 64
-        return models.LlamaConfig(
+        return models.DecoderConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             num_layers=self.layers,
@@ -136,7 +136,7 @@ def workload(config: StepConfig) -> Workload:
         return jax.jit(draw, out_shardings=shardings)(jax.random.key(0))
 
     return Workload(
-        apply=apply_of(models.Llama(config.model), config.loss_chunk),
+        apply=apply_of(models.DecoderModel(config.model), config.loss_chunk),
         loss=token_loss,
         params=shapes,
         load=load,

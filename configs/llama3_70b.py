@@ -54,10 +54,10 @@ class LlamaPlanConfig(Config):
     """Quantise the scales of nf4, too."""
 
     @property
-    def model(self) -> models.LlamaConfig:
+    def model(self) -> models.DecoderConfig:
         """The config of the model itself."""
         heads = self.hidden // 128
-        return models.LlamaConfig(
+        return models.DecoderConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             num_layers=self.layers,
@@ -86,7 +86,7 @@ def workload(config: LlamaPlanConfig) -> Workload:
         raise ConfigError("configs/llama3_70b.py reads no weights: it can only be planned (--plan)")
 
     floats = Workload(
-        apply=apply_of(models.Llama(config.model), config.loss_chunk),
+        apply=apply_of(models.DecoderModel(config.model), config.loss_chunk),
         loss=token_loss,
         params=models.shapes(config.model),
         train=absent,

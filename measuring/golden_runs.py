@@ -54,7 +54,7 @@ def model_of(config: Any, head: models.Head | None) -> tuple[Any, Any]:
         return lambda p, x: vit.apply({"params": p}, x), jnp.asarray(pixels, jnp.float32)
     ids = jnp.asarray(draw.integers(3, 19, (2, 7)), jnp.int32)
     if head is None:
-        decoder = models.Llama(config)
+        decoder = models.DecoderModel(config)
         return lambda p, ids: decoder.apply({"params": p}, ids), ids
     encoder = models.BertClassifier(config, head.num_classes, head.pooling)
     return lambda p, ids: encoder.apply({"params": p}, ids), ids
@@ -97,7 +97,7 @@ def write_run(
         param_dtype=jnp.dtype(param_dtype),
     )
     pooling = "cls" if isinstance(config, models.VitConfig) else pooling
-    decodes = isinstance(config, models.LlamaConfig)
+    decodes = isinstance(config, models.DecoderConfig)
     head = None if decodes else models.Head(pooling, len(labels) or 1)
     f, inputs = model_of(config, head)
     about: dict[str, Any] = {

@@ -18,7 +18,7 @@ MINILM = models.BertConfig(
     mlp_size=1536,
     max_positions=512,
 )
-SMOLLM2 = models.LlamaConfig(
+SMOLLM2 = models.DecoderConfig(
     vocab_size=49_152,
     hidden_size=576,
     num_layers=30,

@@ -83,7 +83,9 @@ def written(folder: pathlib.Path, name: str) -> None:
     config = dataclasses.replace(source.config, scan_layers=options.pop("scan", False))
     head = models.Head("roberta_head", 3) if base == "bert" else None
     model: Any = (
-        models.Llama(config) if head is None else models.BertClassifier(config, 3, "roberta_head")
+        models.DecoderModel(config)
+        if head is None
+        else models.BertClassifier(config, 3, "roberta_head")
     )
     params = source.load(config, head=head)
     f = jax.jit(lambda p, ids: model.apply({"params": p}, ids))

@@ -33,7 +33,7 @@ class Case:
     """
 
     name: str
-    config: models.BertConfig | models.LlamaConfig
+    config: models.BertConfig | models.DecoderConfig
     rows: int
     length: int
     targets: str
@@ -96,9 +96,9 @@ def sides(case: Case) -> dict[str, Callable[[], TrainingSide]]:
 def _workload(case: Case) -> Workload:
     """Return the model with random weights and its loss; it has no data."""
     loss: Callable[[Any, Any], Loss]
-    if isinstance(case.config, models.LlamaConfig):
+    if isinstance(case.config, models.DecoderConfig):
         shapes = models.shapes(case.config)
-        apply, loss = causal_lm.apply_of(models.Llama(case.config)), causal_lm.token_loss
+        apply, loss = causal_lm.apply_of(models.DecoderModel(case.config)), causal_lm.token_loss
     else:
         shapes = models.shapes(case.config, models.Head("mean", 2))
         model = models.BertClassifier(case.config, 2, "mean")

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 
 Store = Array | tuple[Array, ...]
 
@@ -63,7 +63,7 @@ def _of_layer(store: Store, index: Array | int, like: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(store, index, axis=1, keepdims=False).astype(like.dtype)
 
 
-def empty(config: LlamaConfig, rows: int, capacity: int, dtype: DTypeLike | None = None) -> Cache:
+def empty(config: DecoderConfig, rows: int, capacity: int, dtype: DTypeLike | None = None) -> Cache:
     """Return an empty cache.
 
     Args:
@@ -131,7 +131,7 @@ class Fresh(NamedTuple):
     at: Array | int
 
     @staticmethod
-    def start(config: LlamaConfig, ids: Array) -> Fresh:
+    def start(config: DecoderConfig, ids: Array) -> Fresh:
         """Return the entries before the first layer, for tokens [B, T]."""
         if not config.scan_layers:
             return Fresh((), (), 0)

@@ -161,7 +161,7 @@ class LongRope:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class DecoderConfig:
     """The config of a decoder.
 
     The families are Llama and its descendants (SmolLM2, Mistral, Qwen2, Qwen3), GPT-2, Gemma, Phi,
@@ -365,7 +365,7 @@ class VitConfig:
         return self.image_size[0] // high, self.image_size[1] // wide
 
 
-BuiltInConfig = BertConfig | LlamaConfig  # models of text
+BuiltInConfig = BertConfig | DecoderConfig  # models of text
 StoredConfig = BuiltInConfig | VitConfig  # all models that the loaders know
 
 

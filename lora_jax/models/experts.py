@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 from lora_jax.models.layers import ACTIVATIONS, INITIAL, dense
 
 
 class _Bank(nn.Module):
     """The kernels [E, in, out] of one product of all experts."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     features: int
 
     @nn.compact
@@ -29,7 +29,7 @@ class _Bank(nn.Module):
 
 
 class _Experts(nn.Module):
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Array, sizes: Array) -> Array:
@@ -46,7 +46,7 @@ class ExpertMlp(nn.Module):
     Parameters: `router/kernel` [D, E] and `experts/{gate,up,down}/kernel` [E, in, out].
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

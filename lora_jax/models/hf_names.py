@@ -1,7 +1,7 @@
 """The Hugging Face modules of the built-in models' parameters, for `lora_jax.exchange`."""
 
 from lora_jax.hf_module import HfModule, HfNames
-from lora_jax.models.config import LlamaConfig, StoredConfig, VitConfig
+from lora_jax.models.config import DecoderConfig, StoredConfig, VitConfig
 from lora_jax.models.weights.names import BERT, TensorName, table_of
 from lora_jax.models.weights.stored import Head
 
@@ -26,8 +26,8 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
         as in `...ForSequenceClassification`, without it as in the bare encoder.
       root: a prefix of every path: "" for the tree that `load` returns, "params/" if it is inside
         Flax's `{"params": ...}`.
-    >>> from lora_jax.models import LlamaConfig
-    >>> names = hf_names(LlamaConfig(8, 8, 2, 2, 2, 4, 8, 8))
+    >>> from lora_jax.models import DecoderConfig
+    >>> names = hf_names(DecoderConfig(8, 8, 2, 2, 2, 4, 8, 8))
     >>> names["layers_{layer}/attention/q/kernel"]
     'model.layers.{layer}.self_attn.q_proj.weight'
     """
@@ -51,7 +51,7 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
 
 def _of_all_experts(config: StoredConfig, row: TensorName) -> HfModule:
     """Return the part of the parameter of all experts, as PEFT's target_parameters names it."""
-    assert isinstance(config, LlamaConfig)
+    assert isinstance(config, DecoderConfig)
     start, size = "model.layers.{layer}.mlp.experts.{expert}", config.mlp_size
     rows = {"gate": (0, size), "up": (size, size)}.get(row.path.split("/")[-2])
     name = f"{start}.{'gate_up' if rows else 'down'}_proj.weight"
@@ -78,14 +78,16 @@ def hf_prefix(config: StoredConfig, row: TensorName, head: Head | None = None) -
         table is BERT and row.hf.startswith("pooler.")  # for BERT it is inside the encoder
     )
     outside = of_head or row.hf.startswith("lm_head.")
-    wrapped = head is not None or isinstance(config, LlamaConfig)
+    wrapped = head is not None or isinstance(config, DecoderConfig)
     return table.prefix if wrapped and not outside else ""
 
 
 def _module(config: StoredConfig, row: TensorName, head: Head | None) -> str | HfModule:
     name = hf_prefix(config, row, head) + row.hf
     if row.path.endswith("embedding"):
-        is_tied = isinstance(config, LlamaConfig) and config.tied and row.path.startswith("embed/")
+        is_tied = (
+            isinstance(config, DecoderConfig) and config.tied and row.path.startswith("embed/")
+        )
         return HfModule(name, layer="embedding", tied="lm_head" if is_tied else "")
     if row.in_out:
         return HfModule(name, transposed=False)

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.models.config import (
     BertConfig,
     BuiltInConfig,
+    DecoderConfig,
     Disentangled,
-    LlamaConfig,
     PreNorm,
     StoredConfig,
     VitConfig,
@@ -51,8 +51,8 @@ def rules(config: StoredConfig, head: Head | None = None) -> tuple[PlacementRule
         before = "vit/" if head else ""
         own = ((before + pattern, spec) for pattern, spec in _vit(config))
         return (*own, *_head(None, head))
-    if isinstance(config, LlamaConfig):
-        return _llama(config)
+    if isinstance(config, DecoderConfig):
+        return _decoder(config)
     before = "bert/" if head else ""
     return (*((before + pattern, spec) for pattern, spec in _bert(config)), *_head(config, head))
 
@@ -61,7 +61,7 @@ def _embedding(config: BuiltInConfig) -> P:
     return P("tensor", "fsdp") if tensor_axis(config) == 0 else _HIDDEN
 
 
-def _llama(config: LlamaConfig) -> tuple[PlacementRule, ...]:
+def _decoder(config: DecoderConfig) -> tuple[PlacementRule, ...]:
     layer = "layers" if config.scan_layers else "layers_*"
     first = "attention/qkv" if config.fused else "attention/{q,k,v}"
     norms = "{attention,mlp}_{norm,post_norm}" if config.post_norms else "{attention,mlp}_norm"
@@ -90,7 +90,7 @@ def _llama(config: LlamaConfig) -> tuple[PlacementRule, ...]:
     return tuple(out)
 
 
-def _mlp(config: LlamaConfig) -> list[PlacementRule]:
+def _mlp(config: DecoderConfig) -> list[PlacementRule]:
     first = "mlp/up" if not config.gated else "mlp/gate_up" if config.fused else "mlp/{gate,up}"
     out = [(f"{first}/kernel", _FIRST), ("mlp/down/kernel", _SECOND)]
     if config.mlp_bias:

@@ -120,7 +120,7 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     with aside.status("opening the model ..."):
         served = open_adapters(
             options.adapter,
-            models.LlamaConfig,
+            models.DecoderConfig,
             base=options.base,
             trust_base=options.trust_base,
             allow_other_base=options.allow_other_base,

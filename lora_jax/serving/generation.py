@@ -90,7 +90,7 @@ class Decoder:
 
     def __init__(
         self,
-        config: models.LlamaConfig,
+        config: models.DecoderConfig,
         params: Tree,
         layout: Layout | None = None,
         stacked: Stack | None = None,
@@ -108,7 +108,7 @@ class Decoder:
         self.speed = Speed()
         self._params, self._stacked = params, stacked
         self._programs: dict[tuple[Any, ...], Any] = {}
-        model = models.Llama(config)
+        model = models.DecoderModel(config)
 
         def read(params: Tree, ids: Any, mask: Any, cache: Any) -> Any:
             return model.apply({"params": params}, ids, mask, cache=cache, last=1)

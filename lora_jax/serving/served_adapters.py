@@ -331,7 +331,7 @@ def _check_kind(
     what, other = {
         models.BertConfig: ("an encoder", "lora-jax predict"),
         models.VitConfig: ("an encoder of images", "lora-jax predict"),
-        models.LlamaConfig: ("a decoder", "lora-jax generate"),
+        models.DecoderConfig: ("a decoder", "lora-jax generate"),
     }[type(source.config)]
     raise LoraError(f"the base {reference} is {what}; `{other}` runs models of this kind")
 

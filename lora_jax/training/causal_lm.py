@@ -37,7 +37,7 @@ def causal_lm(config: TextConfig) -> Workload:
     """
     source = pretrained.open_model(
         config.model.reference,
-        models.LlamaConfig,
+        models.DecoderConfig,
         "a causal language model is a decoder, and lora_jax.training.classification takes encoders",
     )
     data = text.open_text(config, batches_of, source)
@@ -54,7 +54,10 @@ def causal_lm(config: TextConfig) -> Workload:
     about = text.about(config, prompt=config.data.prompt, eos=config.data.eos)
     workload = Workload(
         apply=apply_of(
-            models.Llama(model_config), config.model.loss_chunk, method, config.label_smoothing
+            models.DecoderModel(model_config),
+            config.model.loss_chunk,
+            method,
+            config.label_smoothing,
         ),
         loss=token_loss,
         params={**pretrained.base_shapes(config, source, model_config), **method.shapes()},
@@ -87,7 +90,7 @@ def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def apply_of(
-    model: models.Llama,
+    model: models.DecoderModel,
     chunk: int | None = None,
     method: baselines.Method = baselines.NONE,
     smoothing: float = 0.0,

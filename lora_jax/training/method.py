@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lora_jax import baselines
 from lora_jax.errors import LoraError
-from lora_jax.models import BertConfig, LlamaConfig
+from lora_jax.models import BertConfig, DecoderConfig
 from lora_jax.training.config import ConfigError, require
 
 LORA = "lora"
@@ -80,7 +80,7 @@ class MethodConfig:
         given = {field: getattr(self, field) for field in defaults}
         return {f: defaults[f] if value is None else value for f, value in given.items()}
 
-    def on(self, config: BertConfig | LlamaConfig, length: int) -> baselines.Method:
+    def on(self, config: BertConfig | DecoderConfig, length: int) -> baselines.Method:
         """Return the method for a model. LoRA is a method that trains nothing of its own.
 
         Args:

@@ -229,7 +229,7 @@ def open_model(reference: str, kind: type[Any], wanted: str) -> Any:
     """
     source = models.open(reference)
     if not isinstance(source.config, kind):
-        kinds = {models.BertConfig: "an encoder of text", models.LlamaConfig: "a decoder"}
+        kinds = {models.BertConfig: "an encoder of text", models.DecoderConfig: "a decoder"}
         got = kinds.get(type(source.config), "an encoder of images")
         raise ConfigError(f"model.reference {reference!r} is {got}; {wanted}")
     return source

@@ -106,7 +106,7 @@ def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> 
       lora_jax.LoraError: the data cannot be read, or the tokenizer does not fit the model.
     """
     model = source.config
-    assert isinstance(model, models.BertConfig | models.LlamaConfig)  # `open_model` checks it
+    assert isinstance(model, models.BertConfig | models.DecoderConfig)  # `open_model` checks it
     _check_positions(config, model)
     of_data = functools.partial(
         pipeline, config.data, source.tokenizer(), vocabulary=model.vocab_size
@@ -114,7 +114,7 @@ def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> 
     return pretrained.open_batches(config, of_data)
 
 
-def _check_positions(config: TextConfig, model: models.BertConfig | models.LlamaConfig) -> None:
+def _check_positions(config: TextConfig, model: models.BertConfig | models.DecoderConfig) -> None:
     """Raise if the model has learned positions and rows may be longer than these.
 
     Otherwise the first batch with such a long text would stop the run, perhaps hours later.

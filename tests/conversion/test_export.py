@@ -78,7 +78,7 @@ def test_a_merged_folder_holds_the_merged_weights(
     assert {k for k in merged if k.startswith("classifier")} == own
     source = models.open(str(tmp_path / "out"))
     head = None
-    if not isinstance(source.config, models.LlamaConfig):
+    if not isinstance(source.config, models.DecoderConfig):
         head = models.Head("cls" if name == "vit" else "roberta_head", 3)
     again = source.load(_as(source.config, scan_layers=options.get("scan", False)), head=head)
     assert_close(again, run.merged)

@@ -32,7 +32,7 @@ TINY: dict[str, Case] = {
     ),
     "smollm2": dataclasses.replace(
         CASES["smollm2"], rows=2, length=8,
-        config=models.LlamaConfig(
+        config=models.DecoderConfig(
             num_heads=4, num_kv_heads=2, head_dim=4, max_positions=8, **SMALL
         ),
     ),

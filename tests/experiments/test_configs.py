@@ -80,7 +80,7 @@ def test_every_setting_has_three_seeds() -> None:
 
 def test_a_decoder_has_one_budget_over_its_matrices() -> None:
     """And three ranks beside. Red: rank 12 in the place of 15 for v, as if it were as wide as q."""
-    apply = causal_lm.apply_of(models.Llama(SMOLLM2))
+    apply = causal_lm.apply_of(models.DecoderModel(SMOLLM2))
     params, batch = models.shapes(SMOLLM2), causal_lm.batch_shapes(1, 8)
     found = [
         lora_jax.resolve(m.config.lora.spec, traced_once(apply), params, batch)

@@ -45,7 +45,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     params = source.load()
 
     def apply(params: Any, ids: Any) -> Any:
-        return models.Llama(source.config).apply({"params": params}, ids)
+        return models.DecoderModel(source.config).apply({"params": params}, ids)
 
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     about: dict[str, Any] = {"model": {"reference": str(base)}}

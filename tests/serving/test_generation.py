@@ -37,9 +37,9 @@ def mixed(decoder: Decoder) -> list[Generated]:
     return generate(decoder, ALL, max_new_tokens=NEW)
 
 
-def whole_greedy(config: models.LlamaConfig, params: Any, prompt: list[int]) -> list[int]:
+def whole_greedy(config: models.DecoderConfig, params: Any, prompt: list[int]) -> list[int]:
     """Greedy decoding as it is defined: the whole text is read anew for every token."""
-    apply = jax.jit(models.Llama(config).apply)
+    apply = jax.jit(models.DecoderModel(config).apply)
     tokens = list(prompt)
     for _ in range(NEW):
         padded = np.zeros((1, 24), np.int32)
@@ -87,10 +87,10 @@ FORMS = {"unrolled": CONFIG, "scanned": SCANNED} | {
 
 
 @pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
-def test_logits_of_a_mixed_batch(config: models.LlamaConfig) -> None:
+def test_logits_of_a_mixed_batch(config: models.DecoderConfig) -> None:
     """Prefill and a step through `adapt`, against the merged weights without a cache."""
     layout, stacked = tiny.stacked(config)
-    model, ids = models.Llama(config), jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    model, ids = models.DecoderModel(config), jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     chosen = jnp.asarray([2, lora_jax.multi.BASE, 1])
 
     def read(params: Any, ids: Any, cache: Any) -> Any:

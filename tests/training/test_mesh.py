@@ -200,7 +200,7 @@ def _shapes_only(name: str) -> tuple[Any, Workload]:
         )  # fmt: skip
         head: Any = models.Head("mean", 2)
     else:
-        config = models.LlamaConfig(
+        config = models.DecoderConfig(
             vocab_size=49152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3,
             head_dim=64, mlp_size=1536, max_positions=8192, tied=True,
         )  # fmt: skip

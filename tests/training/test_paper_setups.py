@@ -93,7 +93,9 @@ def test_parameters_of_gpt2(name: str, parameters: int) -> None:
     """Two pairs for each layer: q and v have factors of their own, and k has none."""
     config = load(f"{GPT2}:{name}")
     shape = {"model_type": "gpt2", "vocab_size": 50_257, "n_positions": 1024}
-    model = models.Llama(config.model.apply_to(hf_config.parse(shape | PUBLISHED[name], name)))
+    model = models.DecoderModel(
+        config.model.apply_to(hf_config.parse(shape | PUBLISHED[name], name))
+    )
     apply = causal_lm.apply_of(model, smoothing=config.label_smoothing)
     batch = causal_lm.batch_shapes(config.data.batch_size, config.data.max_length)
     assert trained(config, apply, models.shapes(model.config), batch) == parameters

@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from lora_jax.bases.matrix import QuantisedMatrix
-from lora_jax.models.config import LlamaConfig, StoredConfig
+from lora_jax.models.config import DecoderConfig, StoredConfig
 from lora_jax.models.errors import ModelConfigError, WeightsError
 from lora_jax.models.rope import linear_divisors
 from lora_jax.models.weights import field_kinds, gguf_blocks, gguf_header, gguf_tokenizer
@@ -59,7 +59,7 @@ class GgufFile:
                 raise ModelConfigError(
                     f"{self.path}: rope rotates {rotary} of a head's {head_dim} elements"
                 )
-            return LlamaConfig(
+            return DecoderConfig(
                 vocab_size=tensors["token_embd.weight"].shape[0],
                 hidden_size=hidden,
                 num_layers=fields["block_count"],
@@ -120,9 +120,9 @@ class GgufFile:
         config = self._decoder(config)
         return stored_shapes(self.stored(config), config, head)
 
-    def _decoder(self, config: StoredConfig | None) -> LlamaConfig:
+    def _decoder(self, config: StoredConfig | None) -> DecoderConfig:
         config = self.config if config is None else config
-        if not isinstance(config, LlamaConfig):
+        if not isinstance(config, DecoderConfig):
             raise WeightsError(f"{self.path} holds a decoder, but the config is {config}")
         return config
 

@@ -3,12 +3,12 @@
 import math
 from typing import Any
 
-from lora_jax.models.config import LlamaConfig, LongRope
+from lora_jax.models.config import DecoderConfig, LongRope
 from lora_jax.models.rope import linear_divisors, llama3_divisors
 from lora_jax.models.weights.hf_fields import Json, activation, refuse, refuse_set, special_ids
 
 
-def llama(json: Json, origin: str) -> LlamaConfig:
+def llama(json: Json, origin: str) -> DecoderConfig:
     """Read Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE."""
     kind = json["model_type"]
     partial = json.get("partial_rotary_factor", 1.0)
@@ -27,7 +27,7 @@ def llama(json: Json, origin: str) -> LlamaConfig:
     )
 
 
-def gemma(json: Json, origin: str) -> LlamaConfig:
+def gemma(json: Json, origin: str) -> DecoderConfig:
     """Read Gemma 2, and the text model of Gemma 3."""
     refuse_set(json, origin, "use_bidirectional_attention")
     third = json["model_type"] == "gemma3_text"
@@ -68,7 +68,7 @@ def _gemma3_rope(json: Json, head_dim: int, origin: str) -> dict[str, Any]:
     return {**whole, "local_rope_theta": float(one.get("rope_theta", 1e4))}
 
 
-def phi3(json: Json, origin: str) -> LlamaConfig:
+def phi3(json: Json, origin: str) -> DecoderConfig:
     """Read Phi-3, Phi-3.5, Phi-4 and Phi-4-mini."""
     refuse_set(json, origin, "attention_bias", "mlp_bias", "lm_head_bias")
     scaling = json.get("rope_parameters") or json.get("rope_scaling") or {}
@@ -104,11 +104,11 @@ def _long_rope(json: Json, scaling: Json) -> dict[str, Any]:
     }
 
 
-def gpt2(json: Json, origin: str) -> LlamaConfig:
+def gpt2(json: Json, origin: str) -> DecoderConfig:
     """Read GPT-2."""
     refuse_set(json, origin, "add_cross_attention", "scale_attn_by_inverse_layer_idx")
     hidden, heads = json["n_embd"], json["n_head"]
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=json["vocab_size"],
         hidden_size=hidden,
         num_layers=json["n_layer"],
@@ -132,14 +132,14 @@ def gpt2(json: Json, origin: str) -> LlamaConfig:
     )
 
 
-def _decoder(json: Json, **own: Any) -> LlamaConfig:
+def _decoder(json: Json, **own: Any) -> DecoderConfig:
     """Return the config with the fields that all descendants of Llama share, and `own`."""
     heads = json["num_attention_heads"]
     usual = {
         "mlp_size": json["intermediate_size"],
         "tied": bool(json.get("tie_word_embeddings", False)),
     }
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=json["vocab_size"],
         hidden_size=json["hidden_size"],
         num_layers=json["num_hidden_layers"],

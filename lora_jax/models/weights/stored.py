@@ -15,9 +15,9 @@ from flax.traverse_util import flatten_dict
 
 from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.bert import Bert, BertClassifier
-from lora_jax.models.config import BertConfig, LlamaConfig, StoredConfig, VitConfig
+from lora_jax.models.config import BertConfig, DecoderConfig, StoredConfig, VitConfig
+from lora_jax.models.decoder import DecoderModel
 from lora_jax.models.errors import WeightsError
-from lora_jax.models.llama import Llama
 from lora_jax.models.vit import Vit, VitClassifier
 from lora_jax.models.weights import shards
 from lora_jax.models.weights.names import TensorName, TensorNames
@@ -99,15 +99,15 @@ def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
       config: the config of the model.
       head: the classification head of an encoder, if there is one.
     """
-    model: Bert | BertClassifier | Llama | Vit | VitClassifier
+    model: Bert | BertClassifier | DecoderModel | Vit | VitClassifier
     if isinstance(config, VitConfig):
         model = Vit(config) if head is None else VitClassifier(config, head.num_classes)
         pixels = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
         return jax.eval_shape(model.init, jax.random.key(0), pixels)["params"]
-    if isinstance(config, LlamaConfig):
+    if isinstance(config, DecoderConfig):
         if head is not None:
             raise WeightsError(f"a classification head is for encoders; got {head} for {config}")
-        model = Llama(config)
+        model = DecoderModel(config)
     elif head is None:
         model = Bert(config)
     else:
@@ -133,7 +133,7 @@ def _check(stored: Stored, leaf: StoredParameter, config: StoredConfig) -> None:
 def parameters(stored: Stored, config: StoredConfig, head: Head | None) -> list[StoredParameter]:
     """Match stored tensors with parameters, and raise unless every name has its match."""
     raw = _clean_names(stored)
-    experts = config.num_experts if isinstance(config, LlamaConfig) else 0
+    experts = config.num_experts if isinstance(config, DecoderConfig) else 0
     parts = config.num_layers * max(1, experts)
     if parts > len(raw):  # the numbers are from a file, so check before a list is made of them
         raise WeightsError(
@@ -144,7 +144,7 @@ def parameters(stored: Stored, config: StoredConfig, head: Head | None) -> list[
     wanted = {name: leaf.path for leaf in leaves for name in leaf.sources}
     missing = [f"{path} <- {name}" for name, path in wanted.items() if name not in raw]
     unknown = [raw[name] for name in raw if name not in wanted and not stored.table.skips(name)]
-    if isinstance(config, LlamaConfig) and config.tied:
+    if isinstance(config, DecoderConfig) and config.tied:
         # Some files repeat the embedding under the name of the head that is tied to it.
         unknown = [name for name in unknown if name != "lm_head.weight"]
     if missing or unknown:
@@ -186,7 +186,7 @@ def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[Sto
             continue  # a bias, a norm or a head that this config does not have
         shape = left.pop(stacked_path).shape
         layers, experts = config.num_layers if row.layered else 0, tuple[int, ...]()
-        if row.of_experts and isinstance(config, LlamaConfig):
+        if row.of_experts and isinstance(config, DecoderConfig):
             experts = (config.num_experts,)
         one = shape[bool(layers) + len(experts) :]
         if row.first_layer and config.scan_layers:
@@ -203,7 +203,7 @@ def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[Sto
                 path = before + row.path.format(layer=i)
                 leaves.append(_leaf(stored, row, path, one, experts, i))
     if left:
-        kinds = {BertConfig: "encoder", LlamaConfig: "decoder", VitConfig: "image model"}
+        kinds = {BertConfig: "encoder", DecoderConfig: "decoder", VitConfig: "image model"}
         kind = kinds[type(config)]
         raise WeightsError(
             f"{stored.origin} is of another architecture than {kind} {config}: it has no names "

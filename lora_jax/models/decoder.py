@@ -1,5 +1,7 @@
-"""Decoders: the Llama family (Touvron et al., arXiv 2302.13971), and other families as options of
-it; see `lora_jax.models.LlamaConfig`."""
+"""The decoder of all families: Llama (Touvron et al., arXiv 2302.13971), and others by its options.
+
+The options are the fields of `lora_jax.models.DecoderConfig`.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from jax import Array
 from lora_jax.models import cache as caches
 from lora_jax.models.attention import attend, capped, positions_in, visible
 from lora_jax.models.cache import Cache, Fresh
-from lora_jax.models.config import LlamaConfig, check_choice
+from lora_jax.models.config import DecoderConfig, check_choice
 from lora_jax.models.cross_entropy import chunked_cross_entropy
 from lora_jax.models.experts import ExpertMlp
 from lora_jax.models.layers import (
@@ -47,11 +49,11 @@ class _View(NamedTuple):
     seen: Array | None
 
 
-_Views = tuple[_View | None, _View | None]  # the view of each kind, see `LlamaConfig.kinds`
+_Views = tuple[_View | None, _View | None]  # the view of each kind, see `DecoderConfig.kinds`
 
 
-class _LlamaAttention(nn.Module):
-    config: LlamaConfig
+class _DecoderAttention(nn.Module):
+    config: DecoderConfig
     deterministic: bool = True
 
     @nn.compact
@@ -77,8 +79,8 @@ class _LlamaAttention(nn.Module):
         return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed), fresh
 
 
-class _LlamaMlp(nn.Module):
-    config: LlamaConfig
+class _DecoderMlp(nn.Module):
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -97,8 +99,8 @@ class _LlamaMlp(nn.Module):
         return dense(config, config.hidden_size, "down", bias=config.mlp_bias)(wide)
 
 
-class _LlamaLayer(nn.Module):
-    config: LlamaConfig
+class _DecoderLayer(nn.Module):
+    config: DecoderConfig
     deterministic: bool = True
     kind: int = 0
 
@@ -117,18 +119,18 @@ class _LlamaLayer(nn.Module):
             return drop(norm(config, name, config.norm)(x) if config.post_norms else x)
 
         normed = flow._replace(x=norm(config, "attention_norm", config.norm)(flow.x))
-        attention = _LlamaAttention(config, self.deterministic, name="attention")
+        attention = _DecoderAttention(config, self.deterministic, name="attention")
         mixed, fresh = attention(normed, view, cache)
         x = by_rows(flow.x + after("attention_post_norm", mixed))
-        mlp = (ExpertMlp if config.num_experts else _LlamaMlp)(config, name="mlp")
+        mlp = (ExpertMlp if config.num_experts else _DecoderMlp)(config, name="mlp")
         wide = mlp(norm(config, "mlp_norm", config.norm)(x))
         return _Flow(by_rows(x + after("mlp_post_norm", wide)), fresh), None
 
 
-class _LlamaHead(nn.Module):
+class _DecoderHead(nn.Module):
     """An untied head: kernel [D, V], no bias."""
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self) -> Array:
@@ -136,7 +138,7 @@ class _LlamaHead(nn.Module):
         return self.param("kernel", INITIAL, shape, self.config.param_dtype)
 
 
-class Llama(nn.Module):
+class DecoderModel(nn.Module):
     """The decoder, which computes the logits of each next token from token ids.
 
     Parameters: `embed/embedding`, per layer `layers_0/attention/{q,k,v,o}`, `attention_norm`,
@@ -148,7 +150,7 @@ class Llama(nn.Module):
       config: the config of the decoder.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(
@@ -210,7 +212,7 @@ class Llama(nn.Module):
             rows = jnp.maximum(positions, 0)  # padding has -1, and no token looks at it
             x = x + Embed(config, config.max_positions, 1, name="position")(rows)
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
-        layers = stack(_LlamaLayer, config, "layers", config.kinds, deterministic=deterministic)
+        layers = stack(_DecoderLayer, config, "layers", config.kinds, deterministic=deterministic)
         x, fresh = layers(_Flow(by_rows(x), fresh), views, cache)
         if last is not None:
             x = x[:, -last:]
@@ -218,7 +220,7 @@ class Llama(nn.Module):
         weight, form = (
             (embed.embedding, "btd,vd->btv")
             if config.tied
-            else (_LlamaHead(config, name="lm_head")(), "btd,dv->btv")
+            else (_DecoderHead(config, name="lm_head")(), "btd,dv->btv")
         )
 
         def head(x: Array) -> Array:
