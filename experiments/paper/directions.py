@@ -46,7 +46,7 @@ def sections(folder: pathlib.Path, base: update_analysis.BaseChoice) -> Sequence
             compared = [run for run in finished if _rank(run) in _COMPARED]
             shared = subspace_similarity.section(compared)
             shared = dataclasses.replace(shared, blocks=(*shared.blocks, Paragraph(_ROWS)))
-            gains = Section("What of W it amplifies", tuple(_gains(finished, base)))
+            gains = Section("Amplified directions of W", tuple(_gains(finished, base)))
             found += [_of(one, attribute, model) for one in (shared, gains)]
     if found:
         notes = sweeps.notes(tasks(folder), {name: saved for name, saved in runs.items() if saved})
@@ -80,7 +80,7 @@ def _gains(runs: Sequence[SavedRun], base: update_analysis.BaseChoice) -> list[B
             found |= {rank: update_analysis.amplified(own[0].path, base)} if own else {}
         except USER_ERRORS as error:
             return [
-                Note(f"This section needs the weights of the base, and they cannot be had: {error}")
+                Note(f"This section needs the weights of the base, which cannot be opened: {error}")
             ]
     if not found:
         return [Note(f"No run of rank {' or '.join(map(str, _AMPLIFIED))} has finished.")]
@@ -117,8 +117,8 @@ def _middle(found: dict[int, update_analysis.AmplifiedUpdate]) -> Table:
             (f"r = {rank}", place, name, f"{mine:.4g}", f"{its:.4g}") for name, mine, its in numbers
         ]
     return Table(
-        "‖UᵀWV‖ with the directions of ΔW, of W and random ones, and the norms: ours, and those of "
-        "W_q in the 48th of GPT-3's 96 layers (the paper's Table 7).",
+        "‖UᵀWV‖ with the directions of ΔW, of W and random ones, and the norms: ours, and W_q's "
+        "in the 48th of GPT-3's 96 layers (the paper's Table 7).",
         ("rank", "matrix", "", "ours", "paper"),
         tuple(rows),
         ("rank", "matrix", ""),

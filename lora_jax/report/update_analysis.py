@@ -63,7 +63,7 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
         else f"This is the update of {run}."
     )
     spectra = Section(_TITLE, (whose, *_spectra(there, found, member.layout)))
-    return spectra, Section("What of W it amplifies", _amplified(run, base))
+    return spectra, Section("Amplified directions of W", _amplified(run, base))
 
 
 def _with_matrices(member: ServedAdapter) -> ServedAdapter:
@@ -178,7 +178,7 @@ def grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
 
 
 class AmplifiedUpdate(NamedTuple):
-    """The part of W that an adapter amplifies: one entry for each matrix, all in one order."""
+    """The directions of W that an adapter amplifies, with one entry for each matrix in one order."""
 
     layout: Layout
     there: tuple[Place, ...]
@@ -211,7 +211,7 @@ def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:
     except USER_ERRORS as error:
         return (
             Note(
-                "This section needs the weights of the base model, and they cannot be had here; "
+                "This section needs the weights of the base model, which cannot be opened here; "
                 "the rest of the report does not need them. --base names another base, "
                 f"--allow-other-base accepts a base that differs. {error}"
             ),

@@ -149,7 +149,7 @@ def test_files_are_prepared_without_tensorflow(
 
 
 def test_what_needs_tensorflow_says_so(tmp_path: Path) -> None:
-    message = r"(?s)whose tf\.image is called.*Where there is no TensorFlow, prepare it"
+    message = r"(?s)whose tf\.image is called.*Without TensorFlow, prepare it"
     with pytest.raises(DataError, match=message):
         open_source("tfds:shapes_stand_in/tensorflow", str(tmp_path))
 

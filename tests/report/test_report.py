@@ -247,9 +247,9 @@ def test_a_base_that_cannot_be_had_is_said(
     """Red: no `except` in `_amplified` of update.py."""
     arguments = [str(written.solo), "--out", str(tmp_path), "--base", str(tmp_path / "none")]
     assert main(arguments) == 0
-    assert "cannot be had here" in capsys.readouterr().err
+    assert "cannot be opened here" in capsys.readouterr().err
     page = saved_runs.page(tmp_path / "report.html")
-    assert any("cannot be had here" in text for text in page.paragraphs)
+    assert any("cannot be opened here" in text for text in page.paragraphs)
     assert not any("factor" in found[0] for found in page.tables)
     assert table(tmp_path, "layer", "effective rank")
 

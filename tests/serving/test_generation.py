@@ -228,7 +228,7 @@ def test_temperature_divides_the_logits() -> None:
         ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1"),
         ({"temperature": 1.0, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
-        ({"top_p": 0.9}, "at temperature 0 nothing is drawn; give a temperature"),
+        ({"top_p": 0.9}, "at temperature 0 nothing is sampled; give a temperature"),
         ({"seed": -1}, "seed must be from 0"),
     ],
 )
