@@ -178,7 +178,7 @@ def grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
 
 
 class AmplifiedUpdate(NamedTuple):
-    """The directions of W that an adapter amplifies, with one entry for each matrix in one order."""
+    """The directions of W that an adapter amplifies: an entry for each matrix, all in one order."""
 
     layout: Layout
     there: tuple[Place, ...]
