@@ -1,6 +1,7 @@
 """The command line of the package: `lora-jax COMMAND`, which is `python -m lora_jax COMMAND`.
 
     train       fine-tune a model, or plan it; the same program as train.py of the repository
+    show        list a model's parameters, and what patterns match of them
     predict     classify texts or images with trained adapters
     generate    continue texts with trained adapters
     export      write a run as a merged model, or as an adapter of PEFT, llama.cpp or MLX
@@ -72,6 +73,12 @@ def _train_script() -> Any:
     return module
 
 
+def _show(arguments: Sequence[str]) -> int:
+    from lora_jax.show import command
+
+    return command.main(arguments)
+
+
 def _predict(arguments: Sequence[str]) -> int:
     from lora_jax.serving import predict
 
@@ -104,6 +111,7 @@ def _import(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Command] = {
     "train": _train,
+    "show": _show,
     "predict": _predict,
     "generate": _generate,
     "export": _export,

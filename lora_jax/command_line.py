@@ -24,7 +24,7 @@ require("train", __name__)
 import tyro
 
 from lora_jax import planner
-from lora_jax.console import note_repeated
+from lora_jax.console import read_options
 from lora_jax.errors import listed, nearest
 from lora_jax.groups.config import GroupConfig, GroupOptions
 from lora_jax.groups.sweep import SweepConfig
@@ -54,7 +54,6 @@ def parse(
       SystemExit: after `--help`, or after a message about a field that is unknown or has a wrong
         type or value.
     """
-    note_repeated(arguments)
     reference = _reference(arguments, default)
     name, config = load(reference, root)
     members = config.members if isinstance(config, GroupConfig) else ()
@@ -66,13 +65,9 @@ def parse(
         _field("plan", "", planner.PlanOptions()),
         *(_field(f"member{i}", member.name, member.config) for i, member in enumerate(shown)),
     ]
-    given: Any = tyro.cli(
-        dataclasses.make_dataclass("CommandLine", fields),
-        prog=program,
-        description=f"{_about(reference, [member.name for member in members])} {_VARIABLES}",
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    about = f"{_about(reference, [member.name for member in members])} {_VARIABLES}"
+    kind: Any = dataclasses.make_dataclass("CommandLine", fields)
+    given = read_options(kind, program, about, arguments)
     run = given.run
     if members:
         changed = [

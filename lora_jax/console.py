@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, TypeVar
 
 from lora_jax.extras import MissingExtraError, require
 
 require("train", __name__)
 
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
@@ -23,6 +25,8 @@ from rich.text import Text
 from lora_jax import allocator, program_cache
 from lora_jax.errors import LoraError
 from lora_jax.models.errors import ModelError
+
+T = TypeVar("T")
 
 # Errors that a user can correct; any other error is a bug and shows its traceback.
 USER_ERRORS = (LoraError, ModelError, MissingExtraError, OSError)
@@ -42,12 +46,16 @@ def say(console: Console, text: str) -> None:
 
 
 def printable(text: str) -> str:
-    r"""Replace control characters, with which a text could command a terminal.
+    r"""Replace control characters, with which a text could command a terminal, and half characters.
 
-    >>> printable("a\tb\n\x1b[2Jc")
-    'a\tb\n\ufffd[2Jc'
+    >>> printable("a\tb\n\x1b[2Jc\ud800")
+    'a\tb\n\ufffd[2Jc\ufffd'
     """
-    return "".join(c if c.isprintable() or c in "\n\t" or ord(c) > 159 else "\ufffd" for c in text)
+
+    def shown(c: str) -> bool:
+        return c.isprintable() or c in "\n\t" or (ord(c) > 159 and not "\ud800" <= c <= "\udfff")
+
+    return "".join(c if shown(c) else "\ufffd" for c in text)
 
 
 def out_of_memory(error: BaseException, cure: str) -> str | None:
@@ -93,20 +101,45 @@ def quiet_storage() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def note_repeated(arguments: Sequence[str], several: Collection[str] = ()) -> None:
-    """Print a note on stderr about options that are given more than once; only the last counts.
+def read_options(
+    kind: type[T],
+    program: str,
+    description: str | None,
+    arguments: Sequence[str] | None,
+    *,
+    adding: bool = False,
+) -> T:
+    """Return the options of a command as the dataclass `kind`, whose docstrings are its `--help`.
 
-    This is not an error, because scripts append options to a command to change it.
+    An option that is given more than once is noted on stderr, because only the last one counts. It
+    is not an error, because scripts append options to a command to change it.
 
     Args:
-      arguments: the command line.
-      several: options that may be given more than once.
+      kind: the dataclass; its fields are the options.
+      program: the name of the command in `--help`.
+      description: the first text of `--help`.
+      arguments: the command line without the program's name. None: sys.argv.
+      adding: whether the values of a repeated option that is a tuple add up.
+
+    Raises:
+      SystemExit: after `--help`, or after the message about an option that is unknown or has a
+        wrong value.
     """
-    options = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
-    for option in dict.fromkeys(options):
-        if options.count(option) > 1 and option not in several:
-            times = f"{option} is given {options.count(option)} times"
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    found = tyro.cli(
+        kind,
+        prog=program,
+        description=description,
+        args=given,
+        config=(tyro.conf.FlagCreatePairsOff, *([tyro.conf.UseAppendAction] if adding else [])),
+    )
+    several = {f"--{f.name}" for f in dataclasses.fields(kind) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
+    names = [a.partition("=")[0].replace("_", "-") for a in given if a.startswith("--")]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1 and not (adding and name in several):
+            times = f"{name} is given {names.count(name)} times"
             say(Console(stderr=True), f"note: {times}; the last one counts")
+    return found
 
 
 def guarded(run: Callable[[], None]) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax import paths
+from lora_jax import layout_table, paths
 from lora_jax.base import is_base
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.target import Target
@@ -42,7 +42,10 @@ class Remark:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """All targets, in the order of the parameter tree. Hashable; `print(layout)` is a table.
+    """All targets, in the order of the parameter tree. Hashable.
+
+    `print(layout)` is a table of at most 100 columns. Parameters that differ in a layer's number or
+    in one name have one line, with the pattern that matches them.
 
     Attributes:
       targets: the adapted parameters.
@@ -159,22 +162,18 @@ class Layout:
                 )
 
     def __str__(self) -> str:
-        heading = ("path", "shape", "stack", "in", "out", "kind", "rank", "scale", "parameters")
-        rows = [heading, *(_row(t) for t in self.targets)]
-        rows += [("total", *[""] * (len(heading) - 2), f"{self.size:,}")]
-        kinds = heading.index("kind")
-        if all(row[kinds] in ("lora", "kind", "") for row in rows):  # then it says nothing
-            rows = [(*row[:kinds], *row[kinds + 1 :]) for row in rows]
-        numbers = len(rows[0]) - 3  # columns from here on are numbers, and end together
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(c.ljust(w) if i < numbers else c.rjust(w) for i, (c, w) in enumerate(cells))
-            for cells in (list(zip(row, widths, strict=True)) for row in rows)
-        ]
+        heading: tuple[str, ...] = ("shape", "stack", "in", "out", "kind", "rank", "scale")
+        rows = [(t.path, _row(t), _size(t)) for t in self.targets]
+        words = heading.index("rank")
+        if all(cells[words - 1] == "lora" for _, cells, _ in rows):  # then it says nothing
+            words -= 1
+            heading = (*heading[:words], *heading[words + 1 :])
+            rows = [(path, (*x[:words], *x[words + 1 :]), size) for path, x, size in rows]
+        lines = [layout_table.table(heading, rows, words, self.size)]
         for title, remarks in (("left out:", self.left_out), ("dequantised:", self.dequantised)):
-            lines += [title] if remarks else []
-            lines += [f"  {x.path}  {_times(x.shape)}  {x.reason}" for x in remarks]
-        return "\n".join(line.rstrip() for line in lines)
+            said = [(x.path, _times(x.shape), x.reason) for x in remarks]
+            lines += layout_table.remarks(title, said)
+        return "\n".join(lines)
 
 
 def _size(target: Target) -> int:
@@ -194,7 +193,7 @@ def _row(t: Target) -> tuple[str, ...]:
     kind = f"{t.kind}[{parts}]" if parts else t.kind
     roles = (text(t.stack), text(t.inputs), text(t.outputs))
     scale = f"{kind_of(t).scale(t):g}"
-    return (t.path, _times(t.shape), *roles, kind, str(t.rank), scale, f"{_size(t):,}")
+    return (_times(t.shape), *roles, kind, str(t.rank), scale)
 
 
 def _read(type_: Any, what: str, rows: Any, version: int) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ must match the **whole** path:
     ?        one character inside one segment         layer_?/kernel
     [ab]     one of these characters                  layer_[01]/kernel
     {a,b}    either text (no nesting)                 {query,value}/kernel
+    {0..5}   a number from the first to the last      layer_{0..5}/kernel
     **       any number of whole segments, also none  **/attention/**/kernel
 
 >>> match("encoder/layer_*/{query,value}/kernel", "encoder/layer_3/query/kernel")
@@ -153,6 +154,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 _TOKEN = re.compile(r"\*|\?|\[[^\[\]/]+\]|\{[^{}/]*\}|[^\[\]{}*?]")
+_RANGE = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
+_MOST = 10_000  # numbers of a range
 _WILD = {"*": "[^/]*", "?": "[^/]"}
 
 
@@ -177,5 +180,19 @@ def _translate(token: str) -> str:
         body = token[1:-1].replace("\\", "\\\\")
         return "[" + ("^" + body[1:] if body[0] == "!" else body) + "]"
     if token[0] == "{" and len(token) > 1:
-        return "(?:" + "|".join(re.escape(t) for t in token[1:-1].split(",")) + ")"
+        return "(?:" + "|".join(_alternative(t) for t in token[1:-1].split(",")) + ")"
     return re.escape(token)
+
+
+def _alternative(text: str) -> str:
+    """`a`, or `0..5`."""
+    numbers = _RANGE.fullmatch(text)
+    if numbers is None:
+        return re.escape(text)
+    first, last = map(int, numbers.groups())
+    if not first <= last < first + _MOST:
+        raise LoraError(
+            f"the range {text!r} of a pattern must go from a smaller number to a larger one, and "
+            f"hold at most {_MOST:,} of them"
+        )
+    return "|".join(map(str, range(first, last + 1)))

@@ -46,26 +46,47 @@ def resolve(
     q      8x2x4  -      0   1,2     2      2          32
     total                                              32
     """
+    return trace(f, params, *args, **kwargs).layout(spec)
+
+
+def trace(f: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Trace:
+    """Trace `f`, to resolve several specs or to look at the roles that its parameters have.
+
+    Args:
+      f, params, *args, **kwargs: as `resolve` takes them.
+
+    Raises:
+      LoraError: as `resolve`, where it is not about a spec.
+    """
     traced = jaxprs.trace(f, params, args, kwargs)
     avals = dict(zip(traced.param_paths, traced.avals, strict=False))
-    found = _Found(avals, roles.uses(traced), Dependence(traced))
-    chosen: dict[str, Rule] = {}
-    for rule in spec.rules:  # the first match decides, but every rule must match something
-        chosen = {**dict.fromkeys(_matching_rule(rule, found), rule), **chosen}
-    fold = {path for pattern in spec.fold for path in _matching(pattern, found.uses)}
-    return Layout(
-        tuple(_target(p, found, chosen[p], p in fold) for p in traced.param_paths if p in chosen),
-        _left_out(spec, chosen, found),
-        tuple(_whole(p, avals[p], where) for p, where in roles.dequantised(traced).items()),
-    )
+    return Trace(traced, avals, roles.uses(traced), Dependence(traced))
 
 
-class _Found(NamedTuple):
-    """The results of the trace: the uses of each parameter, and the dependences between them."""
+class Trace(NamedTuple):
+    """The results of a trace: the uses of each parameter, and the dependences between them."""
 
+    traced: jaxprs.TracedCall
     avals: dict[str, Any]
     uses: dict[str, tuple[Use, ...]]
     dependence: Dependence
+
+    def layout(self, spec: LoraSpec) -> Layout:
+        """Find the spec's targets and the roles of their axes; see `resolve`."""
+        chosen: dict[str, Rule] = {}
+        for rule in spec.rules:  # the first match decides, but every rule must match something
+            chosen = {**dict.fromkeys(_matching_rule(rule, self), rule), **chosen}
+        fold = {path for pattern in spec.fold for path in _matching(pattern, self.uses)}
+        whole = roles.dequantised(self.traced)
+        return Layout(
+            tuple(_target(p, self, chosen[p], p in fold) for p in self.avals if p in chosen),
+            _left_out(spec, chosen, self),
+            tuple(_whole(p, self.avals[p], where) for p, where in whole.items()),
+        )
+
+    def use(self, path: str) -> Use | None:
+        """Return the use that gives each axis of a parameter its role; None where there is none."""
+        return _canonical(self.avals[path].shape, self.uses[path])
 
     def kernels(self) -> list[str]:
         """Return the weights of all products and the embeddings, in the order of the tree."""
@@ -104,7 +125,7 @@ def _not_float(dtype: Any) -> str:
     )
 
 
-def _matching_rule(rule: Rule, found: _Found) -> list[str]:
+def _matching_rule(rule: Rule, found: Trace) -> list[str]:
     if rule.pattern != ALL_LINEAR:
         return _matching(rule.pattern, found.uses)
     kept: list[str] = []
@@ -120,7 +141,7 @@ def _matching_rule(rule: Rule, found: _Found) -> list[str]:
     return kept
 
 
-def _left_out(spec: LoraSpec, chosen: Mapping[str, Rule], found: _Found) -> tuple[Remark, ...]:
+def _left_out(spec: LoraSpec, chosen: Mapping[str, Rule], found: Trace) -> tuple[Remark, ...]:
     """Return the kernels that "all-linear" left out and no other rule named, with the reasons."""
     if all(rule.pattern != ALL_LINEAR for rule in spec.rules):
         return ()
@@ -145,7 +166,7 @@ def _matching(pattern: str, known: Mapping[str, Any]) -> list[str]:
     return hits
 
 
-def _target(path: str, found: _Found, rule: Rule, fold: bool) -> Target:
+def _target(path: str, found: Trace, rule: Rule, fold: bool) -> Target:
     aval, uses = found.avals[path], found.uses[path]
     if not jaxprs.is_float(aval.dtype):
         raise LoraError(f"{path!r} cannot be adapted: {_not_float(aval.dtype)}")
@@ -162,7 +183,9 @@ def _target(path: str, found: _Found, rule: Rule, fold: bool) -> Target:
         stack = max((u.stack for u in uses), key=len, default=())
         inputs, outputs = (), tuple(i for i in range(aval.ndim) if i not in stack)
     else:
-        use = _canonical(path, aval.shape, uses)
+        use = _canonical(aval.shape, uses)
+        if use is None:
+            raise _no_axes(path, aval.shape, uses)
         stack, inputs, outputs = use.stack, use.inputs, use.outputs
     assert rule.rank is not None and rule.alpha is not None  # filled in by spec.rules
     assert rule.kind is not None and rule.scaling is not None
@@ -172,7 +195,7 @@ def _target(path: str, found: _Found, rule: Rule, fold: bool) -> Target:
     )  # fmt: skip
 
 
-def _stated(path: str, found: _Found, rule: Rule) -> tuple[Any, Any, Any]:
+def _stated(path: str, found: Trace, rule: Rule) -> tuple[Any, Any, Any]:
     """Return (stack, inputs, outputs) as the rule states them; unnamed axes are stack axes."""
     shape, axes = found.avals[path].shape, range(len(found.avals[path].shape))
     named = [*(rule.inputs or ()), *(rule.outputs or ()), *(rule.stack or ())]
@@ -195,23 +218,25 @@ def _stated(path: str, found: _Found, rule: Rule) -> tuple[Any, Any, Any]:
     return stack, inputs, outputs
 
 
-def _canonical(path: str, shape: tuple[int, ...], uses: tuple[Use, ...]) -> Use:
+def _canonical(shape: tuple[int, ...], uses: tuple[Use, ...]) -> Use | None:
     """Return the use that decides the roles of the axes.
 
     Convolutions and lookups come before products; among products, the most frequent roles win.
     """
     complete = [u for u in uses if u.has_axes and u.covers(shape)]
-    if not complete:
-        axes = "stack={0.stack}, inputs={0.inputs}, outputs={0.outputs}"
-        how = [f"`{u.kind}` at {u.where} ({axes.format(u)})" for u in uses]
-        raise LoraError(
-            f"the targets match {path!r} (shape {shape}), but nothing uses it so that each of its "
-            f"axes is an input, an output or the stack; it is used by:\n"
-            f"{listed(how) or '  nothing reads it'}\n"
-            "Narrow the pattern to weights of products, convolutions and embeddings, or say the "
-            f"axes, if it does enter a product: Rule({path!r}, inputs=..., outputs=...)"
-        )
     order = ("conv_general_dilated", "ragged_dot_general", "gather")
     rank = lambda u: order.index(u.kind) if u.kind in order else len(order)  # noqa: E731
     usual = collections.Counter(u.inputs for u in complete)
-    return min(complete, key=lambda u: (rank(u), -usual[u.inputs]))
+    return min(complete, key=lambda u: (rank(u), -usual[u.inputs]), default=None)
+
+
+def _no_axes(path: str, shape: tuple[int, ...], uses: tuple[Use, ...]) -> LoraError:
+    axes = "stack={0.stack}, inputs={0.inputs}, outputs={0.outputs}"
+    how = [f"`{u.kind}` at {u.where} ({axes.format(u)})" for u in uses]
+    return LoraError(
+        f"the targets match {path!r} (shape {shape}), but nothing uses it so that each of its "
+        f"axes is an input, an output or the stack; it is used by:\n"
+        f"{listed(how) or '  nothing reads it'}\n"
+        "Narrow the pattern to weights of products, convolutions and embeddings, or say the "
+        f"axes, if it does enter a product: Rule({path!r}, inputs=..., outputs=...)"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -41,6 +42,27 @@ def test_lines_of_json_hold_no_control_characters(tmp_path: pathlib.Path) -> Non
     text = (tmp_path / "out.jsonl").read_text()
     assert not set("\x1b\x9b\x7f") & set(text) and "é\N{GRINNING FACE}" in text
     assert json.loads(text) == value
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """The command line of a test."""
+
+    image: tuple[str, ...] = ()
+    out: str = "-"
+
+
+def test_options_of_one_value_that_are_repeated_are_noted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Red: a note on values that are all kept, or none on one that is lost."""
+    given = ["--image", "a", "--image=b", "--out", "x", "--out", "y"]
+    found = console.read_options(Said, "test", None, given, adding=True)
+    assert found == Said(("a", "b"), "y")
+    assert capsys.readouterr().err == "note: --out is given 2 times; the last one counts\n"
+    found = console.read_options(Said, "test", None, ["--image", "a", "b", "--image", "c"])
+    assert found.image == ("c",)
+    assert "--image is given 2 times" in capsys.readouterr().err
 
 
 def test_a_lack_of_memory_is_an_error_with_a_cure(

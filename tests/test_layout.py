@@ -30,7 +30,9 @@ ARROWS = {
     "spec": {"errors"},
     "target": {"errors", "spec"},
     "updates": {"base", "errors", "named", "target"},
-    "layout": {"base", "errors", "paths", "target", "updates"},
+    "path_groups": set(),
+    "layout_table": {"path_groups"},
+    "layout": {"base", "errors", "layout_table", "paths", "target", "updates"},
     "bases": {"base", "errors", "layout", "named", "paths"},
     "adapters": {"errors", "layout", "paths", "updates"},
     "merge": {"adapters", "layout", "paths", "updates"},
@@ -92,13 +94,15 @@ ARROWS = {
     | {"target", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
     | {"layout", "serving", "training", "updates"},
+    "show": {"base", "bases", "console", "data", "errors", "extras", "layout_table", "models"}
+    | {"path_groups", "paths", "resolve", "spec", "training", "updates"},
     "command_line": {"console", "errors", "extras", "groups", "planner", "training"},
-    "__main__": {"conversion", "errors", "extras", "report", "serving", "training"},
+    "__main__": {"conversion", "errors", "extras", "report", "serving", "show", "training"},
 }
 # What is not part of the core.
 AROUND = ("models", "baselines", "data", "training", "groups", "planner", "serving", "conversion")
 AROUND = (*AROUND, "report", "free_memory", "allocator", "program_cache", "command_line")
-AROUND = (*AROUND, "console", "__main__")
+AROUND = (*AROUND, "console", "show", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
 # What the core needs beside JAX and NumPy, and where.
@@ -282,7 +286,7 @@ def test_five_libraries_are_required() -> None:
 
 def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Red if a room that needs an extra does not say so before it imports anything of it."""
-    for room in ("training", "data", "groups", "planner", "serving", "report"):
+    for room in ("training", "data", "groups", "planner", "serving", "report", "show"):
         assert "require(" in (PACKAGE / room / "__init__.py").read_text()
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "tyro" else find(n))

@@ -25,6 +25,9 @@ from lora_jax import LoraError, paths
         ("layer_[!0]/w", "layer_0/w", False),
         ("{query,value}/w", "value/w", True),
         ("{query,value}/w", "key/w", False),
+        ("layer_{0..2,10..11}/w", "layer_10/w", True),
+        ("layer_{0..2,10..11}/w", "layer_3/w", False),
+        ("layer_{0..2}/w", "layer_02/w", False),
         ("a.b/w", "axb/w", False),
         ("**", "any/thing", True),
     ],
@@ -35,7 +38,9 @@ def test_match(pattern: str, path: str, hit: bool) -> None:
     assert paths.matching(pattern, [path]) == [path] * hit
 
 
-@pytest.mark.parametrize("pattern", ["", "a/{b", "a/[b", "a/b}", "{a/b}"])
+@pytest.mark.parametrize(
+    "pattern", ["", "a/{b", "a/[b", "a/b}", "{a/b}", "{3..1}", "{0..99999999}"]
+)
 def test_patterns_that_cannot_be_read(pattern: str) -> None:
     with pytest.raises(LoraError, match="pattern"):
         paths.match(pattern, "a/b")

@@ -27,7 +27,7 @@ import tyro
 from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
 
 from lora_jax import models
-from lora_jax.console import Bar, Console, guarded, say
+from lora_jax.console import Bar, Console, guarded, read_options, say
 from lora_jax.conversion import hf_settings
 from lora_jax.conversion.merged_weights import MergedWeights
 from lora_jax.conversion.stored_base_adapter import over_stored_base
@@ -71,14 +71,8 @@ class ExportOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    options = tyro.cli(
-        ExportOptions,
-        prog="lora-jax export",
-        description=__doc__,
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return guarded(lambda: export(options, Console(stderr=True)))
+    given = read_options(ExportOptions, "lora-jax export", __doc__, arguments)
+    return guarded(lambda: export(given, Console(stderr=True)))
 
 
 def export(options: ExportOptions, console: Console) -> None:

@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 
 from lora_jax.adapters import count
-from lora_jax.console import guarded, say
+from lora_jax.console import guarded, read_options, say
 from lora_jax.conversion import peft_run
 from lora_jax.errors import LoraError, listed
 
@@ -62,14 +62,8 @@ class ImportOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    options = tyro.cli(
-        ImportOptions,
-        prog="lora-jax import",
-        description=__doc__,
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return guarded(lambda: run(options, Console(stderr=True)))
+    given = read_options(ImportOptions, "lora-jax import", __doc__, arguments)
+    return guarded(lambda: run(given, Console(stderr=True)))
 
 
 def run(options: ImportOptions, console: Console) -> None:

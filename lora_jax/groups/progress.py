@@ -1,15 +1,17 @@
-"""Display the progress of a group: one bar for all members, plain lines elsewhere."""
+"""Display the progress of a group: one curve for all members, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from lora_jax.console import Bar
+from lora_jax.training.loss_curve import LossCurve
 
 _NUMBERS = "loss {task.fields[loss]}  {task.fields[speed]}  {task.fields[live]}"
 
@@ -18,8 +20,9 @@ class GroupDisplay(Bar):
     """Shows the steps of all members, the mean of their losses, and evaluations as they come."""
 
     def __init__(self, console: Console, every: int) -> None:
-        """Show a bar; without a terminal, print a line every `every` ticks."""
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(_NUMBERS), TimeRemainingColumn())
+        """Show a curve; without a terminal, print a line every `every` ticks."""
+        self._curve = LossCurve()  # of the mean
+        columns = (self._curve, MofNCompleteColumn(), TextColumn(_NUMBERS), TimeRemainingColumn())
         super().__init__(console, *columns)
         self._every = every
         fields: dict[str, Any] = {"loss": "-", "speed": "-", "live": ""}
@@ -38,8 +41,10 @@ class GroupDisplay(Bar):
         self.bar.update(self._task, completed=taken, total=total)
         speed = self.bar.tasks[0].speed  # without the first tick, which compiles
         losses = [self.losses[name] for name in live if name in self.losses]
+        mean = statistics.fmean(losses) if losses else math.nan
+        self._curve.add(taken / total, mean)
         numbers: dict[str, Any] = {
-            "loss": f"{statistics.fmean(losses):.4f}" if losses else "-",
+            "loss": f"{mean:.4f}" if losses else "-",
             "speed": f"{speed:,.1f} steps/s" if speed else "-",
             "live": f"{len(live)} of {len(steps)} members",
         }

@@ -30,9 +30,9 @@ import tyro
 from rich.console import Console
 
 from lora_jax.checkpoint import adapter_path, storage
-from lora_jax.console import guarded, say
+from lora_jax.console import guarded, read_options, say
 from lora_jax.errors import LoraError
-from lora_jax.report import many_runs, render, run_files, single_adapter, single_run
+from lora_jax.report import glossary, many_runs, render, run_files, single_adapter, single_run
 from lora_jax.report.document import Note, Report
 from lora_jax.report.update_analysis import BaseChoice
 
@@ -53,6 +53,9 @@ class ReportOptions:
     """Download the base that the adapter names even if lora_jax does not know its checksum."""
     allow_other_base: bool = False
     """Accept a base model other than the one that the adapter was trained on."""
+    docs: str | None = None
+    """The documentation site, https://... or the folder with its files: the explanations of words
+    in the report link there. None: they have no links."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,14 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status.
     """
-    options = tyro.cli(
-        ReportOptions,
-        prog="lora-jax report",
-        description=__doc__,
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return guarded(lambda: run(options, Console(stderr=True)))
+    given = read_options(ReportOptions, "lora-jax report", __doc__, arguments)
+    return guarded(lambda: run(given, Console(stderr=True)))
 
 
 def run(options: ReportOptions, console: Console) -> None:
@@ -92,6 +89,7 @@ def run(options: ReportOptions, console: Console) -> None:
             f"{given[0]} is an adapter's own folder: say where the report goes, --out DIR"
         )
     made = make(given, BaseChoice(options.base, options.trust_base, options.allow_other_base))
+    made = glossary.with_glossary(made, options.docs)
     for note in notes(made):
         say(console, f"note: {note.text}")
     out = given[0].expanduser() / "report" if options.out is None else pathlib.Path(options.out)

@@ -7,6 +7,8 @@ format. Numbers are formatted before they get here, so that every format shows t
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from typing import Any
 
 from lora_jax.errors import LoraError
@@ -83,7 +85,36 @@ class Figure:
     panels: tuple[Panel, ...]
 
 
-Block = Paragraph | Note | Table | Figure
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A word that the report explains.
+
+    names: its forms in texts; the first is that of the explanation.
+    meaning: the explanation.
+    anchor: of the explanation, on the page and on the documentation site.
+    link: where the documentation site explains it; None where no address of that is known.
+    """
+
+    names: tuple[str, ...]
+    meaning: str
+    anchor: str
+    link: str | None = None
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Finds any of the names as a word of its own."""
+        longest = sorted(self.names, key=len, reverse=True)
+        return re.compile(rf"(?<![\w.‖])(?:{'|'.join(map(re.escape, longest))})(?![\w‖]|\.\w)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Glossary:
+    """Terms with their explanations, to which the report's texts link."""
+
+    terms: tuple[Term, ...]
+
+
+Block = Paragraph | Note | Table | Figure | Glossary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,3 +155,9 @@ class Report:
         """All panels, in order."""
         figures = (b for s in self.sections for b in s.blocks if isinstance(b, Figure))
         return tuple(panel for figure in figures for panel in figure.panels)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Every term that it explains."""
+        glossaries = (b for s in self.sections for b in s.blocks if isinstance(b, Glossary))
+        return tuple(term for glossary in glossaries for term in glossary.terms)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from html import escape
 
 import jinja2
 
 from lora_jax.report import svg
-from lora_jax.report.document import Figure, Report, Table
+from lora_jax.report.document import Figure, Report, Table, Term
 from lora_jax.training.directory import write_whole
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -52,8 +53,29 @@ def html(report: Report, inline: dict[str, str]) -> str:
     Returns:
       The page.
     """
-    template = _environment(autoescape=True).get_template("report.html.j2")
+    environment = _environment(autoescape=True)
+    environment.filters["linked"] = lambda text, but=None: linked(text, report.terms, but)
+    template = environment.get_template("report.html.j2")
     return template.render(report=report, drawings=inline)
+
+
+def linked(text: str, terms: Sequence[Term], but: Term | None = None) -> str:
+    """Return a text as HTML in which the first of each term is a link to its explanation.
+
+    Args:
+      text: plain text.
+      terms: the explained terms. If two begin at the same place, the longer one counts.
+      but: the term that the text explains; it does not become a link.
+    """
+    found = [(match.span(), term) for term in terms if (match := term.pattern.search(text))]
+    found.sort(key=lambda one: (one[0][0], -one[0][1]))
+    parts, at = [], 0
+    for (start, end), term in found:
+        if start >= at and term is not but:
+            link = f'<a class="term" href="#{term.anchor}">{escape(text[start:end])}</a>'
+            parts += [escape(text[at:start]), link]
+            at = end
+    return "".join([*parts, escape(text[at:])])
 
 
 def images(figure: Figure) -> str:

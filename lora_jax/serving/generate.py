@@ -35,7 +35,7 @@ import tyro
 from rich.console import Console
 
 from lora_jax import models, paths
-from lora_jax.console import FileBar, guarded, note_repeated, say
+from lora_jax.console import FileBar, guarded, read_options, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, output, prompts
 from lora_jax.serving.generation import Decoder, stream
@@ -90,16 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status.
     """
-    given = sys.argv[1:] if arguments is None else arguments
-    options = tyro.cli(
-        GenerateOptions,
-        prog="lora-jax generate",
-        description=__doc__,
-        args=given,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
-    )
-    note_repeated(given, ("--adapter", "--prompt", "--stop"))
-    return guarded(lambda: run(options, Console(), Console(stderr=True)))
+    given = read_options(GenerateOptions, "lora-jax generate", __doc__, arguments, adding=True)
+    return guarded(lambda: run(given, Console(), Console(stderr=True)))
 
 
 def run(options: GenerateOptions, console: Console, aside: Console) -> None:

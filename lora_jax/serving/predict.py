@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from lora_jax import models
-from lora_jax.console import FileBar, guarded, note_repeated, say
+from lora_jax.console import FileBar, guarded, read_options, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
 from lora_jax.serving.classifier import Classifier, ClassifierTask
@@ -77,16 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status.
     """
-    given = sys.argv[1:] if arguments is None else arguments
-    options = tyro.cli(
-        PredictOptions,
-        prog="lora-jax predict",
-        description=__doc__,
-        args=given,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
-    )
-    note_repeated(given, ("--adapter", "--text"))
-    return guarded(lambda: run(options, Console(stderr=True)))
+    given = read_options(PredictOptions, "lora-jax predict", __doc__, arguments, adding=True)
+    return guarded(lambda: run(given, Console(stderr=True)))
 
 
 def run(options: PredictOptions, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Display the progress of a run: a bar on a terminal, plain lines elsewhere."""
+"""Display the progress of a run: the curve of its loss on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections import deque
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from lora_jax.console import Bar
+from lora_jax.training.loss_curve import LossCurve
 
 _NUMBERS = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]}"
 
@@ -19,7 +20,8 @@ class Display(Bar):
 
     def __init__(self, console: Console, steps: int, start: int, every: int, unit: str) -> None:
         """Show steps `start` to `steps`; without a terminal, print a line every `every` steps."""
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(_NUMBERS), TimeRemainingColumn())
+        self._curve = LossCurve()
+        columns = (self._curve, MofNCompleteColumn(), TextColumn(_NUMBERS), TimeRemainingColumn())
         super().__init__(console, *columns)
         self._steps, self._every, self._unit = steps, every, unit
         fields: dict[str, Any] = {"loss": "-", "rate": "-", "speed": "-"}
@@ -37,6 +39,7 @@ class Display(Bar):
             "rate": f"{line['learning_rate']:.2e}",
             "speed": f"{(units - from_units) / elapsed:,.0f} {self._unit}/s",
         }
+        self._curve.add(step / self._steps, line["loss"])
         self.bar.update(self._task, completed=step, **numbers)
         due = step % self._every == 0 or step == self._steps
         if due and not self.console.is_terminal:

@@ -1,0 +1,104 @@
+"""The table that `print(layout)` shows: lines of at most `WIDTH` characters."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Sequence
+
+from lora_jax import path_groups
+
+WIDTH = 100
+Cells = tuple[str, ...]
+_LEAST = 16  # characters of a wrapped column
+
+
+def table(heading: Cells, rows: Sequence[tuple[str, Cells, int]], words: int, total: int) -> str:
+    """Return the adapted parameters as a table, equal ones in one line.
+
+    Args:
+      heading: the names of the columns between "path" and "parameters".
+      rows: of each parameter its path, its cells, and the numbers that its adapter holds.
+      words: how many of these columns hold text. They are aligned to the left, the others, which
+        hold numbers, to the right.
+      total: the last line's number.
+    """
+    groups = path_groups.group({path: (cells, size) for path, cells, size in rows})
+    known = {path: (cells, size) for path, cells, size in rows}
+    lines: list[Cells] = [("path", "weights", *heading, "parameters")]
+    for pattern, paths in groups.items():
+        cells, size = known[paths[0]]
+        lines.append((pattern, str(len(paths)), *cells, f"{size * len(paths):,}"))
+    lines.append(("total", str(len(rows)), *[""] * len(heading), f"{total:,}"))
+    if len(groups) == len(rows):  # one weight in each line
+        lines = [(line[0], *line[2:]) for line in lines]
+        left = set(range(words + 1))
+    else:
+        left = {0, *range(2, words + 2)}
+    return "\n".join(_aligned(lines, left))
+
+
+def remarks(title: str, rows: Sequence[tuple[str, str, str]], width: int = WIDTH) -> list[str]:
+    """Return a title and (path, shape, reason) below it, equal ones together; no line for none."""
+    if not rows:
+        return []
+    # A reason may name its own parameter: then it names the pattern of the group.
+    alike = {path: (shape, reason.replace(repr(path), "\0")) for path, shape, reason in rows}
+    lines = [title]
+    for pattern, paths in path_groups.group(alike).items():
+        shape, reason = alike[paths[0]]
+        number = f"{len(paths)} of " if len(paths) > 1 else ""
+        reason = reason.replace("\0", repr(pattern))
+        line = f"  {pattern}  {number}{shape}  {reason}"
+        if len(line) > width:
+            where = wrapped(pattern, width - 4)
+            lines += [f"  {part}" for part in where]
+            line = f"    {number}{shape}  {reason}"
+        lines += textwrap.wrap(line, width, subsequent_indent="    ", break_on_hyphens=False)
+    return lines
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Break a path or a list behind `/` and `,` into lines of at most `width`.
+
+    >>> wrapped("encoder/layers_{0..5}/{query,value}/kernel", 24)
+    ['encoder/layers_{0..5}/', '  {query,value}/kernel']
+    """
+    if len(text) <= width:
+        return [text]
+    lines = [""]
+    for part in re.findall(r"[^/,]*[/,]?", text):
+        if lines[-1].strip() and len(lines[-1]) + len(part) > width:
+            lines.append("  ")
+        lines[-1] += part
+        while len(lines[-1]) > width:  # one name that is longer than a line
+            lines[-1:] = [lines[-1][:width], f"  {lines[-1][width:]}"]
+    return lines
+
+
+def _aligned(lines: Sequence[Cells], left: set[int]) -> list[str]:
+    """Align the columns; where they are too wide, break the texts in the widest ones."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+        widest = max(left, key=lambda i: widths[i])
+        if widths[widest] <= _LEAST:
+            break
+        widths[widest] = max(_LEAST, widths[widest] - (sum(widths) + 2 * len(widths) - 2 - WIDTH))
+    found = []
+    for line in lines:
+        cells = [
+            wrapped(c, w) if i in left else [c] for i, (c, w) in enumerate(_with(line, widths))
+        ]
+        for row in range(max(map(len, cells))):
+            parts = [cell[row] if row < len(cell) else "" for cell in cells]
+            found.append(
+                "  ".join(
+                    part.ljust(w) if i in left else part.rjust(w)
+                    for i, (part, w) in enumerate(_with(parts, widths))
+                ).rstrip()
+            )
+    return found
+
+
+def _with(cells: Sequence[str], widths: Sequence[int]) -> list[tuple[str, int]]:
+    return list(zip(cells, widths, strict=True))

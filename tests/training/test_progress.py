@@ -1,0 +1,92 @@
+"""What a person sees while a run goes, on terminals of several kinds and in a file."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lora_jax.groups.progress import GroupDisplay, Lines
+from lora_jax.training.loss_curve import AHEAD, LEVELS, LossCurve
+from lora_jax.training.progress import Display
+
+
+def line(step: int, loss: float) -> dict[str, Any]:
+    return {"step": step, "loss": loss, "learning_rate": 1e-3, "units": 400}
+
+
+def last_line(text: str) -> str:
+    """The last line on the screen, without what commands the terminal."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").split("\n")[-2].rstrip()
+
+
+def shown(width: int, *, encoding: str = "utf-8", terminal: bool = True, start: int = 0) -> str:
+    """The last line of a run of 100 steps that is half done; its loss falls evenly."""
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=file, width=width, force_terminal=terminal, color_system=None)
+    with Display(console, 100, start, 10, "tokens") as display:
+        for step in range(start + 1, 51):
+            display.step(line(step, 100.0 - step))
+    file.seek(0)
+    return last_line(file.read())
+
+
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_the_bar_is_the_curve_of_the_loss(width: int) -> None:
+    """Red: cells that are not in the order of the steps, or a line that is wider than its room."""
+    text = shown(width)
+    found = [LEVELS.index(c) for c in text if c in LEVELS]
+    assert found == sorted(found, reverse=True) and found[0] == len(LEVELS) - 1 and found[-1] == 0
+    assert abs(text.count(AHEAD) - len(found)) <= 1  # half of the steps are to come
+    assert len(text.rstrip()) <= width
+    assert "loss 50.0000" in text or width < 80
+
+
+def test_a_run_that_goes_on_shows_what_it_knows() -> None:
+    """Red: steps of another process that are drawn as a loss of zero."""
+    text = shown(100, start=25)
+    assert text.startswith("·" * 5) and LEVELS[-1] in text and LEVELS[0] in text
+
+
+def test_terminals_without_blocks_and_files_are_shown_plain_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Red: block characters where they are an error of the encoding, or empty boxes."""
+    assert shown(80, encoding="ascii").isascii()
+    assert "loss 50.0000" in shown(80, encoding="ascii")
+    in_a_file = shown(80, terminal=False)
+    assert in_a_file.startswith("step 50/100  loss 50.0000  lr 1.00e-03") and in_a_file.isascii()
+    monkeypatch.setenv("TERM", "linux")
+    assert not set(LEVELS) & set(shown(80))
+
+
+def test_a_group_has_the_curve_of_its_mean_loss() -> None:
+    """Red: the curve of one member, or a loss that is not finite and empties the scale."""
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=True, color_system=None)
+    with GroupDisplay(console, 1) as display:
+        for tick in range(1, 11):
+            Lines(display, "a").step(line(tick, 10.0 - tick))
+            Lines(display, "b").step(line(tick, float("nan") if tick == 5 else 10.0 - tick))
+            display.tick(tick, [(tick, 10), (tick, 10)], ["a", "b"])
+    text = last_line(file.getvalue())
+    found = [LEVELS.index(c) for c in text if c in LEVELS]
+    assert found == sorted(found, reverse=True) and found[0] == len(LEVELS) - 1 and found[-1] == 0
+    assert "loss 0.0000" in text and "2 of 2 members" in text
+
+
+def test_a_curve_keeps_the_mean_of_many_steps() -> None:
+    """Red: a cell that shows its last loss, or a run without steps that divides by zero."""
+    curve = LossCurve()
+    for step in range(1, 4001):
+        curve.add(step / 4000, float(step % 2))
+    assert curve.heights(8, 1.0) == [0.5] * 8
+    assert curve.heights(8, 0.0) == []
