@@ -1,7 +1,7 @@
 """The command line of the package: `lora-jax COMMAND`, which is `python -m lora_jax COMMAND`.
 
     train       fine-tune a model, or plan it; the same program as train.py of the repository
-    show        list a model's parameters, and what patterns match of them
+    show        list a model's parameters, and which of them patterns match
     predict     classify texts or images with trained adapters
     generate    continue texts with trained adapters
     export      write a run as a merged model, or as an adapter of PEFT, llama.cpp or MLX
