@@ -27,7 +27,7 @@ def compiled_flops(f: Callable[..., Any], *shapes: Any) -> float:
 
 
 def ratios(setup: common.ModelSetup) -> tuple[float, dict[str, float]]:
-    """Return the FLOPs of the full gradient, and those of the LoRA gradient of each spec."""
+    """Return the FLOPs of the full gradient, and of the LoRA gradient of each spec."""
     full = compiled_flops(common.full_gradient(setup), setup.shapes, setup.batch)
     lora = {}
     for name, spec in setup.specs().items():

@@ -39,7 +39,7 @@ ROOT = commands.ROOT
 
 
 class Recorder:
-    """The batches of a run; `rows` keeps those that were taken since it was last cleared."""
+    """The batches of a run; `rows` keeps every batch taken since it was last cleared."""
 
     def __init__(self, data: Any) -> None:
         self._data, self.rows = data, list[Any]()

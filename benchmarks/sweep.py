@@ -7,7 +7,7 @@
 Every run is a command of `train.py`, which is printed: configs/sweep.py, and members alone, spread
 over the sweep. For each of these it prints the gap between the parameters trained alone and in the
 sweep: the norm of the difference relative to the whole and, in brackets, the largest difference of
-a single number. The time of 16 separate runs is extrapolated from those that were run.
+a single number. The time of 16 separate runs is extrapolated from a few of them.
 
 With --crossing only the step is timed: the step of 16 members together, with several numbers at
 once, divided by 16 times the step of one alone, on random weights, at 24 tokens a row. Batching

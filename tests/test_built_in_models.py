@@ -32,7 +32,7 @@ LLAMA = models.DecoderConfig(
     mlp_size=26,
     max_positions=16,
 )
-# What "all-linear" takes in a layer of each family.
+# The targets of "all-linear" in a layer of each family.
 KERNELS = {
     "gpt2": ("attention/qkv", "attention/o", "mlp/up", "mlp/down"),
     "gemma": (*(f"attention/{x}" for x in "qkvo"), "mlp/gate", "mlp/up", "mlp/down"),

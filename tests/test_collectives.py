@@ -1,6 +1,6 @@
-"""What the compiler makes of adapted models on a mesh, read from its output. Nothing is run.
+"""The collectives of adapted models on a mesh, read from the compiler's output. Nothing is run.
 
-Every dimension is chosen so that sizes tell what an array is: activations have a factor 5 (the
+Every dimension is chosen so that sizes identify an array: activations have a factor 5 (the
 batch on a device, the length of a row), weights have none, the two ranks are 7 and 11.
 """
 

@@ -1,4 +1,4 @@
-"""The command line: what it takes, and what it says of what it does not."""
+"""The command line: options that are accepted, and messages about others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse(*arguments: str) -> Config:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the user reads, boxes and line breaks taken out."""
+    """Return the text that the user reads, without boxes and line breaks."""
     with pytest.raises(SystemExit) as stop:
         parse(*arguments)
     assert stop.value.code == 2

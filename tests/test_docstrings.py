@@ -56,7 +56,7 @@ FLAX_FIELDS = ("parent", "name")  # every Linen module has them
 
 
 def exported(name: str) -> Iterator[tuple[str, Any]]:
-    """(dotted name, class or function) of what a module exports."""
+    """Yield (dotted name, class or function) of the exports of a module."""
     module = importlib.import_module(name)
     for attribute, value in vars(module).items():
         if attribute.startswith("_") or not getattr(value, "__module__", "").startswith("lora_jax"):

@@ -121,7 +121,7 @@ def test_what_does_not_go_with_the_model(
 
 
 def test_lora_settings_beside_another_method_are_refused() -> None:
-    """Those of the config file are not; on the command line, and in a sweep, they would be lost.
+    """`lora.*` in the config file is no error; on the command line and in a sweep it would be lost.
 
     Red: `check_lora_counts` not called in command_line.py, or in sweep.py.
     """

@@ -129,7 +129,7 @@ def test_it_merges_into_what_the_run_was_trained_on(
 def test_shards_hold_one_tensor_at_a_time(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No more than its own tensor is made before it is written, whatever the layers' form."""
+    """Each tensor is made just before it is written, in every form of the layers."""
     run = write_run(tmp_path / "run", "qwen3_moe", scan=True)
     written: list[str] = []
     plain = merged_weights.read_slice

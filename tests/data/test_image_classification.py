@@ -60,7 +60,7 @@ def test_one_pass_has_every_example_once(shapes: ImageDataConfig) -> None:
 
 
 def test_every_epoch_varies_each_image_anew(shapes: ImageDataConfig) -> None:
-    """Red if the epoch is left out of what the changes are drawn from, or the example is."""
+    """Red if the random changes do not depend on the epoch, or not on the example."""
     epochs = [{}, {}]
     for number, batch in enumerate(itertools.islice(training(shapes), 12)):
         rows = zip(batch["index"], batch["pixels"], batch["weight"], strict=True)

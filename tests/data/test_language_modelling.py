@@ -42,7 +42,7 @@ def config(jsonl: Callable[..., str]) -> DataConfig:
 
 
 def expected(words: Tokenizer, limit: int | None = None) -> list[Example]:
-    """What the examples are, said without the code under test."""
+    """Return the expected examples, made without the code under test."""
     made = []
     for row in pairs(97)[:limit]:
         prompt = [2, *words.encode(row["question"] + " w0", add_special_tokens=False).ids]

@@ -1,4 +1,4 @@
-"""The forward pass in five ways: which programs they are, and what becomes of their times."""
+"""The forward pass in five ways: their programs, and the report on their times."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_what_is_written_is_what_is_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
-    """page.py names what is missing. Red: no `if found is None` in `sections`."""
+    """page.py names the missing parts. Red: `if found is None` deleted in `sections`."""
     assert latency.sections(tmp_path / "none") == ()
 
 

@@ -23,7 +23,7 @@ from tests.experiments import runs
 
 WIDTH, MLP, LAYERS = 384, 1_536, 6  # of MiniLM
 BUDGET = counts.lora(8, [(WIDTH, WIDTH)] * 2 * LAYERS)
-# The numbers that the sizes are chosen for: how far from the budget they may be.
+# The numbers that the sizes are chosen for, and the allowed distance from the budget.
 MATCHED = {
     "prefix_layer": 0.0,
     "adapter_drop": 0.02,
@@ -244,7 +244,7 @@ def test_one_seed_has_no_error(folder: pathlib.Path) -> None:
 
 
 def test_what_is_missing_is_said_with_its_command(tmp_path: pathlib.Path) -> None:
-    """Of no run at all the page says it; of some methods the section does."""
+    """Without any run there is no section; with some runs, a note lists the methods without."""
     for module in (methods, samples):
         assert module.sections(tmp_path) == ()
     group(tmp_path, "lora", LORA)
@@ -256,7 +256,7 @@ def test_what_is_missing_is_said_with_its_command(tmp_path: pathlib.Path) -> Non
 
 
 def test_unfinished_runs_are_not_counted(tmp_path: pathlib.Path) -> None:
-    """Red: one lucky seed picks the learning rate, or the edge is that of what is done."""
+    """Red: one lucky seed decides the learning rate, or the edge is that of the finished runs."""
     base = sweep(config, "lora").base
     group(tmp_path, "lora", {1e-3: LORA[1e-3], 2e-3: LORA[2e-3]})
     for seed, scores in enumerate([(0.99, 0.99), None, None]):

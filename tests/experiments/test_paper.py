@@ -1,4 +1,4 @@
-"""`python -m experiments.paper`: running, going on, and what the report says of what is there."""
+"""`python -m experiments.paper` runs, continues, and reports on the runs that exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups of members: what a sweep expands to, and what the command line makes of it."""
+"""Groups of members: the members of a sweep, and the options of the command line."""
 
 from __future__ import annotations
 

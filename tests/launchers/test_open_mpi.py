@@ -32,7 +32,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 class Run:
-    """The command of docs/pods.md with two processes, and what it has printed."""
+    """Return the output of the command of docs/pods.md with two processes."""
 
     def __init__(self, host: Machine, name: str, more: str) -> None:
         self.path, self.log = host.folder / name, host.folder / f"{name}.log"

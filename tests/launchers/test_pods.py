@@ -31,7 +31,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
 
 
 def command(folder: pathlib.Path, more: str) -> str:
-    """What the container runs, in fewer pods and for a smaller run."""
+    """The command of the container, for fewer pods and a smaller run."""
     jobset = yaml.safe_load(block("Kubernetes", "yaml"))
     template = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     [container] = template["template"]["spec"]["containers"]

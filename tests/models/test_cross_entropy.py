@@ -91,7 +91,7 @@ def test_all_linear_leaves_out_the_head_all_the_same(tied: bool) -> None:
 
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_no_array_holds_all_logits(chunk: int | None) -> None:
-    """Of the compiled gradient: nothing of B T V numbers, unless all is done at once."""
+    """The compiled gradient has no array of B T V numbers, except without chunks."""
     _, adapters, params, loss = parts(True, False, chunk, ("**/{q,v}/kernel",))
     text = jax.jit(jax.grad(loss)).lower(adapters, params).compile().as_text()
     sizes = {math.prod(map(int, dims.split(","))) for dims in shapes(text)}

@@ -117,7 +117,7 @@ def test_a_configuration_tells_its_names(data: Path) -> None:
 
 
 def test_variants_are_read_from_the_file(data: Path) -> None:
-    """What makes the variants differ is in their configurations, so the goldens test it."""
+    """The variants differ only in their configurations, so the goldens test these."""
     config = {name: models.open(str(data / "golden_models" / name)).config for name in DECODERS}
     assert config["qwen2"].qkv_bias and not config["qwen2"].output_bias
     assert config["llama_biased"].qkv_bias and config["llama_biased"].output_bias

@@ -1,4 +1,4 @@
-"""What must hold for any weights: scan, remat, padding, packing, causality, dtypes."""
+"""Laws for any weights: scan, remat, padding, packing, causality, dtypes."""
 
 import dataclasses
 import functools
@@ -213,7 +213,7 @@ def test_no_dropout_costs_nothing(config: Config, ids: jax.Array) -> None:
 
 
 def _masks(model: Any, params: Any, ids: jax.Array) -> int:
-    """How many dropout masks a call draws."""
+    """Return the number of dropout masks that a call draws."""
 
     def run(params: Any) -> Any:
         rngs = {"dropout": jax.random.key(0)}
@@ -237,7 +237,7 @@ def test_deberta_drops_its_convolution(bert_config: models.BertConfig, ids: jax.
 def test_dropout_of_the_head(
     bert_config: models.BertConfig, ids: jax.Array, pooler: bool, head: float | None, count: int
 ) -> None:
-    """By the masks that are drawn over those of the encoder."""
+    """The head draws this many masks, in addition to the encoder's."""
     config = dataclasses.replace(bert_config, dropout=0.5, pooler_dropout=pooler, head_dropout=head)
     model = models.BertClassifier(config, 3, "roberta_head")
     whole = _masks(model, models.shapes(config, models.Head("roberta_head", 3)), ids)

@@ -1,4 +1,4 @@
-"""`lora-jax generate`: prompts in, texts out, and what goes wrong on the way."""
+"""`lora-jax generate`: prompts in, texts out, and errors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 
 def answers(tmp_path: pathlib.Path, rows: Any, *arguments: str) -> list[dict[str, Any]]:
-    """What comes out as JSONL; the rows are objects, or lines of text."""
+    """Return the output as JSONL; the input rows are objects, or lines of text."""
     source, out = tmp_path / "in", tmp_path / "out.jsonl"
     source.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
     files = ("--file", str(source), "--out", str(out))

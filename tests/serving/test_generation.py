@@ -62,7 +62,7 @@ def test_a_mixed_batch_is_each_row_alone(decoder: Decoder, mixed: list[Generated
 
 
 def test_batches_one_after_another(decoder: Decoder, mixed: list[Generated]) -> None:
-    """Red if rows that fill up the last batch are given out, or numbers are those of the batch."""
+    """Red if rows that fill up the last batch are returned, or numbers count within a batch."""
     assert generate(decoder, ALL, max_new_tokens=NEW, batch_size=2) == mixed
     pieces = list(stream(decoder, ALL, max_new_tokens=NEW, batch_size=2))
     for row, found in enumerate(mixed):
@@ -141,7 +141,7 @@ def test_one_prefill_and_one_step(compilations: list[str]) -> None:
 
 
 def test_the_step_holds_one_cache_and_no_second_base(decoder: Decoder) -> None:
-    """The cache is donated; what the step needs beside it does not grow with the base."""
+    """The cache is donated; the other memory of the step does not grow with the base."""
     cache = caches.empty(CONFIG, 8, 32)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     generate(decoder, ALL, max_new_tokens=NEW)
@@ -199,7 +199,7 @@ PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
     ],
 )
 def test_draws_have_the_probabilities(sampling: Sampling, kept: list[int]) -> None:
-    """Of 20,000 draws; the bound is five standard deviations."""
+    """20,000 draws; the bound is five standard deviations."""
     count = 20_000
     logits = jnp.broadcast_to(jnp.log(PROBABILITIES) + 3, (count, 5))
     numbers = sampling.numbers

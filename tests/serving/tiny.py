@@ -90,7 +90,7 @@ class Generated:
 
 
 def generate(decoder: Decoder, prompts: Sequence[Prompt], **how: Any) -> list[Generated]:
-    """What `stream` writes, prompt by prompt."""
+    """Return the output of `stream`, prompt by prompt."""
     found = [Generated([], None) for _ in prompts]
     for piece in stream(decoder, prompts, **how):
         if piece.token is not None:

@@ -140,7 +140,7 @@ def test_what_does_not_fit(
 
 
 def test_another_base_is_refused(exported: Any, tmp_path: pathlib.Path) -> None:
-    """Of the same shapes. Red: the fingerprint of the frozen parameters, without the new head,
+    """The shapes are the same. Red: the fingerprint of the frozen parameters, without the new head,
     compared with nothing."""
     run, config = exported
     changed = tiny.write_model(tmp_path / "model", {**tiny.ROBERTA, "layer_norm_eps": 1e-6})
@@ -203,7 +203,7 @@ def test_groups_and_other_methods_refuse_it(exported: Any, tmp_path: pathlib.Pat
 
 
 def test_the_plan_has_the_adapters_own_ranks(first: pathlib.Path) -> None:
-    """Red: the plan of what the config says."""
+    """Red: the plan uses the ranks of the config."""
     _, config, options = parse(
         ["--config", runs.OWN, "--width", "16", "--from", str(first), "--plan"], runs.OWN, runs.ROOT
     )

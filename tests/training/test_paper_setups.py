@@ -1,7 +1,7 @@
 """The LoRA paper's set-ups of GPT-2 on E2E and of DeBERTa XXL on GLUE.
 
-The numbers are those of the paper's tables 10 and 11 and of the code released with it
-(microsoft/LoRA). TFDS's own builders are used, with other rows: its downloads are out of reach.
+The numbers are from the paper's tables 10 and 11 and from the code released with it
+(microsoft/LoRA). TFDS's own builders are used with other rows, because nothing can be downloaded.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class Broken:
         assert reached, fork.log.read_text()
 
     def _stopped(self, forks: list[Fork], says: str) -> None:
-        """Wait for their end, and for what the first of them `says` of it."""
+        """Wait for their end, and for the text `says` in the output of the first."""
         self.statuses += [fork.wait(SECONDS + 60) for fork in forks]
         self.printed.append(forks[0].printed(says))
         self.after.append(max(checkpoints(self.path)))

@@ -36,7 +36,7 @@ def stop_after(fork: Fork, path: pathlib.Path, step: int, number: signal.Signals
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathlib.Path, str]:
-    """One run never stopped, one killed and then interrupted, and what the last start printed."""
+    """One run never stopped, one killed and then interrupted, and the output of the last start."""
     folder = tmp_path_factory.mktemp("resume")
     whole, killed = folder / "whole", folder / "killed"
 

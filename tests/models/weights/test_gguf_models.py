@@ -1,4 +1,4 @@
-"""GGUF files: the same parameters as the folder, and what is refused."""
+"""GGUF files: the same parameters as the folder, and files that are refused."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Quantised weights on the disk stay as they are: GGUF's blocks, and what bitsandbytes writes."""
+"""Quantised weights in files stay quantised: GGUF's blocks, and the tensors of bitsandbytes."""
 
 import dataclasses
 import json
@@ -167,7 +167,7 @@ def test_shards_of_blocks(tmp_path: Path) -> None:
 
 
 def test_smollm2_is_as_small_on_the_device_as_in_its_file(smollm2: models.Source) -> None:
-    """A Q4_1 file; 1.02 is the bound of bytes over codes, scales and what is left in float."""
+    """A Q4_1 file; 1.02 is the bound of bytes over codes, scales and the tensors of floats."""
     held = smollm2.load(keep_quantised=True)
     kinds = {x.kind for x in flatten(held).values() if is_base(x)}
     assert kinds == {"Q4_1", "Q8_0"}
