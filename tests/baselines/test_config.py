@@ -121,7 +121,7 @@ def test_what_does_not_go_with_the_model(
 
 
 def test_lora_settings_beside_another_method_are_refused() -> None:
-    """`lora.*` in the config file is no error; on the command line and in a sweep it would be lost.
+    """`lora.*` may be in the config file, but on the command line or in a sweep it would be lost.
 
     Red: `check_lora_counts` not called in command_line.py, or in sweep.py.
     """
