@@ -60,7 +60,13 @@ class DataSource(abc.ABC):
 
 
 def read(source: DataSource, split: str, limit: int | None) -> list[Example]:
-    """Read the first `limit` examples of a split into memory. None: all."""
+    """Read the first `limit` examples of a split into memory. None: all.
+
+    Args:
+      source: the source.
+      split: the name of the split.
+      limit: the number of examples.
+    """
     examples = source.examples(split)
     total = len(examples) if limit is None else min(limit, len(examples))
     return list(tracked(islice(examples, total), f"reading {split}", total))
@@ -118,7 +124,14 @@ def shown(value: Any) -> str:
 
 
 def missing(field: str, fields: Iterable[str], option: str, where: str) -> DataError:
-    """Return the error for a field or split that does not exist."""
+    """Return the error for a field or split that does not exist.
+
+    Args:
+      field: the name.
+      fields: the names that exist.
+      option: the option of the config that names it.
+      where: the source, or the file and line.
+    """
     names = list(fields)
     return DataError(
         f"{where} has no {field!r}, which data.{option} names.\n"

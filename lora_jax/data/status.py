@@ -16,7 +16,11 @@ _LONG = 20_000  # this many items take about a second
 
 @contextlib.contextmanager
 def status(description: str) -> Iterator[None]:
-    """Show `description` while the block runs: a spinner on a terminal, a line elsewhere."""
+    """Show `description` while the block runs: a spinner on a terminal, a line elsewhere.
+
+    Args:
+      description: the text.
+    """
     console = rich.console.Console(stderr=True)
     if not console.is_terminal:
         console.print(description, highlight=False, soft_wrap=True)

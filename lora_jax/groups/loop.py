@@ -45,7 +45,12 @@ class StoppedError(LoraError):
 
 
 def folder(name: str, config: GroupConfig) -> pathlib.Path:
-    """Return the directory of a group: the config's, or runs/<config>-<hash of the members>."""
+    """Return the directory of a group: the config's, or runs/<config>-<hash of the members>.
+
+    Args:
+      name: the name of the config.
+      config: the config of the group.
+    """
     return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(config)}")
 
 

@@ -52,7 +52,11 @@ class Listing:
 
 
 def listing(results: Results) -> Listing:
-    """List the members: of a sweep with the best first, of several tasks in the order given."""
+    """List the members: of a sweep with the best first, of several tasks in the order given.
+
+    Args:
+      results: the results of a group.
+    """
     return _of_tasks(results) if results.tasks else _of_sweep(results)
 
 

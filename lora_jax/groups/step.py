@@ -44,7 +44,11 @@ class Settings(NamedTuple):
 
 
 def is_plain(layout: Layout) -> bool:
-    """Return whether every update is LoRA of a whole weight, whose ranks can be zero-padded."""
+    """Return whether every update is LoRA of a whole weight, whose ranks can be zero-padded.
+
+    Args:
+      layout: the layout of the adapters.
+    """
     return all(target.kind == "lora" and not target.parts for target in layout.targets)
 
 

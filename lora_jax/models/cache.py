@@ -151,7 +151,12 @@ class Fresh(NamedTuple):
 
 
 def numbered(cache: Cache, mask: Array) -> Array:
-    """Return the positions [B, T] of tokens that continue their rows; -1 where `mask` is False."""
+    """Return the positions [B, T] of tokens that continue their rows; -1 where `mask` is False.
+
+    Args:
+      cache: the cache of the earlier tokens.
+      mask: bool [B, T], True at real tokens.
+    """
     begin = cache.positions.max(axis=1, keepdims=True, initial=-1) + 1
     counted = begin + jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1
     return jnp.where(mask.astype(bool), counted, -1)

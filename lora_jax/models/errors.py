@@ -30,7 +30,12 @@ class PackageError(ModelError):
 
 
 def damaged(path: Path, what: str) -> WeightsError:
-    """Return the error for a file of weights that contradicts itself."""
+    """Return the error for a file of weights that contradicts itself.
+
+    Args:
+      path: the file.
+      what: the contradiction.
+    """
     return WeightsError(
         f"{path} is damaged, or is not what its name says: {what}\n"
         "Fetch the file again, from someone you trust."

@@ -125,7 +125,14 @@ def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
 def measure(
     config: Config, workload: Workload, grid: jax.sharding.Mesh, device: Device
 ) -> StepCosts:
-    """Compile the step of `config` for the mesh `grid`, and measure it."""
+    """Compile the step of `config` for the mesh `grid`, and measure it.
+
+    Args:
+      config: the config of the run.
+      workload: its workload.
+      grid: the mesh.
+      device: the kind of the devices.
+    """
     batch = example(workload)
     place = mesh.place(workload, config.mesh, grid, batch)
     key, lora = jax.eval_shape(lambda: jax.random.key(0)), config.adaptation

@@ -74,6 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: ReportOptions, console: Console) -> None:
     """Write the report, print its path to stdout, and print what is missing to `console`.
 
+    Args:
+      options: the options of the command.
+      console: prints the messages.
+
     Raises:
       LoraError, OSError: an error of the user, such as a path that does not exist.
     """

@@ -67,6 +67,9 @@ class JsonLine:
 def read(path: str) -> Iterator[JsonLine]:
     """Read the objects of a file, one at a time; empty lines are skipped.
 
+    Args:
+      path: the file, or "-" for stdin.
+
     Raises:
       LineError: a line is not a JSON object in UTF-8.
       OSError: the file cannot be read.

@@ -84,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: PredictOptions, console: Console) -> None:
     """Read examples, classify them and write the predictions; print messages to `console`.
 
+    Args:
+      options: the options of the command.
+      console: prints the messages.
+
     Raises:
       LoraError, OSError, ...: an error of the user.
     """

@@ -48,6 +48,9 @@ def read(path: str) -> Iterator[JsonLine | str]:
     The input is JSONL if its first character, after white space, is an opening brace. Empty lines
     are skipped.
 
+    Args:
+      path: the file, or "-".
+
     Raises:
       LineError: a line of JSONL is not a JSON object, or a line is not UTF-8.
       OSError: the file cannot be read.

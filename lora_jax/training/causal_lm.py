@@ -83,7 +83,12 @@ def causal_lm(config: TextConfig) -> Workload:
 
 
 def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of a batch of packed rows."""
+    """Return the shapes and dtypes of a batch of packed rows.
+
+    Args:
+      rows: the number of rows.
+      length: the number of tokens of a row.
+    """
     whole = ("input_ids", "targets", "segment_ids", "positions")
     shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in whole}
     return {**shapes, "loss_weight": jax.ShapeDtypeStruct((rows, length), jnp.float32)}

@@ -41,6 +41,9 @@ def steps_in(directory: pathlib.Path) -> list[int]:
     """Return the steps of a run's checkpoints, ascending; none if the directory does not exist.
 
     The names are enough, because Orbax gives a checkpoint its name when it is complete.
+
+    Args:
+      directory: the directory of the checkpoints.
     """
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
 

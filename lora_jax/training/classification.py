@@ -151,7 +151,12 @@ def _joined(
 
 
 def apply_of(model: models.BertClassifier, method: baselines.Method = baselines.NONE) -> Any:
-    """Return the model as a `Workload.apply`, which returns logits [B, C]."""
+    """Return the model as a `Workload.apply`, which returns logits [B, C].
+
+    Args:
+      model: the model with its head.
+      method: the method that adds parameters of its own, if any.
+    """
     settings = model.config
     drops = any((settings.dropout, settings.attention_dropout, settings.head_dropout))
 

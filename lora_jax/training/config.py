@@ -50,12 +50,20 @@ NO_DECAY = ("bias", "norm", "magnitude")
 
 
 def later(default: Any) -> Any:
-    """Declare a field that was added after the first release (`LATER`)."""
+    """Declare a field that was added after the first release (`LATER`).
+
+    Args:
+      default: the default of the field.
+    """
     return dataclasses.field(default=default, metadata=LATER)
 
 
 def incidental(default: Any) -> Any:
-    """Declare a field that does not change what a run computes, so it does not name the run."""
+    """Declare a field that does not change what a run computes, so it does not name the run.
+
+    Args:
+      default: the default of the field.
+    """
     return dataclasses.field(default=default, metadata=INCIDENTAL)
 
 

@@ -157,13 +157,21 @@ def _is_config(value: Any) -> bool:
 
 
 def stable_identity(config: Any) -> dict[str, Any]:
-    """Return `identity` under the first names of the fields, so that new names keep old hashes."""
+    """Return `identity` under the first names of the fields, so that new names keep old hashes.
+
+    Args:
+      config: the config of a run.
+    """
     found: dict[str, Any] = _renamed(identity(config), _FIRST)
     return found
 
 
 def short_hash(identity: Mapping[str, Any]) -> str:
-    """Return eight characters that differ if the `stable_identity` differs."""
+    """Return eight characters that differ if the `stable_identity` differs.
+
+    Args:
+      identity: the result of `stable_identity`.
+    """
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -173,6 +181,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
     >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
     ['a.b: 1 -> 3']
+
+    Args:
+      old: the values of one config.
+      new: the values of the other.
+      path: a prefix of every field's name.
     """
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

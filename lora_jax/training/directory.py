@@ -180,12 +180,21 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
 
 
 def finish(path: pathlib.Path, summary: Summary) -> None:
-    """Draw the curves and then write the summary, which marks the run as finished."""
+    """Draw the curves and then write the summary, which marks the run as finished.
+
+    Args:
+      path: the run directory.
+      summary: the summary of the run.
+    """
     with writing(path / curves.FILE):
         curves.draw(path)
     write_json(path / "summary.json", summary)
 
 
 def summary(path: pathlib.Path) -> Summary | None:
-    """Return the summary of a finished run, or None."""
+    """Return the summary of a finished run, or None.
+
+    Args:
+      path: the run directory.
+    """
     return read_summary(path) if (path / "summary.json").is_file() else None

@@ -85,6 +85,10 @@ class Restored(NamedTuple):
 def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
     """Return the adapter that the config starts from, or None if it starts from none.
 
+    Args:
+      config: the config of the new run.
+      workload: its workload.
+
     Raises:
       ConfigError, lora_jax.LoraError: there is no adapter, there are several, it is damaged, or it
         is for another model or other data.
@@ -120,6 +124,11 @@ def patterns(
     """Return the patterns of the parameters that a run trains in full.
 
     They include the parameters that were trained in full with the earlier adapter.
+
+    Args:
+      lora: the LoRA settings of the run.
+      workload: its workload.
+      earlier: the adapter that it starts from, if any.
 
     Raises:
       ConfigError: `lora.trainable` leaves out some of those.

@@ -55,7 +55,13 @@ def evaluate(
 
 
 def first_batch(workload: Workload, place: Placement, otherwise: Batch) -> Batch:
-    """Return the first evaluation batch, or `otherwise` if the workload has no evaluation."""
+    """Return the first evaluation batch, or `otherwise` if the workload has no evaluation.
+
+    Args:
+      workload: the workload.
+      place: the placement of arrays on devices.
+      otherwise: a batch.
+    """
     splits = workload.evaluation.values()
     return next((b for split in splits for b in split(place.shard)), otherwise)
 

@@ -17,7 +17,12 @@ from lora_jax.training.state import Trained
 
 
 def folder(run: pathlib.Path, name: str) -> pathlib.Path:
-    """Return the folder of the adapter `name` ("best" or "last") of a run."""
+    """Return the folder of the adapter `name` ("best" or "last") of a run.
+
+    Args:
+      run: the run directory.
+      name: "best" or "last".
+    """
     return run / "adapters" / name
 
 

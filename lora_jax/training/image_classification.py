@@ -89,7 +89,13 @@ def image_classification(config: ImageConfig) -> Workload:
 def batch_shapes(
     config: models.VitConfig, rows: int, labels: Labels
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of a batch of `lora_jax.data.image_classification`."""
+    """Return the shapes and dtypes of a batch of `lora_jax.data.image_classification`.
+
+    Args:
+      config: the config of the model.
+      rows: the number of images.
+      labels: the labels of the data.
+    """
     one = {
         "label": jnp.float32 if labels.regression else jnp.int32,
         "weight": jnp.float32,
@@ -103,7 +109,11 @@ def batch_shapes(
 
 
 def apply_of(model: models.VitClassifier) -> Any:
-    """Return the model as a `Workload.apply`, which returns logits [B, C]."""
+    """Return the model as a `Workload.apply`, which returns logits [B, C].
+
+    Args:
+      model: the model with its head.
+    """
     drops = model.config.dropout > 0 or model.config.attention_dropout > 0
 
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:

@@ -89,6 +89,9 @@ def shard_of(mesh: Mesh) -> Shard:
     """Return which rows of each global batch the devices of this process hold.
 
     If `tensor` spans processes, these hold the same rows and have the same shard.
+
+    Args:
+      mesh: the mesh of the run.
     """
     parts = mesh.shape["fsdp"] * mesh.shape["data"]
     held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((parts,)).values()

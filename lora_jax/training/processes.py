@@ -347,6 +347,9 @@ def end(main: Callable[[], int]) -> NoReturn:
 
     With several processes, one that fails does not wait for the others, which may have ended or may
     be waiting for it. Its last line on stderr says so.
+
+    Args:
+      main: the program; it returns the exit status.
     """
     try:
         status = main()

@@ -33,6 +33,9 @@ _SUMMARY: dict[str, Any] = {
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """Return config.json of the run in `folder`, under today's names.
 
+    Args:
+      folder: the run directory.
+
     Raises:
       LoraError: it is not JSON, or not the config of a run.
     """
@@ -47,6 +50,9 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     """Return summary.json of the run in `folder`, with every field that the package reads.
+
+    Args:
+      folder: the run directory.
 
     Raises:
       LoraError: it is not JSON, or a field is missing or has the wrong type.

@@ -64,7 +64,12 @@ def create(
 
 
 def adapted_weights(layout: Layout, params: Tree) -> dict[str, Any]:
-    """Return the parameters that the layout adapts, by path."""
+    """Return the parameters that the layout adapts, by path.
+
+    Args:
+      layout: the layout of the adapters.
+      params: the parameters of the model.
+    """
     leaves = paths.flatten(params)
     layout.check_params(leaves)
     return {target.path: leaves[target.path] for target in layout.targets}
@@ -80,7 +85,15 @@ def shapes(
 ) -> State:
     """Return the shapes, dtypes and shardings of the state that `create` makes.
 
-    The arguments are the same as in `create`. Nothing is computed.
+    Nothing is computed.
+
+    Args:
+      layout: the layout of the adapters.
+      base: path -> array, the parameters trained in full.
+      tx: the optimizer.
+      key: the PRNG key of the run, [].
+      place: the placement of all arrays on the mesh.
+      weights: `adapted_weights(layout, params)`, for kinds of update that start from W.
     """
     state = jax.eval_shape(fresh(layout, tx, "gaussian"), base, key, weights)
     where = place.following(state, state.trained, place.trained(layout, base))
@@ -94,6 +107,11 @@ def fresh(layout: Layout, tx: optax.GradientTransformation, init: str) -> Callab
     """Return `begin(base, key, weights, adapters)`, which returns the state before the first step.
 
     Equal arguments give the same function, so that JAX compiles it once for many runs.
+
+    Args:
+      layout: the layout of the adapters.
+      tx: the optimizer.
+      init: the method of `lora_jax.init`.
     """
 
     def begin(
@@ -122,6 +140,10 @@ def check_apart(layout: Layout, base: dict[str, Any]) -> None:
     """Raise `LoraError` if a parameter is both adapted and trained in full.
 
     An adapter adds nothing if W itself is trained.
+
+    Args:
+      layout: the layout of the adapters.
+      base: path -> parameter that is trained in full.
     """
     both = [target.path for target in layout.targets if target.path in base]
     if both:
@@ -226,6 +248,10 @@ def divided(batch: Any, parts: int) -> Any:
     >>> import numpy as np
     >>> divided({"x": np.arange(4)}, 2)["x"].tolist()
     [[0, 2], [1, 3]]
+
+    Args:
+      batch: a tree of arrays [B, ...] and scalars.
+      parts: the number of parts, which divides B.
     """
 
     def entry(x: Any) -> Any:
@@ -241,7 +267,12 @@ def divided(batch: Any, parts: int) -> Any:
 def evaluation_step(
     workload: Workload, layout: Layout
 ) -> Callable[[Mapping[str, Any], Tree, Any], Loss]:
-    """Return the evaluation step, `evaluate(trained, frozen, batch) -> Loss`, without dropout."""
+    """Return the evaluation step, `evaluate(trained, frozen, batch) -> Loss`, without dropout.
+
+    Args:
+      workload: the workload.
+      layout: the layout of the adapters.
+    """
     adapted = adapt(layout, workload.apply)
 
     def evaluate(trained: Mapping[str, Any], frozen: Tree, batch: Any) -> Loss:

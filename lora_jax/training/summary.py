@@ -69,7 +69,12 @@ def summarise(
 
 
 def opening(run: Run, state: State) -> str:
-    """Return the text that a run prints before its first step."""
+    """Return the text that a run prints before its first step.
+
+    Args:
+      run: the run.
+      state: its state.
+    """
     setup, found = run.setup, sizes(run, state)
     facts = setup.workload.facts(setup.place.shard)
     text = (
@@ -85,7 +90,12 @@ def opening(run: Run, state: State) -> str:
 
 
 def sizes(run: Run, state: State) -> dict[str, int]:
-    """Count the parameters of the base and of the trained arrays, and their bytes on disk."""
+    """Count the parameters of the base and of the trained arrays, and their bytes on disk.
+
+    Args:
+      run: the run.
+      state: its state.
+    """
     frozen, path = run.setup.frozen, run.setup.path
     trainable = state.trained["base"]
     return {
@@ -110,7 +120,11 @@ def parameters(params: Any) -> int:
 
 
 def on_each_device(tree: Any) -> int:
-    """Return the bytes of a tree's arrays on one device; every device has as many."""
+    """Return the bytes of a tree's arrays on one device; every device has as many.
+
+    Args:
+      tree: a tree of arrays, or of their shapes and shardings.
+    """
 
     def part(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
@@ -182,6 +196,10 @@ def in_units(number: float, unit: str = "B") -> str:
 
     >>> in_units(999), in_units(1_234_567), in_units(2.541e17, "FLOP")
     ('999 B', '1.23 MB', '254.10 PFLOP')
+
+    Args:
+      number: the number.
+      unit: its unit.
     """
     for prefix in ("", "k", "M", "G", "T"):
         if abs(number) < 1000:

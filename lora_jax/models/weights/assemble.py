@@ -77,7 +77,14 @@ def stored_shapes(stored: Stored, config: StoredConfig, head: Head | None = None
 def load_one(
     stored: Stored, parameter: StoredParameter, config: StoredConfig, keep_quantised: bool = False
 ) -> Any:
-    """Load one of `stored.parameters` to the default device."""
+    """Load one of `stored.parameters` to the default device.
+
+    Args:
+      stored: the tensors of the checkpoint.
+      parameter: the parameter.
+      config: the config of the model.
+      keep_quantised: whether a quantised parameter stays quantised.
+    """
     dtype = np.dtype(config.param_dtype)
     bases = _bases(stored, [parameter], dtype) if keep_quantised else {}
     if bases:
@@ -89,7 +96,14 @@ def load_one(
 def read_slice(
     stored: Stored, parameter: StoredParameter, number: int, config: StoredConfig
 ) -> np.ndarray:
-    """Read the tensor `sources[number]` of a parameter, in our layout."""
+    """Read the tensor `sources[number]` of a parameter, in our layout.
+
+    Args:
+      stored: the tensors of the checkpoint.
+      parameter: the parameter.
+      number: the index of the tensor.
+      config: the config of the model.
+    """
     part = shards.empty(parameter.shape, np.dtype(config.param_dtype))
     whole = tuple(slice(0, size) for size in parameter.shape)
     _copy(stored, parameter.row, parameter.sources[number], whole, part)

@@ -104,6 +104,9 @@ class Header:
 def read(path: Path) -> Header:
     """Read the header of a GGUF file, but no tensor.
 
+    Args:
+      path: the file.
+
     Raises:
       OSError: the file does not exist or cannot be read.
       lora_jax.models.WeightsError: the format or version is another one; the file cannot hold

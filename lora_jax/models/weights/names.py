@@ -32,7 +32,11 @@ GGUF = {"llama": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
 
 
 def table_of(config: StoredConfig) -> TensorNames:
-    """Return the table of names of the family that has these options."""
+    """Return the table of names of the family that has these options.
+
+    Args:
+      config: the config of the model.
+    """
     if isinstance(config, VitConfig):
         return VIT
     if isinstance(config, BertConfig):
