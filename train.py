@@ -1,18 +1,18 @@
 """Fine-tune a model with LoRA: one run, from the command line to the summary.
 
-    python train.py                                        configs/minilm_reviews.py
+    python train.py                                        run configs/minilm_reviews.py
     python train.py --config configs/smollm2_definitions.py
-    python train.py --steps 50 --lora.rank 4               any field of the config
-    python train.py --help                                 all of them
-    python train.py --plan                                 what the run needs, without running it
-    python train.py --from runs/earlier                    go on with an adapter, in a new run
+    python train.py --steps 50 --lora.rank 4               set fields of the config
+    python train.py --help                                 list all fields
+    python train.py --plan                                 plan the run without running it
+    python train.py --from runs/earlier                    start a new run with an earlier adapter
 
-The same command goes on with a run that was stopped. Started on many machines at once it is one
-run on all of them (docs/pods.md). No LoRA algebra is in here: `lora_jax` does that, and
-`lora_jax.training` holds the parts.
+If a run was stopped, the same command continues it. If the command is started on many machines at
+once, they train one run together (docs/pods.md). LoRA itself is in `lora_jax`, and the parts of a
+run are in `lora_jax.training`.
 
 Exit status: 0 finished, 1 an error that was printed, 2 a command line that cannot be read,
-130 stopped by Ctrl-C, 143 preempted (SIGTERM): the step in hand was finished and saved.
+130 stopped by Ctrl-C, 143 preempted (SIGTERM): the current step was finished and saved.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from lora_jax.training.run import Run, Setup
 ROOT = pathlib.Path(__file__).resolve().parent
 DEFAULT = "configs/minilm_reviews.py"
 LESS = (
-    "Lower the batch (of a text config --data.batch-size and --data.eval-batch-size), cut it into "
-    "parts with --accumulate, or compute more anew with --model.remat full. --plan says what a run "
-    "needs; the same command goes on from the last checkpoint."
+    "Use a smaller batch (in a text config --data.batch-size and --data.eval-batch-size), split it "
+    "into parts with --accumulate, or recompute more with --model.remat full. --plan tells what a "
+    "run needs; the same command continues from the last checkpoint."
 )
 
 
@@ -107,10 +107,10 @@ def run(arguments: Sequence[str], program: str) -> int:
 def train(
     config: Config, grid: jax.sharding.Mesh, path: pathlib.Path, console: Console
 ) -> summary.Summary:
-    """One run in the directory `path`, from the beginning or from its last checkpoint."""
+    """Train one run in the directory `path`, from the beginning or from its last checkpoint."""
     began = time.monotonic()
 
-    # ---- the model and the data, and where they lie
+    # ---- the model and the data, and their placement
     workload = config.workload(config)
     data = workload.train(mesh.shard_of(grid))
     position = data.get_state()
@@ -119,9 +119,9 @@ def train(
     place = mesh.place(workload, config.mesh, grid, example)
     params = workload.arrays(place.params)
 
-    # ---- what is trained: adapters on the targets, and a few base parameters in full
+    # ---- the trained parameters: adapters of the targets, and a few base parameters in full
     key, lora = jax.random.key(config.seed), config.adaptation
-    earlier = earlier_adapter.open_earlier(config, workload)  # None: the run begins afresh
+    earlier = earlier_adapter.open_earlier(config, workload)  # None without --from
     spec = lora.spec if earlier is None else earlier.spec
     layout = lora_jax.resolve(spec, workload.apply, params, example, train=True, key=key)
     workload, params, begun = beginning.begin(lora, workload, layout, params, place, key, earlier)
@@ -133,7 +133,7 @@ def train(
     state = step.create(layout, base, tx, key, place, lora.init, weights, begun)
     identity = lora_jax.fingerprint(frozen)
     setup = Setup(config, workload, place, layout, frozen, identity, path, began)
-    del params, base, weights, begun  # what is trained lives in the state, the rest in `frozen`
+    del params, base, weights, begun  # `state` has the trained parameters, `frozen` the rest
 
     # ---- the run
     with (
@@ -157,7 +157,7 @@ def train(
                 raise processes.Preempted(f"step {n}")
         loop.finish()
 
-        # ---- what it came to
+        # ---- the results
         best = loop.run.best(loop.state.trained)
         tested = loop.evaluate_best(config.steps, best)
         difference = None
@@ -171,7 +171,7 @@ def train(
 
 
 def train_group(name: str, config: GroupConfig) -> int:
-    """Many runs as one program, and their results side by side; the exit status."""
+    """Train many runs as one program, write the comparison of their results; return the status."""
     processes.join(config.processes)
     program_cache.enable()
     console, path = Console(), group.folder(name, config)
@@ -191,7 +191,7 @@ def train_group(name: str, config: GroupConfig) -> int:
 
 
 def show_plan(name: str, config: Config, options: planner.PlanOptions) -> int:
-    """Plan the run and leave no trace of it but the plan; the exit status."""
+    """Plan the run and write only the plan; return the exit status."""
     made = planner.make(name, config, options)
     run = directory.default(name, config)
     file = pathlib.Path(options.plan_file or run.with_name(f"{run.name}.plan.json"))

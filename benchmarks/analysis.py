@@ -1,9 +1,9 @@
-"""Seconds to analyse a 7B-shaped model's q and v: 32 layers of 4,096 x 4,096, r=64 beside r=8.
+"""Time the analysis of a 7B-shaped model's q and v: 32 layers of 4,096 x 4,096, r=64 and r=8.
 
-    python -m benchmarks.analysis                     all but W: similarity and spectra
-    python -m benchmarks.analysis --layers 2 --weights    and what reads W, of fewer layers
+    python -m benchmarks.analysis                     similarity and spectra
+    python -m benchmarks.analysis --layers 2 --weights    also analyses of W, on fewer layers
 
-The factors are random, which for W is the worst case: a Gaussian matrix has no gap between its
+The factors are random. A random W is the worst case: a Gaussian matrix has no gap between its
 singular values, and its largest ones take longest to find.
 """
 
@@ -20,7 +20,7 @@ from lora_jax import Adapter, Factors, Layout, Target, analysis, init_from_base
 
 
 def adapter(rank: int, layers: int, width: int) -> Adapter:
-    """Return an adapter of every layer's q and v, not zero anywhere."""
+    """Return an adapter of every layer's q and v without any zeros."""
     rng = np.random.default_rng(rank)
     targets = tuple(
         Target(f"layers_{i}/attention/{name}/kernel", (width, width), (), (0,), (1,), rank, 16.0)
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time of the analysis of a 7B-shaped model.")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--weights", action="store_true", help="also what reads W: draws one each")
+    parser.add_argument("--weights", action="store_true", help="also time analyses of a random W")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     small, large = (adapter(rank, args.layers, args.width) for rank in (8, 64))

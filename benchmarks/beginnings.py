@@ -1,12 +1,12 @@
-"""Review snippets from adapters that begin as PiSSA, OLoRA, EVA or LoftQ, beside Gaussian ones.
+"""Train on review snippets with adapters that begin as PiSSA, OLoRA, EVA or LoftQ, or as Gaussian.
 
 Command:   python -m benchmarks.beginnings
 Hardware:  2 CPU cores, 1 GB; 21 runs of about one minute and a half on one core each
-Result:    test accuracy of three seeds, over the float base and over NF4
+Result:    test accuracy of three seeds, on the float base and on NF4
 
-Each run is the default config, r=8 on q and v and a head, for an eighth of its steps, where a good
-beginning still shows. With several `--rates` each method gets that one which has the best mean
-accuracy on the validation split; the test accuracies are those of that rate.
+Each run is the default config, r=8 on q and v and a head, for an eighth of its steps, so that the
+initialization still matters. With several `--rates`, each method uses the rate with the best mean
+accuracy on the validation split; the test accuracies are at that rate.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
 def _of_rate(
     base: str, method: str, rate: str, options: argparse.Namespace
 ) -> tuple[str, list[float], list[float]]:
-    """The rate, and the accuracies of all seeds on validation and on the test split."""
+    """Return the rate, and the accuracies of all seeds on the validation and the test split."""
     after = []
     for seed in options.seeds:
         arguments = ["--steps", str(options.steps), "--seed", str(seed), "--lora.init", method]

@@ -1,4 +1,4 @@
-"""Time commands of `train.py` from outside, and compare what they leave."""
+"""Run commands of `train.py` in other processes, time them, and compare their results."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-    """What a process took: seconds from its start to its end, and its largest resident size."""
+    """The cost of a process: seconds from start to end, processor seconds, peak resident bytes."""
 
     seconds: float
     processor: float
@@ -29,10 +29,10 @@ class Spent:
 
 
 def train(*arguments: str, devices: int = 1) -> Spent:
-    """Print and run `python train.py ...` to its end, on so many devices if this is a CPU.
+    """Print and run `python train.py ...`; on a CPU, with this many simulated devices.
 
     Raises:
-      SystemExit: it failed; its last words are said.
+      SystemExit: it failed; the message has the end of its output.
     """
     command = ["train.py", *arguments]
     print(f"JAX_NUM_CPU_DEVICES={devices} python", shlex.join(command), flush=True)
@@ -54,24 +54,25 @@ def train(*arguments: str, devices: int = 1) -> Spent:
 
 
 def members(config: str) -> tuple[Member, ...]:
-    """Those of the group in a config file."""
+    """Return the members of the group in a config file."""
     group = command_line.parse((), config, ROOT)[1]
     assert isinstance(group, GroupConfig)
     return group.members
 
 
 def summary(run: pathlib.Path) -> dict[str, Any]:
-    """What a finished run came to."""
+    """Return the summary of a finished run."""
     found: dict[str, Any] = json.loads((run / "summary.json").read_text())
     return found
 
 
 class Gap(NamedTuple):
-    """How far apart what two runs trained is, of the last adapters and what is beside them.
+    """The difference between the trained parameters of two runs, in their last adapters.
 
-    norm: of the difference, relative to the norm of all numbers.
-    largest: of a single number, relative to the largest of its array. Adam divides a gradient by
-      its size, so where one is zero but for rounding, rounding decides which way a number goes.
+    norm: the norm of the difference, relative to the norm of all parameters.
+    largest: the largest difference of a single number, relative to the largest of its array. Adam
+      divides a gradient by its size, so if a gradient is zero except for rounding, rounding decides
+      the direction in which a number moves.
     """
 
     norm: float
@@ -82,7 +83,7 @@ class Gap(NamedTuple):
 
 
 def gap(one: pathlib.Path, two: pathlib.Path) -> Gap:
-    """Between two run directories."""
+    """Compare two run directories."""
     first, second = trained(one), trained(two)
     assert list(first) == list(second)
     pairs = [(x, second[name]) for name, x in first.items()]
@@ -93,7 +94,7 @@ def gap(one: pathlib.Path, two: pathlib.Path) -> Gap:
 
 
 def trained(run: pathlib.Path) -> dict[str, Any]:
-    """The arrays that a run trained, in float64."""
+    """Return the trained arrays of a run, in float64."""
     folder = run / "adapters/last"
     _, adapters, trainable = lora_jax.restore(folder)
     arrays = {f"{p} {n}": x for p, f in adapters.items() for n, x in f._asdict().items()}
@@ -101,5 +102,5 @@ def trained(run: pathlib.Path) -> dict[str, Any]:
 
 
 def load() -> str:
-    """The machine's load, for whoever reads the times."""
+    """Return the load of the machine, for readers of the times."""
     return f"load average {' '.join(f'{x:.1f}' for x in os.getloadavg())}"

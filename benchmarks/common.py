@@ -1,7 +1,7 @@
-"""The set-ups that all benchmarks share: the losses of two published model shapes, and tables.
+"""Set-ups that all benchmarks share: the losses of two published model shapes, and tables.
 
-Weights are random: neither FLOPs nor time depends on their values. Layers are unrolled, because
-XLA's `cost_analysis` counts the body of a scan once.
+Weights are random, because neither FLOPs nor time depends on their values. Layers are unrolled,
+because XLA's `cost_analysis` counts the body of a scan once.
 """
 
 import dataclasses
@@ -26,11 +26,12 @@ class ModelSetup:
     """A model, a batch shape and a loss.
 
     Attributes:
-        loss: (params, batch) -> scalar, the whole of what is differentiated.
+        name: the name of the model and the shape of the batch.
+        loss: (params, batch) -> scalar, the function that is differentiated.
         shapes: the parameter tree as ShapeDtypeStructs.
         batch: the batch as ShapeDtypeStructs.
-        bounds: for each entry of the batch, its integers are below this.
-        query_value: the targets "q and v" of the paper, as paths of this model.
+        bounds: name of an array of the batch -> upper bound of its integers.
+        query_value: the targets "q and v" of the paper, as patterns for this model.
     """
 
     name: str
@@ -42,22 +43,22 @@ class ModelSetup:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one batch."""
+        """The number of tokens of a batch."""
         return self.batch["input_ids"].size
 
     def specs(self) -> dict[str, lora_jax.LoraSpec]:
-        """What is compared with full fine-tuning: r=8 on q and v, and on every product."""
+        """Return the specs to compare with full fine-tuning: r=8 on q and v, on every product."""
         return {
             "q and v": lora_jax.LoraSpec(rank=8, alpha=16.0, targets=self.query_value),
             "all-linear": lora_jax.LoraSpec(rank=8, alpha=16.0, targets="all-linear"),
         }
 
     def layout(self, spec: lora_jax.LoraSpec) -> lora_jax.Layout:
-        """The spec resolved on this model."""
+        """Resolve a spec on this model."""
         return lora_jax.resolve(spec, self.loss, self.shapes, self.batch)
 
     def arrays(self, seed: int = 0) -> tuple[Any, dict[str, jax.Array]]:
-        """Random parameters and a random batch."""
+        """Return random parameters and a random batch."""
         key = jax.random.key(seed)
         batch = {
             name: jax.random.randint(key, s.shape, 0, self.bounds[name], s.dtype)
@@ -67,7 +68,7 @@ class ModelSetup:
 
 
 def minilm(rows: int = 32, length: int = 48, config: models.BertConfig = MINILM) -> ModelSetup:
-    """Sentence classification: BERT encoder, mean pooling, two classes; mean cross entropy."""
+    """Return a classifier: BERT encoder, mean pooling, two classes, mean cross entropy."""
     model = models.BertClassifier(config, 2, "mean")
 
     def loss(params: Any, batch: Any) -> jax.Array:
@@ -85,9 +86,9 @@ def minilm(rows: int = 32, length: int = 48, config: models.BertConfig = MINILM)
     )
 
 
-def smollm2(rows: int = 8, length: int = 48, config: models.LlamaConfig = SMOLLM2) -> ModelSetup:
-    """Language modelling: Llama decoder with tied embeddings; cross entropy over all tokens."""
-    model = models.Llama(config)
+def smollm2(rows: int = 8, length: int = 48, config: models.DecoderConfig = SMOLLM2) -> ModelSetup:
+    """Return language modelling: Llama decoder, tied embeddings, cross entropy over all tokens."""
+    model = models.DecoderModel(config)
 
     def loss(params: Any, batch: Any) -> jax.Array:
         logits = model.apply({"params": params}, batch["input_ids"])
@@ -108,27 +109,27 @@ SETUPS: dict[str, Callable[..., ModelSetup]] = {"minilm": minilm, "smollm2": smo
 
 
 def full_gradient(setup: ModelSetup) -> Callable[..., Any]:
-    """(params, batch) -> loss and its gradient with respect to every parameter."""
+    """Return (params, batch) -> loss and its gradient with respect to every parameter."""
     return jax.value_and_grad(setup.loss)
 
 
 def lora_gradient(setup: ModelSetup, layout: lora_jax.Layout) -> Callable[..., Any]:
-    """(adapters, params, batch) -> loss and its gradient with respect to the adapters alone."""
+    """Return (adapters, params, batch) -> loss and its gradient with respect to the adapters."""
     adapted = lora_jax.adapt(layout, setup.loss)
     return jax.value_and_grad(lambda adapters, params, batch: adapted(params, adapters, batch))
 
 
 def adapter_shapes(layout: lora_jax.Layout) -> Any:
-    """The adapter tree of the layout as ShapeDtypeStructs."""
+    """Return the adapter tree of the layout as ShapeDtypeStructs."""
     return jax.eval_shape(lambda key: lora_jax.init(key, layout), jax.random.key(0))
 
 
 def adapters(layout: lora_jax.Layout) -> Any:
-    """Random adapters with a random b as well: that of the first step, zeros, is no usual one."""
+    """Return random adapters with a random b, because it is zero in the first step only."""
     return normal(adapter_shapes(layout), seed=1)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

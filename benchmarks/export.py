@@ -2,10 +2,10 @@
 
     python -m benchmarks.export
 
-The decoder of 289 million parameters of `benchmarks.load`, random, in bfloat16, with an adapter on
-every linear product; each export is a process of its own. `peak` is the most resident memory
-(VmHWM) above what the process held before, `bound` 1.3 times one shard. The files are in the page
-cache: the seconds are no disk's.
+The model is the decoder of 289 million parameters of `benchmarks.load`, random, in bfloat16, with
+an adapter on every linear product. Each export runs in its own process. `peak` is the peak resident
+memory (VmHWM) above the memory before the export, `bound` is 1.3 times one shard. The files are in
+the page cache, so the seconds do not depend on a disk.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def _measure(folder: Path, shard: str, dtype: str, layers: str) -> dict[str, flo
 
 
 def _write_run(run: Path, base: Path, scan: bool) -> None:
-    """An adapter of rank 8 on every product, in a process of its own: it loads the base."""
+    """Write an adapter of rank 8 on every product, in a separate process, as it loads the base."""
     code = (
         f"import pathlib, benchmarks.export as e; e.written(pathlib.Path({str(run)!r}), "
         f"pathlib.Path({str(base)!r}), {scan})"
@@ -90,9 +90,9 @@ def _write_run(run: Path, base: Path, scan: bool) -> None:
 def written(run: Path, base: Path, scan: bool) -> None:
     """Write the adapter of `_write_run`."""
     source = models.open(str(base))
-    assert isinstance(source.config, models.LlamaConfig)
+    assert isinstance(source.config, models.DecoderConfig)
     config = dataclasses.replace(source.config, scan_layers=scan, param_dtype=jnp.bfloat16)
-    model = models.Llama(config)
+    model = models.DecoderModel(config)
 
     def f(params: Any, ids: Any) -> Any:
         return model.apply({"params": params}, ids)

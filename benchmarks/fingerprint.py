@@ -1,9 +1,9 @@
-"""Seconds for the fingerprint of a whole model, first with compilation and then without.
+"""Time the fingerprint of a whole model, first with compilation and then without.
 
     python -m benchmarks.fingerprint
 
-`lora_jax.fingerprint` of all parameters of the built-in shapes, with random values. A run computes
-it once, when it starts.
+It measures `lora_jax.fingerprint` of all parameters of the built-in shapes, with random values. A
+run computes it once, when it starts.
 """
 
 import time

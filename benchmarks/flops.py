@@ -1,13 +1,13 @@
-"""Compiled FLOPs of one gradient: LoRA over full fine-tuning.
+"""Compare the compiled FLOPs of one gradient: LoRA over full fine-tuning.
 
     python -m benchmarks.flops
 
-Full fine-tuning is the gradient of the loss with respect to every parameter: embeddings, norms,
-biases and the head among them. LoRA is the gradient of the same loss with respect to the adapters
-alone (r=8). The loss is the whole forward pass with its cross entropy; no optimizer is in it.
-A product costs three products in full fine-tuning (the output, the gradient of its input, the
-gradient of its weight), and LoRA leaves out the last: 2/3 is the limit of what it can save, a
-little is added for the low-rank products, and a little saved below the first adapter.
+Full fine-tuning is the gradient of the loss with respect to every parameter, including embeddings,
+norms, biases and the head. LoRA is the gradient of the same loss with respect to the adapters only
+(r=8). The loss is the whole forward pass with its cross entropy; there is no optimizer.
+In full fine-tuning a product costs three products (the output, the gradient of its input, the
+gradient of its weight). LoRA leaves out the last, so the ratio cannot fall below 2/3, except that
+the products before the first adapter need no backward pass. The low-rank products add a little.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from benchmarks import common
 
 
 def compiled_flops(f: Callable[..., Any], *shapes: Any) -> float:
-    """FLOPs of `jit(f)` as XLA counts them after compiling, per device."""
+    """Return the FLOPs of `jit(f)` as XLA counts them after compiling, per device."""
     analysis = jax.jit(f).lower(*shapes).compile().cost_analysis()
     assert analysis is not None, "this backend does not count FLOPs; run it on a CPU"
     return float(analysis["flops"])
 
 
 def ratios(setup: common.ModelSetup) -> tuple[float, dict[str, float]]:
-    """FLOPs of the full gradient, and those of the LoRA gradients by the names of the specs."""
+    """Return the FLOPs of the full gradient, and of the LoRA gradient of each spec."""
     full = compiled_flops(common.full_gradient(setup), setup.shapes, setup.batch)
     lora = {}
     for name, spec in setup.specs().items():

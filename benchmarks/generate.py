@@ -1,12 +1,13 @@
-"""Tokens per second of decoding: a batch of one adapter, of as many as rows, and the plain base.
+"""Measure tokens per second of decoding, with one adapter in a batch, with many, and with none.
 
     python -m benchmarks.generate
 
-SmolLM2-135M by shape with random weights, adapters of rank 8 on q and v. "merged" is the base
-alone, or with an adapter in its weights: the same program. "one adapter" is the ordinary program of
-`adapt` with one set of factors. The mixed programs take ids: the same adapter in every row, or
-another in each. Timed is the compiled step of decoding: one token for every row, with a cache of
---capacity slots, half full; all sides in turns in one process, medians.
+The model is SmolLM2-135M with random weights, the adapters have rank 8 on q and v. "merged" is the
+base alone, which is the same program as with an adapter in its weights. "one adapter" is the
+ordinary program of `adapt` with one set of factors. The mixed programs take ids: the same adapter
+in every row, or another one in each. It times the compiled step of decoding: one token for every
+row, with a cache of --capacity slots, half full. All sides run in turns in one process, and the
+numbers are medians.
 """
 
 import argparse
@@ -26,9 +27,9 @@ BATCHES = (1, 8, 32)
 
 
 def runs(rows: int, capacity: int, params: Any, members: Any) -> dict[str, Callable[[], Any]]:
-    """Side -> a call that writes one token to each row, half of the cache being full."""
+    """Return side -> a function that writes one token to each row; the cache is half full."""
     config = common.SMOLLM2
-    model = models.Llama(config)
+    model = models.DecoderModel(config)
     layout, stacked = lora_jax.multi.stack(members[:rows])
     tokens, slot = jnp.ones((rows, 1), jnp.int32), jnp.int32(capacity // 2)
 
@@ -67,7 +68,7 @@ def runs(rows: int, capacity: int, params: Any, members: Any) -> dict[str, Calla
 
 
 def adapters(count: int) -> list[Any]:
-    """(layout, adapters) pairs, random."""
+    """Return random (layout, adapters) pairs."""
     setup = common.smollm2()
     spec = lora_jax.LoraSpec(8, 16.0, targets=setup.query_value)
     layout = setup.layout(spec)

@@ -1,8 +1,8 @@
-"""Seconds of `import lora_jax` after `import jax, numpy`, each repeat in a process of its own.
+"""Time `import lora_jax` after `import jax, numpy`, each repeat in its own process.
 
 Command:   python -m benchmarks.imports
 Hardware:  any CPU, half a minute
-Result:    the ratio of (jax, numpy and lora_jax) to (jax and numpy); at most 1.15 is wanted
+Result:    the ratio of (jax, numpy and lora_jax) to (jax and numpy), which should be at most 1.15
 """
 
 from __future__ import annotations

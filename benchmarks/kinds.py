@@ -1,10 +1,10 @@
-"""Seconds of one training step with each kind of update, over LoRA's.
+"""Time one training step with each kind of update, and compare it with LoRA's.
 
     python -m benchmarks.kinds
 
 All kinds have the same rank and targets, the same model, loss and optimizer, and take turns in one
-process; the numbers are medians. The first kind is what the others are divided by. DoRA may take
-1.25 times LoRA's time (PEFT's takes 1.26 to 2).
+process; the numbers are medians. The ratios are relative to the first kind. DoRA may take 1.25
+times LoRA's time (PEFT's takes 1.26 to 2).
 """
 
 import argparse
@@ -25,7 +25,7 @@ BOUND = {"dora": 1.25}
 def steps(
     setup: common.ModelSetup, layouts: dict[str, lora_jax.Layout]
 ) -> dict[str, Callable[[], Any]]:
-    """Compiled training steps of each kind; each keeps its own state."""
+    """Return the compiled training steps of each kind; each keeps its own state."""
     params, batch = setup.arrays()
     runs = {}
     for kind, layout in layouts.items():
@@ -37,7 +37,7 @@ def steps(
 def rows(
     setup: common.ModelSetup, kinds: Sequence[str], rank: int, repeats: int
 ) -> list[tuple[str, ...]]:
-    """Lines of the table for one model."""
+    """Return the lines of the table for one model."""
     lines: list[tuple[str, ...]] = []
     for name, spec in setup.specs().items():
         layouts = {

@@ -1,12 +1,12 @@
-"""One LoRA step of a decoder shaped like Llama 3.2 1B in bfloat16, beside the plan's roofline.
+"""Compare one LoRA step of a decoder shaped like Llama 3.2 1B in bfloat16 with its plan.
 
-    python -m benchmarks.llama_1b                      on the accelerators that are here
+    python -m benchmarks.llama_1b                      on the accelerators of this machine
     python train.py --config benchmarks/llama_1b.py --plan --plan-devices 1
 
 r=8 on q and v, random weights, 8 rows of 2,048 tokens, layers scanned and rematerialised, the loss
-in chunks of 256 positions. Prints tokens/s, the device's own count of its memory, and model-FLOPs
-utilisation: the FLOPs that a step without rematerialisation needs, over the time and the device's
-peak. The plan runs apart, on simulated devices.
+in chunks of 256 positions. It prints tokens/s, the device's own count of its memory, and the
+model-FLOPs utilisation: the FLOPs that a step without rematerialisation needs, divided by the time
+and by the device's peak. The plan runs in another process, on simulated devices.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lora_jax.training.config import Config, LoraConfig
 from lora_jax.training.workload import Batch, Workload
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-KNOWN = {  # what JAX calls a device -> its name in the plan's table
+KNOWN = {  # JAX's name of a device -> its name in the plan's table
     "H100": "h100-80gb", "H200": "h200-141gb", "A100-SXM4-80GB": "a100-80gb", "B200": "b200-180gb",
     "A100-SXM4-40GB": "a100-40gb", "L4": "l4-24gb", "RTX 4090": "rtx4090-24gb",
     "TPU v4": "tpu-v4", "TPU v5 lite": "tpu-v5e", "TPU v5": "tpu-v5p", "TPU v6": "tpu-v6e",
@@ -53,9 +53,9 @@ class StepConfig(Config):
     layers: int = 16
     """Decoder layers."""
     hidden: int = 2048
-    """Width; heads are 64 wide, a fourth of them hold keys and values."""
+    """Width; heads are 64 wide, and there are a fourth as many for keys and values."""
     vocabulary: int = 128_256
-    """Tokens there are."""
+    """Size of the vocabulary."""
     rows: int = 8
     """Rows of a batch."""
     length: int = 2048
@@ -64,10 +64,10 @@ class StepConfig(Config):
     """Positions of a row whose logits exist at the same time."""
 
     @property
-    def model(self) -> models.LlamaConfig:
-        """Llama 3.2 1B's configuration at these sizes."""
+    def model(self) -> models.DecoderConfig:
+        """The config of Llama 3.2 1B at these sizes."""
         heads = self.hidden // 64
-        return models.LlamaConfig(
+        return models.DecoderConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             num_layers=self.layers,
@@ -86,7 +86,7 @@ class StepConfig(Config):
 
 
 class RandomTokens:
-    """Random tokens; batch i depends on i alone."""
+    """An iterator of random tokens; batch i depends only on i."""
 
     def __init__(self, config: StepConfig, shard: Shard) -> None:
         self.config, self.shard, self.position = config, shard, 0
@@ -110,16 +110,16 @@ class RandomTokens:
         return self.shard.take(batch)
 
     def get_state(self) -> dict[str, Any]:
-        """The number of the next batch."""
+        """Return the number of the next batch."""
         return {"position": self.position}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on there."""
+        """Continue at that batch."""
         self.position = state["position"]
 
 
 def workload(config: StepConfig) -> Workload:
-    """Random weights, drawn where they lie."""
+    """Return the workload, whose random weights are drawn with their shardings."""
     shapes = models.shapes(config.model)
 
     def load(shardings: Any) -> Any:
@@ -136,7 +136,7 @@ def workload(config: StepConfig) -> Workload:
         return jax.jit(draw, out_shardings=shardings)(jax.random.key(0))
 
     return Workload(
-        apply=apply_of(models.Llama(config.model), config.loss_chunk),
+        apply=apply_of(models.DecoderModel(config.model), config.loss_chunk),
         loss=token_loss,
         params=shapes,
         load=load,
@@ -154,9 +154,12 @@ config = StepConfig(
 
 
 def model_flops(config: StepConfig) -> float:
-    """Of one step: forward, and backward to the activations (no weight but the factors has a
-    gradient), each 2 a parameter and token; and attention, 4 T D a token and layer, half of it
-    masked."""
+    """Return the FLOPs of one step without rematerialisation.
+
+    The forward pass, and the backward pass to the activations, take 2 FLOPs for each parameter and
+    token (only the factors have a gradient). Attention takes 4 T D for each token and layer, of
+    which half is masked.
+    """
     tokens = config.rows * config.length
     products = sum(x.size for x in jax.tree.leaves(models.shapes(config.model)) if x.ndim > 1)
     attention = 2 * config.length * config.hidden * config.layers
@@ -165,7 +168,7 @@ def model_flops(config: StepConfig) -> float:
 
 
 def measure(config: StepConfig, repeats: int) -> dict[str, float]:
-    """Seconds of a step (the median), and the device's peak memory."""
+    """Return the median seconds of a step, and the device's peak memory."""
     grid = mesh.make(config.mesh)
     made = workload(config)
     with jax.set_mesh(grid):
@@ -194,7 +197,7 @@ def measure(config: StepConfig, repeats: int) -> dict[str, float]:
 
 
 def plan(arguments: list[str], device: str, devices: int) -> dict[str, Any]:
-    """The plan of the same step, as JSON; made in another process, on simulated devices."""
+    """Return the plan of the same step as JSON, made in another process on simulated devices."""
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "plan.json"
         command = [

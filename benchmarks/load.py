@@ -1,11 +1,12 @@
-"""Host memory while weights go from the disk to their shards, for files of several kinds.
+"""Measure host memory while weights are loaded from several kinds of files to their shards.
 
     python -m benchmarks.load
 
-A decoder of 289 million parameters with random weights is written once for each kind of file; each
-load is a process of its own with eight simulated devices. `on the host` is what all shards hold
-together, `peak` the most resident memory (VmHWM) above what imports and the backend took, `bound`
-1.3 times the first plus 500 MB. The files are in the page cache: the seconds are no disk's.
+A decoder of 289 million parameters with random weights is written once for each kind of file. Each
+load runs in its own process with eight simulated devices. `on the host` is the memory of all shards
+together, `peak` the peak resident memory (VmHWM) above that of imports and the backend, `bound` 1.3
+times the first plus 500 MB. The files are in the page cache, so the seconds do not depend on a
+disk.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from lora_jax import allocator, models, paths, sharding
 from lora_jax.models.placement import rules
 from lora_jax.models.weights import hf_config, names
 
-# dtype or kind in the file - dtype of the parameters
+# dtype or kind of the file - dtype of the parameters
 FORMS = ["float32-float32", "float32-bfloat16", "bfloat16-bfloat16", "Q8_0-bfloat16"]
 MESHES = [(1, 8, 1), (1, 1, 8)]
 _SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16}
@@ -65,7 +66,7 @@ def main() -> None:
 def _run(form: str, mesh: tuple[int, ...], more: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.load", "--one", form, *more]
     command += ["--mesh", *map(str, mesh)]
-    # The memory of loading itself, without what the allocator would keep.
+    # This measures the memory of loading without memory that the allocator would keep.
     environment = {**os.environ, allocator.VARIABLE: "0"}
     done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -83,7 +84,7 @@ def _row(found: dict[str, Any], form: str, mesh: tuple[int, ...], scan: list[str
 
 
 def _measure(asked: argparse.Namespace) -> dict[str, float]:
-    """Bytes on all devices, the peak above what was there before, and the seconds of a load."""
+    """Return the bytes on all devices, the peak above those before, and the seconds of a load."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     stored, dtype = asked.one.split("-")
@@ -105,9 +106,9 @@ def _measure(asked: argparse.Namespace) -> dict[str, float]:
 
 
 def peak(reset: bool = False) -> int:
-    """Bytes of the most resident memory of this process so far, or since the last reset.
+    """Return the peak resident memory of this process so far, or since the last reset, in bytes.
 
-    Not `ru_maxrss`: a process inherits that of the one that started it.
+    `ru_maxrss` would not do, because a process inherits it from its parent.
     """
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
@@ -127,7 +128,7 @@ def _shardings(config: Any, shapes: Any, sizes: tuple[int, ...]) -> Any:
 
 
 def write(folder: Path, stored: str, tiny: bool) -> Path:
-    """The model in a file of that dtype or kind; it is written if it is not there yet."""
+    """Return the model file of that dtype or kind, which is written if it does not exist yet."""
     json_: dict[str, Any] = {"model_type": "llama", "vocab_size": 32000, "num_attention_heads": 16}
     json_ |= {"num_key_value_heads": 8, "max_position_embeddings": 2048}
     json_ |= {"tie_word_embeddings": True, **(_TINY if tiny else _SIZES)}
@@ -186,7 +187,7 @@ def _write_gguf(path: Path, json_: dict[str, Any]) -> None:
 
 
 def _tensors(json_: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's name of each tensor, and its stored shape."""
+    """Return Hugging Face's name of each tensor, and its stored shape."""
     config = hf_config.parse(json_, "")
     shapes, found = paths.flatten(models.shapes(config)), {}
     for row in names.HF["llama"].rows:
@@ -200,7 +201,7 @@ def _tensors(json_: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _numbers(shapes: dict[str, tuple[int, ...]]) -> np.ndarray:
-    """Random numbers for the largest of the tensors; the others begin like it."""
+    """Return random numbers for the largest tensor; the others use the first of them."""
     tile = np.random.default_rng(0).standard_normal(2**20, np.float32)
     return np.resize(tile, max(map(math.prod, shapes.values())))
 

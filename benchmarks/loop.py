@@ -1,14 +1,14 @@
-"""Steps of the training loop against the bare compiled step, on the same batches.
+"""Compare steps of the training loop with the bare compiled step, on the same batches.
 
     python -m benchmarks.loop
     python -m benchmarks.loop --configs configs/minilm_reviews.py --repeats 10 --profile
 
 The loop is that of `train.py`: it takes the next batch from the data, sends it to the device, takes
-the step and writes the record. The bare step has the batches on the device already and does nothing
-else. Both take the same blocks of steps in turns, in one process. A block in which a batch shape
-was compiled is not counted. The numbers are medians over the blocks, by the clock and of the
-process's CPU seconds (user and system, all threads); so are the ratios, each of one pair of blocks.
-`--profile` prints where the host's time goes.
+the step and writes the metrics. The bare step has its batches on the device already and does
+nothing else. Both take the same blocks of steps in turns, in one process. A block in which a batch
+shape was compiled is not counted. The numbers are medians over the blocks, of wall-clock seconds
+and of the process's CPU seconds (user and system, all threads). The ratios are medians of the
+ratios of pairs of blocks. `--profile` prints how the host spends its time.
 """
 
 import argparse
@@ -39,7 +39,7 @@ ROOT = commands.ROOT
 
 
 class Recorder:
-    """A run's batches; `rows` keeps those that were taken since it was last emptied."""
+    """The batches of a run; `rows` keeps every batch taken since it was last cleared."""
 
     def __init__(self, data: Any) -> None:
         self._data, self.rows = data, list[Any]()
@@ -52,7 +52,7 @@ class Recorder:
         return self.rows[-1]
 
     def get_state(self) -> Any:
-        """The position of the data."""
+        """Return the position of the data."""
         return self._data.get_state()
 
     def set_state(self, state: Any) -> None:
@@ -64,9 +64,12 @@ class Recorder:
 class Sides:
     """Both sides of one config.
 
-    take: `Loop.take`. settle: waits for the loop. bare: takes the step on batches that are on the
-    device. data: what the loop has read. place: puts a batch on the device. compiling: seconds that
-    the loop has spent on compiling.
+    take: `Loop.take`.
+    settle: waits for the loop.
+    bare: takes steps on batches that are on the device.
+    data: the batches that the loop has read.
+    place: puts a batch on the device.
+    compiling: returns the seconds that the loop has spent on compiling.
     """
 
     take: Callable[[int], None]
@@ -117,14 +120,14 @@ def sides(config: Config, grid: Any, path: pathlib.Path, checkpoints: Checkpoint
 
 
 def timed(run: Callable[[], Any], steps: int) -> tuple[float, float]:
-    """Seconds of a step, by the clock and of the CPU."""
+    """Return the wall-clock and the CPU seconds of a step."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return (time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps
 
 
 def compare(both: Sides, block: int, repeats: int, profile: cProfile.Profile | None) -> Any:
-    """The medians of the loop's and of the bare step's times, and of their ratios."""
+    """Return the medians of the times of the loop and of the bare step, and of their ratios."""
     taken, found = 0, list[Any]()
 
     def take() -> None:
@@ -153,7 +156,7 @@ def compare(both: Sides, block: int, repeats: int, profile: cProfile.Profile | N
 
 
 def row(name: str, block: int, repeats: int, profile: cProfile.Profile | None) -> tuple[str, ...]:
-    """A line of the table."""
+    """Return a line of the table."""
     config = command_line.load(name, ROOT)[1]
     assert isinstance(config, Config)
     grid = mesh.make(config.mesh)

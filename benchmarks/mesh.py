@@ -1,9 +1,9 @@
-"""Twenty steps of the two real models on meshes of eight simulated devices, against one device.
+"""Compare twenty steps of two real models on meshes of eight simulated devices with one device.
 
     python -m benchmarks.mesh
 
-Each run is one command of `train.py`, which is printed. Losses are compared step by step; the bytes
-of the base are those that the most loaded device holds.
+Each run is one command of `train.py`, which is printed. Losses are compared step by step. The bytes
+of the base are on the device that holds the most.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 def losses(
     config: str, mesh: tuple[int, int, int], folder: pathlib.Path, steps: int
 ) -> tuple[list[float], int]:
-    """The loss of each step, and the bytes of the base on one device."""
+    """Return the loss of each step, and the bytes of the base on one device."""
     data, fsdp, tensor = map(str, mesh)
     command = [
         "train.py", "--config", config, "--run-dir", str(folder), "--steps", str(steps),

@@ -1,18 +1,18 @@
-"""A batch whose examples have different adapters, against one adapter for all of it.
+"""Compare a batch whose examples have different adapters with one adapter for the whole batch.
 
     python -m benchmarks.mixed
 
 Encoder: 64 examples of 32 tokens on a MiniLM-shaped model, LoRA r=8 on q and v. "one adapter" is
-the ordinary program, with neither a stack nor ids; the mixed batches choose each example's adapter
-among 1, 8 or 64. Timed are the forward pass and a whole training step of the factors (gradient,
-AdamW), run in turns in one process; throughput is that of "one adapter" over the median.
+the ordinary program, without a stack or ids; in the mixed batches each example selects one of 1, 8
+or 64 adapters. It times the forward pass and a whole training step of the factors (gradient,
+AdamW), in turns in one process; the throughput is that of "one adapter" over the median.
 
 Single tokens: the forward pass of 256 or 1,024 examples of one token each, with 4, 64 and 1,000
-adapters, in both forms of the low-rank product (`lora_jax.multi.segmented_matmul`) and by the rule
-between them.
+adapters, in both forms of the low-rank product (`lora_jax.multi.segmented_matmul`) and in the form
+that the rule chooses.
 
-Loading: `put` of another adapter into the last slot of stacks of 10, 100 and 1,000; the bytes that
-each stack holds, against those of its adapters.
+Loading: `put` of another adapter into the last slot of stacks of 10, 100 and 1,000, and the bytes
+of each stack compared with the bytes of its adapters.
 """
 
 import argparse
@@ -34,7 +34,7 @@ COUNTS = (1, 8, 64)
 
 
 def build(adapters: int) -> tuple[Any, ...]:
-    """The model's function, its parameters, a batch, and a stack of random adapters."""
+    """Return the model's function, its parameters, a batch, and a list of random adapters."""
     model = models.Bert(common.MINILM)
     ids = jax.random.randint(jax.random.key(0), (EXAMPLES, LENGTH), 0, common.MINILM.vocab_size)
 
@@ -56,7 +56,7 @@ def _random(layout: lora_jax.Layout, seed: int) -> Any:
 
 
 def runs(counts: tuple[int, ...]) -> dict[str, dict[str, Callable[[], Any]]]:
-    """What is timed -> side -> a call that runs it once."""
+    """Return what is timed -> side -> a function that runs it once."""
     f, params, ids, layout, members = build(max(counts))
     target = jax.random.normal(jax.random.key(2), jax.eval_shape(f, params, ids).shape)
     out: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "training step": {}}
@@ -105,7 +105,7 @@ def _stepping(gradient: Callable[..., Any], trained: Any, *rest: Any) -> Callabl
 
 
 def tokens(examples: int, adapters: int, repeats: int) -> tuple[str, ...]:
-    """A line of the second table: seconds of each form, and what the rule chooses."""
+    """Return a line of the second table: seconds of each form, and the choice of the rule."""
     f, params, _, layout, members = build(1)
     _, stacked = lora_jax.multi.stack(members, size=adapters)
     numbers = jax.random.randint(jax.random.key(0), (examples,), 0, adapters)
@@ -132,7 +132,7 @@ def tokens(examples: int, adapters: int, repeats: int) -> tuple[str, ...]:
 
 
 def loading(slots: int, repeats: int) -> tuple[str, ...]:
-    """A line of the third table: milliseconds to fill the last slot, and the bytes of the stack."""
+    """Return a line of the third table: milliseconds to fill the last slot, bytes of the stack."""
     *_, layout, members = build(2)
     layout, stacked = lora_jax.multi.stack(members, size=slots)
     adapters = jax.tree.map(np.asarray, members[1][1])

@@ -1,14 +1,15 @@
-"""Four tasks on one MiniLM, together and one after another: memory, time, and whether they agree.
+"""Train four tasks on one MiniLM together and one by one: memory, time, and equal results.
 
     python -m benchmarks.multitask                  50 steps of each task, few rows evaluated
     python -m benchmarks.multitask --steps 300 --rows 1024
 
 Every run is a command of `train.py`, which is printed: configs/multitask.py, and each of its tasks
-alone. For each task there is the gap between what it trained alone and together: the norm of the
-difference relative to the whole, and in brackets the largest of a single number. As a yardstick
-there is the gap between the first task alone on one device and alone on two, which is rounding and
-nothing else. Then memory and time of the whole: four processes at once would need the sum of their
-memory, and one after another takes the sum of their times. Start-up and compilation are in both.
+alone. For each task it prints the gap between the parameters trained alone and together: the norm
+of the difference relative to the whole and, in brackets, the largest difference of a single number.
+For comparison it prints the gap between the first task alone on one device and on two, which comes
+from rounding only. Then it prints memory and time of the whole: four processes at once would need
+the sum of their memory, and one after the other they take the sum of their times. Start-up and
+compilation are included.
 """
 
 import argparse
@@ -21,7 +22,7 @@ CONFIG = "configs/multitask.py"
 
 
 def settings(prefix: str, steps: int, rows: int) -> list[str]:
-    """Steps and rows of a task, whose fields begin with `prefix`."""
+    """Return the options for steps and rows of a task, whose fields begin with `prefix`."""
     values = {"steps": steps, "evaluate-every": steps, "checkpoint-every": steps}
     values |= {"data.eval-limit": rows, "data.test-limit": rows}
     return [word for name, v in values.items() for word in (f"--{prefix}{name}", str(v))]
@@ -29,8 +30,8 @@ def settings(prefix: str, steps: int, rows: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Four tasks together and one after another.")
-    parser.add_argument("--steps", type=int, default=50, help="of each task")
-    parser.add_argument("--rows", type=int, default=128, help="evaluated of each split")
+    parser.add_argument("--steps", type=int, default=50, help="steps of each task")
+    parser.add_argument("--rows", type=int, default=128, help="rows evaluated of each split")
     args = parser.parse_args()
     names = [m.name for m in commands.members(CONFIG)]
     print(commands.load(), flush=True)

@@ -1,11 +1,11 @@
-"""A training step with and without the memory that the commands keep (`lora_jax.allocator`).
+"""Compare a training step with and without the memory that commands keep (`lora_jax.allocator`).
 
     python -m benchmarks.page_faults
 
-Each side runs in processes of its own, in turns; a process takes `--steps` steps after those of
-warming up, in which the heap grows to its size. The numbers are medians over the processes: seconds
-of a step by the clock, its CPU seconds (user and system, all threads), those of the system alone,
-minor page faults, and the largest resident size of the process.
+Each side runs in its own processes, in turns. A process takes `--steps` steps after warm-up steps,
+in which the heap grows to its size. The numbers are medians over the processes: wall-clock seconds
+of a step, its CPU seconds (user and system, all threads), the system seconds alone, minor page
+faults, and the peak resident memory of the process.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def measure(model: str, targets: str, steps: int) -> dict[str, float]:
 
 
 def in_a_process(side: str, *arguments: str) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.page_faults", "--measure", *arguments]
     environment = {**os.environ, allocator.VARIABLE: SIDES[side]}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -63,7 +63,7 @@ def in_a_process(side: str, *arguments: str) -> dict[str, float]:
 
 
 def rows(model: str, targets: str, steps: int, processes: int) -> list[tuple[str, ...]]:
-    """Lines of the table for one model and its targets."""
+    """Return the lines of the table for one model and its targets."""
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(processes):
         for side in SIDES:
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=common.SETUPS, default=list(common.SETUPS))
     parser.add_argument("--targets", nargs="+", default=["q and v"])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=3, help="of each side")
+    parser.add_argument("--processes", type=int, default=3, help="processes of each side")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args: Any = parser.parse_args()
     if args.measure:

@@ -1,13 +1,13 @@
-"""SmolLM2 trained on definitions over its base as floats, as its own Q4_1, as NF4 and as int8.
+"""Train SmolLM2 on definitions with its base as floats, as its own Q4_1, as NF4 and as int8.
 
 Command:   python -m benchmarks.quantised
 Hardware:  2 CPU cores, 3 GB; about 7 minutes of two quiet cores for each of the 12 runs
 Result:    held-out loss per token before and after, bytes of the frozen weights, peak memory
 
-Each run is `python train.py --config configs/smollm2_definitions.py` in a process of its own, so
-the peak is that run's alone. The float base is the dequantised Q4_1, the same numbers. The two are
-trained apart, and rounding grows in 150 steps of Adam; so one trained adapter is also measured over
-both, where the losses must agree to 1e-3.
+Each run is `python train.py --config configs/smollm2_definitions.py` in its own process, so the
+peak is that of one run. The float base is the dequantised Q4_1, with the same numbers. The two are
+trained separately, and rounding differences grow in 150 steps of Adam. So one trained adapter is
+also evaluated on both bases, where the losses must agree to 1e-3.
 """
 
 import argparse
@@ -27,7 +27,7 @@ BASES = ("none", "stored", "nf4", "int8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="SmolLM2 over its base in four forms.")
+    parser = argparse.ArgumentParser(description="SmolLM2 with its base in four forms.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--bases", nargs="+", default=BASES, choices=BASES)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def test_loss(base: str, folder: pathlib.Path) -> float:
-    """The test loss of a saved adapter over SmolLM2's base in one of its forms."""
+    """Return the test loss of a saved adapter on SmolLM2's base in one of its forms."""
     config = command_line.parse(["--model.quantize", base], CONFIG, runs.ROOT)[1]
     assert isinstance(config, Config)
     grid = mesh.make(config.mesh)

@@ -1,10 +1,11 @@
-"""The gradient of adapters over a quantised base: bytes of arguments and temporaries, and time.
+"""Measure the gradient of adapters of a quantised base: arguments, temporaries, and time.
 
 Command:   python -m benchmarks.quantised_step
-Hardware:  any, a minute; on a CPU the gain is memory, not time
-Result:    a table, one line for each way to write eight layers and each form of their weights
+Hardware:  any, a minute; on a CPU quantisation saves memory, not time
+Result:    a table with one line for each way to write eight layers and each form of their weights
 
-Temporaries of a quantised base must be those of the float base and about one layer's float weight.
+The temporaries of a quantised base must be as large as with a float base, plus about one layer's
+float weight.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def scanned(params: Any, x: Any) -> Any:
 
 
 def main() -> None:
-    """Print the table; the forms of a program take turns, so that noise meets all of them."""
+    """Print the table; the forms of a program take turns, so that noise affects all of them."""
     print(jax.devices()[0].device_kind, "JAX", jax.__version__)
     w = jax.random.normal(jax.random.key(0), (LAYERS, SIZE, SIZE)) / SIZE**0.5
     x = jnp.ones((ROWS, SIZE))

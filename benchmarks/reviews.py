@@ -1,10 +1,10 @@
-"""Accuracy on the review snippets: LoRA with a head, and the same head alone on the frozen encoder.
+"""Compare the accuracy on review snippets of LoRA with a head, and of the same head alone.
 
     python -m benchmarks.reviews
 
 Each run is one command of `train.py`, which is printed: the default config for three epochs, with
-dropout (the default takes two, without, to be done sooner). A run that is finished is read, not
-repeated. Test accuracy is that of the adapter that the validation split picked.
+dropout (the default takes two without dropout, to be faster). A finished run is read, not repeated.
+The test accuracy is that of the adapter that the validation split picked.
 """
 
 import argparse
@@ -18,7 +18,7 @@ SETTINGS = {"LoRA r=8 on q and v, and the head": (), "the head alone": ("--lora.
 
 
 def accuracy(arguments: tuple[str, ...], folder: pathlib.Path) -> tuple[float, float]:
-    """Validation and test accuracy of one run."""
+    """Return the validation and test accuracy of one run."""
     after = runs.summary(arguments, folder)["after"]
     return after["validation"]["accuracy"], after["test"]["accuracy"]
 

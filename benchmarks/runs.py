@@ -1,4 +1,4 @@
-"""Whole runs of `train.py`, each in a process of its own, for benchmarks that compare them."""
+"""Run `train.py` in processes of its own, for benchmarks that compare whole runs."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def summary(arguments: Sequence[str], folder: pathlib.Path) -> dict[str, Any]:
     """Run `python train.py *arguments` in `folder`, print the command, and return its summary.
 
-    A run that is finished already is read, not repeated.
+    A finished run is read, not repeated.
     """
     file = folder / "summary.json"
     command = ["train.py", *arguments, "--run-dir", str(folder)]

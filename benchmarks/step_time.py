@@ -1,10 +1,10 @@
-"""Seconds of one gradient and of one whole training step: LoRA over full fine-tuning.
+"""Time one gradient and one whole training step: LoRA over full fine-tuning.
 
     python -m benchmarks.step_time
 
-Both sides are built from the same model and the same loss (see `common.py` and `flops.py` for what
-is differentiated), compiled apart and run in turns in one process; the numbers are medians. A step
-is the gradient, AdamW and the update, with donated state.
+Both sides have the same model and the same loss (see `common.py` and `flops.py` for the loss), are
+compiled separately and run in turns in one process; the numbers are medians. A step is the
+gradient, AdamW and the update, with donated state.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks import common
 
 
 def gradients(setup: common.ModelSetup) -> dict[str, Callable[[], Any]]:
-    """Compiled gradients, full and LoRA, on the same random parameters and batch."""
+    """Return the compiled gradients, full and LoRA, on the same random parameters and batch."""
     params, batch = setup.arrays()
     full = jax.jit(common.full_gradient(setup))
     runs: dict[str, Callable[[], Any]] = {"full": lambda: full(params, batch)}
@@ -31,10 +31,10 @@ def gradients(setup: common.ModelSetup) -> dict[str, Callable[[], Any]]:
 
 
 def steps(setup: common.ModelSetup) -> dict[str, Callable[[], Any]]:
-    """Compiled training steps, full and LoRA; each keeps its own state."""
+    """Return the compiled training steps, full and LoRA; each keeps its own state."""
     params, batch = setup.arrays()
     full = common.full_gradient(setup)
-    # The step donates what it trains, and the LoRA runs still need the parameters: hence a copy.
+    # The step donates the parameters, and the LoRA runs still need them, so this makes a copy.
     runs = {"full": stepping(full, jax.tree.map(lambda x: x.copy(), params), batch)}
     for name, spec in setup.specs().items():
         layout = setup.layout(spec)
@@ -44,7 +44,7 @@ def steps(setup: common.ModelSetup) -> dict[str, Callable[[], Any]]:
 
 
 def stepping(gradient: Callable[..., Any], trained: Any, *rest: Any) -> Callable[[], Any]:
-    """A compiled step of AdamW, which keeps its own state."""
+    """Return a compiled step of AdamW, which keeps its own state."""
     tx = optax.adamw(1e-4)
     state = (trained, jax.jit(tx.init)(trained))
 
@@ -66,7 +66,7 @@ def stepping(gradient: Callable[..., Any], trained: Any, *rest: Any) -> Callable
 
 
 def rows(setup: common.ModelSetup, repeats: int) -> list[tuple[str, ...]]:
-    """Lines of the table for one model."""
+    """Return the lines of the table for one model."""
     lines: list[tuple[str, ...]] = []
     for what, build in (("gradient", gradients), ("gradient + AdamW", steps)):
         seconds = common.interleaved(build(setup), repeats)

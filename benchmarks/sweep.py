@@ -1,17 +1,17 @@
-"""A sweep of 16 runs of MiniLM as one program, against 16 runs of train.py, and where that pays.
+"""Compare a sweep of 16 runs of MiniLM as one program with 16 runs of train.py.
 
     python -m benchmarks.sweep                      the sweep, and 4 of its members alone
-    python -m benchmarks.sweep --solo 16            and all of them
+    python -m benchmarks.sweep --solo 16            the sweep, and all members alone
     python -m benchmarks.sweep --crossing           one step at several batch sizes
 
 Every run is a command of `train.py`, which is printed: configs/sweep.py, and members alone, spread
-over the sweep. For each there is the gap between what it trained alone and in the sweep: the norm
-of the difference relative to the whole, and in brackets the largest of a single number. The time of
-16 separate runs is that of those that were run, times 16 over how many they are.
+over the sweep. For each of these it prints the gap between the parameters trained alone and in the
+sweep: the norm of the difference relative to the whole and, in brackets, the largest difference of
+a single number. The time of 16 separate runs is extrapolated from a few of them.
 
-With --crossing nothing but the step is timed: that of 16 members together, some of them at once,
-over 16 times that of one alone, on random weights, at 24 tokens a row. A ratio of 1 is where
-batching stops paying.
+With --crossing only the step is timed: the step of 16 members together, with several numbers at
+once, divided by 16 times the step of one alone, on random weights, at 24 tokens a row. Batching
+pays while the ratio is below 1.
 """
 
 import argparse
@@ -42,7 +42,7 @@ RANKS = (1, 2, 4, 8)
 
 
 def compare(steps: int, rows: int, solo: int) -> None:
-    """The sweep and `solo` of its members alone."""
+    """Run the sweep and `solo` of its members alone, and print the comparison."""
     settings = {"steps": steps, "evaluate-every": steps, "checkpoint-every": steps}
     settings |= {"data.eval-limit": rows, "data.test-limit": rows}
     members = commands.members(CONFIG)
@@ -85,7 +85,7 @@ def compare(steps: int, rows: int, solo: int) -> None:
 
 
 def workload() -> Workload:
-    """MiniLM with two classes and random weights."""
+    """Return MiniLM with two classes and random weights."""
     model = models.BertClassifier(common.MINILM, 2, "mean")
     return Workload(
         apply=classification.apply_of(model),
@@ -97,7 +97,7 @@ def workload() -> Workload:
 
 
 def batch_of(rows: int, length: int) -> dict[str, jax.Array]:
-    """Random tokens, no padding."""
+    """Return a batch of random tokens without padding."""
     keys = jax.random.split(jax.random.key(rows), 2)
     return {
         "input_ids": jax.random.randint(keys[0], (rows, length), 0, common.MINILM.vocab_size),
@@ -110,7 +110,7 @@ def batch_of(rows: int, length: int) -> dict[str, jax.Array]:
 def steps(
     rows: int, length: int, seen: Workload, at_once: list[int]
 ) -> tuple[dict[str, Callable[[], Any]], list[float]]:
-    """One step alone, and one of all members with so many at once; and the bytes of these."""
+    """Return one step alone, one of all members for each `at_once`, and the bytes of the latter."""
     batch, key = batch_of(rows, length), jax.random.key(0)
     trainable, frozen = lora_jax.frozen.split(seen.params, seen.trainable)
     layouts = [
@@ -149,7 +149,7 @@ def steps(
 
 
 def crossing(batches: list[int], length: int, at_once: list[int], repeats: int) -> None:
-    """The step of all members against that of one, at several batch sizes."""
+    """Compare the step of all members with that of one, at several batch sizes."""
     seen, members = workload(), len(RANKS) * len(RATES)
     print(f"{common.hardware()}\n{commands.load()}\n", flush=True)
     lines = []
@@ -172,9 +172,9 @@ def crossing(batches: list[int], length: int, at_once: list[int], repeats: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A sweep against separate runs.")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--rows", type=int, default=512, help="evaluated of each split")
+    parser.add_argument("--rows", type=int, default=512, help="rows evaluated of each split")
     parser.add_argument("--solo", type=int, default=4, help="members that also train alone")
-    parser.add_argument("--crossing", action="store_true", help="time the step alone")
+    parser.add_argument("--crossing", action="store_true", help="time only the step")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--length", type=int, default=24, help="tokens of a row, for --crossing")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4, 8, 16])

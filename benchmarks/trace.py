@@ -1,11 +1,11 @@
-"""Seconds to trace a gradient with 224 adapted weights, over tracing the plain one.
+"""Time the tracing of a gradient with 224 adapted weights, and compare it with the plain gradient.
 
     python -m benchmarks.trace
 
 The model is a decoder of 32 unrolled layers with 7 adapted weights each. Plain is the gradient of
 the loss with respect to all parameters, adapted the gradient with respect to the adapters; both are
-traced from shapes alone by `jax.jit(...).trace`. JAX's caches are cleared before each, as in a
-process that has just started: this is what a user waits for once, before compilation.
+traced from shapes by `jax.jit(...).trace`. JAX's caches are cleared before each trace, as in a new
+process: this is the time that a user waits once, before compilation.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks import common
 
 
 def seconds(f: Callable[..., Any], *shapes: Any) -> float:
-    """One cold trace of `jit(f)`."""
+    """Return the seconds of one trace of `jit(f)` with empty caches."""
     jax.clear_caches()
     start = time.perf_counter()
     jax.jit(f).trace(*shapes)
@@ -43,7 +43,7 @@ def main() -> None:
         plain.append(seconds(common.full_gradient(setup), setup.shapes, setup.batch))
         gradient = common.lora_gradient(setup, layout)
         adapted.append(seconds(gradient, adapters, setup.shapes, setup.batch))
-    # The first pair pays for imports and for the first use of everything.
+    # The first pair is dropped, because it includes imports and first uses.
     before, after = statistics.median(plain[1:]), statistics.median(adapted[1:])
     print(common.hardware(), end="\n\n")
     header = ("adapted weights", "plain, s", "adapted, s", "adapted / plain")

@@ -1,26 +1,28 @@
-"""LoRA on DeBERTa-v2-XXL (1.5B) over GLUE, set as in the LoRA paper (arXiv 2106.09685, table 10).
+"""LoRA on DeBERTa-v2-XXL (1.5B) for GLUE, as in the LoRA paper (arXiv 2106.09685, table 10).
 
 Command:   python train.py --config configs/deberta_glue.py:mrpc
            (mnli, sst2, mrpc, cola, qnli, qqp, rte or stsb; without a name it is sst2)
-Weights:   the hub has them as a pickle and a SentencePiece file, which are not read here. Convert
-           them once, with transformers, and add --model.reference deberta-xxl to the command:
+Weights:   the hub has them only as a pickle and a SentencePiece file, which lora_jax does not read.
+           Convert them once, with transformers, and give --model.reference deberta-xxl:
                from transformers import AutoModel, AutoTokenizer
                for kind in (AutoModel, AutoTokenizer):
                    kind.from_pretrained("microsoft/deberta-v2-xxlarge").save_pretrained("deberta-xxl")
 Hardware:  one GPU of 16 GB: --plan counts 9.8 GB for the 6 rows of 512 tokens of qnli; the network
            for GLUE (TFDS)
-Hours:     not measured: the hub and GLUE were out of reach where this was written, so the shapes
-           are tested with stand-in data, and the training on a tiny random DeBERTa
+Hours:     not measured: the machine on which this was written could not reach the hub and GLUE.
+           The shapes are tested with stand-in data, the training on a tiny random DeBERTa
 Result:    the paper reports, as medians over five seeds: MNLI 91.9, SST-2 96.9, MRPC 92.6,
            CoLA 72.4 (Matthews), QNLI 96.0, QQP 92.9, RTE 94.9, STS-B 93.0 (Pearson)
 
 The paper contradicts itself on the rank: table 10 says r = 8, alpha = 8 on q and v, which is 2.4M
 parameters, and table 2 says 4.7M. The code released with it (microsoft/LoRA, examples/NLU) has
-r = 16, alpha = 32, which is 4.7M; so has this. --lora.rank 8 --lora.alpha 8 is table 10.
-That code has other settings too where the table's are taken here: learning rates of 1.3e-4 (CoLA)
-and 2.6e-4 (RTE), warm-up by steps, and the table's batch size on each of 8 GPUs. From it come
-weight decay without biases and norms, and dropout of 0.1 inside the model.
-The paper starts MRPC, RTE and STS-B from its MNLI adapter; here every task starts from nothing.
+r = 16, alpha = 32, which is 4.7M, and so has this config. --lora.rank 8 --lora.alpha 8 is table 10.
+Other settings of that code also differ from the table: learning rates of 1.3e-4 (CoLA) and
+2.6e-4 (RTE), the warm-up given in steps, and the table's batch size on each of 8 GPUs. This config
+follows the table there. It follows the code in weight decay without biases and norms, and in
+dropout of 0.1 inside the model.
+The paper starts MRPC, RTE and STS-B from its MNLI adapter; here every task starts from new
+adapters.
 """
 
 import math
@@ -44,7 +46,7 @@ TABLE_10 = {
 
 
 def task(name: str, fields: tuple[str, ...], size: int) -> TextConfig:
-    """The config of the GLUE task `name`, whose training split has `size` examples."""
+    """Return the config of the GLUE task `name`, whose training split has `size` examples."""
     rate, batch_size, epochs, length, decay, head_dropout = TABLE_10[name]
     epoch = math.ceil(size / batch_size)
     return TextConfig(

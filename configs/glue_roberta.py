@@ -1,15 +1,16 @@
-"""LoRA on RoBERTa-base over GLUE, set as in the LoRA paper (arXiv 2106.09685, table 9).
+"""LoRA on RoBERTa-base for GLUE, with the settings of the LoRA paper (arXiv 2106.09685, table 9).
 
 Command:   python train.py --config configs/glue_roberta.py:mrpc
            (mnli, sst2, mrpc, cola, qnli, qqp, rte or stsb; without a name it is sst2)
 Hardware:  one GPU of 16 GB; needs `pip install huggingface_hub`, and the network for the weights
            (hub) and for GLUE (TFDS)
-Hours:     not measured: the hub and GLUE were out of reach where this was written, so the shapes
-           are tested with stand-in data and a tiny random RoBERTa
+Hours:     not measured: the machine on which this was written could not reach the hub and GLUE.
+           The shapes are tested with stand-in data and a tiny random RoBERTa
 Result:    the paper reports, as medians over five seeds: MNLI 87.5, SST-2 95.1, MRPC 89.7,
            CoLA 63.4 (Matthews), QNLI 93.3, QQP 90.8, RTE 86.6, STS-B 91.5 (Pearson)
 
-The paper starts MRPC, RTE and STS-B from its MNLI adapter; here every task starts from nothing.
+The paper starts MRPC, RTE and STS-B from its MNLI adapter; here every task starts from new
+adapters.
 """
 
 import math
@@ -23,7 +24,7 @@ from lora_jax.training.text import ModelConfig, TextConfig
 def task(
     name: str, fields: tuple[str, ...], size: int, rate: float, batch_size: int, epochs: int
 ) -> TextConfig:
-    """The config of the GLUE task `name`, whose training split has `size` examples."""
+    """Return the config of the GLUE task `name`, whose training split has `size` examples."""
     steps = epochs * math.ceil(size / batch_size)
     select = {"cola": "matthews", "stsb": "pearson"}.get(name, "accuracy")
     return TextConfig(

@@ -1,23 +1,23 @@
-"""LoRA on GPT-2 medium and large over E2E, set as in the LoRA paper (arXiv 2106.09685, table 11).
+"""LoRA on GPT-2 medium and large for E2E, as in the LoRA paper (arXiv 2106.09685, table 11).
 
 Command:   python train.py --config configs/gpt2_e2e.py:medium
            (medium or large; without a name it is medium)
 Hardware:  one GPU of 16 GB: --plan counts 6.4 GB (medium) and 12.0 GB (large); needs
            `pip install huggingface_hub`, and the network for the weights (hub) and for E2E (TFDS)
-Hours:     not measured: the hub and E2E were out of reach where this was written, so the shapes
-           are tested with stand-in data, and the training on a tiny random GPT-2
+Hours:     not measured: the machine on which this was written could not reach the hub and E2E.
+           The shapes are tested with stand-in data, the training on a tiny random GPT-2
 Result:    the paper reports BLEU, NIST, METEOR, ROUGE-L and CIDEr of 70.4, 8.85, 46.8, 71.8, 2.53
            (medium) and 70.4, 8.89, 46.8, 72.0, 2.47 (large), means over three seeds, of texts
-           written by beam search (10 beams, length penalty 0.9, no 4-gram twice). What is measured
-           here is the loss, without label smoothing.
+           written by beam search (10 beams, length penalty 0.9, no 4-gram twice). This config
+           measures the loss, without label smoothing.
 
 Rank 4 on q and v is 393,216 parameters (medium) and 737,280 (large). The paper says 0.35M and
-0.77M, which are those of the prefix tuning that it is compared with.
+0.77M, which are the numbers of the prefix tuning that it compares with.
 
-What the table leaves open is as in the code released with the paper (microsoft/LoRA,
-examples/NLG): dropout in front of the update and none in GPT-2 itself, eps 1e-6, no clipping, a
-uniform A, and the end token between the table and the text. The data differ. TFDS has E2E only in
-the cleaned version: 33,525 examples to train on, where the paper has 42,061. Its tables read
+Settings that the table does not give are from the code released with the paper (microsoft/LoRA,
+examples/NLG): dropout before the update and none in GPT-2 itself, eps 1e-6, no clipping, a uniform
+A, and the end token between the table and the text. The data differ. TFDS has only the cleaned
+version of E2E: 33,525 training examples, where the paper has 42,061. Its tables read
 `name[Alimentum], area[city centre]`, the paper's `name : Alimentum | area : city centre`. To train
 on the original, write it to JSONL files and give --data.source.
 """
@@ -36,7 +36,7 @@ END = "<|endoftext|>"
 
 
 def setup(name: str, width: int) -> TextConfig:
-    """The config of the GPT-2 of that name and hidden size."""
+    """Return the config of the GPT-2 with this name and hidden size."""
     query_and_value = f"parts=0:{width}+{2 * width}:{width}"
     return TextConfig(
         workload=causal_lm,

@@ -1,15 +1,15 @@
-"""GPT-3 175B with r=4 on q and v: the case of the LoRA article, to be planned and not run.
+"""GPT-3 175B with r=4 on q and v, the main example of the LoRA article, for planning only.
 
 Command:   python train.py --config configs/gpt3_175b.py --plan --plan-devices 64
 Hardware:  2 CPU cores for the plan; 64 GPUs of 80 GB for the run
 Minutes:   less than one for the plan (17 s of processor time)
-Result:    175 billion parameters, 18.9 million of them in adapters; a checkpoint of 75 MB (38 MB in
-           16 bits) in the place of 349 GB; 5.5 GB a device for weights, adapters and optimizer in
-           the place of 16.4 GB. docs/plan.md says what the article's figures become.
+Result:    175 billion parameters, of which 18.9 million are in adapters; a checkpoint of 75 MB
+           (38 MB in 16 bits) instead of 349 GB; 5.5 GB on each device for weights, adapters and
+           optimizer instead of 16.4 GB. docs/plan.md compares these with the article's numbers.
 
-There are no public weights of it, so it can only be planned. Shapes are the article's (table 2.1 of
-arXiv 2005.14165): 96 layers, width 12288, 96 heads, length 2048. The vocabulary of 50257 is padded
-to 50304, which `tensor` divides.
+Its weights are not public, so it can only be planned. The shapes are from table 2.1 of arXiv
+2005.14165: 96 layers, width 12288, 96 heads, length 2048. The vocabulary of 50257 is padded to
+50304, which is a multiple of the `tensor` axis.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ class GptConfig(Config):
     """The sizes of the model and of a batch."""
 
     layers: int = 96
-    """Decoder layers, scanned."""
+    """Decoder layers, which are scanned."""
     width: int = 12288
-    """Of the residual stream; the MLP is four times as wide."""
+    """Width of the residual stream; the MLP is four times as wide."""
     heads: int = 96
     """Attention heads."""
     vocabulary: int = 50304
-    """Rows of the embedding, padding among them."""
+    """Rows of the embedding, including padding."""
     length: int = 2048
-    """Tokens of a row, and positions that the model knows."""
+    """Tokens of a row, and the number of positions of the model."""
     batch_size: int = 128
     """Rows of a batch."""
 
 
-BRAIN = jnp.dtype(jnp.bfloat16)  # of the weights and of the computation; norms inside are float32
+BRAIN = jnp.dtype(jnp.bfloat16)  # for weights and computation; norms compute in float32 inside
 
 
 def dense(features: int, name: str) -> nn.Dense:
-    """A product with its bias."""
+    """Return a dense layer with a bias."""
     return nn.Dense(features, dtype=BRAIN, param_dtype=BRAIN, name=name)
 
 
 def norm(name: str) -> nn.LayerNorm:
-    """LayerNorm with scale and bias."""
+    """Return a LayerNorm with scale and bias."""
     return nn.LayerNorm(dtype=BRAIN, param_dtype=BRAIN, name=name)
 
 
 class Layer(nn.Module):
-    """Norm, attention, norm, MLP; [B, T, D] -> [B, T, D]."""
+    """One decoder layer: norm, attention, norm, MLP; [B, T, D] -> [B, T, D]."""
 
     heads: int
 
@@ -79,7 +79,7 @@ class Layer(nn.Module):
 
 
 class Gpt(nn.Module):
-    """Token ids [B, T] -> logits [B, T, V] in float32, through tied embeddings."""
+    """A GPT: token ids [B, T] -> logits [B, T, V] in float32, with tied embeddings."""
 
     config: GptConfig
 
@@ -88,7 +88,7 @@ class Gpt(nn.Module):
         config, initial = self.config, nn.initializers.normal(0.02)
         tokens = self.param("tokens", initial, (config.vocabulary, config.width), BRAIN)
         positions = self.param("positions", initial, (config.length, config.width), BRAIN)
-        # Only `tensor` divides the table that is looked up in: `fsdp` divides the rows already.
+        # The lookup shards the table over `tensor` only, since `fsdp` shards the rows of the batch.
         x = jnp.take(divided(tokens, "tensor"), ids, axis=0) + positions[None, : ids.shape[1]]
         layers = nn.scan(
             nn.remat(Layer, prevent_cse=False),
@@ -103,7 +103,7 @@ class Gpt(nn.Module):
         return jnp.einsum("btd,vd->btv", x, tokens, preferred_element_type=jnp.float32)
 
 
-# Products in pairs: the first is cut by its outputs, the second by its inputs.
+# Products come in pairs: the first is sharded by its outputs, the second by its inputs.
 PLACEMENT = (
     ("tokens", P("tensor", "fsdp")),
     ("positions", P(None, ("fsdp", "tensor"))),
@@ -117,7 +117,7 @@ PLACEMENT = (
 
 
 def workload(config: GptConfig) -> Workload:
-    """The decoder, by shape alone."""
+    """Return the workload of the decoder, with shapes in place of arrays."""
     model = Gpt(config)
     ids = jax.ShapeDtypeStruct((config.batch_size, config.length), jnp.int32)
 

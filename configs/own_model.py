@@ -1,13 +1,13 @@
-"""A model of your own: a small Flax network defined in this very file, its data and its loss.
+"""A model of your own: a small Flax network defined in this file, with its data and its loss.
 
 Command:   python train.py --config configs/own_model.py
 Hardware:  any CPU, about 10 seconds
 Result:    a frozen random network learns sin(x + y) through adapters of rank 2 on its two inner
            layers and its head: the validation loss falls from 0.57 to below 0.005
 
-`train.py` knows nothing of this file. It calls `workload(config)` and finds in the `Workload` the
-function to train, its parameters and its batches. The frozen parameters here are random; yours
-would be read from a checkpoint in `load`.
+`train.py` does not know this file. It calls `workload(config)`, which returns a `Workload` with the
+function to train, its parameters and its batches. The frozen parameters here are random; with a
+real model, `load` would read them from a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lora_jax.training.workload import Batch, Loss, Workload
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnConfig(Config):
-    """Any field added here is on the command line too: `--width 32`."""
+    """A field that is added here can be set on the command line: `--width 32`."""
 
     width: int = 64
     """Hidden units of the network."""
@@ -37,7 +37,7 @@ class OwnConfig(Config):
 
 
 class Network(nn.Module):
-    """[B, 2] -> [B]; it has never heard of LoRA."""
+    """A network without LoRA; [B, 2] -> [B]."""
 
     width: int
 
@@ -49,9 +49,9 @@ class Network(nn.Module):
 
 
 class Points:
-    """Random points and their targets: batch i depends on the seed and on i alone.
+    """An iterator of random points and their targets. Batch i depends only on the seed and on i.
 
-    Of each batch it gives the rows of `shard`, those that this process holds.
+    It yields the rows of each batch that this process holds, as `shard` says.
     """
 
     def __init__(self, seed: int, size: int, shard: Shard) -> None:
@@ -67,16 +67,16 @@ class Points:
         return self.shard.take({"x": x, "y": np.sin(x.sum(axis=1))})
 
     def get_state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the data: JSON values."""
+        """Return the position in the data as JSON values, for a checkpoint."""
         return {"position": self.position}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where `get_state` was called."""
+        """Continue at the position that `get_state` returned."""
         self.position = state["position"]
 
 
 def workload(config: OwnConfig) -> Workload:
-    """The network, its data and its loss, for `train.py`."""
+    """Return the network, its data and its loss, for `train.py`."""
     network = Network(config.width)
 
     def apply(params: Any, batch: Any, *, train: bool, key: Any) -> Any:

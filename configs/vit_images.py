@@ -1,15 +1,15 @@
-"""LoRA on ViT-B/16 (arXiv 2010.11929), pretrained on ImageNet-21k, over image data sets of TFDS.
+"""LoRA on ViT-B/16 (arXiv 2010.11929), pretrained on ImageNet-21k, for image data sets of TFDS.
 
 Command:   python train.py --config configs/vit_images.py:flowers102
            (beans, flowers102, food101 or cifar10; without a name it is beans)
 Hardware:  one GPU of 16 GB; needs `pip install 'lora-jax[train,images,hub]'`, and the
            network for the weights (hub) and for the images (TFDS)
-Minutes:   not measured: the hub and TFDS were out of reach where this was written, so the shapes
-           are tested with drawn images and a tiny random ViT
+Minutes:   not measured: the machine on which this was written could not reach the hub and TFDS.
+           The shapes are tested with drawn images and a tiny random ViT
 Result:    not measured, for the same reason
 
-The adapters are on q and v, as in the LoRA paper, which has no images; rank, dropout and learning
-rate are those of PEFT's example of image classification.
+The adapters are on q and v, as in the LoRA paper, which has no experiments on images. Rank, dropout
+and learning rate are from PEFT's image classification example.
 """
 
 import math
@@ -29,7 +29,7 @@ def dataset(
     evaluation: str = "validation",
     test: str = "test",
 ) -> ImageConfig:
-    """The config of the TFDS data set `name`, of which `size` images are learned from."""
+    """Return the config of the TFDS data set `name`, which has `size` training images."""
     batch_size = 64
     epoch = math.ceil(size / batch_size)
     return ImageConfig(
@@ -59,7 +59,7 @@ def dataset(
 
 beans = dataset("beans", 1_034, epochs=20)
 flowers102 = dataset("oxford_flowers102", 1_020, epochs=40)
-# They have two splits, one to learn from and one for the test: a part of the first picks the best.
+# These have only two splits, for training and test, so a part of the first is used for validation.
 food101 = dataset("food101", 71_962, 5, "train[:95%]", "train[95%:]", "validation")
 cifar10 = dataset("cifar10", 47_500, 5, "train[:95%]", "train[95%:]")
 

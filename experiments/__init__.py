@@ -1,1 +1,1 @@
-"""Experiments that need a checkout of the repository: they are not in the wheel."""
+"""Experiments. They need a checkout of the repository, because the wheel does not contain them."""

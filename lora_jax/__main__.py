@@ -1,25 +1,25 @@
 """The command line of the package: `lora-jax COMMAND`, which is `python -m lora_jax COMMAND`.
 
     train       fine-tune a model, or plan it; the same program as train.py of the repository
-    show        list a model's parameters, and what patterns match of them
+    show        list a model's parameters, and which of them patterns match
     predict     classify texts or images with trained adapters
     generate    continue texts with trained adapters
     export      write a run as a merged model, or as an adapter of PEFT, llama.cpp or MLX
-    import      make a PEFT folder a run
-    report      write a page about one run, or many side by side
+    import      convert a PEFT folder to a run
+    report      write a page about a run, or compare many runs
 
 `lora-jax COMMAND --help` lists the options of a command. All commands read two variables:
 
-    LORA_JAX_KEEP_MEMORY    the share of the free memory that a process on a CPU may hold, to use
-                            again what it has freed: 0.5. Steps are shorter, and the process holds
-                            up to twice as much memory. 0 gives all freed memory back
+    LORA_JAX_KEEP_MEMORY    the share of the free memory that a process on a CPU may keep after it
+                            was freed, to use it again: 0.5. Steps are faster, and the process may
+                            hold twice as much memory. 0 returns all freed memory
     LORA_JAX_CACHE          the folder for models, data and compiled programs (lora_jax in
                             XDG_CACHE_HOME or ~/.cache)
 
 Compiled programs are kept there, up to 512 MB, so that the next command starts sooner;
 JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.
 
-The exit status is that of the command, or 2 if no command or an unknown one is named.
+The exit status is that of the command, or 2 if there is no command or an unknown one.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _train_script() -> Any:
-    """Import train.py, which the wheel puts into the package; in a checkout it is above it."""
+    """Import train.py. The wheel has it inside the package, a checkout next to the package."""
     package = pathlib.Path(__file__).resolve().parent
     path = next(p for p in (package / "train.py", package.parent / "train.py") if p.is_file())
     spec = importlib.util.spec_from_file_location("train", path)
-    assert spec is not None and spec.loader is not None  # the file is there
+    assert spec is not None and spec.loader is not None  # the file exists
     module = importlib.util.module_from_spec(spec)
     sys.modules["train"] = module
     spec.loader.exec_module(module)

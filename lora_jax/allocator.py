@@ -1,16 +1,16 @@
-"""Settings of the host's allocator: keep freed memory for the next step, which makes steps faster.
+"""Set the host's allocator to keep freed memory for the next step, if that makes steps faster.
 
-On a CPU, every step of a training run needs the same large buffers. glibc takes each of them from
-the kernel by `mmap` and returns it when XLA frees it. So the next step has all of its pages mapped
-and cleared again: 95,000 page faults in a training step of MiniLM, 18 % of its CPU time. `keep`
-makes glibc serve all threads from one heap, and never shrink that heap.
+On a CPU every step of a training run needs the same large buffers. glibc takes each of them from
+the kernel by `mmap` and returns it when XLA frees it, so in the next step all of its pages must be
+mapped and cleared again: 95,000 page faults in a training step of MiniLM, 18 % of its CPU time.
+`keep` makes glibc serve all threads from one heap, which it never shrinks.
 
-The price is resident memory. A freed buffer that contains a small new one cannot be used again as a
-whole, so the process may end up with three of the largest buffers instead of one (MiniLM 32 x 48:
-1.7 GB instead of 1.0, SmolLM2 8 x 48: 3.0 GB instead of 1.8). A thread watches the bound: a process
-that exceeds it returns to glibc's own behaviour for good.
+The price is resident memory: a freed buffer with a small new one in it cannot be reused as a whole,
+so the process may hold three of the largest buffers instead of one (MiniLM 32 x 48: 1.7 GB instead
+of 1.0, SmolLM2 8 x 48: 3.0 GB instead of 1.8). A thread watches a bound: a process that exceeds it
+returns to glibc's defaults for good.
 
-These settings apply to the whole process, so the commands make them and the library never does.
+These settings affect the whole process, so only the commands make them, never the library.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SHARE = 0.5  # the default share of the free memory
 
 # Parameters of mallopt (malloc.h), and their values.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
-# With several arenas, threads would still get large buffers from mmap.
+# With several arenas, the threads of the others would still take large buffers by mmap.
 _KEEP = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
-# The values that glibc sets itself once large buffers have been freed.
+# glibc reaches these values by itself after large buffers have been freed.
 _GIVE_BACK = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20))
 
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/dxg")
@@ -45,19 +45,22 @@ _GLIBC_VARIABLES = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHO
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_TOP_PAD_",
 )
-_SECONDS = 0.5  # between two checks of the resident size
+_SECONDS = 0.5  # between two readings of the resident memory
 _WATCH = "lora_jax allocator"
 
 
 def keep() -> bool:
-    """Make this process keep the memory that it frees, up to a bound; return whether it does.
+    """Let this process keep the memory that it frees, up to a bound.
 
-    Call it before JAX starts a backend, which allocates from threads of its own. It does nothing
+    Call this before JAX starts a backend, which allocates from threads of its own. It does nothing
     with a C library other than glibc, if JAX runs on an accelerator, or if GLIBC_TUNABLES or a
     MALLOC_ variable sets the allocator.
 
     LORA_JAX_KEEP_MEMORY is the bound: the share of the free memory (of the machine and of the
     process's control group) that the process may hold. The default is 0.5; 0 keeps nothing.
+
+    Returns:
+      Whether memory is kept.
 
     Raises:
       LoraError: LORA_JAX_KEEP_MEMORY is not a number from 0 to 1.
@@ -88,7 +91,7 @@ def _share() -> float:
     if not 0 <= share <= 1:
         raise LoraError(
             f"{VARIABLE} must be a number from 0 to 1, got {text!r}: the share of the free memory "
-            f"that the process may hold, {SHARE} by default; 0 gives all freed memory back"
+            f"that the process may hold, {SHARE} by default; 0 returns all freed memory"
         )
     return share
 
@@ -123,7 +126,7 @@ def _watch(bound: float) -> None:
     ctypes.CDLL(None).malloc_trim(0)
     logging.getLogger(__name__).warning(
         "%.1f GB in memory, more than the %.1f GB up to which freed memory is kept (%s): from now "
-        "on it is given back, and steps take longer",
+        "on it is returned, and steps take longer",
         size / 1e9,
         bound / 1e9,
         VARIABLE,

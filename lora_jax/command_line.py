@@ -1,9 +1,9 @@
-"""The command line: `--config file.py[:name]`, then any field of the config in it.
+"""Read the command line: `--config file.py[:name]`, then any field of the config in it.
 
-Of a group they are the group's own fields and those of each member: `--<member>.lora.rank 4`.
+For a group, these are the group's own fields and each member's: `--<member>.lora.rank 4`.
 
-tyro reads the fields off the dataclasses: it refuses unknown ones with the nearest names, checks
-types and writes `--help` from the docstrings.
+tyro reads the fields from the dataclasses: it refuses unknown fields and names the nearest, checks
+types, and writes `--help` from the docstrings.
 """
 
 from __future__ import annotations
@@ -36,19 +36,23 @@ Runnable = Config | GroupOptions
 def parse(
     arguments: Sequence[str], default: str, root: pathlib.Path, program: str = "train.py"
 ) -> tuple[str, Config | GroupConfig, planner.PlanOptions]:
-    """The config's name, its value with the command line's changes, and what is to be planned.
-
-    A sweep is given as the group of its members.
+    """Read a command line.
 
     Args:
-      arguments: what follows `train.py` on the command line.
-      default: the config file without `--config`.
-      root: where a config path is looked for that is not found from the working directory.
-      program: what `--help` calls the program.
+      arguments: the arguments after `train.py`.
+      default: the config file if there is no `--config`.
+      root: a folder to search for a config path that does not exist in the working directory.
+      program: the name of the program in `--help`.
+
+    Returns:
+      The name of the config, the config with the changes of the command line, and the options of
+      a plan. A sweep is returned as the group of its members.
 
     Raises:
-      ConfigError: no such config file, or none in it, or a group's members cannot be as is said.
-      SystemExit: `--help`, or a field that is unknown or has a wrong type or value (said first).
+      ConfigError: there is no such config file, no config in it, or the members of a group are
+        invalid.
+      SystemExit: after `--help`, or after a message about a field that is unknown or has a wrong
+        type or value.
     """
     reference = _reference(arguments, default)
     name, config = load(reference, root)
@@ -78,12 +82,12 @@ def parse(
     if not isinstance(run, GroupOptions):
         return name, run, given.plan
     if given.plan.plan:
-        raise ConfigError("--plan is of one run: give it with the config of one member")
+        raise ConfigError("--plan is for one run: give it with the config of one member")
     return name, run.expand(), given.plan
 
 
 def _pairs(before: Runnable, after: Runnable) -> list[tuple[Config, Config]]:
-    """Each run in the file, and what the command line has made of it."""
+    """Return each run of the file, with the same run after the changes of the command line."""
     match before, after:
         case Config(), Config():
             return [(before, after)]
@@ -96,7 +100,7 @@ def _pairs(before: Runnable, after: Runnable) -> list[tuple[Config, Config]]:
 
 
 def _field(name: str, prefix: str, value: Any) -> tuple[str, Any, Any]:
-    """A field of the command line whose own fields begin with `--<prefix>.`."""
+    """Return a field of the command line, whose own fields begin with `--<prefix>.`."""
     kind: Any = type(value)
     return (
         name,
@@ -107,26 +111,37 @@ def _field(name: str, prefix: str, value: Any) -> tuple[str, Any, Any]:
 
 def _about(reference: str, members: Sequence[str]) -> str:
     if not members:
-        return f"Train by {reference}. Every field of the config can be set here."
+        return f"Train with {reference}. Every field of the config can be set here."
     return (
-        f"Train by {reference}: {', '.join(members)}, together. Every field of each can be set "
-        f"here; those of {members[0]} are shown, and the others have theirs in the same way."
+        f"Train with {reference}: {', '.join(members)}, together. Every field of each can be set "
+        f"here; only the fields of {members[0]} are listed, and the others have the same."
     )
 
 
-_VARIABLES = "`lora-jax --help` says which environment variables every command reads."
-_HELP = "The config file; `file.py:name` picks another value in it than `config`."
+_VARIABLES = "`lora-jax --help` lists the environment variables that every command reads."
+_HELP = "The config file; `file.py:name` selects the value `name` in it instead of `config`."
 
 
 def _reference(arguments: Sequence[str], default: str) -> str:
-    """The value of `--config`, before the fields that it brings are known."""
+    """Return the value of `--config`, before the fields of that config are known."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default=default)
     return parser.parse_known_args(list(arguments))[0].config
 
 
 def load(reference: str, root: pathlib.Path) -> tuple[str, Runnable]:
-    """The config that `path.py` or `path.py:name` stands for, and its name in the run directory."""
+    """Load the config `path.py` or `path.py:name`, and return its name for the run directory.
+
+    Args:
+      reference: the path of a config file, perhaps with the name of a value in it.
+      root: a folder to search for a path that does not exist in the working directory.
+
+    Returns:
+      The name and the config.
+
+    Raises:
+      ConfigError: there is no such file, or no such config in it.
+    """
     text, _, attribute = reference.partition(":")
     module = _run(_find(pathlib.Path(text), root))
     config = getattr(module, attribute or "config", None)
@@ -155,7 +170,7 @@ def _find(path: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
 
 
 def _run(path: pathlib.Path) -> ModuleType:
-    """The file as a module. It is registered, so that dataclasses in it can be resolved."""
+    """Run a file as a module, and register it so that its dataclasses can be resolved."""
     name = f"config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

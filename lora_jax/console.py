@@ -1,4 +1,4 @@
-"""What a command shows a person: messages, the errors that a user can put right, progress bars."""
+"""Show messages, progress bars, and errors that a user can correct."""
 
 from __future__ import annotations
 
@@ -28,21 +28,25 @@ from lora_jax.models.errors import ModelError
 
 T = TypeVar("T")
 
-# What a user can put right; anything else is a fault of the program and shows its traceback.
+# Errors that a user can correct; any other error is a bug and shows its traceback.
 USER_ERRORS = (LoraError, ModelError, MissingExtraError, OSError)
-_LESS = "Lower --batch-size, where the command has one, or use a machine with more memory."
+_LESS = "Lower --batch-size, if the command has it, or use a machine with more memory."
 
 
 def say(console: Console, text: str) -> None:
-    """Print plain text: no markup in it is read, no number is coloured, no line is wrapped.
+    """Print plain text without markup, coloured numbers or wrapped lines.
 
-    What is said names files, tensors and classes of strangers, so it is made `printable`.
+    The text may name files, tensors and classes from strangers, so it is made `printable`.
+
+    Args:
+      console: the console to print to.
+      text: the text.
     """
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:
-    r"""Text without the control characters by which it could command a terminal, nor half ones.
+    r"""Replace control characters, with which a text could command a terminal, and half characters.
 
     >>> printable("a\tb\n\x1b[2Jc\ud800")
     'a\tb\n\ufffd[2Jc\ufffd'
@@ -55,11 +59,11 @@ def printable(text: str) -> str:
 
 
 def out_of_memory(error: BaseException, cure: str) -> str | None:
-    """Return what to tell a person of an error, if it is a lack of memory, on the host or a device.
+    """Return a message if an error is a lack of memory on the host or on a device, else None.
 
     Args:
-      error: whatever was raised; XLA's own type says what it is in its text alone.
-      cure: what takes less memory.
+      error: any error. XLA's type of error names its cause only in its text.
+      cure: how the user can save memory.
     """
     lacking = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
     if not (lacking or isinstance(error, MemoryError)):
@@ -70,12 +74,11 @@ def out_of_memory(error: BaseException, cure: str) -> str | None:
 
 @contextlib.contextmanager
 def quiet_storage() -> Iterator[None]:
-    """Keep Orbax's pages of tracebacks off the screen while a command runs.
+    """Keep Orbax's tracebacks off the screen while a command runs.
 
-    Of many operations under way Orbax raises the first that fails, and abandons the others. Each
-    of those leaves a traceback on stderr when it is collected, and they would bury the one error
-    that counts. These settings belong to the whole process, so they are a command's to make, not
-    the library's.
+    If several of Orbax's operations fail, it raises the first error and abandons the others. Each
+    of these prints a traceback to stderr when it is collected, which would hide the error that
+    counts. These settings affect the whole process, so only commands make them, never the library.
     """
     hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("asyncio", "absl")]
     levels = [logger.level for logger in loggers]
@@ -92,7 +95,7 @@ def quiet_storage() -> Iterator[None]:
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             yield
     finally:
-        gc.collect()  # what was abandoned is collected while nobody listens
+        gc.collect()  # collect abandoned operations while their tracebacks are not printed
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -108,18 +111,19 @@ def read_options(
 ) -> T:
     """Return the options of a command as the dataclass `kind`, whose docstrings are its `--help`.
 
-    An option that is given more than once is noted on stderr: all but the last are lost. It is not
-    an error, since scripts append to a command what is to be another way.
+    An option that is given more than once is noted on stderr, because only the last one counts. It
+    is not an error, because scripts append options to a command to change it.
 
     Args:
-      kind: its fields are the options.
-      program: the name that `--help` calls the command by.
-      description: what `--help` says first.
-      arguments: the command line; None: that of this process.
-      adding: the values of a repeated option that is a tuple add up.
+      kind: the dataclass; its fields are the options.
+      program: the name of the command in `--help`.
+      description: the first text of `--help`.
+      arguments: the command line without the program's name. None: sys.argv.
+      adding: whether the values of a repeated option that is a tuple add up.
 
     Raises:
-      SystemExit: `--help`, or an option that is unknown or has a wrong value (said first).
+      SystemExit: after `--help`, or after the message about an option that is unknown or has a
+        wrong value.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     found = tyro.cli(
@@ -139,10 +143,14 @@ def read_options(
 
 
 def guarded(run: Callable[[], None]) -> int:
-    """Run a command and return its exit status.
+    """Run a command.
 
-    0: done, also where the reader of stdout wants no more. 1: an error that is printed on stderr.
-    130: Ctrl-C.
+    Args:
+      run: the command.
+
+    Returns:
+      The exit status: 0 if it is done, or if the reader of stdout has closed it; 1 after an error,
+      which is printed on stderr; 130 after Ctrl-C.
     """
     try:
         allocator.keep()
@@ -151,7 +159,7 @@ def guarded(run: Callable[[], None]) -> int:
             run()
         sys.stdout.flush()
     except BrokenPipeError:
-        # What Python flushes as it ends would be an error once more.
+        # Without this, the flush at Python's exit would raise the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except USER_ERRORS as error:
         say(Console(stderr=True, style="red"), f"error: {error}")
@@ -162,13 +170,13 @@ def guarded(run: Callable[[], None]) -> int:
         say(Console(stderr=True, style="red"), f"error: {lack}")
         return 1
     except KeyboardInterrupt:
-        say(Console(stderr=True), "Stopped. What was written before is whole.")
+        say(Console(stderr=True), "Stopped. Everything written before is complete.")
         return 130
     return 0
 
 
 class Bar:
-    """A progress bar on a terminal, and nothing elsewhere; a context manager."""
+    """A context manager that shows a progress bar on a terminal, and nothing elsewhere."""
 
     def __init__(
         self,
@@ -189,24 +197,24 @@ class Bar:
         self.bar.stop()
 
     def say(self, text: str) -> None:
-        """Print plain text, above the bar."""
+        """Print plain text above the bar."""
         say(self.console, text)
 
 
 class _Rate(ProgressColumn):
-    """How many of a unit are done in a second."""
+    """A column with the number of units per second."""
 
     def render(self, task: Task) -> Text:
-        """`1,234 texts  56/s`, of what the bar has counted."""
+        """Return a text such as `1,234 texts  56/s`."""
         count, seconds = task.fields["count"], max(task.elapsed or 0.0, 1e-9)
         return Text(f"{count:,} {task.fields['unit']}  {count / seconds:,.0f}/s")
 
 
 class FileBar(Bar):
-    """A bar for the lines of a file, as long as the file where its size is known."""
+    """A progress bar for the lines of a file, with the file's size as its length if it is known."""
 
     def __init__(self, console: Console, file: str | None, unit: str) -> None:
-        """Show a bar for `file`, each line of which is one `unit`; None shows none."""
+        """Show a bar for `file`, whose lines are `unit`; None shows no bar."""
         columns: list[Any] = [BarColumn(), _Rate(), TimeRemainingColumn()]
         super().__init__(console, *columns, shown=file is not None, transient=True)
         path = None if file is None else pathlib.Path(file)
@@ -215,6 +223,6 @@ class FileBar(Bar):
         self._count = 0
 
     def advance(self, size: int) -> None:
-        """Note that one more line, of `size` bytes, is done."""
+        """Count one more line, of `size` bytes."""
         self._count += 1
         self.bar.update(self._task, advance=size, count=self._count)

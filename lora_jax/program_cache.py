@@ -1,14 +1,15 @@
-"""The compiled programs that commands keep on disk, so that the next command need not compile.
+"""Keep compiled programs on disk, so that the next command need not compile them.
 
-This is JAX's persistent compilation cache, in a folder of the user, with a bound on its size:
+This is JAX's persistent compilation cache, with a size limit, in a folder of the user:
 
     <cache>/programs/<machine>    <cache>: LORA_JAX_CACHE, or lora_jax in XDG_CACHE_HOME or ~/.cache
 
-The least recently used programs are deleted first. With JAX_COMPILATION_CACHE_DIR set, JAX's cache
-works as JAX's own variables describe it; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
- `<machine>` stands for the CPU's instruction set. JAX's key of a program is not known to contain
-it. If machines of several kinds share a home, a program for wider vectors would end the process
-(SIGILL) on a CPU without them.
+The least recently used programs are deleted first. With JAX_COMPILATION_CACHE_DIR, JAX's cache
+works as JAX's own variables say, and JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+
+`<machine>` stands for the instruction set of the CPU. JAX's key of a program may not contain it,
+and a program for wider vectors would kill the process (SIGILL) on a CPU without them, if machines
+of several kinds share a home directory.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ import jax
 from lora_jax.models.weights import packages
 
 MOST = 1 << 29  # bytes of programs on disk, for each kind of machine
-SHORTEST = 0.1  # seconds of compilation; a program that takes less is not worth a file
+SHORTEST = 0.1  # seconds of compilation; a faster one is not worth a file
 
-_LOCK = ".lockfile"  # the name of JAX's own lock
+_LOCK = ".lockfile"  # the name that JAX uses
 
 
 def enable() -> pathlib.Path | None:
-    """Make JAX keep compiled programs, and return the folder.
+    """Let JAX keep compiled programs on disk.
 
-    It returns None, and JAX keeps nothing or follows its own settings, if the folder cannot be
-    written or locked, or if the run has several processes. Those would wait for each other's locks
-    on a shared disk, and some would load a program that others compile. Give them a folder with
-    JAX's variable.
+    Nothing is kept if the folder cannot be written to or locked; the command runs without it.
+    Nothing is kept for a run of several processes either: these would wait for each other's locks
+    on a shared disk, and some would load a program while others compile it. To keep programs there,
+    set JAX_COMPILATION_CACHE_DIR.
+
+    Returns:
+      The folder; None if nothing is kept, or if the user has configured JAX's cache.
     """
     if jax.distributed.is_initialized():
         return None
@@ -54,7 +58,7 @@ def enable() -> pathlib.Path | None:
     jax.config.update("jax_compilation_cache_max_size", MOST)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # After a full disk, or with an entry from a killed process, JAX simply compiles again.
+    # The disk may be full, or a killed process may have left an entry: then JAX just compiles.
     warnings.filterwarnings(
         "ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning
     )
@@ -62,7 +66,11 @@ def enable() -> pathlib.Path | None:
 
 
 def machine(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
-    """Return a name for the CPU's instruction set: `x86_64-` and a hash of its features."""
+    """Return a name for the CPU's instruction set: `x86_64-` and a hash of its features.
+
+    Args:
+      cpuinfo: the file that lists the features.
+    """
     facts = {platform.machine(), platform.processor()}
     with contextlib.suppress(OSError):  # not Linux
         lines = cpuinfo.read_text().splitlines()
@@ -75,14 +83,14 @@ def machine(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
 def _drop_unfinished(folder: pathlib.Path) -> None:
     """Delete programs that a process was writing when it was killed.
 
-    JAX writes a program and then the time of its use. Without the second file it could neither use
-    the program nor delete others to make room.
+    JAX writes a program, and then the time of its use. Without this second file it could neither
+    use the program nor delete it to make room.
     """
     with filelock.FileLock(folder / _LOCK, timeout=1):
         for program in folder.glob("*-cache"):
             if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
                 program.unlink()
-        # Fail now if the disk is full or the folder is read-only.
+        # Check that there is room for a file, and that it may be written.
         probe = folder / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()

@@ -1,1 +1,1 @@
-"""What benchmarks, experiments and tests share: timing, published models by their shapes, runs."""
+"""Code that benchmarks, experiments and tests share: timing, published models, golden runs."""

@@ -1,4 +1,4 @@
-"""Runs on the tiny models of golden_models, as train.py would leave them; nothing is trained."""
+"""Write runs of the tiny models in golden_models as train.py would; nothing is trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABELS = ("no", "maybe", "yes")
 
 @dataclasses.dataclass(frozen=True)
 class GoldenRun:
-    """A run: its folder, its model as `f(params, inputs)`, and what was trained."""
+    """A run: its folder, its model as `f(params, inputs)`, and its trained parameters."""
 
     folder: pathlib.Path
     f: Any
@@ -31,21 +31,21 @@ class GoldenRun:
 
     @property
     def merged(self) -> Any:
-        """The parameters that an export should hold, by the definition."""
+        """The parameters that an export should contain, by the definition (`merge`)."""
         layout, adapters, trained = self.adapter
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), self.params)
         return lora_jax.merge(layout, paths.replace(wide, dict(trained)), adapters)
 
     @property
     def outputs(self) -> Any:
-        """What the run computes, unmerged."""
+        """The outputs of the run without merging."""
         layout, adapters, trained = self.adapter
         params = paths.replace(self.params, dict(trained))
         return lora_jax.adapt(layout, self.f)(params, adapters, self.inputs)
 
 
 def model_of(config: Any, head: models.Head | None) -> tuple[Any, Any]:
-    """`(f, inputs)` of the model of a configuration."""
+    """Return `(f, inputs)` for the model of a config."""
     draw = np.random.default_rng(0)
     if isinstance(config, models.VitConfig):
         assert head is not None
@@ -54,7 +54,7 @@ def model_of(config: Any, head: models.Head | None) -> tuple[Any, Any]:
         return lambda p, x: vit.apply({"params": p}, x), jnp.asarray(pixels, jnp.float32)
     ids = jnp.asarray(draw.integers(3, 19, (2, 7)), jnp.int32)
     if head is None:
-        decoder = models.Llama(config)
+        decoder = models.DecoderModel(config)
         return lambda p, ids: decoder.apply({"params": p}, ids), ids
     encoder = models.BertClassifier(config, head.num_classes, head.pooling)
     return lambda p, ids: encoder.apply({"params": p}, ids), ids
@@ -72,17 +72,21 @@ def write_run(
     labels: tuple[str, ...] = LABELS,
     param_dtype: str = "float32",
 ) -> GoldenRun:
-    """Write a run with an adapter that moves the outputs.
+    """Write a run with an adapter that changes the outputs.
 
     Args:
-      folder: of the adapter.
-      name: of the golden model, or the path of another.
-      spec: all linear products by default.
-      scan: whether its layers are stacked.
+      folder: the folder of the adapter.
+      name: the name of a golden model, or the path of another model.
+      spec: the spec of the adapter. None: all linear products.
+      scan: whether the layers are stacked.
       quantize: None, "stored", or a scheme of `lora_jax.quantize`.
       begin: None, or a method of `init_from_base`.
-      pooling, labels: of the head of an encoder.
-      param_dtype: of the frozen weights.
+      pooling: the pooling of an encoder's head.
+      labels: the classes of an encoder's head.
+      param_dtype: the dtype of the frozen weights.
+
+    Returns:
+      The run.
     """
     reference = str(GOLDEN / name) if (GOLDEN / name).is_dir() else name
     source = models.open(reference)
@@ -93,7 +97,7 @@ def write_run(
         param_dtype=jnp.dtype(param_dtype),
     )
     pooling = "cls" if isinstance(config, models.VitConfig) else pooling
-    decodes = isinstance(config, models.LlamaConfig)
+    decodes = isinstance(config, models.DecoderConfig)
     head = None if decodes else models.Head(pooling, len(labels) or 1)
     f, inputs = model_of(config, head)
     about: dict[str, Any] = {

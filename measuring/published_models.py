@@ -1,4 +1,4 @@
-"""The shapes of published models, and random weights for them: time does not depend on values."""
+"""The shapes of published models, and random weights for them: times do not depend on values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MINILM = models.BertConfig(
     mlp_size=1536,
     max_positions=512,
 )
-SMOLLM2 = models.LlamaConfig(
+SMOLLM2 = models.DecoderConfig(
     vocab_size=49_152,
     hidden_size=576,
     num_layers=30,
@@ -29,7 +29,7 @@ SMOLLM2 = models.LlamaConfig(
     max_positions=2048,
     rope_theta=100_000.0,
 )
-# GPT-2 medium as an encoder: see `experiments.paper.latency`.
+# The shapes of GPT-2 medium as an encoder: see `experiments.paper.latency`.
 MEDIUM = models.BertConfig(
     vocab_size=50_257,
     hidden_size=1024,
@@ -44,7 +44,7 @@ MEDIUM = models.BertConfig(
 
 
 def normal(shapes: Any, seed: int) -> Any:
-    """Arrays of these shapes, N(0, 0.02^2)."""
+    """Return arrays of these shapes, drawn from N(0, 0.02^2)."""
     random = np.random.default_rng(seed)  # jax.random would compile a program for each shape
     return jax.tree.map(
         lambda s: jnp.asarray(0.02 * random.standard_normal(s.shape, np.float32), s.dtype), shapes

@@ -17,11 +17,13 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where something was measured.
+    """A machine on which something was measured.
 
-    processor: of the host. cores: that this process may use.
-    backend, device: JAX's, such as cpu and the kind of its first device.
-    python, jax, flax: versions.
+    processor: the processor of the host.
+    cores: the number of cores that this process may use.
+    backend: JAX's backend, such as cpu.
+    device: the kind of JAX's first device.
+    python, jax, flax: their versions.
     """
 
     processor: str
@@ -78,14 +80,17 @@ def timings(
     repeats: int,
     ran: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Return the seconds of each run, `repeats` of each, after one that is not counted.
+    """Measure the seconds of each run, after one run of each that is not counted.
 
-    Every repeat runs all of them, so that a busy moment slows all of them.
+    Every repeat runs all functions, so that a busy moment of the machine slows all of them.
 
     Args:
       runs: name -> the function to run; its result is waited for.
-      repeats: how many times of each are returned.
+      repeats: the number of times that are returned for each.
       ran: called after every run, counted or not.
+
+    Returns:
+      Name -> the seconds of each run.
     """
     for run in runs.values():
         jax.block_until_ready(run())

@@ -1,25 +1,25 @@
 """Strict in tests, free at run time.
 
 - Eight simulated CPU devices, so that sharding is tested on any machine.
-- Rank promotion raises: `[B, T, D] * [D]` by accident is a bug that a wrong shape hides behind.
+- Rank promotion raises: an accidental `[B, T, D] * [D]` can hide a wrong shape.
 - Dtype promotion is strict: a float32 adapter that meets a bfloat16 weight must be cast by us, on
   purpose. Two libraries cannot live under that rule (Flax's norms in bfloat16 multiply by float32
   statistics, Optax's schedules divide an integer step), so the tests that go through them run under
-  the standard rule: the folders below, and whatever carries `@pytest.mark.standard_promotion`.
-- Grain's worker processes read absl flags, which nobody parses under pytest: it is done here.
+  the standard rule: the folders below, and tests with `@pytest.mark.standard_promotion`.
+- Grain's worker processes read absl flags, which pytest does not parse, so they are parsed here.
 - XLA leaves out its expensive optimisations of machine code: most of the suite's time was spent
   compiling programs that run once, on small arrays. The HLO, which tests read products, FLOPs,
   collectives and memory from, is the same without them. Processes that tests start inherit the
   settings, so that a run in one of them can be compared with one in this process bit for bit.
-- What is compiled is kept on disk until the tests end, for all workers: many tests build the same
-  program anew, and loading one costs half as much as compiling it. An entry that another worker is
+- Compiled programs are kept on disk until the tests end, for all workers: many tests build the same
+  program again, and loading it costs half as much as compiling it. An entry that another worker is
   still writing cannot be read; JAX then warns and compiles, see pyproject.toml.
 - Runs draw no curves: the picture would take longer than the steps.
-- Workers and the processes that tests start give freed memory back (`lora_jax.allocator`): on small
-  arrays keeping it saves nothing. What the processes compile is kept with the rest, not in the
-  folder of whoever runs the tests.
+- Workers and the processes that tests start return freed memory (`lora_jax.allocator`): with small
+  arrays, keeping it saves nothing. Programs that the processes compile are kept with the others,
+  and not in the user's folder.
 - A worker stays small: compiled programs are dropped when it passes a gigabyte.
-- The files that take longest go first, so that no worker is left with one of them at the end.
+- The longest files run first, so that no worker is left with one of them at the end.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def draw_curves() -> Iterator[Callable[[pathlib.Path], None] | None]:
-    """What draws curves.png; runs leave an empty file in its place, where there are runs at all."""
+    """The function that draws curves.png; a test's run leaves an empty file instead."""
     curves = sys.modules.get("lora_jax.training.curves")
     with pytest.MonkeyPatch.context() as patch:
         if curves is None:

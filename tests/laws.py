@@ -1,4 +1,4 @@
-"""What must hold for a layout of any function: it is complete, and `adapt` equals `merge`."""
+"""Laws for the layout of any function: it is complete, and `adapt` equals `merge`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Forty one-line changes of the library, and the tests that are expected to notice each of them.
 
 A test suite is as good as the bugs that it finds. This script makes a copy of the tracked files,
-applies one change at a time (a mutant), and runs the few tests named beside it: the mutant is
+applies one change at a time (a mutant), and runs the few tests that it names: the mutant is
 killed if one of them fails, and survives if all of them pass.
 
     python -m tests.mutants                   all of them, one after the other
@@ -10,17 +10,17 @@ killed if one of them fails, and survives if all of them pass.
     python -m tests.mutants --whole           a survivor is then run against the whole suite
     python -m tests.mutants --list            names, files and tests; runs nothing
 
-All forty take a minute and a quarter with `--jobs 2` on two quiet cores. Before that the named
-tests run on the unchanged code, which must pass before a failure means anything; `--unchecked`
-leaves that out. With --whole each survivor costs a run of the suite. The exit status is 0 if all
-that were run were killed.
+All forty take a minute and a quarter with `--jobs 2` on two quiet cores. Before that, the named
+tests run on the unchanged code and must pass, because otherwise a failure means nothing;
+`--unchecked` leaves this out. With --whole, each survivor costs a run of the suite. The exit status
+is 0 if all mutants were killed.
 
 Before anything runs, every `old` text must be found exactly once in its file, and every file with
-tests must be there; the error names what is not. So when code is moved, renamed or rewritten, the
-list has to follow: change the path, or write the same mistake into the new code. A mutant is not
-replaced because it survives: it shows that a test is missing.
+tests must exist; otherwise there is an error that names it. So if code is moved, renamed or
+rewritten, change the list as well: the path, or the same mistake in the new code. A mutant that
+survives is not replaced: it shows that a test is missing.
 
-pytest does not collect this file: it holds no test.
+pytest does not collect this file, because it contains no test.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ MUTANTS = (  # name and file, old, new, tests
         "self._shard.most(self.longest)",
         "self.longest",
         ("tests/data/test_shards.py::test_evaluation_has_every_example_exactly_once",)),
-    Mutant("filled-row-counts", "lora_jax/data/classification.py",
+    Mutant("filled-row-counts", "lora_jax/data/epochs.py",
         "(np.arange(self.batch_size) < len(chosen))",
         "(np.arange(self.batch_size) <= len(chosen))",
         ("tests/data/test_classification.py"
@@ -273,7 +273,7 @@ def copied(folder: pathlib.Path) -> pathlib.Path:
 def pytest(
     tree: pathlib.Path, tests: Sequence[str], timeout: float, *options: str
 ) -> tuple[str, str]:
-    """What the tests of the copy say: "passed", "failed" or another word, and the first failure."""
+    """Return the result of the copy's tests ("passed", "failed", ...), and the first failure."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *tests]
     # Without bytecode: a file that changes twice in a second may keep the bytecode of before.
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -32,9 +32,9 @@ RAW: Way = frozenset()  # an argument that has passed none
 
 
 class Value(NamedTuple):
-    """What a value is computed from: parameters (by path), and whether arguments as well.
+    """The inputs of a value: parameters (by path), and whether arguments as well.
 
-    ways: the products that the ways to it passed last. spread: it has been broadcast.
+    ways: the last products on each way to it. spread: whether it has been broadcast.
     """
 
     params: frozenset[str] = frozenset()
@@ -45,7 +45,7 @@ class Value(NamedTuple):
 
 @dataclasses.dataclass
 class Reference:
-    """A mutable array inside a kernel (Pallas), and what has been written to it."""
+    """A mutable array inside a kernel (Pallas), and the values written to it."""
 
     value: Value
 

@@ -1,4 +1,4 @@
-"""What a traced program computes, which the tests assert instead of times; and running one."""
+"""Inspect a traced program, which is more reliable than times, and run it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, those of nested jaxprs too."""
+    """Return all equations, also in nested jaxprs."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for eqn in jaxpr.eqns:
         yield eqn

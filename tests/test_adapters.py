@@ -1,4 +1,4 @@
-"""The adapter tree: how it starts, and what does not fit a layout."""
+"""The adapter tree: its first values, and trees that do not fit a layout."""
 
 from __future__ import annotations
 

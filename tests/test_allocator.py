@@ -18,7 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 PAGES = 16_384  # of the buffer that a step needs, the sine of 4096 x 4096 numbers
 
-# Whether memory is kept, and faults of the median step: now and then the heap still has to grow.
+# It prints whether memory is kept, and the faults of the median step, because the heap still
+# grows now and then.
 # argv: whether to keep, seconds to wait then.
 PROGRAM = """
 import resource, statistics, sys, time

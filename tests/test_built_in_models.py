@@ -22,7 +22,7 @@ MASK = jnp.arange(6)[None] < jnp.array([[6], [4]])
 BERT = models.BertConfig(
     vocab_size=31, hidden_size=12, num_layers=2, num_heads=2, mlp_size=26, max_positions=16
 )
-LLAMA = models.LlamaConfig(
+LLAMA = models.DecoderConfig(
     vocab_size=31,
     hidden_size=12,
     num_layers=2,
@@ -32,7 +32,7 @@ LLAMA = models.LlamaConfig(
     mlp_size=26,
     max_positions=16,
 )
-# What "all-linear" takes in a layer of each family.
+# The targets of "all-linear" in a layer of each family.
 KERNELS = {
     "gpt2": ("attention/qkv", "attention/o", "mlp/up", "mlp/down"),
     "gemma": (*(f"attention/{x}" for x in "qkvo"), "mlp/gate", "mlp/up", "mlp/down"),
@@ -60,7 +60,7 @@ def built(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
         module = models.VitClassifier(config, 3)
         args = (jax.random.normal(jax.random.key(2), (2, *config.image_size, 3)),)
     else:
-        module, args = models.Llama(config), (IDS,)
+        module, args = models.DecoderModel(config), (IDS,)
     shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
     params = cases.near_ones_and_zeros(shapes)
     return (lambda p, *a: module.apply({"params": p}, *a)), params, args
@@ -122,4 +122,4 @@ def test_profiles_name_the_users_modules() -> None:
     layout = lora_jax.resolve(lora_jax.LoraSpec(2), f, params, *args)
     adapters = lora_jax.init(jax.random.key(1), layout)
     compiled = jax.jit(lora_jax.adapt(layout, f)).lower(params, adapters, *args).compile()
-    assert "Llama/layers_1/attention/q/jit(_add)/lora/" in compiled.as_text()
+    assert "DecoderModel/layers_1/attention/q/jit(_add)/lora/" in compiled.as_text()

@@ -1,6 +1,6 @@
-"""What the compiler makes of adapted models on a mesh, read from its output. Nothing is run.
+"""The collectives of adapted models on a mesh, read from the compiler's output. Nothing is run.
 
-Every dimension is chosen so that sizes tell what an array is: activations have a factor 5 (the
+Every dimension is chosen so that sizes identify an array: activations have a factor 5 (the
 batch on a device, the length of a row), weights have none, the two ranks are 7 and 11.
 """
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.standard_promotion  # Flax and jnp inside the models pr
 BATCH, LENGTH, RANKS = 40, 5, (7, 11)
 TENSOR, FSDP, ALL = (1, 1, 8), (1, 8, 1), (2, 2, 2)
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_layers": 1, "num_heads": 8, "mlp_size": 96}
-LLAMA = models.LlamaConfig(
+LLAMA = models.DecoderConfig(
     vocab_size=192, num_kv_heads=8, head_dim=8, max_positions=16, scan_layers=True, **SIZES
 )
 BERT = models.BertConfig(vocab_size=187, max_positions=16, **SIZES)
@@ -62,7 +62,7 @@ Built = tuple[Callable[..., Any], Any, Any, Any, str]
 
 
 def _llama() -> Built:
-    f = lambda p, ids: models.Llama(LLAMA).apply({"params": p}, ids)  # noqa: E731
+    f = lambda p, ids: models.DecoderModel(LLAMA).apply({"params": p}, ids)  # noqa: E731
     ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     return f, models.shapes(LLAMA), ids, rules(LLAMA), "layers/attention_norm/scale"
 

@@ -1,4 +1,4 @@
-"""The command line: what it takes, and what it says of what it does not."""
+"""The command line: options that are accepted, and messages about others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse(*arguments: str) -> Config:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the user reads, boxes and line breaks taken out."""
+    """Return the text that the user reads, without boxes and line breaks."""
     with pytest.raises(SystemExit) as stop:
         parse(*arguments)
     assert stop.value.code == 2
@@ -111,7 +111,7 @@ def test_help_names_every_field_with_default_and_meaning(
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for option in ("--steps", "--lora.rank", "--optimizer.schedule", "--width", "--fresh"):
         assert option in text
-    assert "Inner dimension r of the update. (default: 2)" in text
+    assert "Rank r of the update. (default: 2)" in text
     assert "--workload" not in text
 
 

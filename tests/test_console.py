@@ -1,4 +1,4 @@
-"""What a command tells a person: one error, and nothing that commands the terminal."""
+"""The messages of commands: one error, and no control characters."""
 
 from __future__ import annotations
 

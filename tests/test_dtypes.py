@@ -1,4 +1,4 @@
-"""Kernels that are no float arrays are refused or right, never silently something else."""
+"""Kernels of other dtypes than floats are refused or right, never silently something else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is frozen stays frozen: bit for bit, without a gradient and without optimizer state."""
+"""Frozen parameters stay frozen: bit for bit, without a gradient and without optimizer state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one strict reader of JSON; those of files have tests where each is read."""
+"""The only, strict reader of JSON; the tests of each kind of file are with its reader."""
 
 from __future__ import annotations
 

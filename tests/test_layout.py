@@ -1,4 +1,4 @@
-"""The house: who may import whom, and what a file may be. Imports inside functions count."""
+"""The rules of the code base: imports between rooms, also inside functions, and files."""
 
 import ast
 import importlib.util
@@ -21,7 +21,7 @@ ARROWS = {
     "": {"adapters", "analysis", "bases", "beginnings", "checkpoint", "errors", "foreign", "frozen"}
     | {"layout", "merge", "moe", "multi", "paths", "resolve", "sharding", "spec", "target"}
     | {"transform", "updates"},
-    # the core: the transform and what it is used with
+    # the core: the transform and its helpers
     "errors": set(),
     "json_file": set(),
     "base": set(),
@@ -64,12 +64,12 @@ ARROWS = {
     # models and methods: they have never heard of LoRA
     "models": {"bases", "extras", "hf_module", "json_file"},
     "baselines": {"errors", "models"},
-    # what a command makes of its process, and what a person sees of it
+    # the process of a command, and its messages
     "free_memory": set(),
     "allocator": {"errors", "free_memory"},
     "program_cache": {"models"},
     "console": {"allocator", "errors", "extras", "models", "program_cache"},
-    # training and what is done with its results
+    # training, and uses of its results
     "data": {"errors", "extras", "json_file", "models"},
     "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
     | {"data", "errors", "extras", "frozen", "json_file", "labels", "layout", "merge", "models"}
@@ -99,13 +99,13 @@ ARROWS = {
     "command_line": {"console", "errors", "extras", "groups", "planner", "training"},
     "__main__": {"conversion", "errors", "extras", "report", "serving", "show", "training"},
 }
-# What is not part of the core.
+# The rooms that are not part of the core.
 AROUND = ("models", "baselines", "data", "training", "groups", "planner", "serving", "conversion")
 AROUND = (*AROUND, "report", "free_memory", "allocator", "program_cache", "command_line")
 AROUND = (*AROUND, "console", "show", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
-# What the core needs beside JAX and NumPy, and where.
+# The packages that the core needs besides JAX and NumPy, and where.
 CORE_LIBRARIES = {
     "flax": {"flax_partitioning", "foreign"},
     "optax": {"frozen", "labels"},
@@ -188,7 +188,7 @@ def test_nothing_in_the_package_imports_the_facade() -> None:
     assert not [name for name, targets in ARROWS.items() if "" in targets]
 
 
-# Folder -> the other folders of a checkout that it may import, beside `lora_jax`.
+# Folder -> the other folders of a checkout that it may import, besides `lora_jax`.
 CHECKOUT: dict[str, set[str]] = {
     "lora_jax": set(),
     "configs": set(),

@@ -1,4 +1,4 @@
-"""What `print(layout)` shows of large models: few lines, none of them long, nothing left unsaid."""
+"""`print(layout)` of large models: few lines, none of them long, nothing left out."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What `"all-linear"` leaves out is named in the layout, with a reason and a cure.
+"""The layout names the parameters that `"all-linear"` leaves out, with a reason and a cure.
 
-Each program computes the weight side of a product in a way of its own. It is one of two products,
-the last or the one before: a kernel that is left out still counts, and does not make the layer
-before it the output head.
+Each program computes the weight side of a product in another way. It is one of two products, the
+last or the one before: a kernel that is left out still counts, and does not make the layer before
+it the output head.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def test_a_named_kernel_can_be_adapted_by_the_cure(name: str) -> None:
 
 
 def test_a_kernel_inside_pallas_is_folded() -> None:
-    """What README promises of `fold`; the kernel has no gradient, so outputs alone."""
+    """The promises of README about `fold`; the kernel has no gradient, so outputs alone."""
     f, params = program("in_a_pallas_kernel", last=False)
     rule = Rule("w", inputs=(0,), outputs=(1,))
     layout = lora_jax.resolve(LoraSpec(2, 4.0, (rule,), fold="w"), f, params, X)
@@ -277,7 +277,7 @@ def test_explicit_targets_leave_nothing_out() -> None:
 
 
 def test_embeddings_are_named() -> None:
-    """A table that is looked up and never multiplied is no target of "all-linear"."""
+    """A table that is looked up and never multiplied is not a target of "all-linear"."""
     f = lambda p, ids: jnp.tanh(p["table"][ids] @ p["w"]) @ p["head"]  # noqa: E731
     params = {"table": normal(0, 9, 6), "w": normal(1, 6, 8), "head": normal(2, 8, 5)}
     layout = lora_jax.resolve(LoraSpec(2, 4.0), f, params, jnp.array([1, 4, 8]))

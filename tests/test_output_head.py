@@ -1,9 +1,9 @@
-"""What `"all-linear"` takes for the output head.
+"""The parameters that `"all-linear"` takes for the output head.
 
-A head is a parameter whose product feeds no other product of a parameter, and which every way to
-some output passes last. A residual way counts as a way: where a value of the same shape, which has
-not passed the product, is added to it, the product is not what every way passes last. Constants,
-parameters (a bias), integers and predicates (labels, masks) are no ways.
+A head is a parameter whose product feeds no other product of a parameter, and is the last product
+on every way to some output. A residual counts as a way: if a value of the same shape, which has not
+passed the product, is added to it, the product is not the last one on every way. Constants,
+parameters (a bias), integers and predicates (labels, masks) do not count as ways.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def two_heads_and_a_loss_with_float_targets() -> Any:
 
 @model
 def a_masked_head() -> Any:
-    """What is added to the logits is computed from a predicate: it is no way."""
+    """The summand of the logits is computed from a predicate, which does not count as a way."""
 
     def f(p: Any, x: Any, allowed: Any) -> Any:
         return jnp.tanh(x @ p["body"]) @ p["head"] + jnp.where(allowed, 0.0, -1e9)
@@ -170,7 +170,7 @@ def a_tied_autoencoder() -> Any:
 
 @model
 def a_generation_loop() -> Any:
-    """The head feeds the next token's lookup through an integer, which is no product's operand."""
+    """The head feeds the next token's lookup through an integer, not as a product's operand."""
 
     def f(p: Any, first: Any) -> Any:
         def step(token: Any, _: Any) -> Any:
@@ -218,7 +218,7 @@ def batch_statistics() -> Any:
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_the_head_is_left_out_by_name_and_nothing_else_is(name: str) -> None:
-    """Red if a product that some output passes last counts as a head whatever else it feeds."""
+    """Red if the last product before one output counts as a head although it feeds others."""
     f, params, args, heads = REGISTRY[name]()
     layout = lora_jax.resolve(lora_jax.LoraSpec(2, 4.0), f, params, *args)
     matrices = {path for path, w in laws.flat(params).items() if w.ndim >= 2}

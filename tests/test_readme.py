@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """All commands of the shell blocks as words; `a && b` are two, a comment is none."""
+    """Return all commands of the shell blocks as words; `a && b` are two, a comment is none."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     parts = [part for line in lines for part in line.split("&&")]
     return [words for part in parts if (words := shlex.split(part, comments=True))]

@@ -1,4 +1,4 @@
-"""Spec and layout: which parameters are chosen, and what is refused."""
+"""Spec and layout: the parameters that are chosen, and specs that are refused."""
 
 from __future__ import annotations
 

@@ -266,7 +266,7 @@ def test_a_product_that_is_known_is_not_denied() -> None:
 
 
 def refusal(f: Any) -> str | None:
-    """What `resolve` says of the target `w` of `f`, where it refuses it."""
+    """Return the message of `resolve` about the target `w` of `f`, if it refuses it."""
     try:
         lora_jax.resolve(LoraSpec(2, 4.0, "w"), f, {"w": normal(0, 6, 8)}, X)
     except LoraError as error:

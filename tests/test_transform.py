@@ -97,7 +97,7 @@ class Law:
 
 @pytest.fixture(scope="module", params=sorted(cases.REGISTRY))
 def law(request: pytest.FixtureRequest) -> Law:
-    """Of the module, so that all tests of a case come together and share its programs."""
+    """In module scope, so that all tests of a case come together and share its programs."""
     return Law(cases.REGISTRY[request.param]())
 
 

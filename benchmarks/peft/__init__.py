@@ -1,1 +1,1 @@
-"""The same gradients in PyTorch with Hugging Face PEFT, in turns with ours."""
+"""Compute the same gradients in PyTorch with Hugging Face PEFT, in turns with ours."""

@@ -1,11 +1,12 @@
-"""Adapters of lora_jax opened by the published PEFT: the same outputs, and no warning?
+"""Open adapters of lora_jax with the published PEFT: the same outputs, and no warning?
 
     python -m benchmarks.peft.adapters [--python PATH]
 
-Writes an adapter of every kind and profile, of tiny models (tests/golden/golden_models), with
-`lora_jax.exchange.peft.save`, then opens each in the environment of `benchmarks.peft.compare` (made
-if it is not there; `--python` names another interpreter that has torch, transformers and peft) and
-prints the largest difference of the logits and PEFT's warnings. It fails above 1e-5 or with any.
+It writes an adapter of every kind and profile, for tiny models (tests/golden/golden_models), with
+`lora_jax.exchange.peft.save`. Then it opens each in the environment of `benchmarks.peft.compare`,
+which is made if it does not exist (`--python` names another interpreter with torch, transformers
+and peft), and prints the largest difference of the logits and PEFT's warnings. It fails if a
+difference is above 1e-5, or if there is a warning.
 """
 
 import argparse
@@ -35,7 +36,7 @@ MIXED = (
 )
 RSLORA = LoraSpec(3, 4.0, "all-linear", scaling="alpha/sqrt(r)")
 
-# Name -> (base, spec, whole parameters that are trained too, options of `save`)
+# Name -> (base, spec, parameters that are trained in full, options of `save`)
 CASES: dict[str, tuple[str, LoraSpec, tuple[str, ...], dict[str, Any]]] = {
     "lora": ("llama", LoraSpec(2, 3.0, QV), (), {}),
     "lora_all": ("llama", LoraSpec(2, 3.0), (), {"params": True}),
@@ -82,7 +83,9 @@ def written(folder: pathlib.Path, name: str) -> None:
     config = dataclasses.replace(source.config, scan_layers=options.pop("scan", False))
     head = models.Head("roberta_head", 3) if base == "bert" else None
     model: Any = (
-        models.Llama(config) if head is None else models.BertClassifier(config, 3, "roberta_head")
+        models.DecoderModel(config)
+        if head is None
+        else models.BertClassifier(config, 3, "roberta_head")
     )
     params = source.load(config, head=head)
     f = jax.jit(lambda p, ids: model.apply({"params": p}, ids))
@@ -102,10 +105,11 @@ def written(folder: pathlib.Path, name: str) -> None:
 
 
 def written_experts(folder: pathlib.Path, each: bool) -> None:
-    """Write an adapter of the experts of a Qwen3-MoE, and the differences that it means.
+    """Write an adapter of the experts of a Qwen3-MoE, and the differences that it makes.
 
     Args:
-      each: with a key for each expert, or as one parameter.
+      folder: the folder of the adapter.
+      each: whether each expert has its own keys, or all are one parameter.
     """
     draw = np.random.default_rng(3).standard_normal
     shapes = {"gate": (2, 4, 16, 12), "up": (2, 4, 16, 12), "down": (2, 4, 12, 16)}
@@ -135,7 +139,7 @@ def written_experts(folder: pathlib.Path, each: bool) -> None:
 
 
 def written_toy(folder: pathlib.Path, kind: str) -> None:
-    """Write an adapter of two convolutions and of GPT-2's Conv1D, and the differences it means."""
+    """Write an adapter of two convolutions and GPT-2's Conv1D, and the differences it makes."""
     draw = np.random.default_rng(4).standard_normal
     w = np.load(GOLDEN.parent / "golden_peft" / "toy.npz")
     turned = {"conv2": (2, 3, 1, 0), "conv1": (2, 1, 0), "fused": (0, 1)}
@@ -159,7 +163,7 @@ def written_toy(folder: pathlib.Path, kind: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Adapters of lora_jax, opened by PEFT.")
-    parser.add_argument("--python", help="an interpreter that has torch, transformers and peft")
+    parser.add_argument("--python", help="an interpreter with torch, transformers and peft")
     args = parser.parse_args()
     python = args.python or str(environment())
     with tempfile.TemporaryDirectory() as scratch:

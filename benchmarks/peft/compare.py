@@ -1,12 +1,12 @@
-"""Seconds of one gradient: lora_jax over PyTorch + Hugging Face PEFT, same shapes, same run.
+"""Time one gradient of lora_jax and of PyTorch + Hugging Face PEFT, with the same shapes.
 
     python -m benchmarks.peft.compare
 
-The first run makes an environment of its own (`benchmarks/peft/.venv`) with PyTorch,
-`transformers` and PEFT: 1 GB, or several where pip picks the build of PyTorch that brings CUDA.
-Two worker processes, one for each side, hold the same model with the same losses (see `ours.py`,
-`theirs.py`); they are asked in turns, on the same cores, while the other one waits. Numbers are
-medians, theirs of the faster of their two attentions.
+The first run makes an environment (`benchmarks/peft/.venv`) with PyTorch, `transformers` and PEFT:
+1 GB, or several if pip chooses a build of PyTorch with CUDA. Two worker processes, one for each
+side, hold the same model with the same losses (see `ours.py`, `theirs.py`). They are asked in
+turns, on the same cores, while the other one waits. The numbers are medians, for PyTorch with
+the faster of two implementations of attention.
 """
 
 import argparse
@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "peft")
 
 
 def environment() -> pathlib.Path:
-    """The interpreter of their environment, made if it is not there."""
+    """Return the interpreter of their environment, which is made if it does not exist."""
     python = HERE / ".venv" / "bin" / "python"
     done = HERE / ".venv" / "installed"
     if not done.exists():
@@ -57,7 +57,7 @@ class Worker:
 
 
 def compare(model: str, cores: int, repeats: int) -> tuple[str, list[tuple[str, ...]]]:
-    """Their versions, and the lines of the table for one model."""
+    """Return their versions, and the lines of the table for one model."""
     ours = Worker(sys.executable, "-m", "benchmarks.peft.ours", model)
     theirs = Worker(str(environment()), str(HERE / "theirs.py"), model, str(cores))
     taken = {(w, run): [] for w in (ours, theirs) for run in w.runs}

@@ -1,13 +1,13 @@
-"""Merged folders of lora_jax opened by the published transformers: the same logits?
+"""Open merged folders of lora_jax with the published transformers: the same logits?
 
     python -m benchmarks.peft.merged [--python PATH]
 
-Writes a run for every model of tests/golden/golden_models and for SmolLM2's GGUF file, exports
-each with `lora-jax export --format hf` and with `--format peft`, then opens the folders with
-transformers and PEFT, without a flag, in the environment of `benchmarks.peft.compare` (made if it
-is not there; `--python` names another interpreter that has torch, transformers and peft). It
-prints the largest difference of the logits over the largest logit, and fails above 1e-5, with
-tensors that are missing or unused, or with other labels or tokens.
+It writes a run for every model of tests/golden/golden_models and for SmolLM2's GGUF file, and
+exports each with `lora-jax export --format hf` and with `--format peft`. Then it opens the folders
+with transformers and PEFT, without extra flags, in the environment of `benchmarks.peft.compare`,
+which is made if it does not exist (`--python` names another interpreter with torch, transformers
+and peft). It prints the largest difference of the logits relative to the largest logit. It fails if
+one is above 1e-5, if tensors are missing or unused, or if labels or tokens differ.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from lora_jax.conversion import export_command
 from measuring.golden_runs import GOLDEN, write_run
 
 HERE = pathlib.Path(__file__).resolve().parent
-# What PEFT can say; the merged folder has all of it.
+# PEFT can express these specs; the merged folder can express any.
 SPECS: dict[str, LoraSpec] = {
     "vit": LoraSpec(2, 3.0, "vit/encoder/**/kernel"),
     "vit_oblong": LoraSpec(2, 3.0, "vit/encoder/**/kernel"),
@@ -62,7 +62,7 @@ def exported(scratch: pathlib.Path, name: str, model: str, options: dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Exports of lora_jax, opened by transformers.")
-    parser.add_argument("--python", help="an interpreter that has torch, transformers and peft")
+    parser.add_argument("--python", help="an interpreter with torch, transformers and peft")
     args = parser.parse_args()
     python = args.python or str(environment())
     cases = {name: (name, {"quantize": "stored"}) for name in STORED} | MORE

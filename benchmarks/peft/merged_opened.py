@@ -1,4 +1,4 @@
-"""The other side of `benchmarks.peft.merged`: opens every folder in a folder. No JAX here."""
+"""Open every folder in a folder, for `benchmarks.peft.merged`. This file does not use JAX."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 TOLERANCE = 1e-5
-DEEP = {"smollm2_gguf.hf": 5e-5}  # 30 layers; without an adapter the two differ by 1.6e-5 already
+DEEP = {"smollm2_gguf.hf": 5e-5}  # 30 layers; without an adapter they differ by 1.6e-5 already
 KINDS = {
     "ForSequenceClassification": hf.AutoModelForSequenceClassification,
     "ForImageClassification": hf.AutoModelForImageClassification,
@@ -20,7 +20,7 @@ LABELS = ["no", "maybe", "yes"]
 
 
 def opened(folder):
-    """The model, and what there is to complain about."""
+    """Return the model, and a list of problems."""
     if (folder / "adapter_config.json").exists():
         settings = json.loads((folder / "adapter_config.json").read_text())
         base = settings["base_model_name_or_path"]

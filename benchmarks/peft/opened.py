@@ -1,4 +1,4 @@
-"""PEFT's side of `benchmarks.peft.adapters`: opens every adapter in a folder. No JAX here."""
+"""Open every adapter in a folder with PEFT, for `benchmarks.peft.adapters`, without JAX."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ import transformers as hf
 
 TOLERANCE = 1e-5
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden"
-# What PEFT 0.21 says with transformers 5.24 of its own adapters, too.
+# PEFT 0.21 with transformers 5.24 also prints these warnings for its own adapters.
 OWN = re.compile(
     r"`is_gradient_checkpointing` is deprecated.*"
     r"|The following (rank|alpha)_pattern keys did not match .*: \['\.\*\\{1,2}\.gate_up_proj'\].*"
@@ -48,7 +48,7 @@ def base(settings):
 
 
 def difference(folder):
-    """The largest difference, over the largest logit above 1; and what PEFT warned of."""
+    """Return the largest difference relative to the largest logit above 1, and PEFT's warnings."""
     settings = json.loads((folder / "adapter_config.json").read_text())
     golden = np.load(folder / "expected.npz")
     model = base(settings)

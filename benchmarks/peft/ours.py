@@ -1,4 +1,4 @@
-"""Our side: gradients through `lora_jax.adapt`, see `benchmarks.step_time`."""
+"""Our side of the comparison: gradients through `lora_jax.adapt`, see `benchmarks.step_time`."""
 
 import sys
 

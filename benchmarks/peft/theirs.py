@@ -1,7 +1,8 @@
-"""Their side: the same shapes and losses in PyTorch, `transformers` and PEFT. No JAX here.
+"""Their side of the comparison: the same models and losses in PyTorch, `transformers` and PEFT.
 
-Dropout is 0 and weights are random, as on our side. Each run is there with both implementations of
-attention, `name/eager` and `name/sdpa`: the comparison takes the faster.
+This file does not use JAX. Dropout is 0 and weights are random, as on our side. Each run exists
+with both implementations of attention, `name/eager` and `name/sdpa`; the comparison uses the faster
+one.
 """
 
 import pathlib
@@ -69,7 +70,7 @@ BUILD = {"minilm": (TorchClassifier, (32, 48), 30_522), "smollm2": (TorchDecoder
 
 
 def gradient(model, ids, labels):
-    """A function that takes the gradient of the mean cross entropy in all that requires one."""
+    """Return a function that computes the gradient of the mean cross entropy."""
     model.train()
 
     def run():

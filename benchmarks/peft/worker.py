@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 
 def serve(runs: Mapping[str, Callable[[], object]], versions: str) -> None:
-    """Warm each run up, say so, then time the run that each line of standard input names."""
+    """Warm up each run, print that it is ready, then time the run that each line of input names."""
     for run in runs.values():
         run()
         run()

@@ -1,15 +1,16 @@
-"""The paper's questions, asked of a model that a laptop can train: `python -m experiments.paper`.
+"""The experiments of the LoRA paper on models that a laptop can train.
 
-    experiments   what is run: commands, and what of the report they make
-    costs         what a command took, and on what machine
-    published     the paper's own numbers
-    settings      runs that differ in the seed alone, as one line of a table
-    latency, benefits   what is measured rather than trained
-    forward, trained    the programs that they measure
-    latencies   what the first of them keeps, and what the report says of it
-    measured    on what machine, in turns, and kept as JSON
-    shapes      published models with random weights
-    sections      what the report says of each question
+`python -m experiments.paper` runs them and writes the report.
 
-`experiments/paper/configs` holds the runs themselves, which `train.py` trains.
+    questions       the list of experiments
+    experiments     the type of an experiment: its commands, and its part of the report
+    costs           the time and memory of a command, and the machine it ran on
+    published       the paper's own numbers
+    settings        runs that differ only in the seed, as one line of a table
+    latency, benefits   the two experiments that measure rather than train
+    forward, trained    the programs that these two measure
+    latencies       the contents of latency.json, and their section of the report
+    page            the report of all experiments
+
+`experiments/paper/configs` contains the configs of the runs, which `train.py` trains.
 """

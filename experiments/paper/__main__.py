@@ -1,16 +1,16 @@
-"""The paper's questions, asked of a model that a laptop can train.
+"""Run the experiments of the LoRA paper on models that a laptop can train, and write a report.
 
-    python -m experiments.paper                       all experiments, then the report
-    python -m experiments.paper matrices rank         some of them
-    python -m experiments.paper --list                what there is, and what is done
-    python -m experiments.paper --report-only         the report of what is there
+    python -m experiments.paper                       run all experiments, then write the report
+    python -m experiments.paper matrices rank         run only these
+    python -m experiments.paper --list                list the experiments and their state
+    python -m experiments.paper --report-only         only write the report of the existing runs
 
-Runs go into `runs/paper/EXPERIMENT`. What has finished is not run again, and what was stopped goes
-on where it was. The report is of all that is there: report.html, which needs no other file, and
-report.md, with the paper's numbers beside ours, and every command with its time and its machine. An
-experiment that has no runs here keeps its part of an earlier report in the same folder.
+Runs are written to `runs/paper/EXPERIMENT`. A finished run is not run again, and a run that was
+stopped continues. The report covers all existing runs: report.html, which needs no other file, and
+report.md. They show the paper's numbers next to ours, and every command with its time and its
+machine. An experiment without runs here keeps its part of an earlier report in the same folder.
 
-It is started in a checkout of the repository: it runs `train.py` with `experiments/paper/configs`.
+Start it in a checkout of the repository: it runs `train.py` with `experiments/paper/configs`.
 
 Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
 by Ctrl-C.
@@ -37,28 +37,28 @@ from lora_jax.report.update_analysis import BaseChoice
 
 @dataclasses.dataclass(frozen=True)
 class PaperOptions:
-    """The command line."""
+    """The options of `python -m experiments.paper`."""
 
     experiments: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[EXPERIMENT ...]")
     ] = ()
-    """Which: matrices, rank, directions, methods, samples, definitions, latency, benefits. None:
-    all."""
+    """The experiments to run: matrices, rank, directions, methods, samples, definitions, latency,
+    benefits. None: all of them."""
     runs: str = "runs/paper"
-    """Where the runs are, a folder for each experiment."""
+    """The folder of the runs, with one folder for each experiment."""
     out: str | None = None
-    """Where the report goes. None: RUNS/report."""
+    """The folder for the report. None: RUNS/report."""
     list: bool = False
-    """Say what there is and what it took, and do nothing."""
+    """List the experiments and their cost so far, and do nothing else."""
     report_only: bool = False
-    """Run nothing, and write the report of what is there."""
+    """Run nothing, and write the report of the existing runs."""
     base: str | None = None
-    """The model that Table 7 reads W from, in the form of model.reference. None: the one that the
-    adapter names."""
+    """The base model for Table 7, in the form of model.reference. None: the one that the adapter
+    names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run `python -m experiments.paper`, and return its exit status."""
     options = tyro.cli(
         PaperOptions,
         prog="python -m experiments.paper",
@@ -70,13 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: PaperOptions, root: pathlib.Path) -> None:
-    """Run what has not finished and write the report; the page's path goes to stdout.
+    """Run what has not finished, write the report, and print its path to stdout.
 
     Args:
-      root: the checkout.
+      options: the options of the command line.
+      root: the checkout of the repository.
 
     Raises:
-      LoraError, OSError: a user's error.
+      LoraError, OSError: an error of the user, such as an unknown experiment.
     """
     base = BaseChoice(options.base)
     chosen = questions.chosen(options.experiments, base)
@@ -95,17 +96,17 @@ def run(options: PaperOptions, root: pathlib.Path) -> None:
 def _report(
     experiments: Sequence[Experiment], runs: pathlib.Path, out: pathlib.Path
 ) -> pathlib.Path:
-    """Write the page of all that there is; its path."""
+    """Write the page of all experiments with results, and return its path."""
     found, kept = result_cache.gather(experiments, runs, result_cache.read(out))
     if not found:
         raise LoraError(
-            f"{runs.resolve()} holds nothing of any experiment: run `python -m experiments.paper` "
+            f"{runs.resolve()} holds no run of any experiment: run `python -m experiments.paper` "
             "first, or name another folder with --runs"
         )
     if kept:
         say(
             Console(stderr=True),
-            f"no runs of {', '.join(kept)} in {runs}: kept as they are in "
+            f"no runs of {', '.join(kept)} in {runs}: their parts are kept as in "
             f"{out / result_cache.FILE}",
         )
     path = page_files.write(page.make(experiments, found), out)

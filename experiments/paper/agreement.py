@@ -17,18 +17,18 @@ _ALL = ("query", "key", "value", "output")
 
 
 def section(rows: Sequence[Claim]) -> Section:
-    """The claims of all experiments."""
+    """Return the section that compares the claims of all experiments."""
     return Section(
         "The paper's claims, in numbers",
         (
             Paragraph(
                 "Differences are in points of test accuracy, and ± is the standard error of a "
-                "difference of two means over seeds. The paper's models are a thousand times as "
-                "large and its tasks are others: what can be compared is the sign, and whether a "
-                "difference is larger than what seeds alone do."
+                "difference of two means over seeds. The paper's models are a thousand times "
+                "larger, and its tasks are different. Only two things can be compared: the sign of "
+                "a difference, and whether it is larger than the differences between seeds."
             ),
             Table(
-                "What the paper found, GPT-3 175B, and what was found here.",
+                "Differences that the paper found with GPT-3 175B, and ours.",
                 ("difference", "paper", "ours"),
                 tuple(rows),
                 ("difference", "paper", "ours"),
@@ -38,7 +38,7 @@ def section(rows: Sequence[Claim]) -> Section:
 
 
 def difference(one: Setting, two: Setting, split: str = "test") -> str:
-    """One less two, in the unit of their scores, and its standard error."""
+    """Format score one minus score two, in the unit of their scores, with its standard error."""
     found = methods.difference(one.shown(split), two.shown(split))
     if not math.isfinite(found.value):
         return formatting.NONE
@@ -48,7 +48,7 @@ def difference(one: Setting, two: Setting, split: str = "test") -> str:
 
 
 def of_matrices(folder: pathlib.Path) -> Claims:
-    """Of Table 5; the fact is on the paper's choice."""
+    """Return the claims of Table 5, and the result of the paper's choice as a fact."""
     ours = {label(setting): setting for setting in settings(there(folder))}
     facts = []
     if "q+v" in ours:
@@ -59,8 +59,8 @@ def of_matrices(folder: pathlib.Path) -> Claims:
 
 
 def of_ranks(folder: pathlib.Path) -> Claims:
-    """Of Table 6; the fact is on the largest rank and the smallest."""
-    # Of two with one rank the one with the smaller alpha: the paper has one alpha for all ranks.
+    """Return the claims of Table 6, and the largest rank against the smallest as a fact."""
+    # If a rank is there twice, take the smaller alpha: the paper has one alpha for all ranks.
     found = sorted(settings(there(folder)), key=lambda setting: -setting.config["lora.alpha"])
     ours = {(label(setting), setting.config["lora.rank"]): setting for setting in found}
     facts = []
@@ -72,7 +72,7 @@ def of_ranks(folder: pathlib.Path) -> Claims:
 
 
 def of_samples(folder: pathlib.Path) -> Claims:
-    """Of Table 16."""
+    """Return the claims of Table 16."""
     return tuple(_examples(settings(there(folder)))), ()
 
 
@@ -115,7 +115,7 @@ def _examples(found: Sequence[Setting]) -> Iterator[Claim]:
         for setting in found
     }
     paper = published.SAMPLES
-    # All of MNLI are 392,000.
+    # The whole training split of MNLI has 392,000 examples.
     for limit, count, name in ((100, 100, "100"), (1_000, 1_000, "1,000"), (None, 392_000, "all")):
         if ("lora", limit) in ours and ("full", limit) in ours:
             its = paper["lora"][count] - paper["full"][count]

@@ -1,16 +1,16 @@
-"""Memory, checkpoint and time of a step: LoRA against full fine-tuning (section 4.2).
+"""Measure memory, checkpoint and time of a step: LoRA against full fine-tuning (section 4.2).
 
     python -m experiments.paper.benefits --out runs/paper/benefits/benefits.json
     python -m experiments.paper.benefits --out benefits.json --models minilm --steps 10
 
-Two models by their shapes, with random weights: MiniLM with two classes at 32 x 48 tokens, and
-SmolLM2 as a language model at 8 x 48. LoRA has rank 4 on query and value, as GPT-3 in the paper. A
-step is that of train.py: gradient, norm, AdamW, with donated state. Both sides are compiled apart
-and take their steps in turns in one process.
+It measures two models with their real shapes and random weights: MiniLM with two classes at 32 x 48
+tokens, and SmolLM2 as a language model at 8 x 48. LoRA has rank 4 on query and value, as GPT-3 in
+the paper. A step is the step of train.py: gradient, norm, AdamW, with a donated state. Both sides
+are compiled separately and take their steps in turns in one process.
 
-memory      of the compiled step, by XLA's own account: parameters, optimizer, batch, temporaries
-checkpoint  what is trained as train.py exports it, written to disk and weighed
-speed       tokens of a batch over the median seconds of a step
+memory      memory of the compiled step as XLA reports it: parameters, optimizer, batch, temporaries
+checkpoint  size on disk of the trained parameters, as train.py exports them
+speed       tokens of a batch divided by the median seconds of a step
 
 Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
 by Ctrl-C.
@@ -48,10 +48,11 @@ _COMMAND = "python -m experiments.paper.benefits --out {}"
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredSide:
-    """One side.
+    """The measurements of one side, LoRA or full fine-tuning.
 
-    trained: numbers that are trained. checkpoint: bytes on disk of them.
-    seconds: of each step.
+    trained: the number of trained parameters.
+    checkpoint: their bytes on disk.
+    seconds: the time of each step.
     """
 
     side: str
@@ -62,7 +63,7 @@ class MeasuredSide:
 
     @property
     def median(self) -> float:
-        """Seconds of a step."""
+        """The median time of a step in seconds."""
         return statistics.median(self.seconds)
 
 
@@ -70,7 +71,7 @@ class MeasuredSide:
 class Compared:
     """Both sides of one model.
 
-    parameters: of the model, LoRA's factors not among them.
+    parameters: the number of parameters of the model, without LoRA's factors.
 
     Raises:
       LoraError: a side is missing.
@@ -88,13 +89,13 @@ class Compared:
             raise LoraError(f"sides are {found}, expected {SIDES}")
 
     def speed(self, one: MeasuredSide) -> float:
-        """Tokens in a second."""
+        """Return the tokens per second of a side."""
         return self.rows * self.length / one.median
 
 
 @dataclasses.dataclass(frozen=True)
 class Benefits:
-    """What benefits.json holds. seconds: that the measuring took."""
+    """The contents of benefits.json. `seconds` is the duration of all measurements."""
 
     machine: timing.Machine
     seconds: float
@@ -103,18 +104,18 @@ class Benefits:
 
 @dataclasses.dataclass(frozen=True)
 class BenefitsOptions:
-    """The command line."""
+    """The options of `python -m experiments.paper.benefits`."""
 
     out: str
     """The JSON file to write."""
     models: tuple[Literal["minilm", "smollm2"], ...] = ("minilm", "smollm2")
-    """Which models."""
+    """The models to measure."""
     steps: int = 30
     """Timed steps of each side."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run `python -m experiments.paper.benefits`, and return its exit status."""
     options = tyro.cli(
         BenefitsOptions,
         prog="python -m experiments.paper.benefits",
@@ -125,10 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: BenefitsOptions, console: Console) -> None:
-    """Measure and write; the tables go to stdout, progress to `console`.
+    """Measure, write the file, and print the tables to stdout and the progress to `console`.
 
     Raises:
-      LoraError, OSError: a user's error.
+      LoraError, OSError: an error of the user.
     """
     if options.steps < 1 or not options.models:
         raise LoraError("--steps and the number of --models must be at least 1")
@@ -142,7 +143,7 @@ def run(options: BenefitsOptions, console: Console) -> None:
 
 
 def measure(case: Case, steps: int, console: Console) -> Compared:
-    """Compile, weigh and time both sides of one model."""
+    """Compile both sides of one model, and measure their memory, checkpoints and times."""
     say(console, f"{case.name} {case.rows} x {case.length}: {steps} steps of each side")
     made = {name: make() for name, make in trained.sides(case).items()}
     memory = {name: trained.memory(side) for name, side in made.items()}
@@ -163,10 +164,10 @@ def measure(case: Case, steps: int, console: Console) -> Compared:
 
 
 def sections(folder: pathlib.Path) -> Sequence[Section]:
-    """What benefits.json in `folder` says; nothing where there is none.
+    """Return the section about benefits.json in `folder`, or none if there is no such file.
 
     Raises:
-      LoraError: it is damaged.
+      LoraError: the file is damaged.
     """
     file = folder / FILE
     command = _COMMAND.format(file)
@@ -181,15 +182,16 @@ def _texts(found: Benefits) -> tuple[Paragraph, ...]:
     saved = 1 - SPEED.full / SPEED.lora
     return (
         Paragraph(
-            "The training step of train.py with random weights, LoRA with rank 4 on query and "
-            f"value and the head of a classifier, against all parameters; medians of {steps} "
-            f"steps, in turns in one process, on {found.machine.line()}, in {found.seconds:,.0f} "
-            "seconds. Checkpoints are what train.py exports, weighed on disk."
+            "This compares the training step of train.py with random weights. LoRA has rank 4 on "
+            "query and value and trains the head of a classifier; full fine-tuning trains all "
+            f"parameters. Times are medians of {steps} steps, taken in turns in one process, on "
+            f"{found.machine.line()}, in {found.seconds:,.0f} seconds. Checkpoints are exported as "
+            "train.py does and measured on disk."
         ),
         Paragraph(
-            "The paper's 350 GB are two bytes for each parameter, so activations do not show in "
-            "them; here they do. Its tokens a second are of one V100, and the 25% of its footnote "
-            f"5 are time saved: 1 - {SPEED.full} / {SPEED.lora} is {saved:.1%}."
+            "The paper's 350 GB are two bytes for each parameter and leave out activations, which "
+            "are included here. Its tokens per second are for one V100, and the 25% of its "
+            f"footnote 5 are time saved: 1 - {SPEED.full} / {SPEED.lora} is {saved:.1%}."
         ),
     )
 
@@ -241,7 +243,7 @@ def _memory(found: Benefits) -> Table:
             share = f"{one.trained / model.parameters:.2%}"
             rows.append((model.model, side, f"{one.trained:,}", share, *map(in_units, parts)))
     return Table(
-        "Where the memory of a step goes; activations are in the rest.",
+        "The memory of a step by use; the rest includes activations.",
         (
             *("model", "side", "trained", "of all", "weights", "optimizer", "gradients", "rest"),
             "in all",

@@ -12,11 +12,12 @@ from lora_jax.report import svg
 
 
 def dots(found: Mapping[str, Sequence[float]], label: str, title: str) -> Figure:
-    """A line for each name, the first on top: every value, their mean and standard deviation.
+    """Plot every value, the mean and the standard deviation, in one row for each name.
 
     Args:
-      found: name -> values; none where there is nothing to draw.
-      label: of the values.
+      found: name -> values, which may be empty; the first name is on top.
+      label: the label of the values.
+      title: the title of the figure.
     """
     with svg.style():
         figure, axis = svg.new(4.6, 1.1 + 0.3 * max(len(found), 3))
@@ -39,18 +40,20 @@ def lines(
     label: str,
     title: str,
 ) -> Figure:
-    """A line for each name over a whole number, which is drawn to a logarithmic scale.
+    """Plot a line for each name over a whole number on a logarithmic axis.
 
     Args:
-      found: name -> number -> values; drawn are their means and standard deviations.
-      xlabel, label: of the numbers and of the values.
+      found: name -> number -> values, of which means and standard deviations are drawn.
+      xlabel: the label of the numbers.
+      label: the label of the values.
+      title: the title of the figure.
     """
     with svg.style():
         figure, axis = svg.new()
         places = sorted({x for line in found.values() for x, values in line.items() if values})
         for number, (name, line) in enumerate(found.items()):
             own = [(x, values) for x, values in sorted(line.items()) if values]
-            shift = 1 + 0.04 * (number - (len(found) - 1) / 2)  # so that bars do not hide bars
+            shift = 1 + 0.04 * (number - (len(found) - 1) / 2)  # keeps error bars apart
             axis.errorbar(
                 [x * shift for x, _ in own],
                 [mean(values) for _, values in own],

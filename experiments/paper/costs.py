@@ -1,4 +1,4 @@
-"""Run the commands of an experiment, and record what each of them cost."""
+"""Run the commands of an experiment, and record the cost of each."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ from lora_jax.errors import LoraError
 from lora_jax.training.directory import write_json
 from measuring.timing import cores, processor
 
-FILE = "cost.json"  # beside what the command leaves
+FILE = "cost.json"  # in the folder of the command
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a command took, over all times that it was started.
+    """The cost of a command, added up over all times that it was started.
 
-    arguments: what followed `python`.
-    seconds, processor_seconds: from start to end, and of all cores together (NaN: not known).
-    peak_bytes: the largest resident size.
-    machine: processor, cores, versions. finished: whether it came to its end. day: of its end.
+    arguments: the arguments after `python`.
+    seconds: the time from start to end.
+    processor_seconds: the processor time of all cores together; NaN if it is not known.
+    peak_bytes: the peak resident memory.
+    machine: processor, cores and versions.
+    finished: whether it has finished.
+    day: the day on which it ended.
     """
 
     arguments: tuple[str, ...]
@@ -45,28 +48,29 @@ class Cost:
 
     @property
     def command(self) -> str:
-        """As it is typed."""
+        """The command as it is typed."""
         return shlex.join(["python", *self.arguments])
 
 
 def run(task: Task, root: pathlib.Path) -> bool:
-    """Run a command that has not finished yet, with its output on the screen.
+    """Run a command unless it has finished before, with its output on the screen.
 
-    Its cost is written beside what it leaves, and added to that of earlier attempts.
+    Its cost is written to its folder, and the cost of earlier attempts is added.
 
     Args:
-      root: where it runs.
+      task: the command and its folder.
+      root: the working directory of the command.
 
     Returns:
-      Whether it ran; False: it had finished before.
+      Whether it ran; False if it had finished before.
 
     Raises:
       LoraError: it failed.
-      KeyboardInterrupt: it was stopped; it goes on where it was when it is run again.
+      KeyboardInterrupt: it was stopped; when it is run again, it continues.
     """
     before = read(task.folder)
     if before is not None and before.arguments != task.arguments:
-        before = None  # of another command, such as one with other settings
+        before = None  # the cost of another command, such as one with other settings
     if before is not None and before.finished:
         return False
     began = time.monotonic()
@@ -92,20 +96,20 @@ def run(task: Task, root: pathlib.Path) -> bool:
         raise KeyboardInterrupt
     if status != 0:
         raise LoraError(
-            f"`{shlex.join(['python', *task.arguments])}` ended with status {status}, and said "
-            "why above. What is finished is kept: run the same command again when that is right"
+            f"`{shlex.join(['python', *task.arguments])}` ended with status {status}; its message "
+            "is above. Correct the cause and run the same command again: finished runs are kept"
         )
     return True
 
 
 def _machine() -> str:
-    """In a line; no device is asked, which would take its memory from the command."""
+    """Describe the machine in a line. No device is opened, because it would take memory."""
     versions = f"Python {platform.python_version()}, JAX {jax.__version__}"
     return f"{processor()}, {cores()} cores; {versions}"
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, resource.struct_rusage]:
-    """Its exit status, and what it used, however often Ctrl-C is pressed: it gets that too."""
+    """Return the exit status and the usage. Ctrl-C goes to the child and does not end the wait."""
     while True:
         try:
             _, ended, usage = os.wait4(process.pid, 0)
@@ -116,7 +120,7 @@ def _wait(process: subprocess.Popen[bytes]) -> tuple[int, resource.struct_rusage
 
 
 def read(folder: pathlib.Path) -> Cost | None:
-    """The cost that `run` has left in a folder.
+    """Read the cost that `run` has written to a folder; None if there is none.
 
     Raises:
       LoraError: it cannot be read.
@@ -128,16 +132,16 @@ def read(folder: pathlib.Path) -> Cost | None:
         return parsed(json.loads(file.read_text()))
     except (ValueError, TypeError, KeyError) as error:
         raise LoraError(
-            f"{file} cannot be read: {error}; delete it, and its command is run again: what that "
-            "has finished is kept"
+            f"{file} cannot be read: {error}; delete it, and its command is run again: the runs "
+            "that it has finished are kept"
         ) from error
 
 
 def parsed(found: Any) -> Cost:
-    """A cost's fields as values of JSON.
+    """Read a cost from JSON values.
 
     Raises:
-      TypeError, KeyError: they are something else.
+      TypeError, KeyError: the values are not from a cost.
     """
     return Cost(**{**found, "arguments": tuple(found["arguments"])})
 

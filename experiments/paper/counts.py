@@ -1,6 +1,6 @@
-"""The number of parameters that a method trains, by the article's formulae (section 5.1) and ours.
+"""Count the parameters that a method trains, by the article's formulas (section 5.1) and ours.
 
-Heads are not counted, here or there. d is the width of the model, L the number of its layers.
+Heads are never counted. d is the width of the model, L the number of its layers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 def lora(rank: int, shapes: Iterable[tuple[int, int]]) -> int:
-    """The sum of r (in + out) over the adapted matrices; 2 L_lora d r where all are [d, d].
+    """Return the sum of r (in + out) over the adapted matrices; 2 L_lora d r if all are [d, d].
 
     >>> lora(8, [(768, 768)] * 24)  # RoBERTa base, query and value
     294912
@@ -18,13 +18,14 @@ def lora(rank: int, shapes: Iterable[tuple[int, int]]) -> int:
 
 
 def adapter(width: int, size: int, adapters: int, norms: int = 0, per_norm: int = 2) -> int:
-    """L_adpt (2 d r + r + d) + 2 L_LN d.
+    """Return L_adpt (2 d r + r + d) + 2 L_LN d.
 
     Args:
-      width, size: d and r.
+      width: d.
+      size: r.
       adapters: L_adpt, the number of adapter layers.
-      norms: L_LN, the number of layer norms trained.
-      per_norm: vectors of a norm: 2, scale and bias; 1 for the RMS norms of a decoder.
+      norms: L_LN, the number of trained layer norms.
+      per_norm: vectors of a norm: 2 for scale and bias, 1 for the RMS norms of a decoder.
 
     >>> adapter(1024, 6, adapters=24, norms=24)  # GPT-2 medium, Adapter^L
     368784
@@ -33,7 +34,7 @@ def adapter(width: int, size: int, adapters: int, norms: int = 0, per_norm: int 
 
 
 def prefix_embedding(width: int, tokens: int) -> int:
-    """D (lp + li).
+    """Return D (lp + li).
 
     >>> prefix_embedding(12288, 256 + 8)
     3244032
@@ -42,15 +43,15 @@ def prefix_embedding(width: int, tokens: int) -> int:
 
 
 def prefix_layer(width: int, tokens: int, layers: int) -> int:
-    """L d (lp + li)."""
+    """Return L d (lp + li)."""
     return layers * prefix_embedding(width, tokens)
 
 
 def biases(width: int, mlp: int, layers: int) -> int:
-    """L (7 d + m) + d: the bias vectors of a BERT encoder or a GPT decoder of MLP width m.
+    """Return L (7 d + m) + d: the biases of a BERT encoder or a GPT decoder with MLP width m.
 
-    In a layer 3 d of query, key and value, d of the output, m + d of the MLP and 2 d of the two
-    norms; d more of the one norm outside the layers.
+    A layer has 3 d for query, key and value, d for the output, m + d for the MLP and 2 d for the
+    two norms. The norm outside the layers has d more.
 
     >>> biases(768, 3072, 12)
     102144
@@ -59,7 +60,7 @@ def biases(width: int, mlp: int, layers: int) -> int:
 
 
 def layer(width: int, mlp: int) -> int:
-    """4 (d d + d) + (2 d m + m + d) + 4 d: one layer of a BERT encoder, all of it.
+    """Return 4 (d d + d) + (2 d m + m + d) + 4 d: all parameters of one layer of a BERT encoder.
 
     >>> layer(768, 3072)
     7087872

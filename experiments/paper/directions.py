@@ -1,4 +1,4 @@
-"""Which directions an update has (figures 3 and 4), and what of W it amplifies (Table 7)."""
+"""Analyse the directions of an update (figures 3 and 4), and what of W it amplifies (Table 7)."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ from lora_jax.report.run_files import SavedRun
 FILE = "experiments/paper/configs/directions.py"
 MODELS = {"encoder": "MiniLM", "decoder": "SmolLM2"}  # attribute of that file -> its model
 _COMPARED = (8, 64)  # the ranks of figure 3
-_AMPLIFIED = (4, 64)  # those of Table 7
+_AMPLIFIED = (4, 64)  # the ranks of Table 7
 _GAIN = published.AMPLIFICATION
 _ROWS = (
-    "Runs of one seed are trained on the same rows in the same order, and begin with factors that "
-    "have no more in common than any two random ones; another seed has another order, too."
+    "Runs with the same seed are trained on the same rows in the same order. Their initial factors "
+    "have no more in common than any two random ones. Another seed also has another order."
 )
 
 
 def tasks(folder: pathlib.Path) -> Sequence[Task]:
-    """A group for each model."""
+    """Return one command for each model."""
     return sweeps.tasks(folder, FILE, tuple(MODELS))
 
 
 def sections(folder: pathlib.Path, base: update_analysis.BaseChoice) -> Sequence[Section]:
-    """Of the runs in a folder, two for each model, and what is not there in the last of them; none
-    where there is none that has finished."""
+    """Return two sections for each model with finished runs.
+
+    A note in the last section says which runs are missing.
+    """
     found: list[Section] = []
     runs = {attribute: list(there(folder / attribute)) for attribute in MODELS}
     for attribute, model in MODELS.items():
@@ -44,7 +46,7 @@ def sections(folder: pathlib.Path, base: update_analysis.BaseChoice) -> Sequence
             compared = [run for run in finished if _rank(run) in _COMPARED]
             shared = subspace_similarity.section(compared)
             shared = dataclasses.replace(shared, blocks=(*shared.blocks, Paragraph(_ROWS)))
-            gains = Section("What of W it amplifies", tuple(_gains(finished, base)))
+            gains = Section("Amplified directions of W", tuple(_gains(finished, base)))
             found += [_of(one, attribute, model) for one in (shared, gains)]
     if found:
         notes = sweeps.notes(tasks(folder), {name: saved for name, saved in runs.items() if saved})
@@ -53,7 +55,7 @@ def sections(folder: pathlib.Path, base: update_analysis.BaseChoice) -> Sequence
 
 
 def _of(section: Section, attribute: str, model: str) -> Section:
-    """With the model in its title, and pictures of other names than those of other models."""
+    """Add the model to the title of a section, and its attribute to the names of the pictures."""
     blocks = [
         Figure(
             block.caption,
@@ -77,13 +79,16 @@ def _gains(runs: Sequence[SavedRun], base: update_analysis.BaseChoice) -> list[B
         try:
             found |= {rank: update_analysis.amplified(own[0].path, base)} if own else {}
         except USER_ERRORS as error:
-            return [Note(f"This needs the weights of the base, and they cannot be had: {error}")]
+            return [
+                Note(f"This section needs the weights of the base, which cannot be opened: {error}")
+            ]
     if not found:
         return [Note(f"No run of rank {' or '.join(map(str, _AMPLIFIED))} has finished.")]
     blocks: list[Block] = [
         Paragraph(
-            "The factor is ‖ΔW‖ over ‖UᵀWV‖, U and V being the top r directions of ΔW: how much "
-            "more of them the update brings than W had. 1 would be doubling what is there."
+            "The amplification factor is ‖ΔW‖ divided by ‖UᵀWV‖, where U and V hold the top r "
+            "singular directions of ΔW. It tells how much stronger these directions are in the "
+            "update than in W. A factor of 1 would double them."
         ),
         _middle(found),
     ]
@@ -93,7 +98,7 @@ def _gains(runs: Sequence[SavedRun], base: update_analysis.BaseChoice) -> list[B
 
 
 def _middle(found: dict[int, update_analysis.AmplifiedUpdate]) -> Table:
-    """The first matrix of the middle layer, as the paper has it, with its numbers beside."""
+    """Return Table 7 for the first matrix of the middle layer, with the paper's numbers."""
     rows = []
     for rank, one in found.items():
         layer = middle(one.there)
@@ -112,8 +117,8 @@ def _middle(found: dict[int, update_analysis.AmplifiedUpdate]) -> Table:
             (f"r = {rank}", place, name, f"{mine:.4g}", f"{its:.4g}") for name, mine, its in numbers
         ]
     return Table(
-        "‖UᵀWV‖ with the directions of ΔW, of W and random ones, and the norms: ours, and W_q of "
-        "the 48th of GPT-3's 96 layers (the paper's Table 7).",
+        "‖UᵀWV‖ with the directions of ΔW, of W and random ones, and the norms: ours, and W_q's "
+        "in the 48th of GPT-3's 96 layers (the paper's Table 7).",
         ("rank", "matrix", "", "ours", "paper"),
         tuple(rows),
         ("rank", "matrix", ""),

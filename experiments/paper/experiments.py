@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from lora_jax.report.document import Fact, Section
 
 Claim = tuple[str, str, str]  # a claim, the paper's number, ours
-Claims = tuple[Sequence[Claim], Sequence[Fact]]  # and what of them is for the top of the page
+Claims = tuple[Sequence[Claim], Sequence[Fact]]  # the claims, and facts for the top of the page
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One command, and the folder that what it leaves is in.
+    """One command and its folder.
 
-    arguments: what follows `python`.
+    folder: the folder that the command writes to.
+    arguments: the arguments after `python`.
     """
 
     folder: pathlib.Path
@@ -25,13 +26,13 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One question.
+    """One question of the paper.
 
-    name: of its folder, and on the command line.
-    asks: the question, in a line.
+    name: the name of its folder, and its name on the command line.
+    asks: the question in a line.
     tasks: folder of the experiment -> its commands, in order.
-    sections: folder of the experiment -> what the report says of it, of as much as is there.
-    claims: folder of the experiment -> what the paper claims of it, in numbers.
+    sections: folder of the experiment -> its sections of the report, for the runs that exist.
+    claims: folder of the experiment -> the paper's claims in numbers, compared with ours.
     """
 
     name: str

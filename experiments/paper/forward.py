@@ -1,4 +1,4 @@
-"""Compile one model's forward pass in each of the ways of the paper's Table 1."""
+"""Compile the forward pass of one model with each method of the paper's Table 1."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TABLES = re.compile(r"(?ms)^(FileNames|FunctionNames|FileLocations|StackFrames)
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is put beside the weights: LoRA's rank on query and value, widths of adapter layers."""
+    """The sizes of what a method adds: LoRA's rank on query and value, widths of adapter layers."""
 
     rank: int
     lin: int
@@ -37,10 +37,10 @@ class Sizes:
 
 
 def added(config: models.BertConfig, sizes: Sizes) -> dict[str, int]:
-    """How many numbers each method puts beside the weights.
+    """Return the number of parameters that each method adds to the model, the article's |Θ|.
 
-    The article's |Θ|. The layer norms of the model that Houlsby's method trains too are not among
-    them: they are there anyhow, and cost no time.
+    Houlsby's method also trains the layer norms of the model. They are not counted, because they
+    are part of the model in any case and cost no time.
     """
     d, layers = config.hidden_size, config.num_layers
     lora = counts.lora(sizes.rank, [(d, d)] * 2 * layers)
@@ -54,17 +54,17 @@ def added(config: models.BertConfig, sizes: Sizes) -> dict[str, int]:
 
 
 class Variant(NamedTuple):
-    """A way: `call(weights, ids [B, T]) -> [B, 2]`."""
+    """A method and its weights: `call(weights, ids [B, T]) -> [B, 2]`."""
 
     call: Callable[[Tree, Array], Array]
     weights: Tree
 
 
 def variants(config: models.BertConfig, sizes: Sizes) -> dict[str, Variant]:
-    """All of `METHODS` over the same random weights; no factor and no adapter layer is zero.
+    """Return all of `METHODS` on the same random weights; no factor and no adapter layer is zero.
 
-    The encoder with a mean over its tokens and two classes, so that all hidden states count. The
-    merged weights go into the base's own function.
+    The model is an encoder with a mean over its tokens and two classes, so that all hidden states
+    matter. The merged weights are passed to the function of the base.
     """
     model = models.BertClassifier(config, 2, "mean")
     params = normal(models.shapes(config, models.Head("mean", 2)), 0)
@@ -93,9 +93,9 @@ def variants(config: models.BertConfig, sizes: Sizes) -> dict[str, Variant]:
 
 
 def compiled(variant: Variant, batch: int, length: int) -> jax.stages.Compiled:
-    """The program of a variant for ids of this shape, compiled anew each time."""
+    """Compile the program of a variant for ids [batch, length], anew at each call."""
 
-    def forward(weights: Tree, ids: Array) -> Array:  # another one at each call: no cache knows it
+    def forward(weights: Tree, ids: Array) -> Array:  # a new function, which is in no cache
         return variant.call(weights, ids)
 
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
@@ -103,11 +103,11 @@ def compiled(variant: Variant, batch: int, length: int) -> jax.stages.Compiled:
 
 
 def check_merged(programs: Mapping[str, jax.stages.Compiled]) -> None:
-    """Raise `LoraError` unless merged LoRA is the base's own program, to the letter."""
+    """Raise `LoraError` unless merged LoRA compiles to exactly the program of the base."""
     base, merged = (text(programs[name]).splitlines() for name in (BASE, MERGED))
     if base == merged:
         return
-    pairs = zip(base, merged, strict=False)  # of programs of two lengths, the first of the rest
+    pairs = zip(base, merged, strict=False)  # if the lengths differ, only the common lines
     first = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
     raise LoraError(
         f"merged LoRA does not compile to the base's own program: {len(base)} lines of HLO and "
@@ -116,12 +116,12 @@ def check_merged(programs: Mapping[str, jax.stages.Compiled]) -> None:
 
 
 def text(program: jax.stages.Compiled) -> str:
-    """The HLO, without the names and places in the source that it comes from."""
+    """Return the HLO without names and source locations."""
     return _TABLES.sub("", _METADATA.sub("", str(program.as_text())))
 
 
 def flops(program: jax.stages.Compiled) -> float:
-    """FLOPs of one run as XLA counts them, not those of exponentials and the like.
+    """Return the FLOPs of one run as XLA counts them, which excludes exponentials and the like.
 
     Raises:
       LoraError: this backend does not count them.
@@ -136,6 +136,6 @@ def flops(program: jax.stages.Compiled) -> float:
 
 
 def instructions(program: jax.stages.Compiled) -> int:
-    """How many instructions the program has, fused ones too."""
+    """Count the instructions of a program, including fused ones."""
     module = hlo.parse(str(program.as_text()))
     return sum(len(computation) for computation in module.computations.values())

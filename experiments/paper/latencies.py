@@ -31,11 +31,13 @@ _COMMAND = "python -m experiments.paper.latency --out {}"
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """One method at one shape.
+    """The measurements of one method at one shape.
 
-    added: numbers beside the weights. added_whole: those of all 24 layers.
-    seconds: of each repeat.
-    flops: of one pass. instructions: of its program.
+    added: the number of parameters that the method adds.
+    added_whole: the same for all 24 layers.
+    seconds: the time of each repeat.
+    flops: the FLOPs of one pass.
+    instructions: the number of instructions of the program.
     """
 
     method: str
@@ -47,21 +49,21 @@ class Timed:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """The median time in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def deviation(self) -> float:
-        """Seconds; NaN for a single repeat."""
+        """The standard deviation in seconds; NaN for a single repeat."""
         return statistics.stdev(self.seconds) if len(self.seconds) > 1 else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """All methods at one shape of the batch.
+    """The measurements of all methods at one shape of the batch.
 
     Raises:
-      LoraError: some method is missing.
+      LoraError: a method is missing.
     """
 
     batch: int
@@ -75,20 +77,20 @@ class Timings:
 
     @property
     def base(self) -> Timed:
-        """What the others are compared with."""
+        """The measurements of the base, with which the others are compared."""
         return self.runs[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Latencies:
-    """What latency.json holds.
+    """The contents of latency.json.
 
-    layers: that the model had; a whole one has `whole_layers`.
-    merged_is_base: whether merged LoRA is the base's own program at every shape.
-    seconds: that the measuring took.
+    layers: the number of layers of the measured model; the full model has `whole_layers`.
+    merged_is_base: whether merged LoRA compiles to the program of the base at every shape.
+    seconds: the duration of all measurements.
 
     Raises:
-      LoraError: it is not.
+      LoraError: `merged_is_base` is False.
     """
 
     machine: timing.Machine
@@ -100,14 +102,14 @@ class Latencies:
 
     def __post_init__(self) -> None:
         if not self.merged_is_base:
-            raise LoraError("merged_is_base is False, and nothing else can be written")
+            raise LoraError("merged_is_base is False, and only True is ever written")
 
 
 def sections(folder: pathlib.Path) -> Sequence[Section]:
-    """What latency.json in `folder` says; nothing where there is none.
+    """Return the section about latency.json in `folder`, or none if there is no such file.
 
     Raises:
-      LoraError: it is damaged.
+      LoraError: the file is damaged.
     """
     file = folder / FILE
     command = _COMMAND.format(file)
@@ -119,33 +121,34 @@ def sections(folder: pathlib.Path) -> Sequence[Section]:
 
 def _texts(found: Latencies) -> tuple[Paragraph, ...]:
     base, whole = found.shapes[0].base, found.whole_layers
-    layers = f"{found.layers} of its {whole}" if found.layers != whole else f"all {whole}"
+    layers = f"{found.layers} of the {whole}" if found.layers != whole else f"all {whole}"
     return (
         Paragraph(
-            f"A BERT encoder of GPT-2 medium's shape (the same products, biases and norms, and no "
-            f"causal mask), {layers} layers and no product with the vocabulary, random weights; on "
-            f"{found.machine.line()}, in {found.seconds:,.0f} seconds. The paper's are of GPT-2 "
-            "medium on a Quadro RTX8000. Programs are compiled apart and run in turns; times are "
-            "medians and standard deviations."
+            f"The model is a BERT encoder of GPT-2 medium's shape: it has the same products, "
+            f"biases and norms, but no causal mask. It has {layers} layers, random weights, and no "
+            f"product with the vocabulary. It ran on {found.machine.line()}, in "
+            f"{found.seconds:,.0f} seconds. The paper measured GPT-2 medium on a Quadro RTX8000. "
+            "Programs are compiled separately and run in turns; times are medians with standard "
+            "deviations."
         ),
         Paragraph(
-            "LoRA has rank 4 on query and value. Merged it is the base's own program at every "
-            f"shape, compared line by line ({base.instructions:,} HLO instructions at "
-            f"{found.shapes[0].batch} x {found.shapes[0].length}), so what its time differs by is "
-            "the noise of the measurement. The adapter layers are as wide as it takes to have the "
-            f"paper's number of parameters in {found.whole_layers} layers."
+            "LoRA has rank 4 on query and value. Merged, it compiles to the program of the base at "
+            f"every shape, compared line by line ({base.instructions:,} HLO instructions at "
+            f"{found.shapes[0].batch} x {found.shapes[0].length}), so the difference of the times "
+            "is the noise of the measurement. The width of the adapter layers is chosen to give "
+            f"the paper's number of parameters in {found.whole_layers} layers."
         ),
     )
 
 
 def table(found: Latencies) -> Table:
-    """A row for each shape and method."""
+    """Return the table with a row for each shape and method."""
     rows = [_row(at, one) for at in found.shapes for one in at.runs]
     whole = f"of {found.whole_layers} layers"
     names = ("batch x length", "method", "numbers added", whole, "ms", "over the base")
     return Table(
-        "Milliseconds of one forward pass, ours and the paper's; LoRA merged and the base are one "
-        "row there. FLOPs are XLA's count.",
+        "Milliseconds of one forward pass, ours and the paper's, which has one row for merged LoRA "
+        "and the base. FLOPs are counted by XLA.",
         (*names, "FLOPs over the base", "paper: ms", "paper: over the base"),
         tuple(rows),
         ("batch x length", "method"),
@@ -168,12 +171,12 @@ def _row(at: Timings, one: Timed) -> tuple[str, ...]:
 
 
 def _published(at: Timings, method: str) -> Latency | None:
-    """The paper's time, or None where it has none."""
+    """Return the paper's time, or None if it has none."""
     return LATENCY.get((at.batch, at.length), {}).get(_PAPER.get(method, ""))
 
 
 def _spread(middle: float, deviation: float) -> str:
-    """Milliseconds.
+    """Format milliseconds.
 
     >>> _spread(1449.4, 0.8), _spread(1449.4, math.nan)
     ('1,449.4 ± 0.8', '1,449.4')
@@ -182,7 +185,7 @@ def _spread(middle: float, deviation: float) -> str:
 
 
 def _over(ratio: float, decimals: int = 1) -> str:
-    """A ratio as what it is above one; NaN is none.
+    """Format a ratio as its excess over one in per cent; NaN becomes "-".
 
     >>> _over(1482.0 / 1449.4), _over(1.0), _over(math.nan)
     ('+2.2%', '+0.0%', '-')
@@ -191,13 +194,13 @@ def _over(ratio: float, decimals: int = 1) -> str:
 
 
 def _paper_over(at: Timings, method: str) -> float:
-    """The paper's time over that of its base; NaN where it has none."""
+    """Return the paper's time divided by that of its base; NaN if it has none."""
     theirs, base = _published(at, method), _published(at, BASE)
     return math.nan if theirs is None or base is None else theirs.milliseconds / base.milliseconds
 
 
 def _figure(found: Latencies) -> Figure:
-    """Per cent over the base: a bar for each method, the paper's as a mark on it."""
+    """Draw the excess over the base in per cent: our bar for each method, and the paper's mark."""
     methods = METHODS[1:]
     width = 0.8 / len(methods)
     said = []
@@ -225,12 +228,12 @@ def _figure(found: Latencies) -> Figure:
         axis.grid(axis="y")
         drawing.legend(loc="outside lower center", ncols=3)
     text = f"Time over the base at {', '.join(shapes)}: {'; '.join(said)}"
-    caption = "Time of one forward pass over the base's, in per cent; diamonds are the paper's."
+    caption = "Time of one forward pass over the base, in per cent; diamonds are the paper's."
     return Figure(caption, (Panel("latency", text, drawing),))
 
 
 def _percents(at: Timings, method: str) -> tuple[float, float, float]:
-    """Ours over the base, its standard deviation, and the paper's; NaN where there is none."""
+    """Return our excess over the base, its deviation, and the paper's excess or NaN."""
     one = next(run for run in at.runs if run.method == method)
     base, paper = at.base.median, _paper_over(at, method)
     return 100 * (one.median / base - 1), 100 * one.deviation / base, 100 * (paper - 1)

@@ -1,18 +1,18 @@
-"""The time of one forward pass: the base, LoRA merged and not, adapter layers (Table 1).
+"""Time one forward pass: the base, LoRA merged and not merged, adapter layers (Table 1).
 
     python -m experiments.paper.latency --out runs/paper/latency/latency.json
     python -m experiments.paper.latency --out latency.json --layers 24 --shapes 1x128
 
-The model has GPT-2 medium's shape. Of the built-in ones the BERT encoder is what comes nearest: its
-layer has the same products, biases, norms and GELU, and with no token types it has the very number
-of parameters, 354,823,168. It differs in two ways that cost no FLOPs to speak of: norms come after
-the residual and not before, and no causal mask is laid over the scores. The product with the
-vocabulary is left out: it is the same whatever the method, and in a model of few layers it would
-hide what is per layer. On a CPU two of the 24 layers are the default; what the methods add is per
-layer too, so relative numbers carry over. Weights are random.
+The model has GPT-2 medium's shape. Of the built-in models the BERT encoder comes nearest to it: its
+layers have the same products, biases, norms and GELU, and without token types it has exactly as
+many parameters, 354,823,168. It differs in two ways that cost almost no FLOPs: norms come after the
+residual instead of before it, and there is no causal mask on the scores. The product with the
+vocabulary is left out, because it is the same for every method, and in a model of few layers it
+would hide the cost of a layer. On a CPU the default is two of the 24 layers. Every method adds its
+cost per layer, so relative numbers hold for 24 layers as well. Weights are random.
 
-All programs are compiled apart and run in turns in one process. Merged LoRA is compared with the
-base: if its compiled program is not the base's own, to the letter, that is an error.
+All programs are compiled separately and run in turns in one process. If merged LoRA does not
+compile to exactly the program of the base, that is an error.
 
 Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
 by Ctrl-C.
@@ -44,28 +44,28 @@ from measuring import timing
 from measuring.published_models import MEDIUM
 
 _LAYERS = 2  # on a CPU
-_TRIALS = 100  # the paper's
-_LEAST, _TOKENS = 3, 40_000  # on a CPU: repeats, and tokens of all repeats together
-# Rank 4 on query and value; the widths that come nearest to 0.5M and 11M numbers in 24 layers.
+_TRIALS = 100  # as in the paper
+_LEAST, _TOKENS = 3, 40_000  # on a CPU: the fewest repeats, and the tokens of all repeats together
+# Rank 4 on query and value; the widths are the nearest to 0.5M and 11M parameters in 24 layers.
 SMALL, LARGE = Sizes(4, lin=9, houlsby=5), Sizes(4, lin=224, houlsby=112)
 
 
 @dataclasses.dataclass(frozen=True)
 class LatencyOptions:
-    """The command line."""
+    """The options of `python -m experiments.paper.latency`."""
 
     out: str
     """The JSON file to write."""
     layers: int | None = None
-    """Of the model. None: 2 on a CPU, and all 24 elsewhere."""
+    """Layers of the model. None: 2 on a CPU, all 24 on other devices."""
     repeats: int | None = None
-    """Timed passes of each method. None: 100; on a CPU as many as have 40,000 tokens, from 3 on."""
+    """Timed passes of each method. None: 100; on a CPU enough for 40,000 tokens, but at least 3."""
     shapes: tuple[str, ...] = ("32x512", "16x256", "1x128")
-    """Batch x length."""
+    """Shapes of the batch: batch x length."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run `python -m experiments.paper.latency`, and return its exit status."""
     options = tyro.cli(
         LatencyOptions,
         prog="python -m experiments.paper.latency",
@@ -76,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: LatencyOptions, console: Console) -> None:
-    """Measure and write; the table goes to stdout, progress to `console`.
+    """Measure, write the file, and print the table to stdout and the progress to `console`.
 
     Raises:
-      LoraError, OSError: a user's error.
+      LoraError, OSError: an error of the user.
     """
     on_cpu = jax.default_backend() == "cpu"
     layers = _LAYERS if on_cpu else MEDIUM.num_layers
@@ -104,7 +104,7 @@ def run(options: LatencyOptions, console: Console) -> None:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    """`32x512` as its numbers."""
+    """Read a shape such as `32x512`."""
     batch, _, length = text.partition("x")
     if not (batch.isdecimal() and length.isdecimal() and int(batch) and int(length)):
         raise LoraError(f"--shapes {text!r}: expected batch x length, such as 32x512")
@@ -125,10 +125,19 @@ def measure(
     """Compile and time all methods at one shape.
 
     Args:
-      whole: layers of the whole model.
+      config: the config of the model.
+      sizes: the sizes of what the methods add.
+      batch: rows of a batch.
+      length: tokens of a row.
+      repeats: timed passes of each method.
+      console: shows the progress.
+      whole: layers of the full model.
+
+    Returns:
+      The measurements.
 
     Raises:
-      LoraError: merged LoRA is not the base's own program.
+      LoraError: merged LoRA does not compile to the program of the base.
     """
     say(console, f"{batch} x {length}: {config.num_layers} layers, {repeats} repeats")
     made = forward.variants(config, sizes)

@@ -1,4 +1,4 @@
-"""Compare choices of matrices at one number of trained parameters (the paper's Table 5)."""
+"""Compare choices of matrices with equal numbers of trained parameters (the paper's Table 5)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ MatrixScores = Mapping[tuple[str, ...], tuple[float, float]]  # matrices -> Wiki
 
 
 def blocks(found: Sequence[Setting], published: MatrixScores, name: str) -> list[Block]:
-    """A table and a picture of settings that differ in their matrices; none of none.
+    """Make a figure and a table of settings that differ in their matrices; none without settings.
 
     Args:
-      published: the paper's scores; empty where it has none for this model.
-      name: of the pictures.
+      found: the settings.
+      published: the paper's scores; empty if it has none for this model.
+      name: the start of the pictures' names.
     """
     if not found:
         return []
@@ -40,8 +41,8 @@ def blocks(found: Sequence[Setting], published: MatrixScores, name: str) -> list
     columns = ("matrices", "r", "trained", "validation", "test", "seeds")
     theirs = ("paper: WikiSQL", "paper: MNLI") if published else ()
     table = Table(
-        f"Scores are {unit.label}: mean ± standard deviation over seeds. Trained numbers are with "
-        "those of the head.",
+        f"Scores are {unit.label}: mean ± standard deviation over seeds. The trained parameters "
+        "include the head.",
         (*columns, *theirs),
         tuple(rows),
         ("matrices",),
@@ -66,12 +67,12 @@ def blocks(found: Sequence[Setting], published: MatrixScores, name: str) -> list
             )
         )
     with svg.style():
-        figure = Figure("Every seed, their mean and standard deviation.", tuple(panels))
+        figure = Figure("The score of every seed, with mean and standard deviation.", tuple(panels))
     return [figure, table]
 
 
 def _place(setting: Setting) -> tuple[bool, int, list[int]]:
-    """The order of Table 5: one matrix of attention, two, four; then the MLP's."""
+    """Return the sort key of Table 5: one matrix of attention, two, four; then the MLP's."""
     order = ("query", "q", "key", "k", "value", "v", "output", "o")
     names = matrices(setting)
     known = [order.index(name) for name in names if name in order]
@@ -79,7 +80,7 @@ def _place(setting: Setting) -> tuple[bool, int, list[int]]:
 
 
 def label(setting: Setting) -> str:
-    """What is adapted, in a word.
+    """Return a short name of the adapted matrices.
 
     >>> label(Setting({"lora.targets": ("layer*/{query,value}/kernel",)}, ()))
     'q+v'

@@ -1,7 +1,7 @@
-"""Measurements as a JSON file, checked when it is read, and a progress bar while they are taken.
+"""Write measurements as a JSON file, check them when they are read, and show a progress bar.
 
-The check is written here: the JSON is a plain dataclass, and a library that validates one (msgspec,
-pydantic) would be one more dependency for the 25 lines of `_as`.
+The check is written by hand: the JSON is a plain dataclass, and a library that validates it
+(msgspec, pydantic) would be one more dependency in place of the 25 lines of `_as`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def bar(console: Console, text: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on a terminal, nothing elsewhere; yield the function to call after each step."""
+    """Show a bar on a terminal, and nothing elsewhere; yield the function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     shown = console.is_terminal
     with Progress(
@@ -37,10 +37,11 @@ def bar(console: Console, text: str, total: int) -> Iterator[Callable[[], None]]
 
 
 def prepared(out: str) -> pathlib.Path:
-    """Return the file for the results, after making its folder, before anything is measured.
+    """Make the folder of a results file, before anything is measured, and return its path.
 
     Raises:
-      LoraError: it is a folder. OSError: the folder cannot be made.
+      LoraError: the path is a folder.
+      OSError: the folder cannot be made.
     """
     file = pathlib.Path(out).expanduser()
     if file.is_dir():
@@ -50,21 +51,21 @@ def prepared(out: str) -> pathlib.Path:
 
 
 def write(file: pathlib.Path, found: Any) -> None:
-    """Write a dataclass as JSON, whole or not at all."""
+    """Write a dataclass as JSON, completely or not at all."""
     write_json(file, dataclasses.asdict(found))
 
 
 def read(file: pathlib.Path, kind: type[T], command: str) -> T | None:
-    """Return what `write` wrote, after checking it; None if there is no such file.
+    """Read and check a file that `write` wrote; return None if there is no such file.
 
     Args:
-      file: JSON.
-      kind: the dataclass; its fields are numbers, texts, bools, dataclasses and tuples of these.
-        A tuple has at least one entry.
-      command: that makes the file, for the message.
+      file: the JSON file.
+      kind: the dataclass. Its fields are numbers, strings, bools, dataclasses and tuples of these;
+        a tuple has at least one entry.
+      command: the command that writes the file, for the error message.
 
     Raises:
-      LoraError: it is not what `write` wrote.
+      LoraError: `write` did not write this file.
     """
     if not file.is_file():
         return None
@@ -72,13 +73,13 @@ def read(file: pathlib.Path, kind: type[T], command: str) -> T | None:
         found: T = _as(kind, json.loads(file.read_text()), "")
     except ValueError as error:
         raise LoraError(
-            f"{file} cannot be read: {error}; delete it and make it anew: {command}"
+            f"{file} cannot be read: {error}; delete it and make it again: {command}"
         ) from error
     return found
 
 
 def _as(kind: Any, value: Any, name: str) -> Any:
-    """Return a value of JSON as a `kind`; raise a ValueError that names the field if it is not."""
+    """Return a JSON value as a `kind`, or raise a ValueError that names the field."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
         if not isinstance(value, dict) or value.keys() != hints.keys():

@@ -31,7 +31,7 @@ LORA = "lora"
 FILE = "experiments/paper/configs/methods.py"
 _RATE = "optimizer.learning_rate"
 _BEYOND = 2.0  # standard errors
-# Column of the paper's tables -> the models that it is of, as our tables name it.
+# Column of the paper's tables -> its name in our tables, with the models.
 _PAPER = {"SST-2": "SST-2, RoBERTa", "BLEU": "BLEU, GPT-2 medium"}
 
 
@@ -39,8 +39,8 @@ _PAPER = {"SST-2": "SST-2, RoBERTa", "BLEU": "BLEU, GPT-2 medium"}
 class Tuned:
     """A method at each of its learning rates.
 
-    rates: all that were tried, ascending, those without a finished run too.
-    settings: the ones with finished runs, by their rates.
+    rates: all rates that were tried, ascending, including those without a finished run.
+    settings: rate -> the finished runs.
     """
 
     method: str
@@ -49,35 +49,37 @@ class Tuned:
 
     @property
     def rate(self) -> float:
-        """The learning rate with the best mean on the validation split, of those that have the
-        most seeds; the lower of two that are equal."""
+        """The learning rate with the best mean validation score.
+
+        Only rates with the most seeds count; of two equal ones it is the lower.
+        """
         most = max(len(one.runs) for one in self.settings.values())
         whole = [rate for rate in sorted(self.settings) if len(self.settings[rate].runs) == most]
         return max(whole, key=lambda rate: _known(self.settings[rate].mean("validation")))
 
     @property
     def best(self) -> Setting:
-        """What it came to at `rate`."""
+        """The finished runs at `rate`."""
         return self.settings[self.rate]
 
     @property
     def edge(self) -> str:
-        """Where `rate` is at an edge of what was tried, "lowest" or "highest"; else ""."""
+        """Whether `rate` is the "lowest" or "highest" that was tried; "" if it is neither."""
         if len(self.rates) < 2 or self.rate not in (self.rates[0], self.rates[-1]):
             return ""
         return "lowest" if self.rate == self.rates[0] else "highest"
 
     @property
     def test(self) -> list[float]:
-        """The scores of `best` on the test split, of each seed."""
+        """The test score of each seed at `rate`."""
         return self.best.scores("test")
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of two means; NaN where it is not known.
+    """The difference of two means; NaN if it is not known.
 
-    error: the standard error, by both spreads; the seeds are taken as independent.
+    error: its standard error, computed from both spreads with independent seeds.
     """
 
     value: float
@@ -90,7 +92,7 @@ class Difference:
 
 
 def difference(ours: Sequence[float], other: Sequence[float]) -> Difference:
-    """Of the means of two samples.
+    """Return the difference of the means of two samples.
 
     >>> found = difference([0.5, 0.7], [0.25, 0.25])
     >>> round(found.value, 4), round(found.error, 4), found.beyond
@@ -101,16 +103,15 @@ def difference(ours: Sequence[float], other: Sequence[float]) -> Difference:
 
 
 def tasks(folder: pathlib.Path) -> Sequence[Task]:
-    """A group of nine runs for each method."""
+    """Return one command for each method, which runs a group of nine runs."""
     return sweeps.tasks(folder, FILE, METHODS)
 
 
 def sections(folder: pathlib.Path) -> Sequence[Section]:
-    """What the report says of the runs in the folder, as far as they have finished; nothing where
-    there are none.
+    """Return the section about the runs in the folder; none if there are no runs.
 
     Raises:
-      LoraError: what a run has left cannot be read.
+      LoraError: a file of a run cannot be read.
     """
     runs = sweeps.runs(folder, METHODS)
     notes = sweeps.notes(tasks(folder), runs)
@@ -118,11 +119,11 @@ def sections(folder: pathlib.Path) -> Sequence[Section]:
     blocks: list[Block] = []
     if found:
         blocks = [*_results(found), *_differences(found), _rates(found)]
-    return (Section("LoRA and the methods beside it", (*blocks, *notes)),) if runs else ()
+    return (Section("LoRA and other methods", (*blocks, *notes)),) if runs else ()
 
 
 def tuned(runs: sweeps.Runs) -> list[Tuned]:
-    """Every method that has a finished run, in the order of the runs."""
+    """Return every method that has a finished run, in the order of the runs."""
     found = []
     for method, lefts in runs.items():
         rates = sorted({float(left.config["optimizer"]["learning_rate"]) for left in lefts})
@@ -133,7 +134,7 @@ def tuned(runs: sweeps.Runs) -> list[Tuned]:
 
 
 def _known(value: float) -> float:
-    """So that NaN is never the largest."""
+    """Replace NaN by minus infinity, so that it is never the largest."""
     return value if math.isfinite(value) else -math.inf
 
 
@@ -155,9 +156,9 @@ def _results(found: Sequence[Tuned]) -> list[Block]:
     marked = next((i for i, one in enumerate(found) if one.method == LORA), None)
     table = Table(
         "Each method at the learning rate with the best mean validation accuracy: accuracy in per "
-        "cent, mean ± standard deviation over the seeds. Trained numbers are with those of the new "
-        "head. Beside it the paper's scores (its Tables 2 and 3) at the paper's numbers of trained "
-        "parameters, in millions.",
+        "cent, mean ± standard deviation over the seeds. The trained parameters include the new "
+        "head. The last columns have the paper's scores (its Tables 2 and 3), with the paper's "
+        "numbers of trained parameters in millions.",
         (*columns, *paper),
         rows,
         ("method", "learning rate", *paper),
@@ -174,20 +175,20 @@ def _results(found: Sequence[Tuned]) -> list[Block]:
         said = "; ".join(f"{p.name} {p.trained:,}: {p.height:.1f}" for p in points)
         panel = Panel(
             "methods",
-            f"Test accuracy in per cent by trained numbers: {said}",
-            seed_scatter.draw(points, "trained numbers", "test accuracy in per cent"),
+            f"Test accuracy in per cent by trained parameters: {said}",
+            seed_scatter.draw(points, "trained parameters", "test accuracy in per cent"),
         )
         caption = (
-            "Test accuracy over trained numbers, mean and standard deviation over the seeds (the "
-            "paper's Figure 2). Methods with nearly as many numbers are moved apart."
+            "Test accuracy over trained parameters, mean and standard deviation over the seeds "
+            "(the paper's Figure 2). Points with nearly equal numbers are moved apart."
         )
         blocks.append(Figure(caption, (panel,)))
     edges = [f"{one.method} (the {one.edge})" for one in found if one.edge]
     if edges:
         blocks.append(
             Paragraph(
-                f"At the edge of what was tried is the learning rate of {', '.join(edges)}; what "
-                "lies beyond it is not known."
+                f"The best learning rate of {', '.join(edges)} is at the end of the rates that "
+                "were tried, so a better one may exist outside of them."
             )
         )
     return blocks
@@ -198,19 +199,19 @@ def _finite(value: float) -> float:
 
 
 def _of_paper(method: str, column: str) -> str:
-    """The paper's scores: 94.8 (base, 125M), 96.4 (large, 355M)."""
+    """Format the paper's scores: 94.8 (base, 125M), 96.4 (large, 355M)."""
     rows = [row for row in published.METHODS.get(method, ()) if column in row.scores]
     return ", ".join(f"{row.scores[column]:.1f} ({_size(row)})" for row in rows) or formatting.NONE
 
 
 def _size(row: published.Scored) -> str:
-    """The model, where the column is of several, and the millions."""
+    """Return the millions of parameters, with the model if the column has several."""
     model = row.model.removeprefix("RoBERTa ") + ", " if row.model.startswith("RoBERTa") else ""
     return f"{model}{row.millions:g}M"
 
 
 def _of_paper_to_lora(method: str, column: str) -> list[tuple[float, published.Scored]]:
-    """The differences to the paper's LoRA on the same model, in the paper's units."""
+    """Return the paper's differences to its LoRA on the same model, in the paper's units."""
     lora = {row.model: row.scores for row in published.METHODS[LORA]}
     return [
         (round(row.scores[column] - lora[row.model][column], 2), row)
@@ -220,7 +221,7 @@ def _of_paper_to_lora(method: str, column: str) -> list[tuple[float, published.S
 
 
 def _differences(found: Sequence[Tuned]) -> list[Block]:
-    """To LoRA, and the paper's."""
+    """Return the differences to LoRA as a table and in words, with the paper's differences."""
     lora = next((one for one in found if one.method == LORA), None)
     if lora is None or not lora.test:
         return []
@@ -245,11 +246,12 @@ def _differences(found: Sequence[Tuned]) -> list[Block]:
     paper = tuple(f"paper: {name}" for name in _PAPER.values())
     limit = lora.best.config.get("data.test_limit")
     table = Table(
-        "Test accuracy less LoRA's, in points, and the standard error of this difference of means "
-        "by the spread over the seeds. Beside it the paper's differences, each to its LoRA on the "
-        f"same model. The {'' if limit is None else f'{limit:,} '}rows of the test split are the "
-        "same for all; that they are these and not others is not in the error.",
-        ("method", "less LoRA", "standard error", *paper),
+        "Test accuracy minus LoRA's, in points, and the standard error of this difference of "
+        "means, from the spread over the seeds. The last columns have the paper's differences, "
+        "each to its LoRA on the same model. All methods are tested on the same "
+        f"{'' if limit is None else f'{limit:,} '}rows of the test split; the error does not "
+        "include the choice of these rows.",
+        ("method", "minus LoRA", "standard error", *paper),
         rows,
         ("method", *paper),
     )
@@ -257,14 +259,14 @@ def _differences(found: Sequence[Tuned]) -> list[Block]:
 
 
 def _agreement(known: dict[str, Difference]) -> str:
-    """How the differences stand to zero and to the paper's, in numbers."""
+    """Describe how many differences are clear, and how many have the sign of the paper's."""
     below = [m for m, one in known.items() if one.beyond and one.value < 0]
     above = [m for m, one in known.items() if one.beyond and one.value > 0]
     single = [m for m, one in known.items() if not math.isfinite(one.error)]
     within = [m for m in known if m not in (*below, *above, *single)]
     text = (
-        f"More than {_BEYOND:g} standard errors below LoRA: {_listed(below)}; above: "
-        f"{_listed(above)}; within: {_listed(within)}"
+        f"More than {_BEYOND:g} standard errors below LoRA: {_listed(below)}; above LoRA: "
+        f"{_listed(above)}; closer than that: {_listed(within)}"
     )
     text += f"; with too few seeds for an error: {_listed(single)}." if single else "."
     for column, name in _PAPER.items():
@@ -273,7 +275,7 @@ def _agreement(known: dict[str, Difference]) -> str:
         if theirs:
             text += f" The paper has {len(theirs)} of these differences on {name}: "
             text += f"{_signs(theirs, known)}"
-            text += f"; where ours is beyond the errors, {_signs(clear, known)}." if clear else "."
+            text += f"; where our difference is clear, {_signs(clear, known)}." if clear else "."
     return text
 
 
@@ -282,15 +284,15 @@ def _listed(methods: Sequence[str]) -> str:
 
 
 def _signs(theirs: Sequence[tuple[str, float]], known: dict[str, Difference]) -> str:
-    """How many have the sign of ours."""
+    """Count the paper's differences that have the same sign as ours."""
     products = [d * known[method].value for method, d in theirs]
     same, other = (sum(p > 0 for p in products), sum(p < 0 for p in products))
     zero = len(products) - same - other
-    return f"{same} with our sign, {other} with the other" + (f", {zero} of zero" if zero else "")
+    return f"{same} with our sign, {other} with the other" + (f", {zero} are zero" if zero else "")
 
 
 def _rates(found: Sequence[Tuned]) -> Table:
-    """The validation accuracy of every learning rate."""
+    """Return the table of the validation accuracy at every learning rate."""
     most = max(len(one.rates) for one in found)
     rows = []
     for one in found:
@@ -302,7 +304,7 @@ def _rates(found: Sequence[Tuned]) -> Table:
         rows.append((one.method, *cells))
     heads = {3: ("lowest", "middle", "highest")}.get(most, tuple(map(str, range(1, most + 1))))
     return Table(
-        "Every learning rate that was tried: validation accuracy in per cent, mean ± standard "
+        "Validation accuracy in per cent at every learning rate that was tried, mean ± standard "
         "deviation over the seeds.",
         ("method", *heads),
         tuple(rows),

@@ -14,18 +14,18 @@ from lora_jax.training.summary import in_units
 
 
 def make(experiments: Sequence[Experiment], answers: Answers) -> Report:
-    """Of these answers; an experiment that has none is named in a note."""
+    """Make the report. A note names each experiment without results."""
     missing = [one for one in experiments if one.name not in answers]
     found = [answers[one.name] for one in experiments if one.name in answers]
     spent = [cost for answer in found for cost in answer.spent]
     claims = [row for answer in found for row in answer.claims]
     return Report(
         kind="The paper's questions",
-        title="LoRA's questions, asked of small models",
+        title="The LoRA paper's questions, asked of small models",
         lead=(
-            "Which matrices to adapt, which rank, what an update is made of, and what else could "
-            "be trained: the experiments of Hu et al. (arXiv 2106.09685) on models that train on "
-            "two CPU cores, with the paper's numbers beside ours."
+            "Which matrices to adapt? Which rank? What is an update made of? How do other methods "
+            "compare? These are the experiments of Hu et al. (arXiv 2106.09685) on models that "
+            "train on two CPU cores, with the paper's numbers next to ours."
         ),
         facts=(
             Fact(
@@ -36,7 +36,7 @@ def make(experiments: Sequence[Experiment], answers: Answers) -> Report:
             Fact(
                 "time",
                 f"{sum(cost.seconds for cost in spent) / 60:,.0f} minutes",
-                "of all commands, one after the other",
+                "for all commands, one after the other",
             ),
             *(fact for answer in found for fact in answer.facts),
         ),
@@ -47,7 +47,8 @@ def make(experiments: Sequence[Experiment], answers: Answers) -> Report:
         ),
         notes=tuple(
             Note(
-                f"Nothing of {one.name} ({one.asks}): run `python -m experiments.paper {one.name}`."
+                f"There are no results of {one.name} ({one.asks}): run `python -m "
+                f"experiments.paper {one.name}`."
             )
             for one in missing
         ),
@@ -75,7 +76,7 @@ def _how(spent: Sequence[costs.Cost]) -> Section:
         (
             Table(
                 "Every command, with all times that it was started: minutes from start to end, "
-                "which are more where the machine had other work, and of all cores together.",
+                "which include other work of the machine, and minutes of all cores together.",
                 ("command", "minutes", "processor", "memory", "day", "machine"),
                 rows,
                 ("command", "day", "machine"),

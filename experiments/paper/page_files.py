@@ -1,7 +1,6 @@
-"""The files of the page: report.html, which holds its figures, and report.md, which refers to them.
+"""Write the page: report.html, which contains its figures, and report.md, which refers to them.
 
-A figure is drawn, or it is the SVG that an earlier page holds, of experiments that have no runs
-here.
+A figure is drawn, or it is the SVG of an earlier page if the experiment has no runs here.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from lora_jax.training.directory import write_whole
 
 
 def write(report: Report, folder: pathlib.Path) -> pathlib.Path:
-    """Write both files into `folder`, which is made, and return the path of report.html."""
+    """Write both files into `folder`, make it if needed, and return the path of report.html."""
     folder.mkdir(parents=True, exist_ok=True)
     inline = {panel.name: _inline(panel) for panel in report.panels}
     write_whole(folder / MARKDOWN, render.markdown(report, _alternatives).encode())

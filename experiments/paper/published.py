@@ -1,15 +1,15 @@
-"""The paper's own numbers, which the report compares with ours.
+"""The paper's own numbers, with which the report compares ours.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, version 2, whose
-text all of them were compared with. Scores are in the paper's units: per cent of accuracy for MNLI,
-SST-2 and WikiSQL, BLEU for E2E.
+They are from Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685,
+version 2, and all of them were checked against its text. Scores are in the paper's units: per cent
+of accuracy for MNLI, SST-2 and WikiSQL, BLEU for E2E.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Table 5: GPT-3 175B at 18M numbers; matrices -> (WikiSQL, MNLI).
+# Table 5: GPT-3 175B with 18M trained parameters; matrices -> (WikiSQL, MNLI).
 MATRICES: dict[tuple[str, ...], tuple[float, float]] = {
     ("query",): (70.4, 91.0),
     ("key",): (70.0, 90.8),
@@ -62,7 +62,7 @@ GENERATION: dict[int, tuple[float, float]] = {
 
 
 class PublishedAmplification(NamedTuple):
-    """A column pair of Table 7: ‖UᵀWV‖ by whose directions U and V are, ‖W‖ and ‖ΔW‖."""
+    """Table 7 for one rank: ‖UᵀWV‖ with U and V of the update, of W and random, ‖W‖ and ‖ΔW‖."""
 
     along_update: float
     along_weight: float
@@ -86,8 +86,8 @@ class Scored(NamedTuple):
     scores: dict[str, float]
 
 
-# Tables 2 and 3: our name of the method -> rows. SST-2 is what is nearest to the movie reviews. The
-# rows of RoBERTa large that are marked "restricted" follow the setup of Houlsby et al.
+# Tables 2 and 3: our name of the method -> rows. SST-2 is the task most like the movie reviews. The
+# rows of RoBERTa large marked "restricted" follow the setup of Houlsby et al.
 METHODS: dict[str, tuple[Scored, ...]] = {
     "full": (
         Scored("RoBERTa base", 125.0, {"SST-2": 94.8, "GLUE": 86.4}),
@@ -138,8 +138,8 @@ class Latency(NamedTuple):
     deviation: float
 
 
-# GPT-2 medium on a Quadro RTX8000; (batch, length) -> our name of the
-# method -> time. LoRA is merged.
+# GPT-2 medium on a Quadro RTX8000; (batch, length) -> our name of the method -> time. LoRA is
+# merged.
 LATENCY: dict[tuple[int, int], dict[str, Latency]] = {
     (32, 512): {
         "lora": Latency(1449.4, 0.8),
@@ -158,7 +158,7 @@ LATENCY: dict[tuple[int, int], dict[str, Latency]] = {
     },
 }
 
-# Table 1's |Θ|: millions of numbers that the adapter layers of either kind have in that column.
+# Table 1's |Θ|: millions of parameters of both kinds of adapter layers in that column.
 LATENCY_MILLIONS: dict[tuple[int, int], float] = {(32, 512): 0.5, (16, 256): 11.0, (1, 128): 11.0}
 
 

@@ -1,4 +1,4 @@
-"""The experiments, in the order of the report."""
+"""The list of experiments, in the order of the report."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ NAMES = (
 
 
 def experiments(base: BaseChoice) -> tuple[Experiment, ...]:
-    """All of them.
+    """Return all experiments.
 
     Args:
-      base: what the updates are compared with in Table 7.
+      base: the base model that Table 7 compares the updates with.
     """
     every = (
         Experiment(
@@ -69,13 +69,13 @@ def experiments(base: BaseChoice) -> tuple[Experiment, ...]:
         ),
         Experiment(
             "definitions",
-            "Tables 5 and 18 of a decoder: SmolLM2 on definitions",
+            "Tables 5 and 18 for a decoder: SmolLM2 on definitions",
             _swept("definitions"),
-            _section("The same of a decoder", _DEFINITIONS, _definitions),
+            _section("The same for a decoder", _DEFINITIONS, _definitions),
         ),
         Experiment(
             "latency",
-            "Table 1: what adapter layers and LoRA cost in a forward pass",
+            "Table 1: the cost of adapter layers and LoRA in a forward pass",
             _measured("latency"),
             latency.sections,
         ),
@@ -91,10 +91,10 @@ def experiments(base: BaseChoice) -> tuple[Experiment, ...]:
 
 
 def chosen(names: Sequence[str], base: BaseChoice) -> tuple[Experiment, ...]:
-    """Those of these names, all of none.
+    """Return the experiments with these names, or all of them without names.
 
     Raises:
-      LoraError: a name that there is not.
+      LoraError: there is no experiment of one of the names.
     """
     for name in names:
         if name not in NAMES:
@@ -106,7 +106,7 @@ def chosen(names: Sequence[str], base: BaseChoice) -> tuple[Experiment, ...]:
 
 
 def _swept(name: str) -> Callable[[pathlib.Path], Sequence[Task]]:
-    """One sweep of `experiments/paper/configs`."""
+    """Return the command of a sweep in `experiments/paper/configs`."""
     config = f"experiments/paper/configs/{name}.py"
     return lambda folder: (
         Task(folder, ("train.py", "--config", config, "--run-dir", str(folder))),
@@ -114,7 +114,7 @@ def _swept(name: str) -> Callable[[pathlib.Path], Sequence[Task]]:
 
 
 def _measured(name: str) -> Callable[[pathlib.Path], Sequence[Task]]:
-    """One module of this room that measures."""
+    """Return the command of a module here that measures."""
     return lambda folder: (
         Task(folder, ("-m", f"experiments.paper.{name}", "--out", str(folder / f"{name}.json"))),
     )
@@ -123,7 +123,7 @@ def _measured(name: str) -> Callable[[pathlib.Path], Sequence[Task]]:
 def _section(
     title: str, text: str, blocks: Callable[[Sequence[Setting]], Sequence[Block]]
 ) -> Callable[[pathlib.Path], Sequence[Section]]:
-    """What is said of a folder of runs; nothing where none has finished."""
+    """Return a function that makes the section of a folder of runs; none if no run has finished."""
 
     def sections(folder: pathlib.Path) -> Sequence[Section]:
         found = blocks(settings(there(folder)))
@@ -137,7 +137,7 @@ def _matrices(found: Sequence[Setting]) -> Sequence[Block]:
 
 
 def _definitions(found: Sequence[Setting]) -> Sequence[Block]:
-    """Those of one budget, and those on q and v by rank."""
+    """Make the blocks of the settings with equal budgets, and those on q and v by rank."""
     budgets = [setting.trained for setting in found]
     common = max(set(budgets), key=budgets.count) if budgets else 0
     alike = [setting for setting in found if setting.trained == common]
@@ -149,14 +149,15 @@ def _definitions(found: Sequence[Setting]) -> Sequence[Block]:
 
 
 _MATRICES = (
-    "The same number of trained parameters over different matrices of every layer of MiniLM, on "
-    "the movie reviews. The paper left the MLP open; here it is beside the others."
+    "The same number of trained parameters on different matrices of every layer of MiniLM, on the "
+    "movie reviews. The paper does not try the MLP, which is included here."
 )
 _RANKS = (
-    "MiniLM on the movie reviews. The scale alpha / r is the same at every rank, and rank 64 is "
-    "there a second time with the alpha of rank 8: the paper has one alpha for all ranks."
+    "MiniLM on the movie reviews. The scale alpha / r is the same at every rank. Rank 64 is there "
+    "a second time with the alpha of rank 8, because the paper has one alpha for all ranks."
 )
 _DEFINITIONS = (
-    "SmolLM2-135M from a word to its WordNet definition; the score is the loss per token, and less "
-    "is better. The first table has one number of trained parameters, the second ranks on q and v."
+    "SmolLM2-135M writes the WordNet definition of a word. The score is the loss per token, where "
+    "less is better. In the first table all choices have the same number of trained parameters; "
+    "the second compares ranks on q and v."
 )

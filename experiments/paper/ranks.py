@@ -14,12 +14,13 @@ RankScores = Mapping[tuple[str, ...], Mapping[int, tuple[float, float]]]
 
 
 def blocks(found: Sequence[Setting], name: str) -> list[Block]:
-    """A table and a picture of settings that differ in rank and matrices; none of none.
+    """Make a figure and a table of settings that differ in rank and matrices, if there are any.
 
-    Beside accuracies are those of Table 6, beside losses those of Table 18.
+    Accuracies are compared with Table 6, losses with Table 18.
 
     Args:
-      name: of the pictures.
+      found: the settings.
+      name: the start of the pictures' names.
     """
     if not found:
         return []
@@ -75,11 +76,12 @@ def blocks(found: Sequence[Setting], name: str) -> list[Block]:
             charts.lines(paper_lines, "rank r", unit_of_theirs, what),
         ),
     )
-    return [Figure("Over the rank; bars are a standard deviation over seeds.", panels), table]
+    caption = "Scores over the rank; bars are the standard deviation over seeds."
+    return [Figure(caption, panels), table]
 
 
 def _paper(setting: Setting, classified: bool) -> list[str]:
-    """The paper's two scores at this rank, and on these matrices."""
+    """Return the paper's two scores at this rank on these matrices."""
     rank = setting.config["lora.rank"]
     if classified:
         found = published.RANKS.get(matrices(setting), {}).get(rank)
@@ -96,7 +98,7 @@ def _scale(setting: Setting) -> float:
 
 
 def _theirs(classified: bool) -> tuple[dict[str, dict[int, tuple[float]]], str, str]:
-    """The paper's lines, what they are of, and their unit."""
+    """Return the paper's lines, their description and their unit."""
     if classified:
         short = {1: "q", 2: "q+v", 4: "q+k+v+o"}
         lines = {

@@ -1,8 +1,8 @@
-"""What the report says of each experiment, kept for the next report into the same folder.
+"""Keep each experiment's part of the report for the next report into the same folder.
 
-The runs of all experiments are gigabytes, and no machine has to hold them at once: a report leaves
-its texts and tables in report.json, one line an experiment, and its figures in report.html. The
-next report takes from there what it finds no runs of.
+The runs of all experiments are gigabytes, and no machine has to hold them at once. A report writes
+its texts and tables to report.json, one line for each experiment, and its figures to report.html.
+The next report takes from there the parts of experiments without runs.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from lora_jax.errors import LoraError
 from lora_jax.report import render
 from lora_jax.report.document import Fact, Section
 
-FILE = "report.json"  # beside the page
+FILE = "report.json"  # in the folder of the page
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """To one question.
+    """The results of one experiment.
 
-    sections: of the page. claims: the paper's, with its numbers and ours.
-    facts: for the top of the page.
-    runs: that have finished. spent: on the commands that have been started.
+    sections: its sections of the page.
+    claims: the paper's claims, with its numbers and ours.
+    facts: facts for the top of the page.
+    runs: the number of finished runs.
+    spent: the costs of the commands that were started.
     """
 
     sections: tuple[Section, ...]
@@ -40,14 +42,14 @@ class Answer:
     spent: tuple[costs.Cost, ...]
 
 
-Answers = Mapping[str, Answer]  # by the experiments' names
+Answers = Mapping[str, Answer]  # name of the experiment -> its results
 
 
 def of(experiment: Experiment, folder: pathlib.Path) -> Answer | None:
-    """What the runs in a folder say; None where there is nothing yet.
+    """Return the results of the runs in a folder; None if there is nothing yet.
 
     Raises:
-      LoraError: what a run has left cannot be read.
+      LoraError: a file of a run cannot be read.
     """
     sections = tuple(experiment.sections(folder))
     if not sections:
@@ -66,18 +68,18 @@ def of(experiment: Experiment, folder: pathlib.Path) -> Answer | None:
 def gather(
     experiments: Sequence[Experiment], runs: pathlib.Path, before: Answers
 ) -> tuple[dict[str, Answer], list[str]]:
-    """The answers of all experiments that there are any of, from their runs before all else.
+    """Return the results of all experiments that have some, from their runs if there are any.
 
     Args:
-      runs: with a folder for each experiment.
-      before: the answers of an earlier report.
+      experiments: the experiments.
+      runs: the folder with a folder for each experiment.
+      before: the results in an earlier report, for experiments without runs.
 
     Returns:
-      The answers in the order of the experiments, and the names of those that are of the earlier
-      report.
+      The results in the order of the experiments, and the names of those from the earlier report.
 
     Raises:
-      LoraError: what a run has left cannot be read.
+      LoraError: a file of a run cannot be read.
     """
     found, kept = {}, []
     for one in experiments:
@@ -91,7 +93,7 @@ def gather(
 
 
 def write(answers: Answers, folder: pathlib.Path) -> None:
-    """Write them into the folder of the page."""
+    """Write the results into the folder of the page."""
     lines = [
         f"{json.dumps(name)}: {json.dumps(_plain(answer), ensure_ascii=False)}"
         for name, answer in answers.items()
@@ -102,10 +104,10 @@ def write(answers: Answers, folder: pathlib.Path) -> None:
 
 
 def read(folder: pathlib.Path) -> dict[str, Answer]:
-    """What `write` left in a folder; nothing where there is no such file.
+    """Read the results that `write` wrote into a folder; none if there is no such file.
 
     Raises:
-      LoraError: it cannot be read, or the page has not all of its figures.
+      LoraError: the file cannot be read, or a figure is missing in the page.
     """
     file = folder / FILE
     if not file.is_file():
@@ -116,9 +118,9 @@ def read(folder: pathlib.Path) -> dict[str, Answer]:
         return {name: _answer(value, drawings) for name, value in found.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise LoraError(
-            f"{file} and {render.HTML} cannot be read: {error}; put both back as they were "
+            f"{file} and {render.HTML} cannot be read: {error}; restore both "
             "(in a checkout: `git checkout` of the folder), or write the report to another folder "
-            "with --out: it is what this report keeps of experiments that have no runs here"
+            "with --out: these files hold the parts of experiments that have no runs here"
         ) from error
 
 

@@ -14,24 +14,23 @@ from lora_jax.report.document import Block, Figure, Panel, Section, Table
 
 METHODS = ("full", "prefix_embedding", "prefix_layer", "lora")
 FILE = "experiments/paper/configs/samples.py"
-ALL = 10_289  # rows of the training split of the reviews, for the axis
+ALL = 10_289  # rows of the reviews' training split, the last point of the axis
 _RATE, _LIMIT = "optimizer.learning_rate", "data.train_limit"
 
-Limits = dict[int | None, Setting]  # training examples, None: all
-Found = dict[str, Limits]  # by the methods' names
+Limits = dict[int | None, Setting]  # training examples -> runs; None is all examples
+Found = dict[str, Limits]  # name of the method -> its runs
 
 
 def tasks(folder: pathlib.Path) -> Sequence[Task]:
-    """A group of nine runs for each method."""
+    """Return one command for each method, which runs a group of nine runs."""
     return sweeps.tasks(folder, FILE, METHODS)
 
 
 def sections(folder: pathlib.Path) -> Sequence[Section]:
-    """What the report says of the runs in the folder, as far as they have finished; nothing where
-    there are none.
+    """Return the section about the runs in the folder; none if there are no runs.
 
     Raises:
-      LoraError: what a run has left cannot be read.
+      LoraError: a file of a run cannot be read.
     """
     runs = sweeps.runs(folder, METHODS)
     notes = sweeps.notes(tasks(folder), runs)
@@ -41,7 +40,7 @@ def sections(folder: pathlib.Path) -> Sequence[Section]:
 
 
 def by_limit(runs: sweeps.Runs) -> Found:
-    """The finished runs of each method by the number of training examples, all of them last."""
+    """Group the finished runs of each method by the number of training examples, "all" last."""
     found: Found = {}
     for method, lefts in runs.items():
         own = {one.config.get(_LIMIT): one for one in settings.settings(lefts)}
@@ -75,8 +74,9 @@ def _results(found: Found) -> list[Block]:
     table = Table(
         "Test accuracy in per cent by the number of training examples, mean ± standard deviation "
         f"over {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds; all is "
-        f"{ALL:,}. Every run takes as many steps, and the best of its evaluations on the "
-        "validation split is kept. Beside it the paper's GPT-3 175B on MNLI (its Table 16).",
+        f"{ALL:,}. Every run takes the same number of steps, and the best of its evaluations on "
+        "the validation split is kept. The last columns have the paper's scores of GPT-3 175B on "
+        "MNLI (its Table 16).",
         ("method", "learning rate", *ours, *(f"paper: {count:,}" for count in theirs)),
         tuple(rows),
         ("method", "learning rate"),
@@ -87,12 +87,12 @@ def _results(found: Found) -> list[Block]:
 
 _CAPTION = (
     "Test accuracy over training examples, mean and standard deviation over the seeds. The methods "
-    "are moved apart a little, so that each bar is seen."
+    "are moved apart a little, so that every bar can be seen."
 )
 
 
 def _panel(found: Found) -> Panel:
-    """A line for each method."""
+    """Draw a line for each method."""
     lines = {
         method: {_count(x): [100 * v for v in one.scores("test")] for x, one in own.items()}
         for method, own in found.items()

@@ -1,6 +1,6 @@
-"""Sections of a report as values of JSON, and back.
+"""Convert sections of a report to JSON values and back.
 
-Figures are not in them: they are read from the page, report.html.
+The figures are not among them: they are read from the page, report.html.
 
 >>> section = Section("Scores", (Paragraph("Of one run."), Table("All", ("split",), (("test",),))))
 >>> read(plain(section), {}) == section
@@ -17,19 +17,19 @@ from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Sect
 
 
 def plain(section: Section) -> dict[str, Any]:
-    """As values of JSON."""
+    """Return a section as JSON values."""
     return {"title": section.title, "blocks": [_plain(block) for block in section.blocks]}
 
 
 def read(found: Any, drawings: Mapping[str, str]) -> Section:
-    """Return the section that `plain` gave, after it has been through JSON.
+    """Return the section of the JSON values that `plain` returned.
 
     Args:
-      found: the values of JSON.
+      found: the JSON values.
       drawings: the SVG of each panel, by its name.
 
     Raises:
-      KeyError, TypeError, ValueError: it is something else, or a panel has no drawing.
+      KeyError, TypeError, ValueError: `plain` did not return this, or a panel has no drawing.
     """
     return Section(found["title"], tuple(_block(block, drawings) for block in found["blocks"]))
 
@@ -58,4 +58,4 @@ def _block(found: Any, drawings: Mapping[str, str]) -> Block:
             )
             return Figure(fields["caption"], panels)
         case kind:
-            raise ValueError(f"no block is a {kind!r}")
+            raise ValueError(f"there is no block of the kind {kind!r}")

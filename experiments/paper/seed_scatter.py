@@ -11,17 +11,19 @@ from matplotlib.figure import Figure
 
 from lora_jax.report import svg
 
-# In powers of ten of the axis: points that are nearer have a column of names, and are moved apart.
+# In powers of ten of the axis: nearer points share a column of names; points are moved so far
+# apart.
 _NEAR, _APART = 0.35, 0.07
-_ROOM = 0.55  # left and right of all points
-_LINE = 0.062  # of the axis' height, that a name needs
-_COLOURS = ("#3f78b5", "#c8553d")  # readable on light and dark; the second is the one that counts
+_ROOM = 0.55  # free space left and right of all points
+_LINE = 0.062  # height of a name as a share of the axis' height
+_COLOURS = ("#3f78b5", "#c8553d")  # visible on light and dark pages; the second is for `counts`
 
 
 class NamedPoint(NamedTuple):
-    """One method.
+    """One point.
 
-    trained: along the axis, at least 1. spread: of the height, in its units.
+    trained: its place along the axis, at least 1.
+    spread: the length of its error bar, in the unit of the height.
     """
 
     name: str
@@ -36,10 +38,12 @@ class _Placed(NamedTuple):
 
 
 def draw(points: Sequence[NamedPoint], along: str, up: str, counts: str = "lora") -> Figure:
-    """The points, with their spreads as bars.
+    """Draw the points, with their spreads as bars.
 
     Args:
-      along, up: what the axes are.
+      points: the points.
+      along: the label of the horizontal axis.
+      up: the label of the vertical axis.
       counts: the name of the point that has another colour.
     """
     ordered = sorted(points, key=lambda point: point.trained)
@@ -74,7 +78,7 @@ def draw(points: Sequence[NamedPoint], along: str, up: str, counts: str = "lora"
 
 
 def _groups(ordered: Sequence[NamedPoint]) -> list[list[NamedPoint]]:
-    """Points that are near each other, together."""
+    """Group points that are near each other."""
     groups = [[ordered[0]]]
     for last, point in itertools.pairwise(ordered):
         if math.log10(point.trained / last.trained) < _NEAR:
@@ -85,17 +89,17 @@ def _groups(ordered: Sequence[NamedPoint]) -> list[list[NamedPoint]]:
 
 
 def _gap(groups: Sequence[Sequence[NamedPoint]], number: int) -> float:
-    """Between a group and the next, in powers of ten."""
+    """Return the distance between a group and the next, in powers of ten."""
     return math.log10(groups[number + 1][0].trained / groups[number][-1].trained)
 
 
 def _apart(group: Sequence[NamedPoint]) -> list[_Placed]:
-    """Each at its place, but as far from the one before as its bar is to be seen."""
+    """Move the points of a group apart, as much as is needed to see their bars."""
     places = [math.log10(point.trained) for point in group]
     moved = [places[0]]
     for place in places[1:]:
         moved.append(max(place, moved[-1] + _APART))
-    shift = (math.fsum(places) - math.fsum(moved)) / len(group)  # the middle stays
+    shift = (math.fsum(places) - math.fsum(moved)) / len(group)  # keeps the mean place
     return [_Placed(p, 10 ** (place + shift)) for p, place in zip(group, moved, strict=True)]
 
 
@@ -106,7 +110,7 @@ def _above(axis: Any, placed: _Placed) -> None:
 
 
 def _column(axis: Any, placed: Sequence[_Placed], side: int, ends: tuple[float, float]) -> None:
-    """Names one below the other, beside the points, and a thin line from each to its own."""
+    """Write names in a column left or right of the points, with a thin line to each point."""
     ordered = sorted(placed, key=lambda one: one.point.height)
     edge = (max if side > 0 else min)(x for _, x in placed)
     heights = _spaced([point.height for point, _ in ordered], _LINE * (ends[1] - ends[0]), ends)
@@ -124,12 +128,12 @@ def _column(axis: Any, placed: Sequence[_Placed], side: int, ends: tuple[float, 
 
 
 def _spaced(heights: Sequence[float], least: float, ends: tuple[float, float]) -> list[float]:
-    """Ascending heights moved until they are `least` apart, about as little as can be.
+    """Move ascending heights until they are `least` apart, about as little as possible.
 
     >>> _spaced([0.0, 0.0, 5.0], 1.0, (-10.0, 10.0))
     [-0.5, 0.5, 5.0]
     """
-    blocks: list[tuple[float, int]] = []  # the middle of names that touch, and how many they are
+    blocks: list[tuple[float, int]] = []  # groups of touching names: their middle, their number
     for height in heights:
         middle, count = height, 1
         while blocks and middle - blocks[-1][0] < least * (count + blocks[-1][1]) / 2:

@@ -1,4 +1,4 @@
-"""Group runs that differ in the seed alone, and give their mean and standard deviation."""
+"""Group runs that differ only in the seed, and compute their mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_jax.report.run_files import SavedRun, is_run, read
 
 
 class Unit(NamedTuple):
-    """How a score is shown: times `factor`, with so many decimals."""
+    """The form in which a score is shown: its factor, and its number of decimals."""
 
     label: str
     factor: float
@@ -30,6 +30,7 @@ class Setting:
     """Finished runs of one config with several seeds.
 
     config: dotted path -> value, without the seed.
+    runs: one run for each seed.
     """
 
     config: dict[str, Any]
@@ -37,27 +38,29 @@ class Setting:
 
     @property
     def select(self) -> str:
-        """The number that picked the best adapters."""
+        """The score that picked the best adapters."""
         summary = self.runs[0].summary
         assert summary is not None
         return str(summary["select"])
 
     @property
     def unit(self) -> Unit:
-        """How that number is shown."""
+        """The form in which that score is shown."""
         return PER_CENT if self.select == "accuracy" else Unit(self.select, 1.0, 3)
 
     def shown(self, split: str) -> list[float]:
-        """The scores of a split in this unit."""
+        """Return the scores of a split in this unit."""
         return [self.unit.factor * value for value in self.scores(split)]
 
     def text(self, split: str) -> str:
-        """Their mean and standard deviation in this unit."""
+        """Format the mean and standard deviation of a split in this unit."""
         return text(self.scores(split), self.unit.factor, self.unit.decimals)
 
     def scores(self, split: str, name: str | None = None) -> list[float]:
-        """A number of the evaluation after training, of each run that has it; None: what picked
-        the best adapter."""
+        """Return a score after training, of each run that has it.
+
+        `name` is the score; None is the one that picked the best adapter.
+        """
         found = []
         for run in self.runs:
             value = run.after.get(split, {}).get(name or self.select)
@@ -66,33 +69,33 @@ class Setting:
         return found
 
     def mean(self, split: str, name: str | None = None) -> float:
-        """Over the seeds; NaN where there is none."""
+        """Return the mean over the seeds; NaN if there is none."""
         return mean(self.scores(split, name))
 
     def spread(self, split: str, name: str | None = None) -> float:
-        """Standard deviation over the seeds, of a sample; NaN for fewer than two."""
+        """Return the standard deviation over the seeds; NaN for fewer than two."""
         return spread(self.scores(split, name))
 
     @property
     def trained(self) -> int:
-        """Trained numbers, those of a new head with them."""
+        """The number of trained parameters, also in a new head."""
         summary = self.runs[0].summary
         assert summary is not None
         return int(summary["adapter_parameters"] + summary["trainable_parameters"])
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of no values NaN."""
+    """Return the mean; NaN of no values."""
     return statistics.fmean(values) if values else math.nan
 
 
 def spread(values: Sequence[float]) -> float:
-    """Standard deviation of a sample; NaN for fewer than two."""
+    """Return the standard deviation of a sample; NaN for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def text(values: Sequence[float], factor: float = 100.0, decimals: int = 1) -> str:
-    """Mean and spread as a table has them, by default in per cent.
+    """Format mean and spread for a table, by default in per cent.
 
     >>> text([0.75, 0.77]), text([0.75]), text([])
     ('76.0 ± 1.4', '75.0', '-')
@@ -105,7 +108,7 @@ def text(values: Sequence[float], factor: float = 100.0, decimals: int = 1) -> s
 
 
 def settings(runs: Sequence[SavedRun]) -> list[Setting]:
-    """The finished runs by their configs, in the order of the first of each."""
+    """Group the finished runs by their configs, in the order of the first run of each."""
     found: dict[tuple[Any, ...], list[SavedRun]] = {}
     for run in runs:
         if run.summary is not None:
@@ -116,10 +119,10 @@ def settings(runs: Sequence[SavedRun]) -> list[Setting]:
 
 
 def there(folder: pathlib.Path) -> tuple[SavedRun, ...]:
-    """The runs in a folder, also those in folders of it; none where there is none yet.
+    """Read the runs in a folder and in its folders; none if there are none yet.
 
     Raises:
-      LoraError: what a run has left cannot be read.
+      LoraError: a file of a run cannot be read.
     """
     if not folder.is_dir():
         return ()
@@ -130,7 +133,7 @@ def there(folder: pathlib.Path) -> tuple[SavedRun, ...]:
 
 
 def matrices(setting: Setting) -> tuple[str, ...]:
-    """Which matrices of a layer its targets name, in the patterns' order.
+    """Return the matrices of a layer that the targets name, in the order of the patterns.
 
     >>> matrices(Setting({"lora.targets": ("bert/layer*/attention/{query,value}/kernel",)}, ()))
     ('query', 'value')

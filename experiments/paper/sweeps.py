@@ -1,7 +1,7 @@
-"""Experiments of several groups: their commands, their runs, and what is missing.
+"""The commands, runs and missing runs of experiments that have several groups.
 
-A group, such as that of a method or of a model, is in the folder of its name, and an attribute of
-that name is its config.
+A group, such as the runs of one method or of one model, has a folder and a config attribute of its
+name.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from lora_jax.report import single_run
 from lora_jax.report.document import Note
 from lora_jax.report.run_files import SavedRun
 
-_NOTES = 4  # of runs that have not finished; more are counted
+_NOTES = 4  # at most this many unfinished runs get a note; more are only counted
 Runs = dict[str, list[SavedRun]]  # name of the group -> its runs
 
 
 def tasks(folder: pathlib.Path, file: str, groups: Sequence[str]) -> list[Task]:
-    """The commands.
+    """Return the command of each group.
 
     Args:
-      file: the config file, below the repository's root.
-      groups: the attributes of it.
+      folder: the folder of the experiment.
+      file: the config file, as a path from the root of the repository.
+      groups: the names of its attributes.
     """
     return [
         Task(
@@ -36,12 +37,12 @@ def tasks(folder: pathlib.Path, file: str, groups: Sequence[str]) -> list[Task]:
 
 
 def runs(folder: pathlib.Path, methods: Sequence[str]) -> Runs:
-    """All runs that are there, finished or not, by the methods of their configs.
+    """Read all runs in a folder, finished or not, and group them by the methods of their configs.
 
-    Methods are in the order given; those that have none are not in it.
+    The methods are in the order given; a method without runs is left out.
 
     Raises:
-      LoraError: what a run has left cannot be read.
+      LoraError: a file of a run cannot be read.
     """
     found: Runs = {method: [] for method in methods}
     for run in there(folder):
@@ -51,11 +52,11 @@ def runs(folder: pathlib.Path, methods: Sequence[str]) -> Runs:
 
 
 def notes(tasks: Sequence[Task], found: Runs) -> list[Note]:
-    """What is not there, and the commands that make it.
+    """Return notes about missing and unfinished runs, with the commands that make them.
 
     Args:
-      tasks: what `tasks` gives.
-      found: what `runs` gives.
+      tasks: the return value of `tasks`.
+      found: the return value of `runs`.
     """
     missing = [task for task in tasks if task.folder.name not in found]
     waiting = [run for saved in found.values() for run in saved if run.summary is None]
@@ -70,8 +71,8 @@ def notes(tasks: Sequence[Task], found: Runs) -> list[Note]:
         every = sum(map(len, found.values()))
         said.append(
             Note(
-                f"{len(waiting)} of {every} runs have not finished: {several}. What has finished "
-                "is shown; the same commands go on with the others."
+                f"{len(waiting)} of {every} runs have not finished: {several}. This report shows "
+                "the finished ones; the same commands continue the others."
             )
         )
     return said
@@ -83,6 +84,8 @@ def _missing(missing: Sequence[Task]) -> list[Note]:
     names = [task.folder.name for task in missing]
     command = " ".join(("python", *missing[0].arguments))
     rest = (
-        f"; {', '.join(names[1:])} in the place of {names[0]} for the others" if names[1:] else ""
+        f"; for the others, put {', '.join(names[1:])} in place of {names[0]}" if names[1:] else ""
     )
-    return [Note(f"There are no runs of {', '.join(names)}. To have them: {command}{rest}.")]
+    return [
+        Note(f"There are no runs of {', '.join(names)}. This command makes them: {command}{rest}.")
+    ]

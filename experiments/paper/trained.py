@@ -1,4 +1,4 @@
-"""Full fine-tuning and LoRA of one model: the training step of train.py, compiled on one device."""
+"""Compile the training step of train.py on one device, for full fine-tuning and for LoRA."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lora_jax.training.workload import Loss, Workload
 from measuring.published_models import MINILM, SMOLLM2, normal
 
 SIDES = ("full", "lora")
-_STEPS = 1000  # of the schedule; how many does not matter
+_STEPS = 1000  # of the learning-rate schedule; any number gives the same times
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, and the batches it is trained on.
+    """A model, and the shape of its batches.
 
-    targets: query and value.
-    trainable: what LoRA trains with its factors, a new head.
+    targets: the pattern of the weights with adapters, query and value.
+    trainable: the patterns that LoRA trains in full, which is a new head.
     """
 
     name: str
-    config: models.BertConfig | models.LlamaConfig
+    config: models.BertConfig | models.DecoderConfig
     rows: int
     length: int
     targets: str
@@ -42,7 +42,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Of one batch."""
+        """The number of tokens in a batch."""
         return self.rows * self.length
 
 
@@ -58,9 +58,9 @@ CASES = {
 class TrainingSide(NamedTuple):
     """One of `SIDES`, ready to take its steps.
 
-    layout: of LoRA; without targets where there is none.
-    state: before the first step. The program takes it, and gives the next: it is not to be used
-      after that.
+    layout: the layout of LoRA, without targets for full fine-tuning.
+    state: the state before the first step. The program donates it, so use the returned one
+      afterwards.
     frozen: the parameters that are not trained.
     program: the step, `program(state, frozen, batch) -> (state, metrics)`.
     """
@@ -73,7 +73,7 @@ class TrainingSide(NamedTuple):
 
 
 def sides(case: Case) -> dict[str, Callable[[], TrainingSide]]:
-    """What makes each side; they share the random parameters and the batch."""
+    """Return a function that makes each side; they share the random parameters and the batch."""
     workload, batch = _workload(case), _batch(case)
     spec = lora_jax.LoraSpec(case.rank, 2.0 * case.rank, (case.targets,))
     key = jax.random.key(0)
@@ -94,11 +94,11 @@ def sides(case: Case) -> dict[str, Callable[[], TrainingSide]]:
 
 
 def _workload(case: Case) -> Workload:
-    """The model with random weights, and its loss; it has no data."""
+    """Return the model with random weights and its loss; it has no data."""
     loss: Callable[[Any, Any], Loss]
-    if isinstance(case.config, models.LlamaConfig):
+    if isinstance(case.config, models.DecoderConfig):
         shapes = models.shapes(case.config)
-        apply, loss = causal_lm.apply_of(models.Llama(case.config)), causal_lm.token_loss
+        apply, loss = causal_lm.apply_of(models.DecoderModel(case.config)), causal_lm.token_loss
     else:
         shapes = models.shapes(case.config, models.Head("mean", 2))
         model = models.BertClassifier(case.config, 2, "mean")
@@ -112,7 +112,7 @@ def _workload(case: Case) -> Workload:
 
 
 def _batch(case: Case) -> dict[str, jax.Array]:
-    """Random tokens without padding."""
+    """Return a batch of random tokens without padding."""
     shape, (one, two) = (case.rows, case.length), jax.random.split(jax.random.key(1))
     words = case.config.vocab_size
     ids = jax.random.randint(one, shape, 0, words, dtype=jnp.int32)
@@ -130,7 +130,7 @@ def _batch(case: Case) -> dict[str, jax.Array]:
 
 
 def stepping(side: TrainingSide) -> Callable[[], Any]:
-    """A function that takes one step each time it is called; it gives the new state."""
+    """Return a function that takes one step each time it is called, and returns the new state."""
     state = side.state
 
     def take() -> step.State:
@@ -143,12 +143,12 @@ def stepping(side: TrainingSide) -> Callable[[], Any]:
 
 @dataclasses.dataclass(frozen=True)
 class StepBytes:
-    """Of a step on its device, by XLA's own account of the compiled program.
+    """The memory of a step on its device in bytes, as XLA reports it for the compiled program.
 
-    total: arguments, results that are not written over them, and temporaries.
-    weights: all parameters, trained or not, LoRA's factors among them.
-    optimizer: Adam's two moments of what is trained.
-    gradients: one for each trained number; among the temporaries.
+    total: arguments, results that do not reuse an argument's memory, and temporaries.
+    weights: all parameters, trained or not, including LoRA's factors.
+    optimizer: Adam's two moments of the trained parameters.
+    gradients: one for each trained parameter; they are among the temporaries.
     """
 
     total: int
@@ -163,7 +163,7 @@ class StepBytes:
 
 
 def memory(side: TrainingSide) -> StepBytes:
-    """What one step takes. To be called before the first one."""
+    """Return the memory of one step. Call this before the first step."""
     trained = bytes_of(side.state.trained)
     return StepBytes(
         total=round(memory_fit.of_step(side.program).bytes),
@@ -174,10 +174,13 @@ def memory(side: TrainingSide) -> StepBytes:
 
 
 def written(side: TrainingSide, state: step.State, folder: pathlib.Path, name: str) -> int:
-    """Bytes on disk of what is trained, as train.py exports it: with the base's fingerprint.
+    """Export the trained parameters as train.py does, and return their bytes on disk.
 
     Args:
+      side: LoRA or full fine-tuning.
+      state: the state to export.
       folder: a run directory; the export is its adapters/`name`.
+      name: the name of the adapter.
     """
     identity = lora_jax.fingerprint(side.frozen)
     export.save(folder, name, side.layout, state.trained, identity)

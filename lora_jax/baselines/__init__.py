@@ -1,9 +1,9 @@
-"""The methods that LoRA is compared with, on the built-in models: each a `Method`.
+"""The methods that LoRA is compared with, for the built-in models. Each one is a `Method`.
 
-Full fine-tuning, the top layers, BitFit and the head alone are patterns of base parameters.
-Adapter layers and prefixes have parameters of their own, a small tree beside the base under the key
-`EXTRA`; the model is the same unmodified one, whose calls are intercepted.
-docs/methods.md says what each is and where it comes from.
+Full fine-tuning, the top layers, BitFit and the head alone are patterns of base parameters. Adapter
+layers and prefixes have parameters of their own, in a small tree under the key `EXTRA`; the model
+is not modified, but its calls are intercepted. docs/methods.md describes the methods and their
+sources.
 """
 
 from lora_jax.baselines.bottleneck import Bottleneck as Bottleneck

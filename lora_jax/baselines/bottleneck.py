@@ -27,18 +27,18 @@ _INITIAL = nn.initializers.normal(0.02)
 class Bottleneck:
     """An adapter layer at each of some modules of a Linen model.
 
-    The parameters are, under the path of each module, `down/{kernel [d, r], bias [r]}`,
-    `up/{kernel [r, d], bias [d]}` and with `norm` also `norm/{scale, bias} [d]`, all float32.
-    What leads up is zero at the start, so the model is then the base.
+    Under the path of each module, the parameters are `down/{kernel [d, r], bias [r]}`,
+    `up/{kernel [r, d], bias [d]}` and, with `norm`, `norm/{scale, bias} [d]`, all float32. `up` is
+    zero at the start, so that the model equals the base.
 
     Attributes:
-      sites: paths of the modules whose output goes through an adapter layer. Of an output that is
-        a tuple the first entry does.
+      sites: paths of the modules whose output goes through an adapter layer. If an output is a
+        tuple, its first entry does.
       width: d, the last axis of these outputs.
       size: r, the width of the bottleneck.
-      activation: in the bottleneck.
-      norm: whether a layer norm of its own comes before `down` (Lin's Adapter^L).
-      epsilon: of that norm.
+      activation: the activation function in the bottleneck.
+      norm: whether `down` is preceded by a layer norm of its own (Lin's Adapter^L).
+      epsilon: the epsilon of that norm.
     """
 
     sites: tuple[str, ...]
@@ -49,7 +49,11 @@ class Bottleneck:
     epsilon: float = 1e-5
 
     def init(self, key: Array) -> Tree:
-        """Fresh parameters: a nested dict by the paths of the modules."""
+        """Return fresh parameters, nested by the paths of the modules.
+
+        Args:
+          key: the random key.
+        """
         layers = {
             site: self._layer(jax.random.fold_in(key, index))
             for index, site in enumerate(self.sites)
@@ -67,13 +71,25 @@ class Bottleneck:
         )
 
     def layer(self, params: Mapping[str, Any], x: Array) -> Array:
-        """One adapter layer on x [B, T, D], in x's dtype."""
+        """Apply one adapter layer.
+
+        Args:
+          params: the parameters of the layer.
+          x: the output of a module, [B, T, D].
+
+        Returns:
+          [B, T, D], in the dtype of x.
+        """
         h = _normed(params["norm"], x, self.epsilon) if self.norm else x
         h = _ACTIVATIONS[self.activation](_dense(params["down"], h))
         return x + _dense(params["up"], h)
 
     def around(self, params: Tree) -> AbstractContextManager[None]:
-        """Within it a call of the model goes through the adapter layers."""
+        """Return a context manager in which calls of the model go through the adapter layers.
+
+        Args:
+          params: the parameters of all layers, as `init` returns them.
+        """
         here = {site: _at(params, site) for site in self.sites}
 
         def through(call: Any, args: Any, kwargs: Any, context: InterceptorContext) -> Any:
@@ -83,7 +99,7 @@ class Bottleneck:
             own = here.get("/".join(context.module.path))
             if own is None:
                 return out
-            if isinstance(out, tuple):  # a decoder's attention gives what it has cached too
+            if isinstance(out, tuple):  # a decoder's attention also returns its cache
                 return (self.layer(own, out[0]), *out[1:])
             return self.layer(own, out)
 
@@ -102,7 +118,7 @@ def _dense(params: Mapping[str, Array], x: Array) -> Array:
 
 
 def _normed(params: Mapping[str, Array], x: Array, epsilon: float) -> Array:
-    """Layer normalisation, its statistics in float32."""
+    """Apply layer normalisation, with statistics in float32."""
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)

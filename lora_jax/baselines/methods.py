@@ -1,4 +1,4 @@
-"""A method: which parameters it trains, and what it puts into the model."""
+"""A method defines which parameters are trained, and what is added to the model."""
 
 from __future__ import annotations
 
@@ -17,40 +17,53 @@ from lora_jax.baselines.sites import Tree
 from lora_jax.errors import LoraError
 from lora_jax.models.config import BertConfig, BuiltInConfig
 
-EXTRA = "extra"  # the key of a method's own parameters, beside those of the model
+EXTRA = "extra"  # the key of a method's own parameters, next to the model's
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is trained in place of LoRA's factors, the new head of an encoder aside.
+    """A method that trains other parameters than LoRA's factors.
+
+    The new head of an encoder is always trained and is not listed here.
 
     Attributes:
-      trained: patterns (`lora_jax.paths`) of the parameters, the method's own among them.
-      extra: what it puts into the model. None: nothing.
+      trained: patterns (`lora_jax.paths`) of the trained parameters, including the method's own.
+      extra: the modules that are added to the model. None: nothing.
     """
 
     trained: tuple[str, ...] = ()
     extra: Bottleneck | Prefix | None = None
 
     def init(self, key: Array) -> Tree:
-        """Fresh parameters of its own, to be put beside the model's: `{"extra": ...}` or `{}`."""
+        """Return fresh parameters of the method, to add to the model's: `{"extra": ...}` or `{}`.
+
+        Args:
+          key: the PRNG key, [].
+        """
         return {} if self.extra is None else {EXTRA: self.extra.init(key)}
 
     def shapes(self) -> Tree:
-        """What `init` gives, as ShapeDtypeStructs."""
+        """Return the result of `init` as ShapeDtypeStructs."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def placement(self) -> tuple[tuple[str, PartitionSpec], ...]:
-        """A rule for its own parameters, as those of `lora_jax.models.placement`: they lie whole
-        on every device, being few."""
+        """Return a sharding rule for the method's own parameters (`lora_jax.models.placement`).
+
+        They are replicated, because they are few.
+        """
         return () if self.extra is None else ((f"{EXTRA}/**", PartitionSpec()),)
 
     def apply(self, model: nn.Module, params: Tree, *args: Any, **kwargs: Any) -> Any:
-        """`model.apply({"params": ...}, *args, **kwargs)` with what the method puts into it.
+        """Call `model.apply({"params": ...}, *args, **kwargs)` with the method's additions.
 
         Args:
           model: an unmodified model of `lora_jax.models`.
-          params: its parameters and, under `EXTRA`, those of the method.
+          params: the parameters of the model and, under `EXTRA`, of the method.
+          *args: arguments of the model.
+          **kwargs: arguments of `apply`.
+
+        Returns:
+          The outputs of the model.
         """
         if self.extra is None:
             return model.apply({"params": params}, *args, **kwargs)
@@ -59,20 +72,30 @@ class Method:
             return model.apply({"params": base}, *args, **kwargs)
 
 
-# Of LoRA: its factors are no parameters of the model.
+# The method for LoRA, whose factors are not parameters of the model.
 NONE = Method()
 
 
 def full(config: BuiltInConfig) -> Method:
-    """Every parameter: full fine-tuning."""
+    """Return full fine-tuning, which trains every parameter.
+
+    Args:
+      config: the config of the model, which makes no difference.
+    """
     return Method(("**",))
 
 
 def top_layers(config: BuiltInConfig, top_layers: int) -> Method:
-    """The `top_layers` layers farthest from the input (FT-Top2 of Li and Liang, arXiv 2101.00190).
+    """Return the method that trains the last `top_layers` layers.
+
+    Source: FT-Top2 of Li and Liang, arXiv 2101.00190.
+
+    Args:
+      config: the config of the model.
+      top_layers: the number of layers, counted from the output.
 
     Raises:
-      LoraError: there are not so many, or they are scanned.
+      LoraError: the model has fewer layers, or they are scanned.
     """
     layers = sites.layers(config)
     if not 0 < top_layers <= len(layers):
@@ -81,19 +104,27 @@ def top_layers(config: BuiltInConfig, top_layers: int) -> Method:
 
 
 def bitfit(config: BuiltInConfig) -> Method:
-    """Every bias vector, those of the norms too (Ben-Zaken et al., arXiv 2106.10199).
+    """Return BitFit, which trains every bias vector, also in norms.
+
+    Source: Ben-Zaken et al., arXiv 2106.10199.
+
+    Args:
+      config: the config of the model.
 
     Raises:
-      LoraError: the model has none.
+      LoraError: the model has no biases.
     """
     return Method((sites.biases(config),))
 
 
 def head(config: BuiltInConfig) -> Method:
-    """Nothing but the new head: a probe of the frozen model.
+    """Return the method that trains only the new head, as a probe of the frozen model.
+
+    Args:
+      config: the config of the model.
 
     Raises:
-      LoraError: a decoder, which has no new head.
+      LoraError: the model is a decoder, which has no new head.
     """
     if not isinstance(config, BertConfig):
         raise LoraError("a decoder has no new head to be trained alone; take another method")
@@ -101,9 +132,15 @@ def head(config: BuiltInConfig) -> Method:
 
 
 def houlsby(config: BuiltInConfig, size: int) -> Method:
-    """Adapter layers after attention and after the MLP, before the residual; all norms trained.
+    """Return adapter layers after attention and after the MLP, before the residual.
 
-    Adapter^H: Houlsby et al., arXiv 1902.00751. Gelu, as in their code.
+    All norms are trained as well. The activation is GELU, as in the authors' code.
+
+    Source: Adapter^H, Houlsby et al., arXiv 1902.00751.
+
+    Args:
+      config: the config of the model.
+      size: the width of the bottleneck.
 
     Raises:
       LoraError: the layers are scanned.
@@ -114,9 +151,13 @@ def houlsby(config: BuiltInConfig, size: int) -> Method:
 
 
 def pfeiffer(config: BuiltInConfig, size: int) -> Method:
-    """Adapter layers after the MLP, before the residual.
+    """Return adapter layers after the MLP, before the residual.
 
-    Adapter^P: Pfeiffer et al., arXiv 2005.00247.
+    Source: Adapter^P, Pfeiffer et al., arXiv 2005.00247.
+
+    Args:
+      config: the config of the model.
+      size: the width of the bottleneck.
 
     Raises:
       LoraError: the layers are scanned.
@@ -125,26 +166,35 @@ def pfeiffer(config: BuiltInConfig, size: int) -> Method:
 
 
 def adapter_drop(config: BuiltInConfig, size: int, drop: int) -> Method:
-    """`pfeiffer` without the adapter layers of the `drop` layers nearest to the input.
+    """Return `pfeiffer` without the adapter layers of the first `drop` layers.
 
-    Adapter^D: Rücklé et al., arXiv 2010.11918.
+    Source: Adapter^D, Rücklé et al., arXiv 2010.11918.
+
+    Args:
+      config: the config of the model.
+      size: the width of the bottleneck.
+      drop: the number of layers without an adapter, counted from the input.
 
     Raises:
-      LoraError: that leaves none, or the layers are scanned.
+      LoraError: no layer would keep its adapter, or the layers are scanned.
     """
     count = config.num_layers
     if not 0 < drop < count:
         raise LoraError(
-            f"method.drop must be from 1 to {count - 1}, for one of the {count} layers has to keep "
-            f"its adapter; got {drop}"
+            f"method.drop must be from 1 to {count - 1}, because one of the {count} layers must "
+            f"keep its adapter; got {drop}"
         )
     return _after_mlp(config, size, drop)
 
 
 def lin(config: BuiltInConfig, size: int) -> Method:
-    """Adapter layers after the MLP, before the residual, each with a layer norm of its own.
+    """Return adapter layers after the MLP, before the residual, each with its own layer norm.
 
-    Adapter^L: Lin et al., arXiv 2004.03829.
+    Source: Adapter^L, Lin et al., arXiv 2004.03829.
+
+    Args:
+      config: the config of the model.
+      size: the width of the bottleneck.
 
     Raises:
       LoraError: the layers are scanned.
@@ -158,22 +208,31 @@ def _after_mlp(config: BuiltInConfig, size: int, drop: int = 0, norm: bool = Fal
 
 
 def prefix_embedding(config: BuiltInConfig, prefix: int, infix: int, length: int) -> Method:
-    """Learned word embeddings of `prefix` special tokens before a row and `infix` behind it.
+    """Return learned word embeddings of special tokens before and after each row.
 
     Args:
+      config: the config of the model.
+      prefix: the number of tokens before a row.
+      infix: the number of tokens after a row.
       length: tokens of the longest row without them.
 
     Raises:
-      LoraError: a decoder, no token at all, or more than the model has positions for.
+      LoraError: the model is a decoder, there is no token, or there are more tokens than positions.
     """
     return _prefix(config, prefix, infix, length)
 
 
 def prefix_layer(config: BuiltInConfig, prefix: int, infix: int, length: int) -> Method:
-    """`prefix_embedding` with learned vectors at the input of every layer.
+    """Return `prefix_embedding` with learned vectors at the input of every layer.
+
+    Args:
+      config: the config of the encoder.
+      prefix: the number of learned vectors before the tokens of a row.
+      infix: the number of learned vectors after its last token.
+      length: the largest number of tokens of a row.
 
     Raises:
-      LoraError: as `prefix_embedding`; the layers are scanned.
+      LoraError: as for `prefix_embedding`, or the layers are scanned.
     """
     return _prefix(config, prefix, infix, length, sites.layers(config))
 
@@ -183,9 +242,9 @@ def _prefix(
 ) -> Method:
     if not isinstance(config, BertConfig):
         raise LoraError(
-            "prefixes are for encoders: a decoder trains on packed rows, each of several prompts, "
-            "and there they are not built. On a decoder full, top_layers, bitfit, houlsby, "
-            "pfeiffer, lin and adapter_drop work"
+            "prefixes are for encoders: a decoder trains on packed rows of several prompts, for "
+            "which they are not implemented. For a decoder, use full, top_layers, bitfit, houlsby, "
+            "pfeiffer, lin or adapter_drop"
         )
     if prefix + infix < 1:
         raise LoraError("method.prefix + method.infix must be at least 1, got 0")

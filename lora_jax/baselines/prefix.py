@@ -1,8 +1,8 @@
 """Prefix tuning: learned vectors before and after the tokens of a row.
 
-Prefix-embedding and prefix-layer tuning as the LoRA article has them in section 5.1, after Li and
-Liang (arXiv 2101.00190): the former learns the word embeddings of lp + li special tokens, the
-latter their activations at the input of every layer too.
+These are prefix-embedding and prefix-layer tuning as in section 5.1 of the LoRA article, after Li
+and Liang (arXiv 2101.00190). The first learns the word embeddings of lp + li special tokens, the
+second also their activations at the input of every layer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _INITIAL = nn.initializers.normal(0.02)
 
 
 class Places(NamedTuple):
-    """What stands where in rows of T' = lp + T + li places; [B, T'] each.
+    """The contents of the positions of longer rows, each [B, T'] with T' = lp + T + li.
 
-    token: the index of the row's own token that stands there; where none does, any.
-    slot: the number of the learned vector that stands there; -1 where none does.
-    real: bool, whether either does. The rest is padding.
+    token: the index of the row's own token at a position; arbitrary if there is none.
+    slot: the index of the learned vector at a position; -1 if there is none.
+    real: bool, whether there is one of the two. Other positions are padding.
     """
 
     token: Array
@@ -36,21 +36,23 @@ class Places(NamedTuple):
 
 
 def places(mask: Array, prefix: int, infix: int) -> Places:
-    """Rows with `prefix` places before their real tokens and `infix` behind the last of them.
-
-    Args:
-      mask: [B, T] bool, True at real tokens, which are the first of their row.
+    """Return rows with positions for learned vectors before and after their real tokens.
 
     >>> found = places(jnp.array([[True, True, False]]), prefix=1, infix=2)
     >>> found.slot.tolist(), found.real.tolist()
     ([[0, -1, -1, 1, 2, -1]], [[True, True, True, True, True, False]])
+
+    Args:
+      mask: [B, T] bool, True at real tokens, which are the first of their row.
+      prefix: the number of positions before the tokens.
+      infix: the number of positions after the last real token.
     """
     length = mask.shape[1]
     index = jnp.arange(prefix + length + infix)[None] - prefix
     own = mask.sum(axis=1, keepdims=True, dtype=index.dtype)
     index = jnp.broadcast_to(index, (mask.shape[0], index.shape[1]))
     behind = jnp.broadcast_to(own, index.shape)
-    after = index - behind  # the number of the infix that stands there
+    after = index - behind  # the index of the infix at this position
     is_infix = (after >= 0) & (after < infix)
     slot = jnp.where(index < 0, index + prefix, jnp.where(is_infix, prefix + after, -1))
     real = index < behind + infix
@@ -62,14 +64,15 @@ class Prefix:
     """Learned vectors in the rows of a `models.Bert` encoder.
 
     The parameters are float32 [lp + li, d]: `embedding`, or with `layers` one under the path of
-    each of them. The encoder gives the hidden states of the row's own tokens alone, where they
-    were, so whatever pools them knows nothing of the rest. Positions are counted over all.
+    each layer. The encoder returns only the hidden states of the row's own tokens, at their old
+    positions, so the pooling does not see the learned vectors. Positions are counted over all.
 
     Attributes:
-      encoder: path of the encoder.
+      encoder: the path of the encoder.
       width: d.
-      prefix, infix: lp and li, the places before a row's tokens and behind them.
-      layers: paths of all layers, whose inputs are replaced. None at all: the word embeddings are.
+      prefix, infix: lp and li, the numbers of positions before and after a row's tokens.
+      layers: the paths of all layers, whose inputs are replaced. Empty: the word embeddings are
+        replaced.
     """
 
     encoder: str
@@ -79,7 +82,11 @@ class Prefix:
     layers: tuple[str, ...] = ()
 
     def init(self, key: Array) -> Tree:
-        """Fresh parameters."""
+        """Return fresh parameters.
+
+        Args:
+          key: the random key.
+        """
         names = [path.rpartition("/")[2] for path in self.layers] or ["embedding"]
         shape = (self.prefix + self.infix, self.width)
         return {
@@ -88,7 +95,11 @@ class Prefix:
         }
 
     def around(self, params: Tree) -> AbstractContextManager[None]:
-        """Within it a call of the model has the learned vectors in its rows."""
+        """Return a context manager in which calls of the model have the learned vectors.
+
+        Args:
+          params: the learned vectors, as `init` returns them.
+        """
 
         def longer(call: Any, args: Any, kwargs: Any, context: InterceptorContext) -> Any:
             if context.method_name != "__call__" or _path(context) != self.encoder:
@@ -113,7 +124,7 @@ class Prefix:
         return nn.intercept_methods(longer)
 
     def _replacing(self, params: Tree, slot: Array) -> Any:
-        """Puts the learned vectors where they belong; `slot` as in `Places`."""
+        """Return an interceptor that puts the learned vectors in place; see `Places` for `slot`."""
         inputs = {path: params[path.rpartition("/")[2]] for path in self.layers}
         words = {} if self.layers else {f"{self.encoder}/embeddings/word": params["embedding"]}
 
@@ -133,12 +144,12 @@ def _path(context: InterceptorContext) -> str:
 
 
 def _moved(rows: Array, where: Places) -> Array:
-    """[B, T] ids as [B, T'], with 0 where no token of the row's own stands."""
+    """Move ids [B, T] to [B, T'], with 0 at positions that have none of the row's own tokens."""
     moved = jnp.take_along_axis(rows, where.token, axis=1)
     return jnp.where(where.real & (where.slot < 0), moved, 0)
 
 
 def _put(vectors: Array, slot: Array, x: Array) -> Array:
-    """X [B, T', D] with row `slot` of the vectors wherever slot is not -1."""
+    """Replace x [B, T', D] by row `slot` of the vectors at positions where slot is not -1."""
     learned = jnp.take(vectors.astype(x.dtype), jnp.maximum(slot, 0), axis=0)
     return jnp.where(slot[:, :, None] >= 0, learned, x)

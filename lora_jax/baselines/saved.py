@@ -1,4 +1,4 @@
-"""Tell a saved LoRA adapter from what another method has left."""
+"""Distinguish a saved LoRA adapter from the result of another method."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from lora_jax.errors import LoraError, listed
 
 
 def check_lora(name: str, where: object, trained: Iterable[str], about: Mapping[str, Any]) -> None:
-    """Raise where a method has put parameters of its own into the model.
+    """Raise if a method has added parameters of its own to the model.
 
-    Nobody who takes LoRA adapters reads them, and without them the outputs would be those of
-    another model.
+    Code that loads LoRA adapters ignores them, so it would compute another model.
 
     Args:
-      name: of the adapter.
+      name: the name of the adapter.
       where: its folder.
       trained: the paths of `Adapter.trainable`.
-      about: what was saved with it.
+      about: the notes that were saved with it.
 
     Raises:
-      LoraError: a method has.
+      LoraError: there are such parameters.
     """
     own = [path for path in trained if path.startswith(f"{EXTRA}/")]
     if own:
         raise LoraError(
             f"{name!r} ({where}) was trained by the method {str(about.get('method'))[:80]}, which "
-            f"puts parameters of its own into the model:\n{listed(own)}\nHere LoRA adapters are "
-            "taken, and base parameters trained beside them. The run's summary.json has its "
-            "scores; in Python, lora_jax.baselines.Method.apply runs the model with them"
+            f"adds parameters of its own to the model:\n{listed(own)}\nOnly LoRA adapters, and "
+            "base parameters trained in full with them, can be used here. The run's summary.json "
+            "has its scores; in Python, lora_jax.baselines.Method.apply runs the model with them"
         )

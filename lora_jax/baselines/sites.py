@@ -1,6 +1,6 @@
 """Paths of modules and patterns of parameters in the built-in models.
 
-An encoder is the `bert` of a `models.BertClassifier`, a decoder is the whole tree.
+An encoder is the subtree `bert` of a `models.BertClassifier`, a decoder is the whole tree.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from lora_jax.models.config import BertConfig, BuiltInConfig
 
 Tree = Any  # a pytree
 ENCODER = "bert"
-HEAD = "classifier/**"  # of an encoder; new, and so trained by every method
+HEAD = "classifier/**"  # the head of an encoder, which is new, and so every method trains it
 
 
 def layers(config: BuiltInConfig) -> tuple[str, ...]:
-    """The path of each layer, the one nearest to the input first.
+    """Return the path of each layer, starting at the input.
 
     Raises:
-      LoraError: the layers are one scan, in which they are not to be told apart.
+      LoraError: the layers are scanned, so that single layers have no path.
     """
     if config.scan_layers:
         raise LoraError(
-            "the layers have to be told apart, and model.scan_layers rolls them into one; leave "
-            "it at False"
+            "single layers are needed, and model.scan_layers stacks them into one scan; leave it "
+            "at False"
         )
     before = f"{ENCODER}/encoder/layer_" if isinstance(config, BertConfig) else "layers_"
     return tuple(f"{before}{i}" for i in range(config.num_layers))
 
 
 def biases(config: BuiltInConfig) -> str:
-    """The pattern of all bias vectors, those of the norms too.
+    """Return the pattern of all bias vectors, also in norms.
 
     Raises:
       LoraError: the model has none.
@@ -45,6 +45,6 @@ def biases(config: BuiltInConfig) -> str:
 
 
 def norms(config: BuiltInConfig) -> str:
-    """The pattern of all layer norms' parameters; norms of queries and keys are not among them."""
+    """Return the pattern of the parameters of all norms except q/k norms."""
     pattern = "**/{norm,attention_norm,mlp_norm,attention_post_norm,mlp_post_norm}/*"
     return f"{ENCODER}/{pattern}" if isinstance(config, BertConfig) else pattern

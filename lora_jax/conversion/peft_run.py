@@ -79,7 +79,7 @@ def read(folder: str, said: Said) -> ImportedRun:
         "base": _text(found.settings.get("base_model_name_or_path")),
     }
     try:
-        if isinstance(config, models.LlamaConfig):
+        if isinstance(config, models.DecoderConfig):
             adapter, params, more, notes = _decoder(folder, found, source, config)
         elif isinstance(config, models.BertConfig):
             adapter, params, more, notes = _encoder(folder, found, source, config, said)
@@ -116,7 +116,7 @@ _Found = tuple[Adapter, Any, dict[str, Any], tuple[str, ...]]  # adapter, base, 
 
 
 def _decoder(
-    folder: str, found: peft.Description, source: Any, config: models.LlamaConfig
+    folder: str, found: peft.Description, source: Any, config: models.DecoderConfig
 ) -> _Found:
     task = found.settings.get("task_type")
     if task not in (None, "CAUSAL_LM"):
@@ -125,7 +125,7 @@ def _decoder(
             "taken for CAUSAL_LM"
         )
     params = source.load(config)
-    model = models.Llama(config)
+    model = models.DecoderModel(config)
 
     def apply(params: Any, ids: Any) -> Any:
         return model.apply({"params": params}, ids)

@@ -99,7 +99,7 @@ def open_run(path: str, base: str | None = None, trust_base: bool = False) -> Tr
 
 
 def _head(member: ServedAdapter, opened: OpenedBase, labels: tuple[str, ...]) -> models.Head | None:
-    if isinstance(opened.config, models.LlamaConfig):
+    if isinstance(opened.config, models.DecoderConfig):
         return None
     kernel = member.base.get("classifier/out/kernel")
     if kernel is None or kernel.shape[-1] != (len(labels) or 1):

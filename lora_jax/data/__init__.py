@@ -1,4 +1,4 @@
-"""The data: from the name of a source to batches, with TFDS and Grain."""
+"""Read data: from the name of a source to batches, with TFDS and Grain."""
 
 from lora_jax.extras import require
 

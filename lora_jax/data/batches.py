@@ -12,27 +12,27 @@ from lora_jax.data.labels import Labels
 from lora_jax.data.process_slice import Batch, Shard
 from lora_jax.data.tokens import TextTruncation
 
-# A batch takes a fraction of a millisecond to make, less than handing it to another thread.
+# A batch is made in a fraction of a millisecond, faster than it could be handed to another thread.
 IN_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 WHOLE = Shard()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Numbers for a reader of the results."""
+    """Numbers about a split, for readers of the results."""
 
     source: str
-    """The source's name."""
+    """The name of the source."""
     split: str
-    """The split."""
+    """The name of the split."""
     examples: int
-    """Examples in use; of packed rows, without those left out."""
+    """Examples in use; for packed rows, without examples that have nothing to learn."""
     batches: int
-    """Batches of an epoch; of packed rows without end, as estimated from a sample."""
+    """Batches of an epoch; for packed rows without end, estimated from a sample."""
     classes: tuple[tuple[str, int], ...] = ()
-    """Examples of each class."""
+    """Name and number of examples of each class."""
     notes: tuple[str, ...] = ()
-    """What else to know, a sentence each."""
+    """Other facts, each a sentence."""
 
     def __str__(self) -> str:
         text = f"{self.source} {self.split}: {self.examples:,} examples, {self._numbers}"
@@ -47,14 +47,14 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFacts(Facts):
-    """Those of texts."""
+    """Numbers about a split of texts."""
 
     tokens: int
-    """Tokens of an epoch, without padding; of large sets, as estimated from a sample."""
+    """Tokens of an epoch, without padding; for large sets, estimated from a sample."""
     padding: float
-    """Share of the batches' positions that hold padding."""
+    """Share of the batches' positions that are padding."""
     truncation: TextTruncation
-    """What `max_length` cost; of large sets, as estimated from a sample."""
+    """The losses by `max_length`; for large sets, estimated from a sample."""
 
     def __str__(self) -> str:
         text, lost = super().__str__(), self.truncation
@@ -71,57 +71,68 @@ class TextFacts(Facts):
 
 
 def describe(facts: Iterable[Facts]) -> str:
-    """A line for each split, then the sources' notes."""
+    """Return a line for each split, followed by the notes of the sources.
+
+    Args:
+      facts: the facts of each split.
+    """
     facts = list(facts)
     notes = dict.fromkeys(note for fact in facts for note in fact.notes)
     return "\n".join([*map(str, facts), *notes])
 
 
 class BatchIterator(Protocol):
-    """Goes through batches (entry -> NumPy array), and can be put anywhere among them."""
+    """An iterator over batches (name -> NumPy array) that can be moved to any position."""
 
     def __next__(self) -> Batch: ...
     def __iter__(self) -> Iterator[Batch]: ...
 
     def get_state(self) -> dict[str, Any]:
-        """A small JSON value. Those of all shards, merged by union, are the state of the whole."""
+        """Return a small JSON value. The states of all shards, merged by union, form one state."""
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on with the very batch that would have come next, whatever shards saved the state."""
+        """Continue with the batch that would have come next, with any division into shards."""
         ...
 
 
-# What gives an iterator before the first batch of a shard, and what the shard shows of the split.
+# A function that returns an iterator before the first batch of a shard, and facts from that shard.
 ShardBatches = tuple[Callable[[], BatchIterator], Facts]
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Batches whose rows are dealt out to processes.
+    """Batches whose rows are divided among processes.
 
-    They are the same whatever the number of shards: the rows of all shards, one below the other,
-    are the rows of the whole. Every shard has as many batches as every other.
+    They do not depend on the number of shards: the rows of all shards, one below the other, are the
+    rows of the whole batch. Every shard has the same number of batches.
     """
 
     part: Callable[[Shard], ShardBatches]
-    """Reads a shard, once."""
+    """Reads a shard. It is called once for each shard."""
     labels: Labels | None = None
-    """What the labels are; None without labels."""
+    """The labels; None if there are none."""
 
     def iterator(self, shard: Shard = WHOLE) -> BatchIterator:
-        """An iterator over the rows of `shard` of every batch.
+        """Return an iterator over the rows of `shard` of every batch.
 
-        Every process must ask for it, in the same order as for other batches, or all wait.
+        Every process must call this, in the same order as for other batches, or all wait.
+
+        Args:
+          shard: the rows of this process.
 
         Raises:
-            DataError: the rows cannot be dealt out evenly, or the data cannot be used.
+          DataError: the rows cannot be divided evenly, or the data cannot be used.
         """
         begin, _ = self.part(shard)
         return begin()
 
     def facts(self, shard: Shard = WHOLE) -> Facts:
-        """What there is to say about the split, as far as `shard` shows it; waits for nobody."""
+        """Return facts about the split. This waits for no other process.
+
+        Args:
+          shard: the part of every batch that is read.
+        """
         _, facts = self.part(shard)
         return facts
 

@@ -1,7 +1,7 @@
 """TFDS builders without TensorFlow, prepared once as array_record and read with random access.
 
-TFDS's other formats are of no use here: tfrecord needs TensorFlow, and parquet (4.9.10) loses rows
-in silence.
+TFDS's other formats cannot be used: tfrecord needs TensorFlow, and parquet (4.9.10) silently loses
+rows.
 """
 
 from __future__ import annotations
@@ -25,22 +25,29 @@ from lora_jax.errors import nearest
 from lora_jax.models.weights.packages import cache, is_full
 
 FORMAT = "array_record"
-_CHUNK = 1024  # records read together
+_CHUNK = 1024  # records that are read together
 
 
 def folder(data_dir: str | None) -> Path:
-    """Where prepared data is kept: `data_dir`, or the cache folder's `data/`."""
+    """Return the folder of prepared data: `data_dir`, or `data/` in the cache folder.
+
+    Args:
+      data_dir: the folder that the config names, if it does.
+    """
     return cache() / "data" if data_dir is None else Path(data_dir).expanduser()
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
-    """Write the builder's data as array_record unless that has been done.
+    """Write a builder's data as array_record unless it has been written before.
 
-    TFDS writes into a folder of its own beside the final one and renames it at the end, so a killed
-    preparation leaves nothing that a later one would read; of two at once, the first to end wins.
+    TFDS writes into a temporary folder and renames it at the end. So a preparation that was killed
+    leaves nothing that a later one would read, and of two at the same time the first to end wins.
+
+    Args:
+      builder: any TFDS builder.
 
     Raises:
-        DataError: the data is there in a format that needs TensorFlow, or the disk is full.
+      DataError: the data exists in a format that needs TensorFlow, or the disk is full.
     """
     path = Path(builder.data_path)
     if path.exists():
@@ -71,13 +78,13 @@ def _check_format(builder: tfds.core.DatasetBuilder) -> None:
     raise DataError(
         f"{builder.info.full_name} is prepared as {found.value} in {builder.data_path}; "
         f"without TensorFlow only {FORMAT} can be read.\n"
-        "Point data.data_dir at another folder, where it will be prepared anew."
+        "Point data.data_dir at another folder, where it will be prepared again."
     )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TFDS without its nested bars and its line on stdout; its warnings still come through."""
+    """Hide TFDS's nested progress bars and its line on stdout, but not its warnings."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -87,10 +94,10 @@ def _quiet() -> Iterator[None]:
 
 
 class TextBuilder(tfds.core.GeneratorBasedBuilder):
-    """The base of our own builders: they say their fields, and give their splits as lists."""
+    """The base class of our own builders, which name their fields and return splits as lists."""
 
     def fields(self) -> dict[str, Any]:
-        """The TFDS features by their names."""
+        """Return the TFDS features by name."""
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -98,22 +105,22 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
         features = tfds.features.FeaturesDict(self.fields())
         return tfds.core.DatasetInfo(builder=self, description=text, features=features)
 
-    def _generate_examples(self, pipeline: Any) -> Any:  # TFDS wants it; the splits are lists
+    def _generate_examples(self, pipeline: Any) -> Any:  # required by TFDS, and never called
         raise NotImplementedError
 
 
 class Builder(DataSource):
-    """A prepared TFDS builder as a source; a slice of a split, `train[:90%]`, can be read too."""
+    """A TFDS builder as a source. A slice of a split, such as `train[:90%]`, can be read, too."""
 
     def __init__(
         self, builder: tfds.core.DatasetBuilder, name: str, notes: tuple[str, ...] = ()
     ) -> None:
-        """Prepare the builder if need be.
+        """Prepare the builder if its data is not there yet.
 
         Args:
-            builder: any TFDS builder.
-            name: as a user would write it.
-            notes: see `DataSource.notes`.
+          builder: any TFDS builder.
+          name: the name of the source in a config.
+          notes: see `DataSource.notes`.
         """
         prepare(builder)
         self._builder = builder
@@ -132,7 +139,7 @@ class Builder(DataSource):
                 f"  nearest: {', '.join(nearest(split, self.splits, 1))}"
             ) from error
         for name in self.splits:
-            if name in split:  # a slice or a sum of splits names them too
+            if name in split:  # a slice or a sum of splits contains their names
                 self._count(name)
         images = [name for name, kind in dict(info.features).items() if _is_image(kind)]
         as_stored = {name: tfds.decode.SkipDecoding() for name in images}
@@ -142,9 +149,9 @@ class Builder(DataSource):
         return records
 
     def _count(self, split: str) -> None:
-        """Compare the records in the files with what the metadata says was written.
+        """Compare the number of records in the files with the metadata.
 
-        TFDS takes a data source's length from the metadata, so that says nothing.
+        The length of a TFDS data source comes from the metadata, so it proves nothing.
         """
         info = self._builder.info.splits[split]
         for path, expected in zip(info.filepaths, info.shard_lengths, strict=True):
@@ -154,7 +161,7 @@ class Builder(DataSource):
             if found != expected:
                 raise DataError(
                     f"{self.name}: {found} records in {path}, but {expected} were written.\n"
-                    f"Delete {self._builder.data_path}; the next run prepares it anew."
+                    f"Delete {self._builder.data_path}; the next run prepares it again."
                 )
 
     def classes(self, field: str) -> tuple[str, ...] | None:
@@ -170,14 +177,14 @@ class Builder(DataSource):
 
 
 class ArrayRecords(Sequence[Example]):
-    """TFDS records with text as `str`; numbers are Python's own already."""
+    """TFDS records with text as `str`; numbers are Python numbers already."""
 
     def __init__(self, records: Any, encoded: Sequence[str] = ()) -> None:
-        """Wrap what `builder.as_data_source` returned.
+        """Wrap the data source of a builder.
 
         Args:
-            records: the data source.
-            encoded: the fields that hold files, as images are stored: they stay `bytes`.
+          records: the return value of `builder.as_data_source`.
+          encoded: the fields that hold files, such as images; they stay `bytes`.
         """
         self._records = records
         self._encoded = frozenset(encoded)
@@ -187,11 +194,11 @@ class ArrayRecords(Sequence[Example]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            # One call reads neighbours together: five times as fast as one by one.
+            # One call reads neighbours together, which is five times as fast as one by one.
             rows = self._records.__getitems__(range(*index.indices(len(self))))
             return [self._example(row) for row in rows]
         if not 0 <= index < len(self):
-            raise IndexError(index)  # what ends an iteration over a sequence
+            raise IndexError(index)  # ends an iteration over the sequence
         return self._example(self._records[index])
 
     def __iter__(self) -> Iterator[Example]:
@@ -204,5 +211,5 @@ class ArrayRecords(Sequence[Example]):
 
 
 def _is_image(feature: Any) -> bool:
-    """Whether TFDS would decode the field as one image, for which it wants OpenCV."""
+    """Return whether the field is an image, which TFDS would decode with OpenCV."""
     return isinstance(feature, tfds.features.Image)

@@ -1,4 +1,4 @@
-"""The catalogue of sources: opens each kind of source by its name."""
+"""The catalogue of data sources, which opens each source by its name."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lora_jax.data.wordnet import NOTE as WORDNET_NOTE
 from lora_jax.data.wordnet import WordnetDefinitions
 from lora_jax.errors import nearest
 
-# Name -> what makes the builder, and what is to be known of the data.
+# Name -> a function that makes the builder, and a note for readers of the results.
 _OURS: dict[str, tuple[Callable[..., tfds.core.DatasetBuilder], str]] = {
     "reviews": (MovieReviews, REVIEWS_NOTE),
     "wordnet": (WordnetDefinitions, WORDNET_NOTE),
     **{n: (functools.partial(Topics, config=n), corpus.note) for n, corpus in CORPORA.items()},
 }
 
-# TFDS registers these builders when their package is imported, and does so by itself only where
+# TFDS registers these builders when their package is imported, which it does by itself only if
 # TensorFlow is installed.
 _PACKAGES = ("text", "question_answering", "summarization", "translate", "text_simplification") + (
     "image_classification",
@@ -35,14 +35,17 @@ _PACKAGES = ("text", "question_answering", "summarization", "translate", "text_s
 
 
 def open_source(name: str, data_dir: str | None = None) -> DataSource:
-    """The source of that name; prepared, if it has to be.
+    """Open a source, and prepare its data if it is not there yet.
 
     Args:
-        name: see `DataConfig.source`.
-        data_dir: see `DataConfig.data_dir`.
+      name: see `DataConfig.source`.
+      data_dir: see `DataConfig.data_dir`.
+
+    Returns:
+      The source.
 
     Raises:
-        DataError: no such source, or its data cannot be had.
+      DataError: there is no such source, or its data cannot be downloaded or prepared.
     """
     if name in _OURS:
         builder, note = _OURS[name]
@@ -68,7 +71,7 @@ def _tfds(name: str, data_dir: Path) -> DataSource:
         known = tfds.list_builders(with_community_datasets=False)
         near = nearest(reference.partition("/")[0].partition(":")[0], known)
         raise DataError(
-            f"TFDS {tfds.__version__} has no data set {reference!r}, nor is one prepared in "
+            f"TFDS {tfds.__version__} has no data set {reference!r}, and none is prepared in "
             f"{data_dir}.\n  nearest: {', '.join(near)}"
         ) from None
     except (ValueError, KeyError, AssertionError) as error:  # an unknown config or version
@@ -82,7 +85,7 @@ def _tfds(name: str, data_dir: Path) -> DataSource:
         raise DataError(
             f"{name}: its data could not be downloaded and prepared:\n"
             f"  {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
-            f"Where there is no {lacking}, prepare it on a machine that has one and copy the "
+            f"Without {lacking}, prepare it on a machine that has it and copy the "
             f"folder {builder.data_path} here:\n"
             f'  python -c "import tensorflow_datasets as t; t.builder({reference!r}, '
             f"file_format='{FORMAT}').download_and_prepare()\""
@@ -90,7 +93,7 @@ def _tfds(name: str, data_dir: Path) -> DataSource:
 
 
 def _needs_tensorflow(error: BaseException | None) -> bool:
-    """Whether TFDS's builder itself calls TensorFlow, as some do to read what they downloaded."""
+    """Return whether TFDS's builder itself calls TensorFlow, as some do to read their downloads."""
     while error is not None:
         if isinstance(error, ModuleNotFoundError) and "tensorflow" in str(error).lower():
             return True

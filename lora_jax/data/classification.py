@@ -1,4 +1,4 @@
-"""Batches for classification and regression, of texts of similar length, padded to buckets."""
+"""Batches for classification and regression: texts of similar length, padded to buckets."""
 
 from __future__ import annotations
 
@@ -44,35 +44,38 @@ def classification(
     epochs: int | None = 1,
     vocabulary: int | None = None,
 ) -> Batches:
-    """Batches of tokenised texts with their labels.
+    """Make batches of tokenised texts with their labels.
 
-    A batch holds, for B rows of T tokens (T is the smallest bucket that holds the longest of them):
+    A batch has B rows of T tokens, where T is the smallest bucket that has room for all of them:
 
         input_ids    [B, T] int32
         mask         [B, T] bool     True on tokens, False on padding
-        token_types  [B, T] int32    only for pairs whose tokenizer tells the two texts apart
+        token_types  [B, T] int32    only for pairs if the tokenizer distinguishes the two texts
         label        [B]    int32    class id, or float32 for real numbers
-        weight       [B]    float32  1, or 0 for a row that only fills up the batch
-        index        [B]    int32    the example's place in the split
+        weight       [B]    float32  1, or 0 for a row that only fills the batch
+        index        [B]    int32    number of the example in the split
 
     Every epoch has every example exactly once. B is always `batch_size`: a batch that would be
-    short is filled with copies of its rows, at weight 0. The texts are tokenised at once and
-    kept in memory, five bytes a token; by every process, because the lengths of all of them say
-    which come together. A process makes its own rows of a batch only.
+    short is filled with copies of its rows, at weight 0. Every process tokenises all texts at the
+    start and keeps them in memory, five bytes a token, because the lengths of all texts decide
+    which texts share a batch. A process makes only its own rows of a batch.
 
     Args:
-        config: the data.
-        tokenizer: makes the tokens; its post-processor adds the special ones.
-        split: the name of a split.
-        batch_size: rows of a batch.
-        shuffle: whether each epoch has an order of its own, drawn from `seed` and its number.
-            Without it batches go from short to long texts.
-        seed: of the order.
-        epochs: how often the split is gone through; None never ends.
-        vocabulary: rows of the model's embedding; a token beyond them is an error.
+      config: the config of the data.
+      tokenizer: makes the tokens; its post-processor adds the special tokens.
+      split: the name of a split.
+      batch_size: rows of a batch.
+      shuffle: whether each epoch has its own order, drawn from `seed` and its number. Without it
+        batches go from short to long texts.
+      seed: the seed of the order.
+      epochs: the number of epochs. None: without end.
+      vocabulary: rows of the model's embedding; a token beyond them is an error.
+
+    Returns:
+      The batches.
 
     Raises:
-        DataError: the source, a field or a label is not as the config says.
+      DataError: the source, a field or a label is not as the config says.
     """
     source = open_source(config.source, config.data_dir)
     labels = labels_of(config, source)
@@ -93,7 +96,7 @@ def classification(
     facts = _facts(source, split, table, labels, truncation)
 
     def part(shard: Shard) -> ShardBatches:
-        shard.rows(batch_size)  # raises if it cannot be
+        shard.rows(batch_size)  # raises if the rows cannot be divided
         own = dataclasses.replace(table, shard=shard)
         dataset = grain.MapDataset.source(own).to_iter_dataset(IN_THREAD)
         return dataset.__iter__, facts
@@ -108,7 +111,7 @@ def _rows(
     truncation: TextTruncation,
     split: str,
 ) -> Iterator[TokenRow]:
-    """Token ids and token types."""
+    """Yield the token ids and token types of each example."""
     texts = (
         _text(config, example, f"split {split!r}, example {i}")
         for i, example in enumerate(examples)
@@ -136,7 +139,7 @@ def _values(
 
 @dataclasses.dataclass(frozen=True)
 class ExampleTable:
-    """A shard of every batch of every epoch by its number: the random-access source of Grain."""
+    """The random-access source of Grain: the rows of a shard of each batch, by its number."""
 
     tokens: Tokens
     values: NDArray[Any]
@@ -166,7 +169,7 @@ class ExampleTable:
         return {**batch, "weight": weight, "index": rows.astype(np.int32)}
 
     def length(self, chosen: NDArray[np.int64]) -> int:
-        """The bucket of a batch: the one that holds its longest example."""
+        """Return the bucket of a batch, which has room for its longest example."""
         return self.buckets[self.epochs.sizes[chosen].max()]
 
 

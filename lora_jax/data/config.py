@@ -1,4 +1,4 @@
-"""The config of a data set of texts: what is read, and how batches are made of it."""
+"""The config of a data set of texts."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from lora_jax.data.examples_config import ExamplesConfig
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(ExamplesConfig):
-    """The data: where examples come from and how they become batches."""
+    """The source of the examples, and how they become batches."""
 
     source: str = "reviews"
-    """reviews (movie-review snippets), reuters8, reuters52 and newsgroups (texts by topic), wordnet
-    (word to definition), tfds:name/config:version, or JSONL and CSV files: data/{split}.jsonl, or
-    train=a.csv,validation=b.csv."""
+    """reviews (movie-review snippets); reuters8, reuters52 and newsgroups (texts by topic); wordnet
+    (words and definitions); tfds:name/config:version; or JSONL and CSV files, as data/{split}.jsonl
+    or train=a.csv,validation=b.csv."""
     text_fields: tuple[str, ...] = ("text",)
-    """Classification: the field with the text, or the two fields of a pair."""
+    """Classification: the field with the text, or the two fields of a pair of texts."""
     prompt: str = "{text}"
-    """Language modelling: what comes before the answer, with fields of an example in braces."""
+    """Language modelling: the text before the answer, with fields of an example in braces."""
     answer: str = ""
-    """Language modelling: what is to be learned, with fields in braces. Empty: every token of the
-    prompt is."""
+    """Language modelling: the text to learn, with fields in braces. Empty: every token of the
+    prompt is learned."""
     eos: str | None = None
-    """Language modelling: the token that ends an example, as the tokenizer's vocabulary spells it;
-    "" for none. Has to be said."""
+    """Language modelling: the token that ends an example, as in the tokenizer's vocabulary; "" for
+    none. It must be given."""
     max_length: int = 128
-    """Longest example in tokens, and the row length in language modelling. What it cuts is counted
-    and reported."""
+    """Longest example in tokens, and in language modelling the length of a row. Longer examples are
+    cut, counted and reported."""
     pack: bool = dataclasses.field(default=True, metadata={"later": True})
-    """Language modelling: a row holds as many examples as fit. False: it holds one, so that
-    batch_size counts examples."""
+    """Language modelling: put as many examples into a row as fit. False: one example in a row, so
+    that batch_size counts examples."""
     buckets: tuple[int, ...] = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-    """Classification: a batch is padded to the smallest of these that holds it, or to
-    max_length. Each length that occurs is compiled once."""
+    """Classification: a batch is padded to the smallest of these lengths that has room for it, or
+    to max_length. Each length in use is compiled once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

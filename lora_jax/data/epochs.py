@@ -1,4 +1,4 @@
-"""Epochs: which examples are in which batch."""
+"""Epochs decide which examples are in which batch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class Epochs:
 
     Every epoch has every example exactly once; its last batch may be short.
 
-    sizes: of each example, the number of its bucket, [n]; those of one bucket come together.
-    seed: of the order. None: every epoch has the order of the data.
-    count: how many epochs there are; None for no end.
+    sizes: the number of each example's bucket, [n]; examples of one bucket come together.
+    batch_size: examples of a batch.
+    seed: the seed of the order. None: every epoch has the order of the data.
+    count: the number of epochs. None: without end.
     """
 
     sizes: NDArray[np.int64]
@@ -30,7 +31,7 @@ class Epochs:
 
     @property
     def batches(self) -> int:
-        """Batches of an epoch."""
+        """The number of batches in an epoch."""
         return -(-len(self.sizes) // self.batch_size)
 
     def __len__(self) -> int:
@@ -38,19 +39,19 @@ class Epochs:
 
     @functools.cached_property
     def _plans(self) -> Callable[[int], list[NDArray[np.int64]]]:
-        """`plan`, remembering two epochs: threads that read ahead are in the next one already."""
+        """`plan` with a cache of two epochs: threads that read ahead are already in the next."""
         return functools.lru_cache(maxsize=2)(self.plan)
 
     def at(self, number: int) -> tuple[int, NDArray[np.int64]]:
-        """The epoch of a batch, and its examples."""
+        """Return the epoch of a batch, and the numbers of its examples."""
         epoch, place = divmod(int(number), self.batches)
         return epoch, self._plans(epoch)[place]
 
     def plan(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The examples of each batch of an epoch.
+        """Return the numbers of the examples of each batch of an epoch.
 
-        The data in the epoch's order, sorted stably by bucket, is cut into batches; then the
-        batches are shuffled. So all but a few batches hold one bucket's examples only.
+        The examples in the epoch's order are sorted stably by bucket and cut into batches, which
+        are then shuffled. So all but a few batches have examples of only one bucket.
         """
         order = np.arange(len(self.sizes))
         random = None if self.seed is None else np.random.default_rng((self.seed, epoch))
@@ -65,9 +66,13 @@ class Epochs:
     def filled(
         self, chosen: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The examples in some rows of a batch, and their weights [rows].
+        """Return the examples in some rows of a batch, and their weights [rows] float32.
 
-        A short batch is filled with its own examples from the first on, at weight 0.
+        A short batch is filled with its own examples, starting with the first, at weight 0.
+
+        Args:
+          chosen: the numbers of the examples of the batch.
+          rows: the numbers of the rows.
         """
         weights = (np.arange(self.batch_size) < len(chosen))[rows].astype(np.float32)
         return np.resize(chosen, self.batch_size)[rows], weights

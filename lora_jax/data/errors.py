@@ -1,4 +1,4 @@
-"""The error of everything that reads data."""
+"""The error of all code that reads data."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from lora_jax.errors import LoraError
 
 
 class DataError(LoraError):
-    """The data, or what the config says of it, cannot be used; the message says where and why."""
+    """The data, or its config, cannot be used; the message says where and why."""

@@ -1,4 +1,4 @@
-"""The config that all kinds of data share: where examples come from, their labels, batches."""
+"""The config that all kinds of data share: the source of examples, their labels, the batches."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from lora_jax.data.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class ExamplesConfig:
-    """Where examples come from, what their labels are, and how many make a batch."""
+    """The source of the examples, their labels, and the sizes of batches."""
 
     source: str
-    """See the classes that derive from it."""
+    """The source; see the subclasses."""
     data_dir: str | None = None
-    """Where TFDS keeps prepared data. None: data/ in LORA_JAX_CACHE or ~/.cache/lora_jax."""
+    """The folder for prepared data. None: data/ in LORA_JAX_CACHE or ~/.cache/lora_jax."""
     label_field: str = "label"
     """Classification: the field with the label."""
     label_names: tuple[str, ...] = ()
-    """The classes in order. Empty: those the source declares, else those found in the training
-    split."""
+    """The classes in order. Empty: the classes that the source declares, or else the labels in
+    the training split."""
     regression: bool = False
-    """The label is a real number. Found by itself where the source says so; CSV files cannot."""
+    """The label is a real number. Most sources say so by themselves; CSV files cannot."""
     batch_size: int = 32
     """Rows of a training batch."""
     eval_batch_size: int = 64
     """Rows of an evaluation batch."""
     train_split: str = "train"
-    """The split that is learned from."""
+    """The split for training."""
     eval_split: str = "validation"
-    """The split that picks the best adapter."""
+    """The split for the evaluations that pick the best adapter."""
     test_split: str = "test"
-    """The split that is evaluated once at the end."""
+    """The split that is evaluated before training and with the best adapter."""
     train_limit: int | None = None
-    """Use only the first so many training examples. None: all."""
+    """Use only this many training examples, the first ones. None: all."""
     eval_limit: int | None = None
-    """Use only the first so many evaluation examples. None: all."""
+    """Use only this many evaluation examples, the first ones. None: all."""
     test_limit: int | None = None
-    """Use only the first so many test examples. None: all."""
+    """Use only this many test examples, the first ones. None: all."""
 
     def __post_init__(self) -> None:
         self._require("source", bool(self.source), "the name of a source")
@@ -51,7 +51,7 @@ class ExamplesConfig:
             raise DataError("data.regression and data.label_names exclude each other: drop one")
 
     def limit(self, split: str) -> int | None:
-        """How many examples of `split` are used at most; None for all."""
+        """Return the largest number of examples of `split` to use. None: all."""
         limits = {
             self.test_split: self.test_limit,
             self.eval_split: self.eval_limit,

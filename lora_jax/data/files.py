@@ -18,22 +18,22 @@ SUFFIXES = (".jsonl", ".csv")
 class Files(DataSource):
     """JSONL or CSV files, one for each split.
 
-    A name is a path with `{split}` in it, or `split=path` parts with commas between them, or a
-    single path, which is the train split.
+    The name of the source is a path that contains `{split}`, or parts `split=path` with commas
+    between them, or a single path, which is the train split.
     """
 
     def __init__(self, name: str) -> None:
         """Find the files.
 
         Raises:
-            DataError: there are none.
+          DataError: there are none.
         """
         self.name = name
         self._paths = _paths(name)
         self.splits = tuple(self._paths)
 
     def examples(self, split: str) -> Sequence[Example]:
-        """See `DataSource.examples`; the file is read whole."""
+        """See `DataSource.examples`. The whole file is read."""
         if split not in self._paths:
             raise DataError(
                 f"{self.name} has no split {split!r}.\n"
@@ -71,7 +71,7 @@ def _paths(name: str) -> dict[str, Path]:
 def _globbed(name: str) -> dict[str, Path]:
     pattern = Path(name).expanduser()
     if "{split}" not in pattern.name or pattern.name.count("{split}") > 1:
-        raise DataError(f"{name}: {{split}} has to stand once, in the file's name")
+        raise DataError(f"{name}: {{split}} must be there once, in the name of the file")
     before, after = map(re.escape, pattern.name.split("{split}"))
     found = {p: re.fullmatch(f"{before}(.+){after}", p.name) for p in pattern.parent.glob("*")}
     paths = {fit.group(1): p for p, fit in sorted(found.items()) if fit}
@@ -119,7 +119,7 @@ def _csv(path: Path) -> list[Example]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, checked one by one: a decoder of whole blocks names no line."""
+    """Decode the lines of a file one by one, so that an error can name the line."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         for number, line in enumerate(file, 1):
             try:

@@ -1,4 +1,4 @@
-"""Batches of images with their labels, decoded and resized as they are asked for."""
+"""Batches of images with their labels. Images are decoded and resized when they are needed."""
 
 from __future__ import annotations
 
@@ -33,31 +33,34 @@ def image_classification(
     epochs: int | None = 1,
     augmentation: Augmentation = NO_AUGMENTATION,
 ) -> Batches:
-    """Batches of images with their labels.
+    """Make batches of images with their labels.
 
-    A batch holds, for B images:
+    A batch has, for B images:
 
         pixels  [B, height, width, channels] float32, as `preprocessing` says
         label   [B]    int32    class id, or float32 for real numbers
-        weight  [B]    float32  1, or 0 for a row that only fills up the batch
-        index   [B]    int32    the example's place in the split
+        weight  [B]    float32  1, or 0 for a row that only fills the batch
+        index   [B]    int32    number of the example in the split
 
     Every epoch has every example exactly once. B is always `batch_size`: a batch that would be
-    short is filled with copies of its rows, at weight 0. A process reads and decodes its own rows
-    of a batch only, in threads, a few batches ahead.
+    short is filled with copies of its rows, at weight 0. A process reads and decodes only its own
+    rows of a batch, in threads, a few batches ahead.
 
     Args:
-        config: the data.
-        preprocessing: of the model.
-        split: the name of a split.
-        batch_size: rows of a batch.
-        shuffle: whether each epoch has an order of its own, drawn from `seed` and its number.
-        seed: of the order, and of the augmentation.
-        epochs: how often the split is gone through; None never ends.
-        augmentation: drawn anew for each image in each epoch.
+      config: the config of the data.
+      preprocessing: the preprocessing of the model.
+      split: the name of a split.
+      batch_size: rows of a batch.
+      shuffle: whether each epoch has its own order, drawn from `seed` and its number.
+      seed: the seed of the order and of the augmentation.
+      epochs: the number of epochs. None: without end.
+      augmentation: random changes, drawn for each image in each epoch.
+
+    Returns:
+      The batches.
 
     Raises:
-        DataError: the source, a field or a label is not as the config says.
+      DataError: the source, a field or a label is not as the config says.
     """
     source = open_source(config.source, config.data_dir)
     examples, limit = source.examples(split), config.limit(split)
@@ -72,7 +75,7 @@ def image_classification(
         augmentation=augmentation,
         seed=seed,
     )
-    table.row(0, 0)  # finds a wrong field before anything else is loaded
+    table.row(0, 0)  # a wrong field should be found before anything else is loaded
     facts = Facts(
         source=source.name,
         split=split,
@@ -83,7 +86,7 @@ def image_classification(
     ahead = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.threads)
 
     def part(shard: Shard) -> ShardBatches:
-        shard.rows(batch_size)  # raises if it cannot be
+        shard.rows(batch_size)  # raises if the rows cannot be divided
         own = dataclasses.replace(table, shard=shard)
         return grain.MapDataset.source(own).to_iter_dataset(ahead).__iter__, facts
 
@@ -92,7 +95,7 @@ def image_classification(
 
 @dataclasses.dataclass(frozen=True)
 class ImageTable:
-    """A shard of every batch of every epoch by its number: the random-access source of Grain."""
+    """The random-access source of Grain: the rows of a shard of each batch, by its number."""
 
     examples: Sequence[Example]
     epochs: Epochs
@@ -121,7 +124,7 @@ class ImageTable:
         }
 
     def row(self, epoch: int, index: int) -> tuple[NDArray[np.float32], int | float]:
-        """The pixels and the label of an example, as they are in an epoch."""
+        """Return the pixels and the label of an example in an epoch."""
         example, where = self.examples[index], f"{self.where}, example {index}"
         field, how = self.config.image_field, self.preprocessing
         image = decode(field_of(example, field, "image_field", where), how.channels, where)

@@ -1,4 +1,4 @@
-"""The config of a data set of images: what is read, and how batches are made of it."""
+"""The config of a data set of images."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from lora_jax.data.examples_config import ExamplesConfig
 
 @dataclasses.dataclass(frozen=True)
 class ImageDataConfig(ExamplesConfig):
-    """The data: where images come from, how they are varied in training, and the batches."""
+    """The source of the images, their augmentation in training, and the sizes of batches."""
 
     source: str = "tfds:beans"
-    """tfds:name/config:version, or JSONL and CSV files (data/{split}.jsonl, or
-    train=a.csv,validation=b.csv) with the path of an image file in each row."""
+    """tfds:name/config:version, or JSONL and CSV files with the path of an image file in each row,
+    as data/{split}.jsonl or train=a.csv,validation=b.csv."""
     image_field: str = "image"
     """The field with the image."""
     flip: bool = False
-    """Training: mirror one half of the images, left to right."""
+    """Training: mirror a random half of the images, left to right."""
     crop: float = 1.0
-    """Training: cut out a random part of each image, of this share of its area or more, three
-    quarters to four thirds as wide as high. 1: none is cut."""
+    """Training: cut out a random part of each image, with at least this share of its area, and a
+    width of three quarters to four thirds of its height. 1: use the whole image."""
     threads: int = dataclasses.field(default=4, metadata={"incidental": True})
-    """Batches that are decoded at once, each in a thread; so many more are kept ready."""
+    """Batches that are decoded at the same time, each in a thread; as many more are kept ready."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

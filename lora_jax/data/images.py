@@ -1,6 +1,6 @@
-"""Images: from the bytes of a file to the numbers that a model reads, with Pillow.
+"""Convert images from the bytes of a file to the numbers that a model reads, with Pillow.
 
-The same steps with the same rounding as transformers' ViTImageProcessor on Pillow; torchvision's
+The steps and the rounding are as in transformers' ViTImageProcessor with Pillow. torchvision's
 own filters, which transformers may use instead, differ from Pillow's by up to 1 of 255.
 """
 
@@ -28,27 +28,27 @@ from PIL.Image import Image
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels of the image
 
 _MODES = {1: "L", 3: "RGB"}
-# Modes with 8 bits a channel; Pillow would cut the numbers of the others off at 255.
+# Modes with 8 bits a channel. Pillow would clip the numbers of other modes at 255.
 _EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
-_TRIES = 10  # at a part that fits into the image
+_TRIES = 10  # attempts to find a part that fits into the image
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """Random changes of an image in training.
 
-    flip: mirror every other image, left to right.
-    crop: cut out a part that has this share of the area or more (Szegedy et al., arXiv 1409.4842).
-        1: none is cut.
+    flip: mirror a random half of the images, left to right.
+    crop: cut out a part with at least this share of the area (Szegedy et al., arXiv 1409.4842).
+        1: use the whole image.
     """
 
     flip: bool = False
     crop: float = 1.0
 
     def box(self, size: tuple[int, int], random: np.random.Generator) -> Box | None:
-        """A part of an image of the size (width, height); None: all of it.
+        """Return a random part of an image of the size (width, height), or None for all of it.
 
-        Its shares of the area are uniform, and so is the logarithm of its ratio of width to height.
+        Its share of the area is uniform, and so is the logarithm of its ratio of width to height.
         """
         if self.crop == 1:
             return None
@@ -63,7 +63,7 @@ class Augmentation:
         return None
 
     def flips(self, random: np.random.Generator) -> bool:
-        """Whether an image is mirrored."""
+        """Return at random whether an image is mirrored."""
         return self.flip and random.random() < 0.5
 
 
@@ -71,15 +71,18 @@ NO_AUGMENTATION = Augmentation()
 
 
 def decode(value: Any, channels: int, where: str) -> Image:
-    """The image in a file, upright, in 3 channels of colour or 1 of grey with 8 bits each.
+    """Decode an image file, upright, to 3 channels of colour or 1 of grey with 8 bits each.
 
     Args:
-        value: the bytes of a PNG, a JPEG or whatever else Pillow reads, or the path of such a file.
-        channels: 1 or 3. Transparency is dropped, as transformers does.
-        where: the example, for the message.
+      value: the bytes of a PNG, a JPEG or another file that Pillow reads, or its path.
+      channels: 1 or 3. Transparency is dropped, as transformers does.
+      where: the example, for the error message.
+
+    Returns:
+      The image.
 
     Raises:
-        DataError: it is neither, or it cannot be read.
+      DataError: the value is neither bytes nor a path, or the image cannot be read.
     """
     if isinstance(value, str):
         value = _content(value, where)
@@ -112,13 +115,16 @@ def _content(path: str, where: str) -> bytes:
 def pixels(
     image: Image, how: Preprocessing, box: Box | None = None, flip: bool = False
 ) -> NDArray[np.float32]:
-    """The numbers [height, width, channels] that a model reads.
+    """Return the numbers that a model reads.
 
     Args:
-        image: as `decode` returns it.
-        how: the size, the filter, the scale and the normalisation.
-        box: the part of the image that is resized; None: all of it.
-        flip: mirror it, left to right.
+      image: the return value of `decode`.
+      how: the size, the filter, the scale and the normalisation.
+      box: the part of the image that is resized. None: all of it.
+      flip: whether to mirror it, left to right.
+
+    Returns:
+      float32 [height, width, channels].
     """
     high, wide = how.size
     resized = image.resize((wide, high), PIL.Image.Resampling(how.resample), box=box)

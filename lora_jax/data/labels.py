@@ -12,12 +12,16 @@ from lora_jax.data.examples_config import ExamplesConfig
 from lora_jax.data.source import DataSource, field_of, place_of, shown
 from lora_jax.errors import nearest
 
-MOST = 1_000  # classes that nobody has named
+MOST = 1_000  # the most classes that a head may have without names
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """The classes in the order of their ids; none for real numbers."""
+    """The classes of a data set, or real numbers as labels.
+
+    Attributes:
+      names: the names of the classes in the order of their ids; empty for real numbers.
+    """
 
     names: tuple[str, ...]
 
@@ -28,18 +32,18 @@ class Labels:
 
     @property
     def outputs(self) -> int:
-        """The number of outputs a head needs."""
+        """The number of outputs that a head needs."""
         return len(self.names) or 1
 
     def encode(self, value: Any, where: str) -> int | float:
-        """The label as a class id or a float.
+        """Convert a label to a class id or a float.
 
         Args:
-            value: a class id, a class name, or a number.
-            where: the example, for the message.
+          value: a class id, a class name, or a number.
+          where: the example, for the error message.
 
         Raises:
-            DataError: it is none of these; -1 is how GLUE hides the labels of its test sets.
+          DataError: it is none of these. GLUE marks the hidden labels of its test sets by -1.
         """
         if self.regression:
             try:
@@ -50,7 +54,7 @@ class Labels:
                 raise DataError(f"{where}: label {shown(value)} is not a number (data.regression)")
             return number
         if isinstance(value, int) and 0 <= value < len(self.names):
-            return int(value)  # a bool is an int as well
+            return int(value)  # the value may be a bool, which is an int as well
         if str(value) in self.names:
             return self.names.index(str(value))
         if value == -1:
@@ -64,14 +68,18 @@ class Labels:
 
 
 def labels_of(config: ExamplesConfig, source: DataSource) -> Labels:
-    """The labels: as the config says, else as the source declares, else as the training split has.
+    """Return the labels that the config names, or the source declares, or the training split has.
 
-    Found classes are ordered as numbers if all are, else as text. Found real numbers (floats in
-    JSONL) mean regression.
+    Classes that are found in the split are ordered as numbers if all of them are numbers, else as
+    text. Real numbers that are found (floats in JSONL) mean regression.
+
+    Args:
+      config: the config of the data.
+      source: the source.
 
     Raises:
-        DataError: the labels are of mixed kinds, are neither texts nor numbers, or are of one class
-            only, or of more than 1,000 that nobody has named.
+      DataError: the labels are of several kinds or neither text nor numbers, or there is only one
+        class, or there are more than 1,000 classes without names.
     """
     labels = _labels_of(config, source)
     if len(labels.names) == 1:
@@ -121,9 +129,9 @@ def _ordered(values: set[str], where: str) -> tuple[str, ...]:
 
 
 def _check_count(count: int, said: str) -> None:
-    """Raise `DataError` for a head with more outputs than anyone meant who has not named them."""
+    """Raise `DataError` if a head would have more outputs than a user without class names meant."""
     if count > MOST:
         raise DataError(
-            f"{said}. Real numbers need data.regression=True; more than {MOST:,} classes have to "
-            "be named in data.label_names."
+            f"{said}. Real numbers need data.regression=True; more than {MOST:,} classes must be "
+            "named in data.label_names."
         )

@@ -1,4 +1,4 @@
-"""Packed rows for causal language modelling; no example is split over two rows."""
+"""Packed rows for causal language modelling. No example is split over two rows."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from lora_jax.data.tokens import (
 )
 from lora_jax.errors import nearest
 
-AHEAD = 1_000_000  # a process tokenises up to so many examples at once, more as they are read
+AHEAD = 1_000_000  # with more examples than this, rows are tokenised when they are read
 
-_SAMPLE = 2_000  # examples that the facts are estimated from
+_SAMPLE = 2_000  # the number of examples from which facts are estimated
 
 
 def language_modelling(
@@ -48,48 +48,51 @@ def language_modelling(
     epochs: int | None = 1,
     vocabulary: int | None = None,
 ) -> Batches:
-    """Batches of packed rows of T = `config.max_length` tokens.
+    """Make batches of packed rows of T = `config.max_length` tokens.
 
         input_ids    [B, T] int32
-        targets      [B, T] int32    the token that follows
-        loss_weight  [B, T] float32  1 where the target is to be learned: the answer and the end, or
-                                     everything where there is no answer; else 0
-        segment_ids  [B, T] int32    which example of the row, from 1; 0 is padding
-        positions    [B, T] int32    place within the example, from 0
+        targets      [B, T] int32    the next token
+        loss_weight  [B, T] float32  1 if the target is to be learned, else 0: learned are the
+        answer
+                                     and the end token, or everything if there is no answer
+        segment_ids  [B, T] int32    the number of the example in the row, from 1; 0 is padding
+        positions    [B, T] int32    the position in the example, from 0
 
     Without `config.pack` a row holds one example, and padding.
 
-    An example of n tokens takes n - 1 places (its last token is only a target) in one row. One that
-    is longer is cut at its end; one of which nothing to learn is left is left out; both are counted
-    in the facts.
+    An example of n tokens takes n - 1 positions of one row (its last token is only a target). A
+    longer example is cut at its end, and an example without anything left to learn is left out;
+    the facts count both.
 
-    Row j of every batch comes from stream j, which has the examples j, j + B, j + 2B... and packs
-    them on its own (`lora_jax.data.packing`); a process reads and tokenises the streams
-    of its own rows only. Over all epochs every example comes exactly `epochs` times; since rows are
-    filled side by side, the end of one epoch and the start of the next may share some. A stream
-    that has come to its end before the others, or has no examples, gives rows of nothing but
-    padding, at loss_weight 0.
+    Row j of every batch comes from stream j, which consists of the examples j, j + B, j + 2B... and
+    packs them by itself (`lora_jax.data.packing`). A process reads and tokenises only the streams
+    of its own rows. Every example comes exactly `epochs` times in all; since several rows are
+    filled at the same time, the end of one epoch and the start of the next may share some. A stream
+    that ends before the others, or has no examples, yields rows of padding at loss_weight 0.
 
     Args:
-        config: the data.
-        tokenizer: makes the tokens. The special tokens that its post-processor puts before a text
-            are kept, those after it are not: `config.eos` says what ends an example.
-        split: the name of a split.
-        batch_size: rows of a batch.
-        shuffle: whether each stream has an order of its own in each epoch, drawn from `seed`.
-        seed: of the orders.
-        epochs: how often the split is gone through; None never ends.
-        vocabulary: rows of the model's embedding; a token beyond them is an error.
+      config: the config of the data.
+      tokenizer: makes the tokens. Special tokens that its post-processor puts before a text are
+        kept, those after it are not: `config.eos` is the token that ends an example.
+      split: the name of a split.
+      batch_size: rows of a batch.
+      shuffle: whether each stream has its own order in each epoch, drawn from `seed`.
+      seed: the seed of the orders.
+      epochs: the number of epochs. None: without end.
+      vocabulary: rows of the model's embedding; a token beyond them is an error.
+
+    Returns:
+      The batches.
 
     Raises:
-        DataError: the source or a field is not as the config says, or `config.eos` is not said.
+      DataError: the source or a field is not as the config says, or `config.eos` is not given.
     """
     source = open_source(config.source, config.data_dir)
     examples = source.examples(split)
     count = min(len(examples), config.limit(split) or len(examples))
     where = f"{source.name}, split {split!r}"
     reader = Reader(config, tokenizer, where, vocabulary)
-    list(reader.rows(examples[:1], TextTruncation()))  # finds a wrong field before all is loaded
+    list(reader.rows(examples[:1], TextTruncation()))  # a wrong field should be found early
     packing = Packing(
         batch_size=batch_size,
         length=config.max_length,
@@ -112,7 +115,7 @@ def language_modelling(
 
 
 class Reader:
-    """Turns examples into tokens and marks: 1 on those to be learned."""
+    """Turns examples into tokens and marks; the mark is 1 on a token that is to be learned."""
 
     def __init__(
         self, config: DataConfig, tokenizer: Tokenizer, where: str, vocabulary: int | None = None
@@ -120,23 +123,23 @@ class Reader:
         """Check the templates and the end token.
 
         Raises:
-            DataError: one of them cannot be used.
+          DataError: one of them cannot be used.
         """
         self.where = where
         self._prompt = Template(config.prompt, "prompt")
         self._answer = Template(config.answer, "answer")
         self._end = _end(config, tokenizer)
-        # A row has `max_length` inputs, and the last token of an example is a target only.
+        # A row has `max_length` inputs, and the last token of an example is only a target.
         self._encoder = Encoder(tokenizer, config.max_length + 1, vocabulary)
         self._encoder.check([self._encoder.start, self._end])
 
     def rows(self, examples: Sequence[Example], truncation: TextTruncation) -> Iterator[TokenRow]:
-        """A row for each example, an empty one where there is nothing to learn.
+        """Yield a row for each example, which is empty if there is nothing to learn.
 
-        What was lost is added to `truncation`.
+        Counts of cut and dropped examples are added to `truncation`.
 
         Raises:
-            DataError: an example lacks a field.
+          DataError: an example lacks a field.
         """
         start = self._encoder.start
         prompts = self._encoder.plain([self._prompt.fill(e, self.where) for e in examples])
@@ -164,7 +167,7 @@ def _end(config: DataConfig, tokenizer: Tokenizer) -> list[int]:
     special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
     if config.eos is None:
         raise DataError(
-            "data.eos has to name the token that ends an example, or be empty for none.\n"
+            "data.eos must name the token that ends an example, or be empty for none.\n"
             f"  this tokenizer's special tokens: {', '.join(special[:20])}"
         )
     if not config.eos:
@@ -185,7 +188,7 @@ def _read(
     truncation: TextTruncation,
     split: str,
 ) -> Mapping[int, Sequence[TokenRow]]:
-    """The rows of each stream."""
+    """Return the rows of each stream."""
     total = sum(map(len, dealt.values()))
     if total > AHEAD:
         return {n: LazyRows(reader, examples, places, truncation) for n, places in dealt.items()}
@@ -202,7 +205,7 @@ def _read(
 
 @dataclasses.dataclass(frozen=True)
 class LazyRows(Sequence[TokenRow]):
-    """Rows tokenised when they are asked for."""
+    """Rows that are tokenised each time they are read."""
 
     reader: Reader
     examples: Sequence[Example]
@@ -220,18 +223,18 @@ class LazyRows(Sequence[TokenRow]):
 def _measure(
     rows: Mapping[int, Sequence[TokenRow]], truncation: TextTruncation, count: int
 ) -> tuple[int, int, TextTruncation]:
-    """Examples that are not left out, places they take in packed rows, what `max_length` cost.
+    """Count the examples in use, the positions they take in packed rows, and the truncation.
 
-    Numbers of the whole split: of the rows that are there, or a sample of those to come, scaled up.
+    The counts are for the whole split. If not all rows are known, they are scaled up from a sample.
 
     Args:
-        rows: of the streams of this process.
-        truncation: what reading them cost so far.
-        count: the examples of the split.
+      rows: the rows of the streams of this process.
+      truncation: what was cut off so far.
+      count: the number of examples of the split.
     """
     each = -(-_SAMPLE // len(rows))
     lengths = np.concatenate([_lengths(stream, each) for stream in rows.values()])
-    scale = count / max(1, len(lengths))  # exactly 1 where one process has tokenised everything
+    scale = count / max(1, len(lengths))  # exactly 1 if one process has tokenised everything
     lost = TextTruncation(*(round(number * scale) for number in dataclasses.astuple(truncation)))
     places = int(np.maximum(lengths - 1, 0).sum())
     return round(np.count_nonzero(lengths) * scale), round(places * scale), lost

@@ -1,8 +1,8 @@
 """Packed batches from streams: row j of every batch comes from stream j.
 
-The examples of a split are dealt out to as many streams as a batch has rows. A stream has its own
-order and packs its examples on its own, so the batches do not depend on which process holds which
-streams, and a process reads the examples of its own streams only.
+The examples of a split are divided into as many streams as a batch has rows. A stream has its own
+order and packs its own examples, so the batches do not depend on which process has which streams,
+and a process reads only the examples of its own streams.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from lora_jax.data.errors import DataError
 from lora_jax.data.process_slice import Shard
 from lora_jax.data.tokens import TokenRow
 
-_Arrays = dict[str, NDArray[Any]]  # of one packed row, or of a batch of them
-_BINS = 32  # rows that are filled side by side
-_SAMPLE = 8  # times so many rows: what the padding of streams without end is estimated from
+_Arrays = dict[str, NDArray[Any]]  # a packed row, or a batch of rows
+_BINS = 32  # rows that are filled at the same time
+_SAMPLE = 8  # the padding of endless streams is estimated from _SAMPLE * _BINS rows
 
 _ENDLESS = 2**31  # epochs
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How the streams become batches."""
+    """The settings by which streams become batches."""
 
     batch_size: int
-    """Rows of a batch; as many streams there are."""
+    """Rows of a batch, and number of streams."""
     length: int
-    """Places of a row."""
+    """Positions of a row."""
     pad: int
-    """The token id in places that hold nothing."""
+    """The token id of padding."""
     seed: int | None
-    """Of the orders; None: as they come."""
+    """Seed of the orders. None: the order of the data."""
     epochs: int | None
-    """How often a stream is gone through; None never ends."""
+    """The number of epochs of a stream. None: without end."""
     together: bool = True
-    """Whether a row holds as many examples as fit, or one."""
+    """Whether a row holds as many examples as fit, or only one."""
 
     def blank(self) -> _Arrays:
-        """A row with nothing in it; it weighs nothing."""
+        """Return a row of padding, whose loss weights are 0."""
         names = ("input_ids", "targets", "segment_ids", "positions")
         row: _Arrays = {name: np.zeros(self.length, np.int32) for name in names}
         row["input_ids"] += self.pad
@@ -56,7 +56,7 @@ class Packing:
         return row | {"loss_weight": np.zeros(self.length, np.float32)}
 
     def pack(self, number: int, rows: Sequence[TokenRow]) -> grain.IterDataset:
-        """First-fit packing of stream `number`; a few rows are filled side by side."""
+        """Pack stream `number` by first fit, with several rows that are filled at the same time."""
         seed = None if self.seed is None else (self.seed, number)
         stream = Stream(rows, seed, _ENDLESS if self.epochs is None else self.epochs)
         dataset = grain.MapDataset.source(stream).to_iter_dataset(IN_THREAD)
@@ -66,8 +66,8 @@ class Packing:
             dataset,
             length_struct=dict.fromkeys(("input_ids", "targets", "loss_weight"), self.length),
             num_packing_bins=_BINS,
-            # The last of them are the emptiest. All streams fill as many, so without this the last
-            # ones of all streams would come together in one batch.
+            # The last of these rows are the emptiest. All streams have the same number of them, so
+            # without shuffling the last rows of all streams would come together in one batch.
             shuffle_bins=seed is not None,
             seed=0 if seed is None else int(np.random.SeedSequence(seed).generate_state(1)[0]),
             padding_struct={"input_ids": self.pad, "targets": self.pad, "loss_weight": 0},
@@ -75,7 +75,7 @@ class Packing:
         return packed.map(_named)
 
     def _alone(self, row: _Arrays) -> _Arrays:
-        """A row that holds one example."""
+        """Return a row that holds one example."""
         size, whole = len(row["input_ids"]), self.blank()
         own = {"segment_ids": np.int32(1), "positions": np.arange(size, dtype=np.int32)}
         for name, values in (row | own).items():
@@ -91,9 +91,9 @@ def _named(row: _Arrays) -> _Arrays:
 
 @dataclasses.dataclass(frozen=True)
 class Stream(Sequence[_Arrays | None]):
-    """The rows of every epoch as inputs, targets and weights: the source that Grain reads.
+    """The random-access source of Grain: the rows of every epoch as inputs, targets and weights.
 
-    Grain passes over a None. Its own shuffle takes a millisecond a row where rows are few.
+    Grain skips a None. Its own shuffle takes a millisecond a row if there are few rows.
     """
 
     rows: Sequence[TokenRow]
@@ -116,7 +116,7 @@ class Stream(Sequence[_Arrays | None]):
 
     @functools.cached_property
     def _orders(self) -> Callable[[int], Sequence[int] | NDArray[np.int64]]:
-        """`_order`, remembering the epoch in hand."""
+        """`_order` with a cache of the current epoch."""
         return functools.lru_cache(maxsize=1)(self._order)
 
     def _order(self, epoch: int) -> Sequence[int] | NDArray[np.int64]:
@@ -131,23 +131,23 @@ class Streams:
     def __init__(
         self, rows: Mapping[int, Sequence[TokenRow]], packing: Packing, shard: Shard, where: str
     ) -> None:
-        """Nothing is packed yet.
+        """Make the streams. Nothing is packed yet.
 
         Args:
-            rows: those of each stream by its number; an empty row is left out.
-            packing: how they become batches.
-            shard: which streams these are.
-            where: source and split, for messages.
+          rows: number of a stream -> its rows; an empty row is skipped.
+          packing: the settings.
+          shard: the rows of a batch that these streams are.
+          where: source and split, for error messages.
         """
         self._packing, self._shard, self._where = packing, shard, where
-        # Grain would look for ever for the next row of an endless stream that has none.
+        # Grain would search for ever for the next row of an endless stream that has none.
         self._rows = {n: r if any(len(ids) for ids, _ in r) else () for n, r in rows.items()}
 
     def begin(self) -> PackedBatches:
-        """An iterator before the first batch. Every process must ask for it, or all wait.
+        """Return an iterator before the first batch. Every process must call this, or all wait.
 
         Raises:
-            DataError: no stream of any process has an example.
+          DataError: no stream of any process has an example.
         """
         if not self._anything:
             raise DataError(f"{self._where}: no example of it has anything to learn")
@@ -163,15 +163,15 @@ class Streams:
 
     @functools.cached_property
     def longest(self) -> int:
-        """Rows of the longest stream here; not for streams without end.
+        """The number of rows of the longest stream here; only for streams with an end.
 
-        Only packing tells. It takes as long as a pass over the batches.
+        To count them, the streams must be packed, which takes as long as a pass over the batches.
         """
         assert self._packing.epochs is not None
         return max(sum(1 for _ in rows) for rows in self._iterators().values())
 
     def fill(self) -> float:
-        """The share of the places that is used, in streams without end; from a sample."""
+        """Return the share of positions in use in endless streams, estimated from a sample."""
         used = [item for item in self._rows.items() if item[1]]
         if not used:
             return 0.0
@@ -186,17 +186,17 @@ class Streams:
 
 
 class PackedBatches:
-    """Batches from streams (`lora_jax.data.batches.BatchIterator`)."""
+    """An iterator over batches from streams (`lora_jax.data.batches.BatchIterator`)."""
 
     def __init__(
         self, streams: Mapping[int, grain.DatasetIterator], blank: _Arrays, total: int | None
     ) -> None:
-        """Stand before the first batch.
+        """Start before the first batch.
 
         Args:
-            streams: the streams by their numbers.
-            blank: the row of a stream that has ended.
-            total: the number of batches; None: without end.
+          streams: number of a stream -> its rows.
+          blank: the row that a stream yields after its end.
+          total: the number of batches. None: without end.
         """
         self._streams, self._blank, self._total = streams, blank, total
         self._batch = 0
@@ -212,21 +212,21 @@ class PackedBatches:
         return {name: np.stack([row[name] for row in rows]) for name in self._blank}
 
     def get_state(self) -> dict[str, Any]:
-        """The number of batches given, and the state of each stream."""
+        """Return the number of batches so far, and the state of each stream."""
         rows = {str(number): stream.get_state() for number, stream in self._streams.items()}
         return {"batch": self._batch, "rows": rows}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where `get_state` was called.
+        """Continue at the position that `get_state` returned.
 
         Raises:
-            DataError: the state lacks a stream of this process.
+          DataError: the state lacks a stream of this process.
         """
         missing = [n for n in self._streams if str(n) not in state["rows"]]
         if missing:
             raise DataError(
                 f"the saved state of the data lacks rows {missing} of a batch; it has "
-                f"{len(state['rows'])} rows.\nGo on with the batch size of the run that saved it."
+                f"{len(state['rows'])} rows.\nUse the batch size of the run that saved it."
             )
         self._batch = state["batch"]
         for number, stream in self._streams.items():

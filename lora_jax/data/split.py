@@ -1,4 +1,4 @@
-"""The split that a text belongs to: a function of its normalised text and of nothing else."""
+"""Assign a text to a split by a function of its normalised text only."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-KeyedRow = tuple[Any, dict[str, str]]  # a key that no other row has, fields
+KeyedRow = tuple[Any, dict[str, str]]  # a unique key, and the fields
 
 _SIGNS = re.compile(r"[\W_]+")
 
 
 def normalise(text: str) -> str:
-    """Return what is left of a text without case, white space, punctuation and accents.
+    """Return a text without case, white space, punctuation and accents.
 
-    A text of nothing else is left as it is.
+    A text that consists only of these is returned unchanged.
 
     >>> normalise("  A well-made  Film!") == normalise("a well made film")
     True
@@ -27,9 +27,9 @@ def normalise(text: str) -> str:
 
 
 def split_of(text: str, shares: Mapping[str, float]) -> str:
-    """Return the split of `text`, drawn with probabilities `shares` by a hash of its `normalise`.
+    """Return the split of a text, drawn with probabilities `shares` by a hash of `normalise(text)`.
 
-    It is the same on every machine and for ever; texts that `normalise` alike share a split.
+    It is the same on every machine and for ever. Texts with equal `normalise` have the same split.
 
     >>> split_of("Obvious.", {"train": 1.0})
     'train'
@@ -41,13 +41,13 @@ def split_of(text: str, shares: Mapping[str, float]) -> str:
         reached += share
         if position < reached:
             return name
-    return name  # rounding: the shares add up to a hair below 1
+    return name  # through rounding the shares may add up to slightly less than 1
 
 
 def dealt(
     rows: Iterable[KeyedRow], shares: Mapping[str, float], field: str
 ) -> dict[str, list[KeyedRow]]:
-    """Return the rows of each split, which `split_of` draws by a field of theirs."""
+    """Return the rows of each split, which `split_of` assigns by one of their fields."""
     splits: dict[str, list[KeyedRow]] = {name: [] for name in shares}
     for key, row in rows:
         splits[split_of(row[field], shares)].append((key, row))

@@ -1,4 +1,4 @@
-"""Progress messages for reading data: shown when it takes long, and silent when it is short."""
+"""Progress messages for reading data, which are shown only if it takes long."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import rich.progress
 
 T = TypeVar("T")
 
-_LONG = 20_000  # items that take about a second
+_LONG = 20_000  # this many items take about a second
 
 
 @contextlib.contextmanager
 def status(description: str) -> Iterator[None]:
-    """Show `description` while the block runs: a spinner on a terminal, a line elsewhere."""
+    """Show `description` while the block runs: a spinner on a terminal, a line elsewhere.
+
+    Args:
+      description: the text.
+    """
     console = rich.console.Console(stderr=True)
     if not console.is_terminal:
         console.print(description, highlight=False, soft_wrap=True)
@@ -25,12 +29,12 @@ def status(description: str) -> Iterator[None]:
 
 
 def tracked(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Yield the items, with a progress bar on a terminal, or a line elsewhere, if they are many.
+    """Yield items, and show a progress bar on a terminal or a line elsewhere if there are many.
 
     Args:
-        items: what is gone through.
-        description: what is being done, "tokenising train".
-        total: their number.
+      items: the items.
+      description: the activity, such as "tokenising train".
+      total: the number of items.
     """
     if total < _LONG:
         yield from items

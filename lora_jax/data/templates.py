@@ -20,25 +20,25 @@ class Template:
     text: str
     """The template."""
     option: str
-    """The config's option that holds it, for messages."""
+    """The option of the config that holds it, for error messages."""
 
     def __post_init__(self) -> None:
         try:
             parts = list(string.Formatter().parse(self.text))
         except ValueError as error:
             raise DataError(
-                f"data.{self.option} {self.text!r}: {error}. A brace of the text is written twice."
+                f"data.{self.option} {self.text!r}: {error}. To write a brace, double it."
             ) from error
         for _, field, form, conversion in parts:
             if field is not None and (not field.isidentifier() or form or conversion):
                 raise DataError(
                     f"data.{self.option} {self.text!r}: {{{field}}} is not the name of a field. "
-                    "A brace of the text is written twice."
+                    "To write a brace, double it."
                 )
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that stand in it, each once.
+        """The fields of the template, each once.
 
         >>> Template("{word} of {word}: {{", "prompt").fields
         ('word',)
@@ -47,10 +47,10 @@ class Template:
         return tuple(dict.fromkeys(field for field in named if field is not None))
 
     def fill(self, example: Example, where: str) -> str:
-        """The text for an example.
+        """Return the text for an example.
 
         Raises:
-            DataError: the example lacks a field, or one is neither a text nor a number.
+          DataError: the example lacks a field, or its value is neither text nor a number.
         """
         values = {name: text_of(example, name, self.option, where) for name in self.fields}
         return self.text.format_map(values)

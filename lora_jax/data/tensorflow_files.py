@@ -1,9 +1,9 @@
-"""The file functions of TensorFlow that TFDS calls to unpack and to read what it has downloaded.
+"""Replace the file functions of TensorFlow that TFDS calls to unpack and read its downloads.
 
-TFDS opens local files through `tf.io.gfile`, so without TensorFlow it cannot unpack an archive;
-and images that it gets as arrays it encodes with `tf.image`. Here these functions are Python's and
-Pillow's. They take the place of `tf` in the files of TFDS concerned while a data set is prepared,
-and only where TensorFlow is not installed.
+TFDS opens local files through `tf.io.gfile`, so without TensorFlow it cannot unpack an archive. It
+also encodes images that it gets as arrays with `tf.image`. Here Python and Pillow provide these
+functions. They replace `tf` in the modules of TFDS concerned while a data set is prepared, and only
+if TensorFlow is not installed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tensorflow_datasets.core.download import extractor
 
 
 class _Module:
-    """A module of TensorFlow with some of its members; each other one is missing TensorFlow."""
+    """A module of TensorFlow with some of its members; others raise that TensorFlow is missing."""
 
     def __init__(self, name: str, **members: Any) -> None:
         self._name = name
         vars(self).update(members)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what Python itself looks for
+        if name.startswith("__"):  # Python itself looks for these
             raise AttributeError(name)
         raise ModuleNotFoundError(
             f"No module named 'tensorflow', whose {self._name}.{name} is called", name="tensorflow"
@@ -64,7 +64,7 @@ TF = _Module(
 
 @contextlib.contextmanager
 def stand_in(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
-    """Let TFDS prepare the builder's data without TensorFlow, as far as it calls for files only."""
+    """Let TFDS prepare a builder's data without TensorFlow, if it only calls file functions."""
     if importlib.util.find_spec("tensorflow") is not None:
         yield
         return
@@ -95,11 +95,11 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _encode(feature: tfds.features.Image, encode: Callable[[Any], bytes], image: Any) -> bytes:
-    """An image for the files: an array as PNG, which loses nothing; else as TFDS does it."""
+    """Encode an image: an array as PNG, which is lossless, and everything else as TFDS does."""
     is_plain = isinstance(image, np.ndarray) and image.dtype == np.uint8
     if not is_plain or feature.encoding_format == "jpeg":
         return encode(image)
-    import PIL.Image  # an extra, and few data sets need it here
+    import PIL.Image  # an extra, which few data sets need here
 
     file = io.BytesIO()
     PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")

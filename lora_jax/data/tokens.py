@@ -1,4 +1,4 @@
-"""Tokenised examples: rows of different lengths in flat arrays, and what truncation cost."""
+"""Tokenised examples: rows of different lengths in flat arrays, and counts of the truncation."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from lora_jax.models.errors import is_failure
 
 T = TypeVar("T")
 TextOrPair = str | tuple[str, str]
-TokenRow = tuple[NDArray[np.int32], NDArray[np.uint8]]  # token ids, and a mark for each
+TokenRow = tuple[NDArray[np.int32], NDArray[np.uint8]]  # token ids, and a mark for each token
 
-CHUNK = 1000  # texts given to the tokenizer together; it uses every core for them
+CHUNK = 1000  # texts that the tokenizer gets together, because it uses all cores for them
 
 
 @dataclasses.dataclass
 class TextTruncation:
-    """What was lost on the way from texts to rows; grows while texts are tokenised."""
+    """Counts of what was cut off or dropped; they grow while texts are tokenised."""
 
     examples: int = 0
     """Examples that were longer than the limit."""
     tokens: int = 0
-    """Tokens cut off them."""
+    """Tokens that were cut off these examples."""
     dropped: int = 0
-    """Examples left out, because nothing to learn was left of them."""
+    """Examples that were dropped because nothing to learn was left."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens(Sequence[TokenRow]):
-    """Rows of tokens: five bytes a token, whatever the number of rows."""
+    """Rows of tokens in flat arrays, which take five bytes a token for any number of rows."""
 
     ids: NDArray[np.int32]
-    """Token ids of all rows, end to end."""
+    """Token ids of all rows, one after the other."""
     marks: NDArray[np.uint8]
     """A mark for each token: its type (classification), or whether it is to be learned."""
     starts: NDArray[np.int64]
-    """Where each row starts; one more entry than rows."""
+    """The start of each row in the flat arrays, and the end of the last row."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -56,12 +56,12 @@ class Tokens(Sequence[TokenRow]):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row."""
+        """The number of tokens of each row."""
         return np.diff(self.starts)
 
 
 def collect(rows: Iterable[TokenRow]) -> Tokens:
-    """The rows as `Tokens`; they are consumed one by one."""
+    """Copy rows into `Tokens`, one by one."""
     ids, marks, lengths = [], [], [0]
     for row_ids, row_marks in rows:
         ids.append(row_ids)
@@ -75,17 +75,18 @@ def collect(rows: Iterable[TokenRow]) -> Tokens:
 
 
 class Encoder:
-    """A tokenizer with its own padding and truncation set aside, and ours counted instead."""
+    """A tokenizer without its own padding and truncation; it counts what it truncates."""
 
     def __init__(
         self, tokenizer: Tokenizer, max_length: int, vocabulary: int | None = None
     ) -> None:
-        """Copy the tokenizer, so that the caller's keeps its settings.
+        """Copy the tokenizer, so that the settings of the caller's do not change.
 
         Args:
-            tokenizer: makes the tokens.
-            max_length: the most tokens of a text.
-            vocabulary: rows of the model's embedding; a token beyond them is an error. None: any.
+          tokenizer: makes the tokens.
+          max_length: the largest number of tokens of a text.
+          vocabulary: rows of the model's embedding; a token beyond them is an error. None: no
+            check.
         """
         self.max_length, self._vocabulary = max_length, vocabulary
         self._whole = Tokenizer.from_str(tokenizer.to_str())
@@ -99,7 +100,7 @@ class Encoder:
         return tuple(probe.ids[: probe.special_tokens_mask.index(0)])
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """The texts uncut and without special tokens (but those spelled out in them)."""
+        """Tokenise texts without cutting and without special tokens, except those in the text."""
         encodings = self._encoded(texts, add_special_tokens=False)
         found = [encoding.ids for encoding in encodings]
         self.check(found)
@@ -116,13 +117,13 @@ class Encoder:
                     _check_whole(one)
             raise DataError(
                 f"the tokenizer fails on one of {len(texts)} texts: {str(error)[:200]}\n"
-                "An expression in tokenizer.json that needs too long for a text ends so; is the "
-                "file that of the model, from someone you trust?"
+                "A regular expression in tokenizer.json that takes too long for a text fails like "
+                "this; is the file that of the model, from someone you trust?"
             ) from error
         return found
 
     def check(self, rows: Iterable[Sequence[int]]) -> None:
-        """Raise `DataError` for a token that the model has no row for: it would read NaN there."""
+        """Raise `DataError` for a token without an embedding: the model would read NaN there."""
         if self._vocabulary is None:
             return
         highest = max((max(ids) for ids in rows if ids), default=-1)
@@ -136,13 +137,21 @@ class Encoder:
             )
 
     def truncate(self, texts: Sequence[TextOrPair], truncation: TextTruncation) -> list[Encoding]:
-        """The texts, none longer than `max_length`; what that took is added to `truncation`.
+        """Tokenise texts and cut them to `max_length`; the counts are added to `truncation`.
 
-        The tokenizer cuts before it adds its special tokens, from the end of a text, and from the
-        longer one of a pair first.
+        The tokenizer cuts before it adds its special tokens. It cuts from the end of a text, and
+        from the longer one of a pair first.
+
+        Args:
+          texts: texts, or pairs of texts.
+          truncation: the counts of cut examples and tokens.
+
+        Returns:
+          An encoding for each text.
 
         Raises:
-            DataError: `max_length` leaves no room beside the special tokens, or see `check`.
+          DataError: `max_length` leaves no room for text after the special tokens, or see
+            `check`.
         """
         encodings = self._encoded(texts)
         self.check(encoding.ids for encoding in encodings)
@@ -165,7 +174,7 @@ class Encoder:
 
 
 def _check_whole(text: str) -> None:
-    """Raise `DataError` for a text that has no UTF-8, which a tokenizer takes for no text."""
+    """Raise `DataError` for a text that cannot be UTF-8, which a tokenizer does not accept."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -173,7 +182,7 @@ def _check_whole(text: str) -> None:
 
 
 def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
-    """The items in lists of `size`, the last one shorter.
+    """Yield the items in lists of `size`; the last list may be shorter.
 
     >>> list(chunks("abc", 2))
     [['a', 'b'], ['c']]
@@ -184,7 +193,7 @@ def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """The id that fills a row; padding is masked, yet some models count by it."""
+    """Return the token id for padding. Padding is masked, but some models depend on its id."""
     if tokenizer.padding:
         return int(tokenizer.padding["pad_id"])
     for name in ("[PAD]", "<pad>"):

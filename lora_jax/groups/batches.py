@@ -1,4 +1,4 @@
-"""The batches of all members for one step, padded to one shape and stacked."""
+"""Pad the batches of all members for one step to one shape, and stack them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from lora_jax.training.workload import Batch
 
 
 def together(names: Sequence[str], batches: Sequence[Batch | None]) -> dict[str, np.ndarray]:
-    """{entry: [N, ...]}: every batch filled up at the end with zeros to the largest shape.
+    """Pad every batch with zeros at the end to the largest shape, and stack them.
 
-    A zero is padding in every entry of a batch: mask 0, weight 0, segment 0. None, for a member
-    that takes no step, is zeros altogether.
-
-    Args:
-      names: of the members, for the message.
-      batches: one each; at least one is not None.
-
-    Raises:
-      ConfigError: two members' batches have not the same entries, dtypes and axes.
+    A zero is padding in every array of a batch: mask 0, weight 0, segment 0. A batch that is None,
+    for a member that takes no step, becomes all zeros.
 
     >>> together(["a", "b", "c"], [{"x": np.ones(2)}, {"x": np.ones(3)}, None])["x"].tolist()
     [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+
+    Args:
+      names: the names of the members, for the error message.
+      batches: the batch of each member; at least one is not None.
+
+    Returns:
+      Name of the array -> [N, ...].
+
+    Raises:
+      ConfigError: the batches of two members have different names, dtypes or numbers of axes.
     """
     present = [(name, b) for name, b in zip(names, batches, strict=True) if b is not None]
     forms = {name: {k: (str(x.dtype), np.ndim(x)) for k, x in b.items()} for name, b in present}
@@ -40,13 +43,13 @@ def together(names: Sequence[str], batches: Sequence[Batch | None]) -> dict[str,
                 raise ConfigError(
                     f"the batches of {first!r} and {name!r} differ in the entry {entry!r}: "
                     f"{_text(wanted.get(entry))}, and {_text(form.get(entry))}; the members of a "
-                    "group have batches of one kind, which may differ in length only"
+                    "group must have batches of one kind, which may differ only in length"
                 )
     return {entry: _filled([None if b is None else b[entry] for b in batches]) for entry in wanted}
 
 
 def _text(form: tuple[str, int] | None) -> str:
-    return "not there" if form is None else f"{form[0]} with {form[1]} axes"
+    return "missing" if form is None else f"{form[0]} with {form[1]} axes"
 
 
 def _filled(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
@@ -61,10 +64,14 @@ def _filled(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
 
 
 def placed(place: Placement, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The batches on the devices: each has its rows of every member's.
+    """Place stacked batches on the devices: each device has its rows of every member's batch.
+
+    Args:
+      place: the placement of all arrays on the mesh.
+      rows: the return value of `together`.
 
     Raises:
-      ConfigError: the devices do not divide the rows.
+      ConfigError: the rows cannot be divided evenly over the devices.
     """
     out = {}
     for name, value in rows.items():

@@ -1,4 +1,4 @@
-"""The comparison of finished runs: in which fields their configs differ, and which is best."""
+"""Compare finished runs: in which fields their configs differ, and which run is best."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from lora_jax.training.saved_files import read_config
 
 @dataclasses.dataclass(frozen=True)
 class ComparedRun:
-    """One run.
+    """One run of a comparison.
 
-    name: of its directory. values: field -> value, of the fields in which the runs differ.
-    curve: (step, `select`) of every evaluation on the validation split, "before" too.
+    name: the name of its directory.
+    values: field -> value, for the fields in which the runs differ.
+    curve: (step, `select`) of every evaluation on the validation split, including step 0.
+    summary: the values of its summary.json.
     """
 
     name: str
@@ -30,33 +32,33 @@ class ComparedRun:
 
     @property
     def select(self) -> str:
-        """The number that picked its best adapter."""
+        """The score that picked its best adapter."""
         return str(self.summary["select"])
 
     @property
     def sign(self) -> int:
-        """1 where more of it is better, -1 where less is."""
+        """1 if a higher score is better, -1 if a lower one is."""
         return 1 if self.summary["better"] == "higher" else -1
 
     def score(self, split: str, when: str = "after") -> float | None:
-        """`select` on a split, "before" or "after" training; None where it is not known."""
+        """Return `select` on a split, "before" or "after" training; None if it is not known."""
         value = self.summary[when].get(split, {}).get(self.select)
         return None if value is None or not math.isfinite(value) else float(value)
 
     @property
     def rank(self) -> float:
-        """The higher the better, on the validation split; minus infinity where nothing is known."""
+        """The validation score with a sign so that higher is better; -infinity if not known."""
         score = self.score("validation")
         return -math.inf if score is None else self.sign * score
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All runs.
+    """The compared runs.
 
-    rows: in the order they were given.
+    rows: the runs in the order they were given.
     varied: the fields in which they differ.
-    tasks: whether they learn different things, so that their scores are not to be compared.
+    tasks: whether they learn different things, so that their scores cannot be compared.
     """
 
     rows: tuple[ComparedRun, ...]
@@ -65,19 +67,26 @@ class Results:
 
     @property
     def best(self) -> ComparedRun | None:
-        """The run with the best validation score, the first of several. None: of tasks."""
+        """The run with the best validation score, the first of equal ones; None for tasks."""
         known = [row for row in self.rows if row.rank > -math.inf]
         return max(known, key=lambda row: row.rank) if known and not self.tasks else None
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits of which any score is known."""
+        """The splits for which any score is known."""
         found = dict.fromkeys(split for row in self.rows for split in row.summary["after"])
         return tuple(s for s in found if any(row.score(s) is not None for row in self.rows))
 
 
 def gather(summaries: Sequence[Summary]) -> Results:
-    """The runs that left these summaries; their configs and records are read."""
+    """Read the configs and metrics of finished runs, and compare them.
+
+    Args:
+      summaries: the values of their summary.json files.
+
+    Returns:
+      The comparison.
+    """
     paths = [pathlib.Path(summary["run"]) for summary in summaries]
     configs = [flat(read_config(path)) for path in paths]
     fields = dict.fromkeys(field for config in configs for field in config)
@@ -92,15 +101,19 @@ def gather(summaries: Sequence[Summary]) -> Results:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that decide what a run computes, by dotted path."""
+    """Return the fields of a config that decide the result, by dotted path.
+
+    Args:
+      config: the values of config.json.
+    """
     skipped = {f.name for f in dataclasses.fields(Config) if f.metadata == INCIDENTAL}
     kept = dotted({name: value for name, value in config.items() if name not in skipped})
-    kept = {**later_defaults(Config), **kept}  # an old config lacks the fields that came later
+    kept = {**later_defaults(Config), **kept}  # an old config lacks fields that were added later
     return {path: tuple(v) if isinstance(v, list) else v for path, v in kept.items()}
 
 
 def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested dictionaries by dotted path.
+    """Flatten nested dictionaries to dotted paths.
 
     >>> dotted({"a": {"b": 1}, "c": 2})
     {'a.b': 1, 'c': 2}

@@ -24,12 +24,12 @@ from lora_jax.training.config_json import stable_identity
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One run of a group; its directory is the group's, then `name`."""
+    """One run of a group. Its directory is the folder `name` in the group's directory."""
 
     name: str
     config: Config
     paused: bool = False
-    """Whether it waits: what it has is kept, and it takes no step."""
+    """Whether it is left out: it takes no step, and its files are kept."""
 
     def __post_init__(self) -> None:
         unfit = self.name.startswith(".") or any(sign in self.name for sign in "/\\")
@@ -39,23 +39,24 @@ class Member:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupOptions:
-    """What is said of a group as a whole; what its members are is said in the subclasses."""
+    """The options of a group as a whole; the subclasses define its members."""
 
     only: tuple[str, ...] = incidental(())
-    """Train these members (`rank=4,*` is all whose name begins so) and leave the others as they
-    are. Empty: all."""
+    """Train only these members, and leave the others as they are. `rank=4,*` is every name that
+    begins with rank=4. Empty: all members."""
     memory: float | None = incidental(None)
-    """Bytes of a device that a group may take; members beyond it train after the others. None:
-    what the device has."""
+    """Bytes of device memory that a group may use. Members that do not fit are trained after the
+    others. None: the memory of the device."""
     at_once: int | None = incidental(None)
-    """Members that go through the model at once, the others after them in the same step: the same
-    results in less memory. None: 4 on a CPU, whose caches hold no more, and all elsewhere."""
+    """Members that go through the model at the same time; the others follow in the same step, with
+    the same results and less memory. None: 4 on a CPU, whose caches hold no more, and all members
+    on other devices."""
     run_dir: str | None = incidental(None)
-    """Where the members' run directories are. None: runs/<config>-<hash of the members>."""
+    """The folder of the members' run directories. None: runs/<config>-<hash of the members>."""
     fresh: bool = incidental(False)
-    """Delete what earlier runs left in the members' directories and start from step 0."""
+    """Delete the earlier runs in the members' directories and start from step 0."""
     mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=INCIDENTAL)
-    """The layout of the devices."""
+    """The device mesh."""
     processes: ProcessesConfig = dataclasses.field(default=ProcessesConfig(), metadata=INCIDENTAL)
     """The processes of the run."""
 
@@ -64,16 +65,16 @@ class GroupOptions:
         require(self.at_once is None or self.at_once > 0, "at_once", self.at_once, "at least 1")
 
     def expand(self) -> GroupConfig:
-        """The group that these options stand for."""
+        """Return the group that these options describe."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupConfig(GroupOptions):
-    """A group by its members: what `lora_jax.groups.run` is given."""
+    """A group given by its members, for `lora_jax.groups.group.run`."""
 
     members: tyro.conf.Suppress[tuple[Member, ...]]
-    """Each is what its config says it is when it trains alone."""
+    """The members. Each has the result that its config has alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,19 +85,24 @@ class GroupConfig(GroupOptions):
         for pattern in self.only:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
-                    f"only: {pattern!r} is no member; nearest: {', '.join(nearest(pattern, names))}"
+                    f"only: {pattern!r} matches no member; nearest: "
+                    f"{', '.join(nearest(pattern, names))}"
                 )
 
     def expand(self) -> GroupConfig:
-        """The group itself."""
+        """Return the group itself."""
         return self
 
     def waits(self, member: Member) -> bool:
-        """Whether a member is paused, or left out by `only`."""
+        """Return whether a member is paused, or left out by `only`."""
         chosen = not self.only or any(fnmatch.fnmatchcase(member.name, p) for p in self.only)
         return member.paused or not chosen
 
 
 def short_hash(config: GroupConfig) -> str:
-    """Return eight characters that differ when a member's name or identity does, in any order."""
+    """Return eight characters that depend on the members' names and identities, in any order.
+
+    Args:
+      config: the config of the group.
+    """
     return hash_of({member.name: stable_identity(member.config) for member in config.members})

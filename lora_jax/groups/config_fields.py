@@ -1,4 +1,4 @@
-"""The fields of a config by dotted path, and the conversion of values to their types.
+"""Get and set the fields of a config by dotted path, and convert values to their types.
 
 >>> from lora_jax.training.config import LoraConfig
 >>> with_field(LoraConfig(), "rank", 2).rank
@@ -34,7 +34,7 @@ def field_types(config: Any, prefix: str = "") -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value, path = getattr(config, field.name), f"{prefix}{field.name}"
         if field.metadata.get("incidental") or get_origin(hints[field.name]) is Annotated:
-            continue  # the latter: what no command line can set
+            continue  # the latter cannot be set on a command line
         if dataclasses.is_dataclass(value):
             found |= field_types(value, f"{path}.")
         else:
@@ -43,10 +43,15 @@ def field_types(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def field_type(config: Any, path: str, where: str) -> Any:
-    """Return the type of the field at `path`.
+    """Return the type of the field at a path.
+
+    Args:
+      config: a config.
+      path: the dotted path.
+      where: the place where the path was read, for the error message.
 
     Raises:
-      ConfigError: there is none; the message has `where` the path was read and the nearest ones.
+      ConfigError: there is no such field; the message lists the nearest ones.
     """
     known = field_types(config)
     if path in known:
@@ -60,7 +65,7 @@ def field_type(config: Any, path: str, where: str) -> Any:
 
 
 def with_field(config: C, path: str, value: Any) -> C:
-    """Return the config with one field changed, after the config's own checks."""
+    """Return the config with one field changed; the config's own checks run."""
     name, _, rest = path.partition(".")
     inner = with_field(getattr(config, name), rest, value) if rest else value
     changes: dict[str, Any] = {name: inner}
@@ -68,34 +73,34 @@ def with_field(config: C, path: str, value: Any) -> C:
 
 
 def converted(value: Any, hint: Any) -> Any:
-    """Return `value` as the command line would have made it for a field of type `hint`.
+    """Convert a value as the command line would for a field of type `hint`.
 
     Raises:
-      ValueError: it is of another type.
+      ValueError: the value is of another type.
     """
     value = value.item() if isinstance(value, np.generic) else value
     value = tuple(value) if isinstance(value, list) else value
     found = _parsed([str(v) for v in (value if isinstance(value, tuple) else (value,))], hint)
-    if found != value:  # a text that reads as a number is none
+    if found != value:  # for example, a string that reads as a number is not a number
         raise ValueError(value)
     return found
 
 
 def read(text: str, hint: Any) -> Any:
-    """Return the value that `text` has for a field of type `hint`; spaces divide a tuple.
+    """Read text as a value of type `hint`; spaces separate the entries of a tuple.
 
     >>> read("1e-3", float), read("None", float | None), read("a b", tuple[str, ...])
     (0.001, None, ('a', 'b'))
 
     Raises:
-      ValueError: it is no value of that type.
+      ValueError: the text is not a value of that type.
     """
     return _parsed(text.split() if may_be_tuple(hint) else [text], hint)
 
 
 def _parsed(words: list[str], hint: Any) -> Any:
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # our caller says what is wrong
+        with contextlib.redirect_stderr(io.StringIO()):  # the caller prints its own error
             return tyro.cli(hint, args=["--", *words], console_outputs=False)
     except SystemExit:
         raise ValueError(words) from None
@@ -111,7 +116,7 @@ def may_be_tuple(hint: Any) -> bool:
 
 
 def type_name(hint: Any) -> str:
-    """Return a type in the words of a user.
+    """Return the name of a type for an error message.
 
     >>> type_name(float | None), type_name(tuple[str, ...]), type_name(Literal["a", "b"])
     ('float or None', 'str, several', "'a' or 'b'")

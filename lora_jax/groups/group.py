@@ -1,12 +1,12 @@
-"""The group: members that take their steps together. They may change between two steps.
+"""A group of members that take their steps together. The members may change between two steps.
 
     group = Group(members, frozen, grid, config)
     group.tick()            every live member takes its next step
-    group.member("a").paused = True    compiles nothing; nothing in its slot changes
-    group.join(member)      compiles the step once more, for one member more
-    group.leave("b")        likewise, for one less
+    group.member("a").paused = True    compiles nothing; its slot no longer changes
+    group.join(member)      adds a member, and compiles the step again
+    group.leave("b")        removes a member, and compiles the step again
 
-A slot costs its share of every step, whether its member is live or not.
+A slot costs its share of every step even if its member is not live.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Tree = Any  # a pytree
 
 
 class Group:
-    """The members' states as one, and the programs that move them."""
+    """The stacked states of the members, and the programs that update them."""
 
     def __init__(
         self,
@@ -49,13 +49,16 @@ class Group:
         """Stack the members' states.
 
         Args:
+          members: the members.
           frozen: the base that they share.
-          at_once: members that a step takes through the model at once. None: `CPU_MEMBERS` on a
-            CPU, all of them elsewhere.
-          stopped: is told of a member that a step which is not finite has stopped.
+          grid: the device mesh.
+          config: the config of the mesh.
+          at_once: members that go through the model at the same time. None: `CPU_MEMBERS` on a CPU,
+            all of them on other devices.
+          stopped: called with a member that is stopped by a step that is not finite.
 
         Raises:
-          ConfigError: the members do not go together.
+          ConfigError: the members do not fit together.
         """
         self.members: list[OpenMember] = []
         self._frozen, self._grid, self._config, self._stopped = frozen, grid, config, stopped
@@ -71,27 +74,27 @@ class Group:
 
     @property
     def at_once(self) -> int:
-        """Members that a step takes through the model at once."""
+        """The number of members that go through the model at the same time."""
         return min(self._at_once or len(self.members), len(self.members))
 
-    # ---- who is in it
+    # ---- the members
 
     def join(self, member: OpenMember) -> None:
-        """Give it a slot, after the others'.
+        """Add a member after the others.
 
         Raises:
-          ConfigError: it does not go together with the others; the group is as it was.
+          ConfigError: it does not fit together with the others; the group is unchanged.
         """
         self._fill([*self.members, member])
 
     def leave(self, *names: str) -> list[OpenMember]:
-        """Take these members out, with their states as they are now."""
+        """Remove members and return them, with their current states."""
         gone = [self.member(name) for name in names]
         self._fill([member for member in self.members if member not in gone])
         return gone
 
     def member(self, name: str) -> OpenMember:
-        """By its name."""
+        """Return a member by its name."""
         for member in self.members:
             if member.name == name:
                 return member
@@ -101,7 +104,7 @@ class Group:
     # ---- steps
 
     def tick(self) -> list[OpenMember]:
-        """Every live member takes its next step; they are returned."""
+        """Let every live member take its next step, and return these members."""
         if not any(member.live for member in self.members):
             return []
         began, compiled = time.monotonic(), self.compile_seconds
@@ -124,7 +127,7 @@ class Group:
         return [member for _, member, *_ in lines]
 
     def settle(self) -> None:
-        """Report every step taken so far, which waits for the devices."""
+        """Report every step taken so far. This waits for the devices."""
         began = time.monotonic()
         moving = set[OpenMember]()
         for line in self._delayed.flush():
@@ -134,22 +137,22 @@ class Group:
             member.run.notes.add("train", time.monotonic() - began)
 
     def compiled(self) -> jax.stages.Compiled:
-        """The step, compiled for the members' first batches."""
+        """Return the step, compiled for the first batches of the members."""
         rows = [self._marked(member, member.example) for member in self.members]
         return self._program.compiled(*self._arguments(rows))
 
     # ---- single members
 
     def state(self, member: OpenMember) -> State:
-        """Its state, in its own shapes."""
+        """Return the state of a member, in its own shapes."""
         return member.state_shapes.state(member.state_shapes.unpad(self._slot(member)))
 
     def trained(self, member: OpenMember) -> Trained:
-        """What it trains, in its own shapes."""
+        """Return the trained parameters of a member, in its own shapes."""
         return member.state_shapes.trained(member.state_shapes.unpad(self._slot(member)))
 
     def batch_loss(self, member: OpenMember, trained: Trained | None = None) -> BatchLoss:
-        """Return the loss of a batch for a member, by its parameters now or by `trained`."""
+        """Return the loss function of a member with its current parameters, or with `trained`."""
         program, frozen = self._program, self._frozen
         scales = member.settings(program.layout).scales
         scales, marks = jax.device_put(
@@ -167,7 +170,7 @@ class Group:
         return batch_loss
 
     def difference(self, member: OpenMember, trained: Trained, batch: Any) -> float:
-        """Largest |merged - unmerged| output of a member with `trained`, on a placed batch."""
+        """Return the largest |merged - unmerged| output of a member on a placed batch."""
         scales = member.settings(self._program.layout).scales
         ours = self._padded(member, trained)
         adapters = ours["adapters"]
@@ -175,10 +178,10 @@ class Group:
             adapters = {p: f._replace(b=f.b * scales[p]) for p, f in adapters.items()}
         return float(self._program.difference({**ours, "adapters": adapters}, self._frozen, batch))
 
-    # ---- within
+    # ---- private
 
     def _fill(self, members: Sequence[OpenMember]) -> None:
-        """Give the members their slots, in this order."""
+        """Stack these members, in this order."""
         if self.members:
             self.settle()
             for member in self.members:
@@ -195,7 +198,7 @@ class Group:
         self._state, self._program, self.members, self._held = state, found, list(members), None
 
     def _program_of(self, members: Sequence[OpenMember]) -> GroupProgram:
-        """The one there is, where the members' common shapes are as before."""
+        """Return the program of the members; if their common shapes are known, the existing one."""
         found = GroupProgram(members, self._grid, self._config, self._at_once, self._compiling)
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), found.state_shapes.like)
         known = (found.layout, found.marked, str(shapes))
@@ -219,13 +222,13 @@ class Group:
         return (self._state, self._settings, active, self._frozen, batch)
 
     def _slot(self, member: OpenMember) -> HostState:
-        """Its state in the common shapes; all states are read at once, and once after a tick."""
+        """Return a member's state in the common shapes; all states are read once after a tick."""
         if self._held is None:
             self._held = self._program.state_shapes.host(self._state)
         return unstack(self._held, self.members.index(member))
 
     def _padded(self, member: OpenMember, trained: Trained | None) -> Trained:
-        """`trained`, or what the member trains now, in the common shapes."""
+        """Return `trained`, or the member's current parameters, in the common shapes."""
         shapes = self._program.state_shapes
         if trained is None:
             return shapes.trained(self._slot(member))

@@ -21,10 +21,10 @@ from lora_jax.training.evaluation import merged_difference
 
 
 class GroupProgram:
-    """The programs of a common layout and workload, each compiled for the shapes that it meets.
+    """The functions of a common layout and workload, compiled for each shape of their arguments.
 
-    state_shapes: of one member's state in the common shapes.
-    marked: whether the batches carry the members' marks.
+    state_shapes: the shapes of one member's state, padded to the common shapes.
+    marked: whether the batches contain the members' marks.
     """
 
     def __init__(
@@ -35,14 +35,17 @@ class GroupProgram:
         at_once: int | None,
         report: Callable[[float], None],
     ) -> None:
-        """Join the members' workloads and layouts; nothing is compiled yet.
+        """Join the members' workloads and layouts. Nothing is compiled yet.
 
         Args:
-          at_once: as in `group_step`.
-          report: is told the seconds of each compilation.
+          members: the members.
+          grid: the device mesh.
+          config: the config of the mesh.
+          at_once: see `group_step`.
+          report: called with the seconds of each compilation.
 
         Raises:
-          ConfigError: the members do not go together.
+          ConfigError: the members do not fit together.
         """
         parts = {member.config.accumulate for member in members}
         require(len(parts) == 1, "accumulate", sorted(parts), "the same for all members of a group")
@@ -66,16 +69,16 @@ class GroupProgram:
         self._step = group_step(workload, self.layout, parts.pop(), at_once, rates.pop())
         loss, whole = step.evaluation_step(workload, self.layout), self.place.whole
         self.batch_loss = Compiled(loss, report, out_shardings=whole)
-        # The members' scales are put into their factors, for the layout's scale is 1.
+        # The layout's scales are 1, because the members' scales are multiplied into their factors.
         difference = merged_difference(workload, self.layout)
         self.difference = Compiled(difference, report, out_shardings=whole)
 
     def step(self, *arguments: Any) -> Any:
-        """Of `group_step`; compiled for each number of members and each shape of a batch."""
+        """Run `group_step`, compiled for each number of members and each shape of a batch."""
         return self.compiled(*arguments)(*arguments)
 
     def compiled(self, *arguments: Any) -> jax.stages.Compiled:
-        """The step for such arguments."""
+        """Return the step compiled for the shapes of these arguments."""
         active, batch = arguments[2], arguments[4]
         shapes = (active.shape, *((name, x.shape) for name, x in sorted(batch.items())))
         if shapes not in self._steps:

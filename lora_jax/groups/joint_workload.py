@@ -1,4 +1,4 @@
-"""The workload of a group, with room for every member, and the checks that members fit together."""
+"""Join the workloads of a group into one with room for every member, and check that they fit."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ Tree = Any  # a pytree
 
 
 def joined(members: Sequence[OpenMember], example: Any) -> tuple[Workload, bool]:
-    """The workload of all members, and whether their batches have to be marked for it.
+    """Return the workload of all members, and whether their batches must be marked for it.
 
     Args:
+      members: the members.
       example: a batch in the members' common shapes, without marks.
 
     Raises:
-      ConfigError: their models or losses are not the same.
+      ConfigError: their models or losses differ.
     """
     workloads = [member.run.setup.workload for member in members]
     marked = len({str(paths.shapes(workload.params)) for workload in workloads}) > 1
@@ -47,7 +48,7 @@ def joined(members: Sequence[OpenMember], example: Any) -> tuple[Workload, bool]
             raise ConfigError(
                 f"the models or the losses of {members[0].name!r} and {member.name!r} are not the "
                 "same program; the members of a group may differ in their data, adapters, heads' "
-                "classes and settings, and in nothing that the model computes (pooling, dropout)"
+                "classes and settings, but not in what the model computes (pooling, dropout)"
             )
     return whole, marked
 
@@ -58,16 +59,18 @@ def check_padding(
     workload: Workload,
     marked: bool,
 ) -> None:
-    """Raise unless what fills up a batch has no weight in the loss.
+    """Raise `ConfigError` unless the padding of batches has no weight in the loss.
 
     Args:
-      filled: the members' first batches, as `batches.together` gives them.
-      workload, marked: as `joined` gives them.
+      members: the members.
+      filled: their first batches, as `batches.together` returns them.
+      workload: the joined workload.
+      marked: whether batches must be marked for it.
     """
 
     @jax.jit
     def weight(batch: Any) -> jax.Array:
-        # Nothing reads the parameters: the weight is of the batch, and the compiler finds it out.
+        # The weight does not depend on the parameters, so the compiler leaves them out.
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), workload.params)
         outputs = _applied(workload)(params, {}, batch, train=False, key=None)
         return workload.loss(outputs, batch).weight
@@ -79,10 +82,10 @@ def check_padding(
             found = [float(weight({**rows, **marks})) for rows in (member.example, batch)]
             if not math.isclose(*found, rel_tol=1e-5):
                 raise ConfigError(
-                    f"the batches of {member.name!r} are smaller than those of others, and filling "
-                    f"them up with zeros changes the weight of its loss from {found[0]:g} to "
-                    f"{found[1]:g}. Give all members batches of one size, or the batches an entry "
-                    "(weights, a mask) that is zero for what does not count"
+                    f"the batches of {member.name!r} are smaller than the others' batches, and "
+                    f"padding them with zeros changes the weight of its loss from {found[0]:g} to "
+                    f"{found[1]:g}. Give all members batches of one size, or give the batches an "
+                    "array (weights, a mask) that is zero for rows that do not count"
                 )
             return
 
@@ -99,7 +102,7 @@ def _check_joinable(members: Sequence[OpenMember]) -> None:
         if common is None or common.join is None:
             raise ConfigError(
                 f"the members' parameters differ in shape ({_unlike(members)}), and the workload "
-                f"of {member.name!r} does not say how such go together (Workload.common.join)"
+                f"of {member.name!r} does not say how to join such workloads (Workload.common.join)"
             )
 
 
@@ -116,16 +119,16 @@ def _unlike(members: Sequence[OpenMember]) -> str:
 
 
 def _applied(workload: Workload) -> Callable[..., Any]:
-    """The workload's function without adapters, which takes a quantised base too."""
+    """Return the workload's function without adapters, which accepts a quantised base."""
     return adapt(Layout(()), workload.apply)
 
 
 def _program(workload: Workload, batch: Any) -> str:
-    """What the workload computes in training, as text."""
+    """Return the training loss of a workload as the text of a jaxpr."""
 
     def loss(params: Tree, batch: Any, key: Any) -> Any:
         outputs = _applied(workload)(params, {}, batch, train=True, key=key)
         return workload.loss(outputs, batch)
 
     text = str(jax.make_jaxpr(loss)(workload.params, batch, jax.random.key(0)))
-    return re.sub(r"0x[0-9a-f]+", "", text)  # addresses of Python functions
+    return re.sub(r"0x[0-9a-f]+", "", text)  # addresses of Python functions differ

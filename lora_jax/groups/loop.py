@@ -1,7 +1,7 @@
-"""The training of a group, from its config to the summaries of its members.
+"""Train a group, from its config to the summaries of its members.
 
-What each member leaves in its directory is what it leaves alone: the record, checkpoints that
-`train.py` goes on from, exported adapters, the summary and the curves.
+Each member writes the same files as if it trained alone: metrics, checkpoints from which `train.py`
+can continue, exported adapters, the summary and the curves.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lora_jax.training.config import Config, ConfigError, MeshConfig
 from lora_jax.training.directory import Summary
 from lora_jax.training.evaluation import first_batch
 
-# Steps of free slots, all together, that are worth a compilation of the group without them.
+# If free slots would cost this many steps in total, the group is compiled again without them.
 WORTH = 200
 
 
 class StoppedError(LoraError):
-    """Some members have stopped at a step that is not finite; the others are finished.
+    """Some members stopped at a step that is not finite; the others are finished.
 
-    summaries: of those that are.
+    summaries: the summaries of the finished members.
     """
 
     def __init__(self, message: str, summaries: list[Summary]) -> None:
@@ -45,7 +45,12 @@ class StoppedError(LoraError):
 
 
 def folder(name: str, config: GroupConfig) -> pathlib.Path:
-    """runs/<config>-<hash of the members>, or what the config says."""
+    """Return the directory of a group: the config's, or runs/<config>-<hash of the members>.
+
+    Args:
+      name: the name of the config.
+      config: the config of the group.
+    """
     return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(config)}")
 
 
@@ -55,15 +60,18 @@ def run(
     """Train the members that are neither finished nor paused.
 
     Args:
-      path: the group's directory; each member has its own in it, by its name.
+      config: the group.
+      grid: the device mesh.
+      path: the group's directory, which contains a directory for each member.
+      console: shows the progress.
 
     Returns:
       The summaries of all finished members, in their order.
 
     Raises:
-      ConfigError: the members do not go together, or a directory is not to be had.
-      StoppedError: some have stopped; it has the summaries of the others.
-      processes.Preempted: SIGTERM came, and every member is saved.
+      ConfigError: the members do not fit together, or a directory cannot be used.
+      StoppedError: some members stopped; it contains the summaries of the others.
+      processes.Preempted: SIGTERM was received, and every member is saved.
     """
     if jax.process_count() > 1:
         raise ConfigError(
@@ -95,7 +103,7 @@ def run(
 
 
 def _configs(config: GroupConfig, path: pathlib.Path) -> dict[str, Config]:
-    """Each member that does not wait, as a run of its own in its directory."""
+    """Return the config of each member that is not paused, as a run in its own directory."""
     found = {}
     for member in config.members:
         own = member.config
@@ -106,7 +114,7 @@ def _configs(config: GroupConfig, path: pathlib.Path) -> dict[str, Config]:
         plain = own.run_dir is None and own.mesh == MeshConfig() and not own.fresh
         if not plain:
             raise ConfigError(
-                f"run_dir, mesh and fresh are said of a group as a whole, not of its member "
+                f"run_dir, mesh and fresh are set for a group as a whole, not for its member "
                 f"{member.name!r}: give --run-dir, --mesh.* and --fresh"
             )
         if not member.paused:
@@ -118,7 +126,7 @@ def _configs(config: GroupConfig, path: pathlib.Path) -> dict[str, Config]:
 
 
 class _Loop(contextlib.ExitStack):
-    """Members that train together until all have come to their end."""
+    """Trains members together until all are finished."""
 
     def __init__(
         self, config: GroupConfig, grid: jax.sharding.Mesh, path: pathlib.Path, console: Console
@@ -130,7 +138,7 @@ class _Loop(contextlib.ExitStack):
         self._before: dict[Any, dict[str, dict[str, float]]] = {}
 
     def run(self, configs: dict[str, Config]) -> list[OpenMember]:
-        """Train as many of these as fit, to their end; they are returned."""
+        """Train as many of these members as fit, until they are finished, and return them."""
         every = min(config.log_every for config in configs.values())
         self._display = self.enter_context(GroupDisplay(self._console, every))
         opener = self.enter_context(Opener(self._grid, self._display.say))
@@ -147,13 +155,13 @@ class _Loop(contextlib.ExitStack):
         return self._members
 
     def _open(self, opener: Opener, configs: dict[str, Config]) -> list[OpenMember]:
-        """The members, at a moment of the past that all share if there is one."""
+        """Open the members, at the newest checkpoint that all of them share if there is one."""
         there = {name: steps_in(self._path / name / "checkpoints") for name in configs}
         checkpoint = self._checkpoints.newest({n: steps for n, steps in there.items() if steps})
         slots = [] if checkpoint is None else checkpoint.slots
         steps = {} if checkpoint is None else checkpoint.steps
-        # Who had a slot has it again, also if it has come to its end since: so the programs are
-        # those of before.
+        # A member that had a slot gets it again even if it has finished since, so that the programs
+        # are the same as before.
         members = {m.name: m.config for m in self._config.members}
         ended = {n: members[n] for n in slots if n in members and self._is_finished(n)}
         names = dict.fromkeys(name for name in slots if name in configs or name in ended)
@@ -166,7 +174,7 @@ class _Loop(contextlib.ExitStack):
         return found
 
     def _fitting(self, group: Group, frozen: object) -> list[OpenMember]:
-        """The members that the devices hold at once; the others leave the group."""
+        """Return the members that fit on the devices; the others leave the group."""
         shared = float(summary.on_each_device(frozen))
         needed, count = memory_fit.of_step(group.compiled()), len(group.members)
         memory = self._config.memory or memory_fit.available(held=shared)
@@ -184,11 +192,11 @@ class _Loop(contextlib.ExitStack):
         run.open(Lines(self._display, member.name))
         lines = summary.opening(run, group.state(member)).split("\n")
         for line in lines:
-            if line not in self._said:  # members of a sweep have the same data
+            if line not in self._said:  # members of a sweep print the same facts about the data
                 self._display.say(line)
         self._said |= set(lines)
         if member.step == 0:
-            # No adapter changes anything yet, so members of one head and one data have the same.
+            # Adapters change nothing yet, so members with the same head and data score the same.
             alike = (
                 workload_settings(member.config),
                 member.config.seed,
@@ -229,18 +237,18 @@ class _Loop(contextlib.ExitStack):
                 raise processes.Preempted(f"every member of {self._path}")
 
     def _save(self, group: Group) -> None:
-        """Checkpoint every member that goes on or has just come to its end."""
+        """Write a checkpoint of every member that continues or has just finished."""
         saved = [m for m in group.members if m.error is None and not self._is_finished(m.name)]
         steps = {member.name: member.step for member in saved}
         self._checkpoints.add(GroupCheckpoint(steps, _slots(group.members)))
         for member in saved:
             member.run.checkpoint(member.step, group.state(member))
         if any(member.left == 0 for member in saved):
-            for member in saved:  # a summary says that there is nothing to go on from
+            for member in saved:  # once a summary is written, nothing can be continued
                 member.run.checkpoints.wait()
 
     def _finish(self, group: Group, member: OpenMember) -> None:
-        """What a member leaves at its end; its summary last."""
+        """Write the files of a finished member; its summary is the last."""
         run, setup = member.run, member.run.setup
         run.export("last", group.trained(member))
         best = run.best(group.trained(member))
@@ -262,10 +270,10 @@ class _Loop(contextlib.ExitStack):
 
 
 def _slots(members: Sequence[OpenMember]) -> list[str]:
-    """The members that keep their slots for the steps to come.
+    """Return the members that keep their slots for the next steps.
 
-    Those at their end do while few steps are left to the others: a smaller program is compiled only
-    where free slots would cost `WORTH` steps or more.
+    Finished members keep theirs while the others have few steps left: a smaller program is compiled
+    only if the free slots would cost `WORTH` steps or more.
     """
     left = [member.left for member in members]
     free = sum(steps == 0 for steps in left)

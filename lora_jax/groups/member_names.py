@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_KEPT = 40  # characters of a text
+_KEPT = 40  # at most this many characters of a text are kept
 
 
 def names(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each point (path -> value), no two alike.
+    """Return a unique name for each point (path -> value).
 
     >>> names([{"lora.rank": 4, "seed": 0}, {"lora.rank": 4, "seed": 1}])
     ['rank=4,seed=0', 'rank=4,seed=1']
@@ -24,17 +24,21 @@ def names(points: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     seen, times = Counter[str](), Counter(found)
     for i, name in enumerate(found):
-        if times[name] > 1:  # values that are too long to be told apart
+        if times[name] > 1:  # the values differ only after the characters that are kept
             seen[name] += 1
             found[i] = f"{name}#{seen[name]}"
     return found
 
 
 def shortest(path: str, paths: Sequence[str]) -> str:
-    """As much of the path's end as no other path ends with.
+    """Return the end of a path that no other path ends with.
 
     >>> shortest("lora.rank", ["lora.rank", "seed"]), shortest("a.x", ["a.x", "b.x"])
     ('rank', 'a.x')
+
+    Args:
+      path: the path.
+      paths: all paths.
     """
     parts = path.split(".")
     ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
@@ -45,7 +49,7 @@ def shortest(path: str, paths: Sequence[str]) -> str:
 
 
 def label(value: Any) -> str:
-    """A value in a name; different numbers have different labels.
+    """Return a value as part of a name; different numbers have different labels.
 
     >>> label(1e-3), label(0.5), label(16.0), label(None), label(("a/{query,value}/kernel",))
     ('1e-3', '0.5', '16', 'None', 'query+value')
@@ -58,7 +62,7 @@ def label(value: Any) -> str:
 
 
 def number(value: float) -> str:
-    """The shorter of the plain and the scientific form; it reads back as the same number.
+    """Return the shorter of the plain and the scientific form, which reads as the same number.
 
     >>> [number(x) for x in (2e-3, 0.25, 100.0, 1e-5, 1e6, 1.5e-5)]
     ['2e-3', '0.25', '100', '1e-5', '1e6', '1.5e-5']
@@ -71,7 +75,7 @@ def number(value: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text, or what a parameter pattern is about: its last segment that names something."""
+    """Return a text, or for a parameter pattern its last segment that is a name."""
     pattern, at, settings = text.partition("@")
     segments = [s for s in pattern.split("/") if s.strip("*") and s != "kernel"] or [pattern]
     about = segments[-1] if "/" in pattern else pattern

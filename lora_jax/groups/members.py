@@ -1,4 +1,4 @@
-"""The open members of a group: each is a run of its own over the shared base."""
+"""The open members of a group. Each is a run of its own with the shared base."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from lora_jax.training.workload import Batch, Workload
 
 Tree = Any  # a pytree
 
-# The state of the optimizer has one structure, whatever the settings.
+# The structure of the optimizer state does not depend on the settings.
 TX = optimizer.adamw(optimizer.hyper(OptimizerConfig(), 1))
 
 
 @dataclasses.dataclass(eq=False)
 class OpenMember:
-    """A member under way.
+    """A member in progress.
 
-    state_shapes: of its state, in its own shapes.
-    host: its state while no group holds it.
+    state_shapes: the shapes of its state, not padded.
+    host: its state while it is in no group.
     example: its first batch.
-    step: the steps it has taken.
-    paused: it waits.
-    error: why it has stopped, if it has.
+    step: the number of steps it has taken.
+    paused: whether it takes no steps for now.
+    error: the reason why it stopped, if it did.
     """
 
     name: str
@@ -58,12 +58,12 @@ class OpenMember:
 
     @property
     def config(self) -> Config:
-        """Of its run."""
+        """The config of its run."""
         return self.run.setup.config
 
     @property
     def left(self) -> int:
-        """Steps that it will still take."""
+        """The number of steps that it will still take."""
         return 0 if self.error is not None else self.config.steps - self.step
 
     @property
@@ -73,12 +73,12 @@ class OpenMember:
 
     @property
     def marks(self) -> dict[str, Any]:
-        """What its batches have in a group that is joined."""
+        """The arrays that are added to its batches if the workload of the group is joined."""
         common = self.run.setup.workload.common
         return {} if common is None else dict(common.marks)
 
     def settings(self, layout: Layout) -> Settings:
-        """Its settings, as scalars on the host, for the common layout."""
+        """Return its settings for the common layout, as scalars on the host."""
         own = {t.path: t.scale for t in self.run.setup.layout.targets}
         scales = {t.path: np.float32(own.get(t.path, 0)) for t in layout.targets}
         return Settings(
@@ -90,8 +90,9 @@ class OpenMember:
 
 @dataclasses.dataclass(frozen=True)
 class SharedBase:
-    """What the first member has brought, and all share.
+    """The base, which the first member loads and all share.
 
+    name: the name of the first member.
     trainable: the parameters that the first member trains in full.
     """
 
@@ -102,12 +103,12 @@ class SharedBase:
     fingerprint: Fingerprint
 
 
-# A workload, its placement, its first training batch, and the layouts on it by their specs.
+# A workload, its placement, its first training batch, and the layouts that specs resolve to on it.
 OpenedWorkload = tuple[Workload, mesh.Placement, Batch, dict[LoraSpec, Layout]]
 
 
 class Opener(contextlib.ExitStack):
-    """Opens members, the first of which brings the base; it closes them as its block ends."""
+    """Opens members, of which the first loads the base, and closes them when its block ends."""
 
     def __init__(self, grid: jax.sharding.Mesh, report: Callable[[str], None]) -> None:
         super().__init__()
@@ -119,13 +120,16 @@ class Opener(contextlib.ExitStack):
     def open(
         self, name: str, config: Config, path: pathlib.Path, newest: int | None = None
     ) -> OpenMember:
-        """The member in the run directory `path`, at its newest checkpoint or its beginning.
+        """Open the member in the run directory `path`, at its newest checkpoint or its beginning.
 
         Args:
+          name: the name of the member.
+          config: the config of the run.
+          path: its run directory.
           newest: checkpoints of later steps than this are deleted first.
 
         Raises:
-          ConfigError: it does not go together with the first.
+          ConfigError: it does not fit together with the first member.
         """
         began = time.monotonic()
         workload, place, example, layouts = self._opened(config)
@@ -165,9 +169,9 @@ class Opener(contextlib.ExitStack):
         key: jax.Array,
         trainable: dict[str, Any],
     ) -> tuple[Workload, Tree | None]:
-        """The adapters that a member begins with, if they are not drawn by chance.
+        """Return the workload and the adapters to begin with; None if they are drawn at random.
 
-        A method that changes the base changes it for all, once: they have the same `group_key`.
+        A method that changes the base changes it once for all members of the same `group_key`.
         """
         assert self.base is not None
         lora, base = config.adaptation, self.base
@@ -183,7 +187,7 @@ class Opener(contextlib.ExitStack):
         return found.workload, found.adapters
 
     def _opened(self, config: Config) -> OpenedWorkload:
-        """Opened once for members that differ in their adapters and settings alone."""
+        """Open a workload, once for members that differ only in their adapters and settings."""
         known = (workload_settings(config), config.seed)
         if known in self._workloads:
             return self._workloads[known]
@@ -198,7 +202,7 @@ class Opener(contextlib.ExitStack):
     def _trainable(
         self, name: str, workload: Workload, place: mesh.Placement, patterns: Sequence[str]
     ) -> dict[str, Any]:
-        """The parameters that the member trains in full; the first brings the base."""
+        """Return the parameters that a member trains in full; the first one loads the base."""
         base = self.base
         if base is None:
             params = workload.arrays(place.params)
@@ -213,44 +217,44 @@ class Opener(contextlib.ExitStack):
             trainable, frozen = split(workload.arrays(place.params), patterns)
             if changed := differences(base.fingerprint, fingerprint_of(frozen)):
                 raise ConfigError(
-                    f"{base.name!r} and {name!r} have not the same base: {len(changed)} of its "
-                    f"parameters differ:\n{listed(changed)}\na group trains over one base"
+                    f"{base.name!r} and {name!r} do not have the same base: {len(changed)} of its "
+                    f"parameters differ:\n{listed(changed)}\na group trains on one base"
                 )
             return trainable
         if common.base != first.base:
             raise ConfigError(
-                f"{base.name!r} and {name!r} have not the same base: {first.base} and "
-                f"{common.base}; a group trains over one base"
+                f"{base.name!r} and {name!r} do not have the same base: {first.base} and "
+                f"{common.base}; a group trains on one base"
             )
         drawn, known = common.fresh(), paths.flatten(base.frozen)
         for path in drawn:
             if path in known and not np.array_equal(drawn[path], known[path]):
                 raise ConfigError(
-                    f"{base.name!r} and {name!r} have not the same base: {path!r} is drawn from "
-                    "the seed and is not trained; train it (lora.trainable), or give both one seed"
+                    f"{base.name!r} and {name!r} do not have the same base: {path!r} is drawn from "
+                    "the seed and not trained; train it (lora.trainable), or give both one seed"
                 )
         return {p: drawn[p] if p in drawn else base.trainable[p] for p in shapes}
 
 
 def _check_alike(base: SharedBase, name: str, trainable: dict[str, Any], frozen: Tree) -> None:
-    """Raise unless the frozen parameters have the paths and shapes of the first's."""
+    """Raise unless the parameters have the paths and shapes of the first member's."""
     if list(trainable) != list(base.trainable):
         raise ConfigError(
             f"{base.name!r} and {name!r} train different parameters in full "
             f"(lora.trainable, or the method): {list(base.trainable)} and {list(trainable)}; in a "
-            "group they are the same"
+            "group they must be the same"
         )
     ours, theirs = paths.shapes(base.frozen), paths.shapes(frozen)
     for path in dict.fromkeys([*ours, *theirs]):
         if ours.get(path) != theirs.get(path):
             raise ConfigError(
-                f"{base.name!r} and {name!r} have not the same base: {path!r} is "
-                f"{ours.get(path, 'not there')} and {theirs.get(path, 'not there')}"
+                f"{base.name!r} and {name!r} do not have the same base: {path!r} is "
+                f"{ours.get(path, 'missing')} and {theirs.get(path, 'missing')}"
             )
 
 
 def workload_settings(config: Config) -> str:
-    """What of a config may change its model, data and loss: all but settings of the training."""
+    """Return the fields of a config that may change its model, data and loss, as text."""
     values = to_dict(config)
     for field in dataclasses.fields(config):
         settings = ("lora", "optimizer", "seed", "steps", "evaluate_every")

@@ -1,4 +1,4 @@
-"""The number of members that fit into a device's memory, and so the number of groups."""
+"""Compute how many members fit into a device's memory, and so the number of groups."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from lora_jax.training.summary import in_units
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Members in as few groups as fit, each of `size` or, the last, of what is left.
+    """A division of members into as few groups as fit, of equal size except for the last.
 
-    members: how many there are. size: of a group.
-    bytes: that a group's step takes on a device. memory: that a device has.
+    members: the number of members.
+    size: the number of members of a group.
+    bytes: the bytes that a group's step takes on a device.
+    memory: the bytes that a device has.
     """
 
     members: int
@@ -27,7 +29,7 @@ class Fit:
 
     @property
     def groups(self) -> int:
-        """How many."""
+        """The number of groups."""
         return -(-self.members // self.size)
 
     def __str__(self) -> str:
@@ -39,10 +41,10 @@ class Fit:
 
 
 class StepMemory(NamedTuple):
-    """Bytes on a device that a compiled step takes.
+    """The bytes on a device that a compiled step takes.
 
-    bytes: its arguments, its results, and all in between.
-    between: of these, what is in between: that is there for the members at once only.
+    bytes: its arguments, its results and its temporaries.
+    between: the temporaries, which exist only for members that are computed at the same time.
     """
 
     bytes: float
@@ -52,20 +54,23 @@ class StepMemory(NamedTuple):
 def fit(
     needed: StepMemory, shared: float, members: int, memory: float, at_once: int | None = None
 ) -> Fit:
-    """The groups that `members` are trained in.
-
-    Args:
-      needed: of the step compiled for `members` of them (`of_step`).
-      shared: bytes on a device of what they share, the frozen base.
-      members: that the step was compiled for, and that are to be trained.
-      memory: bytes that a device has (`available`, or what the user allows).
-      at_once: as in `group_step`. None: all.
-
-    Raises:
-      ConfigError: not one fits.
+    """Divide members into groups that fit into memory.
 
     >>> print(fit(StepMemory(9e9), 1e9, members=16, memory=8e9))
     16 members in 2 groups of at most 8: 5.00 GB of 8.00 GB at a time
+
+    Args:
+      needed: the memory of a step compiled for all `members` (`of_step`).
+      shared: bytes on a device of the frozen base, which they share.
+      members: the number of members.
+      memory: bytes that a device has (`available`, or the user's limit).
+      at_once: see `group_step`. None: all.
+
+    Returns:
+      The division.
+
+    Raises:
+      ConfigError: not even one member fits.
     """
     at_once = members if at_once is None else at_once
     own = max(needed.bytes - needed.between - shared, 0) / members
@@ -77,8 +82,8 @@ def fit(
     if most < 1:
         raise ConfigError(
             f"one member needs {in_units(taken(1))}, and there are {in_units(memory)}. Lower "
-            "data.batch_size or data.max_length, raise accumulate, set model.remat, or say with "
-            "--memory that there is more"
+            "data.batch_size or data.max_length, raise accumulate, set model.remat, or give a "
+            "larger --memory"
         )
     groups = -(-members // most)
     size = -(-members // groups)
@@ -86,7 +91,7 @@ def fit(
 
 
 def of_step(compiled: jax.stages.Compiled) -> StepMemory:
-    """What a compiled step says of itself."""
+    """Return the memory of a compiled step, as XLA reports it."""
     analysis: Any = compiled.memory_analysis()
     fresh = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
     between = float(analysis.temp_size_in_bytes)
@@ -94,9 +99,12 @@ def of_step(compiled: jax.stages.Compiled) -> StepMemory:
 
 
 def available(held: float = 0.0) -> float:
-    """Bytes of a device's memory for a step, of which `held` hold its arguments already.
+    """Return the bytes of a device's memory for a step.
 
-    A CPU's is what the system says is free, divided among the devices that this process simulates.
+    On a CPU it is the memory that is free, divided among the devices that this process simulates.
+
+    Args:
+      held: bytes that arguments of the step already take; on a CPU they are added.
     """
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None

@@ -1,11 +1,11 @@
-"""States of different shapes, padded with zeros to common shapes, and cut back bit for bit.
+"""Pad states of different shapes with zeros to common shapes, and cut them back bit for bit.
 
-A zero that fills up stays zero in training: where a column of `a` and the row of `b` that meets it
-are both zero, so are their gradients; a head's column whose logit the loss leaves out has none; and
-AdamW moves no zero that has no gradient. So the step needs no mask of ranks.
+Padding stays zero in training. If a column of `a` and the matching row of `b` are both zero, so are
+their gradients; a column of a head has no gradient if the loss leaves out its logit; and AdamW does
+not change a zero whose gradient is zero. So the step needs no mask of ranks.
 
-All of this is done on the host: it happens as a group begins, when its members change and as they
-are written, and compiles nothing.
+All of this runs on the host: when a group begins, when its members change and when they are
+written. It compiles nothing.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ HostState = dict[Any, np.ndarray]  # key path -> array
 
 @dataclasses.dataclass(frozen=True)
 class StateShapes:
-    """The shapes, dtypes and shardings of one state: `like` is of jax.ShapeDtypeStructs.
+    """The shapes, dtypes and shardings of one state; `like` consists of jax.ShapeDtypeStructs.
 
-    Of an array that another form has too, but smaller, every axis is filled up at its end.
+    A smaller array is padded at the end of every axis.
     """
 
     like: State
 
     def host(self, state: State) -> HostState:
-        """A state of this form as arrays on the host."""
+        """Copy a state of these shapes to the host."""
         found = {}
         for path, leaf in _leaves(state):
-            # A copy: on a CPU the array itself may be given up to the next step.
+            # It must be a copy: on a CPU the next step may be donated the array itself.
             found[path] = np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
         return found
 
     def pad(self, arrays: HostState) -> HostState:
-        """Arrays of another form in this one: filled up with zeros, all zeros if not there."""
+        """Pad arrays with zeros to these shapes; a missing array becomes all zeros."""
         found = {}
         for path, leaf in _leaves(self.like):
             shape, dtype = _stored(leaf)
@@ -54,7 +54,7 @@ class StateShapes:
         return found
 
     def unpad(self, arrays: HostState) -> HostState:
-        """The arrays of this form out of ones that were filled up."""
+        """Cut padded arrays back to these shapes."""
         found = {}
         for path, leaf in _leaves(self.like):
             shape, _ = _stored(leaf)
@@ -62,22 +62,22 @@ class StateShapes:
         return found
 
     def state(self, arrays: HostState) -> State:
-        """Arrays of this form on their devices."""
+        """Place arrays of these shapes on their devices."""
         return _placed(self.like, arrays, lambda leaf: leaf.sharding)
 
     def trained(self, arrays: HostState) -> Trained:
-        """What is trained of the arrays of this form, on its devices."""
+        """Place only the trained arrays on their devices."""
         return _placed(only_trained(self.like.trained), arrays, lambda x: x.sharding).trained
 
     def stack(self, members: Sequence[HostState], mesh: Mesh) -> State:
-        """The states of N members, all of this form, as one with a leading axis [N]."""
+        """Stack the states of N members, all of these shapes, along a leading axis [N]."""
         arrays = {path: np.stack([m[path] for m in members]) for path in members[0]}
-        # Each device has its part of every member.
+        # Each device has its part of every member's arrays.
         return _placed(self.like, arrays, lambda x: NamedSharding(mesh, P(None, *x.sharding.spec)))
 
 
 def only_trained(trained: Trained) -> State:
-    """A state of nothing else, whose key paths are those of a whole one."""
+    """Return a state with nothing but `trained`, and with the key paths of a whole state."""
     nothing: Any = None
     return State(trained, nothing, nothing, nothing, nothing)
 
@@ -86,7 +86,7 @@ def _placed(like: State, arrays: HostState, where: Callable[[Any], Any]) -> Stat
     def put(path: Any, leaf: Any) -> Any:
         value: Any = arrays[path]
         if _is_key(leaf):
-            value = jax.random.wrap_key_data(value)  # of the default kind, as all keys here
+            value = jax.random.wrap_key_data(value)  # all keys here are of the default kind
         return jax.device_put(value, where(leaf))
 
     placed: State = jax.tree_util.tree_map_with_path(put, like)
@@ -94,7 +94,7 @@ def _placed(like: State, arrays: HostState, where: Callable[[Any], Any]) -> Stat
 
 
 def unstack(arrays: HostState, index: int) -> HostState:
-    """Member `index` of a stack."""
+    """Return member `index` of a stack."""
     return {path: array[index] for path, array in arrays.items()}
 
 
@@ -107,7 +107,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _stored(leaf: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of what a leaf is kept as: of a key, its data."""
+    """Return the shape and dtype in which a leaf is stored; a key is stored as its data."""
     if _is_key(leaf):
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
         return data.shape, data.dtype

@@ -1,4 +1,4 @@
-"""The picture of a group's results, results.png."""
+"""Draw the results of a group, results.png."""
 
 from __future__ import annotations
 
@@ -15,31 +15,38 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from lora_jax.groups import member_names
 from lora_jax.groups.comparison import ComparedRun, Results
 
-DrawPanel = Callable[[Any], None]  # draws into a set of axes
+DrawPanel = Callable[[Any], None]  # a function that draws into a set of axes
 
-_FIRST = "optimizer.learning_rate"  # what lies along the axis, if it is among what was varied
-_LINES = 17  # with the best of them; more have no legend that can be read
+_FIRST = "optimizer.learning_rate"  # the field along the axis, if it was varied
+_LINES = 17  # including the best run; with more lines a legend cannot be read
 _DASHES = ("-", "--", ":", "-.")
 _COLUMNS = 4
 _BEST = {"marker": "*", "markersize": 18, "color": "gold", "markeredgecolor": "black", "zorder": 5}
 
 
 def figure_of(results: Results) -> Figure:
-    """The picture.
+    """Draw the results.
 
-    Of a sweep: the score over the learning rate (or another number), a line for each combination of
-    the other fields; over seeds the mean, and the range as a band. Of tasks: a panel each.
+    For a sweep it shows the score over the learning rate (or another number), with a line for each
+    combination of the other fields; over seeds it shows the mean, with the range as a band. For
+    tasks it has one panel each.
+
+    Args:
+      results: the compared runs.
+
+    Returns:
+      The figure.
     """
     return _figure(results, [draw for _, draw in _panels(results)])
 
 
 def figures_of(results: Results) -> list[tuple[str, Figure]]:
-    """The same, each panel a picture of its own: (the split or the task in it, the picture)."""
+    """Draw each panel as a figure of its own, with the name of its split or task."""
     return [(name, _figure(results, [draw])) for name, draw in _panels(results)]
 
 
 def _panels(results: Results) -> list[tuple[str, DrawPanel]]:
-    """What each panel is called, and what draws it into a set of axes."""
+    """Return the name of each panel, and the function that draws it."""
     if results.tasks:
         return [(row.name, functools.partial(_task, row=row)) for row in results.rows]
     along = _along(results)
@@ -66,7 +73,7 @@ def _figure(results: Results, panels: Sequence[DrawPanel]) -> Figure:
 
 
 def _along(results: Results) -> str | None:
-    """The field along the axis, a number in every run: the learning rate if it was varied."""
+    """Return the field for the axis, a number in every run: the learning rate if it was varied."""
 
     def fits(path: str) -> bool:
         found = [row.values[path] for row in results.rows]
@@ -76,7 +83,7 @@ def _along(results: Results) -> str | None:
 
 
 def _split(panel: Any, results: Results, along: str, split: str) -> None:
-    """The lines of one split, each of the runs that differ in nothing but `along` and the seed."""
+    """Draw the lines of one split; the runs of a line differ only in `along` and the seed."""
     short = {path: member_names.shortest(path, results.varied) for path in results.varied}
     others = [path for path in results.varied if path not in (along, "seed")]
     groups = defaultdict[tuple[Any, ...], list[ComparedRun]](list)
@@ -95,7 +102,7 @@ def _split(panel: Any, results: Results, along: str, split: str) -> None:
 
 
 def _styles(groups: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """A colour for each value of the first field, from dark to light; a dash for all the others."""
+    """Return a colour for each value of the first field, and a dash for each of the others."""
     first = list(dict.fromkeys(values[:1] for values in groups))
     rest = list(dict.fromkeys(values[1:] for values in groups))
     shades = mpl.colormaps["viridis"]
@@ -122,7 +129,7 @@ def _line(panel: Any, rows: Sequence[ComparedRun], along: str, split: str, **sty
 
 
 def _mark(panel: Any, results: Results, along: str, split: str) -> None:
-    """A star on the run that the validation split picks, in every panel."""
+    """Draw a star at the run that the validation split picks, in every panel."""
     best = results.best
     if best is not None and (score := best.score(split)) is not None:
         panel.plot([best.values[along]], [score], linestyle="none", label="best", **_BEST)
@@ -132,7 +139,7 @@ def _mark(panel: Any, results: Results, along: str, split: str) -> None:
 
 
 def _scale(panel: Any, places: Sequence[float]) -> None:
-    """A tick at each value; a logarithmic axis for values that grow by factors."""
+    """Set a tick at each value, and a logarithmic axis if the values grow by factors."""
     if places[0] > 0 and places[-1] / places[0] >= 4:
         panel.set_xscale("log")
     panel.xaxis.set_major_locator(FixedLocator(places))
@@ -141,7 +148,7 @@ def _scale(panel: Any, places: Sequence[float]) -> None:
 
 
 def _dots(panel: Any, results: Results) -> None:
-    """Where nothing that was varied is a number: a dot for each run, the best on top."""
+    """Draw a dot for each run, the best on top, if nothing that was varied is a number."""
     rows = sorted(results.rows, key=lambda row: row.rank)
     panel.figure.set_size_inches(7, 1.2 + 0.35 * len(rows))
     for split, marker in zip(results.splits, "oxs", strict=False):
@@ -154,7 +161,7 @@ def _dots(panel: Any, results: Results) -> None:
 
 
 def _task(panel: Any, row: ComparedRun) -> None:
-    """The validation score at every evaluation, and the test score before and after."""
+    """Draw the validation score at every evaluation, and the test score before and after."""
     if row.curve:
         steps, scores = zip(*row.curve, strict=True)
         panel.plot(steps, scores, marker="o", label="validation")

@@ -1,7 +1,7 @@
-"""The results of a group: its members in a table, on the screen and in files.
+"""Show the results of a group in a table, on the screen and in files.
 
-All of it is made of the members' own summaries and run directories, so runs that were trained one
-by one are compared in the same way.
+The results are read from the members' own summaries and run directories, so runs that were trained
+one by one can be compared in the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lora_jax.training.directory import Summary, write_json, write_whole
 
 
 def show(summaries: Sequence[Summary], console: Console) -> None:
-    """Print the members; those of a sweep the best first, and marked."""
+    """Print the members; in a sweep they are sorted, with the best first and marked."""
     results = gather(summaries)
     found = listing(results)
     table = Table(title=found.title)
@@ -40,8 +40,8 @@ def show(summaries: Sequence[Summary], console: Console) -> None:
 class Listing:
     """The members as a table of texts.
 
-    texts: the columns that are no numbers.
-    best: the number of the row of the best member, if one is.
+    texts: the columns that hold text, not numbers.
+    best: the index of the row of the best member, if there is one.
     """
 
     title: str
@@ -52,17 +52,21 @@ class Listing:
 
 
 def listing(results: Results) -> Listing:
-    """The members side by side: those of a sweep the best first, tasks as they were given."""
+    """List the members: of a sweep with the best first, of several tasks in the order given.
+
+    Args:
+      results: the results of a group.
+    """
     return _of_tasks(results) if results.tasks else _of_sweep(results)
 
 
 def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
-    """Write results.csv, results.json and results.png into the folder `path`.
+    """Write results.csv, results.json and results.png.
 
     Args:
-      path: of the folder.
-      summaries: of finished runs (`lora_jax.training.summary.summarise`), in the order they are to
-        have; the directories that they name must be there.
+      path: the folder.
+      summaries: the summaries of finished runs (`lora_jax.training.summary.summarise`), in the
+        order of the results. The run directories that they name must exist.
     """
     results = gather(summaries)
     write_json(
@@ -84,7 +88,7 @@ def _of_sweep(results: Results) -> Listing:
     ordered = sorted(results.rows, key=lambda row: -row.rank)
     varied = [member_names.shortest(path, results.varied) for path in results.varied]
     values = [tuple(member_names.label(row.values[p]) for p in results.varied) for row in ordered]
-    alike = len(set(values)) < len(values)  # then only their names tell them apart
+    alike = len(set(values)) < len(values)  # then only their names distinguish them
     scores = [f"{split} {select}" for split in results.splits]
     return Listing(
         title=f"{len(results.rows)} runs, best first by validation {select}",
@@ -126,7 +130,7 @@ def _change(row: ComparedRun, split: str) -> str:
 
 
 def _end(row: ComparedRun) -> tuple[str, str]:
-    """When it was best, and how many numbers were trained."""
+    """Return the step of the best adapter, and the number of trained parameters."""
     step, trained = row.summary["best_step"], row.summary["adapter_parameters"]
     trained += row.summary["trainable_parameters"]
     return "-" if step is None else str(step), f"{trained:,}"
@@ -137,7 +141,7 @@ def _number(value: float | None) -> str:
 
 
 def _write_csv(path: pathlib.Path, rows: Sequence[ComparedRun]) -> None:
-    """Write a line for each run; dots in a column's name for what is inside of what."""
+    """Write a line for each run; nested values have dotted paths as column names."""
     lines = []
     for row in rows:
         values = {p: " ".join(v) if isinstance(v, tuple) else v for p, v in row.values.items()}

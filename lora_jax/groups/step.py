@@ -1,12 +1,12 @@
 """The step of a group: the step of one run, vmapped over the members.
 
-What a member's step would do alone it does here, on its own slice: its loss is its own mean, its
-gradient is clipped by its own norm, its Adam counts its own steps. Only the base has no axis of
-members, so each product with a base weight is one product for all.
+On its own slice, a member does the same as in a step alone: its loss is its own mean, its gradient
+is clipped by its own norm, and its Adam counts its own steps. Only the base has no axis of members,
+so each product with a base weight is one product for all members.
 
-A device that is kept busy by some members gains nothing from more of them, and a CPU loses: what
-they compute outgrows its caches. So the members may go through the step a few at a time, one after
-the other within the one program (`at_once`): the same numbers, and less memory.
+A device that some members keep busy gains nothing from more of them, and a CPU loses: their values
+no longer fit into its caches. So the members may go through the step a few at a time, one after the
+other within one program (`at_once`), with the same results and less memory.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from lora_jax.training.step import train_step
 from lora_jax.training.workload import Workload
 
 Tree = Any  # a pytree
-# path -> alpha / rank; 0 where a member does not adapt the path. {}: they are the layout's.
+# path -> alpha / rank; 0 if a member does not adapt the path. {}: the scales of the layout.
 Scales = dict[str, Any]
 
 
 class Settings(NamedTuple):
-    """What differs between members and does not change; each leaf is [N] for N of them.
+    """The constants that differ between members; each leaf is [N] for N members.
 
-    hyper: of the optimizer.
-    scales: of the adapters.
-    skip: bool; whether a step that is not finite is passed over, or is the last that counts.
+    hyper: the settings of the optimizer.
+    scales: the scales of the adapters.
+    skip: bool; True skips a step that is not finite, False stops the member there.
     """
 
     hyper: Hyper
@@ -44,29 +44,36 @@ class Settings(NamedTuple):
 
 
 def is_plain(layout: Layout) -> bool:
-    """Whether every update is LoRA of a whole weight, whose ranks can be filled up with zeros."""
+    """Return whether every update is LoRA of a whole weight, whose ranks can be zero-padded.
+
+    Args:
+      layout: the layout of the adapters.
+    """
     return all(target.kind == "lora" and not target.parts for target in layout.targets)
 
 
 def common_layout(layouts: Iterable[Layout]) -> Layout:
-    """The layout of a group: that in which all ranks have room, the members' scales being data.
+    """Return the layout of a group, which has room for all ranks; the scales are arguments.
+
+    Args:
+      layouts: the layouts of the members.
 
     Raises:
-      ConfigError: members of another kind than LoRA that have not the same layout.
+      ConfigError: the layouts differ, and some have kinds other than LoRA.
     """
     found = list(layouts)
     if all(map(is_plain, found)):
         return union(found)
     if any(layout != found[0] for layout in found):
         raise ConfigError(
-            "members with another kind of update than lora, or with parts, train at once only if "
-            "they have the same layout: the same lora.kind, rank, alpha, scaling and targets"
+            "members with a kind of update other than lora, or with parts, can train at once only "
+            "if they have the same layout: the same lora.kind, rank, alpha, scaling and targets"
         )
     return found[0]
 
 
 CPU_MEMBERS = 4
-"""Members at once on a CPU: `python -m benchmarks.sweep --crossing` has found none better."""
+"""Members at once on a CPU: `python -m benchmarks.sweep --crossing` found no better number."""
 
 
 def group_step(
@@ -76,20 +83,25 @@ def group_step(
     at_once: int | None = None,
     rate: float = 0.0,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """`step(state, settings, active, frozen, batch) -> (state, metrics)` for N members.
+    """Return the step of a group, `step(state, settings, active, frozen, batch)`.
 
-    Args of the step: all but `frozen` have a leading axis of members.
-      state: in the common shapes (`lora_jax.groups.padded_state`).
+    All arguments of the step but `frozen` have a leading axis of N members:
+
+      state: the states in the common shapes (`lora_jax.groups.padded_state`).
       settings: `Settings`.
-      active: [N] bool. Of a member that is not, nothing changes: no count, no decay, no key.
+      active: [N] bool. Nothing of a member that is not active changes: no count, decay or key.
       frozen: the base that all share.
-      batch: each member's, padded to common shapes.
+      batch: the batches, padded to common shapes.
 
     Args:
-      workload: joined (`Workload.join`), so that its parameters have the common shapes.
+      workload: the joined workload (`Common.join`), whose parameters have the common shapes.
       layout: the union of the members' layouts.
-      parts, rate: as in `train_step`.
-      at_once: members that are stepped as one, after which the next are. None: all.
+      parts: see `train_step`.
+      at_once: members that are computed at the same time; the next follow. None: all.
+      rate: see `train_step`.
+
+    Returns:
+      The step, which returns the new states and the metrics of each member.
     """
 
     def step(

@@ -18,7 +18,7 @@ from lora_jax.training.config_json import first_name
 Grid = Mapping[str, Sequence[Any] | str]
 Converter = Callable[[Any, Any], Any]  # (value or text, type) -> value
 Point = dict[str, Any]  # path -> value
-# What is said of a group as a whole, and so not of its members.
+# These fields are set for a group as a whole, and not for its members.
 _OF_GROUP = ("run_dir", "fresh", "mesh", "processes")
 
 
@@ -53,19 +53,20 @@ _ON_THE_LINE = tyro.constructors.PrimitiveConstructorSpec[Any](
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepConfig(GroupOptions):
-    """A config trained once for each combination of values of some of its fields.
+    """A config that is trained once for each combination of values of some of its fields.
 
-    A member is exactly what `train.py --config <base> --lora.rank 4 ...` is with its values.
+    A member is the same run as `train.py --config <base> --lora.rank 4 ...` with its values.
     """
 
     base: Config
     """The config that all members share."""
     grid: Annotated[Grid, _ON_THE_LINE] = dataclasses.field(default_factory=dict)
-    """Field -> values, all combinations of them: lora.rank=1,2,4 optimizer.learning_rate=1e-3,3e-3.
-    Where a value holds commas, semicolons stand between values; the patterns of one value of
-    lora.targets stand apart: "lora.targets=**/query/kernel;**/query/kernel **/value/kernel"."""
+    """Field -> values; all combinations are trained: lora.rank=1,2,4
+    optimizer.learning_rate=1e-3,3e-3. If a value contains commas, separate values with semicolons,
+    and the patterns of one value of lora.targets with spaces:
+    "lora.targets=**/query/kernel;**/query/kernel **/value/kernel"."""
     cases: tyro.conf.Suppress[tuple[Mapping[str, Any], ...]] = ()
-    """Field -> value, each a case of its own; with a grid, all of it in each case."""
+    """A list of cases, each field -> value. With a grid, every case is trained with all of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,14 +74,14 @@ class SweepConfig(GroupOptions):
         for name in _OF_GROUP:
             if getattr(self.base, name) != getattr(default, name):
                 option = name.replace("_", "-")
-                raise ConfigError(f"base.{name} is said of the sweep as a whole: give --{option}")
+                raise ConfigError(f"base.{name} is set for the sweep as a whole: give --{option}")
         self.expand()
 
     def points(self) -> list[Point]:
-        """The values of each member.
+        """Return the values of each member.
 
         Raises:
-          ConfigError: a field that is not there, a value of another type, the same member twice.
+          ConfigError: a field does not exist, a value has another type, or a member comes twice.
         """
         grid = {path: self._listed(path, found) for path, found in self.grid.items()}
         cases = [{p: self._made(p, v, "cases") for p, v in case.items()} for case in self.cases]
@@ -94,9 +95,9 @@ class SweepConfig(GroupOptions):
         return found
 
     def expand(self) -> GroupConfig:
-        """The group of all members, named by their values."""
+        """Return the group of all members, which are named by their values."""
         points = self.points()
-        # The names are folders, which must be found again after a field has got a new name.
+        # The names are folders, which must be found again after a field is renamed.
         named = [{first_name(path): value for path, value in point.items()} for point in points]
         members = tuple(
             Member(name, self._with(point))

@@ -20,26 +20,27 @@ def attend(
     scale: float | None = None,
     cap: float | None = None,
 ) -> Array:
-    """softmax(scale query key^T) value, over grouped heads.
+    """Return softmax(scale query key^T) value, with grouped heads.
 
-    Plain batched products over (batch, key head): on a CPU they take 0.7 of the time of
-    `jax.nn.dot_product_attention` in the forward pass and in the gradient. The query heads
-    that share a key head are rows of one product, so keys are never repeated.
+    These are plain batched products over (batch, key head): on a CPU they take 0.7 of the time of
+    `jax.nn.dot_product_attention` in the forward pass and in the gradient. The query heads that
+    share a key head are rows of one product, so keys are never repeated.
 
     Args:
-        query: [B, T, N, H]; query head n reads key head n // (N / K).
-        key, value: [B, S, K, H], K divides N.
-        mask: bool, broadcastable to [B, 1, T, S]; True where a query may look. A row without
-            any True attends to everything alike, and stays finite.
-        drop: [B, N, T, S] factors that the weights are multiplied with (dropout), or None.
-        past: keys [B, K, H, P] and values [B, K, P, H] from before, which the mask has first:
-            its S is then P + S. They are not joined with the others, which would copy them.
-        bias: [B, N, T, S], is added to the scores; goes with no past.
-        scale: None: 1 / sqrt(H).
-        cap: scores are squeezed into (-cap, cap), by cap tanh(scores / cap), before the mask.
+      query: [B, T, N, H]; query head n uses key head n // (N / K).
+      key: [B, S, K, H]; K divides N.
+      value: [B, S, K, H].
+      mask: bool, broadcastable to [B, 1, T, S]; True where a query may look. A row without any
+        True attends equally to everything, and stays finite.
+      drop: [B, N, T, S] factors by which the weights are multiplied (dropout), or None.
+      past: keys [B, K, H, P] and values [B, K, P, H] of earlier tokens. The mask has them first:
+        its S is then P + S. They are not concatenated with the others, which would copy them.
+      bias: [B, N, T, S], added to the scores; it cannot be combined with `past`.
+      scale: the factor of the scores. None: 1 / sqrt(H).
+      cap: if given, scores are limited to (-cap, cap) by cap tanh(scores / cap), before the mask.
 
     Returns:
-        [B, T, N, H] in the dtype of `value`; scores and softmax are in float32.
+      [B, T, N, H] in the dtype of `value`; scores and softmax are in float32.
     """
     batch, length, heads, width = query.shape
     groups, before = key.shape[2], 0 if past is None else past[0].shape[-1]
@@ -66,7 +67,7 @@ def attend(
 
 
 def capped(x: Array, cap: float | None) -> Array:
-    """X squeezed into (-cap, cap); None leaves it as it is."""
+    """Limit x to (-cap, cap) by cap tanh(x / cap); None leaves it as it is."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -78,15 +79,18 @@ def visible(
     causal: bool = False,
     window: int | None = None,
 ) -> Array | None:
-    """Who may look at whom: bool, broadcastable to [B, 1, T, T]; None when all may see all.
+    """Return the attention mask of rows.
 
     Args:
-        length: T.
-        mask: [B, T]; True at real tokens, which alone are looked at.
-        segment_ids: [B, T] int; a token sees its own segment only.
-        causal: a token sees itself and the ones before it.
-        window: a token sees itself, and at most window - 1 before it and, unless causal, as many
-            after it.
+      length: T.
+      mask: [B, T]; True at real tokens, which are the only ones that others may see.
+      segment_ids: [B, T] int; a token sees only its own segment.
+      causal: whether a token sees only itself and the tokens before it.
+      window: a token sees itself, at most window - 1 tokens before it and, unless causal, as many
+        after it.
+
+    Returns:
+      bool, broadcastable to [B, 1, T, T]; None if every token sees every token.
     """
     parts = []
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
@@ -103,7 +107,7 @@ def visible(
 
 
 def positions_in(segment_ids: Array) -> Array:
-    """Positions that start anew with each segment: [B, T] ids of adjacent segments -> [B, T]."""
+    """Return positions [B, T] that restart with each segment; equal ids must be adjacent."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     first = jnp.ones_like(segment_ids[:, :1], bool)
     starts = jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)

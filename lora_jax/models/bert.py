@@ -1,5 +1,5 @@
 """Encoders: BERT (arXiv 1810.04805), RoBERTa (1907.11692), DistilBERT (1910.01108), and
-DeBERTa v2 and v3 by what `lora_jax.models.deberta` adds."""
+DeBERTa v2 and v3 with the parts in `lora_jax.models.deberta`."""
 
 import dataclasses
 import functools
@@ -31,9 +31,9 @@ from lora_jax.models.layers import (
 from lora_jax.models.pre_norm import PreNormEncoder
 
 POOLINGS = {
-    "mean": "the mean of the hidden states of the real tokens, one product",
-    "cls": "the hidden state of the first token, one product",
-    "roberta_head": "product, activation, product on the first token: RoBERTa's head, and others'",
+    "mean": "the mean of the hidden states of the real tokens, then one product",
+    "cls": "the hidden state of the first token, then one product",
+    "roberta_head": "product, activation, product on the first token, as RoBERTa and others",
 }
 
 
@@ -87,7 +87,7 @@ class _BertMlp(nn.Module):
 class _BertLayer(nn.Module):
     config: BertConfig
     deterministic: bool = True
-    kind: int = 0  # 1: the first layer, where its output is joined with something
+    kind: int = 0  # 1: the first layer, if a convolution is added to its output
 
     @nn.compact
     def __call__(
@@ -147,13 +147,16 @@ class _Embeddings(nn.Module):
 
 
 class Bert(nn.Module):
-    """The encoder: token ids to hidden states.
+    """The encoder of texts, which computes hidden states from token ids.
 
     Parameters: `embeddings/{word,position,token_type}/embedding`, `embeddings/norm`, and per
     layer `encoder/layer_0/attention/{query,key,value,output}`, `attention_norm`,
-    `mlp/{up,down}`, `mlp_norm` (with `scan_layers`: `encoder/layers/...`, stacked). DeBERTa has
-    `encoder/{relative,convolution}` too, and `attention/position_{query,key}`; those of ModernBERT
-    are in `lora_jax.models.pre_norm`.
+    `mlp/{up,down}`, `mlp_norm` (with `scan_layers`: `encoder/layers/...`, stacked). DeBERTa also
+    has `encoder/{relative,convolution}` and `attention/position_{query,key}`. The parameters of
+    ModernBERT are listed in `lora_jax.models.pre_norm`.
+
+    Attributes:
+      config: the config of the encoder.
     """
 
     config: BertConfig
@@ -168,19 +171,22 @@ class Bert(nn.Module):
         positions: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """Hidden states [B, T, D] in `config.dtype`.
+        """Compute the hidden states.
 
         Args:
-            input_ids: [B, T] int.
-            mask: [B, T], True at real tokens; None: all are.
-            token_types: [B, T] int; None: all 0.
-            segment_ids: [B, T] int of packed rows: a token sees its own segment only.
-            positions: [B, T] int from 0 up; None: counted from the start of the row (of each
-                segment, in packed rows; of the real tokens, for RoBERTa).
-            deterministic: False drops out by `config.dropout`, with the rng named "dropout".
+          input_ids: [B, T] int.
+          mask: [B, T], True at real tokens. None: all tokens are real.
+          token_types: [B, T] int. None: all 0.
+          segment_ids: [B, T] int, for packed rows: a token sees only its own segment.
+          positions: [B, T] int, at least 0. None: counted from the start of the row (of each
+            segment, in packed rows; only real tokens, for RoBERTa).
+          deterministic: False applies dropout as in `config`, with the rng named "dropout".
+
+        Returns:
+          [B, T, D] in `config.dtype`.
 
         Raises:
-            ValueError: T is longer than `config.max_positions`, or an unknown activation.
+          ValueError: T is longer than `config.max_positions`, or the activation is unknown.
         """
         config = self.config
         check_choice("activation", config.activation, ACTIVATIONS)
@@ -208,13 +214,13 @@ def _positions(
     if segment_ids is not None:
         return positions_in(segment_ids)
     if mask is not None and config.position_offset:
-        # RoBERTa counts real tokens only, which matters for rows padded on the left.
+        # RoBERTa counts only real tokens, which matters for rows padded on the left.
         return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
     return jnp.arange(length)[None]
 
 
 class _BertHead(nn.Module):
-    """The classification head, computed in float32 whatever the encoder's dtype."""
+    """The classification head, computed in float32 for every dtype of the encoder."""
 
     config: BertConfig
     num_classes: int
@@ -234,7 +240,7 @@ class _BertHead(nn.Module):
             pooled = hidden.mean(axis=1)
         else:
             real = mask.astype(jnp.float32)[:, :, None]
-            # A filler row has no real token: its mean is 0, not a division by 0.
+            # A row that only fills the batch has no real token; its mean is 0, not 0 / 0.
             pooled = (hidden * real).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1.0)
         rate = config.dropout if config.head_dropout is None else config.head_dropout
         drop = nn.Dropout(rate, deterministic=self.deterministic)
@@ -252,10 +258,11 @@ class _BertHead(nn.Module):
 class BertClassifier(nn.Module):
     """The encoder with a classification head; parameters `bert/...` and `classifier/...`.
 
-    Args:
-        num_classes: 1 for regression.
-        pooling: one of `POOLINGS`. The head has `out/{kernel,bias}`, and `dense/{kernel,bias}`
-            with `"roberta_head"`.
+    Attributes:
+      config: the config of the encoder.
+      num_classes: the number of classes; 1 for regression.
+      pooling: one of `POOLINGS`. The head has `out/{kernel,bias}`, and with `"roberta_head"` also
+        `dense/{kernel,bias}`.
     """
 
     config: BertConfig
@@ -270,7 +277,7 @@ class BertClassifier(nn.Module):
         token_types: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """Logits [B, num_classes], float32. Arguments as `Bert`'s."""
+        """Return the logits, float32 [B, num_classes]. The arguments are the same as in `Bert`."""
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("head_activation", self.config.head_activation, ACTIVATIONS)
         encoder = Bert(self.config, name="bert")

@@ -1,20 +1,20 @@
-"""The key-value cache of a decoder, a plain argument and result of its call.
+"""The key-value cache of a decoder, which is a plain argument and result of its call.
 
     logits, new = model.apply(variables, ids, mask, cache=cache)
     token = argmax(logits[:, -1])
     cache = written(cache, new, slot, after=token)
 
-A model only reads a cache, and gives back the entries of its new tokens. Writing them is a step of
-its own, for it happens to the whole batch at once and in place, whatever the model's rows are
-mapped over (`jax.vmap` makes a scatter of a write, which copies the cache).
+A model only reads a cache and returns the entries of its new tokens. They are written in a separate
+step, because that can be done in place for the whole batch, even if the model is mapped over rows
+(`jax.vmap` turns a write into a scatter, which copies the cache).
 
-A cache has a fixed number of slots for each row, and every slot notes the position that its token
-has in its own row: -1 for padding and for slots not yet written. A query looks at the slots with
-positions from 0 to its own (no further back than the window), so padding may lie on either side.
+A cache has a fixed number of slots for each row. Every slot stores the position of its token in the
+row, which is -1 for padding and for slots that have not been written. A query looks at slots with
+positions from 0 to its own (and no further back than the window), so padding may be on either side.
 
-Rows of unequal length are best padded on the left. All of them then end in the same slot: a step
-of decoding writes one slot for the whole batch, where right-padded rows would need a scatter or
-leave holes; and the logits that follow a prompt are those of its last slot.
+Rows of different lengths are best padded on the left. Then all of them end in the same slot: a
+decoding step writes one slot for the whole batch, where right-padded rows would need a scatter or
+leave gaps. The next token of a prompt then follows from the logits of its last slot.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 
 Store = Array | tuple[Array, ...]
 
 
 class Cache(NamedTuple):
-    """Keys (turned to their positions) and values of a batch; every array has the rows first.
+    """Keys (rotated by their positions) and values of a batch; every array has the rows first.
 
     Attributes:
-        keys, values: with unrolled layers a tuple of [B, K, H, S] and of [B, K, S, H], one for each
-            layer; with scanned layers one array [B, layers, K, H, S] and [B, layers, K, S, H]. So
-            they are the right-hand sides of attention's two products as they lie: transposed, all
-            of the cache would be copied at every step.
-        positions: [B, S] int32, the position of the token in each slot; -1: nothing to look at.
+      keys: with unrolled layers a tuple of [B, K, H, S], one for each layer; with scanned layers
+        one array [B, layers, K, H, S]. These are the right-hand sides of the first product of
+        attention as they are: otherwise every step would transpose, and copy, the whole cache.
+      values: the same for the second product, [B, K, S, H] or [B, layers, K, S, H].
+      positions: [B, S] int32, the position of the token in each slot; -1 if there is none.
     """
 
     keys: Store
@@ -52,7 +52,7 @@ class Cache(NamedTuple):
         return self.positions.shape[1]
 
     def layer(self, index: Array | int, like: Array) -> tuple[Array, Array]:
-        """Keys [B, K, H, S] and values [B, K, S, H] of one layer, in the dtype of `like`."""
+        """Return keys [B, K, H, S] and values [B, K, S, H] of a layer, in the dtype of `like`."""
         return _of_layer(self.keys, index, like), _of_layer(self.values, index, like)
 
 
@@ -63,12 +63,18 @@ def _of_layer(store: Store, index: Array | int, like: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(store, index, axis=1, keepdims=False).astype(like.dtype)
 
 
-def empty(config: LlamaConfig, rows: int, capacity: int, dtype: DTypeLike | None = None) -> Cache:
-    """A cache of `capacity` slots for each of `rows` rows, nothing in it.
+def empty(config: DecoderConfig, rows: int, capacity: int, dtype: DTypeLike | None = None) -> Cache:
+    """Return an empty cache.
 
     Args:
-        capacity: 0 where there is nothing to be remembered yet: prompts are read on it.
-        dtype: of the keys and values; None: the dtype of the computation.
+      config: the config of the decoder.
+      rows: the number of rows B.
+      capacity: the number of slots S of each row. With 0, prompts can be read: there is nothing
+        before them.
+      dtype: the dtype of the keys and values. None: the dtype of the computation.
+
+    Returns:
+      The cache, whose positions are all -1.
     """
     dtype = config.dtype if dtype is None else dtype
     heads, width = config.num_kv_heads, config.head_dim
@@ -83,15 +89,20 @@ def empty(config: LlamaConfig, rows: int, capacity: int, dtype: DTypeLike | None
 
 
 def written(cache: Cache, new: Cache, slot: Array | int, after: Array | None = None) -> Cache:
-    """The cache with entries of T tokens in the slots `slot` to `slot + T` of all rows.
+    """Write the entries of T new tokens into the slots `slot` to `slot + T` of all rows.
 
     Args:
-        slot: `slot + T` may not go beyond the capacity.
-        after: the tokens that were chosen by the logits (any int array >= 0 that depends on all
-            that reads the cache). With it a cache that is donated to the program is written in
-            place: the slot is made to depend on it, or XLA, which cannot tell that the reading
-            comes first, would copy all of the cache before (an `optimization_barrier` is gone by
-            the time it decides).
+      cache: the cache.
+      new: the entries of the new tokens, a cache of capacity T.
+      slot: the first slot, [] int; `slot + T` must not exceed the capacity.
+      after: the tokens that were chosen from the logits (any int array >= 0 that depends on
+        everything that reads the cache). With it, a cache that is donated to the program is
+        written in place. The slot is made to depend on `after`; otherwise XLA, which cannot
+        tell that the reads come first, would copy the whole cache before the write (it removes
+        an `optimization_barrier` before it decides).
+
+    Returns:
+      The cache with the new entries.
     """
     if after is not None:
         slot = slot + jnp.minimum(after.max(), 0)
@@ -108,11 +119,11 @@ def written(cache: Cache, new: Cache, slot: Array | int, after: Array | None = N
 
 
 class Fresh(NamedTuple):
-    """The entries of new tokens, gathered on the way through the layers.
+    """The entries of new tokens, collected layer by layer.
 
     Attributes:
-        keys, values: as in a `Cache` of T slots; of unrolled layers those passed so far.
-        at: the layer that it is at; a Python int in unrolled layers.
+      keys, values: as in a `Cache` of T slots; with unrolled layers, of the layers so far.
+      at: the index of the current layer; a Python int in unrolled layers.
     """
 
     keys: Store
@@ -120,15 +131,15 @@ class Fresh(NamedTuple):
     at: Array | int
 
     @staticmethod
-    def start(config: LlamaConfig, ids: Array) -> Fresh:
-        """Before the first layer, of tokens [B, T]."""
+    def start(config: DecoderConfig, ids: Array) -> Fresh:
+        """Return the entries before the first layer, for tokens [B, T]."""
         if not config.scan_layers:
             return Fresh((), (), 0)
         room = empty(config, ids.shape[0], ids.shape[1])
         return Fresh(room.keys, room.values, jnp.int32(0))
 
     def extended(self, key: Array, value: Array) -> Fresh:
-        """With this layer's keys and values [B, T, K, H], at the next layer."""
+        """Add a layer's keys and values [B, T, K, H], and go to the next layer."""
         keys = self._put(self.keys, key.transpose(0, 2, 3, 1))
         values = self._put(self.values, value.transpose(0, 2, 1, 3))
         return Fresh(keys, values, self.at + 1)
@@ -140,18 +151,24 @@ class Fresh(NamedTuple):
 
 
 def numbered(cache: Cache, mask: Array) -> Array:
-    """The positions [B, T] of new tokens that go on with their rows; -1 where `mask` is False."""
+    """Return the positions [B, T] of tokens that continue their rows; -1 where `mask` is False.
+
+    Args:
+      cache: the cache of the earlier tokens.
+      mask: bool [B, T], True at real tokens.
+    """
     begin = cache.positions.max(axis=1, keepdims=True, initial=-1) + 1
     counted = begin + jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1
     return jnp.where(mask.astype(bool), counted, -1)
 
 
 def visible_slots(positions: Array, slots: Array, window: int | None) -> Array:
-    """Who may look where: bool [B, 1, T, S].
+    """Return which slots each query may look at: bool [B, 1, T, S].
 
     Args:
-        positions: [B, T] of the queries; slots: [B, S], of what there is to look at.
-        window: a token sees itself and at most window - 1 before it.
+      positions: [B, T], the positions of the queries.
+      slots: [B, S], the positions in the slots.
+      window: a token sees itself and at most window - 1 tokens before it. None: no limit.
     """
     distance = positions[:, :, None] - slots[:, None, :]
     seen = (slots >= 0)[:, None, :] & (distance >= 0)

@@ -1,4 +1,4 @@
-"""The configurations of the two model families: sizes, variants, and how to compile them."""
+"""The configs of the model families: sizes, variants, and compilation options."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,15 +9,17 @@ from jax.typing import DTypeLike
 
 @dataclasses.dataclass(frozen=True)
 class Disentangled:
-    """DeBERTa's attention by relative positions, see `lora_jax.models.deberta`.
+    """DeBERTa's attention by relative positions; see `lora_jax.models.deberta`.
 
     Attributes:
-        distances: those beyond it are one.
-        buckets: how many are told apart in each direction; 0: all of them.
-        kinds: "c2p" (content by position), "p2c" (position by content).
-        shared: positions go through the kernels of the tokens' queries and keys.
-        norm: over the table of positions.
-        conv_size: of the convolution that is added behind the first layer; 0: none.
+      distances: the largest distance; larger ones count as this one.
+      buckets: the number of different distances in each direction; 0: all of them.
+      kinds: "c2p" (content to position), "p2c" (position to content).
+      shared: whether positions use the kernels of the tokens' queries and keys.
+      norm: whether the table of positions is normalised.
+      conv_size: the size of the convolution that is added after the first layer; 0: none.
+      conv_groups: the number of its groups.
+      conv_activation: its activation function.
     """
 
     distances: int
@@ -31,22 +33,24 @@ class Disentangled:
 
     @property
     def span(self) -> int:
-        """How many rows the table has for each direction."""
+        """The number of rows of the table for each direction."""
         return self.buckets or self.distances
 
 
 @dataclasses.dataclass(frozen=True)
 class PreNorm:
-    """Layers that begin with their norms, see `lora_jax.models.pre_norm`. The defaults are ViT's.
+    """Layers that begin with their norms; see `lora_jax.models.pre_norm`. The defaults are ViT's.
 
     Attributes:
-        rope_theta: of the layers that see all tokens; None: nothing is rotated.
-        local_rope_theta: of those with a window.
-        window: a token sees itself, and at most window - 1 others on either side.
-        windowed: which layers have the window; None: none.
-        fused: query, key and value are one kernel `qkv`.
-        gated: the MLP is down(activation(gate) * up), with gate and up one kernel `gate_up`.
-        first_norm: False where the first layer's attention takes the embeddings as they are.
+      rope_theta: the rotary base of layers that see all tokens. None: no rotation.
+      local_rope_theta: the rotary base of layers with a window.
+      window: a token sees itself, and at most window - 1 others on either side.
+      windowed: for each layer, whether it has the window. None: no layer has.
+      fused: whether query, key and value are one kernel `qkv`.
+      gated: whether the MLP is down(activation(gate) * up), with gate and up one kernel
+        `gate_up`.
+      qkv_bias, output_bias, mlp_bias, norm_bias: whether these parts have biases.
+      first_norm: whether the first layer's attention normalises the embeddings.
     """
 
     rope_theta: float | None = None
@@ -63,22 +67,44 @@ class PreNorm:
 
     @property
     def norm(self) -> str:
-        """Which of the norms in `lora_jax.models.layers`."""
+        """The name of the norm in `lora_jax.models.layers`."""
         return "layer" if self.norm_bias else "layer_without_bias"
 
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """An encoder: BERT, RoBERTa, DistilBERT, DeBERTa v2 and v3, ModernBERT.
+    """The config of an encoder: BERT, RoBERTa, DistilBERT, DeBERTa v2 and v3, ModernBERT.
 
-    RoBERTa's positions start behind the row of the padding token: `position_offset` is
-    `pad_id + 1`. `max_positions` counts the rows that text can use. DistilBERT has no token types,
-    and `head_activation` "relu", which is that of the dense layer of a "roberta_head". DeBERTa has
-    `relative` positions, and mostly no absolute ones. ModernBERT is one with `pre_norm`, and a
-    norm in its "roberta_head".
+    The defaults are BERT's; the options below name the families that use them.
 
-    `head_dropout` (None: `dropout`) comes before the head's last product and, with
-    `pooler_dropout` (not DeBERTa), before the first one of a "roberta_head" too.
+    Attributes:
+      vocab_size: the number of tokens.
+      hidden_size: the width of the hidden states.
+      num_layers: the number of layers.
+      num_heads: the number of attention heads, which divides `hidden_size`.
+      mlp_size: the width of the MLP.
+      max_positions: the largest number of tokens of a text.
+      num_token_types: the number of token types. DistilBERT has none.
+      norm_eps: the epsilon of the norms.
+      activation: the activation function of the MLP.
+      head_activation: the activation function of the dense layer of the head.
+      absolute_positions: whether there is a table of positions. Most DeBERTa models have none.
+      relative: attention by relative positions (DeBERTa).
+      pre_norm: layers that begin with their norms (ModernBERT).
+      head_norm: whether a "roberta_head" has a norm (ModernBERT).
+      head_bias: whether the dense layer of the head has a bias.
+      head_dropout: the dropout before the last product of the head. None: `dropout`.
+      pooler_dropout: whether a "roberta_head" also has this dropout before its first product. It
+        has not in DeBERTa.
+      position_offset: the row of the first position; `pad_id + 1` in RoBERTa.
+      pad_id, bos_id, eos_id: the ids of padding, begin and end.
+      dropout: the dropout of the embeddings and of the outputs of attention and MLP.
+      attention_dropout: the dropout of the attention weights.
+      scan_layers: whether the layers run in one `nn.scan`, so that their parameters are stacked.
+      remat: which intermediate results of a layer the backward pass computes again: "none", "full"
+        (all), "dots" (all but the products), or a policy of `jax.checkpoint_policies`.
+      dtype: the dtype of the computation.
+      param_dtype: the dtype of the parameters.
     """
 
     vocab_size: int
@@ -123,44 +149,72 @@ class BertConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LongRope:
-    """The divisors of the rotary frequencies in a row with more than `length` positions."""
+    """The divisors of the rotary frequencies in long rows.
+
+    Attributes:
+      length: the divisors apply to a row with more positions than this.
+      divisors: one for each rotated pair.
+    """
 
     length: int
     divisors: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """A decoder: Llama and its family (SmolLM2, Mistral, Qwen2, Qwen3), GPT-2, Gemma, Phi, and
-    mixtures of experts (Mixtral, Qwen3-MoE). The defaults are Llama's; each option says whose it
-    is.
+class DecoderConfig:
+    """The config of a decoder.
 
-    Sizes: `mlp_size` is that of one expert where there are experts.
+    The families are Llama and its descendants (SmolLM2, Mistral, Qwen2, Qwen3), GPT-2, Gemma, Phi,
+    and mixtures of experts (Mixtral, Qwen3-MoE). The defaults are Llama's; the options below name
+    the families that use them.
 
-    Norms: `norm` is "rms", "rms_plus_one" (Gemma: multiplies with 1 + scale) or "layer" (GPT-2).
-    `post_norms` (Gemma) are on what attention and MLP give, beside those on what they get.
-
-    Positions: `positions` is "rotary" or "learned" (GPT-2). `rotary_dim` (Phi) rotates only so
-    many numbers of a head. `rope_divisors` (one number per rotated pair, rotary_dim / 2 of them)
-    divides the rotary frequencies: every published scaling of a fixed context length comes down to
-    it, see `lora_jax.models.rope`. `rope_long` (Phi) replaces it in a row that goes beyond a
-    given length, and `rope_amplitude` multiplies the rotated queries and keys.
-
-    Attention: `sliding_window` lets a token see that many tokens, itself included, in the layers
-    where `windowed` is True (None: all); those layers rotate by `local_rope_theta` (Gemma 3) if it
-    is given. `attention_scale` multiplies the scores (None: 1 / sqrt(head_dim)) and
-    `attention_cap` (Gemma 2) bounds them. `fused` (GPT-2, Phi): q, k and v are one kernel `qkv`,
-    and so are gate and up.
-
-    MLP: down(activation(gate) * up), or down(activation(up)) where it is not `gated` (GPT-2). With
-    `num_experts` it is a mixture: each token goes to `experts_per_token` of them, weighted by the
-    router's softmax over all; `renormalised` weights of a token sum to 1.
-
-    Ends: `embedding_scale` (Gemma) multiplies the embeddings, `logit_cap` (Gemma 2) bounds the
-    logits.
-
-    `dropout` is on the embeddings and on what attention and MLP give, `attention_dropout` on the
-    weights of attention, as in GPT-2.
+    Attributes:
+      vocab_size: the number of tokens.
+      hidden_size: the width of the hidden states.
+      num_layers: the number of layers.
+      num_heads: the number of attention heads of the queries.
+      num_kv_heads: the number of attention heads of keys and values, which divides `num_heads`.
+      head_dim: the width of a head.
+      mlp_size: the width of the MLP, or of one expert.
+      max_positions: the largest number of tokens of a text.
+      norm: "rms", "rms_plus_one" (Gemma: multiplies by 1 + scale) or "layer" (GPT-2).
+      norm_eps: the epsilon of the norms.
+      post_norms: whether the outputs of attention and MLP are normalised, too (Gemma).
+      positions: "rotary" or "learned" (GPT-2).
+      rope_theta: the base of the rotary frequencies.
+      rope_divisors: divisors of the rotary frequencies, one for each rotated pair. Every published
+        scaling for a fixed context length has this form, see `lora_jax.models.rope`.
+      rope_long: replaces `rope_divisors` in long rows (Phi).
+      rope_amplitude: multiplies the rotated queries and keys.
+      rotary_dim: the number of elements of a head that are rotated (Phi). None: all.
+      local_rope_theta: `rope_theta` in the layers with a window (Gemma 3). None: the same.
+      fused: whether q, k and v are one kernel `qkv`, and gate and up are one (GPT-2, Phi).
+      qkv_bias: whether q, k and v have biases.
+      output_bias: whether the output of attention has a bias.
+      qk_norm: whether q and k are normalised.
+      sliding_window: the number of tokens that a token sees, including itself. None: all.
+      windowed: for each layer, whether it has the window. None: all have.
+      attention_scale: multiplies the scores. None: 1 / sqrt(head_dim).
+      attention_cap: a limit of the scores (Gemma 2).
+      activation: the activation function of the MLP.
+      gated: whether the MLP is down(activation(gate) * up); otherwise it is down(activation(up)),
+        as in GPT-2.
+      mlp_bias: whether the MLP has biases.
+      num_experts: the number of experts of a mixture; 0: an MLP without experts.
+      experts_per_token: the number of experts that each token uses. They are weighted by the
+        router's softmax over all experts.
+      renormalised: whether the weights of a token's experts are scaled so that their sum is 1.
+      embedding_scale: multiplies the embeddings (Gemma).
+      tied: whether the embeddings are also the kernel of the head.
+      logit_cap: a limit of the logits (Gemma 2).
+      pad_id, bos_id, eos_id: the ids of padding, begin and end.
+      dropout: the dropout of the embeddings and of the outputs of attention and MLP.
+      attention_dropout: the dropout of the attention weights.
+      scan_layers: whether the layers run in one `nn.scan`, so that their parameters are stacked.
+      remat: which intermediate results of a layer the backward pass computes again: "none", "full"
+        (all), "dots" (all but the products), or a policy of `jax.checkpoint_policies`.
+      dtype: the dtype of the computation.
+      param_dtype: the dtype of the parameters.
     """
 
     vocab_size: int
@@ -228,21 +282,25 @@ class LlamaConfig:
 
     @property
     def rotated(self) -> int:
-        """How many numbers of a head rope turns."""
+        """The number of elements of a head that are rotated."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def kinds(self) -> tuple[int, ...]:
-        """Of each layer: 1 where it sees no more than the window, else 0."""
+        """For each layer, 1 if it sees only the window, else 0."""
         if self.sliding_window is None:
             return (0,) * self.num_layers
         return tuple(map(int, self.windowed or (True,) * self.num_layers))
 
     def most_tokens(self, prompt: int) -> int:
-        """How long a text that begins with a prompt of so many tokens can become in a cache.
+        """Return the largest length of a text that continues a prompt with a cache.
 
-        One that begins on the near side of `rope_long` ends there: the keys in a cache cannot be
-        turned by other frequencies any more. (The last token is written, and never read.)
+        A text whose prompt is within `rope_long.length` ends there, because the keys in the cache
+        cannot be rotated by other frequencies afterwards. (The last token is written but never
+        read, hence the + 1.)
+
+        Args:
+          prompt: the number of tokens of the prompt.
         """
         if self.rope_long is None or prompt > self.rope_long.length:
             return self.max_positions
@@ -256,7 +314,27 @@ class LlamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
-    """A ViT; sizes of images and patches are (height, width)."""
+    """The config of a ViT.
+
+    Attributes:
+      image_size: the height and width of an image.
+      patch_size: the height and width of a patch.
+      hidden_size: the width of the hidden states.
+      num_layers: the number of layers.
+      num_heads: the number of attention heads, which divides `hidden_size`.
+      mlp_size: the width of the MLP.
+      channels: the number of channels of an image.
+      norm_eps: the epsilon of the norms.
+      activation: the activation function of the MLP.
+      pre_norm: the form of the layers.
+      dropout: the dropout of the embeddings and of the outputs of attention and MLP.
+      attention_dropout: the dropout of the attention weights.
+      scan_layers: whether the layers run in one `nn.scan`, so that their parameters are stacked.
+      remat: which intermediate results of a layer the backward pass computes again: "none", "full"
+        (all), "dots" (all but the products), or a policy of `jax.checkpoint_policies`.
+      dtype: the dtype of the computation.
+      param_dtype: the dtype of the parameters.
+    """
 
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -282,17 +360,23 @@ class VitConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """How many patches there are, one above the other and side by side."""
+        """The number of patches in vertical and in horizontal direction."""
         high, wide = self.patch_size
         return self.image_size[0] // high, self.image_size[1] // wide
 
 
-BuiltInConfig = BertConfig | LlamaConfig  # of text
-StoredConfig = BuiltInConfig | VitConfig  # of whatever the loaders know
+BuiltInConfig = BertConfig | DecoderConfig  # models of text
+StoredConfig = BuiltInConfig | VitConfig  # all models that the loaders know
 
 
 def check_choice(field: str, value: str, choices: Mapping[str, object]) -> None:
-    """Raise ValueError, naming the field and the choices, unless `value` is one of them."""
+    """Raise a ValueError that names the field and the choices unless `value` is one of them.
+
+    Args:
+      field: the name of the field.
+      value: its value.
+      choices: the valid values.
+    """
     if value not in choices:
         raise ValueError(f"{field}: got {value!r}, expected one of {', '.join(sorted(choices))}")
 

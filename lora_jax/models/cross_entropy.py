@@ -10,18 +10,25 @@ from jax import Array
 
 
 def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> Array:
-    """Cross entropy [...] of each target, with label smoothing (Szegedy et al., arXiv 1512.00567).
+    """Return the cross entropy of each target.
 
-    The label is 1 - smoothing at the target, and smoothing / V more at each of the V classes.
+    With label smoothing, the label is 1 - smoothing at the target, plus smoothing / V at each of
+    the V classes.
+
+    Source: label smoothing is from Szegedy et al., arXiv 1512.00567.
 
     Args:
-        logits: [..., V] float32.
-        targets: [...] int, from 0 to V - 1.
+      logits: float32 [..., V].
+      targets: int [...], from 0 to V - 1.
+      smoothing: the share of the label that is spread over all classes.
+
+    Returns:
+      float32 [...].
     """
     each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     if smoothing == 0:
         return each
-    of_all = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)  # every class alike
+    of_all = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)  # the mean over all classes
     return (1 - smoothing) * each + smoothing * of_all
 
 
@@ -32,20 +39,13 @@ def chunked_cross_entropy(
     chunk: int,
     smoothing: float = 0.0,
 ) -> Array:
-    """Cross entropy [B, T] in float32, `chunk` positions of every row at a time.
+    """Return the cross entropy of each target, for `chunk` positions of every row at a time.
 
-    The logits of T positions are B T V numbers, the largest array of most decoders, and with their
-    gradient it is there twice. Here B x chunk x V of them exist: forward, the chunks are gone
-    through one after the other and only their losses are kept; backward, each chunk's logits are
-    computed again, which costs the head's product once more. Rows are cut along T and not along B,
-    so that where B is divided over devices nothing moves.
-
-    Args:
-        head: [B, t, D] -> logits [B, t, V]; what it closes over is differentiated too.
-        hidden: [B, T, D], what the head is applied to.
-        targets: [B, T] int, from 0 to V - 1.
-        chunk: at most T of them count; where T is no multiple of it the rest is padded.
-        smoothing: as `cross_entropy` has it.
+    The logits of T positions are B T V numbers, the largest array of most decoders, and their
+    gradient is as large. Here only B x chunk x V of them exist at a time. Forward, the chunks are
+    computed one after the other and only their losses are kept. Backward, each chunk's logits are
+    computed again, which costs one more product with the head. Rows are split along T and not along
+    B, so that nothing has to move if B is sharded over devices.
 
     >>> table = jax.random.normal(jax.random.key(0), (9, 4))
     >>> hidden, targets = jnp.ones((2, 5, 4)), jnp.ones((2, 5), jnp.int32)
@@ -53,6 +53,16 @@ def chunked_cross_entropy(
     >>> whole = optax.softmax_cross_entropy_with_integer_labels(hidden @ table.T, targets)
     >>> bool(jnp.allclose(in_parts, whole))
     True
+
+    Args:
+      head: [B, t, D] -> logits [B, t, V]; arrays that it closes over are differentiated, too.
+      hidden: [B, T, D], the inputs of the head.
+      targets: int [B, T], from 0 to V - 1.
+      chunk: positions of a chunk, limited to T; if it does not divide T, the rest is padded.
+      smoothing: as in `cross_entropy`.
+
+    Returns:
+      float32 [B, T].
     """
     batch, length = targets.shape
     chunk = min(chunk, length)
@@ -68,7 +78,7 @@ def chunked_cross_entropy(
 
 
 def _split(x: Array, parts: int, chunk: int) -> Array:
-    """[B, T, ...] as [parts, B, chunk, ...], zeros at the end."""
+    """Split [B, T, ...] into [parts, B, chunk, ...], with zeros at the end."""
     spare = parts * chunk - x.shape[1]
     padded = jnp.pad(x, [(0, 0), (0, spare), *[(0, 0)] * (x.ndim - 2)])
     return padded.reshape(x.shape[0], parts, chunk, *x.shape[2:]).swapaxes(0, 1)

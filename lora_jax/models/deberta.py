@@ -1,9 +1,9 @@
-"""What DeBERTa v2 and v3 add to BERT (He et al., arXiv 2006.03654, 2111.09543).
+"""The parts that DeBERTa v2 and v3 add to BERT (He et al., arXiv 2006.03654, 2111.09543).
 
-Disentangled attention: a score is the sum of content by content, content by relative position and
-position by content. The positions are rows of one table of distances, shared by all layers; far
-ones share a row. The large models of v2 also add a convolution of the embeddings to what the first
-layer gives.
+Disentangled attention: a score is the sum of content to content, content to relative position and
+position to content. The positions are rows of one table of distances, which all layers share; large
+distances share a row. The large models of v2 also add a convolution of the embeddings to the output
+of the first layer.
 """
 
 from typing import NamedTuple
@@ -19,14 +19,14 @@ from lora_jax.models.layers import ACTIVATIONS, INITIAL, norm
 
 
 class Distances(NamedTuple):
-    """The rows [2 * span, D] of the distances, and which of them each pair [T, T] of tokens has."""
+    """The rows [2 * span, D] of the table, and the row of each pair [T, T] of tokens."""
 
     rows: Array
     of_pair: Array
 
 
 class RelativePositions(nn.Module):
-    """The table of distances: `embedding`, and `norm` over it."""
+    """The table of distances: `embedding`, and a `norm` of it."""
 
     config: BertConfig
     relative: Disentangled
@@ -44,10 +44,10 @@ class RelativePositions(nn.Module):
 
 
 def _row_of(relative: Disentangled, length: int) -> np.ndarray:
-    """The row of each distance from 1 - length to length - 1.
+    """Return the row of each distance from 1 - length to length - 1.
 
-    One row for each up to half of the buckets, and logarithmically wider ones beyond. The
-    roundings are those of float32, on which the published models were trained.
+    Distances up to half of the buckets have a row each; beyond, the buckets are logarithmic. The
+    rounding is that of float32, with which the published models were trained.
     """
     distance = np.arange(1 - length, length)
     if relative.buckets:
@@ -64,12 +64,16 @@ def _row_of(relative: Disentangled, length: int) -> np.ndarray:
 def position_scores(
     query: Array, key: Array, by_position: tuple[Array | None, Array | None], index: Array
 ) -> Array:
-    """Scores [B, N, T, T] of content by position and of position by content, unscaled.
+    """Return the unscaled scores of content to position and of position to content.
 
     Args:
-        query, key: [B, T, N, H].
-        by_position: keys and queries [P, N, H] of the positions; None: no such scores.
-        index: [T, T], the position of each pair.
+      query: [B, T, N, H].
+      key: [B, T, N, H].
+      by_position: keys and queries [P, N, H] of the positions; None: no such scores.
+      index: int [T, T], the row of each pair.
+
+    Returns:
+      float32 [B, N, T, T].
     """
     batch, length, heads, _ = query.shape
     shape = (batch, heads, length, length)
@@ -79,7 +83,7 @@ def position_scores(
             continue
         form = ("btnh,pnh->bntp", rows, positions)
         each = jnp.einsum(*form, preferred_element_type=jnp.float32)
-        # Of a key, the pairs are those in which it is the second.
+        # A key takes the pairs in which it is the second token.
         which = jnp.broadcast_to((index if rows is query else index.T)[None, None], shape)
         found = jnp.take_along_axis(each, which, axis=-1)
         total = total + (found if rows is query else found.swapaxes(-1, -2))
@@ -87,7 +91,7 @@ def position_scores(
 
 
 class Convolved(NamedTuple):
-    """What the first layer's output is joined with."""
+    """The convolution that is added to the first layer's output, and the norm of the sum."""
 
     values: Array
     scale: Array
@@ -95,7 +99,7 @@ class Convolved(NamedTuple):
     mask: Array
 
     def joined(self, x: Array, eps: float) -> Array:
-        """The layer norm of the sum, zero at padding."""
+        """Return the layer norm of the sum, zero at padding."""
         wide = (x + self.values).astype(jnp.float32)
         mean = wide.mean(-1, keepdims=True)
         wide = (wide - mean) * jax.lax.rsqrt(wide.var(-1, keepdims=True) + eps)

@@ -1,7 +1,7 @@
-"""A mixture of experts (Shazeer et al., arXiv 1701.06538), each token sent to a few of them.
+"""A mixture of experts (Shazeer et al., arXiv 1701.06538), which sends each token to a few of them.
 
-The tokens are sorted by their experts, so that each expert's rows are one block of a
-`jax.lax.ragged_dot`: no token is dropped, and none is computed by an expert that it did not go to.
+The tokens are sorted by their experts, so that the rows of each expert are one block of a
+`jax.lax.ragged_dot`: no token is dropped, and no expert computes a token that was not sent to it.
 """
 
 import flax.linen as nn
@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 from lora_jax.models.layers import ACTIVATIONS, INITIAL, dense
 
 
 class _Bank(nn.Module):
     """The kernels [E, in, out] of one product of all experts."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     features: int
 
     @nn.compact
     def __call__(self, x: Array, sizes: Array) -> Array:
-        """Rows [R, in], the first sizes[0] of which are those of expert 0, as [R, out]."""
+        """Multiply rows [R, in] to [R, out]; the first sizes[0] rows belong to expert 0."""
         config = self.config
         shape = (config.num_experts, x.shape[-1], self.features)
         kernel = self.param("kernel", INITIAL, shape, config.param_dtype)
@@ -29,7 +29,7 @@ class _Bank(nn.Module):
 
 
 class _Experts(nn.Module):
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Array, sizes: Array) -> Array:
@@ -41,16 +41,16 @@ class _Experts(nn.Module):
 
 
 class ExpertMlp(nn.Module):
-    """The router and the experts, in place of an MLP.
+    """The router and the experts, which replace an MLP.
 
     Parameters: `router/kernel` [D, E] and `experts/{gate,up,down}/kernel` [E, in, out].
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[B, T, D] -> [B, T, D]."""
+        """Map [B, T, D] to [B, T, D]."""
         config, many = self.config, self.config.experts_per_token
         tokens = x.reshape(-1, x.shape[-1])
         logits = dense(config, config.num_experts, "router", bias=False)(tokens)

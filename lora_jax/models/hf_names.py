@@ -1,11 +1,11 @@
 """The Hugging Face modules of the built-in models' parameters, for `lora_jax.exchange`."""
 
 from lora_jax.hf_module import HfModule, HfNames
-from lora_jax.models.config import LlamaConfig, StoredConfig, VitConfig
+from lora_jax.models.config import DecoderConfig, StoredConfig, VitConfig
 from lora_jax.models.weights.names import BERT, TensorName, table_of
 from lora_jax.models.weights.stored import Head
 
-# transformers 5 calls the modules of ViT otherwise than its files do, and PEFT's files follow.
+# transformers 5 names the modules of ViT differently from its files; PEFT's files use these names.
 _VIT_MODULES = {
     "encoder.layer.": "layers.",
     "attention.attention.query": "attention.q_proj",
@@ -18,17 +18,16 @@ _VIT_MODULES = {
 
 
 def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> HfNames:
-    """Return `{path: module}` of every parameter that the model of `config` can have in a module.
+    """Return `{path: module}` of every parameter of a model that belongs to a module.
 
     Args:
-      config: of the model; with `scan_layers` the paths are those of the stacked parameters.
-      head: the classification head that the encoder was loaded with. With one the names are those
-        of `...ForSequenceClassification`, without one those of the bare encoder.
-      root: what stands before every path: "" for the tree that `load` gives, "params/" where it
-        is inside of Flax's `{"params": ...}`.
-
-    >>> from lora_jax.models import LlamaConfig
-    >>> names = hf_names(LlamaConfig(8, 8, 2, 2, 2, 4, 8, 8))
+      config: the config of the model; with `scan_layers` the paths are of stacked parameters.
+      head: the classification head that the encoder was loaded with. With a head the names are
+        as in `...ForSequenceClassification`, without it as in the bare encoder.
+      root: a prefix of every path: "" for the tree that `load` returns, "params/" if it is inside
+        Flax's `{"params": ...}`.
+    >>> from lora_jax.models import DecoderConfig
+    >>> names = hf_names(DecoderConfig(8, 8, 2, 2, 2, 4, 8, 8))
     >>> names["layers_{layer}/attention/q/kernel"]
     'model.layers.{layer}.self_attn.q_proj.weight'
     """
@@ -39,20 +38,20 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
     found: dict[str, str | HfModule | tuple[HfModule, ...]] = {}
     for start, row in rows:
         if not row.hf.endswith((".weight", ".bias")):
-            continue  # an array that is in no module of its own: nothing can adapt or save it
+            continue  # an array without a module of its own cannot be adapted or saved
         path = start + (row.stacked_path if config.scan_layers else row.path)
         found[path] = _module(config, row, head)
         name = hf_prefix(config, row, head) + row.hf
         if isinstance(config, VitConfig) and _today(name) != name:
-            found[path] = (HfModule(_today(name)), HfModule(name))  # the first is written
+            found[path] = (HfModule(_today(name)), HfModule(name))  # the first one is written
         if row.of_experts and (both := _of_all_experts(config, row)).name != name:
             found[path] = (HfModule(name), both)
     return found
 
 
 def _of_all_experts(config: StoredConfig, row: TensorName) -> HfModule:
-    """The place in the parameters that hold all experts, as PEFT's target_parameters names them."""
-    assert isinstance(config, LlamaConfig)
+    """Return the part of the parameter of all experts, as PEFT's target_parameters names it."""
+    assert isinstance(config, DecoderConfig)
     start, size = "model.layers.{layer}.mlp.experts.{expert}", config.mlp_size
     rows = {"gate": (0, size), "up": (size, size)}.get(row.path.split("/")[-2])
     name = f"{start}.{'gate_up' if rows else 'down'}_proj.weight"
@@ -60,27 +59,35 @@ def _of_all_experts(config: StoredConfig, row: TensorName) -> HfModule:
 
 
 def _today(name: str) -> str:
-    """What transformers 5 calls a tensor of ViT."""
+    """Return the name in transformers 5 of a tensor of ViT."""
     for old, new in _VIT_MODULES.items():
         name = name.replace(old, new)
     return name
 
 
 def hf_prefix(config: StoredConfig, row: TensorName, head: Head | None = None) -> str:
-    """Return what stands before the name that `row` has for a tensor, as for `hf_names`."""
+    """Return the prefix of the Hugging Face name of a tensor; see `hf_names`.
+
+    Args:
+      config: the config of the model.
+      row: the row of the tensor in the table of names.
+      head: the classification head, if there is one.
+    """
     table = table_of(config)
     of_head = row.path.startswith("classifier/") and not (
-        table is BERT and row.hf.startswith("pooler.")  # BERT has it within the encoder
+        table is BERT and row.hf.startswith("pooler.")  # for BERT it is inside the encoder
     )
     outside = of_head or row.hf.startswith("lm_head.")
-    wrapped = head is not None or isinstance(config, LlamaConfig)
+    wrapped = head is not None or isinstance(config, DecoderConfig)
     return table.prefix if wrapped and not outside else ""
 
 
 def _module(config: StoredConfig, row: TensorName, head: Head | None) -> str | HfModule:
     name = hf_prefix(config, row, head) + row.hf
     if row.path.endswith("embedding"):
-        is_tied = isinstance(config, LlamaConfig) and config.tied and row.path.startswith("embed/")
+        is_tied = (
+            isinstance(config, DecoderConfig) and config.tied and row.path.startswith("embed/")
+        )
         return HfModule(name, layer="embedding", tied="lm_head" if is_tied else "")
     if row.in_out:
         return HfModule(name, transposed=False)

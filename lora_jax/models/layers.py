@@ -1,4 +1,4 @@
-"""Parts that the models share: products, norms, embeddings, and equal layers in a stack."""
+"""Parts that the models share: products, norms, embeddings, and stacks of equal layers."""
 
 import functools
 import itertools
@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from lora_jax.models.config import BuiltInConfig, check_choice
 
 _POLICIES: dict[str, Any] = {
-    "full": None,  # jax.checkpoint's default: save nothing but the layer's input
+    "full": None,  # jax.checkpoint's default: save only the layer's input
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "everything_saveable": jax.checkpoint_policies.everything_saveable,
     "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
@@ -35,7 +35,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.Dense:
-    """A product with a 2-D kernel [in, out], in the dtypes of the configuration."""
+    """Return a product with a kernel [in, out], in the dtypes of the config.
+
+    Args:
+      config: the config of the model.
+      features: the size of the output.
+      name: the name of the module.
+      bias: whether it has a bias.
+    """
     return nn.Dense(
         features,
         use_bias=bias,
@@ -47,12 +54,14 @@ def dense(config: BuiltInConfig, features: int, name: str, *, bias: bool) -> nn.
 
 
 def kept_weights(config: BuiltInConfig, x: Array, deterministic: bool) -> Array | None:
-    """The dropout of attention's weights as factors [B, N, T, T] for `attend`; None: no dropout.
+    """Return the dropout of attention weights as factors [B, N, T, T] for `attend`, or None.
 
     Call it inside `@nn.compact`.
 
     Args:
-        x: [B, T, D].
+      config: the config of the model.
+      x: [B, T, D], the input of the attention.
+      deterministic: whether there is no dropout.
     """
     if deterministic or config.attention_dropout == 0:
         return None
@@ -70,11 +79,19 @@ def heads(
     fused: bool,
     bias: bool,
 ) -> list[Array]:
-    """Queries, keys and values [B, T, N, H] of x [B, T, D].
+    """Compute queries, keys and values.
 
     Args:
-        counts: N of each; width: H.
-        names: of their kernels; fused, they are one named `qkv`.
+      config: the config of the model.
+      x: [B, T, D].
+      counts: the number of heads N of each.
+      width: the width H of a head.
+      names: the names of their kernels, unless they are fused.
+      fused: whether they are one kernel, named `qkv`.
+      bias: whether they have biases.
+
+    Returns:
+      An array [B, T, N, H] for each.
     """
     sizes = [count * width for count in counts]
     if fused:
@@ -89,7 +106,7 @@ def heads(
 
 
 class _RmsPlusOne(nn.Module):
-    """An RMS norm that multiplies with 1 + scale, in float32 to the end, as Gemma's."""
+    """An RMS norm that multiplies by 1 + scale and stays in float32 to the end, as Gemma's."""
 
     epsilon: float
     dtype: DTypeLike
@@ -113,7 +130,13 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 
 
 def norm(config: BuiltInConfig, name: str, kind: str = "layer") -> Callable[[Array], Array]:
-    """A norm over the last axis, one of `NORMS`, in the dtypes of the configuration."""
+    """Return a norm over the last axis, in the dtypes of the config.
+
+    Args:
+      config: the config of the model.
+      name: the name of the module.
+      kind: one of `NORMS`.
+    """
     made: Any = NORMS[kind](
         epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name
     )
@@ -121,10 +144,12 @@ def norm(config: BuiltInConfig, name: str, kind: str = "layer") -> Callable[[Arr
 
 
 class Embed(nn.Module):
-    """A table [rows, D] that is looked up, and multiplied with where it is a tied head too.
+    """A table [rows, D] for lookups; if the head is tied, it is also a factor of a product.
 
     Attributes:
-        tensor: the axis of the table that the mesh axis `tensor` divides.
+      config: the config of the model.
+      rows: the number of rows.
+      tensor: the axis of the table that is sharded over the mesh axis `tensor`.
     """
 
     config: BuiltInConfig
@@ -136,33 +161,37 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", INITIAL, shape, self.config.param_dtype)
 
     def __call__(self, index: Array) -> Array:
-        # Brought together over `fsdp` first: of a table in both ways in parts, and rows that lie
-        # over `fsdp` too, XLA replicates the activations.
+        # Gathered over `fsdp` first: if the table is sharded over both axes, and the rows of the
+        # batch over `fsdp` as well, XLA replicates the activations.
         table = divided(self.embedding, *([None] * self.tensor), "tensor")
-        # Looked up before the cast: casting the whole table would copy it.
+        # The lookup comes before the cast, because a cast of the whole table would copy it.
         return jnp.take(table, index, axis=0).astype(self.config.dtype)
 
 
 def tensor_axis(config: BuiltInConfig) -> int:
-    """Which axis of the token embedding `tensor` divides: the vocabulary where 64 divides it."""
+    """Return the axis of the token embedding that `tensor` shards: 0 if 64 divides the rows."""
     return 0 if config.vocab_size % 64 == 0 else 1
 
 
 def by_rows(x: Array) -> Array:
-    """Activations [B, ...] with their rows divided over `fsdp` and `data`.
+    """Shard the rows of activations [B, ...] over `fsdp` and `data`.
 
-    Without it XLA may lay the activations out like the weights: with kernels cut over `fsdp` it
-    gathers the batch and divides the hidden axis, and every device computes all of the attention.
+    Otherwise XLA may shard the activations like the weights: if kernels are sharded over `fsdp`, it
+    gathers the batch and divides the hidden axis, and every device computes the whole attention.
     """
     return divided(x, ("fsdp", "data"))
 
 
 def divided(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-    """`x` with each axis divided over the mesh axes named for it, and over no other.
+    """Shard each axis of `x` over the mesh axes given for it, and over no others.
 
-    The mesh is the one in context (`jax.set_mesh`). Nothing is done without one, where it has none
-    of the names, for mesh axes that are not of type Auto (inside a `shard_map`), or where an axis
-    of x is not a multiple of its parts (a batch of one).
+    It uses the mesh in the context (`jax.set_mesh`). It does nothing without a mesh, if the mesh
+    has none of the names, for mesh axes that are not of type Auto (inside a `shard_map`), or if an
+    axis of x is not a multiple of its number of parts (such as a batch of one).
+
+    Args:
+      x: an array, [...].
+      *axes: for each axis of x, the name of a mesh axis, several names, or None.
     """
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -183,24 +212,24 @@ def stack(
     kinds: Sequence[int] | None = None,
     **fields: Any,
 ) -> Callable[..., Any]:
-    """The layers of a model as one function of (x, *shared); call it inside `@nn.compact`.
+    """Return the layers of a model as one function of (x, *shared); call it inside `@nn.compact`.
 
     Args:
-        block: a module with fields `config` and `fields`, and
-            `__call__(x, *shared) -> (x, None)`.
-        config: its num_layers, scan_layers and remat are read.
-        prefix: unrolled layers are named `{prefix}_0`, `{prefix}_1`, ...; scanned ones are
-            named `layers` and carry a leading axis of num_layers on every parameter.
-        kinds: the kind of each layer, where they differ in more than their parameters. It is the
-            field `kind` of the block; scanned layers of several kinds are one program, and get
-            theirs as the last argument, an int32 scalar.
+      block: a module with fields `config` and `fields`, and `__call__(x, *shared) -> (x, None)`.
+      config: the config, of which num_layers, scan_layers and remat are used.
+      prefix: unrolled layers are named `{prefix}_0`, `{prefix}_1`, ...; scanned ones are named
+        `layers` and have a leading axis of num_layers on every parameter.
+      kinds: the kind of each layer, if layers differ in more than their parameters. It is the
+        field `kind` of the block. Scanned layers of several kinds are one program, and get
+        their kind as the last argument, an int32 scalar.
+      **fields: other fields of the block.
 
     Raises:
-        ValueError: `config.remat` is none of the known policies.
+      ValueError: `config.remat` is not a known policy.
     """
     check_choice("remat", config.remat, {"none": None, **_POLICIES})
     if config.remat != "none":
-        # Under a scan there is no common subexpression to be shared across the layers.
+        # Under a scan, common subexpressions cannot be shared across layers anyway.
         policy = _POLICIES[config.remat]
         block = nn.remat(block, policy=policy, prevent_cse=not config.scan_layers)
     own: list[dict[str, Any]] = [{**fields} for _ in range(config.num_layers)]

@@ -1,17 +1,17 @@
 """Rules that shard the built-in models over a mesh with the axes `fsdp` and `tensor`.
 
-Products in pairs (Shoeybi et al., arXiv 1909.08053): the first is cut by its outputs, the second
-by its inputs, so that a block needs one sum over `tensor` and the activations between the two
-products stay where they are. `fsdp` cuts the other axis of each kernel. A vocabulary that 64
-divides is cut over `tensor`, so that each device has the logits of its own tokens; another one
-(BERT's 30,522) stays whole and the hidden axis is cut by both.
+Products come in pairs (Shoeybi et al., arXiv 1909.08053): the first is sharded by its outputs, the
+second by its inputs, so that a block needs one sum over `tensor`, and the activations between the
+two products do not move. `fsdp` shards the other axis of each kernel. A vocabulary that 64 divides
+is sharded over `tensor`, so that each device has the logits of its own tokens. Any other vocabulary
+(BERT's 30,522) is not sharded; both axes shard the hidden axis instead.
 
     first of a pair    query, key, value, up, gate     P(fsdp, tensor)      its bias P(tensor)
-    second of a pair   output, down                    P(tensor, fsdp)      its bias whole
-    experts            the same behind the axis of the experts, which is not divided
+    second of a pair   output, down                    P(tensor, fsdp)      its bias replicated
+    experts            the same after the axis of the experts, which is not sharded
     embeddings         P(tensor, fsdp) or P(None, (tensor, fsdp))
     untied head        the same, transposed
-    norms              whole
+    norms              replicated
 """
 
 from jax.sharding import PartitionSpec as P
@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.models.config import (
     BertConfig,
     BuiltInConfig,
+    DecoderConfig,
     Disentangled,
-    LlamaConfig,
     PreNorm,
     StoredConfig,
     VitConfig,
@@ -31,24 +31,28 @@ from lora_jax.models.weights.stored import Head
 PlacementRule = tuple[str, P]
 
 _FIRST, _SECOND, _WHOLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
-_BOTH = ("tensor", "fsdp")  # this way round, bringing together over `fsdp` moves nothing else
+_BOTH = ("tensor", "fsdp")  # in this order, gathering over `fsdp` moves nothing else
 _FEW_CLASSES = 64
-_HIDDEN = P(None, _BOTH)  # of an embedding [rows, hidden]
+_HIDDEN = P(None, _BOTH)  # for an embedding [rows, hidden]
 
 
 def rules(config: StoredConfig, head: Head | None = None) -> tuple[PlacementRule, ...]:
-    """One rule for each kind of parameter that the model of `config` has, and none besides.
+    """Return one sharding rule for each kind of parameter of a model, and no others.
 
     Args:
-        head: the classification head of an encoder; paths then begin with `bert/`, as in
-            `lora_jax.models.shapes`.
+      config: the config of the model.
+      head: the classification head of an encoder; paths then begin with `bert/`, as in
+        `lora_jax.models.shapes`.
+
+    Returns:
+      Pairs (pattern, PartitionSpec).
     """
     if isinstance(config, VitConfig):
         before = "vit/" if head else ""
         own = ((before + pattern, spec) for pattern, spec in _vit(config))
         return (*own, *_head(None, head))
-    if isinstance(config, LlamaConfig):
-        return _llama(config)
+    if isinstance(config, DecoderConfig):
+        return _decoder(config)
     before = "bert/" if head else ""
     return (*((before + pattern, spec) for pattern, spec in _bert(config)), *_head(config, head))
 
@@ -57,7 +61,7 @@ def _embedding(config: BuiltInConfig) -> P:
     return P("tensor", "fsdp") if tensor_axis(config) == 0 else _HIDDEN
 
 
-def _llama(config: LlamaConfig) -> tuple[PlacementRule, ...]:
+def _decoder(config: DecoderConfig) -> tuple[PlacementRule, ...]:
     layer = "layers" if config.scan_layers else "layers_*"
     first = "attention/qkv" if config.fused else "attention/{q,k,v}"
     norms = "{attention,mlp}_{norm,post_norm}" if config.post_norms else "{attention,mlp}_norm"
@@ -86,7 +90,7 @@ def _llama(config: LlamaConfig) -> tuple[PlacementRule, ...]:
     return tuple(out)
 
 
-def _mlp(config: LlamaConfig) -> list[PlacementRule]:
+def _mlp(config: DecoderConfig) -> list[PlacementRule]:
     first = "mlp/up" if not config.gated else "mlp/gate_up" if config.fused else "mlp/{gate,up}"
     out = [(f"{first}/kernel", _FIRST), ("mlp/down/kernel", _SECOND)]
     if config.mlp_bias:
@@ -95,8 +99,8 @@ def _mlp(config: LlamaConfig) -> list[PlacementRule]:
 
 
 def _mixture() -> list[PlacementRule]:
-    """Each expert is divided as an MLP is, so that no token has to go to another device. The
-    router, a few columns, is cut by its inputs."""
+    """Return the rules of experts, each sharded as an MLP, so that tokens stay on their device. The
+    router, which has few columns, is sharded by its inputs."""
     return [
         ("mlp/router/kernel", P(_BOTH)),
         ("mlp/experts/{gate,up}/kernel", P(None, *_FIRST)),
@@ -105,7 +109,7 @@ def _mixture() -> list[PlacementRule]:
 
 
 def _bert(config: BertConfig) -> tuple[PlacementRule, ...]:
-    form = config.pre_norm or PreNorm()  # whose biases are those of BERT too
+    form = config.pre_norm or PreNorm()  # its defaults have the same biases as BERT
     leaves, within = "{scale,bias}" if form.norm_bias else "scale", _encoder_layer(form)
     if config.relative is not None and not config.relative.shared:
         kinds = {"c2p": "key", "p2c": "query"}
@@ -174,14 +178,14 @@ def _relative(relative: Disentangled | None) -> tuple[PlacementRule, ...]:
 
 
 def _layers(config: StoredConfig, layer: str, within: list[PlacementRule]) -> list[PlacementRule]:
-    """Rules of one layer for all of them; scanned ones have the layer axis first."""
+    """Apply the rules of one layer to all layers; scanned ones have the layer axis first."""
     stacked = lambda spec: P(None, *spec) if config.scan_layers else spec  # noqa: E731
     return [(f"{layer}/{pattern}", stacked(spec)) for pattern, spec in within]
 
 
 def _head(config: BertConfig | None, head: Head | None) -> tuple[PlacementRule, ...]:
-    """The number of classes is rarely divided. The last product of a few is whole on every device,
-    which is cheaper than a sum over them; that of many is cut by its inputs."""
+    """Return the rules of the head. The number of classes can rarely be divided: the last product
+    of few classes is replicated, which is cheaper than a sum; that of many is sharded by inputs."""
     if head is None:
         return ()
     out: tuple[PlacementRule, ...] = (

@@ -20,11 +20,11 @@ from lora_jax.models.layers import (
 )
 from lora_jax.models.rope import angles, rotate
 
-LOCAL, FIRST = 1, 2  # the bits of a layer's kind: it has a window; it has no first norm
+LOCAL, FIRST = 1, 2  # bits of a layer's kind: it has a window; it has no first norm
 
 
 class _Sight(NamedTuple):
-    """How a layer sees the tokens: the angles of their positions, and who may look at whom."""
+    """The rotary angles of the tokens, and which tokens each token sees."""
 
     turn: tuple[Array, Array] | None
     seen: Array
@@ -99,7 +99,7 @@ class _Layer(nn.Module):
 
 
 class PreNormEncoder(nn.Module):
-    """The layers, and the norm after the last.
+    """The layers, and the norm after the last layer.
 
     Parameters: per layer `layer_0/attention/{qkv or query,key,value, output}`, `attention_norm`,
     `mlp/{gate_up or up, down}`, `mlp_norm` (with `scan_layers`: `layers/...`, stacked), and `norm`.

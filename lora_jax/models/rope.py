@@ -1,8 +1,8 @@
 """Rotary position embeddings in the half-split form (Su et al., arXiv 2104.09864).
 
-The pair that position p turns by the angle p * theta^(-2i/H) is (x[i], x[i + H/2]), as Hugging
-Face checkpoints have it. (GGUF files of the Llama architecture keep the pairs (x[2i], x[2i+1]):
-their loader undoes that.)
+The pair that position p rotates by the angle p * theta^(-2i/H) is (x[i], x[i + H/2]), as in Hugging
+Face checkpoints. (GGUF files of the Llama architecture have the pairs (x[2i], x[2i+1]); their
+loader reorders them.)
 """
 
 import math
@@ -21,19 +21,20 @@ def angles(
     long: LongRope | None = None,
     amplitude: float = 1.0,
 ) -> tuple[Array, Array]:
-    """The cosine and sine of every pair's angle.
+    """Return the cosine and sine of every pair's angle.
 
     Args:
-        positions: [B or 1, T] int.
-        rotated: R, how many numbers of a head are turned.
-        divisors: R/2 numbers that the frequencies are divided by, or None.
-        long: what divides them instead in a row with a position beyond its length (LongRoPE,
-            arXiv 2402.13753).
-        amplitude: multiplies both results.
+      positions: int [B or 1, T].
+      rotated: R, the number of elements of a head that are rotated.
+      theta: the base of the frequencies.
+      divisors: R/2 numbers that the frequencies are divided by, or None.
+      long: other divisors, used in a row with a position beyond its length (LongRoPE, arXiv
+        2402.13753).
+      amplitude: a factor of both results.
 
     Returns:
-        Two float32 arrays [B or 1, T, 1, R], each half repeated, the first half of sin negated:
-        the form that `rotate` uses.
+      Two float32 arrays [B or 1, T, 1, R], in the form that `rotate` needs: each half is
+      repeated, and the first half of the sine is negated.
     """
     frequencies = theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
     each = frequencies if divisors is None else frequencies / jnp.asarray(divisors, jnp.float32)
@@ -48,10 +49,14 @@ def angles(
 
 
 def rotate(x: Array, turn: tuple[Array, Array]) -> Array:
-    """Turn the first R numbers of x [B, T, N, H] by `angles`, computed in float32.
+    """Rotate the first R elements of each head by `angles`, computed in float32.
+
+    Args:
+      x: [B, T, N, H].
+      turn: the return value of `angles`.
 
     Returns:
-        The whole of it, in the dtype of x.
+      [B, T, N, H] in the dtype of x.
     """
     cos, sin = turn
     rotated = cos.shape[-1]
@@ -62,7 +67,12 @@ def rotate(x: Array, turn: tuple[Array, Array]) -> Array:
 
 
 def linear_divisors(head_dim: int, factor: float) -> tuple[float, ...]:
-    """Position interpolation (arXiv 2306.15595): every frequency divided by `factor`."""
+    """Return divisors for position interpolation (arXiv 2306.15595): `factor` for every frequency.
+
+    Args:
+      head_dim: the number of rotated elements of a head.
+      factor: the divisor.
+    """
     return (float(factor),) * (head_dim // 2)
 
 
@@ -75,11 +85,15 @@ def llama3_divisors(
     high: float,
     original_length: int,
 ) -> tuple[float, ...]:
-    """Llama 3.1's scaling: long waves are stretched by `factor`, short ones kept, in between mixed.
+    """Return Llama 3.1's divisors: `factor` for long waves, 1 for short ones, mixed in between.
 
     Args:
-        low, high: `low_freq_factor` and `high_freq_factor` of the published configuration.
-        original_length: the context length that the model was pretrained with.
+      head_dim: the number of rotated elements of a head.
+      theta: the base of the frequencies.
+      factor: the divisor of long waves.
+      low: `low_freq_factor` of the published config.
+      high: `high_freq_factor` of the published config.
+      original_length: the context length of the pretraining.
     """
     divisors = []
     for index in range(0, head_dim, 2):

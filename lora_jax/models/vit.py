@@ -12,10 +12,10 @@ from lora_jax.models.pre_norm import PreNormEncoder
 
 
 class _Patches(nn.Module):
-    """The product of every patch with one kernel.
+    """Multiplies every patch with one kernel.
 
-    Parameters: `kernel` [width, height, channels, D], as the files have it but for the order of
-    all axes, and `bias`.
+    Parameters: `kernel` [width, height, channels, D], which has all axes of the kernel in the files
+    in reverse order, and `bias`.
     """
 
     config: VitConfig
@@ -52,24 +52,30 @@ class _Embeddings(nn.Module):
 
 
 class Vit(nn.Module):
-    """The encoder: images to hidden states, the class token's first.
+    """The encoder of images, which computes hidden states, the class token first.
 
     Parameters: `embeddings/{patch/{kernel,bias},class_token,position}`, `encoder/layer_0/...` and
     `encoder/norm` as in `lora_jax.models.pre_norm`.
+
+    Attributes:
+      config: the config of the encoder.
     """
 
     config: VitConfig
 
     @nn.compact
     def __call__(self, pixels: Array, deterministic: bool = True) -> Array:
-        """Hidden states [B, 1 + patches, D] in `config.dtype`.
+        """Compute the hidden states.
 
         Args:
-            pixels: [B, height, width, channels] float, normalised as the model was trained.
-            deterministic: False drops out by `config.dropout`, with the rng named "dropout".
+          pixels: float [B, height, width, channels], normalised as in the training of the model.
+          deterministic: False applies dropout as in `config`, with the rng named "dropout".
+
+        Returns:
+          [B, 1 + patches, D] in `config.dtype`.
 
         Raises:
-            ValueError: images of another size than the configuration says; an unknown activation.
+          ValueError: the images have another size than in the config; the activation is unknown.
         """
         config = self.config
         check_choice("activation", config.activation, ACTIVATIONS)
@@ -84,14 +90,22 @@ class Vit(nn.Module):
 
 
 class VitClassifier(nn.Module):
-    """The encoder with a classification head; parameters `vit/...` and `classifier/out`."""
+    """The encoder with a classification head; parameters `vit/...` and `classifier/out`.
+
+    Attributes:
+      config: the config of the encoder.
+      num_classes: the number of classes.
+    """
 
     config: VitConfig
     num_classes: int
 
     @nn.compact
     def __call__(self, pixels: Array, deterministic: bool = True) -> Array:
-        """Logits [B, num_classes] of the class token, in float32. Arguments as `Vit`'s."""
+        """Return the logits of the class token, float32 [B, num_classes].
+
+        The arguments are the same as in `Vit`.
+        """
         hidden = Vit(self.config, name="vit")(pixels, deterministic)
         return _Head(self.config, self.num_classes, name="classifier")(hidden[:, 0])
 
@@ -113,7 +127,7 @@ class _Head(nn.Module):
 
 
 def _as_encoder(config: VitConfig) -> BertConfig:
-    """The configuration of the layers alone."""
+    """Return the config of the layers alone."""
     fields = {field.name for field in dataclasses.fields(BertConfig)}
     same = {name: value for name, value in vars(config).items() if name in fields}
     return BertConfig(vocab_size=1, max_positions=1, **same)

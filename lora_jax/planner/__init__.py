@@ -1,4 +1,4 @@
-"""The planner: what a run needs, found by compiling its step for devices that need not be there."""
+"""Plan what a run needs, by compiling its step for devices that need not exist."""
 
 from lora_jax.extras import require
 

@@ -1,11 +1,11 @@
-"""A traced function with float16 in place of bfloat16: the same sizes, on a compiler for CPUs.
+"""Rewrite a traced function with float16 in place of bfloat16, to compile it for a CPU.
 
 XLA compiles bfloat16 for a CPU by widening it: products, loops and collectives become float32, and
-whole stacks of weights are copied to float32 before a loop. No accelerator does that. float16 is as
-wide as bfloat16, and what XLA makes of it on a CPU has the sizes that an accelerator's program has.
-A product with a float32 result gives a float16 one that is cast, since XLA for a CPU would make
-float32 copies of its operands. The program is compiled and never run, so the values that differ do
-not matter.
+whole stacks of weights are copied to float32 before a loop. No accelerator does that. float16 has
+the same width as bfloat16, and XLA's program with it on a CPU has the sizes of an accelerator's
+program. A product with a float32 result is rewritten to a float16 one that is cast, because XLA
+would make float32 copies of its operands on a CPU. The program is compiled but never run, so its
+values do not matter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ FLOAT16, BFLOAT16 = np.dtype(np.float16), jnp.dtype(jnp.bfloat16)
 
 
 def shapes(tree: Any) -> Any:
-    """Return ShapeDtypeStructs with float16 in place of bfloat16 and the same shardings."""
+    """Return ShapeDtypeStructs with float16 in place of bfloat16 and the same shardings.
+
+    Args:
+      tree: arrays or ShapeDtypeStructs with shardings.
+    """
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
         dtype = FLOAT16 if x.dtype == BFLOAT16 else x.dtype
@@ -37,7 +41,12 @@ def shapes(tree: Any) -> Any:
 def in_float16(f: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | None:
     """Trace `f` on the shapes of `arguments`, and return it as a function of float16.
 
-    Its result is a tree of the same structure as that of `f`. None: `f` has no bfloat16.
+    Args:
+      f: the function.
+      *arguments: its arguments, or their shapes.
+
+    Returns:
+      A function whose result has the structure of `f`'s; None if `f` has no bfloat16.
     """
     traced, out = jax.make_jaxpr(f, return_shape=True)(*arguments)
     rewriter = _Rewriter()
@@ -53,7 +62,7 @@ def in_float16(f: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | N
 
 
 class _Rewriter:
-    """Copies jaxprs, at any depth, with float16 in place of bfloat16. Nothing is evaluated.
+    """Copies jaxprs at any depth with float16 in place of bfloat16, without evaluating anything.
 
     found: whether there was any bfloat16.
     """
@@ -90,7 +99,7 @@ class _Rewriter:
         return new, [self.value(c) for c in consts]
 
     def param(self, value: Any) -> Any:
-        """A parameter of an equation: a jaxpr, several, a dtype, or anything else."""
+        """Rewrite a parameter of an equation: a jaxpr, several, a dtype, or anything else."""
         if isinstance(value, tuple | list) and any(isinstance(v, _JAXPRS) for v in value):
             return type(value)(map(self.param, value))
         if isinstance(value, core.ClosedJaxpr):
@@ -116,7 +125,7 @@ class _Rewriter:
 
 
 def _narrowed(eqn: Any) -> list[Any]:
-    """A product of float16 operands with a float32 result, as one with a float16 result."""
+    """Rewrite a product of float16 operands with a float32 result to one with a float16 result."""
     narrow = all(v.aval.dtype == FLOAT16 for v in eqn.invars)
     if eqn.primitive is not primitives.dot_general_p or not narrow:
         return [eqn]

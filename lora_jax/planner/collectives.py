@@ -1,4 +1,4 @@
-"""The collectives of a compiled program: what moves between the devices, and why."""
+"""Find the collectives of a compiled program: the data that devices exchange, and the reason."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One array that goes through a collective, `times` times in a step.
+    """One array in a collective, which runs `times` times in a step.
 
+    kind: the name of the operation, such as "all-gather".
+    operand: the array that goes in.
+    result: the array that comes out.
     group: the devices of the first group.
     origin: the name of the operation or argument that it comes from.
     """
@@ -43,12 +46,12 @@ class Collective:
 
     @property
     def of(self) -> Cause:
-        """What it is there for: see `Traffic`."""
+        """The cause of the collective; see `Traffic`."""
         return cause(self.origin)
 
 
 def cause(origin: str) -> Cause:
-    """What a collective is there for, by the name of the operation or argument it comes from.
+    """Return the cause of a collective from the name of the operation or argument it comes from.
 
     >>> cause("jit(step)/jvp(f)/q/jit(_add)/lora/dot_general"), cause("jit(step)/reduce_sum")
     ('adapters', 'update')
@@ -60,7 +63,7 @@ def cause(origin: str) -> Cause:
 
 
 def collectives(module: Module) -> list[Collective]:
-    """Every collective; one that takes several arrays gives an entry for each of them."""
+    """Return every collective; one of several arrays has an entry for each of them."""
     found = []
     for name, computation in module.computations.items():
         for i in computation.values():
@@ -80,11 +83,11 @@ def _arrays(
         if users and all(LORA in origin for origin in users):
             origins = [users[0] for _ in origins]
     shapes = [computation[o].results[0] for o in i.operands]
-    if kind == "all-to-all" and len(shapes) > 1:  # one array, given in pieces
+    if kind == "all-to-all" and len(shapes) > 1:  # one array, passed in pieces
         whole = Shape(shapes[0].dtype, (len(shapes), *shapes[0].dims))
         yield Collective(kind, whole, whole, group, origins[0], times)
         return
-    results = i.results[-len(shapes) :]  # an asynchronous one gives its operands back first
+    results = i.results[-len(shapes) :]  # an asynchronous one returns its operands first
     for shape, result, origin in zip(shapes, results, origins, strict=True):
         yield Collective(kind, shape, result, group, origin, times)
 
@@ -93,7 +96,7 @@ _MOVES = ("all-gather", "all-to-all", "collective-broadcast", "collective-permut
 
 
 def _users(computation: Computation, name: str) -> Iterator[str]:
-    """Origins of what reads an array: of an array that only moves, the reason why it does."""
+    """Yield the origins of the operations that use an array, looking through views and moves."""
     for i in computation.values():
         if name in i.operands:
             moved = i.kind.removesuffix("-start") in _MOVES and LORA not in i.origin
@@ -104,7 +107,7 @@ def _users(computation: Computation, name: str) -> Iterator[str]:
 
 
 def _origins(i: Instruction, computation: Computation) -> list[str]:
-    """The origin of each operand: XLA writes those of a combined collective `prefix/(a:b:c)`."""
+    """Return the origin of each operand; for a combined collective XLA writes `prefix/(a:b:c)`."""
     names = i.origin.split(":")
     if len(names) == len(i.operands) > 1:
         opening = len(names[0]) - 1 - closing(_mirrored(names[0]))
@@ -114,12 +117,12 @@ def _origins(i: Instruction, computation: Computation) -> list[str]:
 
 
 def _mirrored(text: str) -> str:
-    """Read from the right, so that `closing` finds the parenthesis that nothing closes."""
+    """Mirror a text, so that `closing` finds an opening parenthesis that nothing closes."""
     return text[::-1].translate(str.maketrans("()", ")("))
 
 
 def _origin(i: Instruction, operand: str, computation: Computation) -> str:
-    """Its own; where the partitioner wrote none, that of what is moved."""
+    """Return the origin of a collective, or of what it moves if the partitioner wrote none."""
     if i.origin and len(i.operands) == 1:
         return i.origin
     seen = 0
@@ -132,7 +135,7 @@ def _origin(i: Instruction, operand: str, computation: Computation) -> str:
 
 
 def first_group(attributes: str, devices: int) -> tuple[int, ...]:
-    """The devices that the first group of a collective joins; of a permutation, the first pair.
+    """Return the devices of the first group of a collective; for a permutation, the first pair.
 
     >>> first_group("replica_groups={{0,2},{1,3}}", 4)
     (0, 2)
@@ -141,8 +144,12 @@ def first_group(attributes: str, devices: int) -> tuple[int, ...]:
     >>> first_group("replica_groups=mesh['a'=2,'b'=4] {'b'}", 8)
     (0, 1, 2, 3)
 
+    Args:
+      attributes: the attributes of the instruction, as HLO text.
+      devices: the number of all devices.
+
     Raises:
-      LoraError: XLA writes them in a way that is not known here.
+      LoraError: the text is in an unknown form.
     """
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         ends = [tuple(map(int, p.split(","))) for p in re.findall(r"\{(\d+,\d+)", pairs[0] + "}")]
@@ -167,7 +174,7 @@ def first_group(attributes: str, devices: int) -> tuple[int, ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`<=[2,4]T(1,0)`: so many numbers from zero, as an array that is turned."""
+    """Read `<=[2,4]T(1,0)`: the numbers from zero, reshaped and transposed."""
     numbers = [list(map(int, n.split(","))) for n in re.findall(r"[\[(]([\d,]+)[\])]", text)]
     array = np.arange(math.prod(numbers[0])).reshape(numbers[0])
     return array.transpose(numbers[1]) if len(numbers) > 1 else array
@@ -181,7 +188,7 @@ def _mesh_group(axes: str, ids: str | None, joined: str) -> tuple[int, ...]:
     for name, part in re.findall(r"'([^']+)'(?::\((\d+,?\d*)\)\d*)?", joined):
         axis = list(sizes).index(name)
         index[axis] = slice(None)
-        if part:  # `'a':(before)size`: only a part of the axis
+        if part:  # `'a':(before)size` is a part of the axis
             size = re.search(rf"'{name}':\((\d+)\)(\d+)", joined)
             assert size is not None
             after = sizes[name] // (int(size[1]) * int(size[2]))

@@ -1,14 +1,15 @@
 """Common accelerators: memory, peak FLOPs, and bandwidth of memory and links.
 
-A device is what JAX shows as one. Speeds are the makers' peaks, for bfloat16 products without
-sparsity; links count one direction, since a ring sends and receives at once.
+A device is what JAX shows as one device. Speeds are the makers' peaks, for bfloat16 products
+without sparsity. Link speeds are for one direction, because a ring sends and receives at the same
+time.
 
 Sources: the "System architecture" tables of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}
-(the inter-chip bandwidth there is of both directions), NVIDIA's data sheets of A100, H100, H200,
-B200 (HGX), L4, L40S and the Ada GPU architecture whitepaper (RTX 4090). GPU memory is what
-nvidia-smi shows. What leaves a domain: 200 Gb/s a GPU for A100, 400 Gb/s from H100 on (DGX systems,
-a network card to each GPU), 25 Gb/s for L4, L40S and RTX 4090 (an assumption: 200 Gb/s shared by
-eight); TPU: the data-centre network per chip.
+(whose inter-chip bandwidth is for both directions), NVIDIA's data sheets of A100, H100, H200, B200
+(HGX), L4, L40S and the Ada GPU architecture whitepaper (RTX 4090). GPU memory is the amount that
+nvidia-smi shows. Speeds beyond a domain: 200 Gb/s per GPU for A100, 400 Gb/s from H100 on (DGX
+systems, with a network card for each GPU), 25 Gb/s for L4, L40S and RTX 4090 (an assumption: 200
+Gb/s shared by eight); for TPUs, the data-centre network per chip.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ GIB, MIB, GB, TERA = 2**30, 2**20, 1e9, 1e12
 class Device:
     """One accelerator.
 
-    memory: bytes.
-    flops: peak of bfloat16 products, each second.
-    bandwidth: of its memory, bytes each second.
-    link: to the other devices of a domain, bytes each second, one direction.
-    domain: how many devices are joined so (a slice of a pod, or the GPUs of a machine).
-    network: beyond the domain, bytes each second, one direction.
+    memory: bytes of its memory.
+    flops: peak FLOPs per second of bfloat16 products.
+    bandwidth: bytes per second of its memory.
+    link: bytes per second to the other devices of a domain, in one direction.
+    domain: the number of devices that links connect (a slice of a pod, or the GPUs of a machine).
+    network: bytes per second beyond the domain, in one direction.
     """
 
     memory: int
@@ -39,14 +40,14 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether JAX takes only a part of its memory unless told otherwise."""
+        """Whether it is a GPU, of whose memory JAX takes only a part unless told otherwise."""
         return self.domain == 8
 
     def rate(self, group: tuple[int, ...]) -> float:
-        """Bytes each second that a device moves in a ring through the group.
+        """Return the bytes per second that a device moves in a ring through a group of devices.
 
-        In a group that spans domains each device brings its own network link: those of one domain
-        carry together what enters it.
+        If the group spans domains, each device contributes its own network link, so the devices of
+        a domain together carry the data that enters it.
         """
         home = [d for d in group if d // self.domain == group[0] // self.domain]
         return self.link if len(home) == len(group) else min(self.link, len(home) * self.network)
@@ -71,10 +72,10 @@ DEVICES: dict[str, Device] = {
     "l4-24gb": _gpu(23_034, 121, 300, 32, 3.1),  # its link is PCIe 4.0 x16
     "l40s-48gb": _gpu(46_068, 362, 864, 32, 3.1),  # PCIe 4.0 x16
     "rtx4090-24gb": _gpu(24_564, 165.2, 1008, 32, 3.1),  # float32 accumulation; PCIe 4.0 x16
-    "tpu-v4": _tpu(32, 275, 1200, 270, 4096, 6.25),  # the all-reduce bandwidth of a pod, per chip
+    "tpu-v4": _tpu(32, 275, 1200, 270, 4096, 6.25),  # the link is a pod's all-reduce rate per chip
     "tpu-v5e": _tpu(16, 197, 819, 200, 256, 3.1),
     "tpu-v5p": _tpu(95, 459, 2765, 600, 8960, 6.25),
     "tpu-v6e": _tpu(32, 918, 1638, 400, 256, 12.5),
-    # One chip shows as two devices, each with half of it.
+    # JAX shows one chip as two devices, each with half of its memory and speed.
     "tpu-v7x": _tpu(96, 1153.5, 3690, 300, 2 * 9216, 6.25),
 }

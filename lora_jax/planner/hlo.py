@@ -1,7 +1,7 @@
-"""A reader of compiled HLO, and the products in it.
+"""Read compiled HLO, and find the matrix products in it.
 
-XLA's own `cost_analysis` counts the body of a loop once; here everything is counted as often as its
-loop runs. All sizes are those of one device: after partitioning, the program is one device's.
+XLA's own `cost_analysis` counts the body of a loop once; here every instruction counts as often as
+its loop runs. All sizes are per device, because a partitioned program is one device's.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import math
 import re
 from collections.abc import Iterator
 
-LORA = "/lora/"  # in the origin of what `lora_jax.updates.lowrank` does, forward and backward
-VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")  # of an array, or its copy
+LORA = "/lora/"  # in the origin of operations of `lora_jax.updates.lowrank`, in both directions
+VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")  # views of an array, or copies
 _TWO = ("s16", "u16", "bf16", "f16")
 _FOUR, _EIGHT = ("s32", "u32", "f32"), ("s64", "u64", "f64", "c64")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0, "c128": 128}
@@ -40,18 +40,18 @@ class Shape:
 
     @property
     def size(self) -> int:
-        """How many numbers."""
+        """The number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        """Packed: two int4 to a byte. Eight-bit floats of every kind count one."""
+        """The size when packed: two int4 in a byte. All eight-bit floats take one byte."""
         return (self.size * _BITS.get(self.dtype, 8) + 7) // 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO. `origin` is the name that JAX gave the operation it comes from."""
+    """One line of HLO. `origin` is the name that JAX gave to the operation it comes from."""
 
     name: str
     kind: str
@@ -63,24 +63,24 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of all results."""
+        """The bytes of all results."""
         return sum(shape.bytes for shape in self.results)
 
     @property
     def called(self) -> Iterator[tuple[str, str]]:
-        """(role, computation) of every computation that it runs."""
+        """Yields (role, computation) of every computation that it calls."""
         for role, names in _CALLS.findall(self.attributes):
             for name in _OPERAND.findall(names):
                 yield role, name
 
     @property
     def trips(self) -> int | None:
-        """Of a loop: how often it goes round, where XLA knows."""
+        """The number of iterations of a loop, or None if XLA does not know it."""
         found = _TRIPS.search(self.attributes)
         return int(found[1]) if found else None
 
     def dims(self, name: str) -> tuple[int, ...]:
-        """The numbers of an attribute such as lhs_contracting_dims."""
+        """Return the numbers of an attribute such as lhs_contracting_dims."""
         found = re.search(_DIMS.format(name), self.attributes)
         return tuple(int(n) for n in found[1].split(",") if n) if found else ()
 
@@ -90,7 +90,7 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A compiled program: its computations, callees before callers, the entry last."""
+    """A compiled program: its computations, with callees before callers and the entry last."""
 
     computations: dict[str, Computation]
     entry: str
@@ -98,7 +98,7 @@ class Module:
 
     @functools.cached_property
     def times(self) -> dict[str, int]:
-        """How often each computation runs in one run of the program."""
+        """The number of times that each computation runs in one run of the program."""
         times = dict.fromkeys(self.computations, 0)
         times[self.entry] = 1
         for name in reversed(self.computations):
@@ -111,18 +111,18 @@ class Module:
 
     @property
     def instructions(self) -> Iterator[Instruction]:
-        """All instructions, those of fusions and loops too."""
+        """All instructions, also in fusions and loops."""
         return (i for c in self.computations.values() for i in c.values())
 
     @property
     def unknown_loops(self) -> list[str]:
-        """Origins of the loops whose number of rounds XLA does not know; they count once."""
+        """The origins of loops whose number of iterations XLA does not know; they count once."""
         loops = (i for i in self.instructions if i.kind == "while")
         return [i.origin or i.name for i in loops if i.trips is None]
 
 
 def parse(text: str) -> Module:
-    """Read `compiled.as_text()`.
+    """Read HLO text, as `compiled.as_text()` returns it.
 
     >>> lines = ["ENTRY %f (x: f32[4,2]) -> f32[4,4] {",
     ...          "  %x = f32[4,2]{1,0} parameter(0)",
@@ -160,7 +160,7 @@ def _instruction(root: str | None, name: str, result: str, kind: str, rest: str)
 
 
 def closing(text: str) -> int:
-    """Where the parenthesis closes that is open at the beginning."""
+    """Return the index of the parenthesis that closes the one before the text."""
     depth = 1
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -171,7 +171,7 @@ def closing(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A dot or a convolution. flops and bytes are of one run; it runs `times` times."""
+    """A dot or a convolution, with the flops and bytes of one run; it runs `times` times."""
 
     origin: str
     flops: int
@@ -180,7 +180,7 @@ class Product:
 
 
 def products(module: Module) -> list[Product]:
-    """Every product: 2 FLOPs for each multiply-add; bytes of its operands and its result."""
+    """Return every product: 2 FLOPs for each multiply-add; bytes of operands and result."""
     found = []
     for name, computation in module.computations.items():
         for i in computation.values():
@@ -197,6 +197,6 @@ def products(module: Module) -> list[Product]:
 
 
 def _outputs(convolution: Instruction, kernel: Shape) -> int:
-    """The output features of a kernel, by `dim_labels=b01f_01io->b01f`."""
+    """Return the output features of a kernel, from `dim_labels=b01f_01io->b01f`."""
     labels = re.search(r"dim_labels=\w+_(\w+)->", convolution.attributes)
     return kernel.dims[labels[1].index("o")] if labels else 1

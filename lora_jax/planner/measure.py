@@ -1,4 +1,4 @@
-"""The costs of a run's step, compiled for a mesh. Nothing is computed or loaded."""
+"""Measure the costs of a run's step, compiled for a mesh. Nothing is computed or loaded."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from lora_jax.training.workload import Workload
 
 Tree = Any  # a pytree
 
-# What XLA does for CPUs alone would hide what an accelerator does: it computes 16-bit products in
-# float32, and hands reductions to a library that keeps its results in float32. Memory, not
-# parallelism, decides the order of the program.
+# Some passes of XLA for CPUs would hide what an accelerator does: they compute 16-bit products in
+# float32, and use a library for reductions that keeps its results in float32. The scheduler should
+# order the program by memory, not by parallelism.
 OPTIONS: dict[str, str | bool] = {
     "xla_disable_hlo_passes": "change-op-data-type",
     "xla_cpu_experimental_ynn_fusion_type": "",
@@ -39,13 +39,14 @@ OPTIONS: dict[str, str | bool] = {
 
 @dataclasses.dataclass(frozen=True)
 class DeviceBytes:
-    """Of one device.
+    """The memory of one device in bytes, by use.
 
-    weights: the base parameters, those trained in full among them.
-    adapters, optimizer: what is trained beside them, and the optimizer's state of all that is.
+    weights: the base parameters, including those trained in full.
+    adapters: the adapters.
+    optimizer: the optimizer state of everything that is trained.
     batch: the rows of the device.
-    activations: what the forward pass keeps for the backward pass.
-    temporaries: all else that the step needs while it runs: gathered weights, gradients.
+    activations: values that the forward pass keeps for the backward pass.
+    temporaries: everything else that the step needs while it runs: gathered weights, gradients.
     """
 
     weights: float
@@ -57,7 +58,7 @@ class DeviceBytes:
 
     @property
     def total(self) -> float:
-        """All of it: what the device's memory must hold."""
+        """The total, which the memory of the device must hold."""
         return sum(dataclasses.astuple(self))
 
 
@@ -65,11 +66,12 @@ class DeviceBytes:
 class Traffic:
     """All collectives of a kind and a cause, in one step of one device.
 
-    of: "base" (there without LoRA too), "adapters" (LoRA adds them) or "update" (the gradient's
-      norm, the optimizer).
-    times: how many.
-    bytes: of their operands, together.
-    seconds: that they take at the speed of the device's links, one after the other.
+    kind: the name of the operation.
+    of: "base" (also there without LoRA), "adapters" (added by LoRA) or "update" (the norm of the
+      gradient, the optimizer).
+    times: their number.
+    bytes: the bytes of all their operands.
+    seconds: the time that they take at the speed of the device's links, one after the other.
     """
 
     kind: str
@@ -81,14 +83,20 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """What one step needs.
+    """The costs of one step.
 
-    parameters: of the base. trained: adapter parameters, and base parameters trained in full.
-    state: bytes of a checkpoint of all parameters, and of one of what is trained.
-    flops: of the products of one device in a step; of the low-rank ones among them.
-    moved: bytes that those products read and write.
-    weights: of each parameter of the base, on one device.
-    unknown_loops: loops that count once, since XLA does not know how often they go round.
+    parameters: the number of base parameters.
+    adapter_parameters, base_parameters_trained: the numbers of trained parameters.
+    checkpoint_full, checkpoint_trained: bytes of a checkpoint of all parameters, and of the
+      trained ones.
+    bytes: the memory of one device.
+    flops: FLOPs of all products of one device.
+    flops_adapters: FLOPs of the low-rank products among them.
+    moved: bytes that these products read and write.
+    traffic: the collectives by kind and cause.
+    arrays: every array that a collective moves.
+    unknown_loops: loops that count once, because XLA does not know their number of iterations.
+    weights: the bytes of each base parameter on one device.
     """
 
     parameters: int
@@ -107,7 +115,7 @@ class StepCosts:
 
 
 def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
-    """One whole training batch, by shape; read off the first where the workload does not say."""
+    """Return the shapes of a whole training batch; if the workload has none, of its first batch."""
     batch: Mapping[str, Any] = (
         next(workload.train(Shard())) if workload.example is None else workload.example
     )
@@ -117,7 +125,14 @@ def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
 def measure(
     config: Config, workload: Workload, grid: jax.sharding.Mesh, device: Device
 ) -> StepCosts:
-    """Lower and compile the step of `config` for the mesh `grid`, and measure it."""
+    """Compile the step of `config` for the mesh `grid`, and measure it.
+
+    Args:
+      config: the config of the run.
+      workload: its workload.
+      grid: the mesh.
+      device: the kind of the devices.
+    """
     batch = example(workload)
     place = mesh.place(workload, config.mesh, grid, batch)
     key, lora = jax.eval_shape(lambda: jax.random.key(0)), config.adaptation
@@ -130,7 +145,7 @@ def measure(
     step.check_apart(layout, base)
     tx = optimizer.adamw(optimizer.hyper(config.optimizer, config.steps))
     state = step.shapes(layout, base, tx, key, place, step.adapted_weights(layout, params))
-    divided = jax.sharding.NamedSharding(grid, mesh.BATCH)  # as `Placement.batch` does it
+    divided = jax.sharding.NamedSharding(grid, mesh.BATCH)  # the same as in `Placement.batch`
     rows = {name: _placed(x, divided if x.shape else place.whole) for name, x in batch.items()}
     take = step.train_step(
         workload, layout, tx, config.on_nonfinite, config.accumulate, rate=lora.dropout
@@ -162,7 +177,7 @@ def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
 
 
 def _compile(take: Any, place: mesh.Placement, *arguments: Any) -> tuple[Any, bool]:
-    """As `Loop` compiles it; where it has bfloat16, with float16 for that (see `half`)."""
+    """Compile the step as `Loop` does; bfloat16 becomes float16 (see `bf16_lowering`)."""
     options = step.compilation(arguments[0], place)
     halved = bf16_lowering.in_float16(take, *arguments)
     if halved is None:
@@ -172,9 +187,9 @@ def _compile(take: Any, place: mesh.Placement, *arguments: Any) -> tuple[Any, bo
 
 
 def _bytes(compiled: Any, held: int, state: State, frozen: Tree, rows: Tree) -> DeviceBytes:
-    """From the shardings, exactly; what the step needs besides, from XLA.
+    """Return the memory: shardings give exact sizes, and XLA the temporaries.
 
-    Not `peak_memory_in_bytes`, which leaves out the temporaries under sharding.
+    `peak_memory_in_bytes` is not used, because it leaves out the temporaries under sharding.
     """
     analysis = compiled.memory_analysis()
     fresh = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
@@ -191,7 +206,7 @@ def _bytes(compiled: Any, held: int, state: State, frozen: Tree, rows: Tree) -> 
 
 
 def _in_bfloat16(c: Collective) -> Collective:
-    """The float16 that was compiled stands for bfloat16."""
+    """Rename float16, which was compiled, back to bfloat16."""
     dtype = "bf16" if c.operand.dtype == "f16" else c.operand.dtype
     return dataclasses.replace(c, operand=hlo.Shape(dtype, c.operand.dims))
 
@@ -208,11 +223,17 @@ def _traffic(arrays: tuple[Collective, ...], device: Device) -> tuple[Traffic, .
 
 
 def seconds(kind: str, operand: int, group: tuple[int, ...], device: Device) -> float:
-    """Of one collective, as a ring does it: how often a device passes its operand on.
+    """Return the time of one collective done as a ring.
 
     >>> from lora_jax.planner.devices import DEVICES
     >>> seconds("all-gather", 450_000_000, tuple(range(4)), DEVICES["h100-80gb"])
     0.003
+
+    Args:
+      kind: the name of the operation.
+      operand: bytes of the operand.
+      group: the devices that take part.
+      device: the kind of device.
     """
     n = len(group)
     if n == 1:
@@ -227,12 +248,15 @@ def seconds(kind: str, operand: int, group: tuple[int, ...], device: Device) -> 
 
 
 def extrapolated(first: StepCosts, second: StepCosts, at: tuple[int, int, int]) -> StepCosts:
-    """What more devices need, from two measured numbers of them: each number is a + b / devices.
+    """Extrapolate the costs of more devices from two measured numbers of devices.
 
-    So it is exactly for all that the devices share evenly or hold alike, with the batch as it is.
+    Each cost is taken as a + b / devices. This is exact for everything that the devices share
+    evenly or replicate, with the same batch.
 
     Args:
-      at: the number of devices of the first, of the second, and that which is asked for.
+      first: the costs with the smaller number.
+      second: the costs with the larger number.
+      at: the first, the second and the wanted number of devices.
     """
     line = functools.partial(_line, at=at)
     pairs: Mapping[Any, Traffic] = {(t.kind, t.of): t for t in first.traffic}
@@ -254,7 +278,7 @@ def extrapolated(first: StepCosts, second: StepCosts, at: tuple[int, int, int]) 
 
 
 def _line(x: float, y: float, at: tuple[int, int, int]) -> float:
-    """The value at 1 / at[2] of the line through (1 / at[0], x) and (1 / at[1], y).
+    """Return the value at 1 / at[2] of the line through (1 / at[0], x) and (1 / at[1], y).
 
     >>> _line(30.0, 20.0, (1, 2, 4))
     15.0

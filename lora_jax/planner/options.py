@@ -10,18 +10,19 @@ from lora_jax.training.config import require
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """A plan in the place of a run."""
+    """The options of a plan, which replaces the run."""
 
     plan: bool = False
-    """Plan the run and do not run it: compile its step for the devices of `mesh`, which need not
-    be here, and say what it needs of memory, time and network. No weight is read."""
+    """Plan the run instead of running it: compile its step for the devices of `mesh`, which need
+    not exist here, and print the memory, time and network traffic that it needs. No weight is
+    read."""
     plan_device: str = "h100-80gb"
     """The device to plan for: a100-40gb, a100-80gb, h100-80gb, h200-141gb, b200-180gb, l4-24gb,
     l40s-48gb, rtx4090-24gb, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e or tpu-v7x."""
     plan_devices: int | None = None
-    """How many of them. None: the product of the mesh's sizes."""
+    """The number of devices. None: the product of the mesh's sizes."""
     plan_file: str | None = None
-    """Where the plan is written as JSON. None: beside the run directory, with .plan.json."""
+    """The JSON file for the plan. None: the path of the run directory, followed by .plan.json."""
 
     def __post_init__(self) -> None:
         known = self.plan_device in DEVICES

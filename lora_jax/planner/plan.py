@@ -1,4 +1,4 @@
-"""The plan of a run: the costs of its step on each device, and those of full fine-tuning."""
+"""Plan a run: compute the costs of its step on each device, and the same for full fine-tuning."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ LORA, FULL = "lora", "full"  # the run itself, and the same run with every param
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The shortest time of a step: of these three the longest, the others hidden behind it.
+    """The shortest possible time of a step: the longest of three times, which hides the others.
 
-    compute: the products, at the device's peak.
-    memory: what the products read and write, at the bandwidth of the device's memory.
+    compute: the products, at the peak of the device.
+    memory: the reads and writes of the products, at the bandwidth of the device's memory.
     communication: the collectives, at the speed of the links.
     """
 
@@ -35,25 +35,29 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Of one step."""
+        """The time of one step in seconds."""
         return max(dataclasses.astuple(self))
 
     @property
     def bound(self) -> str:
-        """Which of the three it is."""
+        """The name of the longest of the three times."""
         return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What was found.
+    """A plan.
 
-    sizes: of the mesh. device: its name in `DEVICES`.
-    runs: "lora" (the run as it is configured) and "full" (full fine-tuning of the same).
-    compiled: the numbers of devices that were compiled; where `devices` is not among them, all
-      numbers of the runs are extrapolated.
-    batch: name -> shape of the entries of a whole batch. parts: that it goes through in.
-    first_batch: whether it is the first that the data gave, so that others may be longer.
+    name: the name of the config.
+    sizes: the sizes of the mesh axes.
+    device: the name of the device in `DEVICES`.
+    runs: the costs of "lora" (the run as it is configured) and "full" (the same with full
+      fine-tuning).
+    compiled: the numbers of devices that were compiled for; if `devices` is not among them, all
+      costs are extrapolated.
+    batch: name -> shape of each array of a whole batch.
+    first_batch: whether this is the first batch of the data, so that others may be longer.
+    parts: the number of parts that a batch is split into.
     """
 
     name: str
@@ -67,31 +71,39 @@ class Plan:
 
     @property
     def devices(self) -> int:
-        """How many it is for."""
+        """The number of devices."""
         return math.prod(self.sizes.values())
 
     @property
     def extrapolated(self) -> bool:
-        """Whether so many devices could not be compiled for."""
+        """Whether there were too many devices to compile for."""
         return self.devices not in self.compiled
 
     def fits(self, run: str) -> bool:
-        """Whether a device's memory holds the run."""
+        """Return whether the memory of a device is large enough for the run."""
         return self.runs[run].bytes.total <= DEVICES[self.device].memory
 
     def roofline(self, run: str) -> Roofline:
-        """The shortest time of a step."""
+        """Return the shortest possible time of a step."""
         device, found = DEVICES[self.device], self.runs[run]
         communication = sum(t.seconds for t in found.traffic)
         return Roofline(found.flops / device.flops, found.moved / device.bandwidth, communication)
 
 
 def make(name: str, config: Config, options: PlanOptions) -> Plan:
-    """Compile the step for the devices of `options`, or for fewer if they are too many.
+    """Compile the step for the devices of `options`, or for fewer if there are too many.
+
+    Args:
+      name: the name of the config.
+      config: the run.
+      options: the device, and the number of devices.
+
+    Returns:
+      The plan.
 
     Raises:
       ConfigError: the mesh does not fit the devices or the batch, or JAX is in use already.
-      lora_jax.LoraError: as a run raises it.
+      lora_jax.LoraError: an error that the run itself would raise.
     """
     try:
         sizes = mesh.sizes(config.mesh, options.plan_devices)
@@ -107,7 +119,7 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
     device = DEVICES[options.plan_device]
     runs = {}
     full = config.full_fine_tuning()
-    # All parameters can be trained only as floats.
+    # Full fine-tuning needs all parameters as floats.
     floats = full.workload(full) if any(map(is_base, _leaves(workload))) else workload
     for run, of, its in ((LORA, config, workload), (FULL, full, floats)):
         *smaller, largest = (_measure(of, its, s, there, device) for s in compiled)
@@ -140,7 +152,7 @@ def _measure(
 
 
 def _compilable(sizes: dict[str, int]) -> list[dict[str, int]]:
-    """The mesh itself, or the two largest with fewer copies that the simulation can have.
+    """Return the mesh itself, or the two largest with fewer copies that can be simulated.
 
     >>> _compilable({"data": 64, "fsdp": 8, "tensor": 8})
     [{'data': 16, 'fsdp': 8, 'tensor': 8}, {'data': 32, 'fsdp': 8, 'tensor': 8}]

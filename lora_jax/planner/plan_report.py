@@ -1,4 +1,4 @@
-"""The plan of a run as text for a terminal, and as JSON."""
+"""Write the plan of a run as text for a terminal, and as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ CAUSES = {
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON values; bytes, FLOPs and seconds are of one device and one step."""
+    """Return the plan as JSON values; bytes, FLOPs and seconds are per device and step.
+
+    Args:
+      plan: the plan.
+    """
     device = DEVICES[plan.device]
     return {
         "format": FORMAT,
@@ -43,7 +47,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def write(plan: Plan, path: pathlib.Path) -> None:
-    """The plan as a JSON file, whole or not at all."""
+    """Write the plan as a JSON file, completely or not at all.
+
+    Args:
+      plan: the plan.
+      path: the file, whose folder is made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, to_json(plan))
 
@@ -82,24 +91,25 @@ def _array(c: Collective) -> dict[str, Any]:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What a reader must know who takes the numbers for true."""
+    """Return what a reader must know to trust the numbers."""
     out = []
     if plan.extrapolated:
         out.append(
             f"extrapolated: {plan.devices} devices are too many to compile for. Every number is "
-            f"a + b / devices, through those of {plan.compiled[0]} and {plan.compiled[1]}."
+            f"a + b / devices, fitted to {plan.compiled[0]} and {plan.compiled[1]} devices."
         )
     if plan.first_batch:
-        out.append("The batch is the first of the data; a longer one needs more.")
+        out.append("The batch is the first one of the data; a longer batch needs more.")
     out += [
-        "Weights, adapters and optimizer are exact. Activations (what the forward pass keeps) and "
-        "temporaries are those of XLA's program for a CPU; that of an accelerator fuses and "
-        "orders otherwise. bfloat16 is compiled as float16, since XLA would widen it on a CPU.",
-        "On a CPU, XLA has no reduce-scatter: where each device needs only its part of a sum, as "
-        "of the gradients of full fine-tuning under fsdp, the all-reduce counts twice what "
+        "Weights, adapters and optimizer are exact. Activations (values that the forward pass "
+        "keeps) and temporaries are from XLA's program for a CPU; a program for an accelerator "
+        "fuses and orders operations differently. bfloat16 is compiled as float16, because XLA "
+        "would widen it on a CPU.",
+        "XLA has no reduce-scatter on a CPU. If each device needs only its part of a sum, such as "
+        "the gradients of full fine-tuning under fsdp, the all-reduce counts twice the bytes that "
         "an accelerator sends.",
-        "The roofline is the device's peak for bfloat16, with everything hidden behind the slowest "
-        "of three; a run at half of it is a good one.",
+        "The roofline is the longest of three times at the device's peaks for bfloat16, and takes "
+        "the other two as hidden behind it; a run at half of this speed is a good one.",
     ]
     loops = {loop for found in plan.runs.values() for loop in found.unknown_loops}
     if loops:
@@ -108,7 +118,11 @@ def notes(plan: Plan) -> list[str]:
 
 
 def text(plan: Plan) -> str:
-    """The plan for a terminal."""
+    """Return the plan as text for a terminal.
+
+    Args:
+      plan: the plan.
+    """
     grid = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items())
     shape = next(iter(plan.batch.values()), ())
     parts = f" in {plan.parts} parts" if plan.parts > 1 else ""
@@ -135,7 +149,7 @@ def _table(plan: Plan) -> list[str]:
         ("parameters", lambda m: f"{m.parameters:,}"),
         ("  of adapters", lambda m: f"{m.adapter_parameters:,}"),
         ("  trained in full", lambda m: f"{m.base_parameters_trained:,}"),
-        ("checkpoint of what is trained", lambda m: in_units(m.checkpoint_trained)),
+        ("checkpoint of trained parameters", lambda m: in_units(m.checkpoint_trained)),
         ("checkpoint of everything", lambda m: in_units(m.checkpoint_full)),
         ("each device", lambda m: ""),
         ("  weights", lambda m: in_units(m.bytes.weights)),
@@ -157,7 +171,7 @@ def _table(plan: Plan) -> list[str]:
 
 
 def _parts(plan: Plan) -> list[tuple[str, Callable[[StepCosts], str]]]:
-    """What the weights are, if some are quantised: their codes, their scales, floats."""
+    """Return lines for the codes, scales and floats of the weights, if some are quantised."""
 
     def line(part: str) -> tuple[str, Callable[[StepCosts], str]]:
         return f"    {part}", lambda m: in_units(by_part(m.weights).get(part, 0))

@@ -1,4 +1,4 @@
-"""The residuals of a compiled program: what the forward pass keeps for the backward pass."""
+"""Find the residuals of a compiled program, which the forward pass keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ _INDEX = re.compile(r"index=(\d+)")
 def residual_bytes(module: Module) -> int:
     """Return the bytes of the arrays that the forward pass makes and the backward pass reads.
 
-    JAX names what comes from the one `jvp(...)`, and from the other `transpose(jvp(...))`.
-    Arguments are not counted, nor what is only another view of them. Of a batch that is gone
-    through in parts, one part.
+    JAX names operations of the forward pass `jvp(...)`, and of the backward pass
+    `transpose(jvp(...))`. Arguments and views of them do not count. If a batch is split into parts,
+    only one part counts.
+
+    Args:
+      module: the compiled step.
     """
     return _residual_bytes(module, module.entry)
 
@@ -38,7 +41,7 @@ def _residual_bytes(module: Module, name: str) -> int:
 def _sources(
     module: Module, computation: Computation, operand: str
 ) -> Iterator[tuple[tuple[str, int], int]]:
-    """The buffers of the forward pass that an operand stands for, with their bytes."""
+    """Yield the buffers of the forward pass that an operand refers to, with their bytes."""
     i = computation.get(operand)
     if i is None or i.kind in ("parameter", "constant", "iota"):
         return
@@ -75,7 +78,7 @@ def _element(
 
 
 def _passes(body: Computation, i: Instruction, index: int) -> bool:
-    """Whether a loop hands the element on as it came."""
+    """Return whether a loop passes the element on unchanged."""
     own = i.kind == "get-tuple-element" and body[i.operands[0]].kind == "parameter"
     found = _INDEX.search(i.attributes)
     return own and found is not None and int(found[1]) == index

@@ -1,4 +1,4 @@
-"""The bytes of each weight of the base on one device: codes, scales, floats."""
+"""Count the bytes of each weight of the base on one device: codes, scales, floats."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FLOATS = "floats"  # an array that is not part of a quantised weight
 
 @dataclasses.dataclass(frozen=True)
 class WeightBytes:
-    """One weight on one device.
+    """The bytes of one weight on one device.
 
-    path, shape, dtype: of the float array.
-    kind: of a quantised weight the name of its type; else `FLOATS`.
+    path, shape, dtype: as in the float array.
+    kind: the name of the type of a quantised weight; `FLOATS` if it is not quantised.
     parts: field of the quantised weight ("codes", "scales") -> bytes; or `FLOATS` -> bytes.
     """
 
@@ -41,7 +41,7 @@ def weight_bytes(params: Any) -> tuple[WeightBytes, ...]:
 
 
 def by_part(weights: Sequence[WeightBytes]) -> dict[str, int]:
-    """Return the bytes of all weights by what they are: codes, scales, floats.
+    """Return the bytes of all weights by part: codes, scales, floats.
 
     >>> by_part([WeightBytes("w", (4, 2), "float32", FLOATS, {FLOATS: 32})])
     {'floats': 32}

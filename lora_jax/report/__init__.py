@@ -1,9 +1,9 @@
-"""Write a page about one run, or about several side by side: report.html, report.md and figures.
+"""Write a report about one run, or about several runs that it compares.
 
     lora-jax report runs/reviews
 
-`document` says what a report is, `render` writes one; the other files fill it from what runs have
-left in their directories.
+A report is a folder with report.html, report.md and the figures. `document` defines the parts of a
+report and `render` writes it; the other files fill it from the files in run directories.
 """
 
 from lora_jax.extras import require

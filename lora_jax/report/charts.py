@@ -1,4 +1,4 @@
-"""The charts of a report, each a matplotlib figure with one set of axes."""
+"""Draw the charts of a report, each as a matplotlib figure with one set of axes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ from numpy.typing import NDArray
 from lora_jax.report import svg
 from lora_jax.training import curves, metrics
 
-_POINTS = 600  # of a training curve: more than a screen has columns for
-_WRITTEN = 84  # cells of a heat map that have their numbers in them
+_POINTS = 600  # points of a training curve: more than a screen has columns for
+_WRITTEN = 84  # a heat map with at most this many cells has the numbers written in them
 _SHADES = mpl.colormaps["viridis"]
 
 
 def curve(lines: Sequence[metrics.Line], name: str) -> Figure:
-    """One number of the record over the steps; of the loss, every step and their running mean."""
+    """Plot one metric over the steps. The training loss also gets its running mean.
+
+    Args:
+      lines: the lines of metrics.jsonl, training steps and evaluations.
+      name: the metric to plot, such as "loss" or "accuracy".
+
+    Returns:
+      The figure.
+    """
     with svg.style():
         figure, axis = svg.new()
         curves.plot(axis, _thinned(lines), name)
@@ -41,7 +49,7 @@ def curve(lines: Sequence[metrics.Line], name: str) -> Figure:
 
 
 def _thinned(lines: Sequence[metrics.Line]) -> list[metrics.Line]:
-    """All evaluations; of the steps the mean loss of every few."""
+    """Average the training losses over groups of steps, and keep every evaluation."""
     steps = [x for x in lines if "split" not in x and x.get("loss") is not None]
     every = -(-len(steps) // _POINTS) or 1
     parts = [steps[i : i + every] for i in range(0, len(steps), every)]
@@ -59,14 +67,17 @@ def by_layer(
     level: tuple[float, str] | None = None,
     top: float | None = None,
 ) -> Figure:
-    """A line for each name over the layers.
+    """Plot one line for each name over the layers.
 
     Args:
-      found: name -> a number for each layer, NaN where there is none.
-      layers: what they are called.
-      label: of the numbers.
-      level: a height to compare with, and what it is.
-      top: where the axis ends.
+      found: name -> one number for each layer; NaN where there is none.
+      layers: the labels of the layers.
+      label: the label of the vertical axis.
+      level: a height to compare with, drawn as a dashed line, and its label.
+      top: the upper end of the vertical axis. None: matplotlib chooses it.
+
+    Returns:
+      The figure.
     """
     with svg.style():
         figure, axis = svg.new()
@@ -83,7 +94,16 @@ def by_layer(
 
 
 def values(found: NDArray[np.floating], layers: Sequence[str], title: str) -> Figure:
-    """Singular values [layer, i]: a line for each i over the layers, or over i for one layer."""
+    """Plot singular values: a line for each i over the layers, or for one layer over i.
+
+    Args:
+      found: singular values, float [layer, i], the largest first.
+      layers: the labels of the layers.
+      title: the title of the figure.
+
+    Returns:
+      The figure.
+    """
     with svg.style():
         figure, axis = svg.new()
         rank = found.shape[1]
@@ -104,12 +124,12 @@ def values(found: NDArray[np.floating], layers: Sequence[str], title: str) -> Fi
 
 
 def _shade(i: int, count: int) -> Any:
-    """From dark to light, neither so much that a page of the same kind swallows it."""
+    """Return the colour of line i, neither too dark nor too light for any page."""
     return _SHADES(0.3 + 0.55 * i / max(count - 1, 1))
 
 
 def _key(figure: Figure, axis: Any, rank: int) -> None:
-    """Which shade is which i."""
+    """Add the colour bar that tells which shade belongs to which i."""
     if rank > 1:
         norm = BoundaryNorm(np.arange(rank + 1) + 0.5, rank)
         shades = ListedColormap([_shade(i, rank) for i in range(rank)])
@@ -128,7 +148,17 @@ def _layers(axis: Any, layers: Sequence[str]) -> None:
 def heat(
     found: NDArray[np.floating], rows: Sequence[str], columns: Sequence[str], title: str
 ) -> Figure:
-    """[row, column] as colours, with the numbers where there is room; NaN is left open."""
+    """Draw a matrix as a heat map, with the numbers written in the cells if there is room.
+
+    Args:
+      found: float [row, column]; a NaN cell stays empty.
+      rows: the labels of the rows, which are layers.
+      columns: the labels of the columns.
+      title: the title of the figure.
+
+    Returns:
+      The figure.
+    """
     with svg.style():
         figure, axis = svg.new(max(4.6, 1.6 + 0.62 * len(columns)), 1.3 + 0.3 * len(rows))
         _cells(figure, axis, found, _top(found))
@@ -140,9 +170,17 @@ def heat(
 
 
 def phi(found: NDArray[np.floating], one: str, two: str, title: str, top: float) -> Figure:
-    """phi(i, j), [i, j], from 0 to `top`; i grows downwards. NaN is left open.
+    """Draw the subspace similarities phi(i, j) as a heat map; i grows downwards.
 
-    one, two: what i and j count.
+    Args:
+      found: float [i, j]; a NaN cell stays empty.
+      one: the label of the i axis.
+      two: the label of the j axis.
+      title: the title of the figure.
+      top: the value of the lightest colour; 0 has the darkest.
+
+    Returns:
+      The figure.
     """
     rows, columns = found.shape
     with svg.style():
@@ -157,9 +195,9 @@ def phi(found: NDArray[np.floating], one: str, two: str, title: str, top: float)
 def _cells(
     figure: Figure, axis: Any, found: NDArray[np.floating], top: float, first: int = 0
 ) -> None:
-    """Shade the cells from 0 to `top`, and write the numbers where there is room.
+    """Colour the cells from 0 to `top`, and write the numbers in them if there is room.
 
-    first: the number of the first row and of the first column.
+    `first` is the number of the first row and of the first column.
     """
     rows, columns = found.shape
     image = axis.imshow(
@@ -173,7 +211,7 @@ def _cells(
     )
     for (i, j), number in np.ndenumerate(found):
         if found.size <= _WRITTEN and np.isfinite(number):
-            dark = number > 0.55 * top  # the shades are light there
+            dark = number > 0.55 * top  # dark text, because these shades are light
             text = f"{number:.2f}" if top < 10 else f"{number:.0f}"
             color = "black" if dark else "white"
             axis.text(j + first, i + first, text, ha="center", va="center", color=color, size=8)

@@ -1,19 +1,19 @@
-"""A page about a run of train.py, or many: scores, curves, and what the update is made of.
+"""Write a page about runs of train.py: scores, curves, and what the update is made of.
 
     lora-jax report runs/reviews
     lora-jax report runs/sweep-1a2b3c4d
     lora-jax report runs/reviews runs/topics --out compared
 
-A run directory gives the report of that run; a directory of runs (what a sweep or several tasks
-leave), or several directories, the runs side by side. Written are
+Given a run directory, the page shows that run. Given a directory of runs, which a sweep or several
+tasks write, or several directories, it compares the runs. It writes
 
-    report.html      all of it in one file, which needs no network
+    report.html      the whole report in one file, which needs no network
     report.md        the same as Markdown
     *.png, *.svg     the figures
 
-A run that has not finished is shown as far as it is, and so is an adapter without a run, which
-`lora-jax import` or `lora_jax.save` has written. What of W an update amplifies needs the base
-that the adapter names; where that cannot be had the report says so.
+A run that has not finished is shown up to its last step. An adapter without a run, written by
+`lora-jax import` or `lora_jax.save`, has a page as well. The section on what of W the update
+amplifies needs the base model that the adapter names; if it cannot be opened, the report says so.
 
 Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
 by Ctrl-C.
@@ -39,40 +39,51 @@ from lora_jax.report.update_analysis import BaseChoice
 
 @dataclasses.dataclass(frozen=True)
 class ReportOptions:
-    """The command line."""
+    """The options of `lora-jax report`."""
 
     run_dir: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN_DIR [RUN_DIR ...]")
     ] = ()
-    """A run directory of train.py, a directory of such, or an adapter."""
+    """A run directory of train.py, a directory of run directories, or an adapter."""
     out: str | None = None
-    """Where the files go. None: RUN_DIR/report."""
+    """The folder for the report. None: RUN_DIR/report."""
     base: str | None = None
-    """The model, in the form of model.reference. None: the one that the adapter names."""
+    """The base model, in the form of model.reference. None: the one that the adapter names."""
     trust_base: bool = False
-    """Fetch the base that an adapter names, also if it is none that lora_jax knows the sum of."""
+    """Download the base that the adapter names even if lora_jax does not know its checksum."""
     allow_other_base: bool = False
-    """Compare with another base than the adapter was trained on."""
+    """Accept a base model other than the one that the adapter was trained on."""
     docs: str | None = None
-    """The documentation site, https://... or the folder it was built into: the page's explanations
-    of its words link there. None: the page explains them, and links nowhere."""
+    """The documentation site, https://... or the folder with its files: the explanations of words
+    in the report link there. None: they have no links."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run `lora-jax report`.
+
+    Args:
+      arguments: the command line without the program's name. None: sys.argv.
+
+    Returns:
+      The exit status.
+    """
     given = read_options(ReportOptions, "lora-jax report", __doc__, arguments)
     return guarded(lambda: run(given, Console(stderr=True)))
 
 
 def run(options: ReportOptions, console: Console) -> None:
-    """Read, analyse and write; the page's path goes to stdout, what is missing to `console`.
+    """Write the report, print its path to stdout, and print what is missing to `console`.
+
+    Args:
+      options: the options of the command.
+      console: prints the messages.
 
     Raises:
-      LoraError, OSError: a user's error.
+      LoraError, OSError: an error of the user, such as a path that does not exist.
     """
     given = [pathlib.Path(path) for path in options.run_dir]
     if not given:
-        raise LoraError("no run directory: give one of train.py, such as runs/reviews")
+        raise LoraError("no run directory: give one that train.py wrote, such as runs/reviews")
     if len(given) > 1 and options.out is None:
         raise LoraError(
             f"{len(given)} run directories are compared in one report: say where it goes, --out DIR"
@@ -90,7 +101,18 @@ def run(options: ReportOptions, console: Console) -> None:
 
 
 def make(given: Sequence[pathlib.Path], base: BaseChoice) -> Report:
-    """The report of what is in these directories."""
+    """Make the report of a run, of several runs, or of an adapter.
+
+    Args:
+      given: the paths of the command line.
+      base: the base model to open for the analysis of the update.
+
+    Returns:
+      The report, not yet written.
+
+    Raises:
+      LoraError: a path holds neither a run nor an adapter, or a file of it cannot be read.
+    """
     if len(given) == 1 and not run_files.is_run(given[0].expanduser()):
         path = given[0].expanduser()
         if adapter_path.adapter_in(storage.folder_at(path)) is not None:
@@ -103,6 +125,6 @@ def make(given: Sequence[pathlib.Path], base: BaseChoice) -> Report:
 
 
 def notes(made: Report) -> list[Note]:
-    """All that is missing."""
+    """Return every note of a report: each says what is missing and how to get it."""
     blocks = (block for section in made.sections for block in section.blocks)
     return [*made.notes, *(block for block in blocks if isinstance(block, Note))]

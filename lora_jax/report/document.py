@@ -1,7 +1,7 @@
 """The parts of a report before it is HTML or Markdown: sections, paragraphs, tables, figures.
 
-All text is plain text: a name with `<`, `&`, `*` or `|` in it is shown as it is, whatever the
-format. Numbers are texts already, so that every format has the same digits.
+All text is plain text: a name that contains `<`, `&`, `*` or `|` is shown unchanged in every
+format. Numbers are formatted before they get here, so that every format shows the same digits.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from lora_jax.errors import LoraError
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One of the numbers that a report begins with.
+    """One of the main numbers, which a report shows at the top.
 
-    note: what makes sense of the number, in a few words.
+    note: a few words that explain the number.
     """
 
     label: str
@@ -35,17 +35,17 @@ class Paragraph:
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """A paragraph on what is missing, and how it is to be had."""
+    """A paragraph that says what is missing and how to get it."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells of text under a caption.
+    """A table of text cells under a caption.
 
-    texts: the columns that are no numbers; all others are aligned to the right.
-    marked: the number of a row that stands out.
+    texts: the columns that hold text; all other columns are aligned to the right.
+    marked: the index of the row that is highlighted.
     """
 
     caption: str
@@ -67,9 +67,9 @@ class Table:
 class Panel:
     """One picture.
 
-    name: of its files; letters, digits, `-` and `_`.
-    alternative: what it shows, in words and numbers, for those who do not see it.
-    drawing: a matplotlib Figure, made within `lora_jax.report.svg.style()`.
+    name: the name of its files, made of letters, digits, `-` and `_`.
+    alternative: the alternative text for people who do not see the picture.
+    drawing: a matplotlib Figure, made inside `lora_jax.report.svg.style()`.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Panels side by side, or below each other where there is no room, under one caption."""
+    """Panels under one caption, in a row if there is room and in a column if there is not."""
 
     caption: str
     panels: tuple[Panel, ...]
@@ -119,7 +119,7 @@ Block = Paragraph | Note | Table | Figure | Glossary
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading and what is below it."""
+    """A section: its heading and its blocks."""
 
     title: str
     blocks: tuple[Block, ...]
@@ -127,12 +127,12 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All of it.
+    """A whole report.
 
-    kind: what it is about, in a word or two, above the title.
+    kind: the kind of report in a word or two, shown above the title.
     lead: a sentence or two below the title.
-    facts: the numbers that one came for.
-    notes: what has to be known before anything else is read.
+    facts: the main numbers.
+    notes: what the reader must know before the rest.
     """
 
     kind: str
@@ -152,7 +152,7 @@ class Report:
 
     @property
     def panels(self) -> tuple[Panel, ...]:
-        """Every picture, in order."""
+        """All panels, in order."""
         figures = (b for s in self.sections for b in s.blocks if isinstance(b, Figure))
         return tuple(panel for figure in figures for panel in figure.panels)
 

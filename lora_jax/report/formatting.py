@@ -10,7 +10,7 @@ NONE = "-"
 
 
 def column(values: Iterable[float]) -> list[str]:
-    """With as many decimals each as give the largest four digits, so that the points line up.
+    """Format numbers with equal decimals, so that the points line up; the largest gets four digits.
 
     >>> column([12.3456, 0.1, float("nan")]), column([0.00123])
     (['12.35', '0.10', '-'], ['0.001230'])
@@ -22,7 +22,7 @@ def column(values: Iterable[float]) -> list[str]:
 
 
 def score(value: float | None) -> str:
-    """A number of an evaluation.
+    """Format a score of an evaluation.
 
     >>> score(0.5), score(None)
     ('0.5000', '-')
@@ -31,7 +31,7 @@ def score(value: float | None) -> str:
 
 
 def change(before: float | None, after: float | None) -> str:
-    """From one number to another.
+    """Format a change of a score.
 
     >>> change(0.5, 0.75)
     '0.5000 → 0.7500'
@@ -40,7 +40,7 @@ def change(before: float | None, after: float | None) -> str:
 
 
 def value(found: Any) -> str:
-    """A value of a config.
+    """Format a value of a config.
 
     >>> value(None), value(("a", "b")), value(0.002), value(True)
     ('none', 'a, b', '0.002', 'yes')
@@ -55,7 +55,7 @@ def value(found: Any) -> str:
 
 
 def span(values: Iterable[float]) -> str:
-    """The least and the largest, for a sentence.
+    """Format the smallest and the largest number for use in a sentence.
 
     >>> span([0.25, 0.5]), span([])
     ('0.250 to 0.500', 'nothing')

@@ -1,4 +1,4 @@
-"""The words of a report that not every reader knows, and what they mean."""
+"""Explain the words of a report that not every reader knows."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PAGE = "glossary.html"  # of the documentation site; a term's anchor there is th
 # name -> (meaning, other forms of the name)
 _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "adapter": (
-        "The numbers that LoRA trains in place of a weight W: two small matrices A and B for each "
+        "The parameters that LoRA trains for a weight W: two small matrices A and B for each "
         "adapted matrix. The model computes with W + ΔW, and W itself does not change.",
         ("adapters",),
     ),
     "ΔW": (
-        "The update, which is what training adds to a weight W: (alpha/r) B A for LoRA, where r is "
-        "the rank.",
+        "The update, which training adds to a weight W: (alpha/r) B A for LoRA, where r is the "
+        "rank.",
         ("update",),
     ),
     "rank": (
@@ -41,52 +41,55 @@ _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "alpha": ("The update is scaled by alpha / rank, unless the settings say otherwise.", ()),
     "base": ("The pretrained model, whose weights stay as they are.", ()),
     "trained in full": (
-        "Parameters of the model that are trained themselves and have no adapter, such as a new "
+        "Parameters of the model that are trained directly and have no adapter, such as a new "
         "classification head.",
         (),
     ),
     "full checkpoint": (
-        "All parameters of the model: what would have to be kept without adapters.",
+        "All parameters of the model, which would have to be saved if there were no adapters.",
         (),
     ),
     "best adapter": (
-        "The adapter after the step at which the number that was chosen for it was best on the "
-        "validation split. The test split has no say in it.",
+        "The adapter of the step with the best score on the validation split. The test split "
+        "plays no part in this choice.",
         (),
     ),
     "merged - unmerged": (
-        "The largest difference between the outputs of the model with W + ΔW in the place of W, "
-        "and those with the adapter. Rounding makes it, so it should be small.",
+        "The largest difference between the outputs of the model with W + ΔW in place of W and "
+        "the outputs with the adapter. It comes from rounding, so it should be small.",
         (),
     ),
     "singular values": (
-        "The lengths by which a matrix stretches the directions that it keeps at right angles. An "
-        "update of rank r has r of them.",
+        "The factors by which a matrix stretches its principal directions, which are orthogonal. "
+        "An update of rank r has r of them.",
         ("singular value", "σ₁"),
     ),
     "effective rank": (
-        "How many directions an update uses: e to the entropy of its singular values' shares of "
-        "their sum. It is r where all r are equal, and 1 where one is all.",
+        "The number of directions that an update uses: e to the entropy of its singular values, "
+        "each divided by their sum. It is r if all are equal, and 1 if all but one are zero.",
         (),
     ),
     "Frobenius norm": (
         "The square root of the sum of the squares of all numbers of a matrix, written ‖ΔW‖.",
         ("Frobenius norms", "‖ΔW‖", "‖W‖"),
     ),
-    "energy": ("The share that a matrix has in the sum of all ‖ΔW‖².", ()),
+    "energy": (
+        "The share of a matrix in the sum of all ‖ΔW‖².",
+        (),
+    ),
     "amplification factor": (
-        "‖ΔW‖ over the norm of what W does in the directions of the update. It is large where the "
-        "update makes strong what W does only weakly (Table 7 of the LoRA paper).",
+        "‖ΔW‖ divided by the norm of W in the directions of the update. It is large if the update "
+        "strengthens directions that are weak in W (Table 7 of the LoRA paper).",
         ("factor",),
     ),
     "φ(i, j)": (
-        "The part of the i most important directions of one adapter that lies in the j most "
-        "important of another: 0 where they are orthogonal, 1 where the smaller space is a part of "
-        "the larger (figures 3 and 4 of the LoRA paper).",
+        "The part of the i most important directions of one adapter that is contained in the j "
+        "most important directions of another: 0 if they are orthogonal, 1 if the smaller space "
+        "is contained in the larger (figures 3 and 4 of the LoRA paper).",
         ("φ(1, 1)",),
     ),
     "seed": (
-        "The number that random choices begin from: the first values of adapters and of a new "
+        "The number that determines all random choices: the first values of adapters and of a new "
         "head, dropout, and the order of the data.",
         (),
     ),
@@ -97,9 +100,9 @@ def with_glossary(report: Report, docs: str | None) -> Report:
     """Add a section that explains the words of a report.
 
     Args:
-      report: of which each such word will be a link to its explanation.
-      docs: the address of the documentation site, a folder or a URL, to whose glossary the
-        explanations link. None: they link nowhere, since a link that may be dead is worse.
+      report: the report. Each such word in it becomes a link to its explanation.
+      docs: the documentation site, a folder or a URL, for links from the explanations to its
+        glossary. None: without these links, because a dead link is worse.
 
     Raises:
       LoraError: `docs` is a folder without a glossary, or neither a folder nor a URL.
@@ -127,7 +130,7 @@ def _term(name: str, address: str | None = None) -> Term:
 
 
 def anchor(name: str) -> str:
-    """Return where a term is on its page.
+    """Return the anchor of a term on its page.
 
     >>> anchor("effective rank"), anchor("merged - unmerged"), anchor("ΔW"), anchor("φ(i, j)")
     ('term-effective-rank', 'term-merged-unmerged', 'term-delta-w', 'term-phi-i-j')
@@ -148,13 +151,13 @@ def _address(docs: str) -> str:
     if not re.match(r"https?://[^/\s]+", docs):
         raise LoraError(
             f"--docs {docs}: expected the address of the documentation, https://..., or a folder "
-            "that holds it"
+            "with its files"
         )
     return docs.rstrip("/")
 
 
 def _texts(report: Report) -> Iterator[str]:
-    """All that may have a link in it."""
+    """Return every text that may contain a link."""
     yield report.lead
     yield from (note.text for note in report.notes)
     yield from (f"{fact.label}\n{fact.note}" for fact in report.facts)

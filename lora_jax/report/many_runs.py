@@ -1,4 +1,4 @@
-"""Make the report of several runs side by side: a sweep, tasks, or runs given one by one."""
+"""Make the report that compares several runs: a sweep, tasks, or runs given one by one."""
 
 from __future__ import annotations
 
@@ -31,20 +31,29 @@ from lora_jax.report.run_files import SavedRun
 from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.training.summary import in_units
 
-_TASKS = 8  # that have a number of their own at the top
-_VALUES = 8  # of a field that are listed
-_NOTES = 4  # of runs that have not finished; the table has them all
+_TASKS = 8  # at most this many tasks get a number of their own at the top
+_VALUES = 8  # at most this many values of a field are listed
+_NOTES = 4  # at most this many unfinished runs get a note; the table has them all
 
 
 def report(title: str, runs: Sequence[SavedRun], base: BaseChoice) -> Report:
-    """How they compare, which directions they share, and what the best update is made of."""
+    """Compare runs: their scores, the directions that they share, and the best run's update.
+
+    Args:
+      title: the title of the report.
+      runs: the runs, finished or not.
+      base: the base model to open for the analysis of the best update.
+
+    Returns:
+      The report.
+    """
     finished = [run for run in runs if run.summary is not None]
     if not finished:
         return Report(
             kind="LoRA runs",
             title=title,
             lead=_lead(runs),
-            facts=(Fact("runs", str(len(runs)), "none of them has finished"),),
+            facts=(Fact("runs", str(len(runs)), "no run has finished"),),
             sections=(_progress(runs), subspace_similarity.section(runs), _settings(runs)),
             notes=_unfinished(runs),
         )
@@ -71,7 +80,7 @@ def report(title: str, runs: Sequence[SavedRun], base: BaseChoice) -> Report:
 
 
 def _lead(runs: Sequence[SavedRun]) -> str:
-    """What they have in common, and the values of what they have not."""
+    """Describe the settings that the runs share, and list the values of the others."""
     configs = [flat(run.config) for run in runs]
     fields = dict.fromkeys(field for config in configs for field in config)
     varied = [f for f in fields if any(c.get(f) != configs[0].get(f) for c in configs)]
@@ -86,7 +95,7 @@ def _lead(runs: Sequence[SavedRun]) -> str:
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
-    """Numbers by size, before all else."""
+    """Return a sort key that puts numbers first, by size, and then the rest as text."""
     number = isinstance(value, int | float)
     return (not number, value if number else 0.0, str(value))
 
@@ -108,7 +117,7 @@ def _results(found: Results) -> tuple[Block, ...]:
 
 
 def _range(found: Results, what: str) -> str:
-    """The scores in a picture, in words: of a split over all runs, or of a task's own run."""
+    """Describe the scores in one picture: of a split over all runs, or of one task's run."""
     for row in found.rows if found.tasks else ():
         if row.name == what:
             scores = formatting.change(row.score("validation", "before"), row.score("validation"))
@@ -119,7 +128,7 @@ def _range(found: Results, what: str) -> str:
 
 
 def _of_tasks(found: Results) -> tuple[Fact, ...]:
-    """The tasks one by one while they are few, and what they train together."""
+    """Show the score of each task, and how many parameters the tasks train together."""
     facts = []
     for row in found.rows[:_TASKS]:
         split = "test" if row.score("test") is not None else "validation"
@@ -127,7 +136,7 @@ def _of_tasks(found: Results) -> tuple[Fact, ...]:
         facts.append(Fact(row.name, scores, f"{split} {row.select}, before and after training"))
     trained = sum(_trained(row) for row in found.rows)
     base = found.rows[0].summary["base_parameters"]
-    note = f"by {len(found.rows)} tasks, over one base of {base:,}"
+    note = f"by {len(found.rows)} tasks, on one base of {base:,}"
     return (*facts, Fact("trained parameters", f"{trained:,}", note))
 
 
@@ -137,12 +146,12 @@ def _of_best(found: Results, best: ComparedRun) -> tuple[Fact, ...]:
         for path in found.varied
     )
     facts = [Fact(f"best of {len(found.rows)} runs", values or best.name,
-                  f"by validation {best.select}")]  # fmt: skip
+                  f"picked by validation {best.select}")]  # fmt: skip
     for split in sorted(found.splits, key=lambda s: s != "test"):
         scores = formatting.change(best.score(split, "before"), best.score(split))
         known = [s for row in found.rows if (s := row.score(split)) is not None]
         least, most = formatting.score(min(known)), formatting.score(max(known))
-        note = f"of the best; all runs: {least} to {most}"
+        note = f"the best run; over all runs {least} to {most}"
         facts.append(Fact(f"{split} {best.select}", scores, note))
     trained = sorted(_trained(row) for row in found.rows)
     share = _trained(best) / best.summary["base_parameters"]
@@ -150,9 +159,9 @@ def _of_best(found: Results, best: ComparedRun) -> tuple[Fact, ...]:
     span = f"{trained[0]:,} to {trained[-1]:,}"
     facts.append(Fact("trained by the best", f"{_trained(best):,}", f"{note}{span}"))
     kept, full = (in_units(best.summary[f"{x}_bytes"]) for x in ("adapter_file", "full_checkpoint"))
-    facts.append(Fact("its adapter on disk", kept, f"a full checkpoint: {full}"))
+    facts.append(Fact("its adapter on disk", kept, f"a full checkpoint has {full}"))
     speed = f"{best.summary['steps_per_second']:.2f} steps/s"
-    return (*facts, Fact("speed", speed, "of the best; runs of a group step together"))
+    return (*facts, Fact("speed", speed, "the best run; runs of a group step together"))
 
 
 def _trained(row: ComparedRun) -> int:
@@ -160,9 +169,9 @@ def _trained(row: ComparedRun) -> int:
 
 
 def _best(best: ComparedRun | None, base: BaseChoice) -> tuple[Section, ...]:
-    """What the best run's update is made of; tasks have no best, and a report each."""
+    """Analyse the best run's update. Tasks have no best run; each has a report of its own."""
     if best is None:
-        text = "Each task has an update of its own: lora-jax report GROUP/TASK shows it."
+        text = "Each task has its own update: lora-jax report GROUP/TASK shows it."
         return (Section("What the updates are made of", (Paragraph(text),)),)
     return update_analysis.sections(pathlib.Path(best.summary["run"]), base)
 
@@ -174,7 +183,7 @@ def _progress(runs: Sequence[SavedRun]) -> Section:
         score = run.after.get("validation", {}).get(single_run.select(run))
         rows.append((run.name, f"{run.step:,}", f"{run.steps:,}", formatting.score(score), state))
     table = Table(
-        "How far each run is, and its last validation score.",
+        "The last step of each run, and its last validation score.",
         ("run", "step", "of", "validation", "state"),
         tuple(rows),
         ("run", "state"),

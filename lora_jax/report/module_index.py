@@ -1,4 +1,4 @@
-"""Find the layer of each adapted matrix, and a short name for it within the layer."""
+"""Find the layer of each adapted matrix, and a short name for the matrix within its layer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _NUMBERED = re.compile(r"[A-Za-z_]*?_?(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One matrix.
+    """One matrix of the layout.
 
-    path, at: of the target in the layout, and the index along its stacked axes.
-    layer: its number; None where the model has no layers that are told apart by a number.
-    matrix: what it is within the layer.
+    path: the path of its target in the layout.
+    at: its index along the target's stacked axes.
+    layer: the number of its layer; None if the model's layers have no numbers.
+    matrix: its name within the layer.
     """
 
     path: str
@@ -29,10 +30,10 @@ class Place:
 
 
 def places(layout: Layout) -> tuple[Place, ...]:
-    """Every matrix of the layout, the layers in order.
+    """Return every matrix of the layout, ordered by layer.
 
-    A number in the path is the layer (`layer_3`, `blocks/3`); where there is none, the first
-    stacked axis is. Of a matrix' name as much is kept as tells it from the others.
+    The layer is the number in the path (`layer_3`, `blocks/3`), or else the index along the first
+    stacked axis. Names are cut to their last segments, as many as make them unique.
     """
     found = []
     for target in layout.targets:
@@ -49,28 +50,28 @@ def places(layout: Layout) -> tuple[Place, ...]:
 
 
 def label(layer: int | None) -> str:
-    """What a layer is called."""
+    """Return the label of a layer."""
     return "-" if layer is None else str(layer)
 
 
 def layers(found: Iterable[Place]) -> list[int | None]:
-    """The layers there are, in order."""
+    """Return the distinct layers, in order."""
     return list(dict.fromkeys(place.layer for place in found))
 
 
 def matrices(found: Iterable[Place]) -> list[str]:
-    """The matrices there are."""
+    """Return the distinct names of matrices, in order."""
     return list(dict.fromkeys(place.matrix for place in found))
 
 
 def middle(found: Sequence[Place]) -> int | None:
-    """The layer in the middle: of 0 to 5 it is 3."""
+    """Return the middle layer: 3 for the layers 0 to 5."""
     there = layers(found)
     return there[len(there) // 2]
 
 
 def _split(path: str) -> tuple[int | None, str]:
-    """The layer, and the path without it.
+    """Split a path into the number of its layer and the rest.
 
     >>> _split("bert/encoder/layer_3/attention/query/kernel"), _split("first/kernel")
     ((3, 'bert/encoder/attention/query'), (None, 'first'))
@@ -85,7 +86,7 @@ def _split(path: str) -> tuple[int | None, str]:
 
 
 def _shortened(names: Iterable[str]) -> dict[str, str]:
-    """The last segments of each name, as many as no other name ends with.
+    """Map each name to its last segments, as many as make it unique.
 
     >>> _shortened(["attention/query", "mlp/up", "other/up"])
     {'attention/query': 'query', 'mlp/up': 'mlp/up', 'other/up': 'other/up'}

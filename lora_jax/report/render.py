@@ -1,7 +1,7 @@
 """Write a report as files: report.html, which needs no other file, report.md, and the figures.
 
-Jinja2 makes both from the templates in `templates`, and escapes HTML. Markdown is escaped here, by
-`plain`: tabulate's Markdown tables leave a `|` in a cell as it is, which ends the cell.
+Jinja2 renders both from `templates/` and escapes HTML. `plain` and `markdown_table` escape
+Markdown: tabulate would not escape a `|` in a cell, which would end the cell.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ _SIGNS = re.compile(r"([\\`*|\[\]~])|(?<![A-Za-z0-9])(_)|(_)(?![A-Za-z0-9])")
 
 
 def write(report: Report, folder: pathlib.Path) -> pathlib.Path:
-    """Write all files into `folder`, which is made; report.html comes last.
+    """Write all files of a report. report.html is written last.
+
+    Args:
+      report: the report.
+      folder: the folder, which is made if it does not exist.
 
     Returns:
       The path of report.html.
@@ -40,11 +44,14 @@ def write(report: Report, folder: pathlib.Path) -> pathlib.Path:
 
 
 def html(report: Report, inline: dict[str, str]) -> str:
-    """The page.
+    """Render a report as HTML.
 
     Args:
-      report: what it says.
-      inline: the SVG of each panel, by its name.
+      report: the report.
+      inline: panel name -> its SVG element, as `svg.inline` returns it.
+
+    Returns:
+      The page.
     """
     environment = _environment(autoescape=True)
     environment.filters["linked"] = lambda text, but=None: linked(text, report.terms, but)
@@ -77,7 +84,15 @@ def images(figure: Figure) -> str:
 
 
 def markdown(report: Report, images: Callable[[Figure], str] = images) -> str:
-    """Return the report as Markdown, with what `images` makes of each figure."""
+    """Render a report as Markdown.
+
+    Args:
+      report: the report.
+      images: returns the Markdown of a figure.
+
+    Returns:
+      The text.
+    """
     environment = _environment(autoescape=False)
     environment.filters |= {"plain": plain, "table": markdown_table, "images": images}
     text = environment.get_template("report.md.j2").render(report=report)
@@ -97,7 +112,7 @@ def _environment(autoescape: bool) -> jinja2.Environment:
 
 
 def plain(text: str) -> str:
-    r"""Text that Markdown shows as it is, in one line.
+    r"""Escape text so that Markdown shows it unchanged, on one line.
 
     >>> plain("<b>&|*"), plain("learning_rate _x_")
     ('&lt;b&gt;&amp;\\|\\*', 'learning_rate \\_x\\_')
@@ -107,7 +122,7 @@ def plain(text: str) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """Columns as wide as what is in them, so that it can be read as it stands, too."""
+    """Render a table with padded columns, so that it can be read as plain text, too."""
     lines = [tuple(map(plain, line)) for line in (table.columns, *table.rows)]
     if table.marked is not None:
         lines[table.marked + 1] = tuple(f"**{cell}**" for cell in lines[table.marked + 1])

@@ -1,4 +1,4 @@
-"""Read and check the files in run directories, of finished and of unfinished runs."""
+"""Read and check the files in the directories of finished and unfinished runs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Scores = dict[str, dict[str, float]]  # split -> name -> number
 class SavedRun:
     """The files of one run, read and checked.
 
-    config: config.json.
-    lines: metrics.jsonl.
-    summary: summary.json, its "run" being `path`; None if the run has not finished.
-    error: why it has stopped, if it has.
+    config: the contents of config.json.
+    lines: the lines of metrics.jsonl.
+    summary: the contents of summary.json with "run" set to `path`; None until the run has finished.
+    error: the error that stopped the run, if one did.
     """
 
     path: pathlib.Path
@@ -35,29 +35,29 @@ class SavedRun:
 
     @property
     def name(self) -> str:
-        """That of its directory."""
+        """The name of the run's directory."""
         return self.path.name
 
     @functools.cached_property
     def step(self) -> int:
-        """The last step in the record."""
+        """The last step in metrics.jsonl."""
         return max((line["step"] for line in self.lines if "split" not in line), default=0)
 
     @property
     def steps(self) -> int:
-        """How many it is to take."""
+        """The number of steps that the run is set to take."""
         return int(self.config["steps"])
 
     @property
     def before(self) -> Scores:
-        """What the model scored before the first step."""
+        """The scores before the first step."""
         if self.summary is not None:
             return self.summary["before"]
         return self._scores(lambda step: step == 0)
 
     @property
     def after(self) -> Scores:
-        """What the best adapter scored; of a run that has not finished, its last evaluation."""
+        """The scores of the best adapter; if the run has not finished, of the last evaluation."""
         if self.summary is not None:
             return self.summary["after"]
         return self._scores(lambda step: step > 0)
@@ -72,18 +72,18 @@ class SavedRun:
 
 
 def read(path: pathlib.Path) -> tuple[SavedRun, ...]:
-    """The run in `path`, or the runs in the directories in it.
+    """Read the run in `path`, or all runs in the directories inside it.
 
     Raises:
-      LoraError: there is none, or what it has left cannot be read.
+      LoraError: there is no run, or a file of it cannot be read.
     """
     path = path.expanduser().resolve()
     if not path.is_dir():
         around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(path.name, around)
-        beside = f"\nnearest in {path.parent}:\n{listed(near)}" if near else ""
+        nearby = f"\nnearest in {path.parent}:\n{listed(near)}" if near else ""
         what = "it is a file" if path.exists() else "there is no such directory"
-        raise LoraError(f"{path}: {what}; give the run directory of a train.py run{beside}")
+        raise LoraError(f"{path}: {what}; give the run directory of a train.py run{nearby}")
     if is_run(path):
         return (_read(path),)
     members = [folder for folder in sorted(path.iterdir()) if is_run(folder)]
@@ -94,7 +94,7 @@ def read(path: pathlib.Path) -> tuple[SavedRun, ...]:
     if not members:
         inside = sorted(p.name for p in path.iterdir())
         raise LoraError(
-            f"{path} is no run directory of train.py, and holds none: it has "
+            f"{path} is not a run directory of train.py and contains none: it has "
             f"{', '.join(inside[:10]) or 'nothing'}; expected config.json, metrics.jsonl and "
             "adapters, or directories with these in it"
         )
@@ -102,7 +102,7 @@ def read(path: pathlib.Path) -> tuple[SavedRun, ...]:
 
 
 def is_run(path: pathlib.Path) -> bool:
-    """Whether train.py has begun a run in `path`: its config.json alone could be a model's."""
+    """Return whether train.py has begun a run in `path`; config.json alone could be a model's."""
     return (path / "config.json").is_file() and any(
         (path / name).exists() for name in ("lock", "metrics.jsonl", "summary.json", "checkpoints")
     )
@@ -118,6 +118,6 @@ def _read(path: pathlib.Path) -> SavedRun:
 
 
 def every(paths: Sequence[pathlib.Path]) -> tuple[SavedRun, ...]:
-    """What is in all of these directories; a run that is named twice is there once."""
+    """Read the runs in all these directories; a run that is found twice is returned once."""
     found = {run.path: run for path in paths for run in read(path)}
     return tuple(found.values())

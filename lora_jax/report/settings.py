@@ -1,4 +1,4 @@
-"""The settings of runs: those that differ from the defaults, and those that the runs share."""
+"""List settings of runs that differ from the defaults, or that all runs share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_jax.training.config_json import to_dict
 from lora_jax.training.images import ImageConfig
 from lora_jax.training.text import TextConfig
 
-# What is shown whether or not it is the default.
+# These are shown even if they have their default values.
 _ALWAYS = (
     "workload",
     *("model.reference", "data.source", "steps", "data.batch_size", "seed"),
@@ -23,7 +23,14 @@ _ALWAYS = (
 
 
 def table(configs: Sequence[dict[str, Any]]) -> Table:
-    """What all of these configs have in common, as far as it is no default; some in any case."""
+    """List the shared settings of configs: the main ones, and any that differ from defaults.
+
+    Args:
+      configs: config.json of each run.
+
+    Returns:
+      A table with field, value and default.
+    """
     every = [_counting(config) for config in configs]
     common = {f: v for f, v in every[0].items() if all(c.get(f, ...) == v for c in every)}
     kind = ImageConfig if "data.image_field" in common else TextConfig
@@ -36,7 +43,7 @@ def table(configs: Sequence[dict[str, Any]]) -> Table:
     )
     shared = " that all runs share" if len(configs) > 1 else ""
     return Table(
-        f"Settings{shared}: the main ones, and whatever is not the default.",
+        f"Settings{shared}: the main ones, and all others that differ from their defaults.",
         ("field", "value", "default"),
         rows,
         ("field", "value", "default"),
@@ -44,7 +51,14 @@ def table(configs: Sequence[dict[str, Any]]) -> Table:
 
 
 def in_words(configs: Sequence[dict[str, Any]]) -> str:
-    """What is trained, on what, and how, in a line: as much as these configs have in common."""
+    """Describe in one line what all these runs train, on which data and how.
+
+    Args:
+      configs: config.json of each run.
+
+    Returns:
+      Phrases with commas between them, such as "minilm on reviews, rank 8, 300 steps".
+    """
     every = [_counting(config) for config in configs]
 
     def common(field: str, text: str) -> str:
@@ -64,7 +78,7 @@ def in_words(configs: Sequence[dict[str, Any]]) -> str:
 
 
 def _counting(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields that count: with `--from` the adapters are those of another run."""
+    """Flatten a config, without the fields that `--from` takes from the earlier adapter."""
     found = flat(config)
     if config.get("start_from") is None:
         return found
@@ -73,7 +87,7 @@ def _counting(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
-    """The defaults of a config class, of the fields that have one; its field `workload` has none.
+    """Return the default of each field of a config class that has one.
 
     >>> _defaults(TextConfig)["lora"]["rank"], "reference" in _defaults(TextConfig)["model"]
     (8, False)

@@ -1,4 +1,4 @@
-"""Make the report of an adapter without a run: one that was imported, or saved by hand."""
+"""Make the report of an adapter that has no run: it was imported, or saved by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from lora_jax.updates.kind import kind_of
 
 
 def report(path: pathlib.Path, base: BaseChoice) -> Report:
-    """Say where the adapter is from, what it changes, and what its update is made of."""
+    """Report the origin of an adapter, its layout, and what its update is made of.
+
+    Args:
+      path: the adapter's folder.
+      base: the base model to open for the analysis of the update.
+
+    Returns:
+      The report.
+    """
     _, folder = adapter_path.find_one(str(path))
     layout, about = checkpoint.restore_layout(folder), checkpoint.restore_about(folder)
     trainable = adapter.restore_trainable_shapes(folder)
@@ -37,7 +45,7 @@ def report(path: pathlib.Path, base: BaseChoice) -> Report:
 
 
 def _origin(about: Any) -> str:
-    """Where it comes from, as far as it says it."""
+    """Describe where the adapter comes from, if it says so."""
     imported, model = (_texts(about.get(name)) for name in ("imported", "model"))
     found = "An adapter that was saved by hand"
     if imported:
@@ -74,4 +82,4 @@ def _layout(layout: Layout) -> tuple[Block, ...]:
         for t in layout.targets
     )
     columns = ("parameter", "shape", "kind", "rank", "scale", "numbers")
-    return (Table("What is adapted.", columns, rows, ("parameter", "kind")),)
+    return (Table("The adapted parameters.", columns, rows, ("parameter", "kind")),)

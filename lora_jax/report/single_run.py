@@ -14,7 +14,15 @@ from lora_jax.training.summary import costs, in_units
 
 
 def report(run: SavedRun, base: BaseChoice) -> Report:
-    """What the run is, what it came to, and what its best adapter is made of."""
+    """Report the scores, curves, settings and costs of a run, and analyse its best adapter.
+
+    Args:
+      run: the files of the run.
+      base: the base model to open for the analysis of the update.
+
+    Returns:
+      The report.
+    """
     return Report(
         kind="LoRA run",
         title=run.name,
@@ -32,20 +40,21 @@ def report(run: SavedRun, base: BaseChoice) -> Report:
 
 
 def unfinished(run: SavedRun) -> tuple[Note, ...]:
-    """What is to be known of a run that has no summary."""
+    """Return a note if the run has not finished."""
     if run.summary is not None:
         return ()
-    why = f" It has stopped: {run.error}." if run.error else ""
+    why = f" It stopped with an error: {run.error}." if run.error else ""
     return (
         Note(
             f"{run.name} has not finished: its record ends at step {run.step:,} of "
-            f"{run.steps:,}.{why} What is there is shown; the same command goes on with it."
+            f"{run.steps:,}.{why} This report shows the run up to there; the command that started "
+            "the run continues it."
         ),
     )
 
 
 def select(run: SavedRun) -> str:
-    """The number that picks the best adapter; of a run that has not finished, a good guess."""
+    """Return the metric that picks the best adapter; for an unfinished run it may be a guess."""
     if run.summary is not None:
         return str(run.summary["select"])
     known = curves.names(run.lines)
@@ -65,7 +74,7 @@ def _scored(run: SavedRun) -> list[Fact]:
 
 
 def costed(summary: Summary) -> list[Fact]:
-    """What a finished run trained, keeps and took."""
+    """Return the main numbers of a finished run: parameters, disk space, speed, best step."""
     trained = summary["adapter_parameters"] + summary["trainable_parameters"]
     base, full = summary["base_parameters"], summary["full_checkpoint_bytes"]
     kept = summary["adapter_file_bytes"]
@@ -96,7 +105,7 @@ def _scores(run: SavedRun) -> Block:
         return Note("No evaluation has been made yet.")
     what = "best adapter" if run.summary is not None else "last evaluation"
     return Table(
-        f"Before the first step, and with the {what}.",
+        f"Scores before the first step, and of the {what}.",
         ("split", "number", "before", "after", "change"),
         tuple(rows),
         ("split", "number"),
@@ -105,16 +114,16 @@ def _scores(run: SavedRun) -> Block:
 
 def _curves(run: SavedRun) -> tuple[Block, ...]:
     if not run.lines:
-        return (Note("There is no metrics.jsonl, or nothing in it, so there are no curves."),)
+        return (Note("metrics.jsonl is missing or empty, so there are no curves."),)
     panels = []
     for number, name in enumerate(curves.names(run.lines)):
         text = f"{name} over {run.step:,} steps: {_ends(run, name)}"
         panels.append(Panel(f"curve-{number + 1}", text, charts.curve(run.lines, name)))
-    return (Figure("Over the steps.", tuple(panels)),)
+    return (Figure("Metrics over the training steps.", tuple(panels)),)
 
 
 def _ends(run: SavedRun, name: str) -> str:
-    """The first and the last number of a curve, in words."""
+    """Describe the first and the last value of a curve."""
     found = []
     for what, lines in (
         ("training", [x for x in run.lines if "split" not in x]),
@@ -131,7 +140,7 @@ def _ends(run: SavedRun, name: str) -> str:
 def _costs(run: SavedRun) -> tuple[Block, ...]:
     summary = run.summary
     if summary is None:
-        return (Note("These are known when the run has finished."),)
+        return (Note("Time and memory are known when the run has finished."),)
     more: dict[str, Any] = {
         "training": _seconds(summary, "train_seconds"),
         "evaluating": _seconds(summary, "evaluate_seconds"),
@@ -140,7 +149,7 @@ def _costs(run: SavedRun) -> tuple[Block, ...]:
         "JAX, Python": f"{summary.get('jax', '-')}, {summary.get('python', '-')}",
     }
     rows = [*costs(summary), *more.items()]
-    return (Table("As summary.json has it.", ("", "value"), tuple(rows), ("", "value")),)
+    return (Table("Figures from summary.json.", ("", "value"), tuple(rows), ("", "value")),)
 
 
 def _seconds(summary: Summary, name: str) -> str:

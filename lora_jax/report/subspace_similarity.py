@@ -1,4 +1,4 @@
-"""Compare the subspaces that two runs have found, as the paper's figures 3 and 4 do."""
+"""Compare the subspaces that two runs have found, as figures 3 and 4 of the paper do."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from lora_jax.report.run_files import SavedRun
 from lora_jax.updates.kind import kind_of
 
 _TITLE = "Directions that runs share"
-_RANK = ("lora.rank", "lora.alpha")  # what goes together when ranks are compared
+_RANK = ("lora.rank", "lora.alpha")  # fields that may differ when ranks are compared
 _SHARED = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class One:
-    """A run that has exported an adapter.
+    """A run that has saved an adapter.
 
-    config: dotted path -> value, of what decides the result.
-    folder: of the adapter. rank: the largest of its layout.
+    config: dotted path -> value, for the fields that decide the result.
+    folder: the adapter's folder.
+    rank: the largest rank of its layout.
     """
 
     name: str
@@ -47,32 +48,43 @@ class One:
 
 
 def section(runs: Sequence[SavedRun]) -> Section:
-    """The smallest rank against the largest, and two seeds beside chance, where there are such."""
+    """Compare the smallest rank with the largest, and two seeds with each other and with chance.
+
+    Args:
+      runs: the runs; one without an adapter is left out with a note.
+
+    Returns:
+      The section.
+    """
     blocks: list[Block] = [
         Paragraph(
-            "φ(i, j) is the part of the i most important directions of one adapter's A that lies "
-            "in the j most important of the other's: 0 where they are orthogonal, 1 where the "
-            "smaller space lies in the larger. Two random spaces of d numbers have about "
-            "max(i, j)/d."
+            "φ(i, j) compares two adapters. It is the part of the first one's i most important "
+            "directions of A that is contained in the second one's j most important directions: 0 "
+            "if they are orthogonal, 1 if the smaller space is contained in the larger. For two "
+            "random spaces of d-dimensional vectors it is about max(i, j)/d."
         )
     ]
     found, lost = _open(runs)
     blocks += lost
     ranks, seeds = of_ranks(found), of_seeds(found)
     if ranks is None:
-        blocks.append(Paragraph("No two runs adapt the same matrices with different ranks."))
+        blocks.append(
+            Paragraph("There are no two runs with the same matrices and different ranks.")
+        )
     else:
         blocks += _compared(ranks, "ranks")
     if seeds is None:
-        blocks.append(Paragraph("No two runs differ in the seed alone."))
+        blocks.append(Paragraph("There are no two runs that differ only in the seed."))
     else:
         blocks += _compared(seeds, "seeds")
     return Section(_TITLE, tuple(blocks))
 
 
 def of_ranks(found: Sequence[One]) -> tuple[One, One] | None:
-    """Two runs on the same matrices, of the smallest and the largest rank, that differ in as
-    little else as can be; of several such pairs the first."""
+    """Return the runs of smallest and largest rank that adapt the same matrices, or None.
+
+    Among several such pairs it is the one with the fewest other differences, then the first.
+    """
     best: tuple[tuple[float, int], tuple[One, One]] | None = None
     for ones in _same_targets(found):
         low, high = min(one.rank for one in ones), max(one.rank for one in ones)
@@ -87,7 +99,7 @@ def of_ranks(found: Sequence[One]) -> tuple[One, One] | None:
 
 
 def of_seeds(found: Sequence[One]) -> tuple[One, One] | None:
-    """Two runs that differ in the seed alone, of the largest rank that has them."""
+    """Return two runs that differ only in the seed, of the largest rank that has two, or None."""
     pairs = [
         pair
         for ones in _same_targets(found)
@@ -125,7 +137,7 @@ def _open(runs: Sequence[SavedRun]) -> tuple[list[One], list[Note]]:
 
 
 def _compared(pair: tuple[One, One], what: str) -> list[Block]:
-    """Table and pictures of one pair; `what` they differ in names the files."""
+    """Make the table and figures of one pair. `what` is "ranks" or "seeds" and names the files."""
     one, two = pair
     try:
         first, second = restore(one.folder), restore(two.folder)
@@ -144,7 +156,7 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
     chance = 1 / max(widest.values())
     if len(rows) > 1:
         labels = [label(row) for row in rows]
-        caption = f"The most important direction of each: {ones}, {twos}."
+        caption = f"φ(1, 1), for the most important direction of each adapter: {ones}, {twos}."
         drawn = dict(zip(names[: update_analysis.MOST], top.T, strict=False))
         panel = Panel(
             f"top-{what}",
@@ -153,7 +165,7 @@ def _compared(pair: tuple[One, One], what: str) -> list[Block]:
         )
         blocks.append(Figure(f"{caption}{update_analysis.cut(names)}", (panel,)))
     sides = {"A": phis}
-    if not any(kind_of(target).rescales for target in one.layout.targets):  # DoRA's depends on W
+    if not any(kind_of(target).rescales for target in one.layout.targets):  # DoRA's needs W
         updates = analysis.similarity(first, second, of="input")
         sides["ΔW"] = {place: updates[place.path][place.at] for place in there}
     blocks.append(_counted(there, sides, widest, f"{ones} against {twos}"))
@@ -178,9 +190,9 @@ def _counted(
             shared = f"{(known > _SHARED).sum()} of {len(own)}"
             rows.append((name, side, *cells, shared, f"{1 / widest[own[0].path]:.4f}"))
     return Table(
-        f"φ(1, 1), {what}, over the layers; random is 1/d. Of A are the directions that the maps "
-        "show; of ΔW those of the update's input side, in the order of what the update does, "
-        "which B has a say in.",
+        f"φ(1, 1), {what}, over the layers; for random spaces it is 1/d. The rows of A compare "
+        "the directions that the maps show. The rows of ΔW compare the input directions of the "
+        "whole update, ordered by their singular values, which depend on B as well.",
         ("matrix", "of", "mean", "least", "most", f"layers above {_SHARED}", "random"),
         tuple(rows),
         ("matrix", "of"),
@@ -194,7 +206,7 @@ def _maps(
     what: str,
     layout: Layout,
 ) -> Figure:
-    """The maps of two matrices of the middle layer, and what belongs beside them."""
+    """Draw the maps of two matrices of the middle layer, and either chance or enlarged corners."""
     layer = middle(there)
     chosen = _chosen([place for place in there if place.layer == layer])
     where = "" if layer is None else f", layer {layer}"
@@ -209,7 +221,7 @@ def _maps(
     caption = f"φ(i, j){where}: {' and '.join(place.matrix for place in chosen)}"
     if what == "seeds":
         both = ("one", "the other")
-        panels.append(_panel("seeds-random", maps[-1], both, "two random Gaussians", scale))
+        panels.append(_panel("seeds-random", maps[-1], both, "two random Gaussian matrices", scale))
         return Figure(f"{caption}, and two random matrices of the same size.", tuple(panels))
     small = min(phis[chosen[0]].shape)
     if small == 1:
@@ -219,7 +231,7 @@ def _maps(
         zoomed = np.where(lower, phis[place][:small, :small], np.nan)
         title = f"{place.matrix}{where}: j ≤ i"
         panels.append(_panel(f"{what}-{number + 1}-zoomed", zoomed, names, title, scale))
-    return Figure(f"{caption}; then the lower left triangle of each, larger.", tuple(panels))
+    return Figure(f"{caption}; then the lower left triangle of each map, larger.", tuple(panels))
 
 
 def _panel(name: str, found: Any, names: tuple[str, str], title: str, scale: float) -> Panel:
@@ -229,20 +241,20 @@ def _panel(name: str, found: Any, names: tuple[str, str], title: str, scale: flo
 
 
 def _tenth(values: Any) -> float:
-    """The largest, rounded up to a tenth."""
+    """Return the largest value, rounded up to a tenth."""
     known = np.asarray(values)[np.isfinite(values)]
     return max(math.ceil(10 * known.max()) / 10, 0.1) if known.size else 1.0
 
 
 def _chosen(own: Sequence[Place]) -> list[Place]:
-    """Query and value, as in the paper; the first matrices where there are none such."""
+    """Choose query and value, as in the paper, or else the first two matrices."""
     endings = ("query", "q", "value", "v")
     wanted = [p for end in endings for p in own if p.matrix.rpartition("/")[2] == end]
     return (wanted if len(wanted) >= 2 else list(own))[:2]
 
 
 def _chance(layout: Layout, place: Place) -> Any:
-    """The same of two adapters as they are before training, with keys of their own."""
+    """Compare two untrained adapters that were initialized with different keys."""
     target = layout[place.path]
     layout = Layout((target.plain(target.rank),))
     one, two = (init(jax.random.key(seed), layout) for seed in (0, 1))

@@ -1,8 +1,8 @@
-"""The style of the figures, and their conversion to PNG and to SVG for a page.
+"""Style the figures, and convert them to PNG and to SVG for a page.
 
-On a page text and axes have the colour of the text around them, so that one drawing serves light
-and dark: they are drawn in a colour that nothing else has, and `inline` puts `currentColor` in its
-place. Letters are drawn as outlines: a page looks the same where it has none of our fonts.
+On a page, text and axes take the colour of the text around them, so that one drawing serves light
+and dark pages: they are drawn in a colour that nothing else has, and `inline` replaces it with
+`currentColor`. Letters are drawn as outlines, so that a page does not depend on installed fonts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_LARGER = 1.2  # than it was drawn, at most
-INK = "#010203"  # stands for the colour of the text
+_LARGER = 1.2  # a page may enlarge a drawing by at most this factor
+INK = "#010203"  # the placeholder for the colour of the text
 _STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
@@ -31,30 +31,38 @@ _STYLE: Any = {
     "legend.fontsize": 9,
     "legend.frameon": False,
     "grid.alpha": 0.3,
-    "grid.color": "#7c8796",  # between light and dark
+    "grid.color": "#7c8796",  # visible on light and on dark pages
     "svg.fonttype": "path",
-    "svg.hashsalt": "lora_jax",  # the same report twice is the same file twice
-    "text.parse_math": False,  # names are names: a `$` in one begins no formula
+    "svg.hashsalt": "lora_jax",  # makes the same report the same file every time
+    "text.parse_math": False,  # a `$` in a name does not begin a formula
 }
 _NOTHING = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Drawings that are made in the block, and those that are saved, look like the report's."""
+    """Apply the report's style to figures that are made or saved inside the `with` block."""
     with mpl.rc_context(_STYLE):
         yield
 
 
 def new(width: float = 4.6, height: float = 3.4) -> tuple[Figure, Any]:
-    """A drawing of one set of axes, in inches."""
+    """Return a new figure and its axes.
+
+    Args:
+      width: in inches.
+      height: in inches.
+
+    Returns:
+      The figure and its one set of axes.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # measures texts, for whoever keeps them apart
+    FigureCanvasAgg(figure)  # a canvas is needed to measure text, which keeps labels apart
     return figure, figure.subplots()
 
 
 def png(drawing: Figure) -> bytes:
-    """A file of pixels, dark on white."""
+    """Return a figure as the bytes of a PNG file, dark on white."""
     file = io.BytesIO()
     with style():
         drawing.savefig(file, format="png", dpi=150, facecolor="white")
@@ -62,7 +70,7 @@ def png(drawing: Figure) -> bytes:
 
 
 def svg(drawing: Figure) -> str:
-    """An SVG element that stands alone: no comment, no metadata, no document type."""
+    """Return a figure as an SVG element without comments, metadata or document type."""
     file = io.StringIO()
     with style():
         drawing.savefig(file, format="svg", metadata=_NOTHING)
@@ -73,17 +81,20 @@ def svg(drawing: Figure) -> str:
 
 
 def standalone(element: str) -> str:
-    """The SVG of `svg` as a file, dark on white."""
+    """Return the SVG of `svg` as a file, dark on white."""
     return element.replace("<svg ", '<svg style="background: white" ', 1) + "\n"
 
 
 def inline(element: str, name: str, alternative: str) -> str:
-    """The SVG of `svg` within a page of HTML.
+    """Return the SVG of `svg` for use inside an HTML page.
 
     Args:
-      element: what `svg` gives.
-      name: set before every id, since those of all drawings share the page.
-      alternative: what is read out in place of the drawing.
+      element: the return value of `svg`.
+      name: a prefix for every id, because all drawings of a page share one namespace.
+      alternative: the alternative text, which a screen reader reads.
+
+    Returns:
+      The element.
     """
     text = re.sub(r'\bid="', f'id="{name}-', element)
     text = re.sub(r'href="#', f'href="#{name}-', text)

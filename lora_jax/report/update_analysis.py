@@ -1,4 +1,4 @@
-"""The part of a report about one adapter's update: its spectrum, and what of W it amplifies."""
+"""Analyse one adapter's update for a report: its spectrum, and what of W it amplifies."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from lora_jax.serving.served_adapters import ServedAdapter
 from lora_jax.updates.kind import kind_of
 
 _TITLE = "What the update is made of"
-MOST = 24  # matrices that are drawn: as many as have names one can read
+MOST = 24  # at most this many matrices are drawn: with more, their names cannot be read
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseChoice:
-    """Which base adapters are compared with.
+    """The base model to compare adapters with.
 
-    reference: None: the one that they name. trust: fetch that one, whatever it is. allow_other:
-    also if they were trained on another.
+    reference: the model, in the form of model.reference. None: the one that the adapter names.
+    trust: download the base that the adapter names even if its checksum is not known.
+    allow_other: accept a base other than the one that the adapter was trained on.
     """
 
     reference: str | None = None
@@ -38,9 +39,14 @@ class BaseChoice:
 
 
 def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
-    """Of the best adapter in a run directory, or of the last if there is no best.
+    """Analyse the best adapter of a run, or the last one if there is no best.
 
-    What cannot be had (an adapter, its base) is a note, and the rest is there.
+    Args:
+      run: the run directory or the adapter's folder.
+      base: the base model to open.
+
+    Returns:
+      The sections. If the adapter or its base cannot be opened, a note says so in its place.
     """
     try:
         _, folder = adapter_path.find(str(run))[0]
@@ -52,21 +58,23 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
         return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
     there = places(member.layout)
     whose = Paragraph(
-        f"Of adapters/{folder.name} of {run.name}." if folder != run else f"Of {run}."
+        f"This is the update of adapters/{folder.name} of {run.name}."
+        if folder != run
+        else f"This is the update of {run}."
     )
     spectra = Section(_TITLE, (whose, *_spectra(there, found, member.layout)))
-    return spectra, Section("What of W it amplifies", _amplified(run, base))
+    return spectra, Section("Amplified directions of W", _amplified(run, base))
 
 
 def _with_matrices(member: ServedAdapter) -> ServedAdapter:
-    """The adapter without its biases, which have no directions."""
+    """Return the adapter without its biases, which have no directions."""
     layout = Layout(tuple(t for t in member.layout.targets if t.inputs))
     adapters = {t.path: member.adapters[t.path] for t in layout.targets}
     return dataclasses.replace(member, layout=layout, adapters=adapters)
 
 
 def _needed(member: ServedAdapter, run: pathlib.Path, base: BaseChoice) -> Any:
-    """The base parameters, if the adapter's update depends on them (DoRA)."""
+    """Return the base parameters if the adapter's update depends on them (DoRA), else None."""
     rescales = any(kind_of(target).rescales for target in member.layout.targets)
     return _open(run, base).params if rescales else None
 
@@ -98,21 +106,21 @@ def _spectra(
     ]
     names = ("layer", "matrix", "in x out", "rank", "effective rank", "σ₁", "‖ΔW‖", "energy")
     table = Table(
-        "Each matrix of the update ΔW = (alpha/r) B A; energy is its share of all ‖ΔW‖².",
+        "Each matrix of the update ΔW = (alpha/r) B A. Energy is its share of the total ‖ΔW‖².",
         names,
         tuple(zip(*columns, strict=True)),
         ("matrix",),
     )
     text = (
-        "Effective rank is e to the entropy of the singular values' shares of their sum: r where "
-        "all r are equal, 1 where one is all. Norms are Frobenius norms, σ₁ is the largest "
-        "singular value."
+        "The effective rank is e to the power of the entropy of the singular values, each divided "
+        "by their sum. It is r if all r singular values are equal, and 1 if only one is not zero. "
+        "Norms are Frobenius norms, and σ₁ is the largest singular value."
     )
     return Paragraph(text), *_pictures(there, ours, energy), table
 
 
 def _at(found: Any, place: Place) -> Any:
-    """One matrix of what an analysis gives for a target with stacked axes."""
+    """Return one matrix of the result of an analysis, whose target may have stacked axes."""
     return type(found)(*(part[place.at] for part in found))
 
 
@@ -147,19 +155,21 @@ def _pictures(there: Sequence[Place], ours: Sequence[Any], energy: float) -> lis
             for what, shown, name in drawn
         )
         figures.append(
-            Figure(f"Where the update is, and of how many directions.{cut(names)}", heats)
+            Figure(
+                f"Energy and effective rank of the update by layer and matrix.{cut(names)}", heats
+            )
         )
     return figures
 
 
 def cut(names: Sequence[str]) -> str:
-    """What a caption adds where not all matrices are drawn."""
-    more = f" The first {MOST} of {len(names)} matrices; the table has all."
+    """Return the sentence that a caption adds if not all matrices are drawn."""
+    more = f" The first {MOST} of {len(names)} matrices are drawn; the table lists all."
     return more if len(names) > MOST else ""
 
 
 def grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
-    """[layer, matrix], NaN where there is no such matrix."""
+    """Arrange one number for each matrix as an array [layer, matrix]; NaN where there is none."""
     rows, names = layers(there), matrices(there)
     found = np.full((len(rows), len(names)), np.nan)
     for place, number in zip(there, numbers, strict=True):
@@ -168,18 +178,25 @@ def grid(there: Sequence[Place], numbers: Sequence[float]) -> Any:
 
 
 class AmplifiedUpdate(NamedTuple):
-    """What of W an adapter amplifies: a number of each kind for every matrix, in one order."""
+    """The directions of W that an adapter amplifies: an entry for each matrix, all in one order."""
 
     layout: Layout
     there: tuple[Place, ...]
-    ours: list[Any]  # of analysis.Amplification, for one matrix each
+    ours: list[Any]  # an analysis.Amplification of each matrix
 
 
 def amplified(run: pathlib.Path, base: BaseChoice) -> AmplifiedUpdate:
-    """Of the best adapter in a run directory.
+    """Measure what of W the best adapter of a run amplifies.
+
+    Args:
+      run: the run directory or the adapter's folder.
+      base: the base model to open.
+
+    Returns:
+      The numbers of every matrix.
 
     Raises:
-      screen.USER_ERRORS: the adapter or its base cannot be had.
+      console.USER_ERRORS: the adapter or its base cannot be opened.
     """
     served = _open(run, base)
     member = _with_matrices(served.members[0])
@@ -194,15 +211,17 @@ def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:
     except USER_ERRORS as error:
         return (
             Note(
-                "This needs the weights of the base, and they cannot be had here; all else does "
-                f"without. --base names another, --allow-other-base takes it as it is. {error}"
+                "This section needs the weights of the base model, which cannot be opened here; "
+                "the rest of the report does not need them. --base names another base, "
+                f"--allow-other-base accepts a base that differs. {error}"
             ),
         )
     factors = np.array([one.factor for one in found.ours])
     known = factors[np.isfinite(factors)]
     middle = formatting.column([np.median(known)])[0] if known.size else formatting.NONE
     text = (
-        f"Median of the factor over {len(factors)} matrices: {middle}; {formatting.span(factors)}."
+        f"The median amplification factor of {len(factors)} matrices is {middle}; the range is "
+        f"{formatting.span(factors)}."
     )
     return Paragraph(text), *_factors(found.there, factors), table7(found)
 
@@ -225,7 +244,14 @@ def _factors(there: Sequence[Place], factors: Any) -> list[Figure]:
 
 
 def table7(found: AmplifiedUpdate) -> Table:
-    """All matrices."""
+    """Return the table of all matrices: the paper's Table 7.
+
+    Args:
+      found: the numbers of every matrix.
+
+    Returns:
+      A row for each matrix.
+    """
     there, ours = found.there, found.ours
     columns = [
         [label(place.layer) for place in there],
@@ -240,8 +266,8 @@ def table7(found: AmplifiedUpdate) -> Table:
     ]
     names = ("layer", "matrix", "r", "‖W‖", "‖ΔW‖", "of ΔW", "of W", "random", "factor")
     return Table(
-        "‖UᵀWV‖ where U and V hold the top r directions of ΔW, of W itself, or random ones; the "
-        "factor is ‖ΔW‖ over the first of the three (the paper's Table 7).",
+        "‖UᵀWV‖, where U and V hold the top r singular directions of ΔW, of W itself, or random "
+        "ones. The factor is ‖ΔW‖ divided by the first of the three (the paper's Table 7).",
         names,
         tuple(zip(*columns, strict=True)),
         ("matrix",),

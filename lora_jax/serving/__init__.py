@@ -1,4 +1,4 @@
-"""Adapters in use: the commands `predict` and `generate`, and what they are made of."""
+"""Use adapters: the commands `predict` and `generate`, and the code behind them."""
 
 from lora_jax.extras import require
 

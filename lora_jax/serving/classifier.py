@@ -1,8 +1,8 @@
-"""Classify in mixed batches: each example by its own adapter and its own head.
+"""Classify in mixed batches: each example has its own adapter and its own head.
 
-The base and the stack of adapters are `lora_jax.adapt`'s business. The heads, and whatever else
-was trained beside the adapters, are stacked here likewise, filled up with zeros to the widest;
-each example takes its own. So one program for each shape of a batch serves all adapters.
+`lora_jax.adapt` runs the base with the stack of adapters. The heads, and other parameters that were
+trained in full, are stacked here in the same way, padded with zeros to the widest; each example
+selects its own. So one program for each shape of a batch serves all adapters.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from lora_jax.serving.served_adapters import Served, ServedAdapter
 from lora_jax.transform import adapt
 
 _HEAD = "classifier/out/"
-_AHEAD = 2  # batches that the host prepares while the device is at one
+_AHEAD = 2  # batches that the host prepares while the device computes one
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierTask:
-    """What an adapter was trained for.
+    """The task that an adapter was trained for.
 
-    labels: the names of the classes in the order of the outputs; none for a real number.
-    fields: of a line, that hold its text, or the two texts of a pair, or the path of its image.
-    lengths: of batches in tokens, ascending; a text is cut to the last one. None for images.
+    labels: the names of the classes in the order of the outputs; empty for a real number.
+    fields: the fields of a line that hold its text, its two texts, or the path of its image.
+    lengths: the lengths of batches in tokens, ascending. A text is cut to the last one. Empty for
+      images.
     """
 
     labels: tuple[str, ...]
@@ -49,27 +50,27 @@ class ClassifierTask:
 
     @property
     def outputs(self) -> int:
-        """How many outputs its head has."""
+        """The number of outputs of its head."""
         return len(self.labels) or 1
 
 
 def check_head(member: ServedAdapter, task: ClassifierTask) -> None:
-    """Raise unless the adapter comes with a head of as many outputs as its task has."""
+    """Raise `LoraError` unless the adapter has a head with as many outputs as its task."""
     kernel = member.base.get(f"{_HEAD}kernel")
     if kernel is None or kernel.shape[-1] != task.outputs:
         raise LoraError(
             f"adapter {member.name!r} ({member.path}) needs a head of {task.outputs} outputs; "
-            f"it has {'none' if kernel is None else kernel.shape[-1]}. What was trained beside "
-            f"it:\n{listed(member.base)}"
+            f"it has {'none' if kernel is None else kernel.shape[-1]}. These parameters were "
+            f"trained in full with it:\n{listed(member.base)}"
         )
 
 
 class Classifier(abc.ABC):
-    """The scores of examples, by any of several adapters.
+    """Computes the scores of examples, each with one of several adapters.
 
     Attributes:
-      unit: what the examples are, in the plural.
-      tasks: of the adapters, in the order of their ids.
+      unit: the name of the examples, in the plural.
+      tasks: the tasks of the adapters, in the order of their ids.
       compiled: length of a batch -> seconds that its program took to compile.
     """
 
@@ -78,16 +79,16 @@ class Classifier(abc.ABC):
     def __init__(
         self, served: Served, tasks: Sequence[ClassifierTask], model: nn.Module, batch_size: int
     ) -> None:
-        """Stack the heads; nothing is compiled yet.
+        """Stack the heads. Nothing is compiled yet.
 
         Args:
           served: the adapters and their base.
-          tasks: of the adapters.
-          model: with a head as wide as the widest; its arguments are the arrays of a batch.
+          tasks: the tasks of the adapters.
+          model: a model with a head as wide as the widest, called with the arrays of a batch.
           batch_size: rows of a batch.
 
         Raises:
-          LoraError: adapters that cannot share a batch.
+          LoraError: the adapters cannot share a batch.
         """
         self.tasks, self.batch_size = tuple(tasks), batch_size
         self.compiled = dict[int, float]()
@@ -102,38 +103,45 @@ class Classifier(abc.ABC):
 
     @abc.abstractmethod
     def example_of(self, line: JsonLine, task: ClassifierTask) -> Any:
-        """What is classified of a line.
+        """Return the text or image of a line.
 
         Raises:
-          LineError: it is not there.
+          LineError: the line does not have it.
         """
 
     @abc.abstractmethod
     def prepare(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Any]:
-        """Rows of batches to be; a length is told of each by `length_of`."""
+        """Convert examples to rows of batches, whose lengths `length_of` returns."""
 
     @abc.abstractmethod
     def length_of(self, row: Any) -> int:
-        """How much room a row needs; rows of similar lengths come together."""
+        """Return the length of a row; rows of similar lengths are put into one batch."""
 
     @abc.abstractmethod
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
-        """The batch of some rows: the arguments of the model, all with rows as first axis.
+        """Return the batch of some rows: the arguments of the model, all with rows as first axis.
 
-        The second axis of the first of them is the length of the batch.
+        The second axis of the first array is the length of the batch.
         """
 
     def facts(self, count: int) -> tuple[str, ...]:
-        """Lines for the end: how many examples were classified, then what else to know."""
+        """Return lines for the end: first how many examples were classified, then other facts."""
         return (f"{count:,} {self.unit if count != 1 else self.unit[:-1]}",)
 
     def scores(
         self, adapters: Sequence[int], examples: Sequence[Any]
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """(i, outputs [C] of examples[i] by its adapter's head), batch by batch, the short first.
+        """Classify examples batch by batch, the shortest first.
 
-        Each batch holds `batch_size` rows, copies of its own where it would be short; fewer if
-        the first call brings fewer examples.
+        Each batch has `batch_size` rows, or fewer if the first call has fewer examples. A batch
+        that would be short is filled with copies of its rows.
+
+        Args:
+          adapters: the id of the adapter of each example.
+          examples: the examples.
+
+        Yields:
+          (i, outputs of examples[i] by its adapter's head, float32 [C]).
         """
         if self._rows is None:
             self._rows = min(self.batch_size, 1 << (len(examples) - 1).bit_length())
@@ -151,7 +159,7 @@ class Classifier(abc.ABC):
             yield from self._taken(adapters, *under_way.popleft())
 
     def _call(self, ids: NDArray[np.int32], batch: tuple[NDArray[Any], ...]) -> jax.Array:
-        """The outputs [rows, widest]; a program that has been compiled takes nothing else."""
+        """Return the outputs [rows, widest]. A compiled program accepts only one shape."""
         length = batch[0].shape[1]
         arguments = (*self._arguments, ids, batch)
         if length not in self._programs:
@@ -168,10 +176,10 @@ class Classifier(abc.ABC):
 
 
 def _mixed(layout: Layout, model: nn.Module) -> Any:
-    """`run(params, stacked, beside, ids [B], batch)`, the outputs [B, C] of a mixed batch."""
+    """Return `run(params, stacked, trainable, ids [B], batch)`, the outputs [B, C] of a batch."""
 
     def one(params: Tree, own: Mapping[str, jax.Array], batch: Sequence[jax.Array]) -> Any:
-        """Outputs [1, C] of a batch of one; `own` has the axis of the batch too."""
+        """Return the outputs [1, C] of a batch of one; `own` has the batch axis, too."""
         leaves = {**flatten_dict(params, sep="/"), **{path: x[0] for path, x in own.items()}}
         return model.apply({"params": unflatten_dict(leaves, sep="/")}, *batch)
 
@@ -187,16 +195,16 @@ def _mixed(layout: Layout, model: nn.Module) -> Any:
 def _trainable(
     members: Sequence[ServedAdapter], params: Mapping[str, Any], width: int
 ) -> dict[str, jax.Array]:
-    """What any member trained beside its adapter, of every member: `{path: [n, ...]}`.
+    """Stack the parameters that any adapter trained in full: `{path: [n, ...]}`.
 
-    One that left a parameter alone has the base's; heads are filled up with zeros to `width`.
+    An adapter that did not train a parameter has the base's. Heads are padded to `width`.
     """
     stacked = {}
     for path in dict.fromkeys(path for member in members for path in member.base):
         each: list[Any] = [member.base.get(path, params.get(path)) for member in members]
         without = [m.name for m, x in zip(members, each, strict=True) if x is None]
         if without:
-            raise LoraError(f"{path!r} was trained by some adapters, and {without[0]!r} has none")
+            raise LoraError(f"{path!r} was trained by some adapters, and {without[0]!r} lacks it")
         if path.startswith(_HEAD):
             each = [jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in each]
         if len({x.shape for x in each}) > 1:

@@ -1,24 +1,25 @@
-"""Go on with prompts, by a decoder and adapters that train.py has trained, many in one batch.
+"""Continue prompts with a decoder and adapters that train.py has trained, many in one batch.
 
     lora-jax generate --adapter runs/definitions --prompt "tree:"
     lora-jax generate --adapter runs/a --adapter b=runs/b2 --file in.jsonl --out out.jsonl
     lora-jax generate --base REFERENCE --prompt "Once upon a time" --temperature 0.8
 
-A prompt of --prompt, and a plain line of a file or of stdin, is gone on with by every adapter (by
-the base, where there is none). A line of JSONL says itself what it wants:
+Every adapter continues each --prompt, and each plain line of a file or of stdin; without adapters,
+the base does. A line of JSONL names its adapter:
 
     {"prompt": "tree:", "adapter": "definitions"}
     {"word": "tree", "adapter": "definitions"}
 
-The second gives the fields of the prompt that the adapter was trained on. "base" is no adapter,
-and one that is alone need not be named. With --out the answers are JSONL: the line itself, and
+The second line has the fields of the prompt that the adapter was trained on. The adapter "base" is
+the base without an adapter. If there is only one adapter, a line need not name it. With --out the
+answers are JSONL: the fields of the line, and
 
-    prompt, adapter    what was gone on with, and by which
-    text, tokens       what was written, and how many tokens that took
+    prompt, adapter    the prompt, and the adapter that continued it
+    text, tokens       the generated text, and its number of tokens
     finish             "stop" at a stop token, "length" at --max-new-tokens
 
-A text ends at the model's own end token, and at the one that ended the examples of the adapter's
-training. Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read,
+A text ends at the model's own end token, and at the token that ended the training examples of the
+adapter. Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read,
 130 stopped by Ctrl-C.
 """
 
@@ -45,64 +46,73 @@ from lora_jax.serving.served_adapters import BASE_NAME, Served, open_adapters
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """The command line."""
+    """The options of `lora-jax generate`."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]PATH")] = ()
-    """A run directory of train.py, a folder of such, or what lora_jax.save wrote."""
+    """A run directory of train.py, a folder of run directories, or a folder of lora_jax.save."""
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
-    """A text to go on with."""
+    """A text to continue."""
     file: str | None = None
-    """JSONL, or a prompt on each line; - is stdin, and so is None where something is piped in."""
+    """JSONL, or a prompt on each line; - is stdin. None: stdin if something is piped in."""
     out: str | None = None
-    """Where the answers go as JSONL; - is stdout. None: as text to stdout."""
+    """The JSONL file for the answers; - is stdout. None: print the texts to stdout."""
     base: str | None = None
-    """The model, in the form of model.reference. None: the one that the adapters name."""
+    """The base model, in the form of model.reference. None: the one that the adapters name."""
     base_too: bool = False
-    """Plain prompts are for the base too, as a comparison."""
+    """Continue plain prompts with the base as well, as a comparison."""
     trust_base: bool = False
-    """Fetch the base that an adapter names, also if it is none that lora_jax knows the sum of."""
+    """Download the base that the adapters name even if lora_jax does not know its checksum."""
     allow_other_base: bool = False
-    """Use adapters on another base than they were trained on."""
+    """Use adapters on another base than the one that they were trained on."""
     max_new_tokens: int = 128
-    """The most that is written to a prompt."""
+    """The largest number of tokens to generate for a prompt."""
     temperature: float = 0.0
-    """0: always the likeliest token; 1: drawn with the model's probabilities, less: more surely."""
+    """0: always the most likely token. 1: sample from the model's probabilities. In between: sample
+    with sharper probabilities."""
     top_k: int | None = None
-    """Draw from the so many likeliest tokens."""
+    """Sample only from this many most likely tokens."""
     top_p: float | None = None
-    """Draw from the likeliest tokens that have this probability together."""
+    """Sample only from the most likely tokens that together have this probability."""
     seed: int = 0
-    """Of the draws; a prompt's depend on its place among the prompts, not on the others."""
+    """Seed of the sampling. A prompt's result depends on its position, not on other prompts."""
     stop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
-    """A text of one token that ends what is written, besides the usual ones."""
+    """A text of one token that ends the generated text, in addition to the usual end tokens."""
     batch_size: int = 8
-    """Prompts that are written to at the same time."""
+    """Prompts that are continued at the same time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run `lora-jax generate`.
+
+    Args:
+      arguments: the command line without the program's name. None: sys.argv.
+
+    Returns:
+      The exit status.
+    """
     given = read_options(GenerateOptions, "lora-jax generate", __doc__, arguments, adding=True)
     return guarded(lambda: run(given, Console(), Console(stderr=True)))
 
 
 def run(options: GenerateOptions, console: Console, aside: Console) -> None:
-    """Read, generate and write.
+    """Read prompts, generate texts and write them.
 
     Args:
-      console: where texts go.
-      aside: what is said besides.
+      options: the options of the command line.
+      console: prints texts.
+      aside: prints other messages.
 
     Raises:
-      LoraError, OSError, ...: a user's error.
+      LoraError, OSError, ...: an error of the user.
     """
     source = _check(options)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    # Before the model, so that their errors come at once.
+    # The prompts are read before the model, so that their errors come at once.
     given = list(prompts.read(source)) if source else list(options.prompt)
     with aside.status("opening the model ..."):
         served = open_adapters(
             options.adapter,
-            models.LlamaConfig,
+            models.DecoderConfig,
             base=options.base,
             trust_base=options.trust_base,
             allow_other_base=options.allow_other_base,
@@ -127,7 +137,7 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
 
 
 def _check(options: GenerateOptions) -> str | None:
-    """The file that is read, or None: then the prompts are on the command line."""
+    """Return the file to read, or None if the prompts are on the command line."""
     for flag, value in (
         ("--batch-size", options.batch_size),
         ("--max-new-tokens", options.max_new_tokens),
@@ -144,12 +154,12 @@ def _check(options: GenerateOptions) -> str | None:
     if options.prompt or options.file:
         return options.file
     if sys.stdin.isatty():
-        raise LoraError("nothing to go on with: give --prompt TEXT or --file FILE, or pipe it in")
+        raise LoraError("no prompt: give --prompt TEXT or --file FILE, or pipe prompts in")
     return jsonl.STANDARD
 
 
 def _decoder(served: Served) -> Decoder:
-    """The decoder, with the base parameters that were trained with an adapter that is alone."""
+    """Return the decoder. A single adapter may have parameters of the base trained in full."""
     params: Any = served.params
     for member in served.members:
         if not member.base:
@@ -167,7 +177,7 @@ def _decoder(served: Served) -> Decoder:
 
 
 def _check_base_alone(served: Served, requests: Sequence[Request]) -> None:
-    """Raise where the base is asked for, and the adapter has brought parameters into it."""
+    """Raise if the base is asked for, but the adapter has replaced parameters of it."""
     if any(member.base for member in served.members):
         for request in requests:
             if request.name == BASE_NAME:

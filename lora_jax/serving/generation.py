@@ -1,14 +1,14 @@
 """Generate text with a decoder in mixed batches: each row has its own adapter, or none.
 
-A batch is read at once (prefill), then one compiled step writes a token to every row. What is
-compiled depends on shapes alone, and there are few of them:
+All prompts of a batch are read at once (prefill); then each call of one compiled step writes a
+token to every row. The compiled programs depend only on shapes, and there are few shapes:
 
 - prompts are padded on the left to the next of 16, 24, 32, 48, 64, 96, 128, 192, ... tokens;
-- the cache has room for them and all new tokens, rounded up alike, or up to twice that where a
-  step has been compiled for it before;
-- rows are filled up to `batch_size`, or to the next power of two where there are fewer prompts.
+- the cache has room for them and all new tokens, rounded up in the same way, or up to twice as much
+  if a step for that size has been compiled before;
+- rows are filled up to `batch_size`, or to the next power of two if there are fewer prompts.
 
-Other prompts, other adapters of the stack, another temperature: the same programs.
+Other prompts, other adapters of the stack and another temperature use the same programs.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _SHORTEST = 16
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A text to go on with.
+    """A text to continue.
 
-    tokens: at least one.
-    adapter: its number (`lora_jax.multi.stack`), or `lora_jax.multi.BASE` for none.
-    stop: tokens that end what is written.
+    tokens: its tokens, at least one.
+    adapter: the number of its adapter (`lora_jax.multi.stack`), or `lora_jax.multi.BASE` for none.
+    stop: tokens that end the generated text.
     """
 
     tokens: Sequence[int]
@@ -51,12 +51,13 @@ class Prompt:
 
 
 class Piece(NamedTuple):
-    """One step of one row.
+    """The result of one step for one row.
 
     row: the number of the prompt.
-    token: that was written; None: a stop token came instead.
-    finish: why the row is finished by it: "stop" at a stop token, "length" at the most that was
-        asked for or that the model has positions for; None: it goes on.
+    token: the generated token; None if it was a stop token.
+    finish: the reason why the row is finished: "stop" at a stop token, "length" at the largest
+        number of tokens that was asked for or that the model has positions for. None: it is not
+        finished.
     """
 
     row: int
@@ -66,46 +67,48 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass
 class Speed:
-    """What was done so far, and how long it took; compiling is left out."""
+    """Counts of tokens and their times so far, without compilation."""
 
     read: int = 0
-    """Tokens of prompts, padding left out."""
+    """Tokens of prompts, without padding."""
     reading: float = 0.0
-    """Seconds."""
+    """Seconds spent on prompts."""
     written: int = 0
-    """Tokens that decoding steps wrote to rows that went on; not the first of each, which comes
-    from its prompt."""
+    """Tokens that decoding steps wrote to unfinished rows, without the first token of each row,
+    which the prefill writes."""
     writing: float = 0.0
-    """Seconds."""
+    """Seconds spent on decoding steps."""
 
 
 class Decoder:
-    """A base, and maybe a stack of adapters on it, with the programs that write texts.
+    """A base, and perhaps a stack of adapters, with the compiled programs that generate text.
 
     Attributes:
-      compiled: the programs so far, and how many seconds each took to compile.
-      speed: over all calls.
+      compiled: key of a program -> seconds that it took to compile.
+      speed: counts and times over all calls.
     """
 
     def __init__(
         self,
-        config: models.LlamaConfig,
+        config: models.DecoderConfig,
         params: Tree,
         layout: Layout | None = None,
         stacked: Stack | None = None,
     ) -> None:
-        """Nothing is compiled yet.
+        """Make a decoder. Nothing is compiled yet.
 
         Args:
-          config, params: of the base (or of a merged model).
-          layout, stacked: from `lora_jax.multi.stack`; None: no adapters.
+          config: the config of the model.
+          params: the parameters of the base, or of a merged model.
+          layout: the layout of the stack (`lora_jax.multi.stack`). None: no adapters.
+          stacked: the stack. None: no adapters.
         """
         self.config = config
         self.compiled: dict[tuple[Any, ...], float] = {}
         self.speed = Speed()
         self._params, self._stacked = params, stacked
         self._programs: dict[tuple[Any, ...], Any] = {}
-        model = models.Llama(config)
+        model = models.DecoderModel(config)
 
         def read(params: Tree, ids: Any, mask: Any, cache: Any) -> Any:
             return model.apply({"params": params}, ids, mask, cache=cache, last=1)
@@ -113,7 +116,7 @@ class Decoder:
         self._read = _mixed(layout, read)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise `LoraError` unless it can go on with every one of them."""
+        """Raise `LoraError` unless every prompt can be continued."""
         size = 0 if self._stacked is None else self._stacked.size
         room = self.config.max_positions
         for number, prompt in enumerate(prompts):
@@ -129,7 +132,7 @@ class Decoder:
                 )
 
     def capacity(self, rows: int, need: int, sampling: Sampling) -> int:
-        """How many slots the cache of a batch gets that needs so many."""
+        """Return the number of cache slots for a batch that needs at least `need`."""
         known = [
             key[2]
             for key in self.compiled
@@ -138,7 +141,16 @@ class Decoder:
         return min(known, default=rounded(need))
 
     def prefill(self, batch: DecodingBatch, capacity: int, sampling: Sampling) -> tuple[Any, Any]:
-        """(cache, first token [B]) of prompts that are all read at once."""
+        """Read all prompts of a batch.
+
+        Args:
+          batch: the prompts.
+          capacity: the number of slots of the cache.
+          sampling: how tokens are chosen.
+
+        Returns:
+          The cache, and the first token of each row, [B] int32.
+        """
 
         def run(params: Tree, stacked: Any, batch: Any, numbers: Any) -> Any:
             nothing, cache = (
@@ -166,7 +178,19 @@ class Decoder:
         number: int,
         sampling: Sampling,
     ) -> tuple[Any, Any]:
-        """(cache, next token [B]); the given cache is used up. It does not wait for the result."""
+        """Run one decoding step, without waiting for its result.
+
+        Args:
+          batch: the prompts.
+          cache: the cache, which is donated.
+          tokens: the last token of each row, [B] int32.
+          slot: the slot of the cache to write to.
+          number: the number of the new token in its row.
+          sampling: how tokens are chosen.
+
+        Returns:
+          The cache, and the next token of each row, [B] int32.
+        """
 
         def run(
             params: Tree, stacked: Any, cache: Any, tokens: Any, at: Any, who: Any, numbers: Any
@@ -185,7 +209,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def timed(self, tokens: int) -> Iterator[None]:
-        """Count the time of a block that writes so many tokens, but not what it compiles."""
+        """Count the time of a block that writes `tokens` tokens, without compilation."""
         started, before = time.monotonic(), sum(self.compiled.values())
         yield
         compiling = sum(self.compiled.values()) - before
@@ -199,7 +223,7 @@ class Decoder:
         donated: tuple[int, ...],
         *arguments: Any,
     ) -> Any:
-        """The program of the key; `run` is traced and compiled where there is none yet."""
+        """Return the program of the key; if there is none yet, compile `run`."""
         if key not in self._programs:
             started = time.monotonic()
             lowered = jax.jit(run, donate_argnums=donated).lower(
@@ -213,9 +237,10 @@ class Decoder:
 class DecodingBatch(NamedTuple):
     """Prompts that are read together, padded on the left.
 
-    ids, ids_mask: [B, T] int32 and bool.
-    rows: [B] int32, the numbers of the prompts.
-    adapters: [B] int32.
+    ids: token ids, [B, T] int32.
+    ids_mask: False for padding, [B, T] bool.
+    rows: the numbers of the prompts, [B] int32.
+    adapters: the numbers of the adapters, [B] int32.
     """
 
     ids: NDArray[np.int32]
@@ -231,21 +256,24 @@ def stream(
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
 ) -> Iterator[Piece]:
-    """What the decoder writes to each prompt, step by step, and row by row in a step.
+    """Continue prompts, and yield each token when it is known.
 
-    A row is written as it would be alone, and as by the base with its adapter merged in: in
-    greedy decoding token by token, up to rounding of the logits.
+    A row gets the same text as if it were alone, and as from the base with its adapter merged in:
+    in greedy decoding the same tokens, except for rounding of the logits.
 
     Args:
-      decoder: compiles as it goes; use one for all calls.
-      prompts: each with an adapter of its own.
-      max_new_tokens: to each prompt.
+      decoder: the decoder. It keeps its compiled programs, so use one for all calls.
+      prompts: the prompts, each with its adapter.
+      max_new_tokens: the largest number of tokens to generate for a prompt.
       sampling: how tokens are chosen.
-      batch_size: rows that are written at the same time; more prompts wait.
+      batch_size: prompts that are continued at the same time; the others wait.
+
+    Yields:
+      One `Piece` for each step and unfinished row.
 
     Raises:
-      LoraError: an empty prompt, one longer than the model has positions, no such adapter; logits
-        that are not finite.
+      LoraError: a prompt is empty, longer than the model has positions, or has an unknown adapter;
+        logits are not finite.
     """
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
@@ -258,7 +286,7 @@ def stream(
 
 
 def rounded(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: powers of two and the middles between them.
+    """Round up to one of 16, 24, 32, 48, 64, 96, ...: powers of two and the middles between them.
 
     >>> [rounded(n) for n in (1, 16, 17, 33, 100)]
     [16, 16, 24, 48, 128]
@@ -269,7 +297,7 @@ def rounded(length: int) -> int:
 
 
 def _mixed(layout: Layout | None, f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f(params, *args)` as a function of (params, (stacked, ids), *args)."""
+    """Turn `f(params, *args)` into a function of (params, (stacked, ids), *args)."""
     if layout is None:
         return lambda params, chosen, *args: f(params, *args)
     adapted = adapt(layout, f)
@@ -277,7 +305,7 @@ def _mixed(layout: Layout | None, f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _batch(prompts: Mapping[int, Prompt], count: int) -> DecodingBatch:
-    """The prompts, and copies of them up to `count` rows."""
+    """Make the batch of the prompts, filled with copies up to `count` rows."""
     numbers = list(prompts)
     own = [numbers[row % len(numbers)] for row in range(count)]
     length = rounded(max(len(prompt.tokens) for prompt in prompts.values()))
@@ -297,9 +325,9 @@ def _written(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> Iterator[Piece]:
-    """One batch, until all of its rows are finished.
+    """Generate for one batch until all of its rows are finished.
 
-    The step after is under way before a token is looked at, so the device need not wait for us.
+    The next step is started before a token is read, so that the device does not wait for the host.
     """
     sizes = {i: len(p.tokens) for i, p in prompts.items()}
     most_tokens = decoder.config.most_tokens
@@ -309,7 +337,7 @@ def _written(
     capacity = decoder.capacity(count, length + max_new_tokens, sampling)
     cache, tokens = decoder.prefill(batch, capacity, sampling)
     decoder.speed.read += sum(len(prompt.tokens) for prompt in prompts.values())
-    going = dict(enumerate(prompts))  # row of the batch -> number of the prompt
+    going = dict(enumerate(prompts))  # unfinished row of the batch -> number of the prompt
     for n in range(most):
         with decoder.timed(len(going) if n else 0):
             ahead = tokens

@@ -1,4 +1,4 @@
-"""Classify images: each is decoded as its batch is made."""
+"""Classify images. Each image is decoded when its batch is made."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lora_jax.serving.served_adapters import Served, ServedAdapter
 
 
 def task_of(member: ServedAdapter) -> ClassifierTask:
-    """What `lora_jax.training.image_classification` said of the adapter as it was exported.
+    """Return the task of an adapter that `lora_jax.training.image_classification` trained.
 
     Raises:
-      LoraError: it said nothing, or nothing that can be used.
+      LoraError: the adapter does not say it, or what it says is invalid.
     """
     labels, field = member.about.get("labels"), member.about.get("image_field")
     named = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
     if labels is None or not named or not isinstance(field, str) or not field:
         raise LoraError(
-            f"adapter {member.name!r} ({member.path}) does not say what images it classifies, as "
-            "those that train.py exports do; one that you save yourself says it by "
+            f"adapter {member.name!r} ({member.path}) does not say what images it classifies. "
+            "Adapters that train.py exports do; one that you save yourself says it by "
             'lora_jax.save(..., about={"labels": ["no", "yes"], "image_field": "image", '
             '"model": {"reference": ...}})'
         )
@@ -38,9 +38,9 @@ def task_of(member: ServedAdapter) -> ClassifierTask:
 
 
 class ImageClassifier(Classifier):
-    """The scores of images, by any of several adapters; an example is a path and where it is from.
+    """Computes the scores of images. An example is a path and its place in the input.
 
-    The base's folder says what becomes of an image before the model sees it.
+    The folder of the base says how an image is preprocessed.
     """
 
     unit = "images"
@@ -49,8 +49,8 @@ class ImageClassifier(Classifier):
         """Read the tasks; see `Classifier`.
 
         Raises:
-          LoraError: an adapter that is no classifier, or adapters that cannot share a batch.
-          ValueError, OSError: the base's folder does not say how images are read.
+          LoraError: an adapter is not a classifier, or the adapters cannot share a batch.
+          ValueError, OSError: the folder of the base does not say how images are preprocessed.
         """
         tasks = tuple(task_of(member) for member in served.members)
         self._how = preprocessing.read(served.source.path, served.config)
@@ -58,19 +58,19 @@ class ImageClassifier(Classifier):
         super().__init__(served, tasks, models.VitClassifier(served.config, width), batch_size)
 
     def example_of(self, line: JsonLine, task: ClassifierTask) -> tuple[str, str]:
-        """See `Classifier`: the path of the image, and the line, for messages."""
+        """See `Classifier`. An example is the path of the image, and the line for messages."""
         return line.get(task.fields[0], str), line.where
 
     def prepare(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Any]:
-        """See `Classifier`: the images stay in their files until their batch is made."""
+        """See `Classifier`. Images stay in their files until their batch is made."""
         return list(examples)
 
     def length_of(self, row: Any) -> int:
-        """See `Classifier`: all have one size."""
+        """See `Classifier`. All images have the same length."""
         return 0
 
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
-        """Pixels, as the training's batches have them.
+        """Return the pixels, as in the batches of training.
 
         Raises:
           DataError: an image cannot be read.

@@ -1,7 +1,7 @@
 """Read and write JSONL, one JSON object a line; "-" is stdin or stdout.
 
-The jsonlines package gives neither a line's size in bytes, which the progress bar needs, nor a
-strict reader (`lora_jax.json_file`).
+The jsonlines package does not return the size of a line in bytes, which the progress bar needs, and
+its reader is not strict (`lora_jax.json_file`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ _EXPECTED = 'expected an object, like {"text": "..."}, one on each line'
 
 
 class LineError(LoraError):
-    """A line that cannot be used; the message says which."""
+    """A line cannot be used; the message names the line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonLine:
-    """One object.
+    """One object of a JSONL file.
 
-    where: the file and the line's number from 1, for messages.
-    size: bytes of the line, its end included.
+    value: the object.
+    where: the file and the number of the line from 1, for messages.
+    size: bytes of the line, including its end.
     """
 
     value: Mapping[str, Any]
@@ -40,10 +41,15 @@ class JsonLine:
     size: int = 0
 
     def get(self, field: str, kind: type[T], default: T | None = None) -> T:
-        """The field, which has to be there, and not null, unless `default` is given.
+        """Return a field. Unless `default` is given, it must be there and not null.
+
+        Args:
+          field: the name of the field.
+          kind: the type that its value must have.
+          default: the value to use if it is missing or null.
 
         Raises:
-          LineError: it is missing, or not of the kind.
+          LineError: the field is missing, or has another type.
         """
         found = self.value.get(field)
         if found is None and default is not None:
@@ -59,10 +65,13 @@ class JsonLine:
 
 
 def read(path: str) -> Iterator[JsonLine]:
-    """The objects of a file, one at a time; empty lines are passed over.
+    """Read the objects of a file, one at a time; empty lines are skipped.
+
+    Args:
+      path: the file, or "-" for stdin.
 
     Raises:
-      LineError: a line that is no JSON object in UTF-8.
+      LineError: a line is not a JSON object in UTF-8.
       OSError: the file cannot be read.
     """
     with _open(path, "rb") as file:
@@ -70,7 +79,7 @@ def read(path: str) -> Iterator[JsonLine]:
 
 
 def objects(lines: Iterable[bytes], name: str) -> Iterator[JsonLine]:
-    """As `read`, of the lines of a file that is open, or has been read."""
+    """Read objects as `read` does, from the lines of an open file."""
     for number, raw in enumerate(lines, 1):
         if raw.strip():
             where = f"{name}, line {number}"
@@ -85,20 +94,21 @@ def _object(raw: bytes, where: str) -> Mapping[str, Any]:
 
 
 class Writer:
-    """Writes objects as they come, each line whole: a killed run leaves no half of one.
+    """Writes objects as they come. Each line is written completely, even if the run is killed.
 
-    What a file held before goes when the first line comes; an error before that loses nothing.
+    The old contents of a file are deleted when the first line is written, so that an earlier error
+    loses nothing.
     """
 
     def __init__(self, path: str, *, reading: str | None = None) -> None:
         """Open the file.
 
         Args:
-          path: of the file, or "-".
-          reading: what is read at the same time.
+          path: the file, or "-".
+          reading: the file that is read at the same time.
 
         Raises:
-          LineError: the two are one file.
+          LineError: the two are the same file.
           OSError: the file cannot be written.
         """
         if reading is not None and _same(path, reading):
@@ -108,10 +118,10 @@ class Writer:
         self._old = pathlib.Path(path).is_file() and path != STANDARD
 
     def write(self, values: Iterable[Mapping[str, Any]]) -> None:
-        """Append the objects, and hand them to the operating system before returning."""
+        """Append the objects, and flush them to the operating system."""
         self._forget()
         text = "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values)
-        # JSON leaves these as they are, and a terminal may take them for commands.
+        # JSON leaves these characters as they are, and a terminal may take them for commands.
         text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
         with writing(self._path):
             self._file.write(text.encode())
@@ -127,7 +137,7 @@ class Writer:
             self._stack.close()
 
     def _forget(self) -> None:
-        """Empty what was there before, once."""
+        """Delete the old contents, once."""
         if self._old:
             self._file.truncate(0)
             self._old = False
@@ -150,7 +160,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def in_order(numbered: Iterable[tuple[int, T]]) -> Iterator[T]:
-    """Values by their numbers 0, 1, ..., each as soon as all before it have come.
+    """Yield values in the order of their numbers 0, 1, ..., each as soon as that is possible.
 
     >>> list(in_order([(1, "b"), (0, "a"), (2, "c")]))
     ['a', 'b', 'c']

@@ -1,7 +1,7 @@
 """Write texts while they are generated: to a terminal, as plain lines, or as JSONL.
 
-Texts that are finished come out in the order of their prompts. On a terminal one text alone
-grows token by token; of several, those that are not finished grow below the finished ones.
+Finished texts are written in the order of their prompts. On a terminal a single text grows token by
+token; if there are several, the unfinished ones grow below the finished ones.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lora_jax.serving.prompts import FIELD, Request
 
 
 class Sink:
-    """Takes texts, and drops them; a context manager. The classes below show or write them."""
+    """A context manager that receives texts and drops them; subclasses show or write them."""
 
     def grow(self, number: int, text: str) -> None:
-        """More of the text to prompt `number`."""
+        """Receive the next part of the text of prompt `number`."""
 
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
-        """It is finished, and so are all before it."""
+        """Receive the finished text of prompt `number`; those before it are finished as well."""
 
     def __enter__(self) -> Self:
         return self
@@ -40,10 +40,10 @@ class Sink:
 def transcribe(
     pieces: Iterable[Piece], requests: Sequence[Request], tokenizer: Tokenizer, sink: Sink
 ) -> None:
-    """Turn the tokens of all texts into text, and hand it to `sink` as it comes."""
+    """Decode the tokens of all texts, and pass the text to `sink` as it comes."""
 
     def finished() -> Iterator[tuple[int, dict[str, Any]]]:
-        # A token's text may depend on what is before it (a space at the start of a word).
+        # The text of a token may depend on the token before it (a space at the start of a word).
         going: dict[int, tuple[DecodeStream, dict[str, Any]]] = {}
         for row, token, finish in pieces:
             if row not in going:
@@ -65,10 +65,10 @@ def transcribe(
 
 
 class TypedSink(Sink):
-    """One text on a terminal, as it comes."""
+    """Shows one text on a terminal while it grows."""
 
     def __init__(self, console: Console, request: Request) -> None:
-        """Of one request."""
+        """Make a sink for one request."""
         self._console, self._request = console, request
 
     def __enter__(self) -> Self:
@@ -87,25 +87,25 @@ class TypedSink(Sink):
 
 
 class BlockSink(Sink):
-    """Several texts, each as a block behind its adapter's name, where there are several."""
+    """Shows several texts as blocks, each after the name of its adapter if there are several."""
 
     def __init__(self, console: Console, requests: Sequence[Request]) -> None:
-        """Of some requests; what is unfinished is shown on a terminal only."""
+        """Make a sink for several requests; unfinished texts are shown on a terminal only."""
         self._console, self._requests = console, requests
         self._named = len({request.name for request in requests}) > 1
         self._growing: dict[int, str] = {}
-        self._last = -1  # the number that grew last
+        self._last = -1  # the number of the text that grew last
         self._live = Live(console=console, transient=True, auto_refresh=False)
 
     def __enter__(self) -> Self:
-        self._live.start()  # nothing of it is shown off a terminal
+        self._live.start()  # shows nothing unless stdout is a terminal
         return self
 
     def grow(self, number: int, text: str) -> None:
         """See `Sink`."""
         if self._console.is_terminal:
             self._growing[number] = self._growing.get(number, "") + text
-            # Once for each step: with its first row.
+            # Refresh once for each step, at its first row.
             self._live.update(self._unfinished(), refresh=number <= self._last)
             self._last = number
 
@@ -127,7 +127,7 @@ class BlockSink(Sink):
         self._live.stop()
 
     def _unfinished(self) -> Group:
-        """A line for each: as much of its end as fits."""
+        """Return a line for each unfinished text, with as much of its end as fits."""
         shown = []
         for number, text in sorted(self._growing.items())[: max(1, self._console.height - 2)]:
             request = self._requests[number]
@@ -140,10 +140,10 @@ class BlockSink(Sink):
 
 
 class JsonlSink(Sink):
-    """JSONL, and a bar meanwhile."""
+    """Writes JSONL, and shows a progress bar."""
 
     def __init__(self, writer: Writer, bar: FileBar, requests: Sequence[Request]) -> None:
-        """To an open file."""
+        """Make a sink that writes to an open file."""
         self._writer, self._bar, self._requests = writer, bar, requests
 
     def __enter__(self) -> Self:

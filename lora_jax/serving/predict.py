@@ -1,21 +1,21 @@
-"""Classify texts or images with adapters that train.py has trained; each may name its own.
+"""Classify texts or images with adapters that train.py has trained, many in one batch.
 
     lora-jax predict --adapter runs/reviews --text "A warm, funny film."
     lora-jax predict --adapter runs/reviews --file in.jsonl --out out.jsonl
     lora-jax predict --adapter runs/reviews --adapter topics=other/best --file in.jsonl
     lora-jax predict --adapter runs/flowers --image a.jpg --image b.png
 
-A line is {"text": "...", "adapter": "reviews"}; the adapter may be left out where there is one
-only, and the text stands in the fields that the adapter was trained on. An image is the path of
-its file, in the field "image" or whatever the adapter was trained on. A line comes out again, in
-the same place, with what it held and with
+A line of the file is {"text": "...", "adapter": "reviews"}. If there is only one adapter, a line
+need not name it. The text is in the fields that the adapter was trained on. An image is given by
+the path of its file, in the field "image" or the one that the adapter was trained on. Each line is
+written again, in the same order, with its own fields and
 
-    adapter          the one that was used
-    prediction       the class, or the number that was predicted
-    probabilities    of every class
+    adapter          the adapter that was used
+    prediction       the predicted class, or the predicted number
+    probabilities    the probability of every class
 
 Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
-by Ctrl-C. Lines written before an error or a stop are whole.
+by Ctrl-C. Lines written before an error or a stop are complete.
 """
 
 from __future__ import annotations
@@ -44,45 +44,56 @@ from lora_jax.serving.text_classifier import TextClassifier
 
 @dataclasses.dataclass(frozen=True)
 class PredictOptions:
-    """The command line."""
+    """The options of `lora-jax predict`."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]PATH")] = ()
-    """A run directory of train.py, a folder of such, or what lora_jax.save wrote."""
+    """A run directory of train.py, a folder of run directories, or a folder of lora_jax.save."""
     text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
-    """A text to classify, with every adapter."""
+    """A text to classify with every adapter."""
     image: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")] = ()
-    """An image file to classify, with every adapter."""
+    """An image file to classify with every adapter."""
     file: str | None = None
-    """JSONL to classify; - is stdin, as is none where something is piped in."""
+    """JSONL to classify; - is stdin. None: stdin if something is piped in."""
     out: str = jsonl.STANDARD
-    """Where the predictions go; - is stdout."""
+    """The file for the predictions; - is stdout."""
     base: str | None = None
-    """The model, in the form of model.reference. None: the one that the adapters name."""
+    """The base model, in the form of model.reference. None: the one that the adapters name."""
     trust_base: bool = False
-    """Fetch the base that an adapter names, also if it is none that lora_jax knows the sum of."""
+    """Download the base that the adapters name even if lora_jax does not know its checksum."""
     allow_other_base: bool = False
-    """Use adapters on another base than they were trained on."""
+    """Use adapters on another base than the one that they were trained on."""
     batch_size: int = 64
-    """Texts or images of a batch."""
+    """Texts or images in a batch."""
     window: int = 1024
-    """Lines that are read ahead and sorted by length. A line's prediction may wait for so many."""
+    """Lines that are read ahead and sorted by length. A prediction may wait for this many lines."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run `lora-jax predict`.
+
+    Args:
+      arguments: the command line without the program's name. None: sys.argv.
+
+    Returns:
+      The exit status.
+    """
     given = read_options(PredictOptions, "lora-jax predict", __doc__, arguments, adding=True)
     return guarded(lambda: run(given, Console(stderr=True)))
 
 
 def run(options: PredictOptions, console: Console) -> None:
-    """Read, classify and write; what is said besides goes to `console`.
+    """Read examples, classify them and write the predictions; print messages to `console`.
+
+    Args:
+      options: the options of the command.
+      console: prints the messages.
 
     Raises:
-      LoraError, OSError, ...: a user's error.
+      LoraError, OSError, ...: an error of the user.
     """
     source = _check(options)
     read = jsonl.read(source) if source else iter(())
-    first = list(islice(read, options.window))  # before the model, so that its errors come at once
+    first = list(islice(read, options.window))  # before the model: its errors should come at once
     served = open_adapters(
         options.adapter,
         (models.BertConfig, models.VitConfig),
@@ -112,17 +123,21 @@ def predict(
     window: Sequence[JsonLine],
     done: Callable[[int], None] = lambda size: None,
 ) -> Iterator[dict[str, Any]]:
-    """Each line with its answer in it, in the order of the lines.
+    """Classify lines, and yield each with its answer, in the order of the lines.
 
     Args:
-      served, classifier: the adapters, and what runs them.
-      window: the lines; texts are sorted by length and put into batches.
-      done: is told the size of each line as its scores come, in whatever order.
+      served: the adapters and their base.
+      classifier: runs them.
+      window: the lines; they are sorted by length and put into batches.
+      done: called with the size of each line when its scores are there, in any order.
+
+    Yields:
+      The fields of a line and its answer.
 
     Raises:
-      LineError: a line that names no adapter, or one that is not there, or that has no text or
-        image; scores that are not finite.
-      DataError: an image that cannot be read.
+      LineError: a line names no adapter or an unknown one, or it has no text or image; scores are
+        not finite.
+      DataError: an image cannot be read.
     """
     ids = [_adapter_of(line, served) for line in window]
     examples = [
@@ -146,7 +161,7 @@ def predict(
 
 
 def answer_of(task: ClassifierTask, scores: NDArray[np.float32]) -> dict[str, Any]:
-    """The fields that a line is given.
+    """Return the fields that are added to a line.
 
     >>> answer_of(ClassifierTask(("no", "yes"), ("text",), (32,)), np.zeros(2, np.float32))
     {'prediction': 'no', 'probabilities': {'no': 0.5, 'yes': 0.5}}
@@ -162,7 +177,7 @@ def answer_of(task: ClassifierTask, scores: NDArray[np.float32]) -> dict[str, An
 
 
 def _check(options: PredictOptions) -> str | None:
-    """The file that is read, or None: then the examples are on the command line."""
+    """Return the file to read, or None if the examples are on the command line."""
     if not options.adapter:
         raise LoraError("no adapter: give --adapter PATH, a run directory of train.py")
     for flag, value in (("--batch-size", options.batch_size), ("--window", options.window)):
@@ -181,16 +196,16 @@ def _check(options: PredictOptions) -> str | None:
 
 
 def _classifier(served: Served, batch_size: int) -> Classifier:
-    """The classifier for the kind of base."""
+    """Return the classifier for this kind of base."""
     if isinstance(served.config, models.VitConfig):
-        from lora_jax.serving.image_classifier import ImageClassifier  # it needs an extra
+        from lora_jax.serving.image_classifier import ImageClassifier  # needs an extra
 
         return ImageClassifier(served, batch_size)
     return TextClassifier(served, batch_size)
 
 
 def _typed(options: PredictOptions, served: Served, classifier: Classifier) -> list[JsonLine]:
-    """The examples of the command line, each for every adapter."""
+    """Return the examples of the command line, each for every adapter."""
     flag, given = ("--text", options.text) if options.text else ("--image", options.image)
     if flag != f"--{classifier.unit[:-1]}":
         raise LoraError(

@@ -1,4 +1,4 @@
-"""Read prompts as people write them, and turn them into tokens for a decoder."""
+"""Read prompts from lines of text or JSONL, and turn them into tokens for a decoder."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FIELD = "prompt"
 class Request:
     """One prompt for one adapter.
 
-    name: of the adapter, or "base".
-    text: of the prompt.
-    prompt: its tokens, its adapter's number, what stops it.
-    fields: of the line that it stood in.
-    size: bytes of that line, for a bar; of its last request only, where it has several.
+    name: the name of the adapter, or "base".
+    text: the text of the prompt.
+    prompt: its tokens, the number of its adapter, and its stop tokens.
+    fields: the fields of its line.
+    size: bytes of its line, for a progress bar; 0 for all but the last request of a line.
     """
 
     name: str
@@ -43,13 +43,16 @@ class Request:
 
 
 def read(path: str) -> Iterator[JsonLine | str]:
-    """Objects of JSONL, or else plain lines, each of which is a prompt; "-" is stdin.
+    """Read JSONL objects or plain lines, each of which is a prompt; "-" is stdin.
 
-    It is JSONL if the first character that is no space is an opening brace. Empty lines are
-    passed over.
+    The input is JSONL if its first character, after white space, is an opening brace. Empty lines
+    are skipped.
+
+    Args:
+      path: the file, or "-".
 
     Raises:
-      LineError: a line that is no JSON object in JSONL, or is not UTF-8.
+      LineError: a line of JSONL is not a JSON object, or a line is not UTF-8.
       OSError: the file cannot be read.
     """
     name = "stdin" if path == jsonl.STANDARD else path
@@ -70,18 +73,19 @@ class Prompts:
     """Turns texts and lines into requests.
 
     Attributes:
-      templates: of the adapters that were trained on a prompt with fields.
+      templates: name -> prompt template of each adapter that was trained on one with fields.
     """
 
     def __init__(self, served: Served, stop: Sequence[str] = (), base_too: bool = False) -> None:
-        """Find what stops each adapter: its `eos` of training, the model's, and `stop`.
+        """Find the stop tokens of each adapter: its `eos` of training, the model's, and `stop`.
 
         Args:
+          served: the adapters and their base.
           stop: texts of one token each.
-          base_too: a plain text is for the base too, besides all adapters.
+          base_too: whether a plain text is also for the base.
 
         Raises:
-          LoraError: a stop of several tokens, or an adapter that says nonsense of its training.
+          LoraError: a stop text has several tokens, or an adapter has invalid notes.
         """
         tokenizer = served.source.tokenizer()
         self._served, self._room = served, served.config.max_positions
@@ -95,7 +99,7 @@ class Prompts:
         self._plain = (*served.names, *([BASE_NAME] if base_too or not served.members else []))
 
     def all(self, given: Sequence[JsonLine | str], where: str) -> list[Request]:
-        """A request for each line that names its adapter, and one for every adapter of a text."""
+        """Return a request for each line, and one for every adapter for each plain text."""
         found: list[Request] = []
         for number, line in enumerate(given, 1):
             if isinstance(line, JsonLine):
@@ -114,7 +118,7 @@ class Prompts:
         return self._request(name, text, line.value, line.where, line.size)
 
     def _text_of(self, line: JsonLine, name: str) -> str:
-        """The prompt that the adapter was trained on, filled in, or the line's own."""
+        """Fill in the prompt that the adapter was trained on, or return the prompt of the line."""
         template = self.templates.get(name)
         lacking = [] if template is None else [f for f in template.fields if f not in line.value]
         if template is None or (lacking and FIELD in line.value):
@@ -147,7 +151,7 @@ class Prompts:
 
 
 def _template(member: ServedAdapter) -> Template | None:
-    """The prompt that the adapter was trained on, where it has fields."""
+    """Return the prompt template that the adapter was trained on, if it has fields."""
     said = member.about.get("prompt")
     if said is None:
         return None
@@ -158,21 +162,21 @@ def _template(member: ServedAdapter) -> Template | None:
 
 
 def _end_ids(tokenizer: Tokenizer, member: ServedAdapter) -> set[int]:
-    """The token that ended the examples of its training, where there was one."""
+    """Return the token that ended its training examples, if there was one."""
     said = member.about.get("eos")
     if said is None or said == "":
         return set()
     found = tokenizer.token_to_id(said) if isinstance(said, str) else None
     if found is None:
         raise LoraError(
-            f"{member.path} says that its examples ended with {str(said)[:80]!r}, which is no "
+            f"{member.path} says that its examples ended with {str(said)[:80]!r}, which is not a "
             "token of this base; is it the base that it was trained on?"
         )
     return {found}
 
 
 def _stop_id(tokenizer: Tokenizer, text: str) -> int:
-    """The one token that a text is, spelt as text or as the vocabulary spells it."""
+    """Return the one token of a text, given as text or as its entry in the vocabulary."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     named = tokenizer.token_to_id(text)
     if named is not None:

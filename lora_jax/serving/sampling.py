@@ -1,4 +1,4 @@
-"""Choose the next token: the likeliest one, or one drawn at random (temperature, top-k, top-p)."""
+"""Choose the next token: the most likely one, or a random one (temperature, top-k, top-p)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lora_jax.errors import LoraError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """The choice of the next token.
 
-    temperature: 0 takes the likeliest token; above it, the logits are divided by it and a token
-        is drawn.
-    top_k: draw from the so many likeliest only; None: from all.
-    top_p: draw from the fewest likeliest that have this probability together, of those that top_k
-        leaves; None: from all of them.
-    seed: of the draws. What a row draws depends on the seed and on the row's own number.
+    temperature: 0 takes the most likely token. Above 0, the logits are divided by it, and a token
+        is sampled.
+    top_k: sample only from this many most likely tokens. None: from all.
+    top_p: sample only from the fewest most likely tokens that together have this probability, among
+        the tokens that top_k leaves. None: from all of these.
+    seed: the seed. The samples of a row depend on the seed and on the number of the row.
     """
 
     temperature: float = 0.0
@@ -29,9 +29,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """
+        """Check the numbers.
+
         Raises:
-          LoraError: a number out of its range.
+          LoraError: a number is out of its range.
         """
         _require(
             0 <= self.temperature < float("inf"), "temperature", self.temperature, "at least 0"
@@ -41,18 +42,18 @@ class Sampling:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2^32 - 1")
         if self.temperature == 0 and (self.top_k or self.top_p):
             raise LoraError(
-                "top_k and top_p choose what is drawn from, and at temperature 0 nothing is drawn; "
-                "give a temperature above 0, such as 0.8, or leave them out"
+                "top_k and top_p limit the tokens to sample from, but at temperature 0 nothing is "
+                "sampled; give a temperature above 0, such as 0.8, or leave them out"
             )
 
     @property
     def form(self) -> tuple[bool, int | None, bool]:
-        """What a program is compiled for; temperature, top_p and seed are data."""
+        """The part that a program is compiled for; temperature, top_p and seed are arguments."""
         return self.temperature > 0, self.top_k, self.top_p is not None
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """The data, as `choose` takes it."""
+        """The part that is an argument of `choose`."""
         return {
             "temperature": jnp.float32(self.temperature),
             "top_p": jnp.float32(1.0 if self.top_p is None else self.top_p),
@@ -63,16 +64,20 @@ class Sampling:
 def choose(
     form: tuple[bool, int | None, bool], numbers: Any, logits: Any, rows: Any, step: Any
 ) -> Any:
-    """The next token of each row, [B] int32; -1 where the logits are not all finite.
+    """Choose the next token of each row.
 
     Args:
-      form, numbers: of a `Sampling`.
+      form: `Sampling.form`.
+      numbers: `Sampling.numbers`.
       logits: [B, V] float32.
-      rows: [B] int32, the number of each row, which its draws depend on.
+      rows: [B] int32, the number of each row, on which its samples depend.
       step: [] int32, the number of the token in its row.
+
+    Returns:
+      [B] int32; -1 if the logits of a row are not all finite.
     """
     random, top_k, nucleus = form
-    sound = jnp.isfinite(logits).all(axis=-1)  # of NaN the largest is the first token
+    sound = jnp.isfinite(logits).all(axis=-1)  # argmax would return a token even for NaN
     if not random:
         return jnp.where(sound, jnp.argmax(logits, axis=-1), -1).astype(jnp.int32)
 
@@ -91,11 +96,11 @@ def choose(
 
 
 def _nucleus(logits: Any, top_p: Any) -> Any:
-    """Which tokens are among the fewest likeliest with probability `top_p` together: bool [V].
+    """Return which tokens are the fewest most likely ones with total probability `top_p`: bool [V].
 
-    The least probability that is kept is found by halving, 32 times: a sort of a vocabulary of
-    49,152 takes 23 times as long (184 ms against 8 ms for 8 rows on 2 cores).
-    Tokens as likely as the last one are kept too.
+    The smallest probability that is kept is found by bisection in 32 steps: sorting a vocabulary of
+    49,152 takes 23 times as long (184 ms against 8 ms for 8 rows on 2 cores). Tokens as likely as
+    the last one are kept, too.
     """
     weights = jax.nn.softmax(logits)
 
@@ -115,4 +120,4 @@ def _require(condition: bool, name: str, got: Any, expected: str) -> None:
 
 
 GREEDY = Sampling()
-"""Always the likeliest token."""
+"""Always choose the most likely token."""

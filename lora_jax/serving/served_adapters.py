@@ -1,9 +1,9 @@
-"""A base and any number of adapters on it, opened from where training left them.
+"""Open a base and any number of adapters for it.
 
-What is opened may come from a stranger: `lora_jax.checkpoint` reads it as such. An adapter also
-names its base. Such a base is opened if it is a path of this machine or a package whose sum
-lora_jax knows (`models.weights.source.is_safe`). Any other is fetched only if the user names it
-(`base`), or says that the adapter is to be believed (`trust_base`).
+The files may come from a stranger: `lora_jax.checkpoint` reads them as such. An adapter also names
+its base. That base is opened if it is a path on this machine or a package whose checksum lora_jax
+knows (`models.weights.source.is_safe`). Any other base is downloaded only if the user names it
+(`base`) or trusts the adapter (`trust_base`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from lora_jax.multi.stack import stack as stack_adapters
 from lora_jax.paths import Tree
 from lora_jax.updates.kind import Factors
 
-_ENCODERS = {models.BertConfig: "bert", models.VitConfig: "vit"}  # where a classifier has it
-BASE_NAME = "base"  # who asks for it gets no adapter
-# What all that share a base agree on, and what may be said there.
+_ENCODERS = {models.BertConfig: "bert", models.VitConfig: "vit"}  # its name in a classifier
+BASE_NAME = "base"  # as the name of an adapter: no adapter
+# The settings on which all adapters of a base must agree, and the check of their values.
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "reference": lambda value: isinstance(value, str) and value.isprintable(),
     "scan_layers": lambda value: isinstance(value, bool),
@@ -45,11 +45,11 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
 class ServedAdapter:
     """One adapter.
 
-    name: what it is called by.
+    name: the name that requests use.
     path: the folder that `lora_jax.save` wrote.
-    layout, adapters: as `lora_jax.restore` gives them.
-    base: the base parameters that were trained beside it (`Adapter.trainable`).
-    about: what its training said of it (`Workload.about`); nothing, if it was saved by hand.
+    layout, adapters: as `lora_jax.restore` returns them.
+    base: the base parameters that were trained in full (`Adapter.trainable`).
+    about: the notes of its training (`Workload.about`); empty if it was saved by hand.
     """
 
     name: str
@@ -62,14 +62,14 @@ class ServedAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A base, loaded once, and the adapters on it.
+    """A base, loaded once, and its adapters.
 
-    reference: of the base, as the user or the adapters name it.
-    source: the model as it was opened: its tokenizer, its chat template.
-    config: the model's configuration, with the settings that the adapters were trained with.
+    reference: the reference of the base, as the user or the adapters name it.
+    source: the opened model with its tokenizer and chat template.
+    config: the config of the model, with the settings that the adapters were trained with.
     params: the frozen base: `{"bert": ...}` or `{"vit": ...}` without a head for an encoder, the
-      whole of a decoder.
-    members: the adapters; their places are their ids.
+      whole model for a decoder.
+    members: the adapters; the position of each is its id.
     """
 
     reference: str
@@ -80,24 +80,24 @@ class Served:
 
     @functools.cached_property
     def stack(self) -> tuple[Layout, Stack]:
-        """`(layout, stacked)` of all adapters, of which there is at least one."""
+        """`(layout, stacked)` of all adapters. There must be at least one."""
         return stack_adapters([Adapter(m.layout, m.adapters) for m in self.members])
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the adapters, in the order of their ids."""
+        """The names of the adapters, in the order of their ids."""
         return tuple(member.name for member in self.members)
 
     def id_of(self, name: str | None, where: str) -> int:
-        """The id of an adapter by its name.
+        """Return the id of an adapter.
 
         Args:
-          name: "base" is `lora_jax.multi.BASE`; None is the only adapter there is, or the base
-            where there is none.
-          where: who asks, for the message.
+          name: its name; "base" is `lora_jax.multi.BASE`. None: the only adapter, or the base if
+            there is no adapter.
+          where: the place of the request, for the error message.
 
         Raises:
-          LoraError: no adapter of that name, or none said and several to choose from.
+          LoraError: no adapter has this name, or the name is None and there are several.
         """
         if name is None and len(self.members) <= 1:
             return 0 if self.members else BASE
@@ -125,23 +125,27 @@ def open_adapters(
     trust_base: bool = False,
     allow_other_base: bool = False,
 ) -> Served:
-    """The base and the adapters.
+    """Open adapters and load their base.
 
     Args:
-      adapters: each `[NAME=]PATH`: a folder that `lora_jax.save` wrote; a run directory of
-        train.py, whose adapters/best it is, or adapters/last if there is no best; or a directory
-        of such run directories, all of which are opened. A run's name is that of its directory.
-      kind: configuration classes of `lora_jax.models`: what the caller can run.
-      base: reference of the base (`lora_jax.models.weights.source`). None: what the adapters were
-        trained on.
-      trust_base: fetch the base that the adapters name, whatever it is.
-      allow_other_base: go on where the base is not the one that an adapter was trained on.
+      adapters: each is `[NAME=]PATH`. A path is a folder that `lora_jax.save` wrote; a run
+        directory of train.py, from which adapters/best is opened, or adapters/last if there is no
+        best; or a directory of run directories, which are all opened. The name of a run is the name
+        of its directory.
+      kind: config classes of `lora_jax.models`, for the models that the caller can run.
+      base: the reference of the base (`lora_jax.models.weights.source`). None: the base that the
+        adapters were trained on.
+      trust_base: download the base that the adapters name even if its checksum is not known.
+      allow_other_base: accept a base other than the one that an adapter was trained on.
+
+    Returns:
+      The base and the adapters.
 
     Raises:
-      LoraError: a path without an adapter, two adapters with one name, adapters of different
-        bases or settings, a model of another kind, another base, a base that only the adapters name
-        and that would be fetched.
-      models.WeightsError, models.ModelConfigError, OSError, ...: the base cannot be had.
+      LoraError: a path has no adapter, two adapters have the same name, adapters have different
+        bases or settings, the model is of another kind, the base is another one, or the base would
+        be downloaded only because an adapter names it.
+      models.WeightsError, models.ModelConfigError, OSError, ...: the base cannot be read.
     """
     members = _members(adapters)
     reference, source, config = open_base(members, base, trust_base)
@@ -158,7 +162,7 @@ def open_adapters(
 
 
 class OpenedBase(NamedTuple):
-    """A base of which no weight has been read: its reference, the model, its configuration."""
+    """A base whose weights have not been read: its reference, the model, and its config."""
 
     reference: str
     source: models.Source
@@ -169,8 +173,12 @@ def open_base(members: Sequence[ServedAdapter], base: str | None, trust_base: bo
     """Open the base of some adapters, with the settings that they were trained with.
 
     Args:
-      members: the adapters, which must agree.
-      base, trust_base: as for `open_adapters`.
+      members: the adapters, which must agree on the settings.
+      base: as for `open_adapters`.
+      trust_base: as for `open_adapters`.
+
+    Returns:
+      The base, whose weights are not read.
 
     Raises:
       LoraError, models.ModelError, OSError: as `open_adapters`.
@@ -184,7 +192,18 @@ def open_base(members: Sequence[ServedAdapter], base: str | None, trust_base: bo
 
 
 def read(name: str, path: Path) -> ServedAdapter:
-    """One adapter from the folder that `lora_jax.save` wrote."""
+    """Read an adapter from a folder that `lora_jax.save` wrote.
+
+    Args:
+      name: the name that requests use.
+      path: the folder.
+
+    Returns:
+      The adapter.
+
+    Raises:
+      LoraError: there is no adapter, it is damaged, or it was trained by a method other than LoRA.
+    """
     layout, adapters, base = restore(path)
     about = adapter.restore_about(path)
     baselines.check_lora(name, path, base, about)
@@ -192,7 +211,7 @@ def read(name: str, path: Path) -> ServedAdapter:
 
 
 def _members(adapters: Sequence[str]) -> tuple[ServedAdapter, ...]:
-    """What is given, read; every name once."""
+    """Read all adapters, and check that every name is used once."""
     found = [pair for given in adapters for pair in adapter_path.find(given)]
     places: dict[str, RemotePath] = {}
     for name, path in found:
@@ -211,7 +230,7 @@ def _members(adapters: Sequence[str]) -> tuple[ServedAdapter, ...]:
 
 
 def _settings(members: Iterable[ServedAdapter], base: str | None) -> dict[str, Any]:
-    """The base's reference, and the settings of the model that all members agree on."""
+    """Return the reference of the base, and the model settings that all adapters agree on."""
     said: dict[str, tuple[Any, str]] = {} if base is None else {"reference": (base, "--base")}
     for member in members:
         for name, value in _said(member).items():
@@ -235,7 +254,7 @@ def _settings(members: Iterable[ServedAdapter], base: str | None) -> dict[str, A
 
 
 def _said(member: ServedAdapter) -> dict[str, Any]:
-    """What an adapter says of its model, maybe nothing."""
+    """Return the model settings in an adapter's notes, perhaps none."""
     model = member.about.get("model", {})
     if not isinstance(model, Mapping):
         raise LoraError(f"{member.path} says that its model is {str(model)[:80]!r}, not an object")
@@ -246,7 +265,14 @@ def _said(member: ServedAdapter) -> dict[str, Any]:
 
 
 def begun_how(members: Sequence[ServedAdapter]) -> Any:
-    """The method by which the base was changed before training; None: it was not."""
+    """Return the method that changed the base before training, or None.
+
+    Args:
+      members: the adapters, which must agree.
+
+    Raises:
+      LoraError: they do not agree, or the notes of one are invalid.
+    """
     for member in members:
         if not isinstance(how := member.about.get(BEGUN), str | None):
             raise LoraError(f"{member.path} says {BEGUN} is {str(how)[:80]!r}")
@@ -263,7 +289,14 @@ def begun_how(members: Sequence[ServedAdapter]) -> Any:
 
 
 def quantised_how(members: Sequence[ServedAdapter]) -> Mapping[str, Any] | None:
-    """How the base was quantised that all members were trained on; None: not at all."""
+    """Return the recipe by which the base of the adapters was quantised, or None.
+
+    Args:
+      members: the adapters, which must agree.
+
+    Raises:
+      LoraError: they do not agree, or the notes of one are invalid.
+    """
     said = {member.name: member.about.get(ABOUT) for member in members}
     first = next(iter(said.values()), None)
     for name, how in said.items():
@@ -278,14 +311,14 @@ def quantised_how(members: Sequence[ServedAdapter]) -> Mapping[str, Any] | None:
 
 
 def _check_named(members: Sequence[ServedAdapter], reference: str) -> None:
-    """Raise where a base would be fetched on the word of the adapters alone."""
+    """Raise if a base would be downloaded only because an adapter names it."""
     if is_safe(reference):
         return
     whose = listed(f"{member.name}: {member.path}" for member in members)
     raise LoraError(
-        f"the base {reference!r} is named by the adapters alone, and would be fetched:\n{whose}\n"
-        "An adapter may come from anyone, so its base is fetched only if you name it, or say that "
-        "you believe what the adapter says:\n"
+        f"the base {reference!r} is named only by the adapters, and would be downloaded:\n{whose}\n"
+        "An adapter may come from anyone, so its base is downloaded only if you name it, or trust "
+        "the adapter:\n"
         f"  --base {shlex.quote(reference)}\n  --trust-base"
     )
 
@@ -298,15 +331,15 @@ def _check_kind(
     what, other = {
         models.BertConfig: ("an encoder", "lora-jax predict"),
         models.VitConfig: ("an encoder of images", "lora-jax predict"),
-        models.LlamaConfig: ("a decoder", "lora-jax generate"),
+        models.DecoderConfig: ("a decoder", "lora-jax generate"),
     }[type(source.config)]
-    raise LoraError(f"the base {reference} is {what}; that is what `{other}` runs")
+    raise LoraError(f"the base {reference} is {what}; `{other}` runs models of this kind")
 
 
 def _check_base(
     members: Sequence[ServedAdapter], params: Tree, reference: str, allow: bool
 ) -> None:
-    """Every adapter was trained on these parameters, or at least fits them."""
+    """Raise unless every adapter was trained on these parameters, or `allow` and fits them."""
     flat = paths.flatten(params)
     ours = {} if allow or not members else fingerprint(params)
     for member in members:

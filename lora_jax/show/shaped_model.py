@@ -61,9 +61,9 @@ def open_shaped(reference: str, scan_layers: bool) -> ShapedModel:
         if is_base(leaf)
     }
     stacked = config.num_layers if scan_layers else None
-    if isinstance(config, models.LlamaConfig):
+    if isinstance(config, models.DecoderConfig):
         about = f"decoder of {config.num_layers} layers"
-        apply = causal_lm.apply_of(models.Llama(config))
+        apply = causal_lm.apply_of(models.DecoderModel(config))
         batch = causal_lm.batch_shapes(1, min(_LENGTH, config.max_positions))
         return ShapedModel(about, "", apply, models.shapes(config), batch, stored, stacked)
     if isinstance(config, models.VitConfig):

@@ -1,4 +1,4 @@
-"""The training of one run: its config, workload, step, loop, metrics and checkpoints."""
+"""Train one run: its config, workload, step, loop, metrics and checkpoints."""
 
 from lora_jax.extras import require
 

@@ -1,4 +1,4 @@
-"""How the adapters of a run begin: by chance, by the base, by its first batches, or as saved."""
+"""Start the adapters of a run: at random, from the base, from its first batches, or as saved."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lora_jax.training.workload import Batch, Workload
 
 Tree = Any  # a pytree
 
-BATCHES = 8  # of the training data, that EVA looks at
+BATCHES = 8  # batches of training data that EVA reads
 
 
 class Beginning(NamedTuple):
     """The base and the adapters before the first step.
 
-    workload: with what others must know of the base.
-    params: the frozen base; another one where the method changes it.
-    adapters: None where they are drawn by chance (`lora_jax.init`).
+    workload: the workload; its `about` names the method if the method changes the base.
+    params: the frozen base, which some methods change.
+    adapters: the adapters; None if they are drawn at random (`lora_jax.init`).
     """
 
     workload: Workload
@@ -46,18 +46,26 @@ def begin(
     key: jax.Array,
     earlier: EarlierAdapter | None = None,
 ) -> Beginning:
-    """Return how a run begins; the same arguments give the same, so that a run can go on.
+    """Return the base and the adapters of a run before its first step.
+
+    Equal arguments give equal arrays, so that a run can be continued.
 
     Args:
-      layout: of the adapters; with an earlier adapter what its spec resolves to.
+      lora: the config of the adapters. With an earlier adapter, its `init` is not used.
+      workload: the workload.
+      layout: the layout of the adapters; with an earlier adapter, what its spec resolves to.
       params: the arrays that the workload loaded.
-      key: of the run.
-      earlier: the adapter to begin with. `lora` does not say how then; the base is changed as that
-        of the adapter was.
+      place: the placement of all arrays on the mesh.
+      key: the PRNG key of the run, [].
+      earlier: the adapter to begin with. The base is changed in the same way as that of the
+        earlier adapter was.
+
+    Returns:
+      The workload, the base and the adapters.
 
     Raises:
-      ConfigError: a method that does not go with the base.
-      lora_jax.LoraError: a method that does not go with the kind of update.
+      ConfigError: the method does not work with this base.
+      lora_jax.LoraError: the method does not work with this kind of update.
     """
     if earlier is not None:
         return _as_saved(earlier, lora, workload, layout, params, place, key)
@@ -87,7 +95,7 @@ def _as_saved(
     place: Placement,
     key: jax.Array,
 ) -> Beginning:
-    """The earlier adapter, on its base as that was changed before it was trained."""
+    """Return an earlier adapter, on its base with the changes made before it was trained."""
     how = dataclasses.replace(lora, init=earlier.begun or "gaussian")
     found = begin(how, workload, layout, params, place, key)
     adapters, params = restore(earlier, workload, layout, found.params, place)
@@ -97,7 +105,7 @@ def _as_saved(
 def _from_inputs(
     workload: Workload, layout: Layout, params: Tree, place: Placement, key: jax.Array
 ) -> Tree:
-    """EVA, from the first training batches that have the shapes of the first one."""
+    """Initialize by EVA from the first training batches that have the shape of the first batch."""
     rows = list(itertools.islice(workload.train(place.shard), 4 * BATCHES))
     alike = [batch for batch in rows if _shapes(batch) == _shapes(rows[0])][:BATCHES]
     f = functools.partial(workload.apply, train=False, key=None)

@@ -23,7 +23,13 @@ _PACKING = ("segment_ids", "positions")
 
 
 def causal_lm(config: TextConfig) -> Workload:
-    """The decoder of `config.model` on the packed prompts and answers of `config.data`.
+    """Make the workload of a decoder that learns the answers to prompts.
+
+    Args:
+      config: names the decoder, the data with prompts and answers, and the method.
+
+    Returns:
+      The workload. Its batches hold packed rows.
 
     Raises:
       ConfigError: the model is an encoder.
@@ -31,7 +37,7 @@ def causal_lm(config: TextConfig) -> Workload:
     """
     source = pretrained.open_model(
         config.model.reference,
-        models.LlamaConfig,
+        models.DecoderConfig,
         "a causal language model is a decoder, and lora_jax.training.classification takes encoders",
     )
     data = text.open_text(config, batches_of, source)
@@ -48,7 +54,10 @@ def causal_lm(config: TextConfig) -> Workload:
     about = text.about(config, prompt=config.data.prompt, eos=config.data.eos)
     workload = Workload(
         apply=apply_of(
-            models.Llama(model_config), config.model.loss_chunk, method, config.label_smoothing
+            models.DecoderModel(model_config),
+            config.model.loss_chunk,
+            method,
+            config.label_smoothing,
         ),
         loss=token_loss,
         params={**pretrained.base_shapes(config, source, model_config), **method.shapes()},
@@ -74,22 +83,34 @@ def causal_lm(config: TextConfig) -> Workload:
 
 
 def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of packed rows, by shape."""
+    """Return the shapes and dtypes of a batch of packed rows.
+
+    Args:
+      rows: the number of rows.
+      length: the number of tokens of a row.
+    """
     whole = ("input_ids", "targets", "segment_ids", "positions")
     shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in whole}
     return {**shapes, "loss_weight": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
 
 
 def apply_of(
-    model: models.Llama,
+    model: models.DecoderModel,
     chunk: int | None = None,
     method: baselines.Method = baselines.NONE,
     smoothing: float = 0.0,
 ) -> Any:
-    """The model as `Workload.apply` on a batch of packed rows.
+    """Return the model as a `Workload.apply` for batches of packed rows.
 
-    It gives logits [B, T, V]; with a chunk, or in training with label smoothing, the cross entropy
-    [B, T] of each token.
+    Args:
+      model: the decoder.
+      chunk: tokens whose cross entropy is computed at a time. None: all of them.
+      method: the training method, LoRA or one that it is compared with.
+      smoothing: the label smoothing in training.
+
+    Returns:
+      A function that returns logits [B, T, V]. With a chunk, and in training with label smoothing,
+      it returns the cross entropy of each token, float32 [B, T].
     """
     drops = model.config.dropout > 0 or model.config.attention_dropout > 0
 
@@ -110,7 +131,7 @@ def apply_of(
 
 
 def token_loss(outputs: jax.Array, batch: Any) -> Loss:
-    """Cross entropy of each token that is to be learned."""
+    """Return the cross entropy of each token that has a loss weight."""
     weight, each = batch["loss_weight"], outputs
     if outputs.ndim == 3:
         each = cross_entropy(outputs, batch["targets"])
@@ -119,5 +140,5 @@ def token_loss(outputs: jax.Array, batch: Any) -> Loss:
 
 
 def real_tokens(batch: Batch) -> int:
-    """Tokens of the batch, padding left out."""
+    """Count the tokens of a batch, without padding."""
     return int((batch["segment_ids"] > 0).sum())

@@ -1,14 +1,14 @@
-"""Checkpoints of a run: the trained arrays, the optimizer's state and notes. Never a base weight.
+"""Checkpoints of a run: the trained arrays, the optimizer's state and notes, but no base weight.
 
-Each checkpoint holds the arrays of one `State` (adapters, parameters trained beside them,
-optimizer, step, PRNG key) and, as JSON that can be read without them, the notes: config, layout,
-fingerprint of the base, iterator state, the best evaluation so far, the length of the record.
+A checkpoint holds the arrays of one `State` (adapters, parameters trained in full, optimizer state,
+step, PRNG key) and notes as JSON, which can be read without the arrays: config, layout, fingerprint
+of the base, iterator state, the best evaluation so far, the length of metrics.jsonl.
 
-    checkpoints/7          what Orbax writes, in the background; it has this name once it is whole
-    checkpoints/damaged-9  set aside, since its bits were not those that were saved
+    checkpoints/7          written by Orbax in the background; it gets this name when it is complete
+    checkpoints/damaged-9  renamed, because its bytes are not the ones that were saved
 
-Restoring the newest one finds out which it is (`lora_jax.checkpoint.manifest`). The arrays of a
-checkpoint do not know the mesh and the processes that wrote it: any others may restore it.
+Restoring a checkpoint finds out whether it is damaged (`lora_jax.checkpoint.manifest`). The arrays
+do not depend on the mesh and the processes that wrote them: any others may restore them.
 """
 
 from __future__ import annotations
@@ -38,15 +38,18 @@ _log = logging.getLogger(__name__)
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
-    """The steps of a run's checkpoints, ascending; a directory that is not there has none.
+    """Return the steps of a run's checkpoints, ascending; none if the directory does not exist.
 
-    By the names alone, which Orbax gives to what is whole.
+    The names are enough, because Orbax gives a checkpoint its name when it is complete.
+
+    Args:
+      directory: the directory of the checkpoints.
     """
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for the last one when it closes."""
+    """The checkpoints of one run; a context manager that waits for the last save when it closes."""
 
     def __init__(
         self,
@@ -54,12 +57,12 @@ class Checkpoints:
         keep: int = 2,
         report: Callable[[str], None] = _log.warning,
     ) -> None:
-        """Make the folder if need be; what a kill left half-written goes at the first save.
+        """Make the folder if it does not exist. The first save deletes incomplete checkpoints.
 
         Args:
-          directory: on a file system that all processes share.
-          keep: how many checkpoints stay; older ones are deleted.
-          report: is told which checkpoint was damaged and is not used.
+          directory: the folder, on a file system that all processes share.
+          keep: how many checkpoints are kept; older ones are deleted.
+          report: called with a message about each damaged checkpoint that is not used.
         """
         self._directory, self._report, self._keep = directory.absolute(), report, keep
         self._saving: int | None = None
@@ -72,8 +75,8 @@ class Checkpoints:
         """Wait for the last save.
 
         Raises:
-          LoraError: it failed. Where the block ends in an error already, that one goes on,
-            unless it only asks to stop: then a lost checkpoint is the worse news.
+          LoraError: the save failed. If the block ended with another error, that error is raised
+            instead, unless it was only a request to stop: a lost checkpoint is worse news.
         """
         try:
             self.wait()
@@ -85,9 +88,9 @@ class Checkpoints:
 
     @functools.cached_property
     def _orbax(self) -> Any:
-        """Opened at the first save: what is damaged is out of its way by then.
+        """The Orbax checkpointer, opened at the first save, after damaged checkpoints are renamed.
 
-        (With `lightweight_initialize`, Orbax 0.12 cannot save where there is a checkpoint already.)
+        (With `lightweight_initialize`, Orbax 0.12 cannot save if there is a checkpoint already.)
         """
         ocp = storage.orbax()
         policies = ocp.training.preservation_policies
@@ -101,7 +104,7 @@ class Checkpoints:
         """Wait for the last save.
 
         Raises:
-          LoraError: it failed.
+          LoraError: the save failed.
         """
         if self._saving is not None:
             self._try(self._orbax.wait)
@@ -109,15 +112,15 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest checkpoint; it may yet turn out to be damaged.
+        """The step of the newest checkpoint, which may turn out to be damaged.
 
-        It waits for the one that is being written.
+        It waits for a checkpoint that is being written.
         """
         self.wait()
         return max(steps_in(self._directory), default=None)
 
     def forget_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps. To be called before anything is saved."""
+        """Delete the checkpoints of later steps. Call this before anything is saved."""
 
         def delete() -> None:
             for later in [found for found in steps_in(self._directory) if found > step]:
@@ -128,11 +131,16 @@ class Checkpoints:
     def save(self, step: int, state: State, notes: CheckpointNotes) -> None:
         """Copy the state off the device and write it in the background.
 
-        The arrays may be donated as soon as this returns. It waits for an earlier save.
+        It waits for an earlier save. The arrays may be donated as soon as this returns.
+
+        Args:
+          step: the step that the checkpoint is named after.
+          state: the arrays.
+          notes: the notes, JSON values.
 
         Raises:
-          LoraError: this or the earlier checkpoint cannot be written; the ones before it are
-            as they were.
+          LoraError: this checkpoint or the one before it cannot be written; older ones are
+            unchanged.
         """
         self.wait()
         parts = {"state": state, "meta": manifests.of(state, notes).seal()}
@@ -140,13 +148,19 @@ class Checkpoints:
         self._try(lambda: self._orbax.save_checkpointables_async(step, parts, force=True))
 
     def restore(self, like: State) -> tuple[State, CheckpointNotes]:
-        """The newest whole checkpoint, in the structure, dtypes and shardings of `like`.
+        """Restore the newest checkpoint that is not damaged.
 
-        Newer ones that are damaged are reported and set aside, so that their steps can be saved
+        Damaged ones that are newer are reported and renamed, so that their steps can be saved
         again.
 
+        Args:
+          like: a state with the structure, dtypes and shardings to restore to.
+
+        Returns:
+          The state and the notes.
+
         Raises:
-          LoraError: none is whole (all are left where they are), or the newest is of another
+          LoraError: every checkpoint is damaged (none is renamed then), or the newest has another
             structure than `like`.
         """
         abstract, damaged = jax.tree.map(_abstract, like), dict[int, str]()
@@ -162,10 +176,10 @@ class Checkpoints:
         )
 
     def _restore(self, step: int, abstract: State) -> tuple[State, CheckpointNotes] | str:
-        """A checkpoint, or in what way it is damaged; every process comes to the same answer."""
+        """Return a checkpoint, or a message about its damage; all processes return the same."""
         folder = storage.absolute(self._directory / str(step))
         if jax.process_count() > 1:
-            # Read together, a damaged one would fail in some and leave the others waiting for them.
+            # If all read a damaged checkpoint together, some would fail and the rest would wait.
             found = [
                 text for text in processes.everywhere(lambda: _damage(folder, abstract)) if text
             ]
@@ -198,7 +212,7 @@ class Checkpoints:
         try:
             self._orbax.close()
         except Exception:
-            if self._saving is None:  # else `wait` has said so already
+            if self._saving is None:  # otherwise `wait` has raised an error already
                 raise
 
     def _try(self, act: Callable[[], object]) -> None:
@@ -215,7 +229,7 @@ class Checkpoints:
 
 
 def _read(folder: RemotePath, abstract: State) -> tuple[State, CheckpointNotes]:
-    """Raises DamagedError; LoraError where the run has another structure than the checkpoint."""
+    """Read a checkpoint; raise DamagedError, or LoraError if the run has another structure."""
     manifest = read_manifest(folder, math.inf, "state")
     _check_structure(folder, manifest, abstract)
     state = storage.load(folder, manifest, "state", abstract)
@@ -224,7 +238,7 @@ def _read(folder: RemotePath, abstract: State) -> tuple[State, CheckpointNotes]:
 
 
 def _damage(folder: RemotePath, abstract: State) -> str:
-    """What is wrong with a checkpoint, found by this process alone; "" if nothing.
+    """Return a message about the damage that this process alone finds, "" if there is none.
 
     Every process has to call it: Orbax counts its operations, and the counts have to agree.
     """
@@ -252,7 +266,7 @@ def _check_structure(folder: RemotePath, manifest: Manifest, abstract: State) ->
     if rows:
         raise LoraError(
             f"{folder} was written by a run with other arrays (adapters, parameters trained "
-            f"beside them, or optimizer); {len(rows)} differ:\n{listed(rows)}\n"
+            f"in full, or optimizer state); {len(rows)} differ:\n{listed(rows)}\n"
             "Give that run's config, or start afresh with --fresh."
         )
 

@@ -1,4 +1,4 @@
-"""The workload of an encoder with a new classification head (or one output, for real numbers)."""
+"""The workload of an encoder with a new head for classes, or for one real number."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ Tree = Any  # a pytree
 
 
 def classification(config: TextConfig) -> Workload:
-    """The encoder of `config.model`, a new head, and the labelled texts of `config.data`.
+    """Make the workload of an encoder with a new head, trained on labelled texts.
+
+    Args:
+      config: names the encoder, the data and the method.
+
+    Returns:
+      The workload.
 
     Raises:
       ConfigError: the model is a decoder.
@@ -91,13 +97,17 @@ def classification(config: TextConfig) -> Workload:
 
 
 def judged(labels: Labels, select: str | None) -> dict[str, Any]:
-    """How outputs are compared with labels: the loss, scores, select and better of a `Workload`.
+    """Return the fields of a `Workload` that compare outputs with labels.
 
     Args:
-      select: the number that picks the best adapter. None: the accuracy, or Pearson's correlation.
+      labels: the classes of the data; empty if the labels are real numbers.
+      select: the score that picks the best adapter. None: the accuracy, or Pearson's correlation.
+
+    Returns:
+      The values of `loss`, `scores`, `select` and `better`.
 
     Raises:
-      lora_jax.LoraError: there is no such number.
+      lora_jax.LoraError: there is no score of the name `select`.
     """
     kinds = {0: scores.real_scores, 2: scores.class_scores}  # by the number of classes
     select = select or ("pearson" if labels.regression else "accuracy")
@@ -114,10 +124,10 @@ def judged(labels: Labels, select: str | None) -> dict[str, Any]:
 def _joined(
     model: models.BertClassifier, method: baselines.Method, workloads: Sequence[Workload]
 ) -> Workload:
-    """The first, of the model `model` and by `method`, with as many classes as any of them has.
+    """Return the first workload with a head that is wide enough for the classes of any of them.
 
     Raises:
-      ConfigError: some have classes, and some real numbers; or other methods.
+      ConfigError: some have classes and some real numbers, or their methods differ.
     """
     first = workloads[0]
     require(
@@ -141,7 +151,12 @@ def _joined(
 
 
 def apply_of(model: models.BertClassifier, method: baselines.Method = baselines.NONE) -> Any:
-    """The model as `Workload.apply`: its logits [B, C] for a batch."""
+    """Return the model as a `Workload.apply`, which returns logits [B, C].
+
+    Args:
+      model: the model with its head.
+      method: the method that adds parameters of its own, if any.
+    """
     settings = model.config
     drops = any((settings.dropout, settings.attention_dropout, settings.head_dropout))
 
@@ -156,15 +171,15 @@ def apply_of(model: models.BertClassifier, method: baselines.Method = baselines.
 
 @functools.partial(jax.jit, static_argnums=0)
 def new_head(model: models.BertClassifier, key: jax.Array) -> Tree:
-    """Fresh parameters of the head. The encoder's are never computed: nothing asks for them."""
+    """Draw fresh parameters of the head. XLA leaves out the encoder's, which nothing uses."""
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]["classifier"]
 
 
 def class_loss(logits: jax.Array, batch: Any) -> Loss:
-    """Cross entropy of each example.
+    """Return the cross entropy of each example.
 
-    Where the batch has "classes", [] int32, the logits beyond so many are those of other members
-    of the group: they do not count, and get no gradient.
+    If the batch has "classes", [] int32, the logits after that many belong to other members of the
+    group: they do not count and get no gradient.
     """
     weight, joined = batch["weight"], "classes" in batch
     if joined:
@@ -177,7 +192,7 @@ def class_loss(logits: jax.Array, batch: Any) -> Loss:
 
 
 def real_loss(outputs: jax.Array, batch: Any) -> Loss:
-    """Squared error of each example."""
+    """Return the squared error of each example."""
     weight = batch["weight"]
     each = jnp.square(outputs[:, 0] - batch["label"])
     sums = scores.real_sums(outputs[:, 0], batch["label"], weight)
@@ -185,5 +200,5 @@ def real_loss(outputs: jax.Array, batch: Any) -> Loss:
 
 
 def real_tokens(batch: Batch) -> int:
-    """Tokens of the batch, padding left out."""
+    """Count the tokens of a batch, without padding."""
     return int(batch["mask"].sum())

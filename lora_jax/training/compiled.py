@@ -10,16 +10,16 @@ import jax
 
 
 class Compiled:
-    """A jitted function whose first call for each batch shape is counted as compiling."""
+    """A jitted function that times its first call for each batch shape, which compiles."""
 
     def __init__(
         self, function: Callable[..., Any], report: Callable[[float], None], **options: Any
     ) -> None:
-        """Compile `function` by `jax.jit(function, **options)`; `report` is told the seconds."""
+        """Jit `function` with `options`; `report` gets the seconds of each compilation."""
         self._call, self._report, self._seen = jax.jit(function, **options), report, set[Any]()
 
     def __call__(self, *arguments: Any) -> Any:
-        """The last argument is the batch."""
+        """Call the function; its last argument is the batch."""
         shapes = tuple((name, value.shape) for name, value in sorted(arguments[-1].items()))
         if shapes in self._seen:
             return self._call(*arguments)

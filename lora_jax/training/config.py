@@ -1,7 +1,7 @@
-"""The config of a run: nested frozen dataclasses, every field with its default and its meaning.
+"""The config of a run: nested frozen dataclasses that document every field.
 
-`Config` holds what every run has. A run on text adds a model and a data set
-(`lora_jax.training.text.TextConfig`); a model of your own adds whatever it needs in a subclass (see
+`Config` has the fields of every run. A run on text adds a model and a data set
+(`lora_jax.training.text.TextConfig`); a run with your own model adds its fields in a subclass (see
 configs/own_model.py). Every field of every class can be set on the command line
 (`lora_jax.command_line`).
 """
@@ -20,31 +20,50 @@ from lora_jax.training.workload import Workload
 
 
 class ConfigError(LoraError):
-    """A value that a config field cannot have; the message names the field."""
+    """A config field has a value that it cannot have; the message names the field."""
 
 
 def require(condition: bool, field: str, got: Any, expected: str) -> None:
-    """Raise `ConfigError` naming `field` unless `condition` holds."""
+    """Raise a `ConfigError` that names `field` unless `condition` is true.
+
+    Args:
+      condition: whether the value is valid.
+      field: the dotted path of the field.
+      got: the value.
+      expected: the valid values, in words.
+
+    Raises:
+      ConfigError: `condition` is false.
+    """
     if not condition:
         raise ConfigError(f"{field} must be {expected}, got {got!r}")
 
 
 INCIDENTAL = {"incidental": True}
-# A field that came later: at its default it names no run, so runs from before are found again.
+# A field added after the first release. At its default it is left out of the hash that names a run,
+# so that older runs are still found.
 LATER = {"later": True}
-# A field whose entries mean the same in any order, unless one has settings of its own (`@`).
+# A field whose entries mean the same in any order, unless an entry has its own settings (`@`).
 UNORDERED = {"unordered": True}
-# Labels (`lora_jax.labels`) of arrays that weight decay may leave out.
+# The labels (`lora_jax.labels`) of the arrays that weight decay may leave out.
 NO_DECAY = ("bias", "norm", "magnitude")
 
 
 def later(default: Any) -> Any:
-    """A field that came later (`LATER`)."""
+    """Declare a field that was added after the first release (`LATER`).
+
+    Args:
+      default: the default of the field.
+    """
     return dataclasses.field(default=default, metadata=LATER)
 
 
 def incidental(default: Any) -> Any:
-    """A field that does not change what a run computes, so it does not name the run either."""
+    """Declare a field that does not change what a run computes, so it does not name the run.
+
+    Args:
+      default: the default of the field.
+    """
     return dataclasses.field(default=default, metadata=INCIDENTAL)
 
 
@@ -56,33 +75,34 @@ class LoraConfig:
     """The adapters: h = W0 x + (alpha / rank) B A x."""
 
     rank: int = 8
-    """Inner dimension r of the update."""
+    """Rank r of the update."""
     alpha: float = 8.0
-    """The update is scaled by alpha / rank, or as `scaling` says."""
+    """The update is multiplied by alpha / rank, or by what `scaling` says."""
     targets: tuple[str, ...] = dataclasses.field(default=("all-linear",), metadata=UNORDERED)
-    """Patterns of the parameters that get an adapter; the first that matches wins. `*` stays in
-    one path segment, `**` crosses them, `{a,b}` is either. `all-linear`: every product but the
-    output head. A pattern may carry settings of its own: "**/mlp/*/kernel@rank=4,alpha=8", and
-    kind, scaling, parts (start:size of slices of the last output axis, joined by +: "@parts=0:64").
-    None at all trains only what `trainable` names."""
+    """Patterns of the parameters that get an adapter; the first one that matches decides. `*` stays
+    inside one path segment, `**` spans several, `{a,b}` is a or b. `all-linear` is every matrix
+    product except the output head. A pattern may have its own settings,
+    "**/mlp/*/kernel@rank=4,alpha=8": rank, alpha, kind, scaling, and parts, which are slices of the
+    last output axis as start:size, joined by + ("@parts=0:64"). With no pattern, only the
+    parameters of `trainable` are trained."""
     init: Literal["gaussian", "uniform", "orthogonal", "pissa", "olora", "loftq", "eva"] = (
         "gaussian"
     )
-    """How A begins, while B begins at zero: N(0, 1/inputs), uniform within 1/sqrt(inputs) (loralib,
-    PEFT), with orthonormal columns, or (eva) with the main directions of the first batches. Or both
-    begin with a part of the base, which then lacks it: pissa, olora, and loftq over a quantised
-    base."""
+    """The initial values of A; B begins at zero. gaussian: N(0, 1/inputs). uniform: within
+    1/sqrt(inputs), as loralib and PEFT. orthogonal: orthonormal columns. eva: the main directions
+    of the inputs of the first batches. With pissa, olora, and loftq (for a quantised base), A and B
+    begin with a part of the base, which is subtracted from it."""
     trainable: tuple[str, ...] | None = dataclasses.field(default=None, metadata=UNORDERED)
-    """Patterns of base parameters trained in full (PEFT: modules_to_save). None: those the workload
-    names, its new head. "**" with no targets is full fine-tuning."""
+    """Patterns of base parameters that are trained in full (PEFT: modules_to_save). None: the
+    workload decides, which is its new head. "**" with no targets is full fine-tuning."""
     kind: str = later("lora")
-    """The kind of update: lora, dora, vera, loha, lokr, bias, or one that the config's file has
-    registered (lora_jax.updates)."""
+    """The kind of update: lora, dora, vera, loha, lokr, bias, or one that the config file
+    registers (lora_jax.updates)."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = later("alpha/r")
-    """What the update is scaled by; "alpha/sqrt(r)" is rsLoRA (arXiv 2312.03732)."""
+    """The factor of the update; "alpha/sqrt(r)" is rsLoRA (arXiv 2312.03732)."""
     dropout: float = later(0.0)
-    """Share of the inputs of each update that are set to zero in training (PEFT: lora_dropout);
-    the base sees them all."""
+    """Share of the inputs of each update that is set to zero in training (PEFT: lora_dropout). The
+    base gets all inputs."""
 
     def __post_init__(self) -> None:
         require(self.rank > 0, "lora.rank", self.rank, "at least 1")
@@ -93,7 +113,7 @@ class LoraConfig:
 
     @property
     def spec(self) -> LoraSpec:
-        """The same, as the core asks for it."""
+        """The `LoraSpec` of these settings."""
         rules = tuple(_rule(t) for t in self.targets)
         return LoraSpec(self.rank, self.alpha, rules, kind=self.kind, scaling=self.scaling)
 
@@ -105,12 +125,12 @@ class LoraConfig:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the adapters begin with a part of the base, which then lacks it."""
+        """Whether the adapters begin with a part of the base, which is subtracted from it."""
         return self.init in ("pissa", "olora", "loftq")
 
 
 def _rule(text: str) -> Rule:
-    """`pattern@rank=4,alpha=8` as a rule.
+    """Read `pattern@rank=4,alpha=8` as a rule.
 
     >>> _rule("qkv@rank=4,parts=0:64+128:64").parts
     ((0, 64), (128, 64))
@@ -143,31 +163,31 @@ def _slice(text: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW on the adapters and the head."""
+    """AdamW for the adapters and the head."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
     head_learning_rate: float | None = None
-    """Peak learning rate of the base parameters trained in full. None: the same."""
+    """Peak learning rate of the base parameters trained in full. None: learning_rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after the warm-up: to zero in a line, to zero along a cosine, or none."""
+    """The learning rate after the warm-up: linear or cosine decay to zero, or constant."""
     warmup: float = 0.06
     """Share of the steps in which the learning rate rises from zero."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     clip: float | None = 1.0
-    """Largest global norm of the gradient; None does not clip."""
+    """Largest global norm of the gradient. None: no clipping."""
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.999
     """Decay of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     loraplus_lr_ratio: float = later(1.0)
     """The learning rate of B divided by that of A. LoRA+ (arXiv 2402.12354) recommends 16."""
     no_decay: tuple[Literal["bias", "norm", "magnitude"], ...] = later(())
-    """What weight decay leaves out: biases and norms that are trained in full, magnitudes of
-    DoRA."""
+    """Parameters without weight decay: biases and norms that are trained in full, DoRA's
+    magnitudes."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "head_learning_rate", "loraplus_lr_ratio", "clip"):
@@ -184,17 +204,18 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are laid out: data x fsdp x tensor of them, over all processes."""
+    """The device mesh: data x fsdp x tensor devices, over all processes."""
 
     data: int = -1
-    """Copies of the frozen weights, each for its part of the batch. -1: all devices left over."""
+    """Copies of the frozen weights, each with its part of the batch. -1: all remaining devices."""
     fsdp: int = 1
-    """Devices that share one copy of the weights, and each have their part of the batch too."""
+    """Devices that share one copy of the weights; each has its part of the batch, too (FSDP)."""
     tensor: int = 1
-    """Devices that share one copy of the weights and the products with it (Megatron's way)."""
+    """Devices that share one copy of the weights and compute products together (Megatron)."""
     rules: tuple[str, ...] = ()
-    """Placements of single parameters, before those of the workload: "**/embedding=fsdp,tensor"
-    puts a mesh axis on each dimension; `-` is none, `fsdp+tensor` is both on one dimension."""
+    """Shardings of single parameters, which come before the workload's:
+    "**/embedding=fsdp,tensor" gives each dimension a mesh axis; `-` means that it has none, and
+    `fsdp+tensor` means both."""
 
     def __post_init__(self) -> None:
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
@@ -206,19 +227,19 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessesConfig:
-    """The processes of the run. Needed only where no launcher says it: one process alone, SLURM,
-    Open MPI, Cloud TPU and Kubernetes are found out from the environment (docs/pods.md)."""
+    """The processes of the run. These are needed only if no launcher sets them: a single process,
+    SLURM, Open MPI, Cloud TPU and Kubernetes are detected from the environment (docs/pods.md)."""
 
     coordinator: str | None = None
-    """host:port of process 0, as all processes reach it."""
+    """host:port of process 0, at an address that all processes can reach."""
     count: int | None = None
-    """How many there are. 1 without a coordinator: alone, whatever the environment says."""
+    """The number of processes. 1 without a coordinator: a single process in any environment."""
     index: int | None = None
-    """Which of them this is, from 0."""
+    """The number of this process, from 0."""
     connect_timeout: int = 300
     """Seconds that the processes wait for each other at the start."""
     heartbeat_timeout: int = 100
-    """Seconds without a sign of life after which a process counts as dead and all others end."""
+    """Seconds without a heartbeat after which a process counts as dead and all others stop."""
 
     def __post_init__(self) -> None:
         given = [self.coordinator, self.count, self.index]
@@ -241,41 +262,41 @@ class Config:
     """One training run."""
 
     workload: tyro.conf.Suppress[Callable[[Any], Workload]]
-    """What is trained: a function from this config to a `Workload`; set in the config file."""
+    """A function that returns the `Workload` of this config; set in the config file."""
     steps: int = 1000
     """Optimizer steps."""
     accumulate: int = 1
-    """Parts that a batch is cut into, one after the other on the devices; their gradients are
-    summed in float32 and weighted by tokens, so the step is that of the whole batch."""
+    """Parts that a batch is split into, which the devices compute one after the other. Their
+    gradients are summed in float32, weighted by tokens: the step equals that of the whole batch."""
     seed: int = 0
-    """Of the adapters, the new head, dropout and the order of the data."""
+    """Seed of the adapters, the new head, dropout and the order of the data."""
     evaluate_every: int = 100
     """Steps between evaluations on the validation split, which also pick the best adapter."""
     checkpoint_every: int = incidental(100)
-    """Steps between checkpoints. A killed run goes on from the last one."""
+    """Steps between checkpoints. A run that was killed continues from the last one."""
     log_every: int = incidental(10)
-    """Steps between lines printed where there is no terminal for the progress bar."""
+    """Steps between printed lines if there is no terminal for the progress bar."""
     on_nonfinite: Literal["stop", "skip"] = incidental("stop")
-    """At a loss or gradient that is not finite: stop and name the step, or skip it and count."""
+    """If a loss or gradient is not finite: stop and name the step, or skip and count the step."""
     run_dir: str | None = incidental(None)
-    """Where the run is kept. None: runs/<config>-<hash of the values that matter>, so that the
-    same command goes on with its run and another never meets it."""
+    """The run directory. None: runs/<config>-<hash of the fields that decide the result>, so that
+    the same command continues its run, and another command never uses the same directory."""
     fresh: bool = incidental(False)
-    """Delete what an earlier run left in the run directory and start from step 0."""
+    """Delete the earlier run in the run directory and start from step 0."""
     allow_other_base: bool = incidental(False)
-    """Go on with a run although the frozen weights are others than those it began on."""
+    """Continue a run even if the frozen weights differ from the weights that it started with."""
     start_from: Annotated[str | None, tyro.conf.arg(name="from")] = later(None)
-    """Begin with the adapters, and the parameters trained in full, of another run or import, or of
-    a folder that lora_jax.save wrote. Ranks, scales, targets and kinds are theirs; lora.dropout and
-    lora.trainable are this run's."""
+    """Start with the adapters, and the parameters trained in full, of another run, of an import, or
+    of a folder written by lora_jax.save. Ranks, scales, targets and kinds then come from that
+    adapter; lora.dropout and lora.trainable are this run's."""
     lora: LoraConfig = LoraConfig()
     """The adapters."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata=INCIDENTAL)
-    """The layout of the devices. A run may go on with another one."""
+    """The device mesh. A run may be continued on another mesh."""
     processes: ProcessesConfig = dataclasses.field(default=ProcessesConfig(), metadata=INCIDENTAL)
-    """The processes of the run. It may go on with another number of them."""
+    """The processes. A run may be continued with another number of them."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every"):
@@ -292,7 +313,7 @@ class Config:
 
     @property
     def group_key(self) -> tuple[Any, ...]:
-        """What members of a group have in common that train at once; others train after them."""
+        """The settings that members of a group must share to train at the same time."""
         lora = self.adaptation
         if lora.changes_base:
             return (lora,)
@@ -300,23 +321,36 @@ class Config:
         return (lora.dropout, *own)
 
     def full_fine_tuning(self, **changes: Any) -> Config:
-        """Return the same run with all parameters trained and no adapters, to compare with."""
+        """Return the same run with all parameters trained and no adapters, to compare with.
+
+        Args:
+          **changes: other fields to change.
+
+        Returns:
+          The config.
+        """
         lora = dataclasses.replace(self.lora, targets=(), trainable=("**",))
         return dataclasses.replace(self, lora=lora, start_from=None, **changes)
 
 
 def check_loraplus(ratio: float, kinds: Iterable[str]) -> None:
-    """Raise `ConfigError` for LoRA+ with kinds of update that have no B of their own."""
+    """Raise `ConfigError` if LoRA+ is used with a kind of update that has no B starting at zero.
+
+    Args:
+      ratio: `optimizer.loraplus_lr_ratio`.
+      kinds: the kinds of update of the run.
+    """
     without = sorted({*kinds} & {"vera", "loha", "lokr", "bias"})
     one = f"1 with lora.kind {', '.join(without)}, in which no B begins at zero"
     require(ratio == 1 or not without, "optimizer.loraplus_lr_ratio", ratio, one)
 
 
 def check_start(before: Config, after: Config) -> None:
-    """Raise `ConfigError` where a command line says of adapters what `--from` says already.
+    """Raise `ConfigError` if the command line sets a field that `--from` takes from the adapter.
 
     Args:
-      before: the config in its file. after: with the changes of the command line.
+      before: the config of the config file.
+      after: the config with the changes of the command line.
     """
     if after.start_from is None:
         return
@@ -325,17 +359,22 @@ def check_start(before: Config, after: Config) -> None:
         free = field.name in ("dropout", "trainable")
         if not free and value != getattr(before.lora, field.name):
             raise ConfigError(
-                f"--lora.{field.name} {value}: with --from the adapters are those of "
+                f"--lora.{field.name} {value}: with --from the adapters come from "
                 f"{after.start_from}, with their own ranks, scales, targets and kinds; leave it "
-                "out (--lora.dropout and --lora.trainable count)"
+                "out (only --lora.dropout and --lora.trainable have an effect)"
             )
 
 
 def check_lora_counts(config: Config, given: str) -> None:
-    """Raise `ConfigError` where settings of `lora` are `given` with another method."""
+    """Raise `ConfigError` if settings of `lora` are given for a run of another method.
+
+    Args:
+      config: the config.
+      given: the setting, as the message names it.
+    """
     if config.adaptation != config.lora:
         raise ConfigError(
-            f"{given} sets something of lora, but the config trains by another method "
-            "(method.name), with which nothing of lora counts: leave it out, or name the method "
+            f"{given} sets a field of lora, but the config trains by another method "
+            "(method.name), which does not use lora: leave it out, or set the method to "
             "'lora'"
         )

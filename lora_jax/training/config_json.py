@@ -1,6 +1,6 @@
 """A config as JSON: what config.json holds, how two configs are compared, and the hash of one.
 
-A stored config may be of an earlier release. `RENAMED` lists the fields that had another name then.
+A stored config may be from an earlier release. `RENAMED` lists the fields that had another name.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# Field of config.json or summary.json by its first name -> its name today. Files have the new
-# name, old files are read by `upgrade`; hashes and folder names use the first name for ever.
+# First name of a field of config.json or summary.json -> its name today. New files have the new
+# name and `upgrade` reads old files; hashes and folder names use the first name for ever.
 RENAMED = {"lora.beside": "lora.trainable", "beside_parameters": "trainable_parameters"}
 _FIRST = {new: first for first, new in RENAMED.items()}
 
 
 def upgrade(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a config.json or summary.json under the names of today.
+    """Return the values of a config.json or summary.json under today's names.
 
+    Args:
+      stored: the values of the file.
+
+    Returns:
+      The same values, with new names.
     >>> upgrade({"lora": {"beside": None}, "beside_parameters": 3})
     {'lora': {'trainable': None}, 'trainable_parameters': 3}
     """
@@ -27,7 +32,11 @@ def upgrade(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_name(path: str) -> str:
-    """Return the first name that the field at a dotted path has had."""
+    """Return the first name that the field at a dotted path has had.
+
+    Args:
+      path: the dotted path of a field today.
+    """
     return _FIRST.get(path, path)
 
 
@@ -41,7 +50,14 @@ def _renamed(values: Mapping[str, Any], names: Mapping[str, str], prefix: str = 
 
 
 def to_dict(config: Any) -> Any:
-    """Return a config as JSON values; a function is written `module:name`."""
+    """Return a config as JSON values; a function becomes `module:name`.
+
+    Args:
+      config: a config, or a value inside one.
+
+    Returns:
+      Dictionaries, lists, strings, numbers and None.
+    """
     if _is_config(config):
         fields = dataclasses.fields(config)
         return {field.name: to_dict(getattr(config, field.name)) for field in fields}
@@ -57,9 +73,15 @@ def to_dict(config: Any) -> Any:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Return the values that decide what a run computes: all but the incidental fields.
+    """Return the fields that decide what a run computes: all but the incidental ones.
 
-    A field that came later is left out at its default.
+    A field that was added later is left out if it has its default.
+
+    Args:
+      config: a config.
+
+    Returns:
+      Nested dictionaries of JSON values.
     """
     found = {}
     for field in _deciding(config):
@@ -70,10 +92,14 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def changes(stored: Mapping[str, Any], config: Any) -> list[str]:
-    """List the values that decide what a run computes and differ from those of a stored config.
+    """List the fields that decide what a run computes and differ from a stored config.
 
     Args:
-      stored: config.json; an old one has old names and lacks the fields that came later.
+      stored: the values of config.json. An old one has old names and lacks newer fields.
+      config: the config to compare with.
+
+    Returns:
+      Lines of the form `path: old -> new`.
     """
     names = [field.name for field in _deciding(config)]
     theirs, ours = _comparable(upgrade(stored), config), _comparable(to_dict(config), config)
@@ -81,10 +107,14 @@ def changes(stored: Mapping[str, Any], config: Any) -> list[str]:
 
 
 def later_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the fields that came later, by dotted path, with their defaults.
+    """Return the fields that were added later, by dotted path, with their defaults.
 
     Args:
       config: a config, or the class of one.
+      prefix: the start of the paths.
+
+    Returns:
+      Dotted path -> default.
     """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -96,11 +126,12 @@ def later_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _comparable(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """The values that decide what a run computes: with the fields that came later, and with lists
-    sorted whose order means nothing.
+    """Return values for a comparison: the fields that decide what a run computes, with defaults for
+    fields that were added later, and sorted lists if their order has no meaning.
 
     Args:
-      values: a config as JSON values. config: one of the same class.
+      values: a config as JSON values.
+      config: a config of the same class.
     """
     found = dict(values)
     for field in dataclasses.fields(config):
@@ -112,7 +143,7 @@ def _comparable(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
         if isinstance(value, dict) and _is_config(own):
             found[field.name] = _comparable(value, own)
         elif isinstance(value, list) and field.metadata.get("unordered"):
-            # The first pattern that matches gives its settings, so with settings order counts.
+            # The first matching pattern decides the settings, so with settings the order counts.
             found[field.name] = value if any("@" in x for x in value) else sorted(value)
     return found
 
@@ -126,13 +157,21 @@ def _is_config(value: Any) -> bool:
 
 
 def stable_identity(config: Any) -> dict[str, Any]:
-    """Return `identity` under the first names of the fields, so that a new name changes no hash."""
+    """Return `identity` under the first names of the fields, so that new names keep old hashes.
+
+    Args:
+      config: the config of a run.
+    """
     found: dict[str, Any] = _renamed(identity(config), _FIRST)
     return found
 
 
 def short_hash(identity: Mapping[str, Any]) -> str:
-    """Return eight characters that differ when the `stable_identity` does."""
+    """Return eight characters that differ if the `stable_identity` differs.
+
+    Args:
+      identity: the result of `stable_identity`.
+    """
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -142,6 +181,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
     >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
     ['a.b: 1 -> 3']
+
+    Args:
+      old: the values of one config.
+      new: the values of the other.
+      path: a prefix of every field's name.
     """
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -1,4 +1,4 @@
-"""The picture of a run's metrics, curves.png."""
+"""Draw the metrics of a run, curves.png."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = "curves.png"
 
 
 def draw(run: pathlib.Path) -> None:
-    """Write curves.png: the loss of every step and the numbers of every evaluation."""
+    """Write curves.png: the loss of every step and the scores of every evaluation."""
     lines = metrics.read(run)
     shown = names(lines)
     figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
@@ -23,14 +23,24 @@ def draw(run: pathlib.Path) -> None:
 
 
 def names(lines: list[metrics.Line]) -> list[str]:
-    """What has a curve: the loss, and the other numbers of the evaluations."""
+    """Return the names of the metrics that get a curve: the loss, and the scores of evaluations.
+
+    Args:
+      lines: the lines of metrics.jsonl.
+    """
     evaluations = [line for line in lines if line.get("split") == "validation"]
     found = [n for n in (evaluations[0] if evaluations else ()) if n not in ("step", "split")]
     return ["loss", *(name for name in found if name != "loss")]
 
 
 def plot(axis: Any, lines: list[metrics.Line], name: str) -> None:
-    """One number: of every step if it is the loss, and of every evaluation on validation."""
+    """Plot one metric: at every validation and, if it is the loss, at every training step.
+
+    Args:
+      axis: matplotlib axes.
+      lines: the lines of metrics.jsonl.
+      name: the metric.
+    """
     if name == "loss":
         steps = [line for line in lines if "split" not in line]
         _plot(axis, steps, name, "training", linewidth=0.8)

@@ -3,11 +3,11 @@
 config.json      the config that the run was started with
 metrics.jsonl    see `lora_jax.training.metrics`, with events.* for TensorBoard
 checkpoints/     see `lora_jax.training.checkpoints`
-adapters/        best and last, each restored by `lora_jax.restore`
-summary.json     written last: it says that the run is finished
+adapters/        best and last, which `lora_jax.restore` reads
+summary.json     written last; a run with this file is finished
 curves.png       loss and scores
-error.txt        why a member of a group has stopped, if it has
-report/          what `lora-jax report` made of all this, if it was asked to
+error.txt        the error that stopped a member of a group, if there was one
+report/          the report, if `lora-jax report` was run
 """
 
 from __future__ import annotations
@@ -29,25 +29,34 @@ from lora_jax.training.config import Config, ConfigError
 from lora_jax.training.config_json import changes, short_hash, stable_identity, to_dict
 from lora_jax.training.saved_files import read_config, read_summary
 
-Summary = dict[str, Any]  # summary.json, as `lora_jax.training.summary.summarise` makes it
+Summary = dict[str, Any]  # summary.json, as `lora_jax.training.summary.summarise` returns it
 
 
 def default(name: str, config: Config) -> pathlib.Path:
-    """runs/<config>-<hash of the values that matter>, or what the config says."""
+    """Return the run directory: the config's, or runs/<config>-<hash of the deciding fields>.
+
+    Args:
+      name: the name of the config.
+      config: the config.
+    """
     return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(stable_identity(config))}")
 
 
 @contextlib.contextmanager
 def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
-    """The run directory, for this run alone until the block ends.
+    """Lock the run directory until the block ends, and yield its path.
 
-    The lock is the operating system's: it goes with the process that holds it, so a killed run
-    leaves none behind. Process 0 holds it for all. An error before the run has begun (the model is
-    not there, say) leaves the directory to any config.
+    The operating system holds the lock and releases it when the process ends, even if it is killed.
+    Process 0 holds it for all processes. If an error comes before the run has begun (for example,
+    the model is missing), the directory is left free for any config.
+
+    Args:
+      name: the name of the config.
+      config: the config.
 
     Raises:
-      ConfigError: another run is in it, it holds a run of another config, or not all processes see
-        the same directory.
+      ConfigError: another run uses the directory, it holds a run of another config, or not all
+        processes see the same directory.
     """
     path = default(name, config)
     with contextlib.ExitStack() as stack:
@@ -62,7 +71,7 @@ def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
 
 
 def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> None:
-    """Hold the lock until `stack` is closed, and make the directory this config's."""
+    """Lock the directory until `stack` is closed, and write the config into it."""
     _check_apart(path, config.start_from)
     path.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path / "lock")
@@ -79,7 +88,7 @@ def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> No
 
 
 def _check_apart(path: pathlib.Path, start: str | None) -> None:
-    """Raise where a run would overwrite the adapter that it begins with."""
+    """Raise if a run would overwrite the adapter that it begins with."""
     inside = start and pathlib.Path(start).expanduser().resolve().is_relative_to(path.resolve())
     if inside:
         raise ConfigError(
@@ -88,13 +97,13 @@ def _check_apart(path: pathlib.Path, start: str | None) -> None:
 
 
 def _let_go(path: pathlib.Path) -> None:
-    """Delete config.json where no run has begun, so that another config may have the directory."""
+    """Delete config.json if no run has begun, so that another config may use the directory."""
     if {entry.name for entry in path.iterdir()} <= {"lock", "config.json"}:
         (path / "config.json").unlink(missing_ok=True)
 
 
 def _check_shared(path: pathlib.Path) -> None:
-    """Raise unless this process sees what process 0 has just written."""
+    """Raise unless this process sees the file that process 0 has just written."""
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"{path.absolute()} lacks the config.json that process 0 wrote: --run-dir must be on a "
@@ -103,7 +112,7 @@ def _check_shared(path: pathlib.Path) -> None:
 
 
 def _clear(path: pathlib.Path) -> None:
-    """Delete what a run leaves, and only in a directory that a run has left."""
+    """Delete the files of a run, but only if the directory has no other files."""
     foreign = [p.name for p in path.iterdir() if not _ours(p)]
     if foreign:
         raise ConfigError(
@@ -122,7 +131,7 @@ def _ours(path: pathlib.Path) -> bool:
 
 
 def _claim(path: pathlib.Path, config: Config) -> None:
-    """Write config.json, or check that the run there is of the same config."""
+    """Write config.json, or check that the run in the directory has the same config."""
     file = path / "config.json"
     if file.is_file():
         changed = changes(read_config(path), config)
@@ -133,20 +142,32 @@ def _claim(path: pathlib.Path, config: Config) -> None:
             )
         return
     if config.start_from is not None:
-        adapter_path.find_one(config.start_from)  # or no run directory is begun
+        adapter_path.find_one(config.start_from)  # raises before a run directory is begun
     write_json(file, to_dict(config))
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
-    """Write JSON whole or not at all."""
+    """Write a JSON file completely or not at all.
+
+    Args:
+      path: the file.
+      value: JSON values.
+
+    Raises:
+      LoraError: it cannot be written; an earlier file is unchanged.
+    """
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
+
+    Args:
+      path: the file.
+      content: its bytes.
 
     Raises:
-      LoraError: it cannot be written; what was there before is as it was.
+      LoraError: it cannot be written; an earlier file is unchanged.
     """
     partial = path.with_name(path.name + ".tmp")
     with writing(path):
@@ -159,12 +180,21 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
 
 
 def finish(path: pathlib.Path, summary: Summary) -> None:
-    """Draw the curves, and then write the summary, which makes the run a finished one."""
+    """Draw the curves and then write the summary, which marks the run as finished.
+
+    Args:
+      path: the run directory.
+      summary: the summary of the run.
+    """
     with writing(path / curves.FILE):
         curves.draw(path)
     write_json(path / "summary.json", summary)
 
 
 def summary(path: pathlib.Path) -> Summary | None:
-    """The summary of a finished run, or None."""
+    """Return the summary of a finished run, or None.
+
+    Args:
+      path: the run directory.
+    """
     return read_summary(path) if (path / "summary.json").is_file() else None

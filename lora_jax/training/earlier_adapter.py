@@ -1,4 +1,4 @@
-"""The adapter that a run goes on from: `train.py --from RUN`."""
+"""The adapter that a run starts from: `train.py --from RUN`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ Tree = Any  # a pytree
 
 @dataclasses.dataclass(frozen=True)
 class EarlierAdapter:
-    """An adapter that was saved, and that fits the model of a workload; no array is read yet.
+    """A saved adapter that fits the model of a workload. Its arrays are not read yet.
 
-    given: what `--from` says. folder: what `lora_jax.save` wrote.
-    layout, about: as they were saved.
+    given: the value of `--from`.
+    folder: the folder that `lora_jax.save` wrote.
+    layout, about: as saved.
     trainable: the shapes of the parameters that were trained in full with it.
-    labels: the classes of this run, in their order; none where it has no classes.
-    allow_other_base: whether it may go onto another base than its own.
+    labels: the classes of this run, in order; empty if it has none.
+    allow_other_base: whether it may be used on another base than its own.
     """
 
     given: str
@@ -63,10 +64,10 @@ class EarlierAdapter:
 
     @property
     def begun(self) -> Any:
-        """The method by which its base was changed before training; None: it was not.
+        """The method that changed its base before training, or None.
 
         Raises:
-          ConfigError: a method that is not known.
+          ConfigError: the method is not known.
         """
         method = self.about.get(BEGUN)
         if method is None or (isinstance(method, str) and LoraConfig(init=method).changes_base):  # type: ignore[arg-type]
@@ -75,18 +76,22 @@ class EarlierAdapter:
 
 
 class Restored(NamedTuple):
-    """The adapters where they are to be, and the base with what was trained in full in it."""
+    """The placed adapters, and the base with the parameters that were trained in full."""
 
     adapters: Tree
     params: Tree
 
 
 def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
-    """Return the adapter that the config names; None: the run begins afresh.
+    """Return the adapter that the config starts from, or None if it starts from none.
+
+    Args:
+      config: the config of the new run.
+      workload: its workload.
 
     Raises:
-      ConfigError, lora_jax.LoraError: there is none, there are several, it is damaged, or it is for
-        another model or other data.
+      ConfigError, lora_jax.LoraError: there is no adapter, there are several, it is damaged, or it
+        is for another model or other data.
     """
     if config.start_from is None:
         return None
@@ -118,10 +123,15 @@ def patterns(
 ) -> tuple[str, ...]:
     """Return the patterns of the parameters that a run trains in full.
 
-    What was trained in full with the earlier adapter is trained on.
+    They include the parameters that were trained in full with the earlier adapter.
+
+    Args:
+      lora: the LoRA settings of the run.
+      workload: its workload.
+      earlier: the adapter that it starts from, if any.
 
     Raises:
-      ConfigError: `lora.trainable` leaves some of that out.
+      ConfigError: `lora.trainable` leaves out some of those.
     """
     own = workload.trainable if lora.trainable is None else lora.trainable
     if earlier is None:
@@ -138,14 +148,21 @@ def patterns(
 def restore(
     earlier: EarlierAdapter, workload: Workload, layout: Layout, params: Tree, place: Placement
 ) -> Restored:
-    """Read the arrays, and put those that were trained in full into the base.
+    """Read the arrays of an earlier adapter, and put parameters trained in full into the base.
 
     Args:
-      layout: what `earlier.spec` has resolved to.
-      params: the base that it was trained on, as the run has it.
+      earlier: the adapter.
+      workload: the workload.
+      layout: what `earlier.spec` resolves to.
+      params: the base parameters of the run, changed as they were for the adapter.
+      place: the placement of all arrays on the mesh.
+
+    Returns:
+      The adapters, as float32, and the base.
 
     Raises:
-      lora_jax.LoraError: its axes have other roles here, or it was trained on another base.
+      lora_jax.LoraError: the model's axes have other roles, or the adapter was trained on another
+        base.
     """
     ours, theirs = set(layout.targets), set(earlier.layout.targets)
     if other := [target.path for target in theirs - ours]:
@@ -170,7 +187,7 @@ def restore(
 
 
 def _check_settings(earlier: EarlierAdapter, workload: Workload) -> None:
-    """Raise where the model has other settings, which shapes would show late or never."""
+    """Raise if the model has other settings; shapes would reveal them late or never."""
     theirs, ours = (_settings(about) for about in (earlier.about, workload.about))
     for name in ("scan_layers", "pooling"):
         of_head = name == "pooling" and "classifier/out/kernel" not in earlier.trainable
@@ -194,7 +211,7 @@ def _check_settings(earlier: EarlierAdapter, workload: Workload) -> None:
 
 
 def _check_trainable(earlier: EarlierAdapter, workload: Workload) -> None:
-    """Raise where what was trained in full is not in the model, or has another shape."""
+    """Raise if a parameter that was trained in full is missing or has another shape."""
     leaves = paths.flatten(workload.params)
     for path, shape in earlier.trainable.items():
         leaf = leaves.get(path)
@@ -213,7 +230,7 @@ def _check_trainable(earlier: EarlierAdapter, workload: Workload) -> None:
             )
             raise ConfigError(
                 f"it has trained {path!r} of shape {list(shape)} in full; here that is "
-                f"{'not there' if got is None else list(got)}. {cure}"
+                f"{'missing' if got is None else list(got)}. {cure}"
             )
 
 
@@ -228,7 +245,7 @@ def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _quantised(about: Mapping[str, Any]) -> tuple[Any, Any, Any] | None:
-    """Scheme, block, and whether the scales are quantised; which weights are is seen later."""
+    """Return scheme, block, and whether the scales are quantised; `_check_trainable` does paths."""
     how = about.get(ABOUT)
     if not isinstance(how, Mapping):
         return None

@@ -1,4 +1,4 @@
-"""Evaluation over a split, and the check that merged and unmerged weights agree."""
+"""Evaluate a split, and check that merged and unmerged weights agree."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lora_jax.training.workload import Batch, Loss, Workload
 from lora_jax.transform import adapt
 
 Tree = Any  # a pytree
-# Batches that the host may be ahead of the devices. They take memory there, and with several
-# processes JAX 0.10.2 hangs on CPU when more than 32 programs are under way.
+# The host may be ahead of the devices by this many batches. They take memory on the device, and
+# JAX 0.10.2 hangs on CPU with several processes if more than 32 programs are in flight.
 AHEAD = 4
 
 
@@ -30,7 +30,17 @@ def evaluate(
     place: Placement,
     batches: Iterable[Batch],
 ) -> dict[str, float]:
-    """`{"loss": mean, **workload.scores(...)}` over all batches, summed in float64 on the host."""
+    """Evaluate all batches. The sums are taken in float64 on the host.
+
+    Args:
+      batch_loss: returns the loss of a batch that is placed on the mesh.
+      workload: the workload.
+      place: the placement of all arrays on the mesh.
+      batches: the batches of a split.
+
+    Returns:
+      `{"loss": mean, **workload.scores(...)}`.
+    """
     losses, under_way = list[Loss](), deque[Loss]()
     for batch in batches:
         under_way.append(batch_loss(place.batch(batch)))
@@ -45,7 +55,13 @@ def evaluate(
 
 
 def first_batch(workload: Workload, place: Placement, otherwise: Batch) -> Batch:
-    """The first evaluation batch, or `otherwise` where the workload has no evaluation."""
+    """Return the first evaluation batch, or `otherwise` if the workload has no evaluation.
+
+    Args:
+      workload: the workload.
+      place: the placement of arrays on devices.
+      otherwise: a batch.
+    """
     splits = workload.evaluation.values()
     return next((b for split in splits for b in split(place.shard)), otherwise)
 
@@ -53,9 +69,15 @@ def first_batch(workload: Workload, place: Placement, otherwise: Batch) -> Batch
 def merged_difference(
     workload: Workload, layout: Layout
 ) -> Callable[[Trained, Tree, Any], jax.Array]:
-    """`difference(trained, frozen, batch)`, to be compiled: whether merging changes anything.
+    """Return a function that measures the effect of merging, to be compiled by the caller.
 
-    It is the largest |output with merged weights - output with base and adapters|, [] float32.
+    Args:
+      workload: the workload.
+      layout: the layout of the adapters.
+
+    Returns:
+      `difference(trained, frozen, batch)`, which returns the largest |output with merged weights -
+      output with base and adapters|, [] float32.
     """
 
     def outputs(trained: Trained, frozen: Tree, batch: Any) -> jax.Array:

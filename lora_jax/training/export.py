@@ -1,4 +1,4 @@
-"""The exported adapters of a run, which remain when its checkpoints are deleted."""
+"""The exported adapters of a run, which are kept when its checkpoints are deleted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from lora_jax.training.state import Trained
 
 
 def folder(run: pathlib.Path, name: str) -> pathlib.Path:
-    """Where the adapter `name` ("best" or "last") of a run lies."""
+    """Return the folder of the adapter `name` ("best" or "last") of a run.
+
+    Args:
+      run: the run directory.
+      name: "best" or "last".
+    """
     return run / "adapters" / name
 
 
@@ -33,13 +38,14 @@ def save(
 
     Args:
       run: the run directory.
-      name: of the adapter.
-      layout, trained: what is written, `State.trained` of the run.
-      fingerprint: of the frozen base.
+      name: the name of the adapter, "best" or "last".
+      layout: the layout of the adapters.
+      trained: the arrays, `State.trained` of the run.
+      fingerprint: the fingerprint of the frozen base.
       about: `Workload.about`.
 
     Raises:
-      LoraError: it cannot be written; the earlier export is as it was.
+      LoraError: it cannot be written; the earlier export is unchanged.
     """
     target = folder(run, name)
     processes.by_first(lambda: _prepare(target))
@@ -53,19 +59,22 @@ def save(
 
 
 def _prepare(target: pathlib.Path) -> None:
-    """Make the folder above `target`, and delete what a kill left half-written."""
+    """Make the parent folder of `target`, and delete incomplete exports that a kill left."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for partial in target.parent.glob(f"{target.name}*.orbax-checkpoint-tmp*"):
         shutil.rmtree(partial)
 
 
 def load(run: pathlib.Path, name: str, where: Any = None) -> Trained:
-    """What `save` wrote, bit for bit.
+    """Read the arrays that `save` wrote, bit for bit.
 
     Args:
       run: the run directory.
-      name: of the adapter.
-      where: shardings of it, a tree like it; None puts all on one device.
+      name: the name of the adapter.
+      where: a tree of shardings with the structure of the result. None: all on one device.
+
+    Returns:
+      The adapters and the parameters trained in full.
     """
     places = None if where is None else {**where["adapters"], **where["base"]}
     _, adapters, trainable = restore(folder(run, name), places)
@@ -73,5 +82,5 @@ def load(run: pathlib.Path, name: str, where: Any = None) -> Trained:
 
 
 def size(path: pathlib.Path) -> int:
-    """Bytes of all files below `path`."""
+    """Return the total bytes of all files below `path`."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

@@ -1,4 +1,4 @@
-"""The workload of a ViT with a new classification head (or one output, for real numbers)."""
+"""The workload of a ViT with a new head for classes, or for one real number."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ from lora_jax.training.workload import Common, Workload
 
 Tree = Any  # a pytree
 
-POOLING = "cls"  # what the head reads is the class token
+POOLING = "cls"  # the head reads the class token
 
 
 def image_classification(config: ImageConfig) -> Workload:
-    """The ViT of `config.model`, a new head, and the labelled images of `config.data`.
+    """Make the workload of a ViT with a new head, trained on labelled images.
+
+    Args:
+      config: names the ViT and the data.
+
+    Returns:
+      The workload.
 
     Raises:
-      ConfigError: the model is one of text.
+      ConfigError: the model reads text.
       lora_jax.LoraError, ValueError: the model or the data is not as the config says.
     """
     source = pretrained.open_model(
@@ -83,7 +89,13 @@ def image_classification(config: ImageConfig) -> Workload:
 def batch_shapes(
     config: models.VitConfig, rows: int, labels: Labels
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of `lora_jax.data.image_classification`, by shape."""
+    """Return the shapes and dtypes of a batch of `lora_jax.data.image_classification`.
+
+    Args:
+      config: the config of the model.
+      rows: the number of images.
+      labels: the labels of the data.
+    """
     one = {
         "label": jnp.float32 if labels.regression else jnp.int32,
         "weight": jnp.float32,
@@ -97,7 +109,11 @@ def batch_shapes(
 
 
 def apply_of(model: models.VitClassifier) -> Any:
-    """The model as `Workload.apply`: its logits [B, C] for a batch."""
+    """Return the model as a `Workload.apply`, which returns logits [B, C].
+
+    Args:
+      model: the model with its head.
+    """
     drops = model.config.dropout > 0 or model.config.attention_dropout > 0
 
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:
@@ -110,7 +126,7 @@ def apply_of(model: models.VitClassifier) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def new_head(model: models.VitClassifier, key: jax.Array) -> Tree:
-    """Fresh parameters of the head. The encoder's are never computed: nothing asks for them."""
+    """Draw fresh parameters of the head. XLA leaves out the encoder's, which nothing uses."""
     config = model.config
     pixels = jnp.zeros((1, *config.image_size, config.channels))
     return model.init(key, pixels)["params"]["classifier"]

@@ -1,4 +1,4 @@
-"""The config of a run of a pretrained ViT on images."""
+"""The config of a run that trains a pretrained ViT on images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_jax.training.pretrained import PretrainedConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageConfig(PretrainedConfig):
-    """A run of a pretrained ViT on images."""
+    """A run that trains a pretrained ViT on images."""
 
     data: ImageDataConfig
     """The data."""

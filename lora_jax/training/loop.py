@@ -1,4 +1,4 @@
-"""The training loop of a single run; `train.py` calls its parts in order."""
+"""The training loop of one run; `train.py` calls its parts in order."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lora_jax.training.step import compilation, evaluation_step, train_step
 
 
 class Loop:
-    """The steps of one run; a context manager that closes the record and the display."""
+    """The steps of one run. As a context manager it closes the metrics and the display."""
 
     def __init__(
         self, run: Run, state: State, tx: optax.GradientTransformation, console: Console
     ) -> None:
-        """Begin at `state`, or at the newest checkpoint if there is one."""
+        """Start at `state`, or at the newest checkpoint if there is one."""
         self.run, self.state, self._delayed = run, run.begin(state), metrics.DelayedMetrics()
         setup = run.setup
         config, workload, layout = setup.config, setup.workload, setup.layout
@@ -44,7 +44,7 @@ class Loop:
         self.run.close()
 
     def steps(self) -> range:
-        """The steps still to take; step n is the n-th, counted from one."""
+        """The steps still to take. Steps are numbered from 1."""
         return range(self.run.start + 1, self.run.setup.config.steps + 1)
 
     def take(self, step: int) -> None:
@@ -58,26 +58,26 @@ class Loop:
                 run.report(line)
 
     def evaluate_before(self) -> None:
-        """The numbers of the model as it is, before the first step, on every split."""
+        """Evaluate every split before the first step."""
         self.run.evaluate_before(self._of(self.state.trained))
 
     def validate(self, step: int) -> None:
-        """Evaluate on the validation split if there is one, and keep the adapter if it is best."""
+        """Evaluate on the validation split if there is one, and save the adapter if it is best."""
         self._settle()
         trained = self.state.trained
         self.run.validate(step, self._of(trained), lambda: trained)
 
     def evaluate_best(self, step: int, trained: Trained) -> dict[str, dict[str, float]]:
-        """The numbers of the exported best adapter on the splits that did not pick it."""
+        """Evaluate the exported best adapter on the splits that did not pick it."""
         return self.run.evaluate_best(step, self._of(trained))
 
     def checkpoint(self, step: int) -> None:
-        """Write a checkpoint in the background, once every step up to this one is known good."""
+        """Write a checkpoint in the background, after every step up to this one is known good."""
         self._settle()
         self.run.checkpoint(step, self.state)
 
     def finish(self) -> None:
-        """Wait for the last step and keep the last adapter."""
+        """Wait for the last step and save the last adapter."""
         self._settle()
         self.run.export("last", self.state.trained)
 
@@ -85,7 +85,7 @@ class Loop:
         return lambda batch: self._batch_loss(trained, self.run.setup.frozen, batch)
 
     def _settle(self) -> None:
-        """Report every step taken so far, which waits for the device."""
+        """Report every step taken so far. This waits for the device."""
         with self.run.notes.clock("train"):
             for line in self._delayed.flush():
                 self.run.report(line)

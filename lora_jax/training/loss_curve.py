@@ -1,4 +1,4 @@
-"""A progress bar that is the curve of the loss: each cell stands for as many steps of the run."""
+"""Draw the curve of the loss as a progress bar, whose cells are equal parts of the run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 LEVELS = "▁▂▃▄▅▆▇█"
-UNKNOWN, AHEAD = "·", "─"  # steps of which no loss is known, and steps to come
+UNKNOWN, AHEAD = "·", "─"  # steps without a known loss, and future steps
 WIDTH = 40  # the most cells
-_PARTS = 5 * WIDTH  # of the run, of which each keeps the mean of its losses
+_PARTS = 5 * WIDTH  # the number of equal parts of the run; each keeps the mean of its losses
 
 
 class LossCurve(ProgressColumn):
-    """The column of a progress bar, in the place of rich's `BarColumn`.
+    """The column of a progress bar, instead of rich's `BarColumn`.
 
-    A terminal that cannot show block characters is shown the plain bar.
+    On a terminal that cannot show block characters it is the plain bar.
     """
 
     def __init__(self) -> None:
@@ -29,10 +29,11 @@ class LossCurve(ProgressColumn):
         self._counts = [0] * _PARTS
 
     def add(self, share: float, loss: float) -> None:
-        """Note a loss; one that is not finite is left out.
+        """Add a loss to the curve, unless it is not finite.
 
         Args:
-          share: the steps so far, as a share of all steps: above 0, at most 1.
+          share: the share of all steps that have been made: above 0, at most 1.
+          loss: the loss of the last one.
         """
         if math.isfinite(loss):
             part = min(max(math.ceil(share * _PARTS) - 1, 0), _PARTS - 1)
@@ -40,14 +41,14 @@ class LossCurve(ProgressColumn):
             self._counts[part] += 1
 
     def render(self, task: Task) -> _Drawn:
-        """The curve, as wide as there is room."""
+        """Return the curve in the width of the terminal."""
         share = task.completed / task.total if task.total else 0.0
         return _Drawn(self, share, ProgressBar(task.total, task.completed, WIDTH))
 
     def heights(self, cells: int, share: float) -> list[float | None]:
         """Return the mean loss of each cell that has begun.
 
-        A cell without a loss repeats the one before it; None where there is none before it.
+        A cell without a loss repeats the one before it, and is None if there is none.
         """
         found: list[float | None] = []
         for cell in range(min(math.ceil(share * cells), cells)):
@@ -59,7 +60,7 @@ class LossCurve(ProgressColumn):
 
 
 class _Drawn:
-    """The curve at one moment, which learns its width from rich."""
+    """The curve at one moment; rich tells it the width."""
 
     def __init__(self, curve: LossCurve, share: float, plain: ProgressBar) -> None:
         self._curve, self._share, self._plain = curve, share, plain
@@ -80,7 +81,7 @@ class _Drawn:
 
 
 def sparkline(heights: list[float | None]) -> str:
-    """Return one block for each number, the least the lowest and the largest the highest.
+    """Return one block for each number; the smallest number has the lowest block.
 
     >>> sparkline([None, 4.0, 3.0, 2.0, 1.0]), sparkline([2.0, 2.0])
     ('·█▆▃▁', '▁▁')

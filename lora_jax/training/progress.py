@@ -16,10 +16,10 @@ _NUMBERS = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed
 
 
 class Display(Bar):
-    """Shows the newest line of the record, and evaluations as they come; a context manager."""
+    """A context manager that shows the newest training step, and evaluations as they come."""
 
     def __init__(self, console: Console, steps: int, start: int, every: int, unit: str) -> None:
-        """Show steps `start` to `steps`; without a terminal, a line each `every` steps."""
+        """Show steps `start` to `steps`; without a terminal, print a line every `every` steps."""
         self._curve = LossCurve()
         columns = (self._curve, MofNCompleteColumn(), TextColumn(_NUMBERS), TimeRemainingColumn())
         super().__init__(console, *columns)
@@ -29,7 +29,7 @@ class Display(Bar):
         self._recent = deque([(time.monotonic(), start, 0)], maxlen=50)  # (time, step, units)
 
     def step(self, line: dict[str, Any]) -> None:
-        """Show one training line of the record."""
+        """Show a training line of metrics.jsonl."""
         now, step = time.monotonic(), line["step"]
         since, from_step, from_units = self._recent[0]
         units, elapsed = self._recent[-1][2] + line["units"], max(now - since, 1e-9)
@@ -50,6 +50,6 @@ class Display(Bar):
             )
 
     def evaluation(self, line: dict[str, Any], note: str = "") -> None:
-        """Show one evaluation line of the record."""
+        """Show an evaluation line of metrics.jsonl."""
         numbers = (f"{k} {v:.4f}" for k, v in line.items() if k not in ("step", "split"))
         self.say(f"step {line['step']}  {line['split']}: {'  '.join(numbers)}{note}")

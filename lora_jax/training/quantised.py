@@ -1,4 +1,4 @@
-"""A workload whose frozen weights are quantised as they are loaded (QLoRA, arXiv 2305.14314)."""
+"""Quantise a workload's frozen weights while they are loaded (QLoRA, arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -34,17 +34,22 @@ def quantised(
     double: bool = False,
     trainable: Sequence[str] | None = None,
 ) -> Workload:
-    """Return the workload with its weights quantised: those of all products but the output head.
+    """Return the workload with the weights of all matrix products but the output head quantised.
 
-    Embeddings, norms, biases and the head stay as they are, and so do the parameters that are
-    trained in full. The loader brings floats to the host, and one weight after the other goes to
-    the devices to be quantised there.
+    Embeddings, norms, biases, the head and parameters trained in full stay as they are. The loader
+    loads floats into host memory; then one weight after the other is moved to the devices and
+    quantised there.
 
     Args:
-      workload: its `params` are floats, by shape or as arrays.
-      scheme, block, double: as `lora_jax.quantize` takes them. `Workload.about` says them to
-        whoever uses the adapters, with the axes of the quantised weights.
-      trainable: patterns of the parameters trained in full. None: those the workload names.
+      workload: a workload whose `params` are floats, by shape or as arrays.
+      scheme: see `lora_jax.quantize`. `Workload.about` stores it with the axes of the quantised
+        weights, for the users of the adapters.
+      block: see `lora_jax.quantize`.
+      double: see `lora_jax.quantize`.
+      trainable: patterns of the parameters trained in full. None: the workload's.
+
+    Returns:
+      The workload with quantised `params`.
 
     Raises:
       lora_jax.LoraError: no weight is left to be quantised, or the scheme does not exist.
@@ -60,7 +65,7 @@ def quantised(
         for target in layout.targets:
             path = target.path
             one = functools.partial(quantise, targets=Layout((target,)))
-            # Popped, so that its floats are given up once the codes are there.
+            # Popped, so that the floats are freed when the codes exist.
             floats = loaded.pop(path)
             floats = jax.device_put(floats, floats.sharding.with_memory_kind("device"))
             found = jax.jit(one, out_shardings={path: placed[path]})({path: floats})
@@ -73,10 +78,11 @@ def quantised(
 
 
 def as_stored(workload: Workload, how: dict[str, Any] | None = None) -> Workload:
-    """Return a workload whose parameters hold quantised weights, with what others must know of it.
+    """Return a workload with quantised parameters that says so in `about` and `common`.
 
     Args:
-      how: a recipe (`lora_jax.bases.recipe`). None: they are held as their file has them.
+      workload: a workload whose parameters hold quantised weights.
+      how: a recipe (`lora_jax.bases.recipe`). None: the weights are kept as the file has them.
     """
     how, common = how or {"scheme": STORED}, workload.common
     named = None if common is None else _common(common, workload.params, json.dumps(how))
@@ -84,7 +90,7 @@ def as_stored(workload: Workload, how: dict[str, Any] | None = None) -> Workload
 
 
 def _quantised_layout(workload: Workload, trainable: Sequence[str]) -> Layout:
-    """The axes of the weights to be quantised."""
+    """Resolve the axes of the weights that will be quantised."""
     batch = next(workload.train(Shard())) if workload.example is None else workload.example
     f = functools.partial(workload.apply, train=False, key=None)
     found = resolve(LoraSpec(rank=1), f, workload.params, batch)
@@ -94,16 +100,20 @@ def _quantised_layout(workload: Workload, trainable: Sequence[str]) -> Layout:
 
 
 def float_shardings(params: Tree, shardings: Tree) -> Tree:
-    """Return where the floats of quantised parameters are loaded.
+    """Return the shardings with which the floats of quantised parameters are loaded.
 
     Args:
-      params: by shape. shardings: a tree like it, that of the arrays of quantised weights.
+      params: the quantised parameters, by shape.
+      shardings: a tree of their shardings.
+
+    Returns:
+      A tree with one sharding for each parameter.
     """
     return jax.tree.map(_float_sharding, params, shardings, is_leaf=is_base)
 
 
 def _float_sharding(leaf: Any, where: Any) -> Any:
-    """Where the floats of a parameter are loaded: a weight to be quantised, to the host."""
+    """Return the sharding for loading a parameter; weights to be quantised go to the host."""
     if not is_base(leaf):
         return where
     mesh = jax.tree.leaves(where)[0].mesh
@@ -114,10 +124,11 @@ def _float_sharding(leaf: Any, where: Any) -> Any:
 
 
 def weight_spec(base: QuantisedMatrix, where: QuantisedMatrix) -> PartitionSpec:
-    """Return the placement of the float array: the inverse of `lora_jax.bases.placement.placed`.
+    """Return the PartitionSpec of the float array: the inverse of `bases.placement.placed`.
 
     Args:
-      base: the weight, by shape. where: the shardings of its arrays.
+      base: the quantised weight, by shape.
+      where: the shardings of its arrays.
     """
     lead, pairs = len(base.lead), zip(jax.tree.leaves(base), jax.tree.leaves(where), strict=True)
     codes, place = max(pairs, key=lambda pair: math.prod(pair[0].shape))
@@ -131,7 +142,7 @@ def weight_spec(base: QuantisedMatrix, where: QuantisedMatrix) -> PartitionSpec:
 
 
 def _common(common: Common, params: Tree, how: str) -> Common:
-    """How quantised workloads go together: joined, they have the quantised weights of the first."""
+    """Combine quantised workloads: the joined one has the quantised weights of the first."""
     join, base = common.join, f"{common.base} {how}"
     if join is None:
         return dataclasses.replace(common, base=base)

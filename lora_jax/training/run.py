@@ -1,8 +1,8 @@
-"""A run without its steps: metrics, notes, evaluations, exports and checkpoints.
+"""One run without its steps: metrics, notes, evaluations, exports and checkpoints.
 
 Everything that a later step or the summary depends on is either in the `State` on the device or in
-the `Notes` here, and both go into every checkpoint. Who takes the steps holds the state, and hands
-it over where it is to be written.
+the `Notes` here, and both go into every checkpoint. The caller takes the steps and holds the state;
+it passes the state to the methods that write it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from lora_jax.training.state import State, Trained
 from lora_jax.training.workload import Batch, BatchIterator, Loss, Workload, check_select
 
 Tree = Any  # a pytree
-BatchLoss = Callable[[Any], Loss]  # of a batch on the devices, with some trained parameters
+BatchLoss = Callable[[Any], Loss]  # batch on the devices -> loss, with fixed trained parameters
 
 
 class NonFiniteError(LoraError):
-    """A loss or gradient that is not finite; the message names the step."""
+    """A loss or gradient is not finite; the message names the step."""
 
 
 class Screen(Protocol):
-    """Who shows the lines of the record."""
+    """An object that shows the lines of metrics.jsonl."""
 
     def step(self, line: dict[str, Any]) -> None: ...
     def evaluation(self, line: dict[str, Any], note: str = "") -> None: ...
@@ -46,13 +46,13 @@ class Screen(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What does not change while a run goes.
+    """The values of a run that never change.
 
-    place: where the arrays lie.
-    frozen: the base parameters, with None where one is trained (`lora_jax.frozen.split`).
-    fingerprint: of `frozen`; adapters and checkpoints carry it.
-    path: of the run directory.
-    began: `time.monotonic()` when this process began the run.
+    place: the placement of all arrays on the mesh.
+    frozen: the base parameters, with None in place of trained ones (`lora_jax.frozen.split`).
+    fingerprint: the fingerprint of `frozen`; adapters and checkpoints contain it.
+    path: the run directory.
+    began: `time.monotonic()` when this process started the run.
     """
 
     config: Config
@@ -67,13 +67,13 @@ class Setup:
 
 @dataclasses.dataclass
 class Notes:
-    """What a run remembers besides its arrays; JSON values only.
+    """The JSON values that a run remembers in addition to its arrays.
 
-    before: split -> numbers of the model as it was at step 0.
-    best: {"step", numbers of the validation split} of the best adapter so far.
-    last: the numbers of the newest evaluation on the validation split.
-    units: what `Workload.size` has counted so far.
-    seconds: spent so far, by what on.
+    before: split -> scores before the first step.
+    best: the step and the validation scores of the best adapter so far.
+    last: the scores of the newest evaluation on the validation split.
+    units: the sum of `Workload.size` over the batches so far.
+    seconds: activity -> seconds spent on it so far.
     """
 
     before: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -92,7 +92,7 @@ class Notes:
             self.add(name, time.monotonic() - start)
 
     def compiling(self, within: str) -> Callable[[float], None]:
-        """Tells the notes of seconds that were spent on compiling, and not on `within`."""
+        """Return a function that moves seconds of compilation from `within` to "compile"."""
 
         def report(seconds: float) -> None:
             self.add("compile", seconds)
@@ -106,21 +106,22 @@ class Notes:
 
 
 class Run:
-    """One run under way, but for its steps."""
+    """A run in progress, without its steps."""
 
     def __init__(self, setup: Setup, data: BatchIterator, checkpoints: Checkpoints) -> None:
         self.setup, self.data, self.checkpoints, self.notes = setup, data, checkpoints, Notes()
         self.start = 0
         self._skipped, self._earlier, self._length = 0, 0.0, 0
         self._hyper = optimizer.hyper(setup.config.optimizer, setup.config.steps)
-        self._record: metrics.Record | None = None  # of a process that does not write
+        self._record: metrics.Record | None = None  # stays None in a process that does not write
         self._screen: Screen | None = None
 
     def begin(self, state: State) -> State:
-        """The state to go on from: the newest checkpoint's, or `state` where there is none.
+        """Return the state of the newest checkpoint, or `state` if there is no checkpoint.
 
         Args:
-          state: before the first step; where there is a checkpoint, its shapes and shardings do.
+          state: the state before the first step; a checkpoint is restored to its shapes and
+            shardings.
         """
         if self.checkpoints.latest is not None:
             state = self._restore(state)
@@ -128,36 +129,36 @@ class Run:
         return state
 
     def open(self, screen: Screen) -> None:
-        """Open the record, cut to where the run goes on, and show its lines on `screen`."""
+        """Open metrics.jsonl, cut to where the run continues, and show its lines on `screen`."""
         self._screen = screen
         if processes.first():
             self._record = metrics.Record(self.setup.path, self._length, self.start)
 
     def close(self) -> None:
-        """Put the record on disk and close it."""
+        """Flush metrics.jsonl to disk and close it."""
         if self._record is not None:
             self._record.close()
 
     @property
     def seconds(self) -> float:
-        """Spent on the run so far, by the processes before this one too."""
+        """Seconds spent on the run so far, by earlier processes too."""
         return self._earlier + time.monotonic() - self.setup.began
 
     def count(self, rows: Batch) -> int:
-        """Note the units of a training batch; how many they are."""
-        # Other processes hold as many rows, and about as many units, as this one.
+        """Add the units of a training batch to the notes, and return their number."""
+        # Other processes hold as many rows as this one, and about as many units.
         units = round(self.setup.workload.size(rows) / self.setup.place.shard.share)
         self.notes.units += units
         return units
 
     def report(self, values: dict[str, Any]) -> None:
-        """Write and show one step; stop at one that is not finite.
+        """Write and show one step. Stop at a step that is not finite.
 
         Args:
-          values: "step", "units", and the step's metrics, on the host.
+          values: "step", "units" and the metrics of the step, on the host.
 
         Raises:
-          NonFiniteError: the step is not finite, and the config says to stop there.
+          NonFiniteError: the step is not finite, and the config says to stop.
         """
         applied = values["step"] - 1 - self._skipped
         self._skipped += not values["finite"]
@@ -173,7 +174,7 @@ class Run:
     def evaluate(
         self, step: int, split: str, batch_loss: BatchLoss, note: str = ""
     ) -> dict[str, float]:
-        """Return the numbers on `split`, after writing and showing them."""
+        """Evaluate a split; write, show and return its scores."""
         with self.notes.clock("evaluate"):
             workload, place = self.setup.workload, self.setup.place
             batches = workload.evaluation[split](place.shard)
@@ -192,10 +193,11 @@ class Run:
     def evaluate_before(
         self, batch_loss: BatchLoss, known: Mapping[str, dict[str, float]] | None = None
     ) -> None:
-        """The numbers of the model as it is, before the first step, on every split.
+        """Evaluate every split before the first step.
 
         Args:
-          known: the numbers, where they are known without an evaluation.
+          batch_loss: returns the loss of a batch.
+          known: the scores of each split, if they are known already.
         """
         for split in self.setup.workload.evaluation:
             note = "  (before)"
@@ -207,29 +209,31 @@ class Run:
                 check_select(self.setup.workload.select, self.notes.before[split])
 
     def validate(self, step: int, batch_loss: BatchLoss, trained: Callable[[], Trained]) -> None:
-        """Evaluate on the validation split if there is one, and keep the adapter if it is best.
+        """Evaluate on the validation split if there is one, and save the adapter if it is best.
 
         Args:
-          trained: gives the parameters that `batch_loss` uses, in the run's own shapes.
+          step: the step.
+          batch_loss: returns the loss of a batch.
+          trained: returns the parameters that `batch_loss` uses, in the run's own shapes.
         """
         if "validation" not in self.setup.workload.evaluation:
             return
         numbers = self.evaluate(step, "validation", batch_loss)
         self.notes.last = numbers
-        # One decision for all: where it differed, one process would save and wait for the others.
+        # Process 0 decides for all: if they differed, one would save and wait for the others.
         if processes.by_first(lambda: self._is_better(numbers)):
             self.notes.best = {"step": step, **numbers}
             self.export("best", trained())
 
     def evaluate_best(self, step: int, batch_loss: BatchLoss) -> dict[str, dict[str, float]]:
-        """The numbers of the exported best adapter on the splits that did not pick it."""
+        """Evaluate the exported best adapter on the splits that did not pick it."""
         splits = [name for name in self.setup.workload.evaluation if name != "validation"]
         return {
             split: self.evaluate(step, split, batch_loss, "  (best adapter)") for split in splits
         }
 
     def checkpoint(self, step: int, state: State) -> None:
-        """Write a checkpoint in the background; every step up to this one is known good."""
+        """Write a checkpoint in the background. Every step up to this one is known good."""
         with self.notes.clock("checkpoint"):
             notes = {
                 "run": dataclasses.asdict(self.notes),
@@ -243,22 +247,22 @@ class Run:
             self.checkpoints.save(step, state, notes)
 
     def export(self, name: str, trained: Trained) -> None:
-        """Write the adapter alone, as `name`."""
+        """Export the adapter as `name`."""
         setup = self.setup
         about = setup.workload.about
         export.save(setup.path, name, setup.layout, trained, setup.fingerprint, about)
 
     def best(self, like: Trained) -> Trained:
-        """The best adapter as it was exported; the last one where nothing picked a best.
+        """Return the exported best adapter, or the last one if no evaluation picked a best.
 
         Args:
-          like: trained parameters of the run, which say where they are to lie.
+          like: trained parameters of the run, whose shardings are used.
         """
         where = self.setup.place.trained(self.setup.layout, like["base"])
         return export.load(self.setup.path, "best" if self.notes.best else "last", where)
 
     def _restore(self, like: State) -> State:
-        """Go to the newest checkpoint."""
+        """Restore the newest checkpoint."""
         state, notes = self.checkpoints.restore(like)
         saved = Layout.from_json(notes["layout"])
         if set(saved.targets) != set(self.setup.layout.targets):  # in any order
@@ -279,16 +283,20 @@ class Run:
             self._record.write(line)
 
     def _sync(self) -> int:
-        """Put the record on disk; its length in bytes."""
+        """Flush metrics.jsonl to disk, and return its length in bytes."""
         return 0 if self._record is None else self._record.sync()
 
     def _nonfinite(self, values: dict[str, Any]) -> str:
         kept = self.checkpoints.latest
-        kept_text = "no checkpoint was written yet" if kept is None else f"step {kept} is kept"
+        kept_text = (
+            "no checkpoint was written yet"
+            if kept is None
+            else f"the checkpoint of step {kept} is kept"
+        )
         return (
             f"step {values['step']} is not finite: loss {values['loss']}, gradient norm "
-            f"{values['gradient_norm']}. It changed nothing; as to checkpoints, {kept_text}. Lower "
-            "--optimizer.learning-rate, or go on past such steps with --on-nonfinite skip"
+            f"{values['gradient_norm']}. It changed nothing; {kept_text}. Lower "
+            "--optimizer.learning-rate, or skip such steps with --on-nonfinite skip"
         )
 
     def _is_better(self, numbers: dict[str, float]) -> bool:
@@ -296,4 +304,4 @@ class Run:
         check_select(name, numbers)
         sign = 1 if self.setup.workload.better == "higher" else -1
         best = -math.inf if self.notes.best is None else sign * self.notes.best[name]
-        return sign * numbers[name] > best  # never true of a NaN
+        return sign * numbers[name] > best  # false for a NaN

@@ -9,20 +9,20 @@ from lora_jax import json_file
 from lora_jax.errors import LoraError
 from lora_jax.training.config_json import upgrade
 
-_CONFIG_CURE = "it was written by train.py: take it from a copy, or start the run anew with --fresh"
+_CONFIG_CURE = "train.py wrote it: restore it from a copy, or start the run again with --fresh"
 _SUMMARY_CURE = (
-    "delete it and start the command of the run again: it goes on from its last checkpoint, "
-    "and writes it anew"
+    "delete it and start the command of the run again: the run continues from its last checkpoint "
+    "and writes a new one"
 )
 
-# What is read of a summary.json: name -> what it has to be.
+# The fields of summary.json that are read -> their types.
 _NUMBER = (int, float)
 _SUMMARY: dict[str, Any] = {
     **dict.fromkeys(("steps", "skipped_steps", "base_parameters", "adapter_parameters"), _NUMBER),
     **dict.fromkeys(("trainable_parameters", "adapter_file_bytes", "optimizer_bytes"), _NUMBER),
     **dict.fromkeys(("full_checkpoint_bytes", "base_bytes_per_device"), _NUMBER),
     **dict.fromkeys(("peak_memory_bytes", "steps_per_second"), _NUMBER),
-    "merged_difference": (*_NUMBER, type(None)),  # None over a quantised base
+    "merged_difference": (*_NUMBER, type(None)),  # None for a quantised base
     **dict.fromkeys(("compile_seconds", "total_seconds"), _NUMBER),
     **dict.fromkeys(("before", "after"), dict),
     **dict.fromkeys(("select", "better"), str),
@@ -31,7 +31,10 @@ _SUMMARY: dict[str, Any] = {
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """Return config.json of the run in `folder`, under the names of today.
+    """Return config.json of the run in `folder`, under today's names.
+
+    Args:
+      folder: the run directory.
 
     Raises:
       LoraError: it is not JSON, or not the config of a run.
@@ -39,15 +42,20 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     file = folder / "config.json"
     found = upgrade(json_file.read(file, LoraError, cure=_CONFIG_CURE, finite=False))
     if not isinstance(found.get("steps"), int) or not isinstance(found.get("lora"), dict):
-        raise LoraError(f"{file} is no config of train.py: no steps and lora in it; {_CONFIG_CURE}")
+        raise LoraError(
+            f"{file} is not a config of train.py: it has no steps and lora; {_CONFIG_CURE}"
+        )
     return found
 
 
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:
-    """Return summary.json of the run in `folder`, with everything in it that anybody reads.
+    """Return summary.json of the run in `folder`, with every field that the package reads.
+
+    Args:
+      folder: the run directory.
 
     Raises:
-      LoraError: it is not JSON, or lacks something.
+      LoraError: it is not JSON, or a field is missing or has the wrong type.
     """
     file = folder / "summary.json"
     found = upgrade(json_file.read(file, LoraError, cure=_SUMMARY_CURE, finite=False))
@@ -58,10 +66,10 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
             raise LoraError(f"{file}: {name!r} is {str(found[name])[:80]!r}; {_SUMMARY_CURE}")
     for when in ("before", "after"):
         if not all(_are_scores(scores) for scores in found[when].values()):
-            raise LoraError(f"{file}: {when!r} holds something else than numbers; {_SUMMARY_CURE}")
+            raise LoraError(f"{file}: {when!r} holds values other than numbers; {_SUMMARY_CURE}")
     speeds = (n for n in found if n.endswith("_per_second") and not n.startswith("steps_"))
     if not any(isinstance(found[name], _NUMBER) for name in speeds):
-        raise LoraError(f"{file} has no speed but steps_per_second; {_SUMMARY_CURE}")
+        raise LoraError(f"{file} has no speed except steps_per_second; {_SUMMARY_CURE}")
     return found
 
 

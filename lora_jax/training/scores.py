@@ -1,8 +1,8 @@
 """Scores of a split, computed from sums over its batches.
 
-Each score comes as a pair: the sums that a batch contributes (in the loss, on the device) and the
-number that all the sums together give (on the host). The metrics of scikit-learn need all outputs
-and labels at once, on one host.
+Each score is a pair of functions: one computes the sums of a batch (in the loss, on the device),
+the other computes the score from the total sums (on the host). The metrics of scikit-learn would
+need all outputs and labels at once, on one host.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Sums = Mapping[str, float]
 
 
 def names(scores: Callable[[Sums, float], dict[str, float]]) -> list[str]:
-    """The numbers that an evaluation gives with these scores.
+    """Return the names of the scores of an evaluation.
 
     >>> names(token_scores)
     ['loss', 'perplexity']
@@ -29,9 +29,16 @@ def names(scores: Callable[[Sums, float], dict[str, float]]) -> list[str]:
 def class_sums(
     logits: jax.Array, labels: jax.Array, weights: jax.Array, two: bool
 ) -> dict[str, jax.Array]:
-    """How many are right; with `two` classes also the four cells of the confusion table.
+    """Count the correct guesses; with `two` classes also the four cells of the confusion matrix.
 
-    logits [B, C], labels [B] int, weights [B], zero for a row that does not count.
+    Args:
+      logits: float [B, C].
+      labels: int [B].
+      weights: float [B]; 0 for a row that does not count.
+      two: whether there are two classes.
+
+    Returns:
+      Name -> sum, [] float32.
     """
     guess = jnp.argmax(logits, axis=-1)
     sums = {"correct": jnp.sum(weights * (guess == labels))}
@@ -42,12 +49,12 @@ def class_sums(
 
 
 def accuracy(sums: Sums, weight: float) -> dict[str, float]:
-    """The share of those that are right."""
+    """Return the share of correct guesses."""
     return {"accuracy": sums["correct"] / max(weight, 1e-9)}
 
 
 def class_scores(sums: Sums, weight: float) -> dict[str, float]:
-    """Of two classes: accuracy, F1 of class 1, and Matthews' correlation."""
+    """Return the scores for two classes: accuracy, F1 of class 1, and Matthews' correlation."""
     tp, fp, fn, tn = (sums[name] for name in ("tp", "fp", "fn", "tn"))
     spread = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     return {
@@ -58,7 +65,16 @@ def class_scores(sums: Sums, weight: float) -> dict[str, float]:
 
 
 def real_sums(outputs: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-    """First and second moments of outputs [B] and labels [B]."""
+    """Return the first and second moments of outputs and labels.
+
+    Args:
+      outputs: float [B].
+      labels: float [B].
+      weights: float [B]; 0 for a row that does not count.
+
+    Returns:
+      Name -> sum, [] float32.
+    """
     x, y = outputs * weights, labels * weights
     return {
         "x": x.sum(),
@@ -70,7 +86,7 @@ def real_sums(outputs: jax.Array, labels: jax.Array, weights: jax.Array) -> dict
 
 
 def real_scores(sums: Sums, weight: float) -> dict[str, float]:
-    """Pearson's correlation."""
+    """Return Pearson's correlation."""
     n = max(weight, 1e-9)
     x, y = sums["x"] / n, sums["y"] / n
     spread = (sums["xx"] / n - x * x) * (sums["yy"] / n - y * y)
@@ -78,5 +94,5 @@ def real_scores(sums: Sums, weight: float) -> dict[str, float]:
 
 
 def token_scores(sums: Sums, weight: float) -> dict[str, float]:
-    """Perplexity, exp of the loss per token."""
+    """Return the perplexity, exp of the loss per token."""
     return {"perplexity": math.exp(min(sums["nll"] / max(weight, 1e-9), 700.0))}

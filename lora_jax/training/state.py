@@ -1,4 +1,4 @@
-"""The state of a run: all that a step changes."""
+"""The state of a run: everything that a step changes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Trained = dict[str, Any]  # {"adapters": {path: Factors}, "base": {path: array}}
 
 
 class State(NamedTuple):
-    """All that a step changes, and nothing of the frozen base: this is what a checkpoint holds.
+    """Everything that a step changes, without the frozen base. A checkpoint holds these arrays.
 
     trained: {"adapters": {path: Factors(a, b)}, "base": {path: parameter trained in full}}.
     optimizer: the optax state of `trained`.
-    step: [] int32, steps taken, skipped ones included.
-    skipped: [] int32, steps whose loss or gradient was not finite.
+    step: [] int32, the number of steps taken, including skipped ones.
+    skipped: [] int32, the number of steps whose loss or gradient was not finite.
     key: the PRNG key of the run; step i uses it folded with i.
     """
 

@@ -1,4 +1,4 @@
-"""The optimizer step and the evaluation step, as pure functions to be compiled."""
+"""The training step and the evaluation step, as pure functions that the caller compiles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lora_jax.transform import adapt
 
 Tree = Any  # a pytree
 
-_DROPOUT = 0x10A  # folded into a step's key; the model has the key itself
+_DROPOUT = 0x10A  # folded into the key of a step; the model uses the key itself
 
 
 def create(
@@ -38,15 +38,24 @@ def create(
     weights: Mapping[str, Any] | None = None,
     adapters: Tree | None = None,
 ) -> State:
-    """The state before the first step, on its devices; it shares no memory with `base`.
+    """Return the state before the first step, placed on its devices.
 
-    The adapters lie as the weights they belong to, and the optimizer's state as the adapters.
-    Compiled as one program, so that no device ever holds more than its part.
+    The adapters are sharded like their weights, and the optimizer state like the adapters. One
+    compiled program computes it, so that no device ever holds more than its part. The state shares
+    no memory with `base`.
 
     Args:
-      init: how `lora_jax.init` draws the adapters.
-      weights: `adapted_weights(layout, params)`, for kinds of update that begin at something of W.
-      adapters: that the run begins with, in the place of drawn ones.
+      layout: the layout of the adapters.
+      base: path -> array, the parameters trained in full.
+      tx: the optimizer.
+      key: the PRNG key of the run, [].
+      place: the placement of all arrays on the mesh.
+      init: the method of `lora_jax.init`.
+      weights: `adapted_weights(layout, params)`, for kinds of update that start from W.
+      adapters: adapters to begin with, in place of new ones.
+
+    Returns:
+      The state.
     """
 
     where = jax.tree.map(lambda x: x.sharding, shapes(layout, base, tx, key, place, weights))
@@ -55,7 +64,12 @@ def create(
 
 
 def adapted_weights(layout: Layout, params: Tree) -> dict[str, Any]:
-    """Return the parameters that the layout adapts, by path."""
+    """Return the parameters that the layout adapts, by path.
+
+    Args:
+      layout: the layout of the adapters.
+      params: the parameters of the model.
+    """
     leaves = paths.flatten(params)
     layout.check_params(leaves)
     return {target.path: leaves[target.path] for target in layout.targets}
@@ -69,7 +83,18 @@ def shapes(
     place: Placement,
     weights: Mapping[str, Any] | None = None,
 ) -> State:
-    """The state as `create` makes it, by shape, dtype and sharding; nothing is computed."""
+    """Return the shapes, dtypes and shardings of the state that `create` makes.
+
+    Nothing is computed.
+
+    Args:
+      layout: the layout of the adapters.
+      base: path -> array, the parameters trained in full.
+      tx: the optimizer.
+      key: the PRNG key of the run, [].
+      place: the placement of all arrays on the mesh.
+      weights: `adapted_weights(layout, params)`, for kinds of update that start from W.
+    """
     state = jax.eval_shape(fresh(layout, tx, "gaussian"), base, key, weights)
     where = place.following(state, state.trained, place.trained(layout, base))
     return jax.tree.map(
@@ -79,9 +104,14 @@ def shapes(
 
 @functools.lru_cache(maxsize=16)
 def fresh(layout: Layout, tx: optax.GradientTransformation, init: str) -> Callable[..., State]:
-    """`begin(base, key, weights, adapters)` gives the state before the first step; to be compiled.
+    """Return `begin(base, key, weights, adapters)`, which returns the state before the first step.
 
-    The same arguments give the same function, so that JAX compiles it once for many runs.
+    Equal arguments give the same function, so that JAX compiles it once for many runs.
+
+    Args:
+      layout: the layout of the adapters.
+      tx: the optimizer.
+      init: the method of `lora_jax.init`.
     """
 
     def begin(
@@ -96,19 +126,24 @@ def fresh(layout: Layout, tx: optax.GradientTransformation, init: str) -> Callab
 
 
 def compilation(state: State, place: Placement) -> dict[str, Any]:
-    """What `jax.jit` is to be told of the step: the state is given up, and stays where it is.
+    """Return the arguments of `jax.jit` for the step, which donates the state and keeps its place.
 
     Args:
-      state: arrays, or what `shapes` gives.
+      state: arrays, or the shapes that `shapes` returns.
+      place: the placement of all arrays on the mesh.
     """
     kept = jax.tree.map(lambda x: x.sharding, state)
     return {"donate_argnums": 0, "out_shardings": (kept, place.whole)}
 
 
 def check_apart(layout: Layout, base: dict[str, Any]) -> None:
-    """Raise unless no parameter is both adapted and trained in full.
+    """Raise `LoraError` if a parameter is both adapted and trained in full.
 
-    An adapter adds nothing where W itself is trained.
+    An adapter adds nothing if W itself is trained.
+
+    Args:
+      layout: the layout of the adapters.
+      base: path -> parameter that is trained in full.
     """
     both = [target.path for target in layout.targets if target.path in base]
     if both:
@@ -128,29 +163,35 @@ def train_step(
     scales: Mapping[str, jax.Array] | None = None,
     rate: float = 0.0,
 ) -> Callable[[State, Tree, Any], tuple[State, dict[str, jax.Array]]]:
-    """`step(state, frozen, batch) -> (state, metrics)`.
+    """Return the training step, `step(state, frozen, batch) -> (state, metrics)`.
 
-    The gradient is taken with respect to `state.trained` alone; `frozen` is another argument and
-    gets none. A step whose loss or gradient is not finite changes no parameter and no optimizer
-    state. With "stop" no later step does either, so that the host may read the metrics late and
-    still finds the state as it was before the step that `metrics["finite"]` names.
+    The gradient is taken with respect to `state.trained` only. `frozen` is another argument, so it
+    gets no gradient. A step whose loss or gradient is not finite changes no parameter and no
+    optimizer state. With "stop", no later step does either: the host may read the metrics late and
+    still finds the state from before the step that `metrics["finite"]` names.
 
-    With `parts` above 1 the batch is gone through in so many parts, one after the other, each with
-    its own random key; sums are kept in float32 and divided once, by the whole weight, so that
-    parts of unequal weight (tokens) count as they do in the whole batch.
+    Args:
+      workload: the workload.
+      layout: the layout of the adapters.
+      tx: the optimizer.
+      on_nonfinite: what happens after a step that is not finite.
+      parts: the number of parts that a batch is split into, each with its own random key. Sums are
+        kept in float32 and divided once by the total weight, so that parts of unequal weight
+        (tokens) count as they do in the whole batch.
+      scales: path -> [] float32, if the adapters are padded to `layout`: the scales to use instead
+        of the layout's (`lora_jax.multi.Scaled`).
+      rate: the rate of the adapters' dropout (`lora_jax.dropout`). Its masks depend on the run's
+        key and on the step only.
 
-    With `scales` ({path: [] float32}) the adapters are padded to `layout`, and these are their
-    scales in place of the layout's (`lora_jax.multi.Scaled`).
-
-    `rate` is that of the adapters' dropout (`lora_jax.dropout`). Its masks depend on the run's key
-    and on the step alone.
+    Returns:
+      The step, to be compiled.
     """
     adapted = adapt(layout, workload.apply)
 
     def objective(trained: Trained, frozen: Tree, batch: Any, key: jax.Array) -> Any:
         params = join(trained["base"], frozen)
         adapters: Any = trained["adapters"]
-        if scales is not None:  # gradients are with respect to the factors alone
+        if scales is not None:  # inside, so that the gradient is that of the factors only
             adapters = Scaled(adapters, dict(scales))
         adapters = dropout(adapters, jax.random.fold_in(key, _DROPOUT), rate)
         outputs = adapted(params, adapters, batch, train=True, key=key)
@@ -160,7 +201,7 @@ def train_step(
     gradient = jax.value_and_grad(objective, has_aux=True)
 
     def summed(trained: Trained, frozen: Tree, batch: Any, key: jax.Array) -> Any:
-        """((total, weight), gradient of the total) of the whole batch."""
+        """Return ((total, weight), gradient of the total) of the whole batch."""
         if parts == 1:
             return gradient(trained, frozen, batch, key)
 
@@ -184,7 +225,7 @@ def train_step(
         updates, optimizer = tx.update(grads, state.optimizer, state.trained)
         taken = (optax.apply_updates(state.trained, updates), optimizer)
         kept = (state.trained, state.optimizer)
-        # The optimizer computes in float32; what it keeps for a bfloat16 array stays bfloat16.
+        # The optimizer computes in float32; its state of a bfloat16 array stays bfloat16.
         chosen = jax.tree.map(lambda x, old: jnp.where(go, x.astype(old.dtype), old), taken, kept)
         skipped = state.skipped + ~finite
         metrics = {"loss": loss, "weight": weight, "gradient_norm": norm, "finite": finite}
@@ -194,19 +235,23 @@ def train_step(
 
 
 def _zeros(trained: jax.Array) -> jax.Array:
-    """Where gradients are summed: float32 at least."""
+    """Return zeros to sum gradients in, in float32 at least."""
     return jnp.zeros(trained.shape, jnp.promote_types(trained.dtype, jnp.float32))
 
 
 def divided(batch: Any, parts: int) -> Any:
-    """A batch [B, ...] as its parts [parts, B / parts, ...]; scalars go into each of them.
+    """Split a batch [B, ...] into parts [parts, B / parts, ...]; scalars are repeated.
 
-    Part i takes the rows i, i + parts, i + 2 parts, ...: where B is divided over devices, each of
-    them has its even share of every part, and no row moves.
+    Part i takes the rows i, i + parts, i + 2 parts, ... If B is sharded over devices, each of them
+    has an equal share of every part, so that no row has to move.
 
     >>> import numpy as np
     >>> divided({"x": np.arange(4)}, 2)["x"].tolist()
     [[0, 2], [1, 3]]
+
+    Args:
+      batch: a tree of arrays [B, ...] and scalars.
+      parts: the number of parts, which divides B.
     """
 
     def entry(x: Any) -> Any:
@@ -222,7 +267,12 @@ def divided(batch: Any, parts: int) -> Any:
 def evaluation_step(
     workload: Workload, layout: Layout
 ) -> Callable[[Mapping[str, Any], Tree, Any], Loss]:
-    """`evaluate(trained, frozen, batch) -> Loss`, without dropout."""
+    """Return the evaluation step, `evaluate(trained, frozen, batch) -> Loss`, without dropout.
+
+    Args:
+      workload: the workload.
+      layout: the layout of the adapters.
+    """
     adapted = adapt(layout, workload.apply)
 
     def evaluate(trained: Mapping[str, Any], frozen: Tree, batch: Any) -> Loss:

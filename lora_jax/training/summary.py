@@ -1,4 +1,4 @@
-"""The summary of a finished run: the table at its end and the values of summary.json."""
+"""The summary of a finished run: the table that is printed, and the values of summary.json."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from lora_jax.training.state import State
 def summarise(
     run: Run, state: State, tested: dict[str, dict[str, float]], difference: float | None
 ) -> Summary:
-    """The numbers of a finished run.
+    """Return the values of summary.json.
 
     Args:
-      run, state: at its end.
-      tested: split -> numbers of the best adapter on the splits that did not pick it.
-      difference: largest |merged - unmerged| output on an evaluation batch; None over a quantised
+      run: the run, at its end.
+      state: its last state.
+      tested: split -> scores of the best adapter, for the splits that did not pick it.
+      difference: largest |merged - unmerged| output on an evaluation batch; None for a quantised
         base.
     """
     notes, path = run.notes, run.setup.path
@@ -68,7 +69,12 @@ def summarise(
 
 
 def opening(run: Run, state: State) -> str:
-    """What a run says of itself before its first step."""
+    """Return the text that a run prints before its first step.
+
+    Args:
+      run: the run.
+      state: its state.
+    """
     setup, found = run.setup, sizes(run, state)
     facts = setup.workload.facts(setup.place.shard)
     text = (
@@ -79,12 +85,17 @@ def opening(run: Run, state: State) -> str:
     whole = setup.layout.dequantised
     more = f", and {len(whole) - 1} more weights" if len(whole) > 1 else ""
     dequantised = f"Dequantised: {whole[0].path}, {whole[0].reason}{more}" if whole else ""
-    going_on = f"Going on from the checkpoint of step {run.start}." if run.start else ""
+    going_on = f"Continuing from the checkpoint of step {run.start}." if run.start else ""
     return "\n".join(filter(None, (facts, text, dequantised, going_on)))
 
 
 def sizes(run: Run, state: State) -> dict[str, int]:
-    """Parameters and bytes: of the base, of what is trained, and of what is kept on disk."""
+    """Count the parameters of the base and of the trained arrays, and their bytes on disk.
+
+    Args:
+      run: the run.
+      state: its state.
+    """
     frozen, path = run.setup.frozen, run.setup.path
     trainable = state.trained["base"]
     return {
@@ -99,17 +110,21 @@ def sizes(run: Run, state: State) -> dict[str, int]:
 
 
 def is_quantised(params: Any) -> bool:
-    """Whether some of the parameters are quantised."""
+    """Return whether any of the parameters is quantised."""
     return any(map(is_base, paths.flatten(params).values()))
 
 
 def parameters(params: Any) -> int:
-    """How many parameters a tree holds: of a quantised weight the floats that it stands for."""
+    """Count the parameters of a tree; a quantised weight counts as its floats."""
     return sum(math.prod(leaf.shape) for leaf in paths.flatten(params).values())
 
 
 def on_each_device(tree: Any) -> int:
-    """Bytes of a tree's arrays on one device; every device has as many."""
+    """Return the bytes of a tree's arrays on one device; every device has as many.
+
+    Args:
+      tree: a tree of arrays, or of their shapes and shardings.
+    """
 
     def part(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
@@ -118,13 +133,13 @@ def on_each_device(tree: Any) -> int:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far."""
+    """Return the peak resident memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def device_peak() -> int | None:
-    """Largest use of the first device's own memory; None where it keeps no such count."""
+    """Return the peak memory of the first device in bytes, or None if the device does not count."""
     stats = jax.local_devices()[0].memory_stats()
     return None if stats is None else stats.get("peak_bytes_in_use")
 
@@ -138,7 +153,7 @@ def show(summary: Summary, console: Console) -> None:
 
 
 def rows(summary: Summary) -> list[tuple[str, str]]:
-    """The table's lines: name and text."""
+    """Return the name and the text of each line of the table."""
     found = costs(summary)
     for split, before in summary["before"].items():
         after = summary["after"].get(split, {})
@@ -149,7 +164,11 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
 
 
 def costs(summary: Summary) -> list[tuple[str, str]]:
-    """What a run took, of parameters, bytes and time: name and text."""
+    """Return name and text of each cost of a run: parameters, bytes and time.
+
+    Args:
+      summary: the values of summary.json.
+    """
     base, adapters = summary["base_parameters"], summary["adapter_parameters"]
     trained, difference = adapters + summary["trainable_parameters"], summary["merged_difference"]
     speed = next(name for name in summary if name.endswith("_per_second") and name[:6] != "steps_")
@@ -173,10 +192,14 @@ def costs(summary: Summary) -> list[tuple[str, str]]:
 
 
 def in_units(number: float, unit: str = "B") -> str:
-    """Return bytes, or another quantity, with the decimal prefix that a reader wants.
+    """Format a number of bytes, or of another unit, with a decimal prefix.
 
     >>> in_units(999), in_units(1_234_567), in_units(2.541e17, "FLOP")
     ('999 B', '1.23 MB', '254.10 PFLOP')
+
+    Args:
+      number: the number.
+      unit: its unit.
     """
     for prefix in ("", "k", "M", "G", "T"):
         if abs(number) < 1000:

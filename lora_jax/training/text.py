@@ -1,4 +1,4 @@
-"""The config of a run of a pretrained language model on text, and what its workloads share."""
+"""The config of a run of a pretrained language model on text, and the code its workloads share."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class ModelConfig(PretrainedModelConfig):
     """The pretrained model."""
 
     pooling: Literal["mean", "cls", "roberta_head"] = "mean"
-    """Classification: what the head reads, the mean of the tokens, the first, or the first
-    through RoBERTa's dense layer."""
+    """Classification: the input of the head, which is the mean of the tokens, the first token
+    (cls), or the first token after RoBERTa's dense layer."""
     loss_chunk: int | None = None
-    """A decoder's loss goes through so many positions of a row at a time, so that the logits of a
-    large vocabulary never exist at once; the output head is multiplied with once more. None: all
-    positions at once."""
+    """Decoders: the number of positions of a row whose loss is computed at a time, so that the
+    logits of a large vocabulary never exist all at once. It costs one more product with the output
+    head. None: all positions at once."""
     head_dropout: float | None = later(None)
-    """Dropout rate before an encoder's head, where it is another one. None: `dropout`."""
+    """Dropout rate before an encoder's head. None: the same as `dropout`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +40,7 @@ class ModelConfig(PretrainedModelConfig):
         require(rate is None or 0 <= rate < 1, "model.head_dropout", rate, "in [0, 1)")
 
     def apply_to(self, config: Any) -> Any:
-        """The model's own configuration with these settings."""
+        """Return the model's own config with these settings."""
         config, head, chunk = super().apply_to(config), self.head_dropout, self.loss_chunk
         if not isinstance(config, models.BertConfig):
             require(head is None, "model.head_dropout", head, "None for a decoder")
@@ -51,7 +51,7 @@ class ModelConfig(PretrainedModelConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(PretrainedConfig):
-    """A run of a pretrained language model on text."""
+    """A run that trains a pretrained language model on text."""
 
     model: ModelConfig
     """The pretrained model."""
@@ -60,7 +60,7 @@ class TextConfig(PretrainedConfig):
     method: MethodConfig = dataclasses.field(default=MethodConfig(), metadata=LATER)
     """LoRA, or a method that it is compared with."""
     label_smoothing: float = later(0.0)
-    """Decoders: share of each label that is spread over the whole vocabulary, while training."""
+    """Decoders: share of each label that is spread over the whole vocabulary in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,37 +68,45 @@ class TextConfig(PretrainedConfig):
         require(0 <= smoothing < 1, "label_smoothing", smoothing, "in [0, 1)")
         if self.method.name != LORA and self.start_from is not None:
             raise ConfigError(
-                f"--from goes on with LoRA adapters, and the method is {self.method.name!r}: leave "
-                "one of the two out"
+                f"--from continues with LoRA adapters, and the method is {self.method.name!r}: "
+                "leave one of the two out"
             )
         if self.method.name != LORA and self.lora.trainable is not None:
             raise ConfigError(
                 f"lora.trainable is {self.lora.trainable}, but the method {self.method.name!r} "
-                "says itself what is trained: leave it at None, or method.name at 'lora'"
+                "decides what is trained: leave it at None, or method.name at 'lora'"
             )
 
     @property
     def adaptation(self) -> LoraConfig:
-        """`lora`; with another method no adapters, and in full what the workload names."""
+        """`lora`; with another method a config without adapters."""
         return self.lora if self.method.name == LORA else LoraConfig(targets=())
 
     def full_fine_tuning(self, **changes: Any) -> Config:
-        """See `Config`; the method is LoRA's, since no other takes `lora.trainable`."""
+        """See `Config`. The method is set to LoRA, because no other uses `lora.trainable`."""
         return super().full_fine_tuning(method=MethodConfig(), **changes)
 
 
-Pipeline = Callable[..., Batches]  # lora_jax.data's classification or language_modelling
+Pipeline = Callable[..., Batches]  # batches_of in classification or language_modelling
 
 
 def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> RunBatches:
-    """The batches that `pipeline` makes of `config.data` for the model `source`.
+    """Make the batches of a run on text.
+
+    Args:
+      config: the config of the run.
+      pipeline: makes batches from the data, the tokenizer and the size of the vocabulary.
+      source: the pretrained model.
+
+    Returns:
+      The batches.
 
     Raises:
-      ConfigError: longer rows than the model has positions for.
-      lora_jax.LoraError: the data cannot be read, or the tokenizer is not that of the model.
+      ConfigError: rows may be longer than the model has positions.
+      lora_jax.LoraError: the data cannot be read, or the tokenizer does not fit the model.
     """
     model = source.config
-    assert isinstance(model, models.BertConfig | models.LlamaConfig)  # `open_model` has seen to it
+    assert isinstance(model, models.BertConfig | models.DecoderConfig)  # `open_model` checks it
     _check_positions(config, model)
     of_data = functools.partial(
         pipeline, config.data, source.tokenizer(), vocabulary=model.vocab_size
@@ -106,10 +114,10 @@ def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> 
     return pretrained.open_batches(config, of_data)
 
 
-def _check_positions(config: TextConfig, model: models.BertConfig | models.LlamaConfig) -> None:
-    """Raise where the model has positions of its own, and rows may be longer than they go.
+def _check_positions(config: TextConfig, model: models.BertConfig | models.DecoderConfig) -> None:
+    """Raise if the model has learned positions and rows may be longer than these.
 
-    Otherwise the first batch with so long a text would stop the run, maybe hours later.
+    Otherwise the first batch with such a long text would stop the run, perhaps hours later.
     """
     table = isinstance(model, models.BertConfig) or model.positions == "learned"
     most, length = model.max_positions, config.data.max_length
@@ -118,9 +126,13 @@ def _check_positions(config: TextConfig, model: models.BertConfig | models.Llama
 
 
 def about(config: TextConfig, **more: Any) -> dict[str, Any]:
-    """`Workload.about`: the settings of the model that change what it computes, and `more`.
+    """Return `Workload.about`: the settings that change what the model computes, and `more`.
 
-    A method other than LoRA is said by its name, with its settings.
+    A method other than LoRA is stored with its name and settings.
+
+    Args:
+      config: the config of the run.
+      **more: other config values.
     """
     name, own = config.method.name, config.method.settings
     method = {} if name == LORA else {"method": {"name": name, **own}}
@@ -128,6 +140,6 @@ def about(config: TextConfig, **more: Any) -> dict[str, Any]:
 
 
 def method_parameters(config: TextConfig, method: baselines.Method) -> Any:
-    """A method's own parameters as they are before the first step: drawn from the seed."""
-    # The new head is drawn with 1.
+    """Draw the initial parameters that belong to the method itself, from the seed of the run."""
+    # The new head uses the key folded with 1.
     return method.init(jax.random.fold_in(jax.random.key(config.seed), 2))

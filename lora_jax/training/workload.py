@@ -1,4 +1,4 @@
-"""The workload: the model, its data and its loss, as a run takes them."""
+"""The workload: the model, its data and its loss, as a run needs them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Tree = Any  # a pytree
 
 
 class Loss(NamedTuple):
-    """What a loss gives for one batch; a mean is taken once, over everything that was summed.
+    """The loss of one batch as sums. The mean is taken once, over all batches.
 
     total: [] float32, the sum of the losses of the batch's examples or tokens.
-    weight: [] float32, how many they are (their summed weights).
-    sums: name -> [] float32, other sums over the batch, read by `Workload.scores`.
+    weight: [] float32, their number, or the sum of their weights.
+    sums: name -> [] float32, other sums over the batch, which `Workload.scores` reads.
     """
 
     total: jax.Array
@@ -33,17 +33,17 @@ class Loss(NamedTuple):
 
 
 def ratios(sums: Mapping[str, float], weight: float) -> dict[str, float]:
-    """Each sum over the weight: what accuracy and other means need."""
+    """Divide each sum by the weight, as accuracy and other means need it."""
     return {name: total / max(weight, 1e-9) for name, total in sums.items()}
 
 
 def examples(batch: Batch) -> int:
-    """The length of the leading axis."""
+    """Return the number of rows of a batch."""
     return len(next(iter(batch.values())))
 
 
 def check_select(select: str, numbers: Iterable[str]) -> None:
-    """Raise `LoraError` unless the number that picks the best adapter is among `numbers`."""
+    """Raise `LoraError` unless the score that picks the best adapter is among `numbers`."""
     names = list(numbers)
     if select not in names:
         raise LoraError(
@@ -55,20 +55,21 @@ def check_select(select: str, numbers: Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """What a group of runs over one base has to know of a workload (`lora_jax.groups`).
+    """The properties of a workload that a group of runs over one base needs (`lora_jax.groups`).
 
-    A workload that has one depends on nothing in `lora`, `optimizer`, `steps` and `evaluate_every`
-    of its config: members that differ in these alone share it, and its data are read once.
+    A workload that has them must not depend on `lora`, `optimizer`, `steps` and `evaluate_every` of
+    its config: members that differ only in these share one workload, and its data are read once.
 
     Attributes:
-      base: says which parameters `load` reads. Workloads that say the same have the same, but for
-        those of `fresh`, and the group loads them once.
-      fresh: `fresh()` gives {path: array}, the parameters that are not read but drawn (a new head).
-      join: `join(workloads)` is one with room for all of them, of which its own is the first: as
-        wide as the widest head. Each parameter of a member is a leading part of its own. None:
-        only workloads of the same shapes go together.
-      marks: entries that the batches of this workload have when it is joined, for the loss to tell
-        what of the outputs is its own: scalars.
+      base: a text that identifies the parameters that `load` reads. If workloads have equal texts,
+        the group loads these parameters once.
+      fresh: `fresh()` returns {path: array}, the parameters that are not read but drawn (a new
+        head).
+      join: `join(workloads)` returns one workload with room for all of them, as wide as the widest
+        head. This workload is the first of them. Each parameter of a member is the leading part
+        of the joined one. None: only workloads of the same shapes can be joined.
+      marks: scalars that are added to the batches of this workload when it is joined, so that the
+        loss can tell which outputs belong to it.
     """
 
     base: str
@@ -79,43 +80,41 @@ class Common:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A model, its data and its loss. `Config.workload` is a function that builds one.
+    """A model, its data and its loss. `Config.workload` is a function that returns one.
 
     Attributes:
-      apply: `apply(params, batch, *, train, key) -> outputs`, pure; `key` is None in evaluation.
-        `train` is a Python bool. Nothing in it knows of LoRA.
+      apply: `apply(params, batch, *, train, key) -> outputs`, a pure function. `train` is a Python
+        bool; `key` is None in evaluation. It knows nothing of LoRA.
       loss: `loss(outputs, batch) -> Loss`.
-      params: the base parameters, or their `jax.ShapeDtypeStruct`s if `load` brings the arrays.
-      train: `train(shard)` gives a fresh training iterator, at its first batch, of this process's
-        rows of every batch (`shard.take` cuts them out of a whole one). The batches that the
-        processes hold together depend on the config alone. Few batch shapes: each is compiled
-        once.
-      evaluation: split -> `pass_over(shard)`, one pass over it, of this process's rows; the
-        batches are as many and as long in every process. "validation" picks the best adapter;
-        "test", if there is one, is evaluated at the start and at the end.
-      load: `load(shardings)` gives the parameter arrays, called once at the start of the run;
-        checked against the shapes. `shardings` is a tree like `params` that says where each is
-        to lie. A loader may read by it just what is needed, or pay no heed: what it returns is
-        put there.
+      params: the base parameters, or their `jax.ShapeDtypeStruct`s if `load` returns the arrays.
+      train: `train(shard)` returns a new training iterator, at its first batch, over this process's
+        rows of every batch (`shard.take` takes them from a whole batch). The global batches depend
+        on the config only. They should have few shapes, because each shape is compiled.
+      evaluation: split -> `pass_over(shard)`, which returns one pass over this process's rows of
+        the split. Every process has the same number of batches, of the same lengths. "validation"
+        picks the best adapter; "test", if there is one, is evaluated at the start and at the end.
+      load: `load(shardings)` returns the parameter arrays. It is called once at the start of the
+        run, and the shapes are checked. `shardings` is a tree like `params`. A loader may use it to
+        read only the parts that are needed, or ignore it: the arrays are moved there in any case.
       example: one whole training batch (of all processes) as `jax.ShapeDtypeStruct`s, for
-        `train.py --plan`. None: the first batch is made and looked at.
-      placement: rules (pattern, PartitionSpec), exactly one for each parameter, that place it on
-        the mesh; or a dict path -> PartitionSpec of some of them, as
-        `lora_jax.flax_partitioning.named(nnx_model)` gives it. A parameter without a place there
-        has it by Linen's partitioning metadata in `params`, or else by the automatic rule
+        `train.py --plan`. None: the first batch is made to see its shapes.
+      placement: rules (pattern, PartitionSpec) for the shardings, of which exactly one matches each
+        parameter; or a dict path -> PartitionSpec of some parameters, as
+        `lora_jax.flax_partitioning.named(nnx_model)` returns it. A parameter that is not in the
+        dict is placed by Linen's partitioning metadata in `params`, or else by the automatic rule
         (`lora_jax.sharding`).
       trainable: patterns (`lora_jax.paths`) of parameters trained in full (PEFT: modules_to_save).
       scores: `scores(sums, weight) -> name -> number`, from the summed `Loss.sums` of a split.
-      select: the evaluation number that picks the best adapter: "loss" or one of the scores.
+      select: the score that picks the best adapter: "loss", or one of the scores.
       better: whether a higher or a lower `select` is better.
-      size: how many units a batch holds (padding left out), for the throughput.
-      unit: what `size` counts.
-      facts: `facts(shard)`: what a reader of the results should know of the data; printed as the
-        run starts. One process may ask alone.
-      common: how runs of it over one base go together. None: every member of a group loads the
-        base, to see that it is the same, and all have the same shapes.
-      about: what whoever uses the adapters has to know, JSON values; exported with them.
-      floats: of a workload whose weights are quantised as they are loaded, the one before
+      size: counts the units of a batch, without padding, for the throughput.
+      unit: the name of the units that `size` counts.
+      facts: `facts(shard)` returns a text about the data for readers of the results, printed when
+        the run starts. It may be called in one process only.
+      common: how several runs can share this workload. None: every member of a group loads the base
+        to check that it is the same, and all must have the same shapes.
+      about: JSON values that users of the adapters need; exported with the adapters.
+      floats: if the weights are quantised while they are loaded, the workload without this
         (`lora_jax.training.quantised`).
     """
 
@@ -141,7 +140,7 @@ class Workload:
     floats: Workload | None = None
 
     def arrays(self, shardings: Tree) -> Tree:
-        """The parameter arrays where they are to lie: loaded, or those that `params` holds."""
+        """Return the parameter arrays, loaded or from `params`, placed as `shardings` says."""
         if self.load is None:
             return jax.device_put(self.params, shardings)
         loaded = self.load(shardings)

@@ -268,7 +268,7 @@ def test_extract_is_as_near_as_any_adapter(rank: int | None) -> None:
 
 
 def test_extract_gives_an_adapter_back() -> None:
-    """A merged adapter is extracted in full. Red: alpha of the layout kept beside scale 1."""
+    """A merged adapter is extracted in full. Red: the layout's alpha kept with scale 1."""
     layout, adapters = WIDE
     base = weights(layout)
     merged = lora_jax.merge(layout, base, adapters)

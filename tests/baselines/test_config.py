@@ -63,7 +63,7 @@ def test_settings_of_another_method_are_refused(settings: dict[str, Any], says: 
 def test_what_a_method_trains_is_not_said_twice() -> None:
     """Red: the check in TextConfig taken out; the method's own patterns would be lost."""
     lora = LoraConfig(trainable=("classifier/**",))
-    with pytest.raises(ConfigError, match=r"lora\.trainable is .*'bitfit' says itself"):
+    with pytest.raises(ConfigError, match=r"lora\.trainable is .*'bitfit' decides"):
         dataclasses.replace(BITFIT, lora=lora)
 
 
@@ -121,17 +121,17 @@ def test_what_does_not_go_with_the_model(
 
 
 def test_lora_settings_beside_another_method_are_refused() -> None:
-    """Those of the config file are not; on the command line, and in a sweep, they would be lost.
+    """`lora.*` may be in the config file, but on the command line or in a sweep it would be lost.
 
     Red: `check_lora_counts` not called in command_line.py, or in sweep.py.
     """
     line = ["--method.name", "bitfit", "--lora.rank", "2"]
-    with pytest.raises(ConfigError, match="the command line sets something of lora"):
+    with pytest.raises(ConfigError, match="the command line sets a field of lora"):
         command_line.parse(line, "configs/minilm_reviews.py", ROOT)
     line = ["--base.method.name", "bitfit", "--base.lora.alpha", "2", "--grid", "seed=0,1"]
-    with pytest.raises(ConfigError, match="the command line sets something of lora"):
+    with pytest.raises(ConfigError, match="the command line sets a field of lora"):
         command_line.parse(line, "configs/sweep.py", ROOT)
-    with pytest.raises(ConfigError, match=r"lora\.rank sets something of lora"):
+    with pytest.raises(ConfigError, match=r"lora\.rank sets a field of lora"):
         SweepConfig(base=BITFIT, grid={"lora.rank": (1, 2)})
     cases = ({"method.name": "bitfit"}, {"method.name": "pfeiffer", "method.size": 4}, {})
     assert len(SweepConfig(base=LORA, cases=cases).expand().members) == 3

@@ -19,7 +19,7 @@ from lora_jax import baselines, models, paths
 BERT = models.BertConfig(
     vocab_size=19, hidden_size=16, num_layers=3, num_heads=4, mlp_size=20, max_positions=32
 )
-LLAMA = models.LlamaConfig(
+LLAMA = models.DecoderConfig(
     vocab_size=19, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4,
     mlp_size=20, max_positions=32, qkv_bias=True,
 )  # fmt: skip
@@ -137,7 +137,7 @@ def noisy(tree: Any, seed: int) -> Any:
 def model_of(config: Any) -> tuple[nn.Module, Any]:
     """With random numbers everywhere, the biases too."""
     encoder = isinstance(config, models.BertConfig)
-    model: nn.Module = models.BertClassifier(config, 2) if encoder else models.Llama(config)
+    model: nn.Module = models.BertClassifier(config, 2) if encoder else models.DecoderModel(config)
     return model, noisy(models.shapes(config, HEAD if encoder else None), 1)
 
 

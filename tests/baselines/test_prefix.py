@@ -1,4 +1,4 @@
-"""Prefixes: where the learned vectors stand, and what the rest of the model sees of them."""
+"""The positions of a prefix's learned vectors, and their effect on the rest of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs by every method, on tiny random models: what moves, and what is kept."""
+"""Whole runs of every method on tiny random models: which parameters change, and are saved."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def extra(path: str) -> bool:
     return path.startswith("extra/")
 
 
-# Which parameters are whose, said once more and without a pattern.
+# The parameters that each method trains, written without patterns.
 CASES = {
     "full": Case({}, lambda path: True, None),
     "top_layers": Case({"top_layers": 1}, lambda p: "layer_1/" in p, counts.layer(D, M)),
@@ -91,7 +91,7 @@ def config_of(folder: pathlib.Path, method: MethodConfig, **changes: Any) -> Tex
         workload=classification,
         model=ModelConfig(reference=str(folder / "roberta")),
         data=data,
-        # Of no account by another method; of LoRA, they are.
+        # Only LoRA uses these settings.
         lora=LoraConfig(rank=2, targets=("**/attention/{query,value}/kernel",)),
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0.0),
         method=method,
@@ -102,7 +102,7 @@ def config_of(folder: pathlib.Path, method: MethodConfig, **changes: Any) -> Tex
 
 
 class Stepped(NamedTuple):
-    """What three steps of a run have made of it. start: path -> every parameter before them."""
+    """The result of three steps of a run. start: path -> every parameter before them."""
 
     workload: Workload
     layout: lora_jax.Layout
@@ -152,7 +152,7 @@ def method_of(name: str) -> MethodConfig:
 
 @pytest.fixture(scope="module")
 def steps(folder: pathlib.Path) -> Callable[[str], Stepped]:
-    """What `stepped` gives for a method, once."""
+    """Return the result of `stepped` for a method, computed once."""
 
     @functools.cache
     def by(name: str) -> Stepped:
@@ -194,7 +194,7 @@ def test_only_its_own_parameters_change(
 
 
 def test_all_methods_begin_with_the_head_of_lora(folder: pathlib.Path) -> None:
-    """Same seed, same head. Red: another key for the head beside a method's own parameters."""
+    """Same seed, same head. Red: another key for the head if a method has parameters of its own."""
 
     def head(method: MethodConfig) -> Any:
         common = classification(config_of(folder, method)).common
@@ -254,7 +254,7 @@ def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -
 def test_exports_of_base_parameters_are_served(
     steps: Callable[[str], Stepped], tmp_path: pathlib.Path
 ) -> None:
-    """`predict`'s outputs are those of the workload with what was trained.
+    """`predict` has the outputs of the workload with the trained parameters.
 
     Red: parameters trained in full left out in lora_jax/serving/classifier.py.
     """

@@ -1,4 +1,4 @@
-"""What a layout says of quantised weights that an operation takes as whole float arrays."""
+"""A layout names the quantised weights that an operation needs as whole float arrays."""
 
 from __future__ import annotations
 

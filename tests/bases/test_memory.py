@@ -1,4 +1,4 @@
-"""What a compiled step keeps: x and codes, never a float array of W's size for each layer."""
+"""A compiled step keeps x and codes, and never a float array of W's size for each layer."""
 
 from __future__ import annotations
 

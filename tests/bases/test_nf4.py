@@ -22,7 +22,7 @@ def stored(case: str) -> dict[str, np.ndarray]:
 
 
 def quantised(case: str) -> tuple[nf4.FourBit, dict[str, np.ndarray], dict]:
-    """Our base of the fixture's W, which torch has as [out, in], and what the file says of it."""
+    """Return our base of the fixture's W, which torch stores as [out, in], and the file's data."""
     want = stored(case)
     state = json.loads(want["bitsandbytes__nf4"].tobytes())
     w = jnp.asarray(want["w"]).astype(state["dtype"]).T

@@ -68,7 +68,7 @@ def test_no_number_is_off_by_more_than_half_a_step(
 
 @every_scheme
 def test_dense_has_the_shape_and_dtype_that_the_base_says(how: dict[str, Any]) -> None:
-    """Red: `order` in place of its inverse; a base that is float32 whatever W was."""
+    """Red: `order` in place of its inverse; a base that is float32 for every dtype of W."""
     w = normal(2, 3, 8, 64, 5, dtype=jnp.bfloat16)
     base = quantised(w, how, layout(w.shape, (0, 1), (3, 2), (4,)))
     dense = jax.jit(lambda base: base.dense())(base)
@@ -112,7 +112,7 @@ def test_quantising_what_was_dequantised_changes_no_code(how: dict[str, Any]) ->
 
 @every_scheme
 def test_axes_of_the_layout_are_one_matrix(how: dict[str, Any]) -> None:
-    """[heads, dim, model] with inputs (heads, dim) is [heads * dim, model], whatever the order."""
+    """[heads, dim, model] with inputs (heads, dim) is [heads * dim, model], for any order."""
     w = normal(4, 32, 10)
     flat = quantised(w.reshape(128, 10), how)
     kernel = quantised(w, how, layout(w.shape, (), (0, 1), (2,)))

@@ -154,7 +154,7 @@ def test_adapters_that_do_not_fit_are_not_written(tmp_path: Path, trained: Any) 
 
 # ---- damage
 
-# Of many reads under way Orbax reports the first that fails; the others complain when collected.
+# If several reads fail, Orbax reports the first; the others complain when they are collected.
 ABANDONED = "ignore::pytest.PytestUnraisableExceptionWarning"
 
 
@@ -250,7 +250,7 @@ def test_no_fingerprint_to_compare_with(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_taken_before_is_as_good_as_the_base(tmp_path: Path) -> None:
-    """Red if what was trained beside counts as base, or `allow_other_base` is not heeded."""
+    """Red if parameters trained in full count as base, or `allow_other_base` has no effect."""
     folder = saved(tmp_path / "a", fingerprint=lora_jax.fingerprint(BASE))
     adapter.check_trained_on(folder, lora_jax.fingerprint({**BASE, "head": jnp.ones(9)}))
     other = lora_jax.fingerprint({**BASE, "enc": {**BASE["enc"], "b": jnp.ones(4)}})

@@ -60,7 +60,7 @@ def test_a_layout_with_an_object_in_it(tmp_path: Path, field: str) -> None:
     "change", [{"scheme": []}, {"block": [64]}, {"layout": 3}, {"layout": "[" * 100_000}]
 )
 def test_a_recipe_that_is_not_one(change: dict[str, Any]) -> None:
-    """How the base was quantised: an entry of what an adapter says of itself."""
+    """The quantisation of the base, an entry of the adapter's `about`."""
     good = {"scheme": "nf4", "block": 64, "double": False, "layout": SMALL.to_json()}
     with pytest.raises(LoraError, match=r"is not understood|not a layout"):
         requantised(BASE, good | change)

@@ -45,7 +45,7 @@ def test_a_run_is_stopped_goes_on_and_is_exported(
         patch.setattr(processes.Preemption, "asked", lambda self, step: step == 2)
         assert train.main(command) == processes.PREEMPTED
     assert train.main(command) == 0
-    assert "Going on from the checkpoint of step 2." in capsys.readouterr().out
+    assert "Continuing from the checkpoint of step 2." in capsys.readouterr().out
     for format in (("hf",), ("peft", "--profile", "portable")):
         out = ("--out", str(tmp_path / format[0]))
         assert export_command.main([str(tmp_path / "run"), "--format", *format, *out]) == 0

@@ -82,11 +82,11 @@ def test_a_decoder_computes_what_peft_computes(
     """Red: `scan_layers` not said in `about`."""
     run = imported("plain", "llama", *(["--scan-layers"] if scan else []))
     ids, logits = golden("plain")
-    served = served_adapters.open_adapters([str(run)], models.LlamaConfig)
+    served = served_adapters.open_adapters([str(run)], models.DecoderConfig)
     assert served.config.scan_layers == scan
 
     def apply(params: Any, ids: Any) -> Any:
-        return models.Llama(served.config).apply({"params": params}, ids)
+        return models.DecoderModel(served.config).apply({"params": params}, ids)
 
     (member,) = served.members
     got = jax.jit(lora_jax.adapt(member.layout, apply))(

@@ -18,10 +18,10 @@ SIZES = {"train": 42, "validation": 15, "test": 9}
 
 
 class ShapesStandIn(tfds.core.GeneratorBasedBuilder):
-    """Fields as those of oxford_flowers102; PNG and JPEG of many sizes.
+    """The fields of oxford_flowers102; PNG and JPEG of many sizes.
 
     TFDS calls TensorFlow for `arrays`, which has images as NumPy arrays, and for `archives`, which
-    has them in zip files: one is unpacked, and one gone through. `tensorflow` does more with it.
+    has them in two zip files: TFDS unpacks one and reads the other. `tensorflow` calls more of it.
     """
 
     VERSION = tfds.core.Version("1.0.0")

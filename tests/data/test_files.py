@@ -1,4 +1,4 @@
-"""JSONL and CSV files: what is read, and what is an error."""
+"""JSONL and CSV files: rows that are read, and rows that are errors."""
 
 import json
 import re

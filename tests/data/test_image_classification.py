@@ -60,7 +60,7 @@ def test_one_pass_has_every_example_once(shapes: ImageDataConfig) -> None:
 
 
 def test_every_epoch_varies_each_image_anew(shapes: ImageDataConfig) -> None:
-    """Red if the epoch is left out of what the changes are drawn from, or the example is."""
+    """Red if the random changes do not depend on the epoch, or not on the example."""
     epochs = [{}, {}]
     for number, batch in enumerate(itertools.islice(training(shapes), 12)):
         rows = zip(batch["index"], batch["pixels"], batch["weight"], strict=True)
@@ -82,7 +82,7 @@ def test_shards_are_the_rows_of_the_whole(shapes: ImageDataConfig) -> None:
         chex.assert_trees_all_equal(
             batch, {k: np.concatenate([half[k] for half in halves]) for k in batch}
         )
-    with pytest.raises(DataError, match="cannot be dealt out evenly in 3 parts"):
+    with pytest.raises(DataError, match="cannot be divided evenly into 3 parts"):
         training(shapes).iterator(Shard((0,), 3))
 
 
@@ -149,7 +149,7 @@ def test_files_are_prepared_without_tensorflow(
 
 
 def test_what_needs_tensorflow_says_so(tmp_path: Path) -> None:
-    message = r"(?s)whose tf\.image is called.*Where there is no TensorFlow, prepare it"
+    message = r"(?s)whose tf\.image is called.*Without TensorFlow, prepare it"
     with pytest.raises(DataError, match=message):
         open_source("tfds:shapes_stand_in/tensorflow", str(tmp_path))
 

@@ -1,4 +1,4 @@
-"""Images: the pixels are those of transformers, and what cannot be read is an error."""
+"""Images: the pixels are the same as in transformers, and an unreadable file is an error."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def found(jsonl: Callable[..., str], values: list[Any], **options: Any) -> Label
         ([True, False], ("0", "1")),
         (["b", "a", "b"], ("a", "b")),
         (["10", "9"], ("9", "10")),
-        (["--5", "²"], ("--5", "²")),  # no number, whatever `isdigit` says
+        (["--5", "²"], ("--5", "²")),  # not a number, although `isdigit` accepts one of them
         ([0.5, 1.0], ()),
     ],
 )

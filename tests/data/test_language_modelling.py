@@ -42,7 +42,7 @@ def config(jsonl: Callable[..., str]) -> DataConfig:
 
 
 def expected(words: Tokenizer, limit: int | None = None) -> list[Example]:
-    """What the examples are, said without the code under test."""
+    """Return the expected examples, made without the code under test."""
     made = []
     for row in pairs(97)[:limit]:
         prompt = [2, *words.encode(row["question"] + " w0", add_special_tokens=False).ids]
@@ -278,7 +278,7 @@ def test_errors(config: DataConfig, words: Tokenizer) -> None:
         iter(opened(dataclasses.replace(config, **changes), words))
 
     with pytest.raises(
-        DataError, match=r"(?s)data.eos has to name.*\[PAD\], \[CLS\], \[SEP\], <end>"
+        DataError, match=r"(?s)data.eos must name.*\[PAD\], \[CLS\], \[SEP\], <end>"
     ):
         tried(eos=None)
     with pytest.raises(DataError, match=r"(?s)data.eos '<ned>' is not.*nearest: <end>"):

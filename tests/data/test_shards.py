@@ -1,4 +1,4 @@
-"""The batches are the same whatever the number of processes."""
+"""The batches do not depend on the number of processes."""
 
 import collections
 import functools

@@ -1,4 +1,4 @@
-"""Tokenised rows, and the count of what truncation cut off."""
+"""Tokenised rows, and the count of tokens that truncation cut off."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_a_token_that_the_model_lacks(words: Tokenizer) -> None:
 
 
 def test_half_a_character(words: Tokenizer) -> None:
-    """Red: the tokenizer's own error says that a text is no text. A terminal may give such ones."""
+    """Red: the tokenizer's own error about the type of a text. A terminal may pass such texts."""
     encoder = Encoder(words, 8)
     pair: list[TextOrPair] = [("w1", "w2"), ("w1", "w2 \udcff")]
     for call in (

@@ -86,8 +86,8 @@ def by_hand(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def test_llama_cpps_rules_give_the_merged_model(name: str, tmp_path: Path) -> None:
     """`W + alpha / rank * B A` on the base's own file is the model that `merge` makes.
 
-    Red: rows of q and k in Hugging Face's order, those of k by the number of q's heads, a factor
-    transposed, alpha of another rank.
+    Red: rows of q and k in Hugging Face's order, the rows of k with the number of q's heads, a
+    factor transposed, alpha of another rank.
     """
     model, folder = built_in(name), GOLDEN / "golden_models" / name
     base = write_gguf(folder, tmp_path / "base.gguf", name)

@@ -95,7 +95,7 @@ def test_merged_linear(form: str, enabled: tuple[bool, ...]) -> None:
 
 
 def test_parts_of_an_output_in_heads() -> None:
-    """Where the parts are no slice of one axis the update is the same, of the sum of the ranks."""
+    """If the parts are not slices of one axis, the update is the same, with the ranks' sum."""
 
     def f(p: Any, x: Any) -> Any:
         return jnp.tanh(jnp.einsum("bi,ihk->bhk", x, p["qkv"]))

@@ -44,9 +44,9 @@ def assert_same(model: Model, adapter: lora_jax.Adapter, folder: Path) -> lora_j
 def by_mlx_lm(folder: Path, weights: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
     """Fuse an adapter as mlx-lm loads and fuses it: strict in names, ranks and shapes.
 
-    It puts adapters on the modules of the last `num_layers` layers that `keys` names by what they
-    are called inside of a layer, and on those that it names in full; then it wants each tensor of
-    the file to be one of theirs.
+    It puts adapters on the modules that `keys` names in the last `num_layers` layers, by their
+    names inside a layer, and on modules that `keys` names in full. Every tensor of the file must
+    then belong to one of them.
     """
     config = json.loads((folder / "adapter_config.json").read_text())
     asked = config["lora_parameters"]

@@ -1,4 +1,4 @@
-"""What servers make of a folder: readers that follow their rules, written here by themselves.
+"""Servers read our folders: readers that follow their rules, written here.
 
 The rules are of autumn 2026: vLLM `lora/peft_helper.py` and `lora_model.py`, SGLang's loader,
 llama.cpp `convert_lora_to_gguf.py` and `llama-adapter.cpp`, LoRAX `adapters/lora.py`, Ollama
@@ -36,7 +36,7 @@ def opened(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def pairs(tensors: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The factors by module; a tensor that is no factor of a product is refused."""
+    """Return the factors by module; any other tensor is refused."""
     halves: dict[str, dict[str, np.ndarray]] = {}
     for key, x in tensors.items():
         module, dot, ending = key.removeprefix("base_model.model.").rpartition(".lora_")

@@ -32,7 +32,7 @@ CASES += [(base, name, True) for base, name, _ in CASES if name in SCANNED]
 
 
 def logits(model: Model, adapter: lora_jax.Adapter, x: Any) -> np.ndarray:
-    """Of the merged model: that `adapt` is equal to it is a law of its own."""
+    """Compute with the merged model; another test checks that `adapt` is equal to it."""
     params = lora_jax.paths.replace(model.params, dict(adapter.trainable))
     return np.asarray(model.f(lora_jax.merge(adapter.layout, params, adapter.parameters), x))
 

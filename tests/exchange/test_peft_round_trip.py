@@ -189,7 +189,7 @@ def outputs(model: Model, adapter: lora_jax.Adapter) -> np.ndarray:
     ],
 )  # fmt: skip
 def test_fused_and_separate(writer: str, reader: str, kind: str, tmp_path: Path) -> None:
-    """The same function by another tree. Red: the rows of q where those of k belong."""
+    """The same function with another tree. Red: the rows of q in place of the rows of k."""
     one, two = FORMS[writer], FORMS[reader]
     fused_ours = set(flat(one.params)) == {"qkv/kernel"}
     parts = {"whole": None, "q_v": ((0, 8), (12, 4)), "ranks": ((0, 8), (8, 4), (12, 4))}

@@ -40,7 +40,7 @@ def built_in(name: str, scan: bool = False) -> Model:
         encoder = models.BertClassifier(config, 3, "roberta_head")
         f = jax.jit(lambda p, ids: encoder.apply({"params": p}, ids))
         return Model(f, source.load(config, head=head), models.hf_names(config, head), ids)
-    decoder = models.Llama(config)
+    decoder = models.DecoderModel(config)
     f = jax.jit(lambda p, ids: decoder.apply({"params": p}, ids))
     return Model(f, source.load(config), models.hf_names(config), ids)
 

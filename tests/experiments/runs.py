@@ -49,7 +49,7 @@ def finished(
 
 
 def members(config: SweepConfig) -> tuple[Member, ...]:
-    """Those of a sweep."""
+    """The members of a sweep."""
     return config.expand().members
 
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning and LoRA: the bytes that they take and leave, and what becomes of them."""
+"""Full fine-tuning and LoRA: the memory and disk space of each, and the report on them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY: dict[str, Case] = {
     ),
     "smollm2": dataclasses.replace(
         CASES["smollm2"], rows=2, length=8,
-        config=models.LlamaConfig(
+        config=models.DecoderConfig(
             num_heads=4, num_kv_heads=2, head_dim=4, max_positions=8, **SMALL
         ),
     ),
@@ -102,7 +102,7 @@ def test_memory(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
 def test_steps_and_checkpoints(
     name: str, made: dict[str, dict[str, TrainingSide]], tmp_path: pathlib.Path
 ) -> None:
-    """Each call is a step, and what is weighed on disk is what was trained, and nothing else.
+    """Each call is a step, and the saved bytes are exactly the trained parameters.
 
     Red: the first state in place of the newest in `stepping`; `side.frozen` in the export too.
     """
@@ -193,7 +193,7 @@ def test_the_tables_are_the_numbers(tmp_path: pathlib.Path) -> None:
 
 
 def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
-    """page.py names what is missing. Red: no `if found is None` in `sections`."""
+    """page.py names the missing parts. Red: `if found is None` deleted in `sections`."""
     assert benefits.sections(tmp_path) == ()
 
 

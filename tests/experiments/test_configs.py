@@ -50,7 +50,7 @@ def layout(member: Member) -> lora_jax.Layout:
 
 @pytest.fixture(scope="module")
 def layouts() -> dict[str, lora_jax.Layout]:
-    """Of every member of seed 0, by its name."""
+    """Return the members of seed 0 by name."""
     every = (*members(matrices.config), *members(rank.config))
     return {m.name: layout(m) for m in every if m.config.seed == 0}
 
@@ -79,8 +79,8 @@ def test_every_setting_has_three_seeds() -> None:
 
 
 def test_a_decoder_has_one_budget_over_its_matrices() -> None:
-    """And three ranks beside. Red: rank 12 in the place of 15 for v, as if it were as wide as q."""
-    apply = causal_lm.apply_of(models.Llama(SMOLLM2))
+    """There are also three ranks. Red: rank 12 in place of 15 for v, as if it were as wide as q."""
+    apply = causal_lm.apply_of(models.DecoderModel(SMOLLM2))
     params, batch = models.shapes(SMOLLM2), causal_lm.batch_shapes(1, 8)
     found = [
         lora_jax.resolve(m.config.lora.spec, traced_once(apply), params, batch)

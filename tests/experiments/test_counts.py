@@ -41,7 +41,7 @@ def query_and_value(rank: int, width: int, layers: int) -> int:
         (query_and_value(8, **GPT3), "37.7"),
         # 256 special tokens before the text and 8 behind it; 256 in all would be 3.1.
         (counts.prefix_embedding(GPT3["width"], 256 + 8), "3.2"),
-        # Table 3, GPT-2 medium and large. The widths are those that give the count.
+        # Table 3, GPT-2 medium and large. These widths lead to the count.
         (lin(6, **MEDIUM), "0.37"),
         (lin(224, **MEDIUM), "11.09"),
         (lin(8, **LARGE), "0.88"),
@@ -87,5 +87,5 @@ def test_where_the_papers_number_is_not_its_formulas(count: int, ours: str, pape
 
 
 def test_bitfit_of_gpt3_is_twelve_vectors_a_layer() -> None:
-    """What the article's 14.2M is."""
+    """The article's 14.2M is this number."""
     assert f"{12 * GPT3['layers'] * GPT3['width'] / 1e6:.1f}" == "14.2"

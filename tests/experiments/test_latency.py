@@ -1,4 +1,4 @@
-"""The forward pass in five ways: which programs they are, and what becomes of their times."""
+"""The forward pass in five ways: their programs, and the report on their times."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_what_is_written_is_what_is_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
-    """page.py names what is missing. Red: no `if found is None` in `sections`."""
+    """page.py names the missing parts. Red: `if found is None` deleted in `sections`."""
     assert latency.sections(tmp_path / "none") == ()
 
 
@@ -254,5 +254,5 @@ def test_half_a_file_is_named(tmp_path: pathlib.Path) -> None:
     """Red: no `except ValueError` in `measurement_file.read`."""
     file = tmp_path / "latency.json"
     file.write_text('{"machine": {')
-    with pytest.raises(LoraError, match=r"latency\.json cannot be read: .*make it anew"):
+    with pytest.raises(LoraError, match=r"latency\.json cannot be read: .*make it again"):
         latency.sections(tmp_path)

@@ -23,7 +23,7 @@ from tests.experiments import runs
 
 WIDTH, MLP, LAYERS = 384, 1_536, 6  # of MiniLM
 BUDGET = counts.lora(8, [(WIDTH, WIDTH)] * 2 * LAYERS)
-# The numbers that the sizes are chosen for: how far from the budget they may be.
+# The numbers that the sizes are chosen for, and the allowed distance from the budget.
 MATCHED = {
     "prefix_layer": 0.0,
     "adapter_drop": 0.02,
@@ -213,7 +213,7 @@ def test_a_rate_at_the_edge_is_marked(folder: pathlib.Path) -> None:
     found = methods.sections(folder)
     first, *_, every = tables(found)
     assert first["bitfit"]["learning rate"] == "0.01 (highest)"
-    (edges,) = [text for text in texts(found, Paragraph) if "edge" in text]
+    (edges,) = [text for text in texts(found, Paragraph) if "end of the rates" in text]
     assert "bitfit (the highest)" in edges
     assert "lora" not in edges
     assert every["bitfit"]["highest"].startswith("0.01: 66.0 ± 1.0")
@@ -225,11 +225,11 @@ def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
     ours, lora = (np.array([s[1] for s in x]) for x in (BITFIT[1e-2], LORA[2e-3]))
     error = np.sqrt(ours.var(ddof=1) / 3 + lora.var(ddof=1) / 3)
     assert set(second) == {"bitfit"}
-    assert second["bitfit"]["less LoRA"] == f"{100 * (ours.mean() - lora.mean()):+.1f}"
+    assert second["bitfit"]["minus LoRA"] == f"{100 * (ours.mean() - lora.mean()):+.1f}"
     assert second["bitfit"]["standard error"] == f"{100 * error:.1f}"
     assert second["bitfit"]["paper: SST-2, RoBERTa"] == "-1.4 (base, 0.1M)"
     (said,) = [text for text in texts(found, Paragraph) if "standard errors" in text]
-    assert "below LoRA: 1 (bitfit); above: none; within: none" in said
+    assert "below LoRA: 1 (bitfit); above LoRA: none; closer than that: none" in said
     assert "1 with our sign, 0 with the other" in said
 
 
@@ -240,11 +240,11 @@ def test_one_seed_has_no_error(folder: pathlib.Path) -> None:
     _, second, _ = tables(found)
     assert second["head"]["standard error"] == "-"
     (said,) = [text for text in texts(found, Paragraph) if "standard errors" in text]
-    assert "within: none; with too few seeds for an error: 1 (head)." in said
+    assert "closer than that: none; with too few seeds for an error: 1 (head)." in said
 
 
 def test_what_is_missing_is_said_with_its_command(tmp_path: pathlib.Path) -> None:
-    """Of no run at all the page says it; of some methods the section does."""
+    """Without any run there is no section; with some runs, a note lists the methods without."""
     for module in (methods, samples):
         assert module.sections(tmp_path) == ()
     group(tmp_path, "lora", LORA)
@@ -256,7 +256,7 @@ def test_what_is_missing_is_said_with_its_command(tmp_path: pathlib.Path) -> Non
 
 
 def test_unfinished_runs_are_not_counted(tmp_path: pathlib.Path) -> None:
-    """Red: one lucky seed picks the learning rate, or the edge is that of what is done."""
+    """Red: one lucky seed decides the learning rate, or the edge is that of the finished runs."""
     base = sweep(config, "lora").base
     group(tmp_path, "lora", {1e-3: LORA[1e-3], 2e-3: LORA[2e-3]})
     for seed, scores in enumerate([(0.99, 0.99), None, None]):

@@ -1,4 +1,4 @@
-"""`python -m experiments.paper`: running, going on, and what the report says of what is there."""
+"""`python -m experiments.paper` runs, continues, and reports on the runs that exist."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_nothing_at_all_is_an_error(
 ) -> None:
     """Red: no `if not found` in `_report`."""
     assert main(["--report-only", "--runs", str(tmp_path)]) == 1
-    assert "holds nothing of any experiment" in " ".join(capsys.readouterr().err.split())
+    assert "holds no run of any experiment" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_name_is_an_error_with_the_nearest() -> None:

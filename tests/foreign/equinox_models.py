@@ -1,4 +1,4 @@
-"""Equinox and what is built on it."""
+"""Models of Equinox and of packages built on it."""
 
 from __future__ import annotations
 

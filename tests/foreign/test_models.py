@@ -1,6 +1,6 @@
 """The laws on models of other packages: no kernel is lost, and `adapt == merge` on every target.
 
-The packages are those of tests/foreign/requirements.txt; the models of one that is not installed
+The packages are listed in tests/foreign/requirements.txt; models of packages that are not installed
 are skipped.
 """
 

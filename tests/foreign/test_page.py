@@ -1,7 +1,7 @@
-"""docs/foreign.md: every block runs, and what it writes is read by rules of PEFT's own files.
+"""docs/foreign.md: every block runs, and its PEFT folder can be read by PEFT's own rules.
 
-The PEFT folder of each section is read here with NumPy alone, and put into the base weights by
-hand: that gives the weights that `merge` gives, for Llamas the logits of another implementation.
+The PEFT folder of each section is read here with NumPy alone, and merged into the base weights by
+hand. The result equals the weights of `merge`, and for Llamas the logits of another implementation.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def code(part: str) -> str:
 
 
 class Ran(NamedTuple):
-    """What a section made: its function and arguments, its layout and the names it gave."""
+    """The results of a section: function and arguments, layout and names."""
 
     f: Callable[..., Any]
     params: Any
@@ -68,7 +68,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def run(
     llama: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], Ran]:
-    """Run the first block of the page and those of one section, in a folder that has `llama`."""
+    """Run the first block of the page and the blocks of one section, in a folder with `llama`."""
 
     def section(title: str) -> Ran:
         (tmp_path / "llama").symlink_to(llama)
@@ -288,7 +288,7 @@ def test_the_folder_is_the_same_adapter_on_another_llama(
             {k: np.ascontiguousarray(x) for k, x in tensors.items()}, folder / "model.safetensors"
         )
         params = models.open(str(folder)).load(source.config)
-        want = models.Llama(source.config).apply({"params": params}, ids)
+        want = models.DecoderModel(source.config).apply({"params": params}, ids)
         assert_close(first_logits(out), first_logits(want), 2e-5)
     again = peft.load(tmp_path / "drawn", ran.names, ran.f, ran.params, *ran.args)
     assert_close(

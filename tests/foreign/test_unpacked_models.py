@@ -56,7 +56,7 @@ def check(f: Any, params: Any, *args: Any) -> lora_jax.Layout:
 
 
 def test_a_linen_mixture_of_experts(imported: Any) -> None:
-    """Experts in a list, top-k routing, an auxiliary loss beside the logits."""
+    """Experts in a list, top-k routing, and an auxiliary loss next to the logits."""
     nano_moe = imported("nano-moe-jax", "0.1.0", "nano_moe")
     config = nano_moe.NanoMoEConfig(
         vocab_size=17, n_layers=2, n_heads=2, d_model=22, d_ff=46, n_experts=3, block_size=12

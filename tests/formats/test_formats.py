@@ -1,7 +1,7 @@
-"""What an earlier lora_jax wrote is read, found again and gone on with, for ever.
+"""Files of an earlier lora_jax are read, found again and continued, for ever.
 
 `v1` was written at commit 12a1ad2 (JAX 0.10.2, Orbax 0.12.8) by the commands in each test. Nothing
-in it is ever made again; a new format gets a folder of its own beside it.
+in it is ever made again; a new format gets a new folder next to it.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def test_a_stopped_sweep_goes_on(folder: pathlib.Path) -> None:
 
 
 def test_an_old_name_of_a_field_is_read_and_found_again() -> None:
-    """`lora.trainable` was `lora.beside`: the hashes are those of commit 12a1ad2.
+    """`lora.trainable` was called `lora.beside`: the hashes are from commit 12a1ad2.
 
     Red: `upgrade` left out of `changes`; `identity` hashed in place of `stable_identity`; the
     members of a sweep named by the new name.

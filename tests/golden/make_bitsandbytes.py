@@ -1,4 +1,4 @@
-"""Writes what bitsandbytes makes of matrices and of a tiny model, in an environment of its own.
+"""Quantise matrices and a tiny model with bitsandbytes, in a separate environment.
 
     python -m venv env
     env/bin/pip install bitsandbytes==0.50.2 torch==2.13.0 numpy safetensors
@@ -7,10 +7,10 @@
 Matrices go to ../bases/data/bitsandbytes.npz, folders as transformers saves them to
 golden_models/llama_nf4, llama_nf4_double (whose bytes are viewed as bfloat16) and llama_int8.
 
-The operators are those that it has for devices without kernels of their own, in torch. Two of its
-kernels for CPUs are of no use here: `quantize_blockwise` first rounds a number to one of 65,536,
-and then differs from the GPU's kernels, with which checkpoints are written; `dequantize_4bit` takes
-the wrong scales with AVX-512 where a row is not whole blocks. The names and all else are those of
+The operators are its own torch operators for devices without special kernels. Two of its kernels
+for CPUs cannot be used: `quantize_blockwise` first rounds a number to one of 65,536, and then
+differs from the GPU's kernels, which write checkpoints; `dequantize_4bit` takes the wrong scales
+with AVX-512 if a row does not consist of whole blocks. The names and the rest are as in
 `QuantState.as_dict(packed=True)`.
 """
 

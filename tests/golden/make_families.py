@@ -1,12 +1,12 @@
-"""Write golden_models/ of the other families: tiny random models, and what transformers computes.
+"""Write golden_models/ of the other families: tiny random models, and transformers' results.
 
     pip install torch transformers
     python tests/golden/make_families.py [name ...]
 
-One folder for each set of options of a family's config.json that our models tell apart. Every
-parameter is random, norms and biases included, so that none can be left out unnoticed. A folder
-depends on its name alone, so that others can be added later.
-Written with torch 2.13.0 and transformers 5.24.0; other versions give the same within rounding.
+There is one folder for each set of options in a family's config.json that our models tell apart.
+Every parameter is random, norms and biases included, so that no lost parameter goes unnoticed. A
+folder depends on its name alone, so that others can be added later. The present ones were written
+with torch 2.13.0 and transformers 5.24.0; other versions give the same within rounding.
 """
 
 import json

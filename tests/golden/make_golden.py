@@ -1,9 +1,9 @@
-"""Write golden_models/: tiny random models with what Hugging Face transformers computes of them.
+"""Write golden_models/: tiny random models, and the results of Hugging Face transformers.
 
     pip install torch transformers
     python tests/golden/make_golden.py
 
-Every parameter is random, norms and biases included, so that none can be left out unnoticed.
+Every parameter is random, norms and biases included, so that no lost parameter goes unnoticed.
 Written with torch 2.13.0 and transformers 5.24.0; other versions give the same within rounding.
 """
 

@@ -1,10 +1,10 @@
-"""Make golden_images.npz: images and what transformers' ViTImageProcessor makes of them.
+"""Write golden_images.npz: images, and their pixels by transformers' ViTImageProcessor.
 
 In an environment with transformers 5.24.0 and Pillow 13.0.0 (torch is not needed):
 
     python tests/golden/make_images.py
 
-Every case holds the bytes of an image file, a preprocessor_config.json, and the pixels
+Every case has the bytes of an image file, a preprocessor_config.json, and the pixels
 [height, width, channels]. The processor is the one that computes with Pillow.
 """
 
@@ -29,7 +29,7 @@ SIZE = {"height": 16, "width": 20}
 
 
 def main() -> None:
-    """Write the file beside this script."""
+    """Write the file next to this script."""
     random, arrays, cases = np.random.default_rng(0), {}, []
     for number, settings in enumerate(SETTINGS):
         wide, high = SIZES[number % len(SIZES)]

@@ -5,8 +5,8 @@
     pip install peft==0.17.1        # and 0.18.1, 0.19.0, 0.19.1, 0.21.2
     python tests/golden/make_peft.py experts
 
-The bases are those of golden_models/ and `Toy`, whose weights are in golden_peft/toy.npz. Every
-number of an adapter is random, so that none can be left out unnoticed.
+The bases are in golden_models/, or `Toy`, whose weights are in golden_peft/toy.npz. Every element
+of an adapter is random, so that no lost parameter goes unnoticed.
 Written with torch 2.13.0, transformers 5.24.0 and peft 0.21.2.
 """
 

@@ -177,7 +177,7 @@ def test_members_of_another_base_are_refused(
     copy = shutil.copytree(config.model.reference, tmp_path / "copy")
     model = dataclasses.replace(config.model, reference=str(copy))
     other = Member("other", dataclasses.replace(config, model=model))
-    with pytest.raises(ConfigError, match="'plain' and 'other' have not the same base"):
+    with pytest.raises(ConfigError, match="'plain' and 'other' do not have the same base"):
         together(tmp_path / "run", (members[0], other))
 
 

@@ -135,7 +135,7 @@ def test_a_group_that_is_preempted_says_so(
 
 
 def test_a_member_goes_on_alone_and_back(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Its checkpoints are those of a run alone, both ways: group, then alone, then group."""
+    """Its checkpoints equal a single run's, both ways: group, then alone, then group."""
     with stopped(7):
         together(tmp_path, A, B)
     with stopped(21):
@@ -197,7 +197,7 @@ def test_more_members_than_fit_train_one_after_the_other(
 
 @contextlib.contextmanager
 def grouped(path: pathlib.Path, *members: Member) -> Iterator[tuple[Group, Opener]]:
-    """A group, and what opens more members for it."""
+    """Return a group, and a function that opens more members for it."""
     grid = make(MeshConfig(), DEVICES)
     with jax.set_mesh(grid), Opener(grid, print) as opener:
         opened = [opener.open(m.name, m.config, path / m.name) for m in members]
@@ -259,7 +259,7 @@ def test_members_that_come_and_go_are_what_they_are_alone(
 
 
 def last(path: pathlib.Path, one: Member) -> Any:
-    """What a member trained in the group that was never stopped."""
+    """Return the parameters that a member trained in the group that was never stopped."""
     return export.load(path / one.name, "last")
 
 
@@ -360,7 +360,7 @@ def test_batches_that_cannot_be_filled_up_are_refused(tmp_path: pathlib.Path) ->
 
 def test_parameters_of_unequal_shape_are_refused(tmp_path: pathlib.Path) -> None:
     other = member("other", 1, 1, width=8)
-    with pytest.raises(ConfigError, match="'a' and 'other' have not the same base: 'first/"):
+    with pytest.raises(ConfigError, match="'a' and 'other' do not have the same base: 'first/"):
         together(tmp_path, A, other)
 
 

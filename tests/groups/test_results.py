@@ -26,7 +26,7 @@ Score = Callable[[Config], float]
 
 
 def left_behind(folder: pathlib.Path, name: str, config: Config, score: float) -> dict[str, Any]:
-    """What a finished run leaves that the results read; its summary."""
+    """Write the files of a finished run that the results read; return its summary."""
     path = folder / name
     path.mkdir()
     (path / "config.json").write_text(json.dumps(to_dict(config)))

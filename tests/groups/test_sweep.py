@@ -1,4 +1,4 @@
-"""Groups of members: what a sweep expands to, and what the command line makes of it."""
+"""Groups of members: the members of a sweep, and the options of the command line."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_only_some_members_train() -> None:
     everyone = sweep({"lora.rank": (1, 2), "seed": (0, 1)})
     assert short_hash(group) == short_hash(everyone)  # so it goes on in the same directory
     assert short_hash(sweep({"lora.rank": (1, 2)})) != short_hash(everyone)
-    with pytest.raises(ConfigError, match="'rank=3' is no member; nearest: rank="):
+    with pytest.raises(ConfigError, match="'rank=3' matches no member; nearest: rank="):
         sweep({"lora.rank": (1, 2)}, only=("rank=3",))
 
 
@@ -225,9 +225,9 @@ def test_help_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "says"),
     [
         (("--grid", "lora.rnk=1"), "error: grid: TextConfig has no field 'lora.rnk'"),
-        (("--only", "rank=3"), "error: only: 'rank=3' is no member; nearest: rank="),
-        (("--base.fresh",), "error: base.fresh is said of the sweep as a whole: give --fresh"),
-        (("--plan",), "error: --plan is of one run"),
+        (("--only", "rank=3"), "error: only: 'rank=3' matches no member; nearest: rank="),
+        (("--base.fresh",), "error: base.fresh is set for the sweep as a whole: give --fresh"),
+        (("--plan",), "error: --plan is for one run"),
     ],
 )
 def test_a_wrong_line_is_one_error(

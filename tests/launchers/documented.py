@@ -21,7 +21,7 @@ def block(heading: str, language: str) -> str:
 
 
 def changed(script: str, changes: dict[str, str]) -> str:
-    """The script with each of these in the place of what it says, which must be there."""
+    """Return the script with texts replaced, each of which it must contain."""
     for old, new in changes.items():
         assert old in script, f"docs/pods.md does not say {old!r} any more:\n{script}"
         script = script.replace(old, new)

@@ -36,7 +36,7 @@ sleep infinity & wait  # a shell, since the first process of a machine has to re
 
 @functools.cache
 def possible() -> bool:
-    """Whether this user may start a machine here."""
+    """Return whether this user may start a machine here."""
     line = f"{NAMESPACES} ip link set lo up"
     try:
         return subprocess.run(line.split(), capture_output=True, timeout=30).returncode == 0
@@ -103,7 +103,7 @@ class Machine:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.kill(int(self.pid), signal.SIGKILL)  # and with it whatever runs on the machine
+        os.kill(int(self.pid), signal.SIGKILL)  # this also kills every process on the machine
         self._holder.wait()
 
     def start(self, words: Sequence[str], log: pathlib.Path) -> subprocess.Popen[bytes]:
@@ -119,7 +119,7 @@ class Machine:
             )
 
     def run(self, *words: str, seconds: float = 60) -> str:
-        """What a command prints, which must succeed."""
+        """Return the output of a command, which must succeed."""
         log = self.folder / "command.log"
         log.unlink(missing_ok=True)
         status = self.start(words, log).wait(seconds)

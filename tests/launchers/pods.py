@@ -1,8 +1,8 @@
 """Pods of a JobSet on one machine: each has its host name, address, variables and process number 1.
 
-There is no Kubernetes. Names that a headless service would resolve are in /etc/hosts, and a server
-answers the two questions that JAX asks the Kubernetes API, with what the API of a cluster says of
-such a JobSet: `python -m tests.launchers.pods <folder>` is that server.
+There is no Kubernetes. Names that a headless service would resolve are in /etc/hosts. JAX asks the
+Kubernetes API two questions, which a server answers as the API of a cluster would for such a
+JobSet: `python -m tests.launchers.pods <folder>` is that server.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _POD = "unshare --pid --fork --kill-child --mount-proc --uts"
 
 
 def installed() -> bool:
-    """Whether the commands (Debian: util-linux, iproute2, openssl) and `jax[k8s]` are there."""
+    """Return whether the commands (Debian: util-linux, iproute2, openssl) and `jax[k8s]` exist."""
     commands = all(shutil.which(name) for name in ("unshare", "nsenter", "ip", "openssl"))
     return commands and importlib.util.find_spec("kubernetes") is not None
 
@@ -66,7 +66,7 @@ class Pods(Machine):
         return self.start(pod, self.log(index))
 
     def log(self, index: int) -> pathlib.Path:
-        """What a pod prints."""
+        """Return the file with the output of a pod."""
         return self.folder / f"pod{index}.log"
 
     def start_api(self) -> None:

@@ -50,7 +50,7 @@ _MUNGED = (
 
 
 def installed() -> bool:
-    """Whether the commands are there (Debian: slurm-wlm, munge, util-linux, iproute2)."""
+    """Return whether the commands exist (Debian: slurm-wlm, munge, util-linux, iproute2)."""
     return all(shutil.which(name) for name in COMMANDS)
 
 
@@ -87,7 +87,7 @@ class Slurm(Machine):
         self.run("slurmd", "-N", name)
 
     def kill_node(self, name: str, task: int) -> None:
-        """Kill a node as a power cut does: its daemon, and a task with what looks after it."""
+        """Kill a node like a power cut: its daemon, and a task with its supervisor."""
         parent = int(pathlib.Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()[1])
         for pid in (*self.pids(name), parent, task):
             os.kill(pid, signal.SIGKILL)

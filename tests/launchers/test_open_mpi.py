@@ -32,7 +32,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 class Run:
-    """The command of docs/pods.md with two processes, and what it has printed."""
+    """Return the output of the command of docs/pods.md with two processes."""
 
     def __init__(self, host: Machine, name: str, more: str) -> None:
         self.path, self.log = host.folder / name, host.folder / f"{name}.log"
@@ -58,7 +58,7 @@ def test_a_run_is_preempted_and_goes_on(host: Machine) -> None:
     assert "is saved: the same command goes on from it" in run.log.read_text()
     run = Run(host, "run", "--steps 40")
     assert run.wait() == 0, run.log.read_text()
-    assert "Going on from the checkpoint of step" in run.log.read_text()
+    assert "Continuing from the checkpoint of step" in run.log.read_text()
     assert "exiting" not in run.log.read_text(), "mpirun calls it a failure"
     assert "\x1b" not in run.log.read_text(), "it draws as on a terminal"
 

@@ -31,7 +31,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
 
 
 def command(folder: pathlib.Path, more: str) -> str:
-    """What the container runs, in fewer pods and for a smaller run."""
+    """The command of the container, for fewer pods and a smaller run."""
     jobset = yaml.safe_load(block("Kubernetes", "yaml"))
     template = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     [container] = template["template"]["spec"]["containers"]
@@ -60,7 +60,7 @@ def test_an_evicted_pod_stops_all_and_the_same_command_goes_on(host: Pods) -> No
     assert [each.wait(240) for each in started] == [143, 143], text(host)
     assert "is saved: the same command goes on from it" in text(host)
     assert run(host, line) == [0, 0], text(host)
-    assert "Going on from the checkpoint of step" in text(host)
+    assert "Continuing from the checkpoint of step" in text(host)
 
 
 def test_without_flags_the_pods_meet_by_the_kubernetes_api(host: Pods) -> None:

@@ -88,7 +88,7 @@ def test_a_job_that_is_preempted_and_loses_a_node_ends_with_the_same_bits(jobs: 
     assert jobs.restarts(stopped) >= 2
     text = jobs.log("stopped")
     saved = int(text.partition("SIGTERM: step ")[2].split()[0])
-    starts = [int(x) for x in re.findall(r"Going on from the checkpoint of step (\d+)", text)]
+    starts = [int(x) for x in re.findall(r"Continuing from the checkpoint of step (\d+)", text)]
     assert 10 <= saved == starts[0] < 25 <= starts[1] < STEPS, starts
     for name in ("best", "last"):
         assert_same(*(export.load(jobs.path(run), name) for run in ("whole", "stopped")))

@@ -24,9 +24,9 @@ def smollm2() -> models.Source:
 
 
 @pytest.fixture(scope="session")
-def llama_config() -> models.LlamaConfig:
+def llama_config() -> models.DecoderConfig:
     """A decoder small enough to compile in no time."""
-    return models.LlamaConfig(
+    return models.DecoderConfig(
         vocab_size=19,
         hidden_size=16,
         num_layers=2,

@@ -37,7 +37,7 @@ PHI: dict[str, Any] = {
 }
 MIXTURE: dict[str, Any] = {"num_experts": 4, "experts_per_token": 2, "renormalised": False}
 
-# Of `models.BertConfig`.
+# Options of `models.BertConfig`.
 DEBERTA: dict[str, Any] = {
     "absolute_positions": False,
     "num_token_types": 0,

@@ -33,11 +33,13 @@ FORMS = {
 
 
 @pytest.fixture(params=["unrolled", "scanned window"])
-def config(request: pytest.FixtureRequest, llama_config: models.LlamaConfig) -> models.LlamaConfig:
+def config(
+    request: pytest.FixtureRequest, llama_config: models.DecoderConfig
+) -> models.DecoderConfig:
     return dataclasses.replace(llama_config, **FORMS[request.param])
 
 
-def random_params(config: models.LlamaConfig) -> Any:
+def random_params(config: models.DecoderConfig) -> Any:
     """Weights in which every one matters."""
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -53,7 +55,7 @@ def go_on(
     config: Any, params: Any, ids: Any, mask: Any, cache: Any, slot: Any, last: Any = None
 ) -> Any:
     """The logits, and the cache with the new tokens in it."""
-    model = models.Llama(config)
+    model = models.DecoderModel(config)
     logits, new = model.apply({"params": params}, ids, mask, cache=cache, last=last)
     return logits, caches.written(cache, new, slot)
 
@@ -61,12 +63,12 @@ def go_on(
 def read(config: Any, params: Any, ids: Any, mask: Any, capacity: int = CAPACITY) -> Any:
     """Prompts on nothing, as they are read best: no slot exists yet that could be looked at."""
     nothing = caches.empty(config, len(ids), 0)
-    apply = jax.jit(models.Llama(config).apply)
+    apply = jax.jit(models.DecoderModel(config).apply)
     logits, new = apply({"params": params}, ids, mask, cache=nothing)
     return logits, caches.written(caches.empty(config, len(ids), capacity), new, 0)
 
 
-def rows(config: models.LlamaConfig) -> list[np.ndarray]:
+def rows(config: models.DecoderConfig) -> list[np.ndarray]:
     rng = np.random.default_rng(1)
     return [rng.integers(1, config.vocab_size, n + STEPS) for n in LENGTHS]
 
@@ -83,7 +85,7 @@ def padded(tokens: list[np.ndarray], length: int, side: str, fill: int) -> tuple
     ("form", "side"), [*((form, "left") for form in FORMS), ("window", "right")]
 )
 def test_prefill_and_steps_are_one_whole_pass(
-    llama_config: models.LlamaConfig, form: str, side: str
+    llama_config: models.DecoderConfig, form: str, side: str
 ) -> None:
     """And padding changes nothing: every row is compared with itself alone."""
     config = dataclasses.replace(llama_config, **FORMS[form])
@@ -100,13 +102,13 @@ def test_prefill_and_steps_are_one_whole_pass(
             got[row].append(np.asarray(logits[row, 0]))
     # Padded on the right, where causality alone keeps padding from being seen.
     whole, real = padded(tokens, max(LENGTHS) + STEPS, "right", 0)
-    want = jax.jit(models.Llama(config).apply)({"params": params}, whole)
+    want = jax.jit(models.DecoderModel(config).apply)({"params": params}, whole)
     for row in range(len(tokens)):
         alone = np.asarray(want[row])[np.asarray(real[row])]
         np.testing.assert_allclose(np.stack(got[row]), alone, atol=1e-5, rtol=1e-5)
 
 
-def test_a_prompt_in_pieces(config: models.LlamaConfig) -> None:
+def test_a_prompt_in_pieces(config: models.DecoderConfig) -> None:
     """Several tokens may follow at once, with padding between them."""
     params = random_params(config)
     ids, mask = padded(rows(config), max(LENGTHS) + STEPS, "left", 5)
@@ -119,21 +121,21 @@ def test_a_prompt_in_pieces(config: models.LlamaConfig) -> None:
     np.testing.assert_allclose(got, want[:, -1:], atol=1e-5, rtol=1e-5)
 
 
-def test_a_cache_in_bfloat16(llama_config: models.LlamaConfig) -> None:
+def test_a_cache_in_bfloat16(llama_config: models.DecoderConfig) -> None:
     params, ids = random_params(llama_config), jnp.ones((1, 6), jnp.int32)
     cache = caches.empty(llama_config, 1, 8, jnp.bfloat16)
     _, cache = go_on(llama_config, params, ids[:, :3], None, cache, 0)
     logits, cache = go_on(llama_config, params, ids[:, 3:], None, cache, 3)
     assert {leaf.dtype for leaf in jax.tree.leaves(cache.keys)} == {jnp.dtype(jnp.bfloat16)}
-    want = models.Llama(llama_config).apply({"params": params}, ids)[:, 3:]
+    want = models.DecoderModel(llama_config).apply({"params": params}, ids)[:, 3:]
     assert 0 < np.abs(logits - want).max() < 0.1 * np.abs(want).max()
 
 
-def test_no_cache_no_trace_of_it(config: models.LlamaConfig) -> None:
+def test_no_cache_no_trace_of_it(config: models.DecoderConfig) -> None:
     """A model that trains has no slot, and writes none."""
     shapes = models.shapes(config)
     ids = jnp.ones((2, 6), jnp.int32)
-    jaxpr = jax.make_jaxpr(lambda p: models.Llama(config).apply({"params": p}, ids))(shapes)
+    jaxpr = jax.make_jaxpr(lambda p: models.DecoderModel(config).apply({"params": p}, ids))(shapes)
     names = {eqn.primitive.name for eqn in equations(jaxpr)}
     assert "dot_general" in names and "dynamic_update_slice" not in names
 
@@ -141,7 +143,9 @@ def test_no_cache_no_trace_of_it(config: models.LlamaConfig) -> None:
 @pytest.mark.parametrize(
     ("form", "mapped"), [("unrolled", False), ("unrolled", True), ("scanned", False)]
 )
-def test_a_step_writes_in_place(llama_config: models.LlamaConfig, form: str, mapped: bool) -> None:
+def test_a_step_writes_in_place(
+    llama_config: models.DecoderConfig, form: str, mapped: bool
+) -> None:
     """A donated cache is the new one's memory, and none of its arrays is copied on the way.
 
     Red if a model that is mapped over its rows writes (a scatter is made of that), or if XLA
@@ -153,7 +157,7 @@ def test_a_step_writes_in_place(llama_config: models.LlamaConfig, form: str, map
     cache, ids = caches.empty(config, rows, capacity), jnp.ones((rows, 1), jnp.int32)
 
     def one(variables: Any, ids: Any, cache: Any) -> Any:
-        return models.Llama(config).apply(variables, ids, cache=cache)
+        return models.DecoderModel(config).apply(variables, ids, cache=cache)
 
     def each(variables: Any, ids: Any, cache: Any) -> Any:
         add, drop = (lambda x: x[:, None]), (lambda x: x[:, 0])
@@ -178,8 +182,8 @@ def test_a_step_writes_in_place(llama_config: models.LlamaConfig, form: str, map
 
 
 @pytest.mark.parametrize("wrong", ["segment_ids", "targets"])
-def test_what_does_not_go_with_a_cache(llama_config: models.LlamaConfig, wrong: str) -> None:
+def test_what_does_not_go_with_a_cache(llama_config: models.DecoderConfig, wrong: str) -> None:
     ids, cache = jnp.ones((1, 4), jnp.int32), caches.empty(llama_config, 1, 8)
-    apply = functools.partial(models.Llama(llama_config).apply, cache=cache, **{wrong: ids})
-    with pytest.raises(ValueError, match="a cache goes with neither segment_ids nor targets"):
+    apply = functools.partial(models.DecoderModel(llama_config).apply, cache=cache, **{wrong: ids})
+    with pytest.raises(ValueError, match="a cache cannot be combined with segment_ids, targets"):
         jax.eval_shape(apply, {"params": models.shapes(llama_config)}, ids)

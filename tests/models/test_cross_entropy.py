@@ -18,7 +18,7 @@ from lora_jax import models
 from lora_jax.training.causal_lm import apply_of, token_loss
 
 B, T, V = 2, 10, 96
-CONFIG = models.LlamaConfig(
+CONFIG = models.DecoderConfig(
     vocab_size=V, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
     mlp_size=24, max_positions=32, tied=True,
 )  # fmt: skip
@@ -39,7 +39,7 @@ def parts(
     tied: bool, scan: bool, chunk: int | None, targets: tuple[str, ...], smoothing: float = 0.0
 ) -> Any:
     config = dataclasses.replace(CONFIG, tied=tied, scan_layers=scan)
-    model = models.Llama(config)
+    model = models.DecoderModel(config)
     params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
     apply = apply_of(model, chunk, smoothing=smoothing)
     spec = lora_jax.LoraSpec(rank=2, alpha=4.0, targets=targets)
@@ -91,7 +91,7 @@ def test_all_linear_leaves_out_the_head_all_the_same(tied: bool) -> None:
 
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_no_array_holds_all_logits(chunk: int | None) -> None:
-    """Of the compiled gradient: nothing of B T V numbers, unless all is done at once."""
+    """The compiled gradient has no array of B T V numbers, except without chunks."""
     _, adapters, params, loss = parts(True, False, chunk, ("**/{q,v}/kernel",))
     text = jax.jit(jax.grad(loss)).lower(adapters, params).compile().as_text()
     sizes = {math.prod(map(int, dims.split(","))) for dims in shapes(text)}
@@ -106,7 +106,7 @@ def shapes(text: str) -> list[str]:
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_label_smoothing_is_optax(chunk: int | None) -> None:
     """Its gradient too, and in training alone. Red if evaluation is smoothed."""
-    model = models.Llama(CONFIG)
+    model = models.DecoderModel(CONFIG)
     params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
     plain, smoothed = apply_of(model), apply_of(model, chunk, smoothing=0.1)
 
@@ -137,7 +137,7 @@ def test_dropout_and_adapters(chunk: int | None, scan: bool, remat: str) -> None
     config = dataclasses.replace(
         CONFIG, dropout=0.3, attention_dropout=0.3, scan_layers=scan, remat=remat, num_layers=2
     )
-    model, key = models.Llama(config), jax.random.key(7)
+    model, key = models.DecoderModel(config), jax.random.key(7)
     params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
     apply = apply_of(model, chunk)
     spec = lora_jax.LoraSpec(rank=2, alpha=4.0, targets=("all-linear",))

@@ -44,7 +44,7 @@ def test_smollm2_logits(data: Path, smollm2: models.Source, scan: bool) -> None:
     params = smollm2.load(config)
     ids = jnp.asarray(golden["ids"], jnp.int32)[None]
     assert smollm2.tokenizer().decode(list(golden["ids"])) == "The capital of France is"
-    logits = jax.jit(models.Llama(config).apply)({"params": params}, ids)[0]
+    logits = jax.jit(models.DecoderModel(config).apply)({"params": params}, ids)[0]
     # Logits, never the top token alone: a wrong order of q's rows leaves that as it is.
     np.testing.assert_allclose(logits[-1], golden["logits_last"], atol=1e-3)
     np.testing.assert_allclose(logits[:, :5], golden["logits_first5"], atol=1e-3)
@@ -58,12 +58,12 @@ def test_decoder_as_transformers(data: Path, name: str, scan: bool) -> None:
     golden = npz.read(folder / "expected.npz")
     mask = jnp.asarray(golden["attention_mask"], bool)
     ids = jnp.asarray(golden["input_ids"], jnp.int32)
-    logits = jax.jit(models.Llama(config).apply)({"params": source.load(config)}, ids, mask)
+    logits = jax.jit(models.DecoderModel(config).apply)({"params": source.load(config)}, ids, mask)
     np.testing.assert_allclose(logits[mask], golden["logits"][mask], atol=1e-5)
     if "short" in golden:  # a row that ends where the frequencies have not changed yet
         short = golden["short"]
         ids = ids[:, : short.shape[1]]
-        logits = jax.jit(models.Llama(config).apply)({"params": source.load(config)}, ids)
+        logits = jax.jit(models.DecoderModel(config).apply)({"params": source.load(config)}, ids)
         np.testing.assert_allclose(logits, short, atol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_a_configuration_tells_its_names(data: Path) -> None:
 
 
 def test_variants_are_read_from_the_file(data: Path) -> None:
-    """What makes the variants differ is in their configurations, so the goldens test it."""
+    """The variants differ only in their configurations, so the goldens test these."""
     config = {name: models.open(str(data / "golden_models" / name)).config for name in DECODERS}
     assert config["qwen2"].qkv_bias and not config["qwen2"].output_bias
     assert config["llama_biased"].qkv_bias and config["llama_biased"].output_bias

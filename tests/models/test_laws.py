@@ -1,4 +1,4 @@
-"""What must hold for any weights: scan, remat, padding, packing, causality, dtypes."""
+"""Laws for any weights: scan, remat, padding, packing, causality, dtypes."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from lora_jax import models
 from lora_jax.models.experts import ExpertMlp
 from tests.models.options import DEBERTA, DEBERTA_UNSHARED, FAMILIES, MODERNBERT
 
-Config = models.BertConfig | models.LlamaConfig
+Config = models.BertConfig | models.DecoderConfig
 Apply = Callable[..., jax.Array]
 
 
@@ -23,8 +23,12 @@ def config(request: pytest.FixtureRequest) -> Config:
     return request.getfixturevalue(f"{request.param}_config")
 
 
-def _model(config: Config) -> models.Bert | models.Llama:
-    return models.Bert(config) if isinstance(config, models.BertConfig) else models.Llama(config)
+def _model(config: Config) -> models.Bert | models.DecoderModel:
+    return (
+        models.Bert(config)
+        if isinstance(config, models.BertConfig)
+        else models.DecoderModel(config)
+    )
 
 
 def _params(config: Config, head: models.Head | None = None) -> Any:
@@ -99,7 +103,7 @@ def test_padding_does_not_leak(config: Config, ids: jax.Array) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_packed(llama_config: models.LlamaConfig, ids: jax.Array, family: str) -> None:
+def test_families_packed(llama_config: models.DecoderConfig, ids: jax.Array, family: str) -> None:
     test_packed_segments_are_separate_rows(
         dataclasses.replace(llama_config, **FAMILIES[family]), ids, given=False
     )
@@ -125,7 +129,7 @@ def test_relative_positions_packed(bert_config: models.BertConfig, ids: jax.Arra
         _apply(dataclasses.replace(bert_config, **DEBERTA))(ids, segment_ids=ids)
 
 
-def test_experts_are_those_of_the_router(llama_config: models.LlamaConfig) -> None:
+def test_experts_are_those_of_the_router(llama_config: models.DecoderConfig) -> None:
     """A mixture of one expert is that expert; of equal ones with weights that sum to 1, too."""
     options = {**FAMILIES["mixture"], "renormalised": True}
     config = dataclasses.replace(llama_config, **options)
@@ -149,7 +153,7 @@ def test_packed_segments_are_separate_rows(config: Config, ids: jax.Array, given
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_causality(llama_config: models.LlamaConfig, window: int | None) -> None:
+def test_causality(llama_config: models.DecoderConfig, window: int | None) -> None:
     """An output's gradient is zero at every later token, and at those before the window."""
     config = dataclasses.replace(
         llama_config, tied=False, num_layers=1, vocab_size=8, sliding_window=window
@@ -159,7 +163,7 @@ def test_causality(llama_config: models.LlamaConfig, window: int | None) -> None
 
     def outputs(embedding: jax.Array) -> jax.Array:
         tree = {**params, "embed": {"embedding": embedding}}
-        return models.Llama(config).apply({"params": tree}, tokens)[0, :, 0]
+        return models.DecoderModel(config).apply({"params": tree}, tokens)[0, :, 0]
 
     slopes = jax.jit(jax.jacobian(outputs))(params["embed"]["embedding"])
     distance = np.subtract.outer(np.arange(8), np.arange(8))
@@ -168,12 +172,12 @@ def test_causality(llama_config: models.LlamaConfig, window: int | None) -> None
 
 
 def test_bfloat16_is_near_and_its_logits_are_float32(
-    llama_config: models.LlamaConfig, ids: jax.Array
+    llama_config: models.DecoderConfig, ids: jax.Array
 ) -> None:
     params = _params(llama_config)
     half = dataclasses.replace(llama_config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    logits = jax.jit(models.Llama(half).apply)({"params": low}, ids)
+    logits = jax.jit(models.DecoderModel(half).apply)({"params": low}, ids)
     assert logits.dtype == jnp.float32
     near = _apply(llama_config)(ids)
     assert 0 < np.abs(logits - near).max() < 0.1 * np.abs(near).max()
@@ -209,7 +213,7 @@ def test_no_dropout_costs_nothing(config: Config, ids: jax.Array) -> None:
 
 
 def _masks(model: Any, params: Any, ids: jax.Array) -> int:
-    """How many dropout masks a call draws."""
+    """Return the number of dropout masks that a call draws."""
 
     def run(params: Any) -> Any:
         rngs = {"dropout": jax.random.key(0)}
@@ -233,7 +237,7 @@ def test_deberta_drops_its_convolution(bert_config: models.BertConfig, ids: jax.
 def test_dropout_of_the_head(
     bert_config: models.BertConfig, ids: jax.Array, pooler: bool, head: float | None, count: int
 ) -> None:
-    """By the masks that are drawn over those of the encoder."""
+    """The head draws this many masks, in addition to the encoder's."""
     config = dataclasses.replace(bert_config, dropout=0.5, pooler_dropout=pooler, head_dropout=head)
     model = models.BertClassifier(config, 3, "roberta_head")
     whole = _masks(model, models.shapes(config, models.Head("roberta_head", 3)), ids)

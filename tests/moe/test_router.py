@@ -132,7 +132,7 @@ def test_weights_per_example() -> None:
 
 
 def test_the_base_product_is_done_once() -> None:
-    """Whatever n is, W is in one product, of all rows. Red if the experts are looped over."""
+    """For every n, W is in one product, of all rows. Red if the experts are looped over."""
     case = cases.REGISTRY["bare_matmul"]()
     layout, stacked = lora_jax.multi.stack(members_of(case, (1,) * 6))
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 6)
@@ -226,7 +226,7 @@ def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
     assert_close(got, want)
     assert_close((got_stack.factors, got_router), (want_stack.factors, want_router), 5e-5)
     learns = [bool(jnp.any(g != 0)) for g in jax.tree.leaves(got_router)]
-    assert learns == [top != 1] * 2  # the one gate that is left is 1, whatever the logits
+    assert learns == [top != 1] * 2  # the only gate that is left is 1, for any logits
 
 
 def test_the_balance_is_of_shares_and_gates() -> None:

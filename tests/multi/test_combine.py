@@ -83,7 +83,7 @@ def test_the_combination_is_the_weighted_sum_of_the_updates() -> None:
 
 
 def test_adding_the_factors_would_be_wrong() -> None:
-    """What this library does not offer: the cross terms are as large as the sum itself."""
+    """A reason not to offer this: the cross terms are as large as the sum itself."""
     (layout, one), (_, two) = member(0, 2, 2.0, "matrix"), member(1, 2, 2.0, "matrix")
     want = by_hand([(layout, one), (layout, two)], [1.0, 1.0], "matrix")
     added = jax.tree.map(jnp.add, one, two)["matrix"]

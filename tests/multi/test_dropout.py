@@ -89,7 +89,7 @@ def test_value_and_gradients_with_the_mask_by_hand(kind: str) -> None:
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str) -> None:
-    """It runs wherever `adapt` does; its derivative is that of what it computes; a key repeats."""
+    """It runs wherever `adapt` does, has the right derivative, and repeats with one key."""
     case = cases.REGISTRY[name]()
     layout = lora_jax.resolve(LoraSpec(2, 3.0, case.targets), case.f, case.params, *case.args)
     adapters, g = drawn(layout), lora_jax.adapt(layout, case.f)

@@ -96,7 +96,7 @@ def model(config: Any, **changes: Any) -> tuple[Any, Any, Any]:
         module: Any = models.BertClassifier(dataclasses.replace(config, **changes), 3, "mean")
         args: Any = (ids, jnp.arange(6)[None] < jnp.array([6, 4, 5, 2, 6])[:, None])
     else:
-        module, args = models.Llama(dataclasses.replace(config, **changes)), (ids,)
+        module, args = models.DecoderModel(dataclasses.replace(config, **changes)), (ids,)
     shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
     params = cases.near_ones_and_zeros(shapes)
     return (lambda p, *a: module.apply({"params": p}, *a)), params, args

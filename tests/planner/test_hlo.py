@@ -1,4 +1,4 @@
-"""What the planner reads off a compiled program, and compiles in bfloat16's place."""
+"""The planner reads a compiled program, and compiles another dtype in place of bfloat16."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_seconds_of_a_ring() -> None:
 def test_a_plan_leaves_nothing_but_itself(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No run directory and no lock; where the run would be, the plan lies beside it."""
+    """There is no run directory and no lock; the plan is written next to the run's place."""
     monkeypatch.chdir(tmp_path)
     assert train.main(["--config", OWN, "--plan"]) == 0
     name, config, _ = command_line.parse(["--config", OWN], OWN, ROOT)
@@ -236,7 +236,7 @@ def test_the_roofline_names_the_longest_of_three() -> None:
 def test_more_devices_than_can_be_simulated_are_extrapolated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Beside what compiling for all eight gives."""
+    """Compared with the result of compiling for all eight."""
     real = planned(OWN, "--plan-devices", "8")
     monkeypatch.setattr(simulated_devices, "LIMIT", 4)
     found = planned(OWN, "--plan-devices", "8")
@@ -309,7 +309,7 @@ def test_gpt3_175b(tmp_path: pathlib.Path) -> None:
     # 350 GB to 35 MB, in 16 bits; our checkpoints hold the float32 masters.
     assert lora["full_checkpoint_bytes"] == pytest.approx(350e9, rel=0.01)
     assert lora["checkpoint_bytes"] == 4 * 18_874_368
-    # 1.2 TB to 350 GB: weights and what the optimizer keeps, on all devices.
+    # 1.2 TB to 350 GB: weights and optimizer state, on all devices.
     state = {
         name: 64 * sum(run["bytes"][part] for part in ("weights", "adapters", "optimizer"))
         for name, run in found["runs"].items()

@@ -1,4 +1,4 @@
-"""The plan of a run on a quantised base: bytes by scheme, and what the kinds of update add."""
+"""The plan of a run on a quantised base: the bytes of each scheme and of each kind of update."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_products_are_those_of_the_floats() -> None:
 
 
 def test_no_float_copy_of_the_stack_is_planned() -> None:
-    """A layer's floats may be there for a while, not those of all. Red: a dense residual."""
+    """One layer's floats may exist for a while, but not all layers'. Red: a dense residual."""
     assert costs("nf4").bytes.activations == pytest.approx(costs("none").bytes.activations, rel=0.1)
 
 

@@ -64,7 +64,7 @@ def measured(page: pathlib.Path, width: int, folder: pathlib.Path) -> dict[str, 
 
 
 def opened(page: pathlib.Path, folder: pathlib.Path) -> tuple[str, list[str], pathlib.Path]:
-    """What the browser says, who has asked for anything on the page's behalf, and a picture."""
+    """Return the browser's messages, the origins of the page's requests, and a picture."""
     shot, net = folder / "shot.png", folder / "net.json"
     arguments = ("--window-size=1400,2000", f"--screenshot={shot}", f"--log-net-log={net}")
     found = browse(folder / "profile", *arguments, page.as_uri())

@@ -1,4 +1,4 @@
-"""What finished runs leave, made without training more than once."""
+"""The files of finished runs, made by training only once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def record(path: pathlib.Path, like: pathlib.Path, config: Any, score: float) ->
 
 
 class Page(html.parser.HTMLParser):
-    """What a page has in it: tables, facts, tags, and what its attributes refer to."""
+    """The contents of a page: tables, facts, tags, and the targets of its attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def _cells(block: str) -> list[list[str]]:
 
 
 def _read(text: str) -> str:
-    """What Markdown shows of a text without its bold."""
+    """Return the text that Markdown shows, without bold."""
     plain = re.sub(r"^\*\*(.*)\*\*$", r"\1", text)
     return html.unescape(re.sub(r"\\(.)", r"\1", plain))
 

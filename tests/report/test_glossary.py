@@ -47,7 +47,7 @@ def test_each_word_is_explained_in_the_page_and_linked_to_there() -> None:
     assert '<a class="term" href="#term-rank">rank</a> 4 on lora.rank' in page
     assert "</a> &amp; the <a" in page and "a &lt;b&gt;" in page
     assert not [x for x in re.findall(r'href="([^"]*)"', page) if not x.startswith(("#", "data:"))]
-    assert "- **effective rank**: How many directions" in render.markdown(made)
+    assert "- **effective rank**: The number of directions" in render.markdown(made)
 
 
 def test_a_report_without_such_words_has_no_glossary() -> None:

@@ -1,4 +1,4 @@
-"""Which runs are compared, and where in a model a matrix is."""
+"""The comparison of runs, and the place of a matrix in a model."""
 
 from __future__ import annotations
 

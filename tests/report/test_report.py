@@ -179,7 +179,7 @@ def test_a_sweep_has_the_best_first(written: Written) -> None:
     facts = {fact[0]: fact[1:] for fact in saved_runs.page(path / "report.html").facts}
     assert facts["best of 3 runs"][0] == "seed 0, rank 4"
     assert facts["validation accuracy"][0].endswith("→ 0.7500")
-    assert "Of adapters/best of r4." in (path / "report.md").read_text()
+    assert "This is the update of adapters/best of r4." in (path / "report.md").read_text()
 
 
 def test_shared_directions_against_matrices_that_are_formed(written: Written) -> None:
@@ -247,9 +247,9 @@ def test_a_base_that_cannot_be_had_is_said(
     """Red: no `except` in `_amplified` of update.py."""
     arguments = [str(written.solo), "--out", str(tmp_path), "--base", str(tmp_path / "none")]
     assert main(arguments) == 0
-    assert "cannot be had here" in capsys.readouterr().err
+    assert "cannot be opened here" in capsys.readouterr().err
     page = saved_runs.page(tmp_path / "report.html")
-    assert any("cannot be had here" in text for text in page.paragraphs)
+    assert any("cannot be opened here" in text for text in page.paragraphs)
     assert not any("factor" in found[0] for found in page.tables)
     assert table(tmp_path, "layer", "effective rank")
 
@@ -303,7 +303,7 @@ def test_runs_given_one_by_one(
         ("[]", "summary.json holds a list, expected an object"),
         ("{}", "has no 'steps'"),
         ({"adapter_file_bytes": "many"}, "'adapter_file_bytes' is 'many'"),
-        ({"after": {"test": 3}}, "'after' holds something else than numbers"),
+        ({"after": {"test": 3}}, "'after' holds values other than numbers"),
     ],
 )
 def test_a_broken_summary_is_an_error_with_a_cure(
@@ -335,7 +335,7 @@ def test_what_is_no_run_is_an_error(
     for path, says in (
         (tmp_path / "none", "there is no such directory"),
         (tmp_path, "has nothing; expected config.json"),
-        (model, "is no run directory of train.py"),  # it has a config.json, of another kind
+        (model, "is not a run directory of train.py"),  # it has a config.json, of another kind
         (written.solo / "summary.json", "it is a file"),
     ):
         assert main([str(path)]) == 1

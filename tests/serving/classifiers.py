@@ -68,7 +68,7 @@ def train_in(path: pathlib.Path, config: TextConfig) -> pathlib.Path:
 
 
 def export_in(path: pathlib.Path, config: TextConfig) -> pathlib.Path:
-    """What a run exports, with random numbers in the place of trained ones: quicker."""
+    """Return the export of a run, with random numbers instead of trained ones, which is quicker."""
     workload = classification(config)
     params, key = _arrays(workload), jax.random.key(config.seed)
     example = next(workload.train(Shard()))

@@ -1,4 +1,4 @@
-"""`lora-jax generate`: prompts in, texts out, and what goes wrong on the way."""
+"""`lora-jax generate`: prompts in, texts out, and errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     params = source.load()
 
     def apply(params: Any, ids: Any) -> Any:
-        return models.Llama(source.config).apply({"params": params}, ids)
+        return models.DecoderModel(source.config).apply({"params": params}, ids)
 
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     about: dict[str, Any] = {"model": {"reference": str(base)}}
@@ -67,7 +67,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 
 def answers(tmp_path: pathlib.Path, rows: Any, *arguments: str) -> list[dict[str, Any]]:
-    """What comes out as JSONL; the rows are objects, or lines of text."""
+    """Return the output as JSONL; the input rows are objects, or lines of text."""
     source, out = tmp_path / "in", tmp_path / "out.jsonl"
     source.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
     files = ("--file", str(source), "--out", str(out))
@@ -195,7 +195,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         (["--base", "BASE", "--prompt", ""], "--prompt 1: the prompt is empty"),
         (["--base", "BASE", "--prompt", "w " * 70], "--prompt 1: the prompt has 70 tokens, and"),
         (["--base", "BASE", "--prompt", "a", "--stop", "word1 word2"], "is 2 tokens; give a text"),
-        (["--base", "ENCODER", "--prompt", "a"], "is an encoder; that is what `lora-jax predict"),
+        (["--base", "ENCODER", "--prompt", "a"], "is an encoder; `lora-jax predict"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_do_wrong(

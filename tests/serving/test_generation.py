@@ -37,9 +37,9 @@ def mixed(decoder: Decoder) -> list[Generated]:
     return generate(decoder, ALL, max_new_tokens=NEW)
 
 
-def whole_greedy(config: models.LlamaConfig, params: Any, prompt: list[int]) -> list[int]:
+def whole_greedy(config: models.DecoderConfig, params: Any, prompt: list[int]) -> list[int]:
     """Greedy decoding as it is defined: the whole text is read anew for every token."""
-    apply = jax.jit(models.Llama(config).apply)
+    apply = jax.jit(models.DecoderModel(config).apply)
     tokens = list(prompt)
     for _ in range(NEW):
         padded = np.zeros((1, 24), np.int32)
@@ -62,7 +62,7 @@ def test_a_mixed_batch_is_each_row_alone(decoder: Decoder, mixed: list[Generated
 
 
 def test_batches_one_after_another(decoder: Decoder, mixed: list[Generated]) -> None:
-    """Red if rows that fill up the last batch are given out, or numbers are those of the batch."""
+    """Red if rows that fill up the last batch are returned, or numbers count within a batch."""
     assert generate(decoder, ALL, max_new_tokens=NEW, batch_size=2) == mixed
     pieces = list(stream(decoder, ALL, max_new_tokens=NEW, batch_size=2))
     for row, found in enumerate(mixed):
@@ -87,10 +87,10 @@ FORMS = {"unrolled": CONFIG, "scanned": SCANNED} | {
 
 
 @pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
-def test_logits_of_a_mixed_batch(config: models.LlamaConfig) -> None:
+def test_logits_of_a_mixed_batch(config: models.DecoderConfig) -> None:
     """Prefill and a step through `adapt`, against the merged weights without a cache."""
     layout, stacked = tiny.stacked(config)
-    model, ids = models.Llama(config), jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    model, ids = models.DecoderModel(config), jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     chosen = jnp.asarray([2, lora_jax.multi.BASE, 1])
 
     def read(params: Any, ids: Any, cache: Any) -> Any:
@@ -141,7 +141,7 @@ def test_one_prefill_and_one_step(compilations: list[str]) -> None:
 
 
 def test_the_step_holds_one_cache_and_no_second_base(decoder: Decoder) -> None:
-    """The cache is donated; what the step needs beside it does not grow with the base."""
+    """The cache is donated; the other memory of the step does not grow with the base."""
     cache = caches.empty(CONFIG, 8, 32)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     generate(decoder, ALL, max_new_tokens=NEW)
@@ -199,7 +199,7 @@ PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
     ],
 )
 def test_draws_have_the_probabilities(sampling: Sampling, kept: list[int]) -> None:
-    """Of 20,000 draws; the bound is five standard deviations."""
+    """20,000 draws; the bound is five standard deviations."""
     count = 20_000
     logits = jnp.broadcast_to(jnp.log(PROBABILITIES) + 3, (count, 5))
     numbers = sampling.numbers
@@ -228,7 +228,7 @@ def test_temperature_divides_the_logits() -> None:
         ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1"),
         ({"temperature": 1.0, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
-        ({"top_p": 0.9}, "at temperature 0 nothing is drawn; give a temperature"),
+        ({"top_p": 0.9}, "at temperature 0 nothing is sampled; give a temperature"),
         ({"seed": -1}, "seed must be from 0"),
     ],
 )

@@ -49,7 +49,7 @@ def test_objects_come_with_their_places(tmp_path: pathlib.Path) -> None:
 def test_a_line_that_cannot_be_used_is_named(
     content: bytes, said: str, tmp_path: pathlib.Path
 ) -> None:
-    """Those before it have been given out by then."""
+    """The lines before it have been returned by then."""
     reader = jsonl.read(file(tmp_path, b'{"good": "\\ud83d\\ude00"}\n' + content + b"\n"))
     assert next(reader).value == {"good": "\N{GRINNING FACE}"}
     with pytest.raises(jsonl.LineError, match=said):

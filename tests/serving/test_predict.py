@@ -103,15 +103,15 @@ def opened(trained: Trained) -> Opened:
 
 @pytest.fixture(scope="module")
 def answers(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of the mixed file, in windows shorter than it is."""
+    """Return the outputs of the mixed file, in windows shorter than the file."""
     folder = tmp_path_factory.mktemp("mixed")
     given = trained.given("three", "two", "number")
     return predicted(folder, mixed(trained), *given, "--batch-size", "16", "--window", "50")
 
 
 def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> None:
-    """The same outputs, of every example: red if an example takes another head or adapter, or if
-    a parameter that was trained beside is left as the base has it."""
+    """Every example has the same outputs: red if an example uses another head or adapter, or if
+    a parameter trained in full is as in the base."""
     served, made = opened
     rows = mixed(trained)
     ids = [served.names.index(row["adapter"]) for row in rows]
@@ -138,8 +138,8 @@ def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> N
 def test_mixed_is_each_alone(
     trained: Trained, answers: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
-    """The exported folder alone has all that is needed, wherever it lies. Red if padded classes
-    take part: two of three outputs would not be alone."""
+    """The exported folder is complete, and can be moved. Red if padded classes take part: two of
+    three outputs would not be alone."""
     for name in trained.configs:
         own = [row for row in mixed(trained) if row["adapter"] == name]
         bare = [{"text": row["text"], "n": row["n"]} for row in own]  # one adapter: no need to say
@@ -164,7 +164,7 @@ def test_order_and_fields_are_kept(trained: Trained, answers: list[dict[str, Any
 
 
 def test_one_program_for_each_length(opened: Opened) -> None:
-    """Whatever adapters come, and however many texts: red if a batch has a shape of its own."""
+    """For all adapters and numbers of texts: red if a batch has another shape."""
     made = text_classifier.TextClassifier(opened[0], 4)
     short, long = "word1 word2", " ".join(["word3"] * 14)
     for ids in ([0, 1, 2, 0], [2, 2, 2], [1], [0, 1] * 9):
@@ -230,7 +230,7 @@ def test_a_line_that_cannot_be_classified(
 
 
 def test_progress_is_told_as_scores_come(opened: Opened) -> None:
-    """Red if a bar waits for the first line: of what is sorted, it may come last."""
+    """Red if a bar waits for the first line, which may come last because lines are sorted."""
     sized = [
         jsonl.JsonLine({"text": text, "adapter": "two"}, "here", size)
         for size, text in ((100, WORDS), (1, "word1"))
@@ -307,7 +307,7 @@ def test_a_pooling_that_there_is_not(pooling: object) -> None:
 def test_an_adapter_that_does_not_say_what_it_classifies(
     change: dict[str, Any], trained: Trained
 ) -> None:
-    """What it says may be anybody's word."""
+    """Its text may come from anybody."""
     member = served_adapters.read("two", trained.folder / "two/adapters/best")
     wrong = served_adapters.ServedAdapter(
         member.name,

@@ -172,7 +172,7 @@ def test_names_are_told_apart(runs: pathlib.Path) -> None:
 def test_another_base_is_refused(
     runs: pathlib.Path, weights: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Both sides are named. Red if what was trained beside is compared too."""
+    """The message names both sides. Red if parameters trained in full are compared too."""
     other = tmp_path / "model"
     shutil.copytree(weights, other)
     tensors = safetensors.numpy.load_file(other / "model.safetensors")
@@ -206,7 +206,7 @@ def test_adapters_of_two_models_are_not_mixed(
     with pytest.raises(LoraError, match=r"base .*llama is a decoder; .*lora-jax generate"):
         served_adapters.open_adapters([given], KIND)
     with pytest.raises(LoraError, match=r"base .*roberta is an encoder; .*lora-jax predict"):
-        served_adapters.open_adapters([f"{runs}/a"], models.LlamaConfig)
+        served_adapters.open_adapters([f"{runs}/a"], models.DecoderConfig)
     scanned = save(runs / "e", params, str(weights), scan_layers=True)
     with pytest.raises(LoraError, match=r"model.scan_layers is False for 'a' and True for 'e'"):
         served_adapters.open_adapters([f"{runs}/a", scanned], KIND)
@@ -246,7 +246,7 @@ def test_a_hundred_swaps_compile_nothing(
 ) -> None:
     """Adapters of eight ranks from 1 to 16, opened from folders, one after another in one slot.
 
-    Red if a scale or a rank is part of what is compiled.
+    Red if a scale or a rank is compiled into the program.
     """
     given = []
     for rank in (1, 2, 4, 5, 8, 11, 14, 16):

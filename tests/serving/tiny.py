@@ -15,7 +15,7 @@ import lora_jax
 from lora_jax import models
 from lora_jax.serving.generation import Decoder, Prompt, stream
 
-CONFIG = models.LlamaConfig(
+CONFIG = models.DecoderConfig(
     vocab_size=61,
     hidden_size=16,
     num_layers=2,
@@ -25,7 +25,7 @@ CONFIG = models.LlamaConfig(
     mlp_size=20,
     max_positions=64,
 )
-SCANNED = models.LlamaConfig(**{**vars(CONFIG), "scan_layers": True})
+SCANNED = models.DecoderConfig(**{**vars(CONFIG), "scan_layers": True})
 RANKS = (1, 4, 2)
 PROMPTS = ([3, 9, 27], [5, 25, 4, 20, 1, 7, 8], [11], [60, 2, 30, 7], [3, 9, 27])
 
@@ -35,7 +35,7 @@ def noise(shape: Any, seed: int) -> jax.Array:
 
 
 @functools.cache
-def params(config: models.LlamaConfig) -> Any:
+def params(config: models.DecoderConfig) -> Any:
     """Random weights; the head is not so sure of itself that adapters change nothing."""
     leaves, tree = jax.tree.flatten(models.shapes(config))
     drawn = [(1 + noise(s.shape, i)) / 2 if len(s.shape) == 1 else noise(s.shape, i) / 2
@@ -44,11 +44,11 @@ def params(config: models.LlamaConfig) -> Any:
 
 
 @functools.cache
-def pairs(config: models.LlamaConfig) -> tuple[Any, ...]:
+def pairs(config: models.DecoderConfig) -> tuple[Any, ...]:
     """(layout, adapters) of unequal rank, alpha and targets."""
 
     def apply(params: Any, ids: Any) -> Any:
-        return models.Llama(config).apply({"params": params}, ids)
+        return models.DecoderModel(config).apply({"params": params}, ids)
 
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     every = []
@@ -68,12 +68,12 @@ def pairs(config: models.LlamaConfig) -> tuple[Any, ...]:
 
 
 @functools.cache
-def stacked(config: models.LlamaConfig) -> Any:
+def stacked(config: models.DecoderConfig) -> Any:
     """(layout, stacked) of `pairs`."""
     return lora_jax.multi.stack(pairs(config))
 
 
-def merged(config: models.LlamaConfig, adapter: int) -> Any:
+def merged(config: models.DecoderConfig, adapter: int) -> Any:
     """The weights with one adapter in them."""
     if adapter == lora_jax.multi.BASE:
         return params(config)
@@ -90,7 +90,7 @@ class Generated:
 
 
 def generate(decoder: Decoder, prompts: Sequence[Prompt], **how: Any) -> list[Generated]:
-    """What `stream` writes, prompt by prompt."""
+    """Return the output of `stream`, prompt by prompt."""
     found = [Generated([], None) for _ in prompts]
     for piece in stream(decoder, prompts, **how):
         if piece.token is not None:

@@ -1,6 +1,6 @@
-"""train.py, or any command, in a process of its own at the price of a fork: imports are paid once.
+"""Run train.py or another command in a forked process, which need not import anything again.
 
-They are processes like those of a shell: with signals, exit statuses and output of their own.
+It is like a process of a shell, with its own signals, exit status and output.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Fork:
         return self.status
 
     def printed(self, text: str, seconds: float = 30) -> str:
-        """What it has printed, once `text` is in it: the last words come a moment after the end."""
+        """Return the output once `text` is in it: the last words come a moment after the end."""
         deadline = time.monotonic() + seconds
         while text not in (printed := self.log.read_text()[self._before :]):
             assert time.monotonic() < deadline, f"no {text!r} in {seconds} s:\n{printed}"
@@ -78,7 +78,7 @@ class Fork:
         return printed
 
     def until(self, condition: Callable[[], Any], seconds: float = 240) -> bool:
-        """Whether `condition` came to hold while it ran."""
+        """Return whether `condition` became true while it ran."""
         deadline = time.monotonic() + seconds
         while not condition():
             if self.status is not None:

@@ -1,4 +1,4 @@
-"""Small runs of train.py in this process; those of tests.training.forks have one of their own."""
+"""Small runs of train.py in this process; tests.training.forks runs them in other processes."""
 
 from __future__ import annotations
 

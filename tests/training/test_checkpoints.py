@@ -29,7 +29,7 @@ from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.state import State
 from tests.training.runs import OWN, ROOT, SMALL
 
-# Of many reads under way Orbax reports the first that fails; the others complain when collected.
+# If several reads fail, Orbax reports the first; the others complain when they are collected.
 ABANDONED = "ignore::pytest.PytestUnraisableExceptionWarning"
 pytestmark = pytest.mark.filterwarnings(ABANDONED)
 
@@ -92,7 +92,7 @@ def flip(file: pathlib.Path, bit: int) -> None:
 
 
 def data_files(checkpoint: pathlib.Path) -> list[pathlib.Path]:
-    """Those that hold the arrays; their names are random."""
+    """Return the files that contain the arrays; their names are random."""
     return [p for p in checkpoint.rglob("d/*") if "ocdbt.process" not in str(p)]
 
 

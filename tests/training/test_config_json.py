@@ -1,4 +1,4 @@
-"""Which configs are the same run: with fields that came later, and in any order of the targets."""
+"""Configs of the same run: with fields that came later, and with targets in any order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_order_of_targets_is_no_change() -> None:
 
 
 def test_the_order_of_targets_counts_where_they_have_settings() -> None:
-    """The first pattern that matches wins. Red: sorted whatever they hold."""
+    """The first pattern that matches wins. Red: always sorted."""
     stored = config_json.to_dict(with_targets("first/kernel@rank=1", "*/kernel"))
     assert config_json.changes(stored, with_targets("*/kernel", "first/kernel@rank=1")) != []
 

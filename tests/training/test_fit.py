@@ -1,4 +1,4 @@
-"""How many members fit: arithmetic on what a compiled step says of itself."""
+"""The number of members that fit in memory, computed from the figures of a compiled step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_line() -> None:
 
 
 def test_bytes_of_a_step() -> None:
-    """N members: the base once, and of each its state, its row and what is in between."""
+    """N members: the base once, and for each member its state, row and intermediate results."""
     base = jax.ShapeDtypeStruct((256, 256), jnp.float32)
 
     def needed(members: int) -> StepMemory:

@@ -140,7 +140,7 @@ def test_what_does_not_fit(
 
 
 def test_another_base_is_refused(exported: Any, tmp_path: pathlib.Path) -> None:
-    """Of the same shapes. Red: the fingerprint of the frozen parameters, without the new head,
+    """The shapes are the same. Red: the fingerprint of the frozen parameters, without the new head,
     compared with nothing."""
     run, config = exported
     changed = tiny.write_model(tmp_path / "model", {**tiny.ROBERTA, "layer_norm_eps": 1e-6})
@@ -198,12 +198,12 @@ def test_groups_and_other_methods_refuse_it(exported: Any, tmp_path: pathlib.Pat
     group = GroupConfig(members=(Member("a", config),), run_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="'a' is a member of a group"):
         loop.run(group, mesh.make(config.mesh), tmp_path, train.Console(quiet=True))
-    with pytest.raises(ConfigError, match="goes on with LoRA adapters, and the method is 'bitfit'"):
+    with pytest.raises(ConfigError, match="with LoRA adapters, and the method is 'bitfit'"):
         dataclasses.replace(config, method=MethodConfig("bitfit"))
 
 
 def test_the_plan_has_the_adapters_own_ranks(first: pathlib.Path) -> None:
-    """Red: the plan of what the config says."""
+    """Red: the plan uses the ranks of the config."""
     _, config, options = parse(
         ["--config", runs.OWN, "--width", "16", "--from", str(first), "--plan"], runs.OWN, runs.ROOT
     )

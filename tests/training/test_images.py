@@ -116,10 +116,10 @@ def spaced(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_report_knows_the_run(finished: Finished, tmp_path: pathlib.Path) -> None:
-    """Red if the base is not opened as it was trained on, or if defaults are those of texts."""
+    """Red if the base is not opened as in training, or if the defaults for texts are used."""
     assert report.main([str(finished.run), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
-    assert "What of W it amplifies" in text and "not the base" not in text
+    assert "Amplified directions of W" in text and "needs the weights" not in text
     assert "data.crop" in text and "data.threads" not in text
 
 

@@ -1,4 +1,4 @@
-"""How the adapters of a run begin."""
+"""The first values of the adapters of a run."""
 
 from __future__ import annotations
 

@@ -24,9 +24,8 @@ STEPS, EVERY = 600, 10
 SLOWLY = ("--optimizer.schedule", "constant", "--optimizer.learning-rate", "5e-4")
 SMALL = ("--width", "8", "--batch-size", "8", "--evaluate-every", "30", *SLOWLY)
 RUN = ("--config", OWN, *SMALL, "--steps", str(STEPS), "--checkpoint-every", str(EVERY))
-# Where each of the kills lands; which of the first sixteen comes when is left to the seed. The name
-# of a file stands for the moment before something gets it: an adapter takes the place of an earlier
-# one in three renames.
+# The moments of the kills; the seed decides the order of the first sixteen. The name of a file
+# stands for the moment before it is written: an adapter replaces an earlier one in three renames.
 MOMENTS = ["start-up"] * 3 + ["training"] * 5 + ["checkpoint"] * 5
 MOMENTS += ["adapters/best.new", "adapters/best.old", "adapters/best"]
 ENDING = ["start-up", "last export", "after the last export", "summary.json"]

@@ -155,7 +155,7 @@ def test_a_report_of_dora_on_a_quantised_base(
     run, _ = trained(kind_config("dora", "nf4", roberta, source))
     assert report.main([str(run)]) == 0
     text = (run / "report/report.html").read_text()
-    assert "What of W it amplifies" in text and "cannot be analysed" not in text
+    assert "Amplified directions of W" in text and "cannot be analysed" not in text
 
 
 def test_lokr_predicts_as_it_was_evaluated(
@@ -257,8 +257,8 @@ def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
 def test_a_run_goes_on_from_an_adapter_over_a_changed_base(
     roberta: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
-    """`--from` a LoftQ run: the codes are those that it trained on. Red: the base as it is loaded;
-    BEGUN forgotten by the new run's `about`, and so by predict; a head drawn anew."""
+    """`--from` a LoftQ run uses the codes of its training. Red: the base as it is loaded; BEGUN
+    forgotten in the new run's `about`, and so by predict; a head drawn anew."""
     lora, model = {"init": "loftq", "kind": "lora"}, {"quantize": "nf4"}
     config = config_of(classification, roberta, source, lora=lora, model=model)
     run, summary = trained(config)

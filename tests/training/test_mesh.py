@@ -103,7 +103,7 @@ class Run(NamedTuple):
     state: State
     frozen: Any
     place: mesh.Placement
-    trained: Any  # the shardings of what is trained
+    trained: Any  # the shardings of the trained parameters
 
 
 def run(config: Config, sizes: MeshConfig, devices: int = 8) -> Run:
@@ -156,7 +156,7 @@ def test_losses_are_those_of_one_device(config: Config, alone: Run, sizes: MeshC
 
 
 def assert_placed(found: Run) -> None:
-    """Each array lies where it should, and the optimizer's copies of it beside it."""
+    """Each array is placed as expected, and the optimizer's copies of it in the same way."""
     wanted = paths.flatten(found.place.params)
     for path, leaf in paths.flatten(found.frozen).items():
         assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
@@ -200,7 +200,7 @@ def _shapes_only(name: str) -> tuple[Any, Workload]:
         )  # fmt: skip
         head: Any = models.Head("mean", 2)
     else:
-        config = models.LlamaConfig(
+        config = models.DecoderConfig(
             vocab_size=49152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3,
             head_dim=64, mlp_size=1536, max_positions=8192, tied=True,
         )  # fmt: skip
@@ -346,7 +346,7 @@ def test_one_process_holds_every_row(sizes: tuple[int, ...]) -> None:
 
 
 class Annotated(nn.Module):
-    """A network whose author said where its weights lie."""
+    """A network whose author has specified the placement of its weights."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from lora_jax.training import metrics
 
 
 def test_what_is_synced_is_in_the_file(tmp_path: pathlib.Path) -> None:
-    """A checkpoint counts on that length, whatever kills the process then. Red without `flush`."""
+    """A checkpoint relies on that length even after a kill. Red without `flush`."""
     record = metrics.Record(tmp_path)
     record.write({"step": 1, "loss": 0.5})
     length = record.sync()

@@ -1,7 +1,7 @@
 """The LoRA paper's set-ups of GPT-2 on E2E and of DeBERTa XXL on GLUE.
 
-The numbers are those of the paper's tables 10 and 11 and of the code released with it
-(microsoft/LoRA). TFDS's own builders are used, with other rows: its downloads are out of reach.
+The numbers are from the paper's tables 10 and 11 and from the code released with it
+(microsoft/LoRA). TFDS's own builders are used with other rows, because nothing can be downloaded.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def test_parameters_of_gpt2(name: str, parameters: int) -> None:
     """Two pairs for each layer: q and v have factors of their own, and k has none."""
     config = load(f"{GPT2}:{name}")
     shape = {"model_type": "gpt2", "vocab_size": 50_257, "n_positions": 1024}
-    model = models.Llama(config.model.apply_to(hf_config.parse(shape | PUBLISHED[name], name)))
+    model = models.DecoderModel(
+        config.model.apply_to(hf_config.parse(shape | PUBLISHED[name], name))
+    )
     apply = causal_lm.apply_of(model, smoothing=config.label_smoothing)
     batch = causal_lm.batch_shapes(config.data.batch_size, config.data.max_length)
     assert trained(config, apply, models.shapes(model.config), batch) == parameters

@@ -121,7 +121,7 @@ class Broken:
         assert reached, fork.log.read_text()
 
     def _stopped(self, forks: list[Fork], says: str) -> None:
-        """Wait for their end, and for what the first of them `says` of it."""
+        """Wait for their end, and for the text `says` in the output of the first."""
         self.statuses += [fork.wait(SECONDS + 60) for fork in forks]
         self.printed.append(forks[0].printed(says))
         self.after.append(max(checkpoints(self.path)))
@@ -154,7 +154,7 @@ def test_each_start_went_on_from_the_checkpoint_of_the_one_before(broken: Broken
     assert broken.after[-1] < STEPS, "it came to its end before it could be stopped"
     text = "".join(p.read_text() for p in broken.path.parent.glob(f"{broken.NAME}*.log"))
     for step in broken.after:
-        assert f"Going on from the checkpoint of step {step}." in text
+        assert f"Continuing from the checkpoint of step {step}." in text
 
 
 def test_a_killed_process_ends_the_other_with_a_clear_error(broken: Broken) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes, on terminals of several kinds and in a file."""
+"""The display of a run in progress, on terminals of several kinds and in a file."""
 
 from __future__ import annotations
 

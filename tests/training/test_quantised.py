@@ -1,4 +1,4 @@
-"""A workload with its weights quantised: which they are, and where they lie."""
+"""A workload with quantised weights: their choice and their placement."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = llama_1b.StepConfig(
 
 
 def floats() -> Workload:
-    """A decoder without bfloat16, so that its weights are quantised from what the test sees."""
+    """A decoder without bfloat16, so that its weights are quantised from the test's own values."""
     workload = llama_1b.workload(CONFIG)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), workload.params)
     random = np.random.default_rng(0)

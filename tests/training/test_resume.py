@@ -36,7 +36,7 @@ def stop_after(fork: Fork, path: pathlib.Path, step: int, number: signal.Signals
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathlib.Path, str]:
-    """One run never stopped, one killed and then interrupted, and what the last start printed."""
+    """One run never stopped, one killed and then interrupted, and the output of the last start."""
     folder = tmp_path_factory.mktemp("resume")
     whole, killed = folder / "whole", folder / "killed"
 
@@ -68,7 +68,7 @@ Runs = tuple[pathlib.Path, pathlib.Path, str]
 
 def test_it_went_on_from_a_checkpoint(runs: Runs) -> None:
     text = runs[2]
-    assert "Going on from the checkpoint of step" in text
+    assert "Continuing from the checkpoint of step" in text
     assert int(text.partition("checkpoint of step ")[2].partition(".")[0]) >= 500
 
 

@@ -41,7 +41,7 @@ def test_a_model_of_the_users_own_learns(tmp_path: pathlib.Path) -> None:
 def test_the_summary_says_what_was_asked_of_it(finished: pathlib.Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     # first 2x16+16, second 16x16+16, head 16+1; rank 2 on the two kernels; Adam's two moments
-    # of what is trained, and three counters.
+    # of the trained parameters, and three counters.
     assert summary["base_parameters"] == 48 + 272 + 17
     assert summary["adapter_parameters"] == 2 * (2 + 16) + 2 * (16 + 16)
     assert summary["trainable_parameters"] == 17

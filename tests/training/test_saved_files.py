@@ -1,4 +1,4 @@
-"""What a run has left, cut short or edited by hand: an error that names the file and the cure."""
+"""Files of a run that are cut short or edited by hand: the error names the file and the cure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("content", "says"), [*BROKEN, (b"{}", "is no config of train.py")])
+@pytest.mark.parametrize(("content", "says"), [*BROKEN, (b"{}", "is not a config of train.py")])
 def test_a_broken_config_of_a_run(content: bytes, says: str, tmp_path: pathlib.Path) -> None:
     """Red if `_claim` reads with `json.loads` alone: a traceback that names no file."""
     (tmp_path / "config.json").write_bytes(content)
@@ -35,7 +35,7 @@ def test_a_broken_config_of_a_run(content: bytes, says: str, tmp_path: pathlib.P
 
 @pytest.mark.parametrize(("content", "says"), [*BROKEN, (b"{}", "has no 'steps'")])
 def test_a_broken_summary_of_a_run(content: bytes, says: str, tmp_path: pathlib.Path) -> None:
-    """Red if `directory.summary` returns whatever is JSON: the table of it is a KeyError."""
+    """Red if `directory.summary` returns any JSON: the table of it is a KeyError."""
     assert directory.summary(tmp_path) is None
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(lora_jax.LoraError, match=rf"summary\.json ({says}).*; delete it and start"):
@@ -45,10 +45,10 @@ def test_a_broken_summary_of_a_run(content: bytes, says: str, tmp_path: pathlib.
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b'{"step": 1', r":2 is not JSON.*delete the line"),
+        (b'{"step": 1', r":2 is not JSON.*delete the damaged line"),
         (b"\xff", ":2 is not UTF-8"),
-        (b"3", ":2 is no record"),
-        (b'{"loss": 1}', ":2 is no record"),
+        (b"3", ":2 is not a line"),
+        (b'{"loss": 1}', ":2 is not a line"),
     ],
 )
 def test_a_broken_line_of_a_record(line: bytes, says: str, tmp_path: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""The step: what it moves, what it leaves, and what it does with a number that is not finite."""
+"""The step: the parameters that it changes or leaves, and numbers that are not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`as_lora`: any additive update as plain factors, exactly, and what cannot be."""
+"""`as_lora`: additive updates as plain factors, exactly, and updates that cannot be written so."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def adapter_of(kind: str, rank: int = 2, seed: int = 0) -> tuple[Layout, Any]:
 
 @functools.cache
 def int8_base() -> tuple[Any, Any]:
-    """The parameters in int8, and what they stand for."""
+    """Return the parameters in int8, and their values as floats."""
     q = lora_jax.quantize(PARAMS, "int8", layout_of("lora"))
     return q, jax.jit(lora_jax.dequantize)(q)
 

@@ -1,4 +1,4 @@
-"""DoRA's factored norm against the dense formula, its gradients, and what it costs."""
+"""DoRA's factored norm against the dense formula, its gradients and its costs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_value_and_gradients_in_float64(target: Target) -> None:
 
 @pytest.mark.parametrize("target", TARGETS, ids=name_of)
 def test_in_float32_and_over_bfloat16(target: Target) -> None:
-    """The gain is float32 whatever W is: in bfloat16 a trained gain of 1.001 would be 1."""
+    """The gain is float32 for every dtype of W: in bfloat16 a trained gain of 1.001 would be 1."""
     parameters = arrays(target)
     for dtype in (jnp.float32, jnp.bfloat16):
         w = weight(target, dtype=dtype)

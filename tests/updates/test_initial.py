@@ -1,4 +1,4 @@
-"""How `a` is drawn."""
+"""The first values of `a`."""
 
 from __future__ import annotations
 

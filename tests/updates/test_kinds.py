@@ -1,4 +1,4 @@
-"""Every kind against its formula in float64, written out slice by slice, and what does not fit."""
+"""Every kind against its formula in float64, written out slice by slice, and invalid input."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The runs of the paper's questions, as configs of train.py."""
+"""The runs of the paper's experiments, as configs of train.py."""

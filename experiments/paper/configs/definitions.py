@@ -1,15 +1,15 @@
-"""Which matrices and which rank, of a decoder: SmolLM2-135M from a word to its definition.
+"""Which matrices and which rank for a decoder? SmolLM2-135M writes the definition of a word.
 
 Command:   python train.py --config experiments/paper/configs/definitions.py
 Hardware:  2 CPU cores, 8 GB of memory
 Minutes:   22 of processor time
 
-Four choices of matrices with 11,520 numbers in every layer (the paper's Table 5), and three ranks
-on q and v (Tables 6 and 18), two seeds each. The scale alpha / rank is 4 throughout. The value
-and key projections of SmolLM2 have a third of the outputs that q has, so q and v of one rank do not
-cost the same.
+Four choices of matrices with 11,520 parameters in every layer (the paper's Table 5), and three
+ranks on q and v (Tables 6 and 18), with two seeds each. The scale alpha / rank is 4 in all of them.
+The key and value projections of SmolLM2 have a third of the outputs that q has, so q and v do not
+cost the same at the same rank.
 
-Result: test loss per token, mean and standard deviation of the two seeds; 4.98 before.
+Result: test loss per token, mean and standard deviation of the two seeds; 4.98 before training.
 
     matrices         rank      test
     q                  10    3.755 ± 0.030
@@ -27,7 +27,7 @@ from configs import smollm2_definitions
 from lora_jax.groups.sweep import SweepConfig
 
 ATTENTION = "layers*/attention/{}/kernel"
-# Rank and targets; every layer has 11,520 numbers.
+# Rank and targets; every choice has 11,520 parameters in a layer.
 CHOICES = (
     (10, ATTENTION.format("q")),
     (15, ATTENTION.format("v")),

@@ -1,12 +1,12 @@
-"""Which matrices? The same number of trained numbers over other matrices (the paper's Table 5).
+"""Which matrices? One number of trained parameters on different matrices (the paper's Table 5).
 
 Command:   python train.py --config experiments/paper/configs/matrices.py
 Hardware:  2 CPU cores, 4 GB of memory
 Minutes:   17 on two cores; 30 of processor time
 
-Ten choices with 92,160 numbers each, three seeds: rank 20 on one attention matrix of each layer,
-10 on two, 5 on all four, and what the paper left open, the MLP: 8 on one of its two matrices, 4 on
-both. The scale alpha / rank is 2 throughout; all else is as in configs/sweep.py.
+Ten choices with 92,160 parameters each, three seeds: rank 20 on one attention matrix of each layer,
+10 on two, 5 on all four, and the MLP, which the paper leaves open: 8 on one of its two matrices, 4
+on both. The scale alpha / rank is 2 in all of them; other settings are as in configs/sweep.py.
 
 Result: accuracy after training on 512 rows each, mean and standard deviation of the three seeds.
 
@@ -28,7 +28,7 @@ from lora_jax.groups.sweep import SweepConfig
 
 ATTENTION = "bert/encoder/layer*/attention/{}/kernel"
 MLP = "bert/encoder/layer*/mlp/{}/kernel"
-# Rank and targets; every layer has 15,360 numbers.
+# Rank and targets; every choice has 15,360 parameters in a layer.
 CHOICES = (
     (20, ATTENTION.format("query")),
     (20, ATTENTION.format("key")),

@@ -1,16 +1,16 @@
-"""LoRA or another method? All of docs/methods.md at matched parameters (the paper's Tables 2, 3).
+"""LoRA or another method? All methods of docs/methods.md at matched parameters (Tables 2 and 3).
 
 Command:   python train.py --config experiments/paper/configs/methods.py    LoRA
            python train.py --config experiments/paper/configs/methods.py:bitfit    and the others
 Hardware:  2 CPU cores, 4 GB of memory; `full` 12 GB, and 5 GB of disk
 Minutes:   107 of processor time for all: 4 (head) to 21 (full), 8 for LoRA
 
-Eleven methods, each with a grid of three learning rates, three seeds: nine runs each, which are a
-group of their own. The validation split picks the learning rate, the test split says what it is
-worth. All else is as in configs/sweep.py.
+Eleven methods, each with a grid of three learning rates and three seeds: nine runs, which are one
+group. The validation split picks the learning rate, the test split measures the result. Other
+settings are as in configs/sweep.py.
 
-LoRA with rank 8 on q and v trains 73,728 numbers. The other methods have what their formulae allow
-that is nearest to it, without the 770 of the new head:
+LoRA with rank 8 on q and v trains 73,728 parameters. The other methods have the nearest number that
+their formulas allow, not counting the 770 parameters of the new head:
 
     lora              73,728   rank 8 on q and v
     prefix_layer      73,728   32 learned tokens
@@ -25,7 +25,8 @@ that is nearest to it, without the 770 of the new head:
     full          22,565,376
 
 Result: accuracy in per cent at the learning rate with the best validation accuracy, mean and
-standard deviation of the three seeds; * is the edge of a grid. Trained numbers are with the head's.
+standard deviation of the three seeds; * is the end of a grid. The trained parameters include the
+head.
 
     method                trained   learning rate validation      test
     full               22,566,146   0.0003  *  77.0 ± 0.5    79.6 ± 1.5
@@ -48,13 +49,13 @@ from lora_jax.groups.sweep import SweepConfig
 from lora_jax.training.method import MethodConfig
 
 SEEDS = (0, 1, 2)
-# Method -> its grid, low to high, each a factor of 2 to 3.3 above the one before.
+# Method -> its grid, ascending; each rate is 2 to 3.3 times the one before.
 LEARNING_RATES = {
     "lora": (1e-3, 2e-3, 4e-3),
     "full": (3e-5, 1e-4, 3e-4),
     "top_layers": (1e-4, 3e-4, 1e-3),
     "bitfit": (1e-3, 3e-3, 1e-2),
-    "head": (1e-2, 3e-2, 1e-1),  # of 1e-3 to 3e-2 the last was best on validation, with one seed
+    "head": (1e-2, 3e-2, 1e-1),  # 3e-2 was the best of 1e-3 to 3e-2 on validation, with one seed
     "houlsby": (1e-3, 2e-3, 4e-3),
     "pfeiffer": (1e-3, 2e-3, 4e-3),
     "adapter_drop": (1e-3, 2e-3, 4e-3),
@@ -77,7 +78,7 @@ def _sweep(
 
 
 config = lora = _sweep(MethodConfig("lora"))
-# Three members at a time, one after the other through the model: all nine at once take 14 GB.
+# Three members in memory, one after the other through the model: all nine at once take 14 GB.
 full = _sweep(MethodConfig("full"), memory=3.5e9, at_once=1)
 top_layers = _sweep(MethodConfig("top_layers", top_layers=2))
 bitfit = _sweep(MethodConfig("bitfit"))

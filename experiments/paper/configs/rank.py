@@ -5,9 +5,9 @@ Command:   python train.py --config experiments/paper/configs/rank.py
 Hardware:  2 CPU cores, 6 GB of memory
 Minutes:   29 on two cores; 52 of processor time
 
-Fifteen settings, three seeds. The scale alpha / rank is 2 throughout. Rank 64 is there a second
-time with the alpha of rank 8, as the paper has one alpha for all ranks: at a scale of 2 its update
-is eight times as strong at the same learning rate, and on all four matrices it diverges.
+Fifteen settings, three seeds. The scale alpha / rank is 2 in all of them. Rank 64 is there a second
+time with the alpha of rank 8, because the paper has one alpha for all ranks: at a scale of 2 its
+update is eight times as strong at the same learning rate, and on all four matrices it diverges.
 
 Result: accuracy in per cent, mean and standard deviation of the three seeds.
 

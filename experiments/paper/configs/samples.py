@@ -1,18 +1,18 @@
-"""How many examples? Four methods on 100, on 1,000 and on all of them (the paper's Table 16).
+"""How many examples? Four methods on 100, 1,000 and all examples (the paper's Table 16).
 
 Command:   python train.py --config experiments/paper/configs/samples.py    LoRA
            python train.py --config experiments/paper/configs/samples.py:full      and the others
 Hardware:  2 CPU cores, 4 GB of memory; `full` 12 GB, and 5 GB of disk
 Minutes:   68 of processor time: 22 `full`, 18 each of the prefixes, 10 LoRA
 
-Three sizes of the training split, three seeds: nine runs for each method, a group of their own. The
-methods and sizes are those of experiments/paper/configs/methods.py, each at the middle one of its
-learning rates, whatever the number of examples.
+Three sizes of the training split and three seeds: nine runs for each method, which are one group.
+The methods and their sizes are as in experiments/paper/configs/methods.py, each at its middle
+learning rate for every number of examples.
 
 The 100 and the 1,000 examples are the first ones of the split, the same for every seed; the seed
-draws the adapters, the head and the order. All take 150 steps of 8 rows: 12 passes over the 100
-examples, 1.2 over the 1,000, an eighth of one over all 10,289. The better of two evaluations on 256
-rows is kept.
+decides the adapters, the head and the order. All runs take 150 steps of 8 rows: 12 passes over the
+100 examples, 1.2 over the 1,000, an eighth of a pass over all 10,289. The better of two evaluations
+on 256 rows is kept.
 
 Result: test accuracy in per cent, mean and standard deviation of the three seeds, at a learning
 rate that was not tuned for 100 examples.
@@ -34,7 +34,7 @@ EXAMPLES = (100, 1_000, None)
 
 
 def _sweep(same: SweepConfig) -> SweepConfig:
-    """That method on each number of examples."""
+    """Return the sweep of a method over the numbers of examples."""
     text = same.base
     assert isinstance(text, TextConfig)
     rate = methods.LEARNING_RATES[text.method.name][1]

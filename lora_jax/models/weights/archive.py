@@ -1,8 +1,8 @@
-"""Unpacks a wheel or a source archive as plain files; nothing in it is imported or run.
+"""Unpack a wheel or a source archive as plain files; nothing in it is imported or run.
 
-The standard library does the unpacking, and writes nothing outside of the folder. Refused before a
-file is written are a member whose path leads out of the folder, more than 100,000 members, and more
-bytes in all than 16 GiB or than 200 times the archive's own (256 MiB are always allowed).
+The standard library does the unpacking, and writes nothing outside of the folder. These are refused
+before a file is written: a member whose path leads out of the folder, more than 100,000 members,
+and more total bytes than 16 GiB or than 200 times the archive's own (256 MiB are always allowed).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lora_jax.models.errors import PackageError
 FILES = 100_000
 MOST_BYTES = 2**34
 ANY_ARCHIVE = 2**28  # bytes that an archive of any size may unpack to
-RATIO = 200  # bytes unpacked for each of the archive
+RATIO = 200  # unpacked bytes allowed for each byte of the archive
 
 _BROKEN = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, OSError),
@@ -30,25 +30,26 @@ _BROKEN = (
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack `archive` into `folder`, which is made and must not exist.
+    """Unpack an archive into a folder.
 
     Args:
-        archive: a wheel (.whl), or a .tar.gz, whose single top folder is left out.
-        folder: on an error, it may hold a part of the files.
+      archive: a wheel (.whl), or a .tar.gz, whose single top folder is left out.
+      folder: the folder, which is made and must not exist. After an error it may hold some of
+        the files.
 
     Raises:
-        PackageError: the archive is damaged, or one that is refused.
+      PackageError: the archive is damaged or refused.
     """
     folder.mkdir()
     try:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:
                 _check(archive, {member.filename: member.file_size for member in wheel.infolist()})
-                wheel.extractall(folder)  # a link comes out as a file that holds its target
+                wheel.extractall(folder)  # a link becomes a file that holds its target
         else:
             with tarfile.open(archive, "r:gz") as source:
                 _check(archive, {member.name: member.size for member in source})
-                source.extractall(folder, filter="data")  # refuses links out of the folder, devices
+                source.extractall(folder, filter="data")  # refuses devices and links out of it
             tops = list(folder.iterdir())
             if len(tops) != 1 or not tops[0].is_dir():
                 raise PackageError(f"{archive.name} does not hold one folder at its top")

@@ -1,4 +1,4 @@
-"""Read a parameter tree from stored tensors, in blocks straight to where it lies."""
+"""Read a parameter tree from stored tensors, in blocks that go straight to their devices."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ from lora_jax.models.weights.stored import (
     parameters,
 )
 
-_BLOCK = 4 * 1024 * 1024  # numbers that are read at once: what is held beside the result
+_BLOCK = 4 * 1024 * 1024  # numbers that are read at once, and held in addition to the result
 
 
 def assemble(
@@ -32,18 +32,24 @@ def assemble(
     shardings: ParameterTree | None = None,
     keep_quantised: bool = False,
 ) -> ParameterTree:
-    """The parameters of the model of `config`, read in blocks straight to their places.
+    """Read the parameters of a model, in blocks that go straight to their devices.
 
     Args:
-        head: the classification head to load too; the tree is then {"bert", "classifier"}.
-        shardings: a tree of shardings like the result: this process reads the parts that its
-            own devices hold, each once. None puts everything on the default device. A weight that
-            stays quantised has one sharding, or a base with one for each of its arrays.
-        keep_quantised: hold the quantised tensors as they are, see `lora_jax.base`.
+      stored: the stored tensors.
+      config: the config of the model.
+      head: a classification head to load as well; the tree is then {"bert", "classifier"}.
+      shardings: a tree of shardings like the result: this process reads only the parts of its
+        own devices, each once. None: everything goes to the default device. A weight that stays
+        quantised has one sharding, or a base with a sharding for each of its arrays.
+      keep_quantised: whether quantised tensors stay as they are, see `lora_jax.base`.
+
+    Returns:
+      The parameters.
 
     Raises:
-        WeightsError: missing, unknown or misshapen tensors; a parameter without a sharding, or
-            with one that does not divide it. Nothing is read then.
+      WeightsError: tensors are missing, unknown or have wrong shapes; a parameter has no
+        sharding,
+        or one that does not divide it. Nothing is read then.
     """
     placed = None if shardings is None else flatten_dict(shardings, sep="/")
     leaves, dtype = parameters(stored, config, head), np.dtype(config.param_dtype)
@@ -60,7 +66,7 @@ def assemble(
 
 
 def stored_shapes(stored: Stored, config: StoredConfig, head: Head | None = None) -> ParameterTree:
-    """What `assemble` loads with `keep_quantised`, as ShapeDtypeStructs; no number is read."""
+    """Return the result of `assemble` with `keep_quantised`, as ShapeDtypeStructs."""
     leaves, dtype = parameters(stored, config, head), np.dtype(config.param_dtype)
     tree: ParameterTree = {leaf.path: jax.ShapeDtypeStruct(leaf.whole, dtype) for leaf in leaves}
     for path, base in _bases(stored, leaves, dtype).items():
@@ -71,7 +77,14 @@ def stored_shapes(stored: Stored, config: StoredConfig, head: Head | None = None
 def load_one(
     stored: Stored, parameter: StoredParameter, config: StoredConfig, keep_quantised: bool = False
 ) -> Any:
-    """Load one of `stored.parameters` alone, to the default device."""
+    """Load one of `stored.parameters` to the default device.
+
+    Args:
+      stored: the tensors of the checkpoint.
+      parameter: the parameter.
+      config: the config of the model.
+      keep_quantised: whether a quantised parameter stays quantised.
+    """
     dtype = np.dtype(config.param_dtype)
     bases = _bases(stored, [parameter], dtype) if keep_quantised else {}
     if bases:
@@ -83,7 +96,14 @@ def load_one(
 def read_slice(
     stored: Stored, parameter: StoredParameter, number: int, config: StoredConfig
 ) -> np.ndarray:
-    """Read the tensor `sources[number]` of a parameter, in our layout."""
+    """Read the tensor `sources[number]` of a parameter, in our layout.
+
+    Args:
+      stored: the tensors of the checkpoint.
+      parameter: the parameter.
+      number: the index of the tensor.
+      config: the config of the model.
+    """
     part = shards.empty(parameter.shape, np.dtype(config.param_dtype))
     whole = tuple(slice(0, size) for size in parameter.shape)
     _copy(stored, parameter.row, parameter.sources[number], whole, part)
@@ -93,7 +113,7 @@ def read_slice(
 def _bases(
     stored: Stored, leaves: Iterable[StoredParameter], dtype: np.dtype
 ) -> dict[str, QuantisedMatrix]:
-    """The parameters that are quantised in the file, by path; their arrays are on the disk."""
+    """Return the parameters that are quantised in the file, by path; their arrays are on disk."""
     found = {}
     for leaf in leaves:
         layers = {name: stored.keep(name, leaf.row, dtype) for name in leaf.sources}
@@ -105,7 +125,7 @@ def _bases(
 def _place(
     leaf: StoredParameter, base: QuantisedMatrix | None, placed: Mapping[str, Any] | None
 ) -> Any:
-    """The sharding of the parameter, or a base of those of its arrays; None: the default device."""
+    """Return the sharding of a parameter, a base of shardings of its arrays, or None."""
     if placed is None:
         return None
     if leaf.path not in placed:
@@ -123,7 +143,7 @@ def _place(
 def _read(
     stored: Stored, leaf: StoredParameter, dtype: np.dtype, index: shards.Index
 ) -> np.ndarray:
-    """The part of one parameter at `index`, in `dtype`; no more than that is read."""
+    """Read the part of a parameter at `index`, in `dtype`, and no more."""
     part = shards.empty(tuple(axis.stop - axis.start for axis in index), dtype)
     stack, inner = index[: len(leaf.stack)], index[len(leaf.stack) :]
     where: Any = (*stack, ...)
@@ -136,7 +156,7 @@ def _read(
 def _copy(
     stored: Stored, row: TensorName, name: str, index: shards.Index, into: np.ndarray
 ) -> None:
-    """Fill `into` with the part at `index` of the parameter that one stored tensor is."""
+    """Fill `into` with the part at `index` of a parameter, from one stored tensor."""
     if row.transposed:
         into, index = into.T, index[::-1]
     rows, inner = index[0], index[1:]

@@ -1,6 +1,6 @@
-"""Tensors of a Hugging Face folder that bitsandbytes has quantised to 4 or 8 bits.
+"""Read tensors of a Hugging Face folder that bitsandbytes has quantised to 4 or 8 bits.
 
-A weight `P.weight` comes with tensors that say how it is to be read:
+A weight `P.weight` comes with tensors that say how to read it:
 
     4 bits   P.weight.absmax, .quant_map, .quant_state.bitsandbytes__nf4 (or __fp4: JSON),
              and .nested_absmax, .nested_quant_map with double quantisation
@@ -31,7 +31,7 @@ _ENDINGS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantisedTensor:
-    """A quantised weight [out, in], and the tensors that belong to it, by their ending."""
+    """A quantised weight [out, in], and the tensors that belong to it, by their endings."""
 
     weight: StoredTensor
     others: Mapping[str, StoredTensor]
@@ -43,7 +43,7 @@ class QuantisedTensor:
         return tuple(self._state["shape"])
 
     def base(self, transposed: bool, dtype: Any) -> QuantisedMatrix:
-        """The base, with arrays on the disk, of W [in, out] where transposed, or [out, in]."""
+        """Return the base of W, [in, out] if transposed, else [out, in], with arrays on disk."""
         order = (1, 0) if transposed else (0, 1)
         name = np.dtype(dtype).name
         if ".SCB" in self.others:
@@ -53,13 +53,13 @@ class QuantisedTensor:
         return FourBit(self.shape, order, name, codes, scales, self._state["blocksize"], table)
 
     def numbers(self) -> np.ndarray:
-        """The weight [out, in] in float32."""
+        """Return the weight [out, in] in float32."""
         base = self.base(transposed=False, dtype=np.float32)
         return np.asarray(jax.tree.map(lambda array: array.whole(), base).dense())
 
     @functools.cached_property
     def _state(self) -> dict[str, Any]:
-        """What the JSON says: blocksize, shape, and the offset of nested statistics."""
+        """The values of the JSON: blocksize, shape, and the offset of nested statistics."""
         ending = next(x for x in self.others if x.startswith(_STATE))
         try:
             state = json.loads(self._raw(ending).tobytes())
@@ -82,7 +82,7 @@ class QuantisedTensor:
         block, size = self._state["blocksize"], outputs * inputs
         rows = outputs if inputs % block == 0 else 1
         blocks = -(-size // block)
-        # quant_storage may have viewed the bytes as floats; they are bytes all the same.
+        # With quant_storage the bytes may be stored as floats; they are the same bytes.
         codes = self._bytes(rows, -(-size // 2))
         if ".nested_absmax" not in self.others:
             scales = self._read(".absmax", (blocks,), np.float32).reshape(rows, -1)
@@ -138,10 +138,10 @@ class QuantisedTensor:
 def split(
     held: Mapping[str, StoredTensor],
 ) -> tuple[dict[str, StoredTensor], dict[str, QuantisedTensor]]:
-    """Return the plain tensors of a folder, and the weights that bitsandbytes has quantised.
+    """Split the tensors of a folder into plain ones and weights that bitsandbytes has quantised.
 
     Raises:
-        WeightsError: 4-bit codes of a type that is not nf4 or fp4; integers without scales.
+      WeightsError: 4-bit codes have a type other than nf4 or fp4; integers have no scales.
     """
     plain, quantised = dict(held), {}
     for name, weight in held.items():
@@ -157,7 +157,7 @@ def split(
 
 
 def _others(name: str, held: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors that belong to a quantised weight, by ending; none if it is not quantised."""
+    """Return the tensors that belong to a quantised weight, by ending; none if it is plain."""
     found = {end: held[name + end] for end in _ENDINGS if name + end in held}
     states = [other for other in held if other.startswith(name + _STATE)]
     found |= {other.removeprefix(name): held[other] for other in states}
@@ -174,10 +174,10 @@ def _others(name: str, held: Mapping[str, StoredTensor]) -> dict[str, StoredTens
 
 
 def check_floats(tensor: StoredTensor, method: Any) -> None:
-    """Raise `WeightsError` for integers that stand where floats belong."""
+    """Raise `WeightsError` for integers in place of floats."""
     if tensor.dtype not in FLOATS:
         raise WeightsError(
             f"{tensor.path}: tensor {tensor.name} is stored as {tensor.dtype}{list(tensor.shape)}, "
-            f"and how it is scaled is not known (quant_method is {method!r}). Supported are "
-            f"{', '.join(FLOATS)}, and what bitsandbytes writes in 4 and 8 bits"
+            f"and its scaling is not known (quant_method is {method!r}). Supported are "
+            f"{', '.join(FLOATS)}, and the tensors that bitsandbytes writes in 4 and 8 bits"
         )

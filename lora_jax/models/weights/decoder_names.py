@@ -1,4 +1,4 @@
-"""The names of the tensors of decoders, see `names`."""
+"""The names of the tensors of decoders; see `names`."""
 
 from lora_jax.models.weights.tensor_names import (
     TensorName,
@@ -31,13 +31,13 @@ LLAMA = TensorNames(
         TensorName("lm_head/kernel", "lm_head.weight", "output.weight"),
     ),
     prefix="model.",
-    # rope_freqs holds the frequencies' divisors: they are read into the configuration.
+    # rope_freqs holds the divisors of the frequencies, which are read into the config.
     skipped=("*.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "rope_freqs.weight"),
 )
 
 
 def _as_llama(*within: TensorName, skipped: tuple[str, ...] = ()) -> TensorNames:
-    """A decoder whose layers are named as Llama's, each with q, k, v, o and `within`."""
+    """Return the names of a decoder named as Llama, with q, k, v, o and `within` in a layer."""
     return TensorNames(
         rows=(
             TensorName("embed/embedding", "embed_tokens.weight"),
@@ -57,12 +57,12 @@ def _as_llama(*within: TensorName, skipped: tuple[str, ...] = ()) -> TensorNames
 
 _GATED = tuple(row for x in ("gate", "up", "down") for row in linear(f"mlp/{x}", f"mlp.{x}_proj"))
 _QK_NORMS = tuple(scale(f"attention/{x}_norm", f"self_attn.{x}_norm") for x in "qk")
-_MLP_NORM = scale("mlp_norm", "post_attention_layernorm")  # on what the MLP gets, all the same
+_MLP_NORM = scale("mlp_norm", "post_attention_layernorm")  # in spite of its name, before the MLP
 _INV_FREQ = ("*.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
 
 
 def _experts(router: str, experts: str, **names: str) -> tuple[TensorName, ...]:
-    """A router, and the products of each expert by our name."""
+    """Return the names of a router, and of the products of each expert."""
     each = {f"mlp/experts/{ours}/kernel": f"{experts}.{{expert}}.{x}" for ours, x in names.items()}
     every = {"mlp/router/kernel": router, **each}
     return tuple(TensorName(path, f"{hf}.weight") for path, hf in every.items())
@@ -70,7 +70,7 @@ def _experts(router: str, experts: str, **names: str) -> tuple[TensorName, ...]:
 
 GEMMA = _as_llama(
     *_GATED,
-    *_QK_NORMS,  # Gemma 3's
+    *_QK_NORMS,  # only Gemma 3 has these
     scale("attention_post_norm", "post_attention_layernorm"),
     scale("mlp_norm", "pre_feedforward_layernorm"),
     scale("mlp_post_norm", "post_feedforward_layernorm"),

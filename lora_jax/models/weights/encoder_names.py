@@ -1,4 +1,4 @@
-"""The names of the tensors of encoders, see `names`."""
+"""The names of the tensors of encoders; see `names`."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from lora_jax.models.weights.tensor_names import (
 
 
 def _as_bert(*, proj: str = "") -> tuple[TensorName, ...]:
-    """The rows of an encoder that is named as BERT; `proj` is behind query, key and value."""
+    """Return the names of an encoder that is named as BERT; `proj` follows query, key and value."""
     return (
         TensorName("embeddings/word/embedding", "embeddings.word_embeddings.weight"),
         TensorName("embeddings/position/embedding", "embeddings.position_embeddings.weight"),

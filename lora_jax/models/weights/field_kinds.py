@@ -1,8 +1,8 @@
-"""What the fields of a model's stored configuration may hold, checked before any is used.
+"""Check the fields of a model's stored config before any is used.
 
-A configuration may come from a stranger. Sizes have limits some ten times those of the largest
-published models: below them nothing that is built from a size alone (a tuple with a number for
-each rotated pair, one with a flag for each layer) takes time or memory worth speaking of.
+A config may come from a stranger. Sizes have limits of about ten times the sizes of the largest
+published models. Below them, nothing that is built from a size alone (a tuple with a number for
+each rotated pair, one with a flag for each layer) takes noticeable time or memory.
 """
 
 import contextlib
@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 from lora_jax.models.errors import ModelConfigError, shown
 
 _WIDTH, _LAYERS, _TOKENS = 2**20, 1_000, 2**31 - 1
-_LARGEST = 1e15  # of a number that is no size: below what float32 holds
+_LARGEST = 1e15  # for a number that is not a size: below the limit of float32
 
 
 class FieldKind(NamedTuple):
-    """Which values a field may have, in words and as a test."""
+    """The valid values of a field, in words and as a test."""
 
     words: str
     fits: Callable[[Any], bool]
 
     def or_null(self) -> "FieldKind":
-        """The same, or null."""
+        """Return the kind that also allows null."""
         return FieldKind(f"{self.words}, or null", lambda x: x is None or self.fits(x))
 
 
@@ -76,7 +76,8 @@ _EXTENT = FieldKind(
 )
 _OBJECT = FieldKind("an object, or null", lambda x: x is None or isinstance(x, dict))
 
-# Of a Hugging Face `config.json`, by name; a field that is not here is checked where it is read.
+# The fields of a Hugging Face `config.json`; a field that is missing here is checked when it is
+# read.
 HF: dict[str, FieldKind] = {
     "model_type": _TEXT,
     **dict.fromkeys(("hidden_size", "n_embd", "dim", "intermediate_size", "hidden_dim"), _WIDE),
@@ -116,7 +117,7 @@ HF: dict[str, FieldKind] = {
     **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), _OBJECT),
 }
 
-# Of its `rope_scaling` or `rope_parameters`.
+# The fields of its `rope_scaling` or `rope_parameters`.
 _ROPE: dict[str, FieldKind] = {
     **dict.fromkeys(("rope_type", "type"), _TEXT.or_null()),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _POSITIVE),
@@ -127,7 +128,7 @@ _ROPE: dict[str, FieldKind] = {
     **dict.fromkeys(("full_attention", "sliding_attention"), _OBJECT),
 }
 
-# Of GGUF metadata, without the architecture that most names begin with.
+# The fields of GGUF metadata, without the architecture that most names begin with.
 GGUF: dict[str, FieldKind] = {
     "general.architecture": _TEXT,
     **dict.fromkeys(("embedding_length", "feed_forward_length", "attention.head_count"), _WIDE),
@@ -146,7 +147,13 @@ GGUF: dict[str, FieldKind] = {
 
 
 def check(fields: Mapping[str, Any], kinds: Mapping[str, FieldKind], origin: str) -> None:
-    """Raise ModelConfigError for the first field that is of none of the values of its kind."""
+    """Raise ModelConfigError for the first field whose value is not valid.
+
+    Args:
+      fields: name -> value.
+      kinds: name -> the valid values.
+      origin: the file, for the error message.
+    """
     for name, value in fields.items():
         kind = kinds.get(name)
         if kind is not None and not kind.fits(value):
@@ -155,11 +162,11 @@ def check(fields: Mapping[str, Any], kinds: Mapping[str, FieldKind], origin: str
 
 @contextlib.contextmanager
 def describing(origin: str, kind: str) -> Iterator[None]:
-    """Turn what goes wrong while fields become a model's configuration into a ModelConfigError.
+    """Turn errors in the block into a ModelConfigError, while fields become a model's config.
 
     Args:
-        origin: the file that they are from.
-        kind: of model that they describe.
+      origin: the file that the fields are from.
+      kind: the kind of model that they describe.
     """
     try:
         yield
@@ -175,7 +182,7 @@ def describing(origin: str, kind: str) -> Iterator[None]:
 
 
 def check_hf(json: Mapping[str, Any], origin: str) -> None:
-    """Check a `config.json`, and what it says of rope, which may be said for each kind of layer."""
+    """Check a `config.json` and its rope settings, which may be given for each kind of layer."""
     check(json, HF, origin)
     for name in ("rope_scaling", "rope_parameters"):
         whole = json.get(name) or {}

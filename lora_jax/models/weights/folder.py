@@ -33,7 +33,7 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A model in a folder; nothing of its weights is read before `load`."""
+    """A model in a folder. No weight is read before `load`."""
 
     path: Path
 
@@ -43,20 +43,20 @@ class Folder:
 
     @functools.cached_property
     def config(self) -> StoredConfig:
-        """The configuration that config.json describes."""
+        """The config that config.json describes."""
         return parse(self.json, str(self.path / "config.json"))
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer of tokenizer.json, which neither pads nor cuts: that is the data's."""
+        """Return the tokenizer of tokenizer.json, without its padding and truncation."""
         path = self.path / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is not there. Write it once with\n"
+                f"{path} is missing. Write it once with\n"
                 "    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except BaseException as error:  # the package has no narrower one
+        except BaseException as error:  # the package raises nothing narrower
             if not is_failure(error):
                 raise
             raise TokenizerError(
@@ -101,18 +101,18 @@ class Folder:
         shardings: ParameterTree | None = None,
         keep_quantised: bool = False,
     ) -> ParameterTree:
-        """Return the parameters, as `assemble.assemble` does; None stands for `self.config`."""
+        """Return the parameters; see `assemble.assemble`. A config of None is `self.config`."""
         config = self.config if config is None else config
         return assemble(self.stored(), config, head, shardings, keep_quantised)
 
     def shapes(
         self, config: StoredConfig | None = None, *, head: Head | None = None
     ) -> ParameterTree:
-        """What `load` returns with `keep_quantised`, as ShapeDtypeStructs."""
+        """Return the result of `load` with `keep_quantised` as ShapeDtypeStructs."""
         return stored_shapes(self.stored(), self.config if config is None else config, head)
 
     def stored(self, config: StoredConfig | None = None) -> Stored:
-        """The tensors of the folder, of which none is read; they are the same for any `config`."""
+        """Return the tensors of the folder without reading them; they do not depend on `config`."""
         table = HF[self.json["model_type"]]
         plain, quantised = bitsandbytes_tensors.split(_tensors(self.path))
         method = (self.json.get("quantization_config") or {}).get("quant_method")
@@ -133,12 +133,12 @@ class Folder:
 
 @functools.lru_cache(maxsize=1)
 def _numbers(tensor: QuantisedTensor) -> np.ndarray:
-    """The floats of a quantised tensor, of which parts are asked for one after the other."""
+    """Return the floats of a quantised tensor, cached because its parts are read one by one."""
     return tensor.numbers()
 
 
 def _tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the single file, or of the ones that the index names, each in one of them."""
+    """Return every tensor of the single file, or of the files that the index names."""
     single, index = folder / SINGLE, folder / _INDEX
     if single.is_file():
         return safetensors_file.tensors(single)
@@ -153,7 +153,7 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
     files = [folder / name for name in sorted(set(places.values()))]
     absent = [path.name for path in files if not path.is_file()]
     if absent:
-        raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}")
+        raise FileNotFoundError(f"{index} names files that do not exist: {', '.join(absent)}")
     held: dict[str, StoredTensor] = {}
     for path in files:
         for name, tensor in safetensors_file.tensors(path).items():
@@ -167,22 +167,22 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> the file beside the index that holds it."""
+    """Return tensor -> the file, in the folder of the index, that holds it."""
     found = _object(index, WeightsError).get("weight_map")
     if not isinstance(found, dict):
         raise WeightsError(f"{index}: weight_map is {type(found).__name__}, expected an object")
     for name, file in found.items():
-        # The index may be anybody's: it names files of its own folder.
+        # The index may come from a stranger, so it may only name files of its own folder.
         known = isinstance(file, str) and file.endswith(".safetensors")
         if not known or Path(file).name != file:
             raise WeightsError(
-                f"{index}: {name} is in {file!r}, expected a .safetensors file beside the index"
+                f"{index}: {name} is in {file!r}, expected a .safetensors file in the same folder"
             )
     return found
 
 
 def _object(path: Path, error: json_file.MakeError) -> dict[str, Any]:
-    """The JSON object in a file."""
+    """Read the JSON object in a file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; a model's folder needs it")
+        raise FileNotFoundError(f"{path} is missing; a model's folder needs it")
     return json_file.read(path, error, cure="fetch the file again, from someone you trust")

@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file that stay in its blocks."""
+"""Keep tensors of a GGUF file in their quantised blocks."""
 
 from typing import Any
 
@@ -16,15 +16,17 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def base(
     tensor: Quantised, order: np.ndarray, transposed: bool, dtype: np.dtype
 ) -> GgmlBlocks | None:
-    """Return the base of a matrix in blocks, with arrays on the disk; None for floats.
+    """Return the base of a matrix in blocks, with arrays on disk; None for floats.
 
     Args:
-        order: the row of the file that each row of the result is. Blocks run along a row, so that
-            rows change places and no block is touched.
-        transposed: whether W is [columns, rows].
+      tensor: the tensor.
+      order: for each row of the result, the row of the file. Blocks run along a row, so rows can
+        change places without touching a block.
+      transposed: whether W is [columns, rows].
+      dtype: the float dtype of the base.
 
     Raises:
-        WeightsError: blocks of a kind that `lora_jax.bases.ggml` does not have.
+      WeightsError: the blocks are of a kind that `lora_jax.bases.ggml` does not have.
     """
     kind = tensor.kind.name
     if kind in _FLOATS:
@@ -45,7 +47,7 @@ def base(
 
 def _field(tensor: Quantised, record: np.dtype, name: str, order: np.ndarray) -> ArrayOnDisk:
     def read(index: Index) -> np.ndarray:
-        # The file is mapped for each call, see `Quantised.read`.
+        # The file is mapped for each call; see `Quantised.read`.
         rows = order[index[0]]
         return np.asarray(tensor.blocks(record)[name][rows][(slice(None), *index[1:])])
 

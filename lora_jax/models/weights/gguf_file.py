@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from lora_jax.bases.matrix import QuantisedMatrix
-from lora_jax.models.config import LlamaConfig, StoredConfig
+from lora_jax.models.config import DecoderConfig, StoredConfig
 from lora_jax.models.errors import ModelConfigError, WeightsError
 from lora_jax.models.rope import linear_divisors
 from lora_jax.models.weights import field_kinds, gguf_blocks, gguf_header, gguf_tokenizer
@@ -21,7 +21,7 @@ from lora_jax.models.weights.stored import Head, ParameterTree, Stored
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file, memory-mapped; no weight is read before `load`."""
+    """A GGUF file, memory-mapped. No weight is read before `load`."""
 
     path: Path
 
@@ -42,11 +42,11 @@ class GgufFile:
 
     @functools.cached_property
     def config(self) -> StoredConfig:
-        """The configuration that the metadata describes.
+        """The config that the metadata describes.
 
         Raises:
-            ModelConfigError: another architecture, a field that is not there, or one whose value no
-                model has.
+          ModelConfigError: the architecture is another one, or a field is missing or has an
+            impossible value.
         """
         kind, tensors = self._kind, self._header.tensors
         fields = {key.removeprefix(f"{kind}."): x for key, x in self._header.fields.items()}
@@ -57,9 +57,9 @@ class GgufFile:
             rotary = fields.get("rope.dimension_count", head_dim)
             if rotary != head_dim:
                 raise ModelConfigError(
-                    f"{self.path}: rope turns {rotary} of a head's {head_dim} numbers"
+                    f"{self.path}: rope rotates {rotary} of a head's {head_dim} elements"
                 )
-            return LlamaConfig(
+            return DecoderConfig(
                 vocab_size=tensors["token_embd.weight"].shape[0],
                 hidden_size=hidden,
                 num_layers=fields["block_count"],
@@ -93,7 +93,7 @@ class GgufFile:
         return linear_divisors(head_dim, fields["rope.scaling.factor"])
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer that the metadata describes, see `gguf_tokenizer.build`."""
+        """Return the tokenizer that the metadata describes; see `gguf_tokenizer.build`."""
         return gguf_tokenizer.build(self._header.fields, str(self.path))
 
     @property
@@ -109,37 +109,37 @@ class GgufFile:
         shardings: ParameterTree | None = None,
         keep_quantised: bool = False,
     ) -> ParameterTree:
-        """Return the parameters, as `assemble.assemble` does; None stands for `self.config`."""
+        """Return the parameters; see `assemble.assemble`. A config of None is `self.config`."""
         config = self._decoder(config)
         return assemble(self.stored(config), config, head, shardings, keep_quantised)
 
     def shapes(
         self, config: StoredConfig | None = None, *, head: Head | None = None
     ) -> ParameterTree:
-        """What `load` returns with `keep_quantised`, as ShapeDtypeStructs."""
+        """Return the result of `load` with `keep_quantised` as ShapeDtypeStructs."""
         config = self._decoder(config)
         return stored_shapes(self.stored(config), config, head)
 
-    def _decoder(self, config: StoredConfig | None) -> LlamaConfig:
+    def _decoder(self, config: StoredConfig | None) -> DecoderConfig:
         config = self.config if config is None else config
-        if not isinstance(config, LlamaConfig):
-            raise WeightsError(f"{self.path} holds a decoder, but the configuration is {config}")
+        if not isinstance(config, DecoderConfig):
+            raise WeightsError(f"{self.path} holds a decoder, but the config is {config}")
         return config
 
     def stored(self, config: StoredConfig | None = None) -> Stored:
-        """The tensors of the file, of which none is read, by the heads of `config`."""
+        """Return the tensors of the file without reading them; `config` gives the heads."""
         tensors, config = self._header.tensors, self._decoder(config)
         permuted = {"q": config.num_heads, "k": config.num_kv_heads}
 
         def order(name: str, row: TensorName) -> np.ndarray:
-            """Which row of the file is each row in Hugging Face's order."""
+            """Return the row of the file for each row in Hugging Face's order."""
             rows = np.arange(tensors[name].shape[0])
             heads = permuted.get(row.path.split("/")[-2]) if self._kind == "llama" else None
             return rows if heads is None else unpermute(rows, heads)
 
         def read(name: str, row: TensorName, index: Index) -> np.ndarray:
             rows = order(name, row)[index[0]]
-            # A head's rows are together in either order: of whole heads, no other row is read.
+            # A head's rows are adjacent in either order, so for whole heads no other row is read.
             first, last = int(rows.min()), int(rows.max())
             return tensors[name].read((slice(first, last + 1), *index[1:]))[rows - first]
 
@@ -151,13 +151,17 @@ class GgufFile:
 
 
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k from GGUF's order to Hugging Face's.
+    """Reorder the rows of q or k from GGUF's order to Hugging Face's.
 
-    The Llama architecture's GGUF files store the rotary pairs of a head in adjacent rows
-    (0, 1), (2, 3), ...; our rope has them half a head apart.
+    GGUF files of the Llama architecture store the rotary pairs of a head in adjacent rows (0, 1),
+    (2, 3), ...; in our rope they are half a head apart.
 
     Args:
-        array: [heads * H, ...], a kernel [out, in] or a bias.
+      array: [heads * H, ...], a kernel [out, in] or a bias.
+      heads: the number of heads.
+
+    Returns:
+      An array of the same shape.
     """
     shape = array.shape
     pairs = array.reshape(heads, shape[0] // heads // 2, 2, *shape[1:])

@@ -1,6 +1,6 @@
 """Build a byte-level BPE tokenizer from a GGUF file's metadata.
 
-The tokenizers package runs it, but reads no GGUF; transformers does, and needs torch for it.
+The tokenizers package runs it but cannot read GGUF; transformers can, but needs torch for it.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from lora_jax.models.errors import TokenizerError, is_failure, shown
 
-# How each kind of text is cut into words before the merges, by GGUF's name of the kind
-# (`tokenizer.ggml.pre`). The expressions are those of the models' own tokenizer.json.
+# The ways to split a text into words before the merges, by GGUF's name (`tokenizer.ggml.pre`). The
+# expressions are copied from the models' own tokenizer.json.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,18 +32,21 @@ _CUTS: dict[str, list[Any]] = {
 
 
 def build(fields: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
-    """The tokenizer, with its special tokens; it puts bos and eos where the file says so.
+    """Build the tokenizer, with its special tokens; it adds bos and eos if the file says so.
 
     Args:
-        fields: the metadata.
-        origin: the file, for messages.
+      fields: the metadata.
+      origin: the file, for error messages.
+
+    Returns:
+      The tokenizer.
 
     Raises:
-        TokenizerError: another kind than byte-level BPE, an unknown way to cut words, or lists
-            that do not fit together.
+      TokenizerError: the kind is not byte-level BPE, the way to split words is unknown, or the
+        lists contradict each other.
     """
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or cut not in list(_CUTS):  # a stranger's may be unhashable
+    if kind != "gpt2" or cut not in list(_CUTS):  # a stranger's value may be unhashable
         raise TokenizerError(
             f"{origin}: the tokenizer is {kind!r} with words cut as {cut!r}; expected 'gpt2' with "
             f"one of {', '.join(sorted(_CUTS))}.\nUse the model's own tokenizer.json instead "
@@ -51,11 +54,11 @@ def build(fields: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
         )
     try:
         return _built(fields, cut)
-    except BaseException as error:  # the tokenizers package has no narrower one
+    except BaseException as error:  # the tokenizers package raises nothing narrower
         if not is_failure(error):
             raise
         raise TokenizerError(
-            f"{origin}: its tokenizer's lists contradict each other, or one is not there: "
+            f"{origin}: its tokenizer's lists contradict each other, or one is missing: "
             f"{type(error).__name__}: {shown(error)}\nFetch the file again, from someone you trust."
         ) from error
 
@@ -64,7 +67,7 @@ def _built(fields: Mapping[str, Any], cut: str) -> tokenizers.Tokenizer:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    # Llama 3 takes a word that is a token whole, without asking the merges.
+    # Llama 3 keeps a word that is a token whole, without applying the merges.
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
     tokenizer = tokenizers.Tokenizer(model)
     if cut == "qwen2":
@@ -83,7 +86,7 @@ def _built(fields: Mapping[str, Any], cut: str) -> tokenizers.Tokenizer:
 
 
 def _ends(fields: Mapping[str, Any], tokens: list[str]) -> processors.PostProcessor:
-    """What stands before and after every text."""
+    """Return the tokens before and after every text."""
     before, after = (
         [tokens[fields[f"tokenizer.ggml.{end}_token_id"]]]
         if fields.get(f"tokenizer.ggml.add_{end}_token", False)

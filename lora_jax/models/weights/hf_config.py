@@ -1,6 +1,6 @@
-"""Convert a Hugging Face `config.json` to a model configuration.
+"""Convert a Hugging Face `config.json` to a model config.
 
-Written here because the library that parses all of them, transformers, accepts fields that the
+This is not left to transformers, which parses all of them, because it accepts fields that the
 models of this package do not have; here each of those is an error.
 """
 
@@ -11,7 +11,7 @@ from lora_jax.models.errors import ModelConfigError
 from lora_jax.models.weights import field_kinds, hf_decoders, hf_encoders
 from lora_jax.models.weights.hf_fields import Json
 
-# By `model_type`; `names.HF` has the same keys.
+# The parser of each `model_type`; `names.HF` has the same keys.
 _PARSERS: dict[str, Callable[[Json, str], StoredConfig]] = {
     "bert": hf_encoders.bert,
     "roberta": hf_encoders.bert,
@@ -34,11 +34,15 @@ _PARSERS: dict[str, Callable[[Json, str], StoredConfig]] = {
 
 
 def parse(json: Json, origin: str) -> StoredConfig:
-    """The configuration that a `config.json` describes.
+    """Return the config that a `config.json` describes.
+
+    Args:
+      json: the contents of the file.
+      origin: the file, for error messages.
 
     Raises:
-        ModelConfigError: an architecture, or a variant of one, that is not supported; a field
-            that is not there, or whose value no model has.
+      ModelConfigError: the architecture, or its variant, is not supported; a field is missing or
+        has an impossible value.
     """
     field_kinds.check_hf(json, origin)
     kind = json.get("model_type")

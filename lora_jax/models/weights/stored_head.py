@@ -1,4 +1,4 @@
-"""The parts of a classification head that a checkpoint happens to hold."""
+"""Read the parts of a classification head that a checkpoint contains."""
 
 import numpy as np
 
@@ -7,16 +7,17 @@ from lora_jax.models.weights.stored import Stored
 
 
 def stored_head(stored: Stored, pooling: str) -> dict[str, np.ndarray]:
-    """Return the head's parameters that are stored, by path, in our layout.
+    """Return the stored parameters of a head, by path, in our layout.
 
-    A pretrained encoder often has the dense layer of its pooler and no classes; then that layer
-    alone is returned.
+    A pretrained encoder often has the dense layer of its pooler but no classes; then only that
+    layer is returned.
 
     Args:
-        pooling: of the head, see `lora_jax.models.bert.POOLINGS`.
+      stored: the stored tensors.
+      pooling: the pooling of the head, see `lora_jax.models.bert.POOLINGS`.
 
     Raises:
-        WeightsError: the architecture has no such head.
+      WeightsError: the architecture has no such head.
     """
     rows = stored.table.heads.get(pooling)
     if rows is None:

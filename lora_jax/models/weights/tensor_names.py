@@ -1,7 +1,7 @@
-"""Rows of the tables in `names`: one tensor each, by our path, in Hugging Face's files and in GGUF.
+"""The types of the tables in `names`: one row for each tensor, with our path and its stored names.
 
-One row per tensor; `{layer}` stands for the layer's number. A row whose path the model of a
-given configuration does not have (a bias, a q/k norm, an untied head) is not looked for.
+`{layer}` stands for the number of the layer. A row is skipped if the model does not have its path
+(a bias, a q/k norm, an untied head).
 """
 
 import dataclasses
@@ -14,9 +14,11 @@ class TensorName:
     """One tensor (of each layer, of each expert): our path, Hugging Face's name, GGUF's name.
 
     Attributes:
-        path: a bank of experts is one array, with the experts first; `hf` names that of one.
-        first_layer: the layers before it have no such tensor.
-        in_out: a kernel that Hugging Face stores as [in, out] too (GPT-2's `Conv1D`).
+      path: our path. All experts are one array with the experts first.
+      hf: Hugging Face's name; for experts, that of one of them.
+      gguf: GGUF's name.
+      in_out: whether Hugging Face stores the kernel as [in, out], too (GPT-2's `Conv1D`).
+      first_layer: the first layer that has such a tensor.
     """
 
     path: str
@@ -27,35 +29,35 @@ class TensorName:
 
     @property
     def transposed(self) -> bool:
-        """Whether it is a kernel that is stored [out, in, ...]: ours is [..., in, out]."""
+        """Whether it is a kernel stored as [out, in, ...], where ours is [..., in, out]."""
         return self.path.endswith("/kernel") and not self.in_out
 
     @property
     def layered(self) -> bool:
-        """Whether there is one such tensor in every layer."""
+        """Whether every layer has such a tensor."""
         return "{layer}" in self.path
 
     @property
     def of_experts(self) -> bool:
-        """Whether there is one such tensor for every expert."""
+        """Whether every expert has such a tensor."""
         return "{expert}" in self.hf
 
     @property
     def stacked_path(self) -> str:
-        """The path in a tree of scanned layers, where one array holds all of them."""
+        """The path in a tree of scanned layers, where one array holds all layers."""
         return re.sub(r"layers?_\{layer\}", "layers", self.path)
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorNames:
-    """The rows of one architecture, and how its Hugging Face files vary.
+    """The rows of one architecture, and the variants of its Hugging Face files.
 
     Attributes:
-        rows: the model's own tensors.
-        heads: rows of a classification head by pooling; their paths start at `classifier/`.
-        prefix: what may stand before every Hugging Face name that `rows` has.
-        skipped: patterns (fnmatch) of names that are there and not wanted.
-        renamed: endings of old files and what they are called now.
+      rows: the model's own tensors.
+      heads: pooling -> rows of a classification head; their paths start with `classifier/`.
+      prefix: an optional prefix of every Hugging Face name in `rows`.
+      skipped: patterns (fnmatch) of names that are stored but not wanted.
+      renamed: ending in old files -> ending today.
     """
 
     rows: tuple[TensorName, ...]
@@ -65,7 +67,7 @@ class TensorNames:
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def clean(self, name: str) -> str:
-        """A stored name as the rows have it: without a prefix, in today's spelling."""
+        """Return a stored name as in the rows: without prefix, in today's spelling."""
         name = name.removeprefix(self.prefix)
         for old, new in self.renamed.items():
             if name.endswith(old):
@@ -73,7 +75,7 @@ class TensorNames:
         return name
 
     def skips(self, name: str) -> bool:
-        """Whether a (clean) name is known, and known not to be wanted."""
+        """Return whether a (clean) name is known and not wanted."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skipped)
 
 
@@ -100,7 +102,7 @@ def scale(path: str, hf: str, gguf: str = "") -> TensorName:
 
 
 def of_layers(path: str, hf: str, gguf: str, *rows: TensorName) -> tuple[TensorName, ...]:
-    """Rows of every layer: each name with what stands before it."""
+    """Return rows of every layer, with prefixes before each name."""
     return tuple(
         dataclasses.replace(row, path=path + row.path, hf=hf + row.hf, gguf=gguf + row.gguf)
         for row in rows

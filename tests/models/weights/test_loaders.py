@@ -1,4 +1,4 @@
-"""Folders, GGUF files and references: what is read, and what is refused."""
+"""Folders, GGUF files and references that are read, and others that are refused."""
 
 import dataclasses
 import json
@@ -221,7 +221,7 @@ def test_what_a_family_lacks_is_refused(
 
 
 def test_old_spellings_of_families(data: Path) -> None:
-    """What transformers 4 wrote: Gemma's layers by a pattern and its two thetas, Phi's "su"."""
+    """Files of transformers 4: Gemma's layers by a pattern and its two thetas, Phi's "su"."""
     json_ = json.loads((data / "golden_models" / "gemma3" / "config.json").read_text())
     new = hf_config.parse(json_, "")
     old = {k: v for k, v in json_.items() if k not in ("layer_types", "rope_parameters")}

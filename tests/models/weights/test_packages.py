@@ -1,6 +1,6 @@
-"""A file of a package that is fetched without its dependencies, with no network involved.
+"""A file of a package that is downloaded without its dependencies; no network is involved.
 
-Nothing of a package is run, whatever is in it: tests/models/test_archive.py has the archives.
+Nothing of a package is run: tests/models/test_archive.py has the archives.
 """
 
 import errno
@@ -114,7 +114,7 @@ def test_remembered_sum_dies_with_the_file(registry: Path, tmp_path: Path) -> No
     packages.verify(file, SHA256.upper())
     file.write_bytes(TEXT[::-1])
     os.utime(file, ns=(0, 0))
-    with pytest.raises(packages.PackageError, match="not the one"):
+    with pytest.raises(packages.PackageError, match="not the expected one"):
         packages.verify(file, SHA256)
 
 
@@ -151,7 +151,7 @@ def test_a_listed_source_distribution_is_unpacked_and_not_built(
         monkeypatch.setitem(download._SOURCES, "lora-jax-test-asset==1.0", sha256)
         arguments = ("Lora_Jax.test-asset", "1.0", "test_asset/data/answer.txt", SHA256)
         if sum_of == TEXT:
-            with pytest.raises(packages.PackageError, match="not the file that was asked for"):
+            with pytest.raises(packages.PackageError, match="not the expected file"):
                 packages.locate(*arguments)
         else:
             assert packages.locate(*arguments).read_bytes() == TEXT

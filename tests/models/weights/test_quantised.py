@@ -1,4 +1,4 @@
-"""Quantised weights on the disk stay as they are: GGUF's blocks, and what bitsandbytes writes."""
+"""Quantised weights in files stay quantised: GGUF's blocks, and the tensors of bitsandbytes."""
 
 import dataclasses
 import json
@@ -167,7 +167,7 @@ def test_shards_of_blocks(tmp_path: Path) -> None:
 
 
 def test_smollm2_is_as_small_on_the_device_as_in_its_file(smollm2: models.Source) -> None:
-    """A Q4_1 file; 1.02 is the bound of bytes over codes, scales and what is left in float."""
+    """A Q4_1 file; 1.02 is the bound of bytes over codes, scales and the tensors of floats."""
     held = smollm2.load(keep_quantised=True)
     kinds = {x.kind for x in flatten(held).values() if is_base(x)}
     assert kinds == {"Q4_1", "Q8_0"}
@@ -234,7 +234,7 @@ def test_quantised_golden_models_are_near_the_golden(data: Path) -> None:
     ids = jnp.asarray(golden["input_ids"][:1], jnp.int32)
     for name, bound in (("llama_int8", 0.02), ("llama_nf4", 0.3)):
         model = models.open(str(data / "golden_models" / name))
-        logits = jax.jit(models.Llama(model.config).apply)({"params": model.load()}, ids)
+        logits = jax.jit(models.DecoderModel(model.config).apply)({"params": model.load()}, ids)
         want = golden["logits"][:1]
         assert np.linalg.norm(logits - want) < bound * np.linalg.norm(want)
 

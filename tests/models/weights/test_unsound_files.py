@@ -1,4 +1,4 @@
-"""Weight files that lie: each is refused with the file, what it says and what it may say."""
+"""Damaged or forged weight files are refused; the message has the file, its value and the limit."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def _one(shape: Any, place: Any, dtype: Any = "F32") -> dict[str, Any]:
     ],
 )
 def test_header_of_safetensors(tmp_path: Path, header: Any, length: int | None) -> None:
-    """The package refuses each; our error names the file, and is no longer than a screen.
+    """The package refuses each; our error names the file, and fits on a screen.
 
     Red: no `except` in `_opened`; `{error}` for `{shown(error)}`.
     """
@@ -110,7 +110,7 @@ def test_index_names_files_of_its_own_folder(data: Path, tmp_path: Path, file: A
     shutil.copytree(data / "golden_models" / "bert", folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": file}}))
-    with pytest.raises(models.WeightsError, match=r"index\.json: w is in .* beside the index"):
+    with pytest.raises(models.WeightsError, match=r"index\.json: w is in .* in the same folder"):
         models.open(str(folder)).load()
     index.write_text("{}")
     with pytest.raises(models.WeightsError, match="weight_map is NoneType"):
@@ -128,7 +128,7 @@ def test_tensor_in_two_files(data: Path, tmp_path: Path) -> None:
 
 
 def test_more_layers_than_tensors(data: Path) -> None:
-    """A thousand million layers are no list of names before they are an error."""
+    """A thousand million layers are an error before a list of their names is made."""
     model = models.open(str(data / "golden_models" / "llama"))
     config = dataclasses.replace(model.config, num_layers=10**9)
     with pytest.raises(models.WeightsError, match="too few for 1000000000 layers"):
@@ -143,7 +143,7 @@ def _text(value: str) -> bytes:
 
 
 def _gguf(fields: bytes = b"", infos: bytes = b"", counts: tuple[int, int] = (0, 0)) -> bytes:
-    """A GGUF file by hand: `counts` are those of the tensors and of the fields."""
+    """Write a GGUF file by hand; `counts` are the numbers of tensors and of fields."""
     head = b"GGUF" + struct.pack("<IQQ", 3, *counts) + fields + infos
     return head + bytes(-len(head) % 32) + bytes(64)
 
@@ -197,7 +197,7 @@ def _info(shape: tuple[int, ...], kind: int = 0, offset: int = 0, name: str = "w
         (_gguf(infos=_info((16,)) * 2, counts=(2, 0)), "twice"),
         (
             _gguf(infos=_info((16,)) + _info((16,), name="v"), counts=(2, 0)),
-            "v lies on w|w lies on",
+            "v overlaps w|w overlaps",
         ),
     ],
 )
@@ -209,7 +209,7 @@ def test_header_of_gguf(tmp_path: Path, content: bytes, says: str) -> None:
 
 
 def test_sound_gguf_by_hand(tmp_path: Path) -> None:
-    """What the refusals above are refused from is otherwise read."""
+    """The files without the faults above can be read."""
     path = tmp_path / "model.gguf"
     fields = _field(7, b"\x01") + _list(5, 2, struct.pack("<ii", 3, -4)).replace(b"x", b"y")
     path.write_bytes(_gguf(fields, _info((16,)), counts=(1, 2)))

@@ -1,5 +1,7 @@
-"""Decoders: the Llama family (Touvron et al., arXiv 2302.13971) and those of other families that
-are it with options, see `lora_jax.models.LlamaConfig`."""
+"""The decoder of all families: Llama (Touvron et al., arXiv 2302.13971), and others by its options.
+
+The options are the fields of `lora_jax.models.DecoderConfig`.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from jax import Array
 from lora_jax.models import cache as caches
 from lora_jax.models.attention import attend, capped, positions_in, visible
 from lora_jax.models.cache import Cache, Fresh
-from lora_jax.models.config import LlamaConfig, check_choice
+from lora_jax.models.config import DecoderConfig, check_choice
 from lora_jax.models.cross_entropy import chunked_cross_entropy
 from lora_jax.models.experts import ExpertMlp
 from lora_jax.models.layers import (
@@ -33,25 +35,25 @@ from lora_jax.models.rope import angles, rotate
 
 
 class _Flow(NamedTuple):
-    """What goes from layer to layer; without a cache `fresh` is None."""
+    """The values that go from layer to layer; without a cache `fresh` is None."""
 
     x: Array
     fresh: Fresh | None = None
 
 
 class _View(NamedTuple):
-    """How a layer sees the tokens: the angles of their positions (None: it rotates nothing), and
-    who may look at whom."""
+    """The positions and the mask of a kind of layer: rotary angles (None: no rotation), and which
+    tokens each token sees."""
 
     turn: tuple[Array, Array] | None
     seen: Array | None
 
 
-_Views = tuple[_View | None, _View | None]  # of the layers of each kind, see `LlamaConfig.kinds`
+_Views = tuple[_View | None, _View | None]  # the view of each kind, see `DecoderConfig.kinds`
 
 
-class _LlamaAttention(nn.Module):
-    config: LlamaConfig
+class _DecoderAttention(nn.Module):
+    config: DecoderConfig
     deterministic: bool = True
 
     @nn.compact
@@ -77,8 +79,8 @@ class _LlamaAttention(nn.Module):
         return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed), fresh
 
 
-class _LlamaMlp(nn.Module):
-    config: LlamaConfig
+class _DecoderMlp(nn.Module):
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -97,8 +99,8 @@ class _LlamaMlp(nn.Module):
         return dense(config, config.hidden_size, "down", bias=config.mlp_bias)(wide)
 
 
-class _LlamaLayer(nn.Module):
-    config: LlamaConfig
+class _DecoderLayer(nn.Module):
+    config: DecoderConfig
     deterministic: bool = True
     kind: int = 0
 
@@ -117,18 +119,18 @@ class _LlamaLayer(nn.Module):
             return drop(norm(config, name, config.norm)(x) if config.post_norms else x)
 
         normed = flow._replace(x=norm(config, "attention_norm", config.norm)(flow.x))
-        attention = _LlamaAttention(config, self.deterministic, name="attention")
+        attention = _DecoderAttention(config, self.deterministic, name="attention")
         mixed, fresh = attention(normed, view, cache)
         x = by_rows(flow.x + after("attention_post_norm", mixed))
-        mlp = (ExpertMlp if config.num_experts else _LlamaMlp)(config, name="mlp")
+        mlp = (ExpertMlp if config.num_experts else _DecoderMlp)(config, name="mlp")
         wide = mlp(norm(config, "mlp_norm", config.norm)(x))
         return _Flow(by_rows(x + after("mlp_post_norm", wide)), fresh), None
 
 
-class _LlamaHead(nn.Module):
+class _DecoderHead(nn.Module):
     """An untied head: kernel [D, V], no bias."""
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self) -> Array:
@@ -136,16 +138,19 @@ class _LlamaHead(nn.Module):
         return self.param("kernel", INITIAL, shape, self.config.param_dtype)
 
 
-class Llama(nn.Module):
-    """The decoder: token ids to the logits of each next token.
+class DecoderModel(nn.Module):
+    """The decoder, which computes the logits of each next token from token ids.
 
     Parameters: `embed/embedding`, per layer `layers_0/attention/{q,k,v,o}`, `attention_norm`,
-    `mlp/{gate,up,down}`, `mlp_norm` (with `scan_layers`: `layers/...`, stacked), `norm/scale`
-    and, where the head is not tied, `lm_head/kernel`. Options bring others: `attention/qkv`,
+    `mlp/{gate,up,down}`, `mlp_norm` (with `scan_layers`: `layers/...`, stacked), `norm/scale` and,
+    if the head is not tied, `lm_head/kernel`. Options add others: `attention/qkv`,
     `mlp/gate_up`, `mlp/{router,experts}`, `{attention,mlp}_post_norm`, `position/embedding`.
+
+    Attributes:
+      config: the config of the decoder.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(
@@ -161,28 +166,30 @@ class Llama(nn.Module):
         smoothing: float = 0.0,
         deterministic: bool = True,
     ) -> Array | tuple[Array, Cache]:
-        """Logits [B, T, V] in float32; with `targets`, the cross entropy [B, T] of each instead.
-
-        With `cache` the tokens go on with the rows that are in it, and the result is
-        (logits, new): a cache of these T tokens alone, to be written to the other by
-        `lora_jax.models.cache.written`.
+        """Compute logits, or with `targets` the cross entropy of each target.
 
         Args:
-            input_ids: [B, T] int.
-            mask: [B, T], True at real tokens; None: all are.
-            segment_ids: [B, T] int of packed rows: a token sees its own segment only.
-            positions: [B, T] int from 0 up; None: counted from the start of the row (of each
-                segment, in packed rows). Only differences within a segment matter. With a cache
-                they go on with the row's, and are -1 at padding.
-            targets: [B, T] int, the token that follows.
-            chunk: with targets, the positions of a row whose logits exist at the same time.
-            cache: from `lora_jax.models.cache`; prompts are read on one of capacity 0.
-            last: how many positions from the end have their logits computed; None: all of them.
-            smoothing: with targets, see `lora_jax.models.cross_entropy`.
-            deterministic: False drops out by the configuration, with the rng named "dropout".
+          input_ids: int [B, T].
+          mask: [B, T], True at real tokens. None: all tokens are real.
+          segment_ids: int [B, T], for packed rows: a token sees only its own segment.
+          positions: int [B, T], at least 0. None: counted from the start of the row (of each
+            segment, in packed rows). Only differences within a segment matter. With a cache
+            they continue the row's positions, and are -1 at padding.
+          targets: int [B, T], the next tokens.
+          chunk: with targets, the positions of a row whose logits exist at the same time.
+          cache: the cache of earlier tokens (`lora_jax.models.cache`), which these tokens
+            continue. Prompts are read with a cache of capacity 0.
+          last: compute logits only for this many positions at the end. None: for all.
+          smoothing: with targets, the label smoothing; see `lora_jax.models.cross_entropy`.
+          deterministic: False applies dropout as in the config, with the rng named "dropout".
+
+        Returns:
+          Logits, float32 [B, T, V]; with `targets` the cross entropy, float32 [B, T]. With
+          `cache` (logits, new), where `new` is a cache of these T tokens only, which
+          `lora_jax.models.cache.written` writes into the other.
 
         Raises:
-            ValueError: a cache together with segment_ids, targets or dropout.
+          ValueError: a cache is combined with segment_ids, targets or dropout.
         """
         config = self.config
         check_choice("norm", config.norm, NORMS)
@@ -193,8 +200,8 @@ class Llama(nn.Module):
             positions, views = self._whole(input_ids, mask, segment_ids, positions)
         else:
             if segment_ids is not None or targets is not None or not deterministic:
-                raise ValueError("a cache goes with neither segment_ids nor targets nor dropout")
-            config = dataclasses.replace(config, remat="none")  # nothing is differentiated
+                raise ValueError("a cache cannot be combined with segment_ids, targets or dropout")
+            config = dataclasses.replace(config, remat="none")  # there is no backward pass
             fresh = Fresh.start(config, input_ids)
             positions, views = self._following(input_ids, mask, positions, cache)
         embed = Embed(config, config.vocab_size, tensor_axis(config), name="embed")
@@ -202,10 +209,10 @@ class Llama(nn.Module):
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.positions == "learned":
-            rows = jnp.maximum(positions, 0)  # those of padding, which nobody looks at, are -1
+            rows = jnp.maximum(positions, 0)  # padding has -1, and no token looks at it
             x = x + Embed(config, config.max_positions, 1, name="position")(rows)
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
-        layers = stack(_LlamaLayer, config, "layers", config.kinds, deterministic=deterministic)
+        layers = stack(_DecoderLayer, config, "layers", config.kinds, deterministic=deterministic)
         x, fresh = layers(_Flow(by_rows(x), fresh), views, cache)
         if last is not None:
             x = x[:, -last:]
@@ -213,7 +220,7 @@ class Llama(nn.Module):
         weight, form = (
             (embed.embedding, "btd,vd->btv")
             if config.tied
-            else (_LlamaHead(config, name="lm_head")(), "btd,dv->btv")
+            else (_DecoderHead(config, name="lm_head")(), "btd,dv->btv")
         )
 
         def head(x: Array) -> Array:
@@ -234,7 +241,7 @@ class Llama(nn.Module):
         segment_ids: Array | None,
         positions: Array | None,
     ) -> tuple[Array, _Views]:
-        """Of whole rows: positions, and what each kind of layer sees."""
+        """Return the positions of whole rows, and the view of each kind of layer."""
         length, most = input_ids.shape[1], self.config.max_positions
         if positions is None:
             positions = jnp.arange(length)[None]
@@ -258,7 +265,7 @@ class Llama(nn.Module):
         positions: Array | None,
         cache: Cache,
     ) -> tuple[Array, _Views]:
-        """Of tokens that go on with a cache: positions, and what each kind of layer sees."""
+        """Return the positions of tokens that continue a cache, and the view of each layer kind."""
         if mask is None:
             mask = jnp.ones(input_ids.shape, bool)
         if positions is None:
