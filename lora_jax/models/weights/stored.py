@@ -5,6 +5,7 @@ differs: each is an error that lists both sides.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -87,6 +88,13 @@ class StoredParameter:
 
 def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
     """The parameters of the model of `config` as ShapeDtypeStructs; nothing is allocated."""
+    traced = _shapes(config, head, jax.sharding.get_abstract_mesh())
+    return jax.tree.map(lambda x: x, traced)  # the caller may change the dictionaries
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(config: StoredConfig, head: Head | None, _: object) -> ParameterTree:
+    """Trace the model once: a run asks for its shapes three times. They may name the mesh."""
     model: Bert | BertClassifier | Llama | Vit | VitClassifier
     if isinstance(config, VitConfig):
         model = Vit(config) if head is None else VitClassifier(config, head.num_classes)
