@@ -36,16 +36,21 @@ def test_a_run_is_stopped_goes_on_and_is_exported(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The PEFT adapter, read by other code, is the difference of the merged folder to the base."""
+    """The PEFT adapter, read by other code, is the difference of the merged folder to the base.
+
+    Stopped is the one whose checkpoint holds most: factors for each expert.
+    """
     source = tiny.write_examples(tmp_path / "data", ("text",), int)
     weights = tiny.write_model(tmp_path / "model", description)
     place = ("--model.reference", str(weights), "--data.source", source)
     command = (*TRAIN, *place, "--run-dir", str(tmp_path / "run"))
-    with monkeypatch.context() as patch:
-        patch.setattr(processes.Preemption, "asked", lambda self, step: step == 2)
-        assert train.main(command) == processes.PREEMPTED
+    stops = description is tiny.QWEN3_MOE
+    if stops:
+        with monkeypatch.context() as patch:
+            patch.setattr(processes.Preemption, "asked", lambda self, step: step == 2)
+            assert train.main(command) == processes.PREEMPTED
     assert train.main(command) == 0
-    assert "Going on from the checkpoint of step 2." in capsys.readouterr().out
+    assert ("Going on from the checkpoint of step 2." in capsys.readouterr().out) == stops
     for format in (("hf",), ("peft", "--profile", "portable")):
         out = ("--out", str(tmp_path / format[0]))
         assert export_command.main([str(tmp_path / "run"), "--format", *format, *out]) == 0
