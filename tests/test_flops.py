@@ -12,7 +12,10 @@ import pytest
 
 from benchmarks import common, flops
 
-SETUPS = {"minilm": (common.minilm, common.MINILM, 3), "smollm2": (common.smollm2, common.SMOLLM2, 6)}
+SETUPS = {
+    "minilm": (common.minilm, common.MINILM, 3),
+    "smollm2": (common.smollm2, common.SMOLLM2, 6),
+}
 
 
 @pytest.mark.standard_promotion
