@@ -94,7 +94,7 @@ def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
 
 @functools.lru_cache(maxsize=32)
 def _shapes(config: StoredConfig, head: Head | None, _: object) -> ParameterTree:
-    """Trace the model once: a run asks for its shapes three times. They may name the mesh."""
+    """Trace the model once for each mesh: a run asks for its shapes three times."""
     model: Bert | BertClassifier | Llama | Vit | VitClassifier
     if isinstance(config, VitConfig):
         model = Vit(config) if head is None else VitClassifier(config, head.num_classes)
