@@ -67,9 +67,14 @@ def built(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("scan_layers", "remat"), [(False, "none"), (False, "dots"), (True, "none"), (True, "full")]
+    ("config", "scan_layers", "remat"),
+    [
+        pytest.param(BERT, False, "dots", id="bert-dots"),
+        pytest.param(BERT, True, "none", id="bert-scanned"),
+        pytest.param(LLAMA, False, "none", id="llama"),
+        pytest.param(LLAMA, True, "full", id="llama-scanned-full"),
+    ],
 )
-@pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
 def test_adapted_equals_merged(config: Any, scan_layers: bool, remat: str) -> None:
     f, params, args = built(dataclasses.replace(config, scan_layers=scan_layers, remat=remat))
     layout = lora_jax.resolve(lora_jax.LoraSpec(2, 4.0), f, params, *args)

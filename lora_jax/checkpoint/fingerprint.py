@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
@@ -35,6 +36,7 @@ K = TypeVar("K")
 Fingerprint = Mapping[str, Mapping[str, Any]]  # path -> {"shape": [...], "hash": "16 hex digits"}
 
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
+SMALL = 2**16  # elements; NumPy hashes fewer than these before XLA has compiled a program
 
 
 def fingerprint(params: Any) -> dict[str, dict[str, Any]]:
@@ -176,7 +178,7 @@ def _hashes(leaves: Mapping[K, Any], rounded: bool) -> dict[K, str]:
     They are not all started at once: JAX 0.10.2 on CPU allows at most 32 programs with collectives
     between processes to be in flight, and hangs at the next one.
     """
-    found, under_way = dict[K, str](), deque[tuple[K, tuple[jax.Array, ...]]]()
+    found, under_way = dict[K, str](), deque[tuple[K, tuple[Any, ...]]]()
 
     def take() -> None:
         path, sums = under_way.popleft()
@@ -191,10 +193,14 @@ def _hashes(leaves: Mapping[K, Any], rounded: bool) -> dict[K, str]:
     return found
 
 
-def _send(leaf: Any, rounded: bool) -> tuple[jax.Array, ...]:
+def _send(leaf: Any, rounded: bool) -> tuple[Any, ...]:
     """Start the sums of a leaf under its own mesh; `jax.set_mesh` may name other devices."""
     if not isinstance(leaf, jax.Array):
         return _sums(leaf, rounded)
+    if not rounded and leaf.is_fully_addressable and leaf.size <= SMALL:
+        plain = _plain(leaf)
+        if jax.dtypes.itemsize_bits(plain.dtype) >= 8:
+            return _exact_sums(np.asarray(plain))
     with jax.set_mesh(_own_mesh(leaf.sharding)):
         return _sums(_plain(leaf), rounded)
 
@@ -220,6 +226,14 @@ def _sums(x: jax.Array, rounded: bool, start: Any = 0) -> tuple[jax.Array, ...]:
     # One reduction for both sums: for a plain `sum`, XLA on CPU writes every term to memory first.
     zeros = (jnp.uint32(0),) * len(terms)
     return lax.reduce(terms, zeros, _add, tuple(range(words.ndim)))
+
+
+def _exact_sums(x: np.ndarray) -> tuple[int, ...]:
+    """Compute `_sums` of the exact bits by NumPy; a program for each shape would take longer."""
+    words = np.ascontiguousarray(x).reshape(-1).view(f"u{min(x.itemsize, 4)}").astype(np.uint32)
+    where = np.arange(words.size, dtype=np.uint32)
+    terms = (_mix(words ^ _mix(where ^ np.uint32(seed))) for seed in _SEEDS)
+    return tuple(int(np.sum(term, dtype=np.uint32)) for term in terms)
 
 
 def _add(x: tuple[jax.Array, ...], y: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -260,8 +274,8 @@ def _linear_index(shape: tuple[int, ...]) -> jax.Array:
     return out
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _mix(x: Any) -> Any:
     """Apply murmur3's 32-bit finalizer: a bijection in which each bit affects all others."""
-    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> jnp.uint32(16))
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))

@@ -41,16 +41,18 @@ def test_rows_and_blocks() -> None:
 @pytest.mark.parametrize(
     ("weight", "spec", "says"),
     [
-        (base("nf4", (192, 24)), P("fsdp"), "4 shards over fsdp would cut a block.*1, 3 shards"),
-        (base("nf4", (96, 42)), P(None, "fsdp"), "4 shards over fsdp would cut a block"),
-        (base("nf4", (96, 128)), P("fsdp"), r"axes of sizes \[128, 96\] are one"),
-        (base("int8", (4, 64, 24)), P(None, "fsdp"), r"axes of sizes \[4, 64\] are one"),
-        (base("int8", (256, 6)), P(None, "fsdp"), "1, 2, 3, 6 shards would do"),
+        (("nf4", (192, 24)), P("fsdp"), "4 shards over fsdp would cut a block.*1, 3 shards"),
+        (("nf4", (96, 42)), P(None, "fsdp"), "4 shards over fsdp would cut a block"),
+        (("nf4", (96, 128)), P("fsdp"), r"axes of sizes \[128, 96\] are one"),
+        (("int8", (4, 64, 24)), P(None, "fsdp"), r"axes of sizes \[4, 64\] are one"),
+        (("int8", (256, 6)), P(None, "fsdp"), "1, 2, 3, 6 shards would do"),
     ],
 )
-def test_what_would_cut_a_block_is_refused(weight: Any, spec: P, says: str) -> None:
+def test_what_would_cut_a_block_is_refused(
+    weight: tuple[str, tuple[int, ...]], spec: P, says: str
+) -> None:
     with pytest.raises(lora_jax.LoraError, match=f"^'w'.*{says}"):
-        placed(weight, spec, MESH, "w")
+        placed(base(*weight), spec, MESH, "w")
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8", "int4", "fp8"])

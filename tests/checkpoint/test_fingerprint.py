@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import Any
 
@@ -21,6 +22,8 @@ from lora_jax.checkpoint.fingerprint import (
     fingerprint,
 )
 
+# The function of the same name hides it in the package.
+MODULE = importlib.import_module("lora_jax.checkpoint.fingerprint")
 SHAPE = (8, 4, 6)
 NAMES = ("data", "fsdp", "tensor")
 
@@ -46,14 +49,37 @@ def slow(words: list[int], seed: int) -> int:
     return sum(mixed(w ^ mixed(i ^ seed)) for i, w in enumerate(words)) % 2**32
 
 
-def test_the_definition() -> None:
+@pytest.fixture
+def by_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large arrays are hashed."""
+    monkeypatch.setattr(MODULE, "SMALL", -1)
+
+
+@pytest.mark.parametrize("small", [-1, MODULE.SMALL])
+def test_the_definition(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Red if an axis has the wrong stride, or a seed or a shift changes."""
+    monkeypatch.setattr(MODULE, "SMALL", small)
     x = weights()
     words = [int(w) for w in x.view(np.uint32).ravel()]
     expected = f"{slow(words, 0x9E3779B9):08x}{slow(words, 0x7F4A7C15):08x}"
     assert digests({"x": jnp.asarray(x)}) == {"x": expected}
 
 
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "int8", "uint32", "bool", "complex64", "int4"]
+)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5)])
+def test_small_arrays_have_the_hash_of_large_ones(
+    dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red: bits of another width; complex numbers with all real parts first."""
+    x = jnp.asarray(3 * np.random.default_rng(1).standard_normal(shape)).astype(dtype)
+    found = digests([x])
+    monkeypatch.setattr(MODULE, "SMALL", -1)
+    assert digests([x]) == found
+
+
+@pytest.mark.usefixtures("by_xla")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize(
     ("sizes", "spec"),
@@ -89,6 +115,7 @@ def test_no_copy_is_made() -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 1024
 
 
+@pytest.mark.usefixtures("by_xla")
 @pytest.mark.parametrize("bit", [0, 15, 31])
 @pytest.mark.parametrize("place", [0, 77, 191])
 def test_every_bit_counts(bit: int, place: int) -> None:
@@ -132,6 +159,7 @@ def test_every_dtype(dtype: str) -> None:
 
 
 def test_prng_keys_and_scalars() -> None:
+    assert digests([jax.random.key(1)]) == digests([np.asarray([0, 1], np.uint32)])
     assert digests([jax.random.key(1)]) == digests([jax.random.key_data(jax.random.key(1))])
     assert digests([jax.random.key(1)]) != digests([jax.random.key(2)])
     assert fingerprint({"s": jnp.float32(2), "hole": None})["s"]["shape"] == []

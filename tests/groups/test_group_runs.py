@@ -146,13 +146,6 @@ def test_a_member_goes_on_alone_and_back(whole: pathlib.Path, tmp_path: pathlib.
         close(state(tmp_path / one.name, STEPS), state(whole / one.name, STEPS))
 
 
-def test_train_py_finishes_what_a_group_began(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    with stopped(25):
-        together(tmp_path, A, B)
-    assert alone(tmp_path / "a", A)["steps"] == STEPS
-    close(state(tmp_path / "a", STEPS), state(whole / "a", STEPS))
-
-
 def test_a_finished_group_says_what_it_came_to_and_trains_nothing(whole: pathlib.Path) -> None:
     before = (whole / "a/metrics.jsonl").stat().st_mtime_ns
     found = together(whole, A, B, C)

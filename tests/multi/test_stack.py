@@ -111,7 +111,7 @@ def of_case(name: str) -> Callable[[], tuple[Any, Any, Any]]:
 
 
 MIXED: dict[str, tuple[Callable[[], tuple[Any, Any, Any]], Any]] = {
-    "bert": (lambda: model(BERT), "all-linear"),
+    "bert": (lambda: model(BERT, num_layers=1), "all-linear"),
     "llama_scanned": (lambda: model(LLAMA, scan_layers=True, remat="full"), "all-linear"),
     "linen_conv_2d_strided": (of_case("linen_conv_2d_strided"), "**/kernel"),
     "linen_embed_tied": (of_case("linen_embed_tied"), "**/embedding"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
+from lora_jax.report import svg
 from lora_jax.report.command import main
 from lora_jax.training.config import LoraConfig
 from lora_jax.training.text import TextConfig
@@ -39,3 +40,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     assert main([str(solo)]) == 0
     assert main([str(sweep)]) == 0
     return Written(solo, sweep, config)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are empty: drawing them takes nearly all of a report's time."""
+    monkeypatch.setattr(svg, "svg", lambda drawing: '<svg width="1pt"></svg>')
+    monkeypatch.setattr(svg, "png", lambda drawing: b"")

@@ -218,6 +218,7 @@ def test_hostile_names_are_text(written: Written) -> None:
     assert r"&lt;b&gt;&amp;\_x\_\|\`$" in (path / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_under_way_is_shown_as_far_as_it_is(
     written: Written, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +242,7 @@ def test_a_run_under_way_is_shown_as_far_as_it_is(
     assert "No evaluation has been made yet" in err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_base_that_cannot_be_had_is_said(
     written: Written, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +256,7 @@ def test_a_base_that_cannot_be_had_is_said(
     assert table(tmp_path, "layer", "effective rank")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_members_that_have_not_finished(written: Written, tmp_path: pathlib.Path) -> None:
     """Red: `finished = runs` in many.py."""
     group = tmp_path / "group"
@@ -271,6 +274,7 @@ def test_members_that_have_not_finished(written: Written, tmp_path: pathlib.Path
     assert saved_runs.page(tmp_path / "none/report.html").facts[0][:2] == ["runs", "3"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tasks_have_a_picture_each_and_no_best(written: Written, tmp_path: pathlib.Path) -> None:
     """Red: in `figures_of` of panels.py, `if not results.tasks`."""
     for name in ("one", "two"):
@@ -284,6 +288,7 @@ def test_tasks_have_a_picture_each_and_no_best(written: Written, tmp_path: pathl
     assert [fact[0] for fact in saved_runs.page(path / "report.html").facts[:2]] == ["one", "two"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_given_one_by_one(
     written: Written, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -39,13 +40,19 @@ def mixed(decoder: Decoder) -> list[Generated]:
 
 def whole_greedy(config: models.DecoderConfig, params: Any, prompt: list[int]) -> list[int]:
     """Greedy decoding as it is defined: the whole text is read anew for every token."""
-    apply = jax.jit(models.DecoderModel(config).apply)
+    apply = applied(config)
     tokens = list(prompt)
     for _ in range(NEW):
         padded = np.zeros((1, 24), np.int32)
         padded[0, : len(tokens)] = tokens
-        tokens.append(int(apply({"params": params}, padded)[0, len(tokens) - 1].argmax()))
+        tokens.append(int(np.argmax(apply({"params": params}, padded)[0, len(tokens) - 1])))
     return tokens[len(prompt) :]
+
+
+@functools.cache
+def applied(config: models.DecoderConfig) -> Any:
+    """The model without a cache, as one program for each shape."""
+    return jax.jit(models.DecoderModel(config).apply)
 
 
 def test_a_mixed_batch_is_each_merged_model_alone(mixed: list[Generated]) -> None:
@@ -106,7 +113,7 @@ def test_logits_of_a_mixed_batch(config: models.DecoderConfig) -> None:
 
     got = run(tiny.params(config), stacked, chosen)
     for row, adapter in enumerate(chosen.tolist()):
-        want = model.apply({"params": tiny.merged(config, adapter)}, ids[row : row + 1])[0]
+        want = applied(config)({"params": tiny.merged(config, adapter)}, ids[row : row + 1])[0]
         np.testing.assert_allclose(got[row], want, atol=2e-5, rtol=1e-5)
 
 

@@ -5,6 +5,7 @@ It is like a process of a shell, with its own signals, exit status and output.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -140,6 +141,8 @@ def _python(words: list[str], log: str) -> None:
 
 
 def _print_into(log: str) -> None:
+    gc.freeze()  # a collection would look through all that is imported, and copy its pages
+    gc.set_threshold(50_000, 20, 20)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, sys.stdout.fileno())
     os.dup2(file, sys.stderr.fileno())

@@ -134,7 +134,7 @@ def run(config: Config, sizes: MeshConfig, devices: int = 8) -> Run:
     return Run(losses, state, frozen, place, place.trained(layout, base))
 
 
-@pytest.fixture(scope="module", params=["bert", "llama", "foreign"])
+@pytest.fixture(scope="module")
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
     if request.param != "foreign":
         return text(tmp_path_factory.mktemp(request.param), request.param)
@@ -147,8 +147,14 @@ def alone(config: Config) -> Run:
     return run(config, MeshConfig(), devices=1)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [("bert", MESHES[-1]), ("foreign", MESHES[-1]), *(("llama", sizes) for sizes in MESHES)],
+    ids=str,
+    indirect=["config"],
+)
 def test_losses_are_those_of_one_device(config: Config, alone: Run, sizes: MeshConfig) -> None:
+    """All three axes at once for every workload; each alone for one of them."""
     found = run(config, sizes)
     np.testing.assert_allclose(found.losses, alone.losses, rtol=1e-5)
     assert len(set(alone.losses)) == STEPS  # it learns something
@@ -235,10 +241,9 @@ def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
         assert at.spec == expected, leaf.shape
 
 
+@pytest.mark.parametrize("config", ["llama"], indirect=True)
 def test_accumulated_gradients_are_those_of_the_whole_batch(config: Config, alone: Run) -> None:
     """On one device and on eight. Red if the parts' means are averaged."""
-    if config.workload is not causal_lm:
-        pytest.skip("one model is enough")
     parted = dataclasses.replace(config, accumulate=2)
     for sizes, devices in ((MeshConfig(), 1), (MeshConfig(2, 2, 2), 8)):
         found = run(parted, sizes, devices)
@@ -325,9 +330,8 @@ def test_a_parameter_that_nothing_divides_names_the_flag() -> None:
         mesh.place(foreign(Config(workload=foreign)), MeshConfig(), grid, example)
 
 
+@pytest.mark.parametrize("config", ["llama"], indirect=True)
 def test_own_rules_come_before_the_table(config: Config) -> None:
-    if config.workload is not causal_lm:
-        pytest.skip("one model is enough")
     workload = config.workload(config)
     sizes = MeshConfig(2, 2, 2, rules=("layers_*/mlp/down/kernel=-,fsdp+tensor",))
     place = mesh.place(workload, sizes, mesh.make(sizes), workload.example)

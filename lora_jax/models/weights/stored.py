@@ -5,6 +5,7 @@ different shape are errors that list both sides.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -99,6 +100,13 @@ def shapes(config: StoredConfig, head: Head | None = None) -> ParameterTree:
       config: the config of the model.
       head: the classification head of an encoder, if there is one.
     """
+    traced = _shapes(config, head, jax.sharding.get_abstract_mesh())
+    return jax.tree.map(lambda x: x, traced)  # the caller may change the dictionaries
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(config: StoredConfig, head: Head | None, _: object) -> ParameterTree:
+    """Trace the model once for each mesh: a run asks for its shapes three times."""
     model: Bert | BertClassifier | DecoderModel | Vit | VitClassifier
     if isinstance(config, VitConfig):
         model = Vit(config) if head is None else VitClassifier(config, head.num_classes)
