@@ -32,7 +32,7 @@ ARROWS = {
     "updates": {"base", "errors", "named", "target"},
     "path_groups": set(),
     "layout_table": {"path_groups"},
-    "layout": {"base", "errors", "layout_table", "paths", "target", "updates"},
+    "layout": {"base", "errors", "json_file", "layout_table", "paths", "target", "updates"},
     "bases": {"base", "errors", "layout", "named", "paths"},
     "adapters": {"errors", "layout", "paths", "updates"},
     "merge": {"adapters", "layout", "paths", "updates"},

@@ -124,7 +124,7 @@ def unseal(stored: Any) -> Manifest:
     found = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
     if found != stored.get("sha256"):
         raise DamagedError(
-            f"its meta is not what was saved (SHA-256 {found}, saved {stored.get('sha256')})"
+            f"its meta is not what was saved (SHA-256 {found}, saved {str(stored['sha256'])[:80]})"
         )
     data = json.loads(text)
     if data.get("format") != FORMAT:

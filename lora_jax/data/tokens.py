@@ -88,14 +88,19 @@ class Encoder:
             vocabulary: rows of the model's embedding; a token beyond them is an error. None: any.
         """
         self.max_length, self._vocabulary = max_length, vocabulary
-        self._whole = Tokenizer.from_str(tokenizer.to_str())
+        self._whole = _copied(tokenizer)
         self._whole.no_padding()
         self._whole.no_truncation()
 
     @functools.cached_property
     def start(self) -> tuple[int, ...]:
         """The special tokens that the tokenizer's post-processor puts before a text."""
-        probe = self._whole.encode("a")
+        (probe,) = self._encoded(["a"])
+        if 0 not in probe.special_tokens_mask:
+            raise DataError(
+                "the tokenizer gives no token for the text 'a': is tokenizer.json whole, and that "
+                "of this model?"
+            )
         return tuple(probe.ids[: probe.special_tokens_mask.index(0)])
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
@@ -158,10 +163,29 @@ class Encoder:
             short = self._whole.encode_batch_fast([texts[i] for i in long])
             self._whole.no_truncation()
             for i, encoding in zip(long, short, strict=True):
+                if len(encoding) > self.max_length:
+                    raise DataError(
+                        f"the tokenizer makes {len(encoding)} tokens of a text that is cut to "
+                        f"{self.max_length}: its post-processor repeats the text, and no model is "
+                        "fed so; is tokenizer.json that of this model?"
+                    )
                 truncation.examples += 1
                 truncation.tokens += len(encodings[i]) - len(encoding)
                 encodings[i] = encoding
         return encodings
+
+
+def _copied(tokenizer: Tokenizer) -> Tokenizer:
+    """Copy a tokenizer; what the package writes of a damaged one it does not read again."""
+    try:
+        return Tokenizer.from_str(tokenizer.to_str())
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise DataError(
+            f"the tokenizer contradicts itself: {str(error)[:200]}\n"
+            "Fetch the file that it is from again, from someone you trust."
+        ) from error
 
 
 def _check_whole(text: str) -> None:

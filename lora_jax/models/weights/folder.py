@@ -29,6 +29,7 @@ from lora_jax.models.weights.stored import Head, ParameterTree, Stored
 
 SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_NAME = 200  # characters of a file's name; systems have 255 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +174,11 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise WeightsError(f"{index}: weight_map is {type(found).__name__}, expected an object")
     for name, file in found.items():
         # The index may be anybody's: it names files of its own folder.
-        known = isinstance(file, str) and file.endswith(".safetensors")
+        known = isinstance(file, str) and file.endswith(".safetensors") and len(file) <= _NAME
         if not known or Path(file).name != file:
             raise WeightsError(
-                f"{index}: {name} is in {file!r}, expected a .safetensors file beside the index"
+                f"{index}: {shown(name)} is in {shown(repr(file))}, expected a .safetensors file "
+                "beside the index"
             )
     return found
 
