@@ -127,8 +127,11 @@ class Layout:
         known = {"format", *(f.name for f in dataclasses.fields(Layout))}
         _check_understood("a layout", version, set(data) - known)
         left_out, dequantised = data.get("left_out", ()), data.get("dequantised", ())
+        read = _read(Target, "a target of a layout", targets, version)
+        if (twice := json_file.first_repeated(target.path for target in read)) is not None:
+            raise LoraError(f"{where} has the target {twice[:200]!r} twice")
         return Layout(
-            _read(Target, "a target of a layout", targets, version),
+            read,
             _read(Remark, "a parameter that a layout left out", left_out, version),
             _read(Remark, "a dequantised parameter of a layout", dequantised, version),
         )

@@ -27,7 +27,7 @@ KINDS = {
                       (*MODEL, LoraError), 120),
     "data": Kind(user_files.make_data, user_files.read_data, ADAPTER, 140),
     "run": Kind(user_files.make_run, user_files.read_run, ADAPTER, 100),
-    "line": Kind(user_files.make_line, user_files.read_line, (LoraError, SystemExit), 50),
+    "line": Kind(user_files.make_line, user_files.read_line, (LoraError, SystemExit, OSError), 50),
 }  # fmt: skip
 
 

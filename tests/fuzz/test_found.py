@@ -71,6 +71,14 @@ def test_a_layout_without_a_list(targets: Any) -> None:
         Layout.from_json(text)
 
 
+def test_a_layout_with_a_target_twice() -> None:
+    """Red: it has two targets and the adapter parameters of one."""
+    found = json.loads(layout())
+    found["targets"] *= 2
+    with pytest.raises(LoraError, match="has the target 'qkv' twice"):
+        Layout.from_json(json.dumps(found))
+
+
 def test_a_layout_with_a_key_twice() -> None:
     text = layout().replace('"rank": 2', '"rank": 2, "rank": 1')
     with pytest.raises(LoraError, match="the key 'rank' is there twice"):

@@ -92,7 +92,7 @@ def read_data(random: Random, folder: pathlib.Path) -> None:
     match random.randrange(4):
         case 0 if name == "a.jsonl":
             for line in prompts.read(path):
-                assert isinstance(line, str) or line.get("text", str, "none")
+                assert isinstance(line if isinstance(line, str) else line.get("text", str, ""), str)
         case 0 | 1:
             for row in data.language_modelling(config, tokenizer(), "train", 2):
                 assert row["input_ids"].shape == row["targets"].shape == (2, 8)
