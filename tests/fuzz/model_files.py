@@ -261,6 +261,7 @@ def tokenizer_files() -> tuple[bytes, ...]:
     word = tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]")
     unigram = tokenizers.models.Unigram([(n, -float(i)) for i, n in enumerate(names)], 1, False)
     cut = pre_tokenizers.Split(tokenizers.Regex(r"\w+|\s+|[^\s\w]+"), behavior="isolated")
+    growing = normalizers.Sequence([normalizers.Replace("a", "aa"), normalizers.Lowercase()])
     parts: list[tuple[Any, Any, Any, Any]] = [
         (bpe, normalizers.NFC(), pre_tokenizers.ByteLevel(), decoders.ByteLevel()),
         (
@@ -270,7 +271,7 @@ def tokenizer_files() -> tuple[bytes, ...]:
             decoders.WordPiece(),
         ),
         (word, normalizers.Replace("x", "y"), pre_tokenizers.Sequence([cut]), None),
-        (unigram, normalizers.Lowercase(), pre_tokenizers.Metaspace(), decoders.Metaspace()),
+        (unigram, growing, pre_tokenizers.Metaspace(), decoders.Metaspace()),
     ]
     found = []
     for model, normalizer, pre, decoder in parts:

@@ -18,7 +18,7 @@ from lora_jax.models.errors import (
     is_failure,
     shown,
 )
-from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file
+from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file, tokenizer_limits
 from lora_jax.models.weights.assemble import assemble, stored_shapes
 from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
 from lora_jax.models.weights.hf_config import parse
@@ -65,6 +65,7 @@ class Folder:
                 f"{tokenizers.__version__} reads: {shown(error)}\n"
                 "Fetch the file again, or write it with the package that made it."
             ) from error
+        tokenizer_limits.check(tokenizer, str(path))
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
