@@ -62,8 +62,8 @@ def start_process() -> None:
 def work(tasks: Any, ends: Any, seed: int, folder: str) -> None:
     """Run the cases of a queue until it says None."""
     start_process()
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 2)  # Rust prints its panics itself
+    log = os.open(f"{folder}/stderr-{os.getpid()}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 2)  # libraries print their panics themselves, and say there why they end a process
     root = pathlib.Path(tempfile.mkdtemp(dir=folder))
     while (task := tasks.get()) is not None:
         ends.put(Ended(*task, "begun"))
