@@ -1,7 +1,6 @@
 """Changes to JSON and to bytes, drawn from a `random.Random`.
 
-Hypothesis gives such a generator too (`strategies.randoms`), so that the same changes are drawn by
-it in CI, where it makes a failing case small, and by a seed and a number by hand.
+A case is its kind, a seed and a number, in CI as by hand, so it can be run again by these three.
 """
 
 from __future__ import annotations

@@ -14,6 +14,11 @@ from tests.fuzz.kinds import KINDS
 REFUSED, READ = "refused", "read"
 
 
+def generator(kind: str, seed: int, number: int) -> Random:
+    """Return the generator of one case."""
+    return Random(f"{kind}/{seed}/{number}")
+
+
 def run(name: str, random: Random, root: pathlib.Path) -> str:
     """Make one case of a kind and read it; return how it ended.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pathlib
-import random
 import shutil
 import tempfile
 import time
@@ -25,17 +24,12 @@ class Ended(NamedTuple):
     found: str = ""
 
 
-def generator(kind: str, seed: int, number: int) -> random.Random:
-    """Return the generator of one case."""
-    return random.Random(f"{kind}/{seed}/{number}")
-
-
 def run_one(kind: str, seed: int, number: int, root: pathlib.Path) -> Ended:
     """Run one case and say how it ended."""
     from tests.fuzz import one_case
 
     try:
-        return Ended(kind, number, one_case.run(kind, generator(kind, seed, number), root))
+        return Ended(kind, number, one_case.run(kind, one_case.generator(kind, seed, number), root))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  whatever it is, it was found
