@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import os
 import pathlib
 import random
@@ -53,7 +54,7 @@ def main() -> int:
     counts, found = collections.Counter[tuple[str, str]](), dict[str, list[Ended]]()
     began = time.monotonic()
     bar = Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
-    with bar:
+    with bar, contextlib.suppress(KeyboardInterrupt):  # what was found until then is shown
         task = bar.add_task("", total=len(tasks))
         for end in Runner(tasks, options.seed, options.jobs, folder).ends():
             counts[end.kind, end.end] += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import multiprocessing
 import os
 import pathlib
@@ -9,6 +11,7 @@ import shutil
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 WALL = 60  # seconds without a word after which a process is taken to hang
@@ -70,53 +73,72 @@ def work(tasks: Any, ends: Any, seed: int, folder: str) -> None:
     ends.put(None)
 
 
+@dataclasses.dataclass
+class _Worker:
+    """A process, the queues to it and from it, the cases that it was given, when it last spoke."""
+
+    process: Any
+    tasks: Any
+    ends: Any
+    given: collections.deque[tuple[str, int]]
+    begun: Ended | None = None
+    heard: float = 0.0
+
+
 class Runner:
     """Starts processes, and starts another for one that hangs or dies."""
 
     def __init__(self, tasks: list[tuple[str, int]], seed: int, jobs: int, folder: str) -> None:
-        self.left, self.seed, self.folder = iter(tasks), seed, folder
+        """Start `jobs` processes, which share the (kind, number) of `tasks`."""
+        self.left, self.seed, self.folder = collections.deque(tasks), seed, folder
         self.context = multiprocessing.get_context("spawn")
         self.workers = [self._start() for _ in range(jobs)]
 
-    def _start(self) -> dict[str, Any]:
+    def _start(self) -> _Worker:
         tasks, ends = self.context.SimpleQueue(), self.context.Queue()
-        process = self.context.Process(
-            target=work, args=(tasks, ends, self.seed, self.folder), daemon=True
-        )
+        arguments = (tasks, ends, self.seed, self.folder)
+        process = self.context.Process(target=work, args=arguments, daemon=True)
         process.start()
-        worker = {"process": process, "tasks": tasks, "ends": ends, "task": None}
+        worker = _Worker(process, tasks, ends, collections.deque())
+        worker.heard = time.monotonic() + WALL  # it imports JAX first
         for _ in range(20):
-            tasks.put(next(self.left, None))
-        return worker | {"heard": time.monotonic() + 60}
+            self._give(worker)
+        return worker
 
-    def ends(self) -> Any:
+    def _give(self, worker: _Worker) -> None:
+        if self.left:
+            worker.given.append(self.left.popleft())
+            worker.tasks.put(worker.given[-1])
+        else:
+            worker.tasks.put(None)
+
+    def ends(self) -> Iterator[Ended]:
         """Yield how each case ended."""
         while self.workers:
             for worker in list(self.workers):
                 yield from self._hear(worker)
             time.sleep(0.02)
 
-    def _hear(self, worker: dict[str, Any]) -> Any:
-        while not worker["ends"].empty():
-            end = worker["ends"].get()
-            worker["heard"] = time.monotonic()
+    def _hear(self, worker: _Worker) -> Iterator[Ended]:
+        alive = worker.process.is_alive()  # asked first: what it said before it died is heard below
+        while not worker.ends.empty():
+            end, worker.heard = worker.ends.get(), time.monotonic()
             if end is None:
                 self.workers.remove(worker)
-                worker["process"].join()
                 return
-            if end.end == "begun":
-                worker["task"] = end
-                worker["tasks"].put(next(self.left, None))
-            else:
-                worker["task"] = None
+            worker.begun = end if end.end == "begun" else None
+            if worker.begun is None:
                 yield end
-        dead = not worker["process"].is_alive()
-        if dead or time.monotonic() - worker["heard"] > WALL:
-            worker["process"].kill()
-            self.workers.remove(worker)
-            if (task := worker["task"]) is not None:
-                what = f"died with {worker['process'].exitcode}" if dead else "hangs"
-                yield task._replace(end="found", place=f"the process {what}", found=what)
-            if (one := next(self.left, None)) is not None:
-                self.workers.append(self._start())
-                self.workers[-1]["tasks"].put(one)
+            else:
+                worker.given.popleft()
+                self._give(worker)
+        if alive and time.monotonic() - worker.heard < WALL:
+            return
+        what = "hangs" if alive else f"died with {worker.process.exitcode}"
+        worker.process.kill()
+        self.workers.remove(worker)
+        self.left.extendleft(reversed(worker.given))
+        if worker.begun is not None:
+            yield worker.begun._replace(end="found", place=f"the process {what}", found=what)
+        if self.left:
+            self.workers.append(self._start())

@@ -92,6 +92,17 @@ def test_a_size_that_takes_an_hour_to_split(size: int) -> None:
         Layout.from_json(layout(**changes))
 
 
+@pytest.mark.parametrize("start", ["[", '{"a":', "\ufeff ["])
+@pytest.mark.parametrize("name", ["arrays/_sharding", "arrays/_METADATA", "_CHECKPOINT_METADATA"])
+def test_a_file_of_orbax_that_is_nested_too_deeply(
+    tmp_path: pathlib.Path, name: str, start: str
+) -> None:
+    """Red: TensorStore reads it, and the process ends with a segmentation fault."""
+    write(tmp_path, {**adapters.checkpoints_files()[1], name: start.encode() * 100_000})
+    with pytest.raises(LoraError, match=r"nested too deeply|not JSON"):
+        checkpoints.restore(tmp_path)
+
+
 def test_a_seal_of_many_characters(tmp_path: pathlib.Path) -> None:
     files = adapters.checkpoints_files()[2]
     stored = json.loads(files[adapters.MANIFEST])
