@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator
+
+# Comparing takes the product of the lengths: a stranger's file may have a million long names.
+_CHARACTERS, _MOST = 200, 5_000
 
 
 class LoraError(ValueError):
@@ -48,7 +52,11 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     >>> nearest("encoder/quary/kernel", ["encoder/query/kernel", "head/bias"], n=1)
     ['encoder/query/kernel']
     """
-    return difflib.get_close_matches(name, list(candidates), n=n, cutoff=0.0)
+    known = {
+        candidate[:_CHARACTERS]: candidate for candidate in itertools.islice(candidates, _MOST)
+    }
+    found = difflib.get_close_matches(name[:_CHARACTERS], list(known), n=n, cutoff=0.0)
+    return [known[one] for one in found]
 
 
 def listed(items: Iterable[str], limit: int = 5) -> str:

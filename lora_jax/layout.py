@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax import layout_table, paths
+from lora_jax import json_file, layout_table, paths
 from lora_jax.base import is_base
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
 
 FORMAT = 2
+AXES = 32  # of a parameter, as NumPy's arrays have
+MOST = 2**62  # of a size
 ROW_FIELDS = {1: ("path", "shape", "stack", "inputs", "outputs", "rank", "alpha", "fold")}
 """The fields that a target has in each earlier format. Fields added since take their defaults."""
 
@@ -116,16 +118,20 @@ class Layout:
           LoraError: text that is not a layout, or a layout with a field that this version does not
             know.
         """
+        where = f"this is not a layout: {text[:80]!r}"
+        data = json_file.parse_object(text.encode(errors="surrogatepass"), where, LoraError)
         try:
-            data = json.loads(text)
             version, targets = data["format"], data["targets"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise LoraError(f"this is not a layout: {error!r} in {text[:80]!r}") from error
+        except KeyError as error:
+            raise LoraError(f"{where} has no {error}") from None
         known = {"format", *(f.name for f in dataclasses.fields(Layout))}
         _check_understood("a layout", version, set(data) - known)
         left_out, dequantised = data.get("left_out", ()), data.get("dequantised", ())
+        read = _read(Target, "a target of a layout", targets, version)
+        if (twice := json_file.first_repeated(target.path for target in read)) is not None:
+            raise LoraError(f"{where} has the target {twice[:200]!r} twice")
         return Layout(
-            _read(Target, "a target of a layout", targets, version),
+            read,
             _read(Remark, "a parameter that a layout left out", left_out, version),
             _read(Remark, "a dequantised parameter of a layout", dequantised, version),
         )
@@ -200,20 +206,54 @@ def _read(type_: Any, what: str, rows: Any, version: int) -> tuple[Any, ...]:
     """Return the rows of a saved layout as objects of this type."""
     fields = [f.name for f in dataclasses.fields(type_)]
     found = []
+    if not isinstance(rows, list | tuple):
+        raise LoraError(f"{what} is expected in a list, got {str(rows)[:80]}")
     for row in rows:
         if not isinstance(row, dict):
-            raise LoraError(f"this is not {what}: {row!r}")
+            raise LoraError(f"this is not {what}: {str(row)[:200]}")
         _check_understood(what, version, set(row) - set(fields))
-        missing = [name for name in ROW_FIELDS.get(version, fields) if name not in row]
+        missing = [n for n in ROW_FIELDS.get(version, fields) if n not in row]
         if missing:
-            raise LoraError(f"this is not {what}: it has no {missing[0]!r}: {row!r}")
-        read = type_(**{name: _as_tuple(value) for name, value in row.items()})
-        try:
-            hash(read)  # a layout is a static argument of programs
-        except TypeError:
-            raise LoraError(f"this is not {what}: an object in it: {str(row)[:200]}") from None
-        found.append(read)
+            raise LoraError(f"this is not {what}: it has no {missing[0]!r}: {str(row)[:200]}")
+        values = {name: _as_tuple(value) for name, value in row.items()}
+        for name, value in values.items():
+            words, fits = _VALUES[name]
+            if not fits(value):
+                raise LoraError(f"this is not {what}: {name} is {str(value)[:80]}, not {words}")
+        found.append(type_(**values))
     return tuple(found)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) <= AXES and all(map(_is_size, value))
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(_are_sizes(x) and len(x) == 2 for x in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e300
+
+
+_SIZES = (f"at most {AXES} integers from 0 to 2^62", _are_sizes)
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("path", "kind", "scaling", "reason"), ("a text", _is_text)),
+    **dict.fromkeys(("shape", "stack", "inputs", "outputs"), _SIZES),
+    "rank": ("an integer from 0 to 2^62", _is_size),
+    "alpha": ("a number", _is_number),
+    "fold": ("true or false", lambda x: isinstance(x, bool)),
+    "parts": ("pairs of integers", _are_parts),
+    "part_axis": ("an integer", lambda x: type(x) is int and abs(x) <= AXES),
+}
 
 
 def _as_tuple(value: Any) -> Any:
@@ -222,10 +262,11 @@ def _as_tuple(value: Any) -> Any:
 
 def _check_understood(what: str, version: Any, unknown: set[str]) -> None:
     """Raise `LoraError` for a newer format or an unknown field: a layout is never read in part."""
-    newer = not isinstance(version, int) or not 1 <= version <= FORMAT
+    newer = type(version) is not int or not 1 <= version <= FORMAT
     if unknown or newer:
-        field = f" and the field {min(unknown)!r}" if unknown else ""
+        field = f" and the field {min(unknown)[:80]!r}" if unknown else ""
         raise LoraError(
-            f"{what} has format {version!r}{field}, which this lora_jax does not understand (it "
-            f"reads formats up to {FORMAT}); use the lora_jax that wrote it, or a newer one"
+            f"{what} has format {repr(version)[:80]}{field}, which this lora_jax does not "
+            f"understand (it reads formats up to {FORMAT}); use the lora_jax that wrote it, or a "
+            "newer one"
         )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+from typing import Any
 
 import pytest
 
 import train
 from lora_jax import command_line
+from lora_jax.conversion import export_command, import_command
+from lora_jax.report import command as report
 from lora_jax.serving import generate, predict
 from lora_jax.training import directory
 from lora_jax.training.config import Config, ConfigError
@@ -86,6 +89,32 @@ def test_an_option_that_is_given_twice_is_said(capsys: pytest.CaptureFixture[str
         assert main([*asked, text, "x", text, "y"]) == 1
         said = capsys.readouterr().err.split("error: ")[0]
         assert said == "note: --batch-size is given 2 times; the last one counts\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (report.main, ["no-such-run"]),
+        (export_command.main, ["no-such-run", "--format", "peft"]),
+        (import_command.main, ["no-such-folder"]),
+    ],
+    ids=["report", "export", "import"],
+)
+def test_every_command_says_what_is_given_twice(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, main: Any, words: list[str]
+) -> None:
+    """Red: a command that calls `tyro.cli` itself."""
+    given = [*words, "--out", str(tmp_path / "a"), f"--out={tmp_path / 'b'}"]
+    assert main(given) == 1
+    said = capsys.readouterr().err.split("error: ")[0]
+    assert said.startswith("note: --out is given 2 times; the last one counts\n")
+
+
+def test_one_reader_of_options() -> None:
+    """Red: a command that calls `tyro.cli` itself, and so loses options without a word."""
+    package = pathlib.Path(command_line.__file__).parent
+    using = {p.name for p in package.rglob("*.py") if "tyro.cli(" in p.read_text()}
+    assert using == {"console.py", "config_fields.py"}  # the latter reads single values
 
 
 def test_a_model_that_is_not_there_leaves_the_directory_to_others(

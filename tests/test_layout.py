@@ -32,7 +32,7 @@ ARROWS = {
     "updates": {"base", "errors", "named", "target"},
     "path_groups": set(),
     "layout_table": {"path_groups"},
-    "layout": {"base", "errors", "layout_table", "paths", "target", "updates"},
+    "layout": {"base", "errors", "json_file", "layout_table", "paths", "target", "updates"},
     "bases": {"base", "errors", "layout", "named", "paths"},
     "adapters": {"errors", "layout", "paths", "updates"},
     "merge": {"adapters", "layout", "paths", "updates"},
@@ -50,7 +50,7 @@ ARROWS = {
     "sharding_rules": {"bases", "errors", "paths"},
     "sharding": {"base", "bases", "errors", "flax_partitioning", "layout", "paths", "primitives"}
     | {"sharding_rules", "target", "updates"},
-    "checkpoint": {"adapters", "base", "errors", "layout", "paths", "updates"},
+    "checkpoint": {"adapters", "base", "errors", "json_file", "layout", "paths", "updates"},
     "foreign": {"errors"},
     "analysis": {"adapters", "base", "errors", "layout", "multi", "paths", "spec", "target"}
     | {"updates"},

@@ -183,7 +183,7 @@ def check_trained_on(
       LoraError: the adapters were trained on another base, or do not say on which.
     """
     folder, _, manifest = _open(path, None)
-    stored = manifest.notes["fingerprint"]
+    stored = manifest.notes.get("fingerprint")
     known = stored if is_fingerprint(stored) else {}
     ours = {p: value for p, value in ours.items() if p in known or p not in fresh}
     _check_base(folder, manifest, lambda: ours, allow_other_base)
@@ -226,7 +226,7 @@ def _check_layout(layout: Layout, manifest: Manifest) -> None:
 def _check_base(
     folder: RemotePath, manifest: Manifest, take: Callable[[], Fingerprint], allow: bool
 ) -> None:
-    stored = manifest.notes["fingerprint"]
+    stored = manifest.notes.get("fingerprint")
     if stored is None and not allow:
         raise LoraError(
             f"{folder} has no fingerprint of its base to compare params with; pass fingerprint= "

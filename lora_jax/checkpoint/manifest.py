@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import paths
+from lora_jax import json_file, paths
 from lora_jax.checkpoint.fingerprint import digests
 from lora_jax.errors import LoraError, listed
 
@@ -124,7 +124,7 @@ def unseal(stored: Any) -> Manifest:
     found = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
     if found != stored.get("sha256"):
         raise DamagedError(
-            f"its meta is not what was saved (SHA-256 {found}, saved {stored.get('sha256')})"
+            f"its meta is not what was saved (SHA-256 {found}, saved {str(stored['sha256'])[:80]})"
         )
     data = json.loads(text)
     if data.get("format") != FORMAT:
@@ -249,7 +249,18 @@ def _size(file: pathlib.Path) -> int:
         raise LoraError(f"{file} is neither a file nor a folder")
     if file.parent.name != "d":  # Orbax keeps arrays in folders d
         check_json(file, found.st_size)
+        _check_text(file)
     return found.st_size
+
+
+def _check_text(file: pathlib.Path) -> None:
+    """Raise `DamagedError` for a file that begins as JSON and is not JSON, or is nested too deeply.
+
+    TensorStore reads these files too, and a list 100,000 deep ends its process.
+    """
+    data = file.read_bytes()
+    if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
+        json_file.parse(data, str(file), DamagedError, finite=False)
 
 
 def check_json(file: os.PathLike[str], size: int) -> None:

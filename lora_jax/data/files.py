@@ -109,7 +109,7 @@ def _csv(path: Path) -> list[Example]:
             if len(values) != len(header):
                 raise DataError(
                     f"{path}:{reader.line_num}: {len(values)} values, but the header names "
-                    f"{len(header)}: {', '.join(header)}"
+                    f"{len(header)}: {', '.join(header)[:500]}"
                 )
             row = dict(zip(header, values, strict=True))
             rows.append(FileRow(row, path, reader.line_num))

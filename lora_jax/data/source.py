@@ -12,6 +12,7 @@ from lora_jax.data.errors import DataError
 from lora_jax.data.status import tracked
 from lora_jax.errors import nearest
 
+_FIELDS = 40  # names in a message
 Example = Mapping[str, Any]  # field -> str, int, float or bool, or the bytes of an image file
 
 
@@ -133,8 +134,9 @@ def missing(field: str, fields: Iterable[str], option: str, where: str) -> DataE
       where: the source, or the file and line.
     """
     names = list(fields)
+    more = f" and {len(names) - _FIELDS} more" if len(names) > _FIELDS else ""
     return DataError(
         f"{where} has no {field!r}, which data.{option} names.\n"
-        f"  there are: {', '.join(map(repr, names)) or 'none'}\n"
-        f"  nearest: {', '.join(map(repr, nearest(field, names, 1)))}"
+        f"  there are: {', '.join(map(shown, names[:_FIELDS])) or 'none'}{more}\n"
+        f"  nearest: {', '.join(map(shown, nearest(field, names, 1)))}"
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ T = TypeVar("T")
 TextOrPair = str | tuple[str, str]
 TokenRow = tuple[NDArray[np.int32], NDArray[np.uint8]]  # token ids, and a mark for each token
 
+SECONDS, CHARACTERS = 60.0, 10_000  # a tokenizer may take so long, and a second more for so many
 CHUNK = 1000  # texts that the tokenizer gets together, because it uses all cores for them
 
 
@@ -89,14 +91,19 @@ class Encoder:
             check.
         """
         self.max_length, self._vocabulary = max_length, vocabulary
-        self._whole = Tokenizer.from_str(tokenizer.to_str())
+        self._whole = _copied(tokenizer)
         self._whole.no_padding()
         self._whole.no_truncation()
 
     @functools.cached_property
     def start(self) -> tuple[int, ...]:
         """The special tokens that the tokenizer's post-processor puts before a text."""
-        probe = self._whole.encode("a")
+        (probe,) = self._encoded(["a"])
+        if 0 not in probe.special_tokens_mask:
+            raise DataError(
+                "the tokenizer gives no token for the text 'a': is tokenizer.json whole, and that "
+                "of this model?"
+            )
         return tuple(probe.ids[: probe.special_tokens_mask.index(0)])
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
@@ -107,8 +114,15 @@ class Encoder:
         return found
 
     def _encoded(self, texts: Sequence[TextOrPair], **options: bool) -> list[Encoding]:
+        size = sum(
+            len(one) for text in texts for one in ((text,) if isinstance(text, str) else text)
+        )
         try:
-            found: list[Encoding] = self._whole.encode_batch_fast(list(texts), **options)
+            found: list[Encoding] = _in_time(
+                lambda: self._whole.encode_batch_fast(list(texts), **options), size
+            )
+        except DataError:
+            raise
         except BaseException as error:
             if not is_failure(error):
                 raise
@@ -164,13 +178,70 @@ class Encoder:
                     f"adds {special} special tokens to an example"
                 )
             self._whole.enable_truncation(self.max_length)
-            short = self._whole.encode_batch_fast([texts[i] for i in long])
+            short = self._encoded([texts[i] for i in long])
             self._whole.no_truncation()
             for i, encoding in zip(long, short, strict=True):
+                if len(encoding) > self.max_length:
+                    raise DataError(
+                        f"the tokenizer makes {len(encoding)} tokens of a text that is cut to "
+                        f"{self.max_length}: its post-processor repeats the text, and no model is "
+                        "fed so; is tokenizer.json that of this model?"
+                    )
                 truncation.examples += 1
                 truncation.tokens += len(encodings[i]) - len(encoding)
                 encodings[i] = encoding
         return encodings
+
+
+def _in_time(run: Callable[[], T], size: int) -> T:
+    """Call the tokenizers package, and give up on it when it takes too long.
+
+    A regular expression of a stranger's tokenizer.json can take hours for a page of text, and
+    nothing can stop the package then: it goes on in its thread until the process ends.
+
+    Args:
+        run: the call.
+        size: characters of the texts.
+
+    Raises:
+        DataError: it takes longer than the slowest machine does.
+        BaseException: what the call raises.
+    """
+    ends: list[tuple[T | None, BaseException | None]] = []
+
+    def call() -> None:
+        try:
+            ends.append((run(), None))
+        except BaseException as error:  # noqa: BLE001  raised again below
+            ends.append((None, error))
+
+    seconds = SECONDS + size / CHARACTERS
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not ends:
+        raise DataError(
+            f"the tokenizer has not come to an end with {size:,} characters in {seconds:,.0f} "
+            "seconds: an expression in tokenizer.json needs too long for a text; is the file that "
+            "of the model, from someone you trust?"
+        )
+    ((found, error),) = ends
+    if error is not None:
+        raise error
+    return found  # type: ignore[return-value]
+
+
+def _copied(tokenizer: Tokenizer) -> Tokenizer:
+    """Copy a tokenizer; what the package writes of a damaged one it does not read again."""
+    try:
+        return Tokenizer.from_str(tokenizer.to_str())
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise DataError(
+            f"the tokenizer contradicts itself: {str(error)[:200]}\n"
+            "Fetch the file that it is from again, from someone you trust."
+        ) from error
 
 
 def _check_whole(text: str) -> None:

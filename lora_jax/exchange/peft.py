@@ -200,7 +200,10 @@ def check(
     if isinstance(adapter, str | os.PathLike):
         place = _find(pathlib.Path(adapter))
         shapes = {k: x.shape for k, x in tensor_file.read(place / TENSORS).tensors.items()}
-        return consumers.findings(consumer, tensor_file.read_json(place / CONFIG), shapes)
+        settings = tensor_file.read_json(place / CONFIG)
+        with naming(place / CONFIG):
+            peft_config.check_values(settings)
+        return consumers.findings(consumer, settings, shapes)
     settings, tensors = _spelled(names, Adapter(*adapter), "", profile, params, None)
     return consumers.findings(consumer, settings, {k: x.shape for k, x in tensors.items()})
 

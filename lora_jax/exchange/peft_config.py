@@ -149,7 +149,7 @@ def parse(json: Mapping[str, Any]) -> PeftConfig:
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     known = {key: json[key] for key in fields if json.get(key) is not None}
-    _check(known)
+    check_values(known)
     return PeftConfig(**known)
 
 
@@ -205,8 +205,10 @@ def _named(wanted: Any, module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in wanted)
 
 
-def _check(known: Mapping[str, Any]) -> None:
-    """Raise `LoraError` for a value of the wrong type, by its key."""
+def check_values(settings: Mapping[str, Any]) -> None:
+    """Raise `LoraError` for a known key with a value of the wrong type."""
+    fields = {f.name for f in dataclasses.fields(PeftConfig)}
+    known = {key: value for key, value in settings.items() if key in fields and value is not None}
 
     def number(x: Any) -> bool:
         return type(x) in (int, float) and math.isfinite(x)

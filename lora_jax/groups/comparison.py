@@ -14,6 +14,8 @@ from lora_jax.training.config_json import later_defaults
 from lora_jax.training.directory import Summary
 from lora_jax.training.saved_files import read_config
 
+_LARGEST = 1e15  # a number in a config that is compared as one
+
 
 @dataclasses.dataclass(frozen=True)
 class ComparedRun:
@@ -109,7 +111,16 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     skipped = {f.name for f in dataclasses.fields(Config) if f.metadata == INCIDENTAL}
     kept = dotted({name: value for name, value in config.items() if name not in skipped})
     kept = {**later_defaults(Config), **kept}  # an old config lacks fields that were added later
-    return {path: tuple(v) if isinstance(v, list) else v for path, v in kept.items()}
+    return {path: _comparable(value) for path, value in kept.items()}
+
+
+def _comparable(value: Any) -> Any:
+    """Return a value that can be counted, ordered and drawn, even if the file was edited."""
+    if isinstance(value, list):
+        return tuple(map(_comparable, value))
+    number = type(value) in (int, float)
+    drawn = not number or abs(value) <= _LARGEST  # so neither NaN nor infinity is
+    return value if drawn and not isinstance(value, dict) else str(value)
 
 
 def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

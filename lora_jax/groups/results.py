@@ -144,7 +144,9 @@ def _write_csv(path: pathlib.Path, rows: Sequence[ComparedRun]) -> None:
     """Write a line for each run; nested values have dotted paths as column names."""
     lines = []
     for row in rows:
-        values = {p: " ".join(v) if isinstance(v, tuple) else v for p, v in row.values.items()}
+        values = {
+            p: " ".join(map(str, v)) if isinstance(v, tuple) else v for p, v in row.values.items()
+        }
         lines.append({"name": row.name, **values, **dotted(row.summary)})
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))

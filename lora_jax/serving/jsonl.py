@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -40,6 +41,12 @@ class JsonLine:
     where: str
     size: int = 0
 
+    @property
+    def fields(self) -> str:
+        """The names of the fields, for a message."""
+        names = ", ".join(map(repr, itertools.islice(self.value, 40))) or "none"
+        return names if len(names) <= 1_000 else f"{names[:1_000]}..."
+
     def get(self, field: str, kind: type[T], default: T | None = None) -> T:
         """Return a field. Unless `default` is given, it must be there and not null.
 
@@ -55,8 +62,7 @@ class JsonLine:
         if found is None and default is not None:
             return default
         if field not in self.value:
-            there = ", ".join(map(repr, self.value)) or "none"
-            raise LineError(f"{self.where} has no field {field!r}; its fields: {there}")
+            raise LineError(f"{self.where} has no field {field!r}; its fields: {self.fields}")
         if not isinstance(found, kind):
             raise LineError(
                 f"{self.where}: {field!r} is {json.dumps(found)[:80]}, expected a {kind.__name__}"

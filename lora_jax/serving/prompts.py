@@ -124,11 +124,10 @@ class Prompts:
         if template is None or (lacking and FIELD in line.value):
             return line.get(FIELD, str)
         if lacking:
-            there = ", ".join(map(repr, line.value)) or "none"
             raise LineError(
                 f"{line.where} has no field {lacking[0]!r}: adapter {name!r} was trained on "
-                f"prompts of the form {template.text!r}. The line's fields: {there}. Give it that, "
-                f"or the whole text as {FIELD!r}"
+                f"prompts of the form {template.text!r}. The line's fields: {line.fields}. Give "
+                f"it that, or the whole text as {FIELD!r}"
             )
         return template.fill(line.value, line.where)
 

@@ -144,7 +144,9 @@ def _comparable(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
             found[field.name] = _comparable(value, own)
         elif isinstance(value, list) and field.metadata.get("unordered"):
             # The first matching pattern decides the settings, so with settings the order counts.
-            found[field.name] = value if any("@" in x for x in value) else sorted(value)
+            # An edited file may hold anything, so it is compared as text.
+            ordered = any("@" in str(x) for x in value)
+            found[field.name] = value if ordered else sorted(value, key=str)
     return found
 
 

@@ -173,6 +173,10 @@ def _read(line: bytes, where: str) -> Line:
         return LoraError(f"{message}; delete the damaged line")
 
     found = json_file.parse(line, where, damaged)
-    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
         raise LoraError(f"{where} is not a line of train.py's metrics.jsonl: it has no step")
+    for name, value in found.items():
+        number = value is None or (isinstance(value, int | float) and abs(value) < 1e300)
+        if not (isinstance(value, str) if name == "split" else number):
+            raise damaged(f"{where}: {name[:80]!r} is {str(value)[:80]!r}")
     return found

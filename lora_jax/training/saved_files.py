@@ -62,7 +62,7 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     for name, kind in _SUMMARY.items():
         if name not in found:
             raise LoraError(f"{file} has no {name!r}; {_SUMMARY_CURE}")
-        if not isinstance(found[name], kind):
+        if not isinstance(found[name], kind) or _too_large(found[name]):
             raise LoraError(f"{file}: {name!r} is {str(found[name])[:80]!r}; {_SUMMARY_CURE}")
     for when in ("before", "after"):
         if not all(_are_scores(scores) for scores in found[when].values()):
@@ -73,7 +73,13 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def _too_large(value: Any) -> bool:
+    """Whether it is an integer that no float holds, so that nothing can be computed with it."""
+    return isinstance(value, int) and abs(value) > 10**18
+
+
 def _are_scores(scores: Any) -> bool:
     return isinstance(scores, dict) and all(
-        value is None or isinstance(value, _NUMBER) for value in scores.values()
+        value is None or (isinstance(value, _NUMBER) and not _too_large(value))
+        for value in scores.values()
     )

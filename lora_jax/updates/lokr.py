@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax.errors import LoraError
 from lora_jax.target import Target
 from lora_jax.updates.kind import (
     Factors,
@@ -16,6 +18,8 @@ from lora_jax.updates.kind import (
     check_rank_limit,
     uniform,
 )
+
+LARGEST = 2**36  # of a size that is split: its divisors are looked for one by one
 
 
 class KroneckerFactors(NamedTuple):
@@ -77,6 +81,12 @@ class Lokr(Kind):
 
     def check(self, target: Target) -> None:
         check_no_parts(self, target)
+        for size in (target.fan_in, target.fan_out):
+            if not 1 <= size <= LARGEST:
+                raise LoraError(
+                    f"{target.path!r}: LoKr splits sizes from 1 to {LARGEST:,} into divisors, got "
+                    f"{size:,}"
+                )
         n, k = split(target.fan_in)[1], split(target.fan_out)[1]
         check_rank_limit(target, min(n, k), f"the smaller of the larger divisors {n} and {k}")
 
@@ -119,5 +129,5 @@ def split(size: int) -> tuple[int, int]:
     >>> split(768), split(11), split(16)
     ((24, 32), (1, 11), (4, 4))
     """
-    m = next(d for d in range(int(size**0.5), 0, -1) if size % d == 0)
+    m = next(d for d in range(math.isqrt(size), 0, -1) if size % d == 0)
     return m, size // m

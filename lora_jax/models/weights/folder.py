@@ -18,7 +18,7 @@ from lora_jax.models.errors import (
     is_failure,
     shown,
 )
-from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file
+from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file, tokenizer_limits
 from lora_jax.models.weights.assemble import assemble, stored_shapes
 from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
 from lora_jax.models.weights.hf_config import parse
@@ -29,6 +29,7 @@ from lora_jax.models.weights.stored import Head, ParameterTree, Stored
 
 SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_NAME = 200  # characters of a file's name; systems have 255 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Folder:
                 f"{tokenizers.__version__} reads: {shown(error)}\n"
                 "Fetch the file again, or write it with the package that made it."
             ) from error
+        tokenizer_limits.check(tokenizer, str(path))
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
@@ -173,10 +175,11 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise WeightsError(f"{index}: weight_map is {type(found).__name__}, expected an object")
     for name, file in found.items():
         # The index may come from a stranger, so it may only name files of its own folder.
-        known = isinstance(file, str) and file.endswith(".safetensors")
+        known = isinstance(file, str) and file.endswith(".safetensors") and len(file) <= _NAME
         if not known or Path(file).name != file:
             raise WeightsError(
-                f"{index}: {name} is in {file!r}, expected a .safetensors file in the same folder"
+                f"{index}: {shown(name)} is in {shown(repr(file))}, expected a .safetensors file "
+                "in the same folder"
             )
     return found
 

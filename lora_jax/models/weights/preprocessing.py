@@ -1,13 +1,13 @@
 """Read how a model's images are preprocessed: preprocessor_config.json of transformers' ViT."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from lora_jax import json_file
 from lora_jax.models.config import VitConfig
-from lora_jax.models.errors import ModelConfigError
+from lora_jax.models.errors import ModelConfigError, shown
 
 FILE = "preprocessor_config.json"
 _TYPES = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTFeatureExtractor")
@@ -59,9 +59,7 @@ def read(folder: Path, config: VitConfig) -> Preprocessing:
             f'    transformers.ViTImageProcessor(size={{"height": {config.image_size[0]}, "width": '
             f"{config.image_size[1]}}}).save_pretrained(folder)"
         )
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ModelConfigError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    found = json_file.read(path, ModelConfigError, finite=False)
     _check(found, config, str(path))
     normalised = found.get("do_normalize", True)
     return Preprocessing(
@@ -120,4 +118,4 @@ def _channels(
 
 def _require(condition: bool, where: str, field: str, got: Any, expected: str) -> None:
     if not condition:
-        raise ModelConfigError(f"{where}: {field} must be {expected}, got {got!r}")
+        raise ModelConfigError(f"{where}: {field} must be {expected}, got {shown(got)}")

@@ -1,0 +1,292 @@
+"""Adapters from strangers: layouts, checkpoints of Orbax, PEFT and MLX folders."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import pathlib
+import tempfile
+from random import Random
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax
+from lora_jax.checkpoint import adapter as checkpoints
+from lora_jax.exchange import mlx, peft
+from lora_jax.hf_module import HfModule
+from lora_jax.layout import Layout
+from lora_jax.serving import served_adapters, text_classifier
+from tests.fuzz import mutate, tensors
+from tests.fuzz.kind import FORMATS, GOLDEN, Files, stored
+
+MANIFEST = "meta/_strings.json"
+PARAMS = {
+    "embed": jnp.ones((7, 6)),
+    "q": jnp.ones((6, 5)),
+    "v": jnp.ones((5, 4)),
+    "bias": jnp.zeros(4),
+}
+NAMES: Any = {
+    "embed": HfModule("embed", layer="embedding"),
+    "q": HfModule("layers.0.q", transposed=True),
+    "v": HfModule("layers.0.v", transposed=True),
+    "bias": "layers.0.v.bias",
+}
+IDS = jnp.zeros((1, 2), jnp.int32)
+
+
+def model(p: Any, ids: Any) -> Any:
+    """A model of an embedding, two products and a bias."""
+    return jnp.tanh(p["embed"][ids] @ p["q"]) @ p["v"] + p["bias"][None, None]
+
+
+def _adapter(targets: str, **rule: Any) -> lora_jax.Adapter:
+    spec = lora_jax.LoraSpec(2, 3.0, (lora_jax.Rule(targets, **rule),))
+    layout = lora_jax.resolve(spec, model, PARAMS, IDS)
+    adapters = lora_jax.init(jax.random.key(0), layout, params=PARAMS)
+    return lora_jax.Adapter(layout, jax.tree.map(jnp.ones_like, adapters))
+
+
+# ---- layouts ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def layouts() -> tuple[bytes, ...]:
+    """Return layouts of every format."""
+    kinds = checkpoints.restore_layout(FORMATS / "v2" / "kinds").to_json().encode()
+    part = lora_jax.Target("qkv", (8, 6), (), (0,), (1,), 2, 2.0, parts=((0, 2), (4, 2)))
+    return (
+        (FORMATS / "v1" / "layout.json").read_bytes(),
+        kinds,
+        Layout((part,)).to_json().encode(),
+    )
+
+
+def make_layout(random: Random) -> Files:
+    """Draw a layout."""
+    return {"layout.json": mutate.json_text(random, random.choice(layouts()))}
+
+
+def read_layout(random: Random, folder: pathlib.Path) -> None:
+    """Read it, and use what a layout is used for."""
+    text = (folder / "layout.json").read_bytes().decode("utf-8", "surrogateescape")
+    check_layout(Layout.from_json(text))
+
+
+def check_layout(layout: Layout) -> None:
+    """Assert that a layout is one: static, printable, and the same after a round trip."""
+    assert Layout.from_json(layout.to_json()) == layout
+    assert isinstance(hash(layout), int) and layout.size >= 0
+    str(layout).encode()
+
+
+# ---- checkpoints -----------------------------------------------------------------------------
+
+
+@functools.cache
+def checkpoints_files() -> tuple[Files, ...]:
+    """Return adapters of format 1, of every kind, and of a text classifier."""
+    about = {
+        "labels": ["no", "yes"],
+        "text_fields": ["text"],
+        "lengths": [8, 16],
+        "prompt": "{text}",
+        "eos": "</s>",
+        "model": {
+            "reference": str(GOLDEN / "golden_models" / "bert"),
+            "pooling": "mean",
+            "dtype": "float32",
+            "param_dtype": "float32",
+            "scan_layers": False,
+        },
+    }
+    layout, adapters, _ = _adapter("{q,v}")
+    head = {"classifier/out/kernel": jnp.ones((4, 2)), "classifier/out/bias": jnp.zeros(2)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "adapter"
+        frozen = lora_jax.fingerprint(PARAMS)
+        lora_jax.save(path, (layout, adapters, head), fingerprint=frozen, about=about)
+        made = dict(stored(path))
+    return (dict(stored(FORMATS / "v1" / "adapter")), dict(stored(FORMATS / "v2" / "kinds")), made)
+
+
+def sealed(text: str) -> bytes:
+    """Return the file of a manifest, sealed as it should be."""
+    data = text.encode("utf-8", "surrogatepass")
+    return json.dumps({"text": text, "sha256": hashlib.sha256(data).hexdigest()}).encode()
+
+
+def make_manifest(random: Random) -> Files:
+    """Draw an adapter whose manifest was changed, and mostly sealed again."""
+    files = dict(random.choice(checkpoints_files()))
+    if random.random() < 0.15:
+        files[MANIFEST] = mutate.json_text(random, files[MANIFEST])
+        return files
+    data = json.loads(json.loads(files[MANIFEST])["text"])
+    part = random.choice(("all", "layout", "notes", "about", "arrays"))
+    if part == "layout":
+        made = mutate.json_text(random, data["notes"]["layout"])
+        data["notes"]["layout"] = made.decode("utf-8", "surrogateescape")
+        text = json.dumps(data)
+    else:
+        inner = {"all": data, "about": data["notes"].get("about")}.get(part, data.get(part))
+        marked = copy.deepcopy(data)
+        if part == "all":
+            marked = "@"
+        elif part == "about":
+            marked["notes"]["about"] = "@"
+        else:
+            marked[part] = "@"
+        made = mutate.json_text(random, json.dumps(inner)).decode("utf-8", "surrogateescape")
+        text = json.dumps(marked).replace('"@"', made)
+    files[MANIFEST] = sealed(text)
+    return files
+
+
+def read_checkpoint(random: Random, folder: pathlib.Path) -> None:
+    """Read it as the library and the commands do."""
+    match random.randrange(6):
+        case 0:
+            check_layout(checkpoints.restore_layout(folder))
+        case 1:
+            served = served_adapters.ServedAdapter(
+                "a", str(folder), Layout(), {}, {}, checkpoints.restore_about(folder)
+            )
+            text_classifier.task_of(served)
+            served_adapters.open_base([served], None, False)
+        case 2:
+            for shape in checkpoints.restore_trainable_shapes(folder).values():
+                assert all(n >= 0 for n in shape)
+        case 3:
+            checkpoints.check_trained_on(folder, lora_jax.fingerprint(PARAMS))
+        case _:
+            check_adapter(lora_jax.restore(folder))
+
+
+def check_adapter(adapter: lora_jax.Adapter) -> None:
+    """Assert that an adapter's arrays are those of its layout."""
+    layout, parameters, _ = adapter
+    check_layout(layout)
+    assert [t.path for t in layout.targets] == list(parameters)
+    lora_jax.adapters.check(layout, parameters)
+
+
+def make_orbax(random: Random) -> Files:
+    """Draw an adapter of which a file of Orbax's own was changed, or is not there."""
+    files = dict(random.choice(checkpoints_files()))
+    name = random.choice(sorted(set(files) - {MANIFEST, "orbax.checkpoint"}))
+    data = files[name]
+    match random.randrange(8):
+        case 0:
+            del files[name]
+        case 1:
+            files[random.choice((f"{name}x", "arrays/x", "other/_METADATA", "meta/x"))] = data
+        case _ if data[:1] == b"{":
+            files[name] = mutate.json_text(random, data)
+        case _:
+            files[name] = mutate.bytes_of(random, data)
+    return files
+
+
+def read_orbax(random: Random, folder: pathlib.Path) -> None:
+    """Read the arrays; their hashes say that they are those that were saved."""
+    check_adapter(lora_jax.restore(folder))
+
+
+# ---- PEFT and MLX ----------------------------------------------------------------------------
+
+
+@functools.cache
+def peft_folders() -> tuple[Files, ...]:
+    """Return folders of the kinds of adapter that PEFT has, and one of MLX."""
+    layout, parameters, _ = _adapter("{q,v}")
+    bias = {"bias": jnp.ones(4)}
+    adapters = (
+        lora_jax.Adapter(layout, parameters, bias),
+        _adapter("{q,v}", kind="dora"),
+        _adapter("{embed,v}", scaling="alpha/sqrt(r)"),
+    )
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, adapter in enumerate(adapters):
+            path = pathlib.Path(folder) / str(number)
+            about = {"labels": ["a", "b"], "model": {"pooling": "mean"}}
+            peft.save(path, NAMES, adapter, base="org/name", params=PARAMS, about=about)
+            found.append(dict(stored(path)))
+    return tuple(found)
+
+
+@functools.cache
+def mlx_folders() -> tuple[Files, ...]:
+    """Return folders of mlx-lm's LoRA and DoRA."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("lora", "dora"):
+            path = pathlib.Path(folder) / kind
+            mlx.save(path, NAMES, _adapter("{q,v}", kind=kind))
+            found.append(dict(stored(path)))
+    return tuple(found)
+
+
+def _folder(random: Random, folders: tuple[Files, ...], weights: str) -> Files:
+    files = dict(random.choice(folders))
+    match random.randrange(4):
+        case 0 | 1:
+            config = mutate.read(files[peft.CONFIG])
+            values = [pair for pair in config if pair[1] not in (None, False)]
+            for _ in range(random.randint(1, 2)):  # a value that counts
+                pair = random.choice(values if random.random() < 0.7 else config)
+                pair[1] = random.choice((mutate.near, lambda r, _: mutate.some_value(r)))(
+                    random, pair[1]
+                )
+            text = mutate.dump(config)
+            files[peft.CONFIG] = text.encode("utf-8", "surrogatepass")
+            if random.random() < 0.3:
+                files[peft.CONFIG] = mutate.json_text(
+                    random, dict(random.choice(folders))[peft.CONFIG]
+                )
+        case 2:
+            files[weights] = tensors.renamed(random, files[weights])
+        case _:
+            files[weights] = tensors.changed(random, files[weights])
+    return files
+
+
+def make_peft(random: Random) -> Files:
+    """Draw a PEFT folder."""
+    return _folder(random, peft_folders(), peft.TENSORS)
+
+
+def read_peft(random: Random, folder: pathlib.Path) -> None:
+    """Describe it, ask what servers make of it, and load it."""
+    found = peft.describe(folder)
+    assert isinstance(found.about, dict)
+    if random.random() < 0.2:
+        peft.check(folder, random.choice(("vllm", "sglang", "llama.cpp", "lorax", "ollama")))
+    verify = random.random() < 0.2
+    check_exchanged(peft.load(folder, NAMES, model, PARAMS, IDS, verify=verify))
+
+
+def make_mlx(random: Random) -> Files:
+    """Draw a folder of mlx-lm."""
+    return _folder(random, mlx_folders(), mlx.TENSORS)
+
+
+def read_mlx(random: Random, folder: pathlib.Path) -> None:
+    """Load it."""
+    check_exchanged(mlx.load(folder, NAMES, model, PARAMS, IDS))
+
+
+def check_exchanged(adapter: lora_jax.Adapter) -> None:
+    """Assert that it fits the model, and that its numbers are finite."""
+    check_adapter(adapter)
+    adapter.layout.check_params(PARAMS)
+    for x in jax.tree.leaves((adapter.parameters, dict(adapter.trainable))):
+        assert np.isfinite(x).all()
+    for path, x in adapter.trainable.items():
+        assert x.shape == PARAMS[path].shape

@@ -1,0 +1,44 @@
+"""What a kind of file is to the fuzzer: how a case is made of it, and what reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from random import Random
+
+TESTS = pathlib.Path(__file__).parents[1]
+FORMATS, GOLDEN = TESTS / "formats", TESTS / "golden"
+Files = dict[str, bytes]  # contents by path, relative to the case's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of input.
+
+    make: draws the files of a case.
+    read: reads them, out of the folder that they are in, as the package does; asserts that what it
+      gets is right.
+    errors: what the package documents for a file that it refuses.
+    cases: how many of them CI runs.
+    """
+
+    make: Callable[[Random], Files]
+    read: Callable[[Random, pathlib.Path], object]
+    errors: tuple[type[BaseException], ...]
+    cases: int
+
+
+def write(folder: pathlib.Path, files: Mapping[str, bytes]) -> None:
+    """Write the files of a case."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+@functools.cache
+def stored(folder: pathlib.Path) -> Mapping[str, bytes]:
+    """Return the files of a folder, which are read once."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

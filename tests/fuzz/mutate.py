@@ -1,0 +1,233 @@
+"""Changes to JSON and to bytes, drawn from a `random.Random`.
+
+A case is its kind, a seed and a number, in CI as by hand, so it can be run again by these three.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+SECRET = "../secret.safetensors"  # a valid file outside of the case's folder, which nobody may open
+TEXTS = (
+    *(
+        "",
+        " ",
+        "a",
+        "\0",
+        "\x1b[2J",
+        "\u202e",
+        "\ud800",
+        "\u00e9\U0001f600",
+        "null",
+        "NaN",
+        "1e999",
+    ),
+    *(
+        "..",
+        ".",
+        "/",
+        "../x",
+        SECRET,
+        "/etc/passwd",
+        "a/b",
+        "a.b",
+        "a\\b",
+        "C:\\x",
+        "{a}",
+        "{",
+        "%s",
+    ),
+    *("(a+)+$", "[", "*", "(?=a)", "x" * 3_000, "__class__", "__metadata__", "base", "default"),
+)
+NUMBERS = (
+    *(0, -1, 1, 2, 3, 255, 256, 1_000, 65_536, 10**9, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63),
+    *(2**64, 10**30, -(2**31), -(2**63), 10**400, 0.0, -0.0, 0.5, 1e-320, 1e30, 1e308, -1.5),
+)
+RAW = (
+    *(
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e999",
+        "01",
+        "+1",
+        ".5",
+        "tru",
+        "'a'",
+        "",
+        ",",
+        "//",
+        '"\t"',
+    ),
+    *('"\\ud800"', '"\\udc00\\ud800"', '"\\x"', "9" * 5_000, "-", "1.", '{"a":1,"a":2}', "\ufeff1"),
+)
+
+
+class Pairs(list[list[Any]]):
+    """A JSON object as a list of [key, value], so that a key may be there twice."""
+
+
+class Literal(str):
+    """Text that stands for a value as it is, whether it is JSON or not."""
+
+
+def read(text: str | bytes) -> Any:
+    """Return JSON as lists, `Pairs` and plain values."""
+    return json.loads(text, object_pairs_hook=lambda pairs: Pairs([key, x] for key, x in pairs))
+
+
+def dump(value: Any) -> str:
+    """Return the text of what `read` gives, with the literals in it as they are."""
+    if isinstance(value, Literal):
+        return str(value)
+    if isinstance(value, Pairs):
+        return "{" + ", ".join(f"{json.dumps(str(k))}: {dump(x)}" for k, x in value) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(dump, value)) + "]"
+    return json.dumps(value)
+
+
+def some_value(random: Random) -> Any:
+    """Draw a value that a field hardly has."""
+    match random.randrange(12):
+        case 0 | 1 | 2:
+            return random.choice(NUMBERS)
+        case 3 | 4:
+            return random.choice(TEXTS)
+        case 5:
+            return random.choice((None, True, False))
+        case 6:
+            return random.choice(([], Pairs(), [[]], [None], Pairs([["", None]]), [0] * 40))
+        case 7:
+            return [random.choice(NUMBERS) for _ in range(random.randrange(1, 5))]
+        case 8:
+            return [random.choice(TEXTS) for _ in range(random.randrange(1, 5))]
+        case 9:
+            return Pairs([[random.choice(TEXTS), random.choice(NUMBERS)]])
+        case 10:
+            return Literal(random.choice(RAW))
+        case _:
+            deep = random.choice((3, 40, 101, 2_000, 100_000))
+            start, end = random.choice((("[", "]"), ('{"a":', "}")))
+            return Literal(start * deep + ("1" if start != "[" else "") + end * deep)
+
+
+def near(random: Random, old: Any) -> Any:
+    """Draw a value close to the one that is there."""
+    if isinstance(old, bool) or old is None:
+        return random.choice((True, False, None, 0, "true"))
+    if isinstance(old, int | float):
+        factor = random.choice((2, 10, 1_000, 10**6, 10**12))
+        other = float(old) if abs(old) < 1e300 else 0.0
+        return random.choice((old + 1, old - 1, -old, other * factor, other, str(old), [old]))
+    if isinstance(old, str):
+        other = (old + "x", old[:-1], old[::-1], old.upper(), f"../{old}", f"/{old}", old * 50)
+        return random.choice((*other, f"{old}\0", f"{old}\ud800", old.replace("_", ""), [old]))
+    return random.choice((some_value(random), [old], Pairs([["a", old]])))
+
+
+def _places(tree: Any) -> list[tuple[Any, Any]]:
+    """Every (container, index) of a value in the tree."""
+    found, left = [], [tree]
+    while left:
+        one = left.pop()
+        if isinstance(one, Pairs):
+            inner = [(pair, 1) for pair in one]
+        else:
+            inner = [(one, i) for i in range(len(one))] if isinstance(one, list) else []
+        found += inner
+        left += [container[i] for container, i in inner]
+    return found
+
+
+def _replace(random: Random, tree: Any) -> None:
+    container, i = random.choice(_places(tree))
+    container[i] = some_value(random)
+
+
+def _near(random: Random, tree: Any) -> None:
+    container, i = random.choice(_places(tree))
+    container[i] = near(random, container[i])
+
+
+def _swap(random: Random, tree: Any) -> None:
+    (one, i), (two, j) = random.choice(_places(tree)), random.choice(_places(tree))
+    one[i], two[j] = copy.deepcopy(two[j]), copy.deepcopy(one[i])
+
+
+def _containers(tree: Any, kind: type[Any]) -> list[Any]:
+    found = [tree, *(container[i] for container, i in _places(tree))]
+    return [x for x in found if isinstance(x, kind) and x]
+
+
+def _remove(random: Random, tree: Any) -> None:
+    container = random.choice(_containers(tree, list) or [[0]])
+    del container[random.randrange(len(container))]
+
+
+def _repeat(random: Random, tree: Any) -> None:
+    container = random.choice(_containers(tree, list) or [[0]])
+    one = container[random.randrange(len(container))]
+    container += [copy.deepcopy(one) for _ in range(random.choice((1, 1, 2, 40)))]
+
+
+def _rename(random: Random, tree: Any) -> None:
+    pairs = random.choice(_containers(tree, Pairs) or [Pairs([["a", 0]])])
+    pair = random.choice(pairs)
+    others = [key for found in _containers(tree, Pairs) for key, _ in found]
+    options = (random.choice(TEXTS), random.choice(others or ["a"]), str(near(random, pair[0])))
+    pair[0] = random.choice(options)
+
+
+def _add(random: Random, tree: Any) -> None:
+    pairs = random.choice(_containers(tree, Pairs) or [Pairs()])
+    others = [key for found in _containers(tree, Pairs) for key, _ in found]
+    pairs.append([random.choice([*TEXTS, *others]), some_value(random)])
+
+
+_CHANGES: tuple[Callable[[Random, Any], None], ...] = (
+    *(_replace, _replace, _near, _near, _near, _swap, _remove, _remove, _repeat, _rename, _add),
+)
+
+
+def json_text(random: Random, text: str | bytes, most: int = 3) -> bytes:
+    """Return JSON of a changed structure, and now and then of changed bytes as well."""
+    made = dump(tree_of(random, read(text), most)).encode("utf-8", "surrogatepass")
+    return bytes_of(random, made) if random.random() < 0.1 else made
+
+
+def tree_of(random: Random, value: Any, most: int) -> Any:
+    """Return what `read` gave with 1 to `most` changes; it is changed in place."""
+    tree = [value]  # so that the whole of it may be replaced, too
+    for _ in range(random.randint(1, most)):
+        if _places(tree):
+            random.choice(_CHANGES)(random, tree)
+    return tree[0] if tree else None
+
+
+def bytes_of(random: Random, data: bytes) -> bytes:
+    """Return the bytes with a few flipped, cut, put in, repeated or taken out."""
+    made = bytearray(data)
+    for _ in range(random.choice((1, 1, 1, 2, 8))):
+        at = random.randrange(len(made) + 1)
+        size = random.choice((1, 1, 2, 4, 8, 64))
+        match random.randrange(8):
+            case 0 | 1 | 2:
+                if at < len(made):
+                    made[at] ^= 1 << random.randrange(8)
+            case 3:
+                del made[at:]
+            case 4:
+                del made[at : at + size]
+            case 5:
+                made[at:at] = random.choice((b"\0", b"\xff", b"\xed\xa0\x80", b"[", b'"')) * size
+            case 6:
+                made[at:at] = made[at : at + size]
+            case _:
+                big = random.choice((0, 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1))
+                made[at : at + 8] = big.to_bytes(8, "little")
+    return bytes(made)

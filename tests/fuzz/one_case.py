@@ -1,0 +1,53 @@
+"""Run one case within its bounds."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import warnings
+from random import Random
+
+from tests.fuzz import adapters, kind, mutate
+from tests.fuzz.bounds import BrokenError, bounded, check_message
+from tests.fuzz.kinds import KINDS
+
+REFUSED, READ = "refused", "read"
+
+
+def generator(kind: str, seed: int, number: int) -> Random:
+    """Return the generator of one case."""
+    return Random(f"{kind}/{seed}/{number}")
+
+
+def run(name: str, random: Random, root: pathlib.Path) -> str:
+    """Make one case of a kind and read it; return how it ended.
+
+    Args:
+      name: of the kind.
+      random: draws the case.
+      root: an empty folder; what is in it when the case ends may not be more than was before.
+
+    Raises:
+      BrokenError: the case broke a rule of `tests.fuzz.bounds`.
+      Exception: anything but the errors that the kind documents.
+    """
+    one, folder = KINDS[name], root / "case"
+    secret = (folder / mutate.SECRET).resolve()
+    if not secret.exists():
+        secret.write_bytes(adapters.peft_folders()[0]["adapter_model.safetensors"])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    kind.write(folder, one.make(random))
+    before = sorted(root.rglob("*"))
+    try:
+        with warnings.catch_warnings(), bounded(secret):
+            warnings.simplefilter("ignore")
+            one.read(random, folder)
+    except BrokenError:
+        raise
+    except one.errors as error:
+        check_message(error)
+        return REFUSED
+    if more := [str(p) for p in sorted(root.rglob("*")) if p not in before]:
+        raise BrokenError(f"left {more[:5]}")
+    return READ

@@ -1,0 +1,304 @@
+"""What the fuzzer has found, each as small as it can be; all of them were tracebacks or worse."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers, processors
+
+from lora_jax import LoraError, console, data
+from lora_jax.checkpoint import adapter as checkpoints
+from lora_jax.data import source
+from lora_jax.errors import nearest
+from lora_jax.exchange import peft
+from lora_jax.layout import Layout
+from lora_jax.models.errors import ModelConfigError, TokenizerError, WeightsError
+from lora_jax.models.weights import preprocessing
+from lora_jax.models.weights.folder import Folder
+from lora_jax.report import many_runs, run_files
+from lora_jax.report.update_analysis import BaseChoice
+from lora_jax.serving import jsonl
+from lora_jax.training import config_json
+from tests.formats import small
+from tests.fuzz import adapters
+from tests.fuzz.kind import write
+from tests.fuzz.model_files import FOLDERS, IMAGES
+from tests.fuzz.user_files import RUN
+
+pytestmark = pytest.mark.standard_promotion
+
+
+def layout(**changes: Any) -> str:
+    """A layout of one target with other values."""
+    found = json.loads(adapters.layouts()[2])
+    found["targets"][0].update(changes)
+    return json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"shape": [[8], 6]}, r"shape is \(\(8,\), 6\), not at most 32 integers"),
+        ({"shape": [8, 2**63]}, "shape is"),
+        ({"shape": "86"}, "shape is 86"),
+        ({"stack": {"a": 1}}, "stack is"),
+        ({"rank": 2.0}, "rank is 2.0, not an integer"),
+        ({"alpha": 10**301}, "alpha is"),
+        ({"path": 3}, "path is 3, not a text"),
+        ({"parts": [[0, 2, 4]]}, "parts is"),
+        ({"parts": 3}, "parts is 3, not pairs"),
+        ({"part_axis": None}, "part_axis is None"),
+        ({"fold": "no"}, "fold is no, not true or false"),
+        ({"kind": []}, "kind is"),
+    ],
+)
+def test_a_layout_with_a_value_of_another_type(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(LoraError, match=f"this is not a target of a layout: {says}"):
+        Layout.from_json(layout(**changes))
+
+
+@pytest.mark.parametrize("targets", [3, {"a": 1}, None, "w"])
+def test_a_layout_without_a_list(targets: Any) -> None:
+    text = json.dumps({"format": 2, "targets": targets})
+    with pytest.raises(LoraError, match="a target of a layout is expected in a list"):
+        Layout.from_json(text)
+
+
+def test_a_layout_with_a_target_twice() -> None:
+    """Red: it has two targets and the adapter parameters of one."""
+    found = json.loads(layout())
+    found["targets"] *= 2
+    with pytest.raises(LoraError, match="has the target 'qkv' twice"):
+        Layout.from_json(json.dumps(found))
+
+
+def test_a_layout_with_a_key_twice() -> None:
+    text = layout().replace('"rank": 2', '"rank": 2, "rank": 1')
+    with pytest.raises(LoraError, match="the key 'rank' is there twice"):
+        Layout.from_json(text)
+
+
+@pytest.mark.parametrize("size", [0, 2**61 - 1])
+def test_a_size_that_takes_an_hour_to_split(size: int) -> None:
+    """LoKr looks for divisors one by one; of 0 there is none. Red: the test does not end."""
+    changes = {"kind": "lokr", "shape": [size, 6], "parts": []}
+    with pytest.raises(LoraError, match="LoKr splits sizes from 1 to"):
+        Layout.from_json(layout(**changes))
+
+
+@pytest.mark.parametrize("start", ["[", '{"a":', "\ufeff ["])
+@pytest.mark.parametrize("name", ["arrays/_sharding", "arrays/_METADATA", "_CHECKPOINT_METADATA"])
+def test_a_file_of_orbax_that_is_nested_too_deeply(
+    tmp_path: pathlib.Path, name: str, start: str
+) -> None:
+    """Red: TensorStore reads it, and the process ends with a segmentation fault."""
+    write(tmp_path, {**adapters.checkpoints_files()[1], name: start.encode() * 100_000})
+    with pytest.raises(LoraError, match=r"nested too deeply|not JSON"):
+        checkpoints.restore(tmp_path)
+
+
+def test_a_seal_of_many_characters(tmp_path: pathlib.Path) -> None:
+    files = adapters.checkpoints_files()[2]
+    stored = json.loads(files[adapters.MANIFEST])
+    text = json.dumps(stored | {"sha256": ["x" * 100_000]}).encode()
+    write(tmp_path, {**files, adapters.MANIFEST: text})
+    with pytest.raises(LoraError, match="its meta is not what was saved") as failure:
+        checkpoints.restore_layout(tmp_path)
+    assert len(str(failure.value)) < 1_000
+
+
+def test_notes_without_a_fingerprint(tmp_path: pathlib.Path) -> None:
+    files = adapters.checkpoints_files()[2]
+    manifest = json.loads(json.loads(files[adapters.MANIFEST])["text"])
+    del manifest["notes"]["fingerprint"]
+    write(tmp_path, {**files, adapters.MANIFEST: adapters.sealed(json.dumps(manifest))})
+    with pytest.raises(LoraError, match="has no fingerprint of its base"):
+        checkpoints.check_trained_on(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    "text", [b'{"do_resize": ', b"[]", b'{"a": "\x80"}', b'{"size": 8, "size": 8}', b"[" * 10_000]
+)
+def test_preprocessing_that_is_not_json(tmp_path: pathlib.Path, text: bytes) -> None:
+    (tmp_path / preprocessing.FILE).write_bytes(text)
+    with pytest.raises(ModelConfigError, match=preprocessing.FILE):
+        preprocessing.read(tmp_path, Folder(FOLDERS / "vit").config)  # type: ignore[arg-type]
+
+
+def test_preprocessing_of_a_model_is_read(tmp_path: pathlib.Path) -> None:
+    """The file that the tests above damage is a good one."""
+    config: Any = Folder(FOLDERS / "vit").config
+    size = dict(zip(("height", "width"), config.image_size, strict=True))
+    (tmp_path / preprocessing.FILE).write_text(json.dumps(IMAGES | {"size": size}))
+    assert preprocessing.read(tmp_path, config).size == config.image_size
+
+
+def test_a_file_whose_name_no_system_has(tmp_path: pathlib.Path) -> None:
+    shutil.copytree(FOLDERS / "bert", tmp_path, dirs_exist_ok=True)
+    index = {"weight_map": {"w": "x" * 300 + ".safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match="w is in 'xxx"):
+        Folder(tmp_path).stored()
+
+
+@pytest.mark.parametrize("pattern", [3.5, [1], {"q": "x"}])
+def test_servers_are_not_asked_about_nonsense(tmp_path: pathlib.Path, pattern: Any) -> None:
+    files = adapters.peft_folders()[0]
+    settings = json.loads(files[peft.CONFIG]) | {"rank_pattern": pattern}
+    write(tmp_path, {**files, peft.CONFIG: json.dumps(settings).encode()})
+    with pytest.raises(LoraError, match="rank_pattern is"):
+        peft.check(tmp_path, "vllm")
+
+
+def tokenizer(template: str = "[CLS] $A", words: str = "ab") -> tokenizers.Tokenizer:
+    """A tokenizer of single characters that pads nothing."""
+    vocabulary = {name: i for i, name in enumerate(["[CLS]", *words])}
+    found = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    special = [("[CLS]", 0)]
+    found.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+    return found
+
+
+def test_a_tokenizer_that_has_no_token_for_a_letter() -> None:
+    assert data.tokens.Encoder(tokenizer(), 8).start == (0,)
+    with pytest.raises(data.DataError, match="no token for the text 'a'"):
+        _ = data.tokens.Encoder(tokenizer(words="xy"), 8).start
+
+
+def test_a_tokenizer_that_repeats_the_text() -> None:
+    """Red: the row is longer than its batch, and filling it fails."""
+    encoder = data.tokens.Encoder(tokenizer("[CLS] $A $A"), 6)
+    truncation = data.tokens.TextTruncation()
+    assert len(encoder.truncate(["ab"], truncation)[0]) == 5
+    with pytest.raises(data.DataError, match="its post-processor repeats the text"):
+        encoder.truncate(["ababababab"], truncation)
+
+
+class Contradicting:
+    """Stands for a tokenizer with two tokens of one number: one of them is lost, at random."""
+
+    def to_str(self) -> str:
+        """What the package writes of it, and does not read."""
+        return tokenizer().to_str().replace('"merges":[]', '"merges":[["a","b"]]')
+
+
+def test_a_tokenizer_that_is_not_what_it_writes() -> None:
+    with pytest.raises(data.DataError, match="the tokenizer contradicts itself: Token `ab`"):
+        data.tokens.Encoder(Contradicting(), 8)  # type: ignore[arg-type]
+
+
+def stored(folder: pathlib.Path, **parts: Any) -> Folder:
+    """A model's folder with a tokenizer.json of these parts."""
+    found = tokenizer()
+    for name, part in parts.items():
+        setattr(found, name, part)
+    found.save(str(folder / "tokenizer.json"))
+    return Folder(folder)
+
+
+@pytest.mark.parametrize("name", ["normalizer", "decoder"])
+def test_a_tokenizer_that_makes_gigabytes_of_a_word(tmp_path: pathlib.Path, name: str) -> None:
+    """Red: 40 letters become 4 * 10^10, and the package ends the process."""
+    room: Any = {"normalizer": normalizers, "decoder": decoders}[name]
+    steps = [room.Replace("a", "a" * 9)] * 9
+    with pytest.raises(TokenizerError, match=f"its {name} makes texts up to 1,000,000,000 times"):
+        stored(tmp_path, **{name: room.Sequence(steps)}).tokenizer()
+    assert stored(tmp_path, **{name: room.Sequence(steps[:2])}).tokenizer()
+
+
+@pytest.mark.parametrize("template", ["$A $A", "$A " + "[CLS] " * 101, "$A:2 [CLS]"])
+def test_a_template_that_no_model_has(tmp_path: pathlib.Path, template: str) -> None:
+    made = processors.TemplateProcessing(template.strip(), special_tokens=[("[CLS]", 0)])
+    inside = processors.Sequence([processors.ByteLevel(), made])
+    for part in (made, inside):
+        with pytest.raises(TokenizerError, match="its post-processor makes single texts of"):
+            stored(tmp_path, post_processor=part).tokenizer()
+
+
+def test_an_expression_that_takes_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 characters take a second, 400 take 18; nothing can stop the package. Red: it is waited
+    for."""
+    slow = tokenizer()
+    expression = ".{0,200}.{0,200}.{0,200}(?!.|$)"
+    slow.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(expression), "isolated")
+    monkeypatch.setattr(data.tokens, "SECONDS", 0.05)
+    encoder = data.tokens.Encoder(slow, 8)
+    with pytest.raises(data.DataError, match="has not come to an end with 200 characters"):
+        encoder.plain(["ab" * 100])
+    assert encoder.plain(["ab"]) == [[1, 2]]
+
+
+def test_half_a_character_on_a_terminal() -> None:
+    """Red: the error that is to be shown becomes a UnicodeEncodeError of its own."""
+    assert console.printable("a\ud800b\U0001f600") == "a\ufffdb\U0001f600"
+
+
+def test_a_header_of_many_characters(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.csv").write_text(f"text,label,{'x' * 50_000}\na,b\n")
+    config = data.DataConfig(str(tmp_path / "a.csv"))
+    with pytest.raises(data.DataError, match="2 values, but the header names 3") as failure:
+        data.open_source(config.source).examples("train")
+    assert len(str(failure.value)) < 1_000
+
+
+def test_fields_of_many_characters(tmp_path: pathlib.Path) -> None:
+    names = {"x" * 20_000: 0, **{str(i): i for i in range(20_000)}}
+    line = jsonl.JsonLine(names, "a.jsonl, line 1")
+    with pytest.raises(data.DataError, match="has no 'text'") as failure:
+        source.field_of(names, "text", "text_fields", "a.jsonl")
+    assert len(str(failure.value)) < 3_000
+    with pytest.raises(jsonl.LineError, match="has no field 'text'") as missing:
+        line.get("text", str)
+    assert len(str(missing.value)) < 3_000
+
+
+def test_the_nearest_of_long_names() -> None:
+    """Red: the time of a comparison is the product of the lengths, and the test does not end."""
+    assert nearest("ab" * 50_000, ["ba" * 50_000, "ab" * 40_000], 1) == ["ab" * 40_000]
+
+
+def changed(folder: pathlib.Path, name: str, change: Callable[[Any], None]) -> pathlib.Path:
+    """A copy of a run in which one file was edited."""
+    for each in ("config.json", "metrics.jsonl", "summary.json"):
+        shutil.copy(RUN / each, folder / each)
+    lines = (folder / name).read_text().splitlines()
+    found = json.loads(lines[0] if name == "metrics.jsonl" else "\n".join(lines))
+    change(found)
+    rest = lines[1:] if name == "metrics.jsonl" else []
+    (folder / name).write_text("\n".join([json.dumps(found), *rest]) + "\n")
+    return folder
+
+
+def test_a_config_with_numbers_for_patterns(tmp_path: pathlib.Path) -> None:
+    folder = changed(tmp_path, "config.json", lambda x: x["lora"].update(targets=[1, "b", None]))
+    (run,) = run_files.read(folder)
+    assert any("lora.targets" in line for line in config_json.changes(run.config, small.config))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[[1], {"a": 2}], 1e308, float("nan"), float("inf"), 10**400, {}],
+    ids=["list", "large", "nan", "inf", "huge", "object"],
+)
+def test_a_report_on_an_edited_config(tmp_path: pathlib.Path, value: Any) -> None:
+    """Values that cannot be hashed, ordered or drawn are shown as text."""
+    folder = changed(tmp_path, "config.json", lambda x: x["optimizer"].update(learning_rate=value))
+    runs = [*run_files.read(folder), *run_files.read(RUN)]
+    assert many_runs.report("two", runs, BaseChoice(None, False, False)).sections
+
+
+@pytest.mark.parametrize(
+    "value", ["x", [1], 10**400, {"a": 1}], ids=["text", "list", "huge", "object"]
+)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json"])
+def test_a_number_of_a_run_that_is_none(tmp_path: pathlib.Path, name: str, value: Any) -> None:
+    field = "loss" if name == "metrics.jsonl" else "adapter_file_bytes"
+    folder = changed(tmp_path, name, lambda x: x.update({field: value}))
+    with pytest.raises(LoraError, match=rf"{name}.*{field}"):
+        run_files.read(folder)

@@ -1,0 +1,211 @@
+"""What users write by hand or edit: data in JSONL and CSV, run directories, command lines."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import pathlib
+from random import Random
+from typing import Any
+
+from lora_jax import command_line, console, data
+from lora_jax.conversion.export_command import ExportOptions
+from lora_jax.conversion.import_command import ImportOptions
+from lora_jax.report import many_runs, run_files, single_run
+from lora_jax.report.command import ReportOptions
+from lora_jax.report.update_analysis import BaseChoice
+from lora_jax.serving import jsonl, prompts
+from lora_jax.serving.generate import GenerateOptions
+from lora_jax.serving.predict import PredictOptions
+from lora_jax.training import config_json
+from tests.formats import small
+from tests.fuzz import mutate
+from tests.fuzz.kind import FORMATS, TESTS, Files, stored
+from tests.fuzz.model_files import tokenizer_files
+
+# ---- data ------------------------------------------------------------------------------------
+
+_ROWS = [
+    {"text": "a b c", "label": 0, "other": None},
+    {"text": "ab", "label": 1, "other": [1]},
+    {"text": "c d" * 9, "label": 1, "other": {"a": 2.5}},
+    {"text": "h", "label": 0, "other": "x"},
+]
+_CSV = b'text,label,score\n"a, b",no,1.5\nab,yes,2\n"c ""d""",yes,-1e3\nh,no,0\n'
+
+
+def make_data(random: Random) -> Files:
+    """Draw a JSONL or a CSV file."""
+    if random.random() < 0.3:
+        return {"a.csv": _csv(random)}
+    lines = [json.dumps(row).encode() for row in _ROWS * random.choice((1, 1, 3))]
+    for _ in range(random.randint(1, 2)):
+        at = random.randrange(len(lines))
+        lines[at] = mutate.json_text(random, json.dumps(random.choice(_ROWS)))
+    made = b"\n".join(lines)
+    return {"a.jsonl": mutate.bytes_of(random, made) if random.random() < 0.1 else made}
+
+
+def _csv(random: Random) -> bytes:
+    rows = [line.split(b",") for line in _CSV.splitlines()]
+    for _ in range(random.randint(1, 3)):
+        row = random.choice(rows)
+        value = str(mutate.some_value(random)).encode("utf-8", "surrogatepass")[:2_000_000]
+        match random.randrange(5):
+            case 0:
+                row.append(value)
+            case 1:
+                del row[0]
+            case 2:
+                rows.append(list(row))
+            case _ if row:
+                row[random.randrange(len(row))] = value
+    made = b"\n".join(b",".join(row) for row in rows)
+    return mutate.bytes_of(random, made) if random.random() < 0.4 else made
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """Return the tokenizer that data are read with."""
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(tokenizer_files()[1].decode())
+
+
+def read_data(random: Random, folder: pathlib.Path) -> None:
+    """Read it as training does, or as predict and generate do."""
+    name = next(path.name for path in folder.iterdir())
+    path, field = str(folder / name), random.choice(("label", "label", "score", "text", "other"))
+    config = data.DataConfig(
+        path,
+        text_fields=random.choice((("text",), ("text", "label"))),
+        label_field=field,
+        regression=random.random() < 0.2,
+        prompt=random.choice(("{text}", "{text} {label}", "a {other}")),
+        answer=random.choice(("", "{label}")),
+        eos="",
+        buckets=(4,),
+        max_length=8,
+    )
+    match random.randrange(4):
+        case 0 if name == "a.jsonl":
+            for line in prompts.read(path):
+                assert isinstance(line if isinstance(line, str) else line.get("text", str, ""), str)
+        case 0 | 1:
+            for row in data.language_modelling(config, tokenizer(), "train", 2):
+                assert row["input_ids"].shape == row["targets"].shape == (2, 8)
+        case 2 if name == "a.jsonl":
+            assert all(line.size for line in jsonl.read(path))
+        case _:
+            batches = data.classification(config, tokenizer(), "train", 2)
+            assert batches.facts().examples == sum(int(b["weight"].sum()) for b in batches)
+
+
+# ---- run directories -------------------------------------------------------------------------
+
+RUN = FORMATS / "v1" / "run_directories" / "small-dc24168e"
+_NAMES = ("config.json", "metrics.jsonl", "summary.json")
+
+
+def make_run(random: Random) -> Files:
+    """Draw a run directory of which one file was changed."""
+    files = {name: stored(RUN)[name] for name in _NAMES}
+    name = random.choice(_NAMES)
+    if name == "metrics.jsonl":
+        lines = files[name].splitlines(keepends=True)
+        at = random.randrange(len(lines))
+        lines[at] = mutate.json_text(random, lines[at]) + b"\n"
+        files[name] = b"".join(lines)
+    else:
+        files[name] = mutate.json_text(random, files[name])
+    return files
+
+
+@functools.cache
+def good_run() -> run_files.SavedRun:
+    """Return a run of which nothing was changed."""
+    return run_files.read(RUN)[0]
+
+
+def read_run(random: Random, folder: pathlib.Path) -> None:
+    """Read it as a report does, and as training that goes on does."""
+    (run,) = run_files.read(folder)
+    assert isinstance(run.steps, int) and isinstance(run.step, int)
+    for scores in (run.before, run.after):
+        for numbers in scores.values():
+            assert all(x is None or isinstance(x, int | float) for x in numbers.values())
+    assert isinstance(config_json.changes(run.config, small.config), list)
+    if random.random() < 0.5:
+        made = single_run.report(run, BaseChoice(None, False, False))
+    else:
+        made = many_runs.report("two", [run, good_run()], BaseChoice(None, False, False))
+    assert made.sections
+
+
+# ---- command lines ---------------------------------------------------------------------------
+
+CONFIG = str(TESTS / "formats" / "small.py")
+_OPTIONS = (
+    *(
+        "--config",
+        "--steps",
+        "--seed",
+        "--lora.rank",
+        "--lora.alpha",
+        "--lora.targets",
+        "--run-dir",
+    ),
+    *("--optimizer.learning-rate", "--width", "--fresh", "--from", "--select", "--mesh.data"),
+    *("--lora.no-such", "--lora.kind", "--lora.dropout", "--plan.plan", "--lora.rank.x", "--"),
+)
+_COMMANDS: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (
+        PredictOptions,
+        ("--adapter", "--text", "--batch-size", "--window", "--base", "--out", "--file"),
+    ),
+    (GenerateOptions, ("--adapter", "--prompt", "--stop", "--temperature", "--seed", "--top-p")),
+    (ReportOptions, ("run", "--out", "--base", "--trust-base")),
+    (ExportOptions, ("run", "--out", "--format", "--dtype", "--profile")),
+    (ImportOptions, ("folder", "--out", "--labels", "--lengths", "--pooling", "--scan-layers")),
+)
+_VALUES = (
+    "1",
+    "0",
+    "-1",
+    "2.5",
+    "nan",
+    "1e400",
+    "None",
+    "True",
+    "a b",
+    "",
+    "q@rank=2,alpha=nan",
+    "[",
+)
+
+
+def make_line(random: Random) -> Files:
+    """Draw a command line, one word a line."""
+    number = random.randrange(-3, len(_COMMANDS))
+    options = _OPTIONS if number < 0 else _COMMANDS[number][1]
+    words = []
+    for _ in range(random.randint(1, 4)):
+        name = random.choice(options)
+        changed = str(mutate.near(random, name)) if random.random() < 0.15 else name
+        value = random.choice((*_VALUES, *map(str, mutate.NUMBERS), *mutate.TEXTS))
+        words += random.choice(([changed, value], [f"{changed}={value}"], [changed], [value]))
+    return {"line.json": json.dumps([number, words]).encode()}
+
+
+def read_line(random: Random, folder: pathlib.Path) -> None:
+    """Parse it as the command does; what tyro says of a wrong one is exit status 2."""
+    number, words = json.loads((folder / "line.json").read_bytes())
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        if number >= 0:
+            console.read_options(_COMMANDS[number][0], "lora-jax", "", words)
+            return
+        name, config, _ = command_line.parse(["--config", CONFIG, *words], CONFIG, TESTS)
+        json.dumps(config_json.to_dict(config))
+        assert config_json.short_hash(config_json.stable_identity(config)) and name
