@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from lora_jax.errors import writing
 from lora_jax.planner.collectives import Collective
 from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.measure import StepCosts
@@ -44,7 +45,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 def write(plan: Plan, path: pathlib.Path) -> None:
     """The plan as a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, to_json(plan))
 
 

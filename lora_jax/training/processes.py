@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
@@ -35,6 +36,8 @@ from lora_jax.training.config import Config, ConfigError, ProcessesConfig
 from lora_jax.training.config_json import differences, to_dict
 
 PREEMPTED = 128 + signal.SIGTERM  # 143, the status of a run that SIGTERM stopped and that saved
+
+_REPEATED = 1.0  # seconds in which a signal that was sent twice has come twice
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -251,12 +254,16 @@ def union(states: Sequence[Any], path: str = "state") -> Any:
 class Preemption:
     """Looks for SIGTERM while it is entered.
 
-    One process: the first SIGTERM is noted, a second kills at once. Several: JAX notes it, and has
-    all of them stop at the same step even if the signal reaches only one.
+    One process: the first SIGTERM is noted, a second kills at once, also while the checkpoint is
+    written; the one before it is whole then. Those within `_REPEATED` seconds of the first are the
+    same request: `timeout`, `srun` and the like signal a process and its whole group. Several
+    processes: JAX notes it, and has all of them stop at the same step even if the signal reaches
+    only one; a second changes nothing.
     """
 
     def __init__(self) -> None:
-        self._asked, self._before = False, signal.getsignal(signal.SIGTERM)
+        self._asked: float | None = None  # when
+        self._before = signal.getsignal(signal.SIGTERM)
         self._ours = not jax.distributed.is_initialized()
         self._ours &= threading.current_thread() is threading.main_thread()
 
@@ -270,14 +277,18 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+        elif now - self._asked > _REPEATED:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(self, step: int) -> bool:
         """Whether to save and stop after this step. To be called at every step."""
         if jax.distributed.is_initialized():
             return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self._asked
+        return self._asked is not None
 
 
 # ---- ending

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+import lora_jax.__main__
 import train
 from lora_jax.training import processes
 
@@ -25,7 +26,7 @@ _FORKS.set_forkserver_preload([__name__])
 
 
 class Fork:
-    """`python train.py <arguments>` with a number of CPU devices; what it prints is in `log`."""
+    """`lora-jax <command> <arguments>` with a number of CPU devices; what it prints is in `log`."""
 
     def __init__(
         self,
@@ -35,6 +36,8 @@ class Fork:
         cache: pathlib.Path,
         devices: int = 1,
         killed_before: str | None = None,
+        killed_at: int | None = None,
+        command: str = "train",
     ) -> None:
         """Start it.
 
@@ -44,11 +47,17 @@ class Fork:
           cache: a folder that compiled programs are kept in.
           devices: simulated CPU devices.
           killed_before: kill it when it is about to rename a file to this name.
+          killed_at: kill it when it is about to make this many changes in the folder of `log`
+            (`Changes`); with 0 they are only counted, and the count is in `log`.changes.
+          command: of `lora-jax`.
         """
         self.log = log
         self._before = len(log.read_text()) if log.exists() else 0
-        where = (str(log), str(cache), devices, killed_before)
-        self._process = _FORKS.Process(target=_main, args=(arguments, *where))
+        where = (str(log), str(cache), devices)
+        hook = None if killed_before is None else Before(killed_before)
+        if killed_at is not None:
+            hook = Changes(log.parent, killed_at, log.with_suffix(".changes"))
+        self._process = _FORKS.Process(target=_main, args=(command, arguments, *where, hook))
         self._process.start()
 
     @property
@@ -94,8 +103,54 @@ class Fork:
         assert self.wait() == -signal.SIGKILL, self.log.read_text()
 
 
+class Before:
+    """Kills its process before a file gets a name that ends in `name`; an audit hook."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, event: str, values: tuple[Any, ...]) -> None:
+        if event == "os.rename" and os.fspath(values[1]).endswith(self._name):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Changes:
+    """Kills its process before its n-th change of what is in a folder; an audit hook.
+
+    A change is a file that Python opens to write, a rename, a new or deleted file or folder. What
+    TensorStore does in C++ is not seen.
+    """
+
+    _EVENTS = frozenset(f"os.{name}" for name in ("rename", "mkdir", "rmdir", "remove", "truncate"))
+
+    def __init__(self, folder: pathlib.Path, killed_at: int, count: pathlib.Path) -> None:
+        self._folder, self._at, self._file, self._count = str(folder), killed_at, str(count), 0
+
+    def __call__(self, event: str, values: tuple[Any, ...]) -> None:
+        if event != "open" and event not in self._EVENTS:
+            return
+        if event == "open" and not int(values[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            return
+        path = str(values[0])
+        # Deleting a folder names what is in it from within.
+        if path == self._file or (path.startswith("/") and not path.startswith(self._folder)):
+            return
+        self._count += 1
+        if self._count == self._at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(self) -> None:
+        """Leave the count in a file."""
+        pathlib.Path(self._file).write_text(str(self._count))
+
+
 def _main(
-    arguments: tuple[str, ...], log: str, cache: str, devices: int, killed_before: str | None
+    command: str,
+    arguments: tuple[str, ...],
+    log: str,
+    cache: str,
+    devices: int,
+    hook: Before | Changes | None,
 ) -> None:
     _print_into(log)
     # A shell that starts the tests in the background has them ignore SIGINT.
@@ -105,14 +160,19 @@ def _main(
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-    def hook(event: str, values: tuple[Any, ...]) -> None:
-        if event == "os.rename" and os.fspath(values[1]).endswith(str(killed_before)):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    if killed_before is not None:
+    if hook is not None:
         sys.addaudithook(hook)
-    processes.end(lambda: train.main(arguments))
+
+    def run() -> int:
+        if command == "train":
+            status = train.main(arguments)
+        else:
+            status = lora_jax.__main__.main([command, *arguments])
+        if isinstance(hook, Changes):
+            hook.write()
+        return status
+
+    processes.end(run)
 
 
 def python(words: list[str], log: pathlib.Path, seconds: float = 240) -> int:
