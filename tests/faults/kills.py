@@ -63,7 +63,7 @@ class Kills:
             if self.outcome.kills > before:
                 told()
         self._try(self._finish)
-        self.outcome.seconds = time.monotonic() - self._began
+        self.outcome.seconds = round(time.monotonic() - self._began, 1)
         return self.outcome
 
     def _try(self, act: Callable[[], None]) -> None:
@@ -91,7 +91,7 @@ class Kills:
                 time.sleep(0.001)
             if victim.status is None:
                 victim.send(signal.SIGKILL)
-        statuses = [fork.wait() for fork in forks]
+        statuses = [fork.wait(_SECONDS) for fork in forks]
         if statuses == [0] * len(forks):
             self._end()
             return
@@ -113,6 +113,8 @@ class Kills:
         )
         self._last = state
         self.outcome.states.append(state)
+        if self._scenario.is_finished(self._place):
+            self._end()
 
     def _finish(self) -> None:
         self._wait(self._scenario.start(self._place))
@@ -120,7 +122,7 @@ class Kills:
 
     def _wait(self, forks: list[Fork]) -> None:
         for fork in forks:
-            assert fork.wait() == 0, fork.log.read_text()[-3000:]
+            assert fork.wait(_SECONDS) == 0, fork.log.read_text()[-3000:]
 
     def _end(self) -> None:
         self._scenario.assert_same(self._place)
@@ -137,6 +139,9 @@ class Kills:
 
     def _logs(self) -> list[pathlib.Path]:
         return sorted(self._scenario.folder.glob("killed*.log"))
+
+
+_SECONDS = 1800  # that a command may take on a busy machine
 
 
 def _is_unfinished(path: pathlib.Path) -> bool:

@@ -45,6 +45,10 @@ class Scenario(abc.ABC):
     def state(self, place: pathlib.Path) -> Any:
         """What a kill has left, which must not be less than after the kill before; or raise."""
 
+    def is_finished(self, place: pathlib.Path) -> bool:
+        """Whether the command would find nothing left to do, and say so as an error."""
+        return False
+
     @abc.abstractmethod
     def assert_same(self, place: pathlib.Path) -> None:
         """Raise unless what was killed ended as `whole`, which never was."""
@@ -198,6 +202,10 @@ class Export(Scenario):
             return [0]
         _assert_same_files(self.whole, place)
         return [1]
+
+    def is_finished(self, place: pathlib.Path) -> bool:
+        """Whether it was killed after the folder had got its name."""
+        return place.exists() and any(place.iterdir())
 
     def assert_same(self, place: pathlib.Path) -> None:
         _assert_same_files(self.whole, place)

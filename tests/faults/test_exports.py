@@ -12,7 +12,7 @@ from lora_jax import LoraError
 from lora_jax.exchange.files import whole_folder, write_together
 from tests.training.forks import _FORKS, Changes
 
-FILES = ("model-1.safetensors", "model-2.safetensors", "config.json")
+FILES = ("model.safetensors", "config.json")
 
 
 def write(folder: pathlib.Path) -> None:
