@@ -44,15 +44,19 @@ def write_together(folder: pathlib.Path, writers: Mapping[str, FileWriter]) -> N
 
 @contextlib.contextmanager
 def whole_folder(folder: pathlib.Path, last: str = "") -> Iterator[pathlib.Path]:
-    """Give a new folder to write to, which becomes `folder` when the block ends well.
+    """Yield a temporary folder that becomes `folder` when the block ends without an error.
 
-    If `folder` is not there or is empty, it does so in one rename: whenever the process is killed,
-    `folder` is whole or is as it was. Where it holds files already, is a mount point, or is in a
-    folder that cannot be written, the files are put into it one by one, `last` at the end. What a
-    process that was killed has left under another name, `.writing-*`, the next one deletes.
+    If `folder` does not exist or is empty, the temporary folder is renamed to it: even if the
+    process is killed, `folder` is complete or unchanged. If it already holds files, is a mount
+    point or is in a folder that cannot be written, the files are moved into it one by one.
+    Temporary folders that a killed process left, `.writing-*`, are deleted by the next call.
+
+    Args:
+      folder: the folder to write to; it is created if it does not exist.
+      last: the name of the file that is moved last, if they are moved one by one.
 
     Raises:
-      LoraError: the folder cannot be written, or another process has written it meanwhile.
+      LoraError: the folder cannot be written, or another process wrote to it at the same time.
     """
     folder = pathlib.Path(os.path.realpath(folder))
     with writing(folder):
@@ -72,7 +76,7 @@ def whole_folder(folder: pathlib.Path, last: str = "") -> Iterator[pathlib.Path]
 
 
 def _make_aside(folder: pathlib.Path) -> pathlib.Path:
-    """Make a folder on the same file system, beside `folder` if possible and else in it."""
+    """Create the temporary folder: next to `folder` if possible, otherwise inside it."""
     name = f".writing-{folder.name}-"
     folder.parent.mkdir(parents=True, exist_ok=True)
     taken = folder.is_dir() and (os.path.ismount(folder) or any(folder.iterdir()))
@@ -97,13 +101,13 @@ def _rename(aside: pathlib.Path, folder: pathlib.Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise LoraError(
-            f"{folder} was written by another process at the same time, and is left as that made "
-            "it; choose another folder"
+            f"{folder} was written by another process at the same time, whose files were kept; "
+            "choose another folder"
         ) from error
 
 
 def _locked(folder: pathlib.Path) -> int | None:
-    """Hold a folder as long as this process lives, where the system can; the open file."""
+    """Lock a folder until this process ends, and return the open file; None: it cannot be."""
     try:
         import fcntl
 
@@ -119,7 +123,7 @@ def _locked(folder: pathlib.Path) -> int | None:
 
 
 def _delete_abandoned(folder: pathlib.Path) -> None:
-    """Delete a folder unless a process holds it, or nobody can tell."""
+    """Delete a folder unless a process holds its lock or it cannot be locked."""
     lock = _locked(folder)
     if lock is not None:
         shutil.rmtree(folder, ignore_errors=True)
