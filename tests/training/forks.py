@@ -20,6 +20,7 @@ import jax
 import lora_jax.__main__
 import train
 from lora_jax.training import processes
+from tests.training.hooks import Before, Changes
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([__name__])
@@ -101,47 +102,6 @@ class Fork:
         assert self.until(condition), f"it ended before:\n{self.log.read_text()}"
         self.send(signal.SIGKILL)
         assert self.wait() == -signal.SIGKILL, self.log.read_text()
-
-
-class Before:
-    """Kills its process before a file gets a name that ends in `name`; an audit hook."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(self, event: str, values: tuple[Any, ...]) -> None:
-        if event == "os.rename" and os.fspath(values[1]).endswith(self._name):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Changes:
-    """Kills its process before its n-th change of what is in a folder; an audit hook.
-
-    A change is a file that Python opens to write, a rename, a new or deleted file or folder. What
-    TensorStore does in C++ is not seen.
-    """
-
-    _EVENTS = frozenset(f"os.{name}" for name in ("rename", "mkdir", "rmdir", "remove", "truncate"))
-
-    def __init__(self, folder: pathlib.Path, killed_at: int, count: pathlib.Path) -> None:
-        self._folder, self._at, self._file, self._count = str(folder), killed_at, str(count), 0
-
-    def __call__(self, event: str, values: tuple[Any, ...]) -> None:
-        if event != "open" and event not in self._EVENTS:
-            return
-        if event == "open" and not int(values[2] or 0) & (os.O_WRONLY | os.O_RDWR):
-            return
-        path = str(values[0])
-        # Deleting a folder names what is in it from within.
-        if path == self._file or (path.startswith("/") and not path.startswith(self._folder)):
-            return
-        self._count += 1
-        if self._count == self._at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def write(self) -> None:
-        """Leave the count in a file."""
-        pathlib.Path(self._file).write_text(str(self._count))
 
 
 def _main(
