@@ -56,12 +56,18 @@ class Kills:
         self._end()
 
     def run(self, kills: int, told: Callable[[], None] = lambda: None) -> Outcome:
-        """Kill it so many times, over as many runs as that takes; `told` after each."""
-        while self.outcome.kills < kills:
-            before = self.outcome.kills
-            self._try(self._kill)
-            if self.outcome.kills > before:
-                told()
+        """Kill it so many times, over as many runs as that takes; `told` after each.
+
+        Ctrl-C ends it early, with what was seen so far.
+        """
+        try:
+            while self.outcome.kills < kills:
+                before = self.outcome.kills
+                self._try(self._kill)
+                if self.outcome.kills > before:
+                    told()
+        except KeyboardInterrupt:  # as many as there were time for
+            pass
         self._try(self._finish)
         self.outcome.seconds = round(time.monotonic() - self._began, 1)
         return self.outcome

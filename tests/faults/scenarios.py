@@ -120,6 +120,13 @@ config = GroupConfig(members=(A, B, C))
         file.write_text(self._CONFIG.format(root=str(ROOT)))
         self.line = ("--config", str(file))
 
+    def state(self, place: pathlib.Path) -> Any:
+        """The step of the member that is furthest behind.
+
+        Those ahead of it may go back: the group goes on from checkpoints that belong together.
+        """
+        return [min(super().state(place))]
+
 
 class QuantisedRun(Run):
     """A tiny Llama in NF4, with doubly quantised scales."""

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import filelock
 import pytest
 
 from configs.own_model import config as CONFIG
@@ -138,6 +139,19 @@ def _again_and_again(write: Callable[[pathlib.Path], None], folder: pathlib.Path
 
 
 # ---- network file systems
+
+
+def test_a_file_system_without_locks(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red without `writing` around the lock: no file and no cure."""
+
+    def acquire(self: Any, timeout: float) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.raises(LoraError, match=r"run cannot be written: No locks.*on another one"):
+        _config(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.ENOTEMPTY, errno.ESTALE])
