@@ -44,7 +44,7 @@ class Kills:
     """The kills of one scenario."""
 
     def __init__(self, name: str, scenario: Scenario, seed: int) -> None:
-        """Run it whole, twice: the second time says how long it takes and how many changes it makes.
+        """Run it whole, twice: the second time says how long it takes and what it changes.
 
         The first time also compiles, and keeps what it compiles.
         """
