@@ -22,7 +22,7 @@ SMALL = ("--width", "8", "--batch-size", "8", "--steps", "60", "--checkpoint-eve
 # It learns slowly, so that nearly each evaluation is the best and exports an adapter.
 SMALL += ("--evaluate-every", "10", "--optimizer.schedule", "constant")
 SMALL += ("--optimizer.learning-rate", "5e-4")
-HEARTBEAT = 10  # seconds in which a process notices, at most, that another one is gone
+HEARTBEAT = 60  # seconds in which a process notices, at most, that another one is gone
 
 
 class Scenario(abc.ABC):
