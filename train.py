@@ -137,9 +137,9 @@ def train(
 
     # ---- the run
     with (
+        processes.Preemption() as preemption,
         Checkpoints(path / "checkpoints", report=lambda text: say(console, text)) as checkpoints,
         Loop(Run(setup, data, checkpoints), state, tx, console) as loop,
-        processes.Preemption() as preemption,
     ):
         say(console, summary.opening(loop.run, loop.state))
         if earlier is not None:

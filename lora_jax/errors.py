@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 
 # Comparing takes the product of the lengths: a stranger's file may have a million long names.
@@ -33,9 +35,41 @@ def writing(path: object) -> Iterator[None]:
         raise
     except OSError as error:
         raise LoraError(
-            f"{path} cannot be written: {error.strerror or error}. Make room, or make the folder "
-            "writable, and start the same command again"
+            f"{path} cannot be written: {error.strerror or error}. {cure(error)}"
         ) from error
+
+
+_WRITABLE = "Make the folder writable, or name another one"
+_AWAY = "The disk or the network file system went away: see that it is back"
+_CURES = {
+    errno.ENOSPC: "Make room on that disk",
+    errno.EDQUOT: "Your quota of that disk is used up (`quota -s`): delete files of yours",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _WRITABLE),
+    **dict.fromkeys((errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN), _AWAY),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (`ulimit -n`)"),
+    errno.EBUSY: "Another process has it open: end that one",
+    errno.EFBIG: "Allow larger files (`ulimit -f`)",
+    errno.ENOLCK: "That file system has no locks: name a folder on another one",
+}
+
+
+def errno_of(error: BaseException) -> int | None:
+    """Return the number of the system's error that this is or tells of, if it is a known one.
+
+    Libraries in C++ put the system's words into texts of their own.
+
+    >>> errno_of(ValueError("writing 'x': No space left on device")) == errno.ENOSPC
+    True
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    return next((number for number in _CURES if os.strerror(number) in str(error)), None)
+
+
+def cure(error: BaseException) -> str:
+    """Return what to do about an error of the system, as a sentence without its full stop."""
+    known = _CURES.get(errno_of(error) or 0, "Make room, or make the folder writable")
+    return f"{known}, and start the same command again"
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:

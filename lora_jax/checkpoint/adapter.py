@@ -59,7 +59,8 @@ def save(
     layout, adapters, trainable = Adapter(*adapter)
     check(layout, adapters)
     folder = storage.absolute(path)
-    storage.recover(folder)
+    with storage.writing(folder):
+        storage.recover(folder)
     if folder.exists() and not overwrite:
         raise LoraError(f"{folder} exists; choose another path, or pass overwrite=True")
     factors = {p: arrays._asdict() for p, arrays in adapters.items()}

@@ -75,15 +75,20 @@ def _name_of(given: str) -> tuple[str | None, str]:
 
 
 def adapter_in(folder: RemotePath) -> RemotePath | None:
-    """Return `folder` if it is an adapter, else the best or last adapter of the run, or None."""
-    places = (folder, folder / "adapters" / "best", folder / "adapters" / "last")
+    """Return `folder` if it is an adapter, else the best or last adapter of the run, or None.
+
+    A run that was killed between two renames may have left its best adapter as best.old.
+    """
+    names = ("best", "best.old", "last", "last.old")
+    places = (folder, *(folder / "adapters" / name for name in names))
     return next((place for place in places if (place / "meta").exists()), None)
 
 
 def _own_name(folder: RemotePath) -> str:
     """Return `run` for run/adapters/best, and else the folder's own name."""
     resolved = folder.resolve()
-    inside = resolved.parent.name == "adapters" and resolved.name in ("best", "last")
+    own = resolved.name.removesuffix(".old")
+    inside = resolved.parent.name == "adapters" and own in ("best", "last")
     return resolved.parent.parent.name if inside else resolved.name
 
 

@@ -11,9 +11,11 @@ arrays that its manifest does not list, or declares more than it can hold.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,7 +25,10 @@ from jax.experimental import multihost_utils
 from lora_jax import paths
 from lora_jax.checkpoint import manifest as manifests
 from lora_jax.checkpoint.manifest import DamagedError, Manifest
-from lora_jax.errors import LoraError, listed
+from lora_jax.errors import LoraError, cure, errno_of, listed
+
+# Errors of the system that say nothing of what is on the disk.
+_PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE}
 
 Path = str | os.PathLike[str]
 RemotePath = Any  # etils' epath.Path: a local folder, or a remote one (gs://...)
@@ -118,7 +123,8 @@ def load(folder: RemotePath, manifest: Manifest, part: str, target: Any) -> Any:
 def reading(folder: RemotePath) -> Iterator[None]:
     """Turn any error of the block, which reads `folder`, into one that names it.
 
-    Errors of memory and of permission are raised unchanged: they do not mean damage.
+    Errors of memory and of permission are raised unchanged, and a file system that went away is a
+    plain `LoraError`: they do not mean damage.
     """
     try:
         yield
@@ -128,6 +134,8 @@ def reading(folder: RemotePath) -> Iterator[None]:
         cause = _innermost(error)
         if isinstance(cause, MemoryError | PermissionError | jax.errors.JaxRuntimeError):
             raise
+        if errno_of(cause) in _PASSING:
+            raise LoraError(f"{folder} cannot be read: {_said(cause)}. {cure(cause)}") from error
         raise DamagedError(f"{folder} is damaged: {_said(cause)}") from error
 
 
@@ -139,7 +147,9 @@ def writing(folder: RemotePath) -> Iterator[None]:
     except LoraError:
         raise
     except Exception as error:
-        raise LoraError(f"{folder} cannot be written: {_said(_innermost(error))}") from error
+        cause = _innermost(error)
+        help = "" if errno_of(cause) is None else f". {cure(cause)}"
+        raise LoraError(f"{folder} cannot be written: {_said(cause)}{help}") from error
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -165,8 +175,30 @@ def write(folder: RemotePath, parts: Mapping[str, Any]) -> None:
         return
     fresh, old = (folder.with_name(f"{folder.name}.{end}") for end in ("new", "old"))
     save(fresh)
-    _once(lambda: (old.rmtree(missing_ok=True), folder.rename(old), fresh.rename(folder)))
-    _once(lambda: old.rmtree())
+    _once(lambda: _swap(folder, fresh, old))
+    _once(lambda: _delete(old))
+
+
+def _swap(folder: RemotePath, fresh: RemotePath, old: RemotePath) -> None:
+    _delete(old)
+    folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+
+
+def _delete(folder: RemotePath) -> None:
+    """Delete a folder that nobody needs any more, or give it another name if that fails.
+
+    Network file systems keep a file that somebody has open, and so its folder.
+    """
+    try:
+        folder.rmtree(missing_ok=True)
+    except OSError:
+        with contextlib.suppress(OSError):
+            folder.rename(folder.with_name(f"{folder.name}.deleted-{secrets.token_hex(4)}"))
 
 
 def recover(folder: RemotePath) -> None:

@@ -10,7 +10,8 @@
     orbax    a copy of the adapter, for lora_jax.restore
 
 The run directory is not changed. Exit status: 0 success, 1 an error that was printed, 2 a command
-line that cannot be read, 130 stopped by Ctrl-C. A failed export leaves no partial files.
+line that cannot be read, 130 stopped by Ctrl-C. The folder appears whole or not at all, even if the
+command is killed; the next export to the same folder deletes what a kill left (`.writing-*`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lora_jax.conversion.stored_base_adapter import over_stored_base
 from lora_jax.conversion.trained_run import TrainedRun, open_run
 from lora_jax.errors import LoraError
 from lora_jax.exchange import peft, shards
-from lora_jax.exchange.files import write_together
+from lora_jax.exchange.files import whole_folder, write_together
 from lora_jax.exchange.gguf_base import GgufBase
 from lora_jax.hf_module import HfNames
 from lora_jax.models.weights.folder import Folder
@@ -133,7 +134,6 @@ def _gguf(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: C
     if options.dtype == "bfloat16":
         raise LoraError("--dtype bfloat16 is not for GGUF adapters: float32 or float16")
     file = out / "adapter.gguf"
-    out.mkdir(parents=True, exist_ok=True)
     gguf.save(
         file,
         _names(run),
@@ -153,10 +153,8 @@ def _mlx(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Co
 
 
 def _orbax(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".writing-{out.name}")
-    shutil.copytree(run.member.path, aside)
-    aside.replace(out)
+    with whole_folder(out) as aside:
+        shutil.copytree(run.member.path, aside, dirs_exist_ok=True)
     return f"wrote {out}: lora_jax.restore({str(out)!r})"
 
 

@@ -139,6 +139,7 @@ class _Loop(contextlib.ExitStack):
 
     def run(self, configs: dict[str, Config]) -> list[OpenMember]:
         """Train as many of these members as fit, until they are finished, and return them."""
+        preemption = self.enter_context(processes.Preemption())
         every = min(config.log_every for config in configs.values())
         self._display = self.enter_context(GroupDisplay(self._console, every))
         opener = self.enter_context(Opener(self._grid, self._display.say))
@@ -147,7 +148,6 @@ class _Loop(contextlib.ExitStack):
         config, frozen = self._config, opener.base.frozen
         group = Group(members, frozen, self._grid, config.mesh, config.at_once, self._stopped)
         self._members = self._fitting(group, frozen)
-        preemption = self.enter_context(processes.Preemption())
         for member in self._members:
             if not self._is_finished(member.name):
                 self._begin(group, member)

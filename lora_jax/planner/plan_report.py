@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from lora_jax.errors import writing
 from lora_jax.planner.collectives import Collective
 from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.measure import StepCosts
@@ -53,7 +54,8 @@ def write(plan: Plan, path: pathlib.Path) -> None:
       plan: the plan.
       path: the file, whose folder is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, to_json(plan))
 
 

@@ -13,6 +13,7 @@ from html import escape
 
 import jinja2
 
+from lora_jax.errors import writing
 from lora_jax.report import svg
 from lora_jax.report.document import Figure, Report, Table, Term
 from lora_jax.training.directory import write_whole
@@ -31,7 +32,8 @@ def write(report: Report, folder: pathlib.Path) -> pathlib.Path:
     Returns:
       The path of report.html.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     inline: dict[str, str] = {}
     for panel in report.panels:
         drawn = svg.svg(panel.drawing)

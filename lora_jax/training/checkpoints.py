@@ -13,17 +13,20 @@ do not depend on the mesh and the processes that wrote them: any others may rest
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import pathlib
+import re
+import secrets
 import shutil
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from lora_jax import paths
+from lora_jax import errors, paths
 from lora_jax.checkpoint import manifest as manifests
 from lora_jax.checkpoint import storage
 from lora_jax.checkpoint.manifest import DamagedError, Manifest
@@ -35,6 +38,7 @@ from lora_jax.training.state import State
 CheckpointNotes = dict[str, Any]  # JSON values
 
 _log = logging.getLogger(__name__)
+_UNFINISHED = re.compile(r"\d+\.(orbax-checkpoint-tmp|deleted-)")
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
@@ -66,7 +70,13 @@ class Checkpoints:
         """
         self._directory, self._report, self._keep = directory.absolute(), report, keep
         self._saving: int | None = None
-        processes.by_first(lambda: self._directory.mkdir(parents=True, exist_ok=True))
+        self._response: Any = None  # Orbax's, of the save under way
+        self._is_clean = False  # whether the rest of earlier kills is deleted
+        processes.by_first(self._make)
+
+    def _make(self) -> None:
+        with errors.writing(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -83,32 +93,36 @@ class Checkpoints:
         except LoraError:
             if not isinstance(error, Exception) or isinstance(error, processes.Preempted):
                 raise
-        finally:
-            self._close()
-
-    @functools.cached_property
-    def _orbax(self) -> Any:
-        """The Orbax checkpointer, opened at the first save, after damaged checkpoints are renamed.
-
-        (With `lightweight_initialize`, Orbax 0.12 cannot save if there is a checkpoint already.)
-        """
-        ocp = storage.orbax()
-        policies = ocp.training.preservation_policies
-        return ocp.training.Checkpointer(
-            self._directory,
-            preservation_policy=policies.LatestN(self._keep),
-            cleanup_tmp_directories=True,
-        )
 
     def wait(self) -> None:
-        """Wait for the last save.
+        """Wait for the last save, and delete the checkpoints that are not kept.
 
         Raises:
           LoraError: the save failed.
         """
-        if self._saving is not None:
-            self._try(self._orbax.wait)
-            self._saving = None
+        if self._response is not None:
+            # A result that nobody asks for keeps a thread and three open files until the end.
+            response, self._response = self._response, None
+            self._try(response.result)
+            if processes.first():
+                self._delete_older()
+
+    def _delete_older(self) -> None:
+        """Delete the checkpoints that are not kept; one that a process has open may stay.
+
+        Each is renamed first, so that a half-deleted folder is not taken for a checkpoint.
+        """
+        for step in steps_in(self._directory)[: -self._keep]:
+            path = self._directory / str(step)
+            with contextlib.suppress(OSError):
+                gone = path.rename(path.with_name(f"{step}.deleted-{secrets.token_hex(4)}"))
+                shutil.rmtree(gone)
+
+    def _clean(self) -> None:
+        """Delete the folders that a kill left half-written or half-deleted."""
+        for path in self._directory.iterdir():
+            if _UNFINISHED.match(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     @property
     def latest(self) -> int | None:
@@ -145,7 +159,15 @@ class Checkpoints:
         self.wait()
         parts = {"state": state, "meta": manifests.of(state, notes).seal()}
         self._saving = step
-        self._try(lambda: self._orbax.save_checkpointables_async(step, parts, force=True))
+        if not self._is_clean:
+            processes.by_first(self._clean)
+            self._is_clean = True
+
+        def begin() -> None:
+            folder = storage.absolute(self._directory / str(step))
+            self._response = storage.orbax().save_checkpointables_async(folder, parts)
+
+        self._try(begin)
 
     def restore(self, like: State) -> tuple[State, CheckpointNotes]:
         """Restore the newest checkpoint that is not damaged.
@@ -203,17 +225,9 @@ class Checkpoints:
     def _rename(self, step: int) -> str:
         names = (f"damaged-{step}" + (f"-{i}" if i else "") for i in range(1000))
         free = next(name for name in names if not (self._directory / name).exists())
-        (self._directory / str(step)).rename(self._directory / free)
+        with errors.writing(self._directory / free):
+            (self._directory / str(step)).rename(self._directory / free)
         return free
-
-    def _close(self) -> None:
-        if "_orbax" not in vars(self):
-            return
-        try:
-            self._orbax.close()
-        except Exception:
-            if self._saving is None:  # otherwise `wait` has raised an error already
-                raise
 
     def _try(self, act: Callable[[], object]) -> None:
         try:
@@ -223,8 +237,8 @@ class Checkpoints:
             latest = max(steps_in(self._directory), default=None)
             kept = "there is none before it" if latest is None else f"that of step {latest} is kept"
             raise LoraError(
-                f"the checkpoint of step {self._saving} is lost; {kept}. {error}\n"
-                "Once there is room for it, the same command goes on from what is kept."
+                f"the checkpoint of step {self._saving} is lost; {kept}. {error}: it goes on from "
+                "what is kept"
             ) from error
 
 

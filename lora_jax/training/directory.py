@@ -73,17 +73,19 @@ def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
 def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> None:
     """Lock the directory until `stack` is closed, and write the config into it."""
     _check_apart(path, config.start_from)
-    path.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ConfigError(
-            f"another process is training in {path}; wait for it or give --run-dir"
-        ) from None
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:  # an OSError
+            raise ConfigError(
+                f"another process is training in {path}; wait for it or give --run-dir"
+            ) from None
     stack.callback(lock.release)
     if config.fresh:
-        _clear(path)
+        with writing(path):
+            _clear(path)
     _claim(path, config)
 
 

@@ -11,6 +11,7 @@ from lora_jax.adapters import Adapter
 from lora_jax.checkpoint import save as save_adapter
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import Fingerprint
+from lora_jax.errors import writing
 from lora_jax.layout import Layout
 from lora_jax.training import processes
 from lora_jax.training.state import Trained
@@ -60,9 +61,11 @@ def save(
 
 def _prepare(target: pathlib.Path) -> None:
     """Make the parent folder of `target`, and delete incomplete exports that a kill left."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for partial in target.parent.glob(f"{target.name}*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(partial)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for end in ("orbax-checkpoint-tmp*", "deleted-*"):
+            for part in target.parent.glob(f"{target.name}*.{end}"):
+                shutil.rmtree(part, ignore_errors=True)
 
 
 def load(run: pathlib.Path, name: str, where: Any = None) -> Trained:

@@ -25,7 +25,7 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from lora_jax import json_file
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, cure
 
 Line = dict[str, Any]
 _FLUSH_SECONDS = 60
@@ -95,8 +95,7 @@ class Record:
         except OSError as error:
             raise LoraError(
                 f"{self._directory}: metrics.jsonl or the events cannot be written: "
-                f"{error.strerror}. Make room, and start the same command again: it goes on from "
-                "the last checkpoint"
+                f"{error.strerror or error}. {cure(error)}: it goes on from the last checkpoint"
             ) from error
 
     def close(self) -> None:
@@ -118,8 +117,8 @@ class Events:
 
     def __init__(self, directory: pathlib.Path, purge: int) -> None:
         """Start a file in `directory`; events of step `purge` and later are void."""
-        host, now = platform.node() or "localhost", int(time.time())
-        self._writer = RecordWriter(str(directory / f"events.out.tfevents.{now}.{host}"))
+        host, number = platform.node() or "localhost", _next_number(directory)
+        self._writer = RecordWriter(str(directory / f"events.out.tfevents.{number}.{host}"))
         self._flushed = time.monotonic()
         self._write(file_version="brain.Event:2")
         self._write(step=purge, session_log=SessionLog(status=SessionLog.START))
@@ -141,6 +140,15 @@ class Events:
     def close(self) -> None:
         """Flush everything to disk and close."""
         self._writer.close()
+
+
+def _next_number(directory: pathlib.Path) -> int:
+    """Return the time in seconds, but more than in the name of any file of events there is.
+
+    TensorBoard reads the files by their names, and the clock may have been set back.
+    """
+    names = [path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*.*")]
+    return max([int(time.time()), *(int(name) + 1 for name in names if name.isdecimal())])
 
 
 def _json(value: Any) -> Any:

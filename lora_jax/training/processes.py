@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
@@ -34,6 +35,8 @@ from lora_jax.training.config import Config, ConfigError, ProcessesConfig
 from lora_jax.training.config_json import differences, to_dict
 
 PREEMPTED = 128 + signal.SIGTERM  # 143, the exit status of a run that SIGTERM stopped after a save
+
+_REPEATED = 1.0  # seconds in which a signal that was sent twice has come twice
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -263,12 +266,16 @@ def union(states: Sequence[Any], path: str = "state") -> Any:
 class Preemption:
     """Watches for SIGTERM inside a `with` block.
 
-    With one process, the first SIGTERM is remembered and a second one kills at once. With several,
-    JAX remembers it and lets all of them stop at the same step, even if only one received it.
+    With one process, the first SIGTERM is remembered and a second one kills at once, even while the
+    checkpoint is written; then the checkpoint before it is complete. A signal that comes within
+    `_REPEATED` seconds of the first is the same request, because `timeout`, `srun` and others signal
+    a process and its whole group. With several processes, JAX remembers the signal and lets all of
+    them stop at the same step, even if only one received it; a second one changes nothing.
     """
 
     def __init__(self) -> None:
-        self._asked, self._before = False, signal.getsignal(signal.SIGTERM)
+        self._asked: float | None = None  # when
+        self._before = signal.getsignal(signal.SIGTERM)
         self._ours = not jax.distributed.is_initialized()
         self._ours &= threading.current_thread() is threading.main_thread()
 
@@ -282,14 +289,18 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+        elif now - self._asked > _REPEATED:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(self, step: int) -> bool:
         """Return whether to save and stop after this step. Call this at every step."""
         if jax.distributed.is_initialized():
             return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self._asked
+        return self._asked is not None
 
 
 # ---- ending

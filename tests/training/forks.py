@@ -18,15 +18,17 @@ from typing import Any
 
 import jax
 
+import lora_jax.__main__
 import train
 from lora_jax.training import processes
+from tests.training.hooks import Before, Changes
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([__name__])
 
 
 class Fork:
-    """`python train.py <arguments>` with a number of CPU devices; what it prints is in `log`."""
+    """`lora-jax <command> <arguments>` with a number of CPU devices; what it prints is in `log`."""
 
     def __init__(
         self,
@@ -36,6 +38,8 @@ class Fork:
         cache: pathlib.Path,
         devices: int = 1,
         killed_before: str | None = None,
+        killed_at: int | None = None,
+        command: str = "train",
     ) -> None:
         """Start it.
 
@@ -45,11 +49,17 @@ class Fork:
           cache: a folder that compiled programs are kept in.
           devices: simulated CPU devices.
           killed_before: kill it when it is about to rename a file to this name.
+          killed_at: kill it when it is about to make this many changes in the folder of `log`
+            (`Changes`); with 0 they are only counted, and the count is in `log`.changes.
+          command: of `lora-jax`.
         """
         self.log = log
         self._before = len(log.read_text()) if log.exists() else 0
-        where = (str(log), str(cache), devices, killed_before)
-        self._process = _FORKS.Process(target=_main, args=(arguments, *where))
+        where = (str(log), str(cache), devices)
+        hook = None if killed_before is None else Before(killed_before)
+        if killed_at is not None:
+            hook = Changes(log.parent, killed_at, log.with_suffix(".changes"))
+        self._process = _FORKS.Process(target=_main, args=(command, arguments, *where, hook))
         self._process.start()
 
     @property
@@ -96,7 +106,12 @@ class Fork:
 
 
 def _main(
-    arguments: tuple[str, ...], log: str, cache: str, devices: int, killed_before: str | None
+    command: str,
+    arguments: tuple[str, ...],
+    log: str,
+    cache: str,
+    devices: int,
+    hook: Before | Changes | None,
 ) -> None:
     _print_into(log)
     # A shell that starts the tests in the background has them ignore SIGINT.
@@ -106,14 +121,19 @@ def _main(
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-    def hook(event: str, values: tuple[Any, ...]) -> None:
-        if event == "os.rename" and os.fspath(values[1]).endswith(str(killed_before)):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    if killed_before is not None:
+    if hook is not None:
         sys.addaudithook(hook)
-    processes.end(lambda: train.main(arguments))
+
+    def run() -> int:
+        if command == "train":
+            status = train.main(arguments)
+        else:
+            status = lora_jax.__main__.main([command, *arguments])
+        if isinstance(hook, Changes):
+            hook.write()
+        return status
+
+    processes.end(run)
 
 
 def python(words: list[str], log: pathlib.Path, seconds: float = 240) -> int:

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import LoraError
+from lora_jax.checkpoint import adapter_path
 from lora_jax.training import export, processes
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.state import State
@@ -107,8 +108,8 @@ def test_bit_for_bit(whole: pathlib.Path, copy: pathlib.Path) -> None:
 def damages(file: pathlib.Path) -> Iterator[bytes | None]:
     """None stands for a file that is gone."""
     data = file.read_bytes()
-    yield from (None, data[: len(data) // 2], data[:-1])
-    for part in (0, 0.4, 0.8):
+    yield from (None, *((data[: len(data) // 2], data[:-1]) if data else ()))
+    for part in (0, 0.4, 0.8) if data else ():  # a file without content says that all is whole
         bit = int(len(data) * 8 * part)
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
@@ -296,6 +297,9 @@ def test_a_kill_between_the_renames_of_an_export(tmp_path: pathlib.Path) -> None
     """Red if the old one is not brought back: then a run that goes on would have no best."""
     export.save(tmp_path, "best", LAYOUT, state(1).trained)
     (tmp_path / "adapters" / "best").rename(tmp_path / "adapters" / "best.old")
+    name, folder = adapter_path.find_one(str(tmp_path))
+    assert (name, folder.name) == (tmp_path.name, "best.old")
+    assert bits(lora_jax.restore(folder).parameters) == bits(state(1).trained["adapters"])
     export.save(tmp_path, "best", LAYOUT, state(2).trained)
     assert bits(export.load(tmp_path, "best")) == bits(state(2).trained)
     assert names(tmp_path / "adapters") == ["best"]

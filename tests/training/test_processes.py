@@ -349,12 +349,20 @@ def test_states_of_two_processes_are_put_together() -> None:
         processes.union([{"step": 3}, {"step": 4}])
 
 
-def test_only_the_first_sigterm_is_noted() -> None:
-    """The second has its default effect again: it kills."""
+def test_only_the_first_sigterm_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same one sent twice is one; a later one has its default effect again: it kills."""
+    sent: list[int] = []
     before = signal.getsignal(signal.SIGTERM)
     with processes.Preemption() as preemption:
         assert not preemption.asked(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.asked(2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        monkeypatch.setattr(processes, "_REPEATED", 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(processes.os, "kill", lambda _, number: sent.append(number))
+            signal.raise_signal(signal.SIGTERM)
+        assert sent == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == before

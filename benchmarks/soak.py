@@ -1,0 +1,166 @@
+"""A long run in one process: whether its memory and its open files grow.
+
+    python -m benchmarks.soak --steps 100000
+    python -m benchmarks.soak --steps 100000 --plot soak.png
+
+It is the run of `train.py` on the tiny network of configs/own_model.py, with a checkpoint every 500
+steps, an evaluation and an export of the best adapter every 1,000. Each 250 steps the resident
+memory and the open files of the process are read. The slope of the memory is that of a straight
+line through the means of blocks of readings, without the first fifth of the run, in which programs
+are compiled and caches fill; its standard error comes from how the blocks scatter around the line.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import train
+from benchmarks import common
+from configs import own_model
+from lora_jax.console import Console, quiet_storage
+from lora_jax.training import mesh
+from lora_jax.training.checkpoints import steps_in
+from lora_jax.training.config import MeshConfig, OptimizerConfig
+from lora_jax.training.workload import Workload
+
+EVERY, BLOCKS = 250, 40
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclasses.dataclass
+class Readings:
+    """What was read of the process: at which step, bytes of resident memory, open files."""
+
+    steps: list[int] = dataclasses.field(default_factory=list)
+    bytes: list[int] = dataclasses.field(default_factory=list)
+    files: list[int] = dataclasses.field(default_factory=list)
+
+    def take(self, step: int) -> None:
+        """Read them now."""
+        self.steps.append(step)
+        self.bytes.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * PAGE)
+        self.files.append(len(os.listdir("/proc/self/fd")))
+
+    def after_warm_up(self) -> "Readings":
+        """Those of the last four fifths."""
+        first = len(self.steps) // 5
+        return Readings(self.steps[first:], self.bytes[first:], self.files[first:])
+
+
+class Watched(own_model.Points):
+    """The batches of the tiny network; the process is read as it asks for them."""
+
+    readings: Readings
+
+    def __next__(self) -> Any:
+        if self.position % EVERY == 0:
+            self.readings.take(self.position)
+        return super().__next__()
+
+
+def workload(config: own_model.OwnConfig) -> Workload:
+    """The workload of configs/own_model.py with batches that are watched."""
+    made = own_model.workload(config)
+    return dataclasses.replace(
+        made, train=lambda shard: Watched(config.seed + 1, config.batch_size, shard)
+    )
+
+
+def soak(steps: int, checkpoint_every: int, path: pathlib.Path) -> Readings:
+    """Train in this process, and return what was read of it."""
+    config = dataclasses.replace(
+        own_model.config,
+        workload=workload,
+        width=8,
+        batch_size=8,
+        steps=steps,
+        checkpoint_every=checkpoint_every,
+        evaluate_every=2 * checkpoint_every,
+        log_every=max(steps // 20, 1),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant"),
+    )
+    Watched.readings = readings = Readings()
+    grid = mesh.make(MeshConfig(), jax.devices()[:1])
+    with quiet_storage(), jax.set_mesh(grid):
+        train.train(config, grid, path, Console())
+    readings.take(steps)
+    return readings
+
+
+def slope(steps: list[int], values: list[int], blocks: int = BLOCKS) -> tuple[float, float]:
+    """Return the slope per step and its standard error, of a line through the means of blocks.
+
+    >>> slope([0, 1, 2, 3], [5, 7, 9, 11], blocks=4)
+    (2.0, 0.0)
+    """
+    parts = np.array_split(np.array([steps, values], float), min(blocks, len(steps)), axis=1)
+    x, y = np.array([part.mean(axis=1) for part in parts]).T
+    x = x - x.mean()
+    found = float(x @ y / (x @ x))
+    rest = y - y.mean() - found * x
+    return found, math.sqrt(float(rest @ rest) / max(len(x) - 2, 1) / float(x @ x))
+
+
+def draw(readings: Readings, file: pathlib.Path) -> None:
+    """Draw the memory and the open files over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    left = figure.subplots()
+    left.plot(readings.steps, np.array(readings.bytes) / 2**20, linewidth=1)
+    left.set(xlabel="step", ylabel="resident memory, MiB", ylim=(0, None))
+    right = left.twinx()
+    right.plot(readings.steps, readings.files, linewidth=1, color="tab:orange")
+    right.set(ylabel="open files", ylim=(0, None))
+    figure.savefig(file)
+
+
+def main() -> None:
+    """Print the slope of the memory, the open files and what is on disk."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--checkpoint-every", type=int, default=500)
+    parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("soak.png"))
+    options = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        readings = soak(options.steps, options.checkpoint_every, pathlib.Path(folder))
+        kept = steps_in(pathlib.Path(folder) / "checkpoints")
+        saved = sum(p.stat().st_size for p in pathlib.Path(folder).glob("checkpoints/**/*"))
+    warm = readings.after_warm_up()
+    each, error = slope(warm.steps, warm.bytes)
+    draw(readings, options.plot)
+    rows = [
+        ["steps", f"{options.steps:,} in {time.monotonic() - began:,.0f} s"],
+        ["checkpoints written / kept", f"{options.steps // options.checkpoint_every} / {kept}"],
+        ["bytes of checkpoints on disk", f"{saved:,}"],
+        ["resident memory, first / warm / last, MiB", mebibytes(readings, warm)],
+        ["slope, bytes for 1,000 steps", f"{1000 * each:,.0f} +- {1000 * error:,.0f}"],
+        ["open files, warm / last / most", f"{warm.files[0]} / {warm.files[-1]} / {most(warm)}"],
+        ["plot", str(options.plot)],
+    ]
+    print(common.hardware())
+    print(common.table(["", "seen"], rows))
+
+
+def mebibytes(readings: Readings, warm: Readings) -> str:
+    """The memory at the first reading, after the warm-up and at the last one."""
+    values = (readings.bytes[0], warm.bytes[0], readings.bytes[-1])
+    return " / ".join(f"{value / 2**20:.1f}" for value in values)
+
+
+def most(readings: Readings) -> int:
+    """The largest number of open files."""
+    return max(readings.files)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Audit hooks that kill their own process at one of the changes that it makes to files."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+from typing import Any
+
+
+class Before:
+    """Kills its process before a file gets a name that ends in `name`; an audit hook."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, event: str, values: tuple[Any, ...]) -> None:
+        if event == "os.rename" and os.fspath(values[1]).endswith(self._name):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Changes:
+    """Kills its process before its n-th change of what is in a folder; an audit hook.
+
+    A change is a file that Python opens to write, a rename, a new or deleted file or folder. What
+    TensorStore does in C++ is not seen.
+    """
+
+    _EVENTS = frozenset(f"os.{name}" for name in ("rename", "mkdir", "rmdir", "remove", "truncate"))
+
+    def __init__(self, folder: pathlib.Path, killed_at: int, count: pathlib.Path) -> None:
+        self._folder, self._at, self._file, self._count = str(folder), killed_at, str(count), 0
+
+    def __call__(self, event: str, values: tuple[Any, ...]) -> None:
+        if event != "open" and event not in self._EVENTS:
+            return
+        if event == "open" and not int(values[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            return
+        path = str(values[0])
+        # Deleting a folder names what is in it from within.
+        if path == self._file or (path.startswith("/") and not path.startswith(self._folder)):
+            return
+        self._count += 1
+        if self._count == self._at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(self) -> None:
+        """Leave the count in a file."""
+        pathlib.Path(self._file).write_text(str(self._count))
