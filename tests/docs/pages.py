@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import io
 import pathlib
 import re
@@ -16,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 MADE = ("api/generated", "paper")  # made by programs
 _FENCE = re.compile(r"^(?P<fence>```+)(?P<language>.*?)\n(?P<code>.*?)^(?P=fence)$", re.M | re.S)
+_CHECKER, _LOOSE = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 _HEADING = re.compile(r"^## (.*)$", re.M)
 
 
@@ -86,17 +88,13 @@ def run(
                     module.__dict__.update(instead or {})
                 printed = out.getvalue()
             elif block.language == "output":
-                assert _lines(printed) == _lines(block.code), f"{where}: printed\n{printed}"
+                assert _CHECKER.check_output(block.code, printed, _LOOSE), f"{where}: {printed}"
     finally:
         if before is None:
             del sys.modules["page"]
         else:
             sys.modules["page"] = before
     return module.__dict__
-
-
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.strip("\n").splitlines()]
 
 
 def commands(name: str) -> list[list[str]]:

@@ -16,7 +16,10 @@ from tests.training import forks
 
 # Packages of other people, which not every environment has: a block that needs one is skipped.
 OTHERS = {"equinox", "eqx_zoo", "keras", "penzai", "tunix"}
-ELSEWHERE = {"own_model": "tests/foreign/test_own_model.py runs each section and checks its files"}
+ELSEWHERE = {
+    "own_model": "tests/foreign/test_own_model.py runs each section and checks its files",
+    "extending": "tests/test_extending.py runs it and checks the laws",
+}
 RUN = [name for name in pages.names() if name not in ELSEWHERE and pages.sections(name)]
 
 pytestmark = pytest.mark.standard_promotion
@@ -52,6 +55,7 @@ FOREIGN = {"pip", "git", "cd", "source", "export", "apt-get", "gcloud", "srun", 
 FOREIGN |= {"status=$?", "exit", "if", "vllm", "llama-cli", "llama-server", "ollama", "curl"}
 FOREIGN |= {"mlx_lm.generate", "cat", "ls", "mkdir"}
 PYTHON = {"python", "python3"}
+OURS = {"benchmarks", "docs", "experiments", "lora_jax", "measuring", "tests"}
 
 
 def ours(words: list[str]) -> tuple[str, ...] | None:
@@ -67,9 +71,8 @@ def ours(words: list[str]) -> tuple[str, ...] | None:
         there = config is not None and (pages.ROOT / config.partition(":")[0]).exists()
         return ("train.py", "--config", config) if config and there else ("train.py",)
     assert words[1] in ("-m", "-c") or words[1].startswith(("docs/", "-")), words
-    if words[1] != "-m" or words[2] in ("venv", "pytest", "sphinx", "build"):
-        return None
-    return tuple(words[1:3])
+    ours = words[1] == "-m" and words[2].split(".")[0] in OURS
+    return tuple(words[1:3]) if ours else None
 
 
 @functools.cache
@@ -91,7 +94,7 @@ def test_commands_take_their_options(name: str, folder: pathlib.Path) -> None:
         program = ours([w for w in words if not re.fullmatch(r"[A-Z_]+=\S*", w)])
         if program is None:
             continue
-        if program[1].startswith(("tests.", "docs.")):
+        if program[1].startswith(("tests.", "docs.")):  # they have no --help
             assert importlib.util.find_spec(program[1]) is not None, words
             continue
         text = help_of(program, folder)
@@ -113,3 +116,26 @@ def test_every_public_name_is_in_a_table_of_the_reference() -> None:
     described = [known[name] for name in listed]
     missing = [n for n, v in known.items() if not any(v is x for x in described)]
     assert not missing
+
+
+def test_the_messages_of_the_troubleshooting_page_are_said() -> None:
+    """Red: an error whose words were changed in the package and not on the page."""
+    texts = [words for path in (pages.ROOT / "lora_jax").rglob("*.py") for words in said(path)]
+    page = (pages.DOCS / "troubleshooting.md").read_text()
+    messages = re.findall(r"^### `(.*)`$", page, re.M)
+    assert len(messages) > 20
+    for message in messages:
+        parts = [part.strip() for part in message.split("...") if part.strip()]
+        assert any(all(part in text for part in parts) for text in texts), message
+
+
+def said(path: pathlib.Path) -> list[str]:
+    """The texts of a file, those with values in them without the values."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            parts = [p.value for p in node.values if isinstance(p, ast.Constant)]
+            found.append(" ".join(" ".join(map(str, parts)).split()))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(" ".join(node.value.split()))
+    return found
