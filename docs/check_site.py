@@ -7,6 +7,7 @@ that it loads. The search index has every page.
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import sys
@@ -55,7 +56,7 @@ def headings(page: Any) -> Iterator[str]:
     levels = [int(tag.name[1]) for tag in article.find_all(["h1", "h2", "h3", "h4", "h5", "h6"])]
     if levels.count(1) != 1:
         yield f"{levels.count(1)} headings of the first level"
-    for before, after in zip(levels, levels[1:], strict=False):
+    for before, after in itertools.pairwise(levels):
         if after > before + 1:
             yield f"a heading of level {after} below one of level {before}"
 
@@ -84,7 +85,7 @@ def links(site: Site, name: str) -> Iterator[str]:
 
 def loads(site: Site, name: str) -> Iterator[str]:
     """Yield what a page loads from outside, and its weight if that is too much."""
-    size = (site.folder / name).stat().st_size
+    files = {site.folder / name}
     for tag in site.pages[name].find_all(list(LOADED)):
         if tag.name == "link" and not {"stylesheet", "icon", "preload"} & set(tag.get("rel", [])):
             continue
@@ -97,7 +98,8 @@ def loads(site: Site, name: str) -> Iterator[str]:
         elif not found[0].is_file():
             yield f"loads {url}, which is not there"
         else:
-            size += found[0].stat().st_size
+            files.add(found[0])
+    size = sum(file.stat().st_size for file in files)
     if size > MOST_BYTES and name not in HEAVY:
         yield f"weighs {size:,} bytes"
 

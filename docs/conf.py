@@ -71,6 +71,12 @@ def read_report(app: Any, page: str, source: list[str]) -> None:
         source[0] += report.replace("[report.html](report.html)", link)
 
 
+def leave_out_icons(app: Any, error: Exception | None) -> None:
+    """Empty the theme's script of 1.5 MB that draws icons: its style sheet has them as a font."""
+    if error is None:
+        (pathlib.Path(app.outdir) / "_static/scripts/fontawesome.js").write_text("")
+
+
 def add_report(app: Any, error: Exception | None) -> None:
     """Copy the report with figures, as the one file that it is."""
     if error is None:
@@ -83,3 +89,4 @@ def setup(app: Any) -> None:
     """Connect what this site does beyond Sphinx."""
     app.connect("source-read", read_report)
     app.connect("build-finished", add_report)
+    app.connect("build-finished", leave_out_icons)

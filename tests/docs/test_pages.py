@@ -77,7 +77,7 @@ def ours(words: list[str]) -> tuple[str, ...] | None:
 
 @functools.cache
 def help_of(program: tuple[str, ...], folder: pathlib.Path) -> str:
-    log = folder / f"{abs(hash(program))}.log"
+    log = folder / f"{len(list(folder.iterdir()))}.log"
     assert forks.python([*program, "--help"], log) == 0, log.read_text()
     return log.read_text()
 
@@ -94,8 +94,8 @@ def test_commands_take_their_options(name: str, folder: pathlib.Path) -> None:
         program = ours([w for w in words if not re.fullmatch(r"[A-Z_]+=\S*", w)])
         if program is None:
             continue
-        if program[1].startswith(("tests.", "docs.")):  # they have no --help
-            assert importlib.util.find_spec(program[1]) is not None, words
+        if program[-1].startswith(("tests.", "docs.")):  # they have no --help
+            assert importlib.util.find_spec(program[-1]) is not None, words
             continue
         text = help_of(program, folder)
         for option in {w.partition("=")[0] for w in words if w.startswith("--")} - {"--help"}:
