@@ -86,8 +86,15 @@ def _is_list(line: str) -> bool:
 
 
 def _escaped(line: str) -> str:
-    parts = enumerate(_KEPT.split(line))
-    return "".join(x if i % 2 else _SPECIAL.sub(r"\\\g<0>", x) for i, x in parts)
+    """Make code of one backtick code of two, which needs no escapes inside; escape the rest."""
+    parts = _KEPT.split(line)
+    for i, part in enumerate(parts):
+        if i % 2 == 0:
+            parts[i] = _SPECIAL.sub(r"\\\g<0>", part)
+        elif part.startswith("`"):
+            glued = parts[i + 1][:1].isalnum()  # `Array`s: reStructuredText wants a mark between
+            parts[i] = f"`{part}`" + ("\\ " if glued else "")
+    return "".join(parts)
 
 
 def skip(app: Sphinx, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
