@@ -6,6 +6,8 @@ import shutil
 import sys
 from typing import Any
 
+from lora_jax.report import glossary
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -24,12 +26,12 @@ extensions = [
     "docs.ext.docstrings",
     "docs.ext.coverage",
 ]
-exclude_patterns = ["paper", "ext"]
+exclude_patterns = ["paper", "ext", "look.html"]
 suppress_warnings = ["config.cache"]
 nitpicky = False
 
 # Pages
-myst_enable_extensions = ["attrs_inline", "colon_fence"]
+myst_enable_extensions = ["attrs_block", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 # Docstrings: single backticks are code, Args and Returns are Google's
@@ -54,6 +56,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {
+    "navbar_persistent": [],  # the search is in the sidebar
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_toc_level": 2,
@@ -69,6 +72,14 @@ def read_report(app: Any, page: str, source: list[str]) -> None:
         report = (ROOT / "docs/paper/report.md").read_text().partition("\n")[2]
         link = '<a href="paper/report.html">the report with figures</a>'
         source[0] += report.replace("[report.html](report.html)", link)
+
+
+def read_terms(app: Any, page: str, source: list[str]) -> None:
+    """Put the words that reports explain at the end of the glossary, where they link to."""
+    if page == "glossary":
+        for term in glossary.known():
+            names = ", ".join(term.names)
+            source[0] += f"\n{{#{term.anchor}}}\n**{names}**. {term.meaning}\n"
 
 
 def leave_out_icons(app: Any, error: Exception | None) -> None:
@@ -88,5 +99,6 @@ def add_report(app: Any, error: Exception | None) -> None:
 def setup(app: Any) -> None:
     """Connect what this site does beyond Sphinx."""
     app.connect("source-read", read_report)
+    app.connect("source-read", read_terms)
     app.connect("build-finished", add_report)
     app.connect("build-finished", leave_out_icons)

@@ -38,11 +38,12 @@ def _parts(lines: list[str]) -> Iterator[list[str]]:
             yield ["::", "", *part, ""]
         elif indents[0] == 0 and max(indents) > 0 and not section and not _is_list(first):
             bullets = ("  " if indent else "* " for indent in indents)
-            yield [f"{b}{_escaped(x.strip())}" for b, x in zip(bullets, part, strict=True)] + [""]
+            texts = map(str.strip, _escaped(part))
+            yield [*map("".join, zip(bullets, texts, strict=True)), ""]
         elif section:
-            yield [*_nested([*map(_escaped, part)]), ""]
+            yield [*_nested(_escaped(part)), ""]
         else:
-            yield [*map(_escaped, part), ""]
+            yield [*_escaped(part), ""]
 
 
 def _nested(part: list[str]) -> list[str]:
@@ -85,16 +86,16 @@ def _is_list(line: str) -> bool:
     return re.match(r"([-*]|\d+\.) ", line) is not None
 
 
-def _escaped(line: str) -> str:
+def _escaped(lines: list[str]) -> list[str]:
     """Make code of one backtick code of two, which needs no escapes inside; escape the rest."""
-    parts = _KEPT.split(line)
+    parts = _KEPT.split("\n".join(lines))
     for i, part in enumerate(parts):
         if i % 2 == 0:
             parts[i] = _SPECIAL.sub(r"\\\g<0>", part)
         elif part.startswith("`"):
             glued = parts[i + 1][:1].isalnum()  # `Array`s: reStructuredText wants a mark between
             parts[i] = f"`{part}`" + ("\\ " if glued else "")
-    return "".join(parts)
+    return "".join(parts).split("\n")
 
 
 def skip(app: Sphinx, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
