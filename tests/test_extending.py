@@ -1,126 +1,31 @@
 """A base, a kind of update and a rule for a kernel, written by a user: no edit in the package.
 
-docs/extending.md explains the parts between the marks, word for word.
+They are those of docs/extending.md, whose code runs here.
 """
 
-# ruff: noqa: E402, I001 (each part has its own imports, as a user's file would)
 from __future__ import annotations
 
 import functools
 import pathlib
-import re
 from collections.abc import Iterator
-
-import pytest
-
-# [base]
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import lora_jax
-from lora_jax.base import Base
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Ternary(Base):
-    """A weight of -1, 0 and 1, times one scale for each slice of its stack."""
-
-    codes: Any  # int8 [*stack, *slice]
-    scale: Any  # float32 [*stack]
-    slice_ndim: int = dataclasses.field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.scale.dtype
-
-    def dense(self) -> Any:
-        scale = jnp.expand_dims(self.scale, range(-self.slice_ndim, 0))
-        return self.codes.astype(self.dtype) * scale
-
-
-def ternary(w: Any, stack: tuple[int, ...] = ()) -> Ternary:
-    """W by the sign of its large entries; the stack axes come first."""
-    axes = tuple(range(len(stack), w.ndim))
-    scale = jnp.abs(w).mean(axes)
-    codes = jnp.round(w / jnp.expand_dims(scale, axes)).clip(-1, 1).astype(jnp.int8)
-    return Ternary(codes, scale, len(axes))
-
-
-# [update]
-from typing import NamedTuple
-
-from lora_jax.updates import Factors, Kind, register
-
-
-class GainedFactors(NamedTuple):
-    """a [*stack, *inputs, rank], b [*stack, rank, *outputs], gain [*stack, *outputs]."""
-
-    a: Any
-    b: Any
-    gain: Any
-
-
-class Gained(Kind):
-    """`W + scale * (a @ b) * gain`, with a learned gain for each output of the update."""
-
-    name = "gained"
-    fields = GainedFactors
-
-    def axes(self, target: Any) -> GainedFactors:
-        stack, inputs, outputs = target.stack, target.inputs, target.outputs
-        return GainedFactors((*stack, *inputs, None), (*stack, None, *outputs), (*stack, *outputs))
-
-    def init(self, key: Any, target: Any, dtype: Any, a_init: Any, w: Any = None) -> Any:
-        shapes = self.shapes(target)
-        a, b = a_init(key, target, dtype), jnp.zeros(shapes.b, dtype)
-        return GainedFactors(a, b, jnp.ones(shapes.gain, dtype))
-
-    def factors(self, target: Any, parameters: GainedFactors) -> Factors:
-        gain = jnp.expand_dims(parameters.gain, len(target.stack))  # along the rank
-        return Factors(parameters.a, parameters.b * gain)
-
-
-# [kernel]
-from lora_jax.primitives import kernel, table
-
-
-@jax.custom_vjp
-def my_gmm(rows: Any, bank: Any, sizes: Any) -> Any:
-    """A grouped product as a kernel has it: rows in groups, bank [groups, in, out]."""
-    return jax.lax.ragged_dot(rows, bank, sizes)
-
-
-def _forward(rows: Any, bank: Any, sizes: Any) -> Any:
-    return my_gmm(rows, bank, sizes), (rows, bank, sizes)
-
-
-def _backward(kept: Any, dy: Any) -> Any:
-    rows, bank, sizes = kept
-    _, pull = jax.vjp(lambda rows, bank: jax.lax.ragged_dot(rows, bank, sizes), rows, bank)
-    return *pull(dy), None
-
-
-my_gmm.defvjp(_forward, _backward)
-
-gmm_rule = kernel.product(
-    my_gmm, x=0, weight=1, stack=(0,), inputs=1, outputs=2,
-    rows=lambda array, x, sizes: jnp.repeat(array, sizes, 0, total_repeat_length=len(x)),
-)  # fmt: skip
-# [end]
-
-from lora_jax.primitives import control
+from lora_jax.primitives import control, table
 from lora_jax.updates import kind as kinds
+from lora_jax.updates import register
 from tests import cases
+from tests.docs import pages
 from tests.test_bases_and_kinds import assert_near
 from tests.test_transform import Law
+
+PAGE = pages.run("extending")
+Ternary, ternary = PAGE["Ternary"], PAGE["ternary"]
+Gained, my_gmm, gmm_rule = PAGE["Gained"], PAGE["my_gmm"], PAGE["gmm_rule"]
 
 pytestmark = pytest.mark.standard_promotion
 PROGRAMS = [
@@ -201,12 +106,3 @@ def test_an_adapter_of_the_kind_is_saved_and_restored(tmp_path: pathlib.Path) ->
     back = lora_jax.restore(tmp_path / "adapter")
     assert back.layout == law.layout
     jax.tree.map(lambda x, y: (x == y).all() or pytest.fail("differs"), back[1], law.adapters)
-
-
-def test_the_page_shows_these_very_lines() -> None:
-    """Red: a line of the page that this file does not have."""
-    here = pathlib.Path(__file__).read_text()
-    page = (pathlib.Path(__file__).parents[1] / "docs" / "extending.md").read_text()
-    parts = dict(re.findall(r"# \[(\w+)\]\n(.*?)(?=# \[)", here, re.S))
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert [b.strip() for b in blocks] == [parts[k].strip() for k in ("base", "update", "kernel")]

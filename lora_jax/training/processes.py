@@ -268,9 +268,9 @@ class Preemption:
 
     With one process, the first SIGTERM is remembered and a second one kills at once, even while the
     checkpoint is written; then the checkpoint before it is complete. A signal that comes within
-    `_REPEATED` seconds of the first is the same request, because `timeout`, `srun` and others signal
-    a process and its whole group. With several processes, JAX remembers the signal and lets all of
-    them stop at the same step, even if only one received it; a second one changes nothing.
+    `_REPEATED` seconds of the first is the same request, because `timeout`, `srun` and others
+    signal a process and its whole group. With several processes, JAX remembers the signal and lets
+    all of them stop at the same step, even if only one received it; a second one changes nothing.
     """
 
     def __init__(self) -> None:

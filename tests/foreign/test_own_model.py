@@ -1,4 +1,4 @@
-"""docs/foreign.md: every block runs, and its PEFT folder can be read by PEFT's own rules.
+"""docs/own_model.md: every block runs, and its PEFT folder can be read by PEFT's own rules.
 
 The PEFT folder of each section is read here with NumPy alone, and merged into the base weights by
 hand. The result equals the weights of `merge`, and for Llamas the logits of another implementation.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import pathlib
-import re
 import shutil
 import types
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import lora_jax
 from lora_jax import models
 from lora_jax.exchange import peft
 from tests import laws
+from tests.docs import pages
 from tests.foreign.register import without_init
 from tests.test_transform import assert_close
 
@@ -32,13 +32,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # other people's warnings
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/golden/golden_models/llama"
-TEXT = (ROOT / "docs/foreign.md").read_text()
-SECTIONS = {part.split("\n")[0]: part for part in re.split(r"^## ", TEXT, flags=re.M)}
 Arrays = dict[str, np.ndarray]
-
-
-def code(part: str) -> str:
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", part, re.M | re.S))
 
 
 class Ran(NamedTuple):
@@ -74,12 +68,10 @@ def run(
         (tmp_path / "llama").symlink_to(llama)
         monkeypatch.chdir(tmp_path)
         calls, named = [], []
-        page: dict[str, Any] = {"__name__": "page"}
-        exec(compile(code(TEXT.split("\n## ")[0]), "docs/foreign.md", "exec"), page)
-        lora, save = page["lora"], peft.save
-        page["lora"] = lambda *call: (calls.append(call), lora(*call))[1]
+        lora, save = pages.run("own_model", [""])["lora"], peft.save
+        watched = lambda *call: (calls.append(call), lora(*call))[1]  # noqa: E731
         monkeypatch.setattr(peft, "save", lambda *a, **k: (named.append(a[1]), save(*a, **k))[1])
-        exec(compile(code(SECTIONS[title]), f"docs/foreign.md: {title}", "exec"), page)
+        page = pages.run("own_model", ["", title], {"lora": watched})
         monkeypatch.undo()
         ((f, params, *args),), (names,) = calls, named
         return Ran(f, params, tuple(args), page["layout"], names, page)
@@ -299,4 +291,4 @@ def test_the_folder_is_the_same_adapter_on_another_llama(
 
 
 def test_every_section_is_tested() -> None:
-    assert {*BY_HAND, *LLAMAS} - {"Penzai from a folder"} == set(list(SECTIONS)[1:])
+    assert {*BY_HAND, *LLAMAS} - {"Penzai from a folder"} == set(pages.sections("own_model")[1:])

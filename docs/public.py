@@ -1,0 +1,82 @@
+"""List the public names of the package: each of them has a page in the API reference."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+
+# All names that these modules export are public: `from a import b as b`, or defined in the file.
+MODULES = (
+    "lora_jax",
+    "lora_jax.paths",
+    "lora_jax.frozen",
+    "lora_jax.base",
+    "lora_jax.updates",
+    "lora_jax.multi",
+    "lora_jax.moe",
+    "lora_jax.checkpoint",
+    "lora_jax.beginnings",
+    "lora_jax.analysis",
+    "lora_jax.exchange.peft",
+    "lora_jax.exchange.gguf",
+    "lora_jax.exchange.mlx",
+    "lora_jax.exchange.loralib",
+    "lora_jax.foreign",
+    "lora_jax.hf_module",
+    "lora_jax.models",
+    "lora_jax.baselines",
+    "lora_jax.data",
+    "lora_jax.planner",
+)
+
+# Of these only some names are meant for users.
+NAMES = {
+    "lora_jax.bases.matrix": ("QuantisedMatrix",),
+    "lora_jax.sharding": ("partition_specs", "specs", "place", "automatic"),
+    "lora_jax.primitives.table": ("register",),
+    "lora_jax.primitives.kernel": ("product",),
+    "lora_jax.primitives.views": ("of_one",),
+    "lora_jax.training.config": (
+        "Config",
+        "LoraConfig",
+        "OptimizerConfig",
+        "MeshConfig",
+        "ProcessesConfig",
+    ),
+    "lora_jax.training.text": ("TextConfig", "ModelConfig"),
+    "lora_jax.training.images": ("ImageConfig",),
+    "lora_jax.training.workload": ("Workload", "Common"),
+    "lora_jax.groups.config": ("Member", "GroupConfig"),
+    "lora_jax.groups.sweep": ("SweepConfig",),
+    "lora_jax.groups.group": ("Group",),
+    "lora_jax.report.document": ("Report", "Section", "Table", "Figure"),
+    "lora_jax.report.render": ("write",),
+    "lora_jax.extras": ("MissingExtraError",),
+}
+
+_EXPORT = re.compile(r"^from \S+ import (\w+) as \1$", re.MULTILINE)
+
+
+def names() -> dict[str, object]:
+    """Return every public name, as `module.name`, with its value. Modules are left out."""
+    found: dict[str, object] = {}
+    for module_name in MODULES:
+        module = importlib.import_module(module_name)
+        exported = _EXPORT.findall(inspect.getsource(module)) or _defined(module)
+        found |= {f"{module_name}.{name}": getattr(module, name) for name in exported}
+    for module_name, some in NAMES.items():
+        module = importlib.import_module(module_name)
+        found |= {f"{module_name}.{name}": getattr(module, name) for name in some}
+    return {name: value for name, value in found.items() if not inspect.ismodule(value)}
+
+
+def _defined(module: object) -> list[str]:
+    """Return the public functions and classes that a module defines itself."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == module.__name__  # type: ignore[attr-defined]
+    ]
