@@ -53,6 +53,10 @@ def test_commands_take_their_options(words: list[str], tmp_path: pathlib.Path) -
         assert option in text, f"{option} is not among the options of {words}"
 
 
+def test_it_is_short() -> None:
+    assert TEXT.count("\n") <= 150
+
+
 def test_extras_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = {e for extras in re.findall(r"\.\[([\w,]+)\]", TEXT) for e in extras.split(",")}
