@@ -111,6 +111,7 @@ CORE_LIBRARIES = {
     "optax": {"frozen", "labels"},
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},  # comes with Orbax
+    "tensorstore": {"checkpoint"},  # so does this
     "gguf": {"exchange"},
 }
 ORBAX = {"lora_jax/checkpoint/storage.py"}  # its names still move: one file follows them
@@ -271,7 +272,7 @@ def test_imported_libraries_are_declared() -> None:
         declared |= {re.split(r"[<>=\[; ]", line)[0] for line in lines}
     known = {IMPORT_NAMES.get(name, name) for name in declared}
     used = set().union(*map(libraries, [*sources("lora_jax", "configs"), ROOT / "train.py"]))
-    assert used - {"etils"} <= known
+    assert used - {"etils", "tensorstore"} <= known
 
 
 def test_five_libraries_are_required() -> None:

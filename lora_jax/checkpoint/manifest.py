@@ -247,7 +247,7 @@ def _size(file: pathlib.Path) -> int:
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
         raise LoraError(f"{file} is neither a file nor a folder")
-    if file.parent.name != "d":  # Orbax keeps arrays in folders d
+    if file.parent.name != "d" or "zarr" in file.name:  # Orbax keeps arrays in folders d
         check_json(file, found.st_size)
         _check_text(file)
     return found.st_size

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from lora_jax import paths
+from lora_jax import json_file, paths
 from lora_jax.checkpoint import manifest as manifests
 from lora_jax.checkpoint.manifest import DamagedError, Manifest
 from lora_jax.errors import LoraError, cure, errno_of, listed
@@ -30,6 +30,7 @@ from lora_jax.errors import LoraError, cure, errno_of, listed
 # Errors of the system that say nothing of what is on the disk.
 _PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE}
 
+DESCRIPTIONS = (b"zarr.json", b".zarray", b".zattrs", b".zgroup")  # ends of names
 Path = str | os.PathLike[str]
 RemotePath = Any  # etils' epath.Path: a local folder, or a remote one (gs://...)
 
@@ -71,6 +72,8 @@ def read_manifest(folder: RemotePath, max_bytes: float | None, part: str = "arra
         on_disk = manifests.check_folder(pathlib.Path(folder)) if local else None
         found = manifests.unseal(_sealed(folder))
         manifests.check_declared(found, on_disk, max_bytes)
+        if local:
+            _check_descriptions(pathlib.Path(folder) / part)
         _check_stored(folder, found, part)
     return found
 
@@ -85,6 +88,24 @@ def _sealed(folder: RemotePath) -> Any:
         return None
     manifests.check_json(file, file.stat().length)
     return json.loads(file.read_text())
+
+
+def _check_descriptions(folder: pathlib.Path) -> None:
+    """Raise unless what the arrays in `folder` say of themselves is JSON, and not too deep.
+
+    TensorStore, which reads it later, ends the process with a segmentation fault if it is. It is
+    in the OCDBT database that Orbax writes; `manifest.check_folder` reads what is in files.
+    """
+    import tensorstore  # comes with Orbax
+
+    if not (folder / "manifest.ocdbt").exists():
+        return
+    base = {"driver": "file", "path": f"{folder}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    names = [name for name in store.list().result() if name.endswith(DESCRIPTIONS)]
+    for name, read in [(name, store.read(name)) for name in names]:
+        where = name.decode(errors="replace")
+        json_file.parse(read.result().value, where, DamagedError, finite=False)
 
 
 def _check_stored(folder: RemotePath, manifest: Manifest, part: str) -> None:

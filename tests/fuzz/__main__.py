@@ -66,8 +66,8 @@ def main() -> int:
                     said = end.found.strip().splitlines()[-1][:300]
                     say(bar.console, f"{end.kind} {end.number}: {end.place}\n  {said}")
     for name in names:
-        ends = {e: n for (k, e), n in sorted(counts.items()) if k == name}
-        say(console, f"{name:14}{ends}")
+        how = {end: n for (kind, end), n in sorted(counts.items()) if kind == name}
+        say(console, f"{name:14}{how}")
     for place, ends in sorted(found.items(), key=lambda item: -len(item[1])):
         which = ", ".join(f"{e.kind} {e.number}" for e in ends[:5])
         say(console, f"{len(ends):6} x {place}: {which}")

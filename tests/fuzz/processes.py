@@ -64,7 +64,7 @@ def work(tasks: Any, ends: Any, seed: int, folder: str) -> None:
     root = pathlib.Path(tempfile.mkdtemp(dir=folder))
     while (task := tasks.get()) is not None:
         ends.put(Ended(*task, "begun"))
-        end = run_one(*task[:1], seed, task[1], root)
+        end = run_one(task[0], seed, task[1], root)
         if end.found:
             kept = pathlib.Path(folder) / "found" / f"{end.kind}-{end.number}"
             shutil.copytree(root / "case", kept, dirs_exist_ok=True)

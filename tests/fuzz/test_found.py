@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tensorstore
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
+import lora_jax
 from lora_jax import LoraError, console, data
 from lora_jax.checkpoint import adapter as checkpoints
 from lora_jax.data import source
@@ -92,15 +94,27 @@ def test_a_size_that_takes_an_hour_to_split(size: int) -> None:
         Layout.from_json(layout(**changes))
 
 
-@pytest.mark.parametrize("start", ["[", '{"a":', "\ufeff ["])
+@pytest.mark.parametrize("start", ["[", '{"a":', " ["])
 @pytest.mark.parametrize("name", ["arrays/_sharding", "arrays/_METADATA", "_CHECKPOINT_METADATA"])
 def test_a_file_of_orbax_that_is_nested_too_deeply(
     tmp_path: pathlib.Path, name: str, start: str
 ) -> None:
     """Red: TensorStore reads it, and the process ends with a segmentation fault."""
-    write(tmp_path, {**adapters.checkpoints_files()[1], name: start.encode() * 100_000})
+    end = b"" if start == '{"a":' else b"]" * 100_000
+    write(tmp_path, {**adapters.checkpoints_files()[1], name: start.encode() * 100_000 + end})
     with pytest.raises(LoraError, match=r"nested too deeply|not JSON"):
         checkpoints.restore(tmp_path)
+
+
+def test_an_array_that_is_described_too_deeply(tmp_path: pathlib.Path) -> None:
+    """The same in the database in which Orbax keeps arrays. Red: a segmentation fault."""
+    write(tmp_path, adapters.checkpoints_files()[2])
+    base = {"driver": "file", "path": f"{tmp_path}/arrays/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    assert lora_jax.restore(tmp_path)
+    store.write("adapters.q.a/zarr.json", b"[" * 100_000 + b"]" * 100_000).result()
+    with pytest.raises(LoraError, match=r"adapters\.q\.a/zarr\.json is nested too deeply"):
+        lora_jax.restore(tmp_path)
 
 
 def test_a_seal_of_many_characters(tmp_path: pathlib.Path) -> None:
