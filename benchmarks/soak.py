@@ -5,9 +5,10 @@
 
 It is the run of `train.py` on the tiny network of configs/own_model.py, with a checkpoint every 500
 steps, an evaluation and an export of the best adapter every 1,000. Each 250 steps the resident
-memory and the open files of the process are read. The slope of the memory is that of a straight
-line through the means of blocks of readings, without the first fifth of the run, in which programs
-are compiled and caches fill; its standard error comes from how the blocks scatter around the line.
+memory and the open files of the process are read; the memory is what it has allocated, without the
+pages of files, which the kernel drops and brings back. Its slope is that of a straight line through
+the means of blocks of readings, without the first fifth of the run, in which programs are compiled
+and caches fill; the standard error comes from how the blocks scatter around the line.
 """
 
 import argparse
@@ -32,7 +33,6 @@ from lora_jax.training.config import MeshConfig, OptimizerConfig
 from lora_jax.training.workload import Workload
 
 EVERY, BLOCKS = 250, 40
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclasses.dataclass
@@ -46,7 +46,8 @@ class Readings:
     def take(self, step: int) -> None:
         """Read them now."""
         self.steps.append(step)
-        self.bytes.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * PAGE)
+        status = pathlib.Path("/proc/self/status").read_text()
+        self.bytes.append(int(status.partition("RssAnon:")[2].split()[0]) * 1024)
         self.files.append(len(os.listdir("/proc/self/fd")))
 
     def after_warm_up(self) -> "Readings":
@@ -91,8 +92,7 @@ def soak(steps: int, checkpoint_every: int, path: pathlib.Path) -> Readings:
     grid = mesh.make(MeshConfig(), jax.devices()[:1])
     with quiet_storage(), jax.set_mesh(grid):
         train.train(config, grid, path, Console())
-    readings.take(steps)
-    return readings
+    return readings  # none at the end, where matplotlib is loaded to draw the curves
 
 
 def slope(steps: list[int], values: list[int], blocks: int = BLOCKS) -> tuple[float, float]:

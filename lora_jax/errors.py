@@ -56,7 +56,9 @@ _CURES = {
 def errno_of(error: BaseException) -> int | None:
     """Return the number of the system's error that this is or tells of, if it is a known one.
 
-    Libraries in C++ put the system's words into texts of their own.
+    Args:
+      error: an `OSError`, or another error whose text holds the system's words, as libraries in
+        C++ raise it.
 
     >>> errno_of(ValueError("writing 'x': No space left on device")) == errno.ENOSPC
     True
@@ -67,7 +69,11 @@ def errno_of(error: BaseException) -> int | None:
 
 
 def cure(error: BaseException) -> str:
-    """Return what to do about an error of the system, as a sentence without its full stop."""
+    """Return what to do about an error of the system, as a sentence without its full stop.
+
+    Args:
+      error: as for `errno_of`; of an unknown one the sentence is a general one.
+    """
     known = _CURES.get(errno_of(error) or 0, "Make room, or make the folder writable")
     return f"{known}, and start the same command again"
 
