@@ -11,7 +11,8 @@ turns, on the same cores, while the other one waits. A step is the gradient, Ada
 Numbers are medians, theirs of the faster of their two attentions; CPU seconds are those of all
 threads.
 
---vectors avx2 has both sides leave the wider vectors of this CPU alone, as on one without them.
+--vectors avx2 has both sides leave the wider vectors of this CPU alone, as on one without them
+(`narrow.py`). That emulates such a CPU: its caches and its clock are this one's.
 """
 
 import argparse
@@ -24,16 +25,19 @@ import venv
 from typing import NamedTuple
 
 from benchmarks import commands, common
+from benchmarks.peft import narrow
 
 HERE = pathlib.Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "peft")
 TRAINED = ("q and v", "all-linear")
 
-# What makes XLA, ATen, oneDNN and MKL take AVX2 alone.
+# What makes XLA, its YNNPACK, ATen, oneDNN and MKL take AVX2 alone. (MKL's sgemm takes it anyway
+# on an AMD CPU.)
 VECTORS = {
     "native": {},
     "avx2": {
         "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+        narrow.VARIABLE: "avx2",
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
