@@ -10,42 +10,16 @@ their two attentions. That both sides write the same tokens is checked first.
 """
 
 import argparse
-import contextlib
-import io
 import os
 import pathlib
 import sys
 import tempfile
 
-import jax
-
-import lora_jax
 from benchmarks import commands, common
+from benchmarks.exported_model import exported
 from benchmarks.peft.compare import HERE, VECTORS, Seconds, Worker, environment, medians
-from lora_jax import models
-from lora_jax.conversion import export_command
 
 PROMPT = 48
-
-
-def exported(folder: pathlib.Path) -> pathlib.Path:
-    """SmolLM2 as a folder of transformers, with an adapter merged in that changes nothing."""
-    source = models.open(models.SMOLLM2)
-    model, ids = models.Llama(source.config), jax.numpy.ones((1, 4), jax.numpy.int32)
-    params = source.load(source.config)
-    spec = lora_jax.LoraSpec(8, 16.0, targets=("layers_*/attention/{q,v}/kernel",))
-    layout = lora_jax.resolve(spec, lambda p, ids: model.apply({"params": p}, ids), params, ids)
-    adapter = lora_jax.Adapter(layout, lora_jax.init(jax.random.key(0), layout), {})
-    about = {"reference": models.SMOLLM2, "pooling": "mean", "scan_layers": False}
-    dtypes = {"dtype": "float32", "param_dtype": "float32"}
-    frozen = lora_jax.fingerprint(params)
-    lora_jax.save(folder / "run", adapter, fingerprint=frozen, about={"model": about | dtypes})
-    arguments = [str(folder / "run"), "--format", "hf", "--out", str(folder / "model")]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        status = export_command.main(arguments)
-    if status != 0:
-        raise RuntimeError(said.getvalue())
-    return folder / "model"
 
 
 def rate(tokens: int, taken: float) -> str:
