@@ -15,8 +15,8 @@ from lora_jax.conversion import export_command
 def exported(folder: pathlib.Path) -> pathlib.Path:
     """SmolLM2 as a folder of transformers, with an adapter merged in that changes nothing."""
     source = models.open(models.SMOLLM2)
-    assert isinstance(source.config, models.LlamaConfig)
-    model, ids = models.Llama(source.config), jnp.ones((1, 4), jnp.int32)
+    assert isinstance(source.config, models.DecoderConfig)
+    model, ids = models.DecoderModel(source.config), jnp.ones((1, 4), jnp.int32)
     params = source.load(source.config)
     spec = lora_jax.LoraSpec(8, 16.0, targets=("layers_*/attention/{q,v}/kernel",))
     layout = lora_jax.resolve(spec, lambda p, ids: model.apply({"params": p}, ids), params, ids)
