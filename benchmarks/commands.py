@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,12 +37,20 @@ def train(*arguments: str, devices: int = 1) -> Spent:
     """
     command = ["train.py", *arguments]
     print(f"JAX_NUM_CPU_DEVICES={devices} python", shlex.join(command), flush=True)
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+    return spent([sys.executable, *command], {"JAX_NUM_CPU_DEVICES": str(devices)})
+
+
+def spent(command: Sequence[str], environment: Mapping[str, str]) -> Spent:
+    """Run a command to its end, with these variables beside our own, and return what it took.
+
+    Raises:
+      SystemExit: it failed; its last words are said.
+    """
     log = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"benchmark-{os.getpid()}.log"
     begun = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file
+            command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=file
         )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -8,7 +8,7 @@ gradient, AdamW and the update, with donated state.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,16 +30,24 @@ def gradients(setup: common.ModelSetup) -> dict[str, Callable[[], Any]]:
     return runs
 
 
-def steps(setup: common.ModelSetup) -> dict[str, Callable[[], Any]]:
-    """Return the compiled training steps, full and LoRA; each keeps its own state."""
-    params, batch = setup.arrays()
-    full = common.full_gradient(setup)
-    # The step donates the parameters, and the LoRA runs still need them, so this makes a copy.
-    runs = {"full": stepping(full, jax.tree.map(lambda x: x.copy(), params), batch)}
-    for name, spec in setup.specs().items():
-        layout = setup.layout(spec)
-        adapters = common.adapters(layout)
-        runs[name] = stepping(common.lora_gradient(setup, layout), adapters, params, batch)
+def steps(setup: common.ModelSetup, wanted: Sequence[str] = ()) -> dict[str, Callable[[], Any]]:
+    """Return the compiled training steps, full and LoRA; each keeps its own state.
+
+    Args:
+        wanted: the names of the steps to return; empty: all.
+    """
+    (params, batch), specs = setup.arrays(), setup.specs()
+    runs = {}
+    for name in wanted or ("full", *specs):
+        if name == "full":
+            # The step donates the parameters, and the LoRA runs still need them, so this makes
+            # a copy.
+            trained = jax.tree.map(lambda x: x.copy(), params)
+            runs[name] = stepping(common.full_gradient(setup), trained, batch)
+        else:
+            layout = setup.layout(specs[name])
+            adapters = common.adapters(layout)
+            runs[name] = stepping(common.lora_gradient(setup, layout), adapters, params, batch)
     return runs
 
 

@@ -1,12 +1,18 @@
-"""Time one gradient of lora_jax and of PyTorch + Hugging Face PEFT, with the same shapes.
+"""Seconds of one training step: lora_jax over PyTorch + Hugging Face PEFT, same shapes, same run.
 
     python -m benchmarks.peft.compare
+    python -m benchmarks.peft.compare --vectors avx2
 
-The first run makes an environment (`benchmarks/peft/.venv`) with PyTorch, `transformers` and PEFT:
-1 GB, or several if pip chooses a build of PyTorch with CUDA. Two worker processes, one for each
-side, hold the same model with the same losses (see `ours.py`, `theirs.py`). They are asked in
-turns, on the same cores, while the other one waits. The numbers are medians, for PyTorch with
-the faster of two implementations of attention.
+The first run makes an environment of its own (`benchmarks/peft/.venv`) with PyTorch,
+`transformers` and PEFT: 1 GB, or several where pip picks the build of PyTorch that brings CUDA.
+--python takes the interpreter of one that is there already. Two worker processes, one for each
+side, hold the same model with the same losses (see `ours.py`, `theirs.py`); they are asked in
+turns, on the same cores, while the other one waits. A step is the gradient, AdamW and the update.
+Numbers are medians, theirs of the faster of their two attentions; CPU seconds are those of all
+threads.
+
+--vectors avx2 has both sides leave the wider vectors of this CPU alone, as on one without them
+(`narrow.py`). That emulates such a CPU: its caches and its clock are this one's.
 """
 
 import argparse
@@ -16,15 +22,38 @@ import statistics
 import subprocess
 import sys
 import venv
+from typing import NamedTuple
 
-from benchmarks import common
+from benchmarks import commands, common
+from benchmarks.peft import narrow
 
 HERE = pathlib.Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "peft")
+TRAINED = ("q and v", "all-linear")
+
+# What makes XLA, its YNNPACK, ATen, oneDNN and MKL take AVX2 alone. (MKL's sgemm takes it anyway
+# on an AMD CPU.)
+VECTORS = {
+    "native": {},
+    "avx2": {
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+        narrow.VARIABLE: "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+}
+
+
+class Seconds(NamedTuple):
+    """Seconds of one run, by the clock and of the CPU."""
+
+    wall: float
+    cpu: float
 
 
 def environment() -> pathlib.Path:
-    """Return the interpreter of their environment, which is made if it does not exist."""
+    """The interpreter of their environment, made if it is not there."""
     python = HERE / ".venv" / "bin" / "python"
     done = HERE / ".venv" / "installed"
     if not done.exists():
@@ -37,65 +66,89 @@ def environment() -> pathlib.Path:
 class Worker:
     """A process that times its runs on request."""
 
-    def __init__(self, *command: str):
+    def __init__(self, *command: str, vectors: str = "native"):
         self._process = subprocess.Popen(
-            command, cwd=HERE.parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            cwd=HERE.parents[1],
+            env={**os.environ, **VECTORS[vectors]},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         line = self._process.stdout.readline()
         if not line.startswith("ready"):
             raise RuntimeError(f"the worker {' '.join(command)} did not start; its error is above")
         _, self.versions, *self.runs = line.rstrip("\n").split("\t")
 
-    def seconds(self, run: str) -> float:
+    def seconds(self, run: str) -> Seconds:
         self._process.stdin.write(f"{run}\n")
         self._process.stdin.flush()
-        return float(self._process.stdout.readline())
+        return Seconds(*map(float, self._process.stdout.readline().split()))
 
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
 
 
-def compare(model: str, cores: int, repeats: int) -> tuple[str, list[tuple[str, ...]]]:
-    """Return their versions, and the lines of the table for one model."""
-    ours = Worker(sys.executable, "-m", "benchmarks.peft.ours", model)
-    theirs = Worker(str(environment()), str(HERE / "theirs.py"), model, str(cores))
-    taken = {(w, run): [] for w in (ours, theirs) for run in w.runs}
+def medians(workers: dict[str, Worker], repeats: int) -> dict[tuple[str, str], Seconds]:
+    """The median seconds of each (side, run), all of them taken in turns."""
+    taken = {(side, run): [] for side, worker in workers.items() for run in worker.runs}
     for _ in range(repeats):
-        for worker, run in taken:
-            taken[worker, run].append(worker.seconds(run))
-    medians = {key: statistics.median(values) for key, values in taken.items()}
-    ours.close()
-    theirs.close()
+        for side, run in taken:
+            taken[side, run].append(workers[side].seconds(run))
+    return {
+        key: Seconds(*map(statistics.median, zip(*each, strict=True)))
+        for key, each in taken.items()
+    }
+
+
+def compare(model: str, args: argparse.Namespace) -> tuple[str, list[tuple[str, ...]]]:
+    """Their versions, and the lines of the table for one model."""
+    theirs = (str(HERE / "theirs.py"), model, str(args.cores), *args.trained)
+    workers = {
+        "ours": Worker(
+            sys.executable, "-m", "benchmarks.peft.ours", model, *args.trained, vectors=args.vectors
+        ),
+        "theirs": Worker(str(args.python), *theirs, vectors=args.vectors),
+    }
+    found = medians(workers, args.repeats)
+    for worker in workers.values():
+        worker.close()
     lines = []
-    for run in ours.runs:
-        mine = medians[ours, run]
-        name, other = min(
-            ((r, s) for (w, r), s in medians.items() if w is theirs and r.startswith(f"{run}/")),
-            key=lambda pair: pair[1],
+    for run in args.trained:
+        mine = found["ours", run]
+        both = {a: found["theirs", f"{run}/{a}"] for a in ("eager", "sdpa")}
+        attention = min(both, key=lambda a: both[a].wall)
+        other = both[attention]
+        numbers = (
+            *(f"{mine.wall:.3f}", f"{other.wall:.3f} ({attention})"),
+            *(f"{mine.wall / other.wall:.2f}", f"{mine.cpu:.3f}", f"{other.cpu:.3f}"),
+            f"{mine.cpu / other.cpu:.2f}",
         )
-        attention = name.split("/")[1]
-        numbers = (f"{mine:.3f}", f"{other:.3f} ({attention})", f"{mine / other:.2f}")
         lines.append((common.SETUPS[model]().name, run, *numbers))
-    return theirs.versions, lines
+    return workers["theirs"].versions, lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Gradient time: lora_jax / torch + PEFT.")
+    parser = argparse.ArgumentParser(description="A training step: lora_jax / torch + PEFT.")
     parser.add_argument("--models", nargs="+", choices=common.SETUPS, default=list(common.SETUPS))
+    parser.add_argument("--trained", nargs="+", default=list(TRAINED), help="or full")
+    parser.add_argument("--vectors", choices=VECTORS, default="native")
     parser.add_argument("--cores", type=int, default=2, help="cores that both sides may use")
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--python", type=pathlib.Path, help="with torch, transformers and peft")
     args = parser.parse_args()
-    environment()
+    args.python = args.python or environment()
     if sys.platform == "linux":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     versions, lines = "", []
     for model in args.models:
-        versions, more = compare(model, args.cores, args.repeats)
+        versions, more = compare(model, args)
         lines += more
-    print(common.hardware(versions), end="\n\n")
+    said = f"{common.hardware(versions)}; vectors: {args.vectors}; {commands.load()}"
+    print(said, end="\n\n")
     header = ("model", "trained", "lora_jax, s", "torch + PEFT, s", "ours / theirs")
-    print(common.table(header, lines))
+    print(common.table((*header, "CPU s", "theirs", "ours / theirs"), lines))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our side of the comparison: gradients through `lora_jax.adapt`, see `benchmarks.step_time`."""
+"""Our side: training steps through `lora_jax.adapt`, see `benchmarks.step_time`."""
 
 import sys
 
@@ -6,13 +6,15 @@ import flax
 import jax
 
 from benchmarks import common, step_time
+from benchmarks.peft.narrow import narrow
 from benchmarks.peft.worker import serve
 
 
 def main() -> None:
-    gradients = step_time.gradients(common.SETUPS[sys.argv[1]]())
-    runs = {name: lambda run=run: jax.block_until_ready(run()) for name, run in gradients.items()}
-    serve(runs, f"JAX {jax.__version__}, Flax {flax.__version__}")
+    narrow()
+    model, *wanted = sys.argv[1:]
+    steps = step_time.steps(common.SETUPS[model](), wanted)
+    serve(steps, f"JAX {jax.__version__}, Flax {flax.__version__}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
-"""Their side of the comparison: the same models and losses in PyTorch, `transformers` and PEFT.
+"""Their side: the same shapes and losses in PyTorch, `transformers` and PEFT. No JAX here.
 
-This file does not use JAX. Dropout is 0 and weights are random, as on our side. Each run exists
-with both implementations of attention, `name/eager` and `name/sdpa`; the comparison uses the faster
-one.
+Dropout is 0 and weights are random, as on our side. Each run is there with both implementations of
+attention, `name/eager` and `name/sdpa`: the comparison takes the faster.
 """
 
-import pathlib
 import sys
 
 import peft
 import torch
 import transformers
 from torch.nn import functional
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-from benchmarks.peft.worker import serve
+from worker import serve  # of this folder: the package above it imports JAX
 
 QUERY_VALUE = {"minilm": r".*\.(query|value)", "smollm2": r".*\.(q_proj|v_proj)"}
 ALL_LINEAR = {
@@ -69,32 +65,37 @@ class TorchDecoder(torch.nn.Module):
 BUILD = {"minilm": (TorchClassifier, (32, 48), 30_522), "smollm2": (TorchDecoder, (8, 48), 49_152)}
 
 
-def gradient(model, ids, labels):
-    """Return a function that computes the gradient of the mean cross entropy."""
+def step(model, ids, labels):
+    """A function that takes a training step: the mean cross entropy, its gradient, AdamW."""
     model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def run():
-        model.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         functional.cross_entropy(model(ids), labels).backward()
+        optimizer.step()
 
     return run
 
 
 def main() -> None:
-    name, threads = sys.argv[1], int(sys.argv[2])
-    torch.set_num_threads(threads)
+    name, threads, *wanted = sys.argv[1:]
+    torch.set_num_threads(int(threads))
     torch.manual_seed(0)
     build, shape, vocabulary = BUILD[name]
     ids = torch.randint(0, vocabulary, shape)
     labels = torch.randint(0, 2, shape[:1]) if name == "minilm" else ids.flatten()
+    targets = {"q and v": QUERY_VALUE[name], "all-linear": ALL_LINEAR[name]}
     runs = {}
     for attention in ("eager", "sdpa"):
-        runs[f"full/{attention}"] = gradient(build(attention), ids, labels)
-        for what, targets in (("q and v", QUERY_VALUE), ("all-linear", ALL_LINEAR)):
-            config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets[name])
-            model = peft.get_peft_model(build(attention), config)
-            runs[f"{what}/{attention}"] = gradient(model, ids, labels)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        for what in wanted or ("full", *targets):
+            model = build(attention)
+            if what != "full":
+                config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets[what])
+                model = peft.get_peft_model(model, config)
+            runs[f"{what}/{attention}"] = step(model, ids, labels)
+    capability = torch.backends.cpu.get_cpu_capability()
+    versions = f"torch {torch.__version__} ({capability}), transformers {transformers.__version__}"
     serve(runs, f"{versions}, peft {peft.__version__}")
 
 

@@ -225,6 +225,11 @@ class DecoderModel(nn.Module):
 
         def head(x: Array) -> Array:
             kernel = weight.astype(config.dtype)
+            if config.tied and fresh is not None:
+                # For few rows XLA's CPU compiler would transpose the whole table at every step,
+                # were it the right-hand side.
+                logits = jnp.einsum("vd,btd->vbt", kernel, x, preferred_element_type=jnp.float32)
+                return capped(logits.transpose(1, 2, 0), config.logit_cap)
             logits = jnp.einsum(form, x, kernel, preferred_element_type=jnp.float32)
             return capped(logits, config.logit_cap)
 

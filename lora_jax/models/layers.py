@@ -25,8 +25,19 @@ _POLICIES: dict[str, Any] = {
 }
 
 INITIAL = nn.initializers.normal(0.02)
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU, x Phi(x) (arXiv 1606.08415), by erf.
+
+    `jax.nn.gelu` takes erfc, which keeps the relative precision of the left tail, and costs a
+    CPU five times as much: two polynomials for every number.
+    """
+    return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,

@@ -1,0 +1,74 @@
+"""Seconds from a cold start to the first token: `lora-jax generate` with and without kept programs.
+
+    python -m benchmarks.first_token
+    python -m benchmarks.first_token --python .venv-torch/bin/python
+
+Each run is a new process that opens SmolLM2, reads a short prompt and writes one token. "kept
+programs" is the cache of compiled programs that commands have by default
+(`lora_jax.program_cache`), filled by a run that is not counted. With --python, an interpreter that
+has torch and transformers, these do the same with an exported copy of the weights. All sides take
+turns; medians.
+"""
+
+import argparse
+import pathlib
+import statistics
+import sys
+import tempfile
+
+import jax
+
+from benchmarks import commands, common
+from benchmarks.exported_model import exported
+from lora_jax import models
+
+PROMPT = "Once upon a time"
+THEIRS = """
+import sys, transformers
+folder, prompt = sys.argv[1:]
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+ids = tokenizer(prompt, return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, do_sample=False, max_new_tokens=1)[0]))
+"""
+
+
+def sides(python: str | None, scratch: pathlib.Path) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Name -> command and variables."""
+    command = [sys.executable, "-m", "lora_jax", "generate", "--base", models.SMOLLM2]
+    command += ["--prompt", PROMPT, "--max-new-tokens", "1"]
+    found = {
+        "lora-jax, no kept programs": (command, {"JAX_ENABLE_COMPILATION_CACHE": "false"}),
+        "lora-jax, kept programs": (command, {}),
+    }
+    if python is not None:
+        theirs = [python, "-c", THEIRS, str(exported(scratch)), PROMPT]
+        found["transformers"] = (theirs, {"PYTHONPATH": ""})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Seconds from a cold start to the first token.")
+    parser.add_argument("--python", help="with torch and transformers")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = sides(args.python, pathlib.Path(scratch))
+        for command, variables in runs.values():  # fills caches, of files too
+            commands.spent(command, variables)
+        taken: dict[str, list[commands.Spent]] = {name: [] for name in runs}
+        for _ in range(args.repeats):
+            for name, run in runs.items():
+                taken[name].append(commands.spent(*run))
+    table = []
+    for name, each in taken.items():
+        seconds = statistics.median(x.seconds for x in each)
+        processor = statistics.median(x.processor for x in each)
+        table.append((name, f"{seconds:.1f}", f"{processor:.1f}"))
+    print(f"{common.hardware()}; {commands.load()}", end="\n\n")
+    print(common.table(("", "s", "CPU s"), table))
+
+
+if __name__ == "__main__":
+    main()

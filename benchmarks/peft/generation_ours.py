@@ -1,0 +1,37 @@
+"""Our side: greedy generation as `lora-jax generate` does it, see `generation.py`."""
+
+import sys
+
+import flax
+import jax
+import numpy as np
+
+from benchmarks.peft.narrow import narrow
+from benchmarks.peft.worker import digest, prompts, serve
+from lora_jax import models
+from lora_jax.serving.generation import Decoder, Prompt, stream
+
+
+def main() -> None:
+    narrow()
+    folder, length, new, _, *rows = sys.argv[1:]
+    source = models.open(folder)
+    decoder = Decoder(source.config, source.load(source.config))
+
+    def run(count: int, tokens: int) -> np.ndarray:
+        asked = [Prompt(row) for row in prompts(count, int(length))]
+        pieces = list(stream(decoder, asked, tokens, batch_size=count))
+        written = np.array([piece.token for piece in pieces]).reshape(tokens, count)
+        return written.T
+
+    runs = {
+        f"{count} {tokens} -": lambda count=int(count), tokens=tokens: run(count, tokens)
+        for count in rows
+        for tokens in (1, int(new))
+    }
+    wrote = digest(run(int(count), int(new)) for count in rows)
+    serve(runs, f"JAX {jax.__version__}, Flax {flax.__version__}; wrote {wrote}")
+
+
+if __name__ == "__main__":
+    main()
