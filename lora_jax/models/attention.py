@@ -73,7 +73,7 @@ def _product(x: Array, y: Array, dtype: DTypeLike) -> Array:
 
     Its derivative along x is written with y transposed. So the gradient of x multiplies with a
     right-hand side [B, K, S, M], for which XLA's CPU compiler has a kernel as fast as that of the
-    product itself; with y as it lies it takes 2 to 4 times as long.
+    product itself; with y untransposed it takes 2 to 4 times as long.
     """
     return jnp.matmul(x, y, preferred_element_type=dtype)
 
