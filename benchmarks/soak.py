@@ -37,7 +37,7 @@ EVERY, BLOCKS = 250, 40
 
 @dataclasses.dataclass
 class Readings:
-    """What was read of the process: at which step, bytes of resident memory, open files."""
+    """A reading of the process: the step, bytes of resident memory, open files."""
 
     steps: list[int] = dataclasses.field(default_factory=list)
     bytes: list[int] = dataclasses.field(default_factory=list)
@@ -51,7 +51,7 @@ class Readings:
         self.files.append(len(os.listdir("/proc/self/fd")))
 
     def after_warm_up(self) -> "Readings":
-        """Those of the last four fifths."""
+        """The readings of the last four fifths."""
         first = len(self.steps) // 5
         return Readings(self.steps[first:], self.bytes[first:], self.files[first:])
 
@@ -124,7 +124,7 @@ def draw(readings: Readings, file: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Print the slope of the memory, the open files and what is on disk."""
+    """Print the slope of the memory, the open files and the bytes on disk."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--checkpoint-every", type=int, default=500)

@@ -1,4 +1,4 @@
-"""Analyse one adapter's update for a report: its spectrum, and what of W it amplifies."""
+"""Analyse one adapter's update for a report: its spectrum, and the directions that it amplifies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Show the parameters of a model and what patterns match of them, before anything is trained."""
+"""Show the parameters of a model, and which of them patterns match, before training."""
 
 from lora_jax.extras import require
 

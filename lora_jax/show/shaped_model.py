@@ -42,7 +42,7 @@ class ShapedModel:
 
 
 def open_shaped(reference: str, scan_layers: bool) -> ShapedModel:
-    """Open a model, and find its parameters by what config.json or the GGUF header says.
+    """Open a model, and find its parameters from config.json or the GGUF header.
 
     Args:
       reference: as train.py's `--model.reference`.

@@ -29,7 +29,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """A segment of paths, or several with equal trees below them, and what is below.
+    """A segment of paths, or several with equal trees below them, and the tree below.
 
     Attributes:
       names: the segments.
@@ -48,7 +48,7 @@ class Branch:
 
     @property
     def size(self) -> int:
-        """How many numbers there are below one of the names."""
+        """The number of parameters below one of the names."""
         if isinstance(self.below, Leaf):
             return self.below.size
         return sum(len(branch.names) * branch.size for branch in self.below)

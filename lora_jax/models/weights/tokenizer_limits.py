@@ -50,7 +50,7 @@ def _state(part: Any) -> Mapping[str, Any]:
 
 
 def _growth(state: Mapping[str, Any]) -> int:
-    """How many times as long a text may become, by the texts that the file itself holds."""
+    """Return the factor by which a text may become longer, from the texts in the file."""
     inner = state.get("normalizers") or state.get("decoders") or []
     content = state.get("content") or state.get("prepend") or ""
     own = len(content) + 1 if isinstance(content, str) else 1
