@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib.util
 import pathlib
+import pkgutil
 import re
 
 import pytest
@@ -116,6 +117,27 @@ def test_every_public_name_is_in_a_table_of_the_reference() -> None:
     described = [known[name] for name in listed]
     missing = [n for n, v in known.items() if not any(v is x for x in described)]
     assert not missing
+
+
+def test_named_modules_and_files_exist() -> None:
+    """Red: a page that names `lora_jax.old`, or a file that was moved."""
+    for name in pages.names():
+        text = (pages.DOCS / f"{name}.md").read_text()
+        for path in re.findall(
+            r"(?<![\w/.])(?:configs|benchmarks|tests|lora_jax)/[\w/]+\.py", text
+        ):
+            assert (pages.ROOT / path).exists(), f"docs/{name}.md: {path}"
+        for dotted in set(re.findall(r"`(lora_jax(?:\.\w+)+)", text)):
+            assert exists(dotted), f"docs/{name}.md: {dotted}"
+
+
+def exists(dotted: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    try:
+        pkgutil.resolve_name(dotted)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_the_messages_of_the_troubleshooting_page_are_said() -> None:
