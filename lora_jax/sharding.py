@@ -169,7 +169,7 @@ def automatic(
 
     >>> import jax.numpy as jnp
     >>> f = lambda params, x: x @ params["w"] + params["b"]
-    >>> params, x = {"w": jnp.ones((512, 1024)), "b": jnp.ones(1024)}, jnp.ones((1, 512))
+    >>> params, x = {"w": jnp.ones((512, 1024)), "b": jnp.ones(1024)}, jnp.ones(512)
     >>> automatic(params, {"fsdp": 2, "tensor": 4}, call=(f, (x,)))
     {'b': P(), 'w': P('fsdp', 'tensor')}
     """

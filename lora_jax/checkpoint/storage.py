@@ -91,21 +91,26 @@ def _sealed(folder: RemotePath) -> Any:
 
 
 def _check_descriptions(folder: pathlib.Path) -> None:
-    """Raise unless what the arrays in `folder` say of themselves is JSON, and not too deep.
+    """Raise unless the arrays' descriptions in `folder` are JSON, and not nested too deeply.
 
-    TensorStore, which reads it later, ends the process with a segmentation fault if it is. It is
-    in the OCDBT database that Orbax writes; `manifest.check_folder` reads what is in files.
+    TensorStore reads them later, and dies of deep JSON with a segmentation fault. They are in the
+    OCDBT database that Orbax writes; `manifest.check_folder` reads those that are files.
     """
     import tensorstore  # comes with Orbax
 
     if not (folder / "manifest.ocdbt").exists():
         return
     base = {"driver": "file", "path": f"{folder}/"}
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-    names = [name for name in store.list().result() if name.endswith(DESCRIPTIONS)]
-    for name, read in [(name, store.read(name)) for name in names]:
-        where = name.decode(errors="replace")
-        json_file.parse(read.result().value, where, DamagedError, finite=False)
+    try:
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        names = [name for name in store.list().result() if name.endswith(DESCRIPTIONS)]
+        found = {name: read.result().value for name, read in [(n, store.read(n)) for n in names]}
+    except ValueError as error:
+        if errno_of(error) in _PASSING:
+            raise
+        raise DamagedError("damaged: the description of its arrays cannot be read") from error
+    for name, text in found.items():
+        json_file.parse(text, name.decode(errors="replace"), DamagedError, finite=False)
 
 
 def _check_stored(folder: RemotePath, manifest: Manifest, part: str) -> None:

@@ -236,9 +236,9 @@ class Checkpoints:
         except LoraError as error:
             latest = max(steps_in(self._directory), default=None)
             kept = "there is none before it" if latest is None else f"that of step {latest} is kept"
+            several = processes.LOST if jax.process_count() > 1 else processes.AGAIN
             raise LoraError(
-                f"the checkpoint of step {self._saving} is lost; {kept}. {error}: it goes on from "
-                "what is kept"
+                f"the checkpoint of step {self._saving} is lost; {kept}. {error}\n{several}"
             ) from error
 
 

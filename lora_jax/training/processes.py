@@ -130,7 +130,7 @@ def join(config: ProcessesConfig) -> None:
         raise ConfigError(f"process {where} did not meet the others: {error}\n{cure}") from error
     if begins_mpi:
         _end_mpi()
-    LAST.words(f"{name()}was ended. {_LOST}")
+    LAST.words(f"{name()}was ended. {LOST}")
 
 
 def _end_mpi() -> None:
@@ -305,7 +305,8 @@ class Preemption:
 
 # ---- ending
 
-_LOST = (
+AGAIN = "The same command goes on from the last checkpoint that is kept."
+LOST = (
     "Either another process ended first (see what that one printed), or this one was killed. Start "
     "all of them again with the same command: the run goes on from its last checkpoint"
 )
@@ -368,7 +369,7 @@ def end(main: Callable[[], int]) -> NoReturn:
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
-        sys.stderr.write(f"error: {name()}ended by this. {_LOST}\n")
+        sys.stderr.write(f"error: {name()}ended by this. {LOST}\n")
         status = 1
     if jax.distributed.is_initialized():
         if status in (0, PREEMPTED):

@@ -334,7 +334,7 @@ def test_a_member_that_diverges_stops_and_the_others_go_on(
 
 def test_what_is_said_of_a_group_is_not_said_of_a_member(tmp_path: pathlib.Path) -> None:
     own = dataclasses.replace(A.config, run_dir="elsewhere")
-    with pytest.raises(ConfigError, match="not of its member 'a': give --run-dir"):
+    with pytest.raises(ConfigError, match="not for its member 'a': give --run-dir"):
         together(tmp_path, Member("a", own))
 
 

@@ -265,7 +265,7 @@ def test_more_devices_than_can_be_simulated_are_extrapolated(
             ("--plan-devices", "8", "--batch-size", "12"),
             "has 12 rows, which mesh.data x mesh.fsdp = 8",
         ),
-        (("--plan-devices", "16"), "JAX, which is in use in this process already, has 8"),
+        (("--plan-devices", "16"), "JAX is in use in this process already and has 8"),
     ],
 )
 def test_what_cannot_be_planned_is_said(arguments: tuple[str, ...], says: str) -> None:
