@@ -200,6 +200,7 @@ def test_a_run_on_a_quantised_base_writes(
     assert texts(out)
 
 
+@pytest.mark.slow
 def test_kinds_and_schemes_are_fields_of_a_sweep(
     llama: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:

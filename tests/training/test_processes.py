@@ -138,6 +138,7 @@ def broken(place: Place) -> Broken:
     return Broken(place)
 
 
+@pytest.mark.slow
 def test_a_run_of_other_processes_each_time_has_the_same_curve(
     whole: pathlib.Path, broken: Broken
 ) -> None:
@@ -149,6 +150,7 @@ def test_a_run_of_other_processes_each_time_has_the_same_curve(
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_start_went_on_from_the_checkpoint_of_the_one_before(broken: Broken) -> None:
     assert broken.after == sorted(set(broken.after)), broken.after
     assert broken.after[-1] < STEPS, "it came to its end before it could be stopped"
@@ -157,6 +159,7 @@ def test_each_start_went_on_from_the_checkpoint_of_the_one_before(broken: Broken
         assert f"Continuing from the checkpoint of step {step}." in text
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_a_clear_error(broken: Broken) -> None:
     """In SECONDS and some; process 0 is told by the broken connection, process 1 by JAX's abort."""
     assert all(status not in (0, processes.PREEMPTED) for status in broken.statuses[:2])
@@ -165,6 +168,7 @@ def test_a_killed_process_ends_the_other_with_a_clear_error(broken: Broken) -> N
         assert "the same command: the run goes on from its last checkpoint" in text
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_step_in_hand_and_says_so(broken: Broken) -> None:
     """One process was told on its own; of two only process 1 was, and both stopped together."""
     assert broken.statuses[2:] == [143, 143, 143]
@@ -172,6 +176,7 @@ def test_sigterm_saves_the_step_in_hand_and_says_so(broken: Broken) -> None:
         assert f"SIGTERM: step {step} is saved" in text
 
 
+@pytest.mark.slow
 def test_only_process_0_prints_and_writes(broken: Broken) -> None:
     log = broken.path.parent / f"{broken.NAME}.1.log"
     lines = [line for line in log.read_text().splitlines() if "broken" in line]
@@ -208,6 +213,7 @@ config = TextConfig(
 """
 
 
+@pytest.mark.slow
 def test_a_text_model_has_the_same_curve_on_two_processes(place: Place) -> None:
     """Its batches weigh unevenly: each loss is a mean over the tokens of both processes."""
     description = tiny.LLAMA | {"num_key_value_heads": 2}  # which mesh.tensor divides
@@ -220,6 +226,7 @@ def test_a_text_model_has_the_same_curve_on_two_processes(place: Place) -> None:
     assert_same_curve(place.folder / "text-one", place.folder / "text-two", 8)
 
 
+@pytest.mark.slow
 def test_processes_that_were_started_differently_refuse_to_run(place: Place) -> None:
     forks = place.two("unlike", *RUN, each=(("--seed", "1"), ("--seed", "2")))
     assert [fork.wait() for fork in forks] != [0, 0]
