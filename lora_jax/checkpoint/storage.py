@@ -94,7 +94,7 @@ def _check_descriptions(folder: pathlib.Path) -> None:
     """Raise unless the arrays' descriptions in `folder` are JSON, and not nested too deeply.
 
     TensorStore reads them later, and dies of deep JSON with a segmentation fault. They are in the
-    OCDBT database that Orbax writes; `manifest.check_folder` reads those that are files.
+    OCDBT database that Orbax writes; `manifest.check_folder` reads descriptions in files.
     """
     import tensorstore  # comes with Orbax
 

@@ -15,6 +15,8 @@ from lora_jax.training import processes
 from tests.exchange.test_peft_consumers import vllm
 from tests.training import tiny
 
+pytestmark = pytest.mark.slow
+
 CONFIG = str(pathlib.Path(train.__file__).parent / "configs" / "smollm2_definitions.py")
 TRAIN = (
     *("--config", CONFIG, "--steps", "4", "--evaluate-every", "4", "--checkpoint-every", "4"),

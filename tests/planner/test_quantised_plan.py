@@ -18,6 +18,8 @@ from lora_jax.planner.weights import by_part
 from lora_jax.training.config import MeshConfig
 from tests.training.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 CONFIG = str(ROOT / "configs/llama3_70b.py")
 L, D, MLP, KV, V, ROWS, LENGTH, RANK = 2, 512, 1024, 256, 256, 8, 16, 16
 LAYER = {(D, D): 2, (D, KV): 2, (D, MLP): 2, (MLP, D): 1}  # (in, out) -> how many

@@ -35,6 +35,8 @@ from lora_jax.training.text import ModelConfig
 from tests.training import tiny
 from tests.training.test_text import text_config, train_in
 
+pytestmark = pytest.mark.slow
+
 QV = ("**/attention/{query,value,q,v}/kernel",)
 ONE_LAYER = {"num_hidden_layers": 1}
 Trained = Callable[[Any], tuple[pathlib.Path, dict[str, Any]]]
@@ -200,7 +202,6 @@ def test_a_run_on_a_quantised_base_writes(
     assert texts(out)
 
 
-@pytest.mark.slow
 def test_kinds_and_schemes_are_fields_of_a_sweep(
     llama: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:

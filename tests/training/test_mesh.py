@@ -32,6 +32,8 @@ from lora_jax.training.text import ModelConfig, TextConfig
 from lora_jax.training.workload import Loss, Workload
 from tests.training import tiny
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 MESHES = [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8), MeshConfig(2, 2, 2)]
 Q_AND_V = LoraConfig(rank=2, alpha=4.0, targets=("**/{query,value,q,v}/kernel",))

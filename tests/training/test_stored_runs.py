@@ -17,6 +17,8 @@ from tests.training import tiny
 from tests.training.runs import ROOT
 from tests.training.test_text import text_config, train_in
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = ROOT / "tests/golden/golden_models"
 
 
