@@ -305,7 +305,7 @@ class Preemption:
 
 # ---- ending
 
-AGAIN = "The same command goes on from the last checkpoint that is kept."
+AGAIN = "The same command goes on from what is kept."
 LOST = (
     "Either another process ended first (see what that one printed), or this one was killed. Start "
     "all of them again with the same command: the run goes on from its last checkpoint"

@@ -6,6 +6,7 @@ files: those between two renames would hardly be hit by the clock.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import random
@@ -63,14 +64,12 @@ class Kills:
 
         Ctrl-C ends it early, with what was seen so far.
         """
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # fewer kills, then
             while self.outcome.kills < kills:
                 before = self.outcome.kills
                 self._try(self._kill)
                 if self.outcome.kills > before:
                     told()
-        except KeyboardInterrupt:  # as many as there were time for
-            pass
         self._try(self._finish)
         self.outcome.seconds = round(time.monotonic() - self._began, 1)
         return self.outcome

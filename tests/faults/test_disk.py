@@ -7,10 +7,9 @@ import dataclasses
 import errno
 import os
 import pathlib
-import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import filelock
@@ -93,38 +92,26 @@ WRITERS: dict[str, Callable[[pathlib.Path], None]] = {
 }
 
 
-@pytest.fixture
-def mounted(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A small file system of its own, where this process may mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no right to mount")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_read_only_folder(name: str, mounted: pathlib.Path) -> None:
+def test_a_read_only_folder(name: str, small_disk: pathlib.Path) -> None:
     """Red without its `writing`: the system's error says no cure, and Orbax's names no file."""
-    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(LoraError, match=rf"(?s){name}.*Read-only file system.*Make the folder"):
-        WRITERS[name](mounted)
+        WRITERS[name](small_disk)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "best", "metrics.jsonl"])
-def test_a_full_disk_and_then_room(name: str, mounted: pathlib.Path) -> None:
+def test_a_full_disk_and_then_room(name: str, small_disk: pathlib.Path) -> None:
     """What was there before stays, and the same goes well once there is room."""
-    WRITERS[name](mounted)
-    filler = mounted / "filler"
+    WRITERS[name](small_disk)
+    filler = small_disk / "filler"
     _fill(filler)
     with pytest.raises(LoraError, match=rf"(?s){name}.*No space left.*Make room on that disk"):
-        _again_and_again(WRITERS[name], mounted)
+        _again_and_again(WRITERS[name], small_disk)
     if name == "best":
-        assert bits(export.load(mounted, "best")) == bits(state(1).trained)
+        assert bits(export.load(small_disk, "best")) == bits(state(1).trained)
     filler.unlink()
-    WRITERS[name](mounted)
+    WRITERS[name](small_disk)
 
 
 def _fill(file: pathlib.Path) -> None:

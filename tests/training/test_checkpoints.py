@@ -305,18 +305,6 @@ def test_a_kill_between_the_renames_of_an_export(tmp_path: pathlib.Path) -> None
     assert names(tmp_path / "adapters") == ["best"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file system of 400 kB, where this process may mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no right to mount")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 def test_a_real_full_disk(small_disk: pathlib.Path) -> None:
     folder = write(small_disk / "checkpoints", 1)
     with pytest.raises(LoraError, match="No space left on device"), Checkpoints(folder) as ours:
