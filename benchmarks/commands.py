@@ -30,10 +30,10 @@ class Spent:
 
 
 def train(*arguments: str, devices: int = 1) -> Spent:
-    """Print and run `python train.py ...`; on a CPU, with this many simulated devices.
+    """Print and run `python train.py ...`. On a CPU it has this many simulated devices.
 
     Raises:
-      SystemExit: it failed; the message has the end of its output.
+      SystemExit: the command failed; the message has the end of its output.
     """
     command = ["train.py", *arguments]
     print(f"JAX_NUM_CPU_DEVICES={devices} python", shlex.join(command), flush=True)
@@ -41,10 +41,14 @@ def train(*arguments: str, devices: int = 1) -> Spent:
 
 
 def spent(command: Sequence[str], environment: Mapping[str, str]) -> Spent:
-    """Run a command to its end, with these variables beside our own, and return what it took.
+    """Run a command to its end, and return its cost.
+
+    Args:
+      command: the command.
+      environment: variables that are added to those of this process.
 
     Raises:
-      SystemExit: it failed; its last words are said.
+      SystemExit: the command failed; the message has the end of its output.
     """
     log = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"benchmark-{os.getpid()}.log"
     begun = time.monotonic()

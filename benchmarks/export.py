@@ -1,4 +1,4 @@
-"""Memory and time of `lora-jax export --format hf`, for a model that is larger than a shard.
+"""Measure memory and time of `lora-jax export --format hf`, for a model larger than a shard.
 
     python -m benchmarks.export
 

@@ -1,4 +1,4 @@
-"""SmolLM2 as `lora-jax export` writes it, for benchmarks that have transformers open it."""
+"""Export SmolLM2 with `lora-jax export`, for benchmarks in which transformers opens it."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from lora_jax.conversion import export_command
 
 
 def exported(folder: pathlib.Path) -> pathlib.Path:
-    """SmolLM2 as a folder of transformers, with an adapter merged in that changes nothing."""
+    """Write SmolLM2 as a folder of transformers, merged with an adapter that changes nothing."""
     source = models.open(models.SMOLLM2)
     assert isinstance(source.config, models.DecoderConfig)
     model, ids = models.DecoderModel(source.config), jnp.ones((1, 4), jnp.int32)

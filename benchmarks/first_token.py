@@ -1,13 +1,13 @@
-"""Seconds from a cold start to the first token: `lora-jax generate` with and without kept programs.
+"""Time `lora-jax generate` from a cold start to the first token, with and without kept programs.
 
     python -m benchmarks.first_token
     python -m benchmarks.first_token --python .venv-torch/bin/python
 
 Each run is a new process that opens SmolLM2, reads a short prompt and writes one token. "kept
 programs" is the cache of compiled programs that commands have by default
-(`lora_jax.program_cache`), filled by a run that is not counted. With --python, an interpreter that
-has torch and transformers, these do the same with an exported copy of the weights. All sides take
-turns; medians.
+(`lora_jax.program_cache`). A run that is not counted fills it. --python names an interpreter with
+torch and transformers, which then do the same with an exported copy of the weights. All sides run
+in turns, and the numbers are medians.
 """
 
 import argparse
@@ -34,7 +34,7 @@ print(tokenizer.decode(model.generate(**ids, do_sample=False, max_new_tokens=1)[
 
 
 def sides(python: str | None, scratch: pathlib.Path) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Name -> command and variables."""
+    """Return name -> command and environment variables."""
     command = [sys.executable, "-m", "lora_jax", "generate", "--base", models.SMOLLM2]
     command += ["--prompt", PROMPT, "--max-new-tokens", "1"]
     found = {
@@ -49,13 +49,13 @@ def sides(python: str | None, scratch: pathlib.Path) -> dict[str, tuple[list[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Seconds from a cold start to the first token.")
-    parser.add_argument("--python", help="with torch and transformers")
+    parser.add_argument("--python", help="an interpreter with torch and transformers")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         runs = sides(args.python, pathlib.Path(scratch))
-        for command, variables in runs.values():  # fills caches, of files too
+        for command, variables in runs.values():  # fills the caches, also that of files
             commands.spent(command, variables)
         taken: dict[str, list[commands.Spent]] = {name: [] for name in runs}
         for _ in range(args.repeats):

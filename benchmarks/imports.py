@@ -29,7 +29,7 @@ def main() -> None:
         command = [sys.executable, "-c", PROGRAM]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         rows.append([float(x) for x in done.stdout.split()])
-    rows = rows[1:]  # the first one reads the files from disk
+    rows = rows[1:]  # the first process reads the files from disk
     theirs, ours = (statistics.median(column) for column in zip(*rows, strict=True))
     ratio = statistics.median((a + b) / a for a, b in rows)
     print(f"jax, numpy: {theirs:.3f} s   lora_jax: {ours:.3f} s   together / alone: {ratio:.3f}")

@@ -58,7 +58,7 @@ def main() -> None:
                 + (f"{spent.bytes / 1e6:.0f}", f"{spent.seconds:.0f}", f"{spent.processor:.0f}")
             )
     print(f"\n{common.hardware()}\n{commands.load()}\n{args.steps} steps of each task\n")
-    print(f"yardstick: {names[0]} alone on one device and on two: {yardstick}\n")
+    print(f"for comparison, {names[0]} alone on one device and on two: {yardstick}\n")
     titles = ("task", "gap: norm (largest)", "validation loss alone", "in the mix")
     print(common.table((*titles, "MB", "s", "processor s"), rows))
     sums = [sum(getattr(s, n) for s in alone.values()) for n in ("bytes", "seconds", "processor")]

@@ -1,14 +1,15 @@
-"""A long run in one process: whether its memory and its open files grow.
+"""Measure whether the memory and the open files of one long run grow.
 
     python -m benchmarks.soak --steps 100000
     python -m benchmarks.soak --steps 100000 --plot soak.png
 
-It is the run of `train.py` on the tiny network of configs/own_model.py, with a checkpoint every 500
-steps, an evaluation and an export of the best adapter every 1,000. Each 250 steps the resident
-memory and the open files of the process are read; the memory is what it has allocated, without the
-pages of files, which the kernel drops and brings back. Its slope is that of a straight line through
-the means of blocks of readings, without the first fifth of the run, in which programs are compiled
-and caches fill; the standard error comes from how the blocks scatter around the line.
+The run is `train.py` on the tiny network of configs/own_model.py. It writes a checkpoint every 500
+steps, and evaluates and exports the best adapter every 1,000. Every 250 steps the benchmark reads
+the resident memory and the open files of the process. The memory is what the process has allocated,
+without the pages of files, which the kernel drops and brings back. Its slope is that of a straight
+line through the means of blocks of readings. The first fifth of the run is left out, because
+programs are compiled and caches fill in it. The standard error comes from how the blocks scatter
+around the line.
 """
 
 import argparse
@@ -37,27 +38,27 @@ EVERY, BLOCKS = 250, 40
 
 @dataclasses.dataclass
 class Readings:
-    """A reading of the process: the step, bytes of resident memory, open files."""
+    """Readings of the process: steps, bytes of resident memory, numbers of open files."""
 
     steps: list[int] = dataclasses.field(default_factory=list)
     bytes: list[int] = dataclasses.field(default_factory=list)
     files: list[int] = dataclasses.field(default_factory=list)
 
     def take(self, step: int) -> None:
-        """Read them now."""
+        """Read the memory and the open files now."""
         self.steps.append(step)
         status = pathlib.Path("/proc/self/status").read_text()
         self.bytes.append(int(status.partition("RssAnon:")[2].split()[0]) * 1024)
         self.files.append(len(os.listdir("/proc/self/fd")))
 
     def after_warm_up(self) -> "Readings":
-        """The readings of the last four fifths."""
+        """Return the readings of the last four fifths."""
         first = len(self.steps) // 5
         return Readings(self.steps[first:], self.bytes[first:], self.files[first:])
 
 
 class Watched(own_model.Points):
-    """The batches of the tiny network; the process is read as it asks for them."""
+    """The batches of the tiny network. The process is read when it asks for a batch."""
 
     readings: Readings
 
@@ -68,7 +69,7 @@ class Watched(own_model.Points):
 
 
 def workload(config: own_model.OwnConfig) -> Workload:
-    """The workload of configs/own_model.py with batches that are watched."""
+    """Return the workload of configs/own_model.py with `Watched` batches."""
     made = own_model.workload(config)
     return dataclasses.replace(
         made, train=lambda shard: Watched(config.seed + 1, config.batch_size, shard)
@@ -76,7 +77,7 @@ def workload(config: own_model.OwnConfig) -> Workload:
 
 
 def soak(steps: int, checkpoint_every: int, path: pathlib.Path) -> Readings:
-    """Train in this process, and return what was read of it."""
+    """Train in this process, and return the readings."""
     config = dataclasses.replace(
         own_model.config,
         workload=workload,
@@ -92,7 +93,7 @@ def soak(steps: int, checkpoint_every: int, path: pathlib.Path) -> Readings:
     grid = mesh.make(MeshConfig(), jax.devices()[:1])
     with quiet_storage(), jax.set_mesh(grid):
         train.train(config, grid, path, Console())
-    return readings  # none at the end, where matplotlib is loaded to draw the curves
+    return readings  # not read at the end, where matplotlib is loaded to draw the curves
 
 
 def slope(steps: list[int], values: list[int], blocks: int = BLOCKS) -> tuple[float, float]:
@@ -152,13 +153,13 @@ def main() -> None:
 
 
 def mebibytes(readings: Readings, warm: Readings) -> str:
-    """The memory at the first reading, after the warm-up and at the last one."""
+    """Format the memory at the first reading, after the warm-up, and at the last reading."""
     values = (readings.bytes[0], warm.bytes[0], readings.bytes[-1])
     return " / ".join(f"{value / 2**20:.1f}" for value in values)
 
 
 def most(readings: Readings) -> int:
-    """The largest number of open files."""
+    """Return the largest number of open files."""
     return max(readings.files)
 
 

@@ -1,8 +1,8 @@
-"""Look at a built site in a browser: `python -m docs.check_browser OUT`. It prints what is wrong.
+"""Check a built site in a browser: `python -m docs.check_browser OUT`. It prints what is wrong.
 
-Pages are opened in headless Chromium as wide as a phone and as a screen, light and dark. Text must
-stand out from its background as WCAG AA asks, pages must not scroll sideways, nothing may be
-loaded from elsewhere, and the search must find a function by its name.
+Headless Chromium opens the pages at the width of a phone and of a screen, light and dark. The
+contrast of text must be that of WCAG AA, pages must not scroll sideways, nothing may be loaded from
+elsewhere, and the search must find a function by its name.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ FLAGS = (
     "--disable-dev-shm-usage",
 )
 WIDTHS, THEMES = (400, 1400), ("light", "dark")
-SAMPLE = 4  # of the pages of the reference, which one template makes
+SAMPLE = 4  # pages of the reference to check; one template makes all of them
 SECONDS = 900
 HERE = pathlib.Path(__file__).resolve().parent
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """The site, the page that looks at it, and where that page sends what it has found."""
+    """A server of the site and of the page that checks it; that page posts what it has found."""
 
     def __init__(self, found: queue.Queue[Any], *args: Any, **kwargs: Any) -> None:
         self.found = found
         super().__init__(*args, **kwargs)
 
     def do_GET(self) -> None:
-        """Serve a file of the site, or the page that looks at it."""
+        """Serve a file of the site, or the page that checks it."""
         if not self.path.startswith("/__look"):
             super().do_GET()
             return
@@ -49,7 +49,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.wfile.write((HERE / "look.html").read_bytes())
 
     def do_POST(self) -> None:
-        """Take what was found."""
+        """Receive what the page has found."""
         self.found.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(204)
         self.end_headers()
@@ -59,7 +59,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 def pages(folder: pathlib.Path) -> list[str]:
-    """Return the pages to look at: all that people wrote, and some of the reference."""
+    """Return the pages to check: all that people wrote, and some of the reference."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.html"))
     made = [name for name in names if name.startswith("api/generated/")]
     others = [n for n in names if not n.startswith(("api/generated/", "_static/", "paper/"))]
@@ -70,7 +70,7 @@ def look(folder: pathlib.Path, names: list[str]) -> list[str]:
     """Open the pages in a browser and return what is wrong with them."""
     browser = next((path for name in NAMES if (path := shutil.which(name))), None)
     if browser is None:
-        sys.stdout.write("no Chromium here: nothing was looked at\n")
+        sys.stdout.write("no Chromium here: nothing was checked\n")
         return []
     found: queue.Queue[Any] = queue.Queue()
     handler = functools.partial(Handler, found, directory=str(folder))
@@ -93,7 +93,7 @@ def look(folder: pathlib.Path, names: list[str]) -> list[str]:
 
 
 def main() -> int:
-    """Look at the site in the folder that the command line names."""
+    """Check the site in the folder that the command line names."""
     folder = pathlib.Path(sys.argv[1]).resolve()
     faults = look(folder, sys.argv[2:] or pages(folder))
     sys.stdout.write("".join(f"{fault}\n" for fault in faults))

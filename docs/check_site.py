@@ -1,8 +1,8 @@
 """Check a built site: `python -m docs.check_site OUT`. It prints what is wrong, and exits with 1.
 
-Every page has a title, one heading of the first level and headings in order, texts for its pictures
-and links that lead somewhere, loads nothing from outside, and weighs less than a megabyte with all
-that it loads. The search index has every page.
+Every page must have a title, one heading of the first level, headings in order, texts for its
+pictures, and no broken link. It must load nothing from outside, and weigh less than a megabyte with
+all that it loads. The search index must have every page.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Site:
         return BeautifulSoup((self.folder / name).read_text(), "html.parser")
 
     def target(self, page: str, url: str) -> tuple[pathlib.Path, str] | None:
-        """The file and the anchor that a link means, or None for one that leads outside."""
+        """Return the file and the anchor of a link, or None for a link that leads outside."""
         parts = urllib.parse.urlsplit(url)
         if parts.scheme or parts.netloc:
             return None
@@ -62,7 +62,7 @@ def headings(page: Any) -> Iterator[str]:
 
 
 def pictures(page: Any) -> Iterator[str]:
-    """Yield the pictures that say nothing to those who do not see them."""
+    """Yield the pictures without a text."""
     for tag in page.find_all("img"):
         if not (tag.get("alt") or "").strip():
             yield f"no text for {tag.get('src')}"

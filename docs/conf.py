@@ -75,7 +75,7 @@ def read_report(app: Any, page: str, source: list[str]) -> None:
 
 
 def read_terms(app: Any, page: str, source: list[str]) -> None:
-    """Put the words that reports explain at the end of the glossary, where they link to."""
+    """Put the words that reports explain at the end of the glossary. Reports link to them there."""
     if page == "glossary":
         for term in glossary.known():
             names = ", ".join(term.names)
@@ -83,13 +83,13 @@ def read_terms(app: Any, page: str, source: list[str]) -> None:
 
 
 def leave_out_icons(app: Any, error: Exception | None) -> None:
-    """Empty the theme's script of 1.5 MB that draws icons: its style sheet has them as a font."""
+    """Empty the theme's icon script of 1.5 MB: the style sheet has the icons as a font."""
     if error is None:
         (pathlib.Path(app.outdir) / "_static/scripts/fontawesome.js").write_text("")
 
 
 def add_report(app: Any, error: Exception | None) -> None:
-    """Copy the report with figures, as the one file that it is."""
+    """Copy the report with figures, which is one file."""
     if error is None:
         folder = pathlib.Path(app.outdir) / "paper"
         folder.mkdir(exist_ok=True)
@@ -97,7 +97,7 @@ def add_report(app: Any, error: Exception | None) -> None:
 
 
 def setup(app: Any) -> None:
-    """Connect what this site does beyond Sphinx."""
+    """Connect the functions above to the events of Sphinx."""
     app.connect("source-read", read_report)
     app.connect("source-read", read_terms)
     app.connect("build-finished", add_report)

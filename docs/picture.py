@@ -62,13 +62,13 @@ class Sheet:
         self.axes.text(x, y, text, fontsize=size, **settings)
 
     def shape(self, points: list[tuple[float, float]], *, trained: bool) -> None:
-        """A matrix: a rectangle, or a trapezoid that narrows to the rank."""
+        """Draw a matrix: a rectangle, or a trapezoid that narrows to the rank."""
         face = self.colours.trained if trained else self.colours.frozen
         edge = self.colours.trained if trained else self.colours.muted
         self.axes.add_patch(patches.Polygon(points, facecolor=face, edgecolor=edge, linewidth=1.2))
 
     def arrow(self, *points: tuple[float, float], trained: bool = False) -> None:
-        """A line through the points, with a head at the last one."""
+        """Draw an arrow through the points, with its head at the last one."""
         colour = self.colours.trained if trained else self.colours.ink
         self.axes.plot(*zip(*points[:-1], strict=True), color=colour, linewidth=1.6)
         style = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.6, "mutation_scale": 14}
@@ -78,7 +78,7 @@ class Sheet:
 
 
 def trees(sheet: Sheet) -> None:
-    """The two trees, on the left."""
+    """Draw the two trees, on the left."""
     sheet.text(20, 34, "Two trees", 17, weight="bold")
     tree(sheet, 70, "params", "your model's weights: frozen", FROZEN)
     tree(sheet, 204, "adapters", "factors: trained, saved", TRAINED, trained=True)
@@ -93,7 +93,7 @@ def tree(
     *,
     trained: bool = False,
 ) -> None:
-    """One tree: its name, what happens to it, and its arrays."""
+    """Draw one tree: its name, what happens to it, and its arrays."""
     end = y + 46 + 20 * len(rows)
     sheet.shape([(20, y), (27, y), (27, end), (20, end)], trained=trained)
     sheet.text(40, y + 10, name, 15, family=MONO, weight="bold")
@@ -104,7 +104,7 @@ def tree(
 
 
 def product(sheet: Sheet) -> None:
-    """One product of the program as `adapt` runs it, on the right."""
+    """Draw one product of the program as `adapt` runs it, on the right."""
     ink, trained = sheet.colours.ink, sheet.colours.trained
     sheet.text(350, 34, "One transformation", 17, weight="bold")
     sheet.text(350, 66, "dot_general x W", 14, family=MONO)

@@ -31,14 +31,14 @@ class GoldenRun:
 
     @property
     def merged(self) -> Any:
-        """The parameters that an export should contain, by the definition (`merge`)."""
+        """Return the parameters that an export should contain, by the definition (`merge`)."""
         layout, adapters, trained = self.adapter
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), self.params)
         return lora_jax.merge(layout, paths.replace(wide, dict(trained)), adapters)
 
     @property
     def outputs(self) -> Any:
-        """The outputs of the run without merging."""
+        """Return the outputs of the run without merging."""
         layout, adapters, trained = self.adapter
         params = paths.replace(self.params, dict(trained))
         return lora_jax.adapt(layout, self.f)(params, adapters, self.inputs)

@@ -35,7 +35,7 @@ class Machine:
     flax: str
 
     def line(self, *more: str) -> str:
-        """Describe the machine in a line; `more` are other versions."""
+        """Describe the machine in a line. `more` has further versions."""
         versions = [f"Python {self.python}", f"JAX {self.jax}", f"Flax {self.flax}", *more]
         backend = self.backend if self.backend == "cpu" else f"{self.backend} ({self.device})"
         return f"{self.processor}, {self.cores} cores, {backend}; {', '.join(versions)}"
@@ -60,13 +60,13 @@ def hardware(*more: str) -> str:
 
 
 def cores() -> int:
-    """The number of cores that this process may use."""
+    """Return the number of cores that this process may use."""
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     return usable or 1
 
 
 def processor() -> str:
-    """The CPU's model name."""
+    """Return the model name of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             named = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]

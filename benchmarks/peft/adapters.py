@@ -1,4 +1,4 @@
-"""Open adapters of lora_jax with the published PEFT: the same outputs, and no warning?
+"""Compare the outputs of adapters of lora_jax, opened by the published PEFT, with our own.
 
     python -m benchmarks.peft.adapters [--python PATH]
 

@@ -1,18 +1,17 @@
-"""Seconds of one training step: lora_jax over PyTorch + Hugging Face PEFT, same shapes, same run.
+"""Compare the time of one training step of lora_jax with that of PyTorch + Hugging Face PEFT.
 
     python -m benchmarks.peft.compare
     python -m benchmarks.peft.compare --vectors avx2
 
-The first run makes an environment of its own (`benchmarks/peft/.venv`) with PyTorch,
-`transformers` and PEFT: 1 GB, or several where pip picks the build of PyTorch that brings CUDA.
---python takes the interpreter of one that is there already. Two worker processes, one for each
-side, hold the same model with the same losses (see `ours.py`, `theirs.py`); they are asked in
-turns, on the same cores, while the other one waits. A step is the gradient, AdamW and the update.
-Numbers are medians, theirs of the faster of their two attentions; CPU seconds are those of all
-threads.
+The first run makes an environment (`benchmarks/peft/.venv`) with PyTorch, `transformers` and PEFT.
+It takes 1 GB, or several if pip picks the build of PyTorch that brings CUDA. --python names the
+interpreter of an existing environment instead. Each side has a worker process with the same model
+and the same losses (see `ours.py`, `theirs.py`). The workers take steps in turns, on the same
+cores, while the other one waits. A step is the gradient, AdamW and the update. The numbers are
+medians; of torch's two attentions, the faster one counts. CPU seconds are those of all threads.
 
---vectors avx2 has both sides leave the wider vectors of this CPU alone, as on one without them
-(`narrow.py`). That emulates such a CPU: its caches and its clock are this one's.
+With --vectors avx2, both sides use AVX2 and no wider vectors (`narrow.py`). This emulates a CPU
+without wider vectors, with the caches and the clock of this one.
 """
 
 import argparse
@@ -31,8 +30,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "peft")
 TRAINED = ("q and v", "all-linear")
 
-# What makes XLA, its YNNPACK, ATen, oneDNN and MKL take AVX2 alone. (MKL's sgemm takes it anyway
-# on an AMD CPU.)
+# Variables that limit XLA, its YNNPACK, ATen, oneDNN and MKL to AVX2. (On an AMD CPU, MKL's sgemm
+# uses AVX2 in any case.)
 VECTORS = {
     "native": {},
     "avx2": {
@@ -46,14 +45,14 @@ VECTORS = {
 
 
 class Seconds(NamedTuple):
-    """Seconds of one run, by the clock and of the CPU."""
+    """Wall-clock and CPU seconds of one run."""
 
     wall: float
     cpu: float
 
 
 def environment() -> pathlib.Path:
-    """The interpreter of their environment, made if it is not there."""
+    """Return the Python of the environment with PyTorch; make the environment if needed."""
     python = HERE / ".venv" / "bin" / "python"
     done = HERE / ".venv" / "installed"
     if not done.exists():
@@ -91,7 +90,7 @@ class Worker:
 
 
 def medians(workers: dict[str, Worker], repeats: int) -> dict[tuple[str, str], Seconds]:
-    """The median seconds of each (side, run), all of them taken in turns."""
+    """Return the median seconds of each (side, run). All of them run in turns."""
     taken = {(side, run): [] for side, worker in workers.items() for run in worker.runs}
     for _ in range(repeats):
         for side, run in taken:
@@ -103,7 +102,7 @@ def medians(workers: dict[str, Worker], repeats: int) -> dict[tuple[str, str], S
 
 
 def compare(model: str, args: argparse.Namespace) -> tuple[str, list[tuple[str, ...]]]:
-    """Their versions, and the lines of the table for one model."""
+    """Return the versions of the other side, and the lines of the table for one model."""
     theirs = (str(HERE / "theirs.py"), model, str(args.cores), *args.trained)
     workers = {
         "ours": Worker(
@@ -136,7 +135,7 @@ def main() -> None:
     parser.add_argument("--vectors", choices=VECTORS, default="native")
     parser.add_argument("--cores", type=int, default=2, help="cores that both sides may use")
     parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--python", type=pathlib.Path, help="with torch, transformers and peft")
+    parser.add_argument("--python", type=pathlib.Path, help="a Python with torch and peft")
     args = parser.parse_args()
     args.python = args.python or environment()
     if sys.platform == "linux":

@@ -1,12 +1,13 @@
-"""Tokens per second of greedy generation: lora_jax over transformers, same weights, same run.
+"""Compare the tokens per second of greedy generation by lora_jax and by transformers.
 
     python -m benchmarks.peft.generation
 
-SmolLM2-135M in float32, exported by `lora-jax export --format hf` and opened by both sides, which
-go on with the same prompts of random tokens. Two worker processes (`generation_ours.py`,
-`generation_theirs.py`) are asked in turns. Reading the prompts is timed by writing one token;
-decoding is what more tokens take beyond that. Numbers are medians; theirs are of the faster of
-their two attentions. That both sides write the same tokens is checked first.
+Both sides open SmolLM2-135M in float32, as `lora-jax export --format hf` writes it, and continue
+the same prompts of random tokens. Two worker processes (`generation_ours.py`,
+`generation_theirs.py`) run in turns. The time to read the prompts is that of writing one token. The
+time of decoding is what more tokens take beyond that. The numbers are medians; of the two
+attentions of transformers, the faster one counts. The output says whether both sides write the same
+tokens.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def rate(tokens: int, taken: float) -> str:
 
 
 def lines(rows: int, new: int, found: dict[tuple[str, str], Seconds]) -> list[tuple[str, ...]]:
-    """Prefill and decoding of a batch of so many rows."""
+    """Return the lines of the table for a batch of `rows` rows: prefill and decoding."""
     faster = min(("eager", "sdpa"), key=lambda a: found["theirs", f"{rows} {new} {a}"].wall)
     ours = [found["ours", f"{rows} {count} -"] for count in (1, new)]
     theirs = [found["theirs", f"{rows} {count} {faster}"] for count in (1, new)]
@@ -50,8 +51,8 @@ def main() -> None:
     parser.add_argument("--vectors", choices=VECTORS, default="native")
     parser.add_argument("--cores", type=int, default=2, help="cores that both sides may use")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--python", type=pathlib.Path, help="with torch, transformers and peft")
-    parser.add_argument("--model", type=pathlib.Path, help="the exported folder, if it is there")
+    parser.add_argument("--python", type=pathlib.Path, help="a Python with torch and peft")
+    parser.add_argument("--model", type=pathlib.Path, help="an exported folder; else one is made")
     args = parser.parse_args()
     python = args.python or environment()
     if sys.platform == "linux":

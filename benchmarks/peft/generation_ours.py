@@ -1,4 +1,4 @@
-"""Our side: greedy generation as `lora-jax generate` does it, see `generation.py`."""
+"""The worker of lora_jax for `generation.py`: greedy generation, as by `lora-jax generate`."""
 
 import sys
 

@@ -1,10 +1,10 @@
-"""Their side: greedy generation by `transformers`, see `generation.py`. No JAX here."""
+"""The worker of transformers for `generation.py`: greedy generation. It does not import JAX."""
 
 import sys
 
 import torch
 import transformers
-from worker import digest, prompts, serve  # of this folder: the package above it imports JAX
+from worker import digest, prompts, serve  # from this folder: `benchmarks` imports JAX
 
 
 def main() -> None:

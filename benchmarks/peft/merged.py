@@ -1,4 +1,4 @@
-"""Open merged folders of lora_jax with the published transformers: the same logits?
+"""Compare the logits of merged folders of lora_jax, opened by transformers, with our own.
 
     python -m benchmarks.peft.merged [--python PATH]
 
@@ -50,7 +50,7 @@ def exported(scratch: pathlib.Path, name: str, model: str, options: dict[str, An
     run = write_run(scratch / "runs" / name, model, **options)
     for kind in ("hf", "peft"):
         if kind == "peft" and "quantize" in options:
-            continue  # PEFT's base would be another one
+            continue  # PEFT would open another base
         out = scratch / "out" / f"{name}.{kind}"
         status = export_command.main([str(run.folder), "--format", kind, "--out", str(out)])
         assert status == 0, (name, kind)

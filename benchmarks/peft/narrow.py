@@ -1,8 +1,8 @@
-"""Have YNNPACK, which XLA's CPU products are, take AVX2 and FMA alone: for benchmarks only.
+"""Limit YNNPACK, which computes XLA's products on a CPU, to AVX2 and FMA. For benchmarks only.
 
-`--xla_cpu_max_isa` holds for the code that XLA compiles, and not for YNNPACK, which asks the CPU
-itself (`perf` shows `dot_fp32_5x64x1_1x16x1_avx512` under that flag). It keeps the answer in a
-variable, and `avx2` overwrites that one in this process.
+`--xla_cpu_max_isa` limits the code that XLA compiles. It does not limit YNNPACK, which asks the CPU
+itself (`perf` shows `dot_fp32_5x64x1_1x16x1_avx512` under that flag). YNNPACK keeps the answer in a
+variable, and `narrow` overwrites this variable in its process.
 """
 
 import ctypes
@@ -15,14 +15,14 @@ VARIABLE = "BENCHMARK_YNNPACK"
 _LIBRARY = "libjax_common.so"
 _ASK = "ynn::get_supported_arch_flags()"
 _KEPT = f"{_ASK}::flags"
-_UP_TO_FMA3 = (1 << 7) - 1  # ynnpack/base/arch.h: avx512f is bit 7, and what is above it is wider
+_UP_TO_FMA3 = (1 << 7) - 1  # ynnpack/base/arch.h: bit 7 is avx512f, and the bits above it are wider
 
 
 def narrow() -> None:
-    """Do it where the variable of the environment says "avx2"; before the first product.
+    """Limit YNNPACK if the environment variable is "avx2". Call this before the first product.
 
     Raises:
-      RuntimeError: this jaxlib does not name the variable.
+      RuntimeError: this jaxlib has no symbol for YNNPACK's variable.
     """
     if os.environ.get(VARIABLE) != "avx2":
         return

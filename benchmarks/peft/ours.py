@@ -1,4 +1,4 @@
-"""Our side: training steps through `lora_jax.adapt`, see `benchmarks.step_time`."""
+"""The worker of lora_jax for `compare.py`: the training steps of `benchmarks.step_time`."""
 
 import sys
 

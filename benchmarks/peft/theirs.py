@@ -1,7 +1,8 @@
-"""Their side: the same shapes and losses in PyTorch, `transformers` and PEFT. No JAX here.
+"""The worker of PyTorch, `transformers` and PEFT for `compare.py`. It does not import JAX.
 
-Dropout is 0 and weights are random, as on our side. Each run is there with both implementations of
-attention, `name/eager` and `name/sdpa`: the comparison takes the faster.
+It has the same shapes and losses as `ours.py`. Dropout is 0 and the weights are random, as there.
+Each run exists with both implementations of attention, `name/eager` and `name/sdpa`, and the
+comparison takes the faster one.
 """
 
 import sys
@@ -10,7 +11,7 @@ import peft
 import torch
 import transformers
 from torch.nn import functional
-from worker import serve  # of this folder: the package above it imports JAX
+from worker import serve  # from this folder: `benchmarks` imports JAX
 
 QUERY_VALUE = {"minilm": r".*\.(query|value)", "smollm2": r".*\.(q_proj|v_proj)"}
 ALL_LINEAR = {
@@ -20,7 +21,7 @@ ALL_LINEAR = {
 
 
 class TorchClassifier(torch.nn.Module):
-    """BERT encoder, mean pooling, two classes."""
+    """A BERT encoder with mean pooling and two classes."""
 
     def __init__(self, attention):
         super().__init__()
@@ -42,7 +43,7 @@ class TorchClassifier(torch.nn.Module):
 
 
 class TorchDecoder(torch.nn.Module):
-    """Llama decoder with tied embeddings."""
+    """A Llama decoder with tied embeddings."""
 
     def __init__(self, attention):
         super().__init__()
@@ -66,7 +67,7 @@ BUILD = {"minilm": (TorchClassifier, (32, 48), 30_522), "smollm2": (TorchDecoder
 
 
 def step(model, ids, labels):
-    """A function that takes a training step: the mean cross entropy, its gradient, AdamW."""
+    """Return a function that takes a training step: mean cross entropy, its gradient, AdamW."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 

@@ -1,4 +1,4 @@
-"""The protocol of the two workers: a name on standard input, its seconds on standard output."""
+"""The protocol of the workers: they read the name of a run, and print its seconds."""
 
 import random
 import sys
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def serve(runs: Mapping[str, Callable[[], object]], versions: str) -> None:
-    """Warm each run up, say so, then time the run that each line of standard input names.
+    """Warm each run up, print "ready", then time the run that each line of standard input names.
 
-    The answer is two numbers: seconds by the clock, and CPU seconds of all threads.
+    The answer is two numbers: wall-clock seconds, and CPU seconds of all threads.
     """
     for run in runs.values():
         run()
@@ -25,12 +25,12 @@ def serve(runs: Mapping[str, Callable[[], object]], versions: str) -> None:
 
 
 def prompts(rows: int, length: int) -> list[list[int]]:
-    """Random tokens below 49,152, the same on both sides."""
+    """Return random tokens below 49,152, which are the same on both sides."""
     draw = random.Random(0)
     return [[draw.randrange(49_152) for _ in range(length)] for _ in range(rows)]
 
 
 def digest(written: Iterable[Any]) -> str:
-    """A checksum of arrays of tokens."""
+    """Return a checksum of arrays of tokens."""
     numbers = [int(token) for array in written for token in array.flatten()]
     return f"{zlib.crc32(repr(numbers).encode()):08x}"

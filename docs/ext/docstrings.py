@@ -47,9 +47,10 @@ def _parts(lines: list[str]) -> Iterator[list[str]]:
 
 
 def _nested(part: list[str]) -> list[str]:
-    """Make lists of the alternatives that an argument's entry names, one a line.
+    """Make a list of the alternatives in an argument's entry, which are one a line.
 
-    An entry is indented by 2, its text by 4; what is indented by more goes on with a line before.
+    An entry is indented by 2 and its text by 4. A line that is indented by more belongs to the line
+    before it.
     """
     found: list[str] = []
     for entry in _entries(part):
@@ -87,13 +88,13 @@ def _is_list(line: str) -> bool:
 
 
 def _escaped(lines: list[str]) -> list[str]:
-    """Make code of one backtick code of two, which needs no escapes inside; escape the rest."""
+    """Turn code in single backticks into code in double ones, and escape the rest."""
     parts = _KEPT.split("\n".join(lines))
     for i, part in enumerate(parts):
         if i % 2 == 0:
             parts[i] = _SPECIAL.sub(r"\\\g<0>", part)
         elif part.startswith("`"):
-            glued = parts[i + 1][:1].isalnum()  # `Array`s: reStructuredText wants a mark between
+            glued = parts[i + 1][:1].isalnum()  # `Array`s needs a mark after the code
             parts[i] = f"`{part}`" + ("\\ " if glued else "")
     return "".join(parts).split("\n")
 
@@ -104,7 +105,7 @@ def skip(app: Sphinx, what: str, name: str, obj: Any, skipped: bool, options: An
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Connect before napoleon, which reads the sections."""
+    """Connect the functions before napoleon, which reads the sections."""
     app.connect("autodoc-process-docstring", prepare, priority=100)
     app.connect("autodoc-skip-member", skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

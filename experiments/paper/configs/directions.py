@@ -23,15 +23,6 @@ Result: phi(1, 1) of A, the mean over the layers, and the number of layers where
 
 W_q of MiniLM's layer 3 is amplified by a factor of 18.8 at rank 4 and 2.2 at rank 64 (the paper,
 GPT-3: 21.6 and 1.9), that of SmolLM2's layer 15 by 5.2 and 0.55.
-
-                    rank 8 against 64       two seeds of rank 64     by chance
-    MiniLM    q     0.25    0 of  6          0.05    0 of  6          0.003
-              v     0.51    3 of  6          0.20    0 of  6
-    SmolLM2   q     0.51   17 of 30          0.05    0 of 30          0.002
-              v     0.60   24 of 30          0.18    0 of 30
-
-W_q of MiniLM's layer 3 is amplified 18.8 times by rank 4 and 2.2 times by rank 64 (the paper,
-GPT-3: 21.6 and 1.9), that of SmolLM2's layer 15 5.2 times and 0.55 times.
 """
 
 import dataclasses
