@@ -3,10 +3,11 @@
     python -m benchmarks.llama_1b                      on the accelerators of this machine
     python train.py --config benchmarks/llama_1b.py --plan --plan-devices 1
 
-r=8 on q and v, random weights, 8 rows of 2,048 tokens, layers scanned and rematerialised, the loss
-in chunks of 256 positions. It prints tokens/s, the device's own count of its memory, and the
-model-FLOPs utilisation: the FLOPs that a step without rematerialisation needs, divided by the time
-and by the device's peak. The plan runs in another process, on simulated devices.
+The step has r=8 on q and v, random weights, 8 rows of 2,048 tokens, scanned and rematerialised
+layers, and the loss in chunks of 256 positions. The benchmark prints tokens/s, the device's own
+count of its memory, and the model-FLOPs utilisation: the FLOPs that a step without
+rematerialisation needs, divided by the time and by the device's peak. The plan runs in another
+process, on simulated devices.
 """
 
 from __future__ import annotations
