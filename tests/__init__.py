@@ -1,7 +1,7 @@
-"""The tests; this file is imported before any other, and so before NumPy.
+"""Set NumPy's threads for all tests: Python imports this package before a test imports NumPy.
 
-One thread for NumPy's linear algebra: workers take all cores already, and OpenBLAS's threads spin
-while they wait for one, which made a decomposition ten times as dear.
+NumPy's linear algebra gets one thread. The test workers already use every core, and a thread of
+OpenBLAS that waits for a core spins, which made a decomposition ten times slower.
 """
 
 import os

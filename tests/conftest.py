@@ -1,27 +1,27 @@
-"""Strict in tests, free at run time.
+"""Settings of all tests: strict rules that users do not have, and less time for each test.
 
-- Eight simulated CPU devices, so that sharding is tested on any machine.
-- Rank promotion raises: an accidental `[B, T, D] * [D]` can hide a wrong shape.
-- Dtype promotion is strict: a float32 adapter that meets a bfloat16 weight must be cast by us, on
-  purpose. Two libraries cannot live under that rule (Flax's norms in bfloat16 multiply by float32
-  statistics, Optax's schedules divide an integer step), so the tests that go through them run under
-  the standard rule: the folders below, and tests with `@pytest.mark.standard_promotion`.
-- Grain's worker processes read absl flags, which pytest does not parse, so they are parsed here.
-- XLA leaves out its expensive optimisations of machine code: most of the suite's time was spent
-  compiling programs that run once, on small arrays. The HLO, which tests read products, FLOPs,
-  collectives and memory from, is the same without them. Processes that tests start inherit the
-  settings, so that a run in one of them can be compared with one in this process bit for bit.
-- Compiled programs are kept on disk until the tests end, for all workers: many tests build the same
-  program again, and loading it costs half as much as compiling it. An entry that another worker is
-  still writing cannot be read; JAX then warns and compiles, see pyproject.toml.
-- Runs draw no curves: the picture would take longer than the steps.
-- Workers and the processes that tests start return freed memory (`lora_jax.allocator`): with small
-  arrays, keeping it saves nothing. Programs that the processes compile are kept with the others,
-  and not in the user's folder.
-- A worker stays small: compiled programs are dropped when it passes 1.3 gigabytes.
-- Python looks for garbage less often: tracing makes many small objects, and with the default
-  thresholds an eighth of the time went to looking through them and all imported modules.
-- The longest files run first, so that no worker is left with one of them at the end.
+- There are eight simulated CPU devices, so that sharding is tested on any machine.
+- Rank promotion raises, because an accidental `[B, T, D] * [D]` can hide a wrong shape.
+- Dtype promotion is strict: where a float32 adapter meets a bfloat16 weight, our code must cast it.
+  Flax and Optax do not work under that rule (Flax's norms in bfloat16 multiply by float32
+  statistics, Optax's schedules divide an integer step). The tests that use them run under the
+  standard rule: the folders below, and tests with `@pytest.mark.standard_promotion`.
+- Grain's worker processes read absl flags. pytest does not parse them, so this file does.
+- XLA skips its expensive optimisations of machine code, because compiling programs that run once on
+  small arrays took most of the suite's time. The HLO is the same without them, and the tests read
+  products, FLOPs, collectives and memory from the HLO. Processes that tests start inherit the
+  settings, so a run in such a process equals a run in this process bit for bit.
+- All workers share compiled programs on disk until the tests end. Many tests build the same program
+  again, and loading it takes half as long as compiling it. A worker cannot read an entry that
+  another worker is still writing; JAX then warns and compiles (see pyproject.toml).
+- Runs draw no curves, because the picture would take longer than the steps.
+- Workers and the processes that tests start return freed memory (`lora_jax.allocator`): keeping it
+  saves nothing when arrays are small. The processes keep their compiled programs in the shared
+  folder and not in the user's.
+- A worker drops its compiled programs when it uses more than 1.3 gigabytes.
+- Python collects garbage less often. Tracing makes many small objects, and with the default
+  thresholds an eighth of the time was spent on searching them and all imported modules.
+- The longest files run first, so that the last worker does not end with one of them.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from absl import flags
 STANDARD_PROMOTION = ("models", "baselines", "data", "training", "groups", "planner")
 STANDARD_PROMOTION += ("serving", "report", "foreign", "conversion")
 
-# Files by seconds (waits count too), longest first; the others take less than 20 seconds each.
+# The slowest files by seconds, waits included, slowest first. Each other file takes less than 20 s.
 LONGEST = (
     "test_models", "test_kinds_and_bases", "test_kills", "test_processes", "test_stack",
     "test_group_runs", "test_mesh", "test_bases_and_kinds", "test_consumers",
@@ -53,16 +53,16 @@ LONGEST = (
     "test_peft_round_trip", "test_peft_golden", "test_from", "test_import",
 )  # fmt: skip
 
-MOST_RESIDENT = 1_300_000_000  # bytes; without programs a worker has about 0.4e9
+MOST_RESIDENT = 1_300_000_000  # bytes; a worker without compiled programs has about 0.4e9
 gc.set_threshold(50_000, 20, 20)
 
 if jax.__version_info__[:2] == (0, 10):
-    # The older of two generators of CPU code, in half the time. It fuses other operations, so that
-    # the HLO is XLA's usual one only with a newer JAX, which does not know the flag any more.
+    # The older of XLA's two generators of CPU code takes half the time. It fuses other operations,
+    # so the HLO is XLA's usual one only with a newer JAX, which no longer knows this flag.
     FLAGS = (os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false")
     FLAGS += ("--xla_cpu_parallel_codegen_split_count=1",)  # for one core, not for 32
     os.environ["XLA_FLAGS"] = " ".join(FLAGS)  # read when the backend starts
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of other processes: here JAX is imported
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # other processes read it; here JAX is imported
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -71,7 +71,7 @@ PROGRAMS = "LORA_JAX_TEST_PROGRAMS"  # workers inherit it from the process that 
 FIRST = PROGRAMS not in os.environ
 if FIRST:
     os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="lora-jax-programs-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[PROGRAMS]  # of other processes
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ[PROGRAMS]  # for other processes
 os.environ["LORA_JAX_KEEP_MEMORY"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -82,23 +82,23 @@ if not flags.FLAGS.is_parsed():
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker more than cores: there is always one that waits for the processes of a test."""
+    """Return one worker more than cores, because a worker often waits for a test's processes."""
     return (os.cpu_count() or 1) + 1
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have pytest-xdist keep the order of the files; it would take those with most tests first."""
+    """Make pytest-xdist keep the order of the files, where it would start those with most tests."""
     config.option.loadscopereorder = False
 
 
 def pytest_unconfigure() -> None:
-    """Delete the compiled programs, once, when the workers have ended."""
+    """Delete the compiled programs once, when the workers have ended."""
     if FIRST:
         shutil.rmtree(os.environ.pop(PROGRAMS), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; what is imported by now is never garbage."""
+    """Put the longest files first, and exempt all objects made so far from garbage collection."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
     gc.collect()
@@ -107,7 +107,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def draw_curves() -> Iterator[Callable[[pathlib.Path], None] | None]:
-    """The function that draws curves.png; a test's run leaves an empty file instead."""
+    """The function that draws curves.png, which writes an empty file in the runs of tests."""
     curves = sys.modules.get("lora_jax.training.curves")
     with pytest.MonkeyPatch.context() as patch:
         if curves is None:
@@ -132,7 +132,7 @@ def small_worker() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Strict dtype promotion for the test, unless its folder or its marker says otherwise."""
+    """Make dtype promotion strict for the test, unless its folder or its marker relaxes it."""
     folders = request.path.relative_to(request.config.rootpath).parts
     relaxed = not {*folders}.isdisjoint(STANDARD_PROMOTION)
     relaxed = relaxed or request.node.get_closest_marker("standard_promotion") is not None
@@ -142,7 +142,7 @@ def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
-    """The names of the events of compilation while the test runs."""
+    """The names of JAX's compilation events during the test."""
     found: list[str] = []
 
     def listen(event: str, seconds: float, **_: Any) -> None:
@@ -156,7 +156,7 @@ def compilations() -> Iterator[list[str]]:
 
 @pytest.fixture
 def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file system of 400 kB, where this process may mount one."""
+    """A file system of 400 kB; the test is skipped if this process may not mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]

@@ -15,7 +15,7 @@ from tests.test_transform import assert_close, weighted
 
 
 def drawn_adapters(layout: lora_jax.Layout) -> Any:
-    """Adapters whose updates are not zero, drawn by NumPy."""
+    """Adapters drawn by NumPy, whose updates are not zero."""
     shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), layout))
     draw = np.random.default_rng(3).standard_normal
     return jax.tree.map(lambda x: jax.device_put((0.1 * draw(x.shape)).astype(x.dtype)), shapes)
@@ -28,7 +28,7 @@ def assert_adapt_equals_merge(
     *args: Any,
     tolerance: float = 2e-5,
 ) -> None:
-    """Outputs and gradients of the adapters, within `tolerance` of each array's largest entry."""
+    """Compare outputs and gradients with the merged ones, to `tolerance` of the largest entry."""
     adapters = drawn_adapters(layout)
     g = lora_jax.adapt(layout, f)
 
@@ -44,7 +44,7 @@ def assert_adapt_equals_merge(
     want = both(lambda p, ad: f(lora_jax.merge(layout, p, ad), *args))
     assert_close(got, want, tolerance)
     moved = [bool(np.any(np.asarray(x))) for x in jax.tree.leaves(want[1])]
-    assert all(moved) or not moved, "an adapter that changes nothing: this proves nothing"
+    assert all(moved) or not moved, "no gradient moves: the comparison proves nothing"
 
 
 def flat(params: Any) -> dict[str, Any]:
@@ -58,23 +58,24 @@ def is_float(x: Any) -> bool:
 
 
 def left_out(layout: lora_jax.Layout) -> dict[str, str]:
-    """The reason for which each parameter was left out, by path."""
+    """The reason why each parameter was left out, by path."""
     return {entry.path: entry.reason for entry in layout.left_out}
 
 
 def assert_complete(
     layout: lora_jax.Layout, f: Callable[..., Any], params: Any, *args: Any
 ) -> None:
-    """A layout of "all-linear" has or names every kernel, and leaves out the output heads alone.
+    """Check that "all-linear" takes or names every kernel that the oracle finds.
 
-    Both are what the oracle finds. Everything else that is left out is so for want of a rule.
+    Of the kernels, it leaves out the output heads that the oracle finds, and those alone. Every
+    other parameter that it leaves out has no rule.
     """
     found = oracle.walk(f, params, *args)
     unnamed = set(found.kernels) - {t.path for t in layout.targets}
-    if unnamed:  # a layout that has them all needs no list
+    if unnamed:  # a layout that has every kernel needs no list
         reasons = left_out(layout)
         unnamed -= {path for path, reason in reasons.items() if reason}
         heads = {path for path, reason in reasons.items() if "output head" in reason}
         assert heads == found.heads
     kernels = {path: found.kernels[path] for path in sorted(unnamed)}
-    assert not kernels, f"left out without a word: {kernels}"
+    assert not kernels, f"left out without a reason: {kernels}"

@@ -1,4 +1,4 @@
-"""Forty one-line changes of the library, and the tests that are expected to notice each of them.
+"""Make forty one-line changes of the library, and check that tests notice each of them.
 
 A test suite is as good as the bugs that it finds. This script makes a copy of the tracked files,
 applies one change at a time (a mutant), and runs the few tests that it names: the mutant is
@@ -40,11 +40,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-NAMED, WHOLE = 300, 7200  # seconds that the named tests, and the whole suite, may take
+NAMED, WHOLE = 300, 7200  # seconds that the named tests and the whole suite may take
 
 
 class Mutant(NamedTuple):
-    """One change: `old`, which is once in `file`, becomes `new`; `tests` are to fail then."""
+    """A change: `old`, which is once in `file`, becomes `new`; then one of `tests` must fail."""
 
     name: str
     file: str
@@ -60,7 +60,7 @@ MUTANTS = (  # name and file, old, new, tests
         'self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))',
         "self.alpha",
         ("tests/test_merge.py::test_merge_against_float64_by_hand",)),
-    # a tied embedding gets the axes of its product
+    # A tied embedding gets the axes of its product.
     Mutant("product-before-lookup", "lora_jax/resolve.py",
         '"ragged_dot_general", "gather")',
         '"ragged_dot_general", "dot_general", "gather")',
@@ -70,7 +70,7 @@ MUTANTS = (  # name and file, old, new, tests
         'jnp.take(n.array, self.index, axis=axis, mode="fill", fill_value=jnp.nan)',
         'jnp.take(n.array, self.index, axis=axis, mode="clip")',
         ("tests/multi/test_stack.py::test_a_number_that_is_no_slot_gives_nan_in_a_compiled_program",)),
-    # the right numbers, for many times the work
+    # The numbers stay right, but the work is many times as much.
     Mutant("larger-product-first", "lora_jax/updates/lowrank.py",
         "if contracted(a) >= contracted(b)",
         "if contracted(a) <= contracted(b)",
@@ -236,7 +236,7 @@ MUTANTS = (  # name and file, old, new, tests
 
 
 class Result(NamedTuple):
-    """verdict: killed, SURVIVED, or why the tests gave no answer. failed: the first that failed."""
+    """A mutant's verdict (killed, SURVIVED, or why there is none) and its first failed test."""
 
     mutant: Mutant
     verdict: str
@@ -245,7 +245,7 @@ class Result(NamedTuple):
 
 
 def misplaced(mutants: Sequence[Mutant], tree: pathlib.Path) -> list[str]:
-    """A line for each mutant without its file or a test's, or whose `old` is not there once."""
+    """A line for each mutant whose files are missing, or whose `old` is not there exactly once."""
     lines = []
     for mutant in mutants:
         file = tree / mutant.file
@@ -259,7 +259,7 @@ def misplaced(mutants: Sequence[Mutant], tree: pathlib.Path) -> list[str]:
 
 
 def copied(folder: pathlib.Path) -> pathlib.Path:
-    """A copy of the tracked files, as they are in the working tree."""
+    """Copy the tracked files, as they are in the working tree, into `folder`."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
@@ -275,7 +275,7 @@ def pytest(
 ) -> tuple[str, str]:
     """Return the result of the copy's tests ("passed", "failed", ...), and the first failure."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *tests]
-    # Without bytecode: a file that changes twice in a second may keep the bytecode of before.
+    # Bytecode is off: a file that changes twice in a second may keep the older bytecode.
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
@@ -292,7 +292,7 @@ def pytest(
 
 
 def tried(mutant: Mutant, tree: pathlib.Path, whole: bool) -> Result:
-    """Apply the mutant in `tree`, run its tests, and take it back."""
+    """Apply the mutant in `tree`, run its tests, and undo the change."""
     file, began = tree / mutant.file, time.monotonic()
     text = file.read_text()
     file.write_text(text.replace(mutant.old, mutant.new))
@@ -307,7 +307,7 @@ def tried(mutant: Mutant, tree: pathlib.Path, whole: bool) -> Result:
 
 
 def run(mutants: Sequence[Mutant], jobs: int, whole: bool, checked: bool) -> int:
-    """Try the mutants and print what became of them; the exit status."""
+    """Try the mutants, print their verdicts, and return the exit status."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees = [copied(pathlib.Path(folder, str(number))) for number in range(jobs)]
         if lines := misplaced(mutants, trees[0]):
@@ -342,7 +342,7 @@ def run(mutants: Sequence[Mutant], jobs: int, whole: bool, checked: bool) -> int
 
 
 def main() -> int:
-    """The command."""
+    """Run the command and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", metavar="NAME", help="of mutants; none: all")

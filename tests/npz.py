@@ -1,4 +1,4 @@
-"""Reading .npz files whole, so that none stays open until Python looks for garbage."""
+"""Read .npz files whole, so that no file stays open until Python collects garbage."""
 
 import pathlib
 
@@ -6,6 +6,6 @@ import numpy as np
 
 
 def read(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a file, by name."""
+    """The arrays of a file by name."""
     with np.load(file) as arrays:
         return dict(arrays)

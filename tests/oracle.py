@@ -1,19 +1,20 @@
-"""Every kernel and every output head of a traced function, by a walk that knows no lora_jax.
+"""Find every kernel and output head of a traced function, without any code of lora_jax.
 
 A kernel is a parameter of two axes or more that takes part in the weight side of a product. A
 product is an equation that multiplies and sums: `dot_general`, `conv_general_dilated`,
 `ragged_dot_general`, and a lookup of rows (`gather`, `dynamic_slice`), which is the product with
-one-hot rows. Its weight side is an operand computed from parameters and constants alone, where
-another operand is computed from the function's arguments. What picks among values (indices, a
-predicate, the index of a `cond`) decides which of them it is and does not become a part of them.
+one-hot rows. The weight side is an operand computed from parameters and constants alone, in a
+product whose other operand is computed from the function's arguments. An input that chooses among
+values (indices, a predicate, the index of a `cond`) does not become a part of the chosen value.
 
-A head is a kernel whose product feeds no other product of a parameter, and which every way to some
-output passes last. Ways begin at arguments of floating dtype and end in integers; a product ends
-all ways to it and begins one. Where ways meet, those from an argument that has passed no product
-count in a sum of equal shapes alone (a residual); elsewhere (a mask, a loss's target) they do not.
+A head is a kernel whose product feeds no other product of a parameter, and which is the last
+product on every path to some output. Paths begin at arguments of floating dtype and end in
+integers. A product ends all paths that reach it and begins a new one. Where paths meet, a path from
+an argument that has passed no product counts only in a sum of equal shapes (a residual). Elsewhere
+(a mask, the target of a loss) it does not count.
 
-The walk is written from the documentation of JAX's primitives and shares no code with the package:
-it follows dependence alone, so it loses no kernel behind an operation that has no rule.
+The walk is written from the documentation of JAX's primitives and shares no code with the package.
+It follows dependence alone, so it also finds a kernel behind an operation that has no rule.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-Way = frozenset[str]  # the parameters of the product (or the lookup) that it passed last
-RAW: Way = frozenset()  # an argument that has passed none
+Way = frozenset[str]  # the parameters of the product or lookup that the path passed last
+RAW: Way = frozenset()  # a path from an argument that has passed no product
 
 
 class Value(NamedTuple):
-    """The inputs of a value: parameters (by path), and whether arguments as well.
+    """The inputs of a value: parameters (by path), and whether it depends on arguments.
 
-    ways: the last products on each way to it. spread: whether it has been broadcast.
+    ways: the last products on each path to it. spread: whether it has been broadcast.
     """
 
     params: frozenset[str] = frozenset()
@@ -51,7 +52,7 @@ class Reference:
 
 
 class Found(NamedTuple):
-    """Kernels with the names of their products, and the output heads among them."""
+    """Kernels with the names of their products, and the kernels that are output heads."""
 
     kernels: dict[str, set[str]]
     heads: set[str]
@@ -88,7 +89,7 @@ def walk(f: Callable[..., Any], params: Any, *args: Any) -> Found:
 
 
 def _cut(value: Value, x: Any) -> Value:
-    """Ways end in integers, predicates and keys."""
+    """Drop the paths of a value that is integer, a predicate or a key."""
     floating = jnp.issubdtype(x.dtype, jnp.inexact)
     return value if floating else value._replace(ways=frozenset())
 
@@ -149,7 +150,7 @@ class _Walk:
         return Value(out.params, True, frozenset((weights,)))
 
     def pick(self, eqn: Any, ins: list[Any]) -> Value:
-        """A choice by indices: of rows (a lookup, whose result is data), or of whole matrices."""
+        """Handle a choice by indices: a lookup of rows gives data, one of matrices a weight."""
         name = eqn.primitive.name
         which = PICKS[name]
         value = _join([ins[i] for i in which])
@@ -200,7 +201,7 @@ class _Walk:
         return outs
 
     def settled(self, body: Any, fixed: list[Any], carry: list[Any], xs: list[Any]) -> list[Any]:
-        """Carries before any iteration: they grow until one adds nothing to them."""
+        """Return the carries of a loop, grown until one more iteration adds no input to them."""
         while True:
             outs = self.jaxpr(body, [*fixed, *carry, *xs])
             grown = [_join(pair) for pair in zip(carry, outs, strict=False)]

@@ -1,4 +1,4 @@
-"""Inspect a traced program, which is more reliable than times, and run it."""
+"""Inspect a traced program, which is more reliable than timing it, and run it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """Return all equations, also in nested jaxprs."""
+    """Yield all equations of a jaxpr, nested jaxprs included."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for eqn in jaxpr.eqns:
         yield eqn
@@ -26,16 +26,16 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def product_sizes(f: Any, *args: Any) -> set[int]:
-    """The numbers of elements that products in `f(*args)` have in their results."""
+    """The numbers of elements of the results of products in `f(*args)`."""
     traced = jax.make_jaxpr(f)(*args)
     return {eqn.outvars[0].aval.size for eqn in equations(traced) if eqn.primitive.name in PRODUCTS}
 
 
 def compiled(f: Callable[..., Any], *args: Any) -> Any:
-    """Return `f(*args)`, run as one program. Called op by op, every operation would be compiled.
+    """Return `f(*args)`, run as one program; without jit, each operation would be compiled.
 
-    Only the arrays among the leaves of arguments and result are traced, so that a layout can be
-    among both, and a number that `f` reads in Python.
+    Only the arrays in the arguments and in the result are traced. So both may hold a layout, or a
+    number that `f` reads in Python.
     """
     leaves, tree = jax.tree.flatten(args)
     others: list[Any] = []

@@ -1,4 +1,4 @@
-"""`lora_jax.allocator`: page faults are counted, in processes of their own; time never is."""
+"""Page faults with and without `lora_jax.allocator`, counted in other processes; never time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from lora_jax.errors import LoraError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
-PAGES = 16_384  # of the buffer that a step needs, the sine of 4096 x 4096 numbers
+PAGES = 16_384  # of the buffer that a step needs: the sine of 4096 x 4096 numbers
 
-# It prints whether memory is kept, and the faults of the median step, because the heap still
-# grows now and then.
-# argv: whether to keep, seconds to wait then.
+# Print whether memory is kept, and the page faults of the median step: the median, because the heap
+# still grows now and then. argv: whether to keep memory, and seconds to wait after that.
 PROGRAM = """
 import resource, statistics, sys, time
 import jax, jax.numpy as jnp
@@ -40,7 +39,7 @@ for _ in range(9):
 print(kept, statistics.median(faults))
 """
 
-# Name -> the arguments, and LORA_JAX_KEEP_MEMORY.
+# Name -> the two arguments, and the value of LORA_JAX_KEEP_MEMORY.
 SIDES = {
     "kept": ("keep", "0", ""),
     "off": ("keep", "0", "0"),
@@ -51,7 +50,7 @@ SIDES = {
 
 @pytest.fixture(scope="module")
 def faults() -> dict[str, tuple[str, int]]:
-    """For each side: what `keep` returned, and the page faults of a step."""
+    """The value that `keep` returned, and the page faults of a step, by side."""
     if not GLIBC:
         pytest.skip("the allocator is not glibc's")
     named = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
@@ -77,7 +76,10 @@ def faults() -> dict[str, tuple[str, int]]:
 
 
 def test_steps_have_no_page_faults(faults: dict[str, tuple[str, int]]) -> None:
-    """Red without M_ARENA_MAX, M_MMAP_MAX or M_TRIM_THRESHOLD."""
+    """Steps cause no page faults where memory is kept.
+
+    Red without M_ARENA_MAX, M_MMAP_MAX or M_TRIM_THRESHOLD.
+    """
     kept, count = faults["kept"]
     assert kept == "True"
     assert count < PAGES / 20
@@ -85,13 +87,19 @@ def test_steps_have_no_page_faults(faults: dict[str, tuple[str, int]]) -> None:
 
 @pytest.mark.parametrize(("side", "kept"), [("off", "False"), ("imported", "None")])
 def test_nothing_is_kept_unasked(faults: dict[str, tuple[str, int]], side: str, kept: str) -> None:
-    """Red if the variable is not read, or an import calls mallopt."""
+    """Memory is not kept unless `keep` is called and the variable allows it.
+
+    Red if the variable is not read, or if an import calls mallopt.
+    """
     assert faults[side][0] == kept
     assert faults[side][1] > PAGES / 2
 
 
 def test_a_process_above_its_bound_gives_memory_back(faults: dict[str, tuple[str, int]]) -> None:
-    """Red without the thread that looks after the bound."""
+    """A process that uses more than its bound returns freed memory.
+
+    Red without the thread that watches the bound.
+    """
     assert faults["bounded"][0] == "True"
     assert faults["bounded"][1] > PAGES / 2
 
@@ -105,7 +113,10 @@ def test_a_share_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("reason", ["musl", "accelerator", "tunables"])
 def test_nothing_is_done_elsewhere(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red if one of the three conditions is dropped: mallopt would be called here."""
+    """Nothing is set under another libc, with an accelerator, or with the user's own tunables.
+
+    Red if one of the three conditions is dropped: mallopt would be called here.
+    """
     monkeypatch.setenv(allocator.VARIABLE, "0.5")
     monkeypatch.setattr(allocator, "_set", lambda values: pytest.fail("mallopt was called"))
     if reason == "musl":

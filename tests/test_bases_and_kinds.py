@@ -1,10 +1,10 @@
 """The law over bases and kinds of update: `adapt` on codes equals the merged, dequantised weights.
 
-Every program meets NF4 with the kind that asks most of a rule: DoRA, whose gain may not be lost on
-the way. A rule multiplies with W in one place, with a gain or without, so LoRA over NF4 is for the
-programs that refuse a gain and for a few. The other bases differ from NF4 in `dense()` alone, and
-the other kinds are lowered to plain factors: a few programs do for them. LoRA over floats is
-tests/test_transform.py.
+Every program runs over NF4 with DoRA, the kind that asks most of a rule, because the gain must not
+be lost on the way. A rule multiplies with W in one place, with a gain or without, so LoRA over NF4
+runs only on the programs that refuse a gain and on a few others. The other bases differ from NF4
+only in `dense()`, and the other kinds become plain factors, so a few programs are enough for them.
+LoRA over floats is tested in tests/test_transform.py.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ OTHERS = [
     *(("lora", scheme) for scheme in ("nf4", "int8", "int4", "fp8")),
     *((kind, None) for kind in ("dora", "vera", "loha", "lokr")),
 ]
-REFUSED = {  # a gain of each output cannot follow W there
-    "bare_einsum_summed_letter",  # a sum over some outputs
-    "bare_concatenated_inputs",  # an output of members with different gains
-    "bare_padded",  # an output of W and of constants
+REFUSED = {  # a gain of each output cannot follow W in these
+    "bare_einsum_summed_letter",  # it sums over some outputs
+    "bare_concatenated_inputs",  # an output comes from members with different gains
+    "bare_padded",  # an output comes from W and from constants
 }
 TABLE = [
     *((name, "lora", "nf4") for name in sorted(REFUSED)),
@@ -42,17 +42,20 @@ TABLE = [
 
 @pytest.mark.parametrize(("name", "kind", "scheme"), TABLE)
 def test_the_law(name: str, kind: str, scheme: str | None) -> None:
-    """Red: a rule that moves W and forgets the gain, or the codes; a gain on the wrong axes."""
+    """`adapt` equals `merge` for every program, kind and base of the table.
+
+    Red if a rule moves W without its gain or its codes, or puts a gain on the wrong axes.
+    """
     law = Law(cases.REGISTRY[name](), kind, scheme)
     for got, want in zip(law.got, law.want, strict=True):
         assert_near(got, want)
 
 
 def assert_near(got: Any, want: Any) -> None:
-    """Equal within 2e-5 of the largest entry of all arrays.
+    """Compare to 2e-5 of the largest entry of all arrays.
 
-    (Not of each: the gradient of a saturated attention is a small difference of large numbers, in
-    which the definition itself is 3.5e-5 away from float64.)
+    It is not 2e-5 of each array's largest entry: the gradient of a saturated attention is a small
+    difference of large numbers, in which the definition itself is 3.5e-5 away from float64.
     """
     got, want = jax.device_get((got, want))
     largest = max((float(np.abs(x).max()) for x in jax.tree.leaves(want)), default=0.0)
@@ -61,14 +64,20 @@ def assert_near(got: Any, want: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_gain_that_cannot_follow_is_refused(name: str) -> None:
-    """Red: an output summed over as if each had the same gain."""
+    """A program that combines outputs of different gains is refused.
+
+    Red if a sum over outputs treats their gains as equal.
+    """
     with pytest.raises(lora_jax.LoraError, match="no low-rank rule"):
         _ = Law(cases.REGISTRY[name](), "dora").got
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_a_quantised_base_without_adapters(name: str) -> None:
-    """Red: a quantised weight that only an adapted one lets in."""
+    """A quantised weight works in a function that has no adapters.
+
+    Red if only an adapted weight may be quantised.
+    """
     case = cases.REGISTRY[name]()
     layout = lora_jax.resolve(
         lora_jax.LoraSpec(2, targets=case.targets), case.f, case.params, *case.args, **case.kwargs

@@ -1,7 +1,7 @@
 """The collectives of adapted models on a mesh, read from the compiler's output. Nothing is run.
 
-Every dimension is chosen so that sizes identify an array: activations have a factor 5 (the
-batch on a device, the length of a row), weights have none, the two ranks are 7 and 11.
+Every dimension is chosen so that a size identifies an array: activations have a factor 5 (the batch
+on a device, the length of a row), weights do not, and the two ranks are 7 and 11.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BERT = models.BertConfig(vocab_size=187, max_positions=16, **SIZES)
 
 
 class _Block(nn.Module):
-    """A Megatron pair twice: attention and an MLP, in plain Linen."""
+    """Two Megatron pairs, attention and an MLP, in plain Linen."""
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
@@ -57,7 +57,8 @@ BLOCK = (
     ("params/down/kernel", P("tensor", "fsdp")),
 )
 
-# name -> f(params, x), the parameters, x, the table, a base vector before all adapted products
+# f(params, x), the parameters, x, the sharding table, and the path of a base vector before all
+# adapted products.
 Built = tuple[Callable[..., Any], Any, Any, Any, str]
 
 
@@ -98,9 +99,10 @@ def put(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
 @functools.cache
 def gradient(name: str, sizes: tuple[int, int, int], rank: int | None) -> hlo.Module:
-    """HLO of the gradient by the adapters, or, of the base alone, by the input (a base vector).
+    """HLO of the gradient by the adapters or, without a rank, of the base by one of its vectors.
 
-    The vector stands before all products: its gradient needs that of every product's input.
+    The vector comes before all products, so its gradient needs the gradient of every product's
+    input.
     """
     f, params, x, table, vector = MODELS[name]()
     mesh = grid(sizes)
@@ -132,7 +134,7 @@ def sizes_of(moved: Collective) -> set[int]:
 
 
 def whole_weights(name: str) -> set[int]:
-    """Numbers of elements of the kernels and embeddings; of one layer, where they are stacked."""
+    """The sizes of kernels and embeddings; where layers are stacked, the sizes of one layer."""
     leaves = paths.flatten(MODELS[name]()[1])
     slices = [x.shape[1:] if "layers/" in path else x.shape for path, x in leaves.items()]
     return {math.prod(shape) for shape in slices if len(shape) > 1}
@@ -140,14 +142,17 @@ def whole_weights(name: str) -> set[int]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_collective_moves_a_whole_weight_over_tensor(name: str) -> None:
-    """Red if a kernel is laid out so that its product needs it whole (an axis that is not a
-    head's, an embedding looked up along a cut axis without the sum)."""
+    """No collective over the tensor axis moves a whole weight.
+
+    Red if a kernel is sharded so that its product needs the whole kernel: along an axis that is not
+    the heads', or an embedding looked up along a sharded axis without the sum.
+    """
     found = collectives(gradient(name, TENSOR, RANKS[0]))
     assert found
     assert not [i for i in found if sizes_of(i) & whole_weights(name)]
-    # The reader sees them where they are: over fsdp every weight is brought together.
+    # The reader would see such a collective: over fsdp every weight is gathered.
     gathered = [i for i in collectives(gradient(name, FSDP, None)) if i.kind == "all-gather"]
-    if name != "block":  # which does not keep its activations on the batch
+    if name != "block":  # the block does not keep its activations sharded by the batch
         assert {s for i in gathered for s in sizes_of(i)} & whole_weights(name)
 
 
@@ -156,13 +161,16 @@ def test_no_collective_moves_a_whole_weight_over_tensor(name: str) -> None:
 def test_adapters_add_collectives_of_their_rank_alone(
     name: str, sizes: tuple[int, int, int]
 ) -> None:
-    """Red if the low-rank product is ordered so that activations of full width move for it."""
+    """Adapters add only collectives whose shapes contain the rank.
+
+    Red if the order of the low-rank product makes it move activations of full width.
+    """
 
     def counted(rank: int | None) -> Counter[Any]:
         return Counter((i.kind, i.operand) for i in collectives(gradient(name, sizes, rank)))
 
     def added(rank: int) -> Counter[Any]:
-        """The new collectives with the rank taken out of their shapes."""
+        """The new collectives, with the rank taken out of their shapes."""
         new = counted(rank) - counted(None)
         assert new
         out: Counter[Any] = Counter()
@@ -177,7 +185,10 @@ def test_adapters_add_collectives_of_their_rank_alone(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_gradient_of_a_weight(name: str) -> None:
-    """No product has the size of a weight, or of a device's part of one. Red if one is made."""
+    """No product has the size of a weight, or of one device's shard of a weight.
+
+    Red if the gradient of a weight is computed.
+    """
     sizes = {size // n for size in whole_weights(name) for n in (1, 2, 4, 8)}
     products = [i for i in gradient(name, ALL, RANKS[0]).instructions if i.kind == "dot"]
     assert products
@@ -186,8 +197,10 @@ def test_no_gradient_of_a_weight(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_activations_stay_where_the_batch_is(name: str) -> None:
-    """Over fsdp alone only weights, factors and gradients of factors move. Red without `by_rows`,
-    or without the embedding brought together before it is looked up."""
+    """Over fsdp alone, only weights, factors and gradients of factors move.
+
+    Red without `by_rows`, or if an embedding is not gathered before the lookup.
+    """
     found = collectives(gradient(name, FSDP, RANKS[0]))
     assert found
     assert not [i for i in found if any(size % LENGTH == 0 for size in sizes_of(i))]

@@ -1,4 +1,4 @@
-"""The messages of commands: one error, and no control characters."""
+"""The messages of commands: one error, without control characters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from tests.training.runs import OWN
 def test_names_of_strangers_do_not_command_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Red: a tensor of a stranger's file clears the screen, or writes into the clipboard."""
+    """Control characters in names from a file do not reach the terminal.
+
+    Red if the name of a tensor in a stranger's file clears the screen or writes to the clipboard.
+    """
     name = "a\x1b]52;c;eA==\x07b\x9b2J\r\x08"
     file = io.StringIO()
     console.say(Console(file=file, force_terminal=True), f"{name}c\nd")
@@ -46,7 +49,7 @@ def test_lines_of_json_hold_no_control_characters(tmp_path: pathlib.Path) -> Non
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """The command line of a test."""
+    """The options of a test's command."""
 
     image: tuple[str, ...] = ()
     out: str = "-"
@@ -55,7 +58,10 @@ class Said:
 def test_options_of_one_value_that_are_repeated_are_noted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Red: a note on values that are all kept, or none on one that is lost."""
+    """A note names each option whose earlier values are lost.
+
+    Red if there is a note although all values are kept, or no note although one is lost.
+    """
     given = ["--image", "a", "--image=b", "--out", "x", "--out", "y"]
     found = console.read_options(Said, "test", None, given, adding=True)
     assert found == Said(("a", "b"), "y")
@@ -68,7 +74,10 @@ def test_options_of_one_value_that_are_repeated_are_noted(
 def test_a_lack_of_memory_is_an_error_with_a_cure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    """Red: XLA's error of memory reaches the user as a traceback."""
+    """Running out of memory gives an error message with a cure.
+
+    Red if XLA's error reaches the user as a traceback.
+    """
 
     def large(*_: object) -> None:
         jax.block_until_ready(jax.jit(lambda: jnp.zeros(2**46, jnp.uint8))())

@@ -66,7 +66,7 @@ def exported(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def methods(name: str, cls: type) -> Iterator[tuple[str, Any]]:
-    """(dotted name, method or property) of the public methods that a class defines itself."""
+    """Yield (dotted name, method or property) of the public methods that a class itself defines."""
     for attribute, value in vars(cls).items():
         if not attribute.startswith("_") and isinstance(
             value, types.FunctionType | staticmethod | classmethod | property
@@ -75,7 +75,7 @@ def methods(name: str, cls: type) -> Iterator[tuple[str, Any]]:
 
 
 def public_symbols() -> dict[str, Any]:
-    """Every public function, class, method and property of the package by its dotted name."""
+    """Return every public function, class, method and property of the package by dotted name."""
     found: dict[str, Any] = {}
     seen: set[int] = set()
     for module in PUBLIC:
@@ -91,7 +91,7 @@ SYMBOLS = public_symbols()
 
 
 def parameters(value: Any) -> list[str]:
-    """The names that a docstring must explain; fields of a class that callers cannot give too."""
+    """Return the names that a docstring must explain; callers cannot set the skipped fields."""
     if isinstance(value, property):
         return []
     if inspect.isclass(value):
@@ -113,7 +113,7 @@ def _module_class() -> type:
 
 
 def explained(doc: str) -> set[str]:
-    """The names that the sections Args and Attributes of a docstring explain."""
+    """Return the names that the sections Args and Attributes of a docstring explain."""
     names: set[str] = set()
     section, indent = "", 0
     for line in doc.splitlines():
@@ -126,7 +126,7 @@ def explained(doc: str) -> set[str]:
 
 
 def explained_below(cls: type) -> set[str]:
-    """Return the fields of a class, its bases included, that have a docstring: tyro's help."""
+    """Return the fields of a class and its bases that have a docstring, which is tyro's help."""
     names: set[str] = set()
     for base in cls.__mro__:
         if base.__module__.startswith("lora_jax"):
@@ -140,10 +140,13 @@ def explained_below(cls: type) -> set[str]:
 
 @pytest.mark.parametrize("name", SYMBOLS)
 def test_a_public_symbol_explains_its_parameters(name: str) -> None:
-    """Red: a public function with a new parameter that its Args do not name."""
+    """Every public symbol has a docstring that explains each of its parameters.
+
+    Red if a public function gets a parameter that its Args do not name.
+    """
     value = SYMBOLS[name]
     doc = inspect.getdoc(value) or ""
-    # dataclasses and NamedTuples write `Name(field, ...)` where the author wrote nothing
+    # For a class without a docstring, dataclasses and NamedTuples write `Name(field, ...)`.
     assert doc.strip(), f"{name} has no docstring"
     assert not doc.startswith(f"{name.rpartition('.')[2]}("), f"{name} has no docstring of its own"
     known = explained(doc) | (explained_below(value) if inspect.isclass(value) else set())
@@ -151,7 +154,7 @@ def test_a_public_symbol_explains_its_parameters(name: str) -> None:
     assert not missing, f"{name}: its Args do not explain {', '.join(missing)}"
 
 
-# Words and openings that CONTRIBUTING's manner of docstrings leaves out.
+# Words and openings that CONTRIBUTING.md's rules for docstrings leave out.
 WORDS = re.compile(
     r"\b(beside|lies?|how far|whatever|as far as|(?:of )?those (?:of|that)|(?<!there )(?:is|are) no"
     r")\b(?! longer| more)",
@@ -159,12 +162,12 @@ WORDS = re.compile(
 )
 OPENINGS = re.compile(r"(?:Of|Where|What|As far|How far|Whatever|Those)\b")
 
-# (file, words around it) -> why it is meant.
+# (file, words around the fault) -> why the words are meant.
 MEANT: dict[tuple[str, str], str] = {}
 
 
 def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, text) of every docstring, those below fields too, and of every `help=`."""
+    """Yield (line, text) of every docstring, of fields too, and of every `help=`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             if isinstance(node.value.value, str):
@@ -176,8 +179,8 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def comments(text: str) -> Iterator[tuple[int, str]]:
-    """(first line, text) of every comment; lines that follow one another are one comment."""
-    last, start, words = 0, 0, ""  # `last`: the line of a comment that the next may go on
+    """Yield (first line, text) of every comment; comments on consecutive lines are one comment."""
+    last, start, words = 0, 0, ""  # `last`: a line whose comment the next line may continue
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type != tokenize.COMMENT:
             continue
@@ -194,7 +197,7 @@ def comments(text: str) -> Iterator[tuple[int, str]]:
 
 
 def faults(path: pathlib.Path) -> list[str]:
-    """Each word and fragment of the file that plain English leaves out, and is not meant."""
+    """Return a line for each word and opening in the file that plain English leaves out."""
     text, name = path.read_text(), path.relative_to(ROOT).as_posix()
     found = []
     for line, words in [*docstrings(ast.parse(text)), *comments(text)]:
@@ -209,7 +212,10 @@ def faults(path: pathlib.Path) -> list[str]:
 
 
 def test_plain_english() -> None:
-    """Red: a docstring that begins with `Where the`, a comment with the word `beside`."""
+    """Docstrings and comments do not use the words and openings above.
+
+    Red if a docstring begins with `Where the`, or a comment has the word `beside`.
+    """
     folders = ("lora_jax", "configs", "experiments", "measuring")
     files = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     found = [fault for path in (ROOT / "train.py", *files) for fault in faults(path)]
@@ -217,6 +223,9 @@ def test_plain_english() -> None:
 
 
 def test_what_is_meant_is_there() -> None:
-    """Red: an exception whose sentence was rewritten."""
+    """Each exception in MEANT still occurs in its file.
+
+    Red if the sentence of an exception was rewritten.
+    """
     for file, what in MEANT:
         assert what in " ".join((ROOT / file).read_text().split()), f"{file}: {what}"

@@ -1,4 +1,4 @@
-"""Kernels of other dtypes than floats are refused or right, never silently something else."""
+"""A kernel whose dtype is not floating is refused or handled right, never silently changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def integer_product(p: Any, x: Any) -> Any:
 
 
 def spectral(p: Any, x: Any) -> Any:
-    """A layer in the frequency domain, as Fourier neural operators have it."""
+    """A layer in the frequency domain, as Fourier neural operators have."""
     frequencies = jnp.fft.fft(x, axis=0) @ p["w"]
     return jnp.tanh(jnp.fft.ifft(frequencies, axis=0).real) @ p["head"]
 
@@ -46,7 +46,10 @@ NOT_FLOAT = {
 @pytest.mark.parametrize("fold", [(), ("w",)], ids=["plain", "folded"])
 @pytest.mark.parametrize("name", NOT_FLOAT)
 def test_a_target_that_is_not_float_is_refused_by_its_dtype(name: str, fold: Any) -> None:
-    """Red if `resolve` takes it: the factors would be rounded to codes, or lose a part."""
+    """A target whose dtype is not floating is refused, and the error names the dtype.
+
+    Red if `resolve` accepts it: factors would be rounded to codes, or lose their imaginary part.
+    """
     f, params, dtype = NOT_FLOAT[name]
     with pytest.raises(LoraError, match=f"'w'(.|\n)*{dtype}"):
         lora_jax.resolve(LoraSpec(2, 4.0, "w", fold=fold), f, params, X)
@@ -63,7 +66,7 @@ def test_all_linear_names_what_is_not_float(name: str) -> None:
 
 
 def test_a_merge_into_integers_is_refused() -> None:
-    """A layout that was resolved on floats does not fit the codes that replaced them."""
+    """A layout that was resolved on floats is refused for the codes that replaced them."""
     params = {"w": CODES.astype(jnp.float32), "head": HEAD}
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "w"), dequantised, params, X)
     adapters = laws.drawn_adapters(layout)
@@ -73,14 +76,17 @@ def test_a_merge_into_integers_is_refused() -> None:
 
 
 def mixed_dot(p: Any, x: Any) -> Any:
-    """bfloat16 activations against a float32 weight, as one product."""
+    """Multiply bfloat16 activations with a float32 weight in one product."""
     return lax.dot_general(
         x.astype(jnp.bfloat16), p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
 def test_float32_weights_keep_their_factors_in_float32_against_bfloat16_inputs() -> None:
-    """Red if the factors are cast to x's dtype where the product itself casts x to W's."""
+    """Factors stay in the dtype of W where the product itself casts x to the dtype of W.
+
+    Red if the factors are cast to x's dtype there.
+    """
     f = lambda p, x: jnp.tanh(mixed_dot(p, x)) @ p["head"]  # noqa: E731
     params = {"w": normal(2, 6, 8), "head": HEAD}
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "w"), f, params, X)

@@ -1,6 +1,6 @@
-"""A base, a kind of update and a rule for a kernel, written by a user: no edit in the package.
+"""A base, a kind of update and a rule for a kernel that a user writes without editing the package.
 
-They are those of docs/extending.md, whose code runs here.
+They come from docs/extending.md, and its code runs here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PROGRAMS = [
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    """The user's two registrations, and the tables as they were."""
+    """Register the user's kind and rule, and restore the tables after the test."""
     register(Gained())
     table.register(gmm_rule, function="my_gmm")
     yield
@@ -75,7 +75,10 @@ def assert_law(law: Law) -> None:
 @pytest.mark.parametrize("kind", ["lora", "gained", "dora"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_base_and_a_kind_from_outside(name: str, kind: str) -> None:
-    """Red: a base or a kind that some part of the evaluator asks for by its own type."""
+    """A base and a kind of update from outside the package follow the law.
+
+    Red if some part of the evaluator asks for a base or a kind by its type.
+    """
     law = Law(cases.REGISTRY[name](), kind)
     to_ternary(law)
     assert_law(law)
@@ -84,7 +87,10 @@ def test_a_base_and_a_kind_from_outside(name: str, kind: str) -> None:
 @pytest.mark.parametrize("base", [None, "ternary", "nf4"])
 @pytest.mark.parametrize("kind", ["lora", "gained", "dora"])
 def test_a_kernel_with_a_gradient_rule_of_its_own(kind: str, base: str | None) -> None:
-    """Red: `registered` without the rule of `my_gmm`."""
+    """A kernel with a gradient rule of its own follows the law once its rule is registered.
+
+    Red if `registered` leaves out the rule of `my_gmm`.
+    """
     law = Law(gmm_case(), kind, "nf4" if base == "nf4" else None)
     assert [t.stack for t in law.layout.targets] == [(0,), ()]
     if base == "ternary":

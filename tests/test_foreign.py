@@ -1,7 +1,7 @@
-"""The bridges to other libraries' models: a pure function, its parameters and its state.
+"""The bridges to other libraries' models return a pure function, its parameters and its state.
 
-Equinox's is tested on a class that JAX alone makes a tree; Equinox and Keras themselves are in
-tests/foreign.
+The bridge to Equinox is tested here on a class that is a tree by JAX alone; Equinox and Keras
+themselves are tested in tests/foreign.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ X = jax.random.normal(jax.random.key(0), (4, 10))
 
 
 def test_same_outputs_and_state_as_the_model_itself() -> None:
-    """Red if new state is dropped: the second call would draw the first call's dropout again."""
+    """The bridge gives the outputs and the state of the model itself.
+
+    Red if new state is dropped: the second call would repeat the dropout of the first.
+    """
     model = Net(nnx.Rngs(0))
     f, params, state = lora_jax.from_nnx(model)
     for _ in range(2):
@@ -71,7 +74,7 @@ def test_another_method_and_adapted() -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Gathered:
-    """A table that integers look up, then a product; every leaf of another sort."""
+    """A lookup by integers, then a product; each leaf is of a different sort."""
 
     weight: Any  # float
     order: Any  # int
@@ -93,7 +96,10 @@ def gathered() -> Gathered:
 
 
 def test_every_array_of_a_tree_is_an_argument() -> None:
-    """Red: integers or keys that `f` closes over, floats that are constants of the program."""
+    """`f` takes every array of a tree as an argument.
+
+    Red if `f` closes over integers or keys, or if floats become constants of the program.
+    """
     f, params, state = lora_jax.from_equinox(gathered(), method="forward")
     x = jnp.arange(4.0)
     np.testing.assert_array_equal(f(params, state, x)[0], gathered()(x))
