@@ -1,4 +1,4 @@
-"""The only, strict reader of JSON; the tests of each kind of file are with its reader."""
+"""The only reader of JSON, which is strict; each reader of a kind of file has tests of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def test_what_json_has_is_read_as_json_reads_it() -> None:
 
 @pytest.mark.parametrize("depth", [101, 900, 100_000])
 def test_depth(depth: int) -> None:
-    """Red: what the parser takes is too deep for the functions that walk it."""
+    """Text that is nested more than 100 levels deep is refused.
+
+    Red if the parser accepts more levels than the functions that walk its result can take.
+    """
     assert parse("[" * 100 + "]" * 100) is not None
     assert parse(json.dumps([[]] * 1000)) == [[]] * 1000
     for begin, end in (("[", "]"), ('{"a":', "}")):
@@ -33,7 +36,10 @@ def test_depth(depth: int) -> None:
 
 
 def test_a_key_twice_among_many_is_found_at_once() -> None:
-    """Red: each name is counted among all others, which takes hours."""
+    """A key that occurs twice among many is found without counting each key among all others.
+
+    Red if it is counted so, which takes hours.
+    """
     names = ", ".join(f'"{i}": 0' for i in range(200_000))
     began = time.monotonic()
     with pytest.raises(ValueError, match="x: the key '199999' is there twice"):

@@ -1,4 +1,4 @@
-"""The rules of the code base: imports between rooms, also inside functions, and files."""
+"""The rules of the code base: files, and imports between rooms, imports in functions included."""
 
 import ast
 import importlib.util
@@ -15,8 +15,8 @@ from lora_jax.extras import EXTRAS, MissingExtraError, require
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_jax"
 
-# Room -> the rooms it may import, and does. A room is a top-level module or a package; "" is the
-# facade, `lora_jax/__init__.py`, which nothing in the package imports.
+# Room -> the rooms that it imports, which are all that it may. A room is a top-level module or a
+# package; "" is the facade, `lora_jax/__init__.py`, which nothing in the package imports.
 ARROWS = {
     "": {"adapters", "analysis", "bases", "beginnings", "checkpoint", "errors", "foreign", "frozen"}
     | {"layout", "merge", "moe", "multi", "paths", "resolve", "sharding", "spec", "target"}
@@ -105,19 +105,19 @@ AROUND = (*AROUND, "report", "free_memory", "allocator", "program_cache", "comma
 AROUND = (*AROUND, "console", "show", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
-# The packages that the core needs besides JAX and NumPy, and where.
+# The packages that the core needs in addition to JAX and NumPy, and the rooms that import them.
 CORE_LIBRARIES = {
     "flax": {"flax_partitioning", "foreign"},
     "optax": {"frozen", "labels"},
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},  # comes with Orbax
-    "tensorstore": {"checkpoint"},  # so does this
+    "tensorstore": {"checkpoint"},  # comes with Orbax
     "gguf": {"exchange"},
 }
-ORBAX = {"lora_jax/checkpoint/storage.py"}  # its names still move: one file follows them
+ORBAX = {"lora_jax/checkpoint/storage.py"}  # Orbax still renames its API: one file follows it
 CEILING = 400  # lines of a file
 
-# Distribution -> what it is imported as, where the two differ.
+# Distribution -> the name that it is imported by, where the two differ.
 IMPORT_NAMES = {
     "absl-py": "absl",
     "orbax-checkpoint": "orbax",
@@ -142,7 +142,7 @@ def name_of(path: pathlib.Path) -> str:
 
 
 def imports(path: pathlib.Path) -> set[str]:
-    """Full dotted names of all that the file imports; `from a import b` is `a.b`."""
+    """Full dotted names of all imports of the file; `from a import b` is `a.b`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -165,7 +165,7 @@ def room(path: pathlib.Path) -> str:
 
 
 def room_of(imported: str) -> str:
-    """The room that holds `lora_jax.x.y`; what is not a module there is a name of the facade."""
+    """The room that holds `lora_jax.x.y`; the facade, if x is not a room."""
     first = imported.split(".")[1] if "." in imported else ""
     return first if first in ARROWS else ""
 
@@ -189,7 +189,7 @@ def test_nothing_in_the_package_imports_the_facade() -> None:
     assert not [name for name, targets in ARROWS.items() if "" in targets]
 
 
-# Folder -> the other folders of a checkout that it may import, besides `lora_jax`.
+# Folder -> the other folders of a checkout that it may import in addition to `lora_jax`.
 CHECKOUT: dict[str, set[str]] = {
     "lora_jax": set(),
     "configs": set(),
@@ -201,7 +201,10 @@ CHECKOUT: dict[str, set[str]] = {
 
 @pytest.mark.parametrize("folder", CHECKOUT)
 def test_folders_of_a_checkout(folder: str) -> None:
-    """The wheel holds `lora_jax` alone. Red: benchmarks that import from experiments."""
+    """Folders of a checkout import one another only as the table allows.
+
+    The wheel holds `lora_jax` alone. Red if benchmarks import from experiments.
+    """
     known = {"configs", "train", "experiments", "benchmarks", "measuring", "tests"}
     for path in sources(folder):
         others = {name.split(".")[0] for name in imports(path)} & known
@@ -209,7 +212,7 @@ def test_folders_of_a_checkout(folder: str) -> None:
 
 
 def chains() -> dict[str, list[str]]:
-    """Module -> the longest chain of imports that begins with it, each one importing the next."""
+    """Module -> the longest chain that begins with it, in which each module imports the next."""
     modules = {
         name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__"): path
         for path in sources("lora_jax")
@@ -286,7 +289,10 @@ def test_five_libraries_are_required() -> None:
 
 
 def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red if a room that needs an extra does not say so before it imports anything of it."""
+    """A missing extra gives one error with the command that installs it.
+
+    Red if a room that needs an extra imports from it before it calls `require`.
+    """
     for room in ("training", "data", "groups", "planner", "serving", "report", "show"):
         assert "require(" in (PACKAGE / room / "__init__.py").read_text()
     find = importlib.util.find_spec
@@ -296,7 +302,10 @@ def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_importing_it_loads_only_what_jax_and_numpy_load() -> None:
-    """Red if optax, Flax, Orbax or etils is imported before it is used."""
+    """Importing lora_jax loads no library that JAX and NumPy do not load.
+
+    Red if optax, Flax, Orbax or etils is imported before it is used.
+    """
     program = (
         "import sys, jax, numpy, jax.numpy, jax.experimental\n"
         "before = {name.split('.')[0] for name in sys.modules}\n"
@@ -315,7 +324,7 @@ def test_public_jax_only(path: pathlib.Path) -> None:
 
 
 def test_no_tensorflow_and_no_backend_at_import() -> None:
-    """Importing all of it loads no other framework, and touches no device."""
+    """Importing all modules loads no other framework and starts no backend."""
     modules = [
         name_of(p).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         for p in sources("lora_jax")
@@ -338,7 +347,7 @@ def test_manners(path: pathlib.Path) -> None:
     assert "hasattr" not in called
 
 
-# Names that several modules may define, with the reason.
+# Names that several modules may define, and the reason.
 SHARED_NAMES = {"Tree": "`Tree = Any`: what every module calls a pytree"}
 
 
@@ -354,7 +363,10 @@ def defined_types(path: pathlib.Path) -> set[str]:
 
 
 def test_one_type_for_each_name() -> None:
-    """Red: a second class `Options`, or a second `Batch = ...`, anywhere in the package."""
+    """Each name of a type has one definition in the package.
+
+    Red if there is a second class `Options`, or a second `Batch = ...`, anywhere in the package.
+    """
     where: dict[str, list[str]] = {}
     for path in sources("lora_jax"):
         for name in defined_types(path):

@@ -1,4 +1,4 @@
-"""`print(layout)` of large models: few lines, none of them long, nothing left out."""
+"""`print(layout)` of a large model has few lines, none of them long, and omits nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def large(deep: str = WORDS, kind: str = "lora", parts: tuple[tuple[int, int], .
 
 
 def test_a_large_layout_is_a_few_short_lines() -> None:
-    """Red: a line for each weight, columns that are not bounded, or a total of lines."""
+    """Layers with equal targets share a line, and every line fits the width.
+
+    Red if each weight has its own line, if a column has no limit, or if the total counts lines.
+    """
     layout = large()
     text = str(layout)
     lines = text.splitlines()
@@ -42,7 +45,10 @@ def test_a_large_layout_is_a_few_short_lines() -> None:
 
 
 def test_long_columns_are_broken_and_lose_nothing() -> None:
-    """Red: a path or a kind that is cut off."""
+    """A column that is too long is wrapped, and its text stays complete.
+
+    Red if a path or a kind is cut off.
+    """
     deep = "/".join(f"tower_{name}" for name in "abcdefghijklmn")
     parts = tuple((64 * i, 32) for i in range(8))
     text = str(large(deep, parts=parts))
@@ -52,7 +58,10 @@ def test_long_columns_are_broken_and_lose_nothing() -> None:
 
 
 def test_a_group_is_the_pattern_of_its_paths_and_of_no_other() -> None:
-    """Red: groups that are joined although they differ in two places at once."""
+    """The pattern of a group matches the paths of the group and no other path.
+
+    Red if groups are joined although they differ in two places at once.
+    """
     alike = {f"a/{i}/{name}/w": (i < 2 or name == "v") for i in range(4) for name in "qvk"}
     alike |= {"a/0/q": True, "b": True, "a/1/q": True, "b/{x}": True, "b/{y}": True}
     found = path_groups.group(alike)

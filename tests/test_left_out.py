@@ -1,8 +1,8 @@
 """The layout names the parameters that `"all-linear"` leaves out, with a reason and a cure.
 
-Each program computes the weight side of a product in another way. It is one of two products, the
-last or the one before: a kernel that is left out still counts, and does not make the layer before
-it the output head.
+Each program computes the weight side of a product in another way. The product is the last of the
+program or the one before it. A kernel that is left out still counts, so the layer before it does
+not become the output head.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REGISTRY: dict[str, tuple[Product, dict[str, Any]]] = {}
 
 
 def case(params: dict[str, Any]) -> Callable[[Product], Product]:
-    """Register a product of h [3, 8] with `params`, to [3, 8]."""
+    """Register a function of h [3, 8] and `params` whose result is [3, 8]."""
 
     def register(product: Product) -> Product:
         REGISTRY[product.__name__] = product, params
@@ -193,14 +193,15 @@ NO_REVERSE = {"in_a_pallas_kernel"}
 @pytest.mark.parametrize("last", [False, True], ids=["then_a_head", "last"])
 @pytest.mark.parametrize("name", list(REGISTRY))
 def test_a_kernel_is_a_target_or_named(name: str, last: bool) -> None:
-    """Red if a walk loses a kernel behind an operation, or takes the layer before it for the head.
+    """Each kernel is a target, or is named as left out with a reason.
 
-    Where the product is the last one, its kernels are left out as the output head.
+    Red if a walk loses a kernel behind an operation, or takes the layer before it for the head. If
+    the product is the last one, its kernels are left out as the output head.
     """
     f, params = program(name, last)
     layout = lora_jax.resolve(LoraSpec(2, 4.0), f, params, X)
     paths = {t.path for t in layout.targets}
-    assert "first" in paths, "a lost kernel makes the layer before it the head"
+    assert "first" in paths, "the layer before a lost kernel became the head"
     laws.assert_complete(layout, f, params, X)
     for path, reason in laws.left_out(layout).items():
         head = path == "head" or last
@@ -211,9 +212,9 @@ def test_a_kernel_is_a_target_or_named(name: str, last: bool) -> None:
 
 @pytest.mark.parametrize("name", sorted({*REGISTRY} - NO_REVERSE))
 def test_a_named_kernel_can_be_adapted_by_the_cure(name: str) -> None:
-    """Axes given by a rule and a fold: the definition, wherever the trace does not know better.
+    """A kernel that was left out can be adapted by a rule with its axes, and a fold.
 
-    Red if `fold` is honoured only where the trace finds the axes by itself.
+    Red if `fold` works only where the trace finds the axes by itself.
     """
     f, params = program(name, last=False)
     stack = tuple(range(params["w"].ndim - 2))
@@ -225,7 +226,7 @@ def test_a_named_kernel_can_be_adapted_by_the_cure(name: str) -> None:
 
 
 def test_a_kernel_inside_pallas_is_folded() -> None:
-    """The promises of README about `fold`; the kernel has no gradient, so outputs alone."""
+    """`fold` adapts a kernel inside Pallas, as the README says; only its outputs are compared."""
     f, params = program("in_a_pallas_kernel", last=False)
     rule = Rule("w", inputs=(0,), outputs=(1,))
     layout = lora_jax.resolve(LoraSpec(2, 4.0, (rule,), fold="w"), f, params, X)
@@ -251,7 +252,7 @@ def test_axes_that_do_not_fit_the_parameter(axes: Any) -> None:
 
 
 def test_axes_of_a_rule_that_contradict_the_trace() -> None:
-    """The trace knows them: another order would shard and export the adapter wrongly."""
+    """Axes of a rule that contradict the trace are refused: they would shard and export wrongly."""
     f, params = program("masked", last=False)
     rule = Rule("first", inputs=(1,), outputs=(0,))
     with pytest.raises(LoraError, match=r"'first'(.|\n)*inputs"):
@@ -270,14 +271,17 @@ def test_what_is_left_out_is_printed_and_saved() -> None:
 
 
 def test_explicit_targets_leave_nothing_out() -> None:
-    """Red if the list names what the user's own patterns do not ask for."""
+    """A layout of explicit targets has an empty list of parameters that are left out.
+
+    Red if the list names parameters that the user's patterns do not match.
+    """
     f, params = program("normalised", last=False)
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "first"), f, params, X)
     assert not layout.left_out
 
 
 def test_embeddings_are_named() -> None:
-    """A table that is looked up and never multiplied is not a target of "all-linear"."""
+    """The spec "all-linear" names a table that is only looked up among the parameters left out."""
     f = lambda p, ids: jnp.tanh(p["table"][ids] @ p["w"]) @ p["head"]  # noqa: E731
     params = {"table": normal(0, 9, 6), "w": normal(1, 6, 8), "head": normal(2, 8, 5)}
     layout = lora_jax.resolve(LoraSpec(2, 4.0), f, params, jnp.array([1, 4, 8]))

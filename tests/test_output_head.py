@@ -1,9 +1,9 @@
-"""The parameters that `"all-linear"` takes for the output head.
+"""The parameters that `"all-linear"` treats as the output head.
 
 A head is a parameter whose product feeds no other product of a parameter, and is the last product
-on every way to some output. A residual counts as a way: if a value of the same shape, which has not
-passed the product, is added to it, the product is not the last one on every way. Constants,
-parameters (a bias), integers and predicates (labels, masks) do not count as ways.
+on every path to some output. A residual counts as a path: if a value of the same shape, which has
+not passed the product, is added to the result, the product is not the last one on every path.
+Constants, parameters (a bias), integers and predicates (labels, masks) do not count as paths.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def logged_norms() -> Any:
 
 @model
 def two_heads_and_a_loss_with_float_targets() -> Any:
-    """A subtraction is a comparison, not a residual way."""
+    """A subtraction is a comparison, not a residual path."""
 
     def f(p: Any, x: Any, y: Any, labels: Any) -> Any:
         h = jnp.tanh(x @ p["body"])
@@ -104,7 +104,7 @@ def two_heads_and_a_loss_with_float_targets() -> Any:
 
 @model
 def a_masked_head() -> Any:
-    """The summand of the logits is computed from a predicate, which does not count as a way."""
+    """The term added to the logits comes from a predicate, which does not count as a path."""
 
     def f(p: Any, x: Any, allowed: Any) -> Any:
         return jnp.tanh(x @ p["body"]) @ p["head"] + jnp.where(allowed, 0.0, -1e9)
@@ -218,7 +218,10 @@ def batch_statistics() -> Any:
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_the_head_is_left_out_by_name_and_nothing_else_is(name: str) -> None:
-    """Red if the last product before one output counts as a head although it feeds others."""
+    """The spec "all-linear" leaves out the head, with a reason, and adapts every other kernel.
+
+    Red if the last product before one output counts as a head although it feeds others.
+    """
     f, params, args, heads = REGISTRY[name]()
     layout = lora_jax.resolve(lora_jax.LoraSpec(2, 4.0), f, params, *args)
     matrices = {path for path, w in laws.flat(params).items() if w.ndim >= 2}

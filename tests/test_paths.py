@@ -33,7 +33,10 @@ from lora_jax import LoraError, paths
     ],
 )
 def test_match(pattern: str, path: str, hit: bool) -> None:
-    """Red if `*` crosses a slash, `**` needs a segment, or a dot is a wild card."""
+    """A pattern matches the paths that its wild cards describe.
+
+    Red if `*` crosses a slash, if `**` needs a segment, or if a dot is a wild card.
+    """
     assert paths.match(pattern, path) is hit
     assert paths.matching(pattern, [path]) == [path] * hit
 

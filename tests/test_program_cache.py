@@ -1,4 +1,4 @@
-"""`lora_jax.program_cache`: what one command compiles the next one loads."""
+"""`lora_jax.program_cache`: a command loads the programs that an earlier command compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_jax import program_cache
 from lora_jax.models.weights import packages
 from tests.training import forks, tiny
 
-# `lora-jax generate` in a process of its own; argv: the cache, the base, where the counts go.
+# `lora-jax generate` in another process; argv: the cache, the base, the file for the counts.
 PROGRAM = """
 import collections, json, os, pathlib, sys
 import jax
@@ -36,7 +36,10 @@ pathlib.Path(out).write_text(json.dumps(found))
 
 
 def test_a_second_command_compiles_nothing(tmp_path: pathlib.Path) -> None:
-    """Two at once fill the cache. Red if a command does not enable it, or leaves it unbounded."""
+    """A third command compiles nothing after two commands filled the cache at the same time.
+
+    Red if a command does not enable the cache, or does not bound its size.
+    """
     base = tiny.write_model(tmp_path / "base", tiny.LLAMA)
     script, cache = tmp_path / "generate.py", tmp_path / "cache"
     script.write_text(PROGRAM)
@@ -62,7 +65,7 @@ def test_a_second_command_compiles_nothing(tmp_path: pathlib.Path) -> None:
 
 @pytest.fixture
 def no_cache() -> Iterator[None]:
-    """JAX without a cache, as a command finds it."""
+    """Turn JAX's cache off, as it is when a command begins."""
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     yield
@@ -71,7 +74,10 @@ def no_cache() -> Iterator[None]:
 
 
 def test_a_cache_of_the_user_is_left_alone() -> None:
-    """Red if JAX_COMPILATION_CACHE_DIR, which the tests set, is overwritten."""
+    """A cache that the user has chosen stays as it is.
+
+    Red if JAX_COMPILATION_CACHE_DIR, which the tests set, is overwritten.
+    """
     folder = jax.config.jax_compilation_cache_dir
     assert folder
     assert program_cache.enable() is None
@@ -83,7 +89,7 @@ def test_a_cache_of_the_user_is_left_alone() -> None:
 def test_commands_run_without_it(
     trouble: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Turned off, no folder there, a lock that nobody gives back, nothing can be written."""
+    """A command runs where the cache is off, not a folder, locked for ever or on a full disk."""
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path))
     folder = packages.cache() / "programs" / program_cache.machine()
     lock = filelock.FileLock(folder / program_cache._LOCK)
@@ -105,7 +111,10 @@ def _full(*_: Any, **__: Any) -> None:
 
 
 def test_what_a_killed_process_left_is_deleted(tmp_path: pathlib.Path) -> None:
-    """Red if it stays: JAX could then neither use it nor make room."""
+    """A file that a killed process left unfinished is deleted.
+
+    Red if it stays: JAX could neither use it nor make room for others.
+    """
     for name in ("whole-cache", "whole-atime", "half-cache"):
         (tmp_path / name).write_text("x")
     program_cache._drop_unfinished(tmp_path)
@@ -114,7 +123,10 @@ def test_what_a_killed_process_left_is_deleted(tmp_path: pathlib.Path) -> None:
 
 
 def test_machines_have_folders_of_their_own(tmp_path: pathlib.Path) -> None:
-    """Red if the instruction set, or the model, is left out; the clock rate does not count."""
+    """Each model of processor and instruction set has a folder of its own.
+
+    Red if one of the two is left out. The clock rate does not count.
+    """
 
     def named(flags: str, mhz: int = 2000, model: str = "EPYC") -> str:
         text = f"model name\t: {model}\ncpu MHz\t: {mhz}\nflags\t: {flags}\n"

@@ -1,4 +1,4 @@
-"""Nothing stands in the README that does not run."""
+"""Everything in the README runs: its code, its commands, its links."""
 
 import importlib.util
 import os
@@ -22,14 +22,14 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Return all commands of the shell blocks as words; `a && b` are two, a comment is none."""
+    """Return all commands of the shell blocks as words; `a && b` are two, comments are left out."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     parts = [part for line in lines for part in line.split("&&")]
     return [words for part in parts if (words := shlex.split(part, comments=True))]
 
 
 def python_commands() -> list[list[str]]:
-    """The words after `python` of the commands that run something of this repository."""
+    """The words after `python`, for the commands that run code of this repository."""
     runs = [words[1:] for words in commands() if pathlib.Path(words[0]).name == "python"]
     return [words for words in runs if words[:2] != ["-m", "pytest"]]
 
@@ -43,7 +43,7 @@ def test_python_blocks_run_in_order(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("words", python_commands(), ids=" ".join)
 def test_commands_take_their_options(words: list[str], tmp_path: pathlib.Path) -> None:
-    """Each command as it stands, with `--help` behind it: all before it is checked first."""
+    """Each command accepts its options: `--help` at the end checks all options before it."""
     log = tmp_path / "log"
     status = forks.python([*words, "--help"], log)
     text = log.read_text()

@@ -1,4 +1,4 @@
-"""Spec and layout: the parameters that are chosen, and specs that are refused."""
+"""Spec and layout: the parameters that are chosen, and the specs that are refused."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ def paths_of(layout: lora_jax.Layout) -> list[str]:
 
 
 def test_all_linear_takes_every_product_but_the_output_head() -> None:
-    """Red if the head is taken, or a bias, or the residual's second product is left out."""
+    """The spec "all-linear" adapts every product except the output head.
+
+    Red if the head or a bias is adapted, or if the second product of a residual is left out.
+    """
     assert paths_of(resolved("all-linear")) == ["body/first", "body/second"]
 
 
 def test_a_residual_stream_has_no_output_head() -> None:
-    """An encoder that ends in a residual sum: its last product is not a head."""
+    """The last product of an encoder that ends in a residual sum is not a head."""
 
     def encoder(p: Any, x: Any) -> Any:
         x = x @ p["head"] @ p["head"].T
@@ -59,7 +62,10 @@ def test_the_head_is_found_behind_a_loss_and_inside_calls() -> None:
 
 
 def test_the_first_matching_rule_wins() -> None:
-    """Red if a later rule overwrites an earlier one, or a rule's rank or alpha is dropped."""
+    """A parameter takes the first rule that matches it.
+
+    Red if a later rule overwrites an earlier one, or if a rule's rank or alpha is dropped.
+    """
     layout = resolved(Rule("**/first", rank=3, alpha=1.5), Rule("body/{first,second}", alpha=8.0))
     first, second = layout.targets
     assert (first.rank, first.scale) == (3, 0.5)
@@ -75,7 +81,10 @@ def test_no_targets_is_an_empty_layout() -> None:
 
 
 def test_json_round_trip_and_hash() -> None:
-    """`from_json(to_json(x)) == x`. Red if a field is left out of the text."""
+    """`from_json(to_json(x)) == x`.
+
+    Red if the text leaves out a field.
+    """
     layout = resolved(Rule("body/first", rank=3), "head", fold=("head",))
     again = lora_jax.Layout.from_json(layout.to_json())
     assert again == layout
@@ -132,7 +141,10 @@ def test_alphas_that_are_none(alpha: Any) -> None:
     ],
 )
 def test_a_row_that_goes_on_as_a_value_is_a_lookup(f: Any) -> None:
-    """Red: a row followed, as a part of its weight, into an operation that no weight goes into."""
+    """A row that is used as a value is looked up, so its weight gets the axes of a lookup.
+
+    Red if the row is followed as a part of its weight into an operation that takes no weight.
+    """
     (target,) = resolved("head", f=f).targets
     assert (target.stack, target.inputs, target.outputs) == ((), (1,), (0,))
 
@@ -144,7 +156,10 @@ def test_a_rank_above_the_smaller_side() -> None:
 
 
 def test_an_operation_without_a_rule_names_itself_and_the_cure() -> None:
-    """Red if the weight is folded unasked, or left out in silence."""
+    """The error for an operation without a rule names the operation, its line and the cure.
+
+    Red if the weight is folded although nobody asked, or left out without an error.
+    """
 
     def regularised(p: Any, x: Any) -> Any:
         return mlp(p, x).sum() + (p["body"]["first"] ** 2).sum()
@@ -157,7 +172,7 @@ def test_an_operation_without_a_rule_names_itself_and_the_cure() -> None:
 
 
 def test_folding_is_done_where_it_is_asked_for() -> None:
-    """Weight normalisation reads all of W: outputs and gradients equal the merged ones."""
+    """Weight normalisation reads all of W, and works with a fold as with merged weights."""
 
     def normalised(p: Any, x: Any) -> Any:
         w = p["body"]["first"]
@@ -173,7 +188,10 @@ def test_folding_is_done_where_it_is_asked_for() -> None:
 
 
 def test_a_custom_vjp_is_refused_unless_folded() -> None:
-    """Entering it would lose its own gradient rule; here the rule doubles the gradient."""
+    """A function with its own gradient rule is refused unless it is folded.
+
+    The transform cannot enter it without losing that rule, which doubles the gradient here.
+    """
 
     @jax.custom_vjp
     def product(w: Any, x: Any) -> Any:

@@ -1,6 +1,6 @@
 """Single rules of the primitives, on the smallest programs that need them.
 
-Each is a program of other people's models reduced to one operation; see tests/foreign for them.
+Each program is a model of other people, reduced to one operation; tests/foreign has the models.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def law(f: Any, params: Any, *args: Any, targets: Any = "all-linear", **kwargs: 
 
 
 def mixture(p: Any, x: Any) -> Any:
-    """Tokens sorted by expert, as MoE layers run them: x [batch, tokens, in]."""
+    """Sort tokens by expert, as mixtures of experts do: x [batch, tokens, in]."""
     rows = jnp.tanh(x @ p["first"]).reshape(-1, 8)
     expert = jnp.argmax(rows @ p["router"], axis=-1)
     order = jnp.argsort(expert)
@@ -54,7 +54,7 @@ MIXTURE = {
 
 @pytest.mark.parametrize("target", ["head", "first", "experts", "router"])
 def test_a_mixed_batch_over_a_ragged_dot(target: str) -> None:
-    """Each example with its own adapter equals the example alone with it."""
+    """An example in a mixed batch gets the same result as alone with its adapter merged."""
     x = normal(4, 3, 4, 6)
     layout = lora_jax.resolve(LoraSpec(2, 4.0, target), mixture, MIXTURE, x)
     members = [laws.drawn_adapters(layout), jax.tree.map(jnp.cos, laws.drawn_adapters(layout))]
@@ -70,7 +70,7 @@ def test_a_mixed_batch_over_a_ragged_dot(target: str) -> None:
         alone = MIXTURE if number < 0 else lora_jax.merge(layout, MIXTURE, members[number])
         np.testing.assert_allclose(got[i], mixture(alone, x[i : i + 1])[0], rtol=2e-5, atol=2e-5)
     gradients = jax.grad(lambda s: jnp.sin(mixed(s)).sum(), allow_int=True)(stacked)
-    assert np.any(np.asarray(gradients.factors[target].b)) or target == "router"  # argmax has none
+    assert np.any(np.asarray(gradients.factors[target].b)) or target == "router"  # argmax: none
 
 
 # --- functions with derivative rules of their own -----------------------------------------------
@@ -149,7 +149,7 @@ def test_two_experts_for_each_token_by_batched_indices() -> None:
 
 
 def depthwise(p: Any, x: Any) -> Any:
-    """Keras stores [h, w, C, 1] and reshapes to [h, w, 1, C] for a convolution of C groups."""
+    """Keras stores [h, w, C, 1] and reshapes it to [h, w, 1, C] for a convolution of C groups."""
     h, w, channels, multiplier = p["w"].shape
     kernel = p["w"].reshape(h, w, 1, channels * multiplier)
     return lax.conv_general_dilated(
@@ -160,7 +160,10 @@ def depthwise(p: Any, x: Any) -> Any:
 
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_a_depthwise_kernel_that_is_reshaped(multiplier: int) -> None:
-    """Red if the axis of size 1 keeps no role, or the channels become inputs."""
+    """The axes of a depthwise kernel keep their roles through the reshape.
+
+    Red if the axis of size 1 loses its role, or if the channels become inputs.
+    """
     params, x = {"w": normal(0, 3, 3, 4, multiplier)}, normal(1, 2, 5, 5, 4)
     layout = law(depthwise, params, x, targets="w")
     target = layout["w"]
@@ -202,7 +205,7 @@ def test_a_scan_that_hands_out_weights_that_nobody_reads() -> None:
 
 
 def on_each_platform(p: Any, x: Any) -> Any:
-    """The other platform's branch cannot be lowered here: it is a kernel of that platform."""
+    """The other platform's branch holds a kernel of that platform, which cannot be lowered here."""
 
     def kernel(x: Any, out: Any) -> None:
         out[...] = jnp.tanh(x[...])
@@ -214,7 +217,10 @@ def on_each_platform(p: Any, x: Any) -> Any:
 
 
 def test_branches_by_platform_stay_branches_by_platform() -> None:
-    """Red if the branch of another platform is lowered on this one."""
+    """The adapted function chooses among branches by platform, as the original does.
+
+    Red if the branch of another platform is lowered on this one.
+    """
     params = {"w": normal(0, 6, 8)}
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "w"), on_each_platform, params, X)
     adapters = laws.drawn_adapters(layout)
@@ -233,7 +239,7 @@ def test_the_columns_picked_by_indices_are_outputs() -> None:
 
 
 def test_spectral_normalisation_is_no_use_of_the_weight() -> None:
-    """The power iteration multiplies by parameters and state; the input tells the axes."""
+    """The axes come from the product with the input, not from the power iteration."""
 
     def f(p: Any, u: Any, x: Any) -> Any:
         v = u @ p["w"].T
@@ -257,7 +263,7 @@ def test_two_leaves_of_one_path_are_an_error_that_names_it() -> None:
 
 
 def test_a_product_that_is_known_is_not_denied() -> None:
-    """A sum over the inputs after the product: w is consumed by a product of all its axes."""
+    """The message does not deny that a product takes w, where a sum over inputs follows it."""
     f = lambda p, x: jnp.einsum("bi,io->b", x, p["w"])  # noqa: E731
     g = lambda p, x: jnp.einsum("bio,io->b", x[:, :, None] * jnp.ones(8), p["w"])  # noqa: E731
     with jax.numpy_rank_promotion("allow"):
@@ -285,9 +291,9 @@ def refusal(f: Any) -> str | None:
     ids=["pad", "mul", "select_n", "clip"],
 )
 def test_operations_are_reported_at_the_line_of_the_user(change: Any) -> None:
-    """Red if the line of a jitted function of jax.numpy is asked for, which is JAX's own.
+    """An error names the user's line, also inside a jitted function of jax.numpy.
 
-    An operation that gets a rule is not reported at all.
+    Red if it names the line of that function. An operation that gets a rule is not reported.
     """
 
     def f(p: Any, x: Any) -> Any:

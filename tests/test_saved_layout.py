@@ -1,4 +1,4 @@
-"""The layout as text: what is printed, and which formats are read."""
+"""The layout as text: the table that is printed, and the formats that are read."""
 
 from __future__ import annotations
 
@@ -42,18 +42,21 @@ def test_it_is_read_back_with_what_is_left_out() -> None:
     found = Layout.from_json(LAYOUT.to_json())
     assert found == LAYOUT and hash(found) == hash(LAYOUT)
     assert found.left_out == LAYOUT.left_out
-    assert Layout(LAYOUT.targets) == LAYOUT  # what is left out does not make layouts differ
+    assert Layout(LAYOUT.targets) == LAYOUT  # left-out parameters do not make layouts differ
 
 
 def test_what_is_dequantised_is_printed_and_saved() -> None:
-    """Red: the field forgotten in `from_json`, or written where it is empty."""
+    """The list of dequantised weights is printed and saved.
+
+    Red if `from_json` forgets the field, or if an empty list is written.
+    """
     embedding = Remark("embed", (1000, 64), "`gather` at model.py:31 (f) takes it")
     layout = Layout(LAYOUT.targets, LAYOUT.left_out, (embedding,))
     below = "dequantised:\n  embed  1000x64  `gather` at model.py:31 (f) takes it"
     assert str(layout) == f"{LAYOUT}\n{below}"
     found = Layout.from_json(layout.to_json())
     assert found == LAYOUT and found.dequantised == (embedding,)
-    assert "dequantised" not in LAYOUT.to_json()  # an earlier version reads it
+    assert "dequantised" not in LAYOUT.to_json()  # an earlier version can read it
 
 
 def test_format_1_is_read() -> None:

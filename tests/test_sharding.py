@@ -1,4 +1,4 @@
-"""Placements: what is covered, what is refused, and the bytes that land on a device."""
+"""Placements: parameters that are covered, rules that are refused, and bytes on a device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def shape(*dims: int) -> jax.ShapeDtypeStruct:
 
 
 def share(params: Any, specs: Mapping[str, P], mesh: Mapping[str, int]) -> float:
-    """Bytes on a device over total / (fsdp x tensor)."""
+    """The bytes on a device, relative to the total divided by (fsdp x tensor)."""
     leaves = paths.flatten(params)
     cuts = {p: [n for e in specs[p] for n in sharding.names_of(e)] for p in leaves}
     held = sum(x.size / math.prod(mesh[n] for n in cuts[p]) for p, x in leaves.items())
@@ -89,7 +89,7 @@ class _Block(nn.Module):
 
 
 class _Foreign(nn.Module):
-    """A vocabulary of 250, three scanned layers of width 64, a head of 5 classes."""
+    """A vocabulary of 250, three scanned layers of width 64, and a head of 5 classes."""
 
     @nn.compact
     def __call__(self, ids: Any) -> Any:
@@ -108,7 +108,11 @@ def foreign() -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("traced", [True, False])
 def test_automatic_placement_of_a_foreign_model(mesh: tuple[int, int, int], traced: bool) -> None:
-    """Red if the spare bytes are not counted (all small parameters whole), or nothing divides."""
+    """A device holds at most 5 % more than its share of the bytes.
+
+    Red if the bytes to spare are not counted (small parameters are never sharded), or if no axis is
+    divided.
+    """
     f, params, ids = foreign()
     placed = sharding.place(params, sizes(mesh), call=(f, (ids,)) if traced else None)
     assert share(params, placed, sizes(mesh)) <= 1.05
@@ -125,22 +129,26 @@ def test_automatic_placement_reads_the_roles_of_axes() -> None:
     assert placed["params/embed/embedding"] == P("fsdp", "tensor")
     assert placed["params/conv/kernel"] == P(None, "fsdp", "tensor")  # [3, 64, 64], not stacked
     assert placed[layers + "LayerNorm_0/scale"] == P()
-    # 8 does not divide 250 rows: both on the other axis.
+    # 8 does not divide 250 rows, so both mesh axes shard the other axis.
     placed = sharding.automatic(params, sizes((1, 8, 1)), call=(f, (ids,)))
     assert placed["params/embed/embedding"] == P(None, ("tensor", "fsdp"))
-    # 8 parts leave less to spare: the longer biases are cut, but never along the layers.
+    # With 8 shards fewer bytes are to spare: the longer biases are sharded, but not along the
+    # layers.
     assert placed[layers + "up/bias"] == P(None, ("tensor", "fsdp"))
     stacks = (sharding.names_of(s[0]) for p, s in placed.items() if "layers" in p and len(s))
     assert not any(stacks)
 
 
 def test_small_parameters_are_whole_while_they_cost_little() -> None:
-    """7/8 of 64 numbers: within 4 % of an eighth of 100,000, but not of an eighth of 10,000."""
+    """A parameter stays whole while that adds little to the bytes of a device.
+
+    7/8 of 64 numbers are within 4 % of an eighth of 100,000, but not of an eighth of 10,000.
+    """
     few = {"kernel": shape(100, 1000), "bias": shape(64)}
     assert sharding.automatic(few, sizes((1, 8, 1)))["bias"] == P()
     many = {"kernel": shape(10, 1000), "bias": shape(64)}
     assert sharding.automatic(many, sizes((1, 8, 1)))["bias"] == P(("tensor", "fsdp"))
-    odd = {"kernel": shape(10, 1000), "bias": shape(65)}  # nothing divides it
+    odd = {"kernel": shape(10, 1000), "bias": shape(65)}  # no axis divides it
     assert sharding.automatic(odd, sizes((1, 8, 1)))["bias"] == P()
 
 
@@ -163,7 +171,10 @@ def linen(**kwargs: Any) -> Any:
 
 
 def test_metadata_of_linen_is_honoured() -> None:
-    """Red if `place` does not look for boxes: the automatic rule would choose (fsdp, tensor)."""
+    """The metadata of Linen decides before the automatic rule, which would choose (fsdp, tensor).
+
+    Red if `place` does not look for boxes.
+    """
     kernel = nn.with_partitioning(nn.initializers.zeros, ("tensor", None))
     model = nn.Dense(16, kernel_init=kernel)
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8)))
@@ -199,7 +210,10 @@ def test_an_unknown_name_in_metadata_is_an_error() -> None:
 
 
 def test_the_arrays_of_every_kind_follow_the_weights() -> None:
-    """Red if a kind's axes are not asked for: DoRA's magnitude is sharded as W's outputs are."""
+    """The arrays of each kind are sharded as the axes of W that they belong to.
+
+    Red if the axes of a kind are not used: the magnitude of DoRA is sharded as the outputs of W.
+    """
     form = ((3, 8, 9), (0,), (1,), (2,))
     kinds = ("dora", "vera", "loha", "lokr", "bias")
     targets = [lora_jax.Target(k, *form, 2, 2.0, kind=k) for k in kinds]
@@ -219,7 +233,10 @@ def test_the_arrays_of_every_kind_follow_the_weights() -> None:
 
 
 def test_adapters_follow_the_weights() -> None:
-    """Red if the rank takes an axis, a stack is dropped, or inputs and outputs are swapped."""
+    """Factors are sharded as the axes of W: a as stack and inputs, b as stack and outputs.
+
+    Red if the rank is sharded, if a stack is dropped, or if inputs and outputs are exchanged.
+    """
 
     def f(p: Any, x: Any) -> Any:
         def layer(x: Any, w: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The centre of the suite: `adapt == merge`, in outputs and in gradients, over the whole table."""
+"""The centre of the suite: `adapt == merge`, in outputs and in gradients, for every case."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.standard_promotion  # Flax and jnp inside the models pr
 class Law:
     """A case, adapters whose `b` is not zero, and both sides of the law as one program each.
 
-    scheme: the targets' base is quantised by it, and the definition merges into the dequantised.
+    scheme: the quantisation of the targets' base; the definition merges into the dequantised base.
     """
 
     def __init__(self, case: cases.Case, kind: str = "lora", scheme: str | None = None) -> None:
@@ -66,7 +66,7 @@ class Law:
         return tuple(args)
 
     def _derive(self, fn: Any) -> Any:
-        """A function of (params, adapters, x): outputs, derivative by adapters, gradient of x."""
+        """From (params, adapters, x) to outputs, derivative by adapters, gradient of x."""
 
         def loss(params: Any, adapters: Any, x: Any) -> Any:
             out = fn(params, adapters, x)
@@ -86,23 +86,23 @@ class Law:
 
     @functools.cached_property
     def got(self) -> tuple[Any, Any, Any]:
-        """Outputs, derivative by the adapters, and gradient of x, of the fast path."""
+        """Outputs, derivative by the adapters, and gradient of x, from the fast path."""
         return self.derive_fast(self.base_params, self.adapters, self.x)
 
     @functools.cached_property
     def want(self) -> tuple[Any, Any, Any]:
-        """The same of the definition."""
+        """Outputs, derivative by the adapters, and gradient of x, from the definition."""
         return self.derive_slow(self.base_params, self.adapters, self.x)
 
 
 @pytest.fixture(scope="module", params=sorted(cases.REGISTRY))
 def law(request: pytest.FixtureRequest) -> Law:
-    """In module scope, so that all tests of a case come together and share its programs."""
+    """A case, in module scope so that all its tests run together and share its programs."""
     return Law(cases.REGISTRY[request.param]())
 
 
 def weighted(out: Any) -> Any:
-    """A number that depends on every floating output, on no two of them alike."""
+    """Return a sum of every floating output with weights that differ from entry to entry."""
     leaves = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
     return sum(
         (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum() for x in leaves
@@ -110,12 +110,12 @@ def weighted(out: Any) -> Any:
 
 
 def scalar(fn: Any) -> Any:
-    """The function (params, adapters) as a loss."""
+    """Return fn(params, adapters) as a loss."""
     return lambda params, adapters: weighted(fn(params, adapters))
 
 
 def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
-    """Equal within `tolerance` of the largest entry of each array."""
+    """Compare each array to `tolerance` of its largest entry."""
     chex.assert_trees_all_equal_structs(got, want)
     got, want = jax.device_get((got, want))  # NumPy compiles nothing
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -124,31 +124,41 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
 
 
 def test_outputs_equal_those_of_the_merged_weights(law: Law) -> None:
-    """Red if a rule drops the scale, or contracts the wrong axis of a or b."""
+    """The outputs of the adapted function equal those of the function on merged weights.
+
+    Red if a rule drops the scale, or contracts the wrong axis of a or b.
+    """
     want = law.want[0]
     assert_close(law.got[0], want)
     outputs = zip(*map(jax.tree.leaves, (law.base, want)), strict=True)
     moved = [not np.allclose(x, y) for x, y in outputs]
-    assert any(moved), "the adapters change nothing: this case proves nothing"
+    assert any(moved), "the adapters change no output: the case proves nothing"
 
 
 def test_gradients_equal_those_of_the_merged_weights(law: Law) -> None:
-    """Red if a rule cuts the tape (a stop_gradient on h, a wrong custom rule)."""
+    """The derivative by the adapters equals that of the function on merged weights.
+
+    Red if a rule stops the gradient (a stop_gradient on h, a wrong custom rule).
+    """
     assert_close(law.got[1], law.want[1])
     assert any(np.any(x) for x in jax.tree.leaves(law.got[1]))
 
 
 def test_gradients_of_the_inputs_equal_those_of_the_merged_weights(law: Law) -> None:
-    """Red if the low-rank product hands no (or a wrong) cotangent to x."""
+    """The gradient of the inputs equals that of the function on merged weights.
+
+    Red if the low-rank product gives x no cotangent, or a wrong one.
+    """
     if law.x is None:
         pytest.skip("no floating input, or no reverse mode")
     assert_close(law.got[2], law.want[2])
 
 
 def test_no_product_has_the_shape_of_a_weight(law: Law) -> None:
-    """Neither a @ b nor a gradient of W, forward or backward. Red if a rule folds its weight.
+    """Neither a @ b nor a gradient of W is formed, forward or backward.
 
-    The same count on the merged weights finds both, so the test can see them.
+    Red if a rule folds its weight. The same count on the merged weights finds both, so the test can
+    see them.
     """
     targets = law.layout.targets
     sizes = {t.fan_in * t.fan_out for t in targets}
@@ -164,9 +174,10 @@ def test_no_product_has_the_shape_of_a_weight(law: Law) -> None:
 
 
 def test_composes_with_outer_transformations(law: Law) -> None:
-    """Eager, `eval_shape`, `vmap` over adapters of one base. Red if a rule needs values.
+    """The adapted function works eagerly, in `eval_shape`, and in `vmap` over adapters of one base.
 
-    Eager where the program is a few operations, since each of them is then compiled by itself.
+    Red if a rule needs values. Only programs of a few operations run eagerly, because each
+    operation is then compiled by itself.
     """
     params, adapters = law.case.params, law.adapters
     if law.case.name.startswith("bare_"):
@@ -185,14 +196,20 @@ def test_composes_with_outer_transformations(law: Law) -> None:
 
 
 def test_the_first_output_is_the_base(law: Law) -> None:
-    """With b = 0. Red if b starts elsewhere, or the base product is computed otherwise."""
+    """With b = 0, the outputs are those of the base.
+
+    Red if b starts from other values, or if the base product is computed in another way.
+    """
     fresh = lora_jax.init(jax.random.key(0), law.layout)
     got = law.derive_fast(law.case.params, fresh, law.x)[0]
     assert_close(got, law.base, tolerance=1e-6)
 
 
 def test_resolve_needs_shapes_only(law: Law) -> None:
-    """Red if resolve touches a value of a parameter."""
+    """`resolve` works on shapes without values.
+
+    Red if it reads a value of a parameter.
+    """
     case = law.case
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case.params)
     spec = lora_jax.LoraSpec(RANK, 3.0 * RANK, case.targets)
@@ -201,7 +218,10 @@ def test_resolve_needs_shapes_only(law: Law) -> None:
 
 @pytest.mark.parametrize("name", ["linen_attention", "bare_ragged_dot", "linen_conv_grouped"])
 def test_forward_mode_and_second_derivatives(name: str) -> None:
-    """Red if the fast path is a custom VJP: JAX then has no forward mode, so no curvature."""
+    """The fast path has forward mode and second derivatives.
+
+    Red if it is a custom VJP: JAX then has no forward mode, and so no curvature.
+    """
     law = Law(cases.REGISTRY[name]())
     tangent = jax.tree.map(jnp.cos, law.adapters)
 
@@ -216,7 +236,10 @@ def test_forward_mode_and_second_derivatives(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bare_scan", "bare_fused_reshape", "linen_scan_remat"])
 def test_the_same_function_traced_twice_gives_the_same_jaxpr(name: str) -> None:
-    """Red: names of axes that are counted on from one trace to the next."""
+    """Tracing a function twice gives the same jaxpr.
+
+    Red if names of axes are numbered on from one trace to the next.
+    """
     law = Law(cases.REGISTRY[name]())
     case = law.case
     first, second = (

@@ -1,4 +1,4 @@
-"""Every number against NumPy in float64 that forms the full matrices."""
+"""Compare every number with NumPy in float64, which forms the full matrices."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import lora_jax
 from lora_jax import Factors, Layout, LoraError, LoraSpec, Target, analysis
 from tests.multi.test_combine import FORMS, MEMBERS, member
 
-RANDOM = MEMBERS[0]  # a matrix, one with a stack, one with heads, a convolution; rank 1
+RANDOM = MEMBERS[0]  # a matrix, a stack, one with heads, and a convolution; rank 1
 WIDE = member(5, 3, 8.0, "matrix", "stacked", "heads", "kernel")
 OTHER = member(6, 5, 2.0, "matrix", "stacked", "heads", "kernel")
 
 
 def dense(target: Target, factors: Factors) -> list[np.ndarray]:
-    """The update of every slice as an [in, out] matrix, formed."""
+    """Form the update of every slice as an [in, out] matrix."""
     a = np.asarray(factors.a, np.float64).reshape(-1, target.fan_in, target.rank)
     b = np.asarray(factors.b, np.float64).reshape(-1, target.rank, target.fan_out)
     return [target.scale * one @ two for one, two in zip(a, b, strict=True)]
 
 
 def slices(target: Target, w: Any) -> list[np.ndarray]:
-    """The same of an array of W's shape."""
+    """Return every slice of an array of W's shape as an [in, out] matrix."""
     order = (*target.stack, *target.inputs, *target.outputs)
     flat = np.asarray(w, np.float64).transpose(order)
     return list(flat.reshape(-1, target.fan_in, target.fan_out))
@@ -80,7 +80,11 @@ def trained() -> tuple[Any, Any, list[Any]]:
 
 @pytest.mark.parametrize("of", analysis.subspaces.SIDES)
 def test_phi_is_what_full_matrices_give(of: Any) -> None:
-    """Red: left for right singular vectors; a sum that is not cumulative; max for min."""
+    """Each phi equals the value that the full matrices give, for each side and both orders.
+
+    Red if left and right singular vectors are exchanged, if a sum is not cumulative, or with max
+    for min.
+    """
     small, large = trained()[2]
     for one, two in ((WIDE, OTHER), (OTHER, WIDE), (small, large)):
         found = analysis.similarity(one, two, of)
@@ -97,7 +101,10 @@ def test_phi_is_what_full_matrices_give(of: Any) -> None:
 
 
 def test_an_adapter_is_all_of_itself() -> None:
-    """Red: a division by i instead of min(i, j), or NaN where every direction exists."""
+    """The phi of an adapter with itself is 1 on the diagonal.
+
+    Red if it divides by i instead of min(i, j), or gives NaN where every direction exists.
+    """
     for of in analysis.subspaces.SIDES:
         for found in analysis.similarity(OTHER, OTHER, of).values():
             diagonal = np.diagonal(found, axis1=-2, axis2=-1)
@@ -105,7 +112,10 @@ def test_an_adapter_is_all_of_itself() -> None:
 
 
 def test_random_gaussians_share_max_over_d() -> None:
-    """Red: min(i, j) / d. The mean over a stack of sixty layers."""
+    """Random Gaussian factors share max(i, j) / d of their subspaces, as a mean over sixty layers.
+
+    Red with min(i, j) / d.
+    """
     pairs = []
     for seed, rank in enumerate((8, 24)):
         layout = Layout((Target("w", (60, 96, 32), (0,), (1,), (2,), rank=rank, alpha=1.0),))
@@ -117,7 +127,10 @@ def test_random_gaussians_share_max_over_d() -> None:
 
 
 def test_a_direction_that_does_not_exist_is_nan() -> None:
-    """Red: `directions` that returns LAPACK's arbitrary vectors for singular values of zero."""
+    """A direction whose singular value is zero gives NaN.
+
+    Red if `directions` returns the arbitrary vectors that LAPACK chooses for it.
+    """
     layout, adapters = WIDE
     path = "matrix"
     a = jnp.asarray(adapters[path].a).at[:, 2].set(0)
@@ -130,7 +143,10 @@ def test_a_direction_that_does_not_exist_is_nan() -> None:
 
 
 def test_spectra_are_those_of_the_full_update() -> None:
-    """Red: the scale left out; an entropy of the squares."""
+    """Values, energy and effective rank equal those of the full update.
+
+    Red if the scale is left out, or if the entropy is of the squares.
+    """
     for layout, adapters in (WIDE, OTHER, *trained()[2]):
         found = analysis.spectrum(layout, adapters)
         for target in layout.targets:
@@ -160,7 +176,10 @@ def weights(layout: Layout, seed: int = 9) -> dict[str, jax.Array]:
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_amplification_is_what_full_matrices_give(rank: int | None) -> None:
-    """Red: U and V exchanged; all directions of the target where `rank` says two."""
+    """The norms of an amplification equal those from full matrices.
+
+    Red if U and V are exchanged, or if all directions of the target count where `rank` is two.
+    """
     base, pairs = trained()[1:]
     cases = [(WIDE, weights(WIDE[0])), (OTHER, weights(OTHER[0]))]
     cases += [(pair, base) for pair in pairs]
@@ -187,7 +206,10 @@ def test_amplification_is_what_full_matrices_give(rank: int | None) -> None:
 
 
 def test_the_random_row_is_the_mean_of_draws() -> None:
-    """Red: rank squared, or the root of in + out."""
+    """The random row equals the mean of random draws.
+
+    Red with the rank squared, or with the root of in + out.
+    """
     target = Target("w", (12, 9), (), (0,), (1,), rank=3, alpha=1.0)
     layout, params = Layout((target,)), {"w": jax.random.normal(jax.random.key(0), (12, 9))}
     found = analysis.amplification(layout, params, lora_jax.init(jax.random.key(1), layout))["w"]
@@ -198,11 +220,14 @@ def test_the_random_row_is_the_mean_of_draws() -> None:
         v = np.linalg.qr(rng.standard_normal((9, 3)))[0]
         draws.append(np.linalg.norm(u.T @ w @ v) ** 2)
     np.testing.assert_allclose(found.along_random**2, np.mean(draws), rtol=0.03)
-    assert np.isnan(found.factor) and found.update == 0  # b is zero: nothing is amplified
+    assert np.isnan(found.factor) and found.update == 0  # b is zero, so no direction is amplified
 
 
 def test_iterated_directions_are_those_of_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red: one block in place of a growing space, on a spectrum without a gap."""
+    """Directions found by iteration equal those of LAPACK, also where the spectrum has no gap.
+
+    Red if one block replaces the growing space.
+    """
     monkeypatch.setattr(analysis.matrices, "EXACT", 16)
     gaussian = np.random.default_rng(3).standard_normal((300, 200))
     falling = gaussian @ np.diag(0.9 ** np.arange(200))
@@ -218,9 +243,10 @@ def test_iterated_directions_are_those_of_lapack(monkeypatch: pytest.MonkeyPatch
 
 
 def test_iterated_values_of_a_slow_spectrum() -> None:
-    """Gaussian of 1536, no gap: the norm is 1.8e-4 too low for r=64, 3.9e-4 for r=8.
+    """The values of a spectrum without a gap, a Gaussian of 1536, are found to 4.2e-4.
 
-    Red: a tolerance of 1e-2; a check after every block, which is half of `rank` columns.
+    Their norm is 1.8e-4 too low for r=64 and 3.9e-4 for r=8. Red with a tolerance of 1e-2, or with
+    a check after every block, which is half of `rank` columns.
     """
     matrix = np.random.default_rng(4).standard_normal((1536, 1536), np.float32)
     gram = matrix.astype(np.float64).T @ matrix.astype(np.float64)  # a third of the SVD's time
@@ -232,7 +258,10 @@ def test_iterated_values_of_a_slow_spectrum() -> None:
 
 
 def test_iterated_directions_where_the_space_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red: no noise, and the basis repeats columns: `ones` has a value twice its own."""
+    """The iteration finds exact values where a block adds no new direction to the space.
+
+    Red without noise: the basis repeats columns, and `ones` gets a value that is twice its own.
+    """
     monkeypatch.setattr(analysis.matrices, "EXACT", 16)
     rng = np.random.default_rng(5)
     q = np.linalg.qr(rng.standard_normal((300, 200)))[0]
@@ -250,7 +279,10 @@ def test_iterated_directions_where_the_space_is_used_up(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("rank", [None, 1, 4])
 def test_extract_is_as_near_as_any_adapter(rank: int | None) -> None:
-    """Red: the scale applied twice; slices in another order; the square of the norm."""
+    """The extracted adapter is as near to the change as any adapter of its rank can be.
+
+    Red if the scale is applied twice, if slices are in another order, or with the squared norm.
+    """
     layout = OTHER[0]
     base, tuned = weights(layout, 1), weights(layout, 2)
     found = analysis.extract(layout, base, tuned, rank)
@@ -270,7 +302,10 @@ def test_extract_is_as_near_as_any_adapter(rank: int | None) -> None:
 
 
 def test_extract_gives_an_adapter_back() -> None:
-    """A merged adapter is extracted in full. Red: the layout's alpha kept with scale 1."""
+    """Extracting a merged adapter gives back its whole update.
+
+    Red if the layout's alpha is kept with scale 1.
+    """
     layout, adapters = WIDE
     base = weights(layout)
     merged = lora_jax.merge(layout, base, adapters)
@@ -282,7 +317,10 @@ def test_extract_gives_an_adapter_back() -> None:
 
 
 def test_extract_says_what_no_adapter_holds() -> None:
-    """Red: `untargeted` left empty."""
+    """`extract` reports the change of parameters that no adapter holds.
+
+    Red if `untargeted` stays empty.
+    """
     layout = WIDE[0]
     base = {**weights(layout), "bias": jnp.zeros(3), "norm": jnp.ones(2)}
     tuned = {**base, "bias": jnp.array([3.0, 0.0, 4.0])}
@@ -290,7 +328,10 @@ def test_extract_says_what_no_adapter_holds() -> None:
 
 
 def test_sharded_and_bfloat16_arrays_are_read() -> None:
-    """Red: np.asarray of a bfloat16 array, which stays bfloat16 and breaks LAPACK."""
+    """Sharded arrays and arrays in bfloat16 are read.
+
+    Red with np.asarray of a bfloat16 array, which stays bfloat16 and fails in LAPACK.
+    """
     layout, adapters = WIDE
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), adapters)
     same = jax.tree.map(lambda x: x.astype(jnp.float32), half)

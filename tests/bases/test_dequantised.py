@@ -15,7 +15,7 @@ X = jnp.ones((2, 64))
 
 
 def parameters(stacked: bool = False) -> dict[str, Any]:
-    """An adapted and another weight as NF4 codes; the other one is a stack of three, or not."""
+    """Return two weights as NF4 codes: an adapted one, and another that may be a stack of three."""
     w = jax.random.normal(jax.random.key(0), (64, 64))
     other = jnp.stack([w, w, w]) if stacked else w
     roles = ((0,), (1,), (2,)) if stacked else ((), (0,), (1,))
@@ -53,13 +53,19 @@ TAKEN = {
 
 @pytest.mark.parametrize("name", KEPT)
 def test_operations_that_keep_the_codes_are_not_listed(name: str) -> None:
-    """Red: `Evaluator.dequantise` called by a product."""
+    """A weight whose codes an operation keeps is not listed.
+
+    Red if a product calls `Evaluator.dequantise`.
+    """
     assert lora_jax.resolve(SPEC, KEPT[name], parameters(name == "scan"), X).dequantised == ()
 
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_operations_that_take_the_whole_weight_are_listed(name: str) -> None:
-    """Red: a rule that forms W and does not say so (no call of `Evaluator.dequantise`)."""
+    """A weight that an operation needs as a whole float array is listed with the operation.
+
+    Red if a rule forms W without a call of `Evaluator.dequantise`.
+    """
     params = parameters(name == "scan")
     (found,) = lora_jax.resolve(SPEC, TAKEN[name], params, X).dequantised
     assert (found.path, found.shape) == ("other", params["other"].shape)
@@ -67,7 +73,10 @@ def test_operations_that_take_the_whole_weight_are_listed(name: str) -> None:
 
 
 def test_a_folded_target_is_listed_and_floats_are_not() -> None:
-    """Red: only weights without an adapter looked at; float parameters listed."""
+    """A folded quantised target is listed, and float parameters are not.
+
+    Red if only weights without an adapter are looked at, or if float parameters are listed.
+    """
 
     def f(params: Any, x: Any) -> Any:
         return x @ jnp.sin(params["w"]) @ params["w"] @ jnp.sin(params["other"])

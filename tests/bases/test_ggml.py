@@ -1,4 +1,4 @@
-"""The blocks of GGUF files against the gguf package, on random bytes of every kind."""
+"""The blocks of GGUF files, compared with the gguf package on random bytes of every kind."""
 
 import gguf
 import jax
@@ -13,7 +13,7 @@ OUT, IN = 6, 512
 
 
 def blocks(kind: str, seed: int = 0) -> np.ndarray:
-    """Random blocks [out, blocks]: any bytes, but 16-bit floats of usual size."""
+    """Random blocks [out, blocks]: any bytes, except 16-bit floats, which have ordinary sizes."""
     rng = np.random.default_rng(seed)
     form = FORMATS[kind]
     raw = rng.integers(0, 256, (OUT, IN // form.size * form.record.itemsize), np.uint8)
@@ -36,12 +36,15 @@ def expanded(records: np.ndarray, kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_dense_is_what_the_gguf_package_expands(kind: str) -> None:
-    """Red: nibbles in pairs, a minimum that is added in Q4_K, high bits shifted by 2 less."""
+    """Each kind of block expands to the numbers that the gguf package gives.
+
+    Red if nibbles are in pairs, if Q4_K adds its minimum, or if high bits are shifted by 2 less.
+    """
     records = blocks(kind)
     want = expanded(records, kind)
     w = base(records, kind)
     assert w.shape == (IN, OUT) and w.lead == ()
-    np.testing.assert_array_equal(w.dense().T, want)  # each operation rounded for itself
+    np.testing.assert_array_equal(w.dense().T, want)  # each operation rounds for itself
     fused = jax.jit(lambda w: w.dense())(w).T  # a product and a sum may be rounded once
     np.testing.assert_allclose(fused, want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
 

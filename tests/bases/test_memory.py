@@ -1,4 +1,4 @@
-"""A compiled step keeps x and codes, and never a float array of W's size for each layer."""
+"""A compiled step keeps x and codes, and never has a float array of W's size for each layer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def compiled(name: str, scheme: str) -> Any:
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 @pytest.mark.parametrize("name", ["unrolled", "indexed", "scanned"])
 def test_temporaries_do_not_grow_by_a_dense_weight_per_layer(name: str, scheme: str) -> None:
-    """Red: `Deferred.use` without `_after`, or as `fn(self.dense(), x)`."""
+    """The temporaries of a step do not grow by a dequantised weight for each layer.
+
+    Red if `Deferred.use` does not call `_after`, or is `fn(self.dense(), x)`.
+    """
     temporary = compiled(name, scheme).memory_analysis().temp_size_in_bytes
     assert temporary < 0.5 * LAYERS * DENSE
 
@@ -65,7 +68,10 @@ def test_temporaries_do_not_grow_by_a_dense_weight_per_layer(name: str, scheme: 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 @pytest.mark.parametrize("name", ["unrolled", "indexed", "scanned", "experts"])
 def test_residuals_are_x_and_codes(name: str, scheme: str) -> None:
-    """Red: a product that JAX differentiates by itself, whose residual is W."""
+    """The residuals of a product are x and codes.
+
+    Red if JAX differentiates a product by itself, because its residual is then W.
+    """
     g, params, adapters, x = program(name, scheme)
     _, pull = jax.vjp(lambda adapters, x: g(params, adapters, x), adapters, x)
     kept = [leaf for leaf in jax.tree.leaves(pull) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -74,7 +80,10 @@ def test_residuals_are_x_and_codes(name: str, scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_no_weight_is_a_constant_of_the_program(scheme: str) -> None:
-    """Red: codes that are closed over, which XLA folds to floats."""
+    """The codes of a weight are arguments of the program and not constants.
+
+    Red if codes are closed over: XLA folds them to floats.
+    """
     program_bytes = compiled("unrolled", scheme).memory_analysis()
     _, params, adapters, x = program("unrolled", scheme)
     inputs = bytes_of((params, adapters, x))
@@ -83,7 +92,10 @@ def test_no_weight_is_a_constant_of_the_program(scheme: str) -> None:
 
 
 def test_forward_mode_second_derivatives_and_mixed_batches() -> None:
-    """Red: a `custom_vjp` in `Deferred.use`, which has no forward mode."""
+    """A quantised base has forward mode, second derivatives and mixed batches.
+
+    Red if `Deferred.use` is a `custom_vjp`, which has no forward mode.
+    """
     f = lambda params, x: jnp.tanh(x @ params["w"])  # noqa: E731
     w = jax.random.normal(jax.random.key(0), (8, 4))
     x = jax.random.normal(jax.random.key(1), (3, 8))

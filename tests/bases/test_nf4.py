@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes' own bytes, and against a second implementation."""
+"""NF4, compared with the bytes of bitsandbytes and with a second implementation."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ def stored(case: str) -> dict[str, np.ndarray]:
 
 
 def quantised(case: str) -> tuple[nf4.FourBit, dict[str, np.ndarray], dict]:
-    """Return our base of the fixture's W, which torch stores as [out, in], and the file's data."""
+    """Return our base for the fixture's W, which torch stores as [out, in], and the file's data."""
     want = stored(case)
     state = json.loads(want["bitsandbytes__nf4"].tobytes())
     w = jnp.asarray(want["w"]).astype(state["dtype"]).T
@@ -33,7 +33,11 @@ def quantised(case: str) -> tuple[nf4.FourBit, dict[str, np.ndarray], dict]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_of_bitsandbytes(case: str) -> None:
-    """Red: `>=` in place of `>` at a midpoint, a low nibble first, rows padded each for itself."""
+    """Codes and scales equal the bytes that bitsandbytes writes.
+
+    Red with `>=` for `>` at a midpoint, with the low nibble first, or if each row is padded by
+    itself.
+    """
     base, want, state = quantised(case)
     np.testing.assert_array_equal(np.ravel(base.codes), want["weight"].ravel())
     scales = base.scales
@@ -48,12 +52,15 @@ def test_bytes_of_bitsandbytes(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_dense_is_what_bitsandbytes_dequantises(case: str) -> None:
-    """Red: a scale cast to bfloat16 before it is multiplied with, or codes in another order."""
+    """The dequantised weight equals that of bitsandbytes.
+
+    Red if a scale is cast to bfloat16 before the product, or if codes are in another order.
+    """
     base, want, state = quantised(case)
     dense = base.dense()
     assert dense.dtype == state["dtype"] and dense.shape == want["w"].T.shape
     dense = np.asarray(dense.astype(jnp.float32)).T
-    if "nested_absmax" in want:  # a sum of two rounded terms: XLA rounds once
+    if "nested_absmax" in want:  # a sum of two rounded terms, which XLA rounds once
         np.testing.assert_allclose(dense, want["dense"], rtol=2**-7, atol=1e-7)
         assert np.mean(dense != want["dense"]) < 1e-3
     else:
@@ -65,7 +72,7 @@ def test_the_table_is_that_of_bitsandbytes() -> None:
 
 
 def second(w: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales from the specification: one number after the other, nearest value."""
+    """Codes and scales as specified: the nearest value, for one number after the other."""
     values = np.array(nf4.NF4, np.float32)
     flat = w.astype(np.float32).ravel()
     codes, scales = [], []
@@ -95,7 +102,10 @@ def test_second_implementation(shape: tuple[int, int]) -> None:
 
 
 def test_double_quantisation_of_a_stack_is_that_of_each_layer() -> None:
-    """Red: an offset, or a block of 256 scales, that two layers share."""
+    """Double quantisation of a stack equals that of each layer.
+
+    Red if two layers share an offset, or a block of 256 scales.
+    """
     w = jax.random.normal(jax.random.key(0), (3, 2, 320, 24)) * jnp.arange(1.0, 7).reshape(
         3, 2, 1, 1
     )
@@ -109,7 +119,10 @@ def test_double_quantisation_of_a_stack_is_that_of_each_layer() -> None:
 
 
 def test_blocks_that_divide_the_inputs_are_rows() -> None:
-    """A row an output, so that rows can be sharded; the bytes in order are the same."""
+    """Blocks that divide the inputs have one row for each output, so that rows can be sharded.
+
+    The bytes have the same order in both forms.
+    """
     w = jax.random.normal(jax.random.key(0), (128, 6))
     rows = lora_jax.quantize({"w": w}, "nf4", "w", block=64)["w"]
     run_on = lora_jax.quantize({"w": w}, "nf4", "w", block=256)["w"]
@@ -118,7 +131,10 @@ def test_blocks_that_divide_the_inputs_are_rows() -> None:
 
 
 def test_a_scale_between_two_codes_takes_the_lower() -> None:
-    """Scales of mean 0 and absmax 1 are compared as they are. Red: `side="right"`."""
+    """A scale halfway between two codes takes the lower code.
+
+    Scales of mean 0 and absmax 1 are compared unchanged. Red with `side="right"`.
+    """
     table = dynamic.dynamic_map()
     middles = (table[140:200] + table[141:201]) * np.float32(0.5)
     scales = np.concatenate([middles, -middles, [1, -1]]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Quantised weights on a mesh: which axis of their arrays each mesh axis cuts."""
+"""Quantised weights on a mesh: the axis of their arrays that each mesh axis shards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def layout(shape: Axes, stack: Axes, inputs: Axes, outputs: Axes) -> Layout:
 
 
 def quantised(scheme: str, shape: Axes, *roles: Axes, **options: Any) -> Any:
-    """By shape alone, as a plan has it."""
+    """Quantise by shape alone, as a plan does."""
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
     found = jax.eval_shape(lambda p: quantize(p, scheme, layout(shape, *roles), **options), params)
     return found["w"]
@@ -50,7 +50,11 @@ BOTH, LEAD = P(None, "tensor", "fsdp"), P(None)
 
 
 def test_outputs_are_rows_and_inputs_are_columns() -> None:
-    """Red: rows and columns exchanged; the stack axis forgotten; a scale a row cut by columns."""
+    """Outputs are the rows of the stored arrays, and inputs are their columns.
+
+    Red if rows and columns are exchanged, if the stack axis is forgotten, or if a scale for each
+    row is sharded by columns.
+    """
     placed = P(None, "fsdp", "tensor")
     assert specs(quantised("nf4", *STACK), placed) == [BOTH, BOTH]
     assert specs(quantised("nf4", *STACK, double=True), placed) == [BOTH, BOTH, LEAD, LEAD, LEAD]
@@ -69,12 +73,15 @@ def test_the_first_of_several_output_axes_cuts_the_rows() -> None:
 
 
 def test_a_block_is_never_cut() -> None:
-    """128 inputs are two blocks. Red: bytes are checked and not blocks."""
+    """A shard never ends inside a block: 128 inputs are two blocks.
+
+    Red if whole bytes are checked and not whole blocks.
+    """
     base = quantised("nf4", (128, 64), (), (0,), (1,))
     with pytest.raises(LoraError, match=r"4 shards over fsdp would cut a block.* 1, 2 shards"):
         specs(base, P("fsdp", "tensor"))
-    # 100 inputs: blocks of 64 run over the ends of the outputs, and 4 rows of outputs are cut from
-    # the others between two blocks.
+    # With 100 inputs, blocks of 64 run across the ends of the outputs. Four shards of the outputs
+    # still end between two blocks.
     base = quantised("nf4", (100, 64), (), (0,), (1,))
     assert specs(base, P(None, "fsdp")) == [P(None, "fsdp")] * 2
     with pytest.raises(LoraError, match="8 shards over fsdp and tensor would cut a block"):
@@ -83,7 +90,10 @@ def test_a_block_is_never_cut() -> None:
 
 @pytest.mark.parametrize("spec", [P(None, "fsdp", "tensor"), P("tensor"), P(None, None, "fsdp")])
 def test_the_placement_of_the_floats_is_found_again(spec: P) -> None:
-    """Red: `order` left out of either."""
+    """The placement of the dequantised weight is found from the placements of codes and scales.
+
+    Red if either direction leaves out `order`.
+    """
     grid = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     shape, *roles = (4, 256, 512), (0,), (1,), (2,)
     for scheme in ("nf4", "int8"):
@@ -95,7 +105,7 @@ def test_the_placement_of_the_floats_is_found_again(spec: P) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Doubled(Base):
-    """A kind that the package does not know: half the weight, and a number for each layer."""
+    """A base that the package does not know: half the weight, and a number for each layer."""
 
     half: Any
     layer: Any
@@ -121,7 +131,7 @@ def test_a_base_of_another_kind() -> None:
 
 
 def test_each_device_dequantises_its_own_part() -> None:
-    """The values are the same as on one device, and each device has its share of the codes."""
+    """Each device has its share of the codes, and the values equal those of one device."""
     grid = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     shape, *roles = (2, 512, 64), (0,), (1,), (2,)
     w = np.random.default_rng(0).normal(size=shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Laws of every scheme, and the errors of `quantize`."""
+"""Laws of every scheme of quantisation, and the errors of `quantize`."""
 
 from typing import Any
 
@@ -53,13 +53,16 @@ def largest(w: jax.Array, groups: int) -> np.ndarray:
         (SCHEMES["int8 grouped"], 4, 0.5 / 127),
         (SCHEMES["int4"], 2, 0.5 / 7),
         (SCHEMES["int4 per channel"], 1, 0.5 / 7),
-        (SCHEMES["fp8"], 1, 16 / 448),  # 3 bits after the point: steps of 32 at the top
+        (SCHEMES["fp8"], 1, 16 / 448),  # a mantissa of 3 bits: steps of 32 at the top
     ],
 )
 def test_no_number_is_off_by_more_than_half_a_step(
     how: dict[str, Any], groups: int, half_step: float
 ) -> None:
-    """Red: floor in place of round, scales of the wrong group, absmax over the outputs."""
+    """A dequantised number differs from the original by at most half a step of its scheme.
+
+    Red with floor for round, with scales of another group, or with absmax over the outputs.
+    """
     w = normal(128, 24) * jnp.exp(normal(1, 24))  # columns of very different sizes
     off = np.abs(np.asarray(quantised(w, how).dense() - w))
     assert (off <= half_step * largest(w, groups) * (1 + 1e-5)).all()
@@ -68,7 +71,10 @@ def test_no_number_is_off_by_more_than_half_a_step(
 
 @every_scheme
 def test_dense_has_the_shape_and_dtype_that_the_base_says(how: dict[str, Any]) -> None:
-    """Red: `order` in place of its inverse; a base that is float32 for every dtype of W."""
+    """The dequantised weight has the shape and dtype of the original.
+
+    Red if `order` is used for its inverse, or if a base is float32 for every dtype of W.
+    """
     w = normal(2, 3, 8, 64, 5, dtype=jnp.bfloat16)
     base = quantised(w, how, layout(w.shape, (0, 1), (3, 2), (4,)))
     dense = jax.jit(lambda base: base.dense())(base)
@@ -80,7 +86,10 @@ def test_dense_has_the_shape_and_dtype_that_the_base_says(how: dict[str, Any]) -
 
 @every_scheme
 def test_a_slice_of_a_stack_is_the_quantised_slice(how: dict[str, Any]) -> None:
-    """By index, by scan and by vmap. Red: a scale that layers share."""
+    """A slice of a stack, by index, scan or vmap, equals the slice quantised by itself.
+
+    Red if layers share a scale.
+    """
     w = normal(3, 128, 6) * jnp.array([1.0, 10.0, 0.1])[:, None, None]
     stack = quantised(w, how, layout(w.shape, (0,), (1,), (2,)))
     alone = [quantised(w[i], how) for i in range(3)]
@@ -100,7 +109,10 @@ def test_a_slice_of_a_stack_is_the_quantised_slice(how: dict[str, Any]) -> None:
 
 @every_scheme
 def test_quantising_what_was_dequantised_changes_no_code(how: dict[str, Any]) -> None:
-    """Double quantisation apart: its scales move, and with them the largest number of a block."""
+    """Quantising a dequantised weight changes no code, except with double quantisation.
+
+    There the scales move, and with them the largest number of a block.
+    """
     first = quantised(normal(128, 12), how)
     again = quantised(first.dense(), how)
     if how.get("double"):
@@ -112,7 +124,7 @@ def test_quantising_what_was_dequantised_changes_no_code(how: dict[str, Any]) ->
 
 @every_scheme
 def test_axes_of_the_layout_are_one_matrix(how: dict[str, Any]) -> None:
-    """[heads, dim, model] with inputs (heads, dim) is [heads * dim, model], for any order."""
+    """[heads, dim, model] with inputs (heads, dim) is [heads * dim, model], for any axis order."""
     w = normal(4, 32, 10)
     flat = quantised(w.reshape(128, 10), how)
     kernel = quantised(w, how, layout(w.shape, (), (0, 1), (2,)))
@@ -124,7 +136,10 @@ def test_axes_of_the_layout_are_one_matrix(how: dict[str, Any]) -> None:
 
 
 def test_a_stack_axis_that_is_not_the_first() -> None:
-    """It cannot be sliced off the arrays: it is stored as an output, with the same values."""
+    """A stack axis after the first is stored as an output, with the same values.
+
+    It cannot be sliced from the arrays.
+    """
     w = normal(64, 3, 5)
     inner = quantised(w, SCHEMES["int8"], layout(w.shape, (1,), (0,), (2,)))
     first = quantised(w.swapaxes(0, 1), SCHEMES["int8"], layout((3, 64, 5), (0,), (1,), (2,)))
@@ -133,17 +148,24 @@ def test_a_stack_axis_that_is_not_the_first() -> None:
 
 @every_scheme
 def test_zeros_stay_zeros(how: dict[str, Any]) -> None:
-    """Red: a division by an absmax of 0."""
+    """A column of zeros stays zero.
+
+    Red if an absmax of 0 is a divisor.
+    """
     w = normal(128, 4).at[:, 1].set(0)
     dense = quantised(w, how).dense()
     assert jnp.isfinite(dense).all()
-    if not how.get("double") and how.get("block") != 4096:  # else 0 is off by a scale's error
+    # In the other schemes, 0 is off by the error of a scale.
+    if not how.get("double") and how.get("block") != 4096:
         np.testing.assert_array_equal(dense[:, 1], 0)
 
 
 @every_scheme
 def test_a_base_is_a_pytree_of_anything(how: dict[str, Any]) -> None:
-    """Placements, shapes and tracers fill it. Red: a check in the constructor."""
+    """Placements, shapes and tracers can be the leaves of a base.
+
+    Red if the constructor checks its arguments.
+    """
     w = normal(3, 128, 6)
     base = quantised(w, how, layout(w.shape, (0,), (1,), (2,)))
     placed = jax.tree.map(lambda x: PartitionSpec(), base)
@@ -158,7 +180,7 @@ def test_a_base_is_a_pytree_of_anything(how: dict[str, Any]) -> None:
 
 
 def test_bytes() -> None:
-    """The arithmetic of QLoRA: 4.5 bits a weight, 4.127 with double quantisation."""
+    """The bytes are those of QLoRA: 4.5 bits for each weight, or 4.127 with double quantisation."""
     w = {"w": normal(1024, 512)}
     size = 1024 * 512
     assert bytes_of(w) == 4 * size

@@ -1,4 +1,4 @@
-"""The placement of codes and scales follows that of the weight, and cuts no block."""
+"""Codes and scales are placed as the weight is, and no block is divided."""
 
 from typing import Any
 
@@ -25,7 +25,10 @@ def base(scheme: str, shape: tuple[int, ...] = (256, 24), lead: int = 0, **how: 
 
 
 def test_rows_and_blocks() -> None:
-    """Red: inputs and outputs swapped, which W's own order and the stored one are."""
+    """Rows are sharded as outputs, and blocks as inputs.
+
+    Red if they are exchanged: the order of W's axes is not the order of the stored ones.
+    """
     got = placed(base("nf4"), P("fsdp", "tensor"), MESH, "w")
     assert (got.codes, got.scales) == (P("tensor", "fsdp"), P("tensor", "fsdp"))
     got = placed(base("int8"), P("fsdp", "tensor"), MESH, "w")
@@ -34,7 +37,7 @@ def test_rows_and_blocks() -> None:
     assert (got.codes, got.scales) == (P("data", None, ("fsdp", "tensor")), P("data", None, None))
     got = placed(base("nf4", double=True), P("fsdp"), MESH, "w")
     assert (got.scales.codes, got.scales.scales, got.scales.offset) == (P(None, "fsdp"), P(), P())
-    across = base("nf4", (96, 128))  # blocks run on over the outputs: only those can be cut
+    across = base("nf4", (96, 128))  # blocks run on over the outputs: only these can be sharded
     assert placed(across, P(None, "fsdp"), MESH, "w").codes == P(None, "fsdp")
 
 

@@ -1,4 +1,4 @@
-"""PiSSA, OLoRA and LoftQ: the first step is the base, or as near to it as they say."""
+"""PiSSA, OLoRA and LoftQ: the first output is the base's, or as near to it as they promise."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def matrices_of(target: Target, array: Any) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_the_first_step_is_the_base(method: Any, kind: str) -> None:
-    """Red: the scale left out; the residual of factors that are not the stored ones."""
+    """The merged first step equals the base.
+
+    Red if the scale is left out, or if the residual is of factors other than the stored ones.
+    """
     layout = targets(kind)
     params = weights(layout)
     start = lora_jax.init_from_base(layout, params, method)
@@ -98,7 +101,11 @@ def test_a_bfloat16_base_loses_its_rounding_alone() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt(r)"])
 def test_loftq_is_nearer_than_quantising_alone(scheme: str, scaling: str) -> None:
-    """Red: not divided by the scale (PEFT); the error of another round than the one returned."""
+    """LoftQ is nearer to the weight than quantising alone, and reports its error.
+
+    Red without the division by the scale (as in PEFT), or if the error is of another round than the
+    result.
+    """
     layout = Layout((dataclasses.replace(WIDE, scaling=scaling),))
     params = {"w": weight(WIDE), "bias": jnp.ones(3)}
     q = lora_jax.quantize(params, scheme, layout)
@@ -118,7 +125,7 @@ def test_loftq_is_nearer_than_quantising_alone(scheme: str, scaling: str) -> Non
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("double", [False, True])
 def test_qpissa_quantises_the_residual(scheme: str, double: bool) -> None:
-    """Over a spectrum that falls, as real ones do, R has smaller numbers and loses less."""
+    """A residual has smaller numbers and loses less, if the spectrum falls as in real weights."""
     if double and scheme != "nf4":
         return
     layout = Layout((WIDE,))
@@ -130,7 +137,7 @@ def test_qpissa_quantises_the_residual(scheme: str, double: bool) -> None:
     assert start.errors["w"].start < 0.6 * start.errors["w"].plain
     assert jax.tree.structure(start.params) == jax.tree.structure(q)
     assert [x.dtype for x in jax.tree.leaves(start.params)] == [x.dtype for x in jax.tree.leaves(q)]
-    again = lora_jax.init_from_base(layout, q, "pissa")  # W is what the codes stand for
+    again = lora_jax.init_from_base(layout, q, "pissa")  # W is the dequantised weight
     merged = lora_jax.merge(layout, again.params, again.adapters)["w"]
     w = lora_jax.dequantize(q)["w"]
     np.testing.assert_allclose(
@@ -140,7 +147,7 @@ def test_qpissa_quantises_the_residual(scheme: str, double: bool) -> None:
 
 
 def test_a_program_begins_as_its_base() -> None:
-    """`adapt` on the new base, through scanned layers, is the old program."""
+    """The adapted program on the new base, with scanned layers, equals the old program."""
     case = cases.REGISTRY["bare_scan"]()
     spec = lora_jax.LoraSpec(2, 3.0, case.targets)
     layout = lora_jax.resolve(spec, case.f, case.params, *case.args)
@@ -152,7 +159,10 @@ def test_a_program_begins_as_its_base() -> None:
 
 
 def test_what_was_learnt_moves_to_the_original_base() -> None:
-    """The cure that its docstring names. Red: weights [1, 1]."""
+    """The update that was learnt moves to the original base by the weights [1, -1].
+
+    It is the cure in the docstring of `init_from_base`. Red with the weights [1, 1].
+    """
     layout = Layout((WIDE,))
     params = {"w": weight(WIDE)}
     start = lora_jax.init_from_base(layout, params)
@@ -183,7 +193,10 @@ def test_what_cannot_begin_so() -> None:
 
 
 def test_dora_has_the_lengths_of_the_whole_weight() -> None:
-    """Red: the magnitude of R alone, which is not W's."""
+    """The magnitudes of DoRA are those of W.
+
+    Red if they are those of the residual alone.
+    """
     layout = Layout((forms.as_kind(WIDE, "dora"),))
     start = lora_jax.init_from_base(layout, {"w": weight(WIDE)})
     np.testing.assert_allclose(

@@ -19,12 +19,12 @@ L, IN, OUT = 3, 10, 14
 
 
 def stretched(seed: int, *shape: int) -> jax.Array:
-    """Rows whose directions differ in length, so that some are the main ones."""
+    """Rows whose directions differ in length, so that some of them are the main ones."""
     return jnp.einsum("...i,i->...i", normal(seed, *shape), jnp.linspace(3.0, 0.1, shape[-1]))
 
 
 def scanned(remat: bool) -> Any:
-    """A stack of layers, each also giving what it multiplies with its two weights."""
+    """A stack of layers that also returns the inputs of the two weights of each layer."""
 
     def f(p: Any, x: Any) -> Any:
         def layer(x: Any, w: Any) -> Any:
@@ -39,7 +39,11 @@ def scanned(remat: bool) -> Any:
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_main_directions_of_every_layer(remat: bool) -> None:
-    """Red: X^T X of the first batch alone; the layers' moments mixed; the smallest directions."""
+    """`a` has the main directions of each layer's inputs, over all batches.
+
+    Red if only the first batch counts, if layers share their moments, or with the smallest
+    directions.
+    """
     f, params = scanned(remat)
     batches = [(stretched(i, 4, 5, IN),) for i in range(3)]
     layout = lora_jax.resolve(LoraSpec(2, 4.0, ("up", "down")), f, params, *batches[0])
@@ -59,12 +63,12 @@ def test_the_main_directions_of_every_layer(remat: bool) -> None:
 
 
 def patches(x: Any) -> Any:
-    """The inputs of a convolution: [rows, spatial * channels] in the order of its kernel."""
+    """The inputs of a convolution: [rows, spatial * channels], in the order of its kernel."""
     found = jax.lax.conv_general_dilated_patches(
         x, (3, 2), (2, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     channels = x.shape[-1]
-    split = found.reshape(-1, channels, 3 * 2)  # channels come first
+    split = found.reshape(-1, channels, 3 * 2)  # channels come first here
     return split.swapaxes(1, 2).reshape(-1, 3 * 2 * channels)
 
 
@@ -94,10 +98,10 @@ def test_second_moments(name: str) -> None:
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", ["bare_ragged_dot", "nnx_attention", "bare_while", "bare_cond"])
 def test_other_programs(name: str) -> None:
-    """The update that looks changes nothing, and every target gets directions of length 1."""
+    """Every target of other programs gets orthonormal directions."""
     case = cases.REGISTRY[name]()
     if not case.reverse:
-        return  # a while loop has no backward pass, in which the inputs are handed out
+        return  # the inputs are read in the backward pass, which a while loop does not have
     args = case.args
     layout = lora_jax.resolve(LoraSpec(2, 4.0, case.targets), case.f, case.params, *args)
     adapters = lora_jax.init_from_inputs(jax.random.key(0), layout, case.f, case.params, [args])

@@ -69,7 +69,7 @@ def bare_ragged_dot() -> Any:
 
 @case
 def bare_ragged_dot_of_scaled_rows() -> Any:
-    def f(p: Any, x: Any, sizes: Any) -> Any:  # as by an RMS norm
+    def f(p: Any, x: Any, sizes: Any) -> Any:  # as an RMS norm does
         gain = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True)) * p["scale"][None]
         return jax.lax.ragged_dot(x * gain, p["experts"], sizes)
 
@@ -125,7 +125,7 @@ def _three(*shapes: tuple[int, ...]) -> dict[str, Any]:
 
 @case
 def bare_concatenated_outputs() -> Any:
-    """Fused at each step, as q, k and v of a model that keeps them apart; k is not adapted."""
+    """A model with separate q, k and v joins them at each step; k is not adapted."""
 
     def f(p: Any, x: Any) -> Any:
         return x @ jnp.concatenate([p["q"], p["k"], p["v"]], axis=1)
@@ -135,7 +135,7 @@ def bare_concatenated_outputs() -> Any:
 
 @case
 def bare_concatenated_inputs() -> Any:
-    """Members that are transposed, or scaled, before they are put together."""
+    """Some parts are transposed or scaled before they are joined."""
 
     def f(p: Any, x: Any) -> Any:
         return x @ jnp.concatenate([p["q"].T, 2.0 * p["k"], p["v"]], axis=0)
@@ -162,7 +162,7 @@ def bare_stacked_layers() -> Any:
 
 @case
 def bare_concatenated_stacks() -> Any:
-    """Two stacks of layers as one; and again along the outputs of each layer."""
+    """Join two stacks of layers; one of them is joined along the outputs of each layer."""
 
     def f(p: Any, x: Any) -> Any:
         layers = jnp.concatenate([p["q"], jnp.concatenate([p["k"], p["v"]], axis=2)])
@@ -209,7 +209,7 @@ def bare_vmap_over_an_index() -> Any:
 
 @case
 def bare_depthwise_kernel_reshaped() -> Any:
-    """[h, w, channels, multiplier], as Keras has it, for a convolution of `channels` groups."""
+    """Keras's kernel [h, w, channels, multiplier] for a convolution of `channels` groups."""
 
     def f(p: Any, x: Any) -> Any:
         return jax.lax.conv_general_dilated(

@@ -1,4 +1,4 @@
-"""A program, its parameters and arguments, and the register of all of them."""
+"""A program with its parameters and arguments, and the registry of all programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REGISTRY: dict[str, Callable[[], Case]] = {}
 
 
 def case(make: Callable[[], Any]) -> Callable[[], Case]:
-    """Register a builder; it returns (f, params, args, targets[, extras])."""
+    """Register a builder, which returns (f, params, args, targets[, extras])."""
     name = make.__name__
 
     @functools.cache
@@ -42,12 +42,12 @@ def case(make: Callable[[], Any]) -> Callable[[], Case]:
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    """Drawn by NumPy and put on the device, which compiles nothing; `jnp.asarray` compiles."""
+    """Draw by NumPy and put on the device, which compiles nothing; `jnp.asarray` would compile."""
     return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 def near_ones_and_zeros(shapes: Any) -> Any:
-    """Parameters for a model: norms' scales about one, the rest about zero, all of them random."""
+    """Draw a model's parameters at random: scales of norms around one, the others around zero."""
 
     def draw(path: Any, leaf: Any) -> jax.Array:
         seed = sum(map(ord, jax.tree_util.keystr(path)))

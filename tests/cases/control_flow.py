@@ -153,7 +153,7 @@ def bare_custom_jvp() -> Any:
 
 @case
 def bare_custom_jvp_straight_through() -> Any:
-    """Its rule is not the derivative of its equations: entering it would lose the gradient of x."""
+    """A rule that is not the derivative of the equations: entering them would lose x's gradient."""
 
     @jax.custom_jvp
     def quantised(w: Any, x: Any) -> Any:

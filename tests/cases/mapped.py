@@ -23,7 +23,7 @@ def _mapped(body: Any, *specs: Any, check_vma: bool = True) -> Any:
 
 @case
 def shard_map_column_and_row_parallel() -> Any:
-    """A Megatron pair: the first product cut by its outputs, the second by its inputs, one sum."""
+    """A Megatron pair: one product is sharded by outputs, the next by inputs; then one sum."""
 
     def body(up: Any, down: Any, x: Any) -> Any:
         return jax.lax.psum(jnp.tanh(x @ up) @ down, "tensor")
@@ -46,7 +46,7 @@ def shard_map_contracted_over_two_axes() -> Any:
 
 
 def _gathered(check_vma: bool) -> Any:
-    """The weights brought together over `fsdp` by hand, along their inputs and their outputs."""
+    """The body gathers its weights over `fsdp`, along their inputs and along their outputs."""
 
     def body(up: Any, down: Any, x: Any) -> Any:
         up = jax.lax.all_gather(up, "fsdp", axis=0, tiled=True)
@@ -74,7 +74,7 @@ def shard_map_all_gather_unchecked() -> Any:
 
 @case
 def shard_map_over_scanned_layers() -> Any:
-    """One axis by hand, the others left to XLA; the layer axis sliced off inside."""
+    """One mesh axis is mapped and XLA handles the others; the body slices the layer axis."""
 
     def body(layers: Any, x: Any) -> Any:
         def layer(x: Any, w: Any) -> Any:

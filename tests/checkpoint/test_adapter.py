@@ -1,4 +1,4 @@
-"""`restore(save(x)) == x`, bit for bit, and never a base weight; or an error that says why not."""
+"""`restore(save(x)) == x`, bit for bit and without base weights; or an error that says why not."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def folder_bytes(path: Path) -> int:
 
 
 def test_restore_is_the_inverse_of_save(tmp_path: Path, trained: Any) -> None:
-    """Red if a dtype, a factor or a field of the layout is lost on the way."""
+    """`restore` is the inverse of `save`.
+
+    Red if a dtype, a factor or a field of the layout is lost.
+    """
     layout, adapters = trained
     lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     again_layout, again, _ = lora_jax.restore(tmp_path / "a")
@@ -57,7 +60,10 @@ def test_restore_is_the_inverse_of_save(tmp_path: Path, trained: Any) -> None:
 
 
 def test_every_kind_is_saved_with_its_own_arrays(tmp_path: Path) -> None:
-    """Red if two arrays named a and b are taken for granted, on the way out or back."""
+    """Each kind of update is saved and restored with its own arrays.
+
+    Red if saving or restoring assumes that the arrays are a and b.
+    """
     kinds = ("lora", "dora", "vera", "loha", "lokr", "bias")
     targets = [
         lora_jax.Target(f"layer/{k}", (3, 8, 6), (0,), (1,), (2,), 2, 2.0, kind=k) for k in kinds
@@ -80,7 +86,7 @@ def test_every_kind_is_saved_with_its_own_arrays(tmp_path: Path) -> None:
 
 
 def test_no_base_weight_is_on_disk(tmp_path: Path, trained: Any) -> None:
-    """Noise does not compress: the folder holds the factors and little else."""
+    """The folder holds the factors and little else: noise does not compress."""
     layout, adapters = trained
     lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     factors = sum(x.nbytes for x in jax.tree.leaves(adapters))
@@ -107,7 +113,10 @@ def test_an_empty_layout_and_a_head_alone(tmp_path: Path) -> None:
 
 
 def test_restore_onto_a_mesh(tmp_path: Path, trained: Any) -> None:
-    """Red if the shardings argument is ignored."""
+    """`restore` places arrays by the given shardings.
+
+    Red if it ignores the argument.
+    """
     layout, adapters = trained
     lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     auto = (jax.sharding.AxisType.Auto,)
@@ -154,12 +163,13 @@ def test_adapters_that_do_not_fit_are_not_written(tmp_path: Path, trained: Any) 
 
 # ---- damage
 
-# If several reads fail, Orbax reports the first; the others complain when they are collected.
+# If several reads fail, Orbax raises the first error; Python warns of the others when it collects
+# them.
 ABANDONED = "ignore::pytest.PytestUnraisableExceptionWarning"
 
 
 def saved(folder: Path, **options: Any) -> Path:
-    """A small adapter and a head."""
+    """Save a small adapter and a head."""
     lora_jax.save(folder, Adapter(SMALL, small_adapters(), {"head": jnp.arange(3.0)}), **options)
     return folder
 
@@ -178,7 +188,10 @@ def everything(folder: Path) -> tuple[Any, Any, Any]:
 
 @pytest.mark.filterwarnings(ABANDONED)
 def test_whatever_is_damaged_is_an_error_or_the_same_numbers(tmp_path: Path) -> None:
-    """Each file gone, cut, or with a bit flipped; red if any gives other numbers."""
+    """A file that is missing, cut or has a flipped bit gives an error or the same numbers.
+
+    Red if it gives other numbers.
+    """
     whole = saved(tmp_path / "whole")
     refused = set()
     for file in sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file()):
@@ -200,7 +213,7 @@ def test_whatever_is_damaged_is_an_error_or_the_same_numbers(tmp_path: Path) -> 
 
 
 def test_an_array_of_another_adapter_is_named(tmp_path: Path) -> None:
-    """Whole by its own checksums, and not what was saved."""
+    """An array whose own checksums are right, but which is not the saved array, is named."""
     ours, other = saved(tmp_path / "ours"), tmp_path / "other"
     zeros = jax.tree.map(jnp.zeros_like, small_adapters())
     lora_jax.save(
@@ -233,7 +246,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_was_trained_beside_is_not_the_base(tmp_path: Path) -> None:
-    """A fresh head of any shape, or none; another frozen parameter is a difference."""
+    """A head of any shape, or none, fits the base; another frozen parameter is a difference."""
     folder = saved(tmp_path / "a", fingerprint=lora_jax.fingerprint(BASE))
     lora_jax.restore(folder, params={**BASE, "head": jnp.ones(9)})
     lora_jax.restore(folder, params={"enc": BASE["enc"]})
@@ -242,7 +255,10 @@ def test_what_was_trained_beside_is_not_the_base(tmp_path: Path) -> None:
 
 
 def test_no_fingerprint_to_compare_with(tmp_path: Path) -> None:
-    """Red if a base that cannot be compared passes in silence."""
+    """An adapter without a fingerprint is refused on a base unless that is allowed.
+
+    Red if a base that cannot be compared is accepted without an error.
+    """
     folder = saved(tmp_path / "a")
     with pytest.raises(LoraError, match="no fingerprint"):
         lora_jax.restore(folder, params=BASE)
@@ -250,7 +266,11 @@ def test_no_fingerprint_to_compare_with(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_taken_before_is_as_good_as_the_base(tmp_path: Path) -> None:
-    """Red if parameters trained in full count as base, or `allow_other_base` has no effect."""
+    """A fingerprint can stand for the base in a comparison.
+
+    Red if parameters that were trained in full count as base, or if `allow_other_base` has no
+    effect.
+    """
     folder = saved(tmp_path / "a", fingerprint=lora_jax.fingerprint(BASE))
     adapter.check_trained_on(folder, lora_jax.fingerprint({**BASE, "head": jnp.ones(9)}))
     other = lora_jax.fingerprint({**BASE, "enc": {**BASE["enc"], "b": jnp.ones(4)}})
@@ -277,7 +297,7 @@ def test_what_the_writer_says_comes_back(tmp_path: Path) -> None:
 
 
 def forge(folder: Path, change: Any) -> Path:
-    """Rewrite the sealed text, as one may who knows the format."""
+    """Rewrite the sealed text, as anyone can who knows the format."""
     file = folder / "meta" / "_strings.json"
     stored = json.loads(file.read_text())
     data = json.loads(stored["text"])
@@ -339,7 +359,7 @@ def test_the_limit_is_the_callers(tmp_path: Path) -> None:
 
 
 def test_a_chunk_larger_than_its_array_is_refused(tmp_path: Path) -> None:
-    """The shape is as declared, but what is stored would be unpacked into 4 GB."""
+    """A chunk that would unpack into 4 GB is refused, although the shape is as declared."""
     folder = saved(tmp_path / "a")
     spec = {"driver": "ocdbt", "base": f"file://{folder}/arrays/"}
     store = tensorstore.KvStore.open(spec).result()

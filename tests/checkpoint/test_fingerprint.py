@@ -1,4 +1,4 @@
-"""A hash that sees every bit, and neither the mesh nor the float width."""
+"""A hash that depends on every bit, and a fingerprint that ignores the mesh and the float width."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_jax.checkpoint.fingerprint import (
     fingerprint,
 )
 
-# The function of the same name hides it in the package.
+# In the package, the function of the same name hides this module.
 MODULE = importlib.import_module("lora_jax.checkpoint.fingerprint")
 SHAPE = (8, 4, 6)
 NAMES = ("data", "fsdp", "tensor")
@@ -39,7 +39,7 @@ def mesh(*sizes: int, kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
 
 
 def mixed(x: int) -> int:
-    """Murmur3's finalizer on a Python integer."""
+    """The finalizer of Murmur3 on a Python integer."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
     x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
     return x ^ (x >> 16)
@@ -51,13 +51,16 @@ def slow(words: list[int], seed: int) -> int:
 
 @pytest.fixture
 def by_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large arrays are hashed."""
+    """Hash every array by XLA, as large arrays are."""
     monkeypatch.setattr(MODULE, "SMALL", -1)
 
 
 @pytest.mark.parametrize("small", [-1, MODULE.SMALL])
 def test_the_definition(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red if an axis has the wrong stride, or a seed or a shift changes."""
+    """The hash equals its definition, in NumPy for small arrays and in XLA.
+
+    Red if an axis has the wrong stride, or if a seed or a shift changes.
+    """
     monkeypatch.setattr(MODULE, "SMALL", small)
     x = weights()
     words = [int(w) for w in x.view(np.uint32).ravel()]
@@ -72,7 +75,10 @@ def test_the_definition(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_arrays_have_the_hash_of_large_ones(
     dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red: bits of another width; complex numbers with all real parts first."""
+    """NumPy gives small arrays the hash that XLA would give them.
+
+    Red if bits have another width, or if all real parts of complex numbers come first.
+    """
     x = jnp.asarray(3 * np.random.default_rng(1).standard_normal(shape)).astype(dtype)
     found = digests([x])
     monkeypatch.setattr(MODULE, "SMALL", -1)
@@ -100,7 +106,7 @@ def test_the_mesh_does_not_matter(sizes: Any, spec: Any, kind: AxisType) -> None
 
 
 def test_no_weight_is_gathered() -> None:
-    """From the HLO: what crosses devices is at most one number from each of them, for each seed."""
+    """In the HLO, at most one number for each device and seed crosses devices."""
     place = NamedSharding(mesh(2, 2, 2), P("data", "fsdp", "tensor"))
     text = _sums.lower(jax.device_put(jnp.asarray(weights()), place), False).compile().as_text()
     moved = re.findall(r"= (.*?) (?:all-|collective-|reduce-scatter|ragged-)[a-z-]*\(", text)
@@ -110,7 +116,10 @@ def test_no_weight_is_gathered() -> None:
 
 
 def test_no_copy_is_made() -> None:
-    """Red if XLA writes the terms of the sum to memory: a fingerprint may not need more of it."""
+    """A fingerprint needs no memory for a copy of the weights.
+
+    Red if XLA writes the terms of the sum to memory.
+    """
     compiled = _sums.lower(jax.ShapeDtypeStruct((256, 1024), jnp.float32), True).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1024
 
@@ -125,7 +134,10 @@ def test_every_bit_counts(bit: int, place: int) -> None:
 
 
 def test_places_count() -> None:
-    """Red if the index is left out of the hash."""
+    """The places of numbers count.
+
+    Red if the hash leaves out the index.
+    """
     x = weights()
     x[0, 0, 0], x[7, 3, 5] = x[7, 3, 5], x[0, 0, 0]
     assert digests([jnp.asarray(x)]) != digests([jnp.asarray(weights())])
@@ -142,7 +154,7 @@ def test_a_bfloat16_copy_has_the_fingerprint_of_its_source() -> None:
 
 
 def test_denormals_and_zeros_are_one() -> None:
-    """Processors differ in whether they flush them; a fingerprint may not."""
+    """Denormals and zeros have one fingerprint, because some processors flush denormals to zero."""
     zero = fingerprint([jnp.zeros(3)])
     assert fingerprint([jnp.array([1e-40, -0.0, -1e-39], jnp.float32)]) == zero
     assert digests([jnp.array([0.0, -0.0, 0.0])]) != digests([jnp.zeros(3)])

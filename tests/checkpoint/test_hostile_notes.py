@@ -1,4 +1,4 @@
-"""Adapters whose sealed text was changed and sealed again, as a stranger may."""
+"""Adapters whose sealed text was changed and sealed again, as a stranger could do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from tests.checkpoint.test_adapter import BASE, SMALL, forge, saved
 
 
 def test_an_adapter_of_keys_is_refused(tmp_path: Path) -> None:
-    """Red: JAX has no dtype "key<fry>" that it could allocate, so restoring is a TypeError."""
+    """An adapter whose arrays are PRNG keys is refused.
+
+    Red without the check: JAX cannot allocate the dtype "key<fry>", so restoring raises a
+    TypeError.
+    """
     tree = {"base": {"head": jax.random.key(0)}}
     notes = {"layout": lora_jax.Layout().to_json(), "base": ["head"], "fingerprint": None}
     folder = storage.absolute(tmp_path / "a")
@@ -45,7 +49,10 @@ def test_a_fingerprint_that_is_not_one(tmp_path: Path, stored: Any) -> None:
 
 @pytest.mark.parametrize("field", ["stack", "fold", "parts", "part_axis"])
 def test_a_layout_with_an_object_in_it(tmp_path: Path, field: str) -> None:
-    """Red: it is restored, and no program takes it as a static argument."""
+    """A layout with an object in place of a value is refused.
+
+    Red if it is restored: no program would accept it as a static argument.
+    """
 
     def change(data: Any) -> None:
         layout = json.loads(data["notes"]["layout"])
@@ -60,7 +67,7 @@ def test_a_layout_with_an_object_in_it(tmp_path: Path, field: str) -> None:
     "change", [{"scheme": []}, {"block": [64]}, {"layout": 3}, {"layout": "[" * 100_000}]
 )
 def test_a_recipe_that_is_not_one(change: dict[str, Any]) -> None:
-    """The quantisation of the base, an entry of the adapter's `about`."""
+    """A wrong recipe in the adapter's `about` is refused: it says how the base was quantised."""
     good = {"scheme": "nf4", "block": 64, "double": False, "layout": SMALL.to_json()}
     with pytest.raises(LoraError, match=r"is not understood|not a layout"):
         requantised(BASE, good | change)

@@ -1,4 +1,4 @@
-"""A folder may hold what its manifest lists, and nothing else: the rest would be memory unasked."""
+"""A folder may hold only the arrays of its manifest: others would take unexpected memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ except lora_jax.LoraError as error:
 
 
 def saved(folder: Path, *, meta: dict[str, Any] | None = None, **parts: Any) -> Path:
-    """An adapter with more in it than `lora_jax.save` writes."""
+    """Save an adapter with more in it than `lora_jax.save` writes."""
     lora_jax.save(folder.with_name("sound"), lora_jax.Adapter(LAYOUT, ADAPTERS))
     sealed = json.loads((folder.with_name("sound") / "meta" / "_strings.json").read_text())
     arrays = {"adapters": {"w": {"a": ADAPTERS["w"].a, "b": ADAPTERS["w"].b}}}
@@ -44,7 +44,7 @@ def saved(folder: Path, *, meta: dict[str, Any] | None = None, **parts: Any) -> 
 
 
 def grow(part: Path, name: str, numbers: int) -> None:
-    """Make a stored array of one chunk of zeros as long as that; 64 chunks at most are there."""
+    """Change a stored array of zeros to `numbers` numbers, with at most 64 chunks on disk."""
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{part}/"}).result()
     zarr = json.loads(store.read(f"{name}/zarr.json").result().value)
     zarr["shape"] = [numbers]
@@ -58,7 +58,10 @@ def grow(part: Path, name: str, numbers: int) -> None:
 
 @pytest.mark.parametrize("numbers", [2**28, 10**13])
 def test_an_array_beside_the_manifest_takes_no_memory(tmp_path: Path, numbers: int) -> None:
-    """200 kB on disk that would be 1 GiB of arrays (4 GiB while Orbax reads it), or 40 TB."""
+    """An array that the manifest does not list takes no memory.
+
+    Its 200 kB on disk would be 1 GiB of arrays (4 GiB while Orbax reads it), or 40 TB.
+    """
     folder = saved(tmp_path / "a", meta={"x": jnp.zeros(CHUNK)})
     grow(folder / "meta", "x", numbers)
     command = [sys.executable, "-c", RESTORE, str(folder)]

@@ -1,4 +1,4 @@
-"""The golden models with a tokenizer, whose words are their token ids."""
+"""The golden models, with a tokenizer that has one word for each token id."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def adapter(name: str) -> str:
-    """The folder of an adapter that PEFT wrote."""
+    """Return the folder of an adapter that PEFT wrote."""
     return str(GOLDEN / "golden_peft" / name)
 
 
 def base(folder: pathlib.Path, name: str, vocabulary: int = 23) -> pathlib.Path:
-    """A copy of a golden model, with a tokenizer: `t7` is the token 7."""
+    """Copy a golden model and add a tokenizer, whose word `t7` is the token 7."""
     made = shutil.copytree(GOLDEN / "golden_models" / name, folder / name)
     words = {f"t{i}": i for i in range(vocabulary)}
     tokenizer = tokenizers.Tokenizer(kinds.WordLevel(words, unk_token="t0"))
@@ -28,5 +28,5 @@ def base(folder: pathlib.Path, name: str, vocabulary: int = 23) -> pathlib.Path:
 
 
 def text(ids: list[int]) -> str:
-    """The text that is these tokens."""
+    """Return the text whose tokens are `ids`."""
     return " ".join(f"t{i}" for i in ids)

@@ -1,4 +1,4 @@
-"""`lora-jax export`: what the run computes, in the files of other tools."""
+"""`lora-jax export`: the files of other tools compute what the run computes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def export(run: GoldenRun, out: pathlib.Path, *options: str) -> int:
 
 
 def tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """By the safetensors package alone."""
+    """Read tensors by the safetensors package alone."""
     found: dict[str, np.ndarray] = {}
     for file in folder.glob("*.safetensors"):
         found |= safetensors.numpy.load_file(file)
@@ -68,7 +68,7 @@ def assert_close(found: Any, wanted: Any) -> None:
 def test_a_merged_folder_holds_the_merged_weights(
     name: str, options: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
-    """Under the names that transformers gave this model, and equal to `merge`."""
+    """The folder has transformers' names for this model, and its weights equal `merge`."""
     run = write_run(tmp_path / "run", name, **options)
     assert export(run, tmp_path / "out", "--format", "hf") == 0
     base, merged = tensors(GOLDEN / name), tensors(tmp_path / "out")
@@ -89,7 +89,7 @@ def _as(config: Any, **changes: Any) -> Any:
 
 
 def test_the_update_is_in_the_file_and_nothing_else_is_changed(tmp_path: pathlib.Path) -> None:
-    """By hand: W + scale B A for the adapted tensors, the same bits for all others."""
+    """By hand: adapted tensors are W + scale B A, and all others have the same bits."""
     run = write_run(tmp_path / "run", "llama", spec=LoraSpec(2, 3.0, "**/q/kernel"))
     assert export(run, tmp_path / "out", "--format", "hf") == 0
     base, merged = tensors(GOLDEN / "llama"), tensors(tmp_path / "out")
@@ -129,7 +129,7 @@ def test_it_merges_into_what_the_run_was_trained_on(
 def test_shards_hold_one_tensor_at_a_time(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each tensor is made just before it is written, in every form of the layers."""
+    """Each tensor is made just before it is written, for every form of the layers."""
     run = write_run(tmp_path / "run", "qwen3_moe", scan=True)
     written: list[str] = []
     plain = merged_weights.read_slice
@@ -241,7 +241,7 @@ def test_refusals_name_the_cure_and_leave_nothing(
 def test_another_base_is_noticed_while_it_is_read(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its last tensor is read before the first file is in its place."""
+    """Another base is an error when its last tensor is read, before any file is in its place."""
     other = tmp_path / "other"
     other.mkdir()
     held = tensors(GOLDEN / "llama")
@@ -252,7 +252,7 @@ def test_another_base_is_noticed_while_it_is_read(
     given = ("--format", "hf", "--base", str(other))
     assert export(run, tmp_path / "out", *given) == 1
     assert "norm/scale: other values" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "run"], "half of it is left"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "run"], "a folder is left"
     assert export(run, tmp_path / "out", *given, "--allow-other-base") == 0
     assert export(run, tmp_path / "out", "--format", "hf") == 1
     assert "not an empty folder" in capsys.readouterr().err

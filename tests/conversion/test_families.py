@@ -1,4 +1,4 @@
-"""From a folder of weights to files that others open: train, stop, go on, export; by commands."""
+"""Commands train, stop, continue and export a run; others can open the files that result."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_run_is_stopped_goes_on_and_is_exported(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The PEFT adapter, read by other code, is the difference of the merged folder to the base."""
+    """The PEFT adapter, read by other code, equals the merged folder minus the base."""
     source = tiny.write_examples(tmp_path / "data", ("text",), int)
     weights = tiny.write_model(tmp_path / "model", description)
     place = ("--model.reference", str(weights), "--data.source", source)

@@ -38,7 +38,7 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory, models_folder: pathlib.Path) -> Imported:
-    """The run of a golden adapter; imported once."""
+    """Return the run of a golden adapter, which is imported once."""
     made: dict[tuple[str, ...], pathlib.Path] = {}
 
     def get(name: str, base: str, *arguments: str) -> pathlib.Path:
@@ -54,14 +54,17 @@ def imported(tmp_path_factory: pytest.TempPathFactory, models_folder: pathlib.Pa
 
 
 def golden(name: str) -> tuple[list[list[int]], np.ndarray]:
-    """The token ids, and the logits of PEFT."""
+    """Return the token ids and PEFT's logits."""
     arrays = npz.read(pathlib.Path(bases.adapter(name)) / "expected.npz")
     return arrays["input_ids"].tolist(), arrays["out"]
 
 
 def test_a_classifier_predicts_as_peft(imported: Imported, tmp_path: pathlib.Path) -> None:
-    """Its pooler has an update in PEFT's file. Red: the head without it, or without the base's
-    bias; another pooling; labels in another order."""
+    """A classifier predicts PEFT's probabilities; its pooler has an update in PEFT's file.
+
+    Red if the head lacks that update or the base's bias, with another pooling, or with labels in
+    another order.
+    """
     run = imported("bert", "bert", "--labels", "x", "y", "z")
     ids, logits = golden("bert")
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -79,7 +82,10 @@ def test_a_classifier_predicts_as_peft(imported: Imported, tmp_path: pathlib.Pat
 def test_a_decoder_computes_what_peft_computes(
     scan: bool, imported: Imported, models_folder: pathlib.Path
 ) -> None:
-    """Red: `scan_layers` not said in `about`."""
+    """A decoder computes PEFT's logits, with scanned layers or without.
+
+    Red if `about` does not say `scan_layers`.
+    """
     run = imported("plain", "llama", *(["--scan-layers"] if scan else []))
     ids, logits = golden("plain")
     served = served_adapters.open_adapters([str(run)], models.DecoderConfig)
@@ -106,8 +112,11 @@ def test_a_decoder_generates(imported: Imported, tmp_path: pathlib.Path) -> None
 def test_modules_to_save_come_along(
     imported: Imported, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An output head and a norm. Red: only the factors written; generated with the base's head;
-    the base itself asked for, and its head is another's."""
+    """An output head and a norm that PEFT saved are imported with the factors.
+
+    Red if only factors are written, if generation uses the base's head, or if the base is served
+    with the adapter's head.
+    """
     run = imported("saved", "llama")
     saved = lora_jax.restore(run / "adapters/best").trainable
     assert sorted(saved) == ["lm_head/kernel", "norm/scale"]
@@ -135,8 +144,11 @@ def test_a_report_says_where_it_came_from(
 
 
 def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path, capsys: Any) -> None:
-    """Export -> import -> predict. Red: `about` not read from the file; a pooling that is guessed
-    where the file does not say it."""
+    """Export, import and predict give the same answers as the run itself.
+
+    Red if `about` is not read from the file, or if a pooling that the file does not name is
+    guessed.
+    """
     weights = tiny.write_model(tmp_path / "model", tiny.ROBERTA)
     source = classifiers.examples(tmp_path / "data", lambda k: "abc"[k], ("line",))
     config = classifiers.config_of(weights, source, fields=("line",), pooling="cls")
@@ -162,7 +174,10 @@ def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path, capsys: A
 def test_a_folder_names_its_base_only_if_that_is_here(
     models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    """Red: a reference opened on the folder's word, because a folder has the same name."""
+    """A folder's base is opened only if it is a local folder.
+
+    Red if a reference is opened because the adapter names it and a folder has the same name.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hub:some/one").mkdir(parents=True)
     shutil.copytree(bases.adapter("plain"), tmp_path / "adapter")
@@ -184,7 +199,7 @@ def test_a_folder_names_its_base_only_if_that_is_here(
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A model with more inputs."""
+    """A model with more inputs than the adapter."""
     folder = tmp_path_factory.mktemp("models") / "wide"
     return tiny.write_model(folder, tiny.LLAMA | {"hidden_size": 32})
 
@@ -208,7 +223,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_what_cannot_be_imported(
     arguments: tuple[str, ...], said: str, wide: pathlib.Path, tmp_path: pathlib.Path, capfd: Any
 ) -> None:
-    """An error that names it, and nothing is left."""
+    """An import that fails names its reason and leaves no file."""
     known = {name: bases.adapter(name) for name in ("plain", "dora", "bert")}
     known["models"], known["wide"] = str(bases.GOLDEN / "golden_models"), str(wide)
     given = [argument.format(**known) for argument in arguments]
@@ -220,7 +235,10 @@ def test_what_cannot_be_imported(
 def test_a_run_is_not_overwritten(
     imported: Imported, models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
-    """Red: --overwrite that deletes what no import has written."""
+    """A run is overwritten only if an import wrote it and the user asks.
+
+    Red if --overwrite deletes files that no import has written.
+    """
     run = shutil.copytree(imported("plain", "llama"), tmp_path / "run")
     given = ["import", bases.adapter("rslora"), "--base", str(models_folder / "llama")]
     before = lora_jax.restore(run / "adapters/best").layout
@@ -237,7 +255,7 @@ def test_a_run_is_not_overwritten(
 def test_an_encoder_without_a_head(
     models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
-    """As PEFT writes it for a bare encoder (FEATURE_EXTRACTION)."""
+    """An adapter of a bare encoder (PEFT's FEATURE_EXTRACTION) is imported without a head."""
     config = models.open(str(models_folder / "bert")).config
     layout, adapters, _ = lora_jax.restore(_bare(tmp_path, config))
     names = models.hf_names(config, root="bert/")

@@ -1,4 +1,4 @@
-"""The pages of docs/, as what runs: blocks of Python, what they print, and commands."""
+"""The pages of docs/ as programs: blocks of Python, the output they print, and commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-MADE = ("api/generated", "paper")  # made by programs
+MADE = ("api/generated", "paper")  # written by programs
 _FENCE = re.compile(r"^(?P<fence>```+)(?P<language>.*?)\n(?P<code>.*?)^(?P=fence)$", re.M | re.S)
 _CHECKER, _LOOSE = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 _HEADING = re.compile(r"^## (.*)$", re.M)
@@ -26,12 +26,12 @@ class Block(NamedTuple):
 
     language: str
     code: str
-    line: int  # of its first line of code, from 1
-    section: str  # the heading of the second level above it, "" before the first
+    line: int  # number of its first line of code, from 1
+    section: str  # the heading of level two above it; "" before the first
 
 
 def names() -> list[str]:
-    """All pages that people wrote, by their path under docs/ without the suffix."""
+    """Return all pages that people wrote, as paths under docs/ without the suffix."""
     found = (path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
     return sorted(name.removesuffix(".md") for name in found if not name.startswith(MADE))
 
@@ -50,27 +50,27 @@ def blocks(name: str) -> list[Block]:
 
 
 def _without_code(text: str) -> str:
-    """The text with blanks for code, where `## ` is a comment and no heading."""
+    """The text with blanks in place of code, in which `## ` starts a comment and not a heading."""
     return _FENCE.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
 
 
 def sections(name: str) -> list[str]:
-    """The headings above Python blocks, in their order."""
+    """The headings above Python blocks, in order."""
     return list(dict.fromkeys(b.section for b in blocks(name) if b.language == "python"))
 
 
 def run(
     name: str, some: Iterable[str] | None = None, instead: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Run a page's Python blocks in order and return their names.
+    """Run a page's Python blocks in order and return the names that they define.
 
     Args:
-      name: of the page.
-      some: the sections to run; all if it is None.
-      instead: values that names of the blocks before the first heading get after these.
+      name: the page.
+      some: the sections to run; all of them for None.
+      instead: values that replace names of the blocks before the first heading.
 
     Raises:
-      AssertionError: a block of the language `output` is not what the block before it printed.
+      AssertionError: a block of the language `output` differs from the text printed before it.
     """
     module = types.ModuleType("page")  # dataclasses look their module up
     before, printed = sys.modules.get("page"), ""
@@ -108,7 +108,7 @@ def commands(name: str) -> list[list[str]]:
             line += part.removeprefix("$ ")
             try:
                 words = shlex.split(line, comments=True)
-            except ValueError:  # a quotation that goes on in the next line
+            except ValueError:  # the quotation continues in the next line
                 line += " "
                 continue
             line = ""

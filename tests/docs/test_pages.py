@@ -1,4 +1,4 @@
-"""Every block of the pages runs, and every command of them has the options that it is given."""
+"""Every block of the pages runs, and every command has the options that it is given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from docs import public
 from tests.docs import pages
 from tests.training import forks
 
-# Packages of other people, which not every environment has: a block that needs one is skipped.
+# Packages of other people that not every environment has; a block that needs one is skipped.
 OTHERS = {"equinox", "eqx_zoo", "keras", "penzai", "tunix"}
 ELSEWHERE = {
     "own_model": "tests/foreign/test_own_model.py runs each section and checks its files",
@@ -36,25 +36,31 @@ def imported(code: str) -> set[str]:
 
 @pytest.mark.parametrize("name", RUN)
 def test_a_page_runs(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red: an example that is not true any more, or that prints something else."""
+    """The code of a page runs and prints the output that the page shows.
+
+    Red if an example has become wrong, or prints something else.
+    """
     code = "\n".join(b.code for b in pages.blocks(name) if b.language == "python")
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     for package in imported(code) & OTHERS:
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    with jax.numpy_rank_promotion("allow"):  # as readers have it: Keras adds biases so
+    with jax.numpy_rank_promotion("allow"):  # JAX's default; Keras adds biases by promotion
         pages.run(name)
 
 
 @pytest.mark.parametrize("name", pages.names())
 def test_python_that_is_only_shown_is_python(name: str) -> None:
-    """Code of other libraries is in `{code-block} python`. Red: a line that cannot be parsed."""
+    """Code of other libraries, in `{code-block} python`, is valid Python.
+
+    Red if a line cannot be parsed.
+    """
     for block in pages.blocks(name):
         if block.language.startswith("{code-block} python"):
             ast.parse(re.sub(r"^:.*\n", "", block.code, flags=re.M))
 
 
-# What pages may call that is not ours.
+# Commands of other people that pages may call.
 FOREIGN = {"pip", "git", "cd", "source", "export", "apt-get", "gcloud", "srun", "mpirun", "time"}
 FOREIGN |= {"status=$?", "exit", "if", "vllm", "llama-cli", "llama-server", "ollama", "curl"}
 FOREIGN |= {"mlx_lm.generate", "cat", "ls", "mkdir"}
@@ -63,7 +69,7 @@ OURS = {"benchmarks", "docs", "experiments", "lora_jax", "measuring", "tests"}
 
 
 def ours(words: list[str]) -> tuple[str, ...] | None:
-    """The program that a command starts, or None for somebody else's: its words before options."""
+    """The program that a command starts, as its words before options; None if it is not ours."""
     first = pathlib.Path(words[0]).name
     if first == "lora-jax":
         return ("-m", "lora_jax", *words[1:2])
@@ -93,12 +99,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.mark.parametrize("name", [name for name in pages.names() if pages.commands(name)])
 def test_commands_take_their_options(name: str, folder: pathlib.Path) -> None:
-    """Red: an option that was renamed, a module or a command that is gone."""
+    """Each command has the options that the pages give it.
+
+    Red if an option was renamed, or if a module or a command was deleted.
+    """
     for words in pages.commands(name):
         program = ours([w for w in words if not re.fullmatch(r"[A-Z_]+=\S*", w)])
         if program is None:
             continue
-        if program[-1].startswith(("tests.", "docs.")):  # they have no --help
+        if program[-1].startswith(("tests.", "docs.")):  # these have no --help
             assert importlib.util.find_spec(program[-1]) is not None, words
             continue
         text = help_of(program, folder)
@@ -107,7 +116,7 @@ def test_commands_take_their_options(name: str, folder: pathlib.Path) -> None:
 
 
 def test_every_public_name_is_in_a_table_of_the_reference() -> None:
-    """The build says the same of values; this is what a run of the tests alone sees."""
+    """Each public name is in a table of the reference; the build of the site checks values too."""
     listed = set()
     for name in pages.names():
         if name.startswith("api/"):
@@ -123,7 +132,10 @@ def test_every_public_name_is_in_a_table_of_the_reference() -> None:
 
 
 def test_named_modules_and_files_exist() -> None:
-    """Red: a page that names `lora_jax.old`, or a file that was moved."""
+    """Modules and files that pages name exist.
+
+    Red if a page names `lora_jax.old`, or a file that was moved.
+    """
     for name in pages.names():
         text = (pages.DOCS / f"{name}.md").read_text()
         for path in re.findall(
@@ -135,7 +147,7 @@ def test_named_modules_and_files_exist() -> None:
 
 
 def exists(dotted: str) -> bool:
-    """Whether a dotted name is a module, or an attribute of one."""
+    """Return whether a dotted name is a module, or an attribute of one."""
     try:
         pkgutil.resolve_name(dotted)
     except (ImportError, AttributeError):
@@ -144,7 +156,10 @@ def exists(dotted: str) -> bool:
 
 
 def test_the_messages_of_the_troubleshooting_page_are_said() -> None:
-    """Red: an error whose words were changed in the package and not on the page."""
+    """The troubleshooting page quotes errors of the package.
+
+    Red if the words of an error were changed in the package and not on the page.
+    """
     texts = [words for path in (pages.ROOT / "lora_jax").rglob("*.py") for words in said(path)]
     page = (pages.DOCS / "troubleshooting.md").read_text()
     messages = re.findall(r"^### `(.*)`$", page, re.M)
@@ -155,7 +170,7 @@ def test_the_messages_of_the_troubleshooting_page_are_said() -> None:
 
 
 def said(path: pathlib.Path) -> list[str]:
-    """The texts of a file, those with values in them without the values."""
+    """The texts of a file; a text with values in it is given without them."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.JoinedStr):

@@ -1,4 +1,4 @@
-"""GGUF adapters: read by the format's description, by the published package, and read back."""
+"""GGUF adapters, read as the format is described, by the published package, and by ours."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_same(model: Model, adapter: lora_jax.Adapter, file: Path, base: Any =
     again = load(file, model, base)
     want, got = merged(model, adapter), merged(model, again)
     moved = max(np.abs(want[p] - np.asarray(x)).max() for p, x in flat(model.params).items())
-    assert moved > 1e-2, "an adapter that changes nothing"
+    assert moved > 1e-2, "the adapter changes no weight"
     for path in want:
         np.testing.assert_allclose(got[path], want[path], atol=2e-6, err_msg=path)
 
@@ -45,9 +45,9 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 
 
 def by_hand(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The metadata and tensors (float32, float16) of a file, by ggml's description of the format.
+    """Read the metadata and tensors (float32, float16) of a file as ggml describes the format.
 
-    Axes as ggml counts them: the first is the one whose numbers are next to each other.
+    Axes are in ggml's order: numbers along the first axis are next to each other.
     """
     data, at = file.read_bytes(), 4
     assert data[:4] == b"GGUF"
@@ -86,8 +86,8 @@ def by_hand(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def test_llama_cpps_rules_give_the_merged_model(name: str, tmp_path: Path) -> None:
     """`W + alpha / rank * B A` on the base's own file is the model that `merge` makes.
 
-    Red: rows of q and k in Hugging Face's order, the rows of k with the number of q's heads, a
-    factor transposed, alpha of another rank.
+    Red if rows of q and k have Hugging Face's order, if the rows of k are divided by the number of
+    q's heads, if a factor is transposed, or if alpha belongs to another rank.
     """
     model, folder = built_in(name), GOLDEN / "golden_models" / name
     base = write_gguf(folder, tmp_path / "base.gguf", name)
@@ -130,7 +130,7 @@ def test_the_published_reader(tmp_path: Path) -> None:
 
 
 def test_names_are_those_of_our_own_table() -> None:
-    """Two tables of names, the package's and the loader's, are one."""
+    """The package's table of names equals the table of our loader."""
     own = {r.hf: r.gguf for r in LLAMA.rows if r.gguf.endswith(".weight") and "norm" not in r.gguf}
     for hf, tensor in own.items():
         module = (hf if hf.startswith("lm_head") else LLAMA.prefix + hf).removesuffix(".weight")
@@ -153,7 +153,10 @@ def scanned_function(p: Any, x: Any) -> Any:
 
 
 def test_ranks_scales_tables_and_half_precision(tmp_path: Path) -> None:
-    """Red: one alpha for targets that differ, an embedding by the other factors' axes."""
+    """Targets may differ in rank and scale, tables may be adapted, and float16 loses little.
+
+    Red if all targets share one alpha, or if an embedding uses the axes of the other factor.
+    """
     model = built_in("llama")
     rules = (
         Rule("**/q/kernel", rank=3, alpha=4.0),
@@ -313,7 +316,8 @@ def test_hostile(tensors: Any, fields: Any, says: str, tmp_path: Path) -> None:
 
 def test_cut_short(tmp_path: Path) -> None:
     content = written(tmp_path / "bad.gguf", GOOD).read_bytes()
-    # The file ends with zeros up to a multiple of 32 bytes, here with none: all of it is needed.
+    # The file ends with zeros up to a multiple of 32 bytes. Here there are none, so every byte is
+    # needed.
     for length in range(0, len(content), 13):
         (tmp_path / "bad.gguf").write_bytes(content[:length])
         with pytest.raises(lora_jax.LoraError, match=r"bad\.gguf is damaged"):
@@ -321,7 +325,7 @@ def test_cut_short(tmp_path: Path) -> None:
 
 
 def test_flipped_bytes_are_an_error_or_other_numbers(tmp_path: Path) -> None:
-    """No other exception, whichever byte of the header is another one."""
+    """A changed byte of the header causes a LoraError and no other exception."""
     file, model = tmp_path / "bad.gguf", built_in("llama")
     content = bytearray(written(file, {A: np.full((2, 16), np.inf), B: GOOD[B]}).read_bytes())
     draw = np.random.default_rng(0)

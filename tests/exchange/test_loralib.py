@@ -1,4 +1,4 @@
-"""loralib's state dicts, against its own arithmetic written here from its description."""
+"""loralib's state dicts, compared with its arithmetic, which is written here as it describes it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def draw(*shape: int) -> np.ndarray:
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The update [out, in] of Linear."""
+    """The update [out, in] of a Linear."""
     return ALPHA / len(a) * b @ a
 
 
 def merged_linear(a: np.ndarray, b: np.ndarray, enabled: Sequence[bool]) -> np.ndarray:
-    """The update [out, in] of MergedLinear: a convolution in groups, padded with zeros.
+    """The update [out, in] of a MergedLinear: a convolution in groups, padded with zeros.
 
-    Group g of a 1-D convolution sees the g-th of `groups` equal runs of channels, and makes the
-    g-th run of outputs.
+    Group g of a 1-D convolution reads the g-th of `groups` equal ranges of channels, and makes the
+    g-th range of outputs.
     """
     groups, rank = sum(enabled), b.shape[1]
     size = len(b) // groups
@@ -68,7 +68,11 @@ X = jnp.ones((2, 6))
 @pytest.mark.parametrize("enabled", [(True, False, True), (True, True, True), (False, True, False)])
 @pytest.mark.parametrize("form", ["scanned", "unrolled"])
 def test_merged_linear(form: str, enabled: tuple[bool, ...]) -> None:
-    """Red: the groups of lora_A interleaved, the parts in the places of the first ones."""
+    """The parts of a MergedLinear become factors of their own, for each choice of parts.
+
+    Red if the groups of lora_A are interleaved, or if the parts move to the places of the first
+    ones.
+    """
     n = sum(enabled)
     state = {}
     for i in range(2):
@@ -90,12 +94,12 @@ def test_merged_linear(form: str, enabled: tuple[bool, ...]) -> None:
         value = got["qkv"][i].T if form == "scanned" else got[f"qkv{i}"]
         np.testing.assert_allclose(value, w[i] + delta, atol=2e-6)
     target = adapter.layout.targets[0]
-    assert target.rank == 2  # and not the sum: each part has factors of its own
+    assert target.rank == 2  # not the sum: each part has factors of its own
     assert target.parts == tuple((6 * i, 6) for i, on in enumerate(enabled) if on)
 
 
 def test_parts_of_an_output_in_heads() -> None:
-    """If the parts are not slices of one axis, the update is the same, with the ranks' sum."""
+    """If the parts are not slices of one axis, the update is the same and its rank is their sum."""
 
     def f(p: Any, x: Any) -> Any:
         return jnp.tanh(jnp.einsum("bi,ihk->bhk", x, p["qkv"]))
@@ -140,7 +144,10 @@ def state() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("in_a_file", [False, True])
 def test_linear_embedding_and_convolution(in_a_file: bool, tmp_path: Path) -> None:
-    """Red: the product of a Conv2d read in another order, the bias added in place of put."""
+    """Factors of a linear layer, an embedding and a convolution are read, and biases replaced.
+
+    Red if the product of a Conv2d has another order, or if the bias is added.
+    """
     model, s = layers(), state()
     source: Any = s
     if in_a_file:
