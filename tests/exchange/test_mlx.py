@@ -1,4 +1,4 @@
-"""MLX's adapters: read by mlx-lm's rules, written here from their description, and read back."""
+"""MLX's adapters, read by mlx-lm's rules (written here as it describes them) and by our reader."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def assert_same(model: Model, adapter: lora_jax.Adapter, folder: Path) -> lora_j
     again = load(folder, model)
     want, got = merged(model, adapter), merged(model, again)
     moved = max(np.abs(want[p] - np.asarray(x)).max() for p, x in flat(model.params).items())
-    assert moved > 1e-2, "an adapter that changes nothing"
+    assert moved > 1e-2, "the adapter changes no weight"
     for path in want:
         np.testing.assert_allclose(got[path], want[path], atol=2e-6, err_msg=path)
     return again
@@ -42,15 +42,15 @@ def assert_same(model: Model, adapter: lora_jax.Adapter, folder: Path) -> lora_j
 
 
 def by_mlx_lm(folder: Path, weights: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
-    """Fuse an adapter as mlx-lm loads and fuses it: strict in names, ranks and shapes.
+    """Fuse an adapter as mlx-lm loads and fuses it, which is strict in names, ranks and shapes.
 
-    It puts adapters on the modules that `keys` names in the last `num_layers` layers, by their
-    names inside a layer, and on modules that `keys` names in full. Every tensor of the file must
-    then belong to one of them.
+    It puts adapters on modules of the last `num_layers` layers whose name inside the layer is in
+    `keys`, and on modules whose full name is in `keys`. Each tensor of the file must then belong to
+    one of these modules.
     """
     config = json.loads((folder / "adapter_config.json").read_text())
     asked = config["lora_parameters"]
-    assert not [k for k in asked["keys"] if ".layers." in k]  # older ones know no full names there
+    assert not [k for k in asked["keys"] if ".layers." in k]  # older versions know none there
     modules = [name.removesuffix(".weight") for name, w in weights.items() if w.ndim == 2]
     first = layers - config["num_layers"] if config["num_layers"] > 0 else 0
     wanted = []
@@ -91,7 +91,11 @@ def by_mlx_lm(folder: Path, weights: dict[str, np.ndarray], layers: int) -> dict
     ids=["tables", "ranks", "dora", "tied"],
 )
 def test_mlx_lms_rules_give_the_merged_model(name: str, spec: LoraSpec, tmp_path: Path) -> None:
-    """Red: alpha for scale, a key with its layer's number, DoRA's lengths along the other axis."""
+    """The model fused by mlx-lm's rules has the weights of `merge`.
+
+    Red with alpha for scale, with a key that has its layer's number, or with DoRA's lengths along
+    the other axis.
+    """
     model, folder = built_in(name), GOLDEN / "golden_models" / name
     adapter = drawn(model, spec)
     assert_same(model, adapter, tmp_path / "a")

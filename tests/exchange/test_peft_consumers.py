@@ -1,4 +1,4 @@
-"""Servers read our folders: readers that follow their rules, written here.
+"""Servers read our folders correctly, by readers written here after the servers' own rules.
 
 The rules are of autumn 2026: vLLM `lora/peft_helper.py` and `lora_model.py`, SGLang's loader,
 llama.cpp `convert_lora_to_gguf.py` and `llama-adapter.cpp`, LoRAX `adapters/lora.py`, Ollama
@@ -27,7 +27,7 @@ Deltas = dict[str, np.ndarray]
 
 
 class RefusedError(Exception):
-    """The server does not load it."""
+    """The server refuses the folder."""
 
 
 def opened(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -36,7 +36,7 @@ def opened(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def pairs(tensors: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the factors by module; any other tensor is refused."""
+    """Return the factors by module, and refuse any other tensor."""
     halves: dict[str, dict[str, np.ndarray]] = {}
     for key, x in tensors.items():
         module, dot, ending = key.removeprefix("base_model.model.").rpartition(".lora_")
@@ -125,7 +125,7 @@ def adapters(model: Model) -> dict[str, lora_jax.Adapter]:
 
 
 def wanted(model: Model, adapter: lora_jax.Adapter) -> Deltas:
-    """The differences of the weights, by the modules' names, [out, in]."""
+    """The changes of the weights as [out, in], by the modules' names."""
     table = peft.NameTable(model.names, {t.path: t.shape for t in adapter.layout.targets})
     leaves, after = lora_jax.paths.flatten(model.params), merged(model, adapter)
     found = {}
@@ -146,12 +146,15 @@ def agrees(got: Deltas, want: Deltas) -> bool:
 def test_portable_is_read_alike(
     name: str, consumer: str, model: Model, adapters: Any, tmp_path: Path
 ) -> None:
-    """Red: a scale that is not folded, a rank that is not padded, an alpha of 16.0."""
+    """Every server reads the same weights from a portable folder.
+
+    Red if a scale is not folded into the factors, if a rank is not padded, or if alpha is 16.0.
+    """
     adapter = adapters[name]
     options: Any = {"profile": "portable", "params": model.params}
     peft.save(tmp_path / "a", model.names, adapter, base="b", **options)
     got, want = READERS[consumer](tmp_path / "a"), wanted(model, adapter)
-    for module in got.keys() | want.keys():  # one that is written and does nothing is right
+    for module in got.keys() | want.keys():  # a module with an update of zero is right too
         np.testing.assert_allclose(
             got[module], want.get(module, 0 * got[module]), atol=1e-6, err_msg=module
         )
@@ -168,7 +171,7 @@ def test_portable_is_read_alike(
 def test_what_is_not_read_right_is_said_before(
     name: str, consumer: str, model: Model, adapters: Any, tmp_path: Path
 ) -> None:
-    """`check` finds something just where a reader refuses the folder or has other weights."""
+    """`check` finds a problem exactly if a reader refuses the folder or gets other weights."""
     adapter = adapters[name]
     peft.save(tmp_path / "a", model.names, adapter, base="b", params=model.params)
     try:

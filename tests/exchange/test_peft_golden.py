@@ -1,4 +1,4 @@
-"""Adapters that the published PEFT wrote: the same logits here."""
+"""Adapters that the published PEFT wrote give the same logits here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES += [(base, name, True) for base, name, _ in CASES if name in SCANNED]
 
 
 def logits(model: Model, adapter: lora_jax.Adapter, x: Any) -> np.ndarray:
-    """Compute with the merged model; another test checks that `adapt` is equal to it."""
+    """The logits of the merged model; another test checks that `adapt` gives the same."""
     params = lora_jax.paths.replace(model.params, dict(adapter.trainable))
     return np.asarray(model.f(lora_jax.merge(adapter.layout, params, adapter.parameters), x))
 
@@ -46,19 +46,26 @@ def expected(name: str) -> tuple[Any, np.ndarray]:
 
 @pytest.mark.parametrize(("base", "name", "scan"), CASES)
 def test_logits_are_those_of_peft(base: str, name: str, scan: bool) -> None:
-    """Red: alpha / r for rsLoRA, a norm over the wrong axis, a transposed factor, a lost bias."""
+    """Every golden adapter gives PEFT's logits.
+
+    Red with alpha / r for rsLoRA, with a norm over the wrong axis, with a transposed factor, or
+    without a bias.
+    """
     model = built_in(base, scan)
     x, want = expected(name)
     adapter = peft.load(ADAPTERS / name, model.names, model.f, model.params, model.x)
     got = logits(model, adapter, x)
     base_out = np.asarray(model.f(model.params, x))
-    assert np.abs(base_out - want).max() > 1e-2, "an adapter that changes nothing"
+    assert np.abs(base_out - want).max() > 1e-2, "the adapter changes no output"
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["toy", "toy_dora"])
 def test_convolutions_and_gpt2s_product(name: str) -> None:
-    """Red: the window of a convolution in another order, or the channels after it."""
+    """Convolutions and GPT-2's transposed product give PEFT's outputs.
+
+    Red if the window of a convolution has another order, or if the channels come after it.
+    """
     model = toy()
     x, want = expected(name)
     adapter = peft.load(ADAPTERS / name, model.names, model.f, model.params, x)
@@ -104,7 +111,11 @@ def experts_function(transposed: bool) -> Any:
 @pytest.mark.parametrize("form", ["plain", "plain_square", "transposed", "transposed_square"])
 @pytest.mark.parametrize("version", ["0.17.1", "0.18.1", "0.19.0", "0.19.1", "0.21.2"])
 def test_experts_by_version(version: str, form: str, tmp_path: Path) -> None:
-    """Red: any of the three readings of PEFT taken for another; the square ones show it alone."""
+    """Experts written by each version of PEFT are read as that version reads them.
+
+    Red if one of PEFT's three readings is used for another; only the square ones then fit and
+    differ.
+    """
     name = f"experts_{version}_{form}"
     golden = npz.read(ADAPTERS / name / "expected.npz")
     weights = {k.partition("/")[2]: jnp.asarray(golden[k]) for k in golden if "experts/" in k}
@@ -119,7 +130,7 @@ def test_experts_by_version(version: str, form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["0.18.1", "0.21.2"])
 def test_experts_of_kernels_that_are_apart(version: str, tmp_path: Path) -> None:
-    """Gate and up are two kernels [experts, in, out] here, and rows of one parameter there."""
+    """Gate and up are two kernels [experts, in, out] here, and rows of one parameter in PEFT."""
     name = f"experts_{version}_plain"
     golden = npz.read(ADAPTERS / name / "expected.npz")
     both, down = (golden[f"experts/{n}_proj"].swapaxes(1, 2) for n in ("gate_up", "down"))
@@ -140,7 +151,7 @@ def test_experts_of_kernels_that_are_apart(version: str, tmp_path: Path) -> None
     model = Model(f, params, names, golden["x"])
     adapter = peft.load(ADAPTERS / name, names, f, params, model.x)
     np.testing.assert_allclose(logits(model, adapter, model.x), golden["out"], atol=1e-5)
-    # written with a key for each expert, and read by either name
+    # It is written with one key for each expert too, and is read by either name.
     keys = {n: f"{start}.{n.split('/')[0]}_proj" for n in names}
     either = {n: (HfModule(keys[n]), names[n]) for n in names}
     for number, table in enumerate((names, keys, either)):
@@ -157,7 +168,7 @@ def test_a_development_version_is_refused(tmp_path: Path) -> None:
 
 
 def changed(name: str, tmp_path: Path, **settings: Any) -> tuple[Path, Any]:
-    """A copy of a golden adapter with other settings."""
+    """Copy a golden adapter with other settings."""
     source = ADAPTERS / name
     config = json.loads((source / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | settings))

@@ -1,4 +1,4 @@
-"""Folders from strangers: an error that names the file and the key, and never other numbers."""
+"""A stranger's folder gives an error with the file and the key, and never other numbers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def rewritten(
     tmp_path: Path,
     change: Callable[[dict[str, Any], dict[str, np.ndarray]], None],
 ) -> Path:
-    """A copy with other settings and tensors, without hashes, as PEFT writes them."""
+    """Copy a folder with other settings and tensors, and without hashes, as PEFT writes it."""
     settings = json.loads((good / peft.CONFIG).read_text())
     tensors = dict(tensor_file.read(good / peft.TENSORS).tensors)
     change(settings, tensors)
@@ -137,7 +137,10 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_named(name: str, good: Path, tmp_path: Path) -> None:
-    """Red: any of these that is read without a word."""
+    """Each fault is an error that names the file and the key.
+
+    Red if one of these folders is read without an error.
+    """
     change, file, key = WRONG[name]
     start = time.monotonic()
     with pytest.raises(lora_jax.LoraError, match=rf"(?s){file}.*{key}"):
@@ -146,7 +149,7 @@ def test_what_is_wrong_is_named(name: str, good: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_wrong(good: Path, tmp_path: Path) -> None:
-    """Bare names of modules, which PEFT loads without effect; settings that are switched off."""
+    """Bare module names, which PEFT loads without effect, and unused settings are accepted."""
 
     def bare(settings: Any, tensors: Any) -> None:
         settings.update({"a_newer_setting": None, "layer_replication": None, "lora_dropout": 0.1})
@@ -268,7 +271,7 @@ def flipped(source: Path, folder: Path, file: str, draw: np.random.Generator) ->
 
 @pytest.mark.parametrize("file", [peft.TENSORS, peft.CONFIG])
 def test_flipped_bits_are_found(file: str, good: Path, tmp_path: Path) -> None:
-    """200 of each file: an error that names it, or the adapter as it was (another base's name)."""
+    """Each of 200 flipped bits gives an error with the file's name, or the same adapter."""
     want, draw, messages = load(good), np.random.default_rng(0), []
     for _ in range(200):
         flipped(good, tmp_path / "a", file, draw)
@@ -283,13 +286,13 @@ def test_flipped_bits_are_found(file: str, good: Path, tmp_path: Path) -> None:
 
 
 def test_flipped_bits_of_pefts_files_raise_nothing_else(tmp_path: Path) -> None:
-    """They have no hashes, so that other finite numbers are believed; all else is an error."""
+    """PEFT's files have no hashes, so finite numbers are believed; all else is a LoraError."""
     draw = np.random.default_rng(1)
     source = ADAPTERS / "plain"
     for file in (peft.TENSORS, peft.CONFIG):
         for _ in range(50):
             flipped(source, tmp_path / "a", file, draw)
-            with pytest.raises(lora_jax.LoraError):  # at the latest by the names of this model
+            with pytest.raises(lora_jax.LoraError):  # the names do not fit this model
                 load(tmp_path / "a")
 
 

@@ -1,4 +1,4 @@
-"""`load(save(x))` is `x` in value: the merged weights are equal, for every kind and form."""
+"""`load(save(x))` has the merged weights of `x`, for every kind and form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = ["lora", "dora", "vera", "loha", "lokr"]
 
 
 def drawn(model: Model, spec: LoraSpec, **trainable: Any) -> lora_jax.Adapter:
-    """An adapter of random numbers."""
+    """Draw an adapter of random numbers."""
     layout = lora_jax.resolve(spec, model.f, model.params, model.x)
     start = lora_jax.init(jax.random.key(0), layout, params=model.params)
     leaves, structure = jax.tree.flatten(start)
@@ -44,13 +44,13 @@ def assert_same(
     other: Model | None = None,
     **options: Any,
 ) -> lora_jax.Adapter:
-    """Saved and loaded, the merged weights are equal; `other` is the model that loads it."""
+    """Save and load, and compare the merged weights; `other` is the model that loads."""
     peft.save(folder, model.names, adapter, base="org/name", **options)
     reader = other or model
     again = peft.load(folder, reader.names, reader.f, reader.params, reader.x)
     want, got = merged(model, adapter), merged(reader, again)
     moved = max(np.abs(want[p] - np.asarray(x)).max() for p, x in flat(model.params).items())
-    assert moved > 1e-2, "an adapter that changes nothing"
+    assert moved > 1e-2, "the adapter changes no weight"
     if other is None:
         for path in want:
             np.testing.assert_allclose(got[path], want[path], atol=2e-6, err_msg=path)
@@ -67,7 +67,11 @@ def scanned_function(p: Any, x: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(kind: str, tmp_path: Path) -> None:
-    """Red: a factor of the wrong layer, a scale that is lost, a magnitude along the wrong axis."""
+    """Each kind of update keeps the merged weights.
+
+    Red if a factor belongs to another layer, if a scale is lost, or if a magnitude is along the
+    wrong axis.
+    """
     w = np.random.default_rng(2).standard_normal((3, 6, 6))
     params = {"layers": {"up": {"kernel": jnp.asarray(w, jnp.float32)}}}
     model = Model(scanned_function, params, {"layers/up/kernel": "h.{layer}.up"}, X)
@@ -95,7 +99,11 @@ def test_biases_with_and_without_the_base(tmp_path: Path) -> None:
 
 
 def test_ranks_alphas_and_scalings(tmp_path: Path) -> None:
-    """Red: PEFT's one use_rslora for targets that differ, alpha of another module."""
+    """Ranks, alphas and scalings that differ from target to target are kept.
+
+    Red if one use_rslora of PEFT stands for targets that differ, or if alpha belongs to another
+    module.
+    """
     model = built_in("llama")
     rules = (
         Rule("**/q/kernel", rank=3, alpha=4.0),
@@ -117,7 +125,10 @@ def test_heads_norms_and_tables(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_head_trained_in_full(tmp_path: Path) -> None:
-    """Red: a kernel that is not transposed, a bias that PEFT would miss."""
+    """A head that was trained in full is saved as PEFT's whole module.
+
+    Red if a kernel is not transposed, or if PEFT would miss the bias.
+    """
     model = built_in("bert")
     kernel = flat(model.params)["classifier/out/kernel"]
     adapter = drawn(model, LoraSpec(2, 3.0, "**/query/kernel"))
@@ -189,7 +200,10 @@ def outputs(model: Model, adapter: lora_jax.Adapter) -> np.ndarray:
     ],
 )  # fmt: skip
 def test_fused_and_separate(writer: str, reader: str, kind: str, tmp_path: Path) -> None:
-    """The same function with another tree. Red: the rows of q in place of the rows of k."""
+    """A fused and a separate tree of the same function read each other's adapters.
+
+    Red if the rows of q are used for the rows of k.
+    """
     one, two = FORMS[writer], FORMS[reader]
     fused_ours = set(flat(one.params)) == {"qkv/kernel"}
     parts = {"whole": None, "q_v": ((0, 8), (12, 4)), "ranks": ((0, 8), (8, 4), (12, 4))}
@@ -216,7 +230,10 @@ def test_parts_that_are_read_have_factors_of_their_own(tmp_path: Path) -> None:
 
 
 def test_heads_and_a_stack_on_the_second_axis(tmp_path: Path) -> None:
-    """MaxText's layers on axis 1, Flax's heads. Red: a stack that is taken for an input."""
+    """Layers on axis 1 (MaxText) and heads (Flax) are read and written.
+
+    Red if the stack is used as an input.
+    """
 
     def f(p: Any, x: Any) -> Any:
         def layer(x: Any, w: Any) -> Any:
@@ -255,7 +272,7 @@ def test_heads_and_a_stack_on_the_second_axis(tmp_path: Path) -> None:
 
 
 def test_rotary_pairs_are_put_in_their_order(tmp_path: Path) -> None:
-    """A model that rotates (2i, 2i + 1) reads what one that rotates (i, i + half) wrote."""
+    """A model that rotates (2i, 2i + 1) reads an adapter of one that rotates (i, i + half)."""
     order = np.array([0, 2, 1, 3, 4, 6, 5, 7])
     params = kernels()
     turned = {**params, "q": {"kernel": params["q"]["kernel"][:, order]}}
@@ -286,7 +303,7 @@ def test_a_tree_with_hugging_faces_names_needs_no_table(tmp_path: Path) -> None:
 
 
 def test_experts_by_number(tmp_path: Path) -> None:
-    """A key for each expert, from layers and experts in one array."""
+    """Each expert gets its own key, from one array of layers and experts."""
 
     def f(p: Any, x: Any) -> Any:
         def layer(x: Any, w: Any) -> Any:
@@ -304,7 +321,7 @@ def test_experts_by_number(tmp_path: Path) -> None:
 
 
 def test_what_is_written(tmp_path: Path) -> None:
-    """Nothing but the two files; short names where they are exact; a note for servers."""
+    """Only two files are written, with short names where they are exact, and a note for servers."""
     model = built_in("llama")
     adapter = drawn(model, LoraSpec(2, 3.0, "**/{q,v}/kernel"))
     saved = peft.save(tmp_path / "a", model.names, adapter, base="b", params=model.params)
@@ -328,7 +345,10 @@ HEADS |= dict.fromkeys(("bert", "roberta", "modernbert", "distilbert"), "roberta
 
 @pytest.mark.parametrize("name", [*DECODERS, *HEADS])
 def test_names_of_the_built_in_models(name: str) -> None:
-    """Every tensor of the golden folder has its place, by one name. Red: a wrong prefix."""
+    """Every tensor of the golden folder has one place, by one name.
+
+    Red if a prefix is wrong.
+    """
     source = models.open(str(GOLDEN / "golden_models" / name))
     head = models.Head(HEADS[name], 3) if name in HEADS else None
     shapes = {p: x.shape for p, x in flat(source.load(head=head)).items()}
@@ -344,7 +364,7 @@ def test_names_of_the_built_in_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
 def test_experts_of_the_built_in_models(name: str, tmp_path: Path) -> None:
-    """A key for each expert is written; that, and the parameters of all experts, are read."""
+    """One key for each expert is written; this form and parameters of all experts are read."""
     model = built_in(name)
     adapter = drawn(model, LoraSpec(2, 3.0, "**/{gate,up,down}/kernel"))
     assert model.names is not None

@@ -21,7 +21,7 @@ ADAPTERS = GOLDEN / "golden_peft"
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A function of (params, input), and the names of its parameters."""
+    """A function of (params, input), with the names of its parameters."""
 
     f: Callable[..., Any]
     params: Any
@@ -31,7 +31,7 @@ class Model:
 
 @functools.cache
 def built_in(name: str, scan: bool = False) -> Model:
-    """One of the tiny models of golden_models."""
+    """Load one of the tiny models of golden_models."""
     source = models.open(str(GOLDEN / "golden_models" / name))
     config = dataclasses.replace(source.config, scan_layers=scan)
     ids = jnp.full((2, 7), 3, jnp.int32)
@@ -60,7 +60,7 @@ def conv(x: Any, kernel: Any, axes: tuple[str, str, str]) -> Any:
 
 
 def toy_function(p: Any, x: Any) -> Any:
-    """`Toy` of make_peft.py, with Flax's kernels."""
+    """`Toy` of make_peft.py, on kernels in Flax's order."""
     x = conv(x, p["conv2"]["kernel"], ("NCHW", "HWIO", "NCHW"))
     x = jnp.tanh(x + p["conv2"]["bias"][None, :, None, None]).reshape(len(x), 4, -1)
     x = conv(x, p["conv1"]["kernel"], ("NCH", "HIO", "NCH"))
@@ -72,7 +72,7 @@ def toy_function(p: Any, x: Any) -> Any:
 
 
 def toy() -> Model:
-    """The toy with Flax's kernels."""
+    """The toy, with kernels in Flax's order."""
     w = npz.read(ADAPTERS / "toy.npz")
     params = {
         "conv2": {"kernel": w["conv2/weight"].transpose(2, 3, 1, 0), "bias": w["conv2/bias"]},

@@ -1,12 +1,12 @@
-"""Kill everything that writes, at random moments, and see whether it is whole.
+"""Kill each command that writes, at random moments, and check that its files are whole.
 
     python -m tests.faults --kills 200 --seed 1
     python -m tests.faults --kills 50 --only "export hf" group --out faults
 
-Each scenario is killed `--kills` times with SIGKILL. After each kill what is there is a whole older
-state; in the end it has the same bits as a run that was never killed. What was seen is printed as a
-table, and written to `--out` as summary.json and summary.md. The exit status is 1 if anything
-failed; the folder of the runs is kept then.
+Each scenario is killed `--kills` times with SIGKILL. After each kill, the files must be those of an
+earlier whole state; in the end, they must have the same bits as those of a run that was never
+killed. The results are printed as a table, and written to `--out` as summary.json and summary.md.
+The exit status is 1 if anything failed; the folder of the runs is then kept.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _outcomes(names: list[str], kills: int, seed: int, folder: pathlib.Path) -> 
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """What was seen, in markdown."""
+    """Return the results as a markdown table."""
     rows = [HEADER, ("---",) * len(HEADER)]
     for one in outcomes:
         moments = f"{one.moments.get('time', 0)} / {one.moments.get('change', 0)}"

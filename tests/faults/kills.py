@@ -1,7 +1,7 @@
-"""`kill -9` at random moments of a scenario, and whether it is whole after each and at the end.
+"""Kill a scenario with SIGKILL at random moments, and check its files after each kill.
 
-Half of the moments are random in time, half are random among the changes that the command makes to
-files: those between two renames would hardly be hit by the clock.
+Half of the moments are random in time, and half are random among the command's changes to files.
+The clock alone would hardly ever hit the moment between two renames.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.training.forks import Fork
 
 @dataclasses.dataclass
 class Outcome:
-    """What the kills of one scenario came to.
+    """The results of the kills of one scenario.
 
-    kills: how many. moments: in how many of them each kind of moment was chosen.
-    torn: after how many something half-written was there under another name.
-    ends: how often it came to its end, and was compared with the whole.
-    states: after each kill, as the scenario says it.
-    failures: what was wrong, in words.
+    kills: the number of kills. moments: the number of times that each kind of moment was chosen.
+    torn: the number of kills that left an unfinished file or folder under a temporary name.
+    ends: the number of times that the command ended and was compared with `whole`.
+    states: the state after each kill, as the scenario gives it.
+    failures: the faults that were found, in words.
     """
 
     name: str
@@ -45,9 +45,9 @@ class Kills:
     """The kills of one scenario."""
 
     def __init__(self, name: str, scenario: Scenario, seed: int) -> None:
-        """Run it whole, twice: the second time says how long it takes and what it changes.
+        """Run the scenario whole, twice; the second run gives the time and the changes.
 
-        The first time also compiles, and keeps what it compiles.
+        The first run also compiles the programs and keeps them.
         """
         self.outcome, self._scenario = Outcome(name), scenario
         self._random, self._began = random.Random(f"{seed} {name}"), time.monotonic()
@@ -60,11 +60,11 @@ class Kills:
         self._end()
 
     def run(self, kills: int, told: Callable[[], None] = lambda: None) -> Outcome:
-        """Kill it so many times, over as many runs as that takes; `told` after each.
+        """Kill the command `kills` times, over as many runs as that needs.
 
-        Ctrl-C ends it early, with what was seen so far.
+        `told` is called after each kill. Ctrl-C ends the kills early, with the results so far.
         """
-        with contextlib.suppress(KeyboardInterrupt):  # fewer kills, then
+        with contextlib.suppress(KeyboardInterrupt):  # then there are fewer kills
             while self.outcome.kills < kills:
                 before = self.outcome.kills
                 self._try(self._kill)
@@ -75,10 +75,10 @@ class Kills:
         return self.outcome
 
     def _try(self, act: Callable[[], None]) -> None:
-        """Note what fails, keep it for whoever looks into it, and begin anew."""
+        """Note a failure, keep its files so that a person can look at them, and begin anew."""
         try:
             act()
-        except Exception as error:  # noqa: BLE001 - whatever fails is what is looked for
+        except Exception as error:  # noqa: BLE001 - any failure is a result
             number = len(self.outcome.failures)
             kept = self._place.with_name(f"failed-{number}")
             if self._place.exists():
@@ -104,7 +104,7 @@ class Kills:
             self._end()
             return
         assert -signal.SIGKILL in statuses, f"it ended with {statuses}"
-        assert len(forks) == 1 or 0 not in statuses or self._summary(), "the other one went on"
+        assert len(forks) == 1 or 0 not in statuses or self._summary(), "the other process went on"
         self.outcome.kills += 1
         self.outcome.moments[kind] = self.outcome.moments.get(kind, 0) + 1
         self._check()
@@ -149,7 +149,7 @@ class Kills:
         return sorted(self._scenario.folder.glob("killed*.log"))
 
 
-_SECONDS = 1800  # that a command may take on a busy machine
+_SECONDS = 1800  # the time that a command may take on a busy machine
 
 
 def _is_unfinished(path: pathlib.Path) -> bool:

@@ -1,4 +1,4 @@
-"""What is killed: commands that write for a while, and what they must leave in the end."""
+"""Scenarios to be killed: commands that write for a while, and the files that they must leave."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.training.runs import OWN, ROOT
 from tests.training.test_resume import assert_same, checkpoints
 
 SMALL = ("--width", "8", "--batch-size", "8", "--steps", "60", "--checkpoint-every", "5")
-# It learns slowly, so that nearly each evaluation is the best and exports an adapter.
+# It learns slowly, so that nearly every evaluation is the best so far and exports an adapter.
 SMALL += ("--evaluate-every", "10", "--optimizer.schedule", "constant")
 SMALL += ("--optimizer.learning-rate", "5e-4")
-HEARTBEAT = 60  # seconds in which a process notices, at most, that another one is gone
+HEARTBEAT = 60  # seconds until a process notices that another one is gone, at most
 
 
 class Scenario(abc.ABC):
-    """A command that is killed and started again until it comes to its end.
+    """A command that is killed and started again until it ends.
 
-    A place is the run directory or folder that it writes; `whole` is that of a command that was
-    never killed, and what each prints lies beside it.
+    A place is the run directory or folder that it writes. `whole` is the place of a command that
+    was never killed. A log next to each place has the text that its command prints.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -39,22 +39,22 @@ class Scenario(abc.ABC):
 
     @abc.abstractmethod
     def start(self, place: pathlib.Path, killed_at: int | None = None) -> list[Fork]:
-        """Start the processes of the command, the first of which dies at a change if it is told."""
+        """Start the command's processes; the first one dies at the change `killed_at`."""
 
     @abc.abstractmethod
     def state(self, place: pathlib.Path) -> Any:
-        """What a kill has left, which must not be less than after the kill before; or raise."""
+        """Return the state after a kill, which must not be less than before; raise if torn."""
 
     def is_finished(self, place: pathlib.Path) -> bool:
-        """Whether the command would find nothing left to do, and say so as an error."""
+        """Return whether the command would find nothing left to do and end with an error."""
         return False
 
     @abc.abstractmethod
     def assert_same(self, place: pathlib.Path) -> None:
-        """Raise unless what was killed ended as `whole`, which never was."""
+        """Raise unless the killed command has ended with the files of `whole`."""
 
     def fork(self, place: pathlib.Path, *line: str, **options: Any) -> Fork:
-        """One process; what it prints is beside `place`."""
+        """Start one process, which prints to a log next to `place`."""
         return Fork(line, place.with_suffix(".log"), cache=self._cache, **options)
 
 
@@ -68,7 +68,7 @@ class Run(Scenario):
         return [self.fork(place, *self.line, "--run-dir", str(place), killed_at=killed_at)]
 
     def state(self, place: pathlib.Path) -> Any:
-        """The steps of the newest checkpoints. Nothing may be damaged, and exports are readable."""
+        """The steps of the newest checkpoints; none is damaged, and exports can be read."""
         found = {}
         for member in self.members:
             path = place / member
@@ -94,16 +94,16 @@ class Run(Scenario):
             assert names == known, f"it leaves {sorted(names - known)}"
             left = sorted(p.name for p in (other / "adapters").iterdir())
             assert left == ["best", "last"], f"adapters holds {left}"
-            assert not [p for p in other.rglob("*") if "tmp" in p.name], "half of something is left"
+            assert not [p for p in other.rglob("*") if "tmp" in p.name], "an unfinished file stays"
 
 
 def _hashes(folder: pathlib.Path) -> Any:
-    """Of every array of the state, as the manifest lists them; each start compares them with it."""
+    """The hashes of all arrays, from the manifest of the state; each start checks them."""
     return storage.read_manifest(storage.absolute(folder), math.inf, "state").arrays
 
 
 class GroupRun(Run):
-    """Three members that train as one program, one of which ends before the others."""
+    """Three members that train as one program; one of them ends before the others."""
 
     members = ("a", "b", "c")
     _CONFIG = """
@@ -121,9 +121,10 @@ config = GroupConfig(members=(A, B, C))
         self.line = ("--config", str(file))
 
     def state(self, place: pathlib.Path) -> Any:
-        """The step of the member that is furthest behind.
+        """The step of the member with the fewest steps.
 
-        Those ahead of it may go back: the group goes on from checkpoints that belong together.
+        Members with more steps may go back, because the group continues from checkpoints that
+        belong together.
         """
         return [min(super().state(place))]
 
@@ -167,7 +168,7 @@ config = TextConfig(
 
 
 class TwoProcesses(Run):
-    """One run on two processes, any of which is killed; the other one has to stop too."""
+    """One run on two processes, one of which is killed; the other has to stop too."""
 
     line = ("--config", OWN, *SMALL, "--mesh.data", "2")
 
@@ -198,20 +199,20 @@ class Export(Scenario):
         write_run(self._run, "llama")
 
     def start(self, place: pathlib.Path, killed_at: int | None = None) -> list[Fork]:
-        # Small shards: the more files, the more moments at which some are there.
+        # The shards are small: more files give more moments at which only some of them exist.
         shards = ("--shard-gb", "1e-5") if self._form == "hf" else ()
         line = (str(self._run), "--format", self._form, "--out", str(place), *shards)
         return [self.fork(place, *line, killed_at=killed_at, command="export")]
 
     def state(self, place: pathlib.Path) -> Any:
-        """Whether it is there, whole: half of it is an error."""
+        """Return whether the folder exists; raise if it is incomplete."""
         if not place.exists() or not any(place.iterdir()):
             return [0]
         _assert_same_files(self.whole, place)
         return [1]
 
     def is_finished(self, place: pathlib.Path) -> bool:
-        """Whether it was killed after the folder had got its name."""
+        """Return whether the folder already had its name when the command was killed."""
         return place.exists() and any(place.iterdir())
 
     def assert_same(self, place: pathlib.Path) -> None:
@@ -222,14 +223,14 @@ class Export(Scenario):
 
 def _assert_same_files(one: pathlib.Path, other: pathlib.Path) -> None:
     names = [sorted(str(p.relative_to(f)) for p in f.rglob("*")) for f in (one, other)]
-    assert names[0] == names[1], f"half a folder: {names[1]} of {names[0]}"
+    assert names[0] == names[1], f"an incomplete folder: {names[1]} of {names[0]}"
     files = [name for name in names[0] if (one / name).is_file()]
     _, differ, failed = filecmp.cmpfiles(one, other, files, shallow=False)
     assert not differ and not failed, f"other bytes in {differ + failed}"
 
 
 def export(form: str) -> Callable[[pathlib.Path], Scenario]:
-    """The export of a format, as a scenario that still needs its folder."""
+    """Return a builder of the scenario for one format, which needs its folder."""
     return lambda folder: Export(folder, form)
 
 

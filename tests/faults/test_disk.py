@@ -1,4 +1,4 @@
-"""A disk that refuses to be written: our error, with the file and the cure, and nothing lost."""
+"""A disk that cannot be written gives our error, with the file and the cure, and loses no data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from lora_jax.training.checkpoints import Checkpoints
 from tests.training.test_checkpoints import LAYOUT, bits, names, read, state, write
 from tests.training.test_resume import checkpoints
 
-# Of many writes under way Orbax reports the first that fails; the others complain when collected.
+# If several writes fail, Orbax raises the first error; Python warns of the others when it collects
+# them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 CURES = {
@@ -38,7 +39,7 @@ CURES = {
 
 
 def refuse(patch: pytest.MonkeyPatch, call: str, number: int, part: str = "") -> None:
-    """`os.<call>` fails with this error where its last path holds `part`."""
+    """Make `os.<call>` fail with error `number` for paths that contain `part`."""
     plain = getattr(os, call)
 
     def refused(*paths: Any, **options: Any) -> Any:
@@ -94,7 +95,10 @@ WRITERS: dict[str, Callable[[pathlib.Path], None]] = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_read_only_folder(name: str, small_disk: pathlib.Path) -> None:
-    """Red without its `writing`: the system's error says no cure, and Orbax's names no file."""
+    """A read-only folder gives an error with the file and the cure.
+
+    Red without the writer's `writing`: the system's error has no cure, and Orbax's names no file.
+    """
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(LoraError, match=rf"(?s){name}.*Read-only file system.*Make the folder"):
         WRITERS[name](small_disk)
@@ -102,7 +106,7 @@ def test_a_read_only_folder(name: str, small_disk: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", ["checkpoints", "best", "metrics.jsonl"])
 def test_a_full_disk_and_then_room(name: str, small_disk: pathlib.Path) -> None:
-    """What was there before stays, and the same goes well once there is room."""
+    """After a full disk, earlier files are intact, and writing works once there is room."""
     WRITERS[name](small_disk)
     filler = small_disk / "filler"
     _fill(filler)
@@ -131,7 +135,10 @@ def _again_and_again(write: Callable[[pathlib.Path], None], folder: pathlib.Path
 def test_a_file_system_without_locks(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red without `writing` around the lock: no file and no cure."""
+    """A file system without locks gives an error with the folder and the cure.
+
+    Red without `writing` around the lock.
+    """
 
     def acquire(self: Any, timeout: float) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -161,7 +168,10 @@ def test_a_checkpoint_whose_rename_fails(
 def test_an_export_whose_rename_fails(
     part: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red if the second rename fails and the earlier export is left under another name."""
+    """The earlier export stays readable if a rename fails.
+
+    Red if the second rename fails and leaves the earlier export under another name.
+    """
     _export(tmp_path)
     plain = os.rename
 
@@ -184,7 +194,11 @@ def test_an_export_whose_rename_fails(
 def test_an_old_export_that_somebody_reads(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NFS keeps an open file in its folder, which cannot be deleted then. Red: the run ends."""
+    """An old export that cannot be deleted does not stop a new one.
+
+    NFS keeps an open file in its folder, and then the folder cannot be deleted. Red if the run
+    ends.
+    """
     _export(tmp_path)
     with monkeypatch.context() as patch:
         refuse(patch, "rmdir", errno.ENOTEMPTY, "best.old")
@@ -198,7 +212,10 @@ def test_an_old_export_that_somebody_reads(
 def test_an_old_checkpoint_that_somebody_reads(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red: a run ends, or a checkpoint is said to be lost, because an old one cannot be deleted."""
+    """An old checkpoint that cannot be deleted is not an error.
+
+    Red if the run ends, or if an error says that a checkpoint was lost.
+    """
     folder = write(tmp_path / "checkpoints", 3, 4)
     with monkeypatch.context() as patch:
         refuse(patch, "rmdir", errno.ENOTEMPTY)
@@ -212,7 +229,10 @@ def test_an_old_checkpoint_that_somebody_reads(
 def test_a_file_system_that_goes_away_is_no_damage(
     number: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red if the newest checkpoint is set aside as damaged, and the run goes on from an older."""
+    """A checkpoint that cannot be read for the moment is not treated as damaged.
+
+    Red if the newest checkpoint is set aside as damaged, and the run continues from an older one.
+    """
     folder = write(tmp_path / "checkpoints", 3, 4)
 
     def away(*_: Any) -> None:
@@ -230,7 +250,7 @@ def test_a_file_system_that_goes_away_is_no_damage(
 
 
 def test_nothing_goes_by_the_clock(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set back at each save, and the times of the files reversed: the newest is the last one."""
+    """The newest checkpoint is the last one written, although all times run backwards."""
     clock = iter(range(2_000_000_000, 0, -100_000))
     monkeypatch.setattr("time.time", lambda: float(next(clock)))
     folder = tmp_path / "checkpoints"
@@ -245,7 +265,10 @@ def test_nothing_goes_by_the_clock(tmp_path: pathlib.Path, monkeypatch: pytest.M
 def test_events_are_in_the_order_in_which_they_were_written(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorBoard reads the files by their names. Red: the one of the later start comes first."""
+    """TensorBoard reads event files by name, so names follow the order in which they were written.
+
+    Red if the file of the later start comes first.
+    """
     found: list[str] = []
     for now in (2_000_000_000.0, 1_000_000_000.0, 1_000_000_000.0):
         monkeypatch.setattr("time.time", lambda now=now: now)
@@ -259,7 +282,10 @@ def test_events_are_in_the_order_in_which_they_were_written(
 
 
 def test_checkpoints_leave_no_open_files_and_threads(tmp_path: pathlib.Path) -> None:
-    """Red if nobody asks Orbax's response for its result: three files and a thread for each."""
+    """Saving checkpoints does not add open files or threads.
+
+    Red if nobody asks Orbax's response for its result: each save leaves three files and a thread.
+    """
     if not pathlib.Path("/proc/self/fd").is_dir():
         pytest.skip("no /proc")
 

@@ -1,4 +1,4 @@
-"""A folder of an export that is killed before each of its changes is whole, or as it was before."""
+"""An export killed before any of its changes leaves a whole folder, or the folder as it was."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def names(folder: pathlib.Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# Forks are cheap in a process that has no threads.
+# Forks are cheap in a process without threads.
 KILLED = """
 import os, pathlib, sys
 from tests.faults.test_exports import write
@@ -47,31 +47,37 @@ while True:
 
 
 def test_whenever_it_is_killed(tmp_path: pathlib.Path) -> None:
-    """Nothing or an empty folder, then all. Red if the files are put into `out` one by one."""
+    """A killed write leaves no folder, an empty one or a whole one; the next completes it.
+
+    Red if files are moved into `out` one by one.
+    """
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     seen = set[int]()
     for run in tmp_path.iterdir():
         out = run / "out"
         found = names(out) if out.exists() else []
-        assert found in ([], sorted(FILES)), f"half a folder, killed at change {run.name}"
+        assert found in ([], sorted(FILES)), f"an incomplete folder, killed at change {run.name}"
         seen.add(len(found))
         if not found:
             write(out)
         assert names(out) == sorted(FILES)
-        assert names(run) == ["out"], "what was left is not deleted"
+        assert names(run) == ["out"], "unfinished files were not deleted"
     assert len(names(tmp_path)) > len(FILES) + 2 and seen == {0, len(FILES)}
 
 
 def test_files_that_are_there_stay(tmp_path: pathlib.Path) -> None:
-    """As where several adapters of llama.cpp are put into one folder."""
+    """Files of others in the folder stay: several adapters of llama.cpp may share one folder."""
     (tmp_path / "other").touch()
     write(tmp_path)
     assert names(tmp_path) == sorted([*FILES, "other"])
 
 
 def test_two_at_once(tmp_path: pathlib.Path) -> None:
-    """The first to end has it. Red if it deletes what the other one is still writing."""
+    """If two processes write one folder, the first to end keeps it.
+
+    Red if it deletes files that the other one is still writing.
+    """
     out = tmp_path / "out"
 
     def late() -> None:
@@ -96,7 +102,10 @@ def test_an_error_leaves_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_link_to_a_folder(tmp_path: pathlib.Path) -> None:
-    """Red: the link is not a folder that another one can be renamed to."""
+    """A link to a folder can be the target of an export.
+
+    Red if a folder is renamed to the link, which fails.
+    """
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "real")
     write(tmp_path / "out")

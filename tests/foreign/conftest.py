@@ -1,4 +1,4 @@
-"""Other people's models broadcast as they please."""
+"""Allow rank promotion: other people's models use it."""
 
 from collections.abc import Iterator
 

@@ -13,7 +13,7 @@ from tests.foreign.register import IDS, IMAGE, KEY, Built, X, model
 
 
 def equinox(model: Any, *args: Any, state: Any = None, mapped: Any = None, **kwargs: Any) -> Built:
-    """An Equinox model, mapped over the first axis of its arguments by the options of `vmap`."""
+    """Build an Equinox model, mapped over its arguments' first axis with the options of `vmap`."""
     f, params, state = lora_jax.from_equinox(model, state)
     call = lambda p, s, *a: f(p, s, *a, **kwargs)  # noqa: E731
     if mapped is not None:

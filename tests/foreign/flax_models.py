@@ -1,4 +1,4 @@
-"""jimm, Tunix, Gemma and Flax."""
+"""Models of jimm, Tunix, Gemma and Flax."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def tunix_qwen_with_experts(_: Any) -> Built:
 
 
 def gemma_modules() -> Any:
-    """Gemma's layers; a library under them names TensorFlow's arrays in its annotations alone."""
+    """Gemma's layers, with a stand-in for TensorFlow, which only annotations need."""
     stand_in = types.ModuleType("tensorflow")
     stand_in.Tensor = type("Tensor", (), {})  # type: ignore[attr-defined]
     before = sys.modules.get("tensorflow", stand_in)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorflow", before)
         modules = importlib.import_module("gemma.gm.nn._modules")
-        assert modules.kd.nn.Identity  # imported as it is read
+        assert modules.kd.nn.Identity  # this imports the module
     return modules
 
 

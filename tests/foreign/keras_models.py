@@ -1,4 +1,4 @@
-"""Keras."""
+"""Models of Keras."""
 
 from __future__ import annotations
 

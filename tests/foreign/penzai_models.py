@@ -1,4 +1,4 @@
-"""Penzai."""
+"""Models of Penzai."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Small models of packages that we did not write, each as (f, params, args).
 
-Sizes are the smallest that the packages take. A builder imports its package itself, so that a
-missing one skips its models alone.
+Sizes are the smallest that the packages accept. Each builder imports its own package, so a missing
+package skips only its own models.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def model(package: str) -> Callable[[Callable[[Any], Built]], Callable[[], Built
 
 
 def without_init(*packages: str) -> None:
-    """Make modules inside of packages importable without the packages' own `__init__`.
+    """Make modules inside packages importable without running the packages' own `__init__`.
 
-    Those bring a training framework (Tunix) or a profiler (jimm) along, which no model needs.
+    An `__init__` would import a training framework (Tunix) or a profiler (jimm), which the models
+    do not need.
     """
     for name in packages:
         spec = importlib.util.find_spec(name)

@@ -1,4 +1,4 @@
-"""`from_equinox` and `from_keras` on real models: state moves on, and misuse is a clear error."""
+"""`from_equinox` and `from_keras` on real models: state is updated, and misuse is a clear error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def normed(eqx: Any) -> Any:
 
 
 def test_equinox_state_moves_on(eqx: Any) -> None:
-    """As Equinox's own. Red: a new state that is dropped."""
+    """State is updated as Equinox itself updates it.
+
+    Red if a new state is dropped.
+    """
     model, first = eqx.nn.make_with_state(normed)(eqx)
     f, params, state = lora_jax.from_equinox(model, first)
     batched = jax.jit(jax.vmap(f, (None, None, 0), (0, None), axis_name="batch"))
@@ -79,7 +82,7 @@ def test_equinox_model_that_returns_no_state(eqx: Any) -> None:
 
 
 def test_equinox_in_training_mode(eqx: Any) -> None:
-    """Dropout asks for its key, in Equinox's words, also while it is resolved."""
+    """Dropout without a key is Equinox's own error, also in `resolve`."""
     model = eqx.nn.Sequential([eqx.nn.Linear(6, 4, key=KEY), eqx.nn.Dropout(0.5)])
     f, params, state = lora_jax.from_equinox(model)
     spec = lora_jax.LoraSpec(2, targets="layers/0/weight")
@@ -114,7 +117,10 @@ def dropped(keras: Any) -> Any:
 
 
 def test_keras_seeds_and_statistics_move_on(keras: Any) -> None:
-    """Red: a state that is dropped, in which the second call would repeat the first's dropout."""
+    """Seeds and statistics are updated by each call.
+
+    Red if a state is dropped: the second call would repeat the dropout of the first.
+    """
     model = dropped(keras)
     f, params, state = lora_jax.from_keras(model)
     step = jax.jit(functools.partial(f, training=True))
@@ -139,7 +145,7 @@ def test_keras_model_that_is_not_built(keras: Any) -> None:
 
 
 def test_keras_model_that_is_frozen(keras: Any) -> None:
-    """All of it is an error; a layer of it is state, which no adapter is found for."""
+    """A frozen model is an error; the weights of a frozen layer are state and not parameters."""
     model = dropped(keras)
     model.trainable = False
     with pytest.raises(lora_jax.LoraError, match=r"none of them trainable.*\.trainable = True"):
@@ -166,7 +172,7 @@ def test_keras_layers_of_one_name(keras: Any) -> None:
 
 
 def test_keras_without_jax(keras: Any) -> None:
-    """NumPy is the one other backend that Keras brings along."""
+    """A model on another backend is refused; NumPy is the only other one that Keras includes."""
     program = (
         "import keras, lora_jax\n"
         "model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])\n"

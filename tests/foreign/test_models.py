@@ -32,7 +32,7 @@ def test_every_kernel_is_a_target_or_named(name: str) -> None:
     laws.assert_complete(layout, *call)
 
 
-LARGE = {"keras_mobile_net_v2"}  # half a minute to compile; its layers are in another model
+LARGE = {"keras_mobile_net_v2"}  # it takes half a minute to compile; another model has its layers
 
 
 @pytest.mark.parametrize("name", [n for n in models.REGISTRY if n not in LARGE])

@@ -36,7 +36,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Ran(NamedTuple):
-    """The results of a section: function and arguments, layout and names."""
+    """The results of a section: the function and its arguments, the layout and the names."""
 
     f: Callable[..., Any]
     params: Any
@@ -48,7 +48,7 @@ class Ran(NamedTuple):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A Llama that all of them can be: rotated plainly, by the one theta that Tunix 0.1.7 has."""
+    """A Llama that every package can be: plain rotations, with the only theta of Tunix 0.1.7."""
     folder = tmp_path_factory.mktemp("page") / "llama"
     folder.mkdir()
     config = json.loads((GOLDEN / "config.json").read_text())
@@ -80,9 +80,9 @@ def run(
 
 
 def saved(ran: Ran, folder: pathlib.Path) -> tuple[Any, Arrays]:
-    """Random adapters of the section, and the differences of weights that a reader finds of them.
+    """Save random adapters of the section, and return them with the updates that a reader finds.
 
-    [out, in, *window] for each module, by alpha / r · B A.
+    Each module has an update [out, in, *window], which is alpha / r · B A.
     """
     draw = np.random.default_rng(3).standard_normal
     shapes = jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), ran.layout))
@@ -155,7 +155,11 @@ BY_HAND: dict[str, tuple[tuple[str, ...], Callable[[Arrays, Arrays], None]]] = {
 def test_the_folder_holds_the_merged_weights(
     title: str, run: Callable[[str], Ran], tmp_path: pathlib.Path
 ) -> None:
-    """Red: heads or layers along the wrong axis, a kernel that is not transposed, a wrong scale."""
+    """Each section's folder, added to the weights by hand, gives the weights of `merge`.
+
+    Red if heads or layers are along the wrong axis, if a kernel is not transposed, or if a scale is
+    wrong.
+    """
     packages, put = BY_HAND[title]
     for package in packages:
         pytest.importorskip(package)
@@ -183,7 +187,7 @@ def from_folder(ran: Ran, llama: pathlib.Path) -> Arrays:
 
 
 def from_penzai(ran: Ran, _: pathlib.Path) -> Arrays:
-    """Hugging Face's tensors of a Penzai model, by the names of its axes."""
+    """Hugging Face's tensors of a Penzai model, found by the names of its axes."""
     heads, emb = ("head_groups", "query_heads", "projection"), "embedding"
     orders = {
         "attention/query": ("self_attn.q_proj", *heads, emb),
@@ -213,7 +217,7 @@ def from_penzai(ran: Ran, _: pathlib.Path) -> Arrays:
 
 
 def penzai_of(llama: pathlib.Path) -> dict[str, Any]:
-    """The folder's parameters by Penzai's own converter: [out, in], heads and all."""
+    """The folder's parameters, converted by Penzai's own converter: [out, in], with heads."""
     common = importlib.import_module("penzai.models.transformer.variants.llamalike_common")
     config = json.loads((llama / "config.json").read_text()) | {"rope_theta": 1e6}
     tensors = safetensors.numpy.load_file(llama / "model.safetensors")
@@ -236,12 +240,12 @@ LLAMAS: dict[str, tuple[str, Callable[[Ran, pathlib.Path], Arrays]]] = {
 
 
 def floats(out: Any) -> list[Any]:
-    """The outputs and the new state, but for seeds."""
+    """The outputs and the new state, without the seeds."""
     return [x for x in jax.tree.leaves(out) if laws.is_float(x)]
 
 
 def first_logits(out: Any) -> np.ndarray:
-    """The logits among a model's outputs, of one sequence."""
+    """The logits of one sequence, from a model's outputs."""
     return np.asarray(jax.tree.leaves(out)[0]).reshape(7, 23)
 
 
@@ -249,9 +253,9 @@ def first_logits(out: Any) -> np.ndarray:
 def test_the_folder_is_the_same_adapter_on_another_llama(
     title: str, run: Callable[[str], Ran], llama: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Base and adapter as Hugging Face's tensors, in our own Llama: the logits of the foreign one.
+    """Base and adapter give the foreign model's logits in our Llama, as Hugging Face's tensors.
 
-    Red: q's heads where k's belong, a name of another layer, rows in another order.
+    Red if q's heads are used for k's, if a name is of another layer, or if rows have another order.
     """
     package, tensors_of = LLAMAS[title]
     if package == "tunix":

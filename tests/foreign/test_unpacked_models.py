@@ -1,4 +1,4 @@
-"""Models that we did not write, from the package index, untouched: `adapt == merge` on them too."""
+"""Models of others from the package index, unchanged: `adapt == merge` holds on them too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDS = jnp.arange(24).reshape(2, 12) % 17
 
 @pytest.fixture
 def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], Any]:
-    """Import a module of a pinned package without installing it or what it depends on."""
+    """Import a module of a pinned package without installing it or its dependencies."""
 
     def load(distribution: str, version: str, module: str) -> Any:
         init = packages.locate(distribution, version, f"{module}/__init__.py")
@@ -36,7 +36,7 @@ def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], Any]:
 
 
 def check(f: Any, params: Any, *args: Any) -> lora_jax.Layout:
-    """Outputs and gradients of `"all-linear"` adapters, and no product of a weight's shape."""
+    """Check outputs and gradients of "all-linear", and that no product has a weight's shape."""
     layout = lora_jax.resolve(lora_jax.LoraSpec(2, 4.0), f, params, *args)
     adapters = lora_jax.init(jax.random.key(1), layout)
     adapters = jax.tree.map(
@@ -47,7 +47,8 @@ def check(f: Any, params: Any, *args: Any) -> lora_jax.Layout:
     slow = scalar(lambda p, ad: f(lora_jax.merge(layout, p, ad), *args))
     got = jax.jit(jax.value_and_grad(fast, 1))(params, adapters)
     want = jax.jit(jax.value_and_grad(slow, 1))(params, adapters)
-    # The loss is a sum of thousands of terms that cancel; the gradients carry the comparison.
+    # The loss sums thousands of terms that cancel, so the comparison of gradients is the sharper
+    # one.
     assert_close(got[0], want[0], tolerance=1e-4)
     assert_close(got[1], want[1], tolerance=5e-5)
     sizes = {t.fan_in * t.fan_out for t in layout.targets}
@@ -56,7 +57,7 @@ def check(f: Any, params: Any, *args: Any) -> lora_jax.Layout:
 
 
 def test_a_linen_mixture_of_experts(imported: Any) -> None:
-    """Experts in a list, top-k routing, and an auxiliary loss next to the logits."""
+    """The model has experts in a list, top-k routing, and an auxiliary loss next to the logits."""
     nano_moe = imported("nano-moe-jax", "0.1.0", "nano_moe")
     config = nano_moe.NanoMoEConfig(
         vocab_size=17, n_layers=2, n_heads=2, d_model=22, d_ff=46, n_experts=3, block_size=12
@@ -71,7 +72,7 @@ def test_a_linen_mixture_of_experts(imported: Any) -> None:
 
 
 def test_an_nnx_state_space_model(imported: Any) -> None:
-    """Mamba2: a tied head, and a convolution kernel that the model multiplies by hand."""
+    """Mamba2 has a tied head, and a convolution kernel that it multiplies without a convolution."""
     mamba = imported("mamba2-jax", "1.1.2", "mamba2_jax")
     config = mamba.Mamba2Config(
         vocab_size=31, hidden_size=26, state_size=6, head_dim=13, chunk_size=4, num_hidden_layers=2

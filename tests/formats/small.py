@@ -1,6 +1,6 @@
-"""The config that the runs in tests/formats/v1 were trained with: configs/own_model.py, smaller.
+"""The config of the runs in tests/formats/v1: configs/own_model.py, made smaller.
 
-It must go on describing those runs, so it changes only where a Python name that it imports moves.
+It must keep describing those runs, so it changes only where a Python name that it imports moves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SmallConfig(Config):
 
 
 class Network(nn.Module):
-    """[B, 2] -> [B]"""
+    """A network from [B, 2] to [B]."""
 
     width: int
 
@@ -38,7 +38,7 @@ class Network(nn.Module):
 
 
 class Points:
-    """Random points; batch i depends on the seed and on i alone."""
+    """Random points; batch i depends only on the seed and on i."""
 
     def __init__(self, seed: int, shard: Any) -> None:
         self.seed, self.shard, self.position = seed, shard, 0

@@ -1,7 +1,7 @@
-"""Files of an earlier lora_jax are read, found again and continued, for ever.
+"""Files of an earlier lora_jax can be read, found and continued for ever.
 
-`v1` was written at commit 12a1ad2 (JAX 0.10.2, Orbax 0.12.8) by the commands in each test. Nothing
-in it is ever made again; a new format gets a new folder next to it.
+`v1` was written at commit 12a1ad2 (JAX 0.10.2, Orbax 0.12.8) by the commands in each test. Its
+files are never made again; a new format gets a new folder next to it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ RUN, SWEEP = "runs/small-dc24168e", "runs/small-sweep-f748f202"
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """A working directory with a copy of the runs, which reading must not change."""
+    """A working directory with a copy of the runs, so that the originals cannot change."""
     shutil.copytree(V1 / "run_directories", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def arrays(run: pathlib.Path, name: str) -> dict[str, np.ndarray]:
-    """The numbers of an exported adapter, by path."""
+    """The arrays of an exported adapter by path."""
     _, adapters, _ = lora_jax.restore(run / "adapters" / name)
     flat = {f"{p}/{n}": getattr(f, n) for p, f in adapters.items() for n in ("a", "b")}
     return {
@@ -56,7 +56,7 @@ def arrays(run: pathlib.Path, name: str) -> dict[str, np.ndarray]:
 
 
 def forget_the_end(run: pathlib.Path) -> None:
-    """Make of a finished run one that was stopped after its first checkpoint."""
+    """Turn a finished run into one that was stopped after its first checkpoint."""
     (run / "summary.json").unlink()
     shutil.rmtree(run / "adapters/last")
     shutil.rmtree(run / "checkpoints/8")
@@ -65,12 +65,15 @@ def forget_the_end(run: pathlib.Path) -> None:
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert found.keys() == expected.keys()
     for path, value in expected.items():
-        # On the machine that wrote them they are the same bits; another CPU rounds otherwise.
+        # On the machine that wrote them the bits are equal; another CPU rounds differently.
         np.testing.assert_allclose(found[path], value, rtol=2e-5, atol=1e-6, err_msg=path)
 
 
 def test_an_adapter_of_every_kind() -> None:
-    """Red: a renamed field of a kind; another VeRA pair; a default that changes a scale."""
+    """An adapter with every kind of update has the arrays and the merged weights that were saved.
+
+    Red if a field of a kind is renamed, with another VeRA pair, or if a default changes a scale.
+    """
     layout, adapters, _ = lora_jax.restore(V2 / "kinds")
     saved = npz.read(V2 / "kinds.npz")
     kinds = {"lora", "dora", "vera", "loha", "lokr", "bias"}
@@ -137,10 +140,10 @@ def test_a_stopped_sweep_goes_on(folder: pathlib.Path) -> None:
 
 
 def test_an_old_name_of_a_field_is_read_and_found_again() -> None:
-    """`lora.trainable` was called `lora.beside`: the hashes are from commit 12a1ad2.
+    """`lora.trainable` was once `lora.beside`: old runs are read and found by their hash.
 
-    Red: `upgrade` left out of `changes`; `identity` hashed in place of `stable_identity`; the
-    members of a sweep named by the new name.
+    The hashes are from commit 12a1ad2. Red if `changes` does not call `upgrade`, if `identity` is
+    hashed for `stable_identity`, or if the members of a sweep get the new name.
     """
     lora = dataclasses.replace(small.config.lora, trainable=("first/bias",))
     config = dataclasses.replace(small.config, lora=lora)
@@ -155,7 +158,10 @@ def test_an_old_name_of_a_field_is_read_and_found_again() -> None:
 
 
 def test_an_old_summary_has_the_names_of_today() -> None:
-    """Red: `upgrade` left out of `directory.summary`, or of the report's reading."""
+    """An old summary is read with the names of today.
+
+    Red if `directory.summary` or the report does not call `upgrade`.
+    """
     found = directory.summary(V1 / "run_directories/small-dc24168e")
     assert found is not None and found["trainable_parameters"] == 5
     (left,) = run_files.read(V1 / "run_directories/small-dc24168e")
@@ -164,7 +170,10 @@ def test_an_old_summary_has_the_names_of_today() -> None:
 
 
 def test_an_old_run_is_compared_with_a_new_one(tmp_path: pathlib.Path) -> None:
-    """Red: `upgrade` left out of `comparison.gather`, and the two differ in a field."""
+    """An old run does not differ from a new one by a renamed field.
+
+    Red if `comparison.gather` does not call `upgrade`.
+    """
     old = json.loads((V1 / "run_directories/small-dc24168e/config.json").read_text())
     old["lora"]["beside"] = ["head/**"]
     summary = directory.summary(V1 / "run_directories/small-dc24168e")

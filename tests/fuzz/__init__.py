@@ -1,1 +1,1 @@
-"""Cases that are made from small valid files by changing their structure."""
+"""Cases made from small valid files by changing their structure."""

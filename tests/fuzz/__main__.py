@@ -4,8 +4,8 @@ python -m tests.fuzz --cases 100000 --seed 1
 python -m tests.fuzz --cases 5000 --kind gguf peft
 python -m tests.fuzz --kind gguf --seed 1 --only 4711      # one case again, with its traceback
 
-What is found is printed once for each place in the code that it comes from, with the case that
-does it, and the files of that case are kept. Exit status: 0 nothing was found, 1 something was.
+Faults are printed once for each place in the code that raises them, with the case that causes them,
+and the files of that case are kept. The exit status is 1 if a fault was found, and 0 otherwise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.fuzz.processes import Ended, Runner, run_one, start_process
 
 
 def main() -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return its exit status."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -54,7 +54,7 @@ def main() -> int:
     counts, found = collections.Counter[tuple[str, str]](), dict[str, list[Ended]]()
     began = time.monotonic()
     bar = Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
-    with bar, contextlib.suppress(KeyboardInterrupt):  # what was found until then is shown
+    with bar, contextlib.suppress(KeyboardInterrupt):  # faults found until then are shown
         task = bar.add_task("", total=len(tasks))
         for end in Runner(tasks, options.seed, options.jobs, folder).ends():
             counts[end.kind, end.end] += 1

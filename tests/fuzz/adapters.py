@@ -1,4 +1,4 @@
-"""Adapters from strangers: layouts, checkpoints of Orbax, PEFT and MLX folders."""
+"""Adapters from strangers: layouts, Orbax checkpoints, and folders of PEFT and MLX."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def make_layout(random: Random) -> Files:
 
 
 def read_layout(random: Random, folder: pathlib.Path) -> None:
-    """Read it, and use what a layout is used for."""
+    """Read a layout and check it."""
     text = (folder / "layout.json").read_bytes().decode("utf-8", "surrogateescape")
     check_layout(Layout.from_json(text))
 
 
 def check_layout(layout: Layout) -> None:
-    """Assert that a layout is one: static, printable, and the same after a round trip."""
+    """Assert that a layout is static and printable, and survives a round trip."""
     assert Layout.from_json(layout.to_json()) == layout
     assert isinstance(hash(layout), int) and layout.size >= 0
     str(layout).encode()
@@ -90,7 +90,7 @@ def check_layout(layout: Layout) -> None:
 
 @functools.cache
 def checkpoints_files() -> tuple[Files, ...]:
-    """Return adapters of format 1, of every kind, and of a text classifier."""
+    """Return adapters of format 1, of every kind, and of a text classifier, as files."""
     about = {
         "labels": ["no", "yes"],
         "text_fields": ["text"],
@@ -116,7 +116,7 @@ def checkpoints_files() -> tuple[Files, ...]:
 
 
 def sealed(text: str) -> bytes:
-    """Return the file of a manifest, sealed as it should be."""
+    """Return the file of a manifest, sealed correctly."""
     data = text.encode("utf-8", "surrogatepass")
     return json.dumps({"text": text, "sha256": hashlib.sha256(data).hexdigest()}).encode()
 
@@ -149,7 +149,7 @@ def make_manifest(random: Random) -> Files:
 
 
 def read_checkpoint(random: Random, folder: pathlib.Path) -> None:
-    """Read it as the library and the commands do."""
+    """Read an adapter as the library and the commands do."""
     match random.randrange(6):
         case 0:
             check_layout(checkpoints.restore_layout(folder))
@@ -169,7 +169,7 @@ def read_checkpoint(random: Random, folder: pathlib.Path) -> None:
 
 
 def check_adapter(adapter: lora_jax.Adapter) -> None:
-    """Assert that an adapter's arrays are those of its layout."""
+    """Assert that the adapter has the arrays of its layout."""
     layout, parameters, _ = adapter
     check_layout(layout)
     assert [t.path for t in layout.targets] == list(parameters)
@@ -177,7 +177,7 @@ def check_adapter(adapter: lora_jax.Adapter) -> None:
 
 
 def make_orbax(random: Random) -> Files:
-    """Draw an adapter of which a file of Orbax's own was changed, or is not there."""
+    """Draw an adapter in which one of Orbax's own files was changed or deleted."""
     files = dict(random.choice(checkpoints_files()))
     name = random.choice(sorted(set(files) - {MANIFEST, "orbax.checkpoint"}))
     data = files[name]
@@ -194,7 +194,7 @@ def make_orbax(random: Random) -> Files:
 
 
 def read_orbax(random: Random, folder: pathlib.Path) -> None:
-    """Read the arrays; their hashes say that they are those that were saved."""
+    """Read the arrays, whose hashes show that they are the saved ones."""
     check_adapter(lora_jax.restore(folder))
 
 
@@ -203,7 +203,7 @@ def read_orbax(random: Random, folder: pathlib.Path) -> None:
 
 @functools.cache
 def peft_folders() -> tuple[Files, ...]:
-    """Return folders of the kinds of adapter that PEFT has, and one of MLX."""
+    """Return a PEFT folder for each kind of adapter that is fuzzed."""
     layout, parameters, _ = _adapter("{q,v}")
     bias = {"bias": jnp.ones(4)}
     adapters = (
@@ -239,7 +239,7 @@ def _folder(random: Random, folders: tuple[Files, ...], weights: str) -> Files:
         case 0 | 1:
             config = mutate.read(files[peft.CONFIG])
             values = [pair for pair in config if pair[1] not in (None, False)]
-            for _ in range(random.randint(1, 2)):  # a value that counts
+            for _ in range(random.randint(1, 2)):  # a setting that has an effect
                 pair = random.choice(values if random.random() < 0.7 else config)
                 pair[1] = random.choice((mutate.near, lambda r, _: mutate.some_value(r)))(
                     random, pair[1]
@@ -263,7 +263,7 @@ def make_peft(random: Random) -> Files:
 
 
 def read_peft(random: Random, folder: pathlib.Path) -> None:
-    """Describe it, ask what servers make of it, and load it."""
+    """Describe a folder, check it for a server, and load it."""
     found = peft.describe(folder)
     assert isinstance(found.about, dict)
     if random.random() < 0.2:
@@ -278,12 +278,12 @@ def make_mlx(random: Random) -> Files:
 
 
 def read_mlx(random: Random, folder: pathlib.Path) -> None:
-    """Load it."""
+    """Load a folder of mlx-lm."""
     check_exchanged(mlx.load(folder, NAMES, model, PARAMS, IDS))
 
 
 def check_exchanged(adapter: lora_jax.Adapter) -> None:
-    """Assert that it fits the model, and that its numbers are finite."""
+    """Assert that an adapter fits the model, and that its numbers are finite."""
     check_adapter(adapter)
     adapter.layout.check_params(PARAMS)
     for x in jax.tree.leaves((adapter.parameters, dict(adapter.trainable))):

@@ -1,8 +1,8 @@
-"""What a case may take, where it may write, and how it may end.
+"""The limits of a case: time, memory, places that it may write to, and its messages.
 
-A case that breaks one of these raises `BrokenError`. Time is the processor's (the machine may be
-busy), memory is what the process really held at its peak, and writes are seen by an audit hook of
-Python and by what is in the folders afterwards.
+A case that breaks one of these raises `BrokenError`. Time is processor time, because the machine
+may be busy. Memory is the peak that the process really held. Writes are seen by an audit hook of
+Python, and by looking at the folders afterwards.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lora_jax.console import printable
 
 SECONDS = 2.0
 BYTES = 10**9
-ADDRESSES = 4 * 10**9  # of address space: a request for more fails at once
-LONGEST = 10_000  # characters of a message
+ADDRESSES = 4 * 10**9  # of address space, above the present size: a larger request fails at once
+LONGEST = 10_000  # characters in a message
 
 _FORBIDDEN = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill")
 _FORBIDDEN += ("subprocess.Popen", "socket.connect", "socket.getaddrinfo", "ctypes.dlopen")
@@ -33,15 +33,15 @@ _ALLOWED = ("/dev/null", "__pycache__")  # and the folder of compiled programs
 
 
 class BrokenError(AssertionError):
-    """A case that took or wrote more than it may."""
+    """A case broke a rule of this module."""
 
 
 class TooSlowError(BaseException):
-    """Raised in the middle of a case; no `except Exception` may catch it."""
+    """Raised in the middle of a case, so that no `except Exception` catches it."""
 
 
 class _Watch:
-    """What the audit hook notes while it is on."""
+    """An audit hook that notes forbidden events while it is on."""
 
     def __init__(self) -> None:
         self.on, self.installed = False, False
@@ -78,10 +78,11 @@ def bounded(secret: pathlib.Path) -> Iterator[None]:
     """Run a case, and raise if it breaks a rule.
 
     Args:
-      secret: a file outside of the case's folder, which it may not open.
+      secret: a file outside the case's folder, which the case must not open.
 
     Raises:
-      BrokenError: it takes more than `SECONDS` or `BYTES`, or changes or starts anything.
+      BrokenError: the case takes more than `SECONDS` or `BYTES`, changes a file or starts a
+        program.
     """
     if not _watch.installed:
         sys.addaudithook(_watch)
@@ -115,7 +116,7 @@ def _check(seconds: float, size: int) -> None:
 
 
 def check_message(error: BaseException) -> None:
-    """Raise unless a message is one that a person can be shown."""
+    """Raise unless the message of an error can be shown to a person."""
     text = str(error)
     if not text.strip() or len(text) > LONGEST:
         raise BrokenError(f"a message of {len(text)} characters: {text[:200]!r}") from error
@@ -130,8 +131,8 @@ def _stop(*_: Any) -> None:
 
 
 def _reset_peak() -> int:
-    """Set the process's peak of resident memory to what it holds now, and return that."""
-    with contextlib.suppress(OSError):  # no Linux
+    """Set the peak of the process's resident memory to its present size, and return that."""
+    with contextlib.suppress(OSError):  # not Linux
         pathlib.Path("/proc/self/clear_refs").write_text("5")
     return _peak()
 

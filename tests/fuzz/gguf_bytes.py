@@ -1,4 +1,4 @@
-"""GGUF files as lists of fields and tensors, in which anything may be wrong."""
+"""GGUF files as lists of fields and tensors, so that every part can be made wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNTS = (0, 1, 2, 31, 2**16, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1)
 
 @dataclasses.dataclass
 class Field:
-    """One entry of the metadata; `type` is of the elements where `value` is a list."""
+    """One entry of the metadata; `type` is the type of the elements if `value` is a list."""
 
     name: Any
     type: int
@@ -28,7 +28,7 @@ class Field:
 
 @dataclasses.dataclass
 class Tensor:
-    """One tensor; `shape` has the outermost axis first, as NumPy's has."""
+    """One tensor; the first axis of `shape` is the outermost, as in NumPy."""
 
     name: Any
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Tensor:
 
 @dataclasses.dataclass
 class Gguf:
-    """A file; the counts are those of its lists where they are None."""
+    """A file; a count that is None is the length of its list."""
 
     fields: list[Field]
     tensors: list[Tensor]
@@ -49,7 +49,7 @@ class Gguf:
     alignment: int = 32
 
     def dump(self) -> bytes:
-        """Return its bytes."""
+        """Return the bytes of the file."""
         counts = (self.tensor_count, len(self.tensors)), (self.field_count, len(self.fields))
         made = b"GGUF" + struct.pack("<I", self.version)
         made += b"".join(struct.pack("<Q", n if said is None else said) for said, n in counts)
@@ -67,7 +67,7 @@ class Gguf:
 
 
 def _text(value: Any) -> bytes:
-    """A text, or a (declared length, text)."""
+    """Encode a text, or a pair of a declared length and a text."""
     length, text = value if isinstance(value, tuple) else (None, value)
     data = text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(data) if length is None else length) + data
@@ -96,7 +96,7 @@ def _element(kind: int, value: Any) -> bytes:
 
 
 def change(random: Random, file: Gguf) -> None:
-    """Change one thing of the file."""
+    """Make one change to the file."""
     match random.randrange(14):
         case 0 | 1 | 2 | 3:
             _field(random, random.choice(file.fields))

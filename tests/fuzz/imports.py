@@ -1,4 +1,4 @@
-"""PEFT folders on a base, as `lora-jax import` reads them."""
+"""PEFT folders on a base, read as `lora-jax import` reads them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ABOUT = {
 
 
 def make_import(random: Random) -> Files:
-    """Draw a PEFT folder for BERT, which may say of itself what our own export says."""
+    """Draw a PEFT folder for BERT, which may have the metadata that our own export writes."""
     files = {n: x for n, x in stored(GOLDEN / "golden_peft" / "bert").items() if "npz" not in n}
     header, body = tensors.split(files[peft.TENSORS])
     tree = mutate.read(header)
@@ -47,12 +47,12 @@ def make_import(random: Random) -> Files:
 
 @functools.cache
 def base() -> Any:
-    """Return the base."""
+    """Return the base model's source."""
     return models.open(str(BASE))
 
 
 def read_import(random: Random, folder: pathlib.Path) -> None:
-    """Find its head; now and then, import it."""
+    """Find the folder's head; in one case of ten, import the folder."""
     if random.random() < 0.1:
         said = peft_run.Said(random.choice((None, str(BASE))), {"dtype": "float32"})
         run = peft_run.read(str(folder), said)

@@ -1,4 +1,4 @@
-"""What a kind of file is to the fuzzer: how a case is made of it, and what reads it."""
+"""A kind of file for the fuzzer: how its cases are made, and how they are read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Kind:
     """One kind of input.
 
     make: draws the files of a case.
-    read: reads them, out of the folder that they are in, as the package does; asserts that what it
-      gets is right.
-    errors: what the package documents for a file that it refuses.
-    cases: how many of them CI runs.
+    read: reads the files from their folder as the package does, and asserts that the result is
+      right.
+    errors: the errors that the package documents for a file that it refuses.
+    cases: the number of cases that CI runs.
     """
 
     make: Callable[[Random], Files]

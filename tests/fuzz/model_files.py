@@ -1,4 +1,4 @@
-"""Models from strangers: configurations, weights, GGUF files, tokenizers."""
+"""Models from strangers: configurations, weights, GGUF files and tokenizers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.fuzz.kind import GOLDEN, Files, stored
 
 FOLDERS = GOLDEN / "golden_models"
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-LARGEST = 10**6  # numbers of all tensors of a case that is loaded
+LARGEST = 10**6  # numbers in all tensors of a case that is loaded
 
 
 # ---- config.json -----------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def configs() -> tuple[bytes, ...]:
 
 
 def make_config(random: Random) -> Files:
-    """Draw a config.json, and now and then what images are made of."""
+    """Draw a config.json; in one case of ten, with the settings of an image processor."""
     if random.random() < 0.1:
         files = {CONFIG: stored(FOLDERS / "vit")[CONFIG]}
         return {**files, preprocessing.FILE: mutate.json_text(random, json.dumps(IMAGES))}
@@ -67,7 +67,7 @@ def make_config(random: Random) -> Files:
 
 
 def read_config(random: Random, folder: pathlib.Path) -> None:
-    """Read it, and name the modules of the model that it describes."""
+    """Read a config.json, and name the modules of the model that it describes."""
     config = Folder(folder).config
     assert isinstance(hash(config), int)
     assert dataclasses.replace(config) == config
@@ -88,12 +88,13 @@ def make_safetensors(random: Random) -> Files:
     header, body = tensors.split(weights)
     tree = mutate.read(header)
     end = max(pair[1][2][1][1] for pair in tree[:6] if pair[0] != "__metadata__")
-    few = mutate.dump(mutate.Pairs(tree[:6])).encode()  # mostly with more bytes than are spoken of
+    # The body mostly has more bytes than the header describes.
+    few = mutate.dump(mutate.Pairs(tree[:6])).encode()
     return {WEIGHTS: tensors.changed(random, tensors.joined(few, body[:end]))}
 
 
 def read_safetensors(random: Random, folder: pathlib.Path) -> None:
-    """Read it by both readers: that of adapters, and that of models."""
+    """Read a safetensors file by the reader of adapters or by that of models."""
     path = folder / WEIGHTS
     if random.random() < 0.5:
         found = tensor_file.read(path).tensors
@@ -106,7 +107,7 @@ def read_safetensors(random: Random, folder: pathlib.Path) -> None:
 
 
 def make_folder(random: Random) -> Files:
-    """Draw a model's folder, of which one file was changed."""
+    """Draw a model's folder in which one file was changed."""
     name = random.choice(("llama", "llama", "bert", "gpt2", "qwen3_moe", "llama_nf4", "llama_int8"))
     files = {n: x for n, x in stored(FOLDERS / name).items() if not n.endswith(".npz")}
     index = "model.safetensors.index.json"
@@ -128,12 +129,12 @@ def make_folder(random: Random) -> Files:
 
 
 def read_folder(random: Random, folder: pathlib.Path) -> None:
-    """Read every tensor; now and then, load the model."""
+    """Read the tensors of a folder as `read_model` does."""
     read_model(random, models.open(str(folder)))
 
 
 def read_model(random: Random, source: models.Source) -> None:
-    """Read every tensor of a model; now and then, load it."""
+    """Check every tensor's shape; in one case of four, load a model that is small."""
     held = source.stored()
     total = 0
     for name, shape in held.shapes.items():
@@ -187,7 +188,7 @@ _SHAPES = {
     "blk.0.ffn_up.weight": (32, 32),
     "blk.0.ffn_down.weight": (32, 32),
 }
-_Q8, _Q4 = (8, 34), (2, 18)  # type, bytes of a block of 32
+_Q8, _Q4 = (8, 34), (2, 18)  # type, and bytes of a block of 32
 
 
 @functools.cache
@@ -227,7 +228,7 @@ def make_gguf(random: Random) -> Files:
 
 
 def read_gguf(random: Random, folder: pathlib.Path) -> None:
-    """Read its configuration, its tokenizer and every tensor."""
+    """Read the configuration, and then the tokenizer or every tensor."""
     source = models.open(str(folder / "model.gguf"))
     if random.random() < 0.5:
         assert source.chat_template is None or isinstance(source.chat_template, str)
@@ -242,7 +243,7 @@ def make_gguf_adapter(random: Random) -> Files:
 
 
 def read_gguf_adapter(random: Random, folder: pathlib.Path) -> None:
-    """Read its factors."""
+    """Read the factors of an adapter."""
     found = GgufAdapterFile.read(folder / "adapter.gguf")
     for a, b in found.factors.values():
         assert np.isfinite(a).all() and np.isfinite(b).all()
@@ -292,7 +293,7 @@ def tokenizer_files() -> tuple[bytes, ...]:
 
 
 def make_tokenizer(random: Random) -> Files:
-    """Draw a tokenizer.json, or what a folder says of its chat template."""
+    """Draw a tokenizer.json, or in one case of ten a changed chat template."""
     good = random.choice(tokenizer_files())
     lines = [json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(TEXTS)]
     rows = "\n".join(lines).encode()
@@ -307,7 +308,7 @@ TEXTS = ("ab cd", "a" * 40, "x-\u00e9 \U0001f600 b", "[CLS] a [SEP]", " \n")
 
 
 def read_tokenizer(random: Random, folder: pathlib.Path) -> None:
-    """Read it, and make tokens as training does."""
+    """Read a tokenizer, and encode texts as training does."""
     source = Folder(folder)
     assert source.chat_template is None or isinstance(source.chat_template, str)
     use_tokenizer(source.tokenizer(), 20)
@@ -319,7 +320,7 @@ def read_tokenizer(random: Random, folder: pathlib.Path) -> None:
 
 
 def use_tokenizer(tokenizer: Any, vocabulary: int) -> None:
-    """Make tokens of a few texts, and check that they are rows of the embedding."""
+    """Encode a few texts, and check that the tokens are rows of the embedding."""
     encoder = data.tokens.Encoder(tokenizer, 8, vocabulary)
     data.tokens.padding_id(tokenizer)
     assert all(i < vocabulary for i in encoder.start)

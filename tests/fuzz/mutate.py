@@ -1,6 +1,6 @@
 """Changes to JSON and to bytes, drawn from a `random.Random`.
 
-A case is its kind, a seed and a number, in CI as by hand, so it can be run again by these three.
+A case is given by its kind, a seed and a number, so any case of CI can be run again by hand.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-SECRET = "../secret.safetensors"  # a valid file outside of the case's folder, which nobody may open
+SECRET = "../secret.safetensors"  # a valid file outside the case's folder, which no case may open
 TEXTS = (
     *(
         "",
@@ -68,11 +68,11 @@ RAW = (
 
 
 class Pairs(list[list[Any]]):
-    """A JSON object as a list of [key, value], so that a key may be there twice."""
+    """A JSON object as a list of [key, value], so that it may have a key twice."""
 
 
 class Literal(str):
-    """Text that stands for a value as it is, whether it is JSON or not."""
+    """Text that is written unchanged for a value, whether it is JSON or not."""
 
 
 def read(text: str | bytes) -> Any:
@@ -81,7 +81,7 @@ def read(text: str | bytes) -> Any:
 
 
 def dump(value: Any) -> str:
-    """Return the text of what `read` gives, with the literals in it as they are."""
+    """Return the text of a tree that `read` gave, with its literals unchanged."""
     if isinstance(value, Literal):
         return str(value)
     if isinstance(value, Pairs):
@@ -92,7 +92,7 @@ def dump(value: Any) -> str:
 
 
 def some_value(random: Random) -> Any:
-    """Draw a value that a field hardly has."""
+    """Draw a value that is unusual for any field."""
     match random.randrange(12):
         case 0 | 1 | 2:
             return random.choice(NUMBERS)
@@ -117,7 +117,7 @@ def some_value(random: Random) -> Any:
 
 
 def near(random: Random, old: Any) -> Any:
-    """Draw a value close to the one that is there."""
+    """Draw a value close to the old one."""
     if isinstance(old, bool) or old is None:
         return random.choice((True, False, None, 0, "true"))
     if isinstance(old, int | float):
@@ -131,7 +131,7 @@ def near(random: Random, old: Any) -> Any:
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
-    """Every (container, index) of a value in the tree."""
+    """Return (container, index) of every value in the tree."""
     found, left = [], [tree]
     while left:
         one = left.pop()
@@ -195,14 +195,14 @@ _CHANGES: tuple[Callable[[Random, Any], None], ...] = (
 
 
 def json_text(random: Random, text: str | bytes, most: int = 3) -> bytes:
-    """Return JSON of a changed structure, and now and then of changed bytes as well."""
+    """Return JSON of a changed structure; in one case of ten, its bytes are changed as well."""
     made = dump(tree_of(random, read(text), most)).encode("utf-8", "surrogatepass")
     return bytes_of(random, made) if random.random() < 0.1 else made
 
 
 def tree_of(random: Random, value: Any, most: int) -> Any:
-    """Return what `read` gave with 1 to `most` changes; it is changed in place."""
-    tree = [value]  # so that the whole of it may be replaced, too
+    """Make 1 to `most` changes in place in a tree that `read` gave, and return it."""
+    tree = [value]  # in a list, so that the whole tree may be replaced too
     for _ in range(random.randint(1, most)):
         if _places(tree):
             random.choice(_CHANGES)(random, tree)
@@ -210,7 +210,7 @@ def tree_of(random: Random, value: Any, most: int) -> Any:
 
 
 def bytes_of(random: Random, data: bytes) -> bytes:
-    """Return the bytes with a few flipped, cut, put in, repeated or taken out."""
+    """Return the bytes with a few of them flipped, cut, inserted, repeated or removed."""
     made = bytearray(data)
     for _ in range(random.choice((1, 1, 1, 2, 8))):
         at = random.randrange(len(made) + 1)

@@ -23,13 +23,13 @@ def run(name: str, random: Random, root: pathlib.Path) -> str:
     """Make one case of a kind and read it; return how it ended.
 
     Args:
-      name: of the kind.
+      name: the kind's name.
       random: draws the case.
-      root: an empty folder; what is in it when the case ends may not be more than was before.
+      root: an empty folder; a case that ends may not leave more files in it than were there before.
 
     Raises:
       BrokenError: the case broke a rule of `tests.fuzz.bounds`.
-      Exception: anything but the errors that the kind documents.
+      Exception: an error that the kind does not document.
     """
     one, folder = KINDS[name], root / "case"
     secret = (folder / mutate.SECRET).resolve()

@@ -1,4 +1,4 @@
-"""Processes that run cases, and a watch over them: one that hangs or dies is a case that failed."""
+"""Processes that run cases; a process that hangs or dies is a fault of its case."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-WALL = 60  # seconds without a word after which a process is taken to hang
+WALL = 60  # a process that sends nothing for so many seconds hangs
 
 
 class Ended(NamedTuple):
-    """How a case ended: `found` is "" or the traceback of what should not have happened."""
+    """The end of a case; `found` is the traceback of a fault, or "" if there was none."""
 
     kind: str
     number: int
@@ -28,14 +28,14 @@ class Ended(NamedTuple):
 
 
 def run_one(kind: str, seed: int, number: int, root: pathlib.Path) -> Ended:
-    """Run one case and say how it ended."""
+    """Run one case and return how it ended."""
     from tests.fuzz import one_case
 
     try:
         return Ended(kind, number, one_case.run(kind, one_case.generator(kind, seed, number), root))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001  whatever it is, it was found
+    except BaseException as error:  # noqa: BLE001  any error is a fault
         frames = traceback.extract_tb(error.__traceback__)
         ours = [f for f in frames if "/lora_jax/" in f.filename] or frames
         place = (
@@ -45,7 +45,7 @@ def run_one(kind: str, seed: int, number: int, root: pathlib.Path) -> Ended:
 
 
 def start_process() -> None:
-    """Settings of a process that runs cases."""
+    """Apply the settings of a process that runs cases."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import logging
 
@@ -57,10 +57,10 @@ def start_process() -> None:
 
 
 def work(tasks: Any, ends: Any, seed: int, folder: str) -> None:
-    """Run the cases of a queue until it says None."""
+    """Run the cases of a queue until it gives None."""
     start_process()
     log = os.open(f"{folder}/stderr-{os.getpid()}.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 2)  # libraries print their panics themselves, and say there why they end a process
+    os.dup2(log, 2)  # libraries print panics and the reason why they end the process there
     root = pathlib.Path(tempfile.mkdtemp(dir=folder))
     while (task := tasks.get()) is not None:
         ends.put(Ended(*task, "begun"))
@@ -75,7 +75,7 @@ def work(tasks: Any, ends: Any, seed: int, folder: str) -> None:
 
 @dataclasses.dataclass
 class _Worker:
-    """A process, the queues to it and from it, the cases that it was given, when it last spoke."""
+    """A process, the queues to it and from it, its cases, and the time of its last message."""
 
     process: Any
     tasks: Any
@@ -86,7 +86,7 @@ class _Worker:
 
 
 class Runner:
-    """Starts processes, and starts another for one that hangs or dies."""
+    """Start processes, and replace one that hangs or dies."""
 
     def __init__(self, tasks: list[tuple[str, int]], seed: int, jobs: int, folder: str) -> None:
         """Start `jobs` processes, which share the (kind, number) of `tasks`."""
@@ -120,7 +120,8 @@ class Runner:
             time.sleep(0.02)
 
     def _hear(self, worker: _Worker) -> Iterator[Ended]:
-        alive = worker.process.is_alive()  # asked first: what it said before it died is heard below
+        # This is asked first, so that all messages of a dead process are read below.
+        alive = worker.process.is_alive()
         while not worker.ends.empty():
             end, worker.heard = worker.ends.get(), time.monotonic()
             if end is None:

@@ -1,4 +1,4 @@
-"""safetensors files as a header and bytes, to be changed separately."""
+"""Files of safetensors as a header and bytes, which are changed separately."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _TAILS = (np.nan, np.inf, -np.inf, 1e38, 0.0)
 
 
 def split(data: bytes) -> tuple[bytes, bytes]:
-    """Return the JSON and the numbers of a safetensors file."""
+    """Return the JSON header and the bytes of the numbers of a safetensors file."""
     (length,) = struct.unpack("<Q", data[:8])
     return data[8 : 8 + length], data[8 + length :]
 
 
 def joined(header: bytes, body: bytes, length: int | None = None) -> bytes:
-    """Return the file, whose header may be said to have another length than it has."""
+    """Return the file; `length` may declare a wrong length of the header."""
     return struct.pack("<Q", len(header) if length is None else length) + header + body
 
 
 def changed(random: Random, data: bytes) -> bytes:
-    """Return the file with another header, other numbers, or other bytes anywhere."""
+    """Return the file with a changed header, changed numbers, or changed bytes anywhere."""
     header, body = split(data)
     match random.randrange(6):
         case 0 | 1 | 2:
@@ -45,7 +45,7 @@ def changed(random: Random, data: bytes) -> bytes:
 
 
 def renamed(random: Random, data: bytes) -> bytes:
-    """Return the file with other metadata or another name of a tensor."""
+    """Return the file with changed metadata or a renamed tensor."""
     header, body = split(data)
     tree: Any = mutate.read(header)
     pair = random.choice(tree)

@@ -1,4 +1,4 @@
-"""What the fuzzer has found, each as small as it can be; all of them were tracebacks or worse."""
+"""Faults that the fuzzer has found, as small as possible; each was a traceback or worse."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.standard_promotion
 
 
 def layout(**changes: Any) -> str:
-    """A layout of one target with other values."""
+    """A layout of one target, with other values."""
     found = json.loads(adapters.layouts()[2])
     found["targets"][0].update(changes)
     return json.dumps(found)
@@ -73,7 +73,10 @@ def test_a_layout_without_a_list(targets: Any) -> None:
 
 
 def test_a_layout_with_a_target_twice() -> None:
-    """Red: it has two targets and the adapter parameters of one."""
+    """A layout that has a target twice is refused.
+
+    Red if it is read: it has two targets, and parameters for one.
+    """
     found = json.loads(layout())
     found["targets"] *= 2
     with pytest.raises(LoraError, match="has the target 'qkv' twice"):
@@ -88,7 +91,10 @@ def test_a_layout_with_a_key_twice() -> None:
 
 @pytest.mark.parametrize("size", [0, 2**61 - 1])
 def test_a_size_that_takes_an_hour_to_split(size: int) -> None:
-    """LoKr looks for divisors one by one; of 0 there is none. Red: the test does not end."""
+    """A size that LoKr cannot split quickly is refused.
+
+    LoKr tries divisors one by one, and 0 has none. Red if the test does not end.
+    """
     changes = {"kind": "lokr", "shape": [size, 6], "parts": []}
     with pytest.raises(LoraError, match="LoKr splits sizes from 1 to"):
         Layout.from_json(layout(**changes))
@@ -99,7 +105,10 @@ def test_a_size_that_takes_an_hour_to_split(size: int) -> None:
 def test_a_file_of_orbax_that_is_nested_too_deeply(
     tmp_path: pathlib.Path, name: str, start: str
 ) -> None:
-    """Red: TensorStore reads it, and the process ends with a segmentation fault."""
+    """A file of Orbax that is nested too deeply is refused before TensorStore reads it.
+
+    Red if TensorStore reads it: the process then ends with a segmentation fault.
+    """
     end = b"" if start == '{"a":' else b"]" * 100_000
     write(tmp_path, {**adapters.checkpoints_files()[1], name: start.encode() * 100_000 + end})
     with pytest.raises(LoraError, match=r"nested too deeply|not JSON"):
@@ -107,7 +116,10 @@ def test_a_file_of_orbax_that_is_nested_too_deeply(
 
 
 def test_an_array_that_is_described_too_deeply(tmp_path: pathlib.Path) -> None:
-    """The same in the database in which Orbax keeps arrays. Red: a segmentation fault."""
+    """The check covers the database in which Orbax keeps arrays.
+
+    Red without it: the process ends with a segmentation fault.
+    """
     write(tmp_path, adapters.checkpoints_files()[2])
     base = {"driver": "file", "path": f"{tmp_path}/arrays/"}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
@@ -146,7 +158,7 @@ def test_preprocessing_that_is_not_json(tmp_path: pathlib.Path, text: bytes) -> 
 
 
 def test_preprocessing_of_a_model_is_read(tmp_path: pathlib.Path) -> None:
-    """The file that the tests above damage is a good one."""
+    """The file that the tests above damage is valid."""
     config: Any = Folder(FOLDERS / "vit").config
     size = dict(zip(("height", "width"), config.image_size, strict=True))
     (tmp_path / preprocessing.FILE).write_text(json.dumps(IMAGES | {"size": size}))
@@ -171,7 +183,7 @@ def test_servers_are_not_asked_about_nonsense(tmp_path: pathlib.Path, pattern: A
 
 
 def tokenizer(template: str = "[CLS] $A", words: str = "ab") -> tokenizers.Tokenizer:
-    """A tokenizer of single characters that pads nothing."""
+    """A tokenizer of single characters, without padding."""
     vocabulary = {name: i for i, name in enumerate(["[CLS]", *words])}
     found = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     special = [("[CLS]", 0)]
@@ -186,7 +198,10 @@ def test_a_tokenizer_that_has_no_token_for_a_letter() -> None:
 
 
 def test_a_tokenizer_that_repeats_the_text() -> None:
-    """Red: the row is longer than its batch, and filling it fails."""
+    """A post-processor that repeats the text is refused.
+
+    Red if it is accepted: a row is longer than its batch, and filling the batch fails.
+    """
     encoder = data.tokens.Encoder(tokenizer("[CLS] $A $A"), 6)
     truncation = data.tokens.TextTruncation()
     assert len(encoder.truncate(["ab"], truncation)[0]) == 5
@@ -195,10 +210,10 @@ def test_a_tokenizer_that_repeats_the_text() -> None:
 
 
 class Contradicting:
-    """Stands for a tokenizer with two tokens of one number: one of them is lost, at random."""
+    """A tokenizer with two tokens of the same number: saving it loses one of them, at random."""
 
     def to_str(self) -> str:
-        """What the package writes of it, and does not read."""
+        """Return the text that the package writes for such a tokenizer and then cannot read."""
         return tokenizer().to_str().replace('"merges":[]', '"merges":[["a","b"]]')
 
 
@@ -208,7 +223,7 @@ def test_a_tokenizer_that_is_not_what_it_writes() -> None:
 
 
 def stored(folder: pathlib.Path, **parts: Any) -> Folder:
-    """A model's folder with a tokenizer.json of these parts."""
+    """A model's folder whose tokenizer.json has these parts."""
     found = tokenizer()
     for name, part in parts.items():
         setattr(found, name, part)
@@ -218,7 +233,10 @@ def stored(folder: pathlib.Path, **parts: Any) -> Folder:
 
 @pytest.mark.parametrize("name", ["normalizer", "decoder"])
 def test_a_tokenizer_that_makes_gigabytes_of_a_word(tmp_path: pathlib.Path, name: str) -> None:
-    """Red: 40 letters become 4 * 10^10, and the package ends the process."""
+    """A part that would make gigabytes of one word is refused.
+
+    Red if it is accepted: 40 letters become 4 * 10^10, and the package ends the process.
+    """
     room: Any = {"normalizer": normalizers, "decoder": decoders}[name]
     steps = [room.Replace("a", "a" * 9)] * 9
     with pytest.raises(TokenizerError, match=f"its {name} makes texts up to 1,000,000,000 times"):
@@ -236,8 +254,11 @@ def test_a_template_that_no_model_has(tmp_path: pathlib.Path, template: str) -> 
 
 
 def test_an_expression_that_takes_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 characters take a second, 400 take 18; nothing can stop the package. Red: it is waited
-    for."""
+    """An expression that takes hours is an error after a limit of time.
+
+    It takes a second for 200 characters and 18 for 400, and nothing can stop the package. Red if
+    the test waits for it.
+    """
     slow = tokenizer()
     expression = ".{0,200}.{0,200}.{0,200}(?!.|$)"
     slow.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(expression), "isolated")
@@ -249,7 +270,10 @@ def test_an_expression_that_takes_hours(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_half_a_character_on_a_terminal() -> None:
-    """Red: the error that is to be shown becomes a UnicodeEncodeError of its own."""
+    """Half a surrogate pair is replaced before it is printed.
+
+    Red if printing an error raises a UnicodeEncodeError.
+    """
     assert console.printable("a\ud800b\U0001f600") == "a\ufffdb\U0001f600"
 
 
@@ -273,12 +297,15 @@ def test_fields_of_many_characters(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_nearest_of_long_names() -> None:
-    """Red: the time of a comparison is the product of the lengths, and the test does not end."""
+    """Long names are compared only by a part of their letters.
+
+    Red if the time is the product of the lengths: the test then does not end.
+    """
     assert nearest("ab" * 50_000, ["ba" * 50_000, "ab" * 40_000], 1) == ["ab" * 40_000]
 
 
 def changed(folder: pathlib.Path, name: str, change: Callable[[Any], None]) -> pathlib.Path:
-    """A copy of a run in which one file was edited."""
+    """Copy a run and edit one file of it."""
     for each in ("config.json", "metrics.jsonl", "summary.json"):
         shutil.copy(RUN / each, folder / each)
     lines = (folder / name).read_text().splitlines()

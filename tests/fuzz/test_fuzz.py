@@ -1,6 +1,7 @@
 """2,000 cases of changed files: each ends in an error of ours or in a right result.
 
-The cases are the same in every run and every worker. Any number of others is run by hand:
+The cases are the same in every run and on every worker. Other cases, in any number, are run by
+hand:
 
     python -m tests.fuzz --cases 100000 --seed 1
 """
@@ -17,7 +18,8 @@ from lora_jax.console import quiet_storage
 from tests.fuzz import one_case
 from tests.fuzz.kinds import KINDS
 
-# Deterministic, and nothing is kept on disk; `tests.fuzz.bounds` has its own limit of time.
+# The cases are deterministic and nothing is kept on disk; `tests.fuzz.bounds` has its own time
+# limit.
 SETTINGS = hypothesis.settings(
     derandomize=True,
     database=None,
@@ -26,9 +28,10 @@ SETTINGS = hypothesis.settings(
     suppress_health_check=list(hypothesis.HealthCheck),
     phases=(hypothesis.Phase.generate,),
 )
-# Hypothesis draws the number of a case. Where it drew every change itself, as it can, the cases of
-# a layout were 103 of 240 instead of 137, none of them deep, and took twice as long. Of bits: its
-# integers are at times constants of the modules that are loaded, which differ in each worker.
+# Hypothesis draws the number of a case, not its changes. When it drew every change, a layout had
+# 103 different cases of 240 instead of 137, none of them deep, in twice the time. The number is
+# drawn as bits, because Hypothesis's integers are sometimes constants of the loaded modules, which
+# differ from worker to worker.
 NUMBERS = strategies.lists(strategies.booleans(), min_size=24, max_size=24).map(
     lambda bits: sum(bit << i for i, bit in enumerate(bits))
 )
@@ -47,6 +50,6 @@ def test_every_case_ends_well(name: str, tmp_path: pathlib.Path) -> None:
             raise
 
     ends: list[str] = []
-    with quiet_storage():  # of what Orbax abandons when it fails
+    with quiet_storage():  # hides the messages of writes that Orbax abandons when it fails
         run()
     assert set(ends) == {one_case.REFUSED, one_case.READ}, "the changes are too large, or too small"
