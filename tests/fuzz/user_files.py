@@ -1,4 +1,4 @@
-"""What users write by hand or edit: data in JSONL and CSV, run directories, command lines."""
+"""Files that users write or edit by hand: data in JSONL and CSV, run directories, command lines."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def _csv(random: Random) -> bytes:
 
 @functools.cache
 def tokenizer() -> Any:
-    """Return the tokenizer that data are read with."""
+    """Return the tokenizer that encodes the data."""
     import tokenizers
 
     return tokenizers.Tokenizer.from_str(tokenizer_files()[1].decode())
 
 
 def read_data(random: Random, folder: pathlib.Path) -> None:
-    """Read it as training does, or as predict and generate do."""
+    """Read the data as training does, or as predict and generate do."""
     name = next(path.name for path in folder.iterdir())
     path, field = str(folder / name), random.choice(("label", "label", "score", "text", "other"))
     config = data.DataConfig(
@@ -110,7 +110,7 @@ _NAMES = ("config.json", "metrics.jsonl", "summary.json")
 
 
 def make_run(random: Random) -> Files:
-    """Draw a run directory of which one file was changed."""
+    """Draw a run directory in which one file was changed."""
     files = {name: stored(RUN)[name] for name in _NAMES}
     name = random.choice(_NAMES)
     if name == "metrics.jsonl":
@@ -125,12 +125,12 @@ def make_run(random: Random) -> Files:
 
 @functools.cache
 def good_run() -> run_files.SavedRun:
-    """Return a run of which nothing was changed."""
+    """Return a run without changes."""
     return run_files.read(RUN)[0]
 
 
 def read_run(random: Random, folder: pathlib.Path) -> None:
-    """Read it as a report does, and as training that goes on does."""
+    """Read a run as a report does, and as training does that continues it."""
     (run,) = run_files.read(folder)
     assert isinstance(run.steps, int) and isinstance(run.step, int)
     for scores in (run.before, run.after):
@@ -187,7 +187,7 @@ _VALUES = (
 
 
 def make_line(random: Random) -> Files:
-    """Draw a command line, one word a line."""
+    """Draw a command line, as the number of its command and its words."""
     number = random.randrange(-3, len(_COMMANDS))
     options = _OPTIONS if number < 0 else _COMMANDS[number][1]
     words = []
@@ -200,7 +200,7 @@ def make_line(random: Random) -> Files:
 
 
 def read_line(random: Random, folder: pathlib.Path) -> None:
-    """Parse it as the command does; what tyro says of a wrong one is exit status 2."""
+    """Parse a line as its command does; tyro ends with exit status 2 for a wrong one."""
     number, words = json.loads((folder / "line.json").read_bytes())
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         if number >= 0:

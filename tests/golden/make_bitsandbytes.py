@@ -4,13 +4,14 @@
     env/bin/pip install bitsandbytes==0.50.2 torch==2.13.0 numpy safetensors
     env/bin/python tests/golden/make_bitsandbytes.py
 
-Matrices go to ../bases/data/bitsandbytes.npz, folders as transformers saves them to
-golden_models/llama_nf4, llama_nf4_double (whose bytes are viewed as bfloat16) and llama_int8.
+Matrices go to ../bases/data/bitsandbytes.npz. Folders, in the form in which transformers saves
+them, go to golden_models/llama_nf4, llama_nf4_double (whose bytes are viewed as bfloat16) and
+llama_int8.
 
-The operators are its own torch operators for devices without special kernels. Two of its kernels
-for CPUs cannot be used: `quantize_blockwise` first rounds a number to one of 65,536, and then
-differs from the GPU's kernels, which write checkpoints; `dequantize_4bit` takes the wrong scales
-with AVX-512 if a row does not consist of whole blocks. The names and the rest are as in
+The operators are bitsandbytes' torch operators for devices without special kernels. Two of its
+kernels for CPUs cannot be used. `quantize_blockwise` first rounds a number to one of 65,536, and
+then differs from the GPU's kernels, which write checkpoints. `dequantize_4bit` takes the wrong
+scales with AVX-512 if a row does not consist of whole blocks. Names and all else are as in
 `QuantState.as_dict(packed=True)`.
 """
 
@@ -28,7 +29,7 @@ _register = torch.library.register_kernel
 
 
 def _recorded(operator: str, devices: str) -> Callable[[Any], Any]:
-    """`register_kernel`, which also keeps what each operator is for each kind of device."""
+    """`register_kernel` that also keeps each operator's kernel for each kind of device."""
 
     def decorate(kernel: Any) -> Any:
         KERNELS[operator, devices] = kernel
@@ -67,7 +68,7 @@ def operator(name: str) -> Callable[..., Any]:
 
 
 def ties() -> torch.Tensor:
-    """Numbers on, just below and just above each midpoint of the table, at scales of 2**k."""
+    """Numbers on, just below and just above each midpoint of the table, with scales of 2**k."""
     code = F.get_4bit_type("nf4", device="cpu").numpy()
     middles = (code[:-1] + code[1:]) * np.float32(0.5)
     around = [middles, np.nextafter(middles, np.float32(-2)), np.nextafter(middles, np.float32(2))]
@@ -96,7 +97,7 @@ def cases() -> dict[str, tuple[torch.Tensor, int, bool]]:
 
 
 def write_folder(name: str, linear: Callable[..., torch.nn.Module], how: dict[str, Any]) -> None:
-    """The golden Llama with its layers' kernels quantised, as transformers saves such a model."""
+    """Write the golden Llama with quantised layer kernels, as transformers saves such a model."""
     models = pathlib.Path(__file__).parent / "golden_models"
     tensors = safetensors.torch.load_file(models / "llama" / "model.safetensors")
     saved = {}

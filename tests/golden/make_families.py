@@ -3,10 +3,10 @@
     pip install torch transformers
     python tests/golden/make_families.py [name ...]
 
-There is one folder for each set of options in a family's config.json that our models tell apart.
-Every parameter is random, norms and biases included, so that no lost parameter goes unnoticed. A
-folder depends on its name alone, so that others can be added later. The present ones were written
-with torch 2.13.0 and transformers 5.24.0; other versions give the same within rounding.
+There is one folder for each set of options in a family's config.json that our models distinguish.
+Every parameter is random, norms and biases included, so that a lost parameter is noticed. A folder
+depends only on its name, so that others can be added later. The present ones were written with
+torch 2.13.0 and transformers 5.24.0; other versions give the same within rounding.
 """
 
 import json
@@ -176,7 +176,7 @@ def write(name: str, model: hf.PreTrainedModel) -> None:
     model.config._attn_implementation = model.config._experts_implementation = "eager"
     for path, value in model.named_parameters():
         norm = "norm" in path.lower() or ".ln_" in path
-        around_one = norm and path.endswith("weight") and "gemma" not in name  # there it is 1 + w
+        around_one = norm and path.endswith("weight") and "gemma" not in name  # Gemma has 1 + w
         centre = 1.0 if around_one else 0.0
         value.copy_(centre + 0.3 * torch.randn_like(value))
     folder = HERE / name
@@ -189,7 +189,7 @@ def write(name: str, model: hf.PreTrainedModel) -> None:
 
 
 def expected(model: hf.PreTrainedModel) -> dict[str, np.ndarray]:
-    """Inputs (two rows, the second shorter), logits, and hidden states of an encoder."""
+    """Inputs (two rows, the second one shorter), logits, and hidden states of an encoder."""
     if model.main_input_name == "pixel_values":
         config = model.config
         size = config.image_size if isinstance(config.image_size, list) else [config.image_size] * 2

@@ -3,8 +3,9 @@
     pip install torch transformers
     python tests/golden/make_golden.py
 
-Every parameter is random, norms and biases included, so that no lost parameter goes unnoticed.
-Written with torch 2.13.0 and transformers 5.24.0; other versions give the same within rounding.
+Every parameter is random, norms and biases included, so that a lost parameter is noticed. The
+folder was written with torch 2.13.0 and transformers 5.24.0; other versions give the same within
+rounding.
 """
 
 import json
@@ -73,7 +74,7 @@ def write(name: str, model: hf.PreTrainedModel, shard: str = "1GB") -> None:
 
 
 def expected(name: str, model: hf.PreTrainedModel) -> dict[str, np.ndarray]:
-    """Inputs (two rows, the second shorter) and outputs."""
+    """Inputs (two rows, the second one shorter) and outputs."""
     length = 11
     ids = torch.randint(3, SIZES["vocab_size"], (2, length))
     mask = torch.ones_like(ids)

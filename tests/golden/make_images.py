@@ -1,11 +1,11 @@
 """Write golden_images.npz: images, and their pixels by transformers' ViTImageProcessor.
 
-In an environment with transformers 5.24.0 and Pillow 13.0.0 (torch is not needed):
+Run it in an environment with transformers 5.24.0 and Pillow 13.0.0 (torch is not needed):
 
     python tests/golden/make_images.py
 
-Every case has the bytes of an image file, a preprocessor_config.json, and the pixels
-[height, width, channels]. The processor is the one that computes with Pillow.
+Each case has the bytes of an image file, a preprocessor_config.json, and the pixels [height, width,
+channels]. The processor is the one that computes with Pillow.
 """
 
 import io
@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-SIZES = ((37, 29), (9, 7), (20, 16))  # (width, height): one is cut down, one enlarged
+SIZES = ((37, 29), (9, 7), (20, 16))  # (width, height): the first is reduced, the second enlarged
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SETTINGS = (
     {},

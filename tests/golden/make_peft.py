@@ -6,8 +6,8 @@
     python tests/golden/make_peft.py experts
 
 The bases are in golden_models/, or `Toy`, whose weights are in golden_peft/toy.npz. Every element
-of an adapter is random, so that no lost parameter goes unnoticed.
-Written with torch 2.13.0, transformers 5.24.0 and peft 0.21.2.
+of an adapter is random, so that a lost parameter is noticed. The folder was written with torch
+2.13.0, transformers 5.24.0 and peft 0.21.2.
 """
 
 import shutil
@@ -119,7 +119,7 @@ class Mixture(torch.nn.Module):
 
 
 def write_experts():
-    """Both ways to store experts, as this version of PEFT reads them; square ones too."""
+    """Write experts in both ways to store them, as this version of PEFT reads them."""
     for transposed in (False, True):
         for square in (False, True):
             torch.manual_seed(3)
@@ -159,13 +159,13 @@ def inputs(name):
 
 
 def randomise(model):
-    """Draw everything that the adapter holds."""
+    """Draw all arrays of the adapter at random."""
     for path, value in model.named_parameters():
         held = ("lora_", "modules_to_save", "trainable_tokens_delta")
         if "magnitude" in path:
             value.mul_(1 + 0.3 * torch.randn_like(value))
         elif any(x in path for x in held) or path.endswith(".bias"):
-            value.copy_(0.3 * torch.randn_like(value))  # in place: some are tied to each other
+            value.copy_(0.3 * torch.randn_like(value))  # in place, because some arrays are tied
 
 
 def write(name, base_name, settings):
@@ -176,7 +176,7 @@ def write(name, base_name, settings):
     before = {k: v.clone() for k, v in model.named_parameters() if k.endswith(".bias")}
     with torch.no_grad():
         randomise(model)
-        if config.bias == "none":  # then the base's own biases are not in the file
+        if config.bias == "none":  # then the file does not have the base's own biases
             for path, value in model.named_parameters():
                 if path in before and "modules_to_save" not in path and "lora_B" not in path:
                     value.copy_(before[path])
@@ -195,7 +195,7 @@ def write(name, base_name, settings):
 
 
 def write_mixed():
-    """A batch whose rows have adapters of their own, by adapter_names."""
+    """Write a batch whose rows have their own adapters, given by adapter_names."""
     torch.manual_seed(5)
     names = ["plain", "__base__", "rslora", "regex"]
     model = peft.PeftModel.from_pretrained(base("llama"), HERE / "plain", adapter_name="plain")

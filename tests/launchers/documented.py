@@ -1,4 +1,4 @@
-"""The scripts of docs/pods.md, as they are run here: with a tiny run and fewer processes."""
+"""The scripts of docs/pods.md, run here with a tiny config and fewer processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def block(heading: str, language: str) -> str:
 
 
 def changed(script: str, changes: dict[str, str]) -> str:
-    """Return the script with texts replaced, each of which it must contain."""
+    """Replace texts of a script, each of which it must contain."""
     for old, new in changes.items():
         assert old in script, f"docs/pods.md does not say {old!r} any more:\n{script}"
         script = script.replace(old, new)

@@ -1,7 +1,8 @@
-"""A machine of its own for a launcher: its network, host names and processes are seen by none else.
+"""A machine for a launcher, with a network, host names and processes that only it sees.
 
-They are Linux namespaces, which need root (in a container CAP_SYS_ADMIN) and no systemd. Everything
-that was started on the machine, daemons included, is killed with it, even when the tests are.
+These are Linux namespaces, which need root (CAP_SYS_ADMIN in a container) and not systemd. Every
+process on the machine, daemons included, is killed when the machine ends, even when the tests are
+killed.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 ROOT = pathlib.Path(__file__).parents[2]
-# pdeathsig, kill-child: with this process ends the machine, and with the machine all on it.
+# pdeathsig and kill-child: the machine ends with this process, and all of its processes with it.
 NAMESPACES = (
     "setpriv --pdeathsig KILL unshare --mount --net --pid --uts --fork --kill-child --mount-proc"
 )
 CARRIERS = (b"sh", b"bash", b"env", b"srun", b"mpirun", b"prterun", b"nsenter", b"unshare")
-LAUNCHERS = ("SLURM_", "OMPI_", "PMIX_", "KUBERNETES_", "JOB_COMPLETION_INDEX")  # of this process
+# Prefixes of the variables of this process that a machine does not inherit.
+LAUNCHERS = ("SLURM_", "OMPI_", "PMIX_", "KUBERNETES_", "JOB_COMPLETION_INDEX")
 _START = """
 set -e
 ip link set lo up
@@ -45,7 +47,7 @@ def possible() -> bool:
 
 
 def wait_for(condition: Callable[[], Any], why: Callable[[], str], seconds: float = 240) -> Any:
-    """Wait until `condition` holds, and return what it gave; `why` explains that it never did."""
+    """Wait until `condition` is true and return its value; `why` explains a failure."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s:\n{why()}"
@@ -54,14 +56,14 @@ def wait_for(condition: Callable[[], Any], why: Callable[[], str], seconds: floa
 
 
 class Machine:
-    """A machine on which commands run, while it is entered."""
+    """A machine that runs commands while its context is entered."""
 
     def __init__(self, folder: pathlib.Path, hosts: Mapping[str, str]) -> None:
-        """Describe it.
+        """Describe the machine.
 
         Args:
-          folder: what belongs to the machine.
-          hosts: the addresses of its names, all its own; it is called by the first.
+          folder: the machine's own folder.
+          hosts: the addresses of its host names, all on this machine; the first is its own name.
         """
         self.folder, self._hosts = folder, dict(hosts)
         ours = {name: x for name, x in os.environ.items() if not name.startswith(LAUNCHERS)}
@@ -76,7 +78,7 @@ class Machine:
         }
 
     def begin(self) -> None:
-        """Start what the machine has running on it from the beginning: nothing."""
+        """Start the machine's daemons; a plain machine has none."""
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ class Machine:
         self._holder.wait()
 
     def start(self, words: Sequence[str], log: pathlib.Path) -> subprocess.Popen[bytes]:
-        """Start a command there, in the folder of the repository; it prints into `log`."""
+        """Start a command on the machine, in the repository's folder; it prints to `log`."""
         enter = ["nsenter", "--target", self.pid, "--mount", "--net", "--pid", "--uts"]
         with log.open("ab") as file:
             return subprocess.Popen(
@@ -127,9 +129,9 @@ class Machine:
         return log.read_text()
 
     def pids(self, word: str, variable: str = "") -> list[int]:
-        """The processes here with a word in their command line and NAME=value in their environment.
+        """The processes with `word` in their command line and `variable` in their environment.
 
-        Shells and launchers that carry the word on to others are left out.
+        `variable` is NAME=value. Shells and launchers that pass the word on to others are left out.
         """
         needed = {f"MACHINE={self.folder}".encode(), *([variable.encode()] if variable else [])}
         found = []
@@ -137,7 +139,7 @@ class Machine:
             try:
                 line = (path / "cmdline").read_bytes().split(b"\0")
                 variables = set((path / "environ").read_bytes().split(b"\0"))
-            except OSError:  # it has ended
+            except OSError:  # the process has ended
                 continue
             carries = os.path.basename(line[0]) in CARRIERS
             if needed <= variables and word.encode() in line and not carries:

@@ -1,8 +1,8 @@
-"""Pods of a JobSet on one machine: each has its host name, address, variables and process number 1.
+"""Pods of a JobSet on one machine, each with its host name, address, variables and process 1.
 
-There is no Kubernetes. Names that a headless service would resolve are in /etc/hosts. JAX asks the
-Kubernetes API two questions, which a server answers as the API of a cluster would for such a
-JobSet: `python -m tests.launchers.pods <folder>` is that server.
+Kubernetes is not needed. Names that a headless service would resolve are in /etc/hosts. JAX asks
+the Kubernetes API two questions, and a server answers them as a cluster's API would for such a
+JobSet. `python -m tests.launchers.pods <folder>` is that server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.launchers.machine import Machine
 
 JOB, JOBSET, TOKEN = "lora-worker-0", "lora", "the-token-of-the-service-account"
 API = "10.77.1.1"
-ADDRESSES = ("10.77.0.1", "10.77.0.2")  # of the pods
+ADDRESSES = ("10.77.0.1", "10.77.0.2")  # the pods' addresses
 HOSTS = {"api": API}
 for _index, _address in enumerate(ADDRESSES):
     HOSTS |= {f"{JOB}-{_index}": _address, f"{JOB}-{_index}.{JOBSET}": _address}
@@ -48,11 +48,11 @@ class Pods(Machine):
         super().__init__(folder, HOSTS)
 
     def start_pod(self, index: int, command: str) -> subprocess.Popen[bytes]:
-        """Start the container of a pod; it prints into `pod<index>.log`.
+        """Start the container of a pod; it prints to `pod<index>.log`.
 
         Args:
-          index: of the pod in its Indexed Job.
-          command: what `/bin/sh -c` runs in the container.
+          index: the pod's number in its Indexed Job.
+          command: the text that `/bin/sh -c` runs in the container.
         """
         variables = {
             "HOSTNAME": f"{JOB}-{index}",
@@ -70,7 +70,7 @@ class Pods(Machine):
         return self.folder / f"pod{index}.log"
 
     def start_api(self) -> None:
-        """Start what answers as the Kubernetes API, and put into the pods what leads to it."""
+        """Start a server for the Kubernetes API, and give the pods its certificate and token."""
         self.run("sh", "-c", f"cd {self.folder} && {_CERTIFICATE} 2>openssl.log")
         files = f"cp {self.folder}/ca.crt . && echo -n {TOKEN} >token && echo -n default >namespace"
         account = f"mkdir -p {ACCOUNT} && cd {ACCOUNT} && {files}"
@@ -82,7 +82,7 @@ class Pods(Machine):
 
 
 def job() -> dict[str, Any]:
-    """The Job that a JobSet has made."""
+    """The Job of the JobSet."""
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -105,7 +105,7 @@ def job() -> dict[str, Any]:
 
 
 def pod(index: int) -> dict[str, Any]:
-    """A pod of that Job."""
+    """A pod of the Job."""
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": JOB, "uid": "1", "controller": True}
     return {
         "metadata": {
@@ -129,7 +129,7 @@ def pod(index: int) -> dict[str, Any]:
 
 
 def answer(path: str, token: str | None) -> tuple[int, dict[str, Any]]:
-    """The status and the body of the answer to a GET."""
+    """The status and the body of the answer to a GET request."""
     url = urllib.parse.urlsplit(path)
     query = urllib.parse.parse_qs(url.query)
     if (token or "").lower() != f"bearer {TOKEN}":
@@ -155,7 +155,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def main(folder: pathlib.Path) -> None:
-    """Answer for ever."""
+    """Answer requests for ever."""
     server = http.server.ThreadingHTTPServer((API, 443), _Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "ca.crt", folder / "key.pem")

@@ -1,6 +1,6 @@
-"""A SLURM cluster of two nodes on one machine, without systemd: munged, slurmctld and two slurmd.
+"""A SLURM cluster of two nodes on one machine: munged, slurmctld and two slurmd, without systemd.
 
-By hand, `python -m tests.launchers.slurm bash` starts one, runs a command on it and stops it.
+`python -m tests.launchers.slurm bash` starts one by hand, runs a command on it and stops it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from tests.launchers.machine import Machine, wait_for
 HOSTS = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter", "ip")
 
-# cred_expire: also what a requeued job waits before it starts again. config_overrides: the nodes
-# may have more than the machine. The GPUs are device files that nobody opens.
+# cred_expire is also the time that a requeued job waits before it starts again. With
+# config_overrides, nodes may have more than the machine has. The GPUs are device files that nobody
+# opens.
 _CONFIG = """
 ClusterName=lora
 SlurmctldHost=n1
@@ -87,25 +88,25 @@ class Slurm(Machine):
         self.run("slurmd", "-N", name)
 
     def kill_node(self, name: str, task: int) -> None:
-        """Kill a node like a power cut: its daemon, and a task with its supervisor."""
+        """Kill a node as a power cut would: its daemon, and a task with its supervisor."""
         parent = int(pathlib.Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()[1])
         for pid in (*self.pids(name), parent, task):
             os.kill(pid, signal.SIGKILL)
 
     def submit(self, script: str, *options: str) -> str:
-        """Submit a batch script; the number of the job."""
+        """Submit a batch script and return the number of the job."""
         path = self.folder / "job.sh"
         path.write_text(script)
         return self.run("sbatch", "--parsable", *options, str(path)).strip()
 
     def state(self, job: str) -> str:
-        """RUNNING, COMPLETED, FAILED and the like."""
+        """Return the job's state: RUNNING, COMPLETED, FAILED and the like."""
         text = self.run("scontrol", "show", "job", job)
         return text.partition("JobState=")[2].split()[0]
 
 
 def main() -> int:
-    """Run a command on a new cluster, and give its status."""
+    """Run a command on a new cluster and return its exit status."""
     with tempfile.TemporaryDirectory() as name, Slurm(pathlib.Path(name)) as cluster:
         line = ["nsenter", "--target", cluster.pid, "--all", *(sys.argv[1:] or ["sinfo"])]
         return subprocess.run(line, env=cluster.environment).returncode

@@ -1,4 +1,4 @@
-"""`mpirun python train.py` under a real Open MPI, met through mpi4py from version 5 on."""
+"""`mpirun python train.py` under a real Open MPI; from version 5 on, processes meet by mpi4py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
         not (INSTALLED and machine.possible()), reason="no Open MPI, no mpi4py or no namespaces"
     ),
 ]
-HERE = "mpirun --allow-run-as-root --oversubscribe -n 2"  # as this machine asks for
+HERE = "mpirun --allow-run-as-root --oversubscribe -n 2"  # this machine needs these options
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 class Run:
-    """Return the output of the command of docs/pods.md with two processes."""
+    """Start the command of docs/pods.md with two processes."""
 
     def __init__(self, host: Machine, name: str, more: str) -> None:
         self.path, self.log = host.folder / name, host.folder / f"{name}.log"
@@ -49,7 +49,10 @@ class Run:
 
 
 def test_a_run_is_preempted_and_goes_on(host: Machine) -> None:
-    """SIGTERM to a process, since `mpirun` itself would kill them all a moment later."""
+    """A process that gets SIGTERM saves a checkpoint, and the same command continues from it.
+
+    The signal goes to one process, because `mpirun` itself would kill all of them a moment later.
+    """
     run = Run(host, "run", "--steps 40 --checkpoint-every 1")
     run.reach(5)
     [pid] = host.pids("train.py", "OMPI_COMM_WORLD_RANK=1")

@@ -1,4 +1,4 @@
-"""The JobSet of docs/pods.md: its command in two pods, with the flags and by the Kubernetes API."""
+"""The JobSet of docs/pods.md: its command in two pods, with flags and by the Kubernetes API."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
 
 
 def command(folder: pathlib.Path, more: str) -> str:
-    """The command of the container, for fewer pods and a smaller run."""
+    """The container's command, for fewer pods and a smaller run."""
     jobset = yaml.safe_load(block("Kubernetes", "yaml"))
     template = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     [container] = template["template"]["spec"]["containers"]

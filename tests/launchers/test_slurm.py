@@ -1,4 +1,4 @@
-"""The script of docs/pods.md under a real SLURM: two nodes, one process of four devices on each."""
+"""The script of docs/pods.md under a real SLURM: two nodes with a process of four devices each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
         not (slurm.installed() and machine.possible()), reason="no SLURM here, or no namespaces"
     ),
 ]
-SIZE = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")  # options win over the script
+SIZE = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")  # options win over the script's
 STEPS = 80
 
 
@@ -52,7 +52,7 @@ class Jobs:
         wait_for(lambda: max(checkpoints(path), default=0) >= step, lambda: self.log(name))
 
     def task(self, index: int) -> int:
-        """The process that is a task of the running job."""
+        """Return the process of a task of the running job."""
         [pid] = self.cluster.pids("train.py", f"SLURM_PROCID={index}")
         return pid
 
@@ -74,7 +74,10 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 
 
 def test_a_job_that_is_preempted_and_loses_a_node_ends_with_the_same_bits(jobs: Jobs) -> None:
-    """The script requeues the job after status 143; SLURM does it after the end of a node."""
+    """A run that is preempted and loses a node ends with the bits of an undisturbed run.
+
+    The script requeues the job after status 143, and SLURM requeues it after the loss of a node.
+    """
     whole = jobs.submit("whole", f"--steps {STEPS}")
     assert jobs.wait(whole, "whole") == "COMPLETED", jobs.log("whole")
     stopped = jobs.submit("stopped", f"--steps {STEPS} --checkpoint-every 1")

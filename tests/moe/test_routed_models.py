@@ -25,7 +25,7 @@ TARGETS = ("**/{q,query,down}/kernel",)  # of either model
 
 
 def drawn(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
-    """A model, parameters for it and its arguments; nothing is compiled for them."""
+    """A model, its parameters and its arguments, which are made without compiling a program."""
     found: list[Any] = []
 
     def shapes() -> Any:
@@ -37,13 +37,13 @@ def drawn(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
 
 
 def layer_of(path: str) -> tuple[str, int | None]:
-    """`layers_1/mlp/up` is slice 1 of `layers/mlp/up`."""
+    """Split a path: `layers_1/mlp/up` is slice 1 of `layers/mlp/up`."""
     found = re.search(r"layers?_(\d+)", path)
     return re.sub(r"layers?_\d+", "layers", path), int(found[1]) if found else None
 
 
 def scanned(tree: dict[str, Any], axis: int) -> dict[str, Any]:
-    """`{path: arrays}` of unrolled layers, the layers stacked along `axis`."""
+    """Stack the layers of `{path: arrays}` of an unrolled model along `axis`."""
     slices: dict[str, list[Any]] = {}
     for path, value in tree.items():
         whole, layer = layer_of(path)
@@ -55,7 +55,7 @@ def scanned(tree: dict[str, Any], axis: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
 def test_scanned_layers_route_as_unrolled_ones(config: Any) -> None:
-    """With full remat: outputs, loads of each layer, and the gradient of the router."""
+    """Scanned layers with full remat have the outputs, loads and gradients of unrolled ones."""
     f, params, args = drawn(config)
     case = cases.Case("", f, params, args, TARGETS)
     members = members_of(case, (1, 2))
@@ -94,7 +94,10 @@ def test_scanned_layers_route_as_unrolled_ones(config: Any) -> None:
 
 
 def test_weights_per_example_of_a_model() -> None:
-    """Scanned BERT, each example with its own blend. Red if a mask or an id is not divided."""
+    """In scanned BERT, each example can have its own blend of adapters.
+
+    Red if a mask or an id is not divided by examples.
+    """
     f, params, args = drawn(dataclasses.replace(BERT, scan_layers=True))
     case = cases.Case("", f, params, args, TARGETS)
     layout, stacked = lora_jax.multi.stack(members_of(case, (1, 2)))

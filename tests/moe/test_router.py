@@ -1,4 +1,4 @@
-"""Mixtures of adapters, against `select`, `combine` and a sum over experts written by hand."""
+"""Mixtures of adapters, compared with `select`, `combine` and a sum over experts by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.test_transform import assert_close, scalar
 
 pytestmark = pytest.mark.standard_promotion
 
-# One program of each kind of rule that a weight can meet.
+# One program for each kind of rule that a weight can meet.
 PROGRAMS = [
     "bare_custom_jvp",
     "bare_einsum_scrambled",
@@ -34,14 +34,15 @@ PROGRAMS = [
     "nnx_attention",
     "shard_map_over_scanned_layers",
 ]
-# By token there is no product with W.T (embed_tied), no custom_jvp, no sharded contraction.
+# A router per token refuses a product with W.T (embed_tied), a custom_jvp and a sharded
+# contraction.
 REFUSED = ["bare_custom_jvp", "linen_embed_tied", "shard_map_over_scanned_layers"]
 BY_TOKEN = [name for name in PROGRAMS if name not in REFUSED]
 BY_TOKEN += ["linen_embed", "bare_while", "bare_cond", "nnx_scan"]
 
 
 def members_of(case: Any, ranks: tuple[int, ...] = (1, 2, 2)) -> list[Any]:
-    """Adapters of different ranks and alphas for a program, none of them zero."""
+    """Adapters of a program with different ranks and alphas, none of them zero."""
     members = []
     for i, rank in enumerate(ranks):
         spec = LoraSpec(rank, 1.0 + i, case.targets)
@@ -74,7 +75,10 @@ def by_hand(x: Any, w: Any, factors: Factors, scales: Any, gates: Any) -> Any:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_one_hot_weights_are_select(name: str) -> None:
-    """In outputs and gradients. Red if the scales or the order of the experts are mixed up."""
+    """One-hot weights give the outputs and gradients of `select`.
+
+    Red if the scales or the order of the experts are mixed up.
+    """
     case = cases.REGISTRY[name]()
     layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     loss = scalar(runs(case, layout))
@@ -92,7 +96,10 @@ def test_one_hot_weights_are_select(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_fixed_weights_are_the_combination(name: str) -> None:
-    """A law with `combine` and `merge`. Red if a weight multiplies a as well as b."""
+    """Fixed weights give the outputs of `combine` and `merge`.
+
+    Red if a weight multiplies a as well as b.
+    """
     case = cases.REGISTRY[name]()
     members, weights = members_of(case), [0.5, -1.5, 0.25]
     layout, stacked = compiled(lora_jax.multi.stack, members)
@@ -104,7 +111,7 @@ def test_fixed_weights_are_the_combination(name: str) -> None:
 
 
 def test_weights_per_example() -> None:
-    """Each row has its own blend; a row of zeros is the base. Gradients reach the weights."""
+    """Each example has its own blend, zeros give the base, and the weights have gradients."""
     case = cases.REGISTRY["linen_attention"]()
     layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     weights = jnp.array([[0.2, 0.8, 0.0], [0.0, 0.0, 0.0], [1.0, -1.0, 2.0]])
@@ -132,7 +139,10 @@ def test_weights_per_example() -> None:
 
 
 def test_the_base_product_is_done_once() -> None:
-    """For every n, W is in one product, of all rows. Red if the experts are looped over."""
+    """For each kind of choice, one product has W, over all rows.
+
+    Red if the experts are looped over.
+    """
     case = cases.REGISTRY["bare_matmul"]()
     layout, stacked = lora_jax.multi.stack(members_of(case, (1,) * 6))
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 6)
@@ -156,7 +166,10 @@ def test_the_base_product_is_done_once() -> None:
 
 @pytest.mark.parametrize("name", BY_TOKEN)
 def test_a_router_without_preference_is_the_mean(name: str) -> None:
-    """Through every rule and loop. Red if a rule drops the router's columns or their softmax."""
+    """A router of zeros gives the mean of the adapters, through every rule and loop.
+
+    Red if a rule drops the router's columns or their softmax.
+    """
     case = cases.REGISTRY[name]()
     members = members_of(case)
     layout, stacked = compiled(lora_jax.multi.stack, members)
@@ -174,7 +187,7 @@ def f_scanned(p: Any, x: Any) -> Any:
 
 
 def f_by_hand(p: Any, stacked: Any, router: Any, top: int | None, x: Any) -> tuple[Any, Any]:
-    """The same with each expert written out, and the loads `{path: [Load of each layer]}`."""
+    """Compute f with each expert written out, and the loads `{path: [Load of each layer]}`."""
     loads: dict[str, list[Load]] = {"up": [], "down": []}
     for layer in range(3):
         for path in ("up", "down"):
@@ -195,10 +208,11 @@ def f_by_hand(p: Any, stacked: Any, router: Any, top: int | None, x: Any) -> tup
 
 @pytest.mark.parametrize("top", [None, 1, 2])
 def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
-    """Outputs, loads, and the gradients of factors and router, of a loss with the loads in it.
+    """Outputs, loads and gradients of a scan with remat equal a sum over experts by hand.
 
-    Through a scan with remat. Red if the softmax is over something else, what is chosen is not
-    divided by its sum, or the count is of one layer.
+    The gradients are those of factors and router, for a loss that includes the loads. Red if the
+    softmax is over other entries, if chosen gates are not divided by their sum, or if the count is
+    of one layer.
     """
     params = {"up": cases.normal(0, 3, 10, 14) / 4, "down": cases.normal(1, 3, 14, 10) / 4}
     x = cases.normal(2, 2, 5, 10)
@@ -226,11 +240,14 @@ def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
     assert_close(got, want)
     assert_close((got_stack.factors, got_router), (want_stack.factors, want_router), 5e-5)
     learns = [bool(jnp.any(g != 0)) for g in jax.tree.leaves(got_router)]
-    assert learns == [top != 1] * 2  # the only gate that is left is 1, for any logits
+    assert learns == [top != 1] * 2  # with top=1 the remaining gate is 1, for any logits
 
 
 def test_the_balance_is_of_shares_and_gates() -> None:
-    """Against numbers by hand. Red: the gates squared, which would ask for no even share."""
+    """The balance equals numbers computed by hand.
+
+    Red if the gates are squared: the loss would then not ask for even shares.
+    """
     shares, gates = jnp.array([[0.5, 0.5], [1.0, 0.0]]), jnp.array([[0.6, 0.4], [0.7, 0.3]])
     one = {"w": Load(shares[0], gates[0])}
     assert float(lora_jax.moe.balance(one)) == pytest.approx(2 * (0.5 * 0.6 + 0.5 * 0.4))
@@ -240,7 +257,7 @@ def test_the_balance_is_of_shares_and_gates() -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_router_without_an_input_to_route_by_is_refused(name: str) -> None:
-    """Softmax is not linear: half an input would route otherwise, in silence."""
+    """Half an input is refused: softmax is not linear, so the router would route wrongly."""
     case = cases.REGISTRY[name]()
     layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     routed = lora_jax.moe.route(stacked, lora_jax.moe.init_router(jax.random.key(0), layout, 3))
@@ -249,7 +266,10 @@ def test_a_router_without_an_input_to_route_by_is_refused(name: str) -> None:
 
 
 def test_the_gates_of_a_bfloat16_model_are_float32() -> None:
-    """Under strict promotion. Red if the logits are not cast, or the gates not cast back."""
+    """Gates are float32 and outputs bfloat16, under strict promotion.
+
+    Red if the logits are not cast, or if the gates are not cast back.
+    """
     f = lambda p, x: x @ p["w"]  # noqa: E731
     params, x = {"w": jnp.ones((8, 4), jnp.bfloat16)}, jnp.ones((3, 8), jnp.bfloat16)
     case = cases.Case("bfloat16", f, params, (x,), ("w",))
@@ -266,7 +286,10 @@ def test_the_gates_of_a_bfloat16_model_are_float32() -> None:
 
 
 def test_vmap_over_routers() -> None:
-    """Several routers at once, as in a sweep. Red if a rule needs an unbatched router."""
+    """Several routers run at once, as in a sweep.
+
+    Red if a rule needs an unbatched router.
+    """
     case = cases.REGISTRY["bare_scan"]()
     layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     run = runs(case, layout)
@@ -280,9 +303,9 @@ def test_vmap_over_routers() -> None:
 
 
 def test_a_router_learns_which_expert_made_which_token() -> None:
-    """Two frozen experts, tokens of two kinds, each answered by its own expert.
+    """A router learns to give each token to the one of two experts that made its answer.
 
-    Red if the router gets no gradient, or that of another target.
+    Red if it gets no gradient, or the gradient of another target.
     """
     f = lambda p, x: jnp.tanh(x @ p["w"])  # noqa: E731
     params = {"w": cases.normal(0, 8, 6) / 3}
@@ -321,7 +344,7 @@ def test_a_router_learns_which_expert_made_which_token() -> None:
 
 
 def test_factors_and_router_train_together() -> None:
-    """One gradient for both; the base slot's zeros stay zeros, in the gradient too."""
+    """Factors and router train by one gradient, in which the base slot's zeros stay zeros."""
     case = cases.REGISTRY["bare_scan"]()
     layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 3)
@@ -335,7 +358,7 @@ def test_factors_and_router_train_together() -> None:
 
 
 def test_experts_and_router_are_kept_as_adapters_are(tmp_path: Any) -> None:
-    """The recipe of `lora_jax.moe.router`: restore(save(x)) == x, bit for bit."""
+    """The recipe in `lora_jax.moe.router` keeps experts and router: restore(save(x)) == x."""
     case = cases.REGISTRY["bare_scan"]()
     members = members_of(case)
     layout, stacked = compiled(lora_jax.multi.stack, members)

@@ -1,4 +1,4 @@
-"""Combination against a float64 sum written out by hand, and truncation against Eckart-Young."""
+"""`combine` against a float64 sum written out by hand, and `truncate` against Eckart-Young."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.test_transform import assert_close
 FORMS = {
     "matrix": ((9, 7), (), (0,), (1,)),
     "stacked": ((3, 9, 7), (0,), (1,), (2,)),
-    "heads": ((2, 9, 3, 4), (2,), (1,), (0, 3)),  # the stack in the middle, the outputs apart
+    "heads": ((2, 9, 3, 4), (2,), (1,), (0, 3)),  # stack in the middle, outputs apart
     "kernel": ((3, 2, 5, 8), (), (0, 1, 2), (3,)),
 }
 
@@ -33,7 +33,7 @@ def member(
     targets = tuple(Target(name, *FORMS[name], rank=rank, alpha=alpha) for name in names)
     draw = np.random.default_rng(seed).standard_normal
     drawn = {t.path: Factors(draw(t.a_shape), draw(t.b_shape)) for t in targets}
-    # By NumPy: this runs when the tests are collected, and compiles nothing.
+    # NumPy draws, because this runs when tests are collected and must compile nothing.
     return Layout(targets), jax.device_put(jax.tree.map(lambda x: x.astype(dtype), drawn))
 
 
@@ -46,7 +46,7 @@ WEIGHTS = [0.7, -1.5, 0.25]
 
 
 def by_hand(members: list[Any], weights: list[float], path: str) -> Any:
-    """The weighted sum of the updates in float64, slice by slice, in W's order of axes."""
+    """Sum the weighted updates in float64, slice by slice, in the order of W's axes."""
     shape, stack, inputs, outputs = FORMS[path]
     order = (*stack, *inputs, *outputs)
     total = np.zeros([shape[i] for i in order])
@@ -64,7 +64,10 @@ def by_hand(members: list[Any], weights: list[float], path: str) -> Any:
 
 
 def test_the_combination_is_the_weighted_sum_of_the_updates() -> None:
-    """Ranks, alphas and targets differ. Red if a scale, a weight or a member is left out."""
+    """The combination is the weighted sum of updates whose ranks, alphas and targets differ.
+
+    Red if a scale, a weight or a member is left out.
+    """
     layout, adapters, _ = combine(MEMBERS, WEIGHTS)
     assert {t.path: t.rank for t in layout.targets} == {
         "matrix": 6, "stacked": 4, "heads": 3, "kernel": 4,
@@ -80,7 +83,7 @@ def test_the_combination_is_the_weighted_sum_of_the_updates() -> None:
 
 
 def test_adding_the_factors_would_be_wrong() -> None:
-    """A reason not to offer this: the cross terms are as large as the sum itself."""
+    """Adding factors would be wrong: the cross terms are as large as the sum itself."""
     (layout, one), (_, two) = member(0, 2, 2.0, "matrix"), member(1, 2, 2.0, "matrix")
     want = by_hand([(layout, one), (layout, two)], [1.0, 1.0], "matrix")
     added = jax.tree.map(jnp.add, one, two)["matrix"]
@@ -89,7 +92,10 @@ def test_adding_the_factors_would_be_wrong() -> None:
 
 
 def test_ranks_that_add_up_to_more_than_the_matrix_has_are_kept_exactly() -> None:
-    """Red if the surplus is cut off the factors instead of being factored anew."""
+    """A sum of ranks that is larger than the matrix is factored anew, without loss.
+
+    Red if the surplus is cut off instead.
+    """
     members = [member(i, 3, 3.0, "stacked", "heads") for i in range(5)]
     weights = [1.0, -0.5, 2.0, 0.3, 0.1]
     layout, adapters, _ = combine(members, weights)
@@ -102,7 +108,10 @@ def test_ranks_that_add_up_to_more_than_the_matrix_has_are_kept_exactly() -> Non
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_truncation_is_the_nearest_and_reports_what_it_cut(rank: int) -> None:
-    """Eckart-Young on every slice. Red if the scale or a slice of the stack is left out."""
+    """Truncation is Eckart-Young on every slice, and reports the error that it makes.
+
+    Red if the scale or a slice of the stack is left out.
+    """
     layout, adapters, _ = combine(MEMBERS, WEIGHTS)
     (smaller, kept, _), cuts = truncate(Adapter(layout, adapters), rank)
     for t in layout.targets:
@@ -128,7 +137,10 @@ def test_truncation_to_no_lower_rank_changes_nothing() -> None:
 
 
 def test_truncation_of_fresh_adapters_is_zero() -> None:
-    """With b = 0 no direction is the first. Red if the relative error divides by zero."""
+    """Fresh adapters, whose b is 0 and which have no first direction, are truncated to zero.
+
+    Red if the relative error divides by zero.
+    """
     layout, adapters = member(0, 4, 4.0, "matrix", "stacked")
     adapters = {p: Factors(f.a, 0 * f.b) for p, f in adapters.items()}
     (smaller, kept, _), cuts = truncate(Adapter(layout, adapters), 2)
@@ -138,7 +150,10 @@ def test_truncation_of_fresh_adapters_is_zero() -> None:
 
 
 def test_no_product_has_the_shape_of_the_weight() -> None:
-    """Red if the SVD is taken of a @ b."""
+    """Truncation forms no array of W's size.
+
+    Red if the SVD is taken of a @ b.
+    """
     target = Target("w", (60, 50), (), (0,), (1,), rank=6, alpha=6.0)
     factors = Factors(jnp.ones((60, 6)), jnp.ones((6, 50)))
     layout = Layout((target,))
@@ -150,7 +165,10 @@ def test_no_product_has_the_shape_of_the_weight() -> None:
 
 
 def test_bfloat16_members_are_combined_in_float32() -> None:
-    """Red if weight * scale * b is rounded to bfloat16; truncation keeps the dtypes it is given."""
+    """bfloat16 members are combined in float32, and truncation keeps their dtype.
+
+    Red if weight * scale * b is rounded to bfloat16.
+    """
     low = member(0, 2, 2.0, "matrix", dtype=jnp.bfloat16)
     members, weights = [low, member(1, 2, 2.0, "matrix")], [1 / 3, 0.7]
     layout, adapters, _ = combine(members, weights)
@@ -164,7 +182,7 @@ def test_bfloat16_members_are_combined_in_float32() -> None:
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", ["bare_scan", "linen_conv_grouped", "linen_embed_tied"])
 def test_the_result_is_an_ordinary_adapter(name: str, tmp_path: Any) -> None:
-    """It goes through adapt, merge, save and restore like any other."""
+    """A combination works in adapt, merge, save and restore like any adapter."""
     case = cases.REGISTRY[name]()
     members, weights = [], [0.5, -2.0]
     for rank in (1, 2):
@@ -187,7 +205,10 @@ def test_the_result_is_an_ordinary_adapter(name: str, tmp_path: Any) -> None:
 
 
 def test_trainable_base_parameters_are_not_lost() -> None:
-    """Red if `factors_alone` is not asked."""
+    """Trained base parameters stop an operation that would lose them.
+
+    Red if it does not call `factors_alone`.
+    """
     layout, adapters = MEMBERS[0]
     with_head = Adapter(layout, adapters, {"head": jnp.ones(3)})
     for act, doing in (

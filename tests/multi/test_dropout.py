@@ -1,4 +1,4 @@
-"""Adapter dropout, against a mask written by hand, over programs, in mixed batches, bit for bit."""
+"""Adapter dropout: a mask by hand, many programs, mixed batches, and repeatable bits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def drawn(layout: lora_jax.Layout, params: Any = None, seed: int = 3) -> Any:
 
 
 def seen(f: Any, layout: Any, params: Any, key: Any, x: Any, rate: float = RATE) -> np.ndarray:
-    """drop(x), read off a program with W = 0, a = b = 1 (the target is square)."""
+    """Read drop(x) off a program with W = 0 and identities for a and b (the target is square)."""
     (t,) = layout.targets
     n = t.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(n), (*t.shape[:-2], n, n))
@@ -57,7 +57,11 @@ def seen(f: Any, layout: Any, params: Any, key: Any, x: Any, rate: float = RATE)
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "vera", "dora"])
 def test_value_and_gradients_with_the_mask_by_hand(kind: str) -> None:
-    """Red: the base sees the dropped x; no division by 1 - rate; a mask of its own backwards."""
+    """Value and gradients equal those with the mask written by hand.
+
+    Red if the base gets the dropped x, without the division by 1 - rate, or if the backward pass
+    draws another mask.
+    """
     f = lambda p, x: x @ p["w"]  # noqa: E731
     params, x = {"w": normal(0, 12, 12)}, normal(1, 50, 12)
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "w", kind=kind), f, params, x)
@@ -89,7 +93,7 @@ def test_value_and_gradients_with_the_mask_by_hand(kind: str) -> None:
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str) -> None:
-    """It runs wherever `adapt` does, has the right derivative, and repeats with one key."""
+    """Dropout works in each program, has the right derivative, and repeats with the same key."""
     case = cases.REGISTRY[name]()
     layout = lora_jax.resolve(LoraSpec(2, 3.0, case.targets), case.f, case.params, *case.args)
     adapters, g = drawn(layout), lora_jax.adapt(layout, case.f)
@@ -116,7 +120,10 @@ def test_programs(name: str) -> None:
 
 
 def test_every_layer_use_and_target_has_its_own_mask() -> None:
-    """Red: one key for a stack, for both uses of a weight, or for two targets."""
+    """Each layer, each use of a weight and each target has its own mask.
+
+    Red if a stack, two uses of a weight, or two targets share a key.
+    """
     x = jnp.ones((64, 8))
 
     def f(p: Any, x: Any) -> Any:
@@ -161,9 +168,10 @@ def test_rate_zero_is_no_dropout_and_the_mean_is_the_output_without(kind: str) -
 
 @pytest.mark.parametrize("examples", [4, 40])
 def test_in_a_mixed_batch_every_example_has_its_own_mask(examples: int) -> None:
-    """Each example is what it is alone with the folded key; grouped by adapter or not.
+    """In a mixed batch, each example equals the example alone with the folded key.
 
-    Red: one key for all examples; grouping that forgets the mask.
+    It holds whether examples are grouped by adapter or not. Red if all examples share a key, or if
+    grouping drops the mask.
     """
     f = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]  # noqa: E731
     params = {"v": normal(0, 64, 64), "w": normal(1, 64, 64)}

@@ -25,7 +25,7 @@ from tests.test_transform import assert_close, scalar, weighted
 pytestmark = pytest.mark.standard_promotion
 
 Pair = tuple[lora_jax.Layout, Any]
-# One for each rule and each kind of control flow that a weight can meet.
+# One program for each rule and each kind of control flow that a weight can meet.
 TABLE = (
     "bare_batched_product", "bare_ragged_dot", "bare_experts_by_index", "bare_fused_reshape",
     "bare_sliced_scaled_reversed", "bare_unrolled_stack", "bare_row_by_static_index", "bare_while",
@@ -35,7 +35,7 @@ TABLE = (
 
 
 def adapter(layout: lora_jax.Layout, seed: int) -> Pair:
-    """Random factors, b too."""
+    """Draw random factors, b included."""
     leaves, tree = jax.tree.flatten(
         jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), layout))
     )
@@ -46,7 +46,7 @@ def adapter(layout: lora_jax.Layout, seed: int) -> Pair:
 
 
 def three(f: Any, params: Any, args: Any, targets: Any, kwargs: Any = None) -> list[Pair]:
-    """Adapters of unequal rank, alpha and, where there are several, targets."""
+    """Draw adapters that differ in rank, alpha and, if the program has several, targets."""
     resolved = [
         lora_jax.resolve(LoraSpec(rank, alpha, targets), f, params, *args, **(kwargs or {}))
         for rank, alpha in ((1, 3.0), (2, 1.0), (2, 5.0))
@@ -58,7 +58,10 @@ def three(f: Any, params: Any, args: Any, targets: Any, kwargs: Any = None) -> l
 
 @pytest.mark.parametrize("name", TABLE)
 def test_one_of_a_stack_is_that_adapter(name: str) -> None:
-    """Outputs and gradients. Red if a rule forgets the gain, or the padding is not zero."""
+    """A selected adapter gives the outputs and gradients of that adapter alone.
+
+    Red if a rule forgets the gain, or if the padding is not zero.
+    """
     case = cases.REGISTRY[name]()
     pairs = three(case.f, case.params, case.args, case.targets, case.kwargs)
     layout, stacked = compiled(lora_jax.multi.stack, pairs)
@@ -121,7 +124,10 @@ MIXED: dict[str, tuple[Callable[[], tuple[Any, Any, Any]], Any]] = {
 
 @pytest.mark.parametrize("name", MIXED)
 def test_a_mixed_batch_is_its_examples_one_at_a_time(name: str) -> None:
-    """Outputs and gradients, the base among them. Red if ids and examples are not kept together."""
+    """A mixed batch, with the base in it, equals its examples one at a time.
+
+    Red if ids and examples get out of step.
+    """
     make, targets = MIXED[name]
     f, params, args = make()
     pairs = three(f, params, args, targets)
@@ -157,7 +163,10 @@ def test_a_mixed_batch_is_its_examples_one_at_a_time(name: str) -> None:
 
 
 def test_the_base_product_stays_one_for_all_examples() -> None:
-    """No product of a base weight has the examples as a batch axis. Red without the vmap's gift."""
+    """A product with a base weight does not have the examples as a batch axis.
+
+    Red if the batching rule does not take the base product out of the vmap.
+    """
     f, params, args = model(BERT)
     layout, stacked = compiled(lora_jax.multi.stack, three(f, params, args, "all-linear"))
     g = lora_jax.adapt(layout, f)
@@ -174,7 +183,10 @@ def test_the_base_product_stays_one_for_all_examples() -> None:
 
 
 def test_single_tokens_with_few_adapters_are_grouped() -> None:
-    """As when texts are continued. Red if the rule never groups, which no value would show."""
+    """Single tokens with few adapters are grouped, as when texts are continued.
+
+    Red if the rule never groups, which no value would show.
+    """
     f, params, _ = model(LLAMA)
     ids = jax.random.randint(jax.random.key(0), (64, 1), 0, 29)
     specs = [LoraSpec(rank, 2.0 * rank + 1) for rank in (6, 5, 6)]
@@ -200,10 +212,13 @@ def test_single_tokens_with_few_adapters_are_grouped() -> None:
 
 
 def test_a_hundred_swaps_compile_nothing(compilations: list[str]) -> None:
-    """Ranks 1 to 16, by number and by `put`. Red if a scale or a rank is part of the program."""
+    """Swaps of adapters of ranks 1 to 16, by number and by `put`, compile nothing.
+
+    Red if a scale or a rank is part of the program.
+    """
     f, params, args = model(BERT, hidden_size=16)
     targets = "**/{query,value}/kernel"
-    pairs, once = [], jax.jit(f)  # it is traced once for all layouts
+    pairs, once = [], jax.jit(f)  # traced once for all layouts
     for rank in range(1, 17):
         layout = lora_jax.resolve(LoraSpec(rank, 2.0 + rank, targets), once, params, *args)
         pairs.append(adapter(layout, rank))
@@ -220,7 +235,7 @@ def test_a_hundred_swaps_compile_nothing(compilations: list[str]) -> None:
     compilations.clear()
     for swap in range(100):
         ids, pair = ready[swap % len(ready)]
-        stacked = lora_jax.multi.put(layout, stacked, 15, pair)  # of a rank new to the process
+        stacked = lora_jax.multi.put(layout, stacked, 15, pair)  # its rank is new to the process
         run(stacked, swap % 12)
         run(stacked, ids)
         run(stacked, 15)
@@ -229,7 +244,7 @@ def test_a_hundred_swaps_compile_nothing(compilations: list[str]) -> None:
 
 
 def test_resident_adapters_cost_their_own_bytes_alone() -> None:
-    """And no time: the program for 200 has the temporaries of that for 64, and its FLOPs."""
+    """Resident adapters cost only their own bytes: 200 and 64 need equal temporaries and FLOPs."""
     f, params, args = model(BERT)
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "**/{query,value}/kernel"), f, params, *args)
     g = lora_jax.adapt(layout, f)
@@ -245,7 +260,10 @@ def test_resident_adapters_cost_their_own_bytes_alone() -> None:
 
 
 def test_put_writes_one_slot_and_unstack_reads_it_back() -> None:
-    """Bit for bit; the other slots are as they were. Red if a scale is folded into b."""
+    """`put` changes one slot, and `unstack` gives its adapter back bit for bit.
+
+    Red if a scale is folded into b.
+    """
     f, params, args = model(BERT)
     pairs = three(f, params, args, "all-linear")
     layout, stacked = compiled(functools.partial(lora_jax.multi.stack, size=5), pairs)
@@ -291,7 +309,10 @@ def test_padding_stays_zero_under_adamw_with_decay() -> None:
 
 
 def test_examples_draw_apart_from_each_other() -> None:
-    """A scalar key is folded with the example's number. Red if it is shared as it is."""
+    """A scalar key is folded with the example's number.
+
+    Red if all examples share the key unchanged.
+    """
     f = lambda p, x, key: x @ p["w"] * jax.random.bernoulli(key, 0.5, (1, 8))  # noqa: E731
     params, x = {"w": jnp.ones((4, 8))}, jnp.ones((6, 4))
     args = (x[:1], jax.random.key(0))
@@ -302,7 +323,10 @@ def test_examples_draw_apart_from_each_other() -> None:
 
 
 def test_axes_of_the_examples() -> None:
-    """Red if in_axes or out_axes are dropped on the way."""
+    """Arguments and outputs may have the examples on any axis.
+
+    Red if in_axes or out_axes are dropped.
+    """
 
     def f(p: Any, x: Any, table: Any) -> Any:  # x [T, B, D], time first
         return {"y": x @ p["w"] + table, "loss": jnp.sum(x @ p["w"])}
@@ -322,8 +346,10 @@ def test_axes_of_the_examples() -> None:
 
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4)])
 def test_on_a_mesh(sizes: tuple[int, int]) -> None:
-    """Rows over `data`, weights over `tensor`: the numbers of one device. Red if ids are not cut
-    as the rows are."""
+    """Rows sharded over `data` and weights over `tensor` give the numbers of one device.
+
+    Red if ids are not sharded as the rows are.
+    """
     axes = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh(sizes, ("data", "tensor"), axis_types=axes)
     f, params, _ = model(BERT)

@@ -1,4 +1,4 @@
-"""Targets of every kind over every arrangement of axes, and random arrays for them."""
+"""Targets of every kind and every arrangement of axes, and random arrays for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMS = {
     "matrix": ((9, 8), (), (0,), (1,)),
     "transposed": ((6, 9), (), (1,), (0,)),
     "stacked": ((3, 8, 10), (0,), (1,), (2,)),
-    "heads": ((2, 9, 3, 4), (2,), (1,), (0, 3)),  # the stack in the middle, the outputs apart
+    "heads": ((2, 9, 3, 4), (2,), (1,), (0, 3)),  # stack in the middle, outputs apart
     "kernel": ((3, 2, 5, 8), (), (0, 1, 2), (3,)),
     "experts": ((2, 3, 6, 7), (0, 1), (2,), (3,)),
 }
@@ -40,7 +40,7 @@ def name_of(target: Target) -> str:
 
 
 def arrays(target: Target, seed: int = 0, dtype: Any = jnp.float32) -> Any:
-    """Random arrays in the target's shapes; the magnitude is around that of W's columns."""
+    """Random arrays in the target's shapes, with magnitudes around one."""
     draw = np.random.default_rng(seed).standard_normal
     found = kind_of(target).fields(*map(draw, kind_of(target).shapes(target)))
     if target.kind == "dora":
@@ -54,13 +54,13 @@ def weight(target: Target, seed: int = 7, dtype: Any = jnp.float32) -> Any:
 
 
 def in_order(target: Target, array: Any) -> np.ndarray:
-    """[*stack, *inputs, *outputs] with its axes in W's order."""
+    """Put an array [*stack, *inputs, *outputs] into the order of W's axes."""
     axes = (*target.stack, *target.inputs, *target.outputs)
     return np.transpose(np.asarray(array), [axes.index(i) for i in range(len(axes))])
 
 
 def slices(target: Target, array: Any, before: int, after: int) -> np.ndarray:
-    """[S, rows, columns]: the stack, and the next `before` and last `after` axes, as one each."""
+    """[S, rows, columns]: the stack, the next `before` axes and the last `after` axes."""
     array = np.asarray(array, np.float64)
     n = len(target.stack)
     stack, rows = array.shape[:n], array.shape[n : n + before]

@@ -1,4 +1,4 @@
-"""`as_lora`: additive updates as plain factors, exactly, and updates that cannot be written so."""
+"""`as_lora` turns additive updates into plain factors exactly, and refuses all others."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_dora_and_a_bias_are_refused_by_name() -> None:
 
 
 def test_adapters_of_several_kinds_are_stacked_and_combined() -> None:
-    """A stack and `combine` take LoHa, LoKr, VeRA and parts as plain factors of a higher rank."""
+    """`stack` and `combine` take LoHa, LoKr, VeRA and parts as plain factors of higher rank."""
     form = forms.FORMS["stacked"]
     targets = [Target("w", *form, 2, 3.0, kind=kind) for kind in forms.ADDITIVE]
     targets += [Target("w", *form, 2, 3.0, parts=((2, 4),))]

@@ -1,4 +1,4 @@
-"""Kind x consumer: every cell of the table in docs/kinds.md is a test here, or a named refusal."""
+"""Each cell of the table of kinds and consumers in docs/kinds.md has a test here, or a refusal."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ REFUSED = {
 
 
 def model(p: Any, x: Any) -> Any:
-    """Scanned layers with a bias each, and an output of another width."""
+    """Scanned layers, each with a bias, and an output of another width."""
 
     def layer(h: Any, w: Any) -> Any:
         return h + jnp.tanh(h @ w["kernel"] + w["bias"][None]), None
@@ -107,7 +107,10 @@ def cells(consumer: str, *, refused: bool = False) -> Any:
 
 
 def test_the_table_in_the_docs_is_this_one() -> None:
-    """Red: a row of docs/kinds.md that says another thing than the tests here."""
+    """The table in docs/kinds.md says what the tests here show.
+
+    Red if a row says something else.
+    """
     text = (ROOT / "docs/kinds.md").read_text()
     rows = {}
     for line in text.splitlines():
@@ -143,7 +146,7 @@ def test_save_restore(kind: str, tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_partition_specs(kind: str) -> None:
-    """The arrays can be placed so, and give the same outputs there."""
+    """The arrays can be placed by their specs, and give the same outputs there."""
     layout, adapters = adapter_of(kind)
     specs = {
         "layers": {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")},
@@ -159,7 +162,10 @@ def test_partition_specs(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout(kind: str) -> None:
-    """Its laws are in tests/multi/test_dropout.py; a bias has no x, and none."""
+    """Dropout runs for each kind; a bias has no x, so it has no dropout.
+
+    The laws of dropout are in tests/multi/test_dropout.py.
+    """
     layout, adapters = adapter_of(kind)
     got = adapted(layout, PARAMS, lora_jax.dropout(adapters, jax.random.key(0), 0.5), X)
     assert np.allclose(got, adapted(layout, PARAMS, adapters, X)) == (kind == "bias")
@@ -167,9 +173,10 @@ def test_dropout(kind: str) -> None:
 
 @cells("stack, select")
 def test_a_mixed_batch(kind: str) -> None:
-    """Each example as its own adapter alone, one example with another rank, one with none.
+    """Each example equals its own adapter alone, also with another rank or without an adapter.
 
-    Red: for DoRA the gain of the wrong member, or one for the base; the scale left out of a norm.
+    Red if DoRA's gain is of the wrong member, or is applied to the base, or if a norm leaves out
+    the scale.
     """
     members = [adapter_of(kind, 2, seed=1), adapter_of(kind, 1 if kind == "lokr" else 3, seed=2)]
     first = members[0][0].subset("out")
@@ -257,7 +264,7 @@ def test_two_kinds_at_one_path_are_refused_by_name() -> None:
 
 @cells("mix, route")
 def test_mixtures(kind: str) -> None:
-    """Weights of a mixture are weights of the updates; a router takes the same stack."""
+    """Weights of a mixture are weights of the updates, and a router takes the same stack."""
     members = [adapter_of(kind, 2, seed) for seed in (1, 2)]
     layout, stacked = compiled(stack, members)
     weights = [0.7, -0.4]
@@ -315,7 +322,10 @@ def test_what_does_not_add_up(kind: str) -> None:
 @cells("analysis")
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_analysis_is_of_the_merged_difference(kind: str, scheme: str | None) -> None:
-    """Red: DoRA analysed by its factors alone; a rank that as_lora has changed."""
+    """Analysis describes the difference between the merged weight and the base.
+
+    Red if DoRA is analysed by its factors alone, or if `as_lora` has changed a rank.
+    """
     layout, adapters = adapter_of(kind)
     params, whole = (PARAMS, PARAMS) if scheme is None else int8_base()
     base = lora_jax.paths.flatten(whole)
@@ -363,7 +373,7 @@ def test_what_cannot_begin_with_a_part_of_w(kind: str) -> None:
 
 @cells("init_from_base")
 def test_init_from_base(kind: str) -> None:
-    """Its laws are in tests/beginnings/test_from_base.py."""
+    """The first output is the base's; more laws are in tests/beginnings/test_from_base.py."""
     layout = layout_of(kind)
     start = lora_jax.init_from_base(layout, PARAMS)
     assert_close(adapted(layout, start.params, start.adapters, X), bare(PARAMS, X))

@@ -1,4 +1,4 @@
-"""DoRA's factored norm against the dense formula, its gradients and its costs."""
+"""DoRA's factored norm, compared with the dense formula; its gradients and its costs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ DORA = Dora()
 
 
 def dense_gain(target: Target, parameters: Directed, w: Any) -> Any:
-    """The definition, by the dense sum in float64, the norm detached."""
+    """The definition of the gain: a dense sum, and a norm that is not differentiated."""
     v = w + DORA.delta(target, parameters, w.dtype)
     norm = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(v**2, axis=target.inputs, keepdims=True)))
     return in_w_order(target, parameters.magnitude) / norm
 
 
 def product(target: Target, x: Any, w: Any) -> Any:
-    """A stand-in for the program: x [*stack, rows, *inputs] times w."""
+    """A program that multiplies x [*stack, rows, *inputs] by w."""
     letters = {i: chr(ord("a") + i) for i in range(len(target.shape))}
     text = lambda which: "".join(letters[i] for i in which)  # noqa: E731
     stack, inputs, outputs = map(text, (target.stack, target.inputs, target.outputs))
@@ -41,7 +41,10 @@ def product(target: Target, x: Any, w: Any) -> Any:
 
 @pytest.mark.parametrize("target", TARGETS, ids=name_of)
 def test_value_and_gradients_in_float64(target: Target) -> None:
-    """Red if the norm is differentiated, the cross term has no factor 2, or G is transposed."""
+    """Values and gradients equal those of the definition in float64.
+
+    Red if the norm is differentiated, if the cross term has no factor 2, or if G is transposed.
+    """
     with jax.enable_x64(True):
         parameters, w = arrays(target, dtype=jnp.float64), weight(target, dtype=jnp.float64)
         shape = (*target.sizes(target.stack), 5, *target.sizes(target.inputs))
@@ -69,7 +72,7 @@ def test_value_and_gradients_in_float64(target: Target) -> None:
 
 @pytest.mark.parametrize("target", TARGETS, ids=name_of)
 def test_in_float32_and_over_bfloat16(target: Target) -> None:
-    """The gain is float32 for every dtype of W: in bfloat16 a trained gain of 1.001 would be 1."""
+    """The gain is float32 for every dtype of W: in bfloat16, a trained gain of 1.001 would be 1."""
     parameters = arrays(target)
     for dtype in (jnp.float32, jnp.bfloat16):
         w = weight(target, dtype=dtype)
@@ -91,7 +94,10 @@ def test_the_gain_of_the_start_is_one() -> None:
 
 
 def test_an_output_of_zero_stays() -> None:
-    """Red if 0 / 0 is computed, forward or backward."""
+    """An output whose norm and magnitude are zero stays zero.
+
+    Red if 0 / 0 is computed, forward or backward.
+    """
     target = Target("w", (3, 2), (), (0,), (1,), 1, 1.0, kind="dora")
     w = jnp.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     parameters = Directed(jnp.ones((3, 1)), jnp.zeros((1, 2)), jnp.array([0.0, 1.0]))
@@ -105,7 +111,7 @@ def test_an_output_of_zero_stays() -> None:
 
 
 def test_cancellation_does_not_give_nan() -> None:
-    """W + scale * a @ b = 0 up to rounding: the sum of squares may come out negative."""
+    """W + scale * a @ b = 0 gives no NaN, although its sum of squares may round below zero."""
     key = jax.random.split(jax.random.key(0))
     a, b = jax.random.normal(key[0], (256, 1)), jax.random.normal(key[1], (1, 64))
     target = Target("w", (256, 64), (), (0,), (1,), 1, 1.0, kind="dora")
@@ -116,7 +122,7 @@ def test_cancellation_does_not_give_nan() -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Codes(Base):
-    """int8 codes [*lead, in, out] with one scale each for [*lead, out]."""
+    """int8 codes [*lead, in, out], with a scale for each of [*lead, out]."""
 
     codes: Any
     scales: Any
@@ -134,14 +140,17 @@ class Codes(Base):
 
 
 def test_a_quantised_stack_is_dequantised_slice_by_slice() -> None:
-    """Red if the norms of all slices are taken at once: that makes a dense copy of the stack."""
+    """A quantised stack is dequantised slice by slice.
+
+    Red if the norms of all slices are computed at once, which makes a dense copy of the stack.
+    """
     target = Target("w", (16, 256, 256), (0,), (1,), (2,), 4, 4.0, kind="dora")
     parameters = arrays(target)
     scales = jnp.linspace(0.01, 0.02, 16 * 256).reshape(16, 256)
     codes = jax.random.randint(jax.random.key(0), target.shape, -127, 128, jnp.int8)
     base = Codes(codes, scales)
     run = jax.jit(lambda p, w: DORA.output_gain(target, p, w)).lower(parameters, base).compile()
-    assert run.memory_analysis().temp_size_in_bytes < base.size  # 4 * size: one dense stack
+    assert run.memory_analysis().temp_size_in_bytes < base.size  # a dense stack has 4 * size
     want = DORA.output_gain(target, parameters, base.dense())
     np.testing.assert_allclose(run(parameters, base), want, rtol=1e-6)
     merged = DORA.merged(target, parameters, base)
@@ -149,7 +158,7 @@ def test_a_quantised_stack_is_dequantised_slice_by_slice() -> None:
 
 
 def test_no_product_of_the_factors_is_formed() -> None:
-    """Nothing but W itself has W's size: the jaxpr of the gain holds no [in, out] array more."""
+    """The gain forms no [in, out] array in addition to W."""
     target = Target("w", (48, 40), (), (0,), (1,), 4, 4.0, kind="dora")
     jaxpr = jax.make_jaxpr(lambda p, w: DORA.output_gain(target, p, w))(
         arrays(target), weight(target)
@@ -161,10 +170,10 @@ def test_no_product_of_the_factors_is_formed() -> None:
 
 @pytest.mark.parametrize("program", ["dot", "conv", "scan"])
 def test_bfloat16_is_composed_in_float32(program: str) -> None:
-    """A gain of 1.001 is seen in bfloat16 outputs. Red if x W is rounded before the gain.
+    """A gain of 1.001 has an effect on bfloat16 outputs.
 
-    Each output times 1.001 would be rounded back to itself; rounded once, they are 1.001 times as
-    large on average.
+    Red if x W is rounded before the gain: each output times 1.001 would be rounded back to itself.
+    If it is rounded once, outputs are 1.001 times as large on average.
     """
     key = jax.random.split(jax.random.key(0))
     draw = lambda k, *shape: jax.random.normal(k, shape, jnp.bfloat16)  # noqa: E731

@@ -1,4 +1,4 @@
-"""The first values of `a`."""
+"""The first values of `a`, by method."""
 
 from __future__ import annotations
 

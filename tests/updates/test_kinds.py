@@ -1,4 +1,4 @@
-"""Every kind against its formula in float64, written out slice by slice, and invalid input."""
+"""Every kind against its formula in float64, slice by slice; and invalid input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALL = [*forms.TARGETS, *forms.PARTS]
 
 
 def definition(target: Target, parameters: Any) -> np.ndarray:
-    """The update in float64, in W's order, one slice of the stack after the other."""
+    """The update in float64 and W's order, computed for one slice of the stack at a time."""
     i, o = len(target.inputs), len(target.outputs)
     stack, inputs = target.sizes(target.stack), target.sizes(target.inputs)
     outputs = target.sizes(target.outputs)
@@ -52,7 +52,7 @@ def definition(target: Target, parameters: Any) -> np.ndarray:
 
 
 def _definition_of_parts(target: Target, parameters: Factors) -> np.ndarray:
-    """Each part as LoRA of the weight that consists of the part alone."""
+    """Each part is LoRA on a weight that consists of the part alone."""
     n_stack, axis = len(target.stack), target.outputs[target.part_axis]
     b_axis = n_stack + 1 + target.outputs.index(axis)
     whole, end = np.zeros(target.shape), 0
@@ -99,7 +99,10 @@ def test_the_rank_of_the_factors_of_lokr_is_the_smaller_of_the_two(target: Targe
 
 @pytest.mark.parametrize("target", ALL, ids=name_of)
 def test_it_begins_as_the_base(target: Target) -> None:
-    """Red if a kind begins with an update, or with arrays of other shapes or another dtype."""
+    """Each kind begins with the merged weight of the base.
+
+    Red if a kind begins with an update, with arrays of other shapes, or with another dtype.
+    """
     kind, w = kind_of(target), weight(target)
 
     def begin(key: Any, w: Any) -> Any:
@@ -111,7 +114,7 @@ def test_it_begins_as_the_base(target: Target) -> None:
     kind.check_parameters(target, parameters)
     assert {x.dtype for x in parameters} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(merged, w, rtol=1e-6)
-    assert any(np.any(g) for g in grads), "it cannot move: no array has a gradient"
+    assert any(np.any(g) for g in grads), "no array has a gradient: it would stay at the base"
 
 
 @pytest.mark.parametrize("target", ALL, ids=name_of)
@@ -126,7 +129,10 @@ def test_axes_say_where_the_sizes_come_from(target: Target) -> None:
 
 @pytest.mark.parametrize("kind", forms.KINDS)
 def test_a_stack_is_its_slices(kind: str) -> None:
-    """Red if two slices are mixed, or a kind takes one thing from the first slice alone."""
+    """A stack gives each slice the update that the slice alone would get.
+
+    Red if slices are mixed, or if a kind takes a value from the first slice for all.
+    """
     whole = Target("w", (3, 8, 10), (0,), (1,), (2,), 2, 3.0, kind=kind)
     one = Target("w", (8, 10), (), (0,), (1,), 2, 3.0, kind=kind)
     parameters, w = jax.device_get((arrays(whole), weight(whole)))
@@ -138,8 +144,11 @@ def test_a_stack_is_its_slices(kind: str) -> None:
 
 
 def test_vera_numbers_never_change() -> None:
-    """Red if the hash, its streams or its bounds change: saved adapters would change."""
-    # computed by the same formula in Python's integers
+    """VeRA's fixed numbers stay the same for ever.
+
+    Red if the hash, its streams or its bounds change: saved adapters would change.
+    """
+    # These were computed by the same formula with Python's integers.
     want = [[0.3300279378890991, -0.11746907234191895], [-0.13247203826904297, 0.6441757678985596]]
     np.testing.assert_array_equal(noise(1, 2, 2), np.array(want, np.float32))
     long = np.asarray(noise(2, 400, 300), np.float64)
@@ -228,11 +237,11 @@ def test_a_bias() -> None:
 
 
 def test_a_kind_of_ones_own() -> None:
-    """One class and `register`: nothing in the package is edited."""
+    """A user's kind needs one class and `register`, and no edit of the package."""
     from lora_jax.updates import kind as kinds
 
     class Signed(lora_jax.updates.Lora):
-        """W - scale * a @ b"""
+        """The update is -scale * a @ b."""
 
         name = "signed"
 

@@ -1,4 +1,4 @@
-"""q and v of one fused kernel, adapted alone: the same numbers as of separate q, k and v."""
+"""Adapters of q and v in a fused kernel give the numbers of adapters of separate q and v."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ def separate(params: Any, x: Any) -> Any:
 
 
 def by_heads(params: Any, x: Any) -> Any:
-    """The fused kernel as [in, 3, out]: the parts are of the axis of 3."""
+    """The fused kernel as [in, 3, out], whose parts are along the axis of 3."""
     q, k, v = jnp.einsum("bd,dpk->pbk", x, params["qkv"])
     return attention(q, k, v)
 
 
 @pytest.mark.parametrize("f", [fused, by_heads])
 def test_parts_of_a_fused_kernel_equal_separate_weights(f: Any) -> None:
-    """Red: parts that start at the wrong column, or that share one `a`."""
+    """Parts of a fused kernel equal separate weights, in value and gradients.
+
+    Red if parts start at the wrong column, or share one `a`.
+    """
     x, w = cases.normal(0, ROWS, D), cases.normal(1, D, 3 * D) / D**0.5
     draw = lambda seed: Factors(cases.normal(seed, D, RANK), cases.normal(seed + 1, RANK, D))  # noqa: E731
     q, v = draw(2), draw(4)
@@ -69,5 +72,5 @@ def test_parts_of_a_fused_kernel_equal_separate_weights(f: Any) -> None:
     assert_close(got, want, 2e-5)
     merged = compiled(lambda both: lora_jax.merge(layout, params, joined(both)), both)["qkv"]
     k = np.asarray(merged).reshape(D, 3 * D)[:, D : 2 * D]
-    assert (k == np.asarray(w)[:, D : 2 * D]).all()  # k is the base's to the bit
-    assert layout.size == plain.size  # and no number is trained for it
+    assert (k == np.asarray(w)[:, D : 2 * D]).all()  # k is the base's, bit for bit
+    assert layout.size == plain.size  # and has no trained numbers
