@@ -87,7 +87,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make pytest-xdist keep the order of the files, where it would start those with most tests."""
+    """Make pytest-xdist keep the order of files; by default it starts with the largest ones."""
     config.option.loadscopereorder = False
 
 
@@ -107,7 +107,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def draw_curves() -> Iterator[Callable[[pathlib.Path], None] | None]:
-    """The function that draws curves.png, which writes an empty file in the runs of tests."""
+    """Give the real function that draws curves.png; runs of tests write an empty file instead."""
     curves = sys.modules.get("lora_jax.training.curves")
     with pytest.MonkeyPatch.context() as patch:
         if curves is None:

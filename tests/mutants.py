@@ -150,7 +150,7 @@ MUTANTS = (  # name and file, old, new, tests
         "if foreign:",
         "if False:",
         ("tests/training/test_run.py::test_fresh_does_not_delete_what_no_run_wrote",)),
-    # ---- training/data
+    # ---- data
     Mutant("weights-one-place-late", "lora_jax/data/packing.py",
         '"loss_weight": marks[1:]',
         '"loss_weight": marks[:-1]',
@@ -169,7 +169,7 @@ MUTANTS = (  # name and file, old, new, tests
         "if found != expected:",
         "if found > expected:",
         ("tests/data/test_builders.py::test_lost_records_are_an_error",)),
-    # ---- training/group
+    # ---- groups
     Mutant("diverged-member-goes-on", "lora_jax/groups/step.py",
         "go = active & (settings.skip | (state.skipped == 0))",
         "go = active",
@@ -187,7 +187,7 @@ MUTANTS = (  # name and file, old, new, tests
         "return max(known, key=lambda row: row.rank)",
         "return min(known, key=lambda row: row.rank)",
         ("tests/groups/test_results.py::test_what_differs_and_what_is_best",)),
-    # ---- training/plan
+    # ---- planner
     Mutant("half-of-an-all-reduce", "lora_jax/planner/measure.py",
         '"all-reduce": 2 * (n - 1) / n,',
         '"all-reduce": (n - 1) / n,',

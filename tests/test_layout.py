@@ -61,7 +61,7 @@ ARROWS = {
     "exchange": {"adapters", "base", "errors", "extras", "hf_module", "json_file", "layout"}
     | {"models", "paths", "primitives", "resolve", "spec", "target", "updates"},
     "extras": set(),
-    # models and methods: they have never heard of LoRA
+    # models and methods, which import nothing of LoRA
     "models": {"bases", "extras", "hf_module", "json_file"},
     "baselines": {"errors", "models"},
     # the process of a command, and its messages

@@ -1,4 +1,4 @@
-"""Paths and patterns."""
+"""Paths, and the patterns that match them."""
 
 import pytest
 

@@ -142,7 +142,7 @@ def test_automatic_placement_reads_the_roles_of_axes() -> None:
 def test_small_parameters_are_whole_while_they_cost_little() -> None:
     """A parameter stays whole while that adds little to the bytes of a device.
 
-    7/8 of 64 numbers are within 4 % of an eighth of 100,000, but not of an eighth of 10,000.
+    7/8 of 64 numbers are less than 4 % of an eighth of 100,000, but not of an eighth of 10,000.
     """
     few = {"kernel": shape(100, 1000), "bias": shape(64)}
     assert sharding.automatic(few, sizes((1, 8, 1)))["bias"] == P()

@@ -1,4 +1,4 @@
-"""`lora-jax show`: the tree holds every parameter, and marks those that training would adapt."""
+"""`lora-jax show`: the tree has every parameter, with a mark if training would adapt it."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class Law:
 
 @pytest.fixture(scope="module", params=sorted(cases.REGISTRY))
 def law(request: pytest.FixtureRequest) -> Law:
-    """A case, in module scope so that all its tests run together and share its programs."""
+    """The law of a case; module scope lets its tests run together and share its programs."""
     return Law(cases.REGISTRY[request.param]())
 
 
@@ -124,7 +124,7 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
 
 
 def test_outputs_equal_those_of_the_merged_weights(law: Law) -> None:
-    """The outputs of the adapted function equal those of the function on merged weights.
+    """The adapted function has the outputs of the function on merged weights.
 
     Red if a rule drops the scale, or contracts the wrong axis of a or b.
     """
@@ -136,7 +136,7 @@ def test_outputs_equal_those_of_the_merged_weights(law: Law) -> None:
 
 
 def test_gradients_equal_those_of_the_merged_weights(law: Law) -> None:
-    """The derivative by the adapters equals that of the function on merged weights.
+    """The adapted function has the derivatives by the adapters of the merged one.
 
     Red if a rule stops the gradient (a stop_gradient on h, a wrong custom rule).
     """
@@ -145,7 +145,7 @@ def test_gradients_equal_those_of_the_merged_weights(law: Law) -> None:
 
 
 def test_gradients_of_the_inputs_equal_those_of_the_merged_weights(law: Law) -> None:
-    """The gradient of the inputs equals that of the function on merged weights.
+    """The adapted function has the input gradients of the function on merged weights.
 
     Red if the low-rank product gives x no cotangent, or a wrong one.
     """
@@ -196,7 +196,7 @@ def test_composes_with_outer_transformations(law: Law) -> None:
 
 
 def test_the_first_output_is_the_base(law: Law) -> None:
-    """With b = 0, the outputs are those of the base.
+    """With b = 0, the adapted function has the outputs of the base.
 
     Red if b starts from other values, or if the base product is computed in another way.
     """

@@ -54,7 +54,7 @@ def phi_by_hand(one: np.ndarray, two: np.ndarray) -> np.ndarray:
 
 
 def trained() -> tuple[Any, Any, list[Any]]:
-    """A function, its base, and adapters of rank 2 and 4 that gradients have shaped."""
+    """A function, its base, and trained adapters of rank 2 and 4."""
     w = jax.random.normal(jax.random.key(0), (3, 12, 10)) / 3
     x = jax.random.normal(jax.random.key(1), (64, 12))
     y = jax.random.normal(jax.random.key(2), (64, 3, 10))
@@ -143,7 +143,7 @@ def test_a_direction_that_does_not_exist_is_nan() -> None:
 
 
 def test_spectra_are_those_of_the_full_update() -> None:
-    """Values, energy and effective rank equal those of the full update.
+    """The full update has the same values, energy and effective rank.
 
     Red if the scale is left out, or if the entropy is of the squares.
     """
@@ -224,7 +224,7 @@ def test_the_random_row_is_the_mean_of_draws() -> None:
 
 
 def test_iterated_directions_are_those_of_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Directions found by iteration equal those of LAPACK, also where the spectrum has no gap.
+    """Iteration finds LAPACK's directions, also where the spectrum has no gap.
 
     Red if one block replaces the growing space.
     """

@@ -131,7 +131,7 @@ def test_a_base_of_another_kind() -> None:
 
 
 def test_each_device_dequantises_its_own_part() -> None:
-    """Each device has its share of the codes, and the values equal those of one device."""
+    """Each device has its share of the codes, and the values are as on one device."""
     grid = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     shape, *roles = (2, 512, 64), (0,), (1,), (2,)
     w = np.random.default_rng(0).normal(size=shape).astype(np.float32)

@@ -180,7 +180,7 @@ def test_a_base_is_a_pytree_of_anything(how: dict[str, Any]) -> None:
 
 
 def test_bytes() -> None:
-    """The bytes are those of QLoRA: 4.5 bits for each weight, or 4.127 with double quantisation."""
+    """Weights take QLoRA's bytes: 4.5 bits each, or 4.127 with double quantisation."""
     w = {"w": normal(1024, 512)}
     size = 1024 * 512
     assert bytes_of(w) == 4 * size

@@ -193,9 +193,9 @@ def test_what_cannot_begin_so() -> None:
 
 
 def test_dora_has_the_lengths_of_the_whole_weight() -> None:
-    """The magnitudes of DoRA are those of W.
+    """The magnitudes of DoRA are the lengths of W's columns.
 
-    Red if they are those of the residual alone.
+    Red if they are the lengths of the residual's columns.
     """
     layout = Layout((forms.as_kind(WIDE, "dora"),))
     start = lora_jax.init_from_base(layout, {"w": weight(WIDE)})

@@ -293,7 +293,7 @@ def test_what_the_writer_says_comes_back(tmp_path: Path) -> None:
     assert adapter.restore_about(saved(tmp_path / "b")) == {}
 
 
-# ---- what a stranger may send
+# ---- forged folders
 
 
 def forge(folder: Path, change: Any) -> Path:

@@ -39,7 +39,7 @@ def assert_same(model: Model, adapter: lora_jax.Adapter, file: Path, base: Any =
         np.testing.assert_allclose(got[path], want[path], atol=2e-6, err_msg=path)
 
 
-# --- by the description -----------------------------------------------------------------------
+# --- read as the format is described ----------------------------------------------------------
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 
@@ -208,7 +208,7 @@ def test_a_tree_with_hugging_faces_names_needs_no_table(tmp_path: Path) -> None:
     assert_same(model, drawn(model, LoraSpec(2, 3.0, "**")), tmp_path / "a.gguf")
 
 
-# --- what the format cannot carry ------------------------------------------------------------
+# --- adapters that the format cannot hold ----------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_a_full_fine_tuning(tmp_path: Path) -> None:
     np.testing.assert_array_equal(adapter.trainable["layers_0/attention/q/kernel"], old + 1)
 
 
-# --- what the format cannot carry, and hostile folders -------------------------------------------
+# --- adapters that the format cannot hold, and hostile folders -----------------------------------
 
 
 @pytest.mark.parametrize(

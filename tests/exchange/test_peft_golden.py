@@ -113,8 +113,8 @@ def experts_function(transposed: bool) -> Any:
 def test_experts_by_version(version: str, form: str, tmp_path: Path) -> None:
     """Experts written by each version of PEFT are read as that version reads them.
 
-    Red if one of PEFT's three readings is used for another; only the square ones then fit and
-    differ.
+    Red if one of PEFT's three readings is used for another: square experts then fit, with other
+    numbers.
     """
     name = f"experts_{version}_{form}"
     golden = npz.read(ADAPTERS / name / "expected.npz")

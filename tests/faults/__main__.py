@@ -3,10 +3,10 @@
     python -m tests.faults --kills 200 --seed 1
     python -m tests.faults --kills 50 --only "export hf" group --out faults
 
-Each scenario is killed `--kills` times with SIGKILL. After each kill, the files must be those of an
-earlier whole state; in the end, they must have the same bits as those of a run that was never
-killed. The results are printed as a table, and written to `--out` as summary.json and summary.md.
-The exit status is 1 if anything failed; the folder of the runs is then kept.
+Each scenario is killed `--kills` times with SIGKILL. After each kill, the files must be an earlier
+whole state; in the end, they must have the same bits as after a run that was never killed. The
+results are printed as a table, and written to `--out` as summary.json and summary.md. The exit
+status is 1 if anything failed; the folder of the runs is then kept.
 """
 
 from __future__ import annotations

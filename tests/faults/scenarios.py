@@ -91,7 +91,7 @@ class Run(Scenario):
             known = {"lock", "config.json", "metrics.jsonl", "checkpoints", "adapters"}
             known |= {"summary.json", "curves.png"}
             names = {p.name for p in other.iterdir() if not p.name.startswith("events.out")}
-            assert names == known, f"it leaves {sorted(names - known)}"
+            assert names == known, f"it left {sorted(names - known)}"
             left = sorted(p.name for p in (other / "adapters").iterdir())
             assert left == ["best", "last"], f"adapters holds {left}"
             assert not [p for p in other.rglob("*") if "tmp" in p.name], "an unfinished file stays"
@@ -218,7 +218,7 @@ class Export(Scenario):
     def assert_same(self, place: pathlib.Path) -> None:
         _assert_same_files(self.whole, place)
         left = [p.name for p in place.parent.iterdir() if p.name.startswith(".")]
-        assert not left, f"it leaves {left}"
+        assert not left, f"it left {left}"
 
 
 def _assert_same_files(one: pathlib.Path, other: pathlib.Path) -> None:

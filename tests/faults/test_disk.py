@@ -278,7 +278,7 @@ def test_events_are_in_the_order_in_which_they_were_written(
     assert found == sorted(found)
 
 
-# ---- what a long run holds on to
+# ---- open files and threads of a long run
 
 
 def test_checkpoints_leave_no_open_files_and_threads(tmp_path: pathlib.Path) -> None:

@@ -257,7 +257,7 @@ def test_an_expression_that_takes_hours(monkeypatch: pytest.MonkeyPatch) -> None
     """An expression that takes hours is an error after a limit of time.
 
     It takes a second for 200 characters and 18 for 400, and nothing can stop the package. Red if
-    the test waits for it.
+    encoding waits for it.
     """
     slow = tokenizer()
     expression = ".{0,200}.{0,200}.{0,200}(?!.|$)"

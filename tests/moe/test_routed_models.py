@@ -21,7 +21,7 @@ from tests.test_transform import assert_close
 
 pytestmark = pytest.mark.standard_promotion
 
-TARGETS = ("**/{q,query,down}/kernel",)  # of either model
+TARGETS = ("**/{q,query,down}/kernel",)  # in either model
 
 
 def drawn(config: Any) -> tuple[Any, Any, tuple[Any, ...]]:

@@ -210,9 +210,9 @@ def f_by_hand(p: Any, stacked: Any, router: Any, top: int | None, x: Any) -> tup
 def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
     """Outputs, loads and gradients of a scan with remat equal a sum over experts by hand.
 
-    The gradients are those of factors and router, for a loss that includes the loads. Red if the
-    softmax is over other entries, if chosen gates are not divided by their sum, or if the count is
-    of one layer.
+    The gradients are by factors and router, of a loss that includes the loads. Red if the softmax
+    is over other entries, if chosen gates are not divided by their sum, or if the count is of one
+    layer.
     """
     params = {"up": cases.normal(0, 3, 10, 14) / 4, "down": cases.normal(1, 3, 14, 10) / 4}
     x = cases.normal(2, 2, 5, 10)
@@ -299,7 +299,7 @@ def test_vmap_over_routers() -> None:
     assert_close(together, jax.tree.map(lambda *y: jnp.stack(y), *map(one, routers)))
 
 
-# --- a router that learns, and one that is kept -------------------------------------------------
+# --- training and saving a router ---------------------------------------------------------------
 
 
 def test_a_router_learns_which_expert_made_which_token() -> None:

@@ -33,7 +33,7 @@ def looped(x: jax.Array, a: jax.Array, b: jax.Array, gain: jax.Array, ids: jax.A
 
 @pytest.mark.parametrize("adapters", [1, 3, 64])
 def test_outputs_and_gradients_equal_a_loop(adapters: int) -> None:
-    """Grouped outputs and gradients equal those of a loop over examples.
+    """Grouping gives the outputs and gradients of a loop over examples.
 
     Red if, for example, `within` counts from the first example of all instead of the adapter's.
     """

@@ -165,7 +165,7 @@ def test_a_mixed_batch_is_its_examples_one_at_a_time(name: str) -> None:
 def test_the_base_product_stays_one_for_all_examples() -> None:
     """A product with a base weight does not have the examples as a batch axis.
 
-    Red if the batching rule does not take the base product out of the vmap.
+    Red if W gets an axis of examples.
     """
     f, params, args = model(BERT)
     layout, stacked = compiled(lora_jax.multi.stack, three(f, params, args, "all-linear"))

@@ -41,7 +41,7 @@ def product(target: Target, x: Any, w: Any) -> Any:
 
 @pytest.mark.parametrize("target", TARGETS, ids=name_of)
 def test_value_and_gradients_in_float64(target: Target) -> None:
-    """Values and gradients equal those of the definition in float64.
+    """Values and gradients equal the definition's in float64.
 
     Red if the norm is differentiated, if the cross term has no factor 2, or if G is transposed.
     """
