@@ -143,7 +143,7 @@ def test_a_direction_that_does_not_exist_is_nan() -> None:
 
 
 def test_spectra_are_those_of_the_full_update() -> None:
-    """The full update has the same values, energy and effective rank.
+    """`spectrum` gives the values, energy and effective rank of the full update.
 
     Red if the scale is left out, or if the entropy is of the squares.
     """

@@ -162,7 +162,7 @@ def bare_stacked_layers() -> Any:
 
 @case
 def bare_concatenated_stacks() -> Any:
-    """Join two stacks of layers; one of them is joined along the outputs of each layer."""
+    """A stack of layers is joined to another, which is k and v joined along their outputs."""
 
     def f(p: Any, x: Any) -> Any:
         layers = jnp.concatenate([p["q"], jnp.concatenate([p["k"], p["v"]], axis=2)])

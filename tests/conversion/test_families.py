@@ -1,4 +1,4 @@
-"""Commands train, stop, continue and export a run; others can open the files that result."""
+"""Commands train, stop, continue and export a run, from a folder of weights."""
 
 from __future__ import annotations
 

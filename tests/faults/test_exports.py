@@ -67,7 +67,7 @@ def test_whenever_it_is_killed(tmp_path: pathlib.Path) -> None:
 
 
 def test_files_that_are_there_stay(tmp_path: pathlib.Path) -> None:
-    """Files of others in the folder stay: several adapters of llama.cpp may share one folder."""
+    """Other files in the folder stay: several adapters of llama.cpp may share one folder."""
     (tmp_path / "other").touch()
     write(tmp_path)
     assert names(tmp_path) == sorted([*FILES, "other"])

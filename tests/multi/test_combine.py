@@ -92,7 +92,7 @@ def test_adding_the_factors_would_be_wrong() -> None:
 
 
 def test_ranks_that_add_up_to_more_than_the_matrix_has_are_kept_exactly() -> None:
-    """A sum of ranks that is larger than the matrix is factored anew, without loss.
+    """If ranks add up to more than the matrix has, the sum is factored anew, without loss.
 
     Red if the surplus is cut off instead.
     """

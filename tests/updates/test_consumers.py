@@ -173,7 +173,7 @@ def test_dropout(kind: str) -> None:
 
 @cells("stack, select")
 def test_a_mixed_batch(kind: str) -> None:
-    """Each example equals its own adapter alone, also with another rank or without an adapter.
+    """Each example has the output of its adapter alone, also with another rank or without one.
 
     Red if DoRA's gain is of the wrong member, or is applied to the base, or if a norm leaves out
     the scale.
