@@ -47,10 +47,7 @@ def folder_bytes(path: Path) -> int:
 
 
 def test_restore_is_the_inverse_of_save(tmp_path: Path, trained: Any) -> None:
-    """`restore` is the inverse of `save`.
-
-    Red if a dtype, a factor or a field of the layout is lost.
-    """
+    """`restore` inverts `save`. Red if a dtype, a factor or a field of the layout is lost."""
     layout, adapters = trained
     lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     again_layout, again, _ = lora_jax.restore(tmp_path / "a")
@@ -60,10 +57,7 @@ def test_restore_is_the_inverse_of_save(tmp_path: Path, trained: Any) -> None:
 
 
 def test_every_kind_is_saved_with_its_own_arrays(tmp_path: Path) -> None:
-    """Each kind of update is saved and restored with its own arrays.
-
-    Red if saving or restoring assumes that the arrays are a and b.
-    """
+    """Each kind keeps its arrays. Red if the arrays are assumed to be a and b."""
     kinds = ("lora", "dora", "vera", "loha", "lokr", "bias")
     targets = [
         lora_jax.Target(f"layer/{k}", (3, 8, 6), (0,), (1,), (2,), 2, 2.0, kind=k) for k in kinds
@@ -113,10 +107,7 @@ def test_an_empty_layout_and_a_head_alone(tmp_path: Path) -> None:
 
 
 def test_restore_onto_a_mesh(tmp_path: Path, trained: Any) -> None:
-    """`restore` places arrays by the given shardings.
-
-    Red if it ignores the argument.
-    """
+    """Arrays have the given shardings. Red if `restore` ignores the argument."""
     layout, adapters = trained
     lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     auto = (jax.sharding.AxisType.Auto,)
@@ -163,8 +154,7 @@ def test_adapters_that_do_not_fit_are_not_written(tmp_path: Path, trained: Any) 
 
 # ---- damage
 
-# If several reads fail, Orbax raises the first error; Python warns of the others when it collects
-# them.
+# If several reads fail, Orbax raises the first error, and Python warns of the others later.
 ABANDONED = "ignore::pytest.PytestUnraisableExceptionWarning"
 
 
@@ -188,10 +178,8 @@ def everything(folder: Path) -> tuple[Any, Any, Any]:
 
 @pytest.mark.filterwarnings(ABANDONED)
 def test_whatever_is_damaged_is_an_error_or_the_same_numbers(tmp_path: Path) -> None:
-    """A file that is missing, cut or has a flipped bit gives an error or the same numbers.
-
-    Red if it gives other numbers.
-    """
+    """A file that is missing, cut or has a flipped bit gives an error or the same numbers. Red if
+    it gives other numbers."""
     whole = saved(tmp_path / "whole")
     refused = set()
     for file in sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file()):
@@ -255,10 +243,7 @@ def test_what_was_trained_beside_is_not_the_base(tmp_path: Path) -> None:
 
 
 def test_no_fingerprint_to_compare_with(tmp_path: Path) -> None:
-    """An adapter without a fingerprint is refused on a base unless that is allowed.
-
-    Red if a base that cannot be compared is accepted without an error.
-    """
+    """It is refused unless allowed. Red if a base that cannot be compared passes unnoticed."""
     folder = saved(tmp_path / "a")
     with pytest.raises(LoraError, match="no fingerprint"):
         lora_jax.restore(folder, params=BASE)
@@ -266,11 +251,8 @@ def test_no_fingerprint_to_compare_with(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_taken_before_is_as_good_as_the_base(tmp_path: Path) -> None:
-    """A fingerprint can stand for the base in a comparison.
-
-    Red if parameters that were trained in full count as base, or if `allow_other_base` has no
-    effect.
-    """
+    """A fingerprint can stand for the base in a comparison. Red if parameters that were trained in
+    full count as base, or if `allow_other_base` has no effect."""
     folder = saved(tmp_path / "a", fingerprint=lora_jax.fingerprint(BASE))
     adapter.check_trained_on(folder, lora_jax.fingerprint({**BASE, "head": jnp.ones(9)}))
     other = lora_jax.fingerprint({**BASE, "enc": {**BASE["enc"], "b": jnp.ones(4)}})
