@@ -30,7 +30,7 @@ MODULES = (
     "lora_jax.planner",
 )
 
-# Of these only some names are meant for users.
+# Modules of which only these names are meant for users.
 NAMES = {
     "lora_jax.bases.matrix": ("QuantisedMatrix",),
     "lora_jax.sharding": ("partition_specs", "specs", "place", "automatic"),
