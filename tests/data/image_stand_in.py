@@ -18,10 +18,10 @@ SIZES = {"train": 42, "validation": 15, "test": 9}
 
 
 class ShapesStandIn(tfds.core.GeneratorBasedBuilder):
-    """The fields of oxford_flowers102; PNG and JPEG of many sizes.
+    """A data set with the fields of oxford_flowers102: PNG and JPEG images of many sizes.
 
-    TFDS calls TensorFlow for `arrays`, which has images as NumPy arrays, and for `archives`, which
-    has them in two zip files: TFDS unpacks one and reads the other. `tensorflow` calls more of it.
+    `arrays` gives its images as NumPy arrays, and `archives` in zip files, which TFDS unpacks or
+    reads in place: for both TFDS calls TensorFlow. `tensorflow` calls more of TensorFlow than that.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -80,7 +80,7 @@ def _unpacked(builder: ShapesStandIn, dl_manager: Any, split: str) -> Any:
 
 
 def drawn(split: str, i: int) -> PIL.Image.Image:
-    """The image of an example: a shape of its class in any colour, somewhere."""
+    """Return the image of an example: a shape of its class, with random colours and a random place."""
     random = np.random.default_rng((list(SIZES).index(split), i))
     wide, high = 24 + i % 7, 20 + i % 5
     image = PIL.Image.new("RGB", (wide, high), tuple(random.integers(0, 80, 3).tolist()))
@@ -99,7 +99,7 @@ def drawn(split: str, i: int) -> PIL.Image.Image:
 
 
 def encoded(image: PIL.Image.Image, i: int) -> bytes:
-    """The file of an image, a JPEG every other time."""
+    """Return an image as the bytes of a file, which is a JPEG every other time."""
     file = io.BytesIO()
     image.save(file, "JPEG" if i % 2 else "PNG", quality=95)
     return file.getvalue()

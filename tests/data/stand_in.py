@@ -1,4 +1,4 @@
-"""A TFDS data set with the shapes of GLUE's, small enough to make in a test."""
+"""A TFDS data set that is shaped like GLUE, and small enough to make in a test."""
 
 from typing import Any, ClassVar
 
@@ -37,7 +37,7 @@ class GlueStandIn(tfds.core.GeneratorBasedBuilder):
         raise NotImplementedError
 
 
-SIZES = {"train": 150, "validation": 7, "test": 5}  # above 100: where other formats lose rows
+SIZES = {"train": 150, "validation": 7, "test": 5}  # above 100, where other formats lose rows
 
 
 def np_float() -> tfds.features.Tensor:
@@ -45,7 +45,7 @@ def np_float() -> tfds.features.Tensor:
 
 
 def rows(config: str, split: str) -> list[tuple[int, dict[str, Any]]]:
-    """The examples as GLUE numbers them; the hidden labels of `pair`'s test split are -1."""
+    """Return the examples as GLUE numbers them; the hidden labels of `pair`'s test split are -1."""
     made = []
     for i in range(SIZES[split]):
         label: float = i / 8 if config == "score" else (i % 2 if split != "test" else -1)

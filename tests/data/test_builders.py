@@ -159,13 +159,13 @@ def test_a_killed_preparation_does_not_poison_the_next(tmp_path: Path) -> None:
         for _ in range(10):
             assert process.stdout.readline()
         process.send_signal(signal.SIGKILL)
-    assert list(tmp_path.rglob("*incomplete*"))  # it was caught in the act
+    assert list(tmp_path.rglob("*incomplete*"))  # it was killed while it wrote
     examples = open_source("tfds:glue_stand_in/pair", str(tmp_path)).examples("train")
     assert len(examples) == SIZES["train"]
 
 
 def test_two_preparations_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loser of the race reads what the winner wrote."""
+    """Of two preparations at once the one that ends later reads what the other has written."""
 
     def overtaken(config: str, split: str) -> list[tuple[int, dict[str, object]]]:
         monkeypatch.undo()
@@ -208,7 +208,10 @@ def _environment() -> dict[str, str]:
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red: the system's own words name no file, and TFDS's cure is a network."""
+    """A full disk is an error that names the folder.
+
+    Red: the error of the system names no file, and the cure of TFDS is a network.
+    """
 
     def prepare(self: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

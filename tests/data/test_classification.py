@@ -32,7 +32,7 @@ def config(jsonl: Callable[..., str]) -> DataConfig:
 
 
 def kept(batches: Iterable[Batch]) -> list[int]:
-    """The examples that count."""
+    """Return the indices of the examples that have a weight."""
     return [i for b in batches for i, w in zip(b["index"].tolist(), b["weight"], strict=True) if w]
 
 
@@ -62,7 +62,9 @@ def test_batches_hold_the_tokens_and_labels_of_their_examples(
 ) -> None:
     rows = texts(43)
     for batch in shuffled(config, words):
-        for i, index in enumerate(batch["index"]):  # filler rows hold a real example as well
+        for i, index in enumerate(
+            batch["index"]
+        ):  # rows that fill up a batch hold a real example too
             mask = batch["mask"][i]
             assert batch["input_ids"][i][mask].tolist() == words.encode(rows[index]["text"]).ids
             assert not mask[mask.sum() :].any()
@@ -90,7 +92,7 @@ def test_a_batch_has_the_smallest_bucket_that_holds_it(
 
 
 def test_like_lengths_come_together(config: DataConfig, words: Tokenizer) -> None:
-    """At most one batch a boundary mixes buckets."""
+    """Batches mix buckets at most once at each boundary."""
     mixed = 0
     for batch in shuffled(config, words):
         buckets = {int(np.searchsorted(LENGTHS, n)) for n in batch["mask"].sum(1)}
@@ -174,7 +176,7 @@ def test_a_tokenizer_keeps_its_own_settings(config: DataConfig, minilm: Tokenize
     before = minilm.to_str()
     facts = classification(config, minilm, "train", 4).facts()
     assert minilm.to_str() == before
-    assert facts.padding < 0.9  # its own padding to 128 is not in the way
+    assert facts.padding < 0.9  # its own padding to 128 is off
 
 
 def test_a_real_tokenizer(jsonl: Callable[..., str], minilm: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Batches of images: every example once, alike for all shards, and resumed where they were."""
+"""Batches of images: every example once, the same for all shards, and resumed in their middle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole groups on tiny models: what each member leaves is what it leaves alone."""
+"""Whole groups on tiny models: each member leaves the same files as in a run alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QUERY, BOTH = ("**/query/kernel",), ("**/attention/{query,value}/kernel",)
 
 @pytest.fixture(scope="module")
 def members(tmp_path_factory: pytest.TempPathFactory) -> tuple[Member, ...]:
-    """They differ in all that members may differ in; `short` ends before the others."""
+    """Members that differ in all that members may differ in; `short` ends before the others."""
     folder = tmp_path_factory.mktemp("group")
     weights = tiny.write_model(folder / "roberta", tiny.ROBERTA | {"num_hidden_layers": 1})
     three = tiny.write_examples(folder / "three", ("text",), int)
@@ -96,7 +96,7 @@ def losses(run: pathlib.Path) -> list[float]:
 
 
 def same_files(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
-    """Record, checkpoint and exports, bit for bit."""
+    """Assert that record, checkpoint and exports are equal, bit for bit."""
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     close(state(one, step), state(other, step), 0)
     for name in ("best", "last"):
@@ -107,7 +107,7 @@ def same_files(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
 def whole(
     members: tuple[Member, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pathlib.Path, list[dict[str, Any]]]:
-    """A group that was never stopped."""
+    """The folder and the summaries of a group that was never stopped."""
     path = tmp_path_factory.mktemp("whole")
     return path, together(path, members)
 
@@ -119,10 +119,11 @@ Whole = tuple[pathlib.Path, list[dict[str, Any]]]
 def test_a_member_leaves_what_it_leaves_alone(
     index: int, whole: Whole, members: tuple[Member, ...], tmp_path: pathlib.Path
 ) -> None:
-    """Checkpoint (adapters, head, Adam's state, step, key), record, evaluations, summary.
+    """A member's checkpoint (adapters, head, Adam's state, step, key), record, evaluations and
+    summary are those of a run alone.
 
-    Red without the marks of the batches, with the first member's head for all, with rows that fill
-    up counted in the loss.
+    Red without the marks of the batches, with the first member's head for all, or if rows that fill
+    up a batch count in the loss.
     """
     member, (path, summaries) = members[index], whole
     summary = alone(tmp_path / "alone", member)
@@ -145,7 +146,10 @@ def test_a_member_leaves_what_it_leaves_alone(
 def test_a_group_on_a_mesh(
     members: tuple[Member, ...], tmp_path: pathlib.Path, whole: Whole
 ) -> None:
-    """Data 2 x fsdp 2 x tensor 2: rows of every member on each device, heads of 2 and 3 classes."""
+    """On data 2 x fsdp 2 x tensor 2 the losses are those of one device.
+
+    Each device has rows of every member, and the heads have 2 and 3 classes.
+    """
     pair = tuple(dataclasses.replace(m, config=short(m.config, 6)) for m in members[:2])
     together(tmp_path, pair, 8, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     single = together(tmp_path / "single", pair)
@@ -162,7 +166,10 @@ def short(config: Any, steps: int) -> Any:
 def test_members_whose_models_compute_other_things_are_refused(
     members: tuple[Member, ...], tmp_path: pathlib.Path
 ) -> None:
-    """Red without the comparison of programs: the first's dropout would be everyone's."""
+    """Members with different programs are refused.
+
+    Red without the comparison of programs: the first member's dropout would be everyone's.
+    """
     config: Any = members[3].config
     model = dataclasses.replace(config.model, dropout=0.5)
     other = Member("other", dataclasses.replace(config, model=model))

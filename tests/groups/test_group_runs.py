@@ -1,4 +1,4 @@
-"""Groups that are stopped, killed, changed and that fail, on the small model of own_model.py."""
+"""Groups on the small model of own_model.py that are stopped, killed or changed, or that fail."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def alone(path: pathlib.Path, one: Member) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stopped(tick: int) -> Iterator[None]:
-    """SIGTERM comes at this tick of the block."""
+    """Run the block with a SIGTERM that arrives at this tick."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes.Preemption, "asked", lambda self, n: n == tick)
         try:
             yield
         except processes.Preempted:
             return
-    pytest.fail("it came to its end")
+    pytest.fail("the block ended before the signal")
 
 
 def state(run: pathlib.Path, step: int) -> Any:
@@ -89,14 +89,14 @@ def steps_of(run: pathlib.Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A group that was never stopped."""
+    """The folder of a group that was never stopped."""
     path = tmp_path_factory.mktemp("whole")
     together(path, A, B, C)
     return path
 
 
 def same_files(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
-    """Record, checkpoint and exports, bit for bit."""
+    """Assert that record, checkpoint and exports are equal, bit for bit."""
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     close(state(one, step), state(other, step), 0)
     for name in ("best", "last"):
@@ -106,10 +106,11 @@ def same_files(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
 def test_stopped_and_resumed_is_the_same_bit_for_bit(
     whole: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Stopped by SIGTERM; then as if killed while the checkpoints of one moment were written.
+    """A group that was stopped and resumed twice ends with the same bits.
 
-    The last time `c` is at its end, which was step 25. Red if each member goes on from its newest
-    checkpoint (the record of `b` has gaps then), or if `c` has no slot any more.
+    It is stopped by SIGTERM, and then as if it were killed while the checkpoints of one moment are
+    written. At the last start `c` is already at its end, step 25. Red if each member goes on from
+    its newest checkpoint (the record of `b` has gaps then), or if `c` has no slot any more.
     """
     with stopped(17):
         together(tmp_path, A, B, C)
@@ -125,7 +126,10 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
 def test_a_group_that_is_preempted_says_so(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red: the console of a single run in `main` of train.py, which a group does not make."""
+    """A preempted group says that it is saved.
+
+    Red: `main` of train.py uses the console of a single run, which a group does not make.
+    """
     config = GroupConfig(members=(A,), run_dir=str(tmp_path))
     monkeypatch.setattr(train.command_line, "parse", lambda *_: ("group", config, None))
     with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +139,9 @@ def test_a_group_that_is_preempted_says_so(
 
 
 def test_a_member_goes_on_alone_and_back(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Its checkpoints equal a single run's, both ways: group, then alone, then group."""
+    """A member's checkpoints equal those of a single run: it goes on alone, and then in the group
+    again.
+    """
     with stopped(7):
         together(tmp_path, A, B)
     with stopped(21):
@@ -154,7 +160,7 @@ def test_a_finished_group_says_what_it_came_to_and_trains_nothing(whole: pathlib
 
 
 def test_paused_members_wait_and_new_ones_join(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """The next start takes in whom the config has anew; each is still what it is alone."""
+    """A start takes in the members that are new in the config, and each is still what it is alone."""
     with stopped(12):
         together(tmp_path, A, dataclasses.replace(B, paused=True))
     assert not (tmp_path / "b").exists()
@@ -172,7 +178,10 @@ def test_more_members_than_fit_train_one_after_the_other(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Red if those beyond the first group are forgotten."""
+    """Members that do not fit train in another group.
+
+    Red if those beyond the first group are forgotten.
+    """
 
     def fit(needed: Any, shared: float, members: int, memory: float, at_once: int) -> Any:
         return loop.memory_fit.Fit(members, min(members, 2), needed.bytes, memory)
@@ -190,7 +199,7 @@ def test_more_members_than_fit_train_one_after_the_other(
 
 @contextlib.contextmanager
 def grouped(path: pathlib.Path, *members: Member) -> Iterator[tuple[Group, Opener]]:
-    """Return a group, and a function that opens more members for it."""
+    """Yield a group, and a function that opens more members for it."""
     grid = make(MeshConfig(), DEVICES)
     with jax.set_mesh(grid), Opener(grid, print) as opener:
         opened = [opener.open(m.name, m.config, path / m.name) for m in members]
@@ -201,10 +210,13 @@ def grouped(path: pathlib.Path, *members: Member) -> Iterator[tuple[Group, Opene
 def test_joining_leaving_and_finishing_compile_once_and_pausing_never(
     tmp_path: pathlib.Path, compilations: list[str]
 ) -> None:
-    """Red if the step is compiled anew for another member with the same common shapes, or twice."""
+    """A change of the common shapes compiles once.
+
+    Red if the step is compiled anew for another member with the same common shapes, or twice.
+    """
 
     def ticks(count: int) -> int:
-        """So many ticks; the compilations that they took."""
+        """Take `count` ticks, and return the number of compilations in them."""
         before = len(compilations)
         for _ in range(count):
             group.tick()
@@ -229,7 +241,10 @@ def test_joining_leaving_and_finishing_compile_once_and_pausing_never(
 def test_members_that_come_and_go_are_what_they_are_alone(
     tmp_path: pathlib.Path, whole: pathlib.Path
 ) -> None:
-    """Red if `join` or `leave` mixes up the slots, or a pause loses a batch."""
+    """A member that joins, leaves or waits is what it is alone.
+
+    Red if `join` or `leave` mixes up the slots, or if a pause loses a batch.
+    """
     with grouped(tmp_path, A, B) as (group, opener):
 
         def ticks(count: int) -> None:
@@ -257,7 +272,10 @@ def last(path: pathlib.Path, one: Member) -> Any:
 
 
 def test_free_slots_are_given_up_when_that_is_worth_a_compilation() -> None:
-    """Red without the comparison with WORTH."""
+    """Free slots are dropped only if that saves more than a compilation costs.
+
+    Red without the comparison with WORTH.
+    """
 
     class Slot:
         def __init__(self, name: str, left: int) -> None:
@@ -276,7 +294,7 @@ def test_free_slots_are_given_up_when_that_is_worth_a_compilation() -> None:
 def test_a_group_that_gives_up_slots_is_the_same(
     tmp_path: pathlib.Path, whole: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`c` ends at step 25 and its slot goes; stopped after that and resumed, bit for bit."""
+    """`c` ends at step 25 and its slot is dropped; a stop after that and a new start change no bit."""
     monkeypatch.setattr(loop, "WORTH", 1)
     together(tmp_path / "whole", A, B, C)
     with stopped(33):
@@ -313,7 +331,10 @@ def poisoned() -> Any:
 def test_a_member_that_diverges_stops_and_the_others_go_on(
     poisoned: Any, tmp_path: pathlib.Path, whole: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red if its error ends the group, or if it is checkpointed after the step that failed."""
+    """A member that diverges stops alone.
+
+    Red if its error ends the group, or if it is checkpointed after the step that failed.
+    """
     bad = member("bad", 5, 2, workload=poisoned)
     with pytest.raises(loop.StoppedError, match="1 of 3 members stopped:\nbad: step 6") as caught:
         together(tmp_path, A, bad, B)
@@ -323,7 +344,7 @@ def test_a_member_that_diverges_stops_and_the_others_go_on(
     assert "step 6 is not finite" in (tmp_path / "bad/error.txt").read_text()
     assert "bad stops: step 6 is not finite" in " ".join(capsys.readouterr().out.split())
     assert not list((tmp_path / "bad/checkpoints").iterdir())
-    # The same command may be told to go on past it.
+    # With another setting the same member goes on past this step.
     skipping = dataclasses.replace(bad, config=dataclasses.replace(bad.config, on_nonfinite="skip"))
     summaries = together(tmp_path, A, skipping, B)
     assert (summaries[1]["steps"], summaries[1]["skipped_steps"]) == (STEPS, 1)
@@ -345,7 +366,7 @@ def test_members_that_accumulate_otherwise_are_refused(tmp_path: pathlib.Path) -
 
 
 def test_batches_that_cannot_be_filled_up_are_refused(tmp_path: pathlib.Path) -> None:
-    """The loss of own_model.py counts every row."""
+    """Rows cannot be added to these batches, as the loss of own_model.py counts every row."""
     other = member("other", 1, 1, batch_size=16)
     with pytest.raises(ConfigError, match=r"'a' are smaller .* from 8 to 16"):
         together(tmp_path, A, other)
@@ -360,7 +381,7 @@ def test_parameters_of_unequal_shape_are_refused(tmp_path: pathlib.Path) -> None
 def test_a_group_has_its_own_line_in_train_py(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the command line to the results."""
+    """train.py runs a group, from the command line to the results."""
     file = tmp_path / "two.py"
     file.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"

@@ -24,7 +24,7 @@ STEPS, WIDTH = 50, 8
 
 
 class Network(nn.Module):
-    """[B, T, 4] -> [B, C]: a mean over real tokens between two layers, with dropout."""
+    """[B, T, 4] -> [B, C]: two layers, a mean over the real tokens, and a head."""
 
     classes: int
 
@@ -133,7 +133,7 @@ def compiled(layout: lora_jax.Layout, classes: int, at_once: int | None) -> Any:
 
 
 class Together:
-    """A group of the members, stepped by hand."""
+    """A group of the members, which a test steps by hand."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ def alone(member: Member) -> tuple[State, list[float]]:
 
 
 def close(got: Any, wanted: Any, bound: float = 1e-5) -> None:
-    """Each array within `bound` of its own norm."""
+    """Assert that each array differs from the wanted one by at most `bound` of the wanted norm."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for (path, x), y in zip(
         jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(wanted), strict=True
@@ -210,10 +210,11 @@ def finished(request: pytest.FixtureRequest) -> Together:
 
 @pytest.mark.parametrize("index", range(len(MEMBERS)))
 def test_a_member_is_what_it_is_alone(finished: Together, index: int) -> None:
-    """Adapters, head, Adam's moments and counts, step, key, and every loss.
+    """A member's adapters, head, Adam's moments and counts, step, key and every loss are those of
+    the member alone.
 
-    Red with one clip for all (norm over the stack), a mean over all rows, the first member's
-    schedule or decay for all, `active` left out (the last member has 30 steps of 50).
+    Red with one clip for all (the norm of the stack), with a mean over all rows, with the first
+    member's schedule or decay for all, or without `active` (the last member has 30 steps of 50).
     """
     wanted, losses = alone(MEMBERS[index])
     close(finished.member(index), wanted)
@@ -221,7 +222,7 @@ def test_a_member_is_what_it_is_alone(finished: Together, index: int) -> None:
 
 
 def test_what_fills_up_stays_zero(finished: Together) -> None:
-    """Red without the mask of the logits in the loss."""
+    """The padding of the parameters stays zero. Red without the mask of the logits in the loss."""
     for index, own in enumerate(finished.own):
         arrays = padded_state.unstack(finished.form.host(finished.state), index)
         again = finished.form.pad(own.unpad(arrays))
@@ -230,7 +231,10 @@ def test_what_fills_up_stays_zero(finished: Together) -> None:
 
 
 def test_of_an_absent_member_nothing_changes() -> None:
-    """Bit for bit, at any step of the others. Red without `active` in the step."""
+    """The state of an absent member keeps every bit, at any step of the others.
+
+    Red without `active` in the step.
+    """
     group = Together()
     for i in range(3):
         group.take([batch(m, i) for m in group.members])
@@ -246,7 +250,9 @@ def test_of_an_absent_member_nothing_changes() -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_member_that_diverges_does_not_disturb_the_others(skip: bool) -> None:
-    """It stays as it was (stop), or goes on (skip); the others are what they are without it."""
+    """A member that diverges keeps its state (stop) or goes on (skip), and the others are as
+    without it.
+    """
     clean, other = Together(skip=skip), Together(skip=skip)
     for i in range(6):
         each = [batch(m, i) for m in MEMBERS]
@@ -267,10 +273,10 @@ def test_a_member_that_diverges_does_not_disturb_the_others(skip: bool) -> None:
 
 
 def test_swapped_settings_need_no_compilation() -> None:
-    """Red if a setting becomes a constant of the program."""
+    """Other settings need no compilation. Red if a setting becomes a constant of the program."""
     group = Together()
     each = [batch(m, 0) for m in group.members]
-    for _ in range(2):  # the second time with the shardings that the step gave
+    for _ in range(2):  # the second time with the shardings of the outputs
         group.take(each)
     before = group.step._cache_size()
     group.settings = jax.tree.map(lambda x: x[::-1], group.settings)

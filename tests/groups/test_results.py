@@ -60,7 +60,7 @@ def finished(folder: pathlib.Path, grid: dict[str, Any], score: Score) -> list[d
 
 
 def by_rank_and_rate(config: Config) -> float:
-    """Best at rank 4 and 1e-3."""
+    """Return a score that is best at rank 4 and a rate of 1e-3."""
     rate = abs(math.log10(config.optimizer.learning_rate) + 3)
     return 0.8 - 0.05 * rate - 0.01 * abs(config.lora.rank - 4)
 
@@ -196,7 +196,10 @@ def test_runs_without_any_evaluation(tmp_path: pathlib.Path) -> None:
 
 
 def test_runs_that_only_their_names_tell_apart(tmp_path: pathlib.Path) -> None:
-    """Red: `alike = False` in `_of_sweep`."""
+    """Runs that differ in their names alone are listed by name.
+
+    Red: `alike = False` in `_of_sweep`.
+    """
     twice = [left_behind(tmp_path, name, minilm_reviews.config, 0.7) for name in ("one", "other")]
     found = results.listing(gather(twice))
     assert found.columns[0] == "run"
@@ -206,7 +209,10 @@ def test_runs_that_only_their_names_tell_apart(tmp_path: pathlib.Path) -> None:
 def test_each_panel_alone_is_the_panel_of_the_picture(
     swept: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
-    """Red: `splits[0]` for `split` in `_panels`."""
+    """A figure of one split equals that panel of the whole picture.
+
+    Red: `splits[0]` for `split` in `_panels`.
+    """
     found = gather(swept)
     together = plots.figure_of(found).axes
     alone = plots.figures_of(found)

@@ -52,7 +52,7 @@ def test_all_combinations_with_readable_names() -> None:
 
 @pytest.mark.parametrize("base", ["minilm_reviews", "own_model"])
 def test_a_member_is_what_the_command_line_makes_of_the_base(base: str) -> None:
-    """Fields of every kind, given in the grid as whoever writes a config might give them."""
+    """A grid takes fields of every kind, in the forms in which a config may give them."""
     grid: dict[str, Any] = {
         "lora.rank": np.array([2]),
         "lora.alpha": (4,),  # an int for a float

@@ -33,7 +33,7 @@ def config_of(
     trainable: tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> TextConfig:
-    """Two steps on `source`, at a rate that makes them count."""
+    """Return a config of two steps on `source`, at a learning rate that makes them count."""
     return TextConfig(
         workload=classification,
         model=ModelConfig(reference=str(weights), pooling=pooling),
@@ -54,12 +54,12 @@ def config_of(
 
 
 def examples(folder: pathlib.Path, label: Any, fields: tuple[str, ...] = ("text",)) -> str:
-    """{split}.jsonl of 96 and 40 examples; the source's name."""
+    """Write {split}.jsonl with 96 and 40 examples, and return the name of the source."""
     return tiny.write_examples(folder, fields, label)
 
 
 def train_in(path: pathlib.Path, config: TextConfig) -> pathlib.Path:
-    """A finished run in `path`, as train.py leaves it."""
+    """Train a run in `path` as train.py does, and return `path`."""
     path.mkdir(parents=True)
     grid = mesh.make(config.mesh, jax.devices()[:1])
     with jax.set_mesh(grid):
@@ -68,7 +68,7 @@ def train_in(path: pathlib.Path, config: TextConfig) -> pathlib.Path:
 
 
 def export_in(path: pathlib.Path, config: TextConfig) -> pathlib.Path:
-    """Return the export of a run, with random numbers instead of trained ones, which is quicker."""
+    """Export a run with random numbers instead of trained ones, which is quicker."""
     workload = classification(config)
     params, key = _arrays(workload), jax.random.key(config.seed)
     example = next(workload.train(Shard()))
@@ -88,7 +88,9 @@ def _arrays(workload: Any) -> Any:
 
 
 def evaluated(run: pathlib.Path, config: Config) -> np.ndarray:
-    """[N, C] outputs of the run's best adapter on its validation split, by training's own code."""
+    """Return the [N, C] outputs of the run's best adapter on the validation split, by training's
+    code.
+    """
     workload = config.workload(config)
     params = _arrays(workload)
     layout, adapters, _ = lora_jax.restore(run / "adapters/best")

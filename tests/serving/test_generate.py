@@ -32,13 +32,13 @@ class Setup(NamedTuple):
     folder: pathlib.Path
 
     def given(self, *names: str) -> list[str]:
-        """--adapter for each."""
+        """Return the option --adapter for each name."""
         return [x for name in names for x in ("--adapter", str(self.folder / name))]
 
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    """A base, and two adapters of unequal rank; `one` knows its prompt and its end."""
+    """A base, and two adapters of unequal rank; `one` stores its prompt and its end."""
     folder = tmp_path_factory.mktemp("generate")
     base = tiny.write_model(folder / "base", tiny.LLAMA)
     source = models.open(str(base))
@@ -76,7 +76,10 @@ def answers(tmp_path: pathlib.Path, rows: Any, *arguments: str) -> list[dict[str
 
 
 def test_every_line_by_its_own_adapter(setup: Setup, tmp_path: pathlib.Path) -> None:
-    """Red if a line takes another's adapter, or its template is not filled in."""
+    """Each line is answered by its own adapter.
+
+    Red if a line takes another's adapter, or if its template is not filled in.
+    """
     rows = [
         {"prompt": "word1 word2", "adapter": "two", "n": 0},
         {"word": "word1", "adapter": "one"},
@@ -108,7 +111,9 @@ def test_every_line_by_its_own_adapter(setup: Setup, tmp_path: pathlib.Path) -> 
 def test_plain_prompts_are_for_every_adapter(
     setup: Setup, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the command line and from stdin the same, and as plain lines off a terminal."""
+    """Prompts from the command line and from stdin give the same output, as plain lines off a
+    terminal.
+    """
     shared = [*setup.given("one", "two"), "--base-too", "--max-new-tokens", str(NEW)]
     assert generate.main([*shared, "--prompt", "word1", "--prompt", "word5 word6"]) == 0
     typed = capsys.readouterr()
@@ -125,13 +130,13 @@ def test_plain_prompts_are_for_every_adapter(
 
 
 def test_a_text_ends_where_training_ended_it(setup: Setup, tmp_path: pathlib.Path) -> None:
-    """`one` stops at its own end, and `two` at what is asked for."""
+    """Adapter `one` stops at the end token that it stores, and `two` at the given `--stop`."""
     long = ["--max-new-tokens", "60"]
     rows = [{"prompt": f"word{i}", "adapter": name} for name in ("one", "two") for i in range(8)]
     free = answers(tmp_path, rows, *setup.given("one", "two"), *long, "--batch-size", "16")
     mine, others = free[:8], free[8:]
-    assert any(EOS in a["text"].split() for a in others)  # a word that is written, but not ...
-    assert not any(EOS in a["text"].split() for a in mine)  # ... as part of a text that it ends
+    assert any(EOS in a["text"].split() for a in others)  # for `two` it is a word like any other
+    assert not any(EOS in a["text"].split() for a in mine)  # `one` ends there and leaves it out
     assert any(a["finish"] == "stop" for a in mine)
     word = next(a["text"].split()[1] for a in others if a["tokens"] > 2)
     again = answers(tmp_path, rows[8:], *setup.given("two"), *long, "--stop", word)
@@ -142,7 +147,7 @@ def test_a_text_ends_where_training_ended_it(setup: Setup, tmp_path: pathlib.Pat
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
-    """One alone is typed; of several the unfinished stand below, and none is left behind."""
+    """A single text is typed as it grows; several stand in a block that is removed at the end."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=60, height=20)
     requests = [Request("one", "word1", Prompt([5], 0), {}) for _ in range(count)]
@@ -166,7 +171,10 @@ def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
 
 
 def test_answers_wait_for_those_before_them() -> None:
-    """Red if a text that is finished first comes out first."""
+    """Texts are printed in the order of the prompts.
+
+    Red if a text that is finished first comes out first.
+    """
     file = io.StringIO()
     requests = [Request(n, "word1", Prompt([5], 0), {}) for n in ("one", "two")]
 

@@ -1,4 +1,4 @@
-"""Generation: a mixed batch is each prompt alone with its own adapter, and compiles once."""
+"""A mixed batch generates what each prompt generates alone with its adapter, and compiles once."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def decoder() -> Decoder:
 
 @pytest.fixture(scope="module")
 def mixed(decoder: Decoder) -> list[Generated]:
-    """All prompts in one batch."""
+    """The outputs for all prompts in one batch."""
     return generate(decoder, ALL, max_new_tokens=NEW)
 
 
 def whole_greedy(config: models.DecoderConfig, params: Any, prompt: list[int]) -> list[int]:
-    """Greedy decoding as it is defined: the whole text is read anew for every token."""
+    """Decode greedily by definition: the model reads the whole text again for every token."""
     apply = applied(config)
     tokens = list(prompt)
     for _ in range(NEW):
@@ -51,12 +51,15 @@ def whole_greedy(config: models.DecoderConfig, params: Any, prompt: list[int]) -
 
 @functools.cache
 def applied(config: models.DecoderConfig) -> Any:
-    """The model without a cache, as one program for each shape."""
+    """Return the model without a cache, compiled once for each shape."""
     return jax.jit(models.DecoderModel(config).apply)
 
 
 def test_a_mixed_batch_is_each_merged_model_alone(mixed: list[Generated]) -> None:
-    """Red if a row reads another's adapter, a slot of padding, or its place one token off."""
+    """A mixed batch writes what each merged model writes.
+
+    Red if a row uses another's adapter, reads a slot of padding, or is one position off.
+    """
     for found, prompt, adapter in zip(mixed, PROMPTS, ADAPTERS, strict=True):
         assert found.finish == "length"
         assert found.tokens == whole_greedy(CONFIG, tiny.merged(CONFIG, adapter), prompt)
@@ -69,7 +72,11 @@ def test_a_mixed_batch_is_each_row_alone(decoder: Decoder, mixed: list[Generated
 
 
 def test_batches_one_after_another(decoder: Decoder, mixed: list[Generated]) -> None:
-    """Red if rows that fill up the last batch are returned, or numbers count within a batch."""
+    """Batches one after another write the same texts.
+
+    Red if the rows that fill up the last batch are returned, or if rows are numbered within a
+    batch.
+    """
     assert generate(decoder, ALL, max_new_tokens=NEW, batch_size=2) == mixed
     pieces = list(stream(decoder, ALL, max_new_tokens=NEW, batch_size=2))
     for row, found in enumerate(mixed):
@@ -95,7 +102,7 @@ FORMS = {"unrolled": CONFIG, "scanned": SCANNED} | {
 
 @pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
 def test_logits_of_a_mixed_batch(config: models.DecoderConfig) -> None:
-    """Prefill and a step through `adapt`, against the merged weights without a cache."""
+    """Prefill and one step through `adapt` equal the merged weights without a cache."""
     layout, stacked = tiny.stacked(config)
     model, ids = models.DecoderModel(config), jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     chosen = jnp.asarray([2, lora_jax.multi.BASE, 1])
@@ -120,8 +127,11 @@ def test_logits_of_a_mixed_batch(config: models.DecoderConfig) -> None:
 def test_other_prompts_and_adapters_compile_nothing(
     decoder: Decoder, mixed: list[Generated], compilations: list[str]
 ) -> None:
-    """Red if an id, a length within its bucket or a temperature becomes part of a program."""
-    generate(decoder, ALL, max_new_tokens=NEW)  # what `mixed` compiled may have been dropped since
+    """Other prompts and adapters compile nothing.
+
+    Red if an id, a length within its bucket or a temperature becomes part of a program.
+    """
+    generate(decoder, ALL, max_new_tokens=NEW)  # the programs of `mixed` may have been dropped
     warm = dataclasses.replace(LIVELY, temperature=0.7)
     generate(decoder, ALL, max_new_tokens=NEW, sampling=warm)
     before, programs = len(compilations), dict(decoder.compiled)
@@ -138,7 +148,10 @@ def test_other_prompts_and_adapters_compile_nothing(
 
 
 def test_one_prefill_and_one_step(compilations: list[str]) -> None:
-    """Counted at the second decoder: the first may compile small operations around the two."""
+    """A decoder compiles two programs.
+
+    The second decoder is counted, as the first may compile small operations around them.
+    """
     for _ in range(2):
         before = len(compilations)
         decoder = Decoder(CONFIG, tiny.params(CONFIG), *tiny.stacked(CONFIG))
@@ -159,7 +172,7 @@ def test_the_step_holds_one_cache_and_no_second_base(decoder: Decoder) -> None:
 
 
 def test_stop_tokens(decoder: Decoder, mixed: list[Generated]) -> None:
-    """A row stops alone, its stop token is left out, and the others go on as before."""
+    """A row stops alone and without its stop token, and the others go on as before."""
     stop = mixed[1].tokens[3]
     prompts = [dataclasses.replace(p, stop=[stop] if p is not ALL[0] else [77]) for p in ALL]
     found = generate(decoder, prompts, max_new_tokens=NEW)
@@ -177,7 +190,10 @@ def test_the_last_position_ends_a_row(decoder: Decoder) -> None:
 
 
 def test_a_row_draws_as_it_would_alone(decoder: Decoder) -> None:
-    """Red if a key is shared by the batch, or depends on the place in it."""
+    """A row draws the same tokens in a batch and alone.
+
+    Red if the rows share a key, or if a row's key depends on its place.
+    """
     settings = {"max_new_tokens": NEW, "sampling": LIVELY}
     both = generate(decoder, ALL[:2], **settings)
     assert generate(decoder, ALL[:1], **settings) == both[:1]
@@ -206,7 +222,7 @@ PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
     ],
 )
 def test_draws_have_the_probabilities(sampling: Sampling, kept: list[int]) -> None:
-    """20,000 draws; the bound is five standard deviations."""
+    """The shares of 20,000 draws are within five standard deviations of the probabilities."""
     count = 20_000
     logits = jnp.broadcast_to(jnp.log(PROBABILITIES) + 3, (count, 5))
     numbers = sampling.numbers
@@ -261,7 +277,10 @@ def test_wrong_calls(decoder: Decoder, prompt: Prompt, more: dict[str, int], mes
 @pytest.mark.parametrize("sampling", [Sampling(), LIVELY])
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_numbers_that_are_not_finite_are_no_token(sampling: Sampling, wrong: float) -> None:
-    """Red: the argmax of NaN is token 0."""
+    """Logits that are not finite give -1, which is not a token.
+
+    Red: the argmax of NaN is token 0.
+    """
     logits = jnp.zeros((2, 9)).at[1, 3].set(wrong).at[0, 4].set(5.0)
     tokens = choose(sampling.form, sampling.numbers, logits, jnp.arange(2), jnp.int32(0))
     assert int(tokens[0]) >= 0 and int(tokens[1]) == -1
@@ -270,7 +289,10 @@ def test_numbers_that_are_not_finite_are_no_token(sampling: Sampling, wrong: flo
 def test_an_adapter_that_is_not_finite(
     decoder: Decoder, mixed: list[Generated], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red: what it writes is token 0 again and again, which prints nothing."""
+    """An adapter that is not finite is an error.
+
+    Red: it writes token 0 again and again, which prints nothing.
+    """
     broken = jax.tree.map(lambda x: x * jnp.nan if x.ndim > 1 else x, decoder._stacked)
     monkeypatch.setattr(decoder, "_stacked", broken)
     with pytest.raises(LoraError, match=r"prompt 0: adapter 0 .* logits that are not finite"):

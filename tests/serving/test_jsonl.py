@@ -1,4 +1,4 @@
-"""JSONL in and out."""
+"""Reading and writing of JSONL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def file(folder: pathlib.Path, content: bytes) -> str:
 
 
 def test_objects_come_with_their_places(tmp_path: pathlib.Path) -> None:
-    """Red if an empty line is not counted, or a byte order mark is not passed over."""
+    """Each object knows its file and line.
+
+    Red if an empty line is not counted, or a byte order mark is not skipped.
+    """
     content = b'\xef\xbb\xbf{"a": 1}\n\n  \n{"b": "\xc3\xa9"}'
     path = file(tmp_path, content)
     found = list(jsonl.read(path))
@@ -49,7 +52,7 @@ def test_objects_come_with_their_places(tmp_path: pathlib.Path) -> None:
 def test_a_line_that_cannot_be_used_is_named(
     content: bytes, said: str, tmp_path: pathlib.Path
 ) -> None:
-    """The lines before it have been returned by then."""
+    """The lines before the bad one are returned first."""
     reader = jsonl.read(file(tmp_path, b'{"good": "\\ud83d\\ude00"}\n' + content + b"\n"))
     assert next(reader).value == {"good": "\N{GRINNING FACE}"}
     with pytest.raises(jsonl.LineError, match=said):
@@ -66,7 +69,7 @@ def test_a_field_that_is_missing_or_of_another_kind(tmp_path: pathlib.Path) -> N
 
 
 def test_a_full_disk_is_named() -> None:
-    """Red: the system's error of a full disk names no file."""
+    """A full disk is an error that names the file. Red: the error of the system names none."""
     said = "/dev/full cannot be written: No space left"
     with pytest.raises(LoraError, match=said), jsonl.Writer("/dev/full") as writer:
         writer.write([{"a": 1}])
@@ -77,13 +80,16 @@ def test_what_is_written_is_read_again(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "out.jsonl"
     with jsonl.Writer(str(path)) as writer:
         writer.write(values[:2])
-        assert path.read_text().count("\n") == 2  # it does not wait for the end
+        assert path.read_text().count("\n") == 2  # lines are written at once, not at the end
         writer.write(values[2:])
     assert [line.value for line in jsonl.read(str(path))] == values
 
 
 def test_an_error_before_the_first_line_loses_nothing(tmp_path: pathlib.Path) -> None:
-    """Red if the file is emptied where it is opened, or if a run without answers leaves it."""
+    """An error before the first line keeps the old file.
+
+    Red if the file is emptied when it is opened, or if a run without answers keeps it.
+    """
     path = pathlib.Path(file(tmp_path, b'{"a": 1}\n'))
     with pytest.raises(RuntimeError), jsonl.Writer(str(path)):
         raise RuntimeError
@@ -108,7 +114,7 @@ def test_stdin_and_stdout(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_file_is_not_read_and_written_at_once(tmp_path: pathlib.Path) -> None:
-    """Red if it is emptied before that is seen."""
+    """A file is not read and written at once. Red if it is emptied before the check."""
     path = file(tmp_path, b'{"a": 1}\n')
     (tmp_path / "link").symlink_to(path)
     with pytest.raises(jsonl.LineError, match="read and written at once; give another file"):
@@ -117,7 +123,10 @@ def test_a_file_is_not_read_and_written_at_once(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_killed_writer_leaves_whole_lines(tmp_path: pathlib.Path) -> None:
-    """Red if lines wait in a buffer of the process: it is cut where that is full."""
+    """A killed writer leaves whole lines.
+
+    Red if lines wait in a buffer of the process: a line is cut where the buffer is full.
+    """
     out = tmp_path / "out.jsonl"
     program = (
         "import itertools\nfrom lora_jax.serving import jsonl\n"

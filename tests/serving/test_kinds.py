@@ -1,4 +1,4 @@
-"""Adapters of other kinds than LoRA, trained by train.py's code, in use and in a report."""
+"""Adapters of kinds other than LoRA, trained by train.py's code, are served and reported on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.training import tiny
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of two steps of each kind."""
+    """One run of two steps for each kind."""
     folder = tmp_path_factory.mktemp("kinds")
     weights = tiny.write_model(folder / "model", tiny.ROBERTA | {"num_hidden_layers": 1})
     config = classifiers.config_of(weights, classifiers.examples(folder / "data", int))
@@ -60,7 +60,10 @@ def test_two_kinds_for_one_matrix_are_refused(runs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["dora", "loha", "bias"])
 def test_report(runs: dict[str, Any], kind: str) -> None:
-    """Red: DoRA's spectrum without its base, or a bias taken for a matrix."""
+    """A report analyses each kind.
+
+    Red: DoRA's spectrum is computed without its base, or a bias is taken for a matrix.
+    """
     run, _ = runs[kind]
     assert command.main([str(run)]) == 0
     (page,) = run.rglob("*.md")

@@ -1,4 +1,4 @@
-"""`lora-jax predict`: mixed == alone == what training's own evaluation computes."""
+"""`lora-jax predict`: a mixed file gives what each adapter alone and training's evaluation give."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ class Trained(NamedTuple):
     configs: dict[str, TextConfig]
 
     def given(self, *names: str) -> list[str]:
-        """--adapter for each of the runs."""
+        """Return the option --adapter for each of the runs."""
         return [x for name in names for x in ("--adapter", str(self.folder / name))]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Three classes, two (other rank, scale and targets, a norm trained too), and a number."""
+    """Three runs: three classes, two classes (other rank, scale, targets; a trained norm), a
+    number.
+    """
     folder = tmp_path_factory.mktemp("serving")
     weights = tiny.write_model(folder / "model", tiny.ROBERTA)
     three = classifiers.examples(folder / "three", int)
@@ -66,7 +68,9 @@ def texts(trained: Trained, name: str) -> list[str]:
 
 
 def mixed(trained: Trained) -> list[dict[str, Any]]:
-    """Every validation text of every task, shuffled, with its adapter and a field of its own."""
+    """Return all validation texts of all tasks, shuffled, each with its adapter and a further
+    field.
+    """
     rows = [
         {"text": text, "adapter": name, "n": i}
         for name in trained.configs
@@ -110,8 +114,11 @@ def answers(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> None:
-    """Every example has the same outputs: red if an example uses another head or adapter, or if
-    a parameter trained in full is as in the base."""
+    """Each example has the outputs of training's evaluation.
+
+    Red if an example uses another head or adapter, or if a parameter trained in full is as in the
+    base.
+    """
     served, made = opened
     rows = mixed(trained)
     ids = [served.names.index(row["adapter"]) for row in rows]
@@ -130,7 +137,7 @@ def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> N
         wanted = expected[row["adapter"]][row["n"]]
         assert found[i].shape == wanted.shape
         np.testing.assert_allclose(found[i], wanted, atol=1e-5 * np.abs(wanted).max() + 1e-6)
-    # and they are not all alike: another adapter, or none, is told apart
+    # Outputs of another adapter are clearly different.
     two = dict(made.scores([1] * len(rows), [row["text"] for row in rows]))
     assert max(np.abs(two[i][:1] - found[i][:1]).max() for i in range(len(rows))) > 0.05
 
@@ -138,11 +145,15 @@ def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> N
 def test_mixed_is_each_alone(
     trained: Trained, answers: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
-    """The exported folder is complete, and can be moved. Red if padded classes take part: two of
-    three outputs would not be alone."""
+    """An exported folder is complete, and can be moved.
+
+    Red if padded classes take part: two of three outputs would not be as they are alone.
+    """
     for name in trained.configs:
         own = [row for row in mixed(trained) if row["adapter"] == name]
-        bare = [{"text": row["text"], "n": row["n"]} for row in own]  # one adapter: no need to say
+        bare = [
+            {"text": row["text"], "n": row["n"]} for row in own
+        ]  # a single adapter needs no name
         moved = shutil.copytree(trained.folder / name / "adapters/best", tmp_path / name)
         alone = predicted(tmp_path, bare, "--adapter", str(moved))
         for one, other in zip(alone, [a for a in answers if a["adapter"] == name], strict=True):
@@ -164,7 +175,10 @@ def test_order_and_fields_are_kept(trained: Trained, answers: list[dict[str, Any
 
 
 def test_one_program_for_each_length(opened: Opened) -> None:
-    """For all adapters and numbers of texts: red if a batch has another shape."""
+    """All adapters and numbers of texts share a program for each length.
+
+    Red if a batch has another shape.
+    """
     made = text_classifier.TextClassifier(opened[0], 4)
     short, long = "word1 word2", " ".join(["word3"] * 14)
     for ids in ([0, 1, 2, 0], [2, 2, 2], [1], [0, 1] * 9):
@@ -192,7 +206,7 @@ def test_a_pair_is_read_from_its_two_fields(trained: Trained, tmp_path: pathlib.
 
 
 def test_texts_of_the_command_line(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each by every adapter."""
+    """Each text of the command line is classified by every adapter."""
     given = trained.given("three", "two")
     assert predict.main([*given, "--text", "word1", "--text", WORDS]) == 0
     rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
@@ -230,7 +244,10 @@ def test_a_line_that_cannot_be_classified(
 
 
 def test_progress_is_told_as_scores_come(opened: Opened) -> None:
-    """Red if a bar waits for the first line, which may come last because lines are sorted."""
+    """Progress is reported as scores come.
+
+    Red if a bar waits for the first line, which may come last because lines are sorted.
+    """
     sized = [
         jsonl.JsonLine({"text": text, "adapter": "two"}, "here", size)
         for size, text in ((100, WORDS), (1, "word1"))
@@ -244,7 +261,7 @@ def test_progress_is_told_as_scores_come(opened: Opened) -> None:
 def test_errors_are_lines_on_stderr(
     trained: Trained, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit status 1, and an output that is there already stays as it was."""
+    """An error has exit status 1, and an existing output file stays as it was."""
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"text": "a"}\n{"text"\n')
     out.write_text("kept")
@@ -267,7 +284,7 @@ def test_errors_are_lines_on_stderr(
 
 
 def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pathlib.Path) -> None:
-    """Red if they come out as a class like any other."""
+    """Scores that are not finite are an error. Red if they come out as a class like any other."""
     member = served_adapters.read("broken", trained.folder / "two/adapters/best")
     trainable = jax.tree.map(lambda x: x * np.nan, member.base)
     lora_jax.save(
@@ -307,7 +324,7 @@ def test_a_pooling_that_there_is_not(pooling: object) -> None:
 def test_an_adapter_that_does_not_say_what_it_classifies(
     change: dict[str, Any], trained: Trained
 ) -> None:
-    """Its text may come from anybody."""
+    """The description of an adapter may come from anybody, so it is checked."""
     member = served_adapters.read("two", trained.folder / "two/adapters/best")
     wrong = served_adapters.ServedAdapter(
         member.name,

@@ -36,7 +36,7 @@ def params(weights: pathlib.Path) -> Any:
 
 
 def random_adapter(params: Any, rank: int, *, targets: tuple[str, ...] = (QUERY,)) -> Any:
-    """(layout, adapters) of both layers, of that rank and of a scale that goes with it."""
+    """Return (layout, adapters) for both layers, with this rank and a scale that depends on it."""
     flat = paths.flatten(params)
     rows = [
         lora_jax.Target(path, flat[path].shape, (), (0,), (1,), rank, 2.0 * rank + 1)
@@ -53,7 +53,7 @@ def random_adapter(params: Any, rank: int, *, targets: tuple[str, ...] = (QUERY,
 
 
 def save(folder: pathlib.Path, params: Any, reference: str, *, rank: int = 2, **model: Any) -> str:
-    """One as train.py exports it."""
+    """Save an adapter as train.py exports it, and return its folder."""
     about = {"model": {"reference": reference, "scan_layers": False, **model}}
     lora_jax.save(
         folder,
@@ -68,7 +68,7 @@ def save(folder: pathlib.Path, params: Any, reference: str, *, rank: int = 2, **
 
 @pytest.fixture
 def runs(tmp_path: pathlib.Path, params: Any, weights: pathlib.Path) -> pathlib.Path:
-    """Run directories: one with best and last, one with last alone, one with none yet."""
+    """A folder of runs: one has best and last, one has last alone, and one has no adapter yet."""
     save(tmp_path / "a/adapters/best", params, str(weights), rank=1)
     save(tmp_path / "a/adapters/last", params, str(weights), rank=3)
     save(tmp_path / "b/adapters/last", params, str(weights), rank=2)
@@ -78,7 +78,10 @@ def runs(tmp_path: pathlib.Path, params: Any, weights: pathlib.Path) -> pathlib.
 
 
 def test_what_is_given_is_found(runs: pathlib.Path, monkeypatch: Any) -> None:
-    """Red if the last is taken for the best, or a name is not the run's."""
+    """A path leads to its adapters and their names.
+
+    Red if the last is taken for the best, or if a name is not that of the run.
+    """
 
     def found(given: str) -> list[tuple[str, str]]:
         return [(name, str(path.relative_to(runs))) for name, path in adapter_path.find(given)]
@@ -131,7 +134,7 @@ def test_a_base_is_opened_with_all_that_is_on_it(
 def test_settings_of_the_model_are_those_of_training(
     tmp_path: pathlib.Path, params: Any, weights: pathlib.Path
 ) -> None:
-    """bfloat16 weights have the fingerprint of the float32 ones."""
+    """A base opened in bfloat16, as in training, has the fingerprint of its float32 weights."""
     given = save(tmp_path / "a", params, str(weights), dtype="bfloat16", param_dtype="bfloat16")
     served = served_adapters.open_adapters([given], KIND)
     assert served.config.dtype == "bfloat16"
@@ -172,7 +175,7 @@ def test_names_are_told_apart(runs: pathlib.Path) -> None:
 def test_another_base_is_refused(
     runs: pathlib.Path, weights: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """The message names both sides. Red if parameters trained in full are compared too."""
+    """The message names both bases. Red if parameters trained in full are compared too."""
     other = tmp_path / "model"
     shutil.copytree(weights, other)
     tensors = safetensors.numpy.load_file(other / "model.safetensors")
@@ -244,7 +247,7 @@ def test_what_a_stranger_says_is_of_another_type(
 def test_a_hundred_swaps_compile_nothing(
     tmp_path: pathlib.Path, params: Any, weights: pathlib.Path, compilations: list[str]
 ) -> None:
-    """Adapters of eight ranks from 1 to 16, opened from folders, one after another in one slot.
+    """Adapters of eight ranks from 1 to 16 are opened from folders and swapped in one slot.
 
     Red if a scale or a rank is compiled into the program.
     """
@@ -272,7 +275,7 @@ def test_a_hundred_swaps_compile_nothing(
         m.name: f(lora_jax.merge(m.layout, params, m.adapters), ids) for m in served.members
     }
     chosen = np.array([3, lora_jax.multi.BASE, 3, 5], np.int32)
-    for member in served.members:  # what is compiled once for each of the kinds of adapter
+    for member in served.members:  # each form of adapter compiles once here
         stacked = lora_jax.multi.put(layout, stacked, 3, (member.layout, member.adapters))
     g(stacked, chosen), g(stacked, np.int32(3))
     base = f(params, ids)
@@ -289,7 +292,7 @@ def test_a_hundred_swaps_compile_nothing(
     assert compilations == []
     fresh = jax.jit(lambda x: x + 1)
     fresh(jnp.ones(3))
-    assert compilations  # they are counted
+    assert compilations  # the counter works
 
 
 def test_the_checkpoint_tells_what_was_said(runs: pathlib.Path) -> None:
@@ -304,7 +307,10 @@ STRANGERS = ("hub:someone/model", "pypi:evil==1.0/model", f"{models.MINILM}#sha2
 def test_a_base_is_not_fetched_on_the_word_of_an_adapter(
     reference: str, tmp_path: pathlib.Path, params: Any, monkeypatch: Any
 ) -> None:
-    """Red if it is; the user may name it, or believe the adapter."""
+    """A base is fetched only if the user names it or trusts the adapter.
+
+    Red if it is always fetched.
+    """
     opened: list[str] = []
     monkeypatch.setattr(models, "open", lambda reference: opened.append(reference) or 1 / 0)
     given = save(tmp_path / "a", params, reference)
@@ -325,7 +331,7 @@ def test_a_known_base_is_fetched(tmp_path: pathlib.Path, params: Any, monkeypatc
 
 
 def test_a_reference_is_one_line_of_text(tmp_path: pathlib.Path, params: Any) -> None:
-    """It is shown, and so may not write to the terminal what it likes."""
+    """A reference is printed, so it must not hold control characters of a terminal."""
     with pytest.raises(LoraError, match=r"says model\.reference is 'hub:a/b.x1b\["):
         served_adapters.open_adapters([save(tmp_path / "a", params, "hub:a/b\x1b[2J")], KIND)
 
@@ -334,7 +340,7 @@ def test_a_reference_is_one_line_of_text(tmp_path: pathlib.Path, params: Any) ->
 def test_commands_ask_for_trust(
     command: str, tmp_path: pathlib.Path, params: Any, monkeypatch: Any, capsys: Any
 ) -> None:
-    """Red if one of them does not hand its flag on."""
+    """Each command passes `--trust-base` on. Red if one of them does not."""
     given = save(tmp_path / "run/adapters/best", params, "hub:someone/model")
     monkeypatch.setattr(models, "open", lambda reference: _missing(reference))
     for trust in ([], ["--trust-base"]):

@@ -1,4 +1,4 @@
-"""A decoder small enough to compile in no time, and adapters on it that matter."""
+"""A decoder small enough to compile quickly, and adapters that change its outputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def noise(shape: Any, seed: int) -> jax.Array:
 
 @functools.cache
 def params(config: models.DecoderConfig) -> Any:
-    """Random weights; the head is not so sure of itself that adapters change nothing."""
+    """Return random weights; the head is unsure enough for adapters to change the outputs."""
     leaves, tree = jax.tree.flatten(models.shapes(config))
     drawn = [(1 + noise(s.shape, i)) / 2 if len(s.shape) == 1 else noise(s.shape, i) / 2
              for i, s in enumerate(leaves)]  # fmt: skip
@@ -45,7 +45,7 @@ def params(config: models.DecoderConfig) -> Any:
 
 @functools.cache
 def pairs(config: models.DecoderConfig) -> tuple[Any, ...]:
-    """(layout, adapters) of unequal rank, alpha and targets."""
+    """Return one (layout, adapters) for each rank; alpha and targets differ as well."""
 
     def apply(params: Any, ids: Any) -> Any:
         return models.DecoderModel(config).apply({"params": params}, ids)
@@ -69,12 +69,12 @@ def pairs(config: models.DecoderConfig) -> tuple[Any, ...]:
 
 @functools.cache
 def stacked(config: models.DecoderConfig) -> Any:
-    """(layout, stacked) of `pairs`."""
+    """Return (layout, stacked) of `pairs`."""
     return lora_jax.multi.stack(pairs(config))
 
 
 def merged(config: models.DecoderConfig, adapter: int) -> Any:
-    """The weights with one adapter in them."""
+    """Return the weights with one adapter merged into them."""
     if adapter == lora_jax.multi.BASE:
         return params(config)
     layout, adapters = pairs(config)[adapter]
@@ -83,7 +83,7 @@ def merged(config: models.DecoderConfig, adapter: int) -> Any:
 
 @dataclasses.dataclass
 class Generated:
-    """All that was written to one prompt, without the stop token, and why it ended."""
+    """All tokens that follow one prompt, without the stop token, and the reason why they ended."""
 
     tokens: list[int]
     finish: str | None

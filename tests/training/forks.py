@@ -1,6 +1,6 @@
 """Run train.py or another command in a forked process, which need not import anything again.
 
-It is like a process of a shell, with its own signals, exit status and output.
+The process behaves like one that a shell started: it has its own signals, exit status and output.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FORKS.set_forkserver_preload([__name__])
 
 
 class Fork:
-    """`lora-jax <command> <arguments>` with a number of CPU devices; what it prints is in `log`."""
+    """A process that runs `lora-jax <command> <arguments>`; `log` holds what it prints."""
 
     def __init__(
         self,
@@ -41,17 +41,17 @@ class Fork:
         killed_at: int | None = None,
         command: str = "train",
     ) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
-          arguments: of the command line.
-          log: where stdout and stderr go, after what is there.
-          cache: a folder that compiled programs are kept in.
-          devices: simulated CPU devices.
-          killed_before: kill it when it is about to rename a file to this name.
-          killed_at: kill it when it is about to make this many changes in the folder of `log`
-            (`Changes`); with 0 they are only counted, and the count is in `log`.changes.
-          command: of `lora-jax`.
+          arguments: the arguments of the command line.
+          log: the file to which stdout and stderr are appended.
+          cache: the folder of compiled programs.
+          devices: the number of simulated CPU devices.
+          killed_before: kill the process when it is about to rename a file to this name.
+          killed_at: kill the process when it is about to make this many changes in the folder of
+            `log` (`Changes`); with 0 they are only counted, and the count is in `log`.changes.
+          command: the command of `lora-jax`.
         """
         self.log = log
         self._before = len(log.read_text()) if log.exists() else 0
@@ -64,7 +64,9 @@ class Fork:
 
     @property
     def status(self) -> int | None:
-        """None while it runs, the exit status, or minus the number of the signal that ended it."""
+        """None while it runs; then the exit status, or minus the number of the signal that ended
+        it.
+        """
         return self._process.exitcode
 
     def send(self, number: signal.Signals) -> None:
@@ -73,7 +75,7 @@ class Fork:
         os.kill(self._process.pid, number)
 
     def wait(self, seconds: float = 240) -> int:
-        """The exit status; it must end within `seconds`."""
+        """Return the exit status; the process must end within `seconds`."""
         self._process.join(seconds)
         if self.status is None:
             self._process.kill()
@@ -81,7 +83,7 @@ class Fork:
         return self.status
 
     def printed(self, text: str, seconds: float = 30) -> str:
-        """Return the output once `text` is in it: the last words come a moment after the end."""
+        """Return the output once it contains `text`; the last lines come a moment after the end."""
         deadline = time.monotonic() + seconds
         while text not in (printed := self.log.read_text()[self._before :]):
             assert time.monotonic() < deadline, f"no {text!r} in {seconds} s:\n{printed}"
@@ -99,7 +101,7 @@ class Fork:
         return True
 
     def kill_when(self, condition: Callable[[], Any]) -> None:
-        """`kill -9` at the moment that `condition` holds."""
+        """Send `kill -9` at the moment that `condition` becomes true."""
         assert self.until(condition), f"it ended before:\n{self.log.read_text()}"
         self.send(signal.SIGKILL)
         assert self.wait() == -signal.SIGKILL, self.log.read_text()
@@ -114,7 +116,7 @@ def _main(
     hook: Before | Changes | None,
 ) -> None:
     _print_into(log)
-    # A shell that starts the tests in the background has them ignore SIGINT.
+    # A shell that starts the tests in the background makes them ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
@@ -137,7 +139,9 @@ def _main(
 
 
 def python(words: list[str], log: pathlib.Path, seconds: float = 240) -> int:
-    """The exit status of `python <words>` in the folder of the repository; it prints into `log`."""
+    """Run `python <words>` in the root of the repository and return the exit status; it prints into
+    `log`.
+    """
     process = _FORKS.Process(target=_python, args=(words, str(log)))
     process.start()
     process.join(seconds)
@@ -161,7 +165,7 @@ def _python(words: list[str], log: str) -> None:
 
 
 def _print_into(log: str) -> None:
-    gc.freeze()  # a collection would look through all that is imported, and copy its pages
+    gc.freeze()  # a collection would touch every imported object, and so copy its memory pages
     gc.set_threshold(50_000, 20, 20)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, sys.stdout.fileno())

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Before:
-    """Kills its process before a file gets a name that ends in `name`; an audit hook."""
+    """An audit hook that kills its process before a file gets a name that ends in `name`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -20,10 +20,10 @@ class Before:
 
 
 class Changes:
-    """Kills its process before its n-th change of what is in a folder; an audit hook.
+    """An audit hook that kills its process before the n-th change in a folder.
 
-    A change is a file that Python opens to write, a rename, a new or deleted file or folder. What
-    TensorStore does in C++ is not seen.
+    A change is a file that Python opens to write, a rename, or a file or folder that is made or
+    deleted. The hook does not see what TensorStore does in C++.
     """
 
     _EVENTS = frozenset(f"os.{name}" for name in ("rename", "mkdir", "rmdir", "remove", "truncate"))
@@ -37,7 +37,7 @@ class Changes:
         if event == "open" and not int(values[2] or 0) & (os.O_WRONLY | os.O_RDWR):
             return
         path = str(values[0])
-        # Deleting a folder names what is in it from within.
+        # When Python deletes a folder, the paths of the entries in it are relative.
         if path == self._file or (path.startswith("/") and not path.startswith(self._folder)):
             return
         self._count += 1
@@ -45,5 +45,5 @@ class Changes:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def write(self) -> None:
-        """Leave the count in a file."""
+        """Write the count into a file."""
         pathlib.Path(self._file).write_text(str(self._count))

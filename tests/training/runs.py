@@ -14,7 +14,7 @@ SMALL = ("--width", "16", "--batch-size", "32", "--steps", "12", "--evaluate-eve
 
 
 def run(path: pathlib.Path, *arguments: str, config: str = OWN) -> dict[str, Any]:
-    """Train in this process, to the end; the summary."""
+    """Train in this process to the end, and return the summary."""
     status = train.main(["--config", config, "--run-dir", str(path), *arguments])
     assert status == 0
     return json.loads((path / "summary.json").read_text())

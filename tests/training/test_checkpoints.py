@@ -1,4 +1,4 @@
-"""A damaged checkpoint is found and the one before it used; a full disk costs no earlier one."""
+"""A damaged checkpoint is found and the one before it is used; a full disk costs no earlier one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LAYOUT = lora_jax.Layout((lora_jax.Target("q", (ROWS, 8), (), (0,), (1,), 4, 4.0
 
 
 def state(step: int, rows: int = ROWS) -> State:
-    """One array of each kind that a state may hold."""
+    """A state with one array of each kind that a state may hold."""
     a = jax.random.normal(jax.random.key(step), (rows, 4))
     factors = lora_jax.Factors(a, jnp.full((4, 8), step, jnp.bfloat16))
     return State(
@@ -77,7 +77,7 @@ def names(folder: pathlib.Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The checkpoints of steps 3 and 4."""
+    """The folder of the checkpoints of steps 3 and 4."""
     return write(tmp_path_factory.mktemp("whole") / "checkpoints", 3, 4)
 
 
@@ -98,7 +98,10 @@ def data_files(checkpoint: pathlib.Path) -> list[pathlib.Path]:
 
 
 def test_bit_for_bit(whole: pathlib.Path, copy: pathlib.Path) -> None:
-    """Red if a dtype, the key, or a character of the notes is lost on the way."""
+    """A checkpoint is restored bit for bit.
+
+    Red if a dtype, the key, or a character of the notes is lost on the way.
+    """
     found, notes, said = read(copy)
     assert bits(found) == bits(state(4)) and not said
     assert notes == {"step": 4, "text": "naïve \n"}
@@ -106,10 +109,10 @@ def test_bit_for_bit(whole: pathlib.Path, copy: pathlib.Path) -> None:
 
 
 def damages(file: pathlib.Path) -> Iterator[bytes | None]:
-    """None stands for a file that is gone."""
+    """Yield damaged contents of `file`; None stands for a file that is missing."""
     data = file.read_bytes()
     yield from (None, *((data[: len(data) // 2], data[:-1]) if data else ()))
-    for part in (0, 0.4, 0.8) if data else ():  # a file without content says that all is whole
+    for part in (0, 0.4, 0.8) if data else ():  # an empty file only marks that it is complete
         bit = int(len(data) * 8 * part)
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
@@ -117,7 +120,9 @@ def damages(file: pathlib.Path) -> Iterator[bytes | None]:
 
 
 def test_whatever_is_damaged(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Each file gone, cut, with a bit flipped: the exact state, or the one before and a word."""
+    """With any file missing, cut, or with a flipped bit, the exact state or the one before is
+    restored. In the second case there is one message.
+    """
     results = set()
     for file in sorted(p.relative_to(whole) for p in (whole / "4").rglob("*") if p.is_file()):
         for data in damages(whole / file):
@@ -145,7 +150,9 @@ def test_what_is_said(copy: pathlib.Path) -> None:
 
 
 def test_an_array_that_is_not_listed(copy: pathlib.Path) -> None:
-    """The manifest has the right sum, and does not list what would take memory."""
+    """A state with an array that the manifest does not list is damaged, even if the manifest is
+    intact.
+    """
     file = copy / "4" / "meta" / "_strings.json"
     data = json.loads(json.loads(file.read_text())["text"])
     del data["arrays"]["trained/adapters/q/a"]
@@ -157,7 +164,9 @@ def test_an_array_that_is_not_listed(copy: pathlib.Path) -> None:
 
 
 def test_hashes_find_what_no_checksum_does(copy: pathlib.Path) -> None:
-    """Another run's array of the same shape, whole by all checksums of its own."""
+    """The hashes find an array of another run that has the same shape and valid checksums of its
+    own.
+    """
     other = copy.parent / "other"
     with Checkpoints(other) as checkpoints:
         changed = state(4)
@@ -174,7 +183,10 @@ def test_hashes_find_what_no_checksum_does(copy: pathlib.Path) -> None:
 
 
 def test_the_step_of_a_damaged_one_is_saved_again(copy: pathlib.Path) -> None:
-    """Twice, and the evidence of both is kept."""
+    """The step of a damaged checkpoint can be saved again.
+
+    The test does so twice, and both damaged ones are kept.
+    """
     for expected in (["3", "4", "damaged-4"], ["3", "4", "damaged-4", "damaged-4-1"]):
         (file,) = data_files(copy / "4")
         flip(file, 80)
@@ -187,7 +199,7 @@ def test_the_step_of_a_damaged_one_is_saved_again(copy: pathlib.Path) -> None:
 
 
 def test_none_is_whole(copy: pathlib.Path) -> None:
-    """An error as often as it is tried: never a silent start from zero."""
+    """If no checkpoint is whole, each attempt is an error: no run starts silently from zero."""
     for step in ("3", "4"):
         (file,) = data_files(copy / step)
         file.unlink()
@@ -198,7 +210,7 @@ def test_none_is_whole(copy: pathlib.Path) -> None:
 
 
 def test_another_structure_is_no_damage(copy: pathlib.Path) -> None:
-    """Another config: the checkpoint stays where it is."""
+    """A checkpoint of another config is an error but not damage: it stays where it is."""
     with Checkpoints(copy) as checkpoints:
         match = r"trained/adapters/q/a: float32\[16, 4\] there, float32\[24, 4\] in this run"
         with pytest.raises(LoraError, match=match):
@@ -207,7 +219,7 @@ def test_another_structure_is_no_damage(copy: pathlib.Path) -> None:
 
 
 def test_other_meshes(tmp_path: pathlib.Path) -> None:
-    """(8, 1, 1) to (2, 2, 2) to one device."""
+    """A state saved on one mesh is restored on the next: (8, 1, 1), (2, 2, 2), and one device."""
     whole = state(5)
 
     def on(*sizes: int) -> State:
@@ -238,7 +250,7 @@ def test_other_meshes(tmp_path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file in this process may grow past 64 kB: what a disk without room is, without a mount."""
+    """Simulate a full disk without a mount: no file of this process may grow past 64 kB."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
@@ -249,7 +261,7 @@ def full_disk() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, ignored)
 
 
-LARGE = 2**14  # rows that the limit has no room for
+LARGE = 2**14  # an array with so many rows is larger than the limit
 
 
 def save_without_room(folder: pathlib.Path, error: BaseException | None) -> None:
@@ -270,7 +282,7 @@ def test_a_full_disk_is_an_error_at_the_next_save(whole: pathlib.Path, copy: pat
 
 @pytest.mark.parametrize("stop", [None, KeyboardInterrupt(), processes.Preempted("step 5")])
 def test_a_full_disk_is_an_error_at_the_end(copy: pathlib.Path, stop: Any) -> None:
-    """Also where the run only stops: it would say that its last step is saved."""
+    """It is an error even if the run only stops, as it would say that its last step is saved."""
     with pytest.raises(LoraError, match="step 5 is lost"):
         save_without_room(copy, stop)
     assert bits(read(copy)[0]) == bits(state(4))
@@ -294,7 +306,10 @@ def test_a_full_disk_keeps_the_earlier_export(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_kill_between_the_renames_of_an_export(tmp_path: pathlib.Path) -> None:
-    """Red if the old one is not brought back: then a run that goes on would have no best."""
+    """The old export is found after a kill between two renames.
+
+    Red if it is not brought back: then a run that goes on would have no best.
+    """
     export.save(tmp_path, "best", LAYOUT, state(1).trained)
     (tmp_path / "adapters" / "best").rename(tmp_path / "adapters" / "best.old")
     name, folder = adapter_path.find_one(str(tmp_path))
@@ -313,7 +328,9 @@ def test_a_real_full_disk(small_disk: pathlib.Path) -> None:
 
 
 def test_train_ends_with_an_error(tmp_path: pathlib.Path) -> None:
-    """In a process of its own: "error: ", status 1, no traceback, and then it goes on."""
+    """On a full disk train.py prints "error: " without a traceback, ends with status 1, and keeps
+    step 4.
+    """
     path = tmp_path / "run"
     arguments = ["--config", OWN, "--run-dir", str(path), *SMALL, "--checkpoint-every", "4"]
     program = (

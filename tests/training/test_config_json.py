@@ -1,4 +1,4 @@
-"""Configs of the same run: with fields that came later, and with targets in any order."""
+"""Configs of one run: with fields that are newer than the run, and with targets in any order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def with_targets(*targets: str) -> Config:
 
 
 def test_fields_of_the_optimizer_that_came_later_name_no_run_at_their_defaults() -> None:
-    """Red: `identity` that looks at the fields of the config alone, not at those within."""
+    """Newer fields of the optimizer at their defaults do not change which run a config names.
+
+    Red: `identity` looks at the top fields of the config alone, and not at nested ones.
+    """
     assert "loraplus_lr_ratio" not in config_json.identity(small.config)["optimizer"]
     stored = config_json.to_dict(small.config)
     for name in ("loraplus_lr_ratio", "no_decay"):
@@ -30,19 +33,22 @@ def test_fields_of_the_optimizer_that_came_later_name_no_run_at_their_defaults()
         "optimizer.loraplus_lr_ratio: 1.0 -> 4.0",
         "optimizer.no_decay: [] -> ['bias']",
     ]
-    # In a comparison with a run of today the old one has the defaults.
+    # Compared with a new run, the old run has the defaults in these fields.
     assert flat(stored) == flat(config_json.to_dict(small.config))
 
 
 def test_the_order_of_targets_is_no_change() -> None:
-    """Red: "unordered" taken off the field."""
+    """Targets in another order do not change a config. Red: the field is not marked "unordered"."""
     stored = config_json.to_dict(with_targets("first/kernel", "second/kernel"))
     assert config_json.changes(stored, with_targets("second/kernel", "first/kernel")) == []
     assert config_json.changes(stored, with_targets("second/kernel")) != []
 
 
 def test_the_order_of_targets_counts_where_they_have_settings() -> None:
-    """The first pattern that matches wins. Red: always sorted."""
+    """The order counts if targets have settings: the first pattern that matches wins.
+
+    Red: the targets are always sorted.
+    """
     stored = config_json.to_dict(with_targets("first/kernel@rank=1", "*/kernel"))
     assert config_json.changes(stored, with_targets("*/kernel", "first/kernel@rank=1")) != []
 

@@ -16,10 +16,10 @@ from lora_jax.training.config import ConfigError
 @pytest.mark.parametrize(
     ("memory", "groups", "size"),
     [
-        (17.0, 1, 16),  # 1 shared and 1 each
+        (17.0, 1, 16),  # 1 is shared, and each member needs 1
         (16.9, 2, 8),
         (9.0, 2, 8),
-        (8.9, 3, 6),  # 7 would fit, but 6, 6 and 4 are as few groups, and smaller ones
+        (8.9, 3, 6),  # 7 would fit, but 6, 6 and 4 are as few groups, and smaller
         (2.0, 16, 1),
     ],
 )
@@ -45,7 +45,9 @@ def test_the_line() -> None:
 
 
 def test_bytes_of_a_step() -> None:
-    """N members: the base once, and for each member its state, row and intermediate results."""
+    """A step needs the base once, and a state, a row and intermediate results for each of N
+    members.
+    """
     base = jax.ShapeDtypeStruct((256, 256), jnp.float32)
 
     def needed(members: int) -> StepMemory:
@@ -64,7 +66,11 @@ def test_bytes_of_a_step() -> None:
 
 
 def test_what_is_in_between_is_there_for_the_members_at_once() -> None:
-    """1 shared, 1 each, and 8 in between for 4 at once: 5, 10, 13, ... Red: 8 shared by all."""
+    """Intermediate results count only for the members that run at once.
+
+    1 is shared, each member needs 1, and the intermediate results of 4 members need 8, so that 1, 2
+    and 4 members need 4, 7 and 13. Red: all members share the 8.
+    """
     needed = StepMemory(25.0, 8.0)
     for size, memory in ((16, 25.0), (8, 17.0), (4, 13.0), (2, 7.0), (1, 4.0)):
         found = fit(needed, 1.0, 16, memory, at_once=4)

@@ -1,4 +1,4 @@
-"""`train.py --from RUN`: a new run that begins with the adapter of another."""
+"""`train.py --from RUN` begins a new run with the adapter of another."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LINEAR = ("--lora.rank", "3", "--lora.alpha", "5", "--lora.targets", "second/ker
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run with other adapters than its config's file has."""
+    """A run whose adapters differ from those that the file of its config asks for."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     runs.run(folder, *runs.SMALL, *LINEAR)
     return folder
@@ -58,8 +58,9 @@ def validation(run: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_begins_where_another_was_best(first: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """The same numbers before the first step, in the adapter's own layout, which the config does
-    not have. Red: the head drawn anew, the adapters too, the layout of the config."""
+    """A new run begins with the best numbers of the other run, and with its layout, not the
+    config's. Red: the head or the adapters are drawn anew; the layout is that of the config.
+    """
     summary = runs.run(tmp_path / "run", *runs.SMALL, "--from", str(first))
     best = json.loads((first / "summary.json").read_text())["best_step"]
     assert validation(tmp_path / "run")[0] == validation(first)[best // 4]
@@ -70,7 +71,9 @@ def test_a_run_begins_where_another_was_best(first: pathlib.Path, tmp_path: path
 
 
 def test_a_folder_that_was_saved_by_hand(first: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """It has no fingerprint, so that the base is believed only if the user says so."""
+    """A folder saved by hand has no fingerprint, so its base is accepted only with
+    `--allow-other-base`.
+    """
     adapter = lora_jax.restore(first / "adapters/best")
     lora_jax.save(tmp_path / "mine", adapter)
     arguments = ["--config", runs.OWN, *runs.SMALL, "--from", str(tmp_path / "mine")]
@@ -82,7 +85,7 @@ def test_a_folder_that_was_saved_by_hand(first: pathlib.Path, tmp_path: pathlib.
 
 
 def test_an_imported_run_trains_on(tmp_path: pathlib.Path) -> None:
-    """On texts whose logits PEFT has computed: the first loss is theirs."""
+    """An imported adapter trains on: its first loss is that of the logits of PEFT."""
     base, golden = bases.base(tmp_path, "bert"), npz.read(ADAPTERS / "bert/expected.npz")
     arguments = ["--base", str(base), "--labels", "b", "c", "a", "--out", str(tmp_path / "run")]
     assert main(["import", bases.adapter("bert"), *arguments]) == 0
@@ -102,7 +105,7 @@ def test_an_imported_run_trains_on(tmp_path: pathlib.Path) -> None:
 
 
 def other(config: TextConfig, **changes: Any) -> TextConfig:
-    """The config with settings of the model or the data changed."""
+    """Return the config with changed settings of the model or the data."""
     of_model = {f.name for f in dataclasses.fields(ModelConfig)} & changes.keys()
     model = dataclasses.replace(config.model, **{n: changes.pop(n) for n in of_model})
     of_data = {f.name for f in dataclasses.fields(config.data)} & changes.keys()
@@ -140,8 +143,10 @@ def test_what_does_not_fit(
 
 
 def test_another_base_is_refused(exported: Any, tmp_path: pathlib.Path) -> None:
-    """The shapes are the same. Red: the fingerprint of the frozen parameters, without the new head,
-    compared with nothing."""
+    """An adapter of another base is refused even if all shapes are equal.
+
+    Red: the fingerprint of the frozen parameters, without the new head, is not compared.
+    """
     run, config = exported
     changed = tiny.write_model(tmp_path / "model", {**tiny.ROBERTA, "layer_norm_eps": 1e-6})
     tensors = safetensors.numpy.load_file(changed / "model.safetensors")
@@ -174,7 +179,10 @@ def test_the_command_line_leaves_the_layout_alone(
 
 
 def test_where_a_run_cannot_begin(first: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
-    """Nowhere, in its own directory, in several runs; no run directory is begun by it."""
+    """A run cannot begin from a missing folder, itself, another tool's folder, or several runs.
+
+    No run directory is made in these cases.
+    """
     for start, path, said in (
         (tmp_path / "nowhere", tmp_path / "a", "there is no such folder"),
         (first, first, "this run would overwrite"),
@@ -203,7 +211,7 @@ def test_groups_and_other_methods_refuse_it(exported: Any, tmp_path: pathlib.Pat
 
 
 def test_the_plan_has_the_adapters_own_ranks(first: pathlib.Path) -> None:
-    """Red: the plan uses the ranks of the config."""
+    """The plan uses the ranks of the earlier adapter. Red: it uses the ranks of the config."""
     _, config, options = parse(
         ["--config", runs.OWN, "--width", "16", "--from", str(first), "--plan"], runs.OWN, runs.ROOT
     )

@@ -1,4 +1,4 @@
-"""`configs/vit_images.py` on drawn shapes: trained, predicted with, reported on."""
+"""`configs/vit_images.py` on drawn shapes: a run trains, predicts, and gets a report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A run of the config as it stands, but for the model, the data and the numbers of them."""
+    """A finished run of the config with a tiny model, drawn shapes, and smaller numbers."""
     folder = tmp_path_factory.mktemp("images")
     model = tiny.write_model(folder / "vit", tiny.VIT | {"num_hidden_layers": 1})
     arguments = (
@@ -64,7 +64,10 @@ def config_of(finished: Finished, **model: Any) -> ImageConfig:
 
 
 def test_a_vit_learns_shapes(finished: Finished) -> None:
-    """Red if labels and pixels come apart, or if nothing but the head is trained."""
+    """A ViT learns to classify shapes.
+
+    Red if labels and pixels come apart, or if only the head is trained.
+    """
     before, after = (finished.summary[name]["validation"] for name in ("before", "after"))
     assert after["loss"] < 0.6 * before["loss"]
     assert after["accuracy"] > before["accuracy"]
@@ -87,7 +90,10 @@ def test_the_adapter_says_what_it_classifies(finished: Finished) -> None:
 def test_predictions_are_what_training_evaluates(
     finished: Finished, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red if predict prepares an image as training does not, or leaves the head out."""
+    """Predict returns the probabilities that training evaluates.
+
+    Red if predict prepares an image in another way than training, or leaves the head out.
+    """
     examples = open_source(SOURCE, str(finished.data)).examples("validation")
     for i, row in enumerate(examples):
         (tmp_path / f"{i}").write_bytes(row["image"])
@@ -116,7 +122,10 @@ def spaced(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_report_knows_the_run(finished: Finished, tmp_path: pathlib.Path) -> None:
-    """Red if the base is not opened as in training, or if the defaults for texts are used."""
+    """The report opens the base of the run.
+
+    Red if the base is not opened as in training, or if the defaults for texts are used.
+    """
     assert report.main([str(finished.run), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "Amplified directions of W" in text and "needs the weights" not in text
@@ -124,7 +133,10 @@ def test_the_report_knows_the_run(finished: Finished, tmp_path: pathlib.Path) ->
 
 
 def test_the_example_is_a_batch(finished: Finished) -> None:
-    """Red if --plan, which looks at no data, plans for other shapes."""
+    """The workload's example has the shapes and dtypes of a batch.
+
+    Red if --plan, which reads no data, plans for other shapes.
+    """
     workload = image_classification(config_of(finished))
     batch, example = next(workload.train(Shard())), workload.example
     assert example is not None
@@ -134,7 +146,10 @@ def test_the_example_is_a_batch(finished: Finished) -> None:
 
 
 def test_the_number_of_threads_names_no_run(finished: Finished) -> None:
-    """Red if a run cannot go on, or is not found again, with more threads."""
+    """Configs that differ only in the number of threads name the same run.
+
+    Red if a run with more threads is not found again, or cannot go on.
+    """
     config = config_of(finished)
     more = dataclasses.replace(config, data=dataclasses.replace(config.data, threads=9))
     assert config_json.changes(config_json.to_dict(config), more) == []
@@ -184,6 +199,6 @@ def test_the_data_sets_are_known_without_tensorflow(
 
 
 def open_registered(folder: pathlib.Path) -> None:
-    """Register the data sets of TFDS, which it does by itself only where TensorFlow is."""
+    """Register the data sets of TFDS, which TFDS itself does only if TensorFlow is installed."""
     with pytest.raises(lora_jax.LoraError, match="has no data set"):
         open_source("tfds:no_such_data_set", str(folder))

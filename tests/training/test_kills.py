@@ -1,4 +1,4 @@
-"""Twenty kills at random moments of one run, which ends as if there had been none, bit for bit."""
+"""A run that is killed at twenty random moments ends bit for bit as one that is never killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.training.test_resume import assert_same, checkpoints
 
 pytestmark = pytest.mark.slow
 STEPS, EVERY = 600, 10
-# It learns slowly, so that each evaluation is the best and exports an adapter.
+# The model learns slowly, so that each evaluation is the best so far and exports an adapter.
 SLOWLY = ("--optimizer.schedule", "constant", "--optimizer.learning-rate", "5e-4")
 SMALL = ("--width", "8", "--batch-size", "8", "--evaluate-every", "30", *SLOWLY)
 RUN = ("--config", OWN, *SMALL, "--steps", str(STEPS), "--checkpoint-every", str(EVERY))
@@ -32,10 +32,10 @@ ENDING = ["start-up", "last export", "after the last export", "summary.json"]
 
 
 class Runs:
-    """A run never stopped, and one that was killed twenty times.
+    """A run that was never stopped, and one that was killed twenty times.
 
     steps: the newest checkpoint after each kill.
-    torn: how many kills left a checkpoint half-written.
+    torn: the number of kills that left a half-written checkpoint.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -73,7 +73,7 @@ class Runs:
         self.steps.append(max(checkpoints(self.killed), default=0))
 
     def _kill_when(self, fork: Fork, moment: str) -> None:
-        """Let it come a random way further, and then kill it where `moment` says."""
+        """Let the run go on for a random number of steps, and then kill it at `moment`."""
         before = max(checkpoints(self.killed), default=0)
         wanted = before + EVERY * self._random.randint(1, 2)
         if moment == "last export":

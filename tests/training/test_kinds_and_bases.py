@@ -1,6 +1,6 @@
-"""Whole runs of other kinds of update and on quantised bases: resumed, served, swept.
+"""Whole runs with other kinds of update and on quantised bases: they are resumed, served and swept.
 
-A run takes seconds to trace and compile, so that tests which ask for the same one share it.
+A run takes seconds to trace and compile, so tests that ask for the same run share it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Folder and summary of the finished run of a config, which is trained once."""
+    """Return a function that trains a config once, and returns the run's folder and summary."""
     runs: dict[str, tuple[pathlib.Path, dict[str, Any]]] = {}
 
     def run(config: Any) -> tuple[pathlib.Path, dict[str, Any]]:
@@ -84,7 +84,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def config_of(workload: Any, weights: pathlib.Path, source: str, **changes: Any) -> Any:
-    """A run of 6 steps with checkpoints at 3 and 6."""
+    """Return the config of a run of 6 steps with checkpoints at 3 and 6."""
     model = ModelConfig(str(weights), **changes.pop("model", {}))
     lora = LoraConfig(2, 4.0, QV, **changes.pop("lora", {}))
     fast = {"steps": 6, "evaluate_every": 3, "checkpoint_every": 3}
@@ -92,7 +92,7 @@ def config_of(workload: Any, weights: pathlib.Path, source: str, **changes: Any)
 
 
 def assert_goes_on(path: pathlib.Path, config: Any, again: pathlib.Path) -> None:
-    """The run again, from its checkpoint in the middle: the same bits."""
+    """Assert that a run that starts again from its middle checkpoint ends with the same bits."""
     shutil.copytree(path, again)
     for later in ("adapters/last", "checkpoints/6"):
         shutil.rmtree(again / later)
@@ -107,7 +107,7 @@ def assert_goes_on(path: pathlib.Path, config: Any, again: pathlib.Path) -> None
 
 
 def assert_predicts(run: pathlib.Path, summary: dict[str, Any], source: str) -> None:
-    """`python -m lora_jax.serving.predict` is as often right as training's evaluation."""
+    """Assert that predict is right as often as the evaluation in training."""
     file, out = source.replace("{split}", "validation"), run / "out.jsonl"
     assert predict.main(["--file", file, "--out", str(out), "--adapter", str(run)]) == 0
     right = [str(row["prediction"]) == str(row["label"]) for row in texts(out)]
@@ -132,7 +132,10 @@ def test_a_run_of_each_kind(
     trained: Trained,
     tmp_path: pathlib.Path,
 ) -> None:
-    """The other kinds keep no more than DoRA. Red: predict does not quantise the base again."""
+    """Each kind of update trains; DoRA, which saves the most, is also resumed and served.
+
+    Red: predict does not quantise the base again.
+    """
     config = kind_config(kind, scheme, roberta, source)
     run, summary = trained(config)
     assert summary["merged_difference"] is None or summary["merged_difference"] < 1e-5
@@ -153,7 +156,10 @@ def kind_config(kind: str, scheme: str, roberta: pathlib.Path, source: str) -> A
 def test_a_report_of_dora_on_a_quantised_base(
     roberta: pathlib.Path, source: str, trained: Trained
 ) -> None:
-    """Red: the update is read off factors alone; codes are read as a matrix."""
+    """A report analyses DoRA on a quantised base.
+
+    Red: the update is computed from the factors alone; the codes are read as a matrix.
+    """
     run, _ = trained(kind_config("dora", "nf4", roberta, source))
     assert report.main([str(run)]) == 0
     text = (run / "report/report.html").read_text()
@@ -172,7 +178,10 @@ def test_lokr_predicts_as_it_was_evaluated(
 def test_a_run_with_dropout_goes_on(
     roberta: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
-    """Its masks depend on the step alone. Red: one key for all steps; dropout in evaluation."""
+    """A run with dropout is resumed exactly, as its masks depend on the step alone.
+
+    Red: one key for all steps; dropout in evaluation.
+    """
     config = config_of(classification, roberta, source, lora={"dropout": 0.5})
     run, summary = trained(config)
     assert_goes_on(run, config, tmp_path / "again")
@@ -207,7 +216,7 @@ def test_kinds_and_schemes_are_fields_of_a_sweep(
 ) -> None:
     """Members that cannot share a program train one group after the other, as they do alone.
 
-    Red: all in one group; the scales of LoRA on DoRA's factors.
+    Red: all members are in one group; DoRA's factors get the scales of LoRA.
     """
     base = config_of(causal_lm, llama, source)
     dora = {"lora.kind": "dora", "lora.scaling": "alpha/sqrt(r)", "lora.dropout": 0.3}
@@ -239,7 +248,10 @@ def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
     trained: Trained,
     tmp_path: pathlib.Path,
 ) -> None:
-    """The first outputs are the base's, as it was. Red: the new base forgotten by predict."""
+    """The first outputs are those of the original base, and the run can be resumed and served.
+
+    Red: predict forgets the changed base.
+    """
     lora, model = {"init": init, "kind": kind}, {"quantize": scheme}
     config = config_of(classification, roberta, source, lora=lora, model=model)
     run, summary = trained(config)
@@ -255,8 +267,11 @@ def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
 def test_a_run_goes_on_from_an_adapter_over_a_changed_base(
     roberta: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
-    """`--from` a LoftQ run uses the codes of its training. Red: the base as it is loaded; BEGUN
-    forgotten in the new run's `about`, and so by predict; a head drawn anew."""
+    """A run that starts from a LoftQ run uses the codes of that run's training.
+
+    Red: the base is used as it is loaded; the new run's `about`, and so predict, lacks BEGUN; the
+    head is drawn anew.
+    """
     lora, model = {"init": "loftq", "kind": "lora"}, {"quantize": "nf4"}
     config = config_of(classification, roberta, source, lora=lora, model=model)
     run, summary = trained(config)
@@ -272,7 +287,10 @@ def test_a_run_goes_on_from_an_adapter_over_a_changed_base(
 def test_tasks_share_a_quantised_base(
     llama: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
-    """Batches of two sizes. Red: the check of the padding runs the bare model on codes."""
+    """Tasks with batches of two sizes share a quantised base.
+
+    Red: the check of the padding runs the bare model on codes.
+    """
     base = config_of(causal_lm, llama, source, model={"quantize": "int8"})
     small = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=16))
     members = (Member("one", base), Member("two", small))

@@ -1,4 +1,4 @@
-"""A run on a mesh is the run on one device: the same losses, and each device holds its part."""
+"""A run on a mesh has the losses of a run on one device, and each device holds its part."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ Q_AND_V = LoraConfig(rank=2, alpha=4.0, targets=("**/{query,value,q,v}/kernel",)
 
 
 def text(folder: pathlib.Path, name: str) -> TextConfig:
-    """A tiny encoder that classifies, or a tiny decoder that learns to go on."""
+    """Return the config of a tiny encoder that classifies, or of a tiny decoder that continues
+    text.
+    """
     if name == "bert":
         model = tiny.write_model(folder / "model", {**tiny.ROBERTA, "hidden_size": 32})
         source = tiny.write_examples(folder, ("text",), lambda kind: ["a", "b", "c"][kind])
@@ -66,7 +68,7 @@ class Layer(nn.Module):
 
 
 class Foreign(nn.Module):
-    """Somebody's network: convolution, attention, a stack of scanned layers. No table knows it."""
+    """A user's network: convolution, attention, a stack of scanned layers. No table knows it."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,7 +111,7 @@ class Run(NamedTuple):
 
 
 def run(config: Config, sizes: MeshConfig, devices: int = 8) -> Run:
-    """Twenty steps, as train.py takes them."""
+    """Take twenty steps as train.py does."""
     grid = mesh.make(sizes, jax.devices()[:devices])
     workload = config.workload(config)
     with jax.set_mesh(grid):
@@ -156,15 +158,18 @@ def alone(config: Config) -> Run:
     indirect=["config"],
 )
 def test_losses_are_those_of_one_device(config: Config, alone: Run, sizes: MeshConfig) -> None:
-    """All three axes at once for every workload; each alone for one of them."""
+    """The losses on a mesh equal those on one device.
+
+    Every workload uses all three axes at once, and one workload also uses each axis alone.
+    """
     found = run(config, sizes)
     np.testing.assert_allclose(found.losses, alone.losses, rtol=1e-5)
-    assert len(set(alone.losses)) == STEPS  # it learns something
+    assert len(set(alone.losses)) == STEPS  # the losses change
     assert_placed(found)
 
 
 def assert_placed(found: Run) -> None:
-    """Each array is placed as expected, and the optimizer's copies of it in the same way."""
+    """Assert that each array, and the optimizer's copies of it, are placed as expected."""
     wanted = paths.flatten(found.place.params)
     for path, leaf in paths.flatten(found.frozen).items():
         assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
@@ -176,14 +181,17 @@ def assert_placed(found: Run) -> None:
 def _moments(optimizer_state: Any) -> list[Any]:
     holds = lambda x: isinstance(x, dict) and set(x) == {"adapters", "base"}  # noqa: E731
     found = [x for x in jax.tree.leaves(optimizer_state, is_leaf=holds) if holds(x)]
-    assert len(found) == 2  # Adam's
+    assert len(found) == 2  # Adam's two moments
     return found
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("name", ["minilm", "smollm2", "foreign"])
 def test_bytes_of_the_base_on_a_device(name: str, sizes: MeshConfig) -> None:
-    """At most 1.05 times total / (fsdp x tensor), of the real models' shapes; nothing is read."""
+    """A device holds at most 1.05 times total / (fsdp x tensor) bytes of a base.
+
+    The shapes are those of real models; no weight is read.
+    """
     grid = mesh.make(sizes)
     example, workload = _shapes_only(name)
     place = mesh.place(workload, sizes, grid, example)
@@ -222,7 +230,10 @@ def _shapes_only(name: str) -> tuple[Any, Workload]:
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "schedule_free", "adafactor", "inject"])
 def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
-    """Red if `following` looks at anything but the end of a path, or ignores the shape."""
+    """The state of an optimizer is sharded as the adapters are.
+
+    Red if `following` looks at anything but the end of a path, or ignores the shape.
+    """
     grid = mesh.make(MeshConfig(2, 2, 2))
     place = mesh.Placement(grid, {}, None)
     trained = {"adapters": {"w": lora_jax.Factors(jnp.ones((64, 8)), jnp.ones((8, 32)))}}
@@ -245,7 +256,10 @@ def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
 
 @pytest.mark.parametrize("config", ["llama"], indirect=True)
 def test_accumulated_gradients_are_those_of_the_whole_batch(config: Config, alone: Run) -> None:
-    """On one device and on eight. Red if the parts' means are averaged."""
+    """Gradients added up over parts give the losses of the whole batch, on one device and on eight.
+
+    Red if the means of the parts are averaged.
+    """
     parted = dataclasses.replace(config, accumulate=2)
     for sizes, devices in ((MeshConfig(), 1), (MeshConfig(2, 2, 2), 8)):
         found = run(parted, sizes, devices)
@@ -293,7 +307,7 @@ def test_a_batch_that_the_parts_do_not_divide() -> None:
 
 
 def rows(batch: tuple[str, str], weight: P) -> list[float]:
-    """The rows 0 to 7 after a product with an identity on a mesh (docs/partitioner.md)."""
+    """Return the rows 0 to 7 after a product with an identity on a mesh (docs/partitioner.md)."""
     grid = jax.make_mesh((2, 2, 2), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
     place = NamedSharding(grid, P(batch, "tensor"))
     x = jax.device_put(jnp.broadcast_to(jnp.arange(8.0)[:, None], (8, 4)), place)
@@ -302,7 +316,9 @@ def rows(batch: tuple[str, str], weight: P) -> list[float]:
 
 
 def test_rows_are_divided_in_the_order_that_the_partitioner_gets_right() -> None:
-    """Not our program: XLA's. Once the last line fails, `mesh.BATCH` may have either order."""
+    """This tests XLA, not our program: once the last line fails, `mesh.BATCH` may have either
+    order.
+    """
     weight = P("tensor", "fsdp")
     assert mesh.BATCH[0] == ("fsdp", "data")
     assert rows(("fsdp", "data"), weight) == list(range(8))
@@ -373,7 +389,10 @@ def annotated(config: Config) -> Workload:
 
 
 def test_a_models_own_annotations_place_it() -> None:
-    """Red if the automatic rule overrides them, or if boxed parameters cannot be trained."""
+    """A model's own annotations place its weights.
+
+    Red if the automatic rule overrides them, or if boxed parameters cannot be trained.
+    """
     lora = LoraConfig(rank=2, targets=("up/kernel/value",))
     config = Config(workload=annotated, lora=lora)
     found, wanted = run(config, MeshConfig(2, 2, 2)), run(config, MeshConfig(), devices=1)

@@ -14,7 +14,10 @@ from lora_jax.training import metrics
 
 
 def test_what_is_synced_is_in_the_file(tmp_path: pathlib.Path) -> None:
-    """A checkpoint relies on that length even after a kill. Red without `flush`."""
+    """A synced line is in the file, as a checkpoint relies on its length even after a kill.
+
+    Red without `flush`.
+    """
     record = metrics.Record(tmp_path)
     record.write({"step": 1, "loss": 0.5})
     length = record.sync()
@@ -39,7 +42,7 @@ def test_the_events_hold_what_the_record_does(tmp_path: pathlib.Path) -> None:
 
 
 def events(file: pathlib.Path) -> list[Event]:
-    """The events of a file, whose records are: length, its sum, bytes, their sum."""
+    """Return the events of a file; a record is its length, a checksum, bytes, a checksum."""
     raw, found = file.read_bytes(), []
     while raw:
         (size,) = struct.unpack("<Q", raw[:8])
@@ -52,9 +55,10 @@ def events(file: pathlib.Path) -> list[Event]:
 def test_a_full_disk_is_one_error_that_names_the_folder(
     which: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Red with tensorboardX's own thread: its traceback is on stderr, and `write` waits for ever.
+    """A full disk is one error that names the folder, and stderr stays empty.
 
-    Every write to /dev/full fails as on a disk without room.
+    Every write to /dev/full fails as on a full disk. Red with tensorboardX's own thread: its
+    traceback is on stderr, and `write` waits for ever.
     """
     record = metrics.Record(tmp_path)
     full = open("/dev/full", "wb")  # noqa: SIM115  closed by the record

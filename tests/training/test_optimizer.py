@@ -1,4 +1,4 @@
-"""The optimizer's settings as data: what optax gives for the same settings as constants."""
+"""The optimizer has its settings as data, and equals optax with the same settings as constants."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = 30
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """By optax's own parts."""
+    """Return the schedule made of optax's own parts."""
     peak, rise = config.learning_rate, round(config.warmup * steps)
     rest = max(steps - rise, 1)
     decay = {
@@ -66,7 +66,7 @@ def trained(dtype: Any = jnp.float32) -> Any:
 
 
 def gradients(like: Any) -> Any:
-    """One for each step, of a norm that some of the configs clip."""
+    """Return one gradient for each step; some of the configs clip gradients of this norm."""
     draw = np.random.default_rng(2).standard_normal
     return jax.tree.map(lambda x: (draw((STEPS, *x.shape)) / 4).astype(x.dtype), like)
 
@@ -89,7 +89,10 @@ def run(tx: optax.GradientTransformation, like: Any) -> Any:
 @pytest.mark.parametrize("kind", optimizer.KINDS)
 @pytest.mark.parametrize(("warmup", "steps"), [(0.0, 40), (0.1, 40), (0.06, 7), (0.99, 40)])
 def test_the_rates_are_those_of_optax(kind: Any, warmup: float, steps: int) -> None:
-    """Red when `rise + 1` loses its 1, or the decay is over `steps`."""
+    """The rates equal those of optax's schedules.
+
+    Red if `rise + 1` loses its 1, or if the decay takes all `steps`.
+    """
     config = OptimizerConfig(learning_rate=2.0, schedule=kind, warmup=warmup)
     counts = np.arange(steps + 3)
     wanted = jax.jit(jax.vmap(schedule(config, steps)))(counts)
@@ -99,9 +102,10 @@ def test_the_rates_are_those_of_optax(kind: Any, warmup: float, steps: int) -> N
 
 
 def test_all_kinds_in_one_program_are_adamw_of_optax() -> None:
-    """One vmapped program for all configs; red without any one of the settings in `adamw`.
+    """One vmapped program for all configs equals the AdamW of optax for each of them.
 
-    optax computes 1 - 0.999 in float64 here and in float32 there (5e-5), hence the tolerance.
+    With constants optax computes 1 - 0.999 in float64, and with settings as data in float32 (5e-5),
+    hence the tolerance. Red if `adamw` leaves out any one of the settings.
     """
     settings = [optimizer.hyper(config, STEPS) for config in CONFIGS]
     stacked = jax.tree.map(lambda *x: np.stack(x), *settings)
@@ -121,7 +125,10 @@ def test_the_state_has_one_structure_whatever_the_settings() -> None:
 
 
 def test_bfloat16_parameters_are_clipped_and_moved() -> None:
-    """Red with `optax.clip_by_global_norm`, which selects between bfloat16 and float32."""
+    """bfloat16 parameters are clipped and moved.
+
+    Red with `optax.clip_by_global_norm`, which selects between bfloat16 and float32.
+    """
     config = dataclasses.replace(CONFIGS[0], clip=1e-3, learning_rate=0.5)
     tx, like = optimizer.adamw(optimizer.hyper(config, STEPS)), trained(jnp.bfloat16)
     updates = first_step(tx, like)
@@ -132,7 +139,10 @@ def test_bfloat16_parameters_are_clipped_and_moved() -> None:
 
 
 def test_loraplus_moves_b_so_many_times_as_far_as_a() -> None:
-    """Adam's first step has the size of the rate. Red: the ratio on A, or before Adam."""
+    """LoRA+ multiplies the rate of B alone; Adam's first step has the size of the rate.
+
+    Red: the ratio is applied to A, or before Adam.
+    """
     config = OptimizerConfig(1e-3, schedule="constant", warmup=0.0, loraplus_lr_ratio=16.0)
     tx, like = optimizer.adamw(optimizer.hyper(config, STEPS)), trained()
     updates = first_step(tx, like)
@@ -142,14 +152,20 @@ def test_loraplus_moves_b_so_many_times_as_far_as_a() -> None:
 
 
 def test_a_parameter_named_b_is_no_factor() -> None:
-    """Red: labels by the last name in the path alone."""
+    """A parameter of the base that is named `b` is not a factor.
+
+    Red: labels use the last name in the path alone.
+    """
     assert labels.labels({"base": {"b": 0, "a": 0}}) == {"base": {"b": "weight", "a": "weight"}}
     with pytest.raises(LoraError, match="above 0"):
         labels.loraplus(0)
 
 
 def test_labels_of_other_kinds() -> None:
-    """Red: kinds that the registry knows are not asked for."""
+    """The arrays of every registered kind get labels.
+
+    Red: the kinds of the registry are not asked for theirs.
+    """
     kinds = {"w": Directed(0, 0, 0), "v": Vectors(0, 0), "c": Shift(0)}
     assert labels.labels(kinds) == {
         "w": Directed("a", "b", "magnitude"),
@@ -166,7 +182,10 @@ def test_labels_of_other_kinds() -> None:
 
 
 def test_labels_partition_an_optimizer() -> None:
-    """As a user of optax has it, on adapters alone. Red: a label without its array's structure."""
+    """A user of optax can partition an optimizer by labels, with adapters alone.
+
+    Red: a label does not have the structure of its array.
+    """
     adapters = trained()["adapters"]
     rates = {"a": optax.sgd(1.0), "b": optax.sgd(2.0)}
     tx = optax.partition(rates, labels.labels)

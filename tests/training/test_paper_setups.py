@@ -28,7 +28,7 @@ from tests.training import tiny
 from tests.training.runs import ROOT, run
 
 GPT2, DEBERTA = "configs/gpt2_e2e.py", "configs/deberta_glue.py"
-END, END_ID = "<|endoftext|>", 44  # behind the words of the tiny tokenizer
+END, END_ID = "<|endoftext|>", 44  # the id after the words of the tiny tokenizer
 SIZES = {"train": 41, "validation": 9, "test": 5}
 # config.json of openai-community/gpt2-medium, gpt2-large and microsoft/deberta-v2-xxlarge.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -90,7 +90,7 @@ def test_deberta_is_set_as_in_the_paper(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "parameters"), [("medium", 393_216), ("large", 737_280)])
 def test_parameters_of_gpt2(name: str, parameters: int) -> None:
-    """Two pairs for each layer: q and v have factors of their own, and k has none."""
+    """Each layer has two pairs of factors: one for q and one for v, and none for k."""
     config = load(f"{GPT2}:{name}")
     shape = {"model_type": "gpt2", "vocab_size": 50_257, "n_positions": 1024}
     model = models.DecoderModel(
@@ -116,7 +116,7 @@ def test_parameters_of_deberta() -> None:
 
 
 def trained(config: Any, apply: Any, params: Any, batch: Any) -> int:
-    """The number of adapter parameters; nothing is computed."""
+    """Return the number of adapter parameters; nothing is computed."""
     layout = lora_jax.resolve(
         config.lora.spec, apply, params, batch, train=True, key=jax.random.key(0)
     )
@@ -136,7 +136,7 @@ def tables(split: str) -> list[dict[str, Any]]:
 
 
 def pairs(split: str) -> list[dict[str, Any]]:
-    """Rows of MRPC, where equal sentences are the same."""
+    """Rows of MRPC; a pair of equal sentences has label 1."""
     random = np.random.default_rng(len(split))
     rows = []
     for number in range(SIZES[split]):
@@ -150,7 +150,9 @@ def pairs(split: str) -> list[dict[str, Any]]:
 def prepared(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> Callable[[type, Callable[[str], list[dict[str, Any]]]], str]:
-    """TFDS's builder with these rows in place of its downloads; the folder it prepares them in."""
+    """Return a function that gives rows to a TFDS builder, in place of a download, and returns its
+    folder.
+    """
 
     def with_rows(builder: type[Any], rows: Callable[[str], list[dict[str, Any]]]) -> str:
         def splits(self: Any, manager: Any) -> Any:
@@ -163,7 +165,10 @@ def prepared(
 
 
 def test_gpt2_trains_on_e2e(prepared: Any, tmp_path: pathlib.Path) -> None:
-    """By TFDS's name. Red if the end token is not one token, or if a row holds two examples."""
+    """GPT-2 trains on E2E, which TFDS finds by its name.
+
+    Red if the end token is not one token, or if a row holds two examples.
+    """
     weights = tiny.write_model(tmp_path / "gpt2", tiny.GPT2 | {"vocab_size": END_ID + 1})
     tokenizer = tokenizers.Tokenizer.from_file(str(weights / "tokenizer.json"))
     tokenizer.add_special_tokens([END])

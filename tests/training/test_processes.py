@@ -1,4 +1,4 @@
-"""Several processes as one run: the same curve, checkpoints that any number restores, loud ends."""
+"""Several processes as one run: the same curve, shared checkpoints, and clear errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 SMALL = ("--config", OWN, "--width", "16", "--batch-size", "32", "--evaluate-every", "40")
 STEPS = 160
 RUN = (*SMALL, *MESH, "--steps", str(STEPS))
-SECONDS = 10  # heartbeat timeout: what it takes at most to notice that another process is gone
+SECONDS = 10  # heartbeat timeout: the longest time until a lost process is noticed
 
 
 def free_port() -> int:
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 class Place:
-    """A folder for runs, and how to start them: as one process of eight devices or two of four."""
+    """A folder for runs, which start as one process of eight devices or as two of four."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder, self._cache = folder, folder / "cache"
@@ -88,8 +88,8 @@ def assert_same_curve(one: pathlib.Path, two: pathlib.Path, steps: int) -> None:
 class Broken:
     """A run that is stopped in every way, and goes on with other processes each time.
 
-    after: what each stop left as the newest checkpoint.
-    printed: by the processes that were not killed themselves, in the order of the stops.
+    after: the newest checkpoint after each stop.
+    printed: the output of the processes that were not killed themselves, in the order of the stops.
     """
 
     NAME = "broken"
@@ -99,7 +99,7 @@ class Broken:
         self.after: list[int] = []
         self.printed: list[str] = []
         self.statuses: list[int] = []
-        self._often = (*RUN, "--checkpoint-every", "1")  # the steps are slow, and can be hit
+        self._often = (*RUN, "--checkpoint-every", "1")  # slow steps, which a signal can hit
         for victim in (1, 0):
             forks = place.two(self.NAME, *self._often)
             self._reach(forks[0], 10)
@@ -121,7 +121,7 @@ class Broken:
         assert reached, fork.log.read_text()
 
     def _stopped(self, forks: list[Fork], says: str) -> None:
-        """Wait for their end, and for the text `says` in the output of the first."""
+        """Wait until the processes end, and until the first has printed `says`."""
         self.statuses += [fork.wait(SECONDS + 60) for fork in forks]
         self.printed.append(forks[0].printed(says))
         self.after.append(max(checkpoints(self.path)))
@@ -142,7 +142,9 @@ def broken(place: Place) -> Broken:
 def test_a_run_of_other_processes_each_time_has_the_same_curve(
     whole: pathlib.Path, broken: Broken
 ) -> None:
-    """Saved by two and restored by one, and the other way round: nothing is lost or repeated."""
+    """Checkpoints of two processes are restored by one and the other way round, and no step is lost
+    or done twice.
+    """
     assert_same_curve(whole, broken.path, STEPS)
     for name in ("best", "last"):
         one, other = (jax.tree.leaves(export.load(p, name)) for p in (whole, broken.path))
@@ -153,7 +155,7 @@ def test_a_run_of_other_processes_each_time_has_the_same_curve(
 @pytest.mark.slow
 def test_each_start_went_on_from_the_checkpoint_of_the_one_before(broken: Broken) -> None:
     assert broken.after == sorted(set(broken.after)), broken.after
-    assert broken.after[-1] < STEPS, "it came to its end before it could be stopped"
+    assert broken.after[-1] < STEPS, "the run ended before it could be stopped"
     text = "".join(p.read_text() for p in broken.path.parent.glob(f"{broken.NAME}*.log"))
     for step in broken.after:
         assert f"Continuing from the checkpoint of step {step}." in text
@@ -161,7 +163,9 @@ def test_each_start_went_on_from_the_checkpoint_of_the_one_before(broken: Broken
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_a_clear_error(broken: Broken) -> None:
-    """In SECONDS and some; process 0 is told by the broken connection, process 1 by JAX's abort."""
+    """The other process ends soon after SECONDS: process 0 sees the broken connection, and JAX
+    aborts process 1.
+    """
     assert all(status not in (0, processes.PREEMPTED) for status in broken.statuses[:2])
     for index, text in enumerate(broken.printed[:2]):
         assert f"error: process {index} of 2: " in text, text
@@ -170,7 +174,9 @@ def test_a_killed_process_ends_the_other_with_a_clear_error(broken: Broken) -> N
 
 @pytest.mark.slow
 def test_sigterm_saves_the_step_in_hand_and_says_so(broken: Broken) -> None:
-    """One process was told on its own; of two only process 1 was, and both stopped together."""
+    """A run of one process stops by itself; of two processes only process 1 gets the signal, and
+    both stop together.
+    """
     assert broken.statuses[2:] == [143, 143, 143]
     for text, step in zip(broken.printed[2:], broken.after[2:], strict=True):
         assert f"SIGTERM: step {step} is saved" in text
@@ -215,8 +221,10 @@ config = TextConfig(
 
 @pytest.mark.slow
 def test_a_text_model_has_the_same_curve_on_two_processes(place: Place) -> None:
-    """Its batches weigh unevenly: each loss is a mean over the tokens of both processes."""
-    description = tiny.LLAMA | {"num_key_value_heads": 2}  # which mesh.tensor divides
+    """Batches of text have unequal weights, and each loss is a mean over the tokens of both
+    processes.
+    """
+    description = tiny.LLAMA | {"num_key_value_heads": 2}  # mesh.tensor divides this number
     model = tiny.write_model(place.folder / "model", description)
     data = tiny.write_examples(place.folder / "data", ("text",), int)
     config = place.folder / "text.py"
@@ -232,7 +240,7 @@ def test_processes_that_were_started_differently_refuse_to_run(place: Place) -> 
     assert [fork.wait() for fork in forks] != [0, 0]
     text = "".join(fork.log.read_text() for fork in forks)
     assert "seed: 1 -> 2" in text
-    assert not (place.folder / "unlike").exists(), "it began all the same"
+    assert not (place.folder / "unlike").exists(), "the run began in spite of the error"
 
 
 # ---- without other processes
@@ -262,7 +270,7 @@ def test_the_launcher_is_read_off_the_environment(
 
 
 def test_one_process_connects_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone, and where it is told to be alone under a launcher."""
+    """A process connects to nothing if there is no launcher, or if a flag says that it is alone."""
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it connects"))
     processes.join(ProcessesConfig())
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
@@ -301,7 +309,9 @@ def test_failing_to_meet_names_the_cure(
 
 
 def test_mpi_is_finalized_by_whom_it_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`mpirun` calls it a failure to end without, and a config may have begun it for itself."""
+    """MPI is finalized once, by the one who began it: without that `mpirun` reports a failure, and
+    a config may have begun MPI itself.
+    """
     ended: list[bool] = []
     mpi = types.SimpleNamespace(Finalize=lambda: ended.append(True))
     begin = lambda *_, **__: monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)  # noqa: E731
@@ -357,7 +367,9 @@ def test_states_of_two_processes_are_put_together() -> None:
 
 
 def test_only_the_first_sigterm_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same one sent twice is one; a later one has its default effect again: it kills."""
+    """A signal that is sent twice at once counts once; a later one has its default effect: it
+    kills.
+    """
     sent: list[int] = []
     before = signal.getsignal(signal.SIGTERM)
     with processes.Preemption() as preemption:

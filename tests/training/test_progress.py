@@ -19,12 +19,12 @@ def line(step: int, loss: float) -> dict[str, Any]:
 
 
 def last_line(text: str) -> str:
-    """The last line on the screen, without what commands the terminal."""
+    """Return the last line on the screen, without the terminal's escape sequences."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").split("\n")[-2].rstrip()
 
 
 def shown(width: int, *, encoding: str = "utf-8", terminal: bool = True, start: int = 0) -> str:
-    """The last line of a run of 100 steps that is half done; its loss falls evenly."""
+    """Return the last line of a run that has done 50 of 100 steps; its loss falls evenly."""
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=file, width=width, force_terminal=terminal, color_system=None)
     with Display(console, 100, start, 10, "tokens") as display:
@@ -41,7 +41,10 @@ def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])
 def test_the_bar_is_the_curve_of_the_loss(width: int) -> None:
-    """Red: cells that are not in the order of the steps, or a line that is wider than its room."""
+    """The bar is the curve of the loss.
+
+    Red: the cells are not in the order of the steps, or the line is wider than the terminal.
+    """
     text = shown(width)
     found = [LEVELS.index(c) for c in text if c in LEVELS]
     assert found == sorted(found, reverse=True) and found[0] == len(LEVELS) - 1 and found[-1] == 0
@@ -51,7 +54,10 @@ def test_the_bar_is_the_curve_of_the_loss(width: int) -> None:
 
 
 def test_a_run_that_goes_on_shows_what_it_knows() -> None:
-    """Red: steps of another process that are drawn as a loss of zero."""
+    """A run that goes on draws only the losses it knows.
+
+    Red: steps of an earlier process are drawn as a loss of zero.
+    """
     text = shown(100, start=25)
     assert text.startswith("·" * 5) and LEVELS[-1] in text and LEVELS[0] in text
 
@@ -59,7 +65,10 @@ def test_a_run_that_goes_on_shows_what_it_knows() -> None:
 def test_terminals_without_blocks_and_files_are_shown_plain_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Red: block characters where they are an error of the encoding, or empty boxes."""
+    """Files, and terminals without block characters, get plain text.
+
+    Red: block characters are printed where they are an encoding error or appear as empty boxes.
+    """
     assert shown(80, encoding="ascii").isascii()
     assert "loss 50.0000" in shown(80, encoding="ascii")
     in_a_file = shown(80, terminal=False)
@@ -69,7 +78,10 @@ def test_terminals_without_blocks_and_files_are_shown_plain_text(
 
 
 def test_a_group_has_the_curve_of_its_mean_loss() -> None:
-    """Red: the curve of one member, or a loss that is not finite and empties the scale."""
+    """A group shows the curve of its mean loss.
+
+    Red: the curve is that of one member, or a loss that is not finite empties the scale.
+    """
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system=None)
     with GroupDisplay(console, 1) as display:
@@ -84,7 +96,10 @@ def test_a_group_has_the_curve_of_its_mean_loss() -> None:
 
 
 def test_a_curve_keeps_the_mean_of_many_steps() -> None:
-    """Red: a cell that shows its last loss, or a run without steps that divides by zero."""
+    """A cell of the curve holds the mean of its steps.
+
+    Red: a cell shows its last loss, or a run without steps divides by zero.
+    """
     curve = LossCurve()
     for step in range(1, 4001):
         curve.add(step / 4000, float(step % 2))

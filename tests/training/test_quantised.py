@@ -1,4 +1,4 @@
-"""A workload with quantised weights: their choice and their placement."""
+"""A workload with quantised weights: the choice of these weights, and their placement."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = llama_1b.StepConfig(
 
 
 def floats() -> Workload:
-    """A decoder without bfloat16, so that its weights are quantised from the test's own values."""
+    """Return a decoder in float32, so that its weights are quantised from the values drawn here."""
     workload = llama_1b.workload(CONFIG)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), workload.params)
     random = np.random.default_rng(0)
@@ -46,7 +46,10 @@ def loaded(fsdp: int = 2, tensor: int = 2) -> tuple[Workload, mesh.Placement, An
 
 
 def test_the_products_of_the_layers_are_quantised_and_nothing_else() -> None:
-    """Red: embeddings or the head among them; scanned layers quantised as one."""
+    """Only the products of the layers are quantised.
+
+    Red: embeddings or the head are quantised too; scanned layers are quantised as one.
+    """
     workload, _, params = loaded()
     found = {p for p, leaf in paths.flatten(workload.params).items() if is_base(leaf)}
     layer = {f"attention/{n}" for n in "qkvo"} | {f"mlp/{n}" for n in ("gate", "up", "down")}
@@ -55,7 +58,10 @@ def test_the_products_of_the_layers_are_quantised_and_nothing_else() -> None:
 
 
 def test_the_codes_are_those_of_the_floats_wherever_they_lie() -> None:
-    """Red: a weight is loaded in another order; a layer's blocks run into the next's."""
+    """The codes of sharded weights equal those of the float weights.
+
+    Red: a weight is loaded in another order; the blocks of a layer run into the next layer.
+    """
     _, place, params = loaded()
     given = paths.flatten(floats().load(None))
     path = "layers/mlp/down/kernel"
@@ -78,7 +84,10 @@ def test_a_device_holds_its_share_of_the_codes_and_no_floats() -> None:
 
 
 def test_what_is_trained_in_full_is_not_quantised() -> None:
-    """Red: `trainable` not passed on, and the split below refuses."""
+    """A weight that is trained in full is not quantised.
+
+    Red: `trainable` is not passed on, so that the split below refuses.
+    """
     patterns = ("layers/mlp/down/kernel",)
     params = quantised(floats(), "int8", trainable=patterns).params
     trained, rest = split(params, patterns)

@@ -27,7 +27,7 @@ def checkpoints(path: pathlib.Path) -> list[int]:
 
 
 def stop_after(fork: Fork, path: pathlib.Path, step: int, number: signal.Signals) -> None:
-    """Send the signal as soon as a checkpoint of at least `step` is there."""
+    """Send the signal as soon as there is a checkpoint of at least `step`."""
     assert fork.until(lambda: max(checkpoints(path), default=0) >= step), fork.log.read_text()
     fork.send(number)
     expected = 130 if number == signal.SIGINT else -number
@@ -36,7 +36,7 @@ def stop_after(fork: Fork, path: pathlib.Path, step: int, number: signal.Signals
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathlib.Path, str]:
-    """One run never stopped, one killed and then interrupted, and the output of the last start."""
+    """A run never stopped, a run killed and later interrupted, and the output of its last start."""
     folder = tmp_path_factory.mktemp("resume")
     whole, killed = folder / "whole", folder / "killed"
 
@@ -78,7 +78,7 @@ def test_the_adapters_are_bit_identical(runs: Runs, name: str) -> None:
 
 
 def test_the_record_is_byte_identical(runs: Runs) -> None:
-    """Every step once, every evaluation once, and the same numbers in the same order."""
+    """The record has every step and evaluation once, with the same numbers in the same order."""
     texts = [(path / "metrics.jsonl").read_bytes() for path in runs[:2]]
     assert texts[0] == texts[1]
     steps = [json.loads(line) for line in texts[0].splitlines()]

@@ -23,7 +23,7 @@ from tests.training.runs import OWN, SMALL, run
 def finished(
     tmp_path_factory: pytest.TempPathFactory, draw_curves: Callable[[pathlib.Path], None]
 ) -> pathlib.Path:
-    """A run with its picture."""
+    """A finished run with its picture."""
     path = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(directory.curves, "draw", draw_curves)
@@ -76,7 +76,10 @@ def test_the_record_has_every_step_once_and_every_evaluation(finished: pathlib.P
 # Orbax warns that it takes the sharding from the file.
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_it_goes_on_with_its_targets_in_another_order(tmp_path: pathlib.Path) -> None:
-    """Adapters, optimizer and record are the same bits. Red: "unordered" taken off the field."""
+    """Adapters, optimizer and record are bit-identical.
+
+    Red: the field is not marked "unordered".
+    """
     orders = ("first/kernel", "second/kernel"), ("second/kernel", "first/kernel")
     paths = tmp_path / "whole", tmp_path / "stopped"
     for path, order in zip(paths, orders, strict=True):
@@ -148,7 +151,7 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: pathlib.Path) -> 
         directory.enter(name, config),
     ):
         pass
-    with directory.enter(name, config):  # the lock went with its holder
+    with directory.enter(name, config):  # the holder has released the lock
         pass
 
 
@@ -170,7 +173,7 @@ def test_the_default_directory_is_named_by_what_matters() -> None:
 def test_w0_is_bit_identical_after_training(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The arrays that the loop holds as frozen, before and after."""
+    """Training does not change a bit of the arrays that the loop holds as frozen."""
     seen: dict[str, Any] = {}
     original = train.Run.__init__
 
@@ -187,13 +190,13 @@ def test_w0_is_bit_identical_after_training(
 
 
 def test_no_base_weight_is_on_disk(finished: pathlib.Path) -> None:
-    """Frozen are [2, 16], [16], [16, 16], [16]; no saved array has one of the kernels' shapes."""
+    """The frozen arrays have shapes [2, 16], [16], [16, 16] and [16]; none of them is saved."""
     step = max((p for p in (finished / "checkpoints").iterdir()), key=lambda p: int(p.name))
     frozen = {(2, 16), (16, 16), (16,)}
     held = orbax().checkpointables_metadata(step).metadata["state"]
     shapes = [tuple(x.shape) for x in jax.tree.leaves(held)]
     assert len([s for s in shapes if s == (16, 2)]) == 3  # the second kernel's a, and its moments
-    # the first kernel's b is [2, 16] as the kernel itself is: only its own three may be there
+    # Each b has the shape [2, 16] of the first kernel: only the two and their moments may be there.
     assert shapes.count((2, 16)) == 2 * 3
     assert not (frozen - {(2, 16)}) & set(shapes)
     assert (16, 1) in shapes  # the head, trained in full
@@ -207,7 +210,7 @@ def test_adapters_of_a_run_are_restored_alone(finished: pathlib.Path) -> None:
 
 
 def test_best_is_kept_when_later_steps_are_worse(tmp_path: pathlib.Path) -> None:
-    """A learning rate that blows up: the best adapter is not the last."""
+    """With a learning rate that is too large, the best adapter is not the last."""
     arguments = ("--optimizer.learning-rate", "3", "--optimizer.schedule", "constant")
     summary = run(tmp_path / "run", *SMALL, "--evaluate-every", "1", *arguments)
     losses = {
@@ -272,7 +275,7 @@ def test_a_nonfinite_step_stops_the_run_and_is_named(
     assert "step 6 is kept" in error
     assert not (path / "summary.json").exists()
     assert max(int(p.name) for p in (path / "checkpoints").iterdir()) == 6
-    # The same command may be told to go on past it.
+    # With another flag the same command goes on past this step.
     summary = run(path, *SMALL, "--checkpoint-every", "2", "--on-nonfinite", "skip", config=poison)
     assert (summary["steps"], summary["skipped_steps"]) == (12, 1)
     lines = [line for line in metrics.read(path) if "split" not in line]

@@ -1,4 +1,4 @@
-"""The step: the parameters that it changes or leaves, and numbers that are not finite."""
+"""The training step: the parameters that it changes or leaves, and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_it_learns_and_moves_adapters_and_head() -> None:
 
 
 def test_the_step_computes_no_gradient_of_a_frozen_weight() -> None:
-    """No product in the compiled step has the shape of W0 [5, 4]; with W0 trained, one has."""
+    """No product in the step has the shape of a frozen W0 [5, 4]; if W0 is trained, one has."""
 
     def shapes(targets: tuple[str, ...], trainable: tuple[str, ...]) -> set[tuple[int, ...]]:
         workload, layout, base, frozen = parts(targets, trainable)
@@ -122,7 +122,10 @@ def test_a_padded_row_without_weight_changes_nothing() -> None:
 
 
 def test_each_part_draws_from_a_key_of_its_own() -> None:
-    """Red with one key for all: dropout would leave out the same places in every part."""
+    """Each part of a batch has its own key.
+
+    Red with one key for all: dropout would leave out the same places in every part.
+    """
     workload, layout, base, frozen = parts()
 
     def noise(params: Any, batch: Any, *, train: bool, key: Any) -> jax.Array:
@@ -146,7 +149,7 @@ def poisoned(at: int, count: int) -> list[dict[str, np.ndarray]]:
 
 
 def test_skip_passes_over_the_step_and_counts_it() -> None:
-    """Steps with a poisoned one among them end where the same steps without it end."""
+    """Steps with a poisoned batch among them end in the same state as the steps without it."""
     tx = optax.sgd(0.1, momentum=0.9)
     _, clean, _ = run(3, tx, [BATCH] * 3, "skip")  # the same program, so the same bits
     _, state, metrics = run(4, tx, poisoned(1, 4), "skip")
@@ -157,7 +160,7 @@ def test_skip_passes_over_the_step_and_counts_it() -> None:
 
 
 def test_stop_freezes_the_state_at_the_last_good_step() -> None:
-    """So that reading the metrics a few steps late loses nothing."""
+    """The state does not change after a bad step, so that metrics can be read a few steps late."""
     tx = optax.sgd(0.1, momentum=0.9)
     _, good, _ = run(1, tx)
     _, state, _ = run(4, tx, poisoned(1, 4), "stop")
@@ -187,7 +190,9 @@ def test_no_targets_train_the_head_alone() -> None:
 
 
 def test_everything_beside_and_no_targets_is_full_fine_tuning() -> None:
-    """It equals plain gradient descent on all parameters."""
+    """It equals plain gradient descent on all parameters: all are in `trainable`, and none is
+    adapted.
+    """
     workload, _, _, _ = parts()
     _, state, _ = run(1, optax.sgd(0.1), targets=(), trainable=("**",))
 

@@ -1,4 +1,4 @@
-"""Runs on weights that are held as their file has them."""
+"""Runs on weights that stay quantised as their file holds them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ GOLDEN = ROOT / "tests/golden/golden_models"
 
 @pytest.mark.parametrize("name", ["llama_nf4"])
 def test_a_folder_of_bitsandbytes(name: str, tmp_path: pathlib.Path) -> None:
-    """The same numbers as its floats, in less memory. Red: `keep_quantised` not passed on."""
+    """A stored base gives the losses of its floats in less memory.
+
+    Red: `keep_quantised` is not passed on.
+    """
     model = shutil.copytree(GOLDEN / name, tmp_path / "model")
     tiny.tokenizer(pair=False).save(str(model / "tokenizer.json"))
     source = tiny.write_examples(tmp_path / "data", ("text",), int)

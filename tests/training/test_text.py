@@ -275,7 +275,7 @@ def test_the_wrong_kind_of_model_is_an_error(
 def test_class_scores_are_those_of_the_textbook() -> None:
     labels = np.array([1, 1, 1, 0, 0, 0, 0, 1], np.int32)
     guesses = np.array([1, 1, 0, 0, 0, 1, 0, 0], np.int32)
-    weights = np.array([1, 1, 1, 1, 1, 1, 1, 0], np.float32)  # the last row is filler
+    weights = np.array([1, 1, 1, 1, 1, 1, 1, 0], np.float32)  # the last row is padding
     logits = np.eye(2, dtype=np.float32)[guesses]
     sums = {k: float(v) for k, v in scores.class_sums(logits, labels, weights, True).items()}
     found = scores.class_scores(sums, float(weights.sum()))
@@ -301,7 +301,7 @@ def test_pearson_is_numpys_over_any_cut_into_batches() -> None:
 def test_another_base_is_refused(
     llama: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The weights under the same reference have changed since the run began."""
+    """A run does not go on if the weights under its reference have changed since it began."""
     weights = tmp_path / "model"
     shutil.copytree(llama, weights)
     source = tiny.write_examples(tmp_path / "data", ("text",), int)

@@ -1,4 +1,4 @@
-"""Tiny random models in Hugging Face's layout, and stand-in data, written to a folder."""
+"""Tiny random models in Hugging Face's layout, and made-up data, both written to a folder."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ QWEN3_MOE = {
 
 
 def write_model(folder: pathlib.Path, description: dict[str, Any]) -> pathlib.Path:
-    """A model with random weights, of the family that its description names."""
+    """Write a model with random weights, of the family that its description names."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(description))
     if description["model_type"] == "vit":
@@ -134,7 +134,10 @@ def write_model(folder: pathlib.Path, description: dict[str, Any]) -> pathlib.Pa
 
 
 def tokenizer(pair: bool) -> tokenizers.Tokenizer:
-    """A token for each word; for an encoder <s> text </s>, and pairs as RoBERTa has them."""
+    """Return a tokenizer with one token for each word.
+
+    With `pair` it gives <s> text </s>, and pairs as RoBERTa has them.
+    """
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     made = tokenizers.Tokenizer(kinds.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -150,9 +153,9 @@ def tokenizer(pair: bool) -> tokenizers.Tokenizer:
 
 
 def write_examples(folder: pathlib.Path, fields: tuple[str, ...], label: Any) -> str:
-    """{split}.jsonl of texts of three kinds, each with words of its own; the source's name.
+    """Write {split}.jsonl with texts of three kinds, and return the name of the source.
 
-    An example of kind k has the label `label(k)`.
+    Each kind has words of its own, and an example of kind k has the label `label(k)`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(1)
