@@ -1,4 +1,4 @@
-"""Adapter layers: what one computes, and where it stands in the model."""
+"""Adapter layers: the formula of one, and its place in the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.baselines.test_methods import BERT, IDS, LLAMA, MASK, model_of, noisy
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_layer_is_the_formula(norm: bool) -> None:
-    """It is x + up(relu(down(norm(x)))). Red: no residual, another activation, no norm."""
+    """A layer is x + up(relu(down(norm(x)))). Red: no residual, another activation, no norm."""
     made = baselines.Bottleneck(("site",), 4, 3, norm=norm)
     random = np.random.default_rng(0)
     shapes = made.init(jax.random.key(0))["site"]
@@ -40,9 +40,9 @@ def test_a_layer_is_the_formula(norm: bool) -> None:
     ids=["encoder", "decoder"],
 )
 def test_it_stands_before_the_residual(config: Any, layer: str, biases: dict[str, str]) -> None:
-    """An adapter layer that adds a constant is a bias of the module's last product.
+    """An adapter layer that adds a constant equals a bias of the module's last product.
 
-    Red: a site one level higher (the layer) or lower (its first product), or another layer's.
+    Red: a site one level higher (the layer) or lower (its first product), or one of another layer.
     """
     model, params = model_of(config)
     method = baselines.houlsby(config, 2)
@@ -68,8 +68,11 @@ def at(tree: Any, path: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["houlsby", "prefix_layer"])
 def test_rematerialised_layers_are_the_same(kind: str) -> None:
-    """Outputs and gradients. Red: `stop_gradient` on what is put in; or a Flax that intercepts
-    rematerialised modules under another path, or twice."""
+    """Rematerialised layers give the same outputs and gradients.
+
+    Red: `stop_gradient` on what is put in; or a Flax that intercepts rematerialised modules under
+    another path, or twice.
+    """
 
     def gradient(remat: str) -> Any:
         config = dataclasses.replace(BERT, num_layers=1, remat=remat)
@@ -94,7 +97,10 @@ def test_rematerialised_layers_are_the_same(kind: str) -> None:
 
 
 def test_it_computes_in_the_models_dtype() -> None:
-    """Float32 adapter layers on a bfloat16 base. Red: the casts in `_dense` taken out."""
+    """Float32 adapter layers on a bfloat16 base compute in bfloat16.
+
+    Red: the casts in `_dense` taken out.
+    """
     config = dataclasses.replace(BERT, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     method = baselines.lin(config, 3)
     extra = method.extra

@@ -55,27 +55,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     ],
 )
 def test_settings_of_another_method_are_refused(settings: dict[str, Any], says: str) -> None:
-    """Red: `__post_init__` of MethodConfig taken out."""
+    """A setting of another method is an error. Red: `__post_init__` of MethodConfig taken out."""
     with pytest.raises(ConfigError, match=says):
         MethodConfig(**settings)
 
 
 def test_what_a_method_trains_is_not_said_twice() -> None:
-    """Red: the check in TextConfig taken out; the method's own patterns would be lost."""
+    """A method decides alone what it trains, so `lora.trainable` is an error.
+
+    Red: the check in TextConfig taken out; the method's own patterns would be lost.
+    """
     lora = LoraConfig(trainable=("classifier/**",))
     with pytest.raises(ConfigError, match=r"lora\.trainable is .*'bitfit' decides"):
         dataclasses.replace(BITFIT, lora=lora)
 
 
 def test_nothing_of_lora_counts_beside_another_method() -> None:
-    """Red: `adaptation` of TextConfig taken out: LoRA would be trained too."""
+    """The settings of LoRA have no effect with another method.
+
+    Red: `adaptation` of TextConfig taken out: LoRA would be trained too.
+    """
     assert LORA.adaptation == LORA.lora
     assert LORA.lora.targets
     assert (BITFIT.adaptation.targets, BITFIT.adaptation.trainable) == ((), None)
 
 
 def test_runs_from_before_are_found_again() -> None:
-    """A config.json without the field is of LoRA, and the hash of a LoRA run is what it was.
+    """A config.json without the field is a LoRA run, and the hash of a LoRA run does not change.
 
     Red: `metadata=LATER` taken off the field, or `defaults` left out of `changes`.
     """
@@ -89,7 +95,10 @@ def test_runs_from_before_are_found_again() -> None:
 
 
 def test_the_command_line() -> None:
-    """Red: the field's type or its docstrings not such that tyro reads them."""
+    """The command line sets the method and its settings.
+
+    Red: the field has a type or docstrings that tyro cannot read.
+    """
     line = ["--method.name", "adapter_drop", "--method.drop", "2", "--method.size", "16"]
     config: Any = command_line.parse(line, "configs/minilm_reviews.py", ROOT)[1]
     assert config.method == MethodConfig("adapter_drop", size=16, drop=2)
@@ -110,7 +119,10 @@ def test_the_command_line() -> None:
 def test_what_does_not_go_with_the_model(
     method: MethodConfig, changes: dict[str, bool], says: str, folder: pathlib.Path
 ) -> None:
-    """Red: the error of `lora_jax.baselines` not turned into a ConfigError in `MethodConfig.on`."""
+    """A method that does not go with the model is a ConfigError.
+
+    Red: the error of `lora_jax.baselines` not turned into a ConfigError in `MethodConfig.on`.
+    """
     kind = "llama" if changes.get("decoder") else "roberta"
     model = ModelConfig(str(folder / kind), scan_layers=changes.get("scan_layers", False))
     config = config_of(folder, method, model=model)
@@ -121,7 +133,7 @@ def test_what_does_not_go_with_the_model(
 
 
 def test_lora_settings_beside_another_method_are_refused() -> None:
-    """`lora.*` may be in the config file, but on the command line or in a sweep it would be lost.
+    """A config file may have `lora.*`, but on the command line or in a sweep it would be lost.
 
     Red: `check_lora_counts` not called in command_line.py, or in sweep.py.
     """
@@ -144,7 +156,8 @@ def together(path: pathlib.Path, group: GroupConfig) -> list[dict[str, Any]]:
 
 
 def test_a_sweep_is_its_members_alone(folder: pathlib.Path) -> None:
-    """Learning rates and seeds of one method as one program.
+    """A sweep trains the rates and seeds of a method in one program, and each member as it trains
+    alone.
 
     Red: `Common.fresh` without what the method draws (all members would begin with the first's).
     """
@@ -189,6 +202,9 @@ def pair(folder: pathlib.Path, one: MethodConfig, two: MethodConfig) -> GroupCon
 def test_other_methods_do_not_go_together(
     one: MethodConfig, two: MethodConfig, says: str, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Red: the comparison of the methods' own shapes in `_joined` taken out."""
+    """Members with different methods or settings do not share a program.
+
+    Red: the comparison of the methods' own shapes in `_joined` taken out.
+    """
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         together(tmp_path / "group", pair(folder, one, two))

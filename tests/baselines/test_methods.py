@@ -1,4 +1,4 @@
-"""Every method on the models themselves: what it trains, how many numbers, and where it begins."""
+"""Every method on the models: the parameters that it trains, their number, and its step 0."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ALL = size_of(models.shapes(BERT))
 LLAMA_LAYER = size_of(models.shapes(LLAMA)["layers_0"])
 ADAPTER = 2 * D * R + R + D
 
-# Method, its count on the encoder and on the decoder (None: it does not go there).
+# For each method, its count on the encoder and on the decoder (None: it does not work there).
 METHODS: dict[str, tuple[Make, int, int | None]] = {
     "full": (baselines.full, ALL, size_of(models.shapes(LLAMA))),
     "top_layers": (
@@ -78,23 +78,30 @@ def trained(params: Any, method: baselines.Method) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_counts_of_an_encoder(name: str) -> None:
-    """Red: a pattern of lora_jax/baselines/sites.py that takes more or less, a shape in `init`."""
+    """The parameters that are trained in an encoder are as many as the formula says.
+
+    Red: a pattern of lora_jax/baselines/sites.py that takes more or less, a shape in `init`.
+    """
     make, count, _ = METHODS[name]
     found = trained(models.shapes(BERT, HEAD), make(BERT))
     own = {path: x for path, x in found.items() if not path.startswith("classifier/")}
     assert size_of(own) == count
-    assert (len(own) < len(found)) == (name == "full")  # which names the head too
+    assert (len(own) < len(found)) == (name == "full")  # it names the head too
 
 
 @pytest.mark.parametrize("name", DECODER)
 def test_counts_of_a_decoder(name: str) -> None:
-    """Red: as above, in the decoder's branches."""
+    """The parameters that are trained in a decoder are as many as the formula says.
+
+    Red: as above, in the decoder's branches.
+    """
     make, _, count = METHODS[name]
     assert size_of(trained(models.shapes(LLAMA), make(LLAMA))) == count
 
 
 def test_counts_of_a_real_model() -> None:
-    """RoBERTa base by shape: the article's 0.1M of BitFit, and adapters at width 64.
+    """RoBERTa base, by shape, has the article's 0.1M with BitFit, and the formula's count with
+    adapters of width 64.
 
     Red: `**/bias` narrowed to the biases of products.
     """
@@ -108,7 +115,10 @@ def test_counts_of_a_real_model() -> None:
 
 
 def test_which_parameters() -> None:
-    """Red: the lowest layers for the top ones, `layers()[:drop]` for `layers()[drop:]`."""
+    """Each method trains the right layers and parameters.
+
+    Red: the lowest layers for the top ones, `layers()[:drop]` for `layers()[drop:]`.
+    """
     params = models.shapes(BERT, HEAD)
     folders = {p.split("/")[2] for p in trained(params, baselines.top_layers(BERT, 2))}
     assert folders == {"layer_1", "layer_2"}
@@ -121,7 +131,7 @@ def test_which_parameters() -> None:
 
 
 def noisy(tree: Any, seed: int) -> Any:
-    """All arrays (or their shapes) with random numbers in them, or added to them.
+    """Return the tree with random numbers added to its arrays, or in place of its shapes.
 
     A constant would not do: layer norms take it out.
     """
@@ -135,14 +145,14 @@ def noisy(tree: Any, seed: int) -> Any:
 
 
 def model_of(config: Any) -> tuple[nn.Module, Any]:
-    """With random numbers everywhere, the biases too."""
+    """Return a model, and parameters that are random everywhere, the biases too."""
     encoder = isinstance(config, models.BertConfig)
     model: nn.Module = models.BertClassifier(config, 2) if encoder else models.DecoderModel(config)
     return model, noisy(models.shapes(config, HEAD if encoder else None), 1)
 
 
 def run(method: baselines.Method, model: nn.Module) -> Any:
-    """`f(params, *inputs)`, compiled: as it is, each operation would be compiled alone."""
+    """Return a compiled `f(params, *inputs)`; otherwise each operation would be compiled alone."""
     return jax.jit(lambda params, *inputs: method.apply(model, params, *inputs))
 
 
@@ -156,7 +166,7 @@ MASK = jnp.arange(8)[None] < jnp.array([[8], [5]])
     ids=["encoder", "decoder"],
 )
 def test_step_0_is_the_base(config: Any, names: tuple[str, ...]) -> None:
-    """And not any more once what leads up is not zero.
+    """A method begins with the outputs of the base, and changes them once `up` is not zero.
 
     Red: `up` drawn like `down`; for the second part, an interceptor that meets no module.
     """
@@ -171,7 +181,10 @@ def test_step_0_is_the_base(config: Any, names: tuple[str, ...]) -> None:
 
 
 def test_patterns_put_nothing_into_the_model() -> None:
-    """So their step 0 is the base's. Red: a method of patterns with something in `extra`."""
+    """A method of patterns adds nothing to the model, so its step 0 is the base's.
+
+    Red: a method of patterns with something in `extra`.
+    """
     for name in ("full", "top_layers", "bitfit", "head"):
         assert METHODS[name][0](BERT).extra is None
 
@@ -192,14 +205,20 @@ def test_patterns_put_nothing_into_the_model() -> None:
     ],
 )
 def test_what_does_not_go_is_said(make: Callable[[], Any], says: str) -> None:
-    """Red: any of the checks in lora_jax/baselines/methods.py taken out."""
+    """A method that does not go with the model is an error.
+
+    Red: any of the checks in lora_jax/baselines/methods.py taken out.
+    """
     with pytest.raises(lora_jax.LoraError, match=f"(?s){says}"):
         make()
 
 
 @pytest.mark.parametrize("name", ["top_layers", "houlsby", "adapter_drop", "lin", "prefix_layer"])
 def test_scanned_layers_are_refused(name: str) -> None:
-    """Red: the check in `sites.layers` taken out."""
+    """A method that chooses layers refuses scanned layers.
+
+    Red: the check in `sites.layers` taken out.
+    """
     config = dataclasses.replace(BERT, scan_layers=True)
     with pytest.raises(lora_jax.LoraError, match=r"model\.scan_layers"):
         METHODS[name][0](config)
@@ -207,7 +226,10 @@ def test_scanned_layers_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["full", "bitfit"])
 def test_patterns_go_with_scanned_layers(name: str) -> None:
-    """Red: `bert/encoder/layer_*/**` in the pattern of the biases."""
+    """A method of patterns works on scanned layers.
+
+    Red: `bert/encoder/layer_*/**` in the pattern of the biases.
+    """
     config = dataclasses.replace(BERT, scan_layers=True)
     found = trained(models.shapes(config, HEAD), METHODS[name][0](config))
     own = [x for path, x in found.items() if not path.startswith("classifier/")]

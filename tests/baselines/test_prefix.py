@@ -22,7 +22,10 @@ LP, LI = 3, 2
 
 @pytest.mark.parametrize(("before", "behind"), [(3, 2), (0, 2), (3, 0)])
 def test_places_are_those_of_a_loop(before: int, behind: int) -> None:
-    """Red: `>` for `>=` where the infix begins, or its end left out of `real`."""
+    """The places equal those of a plain loop.
+
+    Red: `>` for `>=` where the infix begins, or its end left out of `real`.
+    """
     lengths = [4, 2, 0]
     mask = jnp.arange(4)[None] < jnp.array(lengths)[:, None]
     found = prefix.places(mask, before, behind)
@@ -35,7 +38,7 @@ def test_places_are_those_of_a_loop(before: int, behind: int) -> None:
 
 
 def laid_out(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows by hand, with the special tokens at the end of the vocabulary."""
+    """Return the rows laid out by hand, with the special tokens at the end of the vocabulary."""
     special = list(range(vocabulary, vocabulary + LP + LI))
     ids, mask = np.zeros((2, 8 + LP + LI), np.int32), np.zeros((2, 8 + LP + LI), bool)
     for row, length in enumerate((8, 5)):
@@ -45,7 +48,7 @@ def laid_out(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pooled(config: Any, hidden: jax.Array, params: Any) -> np.ndarray:
-    """Mean over the row's own tokens, and the head, by hand."""
+    """Return the head's outputs on the mean over each row's own tokens, computed by hand."""
     out = params["classifier"]["out"]
     rows = [hidden[row, LP : LP + length].mean(axis=0) for row, length in enumerate((8, 5))]
     return np.stack(rows) @ out["kernel"] + out["bias"][None]
@@ -53,7 +56,10 @@ def pooled(config: Any, hidden: jax.Array, params: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("config", [BERT, ROBERTA], ids=["bert", "roberta"])
 def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> None:
-    """Red: the mask not extended, `hidden[:, :T]` for `hidden[:, lp : lp + T]`."""
+    """Prefix embeddings equal tokens of a larger vocabulary.
+
+    Red: the mask not extended, `hidden[:, :T]` for `hidden[:, lp : lp + T]`.
+    """
     model, params = model_of(config)
     method = baselines.prefix_embedding(config, LP, LI, 8)
     extra = noisy(method.shapes()["extra"], 5)
@@ -68,7 +74,10 @@ def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> Non
 
 
 def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
-    """Against the layers one by one. Red: one layer left out, or a layer's output replaced."""
+    """The outputs equal those of the layers run one by one.
+
+    Red: one layer left out, or a layer's output replaced.
+    """
     model, params = model_of(BERT)
     method = baselines.prefix_layer(BERT, LP, LI, 8)
     extra = noisy(method.shapes()["extra"], 6)
@@ -89,8 +98,10 @@ def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "roberta_head"])
 def test_padding_changes_nothing(pooling: str) -> None:
-    """A row alone, and the same row padded. Red: the infix behind the padding
-    (`length` for `own` in `places`)."""
+    """A row gives the same outputs alone and padded.
+
+    Red: the infix behind the padding (`length` for `own` in `places`).
+    """
     model = models.BertClassifier(BERT, 2, pooling)
     method = baselines.prefix_layer(BERT, LP, LI, 12)
     params = noisy(models.shapes(BERT, models.Head(pooling, 2)), 0)
@@ -101,7 +112,7 @@ def test_padding_changes_nothing(pooling: str) -> None:
 
 
 def test_token_types_stay_with_their_tokens() -> None:
-    """Red: `token_types` passed on as they are, or dropped."""
+    """Each token keeps its token type. Red: `token_types` passed on as they are, or dropped."""
     model, params = model_of(BERT)
     method = baselines.prefix_embedding(BERT, LP, 0, 8)
     whole, f = {**params, **noisy(method.shapes(), 1)}, run(method, model)

@@ -1,4 +1,4 @@
-"""Whole runs of every method on tiny random models: which parameters change, and are saved."""
+"""Whole runs of every method on tiny random models: the parameters that change and are saved."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ HEAD = CLASSES * D + CLASSES
 
 
 class Case(NamedTuple):
-    """settings: of the method. own: whether a path is one that it trains. count: without a head."""
+    """A method, and what it trains.
+
+    settings: the settings of the method.
+    own: whether the method trains a path.
+    count: the number of parameters that it trains, without a head; None for all.
+    """
 
     settings: dict[str, int]
     own: Callable[[str], bool]
@@ -102,7 +107,7 @@ def config_of(folder: pathlib.Path, method: MethodConfig, **changes: Any) -> Tex
 
 
 class Stepped(NamedTuple):
-    """The result of three steps of a run. start: path -> every parameter before them."""
+    """The result of three steps of a run; `start` has every parameter before them, by its path."""
 
     workload: Workload
     layout: lora_jax.Layout
@@ -112,7 +117,7 @@ class Stepped(NamedTuple):
 
 
 def stepped(config: TextConfig, devices: int = 1) -> Stepped:
-    """Three steps as train.py takes them, without its record."""
+    """Take three steps as train.py does, without its record."""
     grid = mesh.make(config.mesh, jax.devices()[:devices])
     with jax.set_mesh(grid):
         workload, lora = config.workload(config), config.adaptation
@@ -136,12 +141,12 @@ def stepped(config: TextConfig, devices: int = 1) -> Stepped:
 
 
 def check_moved(found: Stepped) -> None:
-    """The base is bit-identical, and all that is trained has moved."""
+    """Assert that the base is bit-identical, and that all trained parameters have moved."""
     for path, x in found.frozen.items():
         np.testing.assert_array_equal(x, found.start[path])
     base = found.trained["base"]
     assert set(found.frozen) | set(base) == set(found.start)
-    # Adding to all keys of a row alike changes no attention, so a key's bias has no gradient.
+    # A constant added to all keys of a row changes no attention, so a key's bias has no gradient.
     still = [p for p, x in base.items() if np.array_equal(x, found.start[p])]
     assert all(path.endswith("key/bias") for path in still)
 
@@ -157,7 +162,7 @@ def steps(folder: pathlib.Path) -> Callable[[str], Stepped]:
     @functools.cache
     def by(name: str) -> Stepped:
         config = config_of(folder, method_of(name))
-        if name == "prefix_layer":  # on a mesh that divides the weights, too
+        if name == "prefix_layer":  # also on a mesh that divides the weights
             return stepped(dataclasses.replace(config, mesh=MeshConfig(fsdp=2)), devices=2)
         return stepped(config)
 
@@ -168,7 +173,8 @@ def steps(folder: pathlib.Path) -> Callable[[str], Stepped]:
 def test_only_its_own_parameters_change(
     name: str, steps: Callable[[str], Stepped], tmp_path: pathlib.Path
 ) -> None:
-    """The export holds them and no others, and they are as many as the formula says.
+    """A run changes and exports the parameters of its method and no others, as many as the formula
+    says.
 
     Red: a pattern in lora_jax/baselines/methods.py that takes more, `extra` left out of one, a
     method that trains LoRA's targets too, any shape in `Bottleneck.init` or `Prefix.init`, no
@@ -194,7 +200,10 @@ def test_only_its_own_parameters_change(
 
 
 def test_all_methods_begin_with_the_head_of_lora(folder: pathlib.Path) -> None:
-    """Same seed, same head. Red: another key for the head if a method has parameters of its own."""
+    """At the same seed all methods have the same head.
+
+    Red: another key for the head if a method has parameters of its own.
+    """
 
     def head(method: MethodConfig) -> Any:
         common = classification(config_of(folder, method)).common
@@ -207,7 +216,10 @@ def test_all_methods_begin_with_the_head_of_lora(folder: pathlib.Path) -> None:
 
 
 def test_a_decoder(folder: pathlib.Path) -> None:
-    """Red: `workload.trainable` not set in lora_jax/training/causal_lm.py."""
+    """A method trains a decoder too.
+
+    Red: `workload.trainable` not set in lora_jax/training/causal_lm.py.
+    """
     model = ModelConfig(reference=str(folder / "llama"))
     found = stepped(config_of(folder, method_of("houlsby"), workload=causal_lm, model=model))
     check_moved(found)
@@ -223,7 +235,7 @@ def train_in(path: pathlib.Path, config: TextConfig) -> dict[str, Any]:
 
 
 def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It learns, its checkpoint holds what is trained and Adam's moments of it, and
+    """A run learns, its checkpoint holds the trained parameters and their Adam moments, and
     `lora-jax predict` refuses the export.
 
     Red: `trainable=("**",)` in the workload; the check in lora_jax/serving/served_adapters.py taken
@@ -254,7 +266,7 @@ def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -
 def test_exports_of_base_parameters_are_served(
     steps: Callable[[str], Stepped], tmp_path: pathlib.Path
 ) -> None:
-    """`predict` has the outputs of the workload with the trained parameters.
+    """`predict` gives the outputs of the workload with the trained parameters.
 
     Red: parameters trained in full left out in lora_jax/serving/classifier.py.
     """

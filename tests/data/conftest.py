@@ -20,7 +20,7 @@ WORDS = [f"w{i}" for i in range(50)]
 
 @pytest.fixture(scope="session")
 def words() -> Tokenizer:
-    """A tokenizer with one token a word, [CLS] and [SEP] around a text, and token types for pairs."""
+    """A tokenizer: one token a word, [CLS] and [SEP] around a text, token types for pairs."""
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<end>", *WORDS]
     vocabulary = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -39,7 +39,7 @@ def minilm() -> Tokenizer:
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., str]:
-    """Return a function that writes splits of rows as files and returns the name of the source."""
+    """Return a function that writes splits of rows to files and names their source."""
 
     def write(**splits: list[dict[str, Any]]) -> str:
         for split, rows in splits.items():

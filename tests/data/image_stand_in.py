@@ -80,7 +80,7 @@ def _unpacked(builder: ShapesStandIn, dl_manager: Any, split: str) -> Any:
 
 
 def drawn(split: str, i: int) -> PIL.Image.Image:
-    """Return the image of an example: a shape of its class, with random colours and a random place."""
+    """Return the image of an example: a shape of its class in a random colour and place."""
     random = np.random.default_rng((list(SIZES).index(split), i))
     wide, high = 24 + i % 7, 20 + i % 5
     image = PIL.Image.new("RGB", (wide, high), tuple(random.integers(0, 80, 3).tolist()))

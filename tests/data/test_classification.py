@@ -62,9 +62,7 @@ def test_batches_hold_the_tokens_and_labels_of_their_examples(
 ) -> None:
     rows = texts(43)
     for batch in shuffled(config, words):
-        for i, index in enumerate(
-            batch["index"]
-        ):  # rows that fill up a batch hold a real example too
+        for i, index in enumerate(batch["index"]):  # rows that fill up a batch hold an example too
             mask = batch["mask"][i]
             assert batch["input_ids"][i][mask].tolist() == words.encode(rows[index]["text"]).ids
             assert not mask[mask.sum() :].any()

@@ -16,7 +16,7 @@ from lora_jax.data import Batches, DataConfig, DataError, language_modelling
 from tests.data.conftest import WORDS
 
 Batch = dict[str, np.ndarray]
-Example = tuple[tuple[int, ...], tuple[int, ...]]  # tokens, and which of them are learned
+Example = tuple[tuple[int, ...], tuple[int, ...]]  # tokens, and a 1 for each that is learned
 
 
 def pairs(count: int) -> list[dict[str, str]]:
@@ -52,7 +52,7 @@ def expected(words: Tokenizer, limit: int | None = None) -> list[Example]:
 
 
 def unpacked(batches: Iterable[Batch]) -> list[Example]:
-    """The examples of the rows that count, from inputs, targets, segments and weights."""
+    """Return the examples in rows with a weight, from inputs, targets, segments and weights."""
     found = []
     for batch in batches:
         for i in range(len(batch["input_ids"])):
@@ -97,7 +97,7 @@ def test_packed_rows_hold_every_example_once_an_epoch(
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_rows_of_one_example(config: DataConfig, words: Tokenizer, epochs: int) -> None:
-    """So that a batch of four rows is a batch of four examples."""
+    """Without packing, a batch of four rows is a batch of four examples."""
     config = dataclasses.replace(config, pack=False)
     batches = opened(config, words, epochs=epochs)
     assert max(batch["segment_ids"].max() for batch in batches) == 1
@@ -152,7 +152,7 @@ def test_resumed_at_any_batch_it_goes_on_as_uninterrupted(
     iterator = iter(opened(config, words, epochs=2))
     for cut in range(len(whole) + 1):
         state = json.loads(json.dumps(iterator.get_state()))
-        assert len(json.dumps(state)) < 100 * 4  # a row
+        assert len(json.dumps(state)) < 100 * 4  # one row
         resumed = iter(opened(config, words, epochs=2))
         resumed.set_state(state)
         assert same(resumed, whole[cut:])
@@ -226,7 +226,7 @@ def test_what_max_length_cuts_is_counted(config: DataConfig, words: Tokenizer) -
 def test_an_example_as_long_as_a_row_is_not_cut(
     jsonl: Callable[..., str], words: Tokenizer
 ) -> None:
-    rows = [{"text": " ".join(WORDS[:n])} for n in (22, 23, 24)]  # and [CLS], <end>
+    rows = [{"text": " ".join(WORDS[:n])} for n in (22, 23, 24)]  # [CLS] and <end> are added
     config = DataConfig(jsonl(train=rows), eos="<end>", max_length=24)
     facts = opened(config, words).facts()
     assert (facts.truncation.examples, facts.truncation.tokens) == (1, 1)
@@ -261,7 +261,9 @@ def test_a_stream_that_has_ended_gives_rows_of_padding(
 def test_padding_of_an_endless_run(
     config: DataConfig, words: Tokenizer, examples: int, batch_size: int
 ) -> None:
-    """Estimated from a sample, yet close; streams without an example count."""
+    """The padding of an endless run is estimated well from a sample, even if some streams have no
+    example.
+    """
     config = dataclasses.replace(config, train_limit=examples)
     batches = language_modelling(config, words, "train", batch_size, shuffle=True, epochs=None)
     iterator = iter(batches)

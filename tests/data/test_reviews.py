@@ -43,7 +43,7 @@ def test_splits_are_disjoint_under_normalisation(source: DataSource) -> None:
 def test_nothing_is_lost(source: DataSource) -> None:
     rows = [row for split in source.splits for row in source.examples(split)]
     assert len(rows) == 12_808
-    # 58 texts occur more than once, on one side each; they would show as a leak were it otherwise.
+    # 58 texts occur more than once, each in one split alone; otherwise they would be a leak.
     assert len({row["text"] for row in rows}) < len(rows)
 
 

@@ -36,7 +36,7 @@ def shards(count: int) -> list[Shard]:
 
 @pytest.fixture(params=["classification", "language_modelling"])
 def pipeline(request: pytest.FixtureRequest, jsonl: Callable[..., str], words: Tokenizer) -> Any:
-    """One of the two on 43 or 97 examples, with all that it needs but the order."""
+    """One of the two pipelines on 43 or 97 examples, with all its settings but the order."""
     if request.param == "classification":
         config = DataConfig(jsonl(train=texts(43)), buckets=(8, 16), max_length=24)
         return functools.partial(classification, config, words, "train", ROWS)
@@ -52,7 +52,10 @@ def packing(jsonl: Callable[..., str], words: Tokenizer, rows: list[dict[str, st
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> Callable[[Make, int], list[BatchIterator]]:
-    """Iterators of all shards, as in as many processes: `most` looks at the others' numbers."""
+    """Return a function that makes the iterators of all shards, as several processes would.
+
+    In each of them `most` sees the numbers of the others.
+    """
 
     def begin(make: Make, count: int) -> list[BatchIterator]:
         asked: list[list[int]] = [[] for _ in range(count)]
@@ -77,7 +80,7 @@ Together = Callable[[Make, int], list[BatchIterator]]
 
 
 def whole(iterators: Iterable[Iterable[Batch]]) -> list[Batch]:
-    """The global batches; every shard has to give as many, of the same shapes."""
+    """Return the global batches; every shard must give equally many, of the same shapes."""
     found = []
     for parts in zip(*iterators, strict=True):
         assert len({part[name].shape for part in parts for name in ("input_ids",)}) == 1
@@ -160,7 +163,10 @@ def test_each_stream_has_its_own_order(jsonl: Callable[..., str], words: Tokeniz
 
 
 def test_the_emptiest_rows_of_the_streams_come_apart() -> None:
-    """Else every 32nd batch would have far fewer tokens than the others."""
+    """The emptiest rows of the streams come at different times.
+
+    Otherwise every 32nd batch would have far fewer tokens than the others.
+    """
     random = np.random.default_rng(0)
 
     def row() -> TokenRow:
@@ -175,7 +181,7 @@ def test_the_emptiest_rows_of_the_streams_come_apart() -> None:
 
 
 def merged(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The union of the states, through JSON, as a checkpoint has it."""
+    """Return the union of the states, passed through JSON as in a checkpoint."""
 
     def union(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         both = {
@@ -230,7 +236,7 @@ def test_a_shard_reads_its_own_examples_only(
     examples = Files.examples
     monkeypatch.setattr(Files, "examples", lambda self, split: Watched(examples(self, split)))
     batches = packing(jsonl, words, pairs(97))()
-    assert read == {0}  # looked at for its fields
+    assert read == {0}  # the first is read for its fields
     read.clear()
     list(batches.iterator(Shard((1,), 4)))
     assert read == {i for i in range(97) if i % ROWS in (2, 3)}
@@ -248,9 +254,9 @@ def test_lazily_read_shards_are_the_same(
     expected = list(make())
     module = importlib.import_module(language_modelling.__module__)
     monkeypatch.setattr(module, "AHEAD", 20)
-    assert same(whole(together(make, 4)), expected)  # 15 examples a shard: at once
+    assert same(whole(together(make, 4)), expected)  # 15 examples a shard: read at once
     monkeypatch.delattr(module, "collect")
-    assert same(whole(together(make, 2)), expected)  # 30: as they are read
+    assert same(whole(together(make, 2)), expected)  # 30: read one by one
 
 
 def test_facts_of_a_shard_speak_of_the_whole(jsonl: Callable[..., str], words: Tokenizer) -> None:

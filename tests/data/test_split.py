@@ -40,6 +40,6 @@ def test_shares_are_met() -> None:
 
 
 def test_sides_are_fixed_for_ever() -> None:
-    # Were these to change, test examples of old runs would be in the training split of new ones.
+    # If these changed, test examples of old runs would be in the training split of new runs.
     sides = "".join(split_of(text, SHARES)[:2] + " " for text in (*"abcdefgh", ""))
     assert sides == "va tr tr tr tr tr va tr va "

@@ -1,4 +1,4 @@
-"""Run directories as train.py leaves them, with the numbers that a test wants, and no training."""
+"""Run directories as train.py leaves them, with the numbers of a test and without training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_jax.training.config_json import to_dict
 
 
 def write(folder: pathlib.Path, members: Sequence[Member], scores: Mapping[str, Any]) -> None:
-    """A finished run for each member.
+    """Write a finished run for each member.
 
     scores: name of the member -> (validation, test) of the number that picks the best.
     """
@@ -26,7 +26,7 @@ def write(folder: pathlib.Path, members: Sequence[Member], scores: Mapping[str, 
 def finished(
     path: pathlib.Path, config: Any, validation: float, test: float, select: str = "accuracy"
 ) -> None:
-    """One run; its other numbers are made up."""
+    """Write one run; the numbers that are not given are made up."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
     (path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\n")
@@ -49,10 +49,10 @@ def finished(
 
 
 def members(config: SweepConfig) -> tuple[Member, ...]:
-    """The members of a sweep."""
+    """Return the members of a sweep."""
     return config.expand().members
 
 
 def of_seed(member: Member) -> Any:
-    """Its config without the seed, to group by."""
+    """Return the config of a member without its seed, to group by."""
     return dataclasses.replace(member.config, seed=0)

@@ -21,7 +21,7 @@ from lora_jax import LoraError, models, paths
 from lora_jax.report.document import Table
 from measuring import timing
 
-pytestmark = pytest.mark.standard_promotion  # Optax's schedules
+pytestmark = pytest.mark.standard_promotion  # for Optax's schedules
 
 D, LAYERS, RANK = 16, 1, 4
 SMALL: dict[str, Any] = {"vocab_size": 37, "hidden_size": D, "num_layers": LAYERS, "mlp_size": 24}
@@ -47,7 +47,7 @@ MACHINE = timing.Machine("a processor", 2, "cpu", "cpu", "3", "1", "2")
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, dict[str, TrainingSide]]:
-    """Model -> side."""
+    """The sides of each tiny model, by the names of model and side."""
     with jax.numpy_dtype_promotion("standard"):
         return {
             name: {side: make() for side, make in trained.sides(case).items()}
@@ -56,7 +56,7 @@ def made() -> dict[str, dict[str, TrainingSide]]:
 
 
 def fresh(side: TrainingSide) -> TrainingSide:
-    """With a state that steps may take, and nobody else has."""
+    """Return the side with a copy of its state, which steps may donate."""
     return side._replace(state=jax.tree.map(jnp.copy, side.state))
 
 
@@ -66,7 +66,10 @@ def on_disk(folder: pathlib.Path) -> int:
 
 @pytest.mark.parametrize("name", TINY)
 def test_what_is_trained(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
-    """Red: `case.trainable` left out of LoRA's side, or not `**` for the full one."""
+    """One side trains all parameters, the other the factors and the head.
+
+    Red: `case.trainable` left out of LoRA's side, or not `**` for the full one.
+    """
     full, lora = made[name].values()
     head = models.Head("mean", 2) if name == "minilm" else None
     assert lora_jax.count(full.state.trained) == lora_jax.count(
@@ -80,7 +83,10 @@ def test_what_is_trained(name: str, made: dict[str, dict[str, TrainingSide]]) ->
 
 @pytest.mark.parametrize("name", TINY)
 def test_memory(name: str, made: dict[str, dict[str, TrainingSide]]) -> None:
-    """Red: `donate_argnums=0` left out of `sides`: the state would be there twice."""
+    """The memory is that of the compiled step, part by part.
+
+    Red: `donate_argnums=0` left out of `sides`: the state would be there twice.
+    """
     found = {side: trained.memory(one) for side, one in made[name].items()}
     for side, one in made[name].items():
         numbers, memory = lora_jax.count(one.state.trained), found[side]
@@ -133,7 +139,10 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Red: `options.models` not read; `counts["lora"]` for `parameters`."""
+    """The command measures the named models and writes its file.
+
+    Red: `options.models` not read; `counts["lora"]` for `parameters`.
+    """
     monkeypatch.setattr(benefits, "CASES", TINY)
     sides = {name: functools.partial(fresh, one) for name, one in made["smollm2"].items()}
     monkeypatch.setattr(trained, "sides", {TINY["smollm2"]: sides}.__getitem__)
@@ -161,7 +170,7 @@ def test_the_command(
 def test_errors_of_the_command_line(
     given: list[str], said: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red: any check of `run` left out."""
+    """A wrong option is an error that names it. Red: any check of `run` left out."""
     out = [] if "--out" in given else ["--out", str(tmp_path / "x.json")]
     assert benefits.main([*out, *given]) == 1
     assert said in " ".join(capsys.readouterr().err.split())
@@ -176,7 +185,10 @@ def by_hand() -> Benefits:
 
 
 def test_the_tables_are_the_numbers(tmp_path: pathlib.Path) -> None:
-    """Red: full over LoRA in `_ratio`; a mean in place of the median."""
+    """The tables show ratios, LoRA to full, and medians.
+
+    Red: full over LoRA in `_ratio`; a mean in place of the median.
+    """
     measurement_file.write(tmp_path / "benefits.json", by_hand())
     assert measurement_file.read(tmp_path / "benefits.json", Benefits, "") == by_hand()
     (section,) = benefits.sections(tmp_path)
@@ -193,7 +205,10 @@ def test_the_tables_are_the_numbers(tmp_path: pathlib.Path) -> None:
 
 
 def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
-    """page.py names the missing parts. Red: `if found is None` deleted in `sections`."""
+    """Without a measurement there is no section; page.py names the missing parts.
+
+    Red: `if found is None` deleted in `sections`.
+    """
     assert benefits.sections(tmp_path) == ()
 
 
@@ -207,7 +222,10 @@ def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_a_damaged_file_is_named(change: Any, said: str, tmp_path: pathlib.Path) -> None:
-    """Red: `__post_init__` of Compared left out, or a check of `_as`."""
+    """A damaged file is an error that names it and its command.
+
+    Red: `__post_init__` of Compared left out, or a check of `_as`.
+    """
     file = tmp_path / "benefits.json"
     measurement_file.write(file, by_hand())
     found = json.loads(file.read_text())

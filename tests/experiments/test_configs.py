@@ -1,4 +1,4 @@
-"""The paper's experiments are what they say they are: settings, seeds and budgets."""
+"""The configs of the paper's experiments have the right settings, seeds and budgets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_jax.groups.config import Member
 from lora_jax.training import causal_lm, classification
 from measuring.published_models import SMOLLM2
 
-# all-MiniLM-L6-v2 by shape.
+# The shape of all-MiniLM-L6-v2.
 MINILM = models.BertConfig(
     vocab_size=30_522, hidden_size=384, num_layers=6, num_heads=12, mlp_size=1536,
     max_positions=512,
@@ -30,7 +30,7 @@ def members(config: Any) -> tuple[Member, ...]:
 
 @functools.cache
 def traced_once(apply: Any) -> Any:
-    """A jitted function is traced once for all layouts that are resolved on it."""
+    """Return `apply` jitted, so that it is traced once for all layouts."""
     return jax.jit(functools.partial(apply, train=False, key=None))
 
 
@@ -38,7 +38,7 @@ APPLY = classification.apply_of(models.BertClassifier(MINILM, 2, "mean"))
 
 
 def layout(member: Member) -> lora_jax.Layout:
-    """The member's targets on the shapes of the model."""
+    """Return the layout of the member's targets on the shapes of the model."""
     params = models.shapes(MINILM, models.Head("mean", 2))
     batch = {
         "input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32),
@@ -50,13 +50,16 @@ def layout(member: Member) -> lora_jax.Layout:
 
 @pytest.fixture(scope="module")
 def layouts() -> dict[str, lora_jax.Layout]:
-    """Return the members of seed 0 by name."""
+    """The layouts of the members of seed 0, by name."""
     every = (*members(matrices.config), *members(rank.config))
     return {m.name: layout(m) for m in every if m.config.seed == 0}
 
 
 def test_all_choices_of_matrices_have_one_budget(layouts: dict[str, lora_jax.Layout]) -> None:
-    """Red: rank 16 in the place of 20 for one matrix, or a pattern that misses a layer."""
+    """All choices of matrices train the same number of parameters.
+
+    Red: rank 16 in the place of 20 for one matrix, or a pattern that misses a layer.
+    """
     names = [m.name for m in members(matrices.config) if m.config.seed == 0]
     assert len(names) == 10
     assert {layouts[name].size for name in names} == {6 * 15_360}
@@ -64,7 +67,10 @@ def test_all_choices_of_matrices_have_one_budget(layouts: dict[str, lora_jax.Lay
 
 
 def test_ranks_differ_in_nothing_else(layouts: dict[str, lora_jax.Layout]) -> None:
-    """Red: an alpha that does not follow the rank."""
+    """Every rank has the same matrices and the scale that belongs to it.
+
+    Red: an alpha that does not follow the rank.
+    """
     found = [layouts[m.name] for m in members(rank.config) if m.config.seed == 0]
     counts = {(len(own.targets) // 6, own.targets[0].rank) for own in found}
     assert counts == {(n, r) for n in (1, 2, 4) for r in (1, 2, 4, 8, 64)}
@@ -72,14 +78,17 @@ def test_ranks_differ_in_nothing_else(layouts: dict[str, lora_jax.Layout]) -> No
 
 
 def test_every_setting_has_three_seeds() -> None:
-    """66 runs are Tables 5 and 6; nine more are the MLP, and nine rank 64 with another alpha."""
+    """66 runs are for Tables 5 and 6, nine for the MLP, and nine for rank 64 with another alpha."""
     assert len(members(matrices.config)) + len(members(rank.config)) == 66 + 9 + 9
     for config in (matrices.config, rank.config):
         assert {m.config.seed for m in members(config)} == {0, 1, 2}
 
 
 def test_a_decoder_has_one_budget_over_its_matrices() -> None:
-    """There are also three ranks. Red: rank 12 in place of 15 for v, as if it were as wide as q."""
+    """Four choices of a decoder's matrices have one budget, and three ranks come on top.
+
+    Red: rank 12 in place of 15 for v, as if v were as wide as q.
+    """
     apply = causal_lm.apply_of(models.DecoderModel(SMOLLM2))
     params, batch = models.shapes(SMOLLM2), causal_lm.batch_shapes(1, 8)
     found = [
@@ -94,7 +103,10 @@ def test_a_decoder_has_one_budget_over_its_matrices() -> None:
 
 
 def test_directions_are_compared_at_one_alpha() -> None:
-    """Red: no (64, 1), which leaves figure 4 without its pair."""
+    """Directions are compared at one alpha.
+
+    Red: no (64, 1), which leaves figure 4 without its pair.
+    """
     both = (directions.encoder, 16.0, {(8, 1)}), (directions.decoder, 32.0, set())
     for config, alpha, more in both:
         found = members(config)

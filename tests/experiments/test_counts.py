@@ -1,4 +1,4 @@
-"""The article's own numbers of trained parameters, from its formulae; in millions, as it has them.
+"""The formulae give the article's numbers of trained parameters, in millions as in the article.
 
 Red: any factor of a formula changed in experiments/paper/counts.py.
 """
@@ -41,7 +41,7 @@ def query_and_value(rank: int, width: int, layers: int) -> int:
         (query_and_value(8, **GPT3), "37.7"),
         # 256 special tokens before the text and 8 behind it; 256 in all would be 3.1.
         (counts.prefix_embedding(GPT3["width"], 256 + 8), "3.2"),
-        # Table 3, GPT-2 medium and large. These widths lead to the count.
+        # Table 3, GPT-2 medium and large, at the widths that lead to its counts.
         (lin(6, **MEDIUM), "0.37"),
         (lin(224, **MEDIUM), "11.09"),
         (lin(8, **LARGE), "0.88"),

@@ -1,4 +1,4 @@
-"""The forward pass in five ways: their programs, and the report on their times."""
+"""The forward pass of five methods: their programs, and the report on their times."""
 
 from __future__ import annotations
 
@@ -42,12 +42,18 @@ def programs(made: dict[str, forward.Variant]) -> dict[str, Any]:
 
 
 def test_the_model_has_the_size_of_gpt2_medium() -> None:
-    """Red: `num_token_types=0` left out of MEDIUM."""
+    """The model has the number of parameters of GPT-2 medium.
+
+    Red: `num_token_types=0` left out of MEDIUM.
+    """
     assert lora_jax.count(models.shapes(MEDIUM)) == 354_823_168
 
 
 def test_the_numbers_are_those_of_the_trees(made: dict[str, forward.Variant]) -> None:
-    """Red: `norms=layers` left out of LIN in `added`, or `2 *` of HOULSBY."""
+    """The numbers of added parameters are counted on the trees.
+
+    Red: `norms=layers` left out of LIN in `added`, or `2 *` of HOULSBY.
+    """
     found = forward.added(TINY, SIZES)
     lin, houlsby = baselines.lin(TINY, SIZES.lin), baselines.houlsby(TINY, SIZES.houlsby)
     _, factors = made[UNMERGED].weights
@@ -59,7 +65,10 @@ def test_the_numbers_are_those_of_the_trees(made: dict[str, forward.Variant]) ->
 
 
 def test_the_adapter_layers_are_as_large_as_the_papers() -> None:
-    """Red: another width in SMALL or LARGE, by one in four of SMALL."""
+    """The adapter layers are within a tenth of the paper's sizes.
+
+    Red: a width that is one larger in SMALL, or a fifth larger in LARGE.
+    """
     for sizes, shape in ((latency.SMALL, (32, 512)), (latency.LARGE, (1, 128))):
         found = forward.added(MEDIUM, sizes)
         paper = LATENCY_MILLIONS[shape]
@@ -68,7 +77,10 @@ def test_the_adapter_layers_are_as_large_as_the_papers() -> None:
 
 
 def test_merged_is_the_bases_own_program(programs: dict[str, Any]) -> None:
-    """Red: `base` of MERGED in `variants` wrapped in a function that adds 0 * weights to it."""
+    """Merged weights run in the base's own program.
+
+    Red: `base` of MERGED in `variants` wrapped in a function that adds 0 * weights to it.
+    """
     forward.check_merged(programs)
     assert forward.text(programs[MERGED]) == forward.text(programs[BASE])
     with pytest.raises(LoraError, match=r"base's own program: \d+ lines of HLO and \d+"):
@@ -76,14 +88,17 @@ def test_merged_is_the_bases_own_program(programs: dict[str, Any]) -> None:
 
 
 def test_a_program_is_more_than_where_it_comes_from(programs: dict[str, Any]) -> None:
-    """Red: `_METADATA` or `_TABLES` left out of `text`; or a `_TABLES` that eats instructions."""
+    """The text of a program does not depend on the place of its source.
+
+    Red: `_METADATA` or `_TABLES` left out of `text`; or a `_TABLES` that eats instructions.
+    """
 
     def one(x: Any) -> Any:
         return x * 2 + 1
 
     first, one = jax.jit(one), lambda x: x * 2 + 1
     one.__name__ = one.__qualname__ = "one"
-    apart = {"xla_llvm_disable_expensive_passes": True}  # or one is read from the cache for both
+    apart = {"xla_llvm_disable_expensive_passes": True}  # or the cache gives both one program
     lowered = [f.lower(np.ones(3, np.float32)) for f in (first, jax.jit(one))]
     found = [lowered[0].compile(), lowered[1].compile(apart)]
     assert found[0].as_text() != found[1].as_text()
@@ -98,7 +113,10 @@ def test_a_program_is_more_than_where_it_comes_from(programs: dict[str, Any]) ->
 def test_merged_does_what_unmerged_does(
     made: dict[str, forward.Variant], programs: dict[str, Any]
 ) -> None:
-    """Red: params in place of `merge(...)` in `variants`; adapters that begin at zero."""
+    """Merged and unmerged give the same outputs, and each method changes the base's.
+
+    Red: params in place of `merge(...)` in `variants`; adapters that begin at zero.
+    """
     ids = jax.random.randint(jax.random.key(3), (BATCH, LENGTH), 0, TINY.vocab_size, np.int32)
     found = {name: np.asarray(programs[name](one.weights, ids)) for name, one in made.items()}
     scale = np.abs(found[BASE]).max()
@@ -108,7 +126,8 @@ def test_merged_does_what_unmerged_does(
 
 
 def test_flops_are_more_by_those_of_what_is_added(programs: dict[str, Any]) -> None:
-    """Products to the last one, and XLA's count of everything within 15 per cent.
+    """The FLOPs of the products grow exactly by those that a method adds, and XLA's count of
+    everything by at most 15 per cent more.
 
     Red: a site fewer in `lin` or `houlsby`; query alone in QUERY_VALUE.
     """
@@ -139,7 +158,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Red: `options.layers` not read; a field of JSON that `read` does not know."""
+    """The command follows its options and writes a file that can be read.
+
+    Red: `options.layers` not read; a field of JSON that `read` does not know.
+    """
     out = tmp_path / "a" / "latency.json"
     given = ["--layers", "1", "--repeats", "3", "--shapes", "2x8"]
     assert latency.main(["--out", str(out), *given]) == 0
@@ -175,7 +197,10 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
 def test_errors_of_the_command_line(
     given: list[str], said: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red: any check of `run`, `_shape` or `prepared` left out."""
+    """A wrong option is an error that names it, and no file is written.
+
+    Red: any check of `run`, `_shape` or `prepared` left out.
+    """
     out = [] if "--out" in given else ["--out", str(tmp_path / "x.json")]
     assert latency.main([*out, *given]) == 1
     assert said in " ".join(capsys.readouterr().err.split())
@@ -183,7 +208,7 @@ def test_errors_of_the_command_line(
 
 
 def by_hand(shape: tuple[int, int] = (32, 512)) -> Latencies:
-    """Medians of 2 seconds, and 3 of Adapter^L."""
+    """Return measurements with medians of 2 seconds, and of 3 for Adapter^L."""
     runs = tuple(
         Timed(name, 10, 120, (1.0, 2.0, 6.0) if name != LIN else (3.0,), 1e9, 50)
         for name in METHODS
@@ -192,7 +217,10 @@ def by_hand(shape: tuple[int, int] = (32, 512)) -> Latencies:
 
 
 def test_the_table_has_the_papers_numbers_beside_ours() -> None:
-    """Red: a mean in place of the median; the paper's LoRA in the row of LoRA not merged."""
+    """The table shows the paper's numbers next to ours.
+
+    Red: a mean in place of the median; the paper's LoRA in the row of LoRA not merged.
+    """
     rows = {row[1]: row for row in table(by_hand()).rows}
     assert rows["Adapter^L"][4:] == ("3,000.0", "+50.0%", "+0.00%", "1,482.0 ± 1.0", "+2.2%")
     assert rows["LoRA, merged"][4:] == (
@@ -205,7 +233,10 @@ def test_the_table_has_the_papers_numbers_beside_ours() -> None:
 
 
 def test_what_is_written_is_what_is_read(tmp_path: pathlib.Path) -> None:
-    """Red: a field left out of `asdict`, or no tuple made of a list in `_as`."""
+    """A measurement is read as it was written.
+
+    Red: a field left out of `asdict`, or no tuple made of a list in `_as`.
+    """
     found = by_hand()
     measurement_file.write(tmp_path / "latency.json", found)
     assert measurement_file.read(tmp_path / "latency.json", Latencies, "") == found
@@ -218,7 +249,10 @@ def test_what_is_written_is_what_is_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
-    """page.py names the missing parts. Red: `if found is None` deleted in `sections`."""
+    """Without a measurement there is no section; page.py names the missing parts.
+
+    Red: `if found is None` deleted in `sections`.
+    """
     assert latency.sections(tmp_path / "none") == ()
 
 
@@ -237,7 +271,10 @@ def test_nothing_measured_is_no_section(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_a_damaged_file_is_named(change: Any, said: str, tmp_path: pathlib.Path) -> None:
-    """Red: any check of `_as` or of the dataclasses left out."""
+    """A damaged file is an error that names it and its command.
+
+    Red: any check of `_as` or of the dataclasses left out.
+    """
     file = tmp_path / "latency.json"
     measurement_file.write(file, by_hand())
     found = json.loads(file.read_text())
@@ -251,7 +288,10 @@ def test_a_damaged_file_is_named(change: Any, said: str, tmp_path: pathlib.Path)
 
 
 def test_half_a_file_is_named(tmp_path: pathlib.Path) -> None:
-    """Red: no `except ValueError` in `measurement_file.read`."""
+    """A file that is cut short is an error that names it.
+
+    Red: no `except ValueError` in `measurement_file.read`.
+    """
     file = tmp_path / "latency.json"
     file.write_text('{"machine": {')
     with pytest.raises(LoraError, match=r"latency\.json cannot be read: .*make it again"):

@@ -1,4 +1,4 @@
-"""The methods' groups are what they say, and their sections say what the runs came to."""
+"""The configs of the methods, and the sections of the report on their runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.experiments import runs
 
 WIDTH, MLP, LAYERS = 384, 1_536, 6  # of MiniLM
 BUDGET = counts.lora(8, [(WIDTH, WIDTH)] * 2 * LAYERS)
-# The numbers that the sizes are chosen for, and the allowed distance from the budget.
+# Methods whose sizes match LoRA's number of parameters, and the difference that each may have.
 MATCHED = {
     "prefix_layer": 0.0,
     "adapter_drop": 0.02,
@@ -34,14 +34,14 @@ MATCHED = {
 
 
 def sweep(module: Any, method: str) -> Any:
-    """The SweepConfig of that name."""
+    """Return the SweepConfig of that name."""
     found = getattr(module, method)
     assert isinstance(found, SweepConfig)
     return found
 
 
 def trained(method: str, **changes: int) -> int:
-    """By its formula, with the sizes of its config or others."""
+    """Return the number of trained parameters by formula, with the config's sizes or others."""
     chosen = sweep(config, method).base.method
     own = {**chosen.settings, **changes}
     size, tokens = own.get("size", 0), own.get("prefix", 0) + own.get("infix", 0)
@@ -64,7 +64,10 @@ def trained(method: str, **changes: int) -> int:
 
 
 def test_every_method_has_a_grid_of_nine() -> None:
-    """Red: a method that is left out, or has more learning rates than another."""
+    """Each method has three learning rates and three seeds.
+
+    Red: a method that is left out, or has more learning rates than another.
+    """
     assert {n for n, v in vars(config).items() if isinstance(v, SweepConfig)} == {
         "config",
         *methods.METHODS,
@@ -93,7 +96,10 @@ def test_methods_differ_in_nothing_but_method_and_rate() -> None:
 
 @pytest.mark.parametrize("method", MATCHED)
 def test_sizes_are_the_nearest_to_loras_numbers(method: str) -> None:
-    """Red: a size of one more or one less, or a formula without its norms."""
+    """No size is closer to LoRA's number.
+
+    Red: a size of one more or one less, or a formula without its norms.
+    """
     here = trained(method)
     assert abs(here - BUDGET) <= MATCHED[method] * BUDGET
     sizes = sweep(config, method).base.method.settings
@@ -104,12 +110,15 @@ def test_sizes_are_the_nearest_to_loras_numbers(method: str) -> None:
 
 def test_the_docstring_has_the_counts() -> None:
     lines = [" ".join(line.split()) for line in (config.__doc__ or "").splitlines()]
-    for method in set(methods.METHODS) - {"full"}:  # of which there is no formula
+    for method in set(methods.METHODS) - {"full"}:  # it has no formula
         assert any(f"{line} ".startswith(f"{method} {trained(method):,} ") for line in lines)
 
 
 def test_samples_are_the_same_methods_on_three_sizes() -> None:
-    """Red: another learning rate for one of the sizes, or another number of steps."""
+    """The runs on fewer samples are the same methods on three sizes.
+
+    Red: another learning rate for one of the sizes, or another number of steps.
+    """
     names = {n for n, v in vars(few).items() if isinstance(v, SweepConfig)}
     assert names == {"config", *samples.METHODS}
     assert few.config is few.lora
@@ -143,7 +152,7 @@ def test_commands_name_what_is_there(module: Any, tmp_path: pathlib.Path) -> Non
 
 
 def run(path: pathlib.Path, base: Any, point: dict[str, Any], scores: Any) -> None:
-    """A run of `base` with some values; without scores one that has not finished."""
+    """Write a run of `base` with some values changed; without scores the run has not finished."""
     changed = base
     for field, value in point.items():
         changed = config_fields.with_field(changed, field, value)
@@ -164,9 +173,9 @@ def group(folder: pathlib.Path, method: str, scores: Scores) -> None:
 
 
 LORA: Scores = {
-    1e-3: [(0.70, 0.99), (0.71, 0.99), (0.72, 0.99)],  # best on test, and not to be picked
+    1e-3: [(0.70, 0.99), (0.71, 0.99), (0.72, 0.99)],  # best on test, but not to be picked
     2e-3: [(0.75, 0.76), (0.77, 0.80), (0.79, 0.75)],
-    4e-3: [(0.80, 0.60), (0.70, 0.61), (0.71, 0.62)],  # the best single run, a lower mean
+    4e-3: [(0.80, 0.60), (0.70, 0.61), (0.71, 0.62)],  # the best single run, but a lower mean
 }
 BITFIT: Scores = {
     1e-3: [(0.60, 0.60)] * 3,
@@ -183,7 +192,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def tables(found: Sequence[Section]) -> list[dict[str, dict[str, str]]]:
-    """Row -> column -> cell of each table; the first cell of a row names it."""
+    """Return each table as row -> column -> cell; the first cell of a row names it."""
     return [
         {row[0]: dict(zip(block.columns, row, strict=True)) for row in block.rows}
         for section in found
@@ -197,7 +206,10 @@ def texts(found: Sequence[Section], kind: type[Paragraph | Note]) -> list[str]:
 
 
 def test_validation_picks_the_learning_rate(folder: pathlib.Path) -> None:
-    """Red: to pick by test, by the best run, or without the seeds' mean."""
+    """Validation picks the learning rate, by the mean over seeds.
+
+    Red: to pick by test, by the best run, or without the seeds' mean.
+    """
     first, *_ = tables(methods.sections(folder))
     assert first["lora"]["learning rate"] == "2e-3"
     assert first["lora"]["trained"] == "8,001"
@@ -234,7 +246,7 @@ def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
 
 
 def test_one_seed_has_no_error(folder: pathlib.Path) -> None:
-    """Red: a difference without an error counts as one within it."""
+    """A single seed gives no error. Red: a difference without an error counts as one within it."""
     group(folder, "head", {1e-3: [(0.6, 0.5)]})
     found = methods.sections(folder)
     _, second, _ = tables(found)
@@ -256,7 +268,10 @@ def test_what_is_missing_is_said_with_its_command(tmp_path: pathlib.Path) -> Non
 
 
 def test_unfinished_runs_are_not_counted(tmp_path: pathlib.Path) -> None:
-    """Red: one lucky seed decides the learning rate, or the edge is that of the finished runs."""
+    """Unfinished runs are not counted.
+
+    Red: one lucky seed decides the learning rate, or the edge is that of the finished runs.
+    """
     base = sweep(config, "lora").base
     group(tmp_path, "lora", {1e-3: LORA[1e-3], 2e-3: LORA[2e-3]})
     for seed, scores in enumerate([(0.99, 0.99), None, None]):
@@ -292,7 +307,9 @@ def test_samples_are_by_their_number(tmp_path: pathlib.Path) -> None:
 
 
 def test_names_of_points_do_not_meet() -> None:
-    """Six methods with the same number of parameters and the same accuracy are six names."""
+    """The names of points do not overlap, even for six methods with nearly the same number of
+    parameters and accuracy.
+    """
     near = [
         seed_scatter.NamedPoint(f"method_{i}", 70_000 + i, 75.0 + 0.01 * i, 1.0) for i in range(6)
     ]
@@ -303,7 +320,7 @@ def test_names_of_points_do_not_meet() -> None:
     ]
     figure = seed_scatter.draw(points, "along", "up")
     figure.canvas.draw()
-    # Without the lines that lead to the points.
+    # The letters alone, without the lines that lead to the points.
     boxes = [Letters.get_window_extent(text) for text in figure.axes[0].texts]
     assert len(boxes) == len(points)
     pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :]]

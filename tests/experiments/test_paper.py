@@ -28,7 +28,7 @@ COMMITTED = ROOT / "docs/paper"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Runs of three experiments with made-up scores."""
+    """The folder of runs of three experiments, with made-up scores."""
     path = tmp_path_factory.mktemp("paper")
     draw = np.random.default_rng(0)
     for name, config in (("matrices", matrices.config), ("rank", rank.config)):
@@ -59,7 +59,7 @@ def tables(path: pathlib.Path, *columns: str) -> list[list[list[str]]]:
 
 
 def test_seeds_are_one_line(folder: pathlib.Path, written: pathlib.Path) -> None:
-    """Means and deviations of a table, from the summaries themselves.
+    """Seeds are one line of a table, with the mean and deviation of their summaries.
 
     Red: `pstdev` for `stdev` in `spread` of settings.py; the seed left in the config.
     """
@@ -78,7 +78,10 @@ def test_seeds_are_one_line(folder: pathlib.Path, written: pathlib.Path) -> None
 
 
 def test_ranks_have_the_papers_beside_them(written: pathlib.Path) -> None:
-    """Red: `RANKS.get(matrices(setting), {}).get(1, ())` in ranks.py."""
+    """The paper's numbers are shown next to ours for each rank.
+
+    Red: `RANKS.get(matrices(setting), {}).get(1, ())` in ranks.py.
+    """
     found, losses = tables(written, "r", "paper: WikiSQL", "seeds")[-1], tables(
         written, "paper: GPT-2 M loss"
     )[0]  # fmt: skip
@@ -90,7 +93,10 @@ def test_ranks_have_the_papers_beside_them(written: pathlib.Path) -> None:
 
 
 def test_a_budget_of_a_decoder_is_a_table_of_its_own(written: pathlib.Path) -> None:
-    """Red: `alike = list(found)` in `_definitions` of questions.py."""
+    """The runs of a decoder at one budget have their own table.
+
+    Red: `alike = list(found)` in `_definitions` of questions.py.
+    """
     columns = ["matrices", "r", "trained", "validation", "test", "seeds"]
     (own,) = [t[1:] for t in saved_runs.page(written / "report.html").tables if t[0] == columns]
     assert [row[0] for row in own] == ["q", "v", "q+v", "q+k+v+o"]
@@ -98,7 +104,10 @@ def test_a_budget_of_a_decoder_is_a_table_of_its_own(written: pathlib.Path) -> N
 
 
 def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
-    """Red: no `/ len(x)` in `difference` of methods.py, or the two exchanged."""
+    """A difference has the standard error of two means.
+
+    Red: no `/ len(x)` in `difference` of methods.py, or the two exchanged.
+    """
     found = settings(there(folder / "rank"))
     one, two = found[0], found[1]
     first, second = (np.array(x.scores("test")) * 100 for x in (one, two))
@@ -108,14 +117,14 @@ def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
 
 
 def test_claims_have_the_papers_difference(written: pathlib.Path) -> None:
-    """Red: `one[0] - two[1]` in `_two`."""
+    """Each claim is shown with the paper's difference. Red: `one[0] - two[1]` in `_two`."""
     rows = {row[0]: row[1] for row in tables(written, "difference", "paper", "ours")[0]}
     assert rows["q+v over q, one budget"] == "+3.3 WikiSQL, +0.3 MNLI"
     assert rows["rank 1 over rank 8, on q+v"] == "-0.4 WikiSQL, -0.3 MNLI"
 
 
 def test_what_is_missing_is_a_note_with_its_command(written: pathlib.Path) -> None:
-    """Red: `notes=()` in page.py."""
+    """An experiment without runs is a note with its command. Red: `notes=()` in page.py."""
     text = (written / "report.md").read_text()
     for name in ("directions", "methods", "samples", "latency", "benefits"):
         assert f"python -m experiments.paper {name}" in text.replace("\\", ""), name
@@ -123,7 +132,10 @@ def test_what_is_missing_is_a_note_with_its_command(written: pathlib.Path) -> No
 
 
 def test_both_formats_hold_the_same(written: pathlib.Path) -> None:
-    """Red: `table.rows[1:]` in `markdown_table` of render.py."""
+    """HTML and Markdown have the same tables.
+
+    Red: `table.rows[1:]` in `markdown_table` of render.py.
+    """
     found = saved_runs.page(written / "report.html")
     assert found.tables == saved_runs.Markdown((written / "report.md").read_text()).tables
 
@@ -131,13 +143,16 @@ def test_both_formats_hold_the_same(written: pathlib.Path) -> None:
 def test_nothing_at_all_is_an_error(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red: no `if not found` in `_report`."""
+    """A folder without any run is an error. Red: no `if not found` in `_report`."""
     assert main(["--report-only", "--runs", str(tmp_path)]) == 1
     assert "holds no run of any experiment" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_name_is_an_error_with_the_nearest() -> None:
-    """Red: `continue` in the place of the `raise` in `chosen`."""
+    """An unknown name is an error with the nearest name.
+
+    Red: `continue` in the place of the `raise` in `chosen`.
+    """
     with pytest.raises(LoraError, match="nearest:\n  matrices"):
         questions.chosen(["matrixes"], BaseChoice())
     assert [one.name for one in questions.chosen(["rank"], BaseChoice())] == ["rank"]
@@ -146,7 +161,7 @@ def test_another_name_is_an_error_with_the_nearest() -> None:
 def test_outside_of_a_checkout_it_says_so(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red: no `_check(root)` in `run`."""
+    """The command is an error outside of a checkout. Red: no `_check(root)` in `run`."""
     monkeypatch.chdir(tmp_path)
     assert main(["matrices"]) == 1
     err = " ".join(capsys.readouterr().err.split())
@@ -155,7 +170,7 @@ def test_outside_of_a_checkout_it_says_so(
 
 
 def test_every_sweep_is_a_config_that_is_there() -> None:
-    """Red: `configs/{name}.py` in `_swept`."""
+    """The config of every sweep exists. Red: `configs/{name}.py` in `_swept`."""
     for experiment in questions.experiments(BaseChoice()):
         for task in experiment.tasks(pathlib.Path("runs/x")):
             if task.arguments[0] == "train.py":
@@ -163,7 +178,10 @@ def test_every_sweep_is_a_config_that_is_there() -> None:
 
 
 def test_two_models_have_titles_and_pictures_of_their_own() -> None:
-    """Red: `name=p.name` in `_of` of directions.py."""
+    """Two models have their own titles and names of pictures.
+
+    Red: `name=p.name` in `_of` of directions.py.
+    """
     section = Section(
         "Shared", (Figure("maps", (Panel("phi-ranks-1", "a map", None),)), Paragraph(""))
     )
@@ -174,7 +192,8 @@ def test_two_models_have_titles_and_pictures_of_their_own() -> None:
 
 
 def test_a_model_that_has_not_run_is_a_note(tmp_path: pathlib.Path) -> None:
-    """The runs have no adapters, and their sections are notes as well.
+    """A model without runs is a note; here the other's runs have no adapters, and are notes as
+    well.
 
     Red: no `sweeps.notes` in `sections` of directions.py.
     """
@@ -191,7 +210,7 @@ def test_a_model_that_has_not_run_is_a_note(tmp_path: pathlib.Path) -> None:
 
 @pytest.fixture
 def counting(tmp_path: pathlib.Path) -> Task:
-    """A command that fails at first and succeeds then, and counts how often it ran."""
+    """A command that fails the first time and then succeeds, and that counts its runs."""
     script = tmp_path / "count.py"
     script.write_text(
         "import pathlib, sys\n"
@@ -205,7 +224,10 @@ def counting(tmp_path: pathlib.Path) -> Task:
 def test_what_failed_runs_again_and_what_finished_does_not(
     counting: Task, tmp_path: pathlib.Path
 ) -> None:
-    """Red: `finished=True`, or the earlier seconds left out of the sum in `costs.run`."""
+    """A failed command runs again, and a finished one does not.
+
+    Red: `finished=True`, or the earlier seconds left out of the sum in `costs.run`.
+    """
     with pytest.raises(LoraError, match="ended with status 3"):
         costs.run(counting, tmp_path)
     first = costs.read(counting.folder)
@@ -222,7 +244,10 @@ def test_what_failed_runs_again_and_what_finished_does_not(
 def test_another_command_runs_and_starts_from_nothing(
     counting: Task, tmp_path: pathlib.Path
 ) -> None:
-    """Red: no comparison of the arguments in `costs.run`."""
+    """Another command runs, and its costs start from nothing.
+
+    Red: no comparison of the arguments in `costs.run`.
+    """
     (tmp_path / "times").write_text("x")
     costs.run(counting, tmp_path)
     other = dataclasses.replace(counting, arguments=(*counting.arguments, "more"))
@@ -233,7 +258,7 @@ def test_another_command_runs_and_starts_from_nothing(
 
 
 def test_a_damaged_cost_is_an_error(counting: Task, tmp_path: pathlib.Path) -> None:
-    """Red: no `except` in `costs.read`."""
+    """A damaged file of costs is an error with a cure. Red: no `except` in `costs.read`."""
     counting.folder.mkdir()
     (counting.folder / costs.FILE).write_text("{")
     with pytest.raises(LoraError, match="delete it"):
@@ -241,7 +266,10 @@ def test_a_damaged_cost_is_an_error(counting: Task, tmp_path: pathlib.Path) -> N
 
 
 def test_list_says_what_is_done(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Red: `done = len(found)` and a cost that is not finished."""
+    """`--list` shows what is done, and its cost.
+
+    Red: `done = len(found)` and a cost that is not finished.
+    """
     cost = costs.Cost(("train.py",), 120.0, 200.0, 1, "a machine", True, "2026-01-01")
     costs._write(folder / "rank", cost)
     assert main(["rank", "--list", "--runs", str(folder)]) == 0
@@ -258,7 +286,8 @@ def test_list_says_what_is_done(folder: pathlib.Path, capsys: pytest.CaptureFixt
 @pytest.mark.slow
 @browser.NEEDED
 def test_the_committed_page_is_drawn(width: int, tmp_path: pathlib.Path) -> None:
-    """docs/paper/report.html at a phone's and a screen's width: all figures, nothing loaded.
+    """docs/paper/report.html shows all its figures and loads nothing, at the width of a phone and
+    of a screen.
 
     Red: a figure of no size, or a table that is wider than the page.
     """
@@ -276,15 +305,18 @@ def test_the_committed_page_is_drawn(width: int, tmp_path: pathlib.Path) -> None
 @pytest.mark.slow
 @browser.NEEDED
 def test_the_committed_page_asks_for_nothing(tmp_path: pathlib.Path) -> None:
-    """Red: `<img src="https://...">` in the page."""
-    assert (COMMITTED / "report.html").is_file()  # a page of the browser's own asks for nothing
+    """The committed page makes no request. Red: `<img src="https://...">` in the page."""
+    assert (COMMITTED / "report.html").is_file()  # the browser's error page asks for nothing
     said, asked, _ = browser.opened(COMMITTED / "report.html", tmp_path)
     assert "CONSOLE" not in said
     assert asked == []
 
 
 def test_the_committed_formats_hold_the_same() -> None:
-    """Red: a table that is edited by hand in one of the two."""
+    """The committed HTML and Markdown have the same tables.
+
+    Red: a table that is edited by hand in one of the two.
+    """
     found = saved_runs.page(COMMITTED / "report.html")
     plain = saved_runs.Markdown((COMMITTED / "report.md").read_text())
     assert found.tables == plain.tables

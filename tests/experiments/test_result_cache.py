@@ -1,4 +1,4 @@
-"""A report keeps what it says of experiments whose runs are not here."""
+"""A report keeps its sections on experiments whose runs are no longer here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMITTED = pathlib.Path(__file__).resolve().parents[2] / "docs/paper"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Runs of two experiments with made-up scores, and their report."""
+    """The folder of runs of two experiments with made-up scores, and of their report."""
     path = tmp_path_factory.mktemp("paper")
     for number, (name, config) in enumerate((("matrices", matrices), ("rank", rank))):
         found = runs.members(config.config)
@@ -38,7 +38,8 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 def test_without_the_runs_the_report_is_the_same(
     folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every file of it, with the figures of the page; and it says what it has kept.
+    """Without the runs each file of the report is the same, figures included; the command says what
+    it has kept.
 
     Red: `panel.name` left out of the panel's id in report.html.j2, or `claims=()` in `_answer`.
     """
@@ -51,9 +52,9 @@ def test_without_the_runs_the_report_is_the_same(
 
 
 def test_runs_go_before_what_is_kept(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """New runs of one experiment: its section is new, the other's as it was.
+    """New runs of one experiment give a new section, and the other section stays as it was.
 
-    Red: `before[one.name]` wherever it is there, in `gather`.
+    Red: `gather` takes `before[one.name]` even if there are runs.
     """
     shutil.copytree(folder / "whole", tmp_path / "out")
     found = runs.members(matrices.config)
@@ -76,7 +77,10 @@ def test_runs_go_before_what_is_kept(folder: pathlib.Path, tmp_path: pathlib.Pat
 def test_what_cannot_be_read_is_an_error_and_stays(
     damage: str, folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red: `return {}` in the `except` of `read`: the next report would say nothing of it."""
+    """A cache that cannot be read is an error, and no file changes.
+
+    Red: `return {}` in the `except` of `read`: the next report would say nothing of it.
+    """
     shutil.copytree(folder / "whole", tmp_path / "out")
     (tmp_path / "out" / result_cache.FILE).write_text(damage)
     before = files(tmp_path / "out")
@@ -89,7 +93,10 @@ def test_what_cannot_be_read_is_an_error_and_stays(
 def test_a_figure_or_a_page_that_is_gone_is_an_error(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Red: no `KeyError` or no `OSError` in the `except` of `read`."""
+    """A figure or page that is missing is an error with a cure.
+
+    Red: no `KeyError` or no `OSError` in the `except` of `read`.
+    """
     shutil.copytree(folder / "whole", tmp_path / "out")
     page = tmp_path / "out/report.html"
     page.write_text(page.read_text().replace('id="ranks-ours"', 'id="ranks"'))
@@ -101,9 +108,10 @@ def test_a_figure_or_a_page_that_is_gone_is_an_error(
 
 
 def test_the_committed_page_is_what_is_kept_of_it(tmp_path: pathlib.Path) -> None:
-    """docs/paper is made again, to the byte, from its own report.json and the figures of its page.
+    """docs/paper is made again, byte for byte, from its own report.json and the figures of its
+    page.
 
-    Red: a page that is edited by hand, or a template that is changed and the page not.
+    Red: a page that is edited by hand, or a template that is changed without the page.
     """
     found = result_cache.read(COMMITTED)
     assert set(found) == set(questions.NAMES)

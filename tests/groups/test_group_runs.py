@@ -160,7 +160,7 @@ def test_a_finished_group_says_what_it_came_to_and_trains_nothing(whole: pathlib
 
 
 def test_paused_members_wait_and_new_ones_join(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A start takes in the members that are new in the config, and each is still what it is alone."""
+    """A start takes in members that are new in the config, and each is still what it is alone."""
     with stopped(12):
         together(tmp_path, A, dataclasses.replace(B, paused=True))
     assert not (tmp_path / "b").exists()
@@ -294,7 +294,7 @@ def test_free_slots_are_given_up_when_that_is_worth_a_compilation() -> None:
 def test_a_group_that_gives_up_slots_is_the_same(
     tmp_path: pathlib.Path, whole: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`c` ends at step 25 and its slot is dropped; a stop after that and a new start change no bit."""
+    """`c` ends at step 25 and loses its slot; a stop and a new start after that change no bit."""
     monkeypatch.setattr(loop, "WORTH", 1)
     together(tmp_path / "whole", A, B, C)
     with stopped(33):

@@ -201,7 +201,7 @@ def close(got: Any, wanted: Any, bound: float = 1e-5) -> None:
 
 @pytest.fixture(scope="module", params=[None, 3])
 def finished(request: pytest.FixtureRequest) -> Together:
-    """All members at once, and three and then the fourth."""
+    """A group with all members at once, and one with three at once and then the fourth."""
     group = Together(at_once=request.param)
     for i in range(STEPS):
         group.take([batch(m, i) if i < m.steps else None for m in group.members])

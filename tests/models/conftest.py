@@ -1,4 +1,4 @@
-"""Models that several tests need: loaded once."""
+"""Models that several tests need; each is loaded once."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def smollm2() -> models.Source:
 
 @pytest.fixture(scope="session")
 def llama_config() -> models.DecoderConfig:
-    """A decoder small enough to compile in no time."""
+    """A decoder small enough to compile quickly."""
     return models.DecoderConfig(
         vocab_size=19,
         hidden_size=16,
@@ -40,7 +40,7 @@ def llama_config() -> models.DecoderConfig:
 
 @pytest.fixture(scope="session")
 def bert_config() -> models.BertConfig:
-    """An encoder small enough to compile in no time."""
+    """An encoder small enough to compile quickly."""
     return models.BertConfig(
         vocab_size=19, hidden_size=16, num_layers=2, num_heads=4, mlp_size=20, max_positions=32
     )

@@ -1,4 +1,4 @@
-"""A decoder with a cache is the decoder without: prefill and steps give one whole pass."""
+"""A decoder that prefills a cache and takes steps gives what one pass without a cache gives."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def config(
 
 
 def random_params(config: models.DecoderConfig) -> Any:
-    """Weights in which every one matters."""
+    """Return random weights, each of which has an effect."""
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         seed = sum(map(ord, jax.tree_util.keystr(path)))
@@ -54,14 +54,14 @@ def random_params(config: models.DecoderConfig) -> Any:
 def go_on(
     config: Any, params: Any, ids: Any, mask: Any, cache: Any, slot: Any, last: Any = None
 ) -> Any:
-    """The logits, and the cache with the new tokens in it."""
+    """Return the logits, and the cache with the new tokens in it."""
     model = models.DecoderModel(config)
     logits, new = model.apply({"params": params}, ids, mask, cache=cache, last=last)
     return logits, caches.written(cache, new, slot)
 
 
 def read(config: Any, params: Any, ids: Any, mask: Any, capacity: int = CAPACITY) -> Any:
-    """Prompts on nothing, as they are read best: no slot exists yet that could be looked at."""
+    """Read prompts with an empty cache, which is fastest, as there is no slot to attend to."""
     nothing = caches.empty(config, len(ids), 0)
     apply = jax.jit(models.DecoderModel(config).apply)
     logits, new = apply({"params": params}, ids, mask, cache=nothing)
@@ -87,7 +87,9 @@ def padded(tokens: list[np.ndarray], length: int, side: str, fill: int) -> tuple
 def test_prefill_and_steps_are_one_whole_pass(
     llama_config: models.DecoderConfig, form: str, side: str
 ) -> None:
-    """And padding changes nothing: every row is compared with itself alone."""
+    """Prefill and steps equal one whole pass, and padding changes nothing: each row is compared
+    with itself alone.
+    """
     config = dataclasses.replace(llama_config, **FORMS[form])
     params, tokens = random_params(config), rows(config)
     length = max(LENGTHS) + 1
@@ -100,7 +102,7 @@ def test_prefill_and_steps_are_one_whole_pass(
         assert logits.shape == (len(tokens), 1, config.vocab_size)
         for row in range(len(tokens)):
             got[row].append(np.asarray(logits[row, 0]))
-    # Padded on the right, where causality alone keeps padding from being seen.
+    # This pass is padded on the right, where causality alone hides the padding.
     whole, real = padded(tokens, max(LENGTHS) + STEPS, "right", 0)
     want = jax.jit(models.DecoderModel(config).apply)({"params": params}, whole)
     for row in range(len(tokens)):
@@ -109,7 +111,7 @@ def test_prefill_and_steps_are_one_whole_pass(
 
 
 def test_a_prompt_in_pieces(config: models.DecoderConfig) -> None:
-    """Several tokens may follow at once, with padding between them."""
+    """A prompt may be read in pieces of several tokens, with padding between them."""
     params = random_params(config)
     ids, mask = padded(rows(config), max(LENGTHS) + STEPS, "left", 5)
     want, _ = read(config, params, ids, mask)
@@ -132,7 +134,7 @@ def test_a_cache_in_bfloat16(llama_config: models.DecoderConfig) -> None:
 
 
 def test_no_cache_no_trace_of_it(config: models.DecoderConfig) -> None:
-    """A model that trains has no slot, and writes none."""
+    """A model without a cache, as in training, has no slots and writes none."""
     shapes = models.shapes(config)
     ids = jnp.ones((2, 6), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda p: models.DecoderModel(config).apply({"params": p}, ids))(shapes)
@@ -146,11 +148,12 @@ def test_no_cache_no_trace_of_it(config: models.DecoderConfig) -> None:
 def test_a_step_writes_in_place(
     llama_config: models.DecoderConfig, form: str, mapped: bool
 ) -> None:
-    """A donated cache is the new one's memory, and none of its arrays is copied on the way.
+    """A step writes into the memory of its donated cache, and copies none of the cache's arrays.
 
-    Red if a model that is mapped over its rows writes (a scatter is made of that), or if XLA
-    cannot see that the cache is read before it is written. (Scanned layers that are mapped are left
-    out: there XLA's CPU backend copies what enters the loop, in another order of axes of size 1.)
+    Red if a model that is mapped over its rows writes to the cache (that becomes a scatter), or if
+    XLA cannot see that the cache is read before it is written. Scanned layers that are mapped are
+    left out: XLA's CPU backend copies the inputs of their loop, with axes of size 1 in another
+    order.
     """
     config = dataclasses.replace(llama_config, **FORMS[form])
     capacity, rows = 1001, 4
@@ -173,7 +176,8 @@ def test_a_step_writes_in_place(
     memory = compiled.memory_analysis()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= held
-    # The scores, and with scanned layers the layer in hand; but never all of the cache.
+    # Temporary memory holds the scores, and with scanned layers one layer, but never the whole
+    # cache.
     assert memory.temp_size_in_bytes < (0.8 if config.scan_layers else 0.4) * held
     sizes = {leaf.size for leaf in jax.tree.leaves((cache.keys, cache.values))}
     instructions = hlo.parse(compiled.as_text()).instructions

@@ -1,4 +1,4 @@
-"""The loss in chunks is the loss at once, and the logits of all tokens are nowhere in it."""
+"""The loss in chunks equals the loss at once, and no array holds the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ def parts(
 def test_it_is_the_loss_at_once(
     tied: bool, scan: bool, targets: tuple[str, ...], chunk: int
 ) -> None:
-    """Gradients too, and where the head itself is adapted. Red if the padding counts."""
+    """Loss and gradients equal those at once, also if the head is adapted.
+
+    Red if the padding counts.
+    """
     _, adapters, params, whole = parts(tied, scan, None, targets)
     _, _, _, in_chunks = parts(tied, scan, chunk, targets)
     wanted, found = (jax.jit(jax.value_and_grad(f))(adapters, params) for f in (whole, in_chunks))
@@ -81,7 +84,7 @@ def test_it_is_the_loss_at_once(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_all_linear_leaves_out_the_head_all_the_same(tied: bool) -> None:
-    """A chunk is a way to compute, smoothing is of the loss: neither changes what is adapted."""
+    """Neither chunks nor smoothing change the set of parameters that are adapted."""
     whole, *others = (
         parts(tied, False, chunk, ("all-linear",), smoothing)[0]
         for chunk, smoothing in ((None, 0.0), (4, 0.0), (None, 0.1), (4, 0.1))
@@ -105,7 +108,10 @@ def shapes(text: str) -> list[str]:
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_label_smoothing_is_optax(chunk: int | None) -> None:
-    """Its gradient too, and in training alone. Red if evaluation is smoothed."""
+    """The loss and its gradient are those of optax, and only in training.
+
+    Red if evaluation is smoothed.
+    """
     model = models.DecoderModel(CONFIG)
     params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
     plain, smoothed = apply_of(model), apply_of(model, chunk, smoothing=0.1)
@@ -133,7 +139,7 @@ def test_label_smoothing_is_optax(chunk: int | None) -> None:
 @pytest.mark.parametrize(("scan", "remat"), [(False, "none"), (True, "full")])
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_dropout_and_adapters(chunk: int | None, scan: bool, remat: str) -> None:
-    """With one key, adapted is merged: in outputs, and in the gradients of the adapters."""
+    """With one key, adapted equals merged: in outputs, and in the gradients of the adapters."""
     config = dataclasses.replace(
         CONFIG, dropout=0.3, attention_dropout=0.3, scan_layers=scan, remat=remat, num_layers=2
     )

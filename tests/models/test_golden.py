@@ -1,4 +1,4 @@
-"""Outputs against other frameworks: the real models, and a tiny one of every variant."""
+"""Outputs equal those of other frameworks: the real models, and a tiny one of every variant."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def test_smollm2_logits(data: Path, smollm2: models.Source, scan: bool) -> None:
     ids = jnp.asarray(golden["ids"], jnp.int32)[None]
     assert smollm2.tokenizer().decode(list(golden["ids"])) == "The capital of France is"
     logits = jax.jit(models.DecoderModel(config).apply)({"params": params}, ids)[0]
-    # Logits, never the top token alone: a wrong order of q's rows leaves that as it is.
+    # All logits are compared, as a wrong order of q's rows may leave the top token as it is.
     np.testing.assert_allclose(logits[-1], golden["logits_last"], atol=1e-3)
     np.testing.assert_allclose(logits[:, :5], golden["logits_first5"], atol=1e-3)
 
@@ -81,7 +81,8 @@ def test_encoder_as_transformers(data: Path, name: str, scan: bool) -> None:
     hidden = jax.jit(models.Bert(config).apply)({"params": source.load(config)}, ids, mask, types)
     np.testing.assert_allclose(hidden[mask], golden["hidden"][mask], atol=1e-5)
 
-    # On the first token even where RoBERTa's rows are padded on the left, as transformers does.
+    # The head reads the first token even if RoBERTa's rows are padded on the left, as transformers
+    # does.
     params = source.load(config, head=models.Head("roberta_head", num_classes=3))
     model = models.BertClassifier(config, num_classes=3, pooling="roberta_head")
     logits = jax.jit(model.apply)({"params": params}, ids, mask)
@@ -108,7 +109,10 @@ def test_vit_as_transformers(data: Path, name: str, scan: bool) -> None:
 
 
 def test_a_configuration_tells_its_names(data: Path) -> None:
-    """Red if two families with other names have the same options."""
+    """A configuration determines its table of names.
+
+    Red if two families with other names have the same options.
+    """
     folders = [path.parent for path in (data / "golden_models").glob("*/config.json")]
     assert len(folders) > 20
     for folder in folders:

@@ -32,7 +32,7 @@ def _model(config: Config) -> models.Bert | models.DecoderModel:
 
 
 def _params(config: Config, head: models.Head | None = None) -> Any:
-    """Random parameters in which every one matters, norms and biases too."""
+    """Return random parameters, each of which has an effect, norms and biases too."""
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         seed = sum(map(ord, jax.tree_util.keystr(path)))
@@ -43,12 +43,12 @@ def _params(config: Config, head: models.Head | None = None) -> Any:
 
 
 def _apply(config: Config) -> Apply:
-    """The compiled model with random parameters."""
+    """Return the compiled model with random parameters."""
     return functools.partial(jax.jit(_model(config).apply), {"params": _params(config)})
 
 
 def _stacked(params: Any, layers: int, prefix: str) -> Any:
-    """The tree of an unrolled model as that of a scanned one."""
+    """Return the tree of an unrolled model in the form of a scanned model."""
     each = [params[f"{prefix}_{index}"] for index in range(layers)]
     rest = {name: value for name, value in params.items() if not name.startswith(f"{prefix}_")}
     return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)}
@@ -79,7 +79,7 @@ def test_remat_changes_no_gradient(config: Config, ids: jax.Array, remat: str, s
         return lambda params: (_model(config).apply({"params": params}, ids) ** 2).mean()
 
     again = loss(dataclasses.replace(config, remat=remat))
-    assert "remat" in str(jax.make_jaxpr(again)(params))  # or it would compare a thing with itself
+    assert "remat" in str(jax.make_jaxpr(again)(params))  # or two equal programs would be compared
     assert "remat" not in str(jax.make_jaxpr(loss(config))(params))
 
     want, got = (jax.jit(jax.grad(f))(params) for f in (loss(config), again))
@@ -95,9 +95,9 @@ def test_padding_does_not_leak(config: Config, ids: jax.Array) -> None:
     one = apply(ids, mask)
     other = apply(jnp.where(mask, ids, (ids + 7) % config.vocab_size), mask)
     np.testing.assert_array_equal(one[mask], other[mask])
-    # And the real tokens come out as if the row had ended there.
+    # The real tokens come out as if the row ended with them.
     np.testing.assert_allclose(one[1, :5], apply(ids[1:, :5])[0], atol=1e-5)
-    # Padding changes nothing only because of the mask, in the model that looks ahead.
+    # In an encoder, which looks ahead, padding changes nothing only because of the mask.
     if isinstance(config, models.BertConfig):
         assert np.abs(apply(ids)[1, :5] - one[1, :5]).max() > 1e-2
 
@@ -113,7 +113,7 @@ def test_modernbert_packed_and_scanned(bert_config: models.BertConfig, ids: jax.
     config = dataclasses.replace(bert_config, **MODERNBERT)
     test_packed_segments_are_separate_rows(config, ids, given=False)
     params, scan = _params(config), dataclasses.replace(config, scan_layers=True)
-    # A stack has a norm for every layer; the first one's is not used.
+    # A stack has a norm for every layer; that of the first layer is not used.
     layer = params["encoder"]["layer_0"]
     unused = {"attention_norm": jax.tree.map(jnp.zeros_like, layer["mlp_norm"])}
     whole = {**params, "encoder": {**params["encoder"], "layer_0": {**layer, **unused}}}
@@ -130,7 +130,7 @@ def test_relative_positions_packed(bert_config: models.BertConfig, ids: jax.Arra
 
 
 def test_experts_are_those_of_the_router(llama_config: models.DecoderConfig) -> None:
-    """A mixture of one expert is that expert; of equal ones with weights that sum to 1, too."""
+    """A mixture of equal experts, with weights that sum to 1, equals one of them."""
     options = {**FAMILIES["mixture"], "renormalised": True}
     config = dataclasses.replace(llama_config, **options)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 16)), jnp.float32)
@@ -154,12 +154,12 @@ def test_packed_segments_are_separate_rows(config: Config, ids: jax.Array, given
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_causality(llama_config: models.DecoderConfig, window: int | None) -> None:
-    """An output's gradient is zero at every later token, and at those before the window."""
+    """An output's gradient is zero at every later token, and at every token before the window."""
     config = dataclasses.replace(
         llama_config, tied=False, num_layers=1, vocab_size=8, sliding_window=window
     )
     params = _params(config)
-    tokens = jnp.arange(8)[None]  # every position has a row of the embedding to itself
+    tokens = jnp.arange(8)[None]  # each position has its own row of the embedding
 
     def outputs(embedding: jax.Array) -> jax.Array:
         tree = {**params, "embed": {"embedding": embedding}}
@@ -202,7 +202,7 @@ def test_dropout_only_where_asked(config: Config, ids: jax.Array, only: str) -> 
 
 
 def test_no_dropout_costs_nothing(config: Config, ids: jax.Array) -> None:
-    """The program is that of evaluation, down to the last equation."""
+    """Without dropout the program of training is that of evaluation, down to the last equation."""
     model, params = _model(config), models.shapes(config)
 
     def program(deterministic: bool) -> str:

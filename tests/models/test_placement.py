@@ -1,4 +1,4 @@
-"""The tables of the built-in models, from shapes alone."""
+"""The placement tables of the built-in models, tested on shapes alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ CASES: dict[str, tuple[Any, models.Head | None]] = {
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_every_parameter_is_covered_divided_and_shared(name: str, scan_layers: bool) -> None:
-    """Red if a rule of the table is missing, double, or replicates a kernel or an embedding."""
+    """Each parameter has one rule, which divides it.
+
+    Red if a rule of the table is missing, double, or replicates a kernel or an embedding.
+    """
     config, head = CASES[name]
     config = dataclasses.replace(config, num_layers=2, scan_layers=scan_layers)
     params = models.shapes(config, head)

@@ -39,7 +39,9 @@ def compiled(f: Any, on: jax.sharding.Mesh, *arrays: tuple[tuple[int, ...], P]) 
 
 
 def test_collectives_of_a_product_with_a_known_placement() -> None:
-    """Cut along what is summed: one sum of [32, 16] over the four devices of `tensor`."""
+    """A product that is cut along the summed axis needs one sum of [32, 16] over the four devices
+    of `tensor`.
+    """
     on = grid(1, 2, 4)
     module = compiled(jnp.dot, on, ((32, 64), P(None, "tensor")), ((64, 16), P("tensor")))
     (found,) = collectives.collectives(module)

@@ -1,4 +1,4 @@
-"""The plan: what it says of a step is what the shardings, the shapes and the compiler say of it."""
+"""The numbers of a plan are those of the shardings, the shapes and the compiler."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ SIZES = tuple(f"--{name}={size}" for name, size in SMALL.items())
 
 @functools.cache
 def gpt() -> plan.Plan:
-    """The small model on data 2 x fsdp 2 x tensor 2. Its loader raises: no weight is read."""
+    """Return the small model's plan on data 2 x fsdp 2 x tensor 2.
+
+    Its loader raises, so that no weight is read.
+    """
     return planned(GPT, *SIZES, "--mesh.fsdp=2", "--mesh.tensor=2", "--plan-devices=8")
 
 
@@ -69,7 +72,7 @@ def measured() -> measure.StepCosts:
 
 
 def test_bytes_of_weights_adapters_and_optimizer_are_the_hand_count() -> None:
-    """On data 2 x fsdp 2 x tensor 2, bfloat16 weights, float32 adapters, r = 4."""
+    """The mesh is data 2 x fsdp 2 x tensor 2; weights are bfloat16, adapters float32; r = 4."""
     found = measured()
     d, f, v, t = WIDTH, 4 * WIDTH, VOCABULARY, LENGTH
     kernels = 4 * d * d + 2 * d * f  # of a layer
@@ -88,7 +91,7 @@ def test_bytes_of_weights_adapters_and_optimizer_are_the_hand_count() -> None:
 
 
 def test_activations_are_what_a_rematerialised_layer_keeps() -> None:
-    """Its input, in bfloat16, of the rows of one device; more for the head and the embedding."""
+    """A layer keeps its bfloat16 input for the rows of one device; head and embedding keep more."""
     layers = LAYERS * (ROWS // 4) * LENGTH * WIDTH * 2
     head = (ROWS // 4) * LENGTH * (VOCABULARY // 2) * 4
     assert layers <= measured().bytes.activations <= layers + 3 * head
@@ -99,7 +102,7 @@ def test_full_fine_tuning_has_the_moments_of_every_weight_and_a_third_more_flops
     assert full.bytes.weights == lora.bytes.weights
     assert full.bytes.optimizer == pytest.approx(2 * full.bytes.weights, rel=1e-3)
     assert full.checkpoint_trained == full.checkpoint_full == lora.checkpoint_full
-    # Forward, again, and one of two backward products: 3 of 4.
+    # LoRA has the forward pass twice and one of two backward products: 3 of 4.
     assert (lora.flops - lora.flops_adapters) / full.flops == pytest.approx(0.75, abs=0.03)
     assert not any(t.of == "adapters" for t in full.traffic)
 
@@ -187,7 +190,7 @@ def test_the_json_holds_all_of_the_plan(tmp_path: pathlib.Path) -> None:
 def test_no_weight_of_a_built_in_model_is_read(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is its data tokenised: the shape of a batch is in the config."""
+    """Its data is not tokenised either: the config gives the shape of a batch."""
     folder = tiny.write_model(tmp_path / "llama", tiny.LLAMA)
     source = tiny.write_examples(tmp_path / "data", ("text",), str)
     config = tmp_path / "config.py"
@@ -212,7 +215,7 @@ def test_no_weight_of_a_built_in_model_is_read(
 
 
 def test_it_does_not_fit_what_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One byte less than the total, and it no longer fits."""
+    """A run fits a device with exactly its total of bytes, and does not with one byte less."""
     found = gpt()
     total = int(found.runs["lora"].bytes.total)
     for memory, fits in ((total, True), (total - 1, False)):
@@ -236,7 +239,7 @@ def test_the_roofline_names_the_longest_of_three() -> None:
 def test_more_devices_than_can_be_simulated_are_extrapolated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Compared with the result of compiling for all eight."""
+    """The extrapolation is close to the result of compiling for all eight devices."""
     real = planned(OWN, "--plan-devices", "8")
     monkeypatch.setattr(simulated_devices, "LIMIT", 4)
     found = planned(OWN, "--plan-devices", "8")
@@ -317,7 +320,8 @@ def test_gpt3_175b(tmp_path: pathlib.Path) -> None:
     assert state["lora"] == pytest.approx(350e9, rel=0.01)
     assert state["full"] == pytest.approx(3 * 350e9, rel=0.01)
     assert lora["fits"]
-    # 82.5 or 86.6 GB of 85.5 GB: XLA's temporaries depend on the CPU that the plan is made on.
+    # Full fine-tuning takes 82.5 or 86.6 GB of 85.5 GB: XLA's temporaries depend on the CPU that
+    # the plan is made on.
     assert full["bytes"]["total"] > 1.5 * lora["bytes"]["total"]
     assert lora["flops"] < 0.74 * full["flops"]
     # No device ever holds a whole stack of weights: the smallest of them has 29 GB.

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 CONFIG = str(ROOT / "configs/llama3_70b.py")
 L, D, MLP, KV, V, ROWS, LENGTH, RANK = 2, 512, 1024, 256, 256, 8, 16, 16
 LAYER = {(D, D): 2, (D, KV): 2, (D, MLP): 2, (MLP, D): 1}  # (in, out) -> how many
-NUMBERS = L * sum(i * o * n for (i, o), n in LAYER.items())  # that are quantised
+NUMBERS = L * sum(i * o * n for (i, o), n in LAYER.items())  # the quantised ones
 OUTPUTS = L * sum(o * n for (_, o), n in LAYER.items())
 FLOATS = 2 * (2 * V * D + (2 * L + 1) * D)  # embedding, head and norms in bfloat16
 SIZES = {"data": 1, "fsdp": 2, "tensor": 2}
@@ -47,7 +47,10 @@ BITS = {"nf4": 4, "int4": 4, "int8": 8, "fp8": 8}
 
 @pytest.mark.parametrize("scheme", ["nf4", "int4", "fp8"])
 def test_codes_and_scales_of_each_scheme(scheme: str) -> None:
-    """A fourth on each of four devices. Red: an int4 counted as a byte; scales forgotten."""
+    """Each of four devices holds a fourth of the codes, and scales for its part.
+
+    Red: an int4 counted as a byte; scales forgotten.
+    """
     parts = by_part(costs(scheme).weights)
     assert parts["codes"] == NUMBERS * BITS[scheme] // 8 // 4
     blocks = NUMBERS // 64 // 4 if BITS[scheme] == 4 else OUTPUTS // 2  # one for each output
@@ -57,7 +60,10 @@ def test_codes_and_scales_of_each_scheme(scheme: str) -> None:
 
 
 def test_scales_in_8_bits() -> None:
-    """A byte for each block; own scales, a mean and a table for each layer on every device."""
+    """Scales in 8 bits are a byte for each block.
+
+    Their own scales, a mean and a table for each layer are on every device.
+    """
     parts, products = by_part(costs("nf4", True).weights), sum(LAYER.values())
     own = NUMBERS // 64 // 256 * 4 + L * products * 4 * (1 + 256)
     assert parts["scales"] == NUMBERS // 64 // 4 + own
@@ -65,7 +71,10 @@ def test_scales_in_8_bits() -> None:
 
 
 def test_what_stays_in_floats() -> None:
-    """Embedding and head over four devices, norms whole. Red: the head is quantised."""
+    """Embedding and head are divided over four devices, and norms are whole.
+
+    Red: the head is quantised.
+    """
     norms = 2 * (2 * L + 1) * D
     assert by_part(costs("nf4").weights)["floats"] == (FLOATS - norms) // 4 + norms
     weights = {w.path: w for w in costs("nf4").weights}
@@ -75,17 +84,26 @@ def test_what_stays_in_floats() -> None:
 
 
 def test_the_products_are_those_of_the_floats() -> None:
-    """Codes are looked up and not multiplied. Red: scales in a product of their own."""
+    """Codes are looked up and not multiplied, so the FLOPs are those of floats.
+
+    Red: scales in a product of their own.
+    """
     assert costs("nf4").flops == pytest.approx(costs("none").flops, rel=1e-3)
 
 
 def test_no_float_copy_of_the_stack_is_planned() -> None:
-    """One layer's floats may exist for a while, but not all layers'. Red: a dense residual."""
+    """The floats of one layer may exist for a while, but not those of all layers.
+
+    Red: a dense residual.
+    """
     assert costs("nf4").bytes.activations == pytest.approx(costs("none").bytes.activations, rel=0.1)
 
 
 def test_a_magnitude_for_each_output_and_the_product_of_its_norm() -> None:
-    """DoRA. Red: the scope taken off `output_gain`; the magnitude not among the adapters."""
+    """DoRA adds a magnitude for each output, and the product of its norm.
+
+    Red: the scope taken off `output_gain`; the magnitude not among the adapters.
+    """
     lora, dora = costs("nf4"), costs("nf4", kind="dora")
     assert dora.adapter_parameters - lora.adapter_parameters == OUTPUTS
     assert dora.bytes.adapters - lora.bytes.adapters == 4 * OUTPUTS // 2  # `tensor` divides them
@@ -106,7 +124,7 @@ def test_the_plan_says_what_the_weights_are(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(("devices", "weights"), [(1, 39.52e9), (8, 4.96e9)])
 def test_llama_3_70b(devices: int, weights: float, capsys: Any) -> None:
-    """The figures of docs/plan.md."""
+    """The plan has the figures of docs/plan.md."""
     config = dataclasses.replace(llama3_70b.config, accumulate=8 // devices)
     sizes, device = {"data": 1, "fsdp": devices, "tensor": 1}, DEVICES["h100-80gb"]
     there = simulated_devices.devices(devices)
@@ -117,7 +135,7 @@ def test_llama_3_70b(devices: int, weights: float, capsys: Any) -> None:
 
 
 def test_65b_fits_one_device_of_48_gb() -> None:
-    """QLoRA's claim (arXiv 2305.14314): LLaMA 65B, here with 2,048 tokens at a time."""
+    """LLaMA 65B, here with 2,048 tokens at a time, fits as QLoRA claims (arXiv 2305.14314)."""
     changes = {"mlp": 22_016, "kv_heads": 64, "vocabulary": 32_000}
     config = dataclasses.replace(llama3_70b.config, **changes)
     sizes, device = {"data": 1, "fsdp": 1, "tensor": 1}, DEVICES["l40s-48gb"]

@@ -1,4 +1,4 @@
-"""A page in a browser, where one is installed."""
+"""Pages in a browser, if one is installed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--no-first-run", "--hide-scrollbars"),
-    "--host-resolver-rules=MAP * ~NOTFOUND",  # what the browser asks on its own account, too
+    "--host-resolver-rules=MAP * ~NOTFOUND",  # also requests of the browser's own
     *("--enable-logging=stderr", "--virtual-time-budget=2000", "--disable-dev-shm-usage"),
 )
 NEEDED = pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH")
 
-# A window cannot be as narrow as a phone, a frame can. The copy of the page in it may run scripts.
+# A frame can be as narrow as a phone, a window cannot. The page's copy in it may run scripts.
 FRAME = """<!doctype html><title>frame</title>
 <body style="margin: 0"><iframe id="frame" style="border: 0; width: {width}px; height: 900px"
 srcdoc="{page}"></iframe><pre id="found"></pre>

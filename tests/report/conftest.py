@@ -17,7 +17,7 @@ from tests.serving.classifiers import ATTENTION
 
 
 class Written(NamedTuple):
-    """Run directories; the report of each is in its own folder `report`."""
+    """The run directories; each has its report in its folder `report`."""
 
     solo: pathlib.Path
     sweep: pathlib.Path
@@ -44,6 +44,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are empty: drawing them takes nearly all of a report's time."""
+    """Make figures empty: to draw them takes nearly all of a report's time."""
     monkeypatch.setattr(svg, "svg", lambda drawing: '<svg width="1pt"></svg>')
     monkeypatch.setattr(svg, "png", lambda drawing: b"")

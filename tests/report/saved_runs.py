@@ -1,4 +1,4 @@
-"""The files of finished runs, made by training only once."""
+"""The files of several finished runs, for the price of one training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lora_jax.training.text import TextConfig
 from tests.serving import classifiers
 from tests.training import tiny
 
-HOSTILE = "<b>&_x_|`$"  # as a member's name: HTML, Markdown, and the beginning of a formula
+HOSTILE = "<b>&_x_|`$"  # a member's name with HTML, Markdown, and the start of a formula
 
 
 def trained(folder: pathlib.Path) -> tuple[pathlib.Path, TextConfig]:
-    """A run of two steps on a tiny encoder with its layers in a stack, as train.py leaves it.
+    """Train a tiny encoder with stacked layers for two steps, and leave the run as train.py does.
 
-    With it comes the same config with a parameter for each layer.
+    Return its folder, and the same config with separate parameters for each layer.
     """
     weights = tiny.write_model(folder / "model", tiny.ROBERTA)
     config = classifiers.config_of(weights, classifiers.examples(folder / "data", int))
@@ -33,13 +33,13 @@ def trained(folder: pathlib.Path) -> tuple[pathlib.Path, TextConfig]:
 
 
 def member(path: pathlib.Path, like: pathlib.Path, config: TextConfig, score: float) -> None:
-    """A finished run of `config` with the record of `like`, and random factors of its own."""
+    """Write a finished run of `config` with the record of `like`, and random factors of its own."""
     classifiers.export_in(path, config)
     record(path, like, to_dict(config), score)
 
 
 def record(path: pathlib.Path, like: pathlib.Path, config: Any, score: float) -> None:
-    """The same without an adapter."""
+    """Write such a run without an adapter."""
     path.mkdir(parents=True, exist_ok=True)
     shutil.copy(like / "metrics.jsonl", path)
     (path / "config.json").write_text(json.dumps(config))
@@ -100,7 +100,7 @@ class Page(html.parser.HTMLParser):
 
 
 class Markdown:
-    """The same of Markdown."""
+    """The contents of a Markdown text: tables, images and facts."""
 
     def __init__(self, text: str) -> None:
         blocks = [block for block in text.split("\n\n") if block.strip()]

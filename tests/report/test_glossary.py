@@ -1,4 +1,4 @@
-"""The words of a report are explained in it, and link elsewhere only where that is known."""
+"""A report explains its words, and links to a site only if the site's address is given."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def explained(report: Report) -> dict[str, str | None]:
 
 
 def test_each_word_is_explained_in_the_page_and_linked_to_there() -> None:
-    """Red: a link to an explanation that is not on the page, or a word within a word."""
+    """Each word of a report is explained on the page, and linked to its explanation.
+
+    Red: a link to an explanation that is not on the page, or a word within a word.
+    """
     made = glossary.with_glossary(REPORT, None)
     page = render.html(made, {})
     words = {"rank", "adapter", "effective rank", "energy", "ΔW", "singular values"}
@@ -56,7 +59,10 @@ def test_a_report_without_such_words_has_no_glossary() -> None:
 
 
 def test_links_to_the_site_are_those_that_are_asked_for(tmp_path: pathlib.Path) -> None:
-    """Red: an address that is made up, or a folder without the page that is linked to."""
+    """The page links to a site only if that is asked for.
+
+    Red: an address is made up, or a folder is accepted without the page that is linked to.
+    """
     made = glossary.with_glossary(REPORT, "https://example.org/docs/")
     assert explained(made)["rank"] == "https://example.org/docs/glossary.html#term-rank"
     assert '<a href="https://example.org/docs/glossary.html#term-rank">More on rank</a>' in (
@@ -76,7 +82,7 @@ def test_links_to_the_site_are_those_that_are_asked_for(tmp_path: pathlib.Path) 
 
 
 def test_words_have_anchors_of_their_own() -> None:
-    """The site's glossary has them from the same list (docs/conf.py)."""
+    """Each word has its own anchor; the site's glossary has the same list (docs/conf.py)."""
     assert len({term.anchor for term in glossary.known()}) == len(glossary.known())
 
 

@@ -151,9 +151,7 @@ def test_mixed_is_each_alone(
     """
     for name in trained.configs:
         own = [row for row in mixed(trained) if row["adapter"] == name]
-        bare = [
-            {"text": row["text"], "n": row["n"]} for row in own
-        ]  # a single adapter needs no name
+        bare = [{"text": row["text"], "n": row["n"]} for row in own]  # one adapter needs no name
         moved = shutil.copytree(trained.folder / name / "adapters/best", tmp_path / name)
         alone = predicted(tmp_path, bare, "--adapter", str(moved))
         for one, other in zip(alone, [a for a in answers if a["adapter"] == name], strict=True):

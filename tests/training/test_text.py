@@ -57,7 +57,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_pairs_are_told_apart_by_their_token_types() -> None:
-    """Red if the workload drops what the tokenizer says of the second text of a pair."""
+    """The outputs depend on the token types.
+
+    Red if the workload drops what the tokenizer says of the second text of a pair.
+    """
     config = models.BertConfig(
         vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, mlp_size=8, max_positions=8
     )
@@ -93,7 +96,7 @@ def test_glue_is_set_as_in_the_paper(name: str) -> None:
 def test_glue_runs_on_stand_ins(
     name: str, label: Any, outputs: int, roberta: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """The config as it stands, with a tiny RoBERTa and JSONL in GLUE's fields."""
+    """The config runs on a tiny RoBERTa and on JSONL files that have GLUE's fields."""
     config: Any = command_line.load(f"{GLUE}:{name}", ROOT)[1]
     source = tiny.write_examples(tmp_path / "data", config.data.text_fields, label)
     summary = run(
@@ -134,7 +137,10 @@ def text_config(workload: Any, weights: pathlib.Path, source: str, **changes: An
 
 
 def test_rows_longer_than_the_models_positions_are_an_error_at_once() -> None:
-    """Red: the first batch with a text so long stops the run, maybe hours later."""
+    """A `max_length` above the model's positions is an error before training.
+
+    Red: the first batch with so long a text stops the run, maybe hours later.
+    """
     config = text_config(causal_lm, pathlib.Path("nowhere"), "nothing.jsonl")
     table = dataclasses.replace(small.CONFIG, positions="learned", max_positions=15)
     source: Any = types.SimpleNamespace(config=table)
@@ -143,7 +149,9 @@ def test_rows_longer_than_the_models_positions_are_an_error_at_once() -> None:
 
 
 def test_a_score_that_there_is_not_is_an_error_at_once() -> None:
-    """Red: the first validation stops the run. A workload of one's own is checked at step 0."""
+    """A `select` that names no score is an error at once; a user's own workload is checked at step
+    0. Red: the first validation stops the run.
+    """
     for of, names in (
         (scores.token_scores, ["loss", "perplexity"]),
         (scores.real_scores, ["loss", "pearson"]),
@@ -174,7 +182,10 @@ def test_select_is_checked_before_any_weight_is_read(
 def test_an_adapter_names_its_base_from_every_folder(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red: `predict` in another folder than that of the training finds no model."""
+    """An adapter stores the absolute path of its base.
+
+    Red: `predict` finds no model in another folder than that of the training.
+    """
     monkeypatch.chdir(tmp_path)
     config = text_config(classification, pathlib.Path("models/a"), "nothing.jsonl")
     assert text.about(config)["model"]["reference"] == str(tmp_path / "models/a")

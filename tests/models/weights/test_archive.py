@@ -1,4 +1,4 @@
-"""Archives from strangers: what is refused, and that nothing is written outside of the folder."""
+"""Archives from strangers: bad ones are refused, and nothing is written outside of the folder."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ def source(path: Path, name: str, kind: bytes = tarfile.REGTYPE) -> Path:
 def test_files_are_placed_as_in_site_packages(tmp_path: Path) -> None:
     unpack(wheel(tmp_path / "a.whl", "a/b.txt", mode=stat.S_IFREG | 0o777), tmp_path / "out")
     assert (tmp_path / "out/a/b.txt").read_bytes() == b"x"
-    assert not (tmp_path / "out/a/b.txt").stat().st_mode & 0o111  # nothing to run
+    assert not (tmp_path / "out/a/b.txt").stat().st_mode & 0o111  # no file can be run
     unpack(source(tmp_path / "a.tar.gz", "a-1/a/b.txt"), tmp_path / "other")
     assert (tmp_path / "other/a/b.txt").read_bytes() == b"x"
 
 
 def test_a_source_archive_has_one_folder_at_its_top(tmp_path: Path) -> None:
-    """Red if a file at the top is taken for that folder."""
+    """A source archive has one folder at its top.
+
+    Red if a file at the top is taken for that folder.
+    """
     with pytest.raises(PackageError, match="one folder at its top"):
         unpack(source(tmp_path / "a.tar.gz", "file"), tmp_path / "out")
 
@@ -60,7 +63,7 @@ def test_paths_out_of_the_folder(tmp_path: Path, name: str) -> None:
 
 
 def test_links_and_special_files(tmp_path: Path) -> None:
-    """No link comes into being: it is refused, or is a file that holds the target's name."""
+    """No link is made: it is refused, or it becomes a file that holds the name of its target."""
     unpack(
         wheel(tmp_path / "a.whl", "a", mode=stat.S_IFLNK | 0o777, data=b"/etc/passwd"),
         tmp_path / "out",
@@ -73,7 +76,10 @@ def test_links_and_special_files(tmp_path: Path) -> None:
 
 
 def test_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red if sizes are believed without a limit."""
+    """Archives with too many bytes or files are refused.
+
+    Red if sizes are believed without a limit.
+    """
     bomb = wheel(tmp_path / "bomb.whl", *(f"{i}" for i in range(6)), data=bytes(2**26))
     with pytest.raises(PackageError, match=r"declares 402,653,184 unpacked; the limit is 268,435"):
         unpack(bomb, tmp_path / "out")

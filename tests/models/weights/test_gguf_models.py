@@ -18,14 +18,14 @@ from tests import npz
 
 
 def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The rows as llama.cpp's converter writes them."""
+    """Return the rows in the order of llama.cpp's converter."""
     shape = weight.shape
     halves = weight.reshape(heads, 2, shape[0] // heads // 2, *shape[1:])
     return halves.swapaxes(1, 2).reshape(shape)
 
 
 def write_gguf(folder: Path, path: Path, arch: str, *, drop: str = "", more: str = "") -> Path:
-    """A tiny Hugging Face folder as GGUF in float32."""
+    """Write a tiny Hugging Face folder as GGUF in float32."""
     hf = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(hf["num_hidden_layers"])
@@ -74,7 +74,7 @@ def test_gguf_is_the_folder(data: Path, tmp_path: Path, name: str) -> None:
 def test_permutation_left_in_shows_in_the_logits(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The goldens can tell: rows of q and k in GGUF's order move the logits far."""
+    """The golden logits detect rows of q and k that are still in GGUF's order: they move far."""
     folder = data / "golden_models" / "llama"
     golden = npz.read(folder / "expected.npz")
     file = models.open(str(write_gguf(folder, tmp_path / "model.gguf", "llama")))
@@ -107,7 +107,7 @@ def test_gguf_tokenizer(smollm2: models.Source) -> None:
     assert tokenizer.decode(encoded.ids) == text.replace("<|im_start|>", "").removesuffix(
         "<|im_end|>"
     )
-    # Digits one by one, contractions apart, special tokens whole.
+    # Digits are tokens of their own, contractions are split off, special tokens stay whole.
     assert encoded.tokens[1:6] == ["Ġ", "2", "0", "2", "4"]
     assert "'t" in encoded.tokens and encoded.ids[-1] == smollm2.config.eos_id
     assert smollm2.chat_template.startswith("{% for message in messages %}")

@@ -1,4 +1,4 @@
-"""Configurations and tokenizers from strangers, or cut short: an error of ours, and at once."""
+"""Damaged or hostile configurations and tokenizers are an error of this library, at once."""
 
 import json
 import shutil
@@ -81,7 +81,11 @@ def stored(data: Path, name: str) -> dict[str, Any]:
 def test_a_config_that_no_model_has(
     data: Path, name: str, change: dict[str, Any], says: str
 ) -> None:
-    """Red without `field_kinds.check_hf`: the sizes would take minutes, the others a traceback."""
+    """A config that no model has is an error within a second.
+
+    Red without `field_kinds.check_hf`: the sizes would take minutes, and the others would end in a
+    traceback.
+    """
     began = time.monotonic()
     with pytest.raises(models.ModelConfigError, match=f"config.json.*{says}"):
         hf_config.parse(stored(data, name) | change, "config.json")
@@ -102,7 +106,10 @@ def test_a_config_that_no_model_has(
     ],
 )
 def test_files_that_are_not_json(data: Path, tmp_path: Path, content: bytes, says: str) -> None:
-    """Red if a file of the folder is read by another reader than `json_file.read`."""
+    """A broken file of a folder is an error that names it.
+
+    Red if one is read by another reader than `json_file.read`.
+    """
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(models.ModelConfigError, match=f"(?s)config.json.*({says})"):
         models.open(str(tmp_path))
@@ -132,7 +139,7 @@ def test_a_chat_template_that_is_no_text(data: Path, tmp_path: Path, said: Any) 
 
 
 def changed_gguf(path: Path, **change: Any) -> Path:
-    """A GGUF file with nothing but the fields that a Llama needs, and one small tensor."""
+    """Write a GGUF file with only the fields that a Llama needs, and one small tensor."""
     writer = gguf.GGUFWriter(str(path), "llama")
     fields = {
         "block_count": 2,
@@ -195,7 +202,10 @@ def test_a_gguf_without_embeddings(data: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_gguf_tokenizer_that_cannot_be(change: dict[str, Any], says: str) -> None:
-    """Red if one of the package's own errors gets through."""
+    """A GGUF tokenizer that cannot be is an error of ours.
+
+    Red if one of the package's own errors gets through.
+    """
     good = {"model": "gpt2", "tokens": ["a", "b", "ab"], "merges": ["a b"]}
     fields = {f"tokenizer.ggml.{name}": value for name, value in (good | change).items()}
     with pytest.raises(TokenizerError, match=f"(?s)model.gguf.*{says}"):

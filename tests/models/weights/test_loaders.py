@@ -23,7 +23,7 @@ from lora_jax.models.weights import hf_config, packages, source
 
 @pytest.fixture
 def folder(data: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a tiny model that a test may spoil."""
+    """Return a function that copies a tiny model, which a test may then change."""
 
     def copy(name: str) -> Path:
         shutil.copytree(data / "golden_models" / name, tmp_path / name)
@@ -221,7 +221,7 @@ def test_what_a_family_lacks_is_refused(
 
 
 def test_old_spellings_of_families(data: Path) -> None:
-    """Files of transformers 4: Gemma's layers by a pattern and its two thetas, Phi's "su"."""
+    """Files of transformers 4 are read: Gemma's pattern of layers and two thetas, Phi's "su"."""
     json_ = json.loads((data / "golden_models" / "gemma3" / "config.json").read_text())
     new = hf_config.parse(json_, "")
     old = {k: v for k, v in json_.items() if k not in ("layer_types", "rope_parameters")}

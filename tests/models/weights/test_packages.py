@@ -1,6 +1,6 @@
-"""A file of a package that is downloaded without its dependencies; no network is involved.
+"""A file of a package is downloaded without the package's dependencies; no network is involved.
 
-Nothing of a package is run: tests/models/test_archive.py has the archives.
+No code of a package is run. The archives have their tests in tests/models/weights/test_archive.py.
 """
 
 import errno
@@ -23,7 +23,7 @@ SHA256 = hashlib.sha256(TEXT).hexdigest()
 
 
 def _wheel(folder: Path, version: str = "1.0") -> None:
-    """A wheel that carries one file, and needs a package that no registry has."""
+    """Write a wheel with one file, which needs a package that no registry has."""
     info = f"lora_jax_test_asset-{version}.dist-info"
     files = {
         "test_asset/data/answer.txt": TEXT,
@@ -42,7 +42,7 @@ def _wheel(folder: Path, version: str = "1.0") -> None:
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A registry that is a folder; the cache is empty."""
+    """A folder that stands in for the registry; the cache is empty."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
@@ -56,7 +56,7 @@ def test_fetches_once_without_dependencies(registry: Path) -> None:
     _wheel(registry)
     path = packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt", SHA256)
     assert path.read_bytes() == TEXT
-    # The second call finds it in the cache: the registry is empty by then.
+    # The second call finds the file in the cache: the registry is empty by then.
     next(registry.iterdir()).unlink()
     again = packages.locate("Lora_Jax.Test-Asset", "1.0", "test_asset/data/answer.txt", SHA256)
     assert again == path
@@ -119,7 +119,7 @@ def test_remembered_sum_dies_with_the_file(registry: Path, tmp_path: Path) -> No
 
 
 def _source(folder: Path, mark: Path) -> Path:
-    """A source distribution that leaves a mark when it is built, or only asked for its name."""
+    """Write a source distribution that leaves a mark if it is built, or only asked for its name."""
     top = folder / "lora_jax_test_asset-1.0"
     (top / "test_asset" / "data").mkdir(parents=True)
     (top / "test_asset" / "data" / "answer.txt").write_bytes(TEXT)
@@ -135,7 +135,7 @@ def _source(folder: Path, mark: Path) -> Path:
 
 
 def test_a_source_distribution_is_not_built(registry: Path, tmp_path: Path) -> None:
-    """Red without --only-binary."""
+    """A source distribution is an error, and none of its code runs. Red without --only-binary."""
     _source(registry, tmp_path / "mark")
     with pytest.raises(packages.PackageError, match="Only wheels are fetched"):
         models.open("pypi:lora-jax-test-asset==1.0/test_asset/data")
@@ -166,7 +166,10 @@ def test_a_listed_source_distribution_is_unpacked_and_not_built(
 def test_what_is_no_package_is_an_error_before_anything_starts(
     reference: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red without the grammar: pip takes `-r==x` for an option, and reads the file `==x`."""
+    """A reference that is not a package is an error before a program starts.
+
+    Red without the grammar: pip takes `-r==x` for an option, and reads the file `==x`.
+    """
     started: list[object] = []
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: started.append(args))
     with pytest.raises((packages.PackageError, source.ModelReferenceError)) as failure:
@@ -186,7 +189,10 @@ def test_versions_of_the_registry(version: str, registry: Path) -> None:
 def test_files_of_the_working_directory_are_not_read(
     registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red if the tool starts there: Python would run this module in place of pip."""
+    """The tool does not run files of the working directory.
+
+    Red if it starts there: Python would run this module in place of pip.
+    """
     _wheel(registry)
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "pip.py").write_text("open('mark', 'w').close()\n")
@@ -198,7 +204,10 @@ def test_files_of_the_working_directory_are_not_read(
 def test_a_full_disk_is_not_a_lack_of_network(
     registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red: "without a network, run on a machine that has one"."""
+    """A full disk is an error that says so.
+
+    Red: "without a network, run on a machine that has one".
+    """
 
     def extractall(self: zipfile.ZipFile, path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -32,7 +32,7 @@ Q = gguf.GGMLQuantizationType
 
 
 def _write(path: Path, arch: str, kind_of: Callable[[str], str]) -> Path:
-    """A decoder of random blocks; `kind_of` says how the tensor of a name is quantised."""
+    """Write a decoder of random blocks; `kind_of` maps a tensor's name to its quantisation."""
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(SIZES["layers"])
     writer.add_context_length(32)
@@ -83,7 +83,10 @@ def _same(one: Any, other: Any) -> None:
 def test_blocks_are_kept_and_give_the_expanded_numbers(
     kind: str, scanned: bool, tmp_path: Path
 ) -> None:
-    """Red: q and k without their permutation, a kernel that is not transposed, a stack of one."""
+    """Blocks are kept, and expand to the numbers that are loaded as floats.
+
+    Red: q and k without their permutation, a kernel that is not transposed, a stack of one.
+    """
     model = models.open(str(_write(tmp_path / "model.gguf", "llama", lambda name: kind)))
     config = dataclasses.replace(model.config, scan_layers=scanned)
     held, floats = model.load(config, keep_quantised=True), model.load(config)
@@ -100,7 +103,7 @@ def test_blocks_are_kept_and_give_the_expanded_numbers(
 
 
 def test_the_fields_are_the_bytes_of_the_file(tmp_path: Path) -> None:
-    """Rows of q change places and nothing else does; v is as it was."""
+    """The fields hold the file's bytes: only the rows of q change places, and v is as it was."""
     path = _write(tmp_path / "model.gguf", "llama", lambda name: "Q4_1")
     raw = {t.name: np.asarray(t.data) for t in gguf.GGUFReader(path).tensors}
     held = flatten(models.open(str(path)).load(keep_quantised=True))
@@ -116,7 +119,9 @@ def test_the_fields_are_the_bytes_of_the_file(tmp_path: Path) -> None:
 
 
 def test_layers_of_different_kinds(tmp_path: Path) -> None:
-    """Files of mixed precision (Q4_K_M) have them: kept if apart, an error if stacked."""
+    """Layers of different kinds, as in files of mixed precision (Q4_K_M), are kept if they are
+    apart, and an error if they are stacked.
+    """
     path = tmp_path / "model.gguf"
     _write(path, "qwen3", lambda name: "Q6_K" if name == "blk.1.ffn_down" else "Q4_K")
     model = models.open(str(path))
@@ -167,7 +172,7 @@ def test_shards_of_blocks(tmp_path: Path) -> None:
 
 
 def test_smollm2_is_as_small_on_the_device_as_in_its_file(smollm2: models.Source) -> None:
-    """A Q4_1 file; 1.02 is the bound of bytes over codes, scales and the tensors of floats."""
+    """Codes, scales and float tensors of a Q4_1 file take less than 1.02 times its bytes."""
     held = smollm2.load(keep_quantised=True)
     kinds = {x.kind for x in flatten(held).values() if is_base(x)}
     assert kinds == {"Q4_1", "Q8_0"}
@@ -181,7 +186,7 @@ def test_smollm2_is_as_small_on_the_device_as_in_its_file(smollm2: models.Source
 
 
 def _expanded(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """A weight [out, in] from the tensors of its file, by the format's description."""
+    """Return a weight [out, in] from the tensors of its file, by the format's description."""
     stem = name.removesuffix("weight")
     if f"{stem}SCB" in tensors:
         return tensors[name].astype(np.float32) * tensors[f"{stem}SCB"][:, None] / np.float32(127)
@@ -204,7 +209,10 @@ FOLDERS = {"llama_nf4": FourBit, "llama_nf4_double": FourBit, "llama_int8": Scal
 @pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", FOLDERS)
 def test_bitsandbytes_is_kept_and_gives_its_numbers(name: str, scanned: bool, data: Path) -> None:
-    """Red: a table or an offset that is assumed, bytes that are read as bfloat16."""
+    """A folder of bitsandbytes stays quantised, and expands to its own numbers.
+
+    Red: a table or an offset is assumed, or bytes are read as bfloat16.
+    """
     folder = data / "golden_models" / name
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     model = models.open(str(folder))
@@ -241,7 +249,9 @@ def test_quantised_golden_models_are_near_the_golden(data: Path) -> None:
 
 @pytest.fixture
 def spoiled(data: Path, tmp_path: Path) -> Callable[..., models.Source]:
-    """A quantised folder whose tensors, or configuration, a test has changed."""
+    """Return a function that opens a quantised folder after a change of its tensors or
+    configuration.
+    """
 
     def change(name: str, edit: Callable[[dict[str, Any]], Any], **how: Any) -> models.Source:
         shutil.copytree(data / "golden_models" / name, tmp_path / name)
@@ -295,13 +305,16 @@ NF4_STATE = ".quant_state.bitsandbytes__nf4"
 def test_what_cannot_be_read_is_named(
     name: str, edit: Any, says: str, keep: bool, spoiled: Callable[..., models.Source]
 ) -> None:
-    """Never taken for dense. Red: any of the checks left out."""
+    """A tensor that cannot be read is named, and never taken for dense.
+
+    Red: any of the checks left out.
+    """
     with pytest.raises(models.WeightsError, match=f"(?s){says}"):
         spoiled(name, edit).load(keep_quantised=keep)
 
 
 def test_another_scheme_is_an_error(spoiled: Callable[..., models.Source]) -> None:
-    """GPTQ's integers are named, with the method that the configuration says."""
+    """Integers of GPTQ are an error that names them, and the method in the configuration."""
 
     def gptq(tensors: dict[str, Any]) -> None:
         for name in [n for n in tensors if n.startswith(UP)]:
@@ -317,7 +330,10 @@ def test_another_scheme_is_an_error(spoiled: Callable[..., models.Source]) -> No
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_experts_stay_quantised_as_one_bank(data: Path, tmp_path: Path, scan: bool) -> None:
-    """Red if the scales of one expert meet the codes of another."""
+    """Experts stay quantised as one bank.
+
+    Red if the scales of one expert meet the codes of another.
+    """
     folder = tmp_path / "mixtral"
     shutil.copytree(data / "golden_models" / "mixtral", folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")

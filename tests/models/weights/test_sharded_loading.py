@@ -1,4 +1,4 @@
-"""From the disk to the shards: the same numbers, no other bytes, no second copy in memory."""
+"""Sharded loading: the same numbers, no other bytes are read, no second copy in memory."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 Tensors = Mapping[str, np.ndarray]
 StoredForm = Callable[[Path, dict[str, Any], Tensors], Path]
 
-# 8-way over `tensor`: half a key head per device, a quarter of a quantised block of 32.
+# On 8 devices over `tensor`, each has half a key head and a quarter of a quantised block of 32.
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 64,
@@ -51,7 +51,7 @@ BERT = {
     "intermediate_size": 24,
     "max_position_embeddings": 16,
 }
-# A device's eighth begins and ends at blocks of 32 and at heads.
+# Here an eighth of a tensor is made of whole blocks of 32 and of whole heads.
 WIDE = LLAMA | {"hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 8}
 WIDE |= {"attention_bias": False, "num_hidden_layers": 1}
 
@@ -60,7 +60,7 @@ WIDE |= {"attention_bias": False, "num_hidden_layers": 1}
 
 
 def _tensors(json_: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Random float32 tensors under Hugging Face's names, for every parameter of the model."""
+    """Return random float32 tensors under Hugging Face's names, for every parameter."""
     config = hf_config.parse(json_, "")
     shapes, found = flatten(models.shapes(config)), {}
     rng = np.random.default_rng(0)
@@ -99,7 +99,10 @@ def _indexed(folder: Path, json_: dict[str, Any], tensors: Tensors) -> Path:
 
 
 def _gguf(kind: gguf.GGMLQuantizationType, folder: Path, json_: Any, tensors: Tensors) -> Path:
-    """Kernels and embeddings of that kind, the rest in float32; q and k are random either way."""
+    """Write kernels and embeddings as this kind, and the rest in float32.
+
+    q and k are not permuted, as they are random in either order.
+    """
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_block_count(json_["num_hidden_layers"])
@@ -178,7 +181,7 @@ def test_shards_are_those_of_the_whole(model: models.Source, scanned: bool) -> N
 
 
 def test_layers_and_other_axes_may_be_sharded_too(model: models.Source) -> None:
-    """A stack over `data`, a kernel over its second axis: the loader takes any sharding."""
+    """The loader takes any sharding: a stack over `data`, and a kernel over its second axis."""
     config = dataclasses.replace(model.config, scan_layers=True)
     mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -207,7 +210,7 @@ def test_axis_that_is_not_divided_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The bytes of each part that is asked of a file."""
+    """The bytes of each part that is read from a file."""
     sizes: list[int] = []
 
     def counting(read: Callable[[Any, Index], np.ndarray]) -> Callable[[Any, Index], np.ndarray]:
@@ -225,7 +228,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Alone:
-    """A sharding as a process sees it that has one of the mesh's devices."""
+    """A sharding as it is seen by a process that has one of the mesh's devices."""
 
     of: NamedSharding
     device: jax.Device
@@ -290,7 +293,7 @@ def test_copies_are_read_once(
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize("form", ["float32-bfloat16", "Q8_0-bfloat16"])
 def test_host_memory_is_that_of_the_shards(form: str, tmp_path: Path) -> None:
-    """The bound of the benchmark with 80 MB in place of 500: a second copy would show."""
+    """The benchmark's bound holds with 80 MB in place of 500: a second copy would break it."""
     command = [sys.executable, "-m", "benchmarks.load", "--one", form, "--tiny", "--scan"]
     command += ["--folder", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -50,7 +50,7 @@ def _one(shape: Any, place: Any, dtype: Any = "F32") -> dict[str, Any]:
     ],
 )
 def test_header_of_safetensors(tmp_path: Path, header: Any, length: int | None) -> None:
-    """The package refuses each; our error names the file, and fits on a screen.
+    """A header that the package refuses is an error that names the file and fits on a screen.
 
     Red: no `except` in `_opened`; `{error}` for `{shown(error)}`.
     """
@@ -68,7 +68,10 @@ def test_short_files(tmp_path: Path) -> None:
 
 
 def test_slices_of_every_float(tmp_path: Path) -> None:
-    """Red: `FLOATS` without one of them; `index[:1]` for `index` in `read`."""
+    """Slices can be read of every type of float.
+
+    Red: `FLOATS` without one of them; `index[:1]` for `index` in `read`.
+    """
     kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     assert set(kinds) == set(safetensors_file.FLOATS)
     tensors = {name: np.arange(12).reshape(3, 4).astype(kind) for name, kind in kinds.items()}
@@ -143,7 +146,7 @@ def _text(value: str) -> bytes:
 
 
 def _gguf(fields: bytes = b"", infos: bytes = b"", counts: tuple[int, int] = (0, 0)) -> bytes:
-    """Write a GGUF file by hand; `counts` are the numbers of tensors and of fields."""
+    """Return the bytes of a GGUF file; `counts` are the numbers of tensors and of fields."""
     head = b"GGUF" + struct.pack("<IQQ", 3, *counts) + fields + infos
     return head + bytes(-len(head) % 32) + bytes(64)
 
@@ -209,7 +212,7 @@ def test_header_of_gguf(tmp_path: Path, content: bytes, says: str) -> None:
 
 
 def test_sound_gguf_by_hand(tmp_path: Path) -> None:
-    """The files without the faults above can be read."""
+    """A file that is made by hand without the faults above can be read."""
     path = tmp_path / "model.gguf"
     fields = _field(7, b"\x01") + _list(5, 2, struct.pack("<ii", 3, -4)).replace(b"x", b"y")
     path.write_bytes(_gguf(fields, _info((16,)), counts=(1, 2)))
@@ -219,7 +222,7 @@ def test_sound_gguf_by_hand(tmp_path: Path) -> None:
 
 
 def test_header_is_that_of_the_library(smollm2: models.Source) -> None:
-    """Every field and every tensor of a real file, as the gguf package reads them."""
+    """Every field and every tensor of a real file is read as the gguf package reads it."""
     reader, found = gguf.GGUFReader(smollm2.path), gguf_header.read(Path(smollm2.path))
     theirs = {
         name: field.contents() for name, field in reader.fields.items() if name[:5] != "GGUF."
