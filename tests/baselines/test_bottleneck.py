@@ -68,11 +68,8 @@ def at(tree: Any, path: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["houlsby", "prefix_layer"])
 def test_rematerialised_layers_are_the_same(kind: str) -> None:
-    """Rematerialised layers give the same outputs and gradients.
-
-    Red: `stop_gradient` on what is put in; or a Flax that intercepts rematerialised modules under
-    another path, or twice.
-    """
+    """Rematerialised layers give the same outputs and gradients. Red: `stop_gradient` on what is
+    put in; or a Flax that intercepts rematerialised modules under another path, or twice."""
 
     def gradient(remat: str) -> Any:
         config = dataclasses.replace(BERT, num_layers=1, remat=remat)
@@ -97,10 +94,8 @@ def test_rematerialised_layers_are_the_same(kind: str) -> None:
 
 
 def test_it_computes_in_the_models_dtype() -> None:
-    """Float32 adapter layers on a bfloat16 base compute in bfloat16.
-
-    Red: the casts in `_dense` taken out.
-    """
+    """Float32 adapter layers compute in the base's bfloat16. Red: the casts in `_dense` taken
+    out."""
     config = dataclasses.replace(BERT, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     method = baselines.lin(config, 3)
     extra = method.extra

@@ -61,20 +61,16 @@ def test_settings_of_another_method_are_refused(settings: dict[str, Any], says: 
 
 
 def test_what_a_method_trains_is_not_said_twice() -> None:
-    """A method decides alone what it trains, so `lora.trainable` is an error.
-
-    Red: the check in TextConfig taken out; the method's own patterns would be lost.
-    """
+    """A method decides alone what it trains, so `lora.trainable` is an error. Red: the check in
+    TextConfig taken out; the method's own patterns would be lost."""
     lora = LoraConfig(trainable=("classifier/**",))
     with pytest.raises(ConfigError, match=r"lora\.trainable is .*'bitfit' decides"):
         dataclasses.replace(BITFIT, lora=lora)
 
 
 def test_nothing_of_lora_counts_beside_another_method() -> None:
-    """The settings of LoRA have no effect with another method.
-
-    Red: `adaptation` of TextConfig taken out: LoRA would be trained too.
-    """
+    """The settings of LoRA have no effect with another method. Red: `adaptation` of TextConfig
+    taken out: LoRA would be trained too."""
     assert LORA.adaptation == LORA.lora
     assert LORA.lora.targets
     assert (BITFIT.adaptation.targets, BITFIT.adaptation.trainable) == ((), None)
@@ -95,10 +91,8 @@ def test_runs_from_before_are_found_again() -> None:
 
 
 def test_the_command_line() -> None:
-    """The command line sets the method and its settings.
-
-    Red: the field has a type or docstrings that tyro cannot read.
-    """
+    """The command line sets the method and its settings. Red: the field has a type or docstrings
+    that tyro cannot read."""
     line = ["--method.name", "adapter_drop", "--method.drop", "2", "--method.size", "16"]
     config: Any = command_line.parse(line, "configs/minilm_reviews.py", ROOT)[1]
     assert config.method == MethodConfig("adapter_drop", size=16, drop=2)
@@ -119,10 +113,8 @@ def test_the_command_line() -> None:
 def test_what_does_not_go_with_the_model(
     method: MethodConfig, changes: dict[str, bool], says: str, folder: pathlib.Path
 ) -> None:
-    """A method that does not go with the model is a ConfigError.
-
-    Red: the error of `lora_jax.baselines` not turned into a ConfigError in `MethodConfig.on`.
-    """
+    """A method that does not go with the model is a ConfigError. Red: the error of
+    `lora_jax.baselines` not turned into a ConfigError in `MethodConfig.on`."""
     kind = "llama" if changes.get("decoder") else "roberta"
     model = ModelConfig(str(folder / kind), scan_layers=changes.get("scan_layers", False))
     config = config_of(folder, method, model=model)
@@ -156,8 +148,7 @@ def together(path: pathlib.Path, group: GroupConfig) -> list[dict[str, Any]]:
 
 
 def test_a_sweep_is_its_members_alone(folder: pathlib.Path) -> None:
-    """A sweep trains the rates and seeds of a method in one program, and each member as it trains
-    alone.
+    """A sweep of a method's rates and seeds is one program, and each member trains as alone.
 
     Red: `Common.fresh` without what the method draws (all members would begin with the first's).
     """
@@ -202,9 +193,7 @@ def pair(folder: pathlib.Path, one: MethodConfig, two: MethodConfig) -> GroupCon
 def test_other_methods_do_not_go_together(
     one: MethodConfig, two: MethodConfig, says: str, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Members with different methods or settings do not share a program.
-
-    Red: the comparison of the methods' own shapes in `_joined` taken out.
-    """
+    """Members with different methods or settings do not share a program. Red: the comparison of the
+    methods' own shapes in `_joined` taken out."""
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         together(tmp_path / "group", pair(folder, one, two))

@@ -22,10 +22,8 @@ LP, LI = 3, 2
 
 @pytest.mark.parametrize(("before", "behind"), [(3, 2), (0, 2), (3, 0)])
 def test_places_are_those_of_a_loop(before: int, behind: int) -> None:
-    """The places equal those of a plain loop.
-
-    Red: `>` for `>=` where the infix begins, or its end left out of `real`.
-    """
+    """Places are computed as by a plain loop. Red: `>` for `>=` where the infix begins, or its end
+    left out of `real`."""
     lengths = [4, 2, 0]
     mask = jnp.arange(4)[None] < jnp.array(lengths)[:, None]
     found = prefix.places(mask, before, behind)
@@ -56,10 +54,8 @@ def pooled(config: Any, hidden: jax.Array, params: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("config", [BERT, ROBERTA], ids=["bert", "roberta"])
 def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> None:
-    """Prefix embeddings equal tokens of a larger vocabulary.
-
-    Red: the mask not extended, `hidden[:, :T]` for `hidden[:, lp : lp + T]`.
-    """
+    """Prefix embeddings equal tokens of a larger vocabulary. Red: the mask not extended,
+    `hidden[:, :T]` for `hidden[:, lp : lp + T]`."""
     model, params = model_of(config)
     method = baselines.prefix_embedding(config, LP, LI, 8)
     extra = noisy(method.shapes()["extra"], 5)
@@ -74,10 +70,8 @@ def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> Non
 
 
 def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
-    """The outputs equal those of the layers run one by one.
-
-    Red: one layer left out, or a layer's output replaced.
-    """
+    """The outputs equal layers that run one by one. Red: one layer left out, or a layer's output
+    replaced."""
     model, params = model_of(BERT)
     method = baselines.prefix_layer(BERT, LP, LI, 8)
     extra = noisy(method.shapes()["extra"], 6)
@@ -98,10 +92,8 @@ def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "roberta_head"])
 def test_padding_changes_nothing(pooling: str) -> None:
-    """A row gives the same outputs alone and padded.
-
-    Red: the infix behind the padding (`length` for `own` in `places`).
-    """
+    """A row gives the same outputs alone and padded. Red: the infix behind the padding (`length`
+    for `own` in `places`)."""
     model = models.BertClassifier(BERT, 2, pooling)
     method = baselines.prefix_layer(BERT, LP, LI, 12)
     params = noisy(models.shapes(BERT, models.Head(pooling, 2)), 0)

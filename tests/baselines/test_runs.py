@@ -37,7 +37,7 @@ HEAD = CLASSES * D + CLASSES
 
 
 class Case(NamedTuple):
-    """A method, and what it trains.
+    """A method and the parameters that it trains.
 
     settings: the settings of the method.
     own: whether the method trains a path.
@@ -173,8 +173,7 @@ def steps(folder: pathlib.Path) -> Callable[[str], Stepped]:
 def test_only_its_own_parameters_change(
     name: str, steps: Callable[[str], Stepped], tmp_path: pathlib.Path
 ) -> None:
-    """A run changes and exports the parameters of its method and no others, as many as the formula
-    says.
+    """A run changes and exports its method's parameters alone, as many as the formula says.
 
     Red: a pattern in lora_jax/baselines/methods.py that takes more, `extra` left out of one, a
     method that trains LoRA's targets too, any shape in `Bottleneck.init` or `Prefix.init`, no
@@ -200,10 +199,8 @@ def test_only_its_own_parameters_change(
 
 
 def test_all_methods_begin_with_the_head_of_lora(folder: pathlib.Path) -> None:
-    """At the same seed all methods have the same head.
-
-    Red: another key for the head if a method has parameters of its own.
-    """
+    """At the same seed all methods have the same head. Red: another key for the head if a method
+    has parameters of its own."""
 
     def head(method: MethodConfig) -> Any:
         common = classification(config_of(folder, method)).common
@@ -216,10 +213,8 @@ def test_all_methods_begin_with_the_head_of_lora(folder: pathlib.Path) -> None:
 
 
 def test_a_decoder(folder: pathlib.Path) -> None:
-    """A method trains a decoder too.
-
-    Red: `workload.trainable` not set in lora_jax/training/causal_lm.py.
-    """
+    """A method trains a decoder too. Red: `workload.trainable` not set in
+    lora_jax/training/causal_lm.py."""
     model = ModelConfig(reference=str(folder / "llama"))
     found = stepped(config_of(folder, method_of("houlsby"), workload=causal_lm, model=model))
     check_moved(found)

@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from lora_jax.models.weights.packages import locate
 
-# A search for doctests in this file would import TensorFlow: it holds TFDS's lazy `tf`, as builders
-# do.
+# A search for doctests there would import TensorFlow, as it holds TFDS's lazy `tf`.
 collect_ignore = ["image_stand_in.py"]
 
 WORDS = [f"w{i}" for i in range(50)]

@@ -165,7 +165,7 @@ def test_a_killed_preparation_does_not_poison_the_next(tmp_path: Path) -> None:
 
 
 def test_two_preparations_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two preparations at once the one that ends later reads what the other has written."""
+    """The later of two preparations at once reads the files that the other has written."""
 
     def overtaken(config: str, split: str) -> list[tuple[int, dict[str, object]]]:
         monkeypatch.undo()
@@ -208,10 +208,8 @@ def _environment() -> dict[str, str]:
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk is an error that names the folder.
-
-    Red: the error of the system names no file, and the cure of TFDS is a network.
-    """
+    """A full disk is an error that names the folder. Red: the error of the system names no file,
+    and the cure of TFDS is a network."""
 
     def prepare(self: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -261,9 +261,7 @@ def test_a_stream_that_has_ended_gives_rows_of_padding(
 def test_padding_of_an_endless_run(
     config: DataConfig, words: Tokenizer, examples: int, batch_size: int
 ) -> None:
-    """The padding of an endless run is estimated well from a sample, even if some streams have no
-    example.
-    """
+    """The padding of an endless run is estimated well, even if some streams have no example."""
     config = dataclasses.replace(config, train_limit=examples)
     batches = language_modelling(config, words, "train", batch_size, shuffle=True, epochs=None)
     iterator = iter(batches)

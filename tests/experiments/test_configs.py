@@ -56,10 +56,8 @@ def layouts() -> dict[str, lora_jax.Layout]:
 
 
 def test_all_choices_of_matrices_have_one_budget(layouts: dict[str, lora_jax.Layout]) -> None:
-    """All choices of matrices train the same number of parameters.
-
-    Red: rank 16 in the place of 20 for one matrix, or a pattern that misses a layer.
-    """
+    """All choices of matrices train the same number of parameters. Red: rank 16 in the place of 20
+    for one matrix, or a pattern that misses a layer."""
     names = [m.name for m in members(matrices.config) if m.config.seed == 0]
     assert len(names) == 10
     assert {layouts[name].size for name in names} == {6 * 15_360}
@@ -67,10 +65,8 @@ def test_all_choices_of_matrices_have_one_budget(layouts: dict[str, lora_jax.Lay
 
 
 def test_ranks_differ_in_nothing_else(layouts: dict[str, lora_jax.Layout]) -> None:
-    """Every rank has the same matrices and the scale that belongs to it.
-
-    Red: an alpha that does not follow the rank.
-    """
+    """The scale does not change with the rank, except at rank 64 with another alpha. Red: an alpha
+    that does not follow the rank."""
     found = [layouts[m.name] for m in members(rank.config) if m.config.seed == 0]
     counts = {(len(own.targets) // 6, own.targets[0].rank) for own in found}
     assert counts == {(n, r) for n in (1, 2, 4) for r in (1, 2, 4, 8, 64)}
@@ -85,10 +81,8 @@ def test_every_setting_has_three_seeds() -> None:
 
 
 def test_a_decoder_has_one_budget_over_its_matrices() -> None:
-    """Four choices of a decoder's matrices have one budget, and three ranks come on top.
-
-    Red: rank 12 in place of 15 for v, as if v were as wide as q.
-    """
+    """Four choices of a decoder's matrices have one budget, and three ranks come on top. Red: rank
+    12 in place of 15 for v, as if v were as wide as q."""
     apply = causal_lm.apply_of(models.DecoderModel(SMOLLM2))
     params, batch = models.shapes(SMOLLM2), causal_lm.batch_shapes(1, 8)
     found = [
@@ -103,10 +97,7 @@ def test_a_decoder_has_one_budget_over_its_matrices() -> None:
 
 
 def test_directions_are_compared_at_one_alpha() -> None:
-    """Directions are compared at one alpha.
-
-    Red: no (64, 1), which leaves figure 4 without its pair.
-    """
+    """Directions are compared at one alpha. Red: no (64, 1), so that figure 4 lacks its pair."""
     both = (directions.encoder, 16.0, {(8, 1)}), (directions.decoder, 32.0, set())
     for config, alpha, more in both:
         found = members(config)

@@ -64,10 +64,8 @@ def trained(method: str, **changes: int) -> int:
 
 
 def test_every_method_has_a_grid_of_nine() -> None:
-    """Each method has three learning rates and three seeds.
-
-    Red: a method that is left out, or has more learning rates than another.
-    """
+    """Each method has three learning rates and three seeds. Red: a method that is left out, or has
+    more learning rates than another."""
     assert {n for n, v in vars(config).items() if isinstance(v, SweepConfig)} == {
         "config",
         *methods.METHODS,
@@ -96,10 +94,8 @@ def test_methods_differ_in_nothing_but_method_and_rate() -> None:
 
 @pytest.mark.parametrize("method", MATCHED)
 def test_sizes_are_the_nearest_to_loras_numbers(method: str) -> None:
-    """No size is closer to LoRA's number.
-
-    Red: a size of one more or one less, or a formula without its norms.
-    """
+    """No size is closer to LoRA's number. Red: a size of one more or one less, or a formula without
+    its norms."""
     here = trained(method)
     assert abs(here - BUDGET) <= MATCHED[method] * BUDGET
     sizes = sweep(config, method).base.method.settings
@@ -115,10 +111,8 @@ def test_the_docstring_has_the_counts() -> None:
 
 
 def test_samples_are_the_same_methods_on_three_sizes() -> None:
-    """The runs on fewer samples are the same methods on three sizes.
-
-    Red: another learning rate for one of the sizes, or another number of steps.
-    """
+    """The runs on fewer samples are the same methods on three sizes. Red: another learning rate for
+    one of the sizes, or another number of steps."""
     names = {n for n, v in vars(few).items() if isinstance(v, SweepConfig)}
     assert names == {"config", *samples.METHODS}
     assert few.config is few.lora
@@ -206,10 +200,8 @@ def texts(found: Sequence[Section], kind: type[Paragraph | Note]) -> list[str]:
 
 
 def test_validation_picks_the_learning_rate(folder: pathlib.Path) -> None:
-    """Validation picks the learning rate, by the mean over seeds.
-
-    Red: to pick by test, by the best run, or without the seeds' mean.
-    """
+    """Validation picks the learning rate, by the mean over seeds. Red: to pick by test, by the best
+    run, or without the seeds' mean."""
     first, *_ = tables(methods.sections(folder))
     assert first["lora"]["learning rate"] == "2e-3"
     assert first["lora"]["trained"] == "8,001"
@@ -256,7 +248,7 @@ def test_one_seed_has_no_error(folder: pathlib.Path) -> None:
 
 
 def test_what_is_missing_is_said_with_its_command(tmp_path: pathlib.Path) -> None:
-    """Without any run there is no section; with some runs, a note lists the methods without."""
+    """Without runs there is no section; with some runs, a note lists the methods that have none."""
     for module in (methods, samples):
         assert module.sections(tmp_path) == ()
     group(tmp_path, "lora", LORA)
@@ -268,10 +260,8 @@ def test_what_is_missing_is_said_with_its_command(tmp_path: pathlib.Path) -> Non
 
 
 def test_unfinished_runs_are_not_counted(tmp_path: pathlib.Path) -> None:
-    """Unfinished runs are not counted.
-
-    Red: one lucky seed decides the learning rate, or the edge is that of the finished runs.
-    """
+    """Unfinished runs are not counted. Red: one lucky seed decides the learning rate, or the edge
+    is that of the finished runs."""
     base = sweep(config, "lora").base
     group(tmp_path, "lora", {1e-3: LORA[1e-3], 2e-3: LORA[2e-3]})
     for seed, scores in enumerate([(0.99, 0.99), None, None]):
@@ -307,9 +297,7 @@ def test_samples_are_by_their_number(tmp_path: pathlib.Path) -> None:
 
 
 def test_names_of_points_do_not_meet() -> None:
-    """The names of points do not overlap, even for six methods with nearly the same number of
-    parameters and accuracy.
-    """
+    """Names of points do not overlap, even for six methods with nearly the same numbers."""
     near = [
         seed_scatter.NamedPoint(f"method_{i}", 70_000 + i, 75.0 + 0.01 * i, 1.0) for i in range(6)
     ]

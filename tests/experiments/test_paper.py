@@ -78,10 +78,8 @@ def test_seeds_are_one_line(folder: pathlib.Path, written: pathlib.Path) -> None
 
 
 def test_ranks_have_the_papers_beside_them(written: pathlib.Path) -> None:
-    """The paper's numbers are shown next to ours for each rank.
-
-    Red: `RANKS.get(matrices(setting), {}).get(1, ())` in ranks.py.
-    """
+    """The paper's numbers are shown next to ours for each rank. Red:
+    `RANKS.get(matrices(setting), {}).get(1, ())` in ranks.py."""
     found, losses = tables(written, "r", "paper: WikiSQL", "seeds")[-1], tables(
         written, "paper: GPT-2 M loss"
     )[0]  # fmt: skip
@@ -93,10 +91,8 @@ def test_ranks_have_the_papers_beside_them(written: pathlib.Path) -> None:
 
 
 def test_a_budget_of_a_decoder_is_a_table_of_its_own(written: pathlib.Path) -> None:
-    """The runs of a decoder at one budget have their own table.
-
-    Red: `alike = list(found)` in `_definitions` of questions.py.
-    """
+    """The runs of a decoder at one budget have their own table. Red: `alike = list(found)` in
+    `_definitions` of questions.py."""
     columns = ["matrices", "r", "trained", "validation", "test", "seeds"]
     (own,) = [t[1:] for t in saved_runs.page(written / "report.html").tables if t[0] == columns]
     assert [row[0] for row in own] == ["q", "v", "q+v", "q+k+v+o"]
@@ -104,10 +100,8 @@ def test_a_budget_of_a_decoder_is_a_table_of_its_own(written: pathlib.Path) -> N
 
 
 def test_differences_have_the_error_of_two_means(folder: pathlib.Path) -> None:
-    """A difference has the standard error of two means.
-
-    Red: no `/ len(x)` in `difference` of methods.py, or the two exchanged.
-    """
+    """A difference has the standard error of two means. Red: no `/ len(x)` in `difference` of
+    methods.py, or the two exchanged."""
     found = settings(there(folder / "rank"))
     one, two = found[0], found[1]
     first, second = (np.array(x.scores("test")) * 100 for x in (one, two))
@@ -132,10 +126,8 @@ def test_what_is_missing_is_a_note_with_its_command(written: pathlib.Path) -> No
 
 
 def test_both_formats_hold_the_same(written: pathlib.Path) -> None:
-    """HTML and Markdown have the same tables.
-
-    Red: `table.rows[1:]` in `markdown_table` of render.py.
-    """
+    """HTML and Markdown have the same tables. Red: `table.rows[1:]` in `markdown_table` of
+    render.py."""
     found = saved_runs.page(written / "report.html")
     assert found.tables == saved_runs.Markdown((written / "report.md").read_text()).tables
 
@@ -149,10 +141,8 @@ def test_nothing_at_all_is_an_error(
 
 
 def test_another_name_is_an_error_with_the_nearest() -> None:
-    """An unknown name is an error with the nearest name.
-
-    Red: `continue` in the place of the `raise` in `chosen`.
-    """
+    """An unknown name is an error with the nearest name. Red: `continue` in the place of the
+    `raise` in `chosen`."""
     with pytest.raises(LoraError, match="nearest:\n  matrices"):
         questions.chosen(["matrixes"], BaseChoice())
     assert [one.name for one in questions.chosen(["rank"], BaseChoice())] == ["rank"]
@@ -178,10 +168,8 @@ def test_every_sweep_is_a_config_that_is_there() -> None:
 
 
 def test_two_models_have_titles_and_pictures_of_their_own() -> None:
-    """Two models have their own titles and names of pictures.
-
-    Red: `name=p.name` in `_of` of directions.py.
-    """
+    """Two models have their own titles and names of pictures. Red: `name=p.name` in `_of` of
+    directions.py."""
     section = Section(
         "Shared", (Figure("maps", (Panel("phi-ranks-1", "a map", None),)), Paragraph(""))
     )
@@ -192,8 +180,7 @@ def test_two_models_have_titles_and_pictures_of_their_own() -> None:
 
 
 def test_a_model_that_has_not_run_is_a_note(tmp_path: pathlib.Path) -> None:
-    """A model without runs is a note; here the other's runs have no adapters, and are notes as
-    well.
+    """A model without runs is a note, and so are the other model's runs without adapters.
 
     Red: no `sweeps.notes` in `sections` of directions.py.
     """
@@ -224,10 +211,8 @@ def counting(tmp_path: pathlib.Path) -> Task:
 def test_what_failed_runs_again_and_what_finished_does_not(
     counting: Task, tmp_path: pathlib.Path
 ) -> None:
-    """A failed command runs again, and a finished one does not.
-
-    Red: `finished=True`, or the earlier seconds left out of the sum in `costs.run`.
-    """
+    """A failed command runs again, and a finished one does not. Red: `finished=True`, or the
+    earlier seconds left out of the sum in `costs.run`."""
     with pytest.raises(LoraError, match="ended with status 3"):
         costs.run(counting, tmp_path)
     first = costs.read(counting.folder)
@@ -244,10 +229,8 @@ def test_what_failed_runs_again_and_what_finished_does_not(
 def test_another_command_runs_and_starts_from_nothing(
     counting: Task, tmp_path: pathlib.Path
 ) -> None:
-    """Another command runs, and its costs start from nothing.
-
-    Red: no comparison of the arguments in `costs.run`.
-    """
+    """Another command runs, and its costs start from nothing. Red: no comparison of the arguments
+    in `costs.run`."""
     (tmp_path / "times").write_text("x")
     costs.run(counting, tmp_path)
     other = dataclasses.replace(counting, arguments=(*counting.arguments, "more"))
@@ -266,10 +249,8 @@ def test_a_damaged_cost_is_an_error(counting: Task, tmp_path: pathlib.Path) -> N
 
 
 def test_list_says_what_is_done(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--list` shows what is done, and its cost.
-
-    Red: `done = len(found)` and a cost that is not finished.
-    """
+    """`--list` shows what is done, and its cost. Red: `done = len(found)` and a cost that is not
+    finished."""
     cost = costs.Cost(("train.py",), 120.0, 200.0, 1, "a machine", True, "2026-01-01")
     costs._write(folder / "rank", cost)
     assert main(["rank", "--list", "--runs", str(folder)]) == 0
@@ -286,8 +267,7 @@ def test_list_says_what_is_done(folder: pathlib.Path, capsys: pytest.CaptureFixt
 @pytest.mark.slow
 @browser.NEEDED
 def test_the_committed_page_is_drawn(width: int, tmp_path: pathlib.Path) -> None:
-    """docs/paper/report.html shows all its figures and loads nothing, at the width of a phone and
-    of a screen.
+    """docs/paper/report.html is drawn whole and loads nothing, on a phone's and a screen's width.
 
     Red: a figure of no size, or a table that is wider than the page.
     """
@@ -313,10 +293,8 @@ def test_the_committed_page_asks_for_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_committed_formats_hold_the_same() -> None:
-    """The committed HTML and Markdown have the same tables.
-
-    Red: a table that is edited by hand in one of the two.
-    """
+    """The committed HTML and Markdown have the same tables. Red: a table that is edited by hand in
+    one of the two."""
     found = saved_runs.page(COMMITTED / "report.html")
     plain = saved_runs.Markdown((COMMITTED / "report.md").read_text())
     assert found.tables == plain.tables

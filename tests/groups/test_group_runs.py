@@ -126,10 +126,8 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
 def test_a_group_that_is_preempted_says_so(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A preempted group says that it is saved.
-
-    Red: `main` of train.py uses the console of a single run, which a group does not make.
-    """
+    """A preempted group says that it is saved. Red: `main` of train.py uses the console of a single
+    run, which a group does not make."""
     config = GroupConfig(members=(A,), run_dir=str(tmp_path))
     monkeypatch.setattr(train.command_line, "parse", lambda *_: ("group", config, None))
     with pytest.MonkeyPatch.context() as patch:
@@ -139,9 +137,7 @@ def test_a_group_that_is_preempted_says_so(
 
 
 def test_a_member_goes_on_alone_and_back(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A member's checkpoints equal those of a single run: it goes on alone, and then in the group
-    again.
-    """
+    """A member may go on alone and in the group again; its checkpoints are a single run's."""
     with stopped(7):
         together(tmp_path, A, B)
     with stopped(21):
@@ -178,10 +174,7 @@ def test_more_members_than_fit_train_one_after_the_other(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Members that do not fit train in another group.
-
-    Red if those beyond the first group are forgotten.
-    """
+    """Members beyond the first group train in another one. Red if they are forgotten."""
 
     def fit(needed: Any, shared: float, members: int, memory: float, at_once: int) -> Any:
         return loop.memory_fit.Fit(members, min(members, 2), needed.bytes, memory)
@@ -210,10 +203,8 @@ def grouped(path: pathlib.Path, *members: Member) -> Iterator[tuple[Group, Opene
 def test_joining_leaving_and_finishing_compile_once_and_pausing_never(
     tmp_path: pathlib.Path, compilations: list[str]
 ) -> None:
-    """A change of the common shapes compiles once.
-
-    Red if the step is compiled anew for another member with the same common shapes, or twice.
-    """
+    """A change of the common shapes compiles once. Red if the step is compiled anew for another
+    member with the same common shapes, or twice."""
 
     def ticks(count: int) -> int:
         """Take `count` ticks, and return the number of compilations in them."""
@@ -241,10 +232,8 @@ def test_joining_leaving_and_finishing_compile_once_and_pausing_never(
 def test_members_that_come_and_go_are_what_they_are_alone(
     tmp_path: pathlib.Path, whole: pathlib.Path
 ) -> None:
-    """A member that joins, leaves or waits is what it is alone.
-
-    Red if `join` or `leave` mixes up the slots, or if a pause loses a batch.
-    """
+    """A member that joins, leaves or waits is what it is alone. Red if `join` or `leave` mixes up
+    the slots, or if a pause loses a batch."""
     with grouped(tmp_path, A, B) as (group, opener):
 
         def ticks(count: int) -> None:
@@ -272,10 +261,8 @@ def last(path: pathlib.Path, one: Member) -> Any:
 
 
 def test_free_slots_are_given_up_when_that_is_worth_a_compilation() -> None:
-    """Free slots are dropped only if that saves more than a compilation costs.
-
-    Red without the comparison with WORTH.
-    """
+    """Free slots are dropped only if that saves more than a compilation costs. Red without the
+    comparison with WORTH."""
 
     class Slot:
         def __init__(self, name: str, left: int) -> None:
@@ -331,10 +318,8 @@ def poisoned() -> Any:
 def test_a_member_that_diverges_stops_and_the_others_go_on(
     poisoned: Any, tmp_path: pathlib.Path, whole: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A member that diverges stops alone.
-
-    Red if its error ends the group, or if it is checkpointed after the step that failed.
-    """
+    """A member that diverges stops alone. Red if its error ends the group, or if it is checkpointed
+    after the step that failed."""
     bad = member("bad", 5, 2, workload=poisoned)
     with pytest.raises(loop.StoppedError, match="1 of 3 members stopped:\nbad: step 6") as caught:
         together(tmp_path, A, bad, B)

@@ -210,11 +210,11 @@ def finished(request: pytest.FixtureRequest) -> Together:
 
 @pytest.mark.parametrize("index", range(len(MEMBERS)))
 def test_a_member_is_what_it_is_alone(finished: Together, index: int) -> None:
-    """A member's adapters, head, Adam's moments and counts, step, key and every loss are those of
-    the member alone.
+    """A member's state and every loss equal the state and the losses of the member alone.
 
-    Red with one clip for all (the norm of the stack), with a mean over all rows, with the first
-    member's schedule or decay for all, or without `active` (the last member has 30 steps of 50).
+    The state has adapters, head, Adam's moments and counts, step and key. Red with one clip for all
+    (the norm of the stack), with a mean over all rows, with the first member's schedule or decay
+    for all, or without `active` (the last member has 30 steps of 50).
     """
     wanted, losses = alone(MEMBERS[index])
     close(finished.member(index), wanted)
@@ -231,10 +231,8 @@ def test_what_fills_up_stays_zero(finished: Together) -> None:
 
 
 def test_of_an_absent_member_nothing_changes() -> None:
-    """The state of an absent member keeps every bit, at any step of the others.
-
-    Red without `active` in the step.
-    """
+    """The state of an absent member keeps every bit, at any step of the others. Red without
+    `active` in the step."""
     group = Together()
     for i in range(3):
         group.take([batch(m, i) for m in group.members])
@@ -250,9 +248,7 @@ def test_of_an_absent_member_nothing_changes() -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_member_that_diverges_does_not_disturb_the_others(skip: bool) -> None:
-    """A member that diverges keeps its state (stop) or goes on (skip), and the others are as
-    without it.
-    """
+    """A member that diverges stays (stop) or goes on (skip); the others are as without it."""
     clean, other = Together(skip=skip), Together(skip=skip)
     for i in range(6):
         each = [batch(m, i) for m in MEMBERS]

@@ -18,7 +18,7 @@ from tests.models.options import FAMILIES
 from tests.programs import equations
 
 CAPACITY = 16
-LENGTHS = (3, 7, 5)  # of the prompts; each row then goes on for STEPS
+LENGTHS = (3, 7, 5)  # the prompts' lengths; each row then goes on for STEPS
 STEPS = 4
 FORMS = {
     "unrolled": {},
@@ -87,9 +87,7 @@ def padded(tokens: list[np.ndarray], length: int, side: str, fill: int) -> tuple
 def test_prefill_and_steps_are_one_whole_pass(
     llama_config: models.DecoderConfig, form: str, side: str
 ) -> None:
-    """Prefill and steps equal one whole pass, and padding changes nothing: each row is compared
-    with itself alone.
-    """
+    """Prefill and steps of a padded batch equal one whole pass over each row alone."""
     config = dataclasses.replace(llama_config, **FORMS[form])
     params, tokens = random_params(config), rows(config)
     length = max(LENGTHS) + 1
@@ -176,8 +174,7 @@ def test_a_step_writes_in_place(
     memory = compiled.memory_analysis()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= held
-    # Temporary memory holds the scores, and with scanned layers one layer, but never the whole
-    # cache.
+    # Temporary memory holds the scores, and one layer if scanned, but never the whole cache.
     assert memory.temp_size_in_bytes < (0.8 if config.scan_layers else 0.4) * held
     sizes = {leaf.size for leaf in jax.tree.leaves((cache.keys, cache.values))}
     instructions = hlo.parse(compiled.as_text()).instructions

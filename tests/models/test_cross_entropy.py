@@ -70,10 +70,7 @@ def parts(
 def test_it_is_the_loss_at_once(
     tied: bool, scan: bool, targets: tuple[str, ...], chunk: int
 ) -> None:
-    """Loss and gradients equal those at once, also if the head is adapted.
-
-    Red if the padding counts.
-    """
+    """Loss and gradients are as at once, also with an adapted head. Red if the padding counts."""
     _, adapters, params, whole = parts(tied, scan, None, targets)
     _, _, _, in_chunks = parts(tied, scan, chunk, targets)
     wanted, found = (jax.jit(jax.value_and_grad(f))(adapters, params) for f in (whole, in_chunks))
@@ -108,10 +105,7 @@ def shapes(text: str) -> list[str]:
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_label_smoothing_is_optax(chunk: int | None) -> None:
-    """The loss and its gradient are those of optax, and only in training.
-
-    Red if evaluation is smoothed.
-    """
+    """In training the loss and its gradient equal optax's. Red if evaluation is smoothed."""
     model = models.DecoderModel(CONFIG)
     params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
     plain, smoothed = apply_of(model), apply_of(model, chunk, smoothing=0.1)

@@ -1,4 +1,4 @@
-"""Outputs equal those of other frameworks: the real models, and a tiny one of every variant."""
+"""Outputs equal other frameworks' outputs: the real models, and a tiny one of every variant."""
 
 import dataclasses
 import json
@@ -81,8 +81,7 @@ def test_encoder_as_transformers(data: Path, name: str, scan: bool) -> None:
     hidden = jax.jit(models.Bert(config).apply)({"params": source.load(config)}, ids, mask, types)
     np.testing.assert_allclose(hidden[mask], golden["hidden"][mask], atol=1e-5)
 
-    # The head reads the first token even if RoBERTa's rows are padded on the left, as transformers
-    # does.
+    # As in transformers the head reads the first token, even if RoBERTa's rows are padded left.
     params = source.load(config, head=models.Head("roberta_head", num_classes=3))
     model = models.BertClassifier(config, num_classes=3, pooling="roberta_head")
     logits = jax.jit(model.apply)({"params": params}, ids, mask)
@@ -109,10 +108,8 @@ def test_vit_as_transformers(data: Path, name: str, scan: bool) -> None:
 
 
 def test_a_configuration_tells_its_names(data: Path) -> None:
-    """A configuration determines its table of names.
-
-    Red if two families with other names have the same options.
-    """
+    """A configuration determines its table of names. Red if two families with other names have the
+    same options."""
     folders = [path.parent for path in (data / "golden_models").glob("*/config.json")]
     assert len(folders) > 20
     for folder in folders:

@@ -39,9 +39,7 @@ def compiled(f: Any, on: jax.sharding.Mesh, *arrays: tuple[tuple[int, ...], P]) 
 
 
 def test_collectives_of_a_product_with_a_known_placement() -> None:
-    """A product that is cut along the summed axis needs one sum of [32, 16] over the four devices
-    of `tensor`.
-    """
+    """Cut along the summed axis, a product has one sum of [32, 16] over `tensor`'s four devices."""
     on = grid(1, 2, 4)
     module = compiled(jnp.dot, on, ((32, 64), P(None, "tensor")), ((64, 16), P("tensor")))
     (found,) = collectives.collectives(module)

@@ -1,4 +1,4 @@
-"""The numbers of a plan are those of the shardings, the shapes and the compiler."""
+"""A plan's numbers agree with the shardings, the shapes and the compiler."""
 
 from __future__ import annotations
 
@@ -57,10 +57,8 @@ SIZES = tuple(f"--{name}={size}" for name, size in SMALL.items())
 
 @functools.cache
 def gpt() -> plan.Plan:
-    """Return the small model's plan on data 2 x fsdp 2 x tensor 2.
-
-    Its loader raises, so that no weight is read.
-    """
+    """Return the small model's plan on data 2 x fsdp 2 x tensor 2. Its loader raises, so that no
+    weight is read."""
     return planned(GPT, *SIZES, "--mesh.fsdp=2", "--mesh.tensor=2", "--plan-devices=8")
 
 

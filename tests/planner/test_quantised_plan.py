@@ -47,10 +47,8 @@ BITS = {"nf4": 4, "int4": 4, "int8": 8, "fp8": 8}
 
 @pytest.mark.parametrize("scheme", ["nf4", "int4", "fp8"])
 def test_codes_and_scales_of_each_scheme(scheme: str) -> None:
-    """Each of four devices holds a fourth of the codes, and scales for its part.
-
-    Red: an int4 counted as a byte; scales forgotten.
-    """
+    """Each of four devices holds a fourth of the codes, and scales for its part. Red: an int4
+    counted as a byte; scales forgotten."""
     parts = by_part(costs(scheme).weights)
     assert parts["codes"] == NUMBERS * BITS[scheme] // 8 // 4
     blocks = NUMBERS // 64 // 4 if BITS[scheme] == 4 else OUTPUTS // 2  # one for each output
@@ -60,10 +58,8 @@ def test_codes_and_scales_of_each_scheme(scheme: str) -> None:
 
 
 def test_scales_in_8_bits() -> None:
-    """Scales in 8 bits are a byte for each block.
-
-    Their own scales, a mean and a table for each layer are on every device.
-    """
+    """Scales in 8 bits are a byte for each block. Their own scales, a mean and a table for each
+    layer are on every device."""
     parts, products = by_part(costs("nf4", True).weights), sum(LAYER.values())
     own = NUMBERS // 64 // 256 * 4 + L * products * 4 * (1 + 256)
     assert parts["scales"] == NUMBERS // 64 // 4 + own
@@ -71,10 +67,7 @@ def test_scales_in_8_bits() -> None:
 
 
 def test_what_stays_in_floats() -> None:
-    """Embedding and head are divided over four devices, and norms are whole.
-
-    Red: the head is quantised.
-    """
+    """Embedding and head are divided by four, and norms are whole. Red: the head is quantised."""
     norms = 2 * (2 * L + 1) * D
     assert by_part(costs("nf4").weights)["floats"] == (FLOATS - norms) // 4 + norms
     weights = {w.path: w for w in costs("nf4").weights}
@@ -84,26 +77,19 @@ def test_what_stays_in_floats() -> None:
 
 
 def test_the_products_are_those_of_the_floats() -> None:
-    """Codes are looked up and not multiplied, so the FLOPs are those of floats.
-
-    Red: scales in a product of their own.
-    """
+    """Codes are looked up and not multiplied, so the FLOPs equal the float base's. Red: scales in a
+    product of their own."""
     assert costs("nf4").flops == pytest.approx(costs("none").flops, rel=1e-3)
 
 
 def test_no_float_copy_of_the_stack_is_planned() -> None:
-    """The floats of one layer may exist for a while, but not those of all layers.
-
-    Red: a dense residual.
-    """
+    """One layer's floats may exist for a while, but not all layers'. Red: a dense residual."""
     assert costs("nf4").bytes.activations == pytest.approx(costs("none").bytes.activations, rel=0.1)
 
 
 def test_a_magnitude_for_each_output_and_the_product_of_its_norm() -> None:
-    """DoRA adds a magnitude for each output, and the product of its norm.
-
-    Red: the scope taken off `output_gain`; the magnitude not among the adapters.
-    """
+    """DoRA adds a magnitude for each output, and the product of its norm. Red: the scope taken off
+    `output_gain`; the magnitude not among the adapters."""
     lora, dora = costs("nf4"), costs("nf4", kind="dora")
     assert dora.adapter_parameters - lora.adapter_parameters == OUTPUTS
     assert dora.bytes.adapters - lora.bytes.adapters == 4 * OUTPUTS // 2  # `tensor` divides them

@@ -88,9 +88,7 @@ def _arrays(workload: Any) -> Any:
 
 
 def evaluated(run: pathlib.Path, config: Config) -> np.ndarray:
-    """Return the [N, C] outputs of the run's best adapter on the validation split, by training's
-    code.
-    """
+    """Return the best adapter's outputs [N, C] on the validation split, by training's code."""
     workload = config.workload(config)
     params = _arrays(workload)
     layout, adapters, _ = lora_jax.restore(run / "adapters/best")

@@ -76,10 +76,8 @@ def answers(tmp_path: pathlib.Path, rows: Any, *arguments: str) -> list[dict[str
 
 
 def test_every_line_by_its_own_adapter(setup: Setup, tmp_path: pathlib.Path) -> None:
-    """Each line is answered by its own adapter.
-
-    Red if a line takes another's adapter, or if its template is not filled in.
-    """
+    """Each line is answered by its own adapter. Red if a line takes another's adapter, or if its
+    template is not filled in."""
     rows = [
         {"prompt": "word1 word2", "adapter": "two", "n": 0},
         {"word": "word1", "adapter": "one"},
@@ -111,9 +109,7 @@ def test_every_line_by_its_own_adapter(setup: Setup, tmp_path: pathlib.Path) -> 
 def test_plain_prompts_are_for_every_adapter(
     setup: Setup, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts from the command line and from stdin give the same output, as plain lines off a
-    terminal.
-    """
+    """Prompts from the command line and from stdin give the same plain lines off a terminal."""
     shared = [*setup.given("one", "two"), "--base-too", "--max-new-tokens", str(NEW)]
     assert generate.main([*shared, "--prompt", "word1", "--prompt", "word5 word6"]) == 0
     typed = capsys.readouterr()
@@ -171,10 +167,7 @@ def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
 
 
 def test_answers_wait_for_those_before_them() -> None:
-    """Texts are printed in the order of the prompts.
-
-    Red if a text that is finished first comes out first.
-    """
+    """Texts come in the order of the prompts. Red if a text that is finished first comes first."""
     file = io.StringIO()
     requests = [Request(n, "word1", Prompt([5], 0), {}) for n in ("one", "two")]
 

@@ -34,9 +34,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Three runs: three classes, two classes (other rank, scale, targets; a trained norm), a
-    number.
-    """
+    """Three runs: three classes, two (other rank, scale and targets, a trained norm), a number."""
     folder = tmp_path_factory.mktemp("serving")
     weights = tiny.write_model(folder / "model", tiny.ROBERTA)
     three = classifiers.examples(folder / "three", int)
@@ -68,9 +66,7 @@ def texts(trained: Trained, name: str) -> list[str]:
 
 
 def mixed(trained: Trained) -> list[dict[str, Any]]:
-    """Return all validation texts of all tasks, shuffled, each with its adapter and a further
-    field.
-    """
+    """Return all validation texts of all tasks, shuffled, each with its adapter and a number."""
     rows = [
         {"text": text, "adapter": name, "n": i}
         for name in trained.configs
@@ -114,11 +110,8 @@ def answers(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> None:
-    """Each example has the outputs of training's evaluation.
-
-    Red if an example uses another head or adapter, or if a parameter trained in full is as in the
-    base.
-    """
+    """Each example has the outputs of training's evaluation. Red if an example uses another head or
+    adapter, or if a parameter trained in full is as in the base."""
     served, made = opened
     rows = mixed(trained)
     ids = [served.names.index(row["adapter"]) for row in rows]
@@ -145,10 +138,8 @@ def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> N
 def test_mixed_is_each_alone(
     trained: Trained, answers: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
-    """An exported folder is complete, and can be moved.
-
-    Red if padded classes take part: two of three outputs would not be as they are alone.
-    """
+    """An exported folder is complete, and can be moved. Red if padded classes take part: two of
+    three outputs would not be as they are alone."""
     for name in trained.configs:
         own = [row for row in mixed(trained) if row["adapter"] == name]
         bare = [{"text": row["text"], "n": row["n"]} for row in own]  # one adapter needs no name
@@ -173,10 +164,7 @@ def test_order_and_fields_are_kept(trained: Trained, answers: list[dict[str, Any
 
 
 def test_one_program_for_each_length(opened: Opened) -> None:
-    """All adapters and numbers of texts share a program for each length.
-
-    Red if a batch has another shape.
-    """
+    """All adapters share a program for each length. Red if a batch has another shape."""
     made = text_classifier.TextClassifier(opened[0], 4)
     short, long = "word1 word2", " ".join(["word3"] * 14)
     for ids in ([0, 1, 2, 0], [2, 2, 2], [1], [0, 1] * 9):
@@ -242,10 +230,8 @@ def test_a_line_that_cannot_be_classified(
 
 
 def test_progress_is_told_as_scores_come(opened: Opened) -> None:
-    """Progress is reported as scores come.
-
-    Red if a bar waits for the first line, which may come last because lines are sorted.
-    """
+    """Progress is reported as scores come. Red if a bar waits for the first line, which may come
+    last because lines are sorted."""
     sized = [
         jsonl.JsonLine({"text": text, "adapter": "two"}, "here", size)
         for size, text in ((100, WORDS), (1, "word1"))

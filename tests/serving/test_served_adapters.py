@@ -78,10 +78,8 @@ def runs(tmp_path: pathlib.Path, params: Any, weights: pathlib.Path) -> pathlib.
 
 
 def test_what_is_given_is_found(runs: pathlib.Path, monkeypatch: Any) -> None:
-    """A path leads to its adapters and their names.
-
-    Red if the last is taken for the best, or if a name is not that of the run.
-    """
+    """A path leads to its adapters and their names. Red if the last is taken for the best, or if a
+    name is not that of the run."""
 
     def found(given: str) -> list[tuple[str, str]]:
         return [(name, str(path.relative_to(runs))) for name, path in adapter_path.find(given)]
@@ -307,10 +305,7 @@ STRANGERS = ("hub:someone/model", "pypi:evil==1.0/model", f"{models.MINILM}#sha2
 def test_a_base_is_not_fetched_on_the_word_of_an_adapter(
     reference: str, tmp_path: pathlib.Path, params: Any, monkeypatch: Any
 ) -> None:
-    """A base is fetched only if the user names it or trusts the adapter.
-
-    Red if it is always fetched.
-    """
+    """A base is fetched only if the user names it or trusts the adapter. Red if it is fetched."""
     opened: list[str] = []
     monkeypatch.setattr(models, "open", lambda reference: opened.append(reference) or 1 / 0)
     given = save(tmp_path / "a", params, reference)

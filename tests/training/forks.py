@@ -64,9 +64,7 @@ class Fork:
 
     @property
     def status(self) -> int | None:
-        """None while it runs; then the exit status, or minus the number of the signal that ended
-        it.
-        """
+        """None while it runs, and then the exit status, or minus the signal that ended it."""
         return self._process.exitcode
 
     def send(self, number: signal.Signals) -> None:
@@ -139,9 +137,7 @@ def _main(
 
 
 def python(words: list[str], log: pathlib.Path, seconds: float = 240) -> int:
-    """Run `python <words>` in the root of the repository and return the exit status; it prints into
-    `log`.
-    """
+    """Run `python <words>` in the repository's root, print into `log`, return the exit status."""
     process = _FORKS.Process(target=_python, args=(words, str(log)))
     process.start()
     process.join(seconds)

@@ -98,10 +98,8 @@ def data_files(checkpoint: pathlib.Path) -> list[pathlib.Path]:
 
 
 def test_bit_for_bit(whole: pathlib.Path, copy: pathlib.Path) -> None:
-    """A checkpoint is restored bit for bit.
-
-    Red if a dtype, the key, or a character of the notes is lost on the way.
-    """
+    """A checkpoint is restored bit for bit. Red if a dtype, the key, or a character of the notes is
+    lost on the way."""
     found, notes, said = read(copy)
     assert bits(found) == bits(state(4)) and not said
     assert notes == {"step": 4, "text": "naïve \n"}
@@ -112,7 +110,7 @@ def damages(file: pathlib.Path) -> Iterator[bytes | None]:
     """Yield damaged contents of `file`; None stands for a file that is missing."""
     data = file.read_bytes()
     yield from (None, *((data[: len(data) // 2], data[:-1]) if data else ()))
-    for part in (0, 0.4, 0.8) if data else ():  # an empty file only marks that it is complete
+    for part in (0, 0.4, 0.8) if data else ():  # empty files only mark complete checkpoints
         bit = int(len(data) * 8 * part)
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
@@ -121,8 +119,7 @@ def damages(file: pathlib.Path) -> Iterator[bytes | None]:
 
 def test_whatever_is_damaged(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """With any file missing, cut, or with a flipped bit, the exact state or the one before is
-    restored. In the second case there is one message.
-    """
+    restored. In the second case there is one message."""
     results = set()
     for file in sorted(p.relative_to(whole) for p in (whole / "4").rglob("*") if p.is_file()):
         for data in damages(whole / file):
@@ -150,9 +147,7 @@ def test_what_is_said(copy: pathlib.Path) -> None:
 
 
 def test_an_array_that_is_not_listed(copy: pathlib.Path) -> None:
-    """A state with an array that the manifest does not list is damaged, even if the manifest is
-    intact.
-    """
+    """An array that an intact manifest does not list makes the checkpoint damaged."""
     file = copy / "4" / "meta" / "_strings.json"
     data = json.loads(json.loads(file.read_text())["text"])
     del data["arrays"]["trained/adapters/q/a"]
@@ -164,9 +159,7 @@ def test_an_array_that_is_not_listed(copy: pathlib.Path) -> None:
 
 
 def test_hashes_find_what_no_checksum_does(copy: pathlib.Path) -> None:
-    """The hashes find an array of another run that has the same shape and valid checksums of its
-    own.
-    """
+    """The hashes find another run's array of the same shape, whose own checksums are all valid."""
     other = copy.parent / "other"
     with Checkpoints(other) as checkpoints:
         changed = state(4)
@@ -183,10 +176,8 @@ def test_hashes_find_what_no_checksum_does(copy: pathlib.Path) -> None:
 
 
 def test_the_step_of_a_damaged_one_is_saved_again(copy: pathlib.Path) -> None:
-    """The step of a damaged checkpoint can be saved again.
-
-    The test does so twice, and both damaged ones are kept.
-    """
+    """The step of a damaged checkpoint can be saved again. The test does so twice, and both damaged
+    ones are kept."""
     for expected in (["3", "4", "damaged-4"], ["3", "4", "damaged-4", "damaged-4-1"]):
         (file,) = data_files(copy / "4")
         flip(file, 80)
@@ -306,10 +297,8 @@ def test_a_full_disk_keeps_the_earlier_export(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_kill_between_the_renames_of_an_export(tmp_path: pathlib.Path) -> None:
-    """The old export is found after a kill between two renames.
-
-    Red if it is not brought back: then a run that goes on would have no best.
-    """
+    """The old export is found after a kill between two renames. Red if it is not brought back: then
+    a run that goes on would have no best."""
     export.save(tmp_path, "best", LAYOUT, state(1).trained)
     (tmp_path / "adapters" / "best").rename(tmp_path / "adapters" / "best.old")
     name, folder = adapter_path.find_one(str(tmp_path))
@@ -328,9 +317,7 @@ def test_a_real_full_disk(small_disk: pathlib.Path) -> None:
 
 
 def test_train_ends_with_an_error(tmp_path: pathlib.Path) -> None:
-    """On a full disk train.py prints "error: " without a traceback, ends with status 1, and keeps
-    step 4.
-    """
+    """On a full disk train.py says "error: " with no traceback, has status 1, and keeps step 4."""
     path = tmp_path / "run"
     arguments = ["--config", OWN, "--run-dir", str(path), *SMALL, "--checkpoint-every", "4"]
     program = (

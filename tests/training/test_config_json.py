@@ -18,10 +18,8 @@ def with_targets(*targets: str) -> Config:
 
 
 def test_fields_of_the_optimizer_that_came_later_name_no_run_at_their_defaults() -> None:
-    """Newer fields of the optimizer at their defaults do not change which run a config names.
-
-    Red: `identity` looks at the top fields of the config alone, and not at nested ones.
-    """
+    """Newer fields of the optimizer at their defaults do not change which run a config names. Red:
+    `identity` looks at the top fields of the config alone, and not at nested ones."""
     assert "loraplus_lr_ratio" not in config_json.identity(small.config)["optimizer"]
     stored = config_json.to_dict(small.config)
     for name in ("loraplus_lr_ratio", "no_decay"):
@@ -45,10 +43,8 @@ def test_the_order_of_targets_is_no_change() -> None:
 
 
 def test_the_order_of_targets_counts_where_they_have_settings() -> None:
-    """The order counts if targets have settings: the first pattern that matches wins.
-
-    Red: the targets are always sorted.
-    """
+    """The order counts if targets have settings: the first pattern that matches wins. Red: the
+    targets are always sorted."""
     stored = config_json.to_dict(with_targets("first/kernel@rank=1", "*/kernel"))
     assert config_json.changes(stored, with_targets("*/kernel", "first/kernel@rank=1")) != []
 

@@ -45,9 +45,7 @@ def test_the_line() -> None:
 
 
 def test_bytes_of_a_step() -> None:
-    """A step needs the base once, and a state, a row and intermediate results for each of N
-    members.
-    """
+    """A step needs the base once, and for each member a state, a row and intermediate results."""
     base = jax.ShapeDtypeStruct((256, 256), jnp.float32)
 
     def needed(members: int) -> StepMemory:
@@ -59,7 +57,7 @@ def test_bytes_of_a_step() -> None:
         return of_step(jax.jit(step, donate_argnums=0).lower(state, base).compile())
 
     one, many, array = needed(1), needed(16), 256 * 256 * 4
-    assert many.bytes - one.bytes == pytest.approx(15 * 2 * array, rel=0.05)  # state, temporary
+    assert many.bytes - one.bytes == pytest.approx(15 * 2 * array, rel=0.05)  # state and temporary
     assert many.between == pytest.approx(16 * array, rel=0.05)
     assert one.bytes > 2 * array
     assert fit(many, array, 16, memory=one.bytes).size == 1

@@ -36,7 +36,7 @@ LINEAR = ("--lora.rank", "3", "--lora.alpha", "5", "--lora.targets", "second/ker
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run whose adapters differ from those that the file of its config asks for."""
+    """A run whose adapters differ from the ones that its config's file asks for."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     runs.run(folder, *runs.SMALL, *LINEAR)
     return folder
@@ -59,8 +59,7 @@ def validation(run: pathlib.Path) -> list[dict[str, Any]]:
 
 def test_a_run_begins_where_another_was_best(first: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """A new run begins with the best numbers of the other run, and with its layout, not the
-    config's. Red: the head or the adapters are drawn anew; the layout is that of the config.
-    """
+    config's. Red: the head or the adapters are drawn anew; the layout is the config's."""
     summary = runs.run(tmp_path / "run", *runs.SMALL, "--from", str(first))
     best = json.loads((first / "summary.json").read_text())["best_step"]
     assert validation(tmp_path / "run")[0] == validation(first)[best // 4]
@@ -71,9 +70,7 @@ def test_a_run_begins_where_another_was_best(first: pathlib.Path, tmp_path: path
 
 
 def test_a_folder_that_was_saved_by_hand(first: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A folder saved by hand has no fingerprint, so its base is accepted only with
-    `--allow-other-base`.
-    """
+    """A folder without a fingerprint is accepted only with `--allow-other-base`."""
     adapter = lora_jax.restore(first / "adapters/best")
     lora_jax.save(tmp_path / "mine", adapter)
     arguments = ["--config", runs.OWN, *runs.SMALL, "--from", str(tmp_path / "mine")]
@@ -85,7 +82,7 @@ def test_a_folder_that_was_saved_by_hand(first: pathlib.Path, tmp_path: pathlib.
 
 
 def test_an_imported_run_trains_on(tmp_path: pathlib.Path) -> None:
-    """An imported adapter trains on: its first loss is that of the logits of PEFT."""
+    """An imported adapter begins with the loss of the logits that PEFT has computed."""
     base, golden = bases.base(tmp_path, "bert"), npz.read(ADAPTERS / "bert/expected.npz")
     arguments = ["--base", str(base), "--labels", "b", "c", "a", "--out", str(tmp_path / "run")]
     assert main(["import", bases.adapter("bert"), *arguments]) == 0
@@ -143,10 +140,8 @@ def test_what_does_not_fit(
 
 
 def test_another_base_is_refused(exported: Any, tmp_path: pathlib.Path) -> None:
-    """An adapter of another base is refused even if all shapes are equal.
-
-    Red: the fingerprint of the frozen parameters, without the new head, is not compared.
-    """
+    """An adapter of another base is refused even if all shapes are equal. Red: the fingerprint of
+    the frozen parameters, without the new head, is not compared."""
     run, config = exported
     changed = tiny.write_model(tmp_path / "model", {**tiny.ROBERTA, "layer_norm_eps": 1e-6})
     tensors = safetensors.numpy.load_file(changed / "model.safetensors")
@@ -179,10 +174,8 @@ def test_the_command_line_leaves_the_layout_alone(
 
 
 def test_where_a_run_cannot_begin(first: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
-    """A run cannot begin from a missing folder, itself, another tool's folder, or several runs.
-
-    No run directory is made in these cases.
-    """
+    """A run cannot begin from a missing folder, itself, another tool's folder, or several runs. No
+    run directory is made in these cases."""
     for start, path, said in (
         (tmp_path / "nowhere", tmp_path / "a", "there is no such folder"),
         (first, first, "this run would overwrite"),

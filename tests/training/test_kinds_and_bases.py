@@ -132,10 +132,8 @@ def test_a_run_of_each_kind(
     trained: Trained,
     tmp_path: pathlib.Path,
 ) -> None:
-    """Each kind of update trains; DoRA, which saves the most, is also resumed and served.
-
-    Red: predict does not quantise the base again.
-    """
+    """Each kind of update trains; DoRA, which saves the most, is also resumed and served. Red:
+    predict does not quantise the base again."""
     config = kind_config(kind, scheme, roberta, source)
     run, summary = trained(config)
     assert summary["merged_difference"] is None or summary["merged_difference"] < 1e-5
@@ -156,10 +154,8 @@ def kind_config(kind: str, scheme: str, roberta: pathlib.Path, source: str) -> A
 def test_a_report_of_dora_on_a_quantised_base(
     roberta: pathlib.Path, source: str, trained: Trained
 ) -> None:
-    """A report analyses DoRA on a quantised base.
-
-    Red: the update is computed from the factors alone; the codes are read as a matrix.
-    """
+    """A report analyses DoRA on a quantised base. Red: the update is computed from the factors
+    alone; the codes are read as a matrix."""
     run, _ = trained(kind_config("dora", "nf4", roberta, source))
     assert report.main([str(run)]) == 0
     text = (run / "report/report.html").read_text()
@@ -178,10 +174,8 @@ def test_lokr_predicts_as_it_was_evaluated(
 def test_a_run_with_dropout_goes_on(
     roberta: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
-    """A run with dropout is resumed exactly, as its masks depend on the step alone.
-
-    Red: one key for all steps; dropout in evaluation.
-    """
+    """A run with dropout is resumed exactly, as its masks depend on the step alone. Red: one key
+    for all steps; dropout in evaluation."""
     config = config_of(classification, roberta, source, lora={"dropout": 0.5})
     run, summary = trained(config)
     assert_goes_on(run, config, tmp_path / "again")
@@ -248,10 +242,8 @@ def test_a_run_begins_with_a_part_of_the_base_and_goes_on(
     trained: Trained,
     tmp_path: pathlib.Path,
 ) -> None:
-    """The first outputs are those of the original base, and the run can be resumed and served.
-
-    Red: predict forgets the changed base.
-    """
+    """The first outputs are the original base's, and the run can be resumed and served. Red:
+    predict forgets the changed base."""
     lora, model = {"init": init, "kind": kind}, {"quantize": scheme}
     config = config_of(classification, roberta, source, lora=lora, model=model)
     run, summary = trained(config)
@@ -287,10 +279,8 @@ def test_a_run_goes_on_from_an_adapter_over_a_changed_base(
 def test_tasks_share_a_quantised_base(
     llama: pathlib.Path, source: str, trained: Trained, tmp_path: pathlib.Path
 ) -> None:
-    """Tasks with batches of two sizes share a quantised base.
-
-    Red: the check of the padding runs the bare model on codes.
-    """
+    """Tasks with batches of two sizes share a quantised base. Red: the check of the padding runs
+    the bare model on codes."""
     base = config_of(causal_lm, llama, source, model={"quantize": "int8"})
     small = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=16))
     members = (Member("one", base), Member("two", small))

@@ -40,9 +40,7 @@ Q_AND_V = LoraConfig(rank=2, alpha=4.0, targets=("**/{query,value,q,v}/kernel",)
 
 
 def text(folder: pathlib.Path, name: str) -> TextConfig:
-    """Return the config of a tiny encoder that classifies, or of a tiny decoder that continues
-    text.
-    """
+    """Return the config of a tiny encoder that classifies, or of a tiny decoder that writes."""
     if name == "bert":
         model = tiny.write_model(folder / "model", {**tiny.ROBERTA, "hidden_size": 32})
         source = tiny.write_examples(folder, ("text",), lambda kind: ["a", "b", "c"][kind])
@@ -158,10 +156,7 @@ def alone(config: Config) -> Run:
     indirect=["config"],
 )
 def test_losses_are_those_of_one_device(config: Config, alone: Run, sizes: MeshConfig) -> None:
-    """The losses on a mesh equal those on one device.
-
-    Every workload uses all three axes at once, and one workload also uses each axis alone.
-    """
+    """Meshes give the losses of one device: all axes at once, and for one workload each alone."""
     found = run(config, sizes)
     np.testing.assert_allclose(found.losses, alone.losses, rtol=1e-5)
     assert len(set(alone.losses)) == STEPS  # the losses change
@@ -188,10 +183,8 @@ def _moments(optimizer_state: Any) -> list[Any]:
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("name", ["minilm", "smollm2", "foreign"])
 def test_bytes_of_the_base_on_a_device(name: str, sizes: MeshConfig) -> None:
-    """A device holds at most 1.05 times total / (fsdp x tensor) bytes of a base.
-
-    The shapes are those of real models; no weight is read.
-    """
+    """A device holds at most 1.05 times total / (fsdp x tensor) bytes of a real model's base. No
+    weight is read."""
     grid = mesh.make(sizes)
     example, workload = _shapes_only(name)
     place = mesh.place(workload, sizes, grid, example)
@@ -230,10 +223,8 @@ def _shapes_only(name: str) -> tuple[Any, Workload]:
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "schedule_free", "adafactor", "inject"])
 def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
-    """The state of an optimizer is sharded as the adapters are.
-
-    Red if `following` looks at anything but the end of a path, or ignores the shape.
-    """
+    """The state of an optimizer is sharded as the adapters are. Red if `following` looks at
+    anything but the end of a path, or ignores the shape."""
     grid = mesh.make(MeshConfig(2, 2, 2))
     place = mesh.Placement(grid, {}, None)
     trained = {"adapters": {"w": lora_jax.Factors(jnp.ones((64, 8)), jnp.ones((8, 32)))}}
@@ -257,9 +248,7 @@ def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
 @pytest.mark.parametrize("config", ["llama"], indirect=True)
 def test_accumulated_gradients_are_those_of_the_whole_batch(config: Config, alone: Run) -> None:
     """Gradients added up over parts give the losses of the whole batch, on one device and on eight.
-
-    Red if the means of the parts are averaged.
-    """
+    Red if the means of the parts are averaged."""
     parted = dataclasses.replace(config, accumulate=2)
     for sizes, devices in ((MeshConfig(), 1), (MeshConfig(2, 2, 2), 8)):
         found = run(parted, sizes, devices)
@@ -316,9 +305,7 @@ def rows(batch: tuple[str, str], weight: P) -> list[float]:
 
 
 def test_rows_are_divided_in_the_order_that_the_partitioner_gets_right() -> None:
-    """This tests XLA, not our program: once the last line fails, `mesh.BATCH` may have either
-    order.
-    """
+    """This tests XLA: once the last line fails, `mesh.BATCH` may have either order."""
     weight = P("tensor", "fsdp")
     assert mesh.BATCH[0] == ("fsdp", "data")
     assert rows(("fsdp", "data"), weight) == list(range(8))
@@ -389,10 +376,8 @@ def annotated(config: Config) -> Workload:
 
 
 def test_a_models_own_annotations_place_it() -> None:
-    """A model's own annotations place its weights.
-
-    Red if the automatic rule overrides them, or if boxed parameters cannot be trained.
-    """
+    """A model's own annotations place its weights. Red if the automatic rule overrides them, or if
+    boxed parameters cannot be trained."""
     lora = LoraConfig(rank=2, targets=("up/kernel/value",))
     config = Config(workload=annotated, lora=lora)
     found, wanted = run(config, MeshConfig(2, 2, 2)), run(config, MeshConfig(), devices=1)

@@ -1,4 +1,4 @@
-"""The record of a run: what is on disk, and when."""
+"""The record of a run: its lines on disk, its events, and a full disk."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from lora_jax.training import metrics
 
 
 def test_what_is_synced_is_in_the_file(tmp_path: pathlib.Path) -> None:
-    """A synced line is in the file, as a checkpoint relies on its length even after a kill.
-
-    Red without `flush`.
-    """
+    """A synced line is in the file, even after a kill. Red without `flush`."""
     record = metrics.Record(tmp_path)
     record.write({"step": 1, "loss": 0.5})
     length = record.sync()

@@ -150,9 +150,7 @@ def pairs(split: str) -> list[dict[str, Any]]:
 def prepared(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> Callable[[type, Callable[[str], list[dict[str, Any]]]], str]:
-    """Return a function that gives rows to a TFDS builder, in place of a download, and returns its
-    folder.
-    """
+    """Return a function that gives a TFDS builder rows of ours, and returns its folder."""
 
     def with_rows(builder: type[Any], rows: Callable[[str], list[dict[str, Any]]]) -> str:
         def splits(self: Any, manager: Any) -> Any:
@@ -165,10 +163,8 @@ def prepared(
 
 
 def test_gpt2_trains_on_e2e(prepared: Any, tmp_path: pathlib.Path) -> None:
-    """GPT-2 trains on E2E, which TFDS finds by its name.
-
-    Red if the end token is not one token, or if a row holds two examples.
-    """
+    """GPT-2 trains on E2E, which TFDS finds by its name. Red if the end token is not one token, or
+    if a row holds two examples."""
     weights = tiny.write_model(tmp_path / "gpt2", tiny.GPT2 | {"vocab_size": END_ID + 1})
     tokenizer = tokenizers.Tokenizer.from_file(str(weights / "tokenizer.json"))
     tokenizer.add_special_tokens([END])

@@ -142,9 +142,7 @@ def broken(place: Place) -> Broken:
 def test_a_run_of_other_processes_each_time_has_the_same_curve(
     whole: pathlib.Path, broken: Broken
 ) -> None:
-    """Checkpoints of two processes are restored by one and the other way round, and no step is lost
-    or done twice.
-    """
+    """One process restores the checkpoints of two and vice versa; no step is lost or repeated."""
     assert_same_curve(whole, broken.path, STEPS)
     for name in ("best", "last"):
         one, other = (jax.tree.leaves(export.load(p, name)) for p in (whole, broken.path))
@@ -163,9 +161,7 @@ def test_each_start_went_on_from_the_checkpoint_of_the_one_before(broken: Broken
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_a_clear_error(broken: Broken) -> None:
-    """The other process ends soon after SECONDS: process 0 sees the broken connection, and JAX
-    aborts process 1.
-    """
+    """Process 0 ends by the broken connection and process 1 by JAX's abort, soon after SECONDS."""
     assert all(status not in (0, processes.PREEMPTED) for status in broken.statuses[:2])
     for index, text in enumerate(broken.printed[:2]):
         assert f"error: process {index} of 2: " in text, text
@@ -175,8 +171,7 @@ def test_a_killed_process_ends_the_other_with_a_clear_error(broken: Broken) -> N
 @pytest.mark.slow
 def test_sigterm_saves_the_step_in_hand_and_says_so(broken: Broken) -> None:
     """A run of one process stops by itself; of two processes only process 1 gets the signal, and
-    both stop together.
-    """
+    both stop together."""
     assert broken.statuses[2:] == [143, 143, 143]
     for text, step in zip(broken.printed[2:], broken.after[2:], strict=True):
         assert f"SIGTERM: step {step} is saved" in text
@@ -221,9 +216,7 @@ config = TextConfig(
 
 @pytest.mark.slow
 def test_a_text_model_has_the_same_curve_on_two_processes(place: Place) -> None:
-    """Batches of text have unequal weights, and each loss is a mean over the tokens of both
-    processes.
-    """
+    """Batches of text weigh unequally: each loss is a mean over the tokens of both processes."""
     description = tiny.LLAMA | {"num_key_value_heads": 2}  # mesh.tensor divides this number
     model = tiny.write_model(place.folder / "model", description)
     data = tiny.write_examples(place.folder / "data", ("text",), int)
@@ -309,9 +302,7 @@ def test_failing_to_meet_names_the_cure(
 
 
 def test_mpi_is_finalized_by_whom_it_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MPI is finalized once, by the one who began it: without that `mpirun` reports a failure, and
-    a config may have begun MPI itself.
-    """
+    """`mpirun` reports a failure if MPI is not finalized; a config may have begun MPI itself."""
     ended: list[bool] = []
     mpi = types.SimpleNamespace(Finalize=lambda: ended.append(True))
     begin = lambda *_, **__: monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)  # noqa: E731
@@ -367,9 +358,7 @@ def test_states_of_two_processes_are_put_together() -> None:
 
 
 def test_only_the_first_sigterm_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal that is sent twice at once counts once; a later one has its default effect: it
-    kills.
-    """
+    """A SIGTERM that is sent twice at once counts once; a later one kills, as by default."""
     sent: list[int] = []
     before = signal.getsignal(signal.SIGTERM)
     with processes.Preemption() as preemption:

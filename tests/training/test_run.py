@@ -46,7 +46,7 @@ def test_the_summary_says_what_was_asked_of_it(finished: pathlib.Path) -> None:
     assert summary["adapter_parameters"] == 2 * (2 + 16) + 2 * (16 + 16)
     assert summary["trainable_parameters"] == 17
     assert summary["full_checkpoint_bytes"] == 4 * summary["base_parameters"]
-    assert summary["base_bytes_per_device"] == summary["full_checkpoint_bytes"]  # data alone
+    assert summary["base_bytes_per_device"] == summary["full_checkpoint_bytes"]  # mesh: data alone
     assert summary["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
     trained = summary["adapter_parameters"] + summary["trainable_parameters"]
     assert 8 * trained < summary["optimizer_bytes"] <= 8 * trained + 16
@@ -76,10 +76,7 @@ def test_the_record_has_every_step_once_and_every_evaluation(finished: pathlib.P
 # Orbax warns that it takes the sharding from the file.
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_it_goes_on_with_its_targets_in_another_order(tmp_path: pathlib.Path) -> None:
-    """Adapters, optimizer and record are bit-identical.
-
-    Red: the field is not marked "unordered".
-    """
+    """Adapters, optimizer and record keep every bit. Red: the field is not marked "unordered"."""
     orders = ("first/kernel", "second/kernel"), ("second/kernel", "first/kernel")
     paths = tmp_path / "whole", tmp_path / "stopped"
     for path, order in zip(paths, orders, strict=True):

@@ -25,10 +25,8 @@ BROKEN = [
 
 @pytest.mark.parametrize(("content", "says"), [*BROKEN, (b"{}", "is not a config of train.py")])
 def test_a_broken_config_of_a_run(content: bytes, says: str, tmp_path: pathlib.Path) -> None:
-    """A broken config is an error that names its file.
-
-    Red if `_claim` reads with `json.loads` alone: its traceback names no file.
-    """
+    """A broken config is an error that names its file. Red if `_claim` reads with `json.loads`
+    alone: its traceback names no file."""
     (tmp_path / "config.json").write_bytes(content)
     config = dataclasses.replace(CONFIG, run_dir=str(tmp_path))
     says = rf"config\.json ({says}).*--fresh"
@@ -38,10 +36,8 @@ def test_a_broken_config_of_a_run(content: bytes, says: str, tmp_path: pathlib.P
 
 @pytest.mark.parametrize(("content", "says"), [*BROKEN, (b"{}", "has no 'steps'")])
 def test_a_broken_summary_of_a_run(content: bytes, says: str, tmp_path: pathlib.Path) -> None:
-    """A broken summary is an error that names its file.
-
-    Red if `directory.summary` returns any JSON: to print its table is a KeyError.
-    """
+    """A broken summary is an error that names its file. Red if `directory.summary` returns any
+    JSON: to print its table is a KeyError."""
     assert directory.summary(tmp_path) is None
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(lora_jax.LoraError, match=rf"summary\.json ({says}).*; delete it and start"):
@@ -73,10 +69,8 @@ def test_a_broken_list_of_checkpoints(content: bytes, tmp_path: pathlib.Path) ->
 def test_a_file_that_cannot_be_written_is_named(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failed write names the file, and the earlier content stays.
-
-    Red: the error of a full disk names no file.
-    """
+    """A failed write names the file, and the earlier content stays. Red: the error of a full disk
+    names no file."""
 
     def full(self: pathlib.Path, content: bytes) -> int:
         self.touch()

@@ -122,10 +122,8 @@ def test_a_padded_row_without_weight_changes_nothing() -> None:
 
 
 def test_each_part_draws_from_a_key_of_its_own() -> None:
-    """Each part of a batch has its own key.
-
-    Red with one key for all: dropout would leave out the same places in every part.
-    """
+    """Each part of a batch has its own key. Red with one key for all: dropout would leave out the
+    same places in every part."""
     workload, layout, base, frozen = parts()
 
     def noise(params: Any, batch: Any, *, train: bool, key: Any) -> jax.Array:
@@ -190,9 +188,7 @@ def test_no_targets_train_the_head_alone() -> None:
 
 
 def test_everything_beside_and_no_targets_is_full_fine_tuning() -> None:
-    """It equals plain gradient descent on all parameters: all are in `trainable`, and none is
-    adapted.
-    """
+    """With all weights in `trainable` and none adapted, a step is plain gradient descent."""
     workload, _, _, _ = parts()
     _, state, _ = run(1, optax.sgd(0.1), targets=(), trainable=("**",))
 
@@ -217,7 +213,7 @@ def test_the_optimizer_holds_nothing_of_a_frozen_shape() -> None:
     config = OptimizerConfig(head_learning_rate=1e-2, weight_decay=0.1)
     state = start(layout, base, adamw(config, 10)).optimizer
     shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
-    assert (5, 2) in shapes  # of the adapter
+    assert (5, 2) in shapes  # the adapter's a
     assert not {leaf.shape for leaf in jax.tree.leaves(frozen)} & set(shapes)
 
 

@@ -57,10 +57,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_pairs_are_told_apart_by_their_token_types() -> None:
-    """The outputs depend on the token types.
-
-    Red if the workload drops what the tokenizer says of the second text of a pair.
-    """
+    """The outputs depend on the token types. Red if the workload drops what the tokenizer says of
+    the second text of a pair."""
     config = models.BertConfig(
         vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, mlp_size=8, max_positions=8
     )
@@ -137,10 +135,8 @@ def text_config(workload: Any, weights: pathlib.Path, source: str, **changes: An
 
 
 def test_rows_longer_than_the_models_positions_are_an_error_at_once() -> None:
-    """A `max_length` above the model's positions is an error before training.
-
-    Red: the first batch with so long a text stops the run, maybe hours later.
-    """
+    """A `max_length` above the model's positions is an error before training. Red: the first batch
+    with so long a text stops the run, maybe hours later."""
     config = text_config(causal_lm, pathlib.Path("nowhere"), "nothing.jsonl")
     table = dataclasses.replace(small.CONFIG, positions="learned", max_positions=15)
     source: Any = types.SimpleNamespace(config=table)
@@ -150,8 +146,7 @@ def test_rows_longer_than_the_models_positions_are_an_error_at_once() -> None:
 
 def test_a_score_that_there_is_not_is_an_error_at_once() -> None:
     """A `select` that names no score is an error at once; a user's own workload is checked at step
-    0. Red: the first validation stops the run.
-    """
+    0. Red: the first validation stops the run."""
     for of, names in (
         (scores.token_scores, ["loss", "perplexity"]),
         (scores.real_scores, ["loss", "pearson"]),
@@ -182,10 +177,8 @@ def test_select_is_checked_before_any_weight_is_read(
 def test_an_adapter_names_its_base_from_every_folder(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An adapter stores the absolute path of its base.
-
-    Red: `predict` finds no model in another folder than that of the training.
-    """
+    """An adapter stores the absolute path of its base. Red: `predict` finds no model in another
+    folder than that of the training."""
     monkeypatch.chdir(tmp_path)
     config = text_config(classification, pathlib.Path("models/a"), "nothing.jsonl")
     assert text.about(config)["model"]["reference"] == str(tmp_path / "models/a")

@@ -166,10 +166,8 @@ def test_a_listed_source_distribution_is_unpacked_and_not_built(
 def test_what_is_no_package_is_an_error_before_anything_starts(
     reference: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reference that is not a package is an error before a program starts.
-
-    Red without the grammar: pip takes `-r==x` for an option, and reads the file `==x`.
-    """
+    """A reference that is not a package is an error before a program starts. Red without the
+    grammar: pip takes `-r==x` for an option, and reads the file `==x`."""
     started: list[object] = []
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: started.append(args))
     with pytest.raises((packages.PackageError, source.ModelReferenceError)) as failure:
@@ -189,10 +187,8 @@ def test_versions_of_the_registry(version: str, registry: Path) -> None:
 def test_files_of_the_working_directory_are_not_read(
     registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tool does not run files of the working directory.
-
-    Red if it starts there: Python would run this module in place of pip.
-    """
+    """The tool does not run files of the working directory. Red if it starts there: Python would
+    run this module in place of pip."""
     _wheel(registry)
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "pip.py").write_text("open('mark', 'w').close()\n")
@@ -204,10 +200,8 @@ def test_files_of_the_working_directory_are_not_read(
 def test_a_full_disk_is_not_a_lack_of_network(
     registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk is an error that says so.
-
-    Red: "without a network, run on a machine that has one".
-    """
+    """A full disk is an error that says so. Red: "without a network, run on a machine that has
+    one"."""
 
     def extractall(self: zipfile.ZipFile, path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

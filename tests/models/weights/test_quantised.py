@@ -83,10 +83,8 @@ def _same(one: Any, other: Any) -> None:
 def test_blocks_are_kept_and_give_the_expanded_numbers(
     kind: str, scanned: bool, tmp_path: Path
 ) -> None:
-    """Blocks are kept, and expand to the numbers that are loaded as floats.
-
-    Red: q and k without their permutation, a kernel that is not transposed, a stack of one.
-    """
+    """Blocks are kept, and expand to the numbers that are loaded as floats. Red: q and k without
+    their permutation, a kernel that is not transposed, a stack of one."""
     model = models.open(str(_write(tmp_path / "model.gguf", "llama", lambda name: kind)))
     config = dataclasses.replace(model.config, scan_layers=scanned)
     held, floats = model.load(config, keep_quantised=True), model.load(config)
@@ -120,8 +118,7 @@ def test_the_fields_are_the_bytes_of_the_file(tmp_path: Path) -> None:
 
 def test_layers_of_different_kinds(tmp_path: Path) -> None:
     """Layers of different kinds, as in files of mixed precision (Q4_K_M), are kept if they are
-    apart, and an error if they are stacked.
-    """
+    apart, and an error if they are stacked."""
     path = tmp_path / "model.gguf"
     _write(path, "qwen3", lambda name: "Q6_K" if name == "blk.1.ffn_down" else "Q4_K")
     model = models.open(str(path))
@@ -209,10 +206,8 @@ FOLDERS = {"llama_nf4": FourBit, "llama_nf4_double": FourBit, "llama_int8": Scal
 @pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("name", FOLDERS)
 def test_bitsandbytes_is_kept_and_gives_its_numbers(name: str, scanned: bool, data: Path) -> None:
-    """A folder of bitsandbytes stays quantised, and expands to its own numbers.
-
-    Red: a table or an offset is assumed, or bytes are read as bfloat16.
-    """
+    """A folder of bitsandbytes stays quantised, and expands to its own numbers. Red: a table or an
+    offset is assumed, or bytes are read as bfloat16."""
     folder = data / "golden_models" / name
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     model = models.open(str(folder))
@@ -249,9 +244,7 @@ def test_quantised_golden_models_are_near_the_golden(data: Path) -> None:
 
 @pytest.fixture
 def spoiled(data: Path, tmp_path: Path) -> Callable[..., models.Source]:
-    """Return a function that opens a quantised folder after a change of its tensors or
-    configuration.
-    """
+    """Return a function that changes a quantised folder's tensors or configuration and opens it."""
 
     def change(name: str, edit: Callable[[dict[str, Any]], Any], **how: Any) -> models.Source:
         shutil.copytree(data / "golden_models" / name, tmp_path / name)
@@ -305,10 +298,7 @@ NF4_STATE = ".quant_state.bitsandbytes__nf4"
 def test_what_cannot_be_read_is_named(
     name: str, edit: Any, says: str, keep: bool, spoiled: Callable[..., models.Source]
 ) -> None:
-    """A tensor that cannot be read is named, and never taken for dense.
-
-    Red: any of the checks left out.
-    """
+    """An unreadable tensor is named, and never taken for dense. Red: any of the checks left out."""
     with pytest.raises(models.WeightsError, match=f"(?s){says}"):
         spoiled(name, edit).load(keep_quantised=keep)
 
@@ -330,10 +320,7 @@ def test_another_scheme_is_an_error(spoiled: Callable[..., models.Source]) -> No
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_experts_stay_quantised_as_one_bank(data: Path, tmp_path: Path, scan: bool) -> None:
-    """Experts stay quantised as one bank.
-
-    Red if the scales of one expert meet the codes of another.
-    """
+    """Experts stay one quantised bank. Red if the scales of one meet the codes of another."""
     folder = tmp_path / "mixtral"
     shutil.copytree(data / "golden_models" / "mixtral", folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")

@@ -68,10 +68,8 @@ def test_short_files(tmp_path: Path) -> None:
 
 
 def test_slices_of_every_float(tmp_path: Path) -> None:
-    """Slices can be read of every type of float.
-
-    Red: `FLOATS` without one of them; `index[:1]` for `index` in `read`.
-    """
+    """Slices can be read of every type of float. Red: `FLOATS` without one of them; `index[:1]` for
+    `index` in `read`."""
     kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     assert set(kinds) == set(safetensors_file.FLOATS)
     tensors = {name: np.arange(12).reshape(3, 4).astype(kind) for name, kind in kinds.items()}
