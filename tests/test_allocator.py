@@ -75,6 +75,7 @@ def faults() -> dict[str, tuple[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_steps_have_no_page_faults(faults: dict[str, tuple[str, int]]) -> None:
     """Steps cause no page faults where memory is kept.
 

@@ -147,6 +147,7 @@ def together(path: pathlib.Path, group: GroupConfig) -> list[dict[str, Any]]:
         return loop.run(group, grid, path, train.Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_a_sweep_is_its_members_alone(folder: pathlib.Path) -> None:
     """A sweep of a method's rates and seeds is one program, and each member trains as alone.
 

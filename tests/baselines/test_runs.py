@@ -30,7 +30,7 @@ from lora_jax.training.workload import Workload
 from tests.training import tiny
 
 # Orbax warns that it takes the sharding from the file; one CPU array has no other.
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
 
 D, M, L, R, CLASSES = 16, 32, 2, 4, 3
 HEAD = CLASSES * D + CLASSES

@@ -17,6 +17,8 @@ from lora_jax import LoraSpec, Rule, models, paths
 from lora_jax.conversion import export_command, merged_weights
 from measuring.golden_runs import GOLDEN, LABELS, GoldenRun, write_run
 
+pytestmark = pytest.mark.slow
+
 KINDS = LoraSpec(
     2,
     3.0,

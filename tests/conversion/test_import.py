@@ -25,7 +25,7 @@ from tests.serving import classifiers
 from tests.training import tiny
 
 Imported = Callable[..., pathlib.Path]
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [pytest.mark.slow, pytest.mark.standard_promotion]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return open_source(request.param, str(tmp_path_factory.mktemp("topics")))
 
 
+@pytest.mark.slow
 def test_official_sizes_and_classes(source: DataSource) -> None:
     train, test, classes = OFFICIAL[source.name]
     sizes = {split: len(source.examples(split)) for split in source.splits}
@@ -37,6 +38,7 @@ def test_official_sizes_and_classes(source: DataSource) -> None:
         assert {row["label"] for row in source.examples(split)} == set(range(classes))
 
 
+@pytest.mark.slow
 def test_no_text_is_empty_and_the_sides_share_none(source: DataSource) -> None:
     texts = {
         split: {normalise(row["text"]) for row in source.examples(split)} for split in source.splits

@@ -15,12 +15,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> DataSource:
     return open_source("wordnet", str(tmp_path_factory.mktemp("wordnet")))
 
 
+@pytest.mark.slow
 def test_sizes(source: DataSource) -> None:
     sizes = {split: len(source.examples(split)) for split in source.splits}
     assert sizes == {"train": 112_874, "validation": 2_363, "test": 2_422}
     assert sum(sizes.values()) == 117_659
 
 
+@pytest.mark.slow
 def test_no_word_is_on_two_sides(source: DataSource) -> None:
     words = {
         split: {normalise(row["word"]) for row in source.examples(split)} for split in source.splits
@@ -29,6 +31,7 @@ def test_no_word_is_on_two_sides(source: DataSource) -> None:
         assert not one & other
 
 
+@pytest.mark.slow
 def test_definitions_are_clean(source: DataSource) -> None:
     for row in source.examples("test"):
         assert row["word"].strip()

@@ -34,6 +34,7 @@ def imported(code: str) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
 def test_a_page_runs(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of a page runs and prints the output that the page shows.

@@ -18,6 +18,9 @@ from lora_jax.console import quiet_storage
 from tests.fuzz import one_case
 from tests.fuzz.kinds import KINDS
 
+pytestmark = pytest.mark.slow
+
+
 # The cases are deterministic and nothing is kept on disk; `tests.fuzz.bounds` has its own time
 # limit.
 SETTINGS = hypothesis.settings(

@@ -25,7 +25,7 @@ from tests.groups.test_group_step import close
 from tests.training import tiny
 
 # Orbax warns that it takes the sharding from the file; two CPU arrays have no other.
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
 
 STEPS = 50
 QUERY, BOTH = ("**/query/kernel",), ("**/attention/{query,value}/kernel",)

@@ -29,7 +29,7 @@ from tests.groups.test_group_step import close
 from tests.training.runs import OWN, ROOT
 
 # Orbax warns that it takes the sharding from the file; two CPU arrays have no other.
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
 
 STEPS = 40
 BASE: Any = command_line.load(OWN, ROOT)[1]

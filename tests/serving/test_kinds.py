@@ -16,6 +16,8 @@ from lora_jax.training.config_json import to_dict
 from tests.serving import classifiers
 from tests.training import tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

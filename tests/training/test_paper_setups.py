@@ -162,6 +162,7 @@ def prepared(
     return with_rows
 
 
+@pytest.mark.slow
 def test_gpt2_trains_on_e2e(prepared: Any, tmp_path: pathlib.Path) -> None:
     """GPT-2 trains on E2E, which TFDS finds by its name. Red if the end token is not one token, or
     if a row holds two examples."""
@@ -193,6 +194,7 @@ def test_gpt2_trains_on_e2e(prepared: Any, tmp_path: pathlib.Path) -> None:
     assert batch["segment_ids"].max() == 1
 
 
+@pytest.mark.slow
 def test_deberta_trains_on_glue(prepared: Any, tmp_path: pathlib.Path) -> None:
     weights = tiny.write_model(tmp_path / "deberta", tiny.DEBERTA)
     summary = run(
