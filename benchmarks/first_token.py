@@ -3,11 +3,10 @@
     python -m benchmarks.first_token
     python -m benchmarks.first_token --python .venv-torch/bin/python
 
-Each run is a new process that opens SmolLM2, reads a short prompt and writes one token. "kept
-programs" is the cache of compiled programs that commands have by default
+Each run is a new process that opens SmolLM2 from a folder in float32, reads a short prompt and
+writes one token. "kept programs" is the cache of compiled programs that commands have by default
 (`lora_jax.program_cache`). A run that is not counted fills it. --python names an interpreter with
-torch and transformers, which then do the same with an exported copy of the weights. All sides run
-in turns, and the numbers are medians.
+torch and transformers, which then do the same. All sides run in turns, and the numbers are medians.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import jax
 
 from benchmarks import commands, common
 from benchmarks.exported_model import exported
-from lora_jax import models
 
 PROMPT = "Once upon a time"
 THEIRS = """
@@ -35,14 +33,15 @@ print(tokenizer.decode(model.generate(**ids, do_sample=False, max_new_tokens=1)[
 
 def sides(python: str | None, scratch: pathlib.Path) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Return name -> command and environment variables."""
-    command = [sys.executable, "-m", "lora_jax", "generate", "--base", models.SMOLLM2]
+    folder = str(exported(scratch))
+    command = [sys.executable, "-m", "lora_jax", "generate", "--base", folder]
     command += ["--prompt", PROMPT, "--max-new-tokens", "1"]
     found = {
         "lora-jax, no kept programs": (command, {"JAX_ENABLE_COMPILATION_CACHE": "false"}),
         "lora-jax, kept programs": (command, {}),
     }
     if python is not None:
-        theirs = [python, "-c", THEIRS, str(exported(scratch)), PROMPT]
+        theirs = [python, "-c", THEIRS, folder, PROMPT]
         found["transformers"] = (theirs, {"PYTHONPATH": ""})
     return found
 
