@@ -45,7 +45,7 @@ def spent(command: Sequence[str], environment: Mapping[str, str]) -> Spent:
 
     Args:
       command: the command.
-      environment: variables that are added to those of this process.
+      environment: variables that are added to the environment of this process.
 
     Raises:
       SystemExit: the command failed; the message has the end of its output.

@@ -1,4 +1,4 @@
-"""The error type that users meet, and the search for the name that they probably meant."""
+"""The errors that users meet, and the search for the name that they probably meant."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ _CHARACTERS, _MOST = 200, 5_000
 
 class LoraError(ValueError):
     """Input that LoRA cannot be applied to; the message names the place and the cure."""
+
+
+class DataError(LoraError):
+    """The data, or its config, cannot be used; the message says where and why."""
 
 
 @contextlib.contextmanager

@@ -70,7 +70,8 @@ ARROWS = {
     "program_cache": {"models"},
     "console": {"allocator", "errors", "extras", "models", "program_cache"},
     # training, and uses of its results
-    "data": {"errors", "extras", "json_file", "models"},
+    "text": {"errors", "extras", "models"},
+    "data": {"errors", "extras", "json_file", "models", "text"},
     "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
     | {"data", "errors", "extras", "frozen", "json_file", "labels", "layout", "merge", "models"}
     | {"multi", "paths", "resolve", "sharding", "spec", "transform"},
@@ -88,7 +89,8 @@ ARROWS = {
         "data",
         "errors",
     }
-    | {"extras", "json_file", "layout", "models", "multi", "paths", "transform", "updates"},
+    | {"extras", "json_file", "layout", "models", "multi", "paths", "text", "transform"}
+    | {"updates"},
     "conversion": {"adapters", "base", "bases", "beginnings", "checkpoint", "console", "errors"}
     | {"exchange", "extras", "hf_module", "layout", "merge", "models", "paths", "serving"}
     | {"target", "updates"},
@@ -102,7 +104,7 @@ ARROWS = {
 # The rooms that are not part of the core.
 AROUND = ("models", "baselines", "data", "training", "groups", "planner", "serving", "conversion")
 AROUND = (*AROUND, "report", "free_memory", "allocator", "program_cache", "command_line")
-AROUND = (*AROUND, "console", "show", "__main__")
+AROUND = (*AROUND, "console", "show", "text", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
 # The packages that the core needs in addition to JAX and NumPy, and the rooms that import them.
@@ -293,7 +295,7 @@ def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
 
     Red if a room that needs an extra imports from it before it calls `require`.
     """
-    for room in ("training", "data", "groups", "planner", "serving", "report", "show"):
+    for room in ("text", "training", "data", "groups", "planner", "serving", "report", "show"):
         assert "require(" in (PACKAGE / room / "__init__.py").read_text()
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "tyro" else find(n))

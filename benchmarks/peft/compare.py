@@ -8,7 +8,7 @@ It takes 1 GB, or several if pip picks the build of PyTorch that brings CUDA. --
 interpreter of an existing environment instead. Each side has a worker process with the same model
 and the same losses (see `ours.py`, `theirs.py`). The workers take steps in turns, on the same
 cores, while the other one waits. A step is the gradient, AdamW and the update. The numbers are
-medians; of torch's two attentions, the faster one counts. CPU seconds are those of all threads.
+medians; of torch's two attentions, the faster one counts. CPU seconds add up all threads.
 
 With --vectors avx2, both sides use AVX2 and no wider vectors (`narrow.py`). This emulates a CPU
 without wider vectors, with the caches and the clock of this one.

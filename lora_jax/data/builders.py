@@ -18,11 +18,11 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 from lora_jax.data import tensorflow_files
-from lora_jax.data.errors import DataError
-from lora_jax.data.source import DataSource, Example
+from lora_jax.data.source import DataSource
 from lora_jax.data.status import status
-from lora_jax.errors import nearest
+from lora_jax.errors import DataError, nearest
 from lora_jax.models.weights.packages import cache, is_full
+from lora_jax.text.example import Example
 
 FORMAT = "array_record"
 _CHUNK = 1024  # records that are read together

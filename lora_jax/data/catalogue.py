@@ -10,7 +10,6 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from lora_jax.data.builders import FORMAT, Builder, folder
-from lora_jax.data.errors import DataError
 from lora_jax.data.files import SUFFIXES, Files
 from lora_jax.data.reviews import NOTE as REVIEWS_NOTE
 from lora_jax.data.reviews import MovieReviews
@@ -18,7 +17,7 @@ from lora_jax.data.source import DataSource
 from lora_jax.data.topics import CORPORA, Topics
 from lora_jax.data.wordnet import NOTE as WORDNET_NOTE
 from lora_jax.data.wordnet import WordnetDefinitions
-from lora_jax.errors import nearest
+from lora_jax.errors import DataError, nearest
 
 # Name -> a function that makes the builder, and a note for readers of the results.
 _OURS: dict[str, tuple[Callable[..., tfds.core.DatasetBuilder], str]] = {

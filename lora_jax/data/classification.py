@@ -19,9 +19,10 @@ from lora_jax.data.config import DataConfig
 from lora_jax.data.epochs import Epochs
 from lora_jax.data.labels import Labels, labels_of
 from lora_jax.data.process_slice import Shard
-from lora_jax.data.source import DataSource, Example, field_of, place_of, read, text_of
+from lora_jax.data.source import DataSource, read
 from lora_jax.data.status import tracked
-from lora_jax.data.tokens import (
+from lora_jax.text.example import Example, field_of, place_of, text_of
+from lora_jax.text.tokens import (
     Encoder,
     TextOrPair,
     TextTruncation,

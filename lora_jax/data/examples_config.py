@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lora_jax.data.errors import DataError
+from lora_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

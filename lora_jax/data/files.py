@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lora_jax import json_file
-from lora_jax.data.errors import DataError
-from lora_jax.data.source import DataSource, Example, FileRow, shown
-from lora_jax.errors import nearest
+from lora_jax.data.source import DataSource
+from lora_jax.errors import DataError, nearest
+from lora_jax.text.example import Example, FileRow, shown
 
 SUFFIXES = (".jsonl", ".csv")
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_jax.data.errors import DataError
+from lora_jax.errors import DataError
 from lora_jax.extras import require
 from lora_jax.models.weights.preprocessing import Preprocessing
 

@@ -15,13 +15,14 @@ from tokenizers import Tokenizer
 from lora_jax.data.batches import Batches, ShardBatches, TextFacts
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.config import DataConfig
-from lora_jax.data.errors import DataError
 from lora_jax.data.packing import Packing, Streams
 from lora_jax.data.process_slice import Shard
-from lora_jax.data.source import DataSource, Example
+from lora_jax.data.source import DataSource
 from lora_jax.data.status import tracked
-from lora_jax.data.templates import Template
-from lora_jax.data.tokens import (
+from lora_jax.errors import DataError, nearest
+from lora_jax.text.example import Example
+from lora_jax.text.templates import Template
+from lora_jax.text.tokens import (
     CHUNK,
     Encoder,
     TextTruncation,
@@ -30,7 +31,6 @@ from lora_jax.data.tokens import (
     collect,
     padding_id,
 )
-from lora_jax.errors import nearest
 
 AHEAD = 1_000_000  # with more examples than this, rows are tokenised when they are read
 

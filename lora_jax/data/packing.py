@@ -19,9 +19,9 @@ from grain import experimental
 from numpy.typing import NDArray
 
 from lora_jax.data.batches import IN_THREAD
-from lora_jax.data.errors import DataError
 from lora_jax.data.process_slice import Shard
-from lora_jax.data.tokens import TokenRow
+from lora_jax.errors import DataError
+from lora_jax.text.tokens import TokenRow
 
 _Arrays = dict[str, NDArray[Any]]  # a packed row, or a batch of rows
 _BINS = 32  # rows that are filled at the same time

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
-from lora_jax.data.errors import DataError
+from lora_jax.errors import DataError
 
 Batch = Mapping[str, NDArray[Any]]
 

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from lora_jax.data.builders import TextBuilder
-from lora_jax.data.errors import DataError
 from lora_jax.data.split import KeyedRow, split_of
+from lora_jax.errors import DataError
 from lora_jax.models.weights.packages import locate
 
 SHARES = {"train": 0.90, "validation": 0.10}

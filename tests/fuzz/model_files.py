@@ -20,6 +20,7 @@ from lora_jax.exchange import tensor_file
 from lora_jax.exchange.gguf_adapter_file import GgufAdapterFile
 from lora_jax.models.weights import preprocessing, safetensors_file
 from lora_jax.models.weights.folder import Folder
+from lora_jax.text import tokens
 from tests.fuzz import mutate, tensors
 from tests.fuzz.gguf_bytes import STRING, Field, Gguf, Tensor, change
 from tests.fuzz.kind import GOLDEN, Files, stored
@@ -321,10 +322,10 @@ def read_tokenizer(random: Random, folder: pathlib.Path) -> None:
 
 def use_tokenizer(tokenizer: Any, vocabulary: int) -> None:
     """Encode a few texts, and check that the tokens are rows of the embedding."""
-    encoder = data.tokens.Encoder(tokenizer, 8, vocabulary)
-    data.tokens.padding_id(tokenizer)
+    encoder = tokens.Encoder(tokenizer, 8, vocabulary)
+    tokens.padding_id(tokenizer)
     assert all(i < vocabulary for i in encoder.start)
-    truncation = data.tokens.TextTruncation()
+    truncation = tokens.TextTruncation()
     for encoding in encoder.truncate(list(TEXTS), truncation):
         assert len(encoding.ids) <= 8 and max(encoding.ids, default=0) < vocabulary
     for ids in encoder.plain(list(TEXTS)):

@@ -16,7 +16,6 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 import lora_jax
 from lora_jax import LoraError, console, data
 from lora_jax.checkpoint import adapter as checkpoints
-from lora_jax.data import source
 from lora_jax.errors import nearest
 from lora_jax.exchange import peft
 from lora_jax.layout import Layout
@@ -26,6 +25,7 @@ from lora_jax.models.weights.folder import Folder
 from lora_jax.report import many_runs, run_files
 from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.serving import jsonl
+from lora_jax.text import example, tokens
 from lora_jax.training import config_json
 from tests.formats import small
 from tests.fuzz import adapters
@@ -192,9 +192,9 @@ def tokenizer(template: str = "[CLS] $A", words: str = "ab") -> tokenizers.Token
 
 
 def test_a_tokenizer_that_has_no_token_for_a_letter() -> None:
-    assert data.tokens.Encoder(tokenizer(), 8).start == (0,)
+    assert tokens.Encoder(tokenizer(), 8).start == (0,)
     with pytest.raises(data.DataError, match="no token for the text 'a'"):
-        _ = data.tokens.Encoder(tokenizer(words="xy"), 8).start
+        _ = tokens.Encoder(tokenizer(words="xy"), 8).start
 
 
 def test_a_tokenizer_that_repeats_the_text() -> None:
@@ -202,8 +202,8 @@ def test_a_tokenizer_that_repeats_the_text() -> None:
 
     Red if it is accepted: a row is longer than its batch, and filling the batch fails.
     """
-    encoder = data.tokens.Encoder(tokenizer("[CLS] $A $A"), 6)
-    truncation = data.tokens.TextTruncation()
+    encoder = tokens.Encoder(tokenizer("[CLS] $A $A"), 6)
+    truncation = tokens.TextTruncation()
     assert len(encoder.truncate(["ab"], truncation)[0]) == 5
     with pytest.raises(data.DataError, match="its post-processor repeats the text"):
         encoder.truncate(["ababababab"], truncation)
@@ -219,7 +219,7 @@ class Contradicting:
 
 def test_a_tokenizer_that_is_not_what_it_writes() -> None:
     with pytest.raises(data.DataError, match="the tokenizer contradicts itself: Token `ab`"):
-        data.tokens.Encoder(Contradicting(), 8)  # type: ignore[arg-type]
+        tokens.Encoder(Contradicting(), 8)  # type: ignore[arg-type]
 
 
 def stored(folder: pathlib.Path, **parts: Any) -> Folder:
@@ -262,8 +262,8 @@ def test_an_expression_that_takes_hours(monkeypatch: pytest.MonkeyPatch) -> None
     slow = tokenizer()
     expression = ".{0,200}.{0,200}.{0,200}(?!.|$)"
     slow.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(expression), "isolated")
-    monkeypatch.setattr(data.tokens, "SECONDS", 0.05)
-    encoder = data.tokens.Encoder(slow, 8)
+    monkeypatch.setattr(tokens, "SECONDS", 0.05)
+    encoder = tokens.Encoder(slow, 8)
     with pytest.raises(data.DataError, match="has not come to an end with 200 characters"):
         encoder.plain(["ab" * 100])
     assert encoder.plain(["ab"]) == [[1, 2]]
@@ -289,7 +289,7 @@ def test_fields_of_many_characters(tmp_path: pathlib.Path) -> None:
     names = {"x" * 20_000: 0, **{str(i): i for i in range(20_000)}}
     line = jsonl.JsonLine(names, "a.jsonl, line 1")
     with pytest.raises(data.DataError, match="has no 'text'") as failure:
-        source.field_of(names, "text", "text_fields", "a.jsonl")
+        example.field_of(names, "text", "text_fields", "a.jsonl")
     assert len(str(failure.value)) < 3_000
     with pytest.raises(jsonl.LineError, match="has no field 'text'") as missing:
         line.get("text", str)

@@ -4,7 +4,7 @@ A normalizer and a decoder replace text by other text, one step after the other,
 post-processor adds tokens. In a file from a stranger ten short steps make gigabytes of a word, and
 the tokenizers package then ends the whole process. Its regular expressions have a limit of steps of
 their own; the time that they take all the same is limited where texts are encoded
-(`lora_jax.data.tokens`).
+(`lora_jax.text.tokens`).
 """
 
 import base64

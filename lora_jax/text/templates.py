@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import string
 
-from lora_jax.data.errors import DataError
-from lora_jax.data.source import Example, text_of
+from lora_jax.errors import DataError
+from lora_jax.text.example import Example, text_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from lora_jax.data.errors import DataError
+from lora_jax.errors import DataError
 from lora_jax.models.errors import is_failure
 
 T = TypeVar("T")
