@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
@@ -35,8 +36,9 @@ def resolve(
       The layout, with its targets in the order of the parameter tree.
 
     Raises:
-      LoraError: a pattern that matches nothing; a matched parameter that no product consumes or
-        that an operation without a low-rank rule consumes; a rank above min(in, out).
+      LoraError: a pattern that matches nothing; a rule that earlier ones hide; a matched parameter
+        that no product consumes or that an operation without a low-rank rule consumes; a rank
+        above min(in, out).
 
     >>> import jax.numpy as jnp, lora_jax
     >>> f = lambda params, x: jnp.einsum("bd,dhk->bhk", x, params["q"])
@@ -75,7 +77,9 @@ class Trace(NamedTuple):
         """Find the spec's targets and the roles of their axes; see `resolve`."""
         chosen: dict[str, Rule] = {}
         for rule in spec.rules:  # the first match decides, but every rule must match something
-            chosen = {**dict.fromkeys(_matching_rule(rule, self), rule), **chosen}
+            matched = _matching_rule(rule, self)
+            _check_not_hidden(rule, matched, chosen)
+            chosen = {**dict.fromkeys(matched, rule), **chosen}
         fold = {path for pattern in spec.fold for path in _matching(pattern, self.uses)}
         whole = roles.dequantised(self.traced)
         return Layout(
@@ -139,6 +143,18 @@ def _matching_rule(rule: Rule, found: Trace) -> list[str]:
             f"out:\n{why or '  (no product uses any)'}\nName the targets by their paths."
         )
     return kept
+
+
+def _check_not_hidden(rule: Rule, matched: list[str], chosen: Mapping[str, Rule]) -> None:
+    """Raise if earlier rules decide all parameters of a rule, and say something else of them."""
+    earlier = [chosen[path] for path in matched if path in chosen]
+    other = [one for one in earlier if dataclasses.replace(one, pattern=rule.pattern) != rule]
+    if other and len(earlier) == len(matched):
+        raise LoraError(
+            f"the rule for {rule.pattern!r} changes nothing: the rule for {other[0].pattern!r} "
+            f"comes before it and matches the same parameters:\n{listed(matched)}\n"
+            f"The first rule that matches decides. Put {rule.pattern!r} first, or leave it out."
+        )
 
 
 def _left_out(spec: LoraSpec, chosen: Mapping[str, Rule], found: Trace) -> tuple[Remark, ...]:

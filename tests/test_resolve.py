@@ -72,6 +72,18 @@ def test_the_first_matching_rule_wins() -> None:
     assert (second.rank, second.scale) == (2, 4.0)
 
 
+def test_a_rule_that_earlier_ones_hide_is_an_error() -> None:
+    """A later rule with other settings must decide at least one parameter.
+
+    Red without the check: the rank 3 of the second rule is lost, and nothing says so.
+    """
+    with pytest.raises(LoraError, match=r"'body/first' changes nothing: .*first,second"):
+        resolved(Rule("body/{first,second}"), Rule("body/first", rank=3))
+    wide = resolved(Rule("body/first"), Rule("body/{first,second}", rank=3))
+    assert [target.rank for target in wide.targets] == [2, 3]
+    assert paths_of(resolved("body/{first,second}", "body/first")) == ["body/first", "body/second"]
+
+
 def test_no_targets_is_an_empty_layout() -> None:
     layout = resolved()
     assert layout.targets == ()
