@@ -244,6 +244,21 @@ def test_a_tokenizer_that_makes_gigabytes_of_a_word(tmp_path: pathlib.Path, name
     assert stored(tmp_path, **{name: room.Sequence(steps[:2])}).tokenizer()
 
 
+def test_a_token_with_a_huge_id(tmp_path: pathlib.Path) -> None:
+    """A token id far above the number of tokens is refused.
+
+    Red without the limit: copying the tokenizer lists four billion ids without a token, and the
+    package ends the process.
+    """
+    vocabulary = {"a": 0, "b": 4_000_000_000}
+    found = {"version": "1.0", "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(
+        TokenizerError, match="a token with the id 4,000,000,000; expected ids below"
+    ):
+        Folder(tmp_path).tokenizer()
+
+
 @pytest.mark.parametrize("template", ["$A $A", "$A " + "[CLS] " * 101, "$A:2 [CLS]"])
 def test_a_template_that_no_model_has(tmp_path: pathlib.Path, template: str) -> None:
     made = processors.TemplateProcessing(template.strip(), special_tokens=[("[CLS]", 0)])

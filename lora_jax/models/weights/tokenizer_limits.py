@@ -20,6 +20,7 @@ from lora_jax.models.errors import TokenizerError
 
 _GROWTH = 1_000  # times as long as a text; the normalizers of published models stay below 100
 _TOKENS = 100  # that are added to a text
+_IDS = 2_000_000  # the largest published vocabularies have about a million tokens
 
 
 def check(tokenizer: tokenizers.Tokenizer, origin: str) -> None:
@@ -29,6 +30,12 @@ def check(tokenizer: tokenizers.Tokenizer, origin: str) -> None:
         tokenizer: as it was read.
         origin: the file, for messages.
     """
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= _IDS:  # to copy the tokenizer, the package lists all numbers that have no token
+        raise TokenizerError(
+            f"{origin}: it has a token with the id {highest:,}; expected ids below {_IDS:,}. "
+            "Is the file from someone you trust?"
+        )
     for name in ("normalizer", "decoder"):
         growth = _growth(_state(getattr(tokenizer, name)))
         if growth > _GROWTH:
