@@ -97,14 +97,20 @@ class Encoder:
 
     @functools.cached_property
     def start(self) -> tuple[int, ...]:
-        """The special tokens that the tokenizer's post-processor puts before a text."""
+        """The special tokens that the tokenizer's post-processor puts before a text.
+
+        Raises:
+          DataError: the tokenizer has no token for the letter a, or see `check`.
+        """
         (probe,) = self._encoded(["a"])
         if 0 not in probe.special_tokens_mask:
             raise DataError(
                 "the tokenizer gives no token for the text 'a': is tokenizer.json whole, and that "
                 "of this model?"
             )
-        return tuple(probe.ids[: probe.special_tokens_mask.index(0)])
+        found = tuple(probe.ids[: probe.special_tokens_mask.index(0)])
+        self.check([found])
+        return found
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenise texts without cutting and without special tokens, except those in the text."""

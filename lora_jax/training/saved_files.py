@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from typing import Any
 
@@ -62,8 +63,10 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     for name, kind in _SUMMARY.items():
         if name not in found:
             raise LoraError(f"{file} has no {name!r}; {_SUMMARY_CURE}")
-        if not isinstance(found[name], kind) or _too_large(found[name]):
-            raise LoraError(f"{file}: {name!r} is {str(found[name])[:80]!r}; {_SUMMARY_CURE}")
+        value = found[name]
+        wrong = not isinstance(value, kind) or _too_large(value)
+        if wrong or (kind is _NUMBER and not math.isfinite(value)):
+            raise LoraError(f"{file}: {name!r} is {str(value)[:80]!r}; {_SUMMARY_CURE}")
     for when in ("before", "after"):
         if not all(_are_scores(scores) for scores in found[when].values()):
             raise LoraError(f"{file}: {when!r} holds values other than numbers; {_SUMMARY_CURE}")

@@ -197,6 +197,18 @@ def test_a_tokenizer_that_has_no_token_for_a_letter() -> None:
         _ = tokens.Encoder(tokenizer(words="xy"), 8).start
 
 
+def test_a_start_token_without_an_embedding() -> None:
+    """A start token that the model has no row for is an error. Red if `start` is not checked."""
+    last = tokenizer()
+    special = [("b", 2)]
+    last.post_processor = processors.TemplateProcessing("b $A", special_tokens=special)
+    assert tokens.Encoder(last, 8, 3).start == (2,)
+    with pytest.raises(
+        data.DataError, match=r"token 2 \('b'\), and the model has embeddings for 2"
+    ):
+        _ = tokens.Encoder(last, 8, 2).start
+
+
 def test_a_tokenizer_that_repeats_the_text() -> None:
     """A post-processor that repeats the text is refused.
 
@@ -357,4 +369,12 @@ def test_a_number_of_a_run_that_is_none(tmp_path: pathlib.Path, name: str, value
     field = "loss" if name == "metrics.jsonl" else "adapter_file_bytes"
     folder = changed(tmp_path, name, lambda x: x.update({field: value}))
     with pytest.raises(LoraError, match=rf"{name}.*{field}"):
+        run_files.read(folder)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_count_of_a_run_is_finite(tmp_path: pathlib.Path, value: float) -> None:
+    """A number of parameters is finite. Red if the report converts infinity to an integer."""
+    folder = changed(tmp_path, "summary.json", lambda x: x.update(adapter_parameters=value))
+    with pytest.raises(LoraError, match=r"summary.json: 'adapter_parameters' is '(inf|nan)'"):
         run_files.read(folder)
