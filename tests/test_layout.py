@@ -68,13 +68,14 @@ ARROWS = {
     "free_memory": set(),
     "allocator": {"errors", "free_memory"},
     "program_cache": {"models"},
+    "run_lock": {"errors"},
     "console": {"allocator", "errors", "extras", "models", "program_cache"},
     # training, and uses of its results
     "text": {"errors", "extras", "models"},
     "data": {"errors", "extras", "json_file", "models", "text"},
     "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
     | {"data", "errors", "extras", "frozen", "json_file", "labels", "layout", "merge", "models"}
-    | {"multi", "paths", "resolve", "sharding", "spec", "transform"},
+    | {"multi", "paths", "resolve", "run_lock", "sharding", "spec", "transform"},
     "groups": {"checkpoint", "console", "errors", "extras", "free_memory", "frozen", "json_file"}
     | {"layout", "multi", "paths", "resolve", "spec", "training", "transform"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
@@ -92,8 +93,8 @@ ARROWS = {
     | {"extras", "json_file", "layout", "models", "multi", "paths", "text", "transform"}
     | {"updates"},
     "conversion": {"adapters", "base", "bases", "beginnings", "checkpoint", "console", "errors"}
-    | {"exchange", "extras", "hf_module", "layout", "merge", "models", "paths", "serving"}
-    | {"target", "updates"},
+    | {"exchange", "extras", "hf_module", "layout", "merge", "models", "paths", "run_lock"}
+    | {"serving", "target", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
     | {"layout", "serving", "training", "updates"},
     "show": {"base", "bases", "console", "data", "errors", "extras", "layout_table", "models"}
@@ -104,7 +105,7 @@ ARROWS = {
 # The rooms that are not part of the core.
 AROUND = ("models", "baselines", "data", "training", "groups", "planner", "serving", "conversion")
 AROUND = (*AROUND, "report", "free_memory", "allocator", "program_cache", "command_line")
-AROUND = (*AROUND, "console", "show", "text", "__main__")
+AROUND = (*AROUND, "console", "run_lock", "show", "text", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
 # The packages that the core needs in addition to JAX and NumPy, and the rooms that import them.

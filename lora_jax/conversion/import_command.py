@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from lora_jax import run_lock
 from lora_jax.adapters import count
 from lora_jax.console import guarded, read_options, say
 from lora_jax.conversion import peft_run
@@ -73,7 +74,7 @@ def run(options: ImportOptions, console: Console) -> None:
       LoraError, models.ModelError, OSError: a user's error; nothing is written then.
     """
     out = pathlib.Path(options.out).expanduser()
-    _check_out(out, options.overwrite)
+    _check_out(out, options.overwrite)  # before the base is opened, which takes long
     model = {name: getattr(options, name) for name in ("scan_layers", "dtype", "param_dtype")}
     with console.status("opening the base ..."):
         found = peft_run.read(
@@ -87,7 +88,10 @@ def run(options: ImportOptions, console: Console) -> None:
                 options.lengths,
             ),
         )
-        peft_run.write(out, found)
+        busy = LoraError(f"another process is writing {out}; wait for it or choose another --out")
+        with run_lock.hold(out, busy):
+            _check_out(out, options.overwrite)
+            peft_run.write(out, found)
     layout, parameters, trainable = found.adapter
     trained = f", and {count(dict(trainable)):,} trained in full" if trainable else ""
     say(
@@ -110,11 +114,11 @@ def _check_out(out: pathlib.Path, overwrite: bool) -> None:
     if not out.is_dir():
         raise LoraError(f"{out} is a file; choose another --out")
     inside = sorted(p.name for p in out.iterdir())
-    if not inside:
+    if inside in ([], ["lock"]):
         return
     adapters = out / "adapters"
     saved = {p.name.partition(".")[0] for p in adapters.iterdir()} if adapters.is_dir() else {""}
-    if not set(inside) <= {"adapters", "report"} or not saved <= {"best"}:
+    if not set(inside) <= {"adapters", "report", "lock"} or not saved <= {"best"}:
         raise LoraError(
             f"{out} holds what no import wrote; choose another --out. It has:\n{listed(inside, 10)}"
         )

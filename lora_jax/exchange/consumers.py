@@ -151,7 +151,7 @@ def largest_rank(settings: Mapping[str, Any]) -> int:
     Args:
       settings: the contents of adapter_config.json.
     """
-    return max([settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()])
+    return max([settings.get("r") or 8, *(settings.get("rank_pattern") or {}).values()])
 
 
 def _vllm_rank(settings: Mapping[str, Any]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -211,7 +210,7 @@ def check_values(settings: Mapping[str, Any]) -> None:
     known = {key: value for key, value in settings.items() if key in fields and value is not None}
 
     def number(x: Any) -> bool:
-        return type(x) in (int, float) and math.isfinite(x)
+        return type(x) in (int, float) and abs(x) < 1e300  # an int may be larger than any float
 
     def rank(x: Any) -> bool:
         return type(x) is int and x >= 1

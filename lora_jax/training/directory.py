@@ -20,8 +20,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-import filelock
-
+from lora_jax import run_lock
 from lora_jax.checkpoint import adapter_path
 from lora_jax.errors import listed, writing
 from lora_jax.training import curves, processes
@@ -46,9 +45,8 @@ def default(name: str, config: Config) -> pathlib.Path:
 def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
     """Lock the run directory until the block ends, and yield its path.
 
-    The operating system holds the lock and releases it when the process ends, even if it is killed.
-    Process 0 holds it for all processes. If an error comes before the run has begun (for example,
-    the model is missing), the directory is left free for any config.
+    Process 0 holds the lock for all processes. If an error comes before the run has begun (for
+    example, the model is missing), the directory is left free for any config.
 
     Args:
       name: the name of the config.
@@ -73,16 +71,8 @@ def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
 def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> None:
     """Lock the directory until `stack` is closed, and write the config into it."""
     _check_apart(path, config.start_from)
-    lock = filelock.FileLock(path / "lock")
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:  # an OSError
-            raise ConfigError(
-                f"another process is training in {path}; wait for it or give --run-dir"
-            ) from None
-    stack.callback(lock.release)
+    busy = ConfigError(f"another process is training in {path}; wait for it or give --run-dir")
+    stack.enter_context(run_lock.hold(path, busy))
     if config.fresh:
         with writing(path):
             _clear(path)

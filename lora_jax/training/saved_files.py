@@ -65,7 +65,8 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
             raise LoraError(f"{file} has no {name!r}; {_SUMMARY_CURE}")
         value = found[name]
         wrong = not isinstance(value, kind) or _too_large(value)
-        if wrong or (kind is _NUMBER and not math.isfinite(value)):
+        wrong = wrong or (kind is _NUMBER and not math.isfinite(value))
+        if wrong or (name == "base_parameters" and value < 1):
             raise LoraError(f"{file}: {name!r} is {str(value)[:80]!r}; {_SUMMARY_CURE}")
     for when in ("before", "after"):
         if not all(_are_scores(scores) for scores in found[when].values()):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import models, paths
+from lora_jax import LoraError, models, paths, run_lock
 from lora_jax.__main__ import main
 from lora_jax.checkpoint import adapter_path
 from lora_jax.exchange import peft
@@ -230,6 +230,21 @@ def test_what_cannot_be_imported(
     assert main(["import", *given, "--out", str(tmp_path / "runs/a")]) == 1
     assert re.search(said, capfd.readouterr().err)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_import_at_a_time(
+    models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    """An import into a directory that another command is writing is refused, and writes nothing.
+
+    Red without the lock: two imports at once leave a damaged adapter, and both exit with 0.
+    """
+    given = ["import", bases.adapter("plain"), "--base", str(models_folder / "llama")]
+    with run_lock.hold(tmp_path / "run", LoraError("busy")):
+        assert main([*given, "--out", str(tmp_path / "run")]) == 1
+    assert "another process is writing" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    assert main([*given, "--out", str(tmp_path / "run")]) == 0
 
 
 def test_a_run_is_not_overwritten(

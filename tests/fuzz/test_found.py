@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -180,6 +181,19 @@ def test_servers_are_not_asked_about_nonsense(tmp_path: pathlib.Path, pattern: A
     write(tmp_path, {**files, peft.CONFIG: json.dumps(settings).encode()})
     with pytest.raises(LoraError, match="rank_pattern is"):
         peft.check(tmp_path, "vllm")
+
+
+@pytest.mark.parametrize("changes", [{"r": None}, {"alpha_pattern": {"q": 10**400}}])
+def test_servers_are_asked_about_odd_numbers(tmp_path: pathlib.Path, changes: Any) -> None:
+    """A missing rank is PEFT's default, and an alpha that no float holds is refused."""
+    files = adapters.peft_folders()[0]
+    settings = json.loads(files[peft.CONFIG]) | changes
+    write(tmp_path, {**files, peft.CONFIG: json.dumps(settings).encode()})
+    if "r" in changes:
+        assert isinstance(peft.check(tmp_path, "vllm"), tuple)
+    else:
+        with pytest.raises(LoraError, match="alpha_pattern is"):
+            peft.check(tmp_path, "vllm")
 
 
 def tokenizer(template: str = "[CLS] $A", words: str = "ab") -> tokenizers.Tokenizer:
@@ -372,9 +386,12 @@ def test_a_number_of_a_run_that_is_none(tmp_path: pathlib.Path, name: str, value
         run_files.read(folder)
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_count_of_a_run_is_finite(tmp_path: pathlib.Path, value: float) -> None:
-    """A number of parameters is finite. Red if the report converts infinity to an integer."""
-    folder = changed(tmp_path, "summary.json", lambda x: x.update(adapter_parameters=value))
-    with pytest.raises(LoraError, match=r"summary.json: 'adapter_parameters' is '(inf|nan)'"):
+@pytest.mark.parametrize("count", [{"adapter_parameters": math.inf}, {"base_parameters": 0}])
+def test_counts_of_a_run(tmp_path: pathlib.Path, count: dict[str, float]) -> None:
+    """A number of parameters is finite, and a base has some.
+
+    Red if the report converts infinity to an integer, or divides by 0.
+    """
+    folder = changed(tmp_path, "summary.json", lambda x: x.update(count))
+    with pytest.raises(LoraError, match=r"summary.json: '(adapter|base)_parameters' is '(inf|0)'"):
         run_files.read(folder)

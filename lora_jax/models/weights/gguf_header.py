@@ -154,6 +154,8 @@ def _tensor(path: Path, cursor: "_Cursor") -> Quantised:
     shape = tuple(cursor.numbers("uint64", what, axes))[::-1]  # ours has the outermost axis first
     kind = cursor.member(GGMLQuantizationType, what)
     block = GGML_QUANT_SIZES[kind][0]
+    if 0 in shape:
+        raise _unsound(path, what, f"the shape {shape}", "at least one number")
     if shape[-1] % block:
         what = f"the rows of {what} of shape {shape}"
         raise _unsound(path, what, f"{shape[-1]} numbers", f"multiples of {kind.name}'s {block}")

@@ -195,6 +195,7 @@ def _info(shape: tuple[int, ...], kind: int = 0, offset: int = 0, name: str = "w
         (_gguf(infos=_info((16,), offset=2**62), counts=(1, 0)), "ends at"),
         (_gguf(infos=_info((16,), kind=77), counts=(1, 0)), "kind of tensor w is\n  got    77"),
         (_gguf(infos=_info((33,), kind=8), counts=(1, 0)), "limit  multiples of Q8_0's 32"),
+        (_gguf(infos=_info((16, 0)), counts=(1, 0)), "limit  at least one number"),
         (_gguf(infos=_info((16,)) * 2, counts=(2, 0)), "twice"),
         (
             _gguf(infos=_info((16,)) + _info((16,), name="v"), counts=(2, 0)),

@@ -1,0 +1,36 @@
+"""The lock of a run directory, which only one command at a time may write."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+import filelock
+
+from lora_jax.errors import LoraError, writing
+
+
+@contextlib.contextmanager
+def hold(path: pathlib.Path, busy: LoraError) -> Iterator[None]:
+    """Make the directory and lock it until the block ends.
+
+    The operating system holds the lock and releases it when the process ends, even if it is killed.
+
+    Args:
+      path: the run directory.
+      busy: the error if another process holds the lock.
+
+    Raises:
+      LoraError: `busy`, or the directory cannot be written.
+    """
+    lock = filelock.FileLock(path / "lock")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:  # an OSError
+            raise busy from None
+    with contextlib.ExitStack() as stack:
+        stack.callback(lock.release)
+        yield
