@@ -20,7 +20,7 @@ KINDS = {
                         (LoraError, ModelError), 200),
     "folder": Kind(model_files.make_folder, model_files.read_folder, MODEL, 100),
     "config": Kind(model_files.make_config, model_files.read_config, MODEL, 250),
-    "gguf": Kind(model_files.make_gguf, model_files.read_gguf, MODEL, 200),
+    "gguf": Kind(model_files.make_gguf, model_files.read_gguf, (*MODEL, LoraError), 200),
     "gguf-adapter": Kind(model_files.make_gguf_adapter, model_files.read_gguf_adapter,
                          ADAPTER, 80),
     "tokenizer": Kind(model_files.make_tokenizer, model_files.read_tokenizer,
