@@ -2,6 +2,7 @@
 
     python -m benchmarks.soak --steps 100000
     python -m benchmarks.soak --steps 100000 --plot soak.png
+    python -m benchmarks.soak --saves 1350
 
 The run is `train.py` on the tiny network of configs/own_model.py. It writes a checkpoint every 500
 steps, and evaluates and exports the best adapter every 1,000. Every 250 steps the benchmark reads
@@ -14,6 +15,7 @@ around the line.
 
 import argparse
 import dataclasses
+import gc
 import math
 import os
 import pathlib
@@ -22,11 +24,13 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import train
 from benchmarks import common
 from configs import own_model
+from lora_jax.checkpoint import storage
 from lora_jax.console import Console, quiet_storage
 from lora_jax.training import mesh
 from lora_jax.training.checkpoints import steps_in
@@ -34,6 +38,12 @@ from lora_jax.training.config import MeshConfig, OptimizerConfig
 from lora_jax.training.workload import Workload
 
 EVERY, BLOCKS = 250, 40
+
+
+def allocated() -> int:
+    """Return the resident bytes that this process has allocated."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
 @dataclasses.dataclass
@@ -47,13 +57,12 @@ class Readings:
     def take(self, step: int) -> None:
         """Read the memory and the open files now."""
         self.steps.append(step)
-        status = pathlib.Path("/proc/self/status").read_text()
-        self.bytes.append(int(status.partition("RssAnon:")[2].split()[0]) * 1024)
+        self.bytes.append(allocated())
         self.files.append(len(os.listdir("/proc/self/fd")))
 
-    def after_warm_up(self) -> "Readings":
-        """Return the readings of the last four fifths."""
-        first = len(self.steps) // 5
+    def without_first(self, share: float) -> "Readings":
+        """Return the readings without this share of them, the first ones."""
+        first = round(len(self.steps) * share)
         return Readings(self.steps[first:], self.bytes[first:], self.files[first:])
 
 
@@ -96,6 +105,20 @@ def soak(steps: int, checkpoint_every: int, path: pathlib.Path) -> Readings:
     return readings  # not read at the end, where matplotlib is loaded to draw the curves
 
 
+def saves(count: int, window: int = 150) -> list[int]:
+    """Save eight small arrays `count` times; return the bytes that each save leaves, by window."""
+    arrays = {f"x{i}": jnp.ones((4, 4)) for i in range(8)}
+    left = []
+    with quiet_storage(), tempfile.TemporaryDirectory() as folder:
+        for _ in range(count // window):
+            before = allocated()
+            for _ in range(window):
+                storage.write(storage.folder_at(folder) / "saved", {"arrays": arrays})
+            gc.collect()
+            left.append((allocated() - before) // window)
+    return left
+
+
 def slope(steps: list[int], values: list[int], blocks: int = BLOCKS) -> tuple[float, float]:
     """Return the slope per step and its standard error, of a line through the means of blocks.
 
@@ -130,21 +153,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--checkpoint-every", type=int, default=500)
     parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("soak.png"))
+    parser.add_argument("--saves", type=int, help="only save, so many times")
     options = parser.parse_args()
+    if options.saves:
+        print(common.hardware())
+        print(f"bytes for each save, by 150: {saves(options.saves)}")
+        return
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         readings = soak(options.steps, options.checkpoint_every, pathlib.Path(folder))
         kept = steps_in(pathlib.Path(folder) / "checkpoints")
         saved = sum(p.stat().st_size for p in pathlib.Path(folder).glob("checkpoints/**/*"))
-    warm = readings.after_warm_up()
-    each, error = slope(warm.steps, warm.bytes)
+    warm = readings.without_first(1 / 5)
     draw(readings, options.plot)
     rows = [
         ["steps", f"{options.steps:,} in {time.monotonic() - began:,.0f} s"],
         ["checkpoints written / kept", f"{options.steps // options.checkpoint_every} / {kept}"],
         ["bytes of checkpoints on disk", f"{saved:,}"],
         ["resident memory, first / warm / last, MiB", mebibytes(readings, warm)],
-        ["slope, bytes for 1,000 steps", f"{1000 * each:,.0f} +- {1000 * error:,.0f}"],
+        ["slope, bytes for 1,000 steps", growth(warm)],
+        ["slope of the last half", growth(readings.without_first(1 / 2))],
         ["open files, warm / last / most", f"{warm.files[0]} / {warm.files[-1]} / {most(warm)}"],
         ["plot", str(options.plot)],
     ]
@@ -156,6 +184,12 @@ def mebibytes(readings: Readings, warm: Readings) -> str:
     """Format the memory at the first reading, after the warm-up, and at the last reading."""
     values = (readings.bytes[0], warm.bytes[0], readings.bytes[-1])
     return " / ".join(f"{value / 2**20:.1f}" for value in values)
+
+
+def growth(readings: Readings) -> str:
+    """Format the slope of the memory and its standard error, in bytes for 1,000 steps."""
+    each, error = slope(readings.steps, readings.bytes)
+    return f"{1000 * each:,.0f} +- {1000 * error:,.0f}"
 
 
 def most(readings: Readings) -> int:
