@@ -31,6 +31,7 @@ def hold(path: pathlib.Path, busy: LoraError) -> Iterator[None]:
             lock.acquire(timeout=0)
         except filelock.Timeout:  # an OSError
             raise busy from None
-    with contextlib.ExitStack() as stack:
-        stack.callback(lock.release)
+    try:
         yield
+    finally:
+        lock.release()

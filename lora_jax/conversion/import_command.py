@@ -71,7 +71,7 @@ def run(options: ImportOptions, console: Console) -> None:
     """Read, check and write. Findings go to `console`, the run's path to stdout.
 
     Raises:
-      LoraError, models.ModelError, OSError: a user's error; nothing is written then.
+      LoraError, models.ModelError, OSError: a user's error; no adapter is written then.
     """
     out = pathlib.Path(options.out).expanduser()
     _check_out(out, options.overwrite)  # before the base is opened, which takes long

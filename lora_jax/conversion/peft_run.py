@@ -98,17 +98,16 @@ def write(out: pathlib.Path, run: ImportedRun) -> None:
     Raises:
       LoraError: it cannot be written.
     """
-    target = out / "adapters" / "best"
-    above = [p for p in (target.parent, out) if not p.exists()]
+    folder = out / "adapters"
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(
-            target, run.adapter, fingerprint=run.fingerprint, about=run.about, overwrite=True
-        )
+            folder / "best", run.adapter, fingerprint=run.fingerprint, about=run.about,
+            overwrite=True,
+        )  # fmt: skip
     except BaseException:
-        for made in above:
-            if made.is_dir() and not any(made.iterdir()):
-                made.rmdir()
+        if not any(folder.iterdir()):
+            folder.rmdir()  # then `out` is free for another import
         raise
 
 

@@ -63,11 +63,8 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     for name, kind in _SUMMARY.items():
         if name not in found:
             raise LoraError(f"{file} has no {name!r}; {_SUMMARY_CURE}")
-        value = found[name]
-        wrong = not isinstance(value, kind) or _too_large(value)
-        wrong = wrong or (kind is _NUMBER and not math.isfinite(value))
-        if wrong or (name == "base_parameters" and value < 1):
-            raise LoraError(f"{file}: {name!r} is {str(value)[:80]!r}; {_SUMMARY_CURE}")
+        if not _fits(found[name], kind) or (name == "base_parameters" and found[name] < 1):
+            raise LoraError(f"{file}: {name!r} is {str(found[name])[:80]!r}; {_SUMMARY_CURE}")
     for when in ("before", "after"):
         if not all(_are_scores(scores) for scores in found[when].values()):
             raise LoraError(f"{file}: {when!r} holds values other than numbers; {_SUMMARY_CURE}")
@@ -75,6 +72,13 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     if not any(isinstance(found[name], _NUMBER) for name in speeds):
         raise LoraError(f"{file} has no speed except steps_per_second; {_SUMMARY_CURE}")
     return found
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a value has the type of its field; a number is finite."""
+    if not isinstance(value, kind) or _too_large(value):
+        return False
+    return kind is not _NUMBER or math.isfinite(value)
 
 
 def _too_large(value: Any) -> bool:

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 import lora_jax
 from lora_jax import LoraSpec, Rule
-from lora_jax.exchange import peft
+from lora_jax.exchange import consumers, peft
 from tests.exchange.test_peft_round_trip import drawn, merged
 from tests.exchange.tiny import Model, built_in
 
@@ -201,3 +201,9 @@ def test_what_is_printed(model: Model, adapters: Any, tmp_path: Path) -> None:
     assert "sglang misreads rank_pattern and alpha_pattern" in text
     with pytest.raises(lora_jax.LoraError, match=r"no rules of 'tgi'.*vllm"):
         peft.check(saved.folder, "tgi")
+
+
+def test_the_largest_rank_without_one() -> None:
+    """A rank that is missing or null is PEFT's default, 8. Red if null is compared to a number."""
+    assert consumers.largest_rank({}) == consumers.largest_rank({"r": None}) == 8
+    assert consumers.largest_rank({"r": None, "rank_pattern": {"q": 9}}) == 9

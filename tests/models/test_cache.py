@@ -61,7 +61,7 @@ def go_on(
 
 
 def read(config: Any, params: Any, ids: Any, mask: Any, capacity: int = CAPACITY) -> Any:
-    """Read prompts with an empty cache, which is fastest, as there is no slot to attend to."""
+    """Read prompts with an empty cache. This is fastest: there is no slot to attend to yet."""
     nothing = caches.empty(config, len(ids), 0)
     apply = jax.jit(models.DecoderModel(config).apply)
     logits, new = apply({"params": params}, ids, mask, cache=nothing)
