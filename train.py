@@ -26,7 +26,7 @@ import jax
 
 import lora_jax
 from lora_jax import allocator, command_line, planner, program_cache
-from lora_jax.console import USER_ERRORS, Console, out_of_memory, quiet_storage, say
+from lora_jax.console import USER_ERRORS, Console, note, out_of_memory, quiet_storage, say
 from lora_jax.groups import loop as group
 from lora_jax.groups import results
 from lora_jax.groups.config import GroupConfig
@@ -73,7 +73,7 @@ def run(arguments: Sequence[str], program: str) -> int:
             return show_plan(name, config, planning)
         processes.join(config.processes)
         processes.check_same(config)
-        program_cache.enable()
+        program_cache.enable(note)
         console = Console(quiet=not processes.first())
         with directory.enter(name, config) as path:
             finished = processes.by_first(lambda: directory.summary(path))
@@ -173,7 +173,7 @@ def train(
 def train_group(name: str, config: GroupConfig) -> int:
     """Train many runs as one program, write the comparison of their results; return the status."""
     processes.join(config.processes)
-    program_cache.enable()
+    program_cache.enable(note)
     console, path = Console(), group.folder(name, config)
     grid, failed = mesh.make(config.mesh), None
     with jax.set_mesh(grid):

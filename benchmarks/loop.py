@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="blocks of each side")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    program_cache.enable()
+    program_cache.enable(print)
     profile = cProfile.Profile() if args.profile else None
     lines = [row(name, args.block, args.repeats, profile) for name in args.configs]
     print(f"{common.hardware()}; {commands.load()}", end="\n\n")

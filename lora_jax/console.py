@@ -45,6 +45,11 @@ def say(console: Console, text: str) -> None:
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
+def note(text: str) -> None:
+    """Print plain text on stderr, as `say` does."""
+    say(Console(stderr=True), text)
+
+
 def printable(text: str) -> str:
     r"""Replace control characters, with which a text could command a terminal, and half characters.
 
@@ -138,7 +143,7 @@ def read_options(
     for name in dict.fromkeys(names):
         if names.count(name) > 1 and not (adding and name in several):
             times = f"{name} is given {names.count(name)} times"
-            say(Console(stderr=True), f"note: {times}; the last one counts")
+            note(f"note: {times}; the last one counts")
     return found
 
 
@@ -154,7 +159,7 @@ def guarded(run: Callable[[], None]) -> int:
     """
     try:
         allocator.keep()
-        program_cache.enable()
+        program_cache.enable(note)
         with quiet_storage():
             run()
         sys.stdout.flush()
@@ -170,7 +175,7 @@ def guarded(run: Callable[[], None]) -> int:
         say(Console(stderr=True, style="red"), f"error: {lack}")
         return 1
     except KeyboardInterrupt:
-        say(Console(stderr=True), "Stopped. Everything written before is complete.")
+        note("Stopped. Everything written before is complete.")
         return 130
     return 0
 

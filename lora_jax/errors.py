@@ -43,6 +43,19 @@ def writing(path: object) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def naming(file: object) -> Iterator[None]:
+    """Put the file's name in front of the message of a `LoraError`.
+
+    Args:
+      file: the file that the block reads.
+    """
+    try:
+        yield
+    except LoraError as error:
+        raise LoraError(f"{file}: {error}") from error
+
+
 _WRITABLE = "Make the folder writable, or name another one"
 _AWAY = "The disk or the network file system went away: see that it is back"
 _CURES = {

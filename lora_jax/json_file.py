@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-MOST_BYTES = 2**26  # limit for a JSON file
+from lora_jax import regular_files
+from lora_jax.regular_files import MakeError
+
 _SHOWN = 80  # characters of the text that a message quotes
 _DEPTH = 100  # nested lists and objects
-
-MakeError = Callable[[str], Exception]
 
 
 def read(
@@ -31,18 +31,16 @@ def read(
       finite: refuse NaN and Infinity, which Python's own writer writes.
 
     Raises:
-      error: text that `parse` refuses, a value that is not an object, or more than 64 MiB.
+      error: text that `parse` refuses, a value that is not an object, or a file that
+        `regular_files.read` refuses.
       OSError: the file cannot be read.
     """
 
     def refused(message: str) -> Exception:
         return error(f"{message}; {cure}" if cure else message)
 
-    size = os.path.getsize(path)
-    if size > MOST_BYTES:
-        raise refused(f"{path} has {size:,} bytes; the limit of JSON is {MOST_BYTES:,}")
-    with open(path, "rb") as file:
-        return parse_object(file.read(), str(path), refused, finite=finite)
+    data = regular_files.read(path, refused)
+    return parse_object(data, str(path), refused, finite=finite)
 
 
 def parse_object(

@@ -2,7 +2,7 @@
 
 This is JAX's persistent compilation cache, with a size limit, in a folder of the user:
 
-    <cache>/programs/<machine>    <cache>: LORA_JAX_CACHE, or lora_jax in XDG_CACHE_HOME or ~/.cache
+    <cache>/programs/<machine>    <cache>: see `lora_jax.user_cache`
 
 The least recently used programs are deleted first. With JAX_COMPILATION_CACHE_DIR, JAX's cache
 works as JAX's own variables say, and JAX_ENABLE_COMPILATION_CACHE=false turns it off.
@@ -20,11 +20,12 @@ import os
 import pathlib
 import platform
 import warnings
+from collections.abc import Callable
 
 import filelock
 import jax
 
-from lora_jax.models.weights import packages
+from lora_jax import user_cache
 
 MOST = 1 << 29  # bytes of programs on disk, for each kind of machine
 SHORTEST = 0.1  # seconds of compilation; a faster one is not worth a file
@@ -32,13 +33,17 @@ SHORTEST = 0.1  # seconds of compilation; a faster one is not worth a file
 _LOCK = ".lockfile"  # the name that JAX uses
 
 
-def enable() -> pathlib.Path | None:
+def enable(say: Callable[[str], object]) -> pathlib.Path | None:
     """Let JAX keep compiled programs on disk.
 
-    Nothing is kept if the folder cannot be written to or locked; the command runs without it.
+    Nothing is kept if the folder cannot be written to or locked; the command runs without it. If
+    others could have changed it (`lora_jax.user_cache`), a line says so.
     Nothing is kept for a run of several processes either: these would wait for each other's locks
     on a shared disk, and some would load a program while others compile it. To keep programs there,
     set JAX_COMPILATION_CACHE_DIR.
+
+    Args:
+      say: prints that line.
 
     Returns:
       The folder; None if nothing is kept, or if the user has configured JAX's cache.
@@ -49,10 +54,12 @@ def enable() -> pathlib.Path | None:
         return None
     if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return None
-    folder = packages.cache() / "programs" / machine()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = user_cache.folder("programs", machine())
         _drop_unfinished(folder)
+    except user_cache.CacheError as error:
+        say(f"note: no compiled programs are kept: {error}")
+        return None
     except (OSError, NotImplementedError, filelock.Timeout):
         return None
     jax.config.update("jax_compilation_cache_max_size", MOST)

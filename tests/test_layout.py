@@ -23,7 +23,10 @@ ARROWS = {
     | {"transform", "updates"},
     # the core: the transform and its helpers
     "errors": set(),
-    "json_file": set(),
+    "regular_files": set(),
+    "whole_files": {"errors"},
+    "user_cache": {"errors"},
+    "json_file": {"regular_files"},
     "base": set(),
     "named": set(),
     "paths": {"base", "errors"},
@@ -59,27 +62,30 @@ ARROWS = {
     # files of other tools
     "hf_module": {"errors"},
     "exchange": {"adapters", "base", "errors", "extras", "hf_module", "json_file", "layout"}
-    | {"models", "paths", "primitives", "resolve", "spec", "target", "updates"},
+    | {"models", "paths", "primitives", "regular_files", "resolve", "spec", "target", "updates"}
+    | {"whole_files"},
     "extras": set(),
     # models and methods, which import nothing of LoRA
-    "models": {"bases", "extras", "hf_module", "json_file"},
+    "models": {"bases", "extras", "hf_module", "json_file", "regular_files", "user_cache"},
     "baselines": {"errors", "models"},
     # the process of a command, and its messages
     "free_memory": set(),
     "allocator": {"errors", "free_memory"},
-    "program_cache": {"models"},
+    "program_cache": {"user_cache"},
     "run_lock": {"errors"},
     "console": {"allocator", "errors", "extras", "models", "program_cache"},
     # training, and uses of its results
     "text": {"errors", "extras", "models"},
-    "data": {"errors", "extras", "json_file", "models", "text"},
+    "data": {"errors", "extras", "json_file", "models", "regular_files", "text", "user_cache"},
     "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
     | {"data", "errors", "extras", "frozen", "json_file", "labels", "layout", "merge", "models"}
-    | {"multi", "paths", "resolve", "run_lock", "sharding", "spec", "transform"},
+    | {"multi", "paths", "regular_files", "resolve", "run_lock", "sharding", "spec", "transform"}
+    | {"whole_files"},
     "groups": {"checkpoint", "console", "errors", "extras", "free_memory", "frozen", "json_file"}
-    | {"layout", "multi", "paths", "resolve", "spec", "training", "transform"},
+    | {"layout", "multi", "paths", "regular_files", "resolve", "spec", "training", "transform"}
+    | {"whole_files"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
-    | {"primitives", "resolve", "training"},
+    | {"primitives", "resolve", "training", "whole_files"},
     "serving": {
         "adapters",
         "baselines",
@@ -94,9 +100,9 @@ ARROWS = {
     | {"updates"},
     "conversion": {"adapters", "base", "bases", "beginnings", "checkpoint", "console", "errors"}
     | {"exchange", "extras", "hf_module", "layout", "merge", "models", "paths", "run_lock"}
-    | {"serving", "target", "updates"},
+    | {"regular_files", "serving", "target", "updates", "whole_files"},
     "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
-    | {"layout", "serving", "training", "updates"},
+    | {"layout", "regular_files", "serving", "training", "updates", "whole_files"},
     "show": {"base", "bases", "console", "data", "errors", "extras", "layout_table", "models"}
     | {"path_groups", "paths", "resolve", "spec", "training", "updates"},
     "command_line": {"console", "errors", "extras", "groups", "planner", "training"},

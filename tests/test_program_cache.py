@@ -12,8 +12,7 @@ import filelock
 import jax
 import pytest
 
-from lora_jax import program_cache
-from lora_jax.models.weights import packages
+from lora_jax import program_cache, user_cache
 from tests.training import forks, tiny
 
 # `lora-jax generate` in another process; argv: the cache, the base, the file for the counts.
@@ -80,7 +79,7 @@ def test_a_cache_of_the_user_is_left_alone() -> None:
     """
     folder = jax.config.jax_compilation_cache_dir
     assert folder
-    assert program_cache.enable() is None
+    assert program_cache.enable(print) is None
     assert jax.config.jax_compilation_cache_dir == folder
 
 
@@ -91,7 +90,7 @@ def test_commands_run_without_it(
 ) -> None:
     """A command runs where the cache is off, not a folder, locked for ever or on a full disk."""
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path))
-    folder = packages.cache() / "programs" / program_cache.machine()
+    folder = user_cache.folder() / "programs" / program_cache.machine()
     lock = filelock.FileLock(folder / program_cache._LOCK)
     if trouble == "home":
         (tmp_path / "programs").write_text("a file")
@@ -101,7 +100,7 @@ def test_commands_run_without_it(
     elif trouble == "disk":
         monkeypatch.setattr(pathlib.Path, "touch", _full)
     jax.config.update("jax_enable_compilation_cache", trouble != "off")
-    assert program_cache.enable() is None
+    assert program_cache.enable(print) is None
     lock.release()
     assert jax.config.jax_compilation_cache_dir is None
 

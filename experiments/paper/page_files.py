@@ -8,18 +8,18 @@ from __future__ import annotations
 import pathlib
 import re
 
+from lora_jax import whole_files
 from lora_jax.report import render, svg
 from lora_jax.report.document import Figure, Panel, Report
 from lora_jax.report.render import HTML, MARKDOWN, plain
-from lora_jax.training.directory import write_whole
 
 
 def write(report: Report, folder: pathlib.Path) -> pathlib.Path:
     """Write both files into `folder`, make it if needed, and return the path of report.html."""
     folder.mkdir(parents=True, exist_ok=True)
     inline = {panel.name: _inline(panel) for panel in report.panels}
-    write_whole(folder / MARKDOWN, render.markdown(report, _alternatives).encode())
-    write_whole(folder / HTML, render.html(report, inline).encode())
+    whole_files.write(folder / MARKDOWN, render.markdown(report, _alternatives).encode())
+    whole_files.write(folder / HTML, render.html(report, inline).encode())
     return folder / HTML
 
 

@@ -35,10 +35,10 @@ from lora_jax.conversion.stored_base_adapter import over_stored_base
 from lora_jax.conversion.trained_run import TrainedRun, open_run
 from lora_jax.errors import LoraError
 from lora_jax.exchange import peft, shards
-from lora_jax.exchange.files import whole_folder, write_together
 from lora_jax.exchange.gguf_base import GgufBase
 from lora_jax.hf_module import HfNames
 from lora_jax.models.weights.folder import Folder
+from lora_jax.whole_files import whole_folder, write_together
 
 Format = Literal["hf", "peft", "gguf", "mlx", "orbax"]
 

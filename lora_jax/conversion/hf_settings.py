@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from lora_jax import regular_files
 from lora_jax.conversion.trained_run import TrainedRun
 from lora_jax.errors import LoraError
-from lora_jax.exchange.files import FileWriter
 from lora_jax.models.weights.folder import Folder
 from lora_jax.models.weights.hf_config import parse
+from lora_jax.whole_files import FileWriter
 
 # model_type -> transformers' class for a decoder, or for an encoder with a classification head.
 ARCHITECTURES = {
@@ -143,9 +143,7 @@ def _companions(run: TrainedRun) -> dict[str, FileWriter]:
     if isinstance(source, Folder):
         there = {name: source.path / name for name in _COMPANIONS}
         return {
-            name: functools.partial(shutil.copyfile, path)
-            for name, path in there.items()
-            if path.is_file()
+            name: functools.partial(_copy, path) for name, path in there.items() if path.exists()
         }
     tokenizer, config = source.tokenizer(), run.opened.config
     ids = {"bos_token": config.bos_id, "eos_token": config.eos_id, "pad_token": config.pad_id}
@@ -163,6 +161,10 @@ def _companions(run: TrainedRun) -> dict[str, FileWriter]:
         template = source.chat_template
         found["chat_template.jinja"] = lambda path: path.write_text(template, encoding="utf-8")
     return found
+
+
+def _copy(path: pathlib.Path, to: pathlib.Path) -> None:
+    to.write_bytes(regular_files.read(path, LoraError))
 
 
 def _readme(run: TrainedRun, dtype: np.dtype) -> str:

@@ -17,11 +17,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
+from lora_jax import user_cache
 from lora_jax.data import tensorflow_files
 from lora_jax.data.source import DataSource
 from lora_jax.data.status import status
 from lora_jax.errors import DataError, nearest
-from lora_jax.models.weights.packages import cache, is_full
+from lora_jax.models.weights.packages import is_full
 from lora_jax.text.example import Example
 
 FORMAT = "array_record"
@@ -33,8 +34,11 @@ def folder(data_dir: str | None) -> Path:
 
     Args:
       data_dir: the folder that the config names, if it does.
+
+    Raises:
+      user_cache.CacheError: others could have changed the cache folder.
     """
-    return cache() / "data" if data_dir is None else Path(data_dir).expanduser()
+    return user_cache.folder("data") if data_dir is None else Path(data_dir).expanduser()
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:

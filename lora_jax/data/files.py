@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lora_jax import json_file
+from lora_jax import json_file, regular_files
 from lora_jax.data.source import DataSource
 from lora_jax.errors import DataError, nearest
 from lora_jax.text.example import Example, FileRow, shown
@@ -85,8 +86,8 @@ def _globbed(name: str) -> dict[str, Path]:
 
 def _jsonl(path: Path) -> list[Example]:
     rows: list[Example] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with regular_files.opened(path, DataError, given=True) as file:
+        for number, line in regular_files.lines(file, path, DataError):
             if not line.strip():
                 continue
             row = json_file.parse(line, f"{path}:{number}", DataError)
@@ -120,13 +121,13 @@ def _csv(path: Path) -> list[Example]:
 
 def _lines(path: Path) -> Iterator[str]:
     """Decode the lines of a file one by one, so that an error can name the line."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        for number, line in enumerate(file, 1):
+    with regular_files.opened(path, DataError, given=True) as file:
+        for number, line in regular_files.lines(file, path, DataError):
             try:
-                line.encode()
-            except UnicodeEncodeError as error:
-                byte = ord(line[error.start]) - 0xDC00
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
                 raise DataError(
                     f"{path}:{number} is not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
                 ) from None
-            yield line
+            yield from io.StringIO(text, newline="")  # a line may end with a carriage return

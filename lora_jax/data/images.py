@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_jax import regular_files
 from lora_jax.errors import DataError
 from lora_jax.extras import require
 from lora_jax.models.weights.preprocessing import Preprocessing
@@ -107,7 +108,7 @@ def decode(value: Any, channels: int, where: str) -> Image:
 
 def _content(path: str, where: str) -> bytes:
     try:
-        return pathlib.Path(path).expanduser().read_bytes()
+        return regular_files.read(pathlib.Path(path).expanduser(), DataError, given=True)
     except (OSError, ValueError) as error:
         raise DataError(f"{where}: the image {path!r} cannot be read: {error}") from error
 

@@ -16,9 +16,8 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapters import Adapter
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, naming
 from lora_jax.exchange import expert_stacks
-from lora_jax.exchange.files import naming, write_together
 from lora_jax.exchange.gguf_adapter_file import GgufAdapterFile
 from lora_jax.exchange.gguf_base import HEAD, TABLE, File, GgufBase, known_base
 from lora_jax.exchange.into_adapter import into_adapter
@@ -26,6 +25,7 @@ from lora_jax.exchange.module_update import Modules, ModuleUpdate, at_one_rank, 
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
 from lora_jax.hf_module import HfNames
+from lora_jax.whole_files import write_together
 
 
 def load(

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.errors import LoraError
-from lora_jax.exchange.files import naming
+from lora_jax.errors import LoraError, naming
 from lora_jax.exchange.gguf_base import TABLE, read_header
 
 KIND, ARCHITECTURE = "general.type", "general.architecture"

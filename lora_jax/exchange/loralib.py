@@ -29,9 +29,8 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapters import Adapter
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, naming
 from lora_jax.exchange import tensor_file
-from lora_jax.exchange.files import naming
 from lora_jax.exchange.into_adapter import into_adapter
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, fuse
 from lora_jax.exchange.names import NameTable

@@ -17,13 +17,13 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapters import Adapter
-from lora_jax.errors import LoraError, listed
+from lora_jax.errors import LoraError, listed, naming
 from lora_jax.exchange import consumers, experts, peft_config, peft_keys, profiles, tensor_file
-from lora_jax.exchange.files import naming, write_together
 from lora_jax.exchange.into_adapter import into_adapter
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
 from lora_jax.hf_module import HfNames
+from lora_jax.whole_files import write_together
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ABOUT = "lora_jax.about"  # the key of `about` in the metadata of the tensors

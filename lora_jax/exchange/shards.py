@@ -6,8 +6,8 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 
-from lora_jax.exchange.files import FileWriter
 from lora_jax.exchange.tensor_file import LazyTensor, write_lazily
+from lora_jax.whole_files import FileWriter
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -17,7 +17,7 @@ def writers(
     shard_bytes: float,
     done: Callable[[int], None] = lambda size: None,
 ) -> dict[str, FileWriter]:
-    """Return {file name: writer} for the weights, for `files.write_together`.
+    """Return {file name: writer} for the weights, for `whole_files.write_together`.
 
     Small weights go to one file `model.safetensors`; otherwise there are numbered files and an
     index, as transformers writes them. Each array is made when it is written, and none is kept.

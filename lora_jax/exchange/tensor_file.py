@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import json_file
+from lora_jax import json_file, regular_files
 from lora_jax.errors import LoraError
 
 DIMENSIONS = 8
@@ -43,7 +43,8 @@ def read(path: pathlib.Path) -> TensorFile:
       LoraError: a file that is not in the format, whose sizes contradict each other, or that holds
         numbers that are not finite. The message names the file and, if there is one, the key.
     """
-    data = np.fromfile(path, np.uint8)
+    with regular_files.opened(path, LoraError) as file:
+        data = np.fromfile(file, np.uint8)
     header, body = _header(path, data)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(not isinstance(x, str) for x in metadata.values()):
@@ -160,10 +161,10 @@ def _header(path: pathlib.Path, data: np.ndarray) -> tuple[dict[str, Any], np.nd
     if len(data) < 8:
         raise LoraError(f"{path} has {len(data)} bytes, too few for a safetensors file")
     (length,) = struct.unpack("<Q", data[:8].tobytes())
-    if length > min(json_file.MOST_BYTES, len(data) - 8):
+    if length > min(regular_files.MOST_BYTES, len(data) - 8):
         raise LoraError(
             f"{path} declares a header of {length:,} bytes, but the file has {len(data):,} and a "
-            f"header may have {json_file.MOST_BYTES:,}: it is not a safetensors file, or it is "
+            f"header may have {regular_files.MOST_BYTES:,}: it is not a safetensors file, or it is "
             "damaged"
         )
     return parse_json(path, data[8 : 8 + length].tobytes()), data[8 + length :]

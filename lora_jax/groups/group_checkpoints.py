@@ -14,9 +14,9 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from lora_jax import json_file
+from lora_jax import json_file, regular_files
 from lora_jax.errors import LoraError
-from lora_jax.training.directory import write_json
+from lora_jax.whole_files import write_json
 
 _LISTED = 3  # entries of cuts.json; the members keep their last two checkpoints
 
@@ -40,7 +40,7 @@ class GroupCheckpoints:
     def __init__(self, path: pathlib.Path) -> None:
         """Read the list that an earlier run of the group has written, if there is one."""
         self._file = path / "cuts.json"
-        text = self._file.read_bytes() if self._file.is_file() else b"[]"
+        text = regular_files.read(self._file, LoraError) if self._file.exists() else b"[]"
         found = json_file.parse(text, str(self._file), LoraError)
         try:
             self._checkpoints = [GroupCheckpoint(**checkpoint) for checkpoint in found]

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from lora_jax import whole_files
 from lora_jax.errors import LoraError
 from lora_jax.groups import memory_fit
 from lora_jax.groups.config import GroupConfig, short_hash
@@ -265,7 +266,7 @@ class _Loop(contextlib.ExitStack):
 
     def _stopped(self, member: OpenMember) -> None:
         text = f"{member.name} stops: {member.error}"
-        directory.write_whole(member.run.setup.path / "error.txt", f"{text}\n".encode())
+        whole_files.write(member.run.setup.path / "error.txt", f"{text}\n".encode())
         self._display.say(text)
 
 

@@ -16,11 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lora_jax.errors import writing
+from lora_jax import whole_files
 from lora_jax.groups import member_names
 from lora_jax.groups.comparison import ComparedRun, Results, dotted, gather
 from lora_jax.groups.plots import figure_of
-from lora_jax.training.directory import Summary, write_json, write_whole
+from lora_jax.training import curves
+from lora_jax.training.directory import Summary
 
 
 def show(summaries: Sequence[Summary], console: Console) -> None:
@@ -69,7 +70,7 @@ def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
         order of the results. The run directories that they name must exist.
     """
     results = gather(summaries)
-    write_json(
+    whole_files.write_json(
         path / "results.json",
         {
             "best": None if results.best is None else results.best.name,
@@ -77,10 +78,8 @@ def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
             "members": [{"name": r.name, "values": r.values, **r.summary} for r in results.rows],
         },
     )
-    with writing(path / "results.csv"):
-        _write_csv(path / "results.csv", results.rows)
-    with writing(path / "results.png"):
-        figure_of(results).savefig(path / "results.png", dpi=120)
+    whole_files.write(path / "results.csv", _csv(results.rows))
+    whole_files.write(path / "results.png", curves.png(figure_of(results), dpi=120))
 
 
 def _of_sweep(results: Results) -> Listing:
@@ -140,8 +139,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _write_csv(path: pathlib.Path, rows: Sequence[ComparedRun]) -> None:
-    """Write a line for each run; nested values have dotted paths as column names."""
+def _csv(rows: Sequence[ComparedRun]) -> bytes:
+    """Return a table with a line for each run; nested values have dotted paths as column names."""
     lines = []
     for row in rows:
         values = {
@@ -152,4 +151,4 @@ def _write_csv(path: pathlib.Path, rows: Sequence[ComparedRun]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))
     writer.writeheader()
     writer.writerows(lines)
-    write_whole(path, text.getvalue().encode())
+    return text.getvalue().encode()

@@ -7,14 +7,13 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from lora_jax.errors import writing
 from lora_jax.planner.collectives import Collective
 from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.plan import FULL, LORA, Plan
 from lora_jax.planner.weights import FLOATS, by_part
-from lora_jax.training.directory import write_json
 from lora_jax.training.summary import in_units
+from lora_jax.whole_files import write_json
 
 FORMAT = 1
 CAUSES = {
@@ -54,8 +53,6 @@ def write(plan: Plan, path: pathlib.Path) -> None:
       plan: the plan.
       path: the file, whose folder is made.
     """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, to_json(plan))
 
 

@@ -96,8 +96,12 @@ def run(options: ReportOptions, console: Console) -> None:
     made = glossary.with_glossary(made, options.docs)
     for note in notes(made):
         say(console, f"note: {note.text}")
-    out = given[0].expanduser() / "report" if options.out is None else pathlib.Path(options.out)
-    say(Console(), str(render.write(made, out.expanduser())))
+    run = given[0].expanduser()
+    if options.out is None:  # the run may come from a stranger, and "report" in it be a link
+        page = render.write(made, run / "report", below=run)
+    else:
+        page = render.write(made, pathlib.Path(options.out).expanduser())
+    say(Console(), str(page))
 
 
 def make(given: Sequence[pathlib.Path], base: BaseChoice) -> Report:

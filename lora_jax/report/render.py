@@ -6,6 +6,7 @@ Markdown: tabulate would not escape a `|` in a cell, which would end the cell.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -13,35 +14,36 @@ from html import escape
 
 import jinja2
 
-from lora_jax.errors import writing
+from lora_jax import whole_files
 from lora_jax.report import svg
 from lora_jax.report.document import Figure, Report, Table, Term
-from lora_jax.training.directory import write_whole
 
 HTML, MARKDOWN = "report.html", "report.md"
 _SIGNS = re.compile(r"([\\`*|\[\]~])|(?<![A-Za-z0-9])(_)|(_)(?![A-Za-z0-9])")
 
 
-def write(report: Report, folder: pathlib.Path) -> pathlib.Path:
+def write(
+    report: Report, folder: pathlib.Path, *, below: pathlib.Path | None = None
+) -> pathlib.Path:
     """Write all files of a report. report.html is written last.
 
     Args:
       report: the report.
       folder: the folder, which is made if it does not exist.
+      below: the folder that the user named, see `whole_files.write`. None: `folder`.
 
     Returns:
       The path of report.html.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     inline: dict[str, str] = {}
+    write_file = functools.partial(whole_files.write, below=below)
     for panel in report.panels:
         drawn = svg.svg(panel.drawing)
         inline[panel.name] = svg.inline(drawn, panel.name, panel.alternative)
-        write_whole(folder / f"{panel.name}.svg", svg.standalone(drawn).encode())
-        write_whole(folder / f"{panel.name}.png", svg.png(panel.drawing))
-    write_whole(folder / MARKDOWN, markdown(report).encode())
-    write_whole(folder / HTML, html(report, inline).encode())
+        write_file(folder / f"{panel.name}.svg", svg.standalone(drawn).encode())
+        write_file(folder / f"{panel.name}.png", svg.png(panel.drawing))
+    write_file(folder / MARKDOWN, markdown(report).encode())
+    write_file(folder / HTML, html(report, inline).encode())
     return folder / HTML
 
 

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from lora_jax import regular_files
 from lora_jax.checkpoint import adapter_path, storage
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.training import metrics
@@ -110,10 +111,11 @@ def is_run(path: pathlib.Path) -> bool:
 
 def _read(path: pathlib.Path) -> SavedRun:
     config, summary = read_config(path), None
-    if (path / "summary.json").is_file():
+    if (path / "summary.json").exists():
         summary = {**read_summary(path), "run": str(path)}
-    error = path / "error.txt"
-    said = error.read_text().strip() if error.is_file() else None
+    error, said = path / "error.txt", None
+    if error.exists():
+        said = regular_files.read(error, LoraError).decode(errors="replace").strip()
     return SavedRun(path, config, metrics.read(path), summary, said)
 
 

