@@ -114,7 +114,7 @@ def allocated(file: BinaryIO) -> int:
 
 def _check_link(path: pathlib.Path, error: MakeError) -> None:
     """Raise unless a link leads to its own folder, or to the blobs of a cache of the model hub."""
-    folder, target = path.parent.resolve(), path.resolve()
+    folder, target = (pathlib.Path(os.path.realpath(p)) for p in (path.parent, path))
     blobs = folder.parent.parent / "blobs"
     hub = folder.parent.name == "snapshots" and target.is_relative_to(blobs)
     if not hub and not target.is_relative_to(folder):

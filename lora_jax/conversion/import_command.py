@@ -26,6 +26,7 @@ from lora_jax.adapters import count
 from lora_jax.console import guarded, read_options, say
 from lora_jax.conversion import peft_run
 from lora_jax.errors import LoraError, listed
+from lora_jax.whole_files import check_links
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -113,6 +114,7 @@ def _check_out(out: pathlib.Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise LoraError(f"{out} is a file; choose another --out")
+    check_links(out, ["adapters"])
     inside = sorted(p.name for p in out.iterdir())
     if inside in ([], ["lock"]):
         return

