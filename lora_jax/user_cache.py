@@ -37,7 +37,7 @@ def folder(*names: str) -> pathlib.Path:
     missing = [p for p in (path, *path.parents) if not os.path.lexists(p)]
     for each in reversed(missing):
         each.mkdir(exist_ok=True)
-        each.chmod(0o700)  # whatever the umask
+        each.chmod(0o700)  # for any umask
     check(path)
     return path
 

@@ -149,7 +149,10 @@ def test_a_public_symbol_explains_its_parameters(name: str) -> None:
     # For a class without a docstring, dataclasses and NamedTuples write `Name(field, ...)`.
     assert doc.strip(), f"{name} has no docstring"
     assert not doc.startswith(f"{name.rpartition('.')[2]}("), f"{name} has no docstring of its own"
-    known = explained(doc) | (explained_below(value) if inspect.isclass(value) else set())
+    classes = inspect.getmro(value) if inspect.isclass(value) else ()
+    ours = [each for each in classes if each.__module__.startswith("lora_jax")]
+    known = explained(doc).union(*(explained(each.__doc__ or "") for each in ours))
+    known |= explained_below(value) if classes else set()
     missing = [name for name in parameters(value) if name not in known]
     assert not missing, f"{name}: its Args do not explain {', '.join(missing)}"
 

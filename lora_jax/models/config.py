@@ -71,8 +71,30 @@ class PreNorm:
         return "layer" if self.norm_bias else "layer_without_bias"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayersConfig:
+    """The settings that the configs of all families have.
+
+    Attributes:
+      dropout: the dropout of the embeddings and of the outputs of attention and MLP.
+      attention_dropout: the dropout of the attention weights.
+      scan_layers: whether the layers run in one `nn.scan`, so that their parameters are stacked.
+      remat: which intermediate results of a layer the backward pass computes again: "none", "full"
+        (all), "dots" (all but the products), or a policy of `jax.checkpoint_policies`.
+      dtype: the dtype of the computation.
+      param_dtype: the dtype of the parameters.
+    """
+
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    scan_layers: bool = False
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
+class BertConfig(LayersConfig):
     """The config of an encoder: BERT, RoBERTa, DistilBERT, DeBERTa v2 and v3, ModernBERT.
 
     The defaults are BERT's; the options below name the families that use them.
@@ -98,13 +120,6 @@ class BertConfig:
         has not in DeBERTa.
       position_offset: the row of the first position; `pad_id + 1` in RoBERTa.
       pad_id, bos_id, eos_id: the ids of padding, begin and end.
-      dropout: the dropout of the embeddings and of the outputs of attention and MLP.
-      attention_dropout: the dropout of the attention weights.
-      scan_layers: whether the layers run in one `nn.scan`, so that their parameters are stacked.
-      remat: which intermediate results of a layer the backward pass computes again: "none", "full"
-        (all), "dots" (all but the products), or a policy of `jax.checkpoint_policies`.
-      dtype: the dtype of the computation.
-      param_dtype: the dtype of the parameters.
     """
 
     vocab_size: int
@@ -128,12 +143,6 @@ class BertConfig:
     pad_id: int = 0
     bos_id: int | None = None
     eos_id: int | None = None
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    scan_layers: bool = False
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
         _divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)
@@ -161,7 +170,7 @@ class LongRope:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(LayersConfig):
     """The config of a decoder.
 
     The families are Llama and its descendants (SmolLM2, Mistral, Qwen2, Qwen3), GPT-2, Gemma, Phi,
@@ -208,13 +217,6 @@ class DecoderConfig:
       tied: whether the embeddings are also the kernel of the head.
       logit_cap: a limit of the logits (Gemma 2).
       pad_id, bos_id, eos_id: the ids of padding, begin and end.
-      dropout: the dropout of the embeddings and of the outputs of attention and MLP.
-      attention_dropout: the dropout of the attention weights.
-      scan_layers: whether the layers run in one `nn.scan`, so that their parameters are stacked.
-      remat: which intermediate results of a layer the backward pass computes again: "none", "full"
-        (all), "dots" (all but the products), or a policy of `jax.checkpoint_policies`.
-      dtype: the dtype of the computation.
-      param_dtype: the dtype of the parameters.
     """
 
     vocab_size: int
@@ -255,12 +257,6 @@ class DecoderConfig:
     pad_id: int | None = None
     bos_id: int | None = None
     eos_id: int | None = None
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    scan_layers: bool = False
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
         if self.head_dim < 1:
@@ -313,7 +309,7 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VitConfig:
+class VitConfig(LayersConfig):
     """The config of a ViT.
 
     Attributes:
@@ -327,13 +323,6 @@ class VitConfig:
       norm_eps: the epsilon of the norms.
       activation: the activation function of the MLP.
       pre_norm: the form of the layers.
-      dropout: the dropout of the embeddings and of the outputs of attention and MLP.
-      attention_dropout: the dropout of the attention weights.
-      scan_layers: whether the layers run in one `nn.scan`, so that their parameters are stacked.
-      remat: which intermediate results of a layer the backward pass computes again: "none", "full"
-        (all), "dots" (all but the products), or a policy of `jax.checkpoint_policies`.
-      dtype: the dtype of the computation.
-      param_dtype: the dtype of the parameters.
     """
 
     image_size: tuple[int, int]
@@ -346,12 +335,6 @@ class VitConfig:
     norm_eps: float = 1e-12
     activation: str = "gelu"
     pre_norm: PreNorm = PreNorm()
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    scan_layers: bool = False
-    remat: str = "none"
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
         _divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)

@@ -1,4 +1,4 @@
-"""What a stranger can do to a file of a folder, so that reading it does harm.
+"""Changes that a stranger can make to a file of a folder, so that reading it does harm.
 
 Each attack changes one file. It must be refused with a documented error, or do nothing.
 """

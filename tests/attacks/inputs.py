@@ -128,7 +128,8 @@ def _read_gguf_adapter(folder: pathlib.Path) -> None:
 
 INPUTS = {
     "adapter": Input(lambda: adapters.checkpoints_files()[2], lora_jax.restore),
-    "adapter-of-format-1": Input(lambda: dict(stored(FORMATS / "v1" / "adapter")), lora_jax.restore),
+    "adapter-of-format-1": Input(lambda: dict(stored(FORMATS / "v1" / "adapter")),
+                                 lora_jax.restore),
     "checkpoint": Input(_checkpoint, _read_checkpoint),
     "run": Input(_run, _report),
     "sweep": Input(lambda: {"cuts.json": stored(FORMATS / "v1" / "run_directories" /
@@ -140,13 +141,14 @@ INPUTS = {
                            lambda folder: Folder(folder).chat_template),
     "images": Input(_model("vit", **{FILE: json.dumps(model_files.IMAGES).encode()}),
                     _read_images),
-    "peft": Input(lambda: adapters.peft_folders()[0], lambda folder: peft.load(folder, *_ARGUMENTS)),
+    "peft": Input(lambda: adapters.peft_folders()[0],
+                  lambda folder: peft.load(folder, *_ARGUMENTS)),
     "mlx": Input(lambda: adapters.mlx_folders()[0], lambda folder: mlx.load(folder, *_ARGUMENTS)),
     "loralib": Input(_loralib, _read_loralib),
     "gguf": Input(lambda: {"model.gguf": model_files.ggufs()[0].dump()},
                   lambda folder: GgufFile(_only(folder)).load(), named=True),
-    "jsonl": Input(lambda: {"a.jsonl": b'{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n' * 9},
-                   _read_data, named=True),
+    "jsonl": Input(lambda: {"a.jsonl": b'{"text": "a", "label": 0}\n' * 9}, _read_data,
+                   named=True),
     "csv": Input(lambda: {"a.csv": b"text,label\na,0\nb,1\n"}, _read_data, named=True),
     "lines": Input(lambda: {"a.jsonl": b'{"text": "a"}\n'},
                    lambda folder: list(jsonl.read(str(_only(folder)))), named=True),

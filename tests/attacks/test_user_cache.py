@@ -88,7 +88,7 @@ def test_no_program_comes_from_others(
 def test_no_package_and_no_data_comes_from_others(
     attack: str, cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    """Neither is read, whatever is there. A note that a checksum was right is not believed."""
+    """Neither is read. A note that a checksum was right is not believed."""
     file = tmp_path / "weights"
     file.write_bytes(b"changed")
     others(cache, monkeypatch, attack)
