@@ -126,6 +126,7 @@ def _read_gguf_adapter(folder: pathlib.Path) -> None:
     model_files.read_gguf_adapter(model_files.Random(0), folder)
 
 
+_ROWS = b'{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
 INPUTS = {
     "adapter": Input(lambda: adapters.checkpoints_files()[2], lora_jax.restore),
     "adapter-of-format-1": Input(lambda: dict(stored(FORMATS / "v1" / "adapter")),
@@ -147,7 +148,7 @@ INPUTS = {
     "loralib": Input(_loralib, _read_loralib),
     "gguf": Input(lambda: {"model.gguf": model_files.ggufs()[0].dump()},
                   lambda folder: GgufFile(_only(folder)).load(), named=True),
-    "jsonl": Input(lambda: {"a.jsonl": b'{"text": "a", "label": 0}\n' * 9}, _read_data,
+    "jsonl": Input(lambda: {"a.jsonl": _ROWS * 9}, _read_data,
                    named=True),
     "csv": Input(lambda: {"a.csv": b"text,label\na,0\nb,1\n"}, _read_data, named=True),
     "lines": Input(lambda: {"a.jsonl": b'{"text": "a"}\n'},
