@@ -19,7 +19,15 @@ require("train", __name__)
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from lora_jax import allocator, program_cache
@@ -204,6 +212,23 @@ class Bar:
     def say(self, text: str) -> None:
         """Print plain text above the bar."""
         say(self.console, text)
+
+
+class OpeningBar(Bar):
+    """Shows how many adapters are open: a bar on a terminal; elsewhere ten lines, if many."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            console, TextColumn("opening"), BarColumn(), MofNCompleteColumn(), transient=True
+        )
+        self._task = self.bar.add_task("", total=None)
+
+    def count(self, number: int, total: int) -> None:
+        """Show that `number` of `total` adapters are open."""
+        self.bar.update(self._task, completed=number, total=total)
+        tenth = total >= 20 and number * 10 // total > (number - 1) * 10 // total
+        if tenth and not self.console.is_terminal:
+            self.say(f"opened {number} of {total} adapters")
 
 
 class _Rate(ProgressColumn):

@@ -6,7 +6,8 @@ checked when they are read. So a damaged adapter is an error, and never gives ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+import dataclasses
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -107,31 +108,10 @@ def restore(
         on another base, or one that declares more than the limits (`lora_jax.checkpoint.manifest`).
       DamagedError: (a LoraError) the files are not as they were saved.
     """
-    folder, layout, manifest = _open(path, max_bytes)
-    if params is not None:
-        _check_base(folder, manifest, lambda: fingerprint_of(params), allow_other_base)
-
-    def struct(name: str, place: Any) -> jax.ShapeDtypeStruct:
-        place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        entry = manifest.arrays[name]
-        return jax.ShapeDtypeStruct(entry.shape, jnp.dtype(entry.dtype), sharding=place)
-
-    def place_of(path: str) -> Any:
-        return shardings[path] if isinstance(shardings, Mapping) else shardings
-
-    factors: dict[str, Any] = {}
-    for t in layout.targets:
-        place = place_of(t.path)
-        fields = kind_of(t).fields
-        places = place if isinstance(place, fields) else fields(*(place for _ in fields._fields))
-        named = places._asdict().items()
-        factors[t.path] = {n: struct(f"adapters/{t.path}/{n}", each) for n, each in named}
-    base = {p: struct(f"base/{p}", place_of(p)) for p in manifest.notes["base"]}
-    target = {k: v for k, v in {"adapters": factors, "base": base}.items() if v}
-    loaded = storage.load(folder, manifest, "arrays", target) if target else {}
-    arrays = loaded.get("adapters", {})
-    adapters = {t.path: kind_of(t).fields(**arrays[t.path]) for t in layout.targets}
-    return Adapter(layout, adapters, loaded.get("base", {}))
+    saved = SavedAdapter.open(path, max_bytes)
+    if params is not None and not allow_other_base:
+        saved.check_base(fingerprint_of(params))
+    return saved.load(shardings)
 
 
 def restore_layout(path: Path) -> Layout:
@@ -143,7 +123,7 @@ def restore_layout(path: Path) -> Layout:
     Raises:
       LoraError: see `restore`.
     """
-    return _open(path, None)[1]
+    return SavedAdapter.open(path).layout
 
 
 def restore_about(path: Path) -> dict[str, Any]:
@@ -155,53 +135,95 @@ def restore_about(path: Path) -> dict[str, Any]:
     Raises:
       LoraError: see `restore`.
     """
-    about = _open(path, None)[2].notes.get("about")
-    return dict(about) if isinstance(about, Mapping) else {}
+    return SavedAdapter.open(path).about
 
 
-def restore_trainable_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the trainable parameters by path, without reading an array."""
-    manifest = _open(path, None)[2]
-    return {p: manifest.arrays[f"base/{p}"].shape for p in manifest.notes["base"]}
+@dataclasses.dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter in a folder that `save` wrote: all of it but the arrays, read and checked once.
 
-
-def check_trained_on(
-    path: Path,
-    ours: Fingerprint,
-    *,
-    allow_other_base: bool = False,
-    fresh: Container[str] = (),
-) -> None:
-    """Check the base as `restore(params=...)` does, given its fingerprint.
-
-    Args:
-      path: the folder.
-      ours: `lora_jax.fingerprint` of the base at hand.
-      allow_other_base: check nothing.
-      fresh: paths of parameters in this base that may be missing in the other, such as a new head.
-
-    Raises:
-      LoraError: the adapters were trained on another base, or do not say on which.
+    folder: the folder.
+    layout: the layout of the adapter.
+    manifest: the arrays as they are declared, and the notes.
     """
-    folder, _, manifest = _open(path, None)
-    stored = manifest.notes.get("fingerprint")
-    known = stored if is_fingerprint(stored) else {}
-    ours = {p: value for p, value in ours.items() if p in known or p not in fresh}
-    _check_base(folder, manifest, lambda: ours, allow_other_base)
 
+    folder: RemotePath
+    layout: Layout
+    manifest: Manifest
 
-def _open(path: Path, max_bytes: float | None) -> tuple[RemotePath, Layout, Manifest]:
-    folder = storage.absolute(path)
-    if not folder.exists():
-        near = [p.name for p in folder.parent.iterdir()] if folder.parent.exists() else []
-        raise LoraError(f"no adapter at {folder}; its parent folder holds {sorted(near)[:10]}")
-    if not (folder / "meta").exists():
-        raise LoraError(f"{folder} is not an adapter that lora_jax.save wrote: it has no meta")
-    manifest = storage.read_manifest(folder, max_bytes)
-    with storage.reading(folder):
-        layout = Layout.from_json(manifest.notes["layout"])
-        _check_layout(layout, manifest)
-    return folder, layout, manifest
+    @classmethod
+    def open(cls, path: Path, max_bytes: float | None = None) -> SavedAdapter:
+        """Read and check a folder, as `restore` does."""
+        folder = storage.absolute(path)
+        if not folder.exists():
+            near = [p.name for p in folder.parent.iterdir()] if folder.parent.exists() else []
+            raise LoraError(f"no adapter at {folder}; its parent folder holds {sorted(near)[:10]}")
+        if not (folder / "meta").exists():
+            raise LoraError(f"{folder} is not an adapter that lora_jax.save wrote: it has no meta")
+        manifest = storage.read_manifest(folder, max_bytes)
+        with storage.reading(folder):
+            layout = Layout.from_json(manifest.notes["layout"])
+            _check_layout(layout, manifest)
+        return cls(folder, layout, manifest)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The `about` that was saved, or {}; not checked."""
+        about = self.manifest.notes.get("about")
+        return dict(about) if isinstance(about, Mapping) else {}
+
+    @property
+    def trainable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the trainable parameters by path."""
+        entries = self.manifest.arrays
+        return {p: entries[f"base/{p}"].shape for p in self.manifest.notes["base"]}
+
+    def check_base(self, ours: Fingerprint, fresh: Container[str] = ()) -> None:
+        """Check the base as `restore(params=...)` does, given its fingerprint.
+
+        Args:
+          ours: `lora_jax.fingerprint` of the base at hand.
+          fresh: paths of parameters in this base that may be missing in the other, such as a new
+            head.
+
+        Raises:
+          LoraError: the adapter was trained on another base, or does not say on which.
+        """
+        notes = self.manifest.notes
+        if (stored := notes.get("fingerprint")) is None:
+            raise LoraError(
+                f"{self.folder} has no fingerprint of its base to compare params with; pass "
+                "fingerprint= to lora_jax.save, or allow_other_base=True here"
+            )
+        known = stored if is_fingerprint(stored) else {}
+        ours = {p: value for p, value in ours.items() if p in known or p not in fresh}
+        check_base(stored, _without(ours, notes["base"]), False, str(self.folder))
+
+    def load(self, shardings: Any = None) -> Adapter:
+        """Read the arrays, placed as `restore` places them."""
+
+        def struct(name: str, place: Any) -> jax.ShapeDtypeStruct:
+            place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            entry = self.manifest.arrays[name]
+            return jax.ShapeDtypeStruct(entry.shape, jnp.dtype(entry.dtype), sharding=place)
+
+        def place_of(path: str) -> Any:
+            return shardings[path] if isinstance(shardings, Mapping) else shardings
+
+        factors: dict[str, Any] = {}
+        for t in self.layout.targets:
+            place, fields = place_of(t.path), kind_of(t).fields
+            places = (
+                place if isinstance(place, fields) else fields(*(place for _ in fields._fields))
+            )
+            named = places._asdict().items()
+            factors[t.path] = {n: struct(f"adapters/{t.path}/{n}", each) for n, each in named}
+        base = {p: struct(f"base/{p}", place_of(p)) for p in self.manifest.notes["base"]}
+        target = {k: v for k, v in {"adapters": factors, "base": base}.items() if v}
+        loaded = storage.load(self.folder, self.manifest, "arrays", target) if target else {}
+        arrays = loaded.get("adapters", {})
+        adapters = {t.path: kind_of(t).fields(**arrays[t.path]) for t in self.layout.targets}
+        return Adapter(self.layout, adapters, loaded.get("base", {}))
 
 
 def _check_layout(layout: Layout, manifest: Manifest) -> None:
@@ -222,20 +244,6 @@ def _check_layout(layout: Layout, manifest: Manifest) -> None:
                 f"its parts contradict each other: {path} has the shape {declared.get(path)} in "
                 f"the list of arrays, and {expected.get(path)} by the layout"
             )
-
-
-def _check_base(
-    folder: RemotePath, manifest: Manifest, take: Callable[[], Fingerprint], allow: bool
-) -> None:
-    stored = manifest.notes.get("fingerprint")
-    if stored is None and not allow:
-        raise LoraError(
-            f"{folder} has no fingerprint of its base to compare params with; pass fingerprint= "
-            "to lora_jax.save, or allow_other_base=True here"
-        )
-    if stored is not None and not allow:
-        ours = _without(take(), manifest.notes["base"])
-        check_base(stored, ours, allow, str(folder))
 
 
 def _without(fingerprint: Fingerprint, trained: Any) -> dict[str, Any]:

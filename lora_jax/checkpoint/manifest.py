@@ -27,7 +27,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,12 +183,20 @@ def check_declared(manifest: Manifest, on_disk: int | None, max_bytes: float | N
         )
 
 
-def check_stored(manifest: Manifest, stored: Mapping[str, Any]) -> None:
+class StoredArray(NamedTuple):
+    """The description of an array on disk: its shape, its dtype by name, the shape of a chunk."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+
+
+def check_stored(manifest: Manifest, stored: Mapping[str, StoredArray]) -> None:
     """Raise unless the folder holds the arrays that the manifest lists, in chunks of a sane size.
 
     Args:
       manifest: a manifest that passed `check_declared`.
-      stored: Orbax's description of each array by path: `shape`, `dtype`, `storage_metadata`.
+      stored: the description of each array by path.
 
     Raises:
       DamagedError: an array too many, a missing one, or one with another shape or dtype.
@@ -202,17 +210,16 @@ def check_stored(manifest: Manifest, stored: Mapping[str, Any]) -> None:
         _check_array(path, entry, stored[path])
 
 
-def _check_array(path: str, entry: Entry, found: Any) -> None:
-    shape, dtype = tuple(found.shape), jnp.dtype(found.dtype).name
+def _check_array(path: str, entry: Entry, found: StoredArray) -> None:
+    shape, dtype, chunk = found
     if entry.dtype.startswith("key<"):  # a PRNG key is stored as words, with one more dimension
         fits = dtype == "uint32" and shape[:-1] == entry.shape and shape[-1] <= KEY_WORDS
     else:
         fits = (shape, dtype) == (entry.shape, entry.dtype)
     if not fits:
         raise DamagedError(
-            f"damaged: {path} is {found.dtype}{list(shape)}, and was saved as {entry.kind}"
+            f"damaged: {path} is {dtype}{list(shape)}, and was saved as {entry.kind}"
         )
-    chunk = found.storage_metadata.chunk_shape if found.storage_metadata else shape
     if math.prod(chunk) > max(1, math.prod(shape)):
         raise LoraError(
             f"{path} has the shape {list(shape)}, and is stored in chunks of {list(chunk)}; a "

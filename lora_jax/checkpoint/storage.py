@@ -21,16 +21,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from lora_jax import json_file, paths
 from lora_jax.checkpoint import manifest as manifests
-from lora_jax.checkpoint.manifest import DamagedError, Manifest
+from lora_jax.checkpoint import stored_arrays
+from lora_jax.checkpoint.manifest import DamagedError, Manifest, StoredArray
 from lora_jax.errors import LoraError, cure, errno_of, listed
 
 # Errors of the system that say nothing of what is on the disk.
 _PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE}
 
+ADAPTER = "arrays"  # the part with an adapter's arrays
 DESCRIPTIONS = (b"zarr.json", b".zarray", b".zattrs", b".zgroup")  # ends of names
 Path = str | os.PathLike[str]
 RemotePath = Any  # etils' epath.Path: a local folder, or a remote one (gs://...)
@@ -55,7 +58,7 @@ def absolute(path: Path) -> RemotePath:
     return folder_at(path if "://" in str(path) else os.path.abspath(os.path.expanduser(path)))
 
 
-def read_manifest(folder: RemotePath, max_bytes: float | None, part: str = "arrays") -> Manifest:
+def read_manifest(folder: RemotePath, max_bytes: float | None, part: str = ADAPTER) -> Manifest:
     """Return the manifest of a checkpoint, its "meta", after checking it; no array is read.
 
     The caller may then load the arrays that it lists: `folder` holds exactly these, as declared.
@@ -119,12 +122,31 @@ def _check_stored(folder: RemotePath, manifest: Manifest, part: str) -> None:
     parts = {child.name for child in folder.iterdir() if child.is_dir()}
     if other := sorted(n for n in parts - {"meta", part} if not n.startswith(".")):
         raise DamagedError(f"it holds {listed(other)}\nexpected no folder but meta and {part}")
-    found = orbax().checkpointables_metadata(folder).metadata
-    if not isinstance(found["meta"], Mapping) or set(found["meta"]) != manifests.SEALED:
+    if _is_direct(folder, part):
+        meta: Any = stored_arrays.names(pathlib.Path(folder) / "meta")
+        found = stored_arrays.described(pathlib.Path(folder) / part) if part in parts else {}
+    else:
+        meta, found = _described(folder, part)
+    if set(meta) != manifests.SEALED:
         raise DamagedError(f"its meta does not hold {sorted(manifests.SEALED)} and nothing else")
-    if part in parts and found[part] is None:
+    manifests.check_stored(manifest, found)
+
+
+def _is_direct(folder: RemotePath, part: str) -> bool:
+    """Return whether TensorStore reads the arrays, without Orbax."""
+    return part == ADAPTER and "://" not in str(folder)
+
+
+def _described(folder: RemotePath, part: str) -> tuple[Any, dict[str, StoredArray]]:
+    """Return Orbax's description of "meta", and of each array of a part."""
+    found = orbax().checkpointables_metadata(folder).metadata
+    if part in found and found[part] is None:
         raise DamagedError(f"damaged: the description of its {part} cannot be read")
-    manifests.check_stored(manifest, paths.flatten(found.get(part, {})))
+    arrays = {}
+    for path, x in paths.flatten(found.get(part, {})).items():
+        chunk = x.storage_metadata.chunk_shape if x.storage_metadata else x.shape
+        arrays[path] = StoredArray(tuple(x.shape), jnp.dtype(x.dtype).name, tuple(chunk))
+    return found["meta"] or (), arrays
 
 
 def load(folder: RemotePath, manifest: Manifest, part: str, target: Any) -> Any:
@@ -139,7 +161,10 @@ def load(folder: RemotePath, manifest: Manifest, part: str, target: Any) -> Any:
       DamagedError: the arrays differ from the saved ones.
     """
     with reading(folder):
-        loaded = orbax().load_checkpointables(folder, {part: target})[part]
+        if _is_direct(folder, part):
+            loaded = stored_arrays.load(pathlib.Path(folder) / part, target)
+        else:
+            loaded = orbax().load_checkpointables(folder, {part: target})[part]
         damaged = manifest.damaged(loaded)
         if damaged:
             raise DamagedError(f"damaged:\n{listed(damaged)}")

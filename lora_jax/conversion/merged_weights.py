@@ -19,7 +19,6 @@ from lora_jax import paths
 from lora_jax.base import dense
 from lora_jax.bases.recipe import STORED, requantised
 from lora_jax.beginnings import init_from_base
-from lora_jax.checkpoint.adapter import check_trained_on
 from lora_jax.checkpoint.fingerprint import PartwiseFingerprint, fingerprint
 from lora_jax.conversion.trained_run import TrainedRun
 from lora_jax.errors import LoraError
@@ -63,7 +62,7 @@ class MergedWeights:
 
     def check_base(self) -> None:
         """Raise `LoraError` unless the tensors made so far came from the base of the run."""
-        check_trained_on(self._run.member.path, self._hashes)
+        self._run.member.saved.check_base(self._hashes)
 
     def _of_parameter(self, parameter: StoredParameter) -> Iterator[LazyTensor]:
         """Yield the tensors of one parameter: one per layer, one per expert."""

@@ -146,7 +146,8 @@ def stack(adapters: Sequence[Adapter], *, size: int | None = None) -> tuple[Layo
     """Return one layout and one stack that hold all of `adapters`.
 
     Args:
-      adapters: in the order of their numbers, 0, 1, ... All factors of a path have one dtype.
+      adapters: in the order of their numbers, 0, 1, ... All factors of a path have one dtype. Of
+        hundreds of adapters, pass NumPy arrays: nothing is compiled for them.
       size: the number of slots, if `put` is to fill some later. Empty slots hold zeros, like the
         base. None: as many as there are adapters.
 
@@ -180,10 +181,19 @@ def stack(adapters: Sequence[Adapter], *, size: int | None = None) -> tuple[Layo
     layout = union(adapter.layout for adapter in given)
     members = [pad(layout, adapter.layout, adapter.parameters) for adapter in given]
     _check_dtypes(members)
-    empty = jax.tree.map(jnp.zeros_like, members[0])
-    members += [empty] * (count + 1 - len(adapters))
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
+    empty = count + 1 - len(adapters)
+    stacked = jax.tree.map(lambda *xs: _stacked(xs, empty), *members)
     return layout, Stack(stacked.factors, stacked.scales, count)
+
+
+def _stacked(xs: Sequence[Any], empty: int) -> Any:
+    """Stack arrays, followed by `empty` slots of zeros.
+
+    Arrays on the host are stacked there. For others XLA compiles a program, which takes seconds for
+    hundreds of them.
+    """
+    numpy: Any = np if all(isinstance(x, np.ndarray) for x in xs) else jnp
+    return jnp.asarray(numpy.stack([*xs, *[numpy.zeros_like(xs[0])] * empty]))
 
 
 def _plain(adapter: Adapter, doing: str) -> Adapter:
@@ -242,7 +252,7 @@ def pad(layout: Layout, own: Layout, adapters: Adapters) -> Scaled:
     dtype = next((x.dtype for x in jax.tree.leaves(adapters)), jnp.float32)
     factors = {t.path: _padded(t, adapters.get(t.path), dtype) for t in layout.targets}
     scales = {t.path: 0.0 for t in layout.targets} | {t.path: t.scale for t in own.targets}
-    return Scaled(factors, {path: jnp.float32(scale) for path, scale in scales.items()})
+    return Scaled(factors, {path: np.array(scale, np.float32) for path, scale in scales.items()})
 
 
 def _padded(room: Target, parameters: Any, dtype: Any) -> Any:

@@ -6,8 +6,8 @@ import math
 import pathlib
 from typing import Any
 
-from lora_jax import checkpoint
-from lora_jax.checkpoint import adapter, adapter_path
+from lora_jax.checkpoint import adapter_path
+from lora_jax.checkpoint.adapter import SavedAdapter
 from lora_jax.layout import Layout
 from lora_jax.report import formatting, update_analysis
 from lora_jax.report.document import Block, Fact, Note, Report, Section, Table
@@ -26,12 +26,12 @@ def report(path: pathlib.Path, base: BaseChoice) -> Report:
       The report.
     """
     _, folder = adapter_path.find_one(str(path))
-    layout, about = checkpoint.restore_layout(folder), checkpoint.restore_about(folder)
-    trainable = adapter.restore_trainable_shapes(folder)
+    saved = SavedAdapter.open(folder)
+    layout, trainable = saved.layout, saved.trainable_shapes
     return Report(
         kind="LoRA adapter",
         title=path.resolve().name,
-        lead=_origin(about),
+        lead=_origin(saved.about),
         facts=(
             Fact("adapter parameters", f"{layout.size:,}", f"of {len(layout.targets)} parameters"),
             Fact("trained in full", f"{_numbers(trainable):,}", ", ".join(list(trainable)[:4])),

@@ -206,14 +206,14 @@ def _trainable(
         if without:
             raise LoraError(f"{path!r} was trained by some adapters, and {without[0]!r} lacks it")
         if path.startswith(_HEAD):
-            each = [jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in each]
+            each = [np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in each]
         if len({x.shape for x in each}) > 1:
             shapes = [f"{m.name}: {list(x.shape)}" for m, x in zip(members, each, strict=True)]
             raise LoraError(
                 f"the adapters cannot share a batch: {path!r} has the shapes\n{listed(shapes)}\n"
                 "predict with one at a time"
             )
-        stacked[path] = jnp.stack(each)
+        stacked[path] = jnp.asarray(np.stack(each))  # XLA would compile a program
     return stacked
 
 

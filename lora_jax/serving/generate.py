@@ -35,7 +35,7 @@ import tyro
 from rich.console import Console
 
 from lora_jax import models, paths
-from lora_jax.console import FileBar, guarded, read_options, say
+from lora_jax.console import FileBar, OpeningBar, guarded, read_options, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, output, prompts
 from lora_jax.serving.generation import Decoder, stream
@@ -109,13 +109,14 @@ def run(options: GenerateOptions, console: Console, aside: Console) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     # The prompts are read before the model, so that their errors come at once.
     given = list(prompts.read(source)) if source else list(options.prompt)
-    with aside.status("opening the model ..."):
+    with OpeningBar(aside) as bar:
         served = open_adapters(
             options.adapter,
             models.DecoderConfig,
             base=options.base,
             trust_base=options.trust_base,
             allow_other_base=options.allow_other_base,
+            opened=bar.count,
         )
         decoder = _decoder(served)
     asked = Prompts(served, options.stop, options.base_too)

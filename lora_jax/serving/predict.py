@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from lora_jax import models
-from lora_jax.console import FileBar, guarded, read_options, say
+from lora_jax.console import FileBar, OpeningBar, guarded, read_options, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
 from lora_jax.serving.classifier import Classifier, ClassifierTask
@@ -94,14 +94,16 @@ def run(options: PredictOptions, console: Console) -> None:
     source = _check(options)
     read = jsonl.read(source) if source else iter(())
     first = list(islice(read, options.window))  # before the model: its errors should come at once
-    served = open_adapters(
-        options.adapter,
-        (models.BertConfig, models.VitConfig),
-        base=options.base,
-        trust_base=options.trust_base,
-        allow_other_base=options.allow_other_base,
-    )
-    classifier = _classifier(served, options.batch_size)
+    with OpeningBar(console) as bar:
+        served = open_adapters(
+            options.adapter,
+            (models.BertConfig, models.VitConfig),
+            base=options.base,
+            trust_base=options.trust_base,
+            allow_other_base=options.allow_other_base,
+            opened=bar.count,
+        )
+        classifier = _classifier(served, options.batch_size)
     say(console, _opening(served, classifier.tasks))
     window = first if source else _typed(options, served, classifier)
     began, count = time.monotonic(), 0

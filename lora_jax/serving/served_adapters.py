@@ -14,12 +14,15 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from lora_jax import baselines, models, paths
 from lora_jax.adapters import Adapter
 from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, requantised
 from lora_jax.beginnings import init_from_base
-from lora_jax.checkpoint import adapter, adapter_path
-from lora_jax.checkpoint.adapter import restore
+from lora_jax.checkpoint import adapter_path
+from lora_jax.checkpoint.adapter import SavedAdapter
 from lora_jax.checkpoint.fingerprint import fingerprint
 from lora_jax.checkpoint.storage import Path, RemotePath
 from lora_jax.errors import LoraError, listed, nearest
@@ -46,18 +49,23 @@ class ServedAdapter:
     """One adapter.
 
     name: the name that requests use.
-    path: the folder that `lora_jax.save` wrote.
+    saved: the folder that `lora_jax.save` wrote.
     layout, adapters: as `lora_jax.restore` returns them.
     base: the base parameters that were trained in full (`Adapter.trainable`).
     about: the notes of its training (`Workload.about`); empty if it was saved by hand.
     """
 
     name: str
-    path: str
+    saved: SavedAdapter
     layout: Layout
     adapters: dict[str, Factors]
     base: Mapping[str, Any]
     about: Mapping[str, Any]
+
+    @property
+    def path(self) -> str:
+        """The path of the folder."""
+        return str(self.saved.folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +89,10 @@ class Served:
     @functools.cached_property
     def stack(self) -> tuple[Layout, Stack]:
         """`(layout, stacked)` of all adapters. There must be at least one."""
-        return stack_adapters([Adapter(m.layout, m.adapters) for m in self.members])
+        on_host = (jax.tree.map(np.asarray, m.adapters) for m in self.members)
+        return stack_adapters(
+            [Adapter(m.layout, x) for m, x in zip(self.members, on_host, strict=True)]
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,6 +135,7 @@ def open_adapters(
     base: str | None = None,
     trust_base: bool = False,
     allow_other_base: bool = False,
+    opened: Callable[[int, int], None] = lambda number, total: None,
 ) -> Served:
     """Open adapters and load their base.
 
@@ -137,6 +149,7 @@ def open_adapters(
         adapters were trained on.
       trust_base: download the base that the adapters name even if its checksum is not known.
       allow_other_base: accept a base other than the one that an adapter was trained on.
+      opened: called with the number of adapters that are open, first 0, and of all.
 
     Returns:
       The base and the adapters.
@@ -147,7 +160,7 @@ def open_adapters(
         be downloaded only because an adapter names it.
       models.WeightsError, models.ModelConfigError, OSError, ...: the base cannot be read.
     """
-    members = _members(adapters)
+    members = _members(adapters, opened)
     reference, source, config = open_base(members, base, trust_base)
     _check_kind(source, kind, reference)
     how = quantised_how(members)
@@ -204,13 +217,15 @@ def read(name: str, path: Path) -> ServedAdapter:
     Raises:
       LoraError: there is no adapter, it is damaged, or it was trained by a method other than LoRA.
     """
-    layout, adapters, base = restore(path)
-    about = adapter.restore_about(path)
-    baselines.check_lora(name, path, base, about)
-    return ServedAdapter(name, str(path), layout, adapters, base, about)
+    saved = SavedAdapter.open(path)
+    layout, adapters, base = saved.load()
+    baselines.check_lora(name, path, base, saved.about)
+    return ServedAdapter(name, saved, layout, adapters, base, saved.about)
 
 
-def _members(adapters: Sequence[str]) -> tuple[ServedAdapter, ...]:
+def _members(
+    adapters: Sequence[str], opened: Callable[[int, int], None]
+) -> tuple[ServedAdapter, ...]:
     """Read all adapters, and check that every name is used once."""
     found = [pair for given in adapters for pair in adapter_path.find(given)]
     places: dict[str, RemotePath] = {}
@@ -226,7 +241,12 @@ def _members(adapters: Sequence[str]) -> tuple[ServedAdapter, ...]:
                 "give one of them another name: --adapter NAME=PATH"
             )
         places[name] = path
-    return tuple(read(name, path) for name, path in places.items())
+    opened(0, len(places))
+    members = []
+    for name, path in places.items():
+        members.append(read(name, path))
+        opened(len(members), len(places))
+    return tuple(members)
 
 
 def _settings(members: Iterable[ServedAdapter], base: str | None) -> dict[str, Any]:
@@ -345,7 +365,8 @@ def _check_base(
     for member in members:
         trained_on = _said(member).get("reference", "a base that it does not name")
         try:
-            adapter.check_trained_on(member.path, ours, allow_other_base=allow)
+            if not allow:
+                member.saved.check_base(ours)
             member.layout.check_params(flat)
         except LoraError as error:
             raise LoraError(

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from lora_jax import baselines, checkpoint, paths
 from lora_jax.base import is_base
 from lora_jax.bases.recipe import ABOUT, BEGUN
-from lora_jax.checkpoint import adapter, adapter_path
-from lora_jax.checkpoint.storage import RemotePath
+from lora_jax.checkpoint import adapter_path
+from lora_jax.checkpoint.adapter import SavedAdapter
 from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
 from lora_jax.spec import LoraSpec, Rule
@@ -29,7 +29,7 @@ class EarlierAdapter:
     """A saved adapter that fits the model of a workload. Its arrays are not read yet.
 
     given: the value of `--from`.
-    folder: the folder that `lora_jax.save` wrote.
+    saved: the folder that `lora_jax.save` wrote.
     layout, about: as saved.
     trainable: the shapes of the parameters that were trained in full with it.
     labels: the classes of this run, in order; empty if it has none.
@@ -37,7 +37,7 @@ class EarlierAdapter:
     """
 
     given: str
-    folder: RemotePath
+    saved: SavedAdapter
     layout: Layout
     trainable: Mapping[str, tuple[int, ...]]
     about: Mapping[str, Any]
@@ -46,7 +46,9 @@ class EarlierAdapter:
 
     def __str__(self) -> str:
         more = f", {len(self.trainable)} trained in full" if self.trainable else ""
-        text = f"Begins with {self.folder}: {len(self.layout.targets)} adapted parameters{more}"
+        text = (
+            f"Begins with {self.saved.folder}: {len(self.layout.targets)} adapted parameters{more}"
+        )
         theirs = _labels(self.about)
         if not theirs or theirs == self.labels or "classifier/out/kernel" not in self.trainable:
             return text
@@ -72,7 +74,9 @@ class EarlierAdapter:
         method = self.about.get(BEGUN)
         if method is None or (isinstance(method, str) and LoraConfig(init=method).changes_base):  # type: ignore[arg-type]
             return method
-        raise ConfigError(f"{self.folder} says that its base was begun by {str(method)[:80]!r}")
+        raise ConfigError(
+            f"{self.saved.folder} says that its base was begun by {str(method)[:80]!r}"
+        )
 
 
 class Restored(NamedTuple):
@@ -96,12 +100,13 @@ def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
     if config.start_from is None:
         return None
     _, folder = adapter_path.find_one(config.start_from)
-    about = checkpoint.restore_about(folder)
+    saved = SavedAdapter.open(folder)
+    about = saved.about
     found = EarlierAdapter(
         config.start_from,
-        folder,
-        checkpoint.restore_layout(folder),
-        adapter.restore_trainable_shapes(folder),
+        saved,
+        saved.layout,
+        saved.trainable_shapes,
         about,
         _labels(workload.about),
         config.allow_other_base,
@@ -172,14 +177,10 @@ def restore(
         )
     leaves = paths.flatten(params)
     fresh = {path for pattern in workload.trainable for path in paths.matching(pattern, leaves)}
-    adapter.check_trained_on(
-        earlier.folder,
-        {} if earlier.allow_other_base else checkpoint.fingerprint(params),
-        allow_other_base=earlier.allow_other_base,
-        fresh=fresh,
-    )
+    if not earlier.allow_other_base:
+        earlier.saved.check_base(checkpoint.fingerprint(params), fresh)
     where = place.trained(earlier.layout, earlier.trainable)
-    found = checkpoint.restore(earlier.folder, {**where["adapters"], **where["base"]})
+    found = earlier.saved.load({**where["adapters"], **where["base"]})
     masters = jax.tree.map(lambda x: x.astype(jnp.float32), found.parameters)
     adapters = {target.path: masters[target.path] for target in layout.targets}
     trained = {path: x.astype(leaves[path].dtype) for path, x in found.trainable.items()}

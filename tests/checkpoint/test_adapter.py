@@ -254,18 +254,19 @@ def test_a_fingerprint_taken_before_is_as_good_as_the_base(tmp_path: Path) -> No
     """A fingerprint can stand for the base in a comparison. Red if parameters that were trained in
     full count as base, or if `allow_other_base` has no effect."""
     folder = saved(tmp_path / "a", fingerprint=lora_jax.fingerprint(BASE))
-    adapter.check_trained_on(folder, lora_jax.fingerprint({**BASE, "head": jnp.ones(9)}))
+    adapter.SavedAdapter.open(folder).check_base(
+        lora_jax.fingerprint({**BASE, "head": jnp.ones(9)})
+    )
     other = lora_jax.fingerprint({**BASE, "enc": {**BASE["enc"], "b": jnp.ones(4)}})
     with pytest.raises(LoraError, match=r"enc/b: other values"):
-        adapter.check_trained_on(folder, other)
-    adapter.check_trained_on(folder, other, allow_other_base=True)
-    assert adapter.restore_trainable_shapes(folder) == {"head": tuple(BASE["head"].shape)}
+        adapter.SavedAdapter.open(folder).check_base(other)
+    assert adapter.SavedAdapter.open(folder).trainable_shapes == {"head": tuple(BASE["head"].shape)}
     fresh = lora_jax.fingerprint({**BASE, "new": jnp.ones(2)})
-    adapter.check_trained_on(folder, fresh, fresh={"new", "enc/b"})
+    adapter.SavedAdapter.open(folder).check_base(fresh, fresh={"new", "enc/b"})
     with pytest.raises(LoraError, match="new: there was none of that name"):
-        adapter.check_trained_on(folder, fresh)
+        adapter.SavedAdapter.open(folder).check_base(fresh)
     with pytest.raises(LoraError, match=r"enc/b: other values"):  # it was there
-        adapter.check_trained_on(folder, other, fresh={"enc/b"})
+        adapter.SavedAdapter.open(folder).check_base(other, fresh={"enc/b"})
 
 
 def test_what_the_writer_says_comes_back(tmp_path: Path) -> None:

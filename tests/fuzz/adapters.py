@@ -154,16 +154,15 @@ def read_checkpoint(random: Random, folder: pathlib.Path) -> None:
         case 0:
             check_layout(checkpoints.restore_layout(folder))
         case 1:
-            served = served_adapters.ServedAdapter(
-                "a", str(folder), Layout(), {}, {}, checkpoints.restore_about(folder)
-            )
+            saved = checkpoints.SavedAdapter.open(folder)
+            served = served_adapters.ServedAdapter("a", saved, Layout(), {}, {}, saved.about)
             text_classifier.task_of(served)
             served_adapters.open_base([served], None, False)
         case 2:
-            for shape in checkpoints.restore_trainable_shapes(folder).values():
+            for shape in checkpoints.SavedAdapter.open(folder).trainable_shapes.values():
                 assert all(n >= 0 for n in shape)
         case 3:
-            checkpoints.check_trained_on(folder, lora_jax.fingerprint(PARAMS))
+            checkpoints.SavedAdapter.open(folder).check_base(lora_jax.fingerprint(PARAMS))
         case _:
             check_adapter(lora_jax.restore(folder))
 

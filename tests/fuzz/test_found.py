@@ -146,7 +146,7 @@ def test_notes_without_a_fingerprint(tmp_path: pathlib.Path) -> None:
     del manifest["notes"]["fingerprint"]
     write(tmp_path, {**files, adapters.MANIFEST: adapters.sealed(json.dumps(manifest))})
     with pytest.raises(LoraError, match="has no fingerprint of its base"):
-        checkpoints.check_trained_on(tmp_path, {})
+        checkpoints.SavedAdapter.open(tmp_path).check_base({})
 
 
 @pytest.mark.parametrize(

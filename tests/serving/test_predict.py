@@ -13,12 +13,15 @@ import pytest
 
 import lora_jax
 from lora_jax import models
+from lora_jax.checkpoint.adapter import SavedAdapter
+from lora_jax.checkpoint.manifest import Manifest
 from lora_jax.serving import classifier, jsonl, predict, served_adapters, text_classifier
 from lora_jax.training.text import TextConfig
 from tests.serving import classifiers
 from tests.training import tiny
 
 Opened = tuple[served_adapters.Served, text_classifier.TextClassifier]
+HERE = SavedAdapter(pathlib.Path("here"), lora_jax.Layout(), Manifest({}, {}))
 WORDS = " ".join(tiny.WORDS[:6])
 
 
@@ -287,7 +290,7 @@ def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pat
 @pytest.mark.parametrize("pooling", [[], {}, None, "max"])
 def test_a_pooling_that_there_is_not(pooling: object) -> None:
     member = served_adapters.ServedAdapter(
-        "a", "here", lora_jax.Layout(), {}, {}, {"model": {"pooling": pooling}}
+        "a", HERE, lora_jax.Layout(), {}, {}, {"model": {"pooling": pooling}}
     )
     with pytest.raises(lora_jax.LoraError, match=r"'a' says model\.pooling is"):
         text_classifier._pooling([member])
@@ -312,7 +315,7 @@ def test_an_adapter_that_does_not_say_what_it_classifies(
     member = served_adapters.read("two", trained.folder / "two/adapters/best")
     wrong = served_adapters.ServedAdapter(
         member.name,
-        member.path,
+        member.saved,
         member.layout,
         member.adapters,
         member.base,
@@ -329,7 +332,7 @@ def test_a_head_of_another_width_is_refused(trained: Trained) -> None:
     member = served_adapters.read("two", trained.folder / "two/adapters/best")
     wrong = served_adapters.ServedAdapter(
         member.name,
-        member.path,
+        member.saved,
         member.layout,
         member.adapters,
         member.base,
