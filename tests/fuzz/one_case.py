@@ -42,7 +42,7 @@ def run(name: str, random: Random, root: pathlib.Path) -> str:
     kind.write(folder, files)
     errors = one.errors
     # The files of these two are made and read by the fuzzer alone.
-    if name not in ("layout", "line") and random.random() < 0.04:  # a link, a sparse file, a FIFO, ...
+    if name not in ("layout", "line") and random.random() < 0.04:  # a link, a FIFO, ...
         attacked, errors = random.choice(sorted(files)), (*errors, OSError)
         ATTACKS[random.choice(sorted(ATTACKS))].do(folder / attacked, secret)
     before = sorted(root.rglob("*"))
