@@ -116,7 +116,7 @@ WRONG = {
     "an unknown setting": (setting("use_magic", True), peft.CONFIG, "use_magic"),
     "another method": (setting("peft_type", "IA3"), peft.CONFIG, "IA3"),
     "alpha in words": (setting("lora_alpha", "8"), peft.CONFIG, "lora_alpha"),
-    "a slow pattern": (setting("target_modules", "(a+)+q|(.|q)*v"), TENSORS, "repeats"),
+    "a slow pattern": (setting("target_modules", "(?:|){60}Z"), TENSORS, "target_modules.*2 s"),
     "no pattern": (setting("rank_pattern", {"(": 2}), TENSORS, "not a pattern"),
     "PiSSA": (setting("init_lora_weights", "pissa_niter_4"), peft.CONFIG, "path_initial_model"),
     "trained tokens unsaid": (
