@@ -55,6 +55,8 @@ def expand(
         axis is which.
     """
     wanted = config.target_parameters or []
+    if (len(wanted) + len(config.modules_to_save or ())) * len(tensors) > 10**7:  # 1 s
+        raise LoraError("target_parameters and modules_to_save name too many modules for the file")
     wrappers: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     rest = {}
     for key, x in tensors.items():
