@@ -127,11 +127,9 @@ def _peft(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: C
         kept = {p: x for p, x in adapter.trainable.items() if not p.startswith("classifier/")}
         adapter = adapter._replace(trainable=kept)
     name = options.base_name or _name_of(run.opened.reference)
-    about = {name: x for name, x in run.member.about.items() if name in _KEPT}
-    saved = peft.save(
-        out, names, adapter, base=name, profile=options.profile, params=_base(run),
-        task_type=task, about=about,
-    )  # fmt: skip
+    about = {key: x for key, x in run.member.about.items() if key in _KEPT}
+    how: dict[str, Any] = {"base": name, "task_type": task, "about": about, "params": _base(run)}
+    saved = peft.save(out, names, adapter, profile=options.profile, **how)
     return f"{saved}\nits base is {name!r} (--base-name says otherwise){note}"
 
 

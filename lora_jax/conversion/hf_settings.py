@@ -84,16 +84,11 @@ def config_json(run: TrainedRun, dtype: np.dtype) -> dict[str, Any]:
 
 
 def check_head(run: TrainedRun, merged: bool) -> None:
-    """Raise `LoraError` unless transformers computes the head of a classifier as the run does.
-
-    Args:
-      run: the run.
-      merged: whether a config.json of our own is written, or the base's is used.
-    """
+    """Raise `LoraError` unless transformers computes the head, by our config.json or the base's."""
     source: Any = run.opened.source
-    kind = source.json["model_type"]
-    wanted, head = "cls" if kind == "vit" else "roberta_head", run.head
+    kind, head = source.json["model_type"], run.head
     assert head is not None
+    wanted = "cls" if kind == "vit" else "roberta_head"
     if head.pooling != wanted:
         raise LoraError(
             f"{run.member.path} was trained with model.pooling {head.pooling!r}, and "
@@ -102,8 +97,8 @@ def check_head(run: TrainedRun, merged: bool) -> None:
             "--no-head` writes the adapter of the encoder alone, `--format orbax` copies all, and "
             "`lora-jax predict` runs it"
         )
-    parameters = paths.flatten({"classifier": run.shapes()["classifier"]})
-    if frozen := [path for path in parameters if path not in run.member.base]:
+    whole = paths.flatten({"classifier": run.shapes()["classifier"]})
+    if frozen := [path for path in whole if path not in run.member.base]:
         raise LoraError(
             f"{run.member.path} has no {frozen[0]!r} with its adapter, since that part of the head "
             "was not trained in full. Train with --lora.trainable 'classifier/**' to export it"

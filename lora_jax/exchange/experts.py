@@ -169,7 +169,7 @@ def _experts(
 ) -> dict[str, ModuleUpdate]:
     name = f"{module}.{parameter}"
     size, (a, b) = sizes.of(module, parameter), (pair["A"], pair["B"])
-    n, rank = size.experts, own.rank
+    n, rank = size.experts, own[0]
     natural = _input_first(config.peft_version, size, name)
     x, y = (size.inputs, size.outputs) if natural else (size.outputs, size.inputs)
     if a.shape != (n * rank, x) or b.shape != (y, n * rank):
@@ -179,7 +179,7 @@ def _experts(
             f"for {n} experts of rank {rank}"
         )
     a, b = a.reshape(n, rank, x), b.reshape(y, rank, n)
-    alpha, scaling = own.alpha, config.scaling
+    alpha, scaling = own[1], config.scaling
     found = {}
     for i in range(n):
         down, up = (a[i], b[:, :, i]) if natural else (b[:, :, i].T, a[i].T)

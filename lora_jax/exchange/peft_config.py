@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from lora_jax.errors import LoraError
 from lora_jax.exchange import patterns
@@ -38,13 +38,7 @@ OFF: tuple[Any, ...] = (None, False, "", [], {})
 # PEFT's own expressions around the patterns of ranks and alphas, and of layers.
 _END, _LAYER = r"(.*\.)?({})$", r"{}\.(?P<idx>\d+)\."
 
-
-class ModuleSettings(NamedTuple):
-    """The settings of one module; targeted: whether PEFT would adapt it."""
-
-    rank: int
-    alpha: float
-    targeted: bool
+ModuleSettings = tuple[int, float, bool]  # rank, alpha, whether PEFT would adapt the module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +72,7 @@ class PeftConfig:
         return "alpha/sqrt(r)" if self.use_rslora else "alpha/r"
 
     def of_modules(self, modules: Sequence[str]) -> dict[str, ModuleSettings]:
-        """Return what the configuration says of each module, by PEFT's rules.
-
-        Raises:
-          LoraError: see `patterns.first_matches`.
-        """
+        """Return what the configuration says of each module, by PEFT's rules."""
         targets, names = _patterns_and_names(self.target_modules)
         exclusions, excluded = _patterns_and_names(self.exclude_modules)
         all_linear = not names and [t.lower() for t in targets] in ([], ["all-linear"])
@@ -104,7 +94,7 @@ class PeftConfig:
             number = first["layers_pattern"][1]
             inside = not layers or module in names or (number and int(number) in layers)
             named = all_linear or module in found["target_modules"] or (inside and ends & names)
-            settings[module] = ModuleSettings(
+            settings[module] = (
                 self.rank_pattern.get(first["rank_pattern"][0], self.r),
                 float(self.alpha_pattern.get(first["alpha_pattern"][0], self.lora_alpha)),
                 bool(named and not (module in found["exclude_modules"] or ends & excluded)),
@@ -181,39 +171,27 @@ def _ends(module: str) -> Iterator[str]:
 
 def check_values(settings: Mapping[str, Any]) -> None:
     """Raise `LoraError` for a known key with a value of the wrong type."""
-    fields = {f.name for f in dataclasses.fields(PeftConfig)}
-    known = {key: value for key, value in settings.items() if key in fields and value is not None}
+    for field in dataclasses.fields(PeftConfig):
+        value = settings.get(field.name)
+        if value is not None and not _RULES.get(field.name, _IS["flag"])(value):
+            raise LoraError(f"{field.name} is {shown(value)}, which it cannot be")
 
-    def number(x: Any) -> bool:
-        return type(x) in (int, float) and abs(x) < 1e300  # an int may be larger than any float
 
-    def rank(x: Any) -> bool:
-        return type(x) is int and x >= 1
-
-    def texts(x: Any) -> bool:
-        return isinstance(x, str) or (isinstance(x, list) and all(isinstance(y, str) for y in x))
-
-    def layers(x: Any) -> bool:
-        return type(x) is int or (isinstance(x, list) and all(type(y) is int for y in x))
-
-    def each(check: Any) -> Any:
-        return lambda x: isinstance(x, dict) and all(map(check, x.values()))
-
-    def anything(x: Any) -> bool:
-        return True
-
-    def flag(x: Any) -> bool:
-        return type(x) is bool
-
-    rules = dict.fromkeys(known, flag) | {
-        "peft_type": anything, "r": rank, "lora_alpha": number, "rank_pattern": each(rank),
-        "alpha_pattern": each(number), "bias": lambda x: x in ("none", "all", "lora_only"),
-        "target_modules": texts, "exclude_modules": texts, "layers_to_transform": layers,
-        "layers_pattern": texts, "target_parameters": texts, "modules_to_save": texts,
-        "trainable_token_indices": lambda x: isinstance(x, dict | list),
-        "init_lora_weights": lambda x: isinstance(x, bool | str),
-        "peft_version": lambda x: isinstance(x, str), "task_type": lambda x: isinstance(x, str),
-    }  # fmt: skip
-    for key, value in known.items():
-        if not rules[key](value):
-            raise LoraError(f"{key} is {shown(value)}, which it cannot be")
+_IS: dict[str, Callable[[Any], bool]] = {
+    "flag": lambda x: type(x) is bool,
+    "text": lambda x: isinstance(x, str),
+    "rank": lambda x: type(x) is int and x >= 1,
+    "number": lambda x: type(x) in (int, float) and abs(x) < 1e300,  # an int may be any size
+    "texts": lambda x: all(isinstance(y, str) for y in (x if isinstance(x, list) else [x])),
+    "layers": lambda x: all(type(y) is int for y in (x if isinstance(x, list) else [x])),
+    "ranks": lambda x: isinstance(x, dict) and all(map(_IS["rank"], x.values())),
+    "numbers": lambda x: isinstance(x, dict) and all(map(_IS["number"], x.values())),
+}
+_RULES = dict.fromkeys(("peft_type", "peft_version", "task_type"), _IS["text"]) | {
+    "r": _IS["rank"], "lora_alpha": _IS["number"], "rank_pattern": _IS["ranks"],
+    "alpha_pattern": _IS["numbers"], "bias": lambda x: x in ("none", "all", "lora_only"),
+    "target_modules": _IS["texts"], "exclude_modules": _IS["texts"], "layers_pattern": _IS["texts"],
+    "target_parameters": _IS["texts"], "modules_to_save": _IS["texts"],
+    "layers_to_transform": _IS["layers"], "init_lora_weights": lambda x: isinstance(x, bool | str),
+    "trainable_token_indices": lambda x: isinstance(x, dict | list),
+}  # fmt: skip

@@ -90,6 +90,7 @@ def _check_value(key: str, name: str) -> None:
 
 def update_of(module: str, slots: Slots, config: PeftConfig, own: ModuleSettings) -> ModuleUpdate:
     """Return the update of one module, checked against the configuration."""
+    rank, alpha, targeted = own
     embedding = "embedding_a" in slots or "embedding_b" in slots
     names = ("embedding_a", "embedding_b") if embedding else ("a", "b")
     missing = [s for s, slot in SLOTS.items() if slot in names and slot not in slots]
@@ -106,12 +107,12 @@ def update_of(module: str, slots: Slots, config: PeftConfig, own: ModuleSettings
             "[rank, in] and [out, rank]"
         )
     b = b.reshape(b.shape[:2])
-    if own.rank != len(a):
+    if rank != len(a):
         raise LoraError(
             f"{key_a} has rank {len(a)}, and the configuration (r, rank_pattern) says "
-            f"{own.rank}: its scale is not known"
+            f"{rank}: its scale is not known"
         )
-    if not own.targeted and not config.ensure_weight_tying:  # tying adds the head
+    if not targeted and not config.ensure_weight_tying:  # tying adds the head
         raise LoraError(
             f"{key_a}: the configuration does not target {module!r}, so PEFT would not load it, "
             "while others would; correct target_modules in adapter_config.json"
@@ -119,7 +120,7 @@ def update_of(module: str, slots: Slots, config: PeftConfig, own: ModuleSettings
     return ModuleUpdate(
         a,
         b,
-        own.alpha,
+        alpha,
         config.scaling,
         _vector(slots, "magnitude", len(b), config.use_dora, "use_dora"),
         _vector(slots, "bias", len(b), config.lora_bias and not embedding, "lora_bias"),
