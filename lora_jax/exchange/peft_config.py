@@ -75,7 +75,7 @@ class PeftConfig:
         """Return what the configuration says of each module, by PEFT's rules."""
         targets, names = _patterns_and_names(self.target_modules)
         exclusions, excluded = _patterns_and_names(self.exclude_modules)
-        all_linear = not names and [t.lower() for t in targets] in ([], ["all-linear"])
+        all_linear = self.target_modules is None or "all-linear" in map(str.lower, targets)
         layers, depths = self.layers_to_transform, self.layers_pattern or []
         layers = {layers} if type(layers) is int else set(layers or ())
         depths = [rf"(?:^|.*?\.){p}" for p in ([depths] if isinstance(depths, str) else depths)]
@@ -90,7 +90,7 @@ class PeftConfig:
         settings = {}
         for module in modules:
             ends = set(_ends(module))
-            first = {key: matches.get(module, ("", None)) for key, matches in found.items()}
+            first: dict[str, Any] = {k: x.get(module, (None, None)) for k, x in found.items()}
             number = first["layers_pattern"][1]
             inside = not layers or module in names or (number and int(number) in layers)
             named = all_linear or module in found["target_modules"] or (inside and ends & names)

@@ -122,6 +122,8 @@ def test_many_names_of_many_modules_are_found_at_once() -> None:
 OF_PEFT: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["q_proj"]}, "1000100010000000110100"),
     ({"target_modules": ["proj"]}, "0000000000000000000000"),
+    ({"target_modules": []}, "0000000000000000000000"),
+    ({"rank_pattern": {"": 3}}, "8888888888888888888888"),
     ({"target_modules": ["self_attn.q_proj", "h.aa.bb", "lm_head"]}, "1000100010000000001010"),
     ({"target_modules": ".*q_proj"}, "1000100010000000110100"),
     ({"target_modules": "q_proj"}, "0000000000000000010000"),
