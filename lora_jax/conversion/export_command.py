@@ -60,6 +60,8 @@ class ExportOptions:
     profile: Literal["faithful", "portable"] = "faithful"
     """peft: faithful writes it as PEFT does, portable so that vLLM, SGLang, llama.cpp, LoRAX and
     Ollama all read it in the same way."""
+    head: bool = True
+    """peft: False leaves the head of a classifier out, and describes its encoder alone."""
     base_name: str | None = None
     """peft: the base model to name in the adapter's configuration. None: the run's own base."""
     base: str | None = None
@@ -113,19 +115,22 @@ def _hf(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Con
 
 
 def _peft(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
-    task = "CAUSAL_LM" if run.head is None else "SEQ_CLS"
+    task, adapter, names, note = "CAUSAL_LM", over_stored_base(run), _names(run), ""
+    if run.head is not None and options.head:
+        task, note = "SEQ_CLS", f", to be opened with num_labels={run.head.num_classes}"
+        hf_settings.check_head(run, merged=False)
+    elif run.head is not None:
+        task, names = "FEATURE_EXTRACTION", models.hf_names(run.opened.config, root=run.root)
+        note = (
+            f"\nleft out: {run.head.pooling} pooling and the head of {len(run.labels) or 1} outputs"
+        )
+        kept = {p: x for p, x in adapter.trainable.items() if not p.startswith("classifier/")}
+        adapter = adapter._replace(trainable=kept)
     name = options.base_name or _name_of(run.opened.reference)
-    saved = peft.save(
-        out,
-        _names(run),
-        over_stored_base(run),
-        base=name,
-        profile=options.profile,
-        params=_base(run),
-        task_type=task,
-        about={name: x for name, x in run.member.about.items() if name in _KEPT},
-    )
-    return f"{saved}\nits base is {name!r}; --base-name says otherwise"
+    about = {key: x for key, x in run.member.about.items() if key in _KEPT}
+    how: dict[str, Any] = {"base": name, "task_type": task, "about": about, "params": _base(run)}
+    saved = peft.save(out, names, adapter, profile=options.profile, **how)
+    return f"{saved}\nits base is {name!r} (--base-name says otherwise){note}"
 
 
 def _gguf(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import regular_files
+from lora_jax import paths, regular_files
 from lora_jax.conversion.trained_run import TrainedRun
 from lora_jax.errors import LoraError
 from lora_jax.models.weights.folder import Folder
@@ -82,24 +82,45 @@ def config_json(run: TrainedRun, dtype: np.dtype) -> dict[str, Any]:
     return own if run.head is None else own | _of_head(run, kind)
 
 
-def _of_head(run: TrainedRun, kind: str) -> dict[str, Any]:
-    assert run.head is not None
+def check_head(run: TrainedRun, merged: bool) -> None:
+    """Raise `LoraError` unless transformers computes the head, by our config.json or the base's."""
+    source: Any = run.opened.source
+    kind, head = source.json["model_type"], run.head
+    assert head is not None
     wanted = "cls" if kind == "vit" else "roberta_head"
-    if run.head.pooling != wanted:
+    if head.pooling != wanted:
         raise LoraError(
-            f"{run.member.path} was trained with model.pooling {run.head.pooling!r}, and "
+            f"{run.member.path} was trained with model.pooling {head.pooling!r}, and "
             f"{ARCHITECTURES[kind]} has no such head: its own is {wanted!r}.\nTrain with "
-            f"--model.pooling {wanted} to export a merged model; `--format orbax` copies the "
-            "adapter and its head as they are, and `lora-jax predict` runs it"
+            f"--model.pooling {wanted} to export it with its head. Of this run, `--format peft "
+            "--no-head` writes the adapter of the encoder alone, `--format orbax` copies all, and "
+            "`lora-jax predict` runs it"
         )
+    whole = paths.flatten({"classifier": run.shapes()["classifier"]})
+    if frozen := [path for path in whole if path not in run.member.base]:
+        raise LoraError(
+            f"{run.member.path} has no {frozen[0]!r} with its adapter, since that part of the head "
+            "was not trained in full. Train with --lora.trainable 'classifier/**' to export it"
+        )
+    if not merged and (pooled := source.json.get("classifier_pooling", "cls")) != "cls":
+        raise LoraError(
+            f"{run.opened.reference} has classifier_pooling {pooled!r} in its config.json, with "
+            "which PEFT opens it, and this run's head reads the first token. Use --format hf: it "
+            "writes a config.json of its own"
+        )
+
+
+def _of_head(run: TrainedRun, kind: str) -> dict[str, Any]:
+    check_head(run, merged=True)
+    pooled = {"classifier_pooling": "cls"} if kind == "modernbert" else {}
     if not run.labels:
-        return {"num_labels": 1, "problem_type": "regression"}
-    found: dict[str, Any] = {
+        return {"num_labels": 1, "problem_type": "regression", **pooled}
+    return {
         "id2label": {str(i): name for i, name in enumerate(run.labels)},
         "label2id": {name: i for i, name in enumerate(run.labels)},
         "problem_type": "single_label_classification",
+        **pooled,
     }
-    return found | ({"classifier_pooling": "cls"} if kind == "modernbert" else {})
 
 
 def _of_gguf(run: TrainedRun) -> dict[str, Any]:

@@ -82,8 +82,6 @@ class MergedWeights:
         for row in table_of(config).heads[head.pooling]:
             if row.path not in shapes:
                 continue
-            if row.path not in self._run.member.base:
-                raise LoraError(f"{self._run.member.path} has no {row.path!r} with its adapter")
             value = self._run.member.base[row.path]
             shape = value.shape[::-1] if row.transposed else value.shape
             name = hf_prefix(config, row, head) + row.hf

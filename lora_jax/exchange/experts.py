@@ -23,7 +23,7 @@ import numpy as np
 from lora_jax.errors import LoraError
 from lora_jax.exchange.module_update import ModuleUpdate
 from lora_jax.exchange.names import NameTable, TensorPlace
-from lora_jax.exchange.peft_config import PeftConfig
+from lora_jax.exchange.peft_config import ModuleSettings, PeftConfig
 from lora_jax.exchange.peft_keys import PREFIX
 from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec, Rule
@@ -55,6 +55,8 @@ def expand(
         axis is which.
     """
     wanted = config.target_parameters or []
+    if (len(wanted) + len(config.modules_to_save or ())) * len(tensors) > 10**7:  # 1 s
+        raise LoraError("target_parameters and modules_to_save name too many modules for the file")
     wrappers: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     rest = {}
     for key, x in tensors.items():
@@ -65,12 +67,18 @@ def expand(
             pair[match["side"]] = x.astype(np.float32)
         else:
             rest[key] = x
-    sizes = _Sizes(table, f, params, args) if wrappers else None
+    if not wrappers:
+        return Expanded({}, rest)
+    sizes = _Sizes(table, f, params, args)
+    pairs = {
+        (module, parameter): pair
+        for module, levels in wrappers.items()
+        for parameter, pair in _assigned(module, levels, wanted, sizes).items()
+    }
+    own = config.of_modules([".".join(both) for both in pairs])
     updates: dict[str, ModuleUpdate] = {}
-    for module, levels in wrappers.items():
-        assert sizes is not None
-        for parameter, pair in _assigned(module, levels, wanted, sizes).items():
-            updates |= _experts(module, parameter, pair, config, sizes)
+    for both, pair in pairs.items():
+        updates |= _experts(*both, pair, config, own[".".join(both)], sizes)
     return Expanded(updates, rest)
 
 
@@ -156,11 +164,12 @@ def _experts(
     parameter: str,
     pair: dict[str, np.ndarray],
     config: PeftConfig,
+    own: ModuleSettings,
     sizes: _Sizes,
 ) -> dict[str, ModuleUpdate]:
     name = f"{module}.{parameter}"
     size, (a, b) = sizes.of(module, parameter), (pair["A"], pair["B"])
-    n, rank = size.experts, config.rank_of(name)
+    n, rank = size.experts, own[0]
     natural = _input_first(config.peft_version, size, name)
     x, y = (size.inputs, size.outputs) if natural else (size.outputs, size.inputs)
     if a.shape != (n * rank, x) or b.shape != (y, n * rank):
@@ -170,7 +179,7 @@ def _experts(
             f"for {n} experts of rank {rank}"
         )
     a, b = a.reshape(n, rank, x), b.reshape(y, rank, n)
-    alpha, scaling = config.alpha_of(name), config.scaling
+    alpha, scaling = own[1], config.scaling
     found = {}
     for i in range(n):
         down, up = (a[i], b[:, :, i]) if natural else (b[:, :, i].T, a[i].T)

@@ -163,14 +163,14 @@ def _updates(tensors: Mapping[str, np.ndarray], config: MlxConfig) -> dict[str, 
         grouped.setdefault(module, {})[part] = x
     _check_layers(grouped, config)
     found: dict[str, ModuleUpdate] = {}
-    wanted = set(FACTORS[: 3 if config.kind == "dora" else 2])
+    wanted, keys = set(FACTORS[: 3 if config.kind == "dora" else 2]), set(config.keys or ())
     for module, parts in grouped.items():
         if set(parts) != wanted:
             raise LoraError(f"{module!r} has {sorted(parts)}, expected {sorted(wanted)}")
-        if config.keys is not None and not {_key(module), module} & set(config.keys):
+        if config.keys is not None and not {_key(module), module} & keys:
             raise LoraError(
-                f"{module!r} is not among lora_parameters.keys {list(config.keys)}, and mlx-lm "
-                f"would not load it; correct {CONFIG}"
+                f"{module!r} is not among lora_parameters.keys {tensor_file.shown(config.keys)}, "
+                f"and mlx-lm would not load it; correct {CONFIG}"
             )
         a, b, m = parts["lora_a"], parts["lora_b"], parts.get("m")
         name = module.replace(".switch_mlp.", ".experts.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_jax.errors import LoraError
+from lora_jax.exchange import patterns
 from lora_jax.exchange.tensor_file import shown
 
 # Settings of training, which do not change the function of the trained adapter.
@@ -34,8 +34,11 @@ HEADS: dict[str, tuple[str, ...]] = {
 }
 """Task -> the modules that PEFT trains as a whole. Old files do not list them."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-MOST_PATTERN = 2_000  # characters of a regular expression
 OFF: tuple[Any, ...] = (None, False, "", [], {})
+# PEFT's own expressions around the patterns of ranks and alphas, and of layers.
+_END, _LAYER = r"(.*\.)?({})$", r"{}\.(?P<idx>\d+)\."
+
+ModuleSettings = tuple[int, float, bool]  # rank, alpha, whether PEFT would adapt the module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,34 +71,35 @@ class PeftConfig:
     def scaling(self) -> str:
         return "alpha/sqrt(r)" if self.use_rslora else "alpha/r"
 
-    def rank_of(self, module: str) -> int:
-        """Return the rank that the configuration gives a module."""
-        return int(_by_pattern(self.rank_pattern, module, self.r))
-
-    def alpha_of(self, module: str) -> float:
-        """Return the alpha that the configuration gives a module."""
-        return float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
-
-    def targets(self, module: str) -> bool:
-        """Return whether PEFT would adapt a module of this name."""
-        if _named(self.exclude_modules, module):
-            return False
-        wanted = self.target_modules
-        if wanted is None or (isinstance(wanted, str) and wanted.lower() == "all-linear"):
-            return True
-        return _named(wanted, module) and (isinstance(wanted, str) or self._has_layer(module))
-
-    def _has_layer(self, module: str) -> bool:
-        layers = self.layers_to_transform
-        if layers is None or layers == []:
-            return True
-        patterns = self.layers_pattern or []
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        starts = [rf"(?:^|.*?\.)(?:{p})" for p in patterns] or [r".*?\.[^.]*"]
-        for start in starts:
-            if match := compiled(rf"{start}\.(?P<layer>\d+)\.").match(module):
-                return int(match["layer"]) in ([layers] if isinstance(layers, int) else layers)
-        return False
+    def of_modules(self, modules: Sequence[str]) -> dict[str, ModuleSettings]:
+        """Return what the configuration says of each module, by PEFT's rules."""
+        targets, names = _patterns_and_names(self.target_modules)
+        exclusions, excluded = _patterns_and_names(self.exclude_modules)
+        all_linear = self.target_modules is None or "all-linear" in map(str.lower, targets)
+        layers, depths = self.layers_to_transform, self.layers_pattern or []
+        layers = {layers} if type(layers) is int else set(layers or ())
+        depths = [rf"(?:^|.*?\.){p}" for p in ([depths] if isinstance(depths, str) else depths)]
+        asked = {
+            "rank_pattern": (_END, self.rank_pattern),
+            "alpha_pattern": (_END, self.alpha_pattern),
+            "exclude_modules": (patterns.WHOLE, exclusions),
+            "target_modules": (patterns.WHOLE, [] if all_linear else targets),
+            "layers_pattern": (_LAYER, (depths or [r".*?\.[^.]*"]) if layers and names else []),
+        }
+        found = patterns.first_matches(asked, modules)
+        settings = {}
+        for module in modules:
+            ends = set(_ends(module))
+            first: dict[str, Any] = {k: x.get(module, (None, None)) for k, x in found.items()}
+            number = first["layers_pattern"][1]
+            inside = not layers or module in names or (number and int(number) in layers)
+            named = all_linear or module in found["target_modules"] or (inside and ends & names)
+            settings[module] = (
+                self.rank_pattern.get(first["rank_pattern"][0], self.r),
+                float(self.alpha_pattern.get(first["alpha_pattern"][0], self.lora_alpha)),
+                bool(named and not (module in found["exclude_modules"] or ends & excluded)),
+            )
+        return settings
 
     def saves(self, tensor: str) -> bool:
         """Return whether a tensor belongs to a module that was trained as a whole."""
@@ -112,7 +116,8 @@ class PeftConfig:
         """
         found = self.trainable_token_indices
         if isinstance(found, Mapping):
-            found = next((v for k, v in found.items() if _named([k], module)), None)
+            ends = set(_ends(module))
+            found = next((v for k, v in found.items() if k in ends), None)
         if not isinstance(found, list) or any(type(i) is not int or i < 0 for i in found):
             raise LoraError(
                 f"the file has trained rows of {module!r}, and trainable_token_indices is "
@@ -152,93 +157,41 @@ def parse(json: Mapping[str, Any]) -> PeftConfig:
     return PeftConfig(**known)
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
-    """Compile a regular expression that comes from a file.
-
-    Raises:
-      LoraError: an invalid expression, or one that could take for ever: a repeated group that holds
-        a repetition or a choice, `(a+)+`.
-    """
-    if _repeats_a_repetition(pattern):
-        raise LoraError(f"the pattern {shown(pattern)!r} repeats what repeats itself")
-    try:
-        if len(pattern) > MOST_PATTERN:
-            raise re.error(f"longer than {MOST_PATTERN} characters")
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise LoraError(f"{shown(pattern)!r} is not a pattern: {error}") from error
+def _patterns_and_names(wanted: Any) -> tuple[list[str], set[str]]:
+    """Return the patterns and the names of a setting: a text is a pattern, a list has names."""
+    return ([wanted], set()) if wanted and isinstance(wanted, str) else ([], set(wanted or ()))
 
 
-def _repeats_a_repetition(pattern: str) -> bool:
-    """Return whether a repeated group holds a repetition, so that matching may take for ever."""
-    groups: list[bool] = []  # for each open group: whether it holds a repetition
-    closed = False  # the same for the group that ends at the last character
-    previous = ""
-    for c in re.sub(r"\\.", "_", pattern):  # an escaped character stands for itself
-        if c in "*+{" and previous == ")" and closed:
-            return True
-        if c in "*+{|":
-            groups = [True] * len(groups)
-        elif c == "(":
-            groups.append(False)
-        elif c == ")":
-            closed = bool(groups and groups.pop())
-        previous = c
-    return False
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of the name, as in PEFT."""
-    for pattern, value in patterns.items():
-        if compiled(rf"(.*\.)?({pattern})$").match(module):
-            return value
-    return default
-
-
-def _named(wanted: Any, module: str) -> bool:
-    """Return whether a list names the module by its end, or a pattern matches its whole name."""
-    if not wanted:
-        return False
-    if isinstance(wanted, str):
-        return compiled(wanted).fullmatch(module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
+def _ends(module: str) -> Iterator[str]:
+    """Yield the names by which a list can name a module: the ends of its own name."""
+    while module:
+        yield module
+        module = module.partition(".")[2]
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
     """Raise `LoraError` for a known key with a value of the wrong type."""
-    fields = {f.name for f in dataclasses.fields(PeftConfig)}
-    known = {key: value for key, value in settings.items() if key in fields and value is not None}
+    for field in dataclasses.fields(PeftConfig):
+        value = settings.get(field.name)
+        if value is not None and not _RULES.get(field.name, _IS["flag"])(value):
+            raise LoraError(f"{field.name} is {shown(value)}, which it cannot be")
 
-    def number(x: Any) -> bool:
-        return type(x) in (int, float) and abs(x) < 1e300  # an int may be larger than any float
 
-    def rank(x: Any) -> bool:
-        return type(x) is int and x >= 1
-
-    def texts(x: Any) -> bool:
-        return isinstance(x, str) or (isinstance(x, list) and all(isinstance(y, str) for y in x))
-
-    def layers(x: Any) -> bool:
-        return type(x) is int or (isinstance(x, list) and all(type(y) is int for y in x))
-
-    def each(check: Any) -> Any:
-        return lambda x: isinstance(x, dict) and all(map(check, x.values()))
-
-    def anything(x: Any) -> bool:
-        return True
-
-    def flag(x: Any) -> bool:
-        return type(x) is bool
-
-    rules = dict.fromkeys(known, flag) | {
-        "peft_type": anything, "r": rank, "lora_alpha": number, "rank_pattern": each(rank),
-        "alpha_pattern": each(number), "bias": lambda x: x in ("none", "all", "lora_only"),
-        "target_modules": texts, "exclude_modules": texts, "layers_to_transform": layers,
-        "layers_pattern": texts, "target_parameters": texts, "modules_to_save": texts,
-        "trainable_token_indices": lambda x: isinstance(x, dict | list),
-        "init_lora_weights": lambda x: isinstance(x, bool | str),
-        "peft_version": lambda x: isinstance(x, str), "task_type": lambda x: isinstance(x, str),
-    }  # fmt: skip
-    for key, value in known.items():
-        if not rules[key](value):
-            raise LoraError(f"{key} is {shown(value)}, which it cannot be")
+_IS: dict[str, Callable[[Any], bool]] = {
+    "flag": lambda x: type(x) is bool,
+    "text": lambda x: isinstance(x, str),
+    "rank": lambda x: type(x) is int and x >= 1,
+    "number": lambda x: type(x) in (int, float) and abs(x) < 1e300,  # an int may be any size
+    "texts": lambda x: all(isinstance(y, str) for y in (x if isinstance(x, list) else [x])),
+    "layers": lambda x: all(type(y) is int for y in (x if isinstance(x, list) else [x])),
+    "ranks": lambda x: isinstance(x, dict) and all(map(_IS["rank"], x.values())),
+    "numbers": lambda x: isinstance(x, dict) and all(map(_IS["number"], x.values())),
+}
+_RULES = dict.fromkeys(("peft_type", "peft_version", "task_type"), _IS["text"]) | {
+    "r": _IS["rank"], "lora_alpha": _IS["number"], "rank_pattern": _IS["ranks"],
+    "alpha_pattern": _IS["numbers"], "bias": lambda x: x in ("none", "all", "lora_only"),
+    "target_modules": _IS["texts"], "exclude_modules": _IS["texts"], "layers_pattern": _IS["texts"],
+    "target_parameters": _IS["texts"], "modules_to_save": _IS["texts"],
+    "layers_to_transform": _IS["layers"], "init_lora_weights": lambda x: isinstance(x, bool | str),
+    "trainable_token_indices": lambda x: isinstance(x, dict | list),
+}  # fmt: skip

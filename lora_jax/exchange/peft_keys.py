@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_jax.errors import LoraError, listed
 from lora_jax.exchange.module_update import Modules, ModuleUpdate
-from lora_jax.exchange.peft_config import PeftConfig
+from lora_jax.exchange.peft_config import ModuleSettings, PeftConfig
 
 PREFIX = "base_model.model."
 SLOTS = {
@@ -74,7 +74,8 @@ def parse(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> Modules:
             )
     base |= {name: x for name, x in values.items() if not config.saves(name)}
     values = {name: x for name, x in values.items() if name not in base}
-    updates = {module: update_of(module, slots, config) for module, slots in grouped.items()}
+    own = config.of_modules(list(grouped))
+    updates = {m: update_of(m, slots, config, own[m]) for m, slots in grouped.items()}
     return Modules(updates, values, base, rows, config.ensure_weight_tying)
 
 
@@ -87,8 +88,9 @@ def _check_value(key: str, name: str) -> None:
         )
 
 
-def update_of(module: str, slots: Slots, config: PeftConfig) -> ModuleUpdate:
+def update_of(module: str, slots: Slots, config: PeftConfig, own: ModuleSettings) -> ModuleUpdate:
     """Return the update of one module, checked against the configuration."""
+    rank, alpha, targeted = own
     embedding = "embedding_a" in slots or "embedding_b" in slots
     names = ("embedding_a", "embedding_b") if embedding else ("a", "b")
     missing = [s for s, slot in SLOTS.items() if slot in names and slot not in slots]
@@ -105,12 +107,12 @@ def update_of(module: str, slots: Slots, config: PeftConfig) -> ModuleUpdate:
             "[rank, in] and [out, rank]"
         )
     b = b.reshape(b.shape[:2])
-    if config.rank_of(module) != len(a):
+    if rank != len(a):
         raise LoraError(
             f"{key_a} has rank {len(a)}, and the configuration (r, rank_pattern) says "
-            f"{config.rank_of(module)}: its scale is not known"
+            f"{rank}: its scale is not known"
         )
-    if not config.targets(module) and not config.ensure_weight_tying:  # tying adds the head
+    if not targeted and not config.ensure_weight_tying:  # tying adds the head
         raise LoraError(
             f"{key_a}: the configuration does not target {module!r}, so PEFT would not load it, "
             "while others would; correct target_modules in adapter_config.json"
@@ -118,7 +120,7 @@ def update_of(module: str, slots: Slots, config: PeftConfig) -> ModuleUpdate:
     return ModuleUpdate(
         a,
         b,
-        config.alpha_of(module),
+        alpha,
         config.scaling,
         _vector(slots, "magnitude", len(b), config.use_dora, "use_dora"),
         _vector(slots, "bias", len(b), config.lora_bias and not embedding, "lora_bias"),

@@ -39,6 +39,11 @@ def spelled(
     """
     if profile not in ("faithful", "portable"):
         raise LoraError(f"profile is {profile!r}; there are 'faithful' and 'portable'")
+    if not modules.updates:
+        raise LoraError(
+            "the adapter has no factors, and PEFT opens no folder without any; write the merged "
+            "model (lora-jax export --format hf)"
+        )
     updates = _with_biases(modules.updates)
     sizes = _known_modules(table, layout, params)
     if profile == "portable":

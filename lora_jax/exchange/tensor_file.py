@@ -22,7 +22,8 @@ import numpy as np
 from lora_jax import json_file, regular_files
 from lora_jax.errors import LoraError
 
-DIMENSIONS = 8
+# Axes of an array, characters of a name, arrays in a file, bytes of their descriptions.
+DIMENSIONS, LONGEST, MOST, MOST_BYTES = 8, 1_000, 100_000, 2**24
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16"}
 FLOATS: dict[str, Any] = {name: np.dtype(x) for name, x in DTYPES.items()}
 FLOATS["BF16"] = np.dtype(jnp.bfloat16)
@@ -57,7 +58,9 @@ def read(path: pathlib.Path) -> TensorFile:
         tensors[name] = body[slice(*span)].view(dtype).reshape(shape)
     _check_spans(path, spans, len(body))
     for name, x in tensors.items():
-        if not np.isfinite(x).all():
+        with np.errstate(over="ignore"):  # every reader takes float32, which F64 may not fit
+            narrow = x if x.itemsize <= 4 else x.astype(np.float32)
+        if not np.isfinite(narrow).all():
             raise LoraError(f"{path}: {name} holds numbers that are not finite (NaN or infinity)")
     return TensorFile(metadata, tensors)
 
@@ -147,7 +150,8 @@ def parse_json(path: pathlib.Path, text: bytes) -> dict[str, Any]:
 
 def check_name(path: pathlib.Path, name: str) -> None:
     """Raise `LoraError` for a name that no module can have."""
-    if not name or ".." in name or "/" in name or "\\" in name or not name.isprintable():
+    odd = not name or ".." in name or "/" in name or "\\" in name or not name.isprintable()
+    if odd or len(name) > LONGEST:
         raise LoraError(f"{path}: {shown(name)!r} is not the name of a module's tensor")
 
 
@@ -161,13 +165,16 @@ def _header(path: pathlib.Path, data: np.ndarray) -> tuple[dict[str, Any], np.nd
     if len(data) < 8:
         raise LoraError(f"{path} has {len(data)} bytes, too few for a safetensors file")
     (length,) = struct.unpack("<Q", data[:8].tobytes())
-    if length > min(regular_files.MOST_BYTES, len(data) - 8):
+    header = {}
+    if length <= min(MOST_BYTES, len(data) - 8):
+        header = parse_json(path, data[8 : 8 + length].tobytes())
+    if length > min(MOST_BYTES, len(data) - 8) or len(header) > MOST:
         raise LoraError(
             f"{path} declares a header of {length:,} bytes, but the file has {len(data):,} and a "
-            f"header may have {regular_files.MOST_BYTES:,}: it is not a safetensors file, or it is "
-            "damaged"
+            f"header may have {MOST_BYTES:,} and {MOST:,} arrays: it is no safetensors file of an "
+            "adapter, or it is damaged"
         )
-    return parse_json(path, data[8 : 8 + length].tobytes()), data[8 + length :]
+    return header, data[8 + length :]
 
 
 def _entry(

@@ -173,6 +173,10 @@ def test_linear_embedding_and_convolution(in_a_file: bool, tmp_path: Path) -> No
         (lambda s: s.update({"out.lora_A": draw(2, 17)}), "has 18 inputs, the file 17"),
         (lambda s: s.update({"out.lora_B": draw(6, 2)}), "'out' has 6 outputs"),
         (lambda s: s.update({"out.lora_B": draw(5, 2) * np.nan}), "out.lora_B holds numbers that"),
+        (
+            lambda s: s.update({"out.lora_B": np.full((5, 2), 1e300)}),
+            "out.lora_B holds numbers that",
+        ),
         (lambda s: s.update({"out.weight": draw(5, 18)}), "out.weight: expected <module>.lora_A"),
         (lambda s: s.update({"conv.lora_B": draw(7, 4)}), "'conv': .* are not a Conv2d of window"),
         (lambda s: s.update({"odd.lora_A": draw(2, 3), "odd.lora_B": draw(3, 2)}), "no 'odd.weig"),

@@ -106,6 +106,8 @@ WRONG = {
         "lora_A.default.weight",
     ),
     "a way out": (tensor("base_model.model.../../q", [1.0]), TENSORS, r"\.\./\.\./q"),
+    "a long name": (tensor(f"{'a.' * 10**6}lora_A.weight", [1.0]), TENSORS, "a.a."),
+    "too many parameters": (setting("target_parameters", ["q"] * 3 * 10**6), TENSORS, "too many"),
     "a weight beside factors": (tensor(f"{Q}.weight", np.ones((5, 6))), TENSORS, "base_layer"),
     "a magnitude unasked": (tensor(f"{Q}.lora_magnitude_vector", np.ones(5)), TENSORS, "use_dora"),
     "a rank of 10^12": (setting("r", 10**12), TENSORS, f"{Q}.*1000000000000"),
@@ -116,7 +118,7 @@ WRONG = {
     "an unknown setting": (setting("use_magic", True), peft.CONFIG, "use_magic"),
     "another method": (setting("peft_type", "IA3"), peft.CONFIG, "IA3"),
     "alpha in words": (setting("lora_alpha", "8"), peft.CONFIG, "lora_alpha"),
-    "a slow pattern": (setting("target_modules", "(a+)+q|(.|q)*v"), TENSORS, "repeats"),
+    "a slow pattern": (setting("target_modules", "(?:|){60}Z"), TENSORS, "target_modules.*2 s"),
     "no pattern": (setting("rank_pattern", {"(": 2}), TENSORS, "not a pattern"),
     "PiSSA": (setting("init_lora_weights", "pissa_niter_4"), peft.CONFIG, "path_initial_model"),
     "trained tokens unsaid": (
@@ -196,6 +198,10 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
     "a place outside": (entry(data_offsets=[10**12, 10**12 + 48]), Q),
     "a place backwards": (entry(data_offsets=[48, 0]), Q),
     "another's place": (entry(data_offsets=[8, 56]), "."),
+    "too many arrays": (
+        lambda found: json.dumps(dict.fromkeys(map(str, range(10**5 + 1)), 1)).encode(),
+        "100,000 arrays",
+    ),
     "integers": (entry(dtype="I32"), f"{Q}.lora_A.weight is stored as I32"),
     "a dtype of numbers": (entry(dtype=[1]), Q),
     "a key twice": (twice, f"{Q}.lora_A.weight' is there twice"),
