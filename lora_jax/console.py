@@ -9,21 +9,23 @@ import logging
 import os
 import pathlib
 import sys
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 from lora_jax.extras import MissingExtraError, require
 
 require("train", __name__)
 
+import rich.console
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
 from lora_jax import allocator, program_cache
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, told
 from lora_jax.models.errors import ModelError
 
 T = TypeVar("T")
@@ -33,29 +35,47 @@ USER_ERRORS = (LoraError, ModelError, MissingExtraError, OSError)
 _LESS = "Lower --batch-size, if the command has it, or use a machine with more memory."
 
 
+class Console(rich.console.Console):
+    """The screen: the one way of all text to it, which makes everything `printable`.
+
+    A text may name files, tensors and classes from strangers.
+    """
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """Yield the segments of `rich.console.Console`, with printable texts."""
+        for segment in super().render(renderable, options):
+            shown = segment.text if segment.control else printable(segment.text)
+            yield Segment(shown, segment.style, segment.control)
+
+
 def say(console: Console, text: str) -> None:
     """Print plain text without markup, coloured numbers or wrapped lines.
-
-    The text may name files, tensors and classes from strangers, so it is made `printable`.
 
     Args:
       console: the console to print to.
       text: the text.
     """
+    # Before rich, which drops some control characters and does not show them.
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:
-    r"""Replace control characters, with which a text could command a terminal, and half characters.
+    r"""Write out the characters that could command a terminal or change the order of a line.
 
-    >>> printable("a\tb\n\x1b[2Jc\ud800")
-    'a\tb\n\ufffd[2Jc\ufffd'
+    These are control characters, marks of direction and others without a shape, and half
+    characters. Letters of all scripts stay, and the two joiners that some scripts need.
+
+    >>> printable("a\tb\n\x1b[2Jc\ud800, \u202ed")
+    'a\tb\n\\x1b[2Jc\\ud800, \\u202ed'
     """
 
     def shown(c: str) -> bool:
-        return c.isprintable() or c in "\n\t" or (ord(c) > 159 and not "\ud800" <= c <= "\udfff")
+        hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        return not hidden or c in "\n\t\u200c\u200d"
 
-    return "".join(c if shown(c) else "\ufffd" for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if shown(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def out_of_memory(error: BaseException, cure: str) -> str | None:
@@ -139,7 +159,40 @@ def read_options(
         if names.count(name) > 1 and not (adding and name in several):
             times = f"{name} is given {names.count(name)} times"
             say(Console(stderr=True), f"note: {times}; the last one counts")
+    try:
+        _check_places(found, names)
+    except LoraError as error:
+        say(Console(stderr=True, style="red"), f"error: {error}")
+        raise SystemExit(2) from None
     return found
+
+
+# The options that are a path, the address of a model, or a name: none of them can be empty.
+_PLACES = ("run_dir", "out", "adapter", "file", "base", "reference", "data_dir", "plan_file", "run")
+_PLACES += ("folder", "model", "start_from", "docs", "image")
+
+
+def _check_places(options: Any, given: Sequence[str], prefix: str = "") -> None:
+    """Raise `LoraError` for an empty path among the options, or in the configs in them."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        name = f"{prefix}{'from' if field.name == 'start_from' else field.name}".replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            _check_places(value, given, "" if field.name in ("run", "plan") else f"{name}.")
+        elif field.name in _PLACES:
+            for one in value if isinstance(value, tuple) else (value,):
+                require_path(f"--{name}" if f"--{name}" in given else name, one)
+
+
+def require_path(option: str, value: Any) -> None:
+    """Raise `LoraError` for a path without a character, as an unset variable of a shell gives it.
+
+    Args:
+      option: the option, as the message names it.
+      value: its value.
+    """
+    if isinstance(value, str) and not value.strip():
+        raise LoraError(f"{option} is empty, expected a path; is a variable of the shell not set?")
 
 
 def guarded(run: Callable[[], None]) -> int:
@@ -162,7 +215,7 @@ def guarded(run: Callable[[], None]) -> int:
         # Without this, the flush at Python's exit would raise the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except USER_ERRORS as error:
-        say(Console(stderr=True, style="red"), f"error: {error}")
+        say(Console(stderr=True, style="red"), f"error: {told(error)}")
         return 1
     except Exception as error:
         if (lack := out_of_memory(error, _LESS)) is None:

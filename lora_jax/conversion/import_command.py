@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from lora_jax import run_lock
 from lora_jax.adapters import count
-from lora_jax.console import guarded, read_options, say
+from lora_jax.console import Console, guarded, read_options, say
 from lora_jax.conversion import peft_run
 from lora_jax.errors import LoraError, listed
 

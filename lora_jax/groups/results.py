@@ -13,9 +13,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from lora_jax.console import Console
 from lora_jax.errors import writing
 from lora_jax.groups import member_names
 from lora_jax.groups.comparison import ComparedRun, Results, dotted, gather

@@ -27,10 +27,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from lora_jax.checkpoint import adapter_path, storage
-from lora_jax.console import guarded, read_options, say
+from lora_jax.console import Console, guarded, read_options, say
 from lora_jax.errors import LoraError
 from lora_jax.report import glossary, many_runs, render, run_files, single_adapter, single_run
 from lora_jax.report.document import Note, Report

@@ -32,10 +32,9 @@ from itertools import chain, islice
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from lora_jax import models, paths
-from lora_jax.console import FileBar, guarded, read_options, say
+from lora_jax.console import Console, FileBar, guarded, read_options, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, output, prompts
 from lora_jax.serving.generation import Decoder, stream

@@ -30,10 +30,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from numpy.typing import NDArray
-from rich.console import Console
 
 from lora_jax import models
-from lora_jax.console import FileBar, guarded, read_options, say
+from lora_jax.console import Console, FileBar, guarded, read_options, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
 from lora_jax.serving.classifier import Classifier, ClassifierTask

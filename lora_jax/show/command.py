@@ -31,10 +31,9 @@ from collections.abc import Container, Sequence
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from lora_jax import layout_table
-from lora_jax.console import guarded, read_options, say
+from lora_jax.console import Console, guarded, read_options, say
 from lora_jax.errors import LoraError
 from lora_jax.resolve import Trace, trace
 from lora_jax.show import drawing

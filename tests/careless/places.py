@@ -16,8 +16,6 @@ CIRCLE = {"a": "-> b", "b": "-> a"}
 _EMPTY = {
     "train_run_dir": (OWN, "--run-dir"),
     "train_from": (OWN, "--from"),
-    "train_model": ("train", "--model.reference"),
-    "train_source": ("train", "--data.source"),
     "train_data_dir": ("train", "--data.data-dir"),
     "plan_file": (f"{OWN} --plan", "--plan-file"),
     "predict_adapter": ("predict --text a", "--adapter"),
@@ -33,43 +31,43 @@ _EMPTY = {
     "report_out": (f"report {RUN}", "--out"),
 }
 EMPTY = [
-    Case(f"empty_{name}", command, (option, "empty"), extra=(option, value))
+    Case(f"empty_{name}", command, (option, "empty"), status=2, extra=(option, value))
     for name, (command, option) in _EMPTY.items()
     for value in ([""] if name not in ("train_run_dir", "export_out") else ["", "  "])
 ]
 EMPTY += [
-    Case("empty_report", "report", ("empty",), extra=("",)),
-    Case("empty_show", "show", ("empty",), extra=("",)),
-    Case("empty_export", "export --format peft --out {here}/o", ("empty",), extra=("",)),
-    Case("empty_import", "import --out {here}/o", ("empty",), extra=("",)),
+    Case("empty_report", "report", ("empty",), status=2, extra=("",)),
+    Case("empty_show", "show", ("empty",), status=2, extra=("",)),
+    Case("empty_export", "export --format peft --out {here}/o", ("empty",), status=2, extra=("",)),
+    Case("empty_import", "import --out {here}/o", ("empty",), status=2, extra=("",)),
 ]
 
 PLACES = [
     Case("run_dir_below_a_file", f"{OWN} --run-dir {{here}}/f/run",
          ("/f/run", "Not a directory", "a part of the path is a file"), FILE),
-    Case("run_dir_is_a_file", f"{OWN} --run-dir {{here}}/f", ("/f ", "File exists", "other"), FILE),
+    Case("run_dir_is_a_file", f"{OWN} --run-dir {{here}}/f", ("/f cannot be written", "Something else has that name"), FILE),
     Case("run_dir_long", f"{OWN} --run-dir {{here}}/{LONG}", ("File name too long", "shorter")),
     Case("run_dir_links", f"{OWN} --run-dir {{here}}/a/run",
          ("/a/run", "symbolic links", "in a circle"), CIRCLE),
     Case("run_dir_proc", f"{OWN} --run-dir /proc/run", ("/proc/run", "No such file")),
-    Case("predict_out_folder", f"{PREDICT} --out {{here}}", ("Is a directory", "name a file")),
+    Case("predict_out_folder", f"{PREDICT} --out {{here}}", ("Is a directory", "That is a folder: name a file")),
     Case("predict_out_nowhere", f"{PREDICT} --out {{here}}/no/o.jsonl",
          ("/no/o.jsonl", "No such file or directory", "make the folder")),
     Case("predict_out_below_a_file", f"{PREDICT} --out {{here}}/f/o.jsonl",
          ("Not a directory", "a part of the path is a file"), FILE),
     Case("predict_file_folder", f"predict --adapter {RUN} --file {{here}}",
-         ("Is a directory", "name a file")),
+         ("Is a directory", "That is a folder: name a file")),
     Case("predict_file_missing", f"predict --adapter {RUN} --file {{here}}/no.jsonl",
          ("no.jsonl", "No such file or directory", "spelling")),
     Case("generate_file_folder", "generate --base {world}/lm --file {here}",
-         ("Is a directory", "name a file")),
+         ("Is a directory", "That is a folder: name a file")),
     Case("generate_file_links", "generate --base {world}/lm --file {here}/a",
          ("symbolic links", "in a circle"), CIRCLE),
     Case("adapter_missing", "predict --adapter {world}/rum --text a", ("no adapter", "run")),
     Case("adapter_file", "predict --adapter {here}/f --text a", ("no adapter", "a file"), FILE),
-    Case("adapter_long", f"predict --adapter {{here}}/{LONG} --text a", ("File name too long",)),
+    Case("adapter_long", f"predict --adapter {{here}}/{LONG} --text a", ("no such folder",)),
     Case("export_out_below_a_file", f"{EXPORT} --out {{here}}/f/o",
-         ("/f/o", "Not a directory", "a part of the path is a file"), FILE),
+         ("/f/o cannot be written", "/f. Something else has that name"), FILE),
     Case("export_out_long", f"{EXPORT} --out {{here}}/{LONG}", ("File name too long", "shorter")),
     Case("import_out_below_a_file", "import {here} --out {here}/f/o",
          ("Not a directory", "a part of the path is a file"), FILE),
@@ -80,7 +78,7 @@ PLACES = [
          ("Not a directory", "a part of the path is a file"), FILE),
     Case("data_long", f"train --data.source {{here}}/{LONG}.jsonl", (".jsonl",)),
     Case("data_links", "train --data.source {here}/a.jsonl",
-         ("symbolic links",), {"a.jsonl": "-> a.jsonl"}),
+         ("a symbolic link to no file",), {"a.jsonl": "-> a.jsonl"}),
     Case("show_links", "show {here}/a", ("/a",), CIRCLE),
     Case("show_long", f"show {{here}}/{LONG}", ("File name too long",)),
 ]  # fmt: skip
