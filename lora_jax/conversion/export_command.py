@@ -17,6 +17,7 @@ command is killed; the next export to the same folder deletes what a kill left (
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -83,6 +84,8 @@ def export(options: ExportOptions, console: Console) -> None:
       LoraError, models.ModelError, OSError: a user's error; nothing is left in the folder.
     """
     out = pathlib.Path(options.out)
+    if not 0 < options.shard_gb < math.inf:
+        raise LoraError(f"--shard-gb must be above 0 and finite, got {options.shard_gb}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoraError(f"{out} is there and not an empty folder; choose another --out")
     run = open_run(options.run, options.base, options.trust_base)

@@ -73,6 +73,8 @@ def run(options: ImportOptions, console: Console) -> None:
       LoraError, models.ModelError, OSError: a user's error; no adapter is written then.
     """
     out = pathlib.Path(options.out).expanduser()
+    if min(options.lengths, default=1) < 1:
+        raise LoraError(f"--lengths must be at least 1, got {options.lengths}")
     _check_out(out, options.overwrite)  # before the base is opened, which takes long
     model = {name: getattr(options, name) for name in ("scan_layers", "dtype", "param_dtype")}
     with console.status("opening the base ..."):

@@ -13,7 +13,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Self, TypeVar
 
 from lora_jax import json_file
@@ -21,6 +21,7 @@ from lora_jax.errors import LoraError, writing
 
 T = TypeVar("T")
 STANDARD = "-"
+_UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _EXPECTED = 'expected an object, like {"text": "..."}, one on each line'
 
 
@@ -35,11 +36,15 @@ class JsonLine:
     value: the object.
     where: the file and the number of the line from 1, for messages.
     size: bytes of the line, including its end.
+    number: the number of the line.
+    fault: the error of a line that is not an object; its value is empty.
     """
 
     value: Mapping[str, Any]
     where: str
     size: int = 0
+    number: int = 0
+    fault: LineError | None = None
 
     @property
     def fields(self) -> str:
@@ -70,26 +75,33 @@ class JsonLine:
         return found
 
 
-def read(path: str) -> Iterator[JsonLine]:
+def read(path: str, *, keep_broken: bool = False) -> Iterator[JsonLine]:
     """Read the objects of a file, one at a time; empty lines are skipped.
 
     Args:
       path: the file, or "-" for stdin.
+      keep_broken: yield a line that is not an object, with its fault, instead of raising it.
 
     Raises:
       LineError: a line is not a JSON object in UTF-8.
       OSError: the file cannot be read.
     """
     with _open(path, "rb") as file:
-        yield from objects(file, "stdin" if path == STANDARD else path)
+        yield from objects(file, "stdin" if path == STANDARD else path, keep_broken)
 
 
-def objects(lines: Iterable[bytes], name: str) -> Iterator[JsonLine]:
+def objects(lines: Iterable[bytes], name: str, keep_broken: bool = False) -> Iterator[JsonLine]:
     """Read objects as `read` does, from the lines of an open file."""
     for number, raw in enumerate(lines, 1):
-        if raw.strip():
-            where = f"{name}, line {number}"
-            yield JsonLine(_object(raw, where), where, len(raw))
+        if not raw.strip():
+            continue
+        where = f"{name}, line {number}"
+        try:
+            yield JsonLine(_object(raw, where), where, len(raw), number)
+        except LineError as error:
+            if not keep_broken:
+                raise
+            yield JsonLine({}, where, len(raw), number, error)
 
 
 def _object(raw: bytes, where: str) -> Mapping[str, Any]:
@@ -120,18 +132,31 @@ class Writer:
         if reading is not None and _same(path, reading):
             raise LineError(f"{path} is read and written at once; give another file as --out")
         self._stack, self._path = contextlib.ExitStack(), path
+        self._made = path != STANDARD and not pathlib.Path(path).exists()
+        self.count = self.line = 0
         self._file = self._stack.enter_context(_open(path, "ab"))
         self._old = pathlib.Path(path).is_file() and path != STANDARD
 
-    def write(self, values: Iterable[Mapping[str, Any]]) -> None:
-        """Append the objects, and flush them to the operating system."""
+    def write(self, values: Sequence[Mapping[str, Any]], line: int = 0) -> None:
+        """Append the objects, and flush them to the operating system.
+
+        Args:
+          values: the objects; `count` is the number of all.
+          line: the line of the input that the last one is from, which `line` keeps.
+        """
         self._forget()
         text = "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values)
-        # JSON leaves these characters as they are, and a terminal may take them for commands.
-        text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
+        # JSON leaves these characters as they are, and a terminal may take them for commands, or
+        # write what follows from right to left.
+        text = re.sub(
+            "[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]",
+            lambda found: f"\\u{ord(found[0]):04x}",
+            text,
+        )
         with writing(self._path):
             self._file.write(text.encode())
             self._file.flush()
+        self.count, self.line = self.count + len(values), line
 
     def __enter__(self) -> Self:
         return self
@@ -141,6 +166,8 @@ class Writer:
             if not any(error):
                 self._forget()
             self._stack.close()
+            if any(error) and self._made and not self.count:
+                pathlib.Path(self._path).unlink()
 
     def _forget(self) -> None:
         """Delete the old contents, once."""

@@ -14,12 +14,16 @@ written again, in the same order, with its own fields and
     prediction       the predicted class, or the predicted number
     probabilities    the probability of every class
 
+A line that cannot be classified ends the command; with --skip-broken it is written with the reason
+as its "error", so that there is still one line for each, and the first ones are named.
+
 Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
 by Ctrl-C. Lines written before an error or a stop are complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -63,6 +67,8 @@ class PredictOptions:
     """Use adapters on another base than the one that they were trained on."""
     batch_size: int = 64
     """Texts or images in a batch."""
+    skip_broken: bool = False
+    """Go on after a line that cannot be classified, and write the reason in its place."""
     window: int = 1024
     """Lines that are read ahead and sorted by length. A prediction may wait for this many lines."""
 
@@ -91,8 +97,16 @@ def run(options: PredictOptions, console: Console) -> None:
       LoraError, OSError, ...: an error of the user.
     """
     source = _check(options)
-    read = jsonl.read(source) if source else iter(())
-    first = list(islice(read, options.window))  # before the model: its errors should come at once
+    with jsonl.Writer(options.out, reading=source) as writer:  # its errors should come at once
+        _run(options, source, writer, console)
+
+
+def _run(
+    options: PredictOptions, source: str | None, writer: jsonl.Writer, console: Console
+) -> None:
+    read = jsonl.read(source, keep_broken=options.skip_broken) if source else iter(())
+    with _resumable(options, writer):
+        window = list(islice(read, options.window))  # before the model, as well
     served = open_adapters(
         options.adapter,
         (models.BertConfig, models.VitConfig),
@@ -102,18 +116,35 @@ def run(options: PredictOptions, console: Console) -> None:
     )
     classifier = _classifier(served, options.batch_size)
     say(console, _opening(served, classifier.tasks))
-    window = first if source else _typed(options, served, classifier)
-    began, count = time.monotonic(), 0
-    with (
-        jsonl.Writer(options.out, reading=source) as writer,
-        FileBar(console, source, classifier.unit) as bar,
-    ):
+    window = window if source else _typed(options, served, classifier)
+    began, broken = time.monotonic(), list[str]() if options.skip_broken else None
+    with FileBar(console, source, classifier.unit) as bar, _resumable(options, writer):
         while window:
-            for answer in predict(served, classifier, window, bar.advance):
-                writer.write([answer])
-            count += len(window)
+            answers = predict(served, classifier, window, bar.advance, broken)
+            for line, answer in zip(window, answers, strict=True):
+                writer.write([answer], line.number)
             window = list(islice(read, options.window))
-    say(console, _closing(classifier, count, time.monotonic() - began))
+    count, without = writer.count, len(broken or ())
+    if broken:
+        said = f"{without:,} of {count:,} lines cannot be classified"
+        say(console, f'{said}; they have an "error" in {options.out}:\n{listed(broken)}')
+    if count == without:
+        raise LoraError(f"{source} has no line that can be classified ({count:,} lines)")
+    say(console, _closing(classifier, count - without, time.monotonic() - began))
+
+
+@contextlib.contextmanager
+def _resumable(options: PredictOptions, writer: jsonl.Writer) -> Iterator[None]:
+    """Add to an error of the block what is written, and how to classify the rest."""
+    try:
+        yield
+    except LoraError as error:
+        done = f"{writer.count:,} rows are" if writer.count else "Nothing was"
+        rest = f"the rest, from line {writer.line + 1} on (`tail -n +{writer.line + 1}`),"
+        raise LoraError(
+            f"{error}\n{done} written to {options.out}. Classify {rest} into another --out, or "
+            "start again with --skip-broken, which goes on after such a line"
+        ) from error
 
 
 def predict(
@@ -121,6 +152,7 @@ def predict(
     classifier: Classifier,
     window: Sequence[JsonLine],
     done: Callable[[int], None] = lambda size: None,
+    broken: list[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Classify lines, and yield each with its answer, in the order of the lines.
 
@@ -129,6 +161,8 @@ def predict(
       classifier: runs them.
       window: the lines; they are sorted by length and put into batches.
       done: called with the size of each line when its scores are there, in any order.
+      broken: receives the errors of lines that cannot be classified; they are yielded with the
+        field "error". None: the first one is raised.
 
     Yields:
       The fields of a line and its answer.
@@ -138,25 +172,59 @@ def predict(
         not finite.
       DataError: an image cannot be read.
     """
-    ids = [_adapter_of(line, served) for line in window]
-    examples = [
-        classifier.example_of(line, classifier.tasks[i])
-        for line, i in zip(window, ids, strict=True)
-    ]
+    faults: dict[int, LoraError] = {}
+    good: list[tuple[JsonLine, int, Any]] = []
+    for place, line in enumerate(window):
+        try:
+            good.append((line, *_example(line, served, classifier, check=broken is not None)))
+        except LoraError as error:
+            if broken is None:
+                raise
+            faults[place] = error
 
     def found() -> Iterator[tuple[int, NDArray[np.float32]]]:
-        for number, scores in classifier.scores(ids, examples):
-            done(window[number].size)
-            yield number, scores
+        if good:
+            lines, ids, examples = zip(*good, strict=True)
+            for number, scores in classifier.scores(ids, examples):
+                done(lines[number].size)
+                yield number, scores
 
-    for line, i, scores in zip(window, ids, jsonl.in_order(found()), strict=True):
-        name = served.names[i]
-        if not np.isfinite(scores).all():
-            raise LineError(
-                f"{line.where}: adapter {name!r} gives scores that are not finite: "
-                f"{scores[:5].tolist()}"
-            )
-        yield {**line.value, "adapter": name, **answer_of(classifier.tasks[i], scores)}
+    answers = zip(good, jsonl.in_order(found()), strict=True)
+    for place, line in enumerate(window):
+        try:
+            if place in faults:
+                raise faults[place]
+            (_, i, _), scores = next(answers)
+            yield {**line.value, **_answer(line, served.names[i], classifier.tasks[i], scores)}
+        except LoraError as error:
+            if broken is None:
+                raise
+            broken.append(str(error))
+            yield {**line.value, "error": str(error)}
+
+
+def _example(
+    line: JsonLine, served: Served, classifier: Classifier, check: bool
+) -> tuple[int, Any]:
+    """Return the id of the adapter of a line, and its text or image, which may be checked."""
+    if line.fault is not None:
+        raise line.fault
+    i = _adapter_of(line, served)
+    example = classifier.example_of(line, classifier.tasks[i])
+    if check:
+        classifier.check(example)
+    return i, example
+
+
+def _answer(
+    line: JsonLine, name: str, task: ClassifierTask, scores: NDArray[np.float32]
+) -> dict[str, Any]:
+    if not np.isfinite(scores).all():
+        raise LineError(
+            f"{line.where}: adapter {name!r} gives scores that are not finite: "
+            f"{scores[:5].tolist()}"
+        )
+    return {"adapter": name, **answer_of(task, scores)}
 
 
 def answer_of(task: ClassifierTask, scores: NDArray[np.float32]) -> dict[str, Any]:

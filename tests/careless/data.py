@@ -31,8 +31,8 @@ def texts(name: str, given: Sequence[Any], *says: str, status: int = 1) -> Case:
 
 
 DATA = [
-    labelled("empty", ["a", "", "b"] * 4, "train.jsonl:2", "empty label", "data.label_names"),
-    labelled("blank", ["a", "b", " "] * 4, "train.jsonl:3", "empty label"),
+    labelled("empty", ["a", "", "b"] * 4, "train.jsonl:2", "label ''", "data.label_names"),
+    labelled("blank", ["a", "b", " "] * 4, "train.jsonl:3", "label ' '"),
     labelled("spaces", ["pos", "pos ", "neg"] * 4, "'pos' and 'pos '", "white space"),
     labelled("case", ["Pos", "pos", "neg"] * 4, "'Pos' and 'pos'"),
     labelled("one", ["a"] * 8, "every label is 'a'"),
@@ -52,7 +52,7 @@ DATA = [
     Case("file_array", TRAIN, ("train.jsonl:1", "expected an object"), {"train.jsonl": "[1]\n"}),
     Case("csv_header", f"{TRAIN} --data.source {{here}}/a.csv", ("no examples",),
          {"a.csv": "text,label\n", "train.jsonl": ""}),
-    Case("csv_bidi", f"{TRAIN} --data.source {{here}}/a.csv", ("'text'",),
+    Case("csv_bidi", f"{TRAIN} --data.source {{here}}/a.csv", ("'label'",),
          {"a.csv": f"te{BIDI}xt,label{ESCAPE}\na,b\n", "train.jsonl": ""}),
     Case("name_bidi", f"train --data.source {{here}}/a{BIDI}b.jsonl", ("\\u202e",)),
     Case("source_name", "train --data.source reveiws", ("reveiws", "nearest", "reviews")),
@@ -66,7 +66,7 @@ PREDICT = "predict --adapter {world}/run --file {here}/in.jsonl --out {here}/out
 ROWS = {"in.jsonl": BROKEN}
 LINES = [
     Case("line_broken_at_once", PREDICT,
-         ("in.jsonl, line 4 is not JSON", "nothing was written", "--skip-broken"), ROWS),
+         ("in.jsonl, line 4 is not JSON", "Nothing was written", "--skip-broken"), ROWS),
     Case("line_broken_later", f"{PREDICT} --window 2 --batch-size 2",
          ("line 4 is not JSON", "2 rows", "out.jsonl", "from line 3 on", "--skip-broken"), ROWS,
          out={"out.jsonl": "word2"}),
@@ -76,7 +76,8 @@ LINES = [
     Case("line_skipped", f"{PREDICT} --skip-broken",
          ("line 4 is not JSON", "line 8 has no field 'text'", "2 of 11 lines"), ROWS, status=0,
          out={"out.jsonl": '"error"'}),
-    Case("every_line_broken", f"{PREDICT} --skip-broken", ("all 2 lines",),
+    Case("every_line_broken", f"{PREDICT} --skip-broken",
+         ("2 of 2 lines", "no line that can be classified"),
          {"in.jsonl": '{"a"\n{"b": 1}\n'}),
     Case("line_adapter", f"{PREDICT} --skip-broken", ("1 of 2 lines", "no adapter is called"),
          {"in.jsonl": lines([{"text": "a", "adapter": "rum"}, *GOOD[:1]])}, status=0,
@@ -86,10 +87,10 @@ LINES = [
     Case("generate_long", "generate --base {world}/lm --prompt", ("tokens", "shorten"),
          extra=("word1 " * 100,)),
     Case("generate_empty", "generate --base {world}/lm --prompt", ("empty",), extra=("",)),
-    Case("predict_nothing", PREDICT, ("in.jsonl", "no line"), {"in.jsonl": ""}),
+    Case("predict_nothing", PREDICT, ("in.jsonl has no line",), {"in.jsonl": ""}),
     Case("adapter_name", "predict --text a --adapter", ("\\u202e", "no adapter"),
          extra=(f"x{BIDI}y",)),
     Case("peft_key", "import {here} --base {world}/model --out {here}/o", ("\\u202e",),
          {"adapter_config.json": lines([{"peft_type": "LORA", f"a{BIDI}": 1, "r": 1}]),
-          "adapter_model.safetensors": "x"}),
+          "adapter_model.safetensors": b"\x02" + bytes(7) + b"{}"}),
 ]  # fmt: skip

