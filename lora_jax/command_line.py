@@ -24,7 +24,7 @@ require("train", __name__)
 import tyro
 
 from lora_jax import planner
-from lora_jax.console import read_options, require_path
+from lora_jax.console import read_options, refuse_empty
 from lora_jax.errors import listed, nearest
 from lora_jax.groups.config import GroupConfig, GroupOptions
 from lora_jax.groups.sweep import SweepConfig
@@ -55,6 +55,7 @@ def parse(
       SystemExit: after `--help`, or after a message about a field that is unknown or has a wrong
         type or value.
     """
+    refuse_empty(arguments)  # before its config is run
     reference = _reference(arguments, default)
     name, config = load(reference, root)
     members = config.members if isinstance(config, GroupConfig) else ()
@@ -144,7 +145,6 @@ def load(reference: str, root: pathlib.Path) -> tuple[str, Runnable]:
       ConfigError: there is no such file, or no such config in it.
     """
     text, _, attribute = reference.partition(":")
-    require_path("--config", text)
     module = _run(_find(pathlib.Path(text), root))
     config = getattr(module, attribute or "config", None)
     if not isinstance(config, Runnable):

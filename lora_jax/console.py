@@ -36,19 +36,16 @@ _LESS = "Lower --batch-size, if the command has it, or use a machine with more m
 
 
 class Console(rich.console.Console):
-    """The screen: the one way of all text to it, which makes everything `printable`.
-
-    A text may name files, tensors and classes from strangers.
-    """
+    """The screen, which gets only `printable` text: it may come from strangers."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
-        """Yield the segments of `rich.console.Console`, with printable texts."""
+        """Yield what rich yields."""
         for segment in super().render(renderable, options):
             shown = segment.text if segment.control else printable(segment.text)
             yield Segment(shown, segment.style, segment.control)
 
 
-def say(console: Console, text: str) -> None:
+def say(console: rich.console.Console, text: str) -> None:
     """Print plain text without markup, coloured numbers or wrapped lines.
 
     Args:
@@ -73,8 +70,6 @@ def printable(text: str) -> str:
         hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
         return not hidden or c in "\n\t\u200c\u200d"
 
-    if text.isprintable():
-        return text
     return "".join(c if shown(c) else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -146,6 +141,7 @@ def read_options(
         wrong value.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    refuse_empty(given)
     found = tyro.cli(
         kind,
         prog=program,
@@ -159,40 +155,50 @@ def read_options(
         if names.count(name) > 1 and not (adding and name in several):
             times = f"{name} is given {names.count(name)} times"
             say(Console(stderr=True), f"note: {times}; the last one counts")
-    try:
-        _check_places(found, names)
-    except LoraError as error:
-        say(Console(stderr=True, style="red"), f"error: {error}")
-        raise SystemExit(2) from None
     return found
 
 
-# The options that are a path, the address of a model, or a name: none of them can be empty.
-_PLACES = ("run_dir", "out", "adapter", "file", "base", "reference", "data_dir", "plan_file", "run")
-_PLACES += ("folder", "model", "start_from", "docs", "image")
+# Options that may be empty. An empty path would be the working directory, or a default.
+_TEXTS = [
+    "--text",
+    "--prompt",
+    "--stop",
+    "--labels",
+    "--data.prompt",
+    "--data.answer",
+    "--data.eos",
+]
 
 
-def _check_places(options: Any, given: Sequence[str], prefix: str = "") -> None:
-    """Raise `LoraError` for an empty path among the options, or in the configs in them."""
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        name = f"{prefix}{'from' if field.name == 'start_from' else field.name}".replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            _check_places(value, given, "" if field.name in ("run", "plan") else f"{name}.")
-        elif field.name in _PLACES:
-            for one in value if isinstance(value, tuple) else (value,):
-                require_path(f"--{name}" if f"--{name}" in given else name, one)
-
-
-def require_path(option: str, value: Any) -> None:
-    """Raise `LoraError` for a path without a character, as an unset variable of a shell gives it.
+def refuse_empty(given: Sequence[str]) -> None:
+    """End the process, with the status 2, if an argument is empty as an unset variable leaves it.
 
     Args:
-      option: the option, as the message names it.
-      value: its value.
+      given: the command line.
     """
-    if isinstance(value, str) and not value.strip():
-        raise LoraError(f"{option} is empty, expected a path; is a variable of the shell not set?")
+    for before, word in zip(["the first argument", *given], given, strict=False):
+        option, equals, value = word.partition("=") if word[:2] == "--" else (before, "=", word)
+        if equals and not value.strip() and option.replace("_", "-") not in _TEXTS:
+            said = f"error: {option} is empty; is a variable of the shell not set?"
+            say(Console(stderr=True, style="red"), said)
+            raise SystemExit(2)
+
+
+def command(
+    kind: type[T], program: str, about: str | None, run: Callable[[T], None], adding: bool = False
+) -> Callable[[Sequence[str] | None], int]:
+    """Return the `main` of a command: it takes its arguments and returns the exit status.
+
+    Args:
+      kind, program, about, adding: as for `read_options`.
+      run: the command, which gets its options.
+    """
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        given = read_options(kind, program, about, arguments, adding=adding)
+        return guarded(lambda: run(given))
+
+    return main
 
 
 def guarded(run: Callable[[], None]) -> int:
@@ -214,13 +220,11 @@ def guarded(run: Callable[[], None]) -> int:
     except BrokenPipeError:
         # Without this, the flush at Python's exit would raise the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except USER_ERRORS as error:
-        say(Console(stderr=True, style="red"), f"error: {told(error)}")
-        return 1
     except Exception as error:
-        if (lack := out_of_memory(error, _LESS)) is None:
+        said = told(error) if isinstance(error, USER_ERRORS) else out_of_memory(error, _LESS)
+        if said is None:
             raise
-        say(Console(stderr=True, style="red"), f"error: {lack}")
+        say(Console(stderr=True, style="red"), f"error: {said}")
         return 1
     except KeyboardInterrupt:
         say(Console(stderr=True), "Stopped. Everything written before is complete.")

@@ -38,8 +38,8 @@ def writing(path: object) -> Iterator[None]:
     except BrokenPipeError:  # the reader has closed the pipe, which is not a failure
         raise
     except OSError as error:
-        part = error.filename if str(error.filename or path) != str(path) else None
-        said = f"{error.strerror or error}{'' if part is None else f': {part}'}"
+        part = f": {error.filename}" if str(error.filename or path) != str(path) else ""
+        said = f"{error.strerror or error}{part}"
         raise LoraError(f"{path} cannot be written: {said}. {cure(error)}") from error
 
 
@@ -99,14 +99,10 @@ def told(error: BaseException) -> str:
 
     Args:
       error: the error.
-
-    >>> told(FileNotFoundError(errno.ENOENT, "No such file or directory", "x"))[:41]
-    'x: No such file or directory. See that it'
     """
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
-    place = "" if error.filename is None else f"{error.filename}: "
-    return f"{place}{error.strerror}. {cure(error)}"
+    return f"{error.filename or 'the system says'}: {error.strerror}. {cure(error)}"
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:

@@ -22,27 +22,24 @@ from lora_jax.errors import LoraError
 
 
 class Settings:
-    """A frozen dataclass that checks its fields. A subclass that checks more calls this first.
+    """A frozen dataclass that checks its fields; lists become tuples, NumPy's scalars Python's."""
 
-    Lists become tuples, and NumPy's scalars Python's.
-    """
-
-    _path: ClassVar[str] = ""
-    """The path of the config in that of a run, such as "lora."; error messages begin with it."""
+    _path: ClassVar[str] = ""  # of the config in that of a run, such as "lora."
 
     def __post_init__(self) -> None:
-        """Raise `LoraError` for the first field whose value does not have its type."""
-        for name, hint in _hints(type(self)).items():
-            given = value = getattr(self, name)
+        """Raise `LoraError` for a value of another type; a subclass with own checks calls this."""
+        kind: Any = type(self)
+        for name, hint in _hints(kind).items():
+            value = getattr(self, name)
             value = value.item() if isinstance(value, np.generic) else value
             value = tuple(value) if isinstance(value, list) else value
             if not _fits(value, hint):
-                raise LoraError(
-                    f"{self._path}{name} must be {type_name(hint)}, got {value!r}"
-                    f"{_note(value, hint)}"
-                )
-            if value is not given:
-                object.__setattr__(self, name, value)
+                size = {int: " within 64 bits", float: ", and finite"}.get(type(value), "")
+                alone = isinstance(value, str) and get_origin(hint) is tuple
+                cure = f"; one alone is written ({value!r},)" if alone else ""
+                expected = f"{self._path}{name} must be {type_name(hint)}{size}"
+                raise LoraError(f"{expected}, got {value!r}{cure}")
+            object.__setattr__(self, name, value)
 
 
 @functools.cache
@@ -63,42 +60,26 @@ def _fits(value: Any, hint: Any) -> bool:
         each = options[:1] * len(value) if options[-1] is ... else options
         return len(each) == len(value) and all(map(_fits, value, each))
     if kind in (int, float):
-        real = isinstance(value, int | kind) and not isinstance(value, bool)
-        return real and _is_usable(value)
+        limit = 2**63 if type(value) is int else math.inf
+        return type(value) in (int, kind) and abs(value) < limit
     try:
         return isinstance(value, kind)
     except TypeError:  # Any, a protocol or a type variable
         return True
 
 
-def _is_usable(number: int | float) -> bool:
-    return abs(number) < 2**63 if isinstance(number, int) else math.isfinite(number)
-
-
-def _note(value: Any, hint: Any) -> str:
-    """Return what the name of the type does not say."""
-    if isinstance(value, int | float) and not _is_usable(value):
-        return ": a number must be finite, and an int must fit into 64 bits"
-    single = isinstance(value, str) and get_origin(hint) is tuple
-    return f"; one alone is written ({value!r},)" if single else ""
-
-
 def type_name(hint: Any) -> str:
     """Return the name of a type for an error message.
-
-    Args:
-      hint: the annotation of a field.
 
     >>> type_name(float | None), type_name(tuple[str, ...]), type_name(Literal["a", "b"])
     ('float or None', 'str, several', "'a' or 'b'")
     """
     options = get_args(hint)
-    if get_origin(hint) is Annotated:
-        return type_name(options[0])
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(map(type_name, options))
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, options))
-    if get_origin(hint) is tuple:
-        return f"{type_name(options[0])}, several"
+    match get_origin(hint):
+        case origin if origin in (Union, types.UnionType):
+            return " or ".join(map(type_name, options))
+        case origin if origin is Literal:
+            return " or ".join(map(repr, options))
+        case origin if origin in (tuple, Annotated):
+            return type_name(options[0]) + ", several" * (origin is tuple)
     return "None" if hint is types.NoneType else str(getattr(hint, "__name__", hint))

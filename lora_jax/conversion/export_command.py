@@ -20,7 +20,6 @@ import dataclasses
 import math
 import pathlib
 import shutil
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ import tyro
 from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
 
 from lora_jax import models
-from lora_jax.console import Bar, Console, guarded, read_options, say
+from lora_jax.console import Bar, Console, command, say
 from lora_jax.conversion import hf_settings
 from lora_jax.conversion.merged_weights import MergedWeights
 from lora_jax.conversion.stored_base_adapter import over_stored_base
@@ -69,12 +68,6 @@ class ExportOptions:
     """Fetch the base that the run names even if lora_jax does not know its checksum."""
     allow_other_base: bool = False
     """hf: merge into a base that differs from the one the run was trained on."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    given = read_options(ExportOptions, "lora-jax export", __doc__, arguments)
-    return guarded(lambda: export(given, Console(stderr=True)))
 
 
 def export(options: ExportOptions, console: Console) -> None:
@@ -206,3 +199,8 @@ def _gguf_base(run: TrainedRun) -> GgufBase | pathlib.Path:
 # model_type -> llama.cpp's architecture, if the two differ.
 _ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
 _ARCHITECTURES |= {"qwen3_moe": "qwen3moe"}
+
+
+main = command(
+    ExportOptions, "lora-jax export", __doc__, lambda given: export(given, Console(stderr=True))
+)

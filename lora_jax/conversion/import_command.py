@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import tyro
 
 from lora_jax import run_lock
 from lora_jax.adapters import count
-from lora_jax.console import Console, guarded, read_options, say
+from lora_jax.console import Console, command, say
 from lora_jax.conversion import peft_run
 from lora_jax.errors import LoraError, listed
 
@@ -58,12 +57,6 @@ class ImportOptions:
     """The dtype of the base's parameters; the adapter stays in float32."""
     overwrite: bool = False
     """Replace the result of an earlier import."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    given = read_options(ImportOptions, "lora-jax import", __doc__, arguments)
-    return guarded(lambda: run(given, Console(stderr=True)))
 
 
 def run(options: ImportOptions, console: Console) -> None:
@@ -125,3 +118,8 @@ def _check_out(out: pathlib.Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise LoraError(f"{out} exists; choose another --out, or give --overwrite to replace it")
+
+
+main = command(
+    ImportOptions, "lora-jax import", __doc__, lambda given: run(given, Console(stderr=True))
+)

@@ -109,9 +109,6 @@ class Classifier(abc.ABC):
           LineError: the line does not have it.
         """
 
-    def check(self, example: Any) -> None:  # noqa: B027  most examples need none
-        """Raise `DataError` for an example that only its batch would find to be broken."""
-
     @abc.abstractmethod
     def prepare(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Any]:
         """Convert examples to rows of batches, whose lengths `length_of` returns."""

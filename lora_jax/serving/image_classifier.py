@@ -61,10 +61,6 @@ class ImageClassifier(Classifier):
         """See `Classifier`. An example is the path of the image, and the line for messages."""
         return line.get(task.fields[0], str), line.where
 
-    def check(self, example: Any) -> None:
-        """See `Classifier`."""
-        self._pixels(*example)
-
     def prepare(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Any]:
         """See `Classifier`. Images stay in their files until their batch is made."""
         return list(examples)

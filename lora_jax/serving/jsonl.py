@@ -36,14 +36,12 @@ class JsonLine:
     value: the object.
     where: the file and the number of the line from 1, for messages.
     size: bytes of the line, including its end.
-    number: the number of the line.
     fault: the error of a line that is not an object; its value is empty.
     """
 
     value: Mapping[str, Any]
     where: str
     size: int = 0
-    number: int = 0
     fault: LineError | None = None
 
     @property
@@ -97,11 +95,11 @@ def objects(lines: Iterable[bytes], name: str, keep_broken: bool = False) -> Ite
             continue
         where = f"{name}, line {number}"
         try:
-            yield JsonLine(_object(raw, where), where, len(raw), number)
+            yield JsonLine(_object(raw, where), where, len(raw))
         except LineError as error:
             if not keep_broken:
                 raise
-            yield JsonLine({}, where, len(raw), number, error)
+            yield JsonLine({}, where, len(raw), error)
 
 
 def _object(raw: bytes, where: str) -> Mapping[str, Any]:
@@ -131,19 +129,14 @@ class Writer:
         """
         if reading is not None and _same(path, reading):
             raise LineError(f"{path} is read and written at once; give another file as --out")
-        self._stack, self._path = contextlib.ExitStack(), path
+        self._stack, self.path = contextlib.ExitStack(), path
         self._made = path != STANDARD and not pathlib.Path(path).exists()
-        self.count = self.line = 0
+        self.count, self.last = 0, ""  # objects that are written, and the place of the last one
         self._file = self._stack.enter_context(_open(path, "ab"))
         self._old = pathlib.Path(path).is_file() and path != STANDARD
 
-    def write(self, values: Sequence[Mapping[str, Any]], line: int = 0) -> None:
-        """Append the objects, and flush them to the operating system.
-
-        Args:
-          values: the objects; `count` is the number of all.
-          line: the line of the input that the last one is from, which `line` keeps.
-        """
+    def write(self, values: Sequence[Mapping[str, Any]]) -> None:
+        """Append the objects, and flush them to the operating system."""
         self._forget()
         text = "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values)
         # JSON leaves these characters as they are, and a terminal may take them for commands, or
@@ -153,21 +146,21 @@ class Writer:
             lambda found: f"\\u{ord(found[0]):04x}",
             text,
         )
-        with writing(self._path):
+        with writing(self.path):
             self._file.write(text.encode())
             self._file.flush()
-        self.count, self.line = self.count + len(values), line
+        self.count += len(values)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with writing(self._path):
+        with writing(self.path):
             if not any(error):
                 self._forget()
             self._stack.close()
             if any(error) and self._made and not self.count:
-                pathlib.Path(self._path).unlink()
+                pathlib.Path(self.path).unlink()
 
     def _forget(self) -> None:
         """Delete the old contents, once."""

@@ -14,8 +14,8 @@ written again, in the same order, with its own fields and
     prediction       the predicted class, or the predicted number
     probabilities    the probability of every class
 
-A line that cannot be classified ends the command; with --skip-broken it is written with the reason
-as its "error", so that there is still one line for each, and the first ones are named.
+A line that cannot be classified ends the command. With --skip-broken it is written again with the
+reason as its "error", so that there is still one line for each.
 
 Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
 by Ctrl-C. Lines written before an error or a stop are complete.
@@ -36,7 +36,7 @@ import tyro
 from numpy.typing import NDArray
 
 from lora_jax import models
-from lora_jax.console import Console, FileBar, guarded, read_options, say
+from lora_jax.console import Console, FileBar, command, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
 from lora_jax.serving.classifier import Classifier, ClassifierTask
@@ -73,19 +73,6 @@ class PredictOptions:
     """Lines that are read ahead and sorted by length. A prediction may wait for this many lines."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `lora-jax predict`.
-
-    Args:
-      arguments: the command line without the program's name. None: sys.argv.
-
-    Returns:
-      The exit status.
-    """
-    given = read_options(PredictOptions, "lora-jax predict", __doc__, arguments, adding=True)
-    return guarded(lambda: run(given, Console(stderr=True)))
-
-
 def run(options: PredictOptions, console: Console) -> None:
     """Read examples, classify them and write the predictions; print messages to `console`.
 
@@ -96,55 +83,68 @@ def run(options: PredictOptions, console: Console) -> None:
     Raises:
       LoraError, OSError, ...: an error of the user.
     """
-    source = _check(options)
-    with jsonl.Writer(options.out, reading=source) as writer:  # its errors should come at once
-        _run(options, source, writer, console)
-
-
-def _run(
-    options: PredictOptions, source: str | None, writer: jsonl.Writer, console: Console
-) -> None:
+    source, faults = _check(options), list[str]()
     read = jsonl.read(source, keep_broken=options.skip_broken) if source else iter(())
-    with _resumable(options, writer):
-        window = list(islice(read, options.window))  # before the model, as well
-    served = open_adapters(
-        options.adapter,
-        (models.BertConfig, models.VitConfig),
-        base=options.base,
-        trust_base=options.trust_base,
-        allow_other_base=options.allow_other_base,
-    )
-    classifier = _classifier(served, options.batch_size)
-    say(console, _opening(served, classifier.tasks))
-    window = window if source else _typed(options, served, classifier)
-    began, broken = time.monotonic(), list[str]() if options.skip_broken else None
-    with FileBar(console, source, classifier.unit) as bar, _resumable(options, writer):
-        while window:
-            answers = predict(served, classifier, window, bar.advance, broken)
-            for line, answer in zip(window, answers, strict=True):
-                writer.write([answer], line.number)
-            window = list(islice(read, options.window))
-    count, without = writer.count, len(broken or ())
-    if broken:
-        said = f"{without:,} of {count:,} lines cannot be classified"
-        say(console, f'{said}; they have an "error" in {options.out}:\n{listed(broken)}')
-    if count == without:
-        raise LoraError(f"{source} has no line that can be classified ({count:,} lines)")
-    say(console, _closing(classifier, count - without, time.monotonic() - began))
+    with jsonl.Writer(options.out, reading=source) as writer:
+        with _advice(source, writer):
+            window = list(islice(read, options.window))  # before the model: its errors come at once
+        served = open_adapters(
+            options.adapter,
+            (models.BertConfig, models.VitConfig),
+            base=options.base,
+            trust_base=options.trust_base,
+            allow_other_base=options.allow_other_base,
+        )
+        classifier = _classifier(served, options.batch_size)
+        say(console, _opening(served, classifier.tasks))
+        window, began = window if source else _typed(options, served, classifier), time.monotonic()
+        with FileBar(console, source, classifier.unit) as bar, _advice(source, writer):
+            while window:
+                broken = _broken(window, served, classifier) if options.skip_broken else {}
+                faults += broken.values()
+                good = [line for line in window if line.where not in broken]
+                answers = predict(served, classifier, good, bar.advance) if good else iter(())
+                for line in window:
+                    error = broken.get(line.where)
+                    writer.write([{**line.value, "error": error} if error else next(answers)])
+                    writer.last = line.where
+                window = list(islice(read, options.window))
+    if faults:
+        said = f"{len(faults):,} of {writer.count:,} lines are broken"
+        say(console, f'{said}, with an "error" in {options.out}:\n{listed(faults)}')
+    if writer.count == len(faults):
+        raise LoraError(f"{source} has no line that can be classified")
+    say(console, _closing(classifier, writer.count - len(faults), time.monotonic() - began))
 
 
 @contextlib.contextmanager
-def _resumable(options: PredictOptions, writer: jsonl.Writer) -> Iterator[None]:
-    """Add to an error of the block what is written, and how to classify the rest."""
+def _advice(source: str | None, writer: jsonl.Writer) -> Iterator[None]:
+    """Add to an error in a line of the block what is written, and how to go on."""
     try:
         yield
     except LoraError as error:
-        done = f"{writer.count:,} rows are" if writer.count else "Nothing was"
-        rest = f"the rest, from line {writer.line + 1} on (`tail -n +{writer.line + 1}`),"
+        if source is None:
+            raise
+        done = f"{writer.count:,} rows, up to {writer.last}, are" if writer.count else "Nothing is"
         raise LoraError(
-            f"{error}\n{done} written to {options.out}. Classify {rest} into another --out, or "
-            "start again with --skip-broken, which goes on after such a line"
+            f"{error}\n{done} written to {writer.path}. Mend it and go on after these rows, into "
+            "another --out; or start again with --skip-broken, which goes on after a broken line"
         ) from error
+
+
+def _broken(window: Sequence[JsonLine], served: Served, classifier: Classifier) -> dict[str, str]:
+    """Return place -> error of the lines that cannot be classified."""
+    found = {}
+    for line in window:
+        try:
+            if line.fault is not None:
+                raise line.fault
+            example = classifier.example_of(line, classifier.tasks[_adapter_of(line, served)])
+            if classifier.unit == "images":  # which are opened only then
+                classifier.arrays([example])
+        except LoraError as error:
+            found[line.where] = str(error)
+    return found
 
 
 def predict(
@@ -152,7 +152,6 @@ def predict(
     classifier: Classifier,
     window: Sequence[JsonLine],
     done: Callable[[int], None] = lambda size: None,
-    broken: list[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Classify lines, and yield each with its answer, in the order of the lines.
 
@@ -161,8 +160,6 @@ def predict(
       classifier: runs them.
       window: the lines; they are sorted by length and put into batches.
       done: called with the size of each line when its scores are there, in any order.
-      broken: receives the errors of lines that cannot be classified; they are yielded with the
-        field "error". None: the first one is raised.
 
     Yields:
       The fields of a line and its answer.
@@ -172,59 +169,25 @@ def predict(
         not finite.
       DataError: an image cannot be read.
     """
-    faults: dict[int, LoraError] = {}
-    good: list[tuple[JsonLine, int, Any]] = []
-    for place, line in enumerate(window):
-        try:
-            good.append((line, *_example(line, served, classifier, check=broken is not None)))
-        except LoraError as error:
-            if broken is None:
-                raise
-            faults[place] = error
+    ids = [_adapter_of(line, served) for line in window]
+    examples = [
+        classifier.example_of(line, classifier.tasks[i])
+        for line, i in zip(window, ids, strict=True)
+    ]
 
     def found() -> Iterator[tuple[int, NDArray[np.float32]]]:
-        if good:
-            lines, ids, examples = zip(*good, strict=True)
-            for number, scores in classifier.scores(ids, examples):
-                done(lines[number].size)
-                yield number, scores
+        for number, scores in classifier.scores(ids, examples):
+            done(window[number].size)
+            yield number, scores
 
-    answers = zip(good, jsonl.in_order(found()), strict=True)
-    for place, line in enumerate(window):
-        try:
-            if place in faults:
-                raise faults[place]
-            (_, i, _), scores = next(answers)
-            yield {**line.value, **_answer(line, served.names[i], classifier.tasks[i], scores)}
-        except LoraError as error:
-            if broken is None:
-                raise
-            broken.append(str(error))
-            yield {**line.value, "error": str(error)}
-
-
-def _example(
-    line: JsonLine, served: Served, classifier: Classifier, check: bool
-) -> tuple[int, Any]:
-    """Return the id of the adapter of a line, and its text or image, which may be checked."""
-    if line.fault is not None:
-        raise line.fault
-    i = _adapter_of(line, served)
-    example = classifier.example_of(line, classifier.tasks[i])
-    if check:
-        classifier.check(example)
-    return i, example
-
-
-def _answer(
-    line: JsonLine, name: str, task: ClassifierTask, scores: NDArray[np.float32]
-) -> dict[str, Any]:
-    if not np.isfinite(scores).all():
-        raise LineError(
-            f"{line.where}: adapter {name!r} gives scores that are not finite: "
-            f"{scores[:5].tolist()}"
-        )
-    return {"adapter": name, **answer_of(task, scores)}
+    for line, i, scores in zip(window, ids, jsonl.in_order(found()), strict=True):
+        name = served.names[i]
+        if not np.isfinite(scores).all():
+            raise LineError(
+                f"{line.where}: adapter {name!r} gives scores that are not finite: "
+                f"{scores[:5].tolist()}"
+            )
+        yield {**line.value, "adapter": name, **answer_of(classifier.tasks[i], scores)}
 
 
 def answer_of(task: ClassifierTask, scores: NDArray[np.float32]) -> dict[str, Any]:
@@ -318,3 +281,12 @@ def _closing(classifier: Classifier, count: int, seconds: float) -> str:
         rate = count / max(seconds - compiling, 1e-9)
         said.append(f"{rate:,.0f} {classifier.unit}/s when compiled")
     return "\n".join([*said, *more])
+
+
+main = command(
+    PredictOptions,
+    "lora-jax predict",
+    __doc__,
+    lambda given: run(given, Console(stderr=True)),
+    adding=True,
+)

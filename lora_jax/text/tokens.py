@@ -41,9 +41,8 @@ class TextTruncation:
 
     def see(self, texts: Sequence[TextOrPair]) -> None:
         """Count the texts that are empty, or hold NUL."""
-        whole = ["".join(text) for text in texts]
-        self.empty += sum(not text.strip() for text in whole)
-        self.nul += sum("\0" in text for text in whole)
+        self.empty += sum(not "".join(text).strip() for text in texts)
+        self.nul += sum("\0" in "".join(text) for text in texts)
 
     def remarks(self, count: int) -> list[str]:
         """Return what a reader of the results should know about `count` texts."""

@@ -8,12 +8,10 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Any
 
 from lora_jax.errors import LoraError, nearest, told
 from lora_jax.extras import MissingExtraError
 from lora_jax.models.errors import ModelError
-from lora_jax.settings import Settings
 from lora_jax.training.config import Config, ConfigError
 from lora_jax.training.workload import Workload
 
@@ -31,32 +29,20 @@ def blaming(file: str | None) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == file]
-        lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == file else []
-        place = f"{file}, line {lines[-1]}" if lines else f"{file}"
-        raise ConfigError(f"{place}: {_fault(error)}") from error
-
-
-def _fault(error: BaseException) -> str:
-    """Return what is wrong in a config file, with what is near."""
-    known = {kind.__name__: kind for kind in _subclasses(Settings)}
-    unknown = re.match(r"(?:.*\.)?(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(error))
-    if isinstance(error, TypeError) and unknown and unknown[1] in known:
-        fields = [field.name for field in dataclasses.fields(known[unknown[1]])]
-        near = ", ".join(nearest(unknown[2], fields))
-        return f"{unknown[1]} has no field {unknown[2]!r}; nearest: {near}"
-    if isinstance(error, ImportError) and not isinstance(error, MissingExtraError):
-        package = (error.name or "it").partition(".")[0]
-        return f"{error}. Is the name right, and is it installed (`pip install {package}`)?"
-    ours = isinstance(error, LoraError | ModelError | MissingExtraError | OSError)
-    return told(error) if ours else f"{type(error).__name__}: {error}"
-
-
-def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:
-    for below in kind.__subclasses__():
-        yield below
-        yield from _subclasses(below)
+        line, names = getattr(error, "lineno", None), dict[str, object]()
+        for frame, number in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_filename == file:
+                line, names = number, frame.f_globals
+        said = f"{type(error).__name__}: {error}"
+        unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(error))
+        if unknown and dataclasses.is_dataclass(kind := names.get(unknown[1])):
+            fields = nearest(unknown[2], [field.name for field in dataclasses.fields(kind)])
+            said = f"{unknown[1]} has no field {unknown[2]!r}; nearest: {', '.join(fields)}"
+        elif isinstance(error, LoraError | ModelError | MissingExtraError | OSError):
+            said = told(error)
+        elif isinstance(error, ImportError):
+            said += ". Is the name right, and its package installed (`pip install ...`)?"
+        raise ConfigError(f"{file}{'' if line is None else f', line {line}'}: {said}") from error
 
 
 def workload_of(config: Config) -> Workload:
@@ -75,8 +61,5 @@ def workload_of(config: Config) -> Workload:
     with blaming(file):
         made = make(config)
     if not isinstance(made, Workload):
-        raise ConfigError(
-            f"{file}: workload must be a function that returns a "
-            f"lora_jax.training.workload.Workload; it returned {made!r}"
-        )
+        raise ConfigError(f"{file}: the function workload must return a Workload, not {made!r}")
     return made

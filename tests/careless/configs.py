@@ -37,7 +37,7 @@ CONFIGS = [
     Case("config_not_text", FILE, ("c.py", "null bytes"), {"c.py": b"\x00\x01"}),
     Case("config_latin1", FILE, ("c.py, line 1", "utf-8"), {"c.py": b"x = 'caf\xe9'\n"}),
     Case("config_folder", "train --config {here}", ("no config file",)),
-    Case("config_empty", "train --config", ("--config", "empty"), extra=("",)),
+    Case("config_empty", "train --config", ("--config is empty",), status=2, extra=("",)),
     Case("config_json", "train --config {here}/c.json", ("not a Python file",), {"c.json": "{}"}),
     field("unknown_field", "stepz=3", "stepz", "nearest: steps"),
     field("positional", "3, steps=3", "positional"),

@@ -28,8 +28,8 @@ _SECONDS = 60  # time limit for an answer
 _PIP = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary=:all:"]
 
 
-# The installers' own variables that say where an index is and how it is reached. All others are
-# dropped: they could add other packages, build a source distribution, or choose another folder.
+# The installers' variables that say where an index is and how it is reached. They get no others,
+# which could add packages, build a source distribution, or choose another folder.
 _KEPT = re.compile(
     "(PIP|UV)_.*(INDEX|FIND_LINKS|HOST|CERT|PROXY|CONFIG_FILE|CACHE|TIMEOUT|RETRIES|KEYRING|TLS|OFFLINE).*"
 )
@@ -59,24 +59,17 @@ def download(requirement: str, folder: Path) -> None:
             _by_uv(requirement, folder, empty)
 
 
-def _environment() -> dict[str, str]:
-    """Return the variables for an installer."""
-    theirs = {name for name in os.environ if name.startswith(("PIP_", "UV_"))}
-    return {n: v for n, v in os.environ.items() if n not in theirs or _KEPT.fullmatch(n)}
+def _started(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    own = {n: v for n, v in os.environ.items() if n[:4] != "PIP_" and n[:3] != "UV_"}
+    own |= {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+    return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, check=False)
 
 
 def _source(requirement: str, sha256: str, folder: Path) -> Path:
     name, _, version = requirement.partition("==")
     spelt = re.sub(r"[-_.]+", "[-_.]", name)  # an index may write a-b as a_b
     # With -vv pip prints the address of each file that it may not use.
-    said = subprocess.run(
-        [*_PIP, "-vv", "--dest", str(folder), "--", requirement],
-        cwd=folder,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
+    said = _started([*_PIP, "-vv", "--dest", str(folder), "--", requirement], folder).stdout
     address = re.search(rf"(https?|file)://\S+/{spelt}-{re.escape(version)}\.tar\.gz", said)
     if address is None:
         lines = "\n".join(f"  | {line}" for line in said.splitlines()[-_TAIL:])
@@ -126,9 +119,7 @@ def _by_uv(requirement: str, target: Path, folder: Path) -> None:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(
-        command, cwd=folder, env=_environment(), capture_output=True, text=True, check=False
-    )
+    done = _started(command, folder)
     if done.returncode:
         lines = (done.stdout + done.stderr).splitlines()[-_TAIL:]
         words = "\n".join(f"  | {line}" for line in lines)
