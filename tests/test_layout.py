@@ -28,6 +28,7 @@ ARROWS = {
     "named": set(),
     "paths": {"base", "errors"},
     "spec": {"errors"},
+    "checked": {"errors"},
     "target": {"errors", "spec"},
     "updates": {"base", "errors", "named", "target"},
     "path_groups": set(),
@@ -72,12 +73,12 @@ ARROWS = {
     "console": {"allocator", "errors", "extras", "models", "program_cache"},
     # training, and uses of its results
     "text": {"errors", "extras", "models"},
-    "data": {"errors", "extras", "json_file", "models", "text"},
+    "data": {"errors", "extras", "json_file", "models", "checked", "text"},
     "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
     | {"data", "errors", "extras", "frozen", "json_file", "labels", "layout", "merge", "models"}
-    | {"multi", "paths", "resolve", "run_lock", "sharding", "spec", "transform"},
+    | {"multi", "paths", "resolve", "run_lock", "checked", "sharding", "spec", "transform"},
     "groups": {"checkpoint", "console", "errors", "extras", "free_memory", "frozen", "json_file"}
-    | {"layout", "multi", "paths", "resolve", "spec", "training", "transform"},
+    | {"layout", "multi", "paths", "resolve", "checked", "spec", "training", "transform"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
     | {"primitives", "resolve", "training"},
     "serving": {
@@ -105,7 +106,7 @@ ARROWS = {
 # The rooms that are not part of the core.
 AROUND = ("models", "baselines", "data", "training", "groups", "planner", "serving", "conversion")
 AROUND = (*AROUND, "report", "free_memory", "allocator", "program_cache", "command_line")
-AROUND = (*AROUND, "console", "run_lock", "show", "text", "__main__")
+AROUND = (*AROUND, "console", "checked", "run_lock", "show", "text", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
 # The packages that the core needs in addition to JAX and NumPy, and the rooms that import them.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lora_jax.checked import Checked
 from lora_jax.errors import DataError
-from lora_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class ExamplesConfig(Settings):
+class ExamplesConfig(Checked):
     """The source of the examples, their labels, and the sizes of batches."""
 
     _path = "data."

@@ -8,8 +8,8 @@ from collections import Counter
 
 import tyro
 
+from lora_jax.checked import Checked
 from lora_jax.errors import nearest
-from lora_jax.settings import Settings
 from lora_jax.training.config import (
     INCIDENTAL,
     Config,
@@ -24,7 +24,7 @@ from lora_jax.training.config_json import stable_identity
 
 
 @dataclasses.dataclass(frozen=True)
-class Member(Settings):
+class Member(Checked):
     """One run of a group. Its directory is the folder `name` in the group's directory."""
 
     name: str
@@ -40,7 +40,7 @@ class Member(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupOptions(Settings):
+class GroupOptions(Checked):
     """The options of a group as a whole; the subclasses define its members."""
 
     only: tuple[str, ...] = incidental(())

