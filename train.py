@@ -27,11 +27,13 @@ import jax
 import lora_jax
 from lora_jax import allocator, command_line, planner, program_cache
 from lora_jax.console import USER_ERRORS, Console, note, out_of_memory, quiet_storage, say
+from lora_jax.errors import told
 from lora_jax.groups import loop as group
 from lora_jax.groups import results
 from lora_jax.groups.config import GroupConfig
 from lora_jax.training import (
     beginning,
+    config_file,
     directory,
     earlier_adapter,
     mesh,
@@ -87,7 +89,7 @@ def run(arguments: Sequence[str], program: str) -> int:
     except processes.ElsewhereError:
         return 1
     except USER_ERRORS as error:
-        say(Console(stderr=True, style="red"), f"error: {processes.name()}{error}")
+        say(Console(stderr=True, style="red"), f"error: {processes.name()}{told(error)}")
         return 1
     except processes.Preempted as stopped:
         console = Console(quiet=not processes.first())  # a group has its own
@@ -111,7 +113,7 @@ def train(
     began = time.monotonic()
 
     # ---- the model and the data, and their placement
-    workload = config.workload(config)
+    workload = config_file.workload_of(config)
     data = workload.train(mesh.shard_of(grid))
     position = data.get_state()
     example = next(data)

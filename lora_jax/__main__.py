@@ -73,51 +73,31 @@ def _train_script() -> Any:
     return module
 
 
-def _show(arguments: Sequence[str]) -> int:
-    from lora_jax.show import command
+def _command(name: str) -> Command:
+    """Return a command, which imports its room, and so asks for its extra, when it is run."""
 
-    return command.main(arguments)
+    def run(arguments: Sequence[str]) -> int:
+        command: Any
+        match name:
+            case "show":
+                from lora_jax.show import command
+            case "predict":
+                from lora_jax.serving import predict as command
+            case "generate":
+                from lora_jax.serving import generate as command
+            case "export":
+                from lora_jax.conversion import export_command as command
+            case "import":
+                from lora_jax.conversion import import_command as command
+            case _:
+                from lora_jax.report import command
+        return int(command.main(arguments))
 
-
-def _predict(arguments: Sequence[str]) -> int:
-    from lora_jax.serving import predict
-
-    return predict.main(arguments)
-
-
-def _generate(arguments: Sequence[str]) -> int:
-    from lora_jax.serving import generate
-
-    return generate.main(arguments)
-
-
-def _export(arguments: Sequence[str]) -> int:
-    from lora_jax.conversion import export_command
-
-    return export_command.main(arguments)
-
-
-def _report(arguments: Sequence[str]) -> int:
-    from lora_jax.report import command
-
-    return command.main(arguments)
+    return run
 
 
-def _import(arguments: Sequence[str]) -> int:
-    from lora_jax.conversion import import_command
-
-    return import_command.main(arguments)
-
-
-COMMANDS: dict[str, Command] = {
-    "train": _train,
-    "show": _show,
-    "predict": _predict,
-    "generate": _generate,
-    "export": _export,
-    "report": _report,
-    "import": _import,
-}
+COMMANDS: dict[str, Command] = {"train": _train}
+COMMANDS |= {n: _command(n) for n in ("show", "predict", "generate", "export", "report", "import")}
 
 if __name__ == "__main__":
     sys.exit(main())

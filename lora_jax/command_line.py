@@ -24,11 +24,12 @@ require("train", __name__)
 import tyro
 
 from lora_jax import planner
-from lora_jax.console import read_options
+from lora_jax.console import read_options, refuse_empty
 from lora_jax.errors import listed, nearest
 from lora_jax.groups.config import GroupConfig, GroupOptions
 from lora_jax.groups.sweep import SweepConfig
 from lora_jax.training.config import Config, ConfigError, check_lora_counts, check_start
+from lora_jax.training.config_file import blaming
 
 Runnable = Config | GroupOptions
 
@@ -54,6 +55,7 @@ def parse(
       SystemExit: after `--help`, or after a message about a field that is unknown or has a wrong
         type or value.
     """
+    refuse_empty(arguments)  # before its config is run
     reference = _reference(arguments, default)
     name, config = load(reference, root)
     members = config.members if isinstance(config, GroupConfig) else ()
@@ -147,8 +149,9 @@ def load(reference: str, root: pathlib.Path) -> tuple[str, Runnable]:
     config = getattr(module, attribute or "config", None)
     if not isinstance(config, Runnable):
         there = [name for name, value in vars(module).items() if isinstance(value, Runnable)]
+        what = "" if config is None else f" (it is of the type {type(config).__name__})"
         raise ConfigError(
-            f"{text} has no config named {attribute or 'config'!r}: a config file holds "
+            f"{text} has no config named {attribute or 'config'!r}{what}: a config file holds "
             "`config = Config(...)` (lora_jax.training.config), "
             + (f"and this one holds\n{listed(there, 20)}" if there else "and this one holds none")
         )
@@ -177,5 +180,6 @@ def _run(path: pathlib.Path) -> ModuleType:
         raise ConfigError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with blaming(str(path)):
+        spec.loader.exec_module(module)
     return module

@@ -9,16 +9,17 @@ import logging
 import os
 import pathlib
 import sys
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 from lora_jax.extras import MissingExtraError, require
 
 require("train", __name__)
 
+import rich.console
 import tyro
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,10 +29,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
 from lora_jax import allocator, program_cache
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, told
 from lora_jax.models.errors import ModelError
 
 T = TypeVar("T")
@@ -41,15 +43,24 @@ USER_ERRORS = (LoraError, ModelError, MissingExtraError, OSError)
 _LESS = "Lower --batch-size, if the command has it, or use a machine with more memory."
 
 
-def say(console: Console, text: str) -> None:
-    """Print plain text without markup, coloured numbers or wrapped lines.
+class Console(rich.console.Console):
+    """The screen, which gets only `printable` text: it may come from strangers."""
 
-    The text may name files, tensors and classes from strangers, so it is made `printable`.
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """Yield what rich yields."""
+        for segment in super().render(renderable, options):
+            shown = segment.text if segment.control else printable(segment.text)
+            yield Segment(shown, segment.style, segment.control)
+
+
+def say(console: rich.console.Console, text: str) -> None:
+    """Print plain text without markup, coloured numbers or wrapped lines.
 
     Args:
       console: the console to print to.
       text: the text.
     """
+    # Before rich, which drops some control characters and does not show them.
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -59,16 +70,20 @@ def note(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    r"""Replace control characters, with which a text could command a terminal, and half characters.
+    r"""Write out the characters that could command a terminal or change the order of a line.
 
-    >>> printable("a\tb\n\x1b[2Jc\ud800")
-    'a\tb\n\ufffd[2Jc\ufffd'
+    These are control characters, marks of direction and others without a shape, and half
+    characters. Letters of all scripts stay, and the two joiners that some scripts need.
+
+    >>> printable("a\tb\n\x1b[2Jc\ud800, \u202ed")
+    'a\tb\n\\x1b[2Jc\\ud800, \\u202ed'
     """
 
     def shown(c: str) -> bool:
-        return c.isprintable() or c in "\n\t" or (ord(c) > 159 and not "\ud800" <= c <= "\udfff")
+        hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        return not hidden or c in "\n\t\u200c\u200d"
 
-    return "".join(c if shown(c) else "\ufffd" for c in text)
+    return "".join(c if shown(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def out_of_memory(error: BaseException, cure: str) -> str | None:
@@ -139,6 +154,7 @@ def read_options(
         wrong value.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    refuse_empty(given)
     found = tyro.cli(
         kind,
         prog=program,
@@ -153,6 +169,49 @@ def read_options(
             times = f"{name} is given {names.count(name)} times"
             note(f"note: {times}; the last one counts")
     return found
+
+
+# Options that may be empty. An empty path would be the working directory, or a default.
+_TEXTS = [
+    "--text",
+    "--prompt",
+    "--stop",
+    "--labels",
+    "--data.prompt",
+    "--data.answer",
+    "--data.eos",
+]
+
+
+def refuse_empty(given: Sequence[str]) -> None:
+    """End the process, with the status 2, if an argument is empty as an unset variable leaves it.
+
+    Args:
+      given: the command line.
+    """
+    for before, word in zip(["the first argument", *given], given, strict=False):
+        option, equals, value = word.partition("=") if word[:2] == "--" else (before, "=", word)
+        if equals and not value.strip() and option.replace("_", "-") not in _TEXTS:
+            said = f"error: {option} is empty; is a variable of the shell not set?"
+            say(Console(stderr=True, style="red"), said)
+            raise SystemExit(2)
+
+
+def command(
+    kind: type[T], program: str, about: str | None, run: Callable[[T], None], adding: bool = False
+) -> Callable[[Sequence[str] | None], int]:
+    """Return the `main` of a command: it takes its arguments and returns the exit status.
+
+    Args:
+      kind, program, about, adding: as for `read_options`.
+      run: the command, which gets its options.
+    """
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        given = read_options(kind, program, about, arguments, adding=adding)
+        return guarded(lambda: run(given))
+
+    return main
 
 
 def guarded(run: Callable[[], None]) -> int:
@@ -174,13 +233,11 @@ def guarded(run: Callable[[], None]) -> int:
     except BrokenPipeError:
         # Without this, the flush at Python's exit would raise the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except USER_ERRORS as error:
-        say(Console(stderr=True, style="red"), f"error: {error}")
-        return 1
     except Exception as error:
-        if (lack := out_of_memory(error, _LESS)) is None:
+        said = told(error) if isinstance(error, USER_ERRORS) else out_of_memory(error, _LESS)
+        if said is None:
             raise
-        say(Console(stderr=True, style="red"), f"error: {lack}")
+        say(Console(stderr=True, style="red"), f"error: {said}")
         return 1
     except KeyboardInterrupt:
         note("Stopped. Everything written before is complete.")

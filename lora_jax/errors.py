@@ -38,9 +38,9 @@ def writing(path: object) -> Iterator[None]:
     except BrokenPipeError:  # the reader has closed the pipe, which is not a failure
         raise
     except OSError as error:
-        raise LoraError(
-            f"{path} cannot be written: {error.strerror or error}. {cure(error)}"
-        ) from error
+        part = f": {error.filename}" if str(error.filename or path) != str(path) else ""
+        said = f"{error.strerror or error}{part}"
+        raise LoraError(f"{path} cannot be written: {said}. {cure(error)}") from error
 
 
 @contextlib.contextmanager
@@ -58,15 +58,27 @@ def naming(file: object) -> Iterator[None]:
 
 _WRITABLE = "Make the folder writable, or name another one"
 _AWAY = "The disk or the network file system went away: see that it is back"
+_UNABLE = "That file system cannot do this: name a folder on another one"
+_TAKEN = "Something else has that name: give another one"
 _CURES = {
     errno.ENOSPC: "Make room on that disk",
     errno.EDQUOT: "Your quota of that disk is used up (`quota -s`): delete files of yours",
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _WRITABLE),
     **dict.fromkeys((errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN), _AWAY),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (`ulimit -n`)"),
-    errno.EBUSY: "Another process has it open: end that one",
+    **dict.fromkeys((errno.EBUSY, errno.ETXTBSY), "Another process has it open: end that one"),
     errno.EFBIG: "Allow larger files (`ulimit -f`)",
     errno.ENOLCK: "That file system has no locks: name a folder on another one",
+    errno.ENOENT: "See that its spelling is right; for a file to write, make the folder first",
+    errno.ENOTDIR: "See the path again: a part of the path is a file, not a folder",
+    errno.EISDIR: "That is a folder: name a file",
+    errno.ENAMETOOLONG: "Give it a shorter name",
+    errno.ELOOP: "The symbolic links on that path lead in a circle: name another one",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), _TAKEN),
+    errno.ENOMEM: "There is not enough memory: end other programs",
+    **dict.fromkeys((errno.ENXIO, errno.ENODEV), "That is a pipe or a device: name a file"),
+    **dict.fromkeys((errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP), _UNABLE),
+    errno.EINVAL: "Give another path: the file system refuses this one, or its name",
 }
 
 
@@ -91,8 +103,19 @@ def cure(error: BaseException) -> str:
     Args:
       error: as for `errno_of`; of an unknown one the sentence is a general one.
     """
-    known = _CURES.get(errno_of(error) or 0, "Make room, or make the folder writable")
+    known = _CURES.get(errno_of(error) or 0, "Mend what the system names, or give another path")
     return f"{known}, and start the same command again"
+
+
+def told(error: BaseException) -> str:
+    """Return the text of an error for a user; one of the system gets its cure.
+
+    Args:
+      error: the error.
+    """
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    return f"{error.filename or 'the system says'}: {error.strerror}. {cure(error)}"
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:

@@ -16,6 +16,7 @@ def hold(path: pathlib.Path, busy: LoraError) -> Iterator[None]:
     """Make the directory and lock it until the block ends.
 
     The operating system holds the lock and releases it when the process ends, even if it is killed.
+    Folders that are made here, and stay without a file, are deleted again.
 
     Args:
       path: the run directory.
@@ -26,6 +27,7 @@ def hold(path: pathlib.Path, busy: LoraError) -> Iterator[None]:
     """
     lock = filelock.FileLock(path / "lock")
     with writing(path):
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -34,4 +36,9 @@ def hold(path: pathlib.Path, busy: LoraError) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            if made and [entry.name for entry in path.iterdir()] == ["lock"]:
+                (path / "lock").unlink()
+                for folder in made:
+                    folder.rmdir()
         lock.release()

@@ -31,6 +31,7 @@ ARROWS = {
     "named": set(),
     "paths": {"base", "errors"},
     "spec": {"errors"},
+    "checked": {"errors"},
     "target": {"errors", "spec"},
     "updates": {"base", "errors", "named", "target"},
     "path_groups": set(),
@@ -76,13 +77,42 @@ ARROWS = {
     "console": {"allocator", "errors", "extras", "models", "program_cache"},
     # training, and uses of its results
     "text": {"errors", "extras", "models"},
-    "data": {"errors", "extras", "json_file", "models", "regular_files", "text", "user_cache"},
+    "data": {
+        "errors",
+        "extras",
+        "json_file",
+        "models",
+        "checked",
+        "regular_files",
+        "text",
+        "user_cache",
+    },
     "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
     | {"data", "errors", "extras", "frozen", "json_file", "labels", "layout", "merge", "models"}
-    | {"multi", "paths", "regular_files", "resolve", "run_lock", "sharding", "spec", "transform"}
+    | {
+        "multi",
+        "paths",
+        "regular_files",
+        "resolve",
+        "run_lock",
+        "checked",
+        "sharding",
+        "spec",
+        "transform",
+    }
     | {"whole_files"},
     "groups": {"checkpoint", "console", "errors", "extras", "free_memory", "frozen", "json_file"}
-    | {"layout", "multi", "paths", "regular_files", "resolve", "spec", "training", "transform"}
+    | {
+        "layout",
+        "multi",
+        "paths",
+        "regular_files",
+        "resolve",
+        "checked",
+        "spec",
+        "training",
+        "transform",
+    }
     | {"whole_files"},
     "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
     | {"primitives", "resolve", "training", "whole_files"},
@@ -97,7 +127,7 @@ ARROWS = {
         "errors",
     }
     | {"extras", "json_file", "layout", "models", "multi", "paths", "text", "transform"}
-    | {"updates"},
+    | {"regular_files", "updates"},
     "conversion": {"adapters", "base", "bases", "beginnings", "checkpoint", "console", "errors"}
     | {"exchange", "extras", "hf_module", "layout", "merge", "models", "paths", "run_lock"}
     | {"regular_files", "serving", "target", "updates", "whole_files"},
@@ -111,7 +141,7 @@ ARROWS = {
 # The rooms that are not part of the core.
 AROUND = ("models", "baselines", "data", "training", "groups", "planner", "serving", "conversion")
 AROUND = (*AROUND, "report", "free_memory", "allocator", "program_cache", "command_line")
-AROUND = (*AROUND, "console", "run_lock", "show", "text", "__main__")
+AROUND = (*AROUND, "console", "checked", "run_lock", "show", "text", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
 # The packages that the core needs in addition to JAX and NumPy, and the rooms that import them.

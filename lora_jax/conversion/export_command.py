@@ -17,9 +17,9 @@ command is killed; the next export to the same folder deletes what a kill left (
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import shutil
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ import tyro
 from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
 
 from lora_jax import models
-from lora_jax.console import Bar, Console, guarded, read_options, say
+from lora_jax.console import Bar, Console, command, say
 from lora_jax.conversion import hf_settings
 from lora_jax.conversion.merged_weights import MergedWeights
 from lora_jax.conversion.stored_base_adapter import over_stored_base
@@ -72,12 +72,6 @@ class ExportOptions:
     """hf: merge into a base that differs from the one the run was trained on."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    given = read_options(ExportOptions, "lora-jax export", __doc__, arguments)
-    return guarded(lambda: export(given, Console(stderr=True)))
-
-
 def export(options: ExportOptions, console: Console) -> None:
     """Write the export that the options describe, and report it on `console`.
 
@@ -85,6 +79,8 @@ def export(options: ExportOptions, console: Console) -> None:
       LoraError, models.ModelError, OSError: a user's error; nothing is left in the folder.
     """
     out = pathlib.Path(options.out)
+    if not 0 < options.shard_gb < math.inf:
+        raise LoraError(f"--shard-gb must be above 0 and finite, got {options.shard_gb}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoraError(f"{out} is there and not an empty folder; choose another --out")
     run = open_run(options.run, options.base, options.trust_base)
@@ -208,3 +204,8 @@ def _gguf_base(run: TrainedRun) -> GgufBase | pathlib.Path:
 # model_type -> llama.cpp's architecture, if the two differ.
 _ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
 _ARCHITECTURES |= {"qwen3_moe": "qwen3moe"}
+
+
+main = command(
+    ExportOptions, "lora-jax export", __doc__, lambda given: export(given, Console(stderr=True))
+)

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from lora_jax import run_lock
 from lora_jax.adapters import count
-from lora_jax.console import guarded, read_options, say
+from lora_jax.console import Console, command, say
 from lora_jax.conversion import peft_run
 from lora_jax.errors import LoraError, listed
 from lora_jax.whole_files import check_links
@@ -62,12 +60,6 @@ class ImportOptions:
     """Replace the result of an earlier import."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    given = read_options(ImportOptions, "lora-jax import", __doc__, arguments)
-    return guarded(lambda: run(given, Console(stderr=True)))
-
-
 def run(options: ImportOptions, console: Console) -> None:
     """Read, check and write. Findings go to `console`, the run's path to stdout.
 
@@ -75,6 +67,8 @@ def run(options: ImportOptions, console: Console) -> None:
       LoraError, models.ModelError, OSError: a user's error; no adapter is written then.
     """
     out = pathlib.Path(options.out).expanduser()
+    if min(options.lengths, default=1) < 1:
+        raise LoraError(f"--lengths must be at least 1, got {options.lengths}")
     _check_out(out, options.overwrite)  # before the base is opened, which takes long
     model = {name: getattr(options, name) for name in ("scan_layers", "dtype", "param_dtype")}
     with console.status("opening the base ..."):
@@ -126,3 +120,8 @@ def _check_out(out: pathlib.Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise LoraError(f"{out} exists; choose another --out, or give --overwrite to replace it")
+
+
+main = command(
+    ImportOptions, "lora-jax import", __doc__, lambda given: run(given, Console(stderr=True))
+)

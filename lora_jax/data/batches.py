@@ -62,7 +62,7 @@ class TextFacts(Facts):
             text += f"; max_length cut {lost.tokens:,} tokens off {lost.examples:,} examples"
         if lost.dropped:
             text += f"; {lost.dropped:,} left out, with nothing to learn in them"
-        return text
+        return "; ".join([text, *lost.remarks(self.examples + lost.dropped)])
 
     @property
     def _numbers(self) -> str:

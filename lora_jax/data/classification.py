@@ -21,6 +21,7 @@ from lora_jax.data.labels import Labels, labels_of
 from lora_jax.data.process_slice import Shard
 from lora_jax.data.source import DataSource, read
 from lora_jax.data.status import tracked
+from lora_jax.errors import DataError
 from lora_jax.text.example import Example, field_of, place_of, text_of
 from lora_jax.text.tokens import (
     Encoder,
@@ -84,6 +85,11 @@ def classification(
     truncation = TextTruncation()
     encoder = Encoder(tokenizer, config.max_length, vocabulary)
     tokens = collect(_rows(config, examples, encoder, truncation, split))
+    if truncation.empty == len(examples):
+        raise DataError(
+            f"{source.name}, split {split!r}: all {len(examples):,} texts are empty. "
+            f"data.text_fields names their fields: {', '.join(config.text_fields)}"
+        )
     values = _values(config, examples, labels, f"{source.name}, split {split!r}")
     buckets = np.searchsorted(config.lengths, tokens.lengths)
     table = ExampleTable(

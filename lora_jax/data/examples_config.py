@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lora_jax.checked import Checked
 from lora_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
-class ExamplesConfig:
+class ExamplesConfig(Checked):
     """The source of the examples, their labels, and the sizes of batches."""
+
+    _path = "data."
 
     source: str
     """The source; see the subclasses."""
@@ -41,6 +44,7 @@ class ExamplesConfig:
     """Use only this many test examples, the first ones. None: all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require("source", bool(self.source), "the name of a source")
         for name in ("batch_size", "eval_batch_size"):
             self._require(name, getattr(self, name) > 0, "at least 1")

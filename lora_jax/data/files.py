@@ -62,8 +62,9 @@ def _paths(name: str) -> dict[str, Path]:
             raise DataError(f"{path} ({split}): expected a file that ends in .jsonl or .csv")
         if not path.is_file():
             neighbours = [p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES]
+            what = "a symbolic link to no file" if path.is_symlink() else "no such file"
             raise DataError(
-                f"{path} ({split}): no such file.\n"
+                f"{path} ({split}): {what}.\n"
                 f"  nearest: {', '.join(nearest(path.name, neighbours)) or 'none in that folder'}"
             )
     return paths

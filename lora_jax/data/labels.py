@@ -103,9 +103,12 @@ def _labels_of(config: ExamplesConfig, source: DataSource) -> Labels:
     values: set[Any] = set()
     for i, example in enumerate(source.examples(config.train_split)):
         value = field_of(example, config.label_field, "label_field", where)
-        if not isinstance(value, str | int | float):
+        if not isinstance(value, str | int | float) or not str(value).strip():
             place = place_of(example, f"{where}, example {i}")
-            raise DataError(f"{place}: label {shown(value)}, expected a text or a number")
+            raise DataError(
+                f"{place}: label {shown(value)}, expected a text or a number. Leave out examples "
+                "without a label; an empty class must be named in data.label_names"
+            )
         values.add(value)
     if all(isinstance(v, float) for v in values):
         return Labels(())
@@ -123,6 +126,14 @@ def _labels_of(config: ExamplesConfig, source: DataSource) -> Labels:
 
 def _ordered(values: set[str], where: str) -> tuple[str, ...]:
     _check_count(len(values), f"{where}: {len(values)} different labels")
+    alike: dict[str, str] = {}
+    for value in sorted(values):
+        if (other := alike.setdefault(value.strip().casefold(), value)) != value:
+            raise DataError(
+                f"{where}: the labels {shown(other)} and {shown(value)} differ only in white space "
+                "or case. Write one of them in the data; if they are two classes, name all classes "
+                "in data.label_names"
+            )
     if all(re.fullmatch("-?[0-9]+", v) for v in values):
         return tuple(sorted(values, key=int))
     return tuple(sorted(values))

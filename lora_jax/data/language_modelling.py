@@ -142,8 +142,11 @@ class Reader:
           DataError: an example lacks a field.
         """
         start = self._encoder.start
-        prompts = self._encoder.plain([self._prompt.fill(e, self.where) for e in examples])
-        answers = self._encoder.plain([self._answer.fill(e, self.where) for e in examples])
+        asked = [self._prompt.fill(e, self.where) for e in examples]
+        prompts = self._encoder.plain(asked)
+        replies = [self._answer.fill(e, self.where) for e in examples]
+        answers = self._encoder.plain(replies)
+        truncation.see(list(zip(asked, replies, strict=True)))
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = np.array([*start, *prompt, *answer, *self._end], np.int32)
             marks = np.ones(len(ids), np.uint8)

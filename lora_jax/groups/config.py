@@ -8,6 +8,7 @@ from collections import Counter
 
 import tyro
 
+from lora_jax.checked import Checked
 from lora_jax.errors import nearest
 from lora_jax.training.config import (
     INCIDENTAL,
@@ -23,7 +24,7 @@ from lora_jax.training.config_json import stable_identity
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
+class Member(Checked):
     """One run of a group. Its directory is the folder `name` in the group's directory."""
 
     name: str
@@ -32,13 +33,14 @@ class Member:
     """Whether it is left out: it takes no step, and its files are kept."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unfit = self.name.startswith(".") or any(sign in self.name for sign in "/\\")
         plain = bool(self.name) and not unfit
         require(plain, "the name of a member", self.name, "a folder's name")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupOptions:
+class GroupOptions(Checked):
     """The options of a group as a whole; the subclasses define its members."""
 
     only: tuple[str, ...] = incidental(())
@@ -61,6 +63,7 @@ class GroupOptions:
     """The processes of the run."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.memory is None or self.memory > 0, "memory", self.memory, "above 0")
         require(self.at_once is None or self.at_once > 0, "at_once", self.at_once, "at least 1")
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import types
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import tyro
@@ -113,19 +112,3 @@ def may_be_tuple(hint: Any) -> bool:
     (True, False)
     """
     return get_origin(hint) is tuple or any(get_origin(h) is tuple for h in get_args(hint))
-
-
-def type_name(hint: Any) -> str:
-    """Return the name of a type for an error message.
-
-    >>> type_name(float | None), type_name(tuple[str, ...]), type_name(Literal["a", "b"])
-    ('float or None', 'str, several', "'a' or 'b'")
-    """
-    options = get_args(hint)
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(map(type_name, options))
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, options))
-    if get_origin(hint) is tuple:
-        return f"{type_name(options[0])}, several"
-    return "None" if hint is types.NoneType else str(hint.__name__)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from lora_jax import whole_files
+from lora_jax.console import Console
 from lora_jax.errors import LoraError
 from lora_jax.groups import memory_fit
 from lora_jax.groups.config import GroupConfig, short_hash

@@ -25,6 +25,7 @@ from lora_jax.spec import LoraSpec
 from lora_jax.training import beginning, mesh, optimizer, step
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config, ConfigError, OptimizerConfig
+from lora_jax.training.config_file import workload_of
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.run import Run, Setup
 from lora_jax.training.workload import Batch, Workload
@@ -191,7 +192,7 @@ class Opener(contextlib.ExitStack):
         known = (workload_settings(config), config.seed)
         if known in self._workloads:
             return self._workloads[known]
-        workload = config.workload(config)
+        workload = workload_of(config)
         example = next(workload.train(mesh.shard_of(self._grid)))
         place = mesh.place(workload, config.mesh, self._grid, example)
         opened = workload, place, example, dict[LoraSpec, Layout]()

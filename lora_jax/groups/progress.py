@@ -7,10 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from lora_jax.console import Bar
+from lora_jax.console import Bar, Console
 from lora_jax.training.loss_curve import LossCurve
 
 _NUMBERS = "loss {task.fields[loss]}  {task.fields[speed]}  {task.fields[live]}"

@@ -13,10 +13,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from lora_jax import whole_files
+from lora_jax.console import Console
 from lora_jax.groups import member_names
 from lora_jax.groups.comparison import ComparedRun, Results, dotted, gather
 from lora_jax.groups.plots import figure_of

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from lora_jax.checked import type_name
 from lora_jax.groups import config_fields, member_names
 from lora_jax.groups.config import GroupConfig, GroupOptions, Member
 from lora_jax.training.config import Config, ConfigError, check_lora_counts, require
@@ -131,6 +132,4 @@ class SweepConfig(GroupOptions):
         try:
             return make(value, hint)
         except ValueError:
-            raise ConfigError(
-                f"{where}: {path} must be {config_fields.type_name(hint)}, got {value!r}"
-            ) from None
+            raise ConfigError(f"{where}: {path} must be {type_name(hint)}, got {value!r}") from None

@@ -15,6 +15,7 @@ from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.options import PlanOptions
 from lora_jax.training import mesh
 from lora_jax.training.config import Config, ConfigError, MeshConfig
+from lora_jax.training.config_file import workload_of
 from lora_jax.training.workload import Workload
 
 LORA, FULL = "lora", "full"  # the run itself, and the same run with every parameter trained
@@ -111,7 +112,7 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
         raise ConfigError(f"--plan-devices {options.plan_devices}: {error}") from None
     compiled = _compilable(sizes)
     there = simulated_devices.devices(max(math.prod(s.values()) for s in compiled))
-    workload = config.workload(config)
+    workload = workload_of(config)
     batch = {name: tuple(x.shape) for name, x in measure.example(workload).items()}
     for entry, shape in batch.items():  # every device must have its rows, as in a run
         if shape:
@@ -120,7 +121,7 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
     runs = {}
     full = config.full_fine_tuning()
     # Full fine-tuning needs all parameters as floats.
-    floats = full.workload(full) if any(map(is_base, _leaves(workload))) else workload
+    floats = workload_of(full) if any(map(is_base, _leaves(workload))) else workload
     for run, of, its in ((LORA, config, workload), (FULL, full, floats)):
         *smaller, largest = (_measure(of, its, s, there, device) for s in compiled)
         runs[run] = largest

@@ -27,10 +27,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from lora_jax.checkpoint import adapter_path, storage
-from lora_jax.console import guarded, read_options, say
+from lora_jax.console import Console, command, say
 from lora_jax.errors import LoraError
 from lora_jax.report import glossary, many_runs, render, run_files, single_adapter, single_run
 from lora_jax.report.document import Note, Report
@@ -56,19 +55,6 @@ class ReportOptions:
     docs: str | None = None
     """The documentation site, https://... or the folder with its files: the explanations of words
     in the report link there. None: they have no links."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `lora-jax report`.
-
-    Args:
-      arguments: the command line without the program's name. None: sys.argv.
-
-    Returns:
-      The exit status.
-    """
-    given = read_options(ReportOptions, "lora-jax report", __doc__, arguments)
-    return guarded(lambda: run(given, Console(stderr=True)))
 
 
 def run(options: ReportOptions, console: Console) -> None:
@@ -132,3 +118,8 @@ def notes(made: Report) -> list[Note]:
     """Return every note of a report: each says what is missing and how to get it."""
     blocks = (block for section in made.sections for block in section.blocks)
     return [*made.notes, *(block for block in blocks if isinstance(block, Note))]
+
+
+main = command(
+    ReportOptions, "lora-jax report", __doc__, lambda given: run(given, Console(stderr=True))
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -78,7 +79,7 @@ def read(path: pathlib.Path) -> tuple[SavedRun, ...]:
     Raises:
       LoraError: there is no run, or a file of it cannot be read.
     """
-    path = path.expanduser().resolve()
+    path = pathlib.Path(os.path.realpath(path.expanduser()))  # resolve() fails at a circle
     if not path.is_dir():
         around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(path.name, around)

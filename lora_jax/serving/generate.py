@@ -32,10 +32,9 @@ from itertools import chain, islice
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from lora_jax import models, paths
-from lora_jax.console import FileBar, OpeningBar, guarded, read_options, say
+from lora_jax.console import Console, FileBar, OpeningBar, command, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, output, prompts
 from lora_jax.serving.generation import Decoder, stream
@@ -79,19 +78,6 @@ class GenerateOptions:
     """A text of one token that ends the generated text, in addition to the usual end tokens."""
     batch_size: int = 8
     """Prompts that are continued at the same time."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `lora-jax generate`.
-
-    Args:
-      arguments: the command line without the program's name. None: sys.argv.
-
-    Returns:
-      The exit status.
-    """
-    given = read_options(GenerateOptions, "lora-jax generate", __doc__, arguments, adding=True)
-    return guarded(lambda: run(given, Console(), Console(stderr=True)))
 
 
 def run(options: GenerateOptions, console: Console, aside: Console) -> None:
@@ -231,3 +217,12 @@ def _closing(decoder: Decoder, count: int) -> str:
         seconds = sum(decoder.compiled.values())
         said.append(f"{seconds:.1f} s to compile {programs} program{'s' * (programs != 1)}")
     return ", ".join(said)
+
+
+main = command(
+    GenerateOptions,
+    "lora-jax generate",
+    __doc__,
+    lambda given: run(given, Console(), Console(stderr=True)),
+    adding=True,
+)

@@ -13,14 +13,15 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, Self, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, Self, TypeVar
 
-from lora_jax import json_file
+from lora_jax import json_file, regular_files
 from lora_jax.errors import LoraError, writing
 
 T = TypeVar("T")
 STANDARD = "-"
+_UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _EXPECTED = 'expected an object, like {"text": "..."}, one on each line'
 
 
@@ -35,11 +36,13 @@ class JsonLine:
     value: the object.
     where: the file and the number of the line from 1, for messages.
     size: bytes of the line, including its end.
+    fault: the error of a line that is not an object; its value is empty.
     """
 
     value: Mapping[str, Any]
     where: str
     size: int = 0
+    fault: LineError | None = None
 
     @property
     def fields(self) -> str:
@@ -70,26 +73,33 @@ class JsonLine:
         return found
 
 
-def read(path: str) -> Iterator[JsonLine]:
+def read(path: str, *, keep_broken: bool = False) -> Iterator[JsonLine]:
     """Read the objects of a file, one at a time; empty lines are skipped.
 
     Args:
       path: the file, or "-" for stdin.
+      keep_broken: yield a line that is not an object, with its fault, instead of raising it.
 
     Raises:
       LineError: a line is not a JSON object in UTF-8.
       OSError: the file cannot be read.
     """
-    with _open(path, "rb") as file:
-        yield from objects(file, "stdin" if path == STANDARD else path)
+    with opened(path, "rb") as file:
+        yield from objects(file, "stdin" if path == STANDARD else path, keep_broken)
 
 
-def objects(lines: Iterable[bytes], name: str) -> Iterator[JsonLine]:
-    """Read objects as `read` does, from the lines of an open file."""
-    for number, raw in enumerate(lines, 1):
-        if raw.strip():
-            where = f"{name}, line {number}"
+def objects(file: BinaryIO, name: str, keep_broken: bool = False) -> Iterator[JsonLine]:
+    """Read objects as `read` does, from an open file."""
+    for number, raw in regular_files.lines(file, name, LineError):
+        if not raw.strip():
+            continue
+        where = f"{name}, line {number}"
+        try:
             yield JsonLine(_object(raw, where), where, len(raw))
+        except LineError as error:
+            if not keep_broken:
+                raise
+            yield JsonLine({}, where, len(raw), error)
 
 
 def _object(raw: bytes, where: str) -> Mapping[str, Any]:
@@ -119,28 +129,38 @@ class Writer:
         """
         if reading is not None and _same(path, reading):
             raise LineError(f"{path} is read and written at once; give another file as --out")
-        self._stack, self._path = contextlib.ExitStack(), path
-        self._file = self._stack.enter_context(_open(path, "ab"))
+        self._stack, self.path = contextlib.ExitStack(), path
+        self._made = path != STANDARD and not pathlib.Path(path).exists()
+        self.count, self.last = 0, ""  # objects that are written, and the place of the last one
+        self._file = self._stack.enter_context(opened(path, "ab"))
         self._old = pathlib.Path(path).is_file() and path != STANDARD
 
-    def write(self, values: Iterable[Mapping[str, Any]]) -> None:
+    def write(self, values: Sequence[Mapping[str, Any]]) -> None:
         """Append the objects, and flush them to the operating system."""
         self._forget()
         text = "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values)
-        # JSON leaves these characters as they are, and a terminal may take them for commands.
-        text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
-        with writing(self._path):
+        # JSON leaves these characters as they are, and a terminal may take them for commands, or
+        # write what follows from right to left.
+        text = re.sub(
+            "[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]",
+            lambda found: f"\\u{ord(found[0]):04x}",
+            text,
+        )
+        with writing(self.path):
             self._file.write(text.encode())
             self._file.flush()
+        self.count += len(values)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with writing(self._path):
+        with writing(self.path):
             if not any(error):
                 self._forget()
             self._stack.close()
+            if any(error) and self._made and not self.count:
+                pathlib.Path(self.path).unlink()
 
     def _forget(self) -> None:
         """Delete the old contents, once."""
@@ -150,12 +170,14 @@ class Writer:
 
 
 @contextlib.contextmanager
-def _open(path: str, mode: str) -> Iterator[IO[bytes]]:
-    if path != STANDARD:
-        with open(path, mode) as file:
-            yield file
-    else:
+def opened(path: str, mode: str) -> Iterator[Any]:
+    """Open a file that the user named, or stdin or stdout, to read ("rb") or to append ("ab")."""
+    if path == STANDARD:
         yield sys.stdin.buffer if mode == "rb" else sys.stdout.buffer
+        return
+    reading = mode == "rb"
+    with regular_files.opened(path, LineError, given=True) if reading else open(path, mode) as file:
+        yield file
 
 
 def _same(one: str, other: str) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from lora_jax.console import FileBar, printable
+from lora_jax.console import Console, FileBar, printable
 from lora_jax.serving.generation import Piece
 from lora_jax.serving.jsonl import Writer, in_order
 from lora_jax.serving.prompts import FIELD, Request

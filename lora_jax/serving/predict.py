@@ -14,12 +14,16 @@ written again, in the same order, with its own fields and
     prediction       the predicted class, or the predicted number
     probabilities    the probability of every class
 
+A line that cannot be classified ends the command. With --skip-broken it is written again with the
+reason as its "error", so that there is still one line for each.
+
 Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
 by Ctrl-C. Lines written before an error or a stop are complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -30,10 +34,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from numpy.typing import NDArray
-from rich.console import Console
 
 from lora_jax import models
-from lora_jax.console import FileBar, OpeningBar, guarded, read_options, say
+from lora_jax.console import Console, FileBar, OpeningBar, command, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
 from lora_jax.serving.classifier import Classifier, ClassifierTask
@@ -64,21 +67,10 @@ class PredictOptions:
     """Use adapters on another base than the one that they were trained on."""
     batch_size: int = 64
     """Texts or images in a batch."""
+    skip_broken: bool = False
+    """Go on after a line that cannot be classified, and write the reason in its place."""
     window: int = 1024
     """Lines that are read ahead and sorted by length. A prediction may wait for this many lines."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `lora-jax predict`.
-
-    Args:
-      arguments: the command line without the program's name. None: sys.argv.
-
-    Returns:
-      The exit status.
-    """
-    given = read_options(PredictOptions, "lora-jax predict", __doc__, arguments, adding=True)
-    return guarded(lambda: run(given, Console(stderr=True)))
 
 
 def run(options: PredictOptions, console: Console) -> None:
@@ -91,32 +83,70 @@ def run(options: PredictOptions, console: Console) -> None:
     Raises:
       LoraError, OSError, ...: an error of the user.
     """
-    source = _check(options)
-    read = jsonl.read(source) if source else iter(())
-    first = list(islice(read, options.window))  # before the model: its errors should come at once
-    with OpeningBar(console) as bar:
-        served = open_adapters(
-            options.adapter,
-            (models.BertConfig, models.VitConfig),
-            base=options.base,
-            trust_base=options.trust_base,
-            allow_other_base=options.allow_other_base,
-            opened=bar.count,
-        )
-        classifier = _classifier(served, options.batch_size)
-    say(console, _opening(served, classifier.tasks))
-    window = first if source else _typed(options, served, classifier)
-    began, count = time.monotonic(), 0
-    with (
-        jsonl.Writer(options.out, reading=source) as writer,
-        FileBar(console, source, classifier.unit) as bar,
-    ):
-        while window:
-            for answer in predict(served, classifier, window, bar.advance):
-                writer.write([answer])
-            count += len(window)
-            window = list(islice(read, options.window))
-    say(console, _closing(classifier, count, time.monotonic() - began))
+    source, faults = _check(options), list[str]()
+    read = jsonl.read(source, keep_broken=options.skip_broken) if source else iter(())
+    with jsonl.Writer(options.out, reading=source) as writer:
+        with _advice(source, writer):
+            window = list(islice(read, options.window))  # before the model: its errors come at once
+        with OpeningBar(console) as opening:
+            served = open_adapters(
+                options.adapter,
+                (models.BertConfig, models.VitConfig),
+                base=options.base,
+                trust_base=options.trust_base,
+                allow_other_base=options.allow_other_base,
+                opened=opening.count,
+            )
+            classifier = _classifier(served, options.batch_size)
+        say(console, _opening(served, classifier.tasks))
+        window, began = window if source else _typed(options, served, classifier), time.monotonic()
+        with FileBar(console, source, classifier.unit) as bar, _advice(source, writer):
+            while window:
+                broken = _broken(window, served, classifier) if options.skip_broken else {}
+                faults += broken.values()
+                good = [line for line in window if line.where not in broken]
+                answers = predict(served, classifier, good, bar.advance) if good else iter(())
+                for line in window:
+                    error = broken.get(line.where)
+                    writer.write([{**line.value, "error": error} if error else next(answers)])
+                    writer.last = line.where
+                window = list(islice(read, options.window))
+    if faults:
+        said = f"{len(faults):,} of {writer.count:,} lines are broken"
+        say(console, f'{said}, with an "error" in {options.out}:\n{listed(faults)}')
+    if writer.count == len(faults):
+        raise LoraError(f"{source} has no line that can be classified")
+    say(console, _closing(classifier, writer.count - len(faults), time.monotonic() - began))
+
+
+@contextlib.contextmanager
+def _advice(source: str | None, writer: jsonl.Writer) -> Iterator[None]:
+    """Add to an error in a line of the block what is written, and how to go on."""
+    try:
+        yield
+    except LoraError as error:
+        if source is None:
+            raise
+        done = f"{writer.count:,} rows, up to {writer.last}, are" if writer.count else "Nothing is"
+        raise LoraError(
+            f"{error}\n{done} written to {writer.path}. Mend it and go on after these rows, into "
+            "another --out; or start again with --skip-broken, which goes on after a broken line"
+        ) from error
+
+
+def _broken(window: Sequence[JsonLine], served: Served, classifier: Classifier) -> dict[str, str]:
+    """Return place -> error of the lines that cannot be classified."""
+    found = {}
+    for line in window:
+        try:
+            if line.fault is not None:
+                raise line.fault
+            example = classifier.example_of(line, classifier.tasks[_adapter_of(line, served)])
+            if classifier.unit == "images":  # which are opened only then
+                classifier.arrays([example])
+        except LoraError as error:
+            found[line.where] = str(error)
+    return found
 
 
 def predict(
@@ -253,3 +283,12 @@ def _closing(classifier: Classifier, count: int, seconds: float) -> str:
         rate = count / max(seconds - compiling, 1e-9)
         said.append(f"{rate:,.0f} {classifier.unit}/s when compiled")
     return "\n".join([*said, *more])
+
+
+main = command(
+    PredictOptions,
+    "lora-jax predict",
+    __doc__,
+    lambda given: run(given, Console(stderr=True)),
+    adding=True,
+)

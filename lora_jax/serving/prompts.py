@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,7 +53,8 @@ def read(path: str) -> Iterator[JsonLine | str]:
       OSError: the file cannot be read.
     """
     name = "stdin" if path == jsonl.STANDARD else path
-    raw = sys.stdin.buffer.read() if path == jsonl.STANDARD else pathlib.Path(path).read_bytes()
+    with jsonl.opened(path, "rb") as file:
+        raw: bytes = file.read()
     if raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
         yield from jsonl.objects(io.BytesIO(raw), name)
         return

@@ -129,7 +129,8 @@ class TextClassifier(Classifier):
         """See `Classifier`."""
         (said,), cut = super().facts(count), self.cut
         lost = f"{cut.examples:,} texts were too long and lost {cut.tokens:,} tokens"
-        return (f"{said}, {self.tokens:,} tokens", *([lost] if cut.examples else []))
+        remarks = [*([lost] if cut.examples else []), *cut.remarks(count)]
+        return (f"{said}, {self.tokens:,} tokens", *remarks)
 
 
 def _pooling(members: Sequence[ServedAdapter]) -> str:

@@ -31,10 +31,9 @@ from collections.abc import Container, Sequence
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from lora_jax import layout_table
-from lora_jax.console import guarded, read_options, say
+from lora_jax.console import Console, command, say
 from lora_jax.errors import LoraError
 from lora_jax.resolve import Trace, trace
 from lora_jax.show import drawing
@@ -57,12 +56,6 @@ class ShowOptions:
     """Ranks for which the parameters of the adapters are counted."""
     scan_layers: bool = False
     """Show the layers as one stack, as runs with model.scan_layers have them."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `lora-jax show`, and return the exit status."""
-    options = read_options(ShowOptions, "lora-jax show", __doc__, arguments)
-    return guarded(lambda: run(options, Console(), Console(stderr=True)))
 
 
 def run(options: ShowOptions, console: Console, aside: Console) -> None:
@@ -146,3 +139,8 @@ def _by_rank(
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     table = ["".join(f"  {x.rjust(w)}" for x, w in zip(row, widths, strict=True)) for row in rows]
     return [*table, *(textwrap.wrap(f"-: {refused[0]}", width) if refused else [])]
+
+
+main = command(
+    ShowOptions, "lora-jax show", __doc__, lambda given: run(given, Console(), Console(stderr=True))
+)

@@ -34,6 +34,20 @@ class TextTruncation:
     """Tokens that were cut off these examples."""
     dropped: int = 0
     """Examples that were dropped because nothing to learn was left."""
+    empty: int = 0
+    """Examples of white space alone."""
+    nul: int = 0
+    """Examples with a NUL character, as a file in another encoding has them."""
+
+    def see(self, texts: Sequence[TextOrPair]) -> None:
+        """Count the texts that are empty, or hold NUL."""
+        self.empty += sum(not "".join(text).strip() for text in texts)
+        self.nul += sum("\0" in "".join(text) for text in texts)
+
+    def remarks(self, count: int) -> list[str]:
+        """Return what a reader of the results should know about `count` texts."""
+        found = {"are empty": self.empty, "hold NUL characters": self.nul}
+        return [f"{n:,} of {count:,} texts {what}" for what, n in found.items() if n]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +187,7 @@ class Encoder:
           DataError: `max_length` leaves no room for text after the special tokens, or see
             `check`.
         """
+        truncation.see(texts)
         encodings = self._encoded(texts)
         self.check(encoding.ids for encoding in encodings)
         long = [i for i, e in enumerate(encodings) if len(e) > self.max_length]

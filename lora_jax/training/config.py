@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lora_jax.checked import Checked
 from lora_jax.errors import LoraError
 from lora_jax.spec import LoraSpec, Rule
 from lora_jax.training.workload import Workload
@@ -71,8 +72,10 @@ InitMethod = Literal["gaussian", "uniform", "orthogonal", "eva", "pissa", "olora
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Checked):
     """The adapters: h = W0 x + (alpha / rank) B A x."""
+
+    _path = "lora."
 
     rank: int = 8
     """Rank r of the update."""
@@ -105,6 +108,7 @@ class LoraConfig:
     base gets all inputs."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.rank > 0, "lora.rank", self.rank, "at least 1")
         require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
@@ -162,8 +166,10 @@ def _slice(text: str) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """AdamW for the adapters and the head."""
+
+    _path = "optimizer."
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -190,6 +196,7 @@ class OptimizerConfig:
     magnitudes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("learning_rate", "head_learning_rate", "loraplus_lr_ratio", "clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"optimizer.{name}", value, "above 0")
@@ -203,8 +210,10 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """The device mesh: data x fsdp x tensor devices, over all processes."""
+
+    _path = "mesh."
 
     data: int = -1
     """Copies of the frozen weights, each with its part of the batch. -1: all remaining devices."""
@@ -218,6 +227,7 @@ class MeshConfig:
     `fsdp+tensor` means both."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
             require(size == -1 or size > 0, f"mesh.{name}", size, "at least 1, or -1 for the rest")
@@ -226,9 +236,11 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProcessesConfig:
+class ProcessesConfig(Checked):
     """The processes of the run. These are needed only if no launcher sets them: a single process,
     SLURM, Open MPI, Cloud TPU and Kubernetes are detected from the environment (docs/pods.md)."""
+
+    _path = "processes."
 
     coordinator: str | None = None
     """host:port of process 0, at an address that all processes can reach."""
@@ -242,6 +254,7 @@ class ProcessesConfig:
     """Seconds without a heartbeat after which a process counts as dead and all others stop."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [self.coordinator, self.count, self.index]
         alone = self.count == 1 and self.coordinator is None and self.index is None
         expected = "given together: coordinator, count and index (or count 1 alone)"
@@ -258,7 +271,7 @@ class ProcessesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """One training run."""
 
     workload: tyro.conf.Suppress[Callable[[Any], Workload]]
@@ -299,6 +312,7 @@ class Config:
     """The processes. A run may be continued with another number of them."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every", "log_every"):
             require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
         require(self.seed >= 0, "seed", self.seed, "at least 0")

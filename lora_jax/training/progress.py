@@ -6,10 +6,9 @@ import time
 from collections import deque
 from typing import Any
 
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from lora_jax.console import Bar
+from lora_jax.console import Bar, Console
 from lora_jax.training.loss_curve import LossCurve
 
 _NUMBERS = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]}"

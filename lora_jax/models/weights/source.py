@@ -14,12 +14,13 @@ references may be opened even then.
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lora_jax.extras import require
-from lora_jax.models.errors import ModelReferenceError
+from lora_jax.models.errors import ModelReferenceError, PackageError
 from lora_jax.models.weights.folder import SINGLE, Folder
 from lora_jax.models.weights.packages import locate, verify
 
@@ -55,7 +56,11 @@ def open(reference: str) -> Source:
     """
     place, _, fragment = reference.partition("#")
     sha256 = _sum(reference, fragment) or KNOWN.get(place)
-    source = _source(_path(reference, place))
+    try:
+        source = _source(_path(reference, place))
+    except (ModelReferenceError, PackageError, FileNotFoundError) as error:
+        (near,) = difflib.get_close_matches(place, KNOWN, 1, 0)
+        raise type(error)(f"{error}\nThe nearest reference that lora_jax knows: {near}") from error
     if sha256 is not None:
         verify(source.path / SINGLE if isinstance(source, Folder) else source.path, sha256)
     source.config  # noqa: B018  an unsupported model should be an error here and not later

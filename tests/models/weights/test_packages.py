@@ -158,6 +158,45 @@ def test_a_listed_source_distribution_is_unpacked_and_not_built(
     assert not (tmp_path / "mark").exists()
 
 
+_OTHERS = "NO_BINARY=:all: ONLY_BINARY=:none: EDITABLE={here}/evil TARGET={here}/no DEST={here}/no"
+_OTHERS += " REQUIRE_VIRTUALENV=1 PLATFORM=win32 DRY_RUN=1 BUILD_CONSTRAINT={here}/constraints.txt"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "REQUIREMENT={here}/requirements.txt",
+        "CONSTRAINT={here}/constraints.txt",
+        "PYTHON_VERSION=2.7",
+        _OTHERS,
+    ],
+)
+def test_variables_of_pip_change_only_the_index(
+    given: str, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wheel is unpacked into the cache, also if variables tell pip to do something else.
+
+    Red if the installers get all variables: pip then builds a source distribution for some, which
+    runs its code, and refuses the package or puts it elsewhere for others.
+    """
+    _wheel(registry)
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    made = tmp_path / "made"
+    (evil / "setup.py").write_text(
+        f"import pathlib; pathlib.Path({str(made)!r}).touch()\n"
+        "from setuptools import setup\nsetup(name='lora-jax-test-asset', version='1.0')\n"
+    )
+    (tmp_path / "requirements.txt").write_text(f"{evil}\n")
+    (tmp_path / "constraints.txt").write_text(f"lora-jax-test-asset @ file://{evil}\n")
+    for tool in ("PIP", "UV"):
+        for name, _, value in (one.partition("=") for one in given.format(here=tmp_path).split()):
+            monkeypatch.setenv(f"{tool}_{name}", value)
+    path = packages.locate("lora-jax-test-asset", "1.0", "test_asset/data/answer.txt", SHA256)
+    assert path.is_relative_to(tmp_path / "cache") and path.read_bytes() == TEXT
+    assert not made.exists() and not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize(
     "reference",
     ["-r==x/y", "--index-url==1.0/y", "a==x/y", "a==-r/y", "a==1.0;b/y", "a==1.0 -r x/y",
