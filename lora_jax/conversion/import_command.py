@@ -23,6 +23,7 @@ from rich.console import Console
 
 from lora_jax import run_lock
 from lora_jax.adapters import count
+from lora_jax.checkpoint import adapter_path, storage
 from lora_jax.console import guarded, read_options, say
 from lora_jax.conversion import peft_run
 from lora_jax.errors import LoraError, listed
@@ -122,5 +123,6 @@ def _check_out(out: pathlib.Path, overwrite: bool) -> None:
         raise LoraError(
             f"{out} holds what no import wrote; choose another --out. It has:\n{listed(inside, 10)}"
         )
-    if not overwrite:
+    whole = adapter_path.adapter_in(storage.folder_at(out)) is not None  # else of a killed import
+    if whole and not overwrite:
         raise LoraError(f"{out} exists; choose another --out, or give --overwrite to replace it")

@@ -16,7 +16,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lora_jax.errors import writing
 from lora_jax.groups import member_names
 from lora_jax.groups.comparison import ComparedRun, Results, dotted, gather
 from lora_jax.groups.plots import figure_of
@@ -77,10 +76,10 @@ def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
             "members": [{"name": r.name, "values": r.values, **r.summary} for r in results.rows],
         },
     )
-    with writing(path / "results.csv"):
-        _write_csv(path / "results.csv", results.rows)
-    with writing(path / "results.png"):
-        figure_of(results).savefig(path / "results.png", dpi=120)
+    write_whole(path / "results.csv", _csv(results.rows))
+    picture = io.BytesIO()
+    figure_of(results).savefig(picture, dpi=120)
+    write_whole(path / "results.png", picture.getvalue())
 
 
 def _of_sweep(results: Results) -> Listing:
@@ -140,8 +139,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _write_csv(path: pathlib.Path, rows: Sequence[ComparedRun]) -> None:
-    """Write a line for each run; nested values have dotted paths as column names."""
+def _csv(rows: Sequence[ComparedRun]) -> bytes:
+    """Return a table with a line for each run; nested values have dotted paths as column names."""
     lines = []
     for row in rows:
         values = {
@@ -152,4 +151,4 @@ def _write_csv(path: pathlib.Path, rows: Sequence[ComparedRun]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))
     writer.writeheader()
     writer.writerows(lines)
-    write_whole(path, text.getvalue().encode())
+    return text.getvalue().encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from typing import Any
 
@@ -12,14 +13,16 @@ from lora_jax.training import metrics
 FILE = "curves.png"
 
 
-def draw(run: pathlib.Path) -> None:
-    """Write curves.png: the loss of every step and the scores of every evaluation."""
+def draw(run: pathlib.Path) -> bytes:
+    """Return curves.png: the loss of every step and the scores of every evaluation."""
     lines = metrics.read(run)
     shown = names(lines)
     figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         plot(axis, lines, name)
-    figure.savefig(run / FILE, dpi=100)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100)
+    return file.getvalue()
 
 
 def names(lines: list[metrics.Line]) -> list[str]:

@@ -110,16 +110,17 @@ def _clear(path: pathlib.Path) -> None:
         raise ConfigError(
             f"--fresh would delete files in {path} that no run wrote:\n{listed(sorted(foreign))}"
         )
-    for entry in path.iterdir():
+    # If this is killed, the rest must be taken neither for a finished run nor for one of any config.
+    order = {"summary.json": 0, "config.json": 2, "lock": 3}
+    for entry in sorted(path.iterdir(), key=lambda entry: order.get(entry.name, 1)):
         if entry.name != "lock":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _ours(path: pathlib.Path) -> bool:
-    names = {"lock", "config.json", "config.json.tmp", "metrics.jsonl", "checkpoints", "adapters"}
-    names |= {"summary.json", "summary.json.tmp", "curves.png", "error.txt", "error.txt.tmp"}
-    names |= {"report"}
-    return path.name in names or path.name.startswith("events.out.tfevents.")
+    names = {"lock", "config.json", "metrics.jsonl", "checkpoints", "adapters", "summary.json"}
+    names |= {"curves.png", "error.txt", "report"}
+    return path.name.removesuffix(".tmp") in names or path.name.startswith("events.out.tfevents.")
 
 
 def _claim(path: pathlib.Path, config: Config) -> None:
@@ -178,8 +179,7 @@ def finish(path: pathlib.Path, summary: Summary) -> None:
       path: the run directory.
       summary: the summary of the run.
     """
-    with writing(path / curves.FILE):
-        curves.draw(path)
+    write_whole(path / curves.FILE, curves.draw(path))
     write_json(path / "summary.json", summary)
 
 
