@@ -199,18 +199,13 @@ def write(folder: RemotePath, parts: Mapping[str, Any]) -> None:
         with _without_note_of_no_arrays():
             orbax().save_checkpointables(place, parts, overwrite=True)
 
-    try:
-        if not folder.exists():
-            save(folder)
-            return
-        fresh, old = (folder.with_name(f"{folder.name}.{end}") for end in ("new", "old"))
-        save(fresh)
-        _once(lambda: _swap(folder, fresh, old))
-        _once(lambda: _delete(old))
-    except BaseException:
-        if jax.process_index() == 0:  # the others may never come here
-            _clean(folder)  # a full disk needs the room
-        raise
+    if not folder.exists():
+        save(folder)
+        return
+    fresh, old = (folder.with_name(f"{folder.name}.{end}") for end in ("new", "old"))
+    save(fresh)
+    _once(lambda: _swap(folder, fresh, old))
+    _once(lambda: _delete(old))
 
 
 @contextlib.contextmanager

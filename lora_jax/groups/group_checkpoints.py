@@ -61,7 +61,7 @@ class GroupCheckpoints:
         for count in range(len(self._checkpoints), 0, -1) if there else ():
             checkpoint = self._checkpoints[count - 1]
             if all(checkpoint.steps.get(name) in steps for name, steps in there.items()):
-                # Those that only some members have would fill the list, until it lacks this one.
+                # With the later ones, the list would lack this one after a few more kills.
                 self._checkpoints = self._checkpoints[:count]
                 return checkpoint
         return None

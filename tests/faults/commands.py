@@ -46,7 +46,7 @@ class Export(Scenario):
         """Return whether the folder exists; raise if it is incomplete."""
         if not self.is_finished(place):
             return [0]
-        _assert_same_files(self.whole, place)
+        assert_same_files(self.whole, place)
         return [1]
 
     def is_finished(self, place: pathlib.Path) -> bool:
@@ -54,12 +54,13 @@ class Export(Scenario):
         return place.exists() and any(place.iterdir())
 
     def assert_same(self, place: pathlib.Path) -> None:
-        _assert_same_files(self.whole, place)
+        assert_same_files(self.whole, place)
         left = [p.name for p in place.parent.iterdir() if p.name.startswith(".")]
         assert not left, f"it left {left}"
 
 
-def _assert_same_files(one: pathlib.Path, other: pathlib.Path) -> None:
+def assert_same_files(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Raise unless two folders hold the same files with the same bytes."""
     names = [sorted(str(p.relative_to(f)) for p in f.rglob("*")) for f in (one, other)]
     assert names[0] == names[1], f"an incomplete folder: {names[1]} of {names[0]}"
     files = [name for name in names[0] if (one / name).is_file()]
@@ -100,9 +101,14 @@ class Import(Scenario):
         return (place / "adapters/best").exists()
 
     def assert_same(self, place: pathlib.Path) -> None:
-        assert self.state(place) == [1]
-        left = sorted(str(p.relative_to(place)) for p in (*place.iterdir(), *place.glob("*/*")))
-        assert left == ["adapters", "adapters/best", "lock"], f"it left {left}"
+        assert_same_adapter(self.whole, place)
+
+
+def assert_same_adapter(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Raise unless the second import has the adapter of the first and nothing else."""
+    assert_same(*(_contents(place / "adapters/best") for place in (one, other)))
+    left = sorted(str(p.relative_to(other)) for p in (*other.iterdir(), *other.glob("*/*")))
+    assert left == ["adapters", "adapters/best", "lock"], f"it left {left}"
 
 
 def _contents(folder: pathlib.Path) -> Any:
@@ -119,9 +125,12 @@ class ImportOver(Import):
     marks = ("adapters/best.new", "adapters/best.old")
     _more = ("--overwrite",)
 
+    def before(self, place: pathlib.Path) -> None:
+        shutil.copytree(self.whole, place)
+
     def start(self, place: pathlib.Path, killed_at: int | None = None) -> list[Fork]:
-        if self.whole.exists() and not place.exists():
-            shutil.copytree(self.whole, place)
+        if not place.exists() and place != self.whole:
+            self.before(place)
         return super().start(place, killed_at)
 
     def is_finished(self, place: pathlib.Path) -> bool:
@@ -152,7 +161,7 @@ class Report(Scenario):
         return [name in names for name in self.marks]
 
     def assert_same(self, place: pathlib.Path) -> None:
-        _assert_same_files(self.whole, place)
+        assert_same_files(self.whole, place)
 
 
 def export(form: str) -> Callable[[pathlib.Path], Scenario]:

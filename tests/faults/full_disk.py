@@ -83,13 +83,17 @@ def fill(name: str, folder: pathlib.Path, points: int, seed: int) -> Filled:
     disk.mount(ROOM)
     place = disk.folder / "out"
     try:
-        scenario.start(place)[0].wait()
+        scenario.before(place)
+        least = ROOM - shutil.disk_usage(disk.folder).free
+        _run(scenario, place, 0)
         found.needed = ROOM - shutil.disk_usage(disk.folder).free
-        while len(found.points) < points and found.enough < 10 * points:
-            size = draw.randint(1, found.needed // PAGE) * PAGE
+        while len(found.points) < points and found.enough < 3 * points:
+            size = least + draw.randint(1, found.needed // PAGE) * PAGE
             disk.mount(size)
             try:
+                scenario.before(place)
                 if _run(scenario, place, None) == 0:
+                    scenario.assert_same(place)
                     found.enough += 1
                     continue
                 found.points.append(size)

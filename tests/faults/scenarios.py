@@ -41,6 +41,9 @@ class Scenario(abc.ABC):
         self.folder, self._cache = folder, folder / "cache"
         self.whole = folder / "whole"
 
+    def before(self, place: pathlib.Path) -> None:
+        """Write what must be at `place` before the first start."""
+
     @abc.abstractmethod
     def start(self, place: pathlib.Path, killed_at: int | None = None) -> list[Fork]:
         """Start the command's processes; the first one dies at the change `killed_at`."""
@@ -188,7 +191,7 @@ def _results(path: pathlib.Path) -> dict[str, Any]:
 
 
 class Sweep(GroupRun):
-    """A sweep over two fields; half of its members end before the others."""
+    """A sweep over two fields; half of its members end long before the others."""
 
     _CONFIG = """
 import sys
@@ -196,7 +199,7 @@ sys.path.insert(0, {root!r})
 from tests.groups.test_group_runs import A
 from lora_jax.groups.sweep import SweepConfig
 config = SweepConfig(
-    base=A.config, grid={{"optimizer.learning_rate": (1e-2, 3e-3), "steps": (25, 40)}}
+    base=A.config, grid={{"optimizer.learning_rate": (1e-2, 3e-3), "steps": (10, 150)}}
 )
 """
 
