@@ -142,6 +142,7 @@ def read_options(
     return found
 
 
+@quiet_storage()  # also while the error is shown, which holds on to the operations that failed
 def guarded(run: Callable[[], None]) -> int:
     """Run a command.
 
@@ -155,8 +156,7 @@ def guarded(run: Callable[[], None]) -> int:
     try:
         allocator.keep()
         program_cache.enable()
-        with quiet_storage():
-            run()
+        run()
         sys.stdout.flush()
     except BrokenPipeError:
         # Without this, the flush at Python's exit would raise the error again.

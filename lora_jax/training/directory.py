@@ -110,7 +110,7 @@ def _clear(path: pathlib.Path) -> None:
         raise ConfigError(
             f"--fresh would delete files in {path} that no run wrote:\n{listed(sorted(foreign))}"
         )
-    # If this is killed, the rest must be taken neither for a finished run nor for one of any config.
+    # A kill must leave neither a run that seems finished, nor one that any config may continue.
     order = {"summary.json": 0, "config.json": 2, "lock": 3}
     for entry in sorted(path.iterdir(), key=lambda entry: order.get(entry.name, 1)):
         if entry.name != "lock":

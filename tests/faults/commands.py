@@ -12,6 +12,7 @@ from lora_jax.checkpoint import adapter_path, restore, storage
 from measuring.golden_runs import GOLDEN, write_run
 from tests.faults.scenarios import (
     SMALL,
+    TESTED,
     FromRun,
     GroupRun,
     QuantisedRun,
@@ -21,7 +22,6 @@ from tests.faults.scenarios import (
     TwoProcesses,
 )
 from tests.training.forks import Fork
-from tests.training.runs import OWN
 from tests.training.test_resume import assert_same
 
 
@@ -143,7 +143,7 @@ class Report(Scenario):
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__(folder)
         run_dir = ("--run-dir", str(folder / "run"))
-        self._run = self.prepare("run", "--config", OWN, *SMALL, *run_dir)
+        self._run = self.prepare("run", "--config", TESTED, *SMALL, *run_dir)
 
     @property
     def marks(self) -> tuple[str, ...]:  # type: ignore[override]

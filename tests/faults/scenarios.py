@@ -17,9 +17,10 @@ from lora_jax.training import directory
 from lora_jax.training import export as exports
 from tests.training import tiny
 from tests.training.forks import Fork
-from tests.training.runs import OWN, ROOT
+from tests.training.runs import ROOT
 from tests.training.test_resume import assert_same, checkpoints
 
+TESTED = str(ROOT / "tests/faults/tested.py")
 SMALL = ("--width", "8", "--batch-size", "8", "--steps", "60", "--checkpoint-every", "5")
 # It learns slowly, so that nearly every evaluation is the best so far and exports an adapter.
 SMALL += ("--evaluate-every", "10", "--optimizer.schedule", "constant")
@@ -41,7 +42,7 @@ class Scenario(abc.ABC):
         self.folder, self._cache = folder, folder / "cache"
         self.whole = folder / "whole"
 
-    def before(self, place: pathlib.Path) -> None:
+    def before(self, place: pathlib.Path) -> None:  # noqa: B027 - most need nothing
         """Write what must be at `place` before the first start."""
 
     @abc.abstractmethod
@@ -75,7 +76,7 @@ class Scenario(abc.ABC):
 class Run(Scenario):
     """`train.py` on a tiny network."""
 
-    line: tuple[str, ...] = ("--config", OWN, *SMALL)
+    line: tuple[str, ...] = ("--config", TESTED, *SMALL)
     members: tuple[str, ...] = ("",)
     marks = ("metrics.jsonl", "adapters/last", "curves.png", "summary.json")
 
@@ -153,9 +154,15 @@ class GroupRun(Run):
     _CONFIG = """
 import sys
 sys.path.insert(0, {root!r})
+import dataclasses
+from tests.faults.tested import workload
 from tests.groups.test_group_runs import A, B, C
-from lora_jax.groups.config import GroupConfig
-config = GroupConfig(members=(A, B, C))
+from lora_jax.groups.config import GroupConfig, Member
+config = GroupConfig(
+    members=tuple(
+        Member(m.name, dataclasses.replace(m.config, workload=workload)) for m in (A, B, C)
+    )
+)
 """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -196,10 +203,13 @@ class Sweep(GroupRun):
     _CONFIG = """
 import sys
 sys.path.insert(0, {root!r})
+import dataclasses
+from tests.faults.tested import workload
 from tests.groups.test_group_runs import A
 from lora_jax.groups.sweep import SweepConfig
 config = SweepConfig(
-    base=A.config, grid={{"optimizer.learning_rate": (1e-2, 3e-3), "steps": (10, 150)}}
+    base=dataclasses.replace(A.config, workload=workload),
+    grid={{"optimizer.learning_rate": (1e-2, 3e-3), "steps": (10, 150)}},
 )
 """
 
@@ -220,7 +230,7 @@ class FromRun(Run):
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__(folder)
         run_dir = ("--run-dir", str(folder / "earlier"))
-        earlier = self.prepare("earlier", "--config", OWN, *SMALL, "--steps", "10", *run_dir)
+        earlier = self.prepare("earlier", "--config", TESTED, *SMALL, "--steps", "10", *run_dir)
         self.line = (*Run.line, "--from", str(earlier))
 
 
@@ -265,7 +275,7 @@ config = TextConfig(
 class TwoProcesses(Run):
     """One run on two processes, one of which is killed; the other has to stop too."""
 
-    line = ("--config", OWN, *SMALL, "--mesh.data", "2")
+    line = (*Run.line, "--mesh.data", "2")
 
     def start(self, place: pathlib.Path, killed_at: int | None = None) -> list[Fork]:
         with socket.socket() as found:

@@ -22,7 +22,7 @@ from tests.faults.commands import assert_same_adapter, assert_same_files
 from tests.training.hooks import FullDisk
 
 pytestmark = pytest.mark.standard_promotion
-POINTS = 3
+POINTS = 2
 COMMANDS = ("hf", "peft", "gguf", "mlx", "orbax", "import")
 
 
