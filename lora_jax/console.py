@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
@@ -95,6 +96,9 @@ def quiet_storage() -> Iterator[None]:
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             yield
     finally:
+        for thread in threading.enumerate():
+            if type(thread).__module__.startswith("orbax"):  # it is about to print an error
+                threading.Thread.join(thread, 5)  # its own would raise that error
         gc.collect()  # collect abandoned operations while their tracebacks are not printed
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
