@@ -8,8 +8,8 @@ error that names the key. Its classification head is imported too. Without --bas
 folder names is opened if it is a folder on this machine; it is never fetched.
 
 The run's path goes to stdout. Exit status: 0 success, 1 an error that was printed, 2 a command line
-that cannot be read, 130 stopped by Ctrl-C. After a kill or a full disk, the same command goes on: the
-run has its adapter whole or not at all, and the next start deletes what is incomplete.
+that cannot be read, 130 stopped by Ctrl-C. After a kill or a full disk, the run has its adapter
+whole or not at all; the same command deletes what is incomplete and goes on.
 """
 
 from __future__ import annotations
