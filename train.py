@@ -167,8 +167,8 @@ def train(
             compare = jax.jit(merged_difference(workload, layout), out_shardings=place.whole)
             batch = place.batch(first_batch(workload, place, example))
             difference = float(compare(best, frozen, batch))
-    finished = summary.summarise(loop.run, loop.state, tested, difference)
-    processes.by_first(lambda: directory.finish(path, finished))
+        finished = summary.summarise(loop.run, loop.state, tested, difference)
+        loop.run.finish(finished)
     return finished
 
 

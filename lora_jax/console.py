@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import sys
+import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -123,6 +124,9 @@ def quiet_storage() -> Iterator[None]:
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             yield
     finally:
+        for thread in threading.enumerate():
+            if type(thread).__module__.startswith("orbax"):  # it is about to print an error
+                threading.Thread.join(thread, 5)  # its own would raise that error
         gc.collect()  # collect abandoned operations while their tracebacks are not printed
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
@@ -214,6 +218,7 @@ def command(
     return main
 
 
+@quiet_storage()  # also while the error is shown, which holds on to the operations that failed
 def guarded(run: Callable[[], None]) -> int:
     """Run a command.
 
@@ -227,8 +232,7 @@ def guarded(run: Callable[[], None]) -> int:
     try:
         allocator.keep()
         program_cache.enable(note)
-        with quiet_storage():
-            run()
+        run()
         sys.stdout.flush()
     except BrokenPipeError:
         # Without this, the flush at Python's exit would raise the error again.

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -270,9 +271,27 @@ def _delete(folder: RemotePath) -> None:
 
 
 def recover(folder: RemotePath) -> None:
-    """Restore the folder that a kill between the two renames of `write` left under another name."""
+    """Restore the folder that a kill between the two renames of `write` left under another name.
+
+    What killed writes of the folder left incomplete is deleted.
+    """
+    _once(lambda: _restore_old(folder))
+    _once(lambda: _clean(folder))
+
+
+def _restore_old(folder: RemotePath) -> None:
     old = folder.with_name(f"{folder.name}.old")
-    _once(lambda: old.rename(folder) if old.exists() and not folder.exists() else None)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def _clean(folder: RemotePath) -> None:
+    """Delete what writes of the folder left incomplete, under names that only they give."""
+    part = re.compile(rf"{re.escape(folder.name)}(\.new|\.old)?\.(orbax-checkpoint-tmp|deleted-)")
+    for path in folder.parent.iterdir() if folder.parent.exists() else ():
+        if part.match(path.name):
+            with contextlib.suppress(OSError):  # a process may have it open
+                path.rmtree()
 
 
 def _once(act: Callable[[], Any]) -> None:

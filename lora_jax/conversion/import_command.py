@@ -8,7 +8,8 @@ error that names the key. Its classification head is imported too. Without --bas
 folder names is opened if it is a folder on this machine; it is never fetched.
 
 The run's path goes to stdout. Exit status: 0 success, 1 an error that was printed, 2 a command line
-that cannot be read, 130 stopped by Ctrl-C. A failed import leaves no partial files.
+that cannot be read, 130 stopped by Ctrl-C. After a kill or a full disk, the run has its adapter
+whole or not at all; the same command deletes what is incomplete and goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tyro
 
 from lora_jax import run_lock
 from lora_jax.adapters import count
+from lora_jax.checkpoint import adapter_path, storage
 from lora_jax.console import Console, command, say
 from lora_jax.conversion import peft_run
 from lora_jax.errors import LoraError, listed
@@ -118,7 +120,8 @@ def _check_out(out: pathlib.Path, overwrite: bool) -> None:
         raise LoraError(
             f"{out} holds what no import wrote; choose another --out. It has:\n{listed(inside, 10)}"
         )
-    if not overwrite:
+    whole = adapter_path.adapter_in(storage.folder_at(out)) is not None  # else of a killed import
+    if whole and not overwrite:
         raise LoraError(f"{out} exists; choose another --out, or give --overwrite to replace it")
 
 

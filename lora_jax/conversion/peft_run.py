@@ -98,17 +98,13 @@ def write(out: pathlib.Path, run: ImportedRun) -> None:
     Raises:
       LoraError: it cannot be written.
     """
-    folder = out / "adapters"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        checkpoint.save(
-            folder / "best", run.adapter, fingerprint=run.fingerprint, about=run.about,
-            overwrite=True,
-        )  # fmt: skip
-    except BaseException:
-        if not any(folder.iterdir()):
-            folder.rmdir()  # then `out` is free for another import
-        raise
+    checkpoint.save(
+        out / "adapters/best",
+        run.adapter,
+        fingerprint=run.fingerprint,
+        about=run.about,
+        overwrite=True,
+    )
 
 
 _Found = tuple[Adapter, Any, dict[str, Any], tuple[str, ...]]  # adapter, base, about, notes

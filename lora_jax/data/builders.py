@@ -64,13 +64,14 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
             _quiet(),
         ):
             builder.download_and_prepare(file_format=FORMAT)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter by array_record
         if is_full(error):
+            said = (getattr(error, "strerror", None) or str(error).splitlines()[0])[:300]
             raise DataError(
-                f"{builder.info.full_name} cannot be prepared in {path}: {error.strerror}.\n"
+                f"{builder.info.full_name} cannot be prepared in {path}: {said}.\n"
                 "Make room there, or point data.data_dir (or LORA_JAX_CACHE) at another disk."
             ) from error
-        if not path.exists():
+        if isinstance(error, RuntimeError) or not path.exists():
             raise
     builder.info.read_from_directory(path)
 

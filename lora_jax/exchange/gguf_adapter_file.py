@@ -81,12 +81,19 @@ class GgufAdapterFile(NamedTuple):
         writer.add_float32(ALPHA, self.alpha)
         for tensor, (a, b) in self.factors.items():
             stored = a.T if tensor == TABLE else a
-            writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(stored))
-            writer.add_tensor(f"{tensor}.lora_b", np.ascontiguousarray(b))
+            for name, array in (("lora_a", stored), ("lora_b", b)):
+                writer.add_tensor(f"{tensor}.{name}", np.ascontiguousarray(array).view(_Written))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+class _Written(np.ndarray):
+    """An array for gguf, which calls `tofile`: NumPy's own says nothing of a full disk."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        fid.write(self.data)
 
 
 def _alpha(fields: Mapping[str, Any]) -> float:

@@ -260,7 +260,7 @@ class _Loop(contextlib.ExitStack):
             batch = setup.place.batch(first_batch(setup.workload, setup.place, member.example))
             difference = group.difference(member, best, batch)
         found = summary.summarise(run, group.state(member), tested, difference)
-        directory.finish(setup.path, found)
+        run.finish(found)
 
     def _is_finished(self, name: str) -> bool:
         return directory.summary(self._path / name) is not None

@@ -108,15 +108,15 @@ class Checkpoints:
                 self._delete_older()
 
     def _delete_older(self) -> None:
-        """Delete the checkpoints that are not kept; one that a process has open may stay.
-
-        Each is renamed first, so that a half-deleted folder is not taken for a checkpoint.
-        """
+        """Delete the checkpoints that are not kept; one that a process has open may stay."""
         for step in steps_in(self._directory)[: -self._keep]:
-            path = self._directory / str(step)
             with contextlib.suppress(OSError):
-                gone = path.rename(path.with_name(f"{step}.deleted-{secrets.token_hex(4)}"))
-                shutil.rmtree(gone)
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        """Delete a checkpoint, renamed first: a half-deleted one is not taken for a whole one."""
+        path = self._directory / str(step)
+        shutil.rmtree(path.rename(path.with_name(f"{step}.deleted-{secrets.token_hex(4)}")))
 
     def _clean(self) -> None:
         """Delete the folders that a kill left half-written or half-deleted."""
@@ -138,7 +138,7 @@ class Checkpoints:
 
         def delete() -> None:
             for later in [found for found in steps_in(self._directory) if found > step]:
-                shutil.rmtree(self._directory / str(later))
+                self._delete(later)
 
         processes.by_first(delete)
 

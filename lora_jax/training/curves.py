@@ -8,20 +8,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lora_jax import whole_files
 from lora_jax.training import metrics
 
 FILE = "curves.png"
 
 
-def draw(run: pathlib.Path) -> None:
-    """Write curves.png: the loss of every step and the scores of every evaluation."""
+def draw(run: pathlib.Path) -> bytes:
+    """Return curves.png: the loss of every step and the scores of every evaluation."""
     lines = metrics.read(run)
     shown = names(lines)
     figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         plot(axis, lines, name)
-    whole_files.write(run / FILE, png(figure, dpi=100))
+    return png(figure, dpi=100)
 
 
 def png(figure: Figure, dpi: int) -> bytes:

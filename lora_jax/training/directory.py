@@ -18,14 +18,13 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from lora_jax import run_lock
+from lora_jax import run_lock, whole_files
 from lora_jax.checkpoint import adapter_path
 from lora_jax.errors import listed, writing
 from lora_jax.training import curves, processes
 from lora_jax.training.config import Config, ConfigError
 from lora_jax.training.config_json import changes, short_hash, stable_identity, to_dict
 from lora_jax.training.saved_files import read_config, read_summary
-from lora_jax.whole_files import TEMPORARY, check_links, write_json
 
 Summary = dict[str, Any]  # summary.json, as `lora_jax.training.summary.summarise` returns it
 
@@ -72,7 +71,7 @@ def _take(path: pathlib.Path, config: Config, stack: contextlib.ExitStack) -> No
     _check_apart(path, config.start_from)
     busy = ConfigError(f"another process is training in {path}; wait for it or give --run-dir")
     stack.enter_context(run_lock.hold(path, busy))
-    check_links(path, [entry.name for entry in path.iterdir() if _ours(entry)])
+    whole_files.check_links(path, [entry.name for entry in path.iterdir() if _ours(entry)])
     if config.fresh:
         with writing(path):
             _clear(path)
@@ -110,7 +109,9 @@ def _clear(path: pathlib.Path) -> None:
         raise ConfigError(
             f"--fresh would delete files in {path} that no run wrote:\n{listed(sorted(foreign))}"
         )
-    for entry in path.iterdir():
+    # A kill must leave neither a run that seems finished, nor one that any config may continue.
+    order = {"summary.json": 0, "config.json": 2, "lock": 3}
+    for entry in sorted(path.iterdir(), key=lambda entry: order.get(entry.name, 1)):
         if entry.name != "lock":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
@@ -118,7 +119,8 @@ def _clear(path: pathlib.Path) -> None:
 def _ours(path: pathlib.Path) -> bool:
     names = {"lock", "config.json", "metrics.jsonl", "checkpoints", "adapters", "summary.json"}
     names |= {"curves.png", "error.txt", "report"}
-    return path.name in names or path.name.startswith(("events.out.tfevents.", TEMPORARY))
+    written = ("events.out.tfevents.", whole_files.TEMPORARY)
+    return path.name in names or path.name.startswith(written)
 
 
 def _claim(path: pathlib.Path, config: Config) -> None:
@@ -134,7 +136,7 @@ def _claim(path: pathlib.Path, config: Config) -> None:
         return
     if config.start_from is not None:
         adapter_path.find_one(config.start_from)  # raises before a run directory is begun
-    write_json(file, to_dict(config))
+    whole_files.write_json(file, to_dict(config))
 
 
 def finish(path: pathlib.Path, summary: Summary) -> None:
@@ -144,8 +146,8 @@ def finish(path: pathlib.Path, summary: Summary) -> None:
       path: the run directory.
       summary: the summary of the run.
     """
-    curves.draw(path)
-    write_json(path / "summary.json", summary)
+    whole_files.write(path / curves.FILE, curves.draw(path))
+    whole_files.write_json(path / "summary.json", summary)
 
 
 def summary(path: pathlib.Path) -> Summary | None:

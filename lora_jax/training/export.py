@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +10,7 @@ from lora_jax.adapters import Adapter
 from lora_jax.checkpoint import save as save_adapter
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.fingerprint import Fingerprint
-from lora_jax.errors import writing
 from lora_jax.layout import Layout
-from lora_jax.training import processes
 from lora_jax.training.state import Trained
 
 
@@ -48,24 +45,13 @@ def save(
     Raises:
       LoraError: it cannot be written; the earlier export is unchanged.
     """
-    target = folder(run, name)
-    processes.by_first(lambda: _prepare(target))
     save_adapter(
-        target,
+        folder(run, name),
         Adapter(layout, trained["adapters"], trained["base"]),
         fingerprint=fingerprint,
         about=about,
         overwrite=True,
     )
-
-
-def _prepare(target: pathlib.Path) -> None:
-    """Make the parent folder of `target`, and delete incomplete exports that a kill left."""
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for end in ("orbax-checkpoint-tmp*", "deleted-*"):
-            for part in target.parent.glob(f"{target.name}*.{end}"):
-                shutil.rmtree(part, ignore_errors=True)
 
 
 def load(run: pathlib.Path, name: str, where: Any = None) -> Trained:

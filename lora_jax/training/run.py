@@ -20,7 +20,7 @@ import numpy as np
 from lora_jax.checkpoint.fingerprint import Fingerprint, check_base
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.training import export, metrics, optimizer, processes
+from lora_jax.training import directory, export, metrics, optimizer, processes
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config
 from lora_jax.training.config_json import to_dict
@@ -251,6 +251,15 @@ class Run:
         setup = self.setup
         about = setup.workload.about
         export.save(setup.path, name, setup.layout, trained, setup.fingerprint, about)
+
+    def finish(self, summary: directory.Summary) -> None:
+        """Write the summary, which marks the run as finished: it is never opened again.
+
+        So the checkpoint and every line of the record must be on disk before.
+        """
+        self.checkpoints.wait()
+        self._sync()
+        processes.by_first(lambda: directory.finish(self.setup.path, summary))
 
     def best(self, like: Trained) -> Trained:
         """Return the exported best adapter, or the last one if no evaluation picked a best.

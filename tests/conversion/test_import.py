@@ -248,6 +248,21 @@ def test_one_import_at_a_time(
     assert main([*given, "--out", str(tmp_path / "run")]) == 0
 
 
+@pytest.mark.parametrize("left", ["adapters", "adapters/best.orbax-checkpoint-tmp/arrays"])
+def test_a_killed_import_goes_on(
+    left: str, models_folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The same command replaces what a kill or a full disk has left of it.
+
+    Red if any folder in `adapters` counts as a finished import.
+    """
+    (tmp_path / "run" / left).mkdir(parents=True)
+    (tmp_path / "run/lock").touch()
+    given = ["import", bases.adapter("plain"), "--base", str(models_folder / "llama")]
+    assert main([*given, "--out", str(tmp_path / "run")]) == 0
+    assert [path.name for path in (tmp_path / "run/adapters").iterdir()] == ["best"]
+
+
 def test_a_run_is_not_overwritten(
     imported: Imported, models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
 ) -> None:

@@ -207,12 +207,21 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
 
 
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError(f"write() failed: {os.strerror(errno.ENOSPC)}; writing x"),  # array_record's
+    ],
+)
+def test_a_full_disk_is_named(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A full disk is an error that names the folder. Red: the error of the system names no file,
-    and the cure of TFDS is a network."""
+    the cure of TFDS is a network, and that of array_record is a traceback."""
 
     def prepare(self: object, **options: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     monkeypatch.setattr(stand_in.GlueStandIn, "download_and_prepare", prepare)
     said = rf"cannot be prepared in {tmp_path}.* No space left (.|\n)*data\.data_dir"

@@ -29,10 +29,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tests.faults.kills import Kills, Outcome
-from tests.faults.scenarios import SCENARIOS
+from tests.faults.commands import SCENARIOS
+from tests.faults.kills import KINDS, Kills, Outcome
 
-HEADER = ("what", "kills", "at a time / a change", "half-written after", "ends compared", "failed")
+HEADER = ("what", "kills", "time / change / file", "half-written", "ends compared", "failed")
 
 
 def main() -> int:
@@ -84,7 +84,7 @@ def table(outcomes: list[Outcome]) -> str:
     """Return the results as a markdown table."""
     rows = [HEADER, ("---",) * len(HEADER)]
     for one in outcomes:
-        moments = f"{one.moments.get('time', 0)} / {one.moments.get('change', 0)}"
+        moments = " / ".join(str(one.moments.get(kind, 0)) for kind in KINDS)
         numbers = (one.kills, moments, one.torn, one.ends, len(one.failures))
         rows.append((one.name, *map(str, numbers)))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -1,7 +1,9 @@
 """Kill a scenario with SIGKILL at random moments, and check its files after each kill.
 
-Half of the moments are random in time, and half are random among the command's changes to files.
-The clock alone would hardly ever hit the moment between two renames.
+A third of the moments are random in time, over as long as the command takes from the beginning to
+its end. A third are random among the command's changes to files, because the clock alone would
+hardly ever hit the moment between two renames. A third come right after a certain file appears,
+such as the summary of a run: the last lines are written then.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any
 
 from tests.faults.scenarios import Scenario
 from tests.training.forks import Fork
+
+KINDS = ("time", "change", "file")
 
 
 @dataclasses.dataclass
@@ -89,14 +93,21 @@ class Kills:
             self._clear()
 
     def _kill(self) -> None:
-        kind = self._random.choice(("time", "change"))
+        kind = self._random.choice(KINDS)
+        awaited = [mark for mark in self._scenario.marks if not (self._place / mark).exists()]
+        if kind == "file" and not awaited:
+            kind = "time"
         at = self._random.randint(1, self._changes) if kind == "change" else None
         forks = self._scenario.start(self._place, at)
-        if kind == "time":
-            victim = self._random.choice(forks)
-            deadline = time.monotonic() + self._random.uniform(0, 0.8 * self._seconds)
+        victim, lasts = self._random.choice(forks), self._random.uniform(0, self._seconds)
+        if kind == "file":
+            file, lasts = self._place / self._random.choice(awaited), self._random.uniform(0, 0.02)
+            while victim.status is None and not file.exists():
+                time.sleep(0.0005)
+        if kind != "change":
+            deadline = time.monotonic() + lasts
             while victim.status is None and time.monotonic() < deadline:
-                time.sleep(0.001)
+                time.sleep(0.0005)
             if victim.status is None:
                 victim.send(signal.SIGKILL)
         statuses = [fork.wait(_SECONDS) for fork in forks]

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import abc
-import filecmp
+import csv
+import json
 import math
 import pathlib
 import socket
-from collections.abc import Callable
 from typing import Any
 
+from tensorboardX.proto import event_pb2
+
 from lora_jax.checkpoint import storage
+from lora_jax.training import directory
 from lora_jax.training import export as exports
-from measuring.golden_runs import write_run
 from tests.training import tiny
 from tests.training.forks import Fork
-from tests.training.runs import OWN, ROOT
+from tests.training.runs import ROOT
 from tests.training.test_resume import assert_same, checkpoints
 
+TESTED = str(ROOT / "tests/faults/tested.py")
 SMALL = ("--width", "8", "--batch-size", "8", "--steps", "60", "--checkpoint-every", "5")
 # It learns slowly, so that nearly every evaluation is the best so far and exports an adapter.
 SMALL += ("--evaluate-every", "10", "--optimizer.schedule", "constant")
@@ -32,10 +35,15 @@ class Scenario(abc.ABC):
     was never killed. A log next to each place has the text that its command prints.
     """
 
+    marks: tuple[str, ...] = ()  # files of a place, right after which some of the kills come
+
     def __init__(self, folder: pathlib.Path) -> None:
         folder.mkdir(parents=True)
         self.folder, self._cache = folder, folder / "cache"
         self.whole = folder / "whole"
+
+    def before(self, place: pathlib.Path) -> None:  # noqa: B027 - most need nothing
+        """Write what must be at `place` before the first start."""
 
     @abc.abstractmethod
     def start(self, place: pathlib.Path, killed_at: int | None = None) -> list[Fork]:
@@ -54,15 +62,23 @@ class Scenario(abc.ABC):
         """Raise unless the killed command has ended with the files of `whole`."""
 
     def fork(self, place: pathlib.Path, *line: str, **options: Any) -> Fork:
-        """Start one process, which prints to a log next to `place`."""
-        return Fork(line, place.with_suffix(".log"), cache=self._cache, **options)
+        """Start one process, which prints to a log in `folder`, named after `place`."""
+        return Fork(line, self.folder / f"{place.name}.log", cache=self._cache, **options)
+
+    def prepare(self, name: str, *line: str, **options: Any) -> pathlib.Path:
+        """Run a command that writes what the scenario's own command reads; return its folder."""
+        place = self.folder / name
+        made = self.fork(place, *line, **options)
+        assert made.wait() == 0, made.log.read_text()[-3000:]
+        return place
 
 
 class Run(Scenario):
     """`train.py` on a tiny network."""
 
-    line: tuple[str, ...] = ("--config", OWN, *SMALL)
+    line: tuple[str, ...] = ("--config", TESTED, *SMALL)
     members: tuple[str, ...] = ("",)
+    marks = ("metrics.jsonl", "adapters/last", "curves.png", "summary.json")
 
     def start(self, place: pathlib.Path, killed_at: int | None = None) -> list[Fork]:
         return [self.fork(place, *self.line, "--run-dir", str(place), killed_at=killed_at)]
@@ -90,11 +106,40 @@ class Run(Scenario):
             assert _hashes(one / f"checkpoints/{step}") == _hashes(other / f"checkpoints/{step}")
             known = {"lock", "config.json", "metrics.jsonl", "checkpoints", "adapters"}
             known |= {"summary.json", "curves.png"}
+            assert_same(*(_stable(directory.summary(p) or {}) for p in (one, other)))
+            assert events(one) == events(other), "TensorBoard shows other numbers"
             names = {p.name for p in other.iterdir() if not p.name.startswith("events.out")}
             assert names == known, f"it left {sorted(names - known)}"
             left = sorted(p.name for p in (other / "adapters").iterdir())
             assert left == ["best", "last"], f"adapters holds {left}"
             assert not [p for p in other.rglob("*") if "tmp" in p.name], "an unfinished file stays"
+
+
+def _stable(summary: dict[str, Any]) -> dict[str, Any]:
+    """The values of a summary that are the same whenever and wherever it was written."""
+    varying = ("_seconds", "_per_second", "memory_bytes", "device_peak_bytes")
+    varying += ("adapter_file_bytes",)  # the length of the path is in the files
+    return {n: x for n, x in summary.items() if n != "run" and not n.endswith(varying)}
+
+
+def events(run: pathlib.Path) -> set[tuple[str, int, float]]:
+    """Read (tag, step, value) from the events of a run as TensorBoard does, file after file.
+
+    The start of each file makes void what earlier files say of its step and later ones.
+    """
+    found = set[tuple[str, int, float]]()
+    for file in sorted(run.glob("events.out.tfevents.*")):
+        data, at = file.read_bytes(), 0
+        while at + 12 <= len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            if at + 16 + size > len(data):
+                break  # a kill left the last one incomplete
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            if event.session_log.status == event_pb2.SessionLog.START:
+                found = {one for one in found if one[1] < event.step}
+            found |= {(x.tag, event.step, x.simple_value) for x in event.summary.value}
+            at += 16 + size
+    return found
 
 
 def _hashes(folder: pathlib.Path) -> Any:
@@ -109,9 +154,15 @@ class GroupRun(Run):
     _CONFIG = """
 import sys
 sys.path.insert(0, {root!r})
+import dataclasses
+from tests.faults.tested import workload
 from tests.groups.test_group_runs import A, B, C
-from lora_jax.groups.config import GroupConfig
-config = GroupConfig(members=(A, B, C))
+from lora_jax.groups.config import GroupConfig, Member
+config = GroupConfig(
+    members=tuple(
+        Member(m.name, dataclasses.replace(m.config, workload=workload)) for m in (A, B, C)
+    )
+)
 """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -127,6 +178,60 @@ config = GroupConfig(members=(A, B, C))
         belong together.
         """
         return [min(super().state(place))]
+
+    def assert_same(self, place: pathlib.Path) -> None:
+        super().assert_same(place)
+        names = {p.name for p in place.iterdir()}
+        known = {*self.members, "cuts.json", "results.csv", "results.json", "results.png"}
+        assert names == known, f"it left {sorted(names ^ known)}"
+        assert_same(*map(_results, (self.whole, place)))
+
+
+def _results(path: pathlib.Path) -> dict[str, Any]:
+    """The results of a group, without what is another number in each run."""
+    found = json.loads((path / "results.json").read_text())
+    with (path / "results.csv").open(newline="") as file:
+        lines = [_stable(line) for line in csv.DictReader(file)]
+    members = [_stable(member) for member in found.pop("members")]
+    picture = (path / "results.png").read_bytes()
+    return {**found, "members": members, "lines": lines, "picture": hash(picture)}
+
+
+class Sweep(GroupRun):
+    """A sweep over two fields; half of its members end long before the others."""
+
+    _CONFIG = """
+import sys
+sys.path.insert(0, {root!r})
+import dataclasses
+from tests.faults.tested import workload
+from tests.groups.test_group_runs import A
+from lora_jax.groups.sweep import SweepConfig
+config = SweepConfig(
+    base=dataclasses.replace(A.config, workload=workload),
+    grid={{"optimizer.learning_rate": (1e-2, 3e-3), "steps": (10, 150)}},
+)
+"""
+
+    @property
+    def members(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The run directories, which are named after the values."""
+        return tuple(sorted(p.name for p in self.whole.iterdir() if p.is_dir()))
+
+    @property
+    def marks(self) -> tuple[str, ...]:  # type: ignore[override]
+        inside = (f"{m}/{name}" for m in self.members for name in Run.marks)
+        return (*inside, "cuts.json", "results.json", "results.csv", "results.png")
+
+
+class FromRun(Run):
+    """A run that begins with the adapter of an earlier one."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder)
+        run_dir = ("--run-dir", str(folder / "earlier"))
+        earlier = self.prepare("earlier", "--config", TESTED, *SMALL, "--steps", "10", *run_dir)
+        self.line = (*Run.line, "--from", str(earlier))
 
 
 class QuantisedRun(Run):
@@ -170,7 +275,7 @@ config = TextConfig(
 class TwoProcesses(Run):
     """One run on two processes, one of which is killed; the other has to stop too."""
 
-    line = ("--config", OWN, *SMALL, "--mesh.data", "2")
+    line = (*Run.line, "--mesh.data", "2")
 
     def start(self, place: pathlib.Path, killed_at: int | None = None) -> list[Fork]:
         with socket.socket() as found:
@@ -188,56 +293,3 @@ class TwoProcesses(Run):
             )
             for index in range(2)
         ]
-
-
-class Export(Scenario):
-    """`lora-jax export` of a tiny Llama, in one format."""
-
-    def __init__(self, folder: pathlib.Path, form: str) -> None:
-        super().__init__(folder)
-        self._form, self._run = form, folder / "run"
-        write_run(self._run, "llama")
-
-    def start(self, place: pathlib.Path, killed_at: int | None = None) -> list[Fork]:
-        # The shards are small: more files give more moments at which only some of them exist.
-        shards = ("--shard-gb", "1e-5") if self._form == "hf" else ()
-        line = (str(self._run), "--format", self._form, "--out", str(place), *shards)
-        return [self.fork(place, *line, killed_at=killed_at, command="export")]
-
-    def state(self, place: pathlib.Path) -> Any:
-        """Return whether the folder exists; raise if it is incomplete."""
-        if not place.exists() or not any(place.iterdir()):
-            return [0]
-        _assert_same_files(self.whole, place)
-        return [1]
-
-    def is_finished(self, place: pathlib.Path) -> bool:
-        """Return whether the folder already had its name when the command was killed."""
-        return place.exists() and any(place.iterdir())
-
-    def assert_same(self, place: pathlib.Path) -> None:
-        _assert_same_files(self.whole, place)
-        left = [p.name for p in place.parent.iterdir() if p.name.startswith(".")]
-        assert not left, f"it left {left}"
-
-
-def _assert_same_files(one: pathlib.Path, other: pathlib.Path) -> None:
-    names = [sorted(str(p.relative_to(f)) for p in f.rglob("*")) for f in (one, other)]
-    assert names[0] == names[1], f"an incomplete folder: {names[1]} of {names[0]}"
-    files = [name for name in names[0] if (one / name).is_file()]
-    _, differ, failed = filecmp.cmpfiles(one, other, files, shallow=False)
-    assert not differ and not failed, f"other bytes in {differ + failed}"
-
-
-def export(form: str) -> Callable[[pathlib.Path], Scenario]:
-    """Return a builder of the scenario for one format, which needs its folder."""
-    return lambda folder: Export(folder, form)
-
-
-SCENARIOS: dict[str, Callable[[pathlib.Path], Scenario]] = {
-    "single run": Run,
-    "group": GroupRun,
-    "quantised base": QuantisedRun,
-    "two processes": TwoProcesses,
-    **{f"export {form}": export(form) for form in ("hf", "peft", "gguf", "mlx", "orbax")},
-}

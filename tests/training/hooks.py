@@ -1,10 +1,13 @@
-"""Audit hooks that kill their own process at one of the changes that it makes to files."""
+"""Audit hooks for the changes that a process makes to files: one of them kills it, or fails."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pathlib
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -47,3 +50,32 @@ class Changes:
     def write(self) -> None:
         """Write the count into a file."""
         pathlib.Path(self._file).write_text(str(self._count))
+
+
+class FullDisk:
+    """An audit hook that makes files and folders in a folder fail, as if its disk were full.
+
+    It does nothing until `full`, because Python cannot remove it. It does not see C++.
+    """
+
+    def __init__(self) -> None:
+        self._folder, self._room, self.made = "", 0, 0
+
+    @contextlib.contextmanager
+    def full(self, folder: pathlib.Path, room: int) -> Iterator[None]:
+        """Let the block make `room` files and folders in `folder`, and no more; count them."""
+        self._folder, self._room, self.made = str(folder), room, 0
+        try:
+            yield
+        finally:
+            self._folder = ""
+
+    def __call__(self, event: str, values: tuple[Any, ...]) -> None:
+        if not self._folder or event not in ("open", "os.mkdir"):
+            return
+        if event == "open" and not int(values[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            return
+        if str(values[0]).startswith(self._folder):
+            self.made += 1
+            if self.made > self._room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

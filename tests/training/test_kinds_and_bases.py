@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 import lora_jax
+from lora_jax import whole_files
 from lora_jax.bases.recipe import ABOUT, BEGUN
 from lora_jax.checkpoint.adapter import restore_about
 from lora_jax.checkpoint.storage import orbax
@@ -74,7 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         name = json.dumps(described, sort_keys=True)
         if name not in runs:
             path = tmp_path_factory.mktemp("run")
-            directory.write_json(path / "config.json", described)
+            whole_files.write_json(path / "config.json", described)
             summary = train_in(path, config)
             directory.finish(path, summary)
             runs[name] = path, summary

@@ -21,7 +21,7 @@ from tests.training.runs import OWN, SMALL, run
 
 @pytest.fixture(scope="module")
 def finished(
-    tmp_path_factory: pytest.TempPathFactory, draw_curves: Callable[[pathlib.Path], None]
+    tmp_path_factory: pytest.TempPathFactory, draw_curves: Callable[[pathlib.Path], bytes]
 ) -> pathlib.Path:
     """A finished run with its picture."""
     path = tmp_path_factory.mktemp("finished") / "run"

@@ -6,13 +6,18 @@ import dataclasses
 import errno
 import os
 import pathlib
+import types
+from typing import Any
 
 import pytest
 
 import lora_jax
 from configs.own_model import config as CONFIG
-from lora_jax.groups.group_checkpoints import GroupCheckpoints
+from lora_jax import whole_files
+from lora_jax.groups.group_checkpoints import GroupCheckpoint, GroupCheckpoints
 from lora_jax.training import directory, metrics
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.run import Run, Setup
 
 BROKEN = [
     (b'{"steps": 3', "is not JSON"),
@@ -72,14 +77,66 @@ def test_a_file_that_cannot_be_written_is_named(
     """A failed write names the file, and the earlier content stays. Red: the error of a full disk
     names no file."""
 
-    def full(self: pathlib.Path, content: bytes) -> int:
-        self.touch()
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     file = tmp_path / "summary.json"
-    directory.write_json(file, {"a": 1})
-    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    whole_files.write_json(file, {"a": 1})
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(lora_jax.LoraError, match=r"summary\.json cannot be written: No space left"):
-        directory.write_json(file, {"a": 2})
+        whole_files.write_json(file, {"a": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
     assert file.read_text() == '{\n  "a": 1\n}\n'
+
+
+def test_the_record_is_on_disk_before_the_summary(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every line is in metrics.jsonl when a run is marked as finished, while it is still open.
+
+    A group keeps the records of its finished members open. Red without the `_sync` of `finish`.
+    """
+    seen: list[metrics.Line] = []
+    monkeypatch.setattr(directory, "finish", lambda path, _: seen.extend(metrics.read(path)))
+    workload: Any = types.SimpleNamespace(evaluation={"test": None})
+    none: Any = None
+    setup = Setup(CONFIG, workload, none, none, none, none, tmp_path, began=0.0)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        run = Run(setup, none, checkpoints)
+        run.open(none)
+        run.evaluate_before(none, {"test": {"loss": 0.5}})
+        run.finish({})
+        run.close()
+    assert seen == [{"step": 0, "split": "test", "loss": 0.5}]
+
+
+def test_a_killed_fresh_start_leaves_no_finished_run(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--fresh` deletes the summary first and the config last, so that a kill in between is seen.
+
+    Red if the files are deleted in any order: what is left may say that it is finished, or go on
+    with the checkpoints of another config.
+    """
+    names = ["summary.json", "metrics.jsonl", "error.txt", "curves.png", "config.json"]
+    for name in names:
+        (tmp_path / name).touch()
+    gone: list[str] = []
+    monkeypatch.setattr(pathlib.Path, "unlink", lambda path: gone.append(path.name))
+    directory._clear(tmp_path)
+    assert (gone[0], gone[-1]) == ("summary.json", "config.json") and len(gone) == len(names)
+
+
+def test_a_group_killed_twice_before_its_next_checkpoint(tmp_path: pathlib.Path) -> None:
+    """The checkpoint from which a group went on is still listed after more kills.
+
+    Red if the list keeps entries of later steps that only some members have saved.
+    """
+    steps = {"a": [20], "b": [20]}
+    for start in range(4):
+        checkpoints = GroupCheckpoints(tmp_path)
+        if start:
+            found = checkpoints.newest(steps)
+            assert found is not None and found.steps == {"a": 20, "b": 20}, start
+        for step in (20, 30) if start == 0 else (30,):
+            checkpoints.add(GroupCheckpoint({"a": step, "b": step}, ["a", "b"]))
