@@ -84,8 +84,8 @@ ARROWS = {
     "groups": {"checkpoint", "console", "errors", "extras", "free_memory", "frozen", "json_file"}
     | {"layout", "multi", "paths", "regular_files", "resolve", "spec", "training", "transform"}
     | {"whole_files"},
-    "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
-    | {"primitives", "resolve", "training", "whole_files"},
+    "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "layout_table"}
+    | {"paths", "primitives", "resolve", "training", "whole_files"},
     "serving": {
         "adapters",
         "baselines",

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 
-from lora_jax.base import is_base
 from lora_jax.planner import measure, simulated_devices
 from lora_jax.planner.devices import DEVICES, Device
 from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.options import PlanOptions
 from lora_jax.training import mesh
 from lora_jax.training.config import Config, ConfigError, MeshConfig
+from lora_jax.training.summary import is_quantised
 from lora_jax.training.workload import Workload
 
 LORA, FULL = "lora", "full"  # the run itself, and the same run with every parameter trained
@@ -120,7 +119,7 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
     runs = {}
     full = config.full_fine_tuning()
     # Full fine-tuning needs all parameters as floats.
-    floats = full.workload(full) if any(map(is_base, _leaves(workload))) else workload
+    floats = full.workload(full) if is_quantised(workload.params) else workload
     for run, of, its in ((LORA, config, workload), (FULL, full, floats)):
         *smaller, largest = (_measure(of, its, s, there, device) for s in compiled)
         runs[run] = largest
@@ -131,10 +130,6 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
     numbers = tuple(math.prod(s.values()) for s in compiled)
     first = workload.example is None
     return Plan(name, sizes, options.plan_device, runs, numbers, batch, first, config.accumulate)
-
-
-def _leaves(workload: Workload) -> list[Any]:
-    return jax.tree.leaves(workload.params, is_leaf=is_base)
 
 
 def _measure(
