@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lora_jax import path_groups
 
@@ -35,7 +36,7 @@ def table(heading: Cells, rows: Sequence[tuple[str, Cells, int]], words: int, to
         left = set(range(words + 1))
     else:
         left = {0, *range(2, words + 2)}
-    return "\n".join(_aligned(lines, left))
+    return "\n".join(_fitted(lines, left))
 
 
 def remarks(title: str, rows: Sequence[tuple[str, str, str]], width: int = WIDTH) -> list[str]:
@@ -76,7 +77,7 @@ def wrapped(text: str, width: int) -> list[str]:
     return lines
 
 
-def _aligned(lines: Sequence[Cells], left: set[int]) -> list[str]:
+def _fitted(lines: Sequence[Cells], left: set[int]) -> list[str]:
     """Align the columns; where they are too wide, break the texts in the widest ones."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
@@ -84,21 +85,28 @@ def _aligned(lines: Sequence[Cells], left: set[int]) -> list[str]:
         if widths[widest] <= _LEAST:
             break
         widths[widest] = max(_LEAST, widths[widest] - (sum(widths) + 2 * len(widths) - 2 - WIDTH))
-    found = []
+    found: list[Cells] = []
     for line in lines:
-        cells = [
-            wrapped(c, w) if i in left else [c] for i, (c, w) in enumerate(_with(line, widths))
-        ]
-        for row in range(max(map(len, cells))):
-            parts = [cell[row] if row < len(cell) else "" for cell in cells]
-            found.append(
-                "  ".join(
-                    part.ljust(w) if i in left else part.rjust(w)
-                    for i, (part, w) in enumerate(_with(parts, widths))
-                ).rstrip()
-            )
-    return found
+        both = enumerate(zip(line, widths, strict=True))
+        cells = [wrapped(c, w) if i in left else [c] for i, (c, w) in both]
+        found += itertools.zip_longest(*cells, fillvalue="")
+    return aligned(found, left, widths)
 
 
-def _with(cells: Sequence[str], widths: Sequence[int]) -> list[tuple[str, int]]:
-    return list(zip(cells, widths, strict=True))
+def aligned(
+    rows: Sequence[Sequence[str]], left: Collection[int] = (0,), widths: Sequence[int] | None = None
+) -> list[str]:
+    """Return rows of cells as lines whose columns are aligned.
+
+    Args:
+      rows: the rows, which have equally many cells.
+      left: the indices of the columns that are aligned to the left, and not to the right.
+      widths: the widths of the columns. None: those of their longest cells.
+    """
+    widths = widths or [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        both = enumerate(zip(row, widths, strict=True))
+        parts = (cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in both)
+        lines.append("  ".join(parts).rstrip())
+    return lines

@@ -114,8 +114,8 @@ ARROWS = {
         "transform",
     }
     | {"whole_files"},
-    "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "paths"}
-    | {"primitives", "resolve", "training", "whole_files"},
+    "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "layout_table"}
+    | {"paths", "primitives", "resolve", "training", "whole_files"},
     "serving": {
         "adapters",
         "baselines",

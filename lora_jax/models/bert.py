@@ -21,6 +21,7 @@ from lora_jax.models.layers import (
     ACTIVATIONS,
     INITIAL,
     Embed,
+    Mlp,
     by_rows,
     dense,
     kept_weights,
@@ -73,17 +74,6 @@ class _BertAttention(nn.Module):
         return x.reshape(*x.shape[:-1], self.config.num_heads, -1)
 
 
-class _BertMlp(nn.Module):
-    config: BertConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        config = self.config
-        wide = dense(config, config.mlp_size, "up", bias=True)(x)
-        wide = ACTIVATIONS[config.activation](wide)
-        return dense(config, config.hidden_size, "down", bias=True)(wide)
-
-
 class _BertLayer(nn.Module):
     config: BertConfig
     deterministic: bool = True
@@ -102,7 +92,7 @@ class _BertLayer(nn.Module):
         attention = _BertAttention(config, self.deterministic, name="attention")
         mixed = attention(x, seen, distances)
         x = by_rows(norm(config, "attention_norm")(x + drop(mixed)))
-        x = by_rows(norm(config, "mlp_norm")(x + drop(_BertMlp(config, name="mlp")(x))))
+        x = by_rows(norm(config, "mlp_norm")(x + drop(Mlp(config, name="mlp")(x))))
         if convolved is not None and (kind is not None or self.kind):
             first = convolved.joined(x, config.norm_eps)
             x = first if kind is None else jnp.where(kind == 1, first, x)

@@ -23,6 +23,7 @@ from lora_jax.models.layers import (
     INITIAL,
     NORMS,
     Embed,
+    Mlp,
     by_rows,
     dense,
     heads,
@@ -79,26 +80,6 @@ class _DecoderAttention(nn.Module):
         return dense(config, config.hidden_size, "o", bias=config.output_bias)(mixed), fresh
 
 
-class _DecoderMlp(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        config, act = self.config, ACTIVATIONS[self.config.activation]
-
-        def product(name: str, size: int) -> Array:
-            return dense(config, size, name, bias=config.mlp_bias)(x)
-
-        if not config.gated:
-            wide = act(product("up", config.mlp_size))
-        elif config.fused:
-            gate, up = jnp.split(product("gate_up", 2 * config.mlp_size), 2, axis=-1)
-            wide = act(gate) * up
-        else:
-            wide = act(product("gate", config.mlp_size)) * product("up", config.mlp_size)
-        return dense(config, config.hidden_size, "down", bias=config.mlp_bias)(wide)
-
-
 class _DecoderLayer(nn.Module):
     config: DecoderConfig
     deterministic: bool = True
@@ -122,7 +103,10 @@ class _DecoderLayer(nn.Module):
         attention = _DecoderAttention(config, self.deterministic, name="attention")
         mixed, fresh = attention(normed, view, cache)
         x = by_rows(flow.x + after("attention_post_norm", mixed))
-        mlp = (ExpertMlp if config.num_experts else _DecoderMlp)(config, name="mlp")
+        if config.num_experts:
+            mlp: nn.Module = ExpertMlp(config, name="mlp")
+        else:
+            mlp = Mlp(config, config.gated, config.fused, config.mlp_bias, name="mlp")
         wide = mlp(norm(config, "mlp_norm", config.norm)(x))
         return _Flow(by_rows(x + after("mlp_post_norm", wide)), fresh), None
 

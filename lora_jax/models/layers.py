@@ -116,6 +116,41 @@ def heads(
     return [one.reshape(shape) for one, shape in zip(flat, shapes, strict=True)]
 
 
+class Mlp(nn.Module):
+    """Computes down(activation(up)), or down(activation(gate) * up) if it is gated.
+
+    Attributes:
+      config: the config of the model.
+      gated: whether there is a gate.
+      fused: whether gate and up are one kernel `gate_up`.
+      bias: whether the products have biases.
+      rate: the dropout before the last product.
+      deterministic: whether there is no dropout.
+    """
+
+    config: BuiltInConfig
+    gated: bool = False
+    fused: bool = False
+    bias: bool = True
+    rate: float = 0.0
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Map [B, T, D] to [B, T, D]."""
+        config, act = self.config, ACTIVATIONS[self.config.activation]
+        product = functools.partial(dense, config, bias=self.bias)
+        if not self.gated:
+            wide = act(product(config.mlp_size, "up")(x))
+        elif self.fused:
+            gate, up = jnp.split(product(2 * config.mlp_size, "gate_up")(x), 2, axis=-1)
+            wide = act(gate) * up
+        else:
+            wide = act(product(config.mlp_size, "gate")(x)) * product(config.mlp_size, "up")(x)
+        wide = nn.Dropout(self.rate, deterministic=self.deterministic)(wide)
+        return product(config.hidden_size, "down")(wide)
+
+
 class _RmsPlusOne(nn.Module):
     """An RMS norm that multiplies by 1 + scale and stays in float32 to the end, as Gemma's."""
 

@@ -47,14 +47,14 @@ def rules(config: StoredConfig, head: Head | None = None) -> tuple[PlacementRule
     Returns:
       Pairs (pattern, PartitionSpec).
     """
-    if isinstance(config, VitConfig):
-        before = "vit/" if head else ""
-        own = ((before + pattern, spec) for pattern, spec in _vit(config))
-        return (*own, *_head(None, head))
     if isinstance(config, DecoderConfig):
         return _decoder(config)
-    before = "bert/" if head else ""
-    return (*((before + pattern, spec) for pattern, spec in _bert(config)), *_head(config, head))
+    own, before = (
+        (_vit(config), "vit/") if isinstance(config, VitConfig) else (_bert(config), "bert/")
+    )
+    if head is None:
+        return own
+    return (*((before + pattern, spec) for pattern, spec in own), *_head(config, head))
 
 
 def _embedding(config: BuiltInConfig) -> P:
@@ -66,16 +66,12 @@ def _decoder(config: DecoderConfig) -> tuple[PlacementRule, ...]:
     first = "attention/qkv" if config.fused else "attention/{q,k,v}"
     norms = "{attention,mlp}_{norm,post_norm}" if config.post_norms else "{attention,mlp}_norm"
     leaves = "{scale,bias}" if config.norm == "layer" else "scale"
+    up = "mlp/up" if not config.gated else "mlp/gate_up" if config.fused else "mlp/{gate,up}"
     within = [
-        (f"{first}/kernel", _FIRST),
-        ("attention/o/kernel", _SECOND),
-        *(_mixture() if config.num_experts else _mlp(config)),
+        *_pair(first, "attention/o", config.qkv_bias, config.output_bias),
+        *(_mixture() if config.num_experts else _pair(up, "mlp/down", *[config.mlp_bias] * 2)),
         (f"{norms}/{leaves}", _WHOLE),
     ]
-    if config.qkv_bias:
-        within.append((f"{first}/bias", P("tensor")))
-    if config.output_bias:
-        within.append(("attention/o/bias", _WHOLE))
     if config.qk_norm:
         within.append((f"attention/{{q,k}}_norm/{leaves}", _WHOLE))
     out = [
@@ -90,11 +86,11 @@ def _decoder(config: DecoderConfig) -> tuple[PlacementRule, ...]:
     return tuple(out)
 
 
-def _mlp(config: DecoderConfig) -> list[PlacementRule]:
-    first = "mlp/up" if not config.gated else "mlp/gate_up" if config.fused else "mlp/{gate,up}"
-    out = [(f"{first}/kernel", _FIRST), ("mlp/down/kernel", _SECOND)]
-    if config.mlp_bias:
-        out += [(f"{first}/bias", P("tensor")), ("mlp/down/bias", _WHOLE)]
+def _pair(first: str, second: str, first_bias: bool, second_bias: bool) -> list[PlacementRule]:
+    """Return the rules of a pair of products, and of the biases that they have."""
+    out = [(f"{first}/kernel", _FIRST), (f"{second}/kernel", _SECOND)]
+    out += [(f"{first}/bias", P("tensor"))] if first_bias else []
+    out += [(f"{second}/bias", _WHOLE)] if second_bias else []
     return out
 
 
@@ -131,20 +127,11 @@ def _encoder_layer(form: PreNorm) -> list[PlacementRule]:
     first = "attention/qkv" if form.fused else "attention/{query,key,value}"
     up = "mlp/gate_up" if form.gated else "mlp/up"
     leaves = "{scale,bias}" if form.norm_bias else "scale"
-    within = [
-        (f"{first}/kernel", _FIRST),
-        ("attention/output/kernel", _SECOND),
-        (f"{up}/kernel", _FIRST),
-        ("mlp/down/kernel", _SECOND),
+    return [
+        *_pair(first, "attention/output", form.qkv_bias, form.output_bias),
+        *_pair(up, "mlp/down", form.mlp_bias, form.mlp_bias),
         (f"{{attention,mlp}}_norm/{leaves}", _WHOLE),
     ]
-    if form.qkv_bias:
-        within.append((f"{first}/bias", P("tensor")))
-    if form.output_bias:
-        within.append(("attention/output/bias", _WHOLE))
-    if form.mlp_bias:
-        within += [(f"{up}/bias", P("tensor")), ("mlp/down/bias", _WHOLE)]
-    return within
 
 
 def _vit(config: VitConfig) -> tuple[PlacementRule, ...]:
@@ -183,16 +170,14 @@ def _layers(config: StoredConfig, layer: str, within: list[PlacementRule]) -> li
     return [(f"{layer}/{pattern}", stacked(spec)) for pattern, spec in within]
 
 
-def _head(config: BertConfig | None, head: Head | None) -> tuple[PlacementRule, ...]:
+def _head(config: BertConfig | VitConfig, head: Head) -> tuple[PlacementRule, ...]:
     """Return the rules of the head. The number of classes can rarely be divided: the last product
     of few classes is replicated, which is cheaper than a sum; that of many is sharded by inputs."""
-    if head is None:
-        return ()
     out: tuple[PlacementRule, ...] = (
         ("classifier/out/kernel", _WHOLE if head.num_classes <= _FEW_CLASSES else P(_BOTH)),
         ("classifier/out/bias", _WHOLE),
     )
-    if config is None or head.pooling != "roberta_head":
+    if isinstance(config, VitConfig) or head.pooling != "roberta_head":
         return out
     out = (*out, ("classifier/dense/kernel", _FIRST))
     if config.head_bias:

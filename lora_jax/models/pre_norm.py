@@ -10,7 +10,7 @@ from jax import Array
 from lora_jax.models.attention import attend, visible
 from lora_jax.models.config import BertConfig, PreNorm
 from lora_jax.models.layers import (
-    ACTIVATIONS,
+    Mlp,
     by_rows,
     dense,
     heads,
@@ -50,26 +50,6 @@ class _Attention(nn.Module):
         return dense(config, config.hidden_size, "output", bias=form.output_bias)(mixed)
 
 
-class _Mlp(nn.Module):
-    config: BertConfig
-    form: PreNorm
-    deterministic: bool
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        config, form, act = self.config, self.form, ACTIVATIONS[self.config.activation]
-        if form.gated:
-            both = dense(config, 2 * config.mlp_size, "gate_up", bias=form.mlp_bias)(x)
-            gate, up = jnp.split(both, 2, axis=-1)
-            wide = act(gate) * up
-        else:
-            wide = act(dense(config, config.mlp_size, "up", bias=form.mlp_bias)(x))
-        wide = nn.Dropout(config.dropout if form.gated else 0.0, deterministic=self.deterministic)(
-            wide
-        )
-        return dense(config, config.hidden_size, "down", bias=form.mlp_bias)(wide)
-
-
 class _Layer(nn.Module):
     config: BertConfig
     form: PreNorm
@@ -94,7 +74,8 @@ class _Layer(nn.Module):
             sight = local
         attention = _Attention(config, form, self.deterministic, name="attention")
         x = by_rows(x + drop(attention(normed, sight)))
-        mlp = _Mlp(config, form, self.deterministic, name="mlp")
+        rate = config.dropout if form.gated else 0.0
+        mlp = Mlp(config, form.gated, True, form.mlp_bias, rate, self.deterministic, name="mlp")
         return by_rows(x + drop(mlp(norm(config, "mlp_norm", form.norm)(x)))), None
 
 

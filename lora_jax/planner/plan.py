@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 
-from lora_jax.base import is_base
 from lora_jax.planner import measure, simulated_devices
 from lora_jax.planner.devices import DEVICES, Device
 from lora_jax.planner.measure import StepCosts
@@ -16,6 +14,7 @@ from lora_jax.planner.options import PlanOptions
 from lora_jax.training import mesh
 from lora_jax.training.config import Config, ConfigError, MeshConfig
 from lora_jax.training.config_file import workload_of
+from lora_jax.training.summary import is_quantised
 from lora_jax.training.workload import Workload
 
 LORA, FULL = "lora", "full"  # the run itself, and the same run with every parameter trained
@@ -121,7 +120,7 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
     runs = {}
     full = config.full_fine_tuning()
     # Full fine-tuning needs all parameters as floats.
-    floats = workload_of(full) if any(map(is_base, _leaves(workload))) else workload
+    floats = workload_of(full) if is_quantised(workload.params) else workload
     for run, of, its in ((LORA, config, workload), (FULL, full, floats)):
         *smaller, largest = (_measure(of, its, s, there, device) for s in compiled)
         runs[run] = largest
@@ -132,10 +131,6 @@ def make(name: str, config: Config, options: PlanOptions) -> Plan:
     numbers = tuple(math.prod(s.values()) for s in compiled)
     first = workload.example is None
     return Plan(name, sizes, options.plan_device, runs, numbers, batch, first, config.accumulate)
-
-
-def _leaves(workload: Workload) -> list[Any]:
-    return jax.tree.leaves(workload.params, is_leaf=is_base)
 
 
 def _measure(

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from lora_jax.layout_table import aligned
 from lora_jax.planner.collectives import Collective
 from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.measure import StepCosts
@@ -166,7 +167,7 @@ def _table(plan: Plan) -> list[str]:
         ("  against full", lambda m: f"{m.flops / plan.runs[FULL].flops:.3f}"),
     ]
     rows = [[name, *(said(plan.runs[run]) for run in (LORA, FULL))] for name, said in lines]
-    return _aligned([["", "this run", "full fine-tuning"], *rows])
+    return aligned([["", "this run", "full fine-tuning"], *rows])
 
 
 def _parts(plan: Plan) -> list[tuple[str, Callable[[StepCosts], str]]]:
@@ -189,7 +190,7 @@ def _collectives(found: StepCosts) -> list[str]:
         ]
     if len(rows) == 1:
         return ["no collectives"]
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _verdict(plan: Plan, run: str) -> str:
@@ -206,15 +207,3 @@ def _verdict(plan: Plan, run: str) -> str:
         f"a step takes at least {roof.seconds:.3g} s, bound by {roof.bound} (compute "
         f"{roof.compute:.3g}, memory {roof.memory:.3g}, communication {roof.communication:.3g})"
     )
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Align the columns. Rich would fold them to the width of the terminal."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

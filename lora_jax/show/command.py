@@ -136,8 +136,7 @@ def _by_rank(
             refused.append(str(error))
         else:
             rows.append((str(rank), f"{size:,}", f"{size / total:.2%}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    table = ["".join(f"  {x.rjust(w)}" for x, w in zip(row, widths, strict=True)) for row in rows]
+    table = [f"  {line}" for line in layout_table.aligned(rows, left=())]
     return [*table, *(textwrap.wrap(f"-: {refused[0]}", width) if refused else [])]
 
 
