@@ -27,10 +27,10 @@ NAME = "manifest.ocdbt"
 _CODECS = {"bytes", "crc32c", "sharding_indexed", "zstd"}  # each stops at the size of its chunk
 _PATH = 255  # bytes at most of the path by which a node names a file
 _DESCRIPTION = 2**16  # bytes at most of the description of an array, and of a manifest
-_NODE, _ENTRY = 2**17, 2**9  # bytes that a node and an entry count, beside their own
+_NODE, _ENTRY = 2**17, 2**9  # bytes that a node and an entry count, in addition to their own
 _PACKED = 2**20, 1024  # bytes at most: of any node unpacked, and for each byte packed
 
-Piece = tuple[str, int, int]  # a file of the checkpoint, an offset and a length
+FilePiece = tuple[str, int, int]  # a file of the checkpoint, an offset and a length
 Spend = Callable[[int], None]  # raises if it is called for too many bytes
 
 
@@ -63,7 +63,7 @@ def _walk(
     """Yield every key, with its value if that describes an array."""
     import tensorstore  # comes with Orbax
 
-    def find(location: str) -> tuple[int, Piece]:
+    def find(location: str) -> tuple[int, FilePiece]:
         _, base, path, offset, length = location.split(":")
         name, end = place + unquote(base + path), int(offset) + int(length)
         if end > files.get(name, -1):
@@ -75,7 +75,7 @@ def _walk(
     if _unpacked(_read(root, (place + NAME, 0, _DESCRIPTION)))[16]:
         raise DamagedError("damaged: its database has a manifest of another kind")
     left = [(b"", tensorstore.ocdbt.dump(store).result()["versions"][-1]["root"])]
-    seen = set[Piece]()
+    seen = set[FilePiece]()
     while left:
         prefix, node = left.pop()
         if "location" not in node:  # the database is empty
@@ -98,7 +98,7 @@ def _walk(
             yield name, (_read(root, piece) if value is None else value) if described else b""
 
 
-def _read(root: pathlib.Path, piece: Piece) -> bytes:
+def _read(root: pathlib.Path, piece: FilePiece) -> bytes:
     with open(root / piece[0], "rb") as file:
         file.seek(piece[1])
         return file.read(piece[2])

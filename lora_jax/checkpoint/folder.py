@@ -62,7 +62,7 @@ def check(folder: pathlib.Path, part: str, max_bytes: float | None) -> int:
         left_json -= 0 if _is_data(name) else size
         if left_json < 0:
             raise LoraError(
-                f"{root / name} has {size:,} bytes; the limit of JSON is {JSON_BYTES:,} in all files"
+                f"{root / name} has {size:,} bytes; the limit of JSON is {JSON_BYTES:,} in all"
             )
         if size and not _is_data(name):
             _check_json(root / name)
@@ -71,7 +71,9 @@ def check(folder: pathlib.Path, part: str, max_bytes: float | None) -> int:
         if place == name:
             continue
         if not re.fullmatch(rf"{part}/(ocdbt\.process_[^/]*/)?", place):
-            raise DamagedError(f"its {place or 'top'} holds a database; expected one only in {part}")
+            raise DamagedError(
+                f"it holds a database in /{place[:200]}; expected one only in {part}"
+            )
         database.check(root, place, files, spend)
     return on_disk
 
@@ -89,9 +91,9 @@ def _walk(root: pathlib.Path) -> tuple[dict[str, int], int]:
                     raise LoraError(f"{root} holds more than {ENTRIES:,} files and folders")
                 if stat.S_ISLNK(state.st_mode):
                     raise LoraError(
-                        f"{root / name} is a link to {os.readlink(root / name)}, and could lead out "
-                        "of its folder; if you trust it, copy the folder with its links followed "
-                        "(cp -rL)"
+                        f"{root / name} is a link to {os.readlink(root / name)}, and could lead "
+                        "out of its folder; if you trust it, copy the folder with its links "
+                        "followed (cp -rL)"
                     )
                 if stat.S_ISDIR(state.st_mode):
                     left.append(f"{name}/")
@@ -101,7 +103,7 @@ def _walk(root: pathlib.Path) -> tuple[dict[str, int], int]:
                 sizes[name] = state.st_size
                 if state.st_nlink == 1 or state.st_ino not in linked:
                     # A file may have holes, which take no place.
-                    on_disk += min(state.st_size, 512 * getattr(state, "st_blocks", math.inf))
+                    on_disk += min(state.st_size, 512 * getattr(state, "st_blocks", state.st_size))
                     linked.add(state.st_ino)
     return sizes, on_disk
 
