@@ -19,6 +19,7 @@ MakeError = Callable[[str], Exception]
 
 MOST_BYTES = 2**26  # limit for a file, or a line, that is read at once
 RATIO = 1000  # a larger file may have this many bytes for each one on the disk
+_HOLES = 1000  # what is behind so many holes of a file does not count
 
 
 def opened(path: AnyPath, error: MakeError, *, given: bool = False) -> BinaryIO:
@@ -44,7 +45,7 @@ def opened(path: AnyPath, error: MakeError, *, given: bool = False) -> BinaryIO:
     if not stat.S_ISREG(found.st_mode):
         file.close()
         raise error(f"{path} is not a regular file, but a FIFO, a device or a socket")
-    if found.st_size > max(MOST_BYTES, RATIO * allocated(file)):
+    if found.st_size > max(MOST_BYTES, RATIO * allocated(path)):
         file.close()
         raise error(
             f"{path} has {found.st_size:,} bytes, nearly all of them in holes of the file; if that "
@@ -95,20 +96,19 @@ def lines(file: BinaryIO, where: object, error: MakeError) -> Iterator[tuple[int
         yield number, line
 
 
-def allocated(file: BinaryIO) -> int:
-    """Return the bytes of an open file that are on the disk: those in holes do not count."""
-    found = os.fstat(file.fileno())
-    blocks = getattr(found, "st_blocks", found.st_size) * 512
-    if RATIO * blocks >= found.st_size or getattr(os, "SEEK_DATA", None) is None:
+def allocated(path: AnyPath) -> int:
+    """Return the bytes of a regular file that are on the disk: those in holes do not count."""
+    found = os.stat(path)
+    blocks = 512 * getattr(found, "st_blocks", found.st_size)
+    if blocks >= found.st_size or getattr(os, "SEEK_DATA", None) is None:
         return min(blocks, found.st_size)
-    # Some file systems count the blocks of a new file late, but all know where its holes are.
+    # File systems that compress, or that count the blocks of a new file late, know its holes.
     total = end = 0
-    with contextlib.suppress(OSError):  # there is no data after the last hole
-        while end < found.st_size and RATIO * total < found.st_size:
+    with open(path, "rb") as file, contextlib.suppress(OSError):  # ends after the last data
+        for _ in range(_HOLES):
             start = os.lseek(file.fileno(), end, os.SEEK_DATA)
             end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
             total += end - start
-    os.lseek(file.fileno(), 0, os.SEEK_SET)
     return total
 
 

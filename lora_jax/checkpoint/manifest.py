@@ -4,12 +4,10 @@ A manifest lists every array with shape, dtype and content hash (`fingerprint.di
 the notes of the saver: JSON values. It is stored as one text together with the SHA-256 of that
 text. So a flipped bit in either is found, just as a flipped bit in an array is found by its hash.
 
-A checkpoint may come from a stranger. No memory is allocated for an array before `check_folder`,
-`check_declared` and `check_stored` have passed. They refuse the following, and name the declared
-value and the limit:
+A checkpoint may come from a stranger. No memory is allocated for an array before
+`lora_jax.checkpoint.folder.check`, `check_declared` and `check_stored` have passed. The last two
+refuse the following, and name the declared value and the limit:
 
-    a link that leads out of the folder, and anything that is neither file nor folder;
-    a file of JSON above 64 MiB, and more than 100,000 files;
     a path with a segment `..` or `.`, an absolute path, one with a NUL character;
     more than 32 dimensions, a dimension that is not an integer or is negative;
     an array in the folder that the manifest does not list, or with another shape or dtype;
@@ -23,23 +21,18 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import pathlib
-import stat
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax import json_file, paths
+from lora_jax import paths
 from lora_jax.checkpoint.fingerprint import digests
 from lora_jax.errors import LoraError, listed
 
 FORMAT = 2
 SEALED = {"text", "sha256"}  # the fields of a sealed manifest
-JSON_BYTES = 2**26
-FILES = 100_000
 DIMENSIONS = 32
 KEY_WORDS = 4  # the words of JAX's largest PRNG key
 MOST_BYTES = 2**34
@@ -225,55 +218,6 @@ def _check_array(path: str, entry: Entry, found: StoredArray) -> None:
             f"{path} has the shape {list(shape)}, and is stored in chunks of {list(chunk)}; a "
             "chunk may not be larger than its array"
         )
-
-
-def check_folder(folder: pathlib.Path) -> int:
-    """Return the bytes of all files in a local folder.
-
-    Raises:
-      LoraError: a link out of it, a special file, too many files, or a JSON file that is too large.
-    """
-    root, total, files = folder.resolve(), 0, 0
-    for parent, names, inside in os.walk(folder):
-        for name in (*names, *inside):
-            entry = pathlib.Path(parent, name)
-            if entry.is_symlink() and not entry.resolve().is_relative_to(root):
-                raise LoraError(
-                    f"{entry} is a link to {entry.resolve()}, out of its folder; if you trust it, "
-                    "copy the folder with its links followed (cp -rL)"
-                )
-        for name in inside:
-            entry, files = pathlib.Path(parent, name), files + 1
-            total += _size(entry)
-            if files > FILES:
-                raise LoraError(f"{folder} holds more than {FILES:,} files")
-    return total
-
-
-def _size(file: pathlib.Path) -> int:
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise LoraError(f"{file} is neither a file nor a folder")
-    if file.parent.name != "d" or "zarr" in file.name:  # Orbax keeps arrays in folders d
-        check_json(file, found.st_size)
-        _check_text(file)
-    return found.st_size
-
-
-def _check_text(file: pathlib.Path) -> None:
-    """Raise `DamagedError` for a file that begins as JSON and is not JSON, or is nested too deeply.
-
-    TensorStore reads these files too, and a list 100,000 deep ends its process.
-    """
-    data = file.read_bytes()
-    if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
-        json_file.parse(data, str(file), DamagedError, finite=False)
-
-
-def check_json(file: os.PathLike[str], size: int) -> None:
-    """Raise `LoraError` for a JSON file that is too large to read."""
-    if size > JSON_BYTES:
-        raise LoraError(f"{file} has {size:,} bytes; the limit of JSON is {JSON_BYTES:,}")
 
 
 def canonical(x: Any) -> jax.Array:

@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from lora_jax import json_file, paths
+from lora_jax import paths
+from lora_jax.checkpoint import folder as folders
 from lora_jax.checkpoint import manifest as manifests
 from lora_jax.checkpoint import stored_arrays
 from lora_jax.checkpoint.manifest import DamagedError, Manifest, StoredArray
@@ -35,7 +36,6 @@ from lora_jax.errors import LoraError, cure, errno_of, listed
 _PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE}
 
 ADAPTER = "arrays"  # the part with an adapter's arrays
-DESCRIPTIONS = (b"zarr.json", b".zarray", b".zattrs", b".zgroup")  # ends of names
 Path = str | os.PathLike[str]
 RemotePath = Any  # etils' epath.Path: a local folder, or a remote one (gs://...)
 
@@ -72,13 +72,11 @@ def read_manifest(folder: RemotePath, max_bytes: float | None, part: str = ADAPT
     Raises:
       LoraError, DamagedError: as `restore`.
     """
-    local = "://" not in str(folder)
+    remote = "://" in str(folder)
     with reading(folder):
-        on_disk = manifests.check_folder(pathlib.Path(folder)) if local else None
+        on_disk = None if remote else folders.check(pathlib.Path(folder), part, max_bytes)
         found = manifests.unseal(_sealed(folder))
         manifests.check_declared(found, on_disk, max_bytes)
-        if local:
-            _check_descriptions(pathlib.Path(folder) / part)
         _check_stored(folder, found, part)
     return found
 
@@ -91,31 +89,9 @@ def _sealed(folder: RemotePath) -> Any:
     file = folder / "meta" / "_strings.json"
     if not file.exists():
         return None
-    manifests.check_json(file, file.stat().length)
+    if (size := file.stat().length) > folders.JSON_BYTES:
+        raise LoraError(f"{file} has {size:,} bytes; the limit of JSON is {folders.JSON_BYTES:,}")
     return json.loads(file.read_text())
-
-
-def _check_descriptions(folder: pathlib.Path) -> None:
-    """Raise unless the arrays' descriptions in `folder` are JSON, and not nested too deeply.
-
-    TensorStore reads them later, and dies of deep JSON with a segmentation fault. They are in the
-    OCDBT database that Orbax writes; `manifest.check_folder` reads descriptions in files.
-    """
-    import tensorstore  # comes with Orbax
-
-    if not (folder / "manifest.ocdbt").exists():
-        return
-    base = {"driver": "file", "path": f"{folder}/"}
-    try:
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-        names = [name for name in store.list().result() if name.endswith(DESCRIPTIONS)]
-        found = {name: read.result().value for name, read in [(n, store.read(n)) for n in names]}
-    except ValueError as error:
-        if errno_of(error) in _PASSING:
-            raise
-        raise DamagedError("damaged: the description of its arrays cannot be read") from error
-    for name, text in found.items():
-        json_file.parse(text, name.decode(errors="replace"), DamagedError, finite=False)
 
 
 def _check_stored(folder: RemotePath, manifest: Manifest, part: str) -> None:

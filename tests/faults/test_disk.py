@@ -239,7 +239,7 @@ def test_a_file_system_that_goes_away_is_no_damage(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora_jax.checkpoint.manifest.check_json", away)
+        patch.setattr("lora_jax.checkpoint.folder._check_json", away)
         with pytest.raises(LoraError, match=r"checkpoints/4 cannot be read: .*start the same"):
             read(folder)
     assert names(folder) == ["3", "4"]

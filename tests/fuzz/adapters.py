@@ -21,7 +21,7 @@ from lora_jax.exchange import mlx, peft
 from lora_jax.hf_module import HfModule
 from lora_jax.layout import Layout
 from lora_jax.serving import served_adapters, text_classifier
-from tests.fuzz import mutate, tensors
+from tests.fuzz import databases, mutate, tensors
 from tests.fuzz.kind import FORMATS, GOLDEN, Files, stored
 
 MANIFEST = "meta/_strings.json"
@@ -180,7 +180,13 @@ def make_orbax(random: Random) -> Files:
     files = dict(random.choice(checkpoints_files()))
     name = random.choice(sorted(set(files) - {MANIFEST, "orbax.checkpoint"}))
     data = files[name]
-    match random.randrange(8):
+    match random.randrange(14):
+        case 8 | 9:
+            return databases.with_value(random, files)
+        case 10 | 11:
+            return databases.with_node(random, files)
+        case 12 | 13:
+            return databases.with_special_file(random, files)
         case 0:
             del files[name]
         case 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from random import Random
@@ -11,6 +12,26 @@ from random import Random
 TESTS = pathlib.Path(__file__).parents[1]
 FORMATS, GOLDEN = TESTS / "formats", TESTS / "golden"
 Files = dict[str, bytes]  # contents by path, relative to the case's folder
+
+
+class Link(bytes):
+    """Contents that are written as a link to this path."""
+
+
+class Pipe(bytes):
+    """Contents that are written as a named pipe."""
+
+
+class Hole(bytes):
+    """Contents that are written as a file of `size` bytes without any block."""
+
+    size: int
+
+    def __new__(cls, size: int) -> Hole:
+        """Return the contents; no memory is taken."""
+        found = super().__new__(cls)
+        found.size = size
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +55,16 @@ def write(folder: pathlib.Path, files: Mapping[str, bytes]) -> None:
     """Write the files of a case."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
+        match data:
+            case Link():
+                (folder / name).symlink_to(os.fsdecode(data))
+            case Pipe():
+                os.mkfifo(folder / name)
+            case Hole():
+                (folder / name).touch()
+                os.truncate(folder / name, data.size)
+            case _:
+                (folder / name).write_bytes(data)
 
 
 @functools.cache
