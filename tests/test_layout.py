@@ -54,7 +54,8 @@ ARROWS = {
     "sharding_rules": {"bases", "errors", "paths"},
     "sharding": {"base", "bases", "errors", "flax_partitioning", "layout", "paths", "primitives"}
     | {"sharding_rules", "target", "updates"},
-    "checkpoint": {"adapters", "base", "errors", "json_file", "layout", "paths", "updates"},
+    "checkpoint": {"adapters", "base", "errors", "json_file", "layout", "paths", "regular_files"}
+    | {"updates"},
     "foreign": {"errors"},
     "analysis": {"adapters", "base", "errors", "layout", "multi", "paths", "spec", "target"}
     | {"updates"},
