@@ -146,7 +146,8 @@ class Builder(DataSource):
         for name in self.splits:
             if name in split:  # a slice or a sum of splits contains their names
                 self._count(name)
-        images = [name for name, kind in dict(info.features).items() if _is_image(kind)]
+        fields = dict(info.features).items()  # TFDS would decode an image with OpenCV
+        images = [name for name, kind in fields if isinstance(kind, tfds.features.Image)]
         as_stored = {name: tfds.decode.SkipDecoding() for name in images}
         source = self._builder.as_data_source(split, decoders=as_stored or None)
         records = ArrayRecords(source, images)
@@ -213,8 +214,3 @@ class ArrayRecords(Sequence[Example]):
     def _example(self, row: Mapping[str, Any]) -> Example:
         text = {k for k, v in row.items() if isinstance(v, bytes)} - self._encoded
         return {k: v.decode() if k in text else v for k, v in row.items()}
-
-
-def _is_image(feature: Any) -> bool:
-    """Return whether the field is an image, which TFDS would decode with OpenCV."""
-    return isinstance(feature, tfds.features.Image)

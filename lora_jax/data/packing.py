@@ -19,6 +19,7 @@ from grain import experimental
 from numpy.typing import NDArray
 
 from lora_jax.data.batches import IN_THREAD
+from lora_jax.data.epochs import ENDLESS
 from lora_jax.data.process_slice import Shard
 from lora_jax.errors import DataError
 from lora_jax.text.tokens import TokenRow
@@ -26,8 +27,6 @@ from lora_jax.text.tokens import TokenRow
 _Arrays = dict[str, NDArray[Any]]  # a packed row, or a batch of rows
 _BINS = 32  # rows that are filled at the same time
 _SAMPLE = 8  # the padding of endless streams is estimated from _SAMPLE * _BINS rows
-
-_ENDLESS = 2**31  # epochs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Packing:
     def pack(self, number: int, rows: Sequence[TokenRow]) -> grain.IterDataset:
         """Pack stream `number` by first fit, with several rows that are filled at the same time."""
         seed = None if self.seed is None else (self.seed, number)
-        stream = Stream(rows, seed, _ENDLESS if self.epochs is None else self.epochs)
+        stream = Stream(rows, seed, ENDLESS if self.epochs is None else self.epochs)
         dataset = grain.MapDataset.source(stream).to_iter_dataset(IN_THREAD)
         if not self.together:
             return dataset.map(self._alone)

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -72,26 +73,12 @@ def stand_in(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in modules:
             if "tf" in vars(module):
-                stack.enter_context(_replaced(module, "tf", TF))
+                stack.enter_context(mock.patch.object(module, "tf", TF))
         for feature in dict(builder.info.features).values():
             if isinstance(feature, tfds.features.Image):
                 encode = functools.partial(_encode, feature, feature.encode_example)
-                stack.enter_context(_replaced(feature, "encode_example", encode))
+                stack.enter_context(mock.patch.object(feature, "encode_example", encode))
         yield
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give a module or an object another attribute until the block ends."""
-    before = dict(vars(owner))
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if name in before:
-            setattr(owner, name, before[name])
-        else:
-            delattr(owner, name)
 
 
 def _encode(feature: tfds.features.Image, encode: Callable[[Any], bytes], image: Any) -> bytes:

@@ -50,7 +50,7 @@ def notes(settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tup
 
 
 def _vllm(settings: Mapping[str, Any], shapes: Shapes) -> list[str]:
-    found = _common(settings, shapes, rslora=None, dora=True)
+    found = _common(settings, shapes, rslora=None)
     rank = largest_rank(settings)
     if rank > VLLM_RANKS[-1]:
         found.append(f"refuses the rank {rank}: it has ranks up to {VLLM_RANKS[-1]}")
@@ -60,8 +60,7 @@ def _vllm(settings: Mapping[str, Any], shapes: Shapes) -> list[str]:
         found.append(f"refuses bias={settings['bias']!r}")
     if settings.get("use_rslora") and any(".experts." in key for key in shapes):
         found.append("misreads use_rslora for experts")
-    if tables := _heads(shapes):
-        found.append(f"refuses {tables[0]} unless its class of the model lists the module")
+    found += _heads(shapes, "refuses", " unless its class of the model lists the module")
     if settings.get("target_parameters"):
         found.append("misreads target_parameters in most versions; write a key for each expert")
     return found
@@ -77,15 +76,13 @@ def _sglang(settings: Mapping[str, Any], shapes: Shapes) -> list[str]:
         found.append("needs --lora-target-modules: target_modules are not last names alone")
     if settings.get("target_parameters"):
         found.append("misreads target_parameters in most versions; write a key for each expert")
-    if tables := _heads(shapes):
-        found.append(f"refuses {tables[0]} unless its pool of modules has the module")
+    found += _heads(shapes, "refuses", " unless its pool of modules has the module")
     return found
 
 
 def _llama_cpp(settings: Mapping[str, Any], shapes: Shapes) -> list[str]:
     found = _common(settings, shapes, rslora="misreads use_rslora: it reads lora_alpha alone")
-    if tables := _heads(shapes):
-        found.append(f"refuses {tables[0]}: it converts no embeddings and heads")
+    found += _heads(shapes, "refuses", ": it converts no embeddings and heads")
     found.append("needs the base's config.json to convert it (--base)")
     return found
 
@@ -96,8 +93,7 @@ def _lorax(settings: Mapping[str, Any], shapes: Shapes) -> list[str]:
         found.append(f"refuses the rank {largest_rank(settings)}: above 128")
     if settings.get("rank_pattern"):
         found.append("refuses ranks that differ from layer to layer")
-    if tables := _heads(shapes):
-        found.append(f"misreads {tables[0]}: it leaves out what its model has no adapter for")
+    found += _heads(shapes, "misreads", ": it leaves out what its model has no adapter for")
     if not settings.get("base_model_name_or_path"):
         found.append("needs base_model_name_or_path")
     return found
@@ -108,8 +104,7 @@ def _ollama(settings: Mapping[str, Any], shapes: Shapes) -> list[str]:
     alpha = settings.get("lora_alpha", 8)
     if not isinstance(alpha, int) or alpha < 0:
         found.append(f"refuses lora_alpha={alpha}: it reads an unsigned integer")
-    if tables := _heads(shapes):
-        found.append(f"refuses {tables[0]}: it converts no embeddings and heads")
+    found += _heads(shapes, "refuses", ": it converts no embeddings and heads")
     found.append("needs a base of the architecture llama or gemma2; for others a GGUF adapter")
     return found
 
@@ -123,12 +118,10 @@ RULES: dict[str, Callable[[Mapping[str, Any], Shapes], list[str]]] = {
 }
 
 
-def _common(
-    settings: Mapping[str, Any], shapes: Shapes, *, rslora: str | None, dora: bool = True
-) -> list[str]:
+def _common(settings: Mapping[str, Any], shapes: Shapes, *, rslora: str | None) -> list[str]:
     """Return the findings about parts of an adapter that no consumer reads."""
     found = []
-    if settings.get("use_dora") and dora:
+    if settings.get("use_dora"):
         found.append("refuses use_dora")
     if settings.get("modules_to_save") not in OFF:
         found.append(f"refuses modules_to_save={settings['modules_to_save']}")
@@ -159,5 +152,7 @@ def _vllm_rank(settings: Mapping[str, Any]) -> int:
     return next((r for r in VLLM_RANKS if r >= rank), rank)
 
 
-def _heads(shapes: Shapes) -> list[str]:
-    return [key for key in shapes if any(f".{name}." in f".{key}" for name in HEADS)]
+def _heads(shapes: Shapes, verb: str, why: str) -> list[str]:
+    """Return the finding about the first embedding or output head; [] if there is none."""
+    tables = [key for key in shapes if any(f".{name}." in f".{key}" for name in HEADS)]
+    return [f"{verb} {key}{why}" for key in tables[:1]]

@@ -22,7 +22,7 @@ from lora_jax.exchange.module_update import (
     rotary_order,
     twin_of,
 )
-from lora_jax.exchange.names import NameTable
+from lora_jax.exchange.names import NameTable, TensorPlace
 from lora_jax.exchange.whole import is_shared, places_of
 from lora_jax.hf_module import HfModule
 from lora_jax.layout import Layout
@@ -62,7 +62,7 @@ def into_adapter(
     targets, parameters = [], {}
     for target in layout.targets:
         if target.path in shifts:
-            target, arrays = _shift(target, shifts[target.path])
+            arrays = _shift(target, shifts[target.path])
         else:
             target, arrays = _filled(target, pieces[target.path], leaves[target.path])
         targets.append(target)
@@ -82,8 +82,7 @@ def _pieces(
             if place.tied:
                 heads[place.path] = update
                 continue
-            own = _own_rows(place.entry, update, name)
-            pieces.setdefault(place.path, []).append(_Piece(place.entry, place.at, own, name))
+            pieces.setdefault(place.path, []).append(_piece(place, update, name))
     for path, found in pieces.items():
         seen: dict[Any, str] = {}
         for piece in found:
@@ -93,7 +92,8 @@ def _pieces(
     return pieces, heads
 
 
-def _own_rows(entry: HfModule, update: ModuleUpdate, name: str) -> ModuleUpdate:
+def _piece(place: TensorPlace, update: ModuleUpdate, name: str) -> _Piece:
+    entry = place.entry
     if entry.rows is not None:
         start, size = entry.rows
         if start + size > len(update.b):
@@ -101,7 +101,7 @@ def _own_rows(entry: HfModule, update: ModuleUpdate, name: str) -> ModuleUpdate:
         update = update.of_rows(slice(start, start + size))
     if entry.rotary:
         update = update.of_rows(rotary_order(len(update.b), entry.rotary))
-    return update
+    return _Piece(entry, place.at, update, name)
 
 
 def _check_ties(
@@ -266,12 +266,11 @@ def _shifts(modules: Modules, table: NameTable) -> dict[str, list[_Piece]]:
                 f"{table.near(f'{name}.bias')}"
             )
         for place in places:
-            own = _own_rows(place.entry, update, name)
-            found.setdefault(place.path, []).append(_Piece(place.entry, place.at, own, name))
+            found.setdefault(place.path, []).append(_piece(place, update, name))
     return found
 
 
-def _shift(target: Target, pieces: list[_Piece]) -> tuple[Target, Shift]:
+def _shift(target: Target, pieces: list[_Piece]) -> Shift:
     delta = np.zeros(target.shape, np.float32)
     flat = delta.reshape(*target.sizes(target.stack), -1)
     for piece in pieces:
@@ -283,4 +282,4 @@ def _shift(target: Target, pieces: list[_Piece]) -> tuple[Target, Shift]:
                 f"{piece.module!r} has a bias of {len(value)} numbers, {target.path!r} {len(rows)}"
             )
         flat[piece.at][rows] = value
-    return target, Shift(jnp.asarray(delta))
+    return Shift(jnp.asarray(delta))

@@ -19,10 +19,10 @@ the update. Neither alpha nor enable_lora is in the file.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,8 @@ def load(
         updates: dict[str, ModuleUpdate] = {}
         merged: dict[str, tuple[int, Parts]] = {}
         for module, (a, b) in factors.items():
-            enabled = _matching(module, enable_lora or {})
+            known = (enable_lora or {}).items()
+            enabled = next((e for pattern, e in known if fnmatchcase(module, pattern)), None)
             window = _window(module, table, shapes)
             if enabled is not None:
                 merged[module] = len(enabled), _parts(module, a, b, alpha, enabled)
@@ -127,11 +128,6 @@ def _grouped(
                 "gives them. (A weight with factors may have the update added to it already.)"
             )
     return pairs, values
-
-
-def _matching(module: str, enable_lora: Mapping[str, Sequence[bool]]) -> Sequence[bool] | None:
-    found = [e for pattern, e in enable_lora.items() if fnmatch.fnmatchcase(module, pattern)]
-    return found[0] if found else None
 
 
 def _check(module: str, a: np.ndarray, b: np.ndarray, groups: int, cure: str = "") -> None:

@@ -141,10 +141,9 @@ def _fused_value(
     places = [p for p in table.find(tensor) if p.entry.rows is not None]
     total = max(sum(p.entry.rows or (0,)) for p in places)
     out = np.zeros((total, *rows[0][1].shape[1:]), rows[0][1].dtype)
-    done = set()
     for (start, size), x in rows:
         out[start : start + size] = x
-        done.add((start, size))
+    done = {span for span, _ in rows}
     for place in places:
         if place.entry.rows in done:
             continue

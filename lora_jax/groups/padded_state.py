@@ -36,18 +36,14 @@ class StateShapes:
 
     def host(self, state: State) -> HostState:
         """Copy a state of these shapes to the host."""
-        found = {}
-        for path, leaf in _leaves(state):
-            # It must be a copy: on a CPU the next step may be donated the array itself.
-            found[path] = np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-        return found
+        # It must be a copy: on a CPU the next step may be donated the array itself.
+        return {path: np.array(leaf) for path, leaf in _leaves(_data(state))}
 
     def pad(self, arrays: HostState) -> HostState:
         """Pad arrays with zeros to these shapes; a missing array becomes all zeros."""
         found = {}
-        for path, leaf in _leaves(self.like):
-            shape, dtype = _stored(leaf)
-            found[path] = np.zeros(shape, dtype)
+        for path, leaf in _leaves(jax.eval_shape(_data, self.like)):
+            found[path] = np.zeros(leaf.shape, leaf.dtype)
             if path in arrays:
                 own = arrays[path]
                 found[path][tuple(map(slice, own.shape))] = own
@@ -55,11 +51,8 @@ class StateShapes:
 
     def unpad(self, arrays: HostState) -> HostState:
         """Cut padded arrays back to these shapes."""
-        found = {}
-        for path, leaf in _leaves(self.like):
-            shape, _ = _stored(leaf)
-            found[path] = arrays[path][tuple(map(slice, shape))]
-        return found
+        leaves = _leaves(jax.eval_shape(_data, self.like))
+        return {path: arrays[path][tuple(map(slice, leaf.shape))] for path, leaf in leaves}
 
     def state(self, arrays: HostState) -> State:
         """Place arrays of these shapes on their devices."""
@@ -106,9 +99,6 @@ def _is_key(leaf: Any) -> bool:
     return bool(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
-def _stored(leaf: Any) -> tuple[tuple[int, ...], Any]:
-    """Return the shape and dtype in which a leaf is stored; a key is stored as its data."""
-    if _is_key(leaf):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-        return data.shape, data.dtype
-    return leaf.shape, leaf.dtype
+def _data(state: Tree) -> Tree:
+    """Return a state as it is held on the host: a key is held as its data."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)

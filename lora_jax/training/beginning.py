@@ -68,7 +68,11 @@ def begin(
       lora_jax.LoraError: the method does not work with this kind of update.
     """
     if earlier is not None:
-        return _as_saved(earlier, lora, workload, layout, params, place, key)
+        # On its base, with the changes made before it was trained.
+        how = dataclasses.replace(lora, init=earlier.begun or "gaussian")
+        found = begin(how, workload, layout, params, place, key)
+        adapters, params = restore(earlier, workload, layout, found.params, place)
+        return Beginning(found.workload, params, adapters)
     if lora.init == "eva":
         return Beginning(workload, params, _from_inputs(workload, layout, params, place, key))
     if not lora.changes_base:
@@ -84,22 +88,6 @@ def begin(
     about = {**workload.about, BEGUN: method}
     new = jax.device_put(start.params, place.params)
     return Beginning(dataclasses.replace(workload, about=about), new, start.adapters)
-
-
-def _as_saved(
-    earlier: EarlierAdapter,
-    lora: LoraConfig,
-    workload: Workload,
-    layout: Layout,
-    params: Tree,
-    place: Placement,
-    key: jax.Array,
-) -> Beginning:
-    """Return an earlier adapter, on its base with the changes made before it was trained."""
-    how = dataclasses.replace(lora, init=earlier.begun or "gaussian")
-    found = begin(how, workload, layout, params, place, key)
-    adapters, params = restore(earlier, workload, layout, found.params, place)
-    return Beginning(found.workload, params, adapters)
 
 
 def _from_inputs(

@@ -47,10 +47,8 @@ def evaluate(
         if len(under_way) > AHEAD:
             losses.append(jax.device_get(under_way.popleft()))
     losses += jax.device_get(list(under_way))
-    total = float(np.sum([loss.total for loss in losses], dtype=np.float64))
-    weight = float(np.sum([loss.weight for loss in losses], dtype=np.float64))
-    names = losses[0].sums if losses else ()
-    sums = {n: float(np.sum([x.sums[n] for x in losses], dtype=np.float64)) for n in names}
+    add = lambda *xs: float(np.sum(xs, dtype=np.float64))  # noqa: E731
+    total, weight, sums = jax.tree.map(add, *losses) if losses else (0.0, 0.0, {})
     return {"loss": total / max(weight, 1e-9), **workload.scores(sums, weight)}
 
 

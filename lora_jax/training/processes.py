@@ -129,13 +129,9 @@ def join(config: ProcessesConfig) -> None:
     except Exception as error:  # also errors of the packages through which JAX asks the launcher
         raise ConfigError(f"process {where} did not meet the others: {error}\n{cure}") from error
     if begins_mpi:
-        _end_mpi()
+        # MPI is needed only to connect, and `mpirun` reports an error if it is not finalized.
+        importlib.import_module("mpi4py.MPI").Finalize()
     LAST.words(f"{name()}was ended. {LOST}")
-
-
-def _end_mpi() -> None:
-    """Finalize MPI, which is needed only to connect: `mpirun` reports an error without it."""
-    importlib.import_module("mpi4py.MPI").Finalize()
 
 
 def _method(config: ProcessesConfig, found: str | None) -> str | None:
@@ -222,9 +218,9 @@ def by_first(action: Callable[[], Any]) -> Any:
     return everywhere(action if first() else lambda: None)[0]
 
 
-def check_same(config: Config, version: str = jax.__version__) -> None:
+def check_same(config: Config) -> None:
     """Raise `ConfigError` unless all processes run the same config on the same version of JAX."""
-    facts = {"jax": version, **to_dict(config)}
+    facts = {"jax": jax.__version__, **to_dict(config)}
     del facts["processes"]
     for index, other in enumerate(gather(facts)):
         changed = differences(other, facts)

@@ -57,7 +57,6 @@ def create(
     Returns:
       The state.
     """
-
     where = jax.tree.map(lambda x: x.sharding, shapes(layout, base, tx, key, place, weights))
     begin = jax.jit(fresh(layout, tx, init), out_shardings=where)
     return begin(base, key, weights, adapters)
@@ -210,7 +209,9 @@ def train_step(
             new = gradient(trained, frozen, batch, jax.random.fold_in(key, index))
             return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, new), None
 
-        zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(_zeros, trained))
+        # The gradients are summed in float32 at least.
+        wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+        zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(wide, trained))
         return jax.lax.scan(add, zeros, (divided(batch, parts), jnp.arange(parts)))[0]
 
     def step(state: State, frozen: Tree, batch: Any) -> tuple[State, dict[str, jax.Array]]:
@@ -232,11 +233,6 @@ def train_step(
         return State(chosen[0], chosen[1], state.step + 1, skipped, state.key), metrics
 
     return step
-
-
-def _zeros(trained: jax.Array) -> jax.Array:
-    """Return zeros to sum gradients in, in float32 at least."""
-    return jnp.zeros(trained.shape, jnp.promote_types(trained.dtype, jnp.float32))
 
 
 def divided(batch: Any, parts: int) -> Any:
