@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.named import TALLY, Named, Names, without
-from lora_jax.updates.update import Operation, Update
+from lora_jax.updates.update import Operation, Update, Wrapper
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Dropped(Update):
+class Dropped(Wrapper):
     """An update whose products take `x * mask / (1 - rate)`, while the base takes x itself.
 
-    inner: the update.
     keys: uint32 [*stack, words], the data of one PRNG key for each slice of W's stack. So a program
       that slices W slices the keys as well. A mask is drawn from the key of the slice and the
       number of the use in the program (`Operation.use`).
@@ -28,7 +27,6 @@ class Dropped(Update):
     impl: the implementation of the keys.
     """
 
-    inner: Update
     keys: Named
     rate: float = dataclasses.field(metadata={"static": True})
     impl: Any = dataclasses.field(metadata={"static": True})
@@ -43,12 +41,8 @@ class Dropped(Update):
         return Dropped(inner, Named(data, (*stack, TALLY)), rate, jax.random.key_impl(key))
 
     def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        return dataclasses.replace(
-            self, inner=self.inner.map(fn, *operands), keys=fn(self.keys, *operands)
-        )
-
-    def role(self, name: int) -> str | None:
-        return self.inner.role(name)
+        keys = fn(self.keys, *operands)
+        return dataclasses.replace(self, inner=self.inner.map(fn, *operands), keys=keys)
 
     def product(self, p: Operation) -> Any:
         return self.inner.product(dataclasses.replace(p, drop=lambda x: self._drop(x, p.use)))
@@ -71,23 +65,3 @@ class Dropped(Update):
         mask = jax.vmap(keep)(keys.reshape(count)).reshape(front.array.shape)
         scaled = front.array / jnp.asarray(1 - self.rate, front.array.dtype)
         return Named(jnp.where(mask, scaled, jnp.zeros_like(scaled)), front.names).moved(x.names)
-
-    def merged(self, w: Named) -> Any:
-        return self.inner.merged(w)
-
-    def chosen(self) -> Update:
-        return dataclasses.replace(self, inner=self.inner.chosen())
-
-    def times(self, factor: Named) -> Update | None:
-        inner = self.inner.times(factor)
-        return None if inner is None else dataclasses.replace(self, inner=inner)
-
-    def sums(self, sizes: dict[int, int]) -> bool:
-        return self.inner.sums(sizes)
-
-    def check_linear(self, path: str, where: str) -> None:
-        self.inner.check_linear(path, where)
-
-    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        parts = self.inner.derivatives(w, dw, tangent.inner, none)
-        return [(w, dataclasses.replace(self, inner=update)) for w, update in parts]

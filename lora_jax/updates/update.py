@@ -166,6 +166,46 @@ class Update(abc.ABC):
         """
 
 
+@dataclasses.dataclass(frozen=True)
+class Wrapper(Update):
+    """An update around another one, which answers all that the wrapper does not change.
+
+    inner: the update.
+    """
+
+    inner: Update
+
+    def around(self, inner: Update) -> Update:
+        """Return the same wrapper around another update."""
+        return dataclasses.replace(self, inner=inner)
+
+    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
+        return self.around(self.inner.map(fn, *operands))
+
+    def role(self, name: int) -> str | None:
+        return self.inner.role(name)
+
+    def merged(self, w: Named) -> Any:
+        return self.inner.merged(w)
+
+    def chosen(self) -> Update:
+        return self.around(self.inner.chosen())
+
+    def times(self, factor: Named) -> Update | None:
+        inner = self.inner.times(factor)
+        return None if inner is None else self.around(inner)
+
+    def sums(self, sizes: dict[int, int]) -> bool:
+        return self.inner.sums(sizes)
+
+    def check_linear(self, path: str, where: str) -> None:
+        self.inner.check_linear(path, where)
+
+    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        parts = self.inner.derivatives(w, dw, tangent.inner, none)
+        return [(w, self.around(update)) for w, update in parts]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Zero(Update):
@@ -192,10 +232,6 @@ class Zero(Update):
     def chooses(self, taken: Names, rest: Names) -> bool:
         del taken
         return len(rest) > 1
-
-    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
-        del old, units, new
-        return self
 
     def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
         del parts, name, size
