@@ -90,10 +90,8 @@ class Lora(Kind):
         size = target.shape[_part_axis(target)]
         ends = list(itertools.accumulate(length for _, length in target.parts))
         rows = []
-        for part, (start, length), end in zip(
-            jnp.split(b, ends[:-1], axis), target.parts, ends, strict=True
-        ):
-            assert part.shape[axis] == length, end
+        pieces = jnp.split(b, ends[:-1], axis)
+        for part, (start, length) in zip(pieces, target.parts, strict=True):
             around = [(0, 0)] * b.ndim
             around[axis] = (start, size - start - length)
             rows.append(jnp.pad(part, around))
