@@ -55,6 +55,10 @@ class Evaluator:
         self.paths_read.add(v.path)
         return self.next_use(v.path)
 
+    def lost(self, v: AdaptedWeight, names: Names, how: str, into: Names = ()) -> AdaptedWeight:
+        """Note that W has lost axes: `how` is "taken" (a slice was chosen) or "summed"."""
+        return v
+
     def dequantise(self, eqn: Any, v: AdaptedWeight) -> None:
         """Note that an operation needs the weight as one array although W is stored as codes."""
         if isinstance(v.held, Deferred):

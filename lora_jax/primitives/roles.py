@@ -47,6 +47,9 @@ class Recording(Evaluator):
         self.record(v, v.update.meets(kind, where, stack, inputs, outputs))
         return 0
 
+    def lost(self, v: AdaptedWeight, names: Names, how: str, into: Names = ()) -> AdaptedWeight:
+        return dataclasses.replace(v, update=v.update.lost(names, how, into))
+
     def apply(self, eqn: Any, ins: Ins) -> Sequence[Any]:
         name = eqn.primitive.name
         if name in ("mul", "div") and _weights(ins) == 2:

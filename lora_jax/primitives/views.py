@@ -130,7 +130,8 @@ def _tile(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
 
 def _squeeze(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     gone = v.names_at(eqn.params["dimensions"])
-    out = v.map(lambda n: n.reduced(gone, lax.squeeze), along=gone).lost(gone, "taken")
+    out = v.map(lambda n: n.reduced(gone, lax.squeeze), along=gone)
+    out = evaluator.lost(out, gone, "taken")
     rows, left = (any(u.update.role(n) == "input" for n in u.names) for u in (v, out))
     if left or not rows:
         return out
@@ -142,7 +143,7 @@ def _reduce_sum(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     gone = v.names_at(eqn.params["axes"])
     if not v.update.sums({n: v.size(n) for n in gone}):
         return None  # a sum of products over layers or experts is not of low rank
-    return v.map(lambda n: n.reduced(gone, jnp.sum)).lost(gone, "summed")
+    return evaluator.lost(v.map(lambda n: n.reduced(gone, jnp.sum)), gone, "summed")
 
 
 def _broadcast(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:

@@ -128,7 +128,8 @@ class Recorder(Zero):
             union("picked"),
         )
 
-    def lost(self, names: Names, how: str, into: Names = ()) -> Update:
+    def lost(self, names: Names, how: str, into: Names = ()) -> Recorder:
+        """Return the recorder of W without some axes; see `Evaluator.lost`."""
         atoms = self.of(names)
         if into:
             more = tuple((n, atoms) for n in into)

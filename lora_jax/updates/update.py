@@ -144,14 +144,6 @@ class Update(abc.ABC):
 
         return self.map(one) if len({self.role(n) for n in old}) <= 1 else None
 
-    def lost(self, names: Names, how: str, into: Names = ()) -> Update:
-        """Note that W has lost axes: `how` is "taken" (a slice was chosen) or "summed".
-
-        It is called after `map`. Only the update that finds the roles (`Recorder`) uses it.
-        """
-        del names, how, into
-        return self
-
     def check_linear(self, path: str, where: str) -> None:
         """Raise `LoraError` if the update depends on the operand that W is multiplied with."""
         del path, where
