@@ -118,14 +118,13 @@ class Recorder(Zero):
         names = dict.fromkeys(n for u in every for n, _ in u.atoms)
         union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731
         return Recorder(
-            frozenset().union(*(u.paths for u in every)),
+            union("paths"),
             tuple((n, NONE.union(*(u.of((n,)) for u in every))) for n in names),
             union("stacked"),
             union("summed"),
             next((u.barrier for u in every if u.barrier), None),
-            None,
-            tuple(f for u in every for f in u.factors),
-            union("picked"),
+            factors=tuple(f for u in every for f in u.factors),
+            picked=union("picked"),
         )
 
     def lost(self, names: Names, how: str, into: Names = ()) -> Recorder:
