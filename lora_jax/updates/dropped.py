@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.named import TALLY, Named, Names, without
+from lora_jax.named import TALLY, Named, Names
 from lora_jax.updates.update import Operation, Update, Wrapper
 
 
@@ -40,10 +39,6 @@ class Dropped(Wrapper):
         data = jax.random.key_data(jax.random.split(own, sizes) if sizes else own)
         return Dropped(inner, Named(data, (*stack, TALLY)), rate, jax.random.key_impl(key))
 
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        keys = fn(self.keys, *operands)
-        return dataclasses.replace(self, inner=self.inner.map(fn, *operands), keys=keys)
-
     def product(self, p: Operation) -> Any:
         return self.inner.product(dataclasses.replace(p, drop=lambda x: self._drop(x, p.use)))
 
@@ -53,15 +48,13 @@ class Dropped(Wrapper):
         stack = tuple(n for n in names if n in x.names)
         first = tuple(slice(None) if n in stack else 0 for n in names)  # one x for all slices
         keys = jax.random.wrap_key_data(self.keys.array[first], impl=self.impl)
-        order = tuple(n for n in names if n in stack)
-        rest = without(x.names, stack)
-        front = x.moved((*order, *rest))
-        shape = tuple(map(x.size, rest))
+        front = x.to_front(stack)
+        shape = front.array.shape[len(stack) :]
 
         def keep(key: Any) -> Any:
             return jax.random.bernoulli(jax.random.fold_in(key, use), 1 - self.rate, shape)
 
-        count = math.prod(map(x.size, order))
+        count = math.prod(map(x.size, stack))
         mask = jax.vmap(keep)(keys.reshape(count)).reshape(front.array.shape)
         scaled = front.array / jnp.asarray(1 - self.rate, front.array.dtype)
         return Named(jnp.where(mask, scaled, jnp.zeros_like(scaled)), front.names).moved(x.names)

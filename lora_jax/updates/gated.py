@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -12,7 +10,6 @@ from lora_jax.errors import LoraError
 from lora_jax.named import MEMBER, RANK, Named, without
 from lora_jax.updates.gating import Gate, counted, gates, tally
 from lora_jax.updates.lowrank import LowRank
-from lora_jax.updates.update import Update
 
 
 @jax.tree_util.register_dataclass
@@ -25,13 +22,6 @@ class Gated(LowRank):
     """
 
     gate: Gate | None = None
-
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        moved: Any = super().map(fn, *operands)
-        if self.gate is None or self.gate.probe is None:
-            return moved
-        probe = fn(self.gate.probe, *operands)
-        return dataclasses.replace(moved, gate=dataclasses.replace(self.gate, probe=probe))
 
     def middle(self, h: Named) -> Named:
         """Return `x a` for all experts, each weighted by its gate from the router's columns."""

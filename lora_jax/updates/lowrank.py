@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,11 +45,6 @@ class LowRank(Update):
     b: Named
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     gain: Named | None = None
-
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        gain = None if self.gain is None else fn(self.gain, *operands)
-        a, b = fn(self.a, *operands), fn(self.b, *operands)
-        return dataclasses.replace(self, a=a, b=b, gain=gain)
 
     def role(self, name: int) -> str | None:
         in_a, in_b = name in self.a.names, name in self.b.names

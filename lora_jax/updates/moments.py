@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from lora_jax.errors import LoraError
 from lora_jax.named import MEMBER, RANK, TALLY, Named, Names
 from lora_jax.updates.gating import counted
 from lora_jax.updates.lowrank import LowRank
-from lora_jax.updates.update import Update
 
 
 @jax.tree_util.register_dataclass
@@ -28,11 +26,6 @@ class Moments(LowRank):
     """
 
     probe: Named | None = None
-
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        moved: Any = super().map(fn, *operands)
-        assert self.probe is not None
-        return dataclasses.replace(moved, probe=fn(self.probe, *operands))
 
     def middle(self, h: Named) -> Named:
         assert self.probe is not None

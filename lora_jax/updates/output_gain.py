@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,9 +23,6 @@ class OutputGain(Wrapper):
     """
 
     gain: Named
-
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        return OutputGain(self.inner.map(fn, *operands), fn(self.gain, *operands))
 
     def product(self, p: Operation) -> Any:
         """Multiply x by the gain along contracted outputs, or the result along the others.
@@ -63,12 +60,8 @@ class OutputGain(Wrapper):
         return whole.times(self.gain).array.astype(w.array.dtype)
 
     def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
-        inner = [
-            dataclasses.replace(
-                p, update=p.update.inner if isinstance(p.update, OutputGain) else p.update
-            )
-            for p in parts
-        ]
+        bare = lambda u: u.inner if isinstance(u, OutputGain) else u  # noqa: E731
+        inner = [dataclasses.replace(p, update=bare(p.update)) for p in parts]
         whole = inner[0].update.join(inner, name, size)
         if whole is None or any(p.update.role(name) == "input" for p in parts):
             return None

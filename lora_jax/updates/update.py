@@ -71,9 +71,12 @@ class Update(abc.ABC):
         no role           if the update is constant along it (mostly an axis of size 1)
     """
 
-    @abc.abstractmethod
     def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
         """Return the update with `fn` applied to each array, as the program applies it to W."""
+        is_named = lambda n: isinstance(n, Named)  # noqa: E731
+        one = lambda n: fn(n, *operands) if is_named(n) else n  # noqa: E731
+        moved: Update = jax.tree.map(one, self, is_leaf=is_named)
+        return moved
 
     @abc.abstractmethod
     def role(self, name: int) -> str | None:
@@ -171,9 +174,6 @@ class Wrapper(Update):
         """Return the same wrapper around another update."""
         return dataclasses.replace(self, inner=inner)
 
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        return self.around(self.inner.map(fn, *operands))
-
     def role(self, name: int) -> str | None:
         return self.inner.role(name)
 
@@ -202,10 +202,6 @@ class Wrapper(Update):
 @dataclasses.dataclass(frozen=True)
 class Zero(Update):
     """An update that adds nothing: for a quantised weight without an adapter."""
-
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        del fn, operands
-        return self
 
     def role(self, name: int) -> str | None:
         del name
