@@ -101,7 +101,6 @@ class LowRank(Update):
         return None if a is None or b is None else LowRank(a, b)
 
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        del w
         parts: list[tuple[Any, Update]] = [
             (dw, dataclasses.replace(self, a=tangent.a)),
             (none, dataclasses.replace(self, b=tangent.b)),

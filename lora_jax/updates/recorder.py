@@ -89,11 +89,9 @@ class Recorder(Zero):
         return "unknown" if self.of((name,)) else None
 
     def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
-        del stack, inputs, outputs
         return True
 
     def chooses(self, taken: Names, rest: Names) -> bool:
-        del taken, rest
         return True
 
     def times(self, factor: Named) -> Update | None:
@@ -113,7 +111,6 @@ class Recorder(Zero):
         return dataclasses.replace(self, atoms=atoms)
 
     def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
-        del name, size
         every = [p.update for p in parts]
         names = dict.fromkeys(n for u in every for n, _ in u.atoms)
         union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731

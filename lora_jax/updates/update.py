@@ -96,7 +96,6 @@ class Update(abc.ABC):
 
     def times(self, factor: Named) -> Update | None:
         """Return the update of `factor * W`, or None if that has another form."""
-        del factor
         return None
 
     def renamed(self, new: dict[int, int]) -> Update:
@@ -109,7 +108,6 @@ class Update(abc.ABC):
         All parts have the same names, and `size` is the whole size of the axis. A weight without a
         part has no update.
         """
-        del parts, name, size
         return None
 
     def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
@@ -149,7 +147,6 @@ class Update(abc.ABC):
 
     def check_linear(self, path: str, where: str) -> None:
         """Raise `LoraError` if the update depends on the operand that W is multiplied with."""
-        del path, where
 
     @abc.abstractmethod
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
@@ -204,7 +201,6 @@ class Zero(Update):
     """An update that adds nothing: for a quantised weight without an adapter."""
 
     def role(self, name: int) -> str | None:
-        del name
         return None
 
     def product(self, p: Operation) -> Any:
@@ -214,21 +210,13 @@ class Zero(Update):
         return w.array
 
     def sums(self, sizes: dict[int, int]) -> bool:
-        del sizes
         return True
 
     def chooses(self, taken: Names, rest: Names) -> bool:
-        del taken
         return len(rest) > 1
 
-    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
-        del parts, name, size
-        return self
-
     def times(self, factor: Named) -> Update | None:
-        del factor
         return self
 
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        del w, tangent, none
         return [(dw, self)]
