@@ -48,7 +48,15 @@ class Recording(Evaluator):
         return 0
 
     def lost(self, v: AdaptedWeight, names: Names, how: str, into: Names = ()) -> AdaptedWeight:
-        return dataclasses.replace(v, update=v.update.lost(names, how, into))
+        update, atoms = v.update, v.update.of(names)
+        if into:
+            change = {"atoms": (*update.atoms, *((n, atoms) for n in into))}
+            change["picked"] = update.picked | atoms
+        elif how == "summed":
+            change = {"summed": update.summed | atoms}
+        else:
+            change = {"stacked": update.stacked | atoms}
+        return dataclasses.replace(v, update=dataclasses.replace(update, **change))
 
     def apply(self, eqn: Any, ins: Ins) -> Sequence[Any]:
         name = eqn.primitive.name

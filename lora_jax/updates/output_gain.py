@@ -85,6 +85,7 @@ class OutputGain(Wrapper):
 
 def join(parts: Sequence[Part], name: int, size: int) -> Update | None:
     """See `Update.join`. A part with an output gain, if there is one, does it for all."""
+    if not parts:
+        return Zero()
     gained = (p for p in parts if isinstance(p.update, OutputGain))
-    lead = next(gained, parts[0] if parts else Part(Zero(), 0, 0))
-    return lead.update.join(parts, name, size)
+    return next(gained, parts[0]).update.join(parts, name, size)

@@ -115,7 +115,7 @@ class Recorder(Zero):
         names = dict.fromkeys(n for u in every for n, _ in u.atoms)
         union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731
         return Recorder(
-            union("paths"),
+            frozenset().union(*(u.paths for u in every)),
             tuple((n, NONE.union(*(u.of((n,)) for u in every))) for n in names),
             union("stacked"),
             union("summed"),
@@ -123,17 +123,6 @@ class Recorder(Zero):
             factors=tuple(f for u in every for f in u.factors),
             picked=union("picked"),
         )
-
-    def lost(self, names: Names, how: str, into: Names = ()) -> Recorder:
-        """Return the recorder of W without some axes; see `Evaluator.lost`."""
-        atoms = self.of(names)
-        if into:
-            more = tuple((n, atoms) for n in into)
-            picked = self.picked | atoms
-            return dataclasses.replace(self, atoms=(*self.atoms, *more), picked=picked)
-        if how == "summed":
-            return dataclasses.replace(self, summed=self.summed | atoms)
-        return dataclasses.replace(self, stacked=self.stacked | atoms)
 
     def meets(self, kind: str, where: str, stack: Names, inputs: Names, outputs: Names) -> Use:
         """Return the use that an operation makes of the weight, given the roles of these axes."""

@@ -16,20 +16,20 @@ from lora_jax.named import Named, Names
 @dataclasses.dataclass(frozen=True)
 class Operation:
     """One operation that is linear in W, as its rule passes it to the update.
-     x: the other operand, with named axes. An axis that is multiplied along an axis of W has the
-    same
-      name. None: there is no other operand (a lookup).
+
+    x: the other operand, with named axes. An axis that is multiplied along an axis of W has the
+      same name. None: there is no other operand (a lookup).
     out: the names of the result's axes.
     base: `base(x)`, the operation with W itself; x is an array. A product also has
       `base(x, dtype)`, which returns its sums in that dtype without rounding to the program's.
     low_rank: `low_rank(y, x, update)` is y plus the operation with `update`, a `LowRank`, in place
       of W, in the form that is fast for this operation; x is named.
-    matrix: whether it is the plain product with a matrix, as in `x @ w`. sums: whether it is a
-    product, so that `base` takes a dtype. precision: the precision of the products, as in
-    `jax.lax.dot_general`. spread: a function for an array with a stack axis that neither x nor the
-    result has (the group of
-      each row in a ragged product). It returns the array with the rows as axis instead. None: there
-      is no such axis.
+    matrix: whether it is the plain product with a matrix, as in `x @ w`.
+    sums: whether it is a product, so that `base` takes a dtype.
+    precision: the precision of the products, as in `jax.lax.dot_general`.
+    spread: a function for an array with a stack axis that neither x nor the result has (the group
+      of each row in a ragged product). It returns the array with the rows as axis instead. None:
+      there is no such axis.
     use: the number of this use of W in the program (`Evaluator.consume`).
     drop: None, or a function that is applied to x before the update sees it.
     """
@@ -147,6 +147,7 @@ class Update(abc.ABC):
 
     def check_linear(self, path: str, where: str) -> None:
         """Raise `LoraError` if the update depends on the operand that W is multiplied with."""
+        del path, where
 
     @abc.abstractmethod
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
