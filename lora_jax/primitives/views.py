@@ -41,10 +41,6 @@ def _on_all(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     return v.map(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
 
 
-def _neg(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
-    return _times(v, jnp.float32(-1.0))
-
-
 def _mul(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """Return `factor * W` from either side. Products of two weights are not handled."""
     side = 0 if isinstance(ins[0], AdaptedWeight) else 1
@@ -219,7 +215,7 @@ ALONE: dict[str, Change] = {
     **dict.fromkeys((*CASTS, "pvary"), _on_w),
     **dict.fromkeys(("stop_gradient", "name"), _on_all),
     "all_gather": _all_gather,
-    "neg": _neg,
+    "neg": lambda evaluator, eqn, v: _times(v, jnp.float32(-1.0)),
     "transpose": _transpose,
     "rev": _rev,
     "slice": _slice,
