@@ -33,7 +33,7 @@ class Chosen(Wrapper):
                 return n
             axis = n.names.index(MEMBER)
             array = jnp.take(n.array, self.index, axis=axis, mode="fill", fill_value=jnp.nan)
-            return Named(array, (*n.names[:axis], *n.names[axis + 1 :]))
+            return Named(array, without(n.names, (MEMBER,)))
 
         return self.inner.map(take)
 
