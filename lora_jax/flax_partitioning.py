@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,9 @@ def named(params: Any, mesh_axes: Sequence[str], rules: AxisRules = ()) -> dict[
     if isinstance(params, nnx.Module | nnx.State):
         flat = nnx.to_flat_state(nnx.state(params) if isinstance(params, nnx.Module) else params)
         found = {
-            "/".join(map(str, path)): (value.get_metadata("out_sharding", None), _own(value))
+            "/".join(map(str, path)): tuple(
+                value.get_metadata(key, None) for key in ("out_sharding", "sharding_rules")
+            )
             for path, value in flat
             if isinstance(value, nnx.Variable)
         }
@@ -54,7 +56,10 @@ def named(params: Any, mesh_axes: Sequence[str], rules: AxisRules = ()) -> dict[
             params, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
         )
         found = {
-            paths.path_of((*path, *inner)): (_names(box), getattr(box, "rules", None))
+            paths.path_of((*path, *inner)): (
+                getattr(box, "names", None),
+                getattr(box, "rules", None),
+            )
             for path, box in boxed
             if isinstance(box, meta.AxisMetadata)
             for inner, _ in jax.tree_util.tree_leaves_with_path(box)
@@ -67,15 +72,6 @@ def named(params: Any, mesh_axes: Sequence[str], rules: AxisRules = ()) -> dict[
     }
 
 
-def _names(box: Any) -> Any:
-    """Return the axis names of a Linen box, or None if the box says nothing about partitioning."""
-    return getattr(box, "names", None)
-
-
-def _own(variable: Any) -> Any:
-    return variable.get_metadata("sharding_rules", None)
-
-
 def _translated(
     path: str, spec: Iterable[Any], mesh_axes: Sequence[str], rules: AxisRules
 ) -> PartitionSpec:
@@ -84,33 +80,26 @@ def _translated(
     for logical, axis in rules:
         table.setdefault(logical, []).append(axis)
     used: set[str] = set()
-    return PartitionSpec(*(_entry(path, entry, mesh_axes, table, used) for entry in spec))
 
-
-def _entry(
-    path: str,
-    entry: Any,
-    mesh_axes: Sequence[str],
-    table: Mapping[str, Sequence[Any]],
-    used: set[str],
-) -> Any:
-    names: list[str] = []
-    for name in _tuple(entry):
+    def on_mesh(name: str) -> tuple[str, ...]:
         if name in mesh_axes:
-            names.append(name)
-        elif name in table:
-            free = (_tuple(axis) for axis in table[name])
-            names += next((axes for axes in free if not used & set(axes)), ())
-        else:
-            known = [*mesh_axes, *table]
+            return (name,)
+        if name not in table:
             raise LoraError(
                 f"{path!r}: its Flax metadata divides an axis over {name!r}, which is neither an "
                 f"axis of the mesh nor in the axis rules; the nearest are:\n"
-                f"{listed(nearest(name, known))}\n"
+                f"{listed(nearest(name, [*mesh_axes, *table]))}\n"
                 f"Add an axis rule: ({name!r}, 'tensor'), or ({name!r}, None) to leave it whole."
             )
-    used.update(names)
-    return None if not names else names[0] if len(names) == 1 else tuple(names)
+        free = (_tuple(axis) for axis in table[name])
+        return next((axes for axes in free if not used & set(axes)), ())
+
+    entries: list[Any] = []
+    for entry in spec:
+        names = tuple(axis for name in _tuple(entry) for axis in on_mesh(name))
+        used.update(names)
+        entries.append(None if not names else names[0] if len(names) == 1 else names)
+    return PartitionSpec(*entries)
 
 
 def _tuple(entry: Any) -> tuple[str, ...]:

@@ -174,10 +174,7 @@ def _only(keep: Callable[[Any], bool], tree: Any) -> Any:
 
 def _together(*trees: Any) -> Any:
     """Join trees of `_only`: each leaf is the first that is not None."""
-
-    def first(*found: Any) -> Any:
-        return next((x for x in found if x is not None), None)
-
+    first = lambda *found: next((x for x in found if x is not None), None)  # noqa: E731
     return jax.tree.map(first, *trees, is_leaf=lambda x: x is None)
 
 

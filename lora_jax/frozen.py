@@ -81,13 +81,8 @@ def split(params: Any, patterns: Iterable[str]) -> tuple[dict[str, Any], Any]:
     ({'head': 2}, {'body': 1, 'head': None})
     """
     mask = trained_mask(params, patterns)
-    trained = {
-        path: leaf
-        for (path, leaf), keep in zip(
-            paths.flatten(params).items(), jax.tree.leaves(mask), strict=True
-        )
-        if keep
-    }
+    leaves = zip(paths.flatten(params).items(), jax.tree.leaves(mask), strict=True)
+    trained = {path: leaf for (path, leaf), keep in leaves if keep}
     if quantised := [path for path, leaf in trained.items() if is_base(leaf)]:
         raise LoraError(
             f"{quantised[0]!r} and {len(quantised) - 1} more are quantised, so they cannot be "

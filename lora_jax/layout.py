@@ -236,20 +236,14 @@ def _are_parts(value: Any) -> bool:
     return isinstance(value, tuple) and all(_are_sizes(x) and len(x) == 2 for x in value)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= 1e300
-
-
 _SIZES = (f"at most {AXES} integers from 0 to 2^62", _are_sizes)
 _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("path", "kind", "scaling", "reason"), ("a text", _is_text)),
+    **dict.fromkeys(
+        ("path", "kind", "scaling", "reason"), ("a text", lambda x: isinstance(x, str))
+    ),
     **dict.fromkeys(("shape", "stack", "inputs", "outputs"), _SIZES),
     "rank": ("an integer from 0 to 2^62", _is_size),
-    "alpha": ("a number", _is_number),
+    "alpha": ("a number", lambda x: type(x) in (int, float) and abs(x) <= 1e300),
     "fold": ("true or false", lambda x: isinstance(x, bool)),
     "parts": ("pairs of integers", _are_parts),
     "part_axis": ("an integer", lambda x: type(x) is int and abs(x) <= AXES),

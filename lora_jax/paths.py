@@ -154,23 +154,19 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 _TOKEN = re.compile(r"\*|\?|\[[^\[\]/]+\]|\{[^{}/]*\}|[^\[\]{}*?]")
+_TOKENS = re.compile(f"(?:{_TOKEN.pattern})*")
 _RANGE = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 _MOST = 10_000  # numbers of a range
 _WILD = {"*": "[^/]*", "?": "[^/]"}
 
 
 def _segment(segment: str, pattern: str) -> str:
-    out, position = "", 0
-    while position < len(segment):
-        token = _TOKEN.match(segment, position)
-        if token is None:
-            raise LoraError(
-                f"pattern {pattern!r} cannot be read at {segment[position:]!r}: "
-                "brackets must close inside one segment and may not nest"
-            )
-        out += _translate(token.group())
-        position = token.end()
-    return out
+    if rest := _TOKENS.sub("", segment, count=1):
+        raise LoraError(
+            f"pattern {pattern!r} cannot be read at {rest!r}: "
+            "brackets must close inside one segment and may not nest"
+        )
+    return _TOKEN.sub(lambda token: _translate(token.group()), segment)
 
 
 def _translate(token: str) -> str:

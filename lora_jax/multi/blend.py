@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,7 @@ from lora_jax.updates.output_gain import OutputGain
 from lora_jax.updates.update import Update
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The number of one example's adapter, among `examples` that run under one `vmap`.
 
     index: [] int along the leading axis of the factors; a number out of range gives NaN.
@@ -37,12 +35,10 @@ class Choice:
     """
 
     index: Any
-    examples: int = dataclasses.field(metadata={"static": True})
+    examples: int
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Drop:
+class Drop(NamedTuple):
     """Dropout of the inputs of all updates.
 
     key: a PRNG key.
@@ -50,10 +46,9 @@ class Drop:
     """
 
     key: Any
-    rate: float = dataclasses.field(metadata={"static": True})
+    rate: float
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Blend:
     """The update of every target, in the form in which the interpreter takes it.

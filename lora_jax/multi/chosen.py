@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,27 +12,20 @@ import jax.numpy as jnp
 from lora_jax.multi import segmented_matmul
 from lora_jax.named import MEMBER, RANK, Named, without
 from lora_jax.updates.lowrank import LowRank, is_matrix_product
-from lora_jax.updates.update import Operation, Update
+from lora_jax.updates.update import Operation, Update, Wrapper
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Chosen(Update):
-    """One of several updates; all arrays of `among` have the axis MEMBER.
+class Chosen(Wrapper):
+    """One of several updates; all arrays of `inner` have the axis MEMBER.
 
     index: [] int along MEMBER; a number out of range gives NaN.
     examples: the number of examples that run under one `vmap`, each with an index of its own.
     """
 
-    among: Update
     index: Any
     examples: int = dataclasses.field(metadata={"static": True})
-
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        return dataclasses.replace(self, among=self.among.map(fn, *operands))
-
-    def role(self, name: int) -> str | None:
-        return self.among.role(name)
 
     def chosen(self) -> Update:
         def take(n: Named) -> Named:
@@ -41,28 +33,18 @@ class Chosen(Update):
                 return n
             axis = n.names.index(MEMBER)
             array = jnp.take(n.array, self.index, axis=axis, mode="fill", fill_value=jnp.nan)
-            return Named(array, (*n.names[:axis], *n.names[axis + 1 :]))
+            return Named(array, without(n.names, (MEMBER,)))
 
-        return self.among.map(take)
+        return self.inner.map(take)
 
     def product(self, p: Operation) -> Any:
-        u = self.among
+        u = self.inner
         if type(u) is LowRank and p.x is not None and self._groups(u, p.x, p):
             return self._grouped(u, p)
         return self.chosen().product(p)
 
     def merged(self, w: Named) -> Any:
         return self.chosen().merged(w)
-
-    def times(self, factor: Named) -> Update | None:
-        inner = self.among.times(factor)
-        return None if inner is None else dataclasses.replace(self, among=inner)
-
-    def sums(self, sizes: dict[int, int]) -> bool:
-        return self.among.sums(sizes)
-
-    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        raise NotImplementedError("the update is chosen before its derivative is taken")
 
     def _groups(self, u: LowRank, x: Named, p: Operation) -> bool:
         """Return whether this is a plain product whose examples should be grouped by adapter."""

@@ -143,9 +143,8 @@ def _check(members: Sequence[Adapter], weights: Sequence[float]) -> None:
             f"combine needs one weight for each adapter: got {len(members)} adapters and "
             f"{len(weights)} weights"
         )
-    for weight in weights:
-        if not math.isfinite(weight):
-            raise LoraError(f"the weights must be finite numbers, got {list(weights)}")
+    if not all(map(math.isfinite, weights)):
+        raise LoraError(f"the weights must be finite numbers, got {list(weights)}")
 
 
 def _joined(path: str, rows: Sequence[tuple[Target, Factors, float]]) -> tuple[Target, Factors]:

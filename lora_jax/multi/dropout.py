@@ -35,9 +35,8 @@ class Dropout(Choosing):
         return isinstance(self.adapters, Choosing) and self.adapters.per_example
 
     def choice(self, layout: Layout) -> Any:
-        if not isinstance(self.adapters, Choosing):
-            return None, self.key
-        choice = self.adapters.choice(layout)
+        choosing = isinstance(self.adapters, Choosing)
+        choice = self.adapters.choice(layout) if choosing else None
         if not self.per_example:
             return choice, self.key
         numbers = jnp.arange(jax.tree.leaves(choice)[0].shape[0])

@@ -74,18 +74,16 @@ def each(
 
 def _flat_axes(in_axes: Axes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Axes]:
     """Return the axis of each leaf."""
-    if in_axes is None or isinstance(in_axes, int):
-        in_axes = (in_axes,) * len(args)
-        keyword = in_axes[0] if in_axes else 0
-    else:
-        keyword = 0
+    one = in_axes is None or isinstance(in_axes, int)
+    keyword = in_axes if one and args else 0
+    in_axes = (in_axes,) * len(args) if one else tuple(in_axes)
     if len(in_axes) != len(args):
         raise LoraError(
             f"in_axes has {len(in_axes)} entries for {len(args)} arguments after the parameters "
             "and adapters; give one for each, or one integer for all"
         )
     try:
-        whole = jax.tree.broadcast((tuple(in_axes), keyword), (args, kwargs), is_leaf=_is_none)
+        whole = jax.tree.broadcast((in_axes, keyword), (args, kwargs), is_leaf=_is_none)
     except ValueError as error:
         raise LoraError(f"in_axes does not fit the arguments: {error}") from error
     return jax.tree.leaves(whole, is_leaf=_is_none)

@@ -20,8 +20,6 @@ Sorting needs all examples at once, but the interpreted program sees only one (i
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,12 +58,6 @@ def product(x: Any, a: Any, b: Any, gain: Any, index: Any, precision: Any) -> An
     Returns:
       [rows, out].
     """
-    return _product(precision)(x, a, b, gain, index)
-
-
-@functools.cache
-def _product(precision: Any) -> Callable[..., Any]:
-    """Return the product for one precision, which is not an array and so needs its own function."""
 
     def plain(x: Any, a: Any, b: Any, gain: Any, index: Any) -> Any:
         h = jnp.matmul(x, a[index], precision=precision) * _gain(gain, index)
@@ -81,7 +73,7 @@ def _product(precision: Any) -> Callable[..., Any]:
         axes = [0 if is_divided else None for is_divided in divided]
         return jax.vmap(plain, in_axes=axes, axis_size=size)(*operands), True
 
-    return call
+    return call(x, a, b, gain, index)
 
 
 def _gain(gain: Any, index: Any) -> Any:

@@ -62,10 +62,6 @@ class AdaptedWeight:
         held, names = self.held.move(self.names, fn, *operands, along=along)
         return dataclasses.replace(self, held=held, names=names)
 
-    def lost(self, names: Names, how: str, into: Names = ()) -> AdaptedWeight:
-        """See `Update.lost`."""
-        return dataclasses.replace(self, update=self.update.lost(names, how, into))
-
     def chosen(self) -> AdaptedWeight:
         """Return the weight with the one adapter that was chosen for it."""
         return dataclasses.replace(self, update=self.update.chosen())

@@ -136,8 +136,9 @@ def _sliced(evaluator: Any, eqn: Any, x: Any) -> tuple[Any, Callable[[Any], Any]
         held, slices = part
         pairs = zip(arrays, slices, strict=True)
         every = [n if one is None else Named(one.array, one.names[1:]) for n, one in pairs]
-        update = jax.tree.unflatten(tree, every).lost((name,), "taken")
-        return dataclasses.replace(x, held=held, names=x.names[1:], update=update)
+        update = jax.tree.unflatten(tree, every)
+        part = dataclasses.replace(x, held=held, names=x.names[1:], update=update)
+        return evaluator.lost(part, (name,), "taken")
 
     return (x.held, moving), of_part
 

@@ -55,6 +55,10 @@ class Evaluator:
         self.paths_read.add(v.path)
         return self.next_use(v.path)
 
+    def lost(self, v: AdaptedWeight, names: Names, how: str, into: Names = ()) -> AdaptedWeight:
+        """Note that W has lost axes: `how` is "taken" (a slice was chosen) or "summed"."""
+        return v
+
     def dequantise(self, eqn: Any, v: AdaptedWeight) -> None:
         """Note that an operation needs the weight as one array although W is stored as codes."""
         if isinstance(v.held, Deferred):
@@ -157,24 +161,21 @@ class Evaluator:
         """
         if not isinstance(value, AdaptedWeight):
             return value
+        path = value.path
+        if not value.fold and eqn is None:
+            raise LoraError(
+                f"the function returns the adapted weight {path!r} itself; use lora_jax.merge for "
+                "that, or leave it out of the targets"
+            )
         if not value.fold:
-            raise LoraError(_refusal(value.path, eqn))
+            raise LoraError(
+                f"{path!r}: {jaxprs.operand_name(eqn)} takes this adapted weight and has no "
+                "low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be "
+                f"formed there: LoraSpec(..., fold=({path!r},))"
+            )
         self.paths_read.add(value.path)
         self.dequantise(eqn, value)
         return value.merged()
-
-
-def _refusal(path: str, eqn: Any) -> str:
-    if eqn is None:
-        return (
-            f"the function returns the adapted weight {path!r} itself; use lora_jax.merge for "
-            "that, or leave it out of the targets"
-        )
-    return (
-        f"{path!r}: {jaxprs.operand_name(eqn)} takes this adapted weight and has no low-rank rule. "
-        "Leave it out of the targets, or allow W + scale * a @ b to be formed there: "
-        f"LoraSpec(..., fold=({path!r},))"
-    )
 
 
 def _read(env: dict[Any, Any], atom: Any) -> Any:

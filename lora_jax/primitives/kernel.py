@@ -136,11 +136,10 @@ def batched(dot: Dot) -> Dot:
 
     @call.def_vmap
     def rule(n: int, is_batched: list[bool], *ins: Any) -> tuple[Any, bool]:
-        every = (
+        x, w, sizes = (
             v if yes else jnp.broadcast_to(v, (n, *v.shape))
             for v, yes in zip(ins, (is_batched[0], True, is_batched[2]), strict=True)
         )
-        x, w, sizes = every
         if is_batched[1]:
             return jax.vmap(dot)(x, w, sizes), True
         numbers = jnp.arange(x.shape[1])

@@ -127,7 +127,7 @@ def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
     if not batching and v.update.chooses(taken, rest):
         moved = v.map(take, indices, along=taken).map_w(lambda n: n.moved(names))
-        return [moved.lost(taken, "taken", into=tuple(out[j] for j in rows))]
+        return [evaluator.lost(moved, taken, "taken", into=tuple(out[j] for j in rows))]
     if not v.update.admits(batching, taken, rest):
         return None
     evaluator.consume(eqn, v, batching, taken, rest)

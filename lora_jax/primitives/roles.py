@@ -47,6 +47,17 @@ class Recording(Evaluator):
         self.record(v, v.update.meets(kind, where, stack, inputs, outputs))
         return 0
 
+    def lost(self, v: AdaptedWeight, names: Names, how: str, into: Names = ()) -> AdaptedWeight:
+        update, atoms = v.update, v.update.of(names)
+        if into:
+            change = {"atoms": (*update.atoms, *((n, atoms) for n in into))}
+            change["picked"] = update.picked | atoms
+        elif how == "summed":
+            change = {"summed": update.summed | atoms}
+        else:
+            change = {"stacked": update.stacked | atoms}
+        return dataclasses.replace(v, update=dataclasses.replace(update, **change))
+
     def apply(self, eqn: Any, ins: Ins) -> Sequence[Any]:
         name = eqn.primitive.name
         if name in ("mul", "div") and _weights(ins) == 2:

@@ -41,10 +41,6 @@ def _on_all(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     return v.map(lambda n: Named(jaxprs.bind(eqn, n.array), n.names))
 
 
-def _neg(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
-    return _times(v, jnp.float32(-1.0))
-
-
 def _mul(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     """Return `factor * W` from either side. Products of two weights are not handled."""
     side = 0 if isinstance(ins[0], AdaptedWeight) else 1
@@ -130,7 +126,8 @@ def _tile(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
 
 def _squeeze(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     gone = v.names_at(eqn.params["dimensions"])
-    out = v.map(lambda n: n.reduced(gone, lax.squeeze), along=gone).lost(gone, "taken")
+    out = v.map(lambda n: n.reduced(gone, lax.squeeze), along=gone)
+    out = evaluator.lost(out, gone, "taken")
     rows, left = (any(u.update.role(n) == "input" for n in u.names) for u in (v, out))
     if left or not rows:
         return out
@@ -142,7 +139,7 @@ def _reduce_sum(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
     gone = v.names_at(eqn.params["axes"])
     if not v.update.sums({n: v.size(n) for n in gone}):
         return None  # a sum of products over layers or experts is not of low rank
-    return v.map(lambda n: n.reduced(gone, jnp.sum)).lost(gone, "summed")
+    return evaluator.lost(v.map(lambda n: n.reduced(gone, jnp.sum)), gone, "summed")
 
 
 def _broadcast(evaluator: Any, eqn: Any, v: AdaptedWeight) -> Any:
@@ -218,7 +215,7 @@ ALONE: dict[str, Change] = {
     **dict.fromkeys((*CASTS, "pvary"), _on_w),
     **dict.fromkeys(("stop_gradient", "name"), _on_all),
     "all_gather": _all_gather,
-    "neg": _neg,
+    "neg": lambda evaluator, eqn, v: _times(v, jnp.float32(-1.0)),
     "transpose": _transpose,
     "rev": _rev,
     "slice": _slice,

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.base import dense, wide_dtype
 from lora_jax.target import Target
 from lora_jax.updates.kind import Kind, TargetInitializer, check_no_parts
 
@@ -53,7 +52,5 @@ class Bias(Kind):
     def scale(self, target: Target) -> float:
         return 1.0
 
-    def merged(self, target: Target, parameters: Shift, w: Any) -> Any:
-        w = jnp.asarray(dense(w))
-        wide = wide_dtype(w.dtype)
-        return (w.astype(wide) + jnp.asarray(parameters.delta, wide)).astype(w.dtype)
+    def delta(self, target: Target, parameters: Shift, dtype: Any = jnp.float32) -> Any:
+        return jnp.asarray(parameters.delta, dtype)

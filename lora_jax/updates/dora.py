@@ -118,10 +118,7 @@ def _squared_norms(target: Target, w: Any, a: Any, b: Any, scale: Any) -> Any:
     def flat(x: Any) -> Any:
         return jnp.asarray(x).reshape(math.prod(stack), *x.shape[n:])
 
-    def norms(one: tuple[Any, Any, Any]) -> Any:
-        w, a, b = one
-        return _of_slice(target, dense(w), a, b, scale)
-
+    norms = lambda one: _of_slice(target, dense(one[0]), one[1], one[2], scale)  # noqa: E731
     found = jax.lax.map(norms, jax.tree.map(flat, (w, a, b)))
     return found.reshape(*stack, *found.shape[1:])
 

@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.named import TALLY, Named, Names, without
-from lora_jax.updates.update import Operation, Update
+from lora_jax.named import TALLY, Named, Names
+from lora_jax.updates.update import Operation, Update, Wrapper
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Dropped(Update):
+class Dropped(Wrapper):
     """An update whose products take `x * mask / (1 - rate)`, while the base takes x itself.
 
-    inner: the update.
     keys: uint32 [*stack, words], the data of one PRNG key for each slice of W's stack. So a program
       that slices W slices the keys as well. A mask is drawn from the key of the slice and the
       number of the use in the program (`Operation.use`).
@@ -28,7 +26,6 @@ class Dropped(Update):
     impl: the implementation of the keys.
     """
 
-    inner: Update
     keys: Named
     rate: float = dataclasses.field(metadata={"static": True})
     impl: Any = dataclasses.field(metadata={"static": True})
@@ -42,14 +39,6 @@ class Dropped(Update):
         data = jax.random.key_data(jax.random.split(own, sizes) if sizes else own)
         return Dropped(inner, Named(data, (*stack, TALLY)), rate, jax.random.key_impl(key))
 
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        return dataclasses.replace(
-            self, inner=self.inner.map(fn, *operands), keys=fn(self.keys, *operands)
-        )
-
-    def role(self, name: int) -> str | None:
-        return self.inner.role(name)
-
     def product(self, p: Operation) -> Any:
         return self.inner.product(dataclasses.replace(p, drop=lambda x: self._drop(x, p.use)))
 
@@ -59,35 +48,13 @@ class Dropped(Update):
         stack = tuple(n for n in names if n in x.names)
         first = tuple(slice(None) if n in stack else 0 for n in names)  # one x for all slices
         keys = jax.random.wrap_key_data(self.keys.array[first], impl=self.impl)
-        order = tuple(n for n in names if n in stack)
-        rest = without(x.names, stack)
-        front = x.moved((*order, *rest))
-        shape = tuple(map(x.size, rest))
+        front = x.to_front(stack)
+        shape = front.array.shape[len(stack) :]
 
         def keep(key: Any) -> Any:
             return jax.random.bernoulli(jax.random.fold_in(key, use), 1 - self.rate, shape)
 
-        count = math.prod(map(x.size, order))
+        count = math.prod(map(x.size, stack))
         mask = jax.vmap(keep)(keys.reshape(count)).reshape(front.array.shape)
         scaled = front.array / jnp.asarray(1 - self.rate, front.array.dtype)
         return Named(jnp.where(mask, scaled, jnp.zeros_like(scaled)), front.names).moved(x.names)
-
-    def merged(self, w: Named) -> Any:
-        return self.inner.merged(w)
-
-    def chosen(self) -> Update:
-        return dataclasses.replace(self, inner=self.inner.chosen())
-
-    def times(self, factor: Named) -> Update | None:
-        inner = self.inner.times(factor)
-        return None if inner is None else dataclasses.replace(self, inner=inner)
-
-    def sums(self, sizes: dict[int, int]) -> bool:
-        return self.inner.sums(sizes)
-
-    def check_linear(self, path: str, where: str) -> None:
-        self.inner.check_linear(path, where)
-
-    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        parts = self.inner.derivatives(w, dw, tangent.inner, none)
-        return [(w, dataclasses.replace(self, inner=update)) for w, update in parts]

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from lora_jax.named import Named, without
 
 
 def gates(logits: Any, top: int | None = None) -> Any:
@@ -49,28 +52,37 @@ def _chosen(values: Any, top: int) -> Any:
     return jax.nn.one_hot(best, values.shape[-1], dtype=jnp.bool_).any(-2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def counted(gates: Any, probe: Any, top: int | None) -> Any:
-    """Return `gates` [..., rows, n] unchanged; the "gradient" of `probe` [..., 2, n] is `tally`.
+def counted(value: Named, last: int, probe: Named, count: Callable[[Any], Any]) -> Named:
+    """Return `value` unchanged; the "gradient" of `probe` is `count(rows)`, summed over all uses.
 
     A `scan` or `checkpoint` returns only the values that it was written to return, but cotangents
     always come back. The cotangent of the probe is summed over all places that read the probe, and
     a scan that slices the probe stacks it.
+
+    Args:
+      value: the rows, with the axis `last` and any others.
+      last: the name of the axis along a row.
+      probe: zeros, with the stack axes of W and then the two axes of a count.
+      count: maps [*stack, rows, last] to a count for each slice of the stack.
     """
-    del probe, top
-    return gates
+    stack = tuple(n for n in probe.names[:-2] if n in value.names)
+    # A ragged product mixes the rows of all slices; then each slice gets the whole sum.
+    whole = probe.reduced(without(probe.names[:-2], stack), jnp.sum)
+    front = value.moved((*stack, *without(value.names, (*stack, last)), last))
+    rows = front.array.reshape(*map(front.size, stack), -1, front.size(last))
+    array = _counted(rows, whole.array, count).reshape(front.array.shape)
+    return Named(array, front.names).moved(value.names)
 
 
-def _counted_forward(gates: Any, probe: Any, top: int | None) -> tuple[Any, Any]:
-    del probe, top
-    return gates, gates
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _counted(rows: Any, probe: Any, count: Callable[[Any], Any]) -> Any:
+    return rows
 
 
-def _counted_backward(top: int | None, gates: Any, cotangent: Any) -> tuple[Any, Any]:
-    return cotangent, tally(gates, top)
-
-
-counted.defvjp(_counted_forward, _counted_backward)
+_counted.defvjp(
+    lambda rows, probe, count: (rows, rows),
+    lambda count, rows, cotangent: (cotangent, count(rows)),
+)
 
 
 @jax.tree_util.register_dataclass

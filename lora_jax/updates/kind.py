@@ -188,7 +188,7 @@ class Kind(abc.ABC):
           dtype: of the result.
         """
         factors = self.factors(target, parameters)
-        assert factors is not None  # a kind without factors defines `merged`
+        assert factors is not None  # a kind without factors has a `delta` or `merged` of its own
         rank_axis = len(target.shape)  # a label that is not an axis of W
         return self.scale(target) * jnp.einsum(
             jnp.asarray(factors.a, dtype),

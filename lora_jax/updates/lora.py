@@ -61,12 +61,10 @@ class Lora(Kind):
 
     def check(self, target: Target) -> None:
         _check_parts(target)
-        fan_out = target.fan_out
-        for _, size in target.parts:
-            part = target.fan_out // target.shape[_part_axis(target)] * size
-            fan_out = min(fan_out, part)
-        limit = min(target.fan_in, fan_out)
-        narrow = limit < min(target.fan_in, target.fan_out)
+        whole = min(target.fan_in, target.fan_out)
+        parts = (target.fan_out // target.shape[_part_axis(target)] * n for _, n in target.parts)
+        limit = min((whole, *parts))
+        narrow = limit < whole
         check_rank_limit(target, limit, "min(in, part)" if narrow else "min(in, out)")
 
     def init(
@@ -90,10 +88,8 @@ class Lora(Kind):
         size = target.shape[_part_axis(target)]
         ends = list(itertools.accumulate(length for _, length in target.parts))
         rows = []
-        for part, (start, length), end in zip(
-            jnp.split(b, ends[:-1], axis), target.parts, ends, strict=True
-        ):
-            assert part.shape[axis] == length, end
+        pieces = jnp.split(b, ends[:-1], axis)
+        for part, (start, length) in zip(pieces, target.parts, strict=True):
             around = [(0, 0)] * b.ndim
             around[axis] = (start, size - start - length)
             rows.append(jnp.pad(part, around))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,11 +45,6 @@ class LowRank(Update):
     b: Named
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     gain: Named | None = None
-
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        gain = None if self.gain is None else fn(self.gain, *operands)
-        a, b = fn(self.a, *operands), fn(self.b, *operands)
-        return dataclasses.replace(self, a=a, b=b, gain=gain)
 
     def role(self, name: int) -> str | None:
         in_a, in_b = name in self.a.names, name in self.b.names
@@ -106,7 +101,6 @@ class LowRank(Update):
         return None if a is None or b is None else LowRank(a, b)
 
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        del w
         parts: list[tuple[Any, Update]] = [
             (dw, dataclasses.replace(self, a=tangent.a)),
             (none, dataclasses.replace(self, b=tangent.b)),

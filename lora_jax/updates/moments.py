@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
-from lora_jax.named import MEMBER, RANK, TALLY, Named, Names, without
+from lora_jax.named import MEMBER, RANK, TALLY, Named, Names
+from lora_jax.updates.gating import counted
 from lora_jax.updates.lowrank import LowRank
-from lora_jax.updates.update import Update
 
 
 @jax.tree_util.register_dataclass
@@ -28,21 +27,9 @@ class Moments(LowRank):
 
     probe: Named | None = None
 
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        moved: Any = super().map(fn, *operands)
-        assert self.probe is not None
-        return dataclasses.replace(moved, probe=fn(self.probe, *operands))
-
     def middle(self, h: Named) -> Named:
         assert self.probe is not None
-        *names, _, _ = self.probe.names
-        stack = tuple(n for n in names if n in h.names)
-        # A ragged product mixes the rows of all slices; then each slice gets the whole sum.
-        probe = self.probe.array.sum(tuple(i for i, n in enumerate(names) if n not in stack))
-        front = h.to_front(stack).moved((*stack, *without(h.names, (*stack, RANK)), RANK))
-        rows = front.array.reshape(*map(front.size, stack), -1, front.size(RANK))
-        seen = summed(rows, probe).reshape(front.array.shape)
-        return Named(seen, front.names).moved(h.names)
+        return counted(h, RANK, self.probe, _square)
 
     def check_linear(self, path: str, where: str) -> None:
         raise LoraError(
@@ -69,23 +56,8 @@ def moments(shape: tuple[int, ...], probe: Any, stack: Names, inputs: Names, out
     )
 
 
-@jax.custom_vjp
-def summed(rows: Any, probe: Any) -> Any:
-    """Return `rows` [*stack, rows, in] unchanged; the "gradient" of `probe` is rows^T rows."""
-    del probe
-    return rows
-
-
-def _summed_forward(rows: Any, probe: Any) -> tuple[Any, Any]:
-    return rows, (rows, probe)
-
-
-def _summed_backward(kept: Any, cotangent: Any) -> tuple[Any, Any]:
-    rows, probe = kept
-    square = jnp.einsum(
-        "...ri,...rj->...ij", rows, rows, precision="highest", preferred_element_type=probe.dtype
+def _square(rows: Any) -> Any:
+    """Return rows^T rows in float32, from [*stack, rows, in]."""
+    return jnp.einsum(
+        "...ri,...rj->...ij", rows, rows, precision="highest", preferred_element_type=jnp.float32
     )
-    return cotangent, square
-
-
-summed.defvjp(_summed_forward, _summed_backward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,26 +11,18 @@ import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
 from lora_jax.named import Named, wider
-from lora_jax.updates.update import Operation, Part, Update, Zero
+from lora_jax.updates.update import Operation, Part, Update, Wrapper, Zero
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class OutputGain(Update):
+class OutputGain(Wrapper):
     """`gain * (W + update)`, where the gain is one number per output (DoRA's magnitude / norm).
 
-    inner: the update.
     gain: has all axes of W with the roles stack and output, and no others.
     """
 
-    inner: Update
     gain: Named
-
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        return OutputGain(self.inner.map(fn, *operands), fn(self.gain, *operands))
-
-    def role(self, name: int) -> str | None:
-        return self.inner.role(name)
 
     def product(self, p: Operation) -> Any:
         """Multiply x by the gain along contracted outputs, or the result along the others.
@@ -67,20 +59,9 @@ class OutputGain(Update):
         whole = Named(self.inner.merged(w.astype(jnp.float32)), w.names)
         return whole.times(self.gain).array.astype(w.array.dtype)
 
-    def chosen(self) -> Update:
-        return OutputGain(self.inner.chosen(), self.gain)
-
-    def times(self, factor: Named) -> Update | None:
-        inner = self.inner.times(factor)
-        return None if inner is None else OutputGain(inner, self.gain)
-
     def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
-        inner = [
-            dataclasses.replace(
-                p, update=p.update.inner if isinstance(p.update, OutputGain) else p.update
-            )
-            for p in parts
-        ]
+        bare = lambda u: u.inner if isinstance(u, OutputGain) else u  # noqa: E731
+        inner = [dataclasses.replace(p, update=bare(p.update)) for p in parts]
         whole = inner[0].update.join(inner, name, size)
         if whole is None or any(p.update.role(name) == "input" for p in parts):
             return None
@@ -97,17 +78,14 @@ class OutputGain(Update):
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes) and not any(n in self.gain.names for n in sizes)
 
-    def check_linear(self, path: str, where: str) -> None:
-        self.inner.check_linear(path, where)
-
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        parts = self.inner.derivatives(w, dw, tangent.inner, none)
-        along = [(w, OutputGain(update, self.gain)) for w, update in parts]
+        along = super().derivatives(w, dw, tangent, none)
         return [*along, (w, OutputGain(self.inner, tangent.gain))]
 
 
 def join(parts: Sequence[Part], name: int, size: int) -> Update | None:
     """See `Update.join`. A part with an output gain, if there is one, does it for all."""
+    if not parts:
+        return Zero()
     gained = (p for p in parts if isinstance(p.update, OutputGain))
-    lead = next(gained, parts[0] if parts else Part(Zero(), 0, 0))
-    return lead.update.join(parts, name, size)
+    return next(gained, parts[0]).update.join(parts, name, size)

@@ -89,11 +89,9 @@ class Recorder(Zero):
         return "unknown" if self.of((name,)) else None
 
     def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
-        del stack, inputs, outputs
         return True
 
     def chooses(self, taken: Names, rest: Names) -> bool:
-        del taken, rest
         return True
 
     def times(self, factor: Named) -> Update | None:
@@ -113,7 +111,6 @@ class Recorder(Zero):
         return dataclasses.replace(self, atoms=atoms)
 
     def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
-        del name, size
         every = [p.update for p in parts]
         names = dict.fromkeys(n for u in every for n, _ in u.atoms)
         union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731
@@ -123,20 +120,9 @@ class Recorder(Zero):
             union("stacked"),
             union("summed"),
             next((u.barrier for u in every if u.barrier), None),
-            None,
-            tuple(f for u in every for f in u.factors),
-            union("picked"),
+            factors=tuple(f for u in every for f in u.factors),
+            picked=union("picked"),
         )
-
-    def lost(self, names: Names, how: str, into: Names = ()) -> Update:
-        atoms = self.of(names)
-        if into:
-            more = tuple((n, atoms) for n in into)
-            picked = self.picked | atoms
-            return dataclasses.replace(self, atoms=(*self.atoms, *more), picked=picked)
-        if how == "summed":
-            return dataclasses.replace(self, summed=self.summed | atoms)
-        return dataclasses.replace(self, stacked=self.stacked | atoms)
 
     def meets(self, kind: str, where: str, stack: Names, inputs: Names, outputs: Names) -> Use:
         """Return the use that an operation makes of the weight, given the roles of these axes."""

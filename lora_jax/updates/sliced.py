@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
 
 
-class SlicedUpdate(NamedTuple):
-    """The target of a slice, and its arrays."""
-
-    target: Target
-    parameters: Any
-
-
-def sliced(target: Target, parameters: Any, index: tuple[int, ...]) -> SlicedUpdate:
-    """Return the update of `W[index]`, for any kind.
+def sliced(target: Target, parameters: Any, index: tuple[int, ...]) -> tuple[Target, Any]:
+    """Return the update of `W[index]`, for any kind: the target of the slice, and its arrays.
 
     Args:
       target: from the layout.
@@ -31,8 +24,8 @@ def sliced(target: Target, parameters: Any, index: tuple[int, ...]) -> SlicedUpd
     >>> import jax.numpy as jnp
     >>> from lora_jax.updates import Factors
     >>> target = Target("w", (5, 4, 3), (0,), (1,), (2,), rank=2, alpha=1.0)
-    >>> one = sliced(target, Factors(jnp.ones((5, 4, 2)), jnp.ones((5, 2, 3))), (1,))
-    >>> one.target.shape, one.parameters.a.shape
+    >>> one, parameters = sliced(target, Factors(jnp.ones((5, 4, 2)), jnp.ones((5, 2, 3))), (1,))
+    >>> one.shape, parameters.a.shape
     ((4, 3), (4, 2))
     """
     lead = len(index)
@@ -57,4 +50,4 @@ def sliced(target: Target, parameters: Any, index: tuple[int, ...]) -> SlicedUpd
         outputs=shifted(target.outputs),
     )
     arrays = map(take, parameters, kind.axes(target))
-    return SlicedUpdate(one, kind.fields(*arrays))
+    return one, kind.fields(*arrays)

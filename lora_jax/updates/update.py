@@ -16,20 +16,20 @@ from lora_jax.named import Named, Names
 @dataclasses.dataclass(frozen=True)
 class Operation:
     """One operation that is linear in W, as its rule passes it to the update.
-     x: the other operand, with named axes. An axis that is multiplied along an axis of W has the
-    same
-      name. None: there is no other operand (a lookup).
+
+    x: the other operand, with named axes. An axis that is multiplied along an axis of W has the
+      same name. None: there is no other operand (a lookup).
     out: the names of the result's axes.
     base: `base(x)`, the operation with W itself; x is an array. A product also has
       `base(x, dtype)`, which returns its sums in that dtype without rounding to the program's.
     low_rank: `low_rank(y, x, update)` is y plus the operation with `update`, a `LowRank`, in place
       of W, in the form that is fast for this operation; x is named.
-    matrix: whether it is the plain product with a matrix, as in `x @ w`. sums: whether it is a
-    product, so that `base` takes a dtype. precision: the precision of the products, as in
-    `jax.lax.dot_general`. spread: a function for an array with a stack axis that neither x nor the
-    result has (the group of
-      each row in a ragged product). It returns the array with the rows as axis instead. None: there
-      is no such axis.
+    matrix: whether it is the plain product with a matrix, as in `x @ w`.
+    sums: whether it is a product, so that `base` takes a dtype.
+    precision: the precision of the products, as in `jax.lax.dot_general`.
+    spread: a function for an array with a stack axis that neither x nor the result has (the group
+      of each row in a ragged product). It returns the array with the rows as axis instead. None:
+      there is no such axis.
     use: the number of this use of W in the program (`Evaluator.consume`).
     drop: None, or a function that is applied to x before the update sees it.
     """
@@ -71,9 +71,12 @@ class Update(abc.ABC):
         no role           if the update is constant along it (mostly an axis of size 1)
     """
 
-    @abc.abstractmethod
     def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
         """Return the update with `fn` applied to each array, as the program applies it to W."""
+        is_named = lambda n: isinstance(n, Named)  # noqa: E731
+        one = lambda n: fn(n, *operands) if is_named(n) else n  # noqa: E731
+        moved: Update = jax.tree.map(one, self, is_leaf=is_named)
+        return moved
 
     @abc.abstractmethod
     def role(self, name: int) -> str | None:
@@ -93,7 +96,6 @@ class Update(abc.ABC):
 
     def times(self, factor: Named) -> Update | None:
         """Return the update of `factor * W`, or None if that has another form."""
-        del factor
         return None
 
     def renamed(self, new: dict[int, int]) -> Update:
@@ -106,7 +108,6 @@ class Update(abc.ABC):
         All parts have the same names, and `size` is the whole size of the axis. A weight without a
         part has no update.
         """
-        del parts, name, size
         return None
 
     def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
@@ -144,14 +145,6 @@ class Update(abc.ABC):
 
         return self.map(one) if len({self.role(n) for n in old}) <= 1 else None
 
-    def lost(self, names: Names, how: str, into: Names = ()) -> Update:
-        """Note that W has lost axes: `how` is "taken" (a slice was chosen) or "summed".
-
-        It is called after `map`. Only the update that finds the roles (`Recorder`) uses it.
-        """
-        del names, how, into
-        return self
-
     def check_linear(self, path: str, where: str) -> None:
         """Raise `LoraError` if the update depends on the operand that W is multiplied with."""
         del path, where
@@ -166,17 +159,49 @@ class Update(abc.ABC):
         """
 
 
+@dataclasses.dataclass(frozen=True)
+class Wrapper(Update):
+    """An update around another one, which answers all that the wrapper does not change.
+
+    inner: the update.
+    """
+
+    inner: Update
+
+    def around(self, inner: Update) -> Update:
+        """Return the same wrapper around another update."""
+        return dataclasses.replace(self, inner=inner)
+
+    def role(self, name: int) -> str | None:
+        return self.inner.role(name)
+
+    def merged(self, w: Named) -> Any:
+        return self.inner.merged(w)
+
+    def chosen(self) -> Update:
+        return self.around(self.inner.chosen())
+
+    def times(self, factor: Named) -> Update | None:
+        inner = self.inner.times(factor)
+        return None if inner is None else self.around(inner)
+
+    def sums(self, sizes: dict[int, int]) -> bool:
+        return self.inner.sums(sizes)
+
+    def check_linear(self, path: str, where: str) -> None:
+        self.inner.check_linear(path, where)
+
+    def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+        parts = self.inner.derivatives(w, dw, tangent.inner, none)
+        return [(w, self.around(update)) for w, update in parts]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Zero(Update):
     """An update that adds nothing: for a quantised weight without an adapter."""
 
-    def map(self, fn: Callable[..., Named], *operands: Any) -> Update:
-        del fn, operands
-        return self
-
     def role(self, name: int) -> str | None:
-        del name
         return None
 
     def product(self, p: Operation) -> Any:
@@ -186,25 +211,13 @@ class Zero(Update):
         return w.array
 
     def sums(self, sizes: dict[int, int]) -> bool:
-        del sizes
         return True
 
     def chooses(self, taken: Names, rest: Names) -> bool:
-        del taken
         return len(rest) > 1
 
-    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
-        del old, units, new
-        return self
-
-    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
-        del parts, name, size
-        return self
-
     def times(self, factor: Named) -> Update | None:
-        del factor
         return self
 
     def derivatives(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
-        del w, tangent, none
         return [(dw, self)]

@@ -71,12 +71,8 @@ class Vera(Kind):
         ones = (1,) * len(stack)
         a = jnp.broadcast_to(a.reshape(*ones, *inputs, target.rank), target.a_shape)
         d = lambda_d.reshape(*stack, target.rank, *(1 for _ in outputs)).astype(b.dtype)
-        return Factors(
-            a,
-            b.reshape(*ones, target.rank, *outputs)
-            * d
-            * lambda_b[(slice(None),) * len(stack) + (None,)],
-        )
+        each_output = lambda_b[(slice(None),) * len(stack) + (None,)]
+        return Factors(a, b.reshape(*ones, target.rank, *outputs) * d * each_output)
 
     def scale(self, target: Target) -> float:
         return 1.0

@@ -235,6 +235,21 @@ def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
     assert learns == [top != 1] * 2  # with top=1 the remaining gate is 1, for any logits
 
 
+def test_the_load_of_a_bank_of_experts_is_of_all_its_rows() -> None:
+    """The load of a `ragged_dot`, whose rows of all groups are one product, is of all rows.
+
+    Red if the count asks the product for the axis of the groups, which it does not have.
+    """
+    case = cases.REGISTRY["bare_ragged_dot"]()
+    layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
+    router = lora_jax.moe.init_router(jax.random.key(3), layout, 3)
+    routed = lora_jax.moe.route(stacked, router, top=2)
+    count = functools.partial(lora_jax.moe.router_load, layout, case.f)
+    for load in compiled(count, case.params, routed, *case.args).values():
+        assert_close(load.share.sum(-1), jnp.ones(load.share.shape[:-1]))
+        assert_close(load.gate.sum(-1), jnp.ones(load.share.shape[:-1]))
+
+
 def test_the_balance_is_of_shares_and_gates() -> None:
     """The balance equals numbers computed by hand. Red if the gates are squared: the loss would
     then not ask for even shares."""
