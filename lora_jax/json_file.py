@@ -131,10 +131,10 @@ def _depth(value: Any) -> int:
     deepest, left = 0, [(value, 1)]
     while left:
         one, depth = left.pop()
-        inner = one.values() if isinstance(one, dict) else one if isinstance(one, list) else None
-        if inner is not None:
+        if isinstance(one, dict | list):
             deepest = max(deepest, depth)
-            left += [(each, depth + 1) for each in inner]
+            inner = one.values() if isinstance(one, dict) else one
+            left += [(each, depth + 1) for each in inner if isinstance(each, dict | list)]
     return deepest
 
 

@@ -26,7 +26,10 @@ from lora_jax.errors import LoraError, errno_of
 NAME = "manifest.ocdbt"
 _CODECS = {"bytes", "crc32c", "sharding_indexed", "zstd"}  # each stops at the size of its chunk
 _PATH = 255  # bytes at most of the path by which a node names a file
-_DESCRIPTION = 2**16  # bytes at most of the description of an array, and of a manifest
+_MANIFEST, _DESCRIPTION = (
+    2**12,
+    2**16,
+)  # bytes at most: of a manifest, and of an array's description
 _NODE, _ENTRY = 2**17, 2**9  # bytes that a node and an entry count, in addition to their own
 _PACKED = 2**20, 1024  # bytes at most: of any node unpacked, and for each byte packed
 
@@ -72,8 +75,10 @@ def _walk(
         return len(unquote(base)), (name, int(offset), int(length))
 
     store = tensorstore.KvStore.open({"driver": "file", "path": f"{root}/{place}"}).result()
-    if _unpacked(_read(root, (place + NAME, 0, _DESCRIPTION)))[16]:
-        raise DamagedError("damaged: its database has a manifest of another kind")
+    size = files[place + NAME]
+    manifest = _unpacked(_read(root, (place + NAME, 0, min(size, _MANIFEST))))
+    if max(size, len(manifest)) > _MANIFEST or manifest[16]:  # 1: there are further manifests
+        raise DamagedError("damaged: its database has a manifest of another kind, or a large one")
     left = [(b"", tensorstore.ocdbt.dump(store).result()["versions"][-1]["root"])]
     seen = set[FilePiece]()
     while left:

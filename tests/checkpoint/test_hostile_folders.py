@@ -128,6 +128,11 @@ def sparse_json(folder: pathlib.Path) -> None:
             file.truncate(60 * 10**6)
 
 
+def sparse_manifest(folder: pathlib.Path) -> None:
+    """A manifest of 60 MB."""
+    os.truncate(folder / "arrays" / "manifest.ocdbt", 60 * 10**6)
+
+
 def sparse_node(folder: pathlib.Path) -> None:
     """A root of 20 GB."""
     holes(folder)
@@ -228,6 +233,18 @@ CASES: dict[str, tuple[Make, str]] = {
             ocdbt.record(ocdbt.MANIFEST, ocdbt.packed((0, 10**9)), compressed=True),
         ),
         "node of its database",
+    ),
+    "sparse-manifest": (sparse_manifest, "a large one"),
+    "manifest-paths": (
+        add(
+            "arrays/manifest.ocdbt",
+            ocdbt.record(
+                ocdbt.MANIFEST,
+                ocdbt.packed(bytes(17) + b"\x01\x01\x04\x00" + long_paths(60_000)[1:]),
+                compressed=True,
+            ),
+        ),
+        "a large one",
     ),
     "long-keys": (node(ocdbt.packed(long_keys(60_000))), "the index of its arrays takes more"),
     "long-paths": (node(ocdbt.packed(long_paths(60_000))), "the index of its arrays takes more"),
