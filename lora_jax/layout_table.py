@@ -101,7 +101,7 @@ def aligned(
     Args:
       rows: the rows, which have equally many cells.
       left: the indices of the columns that are aligned to the left, and not to the right.
-      widths: the widths of the columns. None: those of their longest cells.
+      widths: the widths of the columns. None: as wide as the longest cells.
     """
     widths = widths or [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

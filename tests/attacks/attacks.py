@@ -80,7 +80,7 @@ ATTACKS = {
     "socket": Attack(_socket, True),
     "folder": Attack(_folder, False),
     "hole": Attack(_hole, True),
-    "hole-at-the-end": Attack(lambda file, _: os.truncate(file, SIZE), True),
+    "hole-at-the-end": Attack(lambda file, _: os.truncate(file, SIZE), False),
     "hard-link": Attack(_hard_link, False),
     "other-owner": Attack(_other_owner, False),
     "no-permission": Attack(lambda file, _: file.chmod(0), False),

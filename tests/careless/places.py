@@ -68,7 +68,7 @@ PLACES = [
     Case("adapter_missing", "predict --adapter {world}/rum --text a", ("no adapter", "run")),
     Case("adapter_file", "predict --adapter {here}/f --text a", ("no adapter", "a file"), FILE),
     Case("adapter_long", f"predict --adapter {{here}}/{LONG} --text a", ("no such folder",)),
-    Case("export_out_below_a_file", f"{EXPORT} --out {{here}}/f/o",
+    Case("export_out_below_a_file", f"{EXPORT} --no-head --out {{here}}/f/o",
          ("/f/o cannot be written", "/f. Something else has that name"), FILE),
     Case("export_out_long", f"{EXPORT} --out {{here}}/{LONG}", ("File name too long", "shorter")),
     Case("import_out_below_a_file", "import {world}/peft --base {world}/model --out {here}/f/o",

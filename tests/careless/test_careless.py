@@ -30,12 +30,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     tiny.write_model(folder / "lm", tiny.LLAMA)
     source = classifiers.examples(folder / "three", int)
     classifiers.export_in(folder / "run", classifiers.config_of(weights, source))
-    assert (
-        package.main(
-            ["export", str(folder / "run"), "--format", "peft", "--out", str(folder / "peft")]
-        )
-        == 0
-    )
+    peft = ["--format", "peft", "--no-head", "--out", str(folder / "peft")]
+    assert package.main(["export", str(folder / "run"), *peft]) == 0
     return folder
 
 
