@@ -56,7 +56,7 @@ def check(root: pathlib.Path, place: str, files: Mapping[str, int], spend: Spend
         if isinstance(error, LoraError) or errno_of(error) is not None:
             raise
         raise DamagedError("damaged: the description of its arrays cannot be read") from error
-    if sum(counts) > len(counts):
+    if sum(counts) > len(counts) and "/ocdbt.process_" not in place:  # each has a part of them
         raise DamagedError(f"its arrays have {sum(counts):,} chunks; it holds {len(counts):,}")
 
 

@@ -10,6 +10,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+from lora_jax.whole_files import TEMPORARY
+
 
 class Before:
     """An audit hook that kills its process before a file gets a name that ends in `name`."""
@@ -75,7 +77,8 @@ class FullDisk:
             return
         if event == "open" and not int(values[2] or 0) & (os.O_WRONLY | os.O_RDWR):
             return
-        if str(values[0]).startswith(self._folder):
+        # `whole_files.write` names its temporary file relative to an open folder.
+        if str(values[0]).startswith((self._folder, TEMPORARY)):
             self.made += 1
             if self.made > self._room:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
