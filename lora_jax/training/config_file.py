@@ -34,7 +34,7 @@ def blaming(file: str | None) -> Iterator[None]:
             if frame.f_code.co_filename == file:
                 line, names = number, frame.f_globals
         said = f"{type(error).__name__}: {error}"
-        unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(error))
+        unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected .*? '(\w+)'", str(error))
         if unknown and dataclasses.is_dataclass(kind := names.get(unknown[1])):
             fields = nearest(unknown[2], [field.name for field in dataclasses.fields(kind)])
             said = f"{unknown[1]} has no field {unknown[2]!r}; nearest: {', '.join(fields)}"
