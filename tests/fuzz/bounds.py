@@ -29,6 +29,7 @@ _FORBIDDEN += ("subprocess.Popen", "socket.connect", "socket.getaddrinfo", "ctyp
 _CHANGING = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod")
 _CHANGING += ("os.truncate", "os.utime", "os.chown", "os.mkfifo", "shutil.rmtree")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_MATCHER = "/lora_jax/exchange/patterns.py"  # runs with limits of its own
 _ALLOWED = ("/dev/null", "__pycache__")  # and the folder of compiled programs
 
 
@@ -60,9 +61,9 @@ class _Watch:
                 self.noted.append(f"opens {name} to write")
             if name.endswith(self.secret) and os.path.abspath(name).endswith(self.secret):
                 self.noted.append(f"reads {name}")
-        elif (
-            event in _CHANGING and not any(part in str(args) for part in self._allowed())
-        ) or event in _FORBIDDEN:
+        changes = event in _CHANGING and not any(part in str(args) for part in self._allowed())
+        matches = event == "subprocess.Popen" and _MATCHER in str(args)
+        if changes or (event in _FORBIDDEN and not matches):
             self.noted.append(f"{event}{args}")
 
     def _allowed(self) -> tuple[str, ...]:
