@@ -263,7 +263,8 @@ def _spread(shape: tuple[int, ...], role: Use, parts: Mapping[str, int]) -> Part
 
 def partition_specs(layout: Layout, param_specs: Any) -> dict[str, Any]:
     """Return the placement of the adapters, which follows the placement of the parameters.
-     `a` [*stack, *inputs, rank] takes the mesh axes of W's stack and input axes, and `b` [*stack,
+
+    `a` [*stack, *inputs, rank] takes the mesh axes of W's stack and input axes, and `b` [*stack,
     rank, *outputs] takes the mesh axes of its stack and output axes. The rank is never sharded. For
     another kind of update, `updates.Kind.axes` tells which axes of W its arrays have. So each
     device holds the slice of the factors that belongs to its slice of W.

@@ -171,8 +171,8 @@ def _header(path: pathlib.Path, data: np.ndarray) -> tuple[dict[str, Any], np.nd
     if length > min(MOST_BYTES, len(data) - 8) or len(header) > MOST:
         raise LoraError(
             f"{path} declares a header of {length:,} bytes, but the file has {len(data):,} and a "
-            f"header may have {MOST_BYTES:,} and {MOST:,} arrays: it is no safetensors file of an "
-            "adapter, or it is damaged"
+            f"header may have {MOST_BYTES:,} and {MOST:,} arrays: it is not a safetensors file of "
+            "an adapter, or it is damaged"
         )
     return header, data[8 + length :]
 

@@ -141,11 +141,7 @@ class Writer:
         text = "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values)
         # JSON leaves these characters as they are, and a terminal may take them for commands, or
         # write what follows from right to left.
-        text = re.sub(
-            "[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]",
-            lambda found: f"\\u{ord(found[0]):04x}",
-            text,
-        )
+        text = _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
         with writing(self.path):
             self._file.write(text.encode())
             self._file.flush()

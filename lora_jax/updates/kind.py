@@ -178,7 +178,8 @@ class Kind(abc.ABC):
 
     def delta(self, target: Target, parameters: Any, dtype: Any = jnp.float32) -> Any:
         """Return `scale * a @ b` with its axes in W's order.
-         `a` [*stack, *inputs, rank] and `b` [*stack, rank, *outputs] are contracted over the rank,
+
+        `a` [*stack, *inputs, rank] and `b` [*stack, rank, *outputs] are contracted over the rank,
         for each slice of the stack. Then the axes [*stack, *inputs, *outputs] are put into W's
         order.
 

@@ -131,7 +131,8 @@ class Update(abc.ABC):
 
     def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
         """Return the update with the axes `old`, in this order, reshaped into axes `new`, or None.
-         `new` maps names to sizes. `units` are axes of size 1 among the old ones, which are
+
+        `new` maps names to sizes. `units` are axes of size 1 among the old ones, which are
         dropped. The other old axes must all have the same role.
         """
 
