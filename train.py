@@ -25,12 +25,14 @@ from collections.abc import Sequence
 import jax
 
 import lora_jax
-from lora_jax import allocator, command_line, planner, program_cache
-from lora_jax.console import USER_ERRORS, Console, note, out_of_memory, quiet_storage, say
+from lora_jax import planner
+from lora_jax.cli import train as command_line
 from lora_jax.errors import told
-from lora_jax.groups import loop as group
-from lora_jax.groups import results
-from lora_jax.groups.config import GroupConfig
+from lora_jax.sweeps import loop as group
+from lora_jax.sweeps import results
+from lora_jax.sweeps.config import GroupConfig
+from lora_jax.system import allocator, program_cache
+from lora_jax.system.console import USER_ERRORS, Console, note, out_of_memory, quiet_storage, say
 from lora_jax.training import (
     beginning,
     config_file,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lora_jax
-from lora_jax import command_line
-from lora_jax.groups.config import GroupConfig, Member
+from lora_jax.cli import train as command_line
+from lora_jax.sweeps.config import GroupConfig, Member
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -25,7 +25,7 @@ import lora_jax
 from benchmarks.common import hardware, table
 from benchmarks.load import peak, write
 from lora_jax import models
-from lora_jax.conversion import export_command
+from lora_jax.cli import export
 
 # (shard in 10^9 bytes, dtype that is written, layers)
 CASES = [
@@ -66,7 +66,7 @@ def _measure(folder: Path, shard: str, dtype: str, layers: str) -> dict[str, flo
         _write_run(run, write(folder, "bfloat16", False), layers == "scanned")
     before, start = peak(reset=True), time.perf_counter()
     options = ("--format", "hf", "--dtype", dtype, "--shard-gb", shard)
-    status = export_command.main([str(run), "--out", str(out), *options])
+    status = export.main([str(run), "--out", str(out), *options])
     seconds, most = time.perf_counter() - start, peak() - before
     assert status == 0
     files = list(out.iterdir())

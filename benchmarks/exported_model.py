@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import lora_jax
 from lora_jax import models
-from lora_jax.conversion import export_command
+from lora_jax.cli import export
 
 
 def exported(folder: pathlib.Path) -> pathlib.Path:
@@ -27,7 +27,7 @@ def exported(folder: pathlib.Path) -> pathlib.Path:
     lora_jax.save(folder / "run", adapter, fingerprint=frozen, about={"model": about | dtypes})
     arguments = [str(folder / "run"), "--format", "hf", "--out", str(folder / "model")]
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        status = export_command.main(arguments)
+        status = export.main(arguments)
     if status != 0:
         raise RuntimeError(said.getvalue())
     return folder / "model"

@@ -5,7 +5,7 @@
 
 Each run is a new process that opens SmolLM2 from a folder in float32, reads a short prompt and
 writes one token. "kept programs" is the cache of compiled programs that commands have by default
-(`lora_jax.program_cache`). A run that is not counted fills it. --python names an interpreter with
+(system/program_cache.py). A run that is not counted fills it. --python names an interpreter with
 torch and transformers, which then do the same. All sides run in turns, and the numbers are medians.
 """
 

@@ -28,9 +28,10 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from benchmarks.common import hardware, table
-from lora_jax import allocator, models, paths, sharding
+from lora_jax import models, paths, sharding
 from lora_jax.models.placement import rules
 from lora_jax.models.weights import hf_config, names
+from lora_jax.system import allocator
 
 # dtype or kind of the file - dtype of the parameters
 FORMS = ["float32-float32", "float32-bfloat16", "bfloat16-bfloat16", "Q8_0-bfloat16"]

@@ -26,8 +26,9 @@ import jax
 
 import lora_jax
 from benchmarks import commands, common
-from lora_jax import command_line, program_cache
-from lora_jax.console import Console
+from lora_jax.cli import train as command_line
+from lora_jax.system import program_cache
+from lora_jax.system.console import Console
 from lora_jax.training import beginning, mesh, optimizer, step
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.config import Config

@@ -1,4 +1,4 @@
-"""Compare a training step with and without the memory that commands keep (`lora_jax.allocator`).
+"""Compare a training step with and without the memory that commands keep (system/allocator.py).
 
     python -m benchmarks.page_faults
 
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from benchmarks import commands, common, step_time
-from lora_jax import allocator
+from lora_jax.system import allocator
 
 SIDES = {"given back": "0", "kept": ""}
 WARMING_UP = 12

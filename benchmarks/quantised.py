@@ -18,7 +18,7 @@ import jax
 
 import lora_jax
 from benchmarks import common, runs
-from lora_jax import command_line
+from lora_jax.cli import train as command_line
 from lora_jax.training import evaluation, mesh, step
 from lora_jax.training.config import Config
 

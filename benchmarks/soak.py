@@ -31,7 +31,7 @@ import train
 from benchmarks import common
 from configs import own_model
 from lora_jax.checkpoint import storage
-from lora_jax.console import Console, quiet_storage
+from lora_jax.system.console import Console, quiet_storage
 from lora_jax.training import mesh
 from lora_jax.training.checkpoints import steps_in
 from lora_jax.training.config import MeshConfig, OptimizerConfig

@@ -28,8 +28,8 @@ import numpy as np
 import lora_jax
 from benchmarks import commands, common
 from lora_jax import models
-from lora_jax.groups import memory_fit
-from lora_jax.groups.step import Settings, group_step
+from lora_jax.sweeps import memory_fit
+from lora_jax.sweeps.step import Settings, group_step
 from lora_jax.training import classification, optimizer, step
 from lora_jax.training.config import OptimizerConfig
 from lora_jax.training.summary import in_units

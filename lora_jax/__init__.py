@@ -10,7 +10,6 @@ other sub-modules by name: `from lora_jax import analysis`.
 """
 
 from lora_jax import frozen as frozen
-from lora_jax import moe as moe
 from lora_jax import multi as multi
 from lora_jax import paths as paths
 from lora_jax import updates as updates
@@ -18,11 +17,11 @@ from lora_jax.adapters import Adapter as Adapter
 from lora_jax.adapters import as_lora as as_lora
 from lora_jax.adapters import count as count
 from lora_jax.adapters import init as init
+from lora_jax.analysis.from_base import init_from_base as init_from_base
+from lora_jax.analysis.from_inputs import init_from_inputs as init_from_inputs
 from lora_jax.analysis.merge_error import merge_error as merge_error
 from lora_jax.bases.quantise import dequantize as dequantize
 from lora_jax.bases.quantise import quantize as quantize
-from lora_jax.beginnings import init_from_base as init_from_base
-from lora_jax.beginnings import init_from_inputs as init_from_inputs
 from lora_jax.checkpoint import fingerprint as fingerprint
 from lora_jax.checkpoint import restore as restore
 from lora_jax.checkpoint import save as save
@@ -32,6 +31,7 @@ from lora_jax.foreign import from_keras as from_keras
 from lora_jax.foreign import from_nnx as from_nnx
 from lora_jax.layout import Layout as Layout
 from lora_jax.merge import merge as merge
+from lora_jax.multi import moe as moe
 from lora_jax.multi.dropout import dropout as dropout
 from lora_jax.resolve import resolve as resolve
 from lora_jax.sharding import partition_specs as partition_specs

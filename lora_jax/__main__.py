@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_jax.errors import nearest
-from lora_jax.extras import MissingExtraError
+from lora_jax.system.extras import MissingExtraError
 
 Command = Callable[[Sequence[str]], int]
 
@@ -80,17 +80,17 @@ def _command(name: str) -> Command:
         command: Any
         match name:
             case "show":
-                from lora_jax.show import command
+                from lora_jax.cli.show import command
             case "predict":
                 from lora_jax.serving import predict as command
             case "generate":
                 from lora_jax.serving import generate as command
             case "export":
-                from lora_jax.conversion import export_command as command
+                from lora_jax.cli import export as command
             case "import":
-                from lora_jax.conversion import import_command as command
+                from lora_jax.cli import import_ as command
             case _:
-                from lora_jax.report import command
+                from lora_jax.cli import report as command
         return int(command.main(arguments))
 
     return run

@@ -8,9 +8,11 @@ import errno
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 # Comparing takes the product of the lengths: a stranger's file may have a million long names.
 _CHARACTERS, _MOST = 200, 5_000
+_SHOWN = 200  # characters of a file's own text in a message, because a name may have millions
 
 
 class LoraError(ValueError):
@@ -19,6 +21,30 @@ class LoraError(ValueError):
 
 class DataError(LoraError):
     """The data, or its config, cannot be used; the message says where and why."""
+
+
+class ModelError(ValueError):
+    """A model cannot be used; the message gives the reason and the cure."""
+
+
+class ModelConfigError(ModelError):
+    """A `config.json`, or GGUF metadata, does not describe a model that is supported here."""
+
+
+class WeightsError(ModelError):
+    """Stored tensors are damaged, or do not fit the model; the message names them."""
+
+
+class TokenizerError(ModelError):
+    """A tokenizer cannot be read from a file."""
+
+
+class ModelReferenceError(ModelError):
+    """A reference to a model cannot be read; the message shows the valid forms."""
+
+
+class PackageError(ModelError):
+    """A file of a published package cannot be found, downloaded or trusted."""
 
 
 @contextlib.contextmanager
@@ -159,3 +185,36 @@ def listed(items: Iterable[str], limit: int = 5) -> str:
     if len(items) > limit:
         lines.append(f"  ... and {len(items) - limit} more")
     return "\n".join(lines)
+
+
+def damaged(path: Path, what: str) -> WeightsError:
+    """Return the error for a file of weights that contradicts itself.
+
+    Args:
+      path: the file.
+      what: the contradiction.
+    """
+    return WeightsError(
+        f"{path} is damaged, or is not what its name says: {what}\n"
+        "Fetch the file again, from someone you trust."
+    )
+
+
+def is_failure(error: BaseException) -> bool:
+    """Return whether an error means that something went wrong: not Ctrl-C, and not an exit.
+
+    Args:
+      error: any error. A crash in a Rust library (tokenizers) is not an `Exception`, and its type
+        has no public name.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def shown(value: object) -> str:
+    """Return a value from a file as text, cut to the length of a message.
+
+    Args:
+      value: anything.
+    """
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"

@@ -14,9 +14,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax import json_file, layout_table, paths
+from lora_jax import paths
 from lora_jax.base import is_base
 from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.system import json_file, layout_table
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
 

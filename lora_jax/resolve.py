@@ -8,10 +8,10 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax import paths
-from lora_jax.dependence import Dependence
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout, Remark
 from lora_jax.primitives import jaxprs, roles
+from lora_jax.primitives.dependence import Dependence
 from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule
 from lora_jax.target import Target
 from lora_jax.updates.recorder import Use

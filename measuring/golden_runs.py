@@ -12,8 +12,8 @@ import numpy as np
 
 import lora_jax
 from lora_jax import LoraSpec, models, paths
+from lora_jax.analysis.from_base import init_from_base
 from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, recipe
-from lora_jax.beginnings import init_from_base
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden" / "golden_models"
 LABELS = ("no", "maybe", "yes")

@@ -1,4 +1,4 @@
-"""Page faults with and without `lora_jax.allocator`, counted in other processes; never time."""
+"""Page faults with and without the allocator, counted in other processes; never time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import sys
 import jax
 import pytest
 
-from lora_jax import allocator
 from lora_jax.errors import LoraError
+from lora_jax.system import allocator
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
@@ -23,7 +23,7 @@ PAGES = 16_384  # of the buffer that a step needs: the sine of 4096 x 4096 numbe
 PROGRAM = """
 import resource, statistics, sys, time
 import jax, jax.numpy as jnp
-from lora_jax import allocator, console
+from lora_jax.system import allocator, console
 kept = allocator.keep() if sys.argv[1] == "keep" else None
 x = jnp.ones((4096, 4096))
 step = jax.jit(lambda x: jnp.sin(x) @ x[:, :8])

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 import train
-from lora_jax import command_line
-from lora_jax.conversion import export_command, import_command
-from lora_jax.report import command as report
+from lora_jax.cli import export, import_, report
+from lora_jax.cli import train as command_line
 from lora_jax.serving import generate, predict
 from lora_jax.training import directory
 from lora_jax.training.config import Config, ConfigError
@@ -98,8 +97,8 @@ def test_an_option_that_is_given_twice_is_said(capsys: pytest.CaptureFixture[str
     ("main", "words"),
     [
         (report.main, ["no-such-run"]),
-        (export_command.main, ["no-such-run", "--format", "peft"]),
-        (import_command.main, ["no-such-folder"]),
+        (export.main, ["no-such-run", "--format", "peft"]),
+        (import_.main, ["no-such-folder"]),
     ],
     ids=["report", "export", "import"],
 )
@@ -121,7 +120,7 @@ def test_one_reader_of_options() -> None:
 
     Red if a command calls `tyro.cli` itself, and so loses a repeated option without a note.
     """
-    package = pathlib.Path(command_line.__file__).parent
+    package = pathlib.Path(command_line.__file__).parents[1]
     using = {p.name for p in package.rglob("*.py") if "tyro.cli(" in p.read_text()}
     assert using == {"console.py", "config_fields.py"}  # config_fields.py reads single values
 

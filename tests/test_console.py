@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 import train
-from lora_jax import console
 from lora_jax.errors import LoraError
 from lora_jax.serving import jsonl
+from lora_jax.system import console
 from tests.training.runs import OWN
 
 

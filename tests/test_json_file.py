@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lora_jax import json_file
+from lora_jax.system import json_file
 
 
 def parse(text: str) -> object:

@@ -10,149 +10,78 @@ import tomllib
 
 import pytest
 
-from lora_jax.extras import EXTRAS, MissingExtraError, require
+from lora_jax.system.extras import EXTRAS, MissingExtraError, require
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_jax"
 
 # Room -> the rooms that it imports, which are all that it may. A room is a top-level module or a
 # package; "" is the facade, `lora_jax/__init__.py`, which nothing in the package imports.
-ARROWS = {
-    "": {"adapters", "analysis", "bases", "beginnings", "checkpoint", "errors", "foreign", "frozen"}
-    | {"layout", "merge", "moe", "multi", "paths", "resolve", "sharding", "spec", "target"}
-    | {"transform", "updates"},
-    # the core: the transform and its helpers
-    "errors": set(),
-    "regular_files": set(),
-    "whole_files": {"errors"},
-    "user_cache": {"errors"},
-    "json_file": {"regular_files"},
+ARROWS: dict[str, set[str]] = {
     "base": set(),
-    "named": set(),
+    "errors": set(),
+    "foreign": {"errors"},
     "paths": {"base", "errors"},
     "spec": {"errors"},
-    "checked": {"errors"},
-    "target": {"errors", "spec"},
-    "updates": {"base", "errors", "named", "target"},
-    "path_groups": set(),
-    "layout_table": {"path_groups"},
-    "layout": {"base", "errors", "json_file", "layout_table", "paths", "target", "updates"},
-    "bases": {"base", "errors", "layout", "named", "paths"},
-    "adapters": {"errors", "layout", "paths", "updates"},
-    "merge": {"adapters", "layout", "paths", "updates"},
-    "multi": {"adapters", "base", "errors", "layout", "named", "spec", "target", "updates"},
-    "primitives": {"base", "bases", "errors", "named", "paths", "updates"},
-    "dependence": {"primitives"},
-    "resolve": {"dependence", "errors", "layout", "paths", "primitives", "spec", "target"}
-    | {"updates"},
-    "transform": {"adapters", "bases", "errors", "layout", "multi", "paths", "primitives"}
-    | {"target", "updates"},
-    "moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
+    "system": {"errors"},
     "frozen": {"base", "errors", "paths"},
-    "labels": {"errors", "paths", "updates"},
-    "flax_partitioning": {"errors", "paths"},
-    "sharding_rules": {"bases", "errors", "paths"},
-    "sharding": {"base", "bases", "errors", "flax_partitioning", "layout", "paths", "primitives"}
-    | {"sharding_rules", "target", "updates"},
-    "checkpoint": {"adapters", "base", "errors", "json_file", "layout", "paths", "regular_files"}
-    | {"updates"},
-    "foreign": {"errors"},
-    "analysis": {"adapters", "base", "errors", "layout", "multi", "paths", "spec", "target"}
-    | {"updates"},
-    "beginnings": {"adapters", "analysis", "base", "bases", "errors", "layout", "paths"}
-    | {"primitives", "target", "transform", "updates"},
-    # files of other tools
-    "hf_module": {"errors"},
-    "exchange": {"adapters", "base", "errors", "extras", "hf_module", "json_file", "layout"}
-    | {"models", "paths", "primitives", "regular_files", "resolve", "spec", "target", "updates"}
-    | {"whole_files"},
-    "extras": set(),
-    # models and methods, which import nothing of LoRA
-    "models": {"bases", "extras", "hf_module", "json_file", "regular_files", "user_cache"},
+    "target": {"errors", "spec"},
+    "updates": {"base", "errors", "target"},
+    "layout": {"base", "errors", "paths", "system", "target", "updates"},
+    "adapters": {"errors", "layout", "paths", "updates"},
+    "bases": {"base", "errors", "layout", "paths", "updates"},
+    "checkpoint": {"adapters", "base", "errors", "layout", "paths", "system", "updates"},
+    "merge": {"adapters", "layout", "paths", "updates"},
+    "models": {"bases", "errors", "system"},
+    "multi": {"adapters", "base", "errors", "layout", "spec", "target", "updates"},
+    "primitives": {"base", "bases", "errors", "paths", "updates"},
     "baselines": {"errors", "models"},
-    # the process of a command, and its messages
-    "free_memory": set(),
-    "allocator": {"errors", "free_memory"},
-    "program_cache": {"user_cache"},
-    "run_lock": {"errors"},
-    "console": {"allocator", "errors", "extras", "models", "program_cache"},
-    # training, and uses of its results
-    "text": {"errors", "extras", "models"},
-    "data": {
-        "errors",
-        "extras",
-        "json_file",
-        "models",
-        "checked",
-        "regular_files",
-        "text",
-        "user_cache",
-    },
-    "training": {"adapters", "base", "baselines", "bases", "beginnings", "checkpoint", "console"}
-    | {"data", "errors", "extras", "frozen", "json_file", "labels", "layout", "merge", "models"}
-    | {
-        "multi",
-        "paths",
-        "regular_files",
-        "resolve",
-        "run_lock",
-        "checked",
-        "sharding",
-        "spec",
-        "transform",
-    }
-    | {"whole_files"},
-    "groups": {"checkpoint", "console", "errors", "extras", "free_memory", "frozen", "json_file"}
-    | {
-        "layout",
-        "multi",
-        "paths",
-        "regular_files",
-        "resolve",
-        "checked",
-        "spec",
-        "training",
-        "transform",
-    }
-    | {"whole_files"},
-    "planner": {"adapters", "base", "bases", "data", "errors", "extras", "frozen", "layout_table"}
-    | {"paths", "primitives", "resolve", "training", "whole_files"},
-    "serving": {
-        "adapters",
-        "baselines",
-        "bases",
-        "beginnings",
-        "checkpoint",
-        "console",
-        "data",
-        "errors",
-    }
-    | {"extras", "json_file", "layout", "models", "multi", "paths", "text", "transform"}
-    | {"regular_files", "updates"},
-    "conversion": {"adapters", "base", "bases", "beginnings", "checkpoint", "console", "errors"}
-    | {"exchange", "extras", "hf_module", "layout", "merge", "models", "paths", "run_lock"}
-    | {"regular_files", "serving", "target", "updates", "whole_files"},
-    "report": {"adapters", "analysis", "checkpoint", "console", "errors", "extras", "groups"}
-    | {"layout", "regular_files", "serving", "training", "updates", "whole_files"},
-    "show": {"base", "bases", "console", "data", "errors", "extras", "layout_table", "models"}
-    | {"path_groups", "paths", "resolve", "spec", "training", "updates"},
-    "command_line": {"console", "errors", "extras", "groups", "planner", "training"},
-    "__main__": {"conversion", "errors", "extras", "report", "serving", "show", "training"},
+    "data": {"errors", "models", "system"},
+    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target", "updates"},
+    "sharding": {"base", "bases", "errors", "layout", "paths", "primitives", "target"}
+    | {"updates"},
+    "transform": {"adapters", "bases", "errors", "layout", "multi", "paths"}
+    | {"primitives", "target", "updates"},
+    "analysis": {"adapters", "base", "bases", "errors", "layout", "multi", "paths"}
+    | {"primitives", "spec", "target", "transform", "updates"},
+    "multi/moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
+    "serving": {"adapters", "analysis", "baselines", "bases", "checkpoint", "data"}
+    | {"errors", "layout", "models", "multi", "paths", "system", "transform"}
+    | {"updates"},
+    "training": {"adapters", "analysis", "base", "baselines", "bases", "checkpoint"}
+    | {"data", "errors", "frozen", "layout", "merge", "models", "multi"}
+    | {"paths", "resolve", "sharding", "spec", "system", "transform"}
+    | {"updates"},
+    "exchange": {"adapters", "analysis", "base", "bases", "checkpoint", "errors"}
+    | {"layout", "merge", "models", "paths", "primitives", "resolve"}
+    | {"serving", "spec", "system", "target", "updates"},
+    "planner": {"adapters", "base", "bases", "data", "errors", "frozen", "paths"}
+    | {"primitives", "resolve", "system", "training"},
+    "sweeps": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve"}
+    | {"spec", "system", "training", "transform"},
+    "report": {"adapters", "analysis", "checkpoint", "errors", "layout", "serving"}
+    | {"sweeps", "system", "training", "updates"},
+    "cli": {"adapters", "base", "bases", "checkpoint", "data", "errors", "exchange"}
+    | {"models", "paths", "planner", "report", "resolve", "spec", "sweeps"}
+    | {"system", "training", "updates"},
+    "__main__": {"cli", "errors", "serving", "system", "training"},
+    "": {"adapters", "analysis", "bases", "checkpoint", "errors", "foreign", "frozen"}
+    | {"layout", "merge", "multi", "multi/moe", "paths", "resolve", "sharding"}
+    | {"spec", "target", "transform", "updates"},
 }
+ROOMS_IN_ROOMS = ("multi/moe",)
 # The rooms that are not part of the core.
-AROUND = ("models", "baselines", "data", "training", "groups", "planner", "serving", "conversion")
-AROUND = (*AROUND, "report", "free_memory", "allocator", "program_cache", "command_line")
-AROUND = (*AROUND, "console", "checked", "run_lock", "show", "text", "__main__")
+AROUND = ("system", "models", "baselines", "data", "training", "sweeps", "planner", "serving")
+AROUND = (*AROUND, "exchange", "report", "cli", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
 # The packages that the core needs in addition to JAX and NumPy, and the rooms that import them.
 CORE_LIBRARIES = {
-    "flax": {"flax_partitioning", "foreign"},
-    "optax": {"frozen", "labels"},
+    "flax": {"sharding", "foreign"},
+    "optax": {"frozen"},
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},  # comes with Orbax
     "tensorstore": {"checkpoint"},  # comes with Orbax
-    "gguf": {"exchange"},
 }
 ORBAX = {"lora_jax/checkpoint/storage.py"}  # Orbax still renames its API: one file follows it
 CEILING = 400  # lines of a file
@@ -200,14 +129,17 @@ def libraries(path: pathlib.Path) -> set[str]:
 
 
 def room(path: pathlib.Path) -> str:
-    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    first, *rest = path.relative_to(PACKAGE).with_suffix("").parts
+    if rest and f"{first}/{rest[0]}" in ROOMS_IN_ROOMS:
+        return f"{first}/{rest[0]}"
     return "" if first == "__init__" else first
 
 
 def room_of(imported: str) -> str:
     """The room that holds `lora_jax.x.y`; the facade, if x is not a room."""
-    first = imported.split(".")[1] if "." in imported else ""
-    return first if first in ARROWS else ""
+    _, first, second, *_ = [*imported.split("."), "", ""]
+    inner = f"{first}/{second}"
+    return inner if inner in ROOMS_IN_ROOMS else first if first in ARROWS else ""
 
 
 def rooms_imported(path: pathlib.Path) -> set[str]:
@@ -333,7 +265,7 @@ def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
 
     Red if a room that needs an extra imports from it before it calls `require`.
     """
-    for room in ("text", "training", "data", "groups", "planner", "serving", "report", "show"):
+    for room in ("training", "data", "sweeps", "planner", "serving", "report"):
         assert "require(" in (PACKAGE / room / "__init__.py").read_text()
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "tyro" else find(n))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_jax import __main__ as command
-from lora_jax.extras import MissingExtraError
+from lora_jax.system.extras import MissingExtraError
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`lora_jax.program_cache`: a command loads the programs that an earlier command compiled."""
+"""The program cache: a command loads the programs that an earlier command compiled."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import filelock
 import jax
 import pytest
 
-from lora_jax import program_cache, user_cache
+from lora_jax.system import program_cache, user_cache
 from tests.training import forks, tiny
 
 # `lora-jax generate` in another process; argv: the cache, the base, the file for the counts.
 PROGRAM = """
 import collections, json, os, pathlib, sys
 import jax
-from lora_jax import __main__ as command, program_cache
+from lora_jax import __main__ as command
+from lora_jax.system import program_cache
 cache, base, out = sys.argv[1:]
 os.environ["LORA_JAX_CACHE"] = cache
 jax.config.update("jax_compilation_cache_dir", None)  # that of the tests

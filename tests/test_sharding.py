@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax import flax_partitioning, paths, sharding
+from lora_jax import paths, sharding
+from lora_jax.sharding import flax_partitioning
 from lora_jax.updates.kind import Factors
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]

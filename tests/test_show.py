@@ -12,12 +12,12 @@ from rich.console import Console
 
 import lora_jax
 from lora_jax import LoraError, paths
+from lora_jax.cli.show import command
+from lora_jax.cli.show.command import ShowOptions, run
+from lora_jax.cli.show.shaped_model import open_shaped
+from lora_jax.cli.show.tree import Branch, Leaf, tree
 from lora_jax.models.weights.safetensors_file import StoredTensor
 from lora_jax.resolve import trace
-from lora_jax.show import command
-from lora_jax.show.command import ShowOptions, run
-from lora_jax.show.shaped_model import open_shaped
-from lora_jax.show.tree import Branch, Leaf, tree
 
 MODELS = pathlib.Path(__file__).parent / "golden/golden_models"
 ATTENTION = "**/attention/{q,v,query,value}/kernel"

@@ -24,7 +24,7 @@ import lora_jax
 from benchmarks.peft.compare import environment
 from lora_jax import Layout, LoraSpec, Rule, Target, models
 from lora_jax.exchange import peft
-from lora_jax.hf_module import HfModule
+from lora_jax.models.hf_module import HfModule
 
 HERE = pathlib.Path(__file__).resolve().parent
 GOLDEN = HERE.parents[1] / "tests" / "golden" / "golden_models"

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.peft.compare import environment
 from lora_jax import LoraSpec, models
-from lora_jax.conversion import export_command
+from lora_jax.cli import export
 from measuring.golden_runs import GOLDEN, write_run
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -52,7 +52,7 @@ def exported(scratch: pathlib.Path, name: str, model: str, options: dict[str, An
         if kind == "peft" and "quantize" in options:
             continue  # PEFT would open another base
         out = scratch / "out" / f"{name}.{kind}"
-        status = export_command.main([str(run.folder), "--format", kind, "--out", str(out)])
+        status = export.main([str(run.folder), "--format", kind, "--out", str(out)])
         assert status == 0, (name, kind)
         more = {}
         if name == "smollm2_gguf":

@@ -30,9 +30,9 @@ from rich.table import Table
 
 from experiments.paper import costs, page, page_files, questions, result_cache
 from experiments.paper.experiments import Experiment
-from lora_jax.console import guarded, say
 from lora_jax.errors import LoraError
 from lora_jax.report.update_analysis import BaseChoice
+from lora_jax.system.console import guarded, say
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,10 +34,10 @@ import lora_jax
 from experiments.paper import measurement_file, trained
 from experiments.paper.published import CHECKPOINT, MEMORY, SPEED, Benefit
 from experiments.paper.trained import CASES, SIDES, Case, StepBytes
-from lora_jax.console import guarded, say
 from lora_jax.errors import LoraError
 from lora_jax.report import render
 from lora_jax.report.document import Paragraph, Section, Table
+from lora_jax.system.console import guarded, say
 from lora_jax.training.summary import in_units
 from measuring import timing
 

@@ -19,7 +19,7 @@ import jax
 
 from experiments.paper.experiments import Task
 from lora_jax.errors import LoraError
-from lora_jax.whole_files import write_json
+from lora_jax.system.whole_files import write_json
 from measuring.timing import cores, processor
 
 FILE = "cost.json"  # in the folder of the command

@@ -11,11 +11,11 @@ import numpy as np
 from experiments.paper import published, sweeps
 from experiments.paper.experiments import Task
 from experiments.paper.settings import there
-from lora_jax.console import USER_ERRORS
 from lora_jax.report import charts, formatting, subspace_similarity, update_analysis
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import label, layers, matrices, middle
 from lora_jax.report.run_files import SavedRun
+from lora_jax.system.console import USER_ERRORS
 
 FILE = "experiments/paper/configs/directions.py"
 MODELS = {"encoder": "MiniLM", "decoder": "SmolLM2"}  # attribute of that file -> its model

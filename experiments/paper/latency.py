@@ -37,9 +37,9 @@ from experiments.paper.latencies import Latencies, Timed, Timings, table
 from experiments.paper.latencies import sections as sections
 from experiments.paper.published import LATENCY_MILLIONS
 from lora_jax import models
-from lora_jax.console import guarded, say
 from lora_jax.errors import LoraError
 from lora_jax.report import render
+from lora_jax.system.console import guarded, say
 from measuring import timing
 from measuring.published_models import MEDIUM
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax.errors import LoraError
-from lora_jax.whole_files import write_json
+from lora_jax.system.whole_files import write_json
 
 T = TypeVar("T")
 

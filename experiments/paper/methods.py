@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from experiments.paper import published, seed_scatter, settings, sweeps
 from experiments.paper.experiments import Task
 from experiments.paper.settings import Setting
-from lora_jax.groups import member_names
 from lora_jax.report import formatting
 from lora_jax.report.document import Block, Figure, Panel, Paragraph, Section, Table
+from lora_jax.sweeps import member_names
 
 METHODS = (
     "full",

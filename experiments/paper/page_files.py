@@ -8,10 +8,10 @@ from __future__ import annotations
 import pathlib
 import re
 
-from lora_jax import whole_files
 from lora_jax.report import render, svg
 from lora_jax.report.document import Figure, Panel, Report
 from lora_jax.report.render import HTML, MARKDOWN, plain
+from lora_jax.system import whole_files
 
 
 def write(report: Report, folder: pathlib.Path) -> pathlib.Path:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from experiments.paper import charts, published, settings, sweeps
 from experiments.paper.experiments import Task
 from experiments.paper.settings import Setting
-from lora_jax.groups import member_names
 from lora_jax.report import formatting
 from lora_jax.report.document import Block, Figure, Panel, Section, Table
+from lora_jax.sweeps import member_names
 
 METHODS = ("full", "prefix_embedding", "prefix_layer", "lora")
 FILE = "experiments/paper/configs/samples.py"

@@ -9,9 +9,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.groups.comparison import flat
 from lora_jax.report import formatting
 from lora_jax.report.run_files import SavedRun, is_run, read
+from lora_jax.sweeps.comparison import flat
 
 
 class Unit(NamedTuple):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import lora_jax
 from lora_jax import baselines, models
 from lora_jax.bases.quantise import bytes_of
-from lora_jax.groups import memory_fit
 from lora_jax.paths import Tree
+from lora_jax.sweeps import memory_fit
 from lora_jax.training import causal_lm, classification, export, optimizer, step
 from lora_jax.training.config import OptimizerConfig
 from lora_jax.training.workload import Loss, Workload

@@ -16,6 +16,8 @@ from lora_jax.analysis.amplify import Amplification as Amplification
 from lora_jax.analysis.amplify import amplification as amplification
 from lora_jax.analysis.decompose import Extraction as Extraction
 from lora_jax.analysis.decompose import extract as extract
+from lora_jax.analysis.from_base import Start as Start
+from lora_jax.analysis.from_base import StartError as StartError
 from lora_jax.analysis.spectra import Spectrum as Spectrum
 from lora_jax.analysis.spectra import spectrum as spectrum
 from lora_jax.analysis.subspaces import Side as Side

@@ -18,7 +18,7 @@ from jax import lax
 
 from lora_jax.base import Base
 from lora_jax.bases import recomputed
-from lora_jax.named import OTHER, Named, Names
+from lora_jax.updates.named import OTHER, Named, Names
 
 Move = Callable[..., Named]  # (named array, *operands) -> named array
 

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from lora_jax import json_file
 from lora_jax.checkpoint.manifest import DamagedError
 from lora_jax.errors import LoraError, errno_of
+from lora_jax.system import json_file
 
 NAME = "manifest.ocdbt"
 _CODECS = {"bytes", "crc32c", "sharding_indexed", "zstd"}  # each stops at the size of its chunk

@@ -17,10 +17,10 @@ import pathlib
 import re
 import stat
 
-from lora_jax import json_file, regular_files
 from lora_jax.checkpoint import database
 from lora_jax.checkpoint.manifest import DamagedError
 from lora_jax.errors import LoraError
+from lora_jax.system import json_file, regular_files
 
 ENTRIES = 100_000
 JSON_BYTES = 2**26

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import json_file, paths
+from lora_jax import paths
 from lora_jax.checkpoint.manifest import DamagedError, StoredArray
+from lora_jax.system import json_file
 
 
 def names(folder: pathlib.Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Read data: from the name of a source to batches, with TFDS and Grain."""
 
-from lora_jax.extras import require
+from lora_jax.system.extras import require
 
 require("train", __name__)
 

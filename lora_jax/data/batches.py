@@ -10,7 +10,7 @@ import grain
 
 from lora_jax.data.labels import Labels
 from lora_jax.data.process_slice import Batch, Shard
-from lora_jax.text.tokens import TextTruncation
+from lora_jax.models.text.tokens import TextTruncation
 
 # A batch is made in a fraction of a millisecond, faster than it could be handed to another thread.
 IN_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

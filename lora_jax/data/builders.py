@@ -17,13 +17,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from lora_jax import user_cache
 from lora_jax.data import tensorflow_files
 from lora_jax.data.source import DataSource
 from lora_jax.data.status import status
 from lora_jax.errors import DataError, nearest
+from lora_jax.models.text.example import Example
 from lora_jax.models.weights.packages import is_full
-from lora_jax.text.example import Example
+from lora_jax.system import user_cache
 
 FORMAT = "array_record"
 _CHUNK = 1024  # records that are read together

@@ -22,8 +22,8 @@ from lora_jax.data.process_slice import Shard
 from lora_jax.data.source import DataSource, read
 from lora_jax.data.status import tracked
 from lora_jax.errors import DataError
-from lora_jax.text.example import Example, field_of, place_of, text_of
-from lora_jax.text.tokens import (
+from lora_jax.models.text.example import Example, field_of, place_of, text_of
+from lora_jax.models.text.tokens import (
     Encoder,
     TextOrPair,
     TextTruncation,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lora_jax.checked import Checked
 from lora_jax.errors import DataError
+from lora_jax.system.checked import Checked
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lora_jax import json_file, regular_files
 from lora_jax.data.source import DataSource
 from lora_jax.errors import DataError, nearest
-from lora_jax.text.example import Example, FileRow, shown
+from lora_jax.models.text.example import Example, FileRow, shown
+from lora_jax.system import json_file, regular_files
 
 SUFFIXES = (".jsonl", ".csv")
 

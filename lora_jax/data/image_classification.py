@@ -18,8 +18,8 @@ from lora_jax.data.image_config import ImageDataConfig
 from lora_jax.data.images import NO_AUGMENTATION, Augmentation, decode, pixels
 from lora_jax.data.labels import Labels, labels_of
 from lora_jax.data.process_slice import Shard
+from lora_jax.models.text.example import Example, field_of
 from lora_jax.models.weights.preprocessing import Preprocessing
-from lora_jax.text.example import Example, field_of
 
 
 def image_classification(

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_jax import regular_files
 from lora_jax.errors import DataError
-from lora_jax.extras import require
 from lora_jax.models.weights.preprocessing import Preprocessing
+from lora_jax.system import regular_files
+from lora_jax.system.extras import require
 
 require("images", __name__)
 

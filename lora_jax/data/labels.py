@@ -10,7 +10,7 @@ from typing import Any
 from lora_jax.data.examples_config import ExamplesConfig
 from lora_jax.data.source import DataSource
 from lora_jax.errors import DataError, nearest
-from lora_jax.text.example import field_of, place_of, shown
+from lora_jax.models.text.example import field_of, place_of, shown
 
 MOST = 1_000  # the most classes that a head may have without names
 

@@ -20,9 +20,9 @@ from lora_jax.data.process_slice import Shard
 from lora_jax.data.source import DataSource
 from lora_jax.data.status import tracked
 from lora_jax.errors import DataError, nearest
-from lora_jax.text.example import Example
-from lora_jax.text.templates import Template
-from lora_jax.text.tokens import (
+from lora_jax.models.text.example import Example
+from lora_jax.models.text.templates import Template
+from lora_jax.models.text.tokens import (
     CHUNK,
     Encoder,
     TextTruncation,

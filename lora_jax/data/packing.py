@@ -22,7 +22,7 @@ from lora_jax.data.batches import IN_THREAD
 from lora_jax.data.epochs import ENDLESS
 from lora_jax.data.process_slice import Shard
 from lora_jax.errors import DataError
-from lora_jax.text.tokens import TokenRow
+from lora_jax.models.text.tokens import TokenRow
 
 _Arrays = dict[str, NDArray[Any]]  # a packed row, or a batch of rows
 _BINS = 32  # rows that are filled at the same time

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from lora_jax.data.status import tracked
-from lora_jax.text.example import Example
+from lora_jax.models.text.example import Example
 
 
 class DataSource(abc.ABC):

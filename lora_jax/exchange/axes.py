@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.errors import LoraError
-from lora_jax.hf_module import HfModule
 from lora_jax.layout import Layout
+from lora_jax.models.hf_module import HfModule
 from lora_jax.target import Target
 
 

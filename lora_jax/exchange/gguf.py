@@ -24,8 +24,8 @@ from lora_jax.exchange.into_adapter import into_adapter
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, at_one_rank, check_plain
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
-from lora_jax.hf_module import HfNames
-from lora_jax.whole_files import write_together
+from lora_jax.models.hf_module import HfNames
+from lora_jax.system.whole_files import write_together
 
 
 def load(

@@ -132,7 +132,7 @@ def _adapted(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def _numbers(tensor: Any) -> np.ndarray:
-    from lora_jax.models.errors import WeightsError
+    from lora_jax.errors import WeightsError
 
     try:
         x = tensor.read(tuple(slice(0, n) for n in tensor.shape))

@@ -15,7 +15,7 @@ from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.exchange.expert_stacks import numbered
 from lora_jax.exchange.module_update import rotary_order
 from lora_jax.exchange.names import NameTable
-from lora_jax.extras import require
+from lora_jax.system.extras import require
 
 # Architecture -> whether its files hold the rows of q and k in the order of interleaved rotary
 # pairs. The rows of all other weights are in Hugging Face's order. To add an architecture, look it
@@ -132,7 +132,7 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
       LoraError: not a GGUF file, or a damaged one.
     """
     require("gguf", "lora_jax.exchange.gguf")
-    from lora_jax.models.errors import WeightsError
+    from lora_jax.errors import WeightsError
     from lora_jax.models.weights import gguf_header
 
     try:

@@ -24,8 +24,8 @@ from lora_jax.exchange.module_update import (
 )
 from lora_jax.exchange.names import NameTable, TensorPlace
 from lora_jax.exchange.whole import is_shared, places_of
-from lora_jax.hf_module import HfModule
 from lora_jax.layout import Layout
+from lora_jax.models.hf_module import HfModule
 from lora_jax.primitives import jaxprs, roles
 from lora_jax.resolve import resolve
 from lora_jax.spec import LoraSpec, Rule

@@ -34,7 +34,7 @@ from lora_jax.exchange import tensor_file
 from lora_jax.exchange.into_adapter import into_adapter
 from lora_jax.exchange.module_update import Modules, ModuleUpdate, fuse
 from lora_jax.exchange.names import NameTable
-from lora_jax.hf_module import HfNames
+from lora_jax.models.hf_module import HfNames
 
 Parts = dict[int, ModuleUpdate]  # the parts of a MergedLinear, by number
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.hf_module import HfModule, HfNames
+from lora_jax.models.hf_module import HfModule, HfNames
 
 HOLE = re.compile(r"\{(\w+)\}")
 

@@ -22,8 +22,8 @@ from lora_jax.exchange import consumers, experts, peft_config, peft_keys, profil
 from lora_jax.exchange.into_adapter import into_adapter
 from lora_jax.exchange.names import NameTable
 from lora_jax.exchange.out_of_adapter import name_table, out_of_adapter
-from lora_jax.hf_module import HfNames
-from lora_jax.whole_files import write_together
+from lora_jax.models.hf_module import HfNames
+from lora_jax.system.whole_files import write_together
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ABOUT = "lora_jax.about"  # the key of `about` in the metadata of the tensors
@@ -100,7 +100,7 @@ def load(
     Args:
       folder: a folder with adapter_config.json and adapter_model.safetensors, or with one
         sub-folder that has them, as PEFT writes adapters with other names than "default".
-      names: `{path: module}` (`lora_jax.hf_module`), `lora_jax.models.hf_names(config)` for the
+      names: `{path: module}` (`models.hf_module`), `lora_jax.models.hf_names(config)` for the
         built-in models, or None for a tree whose paths are Hugging Face's names.
       f, params, *args: the model, its base parameters and an example of its other arguments, as
         for `lora_jax.resolve`.

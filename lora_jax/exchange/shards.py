@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from lora_jax.exchange.tensor_file import LazyTensor, write_lazily
-from lora_jax.whole_files import FileWriter
+from lora_jax.system.whole_files import FileWriter
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import json_file, regular_files
 from lora_jax.errors import LoraError
+from lora_jax.system import json_file, regular_files
 
 # Axes of an array, characters of a name, arrays in a file, bytes of their descriptions.
 DIMENSIONS, LONGEST, MOST, MOST_BYTES = 8, 1_000, 100_000, 2**24
@@ -138,7 +138,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Read a JSON object that may come from a stranger.
 
     Raises:
-      LoraError: see `lora_jax.json_file.read`.
+      LoraError: see `lora_jax.system.json_file.read`.
     """
     return json_file.read(path, LoraError)
 

@@ -1,5 +1,8 @@
 """Plain Flax models without any LoRA code, and the loaders of their published weights."""
 
+from lora_jax.errors import ModelConfigError as ModelConfigError
+from lora_jax.errors import ModelError as ModelError
+from lora_jax.errors import WeightsError as WeightsError
 from lora_jax.models.bert import Bert as Bert
 from lora_jax.models.bert import BertClassifier as BertClassifier
 from lora_jax.models.config import BertConfig as BertConfig
@@ -9,9 +12,6 @@ from lora_jax.models.config import LongRope as LongRope
 from lora_jax.models.config import PreNorm as PreNorm
 from lora_jax.models.config import VitConfig as VitConfig
 from lora_jax.models.decoder import DecoderModel as DecoderModel
-from lora_jax.models.errors import ModelConfigError as ModelConfigError
-from lora_jax.models.errors import ModelError as ModelError
-from lora_jax.models.errors import WeightsError as WeightsError
 from lora_jax.models.hf_names import hf_names as hf_names
 from lora_jax.models.vit import Vit as Vit
 from lora_jax.models.vit import VitClassifier as VitClassifier

@@ -1,7 +1,7 @@
 """The Hugging Face modules of the built-in models' parameters, for `lora_jax.exchange`."""
 
-from lora_jax.hf_module import HfModule, HfNames
 from lora_jax.models.config import DecoderConfig, StoredConfig, VitConfig
+from lora_jax.models.hf_module import HfModule, HfNames
 from lora_jax.models.weights.names import BERT, TensorName, table_of
 from lora_jax.models.weights.stored import Head
 

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from lora_jax.adapters import Adapters
 from lora_jax.layout import Layout
 from lora_jax.multi.chosen import Chosen
-from lora_jax.named import MEMBER, RANK, TALLY, Named, Names
 from lora_jax.target import Target
 from lora_jax.updates.dropped import Dropped
 from lora_jax.updates.gated import Gated
 from lora_jax.updates.kind import kind_of
 from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.named import MEMBER, RANK, TALLY, Named, Names
 from lora_jax.updates.output_gain import OutputGain
 from lora_jax.updates.update import Update
 

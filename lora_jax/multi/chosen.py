@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.multi import segmented_matmul
-from lora_jax.named import MEMBER, RANK, Named, without
 from lora_jax.updates.lowrank import LowRank, is_matrix_product
+from lora_jax.updates.named import MEMBER, RANK, Named, without
 from lora_jax.updates.update import Operation, Update, Wrapper
 
 

@@ -1,6 +1,6 @@
 """Plan what a run needs, by compiling its step for devices that need not exist."""
 
-from lora_jax.extras import require
+from lora_jax.system.extras import require
 
 require("train", __name__)
 

@@ -7,14 +7,14 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from lora_jax.layout_table import aligned
 from lora_jax.planner.collectives import Collective
 from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.plan import FULL, LORA, Plan
 from lora_jax.planner.weights import FLOATS, by_part
+from lora_jax.system.layout_table import aligned
+from lora_jax.system.whole_files import write_json
 from lora_jax.training.summary import in_units
-from lora_jax.whole_files import write_json
 
 FORMAT = 1
 CAUSES = {

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from lora_jax.bases.held import Absent, Deferred
-from lora_jax.named import Named, Names
+from lora_jax.updates.named import Named, Names
 
 Ins = list[Any]  # the inputs of one equation: arrays and adapted weights
 Outs = list[Any] | None  # None: the rule does not apply

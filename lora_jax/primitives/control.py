@@ -13,9 +13,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.bases.held import Deferred, Dense
-from lora_jax.named import Named
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
+from lora_jax.updates.named import Named
 
 
 def _inline(evaluator: Any, eqn: Any, ins: Ins) -> Outs:

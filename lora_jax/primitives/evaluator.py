@@ -14,10 +14,10 @@ from jax import lax
 from lora_jax.base import Base
 from lora_jax.bases.held import Deferred, held
 from lora_jax.errors import LoraError
-from lora_jax.named import Names
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
 from lora_jax.primitives.table import RULES
+from lora_jax.updates.named import Names
 from lora_jax.updates.update import Zero
 
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.named import RANK, Named, without
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
 from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.named import RANK, Named, without
 from lora_jax.updates.update import Operation
 
 Dot = Callable[..., Any]  # (x [rows, in], w [groups, in, out], sizes [groups])

@@ -11,11 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.named import RANK, Named, Names, einsum, wider, without
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
 from lora_jax.updates import lowrank
 from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.named import RANK, Named, Names, einsum, wider, without
 from lora_jax.updates.update import Operation, Zero
 
 

@@ -21,10 +21,10 @@ import jax
 
 from lora_jax.base import is_base
 from lora_jax.bases.held import Dense
-from lora_jax.named import Names, without
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins
 from lora_jax.primitives.evaluator import Evaluator
+from lora_jax.updates.named import Names, without
 from lora_jax.updates.recorder import Recorder, Use
 
 

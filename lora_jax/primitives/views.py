@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.named import Named, without
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
+from lora_jax.updates.named import Named, without
 
 # Returns a weight, several weights, or None if it does not apply.
 Change = Callable[[Any, Any, AdaptedWeight], Any]

@@ -6,7 +6,7 @@ A report is a folder with report.html, report.md and the figures. `document` def
 report and `render` writes it; the other files fill it from the files in run directories.
 """
 
-from lora_jax.extras import require
+from lora_jax.system.extras import require
 
 require("train", __name__)
 require("report", __name__)

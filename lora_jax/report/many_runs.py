@@ -6,8 +6,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.groups import member_names, plots, results
-from lora_jax.groups.comparison import ComparedRun, Results, flat, gather
 from lora_jax.report import (
     formatting,
     settings,
@@ -29,6 +27,8 @@ from lora_jax.report.document import (
 )
 from lora_jax.report.run_files import SavedRun
 from lora_jax.report.update_analysis import BaseChoice
+from lora_jax.sweeps import member_names, plots, results
+from lora_jax.sweeps.comparison import ComparedRun, Results, flat, gather
 from lora_jax.training.summary import in_units
 
 _TASKS = 8  # at most this many tasks get a number of their own at the top

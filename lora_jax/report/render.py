@@ -14,9 +14,9 @@ from html import escape
 
 import jinja2
 
-from lora_jax import whole_files
 from lora_jax.report import svg
 from lora_jax.report.document import Figure, Report, Table, Term
+from lora_jax.system import whole_files
 
 HTML, MARKDOWN = "report.html", "report.md"
 _SIGNS = re.compile(r"([\\`*|\[\]~])|(?<![A-Za-z0-9])(_)|(_)(?![A-Za-z0-9])")

@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax import regular_files
 from lora_jax.checkpoint import adapter_path, storage
 from lora_jax.errors import LoraError, listed, nearest
+from lora_jax.system import regular_files
 from lora_jax.training import metrics
 from lora_jax.training.directory import Summary
 from lora_jax.training.saved_files import read_config, read_summary

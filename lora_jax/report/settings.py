@@ -7,9 +7,9 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.groups.comparison import flat
 from lora_jax.report import formatting
 from lora_jax.report.document import Table
+from lora_jax.sweeps.comparison import flat
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.images import ImageConfig
 from lora_jax.training.text import TextConfig

@@ -18,12 +18,12 @@ from lora_jax.checkpoint import adapter, adapter_path
 from lora_jax.checkpoint.adapter import restore
 from lora_jax.checkpoint.storage import RemotePath
 from lora_jax.errors import LoraError
-from lora_jax.groups.comparison import flat
 from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting, update_analysis
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import Place, label, layers, matrices, middle, places
 from lora_jax.report.run_files import SavedRun
+from lora_jax.sweeps.comparison import flat
 from lora_jax.updates.kind import kind_of
 
 _TITLE = "Directions that runs share"

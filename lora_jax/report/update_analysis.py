@@ -11,13 +11,13 @@ import numpy as np
 
 from lora_jax import analysis
 from lora_jax.checkpoint import adapter_path
-from lora_jax.console import USER_ERRORS
 from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import Place, label, layers, matrices, places
 from lora_jax.serving import served_adapters
 from lora_jax.serving.served_adapters import ServedAdapter
+from lora_jax.system.console import USER_ERRORS
 from lora_jax.updates.kind import kind_of
 
 _TITLE = "What the update is made of"

@@ -1,5 +1,5 @@
 """Use adapters: the commands `predict` and `generate`, and the code behind them."""
 
-from lora_jax.extras import require
+from lora_jax.system.extras import require
 
 require("train", __name__)

@@ -34,13 +34,13 @@ from typing import Annotated, Any
 import tyro
 
 from lora_jax import models, paths
-from lora_jax.console import Console, FileBar, OpeningBar, command, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl, output, prompts
 from lora_jax.serving.generation import Decoder, stream
 from lora_jax.serving.prompts import Prompts, Request
 from lora_jax.serving.sampling import Sampling
 from lora_jax.serving.served_adapters import BASE_NAME, Served, open_adapters
+from lora_jax.system.console import Console, FileBar, OpeningBar, command, say
 
 
 @dataclasses.dataclass(frozen=True)

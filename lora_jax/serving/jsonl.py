@@ -1,7 +1,7 @@
 """Read and write JSONL, one JSON object a line; "-" is stdin or stdout.
 
 The jsonlines package does not return the size of a line in bytes, which the progress bar needs, and
-its reader is not strict (`lora_jax.json_file`).
+its reader is not strict (`lora_jax.system.json_file`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Self, TypeVar
 
-from lora_jax import json_file, regular_files
 from lora_jax.errors import LoraError, writing
+from lora_jax.system import json_file, regular_files
 
 T = TypeVar("T")
 STANDARD = "-"

@@ -15,10 +15,10 @@ from rich.text import Text
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from lora_jax.console import Console, FileBar, printable
 from lora_jax.serving.generation import Piece
 from lora_jax.serving.jsonl import Writer, in_order
 from lora_jax.serving.prompts import FIELD, Request
+from lora_jax.system.console import Console, FileBar, printable
 
 
 class Sink:

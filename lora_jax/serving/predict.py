@@ -36,13 +36,13 @@ import tyro
 from numpy.typing import NDArray
 
 from lora_jax import models
-from lora_jax.console import Console, FileBar, OpeningBar, command, say
 from lora_jax.errors import LoraError, listed
 from lora_jax.serving import jsonl
 from lora_jax.serving.classifier import Classifier, ClassifierTask
 from lora_jax.serving.jsonl import JsonLine, LineError
 from lora_jax.serving.served_adapters import BASE_NAME, Served, open_adapters
 from lora_jax.serving.text_classifier import TextClassifier
+from lora_jax.system.console import Console, FileBar, OpeningBar, command, say
 
 
 @dataclasses.dataclass(frozen=True)

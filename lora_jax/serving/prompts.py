@@ -10,13 +10,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lora_jax.errors import DataError, LoraError, nearest
+from lora_jax.models.text.templates import Template
+from lora_jax.models.text.tokens import Encoder
 from lora_jax.multi.stack import BASE
 from lora_jax.serving import jsonl
 from lora_jax.serving.generation import Prompt
 from lora_jax.serving.jsonl import JsonLine, LineError
 from lora_jax.serving.served_adapters import BASE_NAME, Served, ServedAdapter
-from lora_jax.text.templates import Template
-from lora_jax.text.tokens import Encoder
 
 FIELD = "prompt"
 

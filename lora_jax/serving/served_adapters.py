@@ -19,8 +19,8 @@ import numpy as np
 
 from lora_jax import baselines, models, paths
 from lora_jax.adapters import Adapter
+from lora_jax.analysis.from_base import init_from_base
 from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, requantised
-from lora_jax.beginnings import init_from_base
 from lora_jax.checkpoint import adapter_path
 from lora_jax.checkpoint.adapter import SavedAdapter
 from lora_jax.checkpoint.fingerprint import fingerprint

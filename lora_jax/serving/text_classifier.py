@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from lora_jax import models
 from lora_jax.errors import LoraError, listed
+from lora_jax.models.text.tokens import Encoder, TextOrPair, TextTruncation, padding_id
 from lora_jax.serving.classifier import Classifier, ClassifierTask, check_head
 from lora_jax.serving.jsonl import JsonLine
 from lora_jax.serving.served_adapters import Served, ServedAdapter
-from lora_jax.text.tokens import Encoder, TextOrPair, TextTruncation, padding_id
 
 
 def task_of(member: ServedAdapter) -> ClassifierTask:

@@ -1,5 +1,5 @@
 """Train one run: its config, workload, step, loop, metrics and checkpoints."""
 
-from lora_jax.extras import require
+from lora_jax.system.extras import require
 
 require("train", __name__)

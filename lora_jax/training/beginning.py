@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax.analysis.from_base import init_from_base
+from lora_jax.analysis.from_inputs import init_from_inputs
 from lora_jax.bases.recipe import BEGUN
-from lora_jax.beginnings import init_from_base, init_from_inputs
 from lora_jax.layout import Layout
 from lora_jax.training.config import ConfigError, LoraConfig
 from lora_jax.training.earlier_adapter import EarlierAdapter, restore

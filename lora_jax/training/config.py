@@ -3,7 +3,7 @@
 `Config` has the fields of every run. A run on text adds a model and a data set
 (`lora_jax.training.text.TextConfig`); a run with your own model adds its fields in a subclass (see
 configs/own_model.py). Every field of every class can be set on the command line
-(`lora_jax.command_line`).
+(`lora_jax.cli.train`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lora_jax.checked import Checked
 from lora_jax.errors import LoraError
 from lora_jax.spec import LoraSpec, Rule
+from lora_jax.system.checked import Checked
 from lora_jax.training.workload import Workload
 
 
@@ -46,7 +46,7 @@ INCIDENTAL = {"incidental": True}
 LATER = {"later": True}
 # A field whose entries mean the same in any order, unless an entry has its own settings (`@`).
 UNORDERED = {"unordered": True}
-# The labels (`lora_jax.labels`) of the arrays that weight decay may leave out.
+# The labels (`lora_jax.training.trained_labels`) of the arrays that weight decay may leave out.
 NO_DECAY = ("bias", "norm", "magnitude")
 
 

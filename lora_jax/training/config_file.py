@@ -9,9 +9,8 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from lora_jax.errors import LoraError, nearest, told
-from lora_jax.extras import MissingExtraError
-from lora_jax.models.errors import ModelError
+from lora_jax.errors import LoraError, ModelError, nearest, told
+from lora_jax.system.extras import MissingExtraError
 from lora_jax.training.config import Config, ConfigError
 from lora_jax.training.workload import Workload
 

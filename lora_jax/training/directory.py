@@ -18,9 +18,9 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from lora_jax import run_lock, whole_files
 from lora_jax.checkpoint import adapter_path
 from lora_jax.errors import listed, writing
+from lora_jax.system import run_lock, whole_files
 from lora_jax.training import curves, processes
 from lora_jax.training.config import Config, ConfigError
 from lora_jax.training.config_json import changes, short_hash, stable_identity, to_dict

@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from lora_jax.console import Console
+from lora_jax.system.console import Console
 from lora_jax.training import metrics
 from lora_jax.training.compiled import Compiled
 from lora_jax.training.progress import Display

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lora_jax import baselines
-from lora_jax.checked import Checked
 from lora_jax.errors import LoraError
 from lora_jax.models import BertConfig, DecoderConfig
+from lora_jax.system.checked import Checked
 from lora_jax.training.config import ConfigError, require
 
 LORA = "lora"

@@ -24,8 +24,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from lora_jax import json_file, regular_files, whole_files
 from lora_jax.errors import LoraError, cure
+from lora_jax.system import json_file, regular_files, whole_files
 
 Line = dict[str, Any]
 _FLUSH_SECONDS = 60

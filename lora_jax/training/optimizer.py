@@ -2,7 +2,7 @@
 
 Optax's schedules branch in Python on the kind and the number of steps, so these cannot be traced.
 Here the settings are an argument of the compiled program: runs with different settings share one
-compiled step, and `jax.vmap` over `Hyper` trains many runs at once (`lora_jax.groups`).
+compiled step, and `jax.vmap` over `Hyper` trains many runs at once (`lora_jax.sweeps`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax import labels
+from lora_jax.training import trained_labels as labels
 from lora_jax.training.config import NO_DECAY, OptimizerConfig
 
 KINDS = ("linear", "cosine", "constant")

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from lora_jax import models, paths
 from lora_jax.base import is_base
 from lora_jax.bases.recipe import STORED
-from lora_jax.checked import Checked
 from lora_jax.data.batches import Batches, describe
 from lora_jax.data.catalogue import open_source
 from lora_jax.data.examples_config import ExamplesConfig
 from lora_jax.data.process_slice import Shard
 from lora_jax.models.weights.source import anchored
+from lora_jax.system.checked import Checked
 from lora_jax.training.config import Config, ConfigError, later, require
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.quantised import as_stored, quantised

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from lora_jax.console import Bar, Console
+from lora_jax.system.console import Bar, Console
 from lora_jax.training.loss_curve import LossCurve
 
 _NUMBERS = "loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]}"

@@ -6,8 +6,8 @@ import math
 import pathlib
 from typing import Any
 
-from lora_jax import json_file
 from lora_jax.errors import LoraError
+from lora_jax.system import json_file
 from lora_jax.training.config_json import upgrade
 
 _CONFIG_CURE = "train.py wrote it: restore it from a copy, or start the run again with --fresh"

@@ -15,7 +15,7 @@ from lora_jax import paths
 from lora_jax.adapters import count
 from lora_jax.base import is_base
 from lora_jax.bases.quantise import bytes_of
-from lora_jax.console import Console
+from lora_jax.system.console import Console
 from lora_jax.training import export
 from lora_jax.training.directory import Summary
 from lora_jax.training.run import Run

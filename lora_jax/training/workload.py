@@ -55,7 +55,7 @@ def check_select(select: str, numbers: Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """The properties of a workload that a group of runs over one base needs (`lora_jax.groups`).
+    """The properties of a workload that a group of runs over one base needs (`lora_jax.sweeps`).
 
     A workload that has them must not depend on `lora`, `optimizer`, `steps` and `evaluate_every` of
     its config: members that differ only in these share one workload, and its data are read once.
@@ -100,7 +100,7 @@ class Workload:
         `train.py --plan`. None: the first batch is made to see its shapes.
       placement: rules (pattern, PartitionSpec) for the shardings, of which exactly one matches each
         parameter; or a dict path -> PartitionSpec of some parameters, as
-        `lora_jax.flax_partitioning.named(nnx_model)` returns it. A parameter that is not in the
+        `flax_partitioning.named(nnx_model)` returns it. A parameter that is not in the
         dict is placed by Linen's partitioning metadata in `params`, or else by the automatic rule
         (`lora_jax.sharding`).
       trainable: patterns (`lora_jax.paths`) of parameters trained in full (PEFT: modules_to_save).

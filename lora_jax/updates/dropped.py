@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.named import TALLY, Named, Names
+from lora_jax.updates.named import TALLY, Named, Names
 from lora_jax.updates.update import Operation, Update, Wrapper
 
 

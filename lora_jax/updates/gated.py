@@ -7,9 +7,9 @@ import dataclasses
 import jax
 
 from lora_jax.errors import LoraError
-from lora_jax.named import MEMBER, RANK, Named, without
 from lora_jax.updates.gating import Gate, counted, gates, tally
 from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.named import MEMBER, RANK, Named, without
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.named import Named, without
+from lora_jax.updates.named import Named, without
 
 
 def gates(logits: Any, top: int | None = None) -> Any:

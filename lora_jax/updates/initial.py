@@ -1,7 +1,7 @@
 """Random first values of the factor `a`. `b` is zero, so the first output is the base's.
 
 In all of them the columns have about the same length at any input width; only the distribution
-differs. First values that depend on W or on its inputs are in `lora_jax.beginnings`.
+differs. First values that depend on W or on its inputs are in `lora_jax.analysis`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.base import wide_dtype
-from lora_jax.named import RANK, ROWS, Named, Names, einsum
+from lora_jax.updates.named import RANK, ROWS, Named, Names, einsum
 from lora_jax.updates.update import Operation, Part, Update
 
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
-from lora_jax.named import MEMBER, RANK, TALLY, Named, Names
 from lora_jax.updates.gating import counted
 from lora_jax.updates.lowrank import LowRank
+from lora_jax.updates.named import MEMBER, RANK, TALLY, Named, Names
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
-from lora_jax.named import Named, wider
+from lora_jax.updates.named import Named, wider
 from lora_jax.updates.update import Operation, Part, Update, Wrapper, Zero
 
 

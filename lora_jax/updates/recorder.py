@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.named import Named, Names
+from lora_jax.updates.named import Named, Names
 from lora_jax.updates.update import Part, Update, Zero
 
 Atom = tuple[str, int]  # an axis of a parameter: the path and the number of the axis

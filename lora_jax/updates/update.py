@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax.named import Named, Names
+from lora_jax.updates.named import Named, Names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,7 @@ from typing import Any
 import lora_jax
 from lora_jax import data
 from lora_jax.checkpoint import storage
-from lora_jax.console import USER_ERRORS
 from lora_jax.exchange import loralib, mlx, peft, tensor_file
-from lora_jax.groups.group_checkpoints import GroupCheckpoints
 from lora_jax.models.weights.folder import Folder
 from lora_jax.models.weights.gguf_file import GgufFile
 from lora_jax.models.weights.preprocessing import FILE
@@ -25,6 +23,8 @@ from lora_jax.models.weights.preprocessing import read as read_preprocessing
 from lora_jax.report import run_files, single_run
 from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.serving import jsonl, prompts
+from lora_jax.sweeps.group_checkpoints import GroupCheckpoints
+from lora_jax.system.console import USER_ERRORS
 from tests.fuzz import adapters, model_files, user_files
 from tests.fuzz.kind import FORMATS, Files, stored
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lora_jax.console import quiet_storage
+from lora_jax.system.console import quiet_storage
 from tests.attacks.attacks import ATTACKS
 from tests.attacks.inputs import INPUTS
 from tests.fuzz import kind
@@ -32,7 +32,7 @@ def no_hanging() -> Iterator[None]:
 def test_reading_does_no_harm(name: str, attack: str, tmp_path: pathlib.Path) -> None:
     """Each file of the input is attacked in turn.
 
-    Red if one of its readers opens the file by itself and not with `lora_jax.regular_files`.
+    Red if one of its readers opens the file by itself and not with `lora_jax.system.regular_files`.
     """
     one, files = INPUTS[name], INPUTS[name].files()
     with quiet_storage(), warnings.catch_warnings():

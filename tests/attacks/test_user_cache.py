@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from lora_jax import program_cache, user_cache
 from lora_jax.data import builders
 from lora_jax.models.weights import packages
+from lora_jax.system import program_cache, user_cache
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import stat
 
 import pytest
 
-from lora_jax import LoraError, whole_files
+from lora_jax import LoraError
 from lora_jax.__main__ import main
+from lora_jax.system import whole_files
 from tests.fuzz.kind import FORMATS, GOLDEN
 
 CONFIG = str(FORMATS / "small.py")
@@ -53,7 +54,7 @@ def test_no_command_writes_through_a_link(
 ) -> None:
     """Whether the command goes on or stops, what the link leads to stays as it was.
 
-    Red if the command opens the entry by its name and not with `lora_jax.whole_files`.
+    Red if the command opens the entry by its name and not with `lora_jax.system.whole_files`.
     """
     before, command, _ = COMMANDS[name]
     run, outside = tmp_path / "run", tmp_path / "outside"

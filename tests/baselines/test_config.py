@@ -13,10 +13,10 @@ import pytest
 import lora_jax
 import train
 from configs import minilm_reviews
-from lora_jax import command_line
-from lora_jax.groups import loop
-from lora_jax.groups.config import GroupConfig, Member
-from lora_jax.groups.sweep import SweepConfig
+from lora_jax.cli import train as command_line
+from lora_jax.sweeps import loop
+from lora_jax.sweeps.config import GroupConfig, Member
+from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.training import mesh
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification

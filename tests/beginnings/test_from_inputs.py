@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax
 from lora_jax import Layout, LoraError, LoraSpec, Target
-from lora_jax.beginnings.from_inputs import input_moments
+from lora_jax.analysis.from_inputs import input_moments
 from tests import cases
 from tests.cases import normal
 

@@ -86,7 +86,7 @@ CONFIGS = [
     ),
     written(
         "sweep",
-        "from lora_jax.groups.sweep import SweepConfig\n"
+        "from lora_jax.sweeps.sweep import SweepConfig\n"
         'config = SweepConfig(base=Config(workload=print), grid={"lora.rank": ["a"]})\n',
         "line 7",
         "lora.rank must be int",

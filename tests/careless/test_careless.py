@@ -10,7 +10,7 @@ import pytest
 
 import train
 from lora_jax import __main__ as package
-from lora_jax.models.errors import PackageError
+from lora_jax.errors import PackageError
 from lora_jax.models.weights import packages
 from tests.careless.case import Case
 from tests.careless.configs import CONFIGS, NUMBERS

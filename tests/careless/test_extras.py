@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import train  # noqa: F401  the modules that tests share, before a library is missing
-from lora_jax.extras import EXTRAS
+from lora_jax.system.extras import EXTRAS
 
 COMMANDS = {
     "train": "train --config configs/own_model.py",

@@ -14,7 +14,8 @@ import safetensors.numpy
 
 import lora_jax
 from lora_jax import LoraSpec, Rule, models, paths
-from lora_jax.conversion import export_command, merged_weights
+from lora_jax.cli import export as command
+from lora_jax.exchange import merged_weights
 from measuring.golden_runs import GOLDEN, LABELS, GoldenRun, write_run
 
 pytestmark = pytest.mark.slow
@@ -35,7 +36,7 @@ KINDS = LoraSpec(
 
 
 def export(run: GoldenRun, out: pathlib.Path, *options: str) -> int:
-    return export_command.main([str(run.folder), "--out", str(out), *options])
+    return command.main([str(run.folder), "--out", str(out), *options])
 
 
 def tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import pytest
 import lora_jax
 from lora_jax import LoraSpec, models
 from lora_jax.checkpoint import restore_about
-from lora_jax.conversion import export_command
+from lora_jax.cli import export as command
 from lora_jax.exchange import peft
 from measuring.golden_runs import GOLDEN, GoldenRun, write_run
 
@@ -24,7 +24,7 @@ NAMES = [n if n == "bert" else pytest.param(n, marks=pytest.mark.slow) for n in 
 
 
 def export(run: GoldenRun, out: pathlib.Path, *options: str) -> int:
-    return export_command.main([str(run.folder), "--out", str(out), *options])
+    return command.main([str(run.folder), "--out", str(out), *options])
 
 
 def opened(run: GoldenRun, folder: pathlib.Path, name: str, labels: int) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 import train
-from lora_jax.conversion import export_command
+from lora_jax.cli import export
 from lora_jax.training import processes
 from tests.exchange.test_peft_consumers import vllm
 from tests.training import tiny
@@ -50,7 +50,7 @@ def test_a_run_is_stopped_goes_on_and_is_exported(
     assert "Continuing from the checkpoint of step 2." in capsys.readouterr().out
     for format in (("hf",), ("peft", "--profile", "portable")):
         out = ("--out", str(tmp_path / format[0]))
-        assert export_command.main([str(tmp_path / "run"), "--format", *format, *out]) == 0
+        assert export.main([str(tmp_path / "run"), "--format", *format, *out]) == 0
     base = safetensors.numpy.load_file(weights / "model.safetensors")
     merged = safetensors.numpy.load_file(tmp_path / "hf" / "model.safetensors")
     deltas = vllm(tmp_path / "peft")

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import LoraError, models, paths, run_lock
+from lora_jax import LoraError, models, paths
 from lora_jax.__main__ import main
 from lora_jax.checkpoint import adapter_path
 from lora_jax.exchange import peft
 from lora_jax.serving import served_adapters
+from lora_jax.system import run_lock
 from tests import npz
 from tests.conversion import bases
 from tests.serving import classifiers

@@ -9,7 +9,7 @@ import tyro
 
 from lora_jax.data import DataConfig, DataError, ImageDataConfig
 from lora_jax.data.examples_config import ExamplesConfig
-from lora_jax.text.templates import Template
+from lora_jax.models.text.templates import Template
 
 
 @pytest.mark.parametrize(

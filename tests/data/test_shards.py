@@ -19,7 +19,7 @@ from lora_jax.data import Batches, DataConfig, DataError, Shard, classification,
 from lora_jax.data.batches import BatchIterator
 from lora_jax.data.files import Files
 from lora_jax.data.packing import Packing, Streams
-from lora_jax.text.tokens import TokenRow
+from lora_jax.models.text.tokens import TokenRow
 from tests.data.test_classification import kept, texts
 from tests.data.test_language_modelling import pairs, same, unpacked
 

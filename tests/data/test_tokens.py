@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from lora_jax.data import DataError
-from lora_jax.text.tokens import Encoder, TextOrPair, TextTruncation, collect, padding_id
+from lora_jax.models.text.tokens import Encoder, TextOrPair, TextTruncation, collect, padding_id
 
 
 def test_rows_come_back_as_they_went_in() -> None:

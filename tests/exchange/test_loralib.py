@@ -13,7 +13,7 @@ import pytest
 
 import lora_jax
 from lora_jax.exchange import loralib, tensor_file
-from lora_jax.hf_module import HfModule, HfNames
+from lora_jax.models.hf_module import HfModule, HfNames
 from tests.exchange.test_peft_round_trip import flat, merged
 from tests.exchange.tiny import Model, conv
 

@@ -15,7 +15,7 @@ import pytest
 import lora_jax
 from lora_jax import LoraSpec, Rule, models
 from lora_jax.exchange import mlx, tensor_file
-from lora_jax.hf_module import HfModule, HfNames
+from lora_jax.models.hf_module import HfModule, HfNames
 from tests.exchange.test_gguf import experts
 from tests.exchange.test_peft_round_trip import drawn, flat, merged
 from tests.exchange.tiny import GOLDEN, Model, built_in, toy

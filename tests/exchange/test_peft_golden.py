@@ -14,7 +14,7 @@ import pytest
 import lora_jax
 from lora_jax import multi
 from lora_jax.exchange import peft
-from lora_jax.hf_module import HfModule, HfNames
+from lora_jax.models.hf_module import HfModule, HfNames
 from tests import npz
 from tests.exchange.tiny import ADAPTERS, Model, built_in, toy
 

@@ -14,7 +14,7 @@ import pytest
 import lora_jax
 from lora_jax import LoraSpec, Rule, models
 from lora_jax.exchange import peft
-from lora_jax.hf_module import HfModule, HfNames, fused
+from lora_jax.models.hf_module import HfModule, HfNames, fused
 from tests.exchange.tiny import GOLDEN, Model, built_in, toy
 
 X = jnp.ones((2, 6))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import models
-from lora_jax.hf_module import HfModule, HfNames
+from lora_jax.models.hf_module import HfModule, HfNames
 from tests import npz
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax.groups.config import Member
-from lora_jax.groups.sweep import SweepConfig
+from lora_jax.sweeps.config import Member
+from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.training.config_json import to_dict
 
 

@@ -12,7 +12,7 @@ import pytest
 import lora_jax
 from experiments.paper.configs import definitions, directions, matrices, rank
 from lora_jax import models
-from lora_jax.groups.config import Member
+from lora_jax.sweeps.config import Member
 from lora_jax.training import causal_lm, classification
 from measuring.published_models import SMOLLM2
 

@@ -15,9 +15,9 @@ from experiments.paper.configs import methods as config
 from experiments.paper.configs import samples as few
 from experiments.paper.experiments import Task
 from lora_jax.errors import LoraError
-from lora_jax.groups import config_fields
-from lora_jax.groups.sweep import SweepConfig
 from lora_jax.report.document import Figure, Note, Paragraph, Section, Table
+from lora_jax.sweeps import config_fields
+from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.training.config_json import to_dict
 from tests.experiments import runs
 

@@ -156,8 +156,8 @@ import sys
 sys.path.insert(0, {root!r})
 import dataclasses
 from tests.faults.tested import workload
-from tests.groups.test_group_runs import A, B, C
-from lora_jax.groups.config import GroupConfig, Member
+from tests.sweeps.test_group_runs import A, B, C
+from lora_jax.sweeps.config import GroupConfig, Member
 config = GroupConfig(
     members=tuple(
         Member(m.name, dataclasses.replace(m.config, workload=workload)) for m in (A, B, C)
@@ -205,8 +205,8 @@ import sys
 sys.path.insert(0, {root!r})
 import dataclasses
 from tests.faults.tested import workload
-from tests.groups.test_group_runs import A
-from lora_jax.groups.sweep import SweepConfig
+from tests.sweeps.test_group_runs import A
+from lora_jax.sweeps.sweep import SweepConfig
 config = SweepConfig(
     base=dataclasses.replace(A.config, workload=workload),
     grid={{"optimizer.learning_rate": (1e-2, 3e-3), "steps": (10, 150)}},

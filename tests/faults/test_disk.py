@@ -18,9 +18,9 @@ import pytest
 from configs.own_model import config as CONFIG
 from lora_jax import LoraError
 from lora_jax.errors import writing
+from lora_jax.system.whole_files import write_together
 from lora_jax.training import directory, export, metrics
 from lora_jax.training.checkpoints import Checkpoints
-from lora_jax.whole_files import write_together
 from tests.training.test_checkpoints import LAYOUT, bits, names, read, state, write
 from tests.training.test_resume import checkpoints
 

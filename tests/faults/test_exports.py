@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lora_jax import LoraError
-from lora_jax.whole_files import whole_folder, write_together
+from lora_jax.system.whole_files import whole_folder, write_together
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = ("model.safetensors", "config.json")

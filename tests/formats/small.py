@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.groups.sweep import SweepConfig
+from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.training.config import Config, LoraConfig, OptimizerConfig
 from lora_jax.training.workload import Loss, Workload
 

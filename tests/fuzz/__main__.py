@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 
-from lora_jax.console import say
+from lora_jax.system.console import say
 from tests.fuzz.processes import Ended, Runner, run_one, start_process
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import lora_jax
 from lora_jax.checkpoint import adapter as checkpoints
 from lora_jax.exchange import mlx, peft
-from lora_jax.hf_module import HfModule
 from lora_jax.layout import Layout
+from lora_jax.models.hf_module import HfModule
 from lora_jax.serving import served_adapters, text_classifier
 from tests.fuzz import databases, mutate, tensors
 from tests.fuzz.kind import FORMATS, GOLDEN, Files, stored

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from lora_jax.console import printable
+from lora_jax.system.console import printable
 
 SECONDS = 2.0
 BYTES = 10**9

@@ -12,9 +12,8 @@ import jax
 import numpy as np
 
 from lora_jax import models
-from lora_jax.conversion import peft_run
-from lora_jax.conversion.peft_head import head_of
-from lora_jax.exchange import peft
+from lora_jax.exchange import peft, peft_run
+from lora_jax.exchange.peft_head import head_of
 from tests.fuzz import mutate, tensors
 from tests.fuzz.kind import GOLDEN, Files, stored
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from lora_jax.console import USER_ERRORS
-from lora_jax.errors import LoraError
-from lora_jax.models.errors import ModelError
+from lora_jax.errors import LoraError, ModelError
+from lora_jax.system.console import USER_ERRORS
 from tests.fuzz import adapters, imports, model_files, user_files
 from tests.fuzz.kind import Kind
 

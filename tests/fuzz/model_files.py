@@ -18,9 +18,9 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from lora_jax import data, models
 from lora_jax.exchange import tensor_file
 from lora_jax.exchange.gguf_adapter_file import GgufAdapterFile
+from lora_jax.models.text import tokens
 from lora_jax.models.weights import preprocessing, safetensors_file
 from lora_jax.models.weights.folder import Folder
-from lora_jax.text import tokens
 from tests.fuzz import mutate, tensors
 from tests.fuzz.gguf_bytes import STRING, Field, Gguf, Tensor, change
 from tests.fuzz.kind import GOLDEN, Files, stored

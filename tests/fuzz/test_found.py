@@ -15,18 +15,18 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 import lora_jax
-from lora_jax import LoraError, console, data
+from lora_jax import LoraError, data
 from lora_jax.checkpoint import adapter as checkpoints
-from lora_jax.errors import nearest
+from lora_jax.errors import ModelConfigError, TokenizerError, WeightsError, nearest
 from lora_jax.exchange import peft
 from lora_jax.layout import Layout
-from lora_jax.models.errors import ModelConfigError, TokenizerError, WeightsError
+from lora_jax.models.text import example, tokens
 from lora_jax.models.weights import preprocessing
 from lora_jax.models.weights.folder import Folder
 from lora_jax.report import many_runs, run_files
 from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.serving import jsonl
-from lora_jax.text import example, tokens
+from lora_jax.system import console
 from lora_jax.training import config_json
 from tests.formats import small
 from tests.fuzz import adapters

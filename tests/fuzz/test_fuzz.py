@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from lora_jax.console import quiet_storage
+from lora_jax.system.console import quiet_storage
 from tests.fuzz import one_case
 from tests.fuzz.kinds import KINDS
 

@@ -10,15 +10,17 @@ import pathlib
 from random import Random
 from typing import Any
 
-from lora_jax import command_line, console, data
-from lora_jax.conversion.export_command import ExportOptions
-from lora_jax.conversion.import_command import ImportOptions
+from lora_jax import data
+from lora_jax.cli import train as command_line
+from lora_jax.cli.export import ExportOptions
+from lora_jax.cli.import_ import ImportOptions
+from lora_jax.cli.report import ReportOptions
 from lora_jax.report import many_runs, run_files, single_run
-from lora_jax.report.command import ReportOptions
 from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.serving import jsonl, prompts
 from lora_jax.serving.generate import GenerateOptions
 from lora_jax.serving.predict import PredictOptions
+from lora_jax.system import console
 from lora_jax.training import config_json
 from tests.formats import small
 from tests.fuzz import mutate

@@ -12,7 +12,7 @@ import pytest
 
 import lora_jax
 from lora_jax import Layout, paths
-from lora_jax.moe.statistics import Load, probe
+from lora_jax.multi.moe.statistics import Load, probe
 from tests import cases
 from tests.moe.test_router import members_of, wave
 from tests.programs import compiled

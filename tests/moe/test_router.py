@@ -14,7 +14,7 @@ import pytest
 import lora_jax
 from lora_jax import Factors, Layout, LoraError, LoraSpec
 from lora_jax.checkpoint.adapter import restore_about
-from lora_jax.moe.statistics import Load
+from lora_jax.multi.moe.statistics import Load
 from tests import cases, programs
 from tests.programs import compiled
 from tests.test_transform import assert_close, scalar

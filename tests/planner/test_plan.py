@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import train
-from lora_jax import command_line
+from lora_jax.cli import train as command_line
 from lora_jax.data.batches import Batches
 from lora_jax.data.process_slice import Shard
 from lora_jax.planner import (

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
+from lora_jax.cli.report import main
 from lora_jax.report import svg
-from lora_jax.report.command import main
 from lora_jax.training.config import LoraConfig
 from lora_jax.training.text import TextConfig
 from tests.report import saved_runs

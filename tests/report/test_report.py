@@ -16,7 +16,7 @@ import pytest
 
 import lora_jax
 from lora_jax import models
-from lora_jax.report.command import main
+from lora_jax.cli.report import main
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.summary import costs, in_units
 from tests.report import browser, saved_runs

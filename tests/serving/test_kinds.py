@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax import LoraError, models
-from lora_jax.report import command
+from lora_jax.cli import report as command
 from lora_jax.serving import served_adapters, text_classifier
 from lora_jax.training.config_json import to_dict
 from tests.serving import classifiers

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from lora_jax.whole_files import TEMPORARY
+from lora_jax.system.whole_files import TEMPORARY
 
 
 class Before:

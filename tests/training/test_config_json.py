@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from lora_jax.groups.comparison import flat
-from lora_jax.groups.sweep import SweepConfig
+from lora_jax.sweeps.comparison import flat
+from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.training import config_json
 from lora_jax.training.config import Config, LoraConfig, OptimizerConfig
 from tests.formats import small

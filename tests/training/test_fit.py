@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lora_jax.free_memory import free_memory
-from lora_jax.groups.memory_fit import StepMemory, available, fit, of_step
+from lora_jax.sweeps.memory_fit import StepMemory, available, fit, of_step
+from lora_jax.system.free_memory import free_memory
 from lora_jax.training.config import ConfigError
 
 
@@ -107,6 +107,6 @@ def test_free_memory(tmp_path: pathlib.Path, files: dict[str, str], free: int) -
 def test_available_on_a_cpu_counts_what_is_held_and_is_shared_by_its_devices(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lora_jax.groups.memory_fit.free_memory", lambda: 8e9)
+    monkeypatch.setattr("lora_jax.sweeps.memory_fit.free_memory", lambda: 8e9)
     assert jax.local_device_count() == 8
     assert available(5e8) == 1.5e9

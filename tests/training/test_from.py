@@ -17,9 +17,9 @@ import train
 from lora_jax import planner
 from lora_jax.__main__ import main
 from lora_jax.checkpoint import restore_layout
-from lora_jax.command_line import parse
-from lora_jax.groups import loop
-from lora_jax.groups.config import GroupConfig, Member
+from lora_jax.cli.train import parse
+from lora_jax.sweeps import loop
+from lora_jax.sweeps.config import GroupConfig, Member
 from lora_jax.training import earlier_adapter, mesh, metrics
 from lora_jax.training.classification import classification
 from lora_jax.training.config import ConfigError, LoraConfig

@@ -13,10 +13,11 @@ import pytest
 import tensorflow_datasets as tfds
 
 import lora_jax
-from lora_jax import checkpoint, command_line, models
+from lora_jax import checkpoint, models
+from lora_jax.cli import report
+from lora_jax.cli import train as command_line
 from lora_jax.data import open_source
 from lora_jax.data.process_slice import Shard
-from lora_jax.report import command as report
 from lora_jax.serving import predict
 from lora_jax.training import config_json
 from lora_jax.training.classification import classification

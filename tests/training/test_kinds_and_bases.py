@@ -18,15 +18,15 @@ import pytest
 from rich.console import Console
 
 import lora_jax
-from lora_jax import whole_files
 from lora_jax.bases.recipe import ABOUT, BEGUN
 from lora_jax.checkpoint.adapter import restore_about
 from lora_jax.checkpoint.storage import orbax
-from lora_jax.groups import loop
-from lora_jax.groups.config import GroupConfig, Member
-from lora_jax.groups.sweep import SweepConfig
-from lora_jax.report import command as report
+from lora_jax.cli import report
 from lora_jax.serving import generate, predict
+from lora_jax.sweeps import loop
+from lora_jax.sweeps.config import GroupConfig, Member
+from lora_jax.sweeps.sweep import SweepConfig
+from lora_jax.system import whole_files
 from lora_jax.training import directory, export, mesh
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import labels
 from lora_jax.errors import LoraError
 from lora_jax.training import optimizer
+from lora_jax.training import trained_labels as labels
 from lora_jax.training.config import Config, ConfigError, LoraConfig, OptimizerConfig
 from lora_jax.updates import Directed, Shift, Vectors
 from lora_jax.updates.kind import Factors

@@ -19,7 +19,8 @@ import tokenizers
 from tensorflow_datasets.text import gem, glue
 
 import lora_jax
-from lora_jax import command_line, models
+from lora_jax import models
+from lora_jax.cli import train as command_line
 from lora_jax.data import open_source
 from lora_jax.data.language_modelling import language_modelling
 from lora_jax.models.weights import hf_config

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora_jax.groups.progress import GroupDisplay, Lines
+from lora_jax.sweeps.progress import GroupDisplay, Lines
 from lora_jax.training.loss_curve import AHEAD, LEVELS, LossCurve
 from lora_jax.training.progress import Display
 

@@ -137,7 +137,7 @@ def test_a_directory_of_another_config_is_an_error(
 
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path: pathlib.Path) -> None:
-    from lora_jax import command_line
+    from lora_jax.cli import train as command_line
 
     name, config, _ = command_line.parse(
         ["--config", OWN, "--run-dir", str(tmp_path)], OWN, tmp_path
@@ -153,7 +153,7 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: pathlib.Path) -> 
 
 
 def test_the_default_directory_is_named_by_what_matters() -> None:
-    from lora_jax import command_line
+    from lora_jax.cli import train as command_line
 
     def path(*arguments: str) -> pathlib.Path:
         return directory.default(

@@ -13,8 +13,8 @@ import pytest
 
 import lora_jax
 from configs.own_model import config as CONFIG
-from lora_jax import whole_files
-from lora_jax.groups.group_checkpoints import GroupCheckpoint, GroupCheckpoints
+from lora_jax.sweeps.group_checkpoints import GroupCheckpoint, GroupCheckpoints
+from lora_jax.system import whole_files
 from lora_jax.training import directory, metrics
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.run import Run, Setup

@@ -16,7 +16,8 @@ import safetensors.numpy
 
 import lora_jax
 import train
-from lora_jax import command_line, models
+from lora_jax import models
+from lora_jax.cli import train as command_line
 from lora_jax.data.config import DataConfig
 from lora_jax.data.language_modelling import language_modelling
 from lora_jax.data.process_slice import Shard

@@ -24,7 +24,7 @@ Result: test loss per token, mean and standard deviation of the two seeds; 4.98 
 import dataclasses
 
 from configs import smollm2_definitions
-from lora_jax.groups.sweep import SweepConfig
+from lora_jax.sweeps.sweep import SweepConfig
 
 ATTENTION = "layers*/attention/{}/kernel"
 # Rank and targets; every choice has 11,520 parameters in a layer.

@@ -29,7 +29,7 @@ import dataclasses
 
 from configs.sweep import base
 from experiments.paper.configs import definitions
-from lora_jax.groups.sweep import SweepConfig
+from lora_jax.sweeps.sweep import SweepConfig
 
 config = encoder = SweepConfig(
     base=dataclasses.replace(

@@ -24,7 +24,7 @@ Result: accuracy after training on 512 rows each, mean and standard deviation of
 """
 
 from configs.sweep import base
-from lora_jax.groups.sweep import SweepConfig
+from lora_jax.sweeps.sweep import SweepConfig
 
 ATTENTION = "bert/encoder/layer*/attention/{}/kernel"
 MLP = "bert/encoder/layer*/mlp/{}/kernel"

@@ -45,7 +45,7 @@ head.
 import dataclasses
 
 from configs.sweep import base
-from lora_jax.groups.sweep import SweepConfig
+from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.training.method import MethodConfig
 
 SEEDS = (0, 1, 2)

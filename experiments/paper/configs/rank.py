@@ -34,7 +34,7 @@ Result: accuracy in per cent, mean and standard deviation of the three seeds.
 
 from configs.sweep import base
 from experiments.paper.configs.matrices import ATTENTION
-from lora_jax.groups.sweep import SweepConfig
+from lora_jax.sweeps.sweep import SweepConfig
 
 config = SweepConfig(
     base=base,

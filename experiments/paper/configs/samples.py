@@ -27,7 +27,7 @@ rate that was not tuned for 100 examples.
 import dataclasses
 
 from experiments.paper.configs import methods
-from lora_jax.groups.sweep import SweepConfig
+from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.training.text import TextConfig
 
 EXAMPLES = (100, 1_000, None)

@@ -1,5 +1,5 @@
 """Find published weights, and load them as parameter trees."""
 
-from lora_jax.extras import require
+from lora_jax.system.extras import require
 
 require("train", __name__, "safetensors", "tokenizers")

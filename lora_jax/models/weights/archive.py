@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from lora_jax.models.errors import PackageError
+from lora_jax.errors import PackageError
 
 FILES = 100_000
 MOST_BYTES = 2**34

@@ -10,8 +10,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.errors import WeightsError
 from lora_jax.models.config import StoredConfig
-from lora_jax.models.errors import WeightsError
 from lora_jax.models.weights import kept, shards
 from lora_jax.models.weights.names import TensorName
 from lora_jax.models.weights.stored import (

@@ -20,7 +20,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from lora_jax.models.errors import PackageError
+from lora_jax.errors import PackageError
 from lora_jax.models.weights.archive import unpack
 
 _TAIL = 12  # lines of the installer's output that an error repeats

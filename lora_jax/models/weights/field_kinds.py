@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from lora_jax.models.errors import ModelConfigError, shown
+from lora_jax.errors import ModelConfigError, shown
 
 _WIDTH, _LAYERS, _TOKENS = 2**20, 1_000, 2**31 - 1
 _LARGEST = 1e15  # for a number that is not a size: below the limit of float32

@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from lora_jax import json_file, regular_files
 from lora_jax.bases.matrix import QuantisedMatrix
-from lora_jax.models.config import StoredConfig
-from lora_jax.models.errors import (
+from lora_jax.errors import (
     ModelConfigError,
     TokenizerError,
     WeightsError,
     is_failure,
     shown,
 )
+from lora_jax.models.config import StoredConfig
 from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file, tokenizer_limits
 from lora_jax.models.weights.assemble import assemble, stored_shapes
 from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
@@ -27,6 +26,7 @@ from lora_jax.models.weights.names import HF, TensorName
 from lora_jax.models.weights.safetensors_file import StoredTensor
 from lora_jax.models.weights.shards import Index
 from lora_jax.models.weights.stored import Head, ParameterTree, Stored
+from lora_jax.system import json_file, regular_files
 
 SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

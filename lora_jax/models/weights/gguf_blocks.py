@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.bases.ggml import FORMATS, GgmlBlocks
-from lora_jax.models.errors import WeightsError
+from lora_jax.errors import WeightsError
 from lora_jax.models.weights.gguf_header import Quantised
 from lora_jax.models.weights.kept import ArrayOnDisk
 from lora_jax.models.weights.shards import Index

@@ -9,8 +9,8 @@ import numpy as np
 import tokenizers
 
 from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.errors import ModelConfigError, WeightsError
 from lora_jax.models.config import DecoderConfig, StoredConfig
-from lora_jax.models.errors import ModelConfigError, WeightsError
 from lora_jax.models.rope import linear_divisors
 from lora_jax.models.weights import field_kinds, gguf_blocks, gguf_header, gguf_tokenizer
 from lora_jax.models.weights.assemble import assemble, stored_shapes

@@ -10,7 +10,7 @@ import tokenizers
 from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from lora_jax.models.errors import TokenizerError, is_failure, shown
+from lora_jax.errors import TokenizerError, is_failure, shown
 
 # The ways to split a text into words before the merges, by GGUF's name (`tokenizer.ggml.pre`). The
 # expressions are copied from the models' own tokenizer.json.

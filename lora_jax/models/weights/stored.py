@@ -15,10 +15,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.errors import WeightsError
 from lora_jax.models.bert import Bert, BertClassifier
 from lora_jax.models.config import BertConfig, DecoderConfig, StoredConfig, VitConfig
 from lora_jax.models.decoder import DecoderModel
-from lora_jax.models.errors import WeightsError
 from lora_jax.models.vit import Vit, VitClassifier
 from lora_jax.models.weights import shards
 from lora_jax.models.weights.names import TensorName, TensorNames

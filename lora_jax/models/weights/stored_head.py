@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lora_jax.models.errors import WeightsError
+from lora_jax.errors import WeightsError
 from lora_jax.models.weights.stored import Stored
 
 

@@ -4,7 +4,7 @@ A normalizer and a decoder replace text by other text, one step after the other,
 post-processor adds tokens. In a file from a stranger ten short steps make gigabytes of a word, and
 the tokenizers package then ends the whole process. Its regular expressions have a limit of steps of
 their own; the time that they take all the same is limited where texts are encoded
-(`lora_jax.text.tokens`).
+(`lora_jax.models.text.tokens`).
 """
 
 import base64
@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers
 
-from lora_jax.models.errors import TokenizerError
+from lora_jax.errors import TokenizerError
 
 _GROWTH = 1_000  # times as long as a text; the normalizers of published models stay below 100
 _TOKENS = 100  # that are added to a text

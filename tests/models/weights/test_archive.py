@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.models.errors import PackageError
+from lora_jax.errors import PackageError
 from lora_jax.models.weights import archive
 from lora_jax.models.weights.archive import unpack
 

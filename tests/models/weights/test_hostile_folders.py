@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_jax import models
-from lora_jax.models.errors import TokenizerError
+from lora_jax.errors import TokenizerError
 from lora_jax.models.weights import gguf_tokenizer, hf_config
 from tests.models.weights.test_gguf_models import write_gguf
 

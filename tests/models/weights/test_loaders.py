@@ -17,8 +17,8 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import models
-from lora_jax.extras import MissingExtraError
 from lora_jax.models.weights import hf_config, packages, source
+from lora_jax.system.extras import MissingExtraError
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax import models, user_cache
+from lora_jax import models
 from lora_jax.models.weights import download, packages, source
+from lora_jax.system import user_cache
 
 TEXT = b"forty-two\n"
 SHA256 = hashlib.sha256(TEXT).hexdigest()

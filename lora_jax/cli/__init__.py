@@ -1,0 +1,1 @@
+"""The commands, one in a file: their options and what they print."""

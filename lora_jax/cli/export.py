@@ -1,0 +1,210 @@
+"""Write a trained run as a model or an adapter of another tool.
+
+    lora-jax export runs/reviews --format hf --out merged       a model that transformers opens
+    lora-jax export runs/reviews --format peft --out adapter    a PEFT adapter
+
+    hf       the adapter merged into its base: config.json, safetensors, tokenizer
+    peft     adapter_config.json and adapter_model.safetensors, for PEFT, vLLM, SGLang, ...
+    gguf     adapter.gguf, for llama.cpp
+    mlx      adapters.safetensors, for mlx-lm
+    orbax    a copy of the adapter, for lora_jax.restore
+
+The run directory is not changed. Exit status: 0 success, 1 an error that was printed, 2 a command
+line that cannot be read, 130 stopped by Ctrl-C. The folder appears whole or not at all, even if the
+command is killed; the next export to the same folder deletes what a kill left (`.writing-*`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import shutil
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
+
+from lora_jax import models
+from lora_jax.errors import LoraError
+from lora_jax.exchange import hf_settings, peft, shards
+from lora_jax.exchange.gguf_base import GgufBase
+from lora_jax.exchange.merged_weights import MergedWeights
+from lora_jax.exchange.stored_base_adapter import over_stored_base
+from lora_jax.exchange.trained_run import TrainedRun, open_run
+from lora_jax.models.hf_module import HfNames
+from lora_jax.models.weights.folder import Folder
+from lora_jax.system.console import Bar, Console, command, say
+from lora_jax.system.whole_files import whole_folder, write_together
+
+Format = Literal["hf", "peft", "gguf", "mlx", "orbax"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """The options of the command line."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run directory of train.py, or a folder that lora_jax.save wrote."""
+    format: Format
+    """The format to write: hf, peft, gguf, mlx or orbax."""
+    out: str
+    """The folder to write; it must be new or empty."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """hf, gguf: the dtype of the weights; gguf takes float32 or float16."""
+    shard_gb: float = 5.0
+    """hf: the largest size of a file of weights, in units of 10^9 bytes."""
+    profile: Literal["faithful", "portable"] = "faithful"
+    """peft: faithful writes it as PEFT does, portable so that vLLM, SGLang, llama.cpp, LoRAX and
+    Ollama all read it in the same way."""
+    head: bool = True
+    """peft: False leaves the head of a classifier out, and describes its encoder alone."""
+    base_name: str | None = None
+    """peft: the base model to name in the adapter's configuration. None: the run's own base."""
+    base: str | None = None
+    """The base model, in the form of model.reference. None: the base that the run names."""
+    trust_base: bool = False
+    """Fetch the base that the run names even if lora_jax does not know its checksum."""
+    allow_other_base: bool = False
+    """hf: merge into a base that differs from the one the run was trained on."""
+
+
+def export(options: ExportOptions, console: Console) -> None:
+    """Write the export that the options describe, and report it on `console`.
+
+    Raises:
+      LoraError, models.ModelError, OSError: a user's error; nothing is left in the folder.
+    """
+    out = pathlib.Path(options.out)
+    if not 0 < options.shard_gb < math.inf:
+        raise LoraError(f"--shard-gb must be above 0 and finite, got {options.shard_gb}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LoraError(f"{out} is there and not an empty folder; choose another --out")
+    run = open_run(options.run, options.base, options.trust_base)
+    say(console, f"{run.member.name}: {run.member.path}\ntrained on {run.trained_on}")
+    say(console, _WRITE[options.format](run, options, out, console))
+
+
+def _hf(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+    dtype = np.dtype(options.dtype if options.dtype != "bfloat16" else jnp.bfloat16)
+    files = hf_settings.writers(run, dtype)
+    weights = MergedWeights(run, dtype)
+    tensors = weights.tensors()
+    total = sum(x.nbytes for x in tensors)
+    with Bar(console, BarColumn(), DownloadColumn(), TimeRemainingColumn(), transient=True) as bar:
+        task = bar.bar.add_task("", total=total)
+        written = shards.writers(
+            tensors, options.shard_gb * 1e9, lambda size: bar.bar.update(task, advance=size)
+        )
+
+        def last(path: pathlib.Path) -> None:
+            if not options.allow_other_base:
+                weights.check_base()
+            files["config.json"](path)
+
+        write_together(out, {**written, **files, "config.json": last})
+    kind = hf_settings.config_json(run, dtype)["architectures"][0]
+    return f"wrote {out}: {kind}, {len(tensors)} tensors, {total / 1e9:.2f} GB in {dtype}"
+
+
+def _peft(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+    task, adapter, names, note = "CAUSAL_LM", over_stored_base(run), _names(run), ""
+    if run.head is not None and options.head:
+        task, note = "SEQ_CLS", f", to be opened with num_labels={run.head.num_classes}"
+        hf_settings.check_head(run, merged=False)
+    elif run.head is not None:
+        task, names = "FEATURE_EXTRACTION", models.hf_names(run.opened.config, root=run.root)
+        note = (
+            f"\nleft out: {run.head.pooling} pooling and the head of {len(run.labels) or 1} outputs"
+        )
+        kept = {p: x for p, x in adapter.trainable.items() if not p.startswith("classifier/")}
+        adapter = adapter._replace(trainable=kept)
+    name = options.base_name or _name_of(run.opened.reference)
+    about = {key: x for key, x in run.member.about.items() if key in _KEPT}
+    how: dict[str, Any] = {"base": name, "task_type": task, "about": about, "params": _base(run)}
+    saved = peft.save(out, names, adapter, profile=options.profile, **how)
+    return f"{saved}\nits base is {name!r} (--base-name says otherwise){note}"
+
+
+def _gguf(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+    from lora_jax.exchange import gguf
+
+    if options.dtype == "bfloat16":
+        raise LoraError("--dtype bfloat16 is not for GGUF adapters: float32 or float16")
+    file = out / "adapter.gguf"
+    gguf.save(
+        file,
+        _names(run),
+        over_stored_base(run),
+        base=_gguf_base(run),
+        dtype=options.dtype,
+        params=_base(run),
+    )
+    return f"wrote {file}: llama-server -m BASE.gguf --lora {file}"
+
+
+def _mlx(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+    from lora_jax.exchange import mlx
+
+    mlx.save(out, _names(run), over_stored_base(run), params=_base(run))
+    return f"wrote {out}: mlx_lm.generate --model BASE --adapter-path {out}"
+
+
+def _orbax(run: TrainedRun, options: ExportOptions, out: pathlib.Path, console: Console) -> str:
+    with whole_folder(out) as aside:
+        shutil.copytree(run.member.path, aside, dirs_exist_ok=True)
+    return f"wrote {out}: lora_jax.restore({str(out)!r})"
+
+
+# The notes of training about an adapter that `lora-jax import` needs.
+_KEPT = ("model", "labels", "text_fields", "lengths", "prompt", "eos")
+_WRITE = {"hf": _hf, "peft": _peft, "gguf": _gguf, "mlx": _mlx, "orbax": _orbax}
+
+
+def _names(run: TrainedRun) -> HfNames:
+    return models.hf_names(run.opened.config, run.head)
+
+
+def _base(run: TrainedRun) -> Any:
+    """Return the shapes of the base, or its arrays if the export of trained parameters needs it."""
+    head = "classifier/"
+    others = [path for path in run.member.base if not path.startswith(head)]
+    biases = [t for t in run.member.layout.targets if t.kind == "bias"]
+    shapes = run.shapes()
+    if not others and not biases:
+        return shapes
+    config = run.opened.config
+    loaded = run.opened.source.load(config)
+    return loaded if run.head is None else {**shapes, run.root.strip("/"): loaded}
+
+
+def _name_of(reference: str) -> str:
+    """Return the base's name in PEFT and transformers.
+
+    >>> _name_of("hub:org/name@main"), _name_of("models/llama")
+    ('org/name', 'models/llama')
+    """
+    scheme, _, rest = reference.partition(":")
+    return rest.partition("@")[0] if scheme == "hub" else reference
+
+
+def _gguf_base(run: TrainedRun) -> GgufBase | pathlib.Path:
+    """Return the base's own GGUF file, or llama.cpp's name for the architecture of its folder."""
+    source = run.opened.source
+    if not isinstance(source, Folder):
+        return source.path
+    kind = source.json["model_type"]
+    architecture = _ARCHITECTURES.get(kind, kind)
+    return GgufBase(architecture, getattr(run.opened.config, "head_dim", None))
+
+
+# model_type -> llama.cpp's architecture, if the two differ.
+_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
+_ARCHITECTURES |= {"qwen3_moe": "qwen3moe"}
+
+
+main = command(
+    ExportOptions, "lora-jax export", __doc__, lambda given: export(given, Console(stderr=True))
+)

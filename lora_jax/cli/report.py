@@ -1,0 +1,125 @@
+"""Write a page about runs of train.py: scores, curves, and what the update is made of.
+
+    lora-jax report runs/reviews
+    lora-jax report runs/sweep-1a2b3c4d
+    lora-jax report runs/reviews runs/topics --out compared
+
+Given a run directory, the page shows that run. Given a directory of runs, which a sweep or several
+tasks write, or several directories, it compares the runs. It writes
+
+    report.html      the whole report in one file, which needs no network
+    report.md        the same as Markdown
+    *.png, *.svg     the figures
+
+A run that has not finished is shown up to its last step. An adapter without a run, written by
+`lora-jax import` or `lora_jax.save`, has a page as well. The section on what of W the update
+amplifies needs the base model that the adapter names; if it cannot be opened, the report says so.
+
+Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
+by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from lora_jax.checkpoint import adapter_path, storage
+from lora_jax.errors import LoraError
+from lora_jax.report import glossary, many_runs, render, run_files, single_adapter, single_run
+from lora_jax.report.document import Note, Report
+from lora_jax.report.update_analysis import BaseChoice
+from lora_jax.system.console import Console, command, say
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """The options of `lora-jax report`."""
+
+    run_dir: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN_DIR [RUN_DIR ...]")
+    ] = ()
+    """A run directory of train.py, a directory of run directories, or an adapter."""
+    out: str | None = None
+    """The folder for the report. None: RUN_DIR/report."""
+    base: str | None = None
+    """The base model, in the form of model.reference. None: the one that the adapter names."""
+    trust_base: bool = False
+    """Download the base that the adapter names even if lora_jax does not know its checksum."""
+    allow_other_base: bool = False
+    """Accept a base model other than the one that the adapter was trained on."""
+    docs: str | None = None
+    """The documentation site, https://... or the folder with its files: the explanations of words
+    in the report link there. None: they have no links."""
+
+
+def run(options: ReportOptions, console: Console) -> None:
+    """Write the report, print its path to stdout, and print what is missing to `console`.
+
+    Args:
+      options: the options of the command.
+      console: prints the messages.
+
+    Raises:
+      LoraError, OSError: an error of the user, such as a path that does not exist.
+    """
+    given = [pathlib.Path(path) for path in options.run_dir]
+    if not given:
+        raise LoraError("no run directory: give one that train.py wrote, such as runs/reviews")
+    if len(given) > 1 and options.out is None:
+        raise LoraError(
+            f"{len(given)} run directories are compared in one report: say where it goes, --out DIR"
+        )
+    if (given[0].expanduser() / "meta").exists() and options.out is None:
+        raise LoraError(
+            f"{given[0]} is an adapter's own folder: say where the report goes, --out DIR"
+        )
+    made = make(given, BaseChoice(options.base, options.trust_base, options.allow_other_base))
+    made = glossary.with_glossary(made, options.docs)
+    for note in notes(made):
+        say(console, f"note: {note.text}")
+    run = given[0].expanduser()
+    if options.out is None:  # the run may come from a stranger, and "report" in it be a link
+        page = render.write(made, run / "report", below=run)
+    else:
+        page = render.write(made, pathlib.Path(options.out).expanduser())
+    say(Console(), str(page))
+
+
+def make(given: Sequence[pathlib.Path], base: BaseChoice) -> Report:
+    """Make the report of a run, of several runs, or of an adapter.
+
+    Args:
+      given: the paths of the command line.
+      base: the base model to open for the analysis of the update.
+
+    Returns:
+      The report, not yet written.
+
+    Raises:
+      LoraError: a path holds neither a run nor an adapter, or a file of it cannot be read.
+    """
+    if len(given) == 1 and not run_files.is_run(given[0].expanduser()):
+        path = given[0].expanduser()
+        if adapter_path.adapter_in(storage.folder_at(path)) is not None:
+            return single_adapter.report(path, base)
+    runs = run_files.every(given)
+    if len(given) == 1 and run_files.is_run(given[0].expanduser()):
+        return single_run.report(runs[0], base)
+    title = ", ".join(path.expanduser().resolve().name for path in given)
+    return many_runs.report(title, runs, base)
+
+
+def notes(made: Report) -> list[Note]:
+    """Return every note of a report: each says what is missing and how to get it."""
+    blocks = (block for section in made.sections for block in section.blocks)
+    return [*made.notes, *(block for block in blocks if isinstance(block, Note))]
+
+
+main = command(
+    ReportOptions, "lora-jax report", __doc__, lambda given: run(given, Console(stderr=True))
+)

@@ -1,0 +1,185 @@
+"""Read the command line: `--config file.py[:name]`, then any field of the config in it.
+
+For a group, these are the group's own fields and each member's: `--<member>.lora.rank 4`.
+
+tyro reads the fields from the dataclasses: it refuses unknown fields and names the nearest, checks
+types, and writes `--help` from the docstrings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Annotated, Any
+
+from lora_jax.system.extras import require
+
+require("train", __name__)
+
+import tyro
+
+from lora_jax.errors import listed, nearest
+from lora_jax.planner.options import PlanOptions
+from lora_jax.sweeps.config import GroupConfig, GroupOptions
+from lora_jax.sweeps.sweep import SweepConfig
+from lora_jax.system.console import read_options, refuse_empty
+from lora_jax.training.config import Config, ConfigError, check_lora_counts, check_start
+from lora_jax.training.config_file import blaming
+
+Runnable = Config | GroupOptions
+
+
+def parse(
+    arguments: Sequence[str], default: str, root: pathlib.Path, program: str = "train.py"
+) -> tuple[str, Config | GroupConfig, PlanOptions]:
+    """Read a command line.
+
+    Args:
+      arguments: the arguments after `train.py`.
+      default: the config file if there is no `--config`.
+      root: a folder to search for a config path that does not exist in the working directory.
+      program: the name of the program in `--help`.
+
+    Returns:
+      The name of the config, the config with the changes of the command line, and the options of
+      a plan. A sweep is returned as the group of its members.
+
+    Raises:
+      ConfigError: there is no such config file, no config in it, or the members of a group are
+        invalid.
+      SystemExit: after `--help`, or after a message about a field that is unknown or has a wrong
+        type or value.
+    """
+    refuse_empty(arguments)  # before its config is run
+    reference = _reference(arguments, default)
+    name, config = load(reference, root)
+    members = config.members if isinstance(config, GroupConfig) else ()
+    asked = bool({"--help", "-h"} & set(arguments))
+    shown = members[:1] if asked else members
+    fields = [
+        ("config", Annotated[str, tyro.conf.arg(help=_HELP)], reference),
+        _field("run", "", config),
+        _field("plan", "", PlanOptions()),
+        *(_field(f"member{i}", member.name, member.config) for i, member in enumerate(shown)),
+    ]
+    about = f"{_about(reference, [member.name for member in members])} {_VARIABLES}"
+    kind: Any = dataclasses.make_dataclass("CommandLine", fields)
+    given = read_options(kind, program, about, arguments)
+    run = given.run
+    if members:
+        changed = [
+            dataclasses.replace(member, config=getattr(given, f"member{i}"))
+            for i, member in enumerate(members)
+        ]
+        run = dataclasses.replace(run, members=tuple(changed))
+    for before, after in _pairs(config, run):
+        if before.lora != after.lora:
+            check_lora_counts(after, "the command line")
+            check_start(before, after)
+    if not isinstance(run, GroupOptions):
+        return name, run, given.plan
+    if given.plan.plan:
+        raise ConfigError("--plan is for one run: give it with the config of one member")
+    return name, run.expand(), given.plan
+
+
+def _pairs(before: Runnable, after: Runnable) -> list[tuple[Config, Config]]:
+    """Return each run of the file, with the same run after the changes of the command line."""
+    match before, after:
+        case Config(), Config():
+            return [(before, after)]
+        case SweepConfig(), SweepConfig():
+            return [(before.base, after.base)]
+        case GroupConfig(), GroupConfig():
+            both = zip(before.members, after.members, strict=True)
+            return [(one.config, two.config) for one, two in both]
+    raise TypeError(f"{type(before)} and {type(after)}")
+
+
+def _field(name: str, prefix: str, value: Any) -> tuple[str, Any, Any]:
+    """Return a field of the command line, whose own fields begin with `--<prefix>.`."""
+    kind: Any = type(value)
+    return (
+        name,
+        Annotated[kind, tyro.conf.arg(name=prefix)],
+        dataclasses.field(default=value),
+    )
+
+
+def _about(reference: str, members: Sequence[str]) -> str:
+    if not members:
+        return f"Train with {reference}. Every field of the config can be set here."
+    return (
+        f"Train with {reference}: {', '.join(members)}, together. Every field of each can be set "
+        f"here; only the fields of {members[0]} are listed, and the others have the same."
+    )
+
+
+_VARIABLES = "`lora-jax --help` lists the environment variables that every command reads."
+_HELP = "The config file; `file.py:name` selects the value `name` in it instead of `config`."
+
+
+def _reference(arguments: Sequence[str], default: str) -> str:
+    """Return the value of `--config`, before the fields of that config are known."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=default)
+    return parser.parse_known_args(list(arguments))[0].config
+
+
+def load(reference: str, root: pathlib.Path) -> tuple[str, Runnable]:
+    """Load the config `path.py` or `path.py:name`, and return its name for the run directory.
+
+    Args:
+      reference: the path of a config file, perhaps with the name of a value in it.
+      root: a folder to search for a path that does not exist in the working directory.
+
+    Returns:
+      The name and the config.
+
+    Raises:
+      ConfigError: there is no such file, or no such config in it.
+    """
+    text, _, attribute = reference.partition(":")
+    module = _run(_find(pathlib.Path(text), root))
+    config = getattr(module, attribute or "config", None)
+    if not isinstance(config, Runnable):
+        there = [name for name, value in vars(module).items() if isinstance(value, Runnable)]
+        what = "" if config is None else f" (it is of the type {type(config).__name__})"
+        raise ConfigError(
+            f"{text} has no config named {attribute or 'config'!r}{what}: a config file holds "
+            "`config = Config(...)` (lora_jax.training.config), "
+            + (f"and this one holds\n{listed(there, 20)}" if there else "and this one holds none")
+        )
+    stem = pathlib.Path(text).stem
+    return (f"{stem}-{attribute}" if attribute else stem), config
+
+
+def _find(path: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
+    for candidate in (path, root / path):
+        if candidate.is_file():
+            return candidate
+    folder = next((p for p in (path.parent, root / path.parent) if p.is_dir()), root)
+    files = {p.resolve(): p for p in (*(root / "configs").glob("*.py"), *folder.glob("*.py"))}
+    there = sorted(str(p) for p in files.values() if p.name not in ("__init__.py", "train.py"))
+    raise ConfigError(
+        f"no config file {path}; nearest:\n{listed(nearest(str(path), there, n=1))}\n"
+        f"there are:\n{listed(there, limit=20)}"
+    )
+
+
+def _run(path: pathlib.Path) -> ModuleType:
+    """Run a file as a module, and register it so that its dataclasses can be resolved."""
+    name = f"config_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    with blaming(str(path)):
+        spec.loader.exec_module(module)
+    return module

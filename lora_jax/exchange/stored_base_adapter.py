@@ -1,0 +1,65 @@
+"""The adapter of a run over the base as it is stored: the base that other tools load."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax.adapters import Adapter
+from lora_jax.analysis.from_base import init_from_base
+from lora_jax.errors import LoraError
+from lora_jax.exchange.trained_run import TrainedRun
+from lora_jax.layout import Layout
+from lora_jax.models.weights.assemble import load_one
+from lora_jax.models.weights.stored import parameters
+from lora_jax.target import Target
+from lora_jax.updates import Factors
+
+
+def over_stored_base(run: TrainedRun) -> Adapter:
+    """Return an adapter with the same effect on the stored base as the run's has on its own base.
+
+    The two bases differ only for a run that started with a part of W (PiSSA, OLoRA). Its base is
+    `W - s a0 b0`, so over W its update is `s a b - s a0 b0`, of twice the rank. The first factors
+    are computed again.
+
+    Raises:
+      LoraError: a run that started like this on a quantised base, or with DoRA: its weights are not
+        W plus an update.
+    """
+    if run.begun is None:
+        return run.adapter
+    dora = [t.path for t in run.member.layout.targets if t.kind != "lora"]
+    if run.quantised is not None or dora:
+        what = "quantised base" if run.quantised is not None else f"base under {dora[0]!r}"
+        raise LoraError(
+            f"{run.member.path} began by {run.begun}, which left a {what} that no other tool has: "
+            "an adapter alone cannot say it. Merge it: --format hf"
+        )
+    config = run.opened.config
+    stored = run.opened.source.stored(config)
+    known = {run.root + p.path: p for p in parameters(stored, config, None)}
+    targets: list[Target] = []
+    adapters: dict[str, Any] = {}
+    for target in run.member.layout.targets:
+        w = load_one(stored, known[target.path], config)
+        first = init_from_base(Layout((target,)), {target.path: w}, run.begun).adapters[target.path]
+        targets.append(_doubled(target))
+        adapters[target.path] = _difference(target, run.member.adapters[target.path], first)
+    return Adapter(Layout(tuple(targets)), adapters, dict(run.member.base))
+
+
+def _doubled(target: Target) -> Target:
+    """Return the target with twice the rank and the same scale."""
+    more = 2 if target.scaling == "alpha/r" else math.sqrt(2)
+    return dataclasses.replace(target, rank=2 * target.rank, alpha=target.alpha * more)
+
+
+def _difference(target: Target, now: Any, first: Any) -> Factors:
+    """Return `a b - a0 b0` as one pair of factors."""
+    rank_axis = len(target.stack)  # b is [*stack, rank, *outputs]
+    a = jnp.concatenate([now.a, first.a], axis=-1)
+    return Factors(a, jnp.concatenate([now.b, -first.b], axis=rank_axis))

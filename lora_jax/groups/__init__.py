@@ -1,5 +1,0 @@
-"""Train many runs over one base as one program, each with the result that it would have alone."""
-
-from lora_jax.extras import require
-
-require("train", __name__)

@@ -1,0 +1,264 @@
+"""The open members of a group. Each is a run of its own with the shared base."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.checkpoint.fingerprint import Fingerprint, differences
+from lora_jax.checkpoint.fingerprint import fingerprint as fingerprint_of
+from lora_jax.errors import listed
+from lora_jax.frozen import join, split
+from lora_jax.layout import Layout
+from lora_jax.resolve import resolve
+from lora_jax.spec import LoraSpec
+from lora_jax.sweeps.padded_state import HostState, StateShapes
+from lora_jax.sweeps.step import Settings, is_plain
+from lora_jax.training import beginning, mesh, optimizer, step
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.config import Config, ConfigError, OptimizerConfig
+from lora_jax.training.config_file import workload_of
+from lora_jax.training.config_json import to_dict
+from lora_jax.training.run import Run, Setup
+from lora_jax.training.workload import Batch, Workload
+
+Tree = Any  # a pytree
+
+# The structure of the optimizer state does not depend on the settings.
+TX = optimizer.adamw(optimizer.hyper(OptimizerConfig(), 1))
+
+
+@dataclasses.dataclass(eq=False)
+class OpenMember:
+    """A member in progress.
+
+    state_shapes: the shapes of its state, not padded.
+    host: its state while it is in no group.
+    example: its first batch.
+    step: the number of steps it has taken.
+    paused: whether it takes no steps for now.
+    error: the reason why it stopped, if it did.
+    """
+
+    name: str
+    run: Run
+    state_shapes: StateShapes
+    host: HostState
+    example: Batch
+    step: int
+    paused: bool = False
+    error: str | None = None
+
+    @property
+    def config(self) -> Config:
+        """The config of its run."""
+        return self.run.setup.config
+
+    @property
+    def left(self) -> int:
+        """The number of steps that it will still take."""
+        return 0 if self.error is not None else self.config.steps - self.step
+
+    @property
+    def live(self) -> bool:
+        """Whether it takes part in the next step."""
+        return self.left > 0 and not self.paused
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """The arrays that are added to its batches if the workload of the group is joined."""
+        common = self.run.setup.workload.common
+        return {} if common is None else dict(common.marks)
+
+    def settings(self, layout: Layout) -> Settings:
+        """Return its settings for the common layout, as scalars on the host."""
+        own = {t.path: t.scale for t in self.run.setup.layout.targets}
+        scales = {t.path: np.float32(own.get(t.path, 0)) for t in layout.targets}
+        return Settings(
+            optimizer.hyper(self.config.optimizer, self.config.steps),
+            scales if is_plain(layout) else {},
+            np.bool_(self.config.on_nonfinite == "skip"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedBase:
+    """The base, which the first member loads and all share.
+
+    name: the name of the first member.
+    trainable: the parameters that the first member trains in full.
+    """
+
+    name: str
+    workload: Workload
+    trainable: dict[str, Any]
+    frozen: Tree
+    fingerprint: Fingerprint
+
+
+# A workload, its placement, its first training batch, and the layouts that specs resolve to on it.
+OpenedWorkload = tuple[Workload, mesh.Placement, Batch, dict[LoraSpec, Layout]]
+
+
+class Opener(contextlib.ExitStack):
+    """Opens members, of which the first loads the base, and closes them when its block ends."""
+
+    def __init__(self, grid: jax.sharding.Mesh, report: Callable[[str], None]) -> None:
+        super().__init__()
+        self._grid, self._report = grid, report
+        self._workloads: dict[Any, OpenedWorkload] = {}
+        self.base: SharedBase | None = None
+        self._begun: beginning.Beginning | None = None
+
+    def open(
+        self, name: str, config: Config, path: pathlib.Path, newest: int | None = None
+    ) -> OpenMember:
+        """Open the member in the run directory `path`, at its newest checkpoint or its beginning.
+
+        Args:
+          name: the name of the member.
+          config: the config of the run.
+          path: its run directory.
+          newest: checkpoints of later steps than this are deleted first.
+
+        Raises:
+          ConfigError: it does not fit together with the first member.
+        """
+        began = time.monotonic()
+        workload, place, example, layouts = self._opened(config)
+        lora = config.adaptation
+        patterns = workload.trainable if lora.trainable is None else lora.trainable
+        trainable = self._trainable(name, workload, place, patterns)
+        assert self.base is not None
+        key, spec = jax.random.key(config.seed), lora.spec
+        if spec not in layouts:
+            layouts[spec] = resolve(
+                spec, workload.apply, workload.params, example, train=True, key=key
+            )
+        layout = layouts[spec]
+        step.check_apart(layout, trainable)
+        workload, begun = self._begin(config, workload, layout, place, key, trainable)
+        base = self.base
+        weights = step.adapted_weights(layout, base.frozen)
+        state_shapes = StateShapes(step.shapes(layout, trainable, TX, key, place, weights))
+        setup = Setup(config, workload, place, layout, base.frozen, base.fingerprint, path, began)
+        checkpoints = self.enter_context(Checkpoints(path / "checkpoints", report=self._report))
+        if newest is not None:
+            checkpoints.forget_after(newest)
+        run = Run(setup, workload.train(mesh.shard_of(self._grid)), checkpoints)
+        self.callback(run.close)
+        where = jax.tree.map(lambda x: x.sharding, state_shapes.like)
+        fresh = jax.jit(step.fresh(layout, TX, lora.init), out_shardings=where)
+        new = checkpoints.latest is None
+        state = run.begin(fresh(trainable, key, weights, begun) if new else state_shapes.like)
+        return OpenMember(name, run, state_shapes, state_shapes.host(state), example, run.start)
+
+    def _begin(
+        self,
+        config: Config,
+        workload: Workload,
+        layout: Layout,
+        place: mesh.Placement,
+        key: jax.Array,
+        trainable: dict[str, Any],
+    ) -> tuple[Workload, Tree | None]:
+        """Return the workload and the adapters to begin with; None if they are drawn at random.
+
+        A method that changes the base changes it once for all members of the same `group_key`.
+        """
+        assert self.base is not None
+        lora, base = config.adaptation, self.base
+        if lora.changes_base and self._begun is not None:
+            about = self._begun.workload.about
+            return dataclasses.replace(workload, about=about), self._begun.adapters
+        params = join(trainable, base.frozen)
+        found = beginning.begin(lora, workload, layout, params, place, key)
+        if lora.changes_base:
+            frozen = split(found.params, tuple(trainable))[1] if trainable else found.params
+            self.base = dataclasses.replace(base, frozen=frozen, fingerprint=fingerprint_of(frozen))
+            self._begun = found
+        return found.workload, found.adapters
+
+    def _opened(self, config: Config) -> OpenedWorkload:
+        """Open a workload, once for members that differ only in their adapters and settings."""
+        known = (workload_settings(config), config.seed)
+        if known in self._workloads:
+            return self._workloads[known]
+        workload = workload_of(config)
+        example = next(workload.train(mesh.shard_of(self._grid)))
+        place = mesh.place(workload, config.mesh, self._grid, example)
+        opened = workload, place, example, dict[LoraSpec, Layout]()
+        if workload.common is not None:
+            self._workloads[known] = opened
+        return opened
+
+    def _trainable(
+        self, name: str, workload: Workload, place: mesh.Placement, patterns: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return the parameters that a member trains in full; the first one loads the base."""
+        base = self.base
+        if base is None:
+            params = workload.arrays(place.params)
+            trainable, frozen = split(params, patterns)
+            found = fingerprint_of(frozen)
+            self.base = SharedBase(name, workload, trainable, frozen, found)
+            return trainable
+        shapes, frozen = split(workload.params, patterns)
+        _check_alike(base, name, shapes, frozen)
+        common, first = workload.common, base.workload.common
+        if common is None or first is None:
+            trainable, frozen = split(workload.arrays(place.params), patterns)
+            if changed := differences(base.fingerprint, fingerprint_of(frozen)):
+                raise ConfigError(
+                    f"{base.name!r} and {name!r} do not have the same base: {len(changed)} of its "
+                    f"parameters differ:\n{listed(changed)}\na group trains on one base"
+                )
+            return trainable
+        if common.base != first.base:
+            raise ConfigError(
+                f"{base.name!r} and {name!r} do not have the same base: {first.base} and "
+                f"{common.base}; a group trains on one base"
+            )
+        drawn, known = common.fresh(), paths.flatten(base.frozen)
+        for path in drawn:
+            if path in known and not np.array_equal(drawn[path], known[path]):
+                raise ConfigError(
+                    f"{base.name!r} and {name!r} do not have the same base: {path!r} is drawn from "
+                    "the seed and not trained; train it (lora.trainable), or give both one seed"
+                )
+        return {p: drawn[p] if p in drawn else base.trainable[p] for p in shapes}
+
+
+def _check_alike(base: SharedBase, name: str, trainable: dict[str, Any], frozen: Tree) -> None:
+    """Raise unless the parameters have the paths and shapes of the first member's."""
+    if list(trainable) != list(base.trainable):
+        raise ConfigError(
+            f"{base.name!r} and {name!r} train different parameters in full "
+            f"(lora.trainable, or the method): {list(base.trainable)} and {list(trainable)}; in a "
+            "group they must be the same"
+        )
+    ours, theirs = paths.shapes(base.frozen), paths.shapes(frozen)
+    for path in dict.fromkeys([*ours, *theirs]):
+        if ours.get(path) != theirs.get(path):
+            raise ConfigError(
+                f"{base.name!r} and {name!r} do not have the same base: {path!r} is "
+                f"{ours.get(path, 'missing')} and {theirs.get(path, 'missing')}"
+            )
+
+
+def workload_settings(config: Config) -> str:
+    """Return the fields of a config that may change its model, data and loss, as text."""
+    values = to_dict(config)
+    for field in dataclasses.fields(config):
+        settings = ("lora", "optimizer", "seed", "steps", "evaluate_every")
+        if field.metadata.get("incidental") or field.name in settings:
+            del values[field.name]
+    return str(values)

@@ -1,0 +1,318 @@
+"""Show messages, progress bars, and errors that a user can correct."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import pathlib
+import sys
+import threading
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Self, TypeVar
+
+from lora_jax.system.extras import MissingExtraError, require
+
+require("train", __name__)
+
+import rich.console
+import tyro
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.segment import Segment
+from rich.text import Text
+
+from lora_jax.errors import LoraError, ModelError, told
+from lora_jax.system import allocator, program_cache
+
+T = TypeVar("T")
+
+# Errors that a user can correct; any other error is a bug and shows its traceback.
+USER_ERRORS = (LoraError, ModelError, MissingExtraError, OSError)
+_LESS = "Lower --batch-size, if the command has it, or use a machine with more memory."
+
+
+class Console(rich.console.Console):
+    """The screen, which gets only `printable` text: it may come from strangers."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """Yield what rich yields."""
+        for segment in super().render(renderable, options):
+            shown = segment.text if segment.control else printable(segment.text)
+            yield Segment(shown, segment.style, segment.control)
+
+
+def say(console: rich.console.Console, text: str) -> None:
+    """Print plain text without markup, coloured numbers or wrapped lines.
+
+    Args:
+      console: the console to print to.
+      text: the text.
+    """
+    # Before rich, which drops some control characters and does not show them.
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print plain text on stderr, as `say` does."""
+    say(Console(stderr=True), text)
+
+
+def printable(text: str) -> str:
+    r"""Write out the characters that could command a terminal or change the order of a line.
+
+    These are control characters, marks of direction and others without a shape, and half
+    characters. Letters of all scripts stay, and the two joiners that some scripts need.
+
+    >>> printable("a\tb\n\x1b[2Jc\ud800, \u202ed")
+    'a\tb\n\\x1b[2Jc\\ud800, \\u202ed'
+    """
+
+    def shown(c: str) -> bool:
+        hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        return not hidden or c in "\n\t\u200c\u200d"
+
+    return "".join(c if shown(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def out_of_memory(error: BaseException, cure: str) -> str | None:
+    """Return a message if an error is a lack of memory on the host or on a device, else None.
+
+    Args:
+      error: any error. XLA's type of error names its cause only in its text.
+      cure: how the user can save memory.
+    """
+    lacking = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    if not (lacking or isinstance(error, MemoryError)):
+        return None
+    said = (str(error) or "MemoryError").splitlines()[0][:300]
+    return f"there is not enough memory: {said}\n{cure}"
+
+
+@contextlib.contextmanager
+def quiet_storage() -> Iterator[None]:
+    """Keep Orbax's tracebacks off the screen while a command runs.
+
+    If several of Orbax's operations fail, it raises the first error and abandons the others. Each
+    of these prints a traceback to stderr when it is collected, which would hide the error that
+    counts. These settings affect the whole process, so only commands make them, never the library.
+    """
+    hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("asyncio", "absl")]
+    levels = [logger.level for logger in loggers]
+
+    def shown(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            hook(what)
+
+    sys.unraisablehook = shown
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
+    finally:
+        for thread in threading.enumerate():
+            if type(thread).__module__.startswith("orbax"):  # it is about to print an error
+                threading.Thread.join(thread, 5)  # its own would raise that error
+        gc.collect()  # collect abandoned operations while their tracebacks are not printed
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def read_options(
+    kind: type[T],
+    program: str,
+    description: str | None,
+    arguments: Sequence[str] | None,
+    *,
+    adding: bool = False,
+) -> T:
+    """Return the options of a command as the dataclass `kind`, whose docstrings are its `--help`.
+
+    An option that is given more than once is noted on stderr, because only the last one counts. It
+    is not an error, because scripts append options to a command to change it.
+
+    Args:
+      kind: the dataclass; its fields are the options.
+      program: the name of the command in `--help`.
+      description: the first text of `--help`.
+      arguments: the command line without the program's name. None: sys.argv.
+      adding: whether the values of a repeated option that is a tuple add up.
+
+    Raises:
+      SystemExit: after `--help`, or after the message about an option that is unknown or has a
+        wrong value.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    refuse_empty(given)
+    found = tyro.cli(
+        kind,
+        prog=program,
+        description=description,
+        args=given,
+        config=(tyro.conf.FlagCreatePairsOff, *([tyro.conf.UseAppendAction] if adding else [])),
+    )
+    several = {f"--{f.name}" for f in dataclasses.fields(kind) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
+    names = [a.partition("=")[0].replace("_", "-") for a in given if a.startswith("--")]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1 and not (adding and name in several):
+            times = f"{name} is given {names.count(name)} times"
+            note(f"note: {times}; the last one counts")
+    return found
+
+
+# Options that may be empty. An empty path would be the working directory, or a default.
+_TEXTS = [
+    "--text",
+    "--prompt",
+    "--stop",
+    "--labels",
+    "--data.prompt",
+    "--data.answer",
+    "--data.eos",
+]
+
+
+def refuse_empty(given: Sequence[str]) -> None:
+    """End the process, with the status 2, if an argument is empty as an unset variable leaves it.
+
+    Args:
+      given: the command line.
+    """
+    for before, word in zip(["the first argument", *given], given, strict=False):
+        option, equals, value = word.partition("=") if word[:2] == "--" else (before, "=", word)
+        if equals and not value.strip() and option.replace("_", "-") not in _TEXTS:
+            said = f"error: {option} is empty; is a variable of the shell not set?"
+            say(Console(stderr=True, style="red"), said)
+            raise SystemExit(2)
+
+
+def command(
+    kind: type[T], program: str, about: str | None, run: Callable[[T], None], adding: bool = False
+) -> Callable[[Sequence[str] | None], int]:
+    """Return the `main` of a command: it takes its arguments and returns the exit status.
+
+    Args:
+      kind, program, about, adding: as for `read_options`.
+      run: the command, which gets its options.
+    """
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        given = read_options(kind, program, about, arguments, adding=adding)
+        return guarded(lambda: run(given))
+
+    return main
+
+
+@quiet_storage()  # also while the error is shown, which holds on to the operations that failed
+def guarded(run: Callable[[], None]) -> int:
+    """Run a command.
+
+    Args:
+      run: the command.
+
+    Returns:
+      The exit status: 0 if it is done, or if the reader of stdout has closed it; 1 after an error,
+      which is printed on stderr; 130 after Ctrl-C.
+    """
+    try:
+        allocator.keep()
+        program_cache.enable(note)
+        run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Without this, the flush at Python's exit would raise the error again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        said = told(error) if isinstance(error, USER_ERRORS) else out_of_memory(error, _LESS)
+        if said is None:
+            raise
+        say(Console(stderr=True, style="red"), f"error: {said}")
+        return 1
+    except KeyboardInterrupt:
+        note("Stopped. Everything written before is complete.")
+        return 130
+    return 0
+
+
+class Bar:
+    """A context manager that shows a progress bar on a terminal, and nothing elsewhere."""
+
+    def __init__(
+        self,
+        console: Console,
+        *columns: ProgressColumn,
+        shown: bool = True,
+        transient: bool = False,
+    ) -> None:
+        self.console = console
+        visible = shown and console.is_terminal
+        self.bar = Progress(*columns, console=console, transient=transient, disable=not visible)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print plain text above the bar."""
+        say(self.console, text)
+
+
+class OpeningBar(Bar):
+    """Shows how many adapters are open: a bar on a terminal; elsewhere ten lines, if many."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            console, TextColumn("opening"), BarColumn(), MofNCompleteColumn(), transient=True
+        )
+        self._task = self.bar.add_task("", total=None)
+
+    def count(self, number: int, total: int) -> None:
+        """Show that `number` of `total` adapters are open."""
+        self.bar.update(self._task, completed=number, total=total)
+        tenth = total >= 20 and number * 10 // total > (number - 1) * 10 // total
+        if tenth and not self.console.is_terminal:
+            self.say(f"opened {number} of {total} adapters")
+
+
+class _Rate(ProgressColumn):
+    """A column with the number of units per second."""
+
+    def render(self, task: Task) -> Text:
+        """Return a text such as `1,234 texts  56/s`."""
+        count, seconds = task.fields["count"], max(task.elapsed or 0.0, 1e-9)
+        return Text(f"{count:,} {task.fields['unit']}  {count / seconds:,.0f}/s")
+
+
+class FileBar(Bar):
+    """A progress bar for the lines of a file, with the file's size as its length if it is known."""
+
+    def __init__(self, console: Console, file: str | None, unit: str) -> None:
+        """Show a bar for `file`, whose lines are `unit`; None shows no bar."""
+        columns: list[Any] = [BarColumn(), _Rate(), TimeRemainingColumn()]
+        super().__init__(console, *columns, shown=file is not None, transient=True)
+        path = None if file is None else pathlib.Path(file)
+        total = path.stat().st_size if path is not None and path.is_file() else None
+        self._task = self.bar.add_task("", total=total, unit=unit, count=0)
+        self._count = 0
+
+    def advance(self, size: int) -> None:
+        """Count one more line, of `size` bytes."""
+        self._count += 1
+        self.bar.update(self._task, advance=size, count=self._count)

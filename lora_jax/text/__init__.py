@@ -1,5 +1,0 @@
-"""Texts of examples: their fields, templates that use them, and their tokens."""
-
-from lora_jax.extras import require
-
-require("train", __name__, "tokenizers")
