@@ -16,10 +16,7 @@ LAYOUT = lora_jax.resolve(LoraSpec(8, 16.0, ("w", "v")), F, PARAMS, jnp.ones((2,
 
 
 def test_a_is_gaussian_with_variance_one_over_fan_in_and_b_is_zero() -> None:
-    """Factor a is Gaussian with variance 1 / fan_in, and b is zero.
-
-    Red if a is uniform, if fan_out replaces fan_in, or if b starts from other values.
-    """
+    """Factor a is Gaussian with variance 1 / fan_in, and b is zero."""
     adapters = lora_jax.init(jax.random.key(0), LAYOUT)
     for target in LAYOUT.targets:
         a, b = adapters[target.path]
@@ -31,10 +28,7 @@ def test_a_is_gaussian_with_variance_one_over_fan_in_and_b_is_zero() -> None:
 
 
 def test_each_target_draws_from_its_own_path() -> None:
-    """The first values of a target depend on its path alone.
-
-    Red if they depend on the other targets of the layout, or if two targets share numbers.
-    """
+    """The first values of a target depend on its path alone."""
     both = lora_jax.init(jax.random.key(0), LAYOUT)
     alone = lora_jax.init(jax.random.key(0), LAYOUT.subset("v"))
     assert (both["v"].a == alone["v"].a).all()

@@ -88,10 +88,7 @@ def test_steps_have_no_page_faults(faults: dict[str, tuple[str, int]]) -> None:
 
 @pytest.mark.parametrize(("side", "kept"), [("off", "False"), ("imported", "None")])
 def test_nothing_is_kept_unasked(faults: dict[str, tuple[str, int]], side: str, kept: str) -> None:
-    """Memory is not kept unless `keep` is called and the variable allows it.
-
-    Red if the variable is not read, or if an import calls mallopt.
-    """
+    """Memory is not kept unless `keep` is called and the variable allows it."""
     assert faults[side][0] == kept
     assert faults[side][1] > PAGES / 2
 
@@ -114,10 +111,7 @@ def test_a_share_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("reason", ["musl", "accelerator", "tunables"])
 def test_nothing_is_done_elsewhere(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is set under another libc, with an accelerator, or with the user's own tunables.
-
-    Red if one of the three conditions is dropped: mallopt would be called here.
-    """
+    """Nothing is set under another libc, with an accelerator, or with the user's own tunables."""
     monkeypatch.setenv(allocator.VARIABLE, "0.5")
     monkeypatch.setattr(allocator, "_set", lambda values: pytest.fail("mallopt was called"))
     if reason == "musl":

@@ -42,10 +42,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("name", "kind", "scheme"), TABLE)
 def test_the_law(name: str, kind: str, scheme: str | None) -> None:
-    """`adapt` equals `merge` for every program, kind and base of the table.
-
-    Red if a rule moves W without its gain or its codes, or puts a gain on the wrong axes.
-    """
+    """`adapt` equals `merge` for every program, kind and base of the table."""
     law = Law(cases.REGISTRY[name](), kind, scheme)
     for got, want in zip(law.got, law.want, strict=True):
         assert_near(got, want)
@@ -64,20 +61,14 @@ def assert_near(got: Any, want: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_gain_that_cannot_follow_is_refused(name: str) -> None:
-    """A program that combines outputs of different gains is refused.
-
-    Red if a sum over outputs treats their gains as equal.
-    """
+    """A program that combines outputs of different gains is refused."""
     with pytest.raises(lora_jax.LoraError, match="no low-rank rule"):
         _ = Law(cases.REGISTRY[name](), "dora").got
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_a_quantised_base_without_adapters(name: str) -> None:
-    """A quantised weight works in a function that has no adapters.
-
-    Red if only an adapted weight may be quantised.
-    """
+    """A quantised weight works in a function that has no adapters."""
     case = cases.REGISTRY[name]()
     layout = lora_jax.resolve(
         lora_jax.LoraSpec(2, targets=case.targets), case.f, case.params, *case.args, **case.kwargs

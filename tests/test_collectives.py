@@ -142,11 +142,7 @@ def whole_weights(name: str) -> set[int]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_collective_moves_a_whole_weight_over_tensor(name: str) -> None:
-    """No collective over the tensor axis moves a whole weight.
-
-    Red if a kernel is sharded so that its product needs the whole kernel: along an axis that is not
-    the heads', or an embedding looked up along a sharded axis without the sum.
-    """
+    """No collective over the tensor axis moves a whole weight."""
     found = collectives(gradient(name, TENSOR, RANKS[0]))
     assert found
     assert not [i for i in found if sizes_of(i) & whole_weights(name)]
@@ -161,10 +157,7 @@ def test_no_collective_moves_a_whole_weight_over_tensor(name: str) -> None:
 def test_adapters_add_collectives_of_their_rank_alone(
     name: str, sizes: tuple[int, int, int]
 ) -> None:
-    """Adapters add only collectives whose shapes contain the rank.
-
-    Red if the order of the low-rank product makes it move activations of full width.
-    """
+    """Adapters add only collectives whose shapes contain the rank."""
 
     def counted(rank: int | None) -> Counter[Any]:
         return Counter((i.kind, i.operand) for i in collectives(gradient(name, sizes, rank)))
@@ -185,10 +178,7 @@ def test_adapters_add_collectives_of_their_rank_alone(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_gradient_of_a_weight(name: str) -> None:
-    """No product has the size of a weight, or of one device's shard of a weight.
-
-    Red if the gradient of a weight is computed.
-    """
+    """No product has the size of a weight, or of one device's shard of a weight."""
     sizes = {size // n for size in whole_weights(name) for n in (1, 2, 4, 8)}
     products = [i for i in gradient(name, ALL, RANKS[0]).instructions if i.kind == "dot"]
     assert products

@@ -80,10 +80,7 @@ def test_a_top_level_value_is_refused_as_well() -> None:
 
 
 def test_an_option_that_is_given_twice_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """An option that is given twice causes a note, except where its values add up.
-
-    Red if the last value wins without a note. Adapters and prompts add up.
-    """
+    """An option that is given twice causes a note, except where its values add up."""
     assert parse("--lora.rank", "4", "--steps", "2", "--lora.rank=8").lora.rank == 8
     assert capsys.readouterr().err == "note: --lora.rank is given 2 times; the last one counts\n"
     asked = ["--adapter", "a", "--adapter", "b", "--batch-size", "1", "--batch-size", "2"]
@@ -105,10 +102,7 @@ def test_an_option_that_is_given_twice_is_said(capsys: pytest.CaptureFixture[str
 def test_every_command_says_what_is_given_twice(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, main: Any, words: list[str]
 ) -> None:
-    """Each command notes an option that is given twice.
-
-    Red if a command calls `tyro.cli` itself.
-    """
+    """Each command notes an option that is given twice."""
     given = [*words, "--out", str(tmp_path / "a"), f"--out={tmp_path / 'b'}"]
     assert main(given) == 1
     said = capsys.readouterr().err.split("error: ")[0]
@@ -116,10 +110,7 @@ def test_every_command_says_what_is_given_twice(
 
 
 def test_one_reader_of_options() -> None:
-    """Only `console.py` reads options with tyro.
-
-    Red if a command calls `tyro.cli` itself, and so loses a repeated option without a note.
-    """
+    """Only `console.py` reads options with tyro."""
     package = pathlib.Path(command_line.__file__).parents[1]
     using = {p.name for p in package.rglob("*.py") if "tyro.cli(" in p.read_text()}
     assert using == {"console.py", "config_fields.py"}  # config_fields.py reads single values
@@ -128,10 +119,7 @@ def test_one_reader_of_options() -> None:
 def test_a_model_that_is_not_there_leaves_the_directory_to_others(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
-    """A run that stops before it finds its model does not claim the directory.
-
-    Red if the same command with the right path fails with "holds a run of another config".
-    """
+    """A run that stops before it finds its model does not claim the directory."""
     run = tmp_path / "run"
     assert train.main(["--model.reference", str(tmp_path / "none"), "--run-dir", str(run)]) == 1
     assert "none is neither a folder nor a .gguf file" in capsys.readouterr().err
@@ -165,10 +153,7 @@ def every_field(kind: type, prefix: str = "") -> list[str]:
 
 
 def test_every_field_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
-    """The help of each option has words.
-
-    Red if a field has no docstring: the help then shows its name and its default alone.
-    """
+    """The help of each option has words."""
     with pytest.raises(SystemExit):
         parse("--help")
     blocks = capsys.readouterr().out.replace("│", " ").split("--")

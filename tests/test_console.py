@@ -22,10 +22,7 @@ from tests.training.runs import OWN
 def test_names_of_strangers_do_not_command_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Control characters in names from a file do not reach the terminal.
-
-    Red if the name of a tensor in a stranger's file clears the screen or writes to the clipboard.
-    """
+    """Control characters in names from a file do not reach the terminal."""
     name = "a\x1b]52;c;eA==\x07b\x9b2J\r\x08"
     file = io.StringIO()
     console.say(Console(file=file, force_terminal=True), f"{name}c\nd")
@@ -58,10 +55,7 @@ class Said:
 def test_options_of_one_value_that_are_repeated_are_noted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A note names each option whose earlier values are lost.
-
-    Red if there is a note although all values are kept, or no note although one is lost.
-    """
+    """A note names each option whose earlier values are lost."""
     given = ["--image", "a", "--image=b", "--out", "x", "--out", "y"]
     found = console.read_options(Said, "test", None, given, adding=True)
     assert found == Said(("a", "b"), "y")
@@ -74,10 +68,7 @@ def test_options_of_one_value_that_are_repeated_are_noted(
 def test_a_lack_of_memory_is_an_error_with_a_cure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    """Running out of memory gives an error message with a cure.
-
-    Red if XLA's error reaches the user as a traceback.
-    """
+    """Running out of memory gives an error message with a cure."""
 
     def large(*_: object) -> None:
         jax.block_until_ready(jax.jit(lambda: jnp.zeros(2**46, jnp.uint8))())

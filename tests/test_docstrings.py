@@ -140,10 +140,7 @@ def explained_below(cls: type) -> set[str]:
 
 @pytest.mark.parametrize("name", SYMBOLS)
 def test_a_public_symbol_explains_its_parameters(name: str) -> None:
-    """Every public symbol has a docstring that explains each of its parameters.
-
-    Red if a public function gets a parameter that its Args do not name.
-    """
+    """Every public symbol has a docstring that explains each of its parameters."""
     value = SYMBOLS[name]
     doc = inspect.getdoc(value) or ""
     # For a class without a docstring, dataclasses and NamedTuples write `Name(field, ...)`.
@@ -215,10 +212,7 @@ def faults(path: pathlib.Path) -> list[str]:
 
 
 def test_plain_english() -> None:
-    """Docstrings and comments do not use the words and openings above.
-
-    Red if a docstring begins with `Where the`, or a comment has the word `beside`.
-    """
+    """Docstrings and comments do not use the words and openings above."""
     folders = ("lora_jax", "configs", "experiments", "measuring")
     folders += ("tests", "benchmarks", "docs", ".ci")
     files = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
@@ -227,9 +221,6 @@ def test_plain_english() -> None:
 
 
 def test_what_is_meant_is_there() -> None:
-    """Each exception in MEANT still occurs in its file.
-
-    Red if the sentence of an exception was rewritten.
-    """
+    """Each exception in MEANT still occurs in its file."""
     for file, what in MEANT:
         assert what in " ".join((ROOT / file).read_text().split()), f"{file}: {what}"

@@ -46,10 +46,7 @@ NOT_FLOAT = {
 @pytest.mark.parametrize("fold", [(), ("w",)], ids=["plain", "folded"])
 @pytest.mark.parametrize("name", NOT_FLOAT)
 def test_a_target_that_is_not_float_is_refused_by_its_dtype(name: str, fold: Any) -> None:
-    """A target whose dtype is not floating is refused, and the error names the dtype.
-
-    Red if `resolve` accepts it: factors would be rounded to codes, or lose their imaginary part.
-    """
+    """A target whose dtype is not floating is refused, and the error names the dtype."""
     f, params, dtype = NOT_FLOAT[name]
     with pytest.raises(LoraError, match=f"'w'(.|\n)*{dtype}"):
         lora_jax.resolve(LoraSpec(2, 4.0, "w", fold=fold), f, params, X)
@@ -83,10 +80,7 @@ def mixed_dot(p: Any, x: Any) -> Any:
 
 
 def test_float32_weights_keep_their_factors_in_float32_against_bfloat16_inputs() -> None:
-    """Factors stay in the dtype of W where the product itself casts x to the dtype of W.
-
-    Red if the factors are cast to x's dtype there.
-    """
+    """Factors stay in the dtype of W where the product itself casts x to the dtype of W."""
     f = lambda p, x: jnp.tanh(mixed_dot(p, x)) @ p["head"]  # noqa: E731
     params = {"w": normal(2, 6, 8), "head": HEAD}
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "w"), f, params, X)

@@ -75,10 +75,7 @@ def assert_law(law: Law) -> None:
 @pytest.mark.parametrize("kind", ["lora", "gained", "dora"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_base_and_a_kind_from_outside(name: str, kind: str) -> None:
-    """A base and a kind of update from outside the package follow the law.
-
-    Red if some part of the evaluator asks for a base or a kind by its type.
-    """
+    """A base and a kind of update from outside the package follow the law."""
     law = Law(cases.REGISTRY[name](), kind)
     to_ternary(law)
     assert_law(law)
@@ -87,10 +84,7 @@ def test_a_base_and_a_kind_from_outside(name: str, kind: str) -> None:
 @pytest.mark.parametrize("base", [None, "ternary", "nf4"])
 @pytest.mark.parametrize("kind", ["lora", "gained", "dora"])
 def test_a_kernel_with_a_gradient_rule_of_its_own(kind: str, base: str | None) -> None:
-    """A kernel with a gradient rule of its own follows the law once its rule is registered.
-
-    Red if `registered` leaves out the rule of `my_gmm`.
-    """
+    """A kernel with a gradient rule of its own follows the law once its rule is registered."""
     law = Law(gmm_case(), kind, "nf4" if base == "nf4" else None)
     assert [t.stack for t in law.layout.targets] == [(0,), ()]
     if base == "ternary":

@@ -57,10 +57,7 @@ def test_a_pattern_that_matches_nothing() -> None:
 
 @pytest.mark.parametrize("tx", [optax.adamw(1e-2, weight_decay=0.1), optax.adafactor(1e-2)])
 def test_training_adapters_and_head_leaves_w0_bit_identical(tx: Any) -> None:
-    """Training the adapters and the head leaves W0 identical, bit for bit.
-
-    Red if W0 gets a gradient or weight decay: it would move, or leave optimizer state of its shape.
-    """
+    """Training the adapters and the head leaves W0 identical, bit for bit."""
     before = np.array(PARAMS["body"]["w"])
     trained, rest = frozen.split(PARAMS, ("head/**",))
     trainable = {"adapters": lora_jax.init(jax.random.key(0), LAYOUT), "base": trained}

@@ -175,7 +175,7 @@ CHECKOUT: dict[str, set[str]] = {
 def test_folders_of_a_checkout(folder: str) -> None:
     """Folders of a checkout import one another only as the table allows.
 
-    The wheel holds `lora_jax` alone. Red if benchmarks import from experiments.
+    The wheel holds `lora_jax` alone.
     """
     known = {"configs", "train", "experiments", "benchmarks", "measuring", "tests"}
     for path in sources(folder):
@@ -261,10 +261,7 @@ def test_five_libraries_are_required() -> None:
 
 
 def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing extra gives one error with the command that installs it.
-
-    Red if a room that needs an extra imports from it before it calls `require`.
-    """
+    """A missing extra gives one error with the command that installs it."""
     for room in ("training", "data", "sweeps", "planner", "serving", "report"):
         assert "require(" in (PACKAGE / room / "__init__.py").read_text()
     find = importlib.util.find_spec
@@ -274,10 +271,7 @@ def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_importing_it_loads_only_what_jax_and_numpy_load() -> None:
-    """Importing lora_jax loads no library that JAX and NumPy do not load.
-
-    Red if optax, Flax, Orbax or etils is imported before it is used.
-    """
+    """Importing lora_jax loads no library that JAX and NumPy do not load."""
     program = (
         "import sys, jax, numpy, jax.numpy, jax.experimental\n"
         "before = {name.split('.')[0] for name in sys.modules}\n"
@@ -335,10 +329,7 @@ def defined_types(path: pathlib.Path) -> set[str]:
 
 
 def test_one_type_for_each_name() -> None:
-    """Each name of a type has one definition in the package.
-
-    Red if there is a second class `Options`, or a second `Batch = ...`, anywhere in the package.
-    """
+    """Each name of a type has one definition in the package."""
     where: dict[str, list[str]] = {}
     for path in sources("lora_jax"):
         for name in defined_types(path):

@@ -28,10 +28,7 @@ def large(deep: str = WORDS, kind: str = "lora", parts: tuple[tuple[int, int], .
 
 
 def test_a_large_layout_is_a_few_short_lines() -> None:
-    """Layers with equal targets share a line, and every line fits the width.
-
-    Red if each weight has its own line, if a column has no limit, or if the total counts lines.
-    """
+    """Layers with equal targets share a line, and every line fits the width."""
     layout = large()
     text = str(layout)
     lines = text.splitlines()
@@ -46,10 +43,7 @@ def test_a_large_layout_is_a_few_short_lines() -> None:
 
 
 def test_long_columns_are_broken_and_lose_nothing() -> None:
-    """A column that is too long is wrapped, and its text stays complete.
-
-    Red if a path or a kind is cut off.
-    """
+    """A column that is too long is wrapped, and its text stays complete."""
     deep = "/".join(f"tower_{name}" for name in "abcdefghijklmn")
     parts = tuple((64 * i, 32) for i in range(8))
     text = str(large(deep, parts=parts))
@@ -59,10 +53,7 @@ def test_long_columns_are_broken_and_lose_nothing() -> None:
 
 
 def test_a_group_is_the_pattern_of_its_paths_and_of_no_other() -> None:
-    """The pattern of a group matches the paths of the group and no other path.
-
-    Red if groups are joined although they differ in two places at once.
-    """
+    """The pattern of a group matches the paths of the group and no other path."""
     alike = {f"a/{i}/{name}/w": (i < 2 or name == "v") for i in range(4) for name in "qvk"}
     alike |= {"a/0/q": True, "b": True, "a/1/q": True, "b/{x}": True, "b/{y}": True}
     found = path_groups.group(alike)

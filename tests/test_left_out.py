@@ -193,11 +193,7 @@ NO_REVERSE = {"in_a_pallas_kernel"}
 @pytest.mark.parametrize("last", [False, True], ids=["then_a_head", "last"])
 @pytest.mark.parametrize("name", list(REGISTRY))
 def test_a_kernel_is_a_target_or_named(name: str, last: bool) -> None:
-    """Each kernel is a target, or is named as left out with a reason.
-
-    Red if a walk loses a kernel behind an operation, or takes the layer before it for the head. If
-    the product is the last one, its kernels are left out as the output head.
-    """
+    """Each kernel is a target, or is named as left out with a reason."""
     f, params = program(name, last)
     layout = lora_jax.resolve(LoraSpec(2, 4.0), f, params, X)
     paths = {t.path for t in layout.targets}
@@ -212,10 +208,7 @@ def test_a_kernel_is_a_target_or_named(name: str, last: bool) -> None:
 
 @pytest.mark.parametrize("name", sorted({*REGISTRY} - NO_REVERSE))
 def test_a_named_kernel_can_be_adapted_by_the_cure(name: str) -> None:
-    """A kernel that was left out can be adapted by a rule with its axes, and a fold.
-
-    Red if `fold` works only where the trace finds the axes by itself.
-    """
+    """A kernel that was left out can be adapted by a rule with its axes, and a fold."""
     f, params = program(name, last=False)
     stack = tuple(range(params["w"].ndim - 2))
     rule = Rule("w", stack=stack, inputs=(len(stack),), outputs=(len(stack) + 1,))
@@ -271,10 +264,7 @@ def test_what_is_left_out_is_printed_and_saved() -> None:
 
 
 def test_explicit_targets_leave_nothing_out() -> None:
-    """A layout of explicit targets has an empty list of parameters that are left out.
-
-    Red if the list names parameters that the user's patterns do not match.
-    """
+    """A layout of explicit targets has an empty list of parameters that are left out."""
     f, params = program("normalised", last=False)
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "first"), f, params, X)
     assert not layout.left_out

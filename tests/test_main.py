@@ -9,10 +9,7 @@ from lora_jax.system.extras import MissingExtraError
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """The help has a line for each command.
-
-    Red if a command is added without one.
-    """
+    """The help has a line for each command."""
     assert command.main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(f"\n    {name} " in said for name in command.COMMANDS)
@@ -25,10 +22,7 @@ def test_an_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_train_is_train_py(capsys: pytest.CaptureFixture[str]) -> None:
-    """`lora-jax train` passes its arguments to train.py.
-
-    Red if the arguments are lost, or if the program calls itself train.py.
-    """
+    """`lora-jax train` passes its arguments to train.py."""
     with pytest.raises(SystemExit) as end:
         command.main(["train", "--config", "configs/own_model.py", "--help"])
     assert end.value.code == 0

@@ -33,10 +33,7 @@ def test_merge_against_float64_by_hand() -> None:
 
 
 def test_a_bfloat16_base_is_summed_in_float32_and_rounded_once() -> None:
-    """An update of a bfloat16 base is added in float32, and the sum is rounded once.
-
-    Red if the sum is formed in bfloat16: this update would vanish or double.
-    """
+    """An update of a bfloat16 base is added in float32, and the sum is rounded once."""
     w = jnp.full((4, 4), 256.0, jnp.bfloat16)  # neighbours in bfloat16: 255, 258
     f = lambda p, x: x @ p["w"]  # noqa: E731
     layout = lora_jax.resolve(LoraSpec(1, 1.0, "w"), f, {"w": w}, jnp.ones((1, 4), jnp.bfloat16))
@@ -47,10 +44,7 @@ def test_a_bfloat16_base_is_summed_in_float32_and_rounded_once() -> None:
 
 
 def test_float32_adapters_over_a_bfloat16_base() -> None:
-    """Outputs keep the dtype of the base, and gradients the dtype of the adapters.
-
-    Red if the cast is left out.
-    """
+    """Outputs keep the dtype of the base, and gradients the dtype of the adapters."""
     w = jnp.ones((8, 4), jnp.bfloat16)
     f = lambda p, x: x @ p["w"]  # noqa: E731
     x = jnp.ones((3, 8), jnp.bfloat16)
@@ -64,10 +58,7 @@ def test_float32_adapters_over_a_bfloat16_base() -> None:
 
 
 def test_a_quantised_base_is_merged_where_it_stands_or_into_the_original() -> None:
-    """An update is merged into the dequantised base, or into the original weight.
-
-    Red if a merged leaf is quantised again, or if the two bases are confused.
-    """
+    """An update is merged into the dequantised base, or into the original weight."""
     layout = lora_jax.Layout((lora_jax.Target("w", (6, 5), (), (0,), (1,), 2, 4.0),))
     original = jax.random.normal(jax.random.key(0), (6, 5))
     scale = jnp.abs(original).max() / 3

@@ -36,10 +36,7 @@ pathlib.Path(out).write_text(json.dumps(found))
 
 
 def test_a_second_command_compiles_nothing(tmp_path: pathlib.Path) -> None:
-    """A third command compiles nothing after two commands filled the cache at the same time.
-
-    Red if a command does not enable the cache, or does not bound its size.
-    """
+    """A third command compiles nothing after two commands filled the cache at the same time."""
     base = tiny.write_model(tmp_path / "base", tiny.LLAMA)
     script, cache = tmp_path / "generate.py", tmp_path / "cache"
     script.write_text(PROGRAM)
@@ -74,10 +71,7 @@ def no_cache() -> Iterator[None]:
 
 
 def test_a_cache_of_the_user_is_left_alone() -> None:
-    """A cache that the user has chosen stays as it is.
-
-    Red if JAX_COMPILATION_CACHE_DIR, which the tests set, is overwritten.
-    """
+    """A cache that the user has chosen stays as it is."""
     folder = jax.config.jax_compilation_cache_dir
     assert folder
     assert program_cache.enable(print) is None
@@ -111,10 +105,7 @@ def _full(*_: Any, **__: Any) -> None:
 
 
 def test_what_a_killed_process_left_is_deleted(tmp_path: pathlib.Path) -> None:
-    """A file that a killed process left unfinished is deleted.
-
-    Red if it stays: JAX could neither use it nor make room for others.
-    """
+    """A file that a killed process left unfinished is deleted."""
     for name in ("whole-cache", "whole-atime", "half-cache"):
         (tmp_path / name).write_text("x")
     program_cache._drop_unfinished(tmp_path)
@@ -123,10 +114,7 @@ def test_what_a_killed_process_left_is_deleted(tmp_path: pathlib.Path) -> None:
 
 
 def test_machines_have_folders_of_their_own(tmp_path: pathlib.Path) -> None:
-    """Each model of processor and instruction set has a folder of its own.
-
-    Red if one of the two is left out. The clock rate does not count.
-    """
+    """Each model of processor and instruction set has a folder of its own."""
 
     def named(flags: str, mhz: int = 2000, model: str = "EPYC") -> str:
         text = f"model name\t: {model}\ncpu MHz\t: {mhz}\nflags\t: {flags}\n"

@@ -33,10 +33,7 @@ def paths_of(layout: lora_jax.Layout) -> list[str]:
 
 
 def test_all_linear_takes_every_product_but_the_output_head() -> None:
-    """The spec "all-linear" adapts every product except the output head.
-
-    Red if the head or a bias is adapted, or if the second product of a residual is left out.
-    """
+    """The spec "all-linear" adapts every product except the output head."""
     assert paths_of(resolved("all-linear")) == ["body/first", "body/second"]
 
 
@@ -62,10 +59,7 @@ def test_the_head_is_found_behind_a_loss_and_inside_calls() -> None:
 
 
 def test_the_first_matching_rule_wins() -> None:
-    """A parameter takes the first rule that matches it.
-
-    Red if a later rule overwrites an earlier one, or if a rule's rank or alpha is dropped.
-    """
+    """A parameter takes the first rule that matches it."""
     layout = resolved(Rule("**/first", rank=3, alpha=1.5), Rule("body/{first,second}", alpha=8.0))
     first, second = layout.targets
     assert (first.rank, first.scale) == (3, 0.5)
@@ -93,10 +87,7 @@ def test_no_targets_is_an_empty_layout() -> None:
 
 
 def test_json_round_trip_and_hash() -> None:
-    """`from_json(to_json(x)) == x`.
-
-    Red if the text leaves out a field.
-    """
+    """`from_json(to_json(x)) == x`."""
     layout = resolved(Rule("body/first", rank=3), "head", fold=("head",))
     again = lora_jax.Layout.from_json(layout.to_json())
     assert again == layout
@@ -153,10 +144,7 @@ def test_alphas_that_are_none(alpha: Any) -> None:
     ],
 )
 def test_a_row_that_goes_on_as_a_value_is_a_lookup(f: Any) -> None:
-    """A row that is used as a value is looked up, so its weight gets the axes of a lookup.
-
-    Red if the row is followed as a part of its weight into an operation that takes no weight.
-    """
+    """A row that is used as a value is looked up, so its weight gets the axes of a lookup."""
     (target,) = resolved("head", f=f).targets
     assert (target.stack, target.inputs, target.outputs) == ((), (1,), (0,))
 
@@ -168,10 +156,7 @@ def test_a_rank_above_the_smaller_side() -> None:
 
 
 def test_an_operation_without_a_rule_names_itself_and_the_cure() -> None:
-    """The error for an operation without a rule names the operation, its line and the cure.
-
-    Red if the weight is folded although nobody asked, or left out without an error.
-    """
+    """The error for an operation without a rule names the operation, its line and the cure."""
 
     def regularised(p: Any, x: Any) -> Any:
         return mlp(p, x).sum() + (p["body"]["first"] ** 2).sum()

@@ -161,10 +161,7 @@ def depthwise(p: Any, x: Any) -> Any:
 
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_a_depthwise_kernel_that_is_reshaped(multiplier: int) -> None:
-    """The axes of a depthwise kernel keep their roles through the reshape.
-
-    Red if the axis of size 1 loses its role, or if the channels become inputs.
-    """
+    """The axes of a depthwise kernel keep their roles through the reshape."""
     params, x = {"w": normal(0, 3, 3, 4, multiplier)}, normal(1, 2, 5, 5, 4)
     layout = law(depthwise, params, x, targets="w")
     target = layout["w"]
@@ -218,10 +215,7 @@ def on_each_platform(p: Any, x: Any) -> Any:
 
 
 def test_branches_by_platform_stay_branches_by_platform() -> None:
-    """The adapted function chooses among branches by platform, as the original does.
-
-    Red if the branch of another platform is lowered on this one.
-    """
+    """The adapted function chooses among branches by platform, as the original does."""
     params = {"w": normal(0, 6, 8)}
     layout = lora_jax.resolve(LoraSpec(2, 4.0, "w"), on_each_platform, params, X)
     adapters = laws.drawn_adapters(layout)
@@ -292,10 +286,7 @@ def refusal(f: Any) -> str | None:
     ids=["pad", "mul", "select_n", "clip"],
 )
 def test_operations_are_reported_at_the_line_of_the_user(change: Any) -> None:
-    """An error names the user's line, also inside a jitted function of jax.numpy.
-
-    Red if it names the line of that function. An operation that gets a rule is not reported.
-    """
+    """An error names the user's line, also inside a jitted function of jax.numpy."""
 
     def f(p: Any, x: Any) -> Any:
         return x @ change(p["w"]) + x @ p["w"]

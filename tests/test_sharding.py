@@ -109,11 +109,7 @@ def foreign() -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("traced", [True, False])
 def test_automatic_placement_of_a_foreign_model(mesh: tuple[int, int, int], traced: bool) -> None:
-    """A device holds at most 5 % more than its share of the bytes.
-
-    Red if the bytes to spare are not counted (small parameters are never sharded), or if no axis is
-    divided.
-    """
+    """A device holds at most 5 % more than its share of the bytes."""
     f, params, ids = foreign()
     placed = sharding.place(params, sizes(mesh), call=(f, (ids,)) if traced else None)
     assert share(params, placed, sizes(mesh)) <= 1.05
@@ -172,10 +168,7 @@ def linen(**kwargs: Any) -> Any:
 
 
 def test_metadata_of_linen_is_honoured() -> None:
-    """The metadata of Linen decides before the automatic rule, which would choose (fsdp, tensor).
-
-    Red if `place` does not look for boxes.
-    """
+    """The metadata of Linen decides before the automatic rule, which would choose (fsdp, tensor)."""
     kernel = nn.with_partitioning(nn.initializers.zeros, ("tensor", None))
     model = nn.Dense(16, kernel_init=kernel)
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8)))
@@ -211,10 +204,7 @@ def test_an_unknown_name_in_metadata_is_an_error() -> None:
 
 
 def test_the_arrays_of_every_kind_follow_the_weights() -> None:
-    """The arrays of each kind are sharded as the axes of W that they belong to.
-
-    Red if the axes of a kind are not used: the magnitude of DoRA is sharded as the outputs of W.
-    """
+    """The arrays of each kind are sharded as the axes of W that they belong to."""
     form = ((3, 8, 9), (0,), (1,), (2,))
     kinds = ("dora", "vera", "loha", "lokr", "bias")
     targets = [lora_jax.Target(k, *form, 2, 2.0, kind=k) for k in kinds]
@@ -234,10 +224,7 @@ def test_the_arrays_of_every_kind_follow_the_weights() -> None:
 
 
 def test_adapters_follow_the_weights() -> None:
-    """Factors are sharded as the axes of W: a as stack and inputs, b as stack and outputs.
-
-    Red if the rank is sharded, if a stack is dropped, or if inputs and outputs are exchanged.
-    """
+    """Factors are sharded as the axes of W: a as stack and inputs, b as stack and outputs."""
 
     def f(p: Any, x: Any) -> Any:
         def layer(x: Any, w: Any) -> Any:

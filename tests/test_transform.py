@@ -124,10 +124,7 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
 
 
 def test_outputs_equal_those_of_the_merged_weights(law: Law) -> None:
-    """The adapted function has the outputs of the function on merged weights.
-
-    Red if a rule drops the scale, or contracts the wrong axis of a or b.
-    """
+    """The adapted function has the outputs of the function on merged weights."""
     want = law.want[0]
     assert_close(law.got[0], want)
     outputs = zip(*map(jax.tree.leaves, (law.base, want)), strict=True)
@@ -136,30 +133,20 @@ def test_outputs_equal_those_of_the_merged_weights(law: Law) -> None:
 
 
 def test_gradients_equal_those_of_the_merged_weights(law: Law) -> None:
-    """The adapted function has the derivatives by the adapters of the merged one.
-
-    Red if a rule stops the gradient (a stop_gradient on h, a wrong custom rule).
-    """
+    """The adapted function has the derivatives by the adapters of the merged one."""
     assert_close(law.got[1], law.want[1])
     assert any(np.any(x) for x in jax.tree.leaves(law.got[1]))
 
 
 def test_gradients_of_the_inputs_equal_those_of_the_merged_weights(law: Law) -> None:
-    """The adapted function has the input gradients of the function on merged weights.
-
-    Red if the low-rank product gives x no cotangent, or a wrong one.
-    """
+    """The adapted function has the input gradients of the function on merged weights."""
     if law.x is None:
         pytest.skip("no floating input, or no reverse mode")
     assert_close(law.got[2], law.want[2])
 
 
 def test_no_product_has_the_shape_of_a_weight(law: Law) -> None:
-    """Neither a @ b nor a gradient of W is formed, forward or backward.
-
-    Red if a rule folds its weight. The same count on the merged weights finds both, so the test can
-    see them.
-    """
+    """Neither a @ b nor a gradient of W is formed, forward or backward."""
     targets = law.layout.targets
     sizes = {t.fan_in * t.fan_out for t in targets}
 
@@ -174,11 +161,7 @@ def test_no_product_has_the_shape_of_a_weight(law: Law) -> None:
 
 
 def test_composes_with_outer_transformations(law: Law) -> None:
-    """The adapted function works eagerly, in `eval_shape`, and in `vmap` over adapters of one base.
-
-    Red if a rule needs values. Only programs of a few operations run eagerly, because each
-    operation is then compiled by itself.
-    """
+    """The adapted function works eagerly, in `eval_shape`, and in `vmap` over adapters of one base."""
     params, adapters = law.case.params, law.adapters
     if law.case.name.startswith("bare_"):
         assert_close(law.fast(params, adapters), law.want[0])
@@ -196,20 +179,14 @@ def test_composes_with_outer_transformations(law: Law) -> None:
 
 
 def test_the_first_output_is_the_base(law: Law) -> None:
-    """With b = 0, the adapted function has the outputs of the base.
-
-    Red if b starts from other values, or if the base product is computed in another way.
-    """
+    """With b = 0, the adapted function has the outputs of the base."""
     fresh = lora_jax.init(jax.random.key(0), law.layout)
     got = law.derive_fast(law.case.params, fresh, law.x)[0]
     assert_close(got, law.base, tolerance=1e-6)
 
 
 def test_resolve_needs_shapes_only(law: Law) -> None:
-    """`resolve` works on shapes without values.
-
-    Red if it reads a value of a parameter.
-    """
+    """`resolve` works on shapes without values."""
     case = law.case
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case.params)
     spec = lora_jax.LoraSpec(RANK, 3.0 * RANK, case.targets)
@@ -218,10 +195,7 @@ def test_resolve_needs_shapes_only(law: Law) -> None:
 
 @pytest.mark.parametrize("name", ["linen_attention", "bare_ragged_dot", "linen_conv_grouped"])
 def test_forward_mode_and_second_derivatives(name: str) -> None:
-    """The fast path has forward mode and second derivatives.
-
-    Red if it is a custom VJP: JAX then has no forward mode, and so no curvature.
-    """
+    """The fast path has forward mode and second derivatives."""
     law = Law(cases.REGISTRY[name]())
     tangent = jax.tree.map(jnp.cos, law.adapters)
 
@@ -236,10 +210,7 @@ def test_forward_mode_and_second_derivatives(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bare_scan", "bare_fused_reshape", "linen_scan_remat"])
 def test_the_same_function_traced_twice_gives_the_same_jaxpr(name: str) -> None:
-    """Tracing a function twice gives the same jaxpr.
-
-    Red if names of axes are numbered on from one trace to the next.
-    """
+    """Tracing a function twice gives the same jaxpr."""
     law = Law(cases.REGISTRY[name]())
     case = law.case
     first, second = (

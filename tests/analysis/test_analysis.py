@@ -80,11 +80,7 @@ def trained() -> tuple[Any, Any, list[Any]]:
 
 @pytest.mark.parametrize("of", analysis.subspaces.SIDES)
 def test_phi_is_what_full_matrices_give(of: Any) -> None:
-    """Each phi equals the value that the full matrices give, for each side and both orders.
-
-    Red if left and right singular vectors are exchanged, if a sum is not cumulative, or with max
-    for min.
-    """
+    """Each phi equals the value that the full matrices give, for each side and both orders."""
     small, large = trained()[2]
     for one, two in ((WIDE, OTHER), (OTHER, WIDE), (small, large)):
         found = analysis.similarity(one, two, of)
@@ -101,10 +97,7 @@ def test_phi_is_what_full_matrices_give(of: Any) -> None:
 
 
 def test_an_adapter_is_all_of_itself() -> None:
-    """The phi of an adapter with itself is 1 on the diagonal.
-
-    Red if it divides by i instead of min(i, j), or gives NaN where every direction exists.
-    """
+    """The phi of an adapter with itself is 1 on the diagonal."""
     for of in analysis.subspaces.SIDES:
         for found in analysis.similarity(OTHER, OTHER, of).values():
             diagonal = np.diagonal(found, axis1=-2, axis2=-1)
@@ -127,10 +120,7 @@ def test_random_gaussians_share_max_over_d() -> None:
 
 
 def test_a_direction_that_does_not_exist_is_nan() -> None:
-    """A direction whose singular value is zero gives NaN.
-
-    Red if `directions` returns the arbitrary vectors that LAPACK chooses for it.
-    """
+    """A direction whose singular value is zero gives NaN."""
     layout, adapters = WIDE
     path = "matrix"
     a = jnp.asarray(adapters[path].a).at[:, 2].set(0)
@@ -143,10 +133,7 @@ def test_a_direction_that_does_not_exist_is_nan() -> None:
 
 
 def test_spectra_are_those_of_the_full_update() -> None:
-    """`spectrum` gives the values, energy and effective rank of the full update.
-
-    Red if the scale is left out, or if the entropy is of the squares.
-    """
+    """`spectrum` gives the values, energy and effective rank of the full update."""
     for layout, adapters in (WIDE, OTHER, *trained()[2]):
         found = analysis.spectrum(layout, adapters)
         for target in layout.targets:
@@ -176,10 +163,7 @@ def weights(layout: Layout, seed: int = 9) -> dict[str, jax.Array]:
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_amplification_is_what_full_matrices_give(rank: int | None) -> None:
-    """The norms of an amplification equal those from full matrices.
-
-    Red if U and V are exchanged, or if all directions of the target count where `rank` is two.
-    """
+    """The norms of an amplification equal those from full matrices."""
     base, pairs = trained()[1:]
     cases = [(WIDE, weights(WIDE[0])), (OTHER, weights(OTHER[0]))]
     cases += [(pair, base) for pair in pairs]
@@ -224,10 +208,7 @@ def test_the_random_row_is_the_mean_of_draws() -> None:
 
 
 def test_iterated_directions_are_those_of_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Iteration finds LAPACK's directions, also where the spectrum has no gap.
-
-    Red if one block replaces the growing space.
-    """
+    """Iteration finds LAPACK's directions, also where the spectrum has no gap."""
     monkeypatch.setattr(analysis.matrices, "EXACT", 16)
     gaussian = np.random.default_rng(3).standard_normal((300, 200))
     falling = gaussian @ np.diag(0.9 ** np.arange(200))
@@ -279,10 +260,7 @@ def test_iterated_directions_where_the_space_is_used_up(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("rank", [None, 1, 4])
 def test_extract_is_as_near_as_any_adapter(rank: int | None) -> None:
-    """The extracted adapter is as near to the change as any adapter of its rank can be.
-
-    Red if the scale is applied twice, if slices are in another order, or with the squared norm.
-    """
+    """The extracted adapter is as near to the change as any adapter of its rank can be."""
     layout = OTHER[0]
     base, tuned = weights(layout, 1), weights(layout, 2)
     found = analysis.extract(layout, base, tuned, rank)
@@ -302,10 +280,7 @@ def test_extract_is_as_near_as_any_adapter(rank: int | None) -> None:
 
 
 def test_extract_gives_an_adapter_back() -> None:
-    """Extracting a merged adapter gives back its whole update.
-
-    Red if the layout's alpha is kept with scale 1.
-    """
+    """Extracting a merged adapter gives back its whole update."""
     layout, adapters = WIDE
     base = weights(layout)
     merged = lora_jax.merge(layout, base, adapters)
@@ -317,10 +292,7 @@ def test_extract_gives_an_adapter_back() -> None:
 
 
 def test_extract_says_what_no_adapter_holds() -> None:
-    """`extract` reports the change of parameters that no adapter holds.
-
-    Red if `untargeted` stays empty.
-    """
+    """`extract` reports the change of parameters that no adapter holds."""
     layout = WIDE[0]
     base = {**weights(layout), "bias": jnp.zeros(3), "norm": jnp.ones(2)}
     tuned = {**base, "bias": jnp.array([3.0, 0.0, 4.0])}

@@ -114,7 +114,7 @@ def test_it_is_private_whatever_the_umask(umask: int, cache: pathlib.Path) -> No
 
 
 def test_a_private_cache_is_used(cache: pathlib.Path) -> None:
-    """The cache below a folder with the sticky bit, such as /tmp, is used. Red if none is."""
+    """The cache below a folder with the sticky bit, such as /tmp, is used."""
     cache.parent.chmod(0o1777)
     said: list[str] = []
     assert program_cache.enable(said.append) == cache / "programs" / program_cache.machine()

@@ -52,10 +52,7 @@ CASES = [
 def test_no_command_writes_through_a_link(
     name: str, entry: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whether the command goes on or stops, what the link leads to stays as it was.
-
-    Red if the command opens the entry by its name and not with `lora_jax.system.whole_files`.
-    """
+    """Whether the command goes on or stops, what the link leads to stays as it was."""
     before, command, _ = COMMANDS[name]
     run, outside = tmp_path / "run", tmp_path / "outside"
     if before is not None:
@@ -82,7 +79,7 @@ def main_of(arguments: list[str]) -> int:
 
 
 def test_a_whole_file_replaces_a_link(tmp_path: pathlib.Path) -> None:
-    """The link itself is replaced. Red if `write` opens the path to write to it."""
+    """The link itself is replaced."""
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     whole_files.write(tmp_path / "link", b"new")
@@ -104,7 +101,7 @@ def test_a_whole_file_enters_no_link(depth: int, tmp_path: pathlib.Path) -> None
 
 
 def test_the_users_own_folder_may_be_a_link(tmp_path: pathlib.Path) -> None:
-    """The folder that the user named is followed. Red if `below` is opened with O_NOFOLLOW."""
+    """The folder that the user named is followed."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     whole_files.write(tmp_path / "runs" / "a" / "file", b"new", below=tmp_path / "runs")
@@ -120,10 +117,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_a_killed_write_left_is_deleted(tmp_path: pathlib.Path) -> None:
-    """The next write of the same file deletes it, but not what another process is writing.
-
-    Red if `_delete_abandoned` asks for no lock, or `write` calls it for other files' names.
-    """
+    """The next write of the same file deletes it, but not what another process is writing."""
     names = [f".writing-{name}-0123abcd" for name in ("file", "file", "other")]
     names[1] += "e"
     for name in names:

@@ -36,10 +36,7 @@ def expanded(records: np.ndarray, kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_dense_is_what_the_gguf_package_expands(kind: str) -> None:
-    """Each kind of block expands to the numbers that the gguf package gives.
-
-    Red if nibbles are in pairs, if Q4_K adds its minimum, or if high bits are shifted by 2 less.
-    """
+    """Each kind of block expands to the numbers that the gguf package gives."""
     records = blocks(kind)
     want = expanded(records, kind)
     w = base(records, kind)

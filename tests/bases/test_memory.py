@@ -57,10 +57,7 @@ def compiled(name: str, scheme: str) -> Any:
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 @pytest.mark.parametrize("name", ["unrolled", "indexed", "scanned"])
 def test_temporaries_do_not_grow_by_a_dense_weight_per_layer(name: str, scheme: str) -> None:
-    """The temporaries of a step do not grow by a dequantised weight for each layer.
-
-    Red if `Deferred.use` does not call `_after`, or is `fn(self.dense(), x)`.
-    """
+    """The temporaries of a step do not grow by a dequantised weight for each layer."""
     temporary = compiled(name, scheme).memory_analysis().temp_size_in_bytes
     assert temporary < 0.5 * LAYERS * DENSE
 
@@ -68,10 +65,7 @@ def test_temporaries_do_not_grow_by_a_dense_weight_per_layer(name: str, scheme: 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 @pytest.mark.parametrize("name", ["unrolled", "indexed", "scanned", "experts"])
 def test_residuals_are_x_and_codes(name: str, scheme: str) -> None:
-    """The residuals of a product are x and codes.
-
-    Red if JAX differentiates a product by itself, because its residual is then W.
-    """
+    """The residuals of a product are x and codes."""
     g, params, adapters, x = program(name, scheme)
     _, pull = jax.vjp(lambda adapters, x: g(params, adapters, x), adapters, x)
     kept = [leaf for leaf in jax.tree.leaves(pull) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -80,10 +74,7 @@ def test_residuals_are_x_and_codes(name: str, scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_no_weight_is_a_constant_of_the_program(scheme: str) -> None:
-    """The codes of a weight are arguments of the program and not constants.
-
-    Red if codes are closed over: XLA folds them to floats.
-    """
+    """The codes of a weight are arguments of the program and not constants."""
     program_bytes = compiled("unrolled", scheme).memory_analysis()
     _, params, adapters, x = program("unrolled", scheme)
     inputs = bytes_of((params, adapters, x))
@@ -92,10 +83,7 @@ def test_no_weight_is_a_constant_of_the_program(scheme: str) -> None:
 
 
 def test_forward_mode_second_derivatives_and_mixed_batches() -> None:
-    """A quantised base has forward mode, second derivatives and mixed batches.
-
-    Red if `Deferred.use` is a `custom_vjp`, which has no forward mode.
-    """
+    """A quantised base has forward mode, second derivatives and mixed batches."""
     f = lambda params, x: jnp.tanh(x @ params["w"])  # noqa: E731
     w = jax.random.normal(jax.random.key(0), (8, 4))
     x = jax.random.normal(jax.random.key(1), (3, 8))

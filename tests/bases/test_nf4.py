@@ -52,10 +52,7 @@ def test_bytes_of_bitsandbytes(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_dense_is_what_bitsandbytes_dequantises(case: str) -> None:
-    """The dequantised weight equals that of bitsandbytes.
-
-    Red if a scale is cast to bfloat16 before the product, or if codes are in another order.
-    """
+    """The dequantised weight equals that of bitsandbytes."""
     base, want, state = quantised(case)
     dense = base.dense()
     assert dense.dtype == state["dtype"] and dense.shape == want["w"].T.shape
@@ -102,10 +99,7 @@ def test_second_implementation(shape: tuple[int, int]) -> None:
 
 
 def test_double_quantisation_of_a_stack_is_that_of_each_layer() -> None:
-    """Double quantisation of a stack equals that of each layer.
-
-    Red if two layers share an offset, or a block of 256 scales.
-    """
+    """Double quantisation of a stack equals that of each layer."""
     w = jax.random.normal(jax.random.key(0), (3, 2, 320, 24)) * jnp.arange(1.0, 7).reshape(
         3, 2, 1, 1
     )

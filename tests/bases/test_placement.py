@@ -50,11 +50,7 @@ BOTH, LEAD = P(None, "tensor", "fsdp"), P(None)
 
 
 def test_outputs_are_rows_and_inputs_are_columns() -> None:
-    """Outputs are the rows of the stored arrays, and inputs are their columns.
-
-    Red if rows and columns are exchanged, if the stack axis is forgotten, or if a scale for each
-    row is sharded by columns.
-    """
+    """Outputs are the rows of the stored arrays, and inputs are their columns."""
     placed = P(None, "fsdp", "tensor")
     assert specs(quantised("nf4", *STACK), placed) == [BOTH, BOTH]
     assert specs(quantised("nf4", *STACK, double=True), placed) == [BOTH, BOTH, LEAD, LEAD, LEAD]
@@ -73,10 +69,7 @@ def test_the_first_of_several_output_axes_cuts_the_rows() -> None:
 
 
 def test_a_block_is_never_cut() -> None:
-    """A shard never ends inside a block: 128 inputs are two blocks.
-
-    Red if whole bytes are checked and not whole blocks.
-    """
+    """A shard never ends inside a block: 128 inputs are two blocks."""
     base = quantised("nf4", (128, 64), (), (0,), (1,))
     with pytest.raises(LoraError, match=r"4 shards over fsdp would cut a block.* 1, 2 shards"):
         specs(base, P("fsdp", "tensor"))
@@ -90,10 +83,7 @@ def test_a_block_is_never_cut() -> None:
 
 @pytest.mark.parametrize("spec", [P(None, "fsdp", "tensor"), P("tensor"), P(None, None, "fsdp")])
 def test_the_placement_of_the_floats_is_found_again(spec: P) -> None:
-    """The placement of the dequantised weight is found from the placements of codes and scales.
-
-    Red if either direction leaves out `order`.
-    """
+    """The placement of the dequantised weight is found from the placements of codes and scales."""
     grid = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     shape, *roles = (4, 256, 512), (0,), (1,), (2,)
     for scheme in ("nf4", "int8"):

@@ -40,10 +40,7 @@ def matrices_of(target: Target, array: Any) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_the_first_step_is_the_base(method: Any, kind: str) -> None:
-    """The merged first step equals the base.
-
-    Red if the scale is left out, or if the residual is of factors other than the stored ones.
-    """
+    """The merged first step equals the base."""
     layout = targets(kind)
     params = weights(layout)
     start = lora_jax.init_from_base(layout, params, method)
@@ -193,10 +190,7 @@ def test_what_cannot_begin_so() -> None:
 
 
 def test_dora_has_the_lengths_of_the_whole_weight() -> None:
-    """The magnitudes of DoRA are the lengths of W's columns.
-
-    Red if they are the lengths of the residual's columns.
-    """
+    """The magnitudes of DoRA are the lengths of W's columns."""
     layout = Layout((forms.as_kind(WIDE, "dora"),))
     start = lora_jax.init_from_base(layout, {"w": weight(WIDE)})
     np.testing.assert_allclose(

@@ -39,11 +39,7 @@ def scanned(remat: bool) -> Any:
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_main_directions_of_every_layer(remat: bool) -> None:
-    """`a` has the main directions of each layer's inputs, over all batches.
-
-    Red if only the first batch counts, if layers share their moments, or with the smallest
-    directions.
-    """
+    """`a` has the main directions of each layer's inputs, over all batches."""
     f, params = scanned(remat)
     batches = [(stretched(i, 4, 5, IN),) for i in range(3)]
     layout = lora_jax.resolve(LoraSpec(2, 4.0, ("up", "down")), f, params, *batches[0])

@@ -47,7 +47,7 @@ def folder_bytes(path: Path) -> int:
 
 
 def test_restore_is_the_inverse_of_save(tmp_path: Path, trained: Any) -> None:
-    """`restore` inverts `save`. Red if a dtype, a factor or a field of the layout is lost."""
+    """`restore` inverts `save`."""
     layout, adapters = trained
     lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     again_layout, again, _ = lora_jax.restore(tmp_path / "a")
@@ -57,7 +57,7 @@ def test_restore_is_the_inverse_of_save(tmp_path: Path, trained: Any) -> None:
 
 
 def test_every_kind_is_saved_with_its_own_arrays(tmp_path: Path) -> None:
-    """Each kind keeps its arrays. Red if the arrays are assumed to be a and b."""
+    """Each kind keeps its arrays."""
     kinds = ("lora", "dora", "vera", "loha", "lokr", "bias")
     targets = [
         lora_jax.Target(f"layer/{k}", (3, 8, 6), (0,), (1,), (2,), 2, 2.0, kind=k) for k in kinds
@@ -107,7 +107,7 @@ def test_an_empty_layout_and_a_head_alone(tmp_path: Path) -> None:
 
 
 def test_restore_onto_a_mesh(tmp_path: Path, trained: Any) -> None:
-    """Arrays have the given shardings. Red if `restore` ignores the argument."""
+    """Arrays have the given shardings."""
     layout, adapters = trained
     lora_jax.save(tmp_path / "a", Adapter(layout, adapters))
     auto = (jax.sharding.AxisType.Auto,)
@@ -178,8 +178,7 @@ def everything(folder: Path) -> tuple[Any, Any, Any]:
 
 @pytest.mark.filterwarnings(ABANDONED)
 def test_whatever_is_damaged_is_an_error_or_the_same_numbers(tmp_path: Path) -> None:
-    """A file that is missing, cut or has a flipped bit gives an error or the same numbers. Red if
-    it gives other numbers."""
+    """A file that is missing, cut or has a flipped bit gives an error or the same numbers."""
     whole = saved(tmp_path / "whole")
     refused = set()
     for file in sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file()):
@@ -243,7 +242,7 @@ def test_what_was_trained_beside_is_not_the_base(tmp_path: Path) -> None:
 
 
 def test_no_fingerprint_to_compare_with(tmp_path: Path) -> None:
-    """It is refused unless allowed. Red if a base that cannot be compared passes unnoticed."""
+    """It is refused unless allowed."""
     folder = saved(tmp_path / "a")
     with pytest.raises(LoraError, match="no fingerprint"):
         lora_jax.restore(folder, params=BASE)
@@ -251,8 +250,7 @@ def test_no_fingerprint_to_compare_with(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_taken_before_is_as_good_as_the_base(tmp_path: Path) -> None:
-    """A fingerprint can stand for the base in a comparison. Red if parameters that were trained in
-    full count as base, or if `allow_other_base` has no effect."""
+    """A fingerprint can stand for the base in a comparison."""
     folder = saved(tmp_path / "a", fingerprint=lora_jax.fingerprint(BASE))
     adapter.SavedAdapter.open(folder).check_base(
         lora_jax.fingerprint({**BASE, "head": jnp.ones(9)})

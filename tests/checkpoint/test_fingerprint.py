@@ -57,10 +57,7 @@ def by_xla(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("small", [-1, MODULE.SMALL])
 def test_the_definition(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hash equals its definition, in NumPy for small arrays and in XLA.
-
-    Red if an axis has the wrong stride, or if a seed or a shift changes.
-    """
+    """The hash equals its definition, in NumPy for small arrays and in XLA."""
     monkeypatch.setattr(MODULE, "SMALL", small)
     x = weights()
     words = [int(w) for w in x.view(np.uint32).ravel()]
@@ -75,10 +72,7 @@ def test_the_definition(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_arrays_have_the_hash_of_large_ones(
     dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NumPy gives small arrays the hash that XLA would give them.
-
-    Red if bits have another width, or if all real parts of complex numbers come first.
-    """
+    """NumPy gives small arrays the hash that XLA would give them."""
     x = jnp.asarray(3 * np.random.default_rng(1).standard_normal(shape)).astype(dtype)
     found = digests([x])
     monkeypatch.setattr(MODULE, "SMALL", -1)
@@ -116,10 +110,7 @@ def test_no_weight_is_gathered() -> None:
 
 
 def test_no_copy_is_made() -> None:
-    """A fingerprint needs no memory for a copy of the weights.
-
-    Red if XLA writes the terms of the sum to memory.
-    """
+    """A fingerprint needs no memory for a copy of the weights."""
     compiled = _sums.lower(jax.ShapeDtypeStruct((256, 1024), jnp.float32), True).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1024
 
@@ -134,10 +125,7 @@ def test_every_bit_counts(bit: int, place: int) -> None:
 
 
 def test_places_count() -> None:
-    """The places of numbers count.
-
-    Red if the hash leaves out the index.
-    """
+    """The places of numbers count."""
     x = weights()
     x[0, 0, 0], x[7, 3, 5] = x[7, 3, 5], x[0, 0, 0]
     assert digests([jnp.asarray(x)]) != digests([jnp.asarray(weights())])

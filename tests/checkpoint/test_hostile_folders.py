@@ -327,7 +327,7 @@ def test_what_is_saved_is_read(tmp_path: pathlib.Path) -> None:
 def test_too_many_files_or_folders(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[pathlib.Path], None]
 ) -> None:
-    """Empty folders count as files do. Red if only files are counted."""
+    """Empty folders count as files do."""
     folder = saved(tmp_path / "a")
     for i in range(100):
         make(folder / str(i))

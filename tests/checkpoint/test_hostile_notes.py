@@ -49,10 +49,7 @@ def test_a_fingerprint_that_is_not_one(tmp_path: Path, stored: Any) -> None:
 
 @pytest.mark.parametrize("field", ["stack", "fold", "parts", "part_axis"])
 def test_a_layout_with_an_object_in_it(tmp_path: Path, field: str) -> None:
-    """A layout with an object in place of a value is refused.
-
-    Red if it is restored: no program would accept it as a static argument.
-    """
+    """A layout with an object in place of a value is refused."""
 
     def change(data: Any) -> None:
         layout = json.loads(data["notes"]["layout"])

@@ -23,10 +23,7 @@ def test_a_save_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_save_deletes_what_killed_saves_left(tmp_path: Path) -> None:
-    """The rest of killed saves of a folder goes with the next save, and nothing else does.
-
-    Red if nothing is deleted, or if a folder goes whose name only begins in the same way.
-    """
+    """The rest of killed saves of a folder goes with the next save, and nothing else does."""
     layout = lora_jax.Layout((lora_jax.Target("w", (3, 4), (), (0,), (1,), rank=2, alpha=4.0),))
     rest = ["a.orbax-checkpoint-tmp", "a.new.orbax-checkpoint-tmp-1", "a.old.deleted-12"]
     others = ["ab.orbax-checkpoint-tmp", "a.new", "a.txt.orbax-checkpoint-tmp", "xa.deleted-1"]

@@ -46,10 +46,7 @@ def saved(folder: pathlib.Path, count: int) -> list[str]:
 def test_each_manifest_is_read_once(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opening three adapters reads three manifests, counts each, and gives what each alone is.
-
-    Red if the notes are read apart from the arrays.
-    """
+    """Opening three adapters reads three manifests, counts each, and gives what each alone is."""
     folders, read, steps = saved(tmp_path, 3), list[str](), list[tuple[int, int]]()
     plain = storage.read_manifest
 

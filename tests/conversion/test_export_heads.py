@@ -51,7 +51,6 @@ def opened(run: GoldenRun, folder: pathlib.Path, name: str, labels: int) -> Any:
 def test_a_head_that_transformers_does_not_have_is_refused(
     name: str, pooling: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red if the folder is written: PEFT opens most of them, and computes something else."""
     run = write_run(tmp_path / "run", name, pooling=pooling, spec=SPEC)
     for format in ("peft", "hf"):
         assert export(run, tmp_path / "out", "--format", format) == 1
@@ -67,7 +66,6 @@ def test_a_head_that_transformers_does_not_have_is_refused(
 def test_a_head_that_transformers_has_goes_out(
     name: str, labels: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red if a part of the head is missing in the folder, or under another name."""
     spec = LoraSpec(2, 3.0, "vit/encoder/**/kernel") if name.startswith("vit") else SPEC
     classes = tuple("abcde"[:labels]) if labels > 1 else ()
     run = write_run(tmp_path / "run", name, labels=classes, spec=spec)
@@ -81,7 +79,6 @@ def test_a_head_that_transformers_has_goes_out(
 def test_a_head_that_was_trained_in_part_is_refused(
     frozen: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red if the base's part of the head, or none, takes the place of the run's."""
     run = write_run(tmp_path / "run", "bert", spec=SPEC)
     about = restore_about(run.folder)
     part = {path: x for path, x in run.adapter.trainable.items() if path != frozen}
@@ -96,7 +93,6 @@ def test_a_head_that_was_trained_in_part_is_refused(
 def test_a_run_without_factors_is_no_adapter(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Red if a folder is written that PEFT does not open (BitFit, the head alone)."""
     run = write_run(tmp_path / "run", "bert", spec=SPEC)
     about = restore_about(run.folder)
     head = lora_jax.Adapter(lora_jax.Layout(()), {}, run.adapter.trainable)

@@ -61,11 +61,7 @@ def golden(name: str) -> tuple[list[list[int]], np.ndarray]:
 
 
 def test_a_classifier_predicts_as_peft(imported: Imported, tmp_path: pathlib.Path) -> None:
-    """A classifier predicts PEFT's probabilities; its pooler has an update in PEFT's file.
-
-    Red if the head lacks that update or the base's bias, with another pooling, or with labels in
-    another order.
-    """
+    """A classifier predicts PEFT's probabilities; its pooler has an update in PEFT's file."""
     run = imported("bert", "bert", "--labels", "x", "y", "z")
     ids, logits = golden("bert")
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -83,10 +79,7 @@ def test_a_classifier_predicts_as_peft(imported: Imported, tmp_path: pathlib.Pat
 def test_a_decoder_computes_what_peft_computes(
     scan: bool, imported: Imported, models_folder: pathlib.Path
 ) -> None:
-    """A decoder computes PEFT's logits, with scanned layers or without.
-
-    Red if `about` does not say `scan_layers`.
-    """
+    """A decoder computes PEFT's logits, with scanned layers or without."""
     run = imported("plain", "llama", *(["--scan-layers"] if scan else []))
     ids, logits = golden("plain")
     served = served_adapters.open_adapters([str(run)], models.DecoderConfig)
@@ -113,11 +106,7 @@ def test_a_decoder_generates(imported: Imported, tmp_path: pathlib.Path) -> None
 def test_modules_to_save_come_along(
     imported: Imported, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An output head and a norm that PEFT saved are imported with the factors.
-
-    Red if only factors are written, if generation uses the base's head, or if the base is served
-    with the adapter's head.
-    """
+    """An output head and a norm that PEFT saved are imported with the factors."""
     run = imported("saved", "llama")
     saved = lora_jax.restore(run / "adapters/best").trainable
     assert sorted(saved) == ["lm_head/kernel", "norm/scale"]
@@ -145,11 +134,7 @@ def test_a_report_says_where_it_came_from(
 
 
 def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path, capsys: Any) -> None:
-    """Export, import and predict give the same answers as the run itself.
-
-    Red if `about` is not read from the file, or if a pooling that the file does not name is
-    guessed.
-    """
+    """Export, import and predict give the same answers as the run itself."""
     weights = tiny.write_model(tmp_path / "model", tiny.ROBERTA)
     source = classifiers.examples(tmp_path / "data", lambda k: "abc"[k], ("line",))
     config = classifiers.config_of(weights, source, fields=("line",), pooling="roberta_head")
@@ -176,10 +161,7 @@ def test_a_run_that_went_out_predicts_the_same(tmp_path: pathlib.Path, capsys: A
 def test_a_folder_names_its_base_only_if_that_is_here(
     models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    """A folder's base is opened only if it is a local folder.
-
-    Red if a reference is opened because the adapter names it and a folder has the same name.
-    """
+    """A folder's base is opened only if it is a local folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hub:some/one").mkdir(parents=True)
     shutil.copytree(bases.adapter("plain"), tmp_path / "adapter")
@@ -253,10 +235,7 @@ def test_one_import_at_a_time(
 def test_a_killed_import_goes_on(
     left: str, models_folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """The same command replaces what a kill or a full disk has left of it.
-
-    Red if any folder in `adapters` counts as a finished import.
-    """
+    """The same command replaces what a kill or a full disk has left of it."""
     (tmp_path / "run" / left).mkdir(parents=True)
     (tmp_path / "run/lock").touch()
     given = ["import", bases.adapter("plain"), "--base", str(models_folder / "llama")]
@@ -267,10 +246,7 @@ def test_a_killed_import_goes_on(
 def test_a_run_is_not_overwritten(
     imported: Imported, models_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
-    """A run is overwritten only if an import wrote it and the user asks.
-
-    Red if --overwrite deletes files that no import has written.
-    """
+    """A run is overwritten only if an import wrote it and the user asks."""
     run = shutil.copytree(imported("plain", "llama"), tmp_path / "run")
     given = ["import", bases.adapter("rslora"), "--base", str(models_folder / "llama")]
     before = lora_jax.restore(run / "adapters/best").layout

@@ -71,8 +71,7 @@ def test_errors_name_file_and_line(tmp_path: Path, name: str, text: str, message
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_a_file_that_is_not_utf8(tmp_path: Path, name: str) -> None:
-    """A file that is not UTF-8 is an error. Red if the whole file is decoded at once: the error
-    would name neither file nor line."""
+    """A file that is not UTF-8 is an error."""
     good = "text\nfirst\n" if name == "a.csv" else '{"text": "first"}\n'
     last = "caf\xe9\n" if name == "a.csv" else '{"text": "caf\xe9"}\n'
     (tmp_path / name).write_bytes(good.encode() + last.encode("latin-1"))
@@ -92,8 +91,7 @@ def test_a_field_that_nobody_uses_may_be_missing(tmp_path: Path, words: Tokenize
 
 @pytest.mark.parametrize("value", [None, ["a", "b"], [{"role": "user", "content": "hi"}], {}])
 def test_a_text_that_is_none(tmp_path: Path, words: Tokenizer, value: Any) -> None:
-    """A value that is not a text is an error. Red if the text is `str(value)`: a run would learn
-    Python's way to write a list."""
+    """A value that is not a text is an error."""
     rows = [{"text": "w1", "label": 0}, {"text": value, "label": 1}]
     name = written(tmp_path / "a.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(DataError, match=r"a\.jsonl:2: 'text', which data.text_fields names, is "):

@@ -84,11 +84,7 @@ def by_hand(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_llama_cpps_rules_give_the_merged_model(name: str, tmp_path: Path) -> None:
-    """`W + alpha / rank * B A` on the base's own file is the model that `merge` makes.
-
-    Red if rows of q and k have Hugging Face's order, if the rows of k are divided by the number of
-    q's heads, if a factor is transposed, or if alpha belongs to another rank.
-    """
+    """`W + alpha / rank * B A` on the base's own file is the model that `merge` makes."""
     model, folder = built_in(name), GOLDEN / "golden_models" / name
     base = write_gguf(folder, tmp_path / "base.gguf", name)
     tables = ("embed/embedding", "lm_head/kernel") if name == "llama" else ()
@@ -153,10 +149,7 @@ def scanned_function(p: Any, x: Any) -> Any:
 
 
 def test_ranks_scales_tables_and_half_precision(tmp_path: Path) -> None:
-    """Targets may differ in rank and scale, tables may be adapted, and float16 loses little.
-
-    Red if all targets share one alpha, or if an embedding uses the axes of the other factor.
-    """
+    """Targets may differ in rank and scale, tables may be adapted, and float16 loses little."""
     model = built_in("llama")
     rules = (
         Rule("**/q/kernel", rank=3, alpha=4.0),

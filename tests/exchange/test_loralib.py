@@ -68,11 +68,7 @@ X = jnp.ones((2, 6))
 @pytest.mark.parametrize("enabled", [(True, False, True), (True, True, True), (False, True, False)])
 @pytest.mark.parametrize("form", ["scanned", "unrolled"])
 def test_merged_linear(form: str, enabled: tuple[bool, ...]) -> None:
-    """The parts of a MergedLinear become factors of their own, for each choice of parts.
-
-    Red if the groups of lora_A are interleaved, or if the parts move to the places of the first
-    ones.
-    """
+    """The parts of a MergedLinear become factors of their own, for each choice of parts."""
     n = sum(enabled)
     state = {}
     for i in range(2):
@@ -144,10 +140,7 @@ def state() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("in_a_file", [False, True])
 def test_linear_embedding_and_convolution(in_a_file: bool, tmp_path: Path) -> None:
-    """Factors of a linear layer, an embedding and a convolution are read, and biases replaced.
-
-    Red if the product of a Conv2d has another order, or if the bias is added.
-    """
+    """Factors of a linear layer, an embedding and a convolution are read, and biases replaced."""
     model, s = layers(), state()
     source: Any = s
     if in_a_file:

@@ -34,7 +34,6 @@ LEGITIMATE = [
 
 @pytest.mark.parametrize("pattern", LEGITIMATE)
 def test_a_pattern_matches_what_re_matches(pattern: str) -> None:
-    """Red if a shape of patterns is refused, or matched otherwise than by `re`."""
     asked = {"whole": (patterns.WHOLE, [pattern]), "start": ("(.*x)?{}", [pattern])}
     found = patterns.first_matches({"whole": asked["whole"]}, NAMES)
     wanted = {name: (pattern, None) for name in NAMES if re.fullmatch(pattern, name)}
@@ -84,7 +83,6 @@ KEYS: dict[str, Any] = {
 def test_a_slow_pattern_is_an_error(
     key: str, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red if a pattern is matched in this process, where nothing can end it."""
     monkeypatch.setattr(patterns, "SECONDS", 0.4)
     config = peft_config.parse({"peft_type": "LORA", **KEYS[key](pattern)})
     with pytest.raises(lora_jax.LoraError, match=rf"{key}.*took more than 0.4 s.*as a list"):
@@ -92,7 +90,6 @@ def test_a_slow_pattern_is_an_error(
 
 
 def test_a_greedy_pattern_is_an_error() -> None:
-    """Red if the process has no limit of memory."""
     with pytest.raises(lora_jax.LoraError, match=r"target_modules: .*(took more|MemoryError)"):
         patterns.first_matches({"target_modules": ("{}", ["(?:(x)|.)*"])}, ["a" * 30_000_000])
 
@@ -106,7 +103,6 @@ def test_what_is_not_a_pattern_is_an_error(pattern: str) -> None:
 
 
 def test_many_names_of_many_modules_are_found_at_once() -> None:
-    """Red if each module is compared with each name: 10^10 comparisons."""
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(100_000)]
     settings = {
         "peft_type": "LORA",

@@ -146,10 +146,7 @@ def agrees(got: Deltas, want: Deltas) -> bool:
 def test_portable_is_read_alike(
     name: str, consumer: str, model: Model, adapters: Any, tmp_path: Path
 ) -> None:
-    """Every server reads the same weights from a portable folder.
-
-    Red if a scale is not folded into the factors, if a rank is not padded, or if alpha is 16.0.
-    """
+    """Every server reads the same weights from a portable folder."""
     adapter = adapters[name]
     options: Any = {"profile": "portable", "params": model.params}
     peft.save(tmp_path / "a", model.names, adapter, base="b", **options)
@@ -204,6 +201,6 @@ def test_what_is_printed(model: Model, adapters: Any, tmp_path: Path) -> None:
 
 
 def test_the_largest_rank_without_one() -> None:
-    """A rank that is missing or null is PEFT's default, 8. Red if null is compared to a number."""
+    """A rank that is missing or null is PEFT's default, 8."""
     assert consumers.largest_rank({}) == consumers.largest_rank({"r": None}) == 8
     assert consumers.largest_rank({"r": None, "rank_pattern": {"q": 9}}) == 9

@@ -139,10 +139,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_named(name: str, good: Path, tmp_path: Path) -> None:
-    """Each fault is an error that names the file and the key.
-
-    Red if one of these folders is read without an error.
-    """
+    """Each fault is an error that names the file and the key."""
     change, file, key = WRONG[name]
     start = time.monotonic()
     with pytest.raises(lora_jax.LoraError, match=rf"(?s){file}.*{key}"):

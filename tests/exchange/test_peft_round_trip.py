@@ -67,11 +67,7 @@ def scanned_function(p: Any, x: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(kind: str, tmp_path: Path) -> None:
-    """Each kind of update keeps the merged weights.
-
-    Red if a factor belongs to another layer, if a scale is lost, or if a magnitude is along the
-    wrong axis.
-    """
+    """Each kind of update keeps the merged weights."""
     w = np.random.default_rng(2).standard_normal((3, 6, 6))
     params = {"layers": {"up": {"kernel": jnp.asarray(w, jnp.float32)}}}
     model = Model(scanned_function, params, {"layers/up/kernel": "h.{layer}.up"}, X)
@@ -99,11 +95,7 @@ def test_biases_with_and_without_the_base(tmp_path: Path) -> None:
 
 
 def test_ranks_alphas_and_scalings(tmp_path: Path) -> None:
-    """Ranks, alphas and scalings that differ from target to target are kept.
-
-    Red if one use_rslora of PEFT stands for targets that differ, or if alpha belongs to another
-    module.
-    """
+    """Ranks, alphas and scalings that differ from target to target are kept."""
     model = built_in("llama")
     rules = (
         Rule("**/q/kernel", rank=3, alpha=4.0),
@@ -125,10 +117,7 @@ def test_heads_norms_and_tables(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_head_trained_in_full(tmp_path: Path) -> None:
-    """A head that was trained in full is saved as PEFT's whole module.
-
-    Red if a kernel is not transposed, or if PEFT would miss the bias.
-    """
+    """A head that was trained in full is saved as PEFT's whole module."""
     model = built_in("bert")
     kernel = flat(model.params)["classifier/out/kernel"]
     adapter = drawn(model, LoraSpec(2, 3.0, "**/query/kernel"))
@@ -200,10 +189,7 @@ def outputs(model: Model, adapter: lora_jax.Adapter) -> np.ndarray:
     ],
 )  # fmt: skip
 def test_fused_and_separate(writer: str, reader: str, kind: str, tmp_path: Path) -> None:
-    """A fused and a separate tree of the same function read each other's adapters.
-
-    Red if the rows of q are used for the rows of k.
-    """
+    """A fused and a separate tree of the same function read each other's adapters."""
     one, two = FORMS[writer], FORMS[reader]
     fused_ours = set(flat(one.params)) == {"qkv/kernel"}
     parts = {"whole": None, "q_v": ((0, 8), (12, 4)), "ranks": ((0, 8), (8, 4), (12, 4))}
@@ -230,10 +216,7 @@ def test_parts_that_are_read_have_factors_of_their_own(tmp_path: Path) -> None:
 
 
 def test_heads_and_a_stack_on_the_second_axis(tmp_path: Path) -> None:
-    """Layers on axis 1 (MaxText) and heads (Flax) are read and written.
-
-    Red if the stack is used as an input.
-    """
+    """Layers on axis 1 (MaxText) and heads (Flax) are read and written."""
 
     def f(p: Any, x: Any) -> Any:
         def layer(x: Any, w: Any) -> Any:
@@ -345,10 +328,7 @@ HEADS |= dict.fromkeys(("bert", "roberta", "modernbert", "distilbert"), "roberta
 
 @pytest.mark.parametrize("name", [*DECODERS, *HEADS])
 def test_names_of_the_built_in_models(name: str) -> None:
-    """Every tensor of the golden folder has one place, by one name.
-
-    Red if a prefix is wrong.
-    """
+    """Every tensor of the golden folder has one place, by one name."""
     source = models.open(str(GOLDEN / "golden_models" / name))
     head = models.Head(HEADS[name], 3) if name in HEADS else None
     shapes = {p: x.shape for p, x in flat(source.load(head=head)).items()}

@@ -168,10 +168,7 @@ def test_a_checkpoint_whose_rename_fails(
 def test_an_export_whose_rename_fails(
     part: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The earlier export stays readable if a rename fails.
-
-    Red if the second rename fails and leaves the earlier export under another name.
-    """
+    """The earlier export stays readable if a rename fails."""
     _export(tmp_path)
     plain = os.rename
 
@@ -196,8 +193,7 @@ def test_an_old_export_that_somebody_reads(
 ) -> None:
     """An old export that cannot be deleted does not stop a new one.
 
-    NFS keeps an open file in its folder, and then the folder cannot be deleted. Red if the run
-    ends.
+    NFS keeps an open file in its folder, and then the folder cannot be deleted.
     """
     _export(tmp_path)
     with monkeypatch.context() as patch:
@@ -212,10 +208,7 @@ def test_an_old_export_that_somebody_reads(
 def test_an_old_checkpoint_that_somebody_reads(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An old checkpoint that cannot be deleted is not an error.
-
-    Red if the run ends, or if an error says that a checkpoint was lost.
-    """
+    """An old checkpoint that cannot be deleted is not an error."""
     folder = write(tmp_path / "checkpoints", 3, 4)
     with monkeypatch.context() as patch:
         refuse(patch, "rmdir", errno.ENOTEMPTY)
@@ -229,10 +222,7 @@ def test_an_old_checkpoint_that_somebody_reads(
 def test_a_file_system_that_goes_away_is_no_damage(
     number: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint that cannot be read for the moment is not treated as damaged.
-
-    Red if the newest checkpoint is set aside as damaged, and the run continues from an older one.
-    """
+    """A checkpoint that cannot be read for the moment is not treated as damaged."""
     folder = write(tmp_path / "checkpoints", 3, 4)
 
     def away(*_: Any) -> None:
@@ -265,10 +255,7 @@ def test_nothing_goes_by_the_clock(tmp_path: pathlib.Path, monkeypatch: pytest.M
 def test_events_are_in_the_order_in_which_they_were_written(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorBoard reads event files by name, so names follow the order in which they were written.
-
-    Red if the file of the later start comes first.
-    """
+    """TensorBoard reads event files by name, so names follow the order in which they were written."""
     found: list[str] = []
     for now in (2_000_000_000.0, 1_000_000_000.0, 1_000_000_000.0):
         monkeypatch.setattr("time.time", lambda now=now: now)
@@ -282,10 +269,7 @@ def test_events_are_in_the_order_in_which_they_were_written(
 
 
 def test_checkpoints_leave_no_open_files_and_threads(tmp_path: pathlib.Path) -> None:
-    """Saving checkpoints does not add open files or threads.
-
-    Red if nobody asks Orbax's response for its result: each save leaves three files and a thread.
-    """
+    """Saving checkpoints does not add open files or threads."""
     if not pathlib.Path("/proc/self/fd").is_dir():
         pytest.skip("no /proc")
 

@@ -47,10 +47,7 @@ while True:
 
 
 def test_whenever_it_is_killed(tmp_path: pathlib.Path) -> None:
-    """A killed write leaves no folder, an empty one or a whole one; the next completes it.
-
-    Red if files are moved into `out` one by one.
-    """
+    """A killed write leaves no folder, an empty one or a whole one; the next completes it."""
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     seen = set[int]()
@@ -74,10 +71,7 @@ def test_files_that_are_there_stay(tmp_path: pathlib.Path) -> None:
 
 
 def test_two_at_once(tmp_path: pathlib.Path) -> None:
-    """If two processes write one folder, the first to end keeps it.
-
-    Red if it deletes files that the other one is still writing.
-    """
+    """If two processes write one folder, the first to end keeps it."""
     out = tmp_path / "out"
 
     def late() -> None:
@@ -102,10 +96,7 @@ def test_an_error_leaves_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_link_to_a_folder(tmp_path: pathlib.Path) -> None:
-    """A link to a folder can be the target of an export.
-
-    Red if a folder is renamed to the link, which fails.
-    """
+    """A link to a folder can be the target of an export."""
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "real")
     write(tmp_path / "out")

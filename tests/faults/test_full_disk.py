@@ -65,10 +65,7 @@ def small_files(size: int) -> Iterator[None]:
 def test_a_full_disk_and_then_room(
     name: str, lines: Any, hook: FullDisk, tmp_path: pathlib.Path, capfd: Any
 ) -> None:
-    """The same command ends with the same bytes once there is room, wherever the disk was full.
-
-    Red if `lora-jax import` takes what its stopped self has left for the files of another command.
-    """
+    """The same command ends with the same bytes once there is room, wherever the disk was full."""
     same = assert_same_adapter if name == "import" else assert_same_files
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()

@@ -38,10 +38,7 @@ def normed(eqx: Any) -> Any:
 
 
 def test_equinox_state_moves_on(eqx: Any) -> None:
-    """State is updated as Equinox itself updates it.
-
-    Red if a new state is dropped.
-    """
+    """State is updated as Equinox itself updates it."""
     model, first = eqx.nn.make_with_state(normed)(eqx)
     f, params, state = lora_jax.from_equinox(model, first)
     batched = jax.jit(jax.vmap(f, (None, None, 0), (0, None), axis_name="batch"))
@@ -117,10 +114,7 @@ def dropped(keras: Any) -> Any:
 
 
 def test_keras_seeds_and_statistics_move_on(keras: Any) -> None:
-    """Seeds and statistics are updated by each call.
-
-    Red if a state is dropped: the second call would repeat the dropout of the first.
-    """
+    """Seeds and statistics are updated by each call."""
     model = dropped(keras)
     f, params, state = lora_jax.from_keras(model)
     step = jax.jit(functools.partial(f, training=True))

@@ -155,11 +155,7 @@ BY_HAND: dict[str, tuple[tuple[str, ...], Callable[[Arrays, Arrays], None]]] = {
 def test_the_folder_holds_the_merged_weights(
     title: str, run: Callable[[str], Ran], tmp_path: pathlib.Path
 ) -> None:
-    """Each section's folder, added to the weights by hand, gives the weights of `merge`.
-
-    Red if heads or layers are along the wrong axis, if a kernel is not transposed, or if a scale is
-    wrong.
-    """
+    """Each section's folder, added to the weights by hand, gives the weights of `merge`."""
     packages, put = BY_HAND[title]
     for package in packages:
         pytest.importorskip(package)
@@ -253,10 +249,7 @@ def first_logits(out: Any) -> np.ndarray:
 def test_the_folder_is_the_same_adapter_on_another_llama(
     title: str, run: Callable[[str], Ran], llama: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Base and adapter give the foreign model's logits in our Llama, as Hugging Face's tensors.
-
-    Red if q's heads are used for k's, if a name is of another layer, or if rows have another order.
-    """
+    """Base and adapter give the foreign model's logits in our Llama, as Hugging Face's tensors."""
     package, tensors_of = LLAMAS[title]
     if package == "tunix":
         without_init("tunix")

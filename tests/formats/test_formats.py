@@ -70,10 +70,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def test_an_adapter_of_every_kind() -> None:
-    """An adapter with every kind of update has the arrays and the merged weights that were saved.
-
-    Red if a field of a kind is renamed, with another VeRA pair, or if a default changes a scale.
-    """
+    """An adapter with every kind of update has the arrays and the merged weights that were saved."""
     layout, adapters, _ = lora_jax.restore(V2 / "kinds")
     saved = npz.read(V2 / "kinds.npz")
     kinds = {"lora", "dora", "vera", "loha", "lokr", "bias"}
@@ -142,8 +139,7 @@ def test_a_stopped_sweep_goes_on(folder: pathlib.Path) -> None:
 def test_an_old_name_of_a_field_is_read_and_found_again() -> None:
     """`lora.trainable` was once `lora.beside`: old runs are read and found by their hash.
 
-    The hashes are from commit 12a1ad2. Red if `changes` does not call `upgrade`, if `identity` is
-    hashed for `stable_identity`, or if the members of a sweep get the new name.
+    The hashes are from commit 12a1ad2.
     """
     lora = dataclasses.replace(small.config.lora, trainable=("first/bias",))
     config = dataclasses.replace(small.config, lora=lora)
@@ -158,10 +154,7 @@ def test_an_old_name_of_a_field_is_read_and_found_again() -> None:
 
 
 def test_an_old_summary_has_the_names_of_today() -> None:
-    """An old summary is read with the names of today.
-
-    Red if `directory.summary` or the report does not call `upgrade`.
-    """
+    """An old summary is read with the names of today."""
     found = directory.summary(V1 / "run_directories/small-dc24168e")
     assert found is not None and found["trainable_parameters"] == 5
     (left,) = run_files.read(V1 / "run_directories/small-dc24168e")
@@ -170,10 +163,7 @@ def test_an_old_summary_has_the_names_of_today() -> None:
 
 
 def test_an_old_run_is_compared_with_a_new_one(tmp_path: pathlib.Path) -> None:
-    """An old run does not differ from a new one by a renamed field.
-
-    Red if `comparison.gather` does not call `upgrade`.
-    """
+    """An old run does not differ from a new one by a renamed field."""
     old = json.loads((V1 / "run_directories/small-dc24168e/config.json").read_text())
     old["lora"]["beside"] = ["head/**"]
     summary = directory.summary(V1 / "run_directories/small-dc24168e")

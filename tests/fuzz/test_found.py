@@ -74,10 +74,7 @@ def test_a_layout_without_a_list(targets: Any) -> None:
 
 
 def test_a_layout_with_a_target_twice() -> None:
-    """A layout that has a target twice is refused.
-
-    Red if it is read: it has two targets, and parameters for one.
-    """
+    """A layout that has a target twice is refused."""
     found = json.loads(layout())
     found["targets"] *= 2
     with pytest.raises(LoraError, match="has the target 'qkv' twice"):
@@ -94,7 +91,7 @@ def test_a_layout_with_a_key_twice() -> None:
 def test_a_size_that_takes_an_hour_to_split(size: int) -> None:
     """A size that LoKr cannot split quickly is refused.
 
-    LoKr tries divisors one by one, and 0 has none. Red if the test does not end.
+    LoKr tries divisors one by one, and 0 has none.
     """
     changes = {"kind": "lokr", "shape": [size, 6], "parts": []}
     with pytest.raises(LoraError, match="LoKr splits sizes from 1 to"):
@@ -106,10 +103,7 @@ def test_a_size_that_takes_an_hour_to_split(size: int) -> None:
 def test_a_file_of_orbax_that_is_nested_too_deeply(
     tmp_path: pathlib.Path, name: str, start: str
 ) -> None:
-    """A file of Orbax that is nested too deeply is refused before TensorStore reads it.
-
-    Red if TensorStore reads it: the process then ends with a segmentation fault.
-    """
+    """A file of Orbax that is nested too deeply is refused before TensorStore reads it."""
     end = b"" if start == '{"a":' else b"]" * 100_000
     write(tmp_path, {**adapters.checkpoints_files()[1], name: start.encode() * 100_000 + end})
     with pytest.raises(LoraError, match=r"nested too deeply|not JSON"):
@@ -184,7 +178,7 @@ def test_servers_are_not_asked_about_nonsense(tmp_path: pathlib.Path, pattern: A
 
 
 def test_an_alpha_that_no_float_holds(tmp_path: pathlib.Path) -> None:
-    """An integer above the floats is refused. Red if it reaches `math.isfinite`, which raises."""
+    """An integer above the floats is refused."""
     files = adapters.peft_folders()[0]
     settings = json.loads(files[peft.CONFIG]) | {"alpha_pattern": {"q": 10**400}}
     write(tmp_path, {**files, peft.CONFIG: json.dumps(settings).encode()})
@@ -208,7 +202,7 @@ def test_a_tokenizer_that_has_no_token_for_a_letter() -> None:
 
 
 def test_a_start_token_without_an_embedding() -> None:
-    """A start token that the model has no row for is an error. Red if `start` is not checked."""
+    """A start token that the model has no row for is an error."""
     last = tokenizer()
     special = [("b", 2)]
     last.post_processor = processors.TemplateProcessing("b $A", special_tokens=special)
@@ -220,10 +214,7 @@ def test_a_start_token_without_an_embedding() -> None:
 
 
 def test_a_tokenizer_that_repeats_the_text() -> None:
-    """A post-processor that repeats the text is refused.
-
-    Red if it is accepted: a row is longer than its batch, and filling the batch fails.
-    """
+    """A post-processor that repeats the text is refused."""
     encoder = tokens.Encoder(tokenizer("[CLS] $A $A"), 6)
     truncation = tokens.TextTruncation()
     assert len(encoder.truncate(["ab"], truncation)[0]) == 5
@@ -255,10 +246,7 @@ def stored(folder: pathlib.Path, **parts: Any) -> Folder:
 
 @pytest.mark.parametrize("name", ["normalizer", "decoder"])
 def test_a_tokenizer_that_makes_gigabytes_of_a_word(tmp_path: pathlib.Path, name: str) -> None:
-    """A part that would make gigabytes of one word is refused.
-
-    Red if it is accepted: 40 letters become 4 * 10^10, and the package ends the process.
-    """
+    """A part that would make gigabytes of one word is refused."""
     room: Any = {"normalizer": normalizers, "decoder": decoders}[name]
     steps = [room.Replace("a", "a" * 9)] * 9
     with pytest.raises(TokenizerError, match=f"its {name} makes texts up to 1,000,000,000 times"):
@@ -293,8 +281,7 @@ def test_a_template_that_no_model_has(tmp_path: pathlib.Path, template: str) -> 
 def test_an_expression_that_takes_hours(monkeypatch: pytest.MonkeyPatch) -> None:
     """An expression that takes hours is an error after a limit of time.
 
-    It takes a second for 200 characters and 18 for 400, and nothing can stop the package. Red if
-    encoding waits for it.
+    It takes a second for 200 characters and 18 for 400, and nothing can stop the package.
     """
     slow = tokenizer()
     expression = ".{0,200}.{0,200}.{0,200}(?!.|$)"
@@ -307,10 +294,7 @@ def test_an_expression_that_takes_hours(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_half_a_character_on_a_terminal() -> None:
-    """Half a surrogate pair is replaced before it is printed.
-
-    Red if printing an error raises a UnicodeEncodeError.
-    """
+    """Half a surrogate pair is replaced before it is printed."""
     assert console.printable("a\ud800b\U0001f600") == "a\\ud800b\U0001f600"
 
 
@@ -334,10 +318,7 @@ def test_fields_of_many_characters(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_nearest_of_long_names() -> None:
-    """Long names are compared only by a part of their letters.
-
-    Red if the time is the product of the lengths: the test then does not end.
-    """
+    """Long names are compared only by a part of their letters."""
     assert nearest("ab" * 50_000, ["ba" * 50_000, "ab" * 40_000], 1) == ["ab" * 40_000]
 
 
@@ -384,10 +365,7 @@ def test_a_number_of_a_run_that_is_none(tmp_path: pathlib.Path, name: str, value
 
 @pytest.mark.parametrize("count", [{"adapter_parameters": math.inf}, {"base_parameters": 0}])
 def test_counts_of_a_run(tmp_path: pathlib.Path, count: dict[str, float]) -> None:
-    """A number of parameters is finite, and a base has some.
-
-    Red if the report converts infinity to an integer, or divides by 0.
-    """
+    """A number of parameters is finite, and a base has some."""
     folder = changed(tmp_path, "summary.json", lambda x: x.update(count))
     with pytest.raises(LoraError, match=r"summary.json: '(adapter|base)_parameters' is '(inf|0)'"):
         run_files.read(folder)

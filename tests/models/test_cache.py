@@ -146,13 +146,7 @@ def test_no_cache_no_trace_of_it(config: models.DecoderConfig) -> None:
 def test_a_step_writes_in_place(
     llama_config: models.DecoderConfig, form: str, mapped: bool
 ) -> None:
-    """A step writes into the memory of its donated cache, and copies none of the cache's arrays.
-
-    Red if a model that is mapped over its rows writes to the cache (that becomes a scatter), or if
-    XLA cannot see that the cache is read before it is written. Scanned layers that are mapped are
-    left out: XLA's CPU backend copies the inputs of their loop, with axes of size 1 in another
-    order.
-    """
+    """A step writes into the memory of its donated cache, and copies none of the cache's arrays."""
     config = dataclasses.replace(llama_config, **FORMS[form])
     capacity, rows = 1001, 4
     cache, ids = caches.empty(config, rows, capacity), jnp.ones((rows, 1), jnp.int32)

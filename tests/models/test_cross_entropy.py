@@ -70,7 +70,7 @@ def parts(
 def test_it_is_the_loss_at_once(
     tied: bool, scan: bool, targets: tuple[str, ...], chunk: int
 ) -> None:
-    """Loss and gradients are as at once, also with an adapted head. Red if the padding counts."""
+    """Loss and gradients are as at once, also with an adapted head."""
     _, adapters, params, whole = parts(tied, scan, None, targets)
     _, _, _, in_chunks = parts(tied, scan, chunk, targets)
     wanted, found = (jax.jit(jax.value_and_grad(f))(adapters, params) for f in (whole, in_chunks))
@@ -105,7 +105,7 @@ def shapes(text: str) -> list[str]:
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_label_smoothing_is_optax(chunk: int | None) -> None:
-    """In training the loss and its gradient equal optax's. Red if evaluation is smoothed."""
+    """In training the loss and its gradient equal optax's."""
     model = models.DecoderModel(CONFIG)
     params = model.init(jax.random.key(0), batch()["input_ids"])["params"]
     plain, smoothed = apply_of(model), apply_of(model, chunk, smoothing=0.1)

@@ -40,8 +40,7 @@ CASES: dict[str, tuple[Any, models.Head | None]] = {
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_every_parameter_is_covered_divided_and_shared(name: str, scan_layers: bool) -> None:
-    """Each parameter has one rule, and a device holds little more than its share. Red if a rule of
-    the table is missing, double, or replicates a kernel or an embedding."""
+    """Each parameter has one rule, and a device holds little more than its share."""
     config, head = CASES[name]
     config = dataclasses.replace(config, num_layers=2, scan_layers=scan_layers)
     params = models.shapes(config, head)

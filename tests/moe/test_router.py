@@ -75,8 +75,7 @@ def by_hand(x: Any, w: Any, factors: Factors, scales: Any, gates: Any) -> Any:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_one_hot_weights_are_select(name: str) -> None:
-    """One-hot weights give the outputs and gradients of `select`. Red if the scales or the order of
-    the experts are mixed up."""
+    """One-hot weights give the outputs and gradients of `select`."""
     case = cases.REGISTRY[name]()
     layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     loss = scalar(runs(case, layout))
@@ -94,8 +93,7 @@ def test_one_hot_weights_are_select(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_fixed_weights_are_the_combination(name: str) -> None:
-    """Fixed weights give the outputs of `combine` and `merge`. Red if a weight multiplies a as well
-    as b."""
+    """Fixed weights give the outputs of `combine` and `merge`."""
     case = cases.REGISTRY[name]()
     members, weights = members_of(case), [0.5, -1.5, 0.25]
     layout, stacked = compiled(lora_jax.multi.stack, members)
@@ -135,8 +133,7 @@ def test_weights_per_example() -> None:
 
 
 def test_the_base_product_is_done_once() -> None:
-    """For each kind of choice, one product has W, over all rows. Red if the experts are looped
-    over."""
+    """For each kind of choice, one product has W, over all rows."""
     case = cases.REGISTRY["bare_matmul"]()
     layout, stacked = lora_jax.multi.stack(members_of(case, (1,) * 6))
     router = lora_jax.moe.init_router(jax.random.key(0), layout, 6)
@@ -160,8 +157,7 @@ def test_the_base_product_is_done_once() -> None:
 
 @pytest.mark.parametrize("name", BY_TOKEN)
 def test_a_router_without_preference_is_the_mean(name: str) -> None:
-    """A router of zeros gives the mean of the adapters, through every rule and loop. Red if a rule
-    drops the router's columns or their softmax."""
+    """A router of zeros gives the mean of the adapters, through every rule and loop."""
     case = cases.REGISTRY[name]()
     members = members_of(case)
     layout, stacked = compiled(lora_jax.multi.stack, members)
@@ -202,9 +198,7 @@ def f_by_hand(p: Any, stacked: Any, router: Any, top: int | None, x: Any) -> tup
 def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
     """Outputs, loads and gradients of a scan with remat equal a sum over experts by hand.
 
-    The gradients are by factors and router, of a loss that includes the loads. Red if the softmax
-    is over other entries, if chosen gates are not divided by their sum, or if the count is of one
-    layer.
+    The gradients are by factors and router, of a loss that includes the loads.
     """
     params = {"up": cases.normal(0, 3, 10, 14) / 4, "down": cases.normal(1, 3, 14, 10) / 4}
     x = cases.normal(2, 2, 5, 10)
@@ -236,10 +230,7 @@ def test_routing_by_token_against_a_sum_by_hand(top: int | None) -> None:
 
 
 def test_the_load_of_a_bank_of_experts_is_of_all_its_rows() -> None:
-    """The load of a `ragged_dot`, whose rows of all groups are one product, is of all rows.
-
-    Red if the count asks the product for the axis of the groups, which it does not have.
-    """
+    """The load of a `ragged_dot`, whose rows of all groups are one product, is of all rows."""
     case = cases.REGISTRY["bare_ragged_dot"]()
     layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     router = lora_jax.moe.init_router(jax.random.key(3), layout, 3)
@@ -251,8 +242,7 @@ def test_the_load_of_a_bank_of_experts_is_of_all_its_rows() -> None:
 
 
 def test_the_balance_is_of_shares_and_gates() -> None:
-    """The balance equals numbers computed by hand. Red if the gates are squared: the loss would
-    then not ask for even shares."""
+    """The balance equals numbers computed by hand."""
     shares, gates = jnp.array([[0.5, 0.5], [1.0, 0.0]]), jnp.array([[0.6, 0.4], [0.7, 0.3]])
     one = {"w": Load(shares[0], gates[0])}
     assert float(lora_jax.moe.balance(one)) == pytest.approx(2 * (0.5 * 0.6 + 0.5 * 0.4))
@@ -271,8 +261,7 @@ def test_a_router_without_an_input_to_route_by_is_refused(name: str) -> None:
 
 
 def test_the_gates_of_a_bfloat16_model_are_float32() -> None:
-    """Gates are float32 and outputs bfloat16, under strict promotion. Red if the logits are not
-    cast, or if the gates are not cast back."""
+    """Gates are float32 and outputs bfloat16, under strict promotion."""
     f = lambda p, x: x @ p["w"]  # noqa: E731
     params, x = {"w": jnp.ones((8, 4), jnp.bfloat16)}, jnp.ones((3, 8), jnp.bfloat16)
     case = cases.Case("bfloat16", f, params, (x,), ("w",))
@@ -289,7 +278,7 @@ def test_the_gates_of_a_bfloat16_model_are_float32() -> None:
 
 
 def test_vmap_over_routers() -> None:
-    """Several routers run at once, as in a sweep. Red if a rule needs an unbatched router."""
+    """Several routers run at once, as in a sweep."""
     case = cases.REGISTRY["bare_scan"]()
     layout, stacked = compiled(lora_jax.multi.stack, members_of(case))
     run = runs(case, layout)
@@ -303,8 +292,7 @@ def test_vmap_over_routers() -> None:
 
 
 def test_a_router_learns_which_expert_made_which_token() -> None:
-    """A router learns to give each token to the one of two experts that made its answer. Red if it
-    gets no gradient, or the gradient of another target."""
+    """A router learns to give each token to the one of two experts that made its answer."""
     f = lambda p, x: jnp.tanh(x @ p["w"])  # noqa: E731
     params = {"w": cases.normal(0, 8, 6) / 3}
     kinds = jnp.arange(64) % 2

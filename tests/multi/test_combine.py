@@ -64,10 +64,7 @@ def by_hand(members: list[Any], weights: list[float], path: str) -> Any:
 
 
 def test_the_combination_is_the_weighted_sum_of_the_updates() -> None:
-    """The combination is the weighted sum of updates whose ranks, alphas and targets differ.
-
-    Red if a scale, a weight or a member is left out.
-    """
+    """The combination is the weighted sum of updates whose ranks, alphas and targets differ."""
     layout, adapters, _ = combine(MEMBERS, WEIGHTS)
     assert {t.path: t.rank for t in layout.targets} == {
         "matrix": 6, "stacked": 4, "heads": 3, "kernel": 4,
@@ -92,10 +89,7 @@ def test_adding_the_factors_would_be_wrong() -> None:
 
 
 def test_ranks_that_add_up_to_more_than_the_matrix_has_are_kept_exactly() -> None:
-    """If ranks add up to more than the matrix has, the sum is factored anew, without loss.
-
-    Red if the surplus is cut off instead.
-    """
+    """If ranks add up to more than the matrix has, the sum is factored anew, without loss."""
     members = [member(i, 3, 3.0, "stacked", "heads") for i in range(5)]
     weights = [1.0, -0.5, 2.0, 0.3, 0.1]
     layout, adapters, _ = combine(members, weights)
@@ -108,10 +102,7 @@ def test_ranks_that_add_up_to_more_than_the_matrix_has_are_kept_exactly() -> Non
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_truncation_is_the_nearest_and_reports_what_it_cut(rank: int) -> None:
-    """Truncation is Eckart-Young on every slice, and reports the error that it makes.
-
-    Red if the scale or a slice of the stack is left out.
-    """
+    """Truncation is Eckart-Young on every slice, and reports the error that it makes."""
     layout, adapters, _ = combine(MEMBERS, WEIGHTS)
     (smaller, kept, _), cuts = truncate(Adapter(layout, adapters), rank)
     for t in layout.targets:
@@ -137,10 +128,7 @@ def test_truncation_to_no_lower_rank_changes_nothing() -> None:
 
 
 def test_truncation_of_fresh_adapters_is_zero() -> None:
-    """Fresh adapters, whose b is 0 and which have no first direction, are truncated to zero.
-
-    Red if the relative error divides by zero.
-    """
+    """Fresh adapters, whose b is 0 and which have no first direction, are truncated to zero."""
     layout, adapters = member(0, 4, 4.0, "matrix", "stacked")
     adapters = {p: Factors(f.a, 0 * f.b) for p, f in adapters.items()}
     (smaller, kept, _), cuts = truncate(Adapter(layout, adapters), 2)
@@ -150,10 +138,7 @@ def test_truncation_of_fresh_adapters_is_zero() -> None:
 
 
 def test_no_product_has_the_shape_of_the_weight() -> None:
-    """Truncation forms no array of W's size.
-
-    Red if the SVD is taken of a @ b.
-    """
+    """Truncation forms no array of W's size."""
     target = Target("w", (60, 50), (), (0,), (1,), rank=6, alpha=6.0)
     factors = Factors(jnp.ones((60, 6)), jnp.ones((6, 50)))
     layout = Layout((target,))
@@ -165,10 +150,7 @@ def test_no_product_has_the_shape_of_the_weight() -> None:
 
 
 def test_bfloat16_members_are_combined_in_float32() -> None:
-    """bfloat16 members are combined in float32, and truncation keeps their dtype.
-
-    Red if weight * scale * b is rounded to bfloat16.
-    """
+    """bfloat16 members are combined in float32, and truncation keeps their dtype."""
     low = member(0, 2, 2.0, "matrix", dtype=jnp.bfloat16)
     members, weights = [low, member(1, 2, 2.0, "matrix")], [1 / 3, 0.7]
     layout, adapters, _ = combine(members, weights)
@@ -205,10 +187,7 @@ def test_the_result_is_an_ordinary_adapter(name: str, tmp_path: Any) -> None:
 
 
 def test_trainable_base_parameters_are_not_lost() -> None:
-    """Trained base parameters stop an operation that would lose them.
-
-    Red if it does not call `factors_alone`.
-    """
+    """Trained base parameters stop an operation that would lose them."""
     layout, adapters = MEMBERS[0]
     with_head = Adapter(layout, adapters, {"head": jnp.ones(3)})
     for act, doing in (

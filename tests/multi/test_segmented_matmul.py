@@ -33,10 +33,7 @@ def looped(x: jax.Array, a: jax.Array, b: jax.Array, gain: jax.Array, ids: jax.A
 
 @pytest.mark.parametrize("adapters", [1, 3, 64])
 def test_outputs_and_gradients_equal_a_loop(adapters: int) -> None:
-    """Grouping gives the outputs and gradients of a loop over examples.
-
-    Red if, for example, `within` counts from the first example of all instead of the adapter's.
-    """
+    """Grouping gives the outputs and gradients of a loop over examples."""
     x, a, b, gain, ids = operands(adapters)
 
     def loss(call, x, a, b, gain):  # type: ignore[no-untyped-def]
@@ -61,10 +58,7 @@ def test_all_examples_with_one_adapter_and_each_with_its_own() -> None:
 
 
 def test_one_adapter_that_is_not_finite_spoils_no_other() -> None:
-    """Factors that are not finite spoil only the examples of their adapter.
-
-    Red if every row is multiplied with all adapters and masked.
-    """
+    """Factors that are not finite spoil only the examples of their adapter."""
     x, a, b, gain, ids = operands(3)
     y = mixed(x, a.at[1].set(jnp.nan), b, gain, ids)
     np.testing.assert_array_equal(np.isnan(y).any((1, 2)), np.asarray(ids) == 1)
@@ -77,10 +71,7 @@ def test_a_number_that_is_none_gives_nan() -> None:
 
 
 def test_the_factors_are_brought_once_for_each_block() -> None:
-    """The factors are copied once for each block of examples.
-
-    Red if the rule of the batched product falls back to one copy for each example.
-    """
+    """The factors are copied once for each block of examples."""
     x, a, b, gain, ids = operands(3)
     text = jax.jit(mixed).lower(x, a, b, gain, ids).as_text()
     assert f"tensor<{segmented_matmul.blocks(EXAMPLES, 3)}x{IN}x{RANK}xf32>" in text

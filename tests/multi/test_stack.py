@@ -58,7 +58,7 @@ def three(f: Any, params: Any, args: Any, targets: Any, kwargs: Any = None) -> l
 
 @pytest.mark.parametrize("name", TABLE)
 def test_one_of_a_stack_is_that_adapter(name: str) -> None:
-    """It has that adapter's outputs and gradients. Red if a gain is lost, or padding not zero."""
+    """It has that adapter's outputs and gradients."""
     case = cases.REGISTRY[name]()
     pairs = three(case.f, case.params, case.args, case.targets, case.kwargs)
     layout, stacked = compiled(lora_jax.multi.stack, pairs)
@@ -121,8 +121,7 @@ MIXED: dict[str, tuple[Callable[[], tuple[Any, Any, Any]], Any]] = {
 
 @pytest.mark.parametrize("name", MIXED)
 def test_a_mixed_batch_is_its_examples_one_at_a_time(name: str) -> None:
-    """A mixed batch, with the base in it, equals its examples one at a time. Red if ids and
-    examples get out of step."""
+    """A mixed batch, with the base in it, equals its examples one at a time."""
     make, targets = MIXED[name]
     f, params, args = make()
     pairs = three(f, params, args, targets)
@@ -158,7 +157,7 @@ def test_a_mixed_batch_is_its_examples_one_at_a_time(name: str) -> None:
 
 
 def test_the_base_product_stays_one_for_all_examples() -> None:
-    """Base products have no batch axis of examples. Red if W gets an axis of examples."""
+    """Base products have no batch axis of examples."""
     f, params, args = model(BERT)
     layout, stacked = compiled(lora_jax.multi.stack, three(f, params, args, "all-linear"))
     g = lora_jax.adapt(layout, f)
@@ -175,8 +174,7 @@ def test_the_base_product_stays_one_for_all_examples() -> None:
 
 
 def test_single_tokens_with_few_adapters_are_grouped() -> None:
-    """Single tokens with few adapters are grouped, as when texts are continued. Red if the rule
-    never groups, which no value would show."""
+    """Single tokens with few adapters are grouped, as when texts are continued."""
     f, params, _ = model(LLAMA)
     ids = jax.random.randint(jax.random.key(0), (64, 1), 0, 29)
     specs = [LoraSpec(rank, 2.0 * rank + 1) for rank in (6, 5, 6)]
@@ -202,8 +200,7 @@ def test_single_tokens_with_few_adapters_are_grouped() -> None:
 
 
 def test_a_hundred_swaps_compile_nothing(compilations: list[str]) -> None:
-    """Swaps of adapters of ranks 1 to 16, by number and by `put`, compile nothing. Red if a scale
-    or a rank is part of the program."""
+    """Swaps of adapters of ranks 1 to 16, by number and by `put`, compile nothing."""
     f, params, args = model(BERT, hidden_size=16)
     targets = "**/{query,value}/kernel"
     pairs, once = [], jax.jit(f)  # traced once for all layouts
@@ -248,7 +245,7 @@ def test_resident_adapters_cost_their_own_bytes_alone() -> None:
 
 
 def test_put_writes_one_slot_and_unstack_reads_it_back() -> None:
-    """`put` changes one slot alone, bit for bit. Red if a scale is folded into b."""
+    """`put` changes one slot alone, bit for bit."""
     f, params, args = model(BERT)
     pairs = three(f, params, args, "all-linear")
     layout, stacked = compiled(functools.partial(lora_jax.multi.stack, size=5), pairs)
@@ -294,7 +291,7 @@ def test_padding_stays_zero_under_adamw_with_decay() -> None:
 
 
 def test_examples_draw_apart_from_each_other() -> None:
-    """A scalar key is folded with the example's number. Red if all examples share the key."""
+    """A scalar key is folded with the example's number."""
     f = lambda p, x, key: x @ p["w"] * jax.random.bernoulli(key, 0.5, (1, 8))  # noqa: E731
     params, x = {"w": jnp.ones((4, 8))}, jnp.ones((6, 4))
     args = (x[:1], jax.random.key(0))
@@ -305,7 +302,7 @@ def test_examples_draw_apart_from_each_other() -> None:
 
 
 def test_axes_of_the_examples() -> None:
-    """Examples may be on any axis. Red if in_axes or out_axes are dropped."""
+    """Examples may be on any axis."""
 
     def f(p: Any, x: Any, table: Any) -> Any:  # x [T, B, D], time first
         return {"y": x @ p["w"] + table, "loss": jnp.sum(x @ p["w"])}
@@ -325,8 +322,7 @@ def test_axes_of_the_examples() -> None:
 
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4)])
 def test_on_a_mesh(sizes: tuple[int, int]) -> None:
-    """Rows sharded over `data` and weights over `tensor` give the numbers of one device. Red if ids
-    are not sharded as the rows are."""
+    """Rows sharded over `data` and weights over `tensor` give the numbers of one device."""
     axes = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh(sizes, ("data", "tensor"), axis_types=axes)
     f, params, _ = model(BERT)

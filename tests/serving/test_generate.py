@@ -76,8 +76,7 @@ def answers(tmp_path: pathlib.Path, rows: Any, *arguments: str) -> list[dict[str
 
 
 def test_every_line_by_its_own_adapter(setup: Setup, tmp_path: pathlib.Path) -> None:
-    """Each line is answered by its own adapter. Red if a line takes another's adapter, or if its
-    template is not filled in."""
+    """Each line is answered by its own adapter."""
     rows = [
         {"prompt": "word1 word2", "adapter": "two", "n": 0},
         {"word": "word1", "adapter": "one"},
@@ -167,7 +166,7 @@ def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
 
 
 def test_answers_wait_for_those_before_them() -> None:
-    """Texts come in the order of the prompts. Red if a text that is finished first comes first."""
+    """Texts come in the order of the prompts."""
     file = io.StringIO()
     requests = [Request(n, "word1", Prompt([5], 0), {}) for n in ("one", "two")]
 

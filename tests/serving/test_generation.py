@@ -56,8 +56,7 @@ def applied(config: models.DecoderConfig) -> Any:
 
 
 def test_a_mixed_batch_is_each_merged_model_alone(mixed: list[Generated]) -> None:
-    """A mixed batch writes what each merged model writes. Red if a row uses another's adapter,
-    reads a slot of padding, or is one position off."""
+    """A mixed batch writes what each merged model writes."""
     for found, prompt, adapter in zip(mixed, PROMPTS, ADAPTERS, strict=True):
         assert found.finish == "length"
         assert found.tokens == whole_greedy(CONFIG, tiny.merged(CONFIG, adapter), prompt)
@@ -70,8 +69,7 @@ def test_a_mixed_batch_is_each_row_alone(decoder: Decoder, mixed: list[Generated
 
 
 def test_batches_one_after_another(decoder: Decoder, mixed: list[Generated]) -> None:
-    """Batches one after another write the same texts. Red if the rows that fill up the last batch
-    are returned, or if rows are numbered within a batch."""
+    """Batches one after another write the same texts."""
     assert generate(decoder, ALL, max_new_tokens=NEW, batch_size=2) == mixed
     pieces = list(stream(decoder, ALL, max_new_tokens=NEW, batch_size=2))
     for row, found in enumerate(mixed):
@@ -122,8 +120,7 @@ def test_logits_of_a_mixed_batch(config: models.DecoderConfig) -> None:
 def test_other_prompts_and_adapters_compile_nothing(
     decoder: Decoder, mixed: list[Generated], compilations: list[str]
 ) -> None:
-    """Other prompts and adapters compile nothing. Red if an id, a length within its bucket or a
-    temperature becomes part of a program."""
+    """Other prompts and adapters compile nothing."""
     generate(decoder, ALL, max_new_tokens=NEW)  # the programs of `mixed` may have been dropped
     warm = dataclasses.replace(LIVELY, temperature=0.7)
     generate(decoder, ALL, max_new_tokens=NEW, sampling=warm)
@@ -181,8 +178,7 @@ def test_the_last_position_ends_a_row(decoder: Decoder) -> None:
 
 
 def test_a_row_draws_as_it_would_alone(decoder: Decoder) -> None:
-    """A row draws the same tokens in a batch and alone. Red if the rows share a key, or if a row's
-    key depends on its place."""
+    """A row draws the same tokens in a batch and alone."""
     settings = {"max_new_tokens": NEW, "sampling": LIVELY}
     both = generate(decoder, ALL[:2], **settings)
     assert generate(decoder, ALL[:1], **settings) == both[:1]

@@ -25,8 +25,7 @@ def file(folder: pathlib.Path, content: bytes) -> str:
 
 
 def test_objects_come_with_their_places(tmp_path: pathlib.Path) -> None:
-    """Each object knows its file and line. Red if an empty line is not counted, or a byte order
-    mark is not skipped."""
+    """Each object knows its file and line."""
     content = b'\xef\xbb\xbf{"a": 1}\n\n  \n{"b": "\xc3\xa9"}'
     path = file(tmp_path, content)
     found = list(jsonl.read(path))
@@ -84,8 +83,7 @@ def test_what_is_written_is_read_again(tmp_path: pathlib.Path) -> None:
 
 
 def test_an_error_before_the_first_line_loses_nothing(tmp_path: pathlib.Path) -> None:
-    """An error before the first line keeps the old file. Red if the file is emptied when it is
-    opened, or if a run without answers keeps it."""
+    """An error before the first line keeps the old file."""
     path = pathlib.Path(file(tmp_path, b'{"a": 1}\n'))
     with pytest.raises(RuntimeError), jsonl.Writer(str(path)):
         raise RuntimeError
@@ -110,7 +108,7 @@ def test_stdin_and_stdout(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_file_is_not_read_and_written_at_once(tmp_path: pathlib.Path) -> None:
-    """A file is not read and written at once. Red if it is emptied before the check."""
+    """A file is not read and written at once."""
     path = file(tmp_path, b'{"a": 1}\n')
     (tmp_path / "link").symlink_to(path)
     with pytest.raises(jsonl.LineError, match="read and written at once; give another file"):
@@ -119,8 +117,7 @@ def test_a_file_is_not_read_and_written_at_once(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_killed_writer_leaves_whole_lines(tmp_path: pathlib.Path) -> None:
-    """A killed writer leaves whole lines. Red if lines wait in a buffer of the process: a line is
-    cut where the buffer is full."""
+    """A killed writer leaves whole lines."""
     out = tmp_path / "out.jsonl"
     program = (
         "import itertools\nfrom lora_jax.serving import jsonl\n"

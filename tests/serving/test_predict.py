@@ -113,8 +113,7 @@ def answers(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> None:
-    """Each example has the outputs of training's evaluation. Red if an example uses another head or
-    adapter, or if a parameter trained in full is as in the base."""
+    """Each example has the outputs of training's evaluation."""
     served, made = opened
     rows = mixed(trained)
     ids = [served.names.index(row["adapter"]) for row in rows]
@@ -141,8 +140,7 @@ def test_mixed_is_what_training_evaluates(trained: Trained, opened: Opened) -> N
 def test_mixed_is_each_alone(
     trained: Trained, answers: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
-    """An exported folder is complete, and can be moved. Red if padded classes take part: two of
-    three outputs would not be as they are alone."""
+    """An exported folder is complete, and can be moved."""
     for name in trained.configs:
         own = [row for row in mixed(trained) if row["adapter"] == name]
         bare = [{"text": row["text"], "n": row["n"]} for row in own]  # one adapter needs no name
@@ -167,7 +165,7 @@ def test_order_and_fields_are_kept(trained: Trained, answers: list[dict[str, Any
 
 
 def test_one_program_for_each_length(opened: Opened) -> None:
-    """All adapters share a program for each length. Red if a batch has another shape."""
+    """All adapters share a program for each length."""
     made = text_classifier.TextClassifier(opened[0], 4)
     short, long = "word1 word2", " ".join(["word3"] * 14)
     for ids in ([0, 1, 2, 0], [2, 2, 2], [1], [0, 1] * 9):
@@ -233,8 +231,7 @@ def test_a_line_that_cannot_be_classified(
 
 
 def test_progress_is_told_as_scores_come(opened: Opened) -> None:
-    """Progress is reported as scores come. Red if a bar waits for the first line, which may come
-    last because lines are sorted."""
+    """Progress is reported as scores come."""
     sized = [
         jsonl.JsonLine({"text": text, "adapter": "two"}, "here", size)
         for size, text in ((100, WORDS), (1, "word1"))
@@ -271,7 +268,7 @@ def test_errors_are_lines_on_stderr(
 
 
 def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pathlib.Path) -> None:
-    """Scores that are not finite are an error. Red if they come out as a class like any other."""
+    """Scores that are not finite are an error."""
     member = served_adapters.read("broken", trained.folder / "two/adapters/best")
     trainable = jax.tree.map(lambda x: x * np.nan, member.base)
     lora_jax.save(

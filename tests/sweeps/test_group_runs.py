@@ -109,8 +109,7 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
     """A group that was stopped and resumed twice ends with the same bits.
 
     It is stopped by SIGTERM, and then as if it were killed while the checkpoints of one moment are
-    written. At the last start `c` is already at its end, step 25. Red if each member goes on from
-    its newest checkpoint (the record of `b` has gaps then), or if `c` has no slot any more.
+    written. At the last start `c` is already at its end, step 25.
     """
     with stopped(17):
         together(tmp_path, A, B, C)
@@ -174,7 +173,7 @@ def test_more_members_than_fit_train_one_after_the_other(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Members beyond the first group train in another one. Red if they are forgotten."""
+    """Members beyond the first group train in another one."""
 
     def fit(needed: Any, shared: float, members: int, memory: float, at_once: int) -> Any:
         return loop.memory_fit.Fit(members, min(members, 2), needed.bytes, memory)
@@ -203,8 +202,7 @@ def grouped(path: pathlib.Path, *members: Member) -> Iterator[tuple[Group, Opene
 def test_joining_leaving_and_finishing_compile_once_and_pausing_never(
     tmp_path: pathlib.Path, compilations: list[str]
 ) -> None:
-    """A change of the common shapes compiles once. Red if the step is compiled anew for another
-    member with the same common shapes, or twice."""
+    """A change of the common shapes compiles once."""
 
     def ticks(count: int) -> int:
         """Take `count` ticks, and return the number of compilations in them."""
@@ -232,8 +230,7 @@ def test_joining_leaving_and_finishing_compile_once_and_pausing_never(
 def test_members_that_come_and_go_are_what_they_are_alone(
     tmp_path: pathlib.Path, whole: pathlib.Path
 ) -> None:
-    """A member that joins, leaves or waits is what it is alone. Red if `join` or `leave` mixes up
-    the slots, or if a pause loses a batch."""
+    """A member that joins, leaves or waits is what it is alone."""
     with grouped(tmp_path, A, B) as (group, opener):
 
         def ticks(count: int) -> None:
@@ -318,8 +315,7 @@ def poisoned() -> Any:
 def test_a_member_that_diverges_stops_and_the_others_go_on(
     poisoned: Any, tmp_path: pathlib.Path, whole: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A member that diverges stops alone. Red if its error ends the group, or if it is checkpointed
-    after the step that failed."""
+    """A member that diverges stops alone."""
     bad = member("bad", 5, 2, workload=poisoned)
     with pytest.raises(loop.StoppedError, match="1 of 3 members stopped:\nbad: step 6") as caught:
         together(tmp_path, A, bad, B)

@@ -98,8 +98,7 @@ def data_files(checkpoint: pathlib.Path) -> list[pathlib.Path]:
 
 
 def test_bit_for_bit(whole: pathlib.Path, copy: pathlib.Path) -> None:
-    """A checkpoint is restored bit for bit. Red if a dtype, the key, or a character of the notes is
-    lost on the way."""
+    """A checkpoint is restored bit for bit."""
     found, notes, said = read(copy)
     assert bits(found) == bits(state(4)) and not said
     assert notes == {"step": 4, "text": "naïve \n"}
@@ -297,8 +296,7 @@ def test_a_full_disk_keeps_the_earlier_export(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_kill_between_the_renames_of_an_export(tmp_path: pathlib.Path) -> None:
-    """The old export is found after a kill between two renames. Red if it is not brought back: then
-    a run that goes on would have no best."""
+    """The old export is found after a kill between two renames."""
     export.save(tmp_path, "best", LAYOUT, state(1).trained)
     (tmp_path / "adapters" / "best").rename(tmp_path / "adapters" / "best.old")
     name, folder = adapter_path.find_one(str(tmp_path))

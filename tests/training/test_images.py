@@ -65,7 +65,7 @@ def config_of(finished: Finished, **model: Any) -> ImageConfig:
 
 
 def test_a_vit_learns_shapes(finished: Finished) -> None:
-    """A ViT learns shapes. Red if labels and pixels come apart, or if only the head is trained."""
+    """A ViT learns shapes."""
     before, after = (finished.summary[name]["validation"] for name in ("before", "after"))
     assert after["loss"] < 0.6 * before["loss"]
     assert after["accuracy"] > before["accuracy"]
@@ -88,8 +88,7 @@ def test_the_adapter_says_what_it_classifies(finished: Finished) -> None:
 def test_predictions_are_what_training_evaluates(
     finished: Finished, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Predict returns the probabilities that training evaluates. Red if predict prepares an image
-    in another way than training, or leaves the head out."""
+    """Predict returns the probabilities that training evaluates."""
     examples = open_source(SOURCE, str(finished.data)).examples("validation")
     for i, row in enumerate(examples):
         (tmp_path / f"{i}").write_bytes(row["image"])
@@ -118,8 +117,7 @@ def spaced(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_report_knows_the_run(finished: Finished, tmp_path: pathlib.Path) -> None:
-    """The report opens the base of the run. Red if the base is not opened as in training, or if the
-    defaults for texts are used."""
+    """The report opens the base of the run."""
     assert report.main([str(finished.run), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "Amplified directions of W" in text and "needs the weights" not in text
@@ -127,8 +125,7 @@ def test_the_report_knows_the_run(finished: Finished, tmp_path: pathlib.Path) ->
 
 
 def test_the_example_is_a_batch(finished: Finished) -> None:
-    """The workload's example has the shapes and dtypes of a batch. Red if --plan, which reads no
-    data, plans for other shapes."""
+    """The workload's example has the shapes and dtypes of a batch."""
     workload = image_classification(config_of(finished))
     batch, example = next(workload.train(Shard())), workload.example
     assert example is not None
@@ -138,8 +135,7 @@ def test_the_example_is_a_batch(finished: Finished) -> None:
 
 
 def test_the_number_of_threads_names_no_run(finished: Finished) -> None:
-    """Configs that differ only in the number of threads name the same run. Red if a run with more
-    threads is not found again, or cannot go on."""
+    """Configs that differ only in the number of threads name the same run."""
     config = config_of(finished)
     more = dataclasses.replace(config, data=dataclasses.replace(config.data, threads=9))
     assert config_json.changes(config_json.to_dict(config), more) == []

@@ -15,8 +15,7 @@ from tests.training.runs import SMALL, run
 def test_a_run_begins_as_its_config_says(tmp_path: pathlib.Path) -> None:
     """The adapters of a run begin with the values that the config's method draws.
 
-    With a learning rate near zero, `a` at the end equals `a` at the beginning. Red if the config's
-    method does not arrive: both runs would begin as "gaussian", the default.
+    With a learning rate near zero, `a` at the end equals `a` at the beginning.
     """
     still = ("--optimizer.learning-rate", "1e-30", "--steps", "1", "--lora.init")
     found = {}

@@ -223,8 +223,7 @@ def _shapes_only(name: str) -> tuple[Any, Workload]:
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "schedule_free", "adafactor", "inject"])
 def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
-    """The state of an optimizer is sharded as the adapters are. Red if `following` looks at
-    anything but the end of a path, or ignores the shape."""
+    """The state of an optimizer is sharded as the adapters are."""
     grid = mesh.make(MeshConfig(2, 2, 2))
     place = mesh.Placement(grid, {}, None)
     trained = {"adapters": {"w": lora_jax.Factors(jnp.ones((64, 8)), jnp.ones((8, 32)))}}
@@ -247,8 +246,7 @@ def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
 
 @pytest.mark.parametrize("config", ["llama"], indirect=True)
 def test_accumulated_gradients_are_those_of_the_whole_batch(config: Config, alone: Run) -> None:
-    """Gradients added up over parts give the losses of the whole batch, on one device and on eight.
-    Red if the means of the parts are averaged."""
+    """Gradients added up over parts give the losses of the whole batch, on one device and on eight."""
     parted = dataclasses.replace(config, accumulate=2)
     for sizes, devices in ((MeshConfig(), 1), (MeshConfig(2, 2, 2), 8)):
         found = run(parted, sizes, devices)
@@ -376,8 +374,7 @@ def annotated(config: Config) -> Workload:
 
 
 def test_a_models_own_annotations_place_it() -> None:
-    """A model's own annotations place its weights. Red if the automatic rule overrides them, or if
-    boxed parameters cannot be trained."""
+    """A model's own annotations place its weights."""
     lora = LoraConfig(rank=2, targets=("up/kernel/value",))
     config = Config(workload=annotated, lora=lora)
     found, wanted = run(config, MeshConfig(2, 2, 2)), run(config, MeshConfig(), devices=1)

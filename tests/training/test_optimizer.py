@@ -89,8 +89,7 @@ def run(tx: optax.GradientTransformation, like: Any) -> Any:
 @pytest.mark.parametrize("kind", optimizer.KINDS)
 @pytest.mark.parametrize(("warmup", "steps"), [(0.0, 40), (0.1, 40), (0.06, 7), (0.99, 40)])
 def test_the_rates_are_those_of_optax(kind: Any, warmup: float, steps: int) -> None:
-    """The rates equal optax's schedules. Red if `rise + 1` loses its 1, or if the decay takes all
-    `steps`."""
+    """The rates equal optax's schedules."""
     config = OptimizerConfig(learning_rate=2.0, schedule=kind, warmup=warmup)
     counts = np.arange(steps + 3)
     wanted = jax.jit(jax.vmap(schedule(config, steps)))(counts)
@@ -103,7 +102,7 @@ def test_all_kinds_in_one_program_are_adamw_of_optax() -> None:
     """One vmapped program for all configs equals the AdamW of optax for each of them.
 
     With constants optax computes 1 - 0.999 in float64, and with settings as data in float32 (5e-5),
-    hence the tolerance. Red if `adamw` leaves out any one of the settings.
+    hence the tolerance.
     """
     settings = [optimizer.hyper(config, STEPS) for config in CONFIGS]
     stacked = jax.tree.map(lambda *x: np.stack(x), *settings)

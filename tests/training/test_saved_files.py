@@ -30,8 +30,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("content", "says"), [*BROKEN, (b"{}", "is not a config of train.py")])
 def test_a_broken_config_of_a_run(content: bytes, says: str, tmp_path: pathlib.Path) -> None:
-    """A broken config is an error that names its file. Red if `_claim` reads with `json.loads`
-    alone: its traceback names no file."""
+    """A broken config is an error that names its file."""
     (tmp_path / "config.json").write_bytes(content)
     config = dataclasses.replace(CONFIG, run_dir=str(tmp_path))
     says = rf"config\.json ({says}).*--fresh"
@@ -41,8 +40,7 @@ def test_a_broken_config_of_a_run(content: bytes, says: str, tmp_path: pathlib.P
 
 @pytest.mark.parametrize(("content", "says"), [*BROKEN, (b"{}", "has no 'steps'")])
 def test_a_broken_summary_of_a_run(content: bytes, says: str, tmp_path: pathlib.Path) -> None:
-    """A broken summary is an error that names its file. Red if `directory.summary` returns any
-    JSON: to print its table is a KeyError."""
+    """A broken summary is an error that names its file."""
     assert directory.summary(tmp_path) is None
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(lora_jax.LoraError, match=rf"summary\.json ({says}).*; delete it and start"):
@@ -113,11 +111,7 @@ def test_the_record_is_on_disk_before_the_summary(
 def test_a_killed_fresh_start_leaves_no_finished_run(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--fresh` deletes the summary first and the config last, so that a kill in between is seen.
-
-    Red if the files are deleted in any order: what is left may say that it is finished, or go on
-    with the checkpoints of another config.
-    """
+    """`--fresh` deletes the summary first and the config last, so that a kill in between is seen."""
     names = ["summary.json", "metrics.jsonl", "error.txt", "curves.png", "config.json"]
     for name in names:
         (tmp_path / name).touch()
@@ -128,10 +122,7 @@ def test_a_killed_fresh_start_leaves_no_finished_run(
 
 
 def test_a_group_killed_twice_before_its_next_checkpoint(tmp_path: pathlib.Path) -> None:
-    """The checkpoint from which a group went on is still listed after more kills.
-
-    Red if the list keeps entries of later steps that only some members have saved.
-    """
+    """The checkpoint from which a group went on is still listed after more kills."""
     steps = {"a": [20], "b": [20]}
     for start in range(4):
         checkpoints = GroupCheckpoints(tmp_path)

@@ -58,8 +58,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_pairs_are_told_apart_by_their_token_types() -> None:
-    """The outputs depend on the token types. Red if the workload drops what the tokenizer says of
-    the second text of a pair."""
+    """The outputs depend on the token types."""
     config = models.BertConfig(
         vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, mlp_size=8, max_positions=8
     )

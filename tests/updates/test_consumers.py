@@ -107,10 +107,7 @@ def cells(consumer: str, *, refused: bool = False) -> Any:
 
 
 def test_the_table_in_the_docs_is_this_one() -> None:
-    """The table in docs/kinds.md says what the tests here show.
-
-    Red if a row says something else.
-    """
+    """The table in docs/kinds.md says what the tests here show."""
     text = (ROOT / "docs/kinds.md").read_text()
     rows = {}
     for line in text.splitlines():
@@ -173,11 +170,7 @@ def test_dropout(kind: str) -> None:
 
 @cells("stack, select")
 def test_a_mixed_batch(kind: str) -> None:
-    """Each example has the output of its adapter alone, also with another rank or without one.
-
-    Red if DoRA's gain is of the wrong member, or is applied to the base, or if a norm leaves out
-    the scale.
-    """
+    """Each example has the output of its adapter alone, also with another rank or without one."""
     members = [adapter_of(kind, 2, seed=1), adapter_of(kind, 1 if kind == "lokr" else 3, seed=2)]
     first = members[0][0].subset("out")
     members.append((first, {"out": adapter_of(kind, 2, seed=3)[1]["out"]}))
@@ -322,10 +315,7 @@ def test_what_does_not_add_up(kind: str) -> None:
 @cells("analysis")
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_analysis_is_of_the_merged_difference(kind: str, scheme: str | None) -> None:
-    """Analysis describes the difference between the merged weight and the base.
-
-    Red if DoRA is analysed by its factors alone, or if `as_lora` has changed a rank.
-    """
+    """Analysis describes the difference between the merged weight and the base."""
     layout, adapters = adapter_of(kind)
     params, whole = (PARAMS, PARAMS) if scheme is None else int8_base()
     base = lora_jax.paths.flatten(whole)

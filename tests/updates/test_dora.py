@@ -41,10 +41,7 @@ def product(target: Target, x: Any, w: Any) -> Any:
 
 @pytest.mark.parametrize("target", TARGETS, ids=name_of)
 def test_value_and_gradients_in_float64(target: Target) -> None:
-    """Values and gradients equal the definition's in float64.
-
-    Red if the norm is differentiated, if the cross term has no factor 2, or if G is transposed.
-    """
+    """Values and gradients equal the definition's in float64."""
     with jax.enable_x64(True):
         parameters, w = arrays(target, dtype=jnp.float64), weight(target, dtype=jnp.float64)
         shape = (*target.sizes(target.stack), 5, *target.sizes(target.inputs))
@@ -94,10 +91,7 @@ def test_the_gain_of_the_start_is_one() -> None:
 
 
 def test_an_output_of_zero_stays() -> None:
-    """An output whose norm and magnitude are zero stays zero.
-
-    Red if 0 / 0 is computed, forward or backward.
-    """
+    """An output whose norm and magnitude are zero stays zero."""
     target = Target("w", (3, 2), (), (0,), (1,), 1, 1.0, kind="dora")
     w = jnp.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     parameters = Directed(jnp.ones((3, 1)), jnp.zeros((1, 2)), jnp.array([0.0, 1.0]))
@@ -140,10 +134,7 @@ class Codes(Base):
 
 
 def test_a_quantised_stack_is_dequantised_slice_by_slice() -> None:
-    """A quantised stack is dequantised slice by slice.
-
-    Red if the norms of all slices are computed at once, which makes a dense copy of the stack.
-    """
+    """A quantised stack is dequantised slice by slice."""
     target = Target("w", (16, 256, 256), (0,), (1,), (2,), 4, 4.0, kind="dora")
     parameters = arrays(target)
     scales = jnp.linspace(0.01, 0.02, 16 * 256).reshape(16, 256)
@@ -170,11 +161,7 @@ def test_no_product_of_the_factors_is_formed() -> None:
 
 @pytest.mark.parametrize("program", ["dot", "conv", "scan"])
 def test_bfloat16_is_composed_in_float32(program: str) -> None:
-    """A gain of 1.001 has an effect on bfloat16 outputs.
-
-    Red if x W is rounded before the gain: each output times 1.001 would be rounded back to itself.
-    If it is rounded once, outputs are 1.001 times as large on average.
-    """
+    """A gain of 1.001 has an effect on bfloat16 outputs."""
     key = jax.random.split(jax.random.key(0))
     draw = lambda k, *shape: jax.random.normal(k, shape, jnp.bfloat16)  # noqa: E731
     if program == "conv":

@@ -99,10 +99,7 @@ def test_the_rank_of_the_factors_of_lokr_is_the_smaller_of_the_two(target: Targe
 
 @pytest.mark.parametrize("target", ALL, ids=name_of)
 def test_it_begins_as_the_base(target: Target) -> None:
-    """Each kind begins with the merged weight of the base.
-
-    Red if a kind begins with an update, with arrays of other shapes, or with another dtype.
-    """
+    """Each kind begins with the merged weight of the base."""
     kind, w = kind_of(target), weight(target)
 
     def begin(key: Any, w: Any) -> Any:
@@ -129,10 +126,7 @@ def test_axes_say_where_the_sizes_come_from(target: Target) -> None:
 
 @pytest.mark.parametrize("kind", forms.KINDS)
 def test_a_stack_is_its_slices(kind: str) -> None:
-    """A stack gives each slice the update that the slice alone would get.
-
-    Red if slices are mixed, or if a kind takes a value from the first slice for all.
-    """
+    """A stack gives each slice the update that the slice alone would get."""
     whole = Target("w", (3, 8, 10), (0,), (1,), (2,), 2, 3.0, kind=kind)
     one = Target("w", (8, 10), (), (0,), (1,), 2, 3.0, kind=kind)
     parameters, w = jax.device_get((arrays(whole), weight(whole)))
@@ -144,10 +138,7 @@ def test_a_stack_is_its_slices(kind: str) -> None:
 
 
 def test_vera_numbers_never_change() -> None:
-    """VeRA's fixed numbers stay the same for ever.
-
-    Red if the hash, its streams or its bounds change: saved adapters would change.
-    """
+    """VeRA's fixed numbers stay the same for ever."""
     # These were computed by the same formula with Python's integers.
     want = [[0.3300279378890991, -0.11746907234191895], [-0.13247203826904297, 0.6441757678985596]]
     np.testing.assert_array_equal(noise(1, 2, 2), np.array(want, np.float32))

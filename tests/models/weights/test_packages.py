@@ -175,11 +175,7 @@ _OTHERS += " REQUIRE_VIRTUALENV=1 PLATFORM=win32 DRY_RUN=1 BUILD_CONSTRAINT={her
 def test_variables_of_pip_change_only_the_index(
     given: str, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wheel is unpacked into the cache, also if variables tell pip to do something else.
-
-    Red if the installers get all variables: pip then builds a source distribution for some, which
-    runs its code, and refuses the package or puts it elsewhere for others.
-    """
+    """A wheel is unpacked into the cache, also if variables tell pip to do something else."""
     _wheel(registry)
     evil = tmp_path / "evil"
     evil.mkdir()
@@ -227,8 +223,7 @@ def test_versions_of_the_registry(version: str, registry: Path) -> None:
 def test_files_of_the_working_directory_are_not_read(
     registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tool does not run files of the working directory. Red if it starts there: Python would
-    run this module in place of pip."""
+    """The tool does not run files of the working directory."""
     _wheel(registry)
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "pip.py").write_text("open('mark', 'w').close()\n")

@@ -320,7 +320,7 @@ def test_another_scheme_is_an_error(spoiled: Callable[..., models.Source]) -> No
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_experts_stay_quantised_as_one_bank(data: Path, tmp_path: Path, scan: bool) -> None:
-    """Experts stay one quantised bank. Red if the scales of one meet the codes of another."""
+    """Experts stay one quantised bank."""
     folder = tmp_path / "mixtral"
     shutil.copytree(data / "golden_models" / "mixtral", folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
