@@ -17,7 +17,6 @@ MODULES = (
     "lora_jax.multi.moe",
     "lora_jax.checkpoint",
     "lora_jax.analysis",
-    "lora_jax.analysis",
     "lora_jax.exchange.peft",
     "lora_jax.exchange.gguf",
     "lora_jax.exchange.mlx",
@@ -25,7 +24,6 @@ MODULES = (
     "lora_jax.foreign",
     "lora_jax.models.hf_module",
     "lora_jax.models",
-    "lora_jax.baselines",
     "lora_jax.data",
     "lora_jax.planner",
 )

@@ -25,7 +25,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PUBLIC = (
     "lora_jax",
     "lora_jax.analysis",
-    "lora_jax.baselines",
     "lora_jax.base",
     "lora_jax.bases.placement",
     "lora_jax.bases.quantise",

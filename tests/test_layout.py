@@ -71,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
 }
 ROOMS_IN_ROOMS = ("multi/moe",)
 # The rooms that are not part of the core.
-AROUND = ("system", "models", "baselines", "data", "training", "sweeps", "planner", "serving")
+AROUND = ("system", "models", "data", "training", "sweeps", "planner", "serving")
 AROUND = (*AROUND, "exchange", "report", "cli", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 
