@@ -23,7 +23,7 @@ def of_one(change: Change) -> PrimitiveRule:
     """Return the rule of an operation whose only input is one weight.
 
     Args:
-      change: called with the evaluator, the equation and the weight; gives the new weight(s), or None
+      change: called with the evaluator, the equation and the weight; gives the new weight, or None
         if this one cannot be followed.
 
     Returns:

@@ -70,7 +70,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def test_an_adapter_of_every_kind() -> None:
-    """An adapter with every kind of update has the arrays and the merged weights that were saved."""
+    """An adapter with every kind of update has the arrays and merged weights that were saved."""
     layout, adapters, _ = lora_jax.restore(V2 / "kinds")
     saved = npz.read(V2 / "kinds.npz")
     kinds = {"lora", "dora", "vera", "loha", "lokr", "bias"}
