@@ -28,11 +28,10 @@ ARROWS: dict[str, set[str]] = {
     "target": {"errors", "spec"},
     "updates": {"base", "errors", "target"},
     "layout": {"base", "errors", "paths", "system", "target", "updates"},
-    "adapters": {"errors", "layout", "paths", "updates"},
+    "adapters": {"errors", "layout", "paths", "target", "updates"},
     "bases": {"base", "errors", "layout", "paths", "updates"},
     "checkpoint": {"adapters", "base", "errors", "layout", "paths", "system", "updates"},
-    "merge": {"adapters", "layout", "paths", "updates"},
-    "models": {"bases", "errors", "system"},
+    "models": {"base", "bases", "errors", "system"},
     "multi": {"adapters", "base", "errors", "layout", "spec", "target", "updates"},
     "primitives": {"base", "bases", "errors", "paths", "updates"},
     "data": {"errors", "models", "system"},
@@ -47,11 +46,11 @@ ARROWS: dict[str, set[str]] = {
     "serving": {"adapters", "analysis", "bases", "checkpoint", "data", "errors"}
     | {"layout", "models", "multi", "paths", "system", "transform", "updates"},
     "training": {"adapters", "analysis", "base", "bases", "checkpoint", "data"}
-    | {"errors", "frozen", "layout", "merge", "models", "multi", "paths"}
-    | {"resolve", "sharding", "spec", "system", "transform", "updates"},
+    | {"errors", "frozen", "layout", "models", "multi", "paths", "resolve"}
+    | {"sharding", "spec", "system", "transform", "updates"},
     "exchange": {"adapters", "analysis", "base", "bases", "checkpoint", "errors"}
-    | {"layout", "merge", "models", "paths", "primitives", "resolve"}
-    | {"serving", "spec", "system", "target", "updates"},
+    | {"layout", "models", "paths", "primitives", "resolve", "serving"}
+    | {"spec", "system", "target", "updates"},
     "planner": {"adapters", "base", "bases", "data", "errors", "frozen", "paths"}
     | {"primitives", "resolve", "system", "training"},
     "sweeps": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve"}
@@ -63,8 +62,8 @@ ARROWS: dict[str, set[str]] = {
     | {"system", "training", "updates"},
     "__main__": {"cli", "errors", "serving", "system", "training"},
     "": {"adapters", "analysis", "bases", "checkpoint", "errors", "foreign", "frozen"}
-    | {"layout", "merge", "multi", "multi/moe", "paths", "resolve", "sharding"}
-    | {"spec", "target", "transform", "updates"},
+    | {"layout", "multi", "multi/moe", "paths", "resolve", "sharding", "spec"}
+    | {"target", "transform", "updates"},
 }
 ROOMS_IN_ROOMS = ("multi/moe",)
 # The rooms that are not part of the core.

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapters import merge
 from lora_jax.frozen import join
 from lora_jax.layout import Layout
-from lora_jax.merge import merge
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import Trained
 from lora_jax.training.workload import Batch, Loss, Workload

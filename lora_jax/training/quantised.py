@@ -13,8 +13,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import paths
-from lora_jax.base import is_base
-from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.base import QuantisedMatrix, is_base
 from lora_jax.bases.quantise import quantize
 from lora_jax.bases.recipe import ABOUT, STORED, recipe
 from lora_jax.data.process_slice import Shard
