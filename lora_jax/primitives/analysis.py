@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-from lora_jax.bases.held import Deferred, Dense, held
+from lora_jax.bases.weight import Deferred, Dense, Weight
 from lora_jax.primitives import flow, jaxprs, table
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins
 from lora_jax.primitives.evaluator import Evaluator, Primitive
@@ -109,7 +109,7 @@ class Analysis(Evaluator):
         names = self.fresh(len(w.shape))
         atoms = tuple((n, frozenset(((path, axis),))) for axis, n in enumerate(names))
         update = Recorder(flow.parameter(path, w), frozenset((path,)), atoms)
-        return AdaptedWeight(held(w), update, names, path, True)
+        return AdaptedWeight(Weight.of(w), update, names, path, True)
 
     # What the rules tell.
 
@@ -156,7 +156,7 @@ class Analysis(Evaluator):
         return dataclasses.replace(v, update=dataclasses.replace(update, **change))
 
     def dequantise(self, eqn: Eqn | None, v: AdaptedWeight) -> None:
-        if isinstance(v.held, Deferred):
+        if isinstance(v.weight, Deferred):
             self.dequantised.setdefault(v.path, jaxprs.operand_name(eqn))
 
     # One equation.
@@ -222,7 +222,7 @@ class Analysis(Evaluator):
         (_, contract), (_, batch) = eqn.params["dimension_numbers"]
         stack, inputs = right.names_at(batch), right.names_at(contract)
         self.consume(eqn, right, stack, inputs, without(right.names, (*stack, *inputs)))
-        if isinstance(left.held, Deferred):
+        if isinstance(left.weight, Deferred):
             self.dequantise(eqn, right)
         return [left, right.merged()]
 
@@ -261,7 +261,7 @@ class Analysis(Evaluator):
             return out
         new = zip(v.names, v.shape, shape, strict=True)
         names = tuple(name if n == m else self.fresh(1)[0] for name, n, m in new)
-        return dataclasses.replace(v, held=Dense(out), names=names)
+        return dataclasses.replace(v, weight=Dense(out), names=names)
 
     def plain(self, eqn: Eqn | None, value: Any) -> Any:
         value = self._settled(value)

@@ -14,7 +14,7 @@ import jax
 from jax import lax
 
 from lora_jax.base import Base
-from lora_jax.bases.held import held
+from lora_jax.bases.weight import Weight
 from lora_jax.errors import LoraError
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, Value
@@ -125,7 +125,7 @@ class Evaluator:
         """Return a parameter without an adapter; a base is still dequantised where it is used."""
         if not isinstance(w, Base):
             return w
-        return AdaptedWeight(held(w), Zero(), self.fresh(w.ndim), path, True)
+        return AdaptedWeight(Weight.of(w), Zero(), self.fresh(w.ndim), path, True)
 
     def run(
         self, traced: jaxprs.TracedCall, ins: Sequence[Any], weight: Callable[[str, Any], Any]

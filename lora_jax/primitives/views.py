@@ -228,7 +228,7 @@ def _device_put(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
             return put(v)
         if isinstance(eqn.params["devices"][i], jax.sharding.NamedSharding):
             return v.map_w(lambda n: Named(put(n.array), n.names))
-        return dataclasses.replace(v, held=jax.tree.map(put, v.held))
+        return dataclasses.replace(v, weight=jax.tree.map(put, v.weight))
 
     return [moved(i, v) for i, v in enumerate(ins)]
 

@@ -19,9 +19,8 @@ import pytest
 import lora_jax
 import train
 from lora_jax.checkpoint.adapter import restore_about
-from lora_jax.cli import report
+from lora_jax.cli import predict, report
 from lora_jax.report import run_files
-from lora_jax.serving import predict
 from lora_jax.sweeps.comparison import gather
 from lora_jax.sweeps.loop import folder as group_folder
 from lora_jax.sweeps.sweep import SweepConfig
@@ -70,7 +69,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def test_an_adapter_of_every_kind() -> None:
-    """An adapter with every kind of update has the arrays and the merged weights that were saved."""
+    """An adapter with every kind of update has the arrays and merged weights that were saved."""
     layout, adapters, _ = lora_jax.restore(V2 / "kinds")
     saved = npz.read(V2 / "kinds.npz")
     kinds = {"lora", "dora", "vera", "loha", "lokr", "bias"}
