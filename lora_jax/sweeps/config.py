@@ -19,8 +19,8 @@ from lora_jax.training.config import (
     incidental,
     require,
 )
+from lora_jax.training.config_json import identity
 from lora_jax.training.config_json import short_hash as hash_of
-from lora_jax.training.config_json import stable_identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,4 +108,4 @@ def short_hash(config: GroupConfig) -> str:
     Args:
       config: the config of the group.
     """
-    return hash_of({member.name: stable_identity(member.config) for member in config.members})
+    return hash_of({member.name: identity(member.config) for member in config.members})

@@ -8,7 +8,6 @@ from typing import Any
 
 from lora_jax.errors import LoraError
 from lora_jax.system import json_file
-from lora_jax.training.config_json import upgrade
 
 _CONFIG_CURE = "train.py wrote it: restore it from a copy, or start the run again with --fresh"
 _SUMMARY_CURE = (
@@ -32,7 +31,7 @@ _SUMMARY: dict[str, Any] = {
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """Return config.json of the run in `folder`, under today's names.
+    """Return config.json of the run in `folder`.
 
     Args:
       folder: the run directory.
@@ -41,7 +40,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
       LoraError: it is not JSON, or not the config of a run.
     """
     file = folder / "config.json"
-    found = upgrade(json_file.read(file, LoraError, cure=_CONFIG_CURE, finite=False))
+    found = json_file.read(file, LoraError, cure=_CONFIG_CURE, finite=False)
     if not isinstance(found.get("steps"), int) or not isinstance(found.get("lora"), dict):
         raise LoraError(
             f"{file} is not a config of train.py: it has no steps and lora; {_CONFIG_CURE}"
@@ -59,7 +58,7 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
       LoraError: it is not JSON, or a field is missing or has the wrong type.
     """
     file = folder / "summary.json"
-    found = upgrade(json_file.read(file, LoraError, cure=_SUMMARY_CURE, finite=False))
+    found = json_file.read(file, LoraError, cure=_SUMMARY_CURE, finite=False)
     for name, kind in _SUMMARY.items():
         if name not in found:
             raise LoraError(f"{file} has no {name!r}; {_SUMMARY_CURE}")

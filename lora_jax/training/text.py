@@ -13,7 +13,7 @@ from lora_jax import baselines, models
 from lora_jax.data.batches import Batches
 from lora_jax.data.config import DataConfig
 from lora_jax.training import pretrained
-from lora_jax.training.config import LATER, Config, ConfigError, LoraConfig, later, require
+from lora_jax.training.config import Config, ConfigError, LoraConfig, require
 from lora_jax.training.method import LORA, MethodConfig
 from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig, RunBatches
 
@@ -29,7 +29,7 @@ class ModelConfig(PretrainedModelConfig):
     """Decoders: the number of positions of a row whose loss is computed at a time, so that the
     logits of a large vocabulary never exist all at once. It costs one more product with the output
     head. None: all positions at once."""
-    head_dropout: float | None = later(None)
+    head_dropout: float | None = None
     """Dropout rate before an encoder's head. None: the same as `dropout`."""
 
     def __post_init__(self) -> None:
@@ -57,9 +57,9 @@ class TextConfig(PretrainedConfig):
     """The pretrained model."""
     data: DataConfig
     """The data."""
-    method: MethodConfig = dataclasses.field(default=MethodConfig(), metadata=LATER)
+    method: MethodConfig = MethodConfig()
     """LoRA, or a method that it is compared with."""
-    label_smoothing: float = later(0.0)
+    label_smoothing: float = 0.0
     """Decoders: share of each label that is spread over the whole vocabulary in training."""
 
     def __post_init__(self) -> None:
