@@ -17,7 +17,6 @@ MODULES = (
     "lora_jax.multi.moe",
     "lora_jax.checkpoint",
     "lora_jax.analysis",
-    "lora_jax.analysis",
     "lora_jax.exchange.peft",
     "lora_jax.exchange.gguf",
     "lora_jax.exchange.mlx",

@@ -66,7 +66,7 @@ def edited(change: Any) -> str:
     [
         (
             lambda d: d.update(format=3),
-            r"has format 3, which this lora_jax does not .* reads format 1",
+            r"has format 3, which this lora_jax .* reads format 1",
         ),
         (lambda d: d.update(format=3, mesh=[]), r"format 3 and the field 'mesh'"),
         (lambda d: d["targets"][1].update(gate=1), r"format 1 and the field 'gate'"),

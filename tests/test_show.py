@@ -53,7 +53,7 @@ def every(branches: tuple[Branch, ...], above: str = "") -> dict[str, Leaf]:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "bert", "vit", "llama_nf4"])
 def test_the_tree_holds_every_parameter_and_marks_what_is_adapted(name: str) -> None:
-    """Each parameter matches one line of the tree, and a line is marked if its weights are adapted."""
+    """Each parameter is in one line of the tree; a line is marked if its weights are adapted."""
     model = open_shaped(str(MODELS / name), False)
     found = trace(model.apply, model.params, model.batch, train=False, key=None)
     layout = found.layout(lora_jax.LoraSpec(1, 1.0, ATTENTION))

@@ -20,7 +20,15 @@ Change = Callable[[Any, Any, AdaptedWeight], Any]
 
 
 def of_one(change: Change) -> PrimitiveRule:
-    """Return the rule of an operation whose only input is one weight."""
+    """Return the rule of an operation whose only input is one weight.
+
+    Args:
+      change: called with the evaluator, the equation and the weight; gives the new weight, or None
+        if this one cannot be followed.
+
+    Returns:
+      A rule for `register`.
+    """
 
     def rule(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         out = change(evaluator, eqn, ins[0])

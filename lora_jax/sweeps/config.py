@@ -25,10 +25,12 @@ from lora_jax.training.config_json import short_hash as hash_of
 
 @dataclasses.dataclass(frozen=True)
 class Member(Checked):
-    """One run of a group. Its directory is the folder `name` in the group's directory."""
+    """One run of a group."""
 
     name: str
+    """The name of its folder in the group's directory."""
     config: Config
+    """Its config."""
     paused: bool = False
     """Whether it is left out: it takes no step, and its files are kept."""
 

@@ -57,7 +57,7 @@ class TextConfig(PretrainedConfig):
     """The pretrained model."""
     data: DataConfig
     """The data."""
-    method: MethodConfig = MethodConfig()
+    method: MethodConfig = dataclasses.field(default=MethodConfig())
     """LoRA, or a method that it is compared with."""
     label_smoothing: float = 0.0
     """Decoders: share of each label that is spread over the whole vocabulary in training."""

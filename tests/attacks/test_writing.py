@@ -29,8 +29,8 @@ COMMANDS = {
         "events.out.tfevents.9999999999.host",
     )),
     "sweep": (None, [*TRAIN[:2], f"{CONFIG}:sweep", "--run-dir"], (
-        *("results.json", "results.csv", "results.png", "checkpoints.json", "rank=1", "rank=2/adapters"),
-        *("rank=1/metrics.jsonl", "rank=1/config.json", "rank=1/lock"),
+        *("results.json", "results.csv", "results.png", "checkpoints.json", "rank=1"),
+        *("rank=2/adapters", "rank=1/metrics.jsonl", "rank=1/config.json", "rank=1/lock"),
     )),
     "report": (RUN, ["report"], (
         *("report", "report/report.md", "report/report.html", "report/loss.png"),

@@ -60,7 +60,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def test_an_adapter_of_every_kind() -> None:
-    """An adapter with every kind of update has the arrays and the merged weights that were saved."""
+    """An adapter with every kind of update has the saved arrays and merged weights."""
     layout, adapters, _ = lora_jax.restore(V1 / "kinds")
     saved = npz.read(V1 / "kinds.npz")
     kinds = {"lora", "dora", "vera", "loha", "lokr", "bias"}
@@ -131,8 +131,8 @@ def test_a_stopped_sweep_goes_on(folder: pathlib.Path) -> None:
 
 def test_a_classifier_predicts(folder: pathlib.Path) -> None:
     tiny.write_model(folder / "model", tiny.ROBERTA)
-    arguments = ["--file", str(V1 / "texts.jsonl"), "--out", "out.jsonl", "--adapter", "runs/text"]
-    assert predict.main(arguments) == 0
+    files = ["--file", str(V1 / "texts.jsonl"), "--out", "out.jsonl"]
+    assert predict.main([*files, "--adapter", "runs/text", "--base", "model"]) == 0
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     wanted = [json.loads(line) for line in (V1 / "predicted.jsonl").read_text().splitlines()]
     assert [row["prediction"] for row in rows] == [row["prediction"] for row in wanted]

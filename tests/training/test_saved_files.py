@@ -111,7 +111,7 @@ def test_the_record_is_on_disk_before_the_summary(
 def test_a_killed_fresh_start_leaves_no_finished_run(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--fresh` deletes the summary first and the config last, so that a kill in between is seen."""
+    """`--fresh` deletes the summary first and the config last, so a kill in between is seen."""
     names = ["summary.json", "metrics.jsonl", "error.txt", "curves.png", "config.json"]
     for name in names:
         (tmp_path / name).touch()
