@@ -24,7 +24,6 @@ MODULES = (
     "lora_jax.foreign",
     "lora_jax.models.hf_module",
     "lora_jax.models",
-    "lora_jax.baselines",
     "lora_jax.data",
     "lora_jax.planner",
 )

@@ -80,7 +80,7 @@ def _command(name: str) -> Command:
         command: Any
         match name:
             case "show":
-                from lora_jax.cli.show import command
+                from lora_jax.cli import show as command
             case "predict":
                 from lora_jax.serving import predict as command
             case "generate":

@@ -35,7 +35,6 @@ ARROWS: dict[str, set[str]] = {
     "models": {"bases", "errors", "system"},
     "multi": {"adapters", "base", "errors", "layout", "spec", "target", "updates"},
     "primitives": {"base", "bases", "errors", "paths", "updates"},
-    "baselines": {"errors", "models"},
     "data": {"errors", "models", "system"},
     "resolve": {"errors", "layout", "paths", "primitives", "spec", "target", "updates"},
     "sharding": {"base", "bases", "errors", "layout", "paths", "primitives", "target"}
@@ -45,13 +44,11 @@ ARROWS: dict[str, set[str]] = {
     "analysis": {"adapters", "base", "bases", "errors", "layout", "multi", "paths"}
     | {"primitives", "spec", "target", "transform", "updates"},
     "multi/moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
-    "serving": {"adapters", "analysis", "baselines", "bases", "checkpoint", "data"}
-    | {"errors", "layout", "models", "multi", "paths", "system", "transform"}
-    | {"updates"},
-    "training": {"adapters", "analysis", "base", "baselines", "bases", "checkpoint"}
-    | {"data", "errors", "frozen", "layout", "merge", "models", "multi"}
-    | {"paths", "resolve", "sharding", "spec", "system", "transform"}
-    | {"updates"},
+    "serving": {"adapters", "analysis", "bases", "checkpoint", "data", "errors"}
+    | {"layout", "models", "multi", "paths", "system", "transform", "updates"},
+    "training": {"adapters", "analysis", "base", "bases", "checkpoint", "data"}
+    | {"errors", "frozen", "layout", "merge", "models", "multi", "paths"}
+    | {"resolve", "sharding", "spec", "system", "transform", "updates"},
     "exchange": {"adapters", "analysis", "base", "bases", "checkpoint", "errors"}
     | {"layout", "merge", "models", "paths", "primitives", "resolve"}
     | {"serving", "spec", "system", "target", "updates"},
@@ -71,7 +68,7 @@ ARROWS: dict[str, set[str]] = {
 }
 ROOMS_IN_ROOMS = ("multi/moe",)
 # The rooms that are not part of the core.
-AROUND = ("system", "models", "baselines", "data", "training", "sweeps", "planner", "serving")
+AROUND = ("system", "models", "data", "training", "sweeps", "planner", "serving")
 AROUND = (*AROUND, "exchange", "report", "cli", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 

@@ -17,10 +17,6 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Annotated, Any
 
-from lora_jax.system.extras import require
-
-require("train", __name__)
-
 import tyro
 
 from lora_jax.errors import listed, nearest

@@ -3,9 +3,9 @@
 Each member has its own checkpoints, as if it trained alone. If the group is killed while they are
 written, some members have the newest one and some only the one before. checkpoints.json lists which
 belong together: for the last few times, the step of each member, and the members that had a slot. A
-group that continues uses the newest entry whose checkpoints all exist, so it ends with the same bits
-as without the kill. If there is none (because a member was trained alone or has failed), each member
-continues from its own newest checkpoint: the results are the same except for rounding.
+group that continues uses the newest entry whose checkpoints all exist, so it ends with the bits of
+a group without the kill. If there is none (because a member was trained alone or has failed), each
+member continues from its own newest checkpoint: the results are the same except for rounding.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import sys
 import threading
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 from lora_jax.system.extras import MissingExtraError, require
@@ -34,7 +34,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from lora_jax.errors import LoraError, ModelError, told
-from lora_jax.system import allocator, program_cache
+from lora_jax.system import allocator, program_cache, table
 
 T = TypeVar("T")
 
@@ -62,6 +62,21 @@ def say(console: rich.console.Console, text: str) -> None:
     """
     # Before rich, which drops some control characters and does not show them.
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def say_table(
+    console: rich.console.Console,
+    rows: Sequence[table.Cells],
+    texts: Collection[int] = (0,),
+    *,
+    styles: Mapping[int, str] | None = None,
+    indents: Sequence[str] = (),
+) -> None:
+    """Print a table as wide as the console (see `table.blocks`); `styles` has those of rows."""
+    blocks = table.blocks(rows, texts, console.width, indents)
+    for number, block in enumerate(blocks):
+        style = (styles or {}).get(number, "")
+        console.print(Text(printable("\n".join(block)), style), soft_wrap=True)
 
 
 def note(text: str) -> None:

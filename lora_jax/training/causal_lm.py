@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import baselines, models, paths
+from lora_jax import models, paths
 from lora_jax.bases.recipe import STORED
 from lora_jax.data.language_modelling import language_modelling as batches_of
 from lora_jax.models import placement
 from lora_jax.models.cross_entropy import cross_entropy
 from lora_jax.training import pretrained, scores, text
+from lora_jax.training.method import LORA, Method
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Common, Loss, Workload, check_select
 
@@ -42,16 +43,16 @@ def causal_lm(config: TextConfig) -> Workload:
     )
     data = text.open_text(config, batches_of, source)
     model_config = config.model.apply_to(source.config)
-    method = config.method.on(model_config, config.data.max_length)
+    method = config.method_for(model_config, config.data.max_length)
 
     def load(shardings: Tree) -> Tree:
         stored = config.model.quantize == STORED
         base = source.load(model_config, shardings=shardings, keep_quantised=stored)
-        return {**base, **text.method_parameters(config, method)}
+        return {**base, **method.fresh(config.seed)}
 
     select = config.select or "loss"
     check_select(select, scores.names(scores.token_scores))
-    about = text.about(config, prompt=config.data.prompt, eos=config.data.eos)
+    about = text.about(config, method, prompt=config.data.prompt, eos=config.data.eos)
     workload = Workload(
         apply=apply_of(
             models.DecoderModel(model_config),
@@ -76,7 +77,7 @@ def causal_lm(config: TextConfig) -> Workload:
         about=about,
         common=Common(
             json.dumps(about["model"]),
-            lambda: paths.flatten(text.method_parameters(config, method)),
+            lambda: paths.flatten(method.fresh(config.seed)),
         ),
     )
     return pretrained.quantised_as_said(config, workload)
@@ -97,7 +98,7 @@ def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
 def apply_of(
     model: models.DecoderModel,
     chunk: int | None = None,
-    method: baselines.Method = baselines.NONE,
+    method: Method = LORA,
     smoothing: float = 0.0,
 ) -> Any:
     """Return the model as a `Workload.apply` for batches of packed rows.

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax import baselines, models, paths
+from lora_jax import models, paths
 from lora_jax.bases.recipe import STORED
+from lora_jax.checkpoint.added_parameters import EXTRA
 from lora_jax.data.classification import classification as batches_of
 from lora_jax.data.labels import Labels
 from lora_jax.models import placement
 from lora_jax.training import pretrained, scores, text
 from lora_jax.training.config import ConfigError, require
+from lora_jax.training.method import HEAD, LORA, Method
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Common, Loss, Workload, check_select
 
@@ -52,11 +54,11 @@ def classification(config: TextConfig) -> Workload:
     model_config = config.model.apply_to(source.config)
     model = models.BertClassifier(model_config, labels.outputs, config.model.pooling)
     head = models.Head(config.model.pooling, labels.outputs)
-    method = config.method.on(model_config, config.data.lengths[-1])
+    method = config.method_for(model_config, config.data.lengths[-1])
 
     def fresh() -> Tree:
         drawn = new_head(model, jax.random.fold_in(jax.random.key(config.seed), 1))
-        return {"classifier": drawn, **text.method_parameters(config, method)}
+        return {"classifier": drawn, **method.fresh(config.seed)}
 
     def load(shardings: Tree) -> Tree:
         stored = config.model.quantize == STORED
@@ -65,6 +67,7 @@ def classification(config: TextConfig) -> Workload:
 
     about = text.about(
         config,
+        method,
         labels=labels.names,
         text_fields=config.data.text_fields,
         lengths=config.data.lengths,
@@ -79,7 +82,7 @@ def classification(config: TextConfig) -> Workload:
         },
         load=load,
         placement=(*placement.rules(model_config, head), *method.placement()),
-        trainable=(baselines.HEAD, *method.trained),
+        trainable=(HEAD, *method.trained),
         train=data.train.iterator,
         evaluation=data.passes(),
         size=real_tokens,
@@ -122,7 +125,7 @@ def judged(labels: Labels, select: str | None) -> dict[str, Any]:
 
 
 def _joined(
-    model: models.BertClassifier, method: baselines.Method, workloads: Sequence[Workload]
+    model: models.BertClassifier, method: Method, workloads: Sequence[Workload]
 ) -> Workload:
     """Return the first workload with a head that is wide enough for the classes of any of them.
 
@@ -136,7 +139,7 @@ def _joined(
         [workload.loss is real_loss for workload in workloads],
         "the same for all members of a group",
     )
-    own = [paths.flatten(w.params.get(baselines.EXTRA, {})) for w in workloads]
+    own = [paths.flatten(w.params.get(EXTRA, {})) for w in workloads]
     sizes = [{path: x.shape for path, x in one.items()} for one in own]
     if any(one != sizes[0] for one in sizes):
         raise ConfigError(
@@ -150,7 +153,7 @@ def _joined(
     return dataclasses.replace(first, apply=apply_of(wide, method), params=whole)
 
 
-def apply_of(model: models.BertClassifier, method: baselines.Method = baselines.NONE) -> Any:
+def apply_of(model: models.BertClassifier, method: Method = LORA) -> Any:
     """Return the model as a `Workload.apply`, which returns logits [B, C].
 
     Args:

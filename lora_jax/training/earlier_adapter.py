@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax import baselines, checkpoint, paths
+from lora_jax import checkpoint, paths
 from lora_jax.base import is_base
 from lora_jax.bases.recipe import ABOUT, BEGUN
 from lora_jax.checkpoint import adapter_path
 from lora_jax.checkpoint.adapter import SavedAdapter
+from lora_jax.checkpoint.added_parameters import check_lora
 from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
 from lora_jax.spec import LoraSpec, Rule
@@ -111,7 +112,7 @@ def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
         _labels(workload.about),
         config.allow_other_base,
     )
-    baselines.check_lora(config.start_from, folder, found.trainable, about)
+    check_lora(config.start_from, folder, found.trainable, about)
     try:
         _check_settings(found, workload)
         found.layout.check_params(paths.flatten(workload.params))

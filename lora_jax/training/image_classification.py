@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import baselines, models, paths
+from lora_jax import models, paths
 from lora_jax.bases.recipe import STORED
 from lora_jax.data.image_classification import image_classification as batches_of
 from lora_jax.data.images import Augmentation
@@ -19,6 +19,7 @@ from lora_jax.models.weights import preprocessing
 from lora_jax.training import pretrained
 from lora_jax.training.classification import judged
 from lora_jax.training.images import ImageConfig
+from lora_jax.training.method import HEAD
 from lora_jax.training.workload import Common, Workload
 
 Tree = Any  # a pytree
@@ -74,7 +75,7 @@ def image_classification(config: ImageConfig) -> Workload:
         },
         load=load,
         placement=placement.rules(model_config, head),
-        trainable=(baselines.HEAD,),
+        trainable=(HEAD,),
         example=batch_shapes(model_config, config.data.batch_size, labels),
         train=data.train.iterator,
         evaluation=data.passes(),

@@ -9,13 +9,12 @@ import sys
 from typing import Any
 
 import jax
-from rich.table import Table
 
 from lora_jax import paths
 from lora_jax.adapters import count
 from lora_jax.base import is_base
 from lora_jax.bases.quantise import bytes_of
-from lora_jax.system.console import Console
+from lora_jax.system.console import Console, say, say_table
 from lora_jax.training import export
 from lora_jax.training.directory import Summary
 from lora_jax.training.run import Run
@@ -146,10 +145,8 @@ def device_peak() -> int | None:
 
 def show(summary: Summary, console: Console) -> None:
     """Print the summary as a table."""
-    table = Table("", "", title=summary["run"], show_header=False)
-    for name, value in rows(summary):
-        table.add_row(name, value)
-    console.print(table)
+    say(console, summary["run"])
+    say_table(console, rows(summary), (0, 1))
 
 
 def rows(summary: Summary) -> list[tuple[str, str]]:
