@@ -30,7 +30,6 @@ MODULES = (
 
 # Modules of which only these names are meant for users.
 NAMES = {
-    "lora_jax.bases.matrix": ("QuantisedMatrix",),
     "lora_jax.sharding": ("partition_specs", "specs", "place", "automatic"),
     "lora_jax.primitives.table": ("register",),
     "lora_jax.primitives.kernel": ("product",),

@@ -10,14 +10,7 @@ from typing import Any
 
 
 def to_dict(config: Any) -> Any:
-    """Return a config as JSON values; a function becomes `module:name`.
-
-    Args:
-      config: a config, or a value inside one.
-
-    Returns:
-      Dictionaries, lists, strings, numbers and None.
-    """
+    """Return a config as JSON values; a function becomes `module:name`."""
     if _is_config(config):
         fields = dataclasses.fields(config)
         return {field.name: to_dict(getattr(config, field.name)) for field in fields}
@@ -87,11 +80,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
     >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
     ['a.b: 1 -> 3']
-
-    Args:
-      old: the values of one config.
-      new: the values of the other.
-      path: a prefix of every field's name.
     """
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

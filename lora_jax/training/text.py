@@ -78,20 +78,7 @@ Pipeline = Callable[..., Batches]  # batches_of in classification or language_mo
 
 
 def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> RunBatches:
-    """Make the batches of a run on text.
-
-    Args:
-      config: the config of the run.
-      pipeline: makes batches from the data, the tokenizer and the size of the vocabulary.
-      source: the pretrained model.
-
-    Returns:
-      The batches.
-
-    Raises:
-      ConfigError: rows may be longer than the model has positions.
-      lora_jax.LoraError: the data cannot be read, or the tokenizer does not fit the model.
-    """
+    """Make the batches of a run on text."""
     model = source.config
     assert isinstance(model, models.BertConfig | models.DecoderConfig)  # `open_model` checks it
     _check_positions(config, model)

@@ -18,8 +18,8 @@ import numpy as np
 import lora_jax
 import train
 from lora_jax import LoraSpec, Rule
+from lora_jax.cli import predict
 from lora_jax.layout import Layout
-from lora_jax.serving import predict
 from tests.formats import HERE, RUNS, V1
 from tests.training import tiny
 

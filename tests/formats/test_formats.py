@@ -17,8 +17,7 @@ import pytest
 import lora_jax
 import train
 from lora_jax.checkpoint.adapter import restore_about
-from lora_jax.cli import report
-from lora_jax.serving import predict
+from lora_jax.cli import predict, report
 from tests import npz
 from tests.formats import HERE, RUN, RUNS, SWEEP, V1
 from tests.training import tiny
