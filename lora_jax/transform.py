@@ -13,7 +13,7 @@ from lora_jax.adapters import Adapters, check
 from lora_jax.bases.weight import Weight
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.primitives import jaxprs
+from lora_jax.primitives import jaxprs, table
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.target import Target
@@ -86,7 +86,8 @@ def adapt(
                 evaluator.paths_read.add(target.path)
                 return update  # the merged weight, of a kind without factors
 
-            return interpret(Evaluator(per_example), layout, f, weight, params, *args, **kwargs)
+            evaluator = Evaluator(table.PRIMITIVES, per_example)
+            return interpret(evaluator, layout, f, weight, params, *args, **kwargs)
 
         if isinstance(adapters, Several):
             return adapters.run(layout, run, args, kwargs, (in_axes, out_axes))

@@ -25,11 +25,7 @@ CAUSES = {
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON values; bytes, FLOPs and seconds are per device and step.
-
-    Args:
-      plan: the plan.
-    """
+    """Return the plan as JSON values; bytes, FLOPs and seconds are per device and step."""
     device = DEVICES[plan.device]
     return {
         "format": FORMAT,

@@ -15,7 +15,6 @@ from lora_jax.updates.update import layers, selected
 
 Ins = list[Any]  # the inputs of one equation: arrays and adapted weights
 Outs = list[Any] | None  # None: the rule does not apply
-PrimitiveRule = Callable[[Any, Any, Ins], Outs]  # (evaluator, eqn, ins)
 
 
 @jax.tree_util.register_dataclass
@@ -87,3 +86,6 @@ class AdaptedWeight:
         dw = none if isinstance(self.weight, Deferred) else tangent.weight  # codes have no tangent
         parts = self.update.tangents(self.weight, dw, tangent.update, none)
         return [dataclasses.replace(self, weight=w, update=update) for w, update in parts]
+
+
+Value = jax.Array | AdaptedWeight

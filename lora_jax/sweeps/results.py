@@ -46,22 +46,12 @@ class Listing:
 
 
 def listing(results: Results) -> Listing:
-    """List the members: of a sweep with the best first, of several tasks in the order given.
-
-    Args:
-      results: the results of a group.
-    """
+    """List the members: of a sweep with the best first, of several tasks in the order given."""
     return _of_tasks(results) if results.tasks else _of_sweep(results)
 
 
 def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
-    """Write results.csv, results.json and results.png.
-
-    Args:
-      path: the folder.
-      summaries: the summaries of finished runs (`lora_jax.training.summary.summarise`), in the
-        order of the results. The run directories that they name must exist.
-    """
+    """Write results.csv, results.json and results.png."""
     results = gather(summaries)
     whole_files.write_json(
         path / "results.json",

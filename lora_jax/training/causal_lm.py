@@ -24,18 +24,7 @@ _PACKING = ("segment_ids", "positions")
 
 
 def causal_lm(config: TextConfig) -> Workload:
-    """Make the workload of a decoder that learns the answers to prompts.
-
-    Args:
-      config: names the decoder, the data with prompts and answers, and the method.
-
-    Returns:
-      The workload. Its batches hold packed rows.
-
-    Raises:
-      ConfigError: the model is an encoder.
-      lora_jax.LoraError, ValueError: the model or the data is not as the config says.
-    """
+    """Make the workload of a decoder that learns the answers to prompts, in packed rows."""
     source = pretrained.open_model(
         config.model.reference,
         models.DecoderConfig,
@@ -84,12 +73,7 @@ def causal_lm(config: TextConfig) -> Workload:
 
 
 def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of a batch of packed rows.
-
-    Args:
-      rows: the number of rows.
-      length: the number of tokens of a row.
-    """
+    """Return the shapes and dtypes of a batch of packed rows."""
     whole = ("input_ids", "targets", "segment_ids", "positions")
     shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in whole}
     return {**shapes, "loss_weight": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
@@ -101,17 +85,10 @@ def apply_of(
     method: Method = LORA,
     smoothing: float = 0.0,
 ) -> Any:
-    """Return the model as a `Workload.apply` for batches of packed rows.
+    """Return the model as a `Workload.apply` for packed rows, which gives logits [B, T, V].
 
-    Args:
-      model: the decoder.
-      chunk: tokens whose cross entropy is computed at a time. None: all of them.
-      method: the training method, LoRA or one that it is compared with.
-      smoothing: the label smoothing in training.
-
-    Returns:
-      A function that returns logits [B, T, V]. With a chunk, and in training with label smoothing,
-      it returns the cross entropy of each token, float32 [B, T].
+    With a chunk (tokens whose cross entropy is computed at a time), and in training with label
+    smoothing, it gives the cross entropy of each token, float32 [B, T].
     """
     drops = model.config.dropout > 0 or model.config.attention_dropout > 0
 

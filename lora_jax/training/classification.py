@@ -29,18 +29,7 @@ Tree = Any  # a pytree
 
 
 def classification(config: TextConfig) -> Workload:
-    """Make the workload of an encoder with a new head, trained on labelled texts.
-
-    Args:
-      config: names the encoder, the data and the method.
-
-    Returns:
-      The workload.
-
-    Raises:
-      ConfigError: the model is a decoder.
-      lora_jax.LoraError, ValueError: the model or the data is not as the config says.
-    """
+    """Make the workload of an encoder with a new head, trained on labelled texts."""
     source = pretrained.open_model(
         config.model.reference,
         models.BertConfig,
@@ -102,15 +91,8 @@ def classification(config: TextConfig) -> Workload:
 def judged(labels: Labels, select: str | None) -> dict[str, Any]:
     """Return the fields of a `Workload` that compare outputs with labels.
 
-    Args:
-      labels: the classes of the data; empty if the labels are real numbers.
-      select: the score that picks the best adapter. None: the accuracy, or Pearson's correlation.
-
-    Returns:
-      The values of `loss`, `scores`, `select` and `better`.
-
-    Raises:
-      lora_jax.LoraError: there is no score of the name `select`.
+    There are no classes if the labels are real numbers. With `select` None, the accuracy or
+    Pearson's correlation picks the best adapter.
     """
     kinds = {0: scores.real_scores, 2: scores.class_scores}  # by the number of classes
     select = select or ("pearson" if labels.regression else "accuracy")
@@ -127,11 +109,7 @@ def judged(labels: Labels, select: str | None) -> dict[str, Any]:
 def _joined(
     model: models.BertClassifier, method: Method, workloads: Sequence[Workload]
 ) -> Workload:
-    """Return the first workload with a head that is wide enough for the classes of any of them.
-
-    Raises:
-      ConfigError: some have classes and some real numbers, or their methods differ.
-    """
+    """Return the first workload with a head that is wide enough for the classes of any of them."""
     first = workloads[0]
     require(
         len({workload.loss for workload in workloads}) == 1,
@@ -154,12 +132,7 @@ def _joined(
 
 
 def apply_of(model: models.BertClassifier, method: Method = LORA) -> Any:
-    """Return the model as a `Workload.apply`, which returns logits [B, C].
-
-    Args:
-      model: the model with its head.
-      method: the method that adds parameters of its own, if any.
-    """
+    """Return the model as a `Workload.apply`, which returns logits [B, C]."""
     settings = model.config
     drops = any((settings.dropout, settings.attention_dropout, settings.head_dropout))
 

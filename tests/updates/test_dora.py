@@ -73,9 +73,8 @@ def test_in_float32_and_over_bfloat16(target: Target) -> None:
     parameters = arrays(target)
     for dtype in (jnp.float32, jnp.bfloat16):
         w = weight(target, dtype=dtype)
-        gains = functools.partial(DORA.gains, target)
-        gain = lambda p, w: in_w_order(target, gains(p, w).outputs, target.outputs)  # noqa: E731
-        got = jax.jit(gain)(parameters, w)
+        got = jax.jit(functools.partial(DORA.gains, target))(parameters, w).outputs
+        got = in_w_order(target, got, target.outputs)
         assert got.dtype == jnp.float32
         exact = weight(target, dtype=dtype).astype(jnp.float32)
         want = jax.jit(functools.partial(dense_gain, target))(parameters, exact)
