@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.base import is_base
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.system import json_file, layout_table
+from lora_jax.system import json_file, table
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
 
@@ -176,10 +176,10 @@ class Layout:
             words -= 1
             heading = (*heading[:words], *heading[words + 1 :])
             rows = [(path, (*x[:words], *x[words + 1 :]), size) for path, x, size in rows]
-        lines = [layout_table.table(heading, rows, words, self.size)]
+        lines = [table.of_paths(heading, rows, words, self.size)]
         for title, remarks in (("left out:", self.left_out), ("dequantised:", self.dequantised)):
             said = [(x.path, _times(x.shape), x.reason) for x in remarks]
-            lines += layout_table.remarks(title, said)
+            lines += table.remarks(title, said)
         return "\n".join(lines)
 
 

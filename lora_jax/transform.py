@@ -9,7 +9,7 @@ import jax
 
 from lora_jax import paths
 from lora_jax.adapters import Adapters
-from lora_jax.bases.held import held
+from lora_jax.bases.weight import Weight
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.multi import per_example
@@ -81,7 +81,7 @@ def adapt(
             names = evaluator.fresh(len(target.shape))
             running = update.of(target, w, names)
             if running is not None:
-                return AdaptedWeight(held(w), running, names, target.path, target.fold)
+                return AdaptedWeight(Weight.of(w), running, names, target.path, target.fold)
             evaluator.paths_read.add(target.path)
             return kind_of(target).merged(target, update.factors[target.path], w)
 

@@ -44,7 +44,7 @@ NAMED, WHOLE = 300, 7200  # seconds that the named tests and the whole suite may
 class Mutant(NamedTuple):
     """A change: in `where`, the expression `old` becomes `new`; then `test` must fail.
 
-    where: a room or a file of lora_jax, and after a colon the function or constant, if the
+    where: a room or a file, relative to lora_jax, and after a colon the function or constant, if the
       expression is in the room more than once.
     old: an expression. `if X`, `return X`, `name = X` (also as an argument) and `"key": X` (in a
       dict) are that X alone.
@@ -189,13 +189,13 @@ MUTANTS = (  # name, where, old, new, test
         'jax.random.fold_in(jax.random.key(numbers["seed"]), row)',
         'jax.random.key(numbers["seed"])',
         "tests/serving/test_generation.py::test_draws_have_the_probabilities[sampling0-kept0]"),
-    # ---- analysis, baselines, report
+    # ---- analysis, experiments, report
     Mutant("phi-by-the-larger-side", "analysis",
         "np.minimum(rows[:, None], columns)", "np.maximum(rows[:, None], columns)",
         "lora_jax/analysis/subspaces.py"),
-    Mutant("bottleneck-without-residual", "baselines",
+    Mutant("bottleneck-without-residual", "../experiments/methods",
         'x + _dense(params["up"], h)', '_dense(params["up"], h)',
-        "tests/baselines/test_bottleneck.py::test_a_layer_is_the_formula"),
+        "tests/experiments/test_bottleneck.py::test_a_layer_is_the_formula"),
     Mutant("seeds-that-differ-in-more", "report",
         '_differences(*pair, ()) == ["seed"]', '"seed" in _differences(*pair, ())',
         "tests/report/test_pieces.py::test_seeds_that_differ_in_nothing_else_are_compared"),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lora_jax.bases.held import Deferred, Dense
+from lora_jax.bases.weight import Deferred, Dense
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
 from lora_jax.updates.named import Named
@@ -127,20 +127,20 @@ def _sliced(evaluator: Any, eqn: Any, x: Any) -> tuple[Any, Callable[[Any], Any]
     if not isinstance(x, AdaptedWeight):
         return x, lambda part: part
     x, name = x.chosen(), x.names[0]
-    if isinstance(x.held, Deferred) and name not in x.held.leading(x.names):
+    if isinstance(x.weight, Deferred) and name not in x.weight.leading(x.names):
         x = _dense(evaluator, eqn, x)
     arrays, tree = jax.tree.flatten(x.update, is_leaf=lambda n: isinstance(n, Named))
     moving = [n.to_front((name,)) if name in n.names else None for n in arrays]
 
     def of_part(part: Any) -> AdaptedWeight:
-        held, slices = part
+        weight, slices = part
         pairs = zip(arrays, slices, strict=True)
         every = [n if one is None else Named(one.array, one.names[1:]) for n, one in pairs]
         update = jax.tree.unflatten(tree, every)
-        part = dataclasses.replace(x, held=held, names=x.names[1:], update=update)
+        part = dataclasses.replace(x, weight=weight, names=x.names[1:], update=update)
         return evaluator.lost(part, (name,), "taken")
 
-    return (x.held, moving), of_part
+    return (x.weight, moving), of_part
 
 
 def _while(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
@@ -219,7 +219,7 @@ def _shard_map(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 def _dense(evaluator: Any, eqn: Any, v: AdaptedWeight) -> AdaptedWeight:
     """Return the weight as an array, which can be sliced anywhere."""
     evaluator.dequantise(eqn, v)
-    return dataclasses.replace(v, held=Dense(v.held.dense()))
+    return dataclasses.replace(v, weight=Dense(v.weight.dense()))
 
 
 def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
@@ -231,7 +231,7 @@ def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
     def spec_of(n: Named) -> Named:
         return Named(PartitionSpec(*map(entries.get, n.names)), n.names)
 
-    return dataclasses.replace(v, held=Dense(spec), update=v.update.map(spec_of))
+    return dataclasses.replace(v, weight=Dense(spec), update=v.update.map(spec_of))
 
 
 def _custom_vjp(evaluator: Any, eqn: Any, ins: Ins) -> Outs:

@@ -12,7 +12,7 @@ import jax
 from jax import lax
 
 from lora_jax.base import Base
-from lora_jax.bases.held import Deferred, held
+from lora_jax.bases.weight import Deferred, Weight
 from lora_jax.errors import LoraError
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
@@ -61,7 +61,7 @@ class Evaluator:
 
     def dequantise(self, eqn: Any, v: AdaptedWeight) -> None:
         """Note that an operation needs the weight as one array although W is stored as codes."""
-        if isinstance(v.held, Deferred):
+        if isinstance(v.weight, Deferred):
             self.dequantised.setdefault(v.path, jaxprs.operand_name(eqn))
 
     def next_use(self, path: str) -> int:
@@ -81,7 +81,7 @@ class Evaluator:
         """Return a parameter without an adapter; a base is still dequantised where it is used."""
         if not isinstance(w, Base):
             return w
-        return AdaptedWeight(held(w), Zero(), self.fresh(w.ndim), path, True)
+        return AdaptedWeight(Weight.of(w), Zero(), self.fresh(w.ndim), path, True)
 
     def run(
         self, traced: jaxprs.TracedCall, ins: Sequence[Any], weight: Callable[[str, Any], Any]

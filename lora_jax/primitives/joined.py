@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.bases import held
+from lora_jax.bases.weight import Dense, Weight
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
 from lora_jax.updates.output_gain import join
 from lora_jax.updates.update import Part, Zero
@@ -45,12 +45,12 @@ def _join(evaluator: Any, ins: Ins, axis: int) -> AdaptedWeight | None:
         return None
     for v in weights:
         evaluator.paths_read.add(v.path)
-    whole = held.join(
-        [v.held if isinstance(v, AdaptedWeight) else held.Dense(v) for v in ins],
+    whole = Weight.join(
+        [v.weight if isinstance(v, AdaptedWeight) else Dense(v) for v in ins],
         lambda *arrays: jnp.concatenate(arrays, axis),
     )
     fold = all(v.fold for v in weights)
-    return dataclasses.replace(weights[0], held=whole, update=update, fold=fold)
+    return dataclasses.replace(weights[0], weight=whole, update=update, fold=fold)
 
 
 def _pad(evaluator: Any, eqn: Any, ins: Ins) -> Outs:

@@ -69,7 +69,7 @@ def product(
         free = evaluator.fresh(operand.ndim - 1)
         rest = tuple(value for place, value in enumerate(ins) if place not in (x, weight))
         # A function with a batching rule of its own cannot be transposed before it is batched.
-        apply = v.held.use if evaluator.per_example else v.held.product
+        apply = v.weight.use if evaluator.per_example else v.weight.product
 
         def base(array: Any, dtype: Any = None) -> Any:
             more = {} if dtype is None else {"dtype": dtype}

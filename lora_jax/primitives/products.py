@@ -45,10 +45,10 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
     def base(x: Any, dtype: Any = None) -> Any:
         ends = (lambda w, x: (w, x)) if side == 0 else (lambda w, x: (x, w))
-        return v.held.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x), dtype=dtype), x)
+        return v.weight.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x), dtype=dtype), x)
 
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
-        x = x.astype(wider(x.array.dtype, v.held.dtype))
+        x = x.astype(wider(x.array.dtype, v.weight.dtype))
         return lowrank.add(y, x, update, out, precision)
 
     is_matrix = len(v.names) == 2
@@ -93,7 +93,7 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return y + d.astype(y.dtype)
 
     def base(x: Any, dtype: Any = None) -> Any:
-        return v.held.product(lambda w, x: jaxprs.bind(eqn, x, w, dtype=dtype), x)
+        return v.weight.product(lambda w, x: jaxprs.bind(eqn, x, w, dtype=dtype), x)
 
     x = Named(x, evaluator.fresh(x.ndim))
     return [v.update.product(Operation(x, tuple(out), base, low_rank, sums=True, use=use))]
@@ -137,7 +137,7 @@ def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         h = update.middle(take(update.a, indices).astype(y.dtype))
         return y + einsum(h, update.b.astype(y.dtype), names)
 
-    base = lambda x: v.held.use(lambda w, i: jaxprs.bind(eqn, w, i), indices)  # noqa: E731
+    base = lambda x: v.weight.use(lambda w, i: jaxprs.bind(eqn, w, i), indices)  # noqa: E731
     return [v.update.product(Operation(None, names, base, low_rank))]
 
 

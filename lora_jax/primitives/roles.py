@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from lora_jax.base import is_base
-from lora_jax.bases.held import Dense
+from lora_jax.bases.weight import Dense
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins
 from lora_jax.primitives.evaluator import Evaluator
@@ -126,7 +126,7 @@ class Recording(Evaluator):
         (v,) = (v for v in behind if isinstance(v, AdaptedWeight))
         same = [getattr(out, "shape", None) == v.shape for out in outs]
         return [
-            dataclasses.replace(v, held=Dense(out)) if follows else out
+            dataclasses.replace(v, weight=Dense(out)) if follows else out
             for out, follows in zip(outs, same, strict=True)
         ]
 

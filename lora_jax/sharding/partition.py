@@ -16,8 +16,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax import paths
-from lora_jax.base import is_base
-from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.base import QuantisedMatrix, is_base
 from lora_jax.bases.placement import names_of as names_of
 from lora_jax.bases.placement import placed
 from lora_jax.errors import LoraError, listed, nearest

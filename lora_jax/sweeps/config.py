@@ -105,9 +105,5 @@ class GroupConfig(GroupOptions):
 
 
 def short_hash(config: GroupConfig) -> str:
-    """Return eight characters that depend on the members' names and identities, in any order.
-
-    Args:
-      config: the config of the group.
-    """
+    """Return eight characters that depend on the members' names and identities, in any order."""
     return hash_of({member.name: stable_identity(member.config) for member in config.members})

@@ -53,11 +53,7 @@ class GroupCheckpoints:
         write_json(self._file, [dataclasses.asdict(checkpoint) for checkpoint in self._checkpoints])
 
     def newest(self, there: Mapping[str, Sequence[int]]) -> GroupCheckpoint | None:
-        """Return the newest checkpoint that all these members have, or None; forget later ones.
-
-        Args:
-          there: member -> the steps of its checkpoints, for all members that continue from one.
-        """
+        """Return the newest checkpoint that all these members have, or None; forget later ones."""
         for count in range(len(self._checkpoints), 0, -1) if there else ():
             checkpoint = self._checkpoints[count - 1]
             if all(checkpoint.steps.get(name) in steps for name, steps in there.items()):

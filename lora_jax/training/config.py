@@ -25,17 +25,7 @@ class ConfigError(LoraError):
 
 
 def require(condition: bool, field: str, got: Any, expected: str) -> None:
-    """Raise a `ConfigError` that names `field` unless `condition` is true.
-
-    Args:
-      condition: whether the value is valid.
-      field: the dotted path of the field.
-      got: the value.
-      expected: the valid values, in words.
-
-    Raises:
-      ConfigError: `condition` is false.
-    """
+    """Raise a `ConfigError` that names `field` unless `condition` is true."""
     if not condition:
         raise ConfigError(f"{field} must be {expected}, got {got!r}")
 
@@ -51,20 +41,12 @@ NO_DECAY = ("bias", "norm", "magnitude")
 
 
 def later(default: Any) -> Any:
-    """Declare a field that was added after the first release (`LATER`).
-
-    Args:
-      default: the default of the field.
-    """
+    """Declare a field that was added after the first release (`LATER`)."""
     return dataclasses.field(default=default, metadata=LATER)
 
 
 def incidental(default: Any) -> Any:
-    """Declare a field that does not change what a run computes, so it does not name the run.
-
-    Args:
-      default: the default of the field.
-    """
+    """Declare a field that does not change what a run computes, so it does not name the run."""
     return dataclasses.field(default=default, metadata=INCIDENTAL)
 
 
@@ -348,24 +330,14 @@ class Config(Checked):
 
 
 def check_loraplus(ratio: float, kinds: Iterable[str]) -> None:
-    """Raise `ConfigError` if LoRA+ is used with a kind of update that has no B starting at zero.
-
-    Args:
-      ratio: `optimizer.loraplus_lr_ratio`.
-      kinds: the kinds of update of the run.
-    """
+    """Raise `ConfigError` if LoRA+ is used with a kind of update that has no B starting at zero."""
     without = sorted({*kinds} & {"vera", "loha", "lokr", "bias"})
     one = f"1 with lora.kind {', '.join(without)}, in which no B begins at zero"
     require(ratio == 1 or not without, "optimizer.loraplus_lr_ratio", ratio, one)
 
 
 def check_start(before: Config, after: Config) -> None:
-    """Raise `ConfigError` if the command line sets a field that `--from` takes from the adapter.
-
-    Args:
-      before: the config of the config file.
-      after: the config with the changes of the command line.
-    """
+    """Raise `ConfigError` if the command line sets a field that `--from` takes from the adapter."""
     if after.start_from is None:
         return
     for field in dataclasses.fields(LoraConfig):
@@ -380,12 +352,7 @@ def check_start(before: Config, after: Config) -> None:
 
 
 def check_lora_counts(config: Config, given: str) -> None:
-    """Raise `ConfigError` if settings of `lora` are given for a run of another method.
-
-    Args:
-      config: the config.
-      given: the setting, as the message names it.
-    """
+    """Raise `ConfigError` if settings of `lora` are given for a run of another method."""
     if config.adaptation != config.lora:
         raise ConfigError(
             f"{given} sets a field of lora, but the config trains by another method "

@@ -19,12 +19,6 @@ _FIRST = {new: first for first, new in RENAMED.items()}
 
 def upgrade(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a config.json or summary.json under today's names.
-
-    Args:
-      stored: the values of the file.
-
-    Returns:
-      The same values, with new names.
     >>> upgrade({"lora": {"beside": None}, "beside_parameters": 3})
     {'lora': {'trainable': None}, 'trainable_parameters': 3}
     """
@@ -32,11 +26,7 @@ def upgrade(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_name(path: str) -> str:
-    """Return the first name that the field at a dotted path has had.
-
-    Args:
-      path: the dotted path of a field today.
-    """
+    """Return the first name that the field at a dotted path has had."""
     return _FIRST.get(path, path)
 
 
@@ -50,14 +40,7 @@ def _renamed(values: Mapping[str, Any], names: Mapping[str, str], prefix: str = 
 
 
 def to_dict(config: Any) -> Any:
-    """Return a config as JSON values; a function becomes `module:name`.
-
-    Args:
-      config: a config, or a value inside one.
-
-    Returns:
-      Dictionaries, lists, strings, numbers and None.
-    """
+    """Return a config as JSON values; a function becomes `module:name`."""
     if _is_config(config):
         fields = dataclasses.fields(config)
         return {field.name: to_dict(getattr(config, field.name)) for field in fields}
@@ -76,12 +59,6 @@ def identity(config: Any) -> dict[str, Any]:
     """Return the fields that decide what a run computes: all but the incidental ones.
 
     A field that was added later is left out if it has its default.
-
-    Args:
-      config: a config.
-
-    Returns:
-      Nested dictionaries of JSON values.
     """
     found = {}
     for field in _deciding(config):
@@ -92,30 +69,14 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def changes(stored: Mapping[str, Any], config: Any) -> list[str]:
-    """List the fields that decide what a run computes and differ from a stored config.
-
-    Args:
-      stored: the values of config.json. An old one has old names and lacks newer fields.
-      config: the config to compare with.
-
-    Returns:
-      Lines of the form `path: old -> new`.
-    """
+    """List the fields that decide what a run computes and differ from a stored config."""
     names = [field.name for field in _deciding(config)]
     theirs, ours = _comparable(upgrade(stored), config), _comparable(to_dict(config), config)
     return differences({n: theirs.get(n) for n in names}, {n: ours.get(n) for n in names})
 
 
 def later_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the fields that were added later, by dotted path, with their defaults.
-
-    Args:
-      config: a config, or the class of one.
-      prefix: the start of the paths.
-
-    Returns:
-      Dotted path -> default.
-    """
+    """Return the fields that were added later, by dotted path, with their defaults."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         if field.metadata.get("later"):
@@ -128,10 +89,6 @@ def later_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
 def _comparable(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """Return values for a comparison: the fields that decide what a run computes, with defaults for
     fields that were added later, and sorted lists if their order has no meaning.
-
-    Args:
-      values: a config as JSON values.
-      config: a config of the same class.
     """
     found = dict(values)
     for field in dataclasses.fields(config):
@@ -159,21 +116,13 @@ def _is_config(value: Any) -> bool:
 
 
 def stable_identity(config: Any) -> dict[str, Any]:
-    """Return `identity` under the first names of the fields, so that new names keep old hashes.
-
-    Args:
-      config: the config of a run.
-    """
+    """Return `identity` under the first names of the fields, so that new names keep old hashes."""
     found: dict[str, Any] = _renamed(identity(config), _FIRST)
     return found
 
 
 def short_hash(identity: Mapping[str, Any]) -> str:
-    """Return eight characters that differ if the `stable_identity` differs.
-
-    Args:
-      identity: the result of `stable_identity`.
-    """
+    """Return eight characters that differ if the `stable_identity` differs."""
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -183,11 +132,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
     >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
     ['a.b: 1 -> 3']
-
-    Args:
-      old: the values of one config.
-      new: the values of the other.
-      path: a prefix of every field's name.
     """
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -32,14 +32,7 @@ _SUMMARY: dict[str, Any] = {
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """Return config.json of the run in `folder`, under today's names.
-
-    Args:
-      folder: the run directory.
-
-    Raises:
-      LoraError: it is not JSON, or not the config of a run.
-    """
+    """Return config.json of the run in `folder`, under today's names."""
     file = folder / "config.json"
     found = upgrade(json_file.read(file, LoraError, cure=_CONFIG_CURE, finite=False))
     if not isinstance(found.get("steps"), int) or not isinstance(found.get("lora"), dict):
@@ -50,14 +43,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:
-    """Return summary.json of the run in `folder`, with every field that the package reads.
-
-    Args:
-      folder: the run directory.
-
-    Raises:
-      LoraError: it is not JSON, or a field is missing or has the wrong type.
-    """
+    """Return summary.json of the run in `folder`, with every field that the package reads."""
     file = folder / "summary.json"
     found = upgrade(json_file.read(file, LoraError, cure=_SUMMARY_CURE, finite=False))
     for name, kind in _SUMMARY.items():

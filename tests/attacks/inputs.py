@@ -21,8 +21,8 @@ from lora_jax.models.weights.gguf_file import GgufFile
 from lora_jax.models.weights.preprocessing import FILE
 from lora_jax.models.weights.preprocessing import read as read_preprocessing
 from lora_jax.report import run_files, single_run
-from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.serving import jsonl, prompts
+from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.sweeps.group_checkpoints import GroupCheckpoints
 from lora_jax.system.console import USER_ERRORS
 from tests.fuzz import adapters, model_files, user_files
@@ -93,7 +93,7 @@ def _report(folder: pathlib.Path) -> None:
     (run,) = run_files.read(folder)
     if run.summary is None or run.error is None or not run.lines:
         raise lora_jax.LoraError("the report says that the run lacks a file")
-    single_run.report(run, BaseChoice(None, False, False))
+    single_run.report(run, BaseChoice())
 
 
 def _sweep(folder: pathlib.Path) -> None:

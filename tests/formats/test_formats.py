@@ -19,9 +19,8 @@ import pytest
 import lora_jax
 import train
 from lora_jax.checkpoint.adapter import restore_about
-from lora_jax.cli import report
+from lora_jax.cli import predict, report
 from lora_jax.report import run_files
-from lora_jax.serving import predict
 from lora_jax.sweeps.comparison import gather
 from lora_jax.sweeps.loop import folder as group_folder
 from lora_jax.sweeps.sweep import SweepConfig

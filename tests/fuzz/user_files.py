@@ -13,13 +13,13 @@ from typing import Any
 from lora_jax import data
 from lora_jax.cli import train as command_line
 from lora_jax.cli.export import ExportOptions
+from lora_jax.cli.generate import GenerateOptions
 from lora_jax.cli.import_ import ImportOptions
+from lora_jax.cli.predict import PredictOptions
 from lora_jax.cli.report import ReportOptions
 from lora_jax.report import many_runs, run_files, single_run
-from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.serving import jsonl, prompts
-from lora_jax.serving.generate import GenerateOptions
-from lora_jax.serving.predict import PredictOptions
+from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.system import console
 from lora_jax.training import config_json
 from tests.formats import small
@@ -140,9 +140,9 @@ def read_run(random: Random, folder: pathlib.Path) -> None:
             assert all(x is None or isinstance(x, int | float) for x in numbers.values())
     assert isinstance(config_json.changes(run.config, small.config), list)
     if random.random() < 0.5:
-        made = single_run.report(run, BaseChoice(None, False, False))
+        made = single_run.report(run, BaseChoice())
     else:
-        made = many_runs.report("two", [run, good_run()], BaseChoice(None, False, False))
+        made = many_runs.report("two", [run, good_run()], BaseChoice())
     assert made.sections
 
 

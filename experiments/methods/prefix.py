@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 from jax import Array
 
-from lora_jax.baselines.sites import Tree
+from experiments.methods.sites import Tree
 
 _INITIAL = nn.initializers.normal(0.02)
 

@@ -15,10 +15,11 @@ from rich.text import Text
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from lora_jax.cli.adapter_options import FileBar
 from lora_jax.serving.generation import Piece
 from lora_jax.serving.jsonl import Writer, in_order
 from lora_jax.serving.prompts import FIELD, Request
-from lora_jax.system.console import Console, FileBar, printable
+from lora_jax.system.console import Console, printable
 
 
 class Sink:
@@ -43,6 +44,9 @@ def transcribe(
     """Decode the tokens of all texts, and pass the text to `sink` as it comes."""
 
     def finished() -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, request in enumerate(requests):
+            if request.error:
+                yield number, {"error": request.error}
         # The text of a token may depend on the token before it (a space at the start of a word).
         going: dict[int, tuple[DecodeStream, dict[str, Any]]] = {}
         for row, token, finish in pieces:
@@ -113,6 +117,8 @@ class BlockSink(Sink):
         """See `Sink`."""
         self._growing.pop(number, None)
         request = self._requests[number]
+        if request.error:
+            return
         label = f"[{printable(request.name)}] " if self._named else ""
         if self._console.is_terminal:
             self._live.update(self._unfinished())
@@ -154,7 +160,7 @@ class JsonlSink(Sink):
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
         """See `Sink`."""
         request = self._requests[number]
-        own = {FIELD: request.text, "adapter": request.name}
+        own = {} if request.error else {FIELD: request.text, "adapter": request.name}
         self._writer.write([{**request.fields, **own, **answer}])
         self._bar.advance(request.size)
 

@@ -17,7 +17,7 @@ from flax.linen.module import InterceptorContext
 from flax.traverse_util import unflatten_dict
 from jax import Array
 
-from lora_jax.baselines.sites import Tree
+from experiments.methods.sites import Tree
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
 _INITIAL = nn.initializers.normal(0.02)

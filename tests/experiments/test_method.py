@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import lora_jax
+from experiments import methods
 from experiments.paper import counts
-from lora_jax import baselines, models, paths
+from lora_jax import models, paths
 
 BERT = models.BertConfig(
     vocab_size=19, hidden_size=16, num_layers=3, num_heads=4, mlp_size=20, max_positions=32
@@ -25,7 +26,7 @@ LLAMA = models.DecoderConfig(
 )  # fmt: skip
 D, M, L, R = 16, 20, 3, 5
 HEAD = models.Head("mean", 2)
-Make = Callable[[Any], baselines.Method]
+Make = Callable[[Any], methods.Method]
 
 
 def size_of(tree: Any) -> int:
@@ -38,33 +39,33 @@ ADAPTER = 2 * D * R + R + D
 
 # For each method, its count on the encoder and on the decoder (None: it does not work there).
 METHODS: dict[str, tuple[Make, int, int | None]] = {
-    "full": (baselines.full, ALL, size_of(models.shapes(LLAMA))),
+    "full": (methods.full, ALL, size_of(models.shapes(LLAMA))),
     "top_layers": (
-        lambda config: baselines.top_layers(config, 2), 2 * counts.layer(D, M), 2 * LLAMA_LAYER
+        lambda config: methods.top_layers(config, 2), 2 * counts.layer(D, M), 2 * LLAMA_LAYER
     ),
-    "bitfit": (baselines.bitfit, counts.biases(D, M, L), L * (16 + 8 + 8)),
-    "head": (baselines.head, 0, None),
+    "bitfit": (methods.bitfit, counts.biases(D, M, L), L * (16 + 8 + 8)),
+    "head": (methods.head, 0, None),
     "houlsby": (
-        lambda config: baselines.houlsby(config, R),
+        lambda config: methods.houlsby(config, R),
         counts.adapter(D, R, 2 * L, norms=2 * L + 1),
         counts.adapter(D, R, 2 * L, norms=2 * L + 1, per_norm=1),
     ),
-    "pfeiffer": (lambda config: baselines.pfeiffer(config, R), L * ADAPTER, L * ADAPTER),
+    "pfeiffer": (lambda config: methods.pfeiffer(config, R), L * ADAPTER, L * ADAPTER),
     "adapter_drop": (
-        lambda config: baselines.adapter_drop(config, R, 2), ADAPTER, ADAPTER
+        lambda config: methods.adapter_drop(config, R, 2), ADAPTER, ADAPTER
     ),
     "lin": (
-        lambda config: baselines.lin(config, R),
+        lambda config: methods.lin(config, R),
         counts.adapter(D, R, L, norms=L),
         counts.adapter(D, R, L, norms=L),
     ),
     "prefix_embedding": (
-        lambda config: baselines.prefix_embedding(config, 3, 2, 8),
+        lambda config: methods.prefix_embedding(config, 3, 2, 8),
         counts.prefix_embedding(D, 3 + 2),
         None,
     ),
     "prefix_layer": (
-        lambda config: baselines.prefix_layer(config, 3, 2, 8),
+        lambda config: methods.prefix_layer(config, 3, 2, 8),
         counts.prefix_layer(D, 3 + 2, L),
         None,
     ),
@@ -72,14 +73,14 @@ METHODS: dict[str, tuple[Make, int, int | None]] = {
 DECODER = [name for name, (_, _, count) in METHODS.items() if count is not None]
 
 
-def trained(params: Any, method: baselines.Method) -> dict[str, Any]:
+def trained(params: Any, method: methods.Method) -> dict[str, Any]:
     return lora_jax.frozen.split({**params, **method.shapes()}, method.trained)[0]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_counts_of_an_encoder(name: str) -> None:
     """The parameters that are trained in an encoder are as many as the formula says. Red: a pattern
-    of lora_jax/baselines/sites.py that takes more or less, a shape in `init`."""
+    of experiments/methods/sites.py that takes more or less, a shape in `init`."""
     make, count, _ = METHODS[name]
     found = trained(models.shapes(BERT, HEAD), make(BERT))
     own = {path: x for path, x in found.items() if not path.startswith("classifier/")}
@@ -104,8 +105,8 @@ def test_counts_of_a_real_model() -> None:
         BERT, hidden_size=768, num_layers=12, num_heads=12, mlp_size=3072, vocab_size=50265
     )
     params = models.shapes(config, HEAD)
-    assert size_of(trained(params, baselines.bitfit(config))) == counts.biases(768, 3072, 12)
-    found = size_of(trained(params, baselines.pfeiffer(config, 64)))
+    assert size_of(trained(params, methods.bitfit(config))) == counts.biases(768, 3072, 12)
+    found = size_of(trained(params, methods.pfeiffer(config, 64)))
     assert found == counts.adapter(768, 64, adapters=12)
 
 
@@ -113,12 +114,12 @@ def test_which_parameters() -> None:
     """Each method trains the right layers and parameters. Red: the lowest layers for the top ones,
     `layers()[:drop]` for `layers()[drop:]`."""
     params = models.shapes(BERT, HEAD)
-    folders = {p.split("/")[2] for p in trained(params, baselines.top_layers(BERT, 2))}
+    folders = {p.split("/")[2] for p in trained(params, methods.top_layers(BERT, 2))}
     assert folders == {"layer_1", "layer_2"}
-    folders = {p.split("/")[3] for p in trained(params, baselines.adapter_drop(BERT, R, 1))}
+    folders = {p.split("/")[3] for p in trained(params, methods.adapter_drop(BERT, R, 1))}
     assert folders == {"layer_1", "layer_2"}
-    assert {p.rpartition("/")[2] for p in trained(params, baselines.bitfit(BERT))} == {"bias"}
-    houlsby = trained(params, baselines.houlsby(BERT, R))
+    assert {p.rpartition("/")[2] for p in trained(params, methods.bitfit(BERT))} == {"bias"}
+    houlsby = trained(params, methods.houlsby(BERT, R))
     base = {p for p in houlsby if not p.startswith("extra/")}
     assert base == {p for p in paths.flatten(params) if "norm/" in p}
 
@@ -144,7 +145,7 @@ def model_of(config: Any) -> tuple[nn.Module, Any]:
     return model, noisy(models.shapes(config, HEAD if encoder else None), 1)
 
 
-def run(method: baselines.Method, model: nn.Module) -> Any:
+def run(method: methods.Method, model: nn.Module) -> Any:
     """Return a compiled `f(params, *inputs)`; otherwise each operation would be compiled alone."""
     return jax.jit(lambda params, *inputs: method.apply(model, params, *inputs))
 
@@ -164,7 +165,7 @@ def test_step_0_is_the_base(config: Any, names: tuple[str, ...]) -> None:
     Red: `up` drawn like `down`; for the second part, an interceptor that meets no module.
     """
     model, params = model_of(config)
-    base = run(baselines.NONE, model)(params, IDS, MASK)
+    base = run(methods.LORA, model)(params, IDS, MASK)
     for name in names:
         method = METHODS[name][0](config)
         f, own = run(method, model), method.init(jax.random.key(2))
@@ -183,21 +184,21 @@ def test_patterns_put_nothing_into_the_model() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: baselines.top_layers(BERT, 4), "top_layers must be from 1 to 3, got 4"),
-        (lambda: baselines.adapter_drop(BERT, R, 3), "drop must be from 1 to 2.*got 3"),
-        (lambda: baselines.bitfit(dataclasses.replace(LLAMA, qkv_bias=False)), "no bias vectors"),
-        (lambda: baselines.head(LLAMA), "a decoder has no new head"),
-        (lambda: baselines.prefix_embedding(LLAMA, 1, 1, 8), "packed rows.*houlsby"),
-        (lambda: baselines.prefix_layer(BERT, 0, 0, 8), "must be at least 1"),
+        (lambda: methods.top_layers(BERT, 4), "top_layers must be from 1 to 3, got 4"),
+        (lambda: methods.adapter_drop(BERT, R, 3), "drop must be from 1 to 2.*got 3"),
+        (lambda: methods.bitfit(dataclasses.replace(LLAMA, qkv_bias=False)), "no bias vectors"),
+        (lambda: methods.head(LLAMA), "a decoder has no new head"),
+        (lambda: methods.prefix_embedding(LLAMA, 1, 1, 8), "packed rows.*houlsby"),
+        (lambda: methods.prefix_layer(BERT, 0, 0, 8), "must be at least 1"),
         (
-            lambda: baselines.prefix_embedding(BERT, 5, 4, 24),
+            lambda: methods.prefix_embedding(BERT, 5, 4, 24),
             r"24 tokens with 5 \+ 4 .* the 32 positions.*--data.max-length to 23",
         ),
     ],
 )
 def test_what_does_not_go_is_said(make: Callable[[], Any], says: str) -> None:
     """A method that does not go with the model is an error. Red: any of the checks in
-    lora_jax/baselines/methods.py taken out."""
+    experiments/methods/method.py taken out."""
     with pytest.raises(lora_jax.LoraError, match=f"(?s){says}"):
         make()
 

@@ -12,7 +12,6 @@ from lora_jax.models.config import BertConfig, BuiltInConfig
 
 Tree = Any  # a pytree
 ENCODER = "bert"
-HEAD = "classifier/**"  # the head of an encoder, which is new, and so every method trains it
 
 
 def layers(config: BuiltInConfig) -> tuple[str, ...]:

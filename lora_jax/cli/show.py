@@ -32,13 +32,12 @@ from typing import Annotated
 
 import tyro
 
-from lora_jax.cli.show import drawing
-from lora_jax.cli.show.shaped_model import ShapedModel, open_shaped
-from lora_jax.cli.show.tree import Leaf, tree
+from lora_jax.cli.parameter_tree import Leaf, draw, tree
+from lora_jax.cli.shaped_model import ShapedModel, open_shaped
 from lora_jax.errors import LoraError
 from lora_jax.resolve import Trace, trace
 from lora_jax.spec import LoraSpec, check_rank
-from lora_jax.system import layout_table
+from lora_jax.system import table
 from lora_jax.system.console import Console, command, say
 from lora_jax.training.config import LoraConfig
 from lora_jax.updates.recorder import Use
@@ -83,9 +82,7 @@ def run(options: ShowOptions, console: Console, aside: Console) -> None:
         leaves = {path: dataclasses.replace(leaf, dtype="") for path, leaf in leaves.items()}
     dtype = f", {kinds.pop()}" if len(kinds) == 1 else ""
     say(console, f"{options.model}\n{model.about}, {total:,} parameters{dtype}\n")
-    signs = drawing.ASCII if console.options.ascii_only else drawing.BLOCKS
-    for line in drawing.draw(tree(leaves), console.width, signs):
-        console.print(line, soft_wrap=True)
+    signs = draw(tree(leaves), console)
     say(console, f"\n{model.note}" if model.note else "")
     if not options.targets:
         say(console, "--targets all-linear marks the parameters that it matches, and counts them")
@@ -94,7 +91,7 @@ def run(options: ShowOptions, console: Console, aside: Console) -> None:
     count = f"{len(layout.targets)} adapted weights of {shapes:,} parameters"
     lines = [f"{signs.mark} {count}", *_by_rank(options.ranks, spec, found, total, console.width)]
     left = [(x.path, "x".join(map(str, x.shape)), x.reason) for x in layout.left_out]
-    lines += layout_table.remarks("left out:", left, console.width)
+    lines += table.remarks("left out:", left, console.width)
     say(console, "\n".join(lines))
 
 
@@ -136,8 +133,8 @@ def _by_rank(
             refused.append(str(error))
         else:
             rows.append((str(rank), f"{size:,}", f"{size / total:.2%}"))
-    table = [f"  {line}" for line in layout_table.aligned(rows, left=())]
-    return [*table, *(textwrap.wrap(f"-: {refused[0]}", width) if refused else [])]
+    counts = [f"  {line}" for line in table.aligned(rows, texts=())]
+    return [*counts, *(textwrap.wrap(f"-: {refused[0]}", width) if refused else [])]
 
 
 main = command(

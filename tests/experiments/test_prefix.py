@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import baselines, models
-from lora_jax.baselines import prefix
+from experiments import methods
+from experiments.methods import prefix
+from lora_jax import models
 from lora_jax.models.attention import visible
 from lora_jax.models.bert import _BertLayer, _Embeddings
-from tests.baselines.test_methods import BERT, IDS, MASK, model_of, noisy, run
+from tests.experiments.test_method import BERT, IDS, MASK, model_of, noisy, run
 
 ROBERTA = dataclasses.replace(BERT, position_offset=2, num_token_types=1)
 LP, LI = 3, 2
@@ -57,7 +58,7 @@ def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> Non
     """Prefix embeddings equal tokens of a larger vocabulary. Red: the mask not extended,
     `hidden[:, :T]` for `hidden[:, lp : lp + T]`."""
     model, params = model_of(config)
-    method = baselines.prefix_embedding(config, LP, LI, 8)
+    method = methods.prefix_embedding(config, LP, LI, 8)
     extra = noisy(method.shapes()["extra"], 5)
     found = run(method, model)({**params, "extra": extra}, IDS, MASK)
 
@@ -65,7 +66,7 @@ def test_prefix_embeddings_are_tokens_of_a_larger_vocabulary(config: Any) -> Non
     embeddings = params["bert"]["embeddings"]
     table = jnp.concatenate([embeddings["word"]["embedding"], extra["embedding"]])
     whole = {**params["bert"], "embeddings": {**embeddings, "word": {"embedding": table}}}
-    hidden = run(baselines.NONE, larger)(whole, *laid_out(19))
+    hidden = run(methods.LORA, larger)(whole, *laid_out(19))
     np.testing.assert_allclose(found, pooled(config, hidden, params), atol=1e-4)
 
 
@@ -73,7 +74,7 @@ def test_prefix_layers_replace_the_inputs_of_every_layer() -> None:
     """The outputs equal layers that run one by one. Red: one layer left out, or a layer's output
     replaced."""
     model, params = model_of(BERT)
-    method = baselines.prefix_layer(BERT, LP, LI, 8)
+    method = methods.prefix_layer(BERT, LP, LI, 8)
     extra = noisy(method.shapes()["extra"], 6)
     found = run(method, model)({**params, "extra": extra}, IDS, MASK)
 
@@ -95,7 +96,7 @@ def test_padding_changes_nothing(pooling: str) -> None:
     """A row gives the same outputs alone and padded. Red: the infix behind the padding (`length`
     for `own` in `places`)."""
     model = models.BertClassifier(BERT, 2, pooling)
-    method = baselines.prefix_layer(BERT, LP, LI, 12)
+    method = methods.prefix_layer(BERT, LP, LI, 12)
     params = noisy(models.shapes(BERT, models.Head(pooling, 2)), 0)
     whole, f = {**params, **noisy(method.shapes(), 1)}, run(method, model)
     padded = np.pad(IDS, ((0, 0), (0, 4)))
@@ -106,7 +107,7 @@ def test_padding_changes_nothing(pooling: str) -> None:
 def test_token_types_stay_with_their_tokens() -> None:
     """Each token keeps its token type. Red: `token_types` passed on as they are, or dropped."""
     model, params = model_of(BERT)
-    method = baselines.prefix_embedding(BERT, LP, 0, 8)
+    method = methods.prefix_embedding(BERT, LP, 0, 8)
     whole, f = {**params, **noisy(method.shapes(), 1)}, run(method, model)
     zeros, second = np.zeros_like(IDS), np.zeros_like(IDS)
     second[:, 7] = 1  # padding in the second row, a token in the first

@@ -18,15 +18,17 @@ answers are JSONL: the fields of the line, and
     text, tokens       the generated text, and its number of tokens
     finish             "stop" at a stop token, "length" at --max-new-tokens
 
-A text ends at the model's own end token, and at the token that ended the training examples of the
-adapter. Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read,
-130 stopped by Ctrl-C.
+A line that cannot be used ends the command. With --skip-broken it is written again with the reason
+as its "error". A text ends at the model's own end token, and at the token that ended the training
+examples of the adapter.
+
+Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
+by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from itertools import chain, islice
 from typing import Annotated, Any
@@ -34,35 +36,27 @@ from typing import Annotated, Any
 import tyro
 
 from lora_jax import models, paths
+from lora_jax.cli.adapter_options import AdapterOptions, FileBar, opening, skipped
+from lora_jax.cli.text_sinks import BlockSink, JsonlSink, Sink, TypedSink, transcribe
 from lora_jax.errors import LoraError, listed
-from lora_jax.serving import jsonl, output, prompts
+from lora_jax.serving import jsonl, prompts
 from lora_jax.serving.generation import Decoder, stream
 from lora_jax.serving.prompts import Prompts, Request
 from lora_jax.serving.sampling import Sampling
-from lora_jax.serving.served_adapters import BASE_NAME, Served, open_adapters
-from lora_jax.system.console import Console, FileBar, OpeningBar, command, say
+from lora_jax.serving.served_adapters import BASE_NAME, Served
+from lora_jax.system.console import Console, command, say
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(AdapterOptions):
     """The options of `lora-jax generate`."""
 
-    adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]PATH")] = ()
-    """A run directory of train.py, a folder of run directories, or a folder of lora_jax.save."""
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
     """A text to continue."""
-    file: str | None = None
-    """JSONL, or a prompt on each line; - is stdin. None: stdin if something is piped in."""
     out: str | None = None
     """The JSONL file for the answers; - is stdout. None: print the texts to stdout."""
-    base: str | None = None
-    """The base model, in the form of model.reference. None: the one that the adapters name."""
     base_too: bool = False
     """Continue plain prompts with the base as well, as a comparison."""
-    trust_base: bool = False
-    """Download the base that the adapters name even if lora_jax does not know its checksum."""
-    allow_other_base: bool = False
-    """Use adapters on another base than the one that they were trained on."""
     max_new_tokens: int = 128
     """The largest number of tokens to generate for a prompt."""
     temperature: float = 0.0
@@ -81,68 +75,42 @@ class GenerateOptions:
 
 
 def run(options: GenerateOptions, console: Console, aside: Console) -> None:
-    """Read prompts, generate texts and write them.
-
-    Args:
-      options: the options of the command line.
-      console: prints texts.
-      aside: prints other messages.
-
-    Raises:
-      LoraError, OSError, ...: an error of the user.
-    """
-    source = _check(options)
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    # The prompts are read before the model, so that their errors come at once.
-    given = list(prompts.read(source)) if source else list(options.prompt)
-    with OpeningBar(aside) as bar:
-        served = open_adapters(
-            options.adapter,
-            models.DecoderConfig,
-            base=options.base,
-            trust_base=options.trust_base,
-            allow_other_base=options.allow_other_base,
-            opened=bar.count,
-        )
-        decoder = _decoder(served)
-    asked = Prompts(served, options.stop, options.base_too)
-    requests = asked.all(given, f"{source}, line" if source else "--prompt")
-    _check_base_alone(served, requests)
-    say(aside, _opening(served, asked))
-    pieces = stream(
-        decoder,
-        [request.prompt for request in requests],
-        options.max_new_tokens,
-        sampling,
-        options.batch_size,
-    )
-    with aside.status("reading the prompts; the first time this compiles ..."):
-        first = list(islice(pieces, 1))
-    with _sink(options, source, requests, console, aside) as sink:
-        output.transcribe(chain(first, pieces), requests, served.source.tokenizer(), sink)
-    say(aside, _closing(decoder, len(requests)))
-
-
-def _check(options: GenerateOptions) -> str | None:
-    """Return the file to read, or None if the prompts are on the command line."""
-    for flag, value in (
-        ("--batch-size", options.batch_size),
-        ("--max-new-tokens", options.max_new_tokens),
-    ):
-        if value < 1:
-            raise LoraError(f"{flag} must be at least 1, got {value}")
+    """Read prompts, generate texts and write them to `console`; print messages to `aside`."""
+    source = options.source(("prompt",), ("batch_size", "max_new_tokens"))
     if not options.adapter and options.base is None:
         raise LoraError(
             "no model: give --adapter PATH, a run directory of train.py, or --base REFERENCE, such "
             f"as\n  --base {models.SMOLLM2}"
         )
-    if options.prompt and options.file:
-        raise LoraError("--prompt and --file exclude each other: drop one")
-    if options.prompt or options.file:
-        return options.file
-    if sys.stdin.isatty():
-        raise LoraError("no prompt: give --prompt TEXT or --file FILE, or pipe prompts in")
-    return jsonl.STANDARD
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    # The prompts are read before the model, so that their errors come at once.
+    skip = options.skip_broken
+    given = list(prompts.read(source, keep_broken=skip) if source else options.prompt)
+    served = options.served(models.DecoderConfig, aside)
+    decoder = _decoder(served)
+    asked = Prompts(served, options.stop, options.base_too)
+    requests = asked.all(given, f"{source}, line" if source else "--prompt", keep_broken=skip)
+    faults = [request.error for request in requests if request.error]
+    if requests and len(faults) == len(requests):
+        raise LoraError(f"no prompt can be used:\n{listed(faults)}")
+    _check_base_alone(served, requests)
+    say(aside, _opening(served, asked))
+    good = [number for number, request in enumerate(requests) if not request.error]
+    written = stream(
+        decoder,
+        [requests[number].prompt for number in good],
+        options.max_new_tokens,
+        sampling,
+        options.batch_size,
+    )
+    pieces = (piece._replace(row=good[piece.row]) for piece in written)
+    with aside.status("reading the prompts; the first time this compiles ..."):
+        first = list(islice(pieces, 1))
+    with _sink(options, source, requests, console, aside) as sink:
+        transcribe(chain(first, pieces), requests, served.source.tokenizer(), sink)
+    if faults:
+        say(aside, skipped(faults, len(requests), options.out))
+    say(aside, _closing(decoder, len(good)))
 
 
 def _decoder(served: Served) -> Decoder:
@@ -181,27 +149,25 @@ def _sink(
     requests: Sequence[Request],
     console: Console,
     aside: Console,
-) -> output.Sink:
+) -> Sink:
     if options.out is not None:
         writer = jsonl.Writer(options.out, reading=source)
-        return output.JsonlSink(writer, FileBar(aside, source, "texts"), requests)
+        return JsonlSink(writer, FileBar(aside, source, "texts"), requests)
     if len(requests) == 1 and console.is_terminal:
-        return output.TypedSink(console, requests[0])
-    return output.BlockSink(console, requests)
+        return TypedSink(console, requests[0])
+    return BlockSink(console, requests)
 
 
 def _opening(served: Served, asked: Prompts) -> str:
-    names = served.names
-    if not names:
+    if not served.names:
         return f"{served.reference} alone, no adapter"
     each = [
         f"{name}: trained on prompts like {asked.templates[name].text!r}"
         if name in asked.templates
         else name
-        for name in names
+        for name in served.names
     ]
-    many = "s" * (len(names) > 1)
-    return f"{len(names)} adapter{many} on {served.reference}\n{listed(each, 10)}"
+    return opening(served, each)
 
 
 def _closing(decoder: Decoder, count: int) -> str:

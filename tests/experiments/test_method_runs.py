@@ -14,17 +14,18 @@ import pytest
 
 import lora_jax
 import train
+from experiments.methods.config import MethodConfig, MethodTextConfig
 from experiments.paper import counts
 from lora_jax import models, paths
 from lora_jax.checkpoint import adapter
 from lora_jax.checkpoint.storage import orbax
+from lora_jax.cli import predict
 from lora_jax.data.config import DataConfig
-from lora_jax.serving import predict, served_adapters, text_classifier
+from lora_jax.serving import served_adapters, text_classifier
 from lora_jax.training import export, mesh, optimizer, step
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, MeshConfig, OptimizerConfig
-from lora_jax.training.method import MethodConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 from lora_jax.training.workload import Workload
 from tests.training import tiny
@@ -81,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
-def config_of(folder: pathlib.Path, method: MethodConfig, **changes: Any) -> TextConfig:
+def config_of(folder: pathlib.Path, method: MethodConfig, **changes: Any) -> MethodTextConfig:
     data = DataConfig(
         source=str(folder / "data/{split}.jsonl"),
         prompt="{text}",
@@ -92,7 +93,7 @@ def config_of(folder: pathlib.Path, method: MethodConfig, **changes: Any) -> Tex
         batch_size=16,
         eval_batch_size=40,
     )
-    config = TextConfig(
+    config = MethodTextConfig(
         workload=classification,
         model=ModelConfig(reference=str(folder / "roberta")),
         data=data,
@@ -175,7 +176,7 @@ def test_only_its_own_parameters_change(
 ) -> None:
     """A run changes and exports its method's parameters alone, as many as the formula says.
 
-    Red: a pattern in lora_jax/baselines/methods.py that takes more, `extra` left out of one, a
+    Red: a pattern in experiments/methods/method.py that takes more, `extra` left out of one, a
     method that trains LoRA's targets too, any shape in `Bottleneck.init` or `Prefix.init`, no
     placement of `extra/**`.
     """

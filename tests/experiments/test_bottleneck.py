@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import baselines, models
-from tests.baselines.test_methods import BERT, IDS, LLAMA, MASK, model_of, noisy, run
+from experiments import methods
+from lora_jax import models
+from tests.experiments.test_method import BERT, IDS, LLAMA, MASK, model_of, noisy, run
 
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_layer_is_the_formula(norm: bool) -> None:
     """A layer is x + up(relu(down(norm(x)))). Red: no residual, another activation, no norm."""
-    made = baselines.Bottleneck(("site",), 4, 3, norm=norm)
+    made = methods.Bottleneck(("site",), 4, 3, norm=norm)
     random = np.random.default_rng(0)
     shapes = made.init(jax.random.key(0))["site"]
     params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
@@ -45,9 +46,9 @@ def test_it_stands_before_the_residual(config: Any, layer: str, biases: dict[str
     Red: a site one level higher (the layer) or lower (its first product), or one of another layer.
     """
     model, params = model_of(config)
-    method = baselines.houlsby(config, 2)
+    method = methods.houlsby(config, 2)
     shift = np.random.default_rng(3).normal(0.0, 0.5, 16).astype(np.float32)
-    f, g = run(method, model), run(baselines.NONE, model)
+    f, g = run(method, model), run(methods.LORA, model)
     base = g(params, IDS, MASK)
     for module, product in biases.items():
         extra = method.init(jax.random.key(0))["extra"]
@@ -75,9 +76,9 @@ def test_rematerialised_layers_are_the_same(kind: str) -> None:
         config = dataclasses.replace(BERT, num_layers=1, remat=remat)
         model = models.BertClassifier(config, 2)
         method = (
-            baselines.houlsby(config, 3)
+            methods.houlsby(config, 3)
             if kind == "houlsby"
-            else getattr(baselines, kind)(config, 2, 1, 8)
+            else getattr(methods, kind)(config, 2, 1, 8)
         )
         extra = noisy(method.init(jax.random.key(0))["extra"], 3)
 
@@ -97,9 +98,9 @@ def test_it_computes_in_the_models_dtype() -> None:
     """Float32 adapter layers compute in the base's bfloat16. Red: the casts in `_dense` taken
     out."""
     config = dataclasses.replace(BERT, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    method = baselines.lin(config, 3)
+    method = methods.lin(config, 3)
     extra = method.extra
-    assert isinstance(extra, baselines.Bottleneck)
+    assert isinstance(extra, methods.Bottleneck)
     params = extra.init(jax.random.key(0))["bert"]["encoder"]["layer_0"]["mlp"]
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     assert extra.layer(params, jnp.ones((1, 2, 16), jnp.bfloat16)).dtype == jnp.bfloat16

@@ -1,10 +1,12 @@
-"""Parameters as a tree in which equal branches are one."""
+"""Parameters as a tree in which equal branches are one, and its lines on a terminal."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
+from lora_jax.system.console import Console, say_table
 from lora_jax.system.path_groups import segment
 
 
@@ -55,10 +57,7 @@ class Branch:
 
 
 def tree(leaves: Mapping[str, Leaf]) -> tuple[Branch, ...]:
-    """Make the branches at the root.
-
-    Args:
-      leaves: path -> the parameter.
+    """Return the branches at the root, given path -> parameter.
 
     >>> weight = Leaf("8 in x 8 out", "float32", 64)
     >>> made = tree({f"layers/{i}/{x}/kernel": weight for i in range(3) for x in "qv"})
@@ -87,3 +86,53 @@ def _joined(branch: Branch) -> Branch:
     if len(one.names) > 1:
         return branch
     return Branch(branch.names, one.below, f"/{one.name}")
+
+
+class Signs(NamedTuple):
+    """The characters that the lines of a tree are made of."""
+
+    mark: str  # before a parameter that is adapted
+    fork: str  # before a branch
+    last: str  # before the last branch
+    bar: str  # before what is below a branch that is not the last
+
+
+BLOCKS = Signs("●", "├─ ", "└─ ", "│  ")
+ASCII = Signs("*", "|- ", "`- ", "|  ")
+
+
+class _Line(NamedTuple):
+    lead: str  # what precedes the name
+    indent: str  # what precedes the rest of a name that does not fit
+    cells: tuple[str, str, str, str, str]  # name, axes, dtype, numbers and note
+    adapted: bool
+
+
+def draw(branches: Sequence[Branch], console: Console) -> Signs:
+    """Print a tree, and return the signs that the terminal can show."""
+    signs = ASCII if console.options.ascii_only else BLOCKS
+    lines = [line for branch in branches for line in _lines(branch, "", "", signs)]
+    blank = " " * len(signs.mark)
+    rows = [
+        (f"{signs.mark if adapted else blank} {lead}{name}", *others)
+        for lead, _, (name, *others), adapted in lines
+    ]
+    indents = [f"{blank} {line.indent}" for line in lines]
+    styles = {number: "green" for number, line in enumerate(lines) if line.adapted}
+    say_table(console, rows, (0, 1, 2, 4), styles=styles, indents=indents)
+    return signs
+
+
+def _lines(branch: Branch, lead: str, indent: str, signs: Signs) -> Iterator[_Line]:
+    count, leaf = len(branch.names), branch.below
+    size = f"{f'{count} x ' if count > 1 else ''}{branch.size:,}"
+    if isinstance(leaf, Leaf):
+        cells = (branch.name, leaf.axes, leaf.dtype, size, leaf.note)
+        yield _Line(lead, indent, cells, leaf.adapted)
+        return
+    equal = f"{count} equal" if count > 1 else ""
+    yield _Line(lead, indent + signs.bar, (branch.name, equal, "", size, ""), False)
+    for one in leaf:
+        last = one is leaf[-1]
+        below = indent + (" " * len(signs.bar) if last else signs.bar)
+        yield from _lines(one, indent + (signs.last if last else signs.fork), below, signs)

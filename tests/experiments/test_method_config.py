@@ -13,6 +13,7 @@ import pytest
 import lora_jax
 import train
 from configs import minilm_reviews
+from experiments.methods.config import MethodConfig, MethodTextConfig
 from lora_jax.cli import train as command_line
 from lora_jax.sweeps import loop
 from lora_jax.sweeps.config import GroupConfig, Member
@@ -22,16 +23,15 @@ from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
 from lora_jax.training.config import ConfigError, LoraConfig
 from lora_jax.training.config_json import changes, identity, to_dict
-from lora_jax.training.method import MethodConfig
 from lora_jax.training.text import ModelConfig, TextConfig
-from tests.baselines.test_runs import config_of, train_in
+from tests.experiments.test_method_runs import config_of, train_in
 from tests.training import tiny
 from tests.training.runs import ROOT
 
 # Orbax warns that it takes the sharding from the file; one CPU array has no other.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
-LORA = minilm_reviews.config
+LORA = MethodTextConfig.like(minilm_reviews.config)
 BITFIT = dataclasses.replace(LORA, method=MethodConfig("bitfit"))
 
 
@@ -94,7 +94,7 @@ def test_the_command_line() -> None:
     """The command line sets the method and its settings. Red: the field has a type or docstrings
     that tyro cannot read."""
     line = ["--method.name", "adapter_drop", "--method.drop", "2", "--method.size", "16"]
-    config: Any = command_line.parse(line, "configs/minilm_reviews.py", ROOT)[1]
+    config: Any = command_line.parse(line, "experiments/paper/configs/method.py", ROOT)[1]
     assert config.method == MethodConfig("adapter_drop", size=16, drop=2)
     assert config.method.settings == {"size": 16, "drop": 2}
 
@@ -114,7 +114,7 @@ def test_what_does_not_go_with_the_model(
     method: MethodConfig, changes: dict[str, bool], says: str, folder: pathlib.Path
 ) -> None:
     """A method that does not go with the model is a ConfigError. Red: the error of
-    `lora_jax.baselines` not turned into a ConfigError in `MethodConfig.on`."""
+    `experiments.methods` not turned into a ConfigError in `MethodConfig.on`."""
     kind = "llama" if changes.get("decoder") else "roberta"
     model = ModelConfig(str(folder / kind), scan_layers=changes.get("scan_layers", False))
     config = config_of(folder, method, model=model)
@@ -131,10 +131,10 @@ def test_lora_settings_beside_another_method_are_refused() -> None:
     """
     line = ["--method.name", "bitfit", "--lora.rank", "2"]
     with pytest.raises(ConfigError, match="the command line sets a field of lora"):
-        command_line.parse(line, "configs/minilm_reviews.py", ROOT)
+        command_line.parse(line, "experiments/paper/configs/method.py", ROOT)
     line = ["--base.method.name", "bitfit", "--base.lora.alpha", "2", "--grid", "seed=0,1"]
     with pytest.raises(ConfigError, match="the command line sets a field of lora"):
-        command_line.parse(line, "configs/sweep.py", ROOT)
+        command_line.parse(line, "experiments/paper/configs/methods.py", ROOT)
     with pytest.raises(ConfigError, match=r"lora\.rank sets a field of lora"):
         SweepConfig(base=BITFIT, grid={"lora.rank": (1, 2)})
     cases = ({"method.name": "bitfit"}, {"method.name": "pfeiffer", "method.size": 4}, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lora_jax import Layout, Target, paths
 from lora_jax.layout import Remark
 from lora_jax.system import path_groups
-from lora_jax.system.layout_table import WIDTH
+from lora_jax.system.table import WIDTH
 
 LAYERS = 40
 NAMES = {"attention/query": (512, 512), "attention/value": (512, 512), "mlp/up": (512, 2048)}

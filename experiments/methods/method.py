@@ -6,52 +6,31 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jax import Array
-from jax.sharding import PartitionSpec
 
-from lora_jax.baselines import sites
-from lora_jax.baselines.bottleneck import Bottleneck
-from lora_jax.baselines.prefix import Prefix
-from lora_jax.baselines.sites import Tree
+from experiments.methods import sites
+from experiments.methods.bottleneck import Bottleneck
+from experiments.methods.prefix import Prefix
+from experiments.methods.sites import Tree
+from lora_jax.checkpoint.added_parameters import EXTRA
 from lora_jax.errors import LoraError
 from lora_jax.models.config import BertConfig, BuiltInConfig
-
-EXTRA = "extra"  # the key of a method's own parameters, next to the model's
+from lora_jax.training import method as base
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(base.Method):
     """A method that trains other parameters than LoRA's factors.
 
-    The new head of an encoder is always trained and is not listed here.
-
     Attributes:
-      trained: patterns (`lora_jax.paths`) of the trained parameters, including the method's own.
       extra: the modules that are added to the model. None: nothing.
     """
 
-    trained: tuple[str, ...] = ()
     extra: Bottleneck | Prefix | None = None
 
     def init(self, key: Array) -> Tree:
-        """Return fresh parameters of the method, to add to the model's: `{"extra": ...}` or `{}`.
-
-        Args:
-          key: the PRNG key, [].
-        """
+        """Return fresh parameters of the method: `{"extra": ...}` or `{}`."""
         return {} if self.extra is None else {EXTRA: self.extra.init(key)}
-
-    def shapes(self) -> Tree:
-        """Return the result of `init` as ShapeDtypeStructs."""
-        return jax.eval_shape(self.init, jax.random.key(0))
-
-    def placement(self) -> tuple[tuple[str, PartitionSpec], ...]:
-        """Return a sharding rule for the method's own parameters (`lora_jax.models.placement`).
-
-        They are replicated, because they are few.
-        """
-        return () if self.extra is None else ((f"{EXTRA}/**", PartitionSpec()),)
 
     def apply(self, model: nn.Module, params: Tree, *args: Any, **kwargs: Any) -> Any:
         """Call `model.apply({"params": ...}, *args, **kwargs)` with the method's additions.
@@ -66,14 +45,10 @@ class Method:
           The outputs of the model.
         """
         if self.extra is None:
-            return model.apply({"params": params}, *args, **kwargs)
-        base = {name: value for name, value in params.items() if name != EXTRA}
+            return super().apply(model, params, *args, **kwargs)
+        own = {name: value for name, value in params.items() if name != EXTRA}
         with self.extra.around(params[EXTRA]):
-            return model.apply({"params": base}, *args, **kwargs)
-
-
-# The method for LoRA, whose factors are not parameters of the model.
-NONE = Method()
+            return model.apply({"params": own}, *args, **kwargs)
 
 
 def full(config: BuiltInConfig) -> Method:
@@ -147,7 +122,7 @@ def houlsby(config: BuiltInConfig, size: int) -> Method:
     """
     modules = tuple(f"{layer}/{m}" for layer in sites.layers(config) for m in ("attention", "mlp"))
     extra = Bottleneck(modules, config.hidden_size, size, "gelu")
-    return Method((f"{EXTRA}/**", sites.norms(config)), extra)
+    return Method((f"{EXTRA}/**", sites.norms(config)), extra=extra)
 
 
 def pfeiffer(config: BuiltInConfig, size: int) -> Method:
@@ -204,7 +179,7 @@ def lin(config: BuiltInConfig, size: int) -> Method:
 
 def _after_mlp(config: BuiltInConfig, size: int, drop: int = 0, norm: bool = False) -> Method:
     modules = tuple(f"{layer}/mlp" for layer in sites.layers(config)[drop:])
-    return Method((f"{EXTRA}/**",), Bottleneck(modules, config.hidden_size, size, norm=norm))
+    return Method((f"{EXTRA}/**",), extra=Bottleneck(modules, config.hidden_size, size, norm=norm))
 
 
 def prefix_embedding(config: BuiltInConfig, prefix: int, infix: int, length: int) -> Method:
@@ -256,4 +231,4 @@ def _prefix(
             "--method.infix"
         )
     extra = Prefix(sites.ENCODER, config.hidden_size, prefix, infix, layers)
-    return Method((f"{EXTRA}/**",), extra)
+    return Method((f"{EXTRA}/**",), extra=extra)
