@@ -19,8 +19,8 @@ from lora_jax.training.config import (
     incidental,
     require,
 )
+from lora_jax.training.config_json import identity
 from lora_jax.training.config_json import short_hash as hash_of
-from lora_jax.training.config_json import stable_identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,4 +106,4 @@ class GroupConfig(GroupOptions):
 
 def short_hash(config: GroupConfig) -> str:
     """Return eight characters that depend on the members' names and identities, in any order."""
-    return hash_of({member.name: stable_identity(member.config) for member in config.members})
+    return hash_of({member.name: identity(member.config) for member in config.members})

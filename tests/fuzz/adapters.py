@@ -57,8 +57,8 @@ def _adapter(targets: str, **rule: Any) -> lora_jax.Adapter:
 
 @functools.cache
 def layouts() -> tuple[bytes, ...]:
-    """Return layouts of every format."""
-    kinds = checkpoints.restore_layout(FORMATS / "v2" / "kinds").to_json().encode()
+    """Return layouts of every form."""
+    kinds = checkpoints.restore_layout(FORMATS / "v1" / "kinds").to_json().encode()
     part = lora_jax.Target("qkv", (8, 6), (), (0,), (1,), 2, 2.0, parts=((0, 2), (4, 2)))
     return (
         (FORMATS / "v1" / "layout.json").read_bytes(),
@@ -90,7 +90,7 @@ def check_layout(layout: Layout) -> None:
 
 @functools.cache
 def checkpoints_files() -> tuple[Files, ...]:
-    """Return adapters of format 1, of every kind, and of a text classifier, as files."""
+    """Return adapters with a trained bias, of every kind, and of a text classifier, as files."""
     model = {"reference": str(GOLDEN / "golden_models" / "bert"), "pooling": "mean"}
     model |= {"dtype": "float32", "param_dtype": "float32", "scan_layers": False}
     about = {"labels": ["no", "yes"], "text_fields": ["text"], "lengths": [8, 16], "model": model}
@@ -99,7 +99,7 @@ def checkpoints_files() -> tuple[Files, ...]:
     head = {"classifier/out/kernel": jnp.ones((4, 2)), "classifier/out/bias": jnp.zeros(2)}
     three, frozen = (layout, adapters, head), lora_jax.fingerprint(PARAMS)
     made = _saved(lambda path: lora_jax.save(path, three, fingerprint=frozen, about=about))
-    return (dict(stored(FORMATS / "v1" / "adapter")), dict(stored(FORMATS / "v2" / "kinds")), made)
+    return (dict(stored(FORMATS / "v1" / "adapter")), dict(stored(FORMATS / "v1" / "kinds")), made)
 
 
 def sealed(text: str) -> bytes:
