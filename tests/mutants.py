@@ -44,8 +44,8 @@ NAMED, WHOLE = 300, 7200  # seconds that the named tests and the whole suite may
 class Mutant(NamedTuple):
     """A change: in `where`, the expression `old` becomes `new`; then `test` must fail.
 
-    where: a room or a file, relative to lora_jax, and after a colon the function or constant, if the
-      expression is in the room more than once.
+    where: a room or a file, relative to lora_jax, and after a colon the function or constant, if
+      the expression is in the room more than once.
     old: an expression. `if X`, `return X`, `name = X` (also as an argument) and `"key": X` (in a
       dict) are that X alone.
     """
