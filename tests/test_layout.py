@@ -24,6 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "paths": {"base", "errors"},
     "spec": {"errors"},
     "system": {"errors"},
+    "__main__": {"errors", "system"},
     "frozen": {"base", "errors", "paths"},
     "target": {"errors", "spec"},
     "updates": {"base", "errors", "target"},
@@ -35,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "multi": {"adapters", "base", "errors", "layout", "spec", "target", "updates"},
     "primitives": {"base", "bases", "errors", "paths", "updates"},
     "data": {"errors", "models", "system"},
-    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target", "updates"},
+    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target"},
     "sharding": {"base", "bases", "errors", "layout", "paths", "primitives", "target"}
     | {"updates"},
     "transform": {"adapters", "bases", "errors", "layout", "multi", "paths"}
@@ -58,9 +59,8 @@ ARROWS: dict[str, set[str]] = {
     "report": {"adapters", "analysis", "checkpoint", "errors", "layout", "serving"}
     | {"sweeps", "system", "training", "updates"},
     "cli": {"adapters", "base", "bases", "checkpoint", "data", "errors", "exchange"}
-    | {"models", "paths", "planner", "report", "resolve", "spec", "sweeps"}
-    | {"system", "training", "updates"},
-    "__main__": {"cli", "errors", "serving", "system", "training"},
+    | {"models", "paths", "planner", "primitives", "report", "resolve", "serving"}
+    | {"spec", "sweeps", "system", "training"},
     "": {"adapters", "analysis", "bases", "checkpoint", "errors", "foreign", "frozen"}
     | {"layout", "multi", "multi/moe", "paths", "resolve", "sharding", "spec"}
     | {"target", "transform", "updates"},

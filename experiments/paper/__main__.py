@@ -30,7 +30,7 @@ from rich.console import Console
 from experiments.paper import costs, page, page_files, questions, result_cache
 from experiments.paper.experiments import Experiment
 from lora_jax.errors import LoraError
-from lora_jax.report.update_analysis import BaseChoice
+from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.system.console import guarded, say, say_table
 
 
@@ -78,7 +78,7 @@ def run(options: PaperOptions, root: pathlib.Path) -> None:
     Raises:
       LoraError, OSError: an error of the user, such as an unknown experiment.
     """
-    base = BaseChoice(options.base)
+    base = BaseChoice(base=options.base)
     chosen = questions.chosen(options.experiments, base)
     runs = pathlib.Path(options.runs).expanduser()
     if options.list:

@@ -20,8 +20,8 @@ from lora_jax.training.config import (
     incidental,
     require,
 )
+from lora_jax.training.config_json import identity
 from lora_jax.training.config_json import short_hash as hash_of
-from lora_jax.training.config_json import stable_identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,4 +104,4 @@ class GroupConfig(GroupOptions):
 
 def short_hash(config: GroupConfig) -> str:
     """Return eight characters that depend on the members' names and identities, in any order."""
-    return hash_of({member.name: stable_identity(member.config) for member in config.members})
+    return hash_of({member.name: identity(member.config) for member in config.members})

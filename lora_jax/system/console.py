@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import logging
 import os
-import pathlib
 import sys
 import threading
 import unicodedata
@@ -21,15 +20,7 @@ require("train", __name__)
 
 import rich.console
 import tyro
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, ProgressColumn
 from rich.segment import Segment
 from rich.text import Text
 
@@ -287,47 +278,3 @@ class Bar:
     def say(self, text: str) -> None:
         """Print plain text above the bar."""
         say(self.console, text)
-
-
-class OpeningBar(Bar):
-    """Shows how many adapters are open: a bar on a terminal; elsewhere ten lines, if many."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(
-            console, TextColumn("opening"), BarColumn(), MofNCompleteColumn(), transient=True
-        )
-        self._task = self.bar.add_task("", total=None)
-
-    def count(self, number: int, total: int) -> None:
-        """Show that `number` of `total` adapters are open."""
-        self.bar.update(self._task, completed=number, total=total)
-        tenth = total >= 20 and number * 10 // total > (number - 1) * 10 // total
-        if tenth and not self.console.is_terminal:
-            self.say(f"opened {number} of {total} adapters")
-
-
-class _Rate(ProgressColumn):
-    """A column with the number of units per second."""
-
-    def render(self, task: Task) -> Text:
-        """Return a text such as `1,234 texts  56/s`."""
-        count, seconds = task.fields["count"], max(task.elapsed or 0.0, 1e-9)
-        return Text(f"{count:,} {task.fields['unit']}  {count / seconds:,.0f}/s")
-
-
-class FileBar(Bar):
-    """A progress bar for the lines of a file, with the file's size as its length if it is known."""
-
-    def __init__(self, console: Console, file: str | None, unit: str) -> None:
-        """Show a bar for `file`, whose lines are `unit`; None shows no bar."""
-        columns: list[Any] = [BarColumn(), _Rate(), TimeRemainingColumn()]
-        super().__init__(console, *columns, shown=file is not None, transient=True)
-        path = None if file is None else pathlib.Path(file)
-        total = path.stat().st_size if path is not None and path.is_file() else None
-        self._task = self.bar.add_task("", total=total, unit=unit, count=0)
-        self._count = 0
-
-    def advance(self, size: int) -> None:
-        """Count one more line, of `size` bytes."""
-        self._count += 1
-        self.bar.update(self._task, advance=size, count=self._count)

@@ -21,18 +21,10 @@ from lora_jax.system.checked import require as require
 from lora_jax.training.workload import Workload
 
 INCIDENTAL = {"incidental": True}
-# A field added after the first release. At its default it is left out of the hash that names a run,
-# so that older runs are still found.
-LATER = {"later": True}
 # A field whose entries mean the same in any order, unless an entry has its own settings (`@`).
 UNORDERED = {"unordered": True}
 # The labels (`lora_jax.training.trained_labels`) of the arrays that weight decay may leave out.
 NO_DECAY = ("bias", "norm", "magnitude")
-
-
-def later(default: Any) -> Any:
-    """Declare a field that was added after the first release (`LATER`)."""
-    return dataclasses.field(default=default, metadata=LATER)
 
 
 def incidental(default: Any) -> Any:
@@ -73,12 +65,12 @@ class LoraConfig(Checked):
     trainable: tuple[str, ...] | None = dataclasses.field(default=None, metadata=UNORDERED)
     """Patterns of base parameters that are trained in full (PEFT: modules_to_save). None: the
     workload decides, which is its new head. "**" with no targets is full fine-tuning."""
-    kind: str = later("lora")
+    kind: str = "lora"
     """The kind of update: lora, dora, vera, loha, lokr, bias, or one that the config file
     registers (lora_jax.updates)."""
-    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = later("alpha/r")
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """The factor of the update; "alpha/sqrt(r)" is rsLoRA (arXiv 2312.03732)."""
-    dropout: float = later(0.0)
+    dropout: float = 0.0
     """Share of the inputs of each update that is set to zero in training (PEFT: lora_dropout). The
     base gets all inputs."""
 
@@ -166,9 +158,9 @@ class OptimizerConfig(Checked):
     """Decay of the second moment."""
     eps: float = 1e-8
     """Added to the square root of the second moment."""
-    loraplus_lr_ratio: float = later(1.0)
+    loraplus_lr_ratio: float = 1.0
     """The learning rate of B divided by that of A. LoRA+ (arXiv 2402.12354) recommends 16."""
-    no_decay: tuple[Literal["bias", "norm", "magnitude"], ...] = later(())
+    no_decay: tuple[Literal["bias", "norm", "magnitude"], ...] = ()
     """Parameters without weight decay: biases and norms that are trained in full, DoRA's
     magnitudes."""
 
@@ -265,7 +257,7 @@ class Config(Checked):
     """Delete the earlier run in the run directory and start from step 0."""
     allow_other_base: bool = incidental(False)
     """Continue a run even if the frozen weights differ from the weights that it started with."""
-    start_from: Annotated[str | None, tyro.conf.arg(name="from")] = later(None)
+    start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Start with the adapters, and the parameters trained in full, of another run, of an import, or
     of a folder written by lora_jax.save. Ranks, scales, targets and kinds then come from that
     adapter; lora.dropout and lora.trainable are this run's."""

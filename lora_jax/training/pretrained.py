@@ -22,7 +22,7 @@ from lora_jax.data.process_slice import Shard
 from lora_jax.models import placement
 from lora_jax.models.weights.source import anchored
 from lora_jax.system.checked import Checked
-from lora_jax.training.config import Config, ConfigError, later, require
+from lora_jax.training.config import Config, ConfigError, require
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.method import HEAD, LORA, Method
 from lora_jax.training.quantised import as_stored, quantised
@@ -51,14 +51,14 @@ class PretrainedModelConfig(Checked):
     """Dtype of the frozen parameters; the adapters stay in float32."""
     dropout: float = 0.0
     """Dropout rate inside the model, and before an encoder's head, in training."""
-    quantize: Literal["none", "stored", "nf4", "int4", "int8", "fp8"] = later("none")
+    quantize: Literal["none", "stored", "nf4", "int4", "int8", "fp8"] = "none"
     """How the frozen weights are kept. none: in `param_dtype`. stored: weights that are quantised
     in the file (GGUF, bitsandbytes) stay as they are. nf4, int4, int8, fp8: the weights of the
     layers become codes of 4 or 8 bits with scales (QLoRA, arXiv 2305.14314); embeddings, norms,
     biases and the output head do not. On a CPU this saves memory, not time."""
-    quantize_block: int | None = later(None)
+    quantize_block: int | None = None
     """Numbers that share a scale. None: 64 for nf4 and int4, all numbers of an output otherwise."""
-    double_quantize: bool = later(False)
+    double_quantize: bool = False
     """Keep the scales of nf4 in 8 bits."""
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from lora_jax.data.batches import Batches
 from lora_jax.data.config import DataConfig
 from lora_jax.models.config import BuiltInConfig
 from lora_jax.training import pretrained
-from lora_jax.training.config import later, require
+from lora_jax.training.config import require
 from lora_jax.training.method import LORA, Method
 from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig, RunBatches
 
@@ -30,7 +30,7 @@ class ModelConfig(PretrainedModelConfig):
     """Decoders: the number of positions of a row whose loss is computed at a time, so that the
     logits of a large vocabulary never exist all at once. It costs one more product with the output
     head. None: all positions at once."""
-    head_dropout: float | None = later(None)
+    head_dropout: float | None = None
     """Dropout rate before an encoder's head. None: the same as `dropout`."""
 
     def apply_to(self, config: Any) -> Any:
@@ -53,7 +53,7 @@ class TextConfig(PretrainedConfig):
     """The pretrained model."""
     data: DataConfig
     """The data."""
-    label_smoothing: float = later(0.0)
+    label_smoothing: float = 0.0
     """Decoders: share of each label that is spread over the whole vocabulary in training."""
 
     def method_for(self, model: BuiltInConfig, length: int) -> Method:

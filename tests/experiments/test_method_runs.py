@@ -19,8 +19,9 @@ from experiments.paper import counts
 from lora_jax import models, paths
 from lora_jax.checkpoint import adapter
 from lora_jax.checkpoint.storage import orbax
+from lora_jax.cli import predict
 from lora_jax.data.config import DataConfig
-from lora_jax.serving import predict, served_adapters, text_classifier
+from lora_jax.serving import served_adapters, text_classifier
 from lora_jax.training import export, mesh, optimizer, step
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import classification
