@@ -18,6 +18,7 @@ from lora_jax.errors import LoraError
 from lora_jax.spec import LoraSpec, Rule
 from lora_jax.system.checked import Checked
 from lora_jax.training.workload import Workload
+from lora_jax.updates.kind import kind_named
 
 
 class ConfigError(LoraError):
@@ -99,7 +100,9 @@ class LoraConfig(Checked):
     def is_plain(self) -> bool:
         """Whether every update is LoRA of a whole weight, which members of a group can share."""
         rules = self.spec.rules
-        return all(rule.kind == "lora" and not rule.parts for rule in rules)
+        return all(
+            kind_named(rule.kind or "", rule.pattern).is_plain and not rule.parts for rule in rules
+        )
 
     @property
     def changes_base(self) -> bool:
@@ -323,7 +326,7 @@ class Config(Checked):
 
 def check_loraplus(ratio: float, kinds: Iterable[str]) -> None:
     """Raise `ConfigError` if LoRA+ is used with a kind of update that has no B starting at zero."""
-    without = sorted({*kinds} & {"vera", "loha", "lokr", "bias"})
+    without = sorted(k for k in {*kinds} if kind_named(k, "lora.kind").zero_at_first != "b")
     one = f"1 with lora.kind {', '.join(without)}, in which no B begins at zero"
     require(ratio == 1 or not without, "optimizer.loraplus_lr_ratio", ratio, one)
 
