@@ -34,6 +34,7 @@ class Bias(Kind):
 
     name = "bias"
     fields = Shift
+    zero_at_first = "delta"
 
     def axes(self, target: Target) -> Shift:
         return Shift(tuple(range(len(target.shape))))

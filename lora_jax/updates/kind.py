@@ -65,11 +65,13 @@ class Kind(abc.ABC):
       name: the name that `Target.kind` and `Rule.kind` give.
       fields: the NamedTuple type for the arrays of one target.
       has_parts: whether it adapts slices of an output axis (`Target.parts`).
+      zero_at_first: the array that is zero at the start, so that the update is.
     """
 
     name: ClassVar[str]
     fields: ClassVar[Any]
     has_parts: ClassVar[bool] = False
+    zero_at_first: ClassVar[str] = "b"
 
     def roles(
         self, shape: tuple[int, ...], stack: tuple[int, ...]
@@ -183,6 +185,11 @@ class Kind(abc.ABC):
           target: from the layout.
         """
         return target.scale
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its arrays are the factors of `scale * a @ b`, which is the whole update."""
+        return self.fields is Factors and not self.rescales
 
     @property
     def rescales(self) -> bool:

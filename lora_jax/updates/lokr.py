@@ -61,6 +61,7 @@ class Lokr(Kind):
 
     name = "lokr"
     fields = KroneckerFactors
+    zero_at_first = "left"
 
     def axes(self, target: Target) -> KroneckerFactors:
         # A piece of a flattened axis is not an axis of W. These arrays are small: not sharded.

@@ -50,6 +50,7 @@ class Vera(Kind):
 
     name = "vera"
     fields = Vectors
+    zero_at_first = "lambda_b"
 
     def axes(self, target: Target) -> Vectors:
         return Vectors((*target.stack, None), (*target.stack, *target.outputs))
