@@ -40,11 +40,9 @@ TX = optimizer.adamw(optimizer.hyper(OptimizerConfig(), 1))
 class OpenMember:
     """A member in progress.
 
-    state_shapes: the shapes of its state, not padded.
     host: its state while it is in no group.
     example: its first batch.
     step: the number of steps it has taken.
-    paused: whether it takes no steps for now.
     error: the reason why it stopped, if it did.
     """
 

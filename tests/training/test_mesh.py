@@ -223,7 +223,6 @@ def _shapes_only(name: str) -> tuple[Any, Workload]:
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "schedule_free", "adafactor", "inject"])
 def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
-    """The state of an optimizer is sharded as the adapters are."""
     grid = mesh.make(MeshConfig(2, 2, 2))
     place = mesh.Placement(grid, {}, None)
     trained = {"adapters": {"w": lora_jax.Factors(jnp.ones((64, 8)), jnp.ones((8, 32)))}}
@@ -374,7 +373,6 @@ def annotated(config: Config) -> Workload:
 
 
 def test_a_models_own_annotations_place_it() -> None:
-    """A model's own annotations place its weights."""
     lora = LoraConfig(rank=2, targets=("up/kernel/value",))
     config = Config(workload=annotated, lora=lora)
     found, wanted = run(config, MeshConfig(2, 2, 2)), run(config, MeshConfig(), devices=1)
