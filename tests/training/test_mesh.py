@@ -289,7 +289,7 @@ def test_parts_of_unequal_weight_count_by_their_tokens() -> None:
 
 def test_a_batch_that_the_parts_do_not_divide() -> None:
     with pytest.raises(ConfigError, match="accumulate must be a divisor of the 4 rows"):
-        step.divided({"x": np.ones((4, 2))}, 3)
+        step.batch_parts({"x": np.ones((4, 2))}, 3)
 
 
 def rows(batch: tuple[str, str], weight: P) -> list[float]:
