@@ -22,14 +22,7 @@ _SHADES = mpl.colormaps["viridis"]
 
 
 def curve(lines: Sequence[metrics.Line], name: str) -> Figure:
-    """Plot one metric over the steps. The training loss also gets its running mean.
-
-    Args:
-      lines: the lines of metrics.jsonl, training steps and evaluations.
-      name: the metric to plot, such as "loss" or "accuracy".
-
-    Returns:
-      The figure.
+    """Plot one metric of metrics.jsonl over the steps. The training loss also gets its running mean.
     """
     with svg.style():
         figure, axis = svg.new()
@@ -67,17 +60,7 @@ def by_layer(
     level: tuple[float, str] | None = None,
     top: float | None = None,
 ) -> Figure:
-    """Plot one line for each name over the layers.
-
-    Args:
-      found: name -> one number for each layer; NaN where there is none.
-      layers: the labels of the layers.
-      label: the label of the vertical axis.
-      level: a height to compare with, drawn as a dashed line, and its label.
-      top: the upper end of the vertical axis. None: matplotlib chooses it.
-
-    Returns:
-      The figure.
+    """Plot one line for each name over the layers, and a dashed one at `level`, a height and label.
     """
     with svg.style():
         figure, axis = svg.new()
@@ -94,15 +77,7 @@ def by_layer(
 
 
 def values(found: NDArray[np.floating], layers: Sequence[str], title: str) -> Figure:
-    """Plot singular values: a line for each i over the layers, or for one layer over i.
-
-    Args:
-      found: singular values, float [layer, i], the largest first.
-      layers: the labels of the layers.
-      title: the title of the figure.
-
-    Returns:
-      The figure.
+    """Plot singular values [layer, i]: a line for each i over the layers, or for one layer over i.
     """
     with svg.style():
         figure, axis = svg.new()
@@ -148,17 +123,7 @@ def _layers(axis: Any, layers: Sequence[str]) -> None:
 def heat(
     found: NDArray[np.floating], rows: Sequence[str], columns: Sequence[str], title: str
 ) -> Figure:
-    """Draw a matrix as a heat map, with the numbers written in the cells if there is room.
-
-    Args:
-      found: float [row, column]; a NaN cell stays empty.
-      rows: the labels of the rows, which are layers.
-      columns: the labels of the columns.
-      title: the title of the figure.
-
-    Returns:
-      The figure.
-    """
+    """Draw a matrix [layer, column] as a heat map; a NaN cell stays empty."""
     with svg.style():
         figure, axis = svg.new(max(4.6, 1.6 + 0.62 * len(columns)), 1.3 + 0.3 * len(rows))
         _cells(figure, axis, found, _top(found))
@@ -170,18 +135,7 @@ def heat(
 
 
 def phi(found: NDArray[np.floating], one: str, two: str, title: str, top: float) -> Figure:
-    """Draw the subspace similarities phi(i, j) as a heat map; i grows downwards.
-
-    Args:
-      found: float [i, j]; a NaN cell stays empty.
-      one: the label of the i axis.
-      two: the label of the j axis.
-      title: the title of the figure.
-      top: the value of the lightest colour; 0 has the darkest.
-
-    Returns:
-      The figure.
-    """
+    """Draw the subspace similarities phi(i, j) as a heat map, whose lightest colour is `top`."""
     rows, columns = found.shape
     with svg.style():
         figure, axis = svg.new(4.6, 1.7 + min(2.4, max(0.35 * rows, 0.35)))

@@ -50,11 +50,7 @@ class One:
 def section(runs: Sequence[SavedRun]) -> Section:
     """Compare the smallest rank with the largest, and two seeds with each other and with chance.
 
-    Args:
-      runs: the runs; one without an adapter is left out with a note.
-
-    Returns:
-      The section.
+    A run without an adapter is left out with a note.
     """
     blocks: list[Block] = [
         Paragraph(

@@ -47,15 +47,7 @@ def style() -> Iterator[None]:
 
 
 def new(width: float = 4.6, height: float = 3.4) -> tuple[Figure, Any]:
-    """Return a new figure and its axes.
-
-    Args:
-      width: in inches.
-      height: in inches.
-
-    Returns:
-      The figure and its one set of axes.
-    """
+    """Return a new figure of this size in inches, and its one set of axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # a canvas is needed to measure text, which keeps labels apart
     return figure, figure.subplots()
@@ -88,13 +80,8 @@ def standalone(element: str) -> str:
 def inline(element: str, name: str, alternative: str) -> str:
     """Return the SVG of `svg` for use inside an HTML page.
 
-    Args:
-      element: the return value of `svg`.
-      name: a prefix for every id, because all drawings of a page share one namespace.
-      alternative: the alternative text, which a screen reader reads.
-
-    Returns:
-      The element.
+    `name` is a prefix for every id, because all drawings of a page share one namespace.
+    `alternative` is the text that a screen reader reads.
     """
     text = re.sub(r'\bid="', f'id="{name}-', element)
     text = re.sub(r'href="#', f'href="#{name}-', text)

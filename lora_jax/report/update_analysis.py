@@ -26,14 +26,9 @@ MOST = 24  # at most this many matrices are drawn: with more, their names cannot
 
 
 def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
-    """Analyse the best adapter of a run, or the last one if there is no best.
+    """Analyse the best adapter of a run, or the last one if there is no best, or an adapter's folder.
 
-    Args:
-      run: the run directory or the adapter's folder.
-      base: the base model to open.
-
-    Returns:
-      The sections. If the adapter or its base cannot be opened, a note says so in its place.
+    If the adapter or its base cannot be opened, a note says so in its place.
     """
     try:
         _, folder = adapter_path.find(str(run))[0]
@@ -163,18 +158,7 @@ class AmplifiedUpdate(NamedTuple):
 
 
 def amplified(run: pathlib.Path, base: BaseChoice) -> AmplifiedUpdate:
-    """Measure what of W the best adapter of a run amplifies.
-
-    Args:
-      run: the run directory or the adapter's folder.
-      base: the base model to open.
-
-    Returns:
-      The numbers of every matrix.
-
-    Raises:
-      console.USER_ERRORS: the adapter or its base cannot be opened.
-    """
+    """Measure what of W the best adapter of a run amplifies."""
     served = base.open([str(run)], object)
     member = _with_matrices(served.members[0])
     found = analysis.amplification(member.layout, served.params, member.adapters)
@@ -221,14 +205,7 @@ def _factors(there: Sequence[Place], factors: Any) -> list[Figure]:
 
 
 def table7(found: AmplifiedUpdate) -> Table:
-    """Return the table of all matrices: the paper's Table 7.
-
-    Args:
-      found: the numbers of every matrix.
-
-    Returns:
-      A row for each matrix.
-    """
+    """Return the table of all matrices: the paper's Table 7."""
     there, ours = found.there, found.ours
     columns = [
         [label(place.layer) for place in there],

@@ -50,7 +50,7 @@ _WATCH = "lora_jax allocator"
 
 
 def keep() -> bool:
-    """Let this process keep the memory that it frees, up to a bound.
+    """Let this process keep the memory that it frees, up to a bound; return whether it does.
 
     Call this before JAX starts a backend, which allocates from threads of its own. It does nothing
     with a C library other than glibc, if JAX runs on an accelerator, or if GLIBC_TUNABLES or a
@@ -58,12 +58,6 @@ def keep() -> bool:
 
     LORA_JAX_KEEP_MEMORY is the bound: the share of the free memory (of the machine and of the
     process's control group) that the process may hold. The default is 0.5; 0 keeps nothing.
-
-    Returns:
-      Whether memory is kept.
-
-    Raises:
-      LoraError: LORA_JAX_KEEP_MEMORY is not a number from 0 to 1.
     """
     share = _share()
     if share == 0 or not (_is_glibc() and _is_cpu()) or _is_set_by_user():

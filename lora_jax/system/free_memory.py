@@ -7,12 +7,7 @@ import pathlib
 
 
 def free_memory(root: pathlib.Path = pathlib.Path("/")) -> float:
-    """Return the bytes that this process can still allocate.
-
-    They are limited by the machine and by the process's control group.
-
-    Args:
-      root: the root of the file system, for tests.
+    """Return the bytes that this process can still allocate, on its machine and in its control group.
     """
     found = [_of_machine(root / "proc/meminfo")]
     for folder, limit, used, file in _CGROUPS:
