@@ -22,8 +22,7 @@ _SHADES = mpl.colormaps["viridis"]
 
 
 def curve(lines: Sequence[metrics.Line], name: str) -> Figure:
-    """Plot one metric of metrics.jsonl over the steps. The training loss also gets its running mean.
-    """
+    """Plot a metric of metrics.jsonl over the steps. The training loss also gets its running mean."""
     with svg.style():
         figure, axis = svg.new()
         curves.plot(axis, _thinned(lines), name)

@@ -26,7 +26,7 @@ MOST = 24  # at most this many matrices are drawn: with more, their names cannot
 
 
 def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
-    """Analyse the best adapter of a run, or the last one if there is no best, or an adapter's folder.
+    """Analyse the best adapter of a run, or the last one if there is no best, or an adapter.
 
     If the adapter or its base cannot be opened, a note says so in its place.
     """

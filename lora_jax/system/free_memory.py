@@ -7,8 +7,7 @@ import pathlib
 
 
 def free_memory(root: pathlib.Path = pathlib.Path("/")) -> float:
-    """Return the bytes that this process can still allocate, on its machine and in its control group.
-    """
+    """Return the bytes that this process can still allocate on its machine, in its control group."""
     found = [_of_machine(root / "proc/meminfo")]
     for folder, limit, used, file in _CGROUPS:
         group = root / "sys/fs/cgroup" / folder

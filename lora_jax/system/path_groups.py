@@ -11,7 +11,7 @@ _SIGNS = set("*?[]{},")  # a segment with one of them would be read as a pattern
 
 
 def group(alike: Mapping[str, Hashable]) -> dict[str, list[str]]:
-    """Return pattern -> its paths, for paths that have equal values, in the order of their first paths.
+    """Return pattern -> its paths, which have equal values, in the order of their first paths.
 
     The pattern (`lora_jax.paths`) matches these and no other path of `alike`, unless a segment of a
     path holds a sign of the pattern language.

@@ -27,8 +27,7 @@ TEMPORARY = ".writing-"  # the beginning of the names of temporary files and fol
 
 
 def check_links(folder: pathlib.Path, names: Iterable[str]) -> None:
-    """Raise `LoraError` if an entry of a folder, below which a library will write, is or holds a link.
-    """
+    """Raise `LoraError` if an entry of a folder that a library will write is or holds a link."""
     found = [path for name in names if (path := folder / name).is_symlink()]
     for name in names:
         for parent, inner, files in os.walk(folder / name):
