@@ -6,6 +6,7 @@ token; if there are several, the unfinished ones grow below the finished ones.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -72,7 +73,6 @@ class TypedSink(Sink):
     """Shows one text on a terminal while it grows."""
 
     def __init__(self, console: Console, request: Request) -> None:
-        """Make a sink for one request."""
         self._console, self._request = console, request
 
     def __enter__(self) -> Self:
@@ -91,12 +91,15 @@ class TypedSink(Sink):
 
 
 class BlockSink(Sink):
-    """Shows several texts as blocks, each after the name of its adapter if there are several."""
+    """Shows several texts as blocks, each after the name of its adapter if there are several.
+
+    Unfinished texts are shown on a terminal only.
+    """
 
     def __init__(self, console: Console, requests: Sequence[Request]) -> None:
-        """Make a sink for several requests; unfinished texts are shown on a terminal only."""
         self._console, self._requests = console, requests
-        self._named = len({request.name for request in requests}) > 1
+        several = len({request.name for request in requests if not request.error}) > 1
+        self._labels = [f"[{printable(request.name)}] " * several for request in requests]
         self._growing: dict[int, str] = {}
         self._last = -1  # the number of the text that grew last
         self._live = Live(console=console, transient=True, auto_refresh=False)
@@ -116,10 +119,9 @@ class BlockSink(Sink):
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
         """See `Sink`."""
         self._growing.pop(number, None)
-        request = self._requests[number]
+        request, label = self._requests[number], self._labels[number]
         if request.error:
             return
-        label = f"[{printable(request.name)}] " if self._named else ""
         if self._console.is_terminal:
             self._live.update(self._unfinished())
             parts = ((label, "bold"), (printable(request.text), "dim"), printable(answer["text"]))
@@ -136,26 +138,21 @@ class BlockSink(Sink):
         """Return a line for each unfinished text, with as much of its end as fits."""
         shown = []
         for number, text in sorted(self._growing.items())[: max(1, self._console.height - 2)]:
-            request = self._requests[number]
-            label = f"[{printable(request.name)}] " if self._named else ""
+            label = self._labels[number]
             room = max(8, self._console.width - len(label) - 1)
-            line = " ".join(printable(request.text + text).split())
+            line = " ".join(printable(self._requests[number].text + text).split())
             line = line if len(line) <= room else f"…{line[1 - room :]}"
             shown.append(Text.assemble((label, "bold"), (line, "dim"), no_wrap=True))
         return Group(*shown)
 
 
-class JsonlSink(Sink):
+class JsonlSink(contextlib.ExitStack, Sink):
     """Writes JSONL, and shows a progress bar."""
 
     def __init__(self, writer: Writer, bar: FileBar, requests: Sequence[Request]) -> None:
-        """Make a sink that writes to an open file."""
-        self._writer, self._bar, self._requests = writer, bar, requests
-
-    def __enter__(self) -> Self:
-        self._writer.__enter__()
-        self._bar.__enter__()
-        return self
+        super().__init__()
+        self._writer, self._bar = self.enter_context(writer), self.enter_context(bar)
+        self._requests = requests
 
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
         """See `Sink`."""
@@ -163,7 +160,3 @@ class JsonlSink(Sink):
         own = {} if request.error else {FIELD: request.text, "adapter": request.name}
         self._writer.write([{**request.fields, **own, **answer}])
         self._bar.advance(request.size)
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(*error)
-        self._writer.__exit__(*error)

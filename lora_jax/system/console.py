@@ -25,7 +25,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from lora_jax.errors import LoraError, ModelError, told
-from lora_jax.system import allocator, program_cache, table
+from lora_jax.system import host_memory, program_cache, table
 
 T = TypeVar("T")
 
@@ -176,8 +176,7 @@ _TEXTS = [
 
 
 def refuse_empty(given: Sequence[str]) -> None:
-    """End the process, with the status 2, if an argument is empty as an unset variable leaves it.
-    """
+    """End the process, with the status 2, if an argument is empty as an unset variable leaves it."""
     for before, word in zip(["the first argument", *given], given, strict=False):
         option, equals, value = word.partition("=") if word[:2] == "--" else (before, "=", word)
         if equals and not value.strip() and option.replace("_", "-") not in _TEXTS:
@@ -206,7 +205,7 @@ def guarded(run: Callable[[], None]) -> int:
     which is printed on stderr; 130 after Ctrl-C.
     """
     try:
-        allocator.keep()
+        host_memory.keep()
         program_cache.enable(note)
         run()
         sys.stdout.flush()

@@ -12,7 +12,7 @@ from lora_jax import LoraError, Target
 from lora_jax.layout import Layout
 from lora_jax.report import charts, render, svg
 from lora_jax.report.document import Figure, Panel, Report, Section, Table
-from lora_jax.report.module_index import label, middle, places
+from lora_jax.report.module_index import ModuleIndex, label
 from lora_jax.report.subspace_similarity import One, of_ranks, of_seeds
 
 
@@ -53,18 +53,17 @@ def test_layers_by_number_and_by_stack() -> None:
     """A layer is known by its number or by its place in a stack. Red: no `at[0]` in `places`: a
     stack of layers would be one layer of many matrices."""
     paths = [f"bert/layer_{i}/{name}/kernel" for i in (10, 2) for name in ("att/query", "mlp/up")]
-    found = places(Layout(tuple(target(path) for path in paths)))
+    found = ModuleIndex.of(Layout(tuple(target(path) for path in paths))).places
     assert [(p.layer, p.matrix) for p in found] == [
         *((2, "query"), (2, "up"), (10, "query"), (10, "up"))
     ]
-    stacked = places(Layout((target("layers/attention/q/kernel", stack=3),)))
-    assert [(p.layer, p.at, p.matrix) for p in stacked] == [(i, (i,), "q") for i in range(3)]
-    assert middle(stacked) == 1
-    both = places(
-        Layout(tuple(target(f"{x}/layer_0/query/kernel") for x in ("encoder", "decoder")))
-    )
+    stacked = ModuleIndex.of(Layout((target("layers/attention/q/kernel", stack=3),)))
+    assert [(p.layer, p.at, p.matrix) for p in stacked.places] == [(i, (i,), "q") for i in range(3)]
+    assert stacked.middle == 1
+    names = (f"{x}/layer_0/query/kernel" for x in ("encoder", "decoder"))
+    both = ModuleIndex.of(Layout(tuple(map(target, names)))).places
     assert [(p.layer, p.matrix) for p in both] == [(0, "encoder/query"), (0, "decoder/query")]
-    (bare,) = places(Layout((target("first/kernel"),)))
+    (bare,) = ModuleIndex.of(Layout((target("first/kernel"),))).places
     assert (bare.layer, label(bare.layer), bare.matrix) == (None, "-", "first")
 
 
