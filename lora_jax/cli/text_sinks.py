@@ -23,7 +23,7 @@ from lora_jax.serving.prompts import FIELD, Request
 from lora_jax.system.console import Console, printable
 
 
-class Sink:
+class Sink(contextlib.ExitStack):
     """A context manager that receives texts and drops them; subclasses show or write them."""
 
     def grow(self, number: int, text: str) -> None:
@@ -31,12 +31,6 @@ class Sink:
 
     def finish(self, number: int, answer: Mapping[str, Any]) -> None:
         """Receive the finished text of prompt `number`; those before it are finished as well."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 def transcribe(
@@ -73,18 +67,17 @@ class TypedSink(Sink):
     """Shows one text on a terminal while it grows."""
 
     def __init__(self, console: Console, request: Request) -> None:
+        super().__init__()
         self._console, self._request = console, request
 
     def __enter__(self) -> Self:
         self._say(Text(printable(self._request.text), style="dim"))
+        self.callback(self._say, Text("\n"))
         return self
 
     def grow(self, number: int, text: str) -> None:
         """See `Sink`."""
         self._say(Text(printable(text)))
-
-    def __exit__(self, *error: object) -> None:
-        self._say(Text("\n"))
 
     def _say(self, text: Text) -> None:
         self._console.print(text, end="", soft_wrap=True)
@@ -97,6 +90,7 @@ class BlockSink(Sink):
     """
 
     def __init__(self, console: Console, requests: Sequence[Request]) -> None:
+        super().__init__()
         self._console, self._requests = console, requests
         several = len({request.name for request in requests if not request.error}) > 1
         self._labels = [f"[{printable(request.name)}] " * several for request in requests]
@@ -105,7 +99,8 @@ class BlockSink(Sink):
         self._live = Live(console=console, transient=True, auto_refresh=False)
 
     def __enter__(self) -> Self:
-        self._live.start()  # shows nothing unless stdout is a terminal
+        self.enter_context(self._live)  # shows nothing unless stdout is a terminal
+        self.callback(self._live.update, Group(), refresh=True)
         return self
 
     def grow(self, number: int, text: str) -> None:
@@ -130,10 +125,6 @@ class BlockSink(Sink):
             self._console.file.write(f"{label}{request.text}{answer['text']}\n")
             self._console.file.flush()
 
-    def __exit__(self, *error: object) -> None:
-        self._live.update(Group(), refresh=True)
-        self._live.stop()
-
     def _unfinished(self) -> Group:
         """Return a line for each unfinished text, with as much of its end as fits."""
         shown = []
@@ -146,7 +137,7 @@ class BlockSink(Sink):
         return Group(*shown)
 
 
-class JsonlSink(contextlib.ExitStack, Sink):
+class JsonlSink(Sink):
     """Writes JSONL, and shows a progress bar."""
 
     def __init__(self, writer: Writer, bar: FileBar, requests: Sequence[Request]) -> None:

@@ -56,7 +56,9 @@ def write(path: pathlib.Path, content: bytes, *, below: pathlib.Path | None = No
             with _created(name, folder) as file:
                 file.write(content)
                 file.flush()
+                os.fsync(file.fileno())  # before the rename: the power may fail
                 os.replace(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+            _sync(folder)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
@@ -115,6 +117,12 @@ def _created(name: str, folder: int) -> BinaryIO:
     return file
 
 
+def _sync(folder: int) -> None:
+    """Write the names in an open folder to the disk; some file systems cannot, or need not."""
+    with contextlib.suppress(OSError):
+        os.fsync(folder)
+
+
 def write_together(folder: pathlib.Path, writers: Mapping[str, FileWriter]) -> None:
     """Write several files so that either all of them appear or none (see `whole_folder`).
 
@@ -140,6 +148,10 @@ def whole_folder(folder: pathlib.Path, last: str = "") -> Iterator[pathlib.Path]
         aside, lock = _make_aside(folder)
         try:
             yield aside
+            for path in filter(pathlib.Path.is_file, aside.rglob("*")):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            _sync(lock)
             if aside.parent == folder:
                 for path in sorted(aside.iterdir(), key=lambda path: path.name == last):
                     os.replace(path, folder / path.name)
