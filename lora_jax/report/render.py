@@ -38,10 +38,10 @@ def write(
     inline: dict[str, str] = {}
     write_file = functools.partial(whole_files.write, below=below)
     for panel in report.panels:
+        write_file(folder / f"{panel.name}.png", svg.png(panel.drawing))
         drawn = svg.svg(panel.drawing)
         inline[panel.name] = svg.inline(drawn, panel.name, panel.alternative)
         write_file(folder / f"{panel.name}.svg", svg.standalone(drawn).encode())
-        write_file(folder / f"{panel.name}.png", svg.png(panel.drawing))
     write_file(folder / MARKDOWN, markdown(report).encode())
     write_file(folder / HTML, html(report, inline).encode())
     return folder / HTML

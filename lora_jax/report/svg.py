@@ -60,6 +60,7 @@ def png(figure: Figure) -> bytes:
     file = io.BytesIO()
     with style():
         figure.savefig(file, format="png", dpi=150, facecolor="white")
+    figure.set_layout_engine("none")  # the next file has the same layout, which takes long to make
     return file.getvalue()
 
 
