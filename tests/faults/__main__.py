@@ -1,12 +1,14 @@
-"""Kill each command that writes, at random moments, and check that its files are whole.
+"""Kill each command that writes, or fill its disk, at random moments, and check its files.
 
     python -m tests.faults --kills 200 --seed 1
-    python -m tests.faults --kills 50 --only "export hf" group --out faults
+    python -m tests.faults --kills 50 --only "export hf" group
+    python -m tests.faults --disks 20 --only "export hf" import
 
-Each scenario is killed `--kills` times with SIGKILL. After each kill, the files must be an earlier
-whole state; in the end, they must have the same bits as after a run that was never killed. The
-results are printed as a table, and written to `--out` as summary.json and summary.md. The exit
-status is 1 if anything failed; the folder of the runs is then kept.
+Each scenario is killed `--kills` times with SIGKILL, or writes to `--disks` disks that are too
+small (tmpfs, so this needs the right to mount). After each kill, the files must be an earlier whole
+state; after a full disk, the error must be ours. In the end, they must have the same bits as after
+a run that was never disturbed. The results are written to `--out`. The exit status is 1 if
+anything failed; the folder of the runs is then kept.
 """
 
 from __future__ import annotations
@@ -19,20 +21,9 @@ import shutil
 import sys
 import tempfile
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-
+from tests.faults import full_disk
 from tests.faults.commands import SCENARIOS
-from tests.faults.kills import KINDS, Kills, Outcome
-
-HEADER = ("what", "kills", "time / change / file", "half-written", "ends compared", "failed")
+from tests.faults.kills import Kills
 
 
 def main() -> int:
@@ -40,54 +31,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=200, help="of each scenario")
+    parser.add_argument("--kills", type=int, default=0, help="of each scenario")
+    parser.add_argument("--disks", type=int, default=0, help="full disks of each scenario")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("faults"))
     options = parser.parse_args()
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="lora-jax-faults-"))
-    outcomes = _outcomes(options.only, options.kills, options.seed, folder)
-    text = table(outcomes)
+    folder, outcomes = pathlib.Path(tempfile.mkdtemp(prefix="lora-jax-faults-")), []
+    for name in options.only:
+        place = folder / name.replace(" ", "-")
+        if options.kills:
+            engine = Kills(name, SCENARIOS[name](place / "kills"), options.seed)
+            outcomes.append(engine.run(options.kills))
+        if options.disks and name in full_disk.COMMANDS:
+            outcomes.append(full_disk.fill(name, place / "disks", options.disks, options.seed))
+        sys.stdout.write("".join(f"{name}: {one}\n" for one in outcomes[-1:]))
+        sys.stdout.flush()
     options.out.mkdir(parents=True, exist_ok=True)
     values = [dataclasses.asdict(outcome) for outcome in outcomes]
     (options.out / "summary.json").write_text(json.dumps(values, indent=2) + "\n")
-    (options.out / "summary.md").write_text(text)
-    sys.stdout.write(text)
     if any(outcome.failures for outcome in outcomes):
         sys.stdout.write(f"what failed is kept in {folder}\n")
         return 1
     shutil.rmtree(folder)
     return 0
-
-
-def _outcomes(names: list[str], kills: int, seed: int, folder: pathlib.Path) -> list[Outcome]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    found = []
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        for name in names:
-            task = bar.add_task(name, total=kills)
-            scenario = SCENARIOS[name](folder / name.replace(" ", "-"))
-            engine = Kills(name, scenario, seed)
-
-            def told(task: TaskID = task, engine: Kills = engine) -> None:
-                bar.advance(task)
-                if not bar.console.is_terminal:
-                    bar.console.print(f"{engine.outcome.name}: {engine.outcome.kills} kills")
-
-            found.append(engine.run(kills, told))
-            for failure in found[-1].failures:
-                bar.console.print(f"{name}: {failure}", markup=False)
-    return found
-
-
-def table(outcomes: list[Outcome]) -> str:
-    """Return the results as a markdown table."""
-    rows = [HEADER, ("---",) * len(HEADER)]
-    for one in outcomes:
-        moments = " / ".join(str(one.moments.get(kind, 0)) for kind in KINDS)
-        numbers = (one.kills, moments, one.torn, one.ends, len(one.failures))
-        rows.append((one.name, *map(str, numbers)))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 if __name__ == "__main__":
