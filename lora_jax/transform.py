@@ -15,7 +15,7 @@ from lora_jax.layout import Layout
 from lora_jax.multi import per_example
 from lora_jax.multi.blend import Blend, Choosing
 from lora_jax.multi.stack import Scaled, blended
-from lora_jax.primitives import jaxprs
+from lora_jax.primitives import jaxprs, table
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.target import Target
@@ -85,7 +85,9 @@ def adapt(
             evaluator.paths_read.add(target.path)
             return kind_of(target).merged(target, update.factors[target.path], w)
 
-        return interpret(Evaluator(many), layout, f, weight, params, *args, **kwargs)
+        return interpret(
+            Evaluator(table.PRIMITIVES, many), layout, f, weight, params, *args, **kwargs
+        )
 
     def adapted(
         params: Any, adapters: Adapters | Scaled | Choosing, *args: Any, **kwargs: Any

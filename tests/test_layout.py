@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "multi": {"adapters", "base", "errors", "layout", "spec", "target", "updates"},
     "primitives": {"base", "bases", "errors", "paths", "updates"},
     "data": {"errors", "models", "system"},
-    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target", "updates"},
+    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target"},
     "sharding": {"base", "bases", "errors", "layout", "paths", "primitives", "target"}
     | {"updates"},
     "transform": {"adapters", "bases", "errors", "layout", "multi", "paths"}
@@ -53,14 +53,14 @@ ARROWS: dict[str, set[str]] = {
     | {"layout", "models", "paths", "primitives", "resolve", "serving"}
     | {"spec", "system", "target", "updates"},
     "planner": {"adapters", "base", "bases", "data", "errors", "frozen", "paths"}
-    | {"primitives", "resolve", "system", "training"},
+    | {"primitives", "system", "training"},
     "sweeps": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve"}
     | {"spec", "system", "training", "transform"},
     "report": {"adapters", "analysis", "checkpoint", "errors", "layout", "serving"}
     | {"sweeps", "system", "training", "updates"},
     "cli": {"adapters", "base", "bases", "checkpoint", "data", "errors", "exchange"}
-    | {"models", "paths", "planner", "report", "resolve", "serving", "spec"}
-    | {"sweeps", "system", "training", "updates"},
+    | {"models", "paths", "planner", "primitives", "report", "resolve", "serving"}
+    | {"spec", "sweeps", "system", "training"},
     "": {"adapters", "analysis", "bases", "checkpoint", "errors", "foreign", "frozen"}
     | {"layout", "multi", "multi/moe", "paths", "resolve", "sharding", "spec"}
     | {"target", "transform", "updates"},

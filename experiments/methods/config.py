@@ -10,7 +10,7 @@ from experiments import methods
 from lora_jax.errors import LoraError
 from lora_jax.models.config import BuiltInConfig
 from lora_jax.system.checked import Checked
-from lora_jax.training.config import LATER, Config, ConfigError, LoraConfig, require
+from lora_jax.training.config import Config, ConfigError, LoraConfig, require
 from lora_jax.training.method import Method
 from lora_jax.training.text import TextConfig
 
@@ -107,7 +107,7 @@ class MethodConfig(Checked):
 class MethodTextConfig(TextConfig):
     """A run that trains a pretrained language model on text, by LoRA or by another method."""
 
-    method: MethodConfig = dataclasses.field(default=MethodConfig(), metadata=LATER)
+    method: MethodConfig = dataclasses.field(default=MethodConfig())
     """LoRA, or a method that it is compared with."""
 
     @classmethod

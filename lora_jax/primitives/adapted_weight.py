@@ -13,7 +13,6 @@ from lora_jax.updates.named import Named, Names
 
 Ins = list[Any]  # the inputs of one equation: arrays and adapted weights
 Outs = list[Any] | None  # None: the rule does not apply
-PrimitiveRule = Callable[[Any, Any, Ins], Outs]  # (evaluator, eqn, ins)
 
 
 @jax.tree_util.register_dataclass
@@ -78,3 +77,6 @@ class AdaptedWeight:
         dw = none if isinstance(self.weight, Deferred) else tangent.weight  # codes have no tangent
         parts = self.update.derivatives(self.weight, dw, tangent.update, none)
         return [dataclasses.replace(self, weight=w, update=update) for w, update in parts]
+
+
+Value = jax.Array | AdaptedWeight

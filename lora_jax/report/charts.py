@@ -58,7 +58,7 @@ def by_layer(
     level: tuple[float, str] | None = None,
     top: float | None = None,
 ) -> Figure:
-    """Plot a line for each name over the layers, and a dashed one at `level`, a height and label."""
+    """Plot a line for each name over the layers, and a dashed one at `level` (height, label)."""
     with svg.drawing() as (figure, axis):
         for name, values in found.items():
             axis.plot(range(len(layers)), values, marker="o", markersize=4, label=name)

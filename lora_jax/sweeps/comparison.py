@@ -10,7 +10,6 @@ from typing import Any
 
 from lora_jax.training import metrics
 from lora_jax.training.config import INCIDENTAL, Config
-from lora_jax.training.config_json import later_defaults
 from lora_jax.training.directory import Summary
 from lora_jax.training.saved_files import read_config
 
@@ -99,7 +98,6 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a config that decide the result, by dotted path."""
     skipped = {f.name for f in dataclasses.fields(Config) if f.metadata == INCIDENTAL}
     kept = dotted({name: value for name, value in config.items() if name not in skipped})
-    kept = {**later_defaults(Config), **kept}  # an old config lacks fields that were added later
     return {path: _comparable(value) for path, value in kept.items()}
 
 

@@ -176,7 +176,7 @@ _TEXTS = [
 
 
 def refuse_empty(given: Sequence[str]) -> None:
-    """End the process, with the status 2, if an argument is empty as an unset variable leaves it."""
+    """End the process, with status 2, if an argument is empty as an unset variable leaves it."""
     for before, word in zip(["the first argument", *given], given, strict=False):
         option, equals, value = word.partition("=") if word[:2] == "--" else (before, "=", word)
         if equals and not value.strip() and option.replace("_", "-") not in _TEXTS:

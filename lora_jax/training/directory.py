@@ -23,7 +23,7 @@ from lora_jax.errors import listed, writing
 from lora_jax.system import run_lock, whole_files
 from lora_jax.training import curves, processes
 from lora_jax.training.config import Config, ConfigError
-from lora_jax.training.config_json import changes, short_hash, stable_identity, to_dict
+from lora_jax.training.config_json import changes, identity, short_hash, to_dict
 from lora_jax.training.saved_files import read_config, read_summary
 
 Summary = dict[str, Any]  # summary.json, as `lora_jax.training.summary.summarise` returns it
@@ -31,7 +31,7 @@ Summary = dict[str, Any]  # summary.json, as `lora_jax.training.summary.summaris
 
 def default(name: str, config: Config) -> pathlib.Path:
     """Return the run directory: the config's, or runs/<config>-<hash of the deciding fields>."""
-    return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(stable_identity(config))}")
+    return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(identity(config))}")
 
 
 @contextlib.contextmanager

@@ -101,11 +101,7 @@ def adamw(hyper: Hyper) -> optax.GradientTransformation:
             optax.stateless(lambda updates, params: _decayed(hyper, updates, params)),
             optax.scale_by_learning_rate(lambda count: rate(hyper, count)),
         ),
-        # This masks nothing, but it is part of the state's structure in existing checkpoints.
-        optax.masked(
-            optax.stateless(lambda updates, _: _rated(hyper, updates)),
-            {"adapters": True, "base": True},
-        ),
+        optax.stateless(lambda updates, _: _rated(hyper, updates)),
     )
 
 

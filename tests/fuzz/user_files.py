@@ -22,9 +22,9 @@ from lora_jax.serving import jsonl, prompts
 from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.system import console
 from lora_jax.training import config_json
-from tests.formats import small
+from tests.formats import RUN, small
 from tests.fuzz import mutate
-from tests.fuzz.kind import FORMATS, TESTS, Files, stored
+from tests.fuzz.kind import TESTS, Files, stored
 from tests.fuzz.model_files import tokenizer_files
 
 # ---- data ------------------------------------------------------------------------------------
@@ -107,7 +107,6 @@ def read_data(random: Random, folder: pathlib.Path) -> None:
 
 # ---- run directories -------------------------------------------------------------------------
 
-RUN = FORMATS / "v1" / "run_directories" / "small-dc24168e"
 _NAMES = ("config.json", "metrics.jsonl", "summary.json")
 
 
@@ -210,4 +209,4 @@ def read_line(random: Random, folder: pathlib.Path) -> None:
             return
         name, config, _ = command_line.parse(["--config", CONFIG, *words], CONFIG, TESTS)
         json.dumps(config_json.to_dict(config))
-        assert config_json.short_hash(config_json.stable_identity(config)) and name
+        assert config_json.short_hash(config_json.identity(config)) and name
