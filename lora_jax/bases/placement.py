@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import PartitionSpec
 
-from lora_jax.base import QuantisedMatrix
+from lora_jax.base import Array, QuantisedMatrix
 from lora_jax.errors import LoraError
 
 B = TypeVar("B", bound=QuantisedMatrix)
@@ -51,7 +51,7 @@ def placed(base: B, spec: PartitionSpec, mesh: Mapping[str, int], path: str) -> 
 
     widest = [max(sizes) for sizes in zip(*_matrices(base), strict=True)]
 
-    def one(x: Any) -> PartitionSpec:
+    def one(x: Array) -> PartitionSpec:
         matrix = x.shape[lead : lead + 2]
         if len(matrix) < 2:
             return PartitionSpec(*entries[:lead])

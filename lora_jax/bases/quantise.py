@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.base import Base, is_base
+from lora_jax.base import Array, Base, is_base
 from lora_jax.bases import nf4, scaled
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
@@ -173,7 +173,7 @@ def bytes_of(tree: Tree) -> int:
     return sum(_bytes(x) for x in jax.tree.leaves(tree))
 
 
-def _bytes(x: Any) -> int:
+def _bytes(x: Array) -> int:
     if jnp.issubdtype(x.dtype, jnp.integer):
         bits = jnp.iinfo(x.dtype).bits
     elif jnp.issubdtype(x.dtype, jnp.floating):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import LoraError
@@ -40,7 +40,7 @@ jax.tree_util.register_dataclass(
 )
 
 
-def quantise(x: jax.Array, block: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def quantise(x: jax.Array, block: int, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Return the codes and scales of one slice; a scale is absmax divided by the largest code.
 
     Integers are symmetric (-127 to 127, -7 to 7) and rounded to the nearest, ties to even.

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax.base import Array, Parameters
 from lora_jax.errors import LoraError
 from lora_jax.spec import LoraSpec
 from lora_jax.target import Target
 from lora_jax.updates.kind import Factors, kind_of
 
 
-def as_factors(target: Target, parameters: Any) -> tuple[Target, Factors]:
+def as_factors(target: Target, parameters: Parameters) -> tuple[Target, Factors]:
     """Return the target with a plain low-rank update, and the factors of that update.
 
     Raises:
@@ -21,8 +22,6 @@ def as_factors(target: Target, parameters: Any) -> tuple[Target, Factors]:
     """
     kind = kind_of(target)
     factors = kind.factors(target, parameters)
-    if factors is parameters and not kind.rescales:
-        return dataclasses.replace(target, kind=LoraSpec.kind), parameters
     if factors is None or kind.rescales:
         why = "has no factors" if factors is None else "rescales W itself"
         raise LoraError(
@@ -30,6 +29,8 @@ def as_factors(target: Target, parameters: Any) -> tuple[Target, Factors]:
             "written as plain LoRA factors. Use the adapter alone (lora_jax.adapt), or merge it"
         )
     scale, rank = kind.scale(target), factors.a.shape[-1]
+    if factors is parameters and scale == target.scale:
+        return dataclasses.replace(target, kind=LoraSpec.kind), factors
     limit = min(target.fan_in, target.fan_out)
     if rank > limit:
         factors = _of_full_rank(target, factors)
@@ -52,7 +53,7 @@ def _of_full_rank(target: Target, factors: Factors) -> Factors:
     )
 
 
-def sliced(target: Target, parameters: Any, index: tuple[int, ...]) -> tuple[Target, Any]:
+def sliced(target: Target, parameters: Parameters, index: tuple[int, ...]) -> tuple[Target, Any]:
     """Return the update of `W[index]`, for any kind: the target of the slice, and its arrays.
 
     Args:
@@ -78,7 +79,7 @@ def sliced(target: Target, parameters: Any, index: tuple[int, ...]) -> tuple[Tar
         )
     kind = kind_of(target)
 
-    def take(x: Any, along: tuple[int | None, ...]) -> Any:
+    def take(x: Array, along: tuple[int | None, ...]) -> Array:
         return x[tuple(slice(None) if i is None or i >= lead else index[i] for i in along)]
 
     def shifted(axes: tuple[int, ...]) -> tuple[int, ...]:

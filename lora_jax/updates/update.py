@@ -5,15 +5,18 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.lax import PrecisionLike
 
-from lora_jax.base import wide_dtype
+from lora_jax.base import Array, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.updates.named import Named, Names
+
+W: TypeAlias = Any  # W on its way through a program: a `bases.weight.Weight`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Operation:
     low_rank: Callable[[Any, Any, Any], Any]
     matrix: bool = False
     sums: bool = False
-    precision: Any = None
+    precision: PrecisionLike = None
     spread: Callable[[Named], Named] | None = None
     use: int = 0
     drop: Callable[[Named], Named] | None = None
@@ -89,15 +92,15 @@ class Update(abc.ABC):
         """Return the role of an axis: "stack", "input", "output", or None."""
 
     @abc.abstractmethod
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         """Return the result of an operation with `W + update`, given as `p.base` for W."""
 
     @abc.abstractmethod
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         """Return `W + update` as an array with the axes of `w`, in w's dtype."""
 
     @abc.abstractmethod
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
         """Return the derivative of `W + update` as a sum of weights: pairs of a W and an update.
 
         w, dw and none are W, its tangent and an absent W (`Absent`), all of the same shape;
@@ -160,10 +163,10 @@ class Wrapper(Update):
     def role(self, name: int) -> str | None:
         return self.inner.role(name)
 
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         return self.inner.product(p)
 
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         return self.inner.merged(w)
 
     def times(self, factor: Named) -> Update | None:
@@ -173,7 +176,7 @@ class Wrapper(Update):
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes)
 
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
         parts = self.inner.tangents(w, dw, tangent.inner, none)
         return [(w, self.around(update)) for w, update in parts]
 
@@ -211,10 +214,10 @@ class Zero(Update):
     def role(self, name: int) -> str | None:
         return None
 
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         return p.base(None if p.x is None else p.x.array)
 
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         return w.array
 
     def sums(self, sizes: dict[int, int]) -> bool:
@@ -223,7 +226,7 @@ class Zero(Update):
     def times(self, factor: Named) -> Update | None:
         return self
 
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
         return [(dw, self)]
 
 
@@ -237,13 +240,13 @@ class Sum(Update):
     def role(self, name: int) -> str | None:
         return self.updates[0].role(name)
 
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         y = self.updates[0].product(p)
         for update in self.updates[1:]:
             y = update.product(dataclasses.replace(p, base=_result(y)))
         return y
 
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         whole = w.astype(wide_dtype(w.array.dtype))
         for update in self.updates:
             whole = Named(update.merged(whole), w.names)
@@ -257,7 +260,7 @@ class Sum(Update):
     def sums(self, sizes: dict[int, int]) -> bool:
         return all(update.sums(sizes) for update in self.updates)
 
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
         first, *rest = zip(self.updates, tangent.updates, strict=True)
         found = first[0].tangents(w, dw, first[1], none)
         return [*found, *(x for u, t in rest for x in u.tangents(w, none, t, none))]
@@ -273,7 +276,7 @@ class Times(Wrapper):
 
     factor: Named
 
-    def product(self, p: Operation) -> Any:
+    def product(self, p: Operation) -> Array:
         names, y = {*self.factor.names}, p.base(None if p.x is None else p.x.array)
         if names <= {*p.out}:
             nothing = dataclasses.replace(p, base=_result(jnp.zeros_like(y)))
@@ -285,7 +288,7 @@ class Times(Wrapper):
             )
         return self.inner.product(dataclasses.replace(p, x=p.x.times(self.factor), base=_result(y)))
 
-    def merged(self, w: Named) -> Any:
+    def merged(self, w: Named) -> Array:
         wide = wide_dtype(w.array.dtype)
         delta = Named(self.inner.merged(Named(jnp.zeros(w.array.shape, wide), w.names)), w.names)
         whole = w.array.astype(wide) + delta.times(self.factor).array
@@ -294,11 +297,11 @@ class Times(Wrapper):
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes) and not any(n in self.factor.names for n in sizes)
 
-    def tangents(self, w: Any, dw: Any, tangent: Any, none: Any) -> list[tuple[Any, Update]]:
+    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
         along = super().tangents(w, dw, tangent, none)
         return [*along, (none, Times(self.inner, tangent.factor))]
 
 
-def _result(y: Any) -> Callable[..., Any]:
+def _result(y: Array) -> Callable[..., Any]:
     """Return the `base` of an operation whose result is known."""
     return lambda x, dtype=None: y if dtype is None else y.astype(dtype)
