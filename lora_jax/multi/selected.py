@@ -37,12 +37,21 @@ class Choice(Several):
         return False
 
     def choice(self, layout: Layout) -> Any:
-        """Return the choice: a pytree, with a leading axis of examples if `per_example`."""
+        """Return the choice: a pytree, with a leading axis of examples if `per_example`.
+
+        Args:
+          layout: the layout that was passed to `adapt`.
+        """
         return None
 
     @abc.abstractmethod
     def updates(self, layout: Layout, choice: Any) -> UpdateOf:
-        """Return the updates that the choice of one example, or of all examples, stands for."""
+        """Return the updates that the choice of one example, or of all examples, stands for.
+
+        Args:
+          layout: the layout that was passed to `adapt`.
+          choice: from `choice`; if `per_example`, the entry of one example.
+        """
 
     def run(
         self, layout: Layout, run: Callable[..., Any], args: Any, kwargs: Any, axes: tuple[Any, Any]

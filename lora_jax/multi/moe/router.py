@@ -88,13 +88,7 @@ class Routed(Choice):
     probe: dict[str, Any] | None = None
 
     def updates(self, layout: Layout, choice: Any) -> UpdateOf:
-        """Return the updates, with the router's columns added to the columns of `a`.
-
-        Args:
-          layout: the layout that was passed to `adapt`.
-          choice: None; all examples share the router.
-        """
-        whole = mixed(layout, self.stack)
+        whole = mixed(layout, self.stack)  # and the router's columns after the columns of `a`
         for t in layout.targets:
             a, b = whole.factors[t.path]
             router = jnp.asarray(self.router[t.path])
