@@ -66,13 +66,10 @@ class Epochs:
     def filled(
         self, chosen: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the examples in some rows of a batch, and their weights [rows] float32.
+        """Return the examples in some rows of a batch of `chosen` ones, and their weights [rows]
+        float32.
 
         A short batch is filled with its own examples, starting with the first, at weight 0.
-
-        Args:
-          chosen: the numbers of the examples of the batch.
-          rows: the numbers of the rows.
         """
         weights = (np.arange(self.batch_size) < len(chosen))[rows].astype(np.float32)
         return np.resize(chosen, self.batch_size)[rows], weights

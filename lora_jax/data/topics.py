@@ -137,10 +137,7 @@ class Topics(TextBuilder):
 def read(path: Path) -> Iterator[KeyedRow]:
     """Yield the rows of an Orange tab file with a label and a text, each with its line number.
 
-    Empty rows are included.
-
-    Raises:
-      DataError: a row has more or fewer columns, or lacks the label or the text.
+    Empty rows are included; a row with other columns is a `DataError`.
     """
     with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, 1):

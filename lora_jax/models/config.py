@@ -353,13 +353,7 @@ StoredConfig = BuiltInConfig | VitConfig  # all models that the loaders know
 
 
 def check_choice(field: str, value: str, choices: Mapping[str, object]) -> None:
-    """Raise a ValueError that names the field and the choices unless `value` is one of them.
-
-    Args:
-      field: the name of the field.
-      value: its value.
-      choices: the valid values.
-    """
+    """Raise a ValueError that names the field and the choices unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{field}: got {value!r}, expected one of {', '.join(sorted(choices))}")
 

@@ -66,13 +66,7 @@ def _today(name: str) -> str:
 
 
 def hf_prefix(config: StoredConfig, row: TensorName, head: Head | None = None) -> str:
-    """Return the prefix of the Hugging Face name of a tensor; see `hf_names`.
-
-    Args:
-      config: the config of the model.
-      row: the row of the tensor in the table of names.
-      head: the classification head, if there is one.
-    """
+    """Return the prefix of the Hugging Face name of a tensor; see `hf_names`."""
     table = table_of(config)
     of_head = row.path.startswith("classifier/") and not (
         table is BERT and row.hf.startswith("pooler.")  # for BERT it is inside the encoder

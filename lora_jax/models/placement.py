@@ -37,15 +37,9 @@ _HIDDEN = P(None, _BOTH)  # for an embedding [rows, hidden]
 
 
 def rules(config: StoredConfig, head: Head | None = None) -> tuple[PlacementRule, ...]:
-    """Return one sharding rule for each kind of parameter of a model, and no others.
+    """Return one sharding rule (pattern, PartitionSpec) for each kind of parameter, and no others.
 
-    Args:
-      config: the config of the model.
-      head: the classification head of an encoder; paths then begin with `bert/`, as in
-        `lora_jax.models.shapes`.
-
-    Returns:
-      Pairs (pattern, PartitionSpec).
+    With a head, paths begin with `bert/` or `vit/`, as in `lora_jax.models.shapes`.
     """
     if isinstance(config, DecoderConfig):
         return _decoder(config)

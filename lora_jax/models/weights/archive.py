@@ -30,15 +30,9 @@ _BROKEN = (
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack an archive into a folder.
+    """Unpack a wheel (.whl), or a .tar.gz without its single top folder, into a new folder.
 
-    Args:
-      archive: a wheel (.whl), or a .tar.gz, whose single top folder is left out.
-      folder: the folder, which is made and must not exist. After an error it may hold some of
-        the files.
-
-    Raises:
-      PackageError: the archive is damaged or refused.
+    After an error the folder may hold some of the files.
     """
     folder.mkdir()
     try:

@@ -34,22 +34,13 @@ def assemble(
 ) -> ParameterTree:
     """Read the parameters of a model, in blocks that go straight to their devices.
 
-    Args:
-      stored: the stored tensors.
-      config: the config of the model.
-      head: a classification head to load as well; the tree is then {"bert", "classifier"}.
-      shardings: a tree of shardings like the result: this process reads only the parts of its
-        own devices, each once. None: everything goes to the default device. A weight that stays
-        quantised has one sharding, or a base with a sharding for each of its arrays.
-      keep_quantised: whether quantised tensors stay as they are, see `lora_jax.base`.
+    With a head the tree is {"bert", "classifier"}. With `shardings`, a tree like the result, this
+    process reads only the parts of its own devices, each once; without, everything goes to the
+    default device. A weight that stays quantised (`keep_quantised`, see `lora_jax.base`) has one
+    sharding, or a base with a sharding for each of its arrays.
 
-    Returns:
-      The parameters.
-
-    Raises:
-      WeightsError: tensors are missing, unknown or have wrong shapes; a parameter has no
-        sharding,
-        or one that does not divide it. Nothing is read then.
+    `WeightsError`: tensors are missing, unknown or have wrong shapes; a parameter has no sharding,
+    or one that does not divide it. Nothing is read then.
     """
     placed = None if shardings is None else flatten_dict(shardings, sep="/")
     leaves, dtype = parameters(stored, config, head), np.dtype(config.param_dtype)
@@ -77,14 +68,7 @@ def stored_shapes(stored: Stored, config: StoredConfig, head: Head | None = None
 def load_one(
     stored: Stored, parameter: StoredParameter, config: StoredConfig, keep_quantised: bool = False
 ) -> Any:
-    """Load one of `stored.parameters` to the default device.
-
-    Args:
-      stored: the tensors of the checkpoint.
-      parameter: the parameter.
-      config: the config of the model.
-      keep_quantised: whether a quantised parameter stays quantised.
-    """
+    """Load one of `stored.parameters` to the default device."""
     dtype = np.dtype(config.param_dtype)
     bases = _bases(stored, [parameter], dtype) if keep_quantised else {}
     if bases:
@@ -96,14 +80,7 @@ def load_one(
 def read_slice(
     stored: Stored, parameter: StoredParameter, number: int, config: StoredConfig
 ) -> np.ndarray:
-    """Read the tensor `sources[number]` of a parameter, in our layout.
-
-    Args:
-      stored: the tensors of the checkpoint.
-      parameter: the parameter.
-      number: the index of the tensor.
-      config: the config of the model.
-    """
+    """Read the tensor `sources[number]` of a parameter, in our layout."""
     part = shards.empty(parameter.shape, np.dtype(config.param_dtype))
     whole = tuple(slice(0, size) for size in parameter.shape)
     _copy(stored, parameter.row, parameter.sources[number], whole, part)

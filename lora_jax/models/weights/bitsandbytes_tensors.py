@@ -138,11 +138,7 @@ class QuantisedTensor:
 def split(
     held: Mapping[str, StoredTensor],
 ) -> tuple[dict[str, StoredTensor], dict[str, QuantisedTensor]]:
-    """Split the tensors of a folder into plain ones and weights that bitsandbytes has quantised.
-
-    Raises:
-      WeightsError: 4-bit codes have a type other than nf4 or fp4; integers have no scales.
-    """
+    """Split the tensors of a folder into plain ones and weights that bitsandbytes has quantised."""
     plain, quantised = dict(held), {}
     for name, weight in held.items():
         if not name.endswith(".weight"):

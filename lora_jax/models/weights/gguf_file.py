@@ -42,12 +42,7 @@ class GgufFile:
 
     @functools.cached_property
     def config(self) -> StoredConfig:
-        """The config that the metadata describes.
-
-        Raises:
-          ModelConfigError: the architecture is another one, or a field is missing or has an
-            impossible value.
-        """
+        """The config that the metadata describes."""
         kind, tensors = self._kind, self._header.tensors
         fields = {key.removeprefix(f"{kind}."): x for key, x in self._header.fields.items()}
         field_kinds.check(fields, field_kinds.GGUF, str(self.path))
@@ -151,17 +146,11 @@ class GgufFile:
 
 
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the rows of q or k from GGUF's order to Hugging Face's.
+    """Reorder the rows of q or k (a kernel [heads * H, in] or a bias) from GGUF's order to Hugging
+    Face's.
 
     GGUF files of the Llama architecture store the rotary pairs of a head in adjacent rows (0, 1),
     (2, 3), ...; in our rope they are half a head apart.
-
-    Args:
-      array: [heads * H, ...], a kernel [out, in] or a bias.
-      heads: the number of heads.
-
-    Returns:
-      An array of the same shape.
     """
     shape = array.shape
     pairs = array.reshape(heads, shape[0] // heads // 2, 2, *shape[1:])

@@ -72,9 +72,6 @@ def anchored(reference: str) -> str:
 
     >>> anchored("hub:someone/model"), anchored("/models/a")
     ('hub:someone/model', '/models/a')
-
-    Args:
-      reference: the reference of a model.
     """
     place, mark, fragment = reference.partition("#")
     if _scheme(place) is not None:
@@ -92,9 +89,6 @@ def is_safe(reference: str) -> bool:
     (True, True, False)
     >>> is_safe("hub:someone/model"), is_safe("pypi:package==1.0/model")
     (False, False)
-
-    Args:
-      reference: the reference of a model.
     """
     return _scheme(reference) is None or reference in KNOWN
 

@@ -139,13 +139,7 @@ def _check(stored: Stored, leaf: StoredParameter, config: StoredConfig) -> None:
 
 
 def parameters(stored: Stored, config: StoredConfig, head: Head | None) -> list[StoredParameter]:
-    """Match stored tensors with parameters, and raise unless every name has its match.
-
-    Args:
-      stored: the tensors of the checkpoint.
-      config: the config of the model.
-      head: the head that is loaded with an encoder, if any.
-    """
+    """Match stored tensors with parameters, and raise unless every name has its match."""
     raw = _clean_names(stored)
     experts = config.num_experts if isinstance(config, DecoderConfig) else 0
     parts = config.num_layers * max(1, experts)

@@ -11,13 +11,6 @@ def stored_head(stored: Stored, pooling: str) -> dict[str, np.ndarray]:
 
     A pretrained encoder often has the dense layer of its pooler but no classes; then only that
     layer is returned.
-
-    Args:
-      stored: the stored tensors.
-      pooling: the pooling of the head, see `lora_jax.models.bert.POOLINGS`.
-
-    Raises:
-      WeightsError: the architecture has no such head.
     """
     rows = stored.table.heads.get(pooling)
     if rows is None:
