@@ -2,8 +2,10 @@
 
 from lora_jax.models.config import DecoderConfig, StoredConfig, VitConfig
 from lora_jax.models.hf_module import HfModule, HfNames
-from lora_jax.models.weights.names import BERT, TensorName, table_of
+from lora_jax.models.weights.encoder_names import BERT
+from lora_jax.models.weights.families import table_of
 from lora_jax.models.weights.stored import Head
+from lora_jax.models.weights.tensor_names import TensorName
 
 # transformers 5 names the modules of ViT differently from its files; PEFT's files use these names.
 _VIT_MODULES = {

@@ -13,7 +13,6 @@ from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.errors import WeightsError
 from lora_jax.models.config import StoredConfig
 from lora_jax.models.weights import kept, shards
-from lora_jax.models.weights.names import TensorName
 from lora_jax.models.weights.stored import (
     Head,
     ParameterTree,
@@ -21,6 +20,7 @@ from lora_jax.models.weights.stored import (
     StoredParameter,
     parameters,
 )
+from lora_jax.models.weights.tensor_names import TensorName
 
 _BLOCK = 4 * 1024 * 1024  # numbers that are read at once, and held in addition to the result
 

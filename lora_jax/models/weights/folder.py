@@ -21,11 +21,11 @@ from lora_jax.models.config import StoredConfig
 from lora_jax.models.weights import bitsandbytes_tensors, safetensors_file, tokenizer_limits
 from lora_jax.models.weights.assemble import assemble, stored_shapes
 from lora_jax.models.weights.bitsandbytes_tensors import QuantisedTensor
-from lora_jax.models.weights.hf_config import parse
-from lora_jax.models.weights.names import HF, TensorName
+from lora_jax.models.weights.families import FAMILIES, parse
 from lora_jax.models.weights.safetensors_file import StoredTensor
 from lora_jax.models.weights.shards import Index
 from lora_jax.models.weights.stored import Head, ParameterTree, Stored
+from lora_jax.models.weights.tensor_names import TensorName
 from lora_jax.system import json_file, regular_files
 
 SINGLE = "model.safetensors"
@@ -118,7 +118,7 @@ class Folder:
 
     def stored(self, config: StoredConfig | None = None) -> Stored:
         """Return the tensors of the folder without reading them; they do not depend on `config`."""
-        table = HF[self.json["model_type"]]
+        table = FAMILIES[self.json["model_type"]].names
         plain, quantised = bitsandbytes_tensors.split(_tensors(self.path))
         method = (self.json.get("quantization_config") or {}).get("quant_method")
         for name, tensor in plain.items():

@@ -14,9 +14,12 @@ from lora_jax.models.config import DecoderConfig, StoredConfig
 from lora_jax.models.rope import linear_divisors
 from lora_jax.models.weights import field_kinds, gguf_blocks, gguf_header, gguf_tokenizer
 from lora_jax.models.weights.assemble import assemble, stored_shapes
-from lora_jax.models.weights.names import GGUF, TensorName
+from lora_jax.models.weights.decoder_names import LLAMA
 from lora_jax.models.weights.shards import Index
 from lora_jax.models.weights.stored import Head, ParameterTree, Stored
+from lora_jax.models.weights.tensor_names import TensorName
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +36,10 @@ class GgufFile:
     def _kind(self) -> str:
         field_kinds.check(self._header.fields, field_kinds.GGUF, str(self.path))
         kind = self._header.fields.get("general.architecture")
-        if kind not in GGUF:
+        if kind not in _ARCHITECTURES:
             raise ModelConfigError(
                 f"{self.path}: the architecture is {kind!r}; the GGUF loader knows "
-                f"{', '.join(sorted(GGUF))}"
+                f"{', '.join(_ARCHITECTURES)}"
             )
         return str(kind)
 
@@ -142,7 +145,7 @@ class GgufFile:
             return gguf_blocks.base(tensors[name], order(name, row), row.transposed, dtype)
 
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return Stored(str(self.path), GGUF[self._kind], "gguf", shapes, read, keep)
+        return Stored(str(self.path), LLAMA, "gguf", shapes, read, keep)
 
 
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from lora_jax.models.config import BertConfig, DecoderConfig, StoredConfig, VitC
 from lora_jax.models.decoder import DecoderModel
 from lora_jax.models.vit import Vit, VitClassifier
 from lora_jax.models.weights import shards
-from lora_jax.models.weights.names import TensorName, TensorNames
+from lora_jax.models.weights.tensor_names import TensorName, TensorNames
 
 ParameterTree = dict[str, Any]
 _SHOWN = 40  # a message lists at most this many names, and counts the rest
