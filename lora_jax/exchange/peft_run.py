@@ -22,7 +22,7 @@ from lora_jax.layout import Layout
 from lora_jax.merge import merge
 from lora_jax.models.weights.folder import Folder
 from lora_jax.models.weights.source import KNOWN, is_safe
-from lora_jax.models.weights.stored_head import stored_head
+from lora_jax.models.weights.stored import stored_head
 
 _HEAD = "classifier/"
 _LENGTHS = (32, 64, 128, 256, 512)  # the default lengths of batches

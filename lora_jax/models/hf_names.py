@@ -28,8 +28,10 @@ def hf_names(config: StoredConfig, head: Head | None = None, root: str = "") -> 
         as in `...ForSequenceClassification`, without it as in the bare encoder.
       root: a prefix of every path: "" for the tree that `load` returns, "params/" if it is inside
         Flax's `{"params": ...}`.
+
     >>> from lora_jax.models import DecoderConfig
-    >>> names = hf_names(DecoderConfig(8, 8, 2, 2, 2, 4, 8, 8))
+    >>> sizes = dict(vocab_size=8, hidden_size=8, num_layers=2, num_heads=2, mlp_size=8)
+    >>> names = hf_names(DecoderConfig(**sizes, num_kv_heads=2, head_dim=4, max_positions=8))
     >>> names["layers_{layer}/attention/q/kernel"]
     'model.layers.{layer}.self_attn.q_proj.weight'
     """

@@ -119,6 +119,7 @@ def apply_of(
         inputs = {name: batch[name] for name in _PACKING}
         if chunk is not None:
             inputs |= {"targets": batch["targets"], "chunk": chunk, "smoothing": smoothed}
+            inputs |= {"method": model.loss}
         rngs = {"dropout": key} if dropping else None
         outputs = method.apply(
             model, params, batch["input_ids"], **inputs, deterministic=not dropping, rngs=rngs

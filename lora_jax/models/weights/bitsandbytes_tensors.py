@@ -21,7 +21,7 @@ from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.bases.nf4 import FourBit
 from lora_jax.bases.scaled import ScaledCodes
 from lora_jax.errors import WeightsError, damaged
-from lora_jax.models.weights.kept import ArrayOnDisk, in_memory
+from lora_jax.models.weights.disk_arrays import ArrayOnDisk, in_memory
 from lora_jax.models.weights.safetensors_file import FLOATS, StoredTensor
 from lora_jax.models.weights.shards import Index
 

@@ -8,22 +8,25 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from lora_jax.bases.ggml import FORMATS, GgmlBlocks
 from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.errors import ModelConfigError, WeightsError
 from lora_jax.models.config import DecoderConfig, StoredConfig
 from lora_jax.models.rope import linear_divisors
-from lora_jax.models.weights import field_kinds, gguf_blocks, gguf_header, gguf_tokenizer
-from lora_jax.models.weights.assemble import assemble, stored_shapes
+from lora_jax.models.weights import field_kinds, gguf_header, gguf_tokenizer
+from lora_jax.models.weights.assemble import Source
 from lora_jax.models.weights.decoder_names import LLAMA
+from lora_jax.models.weights.disk_arrays import ArrayOnDisk
 from lora_jax.models.weights.shards import Index
-from lora_jax.models.weights.stored import Head, ParameterTree, Stored
+from lora_jax.models.weights.stored import Stored
 from lora_jax.models.weights.tensor_names import TensorName
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
-class GgufFile:
+class GgufFile(Source):
     """A GGUF file, memory-mapped. No weight is read before `load`."""
 
     path: Path
@@ -99,34 +102,11 @@ class GgufFile:
         """The Jinja text that turns a conversation into a prompt; None if there is none."""
         return self._header.fields.get("tokenizer.chat_template")
 
-    def load(
-        self,
-        config: StoredConfig | None = None,
-        *,
-        head: Head | None = None,
-        shardings: ParameterTree | None = None,
-        keep_quantised: bool = False,
-    ) -> ParameterTree:
-        """Return the parameters; see `assemble.assemble`. A config of None is `self.config`."""
-        config = self._decoder(config)
-        return assemble(self.stored(config), config, head, shardings, keep_quantised)
-
-    def shapes(
-        self, config: StoredConfig | None = None, *, head: Head | None = None
-    ) -> ParameterTree:
-        """Return the result of `load` with `keep_quantised` as ShapeDtypeStructs."""
-        config = self._decoder(config)
-        return stored_shapes(self.stored(config), config, head)
-
-    def _decoder(self, config: StoredConfig | None) -> DecoderConfig:
-        config = self.config if config is None else config
-        if not isinstance(config, DecoderConfig):
-            raise WeightsError(f"{self.path} holds a decoder, but the config is {config}")
-        return config
-
     def stored(self, config: StoredConfig | None = None) -> Stored:
         """Return the tensors of the file without reading them; `config` gives the heads."""
-        tensors, config = self._header.tensors, self._decoder(config)
+        tensors, config = self._header.tensors, self.config if config is None else config
+        if not isinstance(config, DecoderConfig):
+            raise WeightsError(f"{self.path} holds a decoder, but the config is {config}")
         permuted = {"q": config.num_heads, "k": config.num_kv_heads}
 
         def order(name: str, row: TensorName) -> np.ndarray:
@@ -142,7 +122,7 @@ class GgufFile:
             return tensors[name].read((slice(first, last + 1), *index[1:]))[rows - first]
 
         def keep(name: str, row: TensorName, dtype: np.dtype) -> QuantisedMatrix | None:
-            return gguf_blocks.base(tensors[name], order(name, row), row.transposed, dtype)
+            return _base(tensors[name], order(name, row), row.transposed, dtype)
 
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         return Stored(str(self.path), LLAMA, "gguf", shapes, read, keep)
@@ -158,3 +138,41 @@ def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
     shape = array.shape
     pairs = array.reshape(heads, shape[0] // heads // 2, 2, *shape[1:])
     return pairs.swapaxes(1, 2).reshape(shape)
+
+
+def _base(
+    tensor: gguf_header.Quantised, order: np.ndarray, transposed: bool, dtype: np.dtype
+) -> GgmlBlocks | None:
+    """Return the base of a matrix in blocks, with arrays on disk; None for floats.
+
+    `order` has, for each row of the result, the row of the file: blocks run along a row, so rows
+    can change places without touching a block.
+    """
+    kind = tensor.kind.name
+    if kind in _FLOATS:
+        return None
+    if kind not in FORMATS or len(tensor.shape) != 2:
+        raise WeightsError(
+            f"{tensor.path}: tensor {tensor.name} of shape {tensor.shape} is quantised as {kind}; "
+            f"matrices in {', '.join(FORMATS)} can be held as they are. keep_quantised=False "
+            "expands the others to floats."
+        )
+    record = FORMATS[kind].record
+    axes = (1, 0) if transposed else (0, 1)
+    fields: dict[str, Any] = {
+        name: _field(tensor, record, name, order) for name in record.names or ()
+    }
+    return GgmlBlocks(tensor.shape, axes, np.dtype(dtype).name, fields, kind)
+
+
+def _field(
+    tensor: gguf_header.Quantised, record: np.dtype, name: str, order: np.ndarray
+) -> ArrayOnDisk:
+    def read(index: Index) -> np.ndarray:
+        # The file is mapped for each call; see `Quantised.read`.
+        rows = order[index[0]]
+        return np.asarray(tensor.blocks(record)[name][rows][(slice(None), *index[1:])])
+
+    dtype, shape = record[name].base, record[name].shape
+    blocks = tensor.shape[1] // FORMATS[tensor.kind.name].size
+    return ArrayOnDisk((tensor.shape[0], blocks, *shape), dtype, read)

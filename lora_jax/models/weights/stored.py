@@ -54,7 +54,7 @@ class Stored:
         that layout and in any float dtype. Nothing else is read from disk if the format allows
         it.
       keep: returns the base of a quantised tensor (in that layout, transposed if the row says so)
-        for a parameter of a dtype; its arrays are `kept.ArrayOnDisk`. It returns None for a
+        for a parameter of a dtype; its arrays are `disk_arrays.ArrayOnDisk`. It returns None for a
         tensor of floats.
     """
 
@@ -186,7 +186,7 @@ def _leaves(stored: Stored, config: StoredConfig, head: Head | None) -> list[Sto
     left = flatten_dict(shapes(traced, head), sep="/")
     before = "vit/" if isinstance(config, VitConfig) else "bert/"
     rows = [(before if head else "", row) for row in stored.table.rows]
-    rows += [("", row) for row in _head_rows(stored, head)]
+    rows += [("", row) for row in (_rows_of(stored, head.pooling) if head else ())]
     leaves = []
     for before, row in rows:
         stacked_path = before + row.stacked_path
@@ -237,17 +237,34 @@ def _leaf(
     return StoredParameter(path, shape, row, names, hf, stack)
 
 
-def _head_rows(stored: Stored, head: Head | None) -> tuple[TensorName, ...]:
+def _rows_of(stored: Stored, pooling: str) -> tuple[TensorName, ...]:
     heads = stored.table.heads
-    if head is not None and head.pooling not in heads:
+    if pooling not in heads:
         raise WeightsError(
-            f"{stored.origin} has no head with the pooling {head.pooling!r}; its architecture has "
-            f"{', '.join(heads)}"
+            f"{stored.origin} has no head with the pooling {pooling!r}; its architecture has "
+            f"{', '.join(heads) or 'none'}"
         )
-    return () if head is None else heads[head.pooling]
+    return heads[pooling]
 
 
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
     more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     return "".join(f"\n  {name}" for name in [*names[:_SHOWN], *more]) or " none"
+
+
+def stored_head(stored: Stored, pooling: str) -> dict[str, np.ndarray]:
+    """Return the stored parameters of a head, by path, in our layout.
+
+    A pretrained encoder often has the dense layer of its pooler but no classes; then only that
+    layer is returned.
+    """
+    names = {stored.table.clean(name): name for name in stored.shapes}
+    found = {}
+    for row in _rows_of(stored, pooling):
+        if row.hf in names:
+            name = names[row.hf]
+            whole = tuple(slice(0, size) for size in stored.shapes[name])
+            value = np.asarray(stored.read(name, row, whole), np.float32)
+            found[row.path] = value.T if row.transposed else value
+    return found

@@ -57,10 +57,10 @@ def stack(
     """
     (name, first), *others = layers.items()
     for other, layer in others:
-        if _form(layer) != _form(first):
+        if _settings(layer) != _settings(first):
             raise WeightsError(
                 f"{path} stacks the layers, which are quantised in different ways:\n"
-                f"  {name}: {_form(first)}\n  {other}: {_form(layer)}\n"
+                f"  {name}: {_settings(first)}\n  {other}: {_settings(layer)}\n"
                 "Load the model with scan_layers=False, which keeps the layers apart, or with "
                 "keep_quantised=False, which expands them."
             )
@@ -95,13 +95,13 @@ def shardings(base: QuantisedMatrix, where: Sharding, path: str) -> QuantisedMat
     )
 
 
-def _form(base: QuantisedMatrix | None) -> str:
+def _settings(base: QuantisedMatrix | None) -> str:
     """Return the kind, settings and shapes of a base, which stacked layers must share."""
     if base is None:
         return "floats"
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    settings = [f"{name}={x}" for name, x in fields.items() if isinstance(x, str | int | tuple)]
-    return f"{type(base).__name__}({', '.join(settings)})"
+    given = [f"{name}={x}" for name, x in fields.items() if isinstance(x, str | int | tuple)]
+    return f"{type(base).__name__}({', '.join(given)})"
 
 
 def _stacked(arrays: Sequence[ArrayOnDisk]) -> ArrayOnDisk:
