@@ -64,10 +64,7 @@ def rules(config: StoredConfig, head: Head | None = None) -> tuple[PlacementRule
 def _rows(config: StoredConfig, head: Head | None) -> Iterator[PlacementRule]:
     if not isinstance(config, VitConfig):
         embedding = _SECOND if tensor_axis(config) == 0 else P(None, _BOTH)
-        yield (
-            "embed/embedding" if isinstance(config, DecoderConfig) else "word/embedding",
-            embedding,
-        )
+        yield "(embed|word)/embedding", embedding
         yield "lm_head/kernel", P(*reversed(embedding))
     if head is not None:
         # The number of classes can rarely be divided: the last product of few classes is
