@@ -31,7 +31,8 @@ def image_classification(
     epochs: int | None = 1,
     augmentation: Augmentation = NO_AUGMENTATION,
 ) -> Batches:
-    """Make batches of images with their labels.
+    """Make batches of images with their labels; see `lora_jax.data.classification` for the
+    arguments.
 
     A batch has, for B images:
 
@@ -42,23 +43,8 @@ def image_classification(
 
     Every epoch has every example exactly once. B is always `batch_size`: a batch that would be
     short is filled with copies of its rows, at weight 0. A process reads and decodes only its own
-    rows of a batch, in threads, a few batches ahead.
-
-    Args:
-      config: the config of the data.
-      preprocessing: the preprocessing of the model.
-      split: the name of a split.
-      batch_size: rows of a batch.
-      shuffle: whether each epoch has its own order, drawn from `seed` and its number.
-      seed: the seed of the order and of the augmentation.
-      epochs: the number of epochs. None: without end.
-      augmentation: random changes, drawn for each image in each epoch.
-
-    Returns:
-      The batches.
-
-    Raises:
-      DataError: the source, a field or a label is not as the config says.
+    rows of a batch, in threads, a few batches ahead. The augmentation is drawn for each image in
+    each epoch.
     """
     source = open_source(config.source, config.data_dir)
     examples, limit = source.examples(split), config.limit(split)

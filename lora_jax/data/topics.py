@@ -45,13 +45,8 @@ _NEWSGROUPS = (
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """One of the data sets.
-
-    stem: the start of the names of its two files.
-    sha256: split -> checksum of its file.
-    empty: the number of empty rows in both files.
-    shared: the number of texts that are in both files.
-    """
+    """One of the data sets: the start of the names of its two files, the sum of each, and the
+    numbers of empty rows in both and of texts that are in both."""
 
     stem: str
     classes: tuple[str, ...]

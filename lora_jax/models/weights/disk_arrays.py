@@ -17,13 +17,8 @@ from lora_jax.models.weights.shards import Index
 
 @dataclasses.dataclass(frozen=True)
 class ArrayOnDisk:
-    """One array of a quantised tensor.
-
-    Attributes:
-      shape: its shape.
-      dtype: its dtype.
-      read: reads the part at an index (a slice with start and stop for each axis).
-    """
+    """One array of a quantised tensor; `read` reads the part at an index (slices with start and
+    stop)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -45,15 +40,10 @@ def in_memory(array: np.ndarray) -> Any:
 def stack(
     layers: Mapping[str, QuantisedMatrix | None], path: str, shape: tuple[int, ...]
 ) -> QuantisedMatrix:
-    """Stack the bases of the tensors of a parameter.
+    """Stack the bases of the tensors of a parameter, by name (None for floats), along the axes
+    `shape`, the last one fastest.
 
-    Args:
-      layers: name of the tensor -> its base, or None for floats.
-      path: the path of the parameter.
-      shape: the stacked axes, the last one fastest.
-
-    Raises:
-      WeightsError: layers or experts are quantised in different ways, or some not at all.
+    `WeightsError`: layers or experts are quantised in different ways, or some not at all.
     """
     (name, first), *others = layers.items()
     for other, layer in others:

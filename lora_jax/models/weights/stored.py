@@ -42,20 +42,14 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """The tensors of one checkpoint.
+    """The tensors of one checkpoint, with the names in a `column` of the table and Hugging Face's
+    layout: kernels [out, in], rotary pairs half a head apart.
 
-    Attributes:
-      origin: the file or folder, for messages.
-      table: the table of names.
-      column: the column of the table that has their names.
-      shapes: name -> shape, in Hugging Face's layout: kernels [out, in], rotary pairs half a head
-        apart.
-      read: reads the part at an index (a slice with start and stop for each axis) of a tensor, in
-        that layout and in any float dtype. Nothing else is read from disk if the format allows
-        it.
-      keep: returns the base of a quantised tensor (in that layout, transposed if the row says so)
-        for a parameter of a dtype; its arrays are `disk_arrays.ArrayOnDisk`. It returns None for a
-        tensor of floats.
+    `read` reads the part at an index (a slice with start and stop for each axis) of a tensor, in
+    any float dtype; nothing else is read from disk if the format allows it. `keep` returns the base
+    of a quantised tensor (transposed if the row says so) for a parameter of a dtype, whose arrays
+    are `disk_arrays.ArrayOnDisk`, and None for a tensor of floats. `origin` is the file or folder,
+    for messages.
     """
 
     origin: str
@@ -70,14 +64,9 @@ class Stored:
 class StoredParameter:
     """A parameter, and the stored tensors that it is made of.
 
-    Attributes:
-      path: the path of the parameter.
-      shape: the shape of one source, in our layout.
-      row: the row of the table of names.
-      sources: the names of the tensors; several if layers, experts or both are stacked, the last
-        of these axes fastest.
-      hf: today's names of the tensors in Hugging Face's files, without the prefix.
-      stack: the stacked axes.
+    `shape` is that of one source, in our layout. There are several `sources` if layers, experts or
+    both are stacked, the last of the axes `stack` fastest. `hf` are today's names in Hugging Face's
+    files, without the prefix.
     """
 
     path: str
