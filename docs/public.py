@@ -17,7 +17,6 @@ MODULES = (
     "lora_jax.multi.moe",
     "lora_jax.checkpoint",
     "lora_jax.analysis",
-    "lora_jax.analysis",
     "lora_jax.exchange.peft",
     "lora_jax.exchange.gguf",
     "lora_jax.exchange.mlx",
@@ -25,14 +24,12 @@ MODULES = (
     "lora_jax.foreign",
     "lora_jax.models.hf_module",
     "lora_jax.models",
-    "lora_jax.baselines",
     "lora_jax.data",
     "lora_jax.planner",
 )
 
 # Modules of which only these names are meant for users.
 NAMES = {
-    "lora_jax.bases.matrix": ("QuantisedMatrix",),
     "lora_jax.sharding": ("partition_specs", "specs", "place", "automatic"),
     "lora_jax.primitives.table": ("register",),
     "lora_jax.primitives.kernel": ("product",),

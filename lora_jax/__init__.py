@@ -17,6 +17,7 @@ from lora_jax.adapters import Adapter as Adapter
 from lora_jax.adapters import as_lora as as_lora
 from lora_jax.adapters import count as count
 from lora_jax.adapters import init as init
+from lora_jax.adapters import merge as merge
 from lora_jax.analysis.from_base import init_from_base as init_from_base
 from lora_jax.analysis.from_inputs import init_from_inputs as init_from_inputs
 from lora_jax.analysis.merge_error import merge_error as merge_error
@@ -30,7 +31,6 @@ from lora_jax.foreign import from_equinox as from_equinox
 from lora_jax.foreign import from_keras as from_keras
 from lora_jax.foreign import from_nnx as from_nnx
 from lora_jax.layout import Layout as Layout
-from lora_jax.merge import merge as merge
 from lora_jax.multi import moe as moe
 from lora_jax.multi.dropout import dropout as dropout
 from lora_jax.resolve import resolve as resolve

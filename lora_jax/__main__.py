@@ -24,16 +24,18 @@ The exit status is that of the command, or 2 if there is no command or an unknow
 
 from __future__ import annotations
 
-import importlib.util
-import pathlib
+import importlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lora_jax.errors import nearest
 from lora_jax.system.extras import MissingExtraError
 
-Command = Callable[[Sequence[str]], int]
+# Each module has a `main(arguments)`; it is imported, and asks for its extra, when it is run.
+COMMANDS = {
+    name: f"lora_jax.cli.{name}"
+    for name in ("train", "show", "predict", "generate", "export", "report")
+} | {"import": "lora_jax.cli.import_"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,56 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: no command {name!r}; nearest: {other!r}\n\n{__doc__}")
         return 2
     try:
-        return COMMANDS[name](rest)
+        return int(importlib.import_module(COMMANDS[name]).main(rest))
     except MissingExtraError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
 
-
-def _train(arguments: Sequence[str]) -> int:
-    from lora_jax.training import processes
-
-    train = _train_script()
-    processes.end(lambda: train.main(arguments, "lora-jax train"))
-
-
-def _train_script() -> Any:
-    """Import train.py. The wheel has it inside the package, a checkout next to the package."""
-    package = pathlib.Path(__file__).resolve().parent
-    path = next(p for p in (package / "train.py", package.parent / "train.py") if p.is_file())
-    spec = importlib.util.spec_from_file_location("train", path)
-    assert spec is not None and spec.loader is not None  # the file exists
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _command(name: str) -> Command:
-    """Return a command, which imports its room, and so asks for its extra, when it is run."""
-
-    def run(arguments: Sequence[str]) -> int:
-        command: Any
-        match name:
-            case "show":
-                from lora_jax.cli.show import command
-            case "predict":
-                from lora_jax.serving import predict as command
-            case "generate":
-                from lora_jax.serving import generate as command
-            case "export":
-                from lora_jax.cli import export as command
-            case "import":
-                from lora_jax.cli import import_ as command
-            case _:
-                from lora_jax.cli import report as command
-        return int(command.main(arguments))
-
-    return run
-
-
-COMMANDS: dict[str, Command] = {"train": _train}
-COMMANDS |= {n: _command(n) for n in ("show", "predict", "generate", "export", "report", "import")}
 
 if __name__ == "__main__":
     sys.exit(main())

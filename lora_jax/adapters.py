@@ -1,4 +1,8 @@
-"""The adapter tree, `{path: parameters}`: a plain pytree that holds arrays and nothing else."""
+"""The adapter tree, `{path: parameters}`: a plain pytree that holds arrays and nothing else.
+
+`merge` is the definition of an update, `W + scale * a @ b` for LoRA. `lora_jax.adapt` is the fast
+path, tested to be equal to it.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,54 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.errors import LoraError, listed, nearest
 from lora_jax.layout import Layout
-from lora_jax.updates.initial import initializer
+from lora_jax.target import Target
 from lora_jax.updates.kind import TargetInitializer, kind_of
+from lora_jax.updates.kind import uniform as uniform_within
 from lora_jax.updates.plain import plain
 
 Adapters = dict[str, Any]
 """`{path: parameters}`, where `parameters` is the NamedTuple of arrays of the target's kind."""
+
+
+ELSEWHERE = {
+    "pissa": "lora_jax.init_from_base(layout, params, 'pissa'), which gives a new base too",
+    "olora": "lora_jax.init_from_base(layout, params, 'olora'), which gives a new base too",
+    "loftq": "lora_jax.init_from_base(layout, params, 'loftq'), which gives a new base too",
+    "eva": "lora_jax.init_from_inputs(key, layout, f, params, batches), which needs real batches",
+}
+
+
+def gaussian(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
+    """Draw from N(0, 1/fan_in), where fan_in is the product of the target's input axes."""
+    return jax.random.normal(key, target.a_shape, dtype) / math.sqrt(target.fan_in)
+
+
+def uniform(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
+    """Draw from U(-s, s) with s = 1/sqrt(fan_in): kaiming_uniform_(a=sqrt(5)) of loralib and PEFT.
+
+    Its variance is a third of that of N(0, 1/fan_in).
+    """
+    return uniform_within(key, target.a_shape, dtype, target.fan_in)
+
+
+def orthogonal(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
+    """Draw orthonormal columns: at right angles, and on average as long as with N(0, 1/fan_in).
+
+    Each slice of a stacked parameter has its own. (PEFT's "orthogonal" is another method: it
+    draws `a` and `b` from one orthogonal matrix, so that `b` is not zero but `a b` is.)
+    """
+    stack = math.prod(target.sizes(target.stack))
+    flat = jax.nn.initializers.orthogonal()
+    keys = jax.random.split(key, stack)
+    drawn = jax.vmap(lambda key: flat(key, (target.fan_in, target.rank), dtype))(keys)
+    return drawn.reshape(target.a_shape)
+
+
+INITIALIZERS: dict[str, TargetInitializer] = {
+    "gaussian": gaussian,
+    "uniform": uniform,
+    "orthogonal": orthogonal,
+}
 
 
 class Adapter(NamedTuple):
@@ -94,6 +140,22 @@ def init(
     return out
 
 
+def initializer(method: str | TargetInitializer) -> TargetInitializer:
+    """Return the function that draws `a`, for a method given by name or as a function.
+
+    Raises:
+      LoraError: a name that is not in `INITIALIZERS`.
+    """
+    if not isinstance(method, str):
+        return method
+    if method not in INITIALIZERS:
+        cure = ELSEWHERE.get(method, "a function (key, target, dtype) -> array of target.a_shape")
+        raise LoraError(
+            f"lora_jax.init has no method {method!r}; it has {', '.join(INITIALIZERS)}. Use {cure}"
+        )
+    return INITIALIZERS[method]
+
+
 def count(adapters: Any) -> int:
     """Return the number of array elements in an adapter tree.
 
@@ -128,6 +190,54 @@ def check(layout: Layout, adapters: Adapters) -> None:
                 "use lora_jax.init(key, layout) or the layout saved with these adapters"
             )
         kind_of(target).check_parameters(target, adapters[target.path])
+
+
+def merge(layout: Layout, params: Any, adapters: Adapters) -> Any:
+    """Return the parameters with every update added: `W + (alpha / rank) * a @ b`.
+
+    The sum is formed in float32 (or in W's dtype if that is wider) and rounded once to W's dtype.
+    There is no unmerge: subtracting does not restore a low-precision W, so keep the base.
+
+    **A quantised base** can be merged in two ways. `params` decides which:
+
+        merge(layout, quantised, adapters)   into the dequantised weights. The adapters were trained
+                                             on these, so this is the model that was trained.
+        merge(layout, original, adapters)    into the weights before they were quantised. This is
+                                             another model; `merge_error` measures the difference.
+
+    In both cases the merged leaves are float arrays: nothing is quantised again.
+
+    Args:
+      layout: from `lora_jax.resolve` or `lora_jax.restore`.
+      params: the base parameters, a pytree; it is not changed.
+      adapters: `{path: Factors(a, b)}`, or the arrays of another kind.
+
+    Returns:
+      A pytree like `params`, with the same shapes and dtypes. A target that was a quantised `Base`
+      becomes an array; a quantised leaf that is not a target stays as it is.
+
+    Raises:
+      LoraError: the layout does not fit the parameters, or the adapters do not fit the layout.
+
+    Source:
+      Section 4.1 of arXiv 2106.09685: W0 + B A.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> from lora_jax import Factors
+    >>> params = {"w": jnp.ones((4, 3))}
+    >>> f = lambda params, x: x @ params["w"]
+    >>> layout = lora_jax.resolve(lora_jax.LoraSpec(1, 1.0, ("w",)), f, params, jnp.ones((2, 4)))
+    >>> merged = merge(layout, params, {"w": Factors(jnp.ones((4, 1)), 2 * jnp.ones((1, 3)))})
+    >>> merged["w"][0]
+    Array([3., 3., 3.], dtype=float32)
+    """
+    leaves = paths.flatten(params)
+    layout.check_params(leaves)
+    check(layout, adapters)
+    return paths.replace(
+        params,
+        {t.path: kind_of(t).merged(t, adapters[t.path], leaves[t.path]) for t in layout.targets},
+    )
 
 
 def as_lora(layout: Layout, adapters: Adapters) -> tuple[Layout, Adapters]:

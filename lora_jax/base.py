@@ -1,12 +1,15 @@
-"""The protocol of a frozen weight that is not one dense array."""
+"""The protocol of a frozen weight that is not one dense array, and the form of quantised ones."""
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Base(abc.ABC):
@@ -54,6 +57,50 @@ class Base(abc.ABC):
     def size(self) -> int:
         """The number of elements of the float array."""
         return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantisedMatrix(Base):
+    """A weight whose slices are stored as matrices [rows, columns], in the order of a file.
+
+    A slice is W without its leading stack axes (layers, experts). It is stored with its output axes
+    first and its input axes last, as torch stores [out, in], because the blocks that share a scale
+    run along the inputs. Codes are not rearranged: `dense()` computes the floats in that order and
+    then transposes them to W's own axes.
+
+    A subclass adds its arrays: first the codes, [*lead, rows, columns].
+
+    Attributes:
+      sizes: the sizes of the axes of one slice in the stored order, outputs before inputs.
+      order: axis i of W's slice is axis `order[i]` of the stored order.
+      float_dtype: the name of W's dtype.
+    """
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    float_dtype: str
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The sizes of the leading stack axes, read off the codes: the first array."""
+        return tuple(jax.tree.leaves(self)[0].shape[:-2])
+
+    @abc.abstractmethod
+    def numbers(self) -> jax.Array:
+        """Return the float32 values, [*lead, ...], with a slice's numbers in the stored order."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.lead, *map(self.sizes.__getitem__, self.order))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return jnp.dtype(self.float_dtype)
+
+    def dense(self) -> jax.Array:
+        stored = self.numbers().astype(self.dtype).reshape(*self.lead, *self.sizes)
+        lead = len(self.lead)
+        return jnp.transpose(stored, (*range(lead), *(lead + axis for axis in self.order)))
 
 
 def is_base(x: Any) -> bool:

@@ -17,15 +17,13 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.base import is_base
 from lora_jax.errors import LoraError, listed, nearest
-from lora_jax.system import json_file, layout_table
+from lora_jax.system import json_file, table
 from lora_jax.target import Target
 from lora_jax.updates.kind import kind_of
 
-FORMAT = 2
+FORMAT = 1
 AXES = 32  # of a parameter, as NumPy's arrays have
 MOST = 2**62  # of a size
-ROW_FIELDS = {1: ("path", "shape", "stack", "inputs", "outputs", "rank", "alpha", "fold")}
-"""The fields that a target has in each earlier format. Fields added since take their defaults."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +98,11 @@ class Layout:
 
     def to_json(self) -> str:
         """Return the layout as JSON text. `from_json` reads it back as an equal layout."""
-        data = {"format": FORMAT, **dataclasses.asdict(self)}
-        if not self.dequantised:  # so that versions without this field can read it too
-            del data["dequantised"]
-        return json.dumps(data, indent=1)
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Layout:
-        """Read the text that `to_json` of this version, or of any earlier one, wrote.
+        """Read the text that `to_json` wrote.
 
         Args:
           text: the JSON text.
@@ -121,20 +116,18 @@ class Layout:
         """
         where = f"this is not a layout: {text[:80]!r}"
         data = json_file.parse_object(text.encode(errors="surrogatepass"), where, LoraError)
-        try:
-            version, targets = data["format"], data["targets"]
-        except KeyError as error:
-            raise LoraError(f"{where} has no {error}") from None
-        known = {"format", *(f.name for f in dataclasses.fields(Layout))}
-        _check_understood("a layout", version, set(data) - known)
-        left_out, dequantised = data.get("left_out", ()), data.get("dequantised", ())
-        read = _read(Target, "a target of a layout", targets, version)
+        known = ["format", *(f.name for f in dataclasses.fields(Layout))]
+        if missing := [name for name in known if name not in data]:
+            raise LoraError(f"{where} has no {missing[0]!r}")
+        version = data["format"]
+        _check_understood("a layout", version, set(data) - {*known})
+        read = _read(Target, "a target of a layout", data["targets"], version)
         if (twice := json_file.first_repeated(target.path for target in read)) is not None:
             raise LoraError(f"{where} has the target {twice[:200]!r} twice")
         return Layout(
             read,
-            _read(Remark, "a parameter that a layout left out", left_out, version),
-            _read(Remark, "a dequantised parameter of a layout", dequantised, version),
+            _read(Remark, "a parameter that a layout left out", data["left_out"], version),
+            _read(Remark, "a dequantised parameter of a layout", data["dequantised"], version),
         )
 
     def check_params(self, leaves: Mapping[str, Any]) -> None:
@@ -176,10 +169,10 @@ class Layout:
             words -= 1
             heading = (*heading[:words], *heading[words + 1 :])
             rows = [(path, (*x[:words], *x[words + 1 :]), size) for path, x, size in rows]
-        lines = [layout_table.table(heading, rows, words, self.size)]
+        lines = [table.of_paths(heading, rows, words, self.size)]
         for title, remarks in (("left out:", self.left_out), ("dequantised:", self.dequantised)):
             said = [(x.path, _times(x.shape), x.reason) for x in remarks]
-            lines += layout_table.remarks(title, said)
+            lines += table.remarks(title, said)
         return "\n".join(lines)
 
 
@@ -213,7 +206,7 @@ def _read(type_: Any, what: str, rows: Any, version: int) -> tuple[Any, ...]:
         if not isinstance(row, dict):
             raise LoraError(f"this is not {what}: {str(row)[:200]}")
         _check_understood(what, version, set(row) - set(fields))
-        missing = [n for n in ROW_FIELDS.get(version, fields) if n not in row]
+        missing = [name for name in fields if name not in row]
         if missing:
             raise LoraError(f"this is not {what}: it has no {missing[0]!r}: {str(row)[:200]}")
         values = {name: _as_tuple(value) for name, value in row.items()}
@@ -257,11 +250,10 @@ def _as_tuple(value: Any) -> Any:
 
 def _check_understood(what: str, version: Any, unknown: set[str]) -> None:
     """Raise `LoraError` for a newer format or an unknown field: a layout is never read in part."""
-    newer = type(version) is not int or not 1 <= version <= FORMAT
-    if unknown or newer:
+    if unknown or version != FORMAT or type(version) is not int:
         field = f" and the field {min(unknown)[:80]!r}" if unknown else ""
         raise LoraError(
             f"{what} has format {repr(version)[:80]}{field}, which this lora_jax does not "
-            f"understand (it reads formats up to {FORMAT}); use the lora_jax that wrote it, or a "
+            f"understand (it reads format {FORMAT}); use the lora_jax that wrote it, or a "
             "newer one"
         )

@@ -9,13 +9,13 @@ import jax
 
 from lora_jax import paths
 from lora_jax.adapters import Adapters
-from lora_jax.bases.held import held
+from lora_jax.bases.weight import Weight
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
 from lora_jax.multi import per_example
 from lora_jax.multi.blend import Blend, Choosing
 from lora_jax.multi.stack import Scaled, blended
-from lora_jax.primitives import jaxprs
+from lora_jax.primitives import jaxprs, table
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.target import Target
@@ -81,11 +81,13 @@ def adapt(
             names = evaluator.fresh(len(target.shape))
             running = update.of(target, w, names)
             if running is not None:
-                return AdaptedWeight(held(w), running, names, target.path, target.fold)
+                return AdaptedWeight(Weight.of(w), running, names, target.path, target.fold)
             evaluator.paths_read.add(target.path)
             return kind_of(target).merged(target, update.factors[target.path], w)
 
-        return interpret(Evaluator(many), layout, f, weight, params, *args, **kwargs)
+        return interpret(
+            Evaluator(table.PRIMITIVES, many), layout, f, weight, params, *args, **kwargs
+        )
 
     def adapted(
         params: Any, adapters: Adapters | Scaled | Choosing, *args: Any, **kwargs: Any

@@ -218,15 +218,15 @@ MUTANTS = (  # name and file, old, new, tests
         'jax.random.fold_in(jax.random.fold_in(jax.random.key(numbers["seed"]), row), step)',
         'jax.random.fold_in(jax.random.key(numbers["seed"]), step)',
         ("tests/serving/test_generation.py::test_draws_have_the_probabilities[sampling0-kept0]",)),
-    # ---- analysis, baselines, report
+    # ---- analysis, experiments, report
     Mutant("phi-by-the-larger-side", "lora_jax/analysis/subspaces.py",
         "np.minimum(rows[:, None], columns)",
         "np.maximum(rows[:, None], columns)",
         ("lora_jax/analysis/subspaces.py",)),
-    Mutant("bottleneck-without-residual", "lora_jax/baselines/bottleneck.py",
+    Mutant("bottleneck-without-residual", "experiments/methods/bottleneck.py",
         'return x + _dense(params["up"], h)',
         'return _dense(params["up"], h)',
-        ("tests/baselines/test_bottleneck.py::test_a_layer_is_the_formula",)),
+        ("tests/experiments/test_bottleneck.py::test_a_layer_is_the_formula",)),
     Mutant("seeds-that-differ-in-more", "lora_jax/report/subspace_similarity.py",
         'if _differences(*pair, ()) == ["seed"]',
         'if "seed" in _differences(*pair, ())',

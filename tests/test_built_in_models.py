@@ -90,7 +90,7 @@ def test_adapted_equals_merged(config: Any, scan_layers: bool, remat: str) -> No
 
 @pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS, "vit"])
 def test_families_adapted_equal_merged(family: str) -> None:
-    """The spec "all-linear" takes the products of each family's layers, and `adapt` equals `merge`."""
+    """The spec "all-linear" takes the products of a family's layers, and `adapt` equals `merge`."""
     encoder = family in ENCODERS
     base, options = (BERT, ENCODERS[family]) if encoder else (LLAMA, FAMILIES.get(family, {}))
     config: Any = VIT if family == "vit" else dataclasses.replace(base, **options)

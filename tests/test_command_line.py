@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 import train
-from lora_jax.cli import export, import_, report
+from lora_jax.cli import export, generate, import_, predict, report
 from lora_jax.cli import train as command_line
-from lora_jax.serving import generate, predict
 from lora_jax.training import directory
 from lora_jax.training.config import Config, ConfigError
 from lora_jax.training.config_json import differences, to_dict

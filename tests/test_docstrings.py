@@ -1,11 +1,11 @@
-"""Every public symbol has a docstring that explains every parameter; all are in plain English.
+"""Names of the API reference explain their parameters; all docstrings are in plain English.
 
-Docstrings have Google's sections. A method that overrides another may inherit its docstring.
+Docstrings have Google's sections. A method that overrides another may inherit its docstring. What
+the reference does not list needs no sections.
 """
 
 import ast
 import dataclasses
-import importlib
 import inspect
 import io
 import itertools
@@ -17,73 +17,27 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import flax.linen
 import pytest
+
+from docs import public
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# Modules that people import by name: what they export is public.
-PUBLIC = (
-    "lora_jax",
-    "lora_jax.analysis",
-    "lora_jax.baselines",
-    "lora_jax.base",
-    "lora_jax.bases.placement",
-    "lora_jax.bases.quantise",
-    "lora_jax.analysis",
-    "lora_jax.checkpoint",
-    "lora_jax.data",
-    "lora_jax.errors",
-    "lora_jax.exchange.consumers",
-    "lora_jax.exchange.gguf",
-    "lora_jax.exchange.loralib",
-    "lora_jax.exchange.mlx",
-    "lora_jax.exchange.peft",
-    "lora_jax.sharding.flax_partitioning",
-    "lora_jax.foreign",
-    "lora_jax.frozen",
-    "lora_jax.models.hf_module",
-    "lora_jax.training.trained_labels",
-    "lora_jax.models",
-    "lora_jax.multi.moe",
-    "lora_jax.multi",
-    "lora_jax.paths",
-    "lora_jax.sharding",
-    "lora_jax.sharding.rules",
-    "lora_jax.updates",
-)
 FLAX_FIELDS = ("parent", "name")  # every Linen module has them
 
 
-def exported(name: str) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, class or function) of the exports of a module."""
-    module = importlib.import_module(name)
-    for attribute, value in vars(module).items():
-        if attribute.startswith("_") or not getattr(value, "__module__", "").startswith("lora_jax"):
-            continue
-        own = value.__module__ == name or module.__file__.endswith("__init__.py")
-        if own and (inspect.isclass(value) or inspect.isfunction(value)):
-            yield f"{name}.{attribute}", value
-
-
-def methods(name: str, cls: type) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, method or property) of the public methods that a class itself defines."""
-    for attribute, value in vars(cls).items():
-        if not attribute.startswith("_") and isinstance(
-            value, types.FunctionType | staticmethod | classmethod | property
-        ):
-            yield f"{name}.{attribute}", getattr(cls, attribute)
-
-
 def public_symbols() -> dict[str, Any]:
-    """Return every public function, class, method and property of the package by dotted name."""
+    """Return the functions and classes of the API reference, and methods of the main modules'."""
     found: dict[str, Any] = {}
-    seen: set[int] = set()
-    for module in PUBLIC:
-        for name, value in exported(module):
-            if id(value) not in seen:
-                seen.add(id(value))
-                found[name] = value
-                found |= dict(methods(name, value)) if inspect.isclass(value) else {}
+    for name, value in public.names().items():
+        if inspect.isfunction(value) or inspect.isclass(value):
+            found[name] = value
+        if inspect.isclass(value) and name.rpartition(".")[0] in public.MODULES:
+            own = (types.FunctionType, staticmethod, classmethod, property)
+            for attribute, method in vars(value).items():
+                if not attribute.startswith("_") and isinstance(method, own):
+                    found[f"{name}.{attribute}"] = getattr(value, attribute)
     return found
 
 
@@ -101,15 +55,9 @@ def parameters(value: Any) -> list[str]:
             return []
     names = [n for n in inspect.signature(value).parameters if not n.startswith("_")]
     skipped = {"self", "cls"}
-    if dataclasses.is_dataclass(value) and issubclass(value, _module_class()):
+    if dataclasses.is_dataclass(value) and issubclass(value, flax.linen.Module):
         skipped |= set(FLAX_FIELDS)
     return [name for name in names if name not in skipped]
-
-
-def _module_class() -> type:
-    import flax.linen
-
-    return flax.linen.Module
 
 
 def explained(doc: str) -> set[str]:
@@ -148,7 +96,8 @@ def test_a_public_symbol_explains_its_parameters(name: str) -> None:
     assert not doc.startswith(f"{name.rpartition('.')[2]}("), f"{name} has no docstring of its own"
     classes = inspect.getmro(value) if inspect.isclass(value) else ()
     ours = [each for each in classes if each.__module__.startswith("lora_jax")]
-    known = explained(doc).union(*(explained(each.__doc__ or "") for each in ours))
+    docs = [each.__doc__ or "" for each in ours] + [each.__init__.__doc__ or "" for each in ours]
+    known = explained(doc).union(*map(explained, docs))
     known |= explained_below(value) if classes else set()
     missing = [name for name in parameters(value) if name not in known]
     assert not missing, f"{name}: its Args do not explain {', '.join(missing)}"

@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend import core
+from jax.interpreters import ad, mlir
 
 import lora_jax
-from lora_jax.primitives import control, table
+from lora_jax.primitives import kernel, table
 from lora_jax.updates import kind as kinds
 from lora_jax.updates import register
-from tests import cases
+from tests import cases, laws
 from tests.docs import pages
 from tests.test_bases_and_kinds import assert_near
 from tests.test_transform import Law
@@ -41,7 +43,7 @@ def registered() -> Iterator[None]:
     table.register(gmm_rule, function="my_gmm")
     yield
     del kinds._KINDS["gained"]
-    del control.FUNCTIONS["my_gmm"]
+    del table.PRIMITIVES["custom_vjp_call my_gmm"]
 
 
 def to_ternary(law: Law) -> None:
@@ -106,3 +108,37 @@ def test_an_adapter_of_the_kind_is_saved_and_restored(tmp_path: pathlib.Path) ->
     back = lora_jax.restore(tmp_path / "adapter")
     assert back.layout == law.layout
     jax.tree.map(lambda x, y: (x == y).all() or pytest.fail("differs"), back[1], law.adapters)
+
+
+# --- a primitive of the user's own --------------------------------------------------------------
+
+own_product = core.Primitive("own_product")  # x [.., in], w [in, out]
+own_product.def_abstract_eval(
+    lambda x, w: jax.core.ShapedArray((*x.shape[:-1], w.shape[1]), x.dtype)
+)
+mlir.register_lowering(own_product, mlir.lower_fun(lambda x, w: x @ w, multiple_results=False))
+ad.defbilinear(
+    own_product,
+    lambda ct, x, w: ct @ w.T,
+    lambda ct, x, w: jnp.tensordot(x, ct, (list(range(x.ndim - 1)), list(range(ct.ndim - 1)))),
+)
+
+
+def test_a_primitive_of_the_users_own() -> None:
+    """A registered rule for a primitive is found by `resolve` and by "all-linear"."""
+
+    def f(p: Any, x: Any) -> Any:
+        return jnp.tanh(own_product.bind(jnp.tanh(x @ p["first"]), p["own"])) @ p["head"]
+
+    params = {"first": cases.normal(0, 6, 8), "own": cases.normal(1, 8, 7)}
+    params["head"] = cases.normal(2, 7, 3)
+    x = cases.normal(3, 4, 6)
+    rule = kernel.product(own_product.bind, x=0, weight=1, stack=(), inputs=0, outputs=1)
+    table.register(rule, primitive="own_product")
+    try:
+        layout = lora_jax.resolve(lora_jax.LoraSpec(2), f, params, x)
+        assert [t.path for t in layout.targets] == ["first", "own"]
+        assert (layout["own"].inputs, layout["own"].outputs) == ((0,), (1,))
+        laws.assert_adapt_equals_merge(layout, f, params, x)
+    finally:
+        del table.PRIMITIVES["own_product"]

@@ -24,20 +24,19 @@ ARROWS: dict[str, set[str]] = {
     "paths": {"base", "errors"},
     "spec": {"errors"},
     "system": {"errors"},
+    "__main__": {"errors", "system"},
     "frozen": {"base", "errors", "paths"},
     "target": {"errors", "spec"},
     "updates": {"base", "errors", "target"},
     "layout": {"base", "errors", "paths", "system", "target", "updates"},
-    "adapters": {"errors", "layout", "paths", "updates"},
+    "adapters": {"errors", "layout", "paths", "target", "updates"},
     "bases": {"base", "errors", "layout", "paths", "updates"},
     "checkpoint": {"adapters", "base", "errors", "layout", "paths", "system", "updates"},
-    "merge": {"adapters", "layout", "paths", "updates"},
-    "models": {"bases", "errors", "system"},
+    "models": {"base", "bases", "errors", "system"},
     "multi": {"adapters", "base", "errors", "layout", "spec", "target", "updates"},
     "primitives": {"base", "bases", "errors", "paths", "updates"},
-    "baselines": {"errors", "models"},
     "data": {"errors", "models", "system"},
-    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target", "updates"},
+    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target"},
     "sharding": {"base", "bases", "errors", "layout", "paths", "primitives", "target"}
     | {"updates"},
     "transform": {"adapters", "bases", "errors", "layout", "multi", "paths"}
@@ -45,16 +44,14 @@ ARROWS: dict[str, set[str]] = {
     "analysis": {"adapters", "base", "bases", "errors", "layout", "multi", "paths"}
     | {"primitives", "spec", "target", "transform", "updates"},
     "multi/moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},
-    "serving": {"adapters", "analysis", "baselines", "bases", "checkpoint", "data"}
-    | {"errors", "layout", "models", "multi", "paths", "system", "transform"}
-    | {"updates"},
-    "training": {"adapters", "analysis", "base", "baselines", "bases", "checkpoint"}
-    | {"data", "errors", "frozen", "layout", "merge", "models", "multi"}
-    | {"paths", "resolve", "sharding", "spec", "system", "transform"}
-    | {"updates"},
+    "serving": {"adapters", "analysis", "bases", "checkpoint", "data", "errors"}
+    | {"layout", "models", "multi", "paths", "system", "transform", "updates"},
+    "training": {"adapters", "analysis", "base", "bases", "checkpoint", "data"}
+    | {"errors", "frozen", "layout", "models", "multi", "paths", "resolve"}
+    | {"sharding", "spec", "system", "transform", "updates"},
     "exchange": {"adapters", "analysis", "base", "bases", "checkpoint", "errors"}
-    | {"layout", "merge", "models", "paths", "primitives", "resolve"}
-    | {"serving", "spec", "system", "target", "updates"},
+    | {"layout", "models", "paths", "primitives", "resolve", "serving"}
+    | {"spec", "system", "target", "updates"},
     "planner": {"adapters", "base", "bases", "data", "errors", "frozen", "paths"}
     | {"primitives", "resolve", "system", "training"},
     "sweeps": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve"}
@@ -62,16 +59,15 @@ ARROWS: dict[str, set[str]] = {
     "report": {"adapters", "analysis", "checkpoint", "errors", "layout", "serving"}
     | {"sweeps", "system", "training", "updates"},
     "cli": {"adapters", "base", "bases", "checkpoint", "data", "errors", "exchange"}
-    | {"models", "paths", "planner", "report", "resolve", "spec", "sweeps"}
-    | {"system", "training", "updates"},
-    "__main__": {"cli", "errors", "serving", "system", "training"},
+    | {"models", "paths", "planner", "primitives", "report", "resolve", "serving"}
+    | {"spec", "sweeps", "system", "training"},
     "": {"adapters", "analysis", "bases", "checkpoint", "errors", "foreign", "frozen"}
-    | {"layout", "merge", "multi", "multi/moe", "paths", "resolve", "sharding"}
-    | {"spec", "target", "transform", "updates"},
+    | {"layout", "multi", "multi/moe", "paths", "resolve", "sharding", "spec"}
+    | {"target", "transform", "updates"},
 }
 ROOMS_IN_ROOMS = ("multi/moe",)
 # The rooms that are not part of the core.
-AROUND = ("system", "models", "baselines", "data", "training", "sweeps", "planner", "serving")
+AROUND = ("system", "models", "data", "training", "sweeps", "planner", "serving")
 AROUND = (*AROUND, "exchange", "report", "cli", "__main__")
 LONGEST_CORE, LONGEST = 12, 18  # modules in the longest import chain
 

@@ -37,7 +37,7 @@ def test_a_missing_extra_is_one_line(
     def report(arguments: object) -> int:
         raise MissingExtraError("lora_jax.report needs jinja2:\n    pip install 'lora-jax[report]'")
 
-    monkeypatch.setitem(command.COMMANDS, "report", report)
+    monkeypatch.setattr("lora_jax.cli.report.main", report)
     assert command.main(["report", "runs/a"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: lora_jax.report needs jinja2") and "pip install" in said

@@ -53,18 +53,6 @@ def test_what_is_dequantised_is_printed_and_saved() -> None:
     assert str(layout) == f"{LAYOUT}\n{below}"
     found = Layout.from_json(layout.to_json())
     assert found == LAYOUT and found.dequantised == (embedding,)
-    assert "dequantised" not in LAYOUT.to_json()  # an earlier version can read it
-
-
-def test_format_1_is_read() -> None:
-    data = json.loads(Layout((LAYOUT["body/down"],)).to_json())
-    kept = ("path", "shape", "stack", "inputs", "outputs", "rank", "alpha", "fold")
-    rows = [{name: row[name] for name in kept} for row in data["targets"]]
-    (target,) = Layout.from_json(json.dumps({"format": 1, "targets": rows})).targets
-    assert (target.kind, target.scaling, target.parts, target.fold) == ("lora", "alpha/r", (), True)
-    del rows[0]["alpha"]
-    with pytest.raises(LoraError, match="it has no 'alpha'"):
-        Layout.from_json(json.dumps({"format": 1, "targets": rows}))
 
 
 def edited(change: Any) -> str:
@@ -76,15 +64,18 @@ def edited(change: Any) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(format=3), r"has format 3, which this lora_jax does not .* up to 2"),
+        (
+            lambda d: d.update(format=3),
+            r"has format 3, which this lora_jax .* reads format 1",
+        ),
         (lambda d: d.update(format=3, mesh=[]), r"format 3 and the field 'mesh'"),
-        (lambda d: d["targets"][1].update(gate=1), r"format 2 and the field 'gate'"),
+        (lambda d: d["targets"][1].update(gate=1), r"format 1 and the field 'gate'"),
         (lambda d: d["left_out"][0].update(cure=""), r"and the field 'cure'"),
         (lambda d: d["targets"][1].update(kind="spin"), r"'body/up' has the kind of update 'spin'"),
         (lambda d: d["targets"][1].pop("kind"), "it has no 'kind'"),
         (lambda d: d.pop("targets"), "this is not a layout"),
         (lambda d: d["targets"].append(3), "this is not a target of a layout: 3"),
-        (lambda d: d.update(format="2"), "has format '2'"),
+        (lambda d: d.update(format="1"), "has format '1'"),
     ],
 )
 def test_what_is_not_understood_is_named(change: Any, message: str) -> None:

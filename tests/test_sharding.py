@@ -168,7 +168,7 @@ def linen(**kwargs: Any) -> Any:
 
 
 def test_metadata_of_linen_is_honoured() -> None:
-    """The metadata of Linen decides before the automatic rule, which would choose (fsdp, tensor)."""
+    """The metadata of Linen decides before the automatic rule, which chooses (fsdp, tensor)."""
     kernel = nn.with_partitioning(nn.initializers.zeros, ("tensor", None))
     model = nn.Dense(16, kernel_init=kernel)
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8)))

@@ -12,10 +12,10 @@ from rich.console import Console
 
 import lora_jax
 from lora_jax import LoraError, paths
-from lora_jax.cli.show import command
-from lora_jax.cli.show.command import ShowOptions, run
-from lora_jax.cli.show.shaped_model import open_shaped
-from lora_jax.cli.show.tree import Branch, Leaf, tree
+from lora_jax.cli import show
+from lora_jax.cli.parameter_tree import Branch, Leaf, tree
+from lora_jax.cli.shaped_model import open_shaped
+from lora_jax.cli.show import ShowOptions, run
 from lora_jax.models.weights.safetensors_file import StoredTensor
 from lora_jax.resolve import trace
 
@@ -53,12 +53,12 @@ def every(branches: tuple[Branch, ...], above: str = "") -> dict[str, Leaf]:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "bert", "vit", "llama_nf4"])
 def test_the_tree_holds_every_parameter_and_marks_what_is_adapted(name: str) -> None:
-    """Each parameter matches one line of the tree, and a line is marked if its weights are adapted."""
+    """Each parameter is in one line of the tree; a line is marked if its weights are adapted."""
     model = open_shaped(str(MODELS / name), False)
     found = trace(model.apply, model.params, model.batch, train=False, key=None)
     layout = found.layout(lora_jax.LoraSpec(1, 1.0, ATTENTION))
     adapted = {t.path for t in layout.targets}
-    leaves = command._leaves(model, found, adapted)
+    leaves = show._leaves(model, found, adapted)
     branches = tree(leaves)
     assert sum(len(b.names) * b.size for b in branches) == sum(x.size for x in leaves.values())
     patterns = every(branches)
@@ -116,9 +116,9 @@ def test_errors_tell_the_cure(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(LoraError, match=r"--ranks: rank must be an integer of at least 1, got 0"):
         shown("no_such_model", ranks=(4, 0))
     model = str(MODELS / "llama")
-    assert command.main([model, "--targets", "**/attention/qq/kernel"]) == 1
+    assert show.main([model, "--targets", "**/attention/qq/kernel"]) == 1
     said = capsys.readouterr().err
     assert "'**/attention/qq/kernel' matches no parameter" in said
     assert "layers_0/attention/q/kernel" in said
-    assert command.main([f"{model}_x"]) == 1
+    assert show.main([f"{model}_x"]) == 1
     assert "hub:organisation/name" in capsys.readouterr().err

@@ -161,7 +161,7 @@ def test_no_product_has_the_shape_of_a_weight(law: Law) -> None:
 
 
 def test_composes_with_outer_transformations(law: Law) -> None:
-    """The adapted function works eagerly, in `eval_shape`, and in `vmap` over adapters of one base."""
+    """The adapted function works eagerly, in `eval_shape`, and in `vmap` over its adapters."""
     params, adapters = law.case.params, law.adapters
     if law.case.name.startswith("bare_"):
         assert_close(law.fast(params, adapters), law.want[0])

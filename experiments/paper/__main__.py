@@ -26,13 +26,12 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from experiments.paper import costs, page, page_files, questions, result_cache
 from experiments.paper.experiments import Experiment
 from lora_jax.errors import LoraError
-from lora_jax.report.update_analysis import BaseChoice
-from lora_jax.system.console import guarded, say
+from lora_jax.serving.base_choice import BaseChoice
+from lora_jax.system.console import guarded, say, say_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ def run(options: PaperOptions, root: pathlib.Path) -> None:
     Raises:
       LoraError, OSError: an error of the user, such as an unknown experiment.
     """
-    base = BaseChoice(options.base)
+    base = BaseChoice(base=options.base)
     chosen = questions.chosen(options.experiments, base)
     runs = pathlib.Path(options.runs).expanduser()
     if options.list:
@@ -135,14 +134,14 @@ def _train(experiment: Experiment, folder: pathlib.Path, root: pathlib.Path) -> 
 
 
 def _list(chosen: Sequence[Experiment], runs: pathlib.Path) -> None:
-    table = Table("experiment", "", "commands", "done", "minutes")
+    rows = [("experiment", "", "commands", "done", "minutes")]
     for experiment in chosen:
         tasks = experiment.tasks(runs / experiment.name)
         found = [cost for task in tasks if (cost := costs.read(task.folder)) is not None]
         done = sum(cost.finished for cost in found)
         minutes = f"{sum(cost.seconds for cost in found) / 60:.1f}" if found else "-"
-        table.add_row(experiment.name, experiment.asks, str(len(tasks)), str(done), minutes)
-    Console().print(table)
+        rows.append((experiment.name, experiment.asks, str(len(tasks)), str(done), minutes))
+    say_table(Console(), rows, (0, 1))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from lora_jax.report import charts, formatting, subspace_similarity, update_anal
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import label, layers, matrices, middle
 from lora_jax.report.run_files import SavedRun
+from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.system.console import USER_ERRORS
 
 FILE = "experiments/paper/configs/directions.py"
@@ -33,7 +34,7 @@ def tasks(folder: pathlib.Path) -> Sequence[Task]:
     return sweeps.tasks(folder, FILE, tuple(MODELS))
 
 
-def sections(folder: pathlib.Path, base: update_analysis.BaseChoice) -> Sequence[Section]:
+def sections(folder: pathlib.Path, base: BaseChoice) -> Sequence[Section]:
     """Return two sections for each model with finished runs.
 
     A note in the last section says which runs are missing.
@@ -72,7 +73,7 @@ def _rank(run: SavedRun) -> int:
     return int(run.config["lora"]["rank"])
 
 
-def _gains(runs: Sequence[SavedRun], base: update_analysis.BaseChoice) -> list[Block]:
+def _gains(runs: Sequence[SavedRun], base: BaseChoice) -> list[Block]:
     found: dict[int, update_analysis.AmplifiedUpdate] = {}
     for rank in _AMPLIFIED:
         own = [run for run in runs if _rank(run) == rank]

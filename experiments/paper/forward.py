@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax import Array
 
 import lora_jax
+from experiments import methods
+from experiments.methods.sites import ENCODER
 from experiments.paper import counts
-from lora_jax import baselines, models
-from lora_jax.baselines.sites import ENCODER
+from lora_jax import models
 from lora_jax.errors import LoraError
 from lora_jax.paths import Tree
 from lora_jax.planner import hlo
+from lora_jax.training.method import Method
 from measuring.published_models import normal
 
 BASE, MERGED, UNMERGED, LIN, HOULSBY = METHODS = ("base", "merged", "unmerged", "lin", "houlsby")
@@ -69,17 +71,17 @@ def variants(config: models.BertConfig, sizes: Sizes) -> dict[str, Variant]:
     model = models.BertClassifier(config, 2, "mean")
     params = normal(models.shapes(config, models.Head("mean", 2)), 0)
 
-    def through(method: baselines.Method) -> Callable[[Tree, Array], Array]:
+    def through(method: Method) -> Callable[[Tree, Array], Array]:
         return lambda weights, ids: method.apply(model, weights, ids)
 
-    base = through(baselines.NONE)
+    base = through(methods.LORA)
     spec = lora_jax.LoraSpec(sizes.rank, float(sizes.rank), (QUERY_VALUE,))
     layout = lora_jax.resolve(spec, base, params, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     factors = normal(jax.eval_shape(lambda key: lora_jax.init(key, layout), jax.random.key(0)), 1)
     adapted = lora_jax.adapt(layout, base)
     layers = {
-        LIN: baselines.lin(config, sizes.lin),
-        HOULSBY: baselines.houlsby(config, sizes.houlsby),
+        LIN: methods.lin(config, sizes.lin),
+        HOULSBY: methods.houlsby(config, sizes.houlsby),
     }
     return {
         BASE: Variant(base, params),

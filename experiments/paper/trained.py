@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax
-from lora_jax import baselines, models
+from lora_jax import models
 from lora_jax.bases.quantise import bytes_of
 from lora_jax.paths import Tree
 from lora_jax.sweeps import memory_fit
 from lora_jax.training import causal_lm, classification, export, optimizer, step
 from lora_jax.training.config import OptimizerConfig
+from lora_jax.training.method import HEAD
 from lora_jax.training.workload import Loss, Workload
 from measuring.published_models import MINILM, SMOLLM2, normal
 
@@ -49,7 +50,7 @@ class Case:
 CASES = {
     "minilm": Case(
         "MiniLM", MINILM, 32, 48, "bert/encoder/layer_*/attention/{query,value}/kernel",
-        (baselines.HEAD,),
+        (HEAD,),
     ),
     "smollm2": Case("SmolLM2", SMOLLM2, 8, 48, "layers_*/attention/{q,v}/kernel"),
 }  # fmt: skip

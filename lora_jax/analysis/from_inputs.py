@@ -11,10 +11,10 @@ import numpy as np
 
 from lora_jax.adapters import Adapters, init
 from lora_jax.analysis import matrices
-from lora_jax.bases.held import held
+from lora_jax.bases.weight import Weight
 from lora_jax.errors import LoraError
 from lora_jax.layout import Layout
-from lora_jax.primitives import jaxprs
+from lora_jax.primitives import jaxprs, table
 from lora_jax.primitives.adapted_weight import AdaptedWeight
 from lora_jax.primitives.evaluator import Evaluator
 from lora_jax.target import Target
@@ -126,9 +126,9 @@ def _of_batch(layout: Layout, f: Callable[..., Any], params: Any, args: tuple[An
             )
             shape = target.sizes((*target.stack, *target.inputs, *target.outputs))
             update = moments(shape, probes[target.path], stack, inputs, outputs)
-            return AdaptedWeight(held(w), update, names, target.path, fold=False)
+            return AdaptedWeight(Weight.of(w), update, names, target.path, fold=False)
 
-        out = interpret(Evaluator(), layout, f, weight, params, *args)
+        out = interpret(Evaluator(table.PRIMITIVES), layout, f, weight, params, *args)
         return [x for x in jax.tree.leaves(out) if jaxprs.is_float(jnp.asarray(x).dtype)]
 
     zeros = {

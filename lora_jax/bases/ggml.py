@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.base import QuantisedMatrix
 
 Fields: TypeAlias = dict[str, jax.Array]
 
@@ -46,10 +46,6 @@ class GgmlBlocks(QuantisedMatrix):
 
     fields: Fields
     kind: str
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        return tuple(self.fields["d"].shape[:-2])
 
     def numbers(self) -> jax.Array:
         return FORMATS[self.kind].numbers(self.fields)

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.base import dense
+from lora_jax.base import QuantisedMatrix, dense
 from lora_jax.bases import dynamic
-from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.errors import LoraError
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -44,10 +43,6 @@ class FourBit(QuantisedMatrix):
     scales: jax.Array | dynamic.Dynamic
     block: int
     table: tuple[float, ...] = NF4
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape[:-2])
 
     def numbers(self) -> jax.Array:
         codes = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1)

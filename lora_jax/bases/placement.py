@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import PartitionSpec
 
-from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import LoraError
 
 B = TypeVar("B", bound=QuantisedMatrix)

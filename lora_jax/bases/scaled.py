@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import LoraError
 
 
@@ -25,10 +25,6 @@ class ScaledCodes(QuantisedMatrix):
 
     codes: jax.Array
     scales: jax.Array
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape[:-2])
 
     def numbers(self) -> jax.Array:
         codes = self.codes.astype(jnp.float32)

@@ -31,7 +31,7 @@ from lora_jax import paths
 from lora_jax.checkpoint.fingerprint import digests
 from lora_jax.errors import LoraError, listed
 
-FORMAT = 2
+FORMAT = 1
 SEALED = {"text", "sha256"}  # the fields of a sealed manifest
 DIMENSIONS = 32
 KEY_WORDS = 4  # the words of JAX's largest PRNG key
@@ -110,7 +110,7 @@ def unseal(stored: Any) -> Manifest:
       LoraError: another format, or arrays that no checkpoint can hold.
     """
     if not isinstance(stored, Mapping) or not isinstance(stored.get("text"), str):
-        raise DamagedError("its meta has no manifest: torn, or written by an older lora_jax")
+        raise DamagedError("its meta has no manifest: it is torn")
     if set(stored) != SEALED:
         raise DamagedError(f"its meta does not hold {sorted(SEALED)} and nothing else")
     text = stored["text"]

@@ -36,6 +36,7 @@ from lora_jax.exchange.stored_base_adapter import over_stored_base
 from lora_jax.exchange.trained_run import TrainedRun, open_run
 from lora_jax.models.hf_module import HfNames
 from lora_jax.models.weights.folder import Folder
+from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.system.console import Bar, Console, command, say
 from lora_jax.system.whole_files import whole_folder, write_together
 
@@ -43,7 +44,7 @@ Format = Literal["hf", "peft", "gguf", "mlx", "orbax"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(BaseChoice):
     """The options of the command line."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -63,12 +64,6 @@ class ExportOptions:
     """peft: False leaves the head of a classifier out, and describes its encoder alone."""
     base_name: str | None = None
     """peft: the base model to name in the adapter's configuration. None: the run's own base."""
-    base: str | None = None
-    """The base model, in the form of model.reference. None: the base that the run names."""
-    trust_base: bool = False
-    """Fetch the base that the run names even if lora_jax does not know its checksum."""
-    allow_other_base: bool = False
-    """hf: merge into a base that differs from the one the run was trained on."""
 
 
 def export(options: ExportOptions, console: Console) -> None:

@@ -32,12 +32,12 @@ from lora_jax.checkpoint import adapter_path, storage
 from lora_jax.errors import LoraError
 from lora_jax.report import glossary, many_runs, render, run_files, single_adapter, single_run
 from lora_jax.report.document import Note, Report
-from lora_jax.report.update_analysis import BaseChoice
+from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.system.console import Console, command, say
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(BaseChoice):
     """The options of `lora-jax report`."""
 
     run_dir: Annotated[
@@ -46,12 +46,6 @@ class ReportOptions:
     """A run directory of train.py, a directory of run directories, or an adapter."""
     out: str | None = None
     """The folder for the report. None: RUN_DIR/report."""
-    base: str | None = None
-    """The base model, in the form of model.reference. None: the one that the adapter names."""
-    trust_base: bool = False
-    """Download the base that the adapter names even if lora_jax does not know its checksum."""
-    allow_other_base: bool = False
-    """Accept a base model other than the one that the adapter was trained on."""
     docs: str | None = None
     """The documentation site, https://... or the folder with its files: the explanations of words
     in the report link there. None: they have no links."""
@@ -78,7 +72,7 @@ def run(options: ReportOptions, console: Console) -> None:
         raise LoraError(
             f"{given[0]} is an adapter's own folder: say where the report goes, --out DIR"
         )
-    made = make(given, BaseChoice(options.base, options.trust_base, options.allow_other_base))
+    made = make(given, options)
     made = glossary.with_glossary(made, options.docs)
     for note in notes(made):
         say(console, f"note: {note.text}")

@@ -1,4 +1,4 @@
-"""Read the command line: `--config file.py[:name]`, then any field of the config in it.
+"""The command line of train.py: `--config file.py[:name]`, then any field of the config in it.
 
 For a group, these are the group's own fields and each member's: `--<member>.lora.rank 4`.
 
@@ -15,11 +15,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Annotated, Any
-
-from lora_jax.system.extras import require
-
-require("train", __name__)
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -28,10 +24,19 @@ from lora_jax.planner.options import PlanOptions
 from lora_jax.sweeps.config import GroupConfig, GroupOptions
 from lora_jax.sweeps.sweep import SweepConfig
 from lora_jax.system.console import read_options, refuse_empty
+from lora_jax.training import processes
 from lora_jax.training.config import Config, ConfigError, check_lora_counts, check_start
 from lora_jax.training.config_file import blaming
 
 Runnable = Config | GroupOptions
+
+
+def main(arguments: Sequence[str]) -> NoReturn:
+    """Run train.py, and end the process. The wheel has it inside the package, a checkout above."""
+    package = pathlib.Path(__file__).resolve().parents[1]
+    path = next(p for p in (package / "train.py", package.parent / "train.py") if p.is_file())
+    script = _module("train", path)
+    processes.end(lambda: script.main(arguments, "lora-jax train"))
 
 
 def parse(
@@ -145,7 +150,9 @@ def load(reference: str, root: pathlib.Path) -> tuple[str, Runnable]:
       ConfigError: there is no such file, or no such config in it.
     """
     text, _, attribute = reference.partition(":")
-    module = _run(_find(pathlib.Path(text), root))
+    path = _find(pathlib.Path(text), root)
+    with blaming(str(path)):
+        module = _module(f"config_{path.stem}", path)
     config = getattr(module, attribute or "config", None)
     if not isinstance(config, Runnable):
         there = [name for name, value in vars(module).items() if isinstance(value, Runnable)]
@@ -172,14 +179,12 @@ def _find(path: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
     )
 
 
-def _run(path: pathlib.Path) -> ModuleType:
+def _module(name: str, path: pathlib.Path) -> ModuleType:
     """Run a file as a module, and register it so that its dataclasses can be resolved."""
-    name = f"config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    with blaming(str(path)):
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module

@@ -90,7 +90,7 @@ class DataConfig(ExamplesConfig):
     max_length: int = 128
     """Longest example in tokens, and in language modelling the length of a row. Longer examples are
     cut, counted and reported."""
-    pack: bool = dataclasses.field(default=True, metadata={"later": True})
+    pack: bool = True
     """Language modelling: put as many examples into a row as fit. False: one example in a row, so
     that batch_size counts examples."""
     buckets: tuple[int, ...] = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512)

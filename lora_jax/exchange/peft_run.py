@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import checkpoint, models, paths
-from lora_jax.adapters import Adapter
+from lora_jax.adapters import Adapter, merge
 from lora_jax.checkpoint.fingerprint import Fingerprint
 from lora_jax.errors import LoraError, listed
 from lora_jax.exchange import peft
 from lora_jax.exchange.peft_head import FoundHead, head_of
 from lora_jax.layout import Layout
-from lora_jax.merge import merge
 from lora_jax.models.weights.folder import Folder
 from lora_jax.models.weights.source import KNOWN, is_safe
 from lora_jax.models.weights.stored import stored_head

@@ -25,11 +25,7 @@ FLOAT16, BFLOAT16 = np.dtype(np.float16), jnp.dtype(jnp.bfloat16)
 
 
 def shapes(tree: Any) -> Any:
-    """Return ShapeDtypeStructs with float16 in place of bfloat16 and the same shardings.
-
-    Args:
-      tree: arrays or ShapeDtypeStructs with shardings.
-    """
+    """Return ShapeDtypeStructs with float16 in place of bfloat16 and the same shardings."""
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
         dtype = FLOAT16 if x.dtype == BFLOAT16 else x.dtype
@@ -39,15 +35,7 @@ def shapes(tree: Any) -> Any:
 
 
 def in_float16(f: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | None:
-    """Trace `f` on the shapes of `arguments`, and return it as a function of float16.
-
-    Args:
-      f: the function.
-      *arguments: its arguments, or their shapes.
-
-    Returns:
-      A function whose result has the structure of `f`'s; None if `f` has no bfloat16.
-    """
+    """Trace `f` on the shapes of `arguments`, and return it as a function of float16."""
     traced, out = jax.make_jaxpr(f, return_shape=True)(*arguments)
     rewriter = _Rewriter()
     jaxpr, consts = rewriter.opened(traced)

@@ -143,13 +143,6 @@ def first_group(attributes: str, devices: int) -> tuple[int, ...]:
     (0, 4)
     >>> first_group("replica_groups=mesh['a'=2,'b'=4] {'b'}", 8)
     (0, 1, 2, 3)
-
-    Args:
-      attributes: the attributes of the instruction, as HLO text.
-      devices: the number of all devices.
-
-    Raises:
-      LoraError: the text is in an unknown form.
     """
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         ends = [tuple(map(int, p.split(","))) for p in re.findall(r"\{(\d+,\d+)", pairs[0] + "}")]

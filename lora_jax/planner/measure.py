@@ -125,14 +125,7 @@ def example(workload: Workload) -> dict[str, jax.ShapeDtypeStruct]:
 def measure(
     config: Config, workload: Workload, grid: jax.sharding.Mesh, device: Device
 ) -> StepCosts:
-    """Compile the step of `config` for the mesh `grid`, and measure it.
-
-    Args:
-      config: the config of the run.
-      workload: its workload.
-      grid: the mesh.
-      device: the kind of the devices.
-    """
+    """Compile the step of `config` for the mesh `grid`, and measure it."""
     batch = example(workload)
     place = mesh.place(workload, config.mesh, grid, batch)
     key, lora = jax.eval_shape(lambda: jax.random.key(0)), config.adaptation
@@ -228,12 +221,6 @@ def seconds(kind: str, operand: int, group: tuple[int, ...], device: Device) -> 
     >>> from lora_jax.planner.devices import DEVICES
     >>> seconds("all-gather", 450_000_000, tuple(range(4)), DEVICES["h100-80gb"])
     0.003
-
-    Args:
-      kind: the name of the operation.
-      operand: bytes of the operand.
-      group: the devices that take part.
-      device: the kind of device.
     """
     n = len(group)
     if n == 1:
@@ -252,11 +239,6 @@ def extrapolated(first: StepCosts, second: StepCosts, at: tuple[int, int, int]) 
 
     Each cost is taken as a + b / devices. This is exact for everything that the devices share
     evenly or replicate, with the same batch.
-
-    Args:
-      first: the costs with the smaller number.
-      second: the costs with the larger number.
-      at: the first, the second and the wanted number of devices.
     """
     line = functools.partial(_line, at=at)
     pairs: Mapping[Any, Traffic] = {(t.kind, t.of): t for t in first.traffic}

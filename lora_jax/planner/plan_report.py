@@ -12,7 +12,7 @@ from lora_jax.planner.devices import DEVICES
 from lora_jax.planner.measure import StepCosts
 from lora_jax.planner.plan import FULL, LORA, Plan
 from lora_jax.planner.weights import FLOATS, by_part
-from lora_jax.system.layout_table import aligned
+from lora_jax.system.table import aligned
 from lora_jax.system.whole_files import write_json
 from lora_jax.training.summary import in_units
 
@@ -25,11 +25,7 @@ CAUSES = {
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON values; bytes, FLOPs and seconds are per device and step.
-
-    Args:
-      plan: the plan.
-    """
+    """Return the plan as JSON values; bytes, FLOPs and seconds are per device and step."""
     device = DEVICES[plan.device]
     return {
         "format": FORMAT,

@@ -16,9 +16,6 @@ def residual_bytes(module: Module) -> int:
     JAX names operations of the forward pass `jvp(...)`, and of the backward pass
     `transpose(jvp(...))`. Arguments and views of them do not count. If a batch is split into parts,
     only one part counts.
-
-    Args:
-      module: the compiled step.
     """
     return _residual_bytes(module, module.entry)
 

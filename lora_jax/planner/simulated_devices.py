@@ -14,14 +14,7 @@ LIMIT = 2048
 
 
 def devices(count: int) -> list[Any]:
-    """Return simulated devices. Call this before JAX is used for anything else.
-
-    Args:
-      count: the number of devices.
-
-    Raises:
-      ConfigError: JAX has been used already, and has fewer devices.
-    """
+    """Return simulated devices. Call this before JAX is used for anything else."""
     with contextlib.suppress(RuntimeError):  # JAX is in use, but may have enough devices
         if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
             jax.config.update("jax_num_cpu_devices", count)

@@ -32,11 +32,7 @@ class WeightBytes:
 
 
 def weight_bytes(params: Any) -> tuple[WeightBytes, ...]:
-    """Return the bytes of each weight, in the order of the tree.
-
-    Args:
-      params: a tree of ShapeDtypeStructs with shardings, and of quantised weights of such.
-    """
+    """Return the bytes of each weight, in the order of the tree."""
     return tuple(_of(path, leaf) for path, leaf in paths.flatten(params).items())
 
 

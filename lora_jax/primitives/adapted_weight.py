@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 
-from lora_jax.bases.held import Absent, Deferred
+from lora_jax.bases.weight import Absent, Deferred, Weight, shaped
 from lora_jax.updates.named import Named, Names
 
 Ins = list[Any]  # the inputs of one equation: arrays and adapted weights
 Outs = list[Any] | None  # None: the rule does not apply
-PrimitiveRule = Callable[[Any, Any, Ins], Outs]  # (evaluator, eqn, ins)
 
 
 @jax.tree_util.register_dataclass
@@ -24,14 +23,14 @@ class AdaptedWeight:
     Every axis of W has a name, and the arrays of the update that have the same axis have the same
     name for it. So an operation on an axis of W is applied to every array with that name.
 
-    held: W, an array or a base that is dequantised where it is used (`held.py`).
+    weight: W, an array or a base that is dequantised where it is used.
     update: the `Update` that is added to it.
     names: the names of W's axes.
     path: the path of W in the parameter tree.
     fold: whether `W + update` may be formed.
     """
 
-    held: Any
+    weight: Weight
     update: Any
     names: Names = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
@@ -39,7 +38,7 @@ class AdaptedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.held.shape)
+        return tuple(self.weight.shape)
 
     def size(self, name: int) -> int:
         return self.shape[self.names.index(name)]
@@ -59,8 +58,8 @@ class AdaptedWeight:
 
     def map_w(self, fn: Callable[..., Named], *operands: Any, along: Names = ()) -> AdaptedWeight:
         """Apply `fn` to W only, and keep the update."""
-        held, names = self.held.move(self.names, fn, *operands, along=along)
-        return dataclasses.replace(self, held=held, names=names)
+        weight, names = self.weight.move(self.names, fn, *operands, along=along)
+        return dataclasses.replace(self, weight=weight, names=names)
 
     def chosen(self) -> AdaptedWeight:
         """Return the weight with the one adapter that was chosen for it."""
@@ -70,11 +69,14 @@ class AdaptedWeight:
         """Return `W + update` as a plain array in W's dtype; only folds and single rows need it."""
         self.update.check_linear(self.path, "W + scale * a @ b itself is asked for")
         names = self.names
-        return self.held.use(lambda w, update: update.merged(Named(w, names)), self.update)
+        return self.weight.use(lambda w, update: update.merged(Named(w, names)), self.update)
 
     def derivatives(self, tangent: AdaptedWeight) -> list[AdaptedWeight]:
         """Return the derivative of the weight, as weights whose sum it is."""
-        none = Absent(self.shape, self.held.dtype)
-        dw = none if isinstance(self.held, Deferred) else tangent.held  # codes have no tangent
-        parts = self.update.derivatives(self.held, dw, tangent.update, none)
-        return [dataclasses.replace(self, held=w, update=update) for w, update in parts]
+        none = Absent(shaped(self.weight))
+        dw = none if isinstance(self.weight, Deferred) else tangent.weight  # codes have no tangent
+        parts = self.update.derivatives(self.weight, dw, tangent.update, none)
+        return [dataclasses.replace(self, weight=w, update=update) for w, update in parts]
+
+
+Value = jax.Array | AdaptedWeight

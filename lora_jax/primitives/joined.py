@@ -8,18 +8,20 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.bases import held
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
+from lora_jax.bases.weight import Dense, Weight
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
+from lora_jax.primitives.evaluator import Evaluator, Primitive, Table
+from lora_jax.primitives.jaxprs import Eqn
 from lora_jax.updates.output_gain import join
 from lora_jax.updates.update import Part, Zero
 
 
-def _concatenate(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _concatenate(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     whole = _join(evaluator, ins, eqn.params["dimension"])
     return None if whole is None else [whole]
 
 
-def _stack(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _stack(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     axis = eqn.params["axis"]
 
     def same(*arrays: Any) -> Any:
@@ -28,7 +30,7 @@ def _stack(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return evaluator.through(same, eqn, ins)
 
 
-def _join(evaluator: Any, ins: Ins, axis: int) -> AdaptedWeight | None:
+def _join(evaluator: Evaluator, ins: Ins, axis: int) -> AdaptedWeight | None:
     """Return one weight in which each member has its own update along its part of the axis."""
     ins = [v.chosen() if isinstance(v, AdaptedWeight) else v for v in ins]
     weights = [v for v in ins if isinstance(v, AdaptedWeight)]
@@ -45,15 +47,15 @@ def _join(evaluator: Any, ins: Ins, axis: int) -> AdaptedWeight | None:
         return None
     for v in weights:
         evaluator.paths_read.add(v.path)
-    whole = held.join(
-        [v.held if isinstance(v, AdaptedWeight) else held.Dense(v) for v in ins],
+    whole = Weight.join(
+        [v.weight if isinstance(v, AdaptedWeight) else Dense(v) for v in ins],
         lambda *arrays: jnp.concatenate(arrays, axis),
     )
     fold = all(v.fold for v in weights)
-    return dataclasses.replace(weights[0], held=whole, update=update, fold=fold)
+    return dataclasses.replace(weights[0], weight=whole, update=update, fold=fold)
 
 
-def _pad(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _pad(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Join a weight with constants."""
     v, value = ins
     config = eqn.params["padding_config"]
@@ -69,8 +71,8 @@ def _pad(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return [v]
 
 
-RULES: dict[str, PrimitiveRule] = {
-    "concatenate": _concatenate,
-    "stack": _stack,
-    "pad": _pad,
+PRIMITIVES: Table = {
+    "concatenate": Primitive(_concatenate, joins=True),
+    "stack": Primitive(_stack),
+    "pad": Primitive(_pad),
 }

@@ -12,14 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.primitives import jaxprs
-from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, PrimitiveRule
+from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs
+from lora_jax.primitives.evaluator import EVERY, Evaluator, Primitive, Table
+from lora_jax.primitives.jaxprs import Eqn
 from lora_jax.updates import lowrank
 from lora_jax.updates.lowrank import LowRank
 from lora_jax.updates.named import RANK, Named, Names, einsum, wider, without
 from lora_jax.updates.update import Operation, Zero
 
 
-def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _dot(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Apply `dot_general`, with the weight on either side and over any of its axes."""
     both = [i for i, v in enumerate(ins) if isinstance(v, AdaptedWeight)]
     if len(both) == 2:  # one without an adapter, or one that may be folded, becomes an array
@@ -45,10 +47,10 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
 
     def base(x: Any, dtype: Any = None) -> Any:
         ends = (lambda w, x: (w, x)) if side == 0 else (lambda w, x: (x, w))
-        return v.held.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x), dtype=dtype), x)
+        return v.weight.product(lambda w, x: jaxprs.bind(eqn, *ends(w, x), dtype=dtype), x)
 
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
-        x = x.astype(wider(x.array.dtype, v.held.dtype))
+        x = x.astype(wider(x.array.dtype, v.weight.dtype))
         return lowrank.add(y, x, update, out, precision)
 
     is_matrix = len(v.names) == 2
@@ -56,7 +58,7 @@ def _dot(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return [v.update.product(p)]
 
 
-def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _conv(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Apply a convolution with `rank` output channels, then a 1 x 1 one.
 
     With feature groups, output channel o belongs to group g and sees the inputs of g alone:
@@ -93,13 +95,13 @@ def _conv(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return y + d.astype(y.dtype)
 
     def base(x: Any, dtype: Any = None) -> Any:
-        return v.held.product(lambda w, x: jaxprs.bind(eqn, x, w, dtype=dtype), x)
+        return v.weight.product(lambda w, x: jaxprs.bind(eqn, x, w, dtype=dtype), x)
 
     x = Named(x, evaluator.fresh(x.ndim))
     return [v.update.product(Operation(x, tuple(out), base, low_rank, sums=True, use=use))]
 
 
-def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _gather(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Look up rows (an embedding), or choose layers, experts or columns of a weight.
 
     A row is `W[i] + scale * a[i] @ b`; the row of `a` has `rank` elements. If the indexed axis has
@@ -126,6 +128,8 @@ def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         return _take(n, indices, v.names, eqn, names)
 
     if not batching and v.update.chooses(taken, rest):
+        if len(rest) < 2:  # without an adapter it is a lookup
+            evaluator.dequantise(eqn, v)
         moved = v.map(take, indices, along=taken).map_w(lambda n: n.moved(names))
         return [evaluator.lost(moved, taken, "taken", into=tuple(out[j] for j in rows))]
     if not v.update.admits(batching, taken, rest):
@@ -137,7 +141,7 @@ def _gather(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
         h = update.middle(take(update.a, indices).astype(y.dtype))
         return y + einsum(h, update.b.astype(y.dtype), names)
 
-    base = lambda x: v.held.use(lambda w, i: jaxprs.bind(eqn, w, i), indices)  # noqa: E731
+    base = lambda x: v.weight.use(lambda w, i: jaxprs.bind(eqn, w, i), indices)  # noqa: E731
     return [v.update.product(Operation(None, names, base, low_rank))]
 
 
@@ -174,7 +178,7 @@ def _whole_rows(eqn: Any) -> bool:
     )
 
 
-def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
+def _collapsed(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     """Remove indexed axes that stay with size 1 (`vmap` of `table[i]`), and put them back after.
 
     An index into an axis that is taken whole has no effect: it is clamped to 0.
@@ -202,8 +206,10 @@ def _collapsed(evaluator: Any, eqn: Any, ins: Ins) -> Outs:
     return evaluator.through(same, eqn, ins)
 
 
-RULES: dict[str, PrimitiveRule] = {
-    "dot_general": _dot,
-    "conv_general_dilated": _conv,
-    "gather": _gather,
+_OPAQUE = ("pallas_call", "ffi_call", "custom_call", "pure_callback")  # they may multiply
+PRIMITIVES: Table = {
+    "dot_general": Primitive(_dot, operands=2, general=True),
+    "conv_general_dilated": Primitive(_conv, operands=2),
+    "gather": Primitive(_gather, lookup=True),
+    **dict.fromkeys(_OPAQUE, Primitive(operands=EVERY)),
 }

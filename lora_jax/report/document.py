@@ -44,8 +44,12 @@ class Note:
 class Table:
     """A table of text cells under a caption.
 
-    texts: the columns that hold text; all other columns are aligned to the right.
-    marked: the index of the row that is highlighted.
+    Attributes:
+      caption: the text above it.
+      columns: their headings.
+      rows: the cells, as many in each row as there are columns.
+      texts: the columns that hold text; all other columns are aligned to the right.
+      marked: the index of the row that is highlighted.
     """
 
     caption: str
@@ -79,7 +83,12 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Panels under one caption, in a row if there is room and in a column if there is not."""
+    """Panels under one caption, in a row if there is room and in a column if there is not.
+
+    Attributes:
+      caption: the text below them.
+      panels: the pictures.
+    """
 
     caption: str
     panels: tuple[Panel, ...]
@@ -119,7 +128,12 @@ Block = Paragraph | Note | Table | Figure | Glossary
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A section: its heading and its blocks."""
+    """A section.
+
+    Attributes:
+      title: its heading.
+      blocks: what follows it: texts, tables and figures.
+    """
 
     title: str
     blocks: tuple[Block, ...]
@@ -129,10 +143,13 @@ class Section:
 class Report:
     """A whole report.
 
-    kind: the kind of report in a word or two, shown above the title.
-    lead: a sentence or two below the title.
-    facts: the main numbers.
-    notes: what the reader must know before the rest.
+    Attributes:
+      kind: the kind of report in a word or two, shown above the title.
+      title: the title of the page.
+      lead: a sentence or two below the title.
+      facts: the main numbers.
+      sections: all the rest.
+      notes: what the reader must know before the rest.
     """
 
     kind: str

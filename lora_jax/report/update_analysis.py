@@ -16,26 +16,13 @@ from lora_jax.report import charts, formatting
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import Place, label, layers, matrices, places
 from lora_jax.serving import served_adapters
+from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.serving.served_adapters import ServedAdapter
 from lora_jax.system.console import USER_ERRORS
 from lora_jax.updates.kind import kind_of
 
 _TITLE = "What the update is made of"
 MOST = 24  # at most this many matrices are drawn: with more, their names cannot be read
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseChoice:
-    """The base model to compare adapters with.
-
-    reference: the model, in the form of model.reference. None: the one that the adapter names.
-    trust: download the base that the adapter names even if its checksum is not known.
-    allow_other: accept a base other than the one that the adapter was trained on.
-    """
-
-    reference: str | None = None
-    trust: bool = False
-    allow_other: bool = False
 
 
 def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
@@ -76,17 +63,7 @@ def _with_matrices(member: ServedAdapter) -> ServedAdapter:
 def _needed(member: ServedAdapter, run: pathlib.Path, base: BaseChoice) -> Any:
     """Return the base parameters if the adapter's update depends on them (DoRA), else None."""
     rescales = any(kind_of(target).rescales for target in member.layout.targets)
-    return _open(run, base).params if rescales else None
-
-
-def _open(run: pathlib.Path, base: BaseChoice) -> served_adapters.Served:
-    return served_adapters.open_adapters(
-        [str(run)],
-        object,
-        base=base.reference,
-        trust_base=base.trust,
-        allow_other_base=base.allow_other,
-    )
+    return base.open([str(run)], object).params if rescales else None
 
 
 def _spectra(
@@ -198,7 +175,7 @@ def amplified(run: pathlib.Path, base: BaseChoice) -> AmplifiedUpdate:
     Raises:
       console.USER_ERRORS: the adapter or its base cannot be opened.
     """
-    served = _open(run, base)
+    served = base.open([str(run)], object)
     member = _with_matrices(served.members[0])
     found = analysis.amplification(member.layout, served.params, member.adapters)
     there = places(member.layout)

@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -26,8 +26,9 @@ from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
 from lora_jax.multi.stack import Stack, select
 from lora_jax.paths import Tree
-from lora_jax.serving.jsonl import JsonLine
-from lora_jax.serving.served_adapters import Served, ServedAdapter
+from lora_jax.serving import jsonl
+from lora_jax.serving.jsonl import JsonLine, LineError
+from lora_jax.serving.served_adapters import BASE_NAME, Served, ServedAdapter
 from lora_jax.transform import adapt
 
 _HEAD = "classifier/out/"
@@ -224,3 +225,67 @@ def _check_apart(layout: Layout, trainable: Mapping[str, Any]) -> None:
             f"the adapters cannot share a batch: {both[0]!r} is adapted by one and trained in "
             "full by another; predict with one at a time"
         )
+
+
+def predict(
+    served: Served,
+    classifier: Classifier,
+    window: Sequence[JsonLine],
+    done: Callable[[int], None] = lambda size: None,
+) -> Iterator[dict[str, Any]]:
+    """Classify lines, and yield the fields of each with its answer, in the order of the lines.
+
+    The lines are sorted by length and put into batches. `done` is called with the size of each
+    line when its scores are there, in any order.
+
+    Raises:
+      LineError: a line names no adapter or an unknown one, or it has no text or image; scores are
+        not finite.
+      DataError: an image cannot be read.
+    """
+    ids = [adapter_of(line, served) for line in window]
+    examples = [
+        classifier.example_of(line, classifier.tasks[i])
+        for line, i in zip(window, ids, strict=True)
+    ]
+
+    def found() -> Iterator[tuple[int, NDArray[np.float32]]]:
+        for number, scores in classifier.scores(ids, examples):
+            done(window[number].size)
+            yield number, scores
+
+    for line, i, scores in zip(window, ids, jsonl.in_order(found()), strict=True):
+        name = served.names[i]
+        if not np.isfinite(scores).all():
+            raise LineError(
+                f"{line.where}: adapter {name!r} gives scores that are not finite: "
+                f"{scores[:5].tolist()}"
+            )
+        yield {**line.value, "adapter": name, **answer_of(classifier.tasks[i], scores)}
+
+
+def answer_of(task: ClassifierTask, scores: NDArray[np.float32]) -> dict[str, Any]:
+    """Return the fields that are added to a line.
+
+    >>> answer_of(ClassifierTask(("no", "yes"), ("text",), (32,)), np.zeros(2, np.float32))
+    {'prediction': 'no', 'probabilities': {'no': 0.5, 'yes': 0.5}}
+    >>> answer_of(ClassifierTask((), ("text",), (32,)), np.ones(1, np.float32))
+    {'prediction': 1.0}
+    """
+    if not task.labels:
+        return {"prediction": round(float(scores[0]), 6)}
+    powers = np.exp((scores - scores.max()).astype(np.float64))
+    shares = (powers / powers.sum()).round(6).tolist()
+    best = task.labels[int(scores.argmax())]
+    return {"prediction": best, "probabilities": dict(zip(task.labels, shares, strict=True))}
+
+
+def adapter_of(line: JsonLine, served: Served) -> int:
+    """Return the id of the adapter that a line names, which must have a head."""
+    name = line.get("adapter", str, "")
+    if name == BASE_NAME:
+        raise LineError(
+            f"{line.where}: {name!r} stands for no adapter, and the base has no head to classify "
+            f"with. There are:\n{listed(served.names, 10)}"
+        )
+    return served.id_of(name or None, line.where)

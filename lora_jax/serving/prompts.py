@@ -30,6 +30,7 @@ class Request:
     prompt: its tokens, the number of its adapter, and its stop tokens.
     fields: the fields of its line.
     size: bytes of its line, for a progress bar; 0 for all but the last request of a line.
+    error: why its line cannot be used; then only its fields and its size count.
     """
 
     name: str
@@ -37,16 +38,14 @@ class Request:
     prompt: Prompt
     fields: Mapping[str, Any]
     size: int = 0
+    error: str = ""
 
 
-def read(path: str) -> Iterator[JsonLine | str]:
+def read(path: str, *, keep_broken: bool = False) -> Iterator[JsonLine | str]:
     """Read JSONL objects or plain lines, each of which is a prompt; "-" is stdin.
 
     The input is JSONL if its first character, after white space, is an opening brace. Empty lines
-    are skipped.
-
-    Args:
-      path: the file, or "-".
+    are skipped. With `keep_broken`, a line that cannot be read is yielded with its fault.
 
     Raises:
       LineError: a line of JSONL is not a JSON object, or a line is not UTF-8.
@@ -56,13 +55,18 @@ def read(path: str) -> Iterator[JsonLine | str]:
     with jsonl.opened(path, "rb") as file:
         raw: bytes = file.read()
     if raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
-        yield from jsonl.objects(io.BytesIO(raw), name)
+        yield from jsonl.objects(io.BytesIO(raw), name, keep_broken)
         return
     for number, line in enumerate(raw.splitlines(), 1):
+        where = f"{name}, line {number}"
         try:
             text = line.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise LineError(f"{name}, line {number} is not UTF-8 ({error.reason})") from None
+            fault = LineError(f"{where} is not UTF-8 ({error.reason})")
+            if not keep_broken:
+                raise fault from None
+            yield JsonLine({}, where, len(line) + 1, fault)
+            continue
         if text.strip():
             yield text
 
@@ -96,20 +100,35 @@ class Prompts:
         self._stops[BASE_NAME] = common
         self._plain = (*served.names, *([BASE_NAME] if base_too or not served.members else []))
 
-    def all(self, given: Sequence[JsonLine | str], where: str) -> list[Request]:
-        """Return a request for each line, and one for every adapter for each plain text."""
+    def all(
+        self, given: Sequence[JsonLine | str], where: str, *, keep_broken: bool = False
+    ) -> list[Request]:
+        """Return a request for each line, and one for every adapter for each plain text.
+
+        With `keep_broken`, a line that cannot be used becomes a request with its error.
+        """
         found: list[Request] = []
         for number, line in enumerate(given, 1):
-            if isinstance(line, JsonLine):
-                found.append(self._of_line(line))
-                continue
-            place = f"{where} {number}"
-            found += [self._request(name, line, {FIELD: line}, place) for name in self._plain]
-            size = len(line.encode(errors="replace")) + 1
-            found[-1] = dataclasses.replace(found[-1], size=size)
+            try:
+                if isinstance(line, JsonLine):
+                    found.append(self._of_line(line))
+                else:
+                    found += self._of_text(line, f"{where} {number}")
+            except LoraError as error:
+                if not keep_broken:
+                    raise
+                if not isinstance(line, JsonLine):
+                    line = JsonLine({FIELD: line}, where, _size(line))
+                found.append(Request("", "", Prompt([]), line.value, line.size, str(error)))
         return found
 
+    def _of_text(self, text: str, where: str) -> list[Request]:
+        *others, last = (self._request(name, text, {FIELD: text}, where) for name in self._plain)
+        return [*others, dataclasses.replace(last, size=_size(text))]
+
     def _of_line(self, line: JsonLine) -> Request:
+        if line.fault is not None:
+            raise line.fault
         number = self._served.id_of(line.get("adapter", str, "") or None, line.where)
         name = BASE_NAME if number == BASE else self._served.names[number]
         text = self._text_of(line, name)
@@ -145,6 +164,10 @@ class Prompts:
             )
         number = self._served.id_of(name, where)
         return Request(name, text, Prompt(tokens, number, self._stops[name]), fields, size)
+
+
+def _size(text: str) -> int:
+    return len(text.encode(errors="replace")) + 1
 
 
 def _template(member: ServedAdapter) -> Template | None:

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax import baselines, models, paths
+from lora_jax import models, paths
 from lora_jax.adapters import Adapter
 from lora_jax.analysis.from_base import init_from_base
 from lora_jax.bases.recipe import ABOUT, BEGUN, STORED, requantised
 from lora_jax.checkpoint import adapter_path
 from lora_jax.checkpoint.adapter import SavedAdapter
+from lora_jax.checkpoint.added_parameters import check_lora
 from lora_jax.checkpoint.fingerprint import fingerprint
 from lora_jax.checkpoint.storage import Path, RemotePath
 from lora_jax.errors import LoraError, listed, nearest
@@ -219,7 +220,7 @@ def read(name: str, path: Path) -> ServedAdapter:
     """
     saved = SavedAdapter.open(path)
     layout, adapters, base = saved.load()
-    baselines.check_lora(name, path, base, saved.about)
+    check_lora(name, path, base, saved.about)
     return ServedAdapter(name, saved, layout, adapters, base, saved.about)
 
 

@@ -23,16 +23,6 @@ def together(names: Sequence[str], batches: Sequence[Batch | None]) -> dict[str,
 
     >>> together(["a", "b", "c"], [{"x": np.ones(2)}, {"x": np.ones(3)}, None])["x"].tolist()
     [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
-
-    Args:
-      names: the names of the members, for the error message.
-      batches: the batch of each member; at least one is not None.
-
-    Returns:
-      Name of the array -> [N, ...].
-
-    Raises:
-      ConfigError: the batches of two members have different names, dtypes or numbers of axes.
     """
     present = [(name, b) for name, b in zip(names, batches, strict=True) if b is not None]
     forms = {name: {k: (str(x.dtype), np.ndim(x)) for k, x in b.items()} for name, b in present}
@@ -64,15 +54,7 @@ def _filled(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
 
 
 def placed(place: Placement, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Place stacked batches on the devices: each device has its rows of every member's batch.
-
-    Args:
-      place: the placement of all arrays on the mesh.
-      rows: the return value of `together`.
-
-    Raises:
-      ConfigError: the rows cannot be divided evenly over the devices.
-    """
+    """Place stacked batches on the devices: each device has its rows of every member's batch."""
     out = {}
     for name, value in rows.items():
         if value.ndim > 1:

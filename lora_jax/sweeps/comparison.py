@@ -10,7 +10,6 @@ from typing import Any
 
 from lora_jax.training import metrics
 from lora_jax.training.config import INCIDENTAL, Config
-from lora_jax.training.config_json import later_defaults
 from lora_jax.training.directory import Summary
 from lora_jax.training.saved_files import read_config
 
@@ -81,14 +80,7 @@ class Results:
 
 
 def gather(summaries: Sequence[Summary]) -> Results:
-    """Read the configs and metrics of finished runs, and compare them.
-
-    Args:
-      summaries: the values of their summary.json files.
-
-    Returns:
-      The comparison.
-    """
+    """Read the configs and metrics of finished runs, and compare them."""
     paths = [pathlib.Path(summary["run"]) for summary in summaries]
     configs = [flat(read_config(path)) for path in paths]
     fields = dict.fromkeys(field for config in configs for field in config)
@@ -103,14 +95,9 @@ def gather(summaries: Sequence[Summary]) -> Results:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config that decide the result, by dotted path.
-
-    Args:
-      config: the values of config.json.
-    """
+    """Return the fields of a config that decide the result, by dotted path."""
     skipped = {f.name for f in dataclasses.fields(Config) if f.metadata == INCIDENTAL}
     kept = dotted({name: value for name, value in config.items() if name not in skipped})
-    kept = {**later_defaults(Config), **kept}  # an old config lacks fields that were added later
     return {path: _comparable(value) for path, value in kept.items()}
 
 

@@ -19,16 +19,18 @@ from lora_jax.training.config import (
     incidental,
     require,
 )
+from lora_jax.training.config_json import identity
 from lora_jax.training.config_json import short_hash as hash_of
-from lora_jax.training.config_json import stable_identity
 
 
 @dataclasses.dataclass(frozen=True)
 class Member(Checked):
-    """One run of a group. Its directory is the folder `name` in the group's directory."""
+    """One run of a group."""
 
     name: str
+    """The name of its folder in the group's directory."""
     config: Config
+    """Its config."""
     paused: bool = False
     """Whether it is left out: it takes no step, and its files are kept."""
 
@@ -103,9 +105,5 @@ class GroupConfig(GroupOptions):
 
 
 def short_hash(config: GroupConfig) -> str:
-    """Return eight characters that depend on the members' names and identities, in any order.
-
-    Args:
-      config: the config of the group.
-    """
-    return hash_of({member.name: stable_identity(member.config) for member in config.members})
+    """Return eight characters that depend on the members' names and identities, in any order."""
+    return hash_of({member.name: identity(member.config) for member in config.members})

@@ -42,16 +42,7 @@ def field_types(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def field_type(config: Any, path: str, where: str) -> Any:
-    """Return the type of the field at a path.
-
-    Args:
-      config: a config.
-      path: the dotted path.
-      where: the place where the path was read, for the error message.
-
-    Raises:
-      ConfigError: there is no such field; the message lists the nearest ones.
-    """
+    """Return the type of the field at a path."""
     known = field_types(config)
     if path in known:
         return known[path]
@@ -72,11 +63,7 @@ def with_field(config: C, path: str, value: Any) -> C:
 
 
 def converted(value: Any, hint: Any) -> Any:
-    """Convert a value as the command line would for a field of type `hint`.
-
-    Raises:
-      ValueError: the value is of another type.
-    """
+    """Convert a value as the command line would for a field of type `hint`."""
     value = value.item() if isinstance(value, np.generic) else value
     value = tuple(value) if isinstance(value, list) else value
     found = _parsed([str(v) for v in (value if isinstance(value, tuple) else (value,))], hint)
@@ -90,9 +77,6 @@ def read(text: str, hint: Any) -> Any:
 
     >>> read("1e-3", float), read("None", float | None), read("a b", tuple[str, ...])
     (0.001, None, ('a', 'b'))
-
-    Raises:
-      ValueError: the text is not a value of that type.
     """
     return _parsed(text.split() if may_be_tuple(hint) else [text], hint)
 

@@ -35,18 +35,7 @@ class GroupProgram:
         at_once: int | None,
         report: Callable[[float], None],
     ) -> None:
-        """Join the members' workloads and layouts. Nothing is compiled yet.
-
-        Args:
-          members: the members.
-          grid: the device mesh.
-          config: the config of the mesh.
-          at_once: see `group_step`.
-          report: called with the seconds of each compilation.
-
-        Raises:
-          ConfigError: the members do not fit together.
-        """
+        """Join the members' workloads and layouts. Nothing is compiled yet."""
         parts = {member.config.accumulate for member in members}
         require(len(parts) == 1, "accumulate", sorted(parts), "the same for all members of a group")
         names = [member.name for member in members]

@@ -22,15 +22,7 @@ Tree = Any  # a pytree
 
 
 def joined(members: Sequence[OpenMember], example: Any) -> tuple[Workload, bool]:
-    """Return the workload of all members, and whether their batches must be marked for it.
-
-    Args:
-      members: the members.
-      example: a batch in the members' common shapes, without marks.
-
-    Raises:
-      ConfigError: their models or losses differ.
-    """
+    """Return the workload of all members, and whether their batches must be marked for it."""
     workloads = [member.run.setup.workload for member in members]
     marked = len({str(paths.shapes(workload.params)) for workload in workloads}) > 1
     if marked:
@@ -59,14 +51,7 @@ def check_padding(
     workload: Workload,
     marked: bool,
 ) -> None:
-    """Raise `ConfigError` unless the padding of batches has no weight in the loss.
-
-    Args:
-      members: the members.
-      filled: their first batches, as `batches.together` returns them.
-      workload: the joined workload.
-      marked: whether batches must be marked for it.
-    """
+    """Raise `ConfigError` unless the padding of batches has no weight in the loss."""
 
     @jax.jit
     def weight(batch: Any) -> jax.Array:

@@ -46,34 +46,14 @@ class StoppedError(LoraError):
 
 
 def folder(name: str, config: GroupConfig) -> pathlib.Path:
-    """Return the directory of a group: the config's, or runs/<config>-<hash of the members>.
-
-    Args:
-      name: the name of the config.
-      config: the config of the group.
-    """
+    """Return the directory of a group: the config's, or runs/<config>-<hash of the members>."""
     return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(config)}")
 
 
 def run(
     config: GroupConfig, grid: jax.sharding.Mesh, path: pathlib.Path, console: Console
 ) -> list[Summary]:
-    """Train the members that are neither finished nor paused.
-
-    Args:
-      config: the group.
-      grid: the device mesh.
-      path: the group's directory, which contains a directory for each member.
-      console: shows the progress.
-
-    Returns:
-      The summaries of all finished members, in their order.
-
-    Raises:
-      ConfigError: the members do not fit together, or a directory cannot be used.
-      StoppedError: some members stopped; it contains the summaries of the others.
-      processes.Preempted: SIGTERM was received, and every member is saved.
-    """
+    """Train the members that are neither finished nor paused."""
     if jax.process_count() > 1:
         raise ConfigError(
             f"a group trains in one process, and there are {jax.process_count()}; start it with "

@@ -35,10 +35,6 @@ def shortest(path: str, paths: Sequence[str]) -> str:
 
     >>> shortest("lora.rank", ["lora.rank", "seed"]), shortest("a.x", ["a.x", "b.x"])
     ('rank', 'a.x')
-
-    Args:
-      path: the path.
-      paths: all paths.
     """
     parts = path.split(".")
     ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]

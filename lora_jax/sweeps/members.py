@@ -121,16 +121,9 @@ class Opener(contextlib.ExitStack):
     def open(
         self, name: str, config: Config, path: pathlib.Path, newest: int | None = None
     ) -> OpenMember:
-        """Open the member in the run directory `path`, at its newest checkpoint or its beginning.
+        """Open the member in the run directory `path`, at its newest checkpoint or at step 0.
 
-        Args:
-          name: the name of the member.
-          config: the config of the run.
-          path: its run directory.
-          newest: checkpoints of later steps than this are deleted first.
-
-        Raises:
-          ConfigError: it does not fit together with the first member.
+        Checkpoints of later steps than `newest` are deleted first.
         """
         began = time.monotonic()
         workload, place, example, layouts = self._opened(config)

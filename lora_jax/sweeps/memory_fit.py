@@ -58,19 +58,6 @@ def fit(
 
     >>> print(fit(StepMemory(9e9), 1e9, members=16, memory=8e9))
     16 members in 2 groups of at most 8: 5.00 GB of 8.00 GB at a time
-
-    Args:
-      needed: the memory of a step compiled for all `members` (`of_step`).
-      shared: bytes on a device of the frozen base, which they share.
-      members: the number of members.
-      memory: bytes that a device has (`available`, or the user's limit).
-      at_once: see `group_step`. None: all.
-
-    Returns:
-      The division.
-
-    Raises:
-      ConfigError: not even one member fits.
     """
     at_once = members if at_once is None else at_once
     own = max(needed.bytes - needed.between - shared, 0) / members
@@ -102,9 +89,6 @@ def available(held: float = 0.0) -> float:
     """Return the bytes of a device's memory for a step.
 
     On a CPU it is the memory that is free, divided among the devices that this process simulates.
-
-    Args:
-      held: bytes that arguments of the step already take; on a CPU they are added.
     """
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None

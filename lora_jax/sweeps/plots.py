@@ -30,12 +30,6 @@ def figure_of(results: Results) -> Figure:
     For a sweep it shows the score over the learning rate (or another number), with a line for each
     combination of the other fields; over seeds it shows the mean, with the range as a band. For
     tasks it has one panel each.
-
-    Args:
-      results: the compared runs.
-
-    Returns:
-      The figure.
     """
     return _figure(results, [draw for _, draw in _panels(results)])
 

@@ -29,13 +29,7 @@ class GroupDisplay(Bar):
         self.losses: dict[str, float] = {}  # member -> its newest loss
 
     def tick(self, tick: int, steps: Sequence[tuple[int, int]], live: Sequence[str]) -> None:
-        """Show the progress of the group.
-
-        Args:
-          tick: the number of the group's step, from 1.
-          steps: (steps taken, all steps) of each member.
-          live: the members that took a step.
-        """
+        """Show the progress of the group."""
         taken, total = (sum(column) for column in zip(*steps, strict=True))
         self.bar.update(self._task, completed=taken, total=total)
         speed = self.bar.tasks[0].speed  # without the first tick, which compiles

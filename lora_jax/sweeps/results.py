@@ -11,30 +11,23 @@ import dataclasses
 import io
 import pathlib
 from collections.abc import Sequence
-from typing import Any
-
-from rich.table import Table
 
 from lora_jax.sweeps import member_names
 from lora_jax.sweeps.comparison import ComparedRun, Results, dotted, gather
 from lora_jax.sweeps.plots import figure_of
 from lora_jax.system import whole_files
-from lora_jax.system.console import Console
+from lora_jax.system.console import Console, say, say_table
 from lora_jax.training import curves
 from lora_jax.training.directory import Summary
 
 
 def show(summaries: Sequence[Summary], console: Console) -> None:
     """Print the members; in a sweep they are sorted, with the best first and marked."""
-    results = gather(summaries)
-    found = listing(results)
-    table = Table(title=found.title)
-    for name in found.columns:
-        justify: Any = "left" if name in found.texts else "right"
-        table.add_column(name, justify=justify, no_wrap=name in results.splits)
-    for number, row in enumerate(found.rows):
-        table.add_row(*row, style="bold green" if number == found.best else None)
-    console.print(table)
+    found = listing(gather(summaries))
+    texts = [i for i, name in enumerate(found.columns) if name in found.texts]
+    styles = {0: "bold"} if found.best is None else {0: "bold", found.best + 1: "bold green"}
+    say(console, found.title)
+    say_table(console, [found.columns, *found.rows], texts, styles=styles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +46,12 @@ class Listing:
 
 
 def listing(results: Results) -> Listing:
-    """List the members: of a sweep with the best first, of several tasks in the order given.
-
-    Args:
-      results: the results of a group.
-    """
+    """List the members: of a sweep with the best first, of several tasks in the order given."""
     return _of_tasks(results) if results.tasks else _of_sweep(results)
 
 
 def write(path: pathlib.Path, summaries: Sequence[Summary]) -> None:
-    """Write results.csv, results.json and results.png.
-
-    Args:
-      path: the folder.
-      summaries: the summaries of finished runs (`lora_jax.training.summary.summarise`), in the
-        order of the results. The run directories that they name must exist.
-    """
+    """Write results.csv, results.json and results.png."""
     results = gather(summaries)
     whole_files.write_json(
         path / "results.json",

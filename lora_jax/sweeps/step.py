@@ -44,23 +44,12 @@ class Settings(NamedTuple):
 
 
 def is_plain(layout: Layout) -> bool:
-    """Return whether every update is LoRA of a whole weight, whose ranks can be zero-padded.
-
-    Args:
-      layout: the layout of the adapters.
-    """
+    """Return whether every update is LoRA of a whole weight, whose ranks can be zero-padded."""
     return all(target.kind == "lora" and not target.parts for target in layout.targets)
 
 
 def common_layout(layouts: Iterable[Layout]) -> Layout:
-    """Return the layout of a group, which has room for all ranks; the scales are arguments.
-
-    Args:
-      layouts: the layouts of the members.
-
-    Raises:
-      ConfigError: the layouts differ, and some have kinds other than LoRA.
-    """
+    """Return the layout of a group, which has room for all ranks; the scales are arguments."""
     found = list(layouts)
     if all(map(is_plain, found)):
         return union(found)
@@ -92,16 +81,6 @@ def group_step(
       active: [N] bool. Nothing of a member that is not active changes: no count, decay or key.
       frozen: the base that all share.
       batch: the batches, padded to common shapes.
-
-    Args:
-      workload: the joined workload (`Common.join`), whose parameters have the common shapes.
-      layout: the union of the members' layouts.
-      parts: see `train_step`.
-      at_once: members that are computed at the same time; the next follow. None: all.
-      rate: see `train_step`.
-
-    Returns:
-      The step, which returns the new states and the metrics of each member.
     """
 
     def step(

@@ -14,7 +14,6 @@ from lora_jax.sweeps import config_fields, member_names
 from lora_jax.sweeps.config import GroupConfig, GroupOptions, Member
 from lora_jax.system.checked import type_name
 from lora_jax.training.config import Config, ConfigError, check_lora_counts, require
-from lora_jax.training.config_json import first_name
 
 Grid = Mapping[str, Sequence[Any] | str]
 Converter = Callable[[Any, Any], Any]  # (value or text, type) -> value
@@ -98,11 +97,9 @@ class SweepConfig(GroupOptions):
     def expand(self) -> GroupConfig:
         """Return the group of all members, which are named by their values."""
         points = self.points()
-        # The names are folders, which must be found again after a field is renamed.
-        named = [{first_name(path): value for path, value in point.items()} for point in points]
         members = tuple(
             Member(name, self._with(point))
-            for name, point in zip(member_names.names(named), points, strict=True)
+            for name, point in zip(member_names.names(points), points, strict=True)
         )
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(GroupOptions)}
         return GroupConfig(members=members, **options)

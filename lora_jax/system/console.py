@@ -7,12 +7,11 @@ import dataclasses
 import gc
 import logging
 import os
-import pathlib
 import sys
 import threading
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 from lora_jax.system.extras import MissingExtraError, require
@@ -21,20 +20,12 @@ require("train", __name__)
 
 import rich.console
 import tyro
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, ProgressColumn
 from rich.segment import Segment
 from rich.text import Text
 
 from lora_jax.errors import LoraError, ModelError, told
-from lora_jax.system import allocator, program_cache
+from lora_jax.system import allocator, program_cache, table
 
 T = TypeVar("T")
 
@@ -62,6 +53,21 @@ def say(console: rich.console.Console, text: str) -> None:
     """
     # Before rich, which drops some control characters and does not show them.
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def say_table(
+    console: rich.console.Console,
+    rows: Sequence[table.Cells],
+    texts: Collection[int] = (0,),
+    *,
+    styles: Mapping[int, str] | None = None,
+    indents: Sequence[str] = (),
+) -> None:
+    """Print a table as wide as the console (see `table.blocks`); `styles` has those of rows."""
+    blocks = table.blocks(rows, texts, console.width, indents)
+    for number, block in enumerate(blocks):
+        style = (styles or {}).get(number, "")
+        console.print(Text(printable("\n".join(block)), style), soft_wrap=True)
 
 
 def note(text: str) -> None:
@@ -272,47 +278,3 @@ class Bar:
     def say(self, text: str) -> None:
         """Print plain text above the bar."""
         say(self.console, text)
-
-
-class OpeningBar(Bar):
-    """Shows how many adapters are open: a bar on a terminal; elsewhere ten lines, if many."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(
-            console, TextColumn("opening"), BarColumn(), MofNCompleteColumn(), transient=True
-        )
-        self._task = self.bar.add_task("", total=None)
-
-    def count(self, number: int, total: int) -> None:
-        """Show that `number` of `total` adapters are open."""
-        self.bar.update(self._task, completed=number, total=total)
-        tenth = total >= 20 and number * 10 // total > (number - 1) * 10 // total
-        if tenth and not self.console.is_terminal:
-            self.say(f"opened {number} of {total} adapters")
-
-
-class _Rate(ProgressColumn):
-    """A column with the number of units per second."""
-
-    def render(self, task: Task) -> Text:
-        """Return a text such as `1,234 texts  56/s`."""
-        count, seconds = task.fields["count"], max(task.elapsed or 0.0, 1e-9)
-        return Text(f"{count:,} {task.fields['unit']}  {count / seconds:,.0f}/s")
-
-
-class FileBar(Bar):
-    """A progress bar for the lines of a file, with the file's size as its length if it is known."""
-
-    def __init__(self, console: Console, file: str | None, unit: str) -> None:
-        """Show a bar for `file`, whose lines are `unit`; None shows no bar."""
-        columns: list[Any] = [BarColumn(), _Rate(), TimeRemainingColumn()]
-        super().__init__(console, *columns, shown=file is not None, transient=True)
-        path = None if file is None else pathlib.Path(file)
-        total = path.stat().st_size if path is not None and path.is_file() else None
-        self._task = self.bar.add_task("", total=total, unit=unit, count=0)
-        self._count = 0
-
-    def advance(self, size: int) -> None:
-        """Count one more line, of `size` bytes."""
-        self._count += 1
-        self.bar.update(self._task, advance=size, count=self._count)

@@ -49,24 +49,8 @@ def begin(
 ) -> Beginning:
     """Return the base and the adapters of a run before its first step.
 
-    Equal arguments give equal arrays, so that a run can be continued.
-
-    Args:
-      lora: the config of the adapters. With an earlier adapter, its `init` is not used.
-      workload: the workload.
-      layout: the layout of the adapters; with an earlier adapter, what its spec resolves to.
-      params: the arrays that the workload loaded.
-      place: the placement of all arrays on the mesh.
-      key: the PRNG key of the run, [].
-      earlier: the adapter to begin with. The base is changed in the same way as that of the
-        earlier adapter was.
-
-    Returns:
-      The workload, the base and the adapters.
-
-    Raises:
-      ConfigError: the method does not work with this base.
-      lora_jax.LoraError: the method does not work with this kind of update.
+    Equal arguments give equal arrays, so that a run can be continued. With an earlier adapter
+    the base is changed as that of the earlier adapter was, and `lora.init` is not used.
     """
     if earlier is not None:
         # On its base, with the changes made before it was trained.

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import baselines, models, paths
+from lora_jax import models, paths
 from lora_jax.bases.recipe import STORED
 from lora_jax.data.language_modelling import language_modelling as batches_of
 from lora_jax.models import placement
 from lora_jax.models.cross_entropy import cross_entropy
 from lora_jax.training import pretrained, scores, text
+from lora_jax.training.method import LORA, Method
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Common, Loss, Workload, check_select
 
@@ -23,18 +24,7 @@ _PACKING = ("segment_ids", "positions")
 
 
 def causal_lm(config: TextConfig) -> Workload:
-    """Make the workload of a decoder that learns the answers to prompts.
-
-    Args:
-      config: names the decoder, the data with prompts and answers, and the method.
-
-    Returns:
-      The workload. Its batches hold packed rows.
-
-    Raises:
-      ConfigError: the model is an encoder.
-      lora_jax.LoraError, ValueError: the model or the data is not as the config says.
-    """
+    """Make the workload of a decoder that learns the answers to prompts, in packed rows."""
     source = pretrained.open_model(
         config.model.reference,
         models.DecoderConfig,
@@ -42,16 +32,16 @@ def causal_lm(config: TextConfig) -> Workload:
     )
     data = text.open_text(config, batches_of, source)
     model_config = config.model.apply_to(source.config)
-    method = config.method.on(model_config, config.data.max_length)
+    method = config.method_for(model_config, config.data.max_length)
 
     def load(shardings: Tree) -> Tree:
         stored = config.model.quantize == STORED
         base = source.load(model_config, shardings=shardings, keep_quantised=stored)
-        return {**base, **text.method_parameters(config, method)}
+        return {**base, **method.fresh(config.seed)}
 
     select = config.select or "loss"
     check_select(select, scores.names(scores.token_scores))
-    about = text.about(config, prompt=config.data.prompt, eos=config.data.eos)
+    about = text.about(config, method, prompt=config.data.prompt, eos=config.data.eos)
     workload = Workload(
         apply=apply_of(
             models.DecoderModel(model_config),
@@ -76,19 +66,14 @@ def causal_lm(config: TextConfig) -> Workload:
         about=about,
         common=Common(
             json.dumps(about["model"]),
-            lambda: paths.flatten(text.method_parameters(config, method)),
+            lambda: paths.flatten(method.fresh(config.seed)),
         ),
     )
     return pretrained.quantised_as_said(config, workload)
 
 
 def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of a batch of packed rows.
-
-    Args:
-      rows: the number of rows.
-      length: the number of tokens of a row.
-    """
+    """Return the shapes and dtypes of a batch of packed rows."""
     whole = ("input_ids", "targets", "segment_ids", "positions")
     shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in whole}
     return {**shapes, "loss_weight": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
@@ -97,20 +82,13 @@ def batch_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
 def apply_of(
     model: models.DecoderModel,
     chunk: int | None = None,
-    method: baselines.Method = baselines.NONE,
+    method: Method = LORA,
     smoothing: float = 0.0,
 ) -> Any:
-    """Return the model as a `Workload.apply` for batches of packed rows.
+    """Return the model as a `Workload.apply` for packed rows, which gives logits [B, T, V].
 
-    Args:
-      model: the decoder.
-      chunk: tokens whose cross entropy is computed at a time. None: all of them.
-      method: the training method, LoRA or one that it is compared with.
-      smoothing: the label smoothing in training.
-
-    Returns:
-      A function that returns logits [B, T, V]. With a chunk, and in training with label smoothing,
-      it returns the cross entropy of each token, float32 [B, T].
+    With a chunk (tokens whose cross entropy is computed at a time), and in training with label
+    smoothing, it gives the cross entropy of each token, float32 [B, T].
     """
     drops = model.config.dropout > 0 or model.config.attention_dropout > 0
 

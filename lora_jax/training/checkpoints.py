@@ -45,9 +45,6 @@ def steps_in(directory: pathlib.Path) -> list[int]:
     """Return the steps of a run's checkpoints, ascending; none if the directory does not exist.
 
     The names are enough, because Orbax gives a checkpoint its name when it is complete.
-
-    Args:
-      directory: the directory of the checkpoints.
     """
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
 
@@ -61,12 +58,10 @@ class Checkpoints:
         keep: int = 2,
         report: Callable[[str], None] = _log.warning,
     ) -> None:
-        """Make the folder if it does not exist. The first save deletes incomplete checkpoints.
+        """Make the folder, on a file system that all processes share, if it does not exist.
 
-        Args:
-          directory: the folder, on a file system that all processes share.
-          keep: how many checkpoints are kept; older ones are deleted.
-          report: called with a message about each damaged checkpoint that is not used.
+        The first save deletes incomplete checkpoints. `report` gets a message about each damaged
+        checkpoint that is not used.
         """
         self._directory, self._report, self._keep = directory.absolute(), report, keep
         self._saving: int | None = None
@@ -84,9 +79,8 @@ class Checkpoints:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Wait for the last save.
 
-        Raises:
-          LoraError: the save failed. If the block ended with another error, that error is raised
-            instead, unless it was only a request to stop: a lost checkpoint is worse news.
+        If the block ended with another error, that error is raised instead of a failed save's,
+        unless it was only a request to stop: a lost checkpoint is worse news.
         """
         try:
             self.wait()
@@ -95,11 +89,7 @@ class Checkpoints:
                 raise
 
     def wait(self) -> None:
-        """Wait for the last save, and delete the checkpoints that are not kept.
-
-        Raises:
-          LoraError: the save failed.
-        """
+        """Wait for the last save, and delete the checkpoints that are not kept."""
         if self._response is not None:
             # A result that nobody asks for keeps a thread and three open files until the end.
             response, self._response = self._response, None
@@ -146,15 +136,7 @@ class Checkpoints:
         """Copy the state off the device and write it in the background.
 
         It waits for an earlier save. The arrays may be donated as soon as this returns.
-
-        Args:
-          step: the step that the checkpoint is named after.
-          state: the arrays.
-          notes: the notes, JSON values.
-
-        Raises:
-          LoraError: this checkpoint or the one before it cannot be written; older ones are
-            unchanged.
+        If a save fails, older checkpoints are unchanged.
         """
         self.wait()
         parts = {"state": state, "meta": manifests.of(state, notes).seal()}
@@ -173,17 +155,7 @@ class Checkpoints:
         """Restore the newest checkpoint that is not damaged.
 
         Damaged ones that are newer are reported and renamed, so that their steps can be saved
-        again.
-
-        Args:
-          like: a state with the structure, dtypes and shardings to restore to.
-
-        Returns:
-          The state and the notes.
-
-        Raises:
-          LoraError: every checkpoint is damaged (none is renamed then), or the newest has another
-            structure than `like`.
+        again. If every checkpoint is damaged, none is renamed.
         """
         abstract, damaged = jax.tree.map(_abstract, like), dict[int, str]()
         for step in reversed(steps_in(self._directory)):

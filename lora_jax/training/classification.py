@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax import baselines, models, paths
+from lora_jax import models, paths
 from lora_jax.bases.recipe import STORED
+from lora_jax.checkpoint.added_parameters import EXTRA
 from lora_jax.data.classification import classification as batches_of
 from lora_jax.data.labels import Labels
 from lora_jax.models import placement
 from lora_jax.training import pretrained, scores, text
 from lora_jax.training.config import ConfigError, require
+from lora_jax.training.method import HEAD, LORA, Method
 from lora_jax.training.text import TextConfig
 from lora_jax.training.workload import Batch, Common, Loss, Workload, check_select
 
@@ -27,18 +29,7 @@ Tree = Any  # a pytree
 
 
 def classification(config: TextConfig) -> Workload:
-    """Make the workload of an encoder with a new head, trained on labelled texts.
-
-    Args:
-      config: names the encoder, the data and the method.
-
-    Returns:
-      The workload.
-
-    Raises:
-      ConfigError: the model is a decoder.
-      lora_jax.LoraError, ValueError: the model or the data is not as the config says.
-    """
+    """Make the workload of an encoder with a new head, trained on labelled texts."""
     source = pretrained.open_model(
         config.model.reference,
         models.BertConfig,
@@ -52,11 +43,11 @@ def classification(config: TextConfig) -> Workload:
     model_config = config.model.apply_to(source.config)
     model = models.BertClassifier(model_config, labels.outputs, config.model.pooling)
     head = models.Head(config.model.pooling, labels.outputs)
-    method = config.method.on(model_config, config.data.lengths[-1])
+    method = config.method_for(model_config, config.data.lengths[-1])
 
     def fresh() -> Tree:
         drawn = new_head(model, jax.random.fold_in(jax.random.key(config.seed), 1))
-        return {"classifier": drawn, **text.method_parameters(config, method)}
+        return {"classifier": drawn, **method.fresh(config.seed)}
 
     def load(shardings: Tree) -> Tree:
         stored = config.model.quantize == STORED
@@ -65,6 +56,7 @@ def classification(config: TextConfig) -> Workload:
 
     about = text.about(
         config,
+        method,
         labels=labels.names,
         text_fields=config.data.text_fields,
         lengths=config.data.lengths,
@@ -79,7 +71,7 @@ def classification(config: TextConfig) -> Workload:
         },
         load=load,
         placement=(*placement.rules(model_config, head), *method.placement()),
-        trainable=(baselines.HEAD, *method.trained),
+        trainable=(HEAD, *method.trained),
         train=data.train.iterator,
         evaluation=data.passes(),
         size=real_tokens,
@@ -99,15 +91,8 @@ def classification(config: TextConfig) -> Workload:
 def judged(labels: Labels, select: str | None) -> dict[str, Any]:
     """Return the fields of a `Workload` that compare outputs with labels.
 
-    Args:
-      labels: the classes of the data; empty if the labels are real numbers.
-      select: the score that picks the best adapter. None: the accuracy, or Pearson's correlation.
-
-    Returns:
-      The values of `loss`, `scores`, `select` and `better`.
-
-    Raises:
-      lora_jax.LoraError: there is no score of the name `select`.
+    There are no classes if the labels are real numbers. With `select` None, the accuracy or
+    Pearson's correlation picks the best adapter.
     """
     kinds = {0: scores.real_scores, 2: scores.class_scores}  # by the number of classes
     select = select or ("pearson" if labels.regression else "accuracy")
@@ -122,13 +107,9 @@ def judged(labels: Labels, select: str | None) -> dict[str, Any]:
 
 
 def _joined(
-    model: models.BertClassifier, method: baselines.Method, workloads: Sequence[Workload]
+    model: models.BertClassifier, method: Method, workloads: Sequence[Workload]
 ) -> Workload:
-    """Return the first workload with a head that is wide enough for the classes of any of them.
-
-    Raises:
-      ConfigError: some have classes and some real numbers, or their methods differ.
-    """
+    """Return the first workload with a head that is wide enough for the classes of any of them."""
     first = workloads[0]
     require(
         len({workload.loss for workload in workloads}) == 1,
@@ -136,7 +117,7 @@ def _joined(
         [workload.loss is real_loss for workload in workloads],
         "the same for all members of a group",
     )
-    own = [paths.flatten(w.params.get(baselines.EXTRA, {})) for w in workloads]
+    own = [paths.flatten(w.params.get(EXTRA, {})) for w in workloads]
     sizes = [{path: x.shape for path, x in one.items()} for one in own]
     if any(one != sizes[0] for one in sizes):
         raise ConfigError(
@@ -150,13 +131,8 @@ def _joined(
     return dataclasses.replace(first, apply=apply_of(wide, method), params=whole)
 
 
-def apply_of(model: models.BertClassifier, method: baselines.Method = baselines.NONE) -> Any:
-    """Return the model as a `Workload.apply`, which returns logits [B, C].
-
-    Args:
-      model: the model with its head.
-      method: the method that adds parameters of its own, if any.
-    """
+def apply_of(model: models.BertClassifier, method: Method = LORA) -> Any:
+    """Return the model as a `Workload.apply`, which returns logits [B, C]."""
     settings = model.config
     drops = any((settings.dropout, settings.attention_dropout, settings.head_dropout))
 

@@ -25,46 +25,20 @@ class ConfigError(LoraError):
 
 
 def require(condition: bool, field: str, got: Any, expected: str) -> None:
-    """Raise a `ConfigError` that names `field` unless `condition` is true.
-
-    Args:
-      condition: whether the value is valid.
-      field: the dotted path of the field.
-      got: the value.
-      expected: the valid values, in words.
-
-    Raises:
-      ConfigError: `condition` is false.
-    """
+    """Raise a `ConfigError` that names `field` unless `condition` is true."""
     if not condition:
         raise ConfigError(f"{field} must be {expected}, got {got!r}")
 
 
 INCIDENTAL = {"incidental": True}
-# A field added after the first release. At its default it is left out of the hash that names a run,
-# so that older runs are still found.
-LATER = {"later": True}
 # A field whose entries mean the same in any order, unless an entry has its own settings (`@`).
 UNORDERED = {"unordered": True}
 # The labels (`lora_jax.training.trained_labels`) of the arrays that weight decay may leave out.
 NO_DECAY = ("bias", "norm", "magnitude")
 
 
-def later(default: Any) -> Any:
-    """Declare a field that was added after the first release (`LATER`).
-
-    Args:
-      default: the default of the field.
-    """
-    return dataclasses.field(default=default, metadata=LATER)
-
-
 def incidental(default: Any) -> Any:
-    """Declare a field that does not change what a run computes, so it does not name the run.
-
-    Args:
-      default: the default of the field.
-    """
+    """Declare a field that does not change what a run computes, so it does not name the run."""
     return dataclasses.field(default=default, metadata=INCIDENTAL)
 
 
@@ -98,12 +72,12 @@ class LoraConfig(Checked):
     trainable: tuple[str, ...] | None = dataclasses.field(default=None, metadata=UNORDERED)
     """Patterns of base parameters that are trained in full (PEFT: modules_to_save). None: the
     workload decides, which is its new head. "**" with no targets is full fine-tuning."""
-    kind: str = later("lora")
+    kind: str = "lora"
     """The kind of update: lora, dora, vera, loha, lokr, bias, or one that the config file
     registers (lora_jax.updates)."""
-    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = later("alpha/r")
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """The factor of the update; "alpha/sqrt(r)" is rsLoRA (arXiv 2312.03732)."""
-    dropout: float = later(0.0)
+    dropout: float = 0.0
     """Share of the inputs of each update that is set to zero in training (PEFT: lora_dropout). The
     base gets all inputs."""
 
@@ -189,9 +163,9 @@ class OptimizerConfig(Checked):
     """Decay of the second moment."""
     eps: float = 1e-8
     """Added to the square root of the second moment."""
-    loraplus_lr_ratio: float = later(1.0)
+    loraplus_lr_ratio: float = 1.0
     """The learning rate of B divided by that of A. LoRA+ (arXiv 2402.12354) recommends 16."""
-    no_decay: tuple[Literal["bias", "norm", "magnitude"], ...] = later(())
+    no_decay: tuple[Literal["bias", "norm", "magnitude"], ...] = ()
     """Parameters without weight decay: biases and norms that are trained in full, DoRA's
     magnitudes."""
 
@@ -298,7 +272,7 @@ class Config(Checked):
     """Delete the earlier run in the run directory and start from step 0."""
     allow_other_base: bool = incidental(False)
     """Continue a run even if the frozen weights differ from the weights that it started with."""
-    start_from: Annotated[str | None, tyro.conf.arg(name="from")] = later(None)
+    start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Start with the adapters, and the parameters trained in full, of another run, of an import, or
     of a folder written by lora_jax.save. Ranks, scales, targets and kinds then come from that
     adapter; lora.dropout and lora.trainable are this run's."""
@@ -348,24 +322,14 @@ class Config(Checked):
 
 
 def check_loraplus(ratio: float, kinds: Iterable[str]) -> None:
-    """Raise `ConfigError` if LoRA+ is used with a kind of update that has no B starting at zero.
-
-    Args:
-      ratio: `optimizer.loraplus_lr_ratio`.
-      kinds: the kinds of update of the run.
-    """
+    """Raise `ConfigError` if LoRA+ is used with a kind of update that has no B starting at zero."""
     without = sorted({*kinds} & {"vera", "loha", "lokr", "bias"})
     one = f"1 with lora.kind {', '.join(without)}, in which no B begins at zero"
     require(ratio == 1 or not without, "optimizer.loraplus_lr_ratio", ratio, one)
 
 
 def check_start(before: Config, after: Config) -> None:
-    """Raise `ConfigError` if the command line sets a field that `--from` takes from the adapter.
-
-    Args:
-      before: the config of the config file.
-      after: the config with the changes of the command line.
-    """
+    """Raise `ConfigError` if the command line sets a field that `--from` takes from the adapter."""
     if after.start_from is None:
         return
     for field in dataclasses.fields(LoraConfig):
@@ -380,12 +344,7 @@ def check_start(before: Config, after: Config) -> None:
 
 
 def check_lora_counts(config: Config, given: str) -> None:
-    """Raise `ConfigError` if settings of `lora` are given for a run of another method.
-
-    Args:
-      config: the config.
-      given: the setting, as the message names it.
-    """
+    """Raise `ConfigError` if settings of `lora` are given for a run of another method."""
     if config.adaptation != config.lora:
         raise ConfigError(
             f"{given} sets a field of lora, but the config trains by another method "

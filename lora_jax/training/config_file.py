@@ -17,14 +17,7 @@ from lora_jax.training.workload import Workload
 
 @contextlib.contextmanager
 def blaming(file: str | None) -> Iterator[None]:
-    """Turn an error of a config file, which the block runs, into one that names the line.
-
-    Args:
-      file: the config file.
-
-    Raises:
-      ConfigError: any error of the block.
-    """
+    """Turn an error of a config file, which the block runs, into one that names the line."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -45,14 +38,7 @@ def blaming(file: str | None) -> Iterator[None]:
 
 
 def workload_of(config: Config) -> Workload:
-    """Return the workload of a config, which the function of its file makes.
-
-    Args:
-      config: the config of a run.
-
-    Raises:
-      ConfigError: the function fails, or does not return a `Workload`.
-    """
+    """Return the workload of a config, which the function of its file makes."""
     make = config.workload
     if make.__module__.startswith("lora_jax."):
         return make(config)

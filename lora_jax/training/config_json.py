@@ -1,7 +1,4 @@
-"""A config as JSON: what config.json holds, how two configs are compared, and the hash of one.
-
-A stored config may be from an earlier release. `RENAMED` lists the fields that had another name.
-"""
+"""A config as JSON: what config.json holds, how two configs are compared, and the hash of one."""
 
 from __future__ import annotations
 
@@ -11,53 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# First name of a field of config.json or summary.json -> its name today. New files have the new
-# name and `upgrade` reads old files; hashes and folder names use the first name for ever.
-RENAMED = {"lora.beside": "lora.trainable", "beside_parameters": "trainable_parameters"}
-_FIRST = {new: first for first, new in RENAMED.items()}
-
-
-def upgrade(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a config.json or summary.json under today's names.
-
-    Args:
-      stored: the values of the file.
-
-    Returns:
-      The same values, with new names.
-    >>> upgrade({"lora": {"beside": None}, "beside_parameters": 3})
-    {'lora': {'trainable': None}, 'trainable_parameters': 3}
-    """
-    return _renamed(stored, RENAMED)
-
-
-def first_name(path: str) -> str:
-    """Return the first name that the field at a dotted path has had.
-
-    Args:
-      path: the dotted path of a field today.
-    """
-    return _FIRST.get(path, path)
-
-
-def _renamed(values: Mapping[str, Any], names: Mapping[str, str], prefix: str = "") -> Any:
-    found = {}
-    for name, value in values.items():
-        path = f"{prefix}{name}"
-        new = names.get(path, path).rpartition(".")[2]
-        found[new] = _renamed(value, names, f"{path}.") if isinstance(value, dict) else value
-    return found
-
 
 def to_dict(config: Any) -> Any:
-    """Return a config as JSON values; a function becomes `module:name`.
-
-    Args:
-      config: a config, or a value inside one.
-
-    Returns:
-      Dictionaries, lists, strings, numbers and None.
-    """
+    """Return a config as JSON values; a function becomes `module:name`."""
     if _is_config(config):
         fields = dataclasses.fields(config)
         return {field.name: to_dict(getattr(config, field.name)) for field in fields}
@@ -73,72 +26,30 @@ def to_dict(config: Any) -> Any:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Return the fields that decide what a run computes: all but the incidental ones.
-
-    A field that was added later is left out if it has its default.
-
-    Args:
-      config: a config.
-
-    Returns:
-      Nested dictionaries of JSON values.
-    """
+    """Return the fields that decide what a run computes: all but the incidental ones."""
     found = {}
     for field in _deciding(config):
         value = getattr(config, field.name)
-        if not (field.metadata.get("later") and value == field.default):
-            found[field.name] = identity(value) if _is_config(value) else to_dict(value)
+        found[field.name] = identity(value) if _is_config(value) else to_dict(value)
     return found
 
 
 def changes(stored: Mapping[str, Any], config: Any) -> list[str]:
-    """List the fields that decide what a run computes and differ from a stored config.
+    """List the fields that decide what a run computes and differ from a config.json.
 
-    Args:
-      stored: the values of config.json. An old one has old names and lacks newer fields.
-      config: the config to compare with.
-
-    Returns:
-      Lines of the form `path: old -> new`.
+    A line has the form `path: old -> new`.
     """
     names = [field.name for field in _deciding(config)]
-    theirs, ours = _comparable(upgrade(stored), config), _comparable(to_dict(config), config)
+    theirs, ours = _comparable(stored, config), _comparable(to_dict(config), config)
     return differences({n: theirs.get(n) for n in names}, {n: ours.get(n) for n in names})
 
 
-def later_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the fields that were added later, by dotted path, with their defaults.
-
-    Args:
-      config: a config, or the class of one.
-      prefix: the start of the paths.
-
-    Returns:
-      Dotted path -> default.
-    """
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        if field.metadata.get("later"):
-            found[f"{prefix}{field.name}"] = to_dict(field.default)
-        elif _is_config(field.default):
-            found |= later_defaults(field.default, f"{prefix}{field.name}.")
-    return found
-
-
 def _comparable(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """Return values for a comparison: the fields that decide what a run computes, with defaults for
-    fields that were added later, and sorted lists if their order has no meaning.
-
-    Args:
-      values: a config as JSON values.
-      config: a config of the same class.
-    """
+    """Return the deciding fields of a config's values; lists whose order means nothing sorted."""
     found = dict(values)
     for field in dataclasses.fields(config):
         if field.metadata.get("incidental"):
             found.pop(field.name, None)
-        if field.metadata.get("later"):
-            found.setdefault(field.name, to_dict(field.default))
         value, own = found.get(field.name), getattr(config, field.name)
         if isinstance(value, dict) and _is_config(own):
             found[field.name] = _comparable(value, own)
@@ -158,22 +69,8 @@ def _is_config(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def stable_identity(config: Any) -> dict[str, Any]:
-    """Return `identity` under the first names of the fields, so that new names keep old hashes.
-
-    Args:
-      config: the config of a run.
-    """
-    found: dict[str, Any] = _renamed(identity(config), _FIRST)
-    return found
-
-
 def short_hash(identity: Mapping[str, Any]) -> str:
-    """Return eight characters that differ if the `stable_identity` differs.
-
-    Args:
-      identity: the result of `stable_identity`.
-    """
+    """Return eight characters that differ if the `identity` differs."""
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -183,11 +80,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
     >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
     ['a.b: 1 -> 3']
-
-    Args:
-      old: the values of one config.
-      new: the values of the other.
-      path: a prefix of every field's name.
     """
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -31,24 +31,14 @@ def png(figure: Figure, dpi: int) -> bytes:
 
 
 def names(lines: list[metrics.Line]) -> list[str]:
-    """Return the names of the metrics that get a curve: the loss, and the scores of evaluations.
-
-    Args:
-      lines: the lines of metrics.jsonl.
-    """
+    """Return the names of the metrics that get a curve: the loss, and the scores of evaluations."""
     evaluations = [line for line in lines if line.get("split") == "validation"]
     found = [n for n in (evaluations[0] if evaluations else ()) if n not in ("step", "split")]
     return ["loss", *(name for name in found if name != "loss")]
 
 
 def plot(axis: Any, lines: list[metrics.Line], name: str) -> None:
-    """Plot one metric: at every validation and, if it is the loss, at every training step.
-
-    Args:
-      axis: matplotlib axes.
-      lines: the lines of metrics.jsonl.
-      name: the metric.
-    """
+    """Plot one metric: at every validation and, if it is the loss, at every training step."""
     if name == "loss":
         steps = [line for line in lines if "split" not in line]
         _plot(axis, steps, name, "training", linewidth=0.8)

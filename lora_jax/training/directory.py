@@ -23,20 +23,15 @@ from lora_jax.errors import listed, writing
 from lora_jax.system import run_lock, whole_files
 from lora_jax.training import curves, processes
 from lora_jax.training.config import Config, ConfigError
-from lora_jax.training.config_json import changes, short_hash, stable_identity, to_dict
+from lora_jax.training.config_json import changes, identity, short_hash, to_dict
 from lora_jax.training.saved_files import read_config, read_summary
 
 Summary = dict[str, Any]  # summary.json, as `lora_jax.training.summary.summarise` returns it
 
 
 def default(name: str, config: Config) -> pathlib.Path:
-    """Return the run directory: the config's, or runs/<config>-<hash of the deciding fields>.
-
-    Args:
-      name: the name of the config.
-      config: the config.
-    """
-    return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(stable_identity(config))}")
+    """Return the run directory: the config's, or runs/<config>-<hash of the deciding fields>."""
+    return pathlib.Path(config.run_dir or f"runs/{name}-{short_hash(identity(config))}")
 
 
 @contextlib.contextmanager
@@ -45,14 +40,6 @@ def enter(name: str, config: Config) -> Iterator[pathlib.Path]:
 
     Process 0 holds the lock for all processes. If an error comes before the run has begun (for
     example, the model is missing), the directory is left free for any config.
-
-    Args:
-      name: the name of the config.
-      config: the config.
-
-    Raises:
-      ConfigError: another run uses the directory, it holds a run of another config, or not all
-        processes see the same directory.
     """
     path = default(name, config)
     with contextlib.ExitStack() as stack:
@@ -140,20 +127,11 @@ def _claim(path: pathlib.Path, config: Config) -> None:
 
 
 def finish(path: pathlib.Path, summary: Summary) -> None:
-    """Draw the curves and then write the summary, which marks the run as finished.
-
-    Args:
-      path: the run directory.
-      summary: the summary of the run.
-    """
+    """Draw the curves and then write the summary, which marks the run as finished."""
     whole_files.write(path / curves.FILE, curves.draw(path))
     whole_files.write_json(path / "summary.json", summary)
 
 
 def summary(path: pathlib.Path) -> Summary | None:
-    """Return the summary of a finished run, or None.
-
-    Args:
-      path: the run directory.
-    """
+    """Return the summary of a finished run, or None."""
     return read_summary(path) if (path / "summary.json").exists() else None

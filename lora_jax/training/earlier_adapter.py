@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax import baselines, checkpoint, paths
+from lora_jax import checkpoint, paths
 from lora_jax.base import is_base
 from lora_jax.bases.recipe import ABOUT, BEGUN
 from lora_jax.checkpoint import adapter_path
 from lora_jax.checkpoint.adapter import SavedAdapter
+from lora_jax.checkpoint.added_parameters import check_lora
 from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
 from lora_jax.spec import LoraSpec, Rule
@@ -66,11 +67,7 @@ class EarlierAdapter:
 
     @property
     def begun(self) -> Any:
-        """The method that changed its base before training, or None.
-
-        Raises:
-          ConfigError: the method is not known.
-        """
+        """The method that changed its base before training, or None."""
         method = self.about.get(BEGUN)
         if method is None or (isinstance(method, str) and LoraConfig(init=method).changes_base):  # type: ignore[arg-type]
             return method
@@ -87,16 +84,7 @@ class Restored(NamedTuple):
 
 
 def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
-    """Return the adapter that the config starts from, or None if it starts from none.
-
-    Args:
-      config: the config of the new run.
-      workload: its workload.
-
-    Raises:
-      ConfigError, lora_jax.LoraError: there is no adapter, there are several, it is damaged, or it
-        is for another model or other data.
-    """
+    """Return the adapter that the config starts from, or None if it starts from none."""
     if config.start_from is None:
         return None
     _, folder = adapter_path.find_one(config.start_from)
@@ -111,7 +99,7 @@ def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
         _labels(workload.about),
         config.allow_other_base,
     )
-    baselines.check_lora(config.start_from, folder, found.trainable, about)
+    check_lora(config.start_from, folder, found.trainable, about)
     try:
         _check_settings(found, workload)
         found.layout.check_params(paths.flatten(workload.params))
@@ -129,14 +117,6 @@ def patterns(
     """Return the patterns of the parameters that a run trains in full.
 
     They include the parameters that were trained in full with the earlier adapter.
-
-    Args:
-      lora: the LoRA settings of the run.
-      workload: its workload.
-      earlier: the adapter that it starts from, if any.
-
-    Raises:
-      ConfigError: `lora.trainable` leaves out some of those.
     """
     own = workload.trainable if lora.trainable is None else lora.trainable
     if earlier is None:
@@ -153,22 +133,7 @@ def patterns(
 def restore(
     earlier: EarlierAdapter, workload: Workload, layout: Layout, params: Tree, place: Placement
 ) -> Restored:
-    """Read the arrays of an earlier adapter, and put parameters trained in full into the base.
-
-    Args:
-      earlier: the adapter.
-      workload: the workload.
-      layout: what `earlier.spec` resolves to.
-      params: the base parameters of the run, changed as they were for the adapter.
-      place: the placement of all arrays on the mesh.
-
-    Returns:
-      The adapters, as float32, and the base.
-
-    Raises:
-      lora_jax.LoraError: the model's axes have other roles, or the adapter was trained on another
-        base.
-    """
+    """Read the arrays of an earlier adapter, and put parameters trained in full into the base."""
     ours, theirs = set(layout.targets), set(earlier.layout.targets)
     if other := [target.path for target in theirs - ours]:
         raise ConfigError(

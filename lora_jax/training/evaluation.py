@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapters import merge
 from lora_jax.frozen import join
 from lora_jax.layout import Layout
-from lora_jax.merge import merge
 from lora_jax.training.mesh import Placement
 from lora_jax.training.state import Trained
 from lora_jax.training.workload import Batch, Loss, Workload
@@ -30,17 +30,7 @@ def evaluate(
     place: Placement,
     batches: Iterable[Batch],
 ) -> dict[str, float]:
-    """Evaluate all batches. The sums are taken in float64 on the host.
-
-    Args:
-      batch_loss: returns the loss of a batch that is placed on the mesh.
-      workload: the workload.
-      place: the placement of all arrays on the mesh.
-      batches: the batches of a split.
-
-    Returns:
-      `{"loss": mean, **workload.scores(...)}`.
-    """
+    """Evaluate all batches. The sums are taken in float64 on the host."""
     losses, under_way = list[Loss](), deque[Loss]()
     for batch in batches:
         under_way.append(batch_loss(place.batch(batch)))
@@ -53,13 +43,7 @@ def evaluate(
 
 
 def first_batch(workload: Workload, place: Placement, otherwise: Batch) -> Batch:
-    """Return the first evaluation batch, or `otherwise` if the workload has no evaluation.
-
-    Args:
-      workload: the workload.
-      place: the placement of arrays on devices.
-      otherwise: a batch.
-    """
+    """Return the first evaluation batch, or `otherwise` if the workload has no evaluation."""
     splits = workload.evaluation.values()
     return next((b for split in splits for b in split(place.shard)), otherwise)
 
@@ -67,15 +51,9 @@ def first_batch(workload: Workload, place: Placement, otherwise: Batch) -> Batch
 def merged_difference(
     workload: Workload, layout: Layout
 ) -> Callable[[Trained, Tree, Any], jax.Array]:
-    """Return a function that measures the effect of merging, to be compiled by the caller.
+    """Return `difference(trained, frozen, batch)`, to be compiled by the caller.
 
-    Args:
-      workload: the workload.
-      layout: the layout of the adapters.
-
-    Returns:
-      `difference(trained, frozen, batch)`, which returns the largest |output with merged weights -
-      output with base and adapters|, [] float32.
+    It returns the largest |output with merged weights - output with base and adapters|, [] float32.
     """
 
     def outputs(trained: Trained, frozen: Tree, batch: Any) -> jax.Array:

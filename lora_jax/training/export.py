@@ -15,12 +15,7 @@ from lora_jax.training.state import Trained
 
 
 def folder(run: pathlib.Path, name: str) -> pathlib.Path:
-    """Return the folder of the adapter `name` ("best" or "last") of a run.
-
-    Args:
-      run: the run directory.
-      name: "best" or "last".
-    """
+    """Return the folder of the adapter `name` ("best" or "last") of a run."""
     return run / "adapters" / name
 
 
@@ -34,16 +29,7 @@ def save(
 ) -> None:
     """Write the adapters and the parameters trained in full, replacing an earlier export.
 
-    Args:
-      run: the run directory.
-      name: the name of the adapter, "best" or "last".
-      layout: the layout of the adapters.
-      trained: the arrays, `State.trained` of the run.
-      fingerprint: the fingerprint of the frozen base.
-      about: `Workload.about`.
-
-    Raises:
-      LoraError: it cannot be written; the earlier export is unchanged.
+    If it cannot be written, the earlier export is unchanged.
     """
     save_adapter(
         folder(run, name),
@@ -55,16 +41,7 @@ def save(
 
 
 def load(run: pathlib.Path, name: str, where: Any = None) -> Trained:
-    """Read the arrays that `save` wrote, bit for bit.
-
-    Args:
-      run: the run directory.
-      name: the name of the adapter.
-      where: a tree of shardings with the structure of the result. None: all on one device.
-
-    Returns:
-      The adapters and the parameters trained in full.
-    """
+    """Read the arrays that `save` wrote, bit for bit; `where` is a tree of shardings like them."""
     places = None if where is None else {**where["adapters"], **where["base"]}
     _, adapters, trainable = restore(folder(run, name), places)
     return {"adapters": adapters, "base": trainable}

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import baselines, models, paths
+from lora_jax import models, paths
 from lora_jax.bases.recipe import STORED
 from lora_jax.data.image_classification import image_classification as batches_of
 from lora_jax.data.images import Augmentation
@@ -19,6 +19,7 @@ from lora_jax.models.weights import preprocessing
 from lora_jax.training import pretrained
 from lora_jax.training.classification import judged
 from lora_jax.training.images import ImageConfig
+from lora_jax.training.method import HEAD
 from lora_jax.training.workload import Common, Workload
 
 Tree = Any  # a pytree
@@ -27,18 +28,7 @@ POOLING = "cls"  # the head reads the class token
 
 
 def image_classification(config: ImageConfig) -> Workload:
-    """Make the workload of a ViT with a new head, trained on labelled images.
-
-    Args:
-      config: names the ViT and the data.
-
-    Returns:
-      The workload.
-
-    Raises:
-      ConfigError: the model reads text.
-      lora_jax.LoraError, ValueError: the model or the data is not as the config says.
-    """
+    """Make the workload of a ViT with a new head, trained on labelled images."""
     source = pretrained.open_model(
         config.model.reference,
         models.VitConfig,
@@ -74,7 +64,7 @@ def image_classification(config: ImageConfig) -> Workload:
         },
         load=load,
         placement=placement.rules(model_config, head),
-        trainable=(baselines.HEAD,),
+        trainable=(HEAD,),
         example=batch_shapes(model_config, config.data.batch_size, labels),
         train=data.train.iterator,
         evaluation=data.passes(),
@@ -89,13 +79,7 @@ def image_classification(config: ImageConfig) -> Workload:
 def batch_shapes(
     config: models.VitConfig, rows: int, labels: Labels
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of a batch of `lora_jax.data.image_classification`.
-
-    Args:
-      config: the config of the model.
-      rows: the number of images.
-      labels: the labels of the data.
-    """
+    """Return the shapes and dtypes of a batch of `lora_jax.data.image_classification`."""
     one = {
         "label": jnp.float32 if labels.regression else jnp.int32,
         "weight": jnp.float32,
@@ -109,11 +93,7 @@ def batch_shapes(
 
 
 def apply_of(model: models.VitClassifier) -> Any:
-    """Return the model as a `Workload.apply`, which returns logits [B, C].
-
-    Args:
-      model: the model with its head.
-    """
+    """Return the model as a `Workload.apply`, which returns logits [B, C]."""
     drops = model.config.dropout > 0 or model.config.attention_dropout > 0
 
     def apply(params: Tree, batch: Any, *, train: bool, key: Any) -> Any:

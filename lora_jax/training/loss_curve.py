@@ -29,12 +29,7 @@ class LossCurve(ProgressColumn):
         self._counts = [0] * _PARTS
 
     def add(self, share: float, loss: float) -> None:
-        """Add a loss to the curve, unless it is not finite.
-
-        Args:
-          share: the share of all steps that have been made: above 0, at most 1.
-          loss: the loss of the last one.
-        """
+        """Add a loss to the curve, unless it is not finite."""
         if math.isfinite(loss):
             part = min(max(math.ceil(share * _PARTS) - 1, 0), _PARTS - 1)
             self._sums[part] += loss

@@ -41,16 +41,6 @@ def sizes(config: MeshConfig, count: int | None) -> dict[str, int]:
 
     >>> sizes(MeshConfig(data=-1, fsdp=4, tensor=2), 32)
     {'data': 4, 'fsdp': 4, 'tensor': 2}
-
-    Args:
-      config: the config of the mesh.
-      count: the number of devices. None: just as many as the axes need, with 1 in place of -1.
-
-    Returns:
-      Axis -> size.
-
-    Raises:
-      ConfigError: the product of the sizes is not `count`.
     """
     asked = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in asked.values() if size != -1)
@@ -66,18 +56,7 @@ def sizes(config: MeshConfig, count: int | None) -> dict[str, int]:
 
 
 def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Make the mesh of a config.
-
-    Args:
-      config: the config of the mesh.
-      devices: the devices. None: all devices of all processes.
-
-    Returns:
-      The mesh.
-
-    Raises:
-      ConfigError: the product of the axis sizes is not the number of devices.
-    """
+    """Make the mesh of a config."""
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes(config, len(devices)).values())
     # Auto axes let the partitioner choose shardings that the specs leave open. JAX's default is
@@ -89,9 +68,6 @@ def shard_of(mesh: Mesh) -> Shard:
     """Return which rows of each global batch the devices of this process hold.
 
     If `tensor` spans processes, these hold the same rows and have the same shard.
-
-    Args:
-      mesh: the mesh of the run.
     """
     parts = mesh.shape["fsdp"] * mesh.shape["data"]
     held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((parts,)).values()
@@ -125,12 +101,7 @@ class Placement:
         return NamedSharding(self.mesh, P())
 
     def trained(self, layout: Layout, base: Mapping[str, Any]) -> Tree:
-        """Return shardings of `{"adapters": ..., "base": ...}`; they follow the weights.
-
-        Args:
-          layout: the layout of the adapters.
-          base: path -> anything, for the parameters trained in full.
-        """
+        """Return shardings of `{"adapters": ..., "base": ...}`; they follow the weights."""
         specs = {
             "adapters": sharding.partition_specs(layout, self.specs),
             "base": {path: self.specs[path] for path in base},
@@ -142,14 +113,6 @@ class Placement:
 
         A leaf is sharded like a trained array if its path ends in that array's path and it has the
         same shape. Other leaves (counters, factored moments) are replicated.
-
-        Args:
-          state: any tree of arrays or ShapeDtypeStructs.
-          trained: the trained arrays or ShapeDtypeStructs.
-          where: the shardings of `trained`, as the method `trained` returns them.
-
-        Returns:
-          A tree of shardings with the structure of `state`.
         """
         keyed = jax.tree_util.tree_flatten_with_path(trained)[0]
         places = jax.tree.leaves(where)
@@ -165,17 +128,7 @@ class Placement:
         return jax.tree_util.tree_map_with_path(find, state)
 
     def batch(self, rows: Batch) -> dict[str, jax.Array]:
-        """Combine this process's rows of a batch with the other processes' rows.
-
-        Args:
-          rows: name -> array [rows, ...], or a scalar, which is replicated.
-
-        Returns:
-          Name -> global array.
-
-        Raises:
-          ConfigError: the rows cannot be divided evenly over the devices.
-        """
+        """Combine this process's rows of a batch with the other processes' rows."""
         return {name: self._entry(name, value) for name, value in rows.items()}
 
     def _entry(self, name: str, value: Any) -> jax.Array:
@@ -207,13 +160,7 @@ class Placement:
 
 
 def check_rows(name: str, rows: int, parts: int) -> None:
-    """Raise `ConfigError` unless the rows of an array of a batch can be divided over the devices.
-
-    Args:
-      name: the name of the array.
-      rows: its number of rows.
-      parts: the number of parts to divide them into.
-    """
+    """Raise `ConfigError` unless the rows of an array of a batch divide into `parts`."""
     if rows % parts:
         raise ConfigError(
             f"the batch's {name!r} has {rows} rows, which mesh.data x mesh.fsdp = {parts} devices "
@@ -227,19 +174,6 @@ def place(workload: Workload, config: MeshConfig, mesh: Mesh, example: Any) -> P
 
     If the workload has no rules, a parameter is placed by its Flax partitioning metadata if it has
     any, or else by the automatic rule (`lora_jax.sharding.automatic`), which traces the workload.
-
-    Args:
-      workload: the workload.
-      config: the config of the mesh.
-      mesh: the mesh.
-      example: this process's rows of a batch, or their ShapeDtypeStructs.
-
-    Returns:
-      The placement.
-
-    Raises:
-      ConfigError: the rows cannot be divided evenly over the devices.
-      lora_jax.LoraError: a parameter matches no rule or several, or an axis does not divide it.
     """
 
     def use(params: Tree, batch: Any) -> Any:

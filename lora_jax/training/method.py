@@ -1,106 +1,61 @@
-"""The training method of a run: LoRA, or one that it is compared with."""
+"""What a run trains next to the adapters: the extension point of the text configs.
+
+A config may train by another method than LoRA: `TextConfig.method_for` then returns a subclass of
+`Method`, as the methods that LoRA is compared with do (`experiments/methods`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-from lora_jax import baselines
-from lora_jax.errors import LoraError
-from lora_jax.models import BertConfig, DecoderConfig
-from lora_jax.system.checked import Checked
-from lora_jax.training.config import ConfigError, require
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec
 
-LORA = "lora"
-# Name of the method -> the function that makes it, and its settings with their defaults.
-_METHODS: dict[str, tuple[Callable[..., baselines.Method], dict[str, int]]] = {
-    LORA: (lambda config: baselines.NONE, {}),
-    "full": (baselines.full, {}),
-    "top_layers": (baselines.top_layers, {"top_layers": 2}),
-    "bitfit": (baselines.bitfit, {}),
-    "head": (baselines.head, {}),
-    "houlsby": (baselines.houlsby, {"size": 64}),
-    "pfeiffer": (baselines.pfeiffer, {"size": 64}),
-    "adapter_drop": (baselines.adapter_drop, {"size": 64, "drop": 1}),
-    "lin": (baselines.lin, {"size": 64}),
-    "prefix_embedding": (baselines.prefix_embedding, {"prefix": 8, "infix": 8}),
-    "prefix_layer": (baselines.prefix_layer, {"prefix": 8, "infix": 8}),
-}
-_LEAST = {"size": 1, "top_layers": 1, "prefix": 0, "infix": 0, "drop": 1}
+from lora_jax.checkpoint.added_parameters import EXTRA
+
+Tree = Any  # a pytree
+
+HEAD = "classifier/**"  # the new head of an encoder, which every method trains
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodConfig(Checked):
-    """The training method (docs/methods.md). A method other than LoRA does not use `lora`."""
+class Method:
+    """The base parameters that a run trains in full, and what it adds to the model.
 
-    _path = "method."
+    This class adds nothing. A subclass that does overrides `init` and `apply`.
 
-    name: Literal[
-        "lora",
-        "full",
-        "top_layers",
-        "bitfit",
-        "head",
-        "houlsby",
-        "pfeiffer",
-        "adapter_drop",
-        "lin",
-        "prefix_embedding",
-        "prefix_layer",
-    ] = "lora"
-    """lora; full fine-tuning; top_layers, the last layers; bitfit, all biases; head, only the new
-    head; adapter layers by houlsby, pfeiffer, adapter_drop or lin; prefix_embedding and
-    prefix_layer."""
-    size: int | None = None
-    """Adapter layers: width of the bottleneck. None: 64."""
-    top_layers: int | None = None
-    """top_layers: how many layers are trained, counted from the output. None: 2."""
-    prefix: int | None = None
-    """Prefixes: the number of learned tokens before the text. None: 8."""
-    infix: int | None = None
-    """Prefixes: the number of learned tokens after the text. None: 8."""
-    drop: int | None = None
-    """adapter_drop: the number of layers without adapter, counted from the input. None: 1."""
+    Attributes:
+      trained: patterns (`lora_jax.paths`) of the trained parameters, including the method's own.
+        The new head of an encoder is always trained and is not listed.
+      about: JSON values that are saved with the adapters.
+    """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field, least in _LEAST.items():
-            value = getattr(self, field)
-            if value is None:
-                continue
-            if field not in _METHODS[self.name][1]:
-                having = [name for name, (_, settings) in _METHODS.items() if field in settings]
-                raise ConfigError(
-                    f"method.{field} is a setting of {', '.join(having)}, and method.name is "
-                    f"{self.name!r}: leave it out, or name one of them"
-                )
-            require(value >= least, f"method.{field}", value, f"at least {least}")
+    trained: tuple[str, ...] = ()
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    @property
-    def settings(self) -> dict[str, int]:
-        """The settings of this method, by name, with defaults filled in."""
-        defaults = _METHODS[self.name][1]
-        given = {field: getattr(self, field) for field in defaults}
-        return {f: defaults[f] if value is None else value for f, value in given.items()}
+    def init(self, key: jax.Array) -> Tree:
+        """Return fresh parameters to add to the model's: `{EXTRA: ...}`, or `{}`."""
+        return {}
 
-    def on(self, config: BertConfig | DecoderConfig, length: int) -> baselines.Method:
-        """Return the method for a model. LoRA is a method that trains nothing of its own.
+    def fresh(self, seed: int) -> Tree:
+        """Return `init` with the key of a run. The new head has the key folded with 1."""
+        return self.init(jax.random.fold_in(jax.random.key(seed), 2))
 
-        Args:
-          config: the config of the model.
-          length: the number of tokens of the longest row.
+    def shapes(self) -> Tree:
+        """Return the result of `init` as ShapeDtypeStructs."""
+        return jax.eval_shape(self.init, jax.random.key(0))
 
-        Returns:
-          The method.
+    def placement(self) -> tuple[tuple[str, PartitionSpec], ...]:
+        """Return a sharding rule for the method's own parameters: replicated, as they are few."""
+        return ((f"{EXTRA}/**", PartitionSpec()),) if self.shapes() else ()
 
-        Raises:
-          ConfigError: the method does not work with the model.
-        """
-        make, settings = _METHODS[self.name][0], dict[str, Any](self.settings)
-        if "prefix" in settings:
-            settings["length"] = length
-        try:
-            return make(config, **settings)
-        except LoraError as error:
-            raise ConfigError(f"method.name {self.name!r}: {error}") from error
+    def apply(self, model: nn.Module, params: Tree, *args: Any, **kwargs: Any) -> Any:
+        """Call `model.apply({"params": ...}, *args, **kwargs)` with the method's additions."""
+        return model.apply({"params": params}, *args, **kwargs)
+
+
+LORA = Method()
+"""LoRA alone, whose factors are not parameters of the model."""

@@ -157,17 +157,7 @@ def _json(value: Any) -> Any:
 
 
 def read(directory: pathlib.Path) -> list[Line]:
-    """Read metrics.jsonl of a run. An incomplete last line, which a kill leaves, is left out.
-
-    Args:
-      directory: the run directory.
-
-    Returns:
-      The lines; none if the file does not exist.
-
-    Raises:
-      LoraError: a line is not JSON or has no step.
-    """
+    """Read metrics.jsonl of a run. An incomplete last line, which a kill leaves, is left out."""
     path = directory / "metrics.jsonl"
     if not path.exists():
         return []

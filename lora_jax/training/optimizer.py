@@ -52,12 +52,7 @@ class Hyper(NamedTuple):
 
 
 def hyper(config: OptimizerConfig, steps: int) -> Hyper:
-    """Return the settings of a run as arrays.
-
-    Args:
-      config: the config of the optimizer.
-      steps: the number of steps of the run.
-    """
+    """Return the settings of a run as arrays."""
     values: dict[str, float] = {
         "peak": config.learning_rate,
         "head": (config.head_learning_rate or config.learning_rate) / config.learning_rate,
@@ -81,12 +76,8 @@ def hyper(config: OptimizerConfig, steps: int) -> Hyper:
 def rate(hyper: Hyper, count: Any, library: Any = jnp) -> Any:
     """Return the learning rate of a step: linear warm-up, then decay over the remaining steps.
 
-    With `linear` and `cosine` it reaches zero at step `hyper.steps`, which is never taken.
-
-    Args:
-      hyper: the settings, scalars or arrays.
-      count: the step, from 0; a scalar or an array of the shape of the settings.
-      library: `jax.numpy`, or `numpy` to compute on the host.
+    With `linear` and `cosine` it reaches zero at step `hyper.steps`, which is never taken. `count`
+    is the step, from 0. With `library` NumPy it is computed on the host.
     """
     # The first step must not have rate 0, so step i of the warm-up has (i + 1) / (rise + 1) of it.
     rising = (count + 1) / (hyper.rise + 1)
@@ -102,9 +93,6 @@ def adamw(hyper: Hyper) -> optax.GradientTransformation:
 
     "base" holds only the parameters trained in full. Frozen parameters are not in the tree, so they
     have no gradient and no state. The structure of the state does not depend on `hyper`.
-
-    Args:
-      hyper: scalars, which may be traced.
     """
     return optax.chain(
         _clip(hyper.clip),
@@ -113,11 +101,7 @@ def adamw(hyper: Hyper) -> optax.GradientTransformation:
             optax.stateless(lambda updates, params: _decayed(hyper, updates, params)),
             optax.scale_by_learning_rate(lambda count: rate(hyper, count)),
         ),
-        # This masks nothing, but it is part of the state's structure in existing checkpoints.
-        optax.masked(
-            optax.stateless(lambda updates, _: _rated(hyper, updates)),
-            {"adapters": True, "base": True},
-        ),
+        optax.stateless(lambda updates, _: _rated(hyper, updates)),
     )
 
 

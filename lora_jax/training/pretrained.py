@@ -17,7 +17,7 @@ from lora_jax.data.config import ExamplesConfig
 from lora_jax.data.process_slice import Shard
 from lora_jax.models.weights.source import anchored
 from lora_jax.system.checked import Checked
-from lora_jax.training.config import Config, ConfigError, later, require
+from lora_jax.training.config import Config, ConfigError, require
 from lora_jax.training.config_json import to_dict
 from lora_jax.training.quantised import as_stored, quantised
 from lora_jax.training.workload import Batch, Workload
@@ -42,14 +42,14 @@ class PretrainedModelConfig(Checked):
     """Dtype of the frozen parameters; the adapters stay in float32."""
     dropout: float = 0.0
     """Dropout rate inside the model, and before an encoder's head, in training."""
-    quantize: Literal["none", "stored", "nf4", "int4", "int8", "fp8"] = later("none")
+    quantize: Literal["none", "stored", "nf4", "int4", "int8", "fp8"] = "none"
     """How the frozen weights are kept. none: in `param_dtype`. stored: weights that are quantised
     in the file (GGUF, bitsandbytes) stay as they are. nf4, int4, int8, fp8: the weights of the
     layers become codes of 4 or 8 bits with scales (QLoRA, arXiv 2305.14314); embeddings, norms,
     biases and the output head do not. On a CPU this saves memory, not time."""
-    quantize_block: int | None = later(None)
+    quantize_block: int | None = None
     """Numbers that share a scale. None: 64 for nf4 and int4, all numbers of an output otherwise."""
-    double_quantize: bool = later(False)
+    double_quantize: bool = False
     """Keep the scales of nf4 in 8 bits."""
 
     def __post_init__(self) -> None:
@@ -62,11 +62,7 @@ class PretrainedModelConfig(Checked):
         require(block is None or own, "model.quantize_block", block, "None")
 
     def apply_to(self, config: Any) -> Any:
-        """Return the model's own config with these settings.
-
-        Args:
-          config: the config that was read with the weights.
-        """
+        """Return the model's own config with these settings."""
         return dataclasses.replace(
             config,
             scan_layers=self.scan_layers,
@@ -127,17 +123,7 @@ class RunBatches:
 def open_batches(
     config: PretrainedConfig, pipeline: Callable[..., Batches], **training: Any
 ) -> RunBatches:
-    """Make the batches of a run.
-
-    Args:
-      config: the config of the run.
-      pipeline: `pipeline(split, batch_size, ...)`, one of `lora_jax.data`'s `batches_of` with its
-        first arguments bound.
-      **training: more arguments of the pipeline for the training split.
-
-    Returns:
-      The batches.
-    """
+    """Make the batches of a run with `pipeline(split, batch_size, ...)` of `lora_jax.data`."""
     data = config.data
     there = open_source(data.source, data.data_dir).splits
     named = {"validation": data.eval_split, "test": data.test_split}
@@ -162,14 +148,6 @@ def about(config: PretrainedConfig, pooling: str, **more: Any) -> dict[str, Any]
     """Return `Workload.about`: the settings that change what the model computes, and `more`.
 
     The path of the model is made absolute, because the adapter may be opened from another folder.
-
-    Args:
-      config: the config of the run.
-      pooling: the value that a classification head reads.
-      **more: other config values.
-
-    Returns:
-      JSON values.
     """
     settings = ("reference", "scan_layers", "dtype", "param_dtype")
     model = {name: getattr(config.model, name) for name in settings}
@@ -178,16 +156,7 @@ def about(config: PretrainedConfig, pooling: str, **more: Any) -> dict[str, Any]
 
 
 def base_shapes(config: PretrainedConfig, source: models.Source, model_config: Any) -> Any:
-    """Return the shapes of the pretrained model's parameters, quantised ones as the file has them.
-
-    Args:
-      config: the config of the run.
-      source: the pretrained model.
-      model_config: its config, with the settings of the run.
-
-    Raises:
-      ConfigError: the weights should stay as stored, but none is quantised in the file.
-    """
+    """Return the shapes of the pretrained parameters, quantised ones as the file has them."""
     if config.model.quantize != STORED:
         return models.shapes(model_config)
     found = source.shapes(model_config)
@@ -216,21 +185,7 @@ def quantised_as_said(config: PretrainedConfig, workload: Workload) -> Workload:
 
 
 def open_model(reference: str, kind: type[Any], wanted: str) -> Any:
-    """Open the pretrained model (`models.open`), and check its kind.
-
-    Args:
-      reference: see `PretrainedModelConfig.reference`.
-      kind: the config class of the models that the workload accepts.
-      wanted: the end of the error message: which models are accepted, and which workload accepts
-        others.
-
-    Returns:
-      The source of the weights.
-
-    Raises:
-      ConfigError: the model is of another kind.
-      lora_jax.LoraError: it cannot be found or read.
-    """
+    """Open a pretrained model, whose config must be of a kind; `wanted` ends the error message."""
     source = models.open(reference)
     if not isinstance(source.config, kind):
         kinds = {models.BertConfig: "an encoder of text", models.DecoderConfig: "a decoder"}

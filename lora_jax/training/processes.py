@@ -96,14 +96,7 @@ def _tpu_vm(environment: Mapping[str, str]) -> bool:
 
 
 def join(config: ProcessesConfig) -> None:
-    """Connect to the other processes, if there are any. Call it before any array is made.
-
-    Args:
-      config: the config of the processes.
-
-    Raises:
-      ConfigError: the connection fails. After `connect_timeout` seconds JAX aborts instead.
-    """
+    """Connect to the other processes, if there are any. Call it before any array is made."""
     found = None if config.count is not None else launcher(os.environ)
     if config.coordinator is None and found is None:
         return
@@ -182,15 +175,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def everywhere(action: Callable[[], Any]) -> list[Any]:
-    """Call a function on every process, and return each process's result (JSON values).
-
-    Args:
-      action: the function.
-
-    Raises:
-      LoraError, OSError: the error that the function raised on this process.
-      ElsewhereError: the function raised an error on another process only.
-    """
+    """Call a function on every process, and return each process's result (JSON values)."""
     if jax.process_count() == 1:
         return [action()]
     value, error = None, None
@@ -236,13 +221,6 @@ def union(states: Sequence[Any], path: str = "state") -> Any:
 
     >>> union([{"step": 3, "at": {"0": 5}}, {"step": 3, "at": {"1": 7}}])
     {'step': 3, 'at': {'0': 5, '1': 7}}
-
-    Args:
-      states: the JSON value of each process.
-      path: the name of the states in error messages.
-
-    Raises:
-      LoraError: the processes have different values for a key.
     """
     if all(isinstance(state, dict) for state in states):
         keys = dict.fromkeys(key for state in states for key in state)
@@ -355,9 +333,6 @@ def end(main: Callable[[], int]) -> NoReturn:
 
     With several processes, one that fails does not wait for the others, which may have ended or may
     be waiting for it. Its last line on stderr says so.
-
-    Args:
-      main: the program; it returns the exit status.
     """
     try:
         status = main()

@@ -13,8 +13,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import paths
-from lora_jax.base import is_base
-from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.base import QuantisedMatrix, is_base
 from lora_jax.bases.quantise import quantize
 from lora_jax.bases.recipe import ABOUT, STORED, recipe
 from lora_jax.data.process_slice import Shard
@@ -39,20 +38,6 @@ def quantised(
     Embeddings, norms, biases, the head and parameters trained in full stay as they are. The loader
     loads floats into host memory; then one weight after the other is moved to the devices and
     quantised there.
-
-    Args:
-      workload: a workload whose `params` are floats, by shape or as arrays.
-      scheme: see `lora_jax.quantize`. `Workload.about` stores it with the axes of the quantised
-        weights, for the users of the adapters.
-      block: see `lora_jax.quantize`.
-      double: see `lora_jax.quantize`.
-      trainable: patterns of the parameters trained in full. None: the workload's.
-
-    Returns:
-      The workload with quantised `params`.
-
-    Raises:
-      lora_jax.LoraError: no weight is left to be quantised, or the scheme does not exist.
     """
     patterns = workload.trainable if trainable is None else tuple(trainable)
     layout = _quantised_layout(workload, patterns)
@@ -78,12 +63,7 @@ def quantised(
 
 
 def as_stored(workload: Workload, how: dict[str, Any] | None = None) -> Workload:
-    """Return a workload with quantised parameters that says so in `about` and `common`.
-
-    Args:
-      workload: a workload whose parameters hold quantised weights.
-      how: a recipe (`lora_jax.bases.recipe`). None: the weights are kept as the file has them.
-    """
+    """Return a workload with quantised parameters that says so in `about` and `common`."""
     how, common = how or {"scheme": STORED}, workload.common
     named = None if common is None else _common(common, workload.params, json.dumps(how))
     return dataclasses.replace(workload, about={**workload.about, ABOUT: how}, common=named)
@@ -100,15 +80,7 @@ def _quantised_layout(workload: Workload, trainable: Sequence[str]) -> Layout:
 
 
 def float_shardings(params: Tree, shardings: Tree) -> Tree:
-    """Return the shardings with which the floats of quantised parameters are loaded.
-
-    Args:
-      params: the quantised parameters, by shape.
-      shardings: a tree of their shardings.
-
-    Returns:
-      A tree with one sharding for each parameter.
-    """
+    """Return the shardings with which the floats of quantised parameters are loaded."""
     return jax.tree.map(_float_sharding, params, shardings, is_leaf=is_base)
 
 
@@ -124,12 +96,7 @@ def _float_sharding(leaf: Any, where: Any) -> Any:
 
 
 def weight_spec(base: QuantisedMatrix, where: QuantisedMatrix) -> PartitionSpec:
-    """Return the PartitionSpec of the float array: the inverse of `bases.placement.placed`.
-
-    Args:
-      base: the quantised weight, by shape.
-      where: the shardings of its arrays.
-    """
+    """Return the PartitionSpec of the float array: the inverse of `bases.placement.placed`."""
     lead, pairs = len(base.lead), zip(jax.tree.leaves(base), jax.tree.leaves(where), strict=True)
     codes, place = max(pairs, key=lambda pair: math.prod(pair[0].shape))
     whole = (*place.spec, *[None] * (lead + 2))

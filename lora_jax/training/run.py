@@ -117,12 +117,7 @@ class Run:
         self._screen: Screen | None = None
 
     def begin(self, state: State) -> State:
-        """Return the state of the newest checkpoint, or `state` if there is no checkpoint.
-
-        Args:
-          state: the state before the first step; a checkpoint is restored to its shapes and
-            shardings.
-        """
+        """Return the state of the newest checkpoint, or `state` if there is no checkpoint."""
         if self.checkpoints.latest is not None:
             state = self._restore(state)
         self.start, self._skipped = int(state.step), int(state.skipped)
@@ -152,14 +147,7 @@ class Run:
         return units
 
     def report(self, values: dict[str, Any]) -> None:
-        """Write and show one step. Stop at a step that is not finite.
-
-        Args:
-          values: "step", "units" and the metrics of the step, on the host.
-
-        Raises:
-          NonFiniteError: the step is not finite, and the config says to stop.
-        """
+        """Write and show one step. Stop at a step that is not finite."""
         applied = values["step"] - 1 - self._skipped
         self._skipped += not values["finite"]
         rate = float(optimizer.rate(self._hyper, applied, np))
@@ -193,12 +181,7 @@ class Run:
     def evaluate_before(
         self, batch_loss: BatchLoss, known: Mapping[str, dict[str, float]] | None = None
     ) -> None:
-        """Evaluate every split before the first step.
-
-        Args:
-          batch_loss: returns the loss of a batch.
-          known: the scores of each split, if they are known already.
-        """
+        """Evaluate every split before the first step."""
         for split in self.setup.workload.evaluation:
             note = "  (before)"
             if known is None:
@@ -211,10 +194,7 @@ class Run:
     def validate(self, step: int, batch_loss: BatchLoss, trained: Callable[[], Trained]) -> None:
         """Evaluate on the validation split if there is one, and save the adapter if it is best.
 
-        Args:
-          step: the step.
-          batch_loss: returns the loss of a batch.
-          trained: returns the parameters that `batch_loss` uses, in the run's own shapes.
+        `trained` returns the parameters that `batch_loss` uses, in the run's own shapes.
         """
         if "validation" not in self.setup.workload.evaluation:
             return
@@ -262,11 +242,7 @@ class Run:
         processes.by_first(lambda: directory.finish(self.setup.path, summary))
 
     def best(self, like: Trained) -> Trained:
-        """Return the exported best adapter, or the last one if no evaluation picked a best.
-
-        Args:
-          like: trained parameters of the run, whose shardings are used.
-        """
+        """Return the exported best adapter, or the last one if no evaluation picked a best."""
         where = self.setup.place.trained(self.setup.layout, like["base"])
         return export.load(self.setup.path, "best" if self.notes.best else "last", where)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from lora_jax.errors import LoraError
 from lora_jax.system import json_file
-from lora_jax.training.config_json import upgrade
 
 _CONFIG_CURE = "train.py wrote it: restore it from a copy, or start the run again with --fresh"
 _SUMMARY_CURE = (
@@ -32,16 +31,9 @@ _SUMMARY: dict[str, Any] = {
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """Return config.json of the run in `folder`, under today's names.
-
-    Args:
-      folder: the run directory.
-
-    Raises:
-      LoraError: it is not JSON, or not the config of a run.
-    """
+    """Return config.json of the run in `folder`."""
     file = folder / "config.json"
-    found = upgrade(json_file.read(file, LoraError, cure=_CONFIG_CURE, finite=False))
+    found = json_file.read(file, LoraError, cure=_CONFIG_CURE, finite=False)
     if not isinstance(found.get("steps"), int) or not isinstance(found.get("lora"), dict):
         raise LoraError(
             f"{file} is not a config of train.py: it has no steps and lora; {_CONFIG_CURE}"
@@ -50,16 +42,9 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:
-    """Return summary.json of the run in `folder`, with every field that the package reads.
-
-    Args:
-      folder: the run directory.
-
-    Raises:
-      LoraError: it is not JSON, or a field is missing or has the wrong type.
-    """
+    """Return summary.json of the run in `folder`, with every field that the package reads."""
     file = folder / "summary.json"
-    found = upgrade(json_file.read(file, LoraError, cure=_SUMMARY_CURE, finite=False))
+    found = json_file.read(file, LoraError, cure=_SUMMARY_CURE, finite=False)
     for name, kind in _SUMMARY.items():
         if name not in found:
             raise LoraError(f"{file} has no {name!r}; {_SUMMARY_CURE}")

@@ -29,17 +29,7 @@ def names(scores: Callable[[Sums, float], dict[str, float]]) -> list[str]:
 def class_sums(
     logits: jax.Array, labels: jax.Array, weights: jax.Array, two: bool
 ) -> dict[str, jax.Array]:
-    """Count the correct guesses; with `two` classes also the four cells of the confusion matrix.
-
-    Args:
-      logits: float [B, C].
-      labels: int [B].
-      weights: float [B]; 0 for a row that does not count.
-      two: whether there are two classes.
-
-    Returns:
-      Name -> sum, [] float32.
-    """
+    """Count the correct guesses; with `two` classes also the four cells of the confusion matrix."""
     guess = jnp.argmax(logits, axis=-1)
     sums = {"correct": jnp.sum(weights * (guess == labels))}
     if two:
@@ -65,16 +55,7 @@ def class_scores(sums: Sums, weight: float) -> dict[str, float]:
 
 
 def real_sums(outputs: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-    """Return the first and second moments of outputs and labels.
-
-    Args:
-      outputs: float [B].
-      labels: float [B].
-      weights: float [B]; 0 for a row that does not count.
-
-    Returns:
-      Name -> sum, [] float32.
-    """
+    """Return the first and second moments of outputs and labels."""
     x, y = outputs * weights, labels * weights
     return {
         "x": x.sum(),

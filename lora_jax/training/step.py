@@ -42,20 +42,8 @@ def create(
 
     The adapters are sharded like their weights, and the optimizer state like the adapters. One
     compiled program computes it, so that no device ever holds more than its part. The state shares
-    no memory with `base`.
-
-    Args:
-      layout: the layout of the adapters.
-      base: path -> array, the parameters trained in full.
-      tx: the optimizer.
-      key: the PRNG key of the run, [].
-      place: the placement of all arrays on the mesh.
-      init: the method of `lora_jax.init`.
-      weights: `adapted_weights(layout, params)`, for kinds of update that start from W.
-      adapters: adapters to begin with, in place of new ones.
-
-    Returns:
-      The state.
+    no memory with `base` (path -> array, the parameters trained in full). `weights` are
+    `adapted_weights`, for kinds of update that start from W; `adapters` come in place of new ones.
     """
     where = jax.tree.map(lambda x: x.sharding, shapes(layout, base, tx, key, place, weights))
     begin = jax.jit(fresh(layout, tx, init), out_shardings=where)
@@ -63,12 +51,7 @@ def create(
 
 
 def adapted_weights(layout: Layout, params: Tree) -> dict[str, Any]:
-    """Return the parameters that the layout adapts, by path.
-
-    Args:
-      layout: the layout of the adapters.
-      params: the parameters of the model.
-    """
+    """Return the parameters that the layout adapts, by path."""
     leaves = paths.flatten(params)
     layout.check_params(leaves)
     return {target.path: leaves[target.path] for target in layout.targets}
@@ -85,14 +68,6 @@ def shapes(
     """Return the shapes, dtypes and shardings of the state that `create` makes.
 
     Nothing is computed.
-
-    Args:
-      layout: the layout of the adapters.
-      base: path -> array, the parameters trained in full.
-      tx: the optimizer.
-      key: the PRNG key of the run, [].
-      place: the placement of all arrays on the mesh.
-      weights: `adapted_weights(layout, params)`, for kinds of update that start from W.
     """
     state = jax.eval_shape(fresh(layout, tx, "gaussian"), base, key, weights)
     where = place.following(state, state.trained, place.trained(layout, base))
@@ -106,11 +81,6 @@ def fresh(layout: Layout, tx: optax.GradientTransformation, init: str) -> Callab
     """Return `begin(base, key, weights, adapters)`, which returns the state before the first step.
 
     Equal arguments give the same function, so that JAX compiles it once for many runs.
-
-    Args:
-      layout: the layout of the adapters.
-      tx: the optimizer.
-      init: the method of `lora_jax.init`.
     """
 
     def begin(
@@ -125,12 +95,7 @@ def fresh(layout: Layout, tx: optax.GradientTransformation, init: str) -> Callab
 
 
 def compilation(state: State, place: Placement) -> dict[str, Any]:
-    """Return the arguments of `jax.jit` for the step, which donates the state and keeps its place.
-
-    Args:
-      state: arrays, or the shapes that `shapes` returns.
-      place: the placement of all arrays on the mesh.
-    """
+    """Return arguments of `jax.jit` for the step: it donates the state and keeps its placement."""
     kept = jax.tree.map(lambda x: x.sharding, state)
     return {"donate_argnums": 0, "out_shardings": (kept, place.whole)}
 
@@ -139,10 +104,6 @@ def check_apart(layout: Layout, base: dict[str, Any]) -> None:
     """Raise `LoraError` if a parameter is both adapted and trained in full.
 
     An adapter adds nothing if W itself is trained.
-
-    Args:
-      layout: the layout of the adapters.
-      base: path -> parameter that is trained in full.
     """
     both = [target.path for target in layout.targets if target.path in base]
     if both:
@@ -169,21 +130,12 @@ def train_step(
     optimizer state. With "stop", no later step does either: the host may read the metrics late and
     still finds the state from before the step that `metrics["finite"]` names.
 
-    Args:
-      workload: the workload.
-      layout: the layout of the adapters.
-      tx: the optimizer.
-      on_nonfinite: what happens after a step that is not finite.
-      parts: the number of parts that a batch is split into, each with its own random key. Sums are
-        kept in float32 and divided once by the total weight, so that parts of unequal weight
-        (tokens) count as they do in the whole batch.
-      scales: path -> [] float32, if the adapters are padded to `layout`: the scales to use instead
-        of the layout's (`lora_jax.multi.Scaled`).
-      rate: the rate of the adapters' dropout (`lora_jax.dropout`). Its masks depend on the run's
-        key and on the step only.
-
-    Returns:
-      The step, to be compiled.
+    A batch is split into `parts`, each with its own random key. Sums are kept in float32 and
+    divided once by the total weight, so that parts of unequal weight (tokens) count as in the whole
+    batch.
+    `scales` (path -> [] float32) are used in place of the layout's if the adapters are padded to
+    `layout` (`lora_jax.multi.Scaled`). `rate` is the rate of the adapters' dropout, whose masks
+    depend on the run's key and on the step only.
     """
     adapted = adapt(layout, workload.apply)
 
@@ -244,10 +196,6 @@ def divided(batch: Any, parts: int) -> Any:
     >>> import numpy as np
     >>> divided({"x": np.arange(4)}, 2)["x"].tolist()
     [[0, 2], [1, 3]]
-
-    Args:
-      batch: a tree of arrays [B, ...] and scalars.
-      parts: the number of parts, which divides B.
     """
 
     def entry(x: Any) -> Any:
@@ -263,12 +211,7 @@ def divided(batch: Any, parts: int) -> Any:
 def evaluation_step(
     workload: Workload, layout: Layout
 ) -> Callable[[Mapping[str, Any], Tree, Any], Loss]:
-    """Return the evaluation step, `evaluate(trained, frozen, batch) -> Loss`, without dropout.
-
-    Args:
-      workload: the workload.
-      layout: the layout of the adapters.
-    """
+    """Return the evaluation step, `evaluate(trained, frozen, batch) -> Loss`, without dropout."""
     adapted = adapt(layout, workload.apply)
 
     def evaluate(trained: Mapping[str, Any], frozen: Tree, batch: Any) -> Loss:

@@ -9,13 +9,12 @@ import sys
 from typing import Any
 
 import jax
-from rich.table import Table
 
 from lora_jax import paths
 from lora_jax.adapters import count
 from lora_jax.base import is_base
 from lora_jax.bases.quantise import bytes_of
-from lora_jax.system.console import Console
+from lora_jax.system.console import Console, say, say_table
 from lora_jax.training import export
 from lora_jax.training.directory import Summary
 from lora_jax.training.run import Run
@@ -25,15 +24,7 @@ from lora_jax.training.state import State
 def summarise(
     run: Run, state: State, tested: dict[str, dict[str, float]], difference: float | None
 ) -> Summary:
-    """Return the values of summary.json.
-
-    Args:
-      run: the run, at its end.
-      state: its last state.
-      tested: split -> scores of the best adapter, for the splits that did not pick it.
-      difference: largest |merged - unmerged| output on an evaluation batch; None for a quantised
-        base.
-    """
+    """Return the values of summary.json."""
     notes, path = run.notes, run.setup.path
     spent = {name: round(value, 3) for name, value in notes.seconds.items()}
     train = max(notes.seconds.get("train", 0.0), 1e-9)
@@ -69,12 +60,7 @@ def summarise(
 
 
 def opening(run: Run, state: State) -> str:
-    """Return the text that a run prints before its first step.
-
-    Args:
-      run: the run.
-      state: its state.
-    """
+    """Return the text that a run prints before its first step."""
     setup, found = run.setup, sizes(run, state)
     facts = setup.workload.facts(setup.place.shard)
     text = (
@@ -90,12 +76,7 @@ def opening(run: Run, state: State) -> str:
 
 
 def sizes(run: Run, state: State) -> dict[str, int]:
-    """Count the parameters of the base and of the trained arrays, and their bytes on disk.
-
-    Args:
-      run: the run.
-      state: its state.
-    """
+    """Count the parameters of the base and of the trained arrays, and their bytes on disk."""
     frozen, path = run.setup.frozen, run.setup.path
     trainable = state.trained["base"]
     return {
@@ -120,11 +101,7 @@ def parameters(params: Any) -> int:
 
 
 def on_each_device(tree: Any) -> int:
-    """Return the bytes of a tree's arrays on one device; every device has as many.
-
-    Args:
-      tree: a tree of arrays, or of their shapes and shardings.
-    """
+    """Return the bytes of a tree's arrays on one device; every device has as many."""
 
     def part(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
@@ -146,10 +123,8 @@ def device_peak() -> int | None:
 
 def show(summary: Summary, console: Console) -> None:
     """Print the summary as a table."""
-    table = Table("", "", title=summary["run"], show_header=False)
-    for name, value in rows(summary):
-        table.add_row(name, value)
-    console.print(table)
+    say(console, summary["run"])
+    say_table(console, rows(summary), (0, 1))
 
 
 def rows(summary: Summary) -> list[tuple[str, str]]:
@@ -164,11 +139,7 @@ def rows(summary: Summary) -> list[tuple[str, str]]:
 
 
 def costs(summary: Summary) -> list[tuple[str, str]]:
-    """Return name and text of each cost of a run: parameters, bytes and time.
-
-    Args:
-      summary: the values of summary.json.
-    """
+    """Return name and text of each cost of a run: parameters, bytes and time."""
     base, adapters = summary["base_parameters"], summary["adapter_parameters"]
     trained, difference = adapters + summary["trainable_parameters"], summary["merged_difference"]
     speed = next(name for name in summary if name.endswith("_per_second") and name[:6] != "steps_")
@@ -196,10 +167,6 @@ def in_units(number: float, unit: str = "B") -> str:
 
     >>> in_units(999), in_units(1_234_567), in_units(2.541e17, "FLOP")
     ('999 B', '1.23 MB', '254.10 PFLOP')
-
-    Args:
-      number: the number.
-      unit: its unit.
     """
     for prefix in ("", "k", "M", "G", "T"):
         if abs(number) < 1000:

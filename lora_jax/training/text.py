@@ -7,14 +7,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
-
-from lora_jax import baselines, models
+from lora_jax import models
 from lora_jax.data.batches import Batches
 from lora_jax.data.config import DataConfig
+from lora_jax.models.config import BuiltInConfig
 from lora_jax.training import pretrained
-from lora_jax.training.config import LATER, Config, ConfigError, LoraConfig, later, require
-from lora_jax.training.method import LORA, MethodConfig
+from lora_jax.training.config import require
+from lora_jax.training.method import LORA, Method
 from lora_jax.training.pretrained import PretrainedConfig, PretrainedModelConfig, RunBatches
 
 
@@ -29,7 +28,7 @@ class ModelConfig(PretrainedModelConfig):
     """Decoders: the number of positions of a row whose loss is computed at a time, so that the
     logits of a large vocabulary never exist all at once. It costs one more product with the output
     head. None: all positions at once."""
-    head_dropout: float | None = later(None)
+    head_dropout: float | None = None
     """Dropout rate before an encoder's head. None: the same as `dropout`."""
 
     def __post_init__(self) -> None:
@@ -57,54 +56,29 @@ class TextConfig(PretrainedConfig):
     """The pretrained model."""
     data: DataConfig
     """The data."""
-    method: MethodConfig = dataclasses.field(default=MethodConfig(), metadata=LATER)
-    """LoRA, or a method that it is compared with."""
-    label_smoothing: float = later(0.0)
+    label_smoothing: float = 0.0
     """Decoders: share of each label that is spread over the whole vocabulary in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", smoothing, "in [0, 1)")
-        if self.method.name != LORA and self.start_from is not None:
-            raise ConfigError(
-                f"--from continues with LoRA adapters, and the method is {self.method.name!r}: "
-                "leave one of the two out"
-            )
-        if self.method.name != LORA and self.lora.trainable is not None:
-            raise ConfigError(
-                f"lora.trainable is {self.lora.trainable}, but the method {self.method.name!r} "
-                "decides what is trained: leave it at None, or method.name at 'lora'"
-            )
 
-    @property
-    def adaptation(self) -> LoraConfig:
-        """`lora`; with another method a config without adapters."""
-        return self.lora if self.method.name == LORA else LoraConfig(targets=())
+    def method_for(self, model: BuiltInConfig, length: int) -> Method:
+        """Return what is trained next to the adapters and the new head: nothing.
 
-    def full_fine_tuning(self, **changes: Any) -> Config:
-        """See `Config`. The method is set to LoRA, because no other uses `lora.trainable`."""
-        return super().full_fine_tuning(method=MethodConfig(), **changes)
+        Args:
+          model: the config of the model.
+          length: the number of tokens of the longest row.
+        """
+        return LORA
 
 
 Pipeline = Callable[..., Batches]  # batches_of in classification or language_modelling
 
 
 def open_text(config: TextConfig, pipeline: Pipeline, source: models.Source) -> RunBatches:
-    """Make the batches of a run on text.
-
-    Args:
-      config: the config of the run.
-      pipeline: makes batches from the data, the tokenizer and the size of the vocabulary.
-      source: the pretrained model.
-
-    Returns:
-      The batches.
-
-    Raises:
-      ConfigError: rows may be longer than the model has positions.
-      lora_jax.LoraError: the data cannot be read, or the tokenizer does not fit the model.
-    """
+    """Make the batches of a run on text."""
     model = source.config
     assert isinstance(model, models.BertConfig | models.DecoderConfig)  # `open_model` checks it
     _check_positions(config, model)
@@ -125,21 +99,6 @@ def _check_positions(config: TextConfig, model: models.BertConfig | models.Decod
     require(not table or length <= most, "data.max_length", length, expected)
 
 
-def about(config: TextConfig, **more: Any) -> dict[str, Any]:
-    """Return `Workload.about`: the settings that change what the model computes, and `more`.
-
-    A method other than LoRA is stored with its name and settings.
-
-    Args:
-      config: the config of the run.
-      **more: other config values.
-    """
-    name, own = config.method.name, config.method.settings
-    method = {} if name == LORA else {"method": {"name": name, **own}}
-    return pretrained.about(config, config.model.pooling, **method, **more)
-
-
-def method_parameters(config: TextConfig, method: baselines.Method) -> Any:
-    """Draw the initial parameters that belong to the method itself, from the seed of the run."""
-    # The new head uses the key folded with 1.
-    return method.init(jax.random.fold_in(jax.random.key(config.seed), 2))
+def about(config: TextConfig, method: Method, **more: Any) -> dict[str, Any]:
+    """Return `Workload.about`: the settings that change what the model computes, and `more`."""
+    return pretrained.about(config, config.model.pooling, **method.about, **more)

@@ -21,7 +21,6 @@ from lora_jax.updates.bias import Bias as Bias
 from lora_jax.updates.bias import Shift as Shift
 from lora_jax.updates.dora import Directed as Directed
 from lora_jax.updates.dora import Dora as Dora
-from lora_jax.updates.initial import InitName as InitName
 from lora_jax.updates.kind import Factors as Factors
 from lora_jax.updates.kind import Kind as Kind
 from lora_jax.updates.kind import kind_of as kind_of

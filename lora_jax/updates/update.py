@@ -155,7 +155,7 @@ class Update(abc.ABC):
         """Return the derivative of `W + update` as a sum of weights: pairs of a W and an update.
 
         Args:
-          w, dw, none: W, its tangent, and an absent W (`held.Absent`), all of the same shape.
+          w, dw, none: W, its tangent, and an absent W (`Absent`), all of the same shape.
           tangent: an update like this one, holding the tangents of its arrays.
         """
 

@@ -21,10 +21,11 @@ from lora_jax.models.weights.gguf_file import GgufFile
 from lora_jax.models.weights.preprocessing import FILE
 from lora_jax.models.weights.preprocessing import read as read_preprocessing
 from lora_jax.report import run_files, single_run
-from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.serving import jsonl, prompts
+from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.sweeps.group_checkpoints import GroupCheckpoints
 from lora_jax.system.console import USER_ERRORS
+from tests.formats import SWEEP
 from tests.fuzz import adapters, model_files, user_files
 from tests.fuzz.kind import FORMATS, Files, stored
 
@@ -93,7 +94,7 @@ def _report(folder: pathlib.Path) -> None:
     (run,) = run_files.read(folder)
     if run.summary is None or run.error is None or not run.lines:
         raise lora_jax.LoraError("the report says that the run lacks a file")
-    single_run.report(run, BaseChoice(None, False, False))
+    single_run.report(run, BaseChoice())
 
 
 def _sweep(folder: pathlib.Path) -> None:
@@ -129,12 +130,11 @@ def _read_gguf_adapter(folder: pathlib.Path) -> None:
 _ROWS = b'{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
 INPUTS = {
     "adapter": Input(lambda: adapters.checkpoints_files()[2], lora_jax.restore),
-    "adapter-of-format-1": Input(lambda: dict(stored(FORMATS / "v1" / "adapter")),
+    "adapter-with-a-bias": Input(lambda: dict(stored(FORMATS / "v1" / "adapter")),
                                  lora_jax.restore),
     "checkpoint": Input(_checkpoint, _read_checkpoint),
     "run": Input(_run, _report),
-    "sweep": Input(lambda: {"cuts.json": stored(FORMATS / "v1" / "run_directories" /
-                   "small-sweep-f748f202")["cuts.json"]}, _sweep),
+    "sweep": Input(lambda: {"checkpoints.json": stored(SWEEP)["checkpoints.json"]}, _sweep),
     "base": Input(_text_model, _read_text_model),
     "base-in-shards": Input(_model("bert"), lambda folder: Folder(folder).load()),
     "base-in-nf4": Input(_model("llama_nf4"), lambda folder: Folder(folder).load()),

@@ -12,10 +12,10 @@ import pytest
 from lora_jax import LoraError
 from lora_jax.__main__ import main
 from lora_jax.system import whole_files
+from tests.formats import RUN
 from tests.fuzz.kind import FORMATS, GOLDEN
 
 CONFIG = str(FORMATS / "small.py")
-RUNS = FORMATS / "v1" / "run_directories"
 PEFT = GOLDEN / "golden_peft" / "bert"
 BASE = GOLDEN / "golden_models" / "bert"
 TRAIN = ["train", "--config", CONFIG, "--run-dir"]
@@ -29,10 +29,10 @@ COMMANDS = {
         "events.out.tfevents.9999999999.host",
     )),
     "sweep": (None, [*TRAIN[:2], f"{CONFIG}:sweep", "--run-dir"], (
-        *("results.json", "results.csv", "results.png", "cuts.json", "rank=1", "rank=2/adapters"),
-        *("rank=1/metrics.jsonl", "rank=1/config.json", "rank=1/lock"),
+        *("results.json", "results.csv", "results.png", "checkpoints.json", "rank=1"),
+        *("rank=2/adapters", "rank=1/metrics.jsonl", "rank=1/config.json", "rank=1/lock"),
     )),
-    "report": (RUNS / "small-dc24168e", ["report"], (
+    "report": (RUN, ["report"], (
         *("report", "report/report.md", "report/report.html", "report/loss.png"),
         *("report/report.md.tmp", "report/report.html.tmp"),
     )),

@@ -39,7 +39,7 @@ RUN = pathlib.Path(__file__).parents[1] / "formats" / "v1"
 # Extra -> the modules that ask for it when they are imported; the others ask when it is needed.
 ASKING = {
     "train": ("lora_jax", "train"),
-    "report": ("lora_jax.report",),
+    "report": ("lora_jax.report", "lora_jax.cli"),
     "images": ("lora_jax.data.images", "lora_jax.data.image_", "lora_jax.training.image"),
 }
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import lora_jax
+from experiments import methods
 from experiments.paper import forward, latency, measurement_file
 from experiments.paper.forward import BASE, HOULSBY, LIN, MERGED, METHODS, UNMERGED, Sizes
 from experiments.paper.latencies import Latencies, Timed, Timings, table
 from experiments.paper.published import LATENCY_MILLIONS
-from lora_jax import LoraError, baselines, models
+from lora_jax import LoraError, models
 from lora_jax.planner import hlo
 from lora_jax.report.document import Figure, Table
 from measuring import timing
@@ -51,7 +52,7 @@ def test_the_numbers_are_those_of_the_trees(made: dict[str, forward.Variant]) ->
     """The numbers of added parameters are counted on the trees. Red: `norms=layers` left out of LIN
     in `added`, or `2 *` of HOULSBY."""
     found = forward.added(TINY, SIZES)
-    lin, houlsby = baselines.lin(TINY, SIZES.lin), baselines.houlsby(TINY, SIZES.houlsby)
+    lin, houlsby = methods.lin(TINY, SIZES.lin), methods.houlsby(TINY, SIZES.houlsby)
     _, factors = made[UNMERGED].weights
     assert list(found) == list(made) == list(METHODS)
     assert found[UNMERGED] == found[MERGED] == lora_jax.count(factors)

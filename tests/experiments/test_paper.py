@@ -17,7 +17,7 @@ from experiments.paper.experiments import Task
 from experiments.paper.settings import settings, there
 from lora_jax.errors import LoraError
 from lora_jax.report.document import Figure, Note, Panel, Paragraph, Report, Section, Table
-from lora_jax.report.update_analysis import BaseChoice
+from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.training.config_json import to_dict
 from tests.experiments import runs
 from tests.report import browser, saved_runs

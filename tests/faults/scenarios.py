@@ -182,7 +182,7 @@ config = GroupConfig(
     def assert_same(self, place: pathlib.Path) -> None:
         super().assert_same(place)
         names = {p.name for p in place.iterdir()}
-        known = {*self.members, "cuts.json", "results.csv", "results.json", "results.png"}
+        known = {*self.members, "checkpoints.json", "results.csv", "results.json", "results.png"}
         assert names == known, f"it left {sorted(names ^ known)}"
         assert_same(*map(_results, (self.whole, place)))
 
@@ -221,7 +221,7 @@ config = SweepConfig(
     @property
     def marks(self) -> tuple[str, ...]:  # type: ignore[override]
         inside = (f"{m}/{name}" for m in self.members for name in Run.marks)
-        return (*inside, "cuts.json", "results.json", "results.csv", "results.png")
+        return (*inside, "checkpoints.json", "results.json", "results.csv", "results.png")
 
 
 class FromRun(Run):

@@ -255,7 +255,7 @@ def test_nothing_goes_by_the_clock(tmp_path: pathlib.Path, monkeypatch: pytest.M
 def test_events_are_in_the_order_in_which_they_were_written(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorBoard reads event files by name, so names follow the order in which they were written."""
+    """TensorBoard reads event files by name, so they are named in the order of writing."""
     found: list[str] = []
     for now in (2_000_000_000.0, 1_000_000_000.0, 1_000_000_000.0):
         monkeypatch.setattr("time.time", lambda now=now: now)

@@ -1,6 +1,6 @@
 """The config of the runs in tests/formats/v1: configs/own_model.py, made smaller.
 
-It must keep describing those runs, so it changes only where a Python name that it imports moves.
+Once they are released it must keep describing them, so it changes only where an import moves.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def _adapter(targets: str, **rule: Any) -> lora_jax.Adapter:
 
 @functools.cache
 def layouts() -> tuple[bytes, ...]:
-    """Return layouts of every format."""
-    kinds = checkpoints.restore_layout(FORMATS / "v2" / "kinds").to_json().encode()
+    """Return layouts of every form."""
+    kinds = checkpoints.restore_layout(FORMATS / "v1" / "kinds").to_json().encode()
     part = lora_jax.Target("qkv", (8, 6), (), (0,), (1,), 2, 2.0, parts=((0, 2), (4, 2)))
     return (
         (FORMATS / "v1" / "layout.json").read_bytes(),
@@ -90,7 +90,7 @@ def check_layout(layout: Layout) -> None:
 
 @functools.cache
 def checkpoints_files() -> tuple[Files, ...]:
-    """Return adapters of format 1, of every kind, and of a text classifier, as files."""
+    """Return adapters with a trained bias, of every kind, and of a text classifier, as files."""
     about = {
         "labels": ["no", "yes"],
         "text_fields": ["text"],
@@ -112,7 +112,7 @@ def checkpoints_files() -> tuple[Files, ...]:
         frozen = lora_jax.fingerprint(PARAMS)
         lora_jax.save(path, (layout, adapters, head), fingerprint=frozen, about=about)
         made = dict(stored(path))
-    return (dict(stored(FORMATS / "v1" / "adapter")), dict(stored(FORMATS / "v2" / "kinds")), made)
+    return (dict(stored(FORMATS / "v1" / "adapter")), dict(stored(FORMATS / "v1" / "kinds")), made)
 
 
 def sealed(text: str) -> bytes:

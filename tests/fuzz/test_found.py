@@ -24,8 +24,8 @@ from lora_jax.models.text import example, tokens
 from lora_jax.models.weights import preprocessing
 from lora_jax.models.weights.folder import Folder
 from lora_jax.report import many_runs, run_files
-from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.serving import jsonl
+from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.system import console
 from lora_jax.training import config_json
 from tests.formats import small
@@ -349,7 +349,7 @@ def test_a_report_on_an_edited_config(tmp_path: pathlib.Path, value: Any) -> Non
     """Values that cannot be hashed, ordered or drawn are shown as text."""
     folder = changed(tmp_path, "config.json", lambda x: x["optimizer"].update(learning_rate=value))
     runs = [*run_files.read(folder), *run_files.read(RUN)]
-    assert many_runs.report("two", runs, BaseChoice(None, False, False)).sections
+    assert many_runs.report("two", runs, BaseChoice()).sections
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,18 @@ from typing import Any
 from lora_jax import data
 from lora_jax.cli import train as command_line
 from lora_jax.cli.export import ExportOptions
+from lora_jax.cli.generate import GenerateOptions
 from lora_jax.cli.import_ import ImportOptions
+from lora_jax.cli.predict import PredictOptions
 from lora_jax.cli.report import ReportOptions
 from lora_jax.report import many_runs, run_files, single_run
-from lora_jax.report.update_analysis import BaseChoice
 from lora_jax.serving import jsonl, prompts
-from lora_jax.serving.generate import GenerateOptions
-from lora_jax.serving.predict import PredictOptions
+from lora_jax.serving.base_choice import BaseChoice
 from lora_jax.system import console
 from lora_jax.training import config_json
-from tests.formats import small
+from tests.formats import RUN, small
 from tests.fuzz import mutate
-from tests.fuzz.kind import FORMATS, TESTS, Files, stored
+from tests.fuzz.kind import TESTS, Files, stored
 from tests.fuzz.model_files import tokenizer_files
 
 # ---- data ------------------------------------------------------------------------------------
@@ -107,7 +107,6 @@ def read_data(random: Random, folder: pathlib.Path) -> None:
 
 # ---- run directories -------------------------------------------------------------------------
 
-RUN = FORMATS / "v1" / "run_directories" / "small-dc24168e"
 _NAMES = ("config.json", "metrics.jsonl", "summary.json")
 
 
@@ -140,9 +139,9 @@ def read_run(random: Random, folder: pathlib.Path) -> None:
             assert all(x is None or isinstance(x, int | float) for x in numbers.values())
     assert isinstance(config_json.changes(run.config, small.config), list)
     if random.random() < 0.5:
-        made = single_run.report(run, BaseChoice(None, False, False))
+        made = single_run.report(run, BaseChoice())
     else:
-        made = many_runs.report("two", [run, good_run()], BaseChoice(None, False, False))
+        made = many_runs.report("two", [run, good_run()], BaseChoice())
     assert made.sections
 
 
@@ -210,4 +209,4 @@ def read_line(random: Random, folder: pathlib.Path) -> None:
             return
         name, config, _ = command_line.parse(["--config", CONFIG, *words], CONFIG, TESTS)
         json.dumps(config_json.to_dict(config))
-        assert config_json.short_hash(config_json.stable_identity(config)) and name
+        assert config_json.short_hash(config_json.identity(config)) and name

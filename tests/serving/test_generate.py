@@ -17,7 +17,7 @@ from rich.console import Console
 
 import lora_jax
 from lora_jax import models
-from lora_jax.serving import generate, output
+from lora_jax.cli import generate, text_sinks
 from lora_jax.serving.generation import Piece, Prompt
 from lora_jax.serving.prompts import Request
 from tests.training import tiny
@@ -146,9 +146,9 @@ def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=60, height=20)
     requests = [Request("one", "word1", Prompt([5], 0), {}) for _ in range(count)]
-    sink: Any = output.TypedSink(console, requests[0])
+    sink: Any = text_sinks.TypedSink(console, requests[0])
     if count > 1:
-        sink = output.BlockSink(console, requests)
+        sink = text_sinks.BlockSink(console, requests)
     seen = []
 
     def pieces() -> Iterator[Piece]:
@@ -158,7 +158,7 @@ def test_a_terminal_shows_texts_as_they_grow(count: int) -> None:
                 seen.append(file.getvalue())
 
     with sink:
-        output.transcribe(pieces(), requests, tiny.tokenizer(pair=False), sink)
+        text_sinks.transcribe(pieces(), requests, tiny.tokenizer(pair=False), sink)
     assert all("word4" in text for text in seen) if count == 1 else "word5" in seen[2]
     assert "word4 word5" not in seen[0]
     text = seen[-1]
@@ -175,8 +175,8 @@ def test_answers_wait_for_those_before_them() -> None:
         assert file.getvalue() == ""
         yield Piece(0, 8, "length")
 
-    with output.BlockSink(Console(file=file), requests) as sink:
-        output.transcribe(pieces(), requests, tiny.tokenizer(pair=False), sink)
+    with text_sinks.BlockSink(Console(file=file), requests) as sink:
+        text_sinks.transcribe(pieces(), requests, tiny.tokenizer(pair=False), sink)
     assert file.getvalue() == "[one] word1 word4\n[two] word1\n"
 
 
@@ -230,6 +230,17 @@ def test_lines_that_cannot_be_used(
     assert generate.main([*setup.given("one", "two"), "--file", str(source)]) == 1
     error = said(capsys)
     assert f"{source}, line 2" in error and message in error
+
+
+def test_broken_lines_are_skipped(setup: Setup, tmp_path: pathlib.Path) -> None:
+    """With --skip-broken a line that cannot be used keeps its place, with the reason."""
+    good = {"prompt": "word1", "adapter": "two"}
+    rows = [good, {"n": 1, "adapter": "tow"}, '{"prompt"', {**good, "prompt": 3}, good]
+    found = answers(tmp_path, rows, *setup.given("one", "two"), "--skip-broken")
+    assert found[0] == found[4] and found[0]["tokens"] and "error" not in found[0]
+    assert "nearest: 'two'" in found[1].pop("error") and found[1] == rows[1]
+    assert list(found[2]) == ["error"] and "line 3 is not JSON" in found[2]["error"]
+    assert "'prompt' is 3" in found[3]["error"] and "text" not in found[3]
 
 
 def test_an_adapter_of_another_base(

@@ -15,7 +15,8 @@ import lora_jax
 from lora_jax import models
 from lora_jax.checkpoint.adapter import SavedAdapter
 from lora_jax.checkpoint.manifest import Manifest
-from lora_jax.serving import classifier, jsonl, predict, served_adapters, text_classifier
+from lora_jax.cli import predict
+from lora_jax.serving import classifier, jsonl, served_adapters, text_classifier
 from lora_jax.training.text import TextConfig
 from tests.serving import classifiers
 from tests.training import tiny
@@ -227,7 +228,7 @@ def test_a_line_that_cannot_be_classified(
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(r) + "\n" for r in (GOOD, row)))
     with pytest.raises(lora_jax.LoraError, match=said):
-        list(predict.predict(*opened, list(jsonl.read(str(source)))))
+        list(classifier.predict(*opened, list(jsonl.read(str(source)))))
 
 
 def test_progress_is_told_as_scores_come(opened: Opened) -> None:
@@ -238,7 +239,7 @@ def test_progress_is_told_as_scores_come(opened: Opened) -> None:
     ]
     done: list[int] = []
     served, made = opened[0], text_classifier.TextClassifier(opened[0], 1)
-    first = next(predict.predict(served, made, sized, done.append))
+    first = next(classifier.predict(served, made, sized, done.append))
     assert (first["text"], done) == (WORDS, [1, 100])
 
 
@@ -281,7 +282,7 @@ def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pat
     )
     made = text_classifier.TextClassifier(opened, 4)
     with pytest.raises(lora_jax.LoraError, match=r"--text: adapter 'broken' gives scores that are"):
-        list(predict.predict(opened, made, [jsonl.JsonLine({"text": "a"}, "--text")]))
+        list(classifier.predict(opened, made, [jsonl.JsonLine({"text": "a"}, "--text")]))
 
 
 @pytest.mark.parametrize("pooling", [[], {}, None, "max"])

@@ -17,8 +17,10 @@ import safetensors.numpy
 import lora_jax
 from lora_jax import LoraError, models, paths
 from lora_jax.checkpoint import adapter, adapter_path
+from lora_jax.cli import generate, predict
 from lora_jax.report import update_analysis
-from lora_jax.serving import generate, predict, served_adapters
+from lora_jax.serving import served_adapters
+from lora_jax.serving.base_choice import BaseChoice
 from tests.training import tiny
 
 KIND = models.BertConfig
@@ -337,7 +339,7 @@ def test_commands_ask_for_trust(
     for trust in ([], ["--trust-base"]):
         if command == "report":
             blocks = update_analysis._amplified(
-                tmp_path / "run", update_analysis.BaseChoice(trust=bool(trust))
+                tmp_path / "run", BaseChoice(trust_base=bool(trust))
             )
             said = blocks[0].text
         else:

@@ -102,16 +102,12 @@ def test_a_score_that_is_not_a_number_is_the_worst(swept: list[dict[str, Any]]) 
         best = gather(swept).best
         assert best is not None
         assert best.name != "rank=4,learning_rate=1e-3"
-        assert "-" in shown(swept)[-2].split("│")[3]
+        assert "-" in shown(swept)[-1].split()[2]
 
 
 def test_the_table_has_the_best_first(swept: list[dict[str, Any]]) -> None:
-    lines = shown(swept)
-    head = next(line for line in lines if "rank" in line)
-    assert [w for w in ("rank", "learning_rate", "validation", "test", "trained") if w in head] == [
-        *("rank", "learning_rate", "validation", "test", "trained")
-    ]
-    rows = [line.replace("│", " ").split() for line in lines if line.startswith("│")]
+    _, head, *rows = (line.split() for line in shown(swept))
+    assert head[:3] == ["rank", "learning_rate", "validation"] and head[-1] == "trained"
     assert rows[0][:4] == ["4", "1e-3", "0.8000", "0.7900"]
     assert rows[0][-1] == "1,024"
     assert len(rows) == 9
@@ -192,7 +188,7 @@ def test_runs_without_any_evaluation(tmp_path: pathlib.Path) -> None:
         summary.update({"before": {}, "after": {}, "best_step": None})
     results.write(tmp_path, summaries)
     assert gather(summaries).best is None
-    assert len([line for line in shown(summaries) if line.startswith("│")]) == 9
+    assert len(shown(summaries)) == 2 + 9
 
 
 def test_runs_that_only_their_names_tell_apart(tmp_path: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ The process behaves like one that a shell started: it has its own signals, exit 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -68,9 +69,10 @@ class Fork:
         return self._process.exitcode
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send it a signal, unless it has ended since its status was read."""
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def wait(self, seconds: float = 240) -> int:
         """Return the exit status; the process must end within `seconds`."""

@@ -23,7 +23,6 @@ from lora_jax.sweeps.config import GroupConfig, Member
 from lora_jax.training import earlier_adapter, mesh, metrics
 from lora_jax.training.classification import classification
 from lora_jax.training.config import ConfigError, LoraConfig
-from lora_jax.training.method import MethodConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests import npz
 from tests.conversion import bases
@@ -193,14 +192,12 @@ def test_where_a_run_cannot_begin(first: pathlib.Path, tmp_path: pathlib.Path, c
     assert "holds 2 runs; name one of them" in capsys.readouterr().err
 
 
-def test_groups_and_other_methods_refuse_it(exported: Any, tmp_path: pathlib.Path) -> None:
+def test_groups_refuse_it(exported: Any, tmp_path: pathlib.Path) -> None:
     run, config = exported
     config = dataclasses.replace(config, start_from=str(run))
     group = GroupConfig(members=(Member("a", config),), run_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="'a' is a member of a group"):
         loop.run(group, mesh.make(config.mesh), tmp_path, train.Console(quiet=True))
-    with pytest.raises(ConfigError, match="with LoRA adapters, and the method is 'bitfit'"):
-        dataclasses.replace(config, method=MethodConfig("bitfit"))
 
 
 def test_the_plan_has_the_adapters_own_ranks(first: pathlib.Path) -> None:

@@ -14,11 +14,10 @@ import tensorflow_datasets as tfds
 
 import lora_jax
 from lora_jax import checkpoint, models
-from lora_jax.cli import report
+from lora_jax.cli import predict, report
 from lora_jax.cli import train as command_line
 from lora_jax.data import open_source
 from lora_jax.data.process_slice import Shard
-from lora_jax.serving import predict
 from lora_jax.training import config_json
 from lora_jax.training.classification import classification
 from lora_jax.training.config import ConfigError

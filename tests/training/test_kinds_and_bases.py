@@ -21,8 +21,7 @@ import lora_jax
 from lora_jax.bases.recipe import ABOUT, BEGUN
 from lora_jax.checkpoint.adapter import restore_about
 from lora_jax.checkpoint.storage import orbax
-from lora_jax.cli import report
-from lora_jax.serving import generate, predict
+from lora_jax.cli import generate, predict, report
 from lora_jax.sweeps import loop
 from lora_jax.sweeps.config import GroupConfig, Member
 from lora_jax.sweeps.sweep import SweepConfig

@@ -246,7 +246,7 @@ def test_the_state_of_any_optimizer_follows_the_adapters(name: str) -> None:
 
 @pytest.mark.parametrize("config", ["llama"], indirect=True)
 def test_accumulated_gradients_are_those_of_the_whole_batch(config: Config, alone: Run) -> None:
-    """Gradients added up over parts give the losses of the whole batch, on one device and on eight."""
+    """Gradients added up over parts give the losses of the whole batch, on one device and eight."""
     parted = dataclasses.replace(config, accumulate=2)
     for sizes, devices in ((MeshConfig(), 1), (MeshConfig(2, 2, 2), 8)):
         found = run(parted, sizes, devices)

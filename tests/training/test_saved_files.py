@@ -64,8 +64,8 @@ def test_a_broken_line_of_a_record(line: bytes, says: str, tmp_path: pathlib.Pat
 
 @pytest.mark.parametrize("content", [b"{", b"3", b"[3]", b'[{"x": 1}]'])
 def test_a_broken_list_of_checkpoints(content: bytes, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "cuts.json").write_bytes(content)
-    with pytest.raises(lora_jax.LoraError, match=r"cuts\.json is no"):
+    (tmp_path / "checkpoints.json").write_bytes(content)
+    with pytest.raises(lora_jax.LoraError, match=r"checkpoints\.json is no"):
         GroupCheckpoints(tmp_path)
 
 
@@ -111,7 +111,7 @@ def test_the_record_is_on_disk_before_the_summary(
 def test_a_killed_fresh_start_leaves_no_finished_run(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--fresh` deletes the summary first and the config last, so that a kill in between is seen."""
+    """`--fresh` deletes the summary first and the config last, so a kill in between is seen."""
     names = ["summary.json", "metrics.jsonl", "error.txt", "curves.png", "config.json"]
     for name in names:
         (tmp_path / name).touch()

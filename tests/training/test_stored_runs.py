@@ -9,7 +9,7 @@ import pytest
 
 from lora_jax.bases.recipe import ABOUT
 from lora_jax.checkpoint.adapter import restore_about
-from lora_jax.serving import generate
+from lora_jax.cli import generate
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.config import ConfigError
 from lora_jax.training.text import ModelConfig

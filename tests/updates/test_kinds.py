@@ -12,8 +12,8 @@ import pytest
 
 import lora_jax
 from lora_jax import Factors, Layout, LoraError, Target
+from lora_jax.adapters import gaussian
 from lora_jax.updates import kind_of, vera
-from lora_jax.updates.initial import gaussian
 from tests.programs import compiled
 from tests.updates import forms
 from tests.updates.forms import arrays, in_order, name_of, slices, weight

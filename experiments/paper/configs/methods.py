@@ -42,11 +42,9 @@ head.
     lora                   74,498   0.004   *  76.3 ± 0.7    79.6 ± 2.0
 """
 
-import dataclasses
-
 from configs.sweep import base
+from experiments.methods.config import MethodConfig, MethodTextConfig
 from lora_jax.sweeps.sweep import SweepConfig
-from lora_jax.training.method import MethodConfig
 
 SEEDS = (0, 1, 2)
 # Method -> its grid, ascending; each rate is 2 to 3.3 times the one before.
@@ -70,7 +68,7 @@ def _sweep(
 ) -> SweepConfig:
     rates = LEARNING_RATES[method.name]
     return SweepConfig(
-        base=dataclasses.replace(base, method=method),
+        base=MethodTextConfig.like(base, method=method),
         grid={"optimizer.learning_rate": rates, "seed": SEEDS},
         memory=memory,
         at_once=at_once,

@@ -26,9 +26,9 @@ rate that was not tuned for 100 examples.
 
 import dataclasses
 
+from experiments.methods.config import MethodTextConfig
 from experiments.paper.configs import methods
 from lora_jax.sweeps.sweep import SweepConfig
-from lora_jax.training.text import TextConfig
 
 EXAMPLES = (100, 1_000, None)
 
@@ -36,7 +36,7 @@ EXAMPLES = (100, 1_000, None)
 def _sweep(same: SweepConfig) -> SweepConfig:
     """Return the sweep of a method over the numbers of examples."""
     text = same.base
-    assert isinstance(text, TextConfig)
+    assert isinstance(text, MethodTextConfig)
     rate = methods.LEARNING_RATES[text.method.name][1]
     base = dataclasses.replace(
         text,

@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import WeightsError
 from lora_jax.models.config import StoredConfig
 from lora_jax.models.weights import disk_arrays, shards

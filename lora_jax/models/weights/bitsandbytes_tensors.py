@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.base import QuantisedMatrix
 from lora_jax.bases.dynamic import BLOCK, Dynamic
-from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.bases.nf4 import FourBit
 from lora_jax.bases.scaled import ScaledCodes
 from lora_jax.errors import WeightsError, damaged

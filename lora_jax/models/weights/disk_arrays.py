@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
-from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.base import QuantisedMatrix
 from lora_jax.bases.placement import placed
 from lora_jax.errors import WeightsError
 from lora_jax.models.weights import shards

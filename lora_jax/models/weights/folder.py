@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import (
     ModelConfigError,
     TokenizerError,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from lora_jax.base import QuantisedMatrix
 from lora_jax.bases.ggml import FORMATS, GgmlBlocks
-from lora_jax.bases.matrix import QuantisedMatrix
 from lora_jax.errors import ModelConfigError, WeightsError
 from lora_jax.models.config import DecoderConfig, StoredConfig
 from lora_jax.models.rope import linear_divisors

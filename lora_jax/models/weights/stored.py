@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lora_jax.bases.matrix import QuantisedMatrix
+from lora_jax.base import QuantisedMatrix
 from lora_jax.errors import WeightsError
 from lora_jax.models.bert import Bert, BertClassifier
 from lora_jax.models.config import BertConfig, DecoderConfig, StoredConfig, VitConfig

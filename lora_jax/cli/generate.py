@@ -1,0 +1,194 @@
+"""Continue prompts with a decoder and adapters that train.py has trained, many in one batch.
+
+    lora-jax generate --adapter runs/definitions --prompt "tree:"
+    lora-jax generate --adapter runs/a --adapter b=runs/b2 --file in.jsonl --out out.jsonl
+    lora-jax generate --base REFERENCE --prompt "Once upon a time" --temperature 0.8
+
+Every adapter continues each --prompt, and each plain line of a file or of stdin; without adapters,
+the base does. A line of JSONL names its adapter:
+
+    {"prompt": "tree:", "adapter": "definitions"}
+    {"word": "tree", "adapter": "definitions"}
+
+The second line has the fields of the prompt that the adapter was trained on. The adapter "base" is
+the base without an adapter. If there is only one adapter, a line need not name it. With --out the
+answers are JSONL: the fields of the line, and
+
+    prompt, adapter    the prompt, and the adapter that continued it
+    text, tokens       the generated text, and its number of tokens
+    finish             "stop" at a stop token, "length" at --max-new-tokens
+
+A line that cannot be used ends the command. With --skip-broken it is written again with the reason
+as its "error". A text ends at the model's own end token, and at the token that ended the training
+examples of the adapter.
+
+Exit status: 0 done, 1 an error that was printed, 2 a command line that cannot be read, 130 stopped
+by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import chain, islice
+from typing import Annotated, Any
+
+import tyro
+
+from lora_jax import models, paths
+from lora_jax.cli.adapter_options import AdapterOptions, FileBar, opening, skipped
+from lora_jax.cli.text_sinks import BlockSink, JsonlSink, Sink, TypedSink, transcribe
+from lora_jax.errors import LoraError, listed
+from lora_jax.serving import jsonl, prompts
+from lora_jax.serving.generation import Decoder, stream
+from lora_jax.serving.prompts import Prompts, Request
+from lora_jax.serving.sampling import Sampling
+from lora_jax.serving.served_adapters import BASE_NAME, Served
+from lora_jax.system.console import Console, command, say
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions(AdapterOptions):
+    """The options of `lora-jax generate`."""
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
+    """A text to continue."""
+    out: str | None = None
+    """The JSONL file for the answers; - is stdout. None: print the texts to stdout."""
+    base_too: bool = False
+    """Continue plain prompts with the base as well, as a comparison."""
+    max_new_tokens: int = 128
+    """The largest number of tokens to generate for a prompt."""
+    temperature: float = 0.0
+    """0: always the most likely token. 1: sample from the model's probabilities. In between: sample
+    with sharper probabilities."""
+    top_k: int | None = None
+    """Sample only from this many most likely tokens."""
+    top_p: float | None = None
+    """Sample only from the most likely tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling. A prompt's result depends on its position, not on other prompts."""
+    stop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = ()
+    """A text of one token that ends the generated text, in addition to the usual end tokens."""
+    batch_size: int = 8
+    """Prompts that are continued at the same time."""
+
+
+def run(options: GenerateOptions, console: Console, aside: Console) -> None:
+    """Read prompts, generate texts and write them to `console`; print messages to `aside`."""
+    source = options.source(("prompt",), ("batch_size", "max_new_tokens"))
+    if not options.adapter and options.base is None:
+        raise LoraError(
+            "no model: give --adapter PATH, a run directory of train.py, or --base REFERENCE, such "
+            f"as\n  --base {models.SMOLLM2}"
+        )
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    # The prompts are read before the model, so that their errors come at once.
+    skip = options.skip_broken
+    given = list(prompts.read(source, keep_broken=skip) if source else options.prompt)
+    served = options.served(models.DecoderConfig, aside)
+    decoder = _decoder(served)
+    asked = Prompts(served, options.stop, options.base_too)
+    requests = asked.all(given, f"{source}, line" if source else "--prompt", keep_broken=skip)
+    faults = [request.error for request in requests if request.error]
+    if requests and len(faults) == len(requests):
+        raise LoraError(f"no prompt can be used:\n{listed(faults)}")
+    _check_base_alone(served, requests)
+    say(aside, _opening(served, asked))
+    good = [number for number, request in enumerate(requests) if not request.error]
+    written = stream(
+        decoder,
+        [requests[number].prompt for number in good],
+        options.max_new_tokens,
+        sampling,
+        options.batch_size,
+    )
+    pieces = (piece._replace(row=good[piece.row]) for piece in written)
+    with aside.status("reading the prompts; the first time this compiles ..."):
+        first = list(islice(pieces, 1))
+    with _sink(options, source, requests, console, aside) as sink:
+        transcribe(chain(first, pieces), requests, served.source.tokenizer(), sink)
+    if faults:
+        say(aside, skipped(faults, len(requests), options.out))
+    say(aside, _closing(decoder, len(good)))
+
+
+def _decoder(served: Served) -> Decoder:
+    """Return the decoder. A single adapter may have parameters of the base trained in full."""
+    params: Any = served.params
+    for member in served.members:
+        if not member.base:
+            continue
+        if len(served.members) > 1:
+            raise LoraError(
+                f"adapter {member.name!r} ({member.path}) was trained together with parameters of "
+                f"the base itself, which cannot be mixed in a batch:\n{listed(member.base)}\n"
+                "open it alone"
+            )
+        leaves = paths.flatten(params)
+        own = {path: x.astype(leaves[path].dtype) for path, x in member.base.items()}
+        params = paths.replace(params, own)
+    return Decoder(served.config, params, *(served.stack if served.members else ()))
+
+
+def _check_base_alone(served: Served, requests: Sequence[Request]) -> None:
+    """Raise if the base is asked for, but the adapter has replaced parameters of it."""
+    if any(member.base for member in served.members):
+        for request in requests:
+            if request.name == BASE_NAME:
+                raise LoraError(
+                    f"{BASE_NAME!r} is asked for, and {served.names[0]!r} was trained together "
+                    "with parameters of the base itself: run the base alone, with --base and no "
+                    "--adapter"
+                )
+
+
+def _sink(
+    options: GenerateOptions,
+    source: str | None,
+    requests: Sequence[Request],
+    console: Console,
+    aside: Console,
+) -> Sink:
+    if options.out is not None:
+        writer = jsonl.Writer(options.out, reading=source)
+        return JsonlSink(writer, FileBar(aside, source, "texts"), requests)
+    if len(requests) == 1 and console.is_terminal:
+        return TypedSink(console, requests[0])
+    return BlockSink(console, requests)
+
+
+def _opening(served: Served, asked: Prompts) -> str:
+    if not served.names:
+        return f"{served.reference} alone, no adapter"
+    each = [
+        f"{name}: trained on prompts like {asked.templates[name].text!r}"
+        if name in asked.templates
+        else name
+        for name in served.names
+    ]
+    return opening(served, each)
+
+
+def _closing(decoder: Decoder, count: int) -> str:
+    speed, programs = decoder.speed, len(decoder.compiled)
+    said = [f"{count:,} prompt{'s' * (count != 1)}"]
+    if speed.read:
+        rate = speed.read / max(speed.reading, 1e-9)
+        said.append(f"{speed.read:,} tokens read at {rate:,.0f}/s")
+    if speed.written:
+        rate = speed.written / max(speed.writing, 1e-9)
+        said.append(f"{speed.written:,} written at {rate:,.1f}/s")
+    if programs:
+        seconds = sum(decoder.compiled.values())
+        said.append(f"{seconds:.1f} s to compile {programs} program{'s' * (programs != 1)}")
+    return ", ".join(said)
+
+
+main = command(
+    GenerateOptions,
+    "lora-jax generate",
+    __doc__,
+    lambda given: run(given, Console(), Console(stderr=True)),
+    adding=True,
+)
