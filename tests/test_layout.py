@@ -33,14 +33,14 @@ ARROWS: dict[str, set[str]] = {
     "bases": {"base", "errors", "layout", "paths", "updates"},
     "checkpoint": {"adapters", "base", "errors", "layout", "paths", "system", "updates"},
     "models": {"base", "bases", "errors", "system"},
-    "multi": {"adapters", "base", "errors", "layout", "spec", "target", "updates"},
     "primitives": {"base", "bases", "errors", "paths", "updates"},
     "data": {"errors", "models", "system"},
-    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target"},
+    "resolve": {"errors", "layout", "paths", "primitives", "spec", "target", "updates"},
     "sharding": {"base", "bases", "errors", "layout", "paths", "primitives", "target"}
     | {"updates"},
-    "transform": {"adapters", "bases", "errors", "layout", "multi", "paths"}
-    | {"primitives", "target", "updates"},
+    "transform": {"adapters", "bases", "errors", "layout", "paths", "primitives"}
+    | {"target", "updates"},
+    "multi": {"adapters", "base", "errors", "layout", "spec", "target", "transform"} | {"updates"},
     "analysis": {"adapters", "base", "bases", "errors", "layout", "multi", "paths"}
     | {"primitives", "spec", "target", "transform", "updates"},
     "multi/moe": {"errors", "layout", "multi", "primitives", "transform", "updates"},

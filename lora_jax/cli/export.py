@@ -166,7 +166,7 @@ def _base(run: TrainedRun) -> Any:
     """Return the shapes of the base, or its arrays if the export of trained parameters needs it."""
     head = "classifier/"
     others = [path for path in run.member.base if not path.startswith(head)]
-    biases = [t for t in run.member.layout.targets if t.kind == "bias"]
+    biases = [t for t in run.member.layout.targets if not t.inputs]
     shapes = run.shapes()
     if not others and not biases:
         return shapes

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 Names = tuple[int, ...]
 
 # These names mean the same in all weights. Names from OTHER downwards are free for local use.
-RANK, ROWS, MEMBER, TALLY, OTHER = -1, -2, -3, -4, -5
+RANK, ROWS, MEMBER, EXTRA, OTHER = -1, -2, -3, -4, -5
 
 
 @jax.tree_util.register_dataclass
