@@ -40,7 +40,7 @@ import jax
 import pytest
 from absl import flags
 
-STANDARD_PROMOTION = ("models", "data", "training", "groups", "planner", "experiments")
+STANDARD_PROMOTION = ("models", "data", "training", "sweeps", "planner", "experiments")
 STANDARD_PROMOTION += ("serving", "report", "foreign", "conversion")
 
 # The slowest files by seconds, waits included, slowest first. Each other file takes less than 20 s.

@@ -67,7 +67,7 @@ def test_what_is_in_between_is_there_for_the_members_at_once() -> None:
     """Intermediate results count only for the members that run at once.
 
     1 is shared, each member needs 1, and the intermediate results of 4 members need 8, so that 1, 2
-    and 4 members need 4, 7 and 13. Red: all members share the 8.
+    and 4 members need 4, 7 and 13.
     """
     needed = StepMemory(25.0, 8.0)
     for size, memory in ((16, 25.0), (8, 17.0), (4, 13.0), (2, 7.0), (1, 4.0)):
