@@ -28,7 +28,7 @@ from lora_jax.base import Array, Base, Leaf
 from lora_jax.updates.named import OTHER, Named, Names
 
 Arrays = tuple[Array, ...]
-Run = Callable[..., Any]
+Function = Callable[..., Any]
 Move = Callable[..., Named]  # (named array, *operands) -> named array
 
 
@@ -48,10 +48,10 @@ class Weight(abc.ABC):
         """Return W as one array."""
 
     @abc.abstractmethod
-    def use(self, fn: Run, *operands: Array) -> Any:
+    def use(self, fn: Function, *operands: Array) -> Any:
         """Return `fn(W, *operands)`."""
 
-    def product(self, fn: Run, x: Array, *rest: Array) -> Array:
+    def product(self, fn: Function, x: Array, *rest: Array) -> Array:
         """Return `fn(W, x, *rest)`, which is linear in x."""
         return self.use(fn, x, *rest)
 
@@ -70,7 +70,7 @@ class Weight(abc.ABC):
         return Deferred(jax.tree.map(lax.stop_gradient, w)) if isinstance(w, Base) else Dense(w)
 
     @staticmethod
-    def join(parts: Sequence[Weight], fn: Run) -> Weight:
+    def join(parts: Sequence[Weight], fn: Function) -> Weight:
         """Return `fn` of several weights: an array if all of them are arrays, else deferred."""
         if all(isinstance(p, Dense) for p in parts):
             return Dense(fn(*(p.dense() for p in parts)))
@@ -95,7 +95,7 @@ class Dense(Weight):
     def dense(self) -> Array:
         return self.array
 
-    def use(self, fn: Run, *operands: Array) -> Any:
+    def use(self, fn: Function, *operands: Array) -> Any:
         return fn(self.array, *operands)
 
     def move(
@@ -123,7 +123,7 @@ class Absent(Weight):
     def dense(self) -> Array:
         return jnp.zeros(self.shape, self.dtype)
 
-    def use(self, fn: Run, *operands: Array) -> Any:
+    def use(self, fn: Function, *operands: Array) -> Any:
         out = jax.eval_shape(fn, self.like, *operands)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
 
@@ -139,7 +139,7 @@ class Absent(Weight):
 class Step:
     """One operation that a program applies to W before it uses it."""
 
-    fn: Run = dataclasses.field(metadata={"static": True})
+    fn: Function = dataclasses.field(metadata={"static": True})
     out: jax.ShapeDtypeStruct = dataclasses.field(
         metadata={"static": True}
     )  # the shape and dtype of its result
@@ -168,13 +168,13 @@ class Deferred(Weight):
             w = step.fn(w, *step.operands)
         return w
 
-    def use(self, fn: Run, *operands: Array) -> Any:
+    def use(self, fn: Function, *operands: Array) -> Any:
         """Return `fn(W, *operands)`; the forward and the backward pass each form W."""
         return jax.checkpoint(lambda weight, operands: fn(weight.dense(), *operands))(
             self, operands
         )
 
-    def product(self, fn: Run, x: Array, *rest: Array) -> Array:
+    def product(self, fn: Function, x: Array, *rest: Array) -> Array:
         return recomputed(lambda known, x: fn(known[0].dense(), x, *known[1]), (self, rest), x)
 
     def move(
@@ -216,7 +216,7 @@ class Joined:
     """Several weights put together, some of them quantised; the source of a `Deferred`."""
 
     parts: tuple[Weight, ...]
-    fn: Run = dataclasses.field(metadata={"static": True})
+    fn: Function = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -252,7 +252,7 @@ def recomputed(fn: Callable[[Any, Any], Any], known: Leaf, x: Array) -> Array:
     return _bind(forward, backward, leaves, x)
 
 
-def _bind(forward: Run, backward: Run, known: Sequence[Array], x: Array) -> Array:
+def _bind(forward: Function, backward: Function, known: Sequence[Array], x: Array) -> Array:
     """Bind the primitive, with `forward(*known, x)` and `backward(*known, dy)` traced."""
     shapes = list(map(shaped, known))
     one = jax.make_jaxpr(forward)(*shapes, shaped(x))
@@ -282,7 +282,7 @@ def _after(known: Arrays, x: Array) -> Arrays:
 _product = Primitive("recomputed_product")
 
 
-def _call(program: ClosedJaxpr) -> Run:
+def _call(program: ClosedJaxpr) -> Function:
     return lambda *args: jaxpr_as_fun(program)(*args)[0]
 
 

@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from lora_jax.base import Array, Base, Leaf, dense, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Gains, Kind, TargetInitializer, in_w_order
+from lora_jax.updates.factors import Factors, Gains, in_w_order
+from lora_jax.updates.kind import Kind, TargetInitializer
 
 
 class Directed(NamedTuple):

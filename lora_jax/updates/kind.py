@@ -4,53 +4,21 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.base import Array, Base, Leaf, Parameters, dense, wide_dtype
+from lora_jax.base import Array, Base, Parameters, dense, wide_dtype
 from lora_jax.errors import LoraError, listed
 from lora_jax.target import Target
+from lora_jax.updates.factors import Factors, Gains, in_w_order, named
 from lora_jax.updates.lowrank import Gained, LowRank
-from lora_jax.updates.named import RANK, Named, Names
+from lora_jax.updates.named import Named, Names
 from lora_jax.updates.update import Update
 
 TargetInitializer = Callable[[jax.Array, Target, Any], jax.Array]
-
-
-class Factors(NamedTuple):
-    """The two factors of one update `scale * a @ b`, with the axes of the target.
-
-    Attributes:
-      a: [*stack, *inputs, rank], the paper's A transposed: it maps the input down.
-      b: [*stack, rank, *outputs], the paper's B transposed: it maps up to the output.
-    """
-
-    a: Leaf
-    b: Leaf
-
-
-class Gains(NamedTuple):
-    """The numbers that multiply each output and each input of `W + scale * a @ b`; None is 1.
-
-    Attributes:
-      outputs: [*stack, *outputs].
-      inputs: [*stack, *inputs].
-    """
-
-    outputs: Any = None
-    inputs: Any = None
-
-    def sides(self, target: Target) -> list[tuple[Any, tuple[int, ...]]]:
-        """Return the gains that are not 1, each with its axes of W without the stack.
-
-        Args:
-          target: from the layout.
-        """
-        both = zip(self, (target.outputs, target.inputs), strict=True)
-        return [(gain, side) for gain, side in both if gain is not None]
 
 
 class Kind(abc.ABC):
@@ -371,17 +339,6 @@ def is_parameters(x: Array) -> bool:
     return isinstance(x, tuple(kind.fields for kind in _KINDS.values()))
 
 
-def named(
-    target: Target, factors: Factors, names: Names, several: Names = ()
-) -> tuple[Named, Named]:
-    """Return the factors with the names of W's axes; `several` are axes that come before these."""
-    stack, inputs, outputs = (
-        tuple(names[i] for i in axes) for axes in (target.stack, target.inputs, target.outputs)
-    )
-    a = Named(factors.a, (*several, *stack, *inputs, RANK))
-    return a, Named(factors.b, (*several, *stack, RANK, *outputs))
-
-
 def gains_of(
     target: Target, parameters: Parameters, w: Array | Base, scale: Array | float | None = None
 ) -> Gains:
@@ -400,13 +357,6 @@ def gained(
         own = (*several, *(names[i] for i in (*target.stack, *side)))
         update = Gained(update, Named(gain, own))
     return update
-
-
-def in_w_order(target: Target, values: Array, side: tuple[int, ...]) -> Array:
-    """Return [*stack, *side] values with axes in W's order, and size 1 along the other axes."""
-    axes = (*target.stack, *side)
-    ordered = jnp.transpose(values, [axes.index(i) for i in sorted(axes)])
-    return jnp.expand_dims(ordered, [i for i in range(len(target.shape)) if i not in axes])
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, fan_in: int) -> jax.Array:

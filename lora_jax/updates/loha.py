@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 
 from lora_jax.base import Array, Base, Leaf
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer, uniform
+from lora_jax.updates.factors import Factors
+from lora_jax.updates.kind import Kind, TargetInitializer, uniform
 
 
 class HadamardFactors(NamedTuple):

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from lora_jax.base import Array, Base
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer
+from lora_jax.updates.factors import Factors
+from lora_jax.updates.kind import Kind, TargetInitializer
 
 
 class Lora(Kind):

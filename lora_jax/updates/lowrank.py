@@ -29,7 +29,7 @@ from jax.lax import PrecisionLike
 from lora_jax.base import Array, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.updates.named import RANK, ROWS, Named, Names, einsum, wider
-from lora_jax.updates.update import Operation, Piece, Update, W, Wrapper, join
+from lora_jax.updates.update import Operation, Segment, Update, W, Wrapper, join
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +78,7 @@ class LowRank(Update):
             return dataclasses.replace(self, a=self.a.times(factor))
         return super().times(factor)
 
-    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Segment], name: int, size: int) -> Update | None:
         """Return the parts' factors, each padded with zeros outside its place.
 
         If one factor has the axis, the ranks are concatenated. If both or neither have it, no two
@@ -91,7 +91,7 @@ class LowRank(Update):
             return super().join(parts, name, size)
         rank = max(p.update.a.size(RANK) for p in parts)
 
-        def factors(p: Piece) -> tuple[Named, Named]:
+        def factors(p: Segment) -> tuple[Named, Named]:
             ends, pair = {name: (p.start, size - p.start - p.size)}, (p.update.a, p.update.b)
             if not apart:
                 ends[RANK] = (0, rank - pair[0].size(RANK))
@@ -247,7 +247,7 @@ class Gained(Wrapper):
         whole = Named(self.inner.merged(w.astype(jnp.float32)), w.names)
         return whole.times(self.gain).array.astype(w.array.dtype)
 
-    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Segment], name: int, size: int) -> Update | None:
         gained = [p for p in parts if isinstance(p.update, Gained)]
         bare = lambda u: u.inner if isinstance(u, Gained) else u  # noqa: E731
         whole = join([dataclasses.replace(p, update=bare(p.update)) for p in parts], name, size)

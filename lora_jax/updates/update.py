@@ -58,7 +58,7 @@ class Operation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Segment:
     """The update of one of several weights that are concatenated, and its place along the axis."""
 
     update: Any
@@ -115,7 +115,7 @@ class Update(abc.ABC):
             return None
         return Times(self, factor.reduced({*factor.names} - {*real}, lax.squeeze))
 
-    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Segment], name: int, size: int) -> Update | None:
         """Return the update of several weights concatenated along the axis `name`, or None.
 
         All parts have the same names, and `size` is the whole size of the axis. A weight without a
@@ -126,7 +126,7 @@ class Update(abc.ABC):
         if len(roles) > 1 or not all(additive(p.update) for p in parts):
             return None
 
-        def in_place(p: Piece) -> Update:
+        def in_place(p: Segment) -> Update:
             ends = {name: (p.start, size - p.start - p.size)}
             spread = lambda n: n.along(name, p.size) if None in roles else n  # noqa: E731
             placed: Update = p.update.map(lambda n: spread(n).padded(ends))
@@ -199,7 +199,7 @@ def selected(update: Update) -> Update:
     return update.selected() if isinstance(update, Wrapper) else update
 
 
-def join(parts: Sequence[Piece], name: int, size: int) -> Update | None:
+def join(parts: Sequence[Segment], name: int, size: int) -> Update | None:
     """See `Update.join`. A part that rescales W, if there is one, does it for all."""
     if not parts:
         return Zero()

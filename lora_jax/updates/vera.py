@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 
 from lora_jax.base import Array, Base, Leaf
 from lora_jax.target import Target
-from lora_jax.updates.kind import Factors, Kind, TargetInitializer
+from lora_jax.updates.factors import Factors
+from lora_jax.updates.kind import Kind, TargetInitializer
 
 FIRST_RANK_VALUE = 0.1  # first value of lambda_d, as in PEFT
 
