@@ -22,13 +22,12 @@ LENGTHS = (3, 7, 5)  # the prompts' lengths; each row then goes on for STEPS
 STEPS = 4
 FORMS = {
     "unrolled": {},
-    "scanned": {"scan_layers": True},
-    "remat": {"remat": "full"},
+    "scanned": {"scan_layers": True, "remat": "full"},
     "window": {"sliding_window": 3},
     "scanned window": {"scan_layers": True, "sliding_window": 3},
     "biases, norms, an untied head": {"qkv_bias": True, "qk_norm": True, "tied": False},
     **FAMILIES,
-    "scanned gemma": {**FAMILIES["gemma"], "scan_layers": True},
+    "gemma": {**FAMILIES["gemma"], "scan_layers": True},
 }
 
 

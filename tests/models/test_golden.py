@@ -37,7 +37,7 @@ def test_minilm_hidden_states(data: Path) -> None:
     np.testing.assert_allclose(pooled[:8], golden["mean_pooled_normalised_first8"], atol=1e-6)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_smollm2_logits(data: Path, smollm2: models.Source, scan: bool) -> None:
     golden = npz.read(data / "golden_smollm2.npz")
     config = dataclasses.replace(smollm2.config, scan_layers=scan)
