@@ -31,7 +31,7 @@ from benchmarks.common import hardware, table
 from lora_jax import models, paths, sharding
 from lora_jax.models.placement import rules
 from lora_jax.models.weights import families
-from lora_jax.system import allocator
+from lora_jax.system import host_memory
 
 # dtype or kind of the file - dtype of the parameters
 FORMS = ["float32-float32", "float32-bfloat16", "bfloat16-bfloat16", "Q8_0-bfloat16"]
@@ -68,7 +68,7 @@ def _run(form: str, mesh: tuple[int, ...], more: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.load", "--one", form, *more]
     command += ["--mesh", *map(str, mesh)]
     # This measures the memory of loading without memory that the allocator would keep.
-    environment = {**os.environ, allocator.VARIABLE: "0"}
+    environment = {**os.environ, host_memory.VARIABLE: "0"}
     done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

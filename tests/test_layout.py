@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "frozen": {"base", "errors", "paths"},
     "target": {"errors", "spec"},
     "updates": {"base", "errors", "target"},
-    "layout": {"base", "errors", "paths", "system", "target", "updates"},
+    "layout": {"base", "errors", "paths", "spec", "system", "target", "updates"},
     "adapters": {"errors", "layout", "paths", "target", "updates"},
     "bases": {"base", "errors", "layout", "paths", "updates"},
     "checkpoint": {"adapters", "base", "errors", "layout", "paths", "system", "updates"},
@@ -55,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
     "planner": {"adapters", "base", "bases", "data", "errors", "frozen", "paths"}
     | {"primitives", "system", "training"},
     "sweeps": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve"}
-    | {"spec", "system", "training", "transform"},
+    | {"spec", "system", "training", "transform", "updates"},
     "report": {"adapters", "analysis", "checkpoint", "errors", "layout", "serving"}
     | {"sweeps", "system", "training", "updates"},
     "cli": {"adapters", "base", "bases", "checkpoint", "data", "errors", "exchange"}

@@ -38,25 +38,17 @@ def write(
     inline: dict[str, str] = {}
     write_file = functools.partial(whole_files.write, below=below)
     for panel in report.panels:
+        write_file(folder / f"{panel.name}.png", svg.png(panel.drawing))
         drawn = svg.svg(panel.drawing)
         inline[panel.name] = svg.inline(drawn, panel.name, panel.alternative)
         write_file(folder / f"{panel.name}.svg", svg.standalone(drawn).encode())
-        write_file(folder / f"{panel.name}.png", svg.png(panel.drawing))
     write_file(folder / MARKDOWN, markdown(report).encode())
     write_file(folder / HTML, html(report, inline).encode())
     return folder / HTML
 
 
 def html(report: Report, inline: dict[str, str]) -> str:
-    """Render a report as HTML.
-
-    Args:
-      report: the report.
-      inline: panel name -> its SVG element, as `svg.inline` returns it.
-
-    Returns:
-      The page.
-    """
+    """Render a report as HTML; `inline` holds the SVG element of each panel by its name."""
     environment = _environment(autoescape=True)
     environment.filters["linked"] = lambda text, but=None: linked(text, report.terms, but)
     template = environment.get_template("report.html.j2")
@@ -66,10 +58,8 @@ def html(report: Report, inline: dict[str, str]) -> str:
 def linked(text: str, terms: Sequence[Term], but: Term | None = None) -> str:
     """Return a text as HTML in which the first of each term is a link to its explanation.
 
-    Args:
-      text: plain text.
-      terms: the explained terms. If two begin at the same place, the longer one counts.
-      but: the term that the text explains; it does not become a link.
+    If two terms begin at the same place, the longer one counts. `but` is the term that the text
+    explains; it does not become a link.
     """
     found = [(match.span(), term) for term in terms if (match := term.pattern.search(text))]
     found.sort(key=lambda one: (one[0][0], -one[0][1]))
@@ -88,15 +78,7 @@ def images(figure: Figure) -> str:
 
 
 def markdown(report: Report, images: Callable[[Figure], str] = images) -> str:
-    """Render a report as Markdown.
-
-    Args:
-      report: the report.
-      images: returns the Markdown of a figure.
-
-    Returns:
-      The text.
-    """
+    """Render a report as Markdown; `images` returns that of a figure."""
     environment = _environment(autoescape=False)
     environment.filters |= {"plain": plain, "table": markdown_table, "images": images}
     text = environment.get_template("report.md.j2").render(report=report)

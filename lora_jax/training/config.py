@@ -33,9 +33,6 @@ def incidental(default: Any) -> Any:
     return dataclasses.field(default=default, metadata=INCIDENTAL)
 
 
-InitMethod = Literal["gaussian", "uniform", "orthogonal", "eva", "pissa", "olora", "loftq"]
-
-
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(Checked):
     """The adapters: h = W0 x + (alpha / rank) B A x."""

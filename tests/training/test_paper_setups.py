@@ -165,7 +165,6 @@ def prepared(
 
 @pytest.mark.slow
 def test_gpt2_trains_on_e2e(prepared: Any, tmp_path: pathlib.Path) -> None:
-    """GPT-2 trains on E2E, which TFDS finds by its name."""
     weights = tiny.write_model(tmp_path / "gpt2", tiny.GPT2 | {"vocab_size": END_ID + 1})
     tokenizer = tokenizers.Tokenizer.from_file(str(weights / "tokenizer.json"))
     tokenizer.add_special_tokens([END])
