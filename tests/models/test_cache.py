@@ -14,7 +14,7 @@ import pytest
 from lora_jax import models
 from lora_jax.models import cache as caches
 from lora_jax.planner import hlo
-from tests.models.options import FAMILIES
+from tests.models.options import FAMILIES, random_params
 from tests.programs import equations
 
 CAPACITY = 16
@@ -36,17 +36,6 @@ def config(
     request: pytest.FixtureRequest, llama_config: models.DecoderConfig
 ) -> models.DecoderConfig:
     return dataclasses.replace(llama_config, **FORMS[request.param])
-
-
-def random_params(config: models.DecoderConfig) -> Any:
-    """Return random weights, each of which has an effect."""
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        seed = sum(map(ord, jax.tree_util.keystr(path)))
-        noise = 0.5 * np.random.default_rng(seed).standard_normal(leaf.shape)
-        return jax.device_put((noise + (path[-1].key == "scale")).astype(leaf.dtype))
-
-    return jax.tree_util.tree_map_with_path(draw, models.shapes(config))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="last")
