@@ -139,7 +139,9 @@ def test_bfloat16_files_and_dtypes(folder: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+        ("llama", {"model_type": "gemma"}, "'gemma'; the loaders know"),
+        ("llama", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "by_inverse_layer_idx is True"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "layer_types is 'chunked_att"),

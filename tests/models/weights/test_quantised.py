@@ -31,6 +31,7 @@ SIZES = {"hidden": 256, "heads": 4, "kv_heads": 2, "mlp": 512, "vocab": 24, "lay
 FIELDS = {"embedding_length": 256, "feed_forward_length": 512, "attention.head_count_kv": 2}
 KINDS = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"]
 Q = gguf.GGMLQuantizationType
+SCALES = {Q.Q6_K: [208], Q.Q4_1: [0, 2], Q.Q4_K: [0, 2], Q.Q5_1: [0, 2]}  # their first bytes
 
 
 def _write(path: Path, arch: str, kind_of: Callable[[str], str]) -> Path:
@@ -51,9 +52,7 @@ def _write(path: Path, arch: str, kind_of: Callable[[str], str]) -> Path:
             kind = Q[kind_of(name)]
             size, length = gguf.GGML_QUANT_SIZES[kind]
             raw = rng.integers(0, 256, (shape[0], shape[1] // size, length), np.uint8)
-            for start in {Q.Q6_K: [208], Q.Q4_1: [0, 2], Q.Q4_K: [0, 2], Q.Q5_1: [0, 2]}.get(
-                kind, [0]
-            ):
+            for start in SCALES.get(kind, [0]):
                 scale = rng.uniform(0.001, 0.01, raw.shape[:2]).astype(np.float16)
                 raw[..., start : start + 2] = scale[..., None].view(np.uint8)
             writer.add_tensor(f"{name}.weight", raw.reshape(shape[0], -1), raw_dtype=kind)
@@ -156,6 +155,7 @@ def test_shards_of_blocks(tmp_path: Path) -> None:
         model.load(config, shardings=inputs, keep_quantised=True)
 
 
+@pytest.mark.slow
 def test_smollm2_is_as_small_on_the_device_as_in_its_file(smollm2: models.Source) -> None:
     """Codes, scales and float tensors of a Q4_1 file take less than 1.02 times its bytes."""
     held = smollm2.load(keep_quantised=True)
