@@ -1,4 +1,4 @@
-"""Whole runs of every method on tiny random models: the parameters that change and are saved."""
+"""Whole runs of methods on tiny random models: the parameters that change and are saved."""
 
 from __future__ import annotations
 
@@ -54,21 +54,16 @@ def extra(path: str) -> bool:
     return path.startswith("extra/")
 
 
-# The parameters that each method trains, written without patterns.
+# The parameters that some methods train, written without patterns.
 CASES = {
     "full": Case({}, lambda path: True, None),
-    "top_layers": Case({"top_layers": 1}, lambda p: "layer_1/" in p, counts.layer(D, M)),
     "bitfit": Case({}, lambda path: path.endswith("bias"), counts.biases(D, M, L)),
-    "head": Case({}, lambda path: False, 0),
     "houlsby": Case(
         {"size": R},
         lambda path: extra(path) or "norm/" in path,
         counts.adapter(D, R, 2 * L, norms=2 * L + 1),
     ),
-    "pfeiffer": Case({"size": R}, extra, counts.adapter(D, R, L)),
-    "adapter_drop": Case({"size": R, "drop": 1}, extra, counts.adapter(D, R, L - 1)),
     "lin": Case({"size": R}, extra, counts.adapter(D, R, L, norms=L)),
-    "prefix_embedding": Case({"prefix": 3, "infix": 2}, extra, counts.prefix_embedding(D, 5)),
     "prefix_layer": Case({"prefix": 3, "infix": 2}, extra, counts.prefix_layer(D, 5, L)),
 }
 

@@ -256,8 +256,7 @@ def last(path: pathlib.Path, one: Member) -> Any:
 
 
 def test_free_slots_are_given_up_when_that_is_worth_a_compilation() -> None:
-    """Free slots are dropped only if that saves more than a compilation costs. Red without the
-    comparison with WORTH."""
+    """Free slots are dropped only if that saves more than a compilation costs."""
 
     class Slot:
         def __init__(self, name: str, left: int) -> None:
@@ -337,23 +336,20 @@ def test_what_is_said_of_a_group_is_not_said_of_a_member(tmp_path: pathlib.Path)
         together(tmp_path, Member("a", own))
 
 
-def test_members_that_accumulate_otherwise_are_refused(tmp_path: pathlib.Path) -> None:
-    other = member("other", 1, 1, accumulate=2)
-    with pytest.raises(ConfigError, match=r"accumulate must be the same .*, got \[1, 2\]"):
-        together(tmp_path, A, other)
-
-
-def test_batches_that_cannot_be_filled_up_are_refused(tmp_path: pathlib.Path) -> None:
-    """Rows cannot be added to these batches, as the loss of own_model.py counts every row."""
-    other = member("other", 1, 1, batch_size=16)
-    with pytest.raises(ConfigError, match=r"'a' are smaller .* from 8 to 16"):
-        together(tmp_path, A, other)
-
-
-def test_parameters_of_unequal_shape_are_refused(tmp_path: pathlib.Path) -> None:
-    other = member("other", 1, 1, width=8)
-    with pytest.raises(ConfigError, match="'a' and 'other' do not have the same base: 'first/"):
-        together(tmp_path, A, other)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"accumulate": 2}, r"accumulate must be the same .*, got \[1, 2\]"),
+        # Rows cannot be added to these batches, as the loss of own_model.py counts every row.
+        ({"batch_size": 16}, "'a' are smaller .* from 8 to 16"),
+        ({"width": 8}, "'a' and 'other' do not have the same base: 'first/"),
+    ],
+)
+def test_members_that_do_not_fit_together_are_refused(
+    changes: dict[str, int], says: str, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        together(tmp_path, A, member("other", 1, 1, **changes))
 
 
 def test_a_group_has_its_own_line_in_train_py(
