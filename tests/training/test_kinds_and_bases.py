@@ -38,30 +38,12 @@ from tests.training.test_text import text_config, train_in
 pytestmark = pytest.mark.slow
 
 QV = ("**/attention/{query,value,q,v}/kernel",)
-ONE_LAYER = {"num_hidden_layers": 1}
 Trained = Callable[[Any], tuple[pathlib.Path, dict[str, Any]]]
-
-
-@pytest.fixture(scope="module")
-def roberta(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("models") / "roberta"
-    return tiny.write_model(folder, tiny.ROBERTA | ONE_LAYER)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    return tiny.write_model(folder, tiny.LLAMA | ONE_LAYER)
 
 
 @pytest.fixture(scope="module")
 def two_layers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tiny.write_model(tmp_path_factory.mktemp("models") / "llama", tiny.LLAMA)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.write_examples(tmp_path_factory.mktemp("data"), ("text",), int)
 
 
 @pytest.fixture(scope="module")
