@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import lora_jax
-import train
 from experiments.methods.config import MethodConfig, MethodTextConfig
 from experiments.paper import counts
 from lora_jax import models, paths
@@ -28,7 +27,7 @@ from lora_jax.training.classification import classification
 from lora_jax.training.config import LoraConfig, MeshConfig, OptimizerConfig
 from lora_jax.training.text import ModelConfig, TextConfig
 from lora_jax.training.workload import Workload
-from tests.training import tiny
+from tests.training import runs, tiny
 
 # Orbax warns that it takes the sharding from the file; one CPU array has no other.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
@@ -211,10 +210,7 @@ def test_a_decoder(folder: pathlib.Path) -> None:
 
 
 def train_in(path: pathlib.Path, config: TextConfig) -> dict[str, Any]:
-    path.mkdir(parents=True, exist_ok=True)
-    grid = mesh.make(config.mesh, jax.devices()[:1])
-    with jax.set_mesh(grid):
-        return train.train(config, grid, path, train.Console(quiet=True))
+    return runs.train_in(path, config, jax.devices()[:1])
 
 
 def test_a_whole_run(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

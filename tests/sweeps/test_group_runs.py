@@ -26,7 +26,7 @@ from lora_jax.training import export, metrics, processes
 from lora_jax.training.config import ConfigError, LoraConfig, MeshConfig, OptimizerConfig
 from lora_jax.training.mesh import make
 from tests.sweeps.test_group_step import close
-from tests.training.runs import OWN, ROOT
+from tests.training.runs import OWN, ROOT, train_group, train_in
 
 # Orbax warns that it takes the sharding from the file; two CPU arrays have no other.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
@@ -54,17 +54,11 @@ A, B, C = member("a", 0, 1), member("b", 1, 2, 3e-3), member("c", 2, 2, 1e-3, st
 
 
 def together(path: pathlib.Path, *members: Member, **options: Any) -> list[dict[str, Any]]:
-    config = GroupConfig(members=members, **options)
-    grid = make(config.mesh, DEVICES)
-    with jax.set_mesh(grid):
-        return loop.run(config, grid, path, train.Console())
+    return train_group(path, GroupConfig(members=members, **options), DEVICES)
 
 
 def alone(path: pathlib.Path, one: Member) -> dict[str, Any]:
-    path.mkdir(parents=True, exist_ok=True)
-    grid = make(MeshConfig(), DEVICES)
-    with jax.set_mesh(grid):
-        return train.train(one.config, grid, path, train.Console(quiet=True))
+    return train_in(path, one.config, DEVICES)
 
 
 @contextlib.contextmanager

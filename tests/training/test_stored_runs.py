@@ -14,8 +14,8 @@ from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.config import ConfigError
 from lora_jax.training.text import ModelConfig
 from tests.training import tiny
-from tests.training.runs import ROOT
-from tests.training.test_text import text_config, train_in
+from tests.training.runs import ROOT, train_in
+from tests.training.test_text import text_config
 
 pytestmark = pytest.mark.slow
 

@@ -15,13 +15,12 @@ import pytest
 import safetensors.numpy
 
 import lora_jax
-import train
 from lora_jax import models
 from lora_jax.cli import train as command_line
 from lora_jax.data.config import DataConfig
 from lora_jax.data.language_modelling import language_modelling
 from lora_jax.data.process_slice import Shard
-from lora_jax.training import mesh, scores, text
+from lora_jax.training import scores, text
 from lora_jax.training.causal_lm import causal_lm
 from lora_jax.training.classification import apply_of, classification
 from lora_jax.training.config import ConfigError, LoraConfig, OptimizerConfig
@@ -29,7 +28,7 @@ from lora_jax.training.run import Run
 from lora_jax.training.text import ModelConfig, TextConfig
 from tests.serving import tiny as small
 from tests.training import tiny
-from tests.training.runs import ROOT, run
+from tests.training.runs import ROOT, run, train_in
 
 GLUE = "configs/glue_roberta.py"
 # Table 9 of the paper: learning rate, batch size, epochs; and the size of the training split.
@@ -169,13 +168,6 @@ def test_an_adapter_names_its_base_from_every_folder(
     assert text.about(config)["model"]["reference"] == str(tmp_path / "models/a")
     config = dataclasses.replace(config, model=ModelConfig(models.MINILM))
     assert text.about(config)["model"]["reference"] == models.MINILM
-
-
-def train_in(path: pathlib.Path, config: TextConfig) -> dict[str, Any]:
-    path.mkdir(exist_ok=True)
-    grid = mesh.make(config.mesh)
-    with jax.set_mesh(grid):
-        return train.train(config, grid, path, train.Console(quiet=True))
 
 
 def test_an_encoder_learns_labels(
