@@ -30,7 +30,7 @@ from jax.sharding import AxisType, NamedSharding
 from benchmarks.common import hardware, table
 from lora_jax import models, paths, sharding
 from lora_jax.models.placement import rules
-from lora_jax.models.weights import hf_config, names
+from lora_jax.models.weights import families
 from lora_jax.system import host_memory
 
 # dtype or kind of the file - dtype of the parameters
@@ -189,9 +189,9 @@ def _write_gguf(path: Path, json_: dict[str, Any]) -> None:
 
 def _tensors(json_: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return Hugging Face's name of each tensor, and its stored shape."""
-    config = hf_config.parse(json_, "")
+    config = families.parse(json_, "")
     shapes, found = paths.flatten(models.shapes(config)), {}
-    for row in names.HF["llama"].rows:
+    for row in families.FAMILIES["llama"].names.rows:
         for layer in range(config.num_layers if row.layered else 1):
             leaf = shapes.get(row.path.format(layer=layer))
             if leaf is not None:

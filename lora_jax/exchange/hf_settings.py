@@ -14,8 +14,8 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.errors import LoraError
 from lora_jax.exchange.trained_run import TrainedRun
+from lora_jax.models.weights.families import parse
 from lora_jax.models.weights.folder import Folder
-from lora_jax.models.weights.hf_config import parse
 from lora_jax.system import regular_files
 from lora_jax.system.whole_files import FileWriter
 
