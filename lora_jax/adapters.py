@@ -21,7 +21,7 @@ from lora_jax.layout import Layout
 from lora_jax.spec import LoraSpec
 from lora_jax.target import Target
 from lora_jax.updates.factors import Factors
-from lora_jax.updates.kind import TargetInitializer, kind_of
+from lora_jax.updates.kind import Initializer, kind_of
 from lora_jax.updates.kind import uniform as uniform_within
 
 Adapters = dict[str, Any]
@@ -62,7 +62,7 @@ def orthogonal(key: jax.Array, target: Target, dtype: Any) -> jax.Array:
     return drawn.reshape(target.a_shape)
 
 
-INITIALIZERS: dict[str, TargetInitializer] = {
+INITIALIZERS: dict[str, Initializer] = {
     "gaussian": gaussian,
     "uniform": uniform,
     "orthogonal": orthogonal,
@@ -93,7 +93,7 @@ def init(
     key: jax.Array,
     layout: Layout,
     *,
-    method: str | TargetInitializer = "gaussian",
+    method: str | Initializer = "gaussian",
     params: Any = None,
     dtype: Any = jnp.float32,
 ) -> Adapters:
@@ -141,7 +141,7 @@ def init(
     return out
 
 
-def initializer(method: str | TargetInitializer) -> TargetInitializer:
+def initializer(method: str | Initializer) -> Initializer:
     """Return the function that draws `a`, for a method given by name or as a function.
 
     Raises:

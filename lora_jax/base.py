@@ -65,6 +65,9 @@ class Base(abc.ABC):
         return math.prod(self.shape)
 
 
+W: TypeAlias = Array | Base  # W as the caller has it
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantisedMatrix(Base):
     """A weight whose slices are stored as matrices [rows, columns], in the order of a file.
@@ -104,9 +107,10 @@ class QuantisedMatrix(Base):
         return jnp.dtype(self.float_dtype)
 
     def dense(self) -> Array:
-        stored = self.numbers().astype(self.dtype).reshape(*self.lead, *self.sizes)
-        lead = len(self.lead)
-        return jnp.transpose(stored, (*range(lead), *(lead + axis for axis in self.order)))
+        lead, dtype = self.lead, self.dtype
+        stored = self.numbers().astype(dtype).reshape(*lead, *self.sizes)
+        n = len(lead)
+        return jnp.transpose(stored, (*range(n), *(n + axis for axis in self.order)))
 
 
 def is_base(x: Any) -> bool:

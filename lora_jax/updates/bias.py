@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.base import Array, Base, Leaf
+from lora_jax.base import Array, Leaf, W
 from lora_jax.target import Target
-from lora_jax.updates.kind import Kind, TargetInitializer
+from lora_jax.updates.kind import Initializer, Kind
 
 
 class Shift(NamedTuple):
@@ -50,12 +49,7 @@ class Bias(Kind):
         return None
 
     def init(
-        self,
-        key: jax.Array,
-        target: Target,
-        dtype: DTypeLike,
-        a_init: TargetInitializer,
-        w: Array | Base | None = None,
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> Shift:
         return Shift(jnp.zeros(target.shape, dtype))
 

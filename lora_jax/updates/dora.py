@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.base import Array, Base, Leaf, dense, wide_dtype
+from lora_jax.base import Array, Base, Leaf, W, dense, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
 from lora_jax.updates.factors import Factors, Gains, in_w_order
-from lora_jax.updates.kind import Kind, TargetInitializer
+from lora_jax.updates.kind import Initializer, Kind
 
 
 class Directed(NamedTuple):
@@ -69,12 +69,7 @@ class Dora(Kind):
         )
 
     def init(
-        self,
-        key: jax.Array,
-        target: Target,
-        dtype: DTypeLike,
-        a_init: TargetInitializer,
-        w: Array | Base | None = None,
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> Directed:
         if w is None:
             raise LoraError(
@@ -85,7 +80,7 @@ class Dora(Kind):
         norms = jnp.sqrt(_squared_norms(target, w, jnp.zeros_like(a), b, 1.0))
         return Directed(a, b, norms.astype(dtype))
 
-    def from_factors(self, target: Target, factors: Factors, w: Array | Base) -> Directed:
+    def from_factors(self, target: Target, factors: Factors, w: W) -> Directed:
         squares = _squared_norms(target, w, *factors, self.scale(target))
         return Directed(*factors, jnp.sqrt(squares).astype(factors.b.dtype))
 
@@ -96,7 +91,7 @@ class Dora(Kind):
         self,
         target: Target,
         parameters: Directed,
-        w: Array | Base,
+        w: W,
         scale: Array | float | None = None,
     ) -> Gains:
         w, a, b = jax.lax.stop_gradient((w, parameters.a, parameters.b))
@@ -104,7 +99,7 @@ class Dora(Kind):
         norms = jnp.sqrt(_squared_norms(target, w, a, b, scale))
         return Gains(_ratio(jnp.asarray(parameters.magnitude, norms.dtype), norms))
 
-    def merged(self, target: Target, parameters: Directed, w: Array | Base) -> Array:
+    def merged(self, target: Target, parameters: Directed, w: W) -> Array:
         w = jnp.asarray(dense(w))
         wide = wide_dtype(w.dtype)
         v = w.astype(wide) + self.delta(target, parameters, wide)
@@ -118,9 +113,7 @@ def _ratio(magnitude: Array, norms: Array) -> Array:
     return jnp.where(norms > 0, magnitude / jnp.where(norms > 0, norms, 1), 1)
 
 
-def _squared_norms(
-    target: Target, w: Array | Base, a: Array, b: Array, scale: Array | float | None
-) -> Array:
+def _squared_norms(target: Target, w: W, a: Array, b: Array, scale: Array | float | None) -> Array:
     """Return `||W + scale * a @ b||^2` over the inputs, [*stack, *outputs], slice by slice."""
     n = len(target.stack)
     if not n:
@@ -139,9 +132,7 @@ def _squared_norms(
     return found.reshape(*stack, *found.shape[1:])
 
 
-def _of_slice(
-    target: Target, w: Array | Base, a: Array, b: Array, scale: Array | float | None
-) -> Array:
+def _of_slice(target: Target, w: W, a: Array, b: Array, scale: Array | float | None) -> Array:
     """Return the same for one slice of the stack, [*outputs]."""
     wide = wide_dtype(w.dtype)
     w, a, b, scale = (jnp.asarray(x, wide) for x in (w, a, b, scale))

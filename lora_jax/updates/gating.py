@@ -56,13 +56,8 @@ def counted(value: Named, last: int, probe: Named, count: Callable[[Any], Any]) 
 
     A `scan` or `checkpoint` returns only the values that it was written to return, but cotangents
     always come back. The cotangent of the probe is summed over all places that read the probe, and
-    a scan that slices the probe stacks it.
-
-    Args:
-      value: the rows, with the axis `last` and any others.
-      last: the name of the axis along a row.
-      probe: zeros, with the stack axes of W and then the two axes of a count.
-      count: maps [*stack, rows, last] to a count for each slice of the stack.
+    a scan that slices the probe stacks it. `last` is the name of the axis along a row; the probe
+    has W's stack axes and the two axes of a count; `count` maps [*stack, rows, last] to counts.
     """
     stack = tuple(n for n in probe.names[:-2] if n in value.names)
     # A ragged product mixes the rows of all slices; then each slice gets the whole sum.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.base import Array, Base, Parameters, dense, wide_dtype
+from lora_jax.base import Array, Parameters, W, dense, wide_dtype
 from lora_jax.errors import LoraError, listed
 from lora_jax.target import Target
 from lora_jax.updates.factors import Factors, Gains, in_w_order, named
@@ -18,7 +18,7 @@ from lora_jax.updates.lowrank import Gained, LowRank
 from lora_jax.updates.named import Named, Names
 from lora_jax.updates.update import Update
 
-TargetInitializer = Callable[[jax.Array, Target, Any], jax.Array]
+Initializer = Callable[[jax.Array, Target, Any], jax.Array]
 
 
 class Kind(abc.ABC):
@@ -87,12 +87,7 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def init(
-        self,
-        key: jax.Array,
-        target: Target,
-        dtype: DTypeLike,
-        a_init: TargetInitializer,
-        w: Array | Base | None = None,
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> Parameters:
         """Return arrays whose update is exactly zero.
 
@@ -110,7 +105,7 @@ class Kind(abc.ABC):
           LoraError: the first values depend on W, and `w` is None.
         """
 
-    def from_factors(self, target: Target, factors: Factors, w: Array | Base) -> Parameters:
+    def from_factors(self, target: Target, factors: Factors, w: W) -> Parameters:
         """Return arrays whose update gives `W + scale * a @ b` with the given factors.
 
         For methods that move a part of W into the factors; `w` is the rest.
@@ -169,7 +164,7 @@ class Kind(abc.ABC):
         self,
         target: Target,
         parameters: Parameters,
-        w: Array | Base,
+        w: W,
         scale: Array | float | None = None,
     ) -> Gains:
         """Return the factors of the outputs and of the inputs of `W + scale * a @ b`; None is 1.
@@ -187,7 +182,7 @@ class Kind(abc.ABC):
         return Gains()
 
     def update(
-        self, target: Target, parameters: Parameters, w: Array | Base, names: Names
+        self, target: Target, parameters: Parameters, w: W, names: Names
     ) -> Update | jax.Array:
         """Return the update on its way through a program, or W' itself if it has no low rank.
 
@@ -203,7 +198,7 @@ class Kind(abc.ABC):
         update = LowRank(*named(target, factors, names), self.scale(target))
         return gained(update, target, gains_of(target, parameters, w), names)
 
-    def merged(self, target: Target, parameters: Parameters, w: Array | Base) -> Array:
+    def merged(self, target: Target, parameters: Parameters, w: W) -> Array:
         """Return W with its update, in W's dtype: the definition that the fast path must equal.
 
         The sum is formed in float32, or in W's dtype if it is wider, and rounded once.
@@ -340,7 +335,7 @@ def is_parameters(x: Array) -> bool:
 
 
 def gains_of(
-    target: Target, parameters: Parameters, w: Array | Base, scale: Array | float | None = None
+    target: Target, parameters: Parameters, w: W, scale: Array | float | None = None
 ) -> Gains:
     """Return `Kind.gains` for the target's kind, under a name that the planner knows."""
     # The planner counts the scope "lora" as adapters; JAX writes the outermost scope as

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.base import Array, Base, Leaf
+from lora_jax.base import Array, Leaf, W
 from lora_jax.target import Target
 from lora_jax.updates.factors import Factors
-from lora_jax.updates.kind import Kind, TargetInitializer, uniform
+from lora_jax.updates.kind import Initializer, Kind, uniform
 
 
 class HadamardFactors(NamedTuple):
@@ -61,12 +61,7 @@ class Loha(Kind):
         return HadamardFactors(a, b, a, b)
 
     def init(
-        self,
-        key: jax.Array,
-        target: Target,
-        dtype: DTypeLike,
-        a_init: TargetInitializer,
-        w: Array | Base | None = None,
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> HadamardFactors:
         for_a, for_1, for_2 = jax.random.split(key, 3)
         b1, b2 = (uniform(k, target.b_shape, dtype, target.rank) for k in (for_1, for_2))

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.base import Array, Base, Leaf
+from lora_jax.base import Array, Leaf, W
 from lora_jax.errors import LoraError
 from lora_jax.target import Target
 from lora_jax.updates.factors import Factors
-from lora_jax.updates.kind import Kind, TargetInitializer, uniform
+from lora_jax.updates.kind import Initializer, Kind, uniform
 
 LARGEST = 2**36  # of a size that is split: its divisors are looked for one by one
 
@@ -87,12 +87,7 @@ class Lokr(Kind):
         return min(n, k), f"the smaller of the larger divisors {n} and {k}"
 
     def init(
-        self,
-        key: jax.Array,
-        target: Target,
-        dtype: DTypeLike,
-        a_init: TargetInitializer,
-        w: Array | Base | None = None,
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> KroneckerFactors:
         left, a, b = self.shapes(target)
         for_a, for_b = jax.random.split(key)

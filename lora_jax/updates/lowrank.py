@@ -29,7 +29,7 @@ from jax.lax import PrecisionLike
 from lora_jax.base import Array, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.updates.named import RANK, ROWS, Named, Names, einsum, wider
-from lora_jax.updates.update import Operation, Segment, Update, W, Wrapper, join
+from lora_jax.updates.update import AnyWeight, Operation, Pairs, Segment, Update, Wrapper, join
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +103,7 @@ class LowRank(Update):
             return super().join(parts, name, size)
         return LowRank(a, b)
 
-    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         names = ("a", "b") if self.gain is None else ("a", "b", "gain")
         along = [dataclasses.replace(self, **{n: getattr(tangent, n)}) for n in names]
         return list(zip((dw, *[none] * (len(names) - 1)), along, strict=True))
@@ -123,13 +123,9 @@ def _put_together(factors: Sequence[Named], apart: bool) -> Named | None:
 def add(base: Array, x: Named, update: LowRank, out: Names, precision: PrecisionLike) -> Array:
     """Return `base + scale * x a b` without forming `a b`.
 
-    Args:
-      base: the product with W itself, whose axes are named `out`.
-      x: the operand. It shares names with the axes of W that it is multiplied along.
-      update: the update; its factors are cast to x's dtype.
-      out: names of the result's axes. A name of x or of the factors that is not in `out` is
-        summed over. A name that only `out` has is an axis along which the update is constant.
-      precision: of both products, as in `jax.lax.dot_general`.
+    The axes of `base` are named `out`. x shares names with the axes of W that it is multiplied
+    along. A name of x or of the factors that is not in `out` is summed over. A name that only `out`
+    has is an axis along which the update is constant. The factors are cast to x's dtype.
     """
     names = dict.fromkeys((*x.names, *update.a.names, *update.b.names, *out))
     canonical = dict(zip([n for n in names if n >= 0], range(len(names)), strict=False))
@@ -266,6 +262,6 @@ class Gained(Wrapper):
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes) and not any(n in self.gain.names for n in sizes)
 
-    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         along = super().tangents(w, dw, tangent, none)
         return [*along, (w, Gained(self.inner, tangent.gain))]

@@ -16,7 +16,8 @@ from lora_jax.base import Array, wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.updates.named import Named, Names
 
-W: TypeAlias = Any  # W on its way through a program: a `bases.weight.Weight`
+AnyWeight: TypeAlias = Any  # W on its way through a program: a `bases.weight.Weight`
+Pairs: TypeAlias = "list[tuple[AnyWeight, Update]]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Update(abc.ABC):
         """Return `W + update` as an array with the axes of `w`, in w's dtype."""
 
     @abc.abstractmethod
-    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         """Return the derivative of `W + update` as a sum of weights: pairs of a W and an update.
 
         w, dw and none are W, its tangent and an absent W (`Absent`), all of the same shape;
@@ -176,7 +177,7 @@ class Wrapper(Update):
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes)
 
-    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         parts = self.inner.tangents(w, dw, tangent.inner, none)
         return [(w, self.around(update)) for w, update in parts]
 
@@ -226,7 +227,7 @@ class Zero(Update):
     def times(self, factor: Named) -> Update | None:
         return self
 
-    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         return [(dw, self)]
 
 
@@ -260,7 +261,7 @@ class Sum(Update):
     def sums(self, sizes: dict[int, int]) -> bool:
         return all(update.sums(sizes) for update in self.updates)
 
-    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         first, *rest = zip(self.updates, tangent.updates, strict=True)
         found = first[0].tangents(w, dw, first[1], none)
         return [*found, *(x for u, t in rest for x in u.tangents(w, none, t, none))]
@@ -297,7 +298,7 @@ class Times(Wrapper):
     def sums(self, sizes: dict[int, int]) -> bool:
         return self.inner.sums(sizes) and not any(n in self.factor.names for n in sizes)
 
-    def tangents(self, w: W, dw: W, tangent: Any, none: W) -> list[tuple[W, Update]]:
+    def tangents(self, w: AnyWeight, dw: AnyWeight, tangent: Any, none: AnyWeight) -> Pairs:
         along = super().tangents(w, dw, tangent, none)
         return [*along, (none, Times(self.inner, tangent.factor))]
 

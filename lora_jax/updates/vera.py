@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.base import Array, Base, Leaf
+from lora_jax.base import Array, Leaf, W
 from lora_jax.target import Target
 from lora_jax.updates.factors import Factors
-from lora_jax.updates.kind import Kind, TargetInitializer
+from lora_jax.updates.kind import Initializer, Kind
 
 FIRST_RANK_VALUE = 0.1  # first value of lambda_d, as in PEFT
 
@@ -62,12 +62,7 @@ class Vera(Kind):
         return None  # each rank adds one trained number
 
     def init(
-        self,
-        key: jax.Array,
-        target: Target,
-        dtype: DTypeLike,
-        a_init: TargetInitializer,
-        w: Array | Base | None = None,
+        self, key: Array, target: Target, dtype: DTypeLike, a_init: Initializer, w: W | None = None
     ) -> Vectors:
         lambda_d, lambda_b = self.shapes(target)
         return Vectors(jnp.full(lambda_d, FIRST_RANK_VALUE, dtype), jnp.zeros(lambda_b, dtype))
