@@ -76,17 +76,16 @@ def of_ranks(found: Sequence[One]) -> tuple[One, One] | None:
 
     Among several such pairs it is the one with the fewest other differences, then the first.
     """
-    best: tuple[tuple[float, int], tuple[One, One]] | None = None
+    pairs = list[tuple[One, One]]()
     for ones in _same_targets(found):
         low, high = min(one.rank for one in ones), max(one.rank for one in ones)
-        pairs = itertools.product(
-            (one for one in ones if one.rank == low), (one for one in ones if one.rank == high)
-        )
-        for pair in pairs:
-            cost = (-high / low, len(_differences(*pair, _RANK)))
-            if low < high and (best is None or cost < best[0]):
-                best = (cost, pair)
-    return None if best is None else best[1]
+        if low < high:
+            pairs += [(a, b) for a in ones for b in ones if (a.rank, b.rank) == (low, high)]
+
+    def cost(pair: tuple[One, One]) -> tuple[float, int]:
+        return -pair[1].rank / pair[0].rank, len(_differences(*pair, _RANK))
+
+    return min(pairs, key=cost, default=None)
 
 
 def of_seeds(found: Sequence[One]) -> tuple[One, One] | None:
