@@ -25,13 +25,13 @@ from lora_jax.bases.weight import Deferred, Dense, Weight
 from lora_jax.primitives import flow, jaxprs, table
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins
 from lora_jax.primitives.evaluator import Evaluator, Primitive
-from lora_jax.primitives.flow import RAW, ROWS, Flow, Paths
+from lora_jax.primitives.flow import RAW, ROWS, Atoms, Flow, Paths
 from lora_jax.primitives.jaxprs import Eqn
-from lora_jax.primitives.recorder import Recorder, Use
+from lora_jax.primitives.recorder import Datum, Recorder, Use
 from lora_jax.updates.named import Names, without
 
 
-class Facts(NamedTuple):
+class Findings(NamedTuple):
     """The facts about the parameters of a traced call.
 
     uses: the uses of each parameter, in the order of the program.
@@ -40,6 +40,8 @@ class Facts(NamedTuple):
     heads: the output heads.
     partners: for each parameter, the parameters that it is multiplied with on the weight side of a
       product.
+    members: the output axes of parameters along which the rest of the program is a batch of its
+      own: another weight has a slice for each, and no product sums over them.
     dequantised: the bases that some operation takes as one float array, and the first such
       operation.
     """
@@ -49,10 +51,11 @@ class Facts(NamedTuple):
     tables: dict[str, str]
     heads: Paths
     partners: dict[str, Paths]
+    members: Atoms
     dequantised: dict[str, str]
 
 
-def analyse(traced: jaxprs.TracedCall) -> Facts:
+def analyse(traced: jaxprs.TracedCall) -> Findings:
     """Walk through a traced call; nothing is computed."""
     analysis = Analysis(traced.param_paths)
     heads = RAW
@@ -66,28 +69,22 @@ def analyse(traced: jaxprs.TracedCall) -> Facts:
         heads = RAW.union(*(way for out in outs if len(out.ways) == 1 for way in out.ways))
 
     jax.eval_shape(run, *traced.inputs)
-    return Facts(
+    return Findings(
         {path: tuple(found) for path, found in analysis.uses.items()},
         analysis.kernels,
         analysis.tables,
         (heads - analysis.fed) & analysis.kernels.keys(),
         analysis.partners,
+        analysis.batched - analysis.mixed,
         analysis.dequantised,
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Datum:
-    """An array of the program, and what it depends on."""
-
-    array: jax.Array
-    flow: Flow = dataclasses.field(metadata={"static": True})
-
-
 def _flow(value: Any) -> Flow:
     if isinstance(value, AdaptedWeight):
-        return value.update.flow
+        known, own = value.update.flow, tuple(value.update.of((n,)) for n in value.names)
+        every = [own, known.axes] if len(known.axes) == len(own) else [own]
+        return dataclasses.replace(known, axes=flow.united(every))
     return value.flow if isinstance(value, Datum) else flow.CONSTANT
 
 
@@ -101,6 +98,8 @@ class Analysis(Evaluator):
         self.tables: dict[str, str] = {}
         self.partners: dict[str, Paths] = {}
         self.fed: Paths = RAW  # the parameters whose product feeds another parameter's product
+        self.batched: Atoms = frozenset()  # the output axes that meet an axis of another weight
+        self.mixed: Atoms = frozenset()
         self.dequantised: dict[str, str] = {}
         self._eqn: Eqn | None = None  # the present equation, outside of control flow
         self._moving = 0  # its operands that depend on arguments
@@ -181,6 +180,8 @@ class Analysis(Evaluator):
         facts = self.flows(eqn, flows)
         before = self._eqn, self._moving
         self._eqn, self._moving = eqn, sum(f.moving for f in flows)
+        if known.general and _count(ins) == 1:
+            self._meet(eqn, ins, flows)
         outs = self._apply(eqn, known, [_array(v) for v in ins])
         self._eqn, self._moving = before
         pure = RAW.union(*(f.weights for f in flows if not f.moving))
@@ -205,8 +206,17 @@ class Analysis(Evaluator):
             return Datum(_array(out), facts)
         if out.update.barrier is None and not (known.lookup or known.each):
             weights = out.update.flow.weights | pure
-            facts = dataclasses.replace(out.update.flow, weights=weights, matrix=facts.matrix)
+            own = out.update.flow
+            facts = dataclasses.replace(facts, weights=weights, moving=own.moving, ways=own.ways)
         return dataclasses.replace(out, update=dataclasses.replace(out.update, flow=facts))
+
+    def _meet(self, eqn: Eqn, ins: Ins, flows: Sequence[Flow]) -> None:
+        """Note which output axes of earlier weights are batch axes of a product with a weight."""
+        (_, batch), side = eqn.params["dimension_numbers"], int(_count(ins[1:]))
+        names, other = ins[side].names, flows[1 - side].axes
+        for i, j in zip(batch[1 - side], batch[side], strict=True) if other else ():
+            if ins[side].update.of((names[j],)):
+                self.batched |= other[i]
 
     def _without_factor(self, eqn: Eqn, ins: Ins) -> Ins:
         """Treat the parameter with fewer axes, in a product of two, as a factor of the other."""
@@ -281,12 +291,13 @@ class Analysis(Evaluator):
         """Return what the outputs of an equation depend on."""
         known = self.primitive(eqn)
         if known.operands:
-            out = self._product(eqn, ins[: known.operands])
+            outs = [self._product(eqn, ins[: known.operands])] * len(eqn.outvars)
         elif known.lookup:
-            out = self._lookup(eqn, *ins)
+            outs = [self._lookup(eqn, *ins)]
         else:
-            return flow.step(eqn, known, ins)
-        return [flow.cut(out, v.aval) for v in eqn.outvars]
+            outs = flow.step(eqn, known, ins)
+        self.mixed = self.mixed.union(*(flow.lost(eqn, ins, out) for out in outs[:1]))
+        return [flow.cut(out, v.aval) for out, v in zip(outs, eqn.outvars, strict=True)]
 
     def _product(self, eqn: Eqn, ins: Sequence[Flow]) -> Flow:
         out = flow.join(ins, residual=False)
@@ -295,12 +306,13 @@ class Analysis(Evaluator):
             others = RAW.union(*(other for other in pure if other is not side))
             for path in side if others else ():
                 self.partners[path] = self.partners.get(path, RAW) | others
+        out = dataclasses.replace(out, axes=flow.multiplied(eqn, [f.axes for f in ins]))
         if not out.weights or not out.moving:
             return out
         for path in out.weights:
             self.kernels.setdefault(path, jaxprs.operand_name(eqn))
         self.fed = self.fed.union(*out.ways)
-        return Flow(moving=True, ways=frozenset((out.weights,)))
+        return Flow(moving=True, ways=frozenset((out.weights,)), axes=out.axes)
 
     def _lookup(self, eqn: Eqn, rows: Flow, *indices: Flow) -> Flow:
         """Treat rows picked by an argument as values, but matrices picked by one as weights."""

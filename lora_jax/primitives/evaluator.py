@@ -22,7 +22,7 @@ from lora_jax.primitives.jaxprs import Eqn, Program
 from lora_jax.updates.named import Names
 from lora_jax.updates.update import Zero
 
-Rule = Callable[["Evaluator", Eqn, Ins], Outs]
+PrimitiveRule = Callable[["Evaluator", Eqn, Ins], Outs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Primitive:
     joins: whether it puts its operands side by side.
     """
 
-    rule: Rule | None = None
+    rule: PrimitiveRule | None = None
     operands: int = 0
     general: bool = False
     lookup: bool = False

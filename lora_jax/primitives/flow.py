@@ -21,9 +21,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from lora_jax.primitives.evaluator import Primitive
-from lora_jax.primitives.jaxprs import Aval, Eqn
+from lora_jax.primitives.jaxprs import Aval, Eqn, reshape_groups
 
 Paths = frozenset[str]
+Atom = tuple[str, int]  # an axis of a parameter: the path and the number of the axis
+Atoms = frozenset[Atom]
+Axes = tuple[Atoms, ...]
+NONE: Atoms = frozenset()
 RAW: Paths = frozenset()  # the way from an argument, before any product
 ROWS: Paths = frozenset(("\0rows",))  # the way from a lookup
 
@@ -37,6 +41,7 @@ class Flow:
     ways: for each way to it, the parameters of the last product on that way.
     spread: whether all of its moving inputs have been broadcast.
     matrix: whether it has two axes or more, not counting those of size 1 and the broadcast ones.
+    axes: for each of its axes, the output axes of parameters that it is; () if that is lost.
     """
 
     weights: Paths = frozenset()
@@ -44,6 +49,7 @@ class Flow:
     ways: frozenset[Paths] = frozenset()
     spread: bool = False
     matrix: bool = False
+    axes: Axes = ()
 
 
 CONSTANT = Flow()
@@ -76,7 +82,59 @@ def join(flows: Sequence[Flow], residual: bool = True) -> Flow:
     moving = [f for f in flows if f.moving]
     weights = RAW.union(*(f.weights for f in flows))
     matrix = any(f.matrix for f in flows)
-    return Flow(weights, bool(moving), ways, all(f.spread for f in moving) and bool(moving), matrix)
+    spread = all(f.spread for f in moving) and bool(moving)
+    return Flow(weights, bool(moving), ways, spread, matrix, united([f.axes for f in flows]))
+
+
+def united(every: Sequence[Axes]) -> Axes:
+    """Return the axes of a value that is computed element by element."""
+    known = [axes for axes in every if axes]
+    if len({len(axes) for axes in known}) != 1:
+        return ()
+    return tuple(NONE.union(*atoms) for atoms in zip(*known, strict=True))
+
+
+def moved(eqn: Eqn, axes: Axes) -> Axes:
+    """Return the axes after an operation with one operand, so far as its parameters tell them."""
+    params, old, new = eqn.params, eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    out = [NONE] * len(new)
+    if "permutation" in params:
+        pairs = list(zip(params["permutation"], range(len(new)), strict=True))
+    elif "broadcast_dimensions" in params:
+        pairs = list(enumerate(params["broadcast_dimensions"]))
+    elif "new_sizes" in params:
+        pairs = [(i[0], j[0]) for i, j in reshape_groups(old, new) if len(i) == len(j) == 1]
+    elif len(new) < len(old) and ("axes" in params or "dimensions" in params):
+        gone = params.get("axes", params.get("dimensions"))
+        pairs = list(zip((i for i in range(len(old)) if i not in gone), range(len(new)), strict=True))
+    else:
+        return axes if len(old) == len(new) else ()
+    for i, j in pairs:
+        out[j] = axes[i] if axes else NONE
+    return tuple(out) if axes else ()
+
+
+def multiplied(eqn: Eqn, axes: Sequence[Axes]) -> Axes:
+    """Return the axes of a product of two values: batch, then the free ones of either."""
+    dims = eqn.params.get("dimension_numbers")
+    if not (isinstance(dims, tuple) and len(dims) == 2):
+        return ()
+    contract, batch = dims
+    each = [a or (NONE,) * len(v.aval.shape) for a, v in zip(axes, eqn.invars, strict=True)]
+    shared = tuple(each[0][i] | each[1][j] for i, j in zip(*batch, strict=True))
+    gone = [(*contract[k], *batch[k]) for k in (0, 1)]
+    return (*shared, *(own[i] for k, own in enumerate(each) for i in free(own, gone[k])))
+
+
+def free(axes: Axes, gone: Sequence[int]) -> list[int]:
+    return [i for i in range(len(axes)) if i not in gone]
+
+
+def lost(eqn: Eqn, ins: Sequence[Flow], out: Flow) -> Atoms:
+    """Return the axes that an operation has mixed with others: not those that it sums over alone."""
+    if "axes" in eqn.params or "dimensions" in eqn.params:
+        return NONE
+    return NONE.union(*(a for f in ins for a in f.axes)).difference(*out.axes)
 
 
 def step(eqn: Eqn, known: Primitive, flows: Sequence[Flow]) -> list[Flow]:
@@ -96,6 +154,10 @@ def step(eqn: Eqn, known: Primitive, flows: Sequence[Flow]) -> list[Flow]:
         for i, f in enumerate(flows)
     ]  # fmt: skip
     whole = resized(join(kept, known.residual and not any(f.spread for f in flows)), eqn)
+    if len(avals) == 1:
+        whole = dataclasses.replace(whole, axes=moved(eqn, flows[0].axes))
+    if len(whole.axes) != len(out.shape):
+        whole = dataclasses.replace(whole, axes=())
     return [cut(whole, v.aval) for v in eqn.outvars]
 
 
