@@ -53,7 +53,7 @@ ARROWS: dict[str, set[str]] = {
     | {"layout", "models", "paths", "primitives", "resolve", "serving"}
     | {"spec", "system", "target", "updates"},
     "planner": {"adapters", "base", "bases", "data", "errors", "frozen", "paths"}
-    | {"primitives", "resolve", "system", "training"},
+    | {"primitives", "system", "training"},
     "sweeps": {"checkpoint", "errors", "frozen", "layout", "multi", "paths", "resolve"}
     | {"spec", "system", "training", "transform"},
     "report": {"adapters", "analysis", "checkpoint", "errors", "layout", "serving"}

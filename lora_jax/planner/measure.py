@@ -18,8 +18,7 @@ from lora_jax.planner import bf16_lowering, collectives, hlo, residuals
 from lora_jax.planner.collectives import Cause, Collective
 from lora_jax.planner.devices import Device
 from lora_jax.planner.weights import WeightBytes, weight_bytes
-from lora_jax.resolve import resolve
-from lora_jax.training import earlier_adapter, mesh, optimizer, step
+from lora_jax.training import initial, mesh, optimizer, step
 from lora_jax.training.config import Config
 from lora_jax.training.state import State
 from lora_jax.training.summary import on_each_device, parameters
@@ -128,11 +127,8 @@ def measure(
     """Compile the step of `config` for the mesh `grid`, and measure it."""
     batch = example(workload)
     place = mesh.place(workload, config.mesh, grid, batch)
-    key, lora = jax.eval_shape(lambda: jax.random.key(0)), config.adaptation
-    earlier = earlier_adapter.open_earlier(config, workload)
-    spec = lora.spec if earlier is None else earlier.spec
-    layout = resolve(spec, workload.apply, workload.params, batch, train=True, key=key)
-    patterns = earlier_adapter.patterns(lora, workload, earlier)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    _, layout, patterns = initial.resolved(config, workload, workload.params, batch, key)
     params = jax.tree.map(_placed, workload.params, place.params)
     base, frozen = split(params, patterns)
     step.check_apart(layout, base)
@@ -140,9 +136,8 @@ def measure(
     state = step.shapes(layout, base, tx, key, place, step.adapted_weights(layout, params))
     divided = jax.sharding.NamedSharding(grid, mesh.BATCH)  # the same as in `Placement.batch`
     rows = {name: _placed(x, divided if x.shape else place.whole) for name, x in batch.items()}
-    take = step.train_step(
-        workload, layout, tx, config.on_nonfinite, config.accumulate, rate=lora.dropout
-    )
+    rate = config.adaptation.dropout
+    take = step.train_step(workload, layout, tx, config.on_nonfinite, config.accumulate, rate=rate)
     compiled, bfloat16 = _compile(take, place, state, frozen, rows)
     module = hlo.parse(compiled.as_text())
     found = collectives.collectives(module)

@@ -46,6 +46,19 @@ def check_links(folder: pathlib.Path, names: Iterable[str]) -> None:
         )
 
 
+def check_place(path: pathlib.Path) -> None:
+    """Make the folder of a file that a long computation will write; raise if it cannot be written.
+
+    Raises:
+      LoraError: the folder cannot be made or written, or the file is a folder.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = errno.EISDIR if path.is_dir() else errno.EACCES
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OSError(kind, os.strerror(kind))
+
+
 def write(path: pathlib.Path, content: bytes, *, below: pathlib.Path | None = None) -> None:
     """Write a file completely or not at all.
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,150 +24,120 @@ from lora_jax.training.workload import Workload
 Tree = Any  # a pytree
 
 
-@dataclasses.dataclass(frozen=True)
-class EarlierAdapter:
-    """A saved adapter that fits the model of a workload. Its arrays are not read yet.
+_HEAD = "classifier/out/kernel"
 
-    given: the value of `--from`.
-    saved: the folder that `lora_jax.save` wrote.
-    layout, about: as saved.
-    trainable: the shapes of the parameters that were trained in full with it.
-    labels: the classes of this run, in order; empty if it has none.
-    allow_other_base: whether it may be used on another base than its own.
+
+def find(config: Config, workload: Workload) -> SavedAdapter | None:
+    """Return the adapter that the config starts from, which fits the model of the workload.
+
+    It is None without --from. No array is read yet.
     """
-
-    given: str
-    saved: SavedAdapter
-    layout: Layout
-    trainable: Mapping[str, tuple[int, ...]]
-    about: Mapping[str, Any]
-    labels: tuple[str, ...]
-    allow_other_base: bool
-
-    def __str__(self) -> str:
-        more = f", {len(self.trainable)} trained in full" if self.trainable else ""
-        text = (
-            f"Begins with {self.saved.folder}: {len(self.layout.targets)} adapted parameters{more}"
-        )
-        theirs = _labels(self.about)
-        if not theirs or theirs == self.labels or "classifier/out/kernel" not in self.trainable:
-            return text
-        return f"{text}\nIts classes {', '.join(theirs)} are {', '.join(self.labels)} here"
-
-    @property
-    def spec(self) -> LoraSpec:
-        """The spec that resolves to the layout."""
-        rules = tuple(
-            Rule(t.path, t.rank, t.alpha, t.kind, t.scaling, t.parts or None, t.part_axis)
-            for t in self.layout.targets
-        )
-        fold = tuple(t.path for t in self.layout.targets if t.fold)
-        return LoraSpec(1, 1.0, rules, fold)
-
-    @property
-    def begun(self) -> Any:
-        """The method that changed its base before training, or None."""
-        method = self.about.get(BEGUN)
-        if method is None or (isinstance(method, str) and LoraConfig(init=method).changes_base):  # type: ignore[arg-type]
-            return method
-        raise ConfigError(
-            f"{self.saved.folder} says that its base was begun by {str(method)[:80]!r}"
-        )
-
-
-class Restored(NamedTuple):
-    """The placed adapters, and the base with the parameters that were trained in full."""
-
-    adapters: Tree
-    params: Tree
-
-
-def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
-    """Return the adapter that the config starts from, or None if it starts from none."""
     if config.start_from is None:
         return None
     _, folder = adapter_path.find_one(config.start_from)
     saved = SavedAdapter.open(folder)
-    about = saved.about
-    found = EarlierAdapter(
-        config.start_from,
-        saved,
-        saved.layout,
-        saved.trainable_shapes,
-        about,
-        _labels(workload.about),
-        config.allow_other_base,
-    )
-    check_lora(config.start_from, folder, found.trainable, about)
+    check_lora(config.start_from, folder, saved.trainable_shapes, saved.about)
     try:
-        _check_settings(found, workload)
-        found.layout.check_params(paths.flatten(workload.params))
-        _check_trainable(found, workload)
-        ratio, kinds = config.optimizer.loraplus_lr_ratio, {t.kind for t in found.layout.targets}
-        check_loraplus(ratio, kinds)
+        _check_settings(saved, workload, config.allow_other_base)
+        saved.layout.check_params(paths.flatten(workload.params))
+        _check_trainable(saved, workload)
+        kinds = {target.kind for target in saved.layout.targets}
+        check_loraplus(config.optimizer.loraplus_lr_ratio, kinds)
     except LoraError as error:
         raise ConfigError(f"--from {config.start_from} ({folder}) does not fit: {error}") from error
-    return found
+    return saved
 
 
-def patterns(
-    lora: LoraConfig, workload: Workload, earlier: EarlierAdapter | None
-) -> tuple[str, ...]:
+def described(saved: SavedAdapter, workload: Workload) -> str:
+    """Return a text about the adapter, with its classes if this run names them otherwise."""
+    full, theirs, ours = saved.trainable_shapes, _labels(saved.about), _labels(workload.about)
+    more = f", {len(full)} trained in full" if full else ""
+    text = f"Begins with {saved.folder}: {len(saved.layout.targets)} adapted parameters{more}"
+    if not theirs or theirs == ours or _HEAD not in full:
+        return text
+    return f"{text}\nIts classes {', '.join(theirs)} are {', '.join(ours)} here"
+
+
+def spec_of(layout: Layout) -> LoraSpec:
+    """Return a spec that resolves to the layout."""
+    rules = tuple(
+        Rule(t.path, t.rank, t.alpha, t.kind, t.scaling, t.parts or None, t.part_axis)
+        for t in layout.targets
+    )
+    return LoraSpec(1, 1.0, rules, tuple(t.path for t in layout.targets if t.fold))
+
+
+def base_method(saved: SavedAdapter) -> Any:
+    """Return the method that changed the adapter's base before training, or None."""
+    method = saved.about.get(BEGUN)
+    if method is None or (isinstance(method, str) and LoraConfig(init=method).changes_base):  # type: ignore[arg-type]
+        return method
+    raise ConfigError(f"{saved.folder} says that its base was begun by {str(method)[:80]!r}")
+
+
+def patterns(config: Config, workload: Workload, saved: SavedAdapter | None) -> tuple[str, ...]:
     """Return the patterns of the parameters that a run trains in full.
 
     They include the parameters that were trained in full with the earlier adapter.
     """
-    own = workload.trainable if lora.trainable is None else lora.trainable
-    if earlier is None:
-        return own
-    left = [p for p in earlier.trainable if not any(paths.match(pattern, p) for pattern in own)]
-    if left and lora.trainable is not None:
+    given = config.adaptation.trainable
+    own = workload.trainable if given is None else given
+    full = () if saved is None else saved.trainable_shapes
+    left = [p for p in full if not any(paths.match(pattern, p) for pattern in own)]
+    if left and given is not None:
         raise ConfigError(
-            f"--from {earlier.given} has trained these in full, and lora.trainable leaves them "
+            f"--from {config.start_from} has trained these in full, and lora.trainable leaves them "
             f"out, so that their values would be lost:\n{listed(left)}\nadd them to it"
         )
     return (*own, *left)
 
 
 def restore(
-    earlier: EarlierAdapter, workload: Workload, layout: Layout, params: Tree, place: Placement
-) -> Restored:
-    """Read the arrays of an earlier adapter, and put parameters trained in full into the base."""
-    ours, theirs = set(layout.targets), set(earlier.layout.targets)
-    if other := [target.path for target in theirs - ours]:
+    saved: SavedAdapter,
+    config: Config,
+    workload: Workload,
+    layout: Layout,
+    params: Tree,
+    place: Placement,
+) -> tuple[Tree, Tree]:
+    """Return the adapters, as float32, and the base with what was trained in full put into it.
+
+    `layout` is what the adapter's spec resolves to, and `params` are changed as for the adapter.
+    """
+    if other := [target.path for target in {*saved.layout.targets} - {*layout.targets}]:
         raise ConfigError(
-            f"--from {earlier.given} adapts these along other axes than this model has:\n"
+            f"--from {config.start_from} adapts these along other axes than this model has:\n"
             f"{listed(other)}\nis it the same model?"
         )
     leaves = paths.flatten(params)
     fresh = {path for pattern in workload.trainable for path in paths.matching(pattern, leaves)}
-    if not earlier.allow_other_base:
-        earlier.saved.check_base(checkpoint.fingerprint(params), fresh)
-    where = place.trained(earlier.layout, earlier.trainable)
-    found = earlier.saved.load({**where["adapters"], **where["base"]})
+    if not config.allow_other_base:
+        saved.check_base(checkpoint.fingerprint(params), fresh)
+    where = place.trained(saved.layout, saved.trainable_shapes)
+    found = saved.load({**where["adapters"], **where["base"]})
     masters = jax.tree.map(lambda x: x.astype(jnp.float32), found.parameters)
     adapters = {target.path: masters[target.path] for target in layout.targets}
     trained = {path: x.astype(leaves[path].dtype) for path, x in found.trainable.items()}
-    return Restored(adapters, paths.replace(params, trained))
+    return adapters, paths.replace(params, trained)
 
 
-def _check_settings(earlier: EarlierAdapter, workload: Workload) -> None:
+def _check_settings(saved: SavedAdapter, workload: Workload, allow_other_base: bool) -> None:
     """Raise if the model has other settings; shapes would reveal them late or never."""
-    theirs, ours = (_settings(about) for about in (earlier.about, workload.about))
+    theirs, ours = (_settings(about) for about in (saved.about, workload.about))
     for name in ("scan_layers", "pooling"):
-        of_head = name == "pooling" and "classifier/out/kernel" not in earlier.trainable
+        of_head = name == "pooling" and _HEAD not in saved.trainable_shapes
         both = name in theirs and name in ours and not of_head
         if both and theirs[name] != ours[name]:
             flag = f"--model.{name.replace('_', '-')} {str(theirs[name])[:80]}"
             raise ConfigError(f"its model.{name} is {theirs[name]!r}, here {ours[name]!r}: {flag}")
-    labels = _labels(earlier.about)
-    if sorted(labels) == sorted(earlier.labels) and labels != earlier.labels:
+    labels, own = _labels(saved.about), _labels(workload.about)
+    if sorted(labels) == sorted(own) and labels != own:
         raise ConfigError(
             f"its classes are {list(labels)}, and the data has them in another order, "
-            f"{list(earlier.labels)}: give --data.label-names in the order of the adapter"
+            f"{list(own)}: give --data.label-names in the order of the adapter"
         )
-    before, now = _quantised(earlier.about), _quantised(workload.about)
-    if before != now and not earlier.allow_other_base:
+    before, now = _quantised(saved.about), _quantised(workload.about)
+    if before != now and not allow_other_base:
         raise ConfigError(
             f"it was trained on {_in_words(before)}, and here the base is {_in_words(now)}: give "
             f"--model.quantize {'none' if before is None else before[0]} with its settings, or "
@@ -176,10 +145,10 @@ def _check_settings(earlier: EarlierAdapter, workload: Workload) -> None:
         )
 
 
-def _check_trainable(earlier: EarlierAdapter, workload: Workload) -> None:
+def _check_trainable(saved: SavedAdapter, workload: Workload) -> None:
     """Raise if a parameter that was trained in full is missing or has another shape."""
     leaves = paths.flatten(workload.params)
-    for path, shape in earlier.trainable.items():
+    for path, shape in saved.trainable_shapes.items():
         leaf = leaves.get(path)
         if leaf is not None and is_base(leaf):
             raise ConfigError(

@@ -133,9 +133,7 @@ def test_what_does_not_fit(
     config = other(config, start_from=str(run), **changes)
     workload = classification(config)
     with pytest.raises(ConfigError, match=said):
-        earlier_adapter.patterns(
-            config.lora, workload, earlier_adapter.open_earlier(config, workload)
-        )
+        earlier_adapter.patterns(config, workload, earlier_adapter.find(config, workload))
 
 
 def test_another_base_is_refused(exported: Any, tmp_path: pathlib.Path) -> None:
