@@ -79,10 +79,13 @@ class Trace(NamedTuple):
             _check_not_hidden(rule, matched, chosen)
             chosen = {**dict.fromkeys(matched, rule), **chosen}
         fold = {path for pattern in spec.fold for path in _matching(pattern, self.facts.uses)}
+        targets = [_target(p, self, chosen[p], p in fold) for p in self.avals if p in chosen]
+        unsaid = [t for t in targets if chosen[t.path].inputs is None]
         return Layout(
-            tuple(_target(p, self, chosen[p], p in fold) for p in self.avals if p in chosen),
+            tuple(targets),
             _left_out(spec, chosen, self),
             tuple(_whole(p, self.avals[p], where) for p, where in self.facts.dequantised.items()),
+            tuple(Remark(t.path, t.shape, why) for t in unsaid if (why := _ambiguous(t))),
         )
 
     def use(self, path: str) -> Use | None:
@@ -119,10 +122,9 @@ class Trace(NamedTuple):
             return None
         else:
             why = f"{known.kernels[path]} uses it along axes that are not input, output or stack"
-        return (
-            f"{why}; to adapt it, name it, say its axes with Rule({path!r}, inputs=, outputs=), "
-            "and add it to fold"
-        )
+        axes = f", say its axes with Rule({path!r}, inputs=, outputs=)"
+        known_axes = any(u.has_axes and u.covers(aval.shape) for u in uses)
+        return f"{why}; to adapt it, name it{'' if known_axes else axes}, and add it to fold"
 
 
 def _not_float(dtype: Any) -> str:
@@ -166,6 +168,19 @@ def _left_out(spec: LoraSpec, chosen: Mapping[str, Rule], found: Trace) -> tuple
         return ()
     rows = ((path, found.obstacle(path, chosen)) for path in found.kernels() if path not in chosen)
     return tuple(Remark(path, found.avals[path].shape, why) for path, why in rows if why)
+
+
+def _ambiguous(t: Target) -> str | None:
+    """Return what was chosen for output axes before an input axis, with other outputs after it."""
+    first = tuple(i for i in t.outputs if t.inputs and i < min(t.inputs))
+    rest = tuple(i for i in t.outputs if i not in first)
+    if not first or not rest:
+        return None
+    axes = f"stack={(*t.stack, *first)}, inputs={t.inputs}, outputs={rest}"
+    return (
+        f"its axes {first} are outputs: all slices along them share one `a`. If they are members "
+        f"or relations, each with its own, say so: Rule({t.path!r}, {axes})"
+    )
 
 
 def _whole(path: str, aval: Any, where: str) -> Remark:

@@ -102,7 +102,7 @@ class Analysis(Evaluator):
         self.mixed: Atoms = frozenset()
         self.dequantised: dict[str, str] = {}
         self._eqn: Eqn | None = None  # the present equation, outside of control flow
-        self._moving = 0  # its operands that depend on arguments
+        self._flows: list[Flow] = []  # of its operands
 
     def weight(self, path: str, w: Any) -> AdaptedWeight:
         names = self.fresh(len(w.shape))
@@ -133,8 +133,10 @@ class Analysis(Evaluator):
         whole = {path for path in v.update.paths if met.of(path).has_axes}
         for path in whole | v.update.flow.weights:
             self.uses[path].setdefault(met.of(path))
-        for path in whole if self._moving > 1 else ():
-            self.kernels.setdefault(path, jaxprs.operand_name(eqn))
+        if whole and sum(f.moving for f in self._flows) > 1:
+            self.fed = self.fed.union(*(way for f in self._flows for way in f.ways))
+            for path in whole:
+                self.kernels.setdefault(path, jaxprs.operand_name(eqn))
         return 0
 
     def lost(self, v: AdaptedWeight, names: Names, how: str, into: Names = ()) -> AdaptedWeight:
@@ -178,12 +180,12 @@ class Analysis(Evaluator):
             return known.rule(self, eqn, [v if known.view else self._settled(v) for v in ins]) or []
         flows = [_flow(v) for v in ins]
         facts = self.flows(eqn, flows)
-        before = self._eqn, self._moving
-        self._eqn, self._moving = eqn, sum(f.moving for f in flows)
+        before = self._eqn, self._flows
+        self._eqn, self._flows = eqn, flows
         if known.general and _count(ins) == 1:
             self._meet(eqn, ins, flows)
         outs = self._apply(eqn, known, [_array(v) for v in ins])
-        self._eqn, self._moving = before
+        self._eqn, self._flows = before
         pure = RAW.union(*(f.weights for f in flows if not f.moving))
         return [self._with(out, one, pure, known) for out, one in zip(outs, facts, strict=True)]
 
@@ -215,7 +217,7 @@ class Analysis(Evaluator):
         (_, batch), side = eqn.params["dimension_numbers"], int(_count(ins[1:]))
         names, other = ins[side].names, flows[1 - side].axes
         for i, j in zip(batch[1 - side], batch[side], strict=True) if other else ():
-            if ins[side].update.of((names[j],)):
+            if ins[side].update.of((names[j],)) and not flows[side].moving:
                 self.batched |= other[i]
 
     def _without_factor(self, eqn: Eqn, ins: Ins) -> Ins:
@@ -306,13 +308,14 @@ class Analysis(Evaluator):
             others = RAW.union(*(other for other in pure if other is not side))
             for path in side if others else ():
                 self.partners[path] = self.partners.get(path, RAW) | others
-        out = dataclasses.replace(out, axes=flow.multiplied(eqn, [f.axes for f in ins]))
-        if not out.weights or not out.moving:
-            return out
-        for path in out.weights:
+        axes = flow.multiplied(eqn, [f.axes for f in ins])
+        weights = out.weights | (out.shifts if sum(f.moving for f in ins) > 1 else RAW)
+        if not weights or not out.moving:
+            return dataclasses.replace(out, axes=axes)
+        for path in weights:
             self.kernels.setdefault(path, jaxprs.operand_name(eqn))
         self.fed = self.fed.union(*out.ways)
-        return Flow(moving=True, ways=frozenset((out.weights,)), axes=out.axes)
+        return Flow(moving=True, ways=frozenset((weights,)), axes=axes, shifts=out.shifts)
 
     def _lookup(self, eqn: Eqn, rows: Flow, *indices: Flow) -> Flow:
         """Treat rows picked by an argument as values, but matrices picked by one as weights."""
@@ -332,7 +335,8 @@ class Analysis(Evaluator):
             one = jax.tree.map(_first, x)
             if not isinstance(x, Datum):
                 return one
-            facts = dataclasses.replace(x.flow, matrix=flow.is_matrix(one.array.shape))
+            whole = flow.is_matrix(one.array.shape)
+            facts = dataclasses.replace(x.flow, matrix=whole, axes=x.flow.axes[1:])
             return dataclasses.replace(one, flow=facts)
 
         part = jax.tree.map(first, xs, is_leaf=lambda x: isinstance(x, Datum))

@@ -13,7 +13,6 @@ from lora_jax.updates.named import Named, Names
 from lora_jax.updates.update import Part, Update, Zero
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Use:
     """One operation that consumes a parameter.

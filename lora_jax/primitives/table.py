@@ -21,7 +21,11 @@ PRIMITIVES: dict[str, Primitive] = {
 
 
 def register(
-    rule: PrimitiveRule, *, primitive: str | None = None, function: str | None = None, product: bool = True
+    rule: PrimitiveRule,
+    *,
+    primitive: str | None = None,
+    function: str | None = None,
+    product: bool = True,
 ) -> None:
     """Register a rule for a primitive, or for a function with a gradient rule of its own.
 
