@@ -182,7 +182,7 @@ class Analysis(Evaluator):
         facts = self.flows(eqn, flows)
         before = self._eqn, self._flows
         self._eqn, self._flows = eqn, flows
-        if known.general and _count(ins) == 1:
+        if known.general:
             self._meet(eqn, ins, flows)
         outs = self._apply(eqn, known, [_array(v) for v in ins])
         self._eqn, self._flows = before
@@ -214,11 +214,13 @@ class Analysis(Evaluator):
 
     def _meet(self, eqn: Eqn, ins: Ins, flows: Sequence[Flow]) -> None:
         """Note which output axes of earlier weights are batch axes of a product with a weight."""
-        (_, batch), side = eqn.params["dimension_numbers"], int(_count(ins[1:]))
-        names, other = ins[side].names, flows[1 - side].axes
-        for i, j in zip(batch[1 - side], batch[side], strict=True) if other else ():
-            if ins[side].update.of((names[j],)) and not flows[side].moving:
-                self.batched |= other[i]
+        pure = [k for k in (0, 1) if _count(ins[k : k + 1]) and not flows[k].moving]
+        if len(pure) != 1 or not flows[1 - pure[0]].axes:
+            return
+        side, (_, batch) = pure[0], eqn.params["dimension_numbers"]
+        for i, j in zip(batch[1 - side], batch[side], strict=True):
+            if ins[side].update.of((ins[side].names[j],)):
+                self.batched |= flows[1 - side].axes[i]
 
     def _without_factor(self, eqn: Eqn, ins: Ins) -> Ins:
         """Treat the parameter with fewer axes, in a product of two, as a factor of the other."""

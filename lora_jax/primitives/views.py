@@ -13,7 +13,7 @@ from jax import lax
 
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, Value
-from lora_jax.primitives.evaluator import Evaluator, Primitive, PrimitiveRule, Table
+from lora_jax.primitives.evaluator import Evaluator, Primitive, PrimitiveRule, Primitives
 from lora_jax.primitives.jaxprs import Eqn, reshape_groups
 from lora_jax.updates.named import Named, without
 
@@ -223,7 +223,7 @@ _VIEWS: dict[str, Change] = {
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
 }
-PRIMITIVES: Table = {
+PRIMITIVES: Primitives = {
     **{name: Primitive(of_one(change), view=True) for name, change in _VIEWS.items()},
     **dict.fromkeys(("mul", "div"), Primitive(_mul, scales=True)),
     **dict.fromkeys(("add", "add_any"), Primitive(residual=True)),
