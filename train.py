@@ -36,7 +36,7 @@ from lora_jax.errors import told
 from lora_jax.sweeps import loop as group
 from lora_jax.sweeps import results
 from lora_jax.sweeps.config import GroupConfig
-from lora_jax.system import allocator, program_cache, whole_files
+from lora_jax.system import host_memory, program_cache, whole_files
 from lora_jax.system.console import USER_ERRORS, Console, note, out_of_memory, quiet_storage, say
 from lora_jax.training import (
     config_file,
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "train.py") -> i
 def run(arguments: Sequence[str], program: str) -> int:
     """Train, plan or train a group, as the command line says, and return the exit status."""
     try:
-        allocator.keep()
+        host_memory.keep()
         name, config, planning = command_line.parse(arguments, DEFAULT, ROOT, program)
         if isinstance(config, GroupConfig):
             return train_group(name, config)

@@ -15,6 +15,7 @@ from lora_jax.primitives.analysis import Findings, analyse
 from lora_jax.primitives.recorder import Use
 from lora_jax.spec import ALL_LINEAR, LoraSpec, Rule
 from lora_jax.target import Target
+from lora_jax.updates.kind import kind_named
 
 
 def resolve(
@@ -212,11 +213,11 @@ def _target(path: str, found: Trace, rule: Rule, fold: bool) -> Target:
             "low-rank rule. Leave it out of the targets, or allow W + scale * a @ b to be formed "
             f"there: LoraSpec(..., fold=({path!r},))"
         )
+    scanned: tuple[int, ...] = max((u.stack for u in uses), key=len, default=())
     if rule.inputs is not None:
         stack, inputs, outputs = _stated(path, found, rule)
-    elif rule.kind == "bias":
-        stack = max((u.stack for u in uses), key=len, default=())
-        inputs, outputs = (), tuple(i for i in range(aval.ndim) if i not in stack)
+    elif (own := kind_named(rule.kind or "", path).roles(aval.shape, scanned)) is not None:
+        stack, (inputs, outputs) = scanned, own
     else:
         use = found.use(path)
         if use is None:

@@ -58,16 +58,7 @@ class ShowOptions:
 
 
 def run(options: ShowOptions, console: Console, aside: Console) -> None:
-    """Open the model by shape, trace it, and print the tree.
-
-    Args:
-      options: the command line.
-      console: prints the tree.
-      aside: asks for patience while the model is opened.
-
-    Raises:
-      LoraError, models.ModelError, OSError: a user's error, such as a pattern that matches nothing.
-    """
+    """Open the model by shape, trace it, and print the tree to `console`."""
     for rank in options.ranks:  # these errors come before the model is opened
         check_rank(rank, "--ranks")
     spec = LoraConfig(rank=1, targets=options.targets).spec

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from lora_jax.data.status import tracked
+from lora_jax.errors import DataError, nearest
 from lora_jax.models.text.example import Example
 
 
@@ -43,14 +44,16 @@ class DataSource(abc.ABC):
         return None
 
 
-def read(source: DataSource, split: str, limit: int | None) -> list[Example]:
-    """Read the first `limit` examples of a split into memory. None: all.
+def no_split(source: DataSource, split: str) -> DataError:
+    """Return the error for a split that a source does not have."""
+    return DataError(
+        f"{source.name} has no split {split!r}.\n  there are: {', '.join(source.splits)}\n"
+        f"  nearest: {', '.join(nearest(split, source.splits, 1))}"
+    )
 
-    Args:
-      source: the source.
-      split: the name of the split.
-      limit: the number of examples.
-    """
+
+def read(source: DataSource, split: str, limit: int | None) -> list[Example]:
+    """Read the first `limit` examples of a split into memory. None: all."""
     examples = source.examples(split)
     total = len(examples) if limit is None else min(limit, len(examples))
     return list(tracked(islice(examples, total), f"reading {split}", total))

@@ -172,7 +172,7 @@ def _inputs(target: Target, piece: _Piece) -> np.ndarray:
 
 def _zero(target: Target, w: Any) -> dict[str, np.ndarray]:
     """Return arrays whose update is zero, to be filled. Layers missing in the file stay zero."""
-    if target.kind == "lora":
+    if kind_of(target).fields is Factors:
         return {
             n: np.zeros(x, np.float32) for n, x in kind_of(target).shapes(target)._asdict().items()
         }

@@ -16,7 +16,7 @@ from lora_jax.layout import Layout
 from lora_jax.models.weights.assemble import load_one
 from lora_jax.models.weights.stored import parameters
 from lora_jax.target import Target
-from lora_jax.updates import Factors
+from lora_jax.updates import Factors, kind_of
 
 
 def over_stored_base(run: TrainedRun) -> Adapter:
@@ -32,7 +32,7 @@ def over_stored_base(run: TrainedRun) -> Adapter:
     """
     if run.begun is None:
         return run.adapter
-    dora = [t.path for t in run.member.layout.targets if t.kind != "lora"]
+    dora = [t.path for t in run.member.layout.targets if kind_of(t).rescales]
     if run.quantised is not None or dora:
         what = "quantised base" if run.quantised is not None else f"base under {dora[0]!r}"
         raise LoraError(

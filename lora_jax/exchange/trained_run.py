@@ -12,7 +12,7 @@ from lora_jax import models, paths
 from lora_jax.adapters import Adapter
 from lora_jax.checkpoint import adapter_path
 from lora_jax.errors import LoraError
-from lora_jax.models.weights.names import table_of
+from lora_jax.models.weights.families import table_of
 from lora_jax.serving.served_adapters import (
     OpenedBase,
     ServedAdapter,

@@ -40,10 +40,6 @@ OPTIONS: dict[str, str | bool] = {
 class DeviceBytes:
     """The memory of one device in bytes, by use.
 
-    weights: the base parameters, including those trained in full.
-    adapters: the adapters.
-    optimizer: the optimizer state of everything that is trained.
-    batch: the rows of the device.
     activations: values that the forward pass keeps for the backward pass.
     temporaries: everything else that the step needs while it runs: gathered weights, gradients.
     """
@@ -65,12 +61,10 @@ class DeviceBytes:
 class Traffic:
     """All collectives of a kind and a cause, in one step of one device.
 
-    kind: the name of the operation.
     of: "base" (also there without LoRA), "adapters" (added by LoRA) or "update" (the norm of the
       gradient, the optimizer).
-    times: their number.
-    bytes: the bytes of all their operands.
-    seconds: the time that they take at the speed of the device's links, one after the other.
+    bytes: of all their operands.
+    seconds: at the speed of the device's links, one after the other.
     """
 
     kind: str
@@ -82,20 +76,14 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """The costs of one step.
+    """The costs of one step, on one device.
 
-    parameters: the number of base parameters.
-    adapter_parameters, base_parameters_trained: the numbers of trained parameters.
     checkpoint_full, checkpoint_trained: bytes of a checkpoint of all parameters, and of the
       trained ones.
-    bytes: the memory of one device.
-    flops: FLOPs of all products of one device.
-    flops_adapters: FLOPs of the low-rank products among them.
+    flops, flops_adapters: of all products, and of the low-rank ones among them.
     moved: bytes that these products read and write.
-    traffic: the collectives by kind and cause.
     arrays: every array that a collective moves.
     unknown_loops: loops that count once, because XLA does not know their number of iterations.
-    weights: the bytes of each base parameter on one device.
     """
 
     parameters: int

@@ -35,12 +35,12 @@ def _custom_jvp(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
 
     With W = w + s a b, the tangent of W is `dw + s da b + s a db`, and the rule is linear in it.
     So its equations are interpreted for the weights (dw, da, b) and (0, a, db), and the results are
-    added. `Update.derivatives` gives the weights whose sum the derivative is.
+    added. `Update.tangents` gives the weights whose sum the derivative is.
     """
     for v in ins:
         if isinstance(v, AdaptedWeight):
-            v.update.check_linear(v.path, f"{jaxprs.operand_name(eqn)} takes it")
-    ins = _all_chosen(ins)
+            v.check_needs_no_input(f"{jaxprs.operand_name(eqn)} takes it")
+    ins = _all_selected(ins)
     # Its equations and its rule's are evaluated several times, but count as one use of W.
     use = max((evaluator.next_use(v.path) for v in ins if isinstance(v, AdaptedWeight)), default=0)
 
@@ -67,7 +67,7 @@ def _custom_jvp(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
 def _parts(ins: Ins, tangents: Ins) -> list[Ins]:
     """Split the tangents into a sum; part k has the k-th part of each weight's derivative."""
     split = [
-        v.derivatives(t) if isinstance(v, AdaptedWeight) else [t]
+        v.tangents(t) if isinstance(v, AdaptedWeight) else [t]
         for v, t in zip(ins, tangents, strict=True)
     ]
     nothing = [jax.tree.map(jnp.zeros_like, parts[0]) for parts in split]
@@ -82,9 +82,9 @@ def _sum(tangents: Sequence[Any]) -> Any:
     return tangents[0] if tangents[0].dtype == jax.dtypes.float0 else sum(tangents[1:], tangents[0])
 
 
-def _all_chosen(ins: Ins) -> Ins:
-    """Return each weight with its chosen adapter, so that it holds no integer."""
-    return [v.chosen() if isinstance(v, AdaptedWeight) else v for v in ins]
+def _all_selected(ins: Ins) -> Ins:
+    """Return each weight with its selected adapter, so that it holds no integer."""
+    return [v.selected() if isinstance(v, AdaptedWeight) else v for v in ins]
 
 
 def _remat(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
@@ -128,7 +128,7 @@ def _sliced(evaluator: Evaluator, eqn: Eqn, x: Any) -> tuple[Any, Callable[[Any]
     """
     if not isinstance(x, AdaptedWeight):
         return x, lambda part: part
-    x, name = x.chosen(), x.names[0]
+    x, name = x.selected(), x.names[0]
     if isinstance(x.weight, Deferred) and name not in x.weight.leading(x.names):
         x = _dense(evaluator, eqn, x)
     arrays, tree = jax.tree.flatten(x.update, is_leaf=lambda n: isinstance(n, Named))
@@ -206,7 +206,7 @@ def _shard_map(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     just as x W is, and the update is linear. So the program's own `psum` of `x W + scale (x a) b`
     completes both.
     """
-    ins = _all_chosen(ins)
+    ins = _all_selected(ins)
     ins = [_dense(evaluator, eqn, v) if isinstance(v, AdaptedWeight) else v for v in ins]
     in_specs = [
         _specs_of(v, spec) if isinstance(v, AdaptedWeight) else spec
@@ -229,7 +229,7 @@ def _specs_of(v: AdaptedWeight, spec: PartitionSpec) -> AdaptedWeight:
     """Return the weight with PartitionSpecs in place of its arrays."""
     entries = dict(zip(v.names, spec, strict=False))
     if any(v.update.role(name) == "input" and entries[name] for name in entries):
-        v.update.check_linear(v.path, "a shard_map cuts the axis that its product contracts")
+        v.check_needs_no_input("a shard_map cuts the axis that its product contracts")
 
     def spec_of(n: Named) -> Named:
         return Named(PartitionSpec(*map(entries.get, n.names)), n.names)

@@ -63,11 +63,11 @@ def product(
         if not isinstance(v, AdaptedWeight):
             return None
         s, (i,), (o,) = v.names_at(stack), v.names_at((inputs,)), v.names_at((outputs,))
-        if not v.update.admits(s, (i,), (o,)):
+        if not v.admits(s, (i,), (o,)):
             return None
         operand = evaluator.plain(eqn, ins[x])  # x may be a weight too: rows times a norm's
         use = evaluator.consume(eqn, v, s, (i,), (o,))
-        v = v.chosen()
+        v = v.selected()
         free = evaluator.fresh(operand.ndim - 1)
         rest = tuple(value for place, value in enumerate(ins) if place not in (x, weight))
         # A function with a batching rule of its own cannot be transposed before it is batched.
@@ -81,7 +81,7 @@ def product(
             dtype = named.array.dtype
             a = update.a.moved(tuple(RANK if n == o else n for n in v.names)).astype(dtype)
             b = update.b.moved(tuple(RANK if n == i else n for n in v.names)).astype(dtype)
-            h = update.middle(Named(run(a.array, named.array, *rest), (*free, RANK))).astype(dtype)
+            h = update.scaled(Named(run(a.array, named.array, *rest), (*free, RANK))).astype(dtype)
             return y + run(b.array, h.array, *rest).astype(y.dtype)
 
         def spread(n: Named) -> Named:

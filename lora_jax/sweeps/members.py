@@ -40,11 +40,9 @@ TX = optimizer.adamw(optimizer.hyper(OptimizerConfig(), 1))
 class OpenMember:
     """A member in progress.
 
-    state_shapes: the shapes of its state, not padded.
     host: its state while it is in no group.
     example: its first batch.
     step: the number of steps it has taken.
-    paused: whether it takes no steps for now.
     error: the reason why it stopped, if it did.
     """
 
@@ -151,7 +149,7 @@ class Opener(contextlib.ExitStack):
         where = jax.tree.map(lambda x: x.sharding, state_shapes.like)
         fresh = jax.jit(step.fresh(layout, TX, lora.init), out_shardings=where)
         new = checkpoints.latest is None
-        state = run.begin(fresh(trainable, key, weights, adapters) if new else state_shapes.like)
+        state = run.resume(fresh(trainable, key, weights, adapters) if new else state_shapes.like)
         return OpenMember(name, run, state_shapes, state_shapes.host(state), example, run.start)
 
     def _changed_base(

@@ -77,6 +77,7 @@ def apply_of(
         inputs = {name: batch[name] for name in _PACKING}
         if chunk is not None:
             inputs |= {"targets": batch["targets"], "chunk": chunk, "smoothing": smoothed}
+            inputs |= {"method": model.loss}
         inputs |= pretrained.dropout(model.config, train, key)
         outputs = method.apply(model, params, batch["input_ids"], **inputs)
         if chunk is not None or not smoothed:

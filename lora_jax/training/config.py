@@ -19,6 +19,7 @@ from lora_jax.system.checked import Checked
 from lora_jax.system.checked import ConfigError as ConfigError
 from lora_jax.system.checked import require as require
 from lora_jax.training.workload import Workload
+from lora_jax.updates.kind import kind_named
 
 INCIDENTAL = {"incidental": True}
 # A field whose entries mean the same in any order, unless an entry has its own settings (`@`).
@@ -30,9 +31,6 @@ NO_DECAY = ("bias", "norm", "magnitude")
 def incidental(default: Any) -> Any:
     """Declare a field that does not change what a run computes, so it does not name the run."""
     return dataclasses.field(default=default, metadata=INCIDENTAL)
-
-
-InitMethod = Literal["gaussian", "uniform", "orthogonal", "eva", "pissa", "olora", "loftq"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +87,9 @@ class LoraConfig(Checked):
     def is_plain(self) -> bool:
         """Whether every update is LoRA of a whole weight, which members of a group can share."""
         rules = self.spec.rules
-        return all(rule.kind == "lora" and not rule.parts for rule in rules)
+        return all(
+            kind_named(rule.kind or "", rule.pattern).is_plain and not rule.parts for rule in rules
+        )
 
     @property
     def changes_base(self) -> bool:
@@ -305,7 +305,7 @@ class Config(Checked):
 
 def check_loraplus(ratio: float, kinds: Iterable[str]) -> None:
     """Raise `ConfigError` if LoRA+ is used with a kind of update that has no B starting at zero."""
-    without = sorted({*kinds} & {"vera", "loha", "lokr", "bias"})
+    without = sorted(k for k in {*kinds} if kind_named(k, "lora.kind").zero_at_first != "b")
     one = f"1 with lora.kind {', '.join(without)}, in which no B begins at zero"
     require(ratio == 1 or not without, "optimizer.loraplus_lr_ratio", ratio, one)
 

@@ -21,7 +21,7 @@ class Loop:
         self, run: Run, state: State, tx: optax.GradientTransformation, console: Console
     ) -> None:
         """Start at `state`, or at the newest checkpoint if there is one."""
-        self.run, self.state, self._delayed = run, run.begin(state), metrics.DelayedMetrics()
+        self.run, self.state, self._delayed = run, run.resume(state), metrics.DelayedMetrics()
         setup = run.setup
         config, workload, layout = setup.config, setup.workload, setup.layout
         self._display = Display(console, config.steps, run.start, config.log_every, workload.unit)

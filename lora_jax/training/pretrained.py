@@ -17,7 +17,7 @@ from lora_jax.base import is_base
 from lora_jax.bases.recipe import STORED
 from lora_jax.data.batches import Batches, describe
 from lora_jax.data.catalogue import open_source
-from lora_jax.data.examples_config import ExamplesConfig
+from lora_jax.data.config import ExamplesConfig
 from lora_jax.data.process_slice import Shard
 from lora_jax.models import placement
 from lora_jax.models.weights.source import anchored

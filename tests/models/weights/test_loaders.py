@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +16,8 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import models
-from lora_jax.models.weights import hf_config, packages, source
+from lora_jax.models.weights import families, packages, source
 from lora_jax.system.extras import MissingExtraError
-
-
-@pytest.fixture
-def folder(data: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """Return a function that copies a tiny model, which a test may then change."""
-
-    def copy(name: str) -> Path:
-        shutil.copytree(data / "golden_models" / name, tmp_path / name)
-        return tmp_path / name
-
-    return copy
 
 
 def _edit(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> models.Source:
@@ -148,46 +136,12 @@ def test_bfloat16_files_and_dtypes(folder: Callable[[str], Path]) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(model.load())} == {jnp.dtype(jnp.float32)}
 
 
-def test_weights_go_straight_to_their_devices(data: Path) -> None:
-    model = models.open(str(data / "golden_models" / "llama"))
-    config = dataclasses.replace(model.config, scan_layers=True)
-    devices = np.array(jax.devices()[:4])
-    mesh = jax.sharding.Mesh(devices, ("model",))
-
-    def shard(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        split = leaf.ndim > 1 and leaf.shape[-1] % 4 == 0
-        spec = [None] * (leaf.ndim - 1) + ["model" if split else None]
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    shardings = jax.tree.map(shard, models.shapes(config))
-    params = model.load(config, shardings=shardings)
-    chex.assert_trees_all_equal(params, model.load(config))
-    assert jax.tree.all(jax.tree.map(lambda leaf, at: leaf.sharding == at, params, shardings))
-    up = params["layers"]["mlp"]["up"]["kernel"]
-    assert up.addressable_shards[0].data.shape == (2, 16, 3)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"model_type": "gemma"}, "'gemma'; the loaders know"),
-        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type is 'yarn'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"hidden_size": None}, "no field 'hidden_size'"),
-    ],
-)
-def test_what_the_models_lack_is_refused(data: Path, change: dict[str, Any], says: str) -> None:
-    json_ = json.loads((data / "golden_models" / "llama" / "config.json").read_text())
-    changed = {name: value for name, value in (json_ | change).items() if value is not None}
-    with pytest.raises(models.ModelConfigError, match=says):
-        hf_config.parse(changed, "config.json")
-
-
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+        ("llama", {"model_type": "gemma"}, "'gemma'; the loaders know"),
+        ("llama", {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "by_inverse_layer_idx is True"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "layer_types is 'chunked_att"),
@@ -217,30 +171,30 @@ def test_what_a_family_lacks_is_refused(
 ) -> None:
     json_ = json.loads((data / "golden_models" / name / "config.json").read_text())
     with pytest.raises(models.ModelConfigError, match=says):
-        hf_config.parse(json_ | change, "config.json")
+        families.parse(json_ | change, "config.json")
 
 
 def test_old_spellings_of_families(data: Path) -> None:
     """Files of transformers 4 are read: Gemma's pattern of layers and two thetas, Phi's "su"."""
     json_ = json.loads((data / "golden_models" / "gemma3" / "config.json").read_text())
-    new = hf_config.parse(json_, "")
+    new = families.parse(json_, "")
     old = {k: v for k, v in json_.items() if k not in ("layer_types", "rope_parameters")}
     scaling = {"rope_type": "linear", "factor": 3.0}
     old |= {"rope_theta": 100.0, "rope_local_base_freq": 10.0, "rope_scaling": scaling}
-    assert hf_config.parse(old | {"sliding_window_pattern": 2}, "") == new
+    assert families.parse(old | {"sliding_window_pattern": 2}, "") == new
     long = json.loads((data / "golden_models" / "phi3_long" / "config.json").read_text())
-    new = hf_config.parse(long, "")
+    new = families.parse(long, "")
     rope = dict(long.pop("rope_parameters"))
     long |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
     kept = {name: rope[name] for name in ("short_factor", "long_factor")}
-    assert hf_config.parse(long | {"rope_scaling": {"type": "su", **kept}}, "") == new
+    assert families.parse(long | {"rope_scaling": {"type": "su", **kept}}, "") == new
 
 
 def test_the_layers_that_have_a_window(data: Path) -> None:
     json_ = json.loads((data / "golden_models" / "qwen2" / "config.json").read_text())
     del json_["layer_types"]
     json_ |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
-    config = hf_config.parse(json_, "")
+    config = families.parse(json_, "")
     assert config.sliding_window == 4 and config.windowed == (False, True)
 
 
@@ -287,7 +241,7 @@ def test_old_spelling_of_rope(data: Path) -> None:
     rope = dict(old.pop("rope_parameters"))
     old["rope_theta"] = rope.pop("rope_theta")
     old["rope_scaling"] = rope
-    assert hf_config.parse(old, "") == hf_config.parse(new, "")
+    assert families.parse(old, "") == families.parse(new, "")
 
 
 # ---- references ------------------------------------------------------------------------------
