@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"errors", "system"},
     "frozen": {"base", "errors", "paths"},
     "target": {"errors", "spec"},
-    "updates": {"base", "errors", "target"},
+    "updates": {"base", "errors", "spec", "target"},
     "layout": {"base", "errors", "paths", "spec", "system", "target", "updates"},
     "adapters": {"errors", "layout", "paths", "target", "updates"},
     "bases": {"base", "errors", "layout", "paths", "updates"},

@@ -11,8 +11,9 @@ import jax
 from lora_jax.bases.weight import Absent, Deferred, Weight, shaped
 from lora_jax.errors import LoraError
 from lora_jax.updates.named import Named, Names
-from lora_jax.updates.update import layers, selected
+from lora_jax.updates.update import Zero, layers, selected
 
+UNKNOWN = "unknown"  # the role of an axis while the roles are being found
 Ins = list[Any]  # the inputs of one equation: arrays and adapted weights
 Outs = list[Any] | None  # None: the rule does not apply
 
@@ -62,6 +63,20 @@ class AdaptedWeight:
         """Apply `fn` to W only, and keep the update."""
         weight, names = self.weight.move(self.names, fn, *operands, along=along)
         return dataclasses.replace(self, weight=weight, names=names)
+
+    def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
+        """Return whether these axes have these roles, or none."""
+        groups = (("stack", stack), ("input", inputs), ("output", outputs))
+        role = self.update.role
+        return all(role(n) in (None, UNKNOWN, own) for own, names in groups for n in names)
+
+    def picks_parts(self, taken: Names, rest: Names) -> bool:
+        """Return whether indexing the axes `taken` picks parts of W (or else looks up rows)."""
+        if type(self.update) is Zero:
+            return len(rest) > 1
+        roles = {self.update.role(n) for n in taken}
+        row = roles == {"input"} and all(self.update.role(n) in ("output", None) for n in rest)
+        return UNKNOWN in roles or (len(roles) == 1 and not row)
 
     def selected(self) -> AdaptedWeight:
         """Return the weight with the one adapter that was selected for it."""

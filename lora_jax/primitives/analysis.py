@@ -29,6 +29,7 @@ from lora_jax.primitives.flow import RAW, ROWS, Flow, Paths
 from lora_jax.primitives.jaxprs import Eqn
 from lora_jax.primitives.recorder import Recorder, Use
 from lora_jax.updates.named import Names, without
+from lora_jax.updates.update import Update
 
 
 class Facts(NamedTuple):
@@ -137,6 +138,14 @@ class Analysis(Evaluator):
         for path in whole if self._moving > 1 else ():
             self.kernels.setdefault(path, jaxprs.operand_name(eqn))
         return 0
+
+    def renamed(self, update: Any, new: dict[int, int]) -> Update:
+        atoms = tuple((new.get(n, n), found) for n, found in update.atoms)
+        return dataclasses.replace(update, atoms=atoms)
+
+    def regrouped(self, update: Any, old: Names, units: Names, new: dict[int, int]) -> Update:
+        atoms = update.of((*old, *units))
+        return dataclasses.replace(update, atoms=(*update.atoms, *((n, atoms) for n in new)))
 
     def lost(self, v: AdaptedWeight, names: Names, how: str, into: Names = ()) -> AdaptedWeight:
         update, atoms = v.update, v.update.of(names)

@@ -19,8 +19,8 @@ from lora_jax.errors import LoraError
 from lora_jax.primitives import jaxprs
 from lora_jax.primitives.adapted_weight import AdaptedWeight, Ins, Outs, Value
 from lora_jax.primitives.jaxprs import Eqn, Program
-from lora_jax.updates.named import Names
-from lora_jax.updates.update import Zero
+from lora_jax.updates.named import Named, Names
+from lora_jax.updates.update import Update, Zero
 
 Rule = Callable[["Evaluator", Eqn, Ins], Outs]
 
@@ -104,6 +104,29 @@ class Evaluator:
     def lost(self, v: AdaptedWeight, names: Names, how: str, into: Names = ()) -> AdaptedWeight:
         """Note that W has lost axes: `how` is "taken" (a slice was chosen) or "summed"."""
         return v
+
+    def renamed(self, update: Update, new: dict[int, int]) -> Update:
+        """Return the same update for a weight whose axes have other names."""
+        return update.map(lambda n: n.renamed(new))
+
+    def regrouped(
+        self, update: Update, old: Names, units: Names, new: dict[int, int]
+    ) -> Update | None:
+        """Return the update with the axes `old`, in this order, reshaped into axes `new`, or None.
+
+        `new` maps names to sizes. `units` are axes of size 1, which are dropped. The old axes must
+        all have the same role.
+        """
+
+        def one(n: Named) -> Named:
+            n = n.reduced(units, lax.squeeze)
+            if not any(x in n.names for x in old):
+                return n
+            n = n.to_front(old)
+            rest = n.array.shape[len(old) :]
+            return Named(n.array.reshape((*new.values(), *rest)), (*new, *n.names[len(old) :]))
+
+        return update.map(one) if len({update.role(n) for n in old}) <= 1 else None
 
     def dequantise(self, eqn: Eqn | None, v: AdaptedWeight) -> None:
         """Note that an operation needs the weight as one array although W is stored as codes."""

@@ -63,7 +63,7 @@ def product(
         if not isinstance(v, AdaptedWeight):
             return None
         s, (i,), (o,) = v.names_at(stack), v.names_at((inputs,)), v.names_at((outputs,))
-        if not v.update.admits(s, (i,), (o,)):
+        if not v.admits(s, (i,), (o,)):
             return None
         operand = evaluator.plain(eqn, ins[x])  # x may be a weight too: rows times a norm's
         use = evaluator.consume(eqn, v, s, (i,), (o,))

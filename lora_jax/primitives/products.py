@@ -71,7 +71,7 @@ def _conv(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
         return None
     channel = v.names[dims.rhs_spec[0]]
     inputs = without(v.names, (channel,))
-    if eqn.params["batch_group_count"] != 1 or not v.update.admits((), inputs, (channel,)):
+    if eqn.params["batch_group_count"] != 1 or not v.admits((), inputs, (channel,)):
         return None
     x = evaluator.plain(eqn, x)
     use = evaluator.consume(eqn, v, (), inputs, (channel,))
@@ -81,7 +81,7 @@ def _conv(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
 
     def low_rank(y: Any, x: Named, update: LowRank) -> Any:
         order = tuple(RANK if n == channel else n for n in v.names)
-        kernel = [update.a.among(order).astype(x.array.dtype)] * groups
+        kernel = [update.a.aligned(order).astype(x.array.dtype)] * groups
         h = jaxprs.bind(eqn, x.array, jnp.concatenate(kernel, axis=order.index(RANK)))
         h = jnp.moveaxis(h, dims.out_spec[1], -1)
         h = h.reshape(*h.shape[:-1], groups, update.a.size(RANK))
@@ -127,12 +127,12 @@ def _gather(evaluator: Evaluator, eqn: Eqn, ins: Ins) -> Outs:
     def take(n: Named, indices: Any) -> Named:
         return _take(n, indices, v.names, eqn, names)
 
-    if not batching and v.update.chooses(taken, rest):
+    if not batching and v.picks_parts(taken, rest):
         if len(rest) < 2:  # without an adapter it is a lookup
             evaluator.dequantise(eqn, v)
         moved = v.map(take, indices, along=taken).map_w(lambda n: n.moved(names))
         return [evaluator.lost(moved, taken, "taken", into=tuple(out[j] for j in rows))]
-    if not v.update.admits(batching, taken, rest):
+    if not v.admits(batching, taken, rest):
         return None
     evaluator.consume(eqn, v, batching, taken, rest)
     evaluator.dequantise(eqn, v)
@@ -156,7 +156,7 @@ def _take(n: Named, indices: Any, names: Names, eqn: Any, out: Names) -> Named:
     if not any(names[i] in n.names for i in taken):
         return n
     own = without(n.names, names)
-    array = n.among((*names, *own))
+    array = n.aligned((*names, *own))
     ends = range(len(out), len(out) + len(own))
     y = lax.gather(
         array, indices, dn._replace(offset_dims=(*dn.offset_dims, *ends)),

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
+from lora_jax.primitives.adapted_weight import UNKNOWN
 from lora_jax.primitives.flow import Flow, join
 from lora_jax.updates.named import Named, Names
-from lora_jax.updates.update import Part, Update, Zero
+from lora_jax.updates.update import Piece, Update, Zero
 
 Atom = tuple[str, int]  # an axis of a parameter: the path and the number of the axis
 Atoms = frozenset[Atom]
@@ -92,13 +93,7 @@ class Recorder(Zero):
         return NONE.union(*(known.get(n, NONE) for n in names))
 
     def role(self, name: int) -> str | None:
-        return "unknown" if self.of((name,)) else None
-
-    def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
-        return True
-
-    def chooses(self, taken: Names, rest: Names) -> bool:
-        return True
+        return UNKNOWN if self.of((name,)) else None
 
     def times(self, factor: Named) -> Update | None:
         """Accept a factor along some of the parameter's axes, and constant along another one."""
@@ -108,15 +103,7 @@ class Recorder(Zero):
             return None
         return dataclasses.replace(self, factors=(*self.factors, self.of(along)))
 
-    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
-        atoms = self.of((*old, *units))
-        return dataclasses.replace(self, atoms=(*self.atoms, *((n, atoms) for n in new)))
-
-    def renamed(self, new: dict[int, int]) -> Update:
-        atoms = tuple((new.get(n, n), found) for n, found in self.atoms)
-        return dataclasses.replace(self, atoms=atoms)
-
-    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
         every = [p.update for p in parts]
         names = dict.fromkeys(n for u in every for n, _ in u.atoms)
         union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731

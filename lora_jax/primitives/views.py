@@ -165,7 +165,7 @@ def _reshape(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
         old = v.names_at(old_axes)
         units = tuple(n for n in old if v.size(n) == 1)
         new_sizes = {names[j]: new[j] for j in new_axes if new[j] != 1}
-        regrouped = update.regroup(without(old, units), units, new_sizes)
+        regrouped = evaluator.regrouped(update, without(old, units), units, new_sizes)
         if regrouped is None:
             return None
         update = regrouped

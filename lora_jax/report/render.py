@@ -1,7 +1,7 @@
 """Write a report as files: report.html, which needs no other file, report.md, and the figures.
 
-Jinja2 renders both from `templates/` and escapes HTML. `plain` and `markdown_table` escape
-Markdown: tabulate would not escape a `|` in a cell, which would end the cell.
+Jinja2 renders both from `templates/` and escapes HTML. `plain` escapes Markdown: a `|` in a cell
+would end the cell.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jinja2
 
 from lora_jax.report import svg
 from lora_jax.report.document import Figure, Report, Table, Term
-from lora_jax.system import whole_files
+from lora_jax.system import table, whole_files
 
 HTML, MARKDOWN = "report.html", "report.md"
 _SIGNS = re.compile(r"([\\`*|\[\]~])|(?<![A-Za-z0-9])(_)|(_)(?![A-Za-z0-9])")
@@ -107,18 +107,12 @@ def plain(text: str) -> str:
     return _SIGNS.sub(r"\\\g<0>", line)
 
 
-def markdown_table(table: Table) -> str:
+def markdown_table(found: Table) -> str:
     """Render a table with padded columns, so that it can be read as plain text, too."""
-    lines = [tuple(map(plain, line)) for line in (table.columns, *table.rows)]
-    if table.marked is not None:
-        lines[table.marked + 1] = tuple(f"**{cell}**" for cell in lines[table.marked + 1])
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(table.columns))]
-    left = [name in table.texts for name in table.columns]
-
-    def row(cells: tuple[str, ...]) -> str:
-        places = zip(cells, widths, left, strict=True)
-        return f"| {' | '.join(c.ljust(w) if first else c.rjust(w) for c, w, first in places)} |"
-
-    dashes = ["-" * (w - 1) for w in widths]
-    rule = (f":{d}" if first else f"{d}:" for d, first in zip(dashes, left, strict=True))
-    return "\n".join([row(lines[0]), f"| {' | '.join(rule)} |", *map(row, lines[1:])])
+    rows = [tuple(map(plain, row)) for row in found.rows]
+    if found.marked is not None:
+        rows[found.marked] = tuple(f"**{cell}**" for cell in rows[found.marked])
+    texts = [i for i, name in enumerate(found.columns) if name in found.texts]
+    rule = [":--" if i in texts else "--:" for i in range(len(found.columns))]
+    lines = table.padded([tuple(map(plain, found.columns)), rule, *rows], texts)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax.errors import LoraError
+from lora_jax.spec import LoraSpec
 from lora_jax.target import Target
 from lora_jax.updates.kind import Factors, kind_of
-from lora_jax.updates.lora import Lora
 
 
 def as_factors(target: Target, parameters: Any) -> tuple[Target, Factors]:
@@ -20,9 +20,9 @@ def as_factors(target: Target, parameters: Any) -> tuple[Target, Factors]:
       LoraError: DoRA (its update depends on W), or a bias (it has no factors).
     """
     kind = kind_of(target)
-    if type(kind) is Lora and not target.parts:
-        return target, parameters
     factors = kind.factors(target, parameters)
+    if factors is parameters and not kind.rescales:
+        return dataclasses.replace(target, kind=LoraSpec.kind), parameters
     if factors is None or kind.rescales:
         why = "has no factors" if factors is None else "rescales W itself"
         raise LoraError(

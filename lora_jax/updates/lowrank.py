@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from lora_jax.base import wide_dtype
 from lora_jax.errors import LoraError
 from lora_jax.updates.named import RANK, ROWS, Named, Names, einsum, wider
-from lora_jax.updates.update import Operation, Part, Update, Wrapper, join
+from lora_jax.updates.update import Operation, Piece, Update, Wrapper, join
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +55,7 @@ class LowRank(Update):
         """Return `h`, the product `x a`, times the scale and the gain. `h` has the gain's axes."""
         array = h.array * self.scale
         if self.gain is not None:
-            array = array * self.gain.astype(array.dtype).among(h.names)
+            array = array * self.gain.astype(array.dtype).aligned(h.names)
         return Named(array, h.names)
 
     def product(self, p: Operation) -> Any:
@@ -66,7 +66,7 @@ class LowRank(Update):
         present = tuple(n for n in w.names if self.role(n))
         a = self.scaled(self.a.astype(wide))
         delta = Named(einsum(a, self.b.astype(wide), present, precision="highest"), present)
-        return (w.array.astype(wide) + delta.among(w.names)).astype(w.array.dtype)
+        return (w.array.astype(wide) + delta.aligned(w.names)).astype(w.array.dtype)
 
     def times(self, factor: Named) -> Update | None:
         real = tuple(n for n in factor.names if factor.size(n) > 1)
@@ -77,7 +77,7 @@ class LowRank(Update):
             return dataclasses.replace(self, a=self.a.times(factor))
         return super().times(factor)
 
-    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
         """Return the parts' factors, each padded with zeros outside its place.
 
         If one factor has the axis, the ranks are concatenated. If both or neither have it, no two
@@ -90,7 +90,7 @@ class LowRank(Update):
             return super().join(parts, name, size)
         rank = max(p.update.a.size(RANK) for p in parts)
 
-        def factors(p: Part) -> tuple[Named, Named]:
+        def factors(p: Piece) -> tuple[Named, Named]:
             ends, pair = {name: (p.start, size - p.start - p.size)}, (p.update.a, p.update.b)
             if not apart:
                 ends[RANK] = (0, rank - pair[0].size(RANK))
@@ -242,7 +242,7 @@ class Gained(Wrapper):
         whole = Named(self.inner.merged(w.astype(jnp.float32)), w.names)
         return whole.times(self.gain).array.astype(w.array.dtype)
 
-    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
         gained = [p for p in parts if isinstance(p.update, Gained)]
         bare = lambda u: u.inner if isinstance(u, Gained) else u  # noqa: E731
         whole = join([dataclasses.replace(p, update=bare(p.update)) for p in parts], name, size)
@@ -254,7 +254,7 @@ class Gained(Wrapper):
             return None
         ones = Named(jnp.ones((*one.values(), size), self.gain.array.dtype), (*one, name))
         for p in gained:
-            gain = p.update.gain.among(ones.names)
+            gain = p.update.gain.aligned(ones.names)
             ones = Named(ones.array.at[..., p.start : p.start + p.size].set(gain), ones.names)
         return Gained(whole, ones)
 

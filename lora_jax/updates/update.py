@@ -55,7 +55,7 @@ class Operation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Piece:
     """The update of one of several weights that are concatenated, and its place along the axis."""
 
     update: Any
@@ -112,7 +112,7 @@ class Update(abc.ABC):
             return None
         return Times(self, factor.reduced({*factor.names} - {*real}, lax.squeeze))
 
-    def join(self, parts: Sequence[Part], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
         """Return the update of several weights concatenated along the axis `name`, or None.
 
         All parts have the same names, and `size` is the whole size of the axis. A weight without a
@@ -123,7 +123,7 @@ class Update(abc.ABC):
         if len(roles) > 1 or not all(additive(p.update) for p in parts):
             return None
 
-        def in_place(p: Part) -> Update:
+        def in_place(p: Piece) -> Update:
             ends = {name: (p.start, size - p.start - p.size)}
             spread = lambda n: n.along(name, p.size) if None in roles else n  # noqa: E731
             placed: Update = p.update.map(lambda n: spread(n).padded(ends))
@@ -138,38 +138,6 @@ class Update(abc.ABC):
         """
         roles = {n: self.role(n) for n in sizes}
         return all(r != "stack" and (r or sizes[n] == 1) for n, r in roles.items())
-
-    def renamed(self, new: dict[int, int]) -> Update:
-        """Return the same update for a weight whose axes have other names."""
-        return self.map(lambda n: n.renamed(new))
-
-    def admits(self, stack: Names, inputs: Names, outputs: Names) -> bool:
-        """Return whether these axes have these roles, or none."""
-        groups = (("stack", stack), ("input", inputs), ("output", outputs))
-        return all(self.role(n) in (None, role) for role, names in groups for n in names)
-
-    def chooses(self, taken: Names, rest: Names) -> bool:
-        """Return whether indexing the axes `taken` chooses parts of W (or else looks up rows)."""
-        roles = {self.role(n) for n in taken}
-        row = roles == {"input"} and all(self.role(n) in ("output", None) for n in rest)
-        return len(roles) == 1 and not row
-
-    def regroup(self, old: Names, units: Names, new: dict[int, int]) -> Update | None:
-        """Return the update with the axes `old`, in this order, reshaped into axes `new`, or None.
-
-        `new` maps names to sizes. `units` are axes of size 1 among the old ones, which are
-        dropped. The other old axes must all have the same role.
-        """
-
-        def one(n: Named) -> Named:
-            n = n.reduced(units, lax.squeeze)
-            if not any(x in n.names for x in old):
-                return n
-            n = n.to_front(old)
-            rest = n.array.shape[len(old) :]
-            return Named(n.array.reshape((*new.values(), *rest)), (*new, *n.names[len(old) :]))
-
-        return self.map(one) if len({self.role(n) for n in old}) <= 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +196,7 @@ def selected(update: Update) -> Update:
     return update.selected() if isinstance(update, Wrapper) else update
 
 
-def join(parts: Sequence[Part], name: int, size: int) -> Update | None:
+def join(parts: Sequence[Piece], name: int, size: int) -> Update | None:
     """See `Update.join`. A part that rescales W, if there is one, does it for all."""
     if not parts:
         return Zero()
@@ -251,9 +219,6 @@ class Zero(Update):
 
     def sums(self, sizes: dict[int, int]) -> bool:
         return True
-
-    def chooses(self, taken: Names, rest: Names) -> bool:
-        return len(rest) > 1
 
     def times(self, factor: Named) -> Update | None:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -295,46 +296,30 @@ def test_a_pooling_that_there_is_not(pooling: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "says"),
     [
-        {"labels": None},
-        {"labels": ["a", 1]},
-        {"text_fields": []},
-        {"text_fields": ["a", "b", "c"]},
-        {"lengths": [16, 8]},
-        {"lengths": [0]},
-        {"lengths": "16"},
+        *(
+            (change, r"does not say what it classifies")
+            for change in (
+                {"labels": None},
+                {"labels": ["a", 1]},
+                {"text_fields": []},
+                {"text_fields": ["a", "b", "c"]},
+                {"lengths": [16, 8]},
+                {"lengths": [0]},
+                {"lengths": "16"},
+            )
+        ),
+        ({"labels": ["a", "b", "c"]}, "needs a head of 3 outputs; it has 2"),
     ],
 )
 def test_an_adapter_that_does_not_say_what_it_classifies(
-    change: dict[str, Any], trained: Trained
+    change: dict[str, Any], says: str, trained: Trained
 ) -> None:
     """The description of an adapter may come from anybody, so it is checked."""
     member = served_adapters.read("two", trained.folder / "two/adapters/best")
-    wrong = served_adapters.ServedAdapter(
-        member.name,
-        member.saved,
-        member.layout,
-        member.adapters,
-        member.base,
-        {**member.about, **change},
-    )
-    with pytest.raises(lora_jax.LoraError, match=r"'two'(.|\n)*does not say what it classifies"):
+    wrong = dataclasses.replace(member, about={**member.about, **change})
+    with pytest.raises(lora_jax.LoraError, match=rf"'two'(.|\n)*{says}"):
         text_classifier.task_of(wrong)
-    assert text_classifier.task_of(member) == classifier.ClassifierTask(
-        ("no", "yes"), ("text",), (8, 16)
-    )
-
-
-def test_a_head_of_another_width_is_refused(trained: Trained) -> None:
-    member = served_adapters.read("two", trained.folder / "two/adapters/best")
-    wrong = served_adapters.ServedAdapter(
-        member.name,
-        member.saved,
-        member.layout,
-        member.adapters,
-        member.base,
-        {**member.about, "labels": ["a", "b", "c"]},
-    )
-    with pytest.raises(lora_jax.LoraError, match="needs a head of 3 outputs; it has 2"):
-        text_classifier.task_of(wrong)
+    task = classifier.ClassifierTask(("no", "yes"), ("text",), (8, 16))
+    assert text_classifier.task_of(member) == task
