@@ -133,9 +133,9 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
     if single.exists():
         return safetensors_reader.read(single, WeightsError).tensors
     if not index.exists():
-        there = sorted(path.name for path in folder.iterdir())
+        found = sorted(path.name for path in folder.iterdir())
         raise FileNotFoundError(
-            f"{folder} has neither {SINGLE} nor {_INDEX}; it has {', '.join(there)}.\n"
+            f"{folder} has neither {SINGLE} nor {_INDEX}; it has {', '.join(found)}.\n"
             "Weights in another format are converted once with\n"
             "    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)"
         )
@@ -150,9 +150,9 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
             if name in held:
                 raise WeightsError(f"{name} is in {held[name].path} and in {path}")
             held[name] = tensor
-    lost = sorted(places.keys() - held)
-    if lost:
-        raise WeightsError(f"{index} lists tensors that no file holds: {', '.join(lost)}")
+    unheld = sorted(places.keys() - held)
+    if unheld:
+        raise WeightsError(f"{index} lists tensors that no file holds: {', '.join(unheld)}")
     return held
 
 
