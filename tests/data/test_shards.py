@@ -88,6 +88,7 @@ def whole(iterators: Iterable[Iterable[Batch]]) -> list[Batch]:
     return found
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize(
     "order",
@@ -194,6 +195,7 @@ def merged(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("saved_by", "restored_by"), [(1, 2), (4, 2)])
 @pytest.mark.parametrize("epochs", [1, None])
 def test_a_state_saved_by_some_is_restored_by_others(

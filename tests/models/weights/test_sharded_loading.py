@@ -232,6 +232,7 @@ class _Alone:
         return {self.device: self.of.devices_indices_map(shape)[self.device]}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4)], ids=str)
 @pytest.mark.parametrize("name", ["safetensors", "bfloat16", "gguf_f32", "gguf_q8_0"])
