@@ -181,7 +181,7 @@ def _all_gather(evaluator: Evaluator, eqn: Eqn, v: AdaptedWeight) -> Any:
     if not p["tiled"]:
         return None
 
-    def gathered(x: Any, axis: int) -> Any:
+    def gathered(x: jax.Array, axis: int) -> Any:
         return eqn.primitive.bind(x, **{**p, "all_gather_dimension": axis})
 
     return _along(v, {v.names[p["all_gather_dimension"]]: gathered})
