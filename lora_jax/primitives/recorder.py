@@ -9,13 +9,9 @@ from typing import Any
 import jax
 
 from lora_jax.primitives.adapted_weight import UNKNOWN
-from lora_jax.primitives.flow import Flow, join
+from lora_jax.primitives.flow import NONE, Atoms, Flow, join
 from lora_jax.updates.named import Named, Names
-from lora_jax.updates.update import Piece, Update, Zero
-
-Atom = tuple[str, int]  # an axis of a parameter: the path and the number of the axis
-Atoms = frozenset[Atom]
-NONE: Atoms = frozenset()
+from lora_jax.updates.update import Segment, Update, Zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +61,15 @@ class Use:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Datum:
+    """An array of the program under analysis, and what it depends on."""
+
+    array: jax.Array
+    flow: Flow = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Recorder(Zero):
     """An update that adds nothing and knows which parameter axes each name stands for.
 
@@ -103,7 +108,7 @@ class Recorder(Zero):
             return None
         return dataclasses.replace(self, factors=(*self.factors, self.of(along)))
 
-    def join(self, parts: Sequence[Piece], name: int, size: int) -> Update | None:
+    def join(self, parts: Sequence[Segment], name: int, size: int) -> Update | None:
         every = [p.update for p in parts]
         names = dict.fromkeys(n for u in every for n, _ in u.atoms)
         union = lambda which: NONE.union(*(getattr(u, which) for u in every))  # noqa: E731

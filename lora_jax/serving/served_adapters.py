@@ -32,7 +32,7 @@ from lora_jax.models.weights.source import is_safe
 from lora_jax.multi.stack import BASE, Stack
 from lora_jax.multi.stack import stack as stack_adapters
 from lora_jax.paths import Tree
-from lora_jax.updates.kind import Factors
+from lora_jax.updates.factors import Factors
 
 _ENCODERS = {models.BertConfig: "bert", models.VitConfig: "vit"}  # its name in a classifier
 BASE_NAME = "base"  # as the name of an adapter: no adapter
