@@ -115,7 +115,7 @@ MUTANTS = (  # name, where, old, new, test
         "regex.fullmatch(p)", "regex.match(p)",
         "tests/test_paths.py::test_match"),
     # ---- many adapters
-    Mutant("truncated-to-nothing", "multi/combine.py:truncate",
+    Mutant("truncated-without-scale", "multi/combine.py:truncate",
         "target.scale * b.astype(wide)", "b.astype(wide)",
         "tests/multi/test_combine.py::test_truncation_is_the_nearest_and_reports_what_it_cut"),
     Mutant("unknown-slot-is-the-base", "multi",
@@ -165,7 +165,8 @@ MUTANTS = (  # name, where, old, new, test
     # ---- commands
     Mutant("config-option-unread", "cli/train.py",
         "before.lora != after.lora", "False",
-        "tests/test_command_line.py"),
+        "tests/experiments/test_method_config.py"
+        "::test_lora_settings_beside_another_method_are_refused"),
     Mutant("hashes-not-compared", "checkpoint",
         "damaged = manifest.damaged(loaded)", "list[str]()",
         "tests/checkpoint/test_adapter.py::test_an_array_of_another_adapter_is_named"),
