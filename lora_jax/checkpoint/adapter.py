@@ -179,15 +179,9 @@ class SavedAdapter:
         return {p: entries[f"base/{p}"].shape for p in self.manifest.notes["base"]}
 
     def check_base(self, ours: Fingerprint, fresh: Container[str] = ()) -> None:
-        """Check the base as `restore(params=...)` does, given its fingerprint.
+        """Check a base by its fingerprint, as `restore(params=...)` does.
 
-        Args:
-          ours: `lora_jax.fingerprint` of the base at hand.
-          fresh: paths of parameters in this base that may be missing in the other, such as a new
-            head.
-
-        Raises:
-          LoraError: the adapter was trained on another base, or does not say on which.
+        The parameters `fresh` of it may be missing in the other, such as a new head.
         """
         notes = self.manifest.notes
         if (stored := notes.get("fingerprint")) is None:

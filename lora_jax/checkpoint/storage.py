@@ -62,15 +62,8 @@ def absolute(path: Path) -> RemotePath:
 def read_manifest(folder: RemotePath, max_bytes: float | None, part: str = ADAPTER) -> Manifest:
     """Return the manifest of a checkpoint, its "meta", after checking it; no array is read.
 
-    The caller may then load the arrays that it lists: `folder` holds exactly these, as declared.
-
-    Args:
-      folder: the checkpoint.
-      max_bytes: as for `restore`.
-      part: the only other part of the checkpoint, which holds the arrays.
-
-    Raises:
-      LoraError, DamagedError: as `restore`.
+    The caller may then load the arrays that it lists: `folder` holds exactly these, as declared, in
+    `part`.
     """
     remote = "://" in str(folder)
     with reading(folder):
@@ -129,13 +122,7 @@ def _described(folder: RemotePath, part: str) -> tuple[Any, dict[str, StoredArra
 def load(folder: RemotePath, manifest: Manifest, part: str, target: Any) -> Any:
     """Read arrays of one part of a checkpoint, and check them against their hashes.
 
-    Args:
-      folder, manifest: from `read_manifest`.
-      part: the name of the part, such as "arrays".
-      target: a tree of `jax.ShapeDtypeStruct` with shardings, like the part.
-
-    Raises:
-      DamagedError: the arrays differ from the saved ones.
+    `target` is a tree of `jax.ShapeDtypeStruct` with shardings, like the part.
     """
     with reading(folder):
         if _is_direct(folder, part):

@@ -40,11 +40,7 @@ class GgufAdapterFile(NamedTuple):
 
     @classmethod
     def read(cls, path: pathlib.Path) -> GgufAdapterFile:
-        """Read a file of floats, or of any quantisation that the gguf package can expand.
-
-        Raises:
-          LoraError: a damaged file, or one that llama.cpp would not apply in full.
-        """
+        """Read a file of floats, or of any quantisation that the gguf package can expand."""
         fields, tensors = read_header(path)
         with naming(path):
             alpha = _alpha(fields)
@@ -55,11 +51,7 @@ class GgufAdapterFile(NamedTuple):
         return cls(fields[ARCHITECTURE], alpha, factors)
 
     def cast(self, dtype: str) -> GgufAdapterFile:
-        """Return the same file with factors of another dtype.
-
-        Raises:
-          LoraError: a dtype other than float32 and float16, or numbers that it cannot hold.
-        """
+        """Return the same file with factors of another dtype."""
         if dtype not in ("float32", "float16"):
             raise LoraError(f"dtype is {dtype!r}; factors are written as 'float32' or 'float16'")
         factors = {}

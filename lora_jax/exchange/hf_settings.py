@@ -47,15 +47,7 @@ _COMPANIONS = (
 
 
 def writers(run: TrainedRun, dtype: np.dtype) -> dict[str, FileWriter]:
-    """Return {name: writer} of each file other than the weights; config.json is the last.
-
-    Args:
-      run: the run to export.
-      dtype: the dtype of the exported weights.
-
-    Raises:
-      LoraError: no class of transformers computes the same as the run; the message names the cure.
-    """
+    """Return {name: writer} of each file other than the weights; config.json is the last."""
     config = config_json(run, dtype)
     found = _companions(run)
     if run.head is None and "generation_config.json" not in found:
@@ -69,11 +61,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def config_json(run: TrainedRun, dtype: np.dtype) -> dict[str, Any]:
-    """Return config.json: the base's own, with the class of the model, its labels and dtype.
-
-    Raises:
-      LoraError: no class of transformers computes the same as the run.
-    """
+    """Return config.json: the base's own, with the class of the model, its labels and dtype."""
     source = run.opened.source
     own = dict(source.json) if isinstance(source, Folder) else _of_gguf(run)
     for key in ("quantization_config", "auto_map", "dtype", "_name_or_path"):

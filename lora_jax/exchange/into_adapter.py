@@ -45,12 +45,7 @@ class _Piece(NamedTuple):
 def into_adapter(
     modules: Modules, table: NameTable, f: Callable[..., Any], params: Any, args: tuple[Any, ...]
 ) -> Adapter:
-    """Return the adapter of the model `f` that the modules' updates amount to.
-
-    Raises:
-      LoraError: a module that the model does not have, an update that does not fit it, or one that
-        would mean something else here than in its source.
-    """
+    """Return the adapter of the model `f` that the modules' updates amount to."""
     leaves = paths.flatten(params)
     pieces, heads = _pieces(modules, table)
     shifts = _shifts(modules, table)

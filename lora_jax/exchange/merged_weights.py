@@ -40,15 +40,7 @@ class MergedWeights:
     """
 
     def __init__(self, run: TrainedRun, dtype: Any = jnp.float32) -> None:
-        """Look up the tensors without reading them.
-
-        Args:
-          run: the run.
-          dtype: the dtype to write.
-
-        Raises:
-          lora_jax.models.WeightsError: the base's file does not match its configuration.
-        """
+        """Look up the tensors, to be written as `dtype`, without reading them."""
         self._run, self._dtype = run, np.dtype(dtype)
         opened = run.opened
         self._stored = opened.source.stored(opened.config)

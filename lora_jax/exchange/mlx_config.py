@@ -29,11 +29,7 @@ class MlxConfig(NamedTuple):
 
 
 def parse(settings: Mapping[str, Any]) -> MlxConfig:
-    """Return the settings that decide the function.
-
-    Raises:
-      LoraError: a setting that is missing, unknown or meaningless.
-    """
+    """Return the settings that decide the function."""
     kind = settings.get("fine_tune_type", "lora")
     if "peft_type" in settings or kind not in ("lora", "dora", "full"):
         raise LoraError(

@@ -61,13 +61,7 @@ class ImportedRun:
 
 
 def read(folder: str, said: Said) -> ImportedRun:
-    """Read a PEFT folder and its base.
-
-    Raises:
-      LoraError: not a PEFT folder, one that does not fit the base, or one that leaves a question
-        open that the user has not answered.
-      models.ModelError, OSError: the base cannot be opened.
-    """
+    """Read a PEFT folder and its base."""
     found = peft.describe(folder)
     reference = _reference(found, said.base)
     source: Any = models.open(reference)
@@ -92,11 +86,7 @@ def read(folder: str, said: Said) -> ImportedRun:
 
 
 def write(out: pathlib.Path, run: ImportedRun) -> None:
-    """Write the run's adapters/best, whole or not at all.
-
-    Raises:
-      LoraError: it cannot be written.
-    """
+    """Write the run's adapters/best, whole or not at all."""
     checkpoint.save(
         out / "adapters/best",
         run.adapter,

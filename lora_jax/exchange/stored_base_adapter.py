@@ -25,10 +25,6 @@ def over_stored_base(run: TrainedRun) -> Adapter:
     The two bases differ only for a run that started with a part of W (PiSSA, OLoRA). Its base is
     `W - s a0 b0`, so over W its update is `s a b - s a0 b0`, of twice the rank. The first factors
     are computed again.
-
-    Raises:
-      LoraError: a run that started like this on a quantised base, or with DoRA: its weights are not
-        W plus an update.
     """
     if run.begun is None:
         return run.adapter

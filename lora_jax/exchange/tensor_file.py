@@ -38,12 +38,7 @@ class TensorFile(NamedTuple):
 
 
 def read(path: pathlib.Path) -> TensorFile:
-    """Read a whole file of floats.
-
-    Raises:
-      LoraError: a file that is not in the format, whose sizes contradict each other, or that holds
-        numbers that are not finite. The message names the file and, if there is one, the key.
-    """
+    """Read a whole file of floats."""
     with regular_files.opened(path, LoraError) as file:
         data = np.fromfile(file, np.uint8)
     header, body = _header(path, data)
@@ -100,14 +95,7 @@ def write_lazily(
     metadata: Mapping[str, str],
     done: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Write arrays in the given order, each as it is made.
-
-    Args:
-      path: the file.
-      tensors: its arrays.
-      metadata: its metadata.
-      done: a function that gets the bytes of each array once it is written.
-    """
+    """Write arrays in order, each as it is made; `done` gets the bytes of each afterwards."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     names = {dtype: name for name, dtype in FLOATS.items()}
     end = 0
@@ -135,11 +123,7 @@ def digest(x: np.ndarray) -> str:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object that may come from a stranger.
-
-    Raises:
-      LoraError: see `lora_jax.system.json_file.read`.
-    """
+    """Read a JSON object that may come from a stranger."""
     return json_file.read(path, LoraError)
 
 

@@ -71,18 +71,7 @@ class TrainedRun:
 
 
 def open_run(path: str, base: str | None = None, trust_base: bool = False) -> TrainedRun:
-    """Open a run.
-
-    Args:
-      path: a run directory, which stands for its best adapter or else its last one; or a folder
-        that `lora_jax.save` wrote.
-      base, trust_base: as for `serving.served_adapters.open_adapters`.
-
-    Raises:
-      LoraError: no adapter at `path`, several, one that does not fit its base, or one whose base
-        needs the user's consent to be opened.
-      models.ModelError, OSError: the base cannot be opened.
-    """
+    """Open a run."""
     member = read(*adapter_path.find_one(path))
     opened = open_base([member], base, trust_base)
     labels = tuple(member.about.get("labels") or ())

@@ -80,17 +80,7 @@ class Classifier(abc.ABC):
     def __init__(
         self, served: Served, tasks: Sequence[ClassifierTask], model: nn.Module, batch_size: int
     ) -> None:
-        """Stack the heads. Nothing is compiled yet.
-
-        Args:
-          served: the adapters and their base.
-          tasks: the tasks of the adapters.
-          model: a model with a head as wide as the widest, called with the arrays of a batch.
-          batch_size: rows of a batch.
-
-        Raises:
-          LoraError: the adapters cannot share a batch.
-        """
+        """Stack the heads. Nothing is compiled yet."""
         self.tasks, self.batch_size = tuple(tasks), batch_size
         self.compiled = dict[int, float]()
         width = max(task.outputs for task in tasks)
@@ -104,11 +94,7 @@ class Classifier(abc.ABC):
 
     @abc.abstractmethod
     def example_of(self, line: JsonLine, task: ClassifierTask) -> Any:
-        """Return the text or image of a line.
-
-        Raises:
-          LineError: the line does not have it.
-        """
+        """Return the text or image of a line."""
 
     @abc.abstractmethod
     def prepare(self, adapters: Sequence[int], examples: Sequence[Any]) -> list[Any]:
@@ -132,17 +118,10 @@ class Classifier(abc.ABC):
     def scores(
         self, adapters: Sequence[int], examples: Sequence[Any]
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Classify examples batch by batch, the shortest first.
+        """Classify examples, the shortest first: yield (i, outputs [C] of examples[i]).
 
         Each batch has `batch_size` rows, or fewer if the first call has fewer examples. A batch
         that would be short is filled with copies of its rows.
-
-        Args:
-          adapters: the id of the adapter of each example.
-          examples: the examples.
-
-        Yields:
-          (i, outputs of examples[i] by its adapter's head, float32 [C]).
         """
         if self._rows is None:
             self._rows = min(self.batch_size, 1 << (len(examples) - 1).bit_length())
@@ -237,11 +216,6 @@ def predict(
 
     The lines are sorted by length and put into batches. `done` is called with the size of each
     line when its scores are there, in any order.
-
-    Raises:
-      LineError: a line names no adapter or an unknown one, or it has no text or image; scores are
-        not finite.
-      DataError: an image cannot be read.
     """
     ids = [adapter_of(line, served) for line in window]
     examples = [

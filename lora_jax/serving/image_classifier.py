@@ -18,11 +18,7 @@ from lora_jax.serving.served_adapters import Served, ServedAdapter
 
 
 def task_of(member: ServedAdapter) -> ClassifierTask:
-    """Return the task of an adapter that `lora_jax.training.image_classification` trained.
-
-    Raises:
-      LoraError: the adapter does not say it, or what it says is invalid.
-    """
+    """Return the task of an adapter that `lora_jax.training.image_classification` trained."""
     labels, field = member.about.get("labels"), member.about.get("image_field")
     named = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
     if labels is None or not named or not isinstance(field, str) or not field:
@@ -46,12 +42,7 @@ class ImageClassifier(Classifier):
     unit = "images"
 
     def __init__(self, served: Served, batch_size: int) -> None:
-        """Read the tasks; see `Classifier`.
-
-        Raises:
-          LoraError: an adapter is not a classifier, or the adapters cannot share a batch.
-          ValueError, OSError: the folder of the base does not say how images are preprocessed.
-        """
+        """Read the tasks; see `Classifier`."""
         tasks = tuple(task_of(member) for member in served.members)
         self._how = preprocessing.read(served.source.path, served.config)
         width = max(task.outputs for task in tasks)
@@ -70,11 +61,7 @@ class ImageClassifier(Classifier):
         return 0
 
     def arrays(self, rows: Sequence[Any]) -> tuple[NDArray[Any], ...]:
-        """Return the pixels, as in the batches of training.
-
-        Raises:
-          DataError: an image cannot be read.
-        """
+        """Return the pixels, as in the batches of training."""
         found = {row: self._pixels(*row) for row in dict.fromkeys(rows)}
         return (np.stack([found[row] for row in rows]),)
 

@@ -101,16 +101,7 @@ class Served:
         return tuple(member.name for member in self.members)
 
     def id_of(self, name: str | None, where: str) -> int:
-        """Return the id of an adapter.
-
-        Args:
-          name: its name; "base" is `lora_jax.multi.BASE`. None: the only adapter, or the base if
-            there is no adapter.
-          where: the place of the request, for the error message.
-
-        Raises:
-          LoraError: no adapter has this name, or the name is None and there are several.
-        """
+        """Return the id of an adapter."""
         if name is None and len(self.members) <= 1:
             return 0 if self.members else BASE
         if name is None:
@@ -138,29 +129,7 @@ def open_adapters(
     allow_other_base: bool = False,
     opened: Callable[[int, int], None] = lambda number, total: None,
 ) -> Served:
-    """Open adapters and load their base.
-
-    Args:
-      adapters: each is `[NAME=]PATH`. A path is a folder that `lora_jax.save` wrote; a run
-        directory of train.py, from which adapters/best is opened, or adapters/last if there is no
-        best; or a directory of run directories, which are all opened. The name of a run is the name
-        of its directory.
-      kind: config classes of `lora_jax.models`, for the models that the caller can run.
-      base: the reference of the base (`lora_jax.models.weights.source`). None: the base that the
-        adapters were trained on.
-      trust_base: download the base that the adapters name even if its checksum is not known.
-      allow_other_base: accept a base other than the one that an adapter was trained on.
-      opened: called with the number of adapters that are open, first 0, and of all.
-
-    Returns:
-      The base and the adapters.
-
-    Raises:
-      LoraError: a path has no adapter, two adapters have the same name, adapters have different
-        bases or settings, the model is of another kind, the base is another one, or the base would
-        be downloaded only because an adapter names it.
-      models.WeightsError, models.ModelConfigError, OSError, ...: the base cannot be read.
-    """
+    """Open adapters and load their base."""
     members = _members(adapters, opened)
     reference, source, config = open_base(members, base, trust_base)
     _check_kind(source, kind, reference)
@@ -184,19 +153,7 @@ class OpenedBase(NamedTuple):
 
 
 def open_base(members: Sequence[ServedAdapter], base: str | None, trust_base: bool) -> OpenedBase:
-    """Open the base of some adapters, with the settings that they were trained with.
-
-    Args:
-      members: the adapters, which must agree on the settings.
-      base: as for `open_adapters`.
-      trust_base: as for `open_adapters`.
-
-    Returns:
-      The base, whose weights are not read.
-
-    Raises:
-      LoraError, models.ModelError, OSError: as `open_adapters`.
-    """
+    """Open the base of some adapters, with the settings that they were trained with."""
     settings = _settings(members, base)
     reference = settings.pop("reference")
     if base is None and not trust_base:
@@ -206,18 +163,7 @@ def open_base(members: Sequence[ServedAdapter], base: str | None, trust_base: bo
 
 
 def read(name: str, path: Path) -> ServedAdapter:
-    """Read an adapter from a folder that `lora_jax.save` wrote.
-
-    Args:
-      name: the name that requests use.
-      path: the folder.
-
-    Returns:
-      The adapter.
-
-    Raises:
-      LoraError: there is no adapter, it is damaged, or it was trained by a method other than LoRA.
-    """
+    """Read an adapter from a folder that `lora_jax.save` wrote."""
     saved = SavedAdapter.open(path)
     layout, adapters, base = saved.load()
     check_lora(name, path, base, saved.about)
@@ -286,14 +232,7 @@ def _said(member: ServedAdapter) -> dict[str, Any]:
 
 
 def begun_how(members: Sequence[ServedAdapter]) -> Any:
-    """Return the method that changed the base before training, or None.
-
-    Args:
-      members: the adapters, which must agree.
-
-    Raises:
-      LoraError: they do not agree, or the notes of one are invalid.
-    """
+    """Return the method that changed the base before training, or None."""
     for member in members:
         if not isinstance(how := member.about.get(BEGUN), str | None):
             raise LoraError(f"{member.path} says {BEGUN} is {str(how)[:80]!r}")
@@ -310,14 +249,7 @@ def begun_how(members: Sequence[ServedAdapter]) -> Any:
 
 
 def quantised_how(members: Sequence[ServedAdapter]) -> Mapping[str, Any] | None:
-    """Return the recipe by which the base of the adapters was quantised, or None.
-
-    Args:
-      members: the adapters, which must agree.
-
-    Raises:
-      LoraError: they do not agree, or the notes of one are invalid.
-    """
+    """Return the recipe by which the base of the adapters was quantised, or None."""
     said = {member.name: member.about.get(ABOUT) for member in members}
     first = next(iter(said.values()), None)
     for name, how in said.items():

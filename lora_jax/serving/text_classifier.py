@@ -17,11 +17,7 @@ from lora_jax.serving.served_adapters import Served, ServedAdapter
 
 
 def task_of(member: ServedAdapter) -> ClassifierTask:
-    """Return the task of an adapter that `lora_jax.training.classification` trained.
-
-    Raises:
-      LoraError: the adapter does not say it, or what it says is invalid.
-    """
+    """Return the task of an adapter that `lora_jax.training.classification` trained."""
     about = member.about
     found: dict[str, Any] = {name: about.get(name) for name in ("labels", "text_fields", "lengths")}
     sound = (
@@ -64,11 +60,7 @@ class TextClassifier(Classifier):
     unit = "texts"
 
     def __init__(self, served: Served, batch_size: int) -> None:
-        """Read the tasks and the tokenizer; see `Classifier`.
-
-        Raises:
-          LoraError: an adapter is not a classifier, or the adapters cannot share a batch.
-        """
+        """Read the tasks and the tokenizer; see `Classifier`."""
         tasks = tuple(task_of(member) for member in served.members)
         self.cut, self.tokens = TextTruncation(), 0
         self.lengths = sorted({length for task in tasks for length in task.lengths})
