@@ -147,7 +147,7 @@ def train(
     ):
         say(console, summary.opening(loop.run, loop.state))
         if earlier is not None:
-            say(console, str(earlier))
+            say(console, earlier_adapter.described(earlier, workload))
         if loop.run.start == 0:
             loop.evaluate_before()
         for n in loop.steps():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,13 +10,12 @@ import numpy as np
 
 from lora_jax import analysis
 from lora_jax.checkpoint import adapter_path
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.layout import Layout
 from lora_jax.report import charts, formatting
 from lora_jax.report.document import Block, Figure, Note, Panel, Paragraph, Section, Table
 from lora_jax.report.module_index import Place, label, layers, matrices, places
-from lora_jax.serving import served_adapters
 from lora_jax.serving.base_choice import BaseChoice
-from lora_jax.serving.served_adapters import ServedAdapter
 from lora_jax.system.console import USER_ERRORS
 from lora_jax.updates.kind import kind_of
 
@@ -37,32 +35,31 @@ def sections(run: pathlib.Path, base: BaseChoice) -> tuple[Section, ...]:
     """
     try:
         _, folder = adapter_path.find(str(run))[0]
-        member = _with_matrices(served_adapters.read(run.name, folder))
-        found = analysis.spectrum(member.layout, member.adapters, _needed(member, run, base))
+        layout, parameters = _matrices(SavedAdapter.open_lora(folder, run.name))
+        found = analysis.spectrum(layout, parameters, _needed(layout, run, base))
     except USER_ERRORS as error:
         return (Section(_TITLE, (Note(f"The adapter cannot be analysed: {error}"),)),)
-    if not member.layout.targets:
+    if not layout.targets:
         return (Section(_TITLE, (Note("No matrix is adapted, so there is no update to show."),)),)
-    there = places(member.layout)
+    there = places(layout)
     whose = Paragraph(
         f"This is the update of adapters/{folder.name} of {run.name}."
         if folder != run
         else f"This is the update of {run}."
     )
-    spectra = Section(_TITLE, (whose, *_spectra(there, found, member.layout)))
+    spectra = Section(_TITLE, (whose, *_spectra(there, found, layout)))
     return spectra, Section("Amplified directions of W", _amplified(run, base))
 
 
-def _with_matrices(member: ServedAdapter) -> ServedAdapter:
+def _matrices(member: SavedAdapter) -> tuple[Layout, dict[str, Any]]:
     """Return the adapter without its biases, which have no directions."""
     layout = Layout(tuple(t for t in member.layout.targets if t.inputs))
-    adapters = {t.path: member.adapters[t.path] for t in layout.targets}
-    return dataclasses.replace(member, layout=layout, adapters=adapters)
+    return layout, {t.path: member.parameters[t.path] for t in layout.targets}
 
 
-def _needed(member: ServedAdapter, run: pathlib.Path, base: BaseChoice) -> Any:
+def _needed(layout: Layout, run: pathlib.Path, base: BaseChoice) -> Any:
     """Return the base parameters if the adapter's update depends on them (DoRA), else None."""
-    rescales = any(kind_of(target).rescales for target in member.layout.targets)
+    rescales = any(kind_of(target).rescales for target in layout.targets)
     return base.open([str(run)], object).params if rescales else None
 
 
@@ -176,10 +173,10 @@ def amplified(run: pathlib.Path, base: BaseChoice) -> AmplifiedUpdate:
       console.USER_ERRORS: the adapter or its base cannot be opened.
     """
     served = base.open([str(run)], object)
-    member = _with_matrices(served.members[0])
-    found = analysis.amplification(member.layout, served.params, member.adapters)
-    there = places(member.layout)
-    return AmplifiedUpdate(member.layout, there, [_at(found[place.path], place) for place in there])
+    layout, parameters = _matrices(served.members[0])
+    found = analysis.amplification(layout, served.params, parameters)
+    there = places(layout)
+    return AmplifiedUpdate(layout, there, [_at(found[place.path], place) for place in there])
 
 
 def _amplified(run: pathlib.Path, base: BaseChoice) -> tuple[Block, ...]:

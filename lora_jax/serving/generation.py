@@ -162,7 +162,7 @@ class Decoder:
         number: int,
         sampling: Sampling,
     ) -> tuple[Any, Any]:
-        """Run one decoding step, without waiting for its result: return the cache and the tokens, [B].
+        """Start one decoding step: return the cache and the next tokens, [B], without waiting.
 
         The cache is donated. `tokens` are the last ones, [B] int32; `slot` is the slot of the
         cache to write to, and `number` the number of the new token in its row.

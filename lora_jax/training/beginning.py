@@ -13,9 +13,10 @@ import numpy as np
 from lora_jax.analysis.from_base import init_from_base
 from lora_jax.analysis.from_inputs import init_from_inputs
 from lora_jax.bases.recipe import BEGUN
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.layout import Layout
 from lora_jax.training.config import ConfigError, LoraConfig
-from lora_jax.training.earlier_adapter import EarlierAdapter, restore
+from lora_jax.training.earlier_adapter import changed_by, restore
 from lora_jax.training.mesh import Placement
 from lora_jax.training.quantised import float_shardings
 from lora_jax.training.workload import Batch, Workload
@@ -45,7 +46,7 @@ def begin(
     params: Tree,
     place: Placement,
     key: jax.Array,
-    earlier: EarlierAdapter | None = None,
+    earlier: SavedAdapter | None = None,
 ) -> Beginning:
     """Return the base and the adapters of a run before its first step.
 
@@ -54,7 +55,7 @@ def begin(
     """
     if earlier is not None:
         # On its base, with the changes made before it was trained.
-        how = dataclasses.replace(lora, init=earlier.begun or "gaussian")
+        how = dataclasses.replace(lora, init=changed_by(earlier) or "gaussian")
         found = begin(how, workload, layout, params, place, key)
         adapters, params = restore(earlier, workload, layout, found.params, place)
         return Beginning(found.workload, params, adapters)

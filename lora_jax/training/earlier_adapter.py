@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,13 +10,11 @@ import jax.numpy as jnp
 
 from lora_jax import checkpoint, paths
 from lora_jax.base import is_base
-from lora_jax.bases.recipe import ABOUT, BEGUN
+from lora_jax.bases.recipe import ABOUT
 from lora_jax.checkpoint import adapter_path
-from lora_jax.checkpoint.adapter import SavedAdapter
-from lora_jax.checkpoint.added_parameters import check_lora
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import LoraError, listed
 from lora_jax.layout import Layout
-from lora_jax.spec import LoraSpec, Rule
 from lora_jax.training.config import Config, ConfigError, LoraConfig, check_loraplus
 from lora_jax.training.mesh import Placement
 from lora_jax.training.workload import Workload
@@ -25,55 +22,14 @@ from lora_jax.training.workload import Workload
 Tree = Any  # a pytree
 
 
-@dataclasses.dataclass(frozen=True)
-class EarlierAdapter:
-    """A saved adapter that fits the model of a workload. Its arrays are not read yet.
-
-    given: the value of `--from`.
-    saved: the folder that `lora_jax.save` wrote.
-    layout, about: as saved.
-    trainable: the shapes of the parameters that were trained in full with it.
-    labels: the classes of this run, in order; empty if it has none.
-    allow_other_base: whether it may be used on another base than its own.
-    """
-
-    given: str
-    saved: SavedAdapter
-    layout: Layout
-    trainable: Mapping[str, tuple[int, ...]]
-    about: Mapping[str, Any]
-    labels: tuple[str, ...]
-    allow_other_base: bool
-
-    def __str__(self) -> str:
-        more = f", {len(self.trainable)} trained in full" if self.trainable else ""
-        text = (
-            f"Begins with {self.saved.folder}: {len(self.layout.targets)} adapted parameters{more}"
-        )
-        theirs = _labels(self.about)
-        if not theirs or theirs == self.labels or "classifier/out/kernel" not in self.trainable:
-            return text
-        return f"{text}\nIts classes {', '.join(theirs)} are {', '.join(self.labels)} here"
-
-    @property
-    def spec(self) -> LoraSpec:
-        """The spec that resolves to the layout."""
-        rules = tuple(
-            Rule(t.path, t.rank, t.alpha, t.kind, t.scaling, t.parts or None, t.part_axis)
-            for t in self.layout.targets
-        )
-        fold = tuple(t.path for t in self.layout.targets if t.fold)
-        return LoraSpec(1, 1.0, rules, fold)
-
-    @property
-    def begun(self) -> Any:
-        """The method that changed its base before training, or None."""
-        method = self.about.get(BEGUN)
-        if method is None or (isinstance(method, str) and LoraConfig(init=method).changes_base):  # type: ignore[arg-type]
-            return method
-        raise ConfigError(
-            f"{self.saved.folder} says that its base was begun by {str(method)[:80]!r}"
-        )
+def described(earlier: SavedAdapter, workload: Workload) -> str:
+    """Return what a run says of the adapter that it starts from."""
+    trainable, ours = earlier.trainable_shapes, _labels(workload)
+    more = f", {len(trainable)} trained in full" if trainable else ""
+    text = f"Begins with {earlier.folder}: {len(earlier.layout.targets)} adapted parameters{more}"
+    if earlier.labels in ((), ours) or "classifier/out/kernel" not in trainable:
+        return text
+    return f"{text}\nIts classes {', '.join(earlier.labels)} are {', '.join(ours)} here"
 
 
 class Restored(NamedTuple):
@@ -83,23 +39,15 @@ class Restored(NamedTuple):
     params: Tree
 
 
-def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
-    """Return the adapter that the config starts from, or None if it starts from none."""
+def open_earlier(config: Config, workload: Workload) -> SavedAdapter | None:
+    """Return the adapter that the config starts from, or None if it starts from none.
+
+    It fits the model of the workload. Its arrays are not read yet.
+    """
     if config.start_from is None:
         return None
     _, folder = adapter_path.find_one(config.start_from)
-    saved = SavedAdapter.open(folder)
-    about = saved.about
-    found = EarlierAdapter(
-        config.start_from,
-        saved,
-        saved.layout,
-        saved.trainable_shapes,
-        about,
-        _labels(workload.about),
-        config.allow_other_base,
-    )
-    check_lora(config.start_from, folder, found.trainable, about)
+    found = SavedAdapter.open_lora(folder, config.start_from, config.allow_other_base)
     try:
         _check_settings(found, workload)
         found.layout.check_params(paths.flatten(workload.params))
@@ -111,9 +59,15 @@ def open_earlier(config: Config, workload: Workload) -> EarlierAdapter | None:
     return found
 
 
-def patterns(
-    lora: LoraConfig, workload: Workload, earlier: EarlierAdapter | None
-) -> tuple[str, ...]:
+def changed_by(earlier: SavedAdapter) -> Any:
+    """Return the method of `lora.init` that changed its base before training, or None."""
+    method = earlier.changed_by
+    if method is None or LoraConfig(init=method).changes_base:  # type: ignore[arg-type]
+        return method
+    raise ConfigError(f"{earlier.folder} says that its base was changed by {method[:80]!r}")
+
+
+def patterns(lora: LoraConfig, workload: Workload, earlier: SavedAdapter | None) -> tuple[str, ...]:
     """Return the patterns of the parameters that a run trains in full.
 
     They include the parameters that were trained in full with the earlier adapter.
@@ -121,51 +75,52 @@ def patterns(
     own = workload.trainable if lora.trainable is None else lora.trainable
     if earlier is None:
         return own
-    left = [p for p in earlier.trainable if not any(paths.match(pattern, p) for pattern in own)]
+    theirs = earlier.trainable_shapes
+    left = [p for p in theirs if not any(paths.match(pattern, p) for pattern in own)]
     if left and lora.trainable is not None:
         raise ConfigError(
-            f"--from {earlier.given} has trained these in full, and lora.trainable leaves them "
+            f"--from {earlier.name} has trained these in full, and lora.trainable leaves them "
             f"out, so that their values would be lost:\n{listed(left)}\nadd them to it"
         )
     return (*own, *left)
 
 
 def restore(
-    earlier: EarlierAdapter, workload: Workload, layout: Layout, params: Tree, place: Placement
+    earlier: SavedAdapter, workload: Workload, layout: Layout, params: Tree, place: Placement
 ) -> Restored:
     """Read the arrays of an earlier adapter, and put parameters trained in full into the base."""
     ours, theirs = set(layout.targets), set(earlier.layout.targets)
     if other := [target.path for target in theirs - ours]:
         raise ConfigError(
-            f"--from {earlier.given} adapts these along other axes than this model has:\n"
+            f"--from {earlier.name} adapts these along other axes than this model has:\n"
             f"{listed(other)}\nis it the same model?"
         )
     leaves = paths.flatten(params)
     fresh = {path for pattern in workload.trainable for path in paths.matching(pattern, leaves)}
-    if not earlier.allow_other_base:
-        earlier.saved.check_base(checkpoint.fingerprint(params), fresh)
-    where = place.trained(earlier.layout, earlier.trainable)
-    found = earlier.saved.load({**where["adapters"], **where["base"]})
+    if not earlier.allow_other_base:  # else nothing has to be hashed
+        earlier.check_base(checkpoint.fingerprint(params), fresh)
+    where = place.trained(earlier.layout, earlier.trainable_shapes)
+    found = earlier.load({**where["adapters"], **where["base"]})
     masters = jax.tree.map(lambda x: x.astype(jnp.float32), found.parameters)
     adapters = {target.path: masters[target.path] for target in layout.targets}
     trained = {path: x.astype(leaves[path].dtype) for path, x in found.trainable.items()}
     return Restored(adapters, paths.replace(params, trained))
 
 
-def _check_settings(earlier: EarlierAdapter, workload: Workload) -> None:
+def _check_settings(earlier: SavedAdapter, workload: Workload) -> None:
     """Raise if the model has other settings; shapes would reveal them late or never."""
     theirs, ours = (_settings(about) for about in (earlier.about, workload.about))
     for name in ("scan_layers", "pooling"):
-        of_head = name == "pooling" and "classifier/out/kernel" not in earlier.trainable
+        of_head = name == "pooling" and "classifier/out/kernel" not in earlier.trainable_shapes
         both = name in theirs and name in ours and not of_head
         if both and theirs[name] != ours[name]:
             flag = f"--model.{name.replace('_', '-')} {str(theirs[name])[:80]}"
             raise ConfigError(f"its model.{name} is {theirs[name]!r}, here {ours[name]!r}: {flag}")
-    labels = _labels(earlier.about)
-    if sorted(labels) == sorted(earlier.labels) and labels != earlier.labels:
+    labels, wanted = earlier.labels, _labels(workload)
+    if sorted(labels) == sorted(wanted) and labels != wanted:
         raise ConfigError(
             f"its classes are {list(labels)}, and the data has them in another order, "
-            f"{list(earlier.labels)}: give --data.label-names in the order of the adapter"
+            f"{list(wanted)}: give --data.label-names in the order of the adapter"
         )
     before, now = _quantised(earlier.about), _quantised(workload.about)
     if before != now and not earlier.allow_other_base:
@@ -176,10 +131,10 @@ def _check_settings(earlier: EarlierAdapter, workload: Workload) -> None:
         )
 
 
-def _check_trainable(earlier: EarlierAdapter, workload: Workload) -> None:
+def _check_trainable(earlier: SavedAdapter, workload: Workload) -> None:
     """Raise if a parameter that was trained in full is missing or has another shape."""
     leaves = paths.flatten(workload.params)
-    for path, shape in earlier.trainable.items():
+    for path, shape in earlier.trainable_shapes.items():
         leaf = leaves.get(path)
         if leaf is not None and is_base(leaf):
             raise ConfigError(
@@ -205,9 +160,8 @@ def _settings(about: Mapping[str, Any]) -> Mapping[str, Any]:
     return model if isinstance(model, Mapping) else {}
 
 
-def _labels(about: Mapping[str, Any]) -> tuple[str, ...]:
-    labels = about.get("labels")
-    return tuple(map(str, labels)) if isinstance(labels, list) else ()
+def _labels(workload: Workload) -> tuple[str, ...]:
+    return tuple(map(str, workload.about.get("labels") or ()))
 
 
 def _quantised(about: Mapping[str, Any]) -> tuple[Any, Any, Any] | None:

@@ -22,6 +22,7 @@ import lora_jax
 from lora_jax import Adapter, LoraError, LoraSpec
 from lora_jax.checkpoint import adapter
 from lora_jax.checkpoint.manifest import DamagedError
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 
 PARAMS = {
     "enc": {"q": jnp.ones((512, 512)), "v": jnp.ones((2, 512, 256))},
@@ -252,19 +253,17 @@ def test_no_fingerprint_to_compare_with(tmp_path: Path) -> None:
 def test_a_fingerprint_taken_before_is_as_good_as_the_base(tmp_path: Path) -> None:
     """A fingerprint can stand for the base in a comparison."""
     folder = saved(tmp_path / "a", fingerprint=lora_jax.fingerprint(BASE))
-    adapter.SavedAdapter.open(folder).check_base(
-        lora_jax.fingerprint({**BASE, "head": jnp.ones(9)})
-    )
+    SavedAdapter.open(folder).check_base(lora_jax.fingerprint({**BASE, "head": jnp.ones(9)}))
     other = lora_jax.fingerprint({**BASE, "enc": {**BASE["enc"], "b": jnp.ones(4)}})
     with pytest.raises(LoraError, match=r"enc/b: other values"):
-        adapter.SavedAdapter.open(folder).check_base(other)
-    assert adapter.SavedAdapter.open(folder).trainable_shapes == {"head": tuple(BASE["head"].shape)}
+        SavedAdapter.open(folder).check_base(other)
+    assert SavedAdapter.open(folder).trainable_shapes == {"head": tuple(BASE["head"].shape)}
     fresh = lora_jax.fingerprint({**BASE, "new": jnp.ones(2)})
-    adapter.SavedAdapter.open(folder).check_base(fresh, fresh={"new", "enc/b"})
+    SavedAdapter.open(folder).check_base(fresh, fresh={"new", "enc/b"})
     with pytest.raises(LoraError, match="new: there was none of that name"):
-        adapter.SavedAdapter.open(folder).check_base(fresh)
+        SavedAdapter.open(folder).check_base(fresh)
     with pytest.raises(LoraError, match=r"enc/b: other values"):  # it was there
-        adapter.SavedAdapter.open(folder).check_base(other, fresh={"enc/b"})
+        SavedAdapter.open(folder).check_base(other, fresh={"enc/b"})
 
 
 def test_what_the_writer_says_comes_back(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 import lora_jax
 from lora_jax import LoraError, data
 from lora_jax.checkpoint import adapter as checkpoints
+from lora_jax.checkpoint.saved_adapter import SavedAdapter
 from lora_jax.errors import ModelConfigError, TokenizerError, WeightsError, nearest
 from lora_jax.exchange import peft
 from lora_jax.layout import Layout
@@ -140,7 +141,7 @@ def test_notes_without_a_fingerprint(tmp_path: pathlib.Path) -> None:
     del manifest["notes"]["fingerprint"]
     write(tmp_path, {**files, adapters.MANIFEST: adapters.sealed(json.dumps(manifest))})
     with pytest.raises(LoraError, match="has no fingerprint of its base"):
-        checkpoints.SavedAdapter.open(tmp_path).check_base({})
+        SavedAdapter.open(tmp_path).check_base({})
 
 
 @pytest.mark.parametrize(
