@@ -60,7 +60,7 @@ def test_each_manifest_is_read_once(
     for member, folder in zip(members, folders, strict=True):
         layout, adapters, _ = lora_jax.restore(folder)
         assert member.layout == layout and member.about == {"number": int(member.name)}
-        np.testing.assert_array_equal(member.adapters["w"].a, adapters["w"].a)
+        np.testing.assert_array_equal(member.parameters["w"].a, adapters["w"].a)
 
 
 def test_the_first_bad_adapter_is_named(tmp_path: pathlib.Path) -> None:

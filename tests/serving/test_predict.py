@@ -271,7 +271,7 @@ def test_errors_are_lines_on_stderr(
 def test_scores_that_are_not_finite_are_an_error(trained: Trained, tmp_path: pathlib.Path) -> None:
     """Scores that are not finite are an error."""
     member = SavedAdapter.open_lora(trained.folder / "two/adapters/best", "broken")
-    trainable = jax.tree.map(lambda x: x * np.nan, member.base)
+    trainable = jax.tree.map(lambda x: x * np.nan, member.trainable)
     lora_jax.save(
         tmp_path / "broken",
         lora_jax.Adapter(member.layout, member.parameters, trainable),
